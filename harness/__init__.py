@@ -1,0 +1,1 @@
+"""lorameter's measuring harness: studies in, trial records and verdicts out."""

@@ -1,0 +1,136 @@
+"""Frozen dataclasses to JSON and back, strict in both directions.
+
+Whatever crosses a process or reaches a disk is JSON of a dataclass. A reader that ignores unknown fields would let
+two sides of a comparison disagree silently, so an unknown or missing key, or a value of the wrong type, is an error
+that names the place. The standard library writes (`dataclasses.asdict`) but does not read; this module reads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from harness.errors import UsageError, impossible
+
+T = TypeVar("T")
+
+
+def to_json(value: Any) -> Any:
+    """Plain JSON data of a dataclass instance (tuples become lists); non-finite floats become their names.
+
+    JSON has no NaN or infinity, and a diverged loss must not make a record unreadable, so they are written as the
+    strings "NaN", "Infinity" and "-Infinity", which `from_json` turns back into floats where a float is due.
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): to_json(item) for key, item in value.items()}
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Sequence):
+        return [to_json(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+    return value
+
+
+def dumps(value: Any, *, indent: int | None = None) -> str:
+    """Canonical JSON text: sorted keys, so that equal content has an equal hash."""
+    return json.dumps(to_json(value), sort_keys=True, indent=indent, allow_nan=False, ensure_ascii=False)
+
+
+def from_json(cls: type[T], data: Any, where: str) -> T:
+    """Build `cls` from JSON or TOML data; `where` names the file or message in errors.
+
+    Raises:
+        UsageError: an unknown key (with the nearest known one), a missing key, or a value of the wrong type.
+    """
+    return typing.cast(T, _convert(cls, data, where, ""))
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _convert(hint: Any, data: Any, where: str, path: str) -> Any:
+    if hint is Any:
+        return data
+    if dataclasses.is_dataclass(hint):
+        return _convert_dataclass(typing.cast(type, hint), data, where, path)
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        if data not in args:
+            raise impossible(
+                where, path, data, "not one of the known values", f"Use one of {', '.join(map(str, args))}."
+            )
+        return data
+    if origin in (typing.Union, types.UnionType):
+        return _convert_union(args, data, where, path)
+    if origin is tuple:
+        if not isinstance(data, (list, tuple)):
+            raise impossible(where, path, data, "a list is expected", "Write it as [ ... ].")
+        return tuple(_convert(args[0], item, where, f"{path}[{index}]") for index, item in enumerate(data))
+    if origin is dict:
+        if not isinstance(data, Mapping):
+            raise impossible(where, path, data, "a table is expected", "Write it as { key = value }.")
+        return {str(key): _convert(args[1], item, where, f"{path}.{key}") for key, item in data.items()}
+    return _convert_scalar(hint, data, where, path)
+
+
+def _convert_dataclass(cls: type, data: Any, where: str, path: str) -> Any:
+    if not isinstance(data, Mapping):
+        raise impossible(where, path or cls.__name__, data, "a table is expected", "Write it as a table of keys.")
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for key in data:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            remedy = f"Did you mean {near[0]}?" if near else f"Known keys: {', '.join(sorted(fields))}."
+            raise impossible(where, f"{path}.{key}".lstrip("."), data[key], "unknown key", remedy)
+    for name, field in fields.items():
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and name not in data:
+            raise UsageError(f"{where}: {f'{path}.{name}'.lstrip('.')} is missing. Add it.")
+    hints = _hints(cls)
+    values = {key: _convert(hints[key], item, where, f"{path}.{key}".lstrip(".")) for key, item in data.items()}
+    try:
+        return cls(**values)
+    except UsageError as error:  # the dataclass knows its own limits, this place knows the file
+        raise UsageError(f"{where}: {error}") from None
+
+
+def _convert_union(args: tuple[Any, ...], data: Any, where: str, path: str) -> Any:
+    if data is None and type(None) in args:
+        return None
+    errors = []
+    for arg in args:
+        if arg is type(None):
+            continue
+        try:
+            return _convert(arg, data, where, path)
+        except UsageError as error:
+            errors.append(error)
+    raise errors[0]
+
+
+def _convert_scalar(hint: Any, data: Any, where: str, path: str) -> Any:
+    if hint is float:
+        named = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+        if isinstance(data, str) and data in named:
+            return named[data]
+        if isinstance(data, (int, float)) and not isinstance(data, bool):
+            return float(data)
+    elif hint is int:
+        if isinstance(data, int) and not isinstance(data, bool):
+            return data
+    elif isinstance(hint, type) and isinstance(data, hint):
+        return data
+    expected = getattr(hint, "__name__", str(hint))
+    raise impossible(where, path, data, f"{expected} is expected", f"Write a value of type {expected}.")

@@ -1,0 +1,38 @@
+"""What can go wrong before or instead of a measurement, each with the exit code that says so.
+
+A failing *trial* is not an error here: it is a row (see `record`). These are the errors that stop a command.
+Every message follows one pattern: what happened, where, the offending value, and what to do about it.
+"""
+
+from __future__ import annotations
+
+EXIT_PASS = 0
+EXIT_REGRESSION = 1
+EXIT_USAGE = 2
+EXIT_INCONCLUSIVE = 3
+EXIT_INVALID = 4
+EXIT_NOT_COMPARABLE = 5
+EXIT_UNEXPECTED = 70
+
+
+class LorameterError(Exception):
+    """Something the user can act on; `exit_code` is what the command line returns for it."""
+
+    exit_code = EXIT_UNEXPECTED
+
+
+class UsageError(LorameterError):
+    """Bad input: a file, key, value or option that cannot be used. Raised before any expensive work."""
+
+    exit_code = EXIT_USAGE
+
+
+class InvalidRunError(LorameterError):
+    """The machine or the worker cannot measure at all (the zygote does not start, the disk is full)."""
+
+    exit_code = EXIT_INVALID
+
+
+def impossible(where: str, key: str, value: object, why: str, remedy: str) -> UsageError:
+    """The one shape of a refused value: file or object, key, value, reason, remedy."""
+    return UsageError(f"{where}: {key} = {value!r}: {why}. {remedy}")

@@ -1,0 +1,77 @@
+"""A protocol: how often and how long things are measured. Nothing about what is measured.
+
+The replicate (fresh processes) is the unit of inference; steps inside a process are sub-samples. Kalibera & Jones
+(2013, "Rigorous benchmarking in reasonable time") show why: processes differ more from each other than steps do, so
+repeating steps in one process buys little. One dial, `effort`, sets the number of replicates.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from harness.errors import UsageError
+
+Effort = Literal["quick", "standard", "rigorous"]
+EFFORT_REPLICATES: dict[str, int] = {"quick": 3, "standard": 8, "rigorous": 12}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Protocol:
+    """Replicates, warm-up, timed turns and limits. Raises `UsageError` for values that measure nothing."""
+
+    replicates: int = EFFORT_REPLICATES["quick"]
+    warmup_steps_min: int = 3
+    warmup_steps_max: int = 12
+    turns: int = 8
+    """Timed turns of a trial in the training phase."""
+    steps_per_turn: int = 2
+    generate_warmup: int = 1
+    """Discarded requests between the first call and the warm ones."""
+    generate_requests: int = 6
+    """Warm requests per trial and adapter state (unmerged, merged)."""
+    seed: int = 0
+    """Seeds the order of the plan and, with the replicate's number, the training."""
+    step_timeout_s: float = 600.0
+    """Longest silence of a worker during one command; a worker that is silent for longer is killed."""
+    memory_limit_bytes: int | None = None
+    """Address-space limit of a trial's process on a CPU; reaching it makes the trial `oom` instead of the machine."""
+
+    def __post_init__(self) -> None:
+        for key, least in (
+            ("replicates", 1),
+            ("warmup_steps_min", 1),
+            ("turns", 1),
+            ("steps_per_turn", 1),
+            ("generate_warmup", 0),
+            ("generate_requests", 1),
+        ):
+            if getattr(self, key) < least:
+                raise UsageError(f"protocol: {key} = {getattr(self, key)!r}: too small. Use {least} or more.")
+        if self.warmup_steps_max < self.warmup_steps_min:
+            raise UsageError(
+                f"protocol: warmup_steps_max = {self.warmup_steps_max}: below warmup_steps_min = "
+                f"{self.warmup_steps_min}. Raise it."
+            )
+        if not self.step_timeout_s > 0:
+            raise UsageError(f"protocol: step_timeout_s = {self.step_timeout_s}: must be positive. Use seconds.")
+
+    def with_effort(self, effort: str) -> Protocol:
+        """The same protocol at another effort: quick 3, standard 8, rigorous 12 replicates."""
+        if effort not in EFFORT_REPLICATES:
+            raise UsageError(f"effort = {effort!r}: unknown. Use one of {', '.join(EFFORT_REPLICATES)}.")
+        return dataclasses.replace(self, replicates=EFFORT_REPLICATES[effort])
+
+    def least(self) -> Protocol:
+        """The least that still runs every phase once; nothing measured with it is reported."""
+        return dataclasses.replace(
+            self,
+            replicates=1,
+            warmup_steps_min=1,
+            warmup_steps_max=1,
+            turns=1,
+            steps_per_turn=1,
+            generate_warmup=0,
+            generate_requests=1,
+        )

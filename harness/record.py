@@ -1,0 +1,135 @@
+"""What crosses a process or reaches the disk: the request for a trial and the record of it.
+
+Failure is data: whatever happens to a trial becomes a record with a status, and a sweep goes on. Facts only: samples
+and single values as measured; estimates are computed on demand from these and never stored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from harness.protocol import Protocol
+from harness.variant import Variant
+from harness.workload import Workload
+
+SCHEMA = 1
+"""Version of everything in this module. 1: first form."""
+
+Status = Literal["ok", "invalid", "oom", "timeout", "crashed", "interrupted", "not_run"]
+Role = Literal["variant", "control"]
+Interleaving = Literal["shared-base", "lockstep", "replicates", "separate"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Notice:
+    """Something that a reader of the numbers must know, with what to do about it."""
+
+    code: str
+    message: str
+    remedy: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """Why a trial is not ok: the phase it happened in, the kind, the message, the child's own traceback."""
+
+    phase: str
+    kind: str
+    message: str
+    traceback: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialRequest:
+    """All that a worker needs to measure one trial; paths are absolute and local to the machine that measures."""
+
+    schema: int = SCHEMA
+    trial: str
+    """Unique within the run, readable: `r1-nf4-r16`."""
+    variant: Variant
+    role: Role
+    replicate: int
+    seed: int
+    """Seeds adapter initialisation, dropout and optimizer; equal for all variants of a replicate."""
+    workload: Workload
+    protocol: Protocol
+    interleaving: Interleaving
+    phases: tuple[str, ...]
+    device: str
+    threads: int
+    tokens_path: str
+    scratch: str
+    """Folder of this trial: saved adapter, compile caches."""
+    log_path: str
+    allow_fallback: bool = False
+    requirements: dict[str, Any] = field(default_factory=dict)
+    """Requirements of the study beside those that follow from the variant; paths as in kernels_check."""
+    watch: Literal["profile", "spy"] = "profile"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fragment:
+    """What one command added to a trial; the parent merges fragments, so a death later loses nothing.
+
+    `samples` are raw values in the order measured, `values` single ones (seconds, tokens a second, loss), `memory`
+    bytes by kind, `checks` the evidence of kernels_check.
+    """
+
+    samples: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    values: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
+    checks: tuple[dict[str, Any], ...] = ()
+    notices: tuple[Notice, ...] = ()
+    tokens: dict[str, Any] = field(default_factory=dict)
+    failure: Failure | None = None
+    status: Status = "ok"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialRecord:
+    """One trial as measured: one line of trials.jsonl."""
+
+    schema: int = SCHEMA
+    trial: str
+    status: Status
+    name: str
+    variant: str
+    """Content id of the variant."""
+    role: Role
+    replicate: int
+    position: int
+    """Place in the order of the run, from 0."""
+    interleaving: Interleaving
+    seed: int
+    started_unix_s: float
+    wall_time_s: float
+    samples: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    turn_lengths: tuple[int, ...] = ()
+    """Number of timed steps in each turn, in order; they sum to the length of the step samples."""
+    values: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
+    checks: tuple[dict[str, Any], ...] = ()
+    notices: tuple[Notice, ...] = ()
+    tokens: dict[str, Any] = field(default_factory=dict)
+    failure: Failure | None = None
+    log: str = ""
+    """Path of the log, relative to the run's directory."""
+
+    def merged(self, fragment: Fragment) -> TrialRecord:
+        """This record with a fragment added: samples are appended, the rest is united, a bad status stays."""
+        samples = dict(self.samples)
+        for name, values in fragment.samples.items():
+            samples[name] = samples.get(name, ()) + values
+        return dataclasses.replace(
+            self,
+            status=self.status if self.status != "ok" else fragment.status,
+            samples=samples,
+            values=self.values | fragment.values,
+            memory=self.memory | fragment.memory,
+            checks=self.checks + fragment.checks,
+            notices=self.notices + fragment.notices,
+            tokens=self.tokens | fragment.tokens,
+            failure=self.failure or fragment.failure,
+        )

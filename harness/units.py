@@ -1,0 +1,110 @@
+"""Metrics and how their values are written: unit, direction, and only the digits that the interval supports.
+
+A metric carries its unit and which way is worse, so that a new one needs no new printer and no comparison has to
+know what it compares. Values are in base units everywhere (seconds, bytes, tokens a second); scaling happens here.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+Unit = Literal["s", "byte", "1/s", "1"]
+Phase = Literal["train", "generate", "cold"]
+PHASES: tuple[Phase, ...] = ("train", "generate", "cold")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metric:
+    """A named quantity. `higher_is_better` orients ratios: above 1 is always worse."""
+
+    name: str
+    title: str
+    unit: Unit
+    phase: Phase
+    higher_is_better: bool = False
+
+
+def _metric(name: str, title: str, unit: Unit, phase: Phase, *, higher: bool = False) -> tuple[str, Metric]:
+    return name, Metric(name=name, title=title, unit=unit, phase=phase, higher_is_better=higher)
+
+
+METRICS: dict[str, Metric] = dict(
+    (
+        _metric("step_time_s", "step time", "s", "train"),
+        _metric("step_cpu_time_s", "step CPU time", "s", "train"),
+        _metric("tokens_per_s", "real tokens/s", "1/s", "train", higher=True),
+        _metric("samples_per_s", "samples/s", "1/s", "train", higher=True),
+        _metric("first_step_time_s", "first step", "s", "train"),
+        _metric("train_loss", "train loss", "1", "train"),
+        _metric("held_out_loss", "held-out loss", "1", "train"),
+        _metric("request_time_s", "request", "s", "generate"),
+        _metric("first_token_time_s", "time to first token", "s", "generate"),
+        _metric("time_per_output_token_s", "time per output token", "s", "generate"),
+        _metric("output_tokens_per_s", "output tokens/s", "1/s", "generate", higher=True),
+        _metric("first_call_time_s", "first call", "s", "generate"),
+        _metric("merged_request_time_s", "request, merged", "s", "generate"),
+        _metric("merged_first_token_time_s", "first token, merged", "s", "generate"),
+        _metric("merged_time_per_output_token_s", "per token, merged", "s", "generate"),
+        _metric("cold_start_time_s", "cold start to completion", "s", "cold"),
+        _metric("cold_import_time_s", "import", "s", "cold"),
+        _metric("cold_load_time_s", "load", "s", "cold"),
+        _metric("cold_first_token_time_s", "first token", "s", "cold"),
+        _metric("cold_completion_time_s", "first completion", "s", "cold"),
+    )
+)
+
+PRIMARY: dict[Phase, str] = {"train": "step_time_s", "generate": "request_time_s", "cold": "cold_start_time_s"}
+"""The metric that stands for a phase in pytest-benchmark and in the ratio column."""
+
+_SCALES: dict[Unit, tuple[tuple[float, str], ...]] = {
+    "s": ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns")),
+    "byte": ((2.0**40, "TiB"), (2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB"), (1.0, "B")),
+    "1/s": ((1.0, "/s"),),
+    "1": ((1.0, ""),),
+}
+
+
+def scale_of(value: float, unit: Unit) -> tuple[float, str]:
+    """The factor and the symbol in which `value` reads best; the largest not above the value."""
+    for factor, symbol in _SCALES[unit]:
+        if abs(value) >= factor:
+            return factor, symbol
+    return _SCALES[unit][-1]
+
+
+def decimals(spread: float) -> int:
+    """Decimals that a half-width of `spread` supports: its two leading digits and no more."""
+    if spread <= 0 or not math.isfinite(spread):
+        return 3
+    return max(0, 1 - math.floor(math.log10(spread)))
+
+
+def format_interval(value: float, low: float | None, high: float | None, unit: Unit) -> str:
+    """`value [low, high] unit`, all three in one scale and with the digits that the interval supports.
+
+    Without an interval (one replicate) the value stands with `[no interval]`, never alone.
+    """
+    factor, symbol = scale_of(value, unit)
+    suffix = symbol if symbol.startswith("/") else f" {symbol}".rstrip()
+    if low is None or high is None:
+        return f"{value / factor:.3g} [no interval]{suffix}"
+    places = min(decimals((high - low) / 2 / factor), 4)
+    return f"{value / factor:.{places}f} [{low / factor:.{places}f}, {high / factor:.{places}f}]{suffix}"
+
+
+def format_bytes(value: float) -> str:
+    """Bytes in the binary unit that reads best, three digits."""
+    factor, symbol = scale_of(value, "byte")
+    return f"{value / factor:.3g} {symbol}"
+
+
+def format_duration(seconds: float) -> str:
+    """A wall-clock duration for people: 42 s, 3 min 05 s, 1 h 12 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

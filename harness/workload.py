@@ -1,0 +1,59 @@
+"""A workload: model, data, batch and sequence length — where variants meet.
+
+Every variant of a study trains on the identical token stream, so whatever belongs to the stream belongs here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from harness.errors import UsageError
+
+Layout = Literal["packed", "padded"]
+PromptFormat = Literal["answer-instruction", "write-instruction"]
+
+SYNTHETIC = "synthetic"
+"""Name of the embedded data source: seeded instruction records, no download."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """What is trained on what. Lengths are in tokens, sizes in sequences.
+
+    Raises `UsageError` for a value that no model could take.
+    """
+
+    model: str = "tiny-llama"
+    """Catalogue name, hub id, directory, GGUF file, or "random:" followed by any of these."""
+    data: str = SYNTHETIC
+    """"synthetic", a path to .jsonl or .jsonl.gz, or a hub id such as databricks/databricks-dolly-15k."""
+    prompt_format: PromptFormat = "answer-instruction"
+    sequence_length: int = 128
+    batch_size: int = 4
+    layout: Layout = "packed"
+    """"packed" fills sequences with whole records one after the other, isolated; "padded" is one record a sequence."""
+    train_sequences: int = 256
+    """Sequences in one epoch; the stream starts again when they are used up."""
+    held_out_records: int = 16
+    held_out_sequences: int = 8
+    data_seed: int = 20
+    prompt_tokens: int = 32
+    """Length of the inference prompt, cut from held-out records."""
+    new_tokens: int = 32
+    """Tokens generated per request; the end-of-sequence token is ignored so that every request has this length."""
+
+    def __post_init__(self) -> None:
+        for key, least in (
+            ("sequence_length", 8),
+            ("batch_size", 1),
+            ("train_sequences", 1),
+            ("held_out_records", 1),
+            ("held_out_sequences", 1),
+            ("prompt_tokens", 1),
+            ("new_tokens", 2),
+        ):
+            if getattr(self, key) < least:
+                raise UsageError(f"workload: {key} = {getattr(self, key)!r}: too small. Use {least} or more.")
+        if not self.model:
+            raise UsageError("workload: model = '': no model named. `lorameter list models` shows the catalogue.")
