@@ -14,7 +14,9 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from harness import codec
 from harness.errors import UsageError
 from harness.record import Interleaving, Role
 from harness.study import Study
@@ -62,6 +64,10 @@ class Plan:
     phases: tuple[str, ...]
     interleaving: Interleaving
     groups: tuple[Group, ...]
+
+    def study_json(self) -> dict[str, Any]:
+        """The study as it stands in the run's manifest."""
+        return dict(codec.to_json(self.study))
 
     @property
     def slots(self) -> tuple[Slot, ...]:

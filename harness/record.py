@@ -66,7 +66,6 @@ class TrialRequest:
     allow_fallback: bool = False
     requirements: dict[str, Any] = field(default_factory=dict)
     """Requirements of the study beside those that follow from the variant; paths as in kernels_check."""
-    watch: Literal["profile", "spy"] = "profile"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +84,14 @@ class Fragment:
     tokens: dict[str, Any] = field(default_factory=dict)
     failure: Failure | None = None
     status: Status = "ok"
+
+    def failed(self, status: Status, failure: Failure) -> Fragment:
+        """This fragment as that of a trial that is not ok."""
+        return dataclasses.replace(self, status=status, failure=failure)
+
+    def with_notice(self, notice: Notice) -> Fragment:
+        """This fragment with one more notice."""
+        return dataclasses.replace(self, notices=(*self.notices, notice))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +123,10 @@ class TrialRecord:
     failure: Failure | None = None
     log: str = ""
     """Path of the log, relative to the run's directory."""
+
+    def replaced(self, **changes: Any) -> TrialRecord:
+        """This record with other values in some fields."""
+        return dataclasses.replace(self, **changes)
 
     def merged(self, fragment: Fragment) -> TrialRecord:
         """This record with a fragment added: samples are appended, the rest is united, a bad status stays."""

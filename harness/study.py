@@ -62,8 +62,8 @@ class Study:
         for variant in self.variants:
             if variant.id in by_id:
                 raise UsageError(
-                    f"study {self.name}: variants {by_id[variant.id]!r} and {variant.name!r} are the same configuration. "
-                    "Remove one; the harness adds an A/A control by itself."
+                    f"study {self.name}: variants {by_id[variant.id]!r} and {variant.name!r} are the same "
+                    "configuration. Remove one; the harness adds an A/A control by itself."
                 )
             by_id[variant.id] = variant.name
         if self.reference not in names:

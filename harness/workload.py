@@ -42,6 +42,8 @@ class Workload:
     """Length of the inference prompt, cut from held-out records."""
     new_tokens: int = 32
     """Tokens generated per request; the end-of-sequence token is ignored so that every request has this length."""
+    threads: int = 1
+    """CPU threads of a trial. Two on two cores collapse under contention, so one unless the study is about threads."""
 
     def __post_init__(self) -> None:
         for key, least in (
@@ -52,6 +54,7 @@ class Workload:
             ("held_out_sequences", 1),
             ("prompt_tokens", 1),
             ("new_tokens", 2),
+            ("threads", 1),
         ):
             if getattr(self, key) < least:
                 raise UsageError(f"workload: {key} = {getattr(self, key)!r}: too small. Use {least} or more.")

@@ -1,0 +1,288 @@
+"""Trials on this machine, in this interpreter: the zygote is started once, each launch is a fork of it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from harness import codec
+from harness.errors import InvalidRunError, UsageError
+from harness.executors import Worker, WorkerLostError
+from harness.record import SCHEMA, Failure, Fragment, TrialRequest
+from harness.workload import Workload
+
+START_TIMEOUT_S = 180.0
+"""Importing takes 3 to 5 s on a quiet machine; a cold disk and a busy one can make it a minute."""
+
+
+def worker_environment(threads: int) -> dict[str, str]:
+    """The environment of every measuring process.
+
+    One BLAS thread in the zygote keeps forking safe; one OpenMP thread on a CPU because two collapse under
+    contention; no tokenizer threads; CUDA counted through NVML, which does not initialise the device.
+    """
+    fixed = {
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "OPENBLAS_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+        "KINETO_LOG_LEVEL": "99",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    }
+    return {**os.environ, **fixed}
+
+
+class LocalExecutor:
+    """Implements `Executor` with one zygote. Raises `InvalidRunError` when the zygote cannot be started."""
+
+    def __init__(self, *, threads: int, log_dir: Path) -> None:
+        self._threads = threads
+        self._log_dir = log_dir
+        self._process: subprocess.Popen[bytes] | None = None
+        self._control: _Channel | None = None
+
+    def start(self) -> None:
+        """Start the zygote, which begins to import."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        log_path = self._log_dir / "zygote.log"
+        with theirs, log_path.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "harness.worker", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                env=worker_environment(self._threads),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        self._control = _Channel(ours)
+
+    def hello(self) -> dict[str, Any]:
+        """Wait until the zygote has imported."""
+        log_path = self._log_dir / "zygote.log"
+        hello = self._required_control().receive(START_TIMEOUT_S)
+        if hello is None:
+            self.close()
+            last = log_path.read_text(errors="replace").strip().splitlines()[-1:] or ["it printed nothing"]
+            raise InvalidRunError(
+                f"the worker did not start: {last[0]}. Its log is {log_path}. "
+                "Check that torch, transformers, peft and bitsandbytes import in this interpreter."
+            )
+        if hello.get("schema") != SCHEMA:
+            raise InvalidRunError(f"the worker speaks schema {hello.get('schema')}, this program {SCHEMA}. Reinstall.")
+        return hello
+
+    def launch(self) -> Worker:
+        """Fork a worker from the zygote."""
+        control = self._required_control()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        begin = time.monotonic()
+        with theirs:
+            control.send({"do": "fork"}, theirs)
+        answer = control.receive(START_TIMEOUT_S)
+        if answer is None or "pid" not in answer:
+            raise InvalidRunError(f"the zygote cannot fork: {(answer or {}).get('error', 'it is gone')}.")
+        worker = LocalWorker(int(answer["pid"]), _Channel(ours), control)
+        hello = worker.channel.receive(START_TIMEOUT_S)
+        if hello is None:
+            raise worker.lost("start", START_TIMEOUT_S)
+        worker.start_latency_s = float(hello["started_monotonic_s"]) - begin
+        return worker
+
+    def cold_start(self, request: TrialRequest) -> Fragment:
+        """A new interpreter that loads the saved adapter; its output goes to the trial's log."""
+        read, write = os.pipe()
+        with open(read, encoding="utf-8") as reply, Path(request.log_path).open("ab") as log:  # noqa: PTH123
+            begin = time.monotonic()
+            process = subprocess.Popen(
+                [sys.executable, "-m", "harness.inference.cold", str(write)],
+                pass_fds=[write],
+                env=worker_environment(self._threads),
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+            os.close(write)
+            message = json.dumps({"request": codec.to_json(request), "spawned_monotonic_s": begin})
+            timeout = request.protocol.step_timeout_s
+            try:
+                process.communicate(message.encode(), timeout=timeout)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                raise WorkerLostError("timeout", _silent("cold", timeout)) from None
+            except BaseException:
+                process.kill()
+                process.wait()
+                raise
+            text = reply.read()
+        if process.returncode != 0 or not text:
+            lines = Path(request.log_path).read_text(errors="replace").strip().splitlines()[-1:]
+            message = f"the cold interpreter ended with {_describe(process.returncode)}: {' '.join(lines)}"
+            raise WorkerLostError("crashed", Failure(phase="cold", kind="ColdStartFailed", message=message))
+        return codec.from_json(Fragment, json.loads(text), "cold start")
+
+    def prepare_tokens(self, workload: Workload, folder: str) -> dict[str, Any]:
+        """Tokenise in a process of its own."""
+        request = json.dumps({"workload": codec.to_json(workload), "folder": folder})
+        log_path = self._log_dir / "tokens.log"
+        with log_path.open("ab") as log:
+            done = subprocess.run(
+                [sys.executable, "-m", "harness.training.tokens"],
+                input=request.encode(),
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=worker_environment(1),
+                check=False,
+            )
+        lines = done.stdout.decode().strip().splitlines()
+        if done.returncode != 0 or not lines:
+            last = log_path.read_text(errors="replace").strip().splitlines()[-1:]
+            raise InvalidRunError(f"the tokens could not be prepared: {' '.join(last)}. The log is {log_path}.")
+        answer: dict[str, Any] = json.loads(lines[-1])
+        if "error" in answer:
+            raise UsageError(answer["error"])
+        return answer
+
+    def close(self) -> None:
+        """End the zygote; its children die with it."""
+        if self._control is not None:
+            self._control.close()
+            self._control = None
+        if self._process is not None:
+            try:
+                self._process.wait(10)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+            self._process = None
+
+    def _required_control(self) -> _Channel:
+        if self._control is None:
+            raise InvalidRunError("the worker is not started. Call start() first.")
+        return self._control
+
+
+class LocalWorker:
+    """A forked process; implements `Worker`."""
+
+    def __init__(self, pid: int, channel: _Channel, control: _Channel) -> None:
+        self.pid = pid
+        self.channel = channel
+        self.start_latency_s = float("nan")
+        self._control = control
+        self._reaped = False
+
+    def ask(self, command: str, trial: str, timeout_s: float, **arguments: Any) -> Fragment:
+        """Send a command and block until its answer, the process's death, or `timeout_s`."""
+        self.channel.send({"do": command, "trial": trial, **arguments})
+        answer = self.channel.receive(timeout_s)
+        if answer is None:
+            raise self.lost(command, timeout_s)
+        return codec.from_json(Fragment, answer, f"answer to {command}")
+
+    def lost(self, phase: str, timeout_s: float) -> WorkerLostError:
+        """What became of a process that did not answer: killed for silence, or dead by itself."""
+        silent = not self.channel.closed_by_peer
+        code = self._reap()
+        if silent:
+            return WorkerLostError("timeout", _silent(phase, timeout_s))
+        message = f"the trial's process ended with {_describe(code)} during {phase}"
+        if code == -signal.SIGKILL:
+            message += ": killed from outside, or by the kernel for want of memory (see dmesg)"
+        return WorkerLostError("crashed", Failure(phase=phase, kind="ProcessDied", message=message))
+
+    def close(self) -> None:
+        """Close the connection, which ends the child's loop, and reap it."""
+        self.channel.close()
+        self._reap(grace_s=10.0)
+
+    def _reap(self, grace_s: float = 0.0) -> int | None:
+        if self._reaped:
+            return None
+        self._reaped = True
+        deadline = time.monotonic() + grace_s
+        while grace_s and time.monotonic() < deadline and _runs(self.pid):
+            time.sleep(0.01)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        with contextlib.suppress(OSError):
+            self._control.send({"do": "reap", "pid": self.pid})
+            answer = self._control.receive(START_TIMEOUT_S)
+            return None if answer is None else int(answer["status"])
+        return None
+
+
+class _Channel:
+    """JSON lines over a socket; receiving blocks in the kernel until a line, the end, or a timeout."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._buffer = b""
+        self.closed_by_peer = False
+
+    def send(self, message: dict[str, Any], attached: socket.socket | None = None) -> None:
+        data = (json.dumps(message, allow_nan=False) + "\n").encode()
+        try:
+            if attached is None:
+                self._connection.sendall(data)
+            else:
+                socket.send_fds(self._connection, [data], [attached.fileno()])
+        except (BrokenPipeError, ConnectionResetError):
+            self.closed_by_peer = True
+
+    def receive(self, timeout_s: float) -> dict[str, Any] | None:
+        """The next message, or None when the peer is gone (`closed_by_peer`) or silent."""
+        deadline = time.monotonic() + timeout_s
+        while b"\n" not in self._buffer:
+            readable, _, _ = select.select([self._connection], [], [], max(0.0, deadline - time.monotonic()))
+            if not readable:
+                return None
+            try:
+                data = self._connection.recv(1 << 20)
+            except ConnectionResetError:
+                data = b""
+            if not data:
+                self.closed_by_peer = True
+                return None
+            self._buffer += data
+        line, self._buffer = self._buffer.split(b"\n", 1)
+        message: dict[str, Any] = json.loads(line)
+        return message
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process still runs (a zombie that waits to be reaped does not)."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in ("Z", "X")
+
+
+def _silent(phase: str, timeout_s: float) -> Failure:
+    message = f"no answer within {timeout_s:g} s during {phase}; it was killed. Raise step_timeout_s if it was at work"
+    return Failure(phase=phase, kind="Silent", message=message)
+
+
+def _describe(code: int | None) -> str:
+    if code is None:
+        return "an unknown status"
+    if code < 0:
+        return f"signal {-code} ({signal.Signals(-code).name})"
+    return f"exit code {code}"

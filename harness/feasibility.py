@@ -1,0 +1,134 @@
+"""What cannot work is refused before any model is loaded; what merely surprises becomes a notice.
+
+`Variant` and `Workload` refuse what no machine could run. Here the model's shape and the machine come in: widths that
+this CPU's 4-bit kernels do not take, attention that this device does not have, more tokens than the model's context.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+
+from harness import catalogue
+from harness.catalogue import ModelShape
+from harness.errors import UsageError
+from harness.provenance import Machine
+from harness.record import Notice
+from harness.study import Study
+from harness.variant import Variant
+from harness.workload import SYNTHETIC
+
+NF4_BLOCK = 64
+"""Elements per quantisation block, bitsandbytes' default."""
+
+
+def check_feasible(study: Study, machine: Machine) -> tuple[Notice, ...]:
+    """Refuse a study that this model or machine cannot run.
+
+    Returns:
+        Notices for what runs but should be known.
+
+    Raises:
+        UsageError: naming study, variant, key, value and remedy.
+    """
+    source = catalogue.resolve(study.workload.model)
+    shape = catalogue.shape(source)
+    _check_lengths(study, shape)
+    _check_data(study)
+    notices: list[Notice] = []
+    for variant in study.variants:
+        where = f"study {study.name}, variant {variant.name!r}"
+        _check_attention(where, variant, machine)
+        _check_widths(where, variant, shape, machine)
+        notices += _rank_notices(variant, shape)
+        notices += _paged_notices(variant, machine)
+    if source.random:
+        notices.append(
+            Notice(
+                code="random-weights",
+                message=f"{study.workload.model} has random weights: time and memory are those of the architecture, "
+                "losses say only that training works.",
+                remedy="Use --lorameter-model (pytest) or --model with a pretrained model to judge losses.",
+            )
+        )
+    return tuple(notices)
+
+
+def _check_lengths(study: Study, shape: ModelShape) -> None:
+    workload = study.workload
+    for key, length in (
+        ("sequence_length", workload.sequence_length),
+        ("prompt_tokens + new_tokens", workload.prompt_tokens + workload.new_tokens),
+    ):
+        if length > shape.context:
+            raise UsageError(
+                f"study {study.name}, [workload]: {key} = {length}: longer than the context of {workload.model}, "
+                f"{shape.context} tokens. Use {shape.context} or fewer."
+            )
+
+
+def _check_data(study: Study) -> None:
+    data = study.workload.data
+    looks_like_file = data.endswith((".jsonl", ".json", ".jsonl.gz")) or data.startswith((".", "/", "~"))
+    if data != SYNTHETIC and looks_like_file and not Path(data).is_file():
+        raise UsageError(
+            f"study {study.name}, [workload]: data = {data!r}: no such file. Give a .jsonl or .jsonl.gz file, a hub "
+            f"id, or {SYNTHETIC!r}."
+        )
+
+
+def _check_attention(where: str, variant: Variant, machine: Machine) -> None:
+    if machine.device == "cpu" and variant.attention in ("flash_attention_2", "flex_attention"):
+        why = {
+            "flash_attention_2": "the flash-attn package needs a CUDA device",
+            "flex_attention": "flex attention has no backward pass on a CPU",
+        }[variant.attention]
+        raise UsageError(
+            f"{where}: attention = {variant.attention!r}: {why}, and this machine measures on the CPU. "
+            'Use attention = "sdpa", whose flash kernel runs here.'
+        )
+    if variant.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        raise UsageError(
+            f"{where}: attention = 'flash_attention_2': the package flash-attn is not installed. "
+            'Run pip install "lorameter[flash-attn]", or use attention = "sdpa".'
+        )
+
+
+def _check_widths(where: str, variant: Variant, shape: ModelShape, machine: Machine) -> None:
+    if not (variant.is_4bit and machine.device == "cpu" and machine.avx512_bf16):
+        return
+    for name, width in _input_widths(shape):
+        if width % NF4_BLOCK:
+            raise UsageError(
+                f"{where}: quantization = {variant.quantization!r}: {name} is {width}, which blocks of {NF4_BLOCK} do "
+                "not divide, and bitsandbytes cannot run such a layer on a CPU with AVX512-BF16. "
+                f'Use a model whose widths are multiples of {NF4_BLOCK}, or quantization = "none".'
+            )
+
+
+def _input_widths(shape: ModelShape) -> Iterator[tuple[str, int]]:
+    yield "hidden_size", shape.hidden_size
+    yield "intermediate_size", shape.intermediate_size
+    yield "heads × head_dim", shape.heads * shape.head_dim
+
+
+def _rank_notices(variant: Variant, shape: ModelShape) -> Iterator[Notice]:
+    narrowest = min(shape.hidden_size, shape.kv_heads * shape.head_dim)
+    if variant.r > narrowest:
+        yield Notice(
+            code="rank-above-width",
+            message=f"{variant.name}: r = {variant.r} is above the width of the narrowest layer, {narrowest}: the "
+            "update is no longer low-rank there.",
+            remedy=f"Use r ≤ {narrowest}, or read the result as that of a full-rank update with extra cost.",
+        )
+
+
+def _paged_notices(variant: Variant, machine: Machine) -> Iterator[Notice]:
+    if variant.optimizer.startswith("paged") and machine.device == "cpu":
+        yield Notice(
+            code="paged-on-cpu",
+            message=f"{variant.name}: {variant.optimizer} pages nothing on a CPU; its trials are invalid unless the "
+            "study allows the fallback.",
+            remedy='Use optimizer = "adamw_fused" here, or allow_fallback = true to measure what really runs.',
+        )

@@ -1,0 +1,1 @@
+"""Generation with a trained adapter: cold, first and warm."""

@@ -1,0 +1,57 @@
+"""Cold inference: what a user waits for who starts a fresh interpreter, loads a trained adapter and asks once.
+
+Its own process, started by the parent, whose clock reading at the spawn comes as an argument: CLOCK_MONOTONIC is one
+clock for all processes of a machine, so the interpreter's own start is in the number. Each part is a number of its
+own: import, load, first token, first completion. The page cache is warm (the files were just written); what is cold
+is the interpreter, the libraries, the allocator and the device context.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+
+def main() -> int:
+    """Entry: a TrialRequest and the spawn time as JSON on stdin, a Fragment as JSON on the descriptor given."""
+    message = json.load(sys.stdin)
+
+    import torch
+    from peft import PeftModel
+
+    from harness import catalogue, codec
+    from harness.inference.generate import generate
+    from harness.record import Fragment, TrialRequest
+    from harness.training.models import load_base
+    from harness.training.stream import TokenStream
+
+    imported = time.monotonic()
+    request = codec.from_json(TrialRequest, message["request"], "trial request")
+    if request.device == "cpu":
+        torch.set_num_threads(request.threads)
+    stream = TokenStream(Path(request.tokens_path), request.workload, request.variant, request.device)
+    source = catalogue.resolve(request.workload.model)
+    begin = time.monotonic()
+    base = load_base(source, request.variant, device=request.device, seed=request.workload.data_seed)
+    model = PeftModel.from_pretrained(base, str(Path(request.scratch) / "adapter"))
+    model.eval()
+    loaded = time.monotonic()
+    first = generate(model, stream.prompt(0), request.workload.new_tokens)
+    done = time.monotonic()
+    values = {
+        "cold_import_time_s": imported - float(message["spawned_monotonic_s"]),
+        "cold_load_time_s": loaded - begin,
+        "cold_first_token_time_s": first.first_token_time_s,
+        "cold_completion_time_s": first.request_time_s,
+        "cold_start_time_s": done - float(message["spawned_monotonic_s"]),
+    }
+    fragment = Fragment(values=values, samples={"cold_start_time_s": (values["cold_start_time_s"],)})
+    with open(int(sys.argv[1]), "w", encoding="utf-8") as reply:  # noqa: PTH123 - a descriptor, not a path
+        reply.write(codec.dumps(fragment))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

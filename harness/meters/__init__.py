@@ -1,0 +1,1 @@
+"""Instruments: clocks and memory gauges, one idea a module."""

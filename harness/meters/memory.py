@@ -1,0 +1,97 @@
+"""Memory gauges: peaks per phase, and the exact bytes of what is resident, by kind.
+
+Peaks are maxima, so they are reset at the start of each phase. On the host that is VmHWM, which the kernel resets on
+request (`/proc/self/clear_refs`); `ru_maxrss` will not do, because a forked child inherits its parent's maximum. The
+forked child also maps the zygote's pages, so its resident size at birth is recorded beside the peaks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+
+
+def host_bytes(field: str) -> int:
+    """A memory field of /proc/self/status in bytes: VmRSS (resident now) or VmHWM (peak since the last reset)."""
+    for line in _STATUS.read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise ValueError(f"/proc/self/status has no {field}: host memory cannot be measured on this system")
+
+
+class MemoryGauge:
+    """Peaks of one phase at a time: `begin` resets, `peaks` reads, both in the process that is measured."""
+
+    def __init__(self, device: str) -> None:
+        self._cuda = device.startswith("cuda")
+
+    def begin(self) -> None:
+        """Start a phase: from here on peaks count."""
+        _CLEAR_REFS.write_text("5")  # 5: reset the peak resident set, and nothing else
+        if self._cuda:
+            torch.cuda.reset_peak_memory_stats()
+
+    def peaks(self, phase: str) -> dict[str, int]:
+        """Bytes since `begin`: `host_peak_PHASE_bytes`, and on CUDA the allocator's allocated and reserved peaks."""
+        peaks = {f"host_peak_{phase}_bytes": host_bytes("VmHWM")}
+        if self._cuda:
+            peaks[f"device_peak_allocated_{phase}_bytes"] = torch.cuda.max_memory_allocated()
+            peaks[f"device_peak_reserved_{phase}_bytes"] = torch.cuda.max_memory_reserved()
+        return peaks
+
+
+def resident_bytes(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """Exact bytes of what a training step keeps between steps, by kind; tied tensors count once.
+
+    `base_weight_bytes` and `quantization_state_bytes` (constants of 4-bit and 8-bit layers) are the frozen base,
+    `adapter_bytes` whatever trains, `gradient_bytes` the gradients present now, `optimizer_state_bytes` all optimizer
+    state and `paged_optimizer_state_bytes` the part of it in managed memory.
+    """
+    seen: set[int] = set()
+    base = list(_fresh((p for p in model.parameters() if not p.requires_grad), seen))
+    trained = list(_fresh((p for p in model.parameters() if p.requires_grad), seen))
+    buffers = list(_fresh(model.buffers(), seen))
+    quantization = list(_fresh(_quantization_state(model), seen))
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    state = [item for values in optimizer.state.values() for item in values.values() if isinstance(item, torch.Tensor)]
+    return {
+        "base_weight_bytes": _size(base) + _size(buffers),
+        "quantization_state_bytes": _size(quantization),
+        "adapter_bytes": _size(trained),
+        "gradient_bytes": _size(gradients),
+        "optimizer_state_bytes": _size(state),
+        "paged_optimizer_state_bytes": _size(item for item in state if getattr(item, "is_paged", False)),
+    }
+
+
+def _quantization_state(model: torch.nn.Module) -> Iterator[torch.Tensor]:
+    for parameter in model.parameters():
+        for name in ("SCB", "CB"):  # 8-bit layers keep their row scales here
+            extra = getattr(parameter, name, None)
+            if isinstance(extra, torch.Tensor):
+                yield extra
+        state: Any = getattr(parameter, "quant_state", None)
+        while state is not None:
+            for name in ("absmax", "code", "offset"):
+                tensor = getattr(state, name, None)
+                if isinstance(tensor, torch.Tensor):
+                    yield tensor
+            state = state.state2
+
+
+def _fresh(tensors: Iterable[torch.Tensor], seen: set[int]) -> Iterator[torch.Tensor]:
+    for tensor in tensors:
+        key = tensor.untyped_storage().data_ptr()
+        if key not in seen:
+            seen.add(key)
+            yield tensor
+
+
+def _size(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -1,0 +1,172 @@
+"""What machine and what software: enough to repeat a run, and the part of it that must agree to compare two.
+
+Nothing here imports torch: the parent stays light, and what torch itself sees comes from the worker's greeting. A
+library, counter or permission that is missing makes a value None, never an exception.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness import codec
+from harness.study import Study
+
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "accelerate",
+    "flash-attn",
+    "triton",
+    "numpy",
+    "lorameter",
+)
+FINGERPRINT = ("device", "device_name", "driver", "cuda", "cpu_model", "threads", "python", "libraries", "workload")
+"""Fields of the provenance that must agree for two runs to be compared."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """The machine as far as it can be known without touching its device."""
+
+    device: str
+    """"cuda" if torch is a CUDA build and NVML shows a device, else "cpu"."""
+    device_name: str
+    device_memory_bytes: int | None
+    driver: str | None
+    cuda: str | None
+    cpu_model: str
+    cpus: int
+    memory_bytes: int
+    avx512_bf16: bool
+    """On such CPUs bitsandbytes repacks 4-bit weights and needs widths that its blocks divide."""
+    kernel: str
+    python: str
+
+
+def probe_machine() -> Machine:
+    """Read /proc, NVML and the installed torch's version file."""
+    import psutil
+
+    cpu = _cpu_fields()
+    cuda = _torch_cuda()
+    gpu = _first_gpu() if cuda else None
+    name = cpu.get("model name", platform.processor() or platform.machine())
+    return Machine(
+        device="cuda" if gpu else "cpu",
+        device_name=gpu["name"] if gpu else name,
+        device_memory_bytes=gpu["memory_bytes"] if gpu else None,
+        driver=gpu["driver"] if gpu else None,
+        cuda=cuda,
+        cpu_model=name,
+        cpus=len(os.sched_getaffinity(0)),
+        memory_bytes=psutil.virtual_memory().total,
+        avx512_bf16="avx512_bf16" in cpu.get("flags", "").split(),
+        kernel=platform.release(),
+        python=platform.python_version(),
+    )
+
+
+def collect(study: Study, machine: Machine, threads: int, hello: dict[str, Any]) -> dict[str, Any]:
+    """The provenance of a run: machine, threads, library versions, workload, git state, what the worker said."""
+    return {
+        **codec.to_json(machine),
+        "threads": threads,
+        "libraries": {name: _version(name) for name in LIBRARIES},
+        "workload": codec.to_json(study.workload),
+        "git": git_state(Path.cwd()),
+        "worker": {key: hello.get(key) for key in ("device", "torch", "import_time_s")},
+    }
+
+
+def fingerprint(provenance: dict[str, Any]) -> str:
+    """Hash of the fields that must agree for two runs to be compared."""
+    return hashlib.sha256(codec.dumps({key: provenance[key] for key in FINGERPRINT}).encode()).hexdigest()[:12]
+
+
+def git_state(folder: Path) -> dict[str, Any]:
+    """Commit and dirty flag of the repository around `folder`; None where there is none."""
+    commit = _git(folder, "rev-parse", "HEAD")
+    if commit is None:
+        return {"commit": None, "dirty": None}
+    changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    return {"commit": commit, "dirty": bool(changes)}
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _version(library: str) -> str | None:
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_fields() -> dict[str, str]:
+    fields: dict[str, str] = {}
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            fields.setdefault(key.strip(), value.strip())
+    return fields
+
+
+def _torch_cuda() -> str | None:
+    """The CUDA version that the installed torch was built for, read from its version file."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return None
+    with contextlib.suppress(OSError):
+        for line in (Path(spec.origin).parent / "version.py").read_text().splitlines():
+            if line.startswith("cuda") and "'" in line:
+                return line.split("'")[1]
+    return None
+
+
+def _first_gpu() -> dict[str, Any] | None:
+    """The first visible device by NVML; honours an index or UUID in CUDA_VISIBLE_DEVICES."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and visible.split(",")[0].strip() in ("", "-1"):
+        return None
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except Exception:  # no library, no driver, no permission: there is no device that we could name
+        return None
+    try:
+        first = (visible or "0").split(",")[0].strip()
+        handle = (
+            pynvml.nvmlDeviceGetHandleByIndex(int(first))
+            if first.isdigit()
+            else pynvml.nvmlDeviceGetHandleByUUID(first)
+        )
+        return {
+            "name": _text(pynvml.nvmlDeviceGetName(handle)),
+            "memory_bytes": int(pynvml.nvmlDeviceGetMemoryInfo(handle).total),
+            "driver": _text(pynvml.nvmlSystemGetDriverVersion()),
+        }
+    except pynvml.NVMLError:
+        return None
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else value

@@ -1,0 +1,36 @@
+"""Numbers in, verdicts out: the statistics of lorameter, pure functions that know nothing of disks or devices.
+
+The replicate is the unit (Kalibera & Jones 2013): samples of one process are sub-samples, reduced to one value before
+any interval is taken. A comparison has a verdict for "equal" and another for "cannot tell". Times go through
+`compare_trials` (several at once: `compare_family`), peaks of memory through `compare_bytes`.
+
+Importing this package loads neither numpy nor scipy: every function that needs them imports them when it is called, so
+that command lines and type annotations pay nothing.
+"""
+
+from __future__ import annotations
+
+from harness.stats.comparison import Pairing, compare_trials
+from harness.stats.estimate import Estimate, estimate_trials
+from harness.stats.family import compare_family
+from harness.stats.memory import compare_bytes
+from harness.stats.outliers import OutlierLabel, label_outliers
+from harness.stats.verdict import Comparison, Verdict
+from harness.stats.warmup import WarmupKind, WarmupResult, is_steady, warmup_end
+
+__all__ = [
+    "Comparison",
+    "Estimate",
+    "OutlierLabel",
+    "Pairing",
+    "Verdict",
+    "WarmupKind",
+    "WarmupResult",
+    "compare_bytes",
+    "compare_family",
+    "compare_trials",
+    "estimate_trials",
+    "is_steady",
+    "label_outliers",
+    "warmup_end",
+]

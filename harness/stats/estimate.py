@@ -1,0 +1,66 @@
+"""A value with its interval over replicates: what a report prints for one variant and one metric.
+
+One value a trial (the median of its samples) and Student's t over trials, because the process and not the sample is
+the unit (Kalibera & Jones 2013). On the log scale, since times and sizes scatter by factors: the centre is the
+geometric mean of the medians, and the interval cannot reach below zero.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from harness.stats.effect import from_log
+from harness.stats.samples import checked_trials
+from harness.stats.student import quantile
+from harness.stats.verdict import checked_alpha
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """A value, in the unit of the samples, with its (1 - alpha) interval over replicates."""
+
+    value: float
+    """Geometric mean of the trials' medians; the plain mean where a median is zero or negative."""
+    low: float | None
+    """Lower end; None with one replicate, from which an interval cannot be had."""
+    high: float | None
+    """Upper end; None with one replicate, or where it is larger than a float holds."""
+    replicates: int
+    """Trials."""
+    samples: int
+    """Samples of all trials together; they do not narrow the interval."""
+
+
+def estimate_trials(trials: Sequence[Sequence[float]], *, alpha: float = 0.05) -> Estimate:
+    """The estimate from one list of samples a trial.
+
+    With one replicate `low` and `high` are None: an interval cannot be had from one replicate, however many samples it
+    has. If any trial's median is zero or negative (a loss can be), logs are impossible and both the centre and the
+    interval are taken on the linear scale.
+
+    Raises ValueError, naming the trial and sample, for an empty list or trial and for NaN or infinite samples.
+    """
+    import numpy as np
+
+    checked_alpha(alpha)
+    arrays = checked_trials("trials", trials, positive=False)
+    medians = np.array([np.median(array) for array in arrays])
+    logs = bool((medians > 0).all())
+    values = np.log(medians) if logs else medians
+    centre = float(values.mean())
+    low: float | None = None
+    high: float | None = None
+    if values.size > 1:
+        half_width = quantile(values.size - 1, alpha / 2) * float(values.std(ddof=1)) / math.sqrt(values.size)
+        low, high = centre - half_width, centre + half_width
+        if logs:
+            low, high = from_log(low), from_log(high)
+    value = float(medians[0]) if medians.size == 1 else (math.exp(centre) if logs else centre)
+    return Estimate(
+        value=value, low=low, high=high, replicates=len(arrays), samples=sum(array.size for array in arrays)
+    )

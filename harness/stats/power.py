@@ -1,0 +1,70 @@
+"""What a comparison could have seen, and how many replicates the next one needs.
+
+"No difference found" says nothing without the difference that would have been found. Both numbers follow from the
+scatter just seen and the noncentral t (Cohen 1988); they plan the next run and judge nothing in this one. The power of
+two one-sided tests at a true ratio of 1 is that of Phillips (1990) in its usual approximation: both tests pass if
+neither fails, so each gets half of the permitted misses.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from harness.stats.student import noncentrality
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from harness.stats.effect import Spread
+    from harness.stats.verdict import Rule
+
+POWER = 0.8
+
+
+def detectable_log_effect(spread: Spread, rule: Rule) -> float:
+    """The smallest log ratio that is called `regressed` with 80 % power: the tolerance, plus what the scatter hides."""
+    if spread.standard_error == 0:
+        return rule.log_tolerance
+    return rule.log_tolerance + noncentrality(spread.df, rule.tail, POWER) * spread.standard_error
+
+
+def replicates_needed(spread: Spread, rule: Rule, *, may_be_equivalent: bool) -> int | None:
+    """Replicates (a side) for a verdict with 80 % power, whichever is true: a slow-down of `margin`, or none.
+
+    A slow-down of the margin must be called `regressed`; no slow-down must be called `equivalent`, where that verdict
+    can be had. A margin within the tolerance asks for no alarm, and only the second counts. None if nothing is left to
+    ask for.
+    """
+    sought = rule.log_margin - rule.log_tolerance
+    goals: list[tuple[float, float, float]] = []  # what to tell from zero, its tail, its power
+    if sought > 0:
+        goals.append((sought, rule.tail, POWER))
+    if may_be_equivalent:
+        goals.append((rule.log_margin, rule.alpha, (1 + POWER) / 2))
+    if not goals:
+        return None
+
+    def enough(replicates: int) -> bool:
+        df = spread.df_per_replicate * (replicates - 1)
+        return all(
+            distance * math.sqrt(replicates) >= noncentrality(df, tail, power) * spread.sd
+            for distance, tail, power in goals
+        )
+
+    return _smallest(enough)
+
+
+def _smallest(enough: Callable[[int], bool]) -> int:
+    """The smallest count from 2 on that is enough, where every larger one is too."""
+    high = 2
+    while not enough(high):
+        high *= 2
+    low = high // 2  # not enough, or 1, which never is
+    while high - low > 1:
+        middle = (low + high) // 2
+        if enough(middle):
+            high = middle
+        else:
+            low = middle
+    return high

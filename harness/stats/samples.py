@@ -1,0 +1,88 @@
+"""What counts as samples, and how a refusal reads.
+
+A comparer that swallows bad input turns it into a verdict: pyperf prints "Significant" for any exception inside its
+t-test (seen: two identical constant memory series). Here bad input never reaches the arithmetic. Every refusal names
+the side, the trial, the sample, the value and the remedy.
+"""
+
+from __future__ import annotations
+
+import math
+import reprlib
+from collections.abc import Sized
+from numbers import Real
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy import float64
+    from numpy.typing import NDArray
+
+
+def checked_trials(side: str, trials: Sequence[Sequence[float]], *, positive: bool) -> list[NDArray[float64]]:
+    """One float array a trial, in order.
+
+    `side` is what messages call the argument; `positive` also refuses zero and negative values.
+    Raises ValueError for no trial at all, and for whatever `checked_samples` refuses.
+    """
+    listed: object = trials
+    if isinstance(listed, str | bytes) or not isinstance(listed, Sized):
+        raise ValueError(f"{side} is {reprlib.repr(trials)}: pass a list with one list of samples a trial")
+    if len(trials) == 0:
+        raise ValueError(f"{side} has no trial: measure it first, or report it as missing instead of comparing it")
+    return [checked_samples(f"{side} trial {index}", trial, positive=positive) for index, trial in enumerate(trials)]
+
+
+def checked_samples(where: str, samples: Sequence[float], *, positive: bool) -> NDArray[float64]:
+    """A flat float array of finite samples, at least one.
+
+    Raises ValueError, naming `where`, the sample's index and its value, for anything else: an empty or nested list, a
+    sample that is not a real number, NaN, infinity and, if `positive`, zero and negative values.
+    """
+    import numpy as np
+
+    try:
+        raw: NDArray[Any] = np.asarray(samples)
+    except ValueError as error:
+        raise ValueError(f"{where} is {reprlib.repr(samples)}: pass one flat list of numbers a trial") from error
+    if raw.ndim != 1:
+        raise ValueError(f"{where} is {reprlib.repr(samples)}: pass one flat list of numbers a trial")
+    if raw.size == 0:
+        raise ValueError(f"{where} has no samples: leave a trial that measured nothing out, with its partner if paired")
+    values = raw.astype(float) if raw.dtype.kind in "iuf" else _converted(where, list(samples))
+    refused = ~np.isfinite(values)
+    if positive:
+        refused |= values <= 0
+    if refused.any():
+        index = int(refused.argmax())
+        wanted = "finite and above zero" if positive else "finite"
+        raise ValueError(
+            f"{where} sample {index} is {values[index]!s}: samples must be {wanted}; "
+            "mark that trial invalid and leave it out, with its partner if paired"
+        )
+    return values
+
+
+def checked_number(name: str, value: object, *, at_least: float, strictly: bool) -> float:
+    """`value` as a float. Raises ValueError, with its name, unless finite and >= (`strictly`: >) `at_least`."""
+    relation = "above" if strictly else "at least"
+    number = math.nan if isinstance(value, bool) or not isinstance(value, Real) else float(value)
+    if not math.isfinite(number) or number < at_least or (strictly and number == at_least):
+        raise ValueError(f"{name} is {value!r}: pass a finite number {relation} {at_least:g}")
+    return number
+
+
+def _converted(where: str, samples: list[object]) -> NDArray[float64]:
+    """The slow road for lists that numpy does not read as numbers: finds the one that is not, by name."""
+    import numpy as np
+
+    values = np.empty(len(samples))
+    for index, sample in enumerate(samples):
+        if isinstance(sample, bool) or not isinstance(sample, Real):
+            raise ValueError(f"{where} sample {index} is {sample!r}: samples must be numbers; convert or leave it out")
+        try:
+            values[index] = float(sample)
+        except OverflowError as error:
+            raise ValueError(f"{where} sample {index} is {sample!r}: too large for a float; check its unit") from error
+    return values

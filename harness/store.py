@@ -1,0 +1,152 @@
+"""Where runs live: one directory a run, records appended and synced one by one, nothing ever rewritten but the status.
+
+RUN/manifest.json    what was planned, on which machine, with which versions; written before the first trial
+RUN/trials.jsonl     one TrialRecord a line, fsynced after each: a crash loses at most the trial under way
+RUN/logs/            what each trial printed
+RUN/tokens-*.safetensors   the token stream that all trials trained on
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from harness import codec
+from harness.errors import InvalidRunError, UsageError
+from harness.record import SCHEMA, TrialRecord
+
+RunStatus = Literal["running", "complete", "interrupted", "failed"]
+ENV_RUNS = "LORAMETER_RUNS"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What must be known to read the records of a run and to repeat it."""
+
+    schema: int = SCHEMA
+    run: str
+    study: dict[str, Any]
+    phases: tuple[str, ...]
+    interleaving: str
+    order: tuple[str, ...]
+    """Trial ids in the order of the plan."""
+    seed: int
+    created_unix_s: float
+    provenance: dict[str, Any]
+    fingerprint: str
+    """Hash of the provenance fields that must agree for two runs to be compared."""
+    tokens: dict[str, Any] = field(default_factory=dict)
+    status: RunStatus = "running"
+
+
+def runs_dir(given: str | None) -> Path:
+    """`--runs-dir`, else $LORAMETER_RUNS, else ./.lorameter/runs; made if missing."""
+    path = Path(given or os.environ.get(ENV_RUNS) or Path(".lorameter") / "runs")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"runs directory {path}: cannot be made: {error.strerror}. Give another with --runs-dir."
+        ) from None
+    return path
+
+
+def new_run_id(study: str) -> str:
+    """Sortable by time, unique: 20260131-093000-study-a1b2."""
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{study}-{secrets.token_hex(2)}"
+
+
+class RunWriter:
+    """Appends to one run. Raises `InvalidRunError` if the disk refuses."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.path = folder / manifest.run
+        self._manifest = manifest
+        (self.path / "logs").mkdir(parents=True)
+        self._write_manifest()
+
+    def append(self, record: TrialRecord) -> None:
+        """Write one record and wait until the disk has it."""
+        line = codec.dumps(record) + "\n"
+        try:
+            with (self.path / "trials.jsonl").open("a", encoding="utf-8") as file:
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise InvalidRunError(f"run {self._manifest.run}: a record could not be written: {error}.") from error
+
+    def finish(self, status: RunStatus) -> None:
+        """State how the run ended."""
+        self._manifest = dataclasses.replace(self._manifest, status=status)
+        self._write_manifest()
+
+    def _write_manifest(self) -> None:
+        target = self.path / "manifest.json"
+        draft = target.with_suffix(".tmp")
+        with draft.open("w", encoding="utf-8") as file:
+            file.write(codec.dumps(self._manifest, indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(target)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """A run as read back."""
+
+    path: Path
+    manifest: Manifest
+    records: tuple[TrialRecord, ...]
+    damaged_lines: int = 0
+    """Lines that a crash cut short; their trials count as not run."""
+
+
+def read_run(name: str, folder: Path) -> Run:
+    """A run by id (in `folder`) or by directory.
+
+    Raises:
+        UsageError: no such run, or one written by another schema.
+    """
+    path = Path(name) if (Path(name) / "manifest.json").is_file() else folder / name
+    source = path / "manifest.json"
+    if not source.is_file():
+        known = ", ".join(run.name for run in list_runs(folder)[-3:]) or "none yet"
+        raise UsageError(f"run {name!r}: not found in {folder}. Latest runs: {known}.")
+    manifest = codec.from_json(
+        Manifest, _checked(json.loads(source.read_text(encoding="utf-8")), source), str(source.name)
+    )
+    records, damaged = [], 0
+    for line in _lines(path / "trials.jsonl"):
+        try:
+            data = json.loads(line)
+        except json.JSONDecodeError:
+            damaged += 1
+            continue
+        records.append(codec.from_json(TrialRecord, _checked(data, source), f"{name}, trials.jsonl"))
+    return Run(path=path, manifest=manifest, records=tuple(records), damaged_lines=damaged)
+
+
+def list_runs(folder: Path) -> list[Path]:
+    """Directories of runs, oldest first."""
+    return sorted(path.parent for path in folder.glob("*/manifest.json")) if folder.is_dir() else []
+
+
+def _checked(data: Any, source: Path) -> Any:
+    schema = data.get("schema") if isinstance(data, dict) else None
+    if schema != SCHEMA:
+        raise UsageError(f"{source}: schema {schema}, and this version reads {SCHEMA}. Use the version that wrote it.")
+    return data
+
+
+def _lines(path: Path) -> Iterator[str]:
+    if path.is_file():
+        with path.open(encoding="utf-8") as file:
+            yield from (line for line in file if line.strip())

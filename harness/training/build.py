@@ -1,0 +1,168 @@
+"""From a variant to something that can take a step: model with adapter, optimizer, schedule.
+
+Everything is PEFT's, bitsandbytes' and torch's own; this module only translates names. Seeding happens here and
+nowhere else: before the adapter is attached (its A matrices are random) and before the first step (dropout).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from transformers import get_scheduler
+
+from harness import catalogue
+from harness.record import TrialRequest
+from harness.training.models import load_base
+from harness.variant import ALL_LINEAR, Variant
+
+
+@dataclass(frozen=True, slots=True)
+class Trainee:
+    """What trains: the PEFT model, what is called in its place (compiled or not), optimizer and schedule."""
+
+    model: Any
+    forward: Any
+    optimizer: torch.optim.Optimizer
+    schedule: Any
+
+
+def seed_everything(seed: int) -> None:
+    """Seed python, numpy and torch on every device."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def build(request: TrialRequest, *, steps: int) -> Trainee:
+    """Load the base, attach the adapter, make the optimizer.
+
+    Args:
+        request: variant, workload, device and seed.
+        steps: optimizer steps that the schedule must span.
+    """
+    variant, device = request.variant, request.device
+    source = catalogue.resolve(request.workload.model)
+    _set_precision(variant)
+    base = load_base(source, variant, device=device, seed=request.workload.data_seed)
+    seed_everything(request.seed)
+    model = attach(base, variant)
+    model.train()
+    optimizer = make_optimizer(model, variant)
+    schedule = get_scheduler(
+        variant.schedule, optimizer, num_warmup_steps=round(variant.warmup_ratio * steps), num_training_steps=steps
+    )
+    forward = model
+    if variant.compile:
+        _own_caches(Path(request.scratch))
+        forward = torch.compile(model)
+    seed_everything(request.seed + 1)
+    return Trainee(model, forward, optimizer, schedule)
+
+
+def attach(base: Any, variant: Variant) -> Any:
+    """The base with a fresh adapter, as PEFT makes it."""
+    if variant.prepare_for_kbit:
+        base = prepare_model_for_kbit_training(
+            base,
+            use_gradient_checkpointing=variant.gradient_checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+        )
+    elif variant.gradient_checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        base.enable_input_require_grads()
+    model = get_peft_model(
+        base, lora_config(variant), autocast_adapter_dtype=variant.adapter_dtype in (None, "float32")
+    )
+    if variant.adapter_dtype is not None:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(getattr(torch, variant.adapter_dtype))
+    return model
+
+
+def lora_config(variant: Variant) -> LoraConfig:
+    """PEFT's configuration of a variant."""
+    targets: Any = list(variant.target_modules) or None
+    if variant.target_modules == (ALL_LINEAR,):
+        targets = ALL_LINEAR
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=variant.r,
+        lora_alpha=cast(int, variant.lora_alpha),
+        lora_dropout=variant.lora_dropout,
+        target_modules=targets,
+        bias=variant.bias,
+        use_rslora=variant.use_rslora,
+        use_dora=variant.use_dora,
+        init_lora_weights=True if variant.init_lora_weights == "default" else variant.init_lora_weights,
+    )
+
+
+def make_optimizer(model: Any, variant: Variant) -> torch.optim.Optimizer:
+    """The variant's optimizer over the trainable parameters only."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    options: dict[str, Any] = {"lr": variant.learning_rate, "weight_decay": variant.weight_decay}
+    if variant.optimizer in ("adamw", "adamw_fused"):
+        return torch.optim.AdamW(parameters, fused=variant.optimizer == "adamw_fused" or None, **options)
+    import bitsandbytes
+
+    paged = {"paged_adamw_32bit": "PagedAdamW32bit", "paged_adamw_8bit": "PagedAdamW8bit"}[variant.optimizer]
+    return cast(torch.optim.Optimizer, getattr(bitsandbytes.optim, paged)(parameters, **options))
+
+
+def _set_precision(variant: Variant) -> None:
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if variant.tf32 else "ieee"
+
+
+def _own_caches(scratch: Path) -> None:
+    """Empty compile caches for this trial: a cache that an earlier trial warmed would make this one look faster."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(scratch / "inductor")
+    os.environ["TRITON_CACHE_DIR"] = str(scratch / "triton")
+
+
+def linear4bit_layers(model: Any) -> list[Any]:
+    """All bitsandbytes 4-bit layers of a model."""
+    import bitsandbytes
+
+    return [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+
+
+def unpack_4bit(model: Any) -> None:
+    """Bring 4-bit layers back to their stored layout after inference on a CPU.
+
+    bitsandbytes repacks 4-bit weights in place at the first evaluating forward on a CPU with AVX512-BF16. After that a
+    backward pass loses its gradient without an error, and merging gives garbage (docs/method.md); `state_dict()`
+    restores the layout bit by bit.
+    """
+    for layer in linear4bit_layers(model):
+        layer.state_dict()
+
+
+@contextlib.contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Evaluation between training steps: every module in eval mode, no gradient, no repacking, all as it was after.
+
+    Every Dropout must be off, or a dropout sweep's losses are biased; see `unpack_4bit` for the repacking.
+    """
+    modes = {module: module.training for module in model.modules()}
+    layers = [(layer, layer.support_avx512bf16_for_cpu) for layer in linear4bit_layers(model)]
+    model.eval()
+    for layer, _ in layers:
+        layer.support_avx512bf16_for_cpu = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for layer, packs in layers:
+            layer.support_avx512bf16_for_cpu = packs
+        for module, mode in modes.items():
+            module.training = mode

@@ -1,0 +1,63 @@
+"""What a variant claims, as requirements for kernels_check: a variant that says nf4 requires nf4.
+
+A number is only worth reporting under a name that holds. Requirements follow from the variant; a study can add more.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from harness.variant import Variant
+
+_BACKEND = {"sdpa": "fused", "eager": "eager", "flash_attention_2": "flash_attention_2", "flex_attention": "flex"}
+_OPTIMIZER = {
+    "adamw": "torch.optim.AdamW",
+    "adamw_fused": "torch.optim.AdamW",
+    "paged_adamw_32bit": "bitsandbytes.optim.PagedAdamW32bit",
+    "paged_adamw_8bit": "bitsandbytes.optim.PagedAdamW8bit",
+}
+PAGED_FROM_ELEMENTS = 100_000
+"""bitsandbytes pages the state of a tensor from this many elements on (`Optimizer8bit.get_state_buffer`)."""
+
+
+def requirements_of(variant: Variant, trained_shapes: tuple[int, ...], *, packed: bool) -> dict[str, Any]:
+    """Requirements by path.
+
+    Args:
+        variant: the claim.
+        trained_shapes: elements of each trained tensor; decides which share of paged state bitsandbytes would page.
+        packed: whether the workload packs records, which must then be isolated.
+    """
+    bits = {"none": 32 if variant.dtype == "float32" else 16, "int8": 8}.get(variant.quantization, 4)
+    required: dict[str, Any] = {
+        "attention.backend": _BACKEND[variant.attention],
+        "attention.dtype": variant.autocast or variant.dtype,
+        "base.bits": bits,
+        "base.quant_type": variant.quantization,
+        "lora.attached": True,
+        "lora.learning": True,
+        "lora.dropout": float(variant.lora_dropout),
+        "optimizer.class": _OPTIMIZER[variant.optimizer],
+        "checkpointing": variant.gradient_checkpointing,
+        "mode": "train",
+    }
+    if variant.is_4bit:
+        required["base.double_quant"] = variant.double_quant
+        required["base.compute_dtype"] = variant.compute_dtype
+    if variant.bias == "none":  # otherwise biases of the base train on purpose
+        required["base.frozen"] = True
+    if variant.adapter_dtype is not None:
+        required["lora.dtype"] = variant.adapter_dtype
+    if variant.optimizer == "adamw_fused":
+        required["optimizer.fused"] = True
+    if variant.optimizer.startswith("paged"):
+        large = sum(size for size in trained_shapes if size >= PAGED_FROM_ELEMENTS)
+        # An optimizer named paged must page something, even where its tensors are all too small for bitsandbytes to.
+        required["optimizer.paged_share"] = max(0.01, large / sum(trained_shapes) - 0.01)
+    if variant.tf32:
+        required["tf32"] = True
+    if variant.compile:
+        required["compile"] = True
+    if packed:
+        required["packing.isolated"] = True
+    return required

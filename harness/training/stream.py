@@ -1,0 +1,74 @@
+"""Batches of a prepared token file, in one fixed order: every variant sees the identical stream.
+
+The file is mapped once; a batch is a view of it. With flash-attn the rows of a packed batch are joined into one, since
+its variable-length kernel takes one row of any number of isolated records (transformers detects it by the positions).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from harness.variant import Variant
+from harness.workload import Workload
+
+Batch = dict[str, torch.Tensor]
+
+
+class TokenStream:
+    """Endless training batches, held-out batches and prompts of one token file."""
+
+    def __init__(self, path: Path, workload: Workload, variant: Variant, device: str) -> None:
+        self._tensors = load_file(path)
+        self._workload = workload
+        self._device = device
+        self._joined = workload.layout == "packed" and variant.attention == "flash_attention_2"
+        self._next = 0
+        self.real_tokens = 0
+        """Real tokens handed out for training so far."""
+        self.padded_tokens = 0
+
+    @property
+    def sequences(self) -> int:
+        """Sequences in one epoch."""
+        return int(self._tensors["train.input_ids"].shape[0])
+
+    def take(self) -> Batch:
+        """The next training batch; after the last sequence the stream starts again."""
+        rows = [(self._next + offset) % self.sequences for offset in range(self._workload.batch_size)]
+        self._next = (rows[-1] + 1) % self.sequences
+        mask = self._tensors["train.attention_mask"][rows]
+        real = int(mask.sum())
+        self.real_tokens += real
+        self.padded_tokens += mask.numel() - real
+        return self._batch("train", rows)
+
+    def position(self) -> tuple[int, int, int]:
+        """Where the stream stands; `restore` brings it back there."""
+        return self._next, self.real_tokens, self.padded_tokens
+
+    def restore(self, position: tuple[int, int, int]) -> None:
+        """Go on from an earlier `position`, so that what a check consumed is trained on after all."""
+        self._next, self.real_tokens, self.padded_tokens = position
+
+    def held_out(self) -> Iterator[Batch]:
+        """All held-out batches, in order; the last may be smaller."""
+        count, size = int(self._tensors["held_out.input_ids"].shape[0]), self._workload.batch_size
+        for start in range(0, count, size):
+            yield self._batch("held_out", list(range(start, min(start + size, count))))
+
+    def prompt(self, index: int) -> torch.Tensor:
+        """Prompt `index` (modulo their number), shape (1, prompt_tokens)."""
+        prompts = self._tensors["prompts"]
+        return prompts[index % prompts.shape[0]].unsqueeze(0).to(self._device)
+
+    def _batch(self, split: str, rows: list[int]) -> Batch:
+        keys = ["input_ids", "labels"]
+        keys.append("position_ids" if self._workload.layout == "packed" else "attention_mask")
+        batch = {key: self._tensors[f"{split}.{key}"][rows] for key in keys}
+        if self._joined:
+            batch = {key: value.reshape(1, -1) for key, value in batch.items()}
+        return {key: value.to(self._device, non_blocking=True) for key, value in batch.items()}

@@ -1,0 +1,190 @@
+"""The child's side: a zygote that only imports, and the trials forked from it.
+
+Importing torch, transformers, peft and bitsandbytes takes seconds and says nothing about a variant, so it is paid once:
+the zygote imports and then does nothing but fork, and every trial starts in milliseconds in an interpreter that has
+run no model. The zygote must have one thread when it forks (a BLAS thread would leave the child with a locked mutex)
+and must never have touched the device.
+
+Protocol: JSON lines over sockets. On the control socket the parent sends `fork` (with the trial's own socket attached)
+and `reap`; on a trial's socket, commands that name a phase, each answered by a `Fragment`. Standard output and error
+go to the trial's log, so that nothing printed by a library can corrupt a result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import importlib
+import json
+import os
+import resource
+import signal
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from harness import codec
+from harness.record import SCHEMA, Failure, Fragment, Status, TrialRequest
+
+PRELOAD = ("torch", "transformers", "peft", "bitsandbytes", "harness.training.trial")
+"""What every trial needs; imported once by the zygote."""
+LAZY = ("transformers.models.llama.modeling_llama", "transformers.generation.utils", "peft.tuners.lora.bnb")
+"""Submodules that the libraries load at first use, which would else be paid for by each trial's first step."""
+_PR_SET_PDEATHSIG = 1
+
+
+def zygote(control: socket.socket) -> None:
+    """Import, announce what was imported, then fork and reap on request until the parent goes away."""
+    begin = time.perf_counter()
+    for name in PRELOAD:
+        importlib.import_module(name)
+    for name in LAZY:
+        with contextlib.suppress(ImportError):  # an optimisation: a library may move its own submodules
+            importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # the collector would otherwise write to shared pages in every child
+    hello = {"schema": SCHEMA, "pid": os.getpid(), "import_time_s": time.perf_counter() - begin} | _device()
+    _send(control, hello)
+    children: set[int] = set()
+    try:
+        while True:
+            message, descriptors, _, _ = socket.recv_fds(control, 65536, 1)
+            if not message:
+                return
+            command = json.loads(message)
+            if command["do"] == "fork":
+                _send(control, _fork(descriptors[0], control, children))
+            else:
+                pid = int(command["pid"])
+                _, status = os.waitpid(pid, 0)
+                children.discard(pid)
+                _send(control, {"status": os.waitstatus_to_exitcode(status)})
+    finally:
+        for pid in children:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def thread_count() -> int:
+    """Threads of this process, as the kernel counts them."""
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
+def _fork(descriptor: int, control: socket.socket, children: set[int]) -> dict[str, Any]:
+    threads = thread_count()
+    if threads != 1:
+        os.close(descriptor)
+        return {
+            "error": f"the zygote has {threads} threads and can only fork safely with one; set OPENBLAS_NUM_THREADS=1"
+        }
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            control.close()
+            _die_with_parent()
+            os.setsid()
+            with socket.socket(fileno=descriptor) as connection:
+                serve(connection)
+            code = 0
+        finally:
+            os._exit(code)  # no handler that the zygote's imports registered may run here
+    os.close(descriptor)
+    children.add(pid)
+    return {"pid": pid}
+
+
+def _device() -> dict[str, Any]:
+    """What torch sees, asked in the way that does not initialise CUDA (PYTORCH_NVML_BASED_CUDA_CHECK)."""
+    import torch
+
+    return {"device": "cuda" if torch.cuda.is_available() else "cpu", "torch": torch.__version__}
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def serve(connection: socket.socket) -> None:
+    """The loop of a trial's process: one reply for each command, until the parent closes the connection."""
+    _send(connection, {"pid": os.getpid(), "started_monotonic_s": time.monotonic()})
+    trials: dict[str, Any] = {}
+    with connection.makefile("r", encoding="utf-8") as lines:
+        for line in lines:
+            _send(connection, codec.to_json(_answer(json.loads(line), trials)))
+
+
+def _answer(command: dict[str, Any], trials: dict[str, Any]) -> Fragment:
+    """Run one command; whatever goes wrong becomes a fragment with a status, never a dead connection."""
+    from harness.training.trial import Trial
+
+    phase = str(command["do"])
+    try:
+        if phase == "prepare":
+            request = codec.from_json(TrialRequest, command["request"], "trial request")
+            _log_to(Path(request.log_path))
+            _limits(request)
+            trials[request.trial] = Trial(request)
+            return Fragment()
+        trial = trials[command["trial"]]
+        if phase == "turn":
+            return trial.turn(int(command["steps"]))  # type: ignore[no-any-return]
+        if phase not in ("build", "verify", "warm_up", "finish_training", "generate", "save_adapter"):
+            raise ValueError(f"unknown command {phase!r}")
+        return getattr(trial, phase)()  # type: ignore[no-any-return]
+    except Exception as error:
+        return failure_of(error, phase)
+
+
+def failure_of(error: BaseException, phase: str) -> Fragment:
+    """A fragment for an exception: `oom` when memory ran out, else `crashed`, with the traceback."""
+    text = traceback.format_exc()
+    sys.stderr.write(text)
+    sys.stderr.flush()
+    status: Status = "oom" if _is_out_of_memory(error) else "crashed"
+    message = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return Fragment().failed(status, Failure(phase=phase, kind=type(error).__name__, message=message, traceback=text))
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    text = str(error)  # torch's CPU allocator raises a plain RuntimeError
+    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
+
+
+def _log_to(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+
+
+def _limits(request: TrialRequest) -> None:
+    import torch
+
+    if request.device == "cpu":
+        torch.set_num_threads(request.threads)
+        limit = request.protocol.memory_limit_bytes
+        if limit is not None:
+            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def _send(connection: socket.socket, message: dict[str, Any]) -> None:
+    connection.sendall((json.dumps(message, allow_nan=False) + "\n").encode())
+
+
+def main(arguments: list[str]) -> int:
+    """`python -m harness.worker FD`: run the zygote on an inherited control socket."""
+    with socket.socket(fileno=int(arguments[0])) as control:
+        zygote(control)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,35 @@
+"""Proof that the fast paths a fine-tuning configuration asks for are the ones that ran.
+
+A flag says what was requested; only the operators, tensors and gradients of the measured process say what happened.
+The package stands alone: nothing of ``harness`` is imported, and importing it loads neither torch nor numpy.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kernels_check.check import REQUIREMENTS, STATUSES, Check, Requirement
+    from kernels_check.isolation import probe_isolation
+    from kernels_check.judge import verify
+    from kernels_check.rules import Rule, classify
+
+__all__ = ["REQUIREMENTS", "STATUSES", "Check", "Requirement", "Rule", "classify", "probe_isolation", "verify"]
+
+_HOME = {
+    "REQUIREMENTS": "check",
+    "STATUSES": "check",
+    "Check": "check",
+    "Requirement": "check",
+    "Rule": "rules",
+    "classify": "rules",
+    "probe_isolation": "isolation",
+    "verify": "judge",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

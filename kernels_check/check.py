@@ -1,0 +1,159 @@
+"""What can be required of a configuration, and the check that answers it.
+
+A requirement is met only by the status ``active``: evidence that is missing, ambiguous or broken never passes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
+
+Json: TypeAlias = bool | int | float | str | None
+Status: TypeAlias = Literal["active", "fallback", "absent", "unknown", "not_applicable"]
+
+STATUSES: tuple[Status, ...] = get_args(Status)
+"""``active``: seen, as required. ``fallback``: something else ran in its place. ``absent``: it is not there at all.
+``unknown``: the evidence cannot tell. ``not_applicable``: the question has no meaning here."""
+
+NAMES_SHOWN = 4
+"""How many offenders a reason names before it only counts them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """One requirement, what was observed of it, and the verdict with its reason; every field is a JSON value."""
+
+    path: str
+    required: Json
+    observed: Json
+    status: Status
+    reason: str
+
+    def __post_init__(self) -> None:
+        if self.status not in STATUSES:
+            raise ValueError(f"status {self.status!r} of {self.path} is none of {', '.join(STATUSES)}")
+
+    @property
+    def met(self) -> bool:
+        """Whether the requirement holds; only ``active`` does."""
+        return self.status == "active"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Requirement:
+    """The values that a path accepts."""
+
+    kind: Literal["flag", "choice", "bits", "share", "text"]
+    choices: tuple[Json, ...] = ()
+    """Accepted values of a ``choice`` or of ``bits``."""
+
+    def problem(self, value: object) -> str | None:
+        """Say what is wrong with ``value``, or None where it is acceptable."""
+        if self.kind == "flag":
+            return None if isinstance(value, bool) else "must be true or false"
+        if self.kind == "share":
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            return None if number and 0.0 <= float(value) <= 1.0 else "must be a number from 0 to 1"  # type: ignore[arg-type]
+        if self.kind == "text":
+            return None if isinstance(value, str) and value else "must be a non-empty string"
+        wanted = int if self.kind == "bits" else str
+        accepted = isinstance(value, wanted) and not isinstance(value, bool) and value in self.choices
+        return None if accepted else f"must be one of {', '.join(map(str, self.choices))}"
+
+
+_FLAG = Requirement(kind="flag")
+_DTYPE = Requirement(kind="choice", choices=("float64", "float32", "bfloat16", "float16"))
+
+FUSED_ATTENTION = frozenset({"flash", "efficient", "cudnn", "flash_attention_2"})
+"""Backends that never write the score matrix to memory; what the requirement ``fused`` stands for."""
+
+REQUIREMENTS: Mapping[str, Requirement] = {
+    "attention.backend": Requirement(
+        kind="choice",
+        choices=("flash", "efficient", "cudnn", "math", "eager", "flash_attention_2", "flex", "fused"),
+    ),
+    "attention.dtype": _DTYPE,
+    "attention.mask": Requirement(kind="choice", choices=("none", "causal", "explicit")),
+    "packing.isolated": _FLAG,
+    "base.bits": Requirement(kind="bits", choices=(4, 8, 16, 32)),
+    "base.quant_type": Requirement(kind="choice", choices=("nf4", "fp4", "int8", "none")),
+    "base.double_quant": _FLAG,
+    "base.compute_dtype": _DTYPE,
+    "base.frozen": _FLAG,
+    "base.gemm_path": Requirement(kind="choice", choices=("dequantize", "fused", "packed_cpu")),
+    "lora.attached": _FLAG,
+    "lora.learning": _FLAG,
+    "lora.dtype": _DTYPE,
+    "lora.dropout": Requirement(kind="share"),
+    "optimizer.class": Requirement(kind="text"),
+    "optimizer.fused": _FLAG,
+    "optimizer.paged_share": Requirement(kind="share"),
+    "checkpointing": _FLAG,
+    "tf32": _FLAG,
+    "compile": _FLAG,
+    "mode": Requirement(kind="choice", choices=("train", "eval")),
+}
+"""Every path, in the order in which checks are reported."""
+
+
+def validate(requirements: Mapping[str, object], *, has_batch: bool) -> None:
+    """Refuse an unknown path or a value of the wrong kind.
+
+    Raises:
+        ValueError: names the path and what it accepts.
+    """
+    for path, value in requirements.items():
+        requirement = REQUIREMENTS.get(path)
+        if requirement is None:
+            raise ValueError(f"unknown requirement {path!r}; known paths: {', '.join(REQUIREMENTS)}")
+        problem = requirement.problem(value)
+        if problem is not None:
+            raise ValueError(f"requirement {path}={value!r} {problem}")
+    if "packing.isolated" in requirements and not has_batch:
+        raise ValueError("requirement packing.isolated needs a packed batch to perturb: pass verify(..., batch=...)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """What a judge found on one path, before it is compared with what was required."""
+
+    observed: Json
+    reason: str
+    status: Status | None = None
+    """Set where comparing ``observed`` with ``required`` cannot decide."""
+    present: bool = True
+    """Whether the thing was there at all: decides the status of a path that nobody required."""
+    satisfies: bool | None = None
+    """Set where meeting the requirement is not plain equality."""
+
+    def against(self, path: str, required: Json) -> Check:
+        """Turn the finding into a check of ``path``."""
+        status = self.status
+        if required is None:
+            # An exception or an ambiguity stays unknown; a failure is no failure where nothing was asked.
+            status = status if status == "unknown" else "active" if self.present else "not_applicable"
+        elif status is None:
+            met = self.satisfies if self.satisfies is not None else self.observed == required
+            status = "active" if met else "fallback" if self.present else "absent"
+        return Check(path=path, required=required, observed=self.observed, status=status, reason=self.reason)
+
+
+def listed(names: Iterable[str]) -> str:
+    """Name the first few offenders and count the rest."""
+    everyone = list(names)
+    shown = ", ".join(everyone[:NAMES_SHOWN])
+    hidden = len(everyone) - NAMES_SHOWN
+    return f"{shown} and {hidden} more" if hidden > 0 else shown
+
+
+def joined(values: Iterable[str]) -> str | None:
+    """Spell a set of observed values: the value where there is one, ``a+b`` for a mix, None for nothing."""
+    distinct = sorted(set(values))
+    return "+".join(distinct) if distinct else None
+
+
+def counted(values: Iterable[str]) -> str:
+    """Spell how often each value was seen, most frequent first."""
+    return ", ".join(f"{count} {value}" for value, count in Counter(values).most_common())

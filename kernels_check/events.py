@@ -1,0 +1,253 @@
+"""From the events of one profiled step to the few facts that the judges need.
+
+An operator's name says which implementation the dispatcher chose, its input types say in which precision it ran, and
+its ancestors say when: everything below ``autograd::engine::evaluate_function`` runs in the backward pass, so a
+*forward* operator found there is a recomputation (gradient checkpointing). Under autocast the outer
+``aten::scaled_dot_product_attention`` still sees float, hence only the operator inside it is read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+import torch
+
+from kernels_check.rules import classify
+
+Direction = Literal["forward", "backward"]
+
+_BACKWARD_ROOT = "autograd::engine::evaluate_function"
+_OPTIMIZER_ROOT = "Optimizer.step#"
+_DTYPES = {"float": "float32", "double": "float64", "c10::BFloat16": "bfloat16", "c10::Half": "float16"}
+
+_ATTENTION_OPS = tuple(
+    (re.compile(pattern), backend)
+    for pattern, backend in (
+        (r"^aten::_scaled_dot_product_flash_attention(_for_cpu)?(_backward)?$", "flash"),
+        (r"^aten::_scaled_dot_product_efficient_attention(_backward)?$", "efficient"),
+        (r"^aten::_scaled_dot_product_cudnn_attention(_backward)?$", "cudnn"),
+        (r"^aten::_scaled_dot_product_attention_math", "math"),
+        (r"^SafeSoftmaxBackward0$", "math"),  # math has no backward operator of its own, this node is its trace
+        (r"^aten::_scaled_dot_product_fused_attention_overrideable(_backward)?$", "overrideable"),
+        (r"^aten::_flash_attention_(forward|backward)$", "flash"),
+        (r"^aten::_efficient_attention_(forward|backward)$", "efficient"),
+        (r"^torch_attn::_varlen_attn(_backward)?$", "flash"),
+        (r"^flash_attn::_flash_attn_(varlen_)?(forward|backward)$", "flash_attention_2"),
+        (r"^_flash_attn2_\w+::(varlen_)?(fwd|bwd)$", "flash_attention_2"),
+        (r"^(flash_attn_3|_\w*flash_attn3\w*)::\w*(fwd|bwd|forward|backward)$", "flash_attention_3"),
+        (r"^flex_attention(_backward)?$", "flex"),
+    )
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionCall:
+    """One call of an attention implementation; None where its operator does not say."""
+
+    op: str
+    backend: str
+    direction: Direction
+    recomputed: bool = False
+    """A forward call inside the backward pass."""
+    dtype: str | None = None
+    mask: bool | None = None
+    causal: bool | None = None
+    dropout: float | None = None
+    grouped: bool | None = None
+    """Fewer key and value heads than query heads."""
+    head_size: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FourbitCall:
+    """One forward multiplication with a 4-bit weight."""
+
+    op: str
+    path: Literal["dequantize", "fused", "packed_cpu", "unknown"]
+    dtype: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepProfile:
+    """What one profiled step executed."""
+
+    attention: tuple[AttentionCall, ...]
+    fourbit: tuple[FourbitCall, ...]
+    optimizer_ops: Mapping[str, int]
+    """Update operators below an optimizer step, with their number of calls."""
+    kernels: Mapping[str, int]
+    """Launches of each kernel rule (see ``rules``); empty without CUDA."""
+    unclassified: Mapping[str, int]
+    """Launches of each kernel that no rule knows."""
+    compiled_regions: int
+    compiler_lookups: int
+    """Dynamo cache look-ups; without a compiled region they mean that the code ran eagerly after all."""
+
+
+def summarise(events: Iterable[Any]) -> StepProfile:
+    """Reduce ``prof.events()`` of a step profiled with ``record_shapes=True``."""
+    every = list(events)
+    host = [event for event in every if event.device_type.name == "CPU"]
+    launched = [event.name for event in every if _is_kernel(event)]
+    known, unclassified = Counter[str](), Counter[str]()
+    for name in launched:
+        rule = classify(name)
+        if rule is None:
+            unclassified[name] += 1
+        else:
+            known[rule.name] += 1
+    return StepProfile(
+        attention=tuple(_attention_calls(host)),
+        fourbit=tuple(_fourbit_calls(host, on_cuda=bool(launched))),
+        optimizer_ops=Counter(event.name for event in host if _is_update(event)),
+        kernels=known,
+        unclassified=unclassified,
+        compiled_regions=sum(event.name.startswith("Torch-Compiled Region") for event in host),
+        compiler_lookups=sum(event.name == "TorchDynamo Cache Lookup" for event in host),
+    )
+
+
+def attention_backend(op: str) -> str | None:
+    """Name the attention implementation an operator belongs to, None for any other operator."""
+    return next((backend for pattern, backend in _ATTENTION_OPS if pattern.search(op)), None)
+
+
+def _is_kernel(event: Any) -> bool:
+    return event.device_type.name == "CUDA" and not getattr(event, "is_user_annotation", False)
+
+
+def _ancestors(event: Any) -> Iterator[Any]:
+    while event.cpu_parent is not None:
+        event = event.cpu_parent
+        yield event
+
+
+def _descendants(event: Any) -> Iterator[Any]:
+    for child in event.cpu_children:
+        yield child
+        yield from _descendants(child)
+
+
+def _in_backward(event: Any) -> bool:
+    return any(parent.name.startswith(_BACKWARD_ROOT) for parent in _ancestors(event))
+
+
+def _is_update(event: Any) -> bool:
+    if not event.name.startswith(("aten::_fused_", "aten::_foreach_", "aten::addcdiv", "bitsandbytes::optimizer")):
+        return False
+    return any(parent.name.startswith(_OPTIMIZER_ROOT) for parent in _ancestors(event))
+
+
+def _attention_calls(host: list[Any]) -> Iterator[AttentionCall]:
+    scores: set[tuple[int, ...]] = set()
+    eager: list[Any] = []
+    for event in host:
+        backend = attention_backend(event.name)
+        if backend is not None and not any(attention_backend(parent.name) for parent in _ancestors(event)):
+            yield _named_call(event, backend)
+        elif _is_score_softmax(event):
+            eager.append(event)
+            scores.add(tuple(event.input_shapes[0]))
+    masked = any(_adds_mask(event, scores) for event in host) if eager else False
+    for event in eager:
+        backward = event.name.endswith("_backward_data")
+        yield AttentionCall(
+            op=event.name,
+            backend="eager",
+            direction="backward" if backward else "forward",
+            recomputed=not backward and _in_backward(event),
+            dtype=_dtype(event, 0),
+            mask=masked,
+            causal=False,
+        )
+
+
+def _is_score_softmax(event: Any) -> bool:
+    """Recognise the softmax of attention written out: over scores of four dimensions, outside any fused operator.
+
+    The loss uses ``_log_softmax``, a router of experts a softmax over fewer dimensions.
+    """
+    if event.name not in ("aten::softmax", "aten::_softmax", "aten::_softmax_backward_data"):
+        return False
+    if not event.input_shapes or len(event.input_shapes[0]) != 4:
+        return False
+    return not any(
+        parent.name in ("aten::softmax", "aten::_safe_softmax") or attention_backend(parent.name)
+        for parent in _ancestors(event)
+    )
+
+
+def _adds_mask(event: Any, scores: set[tuple[int, ...]]) -> bool:
+    if event.name != "aten::add" or len(event.input_shapes) < 2:
+        return False
+    left, right = (tuple(shape) for shape in event.input_shapes[:2])
+    return left in scores and len(right) == 4 and right[1] == 1 and right[-1] == left[-1]
+
+
+def _named_call(event: Any, backend: str) -> AttentionCall:
+    backward = re.search(r"backward|bwd", event.name, re.IGNORECASE) is not None
+    if backward:
+        return AttentionCall(op=event.name, backend=backend, direction="backward", dtype=_dtype(event, 0))
+    shapes = event.input_shapes
+    mask = _argument(event.name, ("attn_mask", "attn_bias"))
+    causal = _value(event, _argument(event.name, ("is_causal", "causal")))
+    dropout = _value(event, _argument(event.name, ("dropout_p", "p_dropout")))
+    four_dimensional = event.name.startswith("aten::_scaled") and all(len(shape) == 4 for shape in shapes[:2])
+    return AttentionCall(
+        op=event.name,
+        backend=backend,
+        direction="forward",
+        recomputed=_in_backward(event),
+        dtype=_dtype(event, 0),
+        mask=None if mask is None else mask >= 0 and bool(event.input_dtypes[mask]),
+        causal=causal if isinstance(causal, bool) else None,
+        dropout=float(dropout) if isinstance(dropout, int | float) else None,
+        grouped=shapes[0][1] != shapes[1][1] if four_dimensional else None,
+        head_size=shapes[0][-1] if shapes and shapes[0] else None,
+    )
+
+
+@cache
+def _argument(op: str, names: tuple[str, ...]) -> int | None:
+    """Position of an argument in the operator's schema: -1 where it takes none, None where no schema is known."""
+    namespace, _, name = op.partition("::")
+    packet = getattr(getattr(torch.ops, namespace, None), name, None) if name else None
+    if packet is None:
+        return None
+    arguments = getattr(packet, packet.overloads()[0])._schema.arguments
+    return next((index for index, argument in enumerate(arguments) if argument.name in names), -1)
+
+
+def _value(event: Any, index: int | None) -> Any:
+    in_range = index is not None and 0 <= index < len(event.concrete_inputs)
+    return event.concrete_inputs[index] if in_range else None
+
+
+def _dtype(event: Any, index: int) -> str | None:
+    types = event.input_dtypes
+    return _DTYPES.get(types[index], types[index] or None) if types and index < len(types) else None
+
+
+def _fourbit_calls(host: list[Any], *, on_cuda: bool) -> Iterator[FourbitCall]:
+    """Tell the path of each 4-bit product by what the operator calls inside.
+
+    The operator is ``gemm_4bit`` on every path; dequantising ends in an ordinary ``aten::linear``, the fused CUDA
+    kernel in none (bitsandbytes 0.50 ``backends/cuda/ops.py``). Packed weights of AVX512 use ``gemv_4bit``.
+    """
+    for event in host:
+        if event.name == "bitsandbytes::gemv_4bit":
+            path: Any = "fused" if on_cuda else "packed_cpu"
+        elif event.name == "bitsandbytes::gemm_4bit":
+            inside = {child.name for child in _descendants(event)}
+            if inside & {"aten::linear", "bitsandbytes::dequantize_4bit"}:
+                path = "dequantize"
+            else:
+                path = "fused" if on_cuda else "unknown"
+        else:
+            continue
+        yield FourbitCall(op=event.name, path=path, dtype=_dtype(event, 0))

@@ -1,0 +1,232 @@
+"""Run the step at most three times and write down what happened.
+
+1. A bare call, with nothing attached to the model: it triggers compilation, kernel autotuning and lazy initialisation
+   as training would, and moves lora_B off zero (before that the gradient of lora_A is exactly zero).
+2. A call under the profiler, with hooks that count calls of the adapter's modules. Hooks come after the first call so
+   that they are never traced into compiled code, which would keep them for good.
+3. A third call only if fewer than two optimizer steps were seen (a gradient scaler skips steps that overflow).
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.profiler import ProfilerActivity, profile
+
+from kernels_check.adapter_layers import lora_layers
+from kernels_check.events import StepProfile, summarise
+from kernels_check.restore import Snapshot, synchronise
+
+MOST_CALLS = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GradientSeen:
+    """What reached one trainable parameter over the watched steps."""
+
+    nonzero: bool
+    finite: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerSeen:
+    """One optimizer that stepped, as it stood after its last watched step."""
+
+    classes: tuple[str, ...]
+    """Qualified names of its class and every base class, the class first."""
+    learning_rates: tuple[float, ...]
+    parameters: frozenset[int]
+    """Identities of the parameters it updates."""
+    state_bytes: int
+    paged_bytes: int
+    """Bytes of the state tensors that really live in paged (managed) memory."""
+    claims_paged: bool
+    """The optimizer's own flag, which stays true where nothing is paged."""
+    fused_requested: bool | None
+    on_cpu: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observation:
+    """Everything seen over the watched calls of the step."""
+
+    profile: StepProfile
+    calls: int
+    optimizer_steps: int
+    optimizers: tuple[OptimizerSeen, ...]
+    gradients: Mapping[str, GradientSeen]
+    """Parameters that a gradient reached, by name."""
+    changed: frozenset[str]
+    """Trainable parameters that differ from before the first call."""
+    module_calls: Mapping[str, int]
+    """Calls of LoRA layers and of their parts in the profiled call; empty where the model is compiled."""
+    recomputed: frozenset[str]
+    """LoRA layers that were called inside the backward pass."""
+    modes: Mapping[str, bool]
+    """``training`` of every module while the step ran."""
+    drew_random: bool
+
+
+@dataclass(slots=True)
+class _Watcher:
+    model: nn.Module
+    snapshot: Snapshot
+    names: dict[int, str]
+    optimizers: dict[int, Any] = field(default_factory=dict)
+    seen: dict[int, OptimizerSeen] = field(default_factory=dict)
+    steps: int = 0
+    gradients: dict[str, GradientSeen] = field(default_factory=dict)
+    calls: Counter[str] = field(default_factory=Counter)
+    recomputed: set[str] = field(default_factory=set)
+    modes: dict[str, bool] = field(default_factory=dict)
+    modes_noted: bool = False
+
+    def before_update(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        """Global optimizer hook: the one moment at which gradients are complete and nothing has moved."""
+        self.snapshot.watch(optimizer)
+        self.optimizers[id(optimizer)] = optimizer
+        self.note_modes()
+        self.note_gradients()
+
+    def after_update(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        """Global optimizer hook: the optimizer's state exists from here on."""
+        self.seen[id(optimizer)] = _describe(optimizer)
+        self.steps += 1
+
+    def note_modes(self) -> None:
+        """Record the train/eval modes once a call."""
+        if not self.modes_noted:
+            self.modes_noted = True
+            self.modes = {name: module.training for name, module in self.model.named_modules()}
+
+    def note_gradients(self) -> None:
+        """Record which gradients are there, and whether they carry anything."""
+        for name, parameter in self.model.named_parameters():
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            before = self.gradients.get(name, GradientSeen(nonzero=False, finite=True))
+            self.gradients[name] = GradientSeen(
+                nonzero=before.nonzero or bool(torch.count_nonzero(gradient)),
+                finite=before.finite and bool(torch.isfinite(gradient).all()),
+            )
+
+    def note_call(self, module: nn.Module, inputs: Any) -> None:
+        """Forward hook of the adapter's modules."""
+        self.note_modes()
+        name = self.names[id(module)]
+        self.calls[name] += 1
+        if torch._C._current_graph_task_id() != -1:  # a forward call while the autograd engine is running
+            self.recomputed.add(name)
+
+
+def observe(model: nn.Module, step: Callable[[], object], snapshot: Snapshot) -> Observation:
+    """Call ``step`` two or three times; the caller restores ``snapshot`` afterwards."""
+    watcher = _Watcher(model, snapshot, _adapter_modules(model))
+    handles = [
+        register_optimizer_step_pre_hook(watcher.before_update),
+        register_optimizer_step_post_hook(watcher.after_update),
+    ]
+    calls = 0
+
+    def call() -> None:
+        nonlocal calls
+        calls += 1
+        watcher.modes_noted = False
+        step()
+        if not watcher.optimizers:
+            watcher.note_modes()
+            watcher.note_gradients()
+
+    try:
+        call()
+        modules = dict(model.named_modules())
+        handles += [modules[name].register_forward_pre_hook(watcher.note_call) for name in watcher.names.values()]
+        counts, events = _profiled(call), watcher.calls.copy()
+        while watcher.steps < 2 and calls < MOST_CALLS:
+            call()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Observation(
+        profile=counts,
+        calls=calls,
+        optimizer_steps=watcher.steps,
+        optimizers=tuple(watcher.seen.values()),
+        gradients=watcher.gradients,
+        changed=snapshot.changed(),
+        module_calls=events,
+        recomputed=frozenset(watcher.recomputed),
+        modes=watcher.modes,
+        drew_random=snapshot.random.advanced(),
+    )
+
+
+def _adapter_modules(model: nn.Module) -> dict[int, str]:
+    """Names of the LoRA layers and their active parts, by identity."""
+    names: dict[int, str] = {}
+    for layer in lora_layers(model):
+        names[id(layer.module)] = layer.name
+        for name, part in layer.parts():
+            if isinstance(part, nn.Module):
+                names[id(part)] = name
+    return names
+
+
+def _profiled(call: Callable[[], None]) -> StepProfile:
+    activities = [ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(ProfilerActivity.CUDA)
+    synchronise()
+    with _quiet_kineto(), profile(activities=activities, record_shapes=True) as recorded:
+        call()
+        synchronise()
+    return summarise(recorded.events() or ())
+
+
+@contextmanager
+def _quiet_kineto() -> Iterator[None]:
+    """Silence the two lines that Kineto writes to stderr per profile."""
+    before = os.environ.get("KINETO_LOG_LEVEL")
+    os.environ["KINETO_LOG_LEVEL"] = "99"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["KINETO_LOG_LEVEL"]
+        else:
+            os.environ["KINETO_LOG_LEVEL"] = before
+
+
+def _describe(optimizer: Any) -> OptimizerSeen:
+    parameters = [value for group in optimizer.param_groups for value in group["params"]]
+    # Quantisation maps are shared between the states of many parameters: count each tensor once.
+    tensors = {id(value): value for state in optimizer.state.values() for value in _tensors(state)}.values()
+    size = {id(value): value.numel() * value.element_size() for value in tensors}
+    rates = []
+    for group in optimizer.param_groups:
+        with suppress(TypeError, ValueError):
+            rates.append(float(group.get("lr", 1.0)))
+    return OptimizerSeen(
+        classes=tuple(f"{kind.__module__}.{kind.__qualname__}" for kind in type(optimizer).__mro__),
+        learning_rates=tuple(rates),
+        parameters=frozenset(map(id, parameters)),
+        state_bytes=sum(size.values()),
+        paged_bytes=sum(size[id(value)] for value in tensors if getattr(value, "is_paged", False) is True),
+        claims_paged=bool(getattr(optimizer, "is_paged", False)),
+        fused_requested=optimizer.defaults.get("fused"),
+        on_cpu=all(value.device.type == "cpu" for value in parameters),
+    )
+
+
+def _tensors(state: Any) -> list[Tensor]:
+    values = state.values() if isinstance(state, dict) else ()
+    return [value for value in values if isinstance(value, Tensor)]

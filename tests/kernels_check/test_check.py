@@ -1,0 +1,100 @@
+"""Requirements are validated and findings become checks by one rule."""
+
+import dataclasses
+import json
+
+import pytest
+
+from kernels_check.check import REQUIREMENTS, Check, Finding, counted, joined, listed, validate
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("attention.backend", "fast"),
+        ("attention.backend", True),
+        ("attention.dtype", "torch.bfloat16"),
+        ("base.bits", True),
+        ("base.bits", 3),
+        ("base.bits", 4.0),
+        ("base.frozen", "yes"),
+        ("base.frozen", 1),
+        ("lora.dropout", 1.5),
+        ("lora.dropout", False),
+        ("optimizer.paged_share", "half"),
+        ("optimizer.class", ""),
+        ("mode", None),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_refused_by_name(path, value):
+    """The message names the path and the value."""
+    with pytest.raises(ValueError, match=path) as caught:
+        validate({path: value}, has_batch=False)
+    assert repr(value) in str(caught.value)
+
+
+def test_an_unknown_path_is_refused_with_the_known_ones():
+    """A typing error cannot silently require nothing."""
+    with pytest.raises(ValueError, match=r"attention\.backened.*attention\.backend"):
+        validate({"attention.backened": "flash"}, has_batch=False)
+
+
+def test_isolation_cannot_be_required_without_a_batch():
+    """There is nothing to perturb otherwise."""
+    with pytest.raises(ValueError, match=r"packing\.isolated.*batch"):
+        validate({"packing.isolated": True}, has_batch=False)
+    validate({"packing.isolated": True}, has_batch=True)
+
+
+def test_every_path_of_the_contract_is_known():
+    """Other programs rely on these names."""
+    assert set(REQUIREMENTS) == {
+        *("attention.backend", "attention.dtype", "attention.mask", "packing.isolated", "base.bits", "base.quant_type"),
+        *("base.double_quant", "base.compute_dtype", "base.frozen", "base.gemm_path", "lora.attached", "lora.learning"),
+        *("lora.dtype", "lora.dropout", "optimizer.class", "optimizer.fused", "optimizer.paged_share"),
+        *("checkpointing", "tf32", "compile", "mode"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("finding", "required", "status"),
+    [
+        (Finding(observed="flash", reason=""), "flash", "active"),
+        (Finding(observed="math", reason=""), "flash", "fallback"),
+        (Finding(observed=None, reason="", present=False), "flash", "absent"),
+        (Finding(observed=False, reason="", present=False), False, "active"),
+        (Finding(observed="math", reason=""), None, "active"),
+        (Finding(observed=None, reason="", present=False), None, "not_applicable"),
+        (Finding(observed=None, reason="", status="unknown"), None, "unknown"),
+        (Finding(observed=None, reason="", status="unknown"), "flash", "unknown"),
+        (Finding(observed=0.75, reason="", satisfies=True), 0.5, "active"),
+    ],
+)
+def test_status_follows_from_what_was_seen_and_asked(finding, required, status):
+    """Only a satisfied requirement is active; an unasked path says what was seen."""
+    assert finding.against("attention.backend", required).status == status
+
+
+def test_only_active_is_met():
+    """Unknown evidence never passes."""
+    for status in ("fallback", "absent", "unknown", "not_applicable"):
+        assert not Check(path="mode", required="train", observed=None, status=status, reason="").met
+    assert Check(path="mode", required="train", observed="train", status="active", reason="").met
+
+
+def test_a_check_is_frozen_json_with_a_known_status():
+    """Checks cross process boundaries as JSON."""
+    check = Check(path="mode", required="train", observed="train", status="active", reason="")
+    assert json.loads(json.dumps(dataclasses.asdict(check)))["observed"] == "train"
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        check.status = "absent"
+    with pytest.raises(ValueError, match="passed"):
+        Check(path="mode", required=None, observed=None, status="passed", reason="")
+
+
+def test_reasons_name_few_and_count_the_rest():
+    """A reason stays readable for a model of a thousand layers."""
+    assert listed(["a", "b"]) == "a, b"
+    assert listed(str(n) for n in range(9)) == "0, 1, 2, 3 and 5 more"
+    assert (joined(["math", "flash", "math"]), joined([])) == ("flash+math", None)
+    assert counted(["math", "flash", "math"]) == "2 math, 1 flash"
