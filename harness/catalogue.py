@@ -154,7 +154,7 @@ def resolve(model: str) -> ModelSource:
     name = model.removeprefix(RANDOM_PREFIX)
     if entry := CATALOGUE.get(name):
         source = _resolve_entry(entry, model, random=random)
-    elif (path := Path(name).expanduser()).exists():
+    elif (path := Path(name).expanduser()).exists() and name:
         source = _resolve_path(path, model)
     elif _HUB_ID.fullmatch(name) and path.suffix != ".gguf":
         source = ModelSource(
@@ -305,7 +305,7 @@ def _config_shape(config: Mapping[str, Any], source: ModelSource) -> ModelShape:
 
 
 def _gguf_shape(source: ModelSource) -> ModelShape:
-    reader = _open_gguf(source)
+    reader = open_gguf(Path(source.location))
     fields = {name: field for name, field in reader.fields.items() if not name.startswith("tokenizer.")}
     metadata = {name: field.contents() for name, field in fields.items()}
     architecture = str(metadata.get("general.architecture", "unknown"))
@@ -341,18 +341,23 @@ def _complete(values: dict[str, int | None], *, tied: bool, architecture: str, s
     return ModelShape(**known, tied=tied, architecture=architecture)
 
 
-def _open_gguf(source: ModelSource) -> Any:
+def open_gguf(path: Path) -> Any:
+    """The file's `gguf.GGUFReader`; tensors are mapped, not read.
+
+    Raises:
+        UsageError: the package gguf is missing, or this is no GGUF file.
+    """
     try:
         import gguf
     except ImportError:
         raise impossible(
-            "catalogue", "model", source.label, "reading it needs the package gguf", "pip install 'lorameter[gguf]'"
+            "catalogue", "model", str(path), "reading it needs the package gguf", "pip install 'lorameter[gguf]'"
         ) from None
     try:
-        return gguf.GGUFReader(source.location)
+        return gguf.GGUFReader(path)
     except Exception as error:  # the reader indexes into the file and raises whatever that ends in
         raise impossible(
-            "catalogue", "model", source.label, f"not a readable GGUF file ({error})", "Download it again."
+            "catalogue", "model", str(path), f"not a readable GGUF file ({error})", "Download it again."
         ) from None
 
 

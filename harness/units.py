@@ -82,16 +82,21 @@ def decimals(spread: float) -> int:
 
 
 def format_interval(value: float, low: float | None, high: float | None, unit: Unit) -> str:
-    """`value [low, high] unit`, all three in one scale and with the digits that the interval supports.
+    """`value unit [low, high]`, all three in one scale and with the digits that the interval supports.
 
     Without an interval (one replicate) the value stands with `[no interval]`, never alone.
     """
     factor, symbol = scale_of(value, unit)
     suffix = symbol if symbol.startswith("/") else f" {symbol}".rstrip()
     if low is None or high is None:
-        return f"{value / factor:.3g} [no interval]{suffix}"
+        return f"{value / factor:.3g}{suffix} [no interval]"
     places = min(decimals((high - low) / 2 / factor), 4)
-    return f"{value / factor:.{places}f} [{low / factor:.{places}f}, {high / factor:.{places}f}]{suffix}"
+    return f"{value / factor:.{places}f}{suffix} [{low / factor:.{places}f}, {high / factor:.{places}f}]"
+
+
+def format_ratio(ratio: float | None, low: float | None, high: float | None) -> str:
+    """A ratio with its interval; a dash where there is none."""
+    return "–" if ratio is None else format_interval(ratio, low, high, "1")
 
 
 def format_bytes(value: float) -> str:

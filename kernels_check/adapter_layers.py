@@ -64,8 +64,8 @@ def lora_layers(model: nn.Module) -> list[LoraLayer]:
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a parameter name belongs to an adapter: a LoRA factor, or a trained copy of a whole module."""
-    return "lora_" in name or ".modules_to_save." in name
+    """Whether a parameter belongs to an adapter: a LoRA factor, or a trained copy of a module or of some tokens."""
+    return any(mark in name for mark in ("lora_", ".modules_to_save.", ".trainable_tokens_"))
 
 
 def _active(module: Any) -> tuple[str, ...]:

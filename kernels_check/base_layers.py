@@ -74,7 +74,9 @@ def _four_bit(layer: Any, weight: Any) -> Storage:
         scales += state.state2.absmax.numel() * state.state2.absmax.element_size()
         expected += math.ceil(blocks / _NESTED_BLOCK) * 4
     problem = None
-    if stored != math.ceil(weights / 2):
+    if weights != layer.in_features * layer.out_features:
+        problem = f"quant_state describes {weights} weights, the layer has {layer.in_features * layer.out_features}"
+    elif stored != math.ceil(weights / 2):
         problem = f"{stored} bytes for {weights} weights, 4-bit takes {math.ceil(weights / 2)}"
     elif scales != expected or (nested and state.absmax.dtype != torch.uint8):
         problem = f"{scales} bytes of {_short(state.absmax.dtype)} scales, expected {expected}"
@@ -149,7 +151,8 @@ def judge_gemm_path(model: nn.Module, seen: Observation) -> Finding:
 class Digest:
     """A fingerprint of the base weights' raw bytes."""
 
-    sha256: str
+    tensors: Mapping[str, tuple[str, str]]
+    """dtype and sha256 of every tensor, by name."""
     hashed_bytes: int
     total_bytes: int
     packed: bool
@@ -158,18 +161,18 @@ class Digest:
 
 def digest(model: nn.Module) -> Digest:
     """Hash the base: parameters that are no adapter's, and the scales of quantised ones."""
-    tensors = [tensor.detach() for tensor in _base_tensors(model)]
-    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    tensors = {name: tensor.detach() for name, tensor in _base_tensors(model)}
+    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     stride = math.ceil(total / HASHED_BYTES) or 1
-    hashed, sha = 0, hashlib.sha256()
-    for tensor in tensors:
+    hashes, hashed = {}, 0
+    for name, tensor in tensors.items():
         raw = tensor.contiguous().reshape(-1).view(torch.uint8)
-        if stride > 1 and raw.numel() >= stride * _PAGE_BYTES:
+        if stride > 1 and raw.numel() > _PAGE_BYTES:
             raw = raw[: raw.numel() // _PAGE_BYTES * _PAGE_BYTES].view(-1, _PAGE_BYTES)[::stride].contiguous()
-        sha.update(raw.cpu().numpy().tobytes())
+        hashes[name] = (_short(tensor.dtype), hashlib.sha256(raw.cpu().numpy().tobytes()).hexdigest())
         hashed += raw.numel()
     packed = any(storage(layer.base).packed_for_cpu for layer in lora_layers(model))
-    return Digest(sha256=sha.hexdigest(), hashed_bytes=hashed, total_bytes=total, packed=packed)
+    return Digest(tensors=hashes, hashed_bytes=hashed, total_bytes=total, packed=packed)
 
 
 def judge_frozen(model: nn.Module, seen: Observation, before: Digest, after: Digest) -> Finding:
@@ -184,28 +187,47 @@ def judge_frozen(model: nn.Module, seen: Observation, before: Digest, after: Dig
     ):
         if names:
             faults.append(f"{len(names)} base parameters {problem}: {listed(names)}")
-    part = "all" if after.hashed_bytes == after.total_bytes else f"an even sample of {after.hashed_bytes / 2**20:.0f}"
+    part = "all" if after.hashed_bytes == after.total_bytes else f"an even sample of {after.hashed_bytes / 2**20:.2f}"
     what = f"sha256 over {part} of {after.total_bytes / 2**20:.1f} MiB"
-    if before.sha256 == after.sha256:
-        faults_or_none = "; ".join(faults) or f"{what} unchanged over {seen.calls} steps, no gradient, not optimised"
-        return Finding(observed=not faults, reason=faults_or_none)
-    if before.packed != after.packed:
+    changed, recast = _compare(before, after)
+    if changed and before.packed != after.packed:
         reason = "an eval forward repacked Linear4bit weights in place (AVX512 layout): bytes cannot be compared"
         return Finding(observed=None, status="unknown", reason="; ".join([*faults, reason]))
-    return Finding(observed=False, reason="; ".join([*faults, f"{what} changed over {seen.calls} steps"]))
+    if changed:
+        faults.append(f"{what}: {len(changed)} tensors changed over {seen.calls} steps: {listed(changed)}")
+    good = f"{what} unchanged over {seen.calls} steps, no gradient, not optimised"
+    # bitsandbytes casts a bias to the compute dtype in the first forward: not trained, but not silent either.
+    note = f"; cast once by the forward: {listed(recast)}" if recast else ""
+    return Finding(observed=not faults, reason=("; ".join(faults) or good) + note)
 
 
-def _base_tensors(model: nn.Module) -> Iterator[Tensor]:
+def _compare(before: Digest, after: Digest) -> tuple[list[str], list[str]]:
+    """Names of the tensors whose bytes changed, and of those that changed with their dtype."""
+    changed: list[str] = []
+    recast: list[str] = []
+    for name in sorted(before.tensors.keys() | after.tensors.keys()):
+        old, new = before.tensors.get(name), after.tensors.get(name)
+        if old != new:
+            same_type = old is None or new is None or old[0] == new[0]
+            (changed if same_type else recast).append(name)
+    return changed, recast
+
+
+def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in model.named_parameters():
-        if is_adapter(name) or parameter.is_meta:
-            continue
-        yield parameter.data
-        state = getattr(parameter, "quant_state", None)
-        second = getattr(state, "state2", None)
-        held = (getattr(state, "absmax", None), getattr(second, "absmax", None), getattr(parameter, "SCB", None))
-        for scales in held:
+        if not is_adapter(name) and not parameter.is_meta:
+            yield name, parameter.data
+    for name, module in model.named_modules():
+        # The scales of LLM.int8 move from the weight to the module in the first forward.
+        weight, moved = getattr(module, "weight", None), getattr(getattr(module, "state", None), "SCB", None)
+        state = getattr(weight, "quant_state", None) or getattr(module, "quant_state", None)
+        for label, scales in (
+            ("absmax", getattr(state, "absmax", None)),
+            ("nested_absmax", getattr(getattr(state, "state2", None), "absmax", None)),
+            ("SCB", getattr(weight, "SCB", None) if moved is None else moved),
+        ):
             if isinstance(scales, Tensor):
-                yield scales
+                yield f"{name}.{label}", scales
 
 
 def _stored(model: nn.Module) -> dict[str, Storage]:

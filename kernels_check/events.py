@@ -250,4 +250,5 @@ def _fourbit_calls(host: list[Any], *, on_cuda: bool) -> Iterator[FourbitCall]:
                 path = "fused" if on_cuda else "unknown"
         else:
             continue
-        yield FourbitCall(op=event.name, path=path, dtype=_dtype(event, 0))
+        # The packed kernel computes in bfloat16 whatever it is given.
+        yield FourbitCall(op=event.name, path=path, dtype="bfloat16" if path == "packed_cpu" else _dtype(event, 0))

@@ -138,7 +138,8 @@ def _reason(
 def _interval(level: float, log_ratio: float, half_width: float) -> str:
     low, high = from_log(log_ratio - half_width), from_log(log_ratio + half_width)
     ends = ["no bound" if end is None else f"{end:.4g}" for end in (low, high)]
-    return f"{_percent(max(level, 0.0))} interval [{', '.join(ends)}]"
+    percent = f"{100 * max(level, 0.0):.4g}" if level < 0.9999 else "over 99.99"
+    return f"{percent} % interval [{', '.join(ends)}]"
 
 
 def _percent(fraction: float) -> str:

@@ -11,6 +11,7 @@ Unpaired sides get Welch's interval (Welch 1947): unequal variances, with the de
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -26,6 +27,7 @@ Pairing = Literal["none", "replicate", "turn"]
 
 # Logs of durations carry about 1e-15 of rounding; a scatter below this is a constant.
 _ROUNDING = 1e-12
+_LOG_LARGEST = math.log(sys.float_info.max)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,10 +62,7 @@ class Effect:
 
 def from_log(value: float) -> float | None:
     """exp, or None where the result is larger than a float holds (JSON has no infinity)."""
-    try:
-        return math.exp(value)
-    except OverflowError:
-        return None
+    return math.exp(value) if value < _LOG_LARGEST else None
 
 
 def checked_pairing(pairing: str) -> None:

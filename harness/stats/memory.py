@@ -31,9 +31,10 @@ def compare_bytes(base: Sequence[float], candidate: Sequence[float], *, toleranc
     elif peak_base > peak_candidate * (1 + tolerance):
         verdict = "improved"
     ratio = peak_candidate / peak_base if peak_base > 0 else (1.0 if peak_candidate == 0 else None)
+    beyond = f"more than {100 * tolerance:.3g} % " if tolerance else ""
     where = {
-        "regressed": f"more than {100 * tolerance:.3g} % above",
-        "improved": f"more than {100 * tolerance:.3g} % below",
+        "regressed": f"{beyond}above",
+        "improved": f"{beyond}below",
         "equivalent": "equal to" if peak_base == peak_candidate else f"within {100 * tolerance:.3g} % of",
     }[verdict]
     return Comparison(

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from harness.stats.verdict import Rule
 
 POWER = 0.8
+# A plan beyond this is no plan.
+_MOST_REPLICATES = 10**9
 
 
 def detectable_log_effect(spread: Spread, rule: Rule) -> float:
@@ -34,7 +36,7 @@ def replicates_needed(spread: Spread, rule: Rule, *, may_be_equivalent: bool) ->
 
     A slow-down of the margin must be called `regressed`; no slow-down must be called `equivalent`, where that verdict
     can be had. A margin within the tolerance asks for no alarm, and only the second counts. None if nothing is left to
-    ask for.
+    ask for, or if no practical number would do.
     """
     sought = rule.log_margin - rule.log_tolerance
     goals: list[tuple[float, float, float]] = []  # what to tell from zero, its tail, its power
@@ -55,11 +57,13 @@ def replicates_needed(spread: Spread, rule: Rule, *, may_be_equivalent: bool) ->
     return _smallest(enough)
 
 
-def _smallest(enough: Callable[[int], bool]) -> int:
-    """The smallest count from 2 on that is enough, where every larger one is too."""
+def _smallest(enough: Callable[[int], bool]) -> int | None:
+    """The smallest count from 2 on that is enough, where every larger one is too; None if no practical one is."""
     high = 2
     while not enough(high):
         high *= 2
+        if high > _MOST_REPLICATES:
+            return None
     low = high // 2  # not enough, or 1, which never is
     while high - low > 1:
         middle = (low + high) // 2

@@ -80,9 +80,13 @@ def _converted(where: str, samples: list[object]) -> NDArray[float64]:
     values = np.empty(len(samples))
     for index, sample in enumerate(samples):
         if isinstance(sample, bool) or not isinstance(sample, Real):
-            raise ValueError(f"{where} sample {index} is {sample!r}: samples must be numbers; convert or leave it out")
+            raise ValueError(
+                f"{where} sample {index} is {reprlib.repr(sample)}: samples must be numbers; convert or leave it out"
+            )
         try:
             values[index] = float(sample)
         except OverflowError as error:
-            raise ValueError(f"{where} sample {index} is {sample!r}: too large for a float; check its unit") from error
+            raise ValueError(
+                f"{where} sample {index} is {reprlib.repr(sample)}: too large for a float; check its unit"
+            ) from error
     return values

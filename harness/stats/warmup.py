@@ -52,11 +52,11 @@ def warmup_end(samples: Sequence[float], *, min_segment: int = 3, tolerance: flo
     """Where the steady state of a series of step times begins.
 
     The level of the last segment is the steady one. Leading segments whose level differs by more than `tolerance` (a
-    fraction) are what is discarded; a passing burst later on is not warm-up. There is no steady state if it covers
-    less than a quarter of the steps, if more than a quarter of the steps after its start are at another level, or if
-    there are fewer than 2 * `min_segment` steps, from which none can be shown. `steps` is the whole length then: the
-    caller warms up longer or says so. A single first step (compilation) is found; a single slow step later on is taken
-    for a hiccup.
+    fraction) and by more than the noise are what is discarded; a passing burst later on is not warm-up. There is no
+    steady state if it covers less than a quarter of the steps, if more than a quarter of the steps after its start are
+    at another level, or if there are fewer than 2 * `min_segment` steps, from which none can be shown. `steps` is the
+    whole length then: the caller warms up longer or says so. A single first step (compilation) is found; a single slow
+    step later on is taken for a hiccup. On flat noise it finds something else than `flat` in about one series of 25.
 
     Raises ValueError for no samples, for samples not finite and above zero, for min_segment < 2 and tolerance < 0.
     """
@@ -73,13 +73,19 @@ def warmup_end(samples: Sequence[float], *, min_segment: int = 3, tolerance: flo
 
     noise = max(float(np.median(np.abs(np.diff(log_times)))) * _MAD_TO_SD, _NOISE_FLOOR)
     despiked = _without_hiccups(log_times)
-    starts = _segment_starts(despiked / noise, min_segment)
+    penalty = _PENALTY_PER_LOG_N * math.log(count)
+    starts = _segment_starts(despiked / noise, min_segment, penalty)
     ends = [*starts[1:], count]
+    lengths = [end - start for start, end in zip(starts, ends, strict=True)]
     levels = [float(despiked[start:end].mean()) for start, end in zip(starts, ends, strict=True)]
-    at_level = [abs(level - levels[-1]) <= allowed for level in levels]
+    # Segments that do not touch are told apart by the criterion that parts neighbours, and only beyond the tolerance.
+    at_level = [
+        abs(level - levels[-1]) <= max(allowed, noise * math.sqrt(penalty * (1 / length + 1 / lengths[-1])))
+        for level, length in zip(levels, lengths, strict=True)
+    ]
     first_steady = at_level.index(True)
     steps = starts[first_steady]
-    steady = sum(end - start for start, end, same in zip(starts, ends, at_level, strict=True) if same)
+    steady = sum(length for length, same in zip(lengths, at_level, strict=True) if same)
     if steady < _LEAST_STEADY_SHARE * count or steady < _LEAST_SHARE_AT_LEVEL * (count - steps):
         return nothing_steady
     if first_steady == 0:
@@ -93,8 +99,8 @@ def is_steady(samples: Sequence[float], window: int, *, tolerance: float = 0.02)
 
     True when the median log time of the last `window` steps is at most `tolerance` (a fraction) below that of the
     preceding window; False while there are fewer than two windows. Getting slower is no reason to go on. Medians let a
-    single slow step pass. Costs O(window), so it may be asked after each step; noise only delays it, as no allowance
-    for noise is made.
+    single slow step pass. Costs O(window), so it may be asked after each step. No allowance is made for noise: it
+    delays the answer by a few steps, and lets a decay pass that is smaller than the noise of a window's median.
 
     Raises ValueError for window < 2, and for samples in the two windows that are not finite and above zero.
     """
@@ -122,9 +128,8 @@ def _without_hiccups(log_times: NDArray[float64]) -> NDArray[float64]:
     return despiked
 
 
-def _segment_starts(values: NDArray[float64], min_segment: int) -> list[int]:
+def _segment_starts(values: NDArray[float64], min_segment: int, penalty: float) -> list[int]:
     """Starts of the segments of constant mean, in order and with the first 0; `values` in units of the noise."""
-    penalty = _PENALTY_PER_LOG_N * math.log(values.size)
     starts = [0]
     pending = [(0, values.size)]
     while pending:

@@ -83,8 +83,7 @@ def convert_gguf(gguf_path: Path, out_dir: Path) -> None:
     """
     model = _from_gguf(str(gguf_path), "sdpa", torch.bfloat16)
     model.save_pretrained(out_dir)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(gguf_path.parent, gguf_file=gguf_path.name)
-    tokenizer.save_pretrained(out_dir)
+    _gguf_tokenizer(gguf_path).save_pretrained(out_dir)
 
 
 def load_tokenizer(source: ModelSource, *, vocab_size: int) -> tuple[transformers.PreTrainedTokenizerBase, bool]:
@@ -324,12 +323,22 @@ def _mark_quantised(model: transformers.PreTrainedModel, config: transformers.Bi
 
 def _tokenizer_of_files(source: ModelSource) -> transformers.PreTrainedTokenizerBase:
     if source.kind == "gguf":
-        path = Path(source.location)
-        return transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        return _gguf_tokenizer(Path(source.location))
     if source.kind == "config":
         raise OSError("a packaged configuration has no tokenizer beside it")
     offline = source.kind != "hub" or not catalogue.hub_is_reachable()
     return transformers.AutoTokenizer.from_pretrained(source.location, local_files_only=offline)
+
+
+def _gguf_tokenizer(path: Path) -> transformers.PreTrainedTokenizerBase:
+    """The file's tokenizer with the file's special tokens: transformers 5.17 takes BOS for EOS and drops PAD."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    fields = catalogue.open_gguf(path).fields
+    for role, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        field = fields.get(f"tokenizer.ggml.{key}_token_id")
+        if field is not None:
+            setattr(tokenizer, f"{role}_token", tokenizer.convert_ids_to_tokens(int(field.contents())))
+    return tokenizer
 
 
 def _byte_tokenizer(source: ModelSource, vocab_size: int) -> transformers.PreTrainedTokenizerBase:

@@ -16,7 +16,6 @@ from harness.training.build import Trainee, evaluating
 from harness.training.stream import Batch, TokenStream
 from harness.variant import Variant
 
-
 _FORWARD: dict[str, Any] = {"use_cache": False}
 
 
@@ -38,7 +37,7 @@ class TrainStep:
         total = torch.zeros((), device=self._device)
         for _ in range(self._accumulate):
             loss = self.loss(self._stream.take()) / self._accumulate
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             total += loss.detach()
         if self._clip:
             torch.nn.utils.clip_grad_norm_(self._trained, self._clip)

@@ -60,10 +60,19 @@ class TokenStream:
         for start in range(0, count, size):
             yield self._batch("held_out", list(range(start, min(start + size, count))))
 
+    def packed_batch(self) -> Batch | None:
+        """A training batch whose first row holds at least two records, for the isolation probe; None if none does."""
+        starts = (self._tensors["train.position_ids"] == 0).sum(dim=1)
+        rows = [int(row) for row in starts.argsort(descending=True)[: self._workload.batch_size]]
+        if self._workload.layout != "packed" or starts[rows[0]] < 2:
+            return None
+        return self._batch("train", rows)
+
     def prompt(self, index: int) -> torch.Tensor:
         """Prompt `index` (modulo their number), shape (1, prompt_tokens)."""
         prompts = self._tensors["prompts"]
-        return prompts[index % prompts.shape[0]].unsqueeze(0).to(self._device)
+        prompt: torch.Tensor = prompts[index % prompts.shape[0]].unsqueeze(0).to(self._device)
+        return prompt
 
     def _batch(self, split: str, rows: list[int]) -> Batch:
         keys = ["input_ids", "labels"]

@@ -20,16 +20,13 @@ from harness.errors import LorameterError
 from harness.inference.generate import Request, generate
 from harness.meters.clock import Lap, Stopwatch
 from harness.meters.memory import MemoryGauge, host_bytes, resident_bytes
+from harness.protocol import Protocol
 from harness.record import Failure, Fragment, Notice, TrialRequest
 from harness.stats import is_steady
 from harness.training.build import Trainee, build, unpack_4bit
 from harness.training.requirements import requirements_of
 from harness.training.step import TrainStep
 from harness.training.stream import TokenStream
-
-OCCUPANCY_FLOOR = 0.95
-"""CPU time over wall time below which a CPU step was disturbed. On a noisy machine keeping only what lies above cut
-the spread between processes from 29 % to 7 % (docs/method.md)."""
 
 STEADY_WINDOW = 3
 """Steps that must show no more downward trend before a warm-up ends."""
@@ -53,13 +50,13 @@ class Trial:
         baseline = host_bytes("VmRSS")
         self._gauge.begin()
         begin = time.perf_counter()
-        steps = 1 + protocol.warmup_steps_max + protocol.turns * protocol.steps_per_turn
-        self._trainee = build(request, steps=steps)
+        self._trainee = build(request, steps=total_steps(protocol))
         load_time = time.perf_counter() - begin
         self._stream = TokenStream(Path(request.tokens_path), request.workload, request.variant, request.device)
         self._step = TrainStep(self._trainee, self._stream, request.variant, request.device)
         memory = {"host_baseline_bytes": baseline} | self._gauge.peaks("load")
-        values = {"load_time_s": load_time, "held_out_loss_initial": self._step.held_out_loss()}
+        values = {"threads": float(request.threads), "load_time_s": load_time}
+        values["held_out_loss_initial"] = self._step.held_out_loss()
         loss, lap = self._take_step()
         values["first_step_time_s"] = lap.time_s
         return self._judged(Fragment(values=values, memory=memory, samples={"warmup_loss": (loss,)}), [loss])
@@ -68,18 +65,22 @@ class Trial:
         """Watch a step and judge what the variant claims; a claim that does not hold makes the trial invalid."""
         trainee, step, stream = self._parts()
         request = self._request
-        packed = request.workload.layout == "packed"
+        packed = stream.packed_batch()
         shapes = tuple(p.numel() for p in trainee.model.parameters() if p.requires_grad)
-        required = requirements_of(request.variant, shapes, packed=packed) | request.requirements
+        required = requirements_of(request.variant, shapes, packed=packed is not None) | request.requirements
         position, schedule = stream.position(), trainee.schedule.state_dict()
-        batch = step.inputs(stream.take()) if packed else None
+        batch = None if packed is None else step.inputs(packed)
+        losses: list[torch.Tensor] = []
         begin = time.perf_counter()
-        checks = kernels_check.verify(trainee.model, step, required, batch=batch)
+        checks = kernels_check.verify(trainee.model, lambda: losses.append(step()), required, batch=batch)
         seconds = time.perf_counter() - begin
         stream.restore(position)
         trainee.schedule.load_state_dict(schedule)
         failed = [check for check in checks if check.required is not None and not check.met]
         fragment = Fragment(checks=tuple(codec.to_json(check) for check in checks), values={"verify_time_s": seconds})
+        diverged = self._judged(fragment, [float(loss) for loss in losses])
+        if diverged.status != "ok":  # explains every check that failed with it
+            return diverged
         if not failed:
             return fragment
         said = "; ".join(f"{check.path}: required {check.required!r}, {check.reason}" for check in failed)
@@ -111,6 +112,7 @@ class Trial:
         """`steps` timed steps."""
         _, _, stream = self._parts()
         real, padded = stream.real_tokens, stream.padded_tokens
+        accumulated = self._request.variant.gradient_accumulation
         taken = [self._take_step() for _ in range(steps)]
         losses = [loss for loss, _ in taken]
         counts = {"real_tokens": stream.real_tokens - real, "padded_tokens": stream.padded_tokens - padded}
@@ -118,22 +120,29 @@ class Trial:
             "step_time_s": tuple(lap.time_s for _, lap in taken),
             "step_cpu_time_s": tuple(lap.cpu_time_s for _, lap in taken),
             "train_loss": tuple(losses),
+            "turn_sequences": (float(steps * self._request.workload.batch_size * accumulated),),
         } | {f"turn_{key}": (float(value),) for key, value in counts.items()}
         return self._judged(Fragment(samples=samples), losses)
 
     def finish_training(self) -> Fragment:
-        """Peaks of training, exact bytes by kind, held-out loss."""
+        """Peaks of training, the steps that a short warm-up saved, exact bytes by kind, held-out loss.
+
+        How long a warm-up lasts depends on noise. Losses are compared between variants, so every trial ends after the
+        same number of steps on the same tokens.
+        """
         trainee, step, stream = self._parts()
         memory = self._gauge.peaks("train")
+        losses = [self._take_step()[0] for _ in range(total_steps(self._request.protocol) - self._steps_taken)]
         # Gradients live only between backward and the optimizer, so they are made once more, untimed, to be counted.
-        step.loss(stream.take()).backward()  # type: ignore[no-untyped-call]
+        step.loss(stream.take()).backward()
         memory |= resident_bytes(trainee.model, trainee.optimizer)
         trainee.optimizer.zero_grad(set_to_none=True)
         values = {
             "held_out_loss": step.held_out_loss(),
             "trainable_parameters": float(sum(p.numel() for p in trainee.model.parameters() if p.requires_grad)),
         }
-        return self._judged(Fragment(values=values, memory=memory), [values["held_out_loss"]])
+        fragment = Fragment(values=values, memory=memory, samples={"catch_up_loss": tuple(losses)})
+        return self._judged(fragment, [*losses, values["held_out_loss"]])
 
     def generate(self) -> Fragment:
         """First call, warm requests, then the same with the adapter merged. Ends the trial: the base is changed."""
@@ -146,7 +155,7 @@ class Trial:
             return generate(model, stream.prompt(index), workload.new_tokens)
 
         first = request(0)
-        values = {"first_call_time_s": first.request_time_s}
+        values = {"first_call_time_s": first.request_time_s, "new_tokens": float(workload.new_tokens)}
         values["packed_4bit_decode"] = float(_packed(model))
         samples = self._warm(request, protocol.generate_warmup, protocol.generate_requests)
         memory = self._gauge.peaks("generate")
@@ -185,11 +194,16 @@ class Trial:
             if not math.isfinite(loss):
                 step = self._steps_taken - len(losses) + offset + 1
                 message = (
-                    f"the loss is {loss} at step {step}; a diverged run has no result. Lower learning_rate (now "
+                    f"the loss is {loss} near step {step}; a diverged run has no result. Lower learning_rate (now "
                     f"{self._request.variant.learning_rate:g}) or set max_grad_norm."
                 )
                 return fragment.failed("invalid", Failure(phase="train", kind="LossNotFinite", message=message))
         return fragment
+
+
+def total_steps(protocol: Protocol) -> int:
+    """Optimizer steps of every trial, however long its warm-up was: the first, the warm-up at most, the timed ones."""
+    return 1 + protocol.warmup_steps_max + protocol.turns * protocol.steps_per_turn
 
 
 def _packed(model: torch.nn.Module) -> bool:

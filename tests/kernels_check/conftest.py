@@ -52,7 +52,7 @@ def _quantised(linear: Any, *, quant_type: str, double: bool, compute: Any) -> A
 
 def build_training(
     *,
-    quant: str | None = "nf4",
+    quant: str | Callable[[Any], Any] | None = "nf4",
     double: bool = True,
     compute: str | None = "bfloat16",
     dtype: str = "bfloat16",
@@ -87,7 +87,10 @@ def build_training(
             for child_name, child in list(parent.named_children()):
                 full = f"{name}.{child_name}"
                 if isinstance(child, torch.nn.Linear) and not any(full.endswith(skipped) for skipped in unquantised):
-                    layer = _quantised(child, quant_type=quant, double=double, compute=computed)
+                    if callable(quant):
+                        layer = quant(child)
+                    else:
+                        layer = _quantised(child, quant_type=quant, double=double, compute=computed)
                     setattr(parent, child_name, layer)
     chosen = targets if isinstance(targets, str) else list(targets)
     adapter = peft.LoraConfig(r=4, lora_dropout=lora_dropout, target_modules=chosen, task_type="CAUSAL_LM")

@@ -47,6 +47,18 @@ def test_eager_attention_fails_fused(training):
     assert "attn_implementation='eager'" in check.reason
 
 
+def test_a_router_softmax_is_not_attention(training):
+    """Experts are chosen by a softmax over fewer dimensions than attention scores have."""
+    run = training()
+    for name, module in run.model.named_modules():
+        if name.endswith("mlp"):
+            module.register_forward_hook(
+                lambda module, inputs, output: output * output.softmax(-1).sum(-1, keepdim=True)
+            )
+    check = run.check("attention.backend", "flash")
+    assert (check.status, check.observed) == ("active", "flash")
+
+
 def test_eager_can_be_required(training):
     """A baseline that wants eager gets it, and SDPA does not pass for it."""
     assert training(attention="eager").check("attention.backend", "eager").met

@@ -76,6 +76,16 @@ def test_a_probe_that_changes_nothing_proves_nothing(training):
     assert kernels_check.probe_isolation(run.model, _packed(run, use_cache=False)).status == "unknown"
 
 
+def test_a_noisy_forward_is_unknown(training):
+    """Where two equal forwards differ, a difference proves no leak."""
+    run = training()
+    embedding = run.model.get_input_embeddings()
+    embedding.register_forward_hook(lambda module, inputs, output: output + torch.randn_like(output))
+    check = kernels_check.probe_isolation(run.model, _packed(run, use_cache=False))
+    assert check.status == "unknown"
+    assert "two forwards of the same batch differ" in check.reason
+
+
 def test_a_batch_without_positions_is_unknown(training):
     """The exception becomes the reason."""
     run = training()

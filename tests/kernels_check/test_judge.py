@@ -1,7 +1,10 @@
 """verify() end to end: what is right is active, all of it, and nothing else is."""
 
+import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -136,6 +139,14 @@ def test_importing_the_package_loads_no_torch():
     assert result.stdout.strip() == "[]"
 
 
+def test_the_package_stands_alone():
+    """No module of it imports the harness."""
+    sources = Path(kernels_check.__file__).parent.glob("*.py")
+    assert [
+        source.name for source in sources if re.search(r"^\s*(from|import) harness", source.read_text(), re.M)
+    ] == []
+
+
 def test_the_profile_writes_nothing_to_stderr(training, capfd, monkeypatch):
     """Kineto's own lines are silenced and its variable is left as found."""
     monkeypatch.delenv("KINETO_LOG_LEVEL", raising=False)
@@ -143,4 +154,4 @@ def test_the_profile_writes_nothing_to_stderr(training, capfd, monkeypatch):
     capfd.readouterr()
     kernels_check.verify(run.model, run.step, {})
     assert "USDT" not in capfd.readouterr().err
-    assert "KINETO_LOG_LEVEL" not in __import__("os").environ
+    assert "KINETO_LOG_LEVEL" not in os.environ

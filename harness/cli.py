@@ -1,0 +1,228 @@
+"""The command `lorameter`. Imports nothing heavy until a command needs it: `--help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from harness.errors import EXIT_INVALID, EXIT_PASS, EXIT_UNEXPECTED, LorameterError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code of the contract (0, 1, 2, 3, 4, 5, 70)."""
+    options = parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace], int] = options.command
+    try:
+        return command(options)
+    except LorameterError as error:
+        print(f"lorameter: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("lorameter: stopped", file=sys.stderr)
+        return EXIT_INVALID
+    except Exception:
+        traceback.print_exc()
+        print("lorameter: unexpected error; this is a defect of lorameter, please report it.", file=sys.stderr)
+        return EXIT_UNEXPECTED
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and options."""
+    top = argparse.ArgumentParser(
+        prog="lorameter", description="Measure what a LoRA fine-tuning configuration costs, and how sure that is."
+    )
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="measure a study", description="Measure a study and print its report.")
+    run.add_argument("study", metavar="STUDY", help="name of a built-in study, or a TOML file")
+    run.add_argument("--effort", choices=("quick", "standard", "rigorous"), help="3, 8 or 12 replicates")
+    run.add_argument("--replicates", type=int, metavar="N", help="number of replicates, instead of --effort")
+    run.add_argument("--model", metavar="M", help="catalogue name, hub id, directory, GGUF file, or random:M")
+    run.add_argument("--data", metavar="FILE|ID", help="a .jsonl(.gz) file, a hub id, or synthetic")
+    run.add_argument("--variant", metavar="V", action="append", default=[], help="only this variant; repeatable")
+    run.add_argument("--dry-run", action="store_true", help="show the plan and what it will take, and measure nothing")
+    _common(run)
+    run.set_defaults(command=_run)
+
+    report = commands.add_parser("report", help="print the report of a run")
+    report.add_argument("run", metavar="RUN", help="a run id or a run directory")
+    _common(report)
+    report.set_defaults(command=_report)
+
+    listing = commands.add_parser("list", help="list studies, variants, models or runs")
+    listing.add_argument("what", choices=("studies", "variants", "models", "runs"))
+    listing.add_argument("study", nargs="?", metavar="STUDY", help="the study whose variants to list")
+    _common(listing)
+    listing.set_defaults(command=_list)
+
+    model = commands.add_parser("model", help="get a model")
+    actions = model.add_subparsers(required=True, metavar="ACTION")
+    fetch = actions.add_parser("fetch", help="download a catalogue model, convert it once, verify it")
+    fetch.add_argument("name", metavar="NAME")
+    _common(fetch)
+    fetch.set_defaults(command=_fetch)
+    return top
+
+
+def _common(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", action="store_true", help="print one JSON document on stdout and nothing else")
+    command.add_argument("--runs-dir", metavar="DIR", help="default: $LORAMETER_RUNS or ./.lorameter/runs")
+
+
+def _run(options: argparse.Namespace) -> int:
+    from harness import store
+    from harness.measure import measure, plan_study
+    from harness.provenance import probe_machine
+    from harness.report.live import LiveDisplay
+    from harness.report.terminal import console_for, print_notices, print_run
+    from harness.report.view import view_of
+    from harness.study import load_study
+
+    if options.effort and options.replicates is not None:
+        raise _usage("--effort and --replicates both set the replicates. Give one of them.")
+    study = load_study(options.study).with_overrides(
+        model=options.model, data=options.data, effort=options.effort, replicates=options.replicates
+    )
+    machine = probe_machine()
+    plan, notices = plan_study(study, machine, select=options.variant)
+    runs = store.runs_dir(options.runs_dir)
+    if options.dry_run:
+        return _dry_run(plan, machine, notices, runs, as_json=options.json)
+    errors = console_for(stderr=True)
+    print_notices(notices, errors)
+    with LiveDisplay(errors) as display:
+        run = measure(plan, machine, runs=runs, display=display)
+    view = view_of(run)
+    if options.json:
+        print_notices(view.notices, errors)
+        _print_json(
+            {
+                "run": view.run,
+                "path": view.path,
+                "status": "ok" if view.valid else "invalid",
+                "control": _controls(view),
+                "trials": view.counts,
+            }
+        )
+    else:
+        print_run(view, console_for())
+    return EXIT_PASS if view.valid else EXIT_INVALID
+
+
+def _dry_run(plan: Any, machine: Any, notices: Any, runs: Path, *, as_json: bool) -> int:
+    from harness.forecast import forecast
+    from harness.report.terminal import console_for, print_notices
+    from harness.units import format_bytes, format_duration
+
+    expected = forecast(plan, machine, runs)
+    if as_json:
+        _print_json(
+            {
+                "order": [slot.trial for slot in plan.slots],
+                "interleaving": plan.interleaving,
+                "seed": plan.study.protocol.seed,
+                "time_s": expected.time_s,
+                "time_basis": expected.basis,
+                "memory_bytes": expected.memory_bytes,
+                "disk_bytes": expected.disk_bytes,
+            }
+        )
+        return EXIT_PASS
+    console = console_for()
+    console.print(f"[bold]{plan.study.title}[/bold]: {len(plan.slots)} trials on {machine.device_name}")
+    for replicate in range(plan.study.protocol.replicates):
+        order = [slot for slot in plan.slots if slot.replicate == replicate]
+        names = ", ".join(slot.variant.name + (" (control)" if slot.role == "control" else "") for slot in order)
+        console.print(f"  replicate {replicate + 1}: {names}", markup=False)
+    took = "unknown" if expected.time_s is None else f"about {format_duration(expected.time_s)}"
+    console.print(f"  time    {took} ({expected.basis})", markup=False)
+    console.print(f"  memory  about {format_bytes(expected.memory_bytes)} for the largest trial, its process included")
+    console.print(f"  disk    about {format_bytes(expected.disk_bytes)}")
+    print_notices(notices, console)
+    return EXIT_PASS
+
+
+def _report(options: argparse.Namespace) -> int:
+    from harness import codec, store
+    from harness.report.terminal import console_for, print_run
+    from harness.report.view import view_of
+
+    view = view_of(store.read_run(options.run, store.runs_dir(options.runs_dir)))
+    if options.json:
+        _print_json(codec.to_json(view))
+    else:
+        print_run(view, console_for())
+    return EXIT_PASS if view.valid else EXIT_INVALID
+
+
+def _list(options: argparse.Namespace) -> int:
+    rows = _listed(options)
+    if options.json:
+        _print_json({options.what: rows})
+        return EXIT_PASS
+    for row in rows:
+        print("  ".join(str(value) for value in row.values()))
+    if not rows:
+        print(f"no {options.what}", file=sys.stderr)
+    return EXIT_PASS
+
+
+def _listed(options: argparse.Namespace) -> list[dict[str, Any]]:
+    from harness import catalogue, codec, store
+    from harness.study import builtin_studies, load_study
+
+    if options.what == "studies":
+        return [{"name": name, "title": load_study(name).title} for name in builtin_studies()]
+    if options.what == "models":
+        return [{"name": entry.name, "description": entry.description} for entry in catalogue.CATALOGUE.values()]
+    if options.what == "runs":
+        folder = store.runs_dir(options.runs_dir)
+        manifests = [(path, json.loads((path / "manifest.json").read_text())) for path in store.list_runs(folder)]
+        return [
+            {"run": path.name, "status": data["status"], "title": data["study"]["title"]} for path, data in manifests
+        ]
+    if not options.study:
+        raise _usage("list variants: no study named. Give one, as in `lorameter list variants lora-or-qlora`.")
+    study = load_study(options.study)
+    rows = []
+    for variant in study.variants:
+        changed = {key: codec.to_json(getattr(variant, key)) for key in variant.differences(type(variant)())}
+        words = " ".join(f"{key}={value}" for key, value in changed.items())
+        rows.append({"name": variant.name, "id": variant.id, "differs from the defaults in": words})
+    return rows
+
+
+def _fetch(options: argparse.Namespace) -> int:
+    from harness import catalogue
+
+    path = catalogue.fetch(options.name, report=lambda text: print(text, file=sys.stderr))
+    if options.json:
+        _print_json({"model": options.name, "path": str(path)})
+    else:
+        print(path)
+    return EXIT_PASS
+
+
+def _controls(view: Any) -> dict[str, Any]:
+    from harness import codec
+
+    return {table.phase: codec.to_json(table.control) for table in view.tables}
+
+
+def _usage(message: str) -> LorameterError:
+    from harness.errors import UsageError
+
+    return UsageError(message)
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    print(json.dumps({"schema": 1, **document}, allow_nan=False, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,309 @@
+"""`pytest benchmarks/ --benchmark-save=NAME`: the main front door.
+
+A benchmark suite asks for it with three lines in its conftest (`attach`); in every other project this plugin adds its
+options and does nothing. The whole selected plan is measured once, interleaved, after collection; each test then
+hands its own recorded samples to pytest-benchmark by replaying them through a clock, to the bit. So saving, comparing
+and histograms are pytest-benchmark's own, and no test measures anything while pytest runs it.
+
+A test asks for a phase with a marker and gets its variants from the study:
+
+    @pytest.mark.lorameter("train")
+    def test_train_step(replay):
+        replay()
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from harness.errors import LorameterError
+
+if TYPE_CHECKING:
+    from harness.provenance import Machine
+    from harness.record import TrialRecord
+    from harness.store import Run
+    from harness.study import Study
+
+PLUGIN = "lorameter-session"
+DEFAULT_STUDY = "lora-or-qlora"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The options, in the words of the command line."""
+    group = parser.getgroup("lorameter", "measuring LoRA variants")
+    group.addoption("--lorameter-study", metavar="STUDY", default=DEFAULT_STUDY, help="built-in study or TOML file")
+    group.addoption("--lorameter-model", metavar="M", help="model in place of the study's")
+    group.addoption("--lorameter-data", metavar="FILE|ID", help="data in place of the study's")
+    group.addoption("--lorameter-effort", choices=("quick", "standard", "rigorous"), help="3, 8 or 12 replicates")
+    group.addoption("--lorameter-replicates", type=int, metavar="N", help="number of replicates, instead of the effort")
+    group.addoption("--lorameter-runs-dir", metavar="DIR", help="where runs live")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the marker."""
+    config.addinivalue_line("markers", "lorameter(phase): replays the samples of one phase: train, generate or cold")
+
+
+def attach(config: pytest.Config) -> None:
+    """Turn the suite of the calling conftest into a lorameter suite; call it from `pytest_configure`."""
+    if config.pluginmanager.has_plugin(PLUGIN):
+        return
+    if config.getoption("benchmark_cprofile", None):
+        raise pytest.UsageError(
+            "--benchmark-cprofile: the tests replay recorded samples, so there is nothing of theirs to profile. "
+            "Leave the option out; what ran inside a step is in the checks of each trial."
+        )
+    if config.getoption("dist", "no") != "no" or config.getoption("numprocesses", None):
+        raise pytest.UsageError("pytest-xdist: trials measured beside each other disturb each other. Run without -n.")
+    config.pluginmanager.register(Session(config), PLUGIN)
+
+
+class ReplayClock:
+    """A clock that gives back recorded durations: each pair of readings is 0 and the next duration, so that their
+    difference is the recorded float to the last bit."""
+
+    def __init__(self) -> None:
+        self._durations: Iterator[float] = iter(())
+        self._started = False
+
+    def load(self, durations: tuple[float, ...]) -> None:
+        """The durations to give back, in order."""
+        self._durations = iter(durations)
+        self._started = False
+
+    def __call__(self) -> float:
+        """One reading, in seconds."""
+        self._started = not self._started
+        return 0.0 if self._started else next(self._durations)
+
+
+class Session:
+    """One pytest session over one study: measures once after collection, replays in each test, reports at the end."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+        self._run: Run | None = None
+        self._disabled = bool(config.getoption("benchmark_disable")) and not config.getoption("benchmark_enable")
+        self._skipped = bool(config.getoption("benchmark_skip")) and not config.getoption("benchmark_only")
+        with _usage_errors():
+            self._study = self._load()
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        """A test for each variant of the study."""
+        if metafunc.definition.get_closest_marker("lorameter") and "variant_name" in metafunc.fixturenames:
+            metafunc.parametrize("variant_name", [variant.name for variant in self._study.variants])
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Give each test its clock and its phase as the group of its table."""
+        for item in items:
+            if phase := _phase_of(item):
+                item.add_marker(pytest.mark.benchmark(timer=ReplayClock(), group=phase, warmup=False))
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> None:
+        """Measure what the selected tests need, once, before the first of them runs."""
+        items = [(item, phase) for item in session.items if (phase := _phase_of(item))]
+        collecting = self._config.option.collectonly or session.testsfailed
+        if not items or self._skipped or collecting:
+            return
+        with _usage_errors():
+            names = [str(item.callspec.params["variant_name"]) for item, _ in items]  # type: ignore[attr-defined]
+            self._run = self._measure(names, {phase for _, phase in items})
+
+    @pytest.fixture
+    def replay(self, request: pytest.FixtureRequest, variant_name: str) -> Callable[[], None]:
+        """Hand this test's recorded samples to pytest-benchmark; fails where a trial has no result."""
+        benchmark = request.getfixturevalue("benchmark")
+        phase = _phase_of(request.node)
+        marker = request.node.get_closest_marker("benchmark")
+
+        def replayed() -> None:
+            from harness.series import series_of
+            from harness.units import PRIMARY
+
+            if self._run is None or phase is None:
+                pytest.fail("nothing was measured for this test; is it marked with lorameter(phase)?", pytrace=False)
+            series = series_of(self._run.records)[variant_name, "variant"]
+            failed = [record for record in series.records if record.status != "ok"]
+            if failed:
+                pytest.fail("\n".join(_failure(record, self._run.path) for record in failed), pytrace=False)
+            metric = PRIMARY[phase]  # type: ignore[index]
+            benchmark.extra_info.update(_extra_info(self._run, series, phase, metric))
+            durations = tuple(sample for record in series.ok for sample in record.samples[metric])
+            marker.kwargs["timer"].load(durations)
+            benchmark.pedantic(_nothing, rounds=len(durations), iterations=1)
+
+        return replayed
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        """The report, after pytest-benchmark's own table."""
+        if self._run is None or self._disabled:
+            return
+        import io
+
+        from rich.console import Console
+
+        from harness.report.terminal import PIPED_WIDTH, print_run
+        from harness.report.view import view_of
+
+        text, screen = io.StringIO(), terminalreporter._tw
+        width = screen.fullwidth if screen.hasmarkup else PIPED_WIDTH
+        console = Console(file=text, force_terminal=screen.hasmarkup, width=width, highlight=False)
+        print_run(view_of(self._run), console)
+        terminalreporter.section("lorameter")
+        terminalreporter.write(text.getvalue())
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """A run that is invalid as a whole, by its control, is no pass although each test is."""
+        if self._run is None or self._disabled:
+            return
+        from harness.report.view import view_of
+
+        if not view_of(self._run).valid and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_benchmark_update_machine_info(self, machine_info: dict[str, Any]) -> None:
+        """Device, libraries and workload, as far as two runs must agree on them to be compared."""
+        machine_info["lorameter"] = self._facts()
+
+    def pytest_benchmark_compare_machine_info(
+        self, machine_info: dict[str, Any], compared_benchmark: dict[str, Any]
+    ) -> None:
+        """Refuse to set unlike machines, libraries or workloads beside each other, and name what differs."""
+        theirs = compared_benchmark["machine_info"].get("lorameter")
+        if theirs is None:
+            raise pytest.UsageError("--benchmark-compare: the saved run was not written by lorameter. Compare another.")
+        ours = machine_info["lorameter"]
+        different = [
+            f"{key}: {theirs.get(key)!r} saved, {ours.get(key)!r} now"
+            for key in sorted(ours.keys() | theirs.keys())
+            if ours.get(key) != theirs.get(key)
+        ]
+        if different:
+            raise pytest.UsageError(
+                f"--benchmark-compare: not comparable: {'; '.join(different)}. Measure the base again on this machine."
+            )
+
+    def pytest_benchmark_update_json(self, benchmarks: list[Any], output_json: dict[str, Any]) -> None:
+        """`--benchmark-save` alone drops the durations; raw samples are always kept."""
+        data = {bench.fullname: bench.stats.data for bench in benchmarks}
+        for entry in output_json["benchmarks"]:
+            if entry["fullname"] in data:
+                entry["stats"].setdefault("data", data[entry["fullname"]])
+        if self._run is not None:
+            output_json["lorameter"] = {
+                "schema": self._run.manifest.schema,
+                "run": self._run.manifest.run,
+                "fingerprint": self._run.manifest.fingerprint,
+            }
+
+    def _load(self) -> Study:
+        from harness.study import load_study
+
+        option = self._config.getoption
+        study = load_study(option("--lorameter-study"))
+        return study.with_overrides(
+            model=option("--lorameter-model"),
+            data=option("--lorameter-data"),
+            effort=option("--lorameter-effort"),
+            replicates=option("--lorameter-replicates"),
+        )
+
+    def _measure(self, names: list[str], phases: set[str]) -> Run:
+        import dataclasses
+
+        from harness import store
+        from harness.measure import measure, plan_study
+        from harness.report.live import LiveDisplay
+        from harness.report.terminal import console_for, print_notices
+
+        study = self._study
+        if self._disabled:
+            study = dataclasses.replace(study, protocol=study.protocol.least())
+        plan, notices = plan_study(study, self._machine(), select=names, phases=sorted(phases))
+        console = console_for(sys.stderr)
+        if not self._disabled:
+            print_notices(notices, console)
+        runs = store.runs_dir(self._config.getoption("--lorameter-runs-dir"))
+        with LiveDisplay(console) as display:
+            return measure(plan, self._machine(), runs=runs, display=display)
+
+    def _machine(self) -> Machine:
+        from harness.provenance import probe_machine
+
+        return probe_machine()
+
+    def _facts(self) -> dict[str, Any]:
+        from harness import provenance
+
+        facts = provenance.collect(self._study, self._machine(), self._study.workload.threads, {})
+        return {key: facts[key] for key in provenance.FINGERPRINT}
+
+
+class _usage_errors:  # noqa: N801 - reads as a statement
+    """Turn our errors into pytest's usage errors, which print one line and exit with 4."""
+
+    def __enter__(self) -> None:
+        """Nothing to prepare."""
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, LorameterError):
+            raise pytest.UsageError(f"lorameter: {error}") from None
+
+
+def _phase_of(item: pytest.Item) -> str | None:
+    marker = item.get_closest_marker("lorameter")
+    if marker is None:
+        return None
+    if len(marker.args) != 1:
+        raise pytest.UsageError(f"{item.nodeid}: the marker lorameter takes one phase: train, generate or cold.")
+    return str(marker.args[0])
+
+
+def _failure(record: TrialRecord, run: Path) -> str:
+    why = f" in {record.failure.phase}: {record.failure.message}" if record.failure else ""
+    return f"{record.trial}: {record.status}{why} (log: {run / record.log})"
+
+
+def _extra_info(run: Run, series: Any, phase: str, metric: str) -> dict[str, Any]:
+    """What pytest-benchmark has no field for: trial boundaries, the interval over replicates, memory, checks."""
+    from harness import codec
+    from harness.series import samples_of
+    from harness.units import METRICS
+
+    estimates = {
+        name: codec.to_json(series.estimate(name))
+        for name, item in METRICS.items()
+        if item.phase == phase and series.estimate(name) is not None
+    }
+    last = series.ok[-1]
+    return {
+        "run": run.manifest.run,
+        "variant": last.variant,
+        "metric": metric,
+        "interleaving": last.interleaving,
+        "trials": [
+            {
+                "trial": record.trial,
+                "replicate": record.replicate,
+                "samples": len(samples_of(record, metric)),
+                "turn_lengths": list(record.turn_lengths) if phase == "train" else [],
+            }
+            for record in series.ok
+        ],
+        "estimates": estimates,
+        "memory": {kind: max(record.memory.get(kind, 0) for record in series.ok) for kind in last.memory},
+        "checks": [codec.to_json(check) for check in last.checks],
+        "tokens_hash": last.tokens.get("hash"),
+    }
+
+
+def _nothing() -> None:
+    """What a replayed round calls: the work was done when it was measured."""

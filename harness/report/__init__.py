@@ -1,0 +1,1 @@
+"""From records to what people read: one view model, several renderers."""

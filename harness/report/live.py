@@ -1,0 +1,97 @@
+"""A run under way: the trial, its phase and replicate, and the time left.
+
+Redrawn only when the parent is between two commands: rich's refresh thread is off, because a thread that wakes up
+while a step is timed is work beside the measurement. Without a terminal one line a trial is printed.
+"""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from harness.plan import Plan, Slot
+from harness.record import TrialRecord
+from harness.units import format_duration
+
+_PHASE_WORDS = {
+    "build": "building",
+    "verify": "checking",
+    "warm_up": "warming up",
+    "turn": "timing steps",
+    "finish_training": "held-out loss and memory",
+    "save_adapter": "saving the adapter",
+    "generate": "generating",
+    "cold": "cold start",
+}
+
+
+class LiveDisplay:
+    """Implements the runner's `Watcher`; use as a context manager around a run."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[left]}"),
+            console=console,
+            auto_refresh=False,
+            transient=True,
+        )
+        self._task = self._progress.add_task("starting", total=None, left="")
+        self._begin = time.monotonic()
+        self._ended = 0
+        self._total = 0
+        self._replicates = 0
+
+    def __enter__(self) -> LiveDisplay:
+        if self._console.is_terminal:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._console.is_terminal:
+            self._progress.stop()
+
+    def starting(self, plan: Plan, run_id: str) -> None:
+        """Say what is about to be measured."""
+        self._total = len(plan.slots)
+        self._replicates = plan.study.protocol.replicates
+        self._begin = time.monotonic()
+        self._progress.update(self._task, total=self._total, description="starting the worker, preparing tokens")
+        self._show()
+        self._line(f"run {run_id}: {self._total} trials, {self._replicates} replicates; starting the worker")
+
+    def trial_phase(self, slot: Slot, phase: str) -> None:
+        """Show the trial's new phase."""
+        words = _PHASE_WORDS.get(phase, phase)
+        role = " (control)" if slot.role == "control" else ""
+        self._progress.update(
+            self._task,
+            description=f"replicate {slot.replicate + 1}/{self._replicates}  {slot.variant.name}{role}: {words}",
+        )
+        self._show()
+
+    def trial_ended(self, record: TrialRecord) -> None:
+        """Count the trial and say how it ended."""
+        self._ended += 1
+        spent = time.monotonic() - self._begin
+        left = spent / self._ended * (self._total - self._ended)
+        self._progress.update(self._task, completed=self._ended, left=f"about {format_duration(left)} left")
+        self._show()
+        why = f": {record.failure.message}" if record.failure else ""
+        self._line(f"[{self._ended}/{self._total}] {record.trial} {record.status} in {record.wall_time_s:.1f} s{why}")
+
+    def _show(self) -> None:
+        if self._console.is_terminal:
+            self._progress.refresh()
+
+    def _line(self, text: str) -> None:
+        if not self._console.is_terminal:
+            self._console.print(text, markup=False)

@@ -1,0 +1,99 @@
+"""What a reader of a run must know beside its numbers, each with what to do about it.
+
+A notice never changes a number. Those that cast doubt on one (contention, a control that failed) say how much.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from harness.record import Notice, TrialRecord
+from harness.stats import Comparison, label_outliers
+from harness.store import Run
+from harness.study import Study
+from harness.units import format_ratio
+
+OCCUPANCY_FLOOR = 0.95
+"""CPU time over wall time below which a CPU step was disturbed. On a noisy machine keeping only what lies above cut
+the spread between processes from 29 % to 7 % (docs/method.md)."""
+
+
+def run_notices(run: Run, study: Study, controls: Mapping[str, Comparison]) -> Iterator[Notice]:
+    """Notices of a run; `controls` are the A/A comparisons by the title of their phase."""
+    ok = [record for record in run.records if record.status == "ok"]
+    yield from _data(run, study)
+    yield from _contention(ok)
+    yield from _outliers(ok)
+    for title, control in controls.items():
+        yield from _control(title, control)
+    if run.damaged_lines:
+        yield Notice(
+            code="damaged-lines",
+            message=f"{run.damaged_lines} lines of trials.jsonl are cut short; their trials count as not run.",
+            remedy="Measure again.",
+        )
+
+
+def occupancy(record: TrialRecord) -> float | None:
+    """CPU time over wall time of the timed steps, per thread; None on a GPU, where the host may rightly wait."""
+    wall, cpu = sum(record.samples.get("step_time_s", ())), sum(record.samples.get("step_cpu_time_s", ()))
+    if not wall or "device_peak_allocated_train_bytes" in record.memory:
+        return None
+    return cpu / wall / max(1.0, record.values.get("threads", 1.0))
+
+
+def _data(run: Run, study: Study) -> Iterator[Notice]:
+    if run.manifest.tokens.get("synthetic"):
+        yield Notice(
+            code="synthetic-data",
+            message="the records are synthetic: losses compare variants, and say nothing of real text.",
+            remedy="Give real records: --lorameter-data=FILE (pytest) or --data FILE.",
+        )
+    if run.manifest.tokens.get("tokenizer_substituted"):
+        yield Notice(
+            code="byte-tokenizer",
+            message=f"the tokenizer of {study.workload.model} could not be had; bytes stand in for its tokens.",
+            remedy="Give a local directory that holds the tokenizer files.",
+        )
+
+
+def _contention(ok: list[TrialRecord]) -> Iterator[Notice]:
+    shares = [share for record in ok if (share := occupancy(record)) is not None]
+    disturbed = [share for share in shares if share < OCCUPANCY_FLOOR]
+    if disturbed:
+        yield Notice(
+            code="contention",
+            message=f"{len(disturbed)} of {len(shares)} trials had less than {OCCUPANCY_FLOOR:.0%} of a CPU while they "
+            f"were timed (lowest {min(disturbed):.0%}): other work ran on this machine.",
+            remedy="Stop it, or measure more replicates; the intervals already carry the noise.",
+        )
+
+
+def _outliers(ok: list[TrialRecord]) -> Iterator[Notice]:
+    steps = [record.samples["step_time_s"] for record in ok if record.samples.get("step_time_s")]
+    count = sum(label != "none" for samples in steps for label in label_outliers(samples))
+    if count:
+        yield Notice(
+            code="outliers",
+            message=f"{count} of {sum(map(len, steps))} timed steps are outliers by Tukey's fences; all are kept, and "
+            "each trial counts by its median.",
+            remedy="If they cluster in one variant, look at its step_time_s in trials.jsonl.",
+        )
+
+
+def _control(title: str, control: Comparison) -> Iterator[Notice]:
+    ratio = format_ratio(control.ratio, control.low, control.high)
+    if control.verdict in ("improved", "regressed"):
+        yield Notice(
+            code="control-failed",
+            message=f"{title}: the reference differs from itself, {ratio}, so this run is invalid.",
+            remedy="Quieten the machine and measure again; believe no difference of this run.",
+        )
+    elif control.verdict == "inconclusive":
+        unseen = f"; a slow-down of less than {control.mde80:.0%} would go unseen" if control.mde80 else ""
+        yield Notice(
+            code="control-inconclusive",
+            message=f"{title}: the control is inconclusive, {ratio}, so no two variants can be called equivalent"
+            f"{unseen}.",
+            remedy="More replicates: --lorameter-effort=standard (pytest) or --effort standard.",
+        )

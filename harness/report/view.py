@@ -1,0 +1,198 @@
+"""The view model of a run: what every renderer shows, decided once.
+
+A table for each phase, the control that says what no difference looks like here, the notices with their remedies. No
+number without its interval; a trial that is not ok is named with its status and reason, and is in no estimate.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from harness import codec
+from harness.record import Notice, Role, TrialRecord
+from harness.report.notices import run_notices
+from harness.series import Series, compare_series, series_of, without_equivalent
+from harness.stats import Comparison
+from harness.store import Run
+from harness.study import Study
+from harness.units import METRICS, PHASES, PRIMARY, Phase, format_bytes, format_interval, format_ratio
+
+PHASE_TITLES: dict[Phase, str] = {
+    "train": "Training",
+    "generate": "Warm generation",
+    "cold": "Cold start, a new interpreter to its first completion",
+}
+COLUMNS: dict[Phase, tuple[str, ...]] = {
+    "train": ("tokens_per_s", "train_loss", "held_out_loss"),
+    "generate": ("first_token_time_s", "time_per_output_token_s", "merged_request_time_s"),
+    "cold": ("cold_import_time_s", "cold_load_time_s", "cold_first_token_time_s", "cold_completion_time_s"),
+}
+PEAKS: dict[Phase, tuple[str, str]] = {
+    "train": ("device_peak_allocated_train_bytes", "host_peak_train_bytes"),
+    "generate": ("device_peak_allocated_generate_bytes", "host_peak_generate_bytes"),
+    "cold": ("", ""),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One variant in one phase. Cells are text; `ratio` keeps the numbers."""
+
+    name: str
+    reference: bool
+    cells: tuple[str, ...]
+    ratio: Comparison | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseTable:
+    """One phase: heads of the columns and a row a variant."""
+
+    phase: Phase
+    title: str
+    heads: tuple[str, ...]
+    rows: tuple[Row, ...]
+    control: Comparison | None
+    """The reference against itself measured twice."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunView:
+    """All that a report says of a run."""
+
+    run: str
+    path: str
+    title: str
+    facts: tuple[str, ...]
+    tables: tuple[PhaseTable, ...]
+    failures: tuple[str, ...]
+    notices: tuple[Notice, ...]
+    counts: dict[str, int]
+    valid: bool
+    """False when a trial is not ok or a control came out as a difference."""
+
+
+def view_of(run: Run) -> RunView:
+    """The view of a run. Raises nothing for missing trials: what is not there is said."""
+    study = codec.from_json(Study, run.manifest.study, f"run {run.manifest.run}")
+    groups = series_of(run.records)
+    names = [name for name, role in groups if role == "variant"]
+    ordered = [variant.name for variant in study.variants if variant.name in names]
+    phases = [phase for phase in PHASES if phase in run.manifest.phases]
+    tables = tuple(_table(phase, ordered, study, groups, len(phases)) for phase in phases)
+    failures = tuple(_failures(run.records))
+    controls = [table.control.verdict for table in tables if table.control is not None]
+    notices = [notice for record in run.records for notice in record.notices]
+    controls_by_title = {table.title: table.control for table in tables if table.control is not None}
+    notices += run_notices(run, study, controls_by_title)
+    return RunView(
+        run=run.manifest.run,
+        path=str(run.path),
+        title=study.title,
+        facts=_facts(run, study),
+        tables=tables,
+        failures=failures,
+        notices=_unique(notices),
+        counts=dict(Counter(record.status for record in run.records)),
+        valid=not failures and not run.damaged_lines and not {"improved", "regressed"} & set(controls),
+    )
+
+
+def _table(
+    phase: Phase, names: list[str], study: Study, groups: dict[tuple[str, Role], Series], family: int
+) -> PhaseTable:
+    metric = PRIMARY[phase]
+    reference = groups.get((study.reference, "variant"))
+    twin = groups.get((study.reference, "control"))
+    control = compare_series(reference, twin, metric, family=family) if reference and twin else None
+    columns = COLUMNS[phase]
+    peaks = bool(PEAKS[phase][0])
+    heads = ("variant", METRICS[metric].title, f"× {study.reference}", *(METRICS[name].title for name in columns))
+    heads += (*(("peak memory",) if peaks else ()), "checks")
+    rows = []
+    for name in names:
+        series = groups[(name, "variant")]
+        ratio = None
+        if reference is not None and name != study.reference:
+            ratio = compare_series(reference, series, metric, family=max(1, len(names) - 1))
+            if ratio is not None and (control is None or control.verdict != "equivalent"):
+                ratio = without_equivalent(ratio, "the control itself is not equivalent, so nothing here can be")
+        cells = [name, _estimate(series, metric), _ratio(ratio, is_reference=name == study.reference)]
+        cells += [_estimate(series, column) for column in columns]
+        cells += [_peak(series, phase)] if peaks else []
+        cells.append(_checks(series))
+        rows.append(Row(name=name, reference=name == study.reference, cells=tuple(cells), ratio=ratio))
+    return PhaseTable(phase=phase, title=PHASE_TITLES[phase], heads=heads, rows=tuple(rows), control=control)
+
+
+def _estimate(series: Series, metric: str) -> str:
+    estimate = series.estimate(metric)
+    if estimate is None:
+        return "–"
+    return format_interval(estimate.value, estimate.low, estimate.high, METRICS[metric].unit)
+
+
+def _ratio(ratio: Comparison | None, *, is_reference: bool) -> str:
+    if is_reference:
+        return "reference"
+    if ratio is None:
+        return "–"
+    return f"{format_ratio(ratio.ratio, ratio.low, ratio.high)} {ratio.verdict}"
+
+
+def _peak(series: Series, phase: Phase) -> str:
+    for kind in PEAKS[phase]:
+        peaks = [record.memory[kind] for record in series.ok if kind in record.memory]
+        if peaks:
+            where = "GPU" if kind.startswith("device") else "host"
+            return f"{format_bytes(max(peaks))} [{format_bytes(min(peaks))}, {format_bytes(max(peaks))}] {where}"
+    return "–"
+
+
+def _checks(series: Series) -> str:
+    required = [
+        (check["path"], check["status"])
+        for record in series.records
+        for check in record.checks
+        if check["required"] is not None
+    ]
+    if not required:
+        return "not checked"
+    failed = sorted({f"{path} {status}" for path, status in required if status != "active"})
+    paths = len({path for path, _ in required})
+    return ", ".join(failed) if failed else f"{paths} of {paths} active"
+
+
+def _failures(records: Iterable[TrialRecord]) -> Iterable[str]:
+    for record in records:
+        if record.status != "ok":
+            failure = record.failure
+            said = f" in {failure.phase}: {failure.message}" if failure else ""
+            yield f"{record.trial}: {record.status}{said} (log: {record.log})"
+
+
+def _facts(run: Run, study: Study) -> tuple[str, ...]:
+    provenance, workload, protocol = run.manifest.provenance, study.workload, study.protocol
+    tokens, git = run.manifest.tokens, provenance["git"]
+    libraries = ("torch", "transformers", "peft", "bitsandbytes")
+    versions = ", ".join(f"{name} {provenance['libraries'][name]}" for name in libraries)
+    changes = " with local changes" if git["dirty"] else ""
+    commit = f"commit {git['commit'][:10]}{changes}" if git["commit"] else "no repository"
+    plural = "s" if provenance["threads"] != 1 else ""
+    return (
+        f"device    {provenance['device_name']} ({provenance['device']}, {provenance['threads']} thread{plural})",
+        f"software  {versions}, Python {provenance['python']}; {commit}",
+        f"workload  {workload.model}; {tokens.get('data', workload.data)}; "
+        f"{workload.batch_size} × {workload.sequence_length} tokens a batch, {workload.layout}; "
+        f"{workload.prompt_tokens} + {workload.new_tokens} tokens a request",
+        f"tokens    {tokens.get('real_tokens', 0)} real and {tokens.get('padded_tokens', 0)} padded in an epoch, "
+        f"hash {str(tokens.get('hash', ''))[:12]}",
+        f"plan      {protocol.replicates} replicates, {protocol.turns * protocol.steps_per_turn} timed steps a trial, "
+        f"interleaving {run.manifest.interleaving}, order seed {run.manifest.seed}",
+    )
+
+
+def _unique(notices: Iterable[Notice]) -> tuple[Notice, ...]:
+    return tuple(dict.fromkeys(notices))

@@ -1,0 +1,128 @@
+"""From records to what the statistics take: one list of samples a trial, for a metric by name.
+
+Derived metrics are computed here and nowhere else, so that a table, a saved benchmark and a comparison cannot
+disagree. Only trials that are ok have a series: an invalid trial is shown as such and never ranked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from harness.record import Role, TrialRecord
+from harness.stats import Comparison, Estimate, compare_trials, estimate_trials
+from harness.units import METRICS
+
+FINAL_SHARE = 4
+"""The final train loss is that of the last quarter of the timed steps."""
+
+
+def samples_of(record: TrialRecord, metric: str) -> tuple[float, ...]:
+    """Samples of one trial; empty where it has none. Raises KeyError for a metric that does not exist."""
+    METRICS[metric]  # an unknown name must not read as "not measured"
+    if derive := _DERIVED.get(metric):
+        return derive(record)
+    if metric in record.samples:
+        return record.samples[metric]
+    return (record.values[metric],) if metric in record.values else ()
+
+
+def _tokens_per_s(record: TrialRecord) -> tuple[float, ...]:
+    seconds = sum(record.samples.get("step_time_s", ()))
+    return (sum(record.samples["turn_real_tokens"]) / seconds,) if seconds else ()
+
+
+def _samples_per_s(record: TrialRecord) -> tuple[float, ...]:
+    seconds = sum(record.samples.get("step_time_s", ()))
+    return (sum(record.samples["turn_sequences"]) / seconds,) if seconds else ()
+
+
+def _output_tokens_per_s(record: TrialRecord) -> tuple[float, ...]:
+    tokens = record.values.get("new_tokens", 0.0)
+    return tuple(tokens / seconds for seconds in record.samples.get("request_time_s", ()))
+
+
+def _final_train_loss(record: TrialRecord) -> tuple[float, ...]:
+    losses = record.samples.get("train_loss", ()) + record.samples.get("catch_up_loss", ())
+    return losses[-max(1, len(losses) // FINAL_SHARE) :]
+
+
+_DERIVED: dict[str, Callable[[TrialRecord], tuple[float, ...]]] = {
+    "tokens_per_s": _tokens_per_s,
+    "samples_per_s": _samples_per_s,
+    "output_tokens_per_s": _output_tokens_per_s,
+    "train_loss": _final_train_loss,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Series:
+    """The trials of one variant (or of the control), in order of replicates."""
+
+    name: str
+    role: Role
+    records: tuple[TrialRecord, ...]
+
+    @property
+    def ok(self) -> tuple[TrialRecord, ...]:
+        """Trials whose numbers count."""
+        return tuple(record for record in self.records if record.status == "ok")
+
+    def trials(self, metric: str) -> list[tuple[float, ...]]:
+        """One list of samples a trial that has any."""
+        return [samples for record in self.ok if (samples := samples_of(record, metric))]
+
+    def estimate(self, metric: str) -> Estimate | None:
+        """The metric's estimate over replicates; None where nothing was measured."""
+        trials = self.trials(metric)
+        return estimate_trials(trials) if trials else None
+
+
+def series_of(records: Sequence[TrialRecord]) -> dict[tuple[str, Role], Series]:
+    """Records grouped by variant and role, each group in order of replicates, groups in order of appearance by name."""
+    keys = list(dict.fromkeys((record.name, record.role) for record in records))
+    return {
+        (name, role): Series(
+            name=name,
+            role=role,
+            records=tuple(
+                sorted(
+                    (record for record in records if (record.name, record.role) == (name, role)),
+                    key=lambda record: record.replicate,
+                )
+            ),
+        )
+        for name, role in keys
+    }
+
+
+def compare_series(base: Series, candidate: Series, metric: str, *, family: int = 1) -> Comparison | None:
+    """The comparison over the replicates that both have, paired by replicate; None where there is none.
+
+    A metric of which more is better is compared by its inverse, so that above 1 is always worse.
+    """
+    paired: list[tuple[tuple[float, ...], tuple[float, ...]]] = []
+    others = {record.replicate: record for record in candidate.ok}
+    for record in base.ok:
+        if record.replicate in others:
+            pair = samples_of(record, metric), samples_of(others[record.replicate], metric)
+            if all(pair):
+                paired.append(pair)
+    if not paired:
+        return None
+    left, right = [pair[0] for pair in paired], [pair[1] for pair in paired]
+    if METRICS[metric].higher_is_better:
+        left, right = [_inverse(samples) for samples in left], [_inverse(samples) for samples in right]
+    return compare_trials(left, right, pairing="replicate", family=family)
+
+
+def without_equivalent(comparison: Comparison, reason: str) -> Comparison:
+    """A comparison that must not claim equality, because the control does not bear it out."""
+    if comparison.verdict != "equivalent":
+        return comparison
+    return dataclasses.replace(comparison, verdict="inconclusive", reason=reason)
+
+
+def _inverse(samples: tuple[float, ...]) -> tuple[float, ...]:
+    return tuple(1 / sample for sample in samples)

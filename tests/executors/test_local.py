@@ -1,0 +1,229 @@
+"""Real processes: a trial end to end, and each of the ways in which one can fail."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from harness.executors.local import LocalExecutor
+from harness.plan import make_plan
+from harness.runner import Site, run_plan
+
+
+class Quiet:
+    """A watcher that can act when a trial enters a phase."""
+
+    def __init__(self, act=None):
+        self.act = act
+
+    def trial_phase(self, slot, phase):
+        if self.act:
+            self.act(slot, phase)
+
+    def trial_ended(self, record):
+        pass
+
+
+@pytest.fixture(scope="module")
+def executor(tmp_path_factory):
+    """One zygote for all tests of this module; its start is what costs."""
+    local = LocalExecutor(threads=1, log_dir=tmp_path_factory.mktemp("logs"))
+    local.start()
+    local.hello()
+    yield local
+    local.close()
+
+
+def measure(study, executor, tmp_path, *, phases=("train",), select=(), watcher=None, replicates=1):
+    protocol = dataclasses.replace(study.protocol, replicates=replicates)
+    plan = make_plan(dataclasses.replace(study, protocol=protocol), select=select, phases=phases)
+    tokens = executor.prepare_tokens(study.workload, str(tmp_path))
+    site = Site(
+        run_path=tmp_path, scratch=tmp_path / "scratch", device="cpu", threads=1, tokens_path=tokens["path"],
+        tokens={"hash": tokens["hash"]},
+    )  # fmt: skip
+    records = run_plan(plan, executor, site, save=lambda record: None, watcher=watcher or Quiet())
+    return {record.trial: record for record in records}
+
+
+def children_of(executor):
+    return psutil.Process(executor._process.pid).children()
+
+
+def variant(study, **changes):
+    """The study with one more variant, named `bad`, and nothing but it and the reference selected."""
+    bad = dataclasses.replace(study.variants[0], name="bad", **changes)
+    return dataclasses.replace(study, variants=(study.variants[0], bad))
+
+
+def test_a_trial_end_to_end(executor, small_study, tmp_path):
+    """Every phase leaves its numbers, the control is bit-equal to the reference, and no process is left."""
+    records = measure(small_study, executor, tmp_path, phases=("train", "generate", "cold"))
+    assert {record.status for record in records.values()} == {"ok"}, [r.failure for r in records.values()]
+    for record in records.values():
+        assert len(record.samples["step_time_s"]) == 4
+        assert len(record.samples["request_time_s"]) == len(record.samples["merged_request_time_s"]) == 2
+        assert record.turn_lengths == (2, 2)
+        assert record.values["start_latency_s"] < 1.0
+        parts = ("cold_import_time_s", "cold_load_time_s", "cold_completion_time_s")
+        assert all(record.values[part] > 0 for part in parts)
+        assert sum(record.values[part] for part in parts) <= record.values["cold_start_time_s"]
+        assert record.memory["optimizer_state_bytes"] == pytest.approx(2 * record.memory["adapter_bytes"], rel=0.01)
+        assert record.memory["gradient_bytes"] == record.memory["adapter_bytes"]
+    plain, nf4, control = (records[f"r0-{name}"] for name in ("plain", "nf4", "plain-control"))
+    assert plain.tokens == nf4.tokens == control.tokens
+    for name in ("train_loss", "warmup_loss", "catch_up_loss"):
+        plain_losses = [*plain.samples["warmup_loss"], *plain.samples["train_loss"], *plain.samples["catch_up_loss"]]
+        twin_losses = [
+            *control.samples["warmup_loss"],
+            *control.samples["train_loss"],
+            *control.samples["catch_up_loss"],
+        ]
+        assert plain_losses == twin_losses, name
+    assert plain.values["held_out_loss"] == control.values["held_out_loss"]
+    assert nf4.memory["base_weight_bytes"] < plain.memory["base_weight_bytes"] / 2
+    assert nf4.memory["quantization_state_bytes"] > 0 == plain.memory["quantization_state_bytes"]
+    assert not children_of(executor)
+
+
+def test_a_killed_trial_is_a_row(executor, small_study, tmp_path):
+    """SIGKILL in the middle of the turns: crashed, with the signal named and the earlier turns kept."""
+
+    def kill(slot, phase):
+        if slot.trial == "r0-nf4" and phase == "finish_training":
+            for child in children_of(executor):
+                child.kill()
+
+    records = measure(small_study, executor, tmp_path, watcher=Quiet(kill))
+    assert records["r0-nf4"].status == "crashed"
+    assert "SIGKILL" in records["r0-nf4"].failure.message
+    assert records["r0-nf4"].samples["step_time_s"]
+    assert {r.status for t, r in records.items() if t != "r0-nf4"} == {"ok"}
+
+
+def test_a_hanging_trial_is_killed_and_a_row(executor, small_study, tmp_path):
+    """A stopped process answers nothing: timeout after the limit, and the process is gone."""
+    protocol = dataclasses.replace(small_study.protocol, step_timeout_s=6.0)
+    study = dataclasses.replace(small_study, protocol=protocol)
+
+    def stop(slot, phase):
+        if slot.trial == "r0-nf4" and phase == "warm_up":
+            for child in children_of(executor):
+                os.kill(child.pid, signal.SIGSTOP)
+
+    records = measure(study, executor, tmp_path, watcher=Quiet(stop))
+    assert records["r0-nf4"].status == "timeout"
+    assert "6 s" in records["r0-nf4"].failure.message
+    assert {r.status for t, r in records.items() if t != "r0-nf4"} == {"ok"}
+    assert not children_of(executor)
+
+
+def test_running_out_of_memory_is_a_row(executor, small_study, tmp_path):
+    """An address-space limit that the process's own size nearly fills: oom, with the traceback in record and log."""
+    limit = psutil.Process(executor._process.pid).memory_info().vms + 64 * 2**20
+    protocol = dataclasses.replace(small_study.protocol, memory_limit_bytes=limit)
+    workload = dataclasses.replace(small_study.workload, batch_size=64, sequence_length=512, train_sequences=64)
+    records = measure(dataclasses.replace(small_study, protocol=protocol, workload=workload), executor, tmp_path)
+    assert {record.status for record in records.values()} == {"oom"}
+    record = records["r0-plain"]
+    assert "Traceback" in record.failure.traceback
+    assert "Traceback" in (tmp_path / record.log).read_text()
+
+
+def test_an_exception_is_a_row(executor, small_study, tmp_path):
+    """Targets that match no module: crashed, with PEFT's own words, while the reference is measured."""
+    study = variant(small_study, target_modules=("no_such_module",))
+    records = measure(study, executor, tmp_path)
+    assert records["r0-bad"].status == "crashed"
+    assert "no_such_module" in records["r0-bad"].failure.message
+    assert records["r0-bad"].failure.phase == "build"
+    assert "Traceback" in (tmp_path / records["r0-bad"].log).read_text()
+    assert records["r0-plain"].status == "ok"
+
+
+def test_a_loss_that_is_not_finite_is_a_row(executor, small_study, tmp_path):
+    """A learning rate that diverges: invalid, naming the step, before anything is ranked."""
+    study = variant(small_study, learning_rate=1e30, max_grad_norm=0.0)
+    records = measure(study, executor, tmp_path)
+    assert records["r0-bad"].status == "invalid"
+    assert records["r0-bad"].failure.kind == "LossNotFinite"
+    assert "learning_rate" in records["r0-bad"].failure.message
+
+
+def test_a_claim_that_does_not_hold_is_a_row(executor, small_study, tmp_path):
+    """A paged optimizer pages nothing on a CPU: invalid, and measured only where the study allows it."""
+    study = variant(small_study, optimizer="paged_adamw_32bit")
+    refused = measure(study, executor, tmp_path)["r0-bad"]
+    assert refused.status == "invalid"
+    assert "optimizer.paged_share" in refused.failure.message
+    assert "step_time_s" not in refused.samples
+    allowed = measure(dataclasses.replace(study, allow_fallback=True), executor, tmp_path)["r0-bad"]
+    assert allowed.status == "ok"
+    assert any(notice.code == "fallback-allowed" for notice in allowed.notices)
+    assert allowed.memory["paged_optimizer_state_bytes"] == 0
+
+
+def test_a_warm_zygote_forks_quickly_and_with_one_thread(executor):
+    """A trial's own code starts within 0.1 s, and the zygote has one thread to fork with."""
+    latencies = []
+    for _ in range(9):
+        worker = executor.launch()
+        latencies.append(worker.start_latency_s)
+        worker.close()
+    assert sorted(latencies)[len(latencies) // 2] < 0.1
+    assert psutil.Process(executor._process.pid).num_threads() == 1
+
+
+def test_a_zygote_with_threads_refuses_to_fork():
+    """Forking a process with a second thread can deadlock the child, so it is an error and not a gamble."""
+    from harness import worker
+
+    release = threading.Event()
+    thread = threading.Thread(target=release.wait)
+    thread.start()
+    try:
+        read, write = os.pipe()
+        os.close(read)
+        answer = worker._fork(write, None, set())
+    finally:
+        release.set()
+        thread.join()
+    assert "threads" in answer["error"]
+
+
+def test_trials_die_with_their_parent(tmp_path):
+    """When the zygote goes away, so does the trial under way."""
+    local = LocalExecutor(threads=1, log_dir=tmp_path)
+    local.start()
+    local.hello()
+    worker = local.launch()
+    local._process.kill()
+    deadline = time.monotonic() + 10
+    while psutil.pid_exists(worker.pid) and time.monotonic() < deadline:
+        if psutil.Process(worker.pid).status() == psutil.STATUS_ZOMBIE:
+            break
+        time.sleep(0.05)
+    gone = not psutil.pid_exists(worker.pid) or psutil.Process(worker.pid).status() == psutil.STATUS_ZOMBIE
+    local.close()
+    assert gone
+
+
+def test_a_worker_that_cannot_import_is_an_error_with_its_log(tmp_path, monkeypatch):
+    """No silent retry: the error names what the worker printed and where its log is."""
+    from harness.errors import InvalidRunError
+
+    broken = tmp_path / "path" / "transformers"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text("raise ImportError('broken on purpose')")
+    monkeypatch.setenv("PYTHONPATH", str(broken.parent))
+    local = LocalExecutor(threads=1, log_dir=Path(tmp_path))
+    local.start()
+    with pytest.raises(InvalidRunError, match="broken on purpose"):
+        local.hello()

@@ -1,0 +1,112 @@
+"""Effects against scipy.stats, and what each pairing pairs."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from harness.stats.effect import checked_pairing, from_log, measure_effect
+
+
+def arrays(*trials):
+    """Trials as the checked input that effects are measured from."""
+    return [np.array(trial, dtype=float) for trial in trials]
+
+
+def noisy(rng, trials, samples, sd=0.1):
+    """Trials of lognormal samples."""
+    return list(rng.lognormal(0.0, sd, (trials, samples)))
+
+
+def test_turn_pairs_sample_by_sample():
+    """By turn, a replicate's value is the median of its log ratios; a burst that hits both sides leaves it alone."""
+    effect = measure_effect(arrays([1, 9, 1, 30]), arrays([1.1, 9.9, 1.1, 33]), "turn")
+    assert math.exp(effect.log_ratio) == pytest.approx(1.1)
+    same_medians = measure_effect(arrays([1, 2, 4]), arrays([2, 4, 1]), "turn")
+    assert math.exp(same_medians.log_ratio) == pytest.approx(2.0)
+
+
+def test_replicate_pairs_medians():
+    """By replicate, a replicate's value is the log ratio of medians, and the counts may differ."""
+    effect = measure_effect(arrays([1, 2, 100]), arrays([4, 4]), "replicate")
+    assert math.exp(effect.log_ratio) == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("pairing", ["turn", "replicate"])
+def test_paired_interval_is_the_paired_t_interval(pairing):
+    """The interval of paired trials is scipy's one-sample t interval of the log ratios."""
+    rng = np.random.default_rng(1)
+    base, candidate = noisy(rng, 6, 1), noisy(rng, 6, 1)
+    effect = measure_effect(base, candidate, pairing)
+    oracle = stats.ttest_1samp(np.log(np.ravel(candidate) / np.ravel(base)), 0.0).confidence_interval(0.95)
+    half = effect.spread.half_width(0.025)
+    assert (effect.log_ratio - half, effect.log_ratio + half) == pytest.approx((oracle.low, oracle.high))
+
+
+def test_unpaired_interval_is_welchs():
+    """The interval of unpaired trials is scipy's Welch interval on log medians, unequal counts included."""
+    rng = np.random.default_rng(2)
+    base, candidate = noisy(rng, 4, 7, sd=0.1), noisy(rng, 9, 5, sd=0.4)
+    effect = measure_effect(base, candidate, "none")
+    oracle = stats.ttest_ind(
+        np.log(np.median(candidate, axis=1)), np.log(np.median(base, axis=1)), equal_var=False
+    ).confidence_interval(0.9)
+    half = effect.spread.half_width(0.05)
+    assert (effect.log_ratio - half, effect.log_ratio + half) == pytest.approx((oracle.low, oracle.high))
+    assert effect.replicates == 4
+
+
+def test_plan_of_the_same_size_repeats_the_spread():
+    """sd and df_per_replicate, which plan other sizes, give back the error and df at the size that was measured."""
+    rng = np.random.default_rng(3)
+    for pairing in ("turn", "none"):
+        spread = measure_effect(noisy(rng, 5, 3), noisy(rng, 5, 3, sd=0.3), pairing).spread
+        assert spread.sd / math.sqrt(5) == pytest.approx(spread.standard_error)
+        assert spread.df_per_replicate * 4 == pytest.approx(spread.df)
+
+
+def test_very_quiet_sides_do_not_underflow():
+    """Welch's degrees of freedom stay defined where squared variances would underflow to zero."""
+    base = arrays(*[[1 + k * 1e-11] for k in range(4)])
+    assert measure_effect(base, arrays(*[[1 - k * 1e-11] for k in range(4)]), "none").spread.df == pytest.approx(
+        6, abs=0.1
+    )
+
+
+@pytest.mark.parametrize("pairing", ["turn", "replicate", "none"])
+def test_rounding_is_not_variance(pairing):
+    """Trials that differ by rounding alone have no variance."""
+    base = arrays([0.1 * 3], [0.3], [0.1 + 0.2])
+    spread = measure_effect(base, arrays([0.6], [0.6], [0.6]), pairing).spread
+    assert (spread.standard_error, spread.half_width(0.025)) == (0.0, 0.0)
+
+
+def test_one_replicate_has_no_spread():
+    """One trial on a side says nothing about the scatter, whatever the other side has."""
+    assert measure_effect(arrays([1]), arrays([2]), "turn").spread is None
+    assert measure_effect(arrays([1], [1.1], [1.2]), arrays([2]), "none").spread is None
+
+
+@pytest.mark.parametrize("pairing", ["turn", "replicate"])
+def test_unequal_trials_are_refused(pairing):
+    """Paired sides of unequal length are refused with both counts."""
+    with pytest.raises(ValueError, match=r"base has 2 trials and candidate 1: .*pairing='none'"):
+        measure_effect(arrays([1], [1]), arrays([1]), pairing)
+
+
+def test_unequal_turns_are_refused():
+    """A pair with unequal counts is refused by its index and both counts."""
+    with pytest.raises(ValueError, match=r"trial 1: base has 2 samples and candidate 3: .*pairing='replicate'"):
+        measure_effect(arrays([1], [1, 2]), arrays([1], [1, 2, 3]), "turn")
+
+
+def test_unknown_pairing_is_refused():
+    """A pairing that is none of the three is refused with the three."""
+    with pytest.raises(ValueError, match=r"pairing is 'block': .*'none', 'replicate', 'turn'"):
+        checked_pairing("block")
+
+
+def test_no_infinity_comes_back_from_logs():
+    """What is larger than a float is None; what is smaller than one is zero."""
+    assert (from_log(710.0), from_log(math.inf), from_log(-math.inf), from_log(0.0)) == (None, None, 0.0, 1.0)

@@ -1,0 +1,95 @@
+"""estimate_trials: coverage by simulation, the linear fallback, edges."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from harness.stats import estimate_trials
+
+
+def test_interval_covers_the_true_value():
+    """The 95 % interval over 4 replicates holds the true geometric centre in 94 to 96 % of runs."""
+    rng = np.random.default_rng(41)
+    runs = np.exp(rng.normal(math.log(0.44), 0.1, (3000, 4, 1)))
+    covered = [one.low <= 0.44 <= one.high for one in map(estimate_trials, runs)]
+    assert 0.94 <= np.mean(covered) <= 0.96
+
+
+def test_is_students_interval_of_log_medians():
+    """Centre and interval are scipy's t interval of log medians, back-transformed, at the alpha asked for."""
+    trials = [[1.0, 2.0, 9.0], [3.0], [2.0, 4.0]]
+    estimate = estimate_trials(trials, alpha=0.1)
+    logs = np.log([2.0, 3.0, 3.0])
+    oracle = np.exp(stats.t.interval(0.9, 2, logs.mean(), stats.sem(logs)))
+    assert (estimate.low, estimate.high) == pytest.approx(tuple(oracle))
+    assert estimate.value == pytest.approx(18 ** (1 / 3))
+    assert (estimate.replicates, estimate.samples) == (3, 6)
+
+
+def test_samples_do_not_narrow_the_interval():
+    """Repeating the samples of each trial leaves the interval as it is."""
+    few, many = estimate_trials([[1.0, 1.2], [1.3, 1.5]]), estimate_trials([[1.0, 1.2] * 50, [1.3, 1.5] * 50])
+    assert (few.value, few.low, few.high) == (many.value, many.low, many.high)
+
+
+def test_one_replicate_has_no_interval():
+    """One replicate has a value, exactly its median, and no interval, however many samples it has."""
+    estimate = estimate_trials([[0.1, 0.2, 0.3] * 100])
+    assert (estimate.value, estimate.low, estimate.high, estimate.samples) == (0.2, None, None, 300)
+    zero = estimate_trials([[0.0]])
+    assert (zero.value, zero.low, zero.high) == (0.0, None, None)
+
+
+def test_zero_median_is_taken_on_the_linear_scale():
+    """A median of zero, or below, moves centre and interval to the linear scale."""
+    estimate = estimate_trials([[0.0], [1.0], [-0.4]])
+    oracle = stats.t.interval(0.95, 2, 0.2, stats.sem([0.0, 1.0, -0.4]))
+    assert estimate.value == pytest.approx(0.2)
+    assert (estimate.low, estimate.high) == pytest.approx(oracle)
+    assert estimate.low < 0
+
+
+def test_zero_sample_with_positive_medians_stays_on_logs():
+    """A lone zero below a positive median is no reason to leave the log scale."""
+    assert estimate_trials([[0.0, 1.0, 2.0], [4.0]]).value == pytest.approx(2.0)
+
+
+def test_interval_too_wide_for_a_float():
+    """An upper bound larger than a float is None, not infinity."""
+    estimate = estimate_trials([[1e-200], [1e200]])
+    assert (estimate.low, estimate.high) == (0.0, None)
+
+
+@pytest.mark.parametrize(
+    ("trials", "alpha", "message"),
+    [
+        ([], 0.05, "trials has no trial"),
+        ([[1.0], []], 0.05, "trials trial 1 has no samples"),
+        ([[1.0], [2.0, math.nan]], 0.05, "trials trial 1 sample 1 is nan: samples must be finite"),
+        ([[1.0]], 0.0, "alpha is 0.0"),
+        ([[1.0]], 1.5, "alpha is 1.5"),
+    ],
+)
+def test_bad_input_is_an_error(trials, alpha, message):
+    """Bad input raises with the offender's name."""
+    with pytest.raises(ValueError, match=message):
+        estimate_trials(trials, alpha=alpha)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=5), min_size=1, max_size=6),
+    st.floats(1e-3, 1e3),
+)
+def test_scales_with_its_unit(trials, factor):
+    """A value in another unit is the same value times the factor, and lies inside its interval."""
+    one = estimate_trials(trials)
+    other = estimate_trials([[sample * factor for sample in trial] for trial in trials])
+    assert other.value == pytest.approx(one.value * factor, rel=1e-9)
+    if one.high is not None:
+        assert one.low <= one.value * (1 + 1e-12)
+        assert one.value <= one.high * (1 + 1e-12)

@@ -1,0 +1,73 @@
+"""compare_bytes: maximum against maximum, no test."""
+
+import math
+
+import pytest
+
+from harness.stats import compare_bytes
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("candidate", "verdict"),
+    [
+        ([GIB, GIB], "equivalent"),
+        ([GIB * 101 // 100], "equivalent"),
+        ([GIB * 995 // 1000], "equivalent"),
+        ([GIB * 102 // 100, GIB // 2], "regressed"),
+        ([GIB * 98 // 100] * 5, "improved"),
+    ],
+)
+def test_largest_peaks_are_compared(candidate, verdict):
+    """Only the largest peak of either side counts, against the tolerance."""
+    result = compare_bytes([GIB // 4, GIB, GIB // 2], candidate, tolerance=0.01)
+    assert result.verdict == verdict
+    assert result.ratio == result.low == result.high == max(candidate) / GIB
+
+
+def test_identical_constants_are_equivalent():
+    """Five times the same gibibyte on either side is equal, which a t-test cannot say."""
+    assert compare_bytes([GIB] * 5, [GIB] * 5, tolerance=0.0).verdict == "equivalent"
+
+
+def test_zero_tolerance_is_exact():
+    """Without tolerance one byte in a tebibyte decides, in both directions."""
+    assert compare_bytes([2**40], [2**40 + 1], tolerance=0).verdict == "regressed"
+    assert compare_bytes([2**40 + 1], [2**40], tolerance=0).verdict == "improved"
+
+
+def test_reason_has_both_numbers():
+    """The reason states both peaks and how many trials they are from."""
+    reason = compare_bytes([100, 90], [150], tolerance=0.1).reason
+    assert "150 bytes, is more than 10 % above the 100 bytes of 2 base trials" in reason
+
+
+def test_no_power_statement():
+    """A discrete rule has no power and no plan."""
+    result = compare_bytes([1, 2], [3], tolerance=0.1)
+    assert (result.mde80, result.replicates_needed, result.replicates) == (None, None, 1)
+
+
+def test_zero_base():
+    """Nothing against nothing is equal; something against nothing is worse, with no ratio."""
+    assert compare_bytes([0], [0], tolerance=0.1).ratio == 1.0
+    grown = compare_bytes([0], [5], tolerance=0.1)
+    assert (grown.verdict, grown.ratio, grown.low, grown.high) == ("regressed", None, None, None)
+    assert compare_bytes([5], [0], tolerance=0.1).verdict == "improved"
+
+
+@pytest.mark.parametrize(
+    ("base", "candidate", "tolerance", "message"),
+    [
+        ([], [1], 0.1, "base has no samples"),
+        ([1], [1, -2], 0.1, "candidate sample 1 is -2 bytes"),
+        ([1, math.nan], [1], 0.1, "base sample 1 is nan"),
+        ([[1]], [1], 0.1, "base is .*flat list"),
+        ([1], [1], -0.1, "tolerance is -0.1"),
+    ],
+)
+def test_bad_input_is_an_error(base, candidate, tolerance, message):
+    """Bad input raises with the offender's name."""
+    with pytest.raises(ValueError, match=message):
+        compare_bytes(base, candidate, tolerance=tolerance)

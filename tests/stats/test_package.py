@@ -1,0 +1,22 @@
+"""What `import harness.stats` offers, and what it must not cost."""
+
+import subprocess
+import sys
+
+import harness.stats
+
+
+def test_import_is_cheap():
+    """Importing the package, with everything it exports, loads neither numpy nor scipy."""
+    program = (
+        "import sys; import harness.stats as stats; [getattr(stats, name) for name in stats.__all__]; "
+        "print(sorted({name.split('.')[0] for name in sys.modules} & {'numpy', 'scipy', 'torch', 'pandas'}))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_exports_the_contract():
+    """The names that other programs rely on are there."""
+    promised = {"compare_trials", "compare_family", "compare_bytes", "estimate_trials", "label_outliers", "warmup_end"}
+    assert promised | {"is_steady", "Comparison", "Estimate", "WarmupResult"} <= set(harness.stats.__all__)

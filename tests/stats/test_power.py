@@ -1,0 +1,79 @@
+"""Planning numbers, checked by running the plan."""
+
+import math
+
+import numpy as np
+import pytest
+
+from harness.stats import compare_trials
+from harness.stats.effect import Spread
+from harness.stats.power import detectable_log_effect, replicates_needed
+from harness.stats.verdict import Rule
+
+
+def rule(**changes):
+    """The default rule, with changes."""
+    return Rule(**{"tolerance": 0.01, "margin": 0.05, "alpha": 0.05, "family": 1} | changes)
+
+
+def paired(sd, replicates):
+    """The spread of paired replicates with this sd."""
+    return Spread(standard_error=sd / math.sqrt(replicates), df=replicates - 1, sd=sd, df_per_replicate=1.0)
+
+
+def share(verdict, log_effect, sd, replicates, draws, seed, **limits):
+    """How often `compare_trials` gives the verdict, for a true log effect and a true sd."""
+    rng = np.random.default_rng(seed)
+    base = [[1.0]] * replicates
+    candidates = np.exp(rng.normal(log_effect, sd, (draws, replicates, 1)))
+    return np.mean([compare_trials(base, one, pairing="turn", **limits).verdict == verdict for one in candidates])
+
+
+@pytest.mark.parametrize(("replicates", "family"), [(3, 1), (5, 1), (8, 10)])
+def test_mde80_is_seen_with_80_percent_power(replicates, family):
+    """A planted slow-down of the stated size is called regressed in 80 % of simulated runs."""
+    effect = detectable_log_effect(paired(0.02, replicates), rule(family=family))
+    seen = share("regressed", effect, 0.02, replicates, draws=1000, seed=11, family=family)
+    assert seen == pytest.approx(0.8, abs=0.04)
+
+
+def test_replicates_needed_sees_the_margin_and_no_fewer_do():
+    """With the stated number a slow-down of the margin is called regressed in 80 % of runs; with one fewer not."""
+    needed = replicates_needed(paired(0.03, 5), rule(), may_be_equivalent=True)
+    enough = share("regressed", math.log(1.05), 0.03, needed, draws=1500, seed=12)
+    fewer = share("regressed", math.log(1.05), 0.03, needed - 1, draws=1500, seed=13)
+    assert fewer < 0.77
+    assert enough > 0.79
+
+
+def test_replicates_needed_concludes_equivalence():
+    """Where only equivalence is asked for, the stated number concludes it in 80 % of A/A runs; one fewer not."""
+    limits = {"tolerance": 0.05, "margin": 0.05}
+    needed = replicates_needed(paired(0.04, 5), rule(**limits), may_be_equivalent=True)
+    enough = share("equivalent", 0.0, 0.04, needed, draws=1500, seed=14, **limits)
+    fewer = share("equivalent", 0.0, 0.04, needed - 1, draws=1500, seed=15, **limits)
+    assert fewer < 0.8 <= enough
+
+
+def test_nothing_to_ask_for():
+    """Unpaired and with a margin inside the tolerance neither verdict can be planned for."""
+    assert replicates_needed(paired(0.04, 5), rule(tolerance=0.05), may_be_equivalent=False) is None
+
+
+def test_no_scatter_needs_two():
+    """Without scatter two replicates do, and any slow-down beyond the tolerance would have been seen."""
+    assert replicates_needed(paired(0.0, 3), rule(), may_be_equivalent=True) == 2
+    assert detectable_log_effect(paired(0.0, 3), rule()) == rule().log_tolerance
+
+
+@pytest.mark.parametrize("sd", [1e-9, 0.3, 30.0, 1e6])
+def test_plans_end(sd):
+    """Any scatter has a plan of at least two replicates, or none that is practical."""
+    needed = replicates_needed(paired(sd, 2), rule(family=10**6), may_be_equivalent=True)
+    assert needed is None if sd == 1e6 else needed >= 2
+
+
+def test_more_scatter_needs_more():
+    """The plan grows with the square of the scatter."""
+    small, large = (replicates_needed(paired(sd, 5), rule(), may_be_equivalent=True) for sd in (0.1, 0.4))
+    assert large == pytest.approx(16 * small, rel=0.05)

@@ -1,0 +1,102 @@
+"""The command line: what it prints, what it loads, how it exits."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from harness.cli import main
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["list", "--help"]])
+def test_help_loads_nothing_heavy(arguments):
+    """No torch, numpy, pandas or scipy, nor rich or pytest, for a page of text."""
+    code = (
+        "import sys\nfrom harness.cli import main\n"
+        f"try: main({arguments!r})\nexcept SystemExit: pass\n"
+        "print('LOADED', sorted({'torch','numpy','pandas','scipy','rich','pytest','psutil'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "usage: lorameter" in done.stdout
+    assert "LOADED []" in done.stdout
+
+
+def test_lists_are_json_on_request(capsys, tmp_path):
+    """One document with a schema, for each list."""
+    for what, known in (("studies", "lora-or-qlora"), ("models", "tiny-llama")):
+        assert main(["list", what, "--json"]) == 0
+        document = json.loads(capsys.readouterr().out)
+        assert document["schema"] == 1
+        assert known in [row["name"] for row in document[what]]
+    assert main(["list", "runs", "--json", "--runs-dir", str(tmp_path)]) == 0
+    assert json.loads(capsys.readouterr().out) == {"schema": 1, "runs": []}
+    assert main(["list", "variants", "lora-or-qlora"]) == 0
+    assert "quantization=nf4" in capsys.readouterr().out
+
+
+def test_a_dry_run_shows_order_time_memory_and_disk(capsys, tmp_path):
+    """And starts nothing: no run directory is made."""
+    assert main(["run", "lora-or-qlora", "--dry-run", "--runs-dir", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    for word in ("replicate 3", "(control)", "time", "memory", "disk", "random-weights"):
+        assert word in text
+    assert main(["run", "lora-or-qlora", "--dry-run", "--json", "--runs-dir", str(tmp_path)]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert len(document["order"]) == 15
+    assert document["time_s"] > 0
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["run", "no-such-study"], "lora-or-qlora"),
+        (["run", "lora-or-qlora", "--variant", "nf5"], "nf5"),
+        (["run", "lora-or-qlora", "--model", "nothing"], "tiny-llama"),
+        (["run", "lora-or-qlora", "--data", "missing.jsonl"], "missing.jsonl"),
+        (["run", "lora-or-qlora", "--effort", "quick", "--replicates", "2"], "--replicates"),
+        (["run", "lora-or-qlora", "--replicates", "0"], "replicates = 0"),
+        (["report", "no-such-run"], "no-such-run"),
+        (["list", "variants"], "no study named"),
+        (["model", "fetch", "nothing"], "nothing"),
+    ],
+)
+def test_bad_input_exits_with_2(capsys, tmp_path, arguments, word):
+    """One line that names the offender, and nothing measured."""
+    assert main([*arguments, "--runs-dir", str(tmp_path)]) == 2
+    assert word in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unexpected_error_is_70_and_never_1(capsys, monkeypatch):
+    """A defect of ours must not read as a regression."""
+    import harness.catalogue
+
+    monkeypatch.setattr(harness.catalogue, "CATALOGUE", None)
+    assert main(["list", "models"]) == 70
+    assert "defect" in capsys.readouterr().err
+
+
+def test_a_run_prints_one_json_document(tmp_path, capsys, small_study):
+    """A real run of two small variants: status, trials and control on stdout, progress on stderr, exit code 0 or 4."""
+    study = tmp_path / "mine.toml"
+    study.write_text(
+        "[workload]\nsequence_length=32\nbatch_size=2\ntrain_sequences=16\nprompt_tokens=8\nnew_tokens=4\n"
+        "[protocol]\nreplicates=1\nwarmup_steps_min=1\nwarmup_steps_max=2\nturns=1\ngenerate_requests=1\n"
+        "[[variant]]\nname='a'\nr=4\n[[variant]]\nname='b'\nr=8\n"
+    )
+    code = main(["run", str(study), "--json", "--runs-dir", str(tmp_path / "runs")])
+    captured = capsys.readouterr()
+    document = json.loads(captured.out)
+    assert document["schema"] == 1
+    assert document["trials"] == {"ok": 3}
+    assert (document["status"], code) == ("ok", 0)
+    assert set(document["control"]) == {"train", "generate", "cold"}
+    assert "[3/3]" in captured.err
+    assert main(["report", document["run"], "--runs-dir", str(tmp_path / "runs")]) == 0
+    text = capsys.readouterr().out
+    assert "no interval" in text
+    assert "synthetic-data" in text

@@ -1,0 +1,46 @@
+"""The forecast rests on an earlier run or on this machine, and says on which."""
+
+import dataclasses
+
+import pytest
+
+from harness import catalogue
+from harness.forecast import adapter_parameters, forecast
+from harness.plan import make_plan
+from harness.variant import Variant
+
+
+@pytest.mark.parametrize(
+    ("model", "variant", "count"),
+    [
+        # Hand-derived: 32 layers; q and v are 4096 × 4096, so 2 × 64 × 8192 a layer.
+        ("random:llama2-7b", Variant(r=64, target_modules=()), 32 * 2 * 64 * 8192),
+        # all-linear adds k, o (8192 each) and gate, up, down (4096 + 11008 each).
+        ("random:llama2-7b", Variant(r=16), 32 * 16 * (4 * 8192 + 3 * 15104)),
+        ("tiny-llama", Variant(r=16), 448512),  # what PEFT itself counts for the default study
+    ],
+)
+def test_adapter_parameters_are_exact(model, variant, count):
+    """r (in + out) for each targeted layer."""
+    assert adapter_parameters(variant, catalogue.shape(catalogue.resolve(model))) == count
+
+
+def test_a_gpu_without_history_is_not_guessed(small_study, machine, tmp_path):
+    """Unknown is an answer; memory and disk are still given."""
+    expected = forecast(make_plan(small_study), dataclasses.replace(machine, device="cuda"), tmp_path)
+    assert expected.time_s is None
+    assert "no earlier run" in expected.basis
+    assert expected.memory_bytes > 0 < expected.disk_bytes
+
+
+def test_more_replicates_take_longer(small_study, machine, tmp_path):
+    """The time scales with the trials, and quantisation lowers the memory."""
+    longer = small_study.with_overrides(replicates=8)
+    short, long = (forecast(make_plan(s), machine, tmp_path) for s in (small_study, longer))
+    assert long.time_s > 2 * short.time_s
+    big = dataclasses.replace(small_study, workload=dataclasses.replace(small_study.workload, model="random:llama2-7b"))
+    plain, nf4 = (
+        forecast(make_plan(dataclasses.replace(big, variants=(v,), reference=v.name)), machine, tmp_path).memory_bytes
+        for v in big.variants
+    )
+    assert nf4 < plain / 2

@@ -1,0 +1,285 @@
+"""The main front door: what pytest-benchmark saves, compares and refuses.
+
+The session is real; at the one seam stands a fake executor with exact numbers, so that no clock decides a test. That
+the real executor gives such records is shown by `executors/test_local.py` and by the last test here.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+FAKE = """
+import os
+from pathlib import Path
+import harness.measure
+from harness.pytest_plugin import attach
+from harness.record import Failure, Fragment
+
+STEP = {"plain": 0.1, "nf4": float(os.environ.get("NF4_STEP", "0.123456789012345678"))}
+
+class Worker:
+    start_latency_s = 0.01
+    def ask(self, command, trial, timeout_s, **arguments):
+        replicate, name = trial.split("-")[:2]
+        if name == os.environ.get("FAILING") and command == "build":
+            return Fragment().failed("oom", Failure(phase="build", kind="MemoryError", message="no memory left"))
+        slow = 1.5 if "control" in trial and os.environ.get("BAD_CONTROL") else 1.0
+        step = STEP[name] * slow * (1 + int(replicate[1:]) / 7)
+        if command == "turn":
+            count = arguments["steps"]
+            return Fragment(samples={
+                "step_time_s": (step,) * count, "step_cpu_time_s": (step,) * count, "train_loss": (2.0,) * count,
+                "turn_real_tokens": (64.0,), "turn_padded_tokens": (0.0,), "turn_sequences": (2.0,),
+            })
+        if command == "generate":
+            names = ("request_time_s", "first_token_time_s", "time_per_output_token_s")
+            return Fragment(samples={p + n: (step, step) for n in names for p in ("", "merged_")})
+        if command == "finish_training":
+            return Fragment(values={"held_out_loss": 3.0}, memory={"host_peak_train_bytes": 2**20})
+        if command == "verify":
+            check = {"path": "base.bits", "required": 4, "observed": 4, "status": "active", "reason": "seen"}
+            return Fragment(checks=(check,))
+        return Fragment()
+    def close(self):
+        pass
+
+class Executor:
+    def __init__(self, **options):
+        Path("measured").open("a").write("x")
+    def start(self): pass
+    def hello(self):
+        return {"device": "cpu", "torch": "0", "import_time_s": 1.0}
+    def prepare_tokens(self, workload, folder):
+        path = Path(folder) / "tokens-0.safetensors"
+        path.write_bytes(b"")
+        return {"path": str(path), "hash": "abc", "data": "synthetic", "synthetic": True, "real_tokens": 1,
+                "padded_tokens": 0, "tokenizer_substituted": False, "train_sequences": 1, "records": 1}
+    def launch(self):
+        return Worker()
+    def cold_start(self, request):
+        return Fragment(values={"cold_import_time_s": 1.0}, samples={"cold_start_time_s": (2.0,)})
+    def close(self): pass
+
+def pytest_configure(config):
+    if not os.environ.get("REAL"):
+        harness.measure.LocalExecutor = Executor
+    attach(config)
+"""
+
+STUDY = """
+[workload]
+sequence_length = 32
+batch_size = 2
+train_sequences = 16
+held_out_records = 4
+held_out_sequences = 2
+prompt_tokens = 8
+new_tokens = 4
+[protocol]
+replicates = 2
+warmup_steps_min = 1
+warmup_steps_max = 2
+turns = 2
+steps_per_turn = 3
+generate_warmup = 0
+generate_requests = 1
+[controls]
+r = 4
+[[variant]]
+name = "plain"
+[[variant]]
+name = "nf4"
+quantization = "nf4"
+"""
+
+TESTS = """
+import pytest
+
+@pytest.mark.lorameter("train")
+def test_train_step(replay):
+    replay()
+
+@pytest.mark.lorameter("generate")
+def test_generate_warm(replay):
+    replay()
+
+@pytest.mark.lorameter("cold")
+def test_cold_start(replay):
+    replay()
+"""
+
+
+@pytest.fixture
+def suite(pytester, monkeypatch):
+    """A benchmark folder with the fake at the seam; returns a function that runs pytest on it."""
+    pytester.makeconftest(FAKE)
+    pytester.makepyfile(test_variants=TESTS)
+    (pytester.path / "small.toml").write_text(STUDY)
+    for name in ("NF4_STEP", "FAILING", "BAD_CONTROL", "REAL"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(*options):
+        return pytester.runpytest_subprocess("--lorameter-study=small.toml", "-p", "no:cacheprovider", *options)
+
+    run.path = pytester.path
+    run.measured = lambda: (pytester.path / "measured").is_file()
+    return run
+
+
+def saved(suite, pattern):
+    (path,) = suite.path.glob(f".benchmarks/*/{pattern}.json")
+    return json.loads(path.read_text())
+
+
+def test_a_saved_run_holds_the_recorded_durations_to_the_bit(suite):
+    """--benchmark-save keeps the raw samples, the trial boundaries, the checks and the intervals."""
+    suite("--benchmark-save=first").assert_outcomes(passed=6)
+    data = saved(suite, "*first")
+    by_name = {entry["name"]: entry for entry in data["benchmarks"]}
+    entry = by_name["test_train_step[nf4]"]
+    step = 0.123456789012345678
+    assert entry["stats"]["data"] == [step] * 6 + [step * (1 + 1 / 7)] * 6
+    assert entry["group"] == "train"
+    info = entry["extra_info"]
+    assert [(t["trial"], t["samples"], t["turn_lengths"]) for t in info["trials"]] == [
+        ("r0-nf4", 6, [3, 3]), ("r1-nf4", 6, [3, 3]),
+    ]  # fmt: skip
+    assert info["memory"] == {"host_peak_train_bytes": 2**20}
+    assert info["checks"][0]["status"] == "active"
+    assert info["estimates"]["step_time_s"]["low"] < info["estimates"]["step_time_s"]["value"]
+    assert info["estimates"]["tokens_per_s"]["value"] > 0
+    assert data["lorameter"]["run"] == info["run"]
+    assert data["machine_info"]["lorameter"]["workload"]["sequence_length"] == 32
+
+
+def test_the_plan_runs_once_for_all_tests_and_is_on_disk(suite):
+    """Six tests, one run with all trials, control included."""
+    result = suite()
+    result.assert_outcomes(passed=6)
+    (run,) = (suite.path / ".lorameter" / "runs").iterdir()
+    assert len((run / "trials.jsonl").read_text().splitlines()) == 2 * 3
+    assert (suite.path / "measured").read_text() == "x"
+    result.stdout.fnmatch_lines(["*benchmark 'cold'*", "*lorameter*", "*Training*", "*control*equivalent*"])
+
+
+def test_k_selects_and_keeps_the_reference(suite):
+    """One test of one variant still measures the reference and the control, and only its phase."""
+    suite("-k", "train_step and nf4").assert_outcomes(passed=1, deselected=5)
+    (run,) = (suite.path / ".lorameter" / "runs").iterdir()
+    records = [json.loads(line) for line in (run / "trials.jsonl").read_text().splitlines()]
+    assert {(r["name"], r["role"]) for r in records} == {
+        ("plain", "variant"), ("plain", "control"), ("nf4", "variant"),
+    }  # fmt: skip
+    assert not any("request_time_s" in r["samples"] for r in records)
+
+
+def test_comparing_two_runs_works_as_pytest_benchmark_documents(suite, monkeypatch):
+    """--benchmark-compare shows both, and --benchmark-compare-fail fails on a slower one."""
+    suite("--benchmark-save=base").assert_outcomes(passed=6)
+    again = suite("--benchmark-compare", "--benchmark-compare-fail=mean:10%")
+    again.assert_outcomes(passed=6)
+    again.stdout.fnmatch_lines(["*test_train_step*nf4*(0001*", "*test_train_step*nf4*(NOW)*"])
+    monkeypatch.setenv("NF4_STEP", "0.2")
+    slower = suite("--benchmark-compare", "--benchmark-compare-fail=mean:10%")
+    slower.stderr.fnmatch_lines(["*Performance has regressed*"])
+    assert slower.ret != 0
+
+
+def test_unlike_runs_are_not_compared(suite):
+    """Another workload is refused, and what differs is named."""
+    suite("--benchmark-save=base").assert_outcomes(passed=6)
+    (suite.path / "small.toml").write_text(STUDY.replace("batch_size = 2", "batch_size = 1"))
+    result = suite("--benchmark-compare")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*not comparable: workload*batch_size*2*1*"])
+
+
+def test_skip_measures_nothing(suite):
+    """--benchmark-skip skips the tests and no process is started."""
+    suite("--benchmark-skip").assert_outcomes(skipped=6)
+    assert not suite.measured()
+
+
+def test_collecting_measures_nothing(suite):
+    """--collect-only lists ids that read well."""
+    suite("--collect-only", "-q").stdout.fnmatch_lines(["*::test_generate_warm[[]nf4[]]"])
+    assert not suite.measured()
+
+
+def test_disable_measures_the_least_and_reports_nothing(suite):
+    """One replicate, one step, no table of either kind."""
+    result = suite("--benchmark-disable")
+    result.assert_outcomes(passed=6)
+    (run,) = (suite.path / ".lorameter" / "runs").iterdir()
+    records = [json.loads(line) for line in (run / "trials.jsonl").read_text().splitlines()]
+    assert len(records) == 3
+    assert all(len(record["samples"]["step_time_s"]) == 1 for record in records)
+    assert "Training" not in result.stdout.str()
+
+
+def test_json_and_histogram_are_written(suite):
+    """pytest-benchmark's own outputs need nothing of ours."""
+    suite("--benchmark-json=out.json", "--benchmark-histogram=hist").assert_outcomes(passed=6)
+    assert len(json.loads((suite.path / "out.json").read_text())["benchmarks"]) == 6
+    assert list(suite.path.glob("hist*.svg"))
+
+
+def test_cprofile_is_refused_with_its_reason(suite):
+    """A replay has nothing to profile."""
+    result = suite("--benchmark-cprofile=tottime")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*--benchmark-cprofile*replay*"])
+    assert not suite.measured()
+
+
+def test_bad_input_is_a_usage_error_before_anything_is_measured(suite):
+    """File, key, value and remedy in one line."""
+    (suite.path / "small.toml").write_text(STUDY.replace("r = 4", "r = 0"))
+    result = suite()
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*small.toml*r = 0*Use 1 or more*"])
+    assert not suite.measured()
+
+
+def test_a_failed_trial_fails_its_tests_and_no_other(suite, monkeypatch):
+    """The status, the message and the log are in the failure; the exit code says so."""
+    monkeypatch.setenv("FAILING", "nf4")
+    result = suite("--benchmark-save=x")
+    result.assert_outcomes(passed=3, failed=3)
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    result.stdout.fnmatch_lines(["*r0-nf4: oom in build: no memory left (log: *r0-nf4.log)*"])
+    assert {entry["param"] for entry in saved(suite, "*x")["benchmarks"]} == {"plain"}
+
+
+def test_a_control_that_fails_makes_the_session_fail(suite, monkeypatch):
+    """Every test passes and the run is still no pass: the reference differs from itself."""
+    monkeypatch.setenv("BAD_CONTROL", "1")
+    result = suite()
+    result.assert_outcomes(passed=6)
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    result.stdout.fnmatch_lines(["*control-failed*", "*This run is invalid*"])
+
+
+def test_a_project_that_does_not_attach_is_left_alone(pytester):
+    """Options exist; nothing else happens, and machine_info is pytest-benchmark's."""
+    pytester.makepyfile("def test_x(benchmark): benchmark(lambda: 1)")
+    result = pytester.runpytest_subprocess("--benchmark-json=out.json", "-p", "no:cacheprovider")
+    result.assert_outcomes(passed=1)
+    assert "lorameter" not in json.loads((pytester.path / "out.json").read_text())["machine_info"]
+
+
+def test_the_real_thing(suite, monkeypatch):
+    """The same suite on real processes: two variants trained, checked, served and saved."""
+    monkeypatch.setenv("REAL", "1")
+    result = suite("--benchmark-save=real", "--lorameter-replicates=1", "--lorameter-runs-dir=runs")
+    result.assert_outcomes(passed=6)
+    entries = saved(suite, "*real")["benchmarks"]
+    (run,) = (suite.path / "runs").iterdir()
+    records = {json.loads(line)["trial"]: json.loads(line) for line in (run / "trials.jsonl").read_text().splitlines()}
+    for entry in entries:
+        info = entry["extra_info"]
+        recorded = [records[t["trial"]]["samples"][info["metric"]] for t in info["trials"]]
+        assert entry["stats"]["data"] == [sample for samples in recorded for sample in samples]
+        assert {check["status"] for check in info["checks"] if check["required"] is not None} == {"active"}

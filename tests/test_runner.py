@@ -1,0 +1,169 @@
+"""The parent's loop, with a fake executor at the one seam: exact numbers, no clock, no process."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from harness.executors import WorkerLostError
+from harness.plan import Group, make_plan
+from harness.record import Failure, Fragment, TrialRequest
+from harness.runner import Site, run_plan
+
+COMMANDS = ["prepare", "build", "verify", "warm_up", "turn", "turn", "finish_training", "save_adapter", "generate"]
+
+
+class FakeWorker:
+    """Answers from a script: (trial, command) to a Fragment or an exception."""
+
+    start_latency_s = 0.01
+
+    def __init__(self, executor):
+        self.executor = executor
+        self.closed = False
+
+    def ask(self, command, trial, timeout_s, **arguments):
+        self.executor.asked.append((trial, command))
+        answer = self.executor.script.get((trial, command), Fragment())
+        if isinstance(answer, BaseException):
+            raise answer
+        if command == "turn" and answer == Fragment():
+            return Fragment(samples={"step_time_s": (0.5,) * arguments["steps"]})
+        return answer
+
+    def close(self):
+        self.closed = True
+
+
+class FakeExecutor:
+    """Launches fake workers; remembers what was asked in which order."""
+
+    def __init__(self, script=None):
+        self.script = script or {}
+        self.asked = []
+        self.workers = []
+
+    def launch(self):
+        self.workers.append(FakeWorker(self))
+        return self.workers[-1]
+
+    def cold_start(self, request: TrialRequest):
+        self.asked.append((request.trial, "cold"))
+        answer = self.script.get((request.trial, "cold"), Fragment(values={"cold_start_time_s": 1.0}))
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+
+class Quiet:
+    """A watcher that notes the order of events."""
+
+    def __init__(self):
+        self.ended = []
+
+    def trial_phase(self, slot, phase):
+        pass
+
+    def trial_ended(self, record):
+        self.ended.append(record.trial)
+
+
+def conduct(plan, tmp_path, script=None):
+    executor, saved = FakeExecutor(script), []
+    site = Site(
+        run_path=tmp_path, scratch=Path(tmp_path), device="cpu", threads=1, tokens_path="t", tokens={"hash": "h"}
+    )
+    records = run_plan(plan, executor, site, save=saved.append, watcher=Quiet())
+    assert [record.trial for record in saved] == [record.trial for record in records]
+    return executor, {record.trial: record for record in records}
+
+
+def lost(status="crashed"):
+    return WorkerLostError(status, Failure(phase="x", kind="ProcessDied", message="it died"))
+
+
+def test_every_trial_runs_its_phases_in_order(small_study, tmp_path):
+    """One process a trial, all commands in the order of the design, closed before the cold start."""
+    plan = make_plan(small_study)
+    executor, records = conduct(plan, tmp_path)
+    expected = [(slot.trial, command) for slot in plan.slots for command in [*COMMANDS, "cold"]]
+    assert executor.asked == expected
+    assert all(worker.closed for worker in executor.workers)
+    assert {record.status for record in records.values()} == {"ok"}
+    first = records[plan.slots[0].trial]
+    assert first.samples["step_time_s"] == (0.5,) * 4
+    assert first.turn_lengths == (2, 2)
+    assert first.values["cold_start_time_s"] == 1.0
+    assert first.tokens["hash"] == "h"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_lost_worker_is_a_row_and_the_sweep_goes_on(small_study, tmp_path, command):
+    """Whatever phase it dies in, its trial keeps what was measured and the others are measured."""
+    plan = make_plan(small_study)
+    victim = plan.slots[1].trial
+    _, records = conduct(plan, tmp_path, {(victim, command): lost("timeout")})
+    assert records[victim].status == "timeout"
+    assert records[victim].failure.message == "it died"
+    assert {record.status for trial, record in records.items() if trial != victim} == {"ok"}
+
+
+def test_what_was_measured_before_a_death_is_kept(small_study, tmp_path):
+    """The samples of the turns before it stay in the record."""
+    plan = make_plan(small_study)
+    victim = plan.slots[0].trial
+    _, records = conduct(plan, tmp_path, {(victim, "generate"): lost()})
+    assert records[victim].samples["step_time_s"] == (0.5,) * 4
+    assert records[victim].status == "crashed"
+
+
+def test_a_failed_command_ends_the_trial_and_not_the_process(small_study, tmp_path):
+    """After `invalid` nothing more is asked of the trial, the cold start included."""
+    plan = make_plan(small_study)
+    victim = plan.slots[0].trial
+    failure = Failure(phase="verify", kind="RequiredPathNotActive", message="no")
+    executor, records = conduct(plan, tmp_path, {(victim, "verify"): Fragment().failed("invalid", failure)})
+    assert [command for trial, command in executor.asked if trial == victim] == ["prepare", "build", "verify"]
+    assert records[victim].status == "invalid"
+
+
+def test_the_death_of_a_shared_process_is_a_row_for_each_of_its_trials(small_study, tmp_path):
+    """Two trials in one process: both are crashed, with what each had."""
+    plan = make_plan(small_study)
+    slots = plan.slots[:2]
+    group = Group(replicate=0, launches=(slots,), turns=((slots[0].trial, slots[1].trial),) * 2)
+    shared = dataclasses.replace(plan, groups=(group,))
+    executor, records = conduct(shared, tmp_path, {(slots[1].trial, "turn"): lost()})
+    assert [records[slot.trial].status for slot in slots] == ["crashed", "crashed"]
+    assert records[slots[0].trial].samples["step_time_s"] == (0.5, 0.5)
+    assert len(executor.workers) == 1
+
+
+def test_trials_that_are_live_together_take_turns(small_study, tmp_path):
+    """Two processes in one group alternate in the order that the plan gives."""
+    plan = make_plan(small_study)
+    a, b = plan.slots[:2]
+    turns = ((a.trial, b.trial), (b.trial, a.trial))
+    together = dataclasses.replace(plan, groups=(Group(replicate=0, launches=((a,), (b,)), turns=turns),))
+    executor, _ = conduct(together, tmp_path)
+    assert [trial for trial, command in executor.asked if command == "turn"] == [a.trial, b.trial, b.trial, a.trial]
+
+
+def test_an_interrupt_is_recorded_for_every_trial(small_study, tmp_path):
+    """The one under way is `interrupted`, those to come are `not_run`, and nothing is lost."""
+    plan = make_plan(small_study)
+    _, records = conduct(plan, tmp_path, {(plan.slots[1].trial, "turn"): KeyboardInterrupt()})
+    assert records[plan.slots[0].trial].status == "ok"
+    assert records[plan.slots[1].trial].status == "interrupted"
+    assert {records[slot.trial].status for slot in plan.slots[2:]} == {"not_run"}
+
+
+def test_a_failed_cold_start_keeps_the_training(small_study, tmp_path):
+    """The last phase can fail on its own; the record says so and has the rest."""
+    plan = make_plan(small_study)
+    victim = plan.slots[0].trial
+    _, records = conduct(plan, tmp_path, {(victim, "cold"): lost("timeout")})
+    assert records[victim].status == "timeout"
+    assert records[victim].samples["step_time_s"]
