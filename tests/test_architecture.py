@@ -50,6 +50,18 @@ def layer_of(path: Path) -> str:
     return path.relative_to(ROOT / "harness").parts[0].removesuffix(".py")
 
 
+def test_every_test_says_its_behaviour():
+    """One docstring line each, so that a failure reads as a sentence."""
+    silent = [
+        f"{path.name}::{node.name}"
+        for folder in ("tests", "benchmarks")
+        for path in modules(folder)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_") and not ast.get_docstring(node)
+    ]
+    assert not silent
+
+
 def test_every_module_has_a_layer():
     """A new module must be placed before it can be used."""
     unplaced = {layer_of(path) for path in modules("harness")} - set(LEVEL) - {"__init__"}

@@ -1,0 +1,70 @@
+"""One replicate of the overhead measurement: the harness's timed step and a bare loop, taking turns in one process.
+
+Both use the same model, adapter, optimizer and stream; the order is shuffled each turn. Prints JSON: the step as the
+harness records it, the whole `turn` call as the parent waits for it, and the bare loop.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from harness.protocol import Protocol
+from harness.record import TrialRequest
+from harness.study import load_study
+from harness.training.tokens import prepare
+from harness.training.trial import Trial
+
+
+def main(seed: int, turns: int) -> None:
+    """Build the default study's QLoRA variant, warm up, take turns."""
+    torch.set_num_threads(1)
+    study = load_study("lora-or-qlora")
+    with tempfile.TemporaryDirectory() as folder:
+        trial = Trial(
+            TrialRequest(
+                trial="overhead", variant=study.variant("qlora-nf4-r16"), role="variant", replicate=0, seed=seed,
+                workload=study.workload, protocol=Protocol(), interleaving="shared-base", phases=("train",),
+                device="cpu", threads=1, tokens_path=prepare(study.workload, Path(folder)).path, scratch=folder,
+                log_path="",
+            )
+        )  # fmt: skip
+        trial.build()
+        trial.warm_up()
+        trainee, _, stream = trial._parts()
+    model, optimizer = trainee.model, trainee.optimizer
+    trained = [p for p in model.parameters() if p.requires_grad]
+    times: dict[str, list[float]] = {"recorded": [], "turn": [], "bare": []}
+
+    def bare() -> None:
+        begin = time.perf_counter()
+        loss = model(**stream.take(), use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        times["bare"].append(time.perf_counter() - begin)
+
+    def harness() -> None:
+        begin = time.perf_counter()
+        fragment = trial.turn(1)
+        times["turn"].append(time.perf_counter() - begin)
+        times["recorded"] += fragment.samples["step_time_s"]
+
+    order = [bare, harness]
+    shuffler = random.Random(seed)
+    for _ in range(turns):
+        shuffler.shuffle(order)
+        for take in order:
+            take()
+    print(json.dumps(times))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,119 @@
+"""The harness measured by itself: what it adds to a step, how fast it starts, what it keeps in memory.
+
+Run by `make proof`; deselected unless `-m selftest` asks. Each test prints its figure with the interval, then judges.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from harness.executors.local import LocalExecutor, worker_environment
+from harness.stats import compare_trials, estimate_trials
+from harness.store import read_run
+from harness.units import format_bytes, format_interval, format_ratio
+
+pytestmark = pytest.mark.selftest
+HERE = Path(__file__).parent
+
+
+@pytest.fixture
+def say(capsys):
+    """Print a line past pytest's capture."""
+
+    def printed(text: str) -> None:
+        with capsys.disabled():
+            print(f"\n  {text}", end="")
+
+    return printed
+
+
+def test_a_timed_step_costs_what_a_bare_loop_costs(say):
+    """Both take turns in one process, order shuffled, eight fresh processes; target at most 1.01."""
+    replicates, turns = 8, 40
+    runs = [
+        json.loads(
+            subprocess.run(
+                [sys.executable, str(HERE / "bare_loop.py"), str(seed), str(turns)],
+                env=worker_environment(1), capture_output=True, text=True, check=True,
+            ).stdout
+        )
+        for seed in range(replicates)
+    ]  # fmt: skip
+    for name, words in (("recorded", "the step as recorded"), ("turn", "the whole turn, bookkeeping included")):
+        ratio = compare_trials([run["bare"] for run in runs], [run[name] for run in runs], pairing="turn")
+        say(
+            f"{words}: {format_ratio(ratio.ratio, ratio.low, ratio.high)} of a bare loop "
+            f"({replicates} processes × {turns} paired steps); {ratio.verdict}"
+        )
+        assert ratio.low is not None
+        assert ratio.low <= 1.01, f"{words} costs more than 1.01 of a bare loop: {ratio.reason}"
+
+
+def test_help_answers_at_once(say):
+    """`lorameter --help`, a new interpreter each time; target under 0.15 s."""
+    command = [str(Path(sys.executable).with_name("lorameter")), "--help"]
+    times = []
+    for _ in range(20):
+        begin = time.perf_counter()
+        subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+        times.append((time.perf_counter() - begin,))
+    estimate = estimate_trials(times)
+    say(f"lorameter --help: {format_interval(estimate.value, estimate.low, estimate.high, 's')} over 20 processes")
+    assert estimate.value < 0.15
+
+
+def test_a_trial_starts_within_a_tenth_of_a_second(say, tmp_path):
+    """From the request for a fork to the child's first instruction, with a warm zygote; target 0.1 s."""
+    executor = LocalExecutor(threads=1, log_dir=tmp_path)
+    executor.start()
+    try:
+        executor.hello()
+        latencies = []
+        for _ in range(20):
+            worker = executor.launch()
+            latencies.append((worker.start_latency_s,))
+            worker.close()
+    finally:
+        executor.close()
+    estimate = estimate_trials(latencies)
+    say(f"fork to first instruction: {format_interval(estimate.value, estimate.low, estimate.high, 's')} over 20 forks")
+    assert estimate.value < 0.1
+
+
+def test_the_default_study_fits_its_memory_and_leaks_nothing(say):
+    """Proportional set size of zygote and children, sampled 5 times a second; target below 3 GiB, trials alike."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "harness.cli", "run", "lora-or-qlora", "--json"]
+        command += ["--replicates", "2", "--runs-dir", folder]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        peak, begin = 0, time.monotonic()
+        while process.poll() is None:
+            peak = max(peak, sum(_pss(child) for child in psutil.Process(process.pid).children(recursive=True)))
+            time.sleep(0.2)
+        seconds = time.monotonic() - begin
+        output, _ = process.communicate()
+        document = json.loads(output)
+        records = read_run(document["run"], Path(folder)).records
+    assert document["trials"] == {"ok": len(records)}
+    baselines = [record.memory["host_baseline_bytes"] for record in records]
+    say(
+        f"zygote and children: at most {format_bytes(peak)} (proportional set size, {len(records)} trials in "
+        f"{seconds:.0f} s); a trial begins with {format_bytes(min(baselines))} to {format_bytes(max(baselines))}"
+    )
+    assert peak < 3 * 2**30
+    assert max(baselines) - min(baselines) < 0.01 * min(baselines), "a trial left something to the next"
+
+
+def _pss(process: psutil.Process) -> int:
+    try:
+        return int(process.memory_full_info().pss)
+    except psutil.Error:  # it ended between being listed and being read
+        return 0
