@@ -96,7 +96,7 @@ def _run(options: argparse.Namespace) -> int:
     errors = console_for(stderr=True)
     print_notices(notices, errors)
     with LiveDisplay(errors) as display:
-        run = measure(plan, machine, runs=runs, display=display)
+        run = measure(plan, machine, runs=runs, display=display, notices=notices)
     view = view_of(run)
     if options.json:
         print_notices(view.notices, errors)
@@ -198,9 +198,9 @@ def _listed(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _fetch(options: argparse.Namespace) -> int:
-    from harness import catalogue
+    from harness import fetch
 
-    path = catalogue.fetch(options.name, report=lambda text: print(text, file=sys.stderr))
+    path = fetch.fetch(options.name, report=lambda text: print(text, file=sys.stderr))
     if options.json:
         _print_json({"model": options.name, "path": str(path)})
     else:

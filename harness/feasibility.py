@@ -10,11 +10,11 @@ import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
-from harness import catalogue
-from harness.catalogue import ModelShape
+from harness import catalogue, shapes
 from harness.errors import UsageError
 from harness.provenance import Machine
 from harness.record import Notice
+from harness.shapes import ModelShape
 from harness.study import Study
 from harness.variant import Variant
 from harness.workload import SYNTHETIC
@@ -33,7 +33,7 @@ def check_feasible(study: Study, machine: Machine) -> tuple[Notice, ...]:
         UsageError: naming study, variant, key, value and remedy.
     """
     source = catalogue.resolve(study.workload.model)
-    shape = catalogue.shape(source)
+    shape = shapes.shape(source)
     _check_lengths(study, shape)
     _check_data(study)
     notices: list[Notice] = []

@@ -13,11 +13,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness import catalogue, store
-from harness.catalogue import ModelShape
+from harness import catalogue, shapes, store
 from harness.errors import LorameterError
 from harness.plan import Plan
 from harness.provenance import Machine
+from harness.shapes import ModelShape
 from harness.variant import ALL_LINEAR, Variant
 
 PROCESS_BYTES = 700 * 2**20
@@ -42,7 +42,7 @@ class Forecast:
 
 def forecast(plan: Plan, machine: Machine, runs: Path) -> Forecast:
     """Expected wall time, peak memory of the largest trial (with its process) and disk of a run."""
-    shape = catalogue.shape(catalogue.resolve(plan.study.workload.model))
+    shape = shapes.shape(catalogue.resolve(plan.study.workload.model))
     adapters = [adapter_parameters(variant, shape) for variant, _ in plan.members]
     memory = max(memory_bytes(variant, plan, shape) for variant, _ in plan.members)
     workload = plan.study.workload

@@ -42,7 +42,15 @@ def plan_study(
     return plan, check_feasible(study, machine)
 
 
-def measure(plan: Plan, machine: Machine, *, runs: Path, display: Display, executor: Executor | None = None) -> Run:
+def measure(
+    plan: Plan,
+    machine: Machine,
+    *,
+    runs: Path,
+    display: Display,
+    notices: tuple[Notice, ...] = (),
+    executor: Executor | None = None,
+) -> Run:
     """Measure a plan into a new run directory and read it back.
 
     Raises:
@@ -77,6 +85,7 @@ def measure(plan: Plan, machine: Machine, *, runs: Path, display: Display, execu
             provenance=facts,
             fingerprint=provenance.fingerprint(facts),
             tokens={key: value for key, value in tokens.items() if key != "path"},
+            notices=notices,
         )
         writer = RunWriter(runs, manifest)
         token_path = writer.path / Path(tokens["path"]).name

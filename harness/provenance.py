@@ -82,7 +82,7 @@ def collect(study: Study, machine: Machine, threads: int, hello: dict[str, Any])
     return {
         **codec.to_json(machine),
         "threads": threads,
-        "libraries": {name: _version(name) for name in LIBRARIES},
+        "libraries": {name: library_version(name) for name in LIBRARIES},
         "workload": codec.to_json(study.workload),
         "git": git_state(Path.cwd()),
         "worker": {key: hello.get(key) for key in ("device", "torch", "import_time_s")},
@@ -111,7 +111,8 @@ def _git(folder: Path, *arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _version(library: str) -> str | None:
+def library_version(library: str) -> str | None:
+    """The installed version of a distribution, None if it is not installed."""
     try:
         return importlib.metadata.version(library)
     except importlib.metadata.PackageNotFoundError:

@@ -233,7 +233,7 @@ class Session:
             print_notices(notices, console)
         runs = store.runs_dir(self._config.getoption("--lorameter-runs-dir"))
         with LiveDisplay(console) as display:
-            return measure(plan, self._machine(), runs=runs, display=display)
+            return measure(plan, self._machine(), runs=runs, display=display, notices=notices)
 
     def _machine(self) -> Machine:
         from harness.provenance import probe_machine

@@ -162,9 +162,14 @@ class _Conductor:
 
     def _cold(self, trial: str) -> Fragment:
         try:
-            return self._executor.cold_start(_request(self._plan, self._slots[trial], self._site))
+            fragment = self._executor.cold_start(_request(self._plan, self._slots[trial], self._site))
         except WorkerLostError as lost:
             return Fragment().failed(lost.status, lost.failure)
+        warm, cold = self._records[trial].tokens.get("completion"), fragment.tokens.get("cold_completion")
+        if warm is not None and warm != cold:  # it would be the cold start of another model
+            message = f"the new interpreter answered {cold} where the trained process had answered {warm}"
+            return fragment.failed("invalid", Failure(phase="cold", kind="OtherCompletion", message=message))
+        return fragment
 
     def _add(self, trial: str, fragment: Fragment, turn: int | None = None) -> None:
         record = self._records[trial].merged(fragment)

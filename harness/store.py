@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from harness import codec
 from harness.errors import InvalidRunError, UsageError
-from harness.record import SCHEMA, TrialRecord
+from harness.record import SCHEMA, Notice, TrialRecord
 
 RunStatus = Literal["running", "complete", "interrupted", "failed"]
 ENV_RUNS = "LORAMETER_RUNS"
@@ -43,6 +43,8 @@ class Manifest:
     fingerprint: str
     """Hash of the provenance fields that must agree for two runs to be compared."""
     tokens: dict[str, Any] = field(default_factory=dict)
+    notices: tuple[Notice, ...] = ()
+    """What was known of the study before it ran."""
     status: RunStatus = "running"
 
 

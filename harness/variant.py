@@ -105,7 +105,7 @@ class Variant:
             (self.max_grad_norm >= 0, "max_grad_norm", "it cannot be negative", "Use 0 for no clipping."),
             (self.gradient_accumulation >= 1, "gradient_accumulation", "at least one batch a step", "Use 1 or more."),
             (
-                not (self.quantization != "none" and self.init_lora_weights in ("olora", "pissa")),
+                not (self.quantization != "none" and self.rewrites_base),
                 "init_lora_weights",
                 f"this initialisation rewrites the base weights, which {self.quantization} does not allow",
                 'Use "default", "gaussian" or "orthogonal", or quantization = "none".',
@@ -136,6 +136,11 @@ class Variant:
 
     def _compute_type(self) -> str:
         return self.autocast or self.dtype
+
+    @property
+    def rewrites_base(self) -> bool:
+        """Whether the adapter's initialisation changes the base weights."""
+        return self.init_lora_weights in ("olora", "pissa")
 
     @property
     def is_4bit(self) -> bool:

@@ -17,6 +17,7 @@ import ctypes
 import gc
 import importlib
 import json
+import logging
 import os
 import resource
 import signal
@@ -34,6 +35,8 @@ PRELOAD = ("torch", "transformers", "peft", "bitsandbytes", "harness.training.tr
 """What every trial needs; imported once by the zygote."""
 LAZY = ("transformers.models.llama.modeling_llama", "transformers.generation.utils", "peft.tuners.lora.bnb")
 """Submodules that the libraries load at first use, which would else be paid for by each trial's first step."""
+INT8_LOGGER = "bitsandbytes.autograd._functions"
+"""Warns of the cast to float16 in each int8 layer of each forward: a write to the log inside the timed window."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -127,7 +130,7 @@ def _answer(command: dict[str, Any], trials: dict[str, Any]) -> Fragment:
         if phase == "prepare":
             request = codec.from_json(TrialRequest, command["request"], "trial request")
             _log_to(Path(request.log_path))
-            _limits(request)
+            _prepare_process(request)
             trials[request.trial] = Trial(request)
             return Fragment()
         trial = trials[command["trial"]]
@@ -165,9 +168,11 @@ def _log_to(path: Path) -> None:
     os.close(log)
 
 
-def _limits(request: TrialRequest) -> None:
+def _prepare_process(request: TrialRequest) -> None:
+    """Apply the request's limits to this process, and silence what would log inside the timed window."""
     import torch
 
+    logging.getLogger(INT8_LOGGER).setLevel(logging.ERROR)
     if request.device == "cpu":
         torch.set_num_threads(request.threads)
         limit = request.protocol.memory_limit_bytes

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "codec", "units", "variant", "workload", "protocol", "record", "study", "plan"),
     ("stats",),
-    ("catalogue", "store", "provenance", "meters", "series", "feasibility", "forecast"),
+    ("catalogue", "shapes", "fetch", "store", "provenance", "meters", "series", "feasibility", "forecast"),
     ("executors", "training", "inference", "report"),
     ("runner", "worker", "measure"),
     ("cli", "pytest_plugin"),

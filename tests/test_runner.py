@@ -160,6 +160,21 @@ def test_an_interrupt_is_recorded_for_every_trial(small_study, tmp_path):
     assert {records[slot.trial].status for slot in plan.slots[2:]} == {"not_run"}
 
 
+def test_another_cold_answer_is_invalid(small_study, tmp_path):
+    """The same adapter and prompt must give the same tokens, or what was loaded is not what was trained."""
+    plan = make_plan(small_study)
+    victim, other = plan.slots[0].trial, plan.slots[1].trial
+    script = {
+        (victim, "generate"): Fragment(tokens={"completion": [1, 2]}),
+        (victim, "cold"): Fragment(tokens={"cold_completion": [1, 3]}),
+        (other, "generate"): Fragment(tokens={"completion": [1, 2]}),
+        (other, "cold"): Fragment(tokens={"cold_completion": [1, 2]}),
+    }
+    _, records = conduct(plan, tmp_path, script)
+    assert (records[victim].status, records[victim].failure.kind) == ("invalid", "OtherCompletion")
+    assert records[other].status == "ok"
+
+
 def test_a_failed_cold_start_keeps_the_training(small_study, tmp_path):
     """The last phase can fail on its own; the record says so and has the rest."""
     plan = make_plan(small_study)

@@ -24,17 +24,6 @@ pytestmark = pytest.mark.selftest
 HERE = Path(__file__).parent
 
 
-@pytest.fixture
-def say(capsys):
-    """Print a line past pytest's capture."""
-
-    def printed(text: str) -> None:
-        with capsys.disabled():
-            print(f"\n  {text}", end="")
-
-    return printed
-
-
 def test_a_timed_step_costs_what_a_bare_loop_costs(say):
     """Both take turns in one process, order shuffled, eight fresh processes; target at most 1.01."""
     replicates, turns = 8, 40

@@ -47,7 +47,11 @@ def main() -> int:
         "cold_completion_time_s": first.request_time_s,
         "cold_start_time_s": done - float(message["spawned_monotonic_s"]),
     }
-    fragment = Fragment(values=values, samples={"cold_start_time_s": (values["cold_start_time_s"],)})
+    fragment = Fragment(
+        values=values,
+        samples={"cold_start_time_s": (values["cold_start_time_s"],)},
+        tokens={"cold_completion": list(first.tokens)},
+    )
     with open(int(sys.argv[1]), "w", encoding="utf-8") as reply:  # noqa: PTH123 - a descriptor, not a path
         reply.write(codec.dumps(fragment))
     return 0

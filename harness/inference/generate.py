@@ -7,7 +7,9 @@ of new tokens is fixed and the end-of-sequence token ignored, so that requests a
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +50,18 @@ class _Stamps(BaseStreamer):
         """Nothing is buffered."""
 
 
+@contextlib.contextmanager
+def _without_end(model: Any) -> Iterator[None]:
+    """No token ends the text. A request's own None would be filled in from the model's defaults, so those are changed
+    for its duration; forbidding the token (`min_new_tokens`) would add work to every step and change the text."""
+    kept = model.generation_config.eos_token_id
+    model.generation_config.eos_token_id = None
+    try:
+        yield
+    finally:
+        model.generation_config.eos_token_id = kept
+
+
 def generate(model: Any, prompt: torch.Tensor, new_tokens: int) -> Request:
     """One greedy request of exactly `new_tokens` tokens for `prompt`, shape (1, length).
 
@@ -55,11 +69,9 @@ def generate(model: Any, prompt: torch.Tensor, new_tokens: int) -> Request:
         RuntimeError: the model produced another number of tokens (a stop criterion outside our control).
     """
     stamps = _Stamps()
-    config = GenerationConfig(
-        max_new_tokens=new_tokens, do_sample=False, num_beams=1, eos_token_id=None, pad_token_id=0, use_cache=True
-    )
+    config = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, num_beams=1, pad_token_id=0, use_cache=True)
     mask = torch.ones_like(prompt)
-    with torch.no_grad():
+    with torch.no_grad(), _without_end(model):
         begin = time.perf_counter()
         model.generate(input_ids=prompt, attention_mask=mask, generation_config=config, streamer=stamps)
         end = time.perf_counter()

@@ -84,7 +84,7 @@ def view_of(run: Run) -> RunView:
     tables = tuple(_table(phase, ordered, study, groups, len(phases)) for phase in phases)
     failures = tuple(_failures(run.records))
     controls = [table.control.verdict for table in tables if table.control is not None]
-    notices = [notice for record in run.records for notice in record.notices]
+    notices = [*run.manifest.notices, *(notice for record in run.records for notice in record.notices)]
     controls_by_title = {table.title: table.control for table in tables if table.control is not None}
     notices += run_notices(run, study, controls_by_title)
     return RunView(

@@ -107,6 +107,18 @@ def lora_config(variant: Variant) -> LoraConfig:
     )
 
 
+def save_initial(model: Any, folder: Path) -> None:
+    """Save the untrained adapter of an initialisation that rewrote the base (OLoRA, PiSSA).
+
+    The trained adapter is relative to the rewritten base; PEFT turns it into one for the original base, of twice the
+    rank, by subtracting what it began with.
+    """
+    config = model.peft_config["default"]
+    kept, config.init_lora_weights = config.init_lora_weights, True
+    model.save_pretrained(str(folder))
+    config.init_lora_weights = kept
+
+
 def make_optimizer(model: Any, variant: Variant) -> torch.optim.Optimizer:
     """The variant's optimizer over the trainable parameters only."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -25,10 +25,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from harness import catalogue, codec
+from harness import catalogue, codec, shapes
 from harness.errors import LorameterError, UsageError
-from harness.training.models import load_tokenizer
 from harness.training.synthetic import Record, synthetic_records
+from harness.training.tokenizers import load_tokenizer
 from harness.workload import SYNTHETIC, PromptFormat, Workload
 
 IGNORED = -100
@@ -66,7 +66,7 @@ def prepare(workload: Workload, folder: Path) -> TokenSummary:
     from safetensors.numpy import save_file
 
     source = catalogue.resolve(workload.model)
-    tokenizer, substituted = load_tokenizer(source, vocab_size=catalogue.shape(source).vocab_size)
+    tokenizer, substituted = load_tokenizer(source, vocab_size=shapes.shape(source).vocab_size)
     records, label = read_records(workload)
     held_out = list(itertools.islice(records, workload.held_out_records))
     tokens = _Tokens(tokenizer, workload.prompt_format)

@@ -23,7 +23,7 @@ from harness.meters.memory import MemoryGauge, host_bytes, resident_bytes
 from harness.protocol import Protocol
 from harness.record import Failure, Fragment, Notice, TrialRequest
 from harness.stats import is_steady
-from harness.training.build import Trainee, build, unpack_4bit
+from harness.training.build import Trainee, build, save_initial, unpack_4bit
 from harness.training.requirements import requirements_of
 from harness.training.step import TrainStep
 from harness.training.stream import TokenStream
@@ -52,6 +52,8 @@ class Trial:
         begin = time.perf_counter()
         self._trainee = build(request, steps=total_steps(protocol))
         load_time = time.perf_counter() - begin
+        if request.variant.rewrites_base:
+            save_initial(self._trainee.model, self._initial)
         self._stream = TokenStream(Path(request.tokens_path), request.workload, request.variant, request.device)
         self._step = TrainStep(self._trainee, self._stream, request.variant, request.device)
         memory = {"host_baseline_bytes": baseline} | self._gauge.peaks("load")
@@ -163,13 +165,19 @@ class Trial:
         model.merge_adapter()
         merged = self._warm(request, 1 + protocol.generate_warmup, protocol.generate_requests)
         samples |= {f"merged_{name}": taken for name, taken in merged.items()}
-        return Fragment(values=values, samples=samples, memory=memory)
+        return Fragment(values=values, samples=samples, memory=memory, tokens={"completion": list(first.tokens)})
 
     def save_adapter(self) -> Fragment:
         """Write the trained adapter where a new interpreter will load it from."""
         trainee, _, _ = self._parts()
-        trainee.model.save_pretrained(str(Path(self._request.scratch) / "adapter"))
+        initial = str(self._initial) if self._request.variant.rewrites_base else None
+        folder = str(Path(self._request.scratch) / "adapter")
+        trainee.model.save_pretrained(folder, path_initial_model_for_weight_conversion=initial)
         return Fragment()
+
+    @property
+    def _initial(self) -> Path:
+        return Path(self._request.scratch) / "initial"
 
     def _warm(self, request: Callable[[int], Request], discard: int, count: int) -> dict[str, tuple[float, ...]]:
         for index in range(discard):

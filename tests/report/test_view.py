@@ -1,0 +1,194 @@
+"""The view of a run: what is shown, what is withheld, what is said."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from harness import codec
+from harness.record import Failure, Notice, TrialRecord
+from harness.report.live import LiveDisplay
+from harness.report.terminal import print_run
+from harness.report.view import view_of
+from harness.store import Manifest, Run
+
+
+def run_of(study, tmp_path, *, steps, control=None, statuses=None, occupancy=1.0, damaged=0):
+    """A run of constructed records: `steps` gives each variant's step time by replicate."""
+    records = []
+    members = [*((name, "variant") for name in steps), (study.reference, "control")]
+    for name, role in members:
+        times = control if role == "control" and control else steps[name]
+        for replicate, step in enumerate(times):
+            status = (statuses or {}).get((name, role, replicate), "ok")
+            failure = Failure(phase="build", kind="X", message="it broke") if status != "ok" else None
+            records.append(
+                TrialRecord(
+                    trial=f"r{replicate}-{name}{'-control' if role == 'control' else ''}", status=status, name=name,
+                    variant=name, role=role, replicate=replicate, position=0, interleaving="replicates", seed=0,
+                    started_unix_s=0.0, wall_time_s=1.0, failure=failure, log=f"logs/{name}.log",
+                    samples={
+                        "step_time_s": (step,) * 4, "step_cpu_time_s": (step * occupancy,) * 4,
+                        "train_loss": (2.0,) * 4, "turn_real_tokens": (100.0,),
+                    },
+                    values={"held_out_loss": 3.0}, memory={"host_peak_train_bytes": 2**30},
+                    checks=({"path": "base.bits", "required": 4, "observed": 4, "status": "active", "reason": ""},),
+                )
+            )  # fmt: skip
+    manifest = Manifest(
+        run="run", study=codec.to_json(study), phases=("train",), interleaving="replicates", order=(), seed=0,
+        created_unix_s=0.0, fingerprint="f", tokens={"synthetic": True, "hash": "abc", "data": "synthetic records"},
+        provenance={
+            "device_name": "Test CPU", "device": "cpu", "threads": 1, "python": "3.11",
+            "git": {"commit": None, "dirty": None},
+            "libraries": dict.fromkeys(("torch", "transformers", "peft", "bitsandbytes"), "1"),
+        },
+    )  # fmt: skip
+    return Run(path=tmp_path, manifest=manifest, records=tuple(records), damaged_lines=damaged)
+
+
+def text_of(view, width=160):
+    """The plain rendering."""
+    buffer = io.StringIO()
+    print_run(view, Console(file=buffer, width=width))
+    return buffer.getvalue()
+
+
+QUIET = (0.100, 0.101, 0.099, 0.1005, 0.0995)
+
+
+def test_every_variant_has_its_estimate_interval_and_ratio(small_study, tmp_path):
+    """A clear slow-down is regressed, the control equivalent, and all of it is on the page."""
+    run = run_of(small_study, tmp_path, steps={"plain": QUIET, "nf4": tuple(2 * s for s in QUIET)}, control=QUIET)
+    view = view_of(run)
+    (table,) = view.tables
+    assert [row.name for row in table.rows] == ["plain", "nf4"]
+    assert table.control.verdict == "equivalent"
+    assert table.rows[1].ratio.verdict == "regressed"
+    assert view.valid
+    text = text_of(view)
+    for word in ("plain", "nf4", "reference", "regressed", "control", "1.00 GiB".replace(".00", ""), "1 of 1 active"):
+        assert word in text
+    assert "synthetic-data" in text
+
+
+def test_a_control_that_differs_makes_the_run_invalid(small_study, tmp_path):
+    """Whatever the variants say."""
+    slow = tuple(1.5 * s for s in QUIET)
+    view = view_of(run_of(small_study, tmp_path, steps={"plain": QUIET, "nf4": QUIET}, control=slow))
+    assert not view.valid
+    assert "control-failed" in {notice.code for notice in view.notices}
+    assert "This run is invalid" in text_of(view)
+
+
+def test_an_inconclusive_control_forbids_equality(small_study, tmp_path):
+    """Two variants that look equal are not called so when the control cannot show what equal is."""
+    noisy = (0.08, 0.13, 0.09, 0.12, 0.10)
+    view = view_of(run_of(small_study, tmp_path, steps={"plain": QUIET, "nf4": QUIET}, control=noisy))
+    assert view.tables[0].control.verdict == "inconclusive"
+    assert view.tables[0].rows[1].ratio.verdict == "inconclusive"
+    assert "control" in view.tables[0].rows[1].ratio.reason
+    assert view.valid
+
+
+def test_a_trial_without_a_result_is_named_and_not_ranked(small_study, tmp_path):
+    """Status, reason and log are listed; the estimate rests on the others; the run is not valid."""
+    run = run_of(
+        small_study, tmp_path, steps={"plain": QUIET, "nf4": (9.0, *QUIET[1:])}, control=QUIET,
+        statuses={("nf4", "variant", 0): "oom"},
+    )  # fmt: skip
+    view = view_of(run)
+    assert not view.valid
+    assert view.failures == ("r0-nf4: oom in build: it broke (log: logs/nf4.log)",)
+    assert view.tables[0].rows[1].ratio.replicates == 4
+    assert view.counts == {"ok": 14, "oom": 1}
+
+
+def test_a_variant_without_any_result_is_still_a_row(small_study, tmp_path):
+    """Dashes, not a crash."""
+    statuses = {("nf4", "variant", i): "crashed" for i in range(5)}
+    view = view_of(run_of(small_study, tmp_path, steps={"plain": QUIET, "nf4": QUIET}, statuses=statuses))
+    assert view.tables[0].rows[1].cells[1] == "–"
+
+
+def test_one_replicate_has_no_interval_and_says_so(small_study, tmp_path):
+    """A number never stands alone."""
+    view = view_of(run_of(small_study, tmp_path, steps={"plain": (0.1,), "nf4": (0.2,)}))
+    assert "100 ms\n[no interval]".split("\n")[1] in text_of(view)
+
+
+@pytest.mark.parametrize(("occupancy", "noticed"), [(0.6, True), (0.99, False)])
+def test_contention_is_noticed_by_occupancy(small_study, tmp_path, occupancy, noticed):
+    """CPU time over wall time, a flag that does not look at the outcome."""
+    run = run_of(small_study, tmp_path, steps={"plain": QUIET, "nf4": QUIET}, control=QUIET, occupancy=occupancy)
+    assert ("contention" in {notice.code for notice in view_of(run).notices}) is noticed
+
+
+def test_damage_is_said_and_is_no_pass(small_study, tmp_path):
+    """A line cut short counts as a trial not run."""
+    view = view_of(run_of(small_study, tmp_path, steps={"plain": QUIET, "nf4": QUIET}, control=QUIET, damaged=1))
+    assert not view.valid
+    assert "damaged-lines" in {notice.code for notice in view.notices}
+
+
+def test_piped_output_is_complete_and_plain(small_study, tmp_path):
+    """No cut cell and no escape code without a terminal."""
+    from harness.report.terminal import console_for
+
+    buffer = io.StringIO()
+    print_run(view_of(run_of(small_study, tmp_path, steps={"plain": QUIET, "nf4": QUIET})), console_for(buffer))
+    text = buffer.getvalue()
+    assert "\x1b" not in text
+    assert "…" not in text
+
+
+def test_without_a_terminal_each_trial_is_a_line(small_study):
+    """Progress that a log can hold: run, trial, status, reason."""
+    from harness.plan import make_plan
+
+    buffer = io.StringIO()
+    plan = make_plan(small_study)
+    with LiveDisplay(Console(file=buffer, width=200)) as display:
+        display.starting(plan, "run-1")
+        display.trial_phase(plan.slots[0], "build")
+        display.trial_ended(
+            TrialRecord(
+                trial="r0-x", status="oom", name="x", variant="x", role="variant", replicate=0, position=0,
+                interleaving="replicates", seed=0, started_unix_s=0.0, wall_time_s=1.5,
+                failure=Failure(phase="build", kind="MemoryError", message="no memory left"),
+            )
+        )  # fmt: skip
+    assert buffer.getvalue().splitlines() == [
+        "run run-1: 6 trials, 2 replicates; starting the worker",
+        "[1/6] r0-x oom in 1.5 s: no memory left",
+    ]
+
+
+def test_on_a_terminal_the_trial_under_way_is_shown(small_study):
+    """Replicate, variant, phase and the time left; redrawn when told and by no thread."""
+    import threading
+
+    from harness.plan import make_plan
+
+    buffer = io.StringIO()
+    plan = make_plan(small_study)
+    console = Console(file=buffer, width=120, force_terminal=True)
+    with LiveDisplay(console) as display:
+        threads = threading.active_count()
+        display.starting(plan, "run-1")
+        display.trial_phase(plan.slots[0], "turn")
+        assert threads == threading.active_count() == 1
+    assert f"replicate 1/2  {plan.slots[0].variant.name}" in buffer.getvalue()
+    assert "timing steps" in buffer.getvalue()
+
+
+def test_a_notice_from_a_trial_is_shown_once(small_study, tmp_path):
+    """Five trials with the same notice make one line."""
+    import dataclasses
+
+    run = run_of(small_study, tmp_path, steps={"plain": QUIET, "nf4": QUIET}, control=QUIET)
+    notice = Notice(code="fallback-allowed", message="m", remedy="r")
+    records = tuple(dataclasses.replace(record, notices=(notice,)) for record in run.records)
+    assert [n.code for n in view_of(dataclasses.replace(run, records=records)).notices].count("fallback-allowed") == 1
