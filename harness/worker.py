@@ -17,9 +17,7 @@ import ctypes
 import gc
 import importlib
 import json
-import logging
 import os
-import resource
 import signal
 import socket
 import sys
@@ -35,8 +33,6 @@ PRELOAD = ("torch", "transformers", "peft", "bitsandbytes", "harness.training.tr
 """What every trial needs; imported once by the zygote."""
 LAZY = ("transformers.models.llama.modeling_llama", "transformers.generation.utils", "peft.tuners.lora.bnb")
 """Submodules that the libraries load at first use, which would else be paid for by each trial's first step."""
-INT8_LOGGER = "bitsandbytes.autograd._functions"
-"""Warns of the cast to float16 in each int8 layer of each forward: a write to the log inside the timed window."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -123,6 +119,7 @@ def serve(connection: socket.socket) -> None:
 
 def _answer(command: dict[str, Any], trials: dict[str, Any]) -> Fragment:
     """Run one command; whatever goes wrong becomes a fragment with a status, never a dead connection."""
+    from harness.training.process import prepare_process
     from harness.training.trial import Trial
 
     phase = str(command["do"])
@@ -130,7 +127,7 @@ def _answer(command: dict[str, Any], trials: dict[str, Any]) -> Fragment:
         if phase == "prepare":
             request = codec.from_json(TrialRequest, command["request"], "trial request")
             _log_to(Path(request.log_path))
-            _prepare_process(request)
+            prepare_process(request)
             trials[request.trial] = Trial(request)
             return Fragment()
         trial = trials[command["trial"]]
@@ -166,18 +163,6 @@ def _log_to(path: Path) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)
-
-
-def _prepare_process(request: TrialRequest) -> None:
-    """Apply the request's limits to this process, and silence what would log inside the timed window."""
-    import torch
-
-    logging.getLogger(INT8_LOGGER).setLevel(logging.ERROR)
-    if request.device == "cpu":
-        torch.set_num_threads(request.threads)
-        limit = request.protocol.memory_limit_bytes
-        if limit is not None:
-            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 def _send(connection: socket.socket, message: dict[str, Any]) -> None:

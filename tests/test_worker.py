@@ -1,53 +1,10 @@
 """The worker: what a trial's process is told before it measures, and how it says what went wrong."""
 
-import logging
 import threading
 
 import pytest
 
-from harness.protocol import Protocol
-from harness.record import TrialRequest
-from harness.variant import Variant
-from harness.worker import _prepare_process, failure_of, thread_count
-from harness.workload import Workload
-
-
-@pytest.fixture
-def request_on_cpu(tmp_path):
-    """The least that a trial can be asked."""
-    return TrialRequest(
-        trial="r1-plain", variant=Variant(), role="variant", replicate=1, seed=0, workload=Workload(),
-        protocol=Protocol(), interleaving="replicates", phases=("train",), device="cpu", threads=1,
-        tokens_path=str(tmp_path / "tokens"), scratch=str(tmp_path), log_path=str(tmp_path / "log"),
-    )  # fmt: skip
-
-
-@pytest.fixture
-def undisturbed(monkeypatch):
-    """The logger that bitsandbytes itself warns with, and torch's threads, both as before once the test is over."""
-    torch = pytest.importorskip("torch")
-    functions = pytest.importorskip("bitsandbytes.autograd._functions")
-    threads = torch.get_num_threads()
-    level = functions.logger.level
-    yield functions.logger
-    functions.logger.setLevel(level)
-    torch.set_num_threads(threads)
-
-
-def test_int8_layers_do_not_log_inside_the_timed_window(request_on_cpu, undisturbed):
-    """The one warning that each int8 layer gives in each forward is off; errors still reach the log."""
-    undisturbed.setLevel(logging.NOTSET)
-    _prepare_process(request_on_cpu)
-    assert undisturbed.level == logging.ERROR
-    assert not undisturbed.isEnabledFor(logging.WARNING)
-
-
-def test_the_process_has_the_threads_of_the_request(request_on_cpu, undisturbed):
-    """On a CPU, torch computes with as many threads as the request says."""
-    torch = pytest.importorskip("torch")
-    torch.set_num_threads(2)
-    _prepare_process(request_on_cpu)
-    assert torch.get_num_threads() == 1
+from harness.worker import failure_of, thread_count
 
 
 class OutOfMemoryError(RuntimeError):

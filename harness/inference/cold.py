@@ -18,19 +18,18 @@ def main() -> int:
     """Entry: a TrialRequest and the spawn time as JSON on stdin, a Fragment as JSON on the descriptor given."""
     message = json.load(sys.stdin)
 
-    import torch
     from peft import PeftModel
 
     from harness import catalogue, codec
     from harness.inference.generate import generate
     from harness.record import Fragment, TrialRequest
     from harness.training.models import load_base
+    from harness.training.process import prepare_process
     from harness.training.stream import TokenStream
 
     imported = time.monotonic()
     request = codec.from_json(TrialRequest, message["request"], "trial request")
-    if request.device == "cpu":
-        torch.set_num_threads(request.threads)
+    prepare_process(request)
     stream = TokenStream(Path(request.tokens_path), request.workload, request.variant, request.device)
     source = catalogue.resolve(request.workload.model)
     begin = time.monotonic()
