@@ -28,10 +28,12 @@ def machine(pytestconfig):
         f"{name} {provenance.library_version(name)}" for name in ("torch", "transformers", "peft", "bitsandbytes")
     )
     git = provenance.git_state(Path(__file__).parent)
-    reporter = pytestconfig.pluginmanager.getplugin("terminalreporter")
-    reporter.write_line(
-        f"\nmachine: {facts.device_name}, {facts.cpus} CPUs, {facts.memory_bytes / 2**30:.0f} GiB, {facts.device}; "
-        f"Python {facts.python}, {versions}; commit {str(git['commit'])[:10]}"
-        f"{' with local changes' if git['dirty'] else ''}"
-    )
+    with pytestconfig.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print(
+            f"machine: {facts.device_name}, {facts.cpus} CPUs, {facts.memory_bytes / 2**30:.0f} GiB, {facts.device}; "
+            f"Python {facts.python}, {versions}; commit {str(git['commit'])[:10]}"
+            f"{' with local changes' if git['dirty'] else ''}",
+            end="",
+            flush=True,
+        )
     return facts
