@@ -182,10 +182,7 @@ def _listed(options: argparse.Namespace) -> list[dict[str, Any]]:
         return [{"name": entry.name, "description": entry.description} for entry in catalogue.CATALOGUE.values()]
     if options.what == "runs":
         folder = store.runs_dir(options.runs_dir)
-        manifests = [(path, json.loads((path / "manifest.json").read_text())) for path in store.list_runs(folder)]
-        return [
-            {"run": path.name, "status": data["status"], "title": data["study"]["title"]} for path, data in manifests
-        ]
+        return [_run_row(path) for path in store.list_runs(folder)]
     if not options.study:
         raise _usage("list variants: no study named. Give one, as in `lorameter list variants lora-or-qlora`.")
     study = load_study(options.study)
@@ -195,6 +192,17 @@ def _listed(options: argparse.Namespace) -> list[dict[str, Any]]:
         words = " ".join(f"{key}={value}" for key, value in changed.items())
         rows.append({"name": variant.name, "id": variant.id, "differs from the defaults in": words})
     return rows
+
+
+def _run_row(path: Path) -> dict[str, Any]:
+    from harness import store
+    from harness.errors import UsageError
+
+    try:
+        manifest = store.read_manifest(path)
+    except UsageError as error:  # one damaged run must not hide the others
+        return {"run": path.name, "status": "damaged", "title": str(error)}
+    return {"run": manifest.run, "status": manifest.status, "title": manifest.study["title"]}
 
 
 def _fetch(options: argparse.Namespace) -> int:

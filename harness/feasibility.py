@@ -7,7 +7,7 @@ this CPU's 4-bit kernels do not take, attention that this device does not have, 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from harness import catalogue, shapes
@@ -23,8 +23,8 @@ NF4_BLOCK = 64
 """Elements per quantisation block, bitsandbytes' default."""
 
 
-def check_feasible(study: Study, machine: Machine) -> tuple[Notice, ...]:
-    """Refuse a study that this model or machine cannot run.
+def check_feasible(study: Study, machine: Machine, variants: Iterable[Variant] | None = None) -> tuple[Notice, ...]:
+    """Refuse a study that this model or machine cannot run; `variants` are those selected, None for all.
 
     Returns:
         Notices for what runs but should be known.
@@ -37,9 +37,11 @@ def check_feasible(study: Study, machine: Machine) -> tuple[Notice, ...]:
     _check_lengths(study, shape)
     _check_data(study)
     notices: list[Notice] = []
-    for variant in study.variants:
+    for variant in study.variants if variants is None else variants:
         where = f"study {study.name}, variant {variant.name!r}"
         _check_attention(where, variant, machine)
+        if variant.tf32 and machine.device == "cpu":
+            raise UsageError(f"{where}: tf32 = True: a CPU has no TF32. Leave it out here.")
         _check_widths(where, variant, shape, machine)
         notices += _rank_notices(variant, shape)
         notices += _paged_notices(variant, machine)

@@ -39,7 +39,7 @@ def plan_study(
 ) -> tuple[Plan, tuple[Notice, ...]]:
     """The plan of a study on this machine. Raises `UsageError` for anything that cannot work."""
     plan = make_plan(study, select=select, phases=phases)
-    return plan, check_feasible(study, machine)
+    return plan, check_feasible(study, machine, [variant for variant, role in plan.members if role == "variant"])
 
 
 def measure(
@@ -63,10 +63,12 @@ def measure(
     display.starting(plan, run_id)
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lorameter-")))
-        executor = executor or LocalExecutor(threads=threads, log_dir=scratch)
+        logs = runs / run_id / "logs"
+        logs.mkdir(parents=True)
+        executor = executor or LocalExecutor(threads=threads, log_dir=logs)
         stack.callback(executor.close)
         executor.start()
-        tokens = executor.prepare_tokens(study.workload, str(scratch))  # while the worker imports
+        tokens = executor.prepare_tokens(study.workload, str(runs / run_id))  # while the worker imports
         hello = executor.hello()
         if hello["device"] != machine.device:
             raise InvalidRunError(
@@ -88,15 +90,13 @@ def measure(
             notices=notices,
         )
         writer = RunWriter(runs, manifest)
-        token_path = writer.path / Path(tokens["path"]).name
-        Path(tokens["path"]).replace(token_path)
         site = Site(
             run_path=writer.path,
             scratch=scratch,
             device=machine.device,
             threads=threads,
-            tokens_path=str(token_path.resolve()),
-            tokens={"hash": tokens["hash"]},
+            tokens_path=str(Path(tokens["path"]).resolve()),
+            tokens={key: tokens[key] for key in ("hash", "real_tokens", "padded_tokens")},
         )
         status: store.RunStatus = "failed"
         try:

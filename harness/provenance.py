@@ -83,10 +83,19 @@ def collect(study: Study, machine: Machine, threads: int, hello: dict[str, Any])
         **codec.to_json(machine),
         "threads": threads,
         "libraries": {name: library_version(name) for name in LIBRARIES},
-        "workload": codec.to_json(study.workload),
+        "workload": codec.to_json(study.workload) | {"data": _content_of(study.workload.data)},
         "git": git_state(Path.cwd()),
         "worker": {key: hello.get(key) for key in ("device", "torch", "import_time_s")},
     }
+
+
+def _content_of(data: str) -> str:
+    """What the data is, whatever its path: the hash of a file, the name of anything else."""
+    path = Path(data)
+    if not path.is_file():
+        return data
+    with path.open("rb") as file:
+        return f"{path.name} sha256:{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
 
 
 def fingerprint(provenance: dict[str, Any]) -> str:
@@ -99,7 +108,7 @@ def git_state(folder: Path) -> dict[str, Any]:
     commit = _git(folder, "rev-parse", "HEAD")
     if commit is None:
         return {"commit": None, "dirty": None}
-    changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    changes = _git(folder, "status", "--porcelain")
     return {"commit": commit, "dirty": bool(changes)}
 
 

@@ -140,9 +140,9 @@ class Session:
 
         return replayed
 
-    @pytest.hookimpl(trylast=True)
+    @pytest.hookimpl(tryfirst=True)
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        """The report, after pytest-benchmark's own table."""
+        """The report; before pytest-benchmark's own table, which may end in an exception (--benchmark-compare-fail)."""
         if self._run is None or self._disabled:
             return
         import io
@@ -186,6 +186,11 @@ class Session:
             for key in sorted(ours.keys() | theirs.keys())
             if ours.get(key) != theirs.get(key)
         ]
+        variants = {variant.name: variant.id for variant in self._study.variants}
+        for bench in compared_benchmark["benchmarks"]:
+            name, saved = bench.get("param"), bench["extra_info"].get("variant")
+            if name in variants and saved != variants[name]:
+                different.append(f"variant {name}: {saved} saved, {variants[name]} now")
         if different:
             raise pytest.UsageError(
                 f"--benchmark-compare: not comparable: {'; '.join(different)}. Measure the base again on this machine."

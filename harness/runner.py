@@ -7,6 +7,7 @@ the exit code must say.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -59,13 +60,21 @@ def run_plan(
     interrupted = False
     while remaining and not interrupted:
         conductor = _Conductor(plan, remaining.pop(0), executor, site, watcher)
+        error: Exception | None = None
         try:
             conductor.measure()
         except KeyboardInterrupt:
             interrupted = True
             conductor.interrupt()
+        except Exception as caught:  # a defect of ours must not cost what was measured
+            error = caught
+            conductor.abandon(caught)
         for record in conductor.records():
             keep(record)
+        if error is not None:
+            for slot in (slot for group in remaining for slot in group.slots):
+                keep(_blank(plan, slot, "not_run"))
+            raise error
     for slot in (slot for group in remaining for slot in group.slots):
         keep(_blank(plan, slot, "not_run"))
     return tuple(records)
@@ -109,6 +118,8 @@ class _Conductor:
             for trial in self._live():
                 self._watcher.trial_phase(self._slots[trial], "cold")
                 self._add(trial, self._cold(trial))
+        for trial in self._records:  # adapters and compile caches of a long run would fill the disk
+            shutil.rmtree(self._site.scratch / trial, ignore_errors=True)
 
     def interrupt(self) -> None:
         """Mark what was under way."""
@@ -117,6 +128,13 @@ class _Conductor:
             if record.status == "ok":
                 failure = Failure(phase="run", kind="Interrupted", message="stopped by the user")
                 self._add(trial, Fragment().failed(status, failure))
+
+    def abandon(self, error: Exception) -> None:
+        """Mark what was under way when the parent itself failed."""
+        for trial, record in self._records.items():
+            if record.status == "ok":
+                failure = Failure(phase="run", kind=type(error).__name__, message=f"the parent failed: {error}")
+                self._add(trial, Fragment().failed("crashed", failure))
 
     def records(self) -> Iterable[TrialRecord]:
         """The group's records in the order of the plan."""

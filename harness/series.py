@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from harness.record import Role, TrialRecord
-from harness.stats import Comparison, Estimate, compare_trials, estimate_trials
+from harness.stats import Comparison, Estimate, compare_family, compare_trials, estimate_trials
 from harness.units import METRICS
 
 FINAL_SHARE = 4
-"""The final train loss is that of the last quarter of the timed steps."""
+"""The final train loss is that of the last quarter of all steps; their number is the same for every trial."""
 
 
 def samples_of(record: TrialRecord, metric: str) -> tuple[float, ...]:
@@ -44,7 +44,9 @@ def _output_tokens_per_s(record: TrialRecord) -> tuple[float, ...]:
 
 
 def _final_train_loss(record: TrialRecord) -> tuple[float, ...]:
-    losses = record.samples.get("train_loss", ()) + record.samples.get("catch_up_loss", ())
+    losses = tuple(
+        loss for name in ("warmup_loss", "train_loss", "catch_up_loss") for loss in record.samples.get(name, ())
+    )
     return losses[-max(1, len(losses) // FINAL_SHARE) :]
 
 
@@ -97,10 +99,25 @@ def series_of(records: Sequence[TrialRecord]) -> dict[tuple[str, Role], Series]:
     }
 
 
-def compare_series(base: Series, candidate: Series, metric: str, *, family: int = 1) -> Comparison | None:
-    """The comparison over the replicates that both have, paired by replicate; None where there is none.
+Trials = list[tuple[float, ...]]
 
-    A metric of which more is better is compared by its inverse, so that above 1 is always worse.
+
+def compare_series(base: Series, candidate: Series, metric: str, *, family: int = 1) -> Comparison | None:
+    """The comparison over the replicates that both have, paired by replicate; None where there is none."""
+    pairs = paired_trials(base, candidate, metric)
+    return None if pairs is None else compare_trials(*pairs, pairing="replicate", family=family)
+
+
+def compare_to_reference(base: Series, candidates: Sequence[Series], metric: str) -> dict[str, Comparison]:
+    """Every candidate against the base, by name, with one error rate for all of them (Holm)."""
+    pairs = {candidate.name: paired_trials(base, candidate, metric) for candidate in candidates}
+    return compare_family({name: pair for name, pair in pairs.items() if pair is not None}, pairing="replicate")
+
+
+def paired_trials(base: Series, candidate: Series, metric: str) -> tuple[Trials, Trials] | None:
+    """Samples of the replicates that both have, in the same order; None where there is none.
+
+    A metric of which more is better is given by its inverse, so that above 1 is always worse.
     """
     paired: list[tuple[tuple[float, ...], tuple[float, ...]]] = []
     others = {record.replicate: record for record in candidate.ok}
@@ -114,7 +131,7 @@ def compare_series(base: Series, candidate: Series, metric: str, *, family: int 
     left, right = [pair[0] for pair in paired], [pair[1] for pair in paired]
     if METRICS[metric].higher_is_better:
         left, right = [_inverse(samples) for samples in left], [_inverse(samples) for samples in right]
-    return compare_trials(left, right, pairing="replicate", family=family)
+    return left, right
 
 
 def without_equivalent(comparison: Comparison, reason: str) -> Comparison:

@@ -71,7 +71,7 @@ class RunWriter:
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.path = folder / manifest.run
         self._manifest = manifest
-        (self.path / "logs").mkdir(parents=True)
+        (self.path / "logs").mkdir(parents=True, exist_ok=True)
         self._write_manifest()
 
     def append(self, record: TrialRecord) -> None:
@@ -122,9 +122,7 @@ def read_run(name: str, folder: Path) -> Run:
     if not source.is_file():
         known = ", ".join(run.name for run in list_runs(folder)[-3:]) or "none yet"
         raise UsageError(f"run {name!r}: not found in {folder}. Latest runs: {known}.")
-    manifest = codec.from_json(
-        Manifest, _checked(json.loads(source.read_text(encoding="utf-8")), source), str(source.name)
-    )
+    manifest = read_manifest(path)
     records, damaged = [], 0
     for line in _lines(path / "trials.jsonl"):
         try:
@@ -134,6 +132,16 @@ def read_run(name: str, folder: Path) -> Run:
             continue
         records.append(codec.from_json(TrialRecord, _checked(data, source), f"{name}, trials.jsonl"))
     return Run(path=path, manifest=manifest, records=tuple(records), damaged_lines=damaged)
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of a run directory. Raises `UsageError` if it is damaged or of another schema."""
+    source = path / "manifest.json"
+    try:
+        data = json.loads(source.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+        raise UsageError(f"{source}: cannot be read: {error}. Measure again, or restore the file.") from None
+    return codec.from_json(Manifest, _checked(data, source), source.name)
 
 
 def list_runs(folder: Path) -> list[Path]:
@@ -150,5 +158,5 @@ def _checked(data: Any, source: Path) -> Any:
 
 def _lines(path: Path) -> Iterator[str]:
     if path.is_file():
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8", errors="replace") as file:
             yield from (line for line in file if line.strip())

@@ -50,6 +50,10 @@ class Study:
         if not names:
             raise UsageError(f"study {self.name}: no variants. Add [axes] or [[variant]].")
         for name in names:
+            if name.endswith("-control"):
+                raise UsageError(
+                    f"study {self.name}: variant name {name!r}: the A/A control is named so. Choose another."
+                )
             if not name or any(character in name for character in " /\\[]:"):
                 raise UsageError(
                     f"study {self.name}: variant name {name!r}: a name is part of test ids and file names. "
@@ -164,7 +168,7 @@ def _variants(where: str, data: Mapping[str, Any]) -> tuple[Variant, ...]:
                     f"{where}, [axes]", key, values, "a list of values is expected", "Write it as [ ... ]."
                 )
         rows = [
-            {"name": "-".join(f"{key}={value}" for key, value in zip(axes, values, strict=True))}
+            {"name": "-".join(f"{key}={_label(value)}" for key, value in zip(axes, values, strict=True))}
             | dict(zip(axes, values, strict=True))
             for values in itertools.product(*axes.values())
         ]
@@ -176,6 +180,11 @@ def _variants(where: str, data: Mapping[str, Any]) -> tuple[Variant, ...]:
             raise UsageError(f'{place}: name is missing. Add name = "...".')
         variants.append(codec.from_json(Variant, {**controls, **row}, place))
     return tuple(variants)
+
+
+def _label(value: Any) -> str:
+    """A value as part of a name: the items of a list joined."""
+    return "+".join(map(str, value)) or "default" if isinstance(value, list) else str(value)
 
 
 def _unknown(word: str, known: list[str]) -> str:

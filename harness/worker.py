@@ -23,11 +23,14 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from harness import codec
-from harness.record import SCHEMA, Failure, Fragment, Status, TrialRequest
+from harness.failure import failure_of
+from harness.processes import kill_group
+from harness.record import SCHEMA, Fragment, TrialRequest
 
 PRELOAD = ("torch", "transformers", "peft", "bitsandbytes", "harness.training.trial")
 """What every trial needs; imported once by the zygote."""
@@ -39,8 +42,9 @@ _PR_SET_PDEATHSIG = 1
 def zygote(control: socket.socket) -> None:
     """Import, announce what was imported, then fork and reap on request until the parent goes away."""
     begin = time.perf_counter()
-    for name in PRELOAD:
-        importlib.import_module(name)
+    with _capability_from_nvml():
+        for name in PRELOAD:
+            importlib.import_module(name)
     for name in LAZY:
         with contextlib.suppress(ImportError):  # an optimisation: a library may move its own submodules
             importlib.import_module(name)
@@ -59,13 +63,52 @@ def zygote(control: socket.socket) -> None:
                 _send(control, _fork(descriptors[0], control, children))
             else:
                 pid = int(command["pid"])
-                _, status = os.waitpid(pid, 0)
+                _send(control, {"status": _reap(pid)})
                 children.discard(pid)
-                _send(control, {"status": os.waitstatus_to_exitcode(status)})
     finally:
         for pid in children:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+            kill_group(pid)
+
+
+REAP_TIMEOUT_S = 20.0
+"""A process that the kernel cannot end (a driver that hangs) must not block the zygote for ever."""
+
+
+def _reap(pid: int) -> int | None:
+    """Exit status of a child that was told to end; None if it does not."""
+    deadline = time.monotonic() + REAP_TIMEOUT_S
+    while time.monotonic() < deadline:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.002)
+    return None
+
+
+@contextlib.contextmanager
+def _capability_from_nvml() -> Iterator[None]:
+    """bitsandbytes asks at import for the compute capability, and torch answers by initialising CUDA, after which no
+    child can use the device. For the time of the imports NVML answers instead, which touches no context."""
+    import torch
+
+    if not torch.cuda.is_available():
+        yield
+        return
+    import pynvml
+
+    def capability(device: Any = 0) -> tuple[int, int]:
+        index = getattr(device, "idx", getattr(device, "index", device))
+        handle = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda._get_nvml_device_index(index))
+        major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+        return int(major), int(minor)
+
+    pynvml.nvmlInit()
+    asked, torch.cuda.get_device_capability = torch.cuda.get_device_capability, capability
+    try:
+        yield
+    finally:
+        torch.cuda.get_device_capability = asked
+        pynvml.nvmlShutdown()
 
 
 def thread_count() -> int:
@@ -74,27 +117,48 @@ def thread_count() -> int:
 
 
 def _fork(descriptor: int, control: socket.socket, children: set[int]) -> dict[str, Any]:
-    threads = thread_count()
-    if threads != 1:
-        os.close(descriptor)
-        return {
-            "error": f"the zygote has {threads} threads and can only fork safely with one; set OPENBLAS_NUM_THREADS=1"
-        }
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            control.close()
-            _die_with_parent()
-            os.setsid()
-            with socket.socket(fileno=descriptor) as connection:
-                serve(connection)
-            code = 0
-        finally:
-            os._exit(code)  # no handler that the zygote's imports registered may run here
-    os.close(descriptor)
+    parent = os.getpid()
+    try:
+        if refusal := _cannot_fork():
+            return {"error": refusal}
+        pid = os.fork()
+        if pid == 0:
+            _child(descriptor, control, parent)
+    except OSError as error:
+        return {"error": f"the zygote cannot fork: {error.strerror}; free memory or processes"}
+    finally:
+        os.close(descriptor)  # the child never comes here
     children.add(pid)
     return {"pid": pid}
+
+
+def _child(descriptor: int, control: socket.socket, parent: int) -> NoReturn:
+    code = 1
+    try:
+        control.close()
+        _die_with_parent()
+        if os.getppid() != parent:  # it died before the line above
+            os._exit(code)
+        os.setsid()
+        with socket.socket(fileno=descriptor) as connection:
+            serve(connection)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)  # no handler that the zygote's imports registered may run here
+
+
+def _cannot_fork() -> str | None:
+    """Why a fork would not be safe, None if it is."""
+    threads = thread_count()
+    if threads != 1:
+        return f"the zygote has {threads} threads and forks safely with one only; set OPENBLAS_NUM_THREADS=1"
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        return "something imported by the zygote has initialised CUDA, and no fork of it could use the device"
+    return None
 
 
 def _device() -> dict[str, Any]:
@@ -138,23 +202,6 @@ def _answer(command: dict[str, Any], trials: dict[str, Any]) -> Fragment:
         return getattr(trial, phase)()  # type: ignore[no-any-return]
     except Exception as error:
         return failure_of(error, phase)
-
-
-def failure_of(error: BaseException, phase: str) -> Fragment:
-    """A fragment for an exception: `oom` when memory ran out, else `crashed`, with the traceback."""
-    text = traceback.format_exc()
-    sys.stderr.write(text)
-    sys.stderr.flush()
-    status: Status = "oom" if _is_out_of_memory(error) else "crashed"
-    message = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return Fragment().failed(status, Failure(phase=phase, kind=type(error).__name__, message=message, traceback=text))
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    text = str(error)  # torch's CPU allocator raises a plain RuntimeError
-    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
 
 
 def _log_to(path: Path) -> None:

@@ -56,12 +56,11 @@ def small_study() -> Study:
     )  # fmt: skip
 
 
-DOLLY = Path(__file__).parents[2] / "shared" / "data" / "databricks-dolly-15k.jsonl.gz"
-
-
 @pytest.fixture
 def dolly() -> Path:
-    """The real data set, where it lies beside the checkout."""
-    if not DOLLY.is_file():
-        pytest.skip("databricks-dolly-15k.jsonl.gz is not beside this checkout")
-    return DOLLY
+    """The real data set, where it is at hand: $LORAMETER_DOLLY, or in a folder `shared` beside the checkout."""
+    beside = Path(__file__).parents[2] / "shared" / "data" / "databricks-dolly-15k.jsonl.gz"
+    path = Path(os.environ.get("LORAMETER_DOLLY", beside))
+    if not path.is_file():
+        pytest.skip("$LORAMETER_DOLLY does not name databricks-dolly-15k.jsonl.gz")
+    return path

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "codec", "units", "variant", "workload", "protocol", "record", "study", "plan"),
+    ("errors", "codec", "units", "variant", "workload", "protocol", "record", "failure", "processes", "study", "plan"),
     ("stats",),
     ("catalogue", "shapes", "fetch", "store", "provenance", "meters", "series", "feasibility", "forecast"),
     ("executors", "training", "inference", "report"),

@@ -182,3 +182,21 @@ def test_a_failed_cold_start_keeps_the_training(small_study, tmp_path):
     _, records = conduct(plan, tmp_path, {(victim, "cold"): lost("timeout")})
     assert records[victim].status == "timeout"
     assert records[victim].samples["step_time_s"]
+
+
+def test_a_defect_of_the_parent_costs_no_record(small_study, tmp_path):
+    """An exception that is no lost worker: what was measured is saved, the rest is not_run, and the error is raised."""
+    plan = make_plan(small_study)
+    executor, saved = FakeExecutor({(plan.slots[1].trial, "turn"): ZeroDivisionError("oops")}), []
+    site = Site(run_path=tmp_path, scratch=tmp_path, device="cpu", threads=1, tokens_path="t", tokens={})
+    with pytest.raises(ZeroDivisionError):
+        run_plan(plan, executor, site, save=saved.append, watcher=Quiet())
+    assert [record.status for record in saved] == ["ok", "crashed", *["not_run"] * (len(plan.slots) - 2)]
+    assert "oops" in saved[1].failure.message
+
+
+def test_scratch_is_gone_when_its_trial_has_ended(small_study, tmp_path):
+    """A long run does not fill the disk with adapters."""
+    plan = make_plan(small_study)
+    conduct(plan, tmp_path)
+    assert not [slot.trial for slot in plan.slots if (tmp_path / slot.trial).exists()]

@@ -26,6 +26,9 @@ def test_derived_metrics_are_what_their_names_say():
     assert samples_of(one, "samples_per_s") == (4.0,)
     assert samples_of(one, "output_tokens_per_s") == (4.0, 2.0)
     assert samples_of(one, "train_loss") == (1.0,)
+    longer = record()
+    longer.samples.update(warmup_loss=(9.0,) * 3, catch_up_loss=(0.5,))
+    assert samples_of(longer, "train_loss") == (1.0, 0.5)  # the last quarter of all eight
     assert samples_of(one, "held_out_loss") == (3.0,)
     assert samples_of(one, "cold_start_time_s") == ()
 

@@ -56,6 +56,14 @@ def test_another_schema_is_refused(tmp_path):
         store.read_run(str(writer.path), tmp_path)
 
 
+def test_a_damaged_manifest_is_a_clear_error(tmp_path):
+    """And does not take a listing of the other runs with it."""
+    writer = RunWriter(tmp_path, manifest())
+    (writer.path / "manifest.json").write_text('{"schema": 1, "ru')
+    with pytest.raises(UsageError, match="cannot be read"):
+        store.read_run(str(writer.path), tmp_path)
+
+
 def test_an_unknown_run_names_the_latest(tmp_path):
     """A wrong id gets the ids that exist."""
     RunWriter(tmp_path, manifest())

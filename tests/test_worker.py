@@ -4,7 +4,8 @@ import threading
 
 import pytest
 
-from harness.worker import failure_of, thread_count
+from harness.failure import failure_of
+from harness.worker import thread_count
 
 
 class OutOfMemoryError(RuntimeError):

@@ -36,6 +36,7 @@ def main(seed: int, turns: int) -> None:
             )
         )  # fmt: skip
         trial.build()
+        trial.verify()  # so that whatever it leaves behind would show
         trial.warm_up()
         trainee, _, stream = trial._parts()
     model, optimizer = trainee.model, trainee.optimizer

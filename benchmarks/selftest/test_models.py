@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ from harness.store import read_run
 from harness.units import format_bytes, format_duration, format_interval
 
 pytestmark = [pytest.mark.selftest, pytest.mark.timeout(3600)]
-DOLLY = Path(__file__).parents[3] / "shared" / "data" / "databricks-dolly-15k.jsonl.gz"
+DOLLY = Path(os.environ.get("LORAMETER_DOLLY", "databricks-dolly-15k.jsonl.gz"))
 
 BUILD_7B = """
 import json
@@ -65,9 +66,13 @@ def test_a_real_model_learns_from_real_records(say, tmp_path):
     except UsageError as error:
         pytest.skip(str(error))
     if not DOLLY.is_file():
-        pytest.skip("databricks-dolly-15k.jsonl.gz is not beside this checkout")
+        pytest.skip("$LORAMETER_DOLLY does not name databricks-dolly-15k.jsonl.gz")
     command = [sys.executable, "-m", "pytest", "benchmarks/", "-k", "train_step and qlora-nf4-r16", "-q"]
-    command += ["--lorameter-model=smollm2-135m", f"--lorameter-data={DOLLY}", f"--lorameter-runs-dir={tmp_path}"]
+    command += [
+        "--lorameter-model=smollm2-135m",
+        f"--lorameter-data={DOLLY.resolve()}",
+        f"--lorameter-runs-dir={tmp_path}",
+    ]
     begin = time.monotonic()
     subprocess.run(command, cwd=Path(__file__).parents[2], stdout=subprocess.DEVNULL, check=True)
     seconds = time.monotonic() - begin

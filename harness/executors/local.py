@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import select
@@ -17,11 +16,16 @@ from typing import Any
 from harness import codec
 from harness.errors import InvalidRunError, UsageError
 from harness.executors import Worker, WorkerLostError
+from harness.processes import kill_group
 from harness.record import SCHEMA, Failure, Fragment, TrialRequest
 from harness.workload import Workload
 
 START_TIMEOUT_S = 180.0
 """Importing takes 3 to 5 s on a quiet machine; a cold disk and a busy one can make it a minute."""
+
+
+TOKENS_TIMEOUT_S = 3600.0
+"""A data set is downloaded in this time or not at all."""
 
 
 def worker_environment(threads: int) -> dict[str, str]:
@@ -35,6 +39,7 @@ def worker_environment(threads: int) -> dict[str, str]:
         "MKL_NUM_THREADS": str(threads),
         "OPENBLAS_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # as NVML counts
         "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
         "KINETO_LOG_LEVEL": "99",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -92,7 +97,9 @@ class LocalExecutor:
             control.send({"do": "fork"}, theirs)
         answer = control.receive(START_TIMEOUT_S)
         if answer is None or "pid" not in answer:
-            raise InvalidRunError(f"the zygote cannot fork: {(answer or {}).get('error', 'it is gone')}.")
+            ours.close()
+            message = (answer or {}).get("error", "the zygote is gone; its log is zygote.log")
+            raise WorkerLostError("crashed", Failure(phase="start", kind="CannotFork", message=message))
         worker = LocalWorker(int(answer["pid"]), _Channel(ours), control)
         hello = worker.channel.receive(START_TIMEOUT_S)
         if hello is None:
@@ -138,15 +145,19 @@ class LocalExecutor:
         """Tokenise in a process of its own."""
         request = json.dumps({"workload": codec.to_json(workload), "folder": folder})
         log_path = self._log_dir / "tokens.log"
-        with log_path.open("ab") as log:
-            done = subprocess.run(
-                [sys.executable, "-m", "harness.training.tokens"],
-                input=request.encode(),
-                stdout=subprocess.PIPE,
-                stderr=log,
-                env=worker_environment(1),
-                check=False,
-            )
+        try:
+            with log_path.open("ab") as log:
+                done = subprocess.run(
+                    [sys.executable, "-m", "harness.training.tokens"],
+                    input=request.encode(),
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    env=worker_environment(1),
+                    check=False,
+                    timeout=TOKENS_TIMEOUT_S,
+                )
+        except subprocess.TimeoutExpired:
+            raise InvalidRunError(f"the tokens took over {TOKENS_TIMEOUT_S:g} s; the log is {log_path}.") from None
         lines = done.stdout.decode().strip().splitlines()
         if done.returncode != 0 or not lines:
             last = log_path.read_text(errors="replace").strip().splitlines()[-1:]
@@ -216,13 +227,10 @@ class LocalWorker:
         deadline = time.monotonic() + grace_s
         while grace_s and time.monotonic() < deadline and _runs(self.pid):
             time.sleep(0.01)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)
-        with contextlib.suppress(OSError):
-            self._control.send({"do": "reap", "pid": self.pid})
-            answer = self._control.receive(START_TIMEOUT_S)
-            return None if answer is None else int(answer["status"])
-        return None
+        kill_group(self.pid)
+        self._control.send({"do": "reap", "pid": self.pid})
+        answer = self._control.receive(START_TIMEOUT_S)
+        return None if answer is None else answer.get("status")
 
 
 class _Channel:

@@ -12,45 +12,62 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
+
+from harness import codec
+from harness.failure import failure_of
+from harness.record import Fragment, TrialRequest
+
+
+def answer(request: TrialRequest, spawned_monotonic_s: float) -> Fragment:
+    """Import, load, ask once; times in seconds since the parent's spawn or of each part."""
+    from peft import PeftModel
+
+    from harness import catalogue
+    from harness.inference.generate import generate
+    from harness.training.build import cast_adapter, prepared, set_precision, upcasts_adapter
+    from harness.training.models import load_base
+    from harness.training.process import prepare_process, synchronize
+    from harness.training.stream import TokenStream
+
+    imported = time.monotonic()
+    prepare_process(request)
+    variant = request.variant
+    set_precision(variant)
+    stream = TokenStream(Path(request.tokens_path), request.workload, variant, request.device)
+    source = catalogue.resolve(request.workload.model)
+    begin = time.monotonic()
+    base = prepared(load_base(source, variant, device=request.device, seed=request.workload.data_seed), variant)
+    folder = str(Path(request.scratch) / "adapter")
+    model: Any = PeftModel.from_pretrained(base, folder, autocast_adapter_dtype=upcasts_adapter(variant))
+    cast_adapter(model, variant)
+    model.eval()
+    synchronize(request.device)
+    loaded = time.monotonic()
+    first = generate(model, stream.prompt(0), request.workload.new_tokens)
+    done = time.monotonic()
+    values = {
+        "cold_import_time_s": imported - spawned_monotonic_s,
+        "cold_load_time_s": loaded - begin,
+        "cold_first_token_time_s": first.first_token_time_s,
+        "cold_completion_time_s": first.request_time_s,
+        "cold_start_time_s": done - spawned_monotonic_s,
+    }
+    return Fragment(
+        values=values,
+        samples={"cold_start_time_s": (values["cold_start_time_s"],)},
+        tokens={"cold_completion": list(first.tokens)},
+    )
 
 
 def main() -> int:
     """Entry: a TrialRequest and the spawn time as JSON on stdin, a Fragment as JSON on the descriptor given."""
     message = json.load(sys.stdin)
-
-    from peft import PeftModel
-
-    from harness import catalogue, codec
-    from harness.inference.generate import generate
-    from harness.record import Fragment, TrialRequest
-    from harness.training.models import load_base
-    from harness.training.process import prepare_process
-    from harness.training.stream import TokenStream
-
-    imported = time.monotonic()
-    request = codec.from_json(TrialRequest, message["request"], "trial request")
-    prepare_process(request)
-    stream = TokenStream(Path(request.tokens_path), request.workload, request.variant, request.device)
-    source = catalogue.resolve(request.workload.model)
-    begin = time.monotonic()
-    base = load_base(source, request.variant, device=request.device, seed=request.workload.data_seed)
-    model = PeftModel.from_pretrained(base, str(Path(request.scratch) / "adapter"))
-    model.eval()
-    loaded = time.monotonic()
-    first = generate(model, stream.prompt(0), request.workload.new_tokens)
-    done = time.monotonic()
-    values = {
-        "cold_import_time_s": imported - float(message["spawned_monotonic_s"]),
-        "cold_load_time_s": loaded - begin,
-        "cold_first_token_time_s": first.first_token_time_s,
-        "cold_completion_time_s": first.request_time_s,
-        "cold_start_time_s": done - float(message["spawned_monotonic_s"]),
-    }
-    fragment = Fragment(
-        values=values,
-        samples={"cold_start_time_s": (values["cold_start_time_s"],)},
-        tokens={"cold_completion": list(first.tokens)},
-    )
+    try:
+        request = codec.from_json(TrialRequest, message["request"], "trial request")
+        fragment = answer(request, float(message["spawned_monotonic_s"]))
+    except Exception as error:
+        fragment = failure_of(error, "cold")
     with open(int(sys.argv[1]), "w", encoding="utf-8") as reply:  # noqa: PTH123 - a descriptor, not a path
         reply.write(codec.dumps(fragment))
     return 0

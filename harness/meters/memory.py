@@ -59,7 +59,8 @@ def resident_bytes(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> 
     buffers = list(_fresh(model.buffers(), seen))
     quantization = list(_fresh(_quantization_state(model), seen))
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    state = [item for values in optimizer.state.values() for item in values.values() if isinstance(item, torch.Tensor)]
+    entries = (item for values in optimizer.state.values() for item in values.values())
+    state = list(_fresh((item for item in entries if isinstance(item, torch.Tensor)), seen))  # tables are shared
     return {
         "base_weight_bytes": _size(base) + _size(buffers),
         "quantization_state_bytes": _size(quantization),
@@ -71,11 +72,12 @@ def resident_bytes(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> 
 
 
 def _quantization_state(model: torch.nn.Module) -> Iterator[torch.Tensor]:
-    for parameter in model.parameters():
-        for name in ("SCB", "CB"):  # 8-bit layers keep their row scales here
-            extra = getattr(parameter, name, None)
+    for module in model.modules():  # 8-bit layers move their row scales from the weight to the layer's own state
+        for holder in (getattr(module, "weight", None), getattr(module, "state", None)):
+            extra = getattr(holder, "SCB", None)
             if isinstance(extra, torch.Tensor):
                 yield extra
+    for parameter in model.parameters():
         state: Any = getattr(parameter, "quant_state", None)
         while state is not None:
             for name in ("absmax", "code", "offset"):

@@ -24,6 +24,7 @@ def run_notices(run: Run, study: Study, controls: Mapping[str, Comparison]) -> I
     yield from _data(run, study)
     yield from _contention(ok)
     yield from _outliers(ok)
+    yield from _warmup(ok)
     for title, control in controls.items():
         yield from _control(title, control)
     if run.damaged_lines:
@@ -81,6 +82,17 @@ def _outliers(ok: list[TrialRecord]) -> Iterator[Notice]:
         )
 
 
+def _warmup(ok: list[TrialRecord]) -> Iterator[Notice]:
+    unsteady = [record.trial for record in ok if record.values.get("warmup_steady") == 0.0]
+    if unsteady:
+        yield Notice(
+            code="warm-up-cut-short",
+            message=f"{len(unsteady)} of {len(ok)} trials were still getting faster when their warm-up ended, "
+            f"{unsteady[0]} among them.",
+            remedy="Raise warmup_steps_max in the study's [protocol].",
+        )
+
+
 def _control(title: str, control: Comparison) -> Iterator[Notice]:
     ratio = format_ratio(control.ratio, control.low, control.high)
     if control.verdict in ("improved", "regressed"):
@@ -90,10 +102,12 @@ def _control(title: str, control: Comparison) -> Iterator[Notice]:
             remedy="Quieten the machine and measure again; believe no difference of this run.",
         )
     elif control.verdict == "inconclusive":
+        count = control.replicates_needed
+        needed = f"--lorameter-replicates={count} (pytest) or --replicates {count}" if count else "5 to begin with"
         unseen = f"; a slow-down of less than {control.mde80:.0%} would go unseen" if control.mde80 else ""
         yield Notice(
             code="control-inconclusive",
             message=f"{title}: the control is inconclusive, {ratio}, so no two variants can be called equivalent"
             f"{unseen}.",
-            remedy="More replicates: --lorameter-effort=standard (pytest) or --effort standard.",
+            remedy=f"Measure more replicates: {needed}.",
         )

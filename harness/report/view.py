@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from harness import codec
 from harness.record import Notice, Role, TrialRecord
 from harness.report.notices import run_notices
-from harness.series import Series, compare_series, series_of, without_equivalent
+from harness.series import Series, compare_series, compare_to_reference, series_of, without_equivalent
 from harness.stats import Comparison
 from harness.store import Run
 from harness.study import Study
@@ -82,7 +82,7 @@ def view_of(run: Run) -> RunView:
     ordered = [variant.name for variant in study.variants if variant.name in names]
     phases = [phase for phase in PHASES if phase in run.manifest.phases]
     tables = tuple(_table(phase, ordered, study, groups, len(phases)) for phase in phases)
-    failures = tuple(_failures(run.records))
+    failures = (*_failures(run.records), *_missing(run))
     controls = [table.control.verdict for table in tables if table.control is not None]
     notices = [*run.manifest.notices, *(notice for record in run.records for notice in record.notices)]
     controls_by_title = {table.title: table.control for table in tables if table.control is not None}
@@ -96,7 +96,13 @@ def view_of(run: Run) -> RunView:
         failures=failures,
         notices=_unique(notices),
         counts=dict(Counter(record.status for record in run.records)),
-        valid=not failures and not run.damaged_lines and not {"improved", "regressed"} & set(controls),
+        valid=(
+            not failures
+            and not run.damaged_lines
+            and run.manifest.status == "complete"
+            and len(controls) == len(tables)
+            and not {"improved", "regressed"} & set(controls)
+        ),
     )
 
 
@@ -111,14 +117,14 @@ def _table(
     peaks = bool(PEAKS[phase][0])
     heads = ("variant", METRICS[metric].title, f"× {study.reference}", *(METRICS[name].title for name in columns))
     heads += (*(("peak memory",) if peaks else ()), "checks")
+    others = [groups[(name, "variant")] for name in names if name != study.reference]
+    ratios = compare_to_reference(reference, others, metric) if reference else {}
     rows = []
     for name in names:
         series = groups[(name, "variant")]
-        ratio = None
-        if reference is not None and name != study.reference:
-            ratio = compare_series(reference, series, metric, family=max(1, len(names) - 1))
-            if ratio is not None and (control is None or control.verdict != "equivalent"):
-                ratio = without_equivalent(ratio, "the control itself is not equivalent, so nothing here can be")
+        ratio = ratios.get(name)
+        if ratio is not None and (control is None or control.verdict != "equivalent"):
+            ratio = without_equivalent(ratio, "the control itself is not equivalent, so nothing here can be")
         cells = [name, _estimate(series, metric), _ratio(ratio, is_reference=name == study.reference)]
         cells += [_estimate(series, column) for column in columns]
         cells += [_peak(series, phase)] if peaks else []
@@ -171,6 +177,15 @@ def _failures(records: Iterable[TrialRecord]) -> Iterable[str]:
             failure = record.failure
             said = f" in {failure.phase}: {failure.message}" if failure else ""
             yield f"{record.trial}: {record.status}{said} (log: {record.log})"
+
+
+def _missing(run: Run) -> Iterable[str]:
+    """Trials of the plan that left no record: the parent was killed, or the run is still going on."""
+    known = {record.trial for record in run.records}
+    missing = [trial for trial in run.manifest.order if trial not in known]
+    if missing:
+        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        yield f"{shown}: not_run (the run is {run.manifest.status!r})"
 
 
 def _facts(run: Run, study: Study) -> tuple[str, ...]:

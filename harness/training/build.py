@@ -51,7 +51,7 @@ def build(request: TrialRequest, *, steps: int) -> Trainee:
     """
     variant, device = request.variant, request.device
     source = catalogue.resolve(request.workload.model)
-    _set_precision(variant)
+    set_precision(variant)
     base = load_base(source, variant, device=device, seed=request.workload.data_seed)
     seed_everything(request.seed)
     model = attach(base, variant)
@@ -70,23 +70,33 @@ def build(request: TrialRequest, *, steps: int) -> Trainee:
 
 def attach(base: Any, variant: Variant) -> Any:
     """The base with a fresh adapter, as PEFT makes it."""
-    if variant.prepare_for_kbit:
-        base = prepare_model_for_kbit_training(
-            base,
-            use_gradient_checkpointing=variant.gradient_checkpointing,
-            gradient_checkpointing_kwargs={"use_reentrant": False},
-        )
-    elif variant.gradient_checkpointing:
+    base = prepared(base, variant)
+    if variant.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         base.enable_input_require_grads()
-    model = get_peft_model(
-        base, lora_config(variant), autocast_adapter_dtype=variant.adapter_dtype in (None, "float32")
-    )
-    if variant.adapter_dtype is not None:
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.to(getattr(torch, variant.adapter_dtype))
+    model = get_peft_model(base, lora_config(variant), autocast_adapter_dtype=upcasts_adapter(variant))
+    cast_adapter(model, variant)
     return model
+
+
+def prepared(base: Any, variant: Variant) -> Any:
+    """The base with what is not quantised cast to float32, where the variant asks for PEFT's preparation."""
+    if not variant.prepare_for_kbit:
+        return base
+    return prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+
+
+def upcasts_adapter(variant: Variant) -> bool:
+    """Whether PEFT may cast the adapter to float32, which it does unless told otherwise."""
+    return variant.adapter_dtype in (None, "float32")
+
+
+def cast_adapter(model: Any, variant: Variant) -> None:
+    """Cast the adapter to the variant's type, where it names one."""
+    if variant.adapter_dtype is not None:
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.to(getattr(torch, variant.adapter_dtype))
 
 
 def lora_config(variant: Variant) -> LoraConfig:
@@ -131,7 +141,8 @@ def make_optimizer(model: Any, variant: Variant) -> torch.optim.Optimizer:
     return cast(torch.optim.Optimizer, getattr(bitsandbytes.optim, paged)(parameters, **options))
 
 
-def _set_precision(variant: Variant) -> None:
+def set_precision(variant: Variant) -> None:
+    """Whether float32 products may run on TF32 tensor cores."""
     torch.backends.cuda.matmul.fp32_precision = "tf32" if variant.tf32 else "ieee"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import logging
 import resource
 
@@ -11,6 +13,26 @@ from harness.record import TrialRequest
 
 INT8_LOGGER = "bitsandbytes.autograd._functions"
 """Warns of a cast in every forward of every int8 layer, which would be inside the timed window."""
+
+
+def synchronize(device: str) -> None:
+    """Wait until the device has done what it was asked."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def release_unused(device: str) -> None:
+    """Give back what is no longer referenced, so that the next phase's peak and its timed steps do not pay for it.
+
+    The profiler's events refer to each other in cycles, which only the collector frees; the C library then keeps the
+    freed heap, and torch's allocator its blocks, unless told otherwise.
+    """
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl has not
+    if trim is not None:
+        trim(0)
 
 
 def prepare_process(request: TrialRequest) -> None:

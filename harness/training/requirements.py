@@ -20,6 +20,24 @@ PAGED_FROM_ELEMENTS = 100_000
 """bitsandbytes pages the state of a tensor from this many elements on (`Optimizer8bit.get_state_buffer`)."""
 
 
+EIGHT_BIT_FROM_ELEMENTS = 4096
+"""Smaller tensors keep float32 state in an 8-bit optimizer (its `min_8bit_size`)."""
+
+
+def paged_share(trained_shapes: tuple[int, ...], *, eight_bit: bool) -> float:
+    """Share of Adam's state that bitsandbytes pages, by bytes: the two moments of each tensor that is large enough.
+
+    In 8 bits each moment has a float32 constant for 256 elements beside it, which is never paged.
+    """
+    total = paged = 0.0
+    for size in trained_shapes:
+        quantised = eight_bit and size >= EIGHT_BIT_FROM_ELEMENTS
+        moments = 2.0 * size * (1 if quantised else 4)
+        total += moments + (2 * size / 256 * 4 if quantised else 0)
+        paged += moments if size >= PAGED_FROM_ELEMENTS else 0
+    return paged / total
+
+
 def requirements_of(variant: Variant, trained_shapes: tuple[int, ...], *, packed: bool) -> dict[str, Any]:
     """Requirements by path.
 
@@ -31,7 +49,8 @@ def requirements_of(variant: Variant, trained_shapes: tuple[int, ...], *, packed
     bits = {"none": 32 if variant.dtype == "float32" else 16, "int8": 8}.get(variant.quantization, 4)
     required: dict[str, Any] = {
         "attention.backend": _BACKEND[variant.attention],
-        "attention.dtype": variant.autocast or variant.dtype,
+        # PEFT's preparation casts the norms to float32, and queries and keys follow unless autocast brings them back.
+        "attention.dtype": variant.autocast or ("float32" if variant.prepare_for_kbit else variant.dtype),
         "base.bits": bits,
         "base.quant_type": variant.quantization,
         "lora.attached": True,
@@ -51,9 +70,9 @@ def requirements_of(variant: Variant, trained_shapes: tuple[int, ...], *, packed
     if variant.optimizer == "adamw_fused":
         required["optimizer.fused"] = True
     if variant.optimizer.startswith("paged"):
-        large = sum(size for size in trained_shapes if size >= PAGED_FROM_ELEMENTS)
         # An optimizer named paged must page something, even where its tensors are all too small for bitsandbytes to.
-        required["optimizer.paged_share"] = max(0.01, large / sum(trained_shapes) - 0.01)
+        share = paged_share(trained_shapes, eight_bit=variant.optimizer == "paged_adamw_8bit")
+        required["optimizer.paged_share"] = max(0.01, share - 0.02)
     if variant.tf32:
         required["tf32"] = True
     if variant.compile:

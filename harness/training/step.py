@@ -28,7 +28,7 @@ class TrainStep:
         self._accumulate = variant.gradient_accumulation
         self._clip = variant.max_grad_norm
         self._trained = [p for p in trainee.model.parameters() if p.requires_grad]
-        self._device = device.split(":")[0]
+        self._device = device
         self._autocast = getattr(torch, variant.autocast) if variant.autocast else None
 
     def __call__(self) -> torch.Tensor:
@@ -50,7 +50,7 @@ class TrainStep:
         """Mean loss over the labelled tokens of a batch."""
         context: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
         if self._autocast is not None:
-            context = torch.autocast(self._device, dtype=self._autocast)
+            context = torch.autocast(self._device.split(":")[0], dtype=self._autocast)
         with context:
             loss: torch.Tensor = self._trainee.forward(**batch, **_FORWARD).loss
         return loss

@@ -24,6 +24,7 @@ from harness.protocol import Protocol
 from harness.record import Failure, Fragment, Notice, TrialRequest
 from harness.stats import is_steady
 from harness.training.build import Trainee, build, save_initial, unpack_4bit
+from harness.training.process import release_unused
 from harness.training.requirements import requirements_of
 from harness.training.step import TrainStep
 from harness.training.stream import TokenStream
@@ -58,9 +59,11 @@ class Trial:
         self._step = TrainStep(self._trainee, self._stream, request.variant, request.device)
         memory = {"host_baseline_bytes": baseline} | self._gauge.peaks("load")
         values = {"threads": float(request.threads), "load_time_s": load_time}
-        values["held_out_loss_initial"] = self._step.held_out_loss()
         loss, lap = self._take_step()
         values["first_step_time_s"] = lap.time_s
+        if not request.variant.rewrites_base:
+            with self._trainee.model.disable_adapter():  # which is what the adapter was before its first step
+                values["held_out_loss_initial"] = self._step.held_out_loss()
         return self._judged(Fragment(values=values, memory=memory, samples={"warmup_loss": (loss,)}), [loss])
 
     def verify(self) -> Fragment:
@@ -75,6 +78,7 @@ class Trial:
         losses: list[torch.Tensor] = []
         begin = time.perf_counter()
         checks = kernels_check.verify(trainee.model, lambda: losses.append(step()), required, batch=batch)
+        release_unused(request.device)
         seconds = time.perf_counter() - begin
         stream.restore(position)
         trainee.schedule.load_state_dict(schedule)
@@ -107,7 +111,10 @@ class Trial:
             losses.append(loss)
             if len(times) >= protocol.warmup_steps_min and is_steady(times, STEADY_WINDOW):
                 break
-        fragment = Fragment(samples={"warmup_step_time_s": tuple(times), "warmup_loss": tuple(losses)})
+        fragment = Fragment(
+            samples={"warmup_step_time_s": tuple(times), "warmup_loss": tuple(losses)},
+            values={"warmup_steady": float(is_steady(times, STEADY_WINDOW))},
+        )
         return self._judged(fragment, losses)
 
     def turn(self, steps: int) -> Fragment:
@@ -151,6 +158,8 @@ class Trial:
         trainee, _, stream = self._parts()
         model, protocol, workload = trainee.model, self._request.protocol, self._request.workload
         model.eval()
+        trainee.optimizer.state.clear()  # a server holds none, so it is not in the peak
+        release_unused(self._request.device)
         self._gauge.begin()
 
         def request(index: int) -> Request:

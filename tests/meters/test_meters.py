@@ -78,6 +78,21 @@ def test_four_bit_layers_take_what_the_paper_says(nested, bits):
     assert total * 8 / 1024**2 == pytest.approx(bits, abs=0.02)
 
 
+def test_the_scales_of_int8_layers_are_counted_after_a_forward():
+    """bitsandbytes moves them from the weight to the layer's state; one float32 a row either way."""
+    import bitsandbytes as bnb
+
+    layer = bnb.nn.Linear8bitLt(64, 32, bias=False, has_fp16_weights=False)
+    layer.weight = bnb.nn.Int8Params(torch.randn(32, 64), requires_grad=False, has_fp16_weights=False)
+    layer = layer.to("cpu")
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+    before = resident_bytes(layer, optimizer)
+    layer(torch.randn(2, 64))
+    after = resident_bytes(layer, optimizer)
+    assert before["quantization_state_bytes"] == after["quantization_state_bytes"] == 32 * 4
+    assert before["base_weight_bytes"] == after["base_weight_bytes"] == 32 * 64
+
+
 @pytest.mark.gpu
 def test_device_events_agree_with_the_wall():
     """A synchronised step of known length: events and wall within 1 %."""

@@ -39,7 +39,7 @@ def run_of(study, tmp_path, *, steps, control=None, statuses=None, occupancy=1.0
             )  # fmt: skip
     manifest = Manifest(
         run="run", study=codec.to_json(study), phases=("train",), interleaving="replicates", order=(), seed=0,
-        created_unix_s=0.0, fingerprint="f", tokens={"synthetic": True, "hash": "abc", "data": "synthetic records"},
+        created_unix_s=0.0, fingerprint="f", status="complete", tokens={"synthetic": True, "hash": "abc", "data": "synthetic records"},
         provenance={
             "device_name": "Test CPU", "device": "cpu", "threads": 1, "python": "3.11",
             "git": {"commit": None, "dirty": None},
@@ -124,6 +124,28 @@ def test_contention_is_noticed_by_occupancy(small_study, tmp_path, occupancy, no
     """CPU time over wall time, a flag that does not look at the outcome."""
     run = run_of(small_study, tmp_path, steps={"plain": QUIET, "nf4": QUIET}, control=QUIET, occupancy=occupancy)
     assert ("contention" in {notice.code for notice in view_of(run).notices}) is noticed
+
+
+@pytest.mark.parametrize(
+    "change", [{"status": "running"}, {"status": "failed"}, {"order": ("r0-plain", "r9-gone")}], ids=str
+)
+def test_a_run_that_is_not_whole_is_no_pass(small_study, tmp_path, change):
+    """The parent was killed, or trials of the plan have no record: not valid, and what is missing is named."""
+    import dataclasses
+
+    run = run_of(small_study, tmp_path, steps={"plain": QUIET, "nf4": QUIET}, control=QUIET)
+    assert view_of(run).valid
+    view = view_of(dataclasses.replace(run, manifest=dataclasses.replace(run.manifest, **change)))
+    assert not view.valid
+    assert ("r9-gone" in " ".join(view.failures)) is ("order" in change)
+
+
+def test_a_run_without_a_control_is_no_pass(small_study, tmp_path):
+    """Every control trial failed: nothing says what no difference looks like."""
+    statuses = {("plain", "control", i): "crashed" for i in range(5)}
+    view = view_of(run_of(small_study, tmp_path, steps={"plain": QUIET, "nf4": QUIET}, statuses=statuses))
+    assert not view.valid
+    assert view.tables[0].control is None
 
 
 def test_damage_is_said_and_is_no_pass(small_study, tmp_path):

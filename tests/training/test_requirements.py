@@ -1,0 +1,51 @@
+"""What a variant claims: requirements that follow from it, and the share that a paged optimizer would page."""
+
+import pytest
+
+from harness.training.requirements import paged_share, requirements_of
+from harness.variant import Variant
+
+
+def test_a_variant_requires_what_it_says():
+    """NF4 with double quantisation, bf16, dropout, fused AdamW: each is a requirement."""
+    required = requirements_of(Variant(quantization="nf4", lora_dropout=0.1), (1000,), packed=True)
+    assert required["base.bits"] == 4
+    assert required["base.quant_type"] == "nf4"
+    assert required["base.double_quant"] is True
+    assert required["base.compute_dtype"] == required["attention.dtype"] == "bfloat16"
+    assert required["lora.dropout"] == 0.1
+    assert required["optimizer.fused"] is True
+    assert required["packing.isolated"] is True
+
+
+def test_what_a_variant_does_not_say_is_not_required():
+    """An unquantised base has no quantisation constants, padded data nothing to isolate."""
+    required = requirements_of(Variant(optimizer="adamw"), (1000,), packed=False)
+    assert not {"base.double_quant", "base.compute_dtype", "optimizer.fused", "packing.isolated"} & set(required)
+    assert required["base.bits"] == 16
+
+
+def test_preparation_without_autocast_means_float32_attention():
+    """PEFT casts the norms, and queries and keys follow them."""
+    prepared = Variant(quantization="nf4", prepare_for_kbit=True)
+    assert requirements_of(prepared, (1,), packed=False)["attention.dtype"] == "float32"
+
+
+@pytest.mark.parametrize(
+    ("shapes", "eight_bit", "share"),
+    [
+        ((50_000, 50_000), False, 0.0),
+        ((200_000,), False, 1.0),
+        ((200_000, 50_000), False, 0.8),
+        ((256_000,), True, 2 / (2 + 8 / 256)),
+    ],
+)
+def test_the_paged_share_is_counted_in_bytes(shapes, eight_bit, share):
+    """Tensors from 100,000 elements on; in 8 bits the constants beside the moments are never paged."""
+    assert paged_share(shapes, eight_bit=eight_bit) == pytest.approx(share)
+
+
+def test_an_optimizer_named_paged_must_page_something():
+    """Even where every tensor is too small for bitsandbytes to."""
+    required = requirements_of(Variant(optimizer="paged_adamw_32bit"), (100,), packed=False)
+    assert required["optimizer.paged_share"] > 0
