@@ -161,7 +161,7 @@ def test_the_plan_runs_once_for_all_tests_and_is_on_disk(suite):
     (run,) = (suite.path / ".lorameter" / "runs").iterdir()
     assert len((run / "trials.jsonl").read_text().splitlines()) == 2 * 3
     assert (suite.path / "measured").read_text() == "x"
-    result.stdout.fnmatch_lines(["*benchmark 'cold'*", "*lorameter*", "*Training*", "*control*equivalent*"])
+    result.stdout.fnmatch_lines(["*lorameter*", "*Training*", "*control*equivalent*", "*benchmark 'cold'*"])
 
 
 def test_k_selects_and_keeps_the_reference(suite):
@@ -184,6 +184,7 @@ def test_comparing_two_runs_works_as_pytest_benchmark_documents(suite, monkeypat
     monkeypatch.setenv("NF4_STEP", "0.2")
     slower = suite("--benchmark-compare", "--benchmark-compare-fail=mean:10%")
     slower.stderr.fnmatch_lines(["*Performance has regressed*"])
+    slower.stdout.fnmatch_lines(["*Training*"])
     assert slower.ret != 0
 
 
@@ -194,6 +195,15 @@ def test_unlike_runs_are_not_compared(suite):
     result = suite("--benchmark-compare")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines(["*not comparable: workload*batch_size*2*1*"])
+
+
+def test_a_variant_that_changed_under_its_name_is_not_compared(suite):
+    """The same test id with another rank is another variant."""
+    suite("--benchmark-save=base").assert_outcomes(passed=6)
+    (suite.path / "small.toml").write_text(STUDY.replace("r = 4", "r = 8"))
+    result = suite("--benchmark-compare")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*not comparable: variant *"])
 
 
 def test_skip_measures_nothing(suite):

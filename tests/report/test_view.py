@@ -39,7 +39,8 @@ def run_of(study, tmp_path, *, steps, control=None, statuses=None, occupancy=1.0
             )  # fmt: skip
     manifest = Manifest(
         run="run", study=codec.to_json(study), phases=("train",), interleaving="replicates", order=(), seed=0,
-        created_unix_s=0.0, fingerprint="f", status="complete", tokens={"synthetic": True, "hash": "abc", "data": "synthetic records"},
+        created_unix_s=0.0, fingerprint="f", status="complete",
+        tokens={"synthetic": True, "hash": "abc", "data": "synthetic records"},
         provenance={
             "device_name": "Test CPU", "device": "cpu", "threads": 1, "python": "3.11",
             "git": {"commit": None, "dirty": None},
