@@ -22,13 +22,13 @@ def empty_cache(tmp_path, monkeypatch):
 def test_cache_directory_precedence(monkeypatch):
     """LORAMETER_CACHE goes before XDG_CACHE_HOME, and that before ~/.cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
-    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setenv("HOME", "/users/someone")
     monkeypatch.setenv("LORAMETER_CACHE", "/own")
     assert catalogue.cache_dir() == Path("/own")
     monkeypatch.delenv("LORAMETER_CACHE")
     assert catalogue.cache_dir() == Path("/xdg/lorameter")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert catalogue.cache_dir() == Path("/home/someone/.cache/lorameter")
+    assert catalogue.cache_dir() == Path("/users/someone/.cache/lorameter")
 
 
 def test_tiny_llama_is_random_and_of_bytes():
