@@ -92,7 +92,7 @@ def test_hub_id_resolves_without_asking_the_hub(monkeypatch):
 
 def test_a_silent_hub_costs_one_timeout(monkeypatch):
     """A hub that accepts and never answers counts as unreachable, after one timeout and no retries."""
-    constants = pytest.importorskip("huggingface_hub").constants
+    constants = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(catalogue, "HUB_TIMEOUT_S", 0.2)
     probe = catalogue.hub_is_reachable.__wrapped__  # without the answer that the process remembers
@@ -107,9 +107,9 @@ def test_a_silent_hub_costs_one_timeout(monkeypatch):
 
 def test_offline_mode_asks_nobody(monkeypatch):
     """HF_HUB_OFFLINE means that not even the probe goes out."""
-    hub = pytest.importorskip("huggingface_hub")
-    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(hub.utils, "get_session", lambda: pytest.fail("asked the hub"))
+    constants, utils = (pytest.importorskip(f"huggingface_hub.{name}") for name in ("constants", "utils"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(utils, "get_session", lambda: pytest.fail("asked the hub"))
     assert not catalogue.hub_is_reachable.__wrapped__()
 
 
