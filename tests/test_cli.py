@@ -80,7 +80,7 @@ def test_an_unexpected_error_is_70_and_never_1(capsys, monkeypatch):
     assert "defect" in capsys.readouterr().err
 
 
-def test_a_run_prints_one_json_document(tmp_path, capsys, small_study):
+def test_a_run_prints_one_json_document(tmp_path, capsys):
     """A real run of two small variants: status, trials and control on stdout, progress on stderr, exit code 0 or 4."""
     study = tmp_path / "mine.toml"
     study.write_text(
