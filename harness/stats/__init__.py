@@ -10,27 +10,42 @@ that command lines and type annotations pay nothing.
 
 from __future__ import annotations
 
+from harness.stats.autocorrelation import effective_size
 from harness.stats.comparison import Pairing, compare_trials
+from harness.stats.drops import KeptPairs, kept_pairs
 from harness.stats.estimate import Estimate, estimate_trials
 from harness.stats.family import compare_family
 from harness.stats.memory import compare_bytes
 from harness.stats.outliers import OutlierLabel, label_outliers
+from harness.stats.precision import is_precise, relative_half_width
+from harness.stats.quantiles import QuantileEstimate, median_interval, percentile
+from harness.stats.shift import RunWideShift, run_wide_shift
 from harness.stats.verdict import Comparison, Verdict
 from harness.stats.warmup import WarmupKind, WarmupResult, is_steady, warmup_end
 
 __all__ = [
     "Comparison",
     "Estimate",
+    "KeptPairs",
     "OutlierLabel",
     "Pairing",
+    "QuantileEstimate",
+    "RunWideShift",
     "Verdict",
     "WarmupKind",
     "WarmupResult",
     "compare_bytes",
     "compare_family",
     "compare_trials",
+    "effective_size",
     "estimate_trials",
+    "is_precise",
     "is_steady",
+    "kept_pairs",
     "label_outliers",
+    "median_interval",
+    "percentile",
+    "relative_half_width",
+    "run_wide_shift",
     "warmup_end",
 ]

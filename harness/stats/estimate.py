@@ -19,6 +19,9 @@ from harness.stats.verdict import checked_alpha
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from numpy import float64
+    from numpy.typing import NDArray
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
@@ -43,12 +46,20 @@ def estimate_trials(trials: Sequence[Sequence[float]], *, alpha: float = 0.05) -
     has. If any trial's median is zero or negative (a loss can be), logs are impossible and both the centre and the
     interval are taken on the linear scale.
 
-    Raises ValueError, naming the trial and sample, for an empty list or trial and for NaN or infinite samples.
+    Raises ValueError, naming the trial and sample, for an empty list or trial and for NaN or infinite samples; and for
+    values so large that their mean is no number.
     """
     import numpy as np
 
     checked_alpha(alpha)
     arrays = checked_trials("trials", trials, positive=False)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return _estimate(arrays, alpha)
+
+
+def _estimate(arrays: Sequence[NDArray[float64]], alpha: float) -> Estimate:
+    import numpy as np
+
     medians = np.array([np.median(array) for array in arrays])
     logs = bool((medians > 0).all())
     values = np.log(medians) if logs else medians
@@ -60,7 +71,9 @@ def estimate_trials(trials: Sequence[Sequence[float]], *, alpha: float = 0.05) -
         low, high = centre - half_width, centre + half_width
         if logs:
             low, high = from_log(low), from_log(high)
-    value = float(medians[0]) if medians.size == 1 else (math.exp(centre) if logs else centre)
+    value = float(medians[0]) if medians.size == 1 else (from_log(centre) if logs else centre)
+    if value is None or not all(math.isfinite(number) for number in (value, low or 0, high or 0)):
+        raise ValueError(f"the trials' medians, up to {np.abs(medians).max():g}, add up to no number: check the units")
     return Estimate(
         value=value, low=low, high=high, replicates=len(arrays), samples=sum(array.size for array in arrays)
     )

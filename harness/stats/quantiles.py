@@ -1,0 +1,123 @@
+"""Quantiles with the interval that their order statistics give, and none where the samples do not reach it.
+
+A cold start has one value a process and no shape that one could assume, and a tail has no mean to take a t interval of.
+The number of samples below the true quantile is binomial whatever the distribution, so two order statistics bracket it
+with a known probability (Thompson 1936; Conover, "Practical Nonparametric Statistics", 1999, section 3.2; the same as
+the interval of `scipy.stats.quantile_test`). It follows what cannot be said: five values never bracket a median with 95
+%, and the largest of n samples bounds the quantile q with a confidence of only 1 - q^n, so that a p99 needs 299.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from harness.stats.samples import checked_number, checked_samples
+from harness.stats.verdict import checked_alpha
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantileEstimate:
+    """A quantile, in the unit of the samples, with the order statistics that bracket it."""
+
+    value: float | None
+    """None only where the samples do not support the quantile."""
+    low: float | None
+    high: float | None
+    samples: int
+    reason: str | None
+    """Why something is None, with the number of samples it would take; None where nothing is."""
+
+
+def median_interval(values: Sequence[float], *, alpha: float = 0.05) -> QuantileEstimate:
+    """The median of independent values (one a process) with its two-sided (1 - alpha) interval.
+
+    The median itself is always there; `low` and `high` are None where even the smallest and the largest value do not
+    bracket it with that confidence (95 % takes 6 values).
+    Raises ValueError for no values, for values that are not finite, and for alpha out of range.
+    """
+    import numpy as np
+
+    ordered = np.sort(checked_samples("values", values, positive=False))
+    checked_alpha(alpha)
+    tail = alpha / 2
+    needed = _least_samples(0.5, tail)
+    supported = ordered.size >= needed
+    low, high = _ranks(ordered.size, 0.5, tail) if supported else (None, None)
+    return QuantileEstimate(
+        value=_midpoint(ordered[(ordered.size - 1) // 2], ordered[ordered.size // 2]),
+        low=None if low is None else float(ordered[low - 1]),
+        high=None if high is None else float(ordered[high - 1]),
+        samples=ordered.size,
+        reason=None
+        if supported
+        else f"a {100 * (1 - alpha):.4g} % interval of the median is not supported by n = {ordered.size}: "
+        f"measure {needed} processes",
+    )
+
+
+def percentile(
+    samples: Sequence[float], q: float, *, confidence: float = 0.95, effective_size: float | None = None
+) -> QuantileEstimate:
+    """The quantile `q` (a fraction: 0.99 for p99) with a lower and an upper bound, each of this one-sided confidence.
+
+    `effective_size` is the number of independent samples that these are worth (`harness.stats.effective_size`); it
+    decides what is supported and how wide the bounds are, and counts at most as the number of samples. Where it does
+    not support the quantile (95 %: p90 takes 29, p95 59, p99 299) all three numbers are None.
+    Raises ValueError for no samples, for samples that are not finite, and for q, confidence or size out of range.
+    """
+    import numpy as np
+
+    ordered = np.sort(checked_samples("samples", samples, positive=False))
+    for name, fraction in (("q", q), ("confidence", confidence)):
+        if checked_number(name, fraction, at_least=0, strictly=True) >= 1:
+            raise ValueError(f"{name} is {fraction!r}: pass a fraction between 0 and 1, such as 0.95")
+    size = ordered.size
+    if effective_size is not None:
+        size = min(size, math.floor(checked_number("effective_size", effective_size, at_least=1, strictly=False)))
+    needed = _least_samples(q, 1 - confidence)
+    if size < needed:
+        worth = "" if size == ordered.size else f" (what {ordered.size} dependent samples are worth)"
+        return QuantileEstimate(
+            value=None,
+            low=None,
+            high=None,
+            samples=ordered.size,
+            reason=f"p{100 * q:.4g} is not supported by n = {size}{worth}: "
+            f"a confidence of {100 * confidence:.4g} % takes {needed}",
+        )
+    low, high = _ranks(size, q, 1 - confidence)
+    # The ranks hold among `size` independent samples; outwards to the ranks of all samples.
+    every = ordered.size
+    return QuantileEstimate(
+        value=float(np.quantile(ordered, q)),
+        low=float(ordered[(low - 1) * every // size]),
+        high=float(ordered[-(-high * every // size) - 1]),
+        samples=every,
+        reason=None,
+    )
+
+
+def _least_samples(q: float, tail: float) -> int:
+    """The smallest n whose extremes bound the quantile on both sides: max(q, 1 - q)^n <= tail."""
+    exact = math.log(tail) / math.log(max(q, 1 - q))
+    return max(math.ceil(exact - 1e-9), 1)
+
+
+def _ranks(size: int, q: float, tail: float) -> tuple[int, int]:
+    """Ranks (from 1) of the order statistics that the quantile is below, and above, with probability at most `tail`."""
+    from scipy.stats import binom
+
+    low = int(binom.ppf(tail, size, q))
+    # ppf is the first count whose probability reaches the tail; where it does so exactly it may be missed as well.
+    low += bool(binom.cdf(low, size, q) <= tail)
+    return max(low, 1), min(int(binom.isf(tail, size, q)) + 1, size)
+
+
+def _midpoint(low: float, high: float) -> float:
+    """Between two values, without the overflow of their sum."""
+    return float(low / 2 + high / 2) if low != high else float(low)

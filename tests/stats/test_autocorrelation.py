@@ -1,0 +1,76 @@
+"""effective_size: known processes, bounds by property, edges."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import signal
+
+from harness.stats import effective_size
+
+
+def autoregressive(rng, count, phi):
+    """A series in which each value keeps the part `phi` of the one before."""
+    return signal.lfilter([1.0], [1.0, -phi], rng.normal(size=count + 100))[100:]
+
+
+@pytest.mark.parametrize("phi", [0.3, 0.6, 0.8])
+def test_autoregressive_series_have_their_known_size(phi):
+    """An AR(1) series of n is worth n (1 - phi) / (1 + phi)."""
+    rng = np.random.default_rng(71)
+    sizes = [effective_size(autoregressive(rng, 800, phi)) for _ in range(200)]
+    assert np.median(sizes) == pytest.approx(800 * (1 - phi) / (1 + phi), rel=0.15)
+
+
+def test_error_of_the_mean_is_that_of_the_effective_size():
+    """The mean of a bursty series scatters as the mean of that many independent samples would."""
+    rng = np.random.default_rng(72)
+    runs = np.array([autoregressive(rng, 400, 0.7) for _ in range(400)])
+    size = np.median([effective_size(run) for run in runs])
+    assert runs.mean(axis=1).std() == pytest.approx(runs.std() / math.sqrt(size), rel=0.15)
+
+
+def test_independent_samples_count_nearly_in_full():
+    """Independent samples lose next to nothing, and a million of them are done at once."""
+    rng = np.random.default_rng(73)
+    assert np.median([effective_size(rng.normal(size=200)) for _ in range(200)]) > 180
+    assert effective_size(rng.normal(size=10**6)) > 0.95e6
+
+
+def test_alternating_series_get_no_bonus():
+    """A series that alternates counts as its number of samples, not more."""
+    assert effective_size([1.0, 2.0] * 50) == 100.0
+
+
+def test_a_drift_is_worth_next_to_nothing():
+    """A straight line of 100 steps is worth a few samples."""
+    assert effective_size(np.linspace(1.0, 2.0, 100)) < 5
+
+
+@pytest.mark.parametrize("samples", [[0.3], [1.0, 2.0, 3.0], [0.3, 0.1 + 0.2, 0.1 * 3, 0.3, 0.3], [0.0] * 10])
+def test_nothing_to_tell_counts_in_full(samples):
+    """Very few samples, and constants up to rounding, count as they are."""
+    assert effective_size(samples) == len(samples)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.floats(-1e300, 1e300), min_size=1, max_size=60))
+def test_between_one_and_the_number_of_samples(samples):
+    """Whatever the samples, the size is a finite number between 1 and their count."""
+    assert 1 <= effective_size(samples) <= len(samples)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 1000), min_size=4, max_size=60), st.sampled_from([0.25, 4.0, 1024.0]))
+def test_unit_does_not_matter(samples, factor):
+    """A change of unit changes nothing."""
+    assert effective_size([sample * factor for sample in samples]) == pytest.approx(effective_size(samples), rel=1e-6)
+
+
+@pytest.mark.parametrize(("samples", "message"), [([], "no samples"), ([1.0, math.nan], "samples sample 1 is nan")])
+def test_bad_input_is_an_error(samples, message):
+    """Bad input raises with the offender's name."""
+    with pytest.raises(ValueError, match=message):
+        effective_size(samples)

@@ -1,0 +1,83 @@
+"""kept_pairs: whole pairs, by flags alone, and never down to nothing."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from harness.stats import kept_pairs
+
+flags = st.lists(st.tuples(st.booleans(), st.booleans()), max_size=30)
+
+
+def test_a_pair_goes_as_a_whole():
+    """A flag on either side drops the pair, and both sides' flags are counted."""
+    result = kept_pairs([False, True, False, True, False], [False, False, True, True, False], least=2)
+    assert result.kept == (0, 4)
+    assert (result.base_flagged, result.candidate_flagged, result.refused, result.balanced) == (2, 2, False, True)
+    assert result.reason == "dropped 3 of 5 pairs: base flagged in 2, candidate in 2"
+
+
+def test_refuses_to_leave_too_little():
+    """Where fewer than the least would remain, all are kept and the reason has both numbers."""
+    result = kept_pairs([True, False, True, False], [False] * 4, least=3)
+    assert (result.kept, result.refused) == ((0, 1, 2, 3), True)
+    assert result.reason == "dropping the 2 flagged of 4 pairs would leave 2, below 3: kept all"
+
+
+def test_all_flagged_keeps_all():
+    """A machine that disturbed every trial gives a refusal, not an empty result."""
+    result = kept_pairs([True] * 6, [True] * 6, least=1)
+    assert (result.kept, result.refused) == (tuple(range(6)), True)
+
+
+def test_no_flag_is_no_refusal():
+    """A run smaller than the least, without a flag, has nothing to drop and nothing to refuse."""
+    result = kept_pairs([False] * 2, [False] * 2, least=5)
+    assert (result.kept, result.refused, result.reason) == ((0, 1), False, "no pair of 2 is flagged")
+    assert kept_pairs([], [], least=5).kept == ()
+
+
+@pytest.mark.parametrize(("one_sided", "balanced"), [(5, True), (6, False)])
+def test_one_sided_flags_are_not_balanced(one_sided, balanced):
+    """Six flags that all fall on the candidate are not chance at 5 %; five may be."""
+    result = kept_pairs([False] * 20, [True] * one_sided + [False] * (20 - one_sided), least=5)
+    assert result.balanced == balanced
+    assert ("not balanced" in result.reason) == (not balanced)
+
+
+def test_balance_is_rarely_denied_to_equal_sides():
+    """Sides flagged at the same rate are called unbalanced in at most 5 % of runs."""
+    rng = np.random.default_rng(95)
+    denied = [not kept_pairs(*(rng.random((2, 40)) < 0.3), least=2).balanced for _ in range(600)]
+    assert np.mean(denied) <= 0.05
+
+
+@settings(max_examples=100, deadline=None)
+@given(flags, st.integers(1, 10))
+def test_every_pair_is_kept_or_flagged(pairs, least):
+    """Kept are the clean pairs in order, or all; the answer does not depend on which side is called base."""
+    base, candidate = [a for a, _ in pairs], [b for _, b in pairs]
+    one, other = kept_pairs(base, candidate, least=least), kept_pairs(candidate, base, least=least)
+    clean = tuple(index for index, pair in enumerate(pairs) if pair == (False, False))
+    assert one.kept == (tuple(range(len(pairs))) if one.refused else clean)
+    assert one.refused or len(one.kept) >= min(least, len(pairs))
+    assert (one.kept, one.balanced, one.base_flagged) == (other.kept, other.balanced, other.candidate_flagged)
+    discordant = [a for a, b in pairs if a != b]
+    assert one.balanced == (not discordant or stats.binomtest(sum(discordant), len(discordant), 0.5).pvalue > 0.05)
+
+
+@pytest.mark.parametrize(
+    ("base", "candidate", "least", "message"),
+    [
+        ([True], [True, False], 1, "base has 1 flags and candidate 2"),
+        ([True], [1], 1, "candidate flag 0 is 1: "),
+        ([None], [True], 1, "base flag 0 is None"),
+        ([True], [True], 0, "least is 0"),
+    ],
+)
+def test_bad_input_is_an_error(base, candidate, least, message):
+    """Bad input raises with the offender's name."""
+    with pytest.raises(ValueError, match=message):
+        kept_pairs(base, candidate, least=least)
