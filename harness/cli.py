@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from harness.commands import add_commands, print_json
 from harness.errors import EXIT_INVALID, EXIT_PASS, EXIT_UNEXPECTED, LorameterError
 
 
@@ -66,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
     fetch.add_argument("name", metavar="NAME")
     _common(fetch)
     fetch.set_defaults(command=_fetch)
+    add_commands(commands, _common)
     return top
 
 
@@ -100,7 +101,7 @@ def _run(options: argparse.Namespace) -> int:
     view = view_of(run)
     if options.json:
         print_notices(view.notices, errors)
-        _print_json(
+        print_json(
             {
                 "run": view.run,
                 "path": view.path,
@@ -121,7 +122,7 @@ def _dry_run(plan: Any, machine: Any, notices: Any, runs: Path, *, as_json: bool
 
     expected = forecast(plan, machine, runs)
     if as_json:
-        _print_json(
+        print_json(
             {
                 "order": [slot.trial for slot in plan.slots],
                 "interleaving": plan.interleaving,
@@ -154,7 +155,7 @@ def _report(options: argparse.Namespace) -> int:
 
     view = view_of(store.read_run(options.run, store.runs_dir(options.runs_dir)))
     if options.json:
-        _print_json(codec.to_json(view))
+        print_json(codec.to_json(view))
     else:
         print_run(view, console_for())
     return EXIT_PASS if view.valid else EXIT_INVALID
@@ -163,7 +164,7 @@ def _report(options: argparse.Namespace) -> int:
 def _list(options: argparse.Namespace) -> int:
     rows = _listed(options)
     if options.json:
-        _print_json({options.what: rows})
+        print_json({options.what: rows})
         return EXIT_PASS
     for row in rows:
         print("  ".join(str(value) for value in row.values()))
@@ -210,7 +211,7 @@ def _fetch(options: argparse.Namespace) -> int:
 
     path = fetch.fetch(options.name, report=lambda text: print(text, file=sys.stderr))
     if options.json:
-        _print_json({"model": options.name, "path": str(path)})
+        print_json({"model": options.name, "path": str(path)})
     else:
         print(path)
     return EXIT_PASS
@@ -226,10 +227,6 @@ def _usage(message: str) -> LorameterError:
     from harness.errors import UsageError
 
     return UsageError(message)
-
-
-def _print_json(document: dict[str, Any]) -> None:
-    print(json.dumps({"schema": 1, **document}, allow_nan=False, ensure_ascii=False))
 
 
 if __name__ == "__main__":

@@ -11,10 +11,21 @@ ROOT = Path(__file__).parents[1]
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "codec", "units", "variant", "workload", "protocol", "record", "failure", "processes", "study", "plan"),
     ("stats",),
-    ("catalogue", "shapes", "fetch", "store", "provenance", "meters", "series", "feasibility", "forecast"),
-    ("executors", "training", "inference", "report"),
+    ("catalogue", "shapes", "fetch", "store", "provenance", "meters", "series", "feasibility", "forecast", "verdicts"),
+    (
+        "executors",
+        "training",
+        "inference",
+        "report",
+        "comparands",
+        "benchmark_json",
+        "agreement",
+        "compare",
+        "baselines",
+        "gate",
+    ),
     ("runner", "worker", "measure"),
-    ("cli", "pytest_plugin"),
+    ("cli", "commands", "pytest_plugin", "pytest_export"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 TORCH = ("training", "inference", "meters")
