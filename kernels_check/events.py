@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Literal
 
@@ -21,8 +21,10 @@ from kernels_check.rules import classify
 
 Direction = Literal["forward", "backward"]
 
-_BACKWARD_ROOT = "autograd::engine::evaluate_function"
-_OPTIMIZER_ROOT = "Optimizer.step#"
+BACKWARD_ROOT = "autograd::engine::evaluate_function"
+OPTIMIZER_ROOT = "Optimizer.step#"
+UPDATES = ("aten::_fused_", "aten::_foreach_", "aten::addcdiv", "bitsandbytes::optimizer")
+"""How the operators of an optimizer's update begin."""
 _DTYPES = {"float": "float32", "double": "float64", "c10::BFloat16": "bfloat16", "c10::Half": "float16"}
 
 _ATTENTION_OPS = tuple(
@@ -32,6 +34,7 @@ _ATTENTION_OPS = tuple(
         (r"^aten::_scaled_dot_product_efficient_attention(_backward)?$", "efficient"),
         (r"^aten::_scaled_dot_product_cudnn_attention(_backward)?$", "cudnn"),
         (r"^aten::_scaled_dot_product_attention_math", "math"),
+        (r"^aten::_safe_softmax$", "math"),
         (r"^SafeSoftmaxBackward0$", "math"),  # math has no backward operator of its own, this node is its trace
         (r"^aten::_scaled_dot_product_fused_attention_overrideable(_backward)?$", "overrideable"),
         (r"^aten::_flash_attention_(forward|backward)$", "flash"),
@@ -87,6 +90,8 @@ class StepProfile:
     compiled_regions: int
     compiler_lookups: int
     """Dynamo cache look-ups; without a compiled region they mean that the code ran eagerly after all."""
+    blind: Mapping[str, str] = field(default_factory=dict)
+    """Paths that the instrument cannot judge in this step, with the reason; empty for the profiler."""
 
 
 def summarise(events: Iterable[Any]) -> StepProfile:
@@ -101,10 +106,8 @@ def summarise(events: Iterable[Any]) -> StepProfile:
             unclassified[name] += 1
         else:
             known[rule.name] += 1
-    return StepProfile(
-        attention=tuple(_attention_calls(host)),
-        fourbit=tuple(_fourbit_calls(host, on_cuda=bool(launched))),
-        optimizer_ops=Counter(event.name for event in host if _is_update(event)),
+    return replace(
+        summarise_host(host, on_cuda=bool(launched)),
         kernels=known,
         unclassified=unclassified,
         compiled_regions=sum(event.name.startswith("Torch-Compiled Region") for event in host),
@@ -112,6 +115,20 @@ def summarise(events: Iterable[Any]) -> StepProfile:
     )
 
 
+def summarise_host(host: list[Any], *, on_cuda: bool) -> StepProfile:
+    """Reduce the operators that the host called; ``spy`` records its own in the same form."""
+    return StepProfile(
+        attention=tuple(_attention_calls(host)),
+        fourbit=tuple(_fourbit_calls(host, on_cuda=on_cuda)),
+        optimizer_ops=Counter(event.name for event in host if _is_update(event)),
+        kernels={},
+        unclassified={},
+        compiled_regions=0,
+        compiler_lookups=0,
+    )
+
+
+@cache
 def attention_backend(op: str) -> str | None:
     """Name the attention implementation an operator belongs to, None for any other operator."""
     return next((backend for pattern, backend in _ATTENTION_OPS if pattern.search(op)), None)
@@ -134,13 +151,13 @@ def _descendants(event: Any) -> Iterator[Any]:
 
 
 def _in_backward(event: Any) -> bool:
-    return any(parent.name.startswith(_BACKWARD_ROOT) for parent in _ancestors(event))
+    return any(parent.name.startswith(BACKWARD_ROOT) for parent in _ancestors(event))
 
 
 def _is_update(event: Any) -> bool:
-    if not event.name.startswith(("aten::_fused_", "aten::_foreach_", "aten::addcdiv", "bitsandbytes::optimizer")):
+    if not event.name.startswith(UPDATES):
         return False
-    return any(parent.name.startswith(_OPTIMIZER_ROOT) for parent in _ancestors(event))
+    return any(parent.name.startswith(OPTIMIZER_ROOT) for parent in _ancestors(event))
 
 
 def _attention_calls(host: list[Any]) -> Iterator[AttentionCall]:

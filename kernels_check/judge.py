@@ -7,14 +7,14 @@ step is timed.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 
 from kernels_check import adapter, attention, base_layers, execution, optimizer
 from kernels_check.check import REQUIREMENTS, Check, Finding, Json, validate
 from kernels_check.isolation import broken, find_isolation
-from kernels_check.observe import observe
+from kernels_check.observe import Instrument, observe
 from kernels_check.restore import as_found
 
 
@@ -24,27 +24,38 @@ def verify(
     requirements: Mapping[str, Json],
     *,
     batch: Mapping[str, Any] | None = None,
+    instrument: Instrument = "profile",
 ) -> list[Check]:
     """Judge what really runs in ``step`` against ``requirements``.
 
     Args:
         model: the model that ``step`` trains, as PEFT returned it.
-        step: does one forward, backward and optimizer step; called two or three times.
+        step: does one forward, backward and optimizer step; called two or three times under the
+            profiler, once or twice under the spy.
         requirements: path to expected value, see ``REQUIREMENTS``. Paths nobody asked for are reported too, with
             ``required`` None.
         batch: packed inputs of ``model(**batch)`` to probe for isolation; needed by ``packing.isolated``.
+        instrument: ``profile`` sees operators, kernels and compiled code, for the price of several steps; ``spy`` sees
+            operators only, for that of a step (see ``spy``). It is meant for the further replicates of a run whose
+            first was profiled.
 
     Returns:
         One check per path, in the order of ``REQUIREMENTS``. A requirement is met only by status ``active``.
+        A path that the spy cannot judge in this step is left out, required or not: a check that is there and not met
+        is a failure by either instrument, and a path that is missing needs a profile. Left out are
+        ``packing.isolated``; ``tf32`` on CUDA; what operators show where the step enters compiled code; and on CUDA
+        the paths of which no operator was called.
 
     Raises:
         ValueError: unknown path or a value of the wrong kind; ``step`` has not been called then.
         Exception: whatever ``step`` raises, after everything has been restored.
     """
-    validate(requirements, has_batch=batch is not None)
+    validate(requirements, has_batch=batch is not None or instrument == "spy")
+    if instrument not in get_args(Instrument):
+        raise ValueError(f"instrument {instrument!r} is none of {', '.join(get_args(Instrument))}")
     with as_found(model) as snapshot:
         before = base_layers.digest(model)
-        seen = observe(model, step, snapshot)
+        seen = observe(model, step, snapshot, instrument)
         after = base_layers.digest(model)
         required = {path: requirements.get(path) for path in REQUIREMENTS}
         judges: dict[str, Callable[[], Finding]] = {
@@ -69,8 +80,12 @@ def verify(
             "compile": lambda: execution.judge_compile(seen),
             "mode": lambda: execution.judge_mode(seen, required["mode"]),
         }
-        checks = {path: _judge(path, required[path], judge) for path, judge in judges.items()}
-    if batch is not None:
+        checks = {
+            path: _judge(path, required[path], judge)
+            for path, judge in judges.items()
+            if path not in seen.profile.blind
+        }
+    if batch is not None and instrument == "profile":
         packed = batch
         path = "packing.isolated"
         checks[path] = _judge(path, required[path], lambda: find_isolation(model, packed))

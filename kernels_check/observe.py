@@ -1,10 +1,19 @@
 """Run the step at most three times and write down what happened.
 
+With the profiler as instrument:
+
 1. A bare call, with nothing attached to the model: it triggers compilation, kernel autotuning and lazy initialisation
    as training would, and moves lora_B off zero (before that the gradient of lora_A is exactly zero).
 2. A call under the profiler, with hooks that count calls of the adapter's modules. Hooks come after the first call so
    that they are never traced into compiled code, which would keep them for good.
 3. A third call only if fewer than two optimizer steps were seen (a gradient scaler skips steps that overflow).
+
+With the spy as instrument one call is enough where the run is warm: hooks and dispatch mode watch it from the start,
+and no compilation is started in it. A second call follows where the first
+
+- entered compiled code: nothing but a bare call then shows what training shows, and the first counts for nothing;
+- updated nothing (the second is watched in its place);
+- left a gradient at zero, as that of lora_A is while lora_B is zero.
 """
 
 from __future__ import annotations
@@ -13,9 +22,9 @@ import gc
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +34,9 @@ from torch.profiler import ProfilerActivity, profile
 from kernels_check.adapter_layers import lora_layers
 from kernels_check.events import StepProfile, summarise
 from kernels_check.restore import Snapshot, synchronise
+from kernels_check.spy import spied
+
+Instrument: TypeAlias = Literal["profile", "spy"]
 
 MOST_CALLS = 3
 
@@ -120,6 +132,12 @@ class _Watcher:
                 finite=before.finite and bool(torch.isfinite(gradient).all()),
             )
 
+    def forget(self) -> None:
+        """Drop everything but the copies of what the optimizers held at first."""
+        for noted in (self.optimizers, self.seen, self.gradients, self.calls, self.recomputed, self.modes):
+            noted.clear()
+        self.steps = 0
+
     def note_call(self, module: nn.Module, inputs: Any) -> None:
         """Forward hook of the adapter's modules."""
         self.note_modes()
@@ -129,46 +147,78 @@ class _Watcher:
             self.recomputed.add(name)
 
 
-def observe(model: nn.Module, step: Callable[[], object], snapshot: Snapshot) -> Observation:
-    """Call ``step`` two or three times; the caller restores ``snapshot`` afterwards."""
+def observe(
+    model: nn.Module, step: Callable[[], object], snapshot: Snapshot, instrument: Instrument = "profile"
+) -> Observation:
+    """Call ``step`` one to three times; the caller restores ``snapshot`` afterwards."""
     watcher = _Watcher(model, snapshot, _adapter_modules(model))
     handles = [
         register_optimizer_step_pre_hook(watcher.before_update),
         register_optimizer_step_post_hook(watcher.after_update),
     ]
+    modules = dict(model.named_modules())
     calls = 0
 
     def call() -> None:
         nonlocal calls
         calls += 1
         watcher.modes_noted = False
+        before = watcher.steps
         step()
-        if not watcher.optimizers:
+        if watcher.steps == before:
             watcher.note_modes()
             watcher.note_gradients()
 
+    @contextmanager
+    def hooked() -> Iterator[None]:
+        watcher.calls.clear()
+        hooks = [modules[name].register_forward_pre_hook(watcher.note_call) for name in watcher.names.values()]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
     try:
-        call()
-        modules = dict(model.named_modules())
-        handles += [modules[name].register_forward_pre_hook(watcher.note_call) for name in watcher.names.values()]
-        counts, events = _profiled(call), watcher.calls.copy()
-        while watcher.steps < 2 and calls < MOST_CALLS:
+        if instrument == "spy":
+            profile = _spied(call, hooked, watcher)
+        else:
             call()
+            with hooked():
+                profile = _profiled(call)
+            while watcher.steps < 2 and calls < MOST_CALLS:
+                call()
     finally:
         for handle in handles:
             handle.remove()
     return Observation(
-        profile=counts,
+        profile=profile,
         calls=calls,
         optimizer_steps=watcher.steps,
         optimizers=tuple(watcher.seen.values()),
         gradients=watcher.gradients,
         changed=snapshot.changed(),
-        module_calls=events,
+        module_calls=watcher.calls,
         recomputed=frozenset(watcher.recomputed),
         modes=watcher.modes,
         drew_random=snapshot.random.advanced(),
     )
+
+
+def _spied(
+    call: Callable[[], None], hooked: Callable[[], AbstractContextManager[None]], watcher: _Watcher
+) -> StepProfile:
+    with hooked(), spied() as spy:
+        call()
+    if spy.compiled_calls:
+        watcher.forget()
+        call()
+    elif not watcher.steps:
+        with hooked(), spied() as spy:
+            call()
+    elif any(not gradient.nonzero for gradient in watcher.gradients.values()):
+        call()
+    return spy.profile(watcher.model)
 
 
 def _adapter_modules(model: nn.Module) -> dict[int, str]:
