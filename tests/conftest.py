@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
+from harness import codec
 from harness.protocol import Protocol
 from harness.provenance import Machine
 from harness.study import Study
@@ -64,3 +66,60 @@ def dolly() -> Path:
     if not path.is_file():
         pytest.skip("$LORAMETER_DOLLY does not name databricks-dolly-15k.jsonl.gz")
     return path
+
+
+FACTS = {
+    "device": "cpu", "device_name": "Test CPU", "driver": None, "cuda": None, "cpu_model": "Test CPU", "threads": 1,
+    "python": "3.11.0", "libraries": dict.fromkeys(("torch", "transformers", "peft", "bitsandbytes"), "1.0"),
+    "workload": {"model": "tiny-llama", "batch_size": 2}, "git": {"commit": None, "dirty": None},
+}  # fmt: skip
+
+
+@pytest.fixture
+def write_run(tmp_path: Path, small_study: Study):
+    """A function that writes a whole run, as the runner would, with exact numbers; returns its directory.
+
+    `steps` are the step times of each variant, one a replicate; the control repeats the reference's, times `control`.
+    `facts` replaces fields of the provenance, `change` any record on its way to the disk.
+    """
+    from harness import provenance
+    from harness.record import TrialRecord
+    from harness.store import Manifest, RunWriter
+
+    def write(
+        name, steps, *, study=small_study, control=1.0, facts=None, status="complete", change=lambda record: record,
+        phases=("train",), peak=2**20,
+    ):  # fmt: skip
+        told = FACTS | (facts or {})
+        shutil.rmtree(tmp_path / "runs" / name, ignore_errors=True)
+        rows = [(variant, "variant", times) for variant, times in steps.items()]
+        if study.reference in steps and control:
+            rows.append((study.reference, "control", [time * control for time in steps[study.reference]]))
+        records = []
+        for variant, role, times in rows:
+            for replicate, time in enumerate(times):
+                samples = {
+                    "step_time_s": (time * 0.99, time, time * 1.01), "turn_real_tokens": (64.0,) * 3,
+                    "turn_sequences": (2.0,) * 3, "train_loss": (2.0,) * 3,
+                }  # fmt: skip
+                if "generate" in phases:
+                    samples["request_time_s"] = (3 * time,)
+                suffix = "-control" if role == "control" else ""
+                records.append(TrialRecord(
+                    trial=f"r{replicate}-{variant}{suffix}", status="ok", name=variant, role=role, replicate=replicate,
+                    variant=study.variant(variant).id, position=len(records), interleaving="replicates", seed=0,
+                    started_unix_s=0.0, wall_time_s=1.0, samples=samples, memory={"host_peak_train_bytes": peak},
+                    turn_lengths=(3,),
+                    checks=({"path": "base.bits", "required": 16, "observed": 16, "status": "active", "reason": ""},),
+                ))  # fmt: skip
+        writer = RunWriter(tmp_path / "runs", Manifest(
+            run=name, study=codec.to_json(study), phases=phases, interleaving="replicates", seed=0,
+            order=tuple(record.trial for record in records), created_unix_s=1.0, provenance=told,
+            fingerprint=provenance.fingerprint(told),
+        ))  # fmt: skip
+        for record in records:
+            writer.append(change(record))
+        writer.finish(status)
+        return writer.path
+
+    return write
