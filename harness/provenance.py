@@ -13,6 +13,7 @@ import importlib.util
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,40 @@ def collect(study: Study, machine: Machine, threads: int, hello: dict[str, Any])
         "libraries": {name: library_version(name) for name in LIBRARIES},
         "workload": codec.to_json(study.workload) | {"data": _content_of(study.workload.data)},
         "git": git_state(Path.cwd()),
-        "worker": {key: hello.get(key) for key in ("device", "torch", "import_time_s")},
+        "worker": {key: hello.get(key) for key in ("device", "torch", "import_time_s", "harness")},
+    }
+
+
+def harness_identity() -> str:
+    """Version and content of the harness that runs this: the two sides of an A/B may run different code.
+
+    The content is a hash of the package's sources and data by their names inside it, so it is the same wherever the
+    package lies.
+    """
+    root = Path(__file__).parent
+    sources = {
+        path.relative_to(root).as_posix(): path
+        for path in root.rglob("*")
+        if path.suffix in (".py", ".json", ".toml") and path.is_file()
+    }
+    digest = hashlib.sha256()
+    for name in sorted(sources):
+        digest.update(f"{name}\0".encode() + hashlib.sha256(sources[name].read_bytes()).digest())
+    return f"{library_version('lorameter') or 'not installed'} sha256:{digest.hexdigest()[:12]}"
+
+
+def differing_packages(
+    base: Mapping[str, Any], candidate: Mapping[str, Any]
+) -> dict[str, tuple[str | None, str | None]]:
+    """What an effect can be attributed to: the distributions whose versions differ, with both (None: not installed).
+
+    `base` and `candidate` are descriptions of two hosts (`executors.host.describe`).
+    """
+    ours, theirs = base["packages"], candidate["packages"]
+    return {
+        name: (ours.get(name), theirs.get(name))
+        for name in sorted({*ours, *theirs})
+        if ours.get(name) != theirs.get(name)
     }
 
 
@@ -104,11 +138,11 @@ def fingerprint(provenance: dict[str, Any]) -> str:
 
 
 def git_state(folder: Path) -> dict[str, Any]:
-    """Commit and dirty flag of the repository around `folder`; None where there is none."""
+    """Commit and dirty flag of the repository around `folder`; None where there is none. Bytecode is no change."""
     commit = _git(folder, "rev-parse", "HEAD")
     if commit is None:
         return {"commit": None, "dirty": None}
-    changes = _git(folder, "status", "--porcelain")
+    changes = _git(folder, "status", "--porcelain", "--", ":/", ":(top,exclude,glob)**/__pycache__/**")
     return {"commit": commit, "dirty": bool(changes)}
 
 

@@ -30,6 +30,7 @@ from typing import Any, NoReturn
 from harness import codec
 from harness.failure import failure_of
 from harness.processes import kill_group
+from harness.provenance import harness_identity
 from harness.record import SCHEMA, Fragment, TrialRequest
 
 PRELOAD = ("torch", "transformers", "peft", "bitsandbytes", "harness.training.trial")
@@ -50,7 +51,9 @@ def zygote(control: socket.socket) -> None:
             importlib.import_module(name)
     gc.collect()
     gc.freeze()  # the collector would otherwise write to shared pages in every child
-    hello = {"schema": SCHEMA, "pid": os.getpid(), "import_time_s": time.perf_counter() - begin} | _device()
+    import_time_s = time.perf_counter() - begin
+    hello = {"schema": SCHEMA, "harness": harness_identity(), "pid": os.getpid(), "import_time_s": import_time_s}
+    hello |= _device()
     _send(control, hello)
     children: set[int] = set()
     try:

@@ -11,9 +11,22 @@ ROOT = Path(__file__).parents[1]
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "codec", "units", "variant", "workload", "protocol", "record", "failure", "processes", "study", "plan"),
     ("stats",),
-    ("catalogue", "shapes", "fetch", "store", "provenance", "meters", "series", "feasibility", "forecast", "verdicts"),
+    (
+        "catalogue",
+        "shapes",
+        "fetch",
+        "store",
+        "provenance",
+        "environments",
+        "meters",
+        "series",
+        "feasibility",
+        "forecast",
+        "verdicts",
+    ),
     (
         "executors",
+        "sides",
         "training",
         "inference",
         "report",

@@ -1,4 +1,7 @@
-"""Trials on this machine, in this interpreter: the zygote is started once, each launch is a fork of it."""
+"""Trials on this machine, in one interpreter: the zygote is started once, each launch is a fork of it.
+
+The interpreter is the present one, or that of a `Host`: then two executors side by side are the two sides of an A/B.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,6 @@ import select
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 from harness import codec
 from harness.errors import InvalidRunError, UsageError
 from harness.executors import Worker, WorkerLostError
+from harness.executors.host import Host
 from harness.processes import kill_group
 from harness.record import SCHEMA, Failure, Fragment, TrialRequest
 from harness.workload import Workload
@@ -28,8 +31,8 @@ TOKENS_TIMEOUT_S = 3600.0
 """A data set is downloaded in this time or not at all."""
 
 
-def worker_environment(threads: int) -> dict[str, str]:
-    """The environment of every measuring process.
+def worker_environment(threads: int, host: Host | None = None) -> dict[str, str]:
+    """The environment of every measuring process of a host.
 
     One BLAS thread in the zygote keeps forking safe; one OpenMP thread on a CPU because two collapse under
     contention; no tokenizer threads; CUDA counted through NVML, which does not initialise the device.
@@ -45,27 +48,35 @@ def worker_environment(threads: int) -> dict[str, str]:
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
     }
-    return {**os.environ, **fixed}
+    return (host or Host()).variables(os.environ) | fixed
 
 
 class LocalExecutor:
-    """Implements `Executor` with one zygote. Raises `InvalidRunError` when the zygote cannot be started."""
+    """Implements `Executor` with one zygote. Raises `InvalidRunError` when the zygote cannot be started.
 
-    def __init__(self, *, threads: int, log_dir: Path) -> None:
+    `label` names the side of an A/B, in the messages and in the names of the logs (`zygote-base.log`), so that two
+    executors can share a folder.
+    """
+
+    def __init__(self, *, threads: int, log_dir: Path, host: Host | None = None, label: str = "") -> None:
         self._threads = threads
-        self._log_dir = log_dir
+        self._host = host or Host()
+        self._whose = f"the worker of side {label!r}" if label else "the worker"
+        suffix = f"-{label}" if label else ""
+        self._zygote_log = log_dir / f"zygote{suffix}.log"
+        self._tokens_log = log_dir / f"tokens{suffix}.log"
         self._process: subprocess.Popen[bytes] | None = None
         self._control: _Channel | None = None
 
     def start(self) -> None:
         """Start the zygote, which begins to import."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        log_path = self._log_dir / "zygote.log"
-        with theirs, log_path.open("ab") as log:
+        with theirs, self._zygote_log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "harness.worker", str(theirs.fileno())],
+                self._host.command("harness.worker", str(theirs.fileno())),
                 pass_fds=[theirs.fileno()],
-                env=worker_environment(self._threads),
+                env=worker_environment(self._threads, self._host),
+                cwd=self._host.cwd,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -74,18 +85,21 @@ class LocalExecutor:
         self._control = _Channel(ours)
 
     def hello(self) -> dict[str, Any]:
-        """Wait until the zygote has imported."""
-        log_path = self._log_dir / "zygote.log"
+        """Wait until the zygote has imported. Raises `InvalidRunError`, also when it speaks another schema."""
         hello = self._required_control().receive(START_TIMEOUT_S)
         if hello is None:
             self.close()
-            last = log_path.read_text(errors="replace").strip().splitlines()[-1:] or ["it printed nothing"]
+            last = self._zygote_log.read_text(errors="replace").strip().splitlines()[-1:] or ["it printed nothing"]
             raise InvalidRunError(
-                f"the worker did not start: {last[0]}. Its log is {log_path}. "
-                "Check that torch, transformers, peft and bitsandbytes import in this interpreter."
+                f"{self._whose} did not start: {last[0]}. Its log is {self._zygote_log}. "
+                f"Check that torch, transformers, peft and bitsandbytes import in {self._host.python}."
             )
         if hello.get("schema") != SCHEMA:
-            raise InvalidRunError(f"the worker speaks schema {hello.get('schema')}, this program {SCHEMA}. Reinstall.")
+            raise InvalidRunError(
+                f"{self._whose} speaks schema {hello.get('schema')}, this program {SCHEMA} (its harness: "
+                f"{hello.get('harness', 'unknown')}). Choose a revision or an environment whose harness speaks "
+                f"schema {SCHEMA}, or run the A/B with the lorameter of that revision."
+            )
         return hello
 
     def launch(self) -> Worker:
@@ -98,7 +112,7 @@ class LocalExecutor:
         answer = control.receive(START_TIMEOUT_S)
         if answer is None or "pid" not in answer:
             ours.close()
-            message = (answer or {}).get("error", "the zygote is gone; its log is zygote.log")
+            message = (answer or {}).get("error", f"the zygote is gone; its log is {self._zygote_log.name}")
             raise WorkerLostError("crashed", Failure(phase="start", kind="CannotFork", message=message))
         worker = LocalWorker(int(answer["pid"]), _Channel(ours), control)
         hello = worker.channel.receive(START_TIMEOUT_S)
@@ -113,9 +127,10 @@ class LocalExecutor:
         with open(read, encoding="utf-8") as reply, Path(request.log_path).open("ab") as log:  # noqa: PTH123
             begin = time.monotonic()
             process = subprocess.Popen(
-                [sys.executable, "-m", "harness.inference.cold", str(write)],
+                self._host.command("harness.inference.cold", str(write)),
                 pass_fds=[write],
-                env=worker_environment(self._threads),
+                env=worker_environment(self._threads, self._host),
+                cwd=self._host.cwd,
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
@@ -143,16 +158,17 @@ class LocalExecutor:
 
     def prepare_tokens(self, workload: Workload, folder: str) -> dict[str, Any]:
         """Tokenise in a process of its own."""
-        request = json.dumps({"workload": codec.to_json(workload), "folder": folder})
-        log_path = self._log_dir / "tokens.log"
+        request = json.dumps({"workload": codec.to_json(workload), "folder": str(Path(folder).resolve())})
+        log_path = self._tokens_log
         try:
             with log_path.open("ab") as log:
                 done = subprocess.run(
-                    [sys.executable, "-m", "harness.training.tokens"],
+                    self._host.command("harness.training.tokens"),
                     input=request.encode(),
                     stdout=subprocess.PIPE,
                     stderr=log,
-                    env=worker_environment(1),
+                    env=worker_environment(1, self._host),
+                    cwd=self._host.cwd,
                     check=False,
                     timeout=TOKENS_TIMEOUT_S,
                 )

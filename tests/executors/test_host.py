@@ -1,0 +1,160 @@
+"""A host: which interpreter and which code a measuring process really runs, told by real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import harness
+from harness.errors import InvalidRunError, UsageError
+from harness.executors.host import Host, describe, inspect
+from harness.executors.local import LocalExecutor, worker_environment
+from harness.provenance import LIBRARIES, differing_packages, harness_identity, library_version
+from harness.record import SCHEMA
+
+
+def test_the_default_host_is_the_present_interpreter():
+    """No path, no folder, no variables: what a run without sides has always used."""
+    host = Host()
+    assert (host.python, host.path, host.cwd, host.environment) == (sys.executable, (), None, {})
+    assert host.command("harness.worker", "7") == [sys.executable, "-m", "harness.worker", "7"]
+    assert host.variables({"HOME": "/h"}) == {"HOME": "/h"}
+
+
+def test_the_path_of_a_host_goes_before_that_of_the_shell():
+    """What the user has on PYTHONPATH stays, behind."""
+    host = Host(path=("/a", "/b"), environment={"X": "1"})
+    assert host.variables({"PYTHONPATH": "/c"}) == {"PYTHONPATH": os.pathsep.join(("/a", "/b", "/c")), "X": "1"}
+
+
+def test_a_host_cannot_change_what_every_measuring_process_has_fixed():
+    """A host's own variables come before the shell's, and the thread counts of the protocol before both."""
+    fixed = worker_environment(1, Host(environment={"OMP_NUM_THREADS": "7", "X": "1"}))
+    assert (fixed["OMP_NUM_THREADS"], fixed["X"]) == ("1", "1")
+
+
+def test_inspecting_imports_nothing(tmp_path):
+    """A module is found by its file; one that cannot even be imported is found too."""
+    (tmp_path / "explosive.py").write_text("raise SystemExit('imported')")
+    answer = inspect(Host(path=(str(tmp_path),)), ["explosive", "no_such_module", "torch"])
+    assert answer["origins"]["explosive"] == str(tmp_path / "explosive.py")
+    assert answer["origins"]["no_such_module"] is None
+    assert Path(answer["origins"]["torch"]).name == "__init__.py"
+    assert answer["packages"]["torch"] == library_version("torch")
+
+
+@pytest.mark.parametrize("program", ["/bin/false", "/bin/echo", "/no/such/python"])
+def test_a_program_that_is_no_python_is_refused(program):
+    """Whether it fails, says something else or is not there: the error names it and what it said."""
+    with pytest.raises(UsageError, match=program):
+        inspect(Host(python=program))
+
+
+def test_a_description_holds_what_an_effect_can_be_attributed_to(tmp_path):
+    """Python, the libraries of the fingerprint, every distribution, and the commit of the host's own folder."""
+    description = describe(Host(cwd=str(tmp_path)))
+    assert description["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert description["libraries"] == {name: library_version(name) for name in LIBRARIES}
+    assert description["packages"]["pytest"] == pytest.__version__
+    assert description["git"] == {"commit": None, "dirty": None}
+
+
+def test_differing_packages_are_those_whose_versions_differ():
+    """Changed, added and removed ones, by name, with both versions."""
+    base = {"packages": {"peft": "0.19.0", "torch": "2.13.0", "gone": "1"}}
+    candidate = {"packages": {"peft": "0.20.0", "torch": "2.13.0", "new": "2"}}
+    assert differing_packages(base, candidate) == {
+        "gone": ("1", None),
+        "new": (None, "2"),
+        "peft": ("0.19.0", "0.20.0"),
+    }
+    assert differing_packages(base, base) == {}
+
+
+def test_a_package_installed_from_a_commit_is_told_by_it(tmp_path):
+    """Two commits of one version differ."""
+    for name, commit in (("one", "a" * 40), ("two", "b" * 40)):
+        folder = tmp_path / name / "widget-1.0.dist-info"
+        folder.mkdir(parents=True)
+        (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: Widget\nVersion: 1.0\n")
+        source = {"url": "https://example.org/widget", "vcs_info": {"vcs": "git", "commit_id": commit}}
+        (folder / "direct_url.json").write_text(json.dumps(source))
+    one, two = (describe(Host(path=(str(tmp_path / name),))) for name in ("one", "two"))
+    assert differing_packages(one, two) == {"widget": ("1.0 (commit aaaaaaaaaaaa)", "1.0 (commit bbbbbbbbbbbb)")}
+
+
+@pytest.fixture
+def other_harness(tmp_path):
+    """A copy of the packages, to be changed, as another revision would be."""
+    here = Path(harness.__file__).parents[1]
+    for package in ("harness", "kernels_check"):
+        subprocess.run(["cp", "-r", str(here / package), str(tmp_path)], check=True)
+    return tmp_path
+
+
+def test_two_executors_share_a_folder_and_say_which_harness_they_run(other_harness, tmp_path):
+    """One log each; the greeting of a host carries the version and content of the harness that it imported."""
+    with (other_harness / "harness" / "__init__.py").open("a") as file:
+        file.write("CHANGED = True\n")
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    hosts = {"base": Host(), "candidate": Host(path=(str(other_harness),), cwd=str(other_harness))}
+    executors = {label: LocalExecutor(threads=1, log_dir=logs, host=host, label=label) for label, host in hosts.items()}
+    hellos = {}
+    try:
+        for label, executor in executors.items():
+            executor.start()
+            hellos[label] = executor.hello()
+    finally:
+        for executor in executors.values():
+            executor.close()
+    assert {path.name for path in logs.iterdir()} == {"zygote-base.log", "zygote-candidate.log"}
+    assert hellos["base"]["harness"] == harness_identity()
+    assert hellos["candidate"]["harness"] != harness_identity()
+    assert {hello["harness"].split(" sha256:")[0] for hello in hellos.values()} == {library_version("lorameter")}
+
+
+def test_a_side_that_speaks_another_schema_is_refused_by_name(other_harness, tmp_path):
+    """Its records could not be read, so it is an error before anything is measured."""
+    record = other_harness / "harness" / "record.py"
+    record.write_text(record.read_text().replace(f"\nSCHEMA = {SCHEMA}\n", f"\nSCHEMA = {SCHEMA + 1}\n"))
+    host = Host(path=(str(other_harness),), cwd=str(other_harness))
+    executor = LocalExecutor(threads=1, log_dir=tmp_path, host=host, label="candidate")
+    executor.start()
+    try:
+        with pytest.raises(
+            InvalidRunError, match=f"side 'candidate' speaks schema {SCHEMA + 1}, this program {SCHEMA}"
+        ):
+            executor.hello()
+    finally:
+        executor.close()
+
+
+def test_a_host_that_cannot_import_is_an_error_that_names_side_and_interpreter(tmp_path):
+    """The message is the worker's last line, with the log of that side."""
+    broken = tmp_path / "path" / "transformers"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text("raise ImportError('broken on purpose')")
+    host = Host(path=(str(broken.parent),))
+    executor = LocalExecutor(threads=1, log_dir=tmp_path, host=host, label="base")
+    executor.start()
+    with pytest.raises(InvalidRunError, match=r"side 'base' did not start: .*broken on purpose.*zygote-base\.log"):
+        executor.hello()
+
+
+def test_tokens_are_made_in_the_folder_that_was_meant(small_study, tmp_path, monkeypatch):
+    """A host runs elsewhere; a relative folder is still the parent's."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run").mkdir()
+    root = str(Path(harness.__file__).parents[1])
+    host = Host(path=(root,), cwd=str(tmp_path / "elsewhere"))
+    executor = LocalExecutor(threads=1, log_dir=tmp_path, host=host, label="base")
+    answer = executor.prepare_tokens(small_study.workload, "run")
+    assert Path(answer["path"]).parent == tmp_path / "run"
+    assert (tmp_path / "tokens-base.log").is_file()
