@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import fnmatch
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,13 +22,16 @@ from harness.errors import InvalidRunError, UsageError
 from harness.record import Interleaving, Notice
 from harness.report.view import PEAKS
 from harness.series import Trials
-from harness.stats import Comparison, compare_bytes, compare_family, compare_trials
+from harness.stats import Comparison, compare_bytes, compare_family, compare_trials, run_wide_shift
 from harness.units import METRICS, PHASES, PRIMARY
 from harness.verdicts import Compared, ComparisonReport, without_numbers
 
 INTERLEAVING: Interleaving = "separate"
 TOLERANCE = 0.01
 MARGIN = 0.05
+ALPHA = 0.05
+FEWEST_FOR_SHIFT = 6
+"""Fewer than 6 of 6 on one side can be chance at 5 % (two-sided sign test)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +99,8 @@ def compare(
             else:
                 pairs[name, metric] = ours, theirs
     verdicts |= _compared(pairs, limits_of)
+    if not machine:  # with --force across machines a shift is what one asked to see
+        verdicts |= _shifted({key: comparison for key, comparison in verdicts.items() if key in pairs})
     differing = (*machine, *(difference for name in names for difference in changed[name]))
     if force and differing:
         verdicts = {key: _without_equality(comparison) for key, comparison in verdicts.items()}
@@ -222,10 +228,33 @@ def _family(
             pairing="none",
             tolerance=limits.tolerance,
             margin=limits.margin,
-            alpha=0.05 * len(group) / len(pairs),
+            alpha=ALPHA * len(group) / len(pairs),
         )
         found |= {keys[label]: result for label, result in results.items()}
     return found
+
+
+def _shifted(found: Mapping[tuple[str, str], Comparison]) -> dict[tuple[str, str], Comparison]:
+    """Every time as invalid, if nearly all moved alike: then it was the machine. {} if it was not.
+
+    One ratio a variant and phase is asked, since metrics that follow from each other would count one movement twice.
+    """
+    times = {key: comparison for key, comparison in found.items() if not key[1].endswith(BYTES_SUFFIX)}
+    log_ratios = {
+        f"{name}, {metric}": math.log(comparison.ratio)
+        for (name, metric), comparison in times.items()
+        if metric in PRIMARY.values() and comparison.ratio is not None
+    }
+    if len(log_ratios) < FEWEST_FOR_SHIFT:
+        return {}
+    shift = run_wide_shift(log_ratios, tolerance=TOLERANCE)
+    if not shift.shifted:
+        return {}
+    return {
+        key: dataclasses.replace(comparison, verdict="invalid", reason=shift.reason)
+        for key, comparison in times.items()
+        if comparison.verdict != "invalid"
+    }
 
 
 def _oriented(side: Measured, metric: str) -> Trials:

@@ -17,6 +17,7 @@ from harness.benchmark_json import read_benchmark_json
 from harness.cli import main
 from harness.errors import UsageError
 from harness.stats import Comparison
+from harness.variant import Variant
 
 BASE = {"plain": [0.100, 0.101, 0.099, 0.1005], "nf4": [0.200, 0.201, 0.199, 0.2005]}
 
@@ -336,6 +337,38 @@ def test_what_is_no_run_and_no_file_is_refused(write_run, compare, name):
     assert code == 2
     assert name in text
     assert "Latest runs: a" in text
+
+
+def many(count):
+    """A study of that many variants, and step times for each."""
+    variants = tuple(Variant(name=f"r{rank}", r=rank) for rank in range(1, count + 1))
+    steps = {variant.name: [0.1 * variant.r * (1 + noise / 1000) for noise in (0, 1, -1, 2)] for variant in variants}
+    return variants, steps
+
+
+@pytest.mark.parametrize("factor", [1.2, 1 / 1.2])
+def test_a_shift_of_all_is_the_machines(write_run, compare, small_study, factor):
+    """Six of six a fifth slower, or faster: invalid (4), with the ratios; the peaks are not times and keep theirs."""
+    variants, steps = many(6)
+    study = dataclasses.replace(small_study, variants=variants, reference="r1")
+    moved = {name: [time * factor for time in times] for name, times in steps.items()}
+    code, document = compare(write_run("a", steps, study=study), write_run("b", moved, study=study))
+    assert code == 4
+    assert set(verdicts_of(document).values()) == {"invalid"}
+    assert set(verdicts_of(document, "host_peak_train_bytes").values()) == {"equivalent"}
+    assert "the machine changed" in reasons_of(document)
+    assert document["comparisons"][0]["ratio"] == pytest.approx(factor)
+
+
+@pytest.mark.parametrize(("count", "moving"), [(5, 5), (6, 5), (6, 1)])
+def test_a_few_that_moved_are_not_the_machine(write_run, compare, small_study, count, moving):
+    """Five of five can be chance, and what did not move speaks against the machine: regressed (1)."""
+    variants, steps = many(count)
+    study = dataclasses.replace(small_study, variants=variants, reference="r1")
+    moved = steps | {name: [time * 1.2 for time in steps[name]] for name in list(steps)[:moving]}
+    code, document = compare(write_run("a", steps, study=study), write_run("b", moved, study=study))
+    assert code == 1
+    assert list(verdicts_of(document).values()) == ["regressed"] * moving + ["inconclusive"] * (count - moving)
 
 
 # pytest-benchmark files that this project did not write
