@@ -134,7 +134,7 @@ class Snapshot:
         self._buffers = [_Cell(buffer) for buffer in model.buffers() if not buffer.is_meta]
         self._gradients = [(value, value.grad, _Cell(value.grad)) for value in parameters.values()]
         self._trainable = [(value, value.requires_grad) for value in parameters.values()]
-        self._owned = {id(value) for value in parameters.values()}
+        self._copied = {id(value) for value in parameters.values() if value.requires_grad}
         self._optimizers: dict[int, _OptimizerState] = {}
         self._foreign: list[_Cell] = []
         self._modes = Modes(model)
@@ -147,7 +147,11 @@ class Snapshot:
         synchronise()
         self._optimizers[id(optimizer)] = _OptimizerState(optimizer)
         parameters = (value for group in optimizer.param_groups for value in group["params"])
-        self._foreign += [_Cell(value) for value in parameters if id(value) not in self._owned]
+        self._foreign += [_Cell(value) for value in parameters if self._may_change(value)]
+
+    def _may_change(self, parameter: Tensor) -> bool:
+        """Whether the update can change a parameter that was not copied: another model's, or one frozen until now."""
+        return id(parameter) not in self._copied and (parameter.requires_grad or parameter.grad is not None)
 
     def changed(self) -> frozenset[str]:
         """Names of the trainable parameters whose values differ from the copy."""

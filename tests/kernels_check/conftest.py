@@ -9,6 +9,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ class Training:
     model: Any
     optimizer: Any
     inputs: dict[str, Any]
+    instrument: str = "profile"
     losses: list[float] = field(default_factory=list)
 
     def step(self) -> None:
@@ -33,11 +35,14 @@ class Training:
 
     def check(self, path: str, required: Any = None, step: Callable[[], object] | None = None) -> Any:
         """Verify one path."""
+        requirements = {} if required is None else {path: required}
+        return next(check for check in self.verify(requirements, step) if check.path == path)
+
+    def verify(self, requirements: dict[str, Any], step: Callable[[], object] | None = None, **options: Any) -> Any:
+        """Verify with the run's instrument."""
         import kernels_check
 
-        requirements = {} if required is None else {path: required}
-        checks = kernels_check.verify(self.model, step or self.step, requirements)
-        return next(check for check in checks if check.path == path)
+        return kernels_check.verify(self.model, step or self.step, requirements, instrument=self.instrument, **options)
 
 
 def _quantised(linear: Any, *, quant_type: str, double: bool, compute: Any) -> Any:
@@ -63,6 +68,7 @@ def build_training(
     lora_dropout: float = 0.05,
     make_optimizer: Callable[[Any], Any] | None = None,
     tokens: int = 16,
+    instrument: str = "profile",
 ) -> Training:
     """Build a seeded run: Llama of 2 layers, hidden 128, 4 heads, 2 key/value heads."""
     import peft
@@ -99,10 +105,16 @@ def build_training(
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     make = make_optimizer or (lambda parameters: torch.optim.AdamW(parameters, lr=1e-3))
     ids = torch.randint(0, 96, (2, tokens))
-    return Training(model=model, optimizer=make(trainable), inputs={"input_ids": ids})
+    return Training(model=model, optimizer=make(trainable), inputs={"input_ids": ids}, instrument=instrument)
+
+
+@pytest.fixture(params=["profile", "spy"])
+def instrument(request: pytest.FixtureRequest) -> str:
+    """Both instruments, which must agree."""
+    return str(request.param)
 
 
 @pytest.fixture
-def training() -> Callable[..., Training]:
+def training(instrument: str) -> Callable[..., Training]:
     """The builder of ``build_training``."""
-    return build_training
+    return partial(build_training, instrument=instrument)

@@ -105,7 +105,7 @@ def test_compiled_regions_are_counted_and_checks_stay_sound(training):
         **{"compile": True, "lora.attached": True, "lora.learning": True, "lora.dropout": 0.05, "mode": "train"},
         "attention.dtype": "bfloat16",
     }
-    checks = kernels_check.verify(run.model, run.step, requirements)
+    checks = run.verify(requirements)
     assert [(check.path, check.reason) for check in checks if check.required is not None and not check.met] == []
     run.step()
     assert counters["stats"]["unique_graphs"] == graphs

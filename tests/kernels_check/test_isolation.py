@@ -7,6 +7,12 @@ import kernels_check
 from kernels_check.isolation import record_numbers
 
 
+@pytest.fixture
+def instrument():
+    """The probe forwards by itself and needs none."""
+    return "profile"
+
+
 def _packed(run, **more):
     return {**run.inputs, "position_ids": torch.tensor([[*range(6), *range(10)], [*range(8), *range(8)]]), **more}
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 
-import kernels_check
 from kernels_check.restore import Snapshot
 
 OPTIMIZERS = {
@@ -35,7 +34,7 @@ def test_training_continues_bit_for_bit(training, name, verify_after):
         for step in range(4):
             if verified and step == verify_after:
                 before = list(run.losses)
-                kernels_check.verify(run.model, run.step, {})
+                run.verify({})
                 run.losses = before
             run.step()
         runs.append(run)
@@ -53,7 +52,7 @@ def test_state_that_did_not_exist_is_removed_again(training):
     """Gradients that were None and optimizer state that was missing are so again."""
     run = training(make_optimizer=OPTIMIZERS["paged_adamw_32bit"])
     attributes = dict(vars(run.optimizer))
-    kernels_check.verify(run.model, run.step, {})
+    run.verify({})
     assert all(parameter.grad is None for parameter in run.model.parameters())
     assert len(run.optimizer.state) == 0
     assert vars(run.optimizer).keys() == attributes.keys()
@@ -65,7 +64,7 @@ def test_gradients_found_keep_identity_and_value(training):
     run = training()
     parameter = next(value for value in run.model.parameters() if value.requires_grad)
     parameter.grad = mine = torch.full_like(parameter, 0.25)
-    kernels_check.verify(run.model, run.step, {})
+    run.verify({})
     assert parameter.grad is mine
     assert bool((mine == 0.25).all())
 
@@ -85,7 +84,7 @@ def test_generators_are_left_as_found(training):
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
     expected = draw()
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
-    kernels_check.verify(run.model, step, {})
+    run.verify({}, step)
     assert draw() == expected
 
 
@@ -96,7 +95,7 @@ def test_a_mixture_of_modes_is_left_as_found(training):
     odd = next(module for name, module in run.model.named_modules() if name.endswith("mlp"))
     odd.train()
     before = {name: module.training for name, module in run.model.named_modules()}
-    kernels_check.verify(run.model, lambda: (run.model.train(), run.step()), {})
+    run.verify({}, lambda: (run.model.train(), run.step()))
     assert {name: module.training for name, module in run.model.named_modules()} == before
 
 
@@ -111,7 +110,7 @@ def test_a_failing_step_is_raised_after_restoring(training):
 
     hooks = len(_global_optimizer_pre_hooks)
     with pytest.raises(RuntimeError, match="the step broke"):
-        kernels_check.verify(run.model, step, {})
+        run.verify({}, step)
     assert len(_global_optimizer_pre_hooks) == hooks
     assert not any(module._forward_pre_hooks for module in run.model.modules())
     assert all(torch.equal(value, before[name]) for name, value in _adapter(run.model).items())
@@ -132,3 +131,20 @@ def test_new_paged_state_leaves_the_page_list():
     snapshot.restore()
     assert [id(tensor) for tensor in optimizer.page_mng.paged_tensors] == [id(older)]
     assert parameter not in optimizer.state
+
+
+def test_a_parameter_that_trains_only_inside_the_step_is_restored(training):
+    """A step that switches a frozen parameter on and gives it to an optimizer leaves no trace of it."""
+    run = training()
+    norm = next(value for name, value in run.model.named_parameters() if name.endswith("model.norm.weight"))
+    before = norm.detach().clone()
+
+    def step():
+        norm.requires_grad_(True)
+        if len(run.optimizer.param_groups) == 1:
+            run.optimizer.add_param_group({"params": [norm], "lr": 0.1})
+        run.step()
+
+    run.verify({}, step)
+    assert torch.equal(norm, before)
+    assert norm.requires_grad is False
