@@ -45,6 +45,9 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--model", metavar="M", help="catalogue name, hub id, directory, GGUF file, or random:M")
     run.add_argument("--data", metavar="FILE|ID", help="a .jsonl(.gz) file, a hub id, or synthetic")
     run.add_argument("--variant", metavar="V", action="append", default=[], help="only this variant; repeatable")
+    run.add_argument("--interleave", metavar="L", help="shared-base, lockstep or replicates; default: the finest possible")
+    run.add_argument("--precision", type=float, metavar="F", help="stop when every interval is within ±F of its ratio")
+    run.add_argument("--max-minutes", type=float, metavar="M", help="begin no replicate that would end later")
     run.add_argument("--dry-run", action="store_true", help="show the plan and what it will take, and measure nothing")
     _common(run)
     run.set_defaults(command=_run)
@@ -87,11 +90,15 @@ def _run(options: argparse.Namespace) -> int:
     if options.effort and options.replicates is not None:
         raise _usage("--effort and --replicates both set the replicates. Give one of them.")
     study = load_study(options.study).with_overrides(
-        model=options.model, data=options.data, effort=options.effort, replicates=options.replicates
+        model=options.model,
+        data=options.data,
+        effort=options.effort,
+        replicates=options.replicates,
+        precision=options.precision,
+        max_minutes=options.max_minutes,
     )
-    machine = probe_machine()
-    plan, notices = plan_study(study, machine, select=options.variant)
-    runs = store.runs_dir(options.runs_dir)
+    machine, runs = probe_machine(), store.runs_dir(options.runs_dir)
+    plan, notices = plan_study(study, machine, select=options.variant, interleaving=options.interleave, runs=runs)
     if options.dry_run:
         return _dry_run(plan, machine, notices, runs, as_json=options.json)
     errors = console_for(stderr=True)
@@ -126,6 +133,7 @@ def _dry_run(plan: Any, machine: Any, notices: Any, runs: Path, *, as_json: bool
             {
                 "order": [slot.trial for slot in plan.slots],
                 "interleaving": plan.interleaving,
+                "why": plan.why,
                 "seed": plan.study.protocol.seed,
                 "time_s": expected.time_s,
                 "time_basis": expected.basis,
@@ -137,9 +145,10 @@ def _dry_run(plan: Any, machine: Any, notices: Any, runs: Path, *, as_json: bool
     console = console_for()
     console.print(f"[bold]{plan.study.title}[/bold]: {len(plan.slots)} trials on {machine.device_name}")
     for replicate in range(plan.study.protocol.replicates):
-        order = [slot for slot in plan.slots if slot.replicate == replicate]
-        names = ", ".join(slot.variant.name + (" (control)" if slot.role == "control" else "") for slot in order)
+        groups = [group for group in plan.groups if group.replicate == replicate]
+        names = "; ".join(", ".join(slot.trial.partition("-")[2] for slot in group.slots) for group in groups)
         console.print(f"  replicate {replicate + 1}: {names}", markup=False)
+    console.print(f"  level   {plan.interleaving}: {plan.why}", markup=False)
     took = "unknown" if expected.time_s is None else f"about {format_duration(expected.time_s)}"
     console.print(f"  time    {took} ({expected.basis})", markup=False)
     console.print(f"  memory  about {format_bytes(expected.memory_bytes)} for the largest trial, its process included")

@@ -8,24 +8,31 @@ size, adapter with gradient and two Adam moments in float32, activations by Kort
 
 from __future__ import annotations
 
-import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness import catalogue, shapes, store
+from harness import catalogue, codec, shapes, store
 from harness.errors import LorameterError
-from harness.plan import Plan
-from harness.provenance import Machine
+from harness.plan import Group, Plan
+from harness.provenance import Machine, free_device_memory
 from harness.shapes import ModelShape
 from harness.variant import ALL_LINEAR, Variant
+from harness.workload import Workload
 
 PROCESS_BYTES = 700 * 2**20
 """Interpreter with torch, transformers, peft and bitsandbytes: 0.5 to 0.7 GiB resident (measured, CPU build)."""
 PROCESS_START_S = 6.0
 """A new interpreter with these imports, measured on two cores."""
-CHECK_S = 3.0
-"""Fork, build and check of a small model, measured on two cores."""
+CHECK_S = 1.0
+"""Fork, build and check of a small model, measured on two cores; the check's own steps come on top."""
+CHECK_STEPS = 6
+"""Steps that the first step, the check and the held-out losses are worth."""
+CUDA_CONTEXT_BYTES = 600 * 2**20
+"""Device memory of a process's CUDA context and libraries; 0.4 to 0.6 GiB is usual."""
+RUNS_LOOKED_AT = 20
+"""Runs that are searched for measured peaks."""
 LAYER_OVERHEAD_S = 3e-3
 """Python and dispatch for one layer's forward and backward on a CPU, measured."""
 
@@ -44,12 +51,54 @@ def forecast(plan: Plan, machine: Machine, runs: Path) -> Forecast:
     """Expected wall time, peak memory of the largest trial (with its process) and disk of a run."""
     shape = shapes.shape(catalogue.resolve(plan.study.workload.model))
     adapters = [adapter_parameters(variant, shape) for variant, _ in plan.members]
-    memory = max(memory_bytes(variant, plan, shape) for variant, _ in plan.members)
     workload = plan.study.workload
+    needs = {variant.id: PROCESS_BYTES + memory_bytes(variant, workload, shape) for variant, _ in plan.members}
+    memory = max(_group_bytes(group, needs) for group in plan.groups)
     tokens = 4 * 8 * workload.sequence_length * (workload.train_sequences + workload.held_out_sequences)
     disk = tokens + len(plan.slots) * 64 * 1024 + max(adapters) * 4
     time_s, basis = _time(plan, machine, shape, runs)
-    return Forecast(time_s=time_s, basis=basis, memory_bytes=PROCESS_BYTES + memory, disk_bytes=disk)
+    return Forecast(time_s=time_s, basis=basis, memory_bytes=memory, disk_bytes=disk)
+
+
+def _group_bytes(group: Group, needs: dict[str, int]) -> int:
+    """What is live together: each process counts with the largest of its trials."""
+    return sum(max(needs[slot.variant.id] for slot in launch) for launch in group.launches)
+
+
+def together_bytes(members: Sequence[Variant], workload: Workload, machine: Machine, runs: Path | None) -> int:
+    """Expected memory of one live process for each member: peaks of an earlier run where there are any, else the rule
+    of thumb; on a GPU device memory."""
+    shape = shapes.shape(catalogue.resolve(workload.model))
+    process = CUDA_CONTEXT_BYTES if machine.device == "cuda" else PROCESS_BYTES
+    measured = {} if runs is None else _measured_peaks(workload, machine, runs)
+    return sum(measured.get(variant.id) or process + memory_bytes(variant, workload, shape) for variant in members)
+
+
+def free_bytes(machine: Machine) -> int | None:
+    """Memory that processes could take on the measuring device now; None where NVML does not say."""
+    if machine.device != "cuda":
+        import psutil
+
+        return int(psutil.virtual_memory().available)
+    return free_device_memory()
+
+
+def _measured_peaks(workload: Workload, machine: Machine, runs: Path) -> dict[str, int]:
+    """Largest peak of each variant, by its id, in the latest runs of this workload on this machine."""
+    kind = "device_peak_reserved_train_bytes" if machine.device == "cuda" else "host_peak_train_bytes"
+    extra = CUDA_CONTEXT_BYTES if machine.device == "cuda" else 0
+    peaks: dict[str, int] = {}
+    for path in store.list_runs(runs)[-RUNS_LOOKED_AT:]:
+        try:
+            run = store.read_run(str(path), runs)
+        except LorameterError:
+            continue
+        same = run.manifest.provenance.get("device_name") == machine.device_name
+        if same and run.manifest.study.get("workload") == codec.to_json(workload):
+            for record in run.records:
+                if kind in record.memory:
+                    peaks[record.variant] = max(peaks.get(record.variant, 0), record.memory[kind] + extra)
+    return peaks
 
 
 def linear_widths(shape: ModelShape) -> dict[str, tuple[int, int]]:
@@ -74,9 +123,8 @@ def adapter_parameters(variant: Variant, shape: ModelShape) -> int:
     return shape.layers * sum(variant.r * (inputs + outputs) for inputs, outputs in chosen)
 
 
-def memory_bytes(variant: Variant, plan: Plan, shape: ModelShape) -> int:
+def memory_bytes(variant: Variant, workload: Workload, shape: ModelShape) -> int:
     """Expected peak of training beyond the bare process."""
-    workload = plan.study.workload
     wide = 4 if variant.dtype == "float32" else 2
     linear = shape.layers * sum(inputs * outputs for inputs, outputs in linear_widths(shape).values())
     per_weight = {"none": float(wide), "int8": 1.0}.get(
@@ -92,10 +140,10 @@ def memory_bytes(variant: Variant, plan: Plan, shape: ModelShape) -> int:
 
 
 def _time(plan: Plan, machine: Machine, shape: ModelShape, runs: Path) -> tuple[float | None, str]:
-    earlier = _earlier_trial_s(plan, machine, runs)
+    earlier = _earlier_run_s(plan, machine, runs)
     if earlier is not None:
         seconds, run = earlier
-        return PROCESS_START_S + seconds * len(plan.slots), f"trials of run {run}"
+        return PROCESS_START_S + seconds * plan.study.protocol.replicates, f"replicates of run {run}"
     if machine.device != "cpu":
         return None, "no earlier run of this study on this device"
     workload, protocol = plan.study.workload, plan.study.protocol
@@ -104,27 +152,38 @@ def _time(plan: Plan, machine: Machine, shape: ModelShape, runs: Path) -> tuple[
     rate = _matrix_rate()
     tokens = workload.batch_size * workload.sequence_length
     step = 4 * weights * tokens / rate + shape.layers * LAYER_OVERHEAD_S
-    steps = 1 + protocol.warmup_steps_max + protocol.turns * protocol.steps_per_turn
-    requests = 2 * (1 + protocol.generate_warmup + protocol.generate_requests) * ("generate" in plan.phases)
     token = 2 * weights / rate + shape.layers * LAYER_OVERHEAD_S / 3
-    cold = (PROCESS_START_S + workload.new_tokens * token) * ("cold" in plan.phases)
-    trial = CHECK_S + 10 * step + steps * step + requests * workload.new_tokens * token + cold
-    return PROCESS_START_S + trial * len(
-        plan.slots
-    ), "a rule of thumb from this CPU's matrix speed; expect a factor of 2"
+    requests = 1 + protocol.generate_warmup + protocol.generate_requests
+    seconds = PROCESS_START_S
+    for slot in plan.slots:
+        timed = protocol.warmup_steps_max + protocol.turns * protocol.steps_per_turn
+        steps = CHECK_STEPS + (timed if "steps" in slot.measures else protocol.warmup_steps_min)
+        served = requests * sum(measure in slot.measures for measure in ("requests", "merged"))
+        cold = (PROCESS_START_S + workload.new_tokens * token) * ("cold" in slot.measures)
+        seconds += CHECK_S + steps * step + served * workload.new_tokens * token + cold
+    return seconds, "a rule of thumb from this CPU's matrix speed; expect a factor of 2"
 
 
-def _earlier_trial_s(plan: Plan, machine: Machine, runs: Path) -> tuple[float, str] | None:
+def _earlier_run_s(plan: Plan, machine: Machine, runs: Path) -> tuple[float, str] | None:
+    """Seconds a replicate in the latest run of the same study, level and phases on the same machine."""
     for path in reversed(store.list_runs(runs)):
         try:
             run = store.read_run(str(path), runs)
         except LorameterError:
             continue
-        same = run.manifest.provenance.get("device_name") == machine.device_name
-        if same and run.manifest.study == plan.study_json() and set(run.manifest.phases) >= set(plan.phases):
-            walls = [record.wall_time_s for record in run.records if record.status == "ok"]
-            if walls:
-                return statistics.fmean(walls), path.name
+        manifest = run.manifest
+        same = (
+            manifest.provenance.get("device_name") == machine.device_name
+            and manifest.study == plan.study_json()
+            and manifest.interleaving == plan.interleaving
+            and manifest.phases == plan.phases
+            and manifest.status == "complete"
+        )
+        replicates = {record.replicate for record in run.records}
+        if same and replicates:
+            ends = [record.started_unix_s + record.wall_time_s for record in run.records]
+            begin = min(record.started_unix_s for record in run.records)
+            return (max(ends) - begin) / len(replicates), path.name
     return None
 
 

@@ -18,10 +18,13 @@ from harness.errors import InvalidRunError
 from harness.executors import Executor
 from harness.executors.local import LocalExecutor
 from harness.feasibility import check_feasible
-from harness.plan import Plan, make_plan
+from harness.forecast import free_bytes, together_bytes
+from harness.levels import choose_level
+from harness.plan import Plan, make_plan, members_of
 from harness.provenance import Machine
 from harness.record import Notice, TrialRecord
 from harness.runner import Site, Watcher, run_plan
+from harness.stopping import Stopping
 from harness.store import Manifest, Run, RunWriter
 from harness.study import Study
 from harness.units import PHASES
@@ -35,11 +38,37 @@ class Display(Watcher, Protocol):
 
 
 def plan_study(
-    study: Study, machine: Machine, *, select: Sequence[str] = (), phases: Sequence[str] = PHASES
+    study: Study,
+    machine: Machine,
+    *,
+    select: Sequence[str] = (),
+    phases: Sequence[str] = PHASES,
+    interleaving: str | None = None,
+    runs: Path | None = None,
 ) -> tuple[Plan, tuple[Notice, ...]]:
-    """The plan of a study on this machine. Raises `UsageError` for anything that cannot work."""
-    plan = make_plan(study, select=select, phases=phases)
-    return plan, check_feasible(study, machine, [variant for variant, role in plan.members if role == "variant"])
+    """The plan of a study on this machine, at the finest level that its variants and the memory allow.
+
+    Args:
+        study: what to measure.
+        machine: where.
+        select: names of variants; empty for all.
+        phases: what to measure of them.
+        interleaving: a level to use instead.
+        runs: folder of earlier runs, whose measured peaks say what fits together.
+
+    Raises:
+        UsageError: anything that cannot work.
+    """
+    members = members_of(study, select)
+    variants = [variant for variant, role in members if role == "variant"]
+    notices = check_feasible(study, machine, variants)
+    level, why = choose_level(
+        variants,
+        together_bytes=together_bytes([variant for variant, _ in members], study.workload, machine, runs),
+        free_bytes=free_bytes(machine),
+        asked=interleaving,
+    )
+    return make_plan(study, select=select, phases=phases, interleaving=level, why=why), notices
 
 
 def measure(
@@ -81,6 +110,7 @@ def measure(
             study=plan.study_json(),
             phases=plan.phases,
             interleaving=plan.interleaving,
+            why=plan.why,
             order=tuple(slot.trial for slot in plan.slots),
             seed=study.protocol.seed,
             created_unix_s=time.time(),
@@ -99,11 +129,16 @@ def measure(
             tokens={key: tokens[key] for key in ("hash", "real_tokens", "padded_tokens")},
         )
         status: store.RunStatus = "failed"
+        stopped: str | None = None
         try:
-            records = run_plan(plan, executor, site, save=writer.append, watcher=display)
-            status = _status(records)
+            measured = run_plan(
+                plan, {"": executor}, site, save=writer.append, watcher=display, stop=Stopping(plan)
+            )
+            status = _status(measured.records)
+            stopped = measured.stopped
         finally:
-            writer.finish(status)
+            kept = [record.trial for record in measured.records] if stopped else None
+            writer.finish(status, stopped=stopped, measured=kept)
     return store.read_run(str(writer.path), runs)
 
 

@@ -5,8 +5,10 @@ variants once, in an order shuffled by a recorded seed: drift then falls on all 
 replicate are paired. The reference is measured twice under two names (the A/A control): what the harness says of that
 pair is what it would say of no difference at all.
 
-A `Group` is what is live together: at the level `replicates` one process with one trial. Levels whose processes take
-turns put several launches in a group, or several trials in a launch; the runner conducts all of them the same way.
+A `Group` is what is live together. At `replicates` that is one process with one trial; at `lockstep` a process for
+each trial and at `shared-base` one process for all of them, and their steps take turns. What needs a process that is
+alone (peaks of memory, cold starts, a merged adapter on a base that others share) is then measured by further, solo
+trials of the same replicate.
 """
 
 from __future__ import annotations
@@ -18,12 +20,22 @@ from typing import Any
 
 from harness import codec
 from harness.errors import UsageError
-from harness.record import Interleaving, Role
+from harness.record import Instrument, Interleaving, Measure, Role, Side
 from harness.study import Study
 from harness.units import PHASES
 from harness.variant import Variant
 
 CONTROL_SUFFIX = "control"
+PEAK_REPLICATES = 3
+"""Peaks take one of a few values and are compared by their maximum, so a few solo trials are enough for them."""
+
+_PHASE_MEASURES: dict[Measure, str] = {
+    "steps": "train",
+    "requests": "generate",
+    "merged": "generate",
+    "peaks": "train",
+    "cold": "cold",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,18 +48,25 @@ class Slot:
     replicate: int
     position: int
     seed: int
+    interleaving: Interleaving
+    measures: tuple[Measure, ...]
+    instrument: Instrument = "profile"
+    side: Side = ""
+    injected_rows: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
     """Processes that are live together: `launches` are the processes, each with its trials.
 
-    `turns` is the order of turns: each entry is one round over all trials of the group, by trial id.
+    `turns` and `requests` are the orders of turns in training and generation: each entry is one round over all trials
+    of the group, by trial id.
     """
 
     replicate: int
     launches: tuple[tuple[Slot, ...], ...]
-    turns: tuple[tuple[str, ...], ...]
+    turns: tuple[tuple[str, ...], ...] = ()
+    requests: tuple[tuple[str, ...], ...] = ()
 
     @property
     def slots(self) -> tuple[Slot, ...]:
@@ -63,6 +82,8 @@ class Plan:
     members: tuple[tuple[Variant, Role], ...]
     phases: tuple[str, ...]
     interleaving: Interleaving
+    why: str
+    """Why this level of interleaving."""
     groups: tuple[Group, ...]
 
     def study_json(self) -> dict[str, Any]:
@@ -75,12 +96,22 @@ class Plan:
         return tuple(slot for group in self.groups for slot in group.slots)
 
 
+def members_of(study: Study, select: Sequence[str] = ()) -> tuple[tuple[Variant, Role], ...]:
+    """The variants to measure and the control; the reference stays in whatever is selected. Raises `UsageError`."""
+    chosen = {study.variant(name).name for name in select} or {variant.name for variant in study.variants}
+    reference = study.variant(study.reference)
+    variants = [variant for variant in study.variants if variant.name in chosen | {reference.name}]
+    members: list[tuple[Variant, Role]] = [(variant, "variant") for variant in variants]
+    return (*members, (reference, "control"))
+
+
 def make_plan(
     study: Study,
     *,
     select: Sequence[str] = (),
     phases: Sequence[str] = PHASES,
     interleaving: Interleaving = "replicates",
+    why: str = "asked for",
 ) -> Plan:
     """Replicates × variants, shuffled inside each replicate by `protocol.seed`, with the A/A control.
 
@@ -88,44 +119,113 @@ def make_plan(
         study: what to measure.
         select: names of variants; empty for all. The reference and its control are measured whatever is selected.
         phases: "train", "generate", "cold"; training always runs, since the others need its adapter.
-        interleaving: the level of alternation.
+        interleaving: the level of alternation (`harness.levels` picks one).
+        why: the reason for that level, for the report.
 
     Raises:
-        UsageError: an unknown variant or phase, or a level that is not built yet.
+        UsageError: an unknown variant or phase.
     """
-    if interleaving != "replicates":
-        raise UsageError(f"interleave = {interleaving!r}: this version measures at the level 'replicates'. Use that.")
-    for phase in phases:
-        if phase not in PHASES:
-            raise UsageError(f"phase = {phase!r}: not known. Known: {', '.join(PHASES)}.")
-    chosen = {study.variant(name).name for name in select} or {variant.name for variant in study.variants}
-    reference = study.variant(study.reference)
-    members: list[tuple[Variant, Role]] = [
-        (variant, "variant") for variant in study.variants if variant.name in chosen | {reference.name}
-    ]
-    members.append((reference, "control"))
-
+    members = members_of(study, select)
+    checked = checked_phases(phases)
+    together, alone = measures_of(interleaving, checked)
     shuffler = random.Random(study.protocol.seed)
     groups: list[Group] = []
+    position = 0
     for replicate in range(study.protocol.replicates):
         order = list(members)
         shuffler.shuffle(order)
-        for variant, role in order:
-            suffix = f"-{CONTROL_SUFFIX}" if role == "control" else ""
-            slot = Slot(
-                trial=f"r{replicate}-{variant.name}{suffix}",
-                variant=variant,
-                role=role,
-                replicate=replicate,
-                position=len(groups),
-                seed=study.protocol.seed + replicate,
-            )
-            turns = ((slot.trial,),) * study.protocol.turns
-            groups.append(Group(replicate=replicate, launches=((slot,),), turns=turns))
+        slots = [
+            _slot(study, variant, role, replicate, position + index, interleaving, together)
+            for index, (variant, role) in enumerate(order)
+        ]
+        if interleaving == "shared-base":
+            groups.append(conducted(study, [tuple(slots)], shuffler, checked))
+        elif interleaving == "lockstep":
+            groups.append(conducted(study, [(slot,) for slot in slots], shuffler, checked))
+        else:
+            groups += [conducted(study, [(slot,)], shuffler, checked) for slot in slots]
+        position += len(slots)
+        if alone and (set(alone) != {"peaks"} or replicate < PEAK_REPLICATES):
+            shuffler.shuffle(order)
+            for variant, role in order:
+                slot = _slot(study, variant, role, replicate, position, "replicates", alone, suffix="-solo")
+                groups.append(Group(replicate=replicate, launches=((slot,),), requests=_requests(study, slot)))
+                position += 1
     return Plan(
-        study=study,
-        members=tuple(members),
-        phases=tuple(phase for phase in PHASES if phase in phases),
+        study=study, members=members, phases=checked, interleaving=interleaving, why=why, groups=tuple(groups)
+    )
+
+
+def checked_phases(phases: Sequence[str]) -> tuple[str, ...]:
+    """The phases in their order. Raises `UsageError` for an unknown one."""
+    for phase in phases:
+        if phase not in PHASES:
+            raise UsageError(f"phase = {phase!r}: not known. Known: {', '.join(PHASES)}.")
+    return tuple(phase for phase in PHASES if phase in phases)
+
+
+def measures_of(
+    interleaving: Interleaving, phases: Sequence[str]
+) -> tuple[tuple[Measure, ...], tuple[Measure, ...]]:
+    """What the trials that take turns measure, and what solo trials beside them measure."""
+    wanted = tuple(measure for measure, phase in _PHASE_MEASURES.items() if phase in phases or measure == "steps")
+    wanted = tuple(measure for measure in wanted if measure != "peaks") + ("peaks",)
+    solo: set[Measure] = {
+        "shared-base": {"merged", "peaks", "cold"},
+        "lockstep": {"peaks", "cold"},
+    }.get(interleaving, set())  # type: ignore[assignment]
+    return (
+        tuple(measure for measure in wanted if measure not in solo),
+        tuple(measure for measure in wanted if measure in solo),
+    )
+
+
+def conducted(
+    study: Study, launches: Sequence[tuple[Slot, ...]], shuffler: random.Random, phases: Sequence[str]
+) -> Group:
+    """A group whose trials take turns, in an order that is shuffled anew for each round."""
+    trials = [slot.trial for launch in launches for slot in launch]
+
+    def rounds(count: int) -> tuple[tuple[str, ...], ...]:
+        return tuple(tuple(shuffler.sample(trials, len(trials))) for _ in range(count))
+
+    return Group(
+        replicate=launches[0][0].replicate,
+        launches=tuple(launches),
+        turns=rounds(study.protocol.turns),
+        requests=rounds(study.protocol.generate_requests) if "generate" in phases else (),
+    )
+
+
+def instrument_for(replicate: int) -> Instrument:
+    """The full profile once a variant and run, the spy afterwards: the paths do not change between replicates."""
+    return "profile" if replicate == 0 else "spy"
+
+
+def _requests(study: Study, slot: Slot) -> tuple[tuple[str, ...], ...]:
+    return ((slot.trial,),) * study.protocol.generate_requests if "merged" in slot.measures else ()
+
+
+def _slot(
+    study: Study,
+    variant: Variant,
+    role: Role,
+    replicate: int,
+    position: int,
+    interleaving: Interleaving,
+    measures: tuple[Measure, ...],
+    *,
+    suffix: str = "",
+) -> Slot:
+    control = f"-{CONTROL_SUFFIX}" if role == "control" else ""
+    return Slot(
+        trial=f"r{replicate}-{variant.name}{control}{suffix}",
+        variant=variant,
+        role=role,
+        replicate=replicate,
+        position=position,
+        seed=study.protocol.seed + replicate,
         interleaving=interleaving,
-        groups=tuple(groups),
+        measures=measures,
+        instrument=instrument_for(replicate),
     )

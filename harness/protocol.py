@@ -14,6 +14,8 @@ from typing import Literal
 from harness.errors import UsageError
 
 Effort = Literal["quick", "standard", "rigorous"]
+PRECISION_REPLICATES = 40
+"""Cap where a precision decides and nothing else is said."""
 EFFORT_REPLICATES: dict[str, int] = {"quick": 3, "standard": 8, "rigorous": 12}
 
 
@@ -37,6 +39,11 @@ class Protocol:
     """Longest silence of a worker during one command; a worker that is silent for longer is killed."""
     memory_limit_bytes: int | None = None
     """Address-space limit of a trial's process on a CPU; reaching it makes the trial `oom` instead of the machine."""
+    precision: float | None = None
+    """Stop as soon as every compared interval is at most this far from its centre (a fraction; the tolerance of 0.01
+    is a sound choice), but not before 5 replicates; `replicates` is the cap. None measures all replicates."""
+    max_minutes: float | None = None
+    """Begin no further replicate that would end after this many minutes. None sets no limit."""
 
     def __post_init__(self) -> None:
         for key, least in (
@@ -54,6 +61,10 @@ class Protocol:
                 f"protocol: warmup_steps_max = {self.warmup_steps_max}: below warmup_steps_min = "
                 f"{self.warmup_steps_min}. Raise it."
             )
+        for key in ("precision", "max_minutes"):
+            value = getattr(self, key)
+            if value is not None and not value > 0:
+                raise UsageError(f"protocol: {key} = {value!r}: must be positive. Leave it out to set no limit.")
         if not self.step_timeout_s > 0:
             raise UsageError(f"protocol: step_timeout_s = {self.step_timeout_s}: must be positive. Use seconds.")
 

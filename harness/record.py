@@ -14,12 +14,22 @@ from harness.protocol import Protocol
 from harness.variant import Variant
 from harness.workload import Workload
 
-SCHEMA = 1
-"""Version of everything in this module. 1: first form."""
+SCHEMA = 2
+"""Version of everything in this module. 1: first form. 2: requests say what a trial measures, with which instrument
+it is checked and how much work is injected; records name their side of an A/B."""
+READABLE = (1, 2)
+"""Schemas that this version reads from disk: later fields have defaults."""
 
 Status = Literal["ok", "invalid", "oom", "timeout", "crashed", "interrupted", "not_run"]
 Role = Literal["variant", "control"]
 Interleaving = Literal["shared-base", "lockstep", "replicates", "separate"]
+Side = Literal["", "base", "candidate"]
+"""Which side of an A/B a trial stands on; empty where there are no sides."""
+Measure = Literal["steps", "requests", "merged", "peaks", "cold"]
+"""What a trial measures: timed training steps with their losses · warm requests · the same with the adapter merged ·
+peaks of memory, load and first calls, which need a process that is alone · the cold start of its saved adapter."""
+Instrument = Literal["profile", "spy"]
+"""How a trial's paths are checked: by a full profile, or by watching what is dispatched, which costs a step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +66,8 @@ class TrialRequest:
     workload: Workload
     protocol: Protocol
     interleaving: Interleaving
-    phases: tuple[str, ...]
+    measures: tuple[Measure, ...]
+    instrument: Instrument = "profile"
     device: str
     threads: int
     tokens_path: str
@@ -66,6 +77,9 @@ class TrialRequest:
     allow_fallback: bool = False
     requirements: dict[str, Any] = field(default_factory=dict)
     """Requirements of the study beside those that follow from the variant; paths as in kernels_check."""
+    injected_rows: int = 0
+    """Rows of an extra matrix product in every adapted layer's forward: a real slow-down of known cause, which shows
+    what a protocol can see. 0 in every measurement of a variant."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +123,8 @@ class TrialRecord:
     position: int
     """Place in the order of the run, from 0."""
     interleaving: Interleaving
+    """How this trial alternated with those that it is compared with; "replicates" where it was alone in its turn."""
+    side: Side = ""
     seed: int
     started_unix_s: float
     wall_time_s: float

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from harness import codec
 from harness.executors import Executor, Worker, WorkerLostError
 from harness.plan import Group, Plan, Slot
-from harness.record import Failure, Fragment, Status, TrialRecord, TrialRequest
+from harness.record import Failure, Fragment, Measure, Side, Status, TrialRecord, TrialRequest
 
 
 class Watcher(Protocol):
@@ -42,12 +42,31 @@ class Site:
     tokens: dict[str, Any]
 
 
+Stop = Callable[[Sequence[TrialRecord]], str | None]
+"""Is asked after each replicate whether the run has what it needs; a reason ends the run there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What came of a plan: the records of all trials that belong to the run, and why it ended before its cap."""
+
+    records: tuple[TrialRecord, ...]
+    stopped: str | None = None
+
+
 def run_plan(
-    plan: Plan, executor: Executor, site: Site, *, save: Callable[[TrialRecord], None], watcher: Watcher
-) -> tuple[TrialRecord, ...]:
+    plan: Plan,
+    executors: Mapping[Side, Executor],
+    site: Site,
+    *,
+    save: Callable[[TrialRecord], None],
+    watcher: Watcher,
+    stop: Stop = lambda records: None,
+) -> Measured:
     """Measure every trial of the plan; each record is saved as soon as its trial has ended.
 
     On KeyboardInterrupt the trials under way are recorded as `interrupted`, those that never began as `not_run`.
+    Replicates that `stop` makes needless leave no record.
     """
     records: list[TrialRecord] = []
 
@@ -59,7 +78,8 @@ def run_plan(
     remaining = list(plan.groups)
     interrupted = False
     while remaining and not interrupted:
-        conductor = _Conductor(plan, remaining.pop(0), executor, site, watcher)
+        group = remaining.pop(0)
+        conductor = _Conductor(plan, group, executors, site, watcher)
         error: Exception | None = None
         try:
             conductor.measure()
@@ -75,18 +95,23 @@ def run_plan(
             for slot in (slot for group in remaining for slot in group.slots):
                 keep(_blank(plan, slot, "not_run"))
             raise error
+        complete = not remaining or remaining[0].replicate != group.replicate
+        if complete and not interrupted and (reason := stop(records)):
+            return Measured(records=tuple(records), stopped=reason)
     for slot in (slot for group in remaining for slot in group.slots):
         keep(_blank(plan, slot, "not_run"))
-    return tuple(records)
+    return Measured(records=tuple(records))
 
 
 class _Conductor:
     """One group: its workers are live together and take the turns that the plan says."""
 
-    def __init__(self, plan: Plan, group: Group, executor: Executor, site: Site, watcher: Watcher) -> None:
+    def __init__(
+        self, plan: Plan, group: Group, executors: Mapping[Side, Executor], site: Site, watcher: Watcher
+    ) -> None:
         self._plan = plan
         self._group = group
-        self._executor = executor
+        self._executors = executors
         self._site = site
         self._watcher = watcher
         self._slots = {slot.trial: slot for slot in group.slots}
@@ -103,21 +128,26 @@ class _Conductor:
             for command in ("build", "verify", "warm_up"):
                 self._each(command)
             steps = self._plan.study.protocol.steps_per_turn
-            for order in self._group.turns:
-                for trial in order:
-                    self._ask(trial, "turn", steps=steps)
+            begin = time.monotonic()
+            self._in_turns("steps", self._group.turns, "turn", steps=steps)
+            for trial in self._live("steps"):
+                self._add(trial, Fragment(values={"turns_wall_time_s": time.monotonic() - begin}))
             self._each("finish_training")
-            if "cold" in self._plan.phases:
-                self._each("save_adapter")
+            self._each("save_adapter", "cold")
             if "generate" in self._plan.phases:
-                self._each("generate")
+                self._each("begin_generate")
+                self._in_turns("requests", self._group.requests, "request")
+                self._each("end_generate", "peaks")
+                self._each("merge", "merged")
+                self._in_turns("merged", self._group.requests, "request")
+            if any(len(launch) > 1 for launch in self._group.launches):
+                self._each("close")
         finally:
             for worker in set(self._workers.values()):
                 worker.close()
-        if "cold" in self._plan.phases:
-            for trial in self._live():
-                self._watcher.trial_phase(self._slots[trial], "cold")
-                self._add(trial, self._cold(trial))
+        for trial in self._live("cold"):  # all processes have ended: nothing shares the device with a cold start
+            self._watcher.trial_phase(self._slots[trial], "cold")
+            self._add(trial, self._cold(trial))
         for trial in self._records:  # adapters and compile caches of a long run would fill the disk
             shutil.rmtree(self._site.scratch / trial, ignore_errors=True)
 
@@ -144,7 +174,7 @@ class _Conductor:
         for slot in launch:
             self._begun[slot.trial] = time.time()
         try:
-            worker = self._executor.launch()
+            worker = self._executors[launch[0].side].launch()
         except WorkerLostError as lost:
             for slot in launch:
                 self._add(slot.trial, Fragment().failed(lost.status, lost.failure))
@@ -152,16 +182,31 @@ class _Conductor:
         for slot in launch:
             self._workers[slot.trial] = worker
             self._add(slot.trial, Fragment(values={"start_latency_s": worker.start_latency_s}))
-            request = _request(self._plan, slot, self._site)
+            log = launch[0].trial if len(launch) > 1 else slot.trial  # trials of one process print into one log
+            self._records[slot.trial] = self._records[slot.trial].replaced(log=f"logs/{log}.log")
+            request = _request(self._plan, slot, self._site, log)
             Path(request.scratch).mkdir(parents=True, exist_ok=True)
             self._ask(slot.trial, "prepare", request=codec.to_json(request))
 
-    def _live(self) -> list[str]:
-        return [trial for trial, record in self._records.items() if record.status == "ok"]
+    def _live(self, measure: Measure | None = None) -> list[str]:
+        """Trials that are still ok and, if a measure is given, are there to measure it."""
+        return [
+            trial
+            for trial, record in self._records.items()
+            if record.status == "ok" and (measure is None or measure in self._slots[trial].measures)
+        ]
 
-    def _each(self, command: str) -> None:
-        for trial in self._live():
+    def _each(self, command: str, measure: Measure | None = None) -> None:
+        for trial in self._live(measure):
             self._ask(trial, command)
+
+    def _in_turns(
+        self, measure: Measure, rounds: tuple[tuple[str, ...], ...], command: str, **arguments: Any
+    ) -> None:
+        for order in rounds:
+            for trial in order:
+                if measure in self._slots[trial].measures:
+                    self._ask(trial, command, **arguments)
 
     def _ask(self, trial: str, command: str, **arguments: Any) -> None:
         if self._records[trial].status != "ok":
@@ -180,7 +225,8 @@ class _Conductor:
 
     def _cold(self, trial: str) -> Fragment:
         try:
-            fragment = self._executor.cold_start(_request(self._plan, self._slots[trial], self._site))
+            slot = self._slots[trial]
+            fragment = self._executors[slot.side].cold_start(_request(self._plan, slot, self._site, trial))
         except WorkerLostError as lost:
             return Fragment().failed(lost.status, lost.failure)
         warm, cold = self._records[trial].tokens.get("completion"), fragment.tokens.get("cold_completion")
@@ -208,7 +254,8 @@ def _blank(plan: Plan, slot: Slot, status: Status) -> TrialRecord:
         role=slot.role,
         replicate=slot.replicate,
         position=slot.position,
-        interleaving=plan.interleaving,
+        interleaving=slot.interleaving,
+        side=slot.side,
         seed=slot.seed,
         started_unix_s=0.0,
         wall_time_s=0.0,
@@ -216,7 +263,7 @@ def _blank(plan: Plan, slot: Slot, status: Status) -> TrialRecord:
     )
 
 
-def _request(plan: Plan, slot: Slot, site: Site) -> TrialRequest:
+def _request(plan: Plan, slot: Slot, site: Site, log: str) -> TrialRequest:
     study = plan.study
     return TrialRequest(
         trial=slot.trial,
@@ -226,13 +273,15 @@ def _request(plan: Plan, slot: Slot, site: Site) -> TrialRequest:
         seed=slot.seed,
         workload=study.workload,
         protocol=study.protocol,
-        interleaving=plan.interleaving,
-        phases=plan.phases,
+        interleaving=slot.interleaving,
+        measures=slot.measures,
+        instrument=slot.instrument,
+        injected_rows=slot.injected_rows,
         device=site.device,
         threads=site.threads,
         tokens_path=site.tokens_path,
         scratch=str(site.scratch / slot.trial),
-        log_path=str((site.run_path / "logs" / f"{slot.trial}.log").resolve()),
+        log_path=str((site.run_path / "logs" / f"{log}.log").resolve()),
         allow_fallback=study.allow_fallback,
         requirements=study.requirements,
     )

@@ -1,5 +1,9 @@
 """From records to what the statistics take: one list of samples a trial, for a metric by name.
 
+A variant may have several trials in a replicate: one that took turns with the others, and a solo one for what needs a
+process that is alone. Each metric is measured by one kind of them only, so a metric's trials are those that have it,
+and its pairing follows from how those alternated.
+
 Derived metrics are computed here and nowhere else, so that a table, a saved benchmark and a comparison cannot
 disagree. Only trials that are ok have a series: an invalid trial is shown as such and never ranked.
 """
@@ -10,8 +14,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from harness.record import Role, TrialRecord
-from harness.stats import Comparison, Estimate, compare_family, compare_trials, estimate_trials
+from harness.record import Interleaving, Role, Side, TrialRecord
+from harness.stats import Comparison, Estimate, Pairing, compare_family, compare_trials, estimate_trials
 from harness.units import METRICS
 
 FINAL_SHARE = 4
@@ -44,6 +48,8 @@ def _output_tokens_per_s(record: TrialRecord) -> tuple[float, ...]:
 
 
 def _final_train_loss(record: TrialRecord) -> tuple[float, ...]:
+    if "train_loss" not in record.samples:  # a trial that is not there to be timed ends its training early
+        return ()
     losses = tuple(
         loss for name in ("warmup_loss", "train_loss", "catch_up_loss") for loss in record.samples.get(name, ())
     )
@@ -73,7 +79,15 @@ class Series:
 
     def trials(self, metric: str) -> list[tuple[float, ...]]:
         """One list of samples a trial that has any."""
-        return [samples for record in self.ok if (samples := samples_of(record, metric))]
+        return [samples_of(record, metric) for record in self.measuring(metric)]
+
+    def measuring(self, metric: str) -> tuple[TrialRecord, ...]:
+        """Trials that are ok and have the metric."""
+        return tuple(record for record in self.ok if samples_of(record, metric))
+
+    def interleaving(self, metric: str) -> Interleaving | None:
+        """How the trials that measured the metric alternated with those of other variants; None without any."""
+        return next((record.interleaving for record in self.measuring(metric)), None)
 
     def estimate(self, metric: str) -> Estimate | None:
         """The metric's estimate over replicates; None where nothing was measured."""
@@ -81,8 +95,9 @@ class Series:
         return estimate_trials(trials) if trials else None
 
 
-def series_of(records: Sequence[TrialRecord]) -> dict[tuple[str, Role], Series]:
-    """Records grouped by variant and role, each group in order of replicates, groups in order of appearance by name."""
+def series_of(records: Sequence[TrialRecord], side: Side = "") -> dict[tuple[str, Role], Series]:
+    """Records of one side grouped by variant and role, each in order of replicates, groups in order of appearance."""
+    records = [record for record in records if record.side == side]
     keys = list(dict.fromkeys((record.name, record.role) for record in records))
     return {
         (name, role): Series(
@@ -103,15 +118,21 @@ Trials = list[tuple[float, ...]]
 
 
 def compare_series(base: Series, candidate: Series, metric: str, *, family: int = 1) -> Comparison | None:
-    """The comparison over the replicates that both have, paired by replicate; None where there is none."""
+    """The comparison over the replicates that both have, paired as they alternated; None where there is none."""
     pairs = paired_trials(base, candidate, metric)
-    return None if pairs is None else compare_trials(*pairs, pairing="replicate", family=family)
+    return None if pairs is None else compare_trials(*pairs, pairing=pairing_of(base, metric), family=family)
 
 
 def compare_to_reference(base: Series, candidates: Sequence[Series], metric: str) -> dict[str, Comparison]:
     """Every candidate against the base, by name, with one error rate for all of them (Holm)."""
     pairs = {candidate.name: paired_trials(base, candidate, metric) for candidate in candidates}
-    return compare_family({name: pair for name, pair in pairs.items() if pair is not None}, pairing="replicate")
+    found = {name: pair for name, pair in pairs.items() if pair is not None}
+    return compare_family(found, pairing=pairing_of(base, metric))
+
+
+def pairing_of(series: Series, metric: str) -> Pairing:
+    """Trials that took turns are paired turn by turn, others of one run by replicate."""
+    return "turn" if series.interleaving(metric) in ("shared-base", "lockstep") else "replicate"
 
 
 def paired_trials(base: Series, candidate: Series, metric: str) -> tuple[Trials, Trials] | None:
@@ -120,12 +141,10 @@ def paired_trials(base: Series, candidate: Series, metric: str) -> tuple[Trials,
     A metric of which more is better is given by its inverse, so that above 1 is always worse.
     """
     paired: list[tuple[tuple[float, ...], tuple[float, ...]]] = []
-    others = {record.replicate: record for record in candidate.ok}
-    for record in base.ok:
+    others = {record.replicate: record for record in candidate.measuring(metric)}
+    for record in base.measuring(metric):
         if record.replicate in others:
-            pair = samples_of(record, metric), samples_of(others[record.replicate], metric)
-            if all(pair):
-                paired.append(pair)
+            paired.append((samples_of(record, metric), samples_of(others[record.replicate], metric)))
     if not paired:
         return None
     left, right = [pair[0] for pair in paired], [pair[1] for pair in paired]

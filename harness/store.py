@@ -13,14 +13,14 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from harness import codec
 from harness.errors import InvalidRunError, UsageError
-from harness.record import SCHEMA, Notice, TrialRecord
+from harness.record import READABLE, SCHEMA, Notice, TrialRecord
 
 RunStatus = Literal["running", "complete", "interrupted", "failed"]
 ENV_RUNS = "LORAMETER_RUNS"
@@ -35,8 +35,10 @@ class Manifest:
     study: dict[str, Any]
     phases: tuple[str, ...]
     interleaving: str
+    why: str = ""
+    """Why this level of interleaving."""
     order: tuple[str, ...]
-    """Trial ids in the order of the plan."""
+    """Trial ids in the order of the plan; those of replicates that turned out needless are taken off at the end."""
     seed: int
     created_unix_s: float
     provenance: dict[str, Any]
@@ -45,6 +47,10 @@ class Manifest:
     tokens: dict[str, Any] = field(default_factory=dict)
     notices: tuple[Notice, ...] = ()
     """What was known of the study before it ran."""
+    sides: dict[str, Any] = field(default_factory=dict)
+    """For an A/B: what stands on either side, and with which versions."""
+    stopped: str | None = None
+    """Why the run ended before the replicates of its plan were used up."""
     status: RunStatus = "running"
 
 
@@ -85,9 +91,10 @@ class RunWriter:
         except OSError as error:
             raise InvalidRunError(f"run {self._manifest.run}: a record could not be written: {error}.") from error
 
-    def finish(self, status: RunStatus) -> None:
-        """State how the run ended."""
-        self._manifest = dataclasses.replace(self._manifest, status=status)
+    def finish(self, status: RunStatus, *, stopped: str | None = None, measured: Sequence[str] | None = None) -> None:
+        """State how the run ended; `measured` are the trials that belong to it, where it ended before its cap."""
+        order = self._manifest.order if measured is None else tuple(measured)
+        self._manifest = dataclasses.replace(self._manifest, status=status, stopped=stopped, order=order)
         self._write_manifest()
 
     def _write_manifest(self) -> None:
@@ -151,8 +158,9 @@ def list_runs(folder: Path) -> list[Path]:
 
 def _checked(data: Any, source: Path) -> Any:
     schema = data.get("schema") if isinstance(data, dict) else None
-    if schema != SCHEMA:
-        raise UsageError(f"{source}: schema {schema}, and this version reads {SCHEMA}. Use the version that wrote it.")
+    if schema not in READABLE:
+        known = " and ".join(map(str, READABLE))
+        raise UsageError(f"{source}: schema {schema}, and this version reads {known}. Use the version that wrote it.")
     return data
 
 

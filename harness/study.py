@@ -25,7 +25,7 @@ from typing import Any
 
 from harness import codec
 from harness.errors import UsageError, impossible
-from harness.protocol import Protocol
+from harness.protocol import PRECISION_REPLICATES, Protocol
 from harness.variant import Variant
 from harness.workload import Workload
 
@@ -88,8 +88,13 @@ class Study:
         data: str | None = None,
         effort: str | None = None,
         replicates: int | None = None,
+        precision: float | None = None,
+        max_minutes: float | None = None,
     ) -> Study:
-        """The same study on another model or data, or at another effort; what is None stays."""
+        """The same study on another model or data, at another effort or with limits; what is None stays.
+
+        With a precision and no number of replicates their cap is raised, so that the precision can be reached.
+        """
         workload, protocol = self.workload, self.protocol
         if model is not None:
             workload = dataclasses.replace(workload, model=model)
@@ -97,8 +102,13 @@ class Study:
             workload = dataclasses.replace(workload, data=data)
         if effort is not None:
             protocol = protocol.with_effort(effort)
+        if precision is not None:
+            cap = protocol.replicates if effort is not None else PRECISION_REPLICATES
+            protocol = dataclasses.replace(protocol, precision=precision, replicates=cap)
         if replicates is not None:
             protocol = dataclasses.replace(protocol, replicates=replicates)
+        if max_minutes is not None:
+            protocol = dataclasses.replace(protocol, max_minutes=max_minutes)
         return dataclasses.replace(self, workload=workload, protocol=protocol)
 
 

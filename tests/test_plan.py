@@ -54,8 +54,53 @@ def test_every_trial_gets_all_its_turns(small_study):
         assert taken == {slot.trial: small_study.protocol.turns for slot in group.slots}
 
 
-@pytest.mark.parametrize("options", [{"select": ["nf5"]}, {"phases": ["training"]}, {"interleaving": "lockstep"}])
+@pytest.mark.parametrize("options", [{"select": ["nf5"]}, {"phases": ["training"]}])
 def test_what_is_not_known_is_refused(small_study, options):
-    """Unknown variants and phases, and levels that are not built."""
+    """Unknown variants and phases."""
     with pytest.raises(UsageError):
         make_plan(small_study, **options)
+
+
+@pytest.mark.parametrize(("level", "processes"), [("shared-base", 1), ("lockstep", 3)])
+def test_trials_that_take_turns_stand_in_one_group(small_study, level, processes):
+    """All variants and the control, in one process or one each, in an order that is shuffled anew every round."""
+    protocol = dataclasses.replace(small_study.protocol, turns=30)
+    plan = make_plan(dataclasses.replace(small_study, protocol=protocol), interleaving=level, phases=["train"])
+    groups = [group for group in plan.groups if group.replicate == 0 and group.turns]
+    assert [len(group.launches) for group in groups] == [processes]
+    assert Counter(trial for order in groups[0].turns for trial in order) == {
+        "r0-plain": 30, "r0-nf4": 30, "r0-plain-control": 30,
+    }  # fmt: skip
+    assert len(set(groups[0].turns)) == 6
+
+
+def test_peaks_alone_need_few_solo_trials(small_study):
+    """They are discrete: three solo trials a variant, unless a cold start or a merged adapter wants more."""
+    protocol = dataclasses.replace(small_study.protocol, replicates=8)
+    study = dataclasses.replace(small_study, protocol=protocol)
+
+    def solo(level, phases):
+        slots = make_plan(study, interleaving=level, phases=phases).slots
+        return Counter(slot.measures for slot in slots if "steps" not in slot.measures)
+
+    assert solo("lockstep", ["train", "generate"]) == {("peaks",): 9}
+    assert solo("lockstep", ["train", "cold"]) == {("cold", "peaks"): 24}
+    assert solo("shared-base", ["train", "generate"]) == {("merged", "peaks"): 24}
+    assert solo("replicates", ["train", "generate", "cold"]) == {}
+
+
+def test_no_metric_is_measured_by_two_kinds_of_trials(small_study):
+    """What trials in turns measure and what solo ones measure has nothing in common, and together it is everything."""
+    phases = ["train", "generate", "cold"]
+    everything = set(make_plan(small_study, phases=phases).slots[0].measures)
+    for level in ("shared-base", "lockstep"):
+        kinds = {slot.measures for slot in make_plan(small_study, interleaving=level, phases=phases).slots}
+        first, second = kinds
+        assert not set(first) & set(second)
+        assert set(first) | set(second) == everything
+
+
+def test_the_full_profile_is_taken_once_a_variant(small_study):
+    """Later replicates are watched by the spy."""
+    for slot in make_plan(small_study).slots:
+        assert slot.instrument == ("profile" if slot.replicate == 0 else "spy")

@@ -12,7 +12,9 @@ from harness.plan import Group, make_plan
 from harness.record import Failure, Fragment, TrialRequest
 from harness.runner import Site, run_plan
 
-COMMANDS = ["prepare", "build", "verify", "warm_up", "turn", "turn", "finish_training", "save_adapter", "generate"]
+TRAINING = ["prepare", "build", "verify", "warm_up", "turn", "turn", "finish_training", "save_adapter"]
+SERVING = ["begin_generate", "request", "request", "end_generate", "merge", "request", "request"]
+COMMANDS = [*TRAINING, *SERVING]
 
 
 class FakeWorker:
@@ -70,12 +72,12 @@ class Quiet:
         self.ended.append(record.trial)
 
 
-def conduct(plan, tmp_path, script=None):
+def conduct(plan, tmp_path, script=None, stop=lambda records: None):
     executor, saved = FakeExecutor(script), []
     site = Site(
         run_path=tmp_path, scratch=Path(tmp_path), device="cpu", threads=1, tokens_path="t", tokens={"hash": "h"}
     )
-    records = run_plan(plan, executor, site, save=saved.append, watcher=Quiet())
+    records = run_plan(plan, {"": executor}, site, save=saved.append, watcher=Quiet(), stop=stop).records
     assert [record.trial for record in saved] == [record.trial for record in records]
     return executor, {record.trial: record for record in records}
 
@@ -99,7 +101,7 @@ def test_every_trial_runs_its_phases_in_order(small_study, tmp_path):
     assert first.tokens["hash"] == "h"
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", dict.fromkeys(COMMANDS))
 def test_a_lost_worker_is_a_row_and_the_sweep_goes_on(small_study, tmp_path, command):
     """Whatever phase it dies in, its trial keeps what was measured and the others are measured."""
     plan = make_plan(small_study)
@@ -114,7 +116,7 @@ def test_what_was_measured_before_a_death_is_kept(small_study, tmp_path):
     """The samples of the turns before it stay in the record."""
     plan = make_plan(small_study)
     victim = plan.slots[0].trial
-    _, records = conduct(plan, tmp_path, {(victim, "generate"): lost()})
+    _, records = conduct(plan, tmp_path, {(victim, "begin_generate"): lost()})
     assert records[victim].samples["step_time_s"] == (0.5,) * 4
     assert records[victim].status == "crashed"
 
@@ -165,9 +167,9 @@ def test_another_cold_answer_is_invalid(small_study, tmp_path):
     plan = make_plan(small_study)
     victim, other = plan.slots[0].trial, plan.slots[1].trial
     script = {
-        (victim, "generate"): Fragment(tokens={"completion": [1, 2]}),
+        (victim, "begin_generate"): Fragment(tokens={"completion": [1, 2]}),
         (victim, "cold"): Fragment(tokens={"cold_completion": [1, 3]}),
-        (other, "generate"): Fragment(tokens={"completion": [1, 2]}),
+        (other, "begin_generate"): Fragment(tokens={"completion": [1, 2]}),
         (other, "cold"): Fragment(tokens={"cold_completion": [1, 2]}),
     }
     _, records = conduct(plan, tmp_path, script)
@@ -190,7 +192,7 @@ def test_a_defect_of_the_parent_costs_no_record(small_study, tmp_path):
     executor, saved = FakeExecutor({(plan.slots[1].trial, "turn"): ZeroDivisionError("oops")}), []
     site = Site(run_path=tmp_path, scratch=tmp_path, device="cpu", threads=1, tokens_path="t", tokens={})
     with pytest.raises(ZeroDivisionError):
-        run_plan(plan, executor, site, save=saved.append, watcher=Quiet())
+        run_plan(plan, {"": executor}, site, save=saved.append, watcher=Quiet())
     assert [record.status for record in saved] == ["ok", "crashed", *["not_run"] * (len(plan.slots) - 2)]
     assert "oops" in saved[1].failure.message
 
@@ -200,3 +202,57 @@ def test_scratch_is_gone_when_its_trial_has_ended(small_study, tmp_path):
     plan = make_plan(small_study)
     conduct(plan, tmp_path)
     assert not [slot.trial for slot in plan.slots if (tmp_path / slot.trial).exists()]
+
+
+def test_solo_trials_measure_what_needs_a_process_of_its_own(small_study, tmp_path):
+    """At shared-base: one process for all turns, never merged or saved; then solo trials with everything else."""
+    plan = make_plan(small_study, interleaving="shared-base")
+    executor, records = conduct(plan, tmp_path)
+    asked = {trial: [command for owner, command in executor.asked if owner == trial] for trial in records}
+    shared, solo = asked["r0-nf4"], asked["r0-nf4-solo"]
+    assert {"turn", "request", "close"} <= set(shared)
+    assert not {"merge", "save_adapter", "end_generate", "cold"} & set(shared)
+    assert {"merge", "request", "save_adapter", "end_generate", "cold"} <= set(solo)
+    assert not {"turn", "close"} & set(solo)
+    assert shared.count("request") == solo.count("request") == small_study.protocol.generate_requests
+    assert len(executor.workers) == 2 * (1 + 3)  # replicates × (the shared process and three solo ones)
+    assert records["r0-nf4"].interleaving == "shared-base"
+    assert records["r0-nf4-solo"].interleaving == "replicates"
+    assert records["r0-nf4"].log == records["r0-plain"].log != records["r0-nf4-solo"].log
+
+
+def test_sides_are_measured_by_their_own_executors(small_study, tmp_path):
+    """Each launch goes to the executor of its side, and the record says which."""
+    plan = make_plan(small_study)
+    a, b = (dataclasses.replace(slot, side=side) for slot, side in zip(plan.slots, ("base", "candidate"), strict=False))
+    group = Group(replicate=0, launches=((a,), (b,)), turns=((a.trial, b.trial),))
+    executors = {"base": FakeExecutor(), "candidate": FakeExecutor()}
+    site = Site(run_path=tmp_path, scratch=tmp_path, device="cpu", threads=1, tokens_path="t", tokens={})
+    measured = run_plan(
+        dataclasses.replace(plan, groups=(group,)), executors, site, save=lambda record: None, watcher=Quiet()
+    )
+    assert [record.side for record in measured.records] == ["base", "candidate"]
+    assert {trial for trial, _ in executors["base"].asked} == {a.trial}
+    assert {trial for trial, _ in executors["candidate"].asked} == {b.trial}
+
+
+def test_a_reason_to_stop_ends_the_run_between_replicates(small_study, tmp_path):
+    """The rule is asked after each complete replicate, and what it makes needless leaves no record."""
+    plan = make_plan(small_study)
+    seen = []
+
+    def stop(records):
+        seen.append(len(records))
+        return "precise enough"
+
+    _, records = conduct(plan, tmp_path, stop=stop)
+    assert seen == [3]
+    assert {record.replicate for record in records.values()} == {0}
+
+
+def test_the_turn_phase_is_timed_as_a_whole(small_study, tmp_path):
+    """Beside the timed steps stands what all the turns took with their switches."""
+    _, records = conduct(make_plan(small_study, interleaving="lockstep"), tmp_path)
+    walls = {record.values["turns_wall_time_s"] for record in records.values() if not record.trial.endswith("solo")}
+    assert len(walls) <= 3 * 2
+    assert all(wall > 0 for wall in walls)

@@ -50,7 +50,7 @@ def test_a_record_cut_short_is_counted(tmp_path):
 def test_another_schema_is_refused(tmp_path):
     """A record of another version is not read as if it were ours."""
     writer = RunWriter(tmp_path, manifest())
-    text = (writer.path / "manifest.json").read_text().replace('"schema": 1', '"schema": 99')
+    text = (writer.path / "manifest.json").read_text().replace('"schema": 2', '"schema": 99')
     (writer.path / "manifest.json").write_text(text)
     with pytest.raises(UsageError, match="schema 99"):
         store.read_run(str(writer.path), tmp_path)

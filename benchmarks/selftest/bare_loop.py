@@ -18,6 +18,7 @@ import torch
 from harness.protocol import Protocol
 from harness.record import TrialRequest
 from harness.study import load_study
+from harness.training.shared import SharedBase
 from harness.training.tokens import prepare
 from harness.training.trial import Trial
 
@@ -30,15 +31,16 @@ def main(seed: int, turns: int) -> None:
         trial = Trial(
             TrialRequest(
                 trial="overhead", variant=study.variant("qlora-nf4-r16"), role="variant", replicate=0, seed=seed,
-                workload=study.workload, protocol=Protocol(), interleaving="shared-base", phases=("train",),
+                workload=study.workload, protocol=Protocol(), interleaving="replicates", measures=("steps",),
                 device="cpu", threads=1, tokens_path=prepare(study.workload, Path(folder)).path, scratch=folder,
                 log_path="",
-            )
+            ),
+            SharedBase(),
         )  # fmt: skip
-        trial.build()
-        trial.verify()  # so that whatever it leaves behind would show
-        trial.warm_up()
-        trainee, _, stream = trial._parts()
+        trial.run("build")
+        trial.run("verify")  # so that whatever it leaves behind would show
+        trial.run("warm_up")
+        trainee, stream = trial._built.trainee, trial._built.stream
     model, optimizer = trainee.model, trainee.optimizer
     trained = [p for p in model.parameters() if p.requires_grad]
     times: dict[str, list[float]] = {"recorded": [], "turn": [], "bare": []}
@@ -54,7 +56,7 @@ def main(seed: int, turns: int) -> None:
 
     def harness() -> None:
         begin = time.perf_counter()
-        fragment = trial.turn(1)
+        fragment = trial.run("turn", steps=1)
         times["turn"].append(time.perf_counter() - begin)
         times["recorded"] += fragment.samples["step_time_s"]
 

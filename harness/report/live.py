@@ -23,7 +23,9 @@ _PHASE_WORDS = {
     "turn": "timing steps",
     "finish_training": "held-out loss and memory",
     "save_adapter": "saving the adapter",
-    "generate": "generating",
+    "begin_generate": "first call",
+    "request": "timing requests",
+    "merge": "merging the adapter",
     "cold": "cold start",
 }
 

@@ -21,7 +21,9 @@ from transformers import get_scheduler
 
 from harness import catalogue
 from harness.record import TrialRequest
+from harness.training.injection import inject_work
 from harness.training.models import load_base
+from harness.training.shared import SharedBase
 from harness.variant import ALL_LINEAR, Variant
 
 
@@ -33,6 +35,13 @@ class Trainee:
     forward: Any
     optimizer: torch.optim.Optimizer
     schedule: Any
+    adapter: str
+    """Name of the adapter that trains; the model may hold others, of other trials."""
+
+    @property
+    def parameters(self) -> tuple[torch.nn.Parameter, ...]:
+        """What trains while this trainee's adapter is active."""
+        return tuple(p for p in self.model.parameters() if p.requires_grad)
 
 
 def seed_everything(seed: int) -> None:
@@ -42,19 +51,31 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def build(request: TrialRequest, *, steps: int) -> Trainee:
-    """Load the base, attach the adapter, make the optimizer.
+def build(request: TrialRequest, *, steps: int, shared: SharedBase) -> Trainee:
+    """Load the base if this process has none yet, attach the adapter, make the optimizer.
 
     Args:
         request: variant, workload, device and seed.
         steps: optimizer steps that the schedule must span.
+        shared: the base of this process, and the trials that are on it already.
     """
-    variant, device = request.variant, request.device
-    source = catalogue.resolve(request.workload.model)
+    variant = request.variant
     set_precision(variant)
-    base = load_base(source, variant, device=device, seed=request.workload.data_seed)
-    seed_everything(request.seed)
-    model = attach(base, variant)
+
+    def load(adapter: str) -> Any:
+        source = catalogue.resolve(request.workload.model)
+        base = load_base(source, variant, device=request.device, seed=request.workload.data_seed)
+        seed_everything(request.seed)
+        return attach(base, variant, adapter)
+
+    def add(model: Any, adapter: str) -> None:
+        seed_everything(request.seed)
+        model.add_adapter(adapter, lora_config(variant), autocast_adapter_dtype=upcasts_adapter(variant))
+        cast_adapter(model, variant)
+
+    model, adapter = shared.adopt(load, add)
+    if request.injected_rows:
+        inject_work(model, request.injected_rows)
     model.train()
     optimizer = make_optimizer(model, variant)
     schedule = get_scheduler(
@@ -65,16 +86,17 @@ def build(request: TrialRequest, *, steps: int) -> Trainee:
         _own_caches(Path(request.scratch))
         forward = torch.compile(model)
     seed_everything(request.seed + 1)
-    return Trainee(model, forward, optimizer, schedule)
+    return Trainee(model, forward, optimizer, schedule, adapter)
 
 
-def attach(base: Any, variant: Variant) -> Any:
+def attach(base: Any, variant: Variant, adapter: str = "default") -> Any:
     """The base with a fresh adapter, as PEFT makes it."""
     base = prepared(base, variant)
     if variant.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         base.enable_input_require_grads()
-    model = get_peft_model(base, lora_config(variant), autocast_adapter_dtype=upcasts_adapter(variant))
+    upcasts = upcasts_adapter(variant)
+    model = get_peft_model(base, lora_config(variant), adapter_name=adapter, autocast_adapter_dtype=upcasts)
     cast_adapter(model, variant)
     return model
 

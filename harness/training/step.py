@@ -27,7 +27,7 @@ class TrainStep:
         self._stream = stream
         self._accumulate = variant.gradient_accumulation
         self._clip = variant.max_grad_norm
-        self._trained = [p for p in trainee.model.parameters() if p.requires_grad]
+        self._trained = trainee.parameters
         self._device = device
         self._autocast = getattr(torch, variant.autocast) if variant.autocast else None
 

@@ -1,6 +1,8 @@
-"""One trial in its own process: the phases, each a method that returns what it added as a `Fragment`.
+"""One trial in its process: the commands, each a method that returns what it added as a `Fragment`.
 
-Order: build and first step, verify, warm up, timed turns, held-out loss and memory, inference. The first step comes
+Order: build and first step, verify, warm up, timed turns, held-out loss and memory, inference. What a command measures
+depends on what the request asks for: a trial that takes turns beside others has no peaks of its own to report, and a
+solo trial has no turns. The first step comes
 before the check so that its time is that of a process's first step; the check leaves adapter, optimizer and RNG as it
 found them, and its cost is in no number.
 """
@@ -10,14 +12,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import kernels_check
 from harness import codec
 from harness.errors import LorameterError
-from harness.inference.generate import Request, generate
+from harness.inference.server import Server
 from harness.meters.clock import Lap, Stopwatch
 from harness.meters.memory import MemoryGauge, host_bytes, resident_bytes
 from harness.protocol import Protocol
@@ -26,6 +30,7 @@ from harness.stats import is_steady
 from harness.training.build import Trainee, build, save_initial, unpack_4bit
 from harness.training.process import release_unused
 from harness.training.requirements import requirements_of
+from harness.training.shared import Seat, SharedBase
 from harness.training.step import TrainStep
 from harness.training.stream import TokenStream
 
@@ -33,51 +38,99 @@ STEADY_WINDOW = 3
 """Steps that must show no more downward trend before a warm-up ends."""
 
 
-class Trial:
-    """State of one trial between commands; what a library raises is the worker's to report."""
+COMMANDS = (
+    "build",
+    "verify",
+    "warm_up",
+    "turn",
+    "finish_training",
+    "save_adapter",
+    "begin_generate",
+    "request",
+    "end_generate",
+    "merge",
+    "close",
+)
 
-    def __init__(self, request: TrialRequest) -> None:
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """What a trial has once it is built."""
+
+    trainee: Trainee
+    step: TrainStep
+    stream: TokenStream
+    seat: Seat
+
+
+class Trial:
+    """State of one trial between commands; what a library raises is the worker's to report.
+
+    `shared` is the base model of the process, on which other trials may have their adapters; each command runs with
+    this trial's adapter active and its own random numbers.
+    """
+
+    def __init__(self, request: TrialRequest, shared: SharedBase) -> None:
         self._request = request
+        self.shared = shared
+        """The base of the process, for the trials that come after."""
         self._watch = Stopwatch(request.device)
         self._gauge = MemoryGauge(request.device)
-        self._trainee: Trainee | None = None
-        self._step: TrainStep | None = None
-        self._stream: TokenStream | None = None
+        self._parts: _Parts | None = None
         self._steps_taken = 0
+        self._server: Server | None = None
+
+    def run(self, command: str, **arguments: Any) -> Fragment:
+        """Carry out a command in this trial's seat. Raises ValueError for a command that does not exist."""
+        if command not in COMMANDS:
+            raise ValueError(f"unknown command {command!r}")
+        method: Callable[..., Fragment] = getattr(self, command)
+        if command == "build":
+            return method(**arguments)
+        with self._built.seat.taken():
+            return method(**arguments)
 
     def build(self) -> Fragment:
         """Load, attach, take the first step."""
         request, protocol = self._request, self._request.protocol
         baseline = host_bytes("VmRSS")
-        self._gauge.begin()
+        if self._alone:
+            self._gauge.begin()
         begin = time.perf_counter()
-        self._trainee = build(request, steps=total_steps(protocol))
+        trainee = build(request, steps=total_steps(protocol), shared=self.shared)
         load_time = time.perf_counter() - begin
         if request.variant.rewrites_base:
-            save_initial(self._trainee.model, self._initial)
-        self._stream = TokenStream(Path(request.tokens_path), request.workload, request.variant, request.device)
-        self._step = TrainStep(self._trainee, self._stream, request.variant, request.device)
-        memory = {"host_baseline_bytes": baseline} | self._gauge.peaks("load")
-        values = {"threads": float(request.threads), "load_time_s": load_time}
-        loss, lap = self._take_step()
-        values["first_step_time_s"] = lap.time_s
-        if not request.variant.rewrites_base:
-            with self._trainee.model.disable_adapter():  # which is what the adapter was before its first step
-                values["held_out_loss_initial"] = self._step.held_out_loss()
+            save_initial(trainee.model, self._initial)
+        if request.interleaving == "shared-base":
+            self.shared.remember()
+        stream = TokenStream(Path(request.tokens_path), request.workload, request.variant, request.device)
+        step = TrainStep(trainee, stream, request.variant, request.device)
+        self._parts = _Parts(trainee, step, stream, Seat(trainee.model, trainee.adapter))
+        with self._parts.seat.taken():
+            memory = {"host_baseline_bytes": baseline} | self._gauge.peaks("load") if self._alone else {}
+            loss, lap = self._take_step()
+            values = {"threads": float(request.threads)}
+            if self._alone:
+                values |= {"load_time_s": load_time, "first_step_time_s": lap.time_s}
+            if self._timed and not request.variant.rewrites_base:
+                with trainee.model.disable_adapter():  # which is what the adapter was before its first step
+                    values["held_out_loss_initial"] = step.held_out_loss()
         return self._judged(Fragment(values=values, memory=memory, samples={"warmup_loss": (loss,)}), [loss])
 
     def verify(self) -> Fragment:
         """Watch a step and judge what the variant claims; a claim that does not hold makes the trial invalid."""
-        trainee, step, stream = self._parts()
-        request = self._request
+        parts, request = self._built, self._request
+        trainee, step, stream = parts.trainee, parts.step, parts.stream
         packed = stream.packed_batch()
-        shapes = tuple(p.numel() for p in trainee.model.parameters() if p.requires_grad)
+        shapes = tuple(parameter.numel() for parameter in trainee.parameters)
         required = requirements_of(request.variant, shapes, packed=packed is not None) | request.requirements
         position, schedule = stream.position(), trainee.schedule.state_dict()
         batch = None if packed is None else step.inputs(packed)
         losses: list[torch.Tensor] = []
         begin = time.perf_counter()
-        checks = kernels_check.verify(trainee.model, lambda: losses.append(step()), required, batch=batch)
+        checks = kernels_check.verify(
+            trainee.model, lambda: losses.append(step()), required, batch=batch, instrument=request.instrument
+        )
         release_unused(request.device)
         seconds = time.perf_counter() - begin
         stream.restore(position)
@@ -100,12 +153,16 @@ class Trial:
         return fragment.failed("invalid", Failure(phase="verify", kind="RequiredPathNotActive", message=said))
 
     def warm_up(self) -> Fragment:
-        """Steps until their times are steady, or the cap; all are kept, none is timed for the result."""
+        """Steps until their times are steady, or the cap; all are kept, none is timed for the result.
+
+        A trial that times no steps takes the fewest: they settle the allocator, whose peaks it is there for.
+        """
         protocol = self._request.protocol
-        self._gauge.begin()  # from here to the last turn is the training phase; the check's memory is not in its peak
+        if self._alone:
+            self._gauge.begin()  # to the last step is the training phase; the check's memory is not in its peak
         times: list[float] = []
         losses: list[float] = []
-        while len(times) < protocol.warmup_steps_max:
+        while len(times) < (protocol.warmup_steps_max if self._timed else protocol.warmup_steps_min):
             loss, lap = self._take_step()
             times.append(lap.time_s)
             losses.append(loss)
@@ -113,13 +170,13 @@ class Trial:
                 break
         fragment = Fragment(
             samples={"warmup_step_time_s": tuple(times), "warmup_loss": tuple(losses)},
-            values={"warmup_steady": float(is_steady(times, STEADY_WINDOW))},
+            values={"warmup_steady": float(is_steady(times, STEADY_WINDOW))} if self._timed else {},
         )
         return self._judged(fragment, losses)
 
     def turn(self, steps: int) -> Fragment:
         """`steps` timed steps."""
-        _, _, stream = self._parts()
+        stream = self._built.stream
         real, padded = stream.real_tokens, stream.padded_tokens
         accumulated = self._request.variant.gradient_accumulation
         taken = [self._take_step() for _ in range(steps)]
@@ -139,72 +196,103 @@ class Trial:
         How long a warm-up lasts depends on noise. Losses are compared between variants, so every trial ends after the
         same number of steps on the same tokens.
         """
-        trainee, step, stream = self._parts()
-        memory = self._gauge.peaks("train")
-        losses = [self._take_step()[0] for _ in range(total_steps(self._request.protocol) - self._steps_taken)]
-        # Gradients live only between backward and the optimizer, so they are made once more, untimed, to be counted.
-        step.loss(stream.take()).backward()
-        memory |= resident_bytes(trainee.model, trainee.optimizer)
-        trainee.optimizer.zero_grad(set_to_none=True)
-        values = {
-            "held_out_loss": step.held_out_loss(),
-            "trainable_parameters": float(sum(p.numel() for p in trainee.model.parameters() if p.requires_grad)),
-        }
-        fragment = Fragment(values=values, memory=memory, samples={"catch_up_loss": tuple(losses)})
-        return self._judged(fragment, [*losses, values["held_out_loss"]])
-
-    def generate(self) -> Fragment:
-        """First call, warm requests, then the same with the adapter merged. Ends the trial: the base is changed."""
-        trainee, _, stream = self._parts()
-        model, protocol, workload = trainee.model, self._request.protocol, self._request.workload
-        model.eval()
-        trainee.optimizer.state.clear()  # a server holds none, so it is not in the peak
-        release_unused(self._request.device)
-        self._gauge.begin()
-
-        def request(index: int) -> Request:
-            return generate(model, stream.prompt(index), workload.new_tokens)
-
-        first = request(0)
-        values = {"first_call_time_s": first.request_time_s, "new_tokens": float(workload.new_tokens)}
-        values["packed_4bit_decode"] = float(_packed(model))
-        samples = self._warm(request, protocol.generate_warmup, protocol.generate_requests)
-        memory = self._gauge.peaks("generate")
-        unpack_4bit(model)
-        model.merge_adapter()
-        merged = self._warm(request, 1 + protocol.generate_warmup, protocol.generate_requests)
-        samples |= {f"merged_{name}": taken for name, taken in merged.items()}
-        return Fragment(values=values, samples=samples, memory=memory, tokens={"completion": list(first.tokens)})
+        trainee, step = self._built.trainee, self._built.step
+        values = {"trainable_parameters": float(sum(p.numel() for p in trainee.parameters))}
+        memory: dict[str, int] = {}
+        samples: dict[str, tuple[float, ...]] = {}
+        losses: list[float] = []
+        if self._alone:
+            memory = self._gauge.peaks("train")
+        if self._timed:
+            losses = [self._take_step()[0] for _ in range(total_steps(self._request.protocol) - self._steps_taken)]
+            samples["catch_up_loss"] = tuple(losses)
+        if self._alone:
+            # Gradients live only between backward and the optimizer, so they are made once more to be counted.
+            step.loss(self._built.stream.take()).backward()
+            memory |= resident_bytes(trainee.model, trainee.optimizer)
+            trainee.optimizer.zero_grad(set_to_none=True)
+        if self._timed:
+            values["held_out_loss"] = step.held_out_loss()
+            losses = [*losses, values["held_out_loss"]]
+        return self._judged(Fragment(values=values, memory=memory, samples=samples), losses)
 
     def save_adapter(self) -> Fragment:
         """Write the trained adapter where a new interpreter will load it from."""
-        trainee, _, _ = self._parts()
         initial = str(self._initial) if self._request.variant.rewrites_base else None
         folder = str(Path(self._request.scratch) / "adapter")
-        trainee.model.save_pretrained(folder, path_initial_model_for_weight_conversion=initial)
+        self._built.trainee.model.save_pretrained(folder, path_initial_model_for_weight_conversion=initial)
         return Fragment()
+
+    def begin_generate(self) -> Fragment:
+        """First call and the discarded requests after it. Training has ended: the optimizer's state is let go."""
+        trainee, protocol = self._built.trainee, self._request.protocol
+        trainee.model.eval()
+        trainee.optimizer.state.clear()  # a server holds none, so it is not in the peak
+        release_unused(self._request.device)
+        if self._alone:
+            self._gauge.begin()
+        self._server = Server(trainee.model, self._built.stream.prompt, self._request.workload.new_tokens)
+        first = self._server.warm_up(1 + protocol.generate_warmup)
+        values = {"new_tokens": float(self._request.workload.new_tokens), "packed_4bit_decode": float(self._packed)}
+        if self._alone:
+            values["first_call_time_s"] = first.request_time_s
+        return Fragment(values=values, tokens={"completion": list(first.tokens)})
+
+    def request(self) -> Fragment:
+        """One warm request, by the adapter beside the base or, after `merge`, merged into it."""
+        return Fragment(samples=self._serving.request())
+
+    def end_generate(self) -> Fragment:
+        """Peaks of generation."""
+        return Fragment(memory=self._gauge.peaks("generate"))
+
+    def merge(self) -> Fragment:
+        """Merge the adapter into the base and warm up again. Ends the trial: the base is changed."""
+        self._serving.merge(discard=1 + self._request.protocol.generate_warmup)
+        return Fragment()
+
+    def close(self) -> Fragment:
+        """The last word of a trial on a base that others share: the base must be what it was."""
+        unpack_4bit(self._built.trainee.model)
+        if self.shared.unchanged():
+            return Fragment()
+        message = "the base's weights changed while trials shared it, so none of them is what it would be alone"
+        return Fragment().failed("invalid", Failure(phase="close", kind="BaseChanged", message=message))
+
+    @property
+    def _timed(self) -> bool:
+        return "steps" in self._request.measures
+
+    @property
+    def _alone(self) -> bool:
+        return "peaks" in self._request.measures
 
     @property
     def _initial(self) -> Path:
         return Path(self._request.scratch) / "initial"
 
-    def _warm(self, request: Callable[[int], Request], discard: int, count: int) -> dict[str, tuple[float, ...]]:
-        for index in range(discard):
-            request(index)
-        taken = [request(index) for index in range(count)]
-        names = ("request_time_s", "first_token_time_s", "time_per_output_token_s")
-        return {name: tuple(getattr(item, name) for item in taken) for name in names}
+    @property
+    def _built(self) -> _Parts:
+        if self._parts is None:
+            raise LorameterError(f"trial {self._request.trial}: asked to run before it was built")
+        return self._parts
+
+    @property
+    def _serving(self) -> Server:
+        if self._server is None:
+            raise LorameterError(f"trial {self._request.trial}: asked for a request before generation began")
+        return self._server
+
+    @property
+    def _packed(self) -> bool:
+        """Whether 4-bit layers run in bitsandbytes' CPU packing (see `unpack_4bit`)."""
+        states = (getattr(parameter, "quant_state", None) for parameter in self._built.trainee.model.parameters())
+        return any(getattr(state, "packing_format_for_cpu", False) for state in states if state is not None)
 
     def _take_step(self) -> tuple[float, Lap]:
-        _, step, _ = self._parts()
-        loss, lap = self._watch(step)
+        loss, lap = self._watch(self._built.step)
         self._steps_taken += 1
         return float(loss), lap
-
-    def _parts(self) -> tuple[Trainee, TrainStep, TokenStream]:
-        if self._trainee is None or self._step is None or self._stream is None:
-            raise LorameterError(f"trial {self._request.trial}: asked to run before it was built")
-        return self._trainee, self._step, self._stream
 
     def _judged(self, fragment: Fragment, losses: list[float]) -> Fragment:
         for offset, loss in enumerate(losses):
@@ -221,9 +309,3 @@ class Trial:
 def total_steps(protocol: Protocol) -> int:
     """Optimizer steps of every trial, however long its warm-up was: the first, the warm-up at most, the timed ones."""
     return 1 + protocol.warmup_steps_max + protocol.turns * protocol.steps_per_turn
-
-
-def _packed(model: torch.nn.Module) -> bool:
-    """Whether 4-bit layers run in bitsandbytes' CPU packing (see `unpack_4bit`)."""
-    states = (getattr(parameter, "quant_state", None) for parameter in model.parameters())
-    return any(getattr(state, "packing_format_for_cpu", False) for state in states if state is not None)

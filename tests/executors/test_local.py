@@ -49,8 +49,8 @@ def measure(study, executor, tmp_path, *, phases=("train",), select=(), watcher=
         run_path=tmp_path, scratch=tmp_path / "scratch", device="cpu", threads=1, tokens_path=tokens["path"],
         tokens={"hash": tokens["hash"]},
     )  # fmt: skip
-    records = run_plan(plan, executor, site, save=lambda record: None, watcher=watcher or Quiet())
-    return {record.trial: record for record in records}
+    measured = run_plan(plan, {"": executor}, site, save=lambda record: None, watcher=watcher or Quiet())
+    return {record.trial: record for record in measured.records}
 
 
 def children_of(executor):

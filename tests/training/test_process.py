@@ -16,7 +16,7 @@ def request_on_cpu(tmp_path):
     """The least that a trial can be asked."""
     return TrialRequest(
         trial="r1-plain", variant=Variant(), role="variant", replicate=1, seed=0, workload=Workload(),
-        protocol=Protocol(), interleaving="replicates", phases=("train",), device="cpu", threads=1,
+        protocol=Protocol(), interleaving="replicates", measures=("steps",), device="cpu", threads=1,
         tokens_path=str(tmp_path / "tokens"), scratch=str(tmp_path), log_path=str(tmp_path / "log"),
     )  # fmt: skip
 

@@ -12,6 +12,7 @@ from harness.inference.generate import generate
 from harness.protocol import Protocol
 from harness.record import TrialRequest
 from harness.training.build import attach, build, evaluating, seed_everything, unpack_4bit
+from harness.training.shared import SharedBase
 from harness.training.step import TrainStep
 from harness.training.stream import TokenStream
 from harness.training.tokens import prepare
@@ -39,11 +40,11 @@ def setting(variant, tokens, layout="packed"):
     workload = dataclasses.replace(WORKLOAD, layout=layout)
     request = TrialRequest(
         trial="t", variant=variant, role="variant", replicate=0, seed=1, workload=workload, protocol=Protocol(),
-        interleaving="replicates", phases=(), device="cpu", threads=1, tokens_path=tokens[layout], scratch="",
+        interleaving="replicates", measures=("steps",), device="cpu", threads=1, tokens_path=tokens[layout], scratch="",
         log_path="",
     )  # fmt: skip
     torch.set_num_threads(1)
-    trainee = build(request, steps=10)
+    trainee = build(request, steps=10, shared=SharedBase())
     stream = TokenStream(Path(tokens[layout]), workload, variant, "cpu")
     return trainee, stream, TrainStep(trainee, stream, variant, "cpu")
 

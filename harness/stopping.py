@@ -1,0 +1,75 @@
+"""When a run has what it needs: by precision or by time, never by significance.
+
+Looking after every replicate whether the difference is significant raises the rate of false alarms from 5 % to 21 % over
+20 looks. The width of the interval is another matter: it says nothing of the direction, so a run may stop as soon as
+it is narrow enough.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+
+from harness.plan import Plan
+from harness.record import TrialRecord
+from harness.series import compare_series, series_of
+from harness.stats import Comparison
+from harness.units import PRIMARY
+
+LEAST_REPLICATES = 5
+"""Fewer give a standard deviation that is itself too uncertain to stop on."""
+
+
+class Stopping:
+    """The protocol's stopping rule; is asked after each replicate."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._begin = time.monotonic()
+
+    def __call__(self, records: Sequence[TrialRecord]) -> str | None:
+        """The reason to stop, or None to go on."""
+        protocol = self._plan.study.protocol
+        replicates = len({record.replicate for record in records})
+        if protocol.precision is not None and replicates >= LEAST_REPLICATES:
+            widest = self._widest(records)
+            if widest is not None and widest <= math.log1p(protocol.precision):
+                return (
+                    f"every interval is within ±{100 * math.expm1(widest):.2g} % after {replicates} replicates, and "
+                    f"±{100 * protocol.precision:.2g} % were asked for"
+                )
+        if protocol.max_minutes is not None:
+            spent = time.monotonic() - self._begin
+            if (spent + spent / replicates) / 60 > protocol.max_minutes:
+                return f"another replicate would end after the limit of {protocol.max_minutes:g} minutes"
+        return None
+
+    def _widest(self, records: Sequence[TrialRecord]) -> float | None:
+        """The largest half-width of the compared intervals, on the log scale; None where one has no interval."""
+        widths = [half_width(comparison) for comparison in self._comparisons(records)]
+        known = [width for width in widths if width is not None]
+        return max(known) if known and len(known) == len(widths) else None
+
+    def _comparisons(self, records: Sequence[TrialRecord]) -> list[Comparison]:
+        """Everything against the reference, and the reference against its twin, in the primary metric of each phase."""
+        found: list[Comparison] = []
+        reference = self._plan.study.reference
+        base_side = "base" if any(record.side for record in records) else ""
+        for side in sorted({record.side for record in records}):
+            groups, bases = series_of(records, side), series_of(records, base_side)  # type: ignore[arg-type]
+            for (name, role), series in groups.items():
+                key = (name if side else reference, "variant")
+                if key not in bases or (side == base_side and (name, role) == key):
+                    continue
+                for phase in self._plan.phases:
+                    comparison = compare_series(bases[key], series, PRIMARY[phase])  # type: ignore[index]
+                    found += [comparison] if comparison is not None else []
+        return found
+
+
+def half_width(comparison: Comparison) -> float | None:
+    """Half the interval of a ratio on the log scale; None without one."""
+    if not comparison.low or not comparison.high:
+        return None
+    return (math.log(comparison.high) - math.log(comparison.low)) / 2
