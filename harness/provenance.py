@@ -78,8 +78,13 @@ def probe_machine() -> Machine:
     )
 
 
-def collect(study: Study, machine: Machine, threads: int, hello: dict[str, Any]) -> dict[str, Any]:
-    """The provenance of a run: machine, threads, library versions, workload, git state, what the worker said."""
+def collect(
+    study: Study, machine: Machine, threads: int, hello: dict[str, Any], side: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The provenance of a run: machine, threads, library versions, workload, git state, what the worker said.
+
+    `side` is the description of another host (`executors.host.describe`); what it says goes before what holds here.
+    """
     return {
         **codec.to_json(machine),
         "threads": threads,
@@ -87,6 +92,7 @@ def collect(study: Study, machine: Machine, threads: int, hello: dict[str, Any])
         "workload": codec.to_json(study.workload) | {"data": _content_of(study.workload.data)},
         "git": git_state(Path.cwd()),
         "worker": {key: hello.get(key) for key in ("device", "torch", "import_time_s", "harness")},
+        **(side or {}),
     }
 
 
@@ -174,10 +180,13 @@ def _cpu_fields() -> dict[str, str]:
 def _torch_cuda() -> str | None:
     """The CUDA version that the installed torch was built for, read from its version file."""
     spec = importlib.util.find_spec("torch")
-    if spec is None or spec.origin is None:
-        return None
+    return None if spec is None or spec.origin is None else cuda_of(Path(spec.origin).parent)
+
+
+def cuda_of(torch: Path) -> str | None:
+    """The CUDA version that the torch in this folder was built for, None for a CPU build."""
     with contextlib.suppress(OSError):
-        for line in (Path(spec.origin).parent / "version.py").read_text().splitlines():
+        for line in (torch / "version.py").read_text().splitlines():
             if line.startswith("cuda") and "'" in line:
                 return line.split("'")[1]
     return None

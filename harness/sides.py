@@ -28,8 +28,8 @@ from harness.executors.host import Host, inspect
 Kind = Literal["revision", "interpreter", "requirements"]
 DECLARED: dict[Kind, tuple[str, ...]] = {
     "revision": ("git",),
-    "interpreter": ("python", "libraries"),
-    "requirements": ("libraries",),
+    "interpreter": ("python", "libraries", "cuda"),
+    "requirements": ("libraries", "cuda"),  # another torch may be built for another CUDA
 }
 OLDEST_PYTHON = (3, 11)
 """As requires-python in pyproject.toml: the harness runs in the interpreter of either side."""
@@ -132,8 +132,9 @@ def _revision(
     spec: str, commit: str, repository: Path, stack: contextlib.ExitStack, report: Callable[[str], object]
 ) -> Side:
     tree = stack.enter_context(_worktree(commit, repository))
-    roots = [folder for folder in (tree, tree / "src", *_other_roots(repository, tree)) if folder.is_dir()]
-    path = [str(folder) for folder in dict.fromkeys(roots)]
+    top = Path(_git(repository, "rev-parse", "--show-toplevel").stdout.strip()).resolve()
+    roots = [tree / folder for folder in _roots(repository.resolve(), top) if (tree / folder).is_dir()]
+    path = [str(folder) for folder in roots]
     if not (tree / "harness" / "__init__.py").is_file():
         path.append(_own_packages(stack))
     host = Host(path=tuple(path), cwd=str(tree))
@@ -144,6 +145,7 @@ def _revision(
     report(f"compiling the modules of {spec}")
     _compile(host, [str(modules[name] / name) for name in modules if (modules[name] / name).is_dir()])
     _prove(spec, host, modules, tree)
+    _prove_apart(spec, host, top, tree)
     short = commit[:9]
     label = spec if short.startswith(spec) or commit.startswith(spec) else f"{spec} ({short})"
     return Side(spec=spec, kind="revision", host=host, label=label, declared=DECLARED["revision"])
@@ -155,8 +157,8 @@ def _worktree(commit: str, repository: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="lorameter-") as folder:
         tree = Path(folder).resolve() / commit[:12]
         quiet = ("-c", f"core.hooksPath={os.devnull}", "-c", "advice.detachedHead=false")
-        done = _git(repository, *quiet, "worktree", "add", "--detach", "--quiet", str(tree), commit)
         try:
+            done = _git(repository, *quiet, "worktree", "add", "--detach", "--quiet", str(tree), commit)
             if done.returncode:
                 why = f"git could not check it out: {done.stderr.strip()}"
                 raise impossible("ab", "side", commit, why, "Check free disk space and `git worktree list`.")
@@ -165,11 +167,27 @@ def _worktree(commit: str, repository: Path) -> Iterator[Path]:
             _git(repository, "worktree", "remove", "--force", str(tree))
 
 
-def _other_roots(repository: Path, tree: Path) -> list[Path]:
-    """Folders of the worktree for those of the repository that are on the present path (an editable install's)."""
-    top = Path(_git(repository, "rev-parse", "--show-toplevel").stdout.strip() or repository).resolve()
-    inside = [Path(entry).resolve() for entry in sys.path if entry]
-    return [tree / entry.relative_to(top) for entry in inside if entry.is_relative_to(top)]
+def _roots(repository: Path, top: Path) -> list[Path]:
+    """Where packages can lie, relative to the top: there, in src, where one stands, and where editable installs point.
+
+    The last are the folders of the repository that are on the present path.
+    """
+    stood_in = repository.relative_to(top) if repository.is_relative_to(top) else Path()
+    usual = [Path(), Path("src"), stood_in, stood_in / "src"]
+    installed = [Path(entry).resolve() for entry in sys.path if entry]
+    return list(dict.fromkeys([*usual, *(entry.relative_to(top) for entry in installed if entry.is_relative_to(top))]))
+
+
+def _prove_apart(spec: str, host: Host, top: Path, tree: Path) -> None:
+    """Nothing that a trial is made of would come from the working tree instead of the revision."""
+    installed = [folder for folder in map(Path, sys.path) if folder.name in ("site-packages", "dist-packages")]
+    for name, origin in inspect(host, [*NEEDED, *OWN_PACKAGES])["origins"].items():
+        found = Path(origin or "").resolve()
+        if origin is None or found.is_relative_to(tree) or not found.is_relative_to(top):
+            continue
+        if not any(found.is_relative_to(folder.resolve()) for folder in installed):  # an environment in the repository
+            why = f"the revision has no {name} where the present installation points, and an import loads {origin}"
+            raise impossible("ab", "side", spec, why, "Build an environment for each revision and name its Python.")
 
 
 def _git(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

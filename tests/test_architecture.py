@@ -22,6 +22,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "series",
         "feasibility",
         "forecast",
+        "levels",
+        "stopping",
         "verdicts",
     ),
     (
@@ -38,7 +40,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "gate",
     ),
     ("runner", "worker", "measure"),
-    ("cli", "commands", "pytest_plugin", "pytest_export"),
+    ("cli", "commands", "pytest_plugin", "pytest_export", "pytest_gate"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 TORCH = ("training", "inference", "meters")

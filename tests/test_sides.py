@@ -158,6 +158,25 @@ def test_a_src_layout_is_found(opened, repository):
         assert run(side.host, "import gadget; print(gadget.VALUE)") == "2"
 
 
+def test_a_project_inside_a_repository_is_found(opened, repository):
+    """The folder that one stands in counts like the top."""
+    git(repository, "checkout", "--quiet", "--", ".")
+    (repository / "python" / "src").mkdir(parents=True)
+    git(repository, "mv", "gadget", "python/src/gadget")
+    git(repository, "commit", "--quiet", "--message", "a project of several")
+    with opened("HEAD", repository=repository / "python") as side:
+        assert run(side.host, "import gadget; print(gadget.VALUE)") == "2"
+
+
+def test_a_library_of_the_working_tree_is_not_a_revisions(opened, repository, monkeypatch):
+    """An editable install that points where the revision has nothing would be measured on both sides."""
+    (repository / "new" / "peft").mkdir(parents=True)
+    (repository / "new" / "peft" / "__init__.py").write_text("")
+    monkeypatch.setenv("PYTHONPATH", str(repository / "new"))
+    with pytest.raises(UsageError, match=r"the revision has no peft .* loads .*new"), opened("HEAD"):
+        pass
+
+
 def test_a_revision_without_a_package_is_refused(opened, repository):
     """Nothing of it would be measured, and both sides would be the same."""
     git(repository, "rm", "--quiet", "--force", "-r", "gadget")
@@ -267,7 +286,7 @@ def test_an_interpreter_is_given_the_present_harness(opened, environment):
     """It has the libraries and no lorameter; links are kept, for a virtual environment is one."""
     python = environment(packages=True)
     with opened(python) as side:
-        assert (side.kind, side.declared, side.label) == ("interpreter", ("python", "libraries"), python)
+        assert (side.kind, side.declared, side.label) == ("interpreter", ("python", "libraries", "cuda"), python)
         assert side.host.python == python
         origins = inspect(side.host, OWN_PACKAGES)["origins"]
         for package in OWN_PACKAGES:
@@ -348,7 +367,7 @@ def test_requirements_win_over_what_is_installed(index, opened, cache):
     """Metadata and module of the layer's version; all else is the present environment, which is left alone."""
     present = importlib.metadata.version("packaging")
     with opened(OLD_PACKAGING, cache=cache) as side:
-        assert (side.kind, side.declared, side.label) == ("requirements", ("libraries",), OLD_PACKAGING)
+        assert (side.kind, side.declared, side.label) == ("requirements", ("libraries", "cuda"), OLD_PACKAGING)
         code = "import importlib.metadata as m, packaging, sys; print(m.version('packaging'), packaging.__version__)"
         assert run(side.host, code) == "24.2 24.2"
         base, candidate = describe(side.host), {"packages": {}}

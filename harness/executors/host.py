@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import impossible
-from harness.provenance import LIBRARIES, git_state
+from harness.provenance import LIBRARIES, cuda_of, git_state
 
 ANSWER_TIMEOUT_S = 120.0
 """Reading the metadata of 100 distributions takes 0.1 s; a cold network disk can make it a minute."""
@@ -82,16 +82,20 @@ def inspect(host: Host, modules: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def describe(host: Host) -> dict[str, Any]:
-    """The provenance of a host: `python`, `libraries`, all `packages`, and the `git` state of its folder.
+    """The provenance of a host: `python`, `libraries`, `cuda`, all `packages`, and the `git` state of its folder.
+
+    Names and meanings are those of `provenance.collect`.
 
     Raises:
         UsageError: the interpreter does not answer.
     """
-    facts = inspect(host)
+    facts = inspect(host, ["torch"])
     packages: dict[str, str] = facts["packages"]
+    torch = facts["origins"]["torch"]
     return {
         "python": facts["python"],
         "libraries": {name: _version(packages.get(name)) for name in LIBRARIES},
+        "cuda": None if torch is None else cuda_of(Path(torch).parent),
         "packages": packages,
         "git": git_state(Path(host.cwd) if host.cwd is not None else Path.cwd()),
     }

@@ -14,7 +14,14 @@ import harness
 from harness.errors import InvalidRunError, UsageError
 from harness.executors.host import Host, describe, inspect
 from harness.executors.local import LocalExecutor, worker_environment
-from harness.provenance import LIBRARIES, differing_packages, harness_identity, library_version
+from harness.provenance import (
+    LIBRARIES,
+    collect,
+    differing_packages,
+    harness_identity,
+    library_version,
+    probe_machine,
+)
 from harness.record import SCHEMA
 
 
@@ -61,7 +68,16 @@ def test_a_description_holds_what_an_effect_can_be_attributed_to(tmp_path):
     assert description["python"] == ".".join(map(str, sys.version_info[:3]))
     assert description["libraries"] == {name: library_version(name) for name in LIBRARIES}
     assert description["packages"]["pytest"] == pytest.__version__
+    assert description["cuda"] == probe_machine().cuda
     assert description["git"] == {"commit": None, "dirty": None}
+
+
+def test_what_a_side_says_goes_before_what_holds_here(small_study, machine):
+    """The provenance of a side: its interpreter and libraries, the machine and the workload of the run."""
+    other = {"python": "3.99", "libraries": {"peft": "0.1"}, "cuda": "99", "packages": {"peft": "0.1"}, "git": {}}
+    here, there = (collect(small_study, machine, 1, {}, side) for side in (None, other))
+    assert {name for name in there if here.get(name) != there[name]} == {*other}
+    assert "packages" not in here
 
 
 def test_differing_packages_are_those_whose_versions_differ():
