@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal
 
@@ -25,6 +25,12 @@ BACKWARD_ROOT = "autograd::engine::evaluate_function"
 OPTIMIZER_ROOT = "Optimizer.step#"
 UPDATES = ("aten::_fused_", "aten::_foreach_", "aten::addcdiv", "bitsandbytes::optimizer")
 """How the operators of an optimizer's update begin."""
+_COMPILED_REGION = "Torch-Compiled Region"
+_COMPILER_LOOKUP = "TorchDynamo Cache Lookup"
+_READ = frozenset({
+    *("aten::softmax", "aten::_softmax", "aten::_softmax_backward_data", "aten::add", "aten::linear"),
+    *("bitsandbytes::gemm_4bit", "bitsandbytes::gemv_4bit", "bitsandbytes::dequantize_4bit", _COMPILER_LOOKUP),
+})  # fmt: skip
 _DTYPES = {"float": "float32", "double": "float64", "c10::BFloat16": "bfloat16", "c10::Half": "float16"}
 
 _ATTENTION_OPS = tuple(
@@ -46,6 +52,20 @@ _ATTENTION_OPS = tuple(
         (r"^flex_attention(_backward)?$", "flex"),
     )
 )
+
+
+@dataclass(slots=True)
+class Operator:
+    """One call on the host, as an instrument recorded it."""
+
+    name: str
+    input_shapes: list[Any] = field(default_factory=list)
+    input_dtypes: list[str] = field(default_factory=list)
+    """Empty for what is no tensor."""
+    concrete_inputs: list[Any] = field(default_factory=list)
+    """Values of what is no tensor."""
+    parent: Operator | None = None
+    children: list[Operator] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,38 +114,37 @@ class StepProfile:
     """Paths that the instrument cannot judge in this step, with the reason; empty for the profiler."""
 
 
-def summarise(events: Iterable[Any]) -> StepProfile:
-    """Reduce ``prof.events()`` of a step profiled with ``record_shapes=True``."""
-    every = list(events)
-    host = [event for event in every if event.device_type.name == "CPU"]
-    launched = [event.name for event in every if _is_kernel(event)]
+def summarise(operators: list[Operator], *, kernels: Iterable[str] = (), on_cuda: bool = False) -> StepProfile:
+    """Reduce what one step called on the host, and the names of the kernels that it launched.
+
+    Args:
+        operators: those that ``matters`` keeps, each linked to its nearest kept caller.
+        kernels: names as the profiler spells them.
+        on_cuda: whether the step ran on a GPU, where no kernels were recorded to tell.
+    """
     known, unclassified = Counter[str](), Counter[str]()
-    for name in launched:
+    for name in kernels:
         rule = classify(name)
         if rule is None:
             unclassified[name] += 1
         else:
             known[rule.name] += 1
-    return replace(
-        summarise_host(host, on_cuda=bool(launched)),
+    return StepProfile(
+        attention=tuple(_attention_calls(operators)),
+        fourbit=tuple(_fourbit_calls(operators, on_cuda=on_cuda or bool(known or unclassified))),
+        optimizer_ops=Counter(operator.name for operator in operators if _is_update(operator)),
         kernels=known,
         unclassified=unclassified,
-        compiled_regions=sum(event.name.startswith("Torch-Compiled Region") for event in host),
-        compiler_lookups=sum(event.name == "TorchDynamo Cache Lookup" for event in host),
+        compiled_regions=sum(operator.name.startswith(_COMPILED_REGION) for operator in operators),
+        compiler_lookups=sum(operator.name == _COMPILER_LOOKUP for operator in operators),
     )
 
 
-def summarise_host(host: list[Any], *, on_cuda: bool) -> StepProfile:
-    """Reduce the operators that the host called; ``spy`` records its own in the same form."""
-    return StepProfile(
-        attention=tuple(_attention_calls(host)),
-        fourbit=tuple(_fourbit_calls(host, on_cuda=on_cuda)),
-        optimizer_ops=Counter(event.name for event in host if _is_update(event)),
-        kernels={},
-        unclassified={},
-        compiled_regions=0,
-        compiler_lookups=0,
-    )
+@cache
+def matters(name: str) -> bool:
+    """Whether anything here reads an event of this name: a few hundred of the tens of thousands of a step."""
+    prefixes = (BACKWARD_ROOT, OPTIMIZER_ROOT, _COMPILED_REGION, *UPDATES)
+    return name in _READ or name.startswith(prefixes) or attention_backend(name) is not None
 
 
 @cache
@@ -134,35 +153,31 @@ def attention_backend(op: str) -> str | None:
     return next((backend for pattern, backend in _ATTENTION_OPS if pattern.search(op)), None)
 
 
-def _is_kernel(event: Any) -> bool:
-    return event.device_type.name == "CUDA" and not getattr(event, "is_user_annotation", False)
-
-
-def _ancestors(event: Any) -> Iterator[Any]:
-    while event.cpu_parent is not None:
-        event = event.cpu_parent
+def _ancestors(event: Operator) -> Iterator[Operator]:
+    while event.parent is not None:
+        event = event.parent
         yield event
 
 
-def _descendants(event: Any) -> Iterator[Any]:
-    for child in event.cpu_children:
+def _descendants(event: Operator) -> Iterator[Operator]:
+    for child in event.children:
         yield child
         yield from _descendants(child)
 
 
-def _in_backward(event: Any) -> bool:
+def _in_backward(event: Operator) -> bool:
     return any(parent.name.startswith(BACKWARD_ROOT) for parent in _ancestors(event))
 
 
-def _is_update(event: Any) -> bool:
+def _is_update(event: Operator) -> bool:
     if not event.name.startswith(UPDATES):
         return False
     return any(parent.name.startswith(OPTIMIZER_ROOT) for parent in _ancestors(event))
 
 
-def _attention_calls(host: list[Any]) -> Iterator[AttentionCall]:
+def _attention_calls(host: list[Operator]) -> Iterator[AttentionCall]:
     scores: set[tuple[int, ...]] = set()
-    eager: list[Any] = []
+    eager: list[Operator] = []
     for event in host:
         backend = attention_backend(event.name)
         if backend is not None and not any(attention_backend(parent.name) for parent in _ancestors(event)):
@@ -184,7 +199,7 @@ def _attention_calls(host: list[Any]) -> Iterator[AttentionCall]:
         )
 
 
-def _is_score_softmax(event: Any) -> bool:
+def _is_score_softmax(event: Operator) -> bool:
     """Recognise the softmax of attention written out: over scores of four dimensions, outside any fused operator.
 
     The loss uses ``_log_softmax``, a router of experts a softmax over fewer dimensions.
@@ -199,14 +214,14 @@ def _is_score_softmax(event: Any) -> bool:
     )
 
 
-def _adds_mask(event: Any, scores: set[tuple[int, ...]]) -> bool:
+def _adds_mask(event: Operator, scores: set[tuple[int, ...]]) -> bool:
     if event.name != "aten::add" or len(event.input_shapes) < 2:
         return False
     left, right = (tuple(shape) for shape in event.input_shapes[:2])
     return left in scores and len(right) == 4 and right[1] == 1 and right[-1] == left[-1]
 
 
-def _named_call(event: Any, backend: str) -> AttentionCall:
+def _named_call(event: Operator, backend: str) -> AttentionCall:
     backward = re.search(r"backward|bwd", event.name, re.IGNORECASE) is not None
     if backward:
         return AttentionCall(op=event.name, backend=backend, direction="backward", dtype=_dtype(event, 0))
@@ -240,17 +255,18 @@ def _argument(op: str, names: tuple[str, ...]) -> int | None:
     return next((index for index, argument in enumerate(arguments) if argument.name in names), -1)
 
 
-def _value(event: Any, index: int | None) -> Any:
-    in_range = index is not None and 0 <= index < len(event.concrete_inputs)
-    return event.concrete_inputs[index] if in_range else None
+def _value(event: Operator, index: int | None) -> Any:
+    if index is None or not 0 <= index < len(event.concrete_inputs):
+        return None
+    return event.concrete_inputs[index]
 
 
-def _dtype(event: Any, index: int) -> str | None:
+def _dtype(event: Operator, index: int) -> str | None:
     types = event.input_dtypes
     return _DTYPES.get(types[index], types[index] or None) if types and index < len(types) else None
 
 
-def _fourbit_calls(host: list[Any], *, on_cuda: bool) -> Iterator[FourbitCall]:
+def _fourbit_calls(host: list[Operator], *, on_cuda: bool) -> Iterator[FourbitCall]:
     """Tell the path of each 4-bit product by what the operator calls inside.
 
     The operator is ``gemm_4bit`` on every path; dequantising ends in an ordinary ``aten::linear``, the fused CUDA

@@ -18,7 +18,6 @@ and no compilation is started in it. A second call follows where the first
 
 from __future__ import annotations
 
-import gc
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -33,6 +32,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from kernels_check.adapter_layers import lora_layers
 from kernels_check.events import StepProfile, summarise
+from kernels_check.recording import read
 from kernels_check.restore import Snapshot, synchronise
 from kernels_check.spy import spied
 
@@ -240,20 +240,8 @@ def _profiled(call: Callable[[], None]) -> StepProfile:
     with _quiet_kineto(), profile(activities=activities, record_shapes=True) as recorded:
         call()
         synchronise()
-    with _no_collection():
-        return summarise(recorded.events() or ())
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Pause garbage collection: a hundred thousand new events set off collections that take most of the time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
+    operators, kernels = read(recorded)
+    return summarise(operators, kernels=kernels)
 
 
 @contextmanager

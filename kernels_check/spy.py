@@ -1,8 +1,8 @@
 """See the operators of one step without a profiler.
 
-A profiled step leaves a hundred thousand events, and turning them into objects costs several steps. A dispatch mode is
-called for each operator below autograd instead, and keeps the few that a judge reads, in the form of the profiler's
-events, so that both instruments are reduced and judged by the same code (``events``).
+Profiling a step costs several: the profiler starts up, traces, and hands over every event. A dispatch mode is called
+for each operator below autograd instead and keeps the few that a judge reads, in the form in which the profiler's are
+kept, so that both instruments are reduced and judged by the same code (``events``).
 
 What makes it see backward passes: the engine gives each of its threads the thread-local state of the caller, dispatch
 modes included (``at::ThreadLocalState``, member ``torch_dispatch_mode_state_``), so on CUDA, whose backward runs in
@@ -15,7 +15,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +23,15 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels_check.events import BACKWARD_ROOT, OPTIMIZER_ROOT, UPDATES, StepProfile, attention_backend, summarise_host
+from kernels_check.events import (
+    BACKWARD_ROOT,
+    OPTIMIZER_ROOT,
+    UPDATES,
+    Operator,
+    StepProfile,
+    attention_backend,
+    summarise,
+)
 
 _MATH = "aten::_scaled_dot_product_attention_math"
 _SCORES = frozenset({"aten::_softmax", "aten::_softmax_backward_data", "aten::add"})
@@ -35,18 +43,6 @@ _OPERATOR_PATHS = (
     *("optimizer.fused", "checkpointing"),
 )
 _COMPILED = "the step enters code of torch.compile, whose operators a dispatch mode does not see"
-
-
-@dataclass(slots=True)
-class Operator:
-    """One call, with the attributes of a profiler event that ``events`` reads."""
-
-    name: str
-    input_shapes: list[tuple[int, ...]] = field(default_factory=list)
-    input_dtypes: list[str] = field(default_factory=list)
-    concrete_inputs: list[Any] = field(default_factory=list)
-    cpu_parent: Operator | None = None
-    cpu_children: list[Operator] = field(default_factory=list)
 
 
 class Spy(TorchDispatchMode):
@@ -105,7 +101,7 @@ class Spy(TorchDispatchMode):
 
     def before_update(self, *_: Any) -> None:
         """Optimizer hook: what follows belongs to the update."""
-        self._enclosing.append(Operator(OPTIMIZER_ROOT, cpu_parent=_surrounding(self._enclosing)))
+        self._enclosing.append(Operator(OPTIMIZER_ROOT, parent=_surrounding(self._enclosing)))
 
     def after_update(self, *_: Any) -> None:
         """Optimizer hook."""
@@ -113,14 +109,14 @@ class Spy(TorchDispatchMode):
 
     def _note(self, name: str, inputs: Any) -> Operator:
         parent = _surrounding(self._enclosing)
-        operator = Operator(name, cpu_parent=parent)
+        operator = Operator(name, parent=parent)
         for value in inputs:
             tensor = isinstance(value, Tensor)
             operator.input_shapes.append(tuple(value.shape) if tensor else ())
             operator.input_dtypes.append(_dtype(value))
             operator.concrete_inputs.append(None if tensor else value)
         if parent is not None:
-            parent.cpu_children.append(operator)
+            parent.children.append(operator)
         self.operators.append(operator)
         return operator
 
@@ -153,7 +149,7 @@ class Spy(TorchDispatchMode):
     def profile(self, model: nn.Module) -> StepProfile:
         """Reduce what was seen as the profiler's events are."""
         on_cuda = any(parameter.is_cuda for parameter in model.parameters())
-        seen = summarise_host(self.operators, on_cuda=on_cuda)
+        seen = summarise(self.operators, on_cuda=on_cuda)
         blind = _blind(seen, on_cuda=on_cuda, compiled=self.compiled_calls > 0)
         return replace(seen, compiled_regions=self.compiled_calls, blind=blind)
 
@@ -234,8 +230,8 @@ def _surrounding(enclosing: list[Operator]) -> Operator | None:
         return inner
     caller = inner
     while caller is not None and caller.name != BACKWARD_ROOT:
-        caller = caller.cpu_parent
-    return inner if caller is not None else Operator(BACKWARD_ROOT, cpu_parent=inner)
+        caller = caller.parent
+    return inner if caller is not None else Operator(BACKWARD_ROOT, parent=inner)
 
 
 def _inputs(func: Any, args: Any, kwargs: Any) -> list[Any]:

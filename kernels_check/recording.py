@@ -1,0 +1,61 @@
+"""From the profiler's records of one step to the operators that the judges read.
+
+``profile.events()`` makes an object of some forty attributes of every record and links them all: for a small model
+that takes longer than the two steps that are watched. Fewer than a tenth of the records matter, so names come first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch._C._autograd import DeviceType
+from torch.profiler import profile
+
+from kernels_check.events import Operator, matters
+
+
+def read(recorded: profile) -> tuple[list[Operator], list[str]]:
+    """Operators that matter, in the order in which they began, and the names of all kernels."""
+    result: Any = getattr(recorded.profiler, "kineto_results", None)
+    if result is None:
+        return [], []
+    host, kernels = [], []
+    for event in result.events():
+        if event.device_type() == DeviceType.CPU:
+            if matters(event.name()) and not _crosses_threads(event):
+                host.append(event)
+        elif event.device_type() == DeviceType.CUDA and not _is_mark(event):
+            kernels.append(event.name())
+    return list(_nested(host)), kernels
+
+
+def _crosses_threads(event: Any) -> bool:
+    return bool(event.is_async()) or event.start_thread_id() != event.end_thread_id()
+
+
+def _is_mark(event: Any) -> bool:
+    """A user's annotation or a record of memory, neither of which is a launch."""
+    return bool(event.is_user_annotation() or event.is_hidden_event()) or event.name().startswith("[")
+
+
+def _nested(events: Iterable[Any]) -> Iterator[Operator]:
+    """Link each event to the innermost one of its thread that encloses it.
+
+    An operator written in Python is recorded by the dispatcher twice, one record inside the other: the outer is kept.
+    """
+    order = sorted(events, key=lambda event: (event.start_thread_id(), event.start_ns(), -event.end_ns()))
+    thread, callers = None, list[tuple[int, Operator]]()
+    for event in order:
+        if event.start_thread_id() != thread:
+            thread, callers = event.start_thread_id(), []
+        while callers and event.end_ns() > callers[-1][0]:
+            callers.pop()
+        parent = callers[-1][1] if callers else None
+        if parent is not None and parent.name == event.name():
+            continue
+        operator = Operator(event.name(), event.shapes(), event.dtypes(), event.concrete_inputs(), parent)
+        if parent is not None:
+            parent.children.append(operator)
+        callers.append((event.end_ns(), operator))
+        yield operator
