@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.commands import add_commands, print_json
+from harness import commands, commands_ab
+from harness.commands import print_json
 from harness.errors import EXIT_INVALID, EXIT_PASS, EXIT_UNEXPECTED, LorameterError
 
 
@@ -36,40 +37,43 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="lorameter", description="Measure what a LoRA fine-tuning configuration costs, and how sure that is."
     )
-    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    subparsers = top.add_subparsers(required=True, metavar="COMMAND")
 
-    run = commands.add_parser("run", help="measure a study", description="Measure a study and print its report.")
+    run = subparsers.add_parser("run", help="measure a study", description="Measure a study and print its report.")
     run.add_argument("study", metavar="STUDY", help="name of a built-in study, or a TOML file")
     run.add_argument("--effort", choices=("quick", "standard", "rigorous"), help="3, 8 or 12 replicates")
     run.add_argument("--replicates", type=int, metavar="N", help="number of replicates, instead of --effort")
     run.add_argument("--model", metavar="M", help="catalogue name, hub id, directory, GGUF file, or random:M")
     run.add_argument("--data", metavar="FILE|ID", help="a .jsonl(.gz) file, a hub id, or synthetic")
     run.add_argument("--variant", metavar="V", action="append", default=[], help="only this variant; repeatable")
-    run.add_argument("--interleave", metavar="L", help="shared-base, lockstep or replicates; default: the finest possible")
+    run.add_argument(
+        "--interleave", metavar="L", help="shared-base, lockstep or replicates; default: the finest possible"
+    )
     run.add_argument("--precision", type=float, metavar="F", help="stop when every interval is within ±F of its ratio")
     run.add_argument("--max-minutes", type=float, metavar="M", help="begin no replicate that would end later")
     run.add_argument("--dry-run", action="store_true", help="show the plan and what it will take, and measure nothing")
     _common(run)
     run.set_defaults(command=_run)
 
-    report = commands.add_parser("report", help="print the report of a run")
+    report = subparsers.add_parser("report", help="print the report of a run")
     report.add_argument("run", metavar="RUN", help="a run id or a run directory")
     _common(report)
     report.set_defaults(command=_report)
 
-    listing = commands.add_parser("list", help="list studies, variants, models or runs")
+    listing = subparsers.add_parser("list", help="list studies, variants, models or runs")
     listing.add_argument("what", choices=("studies", "variants", "models", "runs"))
     listing.add_argument("study", nargs="?", metavar="STUDY", help="the study whose variants to list")
     _common(listing)
     listing.set_defaults(command=_list)
 
-    model = commands.add_parser("model", help="get a model")
+    model = subparsers.add_parser("model", help="get a model")
     actions = model.add_subparsers(required=True, metavar="ACTION")
     fetch = actions.add_parser("fetch", help="download a catalogue model, convert it once, verify it")
     fetch.add_argument("name", metavar="NAME")
     _common(fetch)
     fetch.set_defaults(command=_fetch)
-    add_commands(commands, _common)
+    commands.add_commands(subparsers, _common)
+    commands_ab.add_commands(subparsers, _common)
     return top
 
 
@@ -162,7 +166,12 @@ def _report(options: argparse.Namespace) -> int:
     from harness.report.terminal import console_for, print_run
     from harness.report.view import view_of
 
-    view = view_of(store.read_run(options.run, store.runs_dir(options.runs_dir)))
+    run = store.read_run(options.run, store.runs_dir(options.runs_dir))
+    if run.manifest.sides:
+        from harness.commands_ab import show_ab
+
+        return show_ab(run, options)
+    view = view_of(run)
     if options.json:
         print_json(codec.to_json(view))
     else:

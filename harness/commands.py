@@ -13,6 +13,7 @@ from harness.errors import EXIT_PASS, UsageError
 
 if TYPE_CHECKING:
     from harness.comparands import Comparand
+    from harness.gate import GateResult
 
 FORMATS = ("text", "json", "markdown", "github")
 ENV_SUMMARY = "GITHUB_STEP_SUMMARY"
@@ -91,7 +92,13 @@ def run_gate(options: argparse.Namespace) -> int:
     form = "json" if options.json else options.format or "text"
     if form == "json":
         print_json(gate_document(result))
-        return result.exit_code
+    else:
+        show_gate(result, form)
+    return result.exit_code
+
+
+def show_gate(result: GateResult, form: str) -> None:
+    """Print what the gate made of a comparison: as text, Markdown, or annotations of a GitHub job with its summary."""
     from harness.report.comparison import gate_annotations, gate_markdown, print_gate
     from harness.report.terminal import console_for
 
@@ -105,7 +112,6 @@ def run_gate(options: argparse.Namespace) -> int:
         if summary := os.environ.get(ENV_SUMMARY):
             with Path(summary).open("a", encoding="utf-8") as file:
                 file.write(gate_markdown(result))
-    return result.exit_code
 
 
 def run_accept(options: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ before any ratio is taken, so that a run directory and a saved benchmark file ca
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -102,9 +102,11 @@ def comparand_of(run: Run) -> Comparand:
     control: dict[str, Comparison | None] = {table.phase: table.control for table in view_of(run).tables}
     groups = series_of(run.records)
     sides = {
-        name: _measured(series, study, run.manifest.run) for (name, role), series in groups.items() if role == "variant"
+        name: measured_of(series, study, run.manifest.run)
+        for (name, role), series in groups.items()
+        if role == "variant"
     }
-    reasons = [*_run_faults(run), *control_faults(control)]
+    reasons = [*run_faults(run), *control_faults(control)]
     return Comparand(
         name=run.manifest.run,
         sides=sides,
@@ -113,8 +115,18 @@ def comparand_of(run: Run) -> Comparand:
         study=study.name,
         phases=run.manifest.phases,
         control=control,
-        broken=f"run {run.manifest.run}: {'; '.join(reasons)}" if reasons else None,
+        broken=f"run {run.manifest.run}: {listed(reasons)}" if reasons else None,
     )
+
+
+MOST_FAULTS = 3
+"""Faults that are spelt out; a crash at the start of every trial has as many as there are trials."""
+
+
+def listed(faults: Sequence[str]) -> str:
+    """The first few faults, and how many there are beside them."""
+    more = len(faults) - MOST_FAULTS
+    return "; ".join(faults[:MOST_FAULTS]) + (f"; and {more} more" if more > 0 else "")
 
 
 def control_faults(control: Mapping[str, Comparison | None]) -> Iterator[str]:
@@ -126,7 +138,8 @@ def control_faults(control: Mapping[str, Comparison | None]) -> Iterator[str]:
             yield f"its control {result.verdict} in phase {phase!r}: the reference differs from itself"
 
 
-def _run_faults(run: Run) -> Iterator[str]:
+def run_faults(run: Run) -> Iterator[str]:
+    """What makes every number of a run doubtful: it is not complete, lines or trials are missing."""
     if run.manifest.status != "complete":
         yield f"its status is {run.manifest.status!r}, not 'complete'"
     if run.damaged_lines:
@@ -140,7 +153,8 @@ def _run_faults(run: Run) -> Iterator[str]:
             yield f"trial {record.trial} of the control is {record.status}"
 
 
-def _measured(series: Series, study: Study, run: str) -> Measured:
+def measured_of(series: Series, study: Study, run: str) -> Measured:
+    """One variant of a run, with the reason why it does not count, if there is one."""
     faults = [fault for record in series.records for fault in _trial_faults(record, study)]
     variants = {variant.name: variant for variant in study.variants}
     ids = {record.variant for record in series.records}
@@ -155,7 +169,7 @@ def _measured(series: Series, study: Study, run: str) -> Measured:
         peaks={
             kind: tuple(float(record.memory[kind]) for record in series.ok if kind in record.memory) for kind in kinds
         },
-        broken=f"run {run}: {'; '.join(faults)}" if faults else None,
+        broken=f"run {run}: {listed(faults)}" if faults else None,
     )
 
 

@@ -22,7 +22,7 @@ from harness.errors import InvalidRunError, UsageError
 from harness.record import Interleaving, Notice
 from harness.report.view import PEAKS
 from harness.series import Trials
-from harness.stats import Comparison, compare_bytes, compare_family, compare_trials, run_wide_shift
+from harness.stats import Comparison, Pairing, compare_bytes, compare_family, compare_trials, run_wide_shift
 from harness.units import METRICS, PHASES, PRIMARY
 from harness.verdicts import Compared, ComparisonReport, without_numbers
 
@@ -98,7 +98,7 @@ def compare(
                 verdicts[name, metric] = reason or verdicts[name, metric]
             else:
                 pairs[name, metric] = ours, theirs
-    verdicts |= _compared(pairs, limits_of)
+    verdicts |= compare_measured(pairs, limits_of)
     if not machine:  # with --force across machines a shift is what one asked to see
         verdicts |= _shifted({key: comparison for key, comparison in verdicts.items() if key in pairs})
     differing = (*machine, *(difference for name in names for difference in changed[name]))
@@ -181,10 +181,15 @@ def _forbidden(base: Comparand, candidate: Comparand, name: str, metric: str) ->
     return None
 
 
-def _compared(
-    pairs: Mapping[tuple[str, str], tuple[Measured, Measured]], limits_of: LimitsOf
+def compare_measured(
+    pairs: Mapping[tuple[str, str], tuple[Measured, Measured]],
+    limits_of: LimitsOf,
+    pairing_of: Callable[[tuple[str, str]], Pairing] = lambda key: "none",
 ) -> dict[tuple[str, str], Comparison]:
-    """Memory by its maximum; times as one family. What cannot be computed is invalid, with the reason."""
+    """Memory by its maximum; times as one family. What cannot be computed is invalid, with the reason.
+
+    `pairing_of` says by variant and metric what trial i of either side have in common; of other times: nothing.
+    """
     found: dict[tuple[str, str], Comparison] = {}
     times: dict[tuple[str, str], tuple[Trials, Trials]] = {}
     for key, (ours, theirs) in pairs.items():
@@ -195,7 +200,7 @@ def _compared(
                 found[key] = compare_bytes(ours.peaks[metric], theirs.peaks[metric], tolerance=tolerance)
                 continue
             trials = _oriented(ours, metric), _oriented(theirs, metric)
-            alone = compare_trials(*trials, pairing="none")  # refuses here what would stop the whole family
+            alone = compare_trials(*trials, pairing=pairing_of(key))  # refuses here what would stop the whole family
         except ValueError as error:
             found[key] = without_numbers("invalid", f"the samples cannot be compared: {error}")
             continue
@@ -207,25 +212,27 @@ def _compared(
             )  # fmt: skip
         else:
             times[key] = trials
-    return found | _family(times, limits_of)
+    return found | _family(times, limits_of, pairing_of)
 
 
 def _family(
-    pairs: Mapping[tuple[str, str], tuple[Trials, Trials]], limits_of: LimitsOf
+    pairs: Mapping[tuple[str, str], tuple[Trials, Trials]],
+    limits_of: LimitsOf,
+    pairing_of: Callable[[tuple[str, str]], Pairing],
 ) -> dict[tuple[str, str], Comparison]:
-    """Holm over everything that has the same limits; groups of other limits share the error rate by their size.
+    """Holm over everything of the same limits and pairing; such groups share the error rate by their size.
 
     The rates of the groups sum to that of the whole, and so does, at most, the chance of a false alarm.
     """
-    groups: dict[Limits, dict[str, tuple[Trials, Trials]]] = {}
+    groups: dict[tuple[Limits, Pairing], dict[str, tuple[Trials, Trials]]] = {}
     keys = {f"{name}, {metric}": (name, metric) for name, metric in pairs}
     for label, key in keys.items():
-        groups.setdefault(limits_of(*key), {})[label] = pairs[key]
+        groups.setdefault((limits_of(*key), pairing_of(key)), {})[label] = pairs[key]
     found: dict[tuple[str, str], Comparison] = {}
-    for limits, group in groups.items():
+    for (limits, pairing), group in groups.items():
         results = compare_family(
             group,
-            pairing="none",
+            pairing=pairing,
             tolerance=limits.tolerance,
             margin=limits.margin,
             alpha=ALPHA * len(group) / len(pairs),

@@ -9,20 +9,22 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from harness import provenance, store
 from harness.errors import InvalidRunError
 from harness.executors import Executor
+from harness.executors.host import Host
 from harness.executors.local import LocalExecutor
 from harness.feasibility import check_feasible
 from harness.forecast import free_bytes, together_bytes
 from harness.levels import choose_level
 from harness.plan import Plan, make_plan, members_of
 from harness.provenance import Machine
-from harness.record import Notice, TrialRecord
+from harness.record import Notice, Side, TrialRecord
 from harness.runner import Site, Watcher, run_plan
 from harness.stopping import Stopping
 from harness.store import Manifest, Run, RunWriter
@@ -71,6 +73,20 @@ def plan_study(
     return make_plan(study, select=select, phases=phases, interleaving=level, why=why), notices
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arm:
+    """Where one side of a run is measured; a run without sides has one arm, the present interpreter."""
+
+    side: Side = ""
+    host: Host = field(default_factory=Host)
+    facts: Mapping[str, Any] | None = None
+    """What the host says of itself (`executors.host.describe`); None for the present interpreter."""
+    declared: tuple[str, ...] = ()
+    """Fields of the provenance in which this side is meant to differ."""
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """What the manifest says of the side beside its facts."""
+
+
 def measure(
     plan: Plan,
     machine: Machine,
@@ -78,15 +94,15 @@ def measure(
     runs: Path,
     display: Display,
     notices: tuple[Notice, ...] = (),
-    executor: Executor | None = None,
+    arms: Sequence[Arm] = (Arm(),),
 ) -> Run:
-    """Measure a plan into a new run directory and read it back.
+    """Measure a plan into a new run directory and read it back. The first arm prepares the tokens of all.
 
     Raises:
         UsageError: data that cannot be read.
         InvalidRunError: no worker could be started, or it sees another device than the plan was made for.
     """
-    study = plan.study
+    study, first = plan.study, arms[0]
     run_id = store.new_run_id(study.name)
     threads = study.workload.threads
     display.starting(plan, run_id)
@@ -94,17 +110,16 @@ def measure(
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lorameter-")))
         logs = runs / run_id / "logs"
         logs.mkdir(parents=True)
-        executor = executor or LocalExecutor(threads=threads, log_dir=logs)
-        stack.callback(executor.close)
-        executor.start()
-        tokens = executor.prepare_tokens(study.workload, str(runs / run_id))  # while the worker imports
-        hello = executor.hello()
-        if hello["device"] != machine.device:
-            raise InvalidRunError(
-                f"the worker measures on {hello['device']!r} and the plan was made for {machine.device!r}: torch and "
-                "NVML disagree about the device. Check the driver with nvidia-smi and CUDA_VISIBLE_DEVICES."
-            )
-        facts = provenance.collect(study, machine, threads, hello)
+        executors: dict[Side, Executor] = {}
+        for arm in arms:
+            executor = LocalExecutor(threads=threads, log_dir=logs, host=arm.host, label=arm.side)
+            stack.callback(executor.close)
+            executor.start()
+            executors[arm.side] = executor
+        tokens = executors[first.side].prepare_tokens(study.workload, str(runs / run_id))  # while the workers import
+        hellos = {side: _greeted(executor, machine) for side, executor in executors.items()}
+        facts = provenance.collect(study, machine, threads, hellos[first.side], first.facts)
+        declared = sorted({name for arm in arms for name in arm.declared})
         manifest = Manifest(
             run=run_id,
             study=plan.study_json(),
@@ -115,9 +130,15 @@ def measure(
             seed=study.protocol.seed,
             created_unix_s=time.time(),
             provenance=facts,
-            fingerprint=provenance.fingerprint(facts),
+            fingerprint=provenance.fingerprint(facts, without=declared),
             tokens={key: value for key, value in tokens.items() if key != "path"},
             notices=notices,
+            sides={
+                arm.side: {**arm.about, "declared": list(arm.declared), "worker": hellos[arm.side]["harness"]}
+                | {"facts": arm.facts}
+                for arm in arms
+                if arm.side
+            },
         )
         writer = RunWriter(runs, manifest)
         site = Site(
@@ -130,16 +151,24 @@ def measure(
         )
         status: store.RunStatus = "failed"
         stopped: str | None = None
+        kept: list[str] | None = None
         try:
-            measured = run_plan(
-                plan, {"": executor}, site, save=writer.append, watcher=display, stop=Stopping(plan)
-            )
-            status = _status(measured.records)
-            stopped = measured.stopped
+            measured = run_plan(plan, executors, site, save=writer.append, watcher=display, stop=Stopping(plan))
+            status, stopped = _status(measured.records), measured.stopped
+            kept = [record.trial for record in measured.records]
         finally:
-            kept = [record.trial for record in measured.records] if stopped else None
             writer.finish(status, stopped=stopped, measured=kept)
     return store.read_run(str(writer.path), runs)
+
+
+def _greeted(executor: Executor, machine: Machine) -> dict[str, Any]:
+    hello = executor.hello()
+    if hello["device"] != machine.device:
+        raise InvalidRunError(
+            f"the worker measures on {hello['device']!r} and the plan was made for {machine.device!r}: torch and "
+            "NVML disagree about the device. Check the driver with nvidia-smi and CUDA_VISIBLE_DEVICES."
+        )
+    return hello
 
 
 def _status(records: Sequence[TrialRecord]) -> store.RunStatus:

@@ -149,11 +149,9 @@ def make_plan(
             shuffler.shuffle(order)
             for variant, role in order:
                 slot = _slot(study, variant, role, replicate, position, "replicates", alone, suffix="-solo")
-                groups.append(Group(replicate=replicate, launches=((slot,),), requests=_requests(study, slot)))
+                groups.append(Group(replicate=replicate, launches=((slot,),), requests=solo_requests(study, slot)))
                 position += 1
-    return Plan(
-        study=study, members=members, phases=checked, interleaving=interleaving, why=why, groups=tuple(groups)
-    )
+    return Plan(study=study, members=members, phases=checked, interleaving=interleaving, why=why, groups=tuple(groups))
 
 
 def checked_phases(phases: Sequence[str]) -> tuple[str, ...]:
@@ -164,12 +162,10 @@ def checked_phases(phases: Sequence[str]) -> tuple[str, ...]:
     return tuple(phase for phase in PHASES if phase in phases)
 
 
-def measures_of(
-    interleaving: Interleaving, phases: Sequence[str]
-) -> tuple[tuple[Measure, ...], tuple[Measure, ...]]:
+def measures_of(interleaving: Interleaving, phases: Sequence[str]) -> tuple[tuple[Measure, ...], tuple[Measure, ...]]:
     """What the trials that take turns measure, and what solo trials beside them measure."""
     wanted = tuple(measure for measure, phase in _PHASE_MEASURES.items() if phase in phases or measure == "steps")
-    wanted = tuple(measure for measure in wanted if measure != "peaks") + ("peaks",)
+    wanted = (*(measure for measure in wanted if measure != "peaks"), "peaks")
     solo: set[Measure] = {
         "shared-base": {"merged", "peaks", "cold"},
         "lockstep": {"peaks", "cold"},
@@ -202,7 +198,8 @@ def instrument_for(replicate: int) -> Instrument:
     return "profile" if replicate == 0 else "spy"
 
 
-def _requests(study: Study, slot: Slot) -> tuple[tuple[str, ...], ...]:
+def solo_requests(study: Study, slot: Slot) -> tuple[tuple[str, ...], ...]:
+    """Rounds of requests of a solo trial; it makes any only with its adapter merged."""
     return ((slot.trial,),) * study.protocol.generate_requests if "merged" in slot.measures else ()
 
 

@@ -13,7 +13,7 @@ import importlib.util
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,9 +138,10 @@ def _content_of(data: str) -> str:
         return f"{path.name} sha256:{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
 
 
-def fingerprint(provenance: dict[str, Any]) -> str:
-    """Hash of the fields that must agree for two runs to be compared."""
-    return hashlib.sha256(codec.dumps({key: provenance[key] for key in FINGERPRINT}).encode()).hexdigest()[:12]
+def fingerprint(provenance: Mapping[str, Any], without: Sequence[str] = ()) -> str:
+    """Hash of the fields that must agree for two runs to be compared; `without` are those that an A/B declares."""
+    fields = {key: provenance[key] for key in FINGERPRINT if key not in without}
+    return hashlib.sha256(codec.dumps(fields).encode()).hexdigest()[:12]
 
 
 def git_state(folder: Path) -> dict[str, Any]:
@@ -192,6 +193,12 @@ def cuda_of(torch: Path) -> str | None:
     return None
 
 
+def free_device_memory() -> int | None:
+    """Free bytes on the first visible device by NVML; None where it does not say."""
+    gpu = _first_gpu()
+    return None if gpu is None else int(gpu["free_bytes"])
+
+
 def _first_gpu() -> dict[str, Any] | None:
     """The first visible device by NVML; honours an index or UUID in CUDA_VISIBLE_DEVICES."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -210,9 +217,11 @@ def _first_gpu() -> dict[str, Any] | None:
             if first.isdigit()
             else pynvml.nvmlDeviceGetHandleByUUID(first)
         )
+        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
         return {
             "name": _text(pynvml.nvmlDeviceGetName(handle)),
-            "memory_bytes": int(pynvml.nvmlDeviceGetMemoryInfo(handle).total),
+            "memory_bytes": int(memory.total),
+            "free_bytes": int(memory.free),
             "driver": _text(pynvml.nvmlSystemGetDriverVersion()),
         }
     except pynvml.NVMLError:

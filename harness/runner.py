@@ -200,9 +200,7 @@ class _Conductor:
         for trial in self._live(measure):
             self._ask(trial, command)
 
-    def _in_turns(
-        self, measure: Measure, rounds: tuple[tuple[str, ...], ...], command: str, **arguments: Any
-    ) -> None:
+    def _in_turns(self, measure: Measure, rounds: tuple[tuple[str, ...], ...], command: str, **arguments: Any) -> None:
         for order in rounds:
             for trial in order:
                 if measure in self._slots[trial].measures:

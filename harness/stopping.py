@@ -1,8 +1,8 @@
 """When a run has what it needs: by precision or by time, never by significance.
 
-Looking after every replicate whether the difference is significant raises the rate of false alarms from 5 % to 21 % over
-20 looks. The width of the interval is another matter: it says nothing of the direction, so a run may stop as soon as
-it is narrow enough.
+Looking after every replicate whether the difference is significant raises the rate of false alarms from 5 % to 21 %
+over 20 looks. The width of the interval is another matter: it says nothing of the direction, so a run may stop as soon
+as it is narrow enough.
 """
 
 from __future__ import annotations

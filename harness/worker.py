@@ -187,22 +187,19 @@ def serve(connection: socket.socket) -> None:
 def _answer(command: dict[str, Any], trials: dict[str, Any]) -> Fragment:
     """Run one command; whatever goes wrong becomes a fragment with a status, never a dead connection."""
     from harness.training.process import prepare_process
+    from harness.training.shared import SharedBase
     from harness.training.trial import Trial
 
-    phase = str(command["do"])
+    phase, trial = str(command.pop("do")), str(command.pop("trial"))
     try:
         if phase == "prepare":
             request = codec.from_json(TrialRequest, command["request"], "trial request")
             _log_to(Path(request.log_path))
             prepare_process(request)
-            trials[request.trial] = Trial(request)
+            shared = next((other.shared for other in trials.values()), None) or SharedBase()
+            trials[trial] = Trial(request, shared)
             return Fragment()
-        trial = trials[command["trial"]]
-        if phase == "turn":
-            return trial.turn(int(command["steps"]))  # type: ignore[no-any-return]
-        if phase not in ("build", "verify", "warm_up", "finish_training", "generate", "save_adapter"):
-            raise ValueError(f"unknown command {phase!r}")
-        return getattr(trial, phase)()  # type: ignore[no-any-return]
+        return trials[trial].run(phase, **command)  # type: ignore[no-any-return]
     except Exception as error:
         return failure_of(error, phase)
 

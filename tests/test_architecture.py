@@ -36,11 +36,12 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "benchmark_json",
         "agreement",
         "compare",
+        "ab_report",
         "baselines",
         "gate",
     ),
-    ("runner", "worker", "measure"),
-    ("cli", "commands", "pytest_plugin", "pytest_export", "pytest_gate"),
+    ("runner", "worker", "measure", "ab"),
+    ("cli", "commands", "commands_ab", "pytest_plugin", "pytest_export", "pytest_gate"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 TORCH = ("training", "inference", "meters")

@@ -17,7 +17,7 @@ def inject_work(model: torch.nn.Module, rows: int) -> int:
     """Add a product of (rows, width) and (width, width) to every LoRA layer's forward; returns the layers changed."""
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     for layer in layers:
-        layer.register_forward_pre_hook(_Extra(rows, layer.in_features))  # type: ignore[attr-defined]
+        layer.register_forward_pre_hook(_Extra(rows, layer.in_features))
     return len(layers)
 
 

@@ -1,0 +1,183 @@
+"""An A/B: base and candidate measured in one job, their live processes taking turns.
+
+Two runs of different times share nothing but the machine, and what the machine did in between is in their ratio (37 %
+on a noisy one). Here a base and a candidate process of each replicate stand side by side, one computing while the
+other waits on a pipe, so that whatever slows the machine slows both (2 %). The base is measured twice: what the
+harness says of the base against itself is what it would say of no difference.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+from harness.executors.host import describe
+from harness.feasibility import check_feasible
+from harness.forecast import free_bytes, together_bytes
+from harness.levels import MEMORY_SHARE
+from harness.measure import Arm, Display, measure
+from harness.plan import (
+    CONTROL_SUFFIX,
+    PEAK_REPLICATES,
+    Group,
+    Plan,
+    Slot,
+    checked_phases,
+    conducted,
+    instrument_for,
+    measures_of,
+    solo_requests,
+)
+from harness.provenance import Machine
+from harness.record import Interleaving, Measure, Notice, Role, Side
+from harness.sides import open_side
+from harness.store import Run
+from harness.study import Study
+from harness.units import format_bytes
+from harness.variant import Variant
+
+DEFAULT_PHASES = ("train", "generate")
+"""A cold start is mostly the imports of either side and takes seconds a trial, so it is measured when asked for."""
+
+
+def plan_ab(
+    study: Study,
+    machine: Machine,
+    *,
+    select: Sequence[str] = (),
+    phases: Sequence[str] = DEFAULT_PHASES,
+    injected_rows: int = 0,
+    runs: Path | None = None,
+) -> tuple[Plan, tuple[Notice, ...]]:
+    """Base, candidate and the base once more, for each variant in each replicate, in an order shuffled by the seed.
+
+    Args:
+        study: what to measure on either side.
+        machine: where.
+        select: names of variants; empty for all. The first of them carries the control.
+        phases: "train", "generate", "cold"; training always runs.
+        injected_rows: extra work in the candidate's adapters (`training.injection`); 0 in an honest A/B.
+        runs: folder of earlier runs, whose measured peaks say what fits together.
+
+    Raises:
+        UsageError: an unknown variant or phase, or a study that this machine cannot run.
+    """
+    variants = [study.variant(name) for name in dict.fromkeys(select)] or list(study.variants)
+    notices = check_feasible(study, machine, variants)
+    checked = checked_phases(phases)
+    level, why = _level(variants, study, machine, runs)
+    together, alone = measures_of(level, checked)
+    shuffler = random.Random(study.protocol.seed)
+    groups: list[Group] = []
+    position = 0
+    for replicate in range(study.protocol.replicates):
+        for variant in shuffler.sample(variants, len(variants)):
+            arms: list[tuple[Side, Role]] = [("base", "variant"), ("candidate", "variant")]
+            live = [*arms, ("base", "control")] if variant is variants[0] else arms
+            slots = []
+            for side, role in shuffler.sample(live, len(live)):
+                slots.append(_slot(study, variant, side, role, replicate, position, level, together, injected_rows))
+                position += 1
+            if level == "lockstep":
+                groups.append(conducted(study, [(slot,) for slot in slots], shuffler, checked))
+            else:
+                groups += [conducted(study, [(slot,)], shuffler, checked) for slot in slots]
+            if alone and (set(alone) != {"peaks"} or replicate < PEAK_REPLICATES):
+                solo = live if "cold" in alone else arms  # peaks are compared by their maximum: no control for them
+                for side, role in shuffler.sample(solo, len(solo)):
+                    slot = _slot(study, variant, side, role, replicate, position, "replicates", alone, injected_rows)
+                    groups.append(Group(replicate=replicate, launches=((slot,),), requests=solo_requests(study, slot)))
+                    position += 1
+    members = tuple((variant, role) for variant in variants for role in _roles(variant is variants[0]))
+    plan = Plan(study=study, members=members, phases=checked, interleaving=level, why=why, groups=tuple(groups))
+    return plan, notices
+
+
+def measure_ab(
+    plan: Plan,
+    machine: Machine,
+    *,
+    base: str,
+    candidate: str,
+    repository: Path,
+    cache: Path,
+    runs: Path,
+    display: Display,
+    notices: tuple[Notice, ...] = (),
+) -> Run:
+    """Make both sides ready, measure, and take them down.
+
+    Args:
+        plan: from `plan_ab`.
+        machine: where.
+        base: a revision, an interpreter or requirements (`harness.sides`).
+        candidate: the same.
+        repository: a folder in the repository whose revisions are meant.
+        cache: where environments of requirements are kept.
+        runs: where the run is written.
+        display: shows what is going on.
+        notices: what was known before.
+
+    Raises:
+        UsageError: a side that cannot be had.
+        InvalidRunError: a side whose worker does not start, or speaks another schema.
+    """
+    with contextlib.ExitStack() as stack:
+        arms = []
+        for name, spec in (("base", base), ("candidate", candidate)):
+            side = stack.enter_context(open_side(spec, repository=repository, cache=cache))
+            about = {"spec": side.spec, "kind": side.kind, "label": side.label}
+            arms.append(
+                Arm(
+                    side=name,  # type: ignore[arg-type]
+                    host=side.host,
+                    facts=describe(side.host),
+                    declared=side.declared,
+                    about=about,
+                )
+            )
+        return measure(plan, machine, runs=runs, display=display, notices=notices, arms=arms)
+
+
+def _level(variants: Sequence[Variant], study: Study, machine: Machine, runs: Path | None) -> tuple[Interleaving, str]:
+    """Lockstep if three live processes of the largest variant fit."""
+    needed = max(together_bytes([variant] * 3, study.workload, machine, runs) for variant in variants)
+    free = free_bytes(machine)
+    if free is None:
+        return "replicates", "how much memory is free cannot be known"
+    sizes = f"three live processes need about {format_bytes(needed)} of {format_bytes(free)} free"
+    return ("replicates" if needed > int(MEMORY_SHARE * free) else "lockstep"), sizes
+
+
+def _slot(
+    study: Study,
+    variant: Variant,
+    side: Side,
+    role: Role,
+    replicate: int,
+    position: int,
+    level: Interleaving,
+    measures: tuple[Measure, ...],
+    injected_rows: int,
+) -> Slot:
+    control = f"-{CONTROL_SUFFIX}" if role == "control" else ""
+    solo = "" if "steps" in measures else "-solo"
+    return Slot(
+        trial=f"r{replicate}-{variant.name}-{side}{control}{solo}",
+        variant=variant,
+        role=role,
+        replicate=replicate,
+        position=position,
+        seed=study.protocol.seed + replicate,
+        interleaving=level,
+        measures=measures,
+        instrument=instrument_for(replicate),
+        side=side,
+        injected_rows=injected_rows if side == "candidate" else 0,
+    )
+
+
+def _roles(carries_control: bool) -> tuple[Role, ...]:
+    return ("variant", "control") if carries_control else ("variant",)
