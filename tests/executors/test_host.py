@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ import harness
 from harness.errors import InvalidRunError, UsageError
 from harness.executors.host import Host, describe, inspect
 from harness.executors.local import LocalExecutor, worker_environment
+from harness.plan import make_plan
 from harness.provenance import (
     LIBRARIES,
     collect,
@@ -23,6 +25,7 @@ from harness.provenance import (
     probe_machine,
 )
 from harness.record import SCHEMA
+from harness.runner import Site, run_plan
 
 
 def test_the_default_host_is_the_present_interpreter():
@@ -133,6 +136,42 @@ def test_two_executors_share_a_folder_and_say_which_harness_they_run(other_harne
     assert hellos["base"]["harness"] == harness_identity()
     assert hellos["candidate"]["harness"] != harness_identity()
     assert {hello["harness"].split(" sha256:")[0] for hello in hellos.values()} == {library_version("lorameter")}
+
+
+class Silent:
+    """A watcher that looks away."""
+
+    def trial_phase(self, slot, phase):
+        pass
+
+    def trial_ended(self, record):
+        pass
+
+
+def test_a_trial_runs_on_a_host_from_training_to_cold_start(other_harness, small_study, tmp_path):
+    """Zygote, token process and cold interpreter all import the host's code, in the host's folder."""
+    marks = tmp_path / "marks"
+    with (other_harness / "harness" / "__init__.py").open("a") as file:
+        file.write(f"import os, sys\nopen({str(marks)!r}, 'a').write(os.getcwd() + ' ' + sys.orig_argv[2] + '\\n')\n")
+    host = Host(path=(str(other_harness),), cwd=str(other_harness))
+    executor = LocalExecutor(threads=1, log_dir=tmp_path, host=host, label="candidate")
+    protocol = dataclasses.replace(small_study.protocol, replicates=1)
+    plan = make_plan(dataclasses.replace(small_study, protocol=protocol), select=["plain"])
+    try:
+        executor.start()
+        executor.hello()
+        tokens = executor.prepare_tokens(small_study.workload, str(tmp_path))
+        site = Site(
+            run_path=tmp_path, scratch=tmp_path / "scratch", device="cpu", threads=1, tokens_path=tokens["path"],
+            tokens={"hash": tokens["hash"]},
+        )  # fmt: skip
+        records = run_plan(plan, {"": executor}, site, save=lambda record: None, watcher=Silent()).records
+    finally:
+        executor.close()
+    assert {record.status for record in records} == {"ok"}, [record.failure for record in records]
+    assert any("cold_start_time_s" in record.values for record in records)
+    modules = ("harness.worker", "harness.training.tokens", "harness.inference.cold")
+    assert {*marks.read_text().splitlines()} == {f"{other_harness} {module}" for module in modules}
 
 
 def test_a_side_that_speaks_another_schema_is_refused_by_name(other_harness, tmp_path):
