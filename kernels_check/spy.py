@@ -12,10 +12,10 @@ libraries that call their kernels without an operator. ``blind`` lists the paths
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -179,12 +179,8 @@ def spied() -> Iterator[Spy]:
 
 @contextmanager
 def _compiler_held(spy: Spy) -> Iterator[None]:
-    """Count entries into compiled callables and start no compilation; ``torch._dynamo`` is not loaded for it."""
-    frames: Any = sys.modules.get("torch._dynamo.eval_frame")
-    if frames is None:
-        yield
-        spy.compiled_calls += "torch._dynamo.eval_frame" in sys.modules and _compiled_code()
-        return
+    """Count entries into compiled callables and start no compilation."""
+    frames: Any = import_module("torch._dynamo.eval_frame")  # any dispatch mode loads it at its first operator
     original = frames._callback_from_stance
 
     def counted(callback: Any) -> Any:
@@ -197,11 +193,6 @@ def _compiler_held(spy: Spy) -> Iterator[None]:
             yield
     finally:
         frames._callback_from_stance = original
-
-
-def _compiled_code() -> bool:
-    frames: Any = sys.modules["torch._dynamo.convert_frame"]
-    return bool(frames.input_codes.seen)
 
 
 def _blind(seen: StepProfile, *, on_cuda: bool, compiled: bool) -> dict[str, str]:

@@ -164,6 +164,19 @@ def test_code_that_is_not_compiled_yet_can_still_be(training):
     assert len(graphs) == 1
 
 
+def test_flex_attention_is_seen_and_compiles_afterwards():
+    """A higher-order operator passes through the mode; what compiles it inside is held, not spoilt."""
+    flex_attention = pytest.importorskip("torch.nn.attention.flex_attention").flex_attention
+    query = torch.randn(1, 2, 128, 16)
+    with torch.no_grad(), spied() as spy:
+        flex_attention(query, query, query)
+    assert [call.backend for call in spy.profile(torch.nn.Identity()).attention] == ["flex"]
+    assert spy.compiled_calls > 0
+    with torch.no_grad():
+        assert flex_attention(query, query, query).shape == query.shape
+    torch._dynamo.reset()
+
+
 def test_a_step_without_compiled_code_proves_that(training):
     """No entry into compiled code is evidence; requiring it fails."""
     run = training()
