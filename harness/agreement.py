@@ -54,8 +54,7 @@ def differences(base: Mapping[str, Any], candidate: Mapping[str, Any], prefix: s
     return found
 
 
-def disagreement(found: Sequence[Difference]) -> str:
-    """The reason of the verdict `not_comparable`."""
-    return (
-        f"{'; '.join(map(str, found))}. Measure the base again under the same conditions, or see a ratio with --force"
-    )
+def disagreement(found: Sequence[Difference], *, force: bool = True) -> str:
+    """The reason of the verdict `not_comparable`; `force`: whether that option is there to be named."""
+    remedy = "Measure the base again under the same conditions" + (", or see a ratio with --force" if force else "")
+    return f"{'; '.join(map(str, found))}. {remedy}"

@@ -96,7 +96,8 @@ def _ours(where: str, rows: list[dict[str, Any]], machine: dict[str, Any], data:
         side = _measured(where, index, row, info, name, metric, variants.get(name))
         sides[name] = _united(sides.get(name), side)
     control = _control(where, about)
-    reasons = list(control_faults(control or {}))
+    invalid = _optional(where, about, "invalid")
+    reasons = [invalid] if invalid else list(control_faults(control or {}))
     return Comparand(
         name=where,
         sides=sides,
@@ -128,12 +129,11 @@ def _measured(
     else:
         split = list(_split(samples, counts))
     measured: dict[str, Trials] = {metric: split} if split else {}
+    medians = _expect(where, f"{place}.extra_info.medians", info.get("medians", {}), dict)
+    for other, values in medians.items():  # one a trial: all that an unpaired comparison takes of a metric
+        if other in METRICS and other != metric:
+            measured[other] = [(value,) for value in _numbers(where, f"{place}.extra_info.medians.{other}", values)]
     peaks: dict[str, tuple[float, ...]] = {}
-    for number, trial in enumerate(trials):
-        medians = _expect(where, f"{place}.extra_info.trials[{number}].medians", trial.get("medians", {}), dict)
-        for other, value in medians.items():
-            if other in METRICS and other != metric:
-                measured.setdefault(other, []).append(tuple(_numbers(where, f"{place}: median {other}", [value])))
     memory = _expect(where, f"{place}.extra_info.memory", info.get("memory", {}), dict)
     for kind, value in memory.items():
         if kind.endswith(BYTES_SUFFIX):

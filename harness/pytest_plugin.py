@@ -24,6 +24,9 @@ import pytest
 from harness.errors import LorameterError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
+    from harness.gate import GateResult
     from harness.provenance import Machine
     from harness.record import TrialRecord
     from harness.store import Run
@@ -41,6 +44,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--lorameter-data", metavar="FILE|ID", help="data in place of the study's")
     group.addoption("--lorameter-effort", choices=("quick", "standard", "rigorous"), help="3, 8 or 12 replicates")
     group.addoption("--lorameter-replicates", type=int, metavar="N", help="number of replicates, instead of the effort")
+    group.addoption("--lorameter-base", metavar="RUN", help="gate: a run, a saved .json, or the word baseline")
+    group.addoption("--lorameter-policy", metavar="FILE", help="policy of the gate, as for lorameter gate")
     group.addoption("--lorameter-runs-dir", metavar="DIR", help="where runs live")
 
 
@@ -86,12 +91,16 @@ class Session:
     """One pytest session over one study: measures once after collection, replays in each test, reports at the end."""
 
     def __init__(self, config: pytest.Config) -> None:
+        from harness.pytest_gate import load_gate
+
         self._config = config
         self._run: Run | None = None
         self._disabled = bool(config.getoption("benchmark_disable")) and not config.getoption("benchmark_enable")
         self._skipped = bool(config.getoption("benchmark_skip")) and not config.getoption("benchmark_only")
+        self._judged: GateResult | str | None = None
         with _usage_errors():
             self._study = self._load()
+            self._gate = load_gate(config, measures=not (self._disabled or self._skipped))
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """A test for each variant of the study."""
@@ -112,6 +121,11 @@ class Session:
         if not items or self._skipped or collecting:
             return
         with _usage_errors():
+            if self._gate is not None:
+                from harness.provenance import fingerprint
+
+                facts = self._facts()
+                self._gate.prepare(self._study, facts, fingerprint(facts))
             names = [str(item.callspec.params["variant_name"]) for item, _ in items]  # type: ignore[attr-defined]
             self._run = self._measure(names, {phase for _, phase in items})
 
@@ -123,6 +137,7 @@ class Session:
         marker = request.node.get_closest_marker("benchmark")
 
         def replayed() -> None:
+            from harness.pytest_export import extra_info
             from harness.series import series_of
             from harness.units import PRIMARY
 
@@ -133,8 +148,10 @@ class Session:
             if failed:
                 pytest.fail("\n".join(_failure(record, self._run.path) for record in failed), pytrace=False)
             metric = PRIMARY[phase]  # type: ignore[index]
-            benchmark.extra_info.update(_extra_info(self._run, series, phase, metric))
-            durations = tuple(sample for record in series.ok for sample in record.samples[metric])
+            if not series.measuring(metric):
+                pytest.fail(f"no trial of {variant_name} measured {metric}, although all are ok", pytrace=False)
+            benchmark.extra_info.update(extra_info(self._run, series, phase, metric))
+            durations = tuple(sample for trial in series.trials(metric) for sample in trial)
             marker.kwargs["timer"].load(durations)
             benchmark.pedantic(_nothing, rounds=len(durations), iterations=1)
 
@@ -143,25 +160,28 @@ class Session:
     @pytest.hookimpl(tryfirst=True)
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """The report; before pytest-benchmark's own table, which may end in an exception (--benchmark-compare-fail)."""
+        if isinstance(self._judged, str):
+            terminalreporter.section("lorameter gate")
+            terminalreporter.write(self._judged, flush=True)
         if self._run is None or self._disabled:
             return
-        import io
-
-        from rich.console import Console
-
-        from harness.report.terminal import PIPED_WIDTH, print_run
+        from harness.report.comparison import print_gate
+        from harness.report.terminal import print_run
         from harness.report.view import view_of
 
-        text, screen = io.StringIO(), terminalreporter._tw
-        width = screen.fullwidth if screen.hasmarkup else PIPED_WIDTH
-        console = Console(file=text, force_terminal=screen.hasmarkup, width=width, highlight=False)
-        print_run(view_of(self._run), console)
-        terminalreporter.section("lorameter")
-        terminalreporter.write(text.getvalue())
+        run, judged = view_of(self._run), self._judged
+        _show(terminalreporter, "lorameter", lambda console: print_run(run, console))
+        if judged is not None and not isinstance(judged, str):
+            _show(terminalreporter, "lorameter gate", lambda console: print_gate(judged, console))
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        """A run that is invalid as a whole, by its control, is no pass although each test is."""
+        """A run that is invalid as a whole, or that its gate does not let pass, is no pass although each test is."""
+        if self._gate is not None and not self._config.option.collectonly:
+            self._judged = self._gate.judged(self._run)
+            passed = not isinstance(self._judged, str) and self._judged.passed
+            if not passed and session.exitstatus == pytest.ExitCode.OK:
+                session.exitstatus = pytest.ExitCode.TESTS_FAILED
         if self._run is None or self._disabled:
             return
         from harness.report.view import view_of
@@ -177,21 +197,12 @@ class Session:
         self, machine_info: dict[str, Any], compared_benchmark: dict[str, Any]
     ) -> None:
         """Refuse to set unlike machines, libraries or workloads beside each other, and name what differs."""
+        from harness.pytest_export import unlike
+
         theirs = compared_benchmark["machine_info"].get("lorameter")
         if theirs is None:
             raise pytest.UsageError("--benchmark-compare: the saved run was not written by lorameter. Compare another.")
-        ours = machine_info["lorameter"]
-        different = [
-            f"{key}: {theirs.get(key)!r} saved, {ours.get(key)!r} now"
-            for key in sorted(ours.keys() | theirs.keys())
-            if ours.get(key) != theirs.get(key)
-        ]
-        variants = {variant.name: variant.id for variant in self._study.variants}
-        for bench in compared_benchmark["benchmarks"]:
-            name, saved = bench.get("param"), bench["extra_info"].get("variant")
-            if name in variants and saved != variants[name]:
-                different.append(f"variant {name}: {saved} saved, {variants[name]} now")
-        if different:
+        if different := unlike(self._study, machine_info["lorameter"], theirs, compared_benchmark["benchmarks"]):
             raise pytest.UsageError(
                 f"--benchmark-compare: not comparable: {'; '.join(different)}. Measure the base again on this machine."
             )
@@ -203,11 +214,9 @@ class Session:
             if entry["fullname"] in data:
                 entry["stats"].setdefault("data", data[entry["fullname"]])
         if self._run is not None:
-            output_json["lorameter"] = {
-                "schema": self._run.manifest.schema,
-                "run": self._run.manifest.run,
-                "fingerprint": self._run.manifest.fingerprint,
-            }
+            from harness.pytest_export import about_run
+
+            output_json["lorameter"] = about_run(self._run)
 
     def _load(self) -> Study:
         from harness.study import load_study
@@ -277,37 +286,19 @@ def _failure(record: TrialRecord, run: Path) -> str:
     return f"{record.trial}: {record.status}{why} (log: {run / record.log})"
 
 
-def _extra_info(run: Run, series: Any, phase: str, metric: str) -> dict[str, Any]:
-    """What pytest-benchmark has no field for: trial boundaries, the interval over replicates, memory, checks."""
-    from harness import codec
-    from harness.series import samples_of
-    from harness.units import METRICS
+def _show(reporter: pytest.TerminalReporter, title: str, draw: Callable[[Console], None]) -> None:
+    """A section of the summary, drawn by rich."""
+    import io
 
-    estimates = {
-        name: codec.to_json(series.estimate(name))
-        for name, item in METRICS.items()
-        if item.phase == phase and series.estimate(name) is not None
-    }
-    last = series.ok[-1]
-    return {
-        "run": run.manifest.run,
-        "variant": last.variant,
-        "metric": metric,
-        "interleaving": last.interleaving,
-        "trials": [
-            {
-                "trial": record.trial,
-                "replicate": record.replicate,
-                "samples": len(samples_of(record, metric)),
-                "turn_lengths": list(record.turn_lengths) if phase == "train" else [],
-            }
-            for record in series.ok
-        ],
-        "estimates": estimates,
-        "memory": {kind: max(record.memory.get(kind, 0) for record in series.ok) for kind in last.memory},
-        "checks": [codec.to_json(check) for check in last.checks],
-        "tokens_hash": last.tokens.get("hash"),
-    }
+    from rich.console import Console
+
+    from harness.report.terminal import PIPED_WIDTH
+
+    text, screen = io.StringIO(), reporter._tw
+    width = screen.fullwidth if screen.hasmarkup else PIPED_WIDTH
+    draw(Console(file=text, force_terminal=screen.hasmarkup, width=width, highlight=False))
+    reporter.section(title)
+    reporter.write(text.getvalue())
 
 
 def _nothing() -> None:

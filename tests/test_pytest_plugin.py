@@ -7,8 +7,11 @@ the real executor gives such records is shown by `executors/test_local.py` and b
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
+
+from harness.cli import main
 
 FAKE = """
 import os
@@ -21,6 +24,7 @@ STEP = {"plain": 0.1, "nf4": float(os.environ.get("NF4_STEP", "0.123456789012345
 
 class Worker:
     start_latency_s = 0.01
+    prefix = ""
     def ask(self, command, trial, timeout_s, **arguments):
         replicate, name = trial.split("-")[:2]
         if name == os.environ.get("FAILING") and command == "build":
@@ -33,9 +37,11 @@ class Worker:
                 "step_time_s": (step,) * count, "step_cpu_time_s": (step,) * count, "train_loss": (2.0,) * count,
                 "turn_real_tokens": (64.0,), "turn_padded_tokens": (0.0,), "turn_sequences": (2.0,),
             })
-        if command == "generate":
+        if command == "merge":
+            self.prefix = "merged_"
+        if command == "request":
             names = ("request_time_s", "first_token_time_s", "time_per_output_token_s")
-            return Fragment(samples={p + n: (step, step) for n in names for p in ("", "merged_")})
+            return Fragment(samples={self.prefix + name: (step,) for name in names})
         if command == "finish_training":
             return Fragment(values={"held_out_loss": 3.0}, memory={"host_peak_train_bytes": 2**20})
         if command == "verify":
@@ -159,7 +165,8 @@ def test_the_plan_runs_once_for_all_tests_and_is_on_disk(suite):
     result = suite()
     result.assert_outcomes(passed=6)
     (run,) = (suite.path / ".lorameter" / "runs").iterdir()
-    assert len((run / "trials.jsonl").read_text().splitlines()) == 2 * 3
+    trials = [json.loads(line)["trial"] for line in (run / "trials.jsonl").read_text().splitlines()]
+    assert sum(not trial.endswith("-solo") for trial in trials) == 2 * 3
     assert (suite.path / "measured").read_text() == "x"
     result.stdout.fnmatch_lines(["*lorameter*", "*Training*", "*control*equivalent*", "*benchmark 'cold'*"])
 
@@ -224,8 +231,9 @@ def test_disable_measures_the_least_and_reports_nothing(suite):
     result.assert_outcomes(passed=6)
     (run,) = (suite.path / ".lorameter" / "runs").iterdir()
     records = [json.loads(line) for line in (run / "trials.jsonl").read_text().splitlines()]
-    assert len(records) == 3
-    assert all(len(record["samples"]["step_time_s"]) == 1 for record in records)
+    timed = [record for record in records if "step_time_s" in record["samples"]]
+    assert len(timed) == 3
+    assert all(len(record["samples"]["step_time_s"]) == 1 for record in timed)
     assert "Training" not in result.stdout.str()
 
 
@@ -270,6 +278,153 @@ def test_a_control_that_fails_makes_the_session_fail(suite, monkeypatch):
     result.assert_outcomes(passed=6)
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     result.stdout.fnmatch_lines(["*control-failed*", "*This run is invalid*"])
+
+
+@pytest.fixture(scope="module")
+def measured_once(tmp_path_factory):
+    """Where the first test that needs a base leaves what it measured, for the others."""
+    return tmp_path_factory.mktemp("base")
+
+
+@pytest.fixture
+def base(suite, measured_once):
+    """The suite measured once: the directory of that run, with a policy beside it that lets open questions pass."""
+    kept = (".lorameter", ".benchmarks")
+    if not any(measured_once.iterdir()):
+        suite("--benchmark-save=base").assert_outcomes(passed=6)
+        (suite.path / "measured").unlink()
+        for folder in kept:
+            shutil.copytree(suite.path / folder, measured_once / folder)
+    else:
+        for folder in kept:
+            shutil.copytree(measured_once / folder, suite.path / folder)
+    (suite.path / "open.toml").write_text("inconclusive = 'pass'\n")
+    (run,) = (suite.path / ".lorameter" / "runs").iterdir()
+    return run
+
+
+def test_a_base_gates_the_session(suite, base, monkeypatch):
+    """Open questions fail by default and pass by policy; a slower variant fails either way, by name and with exit 1."""
+    same = suite(f"--lorameter-base={base.name}")
+    same.assert_outcomes(passed=6)
+    assert same.ret == pytest.ExitCode.TESTS_FAILED
+    same.stdout.fnmatch_lines(
+        ["*lorameter gate*", f"*against {base.name}*", "*never called equivalent*", "Gate failed*"]
+    )
+    allowed = suite(f"--lorameter-base={base}", "--lorameter-policy=open.toml")
+    assert allowed.ret == pytest.ExitCode.OK
+    allowed.stdout.fnmatch_lines(["Gate passed*"])
+    monkeypatch.setenv("NF4_STEP", "2.0")
+    slower = suite(f"--lorameter-base={base}", "--lorameter-policy=open.toml")
+    slower.assert_outcomes(passed=6)
+    assert slower.ret == pytest.ExitCode.TESTS_FAILED
+    slower.stdout.fnmatch_lines(["*nf4*step time*regressed*", "Gate failed (exit 1)*2 regressed*"])
+
+
+def test_a_saved_file_is_as_good_a_base_as_its_run(suite, base, monkeypatch, capsys):
+    """The same verdicts and numbers from either, in pytest and on the command line."""
+    monkeypatch.setenv("NF4_STEP", "2.0")
+    (path,) = suite.path.glob(".benchmarks/*/*base.json")
+    result = suite(f"--lorameter-base={path}", "--lorameter-policy=open.toml", "--benchmark-save=slow")
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    result.stdout.fnmatch_lines(["Gate failed (exit 1)*2 regressed*"])
+    (slow_path,) = suite.path.glob(".benchmarks/*/*slow.json")
+    (slow_run,) = [run for run in base.parent.iterdir() if run != base]
+    documents = []
+    for sides in ((base, slow_run), (path, slow_path), (base, slow_path)):
+        assert main(["compare", *map(str, sides), "--json", "--runs-dir", str(base.parent)]) == 1
+        document = json.loads(capsys.readouterr().out)
+        rows = [row for row in document["comparisons"] if not row["metric"].endswith("_bytes")]
+        documents.append((rows, document["control"], document["differing"]))
+    assert documents[0] == documents[1] == documents[2]
+
+
+def test_a_failed_variant_is_invalid_in_its_file_too(suite, base, monkeypatch, capsys):
+    """It has no benchmark there, and that must not read as if it had never been asked for."""
+    monkeypatch.setenv("FAILING", "nf4")
+    suite("--benchmark-save=failed")
+    (path,) = suite.path.glob(".benchmarks/*/*failed.json")
+    assert main(["compare", str(base), str(path), "--json", "--runs-dir", str(base.parent)]) == 4
+    verdicts = {(row["variant"], row["verdict"]) for row in json.loads(capsys.readouterr().out)["comparisons"]}
+    assert ("nf4", "invalid") in verdicts
+    assert ("plain", "invalid") not in verdicts
+
+
+def test_the_word_baseline_is_the_accepted_run(suite, base):
+    """Before anything is accepted every verdict is no_baseline and the session fails; afterwards it is compared."""
+    none = suite("--lorameter-base=baseline", "--lorameter-policy=open.toml")
+    none.assert_outcomes(passed=6)
+    assert none.ret == pytest.ExitCode.TESTS_FAILED
+    none.stdout.fnmatch_lines(["*no_baseline*", "*lorameter accept RUN*", "Gate failed (exit 5)*"])
+    assert main(["accept", base.name, "--runs-dir", str(base.parent)]) == 0
+    accepted = suite("--lorameter-base=baseline", "--lorameter-policy=open.toml")
+    assert accepted.ret == pytest.ExitCode.OK
+    accepted.stdout.fnmatch_lines([f"*against {base.name}*", "Gate passed*"])
+
+
+def test_selecting_tests_does_not_miss_the_others(suite, base):
+    """What -k left out is not called disappeared."""
+    result = suite("-k", "train_step and plain", f"--lorameter-base={base}", "--lorameter-policy=open.toml")
+    result.assert_outcomes(passed=1, deselected=5)
+    assert result.ret == pytest.ExitCode.OK
+
+
+@pytest.mark.parametrize(("options", "said"), [
+    (["--lorameter-base=no-such-run"], "*no-such-run*not found*"),
+    (["--lorameter-base=small.toml"], "*small.toml*cannot be read as JSON*"),
+    (["--lorameter-base=BASE", "--lorameter-policy=missing.toml"], "*missing.toml*"),
+    (["--lorameter-policy=open.toml"], "*there is no base*"),
+    (["--lorameter-base=BASE", "--benchmark-disable"], "*measures nothing that could be judged*"),
+    (["--lorameter-base=BASE", "--benchmark-skip"], "*measures nothing that could be judged*"),
+])  # fmt: skip
+def test_a_bad_base_is_refused_before_anything_is_measured(suite, base, options, said):
+    """One line, exit code 4 of pytest, and no trial."""
+    result = suite(*(option.replace("BASE", base.name) for option in options))
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines([said])
+    assert not suite.measured()
+
+
+@pytest.mark.parametrize(("old", "new", "said"), [
+    ("batch_size = 2", "batch_size = 1", "*workload.batch_size: 2 in the base, 1 in the candidate*"),
+    ("r = 4", "r = 8", "*variant plain: r: 4 in the base, 8 in the candidate*"),
+])  # fmt: skip
+def test_an_unlike_base_is_refused_before_anything_is_measured(suite, base, old, new, said):
+    """What differs is known from the study alone, hours before the end."""
+    (suite.path / "small.toml").write_text(STUDY.replace(old, new))
+    result = suite(f"--lorameter-base={base}")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines([said])
+    assert not suite.measured()
+
+
+def test_an_invalid_base_is_refused(suite, base):
+    """A run that broke off is nothing to be judged by."""
+    manifest = base / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"complete"', '"interrupted"'))
+    result = suite(f"--lorameter-base={base}")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*'interrupted'*Give a valid run*"])
+    assert not suite.measured()
+
+
+def test_a_gate_with_nothing_to_judge_does_not_pass(suite, base):
+    """The base is named and every benchmark is deselected."""
+    (suite.path / "test_other.py").write_text("def test_other():\n    pass\n")
+    result = suite("-k", "test_other", f"--lorameter-base={base}")
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    result.stdout.fnmatch_lines(["*nothing was measured*"])
+    assert suite("--collect-only", f"--lorameter-base={base}").ret == pytest.ExitCode.OK
+
+
+def test_an_exception_in_the_gate_is_no_pass(suite, base):
+    """The session fails with the traceback, and everything else is still reported."""
+    text = FAKE + "\nimport harness.pytest_gate\nharness.pytest_gate.compare = None\n"
+    (suite.path / "conftest.py").write_text(text)
+    result = suite(f"--lorameter-base={base}", "--lorameter-policy=open.toml")
+    result.assert_outcomes(passed=6)
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    result.stdout.fnmatch_lines(["*the comparison ended in an error*", "*TypeError*", "*Training*"])
 
 
 def test_a_project_that_does_not_attach_is_left_alone(pytester):

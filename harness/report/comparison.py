@@ -90,7 +90,8 @@ def print_comparison(report: ComparisonReport, console: Console) -> None:
     from rich.table import Table
 
     view = view_of_comparison(report)
-    table = Table(title=escape(view.title), title_justify="left", title_style="bold")
+    console.print(f"[bold]{escape(view.title)}[/bold]")
+    table = Table()
     for index, head in enumerate(HEADS[:-1]):
         table.add_column(head, justify="left" if index < 2 else "right", overflow="fold")
     for row in view.rows:
@@ -179,14 +180,11 @@ def _ratio(comparison: Comparison) -> str:
 
 
 def _replicates(comparison: Comparison) -> str:
+    """How many, and for an open question how many would settle it."""
     if not comparison.replicates:
         return "–"
-    needed = comparison.replicates_needed
-    return (
-        f"{comparison.replicates} of {needed}"
-        if needed and needed > comparison.replicates
-        else str(comparison.replicates)
-    )
+    needed = comparison.replicates_needed if comparison.verdict == "inconclusive" else None
+    return f"{comparison.replicates} of {needed}" if needed else str(comparison.replicates)
 
 
 def _row(cells: list[str] | tuple[str, ...]) -> str:
