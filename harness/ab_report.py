@@ -19,8 +19,8 @@ from harness.provenance import differing_packages
 from harness.record import Interleaving, Notice
 from harness.report.notices import run_notices
 from harness.report.view import PEAKS
-from harness.series import Series, compare_series, pairing_of, series_of, without_equivalent
-from harness.stats import Comparison
+from harness.series import Series, compare_series, series_of, without_equivalent
+from harness.stats import Comparison, Pairing
 from harness.store import Run
 from harness.study import Study
 from harness.units import METRICS, PHASES, PRIMARY
@@ -68,7 +68,7 @@ def report_of(run: Run, *, metrics: Sequence[str] = (), limits_of: LimitsOf = de
     verdicts: dict[Key, Comparison] = {}
     pairs: dict[Key, tuple[Measured, Measured]] = {}
     levels: dict[Key, Interleaving] = {}
-    pairings = {}
+    pairings: dict[Key, Pairing] = {}
     for variant in study.variants:
         sides = [groups.get((variant.name, "variant")) for groups in (base, candidate)]
         if sides == [None, None]:
@@ -76,14 +76,14 @@ def report_of(run: Run, *, metrics: Sequence[str] = (), limits_of: LimitsOf = de
         ours, theirs = (measured_of(side, study, run.manifest.run) if side else None for side in sides)
         for metric in _wanted(run, [side for side in (ours, theirs) if side], metrics):
             key = variant.name, metric
-            levels[key] = (sides[0] and sides[0].interleaving(metric)) or "replicates"
+            levels[key] = _level(sides[0] or sides[1], metric)
             said = [fault for fault in (broken, ours and ours.broken, theirs and theirs.broken) if fault]
             if said or ours is None or theirs is None or not (ours.has(metric) and theirs.has(metric)):
                 verdicts[key] = without_numbers("invalid", said[0] if said else f"one side has no {metric}")
                 continue
             verdicts[key] = without_numbers("invalid", "not compared")  # overwritten; keeps the order
             pairs[key] = _in_pairs(ours, theirs, sides[0], sides[1], metric)  # type: ignore[arg-type]
-            pairings[key] = pairing_of(sides[0], metric)  # type: ignore[arg-type]
+            pairings[key] = "turn" if levels[key] == "lockstep" else "replicate"
     found = compare_measured(pairs, limits_of, lambda key: pairings[key])
     doubted = any(result is None or result.verdict != "equivalent" for result in control.values())
     if doubted:
@@ -155,6 +155,12 @@ def _study(run: Run) -> Study:
     if not run.manifest.sides:
         raise UsageError(f"run {run.manifest.run}: it has no sides. Compare two runs with `lorameter compare`.")
     return codec.from_json(Study, run.manifest.study, f"run {run.manifest.run}")
+
+
+def _level(series: Series | None, metric: str) -> Interleaving:
+    """How the trials that measured it alternated; peaks come from solo trials."""
+    level = None if series is None or metric.endswith(BYTES_SUFFIX) else series.interleaving(metric)
+    return level or "replicates"
 
 
 def _wanted(run: Run, sides: Sequence[Measured], patterns: Sequence[str]) -> list[str]:

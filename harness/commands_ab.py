@@ -112,7 +112,7 @@ def study_of(options: argparse.Namespace) -> Any:
 
 def show_ab(run: Run, options: argparse.Namespace) -> int:
     """Print an A/B run in the format asked for; the exit code is that of its verdicts under the policy."""
-    from harness.ab_report import attribution_of, attribution_document, report_of
+    from harness.ab_report import attribution_document, attribution_of, report_of
     from harness.gate import gate_document, judge, load_policy
 
     policy = load_policy(getattr(options, "policy", None))

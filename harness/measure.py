@@ -134,7 +134,7 @@ def measure(
             tokens={key: value for key, value in tokens.items() if key != "path"},
             notices=notices,
             sides={
-                arm.side: {**arm.about, "declared": list(arm.declared), "worker": hellos[arm.side]["harness"]}
+                arm.side: {**arm.about, "declared": list(arm.declared), "worker": hellos[arm.side].get("harness")}
                 | {"facts": arm.facts}
                 for arm in arms
                 if arm.side

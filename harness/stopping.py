@@ -7,14 +7,13 @@ as it is narrow enough.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 
 from harness.plan import Plan
 from harness.record import TrialRecord
 from harness.series import compare_series, series_of
-from harness.stats import Comparison
+from harness.stats import Comparison, is_precise, relative_half_width
 from harness.units import PRIMARY
 
 LEAST_REPLICATES = 5
@@ -32,11 +31,12 @@ class Stopping:
         """The reason to stop, or None to go on."""
         protocol = self._plan.study.protocol
         replicates = len({record.replicate for record in records})
-        if protocol.precision is not None and replicates >= LEAST_REPLICATES:
-            widest = self._widest(records)
-            if widest is not None and widest <= math.log1p(protocol.precision):
+        if protocol.precision is not None:
+            found = self._comparisons(records)
+            if is_precise(found, half_width=protocol.precision, least_replicates=LEAST_REPLICATES):
+                widest = max(width for one in found if (width := relative_half_width(one)) is not None)
                 return (
-                    f"every interval is within ±{100 * math.expm1(widest):.2g} % after {replicates} replicates, and "
+                    f"every interval is within ±{100 * widest:.2g} % after {replicates} replicates, and "
                     f"±{100 * protocol.precision:.2g} % were asked for"
                 )
         if protocol.max_minutes is not None:
@@ -44,12 +44,6 @@ class Stopping:
             if (spent + spent / replicates) / 60 > protocol.max_minutes:
                 return f"another replicate would end after the limit of {protocol.max_minutes:g} minutes"
         return None
-
-    def _widest(self, records: Sequence[TrialRecord]) -> float | None:
-        """The largest half-width of the compared intervals, on the log scale; None where one has no interval."""
-        widths = [half_width(comparison) for comparison in self._comparisons(records)]
-        known = [width for width in widths if width is not None]
-        return max(known) if known and len(known) == len(widths) else None
 
     def _comparisons(self, records: Sequence[TrialRecord]) -> list[Comparison]:
         """Everything against the reference, and the reference against its twin, in the primary metric of each phase."""
@@ -67,9 +61,3 @@ class Stopping:
                     found += [comparison] if comparison is not None else []
         return found
 
-
-def half_width(comparison: Comparison) -> float | None:
-    """Half the interval of a ratio on the log scale; None without one."""
-    if not comparison.low or not comparison.high:
-        return None
-    return (math.log(comparison.high) - math.log(comparison.low)) / 2
