@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
-
-from harness.cli import main
 
 FAKE = """
 import os
@@ -303,6 +303,13 @@ def base(suite, measured_once):
     return run
 
 
+def lorameter(*arguments):
+    """The command line beside pytest: its exit code and its JSON document."""
+    command = [sys.executable, "-m", "harness.cli", *map(str, arguments), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.returncode, json.loads(done.stdout)
+
+
 def test_a_base_gates_the_session(suite, base, monkeypatch):
     """Open questions fail by default and pass by policy; a slower variant fails either way, by name and with exit 1."""
     same = suite(f"--lorameter-base={base.name}")
@@ -321,7 +328,7 @@ def test_a_base_gates_the_session(suite, base, monkeypatch):
     slower.stdout.fnmatch_lines(["*nf4*step time*regressed*", "Gate failed (exit 1)*2 regressed*"])
 
 
-def test_a_saved_file_is_as_good_a_base_as_its_run(suite, base, monkeypatch, capsys):
+def test_a_saved_file_is_as_good_a_base_as_its_run(suite, base, monkeypatch):
     """The same verdicts and numbers from either, in pytest and on the command line."""
     monkeypatch.setenv("NF4_STEP", "2.0")
     (path,) = suite.path.glob(".benchmarks/*/*base.json")
@@ -332,20 +339,21 @@ def test_a_saved_file_is_as_good_a_base_as_its_run(suite, base, monkeypatch, cap
     (slow_run,) = [run for run in base.parent.iterdir() if run != base]
     documents = []
     for sides in ((base, slow_run), (path, slow_path), (base, slow_path)):
-        assert main(["compare", *map(str, sides), "--json", "--runs-dir", str(base.parent)]) == 1
-        document = json.loads(capsys.readouterr().out)
+        code, document = lorameter("compare", *sides, "--runs-dir", base.parent)
+        assert code == 1
         rows = [row for row in document["comparisons"] if not row["metric"].endswith("_bytes")]
         documents.append((rows, document["control"], document["differing"]))
     assert documents[0] == documents[1] == documents[2]
 
 
-def test_a_failed_variant_is_invalid_in_its_file_too(suite, base, monkeypatch, capsys):
+def test_a_failed_variant_is_invalid_in_its_file_too(suite, base, monkeypatch):
     """It has no benchmark there, and that must not read as if it had never been asked for."""
     monkeypatch.setenv("FAILING", "nf4")
     suite("--benchmark-save=failed")
     (path,) = suite.path.glob(".benchmarks/*/*failed.json")
-    assert main(["compare", str(base), str(path), "--json", "--runs-dir", str(base.parent)]) == 4
-    verdicts = {(row["variant"], row["verdict"]) for row in json.loads(capsys.readouterr().out)["comparisons"]}
+    code, document = lorameter("compare", base, path, "--runs-dir", base.parent)
+    assert code == 4
+    verdicts = {(row["variant"], row["verdict"]) for row in document["comparisons"]}
     assert ("nf4", "invalid") in verdicts
     assert ("plain", "invalid") not in verdicts
 
@@ -356,7 +364,7 @@ def test_the_word_baseline_is_the_accepted_run(suite, base):
     none.assert_outcomes(passed=6)
     assert none.ret == pytest.ExitCode.TESTS_FAILED
     none.stdout.fnmatch_lines(["*no_baseline*", "*lorameter accept RUN*", "Gate failed (exit 5)*"])
-    assert main(["accept", base.name, "--runs-dir", str(base.parent)]) == 0
+    assert lorameter("accept", base.name, "--runs-dir", base.parent)[0] == 0
     accepted = suite("--lorameter-base=baseline", "--lorameter-policy=open.toml")
     assert accepted.ret == pytest.ExitCode.OK
     accepted.stdout.fnmatch_lines([f"*against {base.name}*", "Gate passed*"])
