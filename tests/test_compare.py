@@ -329,6 +329,16 @@ def test_phases_that_only_one_side_has_are_said(write_run, compare):
     assert [notice["code"] for notice in document["notices"]] == ["phase-not-shared"]
 
 
+def test_an_ab_run_is_no_side(write_run, compare):
+    """It holds both sides; comparing one of them with something else is not what it was measured for."""
+    manifest = write_run("b", BASE) / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"sides": {"base": {"label": "x"}}}))
+    code, text = compare(write_run("a", BASE), "b")
+    assert code == 2
+    assert "lorameter report b" in text
+    assert main(["accept", "b", "--runs-dir", str(manifest.parents[1])]) == 2
+
+
 @pytest.mark.parametrize("name", ["no-such-run", "missing.json"])
 def test_what_is_no_run_and_no_file_is_refused(write_run, compare, name):
     """Exit 2, with the runs that exist."""
