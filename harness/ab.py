@@ -125,20 +125,25 @@ def measure_ab(
         InvalidRunError: a side whose worker does not start, or speaks another schema.
     """
     with contextlib.ExitStack() as stack:
-        arms = []
-        for name, spec in (("base", base), ("candidate", candidate)):
+        arms: list[Arm] = []
+        specs: tuple[tuple[Side, str], ...] = (("base", base), ("candidate", candidate))
+        for name, spec in specs:
             side = stack.enter_context(open_side(spec, repository=repository, cache=cache))
             about = {"spec": side.spec, "kind": side.kind, "label": side.label}
-            arms.append(
-                Arm(
-                    side=name,  # type: ignore[arg-type]
-                    host=side.host,
-                    facts=describe(side.host),
-                    declared=side.declared,
-                    about=about,
-                )
-            )
+            arms += arms_of(name, side.host, describe(side.host), side.declared, about)
         return measure(plan, machine, runs=runs, display=display, notices=notices, arms=arms)
+
+
+def arms_of(
+    side: Side,
+    host: Host,
+    facts: Mapping[str, Any] | None,
+    declared: tuple[str, ...],
+    about: Mapping[str, Any],
+) -> list[Arm]:
+    """The zygotes of one side; the base has a second one for its control (see `Arm` for the reason)."""
+    names = [side, CONTROL_SUFFIX] if side == "base" else [side]
+    return [Arm(name=name, side=side, host=host, facts=facts, declared=declared, about=about) for name in names]
 
 
 def _level(variants: Sequence[Variant], study: Study, machine: Machine, runs: Path | None) -> tuple[Interleaving, str]:
@@ -175,6 +180,7 @@ def _slot(
         measures=measures,
         instrument=instrument_for(replicate),
         side=side,
+        arm=CONTROL_SUFFIX if role == "control" else side,
         injected_rows=injected_rows if side == "candidate" else 0,
     )
 

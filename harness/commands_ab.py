@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.commands import FORMATS, print_json, show_gate
-from harness.errors import UsageError
+from harness.errors import EXIT_PASS, UsageError
 
 if TYPE_CHECKING:
     from harness.store import Run
 
+CALIBRATION_REPLICATES = 24
+"""Enough for three gates of 8 that share nothing, and about 4 minutes of the default study on two cores."""
 SIDE_HELP = "a git revision, a Python executable, or requirements such as 'peft==0.20.0'"
 
 
@@ -37,6 +39,19 @@ def add_commands(commands: Any, common: Any) -> None:
     )
     common(ab)
     ab.set_defaults(command=run_ab)
+
+    calibrate = commands.add_parser(
+        "calibrate",
+        help="this machine's own false-alarm rate and power",
+        description="Measure identical code and a planted slow-down, and say what the gate can see on this machine.",
+    )
+    calibrate.add_argument("study", metavar="STUDY", nargs="?", default="training-step", help="default: training-step")
+    _measuring(calibrate)
+    calibrate.add_argument(
+        "--inject-rows", type=int, metavar="N", help="rows of extra work a layer; default: sized by a pilot for 5 %%"
+    )
+    common(calibrate)
+    calibrate.set_defaults(command=run_calibrate)
 
 
 def _measuring(command: argparse.ArgumentParser) -> None:
@@ -93,18 +108,80 @@ def run_ab(options: argparse.Namespace) -> int:
     return show_ab(run, options)
 
 
-def study_of(options: argparse.Namespace) -> Any:
-    """The study with the options' changes; 8 replicates unless something else is asked for."""
+def run_calibrate(options: argparse.Namespace) -> int:
+    """Size the slow-down by a pilot, measure, print what the gate can see here."""
+    import dataclasses
+
+    from harness import codec
+    from harness.calibrate import PILOT_ROWS, PLANTED, calibrate, rows_for
+    from harness.report.calibration import print_calibration
+    from harness.report.terminal import console_for
+
+    if options.inject_rows is not None and options.inject_rows < 1:
+        raise UsageError(f"--inject-rows = {options.inject_rows}: no amount of work. Use 1 or more, or leave it out.")
+    study = study_of(options, standard=CALIBRATION_REPLICATES)
+    variant = study.variant(options.variant[0]) if options.variant else study.variant(study.reference)
+    rows = options.inject_rows
+    if rows is None:
+        pilot = dataclasses.replace(study, protocol=dataclasses.replace(study.protocol, replicates=3, precision=None))
+        seen = calibration_ratio(_measured_here(pilot, variant.name, PILOT_ROWS, options), variant.name)
+        rows = rows_for(PLANTED, PILOT_ROWS, seen)
+    run = _measured_here(study, variant.name, rows, options)
+    result = calibrate(run, variant)
+    if options.json:
+        print_json({"calibration": codec.to_json(result), "inject_rows": rows})
+    else:
+        print_calibration(result, rows, console_for())
+    return EXIT_PASS
+
+
+def calibration_ratio(run: Run, name: str) -> float:
+    """The candidate's step time over the base's in a pilot. Raises `InvalidRunError` where it was not measured."""
+    from harness.errors import InvalidRunError
+    from harness.series import compare_series, series_of
+
+    base, candidate = (series_of(run.records, side).get((name, "variant")) for side in ("base", "candidate"))
+    found = compare_series(base, candidate, "step_time_s") if base and candidate else None
+    if found is None or found.ratio is None:
+        raise InvalidRunError(f"run {run.manifest.run}: the pilot measured nothing; see its report.")
+    return found.ratio
+
+
+def _measured_here(study: Any, name: str, rows: int, options: argparse.Namespace) -> Run:
+    """An A/B of the present interpreter with itself, the candidate with extra work; training only."""
+    from harness import store
+    from harness.ab import arms_of, plan_ab
+    from harness.executors.host import Host
+    from harness.measure import measure
+    from harness.provenance import probe_machine
+    from harness.report.live import LiveDisplay
+    from harness.report.terminal import console_for, print_notices
+
+    machine, runs = probe_machine(), store.runs_dir(options.runs_dir)
+    plan, notices = plan_ab(study, machine, select=[name], phases=("train",), injected_rows=rows, runs=runs)
+    errors = console_for(stderr=True)
+    print_notices(notices, errors)
+    slowed = {"label": f"the same with {rows} rows of extra work"}
+    arms = [
+        *arms_of("base", Host(), None, (), {"label": "the present interpreter"}),
+        *arms_of("candidate", Host(), None, (), slowed),
+    ]
+    with LiveDisplay(errors) as display:
+        return measure(plan, machine, runs=runs, display=display, notices=notices, arms=arms)
+
+
+def study_of(options: argparse.Namespace, standard: int | None = None) -> Any:
+    """The study with the options' changes; 8 replicates, or `standard`, unless something else is asked for."""
     from harness.study import load_study
 
     if options.effort and options.replicates is not None:
         raise UsageError("--effort and --replicates both set the replicates. Give one of them.")
-    decided = options.replicates is not None or options.precision is not None
+    decided = options.effort or options.replicates is not None or options.precision is not None
     return load_study(options.study).with_overrides(
         model=options.model,
         data=options.data,
-        effort=options.effort or (None if decided else "standard"),
-        replicates=options.replicates,
+        effort=options.effort or (None if decided or standard else "standard"),
+        replicates=options.replicates if decided else standard,
         precision=options.precision,
         max_minutes=options.max_minutes,
     )

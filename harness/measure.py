@@ -75,8 +75,14 @@ def plan_study(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arm:
-    """Where one side of a run is measured; a run without sides has one arm, the present interpreter."""
+    """Where trials of a run are measured: a zygote of its own. A run without sides has one, the present interpreter.
 
+    Processes of one zygote share its pages, and each finds them warm in the caches when the other has just run. So
+    what is compared in an A/B must come from one zygote or each from its own: with base and control from one zygote,
+    the candidate, from another, was measured 0.5 % slower on identical code.
+    """
+
+    name: str = ""
     side: Side = ""
     host: Host = field(default_factory=Host)
     facts: Mapping[str, Any] | None = None
@@ -110,15 +116,15 @@ def measure(
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lorameter-")))
         logs = runs / run_id / "logs"
         logs.mkdir(parents=True)
-        executors: dict[Side, Executor] = {}
+        executors: dict[str, Executor] = {}
         for arm in arms:
-            executor = LocalExecutor(threads=threads, log_dir=logs, host=arm.host, label=arm.side)
+            executor = LocalExecutor(threads=threads, log_dir=logs, host=arm.host, label=arm.name)
             stack.callback(executor.close)
             executor.start()
-            executors[arm.side] = executor
-        tokens = executors[first.side].prepare_tokens(study.workload, str(runs / run_id))  # while the workers import
-        hellos = {side: _greeted(executor, machine) for side, executor in executors.items()}
-        facts = provenance.collect(study, machine, threads, hellos[first.side], first.facts)
+            executors[arm.name] = executor
+        tokens = executors[first.name].prepare_tokens(study.workload, str(runs / run_id))  # while the workers import
+        hellos = {name: _greeted(executor, machine) for name, executor in executors.items()}
+        facts = provenance.collect(study, machine, threads, hellos[first.name], first.facts)
         declared = sorted({name for arm in arms for name in arm.declared})
         manifest = Manifest(
             run=run_id,
@@ -134,10 +140,10 @@ def measure(
             tokens={key: value for key, value in tokens.items() if key != "path"},
             notices=notices,
             sides={
-                arm.side: {**arm.about, "declared": list(arm.declared), "worker": hellos[arm.side].get("harness")}
+                arm.side: {**arm.about, "declared": list(arm.declared), "worker": hellos[arm.name].get("harness")}
                 | {"facts": arm.facts}
                 for arm in arms
-                if arm.side
+                if arm.side and arm.name == arm.side
             },
         )
         writer = RunWriter(runs, manifest)

@@ -52,6 +52,8 @@ class Slot:
     measures: tuple[Measure, ...]
     instrument: Instrument = "profile"
     side: Side = ""
+    arm: str = ""
+    """Which of the run's executors hosts the trial; a run without sides has one."""
     injected_rows: int = 0
 
 

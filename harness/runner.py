@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from harness import codec
 from harness.executors import Executor, Worker, WorkerLostError
 from harness.plan import Group, Plan, Slot
-from harness.record import Failure, Fragment, Measure, Side, Status, TrialRecord, TrialRequest
+from harness.record import Failure, Fragment, Measure, Status, TrialRecord, TrialRequest
 
 
 class Watcher(Protocol):
@@ -56,7 +56,7 @@ class Measured:
 
 def run_plan(
     plan: Plan,
-    executors: Mapping[Side, Executor],
+    executors: Mapping[str, Executor],
     site: Site,
     *,
     save: Callable[[TrialRecord], None],
@@ -107,7 +107,7 @@ class _Conductor:
     """One group: its workers are live together and take the turns that the plan says."""
 
     def __init__(
-        self, plan: Plan, group: Group, executors: Mapping[Side, Executor], site: Site, watcher: Watcher
+        self, plan: Plan, group: Group, executors: Mapping[str, Executor], site: Site, watcher: Watcher
     ) -> None:
         self._plan = plan
         self._group = group
@@ -174,7 +174,7 @@ class _Conductor:
         for slot in launch:
             self._begun[slot.trial] = time.time()
         try:
-            worker = self._executors[launch[0].side].launch()
+            worker = self._executors[launch[0].arm].launch()
         except WorkerLostError as lost:
             for slot in launch:
                 self._add(slot.trial, Fragment().failed(lost.status, lost.failure))
@@ -224,7 +224,7 @@ class _Conductor:
     def _cold(self, trial: str) -> Fragment:
         try:
             slot = self._slots[trial]
-            fragment = self._executors[slot.side].cold_start(_request(self._plan, slot, self._site, trial))
+            fragment = self._executors[slot.arm].cold_start(_request(self._plan, slot, self._site, trial))
         except WorkerLostError as lost:
             return Fragment().failed(lost.status, lost.failure)
         warm, cold = self._records[trial].tokens.get("completion"), fragment.tokens.get("cold_completion")

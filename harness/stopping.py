@@ -60,4 +60,3 @@ class Stopping:
                     comparison = compare_series(bases[key], series, PRIMARY[phase])  # type: ignore[index]
                     found += [comparison] if comparison is not None else []
         return found
-

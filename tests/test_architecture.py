@@ -37,6 +37,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "agreement",
         "compare",
         "ab_report",
+        "calibrate",
         "baselines",
         "gate",
     ),

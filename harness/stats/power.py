@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from harness.stats.samples import checked_number
 from harness.stats.student import noncentrality
 
 if TYPE_CHECKING:
@@ -55,6 +56,21 @@ def replicates_needed(spread: Spread, rule: Rule, *, may_be_equivalent: bool) ->
         )
 
     return _smallest(enough)
+
+
+def replicates_to_see(effect: float, sd: float, *, tolerance: float, alpha: float = 0.05) -> int | None:
+    """Paired replicates after which a slow-down of `effect` (a fraction) is called `regressed` with 80 % power.
+
+    `sd` is that of one replicate's log ratio. None where the effect is within the tolerance, which no number of
+    replicates turns into an alarm, and where no practical number would do.
+    Raises ValueError for an effect or sd that is negative or not finite.
+    """
+    checked_number("effect", effect, at_least=0, strictly=True)
+    checked_number("sd", sd, at_least=0, strictly=False)
+    distance = math.log1p(effect) - math.log1p(tolerance)
+    if distance <= 0:
+        return None
+    return _smallest(lambda count: distance * math.sqrt(count) >= noncentrality(count - 1, alpha / 2, POWER) * sd)
 
 
 def _smallest(enough: Callable[[int], bool]) -> int | None:
