@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from harness.executors.host import describe
+from harness.executors.host import Host, describe
 from harness.feasibility import check_feasible
 from harness.forecast import free_bytes, together_bytes
 from harness.levels import MEMORY_SHARE
