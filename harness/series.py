@@ -15,7 +15,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from harness.record import Interleaving, Role, Side, TrialRecord
-from harness.stats import Comparison, Estimate, Pairing, compare_family, compare_trials, estimate_trials
+from harness.stats import (
+    Comparison,
+    Estimate,
+    KeptPairs,
+    Pairing,
+    QuantileEstimate,
+    compare_family,
+    compare_trials,
+    effective_size,
+    estimate_trials,
+    kept_pairs,
+    median_interval,
+    percentile,
+)
 from harness.units import METRICS
 
 FINAL_SHARE = 4
@@ -89,10 +102,23 @@ class Series:
         """How the trials that measured the metric alternated with those of other variants; None without any."""
         return next((record.interleaving for record in self.measuring(metric)), None)
 
-    def estimate(self, metric: str) -> Estimate | None:
-        """The metric's estimate over replicates; None where nothing was measured."""
+    def estimate(self, metric: str) -> Estimate | QuantileEstimate | None:
+        """The metric's estimate over replicates; None where nothing was measured.
+
+        A cold start is one value a process, of no known shape: its median, with the interval of its order statistics.
+        """
         trials = self.trials(metric)
+        if trials and METRICS[metric].phase == "cold":
+            return median_interval([sample for trial in trials for sample in trial])
         return estimate_trials(trials) if trials else None
+
+    def percentile(self, metric: str, q: float) -> QuantileEstimate | None:
+        """The quantile `q` of a metric's samples, if their effective number supports it; None without samples."""
+        trials = self.trials(metric)
+        if not trials:
+            return None
+        effective = sum(effective_size(trial) for trial in trials)
+        return percentile([sample for trial in trials for sample in trial], q, effective_size=effective)
 
 
 def series_of(records: Sequence[TrialRecord], side: Side = "") -> dict[tuple[str, Role], Series]:
@@ -115,19 +141,61 @@ def series_of(records: Sequence[TrialRecord], side: Side = "") -> dict[tuple[str
 
 
 Trials = list[tuple[float, ...]]
+OCCUPANCY_FLOOR = 0.95
+"""CPU time over wall time below which a CPU trial was disturbed. On a noisy machine keeping only what lies above cut
+the spread between processes from 29 % to 7 % (docs/method.md)."""
+LEAST_PAIRS = 5
+"""Where fewer undisturbed pairs would remain, all are kept."""
+
+
+def occupancy(record: TrialRecord) -> float | None:
+    """CPU time over wall time of the timed steps, per thread; None without steps."""
+    wall, cpu = sum(record.samples.get("step_time_s", ())), sum(record.samples.get("step_cpu_time_s", ()))
+    return cpu / wall / max(1.0, record.values.get("threads", 1.0)) if wall else None
+
+
+def undisturbed(base: Series, candidate: Series, metric: str) -> KeptPairs | None:
+    """Which pairs of trials to compare, by a flag that does not look at their times; None where none can be dropped.
+
+    Trials that took turns shared every disturbance, and on a GPU the host may rightly wait: nothing is dropped there.
+    """
+    if pairing_of(base, metric) == "turn" or METRICS[metric].unit not in ("s", "1/s"):
+        return None
+    pairs = _pairs(base, candidate, metric)
+    flags = [[occupancy(record) for record in side] for side in zip(*pairs, strict=True)]
+    if not pairs or any(share is None for side in flags for share in side) or _on_device(pairs[0][0]):
+        return None
+    low = [[share is not None and share < OCCUPANCY_FLOOR for share in side] for side in flags]
+    return kept_pairs(low[0], low[1], least=LEAST_PAIRS)
+
+
+def _on_device(record: TrialRecord) -> bool:
+    return any(kind.startswith("device_") for kind in record.memory)
 
 
 def compare_series(base: Series, candidate: Series, metric: str, *, family: int = 1) -> Comparison | None:
     """The comparison over the replicates that both have, paired as they alternated; None where there is none."""
     pairs = paired_trials(base, candidate, metric)
-    return None if pairs is None else compare_trials(*pairs, pairing=pairing_of(base, metric), family=family)
+    if pairs is None:
+        return None
+    found = compare_trials(*pairs, pairing=pairing_of(base, metric), family=family)
+    return _with_drops(found, undisturbed(base, candidate, metric))
+
+
+def _with_drops(comparison: Comparison, drops: KeptPairs | None) -> Comparison:
+    """The comparison with what was dropped in its reason; the counts belong to the verdict."""
+    if drops is None or not (drops.base_flagged or drops.candidate_flagged):
+        return comparison
+    return dataclasses.replace(comparison, reason=f"{comparison.reason}; disturbed trials: {drops.reason}")
 
 
 def compare_to_reference(base: Series, candidates: Sequence[Series], metric: str) -> dict[str, Comparison]:
     """Every candidate against the base, by name, with one error rate for all of them (Holm)."""
     pairs = {candidate.name: paired_trials(base, candidate, metric) for candidate in candidates}
     found = {name: pair for name, pair in pairs.items() if pair is not None}
-    return compare_family(found, pairing=pairing_of(base, metric))
+    compared = compare_family(found, pairing=pairing_of(base, metric))
+    by_name = {candidate.name: candidate for candidate in candidates}
+    return {name: _with_drops(one, undisturbed(base, by_name[name], metric)) for name, one in compared.items()}
 
 
 def pairing_of(series: Series, metric: str) -> Pairing:
@@ -138,19 +206,25 @@ def pairing_of(series: Series, metric: str) -> Pairing:
 def paired_trials(base: Series, candidate: Series, metric: str) -> tuple[Trials, Trials] | None:
     """Samples of the replicates that both have, in the same order; None where there is none.
 
-    A metric of which more is better is given by its inverse, so that above 1 is always worse.
+    Pairs of disturbed trials are left out (`undisturbed`), unless one side is disturbed more often than the other. A
+    metric of which more is better is given by its inverse, so that above 1 is always worse.
     """
-    paired: list[tuple[tuple[float, ...], tuple[float, ...]]] = []
-    others = {record.replicate: record for record in candidate.measuring(metric)}
-    for record in base.measuring(metric):
-        if record.replicate in others:
-            paired.append((samples_of(record, metric), samples_of(others[record.replicate], metric)))
-    if not paired:
+    pairs = _pairs(base, candidate, metric)
+    drops = undisturbed(base, candidate, metric)
+    if drops is not None and drops.balanced:
+        pairs = [pairs[index] for index in drops.kept]
+    if not pairs:
         return None
-    left, right = [pair[0] for pair in paired], [pair[1] for pair in paired]
+    left, right = ([samples_of(record, metric) for record in side] for side in zip(*pairs, strict=True))
     if METRICS[metric].higher_is_better:
         left, right = [_inverse(samples) for samples in left], [_inverse(samples) for samples in right]
     return left, right
+
+
+def _pairs(base: Series, candidate: Series, metric: str) -> list[tuple[TrialRecord, TrialRecord]]:
+    """Trials of the replicates in which both sides measured the metric."""
+    others = {record.replicate: record for record in candidate.measuring(metric)}
+    return [(record, others[record.replicate]) for record in base.measuring(metric) if record.replicate in others]
 
 
 def without_equivalent(comparison: Comparison, reason: str) -> Comparison:

@@ -8,23 +8,27 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from harness.record import Notice, TrialRecord
-from harness.stats import Comparison, label_outliers
+from harness.series import OCCUPANCY_FLOOR, occupancy
+from harness.stats import Comparison, label_outliers, warmup_end
 from harness.store import Run
 from harness.study import Study
 from harness.units import format_ratio
 
-OCCUPANCY_FLOOR = 0.95
-"""CPU time over wall time below which a CPU step was disturbed. On a noisy machine keeping only what lies above cut
-the spread between processes from 29 % to 7 % (docs/method.md)."""
+DRIFT = 0.05
+"""Change of level that is worth a word, a fraction."""
+LEAST_STEPS_FOR_DRIFT = 12
+"""Fewer steps show no change of level beside their noise."""
 
 
 def run_notices(run: Run, study: Study, controls: Mapping[str, Comparison]) -> Iterator[Notice]:
     """Notices of a run; `controls` are the A/A comparisons by the title of their phase."""
     ok = [record for record in run.records if record.status == "ok"]
     yield from _data(run, study)
-    yield from _contention(ok)
+    if run.manifest.provenance.get("device") == "cpu":  # on a GPU the host may rightly wait
+        yield from _contention(ok)
     yield from _outliers(ok)
     yield from _warmup(ok)
+    yield from _drift(ok)
     for title, control in controls.items():
         yield from _control(title, control)
     if run.damaged_lines:
@@ -33,14 +37,6 @@ def run_notices(run: Run, study: Study, controls: Mapping[str, Comparison]) -> I
             message=f"{run.damaged_lines} lines of trials.jsonl are cut short; their trials count as not run.",
             remedy="Measure again.",
         )
-
-
-def occupancy(record: TrialRecord) -> float | None:
-    """CPU time over wall time of the timed steps, per thread; None on a GPU, where the host may rightly wait."""
-    wall, cpu = sum(record.samples.get("step_time_s", ())), sum(record.samples.get("step_cpu_time_s", ()))
-    if not wall or "device_peak_allocated_train_bytes" in record.memory:
-        return None
-    return cpu / wall / max(1.0, record.values.get("threads", 1.0))
 
 
 def _data(run: Run, study: Study) -> Iterator[Notice]:
@@ -90,6 +86,21 @@ def _warmup(ok: list[TrialRecord]) -> Iterator[Notice]:
             message=f"{len(unsteady)} of {len(ok)} trials were still getting faster when their warm-up ended, "
             f"{unsteady[0]} among them.",
             remedy="Raise warmup_steps_max in the study's [protocol].",
+        )
+
+
+def _drift(ok: list[TrialRecord]) -> Iterator[Notice]:
+    """Trials whose timed steps change level: a clock that throttles, a leak, a neighbour that came or went."""
+    timed = [record for record in ok if len(record.samples.get("step_time_s", ())) >= LEAST_STEPS_FOR_DRIFT]
+    kinds = {record.trial: warmup_end(record.samples["step_time_s"], tolerance=DRIFT).kind for record in timed}
+    changing = [trial for trial, kind in kinds.items() if kind in ("slowdown", "no_steady_state")]
+    if changing:
+        yield Notice(
+            code="drift",
+            message=f"{len(changing)} of {len(timed)} trials got slower or found no steady level while they were "
+            f"timed, {changing[0]} among them.",
+            remedy="Trials that took turns drifted together and are compared turn by turn; look at clocks and heat if "
+            "it is one variant only.",
         )
 
 

@@ -29,6 +29,8 @@ COLUMNS: dict[Phase, tuple[str, ...]] = {
     "generate": ("first_token_time_s", "time_per_output_token_s", "merged_request_time_s"),
     "cold": ("cold_import_time_s", "cold_load_time_s", "cold_first_token_time_s", "cold_completion_time_s"),
 }
+TAIL = 0.95
+"""The high percentile of warm requests that is shown where the samples support it."""
 PEAKS: dict[Phase, tuple[str, str]] = {
     "train": ("device_peak_allocated_train_bytes", "host_peak_train_bytes"),
     "generate": ("device_peak_allocated_generate_bytes", "host_peak_generate_bytes"),
@@ -116,6 +118,7 @@ def _table(
     columns = COLUMNS[phase]
     peaks = bool(PEAKS[phase][0])
     heads = ("variant", METRICS[metric].title, f"× {study.reference}", *(METRICS[name].title for name in columns))
+    heads += (f"p{100 * TAIL:g}",) if phase == "generate" else ()
     heads += (*(("peak memory",) if peaks else ()), "checks")
     others = [groups[(name, "variant")] for name in names if name != study.reference]
     ratios = compare_to_reference(reference, others, metric) if reference else {}
@@ -127,15 +130,26 @@ def _table(
             ratio = without_equivalent(ratio, "the control itself is not equivalent, so nothing here can be")
         cells = [name, _estimate(series, metric), _ratio(ratio, is_reference=name == study.reference)]
         cells += [_estimate(series, column) for column in columns]
+        cells += [_tail(series, metric)] if phase == "generate" else []
         cells += [_peak(series, phase)] if peaks else []
         cells.append(_checks(series))
         rows.append(Row(name=name, reference=name == study.reference, cells=tuple(cells), ratio=ratio))
     return PhaseTable(phase=phase, title=PHASE_TITLES[phase], heads=heads, rows=tuple(rows), control=control)
 
 
+def _tail(series: Series, metric: str) -> str:
+    """A high percentile, or the number of samples that it would take."""
+    tail = series.percentile(metric, TAIL)
+    if tail is None:
+        return "–"
+    if tail.value is None:
+        return f"not supported by n = {tail.samples}"
+    return format_interval(tail.value, tail.low, tail.high, METRICS[metric].unit)
+
+
 def _estimate(series: Series, metric: str) -> str:
     estimate = series.estimate(metric)
-    if estimate is None:
+    if estimate is None or estimate.value is None:
         return "–"
     return format_interval(estimate.value, estimate.low, estimate.high, METRICS[metric].unit)
 
@@ -204,9 +218,23 @@ def _facts(run: Run, study: Study) -> tuple[str, ...]:
         f"{workload.prompt_tokens} + {workload.new_tokens} tokens a request",
         f"tokens    {tokens.get('real_tokens', 0)} real and {tokens.get('padded_tokens', 0)} padded in an epoch, "
         f"hash {str(tokens.get('hash', ''))[:12]}",
-        f"plan      {protocol.replicates} replicates, {protocol.turns * protocol.steps_per_turn} timed steps a trial, "
-        f"interleaving {run.manifest.interleaving}, order seed {run.manifest.seed}",
+        f"plan      {_replicates(run)} replicates, {protocol.turns * protocol.steps_per_turn} timed steps a trial, "
+        f"order seed {run.manifest.seed}",
+        f"level     {run.manifest.interleaving}{_level(run)}",
+        *([f"stopped   {run.manifest.stopped}"] if run.manifest.stopped else []),
     )
+
+
+def _replicates(run: Run) -> int:
+    """Replicates that the run holds; those that were planned while it has none."""
+    return len({record.replicate for record in run.records}) or len(run.manifest.order)
+
+
+def _level(run: Run) -> str:
+    """Why this level, and what was measured outside it."""
+    why = f": {run.manifest.why}" if run.manifest.why else ""
+    solo = any(record.interleaving != run.manifest.interleaving for record in run.records)
+    return f"{why}; peaks, cold starts and what needs its own base: solo trials" if solo else why
 
 
 def _unique(notices: Iterable[Notice]) -> tuple[Notice, ...]:
