@@ -90,6 +90,7 @@ def _run(options: argparse.Namespace) -> int:
     from harness.report.terminal import console_for, print_notices, print_run
     from harness.report.view import view_of
     from harness.study import load_study
+    from harness.units import PHASES
 
     if options.effort and options.replicates is not None:
         raise _usage("--effort and --replicates both set the replicates. Give one of them.")
@@ -102,7 +103,14 @@ def _run(options: argparse.Namespace) -> int:
         max_minutes=options.max_minutes,
     )
     machine, runs = probe_machine(), store.runs_dir(options.runs_dir)
-    plan, notices = plan_study(study, machine, select=options.variant, interleaving=options.interleave, runs=runs)
+    plan, notices = plan_study(
+        study,
+        machine,
+        select=options.variant,
+        phases=options.phase or PHASES,
+        interleaving=options.interleave,
+        runs=runs,
+    )
     if options.dry_run:
         return _dry_run(plan, machine, notices, runs, as_json=options.json)
     errors = console_for(stderr=True)

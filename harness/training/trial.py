@@ -96,7 +96,7 @@ class Trial:
         baseline = host_bytes("VmRSS")
         if self._alone:
             self._gauge.begin()
-        begin = time.perf_counter()
+        loads, begin = self.shared.loads, time.perf_counter()
         trainee = build(request, steps=total_steps(protocol), shared=self.shared)
         load_time = time.perf_counter() - begin
         if request.variant.rewrites_base:
@@ -109,7 +109,7 @@ class Trial:
         with self._parts.seat.taken():
             memory = {"host_baseline_bytes": baseline} | self._gauge.peaks("load") if self._alone else {}
             loss, lap = self._take_step()
-            values = {"threads": float(request.threads)}
+            values = {"threads": float(request.threads), "base_loads": float(self.shared.loads - loads)}
             if self._alone:
                 values |= {"load_time_s": load_time, "first_step_time_s": lap.time_s}
             if self._timed and not request.variant.rewrites_base:
