@@ -1,0 +1,260 @@
+"""The workflows: nothing of a fork reaches the runner, no failure is swallowed, and the command line still exists."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from harness import errors
+from harness.cli import parser
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / ".github" / "workflows"
+FILES = sorted(FOLDER.glob("*.yml"))
+GUIDE = (ROOT / "docs" / "ci.md").read_text(encoding="utf-8")
+HOSTED = "ubuntu-latest"
+SAME_REPOSITORY = "github.event.pull_request.head.repo.full_name == github.repository"
+EXIT_CODES = {value for name, value in vars(errors).items() if name.startswith("EXIT_")}
+
+
+def read(path: Path) -> dict[str, Any]:
+    return parsed(path.read_text(encoding="utf-8"))
+
+
+def parsed(text: str) -> dict[str, Any]:
+    workflow = yaml.safe_load(text)
+    workflow["on"] = workflow.pop(True)  # YAML 1.1 reads the key `on` as a truth value
+    return workflow
+
+
+def jobs() -> list[Any]:
+    return [pytest.param(job, id=f"{path.stem}-{name}") for path in FILES for name, job in read(path)["jobs"].items()]
+
+
+def steps() -> list[Any]:
+    return [
+        pytest.param(step, id=f"{path.stem}-{name}-{number}")
+        for path in FILES
+        for name, job in read(path)["jobs"].items()
+        for number, step in enumerate(job.get("steps", []))
+    ]
+
+
+def script(job: str, name: str) -> str:
+    return next(step["run"] for step in read(FOLDER / "gate.yml")["jobs"][job]["steps"] if step.get("name") == name)
+
+
+def ran(text: str, folder: Path, **variables: str) -> tuple[int, str]:
+    """A step as the runner runs it, with `bin` in front; its exit code and what it left as outputs."""
+    output = folder / "output"
+    output.write_text("", encoding="utf-8")
+    environment = {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "GITHUB_OUTPUT": str(output), **variables}
+    command = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", text]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=False)
+    return done.returncode, output.read_text(encoding="utf-8")
+
+
+def measured(folder: Path, *, ends_with: int = 0, **variables: str) -> tuple[int, str, list[str]]:
+    """The measuring step with a lorameter that writes down its arguments; exit code, outputs, arguments."""
+    fake = folder / "bin" / "lorameter"
+    fake.parent.mkdir(exist_ok=True)
+    fake.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > arguments\nexit {ends_with}\n', encoding="utf-8")
+    fake.chmod(0o755)
+    sample = {"STUDY": "training-step", "POLICY": "", "EFFORT": "standard", "PHASES": "train generate"}
+    sides = {"BASE": "a" * 40, "CANDIDATE": "b" * 40}
+    code, output = ran(script("measure", "Measure and judge"), folder, **sample | sides | variables)
+    return code, output, (folder / "arguments").read_text(encoding="utf-8").splitlines()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_workflow_may_only_read(path):
+    """A workflow asks for nothing but to read the contents, and no job of it for more."""
+    workflow = read(path)
+    assert workflow["permissions"] == {"contents": "read"}
+    assert all("permissions" not in job and "secrets" not in job for job in workflow["jobs"].values())
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_workflow_never_runs_with_the_rights_of_the_base(path):
+    """A pull request starts a workflow with its own rights, never with those of the base branch."""
+    assert set(read(path)["on"]) <= {"push", "pull_request", "workflow_call"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_nothing_swallows_a_failure(path):
+    """No step may fail in silence."""
+    text = path.read_text(encoding="utf-8")
+    assert "continue-on-error" not in text
+    assert not re.search(r"\|\|\s*(true|:|exit 0)|set \+e", text)
+
+
+@pytest.mark.parametrize("job", jobs())
+def test_a_job_has_an_end(job):
+    """Every job that runs steps has a time limit."""
+    assert "uses" in job or "timeout-minutes" in job
+
+
+@pytest.mark.parametrize("job", jobs())
+def test_code_of_a_fork_never_reaches_a_runner_of_ours(job):
+    """A job on a runner of ours needs the decision on forks and has its condition; a call of the gate has it too."""
+    if "uses" in job:
+        assert SAME_REPOSITORY in job["if"]
+    elif job["runs-on"] != HOSTED:
+        condition = " ".join(job["if"].split())
+        assert job["needs"] == "decide"
+        assert condition == f"needs.decide.outputs.allowed == 'true' && {SAME_REPOSITORY}"
+
+
+@pytest.mark.parametrize("step", steps())
+def test_a_script_holds_no_text_from_outside(step):
+    """What a pull request or a caller wrote reaches a script by the environment, where it cannot become a command."""
+    assert "${{" not in step.get("run", "")
+
+
+@pytest.mark.parametrize("step", steps())
+def test_an_action_is_pinned_and_keeps_no_credentials(step):
+    """An action is named by its commit, and a checkout leaves no token behind."""
+    if "uses" in step:
+        assert re.fullmatch(r"[\w./-]+@[0-9a-f]{40}", step["uses"])
+    if step.get("uses", "").startswith("actions/checkout@"):
+        assert step["with"]["persist-credentials"] is False
+
+
+def test_one_job_measures_at_a_time():
+    """Measurements wait for each other, and a newer commit of a pull request ends the older one's."""
+    assert read(FOLDER / "gate.yml")["jobs"]["measure"]["concurrency"] == {
+        "group": "lorameter-${{ inputs.runner }}",
+        "cancel-in-progress": False,
+        "queue": "max",
+    }
+    caller = read(FOLDER / "benchmark.yml")["concurrency"]
+    assert caller["cancel-in-progress"] is True
+    assert "github.event.pull_request.number" in caller["group"]
+
+
+@pytest.mark.parametrize(
+    ("event", "head", "allowed"),
+    [
+        ("pull_request", "owner/name", "true"),
+        ("pull_request", "stranger/name", "false"),
+        ("pull_request", "", "false"),
+        ("pull_request_target", "owner/name", "false"),
+        ("push", "", "false"),
+    ],
+)
+def test_the_gate_refuses_forks(event, head, allowed, tmp_path):
+    """Only a pull request of the repository itself is allowed; a deleted fork has no name and is not."""
+    names = {"GITHUB_EVENT_NAME": event, "HEAD_REPOSITORY": head, "GITHUB_REPOSITORY": "owner/name"}
+    assert ran(script("decide", "Refuse forks"), tmp_path, **names) == (0, f"allowed={allowed}\n")
+
+
+def test_the_name_of_the_artifact_is_one(tmp_path):
+    """Study and runner make a name without the characters that an artifact may not have."""
+    about = 'lorameter-benchmarks/my study.toml-["self-hosted", "gpu"]'
+    _, output = ran(script("decide", "Name the artifact"), tmp_path, ABOUT=about, GITHUB_RUN_ATTEMPT="2")
+    assert output == "name=lorameter-benchmarks-my-study.toml-self-hosted-gpu-2\n"
+
+
+@pytest.mark.parametrize("code", sorted(EXIT_CODES))
+def test_the_step_ends_as_lorameter_ends(code, tmp_path):
+    """The exit code of lorameter is that of the step, and an output."""
+    assert measured(tmp_path, ends_with=code)[:2] == (code, f"exit-code={code}\n")
+
+
+@pytest.mark.parametrize(
+    ("result", "code", "passes"),
+    [("success", "0", True), ("success", "", False), ("success", "3", False), ("failure", "1", False),
+     ("failure", "0", False), ("skipped", "", False), ("cancelled", "", False)],
+)  # fmt: skip
+def test_only_a_measured_pass_passes(result, code, passes, tmp_path):
+    """The required check passes on exit code 0 of a job that ran to its end, and fails where it was skipped."""
+    ended, _ = ran(script("verdict", "Pass on exit code 0 alone"), tmp_path, RESULT=result, EXIT_CODE=code)
+    assert (ended == 0) == passes
+
+
+def test_the_required_check_always_runs():
+    """The job that says pass or fail waits for the measurement and is never skipped."""
+    verdict = read(FOLDER / "gate.yml")["jobs"]["verdict"]
+    assert verdict["if"] == "always()"
+    assert verdict["needs"] == ["decide", "measure"]
+
+
+def test_the_run_is_kept_whatever_happened():
+    """The artifact is the folder in which lorameter writes its runs, and it is kept after a failure too."""
+    steps = read(FOLDER / "gate.yml")["jobs"]["measure"]["steps"]
+    measure, keep = steps[-2:]
+    assert keep["if"] == "always()"
+    assert keep["with"]["path"] == measure["env"]["LORAMETER_RUNS"]
+
+
+def test_each_exit_code_has_a_word():
+    """The output `verdict` and the table of the guide know every exit code."""
+    value = read(FOLDER / "gate.yml")["on"]["workflow_call"]["outputs"]["verdict"]["value"]
+    words = json.loads(re.search(r"fromJSON\('(.*?)'\)", value)[1])
+    assert {int(code) for code in words} == EXIT_CODES
+    assert dict(re.findall(r"^\| (\d+) \| `(\w+)`", GUIDE, re.MULTILINE)) == words
+
+
+def test_the_command_of_the_gate_exists(tmp_path):
+    """The arguments of the gate are ones that lorameter takes, and mean what the inputs say."""
+    _, _, arguments = measured(tmp_path, POLICY="a policy.toml", EFFORT="rigorous", PHASES="train cold")
+    options = parser().parse_args(arguments)
+    assert options.command.__name__ == "run_ab"
+    assert (options.study, options.base, options.candidate) == ("training-step", "a" * 40, "b" * 40)
+    assert (options.policy, options.effort, options.phase) == ("a policy.toml", "rigorous", ["train", "cold"])
+    assert options.format == "github"
+
+
+def test_an_empty_input_is_no_option(tmp_path):
+    """Without policy and phases, lorameter decides."""
+    _, _, arguments = measured(tmp_path, POLICY="", PHASES="")
+    options = parser().parse_args(arguments)
+    assert (options.policy, options.phase) == (None, [])
+
+
+def test_the_defaults_of_the_gate_are_taken(tmp_path):
+    """Effort and phases of the workflow's defaults are values that lorameter knows, and its runner is our own."""
+    inputs = read(FOLDER / "gate.yml")["on"]["workflow_call"]["inputs"]
+    _, _, arguments = measured(tmp_path, EFFORT=inputs["effort"]["default"], PHASES=inputs["phases"]["default"])
+    assert parser().parse_args(arguments).phase == ["train", "generate"]
+    assert json.loads(inputs["runner"]["default"]) == ["self-hosted", "gpu"]
+
+
+def test_the_caller_of_the_guide_calls_the_gate():
+    """The example is refused to forks, and gives inputs that the gate has; so does this repository's own call."""
+    example = parsed(re.search(r"```yaml\n(.*?)```", GUIDE, re.DOTALL)[1])
+    inputs = read(FOLDER / "gate.yml")["on"]["workflow_call"]["inputs"]
+    for caller in (example, read(FOLDER / "benchmark.yml")):
+        gate = caller["jobs"]["gate"]
+        assert set(caller["on"]) == {"pull_request"}
+        assert gate["if"] == SAME_REPOSITORY
+        assert "/.github/workflows/gate.yml" in gate["uses"]
+        assert {name for name, about in inputs.items() if about.get("required")} <= set(gate["with"]) <= set(inputs)
+
+
+def test_the_commands_of_the_guide_exist():
+    """Every command line of the guide is one that lorameter takes."""
+    commands = re.findall(r"^lorameter (.*?)(?: #.*)?$", GUIDE, re.MULTILINE) + re.findall(
+        r"`lorameter (\w+ .*?)`", GUIDE
+    )
+    assert len(commands) == 4
+    for command in commands:
+        parser().parse_args(shlex.split(command))
+
+
+def test_the_own_tests_are_those_of_a_developer():
+    """The job of the tests runs the script of a developer, and that calls what the Makefile has."""
+    runs = [step["run"] for step in read(FOLDER / "ci.yml")["jobs"]["test"]["steps"] if "run" in step]
+    assert runs == ["bash .ci/run"]
+    called = re.findall(r"^make (\w+)", (ROOT / ".ci" / "run").read_text(encoding="utf-8"), re.MULTILINE)
+    offered = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert called
+    assert set(called) <= set(offered)
