@@ -275,7 +275,35 @@ def test_a_fallback_that_the_study_allows_is_compared(write_run, compare, small_
     assert compare("a", write_run("b", BASE, study=allowed, change=fallback))[0] == 3
 
 
+def test_trials_of_two_variants_under_one_name_are_invalid(write_run, compare):
+    """A record that was edited, or a run put together from two."""
+
+    def other(record):
+        return record.replaced(variant="0" * 12) if record.trial == "r2-nf4" else record
+
+    code, document = compare(write_run("a", BASE), write_run("b", BASE, change=other))
+    assert code == 4
+    assert "2 different variants" in reasons_of(document)
+
+
+def test_a_variant_with_another_id_is_not_comparable_even_if_it_reads_the_same(write_run, compare):
+    """Its id was made by another version of the vocabulary; both ids are named."""
+
+    def other(record):
+        return record.replaced(variant="0" * 12) if record.name == "nf4" else record
+
+    code, document = compare(write_run("a", BASE), write_run("b", BASE, change=other))
+    assert code == 5
+    assert verdicts_of(document)["nf4"] == "not_comparable"
+    assert "'000000000000' in the candidate" in reasons_of(document)
+
+
+def control_oom(record):
+    return record.replaced(status="oom", samples={}) if record.trial == "r1-plain-control" else record
+
+
 @pytest.mark.parametrize(("options", "said"), [
+    ({"change": control_oom}, "r1-plain-control"),
     ({"control": 1.3}, "control regressed"),
     ({"control": 1 / 1.3}, "control improved"),
     ({"control": None}, "was not measured"),
@@ -370,6 +398,32 @@ def test_a_shift_of_all_is_the_machines(write_run, compare, small_study, factor)
     assert document["comparisons"][0]["ratio"] == pytest.approx(factor)
 
 
+def test_a_shift_across_machines_is_what_force_shows(write_run, compare, small_study):
+    """Six of six slower on another machine, with --force: regressed, since the machine is what one asked about."""
+    variants, steps = many(6)
+    study = dataclasses.replace(small_study, variants=variants, reference="r1")
+    moved = {name: [time * 1.2 for time in times] for name, times in steps.items()}
+    write_run("a", steps, study=study)
+    code, document = compare("a", write_run("b", moved, study=study, facts={"driver": "2"}), "--force")
+    assert code == 1
+    assert set(verdicts_of(document).values()) == {"regressed"}
+
+
+def test_metrics_that_follow_from_each_other_are_no_shift(write_run, compare):
+    """One variant that is slower is slower in six metrics; that is one movement and not six."""
+    phases = ("train", "generate")
+
+    def more(record):
+        samples = record.samples | {"step_cpu_time_s": record.samples["step_time_s"]}
+        return record.replaced(samples=samples, values={"new_tokens": 8.0})
+
+    write_run("a", {"plain": BASE["plain"]}, phases=phases, change=more)
+    write_run("b", {"plain": [time * 1.2 for time in BASE["plain"]]}, phases=phases, change=more)
+    code, document = compare("a", "b", "--all-metrics")
+    assert code == 1
+    assert sum(row["verdict"] == "regressed" for row in document["comparisons"]) == 6
+
+
 @pytest.mark.parametrize(("count", "moving"), [(5, 5), (6, 5), (6, 1)])
 def test_a_few_that_moved_are_not_the_machine(write_run, compare, small_study, count, moving):
     """Five of five can be chance, and what did not move speaks against the machine: regressed (1)."""
@@ -379,6 +433,83 @@ def test_a_few_that_moved_are_not_the_machine(write_run, compare, small_study, c
     code, document = compare(write_run("a", steps, study=study), write_run("b", moved, study=study))
     assert code == 1
     assert list(verdicts_of(document).values()) == ["regressed"] * moving + ["inconclusive"] * (count - moving)
+
+
+# pytest-benchmark files of this project; that the plugin writes them so is shown in test_pytest_plugin.py
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A function that writes a file as the plugin does: four trials of three samples, and one more metric."""
+
+    def write(name, *, step=0.1, facts=FACTS, about=None, counts=(3, 3, 3, 3), ids=("i",)):
+        trials = [[step * (1 + trial / 500)] * 3 for trial in range(4)]
+        rows = [
+            {
+                "fullname": f"test[{index}]",
+                "param": "plain",
+                "stats": {"data": [sample for trial in trials for sample in trial]},
+                "extra_info": {
+                    "variant": identity,
+                    "metric": metric,
+                    "trials": [{"samples": count} for count in counts],
+                    "medians": {"first_step_time_s": [1.0, 1.1, 1.0, 1.1]} if index == 0 else {},
+                    "memory": {"host_peak_train_bytes": 1000},
+                },
+            }
+            for index, (identity, metric) in enumerate(zip(ids, ("step_time_s", "request_time_s"), strict=False))
+        ]
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps(
+            {"machine_info": {"lorameter": facts}, "benchmarks": rows, "lorameter": {"control": {}} | (about or {})}
+        ))  # fmt: skip
+        return path
+
+    return write
+
+
+FACTS = {"device": "cpu", "libraries": {"torch": "1.0"}}
+
+
+def test_files_of_ours_are_compared_by_their_trials(saved, compare):
+    """Raw samples are split at the trial boundaries; other metrics come from the medians of the trials."""
+    code, document = compare(saved("a"), saved("b", step=0.2))
+    row = document["comparisons"][0]
+    assert (code, row["verdict"], row["replicates"]) == (1, "regressed", 4)
+    assert row["ratio"] == pytest.approx(2)
+    _, document = compare(saved("a"), saved("b"), "--metric", "first_step_time_s")
+    assert document["comparisons"][0]["replicates"] == 4
+
+
+@pytest.mark.parametrize(("changes", "code", "said"), [
+    ({"facts": FACTS | {"device": "cuda"}}, 5, "device: 'cpu' in the base, 'cuda' in the candidate"),
+    ({"facts": FACTS | {"driver": None}}, 5, "driver: None in the base, None in the candidate"),
+    ({"facts": {}}, 5, "fingerprint: 'known' in the base, 'unknown' in the candidate"),
+    ({"about": {"invalid": "its status is 'interrupted'"}}, 4, "'interrupted'"),
+    ({"about": {"control": {"train": None}}}, 4, "was not measured"),
+    ({"about": {"failed": {"nf4": "trial r0-nf4 is oom"}}}, 4, "r0-nf4 is oom"),
+    ({"counts": (3, 3, 3, 4)}, 4, "and 12 were saved"),
+    ({"counts": (3, 3, 3)}, 4, "and 12 were saved"),
+    ({"counts": (3, 3, 3, 3, 0)}, 4, "and 12 were saved"),
+    ({"ids": ("i", "j")}, 4, "two variants, i and j"),
+    ({"ids": ("j",)}, 5, "variant plain: 'i' in the base, 'j' in the candidate"),
+])  # fmt: skip
+def test_a_file_of_ours_that_does_not_hold_or_agree(saved, compare, changes, code, said):
+    """The same reasons and exit codes as for a run."""
+    found, document = compare(saved("a"), saved("b", **changes))
+    assert found == code
+    assert said in reasons_of(document)
+
+
+def test_a_file_that_does_not_tell_its_control_gets_a_notice(saved, compare):
+    """One of an earlier version is compared all the same."""
+    path = saved("a")
+    data = json.loads(path.read_text())
+    del data["lorameter"]
+    path.write_text(json.dumps(data))
+    code, document = compare(path, saved("b", step=0.2))
+    assert code == 1
+    assert [notice["code"] for notice in document["notices"]] == ["control-unknown"]
 
 
 # pytest-benchmark files that this project did not write

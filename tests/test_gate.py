@@ -166,6 +166,23 @@ def test_what_a_policy_lets_pass_is_a_warning(gate):
     assert "::error" not in text
 
 
+def test_a_regression_stays_an_error_where_open_questions_pass(gate):
+    """The policy speaks of inconclusive only."""
+    _, text = gate(SLOW, "inconclusive = 'pass'", "--format", "github")
+    assert "::error title=lorameter%3A nf4%2C step time regressed" in text
+    assert "::warning title=lorameter%3A plain%2C step time inconclusive" in text
+
+
+def test_limits_of_their_own_do_not_raise_the_false_alarms(gate):
+    """Two comparisons with two limits still share one error rate: each interval is that of half of 5 %."""
+    policy = "metrics = ['step_time_s']\n[[limit]]\nvariant = 'nf4'\ntolerance = 0.02"
+    _, text = gate(BASE, policy, "--json")
+    rows = json.loads(text)["comparisons"]
+    assert [row["tolerance"] for row in rows] == [0.01, 0.02]
+    _, text = gate(SLOW, policy, "--json")
+    assert "97.5 % interval" in json.loads(text)["comparisons"][1]["reason"]
+
+
 def test_an_annotation_cannot_be_broken_out_of():
     """Line ends, percent signs, and in the title colons and commas are escaped."""
     assert annotation("error", "a:b,c%\n", "x\r\n::error::100%") == (
