@@ -47,6 +47,9 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--data", metavar="FILE|ID", help="a .jsonl(.gz) file, a hub id, or synthetic")
     run.add_argument("--variant", metavar="V", action="append", default=[], help="only this variant; repeatable")
     run.add_argument(
+        "--phase", choices=("train", "generate", "cold"), action="append", default=[], help="only this; repeatable"
+    )
+    run.add_argument(
         "--interleave", metavar="L", help="shared-base, lockstep or replicates; default: the finest possible"
     )
     run.add_argument("--precision", type=float, metavar="F", help="stop when every interval is within ±F of its ratio")
