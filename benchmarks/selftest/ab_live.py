@@ -37,7 +37,7 @@ from harness.study import builtin_studies
 from harness.units import format_ratio
 
 STUDY = "training-step"
-PARTS = ("identical", "planted", "hogged")
+PARTS = ("hogged", "identical", "planted")
 LONGEST_TRY_S = 45.0
 """What an undisturbed try may take."""
 RIGOROUS_TURNS = 120
