@@ -44,6 +44,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--lorameter-data", metavar="FILE|ID", help="data in place of the study's")
     group.addoption("--lorameter-effort", choices=("quick", "standard", "rigorous"), help="3, 8 or 12 replicates")
     group.addoption("--lorameter-replicates", type=int, metavar="N", help="number of replicates, instead of the effort")
+    group.addoption("--lorameter-interleave", metavar="L", help="shared-base, lockstep or replicates; default: finest")
     group.addoption("--lorameter-base", metavar="RUN", help="gate: a run, a saved .json, or the word baseline")
     group.addoption("--lorameter-policy", metavar="FILE", help="policy of the gate, as for lorameter gate")
     group.addoption("--lorameter-runs-dir", metavar="DIR", help="where runs live")
@@ -241,11 +242,18 @@ class Session:
         study = self._study
         if self._disabled:
             study = dataclasses.replace(study, protocol=study.protocol.least())
-        plan, notices = plan_study(study, self._machine(), select=names, phases=sorted(phases))
+        runs = store.runs_dir(self._config.getoption("--lorameter-runs-dir"))
+        plan, notices = plan_study(
+            study,
+            self._machine(),
+            select=names,
+            phases=sorted(phases),
+            interleaving=self._config.getoption("--lorameter-interleave"),
+            runs=runs,
+        )
         console = console_for(sys.stderr)
         if not self._disabled:
             print_notices(notices, console)
-        runs = store.runs_dir(self._config.getoption("--lorameter-runs-dir"))
         with LiveDisplay(console) as display:
             return measure(plan, self._machine(), runs=runs, display=display, notices=notices)
 
