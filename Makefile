@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 NAME   ?= bench
 STAMP  := $(VENV)/.installed
 
-.PHONY: bench test lint proof proof-harness proof-models clean
+.PHONY: bench test lint proof proof-harness proof-models proof-statistics proof-levels proof-ab clean
 
 bench: $(STAMP)
 	$(BIN)/pytest benchmarks/ --benchmark-save=$(NAME)
@@ -18,13 +18,28 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Longer proofs: the harness measured by itself, then real sizes. Their output is committed under reports/proof/.
-# LORAMETER_DOLLY names databricks-dolly-15k.jsonl.gz for the last one; without it that one is skipped.
-proof: proof-harness proof-models
+# Longer proofs: the harness measured by itself, real sizes, the statistics, the levels of interleaving, the A/B. Their
+# output is committed under reports/proof/. Two need data that the project does not hold and are skipped without it:
+# LORAMETER_DOLLY names databricks-dolly-15k.jsonl.gz, LORAMETER_NOISE a folder with the recorded noise
+# (lockstep.csv.gz, one_process.csv.gz, processes.csv.gz). proof-ab takes an hour and wants the machine to itself.
+proof: proof-harness proof-models proof-statistics proof-levels proof-ab
 
 proof-harness proof-models: proof-%: $(STAMP)
 	mkdir -p reports/proof
 	$(BIN)/pytest benchmarks/selftest/test_$*.py -m selftest -q --no-header -rs > reports/proof/$*.txt; \
+	status=$$?; cat reports/proof/$*.txt; exit $$status
+
+proof-statistics: $(STAMP)
+	mkdir -p reports/proof
+	$(BIN)/python benchmarks/selftest/coverage.py > reports/proof/coverage.txt; \
+	status=$$?; cat reports/proof/coverage.txt; exit $$status
+	if test -z "$(LORAMETER_NOISE)"; then echo "recorded noise: skipped, LORAMETER_NOISE is not set"; else \
+	$(BIN)/python benchmarks/selftest/noise.py "$(LORAMETER_NOISE)" > reports/proof/noise.txt; \
+	status=$$?; cat reports/proof/noise.txt; exit $$status; fi
+
+proof-levels proof-ab: proof-%: $(STAMP)
+	mkdir -p reports/proof
+	$(BIN)/python benchmarks/selftest/$*_live.py > reports/proof/$*.txt; \
 	status=$$?; cat reports/proof/$*.txt; exit $$status
 
 $(STAMP): pyproject.toml
