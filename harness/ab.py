@@ -9,11 +9,13 @@ harness says of the base against itself is what it would say of no difference.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from harness.catalogue import RANDOM_PREFIX
 from harness.executors.host import Host, describe
 from harness.feasibility import check_feasible
 from harness.forecast import free_bytes, together_bytes
@@ -65,6 +67,7 @@ def plan_ab(
     Raises:
         UsageError: an unknown variant or phase, or a study that this machine cannot run.
     """
+    study = _located(study)
     variants = [study.variant(name) for name in dict.fromkeys(select)] or list(study.variants)
     notices = check_feasible(study, machine, variants)
     checked = checked_phases(phases)
@@ -133,6 +136,18 @@ def measure_ab(
             about = {"spec": side.spec, "kind": side.kind, "label": side.label}
             arms += arms_of(name, side.host, describe(side.host), side.declared, about)
         return measure(plan, machine, runs=runs, display=display, notices=notices, arms=arms)
+
+
+def _located(study: Study) -> Study:
+    """The study with absolute paths: a relative one would be another in the worktree that a revision runs in."""
+    workload = study.workload
+    prefix = RANDOM_PREFIX if workload.model.startswith(RANDOM_PREFIX) else ""
+    model = Path(workload.model.removeprefix(prefix))
+    if model.exists():
+        workload = dataclasses.replace(workload, model=f"{prefix}{model.absolute()}")
+    if Path(workload.data).is_file():
+        workload = dataclasses.replace(workload, data=str(Path(workload.data).absolute()))
+    return dataclasses.replace(study, workload=workload)
 
 
 def arms_of(

@@ -199,9 +199,23 @@ def _in_pairs(
 
 def _notices(run: Run, study: Study, control: Mapping[str, Comparison | None]) -> Iterator[Notice]:
     yield from run.manifest.notices
+    if _alike(run):
+        yield Notice(
+            code="sides-alike",
+            message="both sides have the same packages, the same harness and the same commit: nothing that lorameter "
+            "knows of differs between them.",
+            remedy="Read it as an A/A: what it shows is noise. Otherwise look at what the two sides name.",
+        )
     for record in run.records:
         yield from record.notices
     yield from run_notices(run, study, {phase: result for phase, result in control.items() if result is not None})
+
+
+def _alike(run: Run) -> bool:
+    """Whether nothing is known to differ: a mistyped side would come out as `equivalent`."""
+    sides = [run.manifest.sides[side] for side in ("base", "candidate")]
+    facts = [side.get("facts") for side in sides]
+    return facts[0] == facts[1] and sides[0].get("worker") == sides[1].get("worker") and facts[0] is not None
 
 
 def attribution_document(run: Run) -> dict[str, Any]:
