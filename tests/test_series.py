@@ -80,3 +80,102 @@ def test_equality_can_be_withheld():
     assert (withheld.verdict, withheld.reason) == ("inconclusive", "the control does not bear it out")
     slower = compare_trials([[1.0]] * 5, [[2.0]] * 5, pairing="replicate")
     assert without_equivalent(slower, "x") is slower
+
+
+def timed(name, replicate, *, share=1.0, step=0.5, **fields):
+    """A trial of four steps that had `share` of a CPU."""
+    one = record(name, replicate, step=step, **fields)
+    one.samples["step_cpu_time_s"] = (share * step,) * 4
+    return one
+
+
+def sides(shares, *, step=0.5, slow=0.5, **fields):
+    base = tuple(timed("a", i, share=left, step=step * (1 + i / 100), **fields) for i, (left, _) in enumerate(shares))
+    other = tuple(
+        timed("b", i, share=right, step=slow * (1 + i / 100), **fields) for i, (_, right) in enumerate(shares)
+    )
+    return Series(name="a", role="variant", records=base), Series(name="b", role="variant", records=other)
+
+
+def test_pairs_of_disturbed_trials_are_left_out_and_counted():
+    """A trial that had too little of its CPU takes its partner with it, whatever their times were."""
+    base, other = sides([(1, 1)] * 5 + [(0.5, 1), (1, 0.5)])
+    found = compare_series(base, other, "step_time_s")
+    assert found.replicates == 5
+    assert "dropped 2 of 7 pairs: base flagged in 1, candidate in 1" in found.reason
+
+
+def test_nothing_is_dropped_where_too_little_would_be_left():
+    """A filter must not end in an empty result."""
+    found = compare_series(*sides([(0.5, 1)] * 3 + [(1, 1)] * 4), "step_time_s")
+    assert found.replicates == 7
+    assert "below 5: kept all" in found.reason
+
+
+def test_nothing_is_dropped_where_one_side_is_disturbed_more_often():
+    """The flag could be an effect of the candidate, which waits where the base computed."""
+    found = compare_series(*sides([(1, 0.5)] * 8 + [(1, 1)] * 6), "step_time_s")
+    assert found.replicates == 14
+    assert "not balanced" in found.reason
+
+
+@pytest.mark.parametrize("change", [{"interleaving": "lockstep"}, {"memory": {"device_peak_allocated_train_bytes": 1}}])
+def test_trials_in_turns_and_on_a_gpu_keep_every_pair(change):
+    """Those in turns shared the disturbance; on a GPU the host may rightly wait."""
+    base, other = sides([(1, 1)] * 5 + [(0.5, 1)])
+    for series in (base, other):
+        object.__setattr__(series, "records", tuple(one.replaced(**change) for one in series.records))
+    assert compare_series(base, other, "step_time_s").replicates == 6
+
+
+def test_losses_know_nothing_of_disturbance():
+    """A busy machine changes no arithmetic, so no trial's loss is left out."""
+    found = compare_series(*sides([(1, 1)] * 5 + [(0.5, 1)]), "train_loss")
+    assert found.replicates == 6
+
+
+@pytest.mark.parametrize(("level", "words"), [("shared-base", "turn by turn"), ("replicates", "by replicate")])
+def test_the_pairing_follows_from_how_the_trials_alternated(level, words):
+    """And a metric of solo trials is paired by replicate whatever the level of the others."""
+    base, other = sides([(1, 1)] * 3)
+    for series in (base, other):
+        turns = tuple(one.replaced(interleaving=level) for one in series.records)
+        solo = tuple(one.replaced(samples={"merged_request_time_s": (1.0, 2.0)}, values={}) for one in series.records)
+        object.__setattr__(series, "records", (*turns, *solo))
+    assert f"paired {words}" in compare_series(base, other, "step_time_s").reason
+    assert "paired by replicate" in compare_series(base, other, "merged_request_time_s").reason
+    assert base.interleaving("step_time_s") == level
+
+
+def test_a_trial_that_times_no_steps_has_no_final_loss():
+    """Its training ends early, so what it lost last is not the loss after all steps."""
+    solo = record().replaced(samples={"warmup_loss": (5.0, 4.0)})
+    assert samples_of(solo, "train_loss") == ()
+
+
+def test_a_cold_start_is_a_median_with_order_statistics():
+    """One value a process: five reach no 95 % interval, six do."""
+
+    def series(count):
+        records = [record("a", i).replaced(samples={"cold_start_time_s": (float(i),)}) for i in range(count)]
+        return Series(name="a", role="variant", records=tuple(records))
+
+    assert (series(5).estimate("cold_start_time_s").value, series(5).estimate("cold_start_time_s").low) == (2.0, None)
+    six = series(6).estimate("cold_start_time_s")
+    assert (six.low, six.high) == (0.0, 5.0)
+
+
+def test_a_percentile_needs_its_samples():
+    """Below what the effective number of samples supports there is no number."""
+
+    def series(count):
+        records = [
+            record("a", i).replaced(samples={"request_time_s": tuple(1 + (7 * j % 11) / 10 for j in range(11))})
+            for i in range(count)
+        ]
+        return Series(name="a", role="variant", records=tuple(records))
+
+    assert series(2).percentile("request_time_s", 0.95).value is None
+    assert "not supported by n" in series(2).percentile("request_time_s", 0.95).reason
+    assert series(12).percentile("request_time_s", 0.95).value == pytest.approx(2.0, abs=0.1)
+    assert series(1).percentile("cold_start_time_s", 0.95) is None

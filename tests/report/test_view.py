@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 
 import pytest
@@ -215,3 +216,36 @@ def test_a_notice_from_a_trial_is_shown_once(small_study, tmp_path):
     notice = Notice(code="fallback-allowed", message="m", remedy="r")
     records = tuple(dataclasses.replace(record, notices=(notice,)) for record in run.records)
     assert [n.code for n in view_of(dataclasses.replace(run, records=records)).notices].count("fallback-allowed") == 1
+
+
+def test_on_a_gpu_waiting_is_no_contention(small_study, tmp_path):
+    """The host of a GPU may rightly wait for it, also in trials that have no memory of their own."""
+    run = run_of(small_study, tmp_path, steps={"plain": QUIET, "nf4": QUIET}, occupancy=0.2)
+    assert "contention" in {notice.code for notice in view_of(run).notices}
+    provenance = {**run.manifest.provenance, "device": "cuda"}
+    on_gpu = dataclasses.replace(run, manifest=dataclasses.replace(run.manifest, provenance=provenance))
+    assert "contention" not in {notice.code for notice in view_of(on_gpu).notices}
+
+
+def test_a_trial_that_gets_slower_is_named(small_study, tmp_path):
+    """A change of level in the timed steps is a notice; steady ones are none."""
+    run = run_of(small_study, tmp_path, steps={"plain": QUIET, "nf4": QUIET})
+    assert "drift" not in {notice.code for notice in view_of(run).notices}
+    steady = [0.1 + 0.0001 * (i % 3) for i in range(16)]
+    slower = [*steady[:8], *(1.3 * step for step in steady[8:])]
+    records = [record.replaced(samples={**record.samples, "step_time_s": tuple(steady)}) for record in run.records]
+    records[0] = records[0].replaced(samples={**records[0].samples, "step_time_s": tuple(slower)})
+    (drift,) = (n for n in view_of(dataclasses.replace(run, records=tuple(records))).notices if n.code == "drift")
+    assert drift.message.startswith(f"1 of {len(records)} trials")
+    assert records[0].trial in drift.message
+
+
+def test_the_level_and_its_reason_are_on_the_page(small_study, tmp_path):
+    """With what was measured outside it, and why the run ended early."""
+    run = run_of(small_study, tmp_path, steps={"plain": QUIET, "nf4": QUIET})
+    manifest = dataclasses.replace(
+        run.manifest, interleaving="lockstep", why="they fit together", stopped="precise after 5 replicates"
+    )
+    text = text_of(view_of(dataclasses.replace(run, manifest=manifest)))
+    assert "lockstep: they fit together; peaks, cold starts and what needs its own base: solo trials" in text
+    assert "stopped   precise after 5 replicates" in text
