@@ -1,0 +1,61 @@
+"""``python -m kernels_check``: each subcommand is one function in a module of its own, imported only when it runs.
+
+Exit codes are those of the lorameter commands: 0 done, 2 usage or bad input, 4 a check that failed, 70 unexpected error.
+Standard output carries the result (with ``--json`` exactly one document), standard error everything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+
+EXIT_UNEXPECTED = 70
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand and return its exit code."""
+    arguments = _parser().parse_args(argv)
+    module, _, function = arguments.run.partition(":")
+    try:
+        code: int = getattr(import_module(f"kernels_check.{module}"), function)(arguments)
+    except Exception:
+        traceback.print_exc()
+        print("kernels_check: unexpected error, see above; please report it with the command", file=sys.stderr)
+        return EXIT_UNEXPECTED
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m kernels_check", description="What really ran, not what was asked for."
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_trace(commands)
+    _add_rules(commands)
+    return parser
+
+
+def _add_trace(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    trace = commands.add_parser(
+        "trace", help="judge a recording: a Kineto/Chrome trace or an nsys cuda_gpu_kern_sum CSV"
+    )
+    trace.add_argument("file", type=Path, metavar="FILE", help="trace .json or .json.gz, or nsys .csv (also .gz)")
+    trace.add_argument("--json", action="store_true", help="print one JSON document")
+    trace.set_defaults(run="trace_report:run")
+
+
+def _add_rules(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    rules = commands.add_parser("rules", help="the ordered rules by which kernel names are told apart")
+    rules.add_argument("--json", action="store_true", help="print one JSON document")
+    rules.add_argument(
+        "--check", action="store_true", help="tell whether the installed versions are the validated ones"
+    )
+    rules.set_defaults(run="rules_report:run")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
