@@ -22,7 +22,8 @@ from harness.errors import InvalidRunError, UsageError
 from harness.record import Interleaving, Notice
 from harness.report.view import PEAKS
 from harness.series import Trials
-from harness.stats import Comparison, Pairing, compare_bytes, compare_family, compare_trials, run_wide_shift
+from harness.stats import Comparison, Pairing, compare_bytes, compare_family, run_wide_shift
+from harness.stats.comparison import effect_of
 from harness.units import METRICS, PHASES, PRIMARY
 from harness.verdicts import Compared, ComparisonReport, without_numbers
 
@@ -200,16 +201,17 @@ def compare_measured(
                 found[key] = compare_bytes(ours.peaks[metric], theirs.peaks[metric], tolerance=tolerance)
                 continue
             trials = _oriented(ours, metric), _oriented(theirs, metric)
-            alone = compare_trials(*trials, pairing=pairing_of(key))  # refuses here what would stop the whole family
+            effect = effect_of(*trials, pairing_of(key))  # refuses here what would stop the whole family
         except ValueError as error:
             found[key] = without_numbers("invalid", f"the samples cannot be compared: {error}")
             continue
         reasons = dict.fromkeys(side.no_interval for side in (ours, theirs) if side.no_interval)
         if reasons:
             found[key] = dataclasses.replace(
-                alone, verdict="inconclusive", low=None, high=None, mde80=None, replicates_needed=None,
-                reason="; ".join(map(str, reasons)),
-            )  # fmt: skip
+                without_numbers("inconclusive", "; ".join(map(str, reasons))),
+                ratio=math.exp(effect.log_ratio),
+                replicates=effect.replicates,
+            )
         else:
             times[key] = trials
     return found | _family(times, limits_of, pairing_of)
