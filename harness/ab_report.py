@@ -6,6 +6,7 @@ leaves the question open, nothing is called equivalent.
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -137,7 +138,9 @@ def attribution_of(run: Run) -> Attribution:
     for variant in study.variants:
         ours, theirs = base.get((variant.name, "variant")), candidate.get((variant.name, "variant"))
         for metric in METRICS if ours and theirs else ():
-            comparison = compare_series(ours, theirs, metric)  # type: ignore[arg-type]
+            comparison = None
+            with contextlib.suppress(ValueError):  # samples without a ratio, such as a loss of zero, cost no verdict
+                comparison = compare_series(ours, theirs, metric)  # type: ignore[arg-type]
             if comparison is not None:
                 parts.append(Part(variant=variant.name, metric=metric, comparison=comparison))
     return Attribution(

@@ -222,25 +222,16 @@ def _family(
     limits_of: LimitsOf,
     pairing_of: Callable[[tuple[str, str]], Pairing],
 ) -> dict[tuple[str, str], Comparison]:
-    """Holm over everything of the same limits and pairing; such groups share the error rate by their size.
-
-    The rates of the groups sum to that of the whole, and so does, at most, the chance of a false alarm.
-    """
-    groups: dict[tuple[Limits, Pairing], dict[str, tuple[Trials, Trials]]] = {}
+    """One Holm family, each comparison with its own limits and pairing."""
     keys = {f"{name}, {metric}": (name, metric) for name, metric in pairs}
-    for label, key in keys.items():
-        groups.setdefault((limits_of(*key), pairing_of(key)), {})[label] = pairs[key]
-    found: dict[tuple[str, str], Comparison] = {}
-    for (limits, pairing), group in groups.items():
-        results = compare_family(
-            group,
-            pairing=pairing,
-            tolerance=limits.tolerance,
-            margin=limits.margin,
-            alpha=ALPHA * len(group) / len(pairs),
-        )
-        found |= {keys[label]: result for label, result in results.items()}
-    return found
+    results = compare_family(
+        {label: pairs[key] for label, key in keys.items()},
+        pairing={label: pairing_of(key) for label, key in keys.items()},
+        tolerance={label: limits_of(*key).tolerance for label, key in keys.items()},
+        margin={label: limits_of(*key).margin for label, key in keys.items()},
+        alpha=ALPHA,
+    )
+    return {keys[label]: result for label, result in results.items()}
 
 
 def _shifted(found: Mapping[tuple[str, str], Comparison]) -> dict[tuple[str, str], Comparison]:

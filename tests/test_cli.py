@@ -41,11 +41,20 @@ def test_a_dry_run_shows_order_time_memory_and_disk(capsys, tmp_path):
     """And starts nothing: no run directory is made."""
     assert main(["run", "lora-or-qlora", "--dry-run", "--runs-dir", str(tmp_path)]) == 0
     text = capsys.readouterr().out
-    for word in ("replicate 3", "(control)", "time", "memory", "disk", "random-weights"):
+    for word in (
+        "replicate 3",
+        "lora-r16-control",
+        "lockstep",
+        "quantization",
+        "time",
+        "memory",
+        "disk",
+        "random-weights",
+    ):
         assert word in text
     assert main(["run", "lora-or-qlora", "--dry-run", "--json", "--runs-dir", str(tmp_path)]) == 0
     document = json.loads(capsys.readouterr().out)
-    assert len(document["order"]) == 15
+    assert len(document["order"]) == 15 + 15  # in turns, and solo for peaks and cold starts
     assert document["time_s"] > 0
     assert not list(tmp_path.iterdir())
 
@@ -92,7 +101,7 @@ def test_a_run_prints_one_json_document(tmp_path, capsys):
     captured = capsys.readouterr()
     document = json.loads(captured.out)
     assert document["schema"] == 1
-    assert document["trials"] == {"ok": 3}
+    assert document["trials"] == {"ok": 3 + 3}  # taking turns on one base, and solo
     assert (document["status"], code) == ("ok", 0)
     assert set(document["control"]) == {"train", "generate", "cold"}
     assert "[3/3]" in captured.err

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from harness.stats.samples import checked_number
+from harness.stats.sign import sign_test
 from harness.stats.verdict import checked_alpha
 
 if TYPE_CHECKING:
@@ -47,8 +48,6 @@ def kept_pairs(
     Raises ValueError for sides of unequal length, for flags that are not True or False, for least < 1 and for alpha out
     of range.
     """
-    from scipy.stats import binomtest
-
     checked_number("least", least, at_least=1, strictly=False)
     checked_alpha(alpha)
     base, candidate = _checked_flags("base", base_flags), _checked_flags("candidate", candidate_flags)
@@ -58,7 +57,7 @@ def kept_pairs(
     clean = tuple(index for index, pair in enumerate(pairs) if not any(pair))
     only_base, only_candidate = pairs.count((True, False)), pairs.count((False, True))
     discordant = only_base + only_candidate
-    balanced = discordant == 0 or bool(binomtest(only_base, discordant, 0.5).pvalue > alpha)
+    balanced = sign_test(only_base, discordant) > alpha
     refused = len(clean) < min(least, len(pairs))
     dropped = len(pairs) - len(clean)
     if refused:

@@ -7,32 +7,36 @@ themselves.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, TypeVar
 
 from harness.stats.comparison import Pairing, decide, effect_of
 from harness.stats.verdict import Comparison, Rule
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
+
+T = TypeVar("T")
 
 
 def compare_family(
     pairs: Mapping[str, tuple[Sequence[Sequence[float]], Sequence[Sequence[float]]]],
     *,
-    pairing: Pairing,
-    tolerance: float = 0.01,
-    margin: float = 0.05,
+    pairing: Pairing | Mapping[str, Pairing],
+    tolerance: float | Mapping[str, float] = 0.01,
+    margin: float | Mapping[str, float] = 0.05,
     alpha: float = 0.05,
 ) -> dict[str, Comparison]:
     """`compare_trials` of every named (base, candidate), with a family-wise error rate of `alpha`; {} of none.
 
-    Each interval shown is the one at the level at which Holm decided or gave up on that comparison.
+    Pairing, tolerance and margin are those of all, or maps from the names to those of each. Each interval shown is the
+    one at the level at which Holm decided or gave up on that comparison.
     Raises ValueError as `compare_trials` does, with the name of the comparison in front.
     """
     effects = {}
     for name, (base, candidate) in pairs.items():
         try:
-            effects[name] = effect_of(base, candidate, pairing)
+            effects[name] = effect_of(base, candidate, _of(pairing, name))
         except ValueError as error:
             raise ValueError(f"comparison {name!r}: {error}") from error
 
@@ -42,11 +46,21 @@ def compare_family(
     # end.
     while True:
         left = [name for name in effects if name not in decided]
-        rule = Rule(tolerance=tolerance, margin=margin, alpha=alpha, family=max(len(left), 1))
-        undecided = {name: decide(effects[name], rule) for name in left}
+        undecided = {
+            name: decide(
+                effects[name],
+                Rule(tolerance=_of(tolerance, name), margin=_of(margin, name), alpha=alpha, family=len(left)),
+            )
+            for name in left
+        }
         found = {name: result for name, result in undecided.items() if result.verdict in ("regressed", "improved")}
         if not found:
             break
         decided |= found
     results = decided | undecided
     return {name: results[name] for name in effects}
+
+
+def _of(value: T | Mapping[str, T], name: str) -> T:
+    """The value of a name, from a map or for all."""
+    return value[name] if isinstance(value, Mapping) else value

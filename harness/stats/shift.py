@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from harness.stats.effect import from_log
 from harness.stats.samples import checked_number, checked_samples
+from harness.stats.sign import sign_test
 from harness.stats.verdict import checked_alpha
 
 if TYPE_CHECKING:
@@ -52,7 +53,6 @@ def run_wide_shift(log_ratios: Mapping[str, float], *, tolerance: float = 0.01, 
     Raises ValueError, naming the comparison, for log ratios that are not finite, and for limits out of range.
     """
     import numpy as np
-    from scipy.stats import binomtest
 
     allowed = math.log1p(checked_number("tolerance", tolerance, at_least=0, strictly=False))
     checked_alpha(alpha)
@@ -69,7 +69,7 @@ def run_wide_shift(log_ratios: Mapping[str, float], *, tolerance: float = 0.01, 
     scatter = _MAD_TO_SD * float(np.median(np.abs(values - median)))
     beyond = int((math.copysign(1.0, median) * values > allowed).sum())
     count = values.size
-    chance = float(binomtest(beyond, count, 0.5).pvalue) if 2 * beyond > count else 1.0
+    chance = sign_test(beyond, count) if 2 * beyond > count else 1.0
     one_sided = chance <= alpha
     alike = scatter <= _LARGEST_SCATTER * abs(median)
     seen = (

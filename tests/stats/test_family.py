@@ -70,3 +70,20 @@ def test_error_names_the_comparison():
     """Bad input in one member is refused with the member's name."""
     with pytest.raises(ValueError, match="comparison 'r512': base trial 0 has no samples"):
         compare_family({"r8": ([[1.0]], [[1.0]]), "r512": ([[]], [[1.0]])}, pairing="turn")
+
+
+def test_each_comparison_can_have_its_own_pairing_and_limits():
+    """They share the error rate and nothing else: each is what the plain comparison of that family size gives."""
+    rng = np.random.default_rng(5)
+    base = [list(trial) for trial in np.exp(rng.normal(0, 0.3, (6, 1)) + rng.normal(0, 0.1, (6, 9)))]
+    turns = [[0.99 * sample for sample in trial] for trial in base]
+    blocks = [[1.3 * sample for sample in reversed(trial)] for trial in base]
+    found = compare_family(
+        {"a": (base, turns), "b": (base, blocks)},
+        pairing={"a": "turn", "b": "replicate"},
+        tolerance={"a": 0.02, "b": 0.5},
+        margin={"a": 0.03, "b": 0.6},
+    )
+    assert found["a"] == compare_trials(base, turns, pairing="turn", tolerance=0.02, margin=0.03, family=2)
+    assert found["b"] == compare_trials(base, blocks, pairing="replicate", tolerance=0.5, margin=0.6, family=2)
+    assert [one.verdict for one in found.values()] == ["equivalent", "equivalent"]
