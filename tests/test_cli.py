@@ -104,7 +104,7 @@ def test_a_run_prints_one_json_document(tmp_path, capsys):
     assert document["trials"] == {"ok": 3 + 3}  # taking turns on one base, and solo
     assert (document["status"], code) == ("ok", 0)
     assert set(document["control"]) == {"train", "generate", "cold"}
-    assert "[3/3]" in captured.err
+    assert "[6/6]" in captured.err
     assert main(["report", document["run"], "--runs-dir", str(tmp_path / "runs")]) == 0
     text = capsys.readouterr().out
     assert "no interval" in text
