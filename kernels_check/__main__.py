@@ -18,7 +18,10 @@ EXIT_UNEXPECTED = 70
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand and return its exit code."""
-    arguments = _parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words in ([], ["--json"]):
+        words.insert(0, "probe")
+    arguments = _parser().parse_args(words)
     module, _, function = arguments.run.partition(":")
     try:
         code: int = getattr(import_module(f"kernels_check.{module}"), function)(arguments)
@@ -36,6 +39,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_trace(commands)
     _add_rules(commands)
+    _add_probe(commands)
+    _add_selftest(commands)
     return parser
 
 
@@ -55,6 +60,18 @@ def _add_rules(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--check", action="store_true", help="tell whether the installed versions are the validated ones"
     )
     rules.set_defaults(run="rules_report:run")
+
+
+def _add_probe(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    probe = commands.add_parser("probe", help="which fast paths run on this machine, how exact and how fast (default)")
+    probe.add_argument("--json", action="store_true", help="print one JSON document")
+    probe.set_defaults(run="probe:run")
+
+
+def _add_selftest(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    selftest = commands.add_parser("selftest", help="run every negative control: broken runs caught, sound ones passed")
+    selftest.add_argument("--json", action="store_true", help="print one JSON document")
+    selftest.set_defaults(run="selftest:run")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from kernels_check.adapter_layers import LoraLayer, lora_layers
 from kernels_check.check import Finding, Json, counted, joined, listed
 from kernels_check.observe import Observation
 
-_NO_ADAPTER = "no layer carries a LoRA adapter"
+_NO_ADAPTER = "no layer carries a LoRA adapter: get_peft_model was not called, or target_modules matched no module"
 
 
 def judge_attached(model: nn.Module, seen: Observation) -> Finding:
@@ -22,18 +22,21 @@ def judge_attached(model: nn.Module, seen: Observation) -> Finding:
     layers = lora_layers(model)
     if not layers:
         return Finding(observed=False, present=False, reason=_NO_ADAPTER)
+    merged = [f"{layer.name} {layer.merged}" for layer in layers if layer.merged]
     faults = [
-        f"{problem} in {len(names)} of {len(layers)} layers: {listed(names)}"
-        for problem, names in (
-            ("no active adapter", [layer.name for layer in layers if not layer.adapters]),
-            ("adapters disabled", [layer.name for layer in layers if layer.disabled]),
-            ("adapters merged into the base", [f"{layer.name} {layer.merged}" for layer in layers if layer.merged]),
+        f"{problem} in {len(names)} of {len(layers)} layers: {listed(names)} ({remedy})"
+        for problem, names, remedy in (
+            ("no active adapter", [layer.name for layer in layers if not layer.adapters], "call set_adapter()"),
+            ("adapters disabled", [layer.name for layer in layers if layer.disabled], "call enable_adapter_layers()"),
+            ("adapters merged into the base", merged, "call unmerge_adapter()"),
         )
         if names
     ]
     idle = [layer.name for layer in layers if not _ran(layer, seen)]
     if idle:
         faults.append(f"lora_A not executed in {len(idle)} of {len(layers)} layers: {listed(idle)}")
+        if len(faults) == 1:
+            faults.append("the step never calls these modules: choose target_modules that it does")
     adapters = joined(name for layer in layers for name in layer.adapters)
     good = f"adapter {adapters} enabled, unmerged and executed in {len(layers)} layers"
     return Finding(observed=not faults, reason="; ".join(faults) or good)
@@ -63,6 +66,8 @@ def judge_learning(model: nn.Module, seen: Observation) -> Finding:
         return Finding(observed=None, status="unknown", reason=reason)
     if unmoved:
         faults.append(f"lora_B unchanged in {len(unmoved)} of {len(second)} layers: {listed(unmoved)}")
+    if any(not weight.requires_grad for weight in factors.values()):
+        faults.append("remedy: load the adapter with is_trainable=True, and freeze the base before it is attached")
     good = f"gradients reached all {len(factors)} factors and every lora_B moved in {seen.optimizer_steps} updates"
     return Finding(observed=not faults, reason="; ".join(faults) or good)
 
@@ -97,6 +102,8 @@ def judge_dropout(model: nn.Module, seen: Observation, required: Json) -> Findin
     observed: Json = values.pop() if len(values) == 1 else joined(str(value) for value in values)
     reason = f"{len(applied) - len(odd)} of {len(applied)} layers apply dropout {expected}"
     reason += f"; exceptions: {listed(odd)}" if odd else f" ({joined(notes.values())})"
+    if any("eval mode" in notes[name] for name in applied):
+        reason += "; call model.train() before the step"
     return Finding(observed=observed, reason=reason, satisfies=not odd)
 
 

@@ -8,15 +8,22 @@ compared with the number of attention layers.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import nn
 
-from kernels_check.check import FUSED_ATTENTION, Finding, Json, counted, joined
+from kernels_check.check import FUSED_ATTENTION, Finding, Json, counted, joined, listed
 from kernels_check.events import AttentionCall
 from kernels_check.observe import Observation
 
+LARGEST_FLASH_HEAD = 256
+"""Head size up to which CUDA's flash runs (``sdp_utils.cpp``, ``check_head_dim_size_flash``)."""
+_FLOAT32_REMEDY = (
+    "run under torch.autocast, or keep norms and embeddings in bfloat16 (prepare_model_for_kbit_training casts them)"
+)
+_MASK_REMEDY = "pass no attention_mask where nothing is padded, and pack records with use_cache=False"
 _ATTENTION_LAYERS = ("full_attention", "sliding_attention", "chunked_attention")
 _KERNEL_BACKENDS = {
     "ATT-CUDNN": "cudnn",
@@ -62,11 +69,18 @@ def judge_backend(model: nn.Module, seen: Observation, required: Json) -> Findin
     astray = [call for call in forward if call.backend not in accepted]
     complete = bool(first) and (layers is None or len(first) % max(layers, 1) == 0)
     if required is not None and astray:
-        reason += f"; likely cause: {_cause(model, astray)}"
+        where = _layers_astray(first, accepted, layers) if complete else ""
+        reason += f"{where}; likely cause: {_cause(model, astray)}"
     elif not complete:
         reason += f"; {len(first)} calls cannot come from {layers} layers alone: some ran an attention not recognised"
     if _cpu_flash(forward) and any(call.mask for call in forward):
         reason += "; on CUDA flash would refuse the explicit mask"
+    largest = max((call.head_size or 0 for call in forward), default=0)
+    if _cpu_flash(forward) and largest > LARGEST_FLASH_HEAD:
+        reason += (
+            f"; on CUDA flash would refuse the head size {largest} (it takes up to {LARGEST_FLASH_HEAD}), and cuDNN "
+            "too: memory-efficient would run, or math where it refuses as well"
+        )
     return Finding(observed=observed, reason=reason, satisfies=not astray and complete, present=bool(forward))
 
 
@@ -76,9 +90,13 @@ def judge_dtype(seen: Observation) -> Finding:
     if not forward:
         return _unseen()
     dtypes = counted(str(call.dtype) for call in forward)
-    return Finding(
-        observed=joined(str(call.dtype) for call in forward), reason=f"input types of the inner operator: {dtypes}"
-    )
+    reason = f"input types of the inner operator: {dtypes}"
+    if any(call.dtype == "float32" for call in forward):
+        reason += "; flash and cuDNN of CUDA refuse float32"
+        grouped = any(call.grouped for call in forward) and not any(call.mask for call in forward)
+        reason += ", memory-efficient the grouped key/value heads, so that math would run" if grouped else ""
+        reason += f"; where bfloat16 was meant, {_FLOAT32_REMEDY}"
+    return Finding(observed=joined(str(call.dtype) for call in forward), reason=reason)
 
 
 def judge_mask(seen: Observation) -> Finding:
@@ -90,6 +108,8 @@ def judge_mask(seen: Observation) -> Finding:
     reason = f"masks of the inner operator: {counted(masks)}"
     if "unknown" in masks:
         return Finding(observed=joined(masks), status="unknown", reason=f"{reason}; the operator does not tell")
+    if "explicit" in masks:
+        reason += f"; {_MASK_REMEDY}"
     if _cpu_flash(forward) and "explicit" in masks:
         reason += "; the CPU's flash accepts an explicit mask, CUDA's would refuse it and another backend run instead"
     return Finding(observed=joined(masks), reason=reason)
@@ -133,17 +153,29 @@ def _from_kernels(seen: Observation, required: Json) -> Finding:
     )
 
 
+def _layers_astray(first: list[AttentionCall], accepted: Collection[Json], layers: int | None) -> str:
+    """Name the layers by the order of their calls, unless some were written out, which are listed after the others."""
+    kinds = {call.backend == "eager" for call in first}
+    if not layers or len(kinds) != 1:
+        return ""
+    odd = sorted({index % layers for index, call in enumerate(first) if call.backend not in accepted})
+    return f"; not as required in layers {listed(map(str, odd))}" if odd else ""
+
+
 def _cause(model: nn.Module, astray: list[AttentionCall]) -> str:
     """Name what in the inputs makes SDPA leave its fast backends (the refusals of torch 2.13)."""
     config: Any = getattr(model, "config", None)
     implementation = getattr(config, "_attn_implementation", None)
     if all(call.backend == "eager" for call in astray):
-        return f"the model was built with attn_implementation={implementation!r}"
+        return f"the model was built with attn_implementation={implementation!r}: load it with 'sdpa'"
     causes = []
     if any(call.dropout for call in astray):
-        causes.append("attention dropout is on (the CPU's flash refuses any, cuDNN most)")
+        causes.append(
+            "attention dropout is on (the CPU's flash refuses any, cuDNN most): set attention_dropout=0 in the "
+            "model's configuration"
+        )
     if any(call.mask for call in astray):
-        causes.append("an explicit mask (CUDA's flash refuses it)")
+        causes.append(f"an explicit mask (CUDA's flash refuses it): {_MASK_REMEDY}")
     if any(call.dtype == "float64" for call in astray):
         causes.append("dtype float64 (no fused CUDA kernel)")
     if any(call.dtype == "float32" for call in astray) and torch.cuda.is_available():
@@ -151,9 +183,10 @@ def _cause(model: nn.Module, astray: list[AttentionCall]) -> str:
         causes.append(
             "dtype float32 (CUDA's flash and cuDNN refuse it"
             + (", and memory-efficient refuses the grouped key/value heads)" if grouped else ")")
+            + f": {_FLOAT32_REMEDY}"
         )
-    if any((call.head_size or 0) > 256 for call in astray):
-        causes.append("head size above 256 (flash and cuDNN refuse it)")
+    if any((call.head_size or 0) > LARGEST_FLASH_HEAD for call in astray):
+        causes.append(f"head size above {LARGEST_FLASH_HEAD} (flash and cuDNN refuse it)")
     nothing_seen = (
         "nothing in the inputs forbids it: look for torch.nn.attention.sdpa_kernel, torch.backends.cuda.enable_*_sdp, "
         f"or an attn_implementation other than the requested ({implementation!r} here)"

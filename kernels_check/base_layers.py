@@ -24,6 +24,13 @@ from kernels_check.observe import Observation
 HASHED_BYTES = 64 * 2**20
 """How much of the base is hashed; larger bases are sampled in evenly spaced pages."""
 _PAGE_BYTES = 4096
+_BITS_REMEDY = {
+    4: "load with quantization_config=BitsAndBytesConfig(load_in_4bit=True) and keep targets out of its skip list",
+    8: "load with quantization_config=BitsAndBytesConfig(load_in_8bit=True) and keep targets out of its skip list",
+    16: "load with dtype=torch.bfloat16 and no quantization_config",
+    32: "load with dtype=torch.float32 and no quantization_config",
+}
+_ORIGIN = "that is the dtype the base was loaded in, load it with dtype=torch.bfloat16"
 _NESTED_BLOCK = 256
 """Block size of the second quantisation, fixed by bitsandbytes."""
 
@@ -89,7 +96,7 @@ def _four_bit(layer: Any, weight: Any) -> Storage:
         bits_per_weight=8 * (stored + scales) / weights,
         packed_for_cpu=packed,
         problem=problem,
-        note=f"backward dequantises to {_short(state.dtype)} first" if state.dtype != compute else None,
+        note=f"backward dequantises to {_short(state.dtype)} first: {_ORIGIN}" if state.dtype != compute else None,
     )
 
 
@@ -98,19 +105,22 @@ def judge_bits(model: nn.Module, required: Json) -> Finding:
     stored = _stored(model)
     density = [item.bits_per_weight for item in stored.values() if item.bits_per_weight is not None]
     reason = f"{sum(density) / len(density):.3f} bits a weight with scales in {len(density)} layers" if density else ""
-    return _over_layers(stored, {name: item.bits for name, item in stored.items()}, required, reason)
+    remedy = _BITS_REMEDY.get(required) if isinstance(required, int) else None
+    return _over_layers(stored, {name: item.bits for name, item in stored.items()}, required, reason, remedy)
 
 
 def judge_quant_type(model: nn.Module, required: Json) -> Finding:
     """Judge ``base.quant_type``."""
     stored = _stored(model)
-    return _over_layers(stored, {name: item.quant_type for name, item in stored.items()}, required, "")
+    remedy = f"set bnb_4bit_quant_type={required!r} (the library's default is 'fp4')"
+    return _over_layers(stored, {name: item.quant_type for name, item in stored.items()}, required, "", remedy)
 
 
 def judge_double_quant(model: nn.Module, required: Json) -> Finding:
     """Judge ``base.double_quant``."""
     stored = _stored(model)
-    return _over_layers(stored, {name: item.double_quant for name, item in stored.items()}, required, "")
+    remedy = f"set bnb_4bit_use_double_quant={required} (the library's default is False)"
+    return _over_layers(stored, {name: item.double_quant for name, item in stored.items()}, required, "", remedy)
 
 
 def judge_compute_dtype(model: nn.Module, seen: Observation, required: Json) -> Finding:
@@ -118,7 +128,9 @@ def judge_compute_dtype(model: nn.Module, seen: Observation, required: Json) -> 
     stored = _stored(model)
     ran = {call.dtype for call in seen.profile.fourbit if call.dtype}
     reason = f"4-bit operators were given {joined(ran)}" if ran else ""
-    finding = _over_layers(stored, {name: item.compute_dtype for name, item in stored.items()}, required, reason)
+    remedy = f"set bnb_4bit_compute_dtype=torch.{required} (the library's default is torch.float32)"
+    dtypes = {name: item.compute_dtype for name, item in stored.items()}
+    finding = _over_layers(stored, dtypes, required, reason, remedy)
     notes = sorted({item.note for item in stored.values() if item.note})
     all_four_bit = all(item.bits == 4 for item in stored.values())
     if ran and all_four_bit and not finding.status and joined(ran) != finding.observed:
@@ -198,7 +210,8 @@ def judge_frozen(model: nn.Module, seen: Observation, before: Digest, after: Dig
     good = f"{what} unchanged over {seen.calls} steps, no gradient, not optimised"
     # bitsandbytes casts a bias to the compute dtype in the first forward: not trained, but not silent either.
     note = f"; cast once by the forward: {listed(recast)}" if recast else ""
-    return Finding(observed=not faults, reason=("; ".join(faults) or good) + note)
+    remedy = "; remedy: requires_grad_(False) on the base, and only the adapter's parameters for the optimizer"
+    return Finding(observed=not faults, reason=("; ".join(faults) + remedy if faults else good) + note)
 
 
 def _compare(before: Digest, after: Digest) -> tuple[list[str], list[str]]:
@@ -235,7 +248,9 @@ def _stored(model: nn.Module) -> dict[str, Storage]:
     return {layer.name: storage(layer.base) for layer in layers}
 
 
-def _over_layers(stored: Mapping[str, Storage], values: Mapping[str, Json], required: Json, reason: str) -> Finding:
+def _over_layers(
+    stored: Mapping[str, Storage], values: Mapping[str, Json], required: Json, reason: str, remedy: str | None
+) -> Finding:
     """Compare one property over all targeted layers and name the exceptions."""
     if not stored:
         return Finding(observed=None, present=False, reason="no layer carries a LoRA adapter")
@@ -252,6 +267,7 @@ def _over_layers(stored: Mapping[str, Storage], values: Mapping[str, Json], requ
     packed = [name for name, item in stored.items() if item.packed_for_cpu]
     if packed:
         parts.append(f"repacked in place for AVX512 by an eval forward, bfloat16 scales: {listed(packed)}")
+    parts += [f"remedy: {remedy}"] if odd and required is not None and remedy else []
     status: Status | None = "unknown" if unread and not odd else None
     return Finding(observed=observed, reason="; ".join(parts), status=status, satisfies=not odd and not unread)
 

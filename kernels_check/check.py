@@ -77,6 +77,7 @@ REQUIREMENTS: Mapping[str, Requirement] = {
     "attention.dtype": _DTYPE,
     "attention.mask": Requirement(kind="choice", choices=("none", "causal", "explicit")),
     "packing.isolated": _FLAG,
+    "padding.share": Requirement(kind="share"),  # the largest that is accepted
     "base.bits": Requirement(kind="bits", choices=(4, 8, 16, 32)),
     "base.quant_type": Requirement(kind="choice", choices=("nf4", "fp4", "int8", "none")),
     "base.double_quant": _FLAG,

@@ -36,7 +36,10 @@ def judge_checkpointing(model: nn.Module, seen: Observation, required: Json) -> 
     happened = ratio > 1.0 or bool(repeated)
     if required is True and not complete and (happened or _flagged(model)):
         modes = "eval" if not any(seen.modes.values()) else "train"
-        cause = "only part of the layers recompute" if happened else f"the flag is on but nothing recomputes in {modes}"
+        if happened:
+            cause = "only part of the layers recompute: look for a layer whose gradient_checkpointing is off"
+        else:
+            cause = f"the flag is on but nothing recomputes in {modes} mode; transformers does so in train mode only"
         return Finding(observed=happened, status="fallback", reason=f"{reason}; {cause}", present=happened)
     return Finding(observed=happened, reason=reason, present=happened)
 
@@ -73,7 +76,10 @@ def judge_compile(seen: Observation) -> Finding:
     regions, lookups = seen.profile.compiled_regions, seen.profile.compiler_lookups
     reason = f"{regions} compiled regions entered, {lookups} compiler cache look-ups"
     if lookups and not regions:
-        reason += ": the code ran eagerly (recompile limit reached, or compilation disabled)"
+        reason += (
+            ": the code ran eagerly, because the recompile limit was reached or compilation is disabled; pad to few "
+            "lengths, mark the sizes dynamic, or raise torch._dynamo.config.recompile_limit"
+        )
         return Finding(observed=False, reason=reason)
     return Finding(observed=regions > 0, reason=reason, present=regions > 0)
 
@@ -86,4 +92,5 @@ def judge_mode(seen: Observation, required: Json) -> Finding:
     wanted = required if required is not None else max(set(modes), key=modes.count)
     odd = [name or "the model itself" for name, training in seen.modes.items() if names[training] != wanted]
     reason = f"modules: {counted(modes)}" + (f"; not in {wanted} mode: {listed(odd)}" if odd else "")
+    reason += f"; call model.{wanted}() before the step" if odd and required is not None else ""
     return Finding(observed=observed, reason=reason)

@@ -15,6 +15,7 @@ from kernels_check import adapter, attention, base_layers, execution, optimizer
 from kernels_check.check import REQUIREMENTS, Check, Finding, Json, validate
 from kernels_check.isolation import broken, find_isolation
 from kernels_check.observe import Instrument, observe
+from kernels_check.padding import judge_padding
 from kernels_check.restore import as_found
 
 
@@ -43,8 +44,8 @@ def verify(
         One check per path, in the order of ``REQUIREMENTS``. A requirement is met only by status ``active``.
         A path that the spy cannot judge in this step is left out, required or not: a check that is there and not met
         is a failure by either instrument, and a path that is missing needs a profile. Left out are
-        ``packing.isolated``; ``tf32`` on CUDA; what operators show where the step enters compiled code; and on CUDA
-        the paths of which no operator was called.
+        ``packing.isolated``; ``tf32`` on CUDA; what operators show where the step enters compiled code; on CUDA the
+        paths of which no operator was called; and ``padding.share`` of a model compiled in place.
 
     Raises:
         ValueError: unknown path or a value of the wrong kind; ``step`` has not been called then.
@@ -62,6 +63,7 @@ def verify(
             "attention.backend": lambda: attention.judge_backend(model, seen, required["attention.backend"]),
             "attention.dtype": lambda: attention.judge_dtype(seen),
             "attention.mask": lambda: attention.judge_mask(seen),
+            "padding.share": lambda: judge_padding(seen.padding, required["padding.share"]),
             "base.bits": lambda: base_layers.judge_bits(model, required["base.bits"]),
             "base.quant_type": lambda: base_layers.judge_quant_type(model, required["base.quant_type"]),
             "base.double_quant": lambda: base_layers.judge_double_quant(model, required["base.double_quant"]),
@@ -80,11 +82,10 @@ def verify(
             "compile": lambda: execution.judge_compile(seen),
             "mode": lambda: execution.judge_mode(seen, required["mode"]),
         }
-        checks = {
-            path: _judge(path, required[path], judge)
-            for path, judge in judges.items()
-            if path not in seen.profile.blind
-        }
+        hidden = set(seen.profile.blind)
+        if instrument == "spy" and seen.profile.compiled_regions and seen.padding is None:
+            hidden.add("padding.share")  # a model compiled in place calls no hook of its own
+        checks = {path: _judge(path, required[path], judge) for path, judge in judges.items() if path not in hidden}
     if batch is not None and instrument == "profile":
         packed = batch
         path = "packing.isolated"

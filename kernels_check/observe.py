@@ -32,6 +32,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from kernels_check.adapter_layers import lora_layers
 from kernels_check.events import StepProfile, summarise
+from kernels_check.padding import PaddingSeen, count_padding
 from kernels_check.recording import read
 from kernels_check.restore import Snapshot, synchronise
 from kernels_check.spy import spied
@@ -86,6 +87,8 @@ class Observation:
     modes: Mapping[str, bool]
     """``training`` of every module while the step ran."""
     drew_random: bool
+    padding: PaddingSeen | None = None
+    """Padding in the inputs of the hooked call; None where the model itself was not called with tokens."""
 
 
 @dataclass(slots=True)
@@ -101,6 +104,8 @@ class _Watcher:
     recomputed: set[str] = field(default_factory=set)
     modes: dict[str, bool] = field(default_factory=dict)
     modes_noted: bool = False
+    inputs: list[dict[str, Any]] = field(default_factory=list)
+    """Token tensors of each call of the model; by reference, so that nothing is computed while it is watched."""
 
     def before_update(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         """Global optimizer hook: the one moment at which gradients are complete and nothing has moved."""
@@ -138,6 +143,11 @@ class _Watcher:
             noted.clear()
         self.steps = 0
 
+    def note_inputs(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Forward hook of the model itself."""
+        named = dict(zip(("input_ids", "attention_mask"), args, strict=False)) | kwargs
+        self.inputs.append({key: named.get(key) for key in ("input_ids", "attention_mask")})
+
     def note_call(self, module: nn.Module, inputs: Any) -> None:
         """Forward hook of the adapter's modules."""
         self.note_modes()
@@ -172,7 +182,10 @@ def observe(
     @contextmanager
     def hooked() -> Iterator[None]:
         watcher.calls.clear()
+        watcher.inputs.clear()
         hooks = [modules[name].register_forward_pre_hook(watcher.note_call) for name in watcher.names.values()]
+        if model._compiled_call_impl is None:  # compiled in place, it would be compiled again together with the hook
+            hooks.append(model.register_forward_pre_hook(watcher.note_inputs, with_kwargs=True))
         try:
             yield
         finally:
@@ -202,6 +215,7 @@ def observe(
         recomputed=frozenset(watcher.recomputed),
         modes=watcher.modes,
         drew_random=snapshot.random.advanced(),
+        padding=count_padding(model, watcher.inputs),
     )
 
 

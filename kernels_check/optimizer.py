@@ -13,6 +13,11 @@ from kernels_check.observe import Observation, OptimizerSeen
 
 _NO_OPTIMIZER = Finding(observed=None, present=False, reason="no torch.optim.Optimizer stepped in the watched calls")
 
+_FUSED_LOST = (
+    "asked for and lost: load_state_dict() brings back the switch of the groups that were saved, "
+    "set group['fused'] = True after it"
+)
+
 
 def judge_class(seen: Observation, required: Json) -> Finding:
     """Judge ``optimizer.class`` by the rule of ``is_class``."""
@@ -52,6 +57,9 @@ def judge_fused(seen: Observation, required: Json) -> Finding:
         return Finding(observed=observed, status="not_applicable", reason=reason)
     if not operators and seen.profile.compiled_regions:
         return Finding(observed=None, status="unknown", reason=f"{reason}; the update may be compiled")
+    if required is True and observed != "fused":
+        asked = any(seen_by.fused_requested for seen_by in seen.optimizers)
+        reason += f"; {_FUSED_LOST if asked else 'build it with fused=True'}"
     return Finding(observed=observed, reason=reason, satisfies=(observed == "fused") == required)
 
 

@@ -1,0 +1,318 @@
+"""Every negative control, as data.
+
+On a CPU the flash of SDPA takes masks, float32 and heads of any size, so that the verdict on the backend stays true
+there. Such controls are judged by the input that CUDA would refuse, and the reason says what CUDA would do.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kernels_check.controls import sabotage
+from kernels_check.controls.control import Control, small
+
+
+def _fused_adamw(parameters: Any) -> Any:
+    import torch
+
+    return torch.optim.AdamW(parameters, lr=1e-3, fused=True)
+
+
+def _paged_adamw(parameters: Any) -> Any:
+    import bitsandbytes as bnb
+
+    return bnb.optim.PagedAdamW32bit(parameters, lr=1e-3)
+
+
+ATTENTION = (
+    Control(
+        name="eager attention",
+        path="attention.backend",
+        required="fused",
+        sabotage=small(attention="eager"),
+        twin=small(),
+        words=("forward: 2 eager; backward: 2 eager", "attn_implementation='eager'", "load it with 'sdpa'"),
+    ),
+    Control(
+        name="SDPA forced to math",
+        path="attention.backend",
+        required="fused",
+        sabotage=small(sabotage.force_math),
+        twin=small(),
+        words=("forward: 2 math", "not as required in layers 0, 1", "sdpa_kernel"),
+    ),
+    Control(
+        name="attention dropout on",
+        path="attention.backend",
+        required="fused",
+        sabotage=small(attention_dropout=0.1),
+        twin=small(),
+        words=("forward: 2 math", "attention dropout is on", "attention_dropout=0"),
+    ),
+    Control(
+        name="float32 queries, keys and values",
+        path="attention.dtype",
+        required="bfloat16",
+        sabotage=small(prepare=True),
+        twin=small(sabotage.use_autocast, prepare=True),
+        words=("2 float32", "CUDA refuse float32", "math would run", "prepare_model_for_kbit_training", "autocast"),
+    ),
+    Control(
+        name="a padding mask",
+        path="attention.mask",
+        required="causal",
+        sabotage=small(sabotage.pad_one_token),
+        twin=small(),
+        words=("2 explicit", "CUDA's would refuse", "pass no attention_mask"),
+    ),
+    Control(
+        name="an explicit mask",
+        path="attention.mask",
+        required="causal",
+        sabotage=small(sabotage.pass_additive_mask),
+        twin=small(),
+        words=("2 explicit", "CUDA's would refuse", "pass no attention_mask"),
+    ),
+    Control(
+        name="a head size that flash refuses",
+        path="attention.backend",
+        required="flash",
+        sabotage=small(head_size=288),
+        twin=small(head_size=256),
+        words=("on CUDA flash would refuse the head size 288", "memory-efficient would run"),
+        caught_by="reason",
+    ),
+    Control(
+        name="packed sequences that leak",
+        path="packing.isolated",
+        required=True,
+        sabotage=small(sabotage.pack),
+        twin=small(sabotage.pack_without_cache),
+        words=("train: changing the first record", "eval: changing the first record", "use_cache=False"),
+        instruments=("profile",),
+    ),
+    Control(
+        name="packed sequences that leak in evaluation only",
+        path="packing.isolated",
+        required=True,
+        sabotage=small(sabotage.checkpoint, sabotage.pack),
+        twin=small(sabotage.checkpoint, sabotage.pack_without_cache),
+        words=("eval: changing the first record", "use_cache=False"),
+        not_words=("train:",),
+        instruments=("profile",),
+    ),
+    Control(
+        name="a batch that is mostly padding",
+        path="padding.share",
+        required=0.5,
+        sabotage=small(sabotage.pad_most),
+        twin=small(sabotage.pad_one_token),
+        words=("70 of 96 positions (73%)", "attention_mask", "sort them by length"),
+    ),
+)
+
+BASE = (
+    Control(
+        name="an unquantised layer among the targets",
+        path="base.bits",
+        required=4,
+        sabotage=small(unquantised=("lm_head", "layers.1.self_attn.v_proj")),
+        twin=small(),
+        words=("3 of 4 targeted layers: 4", "layers.1.self_attn.v_proj (16)", "skip list"),
+    ),
+    Control(
+        name="fp4 in place of nf4",
+        path="base.quant_type",
+        required="nf4",
+        sabotage=small(quant="fp4"),
+        twin=small(),
+        words=("0 of 4 targeted layers: nf4", "q_proj (fp4)", "bnb_4bit_quant_type='nf4'"),
+    ),
+    Control(
+        name="no double quantisation",
+        path="base.double_quant",
+        required=True,
+        sabotage=small(double=False),
+        twin=small(),
+        words=("0 of 4 targeted layers: True", "q_proj (False)", "bnb_4bit_use_double_quant=True"),
+    ),
+    Control(
+        name="float32 compute dtype, the library's default",
+        path="base.compute_dtype",
+        required="bfloat16",
+        sabotage=small(compute="float32"),
+        twin=small(),
+        words=("0 of 4 targeted layers: bfloat16", "q_proj (float32)", "bnb_4bit_compute_dtype=torch.bfloat16"),
+    ),
+    Control(
+        name="a float base loaded in float32",
+        path="base.bits",
+        required=16,
+        sabotage=small(quant=None, dtype="float32"),
+        twin=small(quant=None),
+        words=("0 of 4 targeted layers: 16", "q_proj (32)", "load with dtype=torch.bfloat16"),
+    ),
+    Control(
+        name="a 4-bit base loaded in float32",
+        path="base.compute_dtype",
+        required="bfloat16",
+        sabotage=small(dtype="float32"),
+        twin=small(),
+        words=("backward dequantises to float32 first", "load it with dtype=torch.bfloat16"),
+        caught_by="reason",
+    ),
+    Control(
+        name="the base accidentally trainable",
+        path="base.frozen",
+        required=True,
+        sabotage=small(sabotage.train_a_norm),
+        twin=small(),
+        words=("require gradients: base_model.model.model.norm.weight", "received a gradient", "tensors changed"),
+    ),
+)
+
+ADAPTER = (
+    Control(
+        name="adapter disabled",
+        path="lora.attached",
+        required=True,
+        sabotage=small(sabotage.disable_adapter),
+        twin=small(),
+        words=("adapters disabled in 4 of 4 layers", "q_proj", "enable_adapter_layers()", "lora_A not executed"),
+    ),
+    Control(
+        name="adapter merged",
+        path="lora.attached",
+        required=True,
+        sabotage=small(sabotage.merge_adapter, quant=None),
+        twin=small(quant=None),
+        words=("merged into the base in 4 of 4 layers", "q_proj", "unmerge_adapter()"),
+    ),
+    Control(
+        name="adapter attached to nothing",
+        path="lora.attached",
+        required=True,
+        sabotage=small(sabotage.target_nothing),
+        twin=small(),
+        words=("no layer carries a LoRA adapter", "target_modules matched no module"),
+    ),
+    Control(
+        name="adapter attached to a module that never runs",
+        path="lora.attached",
+        required=True,
+        sabotage=small(sabotage.target_what_never_runs),
+        twin=small(),
+        words=("lora_A not executed in 1 of 1 layers", "spare_head", "the step never calls these modules"),
+    ),
+    Control(
+        name="adapter frozen",
+        path="lora.learning",
+        required=True,
+        sabotage=small(sabotage.freeze_adapter),
+        twin=small(),
+        words=("8 of 8 factors frozen", "q_proj.lora_A", "is_trainable=True"),
+    ),
+    Control(
+        name="dropout silently off",
+        path="lora.dropout",
+        required=0.05,
+        sabotage=small(sabotage.dropout_off),
+        twin=small(),
+        words=("0 of 4 layers apply dropout 0.05", "p=0.05 but in eval mode", "model.train()"),
+    ),
+)
+
+EXECUTION = (
+    Control(
+        name="model left in eval mode",
+        path="mode",
+        required="train",
+        sabotage=small(sabotage.eval_mode, quant=None),
+        twin=small(quant=None),
+        words=("not in train mode: the model itself", "model.train()"),
+    ),
+    Control(
+        name="checkpointing flag on but inactive",
+        path="checkpointing",
+        required=True,
+        sabotage=small(sabotage.checkpoint, sabotage.eval_mode, quant=None),
+        twin=small(sabotage.checkpoint, quant=None),
+        words=("2 forward calls for 2 layers (1.00 times)", "the flag is on but nothing recomputes in eval"),
+    ),
+    Control(
+        name="a paged optimizer that pages nothing",
+        path="optimizer.paged_share",
+        required=0.4,
+        sabotage=small(make_optimizer=_paged_adamw),
+        twin=small(make_optimizer=sabotage.half_paged),
+        words=("0 of ", "bytes of optimizer state are paged", "Paged optimizers are not supported on CPU"),
+    ),
+    Control(
+        name="a fused optimizer that fell back",
+        path="optimizer.fused",
+        required=True,
+        sabotage=small(sabotage.lose_fused, make_optimizer=_fused_adamw),
+        twin=small(make_optimizer=_fused_adamw),
+        words=("addcdiv", "built with fused=True", "load_state_dict()"),
+    ),
+    Control(
+        name="compile that hit the recompile limit and went eager",
+        path="compile",
+        required=True,
+        sabotage=small(sabotage.reach_recompile_limit),
+        twin=small(sabotage.compile_layers),
+        words=("0 compiled regions", "ran eagerly", "recompile limit"),
+        instruments=("profile",),
+    ),
+)
+
+CUDA = (
+    Control(
+        name="CUDA: a padding mask takes flash away",
+        path="attention.backend",
+        required="flash",
+        sabotage=small(sabotage.only_flash_and_efficient, sabotage.pad_one_token, device="cuda"),
+        twin=small(sabotage.only_flash_and_efficient, device="cuda"),
+        words=("efficient", "an explicit mask (CUDA's flash refuses it)"),
+        needs_cuda="the CPU's flash accepts masks",
+    ),
+    Control(
+        name="CUDA: float32 with grouped heads leaves only math",
+        path="attention.backend",
+        required="fused",
+        sabotage=small(prepare=True, device="cuda"),
+        twin=small(sabotage.use_autocast_on_cuda, prepare=True, device="cuda"),
+        words=("math", "dtype float32", "grouped key/value heads"),
+        needs_cuda="the CPU's flash accepts float32 and grouped heads",
+    ),
+    Control(
+        name="CUDA: a head size that flash refuses",
+        path="attention.backend",
+        required="flash",
+        sabotage=small(sabotage.only_flash_and_efficient, head_size=288, device="cuda"),
+        twin=small(sabotage.only_flash_and_efficient, head_size=256, device="cuda"),
+        words=("head size above 256",),
+        needs_cuda="the CPU's flash accepts heads of any size",
+    ),
+    Control(
+        name="CUDA: paged state of tensors that are too small",
+        path="optimizer.paged_share",
+        required=0.4,
+        sabotage=small(make_optimizer=_paged_adamw, device="cuda"),
+        twin=small(make_optimizer=_paged_adamw, rank=1024, device="cuda"),
+        words=("state of tensors below 100000 elements is never paged",),
+        needs_cuda="managed memory is CUDA's",
+    ),
+    Control(
+        name="CUDA: tf32 switched off",
+        path="tf32",
+        required=True,
+        sabotage=small(sabotage.tf32_off, quant=None, dtype="float32", device="cuda"),
+        twin=small(sabotage.tf32_on, quant=None, dtype="float32", device="cuda"),
+        words=("0 TF32", "fp32_precision"),
+        instruments=("profile",),
+        needs_cuda="TF32 is a format of CUDA's tensor cores",
+    ),
+)
+
+CONTROLS: tuple[Control, ...] = (*ATTENTION, *BASE, *ADAPTER, *EXECUTION, *CUDA)

@@ -1,0 +1,235 @@
+"""Ways to break a run after it was built; each says what a user would have done to get there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from kernels_check.adapter_layers import is_adapter
+from kernels_check.controls.small_run import PAD_TOKEN, SmallRun, autocast, only_math
+
+
+def force_math(run: SmallRun) -> None:
+    """Leave ``sdpa_kernel(MATH)`` around the step, as after a numerical comparison."""
+    run.around = only_math
+
+
+def use_autocast(run: SmallRun) -> None:
+    """Run every step under autocast to bfloat16."""
+    run.around = autocast
+
+
+def use_autocast_on_cuda(run: SmallRun) -> None:
+    """As ``use_autocast``."""
+    run.around = partial(autocast, "cuda")
+
+
+def only_flash_and_efficient(run: SmallRun) -> None:
+    """Leave cuDNN out, which Hopper prefers and which takes what flash refuses."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    run.around = partial(sdpa_kernel, [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+
+
+def tf32_on(run: SmallRun) -> None:
+    """Let float32 products run on tensor cores, inside each step only."""
+    run.around = partial(_precision, "tf32")
+
+
+def tf32_off(run: SmallRun) -> None:
+    """Keep float32 products in float32: the default."""
+    run.around = partial(_precision, "ieee")
+
+
+@contextmanager
+def _precision(wanted: str) -> Iterator[None]:
+    import torch
+
+    matmul: Any = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = wanted
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+def pad(run: SmallRun, *, real: int) -> None:
+    """Pad every row to the longest, of which ``real`` tokens are left, and pass the tokenizer's mask on."""
+    import torch
+
+    ids = run.inputs["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[1:, real:] = 0
+    run.inputs = {"input_ids": ids.masked_fill(mask.eq(0), PAD_TOKEN), "attention_mask": mask}
+
+
+def pad_one_token(run: SmallRun) -> None:
+    """A single padded token is enough for a mask."""
+    pad(run, real=run.inputs["input_ids"].shape[1] - 1)
+
+
+def pad_most(run: SmallRun) -> None:
+    """One long record among short ones: all rows are padded but one."""
+    import torch
+
+    ids = run.inputs["input_ids"]
+    run.inputs = {"input_ids": torch.cat([ids, ids.flip(1), ids])}
+    pad(run, real=2)
+
+
+def pass_additive_mask(run: SmallRun) -> None:
+    """Build the causal mask by hand, [rows, 1, tokens, tokens], although SDPA knows ``is_causal``."""
+    import torch
+
+    rows, tokens = run.inputs["input_ids"].shape
+    dtype = run.model.get_input_embeddings().weight.dtype
+    mask = torch.full((tokens, tokens), torch.finfo(dtype).min, dtype=dtype).triu(1)
+    run.inputs["attention_mask"] = mask.to(run.inputs["input_ids"].device).expand(rows, 1, tokens, tokens)
+
+
+def pack(run: SmallRun, **more: Any) -> None:
+    """Two records a row, told by positions that restart."""
+    import torch
+
+    positions = torch.tensor([[*range(6), *range(10)], [*range(8), *range(8)]])
+    run.inputs |= {"position_ids": positions.to(run.inputs["input_ids"].device), **more}
+    run.packed = dict(run.inputs)
+
+
+def pack_without_cache(run: SmallRun) -> None:
+    """As it must be: without a cache the mask follows from the positions."""
+    pack(run, use_cache=False)
+
+
+def checkpoint(run: SmallRun) -> None:
+    """Switch gradient checkpointing on, as a Trainer does."""
+    run.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    run.model.enable_input_require_grads()
+
+
+def eval_mode(run: SmallRun) -> None:
+    """Forget ``model.train()`` after an evaluation."""
+    run.model.eval()
+
+
+def dropout_off(run: SmallRun) -> None:
+    """Put dropout to sleep for an evaluation and forget to wake it."""
+    from torch.nn import Dropout
+
+    for module in run.model.modules():
+        if isinstance(module, Dropout):
+            module.eval()
+
+
+def _train_norms(run: SmallRun, *, adapter: bool) -> None:
+    """Keep the loss differentiable where the adapter gives no gradient."""
+    for name, value in run.model.named_parameters():
+        value.requires_grad_((adapter and is_adapter(name)) or name.endswith("norm.weight"))
+
+
+def disable_adapter(run: SmallRun) -> None:
+    """Disable the adapter for a comparison with the base and leave it so."""
+    run.model.base_model.disable_adapter_layers()
+    _train_norms(run, adapter=True)
+
+
+def merge_adapter(run: SmallRun) -> None:
+    """Merge the adapter for inference and train on."""
+    run.model.merge_adapter()
+    _train_norms(run, adapter=True)
+
+
+def freeze_adapter(run: SmallRun) -> None:
+    """Load the adapter for inference: ``PeftModel.from_pretrained`` freezes it by default."""
+    _train_norms(run, adapter=False)
+
+
+def train_a_norm(run: SmallRun) -> None:
+    """Leave one norm of the base trainable and give it to the optimizer."""
+    norm = next(value for name, value in run.model.named_parameters() if name.endswith("model.norm.weight"))
+    norm.requires_grad_(True)
+    run.optimizer.add_param_group({"params": [norm], "lr": 0.1})
+
+
+def target_nothing(run: SmallRun) -> None:
+    """Name targets of another architecture, catch the library's error, and train on without an adapter."""
+    import peft
+
+    base = run.model.unload()
+    try:
+        run.model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["query_key_value"]))
+    except ValueError:
+        run.model = base.train()
+    _train_norms(run, adapter=True)
+    _new_optimizer(run)
+
+
+def target_what_never_runs(run: SmallRun) -> None:
+    """Adapt a module that exists and that no forward calls, such as a spare head."""
+    import peft
+    import torch
+
+    base = run.model.unload()
+    base.spare_head = torch.nn.Linear(128, 96)
+    run.model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["spare_head"])).train()
+    _train_norms(run, adapter=True)
+    _new_optimizer(run)
+
+
+def _new_optimizer(run: SmallRun) -> None:
+    import torch
+
+    run.optimizer = torch.optim.AdamW([value for value in run.model.parameters() if value.requires_grad], lr=1e-3)
+
+
+def lose_fused(run: SmallRun) -> None:
+    """Resume from a checkpoint whose optimizer was not fused: its groups' switch is loaded with its moments."""
+    import torch
+
+    run.step()
+    parameters = [value for group in run.optimizer.param_groups for value in group["params"]]
+    plain = torch.optim.AdamW([value.detach().clone() for value in parameters], lr=1e-3)
+    run.optimizer.load_state_dict(plain.state_dict())
+
+
+def compile_layers(run: SmallRun) -> None:
+    """Compile the feed-forward layers; enough for a region to be entered."""
+    import torch
+
+    torch._dynamo.reset()  # the code of these layers is shared by all models of the process
+    for name, module in run.model.named_modules():
+        if name.endswith(".mlp"):
+            module.forward = torch.compile(module.forward, backend="eager", dynamic=False)
+    run.step()
+
+
+def reach_recompile_limit(run: SmallRun) -> None:
+    """Let every batch have another length, which is another graph, until the compiler gives up."""
+    from torch._dynamo import config
+
+    compile_layers(run)
+    ids = run.inputs["input_ids"]
+    with config.patch(recompile_limit=1):
+        for tokens in (15, 14, 13, 12):
+            run.inputs = {"input_ids": ids[:, :tokens]}
+            run.step()
+
+
+def half_paged(parameters: Any) -> Any:
+    """Build an AdamW that marks half its state as bitsandbytes marks paged tensors.
+
+    It stands in for a paged optimizer, which a CPU, having no managed memory, cannot run.
+    """
+    import torch
+
+    class HalfPaged(torch.optim.AdamW):
+        def step(self, closure: Any = None) -> Any:
+            result = super().step(closure)
+            for state in self.state.values():
+                state["exp_avg"].is_paged = True
+            return result
+
+    return HalfPaged(parameters, lr=1e-3)
