@@ -141,6 +141,26 @@ def broken_promises(tries: list[Try], truth: float | None) -> list[str]:
     return found
 
 
+def show(group: list[Try], truth: float | None, console: Console) -> None:
+    """The tries of one part, and their sum."""
+    part = group[0].part
+    table = Table(
+        title=f"{part}: lorameter ab {STUDY} --base HEAD --candidate HEAD --phase train", title_justify="left"
+    )
+    for head in ("try", "verdict", "candidate / base", "base / base", "control", "seconds"):
+        table.add_column(head, justify="right" if head in ("try", "seconds") else "left")
+    for one in group:
+        ratios = format_ratio(*one.ratio), format_ratio(*one.control)
+        table.add_row(str(one.number), one.verdict, *ratios, one.control_verdict, f"{one.seconds:.0f}")
+    console.print(table)
+    verdicts = ", ".join(f"{count} {verdict}" for verdict, count in Counter(o.verdict for o in group).most_common())
+    count = sum(one.covers(truth) for one in group) if truth is not None else 0
+    covered = f"; {count} intervals cover its size" if part == "planted" else ""
+    named = sum("contention" in one.notices for one in group)
+    longest = max(one.seconds for one in group)
+    console.print(f"{part}: {verdicts}{covered}; contention named in {named}; a try took up to {longest:.0f} s")
+
+
 def main() -> int:
     """Measure all parts, print the table, return 1 where a promise was broken."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
@@ -160,27 +180,13 @@ def main() -> int:
                 rows, size = planted_rows(runs)
                 truth, extra = size[0], ("--inject-rows", str(rows))
                 console.print(f"planted: {rows} rows in each adapted layer are a slow-down of {format_ratio(*size)}")
+            group: list[Try] = []
             with hogs() if part == "hogged" else contextlib.nullcontext():
                 for number in range(1, options.tries + 1):
-                    tries.append(attempt(part, number, runs, *extra))
-                    print(f"{part} {number}: {tries[-1].verdict}", file=sys.stderr, flush=True)
-    table = Table(title=f"lorameter ab {STUDY} --base HEAD --candidate HEAD --phase train", title_justify="left")
-    for head in ("part", "try", "verdict", "candidate / base", "base / base", "control", "seconds"):
-        table.add_column(head, justify="right" if head in ("try", "seconds") else "left")
-    for one in tries:
-        ratios = format_ratio(*one.ratio), format_ratio(*one.control)
-        row = [one.part, str(one.number), one.verdict, *ratios, one.control_verdict, f"{one.seconds:.0f}"]
-        table.add_row(*row, end_section=one.number == options.tries)
-    console.print(table)
-    for part in options.part:
-        group = [one for one in tries if one.part == part]
-        verdicts = ", ".join(f"{count} {verdict}" for verdict, count in Counter(o.verdict for o in group).most_common())
-        covered = (
-            f"; {sum(one.covers(truth) for one in group)} intervals cover it" if part == "planted" and truth else ""
-        )
-        named = sum("contention" in one.notices for one in group)
-        longest = max(one.seconds for one in group)
-        console.print(f"{part}: {verdicts}{covered}; contention named in {named}; a try took up to {longest:.0f} s")
+                    group.append(attempt(part, number, runs, *extra))
+                    print(f"{part} {number}: {group[-1].verdict}", file=sys.stderr, flush=True)
+            show(group, truth, console)  # before the next part begins: an hour may be interrupted
+            tries += group
     broken = broken_promises(tries, truth)
     for line in broken:
         console.print(f"broken: {line}")
