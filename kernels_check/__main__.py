@@ -1,6 +1,6 @@
 """``python -m kernels_check``: each subcommand is one function in a module of its own, imported only when it runs.
 
-Exit codes are those of the lorameter commands: 0 done, 2 usage or bad input, 4 a check that failed, 70 unexpected error.
+Exit codes are those of the lorameter commands: 0 done, 2 usage or bad input, 4 a check that failed, 70 unexpected.
 Standard output carries the result (with ``--json`` exactly one document), standard error everything else.
 """
 

@@ -1,0 +1,127 @@
+"""Prints the rules in the order in which they are tried, with how each is known and what it was checked against."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Literal, TypeAlias
+
+from kernels_check.rules import GRADES, Rule, load_operator_rules, load_rules, validated_against
+
+SCHEMA = 1
+EXIT_DONE = 0
+Standing: TypeAlias = Literal["same", "other", "not installed"]
+
+_DISTRIBUTIONS = {"cudnn": ("nvidia-cudnn-cu13", "nvidia-cudnn-cu12")}
+"""Distributions that bring a library, where they have another name."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LibraryVersion:
+    """What is installed here of a library that rules were validated against."""
+
+    library: str
+    validated: str
+    installed: str | None
+    standing: Standing
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """``rules [--check] [--json]``: versions that differ are a notice and never an error."""
+    versions = installed_versions()
+    notices = version_notices(versions)
+    if arguments.json:
+        print(json.dumps(_document(versions, notices), allow_nan=False))
+    else:
+        _print(versions, rules=not arguments.check)
+    for notice in notices:
+        print(f"notice: {notice}", file=sys.stderr)
+    return EXIT_DONE
+
+
+def installed_versions() -> list[LibraryVersion]:
+    """Compare what is installed with what the rules were validated against.
+
+    Builds of one release (``2.13.0+cu130``, ``2.13.0+cpu``) have the same sources, so the same names.
+    """
+    found = []
+    for library, validated in validated_against().items():
+        installed = _installed(library)
+        standing: Standing = "not installed"
+        if installed is not None:
+            standing = "same" if installed.partition("+")[0] == validated.partition("+")[0] else "other"
+        found.append(LibraryVersion(library=library, validated=validated, installed=installed, standing=standing))
+    return found
+
+
+def version_notices(versions: list[LibraryVersion]) -> list[str]:
+    """One sentence for each library whose kernels may have been renamed since."""
+    return [
+        f"{one.library} {one.installed} is installed, its rules were validated against {one.validated}: kernels may have "
+        "been renamed; look at what `python -m kernels_check trace` leaves unclassified"
+        for one in versions
+        if one.standing == "other"
+    ]
+
+
+def _installed(library: str) -> str | None:
+    for distribution in _DISTRIBUTIONS.get(library, (library,)):
+        try:
+            return version(distribution)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def _document(versions: list[LibraryVersion], notices: list[str]) -> dict[str, object]:
+    stamp = validated_against()
+    return {
+        "schema": SCHEMA,
+        "grades": GRADES,
+        "validated_against": stamp,
+        "installed": {one.library: asdict(one) for one in versions},
+        "rules": [_entry(rule, stamp) for rule in load_rules()],
+        "operators": [_entry(rule, stamp) for rule in load_operator_rules()],
+        "notices": notices,
+    }
+
+
+def _entry(rule: Rule, stamp: Mapping[str, str]) -> dict[str, object]:
+    validated = {rule.library: stamp[rule.library]} if rule.library is not None else {}
+    return asdict(rule) | {"evidence": re.findall(r"\w", rule.evidence), "validated_against": validated}
+
+
+def _print(versions: list[LibraryVersion], *, rules: bool) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    stamp = validated_against()
+    if rules:
+        for title, table_rules in (("Kernels", load_rules()), ("Operators on the host", load_operator_rules())):
+            table = Table(title=f"{title}: the first that matches wins", title_justify="left", show_lines=True)
+            for heading in ("", "rule", "category", "evidence", "GPU only", "validated against"):
+                table.add_column(heading)
+            table.add_column("meaning and pattern", overflow="fold", ratio=1)
+            for number, rule in enumerate(table_rules, start=1):
+                against = f"{rule.library} {stamp[rule.library]}" if rule.library is not None else "traces"
+                meaning = f"{escape(rule.meaning)}\n[dim]{escape(rule.pattern)}[/dim]"
+                only = "yes" if rule.gpu_only else "no"
+                table.add_row(str(number), rule.name, rule.category, rule.evidence, only, against, meaning)
+            console.print(table)
+        console.print(
+            "evidence: " + ", ".join(f"{letter} {meaning}" for letter, meaning in GRADES.items())
+            + "; validated against traces: published ones, no binary was at hand"
+        )  # fmt: skip
+    table = Table(title="Libraries", title_justify="left")
+    for heading in ("library", "validated against", "installed", ""):
+        table.add_column(heading)
+    for one in versions:
+        table.add_row(one.library, one.validated, one.installed or "-", one.standing)
+    console.print(table)

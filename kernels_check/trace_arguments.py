@@ -1,0 +1,117 @@
+"""What a kernel's template arguments say: number format, causality, direction.
+
+The compiler writes the choices of a templated kernel into its name, so the name proves them. The positions come from
+the headers of flash-attn 2.8.3 (``flash_fwd_launch_template.h``, also bundled in torch 2.13), of FlashAttention-3
+(``mainloop_fwd_sm90_tma_gmma_ws.hpp``) and of bitsandbytes 0.50 (``kDequantizeBlockwise<T, ..., DATA_TYPE>``), and
+were compared with the instantiations in the shipped binaries. What a name leaves open is None.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+from kernels_check.rules import Rule, normalise
+
+# Position of Is_causal after the template's name; the kernel traits come first in flash-attn 2.
+_IS_CAUSAL = (
+    ("flash_fwd_kernel", 2),
+    ("flash_fwd_splitkv_kernel", 1),
+    ("flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel", 2),
+    ("CollectiveMainloopFwdSm90", 7),
+)
+_BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
+_DTYPES = (
+    ("bfloat16", re.compile(r"\b(?:__nv_bfloat16|bfloat16_t|BFloat16|bf16)\b|_bf16_")),
+    ("float16", re.compile(r"\b(?:__half|half_t|Half|half|f16)\b|_f16_")),
+    ("float8", re.compile(r"\b(?:__nv_fp8\w*|float_e[45]m[23]_t|Float8_e[45]m[23]\w*)\b")),
+    ("float32", re.compile(r"\bfloat\b|_f32_")),
+    ("float64", re.compile(r"\bdouble\b")),
+)
+_BACKWARD = re.compile(r"bwd|bprop|backward|fmha_cutlassB_", re.IGNORECASE)
+_FORWARD = re.compile(r"fwd|fprop|forward|fmha_cutlassF_|decoding|splitkv", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What one kernel's name proves about it."""
+
+    dtype: str | None
+    """What it computes in; None where the name does not say."""
+    causal: bool | None
+    direction: Literal["forward", "backward"] | None
+
+
+@cache
+def facts(kernel: str, rule: Rule) -> Facts:
+    """Read the name of a kernel that ``rule`` matched."""
+    name = normalise(kernel)
+    backward, forward = _BACKWARD.search(name), _FORWARD.search(name)
+    return Facts(
+        dtype=_dtype(name, rule),
+        causal=_causal(name) if rule.category == "attention" else None,
+        direction="backward" if backward else "forward" if forward else None,
+    )
+
+
+def template_arguments(name: str, template: str) -> list[str]:
+    """Arguments of the first ``template<...>`` in a name, outermost commas only; empty where it has none.
+
+    A name that was cut off in the middle gives the arguments that are complete.
+    """
+    found = re.search(rf"\b{re.escape(template)}<", name)
+    if found is None:
+        return []
+    arguments, depth, start = [], 0, found.end()
+    for position in range(found.end(), len(name)):
+        letter = name[position]
+        if letter in "<([{":
+            depth += 1
+        elif letter in ">)]}" and depth:
+            depth -= 1
+        elif letter == ">" or (letter == "," and not depth):
+            arguments.append(name[start:position].strip())
+            start = position + 1
+            if letter == ">":
+                break
+    return arguments
+
+
+def _causal(name: str) -> bool | None:
+    for template, position in _IS_CAUSAL:
+        arguments = template_arguments(name, template)
+        if len(arguments) > position:
+            return _BOOLEANS.get(arguments[position])
+    return None
+
+
+def _dtype(name: str, rule: Rule) -> str | None:
+    if rule.dtype is not None:
+        return rule.dtype
+    if rule.backend == "cudnn" or rule.category not in ("attention", "dequantize", "matmul"):
+        return None  # cuDNN writes f16 for bfloat16 as well
+    if rule.name.startswith("ATT-FA3"):
+        for mainloop in ("CollectiveMainloopFwdSm90", "CollectiveMainloopBwdSm90"):
+            elements = [dtype for argument in template_arguments(name, mainloop)[4:7] if (dtype := _named(argument))]
+            if elements:
+                return elements[0]  # the element type stands before the accumulator's
+    if rule.name.startswith(("BNB-", "ATT-SOFTMAX")):
+        return _named(_first_argument(name))
+    named = _named(name)
+    # Every flash kernel refuses float32, so the word can only come from its parameters.
+    return None if named == "float32" and (rule.backend or "").startswith("flash") else named
+
+
+def _first_argument(name: str) -> str:
+    """Of the innermost function: the argument list's own types say nothing of what it computes in."""
+    found = re.search(r"\b(?:k?\w*(?:Blockwise|4bit\w*|softmax_warp_\w+))<([^,<>]+)", name)
+    if found is not None:
+        return found.group(1)
+    found = re.search(r"\bcunn_\w*<\w+, ([^,<>]+)", name)  # the vector width comes first
+    return found.group(1) if found is not None else ""
+
+
+def _named(text: str) -> str | None:
+    return next((dtype for dtype, pattern in _DTYPES if pattern.search(text)), None)
