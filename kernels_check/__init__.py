@@ -14,17 +14,35 @@ if TYPE_CHECKING:
     from kernels_check.isolation import probe_isolation
     from kernels_check.judge import verify
     from kernels_check.rules import Rule, classify
+    from kernels_check.trace import read_trace
+    from kernels_check.trace_file import TraceError
+    from kernels_check.trace_summary import KernelSummary
 
-__all__ = ["REQUIREMENTS", "STATUSES", "Check", "Requirement", "Rule", "classify", "probe_isolation", "verify"]
+__all__ = [
+    "REQUIREMENTS",
+    "STATUSES",
+    "Check",
+    "KernelSummary",
+    "Requirement",
+    "Rule",
+    "TraceError",
+    "classify",
+    "probe_isolation",
+    "read_trace",
+    "verify",
+]
 
 _HOME = {
     "REQUIREMENTS": "check",
     "STATUSES": "check",
     "Check": "check",
+    "KernelSummary": "trace_summary",
     "Requirement": "check",
     "Rule": "rules",
+    "TraceError": "trace_file",
     "classify": "rules",
     "probe_isolation": "isolation",
+    "read_trace": "trace",
     "verify": "judge",
 }
 

@@ -7,12 +7,14 @@ Standard output carries the result (with ``--json`` exactly one document), stand
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
+EXIT_DONE = 0
 EXIT_UNEXPECTED = 70
 
 
@@ -25,6 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     module, _, function = arguments.run.partition(":")
     try:
         code: int = getattr(import_module(f"kernels_check.{module}"), function)(arguments)
+    except BrokenPipeError:  # the reader (`| head`) has seen enough; nothing may be written at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_DONE
     except Exception:
         traceback.print_exc()
         print("kernels_check: unexpected error, see above; please report it with the command", file=sys.stderr)

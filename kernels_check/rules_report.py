@@ -62,8 +62,8 @@ def installed_versions() -> list[LibraryVersion]:
 def version_notices(versions: list[LibraryVersion]) -> list[str]:
     """One sentence for each library whose kernels may have been renamed since."""
     return [
-        f"{one.library} {one.installed} is installed, its rules were validated against {one.validated}: kernels may have "
-        "been renamed; look at what `python -m kernels_check trace` leaves unclassified"
+        f"{one.library} {one.installed} is installed, its rules were validated against {one.validated}: kernels may "
+        "have been renamed; look at what `python -m kernels_check trace` leaves unclassified"
         for one in versions
         if one.standing == "other"
     ]
@@ -96,6 +96,13 @@ def _entry(rule: Rule, stamp: Mapping[str, str]) -> dict[str, object]:
     return asdict(rule) | {"evidence": re.findall(r"\w", rule.evidence), "validated_against": validated}
 
 
+def _described(rule: Rule, stamp: Mapping[str, str]) -> str:
+    """Category, evidence, and on what it was validated, in one line; a table of seven columns fits no terminal."""
+    where = "GPU only" if rule.gpu_only else "CPU and GPU"
+    against = f" · {rule.library} {stamp[rule.library]}" if rule.library is not None else ""
+    return f"· {rule.category} · evidence {rule.evidence} · {where}{against}"
+
+
 def _print(versions: list[LibraryVersion], *, rules: bool) -> None:
     from rich.console import Console
     from rich.markup import escape
@@ -104,21 +111,13 @@ def _print(versions: list[LibraryVersion], *, rules: bool) -> None:
     console = Console(highlight=False)
     stamp = validated_against()
     if rules:
-        for title, table_rules in (("Kernels", load_rules()), ("Operators on the host", load_operator_rules())):
-            table = Table(title=f"{title}: the first that matches wins", title_justify="left", show_lines=True)
-            for heading in ("", "rule", "category", "evidence", "GPU only", "validated against"):
-                table.add_column(heading)
-            table.add_column("meaning and pattern", overflow="fold", ratio=1)
-            for number, rule in enumerate(table_rules, start=1):
-                against = f"{rule.library} {stamp[rule.library]}" if rule.library is not None else "traces"
-                meaning = f"{escape(rule.meaning)}\n[dim]{escape(rule.pattern)}[/dim]"
-                only = "yes" if rule.gpu_only else "no"
-                table.add_row(str(number), rule.name, rule.category, rule.evidence, only, against, meaning)
-            console.print(table)
-        console.print(
-            "evidence: " + ", ".join(f"{letter} {meaning}" for letter, meaning in GRADES.items())
-            + "; validated against traces: published ones, no binary was at hand"
-        )  # fmt: skip
+        for title, ordered in (("Kernels", load_rules()), ("Operators on the host", load_operator_rules())):
+            console.print(f"[bold]{title}[/bold]: the first rule that matches wins")
+            for number, rule in enumerate(ordered, start=1):
+                console.print(f"{number:3} [bold]{rule.name}[/bold] {_described(rule, stamp)}", soft_wrap=True)
+                console.print(f"    {escape(rule.meaning)}\n    [dim]{escape(rule.pattern)}[/dim]", soft_wrap=True)
+        grades = ", ".join(f"{letter} {meaning}" for letter, meaning in GRADES.items())
+        console.print(f"evidence: {grades}; no library: known from published traces only")
     table = Table(title="Libraries", title_justify="left")
     for heading in ("library", "validated against", "installed", ""):
         table.add_column(heading)

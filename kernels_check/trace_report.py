@@ -56,18 +56,15 @@ def _print(summary: KernelSummary) -> None:
         printed.add_column("", overflow="fold")
         for heading in ("calls", "time ms", "share"):
             printed.add_column(heading, justify="right")
-        printed.add_column("evidence", overflow="fold")
+        proven = any(isinstance(use, BackendUse) for use in rows.values())
+        if proven:
+            printed.add_column("by name", overflow="fold")
         for name, use in rows.items():
-            printed.add_row(
-                escape(name),
-                f"{use.calls:,}",
-                f"{use.time_ms:,.3f}",
-                f"{use.time_share:.1%}",
-                ", ".join(_evidence(use)),
-            )
+            cells = [escape(name), f"{use.calls:,}", f"{use.time_ms:,.3f}", f"{use.time_share:.1%}"]
+            printed.add_row(*cells, *([", ".join(_evidence(use))] if proven else []))
         console.print(printed)
 
-    table("Attention", summary.attention.backends, "calls are launches; forward, backward, dtype and causality by name")
+    table("Attention", summary.attention.backends, "calls are launches")
     formats = ", ".join(f"{calls:,} in {dtype}" for dtype, calls in summary.fourbit.dtypes.items())
     table("4-bit paths", summary.fourbit.paths, f"compute dtype: {formats}" if formats else "")
     table("4-bit formats", summary.fourbit.quant_types)
@@ -81,7 +78,7 @@ def _print(summary: KernelSummary) -> None:
     console.print(categories)
     unknown = summary.unclassified.kernels
     table(
-        f"No rule knows {len(unknown)} names ({summary.unclassified.time_share:.1%} of the time, part of other)",
+        f"Names that no rule knows: {len(unknown)} ({summary.unclassified.time_share:.1%} of the time, part of other)",
         dict(list(unknown.items())[:_NAMES_SHOWN]),
         f"and {len(unknown) - _NAMES_SHOWN} more, see --json" if len(unknown) > _NAMES_SHOWN else "",
     )
