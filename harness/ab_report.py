@@ -7,6 +7,7 @@ leaves the question open, nothing is called equivalent.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from harness.provenance import differing_packages
 from harness.record import Interleaving, Notice
 from harness.report.notices import run_notices
 from harness.report.view import PEAKS
-from harness.series import Series, compare_series, series_of, without_equivalent
+from harness.series import Series, compare_series, series_of, undisturbed, without_equivalent
 from harness.stats import Comparison, Pairing
 from harness.store import Run
 from harness.study import Study
@@ -93,7 +94,8 @@ def report_of(run: Run, *, metrics: Sequence[str] = (), limits_of: LimitsOf = de
             key: result if key[1].endswith(BYTES_SUFFIX) else without_equivalent(result, why)
             for key, result in found.items()
         }
-    verdicts |= found
+    for (name, metric), result in found.items():
+        verdicts[name, metric] = _with_drops(result, base[name, "variant"], candidate[name, "variant"], metric)
     sides_said = run.manifest.sides
     return ComparisonReport(
         base=str(sides_said["base"]["label"]),
@@ -170,7 +172,11 @@ def _wanted(run: Run, sides: Sequence[Measured], patterns: Sequence[str]) -> lis
     known = [metric for metric in METRICS if any(side.has(metric) for side in sides)]
     known += sorted({kind for side in sides for kind in side.peaks})
     if patterns:
-        return [metric for metric in known if any(fnmatch.fnmatchcase(metric, pattern) for pattern in patterns)]
+        found = _matching(known, patterns)
+        if found or not any(side.broken for side in sides):
+            return found
+        primary = [PRIMARY[phase] for phase in PHASES if phase in run.manifest.phases]
+        return _matching(primary, patterns) or primary[:1]  # a failure left nothing; it must not read as no row at all
     wanted: list[str] = []
     for phase in PHASES:
         if phase in run.manifest.phases:
@@ -178,26 +184,39 @@ def _wanted(run: Run, sides: Sequence[Measured], patterns: Sequence[str]) -> lis
     return wanted
 
 
+def _matching(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
+    return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+
+
 def _in_pairs(
     ours: Measured, theirs: Measured, base: Series, candidate: Series, metric: str
 ) -> tuple[Measured, Measured]:
-    """Both sides with the trials of the replicates that both have; peaks need no pairs."""
+    """Both sides with the trials of the replicates that both have undisturbed; peaks need no pairs."""
     if metric.endswith(BYTES_SUFFIX):
         return ours, theirs
     replicates = [{record.replicate for record in side.measuring(metric)} for side in (base, candidate)]
-    both = replicates[0] & replicates[1]
+    both = sorted(replicates[0] & replicates[1])
+    drops = undisturbed(base, candidate, metric)
+    if drops is not None and drops.balanced:
+        both = [both[index] for index in drops.kept]
 
     def kept(measured: Measured, side: Series) -> Measured:
-        from dataclasses import replace
-
         chosen = [
             trial
             for trial, record in zip(side.trials(metric), side.measuring(metric), strict=True)
             if record.replicate in both
         ]
-        return replace(measured, trials={metric: chosen})
+        return dataclasses.replace(measured, trials={metric: chosen})
 
     return kept(ours, base), kept(theirs, candidate)
+
+
+def _with_drops(comparison: Comparison, base: Series, candidate: Series, metric: str) -> Comparison:
+    """The comparison with what was left out of it in its reason."""
+    drops = None if metric.endswith(BYTES_SUFFIX) else undisturbed(base, candidate, metric)
+    if drops is None or not (drops.base_flagged or drops.candidate_flagged):
+        return comparison
+    return dataclasses.replace(comparison, reason=f"{comparison.reason}; disturbed trials: {drops.reason}")
 
 
 def _notices(run: Run, study: Study, control: Mapping[str, Comparison | None]) -> Iterator[Notice]:

@@ -16,8 +16,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from harness.errors import InvalidRunError
-from harness.series import Series, Trials, compare_series, paired_trials, series_of
-from harness.stats import Comparison, compare_trials, replicates_to_see
+from harness.series import Series, Trials, compare_series, paired_trials, pairing_of, series_of
+from harness.stats import Comparison, Pairing, compare_trials, replicates_to_see
+from harness.stats.comparison import effect_of
 from harness.store import Run
 from harness.units import PRIMARY, Phase
 from harness.variant import Variant
@@ -28,6 +29,8 @@ PLANTED = 0.05
 """Slow-down that the extra work aims at; its true size is measured."""
 GATE_SIZES = (5, 8, 12)
 """Replicates of the gates whose rates are shown."""
+LEAST_REPLICATES = min(GATE_SIZES) + 1
+"""With fewer every gate would be the whole run."""
 DRAWS = 2000
 PILOT_ROWS = 64
 TOLERANCE = 0.01
@@ -91,9 +94,11 @@ def calibrate(run: Run, variant: Variant, phase: Phase = "train") -> Calibration
     except KeyError:
         raise InvalidRunError(f"run {run.manifest.run}: no trial of {variant.name} to calibrate with.") from None
     same, other = _pairs(base, twin, metric, run), _pairs(base, slow, metric, run)
+    both = min(len(same[0]), len(other[0]))
+    pairing = pairing_of(base, metric)
     identical, planted = compare_series(base, twin, metric), compare_series(base, slow, metric)
     assert identical is not None and planted is not None  # noqa: PT018 - _pairs has looked
-    sd = _sd(same)
+    sd = _sd(same, pairing)
     seconds = _seconds_per_replicate(run)
     return Calibration(
         run=run.manifest.run,
@@ -104,7 +109,7 @@ def calibrate(run: Run, variant: Variant, phase: Phase = "train") -> Calibration
         identical=identical,
         planted=planted,
         sd=sd,
-        rates=tuple(_rates(same, other, size) for size in GATE_SIZES if size < len(same[0])),
+        rates=tuple(_rates(same, other, size, pairing) for size in GATE_SIZES if size < both),
         prices=tuple(_price(effect, sd, seconds) for effect in EFFECTS),
     )
 
@@ -125,17 +130,16 @@ def rows_for(planted: float, rows: int, ratio: float) -> int:
 
 def _pairs(base: Series, other: Series, metric: str, run: Run) -> tuple[Trials, Trials]:
     pairs = paired_trials(base, other, metric)
-    least = min(GATE_SIZES) + 1
-    if pairs is None or len(pairs[0]) < least:
+    if pairs is None or len(pairs[0]) < LEAST_REPLICATES:
         count = 0 if pairs is None else len(pairs[0])
         raise InvalidRunError(
-            f"run {run.manifest.run}: {count} replicates are ok on both sides, and a calibration needs {least}. "
-            "Look at its report, or raise --replicates."
+            f"run {run.manifest.run}: {count} replicates are ok on both sides, and a calibration needs "
+            f"{LEAST_REPLICATES}. Look at its report, or raise --replicates."
         )
     return pairs
 
 
-def _rates(same: tuple[Trials, Trials], slow: tuple[Trials, Trials], size: int) -> Rates:
+def _rates(same: tuple[Trials, Trials], slow: tuple[Trials, Trials], size: int, pairing: Pairing) -> Rates:
     """Subsets of the replicates, without replacement: each is a run that the gate could have made."""
     drawer = random.Random(size)
     verdicts: Counter[tuple[str, str]] = Counter()
@@ -143,7 +147,7 @@ def _rates(same: tuple[Trials, Trials], slow: tuple[Trials, Trials], size: int) 
         for name, (base, other) in (("same", same), ("slow", slow)):
             chosen = drawer.sample(range(len(base)), size)
             left, right = [base[index] for index in chosen], [other[index] for index in chosen]
-            verdicts[name, compare_trials(left, right, pairing="turn").verdict] += 1
+            verdicts[name, compare_trials(left, right, pairing=pairing).verdict] += 1
     return Rates(
         replicates=size,
         false_alarms=verdicts["same", "regressed"] / DRAWS,
@@ -163,11 +167,10 @@ def _price(effect: float, sd: float, seconds: float) -> Price:
     )
 
 
-def _sd(pairs: tuple[Trials, Trials]) -> float:
-    import numpy as np
-
-    values = [float(np.median(np.log(other) - np.log(base))) for base, other in zip(*map(list, pairs), strict=True)]
-    return float(np.std(values, ddof=1))
+def _sd(pairs: tuple[Trials, Trials], pairing: Pairing) -> float:
+    spread = effect_of(*pairs, pairing).spread
+    assert spread is not None  # `_pairs` has seen to the replicates
+    return spread.sd
 
 
 def _seconds_per_replicate(run: Run) -> float:

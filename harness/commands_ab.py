@@ -28,6 +28,12 @@ def add_commands(commands: Any, common: Any) -> None:
     ab.add_argument("--base", metavar="SIDE", required=True, help=SIDE_HELP)
     ab.add_argument("--candidate", metavar="SIDE", required=True, help=SIDE_HELP)
     _measuring(ab)
+    ab.add_argument("--precision", type=float, metavar="F", help="stop when every interval is within ±F")
+    ab.add_argument("--variant", metavar="V", action="append", default=[], help="only this variant; repeatable")
+    ab.add_argument(
+        "--phase", choices=("train", "generate", "cold"), action="append", default=[],
+        help="what to measure, repeatable; default: train and generate",
+    )  # fmt: skip
     ab.add_argument("--policy", metavar="FILE", help="TOML: limits, gated metrics, what inconclusive means")
     ab.add_argument("--format", choices=FORMATS, help="default: text")
     ab.add_argument(
@@ -48,6 +54,9 @@ def add_commands(commands: Any, common: Any) -> None:
     calibrate.add_argument("study", metavar="STUDY", nargs="?", default="training-step", help="default: training-step")
     _measuring(calibrate)
     calibrate.add_argument(
+        "--variant", metavar="V", action="append", default=[], help="the one variant to measure; default: the reference"
+    )
+    calibrate.add_argument(
         "--inject-rows", type=int, metavar="N", help="rows of extra work a layer; default: sized by a pilot for 5 %%"
     )
     common(calibrate)
@@ -57,15 +66,9 @@ def add_commands(commands: Any, common: Any) -> None:
 def _measuring(command: argparse.ArgumentParser) -> None:
     command.add_argument("--effort", choices=("quick", "standard", "rigorous"), help="3, 8 or 12 replicates; default 8")
     command.add_argument("--replicates", type=int, metavar="N", help="number of replicates, instead of --effort")
-    command.add_argument("--precision", type=float, metavar="F", help="stop when every interval is within ±F")
     command.add_argument("--max-minutes", type=float, metavar="M", help="begin no replicate that would end later")
     command.add_argument("--model", metavar="M", help="catalogue name, hub id, directory, GGUF file, or random:M")
     command.add_argument("--data", metavar="FILE|ID", help="a .jsonl(.gz) file, a hub id, or synthetic")
-    command.add_argument("--variant", metavar="V", action="append", default=[], help="only this variant; repeatable")
-    command.add_argument(
-        "--phase", choices=("train", "generate", "cold"), action="append", default=[],
-        help="what to measure, repeatable; default: train and generate",
-    )  # fmt: skip
 
 
 def run_ab(options: argparse.Namespace) -> int:
@@ -113,17 +116,28 @@ def run_calibrate(options: argparse.Namespace) -> int:
     import dataclasses
 
     from harness import codec
-    from harness.calibrate import PILOT_ROWS, PLANTED, calibrate, rows_for
+    from harness.calibrate import LEAST_REPLICATES, PILOT_ROWS, PLANTED, calibrate, rows_for
     from harness.report.calibration import print_calibration
     from harness.report.terminal import console_for
 
     if options.inject_rows is not None and options.inject_rows < 1:
         raise UsageError(f"--inject-rows = {options.inject_rows}: no amount of work. Use 1 or more, or leave it out.")
+    if len(options.variant) > 1:
+        raise UsageError(
+            f"--variant: {', '.join(options.variant)}: a calibration measures one variant. Give one of them."
+        )
     study = study_of(options, standard=CALIBRATION_REPLICATES)
+    if study.protocol.replicates < LEAST_REPLICATES:
+        raise UsageError(
+            f"{study.protocol.replicates} replicates: gates are drawn from them, which takes {LEAST_REPLICATES} or "
+            f"more. Raise --replicates; {CALIBRATION_REPLICATES} is the default."
+        )
+    # Every replicate is wanted: a run that stopped at its precision would have too few to draw from.
+    study = dataclasses.replace(study, protocol=dataclasses.replace(study.protocol, precision=None))
     variant = study.variant(options.variant[0]) if options.variant else study.variant(study.reference)
     rows = options.inject_rows
     if rows is None:
-        pilot = dataclasses.replace(study, protocol=dataclasses.replace(study.protocol, replicates=3, precision=None))
+        pilot = dataclasses.replace(study, protocol=dataclasses.replace(study.protocol, replicates=3))
         seen = calibration_ratio(_measured_here(pilot, variant.name, PILOT_ROWS, options), variant.name)
         rows = rows_for(PLANTED, PILOT_ROWS, seen)
     run = _measured_here(study, variant.name, rows, options)
@@ -176,13 +190,14 @@ def study_of(options: argparse.Namespace, standard: int | None = None) -> Any:
 
     if options.effort and options.replicates is not None:
         raise UsageError("--effort and --replicates both set the replicates. Give one of them.")
-    decided = options.effort or options.replicates is not None or options.precision is not None
+    precision = getattr(options, "precision", None)
+    decided = options.effort or options.replicates is not None or precision is not None
     return load_study(options.study).with_overrides(
         model=options.model,
         data=options.data,
         effort=options.effort or (None if decided or standard else "standard"),
         replicates=options.replicates if decided else standard,
-        precision=options.precision,
+        precision=precision,
         max_minutes=options.max_minutes,
     )
 

@@ -41,5 +41,5 @@ def print_attribution(attribution: Attribution, run: Run, console: Console) -> N
     for part in attribution.parts:
         comparison = part.comparison
         ratio = format_ratio(comparison.ratio, comparison.low, comparison.high)
-        table.add_row(escape(part.variant), METRICS[part.metric].title, ratio)
+        table.add_row(escape(part.variant), METRICS[part.metric].title, escape(ratio))
     console.print(table)
