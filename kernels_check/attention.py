@@ -25,7 +25,7 @@ _FLOAT32_REMEDY = (
 )
 _MASK_REMEDY = "pass no attention_mask where nothing is padded, and pack records with use_cache=False"
 _ATTENTION_LAYERS = ("full_attention", "sliding_attention", "chunked_attention")
-_KERNEL_BACKENDS = {
+KERNEL_BACKENDS = {
     "ATT-CUDNN": "cudnn",
     "ATT-FA4": "flash_attention_4",
     "ATT-FA3": "flash_attention_3",
@@ -135,8 +135,8 @@ def _from_kernels(seen: Observation, required: Json) -> Finding:
     """Judge by kernel names alone: no operator is recorded under CUDA-graph replay."""
     kernels = Counter[str]()
     for rule, launches in seen.profile.kernels.items():
-        if rule in _KERNEL_BACKENDS:
-            kernels[_KERNEL_BACKENDS[rule]] += launches
+        if rule in KERNEL_BACKENDS:
+            kernels[KERNEL_BACKENDS[rule]] += launches
     if not kernels:
         compiled = " (a compiled step may hide it)" if seen.profile.compiled_regions else ""
         return Finding(

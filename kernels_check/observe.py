@@ -251,7 +251,7 @@ def _profiled(call: Callable[[], None]) -> StepProfile:
     if torch.cuda.is_available():
         activities.append(ProfilerActivity.CUDA)
     synchronise()
-    with _quiet_kineto(), profile(activities=activities, record_shapes=True) as recorded:
+    with quiet_kineto(), profile(activities=activities, record_shapes=True) as recorded:
         call()
         synchronise()
     operators, kernels = read(recorded)
@@ -259,7 +259,7 @@ def _profiled(call: Callable[[], None]) -> StepProfile:
 
 
 @contextmanager
-def _quiet_kineto() -> Iterator[None]:
+def quiet_kineto() -> Iterator[None]:
     """Silence the two lines that Kineto writes to stderr per profile."""
     before = os.environ.get("KINETO_LOG_LEVEL")
     os.environ["KINETO_LOG_LEVEL"] = "99"

@@ -185,6 +185,20 @@ def _new_optimizer(run: SmallRun) -> None:
     run.optimizer = torch.optim.AdamW([value for value in run.model.parameters() if value.requires_grad], lr=1e-3)
 
 
+def fused_adamw(parameters: Any) -> Any:
+    """Build torch's AdamW in one kernel."""
+    import torch
+
+    return torch.optim.AdamW(parameters, lr=1e-3, fused=True)
+
+
+def paged_adamw(parameters: Any) -> Any:
+    """Build the AdamW of bitsandbytes whose state may leave the GPU."""
+    import bitsandbytes as bnb
+
+    return bnb.optim.PagedAdamW32bit(parameters, lr=1e-3)
+
+
 def lose_fused(run: SmallRun) -> None:
     """Resume from a checkpoint whose optimizer was not fused: its groups' switch is loaded with its moments."""
     import torch
