@@ -1,93 +1,203 @@
-"""Kernel names land in the right rule, and nowhere else."""
+"""Kernel names land in the right rule, and nowhere else, however they are spelled."""
 
+import json
 import re
+from pathlib import Path
 
 import pytest
 
-from kernels_check.rules import classify, load_rules, normalise, validated_against
+from kernels_check.rules import (
+    CATEGORIES,
+    GRADES,
+    Rule,
+    classify,
+    classify_operator,
+    load_operator_rules,
+    load_rules,
+    normalise,
+    validated_against,
+)
+from kernels_check.trace_arguments import facts, template_arguments
 
 # Shapes of the names in the notes on kernels: torch 2.13 and bitsandbytes 0.50.2 binaries, published GPU traces.
-NAMES = {
-    "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_3_64x64x128_4x1x1_kernel0_0": "ATT-CUDNN",
-    "cudnn_generated_oss_sdpa_sm100_flash_fprop_f16": "ATT-CUDNN",
-    "cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_1": "ATT-CUDNN",
-    "kernel_cutlass_kernel_flash_attncuteflash_fwd_sm100FlashAttentionForwardSm100_object_at_0x7f": "ATT-FA4",
-    "void cutlass::device_kernel<flash::enable_sm90_or_later<flash::FlashAttnFwdSm90<flash::CollectiveMainloopFwdSm90"
-    "<2, cute::tuple<cute::C<1>>>>>>(flash::Params)": "ATT-FA3",
-    "void flash::prepare_varlen_num_blocks_kernel<1, true>(int)": "ATT-FA3",
-    "void pytorch_flash::flash_fwd_kernel<pytorch_flash::Flash_fwd_kernel_traits<64, 128, 128, 4, false, false, "
-    "cutlass::bfloat16_t>, false, true, false, false, true, true, false, false>(pytorch_flash::Flash_fwd_params)": (
-        "ATT-SDPA-FLASH"
-    ),
-    "void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<x>(p)": "ATT-SDPA-FLASH",
-    "void flash::flash_fwd_kernel<Flash_fwd_kernel_traits<128>, false, true>(flash::Flash_fwd_params)": "ATT-FA2",
-    "void flash::flash_fwd_splitkv_combine_kernel<x>(flash::Flash_fwd_params)": "ATT-FA2",
-    "void flash_fwd_kernel<Flash_fwd_kernel_traits<128>, false>(Flash_fwd_params)": "ATT-FA2-VENDORED",
-    "void xformers_flash::flash_bwd_convert_dq_kernel<x>(p)": "ATT-FA2-VENDORED",
-    "fmha_cutlassF_bf16_aligned_64x64_rf_sm80(PyTorchMemEffAttention::AttentionKernel<x>::Params)": "ATT-EFFICIENT",
-    "fmha_cutlassB_f32_aligned_64x64_k32_dropout_sm80(PyTorchMemEffAttention::x)": "ATT-EFFICIENT",
-    "triton_tem_fused_flex_attention_0": "ATT-FLEX",
-    "void (anonymous namespace)::softmax_warp_forward<float, float, float, 10, true, false>(float*, float const*)": (
-        "ATT-SOFTMAX-LOG"
-    ),
-    "void (anonymous namespace)::softmax_warp_forward<float, float, float, 10, false, false>(float*, float const*)": (
-        "ATT-SOFTMAX"
-    ),
-    "void at::native::(anonymous namespace)::cunn_SoftMaxForward<4, float, float, float, "
-    "at::native::(anonymous namespace)::LogSoftMaxForwardEpilogue>(float*)": "ATT-SOFTMAX-LOG",
-    "void at::native::(anonymous namespace)::cunn_SoftMaxForward<4, float, float, float, "
-    "at::native::(anonymous namespace)::SoftMaxForwardEpilogue>(float*)": "ATT-SOFTMAX",
-    "void gemm_4bit_simt<__nv_bfloat16, 3>(int, int)": "BNB-GEMM4",
-    "void gemm_4bit_sm80_m16n8k16<__nv_bfloat16>(int, int)": "BNB-GEMM4",
-    "void kDequantizeBlockwise<__nv_bfloat16, 512, 64, 8, 2>(float*)": "BNB-DEQ-NF4",
-    "void kDequantizeBlockwise<__nv_bfloat16, (int)512, (int)64, (int)8, (int)1>(float*)": "BNB-DEQ-FP4",
-    "void kDequantizeBlockwise<float, 512, 64, 8, 0>(float*)": "BNB-DEQ-8BIT",
-    "void kgemm_4bit_inference_naive<__nv_bfloat16, 128, 16>(int)": "BNB-GEMV-OLD",
-    "void kfunc<float, 0>(float*, float*, float, long)": "BNB-FILL",
-    "void kOptimizer32bit2State<float, 3>(float*)": "BNB-OPT32",
-    "void kOptimizerStatic8bit2StateBlockwise<float, 3, 256, 1>(float*)": "BNB-OPT8",
-    "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<at::native::FusedOptimizerTensorListMetadata<4>,"
-    " at::native::FusedAdamMathFunctor<float, 4, 1, false>>(x)": "OPT-TORCH-FUSED",
-    "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<at::native::TensorListMetadata<2>, x>(y)": (
-        "OPT-TORCH-FOREACH"
-    ),
-    "sm80_xmma_gemm_f32f32_tf32f32_f32_tn_n_tilesize128x128x16": "GEMM-TF32",
-    "ampere_sgemm_128x64_tn": "GEMM-FP32-SIMT",
-    "ampere_bf16_s16816gemm_bf16_128x128_ldg8_f2f_stages_32x5_tn": "GEMM-BF16",
-    "_rms_norm_forward_kernel": "LIGER",
-    "triton_poi_fused_add_0": "INDUCTOR",
-    "ncclDevKernel_AllReduce_Sum_f32_RING_LL": "NCCL",
-    "ncclKernel_AllReduce_RING_LL_Sum_float": "NCCL",
-    "Memcpy DtoD (Device -> Device)": "MEM",
-    "void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<float>>(int)": "ATEN",
-}
+NAMES = json.loads((Path(__file__).parent / "trace_names.json").read_text())
+KERNELS = [(name, rule) for rule, names in NAMES["kernels"].items() for name in names]
+OPERATORS = [(name, rule) for rule, names in NAMES["operators"].items() for name in names]
 
 
-@pytest.mark.parametrize(("kernel", "rule"), NAMES.items(), ids=lambda value: value[:40])
+def nsys(name):
+    """The name as nsys prints it: casts before numbers, unnamed namespaces, east const turned west, no ``> >``."""
+    name = name.replace("(anonymous namespace)", "<unnamed>")
+    name = re.sub(r"(?<=[<\s])(-?\d+)(?:ul|u|l)?(?=[,>])", r"(int)\1", name)
+    name = re.sub(r"(?<=[<\s])true(?=[,>\s])", "(bool)1", name)
+    name = re.sub(r"(?<=[<\s])false(?=[,>\s])", "(bool)0", name)
+    return re.sub(r"(\w+) const\*", r"const \1 *", name).replace("> >", ">>").replace("> >", ">>")
+
+
+@pytest.mark.parametrize(("kernel", "rule"), KERNELS, ids=lambda value: value[:40])
 def test_a_known_name_lands_in_its_rule(kernel, rule):
-    """cuDNN before flash, log-softmax (the loss) before softmax, namespaces kept apart."""
-    found = classify(kernel)
+    """cuDNN before flash, log-softmax (the loss) before softmax, namespaces kept apart; so in the spelling of nsys."""
+    for spelling in (kernel, nsys(kernel)):
+        found = classify(spelling)
+        assert found is not None
+        assert found.name == rule
+
+
+@pytest.mark.parametrize(("operator", "rule"), OPERATORS, ids=lambda value: value[:40])
+def test_an_operator_lands_in_its_rule(operator, rule):
+    """What the dispatcher calls it names the implementation."""
+    found = classify_operator(operator)
     assert found is not None
     assert found.name == rule
 
 
-def test_an_unknown_name_stays_unclassified():
+def test_every_rule_is_reached():
+    """Each rule has a name that it matches and that no rule before it takes."""
+    assert [rule.name for rule in load_rules() if rule.name not in NAMES["kernels"]] == []
+    assert [rule.name for rule in load_operator_rules() if rule.name not in NAMES["operators"]] == []
+
+
+@pytest.mark.parametrize(
+    "kernel", ["my_new_attention_kernel_v7", "device_kernel", "", "flash", "softmax", "_ZN13pytorch_flash16flash_fwd"]
+)
+def test_an_unknown_name_stays_unclassified(kernel):
     """A renamed kernel must surface, not be filed under a neighbour."""
-    assert classify("my_new_attention_kernel_v7") is None
+    assert classify(kernel) is None
 
 
 def test_both_spellings_of_template_arguments_are_one_name():
-    """nsys and ncu print casts where Kineto prints numbers."""
+    """nsys and ncu print casts where Kineto prints numbers, and another word for the unnamed namespace."""
     assert normalise("void k<(int)128, (bool)1>(int)") == "k<128, 1>(int)"
+    assert normalise("k<(unsigned long long)3, (a::<unnamed>::E)5, (b::X<int>)-2>(T1)") == "k<3, 5, -2>(T1)"
     assert normalise("f((anonymous namespace)::g)") == "f((anonymous namespace)::g)"
+    assert normalise("void a::<unnamed>::f<a::<unnamed>::T<(int)2>>(T1)") == (
+        "a::(anonymous namespace)::f<a::(anonymous namespace)::T<2>>(T1)"
+    )
 
 
-def test_rules_are_stamped_complete_and_unique():
-    """Every rule compiles, explains itself and has a grade; the table says what it was validated against."""
-    rules = load_rules()
-    assert len({rule.name for rule in rules}) == len(rules) > 30
+@pytest.mark.parametrize("load", [load_rules, load_operator_rules])
+def test_rules_are_stamped_complete_and_unique(load):
+    """Every rule compiles, explains itself, has a grade, a category and versions; the table says which."""
+    rules = load()
+    assert len({rule.name for rule in rules}) == len(rules) > 15
     for rule in rules:
         re.compile(rule.pattern)
         assert rule.meaning
-        assert set(rule.evidence.replace(", ", "")) <= set("XBSGID")
+        assert set(re.findall(r"\w", rule.evidence)) <= set(GRADES) != set()
+        assert rule.library is None or rule.library in validated_against()
+        assert (rule.backend is not None) == (rule.category == "attention")
+        assert rule.gpu_only in (True, False)
     assert {"torch", "bitsandbytes"} <= set(validated_against())
+
+
+def test_kernels_are_known_on_a_gpu_only():
+    """A kernel name cannot be confirmed on a CPU; of the operators, those that run on one are."""
+    assert all(rule.gpu_only for rule in load_rules())
+    assert {rule.name for rule in load_operator_rules() if not rule.gpu_only} >= {"OP-ATT-FLASH-CPU", "OP-BNB-DEQ"}
+    assert all("X" in rule.evidence or rule.gpu_only or rule.name == "OP-COMM" for rule in load_operator_rules())
+
+
+def test_a_rule_with_an_unknown_category_is_refused():
+    """A typing error in the data must not lose time silently."""
+    known = {"name": "N", "pattern": "p", "meaning": "m", "evidence": "X", "gpu_only": True, "library": None}
+    with pytest.raises(ValueError, match=r"rule N: category.*matmull.*is none of matmul"):
+        Rule(category="matmull", **known)
+    with pytest.raises(ValueError, match=r"category.*losss"):
+        Rule(category="other", finer={"losss": "x"}, **known)
+
+
+@pytest.mark.parametrize(
+    ("part", "category"),
+    [
+        ("direct_copy_kernel_cuda", "copy"), ("CatArrayBatchedCopy", "copy"), ("FillFunctor", "copy"),
+        ("nll_loss_forward", "loss"), ("CUDAFunctor_add", "elementwise"), ("liger_cross_entropy", "loss"),
+        ("_swiglu_forward", "elementwise"), ("triton_tem_fused_addmm", "matmul"), ("triton_mm_4", "matmul"),
+        ("triton_red_fused__log_softmax", "loss"), ("triton_poi_fused_add", "elementwise"),
+        ("triton_tem_fused_flex", "attention"), ("Memset", "copy"), ("LogSoftMaxForwardEpilogue", "loss"),
+        ("kQuantizeBlockwiseSmall", "other"), ("_gemv_nf4_kernel", "matmul"), ("ncclDevKernel", "communication"),
+        ("FusedAdamMathFunctor", "optimizer"), ("kdequant_mm_int32_fp16", "dequantize"),
+    ],
+)  # fmt: skip
+def test_a_name_counts_for_its_category(part, category):
+    """A rule may be coarser than what its kernels spend time on: an eager ATen kernel may copy or be the loss."""
+    names = [name for name, _ in KERNELS if part in name]
+    assert names
+    for name in names:
+        rule = classify(name)
+        assert rule is not None
+        assert rule.category_of(name) == category
+    assert category in CATEGORIES
+
+
+def _facts(kernel):
+    rule = classify(kernel)
+    assert rule is not None
+    return facts(kernel, rule)
+
+
+@pytest.mark.parametrize(("kernel", "rule"), KERNELS, ids=lambda value: value[:40])
+def test_both_spellings_prove_the_same(kernel, rule):
+    """Number format, causality and direction do not depend on who printed the name."""
+    assert _facts(kernel) == _facts(nsys(kernel))
+
+
+def _named(rule, *parts):
+    return next(name for name in NAMES["kernels"][rule] if all(part in name for part in parts))
+
+
+@pytest.mark.parametrize("rule", ["ATT-SDPA-FLASH", "ATT-FA2", "ATT-FA2-VENDORED"])
+def test_flash_kernels_prove_dtype_and_causality(rule):
+    """Is_causal stands second after the traits, first in split-KV; the combining and converting kernels say nothing."""
+    causal = _facts(_named(rule, "flash_fwd_kernel", "bfloat16_t"))
+    assert (causal.dtype, causal.causal, causal.direction) == ("bfloat16", True, "forward")
+    full = _facts(_named(rule, "flash_fwd_kernel", "half_t"))  # its dropout is on, which stands first
+    assert (full.dtype, full.causal) == ("float16", False)
+    assert _facts(_named(rule, "splitkv_kernel")).causal is False
+    assert _facts(_named(rule, "splitkv_combine")).causal is None
+    backward = _facts(_named(rule, "dq_dk_dv"))
+    assert (backward.dtype, backward.causal, backward.direction) == ("bfloat16", True, "backward")
+    assert _facts(_named(rule, "convert_dq")) == _facts(_named(rule, "dot_do_o"))
+
+
+def test_flash_attention_3_proves_causality_in_its_forward_only():
+    """The forward mainloop has Is_causal eighth; of the backward only forks differ, so nothing is claimed."""
+    forward = _facts(_named("ATT-FA3", "FlashAttnFwdSm90"))
+    assert (forward.dtype, forward.causal, forward.direction) == ("bfloat16", True, "forward")
+    backward = _facts(_named("ATT-FA3", "FlashAttnBwdSm90"))
+    assert (backward.dtype, backward.causal, backward.direction) == ("bfloat16", None, "backward")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dtype"),
+    [
+        (_named("BNB-DEQ-NF4", "<__nv_bfloat16"), "bfloat16"),
+        (_named("BNB-DEQ-NF4", "<float"), "float32"),
+        (_named("BNB-GEMM4", "<__half"), "float16"),
+        (_named("BNB-GEMM4", "<float"), "float32"),
+        (_named("ATT-EFFICIENT", "F_bf16"), "bfloat16"),
+        (_named("ATT-EFFICIENT", "B_f32"), "float32"),
+        (_named("ATT-CUDNN", "fort_native"), None),
+        (_named("ATT-SOFTMAX", "warp_forward"), "bfloat16"),
+        (_named("ATT-SOFTMAX", "cunn_SoftMaxForward<"), "float32"),
+        (_named("GEMM-TF32"), "tf32"),
+        (_named("GEMM-FP32-SIMT"), "float32"),
+        (_named("GEMM-BF16", "nvjet"), "bfloat16"),
+        (_named("GEMM-FP16", "nvjet"), "float16"),
+        (_named("GEMM-OTHER", "gemvx"), "bfloat16"),
+        (_named("MEM"), None),
+        ("void flash::flash_bwd_convert_dq_kernel<x>(float*)", None),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_names_prove_the_compute_dtype(kernel, dtype):
+    """The template's type counts, never a parameter's; cuDNN writes f16 for bfloat16 too, so it proves nothing."""
+    assert _facts(kernel).dtype == dtype
+
+
+def test_template_arguments_are_split_at_outer_commas():
+    """Commas inside inner templates and parameter lists separate nothing; a name that was cut has fewer arguments."""
+    assert template_arguments("void a::k<T<1, 2>, f(int, g), {lambda(x, y)#1}, 3>(p, q)", "k") == [
+        "T<1, 2>", "f(int, g)", "{lambda(x, y)#1}", "3",
+    ]  # fmt: skip
+    assert template_arguments("k<1, T<2, 3", "k") == ["1"]
+    assert template_arguments("k2<1>", "k") == []
