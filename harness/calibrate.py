@@ -32,7 +32,8 @@ GATE_SIZES = (5, 8, 12)
 LEAST_REPLICATES = min(GATE_SIZES) + 1
 """With fewer every gate would be the whole run."""
 DRAWS = 2000
-PILOT_ROWS = 64
+PILOT_ROWS = (64, 512)
+"""Rows of the two pilots; a line through both has the fixed cost of the extra calls in it."""
 TOLERANCE = 0.01
 
 
@@ -114,18 +115,21 @@ def calibrate(run: Run, variant: Variant, phase: Phase = "train") -> Calibration
     )
 
 
-def rows_for(planted: float, rows: int, ratio: float) -> int:
-    """Rows that slow the step by `planted`, if `rows` slowed it to `ratio`: the extra work is proportional to them.
+def rows_for(planted: float, few: float, many: float) -> int:
+    """Rows that slow the step by `planted`, from the ratios that the two pilots gave: cost is linear in the rows.
 
     Raises:
-        InvalidRunError: the pilot's work did not slow the step, so nothing can be planned from it.
+        InvalidRunError: more rows did not cost more, or fewer than one row would be too much already.
     """
-    if not ratio > 1:
+    low, high = PILOT_ROWS
+    slope = (many - few) / (high - low)
+    rows = round(low + (1 + planted - few) / slope) if slope > 0 else 0
+    if rows < 1:
         raise InvalidRunError(
-            f"{rows} rows of extra work gave a ratio of {ratio:.4f}: too little to be seen in the pilot. "
-            "Give the number of rows with --inject-rows."
+            f"{low} and {high} rows of extra work gave ratios of {few:.4f} and {many:.4f}: no number of rows can be "
+            f"planned from them for {100 * planted:g} %. Give one with --inject-rows."
         )
-    return max(1, round(rows * planted / (ratio - 1)))
+    return rows
 
 
 def _pairs(base: Series, other: Series, metric: str, run: Run) -> tuple[Trials, Trials]:

@@ -138,8 +138,11 @@ def run_calibrate(options: argparse.Namespace) -> int:
     rows = options.inject_rows
     if rows is None:
         pilot = dataclasses.replace(study, protocol=dataclasses.replace(study.protocol, replicates=3))
-        seen = calibration_ratio(_measured_here(pilot, variant.name, PILOT_ROWS, options), variant.name)
-        rows = rows_for(PLANTED, PILOT_ROWS, seen)
+        seen = [
+            calibration_ratio(_measured_here(pilot, variant.name, count, options), variant.name)
+            for count in PILOT_ROWS
+        ]
+        rows = rows_for(PLANTED, *seen)
     run = _measured_here(study, variant.name, rows, options)
     result = calibrate(run, variant)
     if options.json:

@@ -109,8 +109,8 @@ def hogs() -> Iterator[None]:
 
 def planted_rows(runs: str) -> tuple[int, tuple[float, float, float]]:
     """Rows of extra work for about 5 %, and the slow-down that they really are, by a rigorous run of more turns."""
-    pilot, _ = run_ab(runs, "--inject-rows", str(PILOT_ROWS), "--replicates", "3")
-    rows = rows_for(PLANTED, PILOT_ROWS, float(pilot["comparisons"][0]["ratio"]))
+    pilots = [run_ab(runs, "--inject-rows", str(count), "--replicates", "5")[0] for count in PILOT_ROWS]
+    rows = rows_for(PLANTED, *(float(pilot["comparisons"][0]["ratio"]) for pilot in pilots))
     text = builtin_studies()[STUDY].read_text(encoding="utf-8")
     longer = Path(runs) / f"{STUDY}.toml"
     longer.write_text(re.sub(r"^turns = \d+$", f"turns = {RIGOROUS_TURNS}", text, flags=re.MULTILINE))
