@@ -105,7 +105,6 @@ def _described(rule: Rule, stamp: Mapping[str, str]) -> str:
 
 def _print(versions: list[LibraryVersion], *, rules: bool) -> None:
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
     console = Console(highlight=False)
@@ -115,7 +114,8 @@ def _print(versions: list[LibraryVersion], *, rules: bool) -> None:
             console.print(f"[bold]{title}[/bold]: the first rule that matches wins")
             for number, rule in enumerate(ordered, start=1):
                 console.print(f"{number:3} [bold]{rule.name}[/bold] {_described(rule, stamp)}", soft_wrap=True)
-                console.print(f"    {escape(rule.meaning)}\n    [dim]{escape(rule.pattern)}[/dim]", soft_wrap=True)
+                console.print(f"    {rule.meaning}", soft_wrap=True, markup=False)
+                console.print(f"    {rule.pattern}", soft_wrap=True, markup=False, style="dim")
         grades = ", ".join(f"{letter} {meaning}" for letter, meaning in GRADES.items())
         console.print(f"evidence: {grades}; no library: known from published traces only")
     table = Table(title="Libraries", title_justify="left")

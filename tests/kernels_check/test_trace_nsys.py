@@ -1,0 +1,138 @@
+"""The table that nsys prints is read by its headings, between whatever else it prints."""
+
+import gzip
+
+import pytest
+
+from kernels_check import TraceError, read_trace
+
+HEADING = "Time (%),Total Time (ns),Instances,Avg (ns),Med (ns),Min (ns),Max (ns),StdDev (ns),Name\n"
+FLASH = (
+    '60.0,6000000,6,1.0,1.0,1,1,0.0,"void pytorch_flash::flash_fwd_kernel<pytorch_flash::Flash_fwd_kernel_traits<'
+    "(int)64, (int)128, (int)128, (int)4, (bool)0, (bool)0, cutlass::bfloat16_t>, (bool)0, (bool)1, (bool)0, (bool)0, "
+    '(bool)1, (bool)1, (bool)0, (bool)0>(pytorch_flash::Flash_fwd_params)"\n'
+)  # fmt: skip
+NF4 = (
+    '30.0,3000000,3,1.0,1.0,1,1,0.0,"void kDequantizeBlockwise<__nv_bfloat16, (int)512, (int)64, (int)8, (int)2>'
+    '(float *, unsigned char *, float *, T1 *, int, int)"\n'
+)
+NEW = "10.0,1000000,2,1.0,1.0,1,1,0.0,renamed_kernel\n"
+MEMORY = (
+    "\nTime (%),Total Time (ns),Count,Avg (ns),Med (ns),Min (ns),Max (ns),StdDev (ns),Operation\n"
+    "75.0,750000,5,1.0,1.0,1,1,0.0,[CUDA memcpy Host-to-Device]\n25.0,250000,5,1.0,1.0,1,1,0.0,[CUDA memset]\n"
+)
+
+
+@pytest.fixture
+def judge(tmp_path):
+    def judged(text, pack=bytes):
+        path = tmp_path / "kernels.csv"
+        path.write_bytes(pack(text.encode()))
+        return read_trace(path)
+
+    return judged
+
+
+def refusal(judge, text):
+    with pytest.raises(TraceError) as refused:
+        judge(text)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize(
+    "before", ["", "Processing [a.sqlite] with [b.py]...\n", "[3/8] Executing 'x' stats report\n\n"]
+)
+def test_a_table_is_judged(judge, before, newline, pack):
+    """Casts, progress before it, line ends of Windows and packing change nothing."""
+    summary = judge((before + HEADING + FLASH + NF4 + NEW).replace("\n", newline), pack)
+    assert summary.source == "nsys"
+    assert summary.time_ms == pytest.approx(10.0)
+    flash = summary.attention.backends["flash"]
+    assert (flash.calls, flash.time_share, flash.dtypes, flash.causal_calls) == (6, 0.6, {"bfloat16": 6}, 6)
+    assert summary.fourbit.paths["dequantize"].calls == 3
+    assert summary.fourbit.quant_types["nf4"].time_share == pytest.approx(0.3)
+    assert summary.unclassified.names == ("renamed_kernel",)
+    assert summary.unclassified.time_share == pytest.approx(0.1)
+
+
+def test_a_table_has_no_intervals(judge):
+    """Busy share and kernels a step stay unknown, and the notice says why."""
+    summary = judge(HEADING + FLASH + NF4 + NEW)
+    assert summary.busy_share is None
+    assert summary.kernels_per_step is None
+    assert summary.notices == (
+        "an nsys summary has sums and no intervals: neither busy share nor kernels a step can be told",
+    )
+
+
+def test_memory_operations_count_where_their_table_is_there(judge):
+    """nsys puts copies in a table of their own, with its own 100 %."""
+    summary = judge(HEADING + FLASH + NF4 + NEW + MEMORY)
+    assert summary.time_ms == pytest.approx(11.0)
+    assert summary.categories["copy"] == pytest.approx(1 / 11)
+
+
+def test_other_tables_do_not_count(judge):
+    """API calls are the host's; a second table of kernels repeats the first."""
+    api = "\nTime (%),Total Time (ns),Num Calls,Avg (ns),Name\n100.0,9000000,5,1.0,cudaLaunchKernel\n"
+    once = judge(HEADING + FLASH + NF4 + NEW)
+    both = judge(HEADING + FLASH + NF4 + NEW + api + "\n" + HEADING + FLASH + NF4 + NEW)
+    assert both.time_ms == once.time_ms
+    assert "a second table of kernels was left out" in both.notices[0]
+
+
+@pytest.mark.parametrize(
+    ("unit", "factor"), [("ns", 1e-6), ("us", 1e-3), ("μs", 1e-3), ("ms", 1), ("s", 1e3), ("sec", 1e3)]
+)
+def test_the_heading_names_the_unit(judge, unit, factor):
+    """``--timeunit`` changes it."""
+    summary = judge(f"Time (%),Total Time ({unit}),Instances,Name\n100.0,2.5,1,ampere_sgemm_128x64_tn\n")
+    assert summary.time_ms == pytest.approx(2.5 * factor)
+
+
+def test_columns_are_found_by_name(judge):
+    """Order and number differ between versions of nsys."""
+    summary = judge("Time(%),Name,Instances,GridXYZ,Total Time (ns)\n100.0,ampere_sgemm_128x64_tn,4,1 1 1,1000\n")
+    assert summary.calls == 4
+    assert summary.categories["matmul"] == 1.0
+
+
+def test_rounded_percentages_are_no_missing_rows(judge):
+    """Many small kernels each show 0.0 %."""
+    rows = "".join(f"0.0,100,1,1.0,1.0,1,1,0.0,kernel_{i}\n" for i in range(40))
+    assert judge(HEADING + "98.1,210000,1,1.0,1.0,1,1,0.0,ampere_sgemm_128x64_tn\n" + rows).calls == 41
+
+
+def test_missing_rows_are_noticed(judge):
+    """A table that was cut between two rows would give wrong shares."""
+    message = refusal(judge, HEADING + FLASH + NF4)
+    assert "the 2 rows of kernels add up to 90.0 % of their time: rows are missing" in message
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ("100.0,1000,1\n", "line 2 has 3 of 9 columns: the table was cut off"),
+        ("100.0,1000,0,1,1,1,1,1,k\n", "'k' has '0' instances in '1000'"),
+        ("100.0,-1000,1,1,1,1,1,1,k\n", "'k' has '1' instances in '-1000'"),
+        ("100.0,many,1,1,1,1,1,1,k\n", "'k' has '1' instances in 'many'"),
+        ("100.0,nan,1,1,1,1,1,1,k\n", "in 'nan'; expected numbers above zero"),
+        ("100.0,1000,1,1,1,1,1,1,\n", "'' has '1' instances"),
+        ('100.0,1000,1,1,1,1,1,1,"k\n', "line 2 is no CSV"),
+        ("", "no table of kernels"),
+        ("100.0,0,1,1,1,1,1,1,k\n", "what ran has 0.0 ms in all"),
+    ],
+)
+def test_a_damaged_row_is_refused(judge, row, says):
+    """Line and value are named; no row is skipped."""
+    assert says in refusal(judge, HEADING + row)
+
+
+def test_names_that_hide_what_ran_are_pointed_out(judge):
+    """The base-name mode of nsys shows FlashAttention-3 as device_kernel; mangled names match no rule."""
+    summary = judge("Time (%),Total Time (ns),Instances,Name\n50.0,10,1,device_kernel\n50.0,10,1,_ZN5flash3fwdEv\n")
+    assert summary.unclassified.time_share == 1.0
+    assert any("names are cut down to the function" in notice for notice in summary.notices)
+    assert any("c++filt" in notice for notice in summary.notices)
