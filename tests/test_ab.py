@@ -380,15 +380,26 @@ def test_what_cannot_be_is_refused_before_anything_is_measured(fake, repository,
     assert len(git(repository, "worktree", "list").splitlines()) == 1
 
 
-def test_calibrate_sizes_its_slow_down_by_a_pilot(fake, repository, study_file, lorameter):
+def test_calibrate_sizes_its_slow_down_by_two_pilots(fake, repository, study_file, lorameter):
     """A row costs a thousandth here: 50 rows for 5 %; false alarms, power and prices follow in one document."""
     code, document = lorameter("calibrate", study_file, "--replicates", "9", "--json")
     assert code == 0
     assert document["inject_rows"] == pytest.approx(50, abs=2)
     assert document["calibration"]["planted"]["ratio"] == pytest.approx(1.05, rel=0.005)
     assert [rate["replicates"] for rate in document["calibration"]["rates"]] == [5, 8]
-    assert [executor.label for executor in fake.made] == ["base", "control", "candidate"] * 2
+    assert [executor.label for executor in fake.made] == ["base", "control", "candidate"] * 3
     assert {command for _, command in fake.asked}.isdisjoint({"begin_generate", "request"})
+
+
+@pytest.mark.parametrize("protocol", ["", "precision = 0.5\n"])
+def test_calibrate_measures_enough_to_draw_from(fake, repository, study_file, lorameter, protocol):
+    """24 replicates unless told otherwise, and all of them, whatever precision the study would stop at."""
+    text = Path(study_file).read_text()
+    Path(study_file).write_text(text.replace("[protocol]\n", f"[protocol]\n{protocol}"))
+    code, document = lorameter("calibrate", study_file, "--inject-rows", "20", "--json")
+    assert code == 0
+    assert document["calibration"]["replicates"] == 24
+    assert [rate["replicates"] for rate in document["calibration"]["rates"]] == [5, 8, 12]
 
 
 def test_calibrate_takes_rows_as_they_are_given(fake, repository, study_file, lorameter):

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from harness.protocol import Protocol
 from harness.record import TrialRequest
 from harness.training.build import build
-from harness.training.injection import inject_work
+from harness.training.injection import WIDTH, inject_work
 from harness.training.shared import SharedBase
 from harness.training.step import TrainStep
 from harness.training.stream import TokenStream
@@ -75,15 +75,20 @@ def products(step):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_adapted_layer_multiplies_once_more(built, name):
-    """A product of the rows and the layer's own width in float32 for each, and nothing else is added."""
+    """One small product of that many rows in float32 for each, and nothing else is added."""
     trainee, _, step = built(VARIANTS[name], ROWS)
     layers = [module for module in trainee.model.modules() if isinstance(module, LoraLayer)]
-    widths = Counter(layer.in_features for layer in layers)
     added = products(step) - products(built(VARIANTS[name], 0)[2])
-    assert added == {
-        ((ROWS, width), (width, width), torch.float32): count for width, count in widths.items()
-    }  # fmt: skip
-    assert sum(added.values()) == len(layers) > 0
+    assert added == {((ROWS, WIDTH), (WIDTH, WIDTH), torch.float32): len(layers)}
+    assert len(layers) == 4 * (2 if name == "nf4" else 7)
+
+
+def test_no_rows_are_no_work(built):
+    """Not even a product of nothing: an honest measurement has no hook at all."""
+    trainee, _, step = built(VARIANTS["nf4"], 0)
+    assert all(left[0] > 0 for left, *_ in products(step))
+    layers = [module for module in trainee.model.modules() if isinstance(module, LoraLayer)]
+    assert not any(layer._forward_pre_hooks for layer in layers)
 
 
 def test_the_number_of_layers_is_returned(built):
