@@ -1,0 +1,364 @@
+"""Break one rule or one comparison of kernels_check at a time: does a test fail?
+
+    python benchmarks/selftest/mutation.py [--jobs 2] [--only attention] [--list]
+
+A check that no test depends on can be wrong without anybody noticing. Three kinds of mutants are made:
+
+- a rule of ``kernel_rules.json`` is dropped, one at a time;
+- a rule is moved in front of an earlier one, for each pair of which a known name matches both, so that order matters;
+- in the modules that judge, a comparison is negated or its bound moved, ``and`` and ``or`` are exchanged, a ``not`` is
+  dropped.
+
+Nothing is changed in place: each job has a copy of the package and its tests in a temporary folder. A first pass over
+the tests notes which function each test enters; a mutant is given to the tests that enter its function, the module's
+own first, up to the first failure. Libraries are imported once, in the process that forks a child a mutant.
+
+Exit status 1 if a mutant survives that is not listed in EQUIVALENT with its reason.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import argparse
+import ast
+import copy
+import json
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE, TESTS = "kernels_check", "tests/kernels_check"
+RULES = "kernel_rules.json"
+JUDGES = (
+    *("adapter", "adapter_layers", "attention", "base_layers", "check", "execution", "isolation", "judge"),
+    *("optimizer", "padding"),
+)
+PER_MUTANT_S = 150
+"""A mutant that takes longer hangs, which is noticed too."""
+NEGATED = {
+    **{ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn},
+    **{ast.NotIn: ast.In, ast.Lt: ast.GtE, ast.GtE: ast.Lt, ast.Gt: ast.LtE, ast.LtE: ast.Gt},
+}
+MOVED = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt}
+
+EQUIVALENT: dict[str, str] = {}
+"""Mutants that change nothing that can be observed, by their key, each with the reason."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mutant:
+    """One change of one file of the package."""
+
+    key: str
+    file: str
+    text: str
+    function: str | None = None
+    """Enclosing function, whose tests are asked; None asks those that read the rules."""
+
+
+@dataclass(slots=True)
+class Coverage:
+    """What the first pass over the tests found."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    entered: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+    """Tests by ``module.function``."""
+    failed: list[str] = field(default_factory=list)
+
+
+def rule_mutants(document: dict[str, Any], names: dict[str, dict[str, list[str]]]) -> Iterator[Mutant]:
+    """Drop each rule; move each in front of an earlier one with which it shares a known name."""
+    for table, known in (("rules", names["kernels"]), ("operators", names["operators"])):
+        rules = document[table]
+        every = [name.removeprefix("void ") for group in known.values() for name in group]
+        matching = [{name for name in every if re.search(rule["pattern"], name)} for rule in rules]
+        for index, rule in enumerate(rules):
+            rest = [*rules[:index], *rules[index + 1 :]]
+            yield _rules(f"{RULES}: drop {table} {rule['name']}", document | {table: rest})
+            for earlier in range(index):
+                if matching[earlier] & matching[index]:
+                    moved = [*rest[:earlier], rule, *rest[earlier:]]
+                    where = f"{rule['name']} before {rules[earlier]['name']}"
+                    yield _rules(f"{RULES}: {table} {where}", document | {table: moved})
+
+
+def _rules(key: str, document: dict[str, Any]) -> Mutant:
+    return Mutant(key=key, file=RULES, text=json.dumps(document))
+
+
+def code_mutants(module: str, source: str) -> Iterator[Mutant]:
+    """Change every comparison, ``and``, ``or`` and ``not`` of a module, one at a time."""
+    tree = ast.parse(source)
+    enclosing = {
+        id(node): outer.name
+        for outer in ast.walk(tree)
+        if isinstance(outer, ast.FunctionDef)
+        for node in ast.walk(outer)
+    }  # ast.walk is breadth first: of nested functions the inner one comes last and stays
+    seen = Counter[str]()
+    for number, node in enumerate(ast.walk(tree)):
+        for change in _changes(node):
+            changed = copy.deepcopy(tree)
+            target = next(other for index, other in enumerate(ast.walk(changed)) if index == number)
+            before = ast.unparse(target)
+            replaced = change(target)
+            if replaced is not target:
+                changed = _Replace(target, replaced).visit(changed)
+            function = enclosing.get(id(node))
+            key = f"{module}.{function}: {before} -> {ast.unparse(replaced)}"
+            seen[key] += 1
+            key += f" #{seen[key]}" if seen[key] > 1 else ""
+            yield Mutant(key=key, file=f"{module}.py", text=ast.unparse(changed), function=f"{module}.{function}")
+
+
+def _changes(node: ast.AST) -> Iterator[Callable[[Any], ast.expr]]:
+    """Ways to change one node; each works on a copy of it."""
+    if isinstance(node, ast.Compare):
+        for position, operator in enumerate(node.ops):
+            for kinds in (NEGATED, MOVED):
+                if type(operator) in kinds:
+                    yield _with_operator(position, kinds[type(operator)])
+    elif isinstance(node, ast.BoolOp):
+        yield _exchanged
+    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+        yield lambda negation: negation.operand
+
+
+def _with_operator(position: int, kind: type[ast.cmpop]) -> Callable[[Any], ast.expr]:
+    def change(comparison: Any) -> Any:
+        comparison.ops[position] = kind()
+        return comparison
+
+    return change
+
+
+def _exchanged(operation: Any) -> Any:
+    operation.op = ast.Or() if isinstance(operation.op, ast.And) else ast.And()
+    return operation
+
+
+class _Replace(ast.NodeTransformer):
+    def __init__(self, old: ast.AST, new: ast.AST) -> None:
+        self._old, self._new = old, new
+
+    def visit(self, node: ast.AST) -> ast.AST:
+        return self._new if node is self._old else self.generic_visit(node)
+
+
+class Recorder:
+    """Notes which functions of the judges each test enters, and how long it takes."""
+
+    def __init__(self, package: Path) -> None:
+        self.coverage = Coverage()
+        self._files = {str(package / f"{module}.py"): module for module in JUDGES}
+        self._files[str(package / "rules.py")] = "rules"
+        self._spans = {file: list(_functions(Path(file))) for file in self._files}
+        self._test = ""
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
+        """Watch one test with its fixtures."""
+        self._test = item.nodeid
+        begin = time.perf_counter()
+        sys.setprofile(self._note)
+        try:
+            return (yield)
+        finally:
+            sys.setprofile(None)
+            self.coverage.seconds[item.nodeid] = time.perf_counter() - begin
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """A test that fails unmutated would kill every mutant."""
+        if report.failed:
+            self.coverage.failed.append(report.nodeid)
+
+    def _note(self, frame: Any, event: str, argument: Any) -> None:
+        module = self._files.get(frame.f_code.co_filename)
+        if event == "call" and module is not None:
+            line = frame.f_code.co_firstlineno
+            for name, first, last in self._spans[frame.f_code.co_filename]:
+                if first <= line <= last:
+                    self.coverage.entered[f"{module}.{name}"].add(self._test)
+
+
+def _functions(file: Path) -> Iterator[tuple[str, int, int]]:
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            yield node.name, first, node.end_lineno or node.lineno
+
+
+def copy_of_the_tree(folder: Path) -> Path:
+    """The package, its tests and the settings, without caches."""
+    ignored = shutil.ignore_patterns("__pycache__")
+    for part in (PACKAGE, TESTS):
+        shutil.copytree(ROOT / part, folder / part, ignore=ignored)
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    return folder
+
+
+def in_child(folder: Path, work: Callable[[], int]) -> int:
+    """Fork; the child imports the package from ``folder`` and does the work in silence. Returns its process id."""
+    child = os.fork()
+    if child:
+        return child
+    code = 70
+    try:
+        os.chdir(folder)
+        os.setsid()
+        sys.path.insert(0, str(folder))
+        output = os.open(folder / "output.txt", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        code = work()
+        sys.stdout.flush()
+    finally:
+        os._exit(code)
+
+
+def run_tests(arguments: list[str], *plugins: Any) -> int:
+    """Run pytest in this process: what only a GPU can run, and the harness's plugin, left out."""
+    options = ["-q", "--no-header", "-p", "no:cacheprovider", "-p", "no:lorameter", "-m", "not gpu"]
+    return int(pytest.main([*options, *arguments], plugins=list(plugins)))
+
+
+def first_pass(folder: Path) -> Coverage:
+    """Run every test once, unmutated."""
+
+    def work() -> int:
+        recorder = Recorder(folder / PACKAGE)
+        # The probe and the self-test have their own tests; they judge nothing that the others do not.
+        skipped = [f"--ignore={TESTS}/{name}" for name in ("test_probe.py", "test_selftest.py")]
+        code = run_tests([TESTS, *skipped], recorder)
+        found = recorder.coverage
+        entered = {name: sorted(tests) for name, tests in found.entered.items()}
+        result = {"seconds": found.seconds, "entered": entered, "failed": found.failed}
+        (folder / "coverage.json").write_text(json.dumps(result))
+        return code
+
+    os.waitpid(in_child(folder, work), 0)
+    try:
+        found = json.loads((folder / "coverage.json").read_text())
+    except FileNotFoundError:
+        raise SystemExit((folder / "output.txt").read_text()) from None
+    entered = {name: set(tests) for name, tests in found["entered"].items()}
+    return Coverage(seconds=found["seconds"], entered=entered, failed=found["failed"])
+
+
+def tests_of(mutant: Mutant, coverage: Coverage) -> list[str]:
+    """Tests that enter what was changed: those of its own file first, the quick before the slow."""
+    own = f"{TESTS}/test_{'rules' if mutant.file == RULES else Path(mutant.file).stem}.py"
+    wanted = "rules.classify", "rules.classify_operator"
+    asked = (
+        set().union(*(coverage.entered.get(name, set()) for name in wanted))
+        if mutant.function is None
+        else coverage.entered.get(mutant.function, set())
+    )
+    asked |= {test for test in coverage.seconds if mutant.function is None and test.startswith(own)}
+    return sorted(asked, key=lambda test: (not test.startswith(own), coverage.seconds[test]))
+
+
+def judge_mutants(mutants: list[Mutant], coverage: Coverage, folders: list[Path]) -> dict[str, str]:
+    """Run each mutant in a free folder; returns ``killed``, ``survived``, ``hung`` or ``untested`` by key."""
+    verdicts: dict[str, str] = {}
+    running: dict[int, tuple[Mutant, Path, float]] = {}
+    free, waiting = list(folders), list(reversed(mutants))
+    while waiting or running:
+        while waiting and free:
+            mutant, folder = waiting.pop(), free.pop()
+            tests = tests_of(mutant, coverage)
+            if not tests:
+                verdicts[mutant.key] = "untested"
+                free.append(folder)
+                continue
+            (folder / PACKAGE / mutant.file).write_text(mutant.text)
+            child = in_child(folder, lambda tests=tests: run_tests(["-x", *tests]))
+            running[child] = mutant, folder, time.monotonic()
+        child, status = os.waitpid(-1, os.WNOHANG)
+        if child in running:
+            mutant, folder, _ = running.pop(child)
+            survived = os.waitstatus_to_exitcode(status) == 0
+            verdicts.setdefault(mutant.key, "survived" if survived else "killed")
+            shutil.copy(ROOT / PACKAGE / mutant.file, folder / PACKAGE / mutant.file)
+            free.append(folder)
+            print(f"{len(verdicts)}/{len(mutants)} {verdicts[mutant.key]}: {mutant.key}", file=sys.stderr)
+        elif not child:
+            for late, (mutant, _, begin) in running.items():
+                if time.monotonic() - begin > PER_MUTANT_S and verdicts.setdefault(mutant.key, "hung") == "hung":
+                    os.killpg(late, signal.SIGKILL)
+            time.sleep(0.02)
+    return verdicts
+
+
+def all_mutants(package: Path, only: str | None) -> list[Mutant]:
+    """Every mutant, or those of one module, or of the rules."""
+    names = json.loads((package.parent / TESTS / "trace_names.json").read_text())
+    mutants = list(rule_mutants(json.loads((package / RULES).read_text()), names))
+    for module in JUDGES:
+        mutants += code_mutants(module, (package / f"{module}.py").read_text())
+    return [mutant for mutant in mutants if only in (None, Path(mutant.file).stem)]
+
+
+def main() -> int:
+    """Make the mutants, run the tests on each, report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--only", metavar="FILE", help=f"one of {', '.join((*JUDGES, Path(RULES).stem))}")
+    parser.add_argument("--list", action="store_true", help="print the mutants and run nothing")
+    arguments = parser.parse_args()
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="mutation-") as temporary:
+        folders = [copy_of_the_tree(Path(temporary) / str(number)) for number in range(arguments.jobs)]
+        mutants = all_mutants(folders[0] / PACKAGE, arguments.only)
+        if arguments.list:
+            print("\n".join(mutant.key for mutant in mutants))
+            return 0
+        sys.dont_write_bytecode = True  # a mutant as long as its original, of the same second, would be taken for it
+        import bitsandbytes  # noqa: F401 - children are forked with the libraries loaded
+        import peft  # noqa: F401
+        import torch._dynamo  # noqa: F401
+        from transformers import LlamaForCausalLM  # noqa: F401
+
+        coverage = first_pass(folders[0])
+        if coverage.failed:
+            print("fail without any mutation:", *coverage.failed, sep="\n  ")
+            return 1
+        print(f"{len(coverage.seconds)} tests in {sum(coverage.seconds.values()):.0f} s", file=sys.stderr)
+        verdicts = judge_mutants(mutants, coverage, folders)
+    return report(verdicts, time.monotonic() - begin)
+
+
+def report(verdicts: dict[str, str], seconds: float) -> int:
+    """Print what survived; 1 if it should not have."""
+    kept = [key for key, verdict in verdicts.items() if verdict in ("survived", "untested")]
+    unexplained = [key for key in kept if key not in EQUIVALENT]
+    counts = Counter(key.partition(":")[0].partition(".")[0] for key in verdicts)
+    dead = Counter(key.partition(":")[0].partition(".")[0] for key in verdicts if key not in kept)
+    for part, count in counts.items():
+        print(f"{part}: {dead[part]} of {count} mutants killed")
+    for key in kept:
+        print(f"{verdicts[key]}: {key}" + (f"\n    equivalent: {EQUIVALENT[key]}" if key in EQUIVALENT else ""))
+    for key in EQUIVALENT:
+        if verdicts.get(key) in ("killed", "hung"):
+            print(f"listed as equivalent, but killed: {key}")
+    print(f"{len(verdicts)} mutants in {seconds / 60:.1f} min: {len(unexplained)} survive unexplained")
+    return 1 if unexplained else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
