@@ -224,7 +224,10 @@ def test_solo_trials_measure_what_needs_a_process_of_its_own(small_study, tmp_pa
 def test_sides_are_measured_by_their_own_executors(small_study, tmp_path):
     """Each launch goes to the executor of its side, and the record says which."""
     plan = make_plan(small_study)
-    a, b = (dataclasses.replace(slot, side=side, arm=side) for slot, side in zip(plan.slots, ("base", "candidate"), strict=False))
+    a, b = (
+        dataclasses.replace(slot, side=side, arm=side)
+        for slot, side in zip(plan.slots, ("base", "candidate"), strict=False)
+    )
     group = Group(replicate=0, launches=((a,), (b,)), turns=((a.trial, b.trial),))
     executors = {"base": FakeExecutor(), "candidate": FakeExecutor()}
     site = Site(run_path=tmp_path, scratch=tmp_path, device="cpu", threads=1, tokens_path="t", tokens={})
