@@ -59,7 +59,7 @@ def plan_ab(
     Args:
         study: what to measure on either side.
         machine: where.
-        select: names of variants; empty for all. The first of them carries the control.
+        select: names of variants; empty for all. The reference carries the control, or the first that is selected.
         phases: "train", "generate", "cold"; training always runs.
         injected_rows: extra work in the candidate's adapters (`training.injection`); 0 in an honest A/B.
         runs: folder of earlier runs, whose measured peaks say what fits together.
@@ -69,6 +69,7 @@ def plan_ab(
     """
     study = _located(study)
     variants = [study.variant(name) for name in dict.fromkeys(select)] or list(study.variants)
+    controlled = next((variant for variant in variants if variant.name == study.reference), variants[0])
     notices = check_feasible(study, machine, variants)
     checked = checked_phases(phases)
     level, why = _level(variants, study, machine, runs)
@@ -79,7 +80,7 @@ def plan_ab(
     for replicate in range(study.protocol.replicates):
         for variant in shuffler.sample(variants, len(variants)):
             arms: list[tuple[Side, Role]] = [("base", "variant"), ("candidate", "variant")]
-            live = [*arms, ("base", "control")] if variant is variants[0] else arms
+            live = [*arms, ("base", "control")] if variant is controlled else arms
             slots = []
             for side, role in shuffler.sample(live, len(live)):
                 slots.append(_slot(study, variant, side, role, replicate, position, level, together, injected_rows))
@@ -94,7 +95,7 @@ def plan_ab(
                     slot = _slot(study, variant, side, role, replicate, position, "replicates", alone, injected_rows)
                     groups.append(Group(replicate=replicate, launches=((slot,),), requests=solo_requests(study, slot)))
                     position += 1
-    members = tuple((variant, role) for variant in variants for role in _roles(variant is variants[0]))
+    members = tuple((variant, role) for variant in variants for role in _roles(variant is controlled))
     plan = Plan(study=study, members=members, phases=checked, interleaving=level, why=why, groups=tuple(groups))
     return plan, notices
 

@@ -21,7 +21,7 @@ from harness.provenance import differing_packages
 from harness.record import Interleaving, Notice
 from harness.report.notices import run_notices
 from harness.report.view import PEAKS
-from harness.series import Series, compare_series, series_of, undisturbed, without_equivalent
+from harness.series import Series, compare_series, series_of, undisturbed, with_drops, without_equivalent
 from harness.stats import Comparison, Pairing
 from harness.store import Run
 from harness.study import Study
@@ -95,7 +95,9 @@ def report_of(run: Run, *, metrics: Sequence[str] = (), limits_of: LimitsOf = de
             for key, result in found.items()
         }
     for (name, metric), result in found.items():
-        verdicts[name, metric] = _with_drops(result, base[name, "variant"], candidate[name, "variant"], metric)
+        pair = base[name, "variant"], candidate[name, "variant"]
+        drops = None if metric.endswith(BYTES_SUFFIX) else undisturbed(*pair, metric)
+        verdicts[name, metric] = with_drops(result, drops)
     sides_said = run.manifest.sides
     return ComparisonReport(
         base=str(sides_said["base"]["label"]),
@@ -209,14 +211,6 @@ def _in_pairs(
         return dataclasses.replace(measured, trials={metric: chosen})
 
     return kept(ours, base), kept(theirs, candidate)
-
-
-def _with_drops(comparison: Comparison, base: Series, candidate: Series, metric: str) -> Comparison:
-    """The comparison with what was left out of it in its reason."""
-    drops = None if metric.endswith(BYTES_SUFFIX) else undisturbed(base, candidate, metric)
-    if drops is None or not (drops.base_flagged or drops.candidate_flagged):
-        return comparison
-    return dataclasses.replace(comparison, reason=f"{comparison.reason}; disturbed trials: {drops.reason}")
 
 
 def _notices(run: Run, study: Study, control: Mapping[str, Comparison | None]) -> Iterator[Notice]:

@@ -34,6 +34,8 @@ LEAST_REPLICATES = min(GATE_SIZES) + 1
 DRAWS = 2000
 PILOT_ROWS = (64, 512)
 """Rows of the two pilots; a line through both has the fixed cost of the extra calls in it."""
+MOST_ROWS = 10**6
+"""Rows beyond which a plan is noise: their factor alone is 256 MB."""
 TOLERANCE = 0.01
 
 
@@ -124,7 +126,7 @@ def rows_for(planted: float, few: float, many: float) -> int:
     low, high = PILOT_ROWS
     slope = (many - few) / (high - low)
     rows = round(low + (1 + planted - few) / slope) if slope > 0 else 0
-    if rows < 1:
+    if not 1 <= rows <= MOST_ROWS:
         raise InvalidRunError(
             f"{low} and {high} rows of extra work gave ratios of {few:.4f} and {many:.4f}: no number of rows can be "
             f"planned from them for {100 * planted:g} %. Give one with --inject-rows."

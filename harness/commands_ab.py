@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.commands import FORMATS, print_json, show_gate
-from harness.errors import EXIT_PASS, UsageError
+from harness.errors import EXIT_INVALID, EXIT_PASS, UsageError
 
 if TYPE_CHECKING:
     from harness.store import Run
@@ -139,8 +139,7 @@ def run_calibrate(options: argparse.Namespace) -> int:
     if rows is None:
         pilot = dataclasses.replace(study, protocol=dataclasses.replace(study.protocol, replicates=3))
         seen = [
-            calibration_ratio(_measured_here(pilot, variant.name, count, options), variant.name)
-            for count in PILOT_ROWS
+            calibration_ratio(_measured_here(pilot, variant.name, count, options), variant.name) for count in PILOT_ROWS
         ]
         rows = rows_for(PLANTED, *seen)
     run = _measured_here(study, variant.name, rows, options)
@@ -149,7 +148,8 @@ def run_calibrate(options: argparse.Namespace) -> int:
         print_json({"calibration": codec.to_json(result), "inject_rows": rows})
     else:
         print_calibration(result, rows, console_for())
-    return EXIT_PASS
+    fit = run.manifest.status == "complete" and result.identical.verdict not in ("improved", "regressed")
+    return EXIT_PASS if fit else EXIT_INVALID  # identical code that differs says that this machine measures nothing now
 
 
 def calibration_ratio(run: Run, name: str) -> float:

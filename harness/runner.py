@@ -43,7 +43,7 @@ class Site:
 
 
 Stop = Callable[[Sequence[TrialRecord]], str | None]
-"""Is asked after each replicate whether the run has what it needs; a reason ends the run there."""
+"""Is asked between replicates whether the run has what it needs; a reason ends the run there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,8 +95,8 @@ def run_plan(
             for slot in (slot for group in remaining for slot in group.slots):
                 keep(_blank(plan, slot, "not_run"))
             raise error
-        complete = not remaining or remaining[0].replicate != group.replicate
-        if complete and not interrupted and (reason := stop(records)):
+        between = bool(remaining) and remaining[0].replicate != group.replicate
+        if between and not interrupted and (reason := stop(records)):
             return Measured(records=tuple(records), stopped=reason)
     for slot in (slot for group in remaining for slot in group.slots):
         keep(_blank(plan, slot, "not_run"))

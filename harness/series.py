@@ -179,10 +179,10 @@ def compare_series(base: Series, candidate: Series, metric: str, *, family: int 
     if pairs is None:
         return None
     found = compare_trials(*pairs, pairing=pairing_of(base, metric), family=family)
-    return _with_drops(found, undisturbed(base, candidate, metric))
+    return with_drops(found, undisturbed(base, candidate, metric))
 
 
-def _with_drops(comparison: Comparison, drops: KeptPairs | None) -> Comparison:
+def with_drops(comparison: Comparison, drops: KeptPairs | None) -> Comparison:
     """The comparison with what was dropped in its reason; the counts belong to the verdict."""
     if drops is None or not (drops.base_flagged or drops.candidate_flagged):
         return comparison
@@ -195,7 +195,7 @@ def compare_to_reference(base: Series, candidates: Sequence[Series], metric: str
     found = {name: pair for name, pair in pairs.items() if pair is not None}
     compared = compare_family(found, pairing=pairing_of(base, metric))
     by_name = {candidate.name: candidate for candidate in candidates}
-    return {name: _with_drops(one, undisturbed(base, by_name[name], metric)) for name, one in compared.items()}
+    return {name: with_drops(one, undisturbed(base, by_name[name], metric)) for name, one in compared.items()}
 
 
 def pairing_of(series: Series, metric: str) -> Pairing:

@@ -64,13 +64,13 @@ def test_every_replicate_holds_both_sides_and_the_base_once_more(plan):
     assert max(Counter(slot.trial for slot in made.slots).values()) == 1
 
 
-def test_the_first_variant_that_is_selected_carries_the_control(plan):
+def test_the_reference_carries_the_control_or_the_first_that_is_selected(plan):
     """A run has a control whatever is selected, and measures nothing else."""
     made = plan(select=["nf4"])
     assert {(slot.variant.name, slot.role) for slot in made.slots} == {("nf4", "variant"), ("nf4", "control")}
     assert [(variant.name, role) for variant, role in made.members] == [("nf4", "variant"), ("nf4", "control")]
     both = plan(select=["nf4", "plain", "nf4"])
-    assert {slot.variant.name for slot in both.slots if slot.role == "control"} == {"nf4"}
+    assert {slot.variant.name for slot in both.slots if slot.role == "control"} == {"plain"}
     assert max(Counter(slot.trial for slot in both.slots).values()) == 1
 
 

@@ -20,8 +20,9 @@ WIDTH = 64
 def inject_work(model: torch.nn.Module, rows: int) -> int:
     """Add a product of (rows, 64) and (64, 64) to every LoRA layer's forward; returns the layers changed."""
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    extra = _Extra(rows)
     for layer in layers:
-        layer.register_forward_pre_hook(_Extra(rows))
+        layer.register_forward_pre_hook(extra)
     return len(layers)
 
 
