@@ -51,6 +51,16 @@ def test_an_operator_lands_in_its_rule(operator, rule):
     assert found.name == rule
 
 
+@pytest.mark.parametrize(("operator", "rule"), OPERATORS, ids=lambda value: value[:40])
+def test_the_judge_of_a_live_step_and_the_table_agree(operator, rule):
+    """Both name the same attention backend; a softmax alone names none, its shape does."""
+    from kernels_check.events import attention_backend
+
+    found = classify_operator(operator)
+    assert found is not None
+    assert attention_backend(operator) == (found.backend if rule != "OP-SOFTMAX" else None)
+
+
 def test_every_rule_is_reached():
     """Each rule has a name that it matches and that no rule before it takes."""
     assert [rule.name for rule in load_rules() if rule.name not in NAMES["kernels"]] == []

@@ -34,41 +34,28 @@ def write(path, *, size_bytes):
     return steps
 
 
+STEP = '{"ph": "X", "cat": "user_annotation", "name": "ProfilerStep#%d", "pid": 9, "tid": 9, "ts": %d, "dur": 10000},\n'
+THREE = (
+    '{"ph": "X", "cat": "cpu_op", "name": "aten::mm", "pid": 9, "tid": 9, "ts": %d.125, "dur": 5.5, "args": '
+    '{"External id": %d, "Record function id": 0, "Ev Idx": 1, "Input Dims": [[2, 2048, 4096], [4096, 4096]], "Input type": '
+    '["c10::BFloat16", "c10::BFloat16"]}},\n'
+    '{"ph": "X", "cat": "cuda_runtime", "name": "cudaLaunchKernel", "pid": 9, "tid": 9, "ts": %d.5, "dur": 2, '
+    '"args": {"External id": 1, "cbid": 211, "correlation": %d}},\n'
+    '{"ph": "X", "cat": "kernel", "name": "nvjet_tst_256x128_64x4_1x2_h_bz_coopA_TNT", "pid": 0, "tid": 7, "ts": %d, '
+    '"dur": 5, "args": {"External id": 1, "queued": 0, "device": 0, "context": 1, "stream": 7, "correlation": %d, '
+    '"registers per thread": 168, "shared memory": 213320, "blocks per SM": 1.0, "warps per SM": 12.0, '
+    '"grid": [132, 1, 1], "block": [384, 1, 1], "est. achieved occupancy %%": 19}},\n'
+)
+
+
 def _step(step):
+    """The kernels run 5 ms after their launch, half of them in the next step."""
     start = step * 10_000
-    events = [
-        {
-            "ph": "X",
-            "cat": "user_annotation",
-            "name": f"ProfilerStep#{step}",
-            "pid": 9,
-            "tid": 9,
-            "ts": start,
-            "dur": 10_000,
-        }
-    ]
+    parts = [STEP % (step, start)]
     for i in range(1000):
         at, correlation = start + 10 * i, step * 1000 + i
-        shapes = {"Input Dims": [[2, 2048, 4096], [4096, 4096]], "Input type": ["c10::BFloat16", "c10::BFloat16"]}
-        events.append({
-            "ph": "X", "cat": "cpu_op", "name": "aten::mm", "pid": 9, "tid": 9, "ts": at, "dur": 5.5,
-            "args": {"External id": correlation, "Record function id": 0, "Ev Idx": correlation} | shapes,
-        })  # fmt: skip
-        events.append({
-            "ph": "X", "cat": "cuda_runtime", "name": "cudaLaunchKernel", "pid": 9, "tid": 9, "ts": at + 1, "dur": 2,
-            "args": {"External id": correlation, "cbid": 211, "correlation": correlation},
-        })  # fmt: skip
-        events.append({
-            "ph": "X", "cat": "kernel", "name": "nvjet_tst_256x128_64x4_1x2_h_bz_coopA_TNT", "pid": 0, "tid": 7,
-            "ts": at + 5_003, "dur": 5,
-            "args": {
-                "External id": correlation, "queued": 0, "device": 0, "context": 1, "stream": 7,
-                "correlation": correlation, "registers per thread": 168, "shared memory": 213_320,
-                "blocks per SM": 1.0, "warps per SM": 12.0, "grid": [132, 1, 1], "block": [384, 1, 1],
-                "est. achieved occupancy %": 19,
-            },
-        })  # fmt: skip
-    return "".join(f" {json.dumps(event)},\n" for event in events)
+        parts.append(THREE % (at, correlation, at, correlation, at + 5_003, correlation))
+    return "".join(parts)
 
 
 @pytest.mark.parametrize("size_megabytes", [300])
