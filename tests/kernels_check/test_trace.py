@@ -306,8 +306,9 @@ def test_a_trace_without_a_gpu_is_judged_by_its_operators(judge):
     assert summary.unclassified.names == ("my_op",)
 
 
-def test_a_real_trace_of_a_cpu_names_flash_and_dequantizing(tmp_path):
+def test_a_real_trace_of_a_cpu_names_flash_and_dequantizing(tmp_path, monkeypatch):
     """What torch itself writes: one layer of SDPA and one NF4 product, forward and backward."""
+    monkeypatch.setenv("KINETO_LOG_LEVEL", "99")  # read once a process: a loud start stays loud in later tests
     import bitsandbytes
     import torch
     from torch.profiler import ProfilerActivity, profile

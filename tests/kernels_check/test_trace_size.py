@@ -37,8 +37,8 @@ def write(path, *, size_bytes):
 STEP = '{"ph": "X", "cat": "user_annotation", "name": "ProfilerStep#%d", "pid": 9, "tid": 9, "ts": %d, "dur": 10000},\n'
 THREE = (
     '{"ph": "X", "cat": "cpu_op", "name": "aten::mm", "pid": 9, "tid": 9, "ts": %d.125, "dur": 5.5, "args": '
-    '{"External id": %d, "Record function id": 0, "Ev Idx": 1, "Input Dims": [[2, 2048, 4096], [4096, 4096]], "Input type": '
-    '["c10::BFloat16", "c10::BFloat16"]}},\n'
+    '{"External id": %d, "Record function id": 0, "Ev Idx": 1, "Input Dims": [[2, 2048, 4096], [4096, 4096]], '
+    '"Input type": ["c10::BFloat16", "c10::BFloat16"]}},\n'
     '{"ph": "X", "cat": "cuda_runtime", "name": "cudaLaunchKernel", "pid": 9, "tid": 9, "ts": %d.5, "dur": 2, '
     '"args": {"External id": 1, "cbid": 211, "correlation": %d}},\n'
     '{"ph": "X", "cat": "kernel", "name": "nvjet_tst_256x128_64x4_1x2_h_bz_coopA_TNT", "pid": 0, "tid": 7, "ts": %d, '
