@@ -6,7 +6,7 @@
 - a commit against itself while a process for each CPU does nothing but compute: never called slower, and the
   notices name the contention.
 
-    python benchmarks/selftest/ab_live.py [--tries N] [--part identical planted hogged]
+    python benchmarks/selftest/ab_live.py [--tries N] [--part identical planted hogged] [--rows N]
 
 Needs a git repository to stand in. Prints every try and ends with 1 where the word was not kept.
 """
@@ -107,10 +107,11 @@ def hogs() -> Iterator[None]:
             process.wait()
 
 
-def planted_rows(runs: str) -> tuple[int, tuple[float, float, float]]:
+def planted_rows(runs: str, rows: int | None) -> tuple[int, tuple[float, float, float]]:
     """Rows of extra work for about 5 %, and the slow-down that they really are, by a rigorous run of more turns."""
-    pilots = [run_ab(runs, "--inject-rows", str(count), "--replicates", "5")[0] for count in PILOT_ROWS]
-    rows = rows_for(PLANTED, *(float(pilot["comparisons"][0]["ratio"]) for pilot in pilots))
+    if rows is None:
+        pilots = [run_ab(runs, "--inject-rows", str(count), "--replicates", "5")[0] for count in PILOT_ROWS]
+        rows = rows_for(PLANTED, *(float(pilot["comparisons"][0]["ratio"]) for pilot in pilots))
     text = builtin_studies()[STUDY].read_text(encoding="utf-8")
     longer = Path(runs) / f"{STUDY}.toml"
     longer.write_text(re.sub(r"^turns = \d+$", f"turns = {RIGOROUS_TURNS}", text, flags=re.MULTILINE))
@@ -166,6 +167,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--tries", type=int, default=20)
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--rows", type=int, help="rows of the planted work; default: sized by two pilots for 5 %%")
     options = parser.parse_args()
     console = Console(width=120, highlight=False)
     machine, state = probe_machine(), git_state(Path.cwd())
@@ -177,7 +179,7 @@ def main() -> int:
         for part in options.part:
             extra: tuple[str, ...] = ()
             if part == "planted":
-                rows, size = planted_rows(runs)
+                rows, size = planted_rows(runs, options.rows)
                 truth, extra = size[0], ("--inject-rows", str(rows))
                 console.print(f"planted: {rows} rows in each adapted layer are a slow-down of {format_ratio(*size)}")
             group: list[Try] = []
