@@ -25,9 +25,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import argparse
 import ast
-import copy
 import json
-import re
 import shutil
 import signal
 import sys
@@ -40,35 +38,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mutants import JUDGES, RULES, Mutant, all_mutants
 
 ROOT = Path(__file__).parents[2]
 PACKAGE, TESTS = "kernels_check", "tests/kernels_check"
-RULES = "kernel_rules.json"
-JUDGES = (
-    *("adapter", "adapter_layers", "attention", "base_layers", "check", "execution", "isolation", "judge"),
-    *("optimizer", "padding"),
-)
+CONTROLS = "test_controls_"
+"""How the files begin that judge constructed evidence: quick, and the first to notice."""
+ELSEWHERE = ("test_probe.py", "test_selftest.py", "test_trace_*.py")
+"""Tests of the probe, of the self-test and of how recordings are read: nothing that is changed here is theirs."""
+FOR_EQUIVALENTS = 60
+"""Tests that a mutant known as equivalent is given; it would survive all of them, which takes the longest."""
 PER_MUTANT_S = 150
 """A mutant that takes longer hangs, which is noticed too."""
-NEGATED = {
-    **{ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn},
-    **{ast.NotIn: ast.In, ast.Lt: ast.GtE, ast.GtE: ast.Lt, ast.Gt: ast.LtE, ast.LtE: ast.Gt},
+EQUIVALENT: dict[str, str] = {
+    "attention._layers_astray: call.backend == 'eager' -> call.backend != 'eager'": (
+        "only the number of different answers is read"
+    ),
+    "base_layers.digest: raw.numel() > _PAGE_BYTES -> raw.numel() >= _PAGE_BYTES": (
+        "a tensor of exactly one page is its own first page"
+    ),
 }
-MOVED = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt}
-
-EQUIVALENT: dict[str, str] = {}
 """Mutants that change nothing that can be observed, by their key, each with the reason."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Mutant:
-    """One change of one file of the package."""
-
-    key: str
-    file: str
-    text: str
-    function: str | None = None
-    """Enclosing function, whose tests are asked; None asks those that read the rules."""
 
 
 @dataclass(slots=True)
@@ -79,85 +69,6 @@ class Coverage:
     entered: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     """Tests by ``module.function``."""
     failed: list[str] = field(default_factory=list)
-
-
-def rule_mutants(document: dict[str, Any], names: dict[str, dict[str, list[str]]]) -> Iterator[Mutant]:
-    """Drop each rule; move each in front of an earlier one with which it shares a known name."""
-    for table, known in (("rules", names["kernels"]), ("operators", names["operators"])):
-        rules = document[table]
-        every = [name.removeprefix("void ") for group in known.values() for name in group]
-        matching = [{name for name in every if re.search(rule["pattern"], name)} for rule in rules]
-        for index, rule in enumerate(rules):
-            rest = [*rules[:index], *rules[index + 1 :]]
-            yield _rules(f"{RULES}: drop {table} {rule['name']}", document | {table: rest})
-            for earlier in range(index):
-                if matching[earlier] & matching[index]:
-                    moved = [*rest[:earlier], rule, *rest[earlier:]]
-                    where = f"{rule['name']} before {rules[earlier]['name']}"
-                    yield _rules(f"{RULES}: {table} {where}", document | {table: moved})
-
-
-def _rules(key: str, document: dict[str, Any]) -> Mutant:
-    return Mutant(key=key, file=RULES, text=json.dumps(document))
-
-
-def code_mutants(module: str, source: str) -> Iterator[Mutant]:
-    """Change every comparison, ``and``, ``or`` and ``not`` of a module, one at a time."""
-    tree = ast.parse(source)
-    enclosing = {
-        id(node): outer.name
-        for outer in ast.walk(tree)
-        if isinstance(outer, ast.FunctionDef)
-        for node in ast.walk(outer)
-    }  # ast.walk is breadth first: of nested functions the inner one comes last and stays
-    seen = Counter[str]()
-    for number, node in enumerate(ast.walk(tree)):
-        for change in _changes(node):
-            changed = copy.deepcopy(tree)
-            target = next(other for index, other in enumerate(ast.walk(changed)) if index == number)
-            before = ast.unparse(target)
-            replaced = change(target)
-            if replaced is not target:
-                changed = _Replace(target, replaced).visit(changed)
-            function = enclosing.get(id(node))
-            key = f"{module}.{function}: {before} -> {ast.unparse(replaced)}"
-            seen[key] += 1
-            key += f" #{seen[key]}" if seen[key] > 1 else ""
-            yield Mutant(key=key, file=f"{module}.py", text=ast.unparse(changed), function=f"{module}.{function}")
-
-
-def _changes(node: ast.AST) -> Iterator[Callable[[Any], ast.expr]]:
-    """Ways to change one node; each works on a copy of it."""
-    if isinstance(node, ast.Compare):
-        for position, operator in enumerate(node.ops):
-            for kinds in (NEGATED, MOVED):
-                if type(operator) in kinds:
-                    yield _with_operator(position, kinds[type(operator)])
-    elif isinstance(node, ast.BoolOp):
-        yield _exchanged
-    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
-        yield lambda negation: negation.operand
-
-
-def _with_operator(position: int, kind: type[ast.cmpop]) -> Callable[[Any], ast.expr]:
-    def change(comparison: Any) -> Any:
-        comparison.ops[position] = kind()
-        return comparison
-
-    return change
-
-
-def _exchanged(operation: Any) -> Any:
-    operation.op = ast.Or() if isinstance(operation.op, ast.And) else ast.And()
-    return operation
-
-
-class _Replace(ast.NodeTransformer):
-    def __init__(self, old: ast.AST, new: ast.AST) -> None:
-        self._old, self._new = old, new
-
-    def visit(self, node: ast.AST) -> ast.AST:
-        return self._new if node is self._old else self.generic_visit(node)
 
 
 class Recorder:
@@ -242,9 +153,7 @@ def first_pass(folder: Path) -> Coverage:
 
     def work() -> int:
         recorder = Recorder(folder / PACKAGE)
-        # The probe and the self-test have their own tests; they judge nothing that the others do not.
-        skipped = [f"--ignore={TESTS}/{name}" for name in ("test_probe.py", "test_selftest.py")]
-        code = run_tests([TESTS, *skipped], recorder)
+        code = run_tests([TESTS, *(f"--ignore-glob=*/{name}" for name in ELSEWHERE)], recorder)
         found = recorder.coverage
         entered = {name: sorted(tests) for name, tests in found.entered.items()}
         result = {"seconds": found.seconds, "entered": entered, "failed": found.failed}
@@ -270,13 +179,15 @@ def tests_of(mutant: Mutant, coverage: Coverage) -> list[str]:
         else coverage.entered.get(mutant.function, set())
     )
     asked |= {test for test in coverage.seconds if mutant.function is None and test.startswith(own)}
-    return sorted(asked, key=lambda test: (not test.startswith(own), coverage.seconds[test]))
+    first = sorted(asked, key=lambda test: (not test.startswith((own, f"{TESTS}/{CONTROLS}")), coverage.seconds[test]))
+    return first[:FOR_EQUIVALENTS] if mutant.key in EQUIVALENT else first
 
 
 def judge_mutants(mutants: list[Mutant], coverage: Coverage, folders: list[Path]) -> dict[str, str]:
     """Run each mutant in a free folder; returns ``killed``, ``survived``, ``hung`` or ``untested`` by key."""
     verdicts: dict[str, str] = {}
     running: dict[int, tuple[Mutant, Path, float]] = {}
+    sound: dict[str, str] = {}
     free, waiting = list(folders), list(reversed(mutants))
     while waiting or running:
         while waiting and free:
@@ -286,7 +197,9 @@ def judge_mutants(mutants: list[Mutant], coverage: Coverage, folders: list[Path]
                 verdicts[mutant.key] = "untested"
                 free.append(folder)
                 continue
-            (folder / PACKAGE / mutant.file).write_text(mutant.text)
+            file = folder / PACKAGE / mutant.file
+            sound[mutant.key] = file.read_text()
+            file.write_text(mutant.text)
             child = in_child(folder, lambda tests=tests: run_tests(["-x", *tests]))
             running[child] = mutant, folder, time.monotonic()
         child, status = os.waitpid(-1, os.WNOHANG)
@@ -294,7 +207,7 @@ def judge_mutants(mutants: list[Mutant], coverage: Coverage, folders: list[Path]
             mutant, folder, _ = running.pop(child)
             survived = os.waitstatus_to_exitcode(status) == 0
             verdicts.setdefault(mutant.key, "survived" if survived else "killed")
-            shutil.copy(ROOT / PACKAGE / mutant.file, folder / PACKAGE / mutant.file)
+            (folder / PACKAGE / mutant.file).write_text(sound.pop(mutant.key))
             free.append(folder)
             print(f"{len(verdicts)}/{len(mutants)} {verdicts[mutant.key]}: {mutant.key}", file=sys.stderr)
         elif not child:
@@ -303,15 +216,6 @@ def judge_mutants(mutants: list[Mutant], coverage: Coverage, folders: list[Path]
                     os.killpg(late, signal.SIGKILL)
             time.sleep(0.02)
     return verdicts
-
-
-def all_mutants(package: Path, only: str | None) -> list[Mutant]:
-    """Every mutant, or those of one module, or of the rules."""
-    names = json.loads((package.parent / TESTS / "trace_names.json").read_text())
-    mutants = list(rule_mutants(json.loads((package / RULES).read_text()), names))
-    for module in JUDGES:
-        mutants += code_mutants(module, (package / f"{module}.py").read_text())
-    return [mutant for mutant in mutants if only in (None, Path(mutant.file).stem)]
 
 
 def main() -> int:
@@ -324,7 +228,7 @@ def main() -> int:
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="mutation-") as temporary:
         folders = [copy_of_the_tree(Path(temporary) / str(number)) for number in range(arguments.jobs)]
-        mutants = all_mutants(folders[0] / PACKAGE, arguments.only)
+        mutants = all_mutants(folders[0] / PACKAGE, folders[0] / TESTS / "trace_names.json", arguments.only)
         if arguments.list:
             print("\n".join(mutant.key for mutant in mutants))
             return 0

@@ -9,6 +9,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 
@@ -25,3 +26,20 @@ def instrument(request: pytest.FixtureRequest) -> str:
 def training(instrument: str) -> Callable[..., SmallRun]:
     """The builder of small runs."""
     return partial(build, instrument=instrument)
+
+
+@pytest.fixture
+def seen() -> Callable[..., Any]:
+    """Observations of which only what matters is given: attention calls, and fields by name."""
+    from kernels_check.events import StepProfile
+    from kernels_check.observe import Observation
+
+    def observation(*attention: Any, **given: Any) -> Observation:
+        profiled = {"attention": attention, "fourbit": (), "optimizer_ops": {}, "kernels": {}, "unclassified": {}}
+        profiled |= {"compiled_regions": 0, "compiler_lookups": 0}
+        watched = {"calls": 2, "optimizer_steps": 2, "optimizers": (), "gradients": {}, "changed": frozenset()}
+        watched |= {"module_calls": {}, "recomputed": frozenset(), "modes": {"": True}, "drew_random": False}
+        profile = StepProfile(**{key: given.pop(key, value) for key, value in profiled.items()})
+        return Observation(profile=profile, **watched | given)
+
+    return observation
