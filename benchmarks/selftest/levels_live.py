@@ -87,7 +87,7 @@ def overhead(records: list[TrialRecord]) -> float:
 def main() -> int:
     """Measure each level, print the table, return 1 where switching costs too much."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--minutes", type=float, default=3.0)
+    parser.add_argument("--minutes", type=float, default=2.0)
     options = parser.parse_args()
     console = Console(width=120, highlight=False)
     machine, state = probe_machine(), git_state(Path.cwd())
