@@ -1,0 +1,513 @@
+"""What only a GPU can confirm: each rule for it, held against the real library running there.
+
+Every GPU test records what it runs with torch's profiler, exports the trace and judges that file; most also have the
+live step verified. ``EXPECTED`` says which rules each recording must show, and a rule that no recording would show
+fails on any machine. What a machine lacks is skipped with the words of the library that lacks it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import warnings
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+
+import pytest
+import torch
+from packaging.version import Version
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+from torch.profiler import ProfilerActivity, profile
+
+import kernels_check
+from kernels_check.controls import sabotage
+from kernels_check.events import attention_backend
+from kernels_check.observe import quiet_kineto
+from kernels_check.rules import classify, classify_operator, load_operator_rules, load_rules
+from kernels_check.trace_file import open_recording
+from kernels_check.trace_kineto import read_kineto
+
+EXPECTED = {
+    "flash": {"ATT-SDPA-FLASH", "OP-ATT-FLASH"},
+    "cudnn": {"ATT-CUDNN", "OP-ATT-CUDNN"},
+    "efficient": {"ATT-EFFICIENT", "OP-ATT-EFFICIENT"},
+    "math": {"ATT-SOFTMAX", "OP-ATT-MATH"},
+    "flash on ROCm": {"ATT-TRITON", "OP-ATT-FLASH"},
+    "flash_attention_2": {"ATT-FA2", "OP-ATT-FA2"},
+    "flash_attention_2 before 2.7": {"ATT-FA2-VENDORED"},
+    "flash_attention_3": {"ATT-FA3", "OP-ATT-FA3"},
+    "flash_attention_4": {"ATT-FA4"},
+    "flex": {"ATT-FLEX"},
+    "another device's attention": {"OP-ATT-OVERRIDEABLE"},
+    "nf4 training": {"BNB-DEQ-NF4", "OP-BNB-GEMM4", "ATT-SOFTMAX-LOG", "MEM", "ATEN"},
+    "fp4 training": {"BNB-DEQ-FP4", "OP-BNB-GEMM4"},
+    "double quantisation": {"BNB-DEQ-NF4", "BNB-DEQ-8BIT", "OP-BNB-DEQ-8BIT"},
+    "nf4 decoding": {"BNB-GEMM4", "OP-BNB-GEMM4"},
+    "gemv": {"BNB-GEMV-OLD"},
+    "quantise": {"BNB-QUANT"},
+    "int8": {"BNB-INT8"},
+    "paged optimizer": {"BNB-OPT32", "BNB-FILL"},
+    "8-bit optimizer": {"BNB-OPT8"},
+    "fused optimizer": {"OPT-TORCH-FUSED", "OP-OPT-TORCH"},
+    "foreach optimizer": {"OPT-TORCH-FOREACH", "OP-OPT-TORCH"},
+    "tf32 on": {"GEMM-TF32"},
+    "tf32 off": {"GEMM-FP32-SIMT"},
+    "bfloat16 product": {"GEMM-BF16"},
+    "float16 product": {"GEMM-FP16"},
+    "matrix times vector": {"GEMM-OTHER"},
+    "compiled": {"INDUCTOR"},
+    "Liger": {"LIGER"},
+    "Unsloth": {"UNSLOTH", "UNSLOTH-DEQ", "UNSLOTH-GEMV"},
+    "collective": {"NCCL"},
+}
+"""Rules that the recording of each case must show, whatever else it shows."""
+RUN: set[str] = set()
+GPU_RULES = sorted(rule.name for rule in (*load_rules(), *load_operator_rules()) if rule.gpu_only)
+SDPA = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+TRAINING_TOKENS = (16, 128)
+"""2048 rows of a product: above the 1536 from which bitsandbytes 0.50 always unpacks (``_gemm_4bit_custom_max_m``)."""
+_MANAGED = 8
+"""CU_POINTER_ATTRIBUTE_IS_MANAGED of the driver's ``cuda.h``."""
+
+
+def runs(*cases):
+    """Mark a GPU test with the cases that it records."""
+    RUN.update(cases)
+    return pytest.mark.gpu
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One exported trace: its judgement, the rules that its names match, the operators of the host."""
+
+    summary: kernels_check.KernelSummary
+    rules: frozenset[str]
+    operators: frozenset[str]
+
+
+@pytest.fixture
+def instrument():
+    """The tests choose their instruments themselves: most use both."""
+    return "profile"
+
+
+@pytest.fixture
+def recorded(tmp_path):
+    """A function that profiles a call, exports the trace, reads it back and holds it to the rules of its case."""
+
+    def record(case, call, *, warm=True):
+        if warm:
+            call()
+        torch.cuda.synchronize()
+        with quiet_kineto(), profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recording:
+            call()
+            torch.cuda.synchronize()
+        path = tmp_path / "trace.json"
+        recording.export_chrome_trace(str(path))
+        with open_recording(path) as (opened, _):
+            trace = read_kineto(opened)
+        found = {classify(name) for name in trace.gpu.names} | {classify_operator(n) for n in trace.operators.names}
+        rules = frozenset(rule.name for rule in found if rule is not None)
+        assert rules >= EXPECTED[case], f"{EXPECTED[case] - rules} not in {sorted(rules)}; kernels {trace.gpu.names}"
+        return Recorded(kernels_check.read_trace(path), rules, frozenset(trace.operators.names))
+
+    return record
+
+
+@pytest.fixture
+def verified():
+    """A function that verifies one path of a run with both instruments."""
+
+    def verify(run, path, required, step=None):
+        for run.instrument in ("profile", "spy"):
+            check = run.check(path, required, step)
+            assert check.met, f"{run.instrument}: {check.reason}"
+
+    return verify
+
+
+def skip_where_refused(call):
+    """Skip with torch's own reasons where SDPA has no kernel of the one backend that is allowed."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            call()
+        except RuntimeError as error:
+            if "No available kernel" not in str(error):
+                raise
+            pytest.skip("; ".join(str(one.message).partition(" (Triggered")[0] for one in said) or str(error))
+
+
+def many_tokens(run):
+    """Give a run the number of tokens at which training unpacks."""
+    run.inputs = {"input_ids": torch.randint(1, 96, TRAINING_TOKENS, device="cuda")}
+    return run
+
+
+@pytest.mark.parametrize("rule", GPU_RULES)
+def test_every_rule_for_a_gpu_has_a_recording_that_must_show_it(rule):
+    """A rule that is new in the table and in no case fails here, on any machine."""
+    assert any(rule in rules for rules in EXPECTED.values())
+
+
+def test_every_case_is_recorded_by_a_test_and_names_rules_that_exist():
+    """An expectation that nothing runs, or of a rule that is gone, would confirm nothing."""
+    assert set(EXPECTED) == RUN
+    assert set().union(*EXPECTED.values()) <= {rule.name for rule in (*load_rules(), *load_operator_rules())}
+
+
+@runs("flash", "cudnn", "efficient", "math")
+@pytest.mark.parametrize("backend", SDPA)
+def test_a_forced_backend_is_told_in_both_directions(training, recorded, verified, backend):
+    """SDPA with one backend only: the live step and the trace name it and no other, forward and backward."""
+    if torch.version.hip:
+        pytest.skip("kernels of CUDA: this torch is built for ROCm")
+    run = training(device="cuda", tokens=64)
+    run.around = partial(sdpa_kernel, SDPA[backend])
+    if backend == "efficient":
+        sabotage.pad_one_token(run)  # it refuses grouped heads, which transformers repeats where there is a mask
+    skip_where_refused(run.step)
+    verified(run, "attention.backend", backend)
+    verified(run, "attention.dtype", "bfloat16")
+    verified(run, "attention.mask", "explicit" if backend == "efficient" else "causal")
+    seen = recorded(backend, run.step)
+    assert set(seen.summary.attention.backends) == {backend}
+    directions = {"ackward" in name for name in seen.operators if attention_backend(name) == backend}
+    assert directions == {False, True}
+
+
+@runs("flash on ROCm")
+def test_flash_of_rocm_is_told_by_its_own_names(training, recorded):
+    """AOTriton and CK stand behind the same operator as CUDA's flash."""
+    if not torch.version.hip:
+        pytest.skip("AOTriton and CK are ROCm's: this torch is built for CUDA")
+    run = training(device="cuda", tokens=64)
+    run.around = partial(sdpa_kernel, SDPBackend.FLASH_ATTENTION)
+    skip_where_refused(run.step)
+    recorded("flash on ROCm", run.step)
+
+
+def package_run(training, implementation):
+    """A run with an attention package; skipped in the words of transformers where it cannot be had."""
+    try:
+        return training(device="cuda", attention=implementation, tokens=64)
+    except (ImportError, ValueError) as error:
+        pytest.skip(f"{type(error).__name__}: {' '.join(str(error).split())}")
+
+
+@runs("flash_attention_2", "flash_attention_2 before 2.7")
+def test_flash_attention_2_is_told_from_torchs_copy(training, recorded, verified):
+    """The package's kernels and operators, not those of SDPA; before 2.7 the kernels had no namespace."""
+    run = package_run(training, "flash_attention_2")
+    try:
+        recent = Version(version("flash-attn")) >= Version("2.7")
+    except PackageNotFoundError as error:
+        pytest.skip(f"a kernel of another origin than the package stands in for it: {error}")
+    if recent:
+        verified(run, "attention.backend", "flash_attention_2")
+    seen = recorded("flash_attention_2" if recent else "flash_attention_2 before 2.7", run.step)
+    use = seen.summary.attention.backends["flash_attention_2" if recent else "flash_attention_2_vendored"]
+    assert use.forward_calls > 0
+    assert use.backward_calls > 0
+
+
+@runs("flash_attention_3", "flash_attention_4")
+@pytest.mark.parametrize("implementation", ["flash_attention_3", "flash_attention_4"])
+def test_later_flash_attention_is_told_by_its_version(training, recorded, implementation):
+    """Hopper's and Blackwell's packages, each by its own kernels."""
+    run = package_run(training, implementation)
+    assert run.check("attention.backend").observed == implementation
+    seen = recorded(implementation, run.step)
+    assert set(seen.summary.attention.backends) == {implementation}
+
+
+@runs("flex")
+def test_flex_attention_is_told(training, recorded):
+    """A template that Inductor fills in; without it flex would be attention written out."""
+    pytest.importorskip("triton")
+    run = training(device="cuda", attention="flex_attention", tokens=128)
+    try:
+        run.step()
+        check = run.check("attention.backend", "flex")
+        assert check.met, check.reason
+        assert set(recorded("flex", run.step).summary.attention.backends) == {"flex"}
+    finally:
+        torch._dynamo.reset()
+
+
+@runs("another device's attention")
+def test_attention_of_a_device_out_of_tree_has_its_operator(recorded):
+    """No device of torch's own ends there, so the operator is called by name: it refuses, and is recorded."""
+    query = torch.randn(1, 2, 16, 32, device="cuda")
+    operator = torch.ops.aten._scaled_dot_product_fused_attention_overrideable
+
+    def call():
+        with pytest.raises(RuntimeError, match="overrideable"):
+            operator(query, query, query)
+        query.neg()
+
+    recorded("another device's attention", call)
+
+
+@runs("nf4 training", "fp4 training")
+@pytest.mark.parametrize("quant", ["nf4", "fp4"])
+def test_training_shapes_unpack_the_base(training, recorded, verified, quant):
+    """Thousands of tokens: unpacked for an ordinary product in bfloat16, in the format that was asked for."""
+    run = many_tokens(training(device="cuda", quant=quant, double=False, targets="all-linear"))
+    for path, required in (
+        ("base.bits", 4), ("base.quant_type", quant), ("base.double_quant", False),
+        ("base.compute_dtype", "bfloat16"), ("base.gemm_path", "dequantize"), ("base.frozen", True),
+    ):  # fmt: skip
+        verified(run, path, required)
+    seen = recorded(f"{quant} training", run.step)
+    assert set(seen.summary.fourbit.paths) == {"dequantize"}
+    assert set(seen.summary.fourbit.quant_types) == {quant}
+    assert set(seen.summary.fourbit.dtypes) == {"bfloat16"}
+    assert seen.summary.unclassified.time_share < 0.05, seen.summary.unclassified.names
+
+
+@runs("double quantisation")
+def test_double_quantisation_unpacks_its_scales(training, recorded, verified):
+    """One more kernel before each unpacking; without double quantisation there is none."""
+    run = many_tokens(training(device="cuda", quant="nf4", double=True))
+    verified(run, "base.double_quant", True)
+    assert "dequantize_8bit" in recorded("double quantisation", run.step).summary.fourbit.paths
+    plain = many_tokens(training(device="cuda", quant="nf4", double=False))
+    assert "BNB-DEQ-8BIT" not in recorded("nf4 training", plain.step).rules
+
+
+@runs("nf4 decoding")
+@pytest.mark.parametrize("double", [False, True])
+def test_one_token_is_multiplied_packed(training, recorded, verified, double):
+    """The shape of decoding: the fused product, and no weight unpacked."""
+    run = training(device="cuda", quant="nf4", double=double, targets="all-linear")
+    run.model.eval()
+    token = run.inputs["input_ids"][:1, :1]
+
+    @torch.no_grad()
+    def decode():
+        run.model(input_ids=token)
+
+    verified(run, "base.gemm_path", "fused", decode)
+    seen = recorded("nf4 decoding", decode)
+    assert "fused" in seen.summary.fourbit.paths
+    assert "BNB-DEQ-NF4" not in seen.rules
+
+
+@runs("gemv", "quantise")
+def test_the_older_product_of_one_token_has_its_rule(recorded):
+    """bitsandbytes keeps it as an operator; quantising itself has a rule too."""
+    functional = importlib.import_module("bitsandbytes.functional")
+    weight = torch.randn(256, 256, device="cuda", dtype=torch.bfloat16)
+    recorded("quantise", lambda: functional.quantize_4bit(weight, quant_type="nf4"))
+    packed, state = functional.quantize_4bit(weight, quant_type="nf4")
+    seen = recorded("gemv", lambda: functional.gemv_4bit(weight[:1], packed.t(), state=state))
+    assert set(seen.summary.fourbit.paths) == {"gemv"}
+
+
+@runs("int8")
+def test_int8_quantises_its_inputs(recorded):
+    """LLM.int8 by a real layer."""
+    bnb = importlib.import_module("bitsandbytes")
+    layer = bnb.nn.Linear8bitLt(256, 256, bias=False, has_fp16_weights=False)
+    weight = torch.randn(256, 256, dtype=torch.float16)
+    layer.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+    layer = layer.to("cuda")
+    tokens = torch.randn(64, 256, device="cuda", dtype=torch.float16)
+    recorded("int8", lambda: layer(tokens))
+
+
+def is_managed(tensor):
+    """Whether the driver holds the tensor's memory as managed, which alone can be paged."""
+    found = ctypes.c_uint(0)
+    driver = ctypes.CDLL("libcuda.so.1")
+    code = driver.cuPointerGetAttribute(ctypes.byref(found), _MANAGED, ctypes.c_uint64(tensor.data_ptr()))
+    return code == 0 and bool(found.value)
+
+
+@runs("paged optimizer")
+def test_the_paged_share_is_what_the_driver_says(training, recorded, verified):
+    """State of large tensors lives in managed memory, and the judge's share is the driver's."""
+    run = training(device="cuda", rank=1024, make_optimizer=sabotage.paged_adamw)
+    recorded("paged optimizer", run.step, warm=False)  # the state is filled in the first step only
+    state = [value for held in run.optimizer.state.values() for value in held.values() if torch.is_tensor(value)]
+    distinct = {id(value): value for value in state}.values()
+    share = sum(value.nbytes for value in distinct if is_managed(value)) / sum(value.nbytes for value in distinct)
+    assert share > 0.4
+    assert run.check("optimizer.paged_share", 0.4).observed == pytest.approx(share, abs=1e-6)
+    verified(run, "optimizer.paged_share", 0.4)
+
+
+@runs("8-bit optimizer")
+def test_an_8_bit_optimizer_has_its_rule(training, recorded):
+    """Tensors of 4096 elements and more keep their moments in 8 bits."""
+    bnb = importlib.import_module("bitsandbytes")
+    run = training(device="cuda", rank=64, make_optimizer=partial(bnb.optim.AdamW8bit, lr=1e-3))
+    recorded("8-bit optimizer", run.step)
+
+
+@runs("fused optimizer", "foreach optimizer")
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_optimizers_implementation_is_told(training, recorded, verified, fused):
+    """Fused and foreach by operator and by kernel, each only where it was asked for."""
+    options = {"fused": True} if fused else {"foreach": True}
+    run = training(device="cuda", make_optimizer=partial(torch.optim.AdamW, lr=1e-3, **options))
+    verified(run, "optimizer.fused", fused)
+    seen = recorded("fused optimizer" if fused else "foreach optimizer", run.step)
+    assert ("OPT-TORCH-FUSED" in seen.rules) is fused
+
+
+@runs("tf32 on", "tf32 off")
+@pytest.mark.parametrize("on", [True, False])
+def test_tf32_is_told_by_flag_by_number_and_by_kernel(training, recorded, on):
+    """The three agree: the live step's kernels and flag, the error against float64, the trace of one product."""
+    if torch.version.hip or torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip(f"TF32 needs compute capability 8.0: this is {torch.cuda.get_device_name()}")
+    run = training(device="cuda", quant=None, dtype="float32", targets="all-linear")
+    (sabotage.tf32_on if on else sabotage.tf32_off)(run)
+    check = run.check("tf32", on)
+    assert check.met, check.reason
+    left, right = (torch.randn(1024, 1024, device="cuda") for _ in range(2))
+
+    def product():
+        with run.around():
+            assert torch.backends.cuda.matmul.fp32_precision == ("tf32" if on else "ieee")
+            return left @ right
+
+    exact = left.double() @ right.double()
+    error = float((product().double() - exact).norm() / exact.norm())
+    assert (3e-5 < error < 1e-3) if on else error < 3e-5
+    seen = recorded("tf32 on" if on else "tf32 off", product)
+    assert ("GEMM-TF32" in seen.rules) is on
+
+
+@runs("bfloat16 product", "float16 product")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_number_format_of_a_product_is_read_from_its_kernel(recorded, dtype):
+    """A square product on tensor cores."""
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        pytest.skip(f"torch.cuda.is_bf16_supported() is False: {torch.cuda.get_device_name()}")
+    left = torch.randn(1024, 1024, device="cuda", dtype=getattr(torch, dtype))
+    seen = recorded(f"{dtype} product", lambda: left @ left)
+    assert dtype in seen.summary.matmul_dtypes
+
+
+@runs("matrix times vector")
+def test_a_matrix_times_a_vector_is_a_product(recorded):
+    """Its kernel is cuBLAS's gemv, whose name promises no number format."""
+    matrix = torch.randn(1024, 1024, device="cuda")
+    seen = recorded("matrix times vector", lambda: torch.mv(matrix, matrix[0]))
+    assert seen.summary.categories["matmul"] > 0.0
+
+
+@runs("compiled")
+def test_compiled_layers_run_inductors_kernels(training, recorded):
+    """Compiled regions in the live step, Triton kernels in the trace."""
+    pytest.importorskip("triton")
+    run = training(device="cuda", quant=None)
+    for layer in run.model.get_base_model().model.layers:
+        layer.mlp.compile()
+    try:
+        run.step()
+        check = run.check("compile", True)
+        assert check.met, check.reason
+        recorded("compiled", run.step)
+    finally:
+        torch._dynamo.reset()
+
+
+@runs("Liger")
+def test_ligers_norm_has_its_rule(recorded):
+    """Forward and backward of its RMS norm."""
+    norms = pytest.importorskip("liger_kernel.transformers.rms_norm")
+    norm = norms.LigerRMSNorm(256).to("cuda")
+    tokens = torch.randn(64, 256, device="cuda", requires_grad=True)
+    recorded("Liger", lambda: norm(tokens).sum().backward())
+
+
+@runs("Unsloth")
+def test_unsloths_kernels_have_their_rules(recorded):
+    """Its norm, its NF4 unpacking and its NF4 product of one token."""
+    pytest.importorskip("unsloth")
+    kernels = importlib.import_module("unsloth.kernels")
+    inside = importlib.import_module("unsloth.kernels.utils")
+    functional = importlib.import_module("bitsandbytes.functional")
+    weight = torch.randn(256, 256, device="cuda", dtype=torch.bfloat16)
+    packed, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    norm = nn.RMSNorm(256, eps=1e-6).to("cuda", torch.bfloat16)
+    norm.variance_epsilon = 1e-6
+    tokens = weight[None, :1]
+
+    def call():
+        kernels.fast_rms_layernorm(norm, tokens)
+        inside.fast_dequantize(packed, state)
+        inside.fast_gemv(tokens, packed, state)
+
+    recorded("Unsloth", call)
+
+
+@runs("collective")
+def test_a_collective_has_its_rule(recorded):
+    """NCCL launches a kernel only where there is somebody to talk to."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip(f"NCCL launches no kernel for one GPU: {torch.cuda.device_count()} here")
+    parts = [torch.ones(1024, device=f"cuda:{index}") for index in range(2)]
+    seen = recorded("collective", lambda: torch.cuda.nccl.all_reduce(parts))
+    assert seen.summary.categories["communication"] > 0.0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quant", ["nf4", None])
+@pytest.mark.parametrize("backend", [*SDPA, None])
+def test_the_spy_leaves_out_tf32_and_agrees_on_the_rest(training, quant, backend):
+    """On CUDA an eager step hides nothing else from operators, and no verdict differs from the profile's."""
+    run = training(device="cuda", quant=quant, targets="all-linear", tokens=64, make_optimizer=sabotage.fused_adamw)
+    if backend is not None:
+        run.around = partial(sdpa_kernel, SDPA[backend])
+    if backend == "efficient":
+        sabotage.pad_one_token(run)
+    skip_where_refused(run.step)
+    verdicts = {}
+    for run.instrument in ("profile", "spy"):
+        verdicts[run.instrument] = {check.path: (check.observed, check.status) for check in run.verify({})}
+    assert set(verdicts["profile"]) - set(verdicts["spy"]) == {"tf32"}
+    assert verdicts["spy"] == {path: verdicts["profile"][path] for path in verdicts["spy"]}
+
+
+@pytest.mark.gpu
+def test_what_a_cuda_graph_replays_is_left_to_the_profile():
+    """No operator is called, so the spy leaves the attention out, and the profile names it by its kernels."""
+    query = torch.randn(1, 4, 64, 32, device="cuda", dtype=torch.bfloat16)
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+
+    def attend():
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            scaled_dot_product_attention(query, query, query, is_causal=True)
+
+    skip_where_refused(attend)
+    with torch.cuda.stream(side):
+        attend()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        attend()
+    model = nn.Linear(8, 8).to("cuda")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def step():
+        graph.replay()
+        optimizer.zero_grad()
+        model(torch.ones(2, 8, device="cuda")).sum().backward()
+        optimizer.step()
+
+    seen = {check.path: check for check in kernels_check.verify(model, step, {})}
+    spied = {check.path for check in kernels_check.verify(model, step, {}, instrument="spy")}
+    assert seen["attention.backend"].observed == "flash"
+    assert {"attention.backend", "attention.dtype", "attention.mask", "checkpointing", "tf32"}.isdisjoint(spied)
