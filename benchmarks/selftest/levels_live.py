@@ -1,7 +1,9 @@
 """What do the levels of interleaving buy? The same variants for the same minutes at each level, side by side.
 
-    python benchmarks/selftest/levels_live.py [--minutes M]
+    python benchmarks/selftest/levels_live.py [--minutes M] [--rounds N]
 
+The levels themselves take turns: in each round every level has its share of the minutes, in shuffled order, so that a
+neighbour who comes or goes does so for all of them. A level's replicates of all rounds are judged together.
 For each level the table shows how often a replicate fitted into the time, the interval of the control (the reference
 against itself: the narrower, the more can be seen) and the smallest slow-down that the level would have found. At
 shared-base it also shows what switching costs: the turn phase over the sum of its timed steps (at most 1.1), and how
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import subprocess
 import sys
 import tempfile
@@ -64,13 +67,20 @@ def measure(level: str, minutes: float, folder: str) -> store.Run:
     return store.read_run(json.loads(done.stdout)["run"], Path(folder))
 
 
-def control_of(run: store.Run) -> Comparison:
+def pooled(runs: list[store.Run]) -> list[TrialRecord]:
+    """The records of several runs of one level as if of one: replicates numbered on."""
+    records: list[TrialRecord] = []
+    for number, run in enumerate(runs):
+        records += [record.replaced(replicate=1000 * number + record.replicate) for record in run.records]
+    return records
+
+
+def control_of(records: list[TrialRecord], name: str) -> Comparison:
     """The reference against itself in step time."""
-    groups = series_of(run.records)
-    name = run.manifest.study["reference"]
+    groups = series_of(records)
     found = compare_series(groups[name, "variant"], groups[name, "control"], "step_time_s")
     if found is None:
-        raise SystemExit(f"run {run.manifest.run}: the control was not measured")
+        raise SystemExit("the control was not measured")
     return found
 
 
@@ -87,13 +97,16 @@ def overhead(records: list[TrialRecord]) -> float:
 def main() -> int:
     """Measure each level, print the table, return 1 where switching costs too much."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--minutes", type=float, default=2.0)
+    parser.add_argument("--minutes", type=float, default=3.0, help="for each level, over all rounds")
+    parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     console = Console(width=120, highlight=False)
     machine, state = probe_machine(), git_state(Path.cwd())
     changes = " with local changes" if state["dirty"] else ""
     console.print(f"{machine.device_name}, {machine.cpus} CPUs; commit {str(state['commit'])[:10]}{changes}")
-    table = Table(title=f"Six variants and the control, {options.minutes:g} minutes a level", title_justify="left")
+    table = Table(
+        title=f"Six variants and the control, {options.minutes:g} minutes a level, in turns", title_justify="left"
+    )
     heads = (
         "level",
         "replicates",
@@ -107,10 +120,15 @@ def main() -> int:
         table.add_column(head, justify="left" if head == "level" else "right")
     broken = False
     with tempfile.TemporaryDirectory(prefix="lorameter-proof-") as folder:
+        runs: dict[str, list[store.Run]] = {level: [] for level in LEVELS}
+        shuffler = random.Random(0)
+        for _ in range(options.rounds):
+            for level in shuffler.sample(LEVELS, len(LEVELS)):
+                runs[level].append(measure(level, options.minutes / options.rounds, folder))
         for level in LEVELS:
-            run = measure(level, options.minutes, folder)
-            control = control_of(run)
-            timed = [record for record in run.records if record.samples.get("step_time_s")]
+            records = pooled(runs[level])
+            control = control_of(records, runs[level][0].manifest.study["reference"])
+            timed = [record for record in records if record.samples.get("step_time_s")]
             loads = max(
                 sum(record.values.get("base_loads", 0.0) for record in timed if record.replicate == replicate)
                 for replicate in {record.replicate for record in timed}
