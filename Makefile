@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 NAME   ?= bench
 STAMP  := $(VENV)/.installed
 
-.PHONY: bench test lint proof proof-harness proof-models proof-statistics proof-levels proof-ab clean
+.PHONY: bench test lint proof proof-harness proof-models proof-statistics proof-levels proof-ab proof-kernels clean
 
 bench: $(STAMP)
 	$(BIN)/pytest benchmarks/ --benchmark-save=$(NAME)
@@ -22,7 +22,7 @@ lint: $(STAMP)
 # output is committed under reports/proof/. Two need data that the project does not hold and are skipped without it:
 # LORAMETER_DOLLY names databricks-dolly-15k.jsonl.gz, LORAMETER_NOISE a folder with the recorded noise
 # (lockstep.csv.gz, one_process.csv.gz, processes.csv.gz). proof-ab takes an hour and wants the machine to itself.
-proof: proof-harness proof-models proof-statistics proof-levels proof-ab
+proof: proof-harness proof-models proof-statistics proof-levels proof-ab proof-kernels
 
 proof-harness proof-models: proof-%: $(STAMP)
 	mkdir -p reports/proof
@@ -41,6 +41,14 @@ proof-levels proof-ab: proof-%: $(STAMP)
 	mkdir -p reports/proof
 	$(BIN)/python benchmarks/selftest/$*_live.py > reports/proof/$*.txt; \
 	status=$$?; cat reports/proof/$*.txt; exit $$status
+
+# The negative controls, and every rule and comparison of the judges broken in turn (about 20 minutes).
+proof-kernels: $(STAMP)
+	mkdir -p reports/proof
+	$(BIN)/python -m kernels_check selftest > reports/proof/selftest.txt; \
+	status=$$?; cat reports/proof/selftest.txt; exit $$status
+	$(BIN)/python benchmarks/selftest/mutation.py > reports/proof/mutation.txt; \
+	status=$$?; cat reports/proof/mutation.txt; exit $$status
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lorameter needs Python 3.11 or newer")'
