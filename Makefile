@@ -42,11 +42,14 @@ proof-levels proof-ab: proof-%: $(STAMP)
 	$(BIN)/python benchmarks/selftest/$*_live.py > reports/proof/$*.txt; \
 	status=$$?; cat reports/proof/$*.txt; exit $$status
 
-# The negative controls, and every rule and comparison of the judges broken in turn (about 20 minutes).
+# The negative controls, the absence of false alarms on real trials (fetch smollm2-135m first), and every rule and
+# comparison of the judges broken in turn (about 20 minutes).
 proof-kernels: $(STAMP)
 	mkdir -p reports/proof
 	$(BIN)/python -m kernels_check selftest > reports/proof/selftest.txt; \
 	status=$$?; cat reports/proof/selftest.txt; exit $$status
+	$(BIN)/python benchmarks/selftest/false_alarms.py > reports/proof/false_alarms.txt; \
+	status=$$?; cat reports/proof/false_alarms.txt; exit $$status
 	$(BIN)/python benchmarks/selftest/mutation.py > reports/proof/mutation.txt; \
 	status=$$?; cat reports/proof/mutation.txt; exit $$status
 
