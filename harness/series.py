@@ -231,7 +231,8 @@ def without_equivalent(comparison: Comparison, reason: str) -> Comparison:
     """A comparison that must not claim equality, because the control does not bear it out."""
     if comparison.verdict != "equivalent":
         return comparison
-    return dataclasses.replace(comparison, verdict="inconclusive", reason=reason)
+    # No number of replicates of this pair leads to "equivalent": it is the control that must be measured better.
+    return dataclasses.replace(comparison, verdict="inconclusive", reason=reason, replicates_needed=None)
 
 
 def _inverse(samples: tuple[float, ...]) -> tuple[float, ...]:
