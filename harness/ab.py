@@ -19,18 +19,18 @@ from harness.catalogue import RANDOM_PREFIX
 from harness.executors.host import Host, describe
 from harness.feasibility import check_feasible
 from harness.forecast import free_bytes, together_bytes
-from harness.levels import MEMORY_SHARE
+from harness.levels import fits
 from harness.measure import Arm, Display, measure
 from harness.plan import (
     CONTROL_SUFFIX,
-    PEAK_REPLICATES,
     Group,
     Plan,
     Slot,
     checked_phases,
-    conducted,
+    grouped,
     instrument_for,
     measures_of,
+    solo_due,
     solo_requests,
 )
 from harness.provenance import Machine
@@ -85,11 +85,8 @@ def plan_ab(
             for side, role in shuffler.sample(live, len(live)):
                 slots.append(_slot(study, variant, side, role, replicate, position, level, together, injected_rows))
                 position += 1
-            if level == "lockstep":
-                groups.append(conducted(study, [(slot,) for slot in slots], shuffler, checked))
-            else:
-                groups += [conducted(study, [(slot,)], shuffler, checked) for slot in slots]
-            if alone and (set(alone) != {"peaks"} or replicate < PEAK_REPLICATES):
+            groups += grouped(study, slots, shuffler, checked)
+            if solo_due(alone, replicate):
                 solo = live if "cold" in alone else arms  # peaks are compared by their maximum: no control for them
                 for side, role in shuffler.sample(solo, len(solo)):
                     slot = _slot(study, variant, side, role, replicate, position, "replicates", alone, injected_rows)
@@ -170,7 +167,7 @@ def _level(variants: Sequence[Variant], study: Study, machine: Machine, runs: Pa
     if free is None:
         return "replicates", "how much memory is free cannot be known"
     sizes = f"three live processes need about {format_bytes(needed)} of {format_bytes(free)} free"
-    return ("replicates" if needed > int(MEMORY_SHARE * free) else "lockstep"), sizes
+    return ("lockstep" if fits(needed, free) else "replicates"), sizes
 
 
 def _slot(

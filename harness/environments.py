@@ -19,11 +19,11 @@ import shutil
 import site
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from harness.errors import UsageError
+from harness.locks import locked
 from harness.provenance import LIBRARIES, library_version
 
 DESCRIPTION_FILE = "lorameter.json"
@@ -69,7 +69,7 @@ def layered_environment(requirements: Sequence[str], cache: Path, *, report: Cal
         UsageError: the environment cannot be made, or pip fails; with pip's last lines.
     """
     target = (cache / "environments" / _key(requirements)).absolute()
-    with _locked(target, report):
+    with locked(target, "waiting for another process that is making the same environment", report):
         if not (target / DESCRIPTION_FILE).is_file():
             partial = target.with_name(f"{target.name}.partial")
             shutil.rmtree(partial, ignore_errors=True)  # what a killed install left; the lock says that none is running
@@ -138,20 +138,3 @@ def _run(command: Sequence[str], requirements: Sequence[str], report: Callable[[
             "Nothing was kept; check the names and versions, the connection and the index that pip is configured to "
             "use (PIP_INDEX_URL, PIP_FIND_LINKS)."
         )
-
-
-@contextmanager
-def _locked(target: Path, report: Callable[[str], object]) -> Iterator[None]:
-    import filelock
-
-    target.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(target.with_name(f"{target.name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        report("waiting for another process that is making the same environment")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()

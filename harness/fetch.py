@@ -14,12 +14,12 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from harness.catalogue import CATALOGUE, PROVENANCE_FILE, Package, unknown_name
 from harness.errors import UsageError, impossible
+from harness.locks import locked
 
 PROVENANCE_SCHEMA = 1
 
@@ -44,7 +44,7 @@ def fetch(name: str, *, report: Callable[[str], object] = lambda text: None) -> 
         how = f"{entry.hub_id} comes from the hub when it is first used" if entry.hub_id else "its weights are random"
         raise impossible("model fetch", "name", name, f"there is nothing to fetch: {how}", "Use it as it is.")
     target = entry.directory
-    with _locked(target, report):
+    with locked(target, f"waiting for another process that is fetching {target.name}", report):
         if target.exists():
             report(f"verifying {target}")
             _verify(target, name)
@@ -57,23 +57,6 @@ def fetch(name: str, *, report: Callable[[str], object] = lambda text: None) -> 
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return target
-
-
-@contextmanager
-def _locked(target: Path, report: Callable[[str], object]) -> Iterator[None]:
-    import filelock
-
-    target.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(target.with_name(f"{target.name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        report(f"waiting for another process that is fetching {target.name}")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _build(package: Package, out: Path, report: Callable[[str], object]) -> None:

@@ -51,9 +51,14 @@ def choose_level(
     if free_bytes is None:
         return "replicates", f"{obstacle}, and how much memory is free cannot be known"
     sizes = f"all live together need about {format_bytes(together_bytes)} of {format_bytes(free_bytes)} free"
-    if together_bytes > int(MEMORY_SHARE * free_bytes):
+    if not fits(together_bytes, free_bytes):
         return "replicates", f"{obstacle}, and {sizes}"
     return "lockstep", f"{obstacle}; {sizes}"
+
+
+def fits(needed_bytes: int, free_bytes: int) -> bool:
+    """Whether processes that need so much may be live together."""
+    return needed_bytes <= int(MEMORY_SHARE * free_bytes)
 
 
 def shared_base_obstacle(variants: Sequence[Variant]) -> str | None:

@@ -140,14 +140,9 @@ def make_plan(
             _slot(study, variant, role, replicate, position + index, interleaving, together)
             for index, (variant, role) in enumerate(order)
         ]
-        if interleaving == "shared-base":
-            groups.append(conducted(study, [tuple(slots)], shuffler, checked))
-        elif interleaving == "lockstep":
-            groups.append(conducted(study, [(slot,) for slot in slots], shuffler, checked))
-        else:
-            groups += [conducted(study, [(slot,)], shuffler, checked) for slot in slots]
+        groups += grouped(study, slots, shuffler, checked)
         position += len(slots)
-        if alone and (set(alone) != {"peaks"} or replicate < PEAK_REPLICATES):
+        if solo_due(alone, replicate):
             shuffler.shuffle(order)
             for variant, role in order:
                 slot = _slot(study, variant, role, replicate, position, "replicates", alone, suffix="-solo")
@@ -178,7 +173,22 @@ def measures_of(interleaving: Interleaving, phases: Sequence[str]) -> tuple[tupl
     )
 
 
-def conducted(
+def solo_due(alone: Sequence[Measure], replicate: int) -> bool:
+    """Whether a replicate has solo trials for what they measure; peaks alone need few."""
+    return bool(alone) and (set(alone) != {"peaks"} or replicate < PEAK_REPLICATES)
+
+
+def grouped(study: Study, slots: Sequence[Slot], shuffler: random.Random, phases: Sequence[str]) -> list[Group]:
+    """The groups of trials that are compared with each other, by the level that they carry."""
+    level = slots[0].interleaving
+    if level == "shared-base":
+        return [_conducted(study, [tuple(slots)], shuffler, phases)]
+    if level == "lockstep":
+        return [_conducted(study, [(slot,) for slot in slots], shuffler, phases)]
+    return [_conducted(study, [(slot,)], shuffler, phases) for slot in slots]
+
+
+def _conducted(
     study: Study, launches: Sequence[tuple[Slot, ...]], shuffler: random.Random, phases: Sequence[str]
 ) -> Group:
     """A group whose trials take turns, in an order that is shuffled anew for each round."""

@@ -9,7 +9,20 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "codec", "units", "variant", "workload", "protocol", "record", "failure", "processes", "study", "plan"),
+    (
+        "errors",
+        "codec",
+        "units",
+        "variant",
+        "workload",
+        "protocol",
+        "record",
+        "failure",
+        "processes",
+        "locks",
+        "study",
+        "plan",
+    ),
     ("stats",),
     (
         "catalogue",
