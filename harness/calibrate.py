@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from harness.errors import InvalidRunError
 from harness.series import Series, Trials, compare_series, paired_trials, pairing_of, series_of
-from harness.stats import Comparison, Pairing, compare_trials, replicates_to_see
+from harness.stats import Comparison, Pairing, compare_trials, replicates_to_see, sd_interval
 from harness.stats.comparison import effect_of
 from harness.store import Run
 from harness.units import PRIMARY, Phase
@@ -60,7 +60,11 @@ class Price:
     tolerance: float
     """That of the gate; below the effect, or the gate would not call it a regression."""
     replicates: int | None
-    """None where no practical number would do."""
+    """At the scatter seen; None where no practical number would do."""
+    replicates_low: int | None
+    """At the lower end of the scatter's interval."""
+    replicates_high: int | None
+    """At its upper end."""
     minutes: float | None
 
 
@@ -79,6 +83,9 @@ class Calibration:
     """The slow-down against the base, over all replicates: its true size with its interval."""
     sd: float
     """Standard deviation of the A/A log ratio of one replicate."""
+    sd_low: float
+    """Lower end of its 95 % interval (chi-square)."""
+    sd_high: float
     rates: tuple[Rates, ...]
     prices: tuple[Price, ...]
 
@@ -102,6 +109,7 @@ def calibrate(run: Run, variant: Variant, phase: Phase = "train") -> Calibration
     identical, planted = compare_series(base, twin, metric), compare_series(base, slow, metric)
     assert identical is not None and planted is not None  # noqa: PT018 - _pairs has looked
     sd = _sd(same, pairing)
+    sd_low, sd_high = sd_interval(sd, len(same[0]) - 1)
     seconds = _seconds_per_replicate(run)
     return Calibration(
         run=run.manifest.run,
@@ -112,8 +120,10 @@ def calibrate(run: Run, variant: Variant, phase: Phase = "train") -> Calibration
         identical=identical,
         planted=planted,
         sd=sd,
+        sd_low=sd_low,
+        sd_high=sd_high,
         rates=tuple(_rates(same, other, size, pairing) for size in GATE_SIZES if size < both),
-        prices=tuple(_price(effect, sd, seconds) for effect in EFFECTS),
+        prices=tuple(_price(effect, (sd_low, sd, sd_high), seconds) for effect in EFFECTS),
     )
 
 
@@ -162,13 +172,15 @@ def _rates(same: tuple[Trials, Trials], slow: tuple[Trials, Trials], size: int, 
     )
 
 
-def _price(effect: float, sd: float, seconds: float) -> Price:
+def _price(effect: float, scatter: tuple[float, float, float], seconds: float) -> Price:
     tolerance = min(TOLERANCE, effect / 2)
-    replicates = replicates_to_see(effect, sd, tolerance=tolerance)
+    low, replicates, high = (replicates_to_see(effect, sd, tolerance=tolerance) for sd in scatter)
     return Price(
         effect=effect,
         tolerance=tolerance,
         replicates=replicates,
+        replicates_low=low,
+        replicates_high=high,
         minutes=None if replicates is None else replicates * seconds / 60,
     )
 
@@ -196,5 +208,6 @@ def planned_effects(calibration: Calibration) -> Sequence[str]:
             said.append(f"{size}: no practical number of replicates")
             continue
         note = "" if math.isclose(price.tolerance, TOLERANCE) else f" (with a tolerance of {100 * price.tolerance:g} %)"
-        said.append(f"{size}: {price.replicates} replicates, about {price.minutes:.1f} min{note}")
+        ends = f"[{price.replicates_low}, {price.replicates_high or 'no practical number'}]"
+        said.append(f"{size}: {price.replicates} replicates {ends}, about {price.minutes:.1f} min{note}")
     return said

@@ -237,3 +237,13 @@ def test_pilots_that_plan_nothing_are_refused(few, many):
     """Both ratios are named, and the way out."""
     with pytest.raises(InvalidRunError, match=f"{few:.4f} and {many:.4f}.*--inject-rows"):
         rows_for(0.05, few, many)
+
+
+def test_scatter_and_prices_have_their_intervals(ab_run, plain):
+    """24 replicates do not know their scatter exactly, nor the replicates that follow from it."""
+    result = calibrate(ab_run(sd=0.02), plain)
+    assert result.sd_low < result.sd < result.sd_high
+    for price in result.prices:
+        assert price.replicates_low <= price.replicates <= price.replicates_high
+    last = planned_effects(result)[-1]
+    assert f"[{result.prices[-1].replicates_low}, {result.prices[-1].replicates_high}]" in last

@@ -23,7 +23,8 @@ def print_calibration(result: Calibration, rows: int, console: Console) -> None:
     console.print(f"[bold]What this machine can see[/bold]: {escape(result.device)}, {result.interleaving}")
     console.print(
         f"  {result.replicates} replicates of {result.seconds_per_replicate:.1f} s; standard deviation of one "
-        f"replicate's log ratio on identical code {100 * result.sd:.2f} %"
+        f"replicate's log ratio on identical code {100 * result.sd:.2f} % "
+        f"[{100 * result.sd_low:.2f}, {100 * result.sd_high:.2f}]"
     )
     console.print(
         f"  identical code   {format_ratio(identical.ratio, identical.low, identical.high)} {identical.verdict}"
@@ -39,7 +40,10 @@ def print_calibration(result: Calibration, rows: int, console: Console) -> None:
         shares = (rate.false_alarms, rate.equivalent, rate.found)
         table.add_row(str(rate.replicates), *(f"{100 * share:.1f} %" for share in shares))
     console.print(table)
-    console.print("  The draws share one run, so they say what it could have said, not what another hour would.")
+    console.print(
+        f"  All draws are from {result.replicates} replicates of one run: they say what it could have said, not what "
+        "another hour would."
+    )
     console.print("[bold]To see a slow-down in 80 % of the runs[/bold]")
     for line in planned_effects(result):
         console.print(f"  {line}")

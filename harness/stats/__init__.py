@@ -17,7 +17,7 @@ from harness.stats.estimate import Estimate, estimate_trials
 from harness.stats.family import compare_family
 from harness.stats.memory import compare_bytes
 from harness.stats.outliers import OutlierLabel, label_outliers
-from harness.stats.power import replicates_to_see
+from harness.stats.power import replicates_to_see, sd_interval
 from harness.stats.precision import is_precise, relative_half_width
 from harness.stats.quantiles import QuantileEstimate, median_interval, percentile
 from harness.stats.shift import RunWideShift, run_wide_shift
@@ -49,5 +49,6 @@ __all__ = [
     "relative_half_width",
     "replicates_to_see",
     "run_wide_shift",
+    "sd_interval",
     "warmup_end",
 ]

@@ -73,6 +73,21 @@ def replicates_to_see(effect: float, sd: float, *, tolerance: float, alpha: floa
     return _smallest(lambda count: distance * math.sqrt(count) >= noncentrality(count - 1, alpha / 2, POWER) * sd)
 
 
+def sd_interval(sd: float, df: float, *, alpha: float = 0.05) -> tuple[float, float]:
+    """The (1 - alpha) interval of a standard deviation of normal values with `df` degrees of freedom (chi-square).
+
+    Raises ValueError for an sd below 0 or not finite, and for df not above 0.
+    """
+    from scipy.special import chdtri
+
+    checked_number("sd", sd, at_least=0, strictly=False)
+    checked_number("df", df, at_least=0, strictly=True)
+    return (
+        sd * math.sqrt(df / float(chdtri(df, alpha / 2))),
+        sd * math.sqrt(df / float(chdtri(df, 1 - alpha / 2))),
+    )
+
+
 def _smallest(enough: Callable[[int], bool]) -> int | None:
     """The smallest count from 2 on that is enough, where every larger one is too; None if no practical one is."""
     high = 2

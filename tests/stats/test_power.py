@@ -7,7 +7,7 @@ import pytest
 
 from harness.stats import compare_trials
 from harness.stats.effect import Spread
-from harness.stats.power import detectable_log_effect, replicates_needed
+from harness.stats.power import detectable_log_effect, replicates_needed, sd_interval
 from harness.stats.verdict import Rule
 
 
@@ -77,3 +77,12 @@ def test_more_scatter_needs_more():
     """The plan grows with the square of the scatter."""
     small, large = (replicates_needed(paired(sd, 5), rule(), may_be_equivalent=True) for sd in (0.1, 0.4))
     assert large == pytest.approx(16 * small, rel=0.05)
+
+
+def test_the_interval_of_a_scatter_holds_it_as_often_as_it_says():
+    """Over simulated runs of 24 replicates the 95 % interval holds the true standard deviation in 95 %."""
+    sds = np.random.default_rng(8).normal(0, 0.02, (4000, 24)).std(axis=1, ddof=1)
+    ends = [sd_interval(float(sd), 23) for sd in sds]
+    assert 0.94 <= np.mean([low <= 0.02 <= high for low, high in ends]) <= 0.96
+    with pytest.raises(ValueError, match="df"):
+        sd_interval(0.02, 0)
