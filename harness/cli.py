@@ -92,7 +92,7 @@ def _run(options: argparse.Namespace) -> int:
     from harness.report.live import LiveDisplay
     from harness.report.terminal import console_for, print_notices, print_run
     from harness.report.view import view_of
-    from harness.study import load_study
+    from harness.study_file import load_study
     from harness.units import PHASES
 
     if options.effort and options.replicates is not None:
@@ -204,7 +204,7 @@ def _list(options: argparse.Namespace) -> int:
 
 def _listed(options: argparse.Namespace) -> list[dict[str, Any]]:
     from harness import catalogue, codec, store
-    from harness.study import builtin_studies, load_study
+    from harness.study_file import builtin_studies, load_study
 
     if options.what == "studies":
         return [{"name": name, "title": load_study(name).title} for name in builtin_studies()]

@@ -189,7 +189,7 @@ def _measured_here(study: Any, name: str, rows: int, options: argparse.Namespace
 
 def study_of(options: argparse.Namespace, standard: int | None = None) -> Any:
     """The study with the options' changes; 8 replicates, or `standard`, unless something else is asked for."""
-    from harness.study import load_study
+    from harness.study_file import load_study
 
     if options.effort and options.replicates is not None:
         raise UsageError("--effort and --replicates both set the replicates. Give one of them.")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from harness.errors import UsageError
+from harness.units import PHASES, Phase
 
 Effort = Literal["quick", "standard", "rigorous"]
 PRECISION_REPLICATES = 40
@@ -29,6 +30,15 @@ class Protocol:
     turns: int = 8
     """Timed turns of a trial in the training phase."""
     steps_per_turn: int = 2
+    epochs: float = 0.0
+    """Train every trial for at least so many epochs: what the timed turns leave of them follows untimed, for the
+    losses. 0 ends the training with the timed turns."""
+    phases: tuple[Phase, ...] = PHASES
+    """What is measured unless the user asks for other phases."""
+    merged: bool = True
+    """Measure requests with the adapter merged, too."""
+    peak_replicates: int = 3
+    """Peaks take one of a few values and are compared by their maximum, so a few solo trials are enough for them."""
     generate_warmup: int = 1
     """Discarded requests between the first call and the warm ones."""
     generate_requests: int = 6
@@ -53,6 +63,7 @@ class Protocol:
             ("steps_per_turn", 1),
             ("generate_warmup", 0),
             ("generate_requests", 1),
+            ("peak_replicates", 1),
         ):
             if getattr(self, key) < least:
                 raise UsageError(f"protocol: {key} = {getattr(self, key)!r}: too small. Use {least} or more.")
@@ -65,6 +76,10 @@ class Protocol:
             value = getattr(self, key)
             if value is not None and not value > 0:
                 raise UsageError(f"protocol: {key} = {value!r}: must be positive. Leave it out to set no limit.")
+        if not self.epochs >= 0:
+            raise UsageError(f"protocol: epochs = {self.epochs!r}: cannot be negative. Use 0 or more.")
+        if not self.phases:
+            raise UsageError(f"protocol: phases = []: nothing to measure. Name some of {', '.join(PHASES)}.")
         if not self.step_timeout_s > 0:
             raise UsageError(f"protocol: step_timeout_s = {self.step_timeout_s}: must be positive. Use seconds.")
 
@@ -83,6 +98,7 @@ class Protocol:
             warmup_steps_max=1,
             turns=1,
             steps_per_turn=1,
+            epochs=0.0,
             generate_warmup=0,
             generate_requests=1,
         )

@@ -220,7 +220,7 @@ class Session:
             output_json["lorameter"] = about_run(self._run)
 
     def _load(self) -> Study:
-        from harness.study import load_study
+        from harness.study_file import load_study
 
         option = self._config.getoption
         study = load_study(option("--lorameter-study"))

@@ -1,35 +1,21 @@
-"""A study: a named set of variants, what is held constant, and how it is measured. Read from TOML.
+"""A study: a named set of variants, what is held constant, how it is measured, and what it claims.
 
-title = "..."
-reference = "lora-r16"          # the variant that ratios are taken against; the first one if left out
-
-[workload]                      # fields of Workload
-[protocol]                      # fields of Protocol
-[controls]                      # fields of Variant, equal for all
-[axes]                          # field = [values]: every combination is a variant
-[[variant]]                     # or variants one by one: name and what differs from the controls
-[requirements]                  # paths of kernels_check that the study demands beside what the variants imply
+`harness.study_file` reads it from TOML.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import itertools
-import tomllib
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
-from harness import codec
-from harness.errors import UsageError, impossible
+from harness.claim import Claim
+from harness.errors import UsageError
 from harness.protocol import PRECISION_REPLICATES, Protocol
 from harness.variant import Variant
 from harness.workload import Workload
-
-_KEYS = ("title", "reference", "allow_fallback", "requirements", "workload", "protocol", "controls", "axes", "variant")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +30,13 @@ class Study:
     reference: str
     allow_fallback: bool = False
     requirements: dict[str, Any] = field(default_factory=dict)
+    claims: tuple[Claim, ...] = ()
+    notes: tuple[str, ...] = ()
+    """What a reader of the results must know and no field says."""
+    profile: str = ""
+    """Name of the profile that fitted the study to a machine."""
+    replaced: dict[str, Any] = field(default_factory=dict)
+    """Values of the study as written that a profile or an option has replaced, by field: `workload.batch_size`."""
 
     def __post_init__(self) -> None:
         names = [variant.name for variant in self.variants]
@@ -71,7 +64,51 @@ class Study:
                 )
             by_id[variant.id] = variant.name
         if self.reference not in names:
-            raise UsageError(f"study {self.name}: reference = {self.reference!r}: {_unknown(self.reference, names)}")
+            raise UsageError(f"study {self.name}: reference = {self.reference!r}: {unknown(self.reference, names)}")
+        self._check_claims()
+
+    def _check_claims(self) -> None:
+        ids = [claim.id for claim in self.claims]
+        for claim in self.claims:
+            where = f"study {self.name}, claim {claim.id!r}"
+            if ids.count(claim.id) > 1:
+                raise UsageError(f"{where}: the id is used twice. Rename one.")
+            for axis in claim.axes:
+                if len(self.levels(axis)) < 2:
+                    raise UsageError(
+                        f"{where}: axis = {axis!r}: fewer than two variants differ from {self.reference!r} in this "
+                        "alone. Name a field of the variants that the study sweeps."
+                    )
+            for part in claim.parts:
+                known = [level for level, _ in self.levels(part.axis)]
+                for level in part.levels:
+                    if level not in known:
+                        raise UsageError(
+                            f"{where}: level {level:g} of {part.axis}: not in the study. It has "
+                            f"{', '.join(f'{one:g}' for one in known)}."
+                        )
+
+    def levels(self, axis: str) -> tuple[tuple[float, str], ...]:
+        """The values of one field, ascending, with the variant that has each and else equals the reference."""
+        centre = self.variant(self.reference)
+        found = [
+            (float(getattr(variant, axis)), variant.name)
+            for variant in self.variants
+            if set(variant.differences(centre)) <= {axis} and isinstance(getattr(variant, axis, None), (int, float))
+        ]
+        return tuple(sorted(found))
+
+    @property
+    def deviations(self) -> tuple[str, ...]:
+        """What differs from the study as written, a line each."""
+        lines = []
+        for key, was in self.replaced.items():
+            section, _, name = key.partition(".")
+            owner = {"workload": self.workload, "protocol": self.protocol}.get(section, self.variant(self.reference))
+            now = getattr(owner, name)
+            if now != was:
+                lines.append(f"{key} = {now!r} in place of {was!r}")
+        return tuple(lines)
 
     def variant(self, name: str) -> Variant:
         """The variant of that name; `UsageError` with the nearest names otherwise."""
@@ -79,7 +116,7 @@ class Study:
             if variant.name == name:
                 return variant
         names = [variant.name for variant in self.variants]
-        raise UsageError(f"study {self.name}: variant {name!r}: {_unknown(name, names)}")
+        raise UsageError(f"study {self.name}: variant {name!r}: {unknown(name, names)}")
 
     def with_overrides(
         self,
@@ -95,11 +132,11 @@ class Study:
 
         With a precision and no number of replicates their cap is raised, so that the precision can be reached.
         """
-        workload, protocol = self.workload, self.protocol
-        if model is not None:
-            workload = dataclasses.replace(workload, model=model)
-        if data is not None:
-            workload = dataclasses.replace(workload, data=data)
+        workload, protocol, replaced = self.workload, self.protocol, dict(self.replaced)
+        for key, value in (("model", model), ("data", data)):
+            if value is not None:
+                replaced.setdefault(f"workload.{key}", getattr(workload, key))
+                workload = dataclasses.replace(workload, **{key: value})  # type: ignore[arg-type]
         if effort is not None:
             protocol = protocol.with_effort(effort)
         if precision is not None:
@@ -109,94 +146,10 @@ class Study:
             protocol = dataclasses.replace(protocol, replicates=replicates)
         if max_minutes is not None:
             protocol = dataclasses.replace(protocol, max_minutes=max_minutes)
-        return dataclasses.replace(self, workload=workload, protocol=protocol)
+        return dataclasses.replace(self, workload=workload, protocol=protocol, replaced=replaced)
 
 
-def builtin_studies() -> dict[str, Path]:
-    """Names and files of the studies that ship with the package."""
-    folder = Path(str(resources.files("harness") / "studies"))
-    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
-
-
-def load_study(name_or_path: str) -> Study:
-    """A built-in study by name, or any TOML file.
-
-    Raises:
-        UsageError: no such study, not TOML, or anything in it that cannot be: file, key, value and remedy are named.
-    """
-    known = builtin_studies()
-    path = known.get(name_or_path, Path(name_or_path))
-    if not path.is_file():
-        raise UsageError(
-            f"study {name_or_path!r}: {_unknown(name_or_path, list(known))} A path to a .toml file works too."
-        )
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path.name}: not a TOML file: {error}. Mend the line named.") from None
-    return _parse(path.stem, path.name, data)
-
-
-def _parse(name: str, where: str, data: Mapping[str, Any]) -> Study:
-    for key in data:
-        if key not in _KEYS:
-            raise impossible(where, key, data[key], "unknown key", _unknown(key, list(_KEYS)))
-    variants = _variants(where, data)
-    reference = data.get("reference", variants[0].name if variants else "")
-    fields: dict[str, Any] = {"title": data.get("title", name), "reference": reference}
-    for key, kind in (("title", str), ("reference", str), ("allow_fallback", bool), ("requirements", dict)):
-        if key in data:
-            if not isinstance(data[key], kind):
-                raise impossible(where, key, data[key], f"{kind.__name__} is expected", "Mend the value.")
-            fields[key] = data[key]
-    try:
-        return Study(
-            name=name,
-            workload=codec.from_json(Workload, data.get("workload", {}), f"{where}, [workload]"),
-            protocol=codec.from_json(Protocol, data.get("protocol", {}), f"{where}, [protocol]"),
-            variants=variants,
-            **fields,
-        )
-    except UsageError as error:
-        raise error if str(error).startswith(where) else UsageError(f"{where}: {error}") from None
-
-
-def _variants(where: str, data: Mapping[str, Any]) -> tuple[Variant, ...]:
-    controls, axes, listed = data.get("controls", {}), data.get("axes", {}), data.get("variant", [])
-    if axes and listed:
-        raise UsageError(f"{where}: both [axes] and [[variant]] are given. Keep one.")
-    if not isinstance(listed, list):
-        raise impossible(where, "variant", listed, "a list of tables is expected", "Write [[variant]].")
-    for table, content in (("controls", controls), ("axes", axes)):
-        if not isinstance(content, Mapping):
-            raise impossible(where, table, content, "a table is expected", f"Write [{table}].")
-    rows = listed
-    if axes:
-        for key, values in axes.items():
-            if not isinstance(values, list) or not values:
-                raise impossible(
-                    f"{where}, [axes]", key, values, "a list of values is expected", "Write it as [ ... ]."
-                )
-        rows = [
-            {"name": "-".join(f"{key}={_label(value)}" for key, value in zip(axes, values, strict=True))}
-            | dict(zip(axes, values, strict=True))
-            for values in itertools.product(*axes.values())
-        ]
-    variants = []
-    for index, row in enumerate(rows):
-        label = row.get("name", f"number {index + 1}") if isinstance(row, Mapping) else f"number {index + 1}"
-        place = f"{where}, variant {label!r}"
-        if not isinstance(row, Mapping) or not isinstance(row.get("name", ""), str) or not row.get("name"):
-            raise UsageError(f'{place}: name is missing. Add name = "...".')
-        variants.append(codec.from_json(Variant, {**controls, **row}, place))
-    return tuple(variants)
-
-
-def _label(value: Any) -> str:
-    """A value as part of a name: the items of a list joined."""
-    return "+".join(map(str, value)) or "default" if isinstance(value, list) else str(value)
-
-
-def _unknown(word: str, known: list[str]) -> str:
+def unknown(word: str, known: Sequence[str]) -> str:
+    """What to say of a word that is none of those known."""
     near = difflib.get_close_matches(word, known, n=1)
     return f"not known. Did you mean {near[0]!r}?" if near else f"not known. Known: {', '.join(known)}."

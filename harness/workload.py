@@ -42,6 +42,10 @@ class Workload:
     """Length of the inference prompt, cut from held-out records."""
     new_tokens: int = 32
     """Tokens generated per request; the end-of-sequence token is ignored so that every request has this length."""
+    natural_tokens: int = 0
+    """Most tokens of a request that ends where the model ends it; 0 makes no such requests."""
+    natural_prompt_tokens: int = 128
+    """Such requests are put whole: held-out records with longer prompts are left out."""
     threads: int = 1
     """CPU threads of a trial. Two on two cores collapse under contention, so one unless the study is about threads."""
 
@@ -54,6 +58,8 @@ class Workload:
             ("held_out_sequences", 1),
             ("prompt_tokens", 1),
             ("new_tokens", 2),
+            ("natural_tokens", 0),
+            ("natural_prompt_tokens", 1),
             ("threads", 1),
         ):
             if getattr(self, key) < least:

@@ -3,7 +3,7 @@
 import pytest
 
 from harness.errors import UsageError
-from harness.study import builtin_studies, load_study
+from harness.study_file import builtin_studies, load_study
 
 GOOD = """
 title = "t"

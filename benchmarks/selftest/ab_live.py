@@ -33,7 +33,7 @@ from rich.table import Table
 
 from harness.calibrate import PILOT_ROWS, PLANTED, rows_for
 from harness.provenance import git_state, probe_machine
-from harness.study import builtin_studies
+from harness.study_file import builtin_studies
 from harness.units import format_ratio
 
 STUDY = "training-step"

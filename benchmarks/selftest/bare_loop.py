@@ -17,7 +17,7 @@ import torch
 
 from harness.protocol import Protocol
 from harness.record import TrialRequest
-from harness.study import load_study
+from harness.study_file import load_study
 from harness.training.shared import SharedBase
 from harness.training.tokens import prepare
 from harness.training.trial import Trial

@@ -38,7 +38,7 @@ import kernels_check
 from harness import catalogue, codec
 from harness.protocol import Protocol
 from harness.record import Fragment, TrialRequest
-from harness.study import builtin_studies, load_study
+from harness.study_file import builtin_studies, load_study
 from harness.training.requirements import requirements_of
 from harness.training.shared import SharedBase
 from harness.training.tokens import prepare

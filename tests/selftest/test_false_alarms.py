@@ -50,7 +50,7 @@ def test_claims_that_hold_are_counted(verdict, monkeypatch, capsys, given):
 
 def test_the_grid_and_every_study_are_judged(program):
     """Eight combinations and the studies' variants; on another model than theirs the studies are cut short."""
-    from harness.study import builtin_studies, load_study
+    from harness.study_file import builtin_studies, load_study
 
     module = program("false_alarms")
     variants = sum(len(load_study(name).variants) for name in builtin_studies())
