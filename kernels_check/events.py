@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 
-from kernels_check.rules import classify
+from kernels_check.rules import attention_backend, classify
 
 Direction = Literal["forward", "backward"]
 
@@ -32,26 +32,6 @@ _READ = frozenset({
     *("bitsandbytes::gemm_4bit", "bitsandbytes::gemv_4bit", "bitsandbytes::dequantize_4bit", _COMPILER_LOOKUP),
 })  # fmt: skip
 _DTYPES = {"float": "float32", "double": "float64", "c10::BFloat16": "bfloat16", "c10::Half": "float16"}
-
-_ATTENTION_OPS = tuple(
-    (re.compile(pattern), backend)
-    for pattern, backend in (
-        (r"^aten::_scaled_dot_product_flash_attention(_for_cpu)?(_backward)?$", "flash"),
-        (r"^aten::_scaled_dot_product_efficient_attention(_backward)?$", "efficient"),
-        (r"^aten::_scaled_dot_product_cudnn_attention(_backward)?$", "cudnn"),
-        (r"^aten::_scaled_dot_product_attention_math", "math"),
-        (r"^aten::_safe_softmax$", "math"),
-        (r"^SafeSoftmaxBackward0$", "math"),  # math has no backward operator of its own, this node is its trace
-        (r"^aten::_scaled_dot_product_fused_attention_overrideable(_backward)?$", "overrideable"),
-        (r"^aten::_flash_attention_(forward|backward)$", "flash"),
-        (r"^aten::_efficient_attention_(forward|backward)$", "efficient"),
-        (r"^torch_attn::_varlen_attn(_backward)?$", "flash"),
-        (r"^flash_attn::_flash_attn_(varlen_)?(forward|backward)$", "flash_attention_2"),
-        (r"^_flash_attn2_\w+::(varlen_)?(fwd|bwd)$", "flash_attention_2"),
-        (r"^(flash_attn_3|_\w*flash_attn3\w*)::\w*(fwd|bwd|forward|backward)$", "flash_attention_3"),
-        (r"^flex_attention(_backward)?$", "flex"),
-    )
-)
 
 
 @dataclass(slots=True)
@@ -145,12 +125,6 @@ def matters(name: str) -> bool:
     """Whether anything here reads an event of this name: a few hundred of the tens of thousands of a step."""
     prefixes = (BACKWARD_ROOT, OPTIMIZER_ROOT, _COMPILED_REGION, *UPDATES)
     return name in _READ or name.startswith(prefixes) or attention_backend(name) is not None
-
-
-@cache
-def attention_backend(op: str) -> str | None:
-    """Name the attention implementation an operator belongs to, None for any other operator."""
-    return next((backend for pattern, backend in _ATTENTION_OPS if pattern.search(op)), None)
 
 
 def _ancestors(event: Operator) -> Iterator[Operator]:

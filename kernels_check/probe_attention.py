@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from kernels_check.attention import KERNEL_BACKENDS
-from kernels_check.events import attention_backend
 from kernels_check.probe_attempt import Executed, Try, paired, watch
 from kernels_check.probe_reference import against_same_precision, cast, step_of, with_gradients
 from kernels_check.probe_result import Attempt
+from kernels_check.rules import attention_backend
 
 _ROWS, _HEADS, _TOKENS, _SIZE = 2, 4, 256, 64
 

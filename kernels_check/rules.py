@@ -31,6 +31,9 @@ GRADES = {
 }
 """How a rule is known."""
 
+UNDECIDED = "math_or_eager"
+"""Backend of a rule for softmax: SDPA's math, a model that writes attention out, or no attention at all."""
+
 # `(int)128`, `(unsigned long)4096` and `(bool)1`: only a cast stands directly before a number.
 _C_CAST = re.compile(r"\((?:(?:unsigned|signed|long) )*[\w:<>]+\)(?=-?\d)")
 
@@ -126,3 +129,10 @@ def classify(kernel: str) -> Rule | None:
 def classify_operator(operator: str) -> Rule | None:
     """Find the rule of an operator's name, such as ``aten::mm``; None where no rule knows it."""
     return next((rule for pattern, rule in _patterns(load_operator_rules()) if pattern.search(operator)), None)
+
+
+@cache
+def attention_backend(operator: str) -> str | None:
+    """Name the attention implementation an operator belongs to; None for any other, and for a softmax by itself."""
+    rule = classify_operator(operator)
+    return None if rule is None or rule.backend == UNDECIDED else rule.backend

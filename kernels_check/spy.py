@@ -23,15 +23,8 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels_check.events import (
-    BACKWARD_ROOT,
-    OPTIMIZER_ROOT,
-    UPDATES,
-    Operator,
-    StepProfile,
-    attention_backend,
-    summarise,
-)
+from kernels_check.events import BACKWARD_ROOT, OPTIMIZER_ROOT, UPDATES, Operator, StepProfile, summarise
+from kernels_check.rules import attention_backend
 
 _MATH = "aten::_scaled_dot_product_attention_math"
 _SCORES = frozenset({"aten::_softmax", "aten::_softmax_backward_data", "aten::add"})

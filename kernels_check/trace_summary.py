@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from kernels_check.rules import CATEGORIES, Category, Rule
+from kernels_check.rules import CATEGORIES, UNDECIDED, Category, Rule
 from kernels_check.trace_arguments import Facts
 from kernels_check.trace_timeline import StepCounts
 
@@ -205,7 +205,7 @@ def _backend(one: Launches, operators: Collection[str]) -> str:
     """
     assert one.rule is not None
     backend = one.rule.backend or one.rule.name
-    if backend != "math_or_eager" or not operators:
+    if backend != UNDECIDED or not operators:
         return backend
     if any(
         name == "aten::_safe_softmax" or name.startswith("aten::_scaled_dot_product_attention_math")

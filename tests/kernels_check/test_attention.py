@@ -4,7 +4,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels_check.attention import judge_backend
-from kernels_check.events import AttentionCall, StepProfile, attention_backend
+from kernels_check.events import AttentionCall, StepProfile
 from kernels_check.observe import Observation
 
 
@@ -142,17 +142,6 @@ def test_dtype_is_that_of_the_inner_operator_under_autocast(training):
     assert run.check("attention.dtype", "bfloat16", step).met
     check = run.check("attention.dtype", "bfloat16")
     assert (check.status, check.observed) == ("fallback", "float32")
-
-
-def test_operators_of_other_packages_are_known():
-    """flash-attn by its pip and hub namespaces, cuDNN before flash, and no plain operator."""
-    assert attention_backend("flash_attn::_flash_attn_varlen_forward") == "flash_attention_2"
-    assert attention_backend("_flash_attn2_cuda_9f8e::varlen_fwd") == "flash_attention_2"
-    assert attention_backend("flash_attn_3::fwd") == "flash_attention_3"
-    assert attention_backend("aten::_scaled_dot_product_cudnn_attention_backward") == "cudnn"
-    assert attention_backend("aten::_scaled_dot_product_efficient_attention") == "efficient"
-    assert attention_backend("aten::scaled_dot_product_attention") is None
-    assert attention_backend("aten::_log_softmax") is None
 
 
 def test_kernels_alone_prove_a_backend():

@@ -24,9 +24,8 @@ from torch.profiler import ProfilerActivity, profile
 
 import kernels_check
 from kernels_check.controls import sabotage
-from kernels_check.events import attention_backend
 from kernels_check.observe import quiet_kineto
-from kernels_check.rules import classify, classify_operator, load_operator_rules, load_rules
+from kernels_check.rules import attention_backend, classify, classify_operator, load_operator_rules, load_rules
 from kernels_check.trace_file import open_recording
 from kernels_check.trace_kineto import read_kineto
 

@@ -10,6 +10,7 @@ from kernels_check.rules import (
     CATEGORIES,
     GRADES,
     Rule,
+    attention_backend,
     classify,
     classify_operator,
     load_operator_rules,
@@ -51,14 +52,24 @@ def test_an_operator_lands_in_its_rule(operator, rule):
     assert found.name == rule
 
 
-@pytest.mark.parametrize(("operator", "rule"), OPERATORS, ids=lambda value: value[:40])
-def test_the_judge_of_a_live_step_and_the_table_agree(operator, rule):
-    """Both name the same attention backend; a softmax alone names none, its shape does."""
-    from kernels_check.events import attention_backend
-
-    found = classify_operator(operator)
-    assert found is not None
-    assert attention_backend(operator) == (found.backend if rule != "OP-SOFTMAX" else None)
+@pytest.mark.parametrize(
+    ("operator", "backend"),
+    [
+        ("flash_attn::_flash_attn_varlen_forward", "flash_attention_2"),
+        ("_flash_attn2_cuda_9f8e::varlen_fwd", "flash_attention_2"),
+        ("flash_attn_3::fwd", "flash_attention_3"),
+        ("aten::_scaled_dot_product_cudnn_attention_backward", "cudnn"),
+        ("aten::_scaled_dot_product_efficient_attention", "efficient"),
+        ("SafeSoftmaxBackward0", "math"),
+        ("aten::_softmax", None),
+        ("aten::_log_softmax", None),
+        ("aten::scaled_dot_product_attention", None),
+        ("my::operator", None),
+    ],
+)
+def test_an_operator_names_its_attention(operator, backend):
+    """By pip and hub namespaces, cuDNN before flash; a softmax by itself names none, its shape does."""
+    assert attention_backend(operator) == backend
 
 
 def test_every_rule_is_reached():

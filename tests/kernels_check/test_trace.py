@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels_check import KernelSummary, read_trace
@@ -379,6 +379,7 @@ def read(directory, some):
     return read_trace(path)
 
 
+@settings(deadline=None)
 @given(some=events, seed=st.integers(0, 1000))
 def test_shares_add_up_and_order_does_not_matter(tmp_path_factory, some, seed):
     """Categories and milliseconds are complete, the busy share is that of a unit grid, a shuffled file says as much."""
