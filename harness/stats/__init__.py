@@ -2,7 +2,8 @@
 
 The replicate is the unit (Kalibera & Jones 2013): samples of one process are sub-samples, reduced to one value before
 any interval is taken. A comparison has a verdict for "equal" and another for "cannot tell". Times go through
-`compare_trials` (several at once: `compare_family`), peaks of memory through `compare_bytes`.
+`compare_trials` (several at once: `compare_family`), peaks of memory through `compare_bytes`; statements about several
+levels are judged by `harness.stats.statement` from the contrasts of `harness.stats.trend`.
 
 Importing this package loads neither numpy nor scipy: every function that needs them imports them when it is called, so
 that command lines and type annotations pay nothing.
@@ -14,7 +15,8 @@ from harness.stats.autocorrelation import effective_size
 from harness.stats.comparison import Pairing, compare_trials
 from harness.stats.drops import KeptPairs, kept_pairs
 from harness.stats.estimate import Estimate, estimate_trials
-from harness.stats.family import compare_family
+from harness.stats.explained import Share, explained_share
+from harness.stats.family import compare_family, step_down
 from harness.stats.memory import compare_bytes
 from harness.stats.outliers import OutlierLabel, label_outliers
 from harness.stats.power import replicates_to_see, sd_interval
@@ -32,6 +34,7 @@ __all__ = [
     "Pairing",
     "QuantileEstimate",
     "RunWideShift",
+    "Share",
     "Verdict",
     "WarmupKind",
     "WarmupResult",
@@ -40,6 +43,7 @@ __all__ = [
     "compare_trials",
     "effective_size",
     "estimate_trials",
+    "explained_share",
     "is_precise",
     "is_steady",
     "kept_pairs",
@@ -50,5 +54,6 @@ __all__ = [
     "replicates_to_see",
     "run_wide_shift",
     "sd_interval",
+    "step_down",
     "warmup_end",
 ]

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Pairing = Literal["none", "replicate", "turn"]
 
 # Logs of durations carry about 1e-15 of rounding; a scatter below this is a constant.
-_ROUNDING = 1e-12
+ROUNDING = 1e-12
 _LOG_LARGEST = math.log(sys.float_info.max)
 
 
@@ -78,16 +78,26 @@ def measure_effect(base: Sequence[NDArray[float64]], candidate: Sequence[NDArray
     """
     if pairing == "none":
         return _unpaired(_log_medians(base), _log_medians(candidate))
+    return paired_effect(log_ratios(base, candidate, pairing), pairing)
+
+
+def log_ratios(
+    base: Sequence[NDArray[float64]], candidate: Sequence[NDArray[float64]], pairing: Pairing
+) -> NDArray[float64]:
+    """The log ratio of candidate to base in each replicate, of sides that are paired.
+
+    Raises ValueError for sides that are not, and as `measure_effect` does.
+    """
+    if pairing == "none":
+        raise ValueError("pairing is 'none': sides that are not paired have no ratio in a replicate")
     if len(base) != len(candidate):
         raise ValueError(
             f"base has {len(base)} trials and candidate {len(candidate)}: pairing {pairing!r} needs one of each a "
             "replicate; leave a replicate that failed on one side out on both, or pass pairing='none'"
         )
     if pairing == "replicate":
-        log_ratios = _log_medians(candidate) - _log_medians(base)
-    else:
-        log_ratios = _log_ratios_by_turn(base, candidate)
-    return _paired(log_ratios, pairing)
+        return _log_medians(candidate) - _log_medians(base)
+    return _log_ratios_by_turn(base, candidate)
 
 
 def _log_medians(trials: Sequence[NDArray[float64]]) -> NDArray[float64]:
@@ -111,14 +121,13 @@ def _log_ratios_by_turn(base: Sequence[NDArray[float64]], candidate: Sequence[ND
     return values
 
 
-def _paired(log_ratios: NDArray[float64], pairing: Pairing) -> Effect:
+def paired_effect(values: NDArray[float64], pairing: Pairing) -> Effect:
+    """The effect over replicates of one log ratio, or any contrast of logs, a replicate."""
     spread = None
-    if log_ratios.size > 1:
-        sd = _sd(log_ratios)
-        spread = Spread(
-            standard_error=sd / math.sqrt(log_ratios.size), df=log_ratios.size - 1, sd=sd, df_per_replicate=1.0
-        )
-    return Effect(log_ratio=float(log_ratios.mean()), replicates=int(log_ratios.size), spread=spread, pairing=pairing)
+    if values.size > 1:
+        sd = _sd(values)
+        spread = Spread(standard_error=sd / math.sqrt(values.size), df=values.size - 1, sd=sd, df_per_replicate=1.0)
+    return Effect(log_ratio=float(values.mean()), replicates=int(values.size), spread=spread, pairing=pairing)
 
 
 def _unpaired(base: NDArray[float64], candidate: NDArray[float64]) -> Effect:
@@ -147,4 +156,4 @@ def _welch(variance_base: float, count_base: int, variance_candidate: float, cou
 
 def _sd(values: NDArray[float64]) -> float:
     sd = float(values.std(ddof=1))
-    return sd if sd > _ROUNDING else 0.0
+    return sd if sd > ROUNDING else 0.0

@@ -7,7 +7,7 @@ themselves.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import TYPE_CHECKING, TypeVar
 
 from harness.stats.comparison import Pairing, decide, effect_of
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 T = TypeVar("T")
+K = TypeVar("K", bound=Hashable)
+R = TypeVar("R")
 
 
 def compare_family(
@@ -40,25 +42,30 @@ def compare_family(
         except ValueError as error:
             raise ValueError(f"comparison {name!r}: {error}") from error
 
-    decided: dict[str, Comparison] = {}
-    undecided: dict[str, Comparison] = {}
-    # Deciding every comparison that passes at a level, before the level is raised, ends where Holm's sorted p-values
-    # end.
+    def judge(name: str, left: int) -> Comparison:
+        rule = Rule(tolerance=_of(tolerance, name), margin=_of(margin, name), alpha=alpha, family=left)
+        return decide(effects[name], rule)
+
+    return step_down(effects, judge, is_decided=lambda result: result.verdict in ("regressed", "improved"))
+
+
+def step_down(names: Iterable[K], judge: Callable[[K, int], R], *, is_decided: Callable[[R], bool]) -> dict[K, R]:
+    """Holm's procedure: what was judged of each name, in their order.
+
+    `judge` judges a name as one of so many that share the rate; what `is_decided` leaves the family, and the others are
+    judged again at the level of those left. Deciding everything that passes at a level, before the level is raised,
+    ends where Holm's sorted p-values end.
+    """
+    order = list(names)
+    decided: dict[K, R] = {}
     while True:
-        left = [name for name in effects if name not in decided]
-        undecided = {
-            name: decide(
-                effects[name],
-                Rule(tolerance=_of(tolerance, name), margin=_of(margin, name), alpha=alpha, family=len(left)),
-            )
-            for name in left
-        }
-        found = {name: result for name, result in undecided.items() if result.verdict in ("regressed", "improved")}
+        left = [name for name in order if name not in decided]
+        undecided = {name: judge(name, len(left)) for name in left}
+        found = {name: result for name, result in undecided.items() if is_decided(result)}
         if not found:
-            break
+            results = decided | undecided
+            return {name: results[name] for name in order}
         decided |= found
-    results = decided | undecided
-    return {name: results[name] for name in effects}
 
 
 def _of(value: T | Mapping[str, T], name: str) -> T:

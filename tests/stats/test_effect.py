@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from harness.stats.effect import checked_pairing, from_log, measure_effect
+from harness.stats.effect import checked_pairing, from_log, log_ratios, measure_effect, paired_effect
 
 
 def arrays(*trials):
@@ -110,3 +110,15 @@ def test_unknown_pairing_is_refused():
 def test_no_infinity_comes_back_from_logs():
     """What is larger than a float is None; what is smaller than one is zero."""
     assert (from_log(710.0), from_log(math.inf), from_log(-math.inf), from_log(0.0)) == (None, None, 0.0, 1.0)
+
+
+def test_log_ratios_are_those_of_the_effect():
+    """One log ratio a replicate, whose mean is the effect; sides that are not paired have none."""
+    rng = np.random.default_rng(4)
+    base, candidate = noisy(rng, 5, 3), noisy(rng, 5, 3)
+    for pairing in ("turn", "replicate"):
+        values = log_ratios(base, candidate, pairing)
+        assert values.shape == (5,)
+        assert measure_effect(base, candidate, pairing) == paired_effect(values, pairing)
+    with pytest.raises(ValueError, match="not paired have no ratio"):
+        log_ratios(base, candidate, "none")

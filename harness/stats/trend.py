@@ -1,0 +1,76 @@
+"""Contrasts over the ordered levels of an axis: one number a replicate for what a claim is about.
+
+Replicates are blocks: each holds every level, so what its levels shared (the seed, the machine's mood) cancels in a
+contrast, whose weights sum to zero. Contrasts are taken within each replicate and only then spread over replicates, so
+nothing is assumed of how the levels' noise is correlated, nor that it is equal. Logs go in, so a contrast is the log of
+a ratio.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from numpy import float64
+    from numpy.typing import NDArray
+
+Scale = Literal["log", "linear"]
+
+
+def scores(levels: Sequence[float], scale: Scale) -> tuple[float, ...]:
+    """How far apart levels are: their values, or the logarithms to base 2 of these.
+
+    Raises ValueError for fewer than two levels, for two that are equal, and for a logarithm of a level not above zero.
+    """
+    if len(set(levels)) < max(2, len(levels)):
+        raise ValueError(f"levels are {list(levels)}: pass two or more, each once")
+    if scale == "linear":
+        return tuple(levels)
+    if min(levels) <= 0:
+        raise ValueError(f"levels are {list(levels)}: {min(levels):g} has no logarithm; take the linear scale")
+    return tuple(math.log2(level) for level in levels)
+
+
+def line_change(logs: NDArray[float64], positions: Sequence[float]) -> NDArray[float64]:
+    """What the least-squares line through each replicate's levels gains from the first level to the last.
+
+    `logs` is replicates × levels, `positions` what `scores` gives. With two levels it is their difference. A line uses
+    every level, and a value that only rises can be told from one that scatters; what bends is not seen as such.
+    """
+    import numpy as np
+
+    centred = np.asarray(positions) - np.mean(positions)
+    weights = centred / (centred @ centred) * (positions[-1] - positions[0])
+    return np.asarray(logs @ weights)
+
+
+def pairs(count: int) -> tuple[tuple[int, int], ...]:
+    """Every pair of so many levels, the lower one first."""
+    return tuple(itertools.combinations(range(count), 2))
+
+
+def pair_differences(logs: NDArray[float64]) -> NDArray[float64]:
+    """The higher level against the lower one, for every pair in the order of `pairs`: replicates × pairs."""
+    import numpy as np
+
+    return np.stack([logs[:, high] - logs[:, low] for low, high in pairs(logs.shape[1])], axis=1)
+
+
+def leads(logs: NDArray[float64], level: int) -> NDArray[float64]:
+    """One level (by its index) against each of the others in their order: replicates × others."""
+    import numpy as np
+
+    return np.stack([logs[:, level] - logs[:, other] for other in range(logs.shape[1]) if other != level], axis=1)
+
+
+def sizes(changes: NDArray[float64]) -> NDArray[float64]:
+    """Changes without their direction: each replicate's, in the direction of their mean.
+
+    Absolute values would turn the scatter of a change that is zero into a size.
+    """
+    import numpy as np
+
+    return np.asarray(changes * np.sign(changes.mean()))

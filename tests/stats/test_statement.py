@@ -1,0 +1,168 @@
+"""What replicates say of a statement, from contrasts of known truth."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from harness.stats.statement import beyond, opposite, within
+
+TOLERANCE = math.log1p(0.01)
+MARGIN = math.log1p(0.05)
+
+
+def around(*means, sd=0.003, replicates=6, seed=0):
+    """Contrasts of these means whose scatter is `sd` exactly: replicates × means."""
+    rng = np.random.default_rng(seed)
+    noise = rng.normal(0, 1, (replicates, len(means)))
+    noise = (noise - noise.mean(axis=0)) / noise.std(axis=0, ddof=1)
+    return np.array(means) + sd * noise
+
+
+def both(statement, contrasts, limit, **level):
+    found = statement(contrasts, limit, **level)
+    return found.status, found.by
+
+
+@pytest.mark.parametrize(
+    ("means", "expected"),
+    [
+        ([0.04], ("supported", "difference")),
+        ([-0.04], ("refuted", "difference")),
+        ([0.0], ("refuted", "difference")),
+        ([0.0101], ("inconclusive", "")),
+        ([0.04, 0.05], ("supported", "difference")),
+        ([0.04, -0.04], ("refuted", "difference")),
+        ([0.04, 0.0102], ("inconclusive", "")),
+    ],
+)
+def test_beyond(means, expected):
+    """All above the limit supports, one shown to lie below it refutes, one at the limit leaves it open."""
+    assert both(beyond, around(*means), TOLERANCE) == expected
+
+
+@pytest.mark.parametrize(
+    ("means", "expected"),
+    [
+        ([0.0], ("supported", "equality")),
+        ([-0.04], ("supported", "equality")),
+        ([0.06], ("refuted", "difference")),
+        ([-0.06], ("refuted", "difference")),
+        ([0.048], ("inconclusive", "")),
+        ([0.0, 0.01, -0.02], ("supported", "equality")),
+        ([0.0, 0.01, -0.07], ("refuted", "difference")),
+        ([0.0, 0.01, -0.047], ("inconclusive", "")),
+    ],
+)
+def test_within(means, expected):
+    """All inside the limit supports, one shown to lie outside on either side refutes, one near it leaves it open."""
+    assert both(within, around(*means), MARGIN) == expected
+
+
+def test_no_difference_refutes_beyond_without_correction():
+    """Contrasts that are all equal within the limit refute it even where the corrected interval still reaches it."""
+    contrasts = around(0.0, 0.0, 0.0, sd=0.03)
+    assert both(beyond, contrasts, MARGIN, family=20) == ("refuted", "equality")
+    assert beyond(contrasts, MARGIN, family=20).level == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize("statement", [beyond, within])
+@pytest.mark.parametrize("means", [[0.0], [0.03], [-0.2], [0.03, 0.2, -0.1]])
+def test_huge_noise_is_inconclusive(statement, means):
+    """Where the scatter hides everything nothing is asserted, whatever the mean."""
+    assert both(statement, around(*means, sd=1.0), MARGIN) == ("inconclusive", "")
+
+
+@pytest.mark.parametrize(("mean", "expected"), [(0.0, ("refuted", "supported")), (0.1, ("supported", "refuted"))])
+def test_identical_replicates_are_certain(mean, expected):
+    """Without any scatter two replicates decide."""
+    contrasts = np.full((2, 1), mean)
+    assert (beyond(contrasts, TOLERANCE).status, within(contrasts, TOLERANCE).status) == expected
+
+
+@pytest.mark.parametrize("mean", [0.0, 1e-17, -1e-17])
+def test_rounding_decides_nothing(mean):
+    """At a limit of zero, equal values are neither above nor below each other."""
+    contrasts = np.full((6, 2), mean)
+    assert beyond(contrasts, 0.0).status == within(contrasts, 0.0).status == "inconclusive"
+
+
+def test_a_family_widens_what_a_difference_needs():
+    """The interval that decides is that of alpha over the family; the one that is shown stays that of 95 %."""
+    contrasts = around(0.02, sd=0.006)
+    assert both(beyond, contrasts, TOLERANCE) == ("supported", "difference")
+    found = beyond(contrasts, TOLERANCE, family=20)
+    assert (found.status, found.level) == ("inconclusive", pytest.approx(1 - 0.05 / 20))
+    oracle = [stats.ttest_1samp(contrasts[:, 0], 0).confidence_interval(level) for level in (0.95, 1 - 0.05 / 20)]
+    assert (found.low, found.high) == pytest.approx((oracle[0].low, oracle[0].high))
+    assert (found.decided_low, found.decided_high) == pytest.approx((oracle[1].low, oracle[1].high))
+
+
+def test_refuting_by_the_worst_of_many_is_corrected():
+    """One of ten contrasts outside the limit must be so at a tenth of the rate; to support, none is corrected."""
+    one = around(0.068, sd=0.01)
+    assert within(one, MARGIN).status == "refuted"
+    many = np.hstack([one, around(*[0.0] * 9, seed=1)])
+    found = within(many, MARGIN)
+    assert (found.status, found.contrast) == ("inconclusive", 0)
+    assert within(np.hstack([around(0.2, sd=0.01), many[:, 1:]]), MARGIN).level == pytest.approx(1 - 0.05 / 10)
+
+
+@given(
+    st.lists(st.lists(st.floats(-0.2, 0.2), min_size=3, max_size=3), min_size=2, max_size=8),
+    st.permutations(range(3)),
+    st.integers(1, 30),
+)
+def test_treats_contrasts_and_directions_alike(rows, order, family):
+    """The order of contrasts does not matter, nor does the sign of them for `within`."""
+    contrasts = np.array(rows)
+    for statement in (beyond, within):
+        plain = statement(contrasts, MARGIN, family=family)
+        mixed = statement(contrasts[:, order], MARGIN, family=family)
+        assert (plain.status, plain.by) == (mixed.status, mixed.by)
+    mirrored = within(-contrasts, MARGIN, family=family)
+    assert mirrored.status == within(contrasts, MARGIN, family=family).status
+
+
+@given(st.lists(st.floats(-0.2, 0.2), min_size=2, max_size=8), st.floats(0.001, 0.1), st.integers(1, 30))
+def test_never_both_above_and_within(values, limit, family):
+    """With one limit, what is supported as larger than it is never supported as within it."""
+    contrasts = np.array(values)
+    up, down, equal = beyond(contrasts, limit, family=family), beyond(-contrasts, limit), within(contrasts, limit)
+    assert [up.status, down.status, equal.status].count("supported") <= 1
+    if equal.status == "supported":
+        assert up.status == "refuted"
+
+
+@pytest.mark.parametrize(
+    ("statement", "mean", "false"),
+    [(beyond, TOLERANCE, "supported"), (beyond, TOLERANCE, "refuted"), (within, TOLERANCE, "supported"),
+     (within, TOLERANCE, "refuted")],
+)  # fmt: skip
+def test_false_statements_at_the_limit_keep_their_rate(statement, mean, false):
+    """Where the truth lies exactly at the limit, each assertion is made in at most its 5 % of runs."""
+    rng = np.random.default_rng(3)
+    runs = 2000
+    said = sum(statement(rng.normal(mean, 0.005, (6, 1)), TOLERANCE).status == false for _ in range(runs))
+    assert stats.binomtest(said, runs, 0.05, "greater").pvalue > 0.001
+    assert said > 0
+
+
+def test_the_opposite_of_a_finding():
+    """What supports a statement refutes its negation; an open question stays open."""
+    assert opposite(within(around(0.0), MARGIN)).status == "refuted"
+    assert opposite(within(around(0.1), MARGIN)).status == "supported"
+    assert opposite(within(around(0.048), MARGIN)).status == "inconclusive"
+
+
+@pytest.mark.parametrize(
+    ("contrasts", "words"),
+    [(np.zeros((1, 2)), "one replicate"), (np.zeros((3, 0)), "shape"), (np.array([[1.0], [math.nan]]), "finite")],
+)
+def test_what_cannot_be_judged_is_refused(contrasts, words):
+    """One replicate, no contrast, and a value that is no number."""
+    with pytest.raises(ValueError, match=words):
+        beyond(contrasts, MARGIN)

@@ -1,0 +1,76 @@
+"""Contrasts over the levels of an axis."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from harness.stats.trend import leads, line_change, pair_differences, pairs, scores, sizes
+
+ALPHAS = (16.0, 32.0, 64.0, 128.0, 256.0)
+finite = st.floats(-5, 5, allow_nan=False)
+blocks = st.integers(2, 6).flatmap(
+    lambda levels: st.lists(st.lists(finite, min_size=levels, max_size=levels), min_size=1, max_size=5)
+)
+
+
+def test_a_line_is_recovered():
+    """Of a quantity that gains 1 % with each doubling the line gains four of them from 16 to 256."""
+    logs = np.log([1.01**step for step in range(5)]) + np.array([[0.0], [0.3], [-2.0]])
+    assert line_change(logs, scores(ALPHAS, "log")) == pytest.approx([np.log(1.01**4)] * 3)
+
+
+def test_the_line_is_that_of_least_squares():
+    """The change is the slope of numpy's fit times the distance between the first and the last level."""
+    rng = np.random.default_rng(1)
+    logs, positions = rng.normal(0, 1, (4, 6)), scores([0.0, 0.1, 0.2, 0.3, 0.4, 0.5], "linear")
+    slopes = [np.polyfit(positions, row, 1)[0] for row in logs]
+    assert line_change(logs, positions) == pytest.approx(np.array(slopes) * 0.5)
+
+
+@given(blocks, finite)
+def test_what_a_replicate_shares_cancels(logs, shared):
+    """Adding the same to all levels of a replicate changes no contrast."""
+    table = np.array(logs)
+    positions = tuple(range(table.shape[1]))
+    for contrast in (lambda x: line_change(x, positions), pair_differences, lambda x: leads(x, 0)):
+        assert contrast(table + shared) == pytest.approx(contrast(table), abs=1e-9)
+
+
+@given(blocks)
+def test_reversing_the_levels_mirrors_the_line(logs):
+    """From last to first the change is the same with the other sign."""
+    table = np.array(logs)
+    positions = tuple(range(table.shape[1]))
+    assert line_change(table[:, ::-1], positions) == pytest.approx(-line_change(table, positions), abs=1e-9)
+
+
+def test_scores_by_doubling_or_by_value():
+    """Equal factors are equal steps on the log scale, equal differences on the linear one."""
+    assert scores(ALPHAS, "log") == (4.0, 5.0, 6.0, 7.0, 8.0)
+    assert scores([0.0, 0.5], "linear") == (0.0, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("levels", "scale", "words"),
+    [([0.0, 0.1], "log", "0 has no logarithm"), ([16.0], "log", "two or more"), ([1.0, 1.0], "linear", "each once")],
+)
+def test_levels_that_make_no_axis_are_refused(levels, scale, words):
+    """A level without a logarithm, a single level, and a level given twice."""
+    with pytest.raises(ValueError, match=words):
+        scores(levels, scale)
+
+
+def test_pairs_and_leads_name_their_levels():
+    """The order of the columns is that of the pairs; a level leads each of the others, not itself."""
+    logs = np.array([[1.0, 2.0, 4.0]])
+    assert pairs(3) == ((0, 1), (0, 2), (1, 2))
+    assert pair_differences(logs).tolist() == [[1.0, 3.0, 2.0]]
+    assert leads(logs, 1).tolist() == [[1.0, -2.0]]
+
+
+def test_the_size_of_scatter_around_zero_is_small():
+    """A change without a direction has a size near zero; a fall has the size of the rise."""
+    scatter = np.random.default_rng(2).normal(0, 1, 1000)
+    assert abs(sizes(scatter).mean()) < 0.1 < np.abs(scatter).mean()
+    assert sizes(np.array([-0.3, -0.1])).tolist() == [0.3, 0.1]
