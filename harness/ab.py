@@ -73,7 +73,7 @@ def plan_ab(
     notices = check_feasible(study, machine, variants)
     checked = checked_phases(phases)
     level, why = _level(variants, study, machine, runs)
-    together, alone = measures_of(level, checked)
+    together, alone = measures_of(study, level, checked)
     shuffler = random.Random(study.protocol.seed)
     groups: list[Group] = []
     position = 0
@@ -86,7 +86,7 @@ def plan_ab(
                 slots.append(_slot(study, variant, side, role, replicate, position, level, together, injected_rows))
                 position += 1
             groups += grouped(study, slots, shuffler, checked)
-            if solo_due(alone, replicate):
+            if solo_due(study, alone, replicate):
                 solo = live if "cold" in alone else arms  # peaks are compared by their maximum: no control for them
                 for side, role in shuffler.sample(solo, len(solo)):
                     slot = _slot(study, variant, side, role, replicate, position, "replicates", alone, injected_rows)
@@ -192,7 +192,7 @@ def _slot(
         seed=study.protocol.seed + replicate,
         interleaving=level,
         measures=measures,
-        instrument=instrument_for(replicate),
+        instrument=instrument_for(replicate, measures),
         side=side,
         arm=CONTROL_SUFFIX if role == "control" else side,
         injected_rows=injected_rows if side == "candidate" else 0,

@@ -43,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("study", metavar="STUDY", help="name of a built-in study, or a TOML file")
     run.add_argument("--effort", choices=("quick", "standard", "rigorous"), help="3, 8 or 12 replicates")
     run.add_argument("--replicates", type=int, metavar="N", help="number of replicates, instead of --effort")
+    run.add_argument("--profile", metavar="P", help="a profile of the study; default: the one of this machine")
     run.add_argument("--model", metavar="M", help="catalogue name, hub id, directory, GGUF file, or random:M")
     run.add_argument("--data", metavar="FILE|ID", help="a .jsonl(.gz) file, a hub id, or synthetic")
     run.add_argument("--variant", metavar="V", action="append", default=[], help="only this variant; repeatable")
@@ -93,11 +94,11 @@ def _run(options: argparse.Namespace) -> int:
     from harness.report.terminal import console_for, print_notices, print_run
     from harness.report.view import view_of
     from harness.study_file import load_study
-    from harness.units import PHASES
 
     if options.effort and options.replicates is not None:
         raise _usage("--effort and --replicates both set the replicates. Give one of them.")
-    study = load_study(options.study).with_overrides(
+    machine, runs = probe_machine(), store.runs_dir(options.runs_dir)
+    study = load_study(options.study, profile=options.profile, device=machine.kind).with_overrides(
         model=options.model,
         data=options.data,
         effort=options.effort,
@@ -105,12 +106,11 @@ def _run(options: argparse.Namespace) -> int:
         precision=options.precision,
         max_minutes=options.max_minutes,
     )
-    machine, runs = probe_machine(), store.runs_dir(options.runs_dir)
     plan, notices = plan_study(
         study,
         machine,
         select=options.variant,
-        phases=options.phase or PHASES,
+        phases=options.phase or study.protocol.phases,
         interleaving=options.interleave,
         runs=runs,
     )

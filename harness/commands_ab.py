@@ -189,13 +189,14 @@ def _measured_here(study: Any, name: str, rows: int, options: argparse.Namespace
 
 def study_of(options: argparse.Namespace, standard: int | None = None) -> Any:
     """The study with the options' changes; 8 replicates, or `standard`, unless something else is asked for."""
+    from harness.provenance import probe_machine
     from harness.study_file import load_study
 
     if options.effort and options.replicates is not None:
         raise UsageError("--effort and --replicates both set the replicates. Give one of them.")
     precision = getattr(options, "precision", None)
     decided = options.effort or options.replicates is not None or precision is not None
-    return load_study(options.study).with_overrides(
+    return load_study(options.study, device=probe_machine().kind).with_overrides(
         model=options.model,
         data=options.data,
         effort=options.effort or (None if decided or standard else "standard"),

@@ -62,6 +62,7 @@ def _check_lengths(study: Study, shape: ModelShape) -> None:
     for key, length in (
         ("sequence_length", workload.sequence_length),
         ("prompt_tokens + new_tokens", workload.prompt_tokens + workload.new_tokens),
+        ("natural_prompt_tokens + natural_tokens", workload.natural_prompt_tokens + workload.natural_tokens),
     ):
         if length > shape.context:
             raise UsageError(

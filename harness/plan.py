@@ -26,12 +26,10 @@ from harness.units import PHASES
 from harness.variant import Variant
 
 CONTROL_SUFFIX = "control"
-PEAK_REPLICATES = 3
-"""Peaks take one of a few values and are compared by their maximum, so a few solo trials are enough for them."""
-
 _PHASE_MEASURES: dict[Measure, str] = {
     "steps": "train",
     "requests": "generate",
+    "natural": "generate",
     "merged": "generate",
     "peaks": "train",
     "cold": "cold",
@@ -129,7 +127,7 @@ def make_plan(
     """
     members = members_of(study, select)
     checked = checked_phases(phases)
-    together, alone = measures_of(interleaving, checked)
+    together, alone = measures_of(study, interleaving, checked)
     shuffler = random.Random(study.protocol.seed)
     groups: list[Group] = []
     position = 0
@@ -142,9 +140,9 @@ def make_plan(
         ]
         groups += grouped(study, slots, shuffler, checked)
         position += len(slots)
-        if solo_due(alone, replicate):
+        if solo_due(study, alone, replicate):
             shuffler.shuffle(order)
-            for variant, role in order:
+            for variant, role in solo_members(order, alone):
                 slot = _slot(study, variant, role, replicate, position, "replicates", alone, suffix="-solo")
                 groups.append(Group(replicate=replicate, launches=((slot,),), requests=solo_requests(study, slot)))
                 position += 1
@@ -159,9 +157,17 @@ def checked_phases(phases: Sequence[str]) -> tuple[str, ...]:
     return tuple(phase for phase in PHASES if phase in phases)
 
 
-def measures_of(interleaving: Interleaving, phases: Sequence[str]) -> tuple[tuple[Measure, ...], tuple[Measure, ...]]:
+def measures_of(
+    study: Study, interleaving: Interleaving, phases: Sequence[str]
+) -> tuple[tuple[Measure, ...], tuple[Measure, ...]]:
     """What the trials that take turns measure, and what solo trials beside them measure."""
-    wanted = tuple(measure for measure, phase in _PHASE_MEASURES.items() if phase in phases or measure == "steps")
+    unwanted = {"merged"} if not study.protocol.merged else set()
+    unwanted |= {"natural"} if not study.workload.natural_tokens else set()
+    wanted = tuple(
+        measure
+        for measure, phase in _PHASE_MEASURES.items()
+        if (phase in phases or measure == "steps") and measure not in unwanted
+    )
     wanted = (*(measure for measure in wanted if measure != "peaks"), "peaks")
     solo: set[Measure] = {
         "shared-base": {"merged", "peaks", "cold"},
@@ -173,9 +179,14 @@ def measures_of(interleaving: Interleaving, phases: Sequence[str]) -> tuple[tupl
     )
 
 
-def solo_due(alone: Sequence[Measure], replicate: int) -> bool:
+def solo_due(study: Study, alone: Sequence[Measure], replicate: int) -> bool:
     """Whether a replicate has solo trials for what they measure; peaks alone need few."""
-    return bool(alone) and (set(alone) != {"peaks"} or replicate < PEAK_REPLICATES)
+    return bool(alone) and (set(alone) != {"peaks"} or replicate < study.protocol.peak_replicates)
+
+
+def solo_members(members: Sequence[tuple[Variant, Role]], alone: Sequence[Measure]) -> list[tuple[Variant, Role]]:
+    """Who has solo trials; peaks are compared by their maximum, which takes no control."""
+    return [(variant, role) for variant, role in members if role == "variant" or set(alone) != {"peaks"}]
 
 
 def grouped(study: Study, slots: Sequence[Slot], shuffler: random.Random, phases: Sequence[str]) -> list[Group]:
@@ -205,9 +216,10 @@ def _conducted(
     )
 
 
-def instrument_for(replicate: int) -> Instrument:
-    """The full profile once a variant and run, the spy afterwards: the paths do not change between replicates."""
-    return "profile" if replicate == 0 else "spy"
+def instrument_for(replicate: int, measures: Sequence[Measure]) -> Instrument:
+    """The full profile once a variant and run, in its first timed trial; the spy in all others, whose paths are the
+    same."""
+    return "profile" if replicate == 0 and "steps" in measures else "spy"
 
 
 def solo_requests(study: Study, slot: Slot) -> tuple[tuple[str, ...], ...]:
@@ -236,5 +248,5 @@ def _slot(
         seed=study.protocol.seed + replicate,
         interleaving=interleaving,
         measures=measures,
-        instrument=instrument_for(replicate),
+        instrument=instrument_for(replicate, measures),
     )

@@ -54,6 +54,11 @@ class Machine:
     kernel: str
     python: str
 
+    @property
+    def kind(self) -> str:
+        """What profiles of studies go by: "cpu", or the name of the GPU."""
+        return "cpu" if self.device == "cpu" else self.device_name
+
 
 def probe_machine() -> Machine:
     """Read /proc, NVML and the installed torch's version file."""

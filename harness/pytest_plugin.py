@@ -40,6 +40,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """The options, in the words of the command line."""
     group = parser.getgroup("lorameter", "measuring LoRA variants")
     group.addoption("--lorameter-study", metavar="STUDY", default=DEFAULT_STUDY, help="built-in study or TOML file")
+    group.addoption("--lorameter-profile", metavar="P", help="a profile of the study; default: the one of this machine")
     group.addoption("--lorameter-model", metavar="M", help="model in place of the study's")
     group.addoption("--lorameter-data", metavar="FILE|ID", help="data in place of the study's")
     group.addoption("--lorameter-effort", choices=("quick", "standard", "rigorous"), help="3, 8 or 12 replicates")
@@ -223,7 +224,8 @@ class Session:
         from harness.study_file import load_study
 
         option = self._config.getoption
-        study = load_study(option("--lorameter-study"))
+        profile, device = option("--lorameter-profile"), self._machine().kind
+        study = load_study(option("--lorameter-study"), profile=profile, device=device)
         return study.with_overrides(
             model=option("--lorameter-model"),
             data=option("--lorameter-data"),

@@ -14,10 +14,10 @@ from harness.protocol import Protocol
 from harness.variant import Variant
 from harness.workload import Workload
 
-SCHEMA = 2
+SCHEMA = 3
 """Version of everything in this module. 1: first form. 2: requests say what a trial measures, with which instrument
-it is checked and how much work is injected; records name their side of an A/B."""
-READABLE = (1, 2)
+it is checked and how much work is injected; records name their side of an A/B. 3: requests to the model's own end."""
+READABLE = (1, 2, 3)
 """Schemas that this version reads from disk: later fields have defaults."""
 
 Status = Literal["ok", "invalid", "oom", "timeout", "crashed", "interrupted", "not_run"]
@@ -25,9 +25,10 @@ Role = Literal["variant", "control"]
 Interleaving = Literal["shared-base", "lockstep", "replicates", "separate"]
 Side = Literal["", "base", "candidate"]
 """Which side of an A/B a trial stands on; empty where there are no sides."""
-Measure = Literal["steps", "requests", "merged", "peaks", "cold"]
-"""What a trial measures: timed training steps with their losses · warm requests · the same with the adapter merged ·
-peaks of memory, load and first calls, which need a process that is alone · the cold start of its saved adapter."""
+Measure = Literal["steps", "requests", "natural", "merged", "peaks", "cold"]
+"""What a trial measures: timed training steps with their losses · warm requests of a fixed number of tokens · requests
+that end where the model ends them, with their answers · warm requests with the adapter merged · peaks of memory, load
+and first calls, which need a process that is alone · the cold start of its saved adapter."""
 Instrument = Literal["profile", "spy"]
 """How a trial's paths are checked: by a full profile, or by watching what is dispatched, which costs a step."""
 

@@ -60,6 +60,11 @@ def _output_tokens_per_s(record: TrialRecord) -> tuple[float, ...]:
     return tuple(tokens / seconds for seconds in record.samples.get("request_time_s", ()))
 
 
+def _natural_time_per_token_s(record: TrialRecord) -> tuple[float, ...]:
+    pairs = zip(record.samples.get("natural_request_time_s", ()), record.samples.get("natural_tokens", ()), strict=True)
+    return tuple(seconds / tokens for seconds, tokens in pairs)
+
+
 def _final_train_loss(record: TrialRecord) -> tuple[float, ...]:
     if "train_loss" not in record.samples:  # a trial that is not there to be timed ends its training early
         return ()
@@ -73,6 +78,7 @@ _DERIVED: dict[str, Callable[[TrialRecord], tuple[float, ...]]] = {
     "tokens_per_s": _tokens_per_s,
     "samples_per_s": _samples_per_s,
     "output_tokens_per_s": _output_tokens_per_s,
+    "natural_time_per_token_s": _natural_time_per_token_s,
     "train_loss": _final_train_loss,
 }
 

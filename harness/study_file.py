@@ -87,7 +87,7 @@ def _read(name_or_path: str, seen: tuple[str, ...]) -> tuple[Path, dict[str, Any
         raise UsageError(f"{path.name}: not a TOML file: {error}. Mend the line named.") from None
     for key in data:
         if key not in _KEYS:
-            raise impossible(path.name, key, data[key], "unknown key", unknown(key, list(_KEYS)).capitalize())
+            raise impossible(path.name, key, data[key], "unknown key", unknown(key, _KEYS))
     base = data.pop("extends", None)
     if base is None:
         return path, data
@@ -116,8 +116,7 @@ def _choose_profile(where: str, profiles: Any, asked: str | None, device: str) -
         for key in table:
             if key not in _PROFILE_KEYS:
                 raise impossible(
-                    f"{where}, [profile.{name}]", key, table[key], "unknown key",
-                    unknown(key, list(_PROFILE_KEYS)).capitalize(),
+                    f"{where}, [profile.{name}]", key, table[key], "unknown key", unknown(key, _PROFILE_KEYS),
                 )  # fmt: skip
     if asked is not None:
         if asked not in profiles:

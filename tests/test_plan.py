@@ -75,7 +75,7 @@ def test_trials_that_take_turns_stand_in_one_group(small_study, level, processes
 
 
 def test_peaks_alone_need_few_solo_trials(small_study):
-    """They are discrete: three solo trials a variant, unless a cold start or a merged adapter wants more."""
+    """They are discrete: three solo trials a variant and none of the control, unless a cold start or a merged adapter wants more."""
     protocol = dataclasses.replace(small_study.protocol, replicates=8)
     study = dataclasses.replace(small_study, protocol=protocol)
 
@@ -83,7 +83,7 @@ def test_peaks_alone_need_few_solo_trials(small_study):
         slots = make_plan(study, interleaving=level, phases=phases).slots
         return Counter(slot.measures for slot in slots if "steps" not in slot.measures)
 
-    assert solo("lockstep", ["train", "generate"]) == {("peaks",): 9}
+    assert solo("lockstep", ["train", "generate"]) == {("peaks",): 6}
     assert solo("lockstep", ["train", "cold"]) == {("cold", "peaks"): 24}
     assert solo("shared-base", ["train", "generate"]) == {("merged", "peaks"): 24}
     assert solo("replicates", ["train", "generate", "cold"]) == {}
@@ -104,3 +104,27 @@ def test_the_full_profile_is_taken_once_a_variant(small_study):
     """Later replicates are watched by the spy."""
     for slot in make_plan(small_study).slots:
         assert slot.instrument == ("profile" if slot.replicate == 0 else "spy")
+
+
+def test_peaks_alone_take_few_solo_trials_and_no_control(small_study):
+    """They are compared by their maximum; a cold start is a time and has its control in every replicate."""
+    protocol = dataclasses.replace(small_study.protocol, replicates=3, peak_replicates=1, merged=False)
+    study = dataclasses.replace(small_study, protocol=protocol)
+    solo = [
+        s
+        for s in make_plan(study, phases=["train", "generate"], interleaving="lockstep").slots
+        if "peaks" in s.measures
+    ]
+    assert {(s.replicate, s.role, s.instrument) for s in solo} == {(0, "variant", "spy")}
+    cold = [s for s in make_plan(study, interleaving="lockstep").slots if "cold" in s.measures]
+    assert {(s.replicate, s.role) for s in cold} == {(r, role) for r in range(3) for role in ("variant", "control")}
+
+
+def test_whole_answers_are_measured_where_the_workload_has_them(small_study):
+    """Without a limit on their tokens there are none; merged requests go where the protocol wants none."""
+    workload = dataclasses.replace(small_study.workload, natural_tokens=8)
+    study = dataclasses.replace(small_study, workload=workload)
+    assert all("natural" in slot.measures for slot in make_plan(study).slots)
+    assert not any("natural" in slot.measures for slot in make_plan(small_study).slots)
+    unmerged = dataclasses.replace(study, protocol=dataclasses.replace(study.protocol, merged=False))
+    assert not any("merged" in slot.measures for slot in make_plan(unmerged).slots)

@@ -79,3 +79,88 @@ def test_effort_sets_the_replicates():
     """One dial: quick 3, standard 8, rigorous 12."""
     study = load_study("lora-or-qlora")
     assert [study.with_overrides(effort=e).protocol.replicates for e in ("quick", "standard", "rigorous")] == [3, 8, 12]
+
+
+SWEPT = """
+reference = "middle"
+[controls]
+r = 16
+lora_dropout = 0.1
+[sweeps]
+r = [8, 16, 32]
+lora_dropout = [0.0, 0.1]
+[profile.cpu]
+devices = ["cpu"]
+notes = ["on a CPU"]
+[profile.cpu.workload]
+batch_size = 1
+[profile.cpu.controls]
+optimizer = "adamw"
+[profile.big]
+devices = ["H100", "H200"]
+[profile.other.workload]
+batch_size = 9
+"""
+
+
+def test_sweeps_change_one_field_at_a_time(tmp_path):
+    """The setting that all sweeps go through is one variant, under the reference's name."""
+    study = load_study(write(tmp_path, SWEPT))
+    names = [variant.name for variant in study.variants]
+    assert names == ["middle", "r=8", "r=32", "lora_dropout=0.0"]
+    assert study.levels("r") == ((8.0, "r=8"), (16.0, "middle"), (32.0, "r=32"))
+    assert study.levels("lora_dropout") == ((0.0, "lora_dropout=0.0"), (0.1, "middle"))
+
+
+@pytest.mark.parametrize(
+    ("options", "profile", "batch"),
+    [
+        ({}, "", 4), ({"device": "cpu"}, "cpu", 1), ({"device": "NVIDIA H100 80GB HBM3"}, "big", 4),
+        ({"device": "NVIDIA L4"}, "", 4), ({"profile": "other", "device": "cpu"}, "other", 9),
+    ],
+)  # fmt: skip
+def test_a_profile_fits_the_study_to_the_machine(tmp_path, options, profile, batch):
+    """That of the device unless one is asked for; a device without one gets the study as written."""
+    study = load_study(write(tmp_path, SWEPT), **options)
+    assert (study.profile, study.workload.batch_size) == (profile, batch)
+
+
+def test_every_deviation_is_named(tmp_path):
+    """What a profile and what an option replaced, with the value as written; what is unchanged is not in the list."""
+    study = load_study(write(tmp_path, SWEPT), device="cpu").with_overrides(model="smollm2-135m", data="synthetic")
+    assert study.deviations == (
+        "workload.batch_size = 1 in place of 4",
+        "controls.optimizer = 'adamw' in place of 'adamw_fused'",
+        "workload.model = 'smollm2-135m' in place of 'tiny-llama'",
+    )
+    assert study.notes == ("on a CPU",)
+    assert load_study(write(tmp_path, SWEPT)).deviations == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (SWEPT.replace("r = 16", "r = 12"), ["[sweeps]", "r = [8, 16, 32]", "r = 12", "add the value"]),
+        (SWEPT.replace('devices = ["cpu"]', "device = 3"), ["[profile.cpu]", "device", "Did you mean 'devices'"]),
+        (SWEPT + "[[variant]]\nname='a'", ["[sweeps] and [[variant]]"]),
+        (SWEPT + "[[claim]]\nid='1'\nsays='x'\nparts=[{rule='trend-up',axis='lora_alpha',metric='step_time_s'}]",
+         ["claim '1'", "lora_alpha", "fewer than two"]),
+        (SWEPT + "[[claim]]\nid='1'\nsays='x'\nparts=[{rule='highest',axis='r',metric='step_time_s',levels=[9]}]",
+         ["claim '1'", "level 9", "8, 16, 32"]),
+        (SWEPT + "[[claim]]\nid='1'\nsays='x'\nparts=[{rule='rises',axis='r',metric='step_time_s'}]",
+         ["'step_time_s'", "trainable_parameters"]),
+        ("extends='mine'\n", ["extends = 'mine'", "built-in"]),
+    ],
+)  # fmt: skip
+def test_bad_sweeps_profiles_and_claims_are_refused(tmp_path, text, words):
+    """Before anything runs, with what is known in their place."""
+    with pytest.raises(UsageError) as caught:
+        load_study(write(tmp_path, text))
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_an_unknown_profile_is_refused(tmp_path):
+    """With those that there are."""
+    with pytest.raises(UsageError, match=r"profile = 'zz'.*cpu, big, other"):
+        load_study(write(tmp_path, SWEPT), profile="zz")

@@ -1,8 +1,9 @@
 """Greedy generation with time stamps for every token, through transformers' own `generate`.
 
 A streamer is handed each token as it is decided, which gives the time to the first token (prefill) and the time per
-output token (decode) of the very call that a user makes; no second implementation of decoding is timed. The number
-of new tokens is fixed and the end-of-sequence token ignored, so that requests are comparable.
+output token (decode) of the very call that a user makes; no second implementation of decoding is timed. Either the
+number of new tokens is fixed and the end-of-sequence token ignored, which makes the cost of a token comparable; or the
+model ends its answer itself, which is what a user waits for, and the number of tokens is part of the result.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class Request:
     request_time_s: float
     first_token_time_s: float
     time_per_output_token_s: float
-    """Mean over the tokens after the first."""
+    """Mean over the tokens after the first; 0 where there is only one."""
     tokens: tuple[int, ...]
 
 
@@ -62,8 +63,10 @@ def _without_end(model: Any) -> Iterator[None]:
         model.generation_config.eos_token_id = kept
 
 
-def generate(model: Any, prompt: torch.Tensor, new_tokens: int) -> Request:
-    """One greedy request of exactly `new_tokens` tokens for `prompt`, shape (1, length).
+def generate(model: Any, prompt: torch.Tensor, new_tokens: int, *, until_end: bool = False) -> Request:
+    """One greedy request for `prompt`, shape (1, length), of exactly `new_tokens` tokens.
+
+    With `until_end` the model's end-of-sequence token ends it (and is the last of the tokens), at `new_tokens` at most.
 
     Raises:
         RuntimeError: the model produced another number of tokens (a stop criterion outside our control).
@@ -71,15 +74,17 @@ def generate(model: Any, prompt: torch.Tensor, new_tokens: int) -> Request:
     stamps = _Stamps()
     config = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, num_beams=1, pad_token_id=0, use_cache=True)
     mask = torch.ones_like(prompt)
-    with torch.no_grad(), _without_end(model):
+    if until_end:
+        config.eos_token_id = model.generation_config.eos_token_id
+    with torch.no_grad(), contextlib.nullcontext() if until_end else _without_end(model):
         begin = time.perf_counter()
         model.generate(input_ids=prompt, attention_mask=mask, generation_config=config, streamer=stamps)
         end = time.perf_counter()
-    if len(stamps.tokens) != new_tokens:
+    if len(stamps.tokens) != new_tokens and not (until_end and 0 < len(stamps.tokens) < new_tokens):
         raise RuntimeError(f"generate gave {len(stamps.tokens)} tokens where {new_tokens} were asked for")
     return Request(
         request_time_s=end - begin,
         first_token_time_s=stamps.times[0] - begin,
-        time_per_output_token_s=(stamps.times[-1] - stamps.times[0]) / (new_tokens - 1),
+        time_per_output_token_s=(stamps.times[-1] - stamps.times[0]) / max(1, len(stamps.tokens) - 1),
         tokens=tuple(stamps.tokens),
     )

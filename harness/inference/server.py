@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
-
-import torch
 
 from harness.inference.generate import Request, generate
 from harness.training.build import unpack_4bit
+from harness.training.stream import TokenStream
+from harness.workload import Workload
 
 NAMES = ("request_time_s", "first_token_time_s", "time_per_output_token_s")
 
@@ -16,11 +15,12 @@ NAMES = ("request_time_s", "first_token_time_s", "time_per_output_token_s")
 class Server:
     """Answers prompts by number, with the adapter beside the base or merged into it."""
 
-    def __init__(self, model: Any, prompt: Callable[[int], torch.Tensor], new_tokens: int) -> None:
+    def __init__(self, model: Any, stream: TokenStream, workload: Workload) -> None:
         self._model = model
-        self._prompt = prompt
-        self._new_tokens = new_tokens
+        self._stream = stream
+        self._workload = workload
         self._served = 0
+        self._answered = 0
         self._prefix = ""
 
     def warm_up(self, count: int) -> Request:
@@ -34,6 +34,22 @@ class Server:
         self._served += 1
         return {f"{self._prefix}{name}": (getattr(request, name),) for name in NAMES}
 
+    def natural(self) -> tuple[int, Request]:
+        """The next whole prompt's number, and the request that the model ends itself."""
+        index = self._answered % self._stream.natural_prompts
+        self._answered += 1
+        return index, self.answer(index)
+
+    def answer(self, index: int) -> Request:
+        """The request for whole prompt `index`."""
+        prompt = self._stream.natural_prompt(index)
+        return generate(self._model, prompt, self._workload.natural_tokens, until_end=True)
+
+    @property
+    def answered(self) -> range:
+        """Numbers of the whole prompts that were answered so far."""
+        return range(min(self._answered, self._stream.natural_prompts))
+
     def merge(self, discard: int) -> None:
         """Merge the adapter and begin again with the first prompt, after `discard` requests."""
         unpack_4bit(self._model)
@@ -42,4 +58,4 @@ class Server:
         self.warm_up(discard)
 
     def _ask(self, index: int) -> Request:
-        return generate(self._model, self._prompt(index), self._new_tokens)
+        return generate(self._model, self._stream.prompt(index), self._workload.new_tokens)

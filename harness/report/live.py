@@ -25,6 +25,8 @@ _PHASE_WORDS = {
     "save_adapter": "saving the adapter",
     "begin_generate": "first call",
     "request": "timing requests",
+    "natural": "timing whole answers",
+    "untrained": "answers before training",
     "merge": "merging the adapter",
     "cold": "cold start",
 }

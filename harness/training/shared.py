@@ -12,11 +12,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 
 from kernels_check.restore import RandomState
+
+T = TypeVar("T")
 
 
 class SharedBase:
@@ -27,6 +29,7 @@ class SharedBase:
         self._adapters = 0
         self._digest = ""
         self._unchanged: bool | None = None
+        self._found: dict[str, Any] = {}
         self.loads = 0
         """How often a base was loaded in this process."""
 
@@ -46,6 +49,12 @@ class SharedBase:
             self._model.set_adapter(name)
         self._adapters += 1
         return self._model, name
+
+    def once(self, name: str, find: Callable[[], T]) -> T:
+        """What `find` returns for the first trial that asks: a property of the base, the same for all on it."""
+        if name not in self._found:
+            self._found[name] = find()
+        return cast(T, self._found[name])
 
     def remember(self) -> None:
         """Take the digest of the base, which must not change from here on; only the first call counts."""

@@ -74,6 +74,18 @@ class TokenStream:
         prompt: torch.Tensor = prompts[index % prompts.shape[0]].unsqueeze(0).to(self._device)
         return prompt
 
+    def natural_prompt(self, index: int) -> torch.Tensor:
+        """Whole prompt `index` (modulo their number), shape (1, its own length)."""
+        prompts, lengths = self._tensors["natural.input_ids"], self._tensors["natural.length"]
+        row = index % prompts.shape[0]
+        prompt: torch.Tensor = prompts[row, : int(lengths[row])].unsqueeze(0).to(self._device)
+        return prompt
+
+    @property
+    def natural_prompts(self) -> int:
+        """How many whole prompts there are."""
+        return int(self._tensors["natural.length"].shape[0])
+
     def _batch(self, split: str, rows: list[int]) -> Batch:
         keys = ["input_ids", "labels"]
         keys.append("position_ids" if self._workload.layout == "packed" else "attention_mask")

@@ -37,6 +37,14 @@ COLUMNS = ("instruction", "context", "response")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """A held-out record that is put to the model whole: its prompt, and what the record continues it with."""
+
+    prompt: str
+    reference: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TokenSummary:
     """What a plan must know of its tokens; goes into every record."""
 
@@ -52,13 +60,16 @@ class TokenSummary:
     padded_tokens: int
     """Padding in one epoch of the training stream."""
     records: int
+    examples: tuple[Example, ...] = ()
+    """The whole prompts, in the order of their numbers."""
 
 
 def prepare(workload: Workload, folder: Path) -> TokenSummary:
     """Tokenise `workload` into `folder/tokens-HASH.safetensors`.
 
     Tensors: for each of `train` and `held_out`, `input_ids`, `position_ids`, `labels`, `attention_mask`, all int64 of
-    shape (sequences, sequence_length); `prompts`, int64 of shape (requests, prompt_tokens).
+    shape (sequences, sequence_length); `prompts`, int64 of shape (requests, prompt_tokens); where the workload has
+    requests to the model's own end, `natural.input_ids`, int64 of shape (requests, longest), and `natural.length`.
 
     Raises:
         UsageError: data that cannot be read, or too little of it to fill a sequence or a prompt.
@@ -82,6 +93,10 @@ def prepare(workload: Workload, folder: Path) -> TokenSummary:
     tensors = {f"train.{key}": value for key, value in _stack(train).items()}
     tensors |= {f"held_out.{key}": value for key, value in _stack(test).items()}
     tensors["prompts"] = prompts
+    examples: tuple[Example, ...] = ()
+    if workload.natural_tokens:
+        examples, whole = _whole_prompts(held_out, tokens, workload)
+        tensors |= {f"natural.{key}": value for key, value in whole.items()}
 
     digest = hash_tensors(tensors)
     path = folder / f"tokens-{digest[:16]}.safetensors"
@@ -97,6 +112,7 @@ def prepare(workload: Workload, folder: Path) -> TokenSummary:
         real_tokens=int(mask.sum()),
         padded_tokens=int(mask.size - mask.sum()),
         records=tokens.records,
+        examples=examples,
     )
 
 
@@ -162,6 +178,11 @@ class _Tokens:
     def prompt(self, record: Record) -> list[int]:
         prompt, target = prompt_and_target(record, self._format)
         return self._encode(prompt + target)
+
+    def example(self, record: Record) -> tuple[list[int], Example]:
+        """The prompt alone, as ids and as text beside its reference."""
+        prompt, target = prompt_and_target(record, self._format)
+        return self._encode(prompt), Example(prompt=prompt, reference=target)
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -247,6 +268,26 @@ def _prompts(records: list[Record], tokens: _Tokens, length: int) -> NDArray[np.
             "Use a shorter prompt_tokens or more held_out_records."
         )
     return np.array(prompts, dtype=np.int64)
+
+
+WHOLE_PROMPTS = 32
+"""As many whole prompts are kept; no protocol asks for more."""
+
+
+def _whole_prompts(
+    records: list[Record], tokens: _Tokens, workload: Workload
+) -> tuple[tuple[Example, ...], dict[str, NDArray[np.int64]]]:
+    """Prompts of the first held-out records that are short enough, padded at the end, with their lengths."""
+    encoded = [tokens.example(record) for record in records]
+    chosen = [pair for pair in encoded if len(pair[0]) <= workload.natural_prompt_tokens][:WHOLE_PROMPTS]
+    if not chosen:
+        raise UsageError(
+            f"workload: natural_prompt_tokens = {workload.natural_prompt_tokens}: the shortest prompt of the held-out "
+            f"records has {min(len(ids) for ids, _ in encoded)} tokens. Raise it, or use more held_out_records."
+        )
+    lengths = np.array([len(ids) for ids, _ in chosen], dtype=np.int64)
+    padded = np.array([ids + [tokens.pad] * (int(lengths.max()) - len(ids)) for ids, _ in chosen], dtype=np.int64)
+    return tuple(example for _, example in chosen), {"input_ids": padded, "length": lengths}
 
 
 def main() -> int:

@@ -47,6 +47,8 @@ COMMANDS = (
     "save_adapter",
     "begin_generate",
     "request",
+    "natural",
+    "untrained",
     "end_generate",
     "merge",
     "close",
@@ -78,6 +80,7 @@ class Trial:
         self._gauge = MemoryGauge(request.device)
         self._parts: _Parts | None = None
         self._steps_taken = 0
+        self._total_steps = 0
         self._server: Server | None = None
 
     def run(self, command: str, **arguments: Any) -> Fragment:
@@ -97,13 +100,14 @@ class Trial:
         if self._alone:
             self._gauge.begin()
         loads, begin = self.shared.loads, time.perf_counter()
-        trainee = build(request, steps=total_steps(protocol), shared=self.shared)
+        stream = TokenStream(Path(request.tokens_path), request.workload, request.variant, request.device)
+        self._total_steps = max(total_steps(protocol), steps_of_epochs(request, stream.sequences))
+        trainee = build(request, steps=self._total_steps, shared=self.shared)
         load_time = time.perf_counter() - begin
         if request.variant.rewrites_base:
             save_initial(trainee.model, self._initial)
         if request.interleaving == "shared-base":
             self.shared.remember()
-        stream = TokenStream(Path(request.tokens_path), request.workload, request.variant, request.device)
         step = TrainStep(trainee, stream, request.variant, request.device)
         self._parts = _Parts(trainee, step, stream, Seat(trainee.model, trainee.adapter))
         with self._parts.seat.taken():
@@ -114,7 +118,7 @@ class Trial:
                 values |= {"load_time_s": load_time, "first_step_time_s": lap.time_s}
             if self._timed and not request.variant.rewrites_base:
                 with trainee.model.disable_adapter():  # which is what the adapter was before its first step
-                    values["held_out_loss_initial"] = step.held_out_loss()
+                    values["held_out_loss_initial"] = self.shared.once("held_out_loss", step.held_out_loss)
         return self._judged(Fragment(values=values, memory=memory, samples={"warmup_loss": (loss,)}), [loss])
 
     def verify(self) -> Fragment:
@@ -191,10 +195,10 @@ class Trial:
         return self._judged(Fragment(samples=samples), losses)
 
     def finish_training(self) -> Fragment:
-        """Peaks of training, the steps that a short warm-up saved, exact bytes by kind, held-out loss.
+        """Peaks of training, the steps that are left to take, exact bytes by kind, held-out loss.
 
         How long a warm-up lasts depends on noise. Losses are compared between variants, so every trial ends after the
-        same number of steps on the same tokens.
+        same number of steps on the same tokens: those of the longest warm-up, or of the epochs asked for.
         """
         trainee, step = self._built.trainee, self._built.step
         values = {"trainable_parameters": float(sum(p.numel() for p in trainee.parameters))}
@@ -204,7 +208,7 @@ class Trial:
         if self._alone:
             memory = self._gauge.peaks("train")
         if self._timed:
-            losses = [self._take_step()[0] for _ in range(total_steps(self._request.protocol) - self._steps_taken)]
+            losses = [self._take_step()[0] for _ in range(self._total_steps - self._steps_taken)]
             samples["catch_up_loss"] = tuple(losses)
         if self._alone:
             # Gradients live only between backward and the optimizer, so they are made once more to be counted.
@@ -231,7 +235,7 @@ class Trial:
         release_unused(self._request.device)
         if self._alone:
             self._gauge.begin()
-        self._server = Server(trainee.model, self._built.stream.prompt, self._request.workload.new_tokens)
+        self._server = Server(trainee.model, self._built.stream, self._request.workload)
         first = self._server.warm_up(1 + protocol.generate_warmup)
         values = {"new_tokens": float(self._request.workload.new_tokens), "packed_4bit_decode": float(self._packed)}
         if self._alone:
@@ -241,6 +245,28 @@ class Trial:
     def request(self) -> Fragment:
         """One warm request, by the adapter beside the base or, after `merge`, merged into it."""
         return Fragment(samples=self._serving.request())
+
+    def natural(self) -> Fragment:
+        """One request that the model ends itself; its answer goes into the record."""
+        index, request = self._serving.natural()
+        samples: dict[str, tuple[float, ...]] = {
+            "natural_request_time_s": (request.request_time_s,),
+            "natural_first_token_time_s": (request.first_token_time_s,),
+            "natural_tokens": (float(len(request.tokens)),),
+        }
+        return Fragment(samples=samples, tokens={f"answer_{index}": list(request.tokens)})
+
+    def untrained(self) -> Fragment:
+        """The answers to the same prompts before training: those of the base without an adapter."""
+        if self._request.variant.rewrites_base:
+            return Fragment()
+
+        def answers() -> dict[str, list[int]]:
+            with self._built.trainee.model.disable_adapter():
+                return {f"untrained_{index}": list(server.answer(index).tokens) for index in server.answered}
+
+        server = self._serving
+        return Fragment(tokens=self.shared.once("answers", answers))
 
     def end_generate(self) -> Fragment:
         """Peaks of generation."""
@@ -304,6 +330,12 @@ class Trial:
                 )
                 return fragment.failed("invalid", Failure(phase="train", kind="LossNotFinite", message=message))
         return fragment
+
+
+def steps_of_epochs(request: TrialRequest, sequences: int) -> int:
+    """Optimizer steps in the epochs asked for, each of so many sequences."""
+    per_step = request.workload.batch_size * request.variant.gradient_accumulation
+    return math.ceil(request.protocol.epochs * sequences / per_step)
 
 
 def total_steps(protocol: Protocol) -> int:

@@ -20,7 +20,7 @@ from harness.workload import Workload
 
 WORKLOAD = Workload(
     sequence_length=32, batch_size=1, train_sequences=8, held_out_records=4, held_out_sequences=1, prompt_tokens=8,
-    new_tokens=3,
+    new_tokens=3, natural_tokens=6, natural_prompt_tokens=400,
 )  # fmt: skip
 PROTOCOL = Protocol(warmup_steps_min=2, warmup_steps_max=4, turns=2, steps_per_turn=2, generate_warmup=0)
 VARIANT = Variant(name="plain", r=4, dtype="float32", target_modules=("q_proj", "v_proj"))
@@ -43,10 +43,10 @@ def trial(tokens, tmp_path):
     """A function that makes a trial that measures what is named."""
     torch.set_num_threads(1)
 
-    def make(*measures, variant=VARIANT):
+    def make(*measures, variant=VARIANT, protocol=PROTOCOL):
         request = TrialRequest(
             trial="r0-plain", variant=variant, role="variant", replicate=0, seed=1, workload=WORKLOAD,
-            protocol=PROTOCOL, interleaving="lockstep", measures=measures, instrument="spy", device="cpu", threads=1,
+            protocol=protocol, interleaving="lockstep", measures=measures, instrument="spy", device="cpu", threads=1,
             tokens_path=tokens, scratch=str(tmp_path), log_path="",
         )  # fmt: skip
         return Trial(request, SharedBase())
@@ -83,6 +83,38 @@ def test_a_trial_in_turns_has_times_and_losses_and_nothing_of_a_process_alone(tr
     }  # fmt: skip
     assert len(record.samples["step_time_s"]) == 4
     assert record.values["held_out_loss"] != record.values["held_out_loss_initial"]
+
+
+def test_a_whole_answer_is_timed_counted_and_kept(trial):
+    """Each request that the model ends itself leaves its time, its number of tokens and its answer, trained or not."""
+    running = trial("steps", "requests", "natural")
+    record = record_of(running, *TRAIN, "begin_generate", "request", "natural", "natural", "untrained")
+    times, counts = samples_of(record, "natural_request_time_s"), samples_of(record, "natural_tokens")
+    assert len(times) == len(counts) == 2
+    assert [len(record.tokens[f"answer_{index}"]) for index in (0, 1)] == list(counts)
+    assert samples_of(record, "natural_time_per_token_s") == tuple(a / b for a, b in zip(times, counts, strict=True))
+    assert {key for key in record.tokens if key.startswith("untrained")} == {"untrained_0", "untrained_1"}
+
+
+def test_a_model_that_ends_at_once_answers_with_one_token(trial):
+    """The end-of-sequence token ends the answer and is its last token; what was fixed at three stays three."""
+    running = trial("steps", "requests", "natural")
+    record_of(running, *TRAIN, "begin_generate")
+    base = running._parts.trainee.model.get_base_model()
+    first = running.run("natural").tokens["answer_0"][0]
+    base.generation_config.eos_token_id = first
+    running._server._answered = 0
+    assert running.run("natural").tokens["answer_0"] == [first]
+    assert running.run("natural").samples["natural_tokens"][0] <= 6
+    assert len(running.run("request").samples["request_time_s"]) == 1
+
+
+def test_epochs_go_on_after_the_timed_turns(trial):
+    """What the turns leave of the epochs is trained untimed, and every trial ends after the same number of steps."""
+    running = trial("steps", protocol=dataclasses.replace(PROTOCOL, epochs=3.0))
+    record = record_of(running, "build", "warm_up", "turn", "turn", "finish_training")
+    taken = sum(len(record.samples[name]) for name in ("warmup_loss", "train_loss", "catch_up_loss"))
+    assert taken == 3 * WORKLOAD.train_sequences > total_steps(PROTOCOL)
 
 
 def test_a_solo_trial_has_peaks_and_first_times_and_nothing_that_is_timed_in_turns(trial):
