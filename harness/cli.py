@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness import commands, commands_ab
+from harness import commands, commands_ab, commands_sample, commands_study
 from harness.commands import print_json
 from harness.errors import EXIT_INVALID, EXIT_PASS, EXIT_UNEXPECTED, LorameterError
 
@@ -78,6 +78,8 @@ def parser() -> argparse.ArgumentParser:
     fetch.set_defaults(command=_fetch)
     commands.add_commands(subparsers, _common)
     commands_ab.add_commands(subparsers, _common)
+    commands_sample.add_commands(subparsers, _common)
+    commands_study.add_commands(subparsers, _common)
     return top
 
 

@@ -55,9 +55,20 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "calibrate",
         "baselines",
         "gate",
+        "sample",
+        "claims",
     ),
     ("runner", "worker", "measure", "ab"),
-    ("cli", "commands", "commands_ab", "pytest_plugin", "pytest_export", "pytest_gate"),
+    (
+        "cli",
+        "commands",
+        "commands_ab",
+        "commands_sample",
+        "commands_study",
+        "pytest_plugin",
+        "pytest_export",
+        "pytest_gate",
+    ),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 TORCH = ("training", "inference", "meters")
