@@ -89,6 +89,41 @@ CATALOGUE: dict[str, Entry] = {
             description="Llama-2-7b",
             hub_id="NousResearch/Llama-2-7b-hf",
         ),
+        Entry(
+            name="llama2-13b",
+            description="Llama-2-13b",
+            hub_id="NousResearch/Llama-2-13b-hf",
+        ),
+        Entry(
+            name="llama2-70b",
+            description="Llama-2-70b, 8 query heads to each key and value head",
+            hub_id="NousResearch/Llama-2-70b-hf",
+        ),
+        Entry(
+            name="mistral-7b",
+            description="Mistral-7B-v0.1, attends to the last 4096 tokens",
+            hub_id="mistralai/Mistral-7B-v0.1",
+        ),
+        Entry(
+            name="qwen2.5-0.5b",
+            description="Qwen2.5-0.5B, tied head, biased q, k and v",
+            hub_id="Qwen/Qwen2.5-0.5B",
+        ),
+        Entry(
+            name="qwen2.5-7b",
+            description="Qwen2.5-7B, biased q, k and v",
+            hub_id="Qwen/Qwen2.5-7B",
+        ),
+        Entry(
+            name="gemma-2b",
+            description="Gemma 2B, heads of 256, one key and value head, tied head",
+            hub_id="google/gemma-2b",
+        ),
+        Entry(
+            name="gemma-7b",
+            description="Gemma 7B, heads of 256, tied head",
+            hub_id="google/gemma-7b",
+        ),
     )
 }
 

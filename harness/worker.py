@@ -35,8 +35,14 @@ from harness.record import SCHEMA, Fragment, TrialRequest
 
 PRELOAD = ("torch", "transformers", "peft", "bitsandbytes", "harness.training.trial")
 """What every trial needs; imported once by the zygote."""
-LAZY = ("transformers.models.llama.modeling_llama", "transformers.generation.utils", "peft.tuners.lora.bnb")
-"""Submodules that the libraries load at first use, which would else be paid for by each trial's first step."""
+FAMILIES = ("gemma", "llama", "mistral", "qwen2")
+"""Architectures of the catalogue."""
+LAZY = (
+    *(f"transformers.models.{family}.modeling_{family}" for family in FAMILIES),
+    "transformers.generation.utils",
+    "peft.tuners.lora.bnb",
+)
+"""Submodules that the libraries load at first use, which would else be paid for by each trial's load or first step."""
 _PR_SET_PDEATHSIG = 1
 
 

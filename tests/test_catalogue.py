@@ -39,11 +39,21 @@ def test_tiny_llama_is_random_and_of_bytes():
     assert dataclasses.replace(prefixed, label=source.label) == source
 
 
-def test_llama2_is_a_hub_model():
-    """llama2-7b means the ungated mirror's weights, and `random:` keeps the hub id for its tokenizer."""
-    source = catalogue.resolve("llama2-7b")
-    assert (source.kind, source.location, source.random) == ("hub", "NousResearch/Llama-2-7b-hf", False)
-    assert catalogue.resolve("random:llama2-7b").location == source.location
+@pytest.mark.parametrize(
+    ("name", "hub_id"),
+    [
+        ("llama2-7b", "NousResearch/Llama-2-7b-hf"),
+        ("llama2-70b", "NousResearch/Llama-2-70b-hf"),
+        ("mistral-7b", "mistralai/Mistral-7B-v0.1"),
+        ("qwen2.5-7b", "Qwen/Qwen2.5-7B"),
+        ("gemma-2b", "google/gemma-2b"),
+    ],
+)
+def test_hub_models_of_the_catalogue(name, hub_id):
+    """llama2-7b means the ungated mirror's weights, others their owner's; `random:` keeps the id for the tokenizer."""
+    source = catalogue.resolve(name)
+    assert (source.kind, source.location, source.random) == ("hub", hub_id, False)
+    assert catalogue.resolve(f"random:{name}").location == source.location
 
 
 def test_unfetched_model_says_how_to_fetch_it():

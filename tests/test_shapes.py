@@ -11,6 +11,7 @@ from harness import catalogue, shapes
 from harness.catalogue import CATALOGUE
 from harness.errors import UsageError
 from harness.shapes import ModelShape
+from harness.worker import FAMILIES
 
 LLAMA = {
     "model_type": "llama",
@@ -47,13 +48,15 @@ def directory_of(path, config):
 
 @pytest.mark.parametrize("name", CATALOGUE)
 def test_every_entry_has_a_shape_without_network(name, unreachable_hub):
-    """`random:` of every catalogue entry resolves and has a shape from what ships."""
+    """`random:` of every catalogue entry resolves and has a shape from what ships, in widths that 4-bit blocks divide,
+    of an architecture that the zygote loads beforehand."""
     source = catalogue.resolve(f"random:{name}")
     assert source.random
     shape = shapes.shape(source)
-    assert shape.architecture == "llama"
-    assert shape.heads * shape.head_dim == shape.hidden_size
-    assert shape.hidden_size % 64 == shape.intermediate_size % 64 == shape.vocab_size % 64 == 0
+    assert shape.architecture in FAMILIES
+    assert shape.heads % shape.kv_heads == 0
+    for width in (shape.hidden_size, shape.intermediate_size, shape.vocab_size, shape.heads * shape.head_dim):
+        assert width % 64 == 0
 
 
 def test_published_dimensions():
@@ -82,6 +85,26 @@ def test_published_dimensions():
         tied=True,
         architecture="llama",
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "heads", "context", "tied"),
+    [
+        # Query heads, key and value heads, and their size, as the models' own config.json publish them.
+        ("llama2-13b", (40, 40, 128), 4096, False),
+        ("llama2-70b", (64, 8, 128), 4096, False),
+        ("mistral-7b", (32, 8, 128), 32768, False),
+        ("qwen2.5-0.5b", (14, 2, 64), 32768, True),
+        ("qwen2.5-7b", (28, 4, 128), 131072, False),
+        ("gemma-2b", (8, 1, 256), 8192, True),
+        ("gemma-7b", (16, 16, 256), 8192, True),
+    ],
+)
+def test_published_attention(name, heads, context, tied):
+    """Grouped, single and full key and value heads, head sizes that the width does not imply, and tied heads."""
+    shape = shapes.shape(catalogue.resolve(f"random:{name}"))
+    assert (shape.heads, shape.kv_heads, shape.head_dim) == heads
+    assert (shape.context, shape.tied) == (context, tied)
 
 
 def test_unreachable_hub_is_a_usage_error(unreachable_hub, tmp_path, monkeypatch):

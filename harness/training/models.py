@@ -56,6 +56,16 @@ def load_base(source: ModelSource, variant: Variant, *, device: str, seed: int) 
     return _from_files(source, variant, device)
 
 
+def empty_model(source: ModelSource, variant: Variant) -> transformers.PreTrainedModel:
+    """The architecture on the meta device, unquantised: every shape and type of the base, and no storage.
+
+    Raises:
+        UsageError: its configuration cannot be had.
+    """
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(_architecture(source), dtype=_dtype(variant.dtype))
+
+
 def quantize_linears(model: transformers.PreTrainedModel, variant: Variant, device: str) -> None:
     """Quantise a materialised model in place, layer by layer, and move it to `device`.
 

@@ -232,6 +232,26 @@ def test_an_uninitialised_parameter_is_refused(directory, monkeypatch):
         load(directory())
 
 
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("llama2-7b", 6_738_415_616),
+        ("llama2-13b", 13_015_864_320),
+        ("llama2-70b", 68_976_648_192),
+        ("mistral-7b", 7_241_732_096),
+        ("qwen2.5-0.5b", 494_032_768),
+        ("qwen2.5-7b", 7_615_616_512),
+        ("gemma-2b", 2_506_172_416),
+        ("gemma-7b", 8_537_680_896),
+    ],
+)
+def test_an_empty_model_has_the_published_parameters(name, parameters):
+    """The counts that the published checkpoints have, a tied head once, from the packaged configuration alone."""
+    model = models.empty_model(catalogue.resolve(f"random:{name}"), Variant())
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+    assert {(one.device.type, one.dtype) for one in model.parameters()} == {("meta", torch.bfloat16)}
+
+
 MEMORY_PROBE = """
 import sys
 from harness import catalogue

@@ -67,6 +67,17 @@ def test_no_bytes_for_a_real_models_tokenizer(monkeypatch, tmp_path):
         load_tokenizer(catalogue.resolve(str(tmp_path)), vocab_size=320)
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "gemma"])
+def test_a_tokenizer_without_a_vocabulary_is_none(family, tmp_path):
+    """Without its files transformers makes an empty tokenizer for some families: bytes stand in for that one too."""
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "model_type": family}))
+    tokenizer, substituted = load_tokenizer(catalogue.resolve(f"random:{tmp_path}"), vocab_size=320)
+    assert substituted
+    assert tokenizer("ab").input_ids == [97, 98]
+    with pytest.raises(UsageError, match="tokenizer cannot be loaded"):
+        load_tokenizer(catalogue.resolve(str(tmp_path)), vocab_size=320)
+
+
 def test_vocabularies_must_fit(converted, words):
     """A tokenizer with more tokens than the model is refused, whether it is the model's or the bytes'."""
     with pytest.raises(UsageError, match=f"has {len(words)} tokens and the model 100"):
