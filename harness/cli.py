@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -64,9 +65,10 @@ def parser() -> argparse.ArgumentParser:
     _common(report)
     report.set_defaults(command=_report)
 
-    listing = subparsers.add_parser("list", help="list studies, variants, models or runs")
-    listing.add_argument("what", choices=("studies", "variants", "models", "runs"))
-    listing.add_argument("study", nargs="?", metavar="STUDY", help="the study whose variants to list")
+    listing = subparsers.add_parser("list", help="list studies, variants and what they train, models or runs")
+    listing.add_argument("what", choices=("studies", "variants", "sizes", "models", "runs"))
+    listing.add_argument("study", nargs="?", metavar="STUDY", help="the study whose variants or sizes to list")
+    listing.add_argument("--model", metavar="M", help="sizes on another model; its shape is enough")
     _common(listing)
     listing.set_defaults(command=_list)
 
@@ -193,6 +195,8 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _list(options: argparse.Namespace) -> int:
+    if options.what == "sizes":
+        return _list_sizes(options)
     rows = _listed(options)
     if options.json:
         print_json({options.what: rows})
@@ -215,15 +219,37 @@ def _listed(options: argparse.Namespace) -> list[dict[str, Any]]:
     if options.what == "runs":
         folder = store.runs_dir(options.runs_dir)
         return [_run_row(path) for path in store.list_runs(folder)]
-    if not options.study:
-        raise _usage("list variants: no study named. Give one, as in `lorameter list variants lora-or-qlora`.")
-    study = load_study(options.study)
+    study = load_study(_study_named(options))
     rows = []
     for variant in study.variants:
         changed = {key: codec.to_json(getattr(variant, key)) for key in variant.differences(type(variant)())}
         words = " ".join(f"{key}={value}" for key, value in changed.items())
         rows.append({"name": variant.name, "id": variant.id, "differs from the defaults in": words})
     return rows
+
+
+def _list_sizes(options: argparse.Namespace) -> int:
+    from harness.study_file import load_study
+
+    study = load_study(_study_named(options)).with_overrides(model=options.model)
+    from harness.training.sizes import sizes_of_study  # loads torch, so only for a study that can be read
+
+    model, sizes = study.workload.model, sizes_of_study(study)
+    if options.json:
+        print_json({"model": model, "sizes": [dataclasses.asdict(one) | {"share": one.share} for one in sizes]})
+    else:
+        from harness.report.sizes import print_sizes
+        from harness.report.terminal import console_for
+
+        print_sizes(model, sizes, console_for())
+    return EXIT_PASS
+
+
+def _study_named(options: argparse.Namespace) -> str:
+    what = options.what
+    if not options.study:
+        raise _usage(f"list {what}: no study named. Give one, as in `lorameter list {what} lora-or-qlora`.")
+    return str(options.study)
 
 
 def _run_row(path: Path) -> dict[str, Any]:

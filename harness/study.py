@@ -9,9 +9,10 @@ import dataclasses
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any
 
-from harness.claim import Claim
+from harness.claim import LINEAR, Claim
 from harness.errors import UsageError
 from harness.protocol import PRECISION_REPLICATES, Protocol
 from harness.variant import Variant
@@ -81,6 +82,11 @@ class Study:
                     )
             for part in claim.parts:
                 known = [level for level, _ in self.levels(part.axis)]
+                if part.rule in LINEAR and part.scale == "log" and min(known) <= 0:
+                    raise UsageError(
+                        f"{where}: axis = {part.axis!r}: level {min(known):g} has no logarithm. "
+                        'Write scale = "linear".'
+                    )
                 for level in part.levels:
                     if level not in known:
                         raise UsageError(
@@ -107,7 +113,7 @@ class Study:
             owner = {"workload": self.workload, "protocol": self.protocol}.get(section, self.variant(self.reference))
             now = getattr(owner, name)
             if now != was:
-                lines.append(f"{key} = {now!r} in place of {was!r}")
+                lines.append(f"{key} = {_shown(now)} in place of {_shown(was)}")
         return tuple(lines)
 
     def variant(self, name: str) -> Variant:
@@ -147,6 +153,11 @@ class Study:
         if max_minutes is not None:
             protocol = dataclasses.replace(protocol, max_minutes=max_minutes)
         return dataclasses.replace(self, workload=workload, protocol=protocol, replaced=replaced)
+
+
+def _shown(value: Any) -> str:
+    """A value as text; of a file its name, since its folder says something of one machine only."""
+    return repr(PurePath(value).name) if isinstance(value, str) and PurePath(value).is_absolute() else repr(value)
 
 
 def unknown(word: str, known: Sequence[str]) -> str:

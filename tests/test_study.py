@@ -127,11 +127,12 @@ def test_a_profile_fits_the_study_to_the_machine(tmp_path, options, profile, bat
 
 def test_every_deviation_is_named(tmp_path):
     """What a profile and what an option replaced, with the value as written; what is unchanged is not in the list."""
-    study = load_study(write(tmp_path, SWEPT), device="cpu").with_overrides(model="smollm2-135m", data="synthetic")
+    study = load_study(write(tmp_path, SWEPT), device="cpu").with_overrides(model="smollm2-135m", data="/a/b/c.jsonl")
     assert study.deviations == (
         "workload.batch_size = 1 in place of 4",
         "controls.optimizer = 'adamw' in place of 'adamw_fused'",
         "workload.model = 'smollm2-135m' in place of 'tiny-llama'",
+        "workload.data = 'c.jsonl' in place of 'synthetic'",
     )
     assert study.notes == ("on a CPU",)
     assert load_study(write(tmp_path, SWEPT)).deviations == ()

@@ -30,6 +30,11 @@ def print_run(view: RunView, console: Console) -> None:
     console.print(f"[bold]{escape(view.title)}[/bold]")
     for fact in view.facts:
         console.print(f"  {escape(fact)}")
+    for head, lines in (("Differs from the study as written", view.deviations), ("Notes", view.notes)):
+        if lines:
+            console.print(f"\n[bold]{head}[/bold]")
+        for line in lines:
+            console.print(f"  {escape(line)}")
     for table in view.tables:
         console.print()
         console.print(_rich_table(table))

@@ -26,9 +26,16 @@ PHASE_TITLES: dict[Phase, str] = {
 }
 COLUMNS: dict[Phase, tuple[str, ...]] = {
     "train": ("tokens_per_s", "train_loss", "held_out_loss"),
-    "generate": ("first_token_time_s", "time_per_output_token_s", "merged_request_time_s"),
+    "generate": (
+        "first_token_time_s",
+        "time_per_output_token_s",
+        "natural_request_time_s",
+        "natural_tokens",
+        "merged_request_time_s",
+    ),
     "cold": ("cold_import_time_s", "cold_load_time_s", "cold_first_token_time_s", "cold_completion_time_s"),
 }
+"""Columns of a phase beside its primary metric; one that no variant measured is left out."""
 TAIL = 0.95
 """The high percentile of warm requests that is shown where the samples support it."""
 PEAKS: dict[Phase, tuple[str, str]] = {
@@ -68,6 +75,10 @@ class RunView:
     path: str
     title: str
     facts: tuple[str, ...]
+    deviations: tuple[str, ...]
+    """What differs from the study as it is written."""
+    notes: tuple[str, ...]
+    """What the study says of itself."""
     tables: tuple[PhaseTable, ...]
     failures: tuple[str, ...]
     notices: tuple[Notice, ...]
@@ -94,6 +105,8 @@ def view_of(run: Run) -> RunView:
         path=str(run.path),
         title=study.title,
         facts=_facts(run, study),
+        deviations=study.deviations,
+        notes=study.notes,
         tables=tables,
         failures=failures,
         notices=_unique(notices),
@@ -115,35 +128,35 @@ def _table(
     reference = groups.get((study.reference, "variant"))
     twin = groups.get((study.reference, "control"))
     control = compare_series(reference, twin, metric, family=family) if reference and twin else None
-    columns = COLUMNS[phase]
+    shown = [groups[(name, "variant")] for name in names]
+    columns = tuple(column for column in COLUMNS[phase] if any(series.trials(column) for series in shown))
+    tails = [_tail(series, metric) for series in shown] if phase == "generate" else []
+    tailed = any(tail is not None for tail in tails)
     peaks = bool(PEAKS[phase][0])
     heads = ("variant", METRICS[metric].title, f"× {study.reference}", *(METRICS[name].title for name in columns))
-    heads += (f"p{100 * TAIL:g}",) if phase == "generate" else ()
+    heads += (f"p{100 * TAIL:g}",) if tailed else ()
     heads += (*(("peak memory",) if peaks else ()), "checks")
     others = [groups[(name, "variant")] for name in names if name != study.reference]
     ratios = compare_to_reference(reference, others, metric) if reference else {}
     rows = []
-    for name in names:
-        series = groups[(name, "variant")]
+    for index, (name, series) in enumerate(zip(names, shown, strict=True)):
         ratio = ratios.get(name)
         if ratio is not None and (control is None or control.verdict != "equivalent"):
             ratio = without_equivalent(ratio, "the control itself is not equivalent, so nothing here can be")
         cells = [name, _estimate(series, metric), _ratio(ratio, is_reference=name == study.reference)]
         cells += [_estimate(series, column) for column in columns]
-        cells += [_tail(series, metric)] if phase == "generate" else []
+        cells += [tails[index] or "not supported"] if tailed else []
         cells += [_peak(series, phase)] if peaks else []
         cells.append(_checks(series))
         rows.append(Row(name=name, reference=name == study.reference, cells=tuple(cells), ratio=ratio))
     return PhaseTable(phase=phase, title=PHASE_TITLES[phase], heads=heads, rows=tuple(rows), control=control)
 
 
-def _tail(series: Series, metric: str) -> str:
-    """A high percentile, or the number of samples that it would take."""
+def _tail(series: Series, metric: str) -> str | None:
+    """A high percentile; None where the samples do not support it."""
     tail = series.percentile(metric, TAIL)
-    if tail is None:
-        return "–"
-    if tail.value is None:
-        return f"not supported by n = {tail.samples}"
+    if tail is None or tail.value is None:
+        return None
     return format_interval(tail.value, tail.low, tail.high, METRICS[metric].unit)
 
 
