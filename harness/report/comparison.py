@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from harness.stats import Comparison, Verdict
 from harness.units import METRICS, format_ratio
-from harness.verdicts import EXIT_OF, PRECEDENCE, ComparisonReport
+from harness.verdicts import EXIT_OF, PRECEDENCE, Compared, ComparisonReport
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -67,7 +67,7 @@ def view_of_comparison(report: ComparisonReport) -> ComparisonView:
             ComparisonRow(
                 variant=compared.variant,
                 metric=METRICS[compared.metric].title if compared.metric in METRICS else compared.metric,
-                ratio=_ratio(compared.comparison),
+                ratio=_shown_ratio(compared),
                 verdict=compared.verdict,
                 tolerance=f"{100 * compared.tolerance:.3g} %",
                 replicates=_replicates(compared.comparison),
@@ -173,6 +173,14 @@ def _outcome(result: GateResult) -> str:
         counts[compared.verdict] = counts.get(compared.verdict, 0) + 1
     counted = ", ".join(f"{count} {verdict}" for verdict, count in counts.items()) or "nothing compared"
     return f"Gate {'passed' if result.passed else 'failed'} (exit {result.exit_code}): {counted}"
+
+
+def _shown_ratio(compared: Compared) -> str:
+    """The ratio; of peaks without a bracket, since the largest against the largest has no interval."""
+    ratio = compared.comparison.ratio
+    if compared.metric.endswith("_bytes") and ratio is not None:
+        return f"{ratio:.4g} (largest)"
+    return _ratio(compared.comparison)
 
 
 def _ratio(comparison: Comparison) -> str:
