@@ -116,11 +116,13 @@ def linear_widths(shape: ModelShape) -> dict[str, tuple[int, int]]:
 
 
 def adapter_parameters(variant: Variant, shape: ModelShape) -> int:
-    """Trainable parameters of a Llama-shaped model: r (in + out) for each target; PEFT's default targets q and v."""
+    """Parameters that the adapter adds to a Llama-shaped model: r (in + out) for each target, with DoRA a magnitude for
+    each output too; PEFT's default targets are q and v. Biases of the base that train are not the adapter's."""
     targets = variant.target_modules or ("q_proj", "v_proj")
     widths = linear_widths(shape)
     chosen = widths.values() if ALL_LINEAR in targets else [width for name, width in widths.items() if name in targets]
-    return shape.layers * sum(variant.r * (inputs + outputs) for inputs, outputs in chosen)
+    magnitudes = 1 if variant.use_dora else 0
+    return shape.layers * sum(variant.r * (inputs + outputs) + magnitudes * outputs for inputs, outputs in chosen)
 
 
 def memory_bytes(variant: Variant, workload: Workload, shape: ModelShape) -> int:

@@ -1,0 +1,44 @@
+"""`lorameter list sizes`: what each variant of a study trains, without a weight."""
+
+import json
+
+import pytest
+
+from harness import cli
+
+
+def test_sizes_are_listed_for_every_setting(capsys):
+    """Setting, exact parameters, share of the base, and bytes in MiB, on the study's own model."""
+    assert cli.main(["list", "sizes", "lora-or-qlora"]) == 0
+    printed = capsys.readouterr().out
+    row = next(line for line in printed.splitlines() if "qlora-nf4-r64-a16" in line)
+    # 4 layers; q, o 256 + 256 and k, v 256 + 128 each, gate, up, down 256 + 704 each: 4 × 64 × 4672.
+    assert [cell.strip() for cell in row.strip("│ ").split("│")][1:4] == ["1,196,032", "38.393 %", "4.56"]
+    assert "3,115,264 parameters in the base" in printed
+
+
+def test_sizes_as_json_on_another_model(capsys):
+    """One document with every number, of a model that is nowhere on this machine."""
+    assert cli.main(["list", "sizes", "llama2-lora-parameters", "--model", "mistral-7b", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["schema"], document["model"], len(document["sizes"])) == (1, "mistral-7b", 15)
+    first = document["sizes"][0]
+    # q 4096 + 4096, v 4096 + 1024, 32 layers, r 64.
+    assert first["trainable_parameters"] == 64 * 32 * (8192 + 5120)
+    assert first["base_parameters"] == 7_241_732_096
+    assert first["share"] == first["trainable_parameters"] / first["base_parameters"]
+    assert first["gradient_bytes"] == first["adapter_bytes"] < first["saved_bytes"] < first["optimizer_state_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["list", "sizes"], "list sizes: no study named"),
+        (["list", "sizes", "lora-or-qora"], "Did you mean 'lora-or-qlora'"),
+        (["list", "sizes", "lora-or-qlora", "--model", "mistral-8b"], "Did you mean mistral-7b"),
+    ],
+)
+def test_what_cannot_be_counted_is_bad_input(capsys, arguments, words):
+    """No study, an unknown study and an unknown model are exit code 2 with what would be right."""
+    assert cli.main(arguments) == 2
+    assert words in capsys.readouterr().err
