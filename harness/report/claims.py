@@ -1,0 +1,117 @@
+"""The claims of a study and what became of them, with what was changed from the original and what the run holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from harness.claims import ClaimResult, ClaimsReport, Judgement, PartResult
+from harness.stats import Share
+from harness.units import METRICS, format_interval, format_ratio
+
+_COLOURS: dict[Judgement, str] = {
+    "supported": "green",
+    "refuted": "red",
+    "inconclusive": "yellow",
+    "not judged": "magenta",
+}
+_WIDTHS = {"claim": 36, "the original said": 26, "estimate": 24, "verdict": None, "reason": None}
+"""The widest that a column grows; what is left is for the reasons."""
+_LEGEND = (
+    "estimate: a ratio with its 95 % interval, corrected for nothing. verdict: all differences asserted in this run "
+    "together are wrong in at most 5 % of runs (Holm); each equality in at most 5 % (two one-sided tests)."
+)
+
+
+def print_claims(report: ClaimsReport, console: Console) -> None:
+    """All that is said of a run's claims."""
+    console.print(f"[bold]{escape(report.title)}[/bold]")
+    console.print(f"  {escape(_held(report))}")
+    console.print(_table(report))
+    console.print(f"  [dim]{escape(_LEGEND)}[/dim]")
+    for title, lines in (
+        ("Control (the reference measured twice)", _controls(report)),
+        ("Length of the answers", _answers(report)),
+        ("Other than in the original", report.deviations),
+        ("Notes", report.notes),
+    ):
+        said = tuple(lines)
+        if said:
+            console.print(f"\n[bold]{title}[/bold]")
+        for line in said:
+            console.print(f"  {escape(line)}")
+    if not report.valid:
+        console.print(f"\n[bold red]{escape(_invalid(report))}[/bold red]")
+
+
+def _held(report: ClaimsReport) -> str:
+    """How much of the run there is."""
+    plural = "" if report.replicates == 1 else "s"
+    counted = ", ".join(f"{count} {status}" for status, count in report.trials.items())
+    state = "" if report.status == "complete" else f"; the run is {report.status!r}, so this is what it holds so far"
+    return f"run {report.run}: {report.replicates} replicate{plural}; trials: {counted}{state}"
+
+
+def _table(report: ClaimsReport) -> Table:
+    table = Table()
+    for head, width in _WIDTHS.items():
+        table.add_column(head, overflow="fold", max_width=width)
+    for claim in report.claims:
+        for row in _rows(claim):
+            table.add_row(*row)
+        table.add_section()
+    return table
+
+
+def _rows(claim: ClaimResult) -> Iterator[tuple[str, str, str, str, str]]:
+    """A row of the claim; where it has several parts, a row of each below it."""
+    head = f"[bold]{escape(claim.id)}[/bold]  {escape(claim.says)}"
+    if len(claim.parts) == 1:
+        (part,) = claim.parts
+        yield head, escape(claim.original), _estimate(part), _verdict(claim.verdict), escape(part.reason)
+        return
+    yield head, escape(claim.original), "", _verdict(claim.verdict), ""
+    for part in claim.parts:
+        yield f"  {part.rule}", "", _estimate(part), _verdict(part.verdict), escape(part.reason)
+
+
+def _estimate(part: PartResult) -> str:
+    if part.ratio is None:
+        return "–"
+    return escape(f"{part.about}\n{format_ratio(part.ratio, part.low, part.high)}")
+
+
+def _verdict(verdict: Judgement) -> str:
+    return f"[{_COLOURS[verdict]}]{verdict}[/{_COLOURS[verdict]}]"
+
+
+def _controls(report: ClaimsReport) -> Iterator[str]:
+    for name, control in report.control.items():
+        said = "not measured"
+        if control is not None:
+            said = f"{format_ratio(control.ratio, control.low, control.high)} {control.verdict}"
+        yield f"{METRICS[name].title}: {said}"
+
+
+def _answers(report: ClaimsReport) -> Iterator[str]:
+    """The shares, in words; nothing where no answers were measured."""
+    for share, of in ((report.answers.requests, "requests"), (report.answers.variants, "variants' means")):
+        if share is not None:
+            yield (
+                f"the number of tokens explains {_share(share)} of the variance of request time between {of} "
+                f"({share.replicates} replicates, {share.points} points)"
+            )
+
+
+def _share(share: Share) -> str:
+    low, high = (None if end is None else 100 * end for end in (share.low, share.high))
+    return f"{format_interval(100 * share.value, low, high, '1')} %"
+
+
+def _invalid(report: ClaimsReport) -> str:
+    if not report.replicates:
+        return "No trial of this run is ok: there is nothing to judge by. See the report of the run."
+    return "A control failed: the reference differs from itself, so quieten the machine and measure again."

@@ -1,0 +1,156 @@
+"""What `lorameter claims` prints, in text and as JSON, and its exit codes."""
+
+import dataclasses
+import io
+import json
+
+import pytest
+
+from harness import store
+from harness.claim import Claim, Part
+from harness.claims import judge_claims
+from harness.cli import main
+from harness.report.claims import print_claims
+from harness.report.terminal import console_for
+from harness.study_file import builtin_studies, load_study
+from harness.variant import Variant
+
+STEPS = {"plain": [1.0, 1.1, 0.9, 1.2], "r8": [1.0, 1.14, 0.93, 1.2]}
+
+
+@pytest.fixture
+def study(small_study):
+    """Two levels of r, a claim of one part and one of two, and a deviation."""
+    return dataclasses.replace(
+        small_study,
+        variants=(Variant(name="plain", r=4), Variant(name="r8", r=8)),
+        claims=(
+            Claim(
+                id="1", says="step time rises with r", original="33 min at r 4, 35 min at r 8",
+                parts=(Part(rule="trend-up", axis="r", metric="step_time_s"),),
+            ),
+            Claim(
+                id="2", says="more [parameters], equal time",
+                parts=(
+                    Part(rule="rises", axis="r", metric="trainable_parameters"),
+                    Part(rule="equal", axis="r", metric="step_time_s"),
+                ),
+            ),
+        ),
+        notes=("the original ran each setting once",),
+        replaced={"workload.model": "llama2-7b"},
+    )  # fmt: skip
+
+
+@pytest.fixture
+def claims(write_run, study, tmp_path, capsys):
+    """A function: write a run, `lorameter claims` it; the exit code and the output, a document with --json."""
+
+    def run(*options, steps=STEPS, **written):
+        name = write_run("mine", steps, **{"study": study} | written).name
+        code = main(["claims", name, "--runs-dir", str(tmp_path / "runs"), *options])
+        printed = capsys.readouterr()
+        return code, json.loads(printed.out) if "--json" in options and printed.out else printed.out + printed.err
+
+    return run
+
+
+def counted(record):
+    return record.replaced(values={"trainable_parameters": 921600.0 * (1 + (record.name == "r8"))})
+
+
+def test_the_document_is_that_of_the_contract(claims):
+    """Schema, run, claims with parts, replicates, deviations, notes, answers; no number without its name."""
+    code, document = claims("--json", change=counted)
+    assert (code, document["schema"], document["run"], document["replicates"]) == (0, 1, "mine", 4)
+    assert document["deviations"] == ["workload.model = 'tiny-llama' in place of 'llama2-7b'"]
+    assert document["notes"] == ["the original ran each setting once"]
+    assert document["answers"] == {"requests": None, "variants": None}
+    assert (document["status"], document["trials"]) == ("complete", {"planned": 12, "ok": 12})
+    first, second = document["claims"]
+    assert {"id", "says", "original", "verdict", "parts"} == set(first)
+    assert (first["id"], first["original"], first["verdict"]) == ("1", "33 min at r 4, 35 min at r 8", "inconclusive")
+    (part,) = first["parts"]
+    assert part["low"] < part["ratio"] < part["high"]
+    assert (part["rule"], part["axis"], part["metric"], part["about"]) == ("trend-up", "r", "step_time_s", "8 / 4")
+    assert (part["tolerance"], part["margin"], part["replicates"], part["left_out"]) == (0.01, None, 4, 0)
+    assert [one["verdict"] for one in second["parts"]] == ["supported", "supported"]
+    assert second["parts"][0]["ratio"] is None
+    assert document["control"]["step_time_s"]["verdict"] == "equivalent"
+
+
+def test_the_text_says_what_was_claimed_found_and_changed(claims):
+    """Claim, original, estimate, verdict and reason; then the control, deviations and notes; nothing cut, no colour."""
+    code, text = claims(change=counted)
+    assert code == 0
+    flat = " ".join(text.replace("│", " ").split())
+    for words in (
+        "1 step time rises with r", "33 min at r 4, 35 min at r 8", "8 / 4", "inconclusive", "supported",
+        "more [parameters], equal time", "trainable_parameters: by r, 921,600 at 4, 1,843,200 at 8",
+        "no level differs from another by more than 5 %", "run mine: 4 replicates; trials: 12 planned, 12 ok",
+        "step time: 1.000 [1.000, 1.000] equivalent", "workload.model = 'tiny-llama' in place of 'llama2-7b'",
+        "the original ran each setting once",
+    ):  # fmt: skip
+        assert words in flat
+    assert "\x1b" not in text
+    assert "Length of the answers" not in text
+
+
+def test_any_verdict_is_a_pass(claims):
+    """Refuted and not judged claims end with 0: they are findings."""
+    code, document = claims("--json", steps={"plain": [1.0] * 3, "r8": [1.5] * 3}, change=counted)
+    assert (code, [one["verdict"] for one in document["claims"]]) == (0, ["supported", "refuted"])
+    code, document = claims("--json", steps={name: times[:1] for name, times in STEPS.items()})
+    assert (code, {one["verdict"] for one in document["claims"]}) == (0, {"not judged"})
+
+
+def test_a_failed_control_is_an_exit_status(claims):
+    """The reference differs from itself: exit 4, and the text says what to do."""
+    code, text = claims(control=1.3)
+    assert code == 4
+    assert "A control failed" in text
+    assert claims("--json", control=1.3)[0] == 4
+
+
+def test_a_run_without_a_trial_that_is_ok_is_an_exit_status(claims):
+    """Nothing to judge by: exit 4."""
+    code, text = claims(change=lambda record: record.replaced(status="crashed"))
+    assert code == 4
+    assert "there is nothing to judge by" in text
+
+
+def test_a_study_without_claims_is_a_usage_error(claims, small_study):
+    """Exit 2, on stderr, with what to add."""
+    code, text = claims("--json", study=small_study, steps={"plain": [1.0, 1.1], "nf4": [1.0, 1.1]})
+    assert code == 2
+    assert "claims nothing. Add [[claim]]" in text
+
+
+def test_an_unfinished_run_says_how_much_there_is(claims):
+    """A run that is still going on is judged, and its state is told."""
+    code, text = claims(status="running")
+    assert code == 0
+    assert "the run is 'running', so this is what it holds so far" in text
+
+
+def test_the_length_of_answers_is_told(write_run, study, tmp_path):
+    """Below the table: how much of the spread of natural requests is their length."""
+
+    def answered(record):
+        tokens = tuple(5.0 + index + 3 * (record.name == "r8") for index in range(4))
+        times = tuple(0.02 * count for count in tokens)
+        return record.replaced(samples=record.samples | {"natural_tokens": tokens, "natural_request_time_s": times})
+
+    run = store.read_run(str(write_run("mine", STEPS, study=study, change=answered)), tmp_path)
+    out = io.StringIO()
+    print_claims(judge_claims(run), console_for(out))
+    assert "the number of tokens explains 100.000 [100.000, 100.000] % of the variance" in out.getvalue()
+
+
+def test_claims_of_built_in_studies_load():
+    """Each names levels and axes that its study sweeps; the study of LoRA's parameters has twelve, by number."""
+    ids = {name: [claim.id for claim in load_study(name).claims] for name in builtin_studies()}
+    assert {one.split()[0] for one in ids["llama2-lora-parameters"]} == {str(number) for number in range(1, 13)}
+    for name in builtin_studies():
+        for device in ("cpu", "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-40GB"):
+            assert load_study(name, device=device).claims == load_study(name).claims
