@@ -5,13 +5,19 @@ BIN    := $(VENV)/bin
 NAME   ?= bench
 STAMP  := $(VENV)/.installed
 
-.PHONY: bench test lint proof proof-harness proof-models proof-statistics proof-levels proof-ab proof-kernels clean
+.PHONY: bench test lint study proof proof-harness proof-models proof-statistics proof-levels proof-ab proof-kernels clean
 
 bench: $(STAMP)
 	$(BIN)/pytest benchmarks/ --benchmark-save=$(NAME)
 
 test: $(STAMP)
 	$(BIN)/pytest tests/
+
+# The study of LoRA parameters that this project began with, on a small real model, and what becomes of its claims: about
+# an hour on two cores. LORAMETER_DOLLY names databricks-dolly-15k.jsonl(.gz); without it embedded records are used.
+study: $(STAMP)
+	$(BIN)/lorameter model fetch smollm2-135m
+	$(BIN)/lorameter run llama2-lora-parameters --profile cpu --data "$(or $(LORAMETER_DOLLY),synthetic)" --max-minutes 88
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -8,11 +8,14 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness import commands, commands_ab, commands_sample, commands_study
 from harness.commands import print_json
 from harness.errors import EXIT_INVALID, EXIT_PASS, EXIT_UNEXPECTED, LorameterError
+
+if TYPE_CHECKING:
+    from harness.store import Run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -138,6 +141,7 @@ def _run(options: argparse.Namespace) -> int:
         )
     else:
         print_run(view, console_for())
+        _show_claims(run)
     return EXIT_PASS if view.valid else EXIT_INVALID
 
 
@@ -191,7 +195,18 @@ def _report(options: argparse.Namespace) -> int:
         print_json(codec.to_json(view))
     else:
         print_run(view, console_for())
+        _show_claims(run)
     return EXIT_PASS if view.valid else EXIT_INVALID
+
+
+def _show_claims(run: Run) -> None:
+    """The verdicts on what the study claims, where it claims anything."""
+    if run.manifest.study.get("claims"):
+        from harness.claims import judge_claims
+        from harness.report.claims import print_verdicts
+        from harness.report.terminal import console_for
+
+        print_verdicts(judge_claims(run), console_for())
 
 
 def _list(options: argparse.Namespace) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 from rich.console import Console
 from rich.markup import escape
@@ -30,21 +30,29 @@ def print_claims(report: ClaimsReport, console: Console) -> None:
     """All that is said of a run's claims."""
     console.print(f"[bold]{escape(report.title)}[/bold]")
     console.print(f"  {escape(_held(report))}")
-    console.print(_table(report))
-    console.print(f"  [dim]{escape(_LEGEND)}[/dim]")
-    for title, lines in (
-        ("Control (the reference measured twice)", _controls(report)),
-        ("Length of the answers", _answers(report)),
-        ("Other than in the original", report.deviations),
-        ("Notes", report.notes),
-    ):
-        said = tuple(lines)
-        if said:
-            console.print(f"\n[bold]{title}[/bold]")
-        for line in said:
-            console.print(f"  {escape(line)}")
+    print_verdicts(report, console)
+    _print_lists(console, {"Differs from the study as written": report.deviations, "Notes": report.notes})
     if not report.valid:
         console.print(f"\n[bold red]{escape(_invalid(report))}[/bold red]")
+
+
+def print_verdicts(report: ClaimsReport, console: Console) -> None:
+    """The claims with what they rest on; what a run's own report says already is left out."""
+    table = _table(report)
+    table.title, table.title_justify, table.title_style = "Claims", "left", "bold"
+    console.print()
+    console.print(table)
+    console.print(f"  [dim]{escape(_LEGEND)}[/dim]")
+    control = "Control (the reference measured twice)"
+    _print_lists(console, {control: tuple(_controls(report)), "Length of the answers": tuple(_answers(report))})
+
+
+def _print_lists(console: Console, lists: Mapping[str, Sequence[str]]) -> None:
+    for title, lines in lists.items():
+        if lines:
+            console.print(f"\n[bold]{title}[/bold]")
+        for line in lines:
+            console.print(f"  {escape(line)}")
 
 
 def _held(report: ClaimsReport) -> str:
