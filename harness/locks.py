@@ -1,10 +1,12 @@
-"""One process at a time makes a thing that several may want: a model in the cache, an environment."""
+"""One process at a time makes a thing that several may want: a model in the cache, an environment, a run."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from harness.errors import UsageError
 
 
 @contextmanager
@@ -13,7 +15,7 @@ def locked(target: Path, waiting: str, report: Callable[[str], object]) -> Itera
     import filelock
 
     target.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(target.with_name(f"{target.name}.lock"))
+    lock = filelock.FileLock(_beside(target))
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
@@ -23,3 +25,49 @@ def locked(target: Path, waiting: str, report: Callable[[str], object]) -> Itera
         yield
     finally:
         lock.release()
+
+
+ASKING_S = 1.0
+"""How long somebody who only asks (`is_locked`) may be in the way of somebody who wants the lock."""
+
+
+@contextmanager
+def alone(target: Path, refusal: str) -> Iterator[None]:
+    """Hold the lock beside `target` for the block; waits for nobody.
+
+    Raises:
+        UsageError: another process has it; `refusal` is the message.
+    """
+    import filelock
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(_beside(target))
+    try:
+        lock.acquire(timeout=ASKING_S)
+    except filelock.Timeout:
+        raise UsageError(refusal) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def is_locked(target: Path) -> bool:
+    """Whether a process holds the lock beside `target`; one that was killed holds none."""
+    import filelock
+
+    if not _beside(target).is_file():
+        return False
+    lock = filelock.FileLock(_beside(target))
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        return True
+    except OSError:  # a copy that may only be read is written by nobody here
+        return False
+    lock.release()
+    return False
+
+
+def _beside(target: Path) -> Path:
+    return target.with_name(f"{target.name}.lock")

@@ -16,11 +16,14 @@ from harness.workload import Workload
 
 SCHEMA = 3
 """Version of everything in this module. 1: first form. 2: requests say what a trial measures, with which instrument
-it is checked and how much work is injected; records name their side of an A/B. 3: requests to the model's own end."""
+it is checked and how much work is injected; records name their side of an A/B. 3: requests to the model's own end;
+training that ends before its planned steps, and runs that were gone on with."""
 READABLE = (1, 2, 3)
 """Schemas that this version reads from disk: later fields have defaults."""
 
 Status = Literal["ok", "invalid", "oom", "timeout", "crashed", "interrupted", "not_run"]
+SETTLED: tuple[Status, ...] = ("ok", "invalid", "oom", "timeout", "crashed")
+"""How a trial can end by itself. The others say that somebody ended it, or that it never began."""
 Role = Literal["variant", "control"]
 Interleaving = Literal["shared-base", "lockstep", "replicates", "separate"]
 Side = Literal["", "base", "candidate"]
@@ -140,6 +143,11 @@ class TrialRecord:
     failure: Failure | None = None
     log: str = ""
     """Path of the log, relative to the run's directory."""
+
+    @property
+    def settled(self) -> bool:
+        """Whether the trial came to its own end, good or bad."""
+        return self.status in SETTLED
 
     def replaced(self, **changes: Any) -> TrialRecord:
         """This record with other values in some fields."""

@@ -1,18 +1,21 @@
 """Where runs live: one directory a run, records appended and synced one by one, nothing ever rewritten but the status.
 
 RUN/manifest.json    what was planned, on which machine, with which versions; written before the first trial
-RUN/trials.jsonl     one TrialRecord a line, fsynced after each: a crash loses at most the trial under way
+RUN/trials.jsonl     one TrialRecord a line, fsynced after each; of several of one trial the last one counts
+RUN/trials.jsonl.lock      held by the process that writes; one that was killed holds it no more
 RUN/logs/            what each trial printed
 RUN/tokens-*.safetensors   the token stream that all trials trained on
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import secrets
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,10 +23,25 @@ from typing import Any, Literal
 
 from harness import codec
 from harness.errors import InvalidRunError, UsageError
+from harness.locks import alone, is_locked
 from harness.record import READABLE, SCHEMA, Notice, TrialRecord
 
 RunStatus = Literal["running", "complete", "interrupted", "failed"]
 ENV_RUNS = "LORAMETER_RUNS"
+TRIALS = "trials.jsonl"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resumption:
+    """One time that a run which had broken off was gone on with."""
+
+    unix_s: float
+    harness: str | None
+    """Version and content of the harness that went on (`provenance.harness_identity`)."""
+    commit: str | None
+    """That of the repository one stood in."""
+    max_minutes: float | None = None
+    """The limit that was given anew."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +52,8 @@ class Manifest:
     run: str
     study: dict[str, Any]
     phases: tuple[str, ...]
+    selection: tuple[str, ...] = ()
+    """Names of the variants that are measured; empty for all of the study."""
     interleaving: str
     why: str = ""
     """Why this level of interleaving."""
@@ -51,7 +71,9 @@ class Manifest:
     """For an A/B: what stands on either side, and with which versions."""
     stopped: str | None = None
     """Why the run ended before the replicates of its plan were used up."""
+    resumed: tuple[Resumption, ...] = ()
     status: RunStatus = "running"
+    """"running" also says a manifest whose process was killed; see `Run.live`."""
 
 
 def runs_dir(given: str | None) -> Path:
@@ -78,13 +100,14 @@ class RunWriter:
         self.path = folder / manifest.run
         self._manifest = manifest
         (self.path / "logs").mkdir(parents=True, exist_ok=True)
+        _end_last_line(self.path / TRIALS)
         self._write_manifest()
 
     def append(self, record: TrialRecord) -> None:
         """Write one record and wait until the disk has it."""
         line = codec.dumps(record) + "\n"
         try:
-            with (self.path / "trials.jsonl").open("a", encoding="utf-8") as file:
+            with (self.path / TRIALS).open("a", encoding="utf-8") as file:
                 file.write(line)
                 file.flush()
                 os.fsync(file.fileno())
@@ -114,8 +137,13 @@ class Run:
     path: Path
     manifest: Manifest
     records: tuple[TrialRecord, ...]
+    """The last record of each trial, in the order of the plan."""
     damaged_lines: int = 0
     """Lines that a crash cut short; their trials count as not run."""
+    measured_again: int = 0
+    """Trials that were begun more than once, because the process that measured them ended too early."""
+    live: bool = False
+    """Whether a process is writing the run now."""
 
 
 def read_run(name: str, folder: Path) -> Run:
@@ -131,14 +159,51 @@ def read_run(name: str, folder: Path) -> Run:
         raise UsageError(f"run {name!r}: not found in {folder}. Latest runs: {known}.")
     manifest = read_manifest(path)
     records, damaged = [], 0
-    for line in _lines(path / "trials.jsonl"):
+    for line in _lines(path / TRIALS):
         try:
             data = json.loads(line)
         except json.JSONDecodeError:
             damaged += 1
             continue
         records.append(codec.from_json(TrialRecord, _checked(data, source), f"{name}, trials.jsonl"))
-    return Run(path=path, manifest=manifest, records=tuple(records), damaged_lines=damaged)
+    latest = _latest(records, manifest)
+    if manifest.resumed and {record.trial for record in latest if record.settled} >= set(manifest.order):
+        damaged = 0  # whatever a line that was cut short told of has been measured again
+    return Run(
+        path=path,
+        manifest=manifest,
+        records=latest,
+        damaged_lines=damaged,
+        measured_again=_measured_again(records),
+        live=is_live(path, manifest),
+    )
+
+
+def _latest(records: Sequence[TrialRecord], manifest: Manifest) -> tuple[TrialRecord, ...]:
+    """The last record of each trial; none of trials that turned out needless after they had been given up."""
+    planned = set(manifest.order)
+    last = {record.trial: record for record in records if record.status != "not_run" or record.trial in planned}
+    return tuple(sorted(last.values(), key=lambda record: record.position))
+
+
+def _measured_again(records: Sequence[TrialRecord]) -> int:
+    """Trials with records of more than one start; one start has several where it was told of while under way."""
+    starts = {(record.trial, record.started_unix_s) for record in records if record.status != "not_run"}
+    return sum(count > 1 for count in Counter(trial for trial, _ in starts).values())
+
+
+def is_live(path: Path, manifest: Manifest) -> bool:
+    """Whether a process is writing the run in this directory now."""
+    return manifest.status == "running" and is_locked(path / TRIALS)
+
+
+def writing(path: Path) -> contextlib.AbstractContextManager[None]:
+    """Hold the run in this directory for writing. Raises `UsageError` where another process has it."""
+    return alone(
+        path / TRIALS,
+        f"run {path.name}: another process is measuring it, and two would disturb each other and mix their records. "
+        "Wait for it, or end it; then go on with --resume.",
+    )
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -162,6 +227,16 @@ def _checked(data: Any, source: Path) -> Any:
         known = " and ".join(map(str, READABLE))
         raise UsageError(f"{source}: schema {schema}, and this version reads {known}. Use the version that wrote it.")
     return data
+
+
+def _end_last_line(path: Path) -> None:
+    """What a crash cut short stays a line of its own: the next record begins after it."""
+    if not path.is_file() or not path.stat().st_size:
+        return
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":
+            file.write(b"\n")
 
 
 def _lines(path: Path) -> Iterator[str]:
