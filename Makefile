@@ -39,6 +39,8 @@ proof-statistics: $(STAMP)
 	mkdir -p reports/proof
 	$(BIN)/python benchmarks/selftest/coverage.py > reports/proof/coverage.txt; \
 	status=$$?; cat reports/proof/coverage.txt; exit $$status
+	$(BIN)/python benchmarks/selftest/claims_null.py > reports/proof/claims.txt; \
+	status=$$?; cat reports/proof/claims.txt; exit $$status
 	if test -z "$(LORAMETER_NOISE)"; then echo "recorded noise: skipped, LORAMETER_NOISE is not set"; else \
 	$(BIN)/python benchmarks/selftest/noise.py "$(LORAMETER_NOISE)" > reports/proof/noise.txt; \
 	status=$$?; cat reports/proof/noise.txt; exit $$status; fi
