@@ -1,7 +1,7 @@
 """Studies read from TOML, strictly: unknown keys and impossible values are refused with file, key, value and remedy.
 
 title = "..."
-extends = "..."                 # a built-in study; what this file says replaces what that one says
+extends = "..."                 # a built-in study; what this file says replaces what that one and its profiles say
 reference = "lora-r16"          # the variant that ratios are taken against; the first one if left out
 notes = ["..."]                 # what a reader of the results must know and no field says
 
@@ -15,6 +15,7 @@ notes = ["..."]                 # what a reader of the results must know and no 
 [[claim]]                       # see harness.claim
 [profile.NAME]                  # any of the above but the variants, for one kind of machine
 devices = ["A100"]              # a device whose name holds one of these takes this profile; "cpu" is any CPU
+workload.model = "random:"      # the study's own model, whichever that is, with random weights
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ _LISTS = ("axes", "sweeps", "variant")
 _SECTIONS = ("workload", "protocol", "controls", "requirements")
 _KEYS = ("title", "extends", "reference", "allow_fallback", "notes", *_SECTIONS, *_LISTS, "claim", "profile")
 _PROFILE_KEYS = ("devices", "allow_fallback", "notes", *_SECTIONS)
+_OWN_RANDOM = "random:"
 
 
 def builtin_studies() -> dict[str, Path]:
@@ -97,7 +99,28 @@ def _read(name_or_path: str, seen: tuple[str, ...]) -> tuple[Path, dict[str, Any
     merged = _read(base, (*seen, base))[1]
     if any(key in data for key in _LISTS):
         merged = {key: value for key, value in merged.items() if key not in (*_LISTS, "claim", "reference")}
-    return path, _merged(merged, data)
+    return path, _merged(_yielding(merged, data), data)
+
+
+def _yielding(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` without what its profiles say of anything that `over` says itself.
+
+    A study that extends another with one line is about that line. A profile that were to put its own value in its
+    place, on some machines and without a word, would measure another study.
+    """
+    profiles = {name: _without(table, over) for name, table in base.get("profile", {}).items()}
+    return {**base, "profile": profiles}
+
+
+def _without(table: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in table.items() if key != "allow_fallback" or key not in over}
+    for section in _SECTIONS:
+        said = over.get(section)
+        if isinstance(kept.get(section), Mapping) and isinstance(said, Mapping):
+            kept[section] = {
+                key: value for key, value in kept[section].items() if key not in said or value == _OWN_RANDOM
+            }
+    return kept
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -134,7 +157,12 @@ def _fits(devices: list[str], device: str) -> bool:
 def _fitted(data: Mapping[str, Any], profile: Mapping[str, Any]) -> dict[str, Any]:
     changes = {key: value for key, value in profile.items() if key != "devices"}
     changes["notes"] = [*data.get("notes", []), *profile.get("notes", [])]
-    return _merged(data, changes)
+    fitted = _merged(data, changes)
+    workload = fitted.get("workload")
+    if isinstance(workload, Mapping) and workload.get("model") == _OWN_RANDOM:
+        own = str(data.get("workload", {}).get("model", Workload().model))
+        fitted["workload"] = {**workload, "model": f"{_OWN_RANDOM}{own.removeprefix(_OWN_RANDOM)}"}
+    return fitted
 
 
 def _replaced(written: Study, fitted: Study) -> dict[str, Any]:
