@@ -4,8 +4,8 @@
 
 A check that cries wolf is switched off, and then it finds nothing. So each variant below is built as the harness
 builds it, and its own claims are judged by both instruments while it trains, then while it answers a request: bfloat16
-and float32, NF4 and unquantised, packed and padded, and every variant of the built-in studies. Sequences are short,
-and nothing is timed.
+and float32, NF4 and unquantised, packed and padded, and every variant of the built-in studies as they are fitted to
+this machine. Sequences are short, and nothing is timed. No study brings a model of its own: the models are those named.
 
 A claim that is not active is a false alarm, and so is one that is not judged, unless it is one that the spy leaves to
 the profile. Exit status 1 with the reasons where there is any.
@@ -37,6 +37,7 @@ from rich.text import Text
 import kernels_check
 from harness import catalogue, codec
 from harness.protocol import Protocol
+from harness.provenance import probe_machine
 from harness.record import Fragment, TrialRequest
 from harness.study_file import builtin_studies, load_study
 from harness.training.requirements import requirements_of
@@ -50,7 +51,7 @@ MODELS = ("tiny-llama", "smollm2-135m")
 INSTRUMENTS = ("profile", "spy")
 SHORT: dict[str, Any] = {
     "sequence_length": 64, "batch_size": 1, "train_sequences": 16, "held_out_records": 2, "held_out_sequences": 1,
-    "prompt_tokens": 8, "new_tokens": 4,
+    "prompt_tokens": 8, "new_tokens": 4, "natural_tokens": 0,
 }  # fmt: skip
 BYTES_IN_A_SEQUENCE = 256
 """Sequence length where a token is a byte: shorter ones have no room left to pad behind a record."""
@@ -118,7 +119,7 @@ class Verdict:
 
 
 def cases(model: str) -> Iterator[Case]:
-    """The grid and the variants of the built-in studies, on one model.
+    """The grid and the variants of the built-in studies, on one model; what two studies share is one case.
 
     A study keeps its own workload on its own model; on any other it is cut short.
     """
@@ -137,14 +138,19 @@ def cases(model: str) -> Iterator[Case]:
             name=name, variant=variant, workload=dataclasses.replace(short, layout=layout),
             requirements=PADDED if layout == "padded" else {},
         )  # fmt: skip
+    seen = set()
+    machine = probe_machine().kind
     for name in builtin_studies():
-        study = load_study(name)
+        study = load_study(name, device=machine)
         own = study.workload
         workload = own if model == own.model else dataclasses.replace(own, model=model, **SHORT)
         for variant in study.variants:
-            yield Case(
-                name=f"{name}: {variant.name}", variant=variant, workload=workload, requirements=study.requirements
-            )
+            same = (variant, workload, codec.dumps(study.requirements))
+            if same not in seen:
+                seen.add(same)
+                yield Case(
+                    name=f"{name}: {variant.name}", variant=variant, workload=workload, requirements=study.requirements
+                )
 
 
 def judge(case: Case, folder: Path) -> Iterator[Verdict]:
@@ -171,6 +177,8 @@ def judge(case: Case, folder: Path) -> Iterator[Verdict]:
     answer = _ran(case, trial.run("begin_generate")).tokens["completion"]
     if len(answer) != case.workload.new_tokens:
         raise RuntimeError(f"{case.name}: {len(answer)} tokens generated, {case.workload.new_tokens} asked for")
+    served = dataclasses.replace(case.variant, autocast=None)  # requests run outside autocast, which is a step's
+    required = requirements_of(served, shapes, packed=packed)
     required = {path: value for path, value in required.items() if path in WHILE_GENERATING} | {"mode": "eval"}
     model = trial._built.trainee.model
     for instrument in INSTRUMENTS:

@@ -49,16 +49,19 @@ def test_claims_that_hold_are_counted(verdict, monkeypatch, capsys, given):
 
 
 def test_the_grid_and_every_study_are_judged(program):
-    """Eight combinations and the studies' variants; on another model than theirs the studies are cut short."""
+    """Eight combinations and every study's variants once, fitted to a CPU, all on the model named; on another model
+    than theirs the studies are cut short."""
     from harness.study_file import builtin_studies, load_study
 
     module = program("false_alarms")
-    variants = sum(len(load_study(name).variants) for name in builtin_studies())
+    studies = [load_study(name, device="cpu") for name in builtin_studies()]
     for model, length in (("tiny-llama", 128), ("random:smollm2-135m", 64)):
         cases = list(module.cases(model))
         grid = {(case.variant.dtype, case.variant.quantization, case.workload.layout) for case in cases[:8]}
         assert len(grid) == 8
-        assert len(cases) == 8 + variants
+        assert {case.variant for case in cases[8:]} == {variant for study in studies for variant in study.variants}
+        assert len({(case.variant, case.workload) for case in cases}) == len(cases)
+        assert {case.workload.model for case in cases} == {model}
         assert {case.workload.sequence_length for case in cases if ":" in case.name} <= {length, 64}
 
 
