@@ -1,0 +1,59 @@
+"""A value that a machine may refuse to give: the value, or the reason why there is none.
+
+Counters differ from card to card and container to container. A zero that stands for "unknown" is how energy tools came
+to print 0 J, and an exception would cost a measurement for the sake of its surroundings. So a meter answers with a
+`Reading`, and whoever shows it can say what is missing and why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+V = TypeVar("V")
+W = TypeVar("W")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading(Generic[V]):
+    """One value of a meter, or None with the reason; exactly one of them is given. Raises ValueError otherwise."""
+
+    value: V | None = None
+    reason: str = ""
+
+    def __post_init__(self) -> None:
+        if (self.value is None) != bool(self.reason):
+            raise ValueError(f"a reading has a value or a reason, not {self.value!r} and {self.reason!r}")
+
+    @property
+    def known(self) -> bool:
+        """Whether there is a value."""
+        return self.value is not None
+
+    def then(self, convert: Callable[[V], W]) -> Reading[W]:
+        """The converted value; a missing one stays missing for its reason."""
+        return Reading(reason=self.reason) if self.value is None else Reading(value=convert(self.value))
+
+
+def missing(reason: str) -> Reading[V]:
+    """No value, and why."""
+    return Reading(reason=reason)
+
+
+def read_file(path: Path, convert: Callable[[str], V], without: str) -> Reading[V]:
+    """A value from a file of the kernel's; `without` says what it means that the file is not there.
+
+    A file that is there and says something unexpected is missing too, with what it said.
+    """
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        return missing(without)
+    except OSError as error:
+        return missing(f"{path} cannot be read: {error.strerror}")
+    try:
+        return Reading(value=convert(text))
+    except (ValueError, LookupError):
+        return missing(f"{path} says {text[:60]!r}, which is not understood")

@@ -1,0 +1,60 @@
+"""A stand-in for the driver's library, compiled on the spot and loaded by nvidia-ml-py in place of the real one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).with_name("fake_nvml.c")
+COMPILER = shutil.which(os.environ.get("CC", "cc"))
+
+
+@pytest.fixture(scope="session")
+def libraries(tmp_path_factory):
+    """Folders that hold the stand-in as a driver of today and as an old one, and one with no library in its place."""
+    if COMPILER is None:
+        pytest.skip("no C compiler on this machine to build the stand-in for NVML with")
+    found = {"none": tmp_path_factory.mktemp("nvml-none")}
+    (found["none"] / "libnvidia-ml.so.1").write_text("what the loader finds first, and cannot load\n")
+    for name, options in (("new", []), ("old", ["-DOLD_DRIVER"])):
+        found[name] = tmp_path_factory.mktemp(f"nvml-{name}")
+        subprocess.run(
+            [COMPILER, "-shared", "-fPIC", "-O1", *options, str(SOURCE), "-o",
+             str(found[name] / "libnvidia-ml.so.1")],
+            check=True,
+        )  # fmt: skip
+    return found
+
+
+@pytest.fixture
+def nvml(libraries, tmp_path):
+    """A function that runs Python lines where the stand-in answers, and returns what they `tell`.
+
+    `answers` are the lines of the stand-in's file (`{"0.power": 250000}`), `driver` chooses old, new or none, and
+    `variables` are those of the process. The dynamic loader looks into LD_LIBRARY_PATH first, and nvidia-ml-py opens
+    libnvidia-ml.so.1 by that name, so the code under test is the code that meets a real card.
+    """
+
+    def run(lines, answers=None, *, driver="new", **variables):
+        script = tmp_path / "answers"
+        script.write_text("".join(f"{key}={value}\n" for key, value in (answers or {}).items()))
+        program = "import json\ndef tell(value): print(json.dumps(value, default=str))\n" + textwrap.dedent(lines)
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith("CUDA_")}
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            env={**inherited, "LD_LIBRARY_PATH": str(libraries[driver]), "FAKE_NVML": str(script), **variables},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    return run

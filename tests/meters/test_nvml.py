@@ -1,0 +1,148 @@
+"""The whole way from a `Reading` through nvidia-ml-py to the driver's C interface, with a library that we script."""
+
+from __future__ import annotations
+
+import pytest
+
+NOT_SUPPORTED, NO_PERMISSION, GPU_IS_LOST = 3, 4, 15
+TWO = {
+    "count": 2,
+    "0.uuid": "GPU-aaaa1111-0000-0000-0000-000000000000",
+    "0.name": "First",
+    "1.uuid": "GPU-aaaa2222-0000-0000-0000-000000000000",
+    "1.name": "Second",
+}
+MIG = TWO | {"1.mig": 1, "2.parent": 1, "2.uuid": "MIG-bbbb", "2.name": "Second MIG 1g.10gb", "2.total": 10 << 30}
+SAMPLE = """
+    import dataclasses
+    from harness.meters.nvml import open_device
+    device = open_device().value
+    facts, sample = device.facts(), device.sample()
+    tell({
+        one.name: [getattr(told, one.name).value, getattr(told, one.name).reason]
+        for told in (facts, sample) for one in dataclasses.fields(told)
+    })
+"""
+NAME = """
+    from harness.meters.nvml import open_device
+    found = open_device()
+    tell(found.reason if found.value is None else [found.value.facts().name.value, found.value.sliced])
+"""
+
+
+def test_a_card_tells_everything_in_base_units(nvml):
+    """Watts, joules, hertz, degrees, seconds and words; no reason stands beside a value."""
+    told = nvml(
+        SAMPLE,
+        {
+            "0.name": "Test card", "0.uuid": "GPU-1", "driver": "580.1", "0.power": 421500, "0.energy": 12345678,
+            "0.limit": 500000, "0.sm_clock": 1410, "0.temperature": 71, "0.reasons": 0x24, "0.uncorrected": 2,
+            "0.thermal_ns": 1500000000, "0.power_ns": 250000000, "0.persistence": 0,
+        },
+    )  # fmt: skip
+    assert {name: value for name, (value, _) in told.items()} == {
+        "name": "Test card", "uuid": "GPU-1", "driver": "580.1", "power_limit_w": 500.0,
+        "default_power_limit_w": 700.0, "max_sm_clock_hz": 1.98e9, "max_memory_clock_hz": 2.619e9,
+        "slowdown_temperature_c": 87.0, "ecc": True, "corrected_errors": 0, "uncorrected_errors": 2, "mig": False,
+        "persistence": False, "clocks_need_root": True, "energy_j": 12345.678, "power_w": 421.5,
+        "sm_clock_hz": 1.41e9, "memory_clock_hz": 2.619e9, "temperature_c": 71.0, "temperature_margin_c": 16.0,
+        "events": ["sw_power_cap", "sw_thermal_slowdown"], "thermal_slowdown_s": 1.5, "power_slowdown_s": 0.25,
+    }  # fmt: skip
+    assert not any(reason for _, reason in told.values())
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [(NOT_SUPPORTED, "does not offer it"), (NO_PERMISSION, "not permitted"), (GPU_IS_LOST, "no longer answers"),
+     (4242, "stand-in")],
+)  # fmt: skip
+def test_a_counter_that_cannot_be_read_is_missing_with_its_reason(nvml, code, words):
+    """Never an exception and never a zero, and everything else is still there."""
+    refused = {
+        "nvmlDeviceGetTotalEnergyConsumption": "energy_j", "nvmlDeviceGetPowerUsage": "power_w",
+        "nvmlDeviceGetEccMode": "ecc", "nvmlDeviceGetTotalEccErrors": "uncorrected_errors",
+        "nvmlDeviceGetViolationStatus": "thermal_slowdown_s", "nvmlDeviceGetPersistenceMode": "persistence",
+    }  # fmt: skip
+    told = nvml(SAMPLE, {f"rc.{function}": code for function in refused})
+    for function, name in refused.items():
+        value, reason = told[name]
+        assert value is None
+        assert reason.startswith(f"{function}: ")
+        assert words in reason
+    assert told["sm_clock_hz"][0] == 1.755e9
+
+
+def test_an_old_driver_is_asked_by_the_old_names(nvml):
+    """Throttle reasons were not yet events, and its memory includes what it reserves."""
+    told = nvml(SAMPLE, {"0.reasons": 0x40, "rc.nvmlDeviceGetTemperatureThreshold": NOT_SUPPORTED}, driver="old")
+    assert told["events"] == [["hw_thermal_slowdown"], ""]
+    assert "driver is too old" in told["temperature_margin_c"][1]
+    memory = """
+        from harness.meters.nvml import open_device
+        tell(open_device().value.memory().value.used)
+    """
+    answers = {"0.used": 1000, "0.reserved": 50}
+    assert nvml(memory, answers, driver="old") == 1050
+    assert nvml(memory, answers) == 1000
+
+
+def test_the_distance_to_the_slow_down_comes_without_a_threshold_too(nvml):
+    """Newer cards give the distance only."""
+    told = nvml(SAMPLE, {"rc.nvmlDeviceGetTemperatureThreshold": NOT_SUPPORTED, "0.margin": 7})
+    assert told["temperature_margin_c"] == [7.0, ""]
+    assert told["slowdown_temperature_c"][0] is None
+
+
+@pytest.mark.parametrize(
+    ("visible", "answer"),
+    [
+        (None, ["First", False]), ("0", ["First", False]), ("1,0", ["Second", False]), (" 1 ", ["Second", False]),
+        ("GPU-aaaa2222-0000-0000-0000-000000000000", ["Second", False]), ("GPU-aaaa2", ["Second", False]),
+        ("", "CUDA_VISIBLE_DEVICES hides every device"), ("-1", "CUDA_VISIBLE_DEVICES hides every device"),
+        ("1,1", "CUDA_VISIBLE_DEVICES hides every device"),
+        ("GPU-aaaa", "2 devices have a UUID that begins with GPU-aaaa"),
+        ("7", "nvmlDeviceGetHandleByIndex: there is no such device"),
+        ("GPU-cccc", "nvmlDeviceGetHandleByUUID: there is no such device"),
+    ],
+)  # fmt: skip
+def test_the_card_is_the_one_that_cuda_will_use(nvml, visible, answer):
+    """By index, by UUID or its beginning; the first of several; none where the variable hides all."""
+    variables = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    assert nvml(NAME, TWO, **variables) == answer
+
+
+@pytest.mark.parametrize("visible", ["MIG-bbbb", "1"])
+def test_the_energy_of_a_shared_card_is_nobodys(nvml, visible):
+    """Power and energy are the whole card's; clocks and heat are told, as they are those of this part too."""
+    told = nvml(SAMPLE, MIG, CUDA_VISIBLE_DEVICES=visible)
+    for name in ("energy_j", "power_w"):
+        assert told[name] == [None, "the counter is the whole card's, and other MIG instances share the card"]
+    assert told["sm_clock_hz"][0] == 1.755e9
+    assert told["name"][0] == ("Second MIG 1g.10gb" if visible.startswith("MIG") else "Second")
+
+
+def test_a_uuid_goes_before_the_environment(nvml):
+    """What torch says of the device it uses is right, whatever the environment's numbers mean."""
+    lines = """
+        from harness.meters.nvml import card_names, open_device
+        uuid = "GPU-aaaa2222-0000-0000-0000-000000000000"
+        tell([open_device(uuid).value.facts().name.value, card_names().value])
+    """
+    assert nvml(lines, TWO, CUDA_VISIBLE_DEVICES="0") == ["Second", ["First", "Second"]]
+
+
+def test_a_machine_without_a_driver_says_so(nvml):
+    """The library is not there, or it is there and does not come up."""
+    assert "no NVIDIA driver is installed" in nvml(NAME, driver="none")
+    assert "not loaded" in nvml(NAME, {"rc.nvmlInitWithFlags": 9})
+
+
+def test_torch_is_not_needed(nvml):
+    """The parent of a run asks NVML too, and stays light."""
+    lines = """
+        import sys
+        from harness.meters.nvml import open_device
+        open_device().value.sample()
+        tell(sorted({"torch", "numpy"} & set(sys.modules)))
+    """
+    assert nvml(lines) == []
