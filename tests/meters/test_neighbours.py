@@ -15,7 +15,7 @@ ASK = """
     tell({{one.name: getattr(found, one.name) if one.name == "statement" else
           [getattr(found, one.name).value, getattr(found, one.name).reason] for one in dataclasses.fields(found)}})
 """
-ME = 'f"{os.getpid()}:1073741824'
+ME = 'f"{os.getpid()}:1073741824"'
 
 
 def ask(listed, generations=0):
