@@ -1,7 +1,10 @@
 """A study that extends another with one line is that study with this line, whatever profile fits it to a machine."""
 
+import json
+
 import pytest
 
+from harness import cli
 from harness.study_file import builtin_studies, load_study, profiles_of
 
 ORIGINAL = "llama2-lora-parameters"
@@ -76,3 +79,14 @@ def test_titles_differ():
     """Each built-in study says in its title what no other is about."""
     titles = [load_study(name).title for name in builtin_studies()]
     assert len(set(titles)) == len(titles)
+
+
+@pytest.mark.parametrize("name", SAME_SWEEP)
+def test_the_sweep_can_be_planned_on_a_small_model(name, capsys):
+    """On a CPU, with a model that fits one: all settings and the control, on one base."""
+    arguments = ["--model", "random:smollm2-135m", "--profile", "cpu", "--dry-run", "--json"]
+    assert cli.main(["run", name, *arguments]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    settings = {trial.partition("-")[2] for trial in plan["order"] if not trial.endswith("-solo")}
+    assert settings == {variant.name for variant in load_study(name).variants} | {"r64-a16-d0.1-control"}
+    assert plan["interleaving"] == "shared-base"
