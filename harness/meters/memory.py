@@ -30,20 +30,33 @@ class MemoryGauge:
 
     def __init__(self, device: str) -> None:
         self._cuda = device.startswith("cuda")
+        self._begun: dict[str, int] = {}
 
     def begin(self) -> None:
         """Start a phase: from here on peaks count."""
         _CLEAR_REFS.write_text("5")  # 5: reset the peak resident set, and nothing else
         if self._cuda:
             torch.cuda.reset_peak_memory_stats()
+            self._begun = _shortages()
 
     def peaks(self, phase: str) -> dict[str, int]:
-        """Bytes since `begin`: `host_peak_PHASE_bytes`, and on CUDA the allocator's allocated and reserved peaks."""
+        """Bytes since `begin`: `host_peak_PHASE_bytes`, and on CUDA the allocator's allocated and reserved peaks.
+
+        On CUDA two counts stand beside them: `device_alloc_retries_PHASE`, how often the allocator gave its cache back
+        and tried again, which stops the device, and `device_ooms_PHASE`, how often that did not help.
+        """
         peaks = {f"host_peak_{phase}_bytes": host_bytes("VmHWM")}
         if self._cuda:
             peaks[f"device_peak_allocated_{phase}_bytes"] = torch.cuda.max_memory_allocated()
             peaks[f"device_peak_reserved_{phase}_bytes"] = torch.cuda.max_memory_reserved()
+            peaks |= {f"device_{name}_{phase}": count - self._begun[name] for name, count in _shortages().items()}
         return peaks
+
+
+def _shortages() -> dict[str, int]:
+    """The allocator's counts since the process began (torch.cuda.memory_stats)."""
+    stats = torch.cuda.memory_stats()
+    return {"alloc_retries": int(stats["num_alloc_retries"]), "ooms": int(stats["num_ooms"])}
 
 
 def resident_bytes(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
