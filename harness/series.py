@@ -74,12 +74,24 @@ def _final_train_loss(record: TrialRecord) -> tuple[float, ...]:
     return losses[-max(1, len(losses) // FINAL_SHARE) :]
 
 
+def _energy_per(count: str) -> Callable[[TrialRecord], tuple[float, ...]]:
+    """The device's energy over how many steps or tokens it was spent on; nothing where either was not measured."""
+
+    def derive(record: TrialRecord) -> tuple[float, ...]:
+        energy, counted = record.values.get("device_energy_train_j"), record.values.get(count)
+        return (energy / counted,) if energy is not None and counted else ()
+
+    return derive
+
+
 _DERIVED: dict[str, Callable[[TrialRecord], tuple[float, ...]]] = {
     "tokens_per_s": _tokens_per_s,
     "samples_per_s": _samples_per_s,
     "output_tokens_per_s": _output_tokens_per_s,
     "natural_time_per_token_s": _natural_time_per_token_s,
     "train_loss": _final_train_loss,
+    "energy_per_step_j": _energy_per("energy_steps"),
+    "energy_per_token_j": _energy_per("energy_tokens"),
 }
 
 

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-Unit = Literal["s", "byte", "1/s", "1"]
+Unit = Literal["s", "byte", "1/s", "J", "1"]
 Phase = Literal["train", "generate", "cold"]
 PHASES: tuple[Phase, ...] = ("train", "generate", "cold")
 
@@ -37,6 +37,8 @@ METRICS: dict[str, Metric] = dict(
         _metric("tokens_per_s", "real tokens/s", "1/s", "train", higher=True),
         _metric("samples_per_s", "samples/s", "1/s", "train", higher=True),
         _metric("first_step_time_s", "first step", "s", "train"),
+        _metric("energy_per_step_j", "energy per step", "J", "train"),
+        _metric("energy_per_token_j", "energy per real token", "J", "train"),
         _metric("train_loss", "train loss", "1", "train"),
         _metric("held_out_loss", "held-out loss", "1", "train"),
         _metric("request_time_s", "request", "s", "generate"),
@@ -65,6 +67,7 @@ _SCALES: dict[Unit, tuple[tuple[float, str], ...]] = {
     "s": ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns")),
     "byte": ((2.0**40, "TiB"), (2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB"), (1.0, "B")),
     "1/s": ((1.0, "/s"),),
+    "J": ((1e3, "kJ"), (1.0, "J"), (1e-3, "mJ"), (1e-6, "µJ")),
     "1": ((1.0, ""),),
 }
 

@@ -33,6 +33,15 @@ def test_derived_metrics_are_what_their_names_say():
     assert samples_of(one, "cold_start_time_s") == ()
 
 
+def test_energy_is_per_step_and_per_real_token():
+    """Of the steps that it was measured over; without a counter there is none, and no zero."""
+    one = record()
+    assert samples_of(one, "energy_per_step_j") == ()
+    one.values.update(device_energy_train_j=900.0, energy_steps=6.0, energy_tokens=3000.0)
+    assert samples_of(one, "energy_per_step_j") == (150.0,)
+    assert samples_of(one, "energy_per_token_j") == (0.3,)
+
+
 def test_an_unknown_metric_is_an_error():
     """A typo must not read as "not measured"."""
     with pytest.raises(KeyError):
