@@ -33,6 +33,7 @@ from harness.training.requirements import requirements_of
 from harness.training.shared import Seat, SharedBase
 from harness.training.step import TrainStep
 from harness.training.stream import TokenStream
+from harness.training.surroundings import Surroundings
 
 STEADY_WINDOW = 3
 """Steps that must show no more downward trend before a warm-up ends."""
@@ -78,6 +79,7 @@ class Trial:
         """The base of the process, for the trials that come after."""
         self._watch = Stopwatch(request.device)
         self._gauge = MemoryGauge(request.device)
+        self._surroundings = Surroundings(request, self._take_step, lambda: self._built.stream.real_tokens)
         self._parts: _Parts | None = None
         self._steps_taken = 0
         self._total_steps = 0
@@ -91,7 +93,7 @@ class Trial:
         if command == "build":
             return method(**arguments)
         with self._built.seat.taken():
-            return method(**arguments)
+            return self._surroundings.around(command, lambda: method(**arguments))
 
     def build(self) -> Fragment:
         """Load, attach, take the first step."""

@@ -82,6 +82,8 @@ def test_a_trial_in_turns_has_times_and_losses_and_nothing_of_a_process_alone(tr
         "request_time_s", "first_token_time_s", "time_per_output_token_s", "output_tokens_per_s",
     }  # fmt: skip
     assert len(record.samples["step_time_s"]) == 4
+    assert {"host_watched_train_s", "host_watched_generate_s"} <= set(record.values)
+    assert sum(record.samples["step_time_s"]) < record.values["host_watched_train_s"]
     assert record.values["held_out_loss"] != record.values["held_out_loss_initial"]
 
 
