@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from harness.record import Notice, TrialRecord
+from harness.report.disturbances import disturbances
 from harness.series import OCCUPANCY_FLOOR, occupancy
 from harness.stats import Comparison, label_outliers, warmup_end
 from harness.store import Run
@@ -24,8 +25,10 @@ def run_notices(run: Run, study: Study, controls: Mapping[str, Comparison]) -> I
     """Notices of a run; `controls` are the A/A comparisons by the title of their phase."""
     ok = [record for record in run.records if record.status == "ok"]
     yield from _data(run, study)
-    if run.manifest.provenance.get("device") == "cpu":  # on a GPU the host may rightly wait
+    on_cpu = run.manifest.provenance.get("device") == "cpu"
+    if on_cpu:  # on a GPU the host may rightly wait
         yield from _contention(ok)
+    yield from disturbances(ok, on_cpu=on_cpu)
     yield from _outliers(ok)
     yield from _warmup(ok)
     yield from _drift(ok)

@@ -1,0 +1,52 @@
+"""Each kind of disturbance is said once, by its worst trial, with how many it hit and which to measure again."""
+
+from __future__ import annotations
+
+import pytest
+
+from harness.record import TrialRecord
+from harness.report.disturbances import disturbances
+
+
+def record(trial, *, interleaving="replicates", occupancy=None, **values):
+    samples = {} if occupancy is None else {"step_time_s": (1.0, 1.0), "step_cpu_time_s": (occupancy, occupancy)}
+    return TrialRecord(
+        trial=trial, status="ok", name="a", variant="a", role="variant", replicate=0, position=0,
+        interleaving=interleaving, seed=0, started_unix_s=0.0, wall_time_s=1.0, samples=samples, values=values,
+    )  # fmt: skip
+
+
+def test_a_kind_is_said_once_by_its_worst_trial():
+    """With how many trials it hit, and both numbers."""
+    watched = {"host_watched_train_s": 10.0, "host_watched_generate_s": 10.0}
+    records = [
+        record("r0-a", host_steal_train_s=0.3, **watched), record("r1-a", **watched),
+        record("r2-a", host_steal_generate_s=5.0, **watched),
+    ]  # fmt: skip
+    (notice,) = disturbances(records, on_cpu=False)
+    assert notice.code == "stolen"
+    assert notice.message.startswith("2 of 3 trials; r2-a while generating: the hypervisor")
+    assert "for 50% of the time" in notice.message
+    assert notice.remedy.endswith("Measure again: r2-a.")
+
+
+def test_many_trials_to_measure_again_are_counted():
+    """Three by name."""
+    records = [record(f"r{i}-a", host_watched_train_s=10.0, host_steal_train_s=9.0) for i in range(5)]
+    (notice,) = disturbances(records, on_cpu=False)
+    assert notice.remedy.endswith("Measure again: r0-a, r1-a, r2-a and 2 more.")
+
+
+@pytest.mark.parametrize(("interleaving", "again"), [("replicates", True), ("lockstep", False)])
+def test_the_occupancy_of_a_cpu_counts_where_nobody_took_turns(interleaving, again):
+    """On a GPU the host rightly waits, so it says nothing there."""
+    one = record("r0-a", occupancy=0.3, interleaving=interleaving)
+    (notice,) = disturbances([one], on_cpu=True)
+    assert notice.code == "contended"
+    assert ("Measure again" in notice.remedy) is again
+    assert list(disturbances([one], on_cpu=False)) == []
+
+
+def test_a_quiet_run_has_no_notices():
+    """Nor has one whose trials were measured before there were meters."""
+    assert list(disturbances([record("r0-a")], on_cpu=True)) == []
