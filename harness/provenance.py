@@ -13,12 +13,13 @@ import importlib.util
 import os
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from harness import codec
+from harness.meters.nvml import Device, open_device
 from harness.study import Study
 
 LIBRARIES = (
@@ -66,13 +67,15 @@ def probe_machine() -> Machine:
 
     cpu = _cpu_fields()
     cuda = _torch_cuda()
-    gpu = _first_gpu() if cuda else None
     name = cpu.get("model name", platform.processor() or platform.machine())
+    with _first_gpu() if cuda else contextlib.nullcontext() as gpu:
+        facts = None if gpu is None else gpu.facts()
+        memory = None if gpu is None else gpu.memory().value
     return Machine(
-        device="cuda" if gpu else "cpu",
-        device_name=gpu["name"] if gpu else name,
-        device_memory_bytes=gpu["memory_bytes"] if gpu else None,
-        driver=gpu["driver"] if gpu else None,
+        device="cpu" if facts is None else "cuda",
+        device_name=name if facts is None else facts.name.value or "a device without a name",
+        device_memory_bytes=None if memory is None else memory.total,
+        driver=None if facts is None else facts.driver.value,
         cuda=cuda,
         cpu_model=name,
         cpus=len(os.sched_getaffinity(0)),
@@ -200,40 +203,17 @@ def cuda_of(torch: Path) -> str | None:
 
 def free_device_memory() -> int | None:
     """Free bytes on the first visible device by NVML; None where it does not say."""
-    gpu = _first_gpu()
-    return None if gpu is None else int(gpu["free_bytes"])
+    with _first_gpu() as gpu:
+        memory = None if gpu is None else gpu.memory().value
+    return None if memory is None else memory.free
 
 
-def _first_gpu() -> dict[str, Any] | None:
-    """The first visible device by NVML; honours an index or UUID in CUDA_VISIBLE_DEVICES."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None and visible.split(",")[0].strip() in ("", "-1"):
-        return None
+@contextlib.contextmanager
+def _first_gpu() -> Iterator[Device | None]:
+    """The device that a worker will use, None where NVML finds none."""
+    device = open_device().value
     try:
-        import pynvml
-
-        pynvml.nvmlInit()
-    except Exception:  # no library, no driver, no permission: there is no device that we could name
-        return None
-    try:
-        first = (visible or "0").split(",")[0].strip()
-        handle = (
-            pynvml.nvmlDeviceGetHandleByIndex(int(first))
-            if first.isdigit()
-            else pynvml.nvmlDeviceGetHandleByUUID(first)
-        )
-        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-        return {
-            "name": _text(pynvml.nvmlDeviceGetName(handle)),
-            "memory_bytes": int(memory.total),
-            "free_bytes": int(memory.free),
-            "driver": _text(pynvml.nvmlSystemGetDriverVersion()),
-        }
-    except pynvml.NVMLError:
-        return None
+        yield device
     finally:
-        pynvml.nvmlShutdown()
-
-
-def _text(value: str | bytes) -> str:
-    return value.decode() if isinstance(value, bytes) else value
+        if device is not None:
+            device.close()

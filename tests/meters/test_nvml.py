@@ -146,3 +146,18 @@ def test_torch_is_not_needed(nvml):
         tell(sorted({"torch", "numpy"} & set(sys.modules)))
     """
     assert nvml(lines) == []
+
+
+def test_the_machine_of_a_run_is_known_by_the_same_binding(nvml):
+    """Name, memory and driver of the device that a worker will use, and what is free on it now."""
+    lines = """
+        from harness import provenance
+        provenance._torch_cuda = lambda: "13.0"
+        machine = provenance.probe_machine()
+        tell([machine.kind, machine.device_memory_bytes, machine.driver, provenance.free_device_memory()])
+    """
+    answers = TWO | {"1.total": 1000, "1.used": 400, "1.reserved": 50}
+    assert nvml(lines, answers, CUDA_VISIBLE_DEVICES="1") == ["Second", 1000, "575.51", 550]
+    kind, *others = nvml(lines, answers, CUDA_VISIBLE_DEVICES="-1")
+    assert kind == "cpu"
+    assert others == [None, None, None]
