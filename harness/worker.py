@@ -28,7 +28,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from harness import codec
+from harness.errors import InvalidRunError
 from harness.failure import failure_of
+from harness.meters.nvml import compute_capability
 from harness.processes import kill_group
 from harness.provenance import harness_identity
 from harness.record import SCHEMA, Fragment, TrialRequest
@@ -103,21 +105,19 @@ def _capability_from_nvml() -> Iterator[None]:
     if not torch.cuda.is_available():
         yield
         return
-    import pynvml
 
     def capability(device: Any = 0) -> tuple[int, int]:
         index = getattr(device, "idx", getattr(device, "index", device))
-        handle = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda._get_nvml_device_index(index))
-        major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
-        return int(major), int(minor)
+        found = compute_capability(torch.cuda._get_nvml_device_index(index))
+        if found.value is None:
+            raise InvalidRunError(f"the compute capability of the device is not known: {found.reason}")
+        return found.value
 
-    pynvml.nvmlInit()
     asked, torch.cuda.get_device_capability = torch.cuda.get_device_capability, capability
     try:
         yield
     finally:
         torch.cuda.get_device_capability = asked
-        pynvml.nvmlShutdown()
 
 
 def thread_count() -> int:

@@ -112,7 +112,7 @@ class Device:
 
     def close(self) -> None:
         """End the connection; other open devices keep theirs."""
-        _asked(self._nvml, "nvmlShutdown", convert=lambda _: True)
+        _ended(self._nvml)
 
     def memory(self) -> Reading[Memory]:
         """Memory of the device."""
@@ -215,38 +215,55 @@ def open_device(uuid: str | None = None, environment: Mapping[str, str] | None =
             environment, whose numbers mean something else if CUDA sorts its devices by speed.
         environment: CUDA_VISIBLE_DEVICES; None for this process's.
     """
-    try:
-        import pynvml
-    except ImportError as error:
-        return missing(f"nvidia-ml-py is not installed: {error}")
-    begun = _asked(pynvml, "nvmlInit", convert=lambda _: True)
-    if not begun.known:
-        return missing(begun.reason)
+    nvml = _started()
+    if nvml.value is None:
+        return missing(nvml.reason)
     visible = visible_devices(os.environ if environment is None else environment)
-    handle = _by_uuid(pynvml, uuid) if uuid is not None else _first_visible(pynvml, visible)
+    handle = _by_uuid(nvml.value, uuid) if uuid is not None else _first_visible(nvml.value, visible)
     if handle.value is None:
-        _asked(pynvml, "nvmlShutdown", convert=lambda _: True)
+        _ended(nvml.value)
         return missing(handle.reason)
-    return Reading(value=Device(pynvml, handle.value))
+    return Reading(value=Device(nvml.value, handle.value))
 
 
 def card_names() -> Reading[tuple[str, ...]]:
     """Names of all cards of the machine, hidden ones too, in the order in which NVML counts them."""
+    nvml = _started()
+    if nvml.value is None:
+        return missing(nvml.reason)
+    names = [
+        _asked(nvml.value, "nvmlDeviceGetName", handle.value, convert=_text).value if handle.known else None
+        for handle in _handles(nvml.value)
+    ]
+    _ended(nvml.value)
+    return Reading(value=tuple(name or "a card that does not answer" for name in names))
+
+
+def compute_capability(index: int) -> Reading[tuple[int, int]]:
+    """Major and minor number, of the card that NVML counts as `index`."""
+    nvml = _started()
+    if nvml.value is None:
+        return missing(nvml.reason)
+    handle = _asked(nvml.value, "nvmlDeviceGetHandleByIndex", index, convert=lambda found: found)
+    found: Reading[tuple[int, int]] = missing(handle.reason or "not asked")
+    if handle.known:
+        found = _asked(nvml.value, "nvmlDeviceGetCudaComputeCapability", handle.value, convert=_pair)
+    _ended(nvml.value)
+    return found
+
+
+def _started() -> Reading[Any]:
+    """nvidia-ml-py, ready to be asked; every start takes an end, and the last end closes the library."""
     try:
         import pynvml
     except ImportError as error:
         return missing(f"nvidia-ml-py is not installed: {error}")
     begun = _asked(pynvml, "nvmlInit", convert=lambda _: True)
-    if not begun.known:
-        return missing(begun.reason)
-    try:
-        names = [
-            handle.value and _asked(pynvml, "nvmlDeviceGetName", handle.value, convert=_text).value
-            for handle in _handles(pynvml)
-        ]
-    finally:
-        _asked(pynvml, "nvmlShutdown", convert=lambda _: True)
-    return Reading(value=tuple(name or "unknown" for name in names))
+    return Reading(value=pynvml) if begun.known else missing(begun.reason)
+
+
+def _ended(nvml: Any) -> None:
+    _asked(nvml, "nvmlShutdown", convert=lambda _: True)
 
 
 def _first_visible(nvml: Any, visible: tuple[int | str, ...] | None) -> Reading[Any]:
@@ -295,6 +312,10 @@ def _asked(nvml: Any, function: str, *arguments: Any, convert: Callable[[Any], V
 
 def _text(value: str | bytes) -> str:
     return value.decode() if isinstance(value, bytes) else value
+
+
+def _pair(numbers: tuple[int, int]) -> tuple[int, int]:
+    return int(numbers[0]), int(numbers[1])
 
 
 def _thousandth(value: int) -> float:

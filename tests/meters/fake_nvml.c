@@ -257,6 +257,14 @@ int nvmlDeviceGetAPIRestriction(device_t *device, unsigned int what, unsigned in
     return SUCCESS;
 }
 
+int nvmlDeviceGetCudaComputeCapability(device_t *device, int *major, int *minor)
+{
+    CHECKED;
+    *major = device->index + 8;
+    *minor = 9;
+    return SUCCESS;
+}
+
 int nvmlDeviceGetViolationStatus(device_t *device, unsigned int policy, violation_t *status)
 {
     CHECKED;

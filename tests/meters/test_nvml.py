@@ -161,3 +161,12 @@ def test_the_machine_of_a_run_is_known_by_the_same_binding(nvml):
     kind, *others = nvml(lines, answers, CUDA_VISIBLE_DEVICES="-1")
     assert kind == "cpu"
     assert others == [None, None, None]
+
+
+def test_the_compute_capability_is_told_without_cuda(nvml):
+    """Of the card with NVML's own number, or why not."""
+    lines = """
+        from harness.meters.nvml import compute_capability
+        tell([compute_capability(1).value, compute_capability(7).reason])
+    """
+    assert nvml(lines, TWO) == [[9, 9], "nvmlDeviceGetHandleByIndex: there is no such device"]
