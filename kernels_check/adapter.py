@@ -124,6 +124,6 @@ def _applied(name: str, part: Any, seen: Observation) -> tuple[float, str]:
         return 0.0, f"p={probability} but in eval mode"
     if seen.module_calls.get(name):
         return probability, "called in train mode"
-    if seen.profile.compiled_regions and seen.drew_random:
+    if (seen.profile.compiled_regions or seen.bare) and seen.drew_random:
         return probability, "compiled, in train mode, and random numbers were drawn"
     return 0.0, f"p={probability} but not called"

@@ -141,10 +141,10 @@ class Finding:
         return Check(path=path, required=required, observed=self.observed, status=status, reason=self.reason)
 
 
-def listed(names: Iterable[str]) -> str:
+def listed(names: Iterable[str], separator: str = ", ") -> str:
     """Name the first few offenders and count the rest."""
     everyone = list(names)
-    shown = ", ".join(everyone[:NAMES_SHOWN])
+    shown = separator.join(everyone[:NAMES_SHOWN])
     hidden = len(everyone) - NAMES_SHOWN
     return f"{shown} and {hidden} more" if hidden > 0 else shown
 

@@ -109,15 +109,22 @@ def summarise(operators: list[Operator], *, kernels: Iterable[str] = (), on_cuda
             unclassified[name] += 1
         else:
             known[rule.name] += 1
+    regions, lookups = compiler_entries(operator.name for operator in operators)
     return StepProfile(
         attention=tuple(_attention_calls(operators)),
         fourbit=tuple(_fourbit_calls(operators, on_cuda=on_cuda or bool(known or unclassified))),
         optimizer_ops=Counter(operator.name for operator in operators if _is_update(operator)),
         kernels=known,
         unclassified=unclassified,
-        compiled_regions=sum(operator.name.startswith(_COMPILED_REGION) for operator in operators),
-        compiler_lookups=sum(operator.name == _COMPILER_LOOKUP for operator in operators),
+        compiled_regions=regions,
+        compiler_lookups=lookups,
     )
+
+
+def compiler_entries(names: Iterable[str]) -> tuple[int, int]:
+    """Count the compiled regions entered, and the look-ups in the compiler's cache."""
+    counts = Counter(_COMPILED_REGION if name.startswith(_COMPILED_REGION) else name for name in names)
+    return counts[_COMPILED_REGION], counts[_COMPILER_LOOKUP]
 
 
 @cache

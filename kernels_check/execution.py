@@ -13,6 +13,7 @@ from torch import nn
 
 from kernels_check.adapter_layers import lora_layers
 from kernels_check.check import Finding, Json, counted, listed
+from kernels_check.compilations import Compilations
 from kernels_check.observe import Observation
 
 
@@ -71,17 +72,23 @@ def _tf32_flag() -> str:
         return f"flag unreadable: {error}"
 
 
-def judge_compile(seen: Observation) -> Finding:
-    """Judge ``compile``: compiled regions entered in the profiled step."""
-    regions, lookups = seen.profile.compiled_regions, seen.profile.compiler_lookups
+def judge_compile(seen: Observation, required: Json) -> Finding:
+    """Judge ``compile``: regions entered in the watched step; breaks and recompiles are named and fail nothing."""
+    regions, lookups, past = seen.profile.compiled_regions, seen.profile.compiler_lookups, seen.compilations
     reason = f"{regions} compiled regions entered, {lookups} compiler cache look-ups"
-    if lookups and not regions:
+    if lookups and (not regions or (lookups > regions and (past.refused or not past.complete))):
         reason += (
-            ": the code ran eagerly, because the recompile limit was reached or compilation is disabled; pad to few "
-            "lengths, mark the sizes dynamic, or raise torch._dynamo.config.recompile_limit"
+            f": {'part of ' if regions else ''}the code ran eagerly, because the recompile limit was reached or "
+            "compilation is disabled; pad to few lengths, mark the sizes dynamic, or raise "
+            f"torch._dynamo.config.recompile_limit; {past}"
         )
-        return Finding(observed=False, reason=reason)
-    return Finding(observed=regions > 0, reason=reason, present=regions > 0)
+        return Finding(observed="in part" if regions else False, reason=reason)
+    if regions or past != Compilations():
+        reason += f"; {past}"
+    if regions and past.unreadable is not None:
+        return Finding(observed=None, status="unknown", reason=reason)
+    observed: Json = f"in pieces: {listed(past.breaks, '; ')}" if regions and past.breaks else regions > 0
+    return Finding(observed=observed, reason=reason, present=regions > 0, satisfies=(regions > 0) is required)
 
 
 def judge_mode(seen: Observation, required: Json) -> Finding:

@@ -37,8 +37,8 @@ def verify(
             ``required`` None.
         batch: packed inputs of ``model(**batch)`` to probe for isolation; needed by ``packing.isolated``.
         instrument: ``profile`` sees operators, kernels and compiled code, for the price of several steps; ``spy`` sees
-            operators only, for that of a step (see ``spy``). It is meant for the further replicates of a run whose
-            first was profiled.
+            operators only, and how often compiled code is entered, for that of a step (see ``spy``). It is meant for
+            the further replicates of a run whose first was profiled.
 
     Returns:
         One check per path, in the order of ``REQUIREMENTS``. A requirement is met only by status ``active``.
@@ -79,11 +79,11 @@ def verify(
             "optimizer.paged_share": lambda: optimizer.judge_paged_share(seen, required["optimizer.paged_share"]),
             "checkpointing": lambda: execution.judge_checkpointing(model, seen, required["checkpointing"]),
             "tf32": lambda: execution.judge_tf32(seen),
-            "compile": lambda: execution.judge_compile(seen),
+            "compile": lambda: execution.judge_compile(seen, required["compile"]),
             "mode": lambda: execution.judge_mode(seen, required["mode"]),
         }
         hidden = set(seen.profile.blind)
-        if instrument == "spy" and seen.profile.compiled_regions and seen.padding is None:
+        if seen.bare and seen.padding is None:
             hidden.add("padding.share")  # a model compiled in place calls no hook of its own
         checks = {path: _judge(path, required[path], judge) for path, judge in judges.items() if path not in hidden}
     if batch is not None and instrument == "profile":

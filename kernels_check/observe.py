@@ -12,29 +12,30 @@ With the spy as instrument one call is enough where the run is warm: hooks and d
 and no compilation is started in it. A second call follows where the first
 
 - entered compiled code: nothing but a bare call then shows what training shows, and the first counts for nothing;
+  the names of what it enters are recorded on the host, which touches no code;
 - updated nothing (the second is watched in its place);
 - left a gradient at zero, as that of lora_A is while lora_B is zero.
 """
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch.profiler import ProfilerActivity, profile
 
+from kernels_check import compilations
 from kernels_check.adapter_layers import lora_layers
-from kernels_check.events import StepProfile, summarise
+from kernels_check.compilations import Compilations
+from kernels_check.events import StepProfile
 from kernels_check.padding import PaddingSeen, count_padding
-from kernels_check.recording import read
-from kernels_check.restore import Snapshot, synchronise
+from kernels_check.recording import entries, profiled
+from kernels_check.restore import Snapshot
 from kernels_check.spy import spied
 
 Instrument: TypeAlias = Literal["profile", "spy"]
@@ -89,6 +90,10 @@ class Observation:
     drew_random: bool
     padding: PaddingSeen | None = None
     """Padding in the inputs of the hooked call; None where the model itself was not called with tokens."""
+    bare: bool = False
+    """Whether no hook was there in the call that counts, so that ``module_calls`` says nothing."""
+    compilations: Compilations = field(default_factory=Compilations)
+    """What torch.compile has on record after the last call."""
 
 
 @dataclass(slots=True)
@@ -104,6 +109,7 @@ class _Watcher:
     recomputed: set[str] = field(default_factory=set)
     modes: dict[str, bool] = field(default_factory=dict)
     modes_noted: bool = False
+    bare: bool = False
     inputs: list[dict[str, Any]] = field(default_factory=list)
     """Token tensors of each call of the model; by reference, so that nothing is computed while it is watched."""
 
@@ -138,7 +144,8 @@ class _Watcher:
             )
 
     def forget(self) -> None:
-        """Drop everything but the copies of what the optimizers held at first."""
+        """Drop everything but the copies of what the optimizers held at first: what follows is a bare call."""
+        self.bare = True
         for noted in (self.optimizers, self.seen, self.gradients, self.calls, self.recomputed, self.modes):
             noted.clear()
         self.steps = 0
@@ -198,7 +205,7 @@ def observe(
         else:
             call()
             with hooked():
-                profile = _profiled(call)
+                profile = profiled(call)
             while watcher.steps < 2 and calls < MOST_CALLS:
                 call()
     finally:
@@ -216,6 +223,8 @@ def observe(
         modes=watcher.modes,
         drew_random=snapshot.random.advanced(),
         padding=count_padding(model, watcher.inputs),
+        bare=watcher.bare,
+        compilations=compilations.read(),
     )
 
 
@@ -226,8 +235,9 @@ def _spied(
         call()
     if spy.compiled_calls:
         watcher.forget()
-        call()
-    elif not watcher.steps:
+        regions, lookups = entries(call)
+        return replace(spy.profile(watcher.model), compiled_regions=regions, compiler_lookups=lookups)
+    if not watcher.steps:
         with hooked(), spied() as spy:
             call()
     elif any(not gradient.nonzero for gradient in watcher.gradients.values()):
@@ -244,32 +254,6 @@ def _adapter_modules(model: nn.Module) -> dict[int, str]:
             if isinstance(part, nn.Module):
                 names[id(part)] = name
     return names
-
-
-def _profiled(call: Callable[[], None]) -> StepProfile:
-    activities = [ProfilerActivity.CPU]
-    if torch.cuda.is_available():
-        activities.append(ProfilerActivity.CUDA)
-    synchronise()
-    with quiet_kineto(), profile(activities=activities, record_shapes=True) as recorded:
-        call()
-        synchronise()
-    operators, kernels = read(recorded)
-    return summarise(operators, kernels=kernels)
-
-
-@contextmanager
-def quiet_kineto() -> Iterator[None]:
-    """Silence the two lines that Kineto writes to stderr per profile."""
-    before = os.environ.get("KINETO_LOG_LEVEL")
-    os.environ["KINETO_LOG_LEVEL"] = "99"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["KINETO_LOG_LEVEL"]
-        else:
-            os.environ["KINETO_LOG_LEVEL"] = before
 
 
 def _describe(optimizer: Any) -> OptimizerSeen:

@@ -19,8 +19,8 @@ import torch
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from kernels_check.observe import quiet_kineto
 from kernels_check.probe_result import Attempt, PathReport, Speed, Status
+from kernels_check.recording import quiet_kineto
 from kernels_check.restore import synchronise
 from kernels_check.rules import classify
 

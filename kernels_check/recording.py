@@ -6,28 +6,68 @@ that takes longer than the two steps that are watched. Fewer than a tenth of the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch._C._autograd import DeviceType
-from torch.profiler import profile
+from torch.profiler import ProfilerActivity, profile
 
-from kernels_check.events import Operator, matters
+from kernels_check.events import Operator, StepProfile, compiler_entries, matters, summarise
+from kernels_check.restore import synchronise
+
+
+def profiled(call: Callable[[], object]) -> StepProfile:
+    """Call under the profiler, with shapes, and on CUDA with kernels."""
+    activities = [ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(ProfilerActivity.CUDA)
+    synchronise()
+    with quiet_kineto(), profile(activities=activities, record_shapes=True) as recorded:
+        call()
+        synchronise()
+    operators, kernels = read(recorded)
+    return summarise(operators, kernels=kernels)
+
+
+def entries(call: Callable[[], object]) -> tuple[int, int]:
+    """Call and count the ``compiler_entries``, for a fraction of what a profile costs: names on the host alone."""
+    with quiet_kineto(), profile(activities=[ProfilerActivity.CPU]) as recorded:
+        call()
+    return compiler_entries(event.name() for event in _events(recorded))
+
+
+@contextmanager
+def quiet_kineto() -> Iterator[None]:
+    """Silence the two lines that Kineto writes to stderr per profile."""
+    before = os.environ.get("KINETO_LOG_LEVEL")
+    os.environ["KINETO_LOG_LEVEL"] = "99"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["KINETO_LOG_LEVEL"]
+        else:
+            os.environ["KINETO_LOG_LEVEL"] = before
 
 
 def read(recorded: profile) -> tuple[list[Operator], list[str]]:
     """Operators that matter, in the order in which they began, and the names of all kernels."""
-    result: Any = getattr(recorded.profiler, "kineto_results", None)
-    if result is None:
-        return [], []
     host, kernels = [], []
-    for event in result.events():
+    for event in _events(recorded):
         if event.device_type() == DeviceType.CPU:
             if matters(event.name()) and not _crosses_threads(event):
                 host.append(event)
         elif event.device_type() == DeviceType.CUDA and not _is_mark(event):
             kernels.append(event.name())
     return list(_nested(host)), kernels
+
+
+def _events(recorded: profile) -> Iterable[Any]:
+    result: Any = getattr(recorded.profiler, "kineto_results", None)
+    return () if result is None else result.events()
 
 
 def _crosses_threads(event: Any) -> bool:

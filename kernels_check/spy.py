@@ -143,8 +143,7 @@ class Spy(TorchDispatchMode):
         """Reduce what was seen as the profiler's events are."""
         on_cuda = any(parameter.is_cuda for parameter in model.parameters())
         seen = summarise(self.operators, on_cuda=on_cuda)
-        blind = _blind(seen, on_cuda=on_cuda, compiled=self.compiled_calls > 0)
-        return replace(seen, compiled_regions=self.compiled_calls, blind=blind)
+        return replace(seen, blind=_blind(seen, on_cuda=on_cuda, compiled=self.compiled_calls > 0))
 
 
 @contextmanager
@@ -191,7 +190,7 @@ def _compiler_held(spy: Spy) -> Iterator[None]:
 def _blind(seen: StepProfile, *, on_cuda: bool, compiled: bool) -> dict[str, str]:
     """Paths that a profile could judge in this step and these operators cannot, with the reason."""
     if compiled:
-        paths = dict.fromkeys((*_OPERATOR_PATHS, "compile"), _COMPILED)
+        paths = dict.fromkeys(_OPERATOR_PATHS, _COMPILED)
         return paths | ({"tf32": "only kernels tell"} if on_cuda else {})
     blind: dict[str, str] = {}
     if not on_cuda:

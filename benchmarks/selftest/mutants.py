@@ -14,8 +14,8 @@ from typing import Any
 
 RULES = "kernel_rules.json"
 JUDGES = (
-    *("adapter", "adapter_layers", "attention", "base_layers", "check", "execution", "isolation", "judge"),
-    *("optimizer", "padding"),
+    *("adapter", "adapter_layers", "attention", "base_layers", "check", "compilations", "execution", "isolation"),
+    *("judge", "optimizer", "padding"),
 )
 NEGATED = {
     **{ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn},

@@ -247,8 +247,25 @@ EXECUTION = (
         required=True,
         sabotage=small(sabotage.reach_recompile_limit),
         twin=small(sabotage.compile_layers),
-        words=("0 compiled regions", "ran eagerly", "recompile limit"),
-        instruments=("profile",),
+        words=("0 compiled regions", "ran eagerly", "recompile limit", "recompiles refused", "size mismatch"),
+    ),
+    Control(
+        name="compile that breaks the graph",
+        path="compile",
+        required=True,
+        sabotage=small(sabotage.break_graphs),
+        twin=small(sabotage.compile_layers),
+        words=("1 graph breaks (Call to `torch._dynamo.graph_break()` at controls/sabotage.py:",),
+        caught_by="reason",
+    ),
+    Control(
+        name="compile that compiles again for every length",
+        path="compile",
+        required=True,
+        sabotage=small(sabotage.change_lengths),
+        twin=small(sabotage.compile_layers),
+        words=("4 recompiles (forward at llama/modeling_llama.py:", "size mismatch at index 1. expected 16, actual 15"),
+        caught_by="reason",
     ),
 )
 

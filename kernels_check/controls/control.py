@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
+from kernels_check import compilations
 from kernels_check.check import Check, Json
 from kernels_check.controls.small_run import SmallRun, build
 
@@ -77,8 +77,7 @@ def run_control(control: Control, instrument: Instrument) -> Outcome:
     except Exception as error:
         return _outcome(control, instrument, False, f"{type(error).__name__}: {error}")
     finally:
-        if "torch._dynamo" in sys.modules:
-            torch._dynamo.reset()
+        compilations.forget()
     fault = "; ".join(_faults(control, broken, sound)) or None
     return _outcome(control, instrument, fault is None, fault, broken, sound)
 

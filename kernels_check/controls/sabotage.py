@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+from kernels_check import compilations
 from kernels_check.adapter_layers import is_adapter
 from kernels_check.controls.small_run import PAD_TOKEN, SmallRun, autocast, only_math
 
@@ -213,23 +214,48 @@ def compile_layers(run: SmallRun) -> None:
     """Compile the feed-forward layers; enough for a region to be entered."""
     import torch
 
-    torch._dynamo.reset()  # the code of these layers is shared by all models of the process
-    for name, module in run.model.named_modules():
-        if name.endswith(".mlp"):
-            module.forward = torch.compile(module.forward, backend="eager", dynamic=False)
+    compilations.forget()  # the code of these layers is shared by all models of the process
+    for layer in _feed_forward(run):
+        layer.forward = torch.compile(layer.forward, backend="eager", dynamic=False)
     run.step()
 
 
-def reach_recompile_limit(run: SmallRun) -> None:
-    """Let every batch have another length, which is another graph, until the compiler gives up."""
-    from torch._dynamo import config
+def _feed_forward(run: SmallRun) -> list[Any]:
+    return [module for name, module in run.model.named_modules() if name.endswith(".mlp")]
 
+
+def break_graphs(run: SmallRun) -> None:
+    """Leave something in the compiled code that no graph can hold, as a message would be."""
+    import torch
+
+    def broken(forward: Any) -> Any:
+        def with_break(hidden: Any) -> Any:
+            hidden = hidden * 1
+            torch._dynamo.graph_break()
+            return forward(hidden)
+
+        return with_break
+
+    for layer in _feed_forward(run):
+        layer.forward = broken(layer.forward)
+    compile_layers(run)
+
+
+def change_lengths(run: SmallRun) -> None:
+    """Let every batch have another length, which is another graph."""
     compile_layers(run)
     ids = run.inputs["input_ids"]
+    for tokens in (15, 14, 13, 12):
+        run.inputs = {"input_ids": ids[:, :tokens]}
+        run.step()
+
+
+def reach_recompile_limit(run: SmallRun) -> None:
+    """Change lengths until the compiler gives up."""
+    from torch._dynamo import config
+
     with config.patch(recompile_limit=1):
-        for tokens in (15, 14, 13, 12):
-            run.inputs = {"input_ids": ids[:, :tokens]}
-            run.step()
+        change_lengths(run)
 
 
 def half_paged(parameters: Any) -> Any:

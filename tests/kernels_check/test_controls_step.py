@@ -7,6 +7,7 @@ import torch
 
 from kernels_check import execution, optimizer
 from kernels_check.adapter_layers import lora_layers
+from kernels_check.compilations import Compilations
 from kernels_check.events import AttentionCall
 from kernels_check.observe import OptimizerSeen
 
@@ -82,15 +83,49 @@ def test_tf32_is_told_by_kernels(seen, monkeypatch, kernels, observed, status, w
     assert ("need not contain" in judged.reason) is ("GEMM-BF16" in kernels)
 
 
+BREAK = Compilations(breaks=("here",))
+REFUSED = Compilations(refused=("guard",))
+UNREADABLE = Compilations(unreadable="no record")
+
+
 @pytest.mark.parametrize(
-    ("regions", "lookups", "observed", "status", "eagerly"),
-    [(2, 2, True, "active", False), (0, 0, False, "absent", False), (0, 3, False, "fallback", True)],
+    ("regions", "lookups", "past", "observed", "wanted", "unwanted", "words"),
+    [
+        (2, 2, Compilations(), True, "active", "fallback", "look-ups; in this process so far 0 graph breaks"),
+        (
+            2,
+            2,
+            BREAK,
+            "in pieces: here",
+            "active",
+            "fallback",
+            "look-ups; in this process so far 1 graph breaks (here)",
+        ),
+        (2, 2, REFUSED, True, "active", "fallback", "1 recompiles refused (guard)"),
+        (2, 2, UNREADABLE, None, "unknown", "unknown", "cannot be told: no record"),
+        (0, 0, Compilations(), False, "absent", "active", "0 compiler cache look-ups"),
+        (0, 0, BREAK, False, "absent", "active", "1 graph breaks (here)"),
+        (0, 0, UNREADABLE, False, "absent", "active", "cannot be told: no record"),
+        (0, 3, Compilations(), False, "fallback", "active", "look-ups: the code ran eagerly"),
+        (0, 3, REFUSED, False, "fallback", "active", "look-ups: the code ran eagerly"),
+        (2, 3, REFUSED, "in part", "fallback", "fallback", "look-ups: part of the code ran eagerly"),
+        (2, 3, Compilations(complete=False), "in part", "fallback", "fallback", "part of the code ran eagerly"),
+        (2, 2, Compilations(complete=False), True, "active", "fallback", "in this process so far at least 0 graph"),
+        (2, 3, Compilations(), True, "active", "fallback", "look-ups; in this process so far 0 graph breaks"),
+    ],
 )
-def test_compile_is_told_by_regions(seen, regions, lookups, observed, status, eagerly):
-    """Look-ups without a region are code that went back to eager."""
-    judged = execution.judge_compile(seen(compiled_regions=regions, compiler_lookups=lookups))
-    assert (judged.observed, judged.against("compile", True).status) == (observed, status)
-    assert ("ran eagerly" in judged.reason) is eagerly
+def test_compile_is_told_by_regions(seen, regions, lookups, past, observed, wanted, unwanted, words):
+    """A look-up without a region is code that went back to eager; breaks and recompiles are told beside it."""
+    watched = seen(compiled_regions=regions, compiler_lookups=lookups, compilations=past)
+    for required, status in ((True, wanted), (False, unwanted)):
+        judged = execution.judge_compile(watched, required)
+        assert (judged.observed, judged.against("compile", required).status) == (observed, status)
+        assert words in judged.reason
+
+
+def test_of_a_step_without_a_compiler_nothing_is_said_of_one(seen):
+    """Neither breaks nor recompiles where nothing was ever compiled."""
+    assert execution.judge_compile(seen(), None).reason == "0 compiled regions entered, 0 compiler cache look-ups"
 
 
 def test_modes_are_named_where_something_was_asked(seen):

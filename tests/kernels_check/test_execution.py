@@ -1,9 +1,12 @@
 """Recomputation, compilation and modes are seen in the step, not read from flags."""
 
+from functools import partial
+
 import pytest
 import torch
 
 import kernels_check
+from kernels_check import compilations
 
 
 def _checkpointed(run, **options):
@@ -117,24 +120,81 @@ def test_a_model_that_is_not_compiled_is_absent(training):
     assert training().check("compile", True).status == "absent"
 
 
-def test_a_compiled_model_that_runs_eagerly_is_caught():
+_compile = partial(torch.compile, backend="eager", dynamic=False)
+
+
+class _Broken(torch.nn.Linear):
+    """A layer with a statement that no graph can hold."""
+
+    def forward(self, value):
+        value = super().forward(value)
+        torch._dynamo.graph_break()
+        return value * 2
+
+
+@pytest.fixture
+def compiled(instrument):
+    """Judge ``compile`` of a layer by its last step, after steps of as many rows as given."""
+
+    def judge(layer, *rows, forward=None, required=True):
+        compilations.forget()
+        forward = forward or _compile(layer)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+
+        def step(rows=rows[-1]):
+            optimizer.zero_grad()
+            forward(torch.ones(rows, 4)).sum().backward()
+            optimizer.step()
+
+        for count in rows:
+            step(count)
+        checks = kernels_check.verify(layer, step, {"compile": required}, instrument=instrument)
+        return next(check for check in checks if check.path == "compile")
+
+    yield judge
+    compilations.forget()
+
+
+def test_a_compiled_model_that_runs_eagerly_is_caught(compiled):
     """The recompile limit sends it back to eager without a word; only look-ups remain."""
-    from torch._dynamo import config
-
-    layer = torch.nn.Linear(4, 4)
-    compiled = torch.compile(layer, backend="eager", dynamic=False)
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
-
-    def step(rows=7):
-        optimizer.zero_grad()
-        compiled(torch.ones(rows, 4)).sum().backward()
-        optimizer.step()
-
-    with config.patch(recompile_limit=1):
-        for rows in (3, 4, 5):
-            step(rows)
-        checks = kernels_check.verify(layer, step, {"compile": True})
-    torch._dynamo.reset()
-    check = next(check for check in checks if check.path == "compile")
-    assert check.status == "fallback", check.reason
+    with torch._dynamo.config.patch(recompile_limit=1):
+        check = compiled(torch.nn.Linear(4, 4), 3, 4, 5)
+    assert (check.status, check.observed) == ("fallback", False)
     assert "ran eagerly" in check.reason
+    assert "1 recompiles refused" in check.reason
+
+
+def test_a_compiled_model_that_runs_eagerly_in_part_is_caught(compiled):
+    """One function is given the length for which it was compiled, the other one beyond the limit."""
+    layer = torch.nn.Linear(4, 4)
+    doubled, shifted = _compile(lambda value: value * 2), _compile(lambda value: value + 1)
+    with torch._dynamo.config.patch(recompile_limit=1):
+        check = compiled(
+            layer, 3, 4, forward=lambda value: doubled(layer(value)).sum() + shifted(layer(value[:3])).sum()
+        )
+    assert (check.status, check.observed) == ("fallback", "in part")
+    assert "1 compiled regions entered, 2 compiler cache look-ups: part of the code ran eagerly" in check.reason
+
+
+def test_a_break_is_named_and_compiled_all_the_same(compiled):
+    """In pieces, with the reason and the line; not what is required where no compilation is."""
+    check = compiled(_Broken(4, 4), 3)
+    assert check.met
+    assert check.observed.startswith("in pieces: Call to `torch._dynamo.graph_break()` at kernels_check/test_execution")
+    assert check.reason.startswith("2 compiled regions entered, 2 compiler cache look-ups; in this process so far 1 ")
+    assert compiled(_Broken(4, 4), 3, required=False).status == "fallback"
+
+
+def test_recompilations_are_counted_with_their_guards(compiled):
+    """Lengths that change are compiled again, up to the limit."""
+    check = compiled(torch.nn.Linear(4, 4), 3, 4, 5)
+    assert (check.met, check.observed) == (True, True)
+    assert "0 graph breaks, 2 recompiles" in check.reason
+    assert "size mismatch at index 0. expected 4, actual 5" in check.reason
+
+
+def test_one_graph_compiled_once_is_all_there_is(compiled):
+    """Nothing is said of breaks where there are none."""
+    check = compiled(torch.nn.Linear(4, 4), 3, 3)
+    assert (check.met, check.observed) == (True, True)
+    assert check.reason.endswith("in this process so far 0 graph breaks, 0 recompiles")

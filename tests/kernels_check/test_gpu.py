@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import kernels_check
 from kernels_check.controls import sabotage
-from kernels_check.observe import quiet_kineto
+from kernels_check.recording import quiet_kineto
 from kernels_check.rules import attention_backend, classify, classify_operator, load_operator_rules, load_rules
 from kernels_check.trace_file import open_recording
 from kernels_check.trace_kineto import read_kineto
@@ -410,7 +410,7 @@ def test_a_matrix_times_a_vector_is_a_product(recorded):
 
 
 @runs("compiled")
-def test_compiled_layers_run_inductors_kernels(training, recorded):
+def test_compiled_layers_run_inductors_kernels(training, recorded, verified):
     """Compiled regions in the live step, Triton kernels in the trace."""
     pytest.importorskip("triton")
     run = training(device="cuda", quant=None)
@@ -418,8 +418,7 @@ def test_compiled_layers_run_inductors_kernels(training, recorded):
         layer.mlp.compile()
     try:
         run.step()
-        check = run.check("compile", True)
-        assert check.met, check.reason
+        verified(run, "compile", True)
         recorded("compiled", run.step)
     finally:
         torch._dynamo.reset()

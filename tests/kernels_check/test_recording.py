@@ -6,7 +6,7 @@ import torch
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from kernels_check.recording import read
+from kernels_check.recording import entries, profiled, read
 
 
 def _record(name, start, end, *, thread=1, end_thread=None, device=DeviceType.CPU, annotation=False):
@@ -60,6 +60,16 @@ def test_kernels_are_launches_only():
     )
     assert operators == []
     assert kernels == ["void pytorch_flash::flash_fwd_kernel<>"]
+
+
+def test_entries_are_those_of_a_profile():
+    """Compiled regions and look-ups, however little is recorded; nothing compiled enters none."""
+    compiled = torch.compile(torch.nn.ReLU(), backend="eager")
+    compiled(torch.ones(2))
+    seen = profiled(lambda: compiled(torch.ones(2)))
+    assert entries(lambda: compiled(torch.ones(2))) == (seen.compiled_regions, seen.compiler_lookups) == (1, 1)
+    torch._dynamo.reset()
+    assert entries(lambda: torch.ones(2) + 1) == (0, 0)
 
 
 def test_a_real_recording_carries_shapes_and_types():
