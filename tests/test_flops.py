@@ -56,7 +56,7 @@ def test_a_two_layer_model_by_hand():
 
 
 def test_checkpointing_by_hand():
-    """Each block's forward again but for down, which no backward waits for; and a gradient for the embeddings, unasked."""
+    """Each block's forward again but for down, which no backward waits for; and the embeddings' gradient, unasked."""
     plain, flops = (
         training_flops(SMALL, dataclasses.replace(QV, gradient_checkpointing=on), THREE) for on in (False, True)
     )
@@ -131,7 +131,7 @@ def test_flops_grow_with_tokens():
 
 
 def test_seven_billion_weights_take_four_flops_each():
-    """Llama-2-7B: 4 N a token, less the first block's inputs, plus adapters and attention; 6 N is half as much again."""
+    """Llama-2-7B: 4 N a token, less the first block's inputs, plus adapters and attention; 6 N is 1.5 times that."""
     shape = shapes.shape(catalogue.resolve("random:llama2-7b"))
     workload = Workload(model="random:llama2-7b", sequence_length=2048, batch_size=1)
     variant = Variant(r=8, target_modules=("q_proj", "v_proj"))
