@@ -23,7 +23,7 @@ BOOST = 1.1
 
 
 def test_no_step_reaches_the_measured_peak():
-    """A training step on this CPU stays below the best product that was measured on it, in the same threads and type."""
+    """A training step stays below the best product that was measured on this CPU, with equal threads and type."""
     torch.set_num_threads(1)
     variant, workload = Variant(r=4), Workload(batch_size=2, sequence_length=64)
     source = catalogue.resolve("tiny-llama")
@@ -61,9 +61,9 @@ def test_what_is_no_product_of_a_cpu(rate):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("rate", "share"), [("bfloat16", 0.5), ("float16", 0.5), ("tf32", 0.5), ("float32", 0.6)])
+@pytest.mark.parametrize(("rate", "share"), [("bfloat16", 0.4), ("float16", 0.4), ("tf32", 0.4), ("float32", 0.6)])
 def test_products_on_a_known_gpu(rate, share):
-    """At least the stated share of the vendor's figure, and never more than it."""
+    """At least the stated share of the vendor's figure (cards of 70 W throttle on them), and not more."""
     stated = stated_peak(torch.cuda.get_device_name(), rate)
     if stated is None:
         pytest.skip(f"no figure for {rate} of {torch.cuda.get_device_name()}")
