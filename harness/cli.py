@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
         "--interleave", metavar="L", help="shared-base, lockstep or replicates; default: the finest possible"
     )
     run.add_argument("--precision", type=float, metavar="F", help="stop when every interval is within ±F of its ratio")
-    run.add_argument("--max-minutes", type=float, metavar="M", help="begin no replicate that would end later")
+    run.add_argument("--max-minutes", type=float, metavar="M", help="drop rounds, of all alike, to end by then")
     run.add_argument("--dry-run", action="store_true", help="show the plan and what it will take, and measure nothing")
     _common(run)
     run.set_defaults(command=_run)

@@ -66,7 +66,7 @@ def add_commands(commands: Any, common: Any) -> None:
 def _measuring(command: argparse.ArgumentParser) -> None:
     command.add_argument("--effort", choices=("quick", "standard", "rigorous"), help="3, 8 or 12 replicates; default 8")
     command.add_argument("--replicates", type=int, metavar="N", help="number of replicates, instead of --effort")
-    command.add_argument("--max-minutes", type=float, metavar="M", help="begin no replicate that would end later")
+    command.add_argument("--max-minutes", type=float, metavar="M", help="drop rounds, of all alike, to end by then")
     command.add_argument("--model", metavar="M", help="catalogue name, hub id, directory, GGUF file, or random:M")
     command.add_argument("--data", metavar="FILE|ID", help="a .jsonl(.gz) file, a hub id, or synthetic")
 

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from harness import provenance, store
+from harness.budget import Budget
+from harness.conductor import Site, Watcher
 from harness.errors import InvalidRunError
 from harness.executors import Executor
 from harness.executors.host import Host
@@ -25,7 +27,7 @@ from harness.levels import choose_level
 from harness.plan import Plan, make_plan, members_of
 from harness.provenance import Machine
 from harness.record import Notice, Side, TrialRecord
-from harness.runner import Site, Watcher, run_plan
+from harness.runner import run_plan
 from harness.stopping import Stopping
 from harness.store import Manifest, Run, RunWriter
 from harness.study import Study
@@ -159,7 +161,17 @@ def measure(
         stopped: str | None = None
         kept: list[str] | None = None
         try:
-            measured = run_plan(plan, executors, site, save=writer.append, watcher=display, stop=Stopping(plan))
+            minutes = study.protocol.max_minutes
+            budget = Budget(None if minutes is None else 60 * minutes)
+            measured = run_plan(
+                plan,
+                executors,
+                site,
+                save=writer.append,
+                watcher=display,
+                stop=Stopping(plan, budget),
+                budget=budget,
+            )
             status, stopped = _status(measured.records), measured.stopped
             kept = [record.trial for record in measured.records]
         finally:

@@ -8,6 +8,7 @@ repeating steps in one process buys little. One dial, `effort`, sets the number 
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -53,7 +54,9 @@ class Protocol:
     """Stop as soon as every compared interval is at most this far from its centre (a fraction; the tolerance of 0.01
     is a sound choice), but not before 5 replicates; `replicates` is the cap. None measures all replicates."""
     max_minutes: float | None = None
-    """Begin no further replicate that would end after this many minutes. None sets no limit."""
+    """Minutes that measuring may take, counted anew when a run is gone on with. No further replicate is begun that
+    would end later, and within one whole rounds are dropped, for all variants alike (`harness.budget`). None sets no
+    limit."""
 
     def __post_init__(self) -> None:
         for key, least in (
@@ -82,6 +85,15 @@ class Protocol:
             raise UsageError(f"protocol: phases = []: nothing to measure. Name some of {', '.join(PHASES)}.")
         if not self.step_timeout_s > 0:
             raise UsageError(f"protocol: step_timeout_s = {self.step_timeout_s}: must be positive. Use seconds.")
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of a trial, however long its warm-up was: the first, the warm-up at most, the timed ones."""
+        return 1 + self.warmup_steps_max + self.turns * self.steps_per_turn
+
+    def all_steps(self, sequences: int, sequences_per_step: int) -> int:
+        """Those steps, or those of the epochs asked for where they are more; an epoch has so many sequences."""
+        return max(self.total_steps, math.ceil(self.epochs * sequences / sequences_per_step))
 
     def with_effort(self, effort: str) -> Protocol:
         """The same protocol at another effort: quick 3, standard 8, rigorous 12 replicates."""

@@ -55,6 +55,10 @@ class Failure:
     traceback: str = ""
 
 
+UNDER_WAY = "UnderWay"
+"""Kind of the failure in a record that was written before its trial had ended."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrialRequest:
     """All that a worker needs to measure one trial; paths are absolute and local to the machine that measures."""

@@ -31,6 +31,8 @@ from harness.stats import (
 )
 from harness.units import METRICS
 
+LOSSES = ("train_loss", "held_out_loss")
+"""Metrics that say nothing without the number of steps that were trained."""
 FINAL_SHARE = 4
 """The final train loss is that of the last quarter of all steps; their number is the same for every trial."""
 
@@ -113,8 +115,12 @@ class Series:
         return [samples_of(record, metric) for record in self.measuring(metric)]
 
     def measuring(self, metric: str) -> tuple[TrialRecord, ...]:
-        """Trials that are ok and have the metric."""
-        return tuple(record for record in self.ok if samples_of(record, metric))
+        """Trials that are ok and have the metric; of losses those after the most steps, as no others are of the same
+        training."""
+        having = tuple(record for record in self.ok if samples_of(record, metric))
+        if metric not in LOSSES:
+            return having
+        return tuple(record for record in having if _steps(record) == max(map(_steps, having)))
 
     def interleaving(self, metric: str) -> Interleaving | None:
         """How the trials that measured the metric alternated with those of other variants; None without any."""
@@ -240,9 +246,20 @@ def paired_trials(base: Series, candidate: Series, metric: str) -> tuple[Trials,
 
 
 def _pairs(base: Series, candidate: Series, metric: str) -> list[tuple[TrialRecord, TrialRecord]]:
-    """Trials of the replicates in which both sides measured the metric."""
+    """Trials of the replicates in which both sides measured the metric; of losses those after the same training."""
     others = {record.replicate: record for record in candidate.measuring(metric)}
-    return [(record, others[record.replicate]) for record in base.measuring(metric) if record.replicate in others]
+    pairs = [(record, others[record.replicate]) for record in base.measuring(metric) if record.replicate in others]
+    return [pair for pair in pairs if metric not in LOSSES or _trained_alike(*pair)]
+
+
+def _steps(record: TrialRecord) -> float:
+    return record.values.get("training_steps", 0.0)
+
+
+def _trained_alike(base: TrialRecord, candidate: TrialRecord) -> bool:
+    """Whether both came to the end of their plan, or to the same step before it."""
+    cut = any("training_steps_planned" in record.values for record in (base, candidate))
+    return not cut or _steps(base) == _steps(candidate)
 
 
 def without_equivalent(comparison: Comparison, reason: str) -> Comparison:

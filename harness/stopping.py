@@ -7,9 +7,9 @@ as it is narrow enough.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
+from harness.budget import Budget
 from harness.plan import Plan
 from harness.record import TrialRecord
 from harness.series import compare_series, series_of
@@ -23,9 +23,11 @@ LEAST_REPLICATES = 5
 class Stopping:
     """The protocol's stopping rule; is asked after each replicate."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, budget: Budget | None = None, *, earlier: Sequence[TrialRecord] = ()) -> None:
+        """`budget` is the clock of this invocation; `earlier` are records that it has not spent its time on."""
         self._plan = plan
-        self._begin = time.monotonic()
+        self._budget = budget or Budget()
+        self._earlier = {record.trial for record in earlier}
 
     def __call__(self, records: Sequence[TrialRecord]) -> str | None:
         """The reason to stop, or None to go on."""
@@ -40,8 +42,9 @@ class Stopping:
                     f"±{100 * protocol.precision:.2g} % were asked for"
                 )
         if protocol.max_minutes is not None:
-            spent = time.monotonic() - self._begin
-            if (spent + spent / replicates) / 60 > protocol.max_minutes:
+            spent = self._budget.spent_s
+            measured = len({record.replicate for record in records if record.trial not in self._earlier})
+            if (spent + spent / measured) / 60 > protocol.max_minutes:
                 return f"another replicate would end after the limit of {protocol.max_minutes:g} minutes"
         return None
 

@@ -182,7 +182,7 @@ def read_run(name: str, folder: Path) -> Run:
 def _latest(records: Sequence[TrialRecord], manifest: Manifest) -> tuple[TrialRecord, ...]:
     """The last record of each trial; none of trials that turned out needless after they had been given up."""
     planned = set(manifest.order)
-    last = {record.trial: record for record in records if record.status != "not_run" or record.trial in planned}
+    last = {record.trial: record for record in records if record.settled or record.trial in planned}
     return tuple(sorted(last.values(), key=lambda record: record.position))
 
 

@@ -84,8 +84,7 @@ class Study:
                 known = [level for level, _ in self.levels(part.axis)]
                 if part.rule in LINEAR and part.scale == "log" and min(known) <= 0:
                     raise UsageError(
-                        f"{where}: axis = {part.axis!r}: level {min(known):g} has no logarithm. "
-                        'Write scale = "linear".'
+                        f'{where}: axis = {part.axis!r}: level {min(known):g} has no logarithm. Write scale = "linear".'
                     )
                 for level in part.levels:
                     if level not in known:
@@ -115,6 +114,11 @@ class Study:
             if now != was:
                 lines.append(f"{key} = {_shown(now)} in place of {_shown(was)}")
         return tuple(lines)
+
+    def steps_after_turns(self, variant: Variant) -> int:
+        """Untimed steps that a trial's epochs leave after its turns, where the data has the sequences asked for."""
+        per_step = self.workload.batch_size * variant.gradient_accumulation
+        return self.protocol.all_steps(self.workload.train_sequences, per_step) - self.protocol.total_steps
 
     def variant(self, name: str) -> Variant:
         """The variant of that name; `UsageError` with the nearest names otherwise."""

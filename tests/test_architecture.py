@@ -42,6 +42,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "peaks",
         "ceiling",
         "levels",
+        "budget",
         "stopping",
         "verdicts",
     ),
@@ -62,7 +63,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "sample",
         "claims",
     ),
-    ("runner", "worker", "measure", "ab"),
+    ("conductor", "runner", "worker", "measure", "resume", "ab"),
     (
         "cli",
         "commands",

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from harness.budget import Budget
+from harness.conductor import Site, blank
 from harness.executors import WorkerLostError
 from harness.plan import Group, make_plan
 from harness.record import Failure, Fragment, TrialRequest
-from harness.runner import Site, run_plan
+from harness.runner import run_plan
 
 TRAINING = ["prepare", "build", "verify", "warm_up", "turn", "turn", "finish_training", "save_adapter"]
 SERVING = ["begin_generate", "request", "request", "end_generate", "merge", "request", "request"]
@@ -28,6 +30,7 @@ class FakeWorker:
 
     def ask(self, command, trial, timeout_s, **arguments):
         self.executor.asked.append((trial, command))
+        self.executor.now += self.executor.command_s
         answer = self.executor.script.get((trial, command), Fragment())
         if isinstance(answer, BaseException):
             raise answer
@@ -42,8 +45,10 @@ class FakeWorker:
 class FakeExecutor:
     """Launches fake workers; remembers what was asked in which order."""
 
-    def __init__(self, script=None):
+    def __init__(self, script=None, command_s=0.0):
         self.script = script or {}
+        self.command_s = command_s
+        self.now = 0.0
         self.asked = []
         self.workers = []
 
@@ -74,12 +79,15 @@ class Quiet:
 
 def conduct(plan, tmp_path, script=None, stop=lambda records: None):
     executor, saved = FakeExecutor(script), []
-    site = Site(
-        run_path=tmp_path, scratch=Path(tmp_path), device="cpu", threads=1, tokens_path="t", tokens={"hash": "h"}
-    )
-    records = run_plan(plan, {"": executor}, site, save=saved.append, watcher=Quiet(), stop=stop).records
+    records = run_plan(plan, {"": executor}, site_of(tmp_path), save=saved.append, watcher=Quiet(), stop=stop).records
     assert [record.trial for record in saved] == [record.trial for record in records]
     return executor, {record.trial: record for record in records}
+
+
+def site_of(tmp_path):
+    return Site(
+        run_path=tmp_path, scratch=Path(tmp_path), device="cpu", threads=1, tokens_path="t", tokens={"hash": "h"}
+    )
 
 
 def lost(status="crashed"):
@@ -193,7 +201,7 @@ def test_a_defect_of_the_parent_costs_no_record(small_study, tmp_path):
     site = Site(run_path=tmp_path, scratch=tmp_path, device="cpu", threads=1, tokens_path="t", tokens={})
     with pytest.raises(ZeroDivisionError):
         run_plan(plan, {"": executor}, site, save=saved.append, watcher=Quiet())
-    assert [record.status for record in saved] == ["ok", "crashed", *["not_run"] * (len(plan.slots) - 2)]
+    assert [record.status for record in saved] == ["ok", "interrupted", *["not_run"] * (len(plan.slots) - 2)]
     assert "oops" in saved[1].failure.message
 
 
@@ -259,3 +267,100 @@ def test_the_turn_phase_is_timed_as_a_whole(small_study, tmp_path):
     walls = {record.values["turns_wall_time_s"] for record in records.values() if not record.trial.endswith("solo")}
     assert len(walls) <= 3 * 2
     assert all(wall > 0 for wall in walls)
+
+
+# --- a long group, and a run that is gone on with ---------------------------------------------------------------------
+
+
+def go_on(plan, tmp_path, earlier=(), *, script=None, command_s=0.0):
+    """Conduct in simulated time; returns the executor, the records, and each saved one with what had been asked."""
+    executor, saved = FakeExecutor(script, command_s), []
+    measured = run_plan(
+        plan, {"": executor}, site_of(tmp_path), watcher=Quiet(), budget=Budget(clock=lambda: executor.now),
+        save=lambda record: saved.append((record, list(executor.asked))), earlier=earlier,
+    )  # fmt: skip
+    return executor, measured.records, saved
+
+
+@pytest.mark.parametrize("level", ["shared-base", "lockstep"])
+def test_a_long_group_is_saved_while_it_is_under_way(small_study, tmp_path, level):
+    """All samples so far, as `interrupted`; never within a round; and its end is the last word on each trial."""
+    check = {"path": "base.bits", "required": 4, "observed": 4, "status": "active", "reason": "seen"}
+    plan = make_plan(small_study, interleaving=level, phases=("train", "generate"))
+    script = {(slot.trial, "verify"): Fragment(checks=(check,)) for slot in plan.slots}
+    _, records, saved = go_on(plan, tmp_path, script=script, command_s=20.0)
+    under_way = [(record, asked) for record, asked in saved if record.failure]
+    assert {(record.status, record.failure.kind) for record, _ in under_way} == {("interrupted", "UnderWay")}
+    for record, asked in under_way:
+        group = next(group for group in plan.groups if record.trial in {slot.trial for slot in group.slots})
+        assert len({asked.count((slot.trial, "turn")) for slot in group.slots}) == 1
+        assert len(record.samples.get("step_time_s", ())) == 2 * asked.count((record.trial, "turn"))
+        assert record.checks == ()
+    phases = {record.failure.phase for record, _ in under_way}
+    assert {"warm_up", "turn", "finish_training", "request"} <= phases
+    last = {record.trial: record for record, _ in saved}
+    assert tuple(last.values()) == records
+    assert {record.status for record in records} == {"ok"}
+    assert all(record.checks for record in records)
+    starts = {(record.trial, record.started_unix_s) for record, _ in saved}
+    assert len(starts) == len(records)  # one start a trial, however often it was saved
+
+
+def test_a_short_group_is_saved_once(small_study, tmp_path):
+    """Repeating it costs little, so no record is written before its end."""
+    _, records, saved = go_on(make_plan(small_study, interleaving="lockstep"), tmp_path, command_s=0.1)
+    assert len(saved) == len(records)
+
+
+def test_what_is_saved_on_the_way_is_bounded(small_study, tmp_path):
+    """A group of a whole day is saved less than a hundred times."""
+    protocol = dataclasses.replace(small_study.protocol, turns=1000, replicates=1)
+    plan = make_plan(dataclasses.replace(small_study, protocol=protocol), interleaving="lockstep", phases=("train",))
+    executor, records, saved = go_on(plan, tmp_path, command_s=33.0)
+    assert executor.now > 24 * 3600
+    assert 20 * 3 < len(saved) - len(records) < 100 * 3
+
+
+@pytest.mark.parametrize("level", ["shared-base", "lockstep", "replicates"])
+def test_a_run_is_gone_on_with_from_wherever_it_was_killed(small_study, tmp_path, level):
+    """Whatever had reached the disk: groups that it settles are kept, the others measured whole, and all are ok."""
+    plan = make_plan(small_study, interleaving=level)
+    _, whole, saved = go_on(plan, tmp_path, command_s=20.0)
+    written = [record for record, _ in saved]
+    for killed in range(len(written) + 1):
+        earlier = {record.trial: record for record in written[:killed]}
+        executor, records, again = go_on(plan, tmp_path, tuple(earlier.values()))
+        assert {record.trial for record in records} == {record.trial for record in whole}
+        assert {record.status for record in records} == {"ok"}
+        asked = {trial for trial, _ in executor.asked}
+        for group in plan.groups:
+            kept = all(slot.trial in earlier and earlier[slot.trial].settled for slot in group.slots)
+            assert asked.isdisjoint(slot.trial for slot in group.slots) is kept
+        assert {record.trial for record, _ in again} == asked
+
+
+def test_trials_that_failed_are_not_measured_again(small_study, tmp_path):
+    """Out of memory is a fact; what was interrupted or not run is not."""
+    plan = make_plan(small_study)
+    first, second, *others = plan.slots
+    earlier = [
+        blank(plan, first, "oom"),
+        blank(plan, second, "interrupted"),
+        *(blank(plan, slot, "not_run") for slot in others),
+    ]
+    executor, records, _ = go_on(plan, tmp_path, earlier)
+    assert first.trial not in {trial for trial, _ in executor.asked}
+    assert {record.trial: record.status for record in records} == {
+        slot.trial: "oom" if slot is first else "ok" for slot in plan.slots
+    }
+
+
+def test_an_interruption_of_what_is_gone_on_with_costs_nothing_more(small_study, tmp_path):
+    """What a trial had when the run broke off stays its record until it is begun again."""
+    plan = make_plan(small_study)
+    had = blank(plan, plan.slots[2], "interrupted").replaced(samples={"step_time_s": (0.5,)})
+    script = {(plan.slots[0].trial, "turn"): KeyboardInterrupt()}
+    _, records, saved = go_on(plan, tmp_path, [had], script=script)
+    assert {record.trial: record for record in records}[had.trial] == had
+    assert had.trial not in {record.trial for record, _ in saved}
+    assert [record.status for record in records].count("not_run") == len(plan.slots) - 2

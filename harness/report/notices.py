@@ -32,6 +32,8 @@ def run_notices(run: Run, study: Study, controls: Mapping[str, Comparison]) -> I
     yield from _outliers(ok)
     yield from _warmup(ok)
     yield from _drift(ok)
+    yield from _cut_short(ok)
+    yield from _measured_again(run)
     for title, control in controls.items():
         yield from _control(title, control)
     if run.damaged_lines:
@@ -104,6 +106,38 @@ def _drift(ok: list[TrialRecord]) -> Iterator[Notice]:
             f"timed, {changing[0]} among them.",
             remedy="Trials that took turns drifted together and are compared turn by turn; look at clocks and heat if "
             "it is one variant only.",
+        )
+
+
+_ROUNDS = {"steps": "timed turns", "requests": "requests", "natural": "whole answers", "merged": "merged requests"}
+
+
+def _cut_short(ok: list[TrialRecord]) -> Iterator[Notice]:
+    """Trials whose rounds were dropped because the time that was given did not suffice, with what is left of them."""
+    counts: dict[str, list[str]] = {}
+    for key, words in (*((f"{kind}_rounds", words) for kind, words in _ROUNDS.items()), ("training_steps", "steps")):
+        for record in ok:
+            if f"{key}_planned" in record.values:
+                taken, planned = record.values[key], record.values[f"{key}_planned"]
+                counts.setdefault(f"{taken:g} of {planned:g} {words}", []).append(record.trial)
+    if counts:
+        trials = {trial for cut in counts.values() for trial in cut}
+        said = "; ".join(f"{what} in {len(cut)} trials" for what, cut in counts.items())
+        yield Notice(
+            code="cut-short",
+            message=f"the limit of time cut {len(trials)} of {len(ok)} trials short, all variants of a replicate "
+            f"alike: {said}.",
+            remedy="Give more minutes, fewer variants (--variant) or fewer phases (--phase).",
+        )
+
+
+def _measured_again(run: Run) -> Iterator[Notice]:
+    if run.measured_again:
+        yield Notice(
+            code="measured-again",
+            message=f"{run.measured_again} trials were measured again after an interruption; only the last measurement "
+            "of each counts.",
+            remedy="Nothing to do; the earlier records are in trials.jsonl.",
         )
 
 

@@ -24,7 +24,6 @@ from harness.errors import LorameterError
 from harness.inference.server import Server
 from harness.meters.clock import Lap, Stopwatch
 from harness.meters.memory import MemoryGauge, host_bytes, resident_bytes
-from harness.protocol import Protocol
 from harness.record import Failure, Fragment, Notice, TrialRequest
 from harness.stats import is_steady
 from harness.training.build import Trainee, build, save_initial, unpack_4bit
@@ -103,7 +102,8 @@ class Trial:
             self._gauge.begin()
         loads, begin = self.shared.loads, time.perf_counter()
         stream = TokenStream(Path(request.tokens_path), request.workload, request.variant, request.device)
-        self._total_steps = max(total_steps(protocol), steps_of_epochs(request, stream.sequences))
+        per_step = request.workload.batch_size * request.variant.gradient_accumulation
+        self._total_steps = protocol.all_steps(stream.sequences, per_step)
         trainee = build(request, steps=self._total_steps, shared=self.shared)
         load_time = time.perf_counter() - begin
         if request.variant.rewrites_base:
@@ -196,11 +196,12 @@ class Trial:
         } | {f"turn_{key}": (float(value),) for key, value in counts.items()}
         return self._judged(Fragment(samples=samples), losses)
 
-    def finish_training(self) -> Fragment:
+    def finish_training(self, steps: int | None = None) -> Fragment:
         """Peaks of training, the steps that are left to take, exact bytes by kind, held-out loss.
 
         How long a warm-up lasts depends on noise. Losses are compared between variants, so every trial ends after the
-        same number of steps on the same tokens: those of the longest warm-up, or of the epochs asked for.
+        same number of steps on the same tokens: those of the longest warm-up, or of the epochs asked for; or after
+        `steps` of them, where the time does not reach further.
         """
         trainee, step = self._built.trainee, self._built.step
         values = {"trainable_parameters": float(sum(p.numel() for p in trainee.parameters))}
@@ -210,8 +211,11 @@ class Trial:
         if self._alone:
             memory = self._gauge.peaks("train")
         if self._timed:
-            losses = [self._take_step()[0] for _ in range(self._total_steps - self._steps_taken)]
+            last = self._total_steps if steps is None else min(steps, self._total_steps)
+            losses = [self._take_step()[0] for _ in range(last - self._steps_taken)]
             samples["catch_up_loss"] = tuple(losses)
+            values |= {"training_steps": float(self._steps_taken)}
+            values |= {"training_steps_planned": float(self._total_steps)} if last < self._total_steps else {}
         if self._alone:
             # Gradients live only between backward and the optimizer, so they are made once more to be counted.
             step.loss(self._built.stream.take()).backward()
@@ -332,14 +336,3 @@ class Trial:
                 )
                 return fragment.failed("invalid", Failure(phase="train", kind="LossNotFinite", message=message))
         return fragment
-
-
-def steps_of_epochs(request: TrialRequest, sequences: int) -> int:
-    """Optimizer steps in the epochs asked for, each of so many sequences."""
-    per_step = request.workload.batch_size * request.variant.gradient_accumulation
-    return math.ceil(request.protocol.epochs * sequences / per_step)
-
-
-def total_steps(protocol: Protocol) -> int:
-    """Optimizer steps of every trial, however long its warm-up was: the first, the warm-up at most, the timed ones."""
-    return 1 + protocol.warmup_steps_max + protocol.turns * protocol.steps_per_turn

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import harness
+from harness.conductor import Site
 from harness.errors import InvalidRunError, UsageError
 from harness.executors.host import Host, describe, inspect
 from harness.executors.local import LocalExecutor, worker_environment
@@ -25,7 +26,7 @@ from harness.provenance import (
     probe_machine,
 )
 from harness.record import SCHEMA
-from harness.runner import Site, run_plan
+from harness.runner import run_plan
 
 
 def test_the_default_host_is_the_present_interpreter():

@@ -12,9 +12,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from harness.conductor import Site
 from harness.executors.local import LocalExecutor
 from harness.plan import make_plan
-from harness.runner import Site, run_plan
+from harness.runner import run_plan
 
 
 class Quiet:

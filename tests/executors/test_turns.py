@@ -8,9 +8,10 @@ import psutil
 import pytest
 
 from harness import codec
+from harness.conductor import Site, request_of
 from harness.executors.local import LocalExecutor
 from harness.plan import make_plan
-from harness.runner import Site, _request, run_plan
+from harness.runner import run_plan
 from harness.variant import Variant
 
 RANKS = (Variant(name="r4", r=4, quantization="nf4"), Variant(name="r8", r=8, quantization="nf4"))
@@ -52,7 +53,7 @@ def test_a_waiting_process_uses_no_cpu(small_study, executor, tmp_path):
     for slot in plan.groups[0].slots[:2]:
         (site.scratch / slot.trial).mkdir(parents=True)
         workers[slot.trial] = executor.launch()
-        request = codec.to_json(_request(plan, slot, site, slot.trial))
+        request = codec.to_json(request_of(plan, slot, site, slot.trial))
         workers[slot.trial].ask("prepare", slot.trial, 60, request=request)
         assert workers[slot.trial].ask("build", slot.trial, 60).status == "ok"
     (busy, computing), (idle, waiting) = workers.items()

@@ -13,7 +13,7 @@ from harness.record import TrialRecord, TrialRequest
 from harness.series import samples_of
 from harness.training.shared import SharedBase
 from harness.training.tokens import prepare
-from harness.training.trial import Trial, total_steps
+from harness.training.trial import Trial
 from harness.units import METRICS
 from harness.variant import Variant
 from harness.workload import Workload
@@ -116,7 +116,19 @@ def test_epochs_go_on_after_the_timed_turns(trial):
     running = trial("steps", protocol=dataclasses.replace(PROTOCOL, epochs=3.0))
     record = record_of(running, "build", "warm_up", "turn", "turn", "finish_training")
     taken = sum(len(record.samples[name]) for name in ("warmup_loss", "train_loss", "catch_up_loss"))
-    assert taken == 3 * WORKLOAD.train_sequences > total_steps(PROTOCOL)
+    assert taken == 3 * WORKLOAD.train_sequences > PROTOCOL.total_steps
+
+
+def test_training_may_end_before_its_plan(trial):
+    """After the step that is named, and the record says which that was and which had been planned."""
+    running = trial("steps", protocol=dataclasses.replace(PROTOCOL, epochs=3.0))
+    record = record_of(running, "build", "warm_up", "turn")
+    cut = record.merged(running.run("finish_training", steps=11))
+    assert sum(len(cut.samples[name]) for name in ("warmup_loss", "train_loss", "catch_up_loss")) == 11
+    assert (cut.values["training_steps"], cut.values["training_steps_planned"]) == (11.0, 24.0)
+    whole = record_of(trial("steps"), "build", "warm_up", "turn", "turn", "finish_training")
+    assert whole.values["training_steps"] == PROTOCOL.total_steps
+    assert "training_steps_planned" not in whole.values
 
 
 def test_a_solo_trial_has_peaks_and_first_times_and_nothing_that_is_timed_in_turns(trial):
@@ -152,7 +164,7 @@ def test_all_timed_trials_end_after_the_same_steps(trial, monkeypatch):
         names = ("warmup_loss", "train_loss", "catch_up_loss")
         ends[steady] = [loss for name in names for loss in record.samples[name]]
         assert len(record.samples["warmup_step_time_s"]) == (2 if steady else 4)
-        assert len(ends[steady]) == total_steps(PROTOCOL)
+        assert len(ends[steady]) == PROTOCOL.total_steps
     assert ends[True] == ends[False]
 
 
