@@ -68,6 +68,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "cli",
         "commands",
         "commands_ab",
+        "commands_run",
         "commands_sample",
         "commands_study",
         "pytest_plugin",
