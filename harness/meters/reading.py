@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 V = TypeVar("V")
+V_co = TypeVar("V_co", covariant=True)
 W = TypeVar("W")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Reading(Generic[V]):
+class Reading(Generic[V_co]):
     """One value of a meter, or None with the reason; exactly one of them is given. Raises ValueError otherwise."""
 
-    value: V | None = None
+    value: V_co | None = None
     reason: str = ""
 
     def __post_init__(self) -> None:
@@ -32,7 +33,7 @@ class Reading(Generic[V]):
         """Whether there is a value."""
         return self.value is not None
 
-    def then(self, convert: Callable[[V], W]) -> Reading[W]:
+    def then(self, convert: Callable[[V_co], W]) -> Reading[W]:
         """The converted value; a missing one stays missing for its reason."""
         return Reading(reason=self.reason) if self.value is None else Reading(value=convert(self.value))
 

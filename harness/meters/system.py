@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.meters.cgroup import cpu_quota, memory_left
-from harness.meters.host import NO_FREQUENCY, ROOT, load_average, pressure_s
+from harness.meters.host import NO_FREQUENCY, ROOT, load_average
 from harness.meters.neighbours import FIRST_PID_NAMESPACE
 from harness.meters.reading import Reading, missing, read_file
 
@@ -41,8 +41,6 @@ class SystemFacts:
     """What could be taken without swapping; under a cgroup's limit, what that leaves."""
     swap_bytes: Reading[int]
     swap_used_bytes: Reading[int]
-    pressure: Reading[float]
-    """Seconds of CPU pressure since the start; known where pressure can be measured at all."""
     container: Reading[str]
     """How a container was recognised; missing where none was."""
 
@@ -71,7 +69,6 @@ def system_facts(root: Path = ROOT) -> SystemFacts:
             lambda text: _kibibytes(text, "SwapTotal") - _kibibytes(text, "SwapFree"),
             "there is no /proc/meminfo",
         ),
-        pressure=pressure_s(root, "cpu"),
         container=_container(root),
     )
 
