@@ -70,6 +70,25 @@ def load_study(name_or_path: str, *, profile: str | None = None, device: str = "
     return dataclasses.replace(fitted, profile=chosen, replaced=_replaced(written, fitted))
 
 
+def load_variant(spec: str, *, profile: str | None = None, device: str = "") -> tuple[Study, Variant]:
+    """One variant, and the study that says on which workload: "STUDY:NAME", or a study of one variant alone.
+
+    STUDY is a built-in name or a TOML file; `profile` and `device` choose its profile, as in `load_study`.
+
+    Raises:
+        UsageError: no such study or variant, or a study of several and none named.
+    """
+    named = ":" in spec and not Path(spec).is_file()  # a file may have a colon in its name
+    study_name, _, name = spec.rpartition(":") if named else (spec, "", "")
+    study = load_study(study_name, profile=profile, device=device)
+    if named:
+        return study, study.variant(name)
+    if len(study.variants) > 1:
+        names = ", ".join(variant.name for variant in study.variants)
+        raise UsageError(f"variant {spec!r}: the study has several: {names}. Name one, as in {spec}:{study.reference}.")
+    return study, study.variants[0]
+
+
 def profiles_of(name_or_path: str) -> tuple[str, ...]:
     """Names of a study's profiles. Raises `UsageError` as `load_study` does."""
     return tuple(_read(name_or_path, ())[1].get("profile", {}))

@@ -3,7 +3,8 @@
 import pytest
 
 from harness.errors import UsageError
-from harness.study_file import builtin_studies, load_study
+from harness.study_file import builtin_studies, load_study, load_variant
+from harness.variant import Variant
 
 GOOD = """
 title = "t"
@@ -165,3 +166,13 @@ def test_an_unknown_profile_is_refused(tmp_path):
     """With those that there are."""
     with pytest.raises(UsageError, match=r"profile = 'zz'.*cpu, big, other"):
         load_study(write(tmp_path, SWEPT), profile="zz")
+
+
+def test_a_variant_is_named_by_its_study_or_alone_in_it(tmp_path):
+    """STUDY:NAME, or a file with one variant; where there are several their names are listed."""
+    study, variant = load_variant("lora-or-qlora:qlora-nf4-r16")
+    assert (study.name, variant.quantization) == ("lora-or-qlora", "nf4")
+    alone = write(tmp_path, "[[variant]]\nname = 'one'\nr = 4")
+    assert load_variant(alone)[1] == load_variant(f"{alone}:one")[1] == Variant(r=4)
+    with pytest.raises(UsageError, match=r"lora-r16, .*lora-or-qlora:lora-r16"):
+        load_variant("lora-or-qlora")
