@@ -65,6 +65,7 @@ CUMULATIVE = (
 def host_counters(root: Path = ROOT) -> HostCounters:
     """Read them all; a file or a field that is not there leaves one of them missing."""
     cpus = os.sched_getaffinity(0)
+    swapped = read_file(root / "proc/vmstat", _swapped, "there is no /proc/vmstat")
     used = resource.getrusage(resource.RUSAGE_SELF)  # /proc/self/status counts the switches of one thread only
     return HostCounters(
         taken_s=time.monotonic(),
@@ -73,8 +74,8 @@ def host_counters(root: Path = ROOT) -> HostCounters:
         io_stall_s=pressure_s(root, "io"),
         steal_s=read_file(root / "proc/stat", lambda text: _steal_s(text, cpus), "there is no /proc/stat"),
         quota_stall_s=quota_stall_s(root),
-        swap_in_bytes=_swapped(root, "pswpin"),
-        swap_out_bytes=_swapped(root, "pswpout"),
+        swap_in_bytes=swapped.then(lambda both: both[0]),
+        swap_out_bytes=swapped.then(lambda both: both[1]),
         voluntary_switches=Reading(value=float(used.ru_nvcsw)),
         involuntary_switches=Reading(value=float(used.ru_nivcsw)),
         major_faults=Reading(value=float(used.ru_majflt)),
@@ -167,12 +168,11 @@ def _steal_s(text: str, cpus: set[int]) -> float:
     return sum(ticks) / os.sysconf("SC_CLK_TCK")
 
 
-def _swapped(root: Path, field: str) -> Reading[float]:
-    def count(text: str) -> float:
-        fields = dict(line.split() for line in text.splitlines())
-        return float(int(fields[field]) * os.sysconf("SC_PAGE_SIZE"))
-
-    return read_file(root / "proc/vmstat", count, "there is no /proc/vmstat")
+def _swapped(text: str) -> tuple[float, float]:
+    """Bytes that came in and went out; the file counts pages."""
+    fields = dict(line.split() for line in text.splitlines() if line.startswith("pswp"))
+    page = os.sysconf("SC_PAGE_SIZE")
+    return float(int(fields["pswpin"]) * page), float(int(fields["pswpout"]) * page)
 
 
 def _clock(root: Path, cpus: set[int]) -> Reading[float]:

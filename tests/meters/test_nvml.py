@@ -170,3 +170,26 @@ def test_the_compute_capability_is_told_without_cuda(nvml):
         tell([compute_capability(1).value, compute_capability(7).reason])
     """
     assert nvml(lines, TWO) == [[9, 9], "nvmlDeviceGetHandleByIndex: there is no such device"]
+
+
+@pytest.mark.parametrize(
+    ("answers", "code", "name", "standing"),
+    [
+        ({"0.energy": 5}, 0, "energy", "good"), ({"0.uncorrected": 1}, 4, "ECC", "unfit"),
+        ({"0.reasons": 0x40}, 4, "throttling", "unfit"), ({"0.persistence": 0}, 0, "persistence", "bad"),
+        ({"0.limit": 300000}, 0, "power limit", "bad"), ({"0.used": 60 << 30}, 4, "other processes", "unfit"),
+        ({"0.processes": "1:300000000", "0.used": 300000000}, 0, "other processes", "bad"),
+    ],
+)  # fmt: skip
+def test_the_doctor_looks_at_the_card(nvml, answers, code, name, standing):
+    """From the command down to the driver's interface, with the exit code."""
+    lines = """
+        import contextlib, io
+        from harness.cli import main
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            code = main(["doctor", "--json"])
+        tell([code, {check["name"]: check["standing"] for check in json.loads(out.getvalue())["checks"]}])
+    """
+    found, checks = nvml(lines, answers)
+    assert found == code
+    assert checks[name] == standing
