@@ -33,12 +33,17 @@ def disturbances(records: Sequence[TrialRecord], *, on_cpu: bool) -> Iterator[No
 
 
 def findings(record: TrialRecord, *, on_cpu: bool) -> Iterator[tuple[str, Finding]]:
-    """What the surroundings say against one trial, with the phase."""
+    """What the surroundings say against one trial, with the phase.
+
+    A CPU that a training trial had too little of is left to the notice on occupancy, which counts for every trial,
+    unless the trial is to be measured again for it.
+    """
     in_turns = record.interleaving in ("shared-base", "lockstep")
     for phase in WHILE:
         share = occupancy(record) if on_cpu and phase == "train" else None
         for finding in judge(record.values, record.memory, phase, in_turns=in_turns, occupancy=share):
-            yield phase, finding
+            if finding.code != "contended" or share is None or finding.invalid:
+                yield phase, finding
 
 
 def _some(names: Sequence[str]) -> str:
