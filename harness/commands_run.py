@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def add_commands(commands: Any, common: Any) -> None:
     """The parsers of these commands; `common` adds the options that every command has."""
     run = commands.add_parser("run", help="measure a study", description="Measure a study and print its report.")
-    run.add_argument("study", metavar="STUDY", help="name of a built-in study, or a TOML file")
+    run.add_argument("study", metavar="STUDY", nargs="?", help="name of a built-in study, or a TOML file")
     run.add_argument("--effort", choices=("quick", "standard", "rigorous"), help="3, 8 or 12 replicates")
     run.add_argument("--replicates", type=int, metavar="N", help="number of replicates, instead of --effort")
     run.add_argument("--profile", metavar="P", help="a profile of the study; default: the one of this machine")
@@ -31,6 +31,7 @@ def add_commands(commands: Any, common: Any) -> None:
     )
     run.add_argument("--precision", type=float, metavar="F", help="stop when every interval is within ±F of its ratio")
     run.add_argument("--max-minutes", type=float, metavar="M", help="drop rounds, of all alike, to end by then")
+    run.add_argument("--resume", metavar="RUN", help="go on with a run that broke off, by its own study and plan")
     run.add_argument("--dry-run", action="store_true", help="show the plan and what it will take, and measure nothing")
     common(run)
     run.set_defaults(command=run_study)
@@ -47,10 +48,13 @@ def run_study(options: argparse.Namespace) -> int:
     from harness.measure import measure, plan_study
     from harness.provenance import probe_machine
     from harness.report.live import LiveDisplay
-    from harness.report.terminal import console_for, print_notices, print_run
-    from harness.report.view import view_of
+    from harness.report.terminal import console_for, print_notices
     from harness.study_file import load_study
 
+    if options.resume:
+        return run_resumed(options)
+    if not options.study:
+        raise UsageError("run: no study named. Give one, as in `lorameter run lora-or-qlora`, or --resume RUN.")
     if options.effort and options.replicates is not None:
         raise UsageError("--effort and --replicates both set the replicates. Give one of them.")
     machine, runs = probe_machine(), store.runs_dir(options.runs_dir)
@@ -76,9 +80,62 @@ def run_study(options: argparse.Namespace) -> int:
     print_notices(notices, errors)
     with LiveDisplay(errors) as display:
         run = measure(plan, machine, runs=runs, display=display, notices=notices)
+    return _show(run, options)
+
+
+SETTLED_OPTIONS = ("effort", "replicates", "profile", "model", "data", "variant", "phase", "interleave", "precision")
+"""Options that make a study and its plan; a run that is gone on with has both."""
+
+
+def run_resumed(options: argparse.Namespace) -> int:
+    """Go on with a run that broke off; one that is complete is shown."""
+    from harness import store
+    from harness.measure import measure
+    from harness.provenance import probe_machine
+    from harness.report.live import LiveDisplay
+    from harness.report.terminal import console_for
+    from harness.resume import plan_again, read_broken_off
+    from harness.runner import unsettled
+    from harness.study_file import load_study
+
+    if given := [f"--{name}" for name in SETTLED_OPTIONS if getattr(options, name) not in (None, [])]:
+        raise UsageError(
+            f"--resume: {', '.join(given)} would change the study or the plan, which the run holds. Leave the option "
+            "out, or measure a new run."
+        )
+    machine, runs = probe_machine(), store.runs_dir(options.runs_dir)
+    study = load_study(options.study).name if options.study else None
+    run = read_broken_off(options.resume, runs, study=study)
+    errors = console_for(stderr=True)
+    if run.manifest.status == "complete":
+        errors.print(f"run {run.manifest.run} is complete: nothing is left to be measured.", markup=False)
+        return _show(run, options)
+    plan = plan_again(run, machine, max_minutes=options.max_minutes)
+    left = [slot.trial for group in unsettled(plan, run.records) for slot in group.slots]
+    errors.print(
+        f"run {run.manifest.run}: {len(plan.slots) - len(left)} of {len(plan.slots)} trials are kept, {len(left)} are "
+        "left to be measured.",
+        markup=False,
+    )
+    if options.dry_run:
+        if options.json:
+            print_json({"run": run.manifest.run, "order": left, "interleaving": plan.interleaving})
+        else:
+            console_for().print("\n".join(left), markup=False)
+        return EXIT_PASS
+    with LiveDisplay(errors) as display:
+        run = measure(plan, machine, runs=run.path.parent, display=display, resume=run.manifest.run)
+    return _show(run, options)
+
+
+def _show(run: Run, options: argparse.Namespace) -> int:
+    """Print what was measured; the exit code says whether the run is valid."""
+    from harness.report.terminal import console_for, print_notices, print_run
+    from harness.report.view import view_of
+
     view = view_of(run)
     if options.json:
-        print_notices(view.notices, errors)
+        print_notices(view.notices, console_for(stderr=True))
         print_json(
             {
                 "run": view.run,

@@ -7,6 +7,7 @@ prepared, and only then is anything measured.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -27,7 +28,8 @@ from harness.levels import choose_level
 from harness.plan import Plan, make_plan, members_of
 from harness.provenance import Machine
 from harness.record import Notice, Side, TrialRecord
-from harness.runner import run_plan
+from harness.resume import continued
+from harness.runner import kept, run_plan, unsettled
 from harness.stopping import Stopping
 from harness.store import Manifest, Run, RunWriter
 from harness.study import Study
@@ -103,21 +105,37 @@ def measure(
     display: Display,
     notices: tuple[Notice, ...] = (),
     arms: Sequence[Arm] = (Arm(),),
+    resume: str | None = None,
 ) -> Run:
-    """Measure a plan into a new run directory and read it back. The first arm prepares the tokens of all.
+    """Measure a plan into a run directory and read it back. The first arm prepares the tokens of all.
+
+    Args:
+        plan: what to measure.
+        machine: where.
+        runs: where the run is written.
+        display: shows what is going on.
+        notices: what was known before.
+        arms: the processes that trials are measured by.
+        resume: id of a run of this plan (`harness.resume`) to go on with; None for a new one.
 
     Raises:
-        UsageError: data that cannot be read.
+        UsageError: data that cannot be read, or a run to go on with that another process writes or whose tokens differ.
         InvalidRunError: no worker could be started, or it sees another device than the plan was made for.
     """
     study, first = plan.study, arms[0]
-    run_id = store.new_run_id(study.name)
+    run_id = resume or store.new_run_id(study.name)
     threads = study.workload.threads
-    display.starting(plan, run_id)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(store.writing(runs / run_id))
+        earlier = store.read_run(str(runs / run_id), runs) if resume else None  # only now does nobody else write it
+        if earlier is not None and earlier.manifest.status == "complete":
+            return earlier
+        known = () if earlier is None else earlier.records
+        groups = unsettled(plan, known)
+        display.starting(dataclasses.replace(plan, groups=groups), run_id)
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lorameter-")))
         logs = runs / run_id / "logs"
-        logs.mkdir(parents=True)
+        logs.mkdir(parents=True, exist_ok=True)
         executors: dict[str, Executor] = {}
         for arm in arms:
             executor = LocalExecutor(threads=threads, log_dir=logs, host=arm.host, label=arm.name)
@@ -128,26 +146,25 @@ def measure(
         hellos = {name: _greeted(executor, machine) for name, executor in executors.items()}
         facts = provenance.collect(study, machine, threads, hellos[first.name], first.facts)
         declared = sorted({name for arm in arms for name in arm.declared})
-        manifest = Manifest(
-            run=run_id,
-            study=plan.study_json(),
-            phases=plan.phases,
-            interleaving=plan.interleaving,
-            why=plan.why,
-            order=tuple(slot.trial for slot in plan.slots),
-            seed=study.protocol.seed,
-            created_unix_s=time.time(),
-            provenance=facts,
-            fingerprint=provenance.fingerprint(facts, without=declared),
-            tokens={key: value for key, value in tokens.items() if key != "path"},
-            notices=notices,
-            sides={
-                arm.side: {**arm.about, "declared": list(arm.declared), "worker": hellos[arm.name].get("harness")}
-                | {"facts": arm.facts}
-                for arm in arms
-                if arm.side and arm.name == arm.side
-            },
-        )
+        if earlier is not None:
+            manifest = continued(earlier.manifest, facts, tokens, study.protocol.max_minutes)
+        else:
+            manifest = Manifest(
+                run=run_id,
+                study=plan.study_json(),
+                phases=plan.phases,
+                selection=tuple(variant.name for variant, role in plan.members if role == "variant"),
+                interleaving=plan.interleaving,
+                why=plan.why,
+                order=tuple(slot.trial for slot in plan.slots),
+                seed=study.protocol.seed,
+                created_unix_s=time.time(),
+                provenance=facts,
+                fingerprint=provenance.fingerprint(facts, without=declared),
+                tokens={key: value for key, value in tokens.items() if key != "path"},
+                notices=notices,
+                sides=_sides(arms, hellos),
+            )
         writer = RunWriter(runs, manifest)
         site = Site(
             run_path=writer.path,
@@ -159,7 +176,7 @@ def measure(
         )
         status: store.RunStatus = "failed"
         stopped: str | None = None
-        kept: list[str] | None = None
+        trials: list[str] | None = None
         try:
             minutes = study.protocol.max_minutes
             budget = Budget(None if minutes is None else 60 * minutes)
@@ -169,14 +186,25 @@ def measure(
                 site,
                 save=writer.append,
                 watcher=display,
-                stop=Stopping(plan, budget),
+                stop=Stopping(plan, budget, earlier=kept(groups, known)),
                 budget=budget,
+                earlier=known,
             )
             status, stopped = _status(measured.records), measured.stopped
-            kept = [record.trial for record in measured.records]
+            trials = [record.trial for record in measured.records]
         finally:
-            writer.finish(status, stopped=stopped, measured=kept)
+            writer.finish(status, stopped=stopped, measured=trials)
     return store.read_run(str(writer.path), runs)
+
+
+def _sides(arms: Sequence[Arm], hellos: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What the manifest says of the sides of an A/B."""
+    return {
+        arm.side: {**arm.about, "declared": list(arm.declared), "worker": hellos[arm.name].get("harness")}
+        | {"facts": arm.facts}
+        for arm in arms
+        if arm.side and arm.name == arm.side
+    }
 
 
 def _greeted(executor: Executor, machine: Machine) -> dict[str, Any]:

@@ -39,13 +39,14 @@ DEFAULT_STUDY = "lora-or-qlora"
 def pytest_addoption(parser: pytest.Parser) -> None:
     """The options, in the words of the command line."""
     group = parser.getgroup("lorameter", "measuring LoRA variants")
-    group.addoption("--lorameter-study", metavar="STUDY", default=DEFAULT_STUDY, help="built-in study or TOML file")
+    group.addoption("--lorameter-study", metavar="STUDY", help=f"built-in study or TOML file; default: {DEFAULT_STUDY}")
     group.addoption("--lorameter-profile", metavar="P", help="a profile of the study; default: the one of this machine")
     group.addoption("--lorameter-model", metavar="M", help="model in place of the study's")
     group.addoption("--lorameter-data", metavar="FILE|ID", help="data in place of the study's")
     group.addoption("--lorameter-effort", choices=("quick", "standard", "rigorous"), help="3, 8 or 12 replicates")
     group.addoption("--lorameter-replicates", type=int, metavar="N", help="number of replicates, instead of the effort")
     group.addoption("--lorameter-interleave", metavar="L", help="shared-base, lockstep or replicates; default: finest")
+    group.addoption("--lorameter-resume", metavar="RUN", help="go on with a run that broke off, and replay all of it")
     group.addoption("--lorameter-base", metavar="RUN", help="gate: a run, a saved .json, or the word baseline")
     group.addoption("--lorameter-policy", metavar="FILE", help="policy of the gate, as for lorameter gate")
     group.addoption("--lorameter-runs-dir", metavar="DIR", help="where runs live")
@@ -94,6 +95,7 @@ class Session:
 
     def __init__(self, config: pytest.Config) -> None:
         from harness.pytest_gate import load_gate
+        from harness.pytest_resume import load_resumed
 
         self._config = config
         self._run: Run | None = None
@@ -101,16 +103,24 @@ class Session:
         self._skipped = bool(config.getoption("benchmark_skip")) and not config.getoption("benchmark_only")
         self._judged: GateResult | str | None = None
         with _usage_errors():
+            self._resumed = load_resumed(config)
             self._study = self._load()
             self._gate = load_gate(config, measures=not (self._disabled or self._skipped))
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """A test for each variant of the study."""
         if metafunc.definition.get_closest_marker("lorameter") and "variant_name" in metafunc.fixturenames:
-            metafunc.parametrize("variant_name", [variant.name for variant in self._study.variants])
+            names = [variant.name for variant in self._study.variants]
+            if self._resumed is not None:
+                names = [name for name in names if name in self._resumed.variants]
+            metafunc.parametrize("variant_name", names)
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Give each test its clock and its phase as the group of its table."""
+        """Give each test its clock and its phase as the group of its table; no test of what a resumed run has not."""
+        if self._resumed is not None:
+            lacking = [item for item in items if _phase_of(item) not in (None, *self._resumed.phases)]
+            self._config.hook.pytest_deselected(items=lacking)
+            items[:] = [item for item in items if item not in lacking]
         for item in items:
             if phase := _phase_of(item):
                 item.add_marker(pytest.mark.benchmark(timer=ReplayClock(), group=phase, warmup=False))
@@ -223,9 +233,11 @@ class Session:
     def _load(self) -> Study:
         from harness.study_file import load_study
 
+        if self._resumed is not None:
+            return self._resumed.study
         option = self._config.getoption
         profile, device = option("--lorameter-profile"), self._machine().kind
-        study = load_study(option("--lorameter-study"), profile=profile, device=device)
+        study = load_study(option("--lorameter-study") or DEFAULT_STUDY, profile=profile, device=device)
         return study.with_overrides(
             model=option("--lorameter-model"),
             data=option("--lorameter-data"),
@@ -241,6 +253,9 @@ class Session:
         from harness.report.live import LiveDisplay
         from harness.report.terminal import console_for, print_notices
 
+        if self._resumed is not None:
+            with LiveDisplay(console_for(sys.stderr)) as display:
+                return self._resumed.measure(self._machine(), display)
         study = self._study
         if self._disabled:
             study = dataclasses.replace(study, protocol=study.protocol.least())

@@ -47,9 +47,8 @@ def run_plan(
     """
     budget = budget or Budget()
     remaining = list(unsettled(plan, earlier))
-    pending = {slot.trial for group in remaining for slot in group.slots}
-    records = [record for record in earlier if record.trial not in pending]
-    untouched = {record.trial: record for record in earlier if record.trial in pending}
+    records = kept(remaining, earlier)
+    untouched = {record.trial: record for record in earlier if record not in records}
 
     def keep(record: TrialRecord) -> None:
         save(record)
@@ -95,3 +94,9 @@ def unsettled(plan: Plan, earlier: Collection[TrialRecord]) -> tuple[Group, ...]
     its own. Trials of one group took turns and are paired, so they are measured again together."""
     settled = {record.trial for record in earlier if record.settled}
     return tuple(group for group in plan.groups if not settled.issuperset(slot.trial for slot in group.slots))
+
+
+def kept(groups: Iterable[Group], earlier: Iterable[TrialRecord]) -> list[TrialRecord]:
+    """The records of trials that are in none of the groups to be measured."""
+    pending = {slot.trial for group in groups for slot in group.slots}
+    return [record for record in earlier if record.trial not in pending]

@@ -41,7 +41,7 @@ class Resumption:
     commit: str | None
     """That of the repository one stood in."""
     max_minutes: float | None = None
-    """The limit that was given anew."""
+    """The limit of time from then on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,10 +199,14 @@ def is_live(path: Path, manifest: Manifest) -> bool:
 
 def writing(path: Path) -> contextlib.AbstractContextManager[None]:
     """Hold the run in this directory for writing. Raises `UsageError` where another process has it."""
-    return alone(
-        path / TRIALS,
+    return alone(path / TRIALS, refusal_while_live(path))
+
+
+def refusal_while_live(path: Path) -> str:
+    """What to say to a second process that would write the run in this directory."""
+    return (
         f"run {path.name}: another process is measuring it, and two would disturb each other and mix their records. "
-        "Wait for it, or end it; then go on with --resume.",
+        "Wait for it, or end it; then go on with --resume."
     )
 
 

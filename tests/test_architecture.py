@@ -76,6 +76,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "pytest_plugin",
         "pytest_export",
         "pytest_gate",
+        "pytest_resume",
     ),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -435,6 +435,30 @@ def test_an_exception_in_the_gate_is_no_pass(suite, base):
     result.stdout.fnmatch_lines(["*the comparison ended in an error*", "*TypeError*", "*Training*"])
 
 
+def test_a_run_that_broke_off_is_gone_on_with_and_replayed(suite, base):
+    """What the session had not measured is measured, and its tests replay all of it, to be saved as ever."""
+    lines = (base / "trials.jsonl").read_text().splitlines(keepends=True)
+    (base / "trials.jsonl").write_text("".join(lines[:4]))
+    manifest = base / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"complete"', '"running"'))
+    result = suite(f"--lorameter-resume={base.name}", "--benchmark-save=resumed", "-k", "nf4")
+    result.assert_outcomes(passed=3, deselected=3)
+    assert result.ret == pytest.ExitCode.OK
+    trials = [json.loads(line)["trial"] for line in (base / "trials.jsonl").read_text().splitlines()]
+    assert len(trials) == len(set(trials)) == len(lines)
+    data = saved(suite, "*resumed")
+    assert data["lorameter"]["run"] == base.name
+    assert all(len(entry["extra_info"]["trials"]) == 2 for entry in data["benchmarks"])
+
+
+def test_what_would_change_a_run_that_is_gone_on_with_is_refused(suite, base):
+    """By name, before anything is measured."""
+    result = suite(f"--lorameter-resume={base.name}", "--lorameter-model=tiny-llama", "--benchmark-disable")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*--lorameter-model, --benchmark-disable would change the study or the plan*"])
+    assert not suite.measured()
+
+
 def test_a_project_that_does_not_attach_is_left_alone(pytester):
     """Options exist; nothing else happens, and machine_info is pytest-benchmark's."""
     pytester.makepyfile("def test_x(benchmark): benchmark(lambda: 1)")
