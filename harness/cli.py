@@ -133,7 +133,7 @@ def _run_row(path: Path) -> dict[str, Any]:
         manifest = store.read_manifest(path)
     except UsageError as error:  # one damaged run must not hide the others
         return {"run": path.name, "status": "damaged", "title": str(error)}
-    return {"run": manifest.run, "status": manifest.status, "title": manifest.study["title"]}
+    return {"run": manifest.run, "status": store.state_of(path, manifest), "title": manifest.study["title"]}
 
 
 def _fetch(options: argparse.Namespace) -> int:

@@ -27,6 +27,8 @@ from harness.locks import alone, is_locked
 from harness.record import READABLE, SCHEMA, Notice, TrialRecord
 
 RunStatus = Literal["running", "complete", "interrupted", "failed"]
+RunState = Literal["running", "complete", "interrupted", "failed", "killed"]
+"""How a run stands: its status, unless its process has ended without a word."""
 ENV_RUNS = "LORAMETER_RUNS"
 TRIALS = "trials.jsonl"
 
@@ -145,6 +147,11 @@ class Run:
     live: bool = False
     """Whether a process is writing the run now."""
 
+    @property
+    def state(self) -> RunState:
+        """How the run stands."""
+        return "killed" if self.manifest.status == "running" and not self.live else self.manifest.status
+
 
 def read_run(name: str, folder: Path) -> Run:
     """A run by id (in `folder`) or by directory.
@@ -195,6 +202,11 @@ def _measured_again(records: Sequence[TrialRecord]) -> int:
 def is_live(path: Path, manifest: Manifest) -> bool:
     """Whether a process is writing the run in this directory now."""
     return manifest.status == "running" and is_locked(path / TRIALS)
+
+
+def state_of(path: Path, manifest: Manifest) -> RunState:
+    """How the run in this directory stands."""
+    return "killed" if manifest.status == "running" and not is_live(path, manifest) else manifest.status
 
 
 def writing(path: Path) -> contextlib.AbstractContextManager[None]:

@@ -46,7 +46,9 @@ def print_run(view: RunView, console: Console) -> None:
     print_notices(view.notices, console)
     counted = ", ".join(f"{count} {status}" for status, count in view.counts.items())
     console.print(f"\nTrials: {counted}. Run {view.run} in {escape(view.path)}")
-    if not view.valid:
+    if view.state != "complete":
+        console.print(f"[bold red]This run is not complete[/bold red] ({view.state}): what is shown is what there is.")
+    elif not view.valid:
         console.print("[bold red]This run is invalid:[/bold red] see the notices and trials above.")
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from harness import codec
 from harness.record import Notice, Role, TrialRecord
 from harness.report.notices import run_notices
+from harness.report.standing import replicates_said, standing
 from harness.series import Series, compare_series, compare_to_reference, series_of, without_equivalent
 from harness.stats import Comparison
 from harness.store import Run
@@ -83,6 +84,8 @@ class RunView:
     failures: tuple[str, ...]
     notices: tuple[Notice, ...]
     counts: dict[str, int]
+    state: str
+    """How the run stands: complete, running, killed, interrupted or failed."""
     valid: bool
     """False when a trial is not ok or a control came out as a difference."""
 
@@ -111,6 +114,7 @@ def view_of(run: Run) -> RunView:
         failures=failures,
         notices=_unique(notices),
         counts=dict(Counter(record.status for record in run.records)),
+        state=run.state,
         valid=(
             not failures
             and not run.damaged_lines
@@ -212,7 +216,7 @@ def _missing(run: Run) -> Iterable[str]:
     missing = [trial for trial in run.manifest.order if trial not in known]
     if missing:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-        yield f"{shown}: not_run (the run is {run.manifest.status!r})"
+        yield f"{shown}: no record (the run is {run.state})"
 
 
 def _facts(run: Run, study: Study) -> tuple[str, ...]:
@@ -231,16 +235,12 @@ def _facts(run: Run, study: Study) -> tuple[str, ...]:
         f"{workload.prompt_tokens} + {workload.new_tokens} tokens a request",
         f"tokens    {tokens.get('real_tokens', 0)} real and {tokens.get('padded_tokens', 0)} padded in an epoch, "
         f"hash {str(tokens.get('hash', ''))[:12]}",
-        f"plan      {_replicates(run)} replicates, {protocol.turns * protocol.steps_per_turn} timed steps a trial, "
+        f"plan      {replicates_said(run)}, {protocol.turns * protocol.steps_per_turn} timed steps a trial, "
         f"order seed {run.manifest.seed}",
         f"level     {run.manifest.interleaving}{_level(run)}",
         *([f"stopped   {run.manifest.stopped}"] if run.manifest.stopped else []),
+        *standing(run),
     )
-
-
-def _replicates(run: Run) -> int:
-    """Replicates that the run holds; those that were planned while it has none."""
-    return len({record.replicate for record in run.records}) or len(run.manifest.order)
 
 
 def _level(run: Run) -> str:

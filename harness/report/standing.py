@@ -1,0 +1,40 @@
+"""How far a run has come: what a report must say first of one that is under way, was killed or was interrupted."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+
+from harness.store import Run
+
+_WORDS = {
+    "running": "under way: a process is measuring it",
+    "killed": "its process was killed",
+    "interrupted": "stopped by the user",
+    "failed": "ended by an error; the logs say which",
+}
+
+
+def standing(run: Run) -> tuple[str, ...]:
+    """Facts of a run that is not complete, or was not at some time; none of any other."""
+    manifest = run.manifest
+    lines = []
+    if run.state != "complete":
+        ended, planned = sum(record.settled for record in run.records), len(manifest.order)
+        said = f"status    {_WORDS[run.state]}; {ended} of {planned} trials have come to their end"
+        resumable = run.state != "running" and not manifest.sides
+        lines.append(f"{said}. Go on with: lorameter run --resume {manifest.run}" if resumable else said)
+    if manifest.resumed:
+        times = ", ".join(time.strftime("%Y-%m-%d %H:%M", time.localtime(one.unix_s)) for one in manifest.resumed)
+        lines.append(f"resumed   {times}")
+    return tuple(lines)
+
+
+def replicates_said(run: Run) -> str:
+    """The replicates of a run; of one that is not complete those of which every trial has come to its end."""
+    planned: dict[str, set[str]] = defaultdict(set)
+    for trial in run.manifest.order or (record.trial for record in run.records):
+        planned[trial.partition("-")[0]].add(trial)
+    settled = {record.trial for record in run.records if record.settled}
+    whole = sum(trials <= settled for trials in planned.values())
+    return f"{whole} replicates" if whole == len(planned) else f"{whole} of {len(planned)} replicates complete"
