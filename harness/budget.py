@@ -181,7 +181,8 @@ class Budget:
         for group in groups:
             rounds: dict[Kind, int] = {
                 "steps": len(group.turns),
-                **dict.fromkeys(KINDS[2:], len(group.requests)),
+                **dict.fromkeys(("requests", "merged"), len(group.requests)),
+                "natural": len(group.natural),
             }
             for slot in group.slots:
                 for kind, count in rounds.items():

@@ -93,7 +93,7 @@ class Conductor:
             if "generate" in self._plan.phases:
                 self._each("begin_generate")
                 self._in_turns("requests", self._group.requests, "request")
-                self._in_turns("natural", self._group.requests, "natural")
+                self._in_turns("natural", self._group.natural, "natural")
                 self._each("untrained", "natural")
                 self._each("end_generate", "peaks")
                 self._each("merge", "merged")

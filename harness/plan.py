@@ -59,14 +59,15 @@ class Slot:
 class Group:
     """Processes that are live together: `launches` are the processes, each with its trials.
 
-    `turns` and `requests` are the orders of turns in training and generation: each entry is one round over all trials
-    of the group, by trial id.
+    `turns`, `requests` and `natural` are the orders of turns in training and in either kind of request: each entry is
+    one round over all trials of the group, by trial id.
     """
 
     replicate: int
     launches: tuple[tuple[Slot, ...], ...]
     turns: tuple[tuple[str, ...], ...] = ()
     requests: tuple[tuple[str, ...], ...] = ()
+    natural: tuple[tuple[str, ...], ...] = ()
 
     @property
     def slots(self) -> tuple[Slot, ...]:
@@ -213,6 +214,7 @@ def _conducted(
         launches=tuple(launches),
         turns=rounds(study.protocol.turns),
         requests=rounds(study.protocol.generate_requests) if "generate" in phases else (),
+        natural=rounds(study.protocol.natural_requests) if "natural" in launches[0][0].measures else (),
     )
 
 

@@ -44,6 +44,8 @@ class Protocol:
     """Discarded requests between the first call and the warm ones."""
     generate_requests: int = 6
     """Warm requests per trial and adapter state (unmerged, merged)."""
+    natural_requests: int = 6
+    """Requests that the model ends itself, where the workload has such."""
     seed: int = 0
     """Seeds the order of the plan and, with the replicate's number, the training."""
     step_timeout_s: float = 600.0
@@ -66,6 +68,7 @@ class Protocol:
             ("steps_per_turn", 1),
             ("generate_warmup", 0),
             ("generate_requests", 1),
+            ("natural_requests", 1),
             ("peak_replicates", 1),
         ):
             if getattr(self, key) < least:
