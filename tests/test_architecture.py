@@ -41,6 +41,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "decoding",
         "peaks",
         "ceiling",
+        "profile",
+        "accounting",
         "levels",
         "budget",
         "stopping",
@@ -64,7 +66,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "sample",
         "claims",
     ),
-    ("conductor", "runner", "worker", "measure", "resume", "ab"),
+    ("conductor", "runner", "worker", "measure", "profiling", "resume", "ab"),
     (
         "cli",
         "commands",

@@ -33,18 +33,30 @@ class TrainStep:
 
     def __call__(self) -> torch.Tensor:
         """Forward and backward over the accumulated batches, clip, step, schedule."""
-        trainee = self._trainee
         total = torch.zeros((), device=self._device)
         for _ in range(self._accumulate):
-            loss = self.loss(self._stream.take()) / self._accumulate
-            loss.backward()
-            total += loss.detach()
+            total += self.backward(self.loss(self.take()))
+        self.update()
+        return total
+
+    def take(self) -> Batch:
+        """The next batch."""
+        return self._stream.take()
+
+    def backward(self, loss: torch.Tensor) -> torch.Tensor:
+        """Add a batch's gradients to those of the step; returns its part of the step's loss."""
+        part = loss / self._accumulate
+        part.backward()
+        return part.detach()
+
+    def update(self) -> None:
+        """Clip, step, schedule, and let the gradients go."""
+        trainee = self._trainee
         if self._clip:
             torch.nn.utils.clip_grad_norm_(self._trained, self._clip)
         trainee.optimizer.step()
         trainee.schedule.step()
         trainee.optimizer.zero_grad(set_to_none=True)
-        return total
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """Mean loss over the labelled tokens of a batch."""

@@ -7,6 +7,7 @@ its variable-length kernel takes one row of any number of isolated records (tran
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -45,6 +46,12 @@ class TokenStream:
         self.real_tokens += real
         self.padded_tokens += mask.numel() - real
         return self._batch("train", rows)
+
+    def record_lengths(self) -> tuple[int, ...]:
+        """Real tokens of every record, or piece of one, in one epoch: attention is causal within each of them."""
+        positions = self._tensors["train.position_ids"][self._tensors["train.attention_mask"].bool()]
+        starts = (positions == 0).nonzero().flatten().tolist()
+        return tuple(end - start for start, end in pairwise([*starts, len(positions)]))
 
     def position(self) -> tuple[int, int, int]:
         """Where the stream stands; `restore` brings it back there."""

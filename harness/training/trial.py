@@ -24,10 +24,12 @@ from harness.errors import LorameterError
 from harness.inference.server import Server
 from harness.meters.clock import Lap, Stopwatch
 from harness.meters.memory import MemoryGauge, host_bytes, resident_bytes
+from harness.peaks import Rate
 from harness.record import Failure, Fragment, Notice, TrialRequest
 from harness.stats import is_steady
 from harness.training.build import Trainee, build, save_initial, unpack_4bit
 from harness.training.process import release_unused
+from harness.training.profiling import observe, write_peaks
 from harness.training.requirements import requirements_of
 from harness.training.shared import Seat, SharedBase
 from harness.training.step import TrainStep
@@ -44,6 +46,7 @@ COMMANDS = (
     "warm_up",
     "turn",
     "finish_training",
+    "profile",
     "save_adapter",
     "begin_generate",
     "request",
@@ -51,6 +54,7 @@ COMMANDS = (
     "untrained",
     "end_generate",
     "merge",
+    "peak",
     "close",
 )
 
@@ -226,6 +230,12 @@ class Trial:
             losses = [*losses, values["held_out_loss"]]
         return self._judged(Fragment(values=values, memory=memory, samples=samples), losses)
 
+    def profile(self) -> Fragment:
+        """Where a step's time goes."""
+        parts = self._built
+        fragment = observe(self._request, parts.trainee, parts.stream, parts.step)
+        return self._judged(fragment, list(fragment.samples["train_loss"]))
+
     def save_adapter(self) -> Fragment:
         """Write the trained adapter where a new interpreter will load it from."""
         initial = str(self._initial) if self._request.variant.rewrites_base else None
@@ -281,6 +291,11 @@ class Trial:
     def merge(self) -> Fragment:
         """Merge the adapter into the base and warm up again. Ends the trial: the base is changed."""
         self._serving.merge(discard=1 + self._request.protocol.generate_warmup)
+        return Fragment()
+
+    def peak(self, rates: list[Rate]) -> Fragment:
+        """What the device does at best. It fills caches and memory, so it comes when nothing else is measured."""
+        write_peaks(self._request, rates)
         return Fragment()
 
     def close(self) -> Fragment:

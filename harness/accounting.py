@@ -1,0 +1,161 @@
+"""What a profile comes to: a step in lines that add up, its tokens, decoding, and how near both came to the peak.
+
+The lines of a step are medians of phases that were timed on their own, and the step is the median of plain steps that
+took turns with them. Nothing makes the sum of the ones meet the other. What is between them is a line, with the cost of
+the borders beside it: where it is large, the phases are not to be trusted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from harness import catalogue, shapes
+from harness.ceiling import Ceiling, Utilisation, bandwidth_utilisation, ceiling_of
+from harness.decoding import decode_cost, mean_context
+from harness.errors import UsageError
+from harness.flops import StepTokens, TrainingFlops, computed_tokens, training_flops
+from harness.profile import PHASES, Profile
+from harness.stats import median_interval
+
+REMAINDER_LIMIT = 0.02
+"""Share of the step above which its phases do not explain it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """A median of times in seconds, with its 95 % interval by order statistics; None where too few times are there."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+def span_of(samples: Sequence[float]) -> Span:
+    """The median of samples with its interval. Raises ValueError without samples."""
+    found = median_interval(samples)
+    if found.value is None:
+        raise ValueError("a median of no samples")
+    return Span(value=found.value, low=found.low, high=found.high)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepAccount:
+    """A step's time by its phases, in seconds."""
+
+    step: Span
+    phases: dict[str, Span]
+    between: Span
+    """From the end of a step to the beginning of the next; no part of the step."""
+    borders: Span
+    """By how much the borders of phases make a step longer, over pairs of neighbours."""
+    profiler_slowdown: float
+    """Time of a step under the profiler over that of a plain one."""
+    occupancy: float | None
+    """CPU time over wall time of the plain steps, per thread; None on a GPU, where the host rightly waits."""
+
+    @property
+    def remainder_s(self) -> float:
+        """What the phases leave of the step; negative where they are more than it."""
+        return self.step.value - sum(phase.value for phase in self.phases.values())
+
+    @property
+    def reconciled(self) -> bool:
+        """Whether the phases explain the step."""
+        return abs(self.remainder_s) <= REMAINDER_LIMIT * self.step.value
+
+
+def step_account(profile: Profile) -> StepAccount:
+    """The account of a profile's step."""
+    samples = profile.record.samples
+    plain, bordered = samples["plain_step_time_s"], samples["bordered_step_time_s"]
+    step = span_of(plain)
+    cpu_s = sum(samples["plain_step_cpu_time_s"])
+    return StepAccount(
+        step=step,
+        phases={phase: span_of(samples[f"phase_{phase}_s"]) for phase in PHASES},
+        between=span_of(samples["between_steps_s"]),
+        borders=span_of([slow - fast for fast, slow in zip(plain, bordered, strict=True)]),
+        profiler_slowdown=span_of(profile.activity.step_times_s).value / step.value,
+        occupancy=cpu_s / sum(plain) / max(1, profile.threads) if profile.device == "cpu" else None,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenShares:
+    """Positions of a step, in tokens; shares are of all that go through the forward pass, repeated ones included."""
+
+    real: float
+    padded: float
+    recomputed: float
+    """Positions that checkpointing runs through the blocks once more."""
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.real + self.padded + self.recomputed
+
+
+def token_shares(profile: Profile) -> TokenShares:
+    """Positions of a mean step: real ones as counted in the data, repeated ones as the check saw them."""
+    positions = computed_tokens(profile.variant, profile.workload).positions
+    real = profile.record.values["useful_positions"]
+    again = float(positions) if observed(profile, "checkpointing") is True else 0.0
+    return TokenShares(real=real, padded=positions - real, recomputed=again)
+
+
+def observed(profile: Profile, path: str) -> object:
+    """What kernels_check saw under one of its paths; None where it saw nothing."""
+    return next((check["observed"] for check in profile.record.checks if check["path"] == path), None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeAccount:
+    """One token after the first, at batch size 1."""
+
+    token: Span
+    first_token: Span
+    bytes: int
+    """That must come from memory for it."""
+    context: int
+    """Tokens attended to, itself included."""
+    use: Utilisation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ceilings:
+    """How near training and decoding came to what the device does at best."""
+
+    train: Ceiling
+    flops: TrainingFlops
+    """Of what the operators were given."""
+    decode: DecodeAccount
+
+
+def ceilings(profile: Profile, step: Span) -> Ceilings | str:
+    """MFU and HFU of the step, use of bandwidth of decoding; the reason where the model's layers are not known."""
+    variant, workload, values = profile.variant, profile.workload, profile.record.values
+    samples = profile.record.samples
+    repacked = bool(values.get("packed_4bit_decode"))
+    token, context = span_of(samples["time_per_output_token_s"]), mean_context(workload)
+    useful = StepTokens(
+        positions=round(values["useful_positions"]),
+        pairs=round(values["useful_pairs"]),
+        passes=variant.gradient_accumulation,
+    )
+    try:
+        shape = shapes.shape(catalogue.resolve(workload.model))
+        train = ceiling_of(shape, variant, workload, step, profile.peaks["product"], useful=useful)
+        return Ceilings(
+            train=train,
+            flops=training_flops(shape, variant, computed_tokens(variant, workload)),
+            decode=DecodeAccount(
+                token=token,
+                first_token=span_of(samples["first_token_time_s"]),
+                bytes=decode_cost(shape, variant, context=context, repacked=repacked).bytes,
+                context=context,
+                use=bandwidth_utilisation(shape, variant, workload, token, profile.peaks["memory"], repacked=repacked),
+            ),
+        )
+    except UsageError as error:
+        return str(error)

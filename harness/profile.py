@@ -1,0 +1,128 @@
+"""A profile: what was observed of one trial's steps, as facts. What they mean is computed from them on demand.
+
+A step is watched in two ways that exclude each other. Timed with the device synchronised at the borders of its phases,
+the phases have true times and nothing is known of what ran in them. Under the profiler everything that ran is known,
+and its times are those of a slower step. So each is a record of its own, and shares of the one are never mixed with
+seconds of the other without a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from harness.peaks import Peak
+from harness.record import TrialRecord
+from harness.variant import Variant
+from harness.workload import Workload
+
+SCHEMA = 1
+PHASES = ("data", "forward", "backward", "update")
+"""Phases of a step: taking the batch, forward, backward, clipping and the optimizer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OperatorUse:
+    """One kernel of a GPU, or one operator of a CPU without those that it calls, in a mean step."""
+
+    name: str
+    category: str
+    """As in kernels_check: "matmul", "dequantize", ..., "other"."""
+    calls: float
+    time_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseActivity:
+    """What ran in one phase of a mean step under the profiler."""
+
+    phase: str
+    window_s: float
+    """From border to border."""
+    busy_s: float
+    """Time in which anything of `operators` ran; on a GPU streams may overlap, so it can be less than their sum."""
+    operators: tuple[OperatorUse, ...]
+    """The longest first."""
+
+    @property
+    def categories_s(self) -> dict[str, float]:
+        """Seconds of each category, the largest first."""
+        sums: dict[str, float] = {}
+        for one in self.operators:
+            sums[one.category] = sums.get(one.category, 0.0) + one.time_s
+        return dict(sorted(sums.items(), key=lambda pair: -pair[1]))
+
+    @property
+    def calls(self) -> float:
+        """Launches, or calls of operators."""
+        return sum(one.calls for one in self.operators)
+
+    @property
+    def idle_s(self) -> float:
+        """On a GPU the device waits for the host; on a CPU it is the interpreter, outside every operator."""
+        return max(0.0, self.window_s - self.busy_s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Activity:
+    """What ran in some steps under the profiler, as their mean."""
+
+    device: Literal["cpu", "cuda"]
+    """What `operators` are: operators of the host, or kernels."""
+    step_times_s: tuple[float, ...]
+    """Each profiled step."""
+    phases: tuple[PhaseActivity, ...]
+
+    @property
+    def categories_s(self) -> dict[str, float]:
+        """Seconds of each category in a step, the largest first."""
+        sums: dict[str, float] = {}
+        for phase in self.phases:
+            for category, seconds in phase.categories_s.items():
+                sums[category] = sums.get(category, 0.0) + seconds
+        return dict(sorted(sums.items(), key=lambda pair: -pair[1]))
+
+    @property
+    def busy_s(self) -> float:
+        """Time of a step in which anything ran."""
+        return sum(phase.busy_s for phase in self.phases)
+
+    @property
+    def window_s(self) -> float:
+        """Time of a step between the borders."""
+        return sum(phase.window_s for phase in self.phases)
+
+    @property
+    def calls(self) -> float:
+        """Launches, or calls of operators, of a step."""
+        return sum(phase.calls for phase in self.phases)
+
+    def time_of(self, *words: str) -> float:
+        """Seconds of a step in operators whose name holds one of the words."""
+        found = (one for phase in self.phases for one in phase.operators if any(word in one.name for word in words))
+        return sum(one.time_s for one in found)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    """All that was observed of one variant: nothing in it is an estimate."""
+
+    schema: int = SCHEMA
+    study: str
+    variant: Variant
+    workload: Workload
+    device: Literal["cpu", "cuda"]
+    device_name: str
+    threads: int
+    cpus: int
+    """CPUs that the process may run on."""
+    wide_registers: bool
+    """Whether a CPU multiplies 16-bit numbers faster than 32-bit ones (AVX512-BF16); not read on a GPU."""
+    memory_bytes: int
+    """Of the device that trains."""
+    record: TrialRecord
+    """Raw times and bytes of the trial, its checks and notices."""
+    activity: Activity
+    peaks: Mapping[str, Peak]
+    """What the device does at best, by "product" and "memory"; stated by the vendor or measured after the trial."""

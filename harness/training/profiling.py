@@ -1,0 +1,183 @@
+"""Where a step's time goes: its phases with the device synchronised at their borders, and what runs in them.
+
+A border stops the host until the device has finished, which a plain step never does, so borders cost something. Plain
+and bordered steps therefore take turns: both then meet the same machine, and the difference of a pair is the cost of
+the borders. The profiler comes last, in steps of its own, because it slows down everything and its memory stays.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from harness import codec
+from harness.meters.clock import Stopwatch
+from harness.meters.peak import measured_bandwidth, measured_product
+from harness.peaks import Rate
+from harness.profile import PHASES, Activity
+from harness.record import Fragment, TrialRequest
+from harness.training.activity import MARK, activity_of
+from harness.training.build import Trainee
+from harness.training.process import release_unused, synchronize
+from harness.training.step import TrainStep
+from harness.training.stream import Batch, TokenStream
+
+LEAST_PAIRS = 8
+MOST_PAIRS = 32
+BUDGET_S = 30.0
+"""Pairs of steps are taken for so long, within the two numbers above."""
+LEAST_PROFILED, MOST_PROFILED = 3, 12
+PROFILED_BUDGET_S = 3.0
+"""Steps are profiled for so long, within these numbers: the records of a step take megabytes."""
+ACTIVITY, TRACE, PEAKS = "activity.json", "trace.json.gz", "peaks.json"
+"""What a profiled trial leaves in its folder: the activity, the trace that it was read from, and measured peaks."""
+
+
+def observe(request: TrialRequest, trainee: Trainee, stream: TokenStream, plain: TrainStep) -> Fragment:
+    """Times of the phases of a step, and real tokens; what ran goes into the files of the trial's folder."""
+    folder = Path(request.scratch)
+    bordered = BorderedStep(trainee, stream, request)
+    samples = step_times(plain, bordered, request.device)
+    values = useful_tokens(stream, request.workload.batch_size * request.variant.gradient_accumulation)
+    slow_s = max(samples["bordered_step_time_s"])
+    steps = min(MOST_PROFILED, max(LEAST_PROFILED, int(PROFILED_BUDGET_S / slow_s)))
+    activity = profiled(bordered, request.device, folder, steps=steps)
+    (folder / ACTIVITY).write_text(codec.dumps(activity), encoding="utf-8")
+    release_unused(request.device)
+    return Fragment(samples=samples, values=values)
+
+
+def write_peaks(request: TrialRequest, rates: Sequence[Rate]) -> None:
+    """Measure what the device does at best at these rates, into a file of the trial's folder, by rate."""
+    device, threads = request.device, request.threads
+    peaks = {
+        rate: measured_bandwidth(device, threads=threads)
+        if rate == "memory"
+        else measured_product(device, rate, threads=threads)
+        for rate in rates
+    }
+    (Path(request.scratch) / PEAKS).write_text(codec.dumps(peaks), encoding="utf-8")
+
+
+class BorderedStep(TrainStep):
+    """The same step with a synchronisation and a clock reading at every border of a phase."""
+
+    def __init__(self, trainee: Trainee, stream: TokenStream, request: TrialRequest) -> None:
+        super().__init__(trainee, stream, request.variant, request.device)
+        self._on = request.device
+        self._marked = False
+        self.phases_s = dict.fromkeys(PHASES, 0.0)
+        """Seconds of each phase since `begin`."""
+
+    def begin(self, *, marked: bool = False) -> None:
+        """Start from zero; `marked` says whether the profiler is told of the phases."""
+        self._marked = marked
+        self.phases_s = dict.fromkeys(PHASES, 0.0)
+        synchronize(self._on)
+
+    def take(self) -> Batch:
+        """The next batch, on the device."""
+        with self._phase("data"):
+            return super().take()
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """The forward pass."""
+        with self._phase("forward"):
+            return super().loss(batch)
+
+    def backward(self, loss: torch.Tensor) -> torch.Tensor:
+        """The backward pass."""
+        with self._phase("backward"):
+            return super().backward(loss)
+
+    def update(self) -> None:
+        """Clipping and the optimizer."""
+        with self._phase("update"):
+            super().update()
+
+    @contextlib.contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        with record_function(MARK + name) if self._marked else contextlib.nullcontext():
+            yield
+            synchronize(self._on)
+        self.phases_s[name] += time.perf_counter() - begin
+
+
+def step_times(
+    plain: Callable[[], torch.Tensor], bordered: BorderedStep, device: str, *, budget_s: float = BUDGET_S
+) -> dict[str, tuple[float, ...]]:
+    """Pairs of a plain and a bordered step, each first in every other pair.
+
+    Returns:
+        Samples in seconds, one a pair: `plain_step_time_s` with `plain_step_cpu_time_s`, `bordered_step_time_s`,
+        `phase_PHASE_s`, and `between_steps_s`, from the end of a step to the beginning of the next.`train_loss`
+        has the losses of all steps in order.
+    """
+    watch = Stopwatch(device)
+    found: dict[str, list[float]] = {}
+
+    def keep(name: str, value: float) -> None:
+        found.setdefault(name, []).append(value)
+
+    def step(*, is_plain: bool, ended_s: float) -> float:
+        if not is_plain:
+            bordered.begin()
+        elif not math.isnan(ended_s):
+            keep("between_steps_s", time.perf_counter() - ended_s)
+        loss, lap = watch(plain if is_plain else bordered)
+        ended_s = time.perf_counter()
+        keep("train_loss", float(loss))
+        keep("plain_step_time_s" if is_plain else "bordered_step_time_s", lap.time_s)
+        if is_plain:
+            keep("plain_step_cpu_time_s", lap.cpu_time_s)
+        else:
+            for phase, seconds in bordered.phases_s.items():
+                keep(f"phase_{phase}_s", seconds)
+        return ended_s
+
+    begin, pair, ended_s = time.perf_counter(), 0, math.nan
+    while pair < LEAST_PAIRS or (pair < MOST_PAIRS and time.perf_counter() - begin < budget_s):
+        for is_plain in (True, False) if pair % 2 == 0 else (False, True):
+            ended_s = step(is_plain=is_plain, ended_s=ended_s)
+        pair += 1
+    return {name: tuple(values) for name, values in found.items()}
+
+
+def profiled(bordered: BorderedStep, device: str, folder: Path, *, steps: int) -> Activity:
+    """What ran in some steps under the profiler; their trace is written to `folder`.
+
+    One step before them is profiled for nothing: the profiler's own start is not a step's.
+    """
+    activities = [ProfilerActivity.CPU]
+    if device.startswith("cuda"):
+        activities.append(ProfilerActivity.CUDA)
+    watch = Stopwatch(device)
+
+    def laps(count: int) -> tuple[float, ...]:
+        times = []
+        for _ in range(count):
+            bordered.begin(marked=True)
+            times.append(watch(bordered)[1].time_s)
+        return tuple(times)
+
+    with profile(activities=activities):
+        laps(1)
+    with profile(activities=activities) as recorded:
+        times = laps(steps)
+    recorded.export_chrome_trace(str(folder / TRACE))
+    results = recorded.profiler.kineto_results if recorded.profiler is not None else None
+    return activity_of(() if results is None else results.events(), times)
+
+
+def useful_tokens(stream: TokenStream, rows: int) -> dict[str, float]:
+    """Mean real tokens of a step of `rows` sequences, and its pairs of a query and a key that attention must see."""
+    lengths, part = stream.record_lengths(), rows / stream.sequences
+    pairs = sum(length * (length + 1) // 2 for length in lengths)
+    return {"useful_positions": part * sum(lengths), "useful_pairs": part * pairs}
