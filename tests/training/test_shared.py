@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
 
 import pytest
@@ -16,6 +17,12 @@ from harness.training.trial import Trial
 from harness.variant import Variant
 from harness.workload import Workload
 
+SMALL = {
+    "model_type": "llama", "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 320, "max_position_embeddings": 128,
+    "bos_token_id": 256, "eos_token_id": 257,
+}  # fmt: skip
+"""A model of two layers: bit-equality is a matter of states and of random numbers, which a third would repeat."""
 WORKLOAD = Workload(
     sequence_length=64, batch_size=1, train_sequences=16, held_out_records=8, held_out_sequences=2, prompt_tokens=8,
     new_tokens=4,
@@ -41,16 +48,20 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory):
-    """One token file for all trials."""
-    return prepare(WORKLOAD, tmp_path_factory.mktemp("tokens")).path
+    """One workload on the small model and its token file, for all trials."""
+    folder = tmp_path_factory.mktemp("tokens")
+    (folder / "config.json").write_text(json.dumps(SMALL))
+    workload = dataclasses.replace(WORKLOAD, model=f"random:{folder}")
+    return workload, prepare(workload, folder).path
 
 
 def trial_on(shared, variant, tokens, interleaving="shared-base"):
     torch.set_num_threads(1)
+    workload, path = tokens
     request = TrialRequest(
-        trial=variant.name, variant=variant, role="variant", replicate=0, seed=1, workload=WORKLOAD, protocol=PROTOCOL,
+        trial=variant.name, variant=variant, role="variant", replicate=0, seed=1, workload=workload, protocol=PROTOCOL,
         interleaving=interleaving, measures=("steps", "requests"), instrument="spy", device="cpu", threads=1,
-        tokens_path=tokens, scratch="", log_path="",
+        tokens_path=path, scratch="", log_path="",
     )  # fmt: skip
     return Trial(request, shared)
 
