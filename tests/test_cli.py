@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from harness import store
 from harness.cli import main
 
 
@@ -89,23 +90,45 @@ def test_an_unexpected_error_is_70_and_never_1(capsys, monkeypatch):
     assert "defect" in capsys.readouterr().err
 
 
-def test_a_run_prints_one_json_document(tmp_path, capsys):
-    """A real run of two small variants: status, trials and control on stdout, progress on stderr, exit code 0 or 4."""
-    study = tmp_path / "mine.toml"
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    """A real run of two small variants that share their base: the finished process and the folder of its run."""
+    folder = tmp_path_factory.mktemp("swept")
+    study = folder / "mine.toml"
     study.write_text(
         "[workload]\nsequence_length=32\nbatch_size=2\ntrain_sequences=16\nprompt_tokens=8\nnew_tokens=4\n"
-        "[protocol]\nreplicates=1\nwarmup_steps_min=1\nwarmup_steps_max=2\nturns=1\ngenerate_requests=1\n"
-        "[[variant]]\nname='a'\nr=4\n[[variant]]\nname='b'\nr=8\n"
+        "[protocol]\nreplicates=1\nwarmup_steps_min=1\nwarmup_steps_max=2\nturns=2\ngenerate_requests=1\n"
+        "[controls]\nquantization='nf4'\n[[variant]]\nname='a'\nr=4\n[[variant]]\nname='b'\nr=8\n"
     )
-    code = main(["run", str(study), "--json", "--runs-dir", str(tmp_path / "runs")])
-    captured = capsys.readouterr()
-    document = json.loads(captured.out)
+    command = [sys.executable, "-m", "harness.cli", "run", str(study), "--json", "--runs-dir", str(folder / "runs")]
+    return subprocess.run(command, capture_output=True, text=True, check=False), folder / "runs"
+
+
+def test_a_run_prints_one_json_document(swept, capsys):
+    """A real run of two small variants: status, trials and control on stdout, progress on stderr, exit code 0."""
+    done, runs = swept
+    document = json.loads(done.stdout)
     assert document["schema"] == 1
     assert document["trials"] == {"ok": 3 + 3}  # taking turns on one base, and solo
-    assert (document["status"], code) == ("ok", 0)
+    assert (document["status"], done.returncode) == ("ok", 0)
     assert set(document["control"]) == {"train", "generate", "cold"}
-    assert "[6/6]" in captured.err
-    assert main(["report", document["run"], "--runs-dir", str(tmp_path / "runs")]) == 0
+    assert "[6/6]" in done.stderr
+    assert main(["report", document["run"], "--runs-dir", str(runs)]) == 0
     text = capsys.readouterr().out
     assert "no interval" in text
     assert "synthetic-data" in text
+
+
+def test_a_sweep_of_adapters_runs_on_one_base(swept):
+    """From study to records: one process and one load a replicate, solo trials for what needs a process alone."""
+    done, runs = swept
+    records = store.read_run(json.loads(done.stdout)["run"], runs).records
+    timed = [record for record in records if "step_time_s" in record.samples]
+    solo = [record for record in records if record.trial.endswith("-solo")]
+    assert len(timed) == len(solo) == 3
+    assert sum(record.values["base_loads"] for record in timed) == 1
+    assert all(record.interleaving == "shared-base" and not record.memory for record in timed)
+    assert all({"merged_request_time_s", "cold_start_time_s"} <= set(record.samples) for record in solo)
+    assert all(record.memory["adapter_bytes"] > 0 for record in solo)
+    twins = {record.role: record.samples["train_loss"] for record in timed if record.name == "a"}
+    assert twins["variant"] == twins["control"]

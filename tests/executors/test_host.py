@@ -108,32 +108,39 @@ def test_a_package_installed_from_a_commit_is_told_by_it(tmp_path):
     assert differing_packages(one, two) == {"widget": ("1.0 (commit aaaaaaaaaaaa)", "1.0 (commit bbbbbbbbbbbb)")}
 
 
-@pytest.fixture
-def other_harness(tmp_path):
+def copy_of_the_packages(folder):
     """A copy of the packages, to be changed, as another revision would be."""
     here = Path(harness.__file__).parents[1]
     for package in ("harness", "kernels_check"):
-        subprocess.run(["cp", "-r", str(here / package), str(tmp_path)], check=True)
-    return tmp_path
+        subprocess.run(["cp", "-r", str(here / package), str(folder)], check=True)
+    return folder
 
 
-def test_two_executors_share_a_folder_and_say_which_harness_they_run(other_harness, tmp_path):
-    """One log each; the greeting of a host carries the version and content of the harness that it imported."""
-    with (other_harness / "harness" / "__init__.py").open("a") as file:
-        file.write("CHANGED = True\n")
-    logs = tmp_path / "logs"
-    logs.mkdir()
-    hosts = {"base": Host(), "candidate": Host(path=(str(other_harness),), cwd=str(other_harness))}
+@pytest.fixture(scope="module")
+def sides(tmp_path_factory):
+    """Two started executors that log to one folder, with their greetings: the present harness, and another that marks
+    each process which imports it."""
+    other = copy_of_the_packages(tmp_path_factory.mktemp("other"))
+    with (other / "harness" / "__init__.py").open("a") as file:
+        marks = str(other / "marks")
+        file.write(f"import os, sys\nopen({marks!r}, 'a').write(os.getcwd() + ' ' + sys.orig_argv[2] + '\\n')\n")
+    logs = tmp_path_factory.mktemp("logs")
+    hosts = {"base": Host(), "candidate": Host(path=(str(other),), cwd=str(other))}
     executors = {label: LocalExecutor(threads=1, log_dir=logs, host=host, label=label) for label, host in hosts.items()}
-    hellos = {}
     try:
-        for label, executor in executors.items():
+        for executor in executors.values():
             executor.start()
-            hellos[label] = executor.hello()
+        yield {label: (executor, executor.hello()) for label, executor in executors.items()}, logs, other
     finally:
         for executor in executors.values():
             executor.close()
-    assert {path.name for path in logs.iterdir()} == {"zygote-base.log", "zygote-candidate.log"}
+
+
+def test_two_executors_share_a_folder_and_say_which_harness_they_run(sides):
+    """One log each; the greeting of a host carries the version and content of the harness that it imported."""
+    executors, logs, _ = sides
+    hellos = {label: hello for label, (_, hello) in executors.items()}
+    assert {"zygote-base.log", "zygote-candidate.log"} <= {path.name for path in logs.iterdir()}
     assert hellos["base"]["harness"] == harness_identity()
     assert hellos["candidate"]["harness"] != harness_identity()
     assert {hello["harness"].split(" sha256:")[0] for hello in hellos.values()} == {library_version("lorameter")}
@@ -149,37 +156,31 @@ class Silent:
         pass
 
 
-def test_a_trial_runs_on_a_host_from_training_to_cold_start(other_harness, small_study, tmp_path):
+def test_a_trial_runs_on_a_host_from_training_to_cold_start(sides, small_study, tmp_path):
     """Zygote, token process and cold interpreter all import the host's code, in the host's folder."""
-    marks = tmp_path / "marks"
-    with (other_harness / "harness" / "__init__.py").open("a") as file:
-        file.write(f"import os, sys\nopen({str(marks)!r}, 'a').write(os.getcwd() + ' ' + sys.orig_argv[2] + '\\n')\n")
-    host = Host(path=(str(other_harness),), cwd=str(other_harness))
-    executor = LocalExecutor(threads=1, log_dir=tmp_path, host=host, label="candidate")
+    executors, _, other = sides
+    executor, _ = executors["candidate"]
     protocol = dataclasses.replace(small_study.protocol, replicates=1)
     plan = make_plan(dataclasses.replace(small_study, protocol=protocol), select=["plain"])
-    try:
-        executor.start()
-        executor.hello()
-        tokens = executor.prepare_tokens(small_study.workload, str(tmp_path))
-        site = Site(
-            run_path=tmp_path, scratch=tmp_path / "scratch", device="cpu", threads=1, tokens_path=tokens["path"],
-            tokens={"hash": tokens["hash"]},
-        )  # fmt: skip
-        records = run_plan(plan, {"": executor}, site, save=lambda record: None, watcher=Silent()).records
-    finally:
-        executor.close()
-    assert {record.status for record in records} == {"ok"}, [record.failure for record in records]
-    assert any("cold_start_time_s" in record.values for record in records)
+    plan = dataclasses.replace(plan, groups=plan.groups[:1])  # the control would show the same again
+    tokens = executor.prepare_tokens(small_study.workload, str(tmp_path))
+    site = Site(
+        run_path=tmp_path, scratch=tmp_path / "scratch", device="cpu", threads=1, tokens_path=tokens["path"],
+        tokens={"hash": tokens["hash"]},
+    )  # fmt: skip
+    (record,) = run_plan(plan, {"": executor}, site, save=lambda record: None, watcher=Silent()).records
+    assert record.status == "ok", record.failure
+    assert "cold_start_time_s" in record.values
     modules = ("harness.worker", "harness.training.tokens", "harness.inference.cold")
-    assert {*marks.read_text().splitlines()} == {f"{other_harness} {module}" for module in modules}
+    assert {*(other / "marks").read_text().splitlines()} == {f"{other} {module}" for module in modules}
 
 
-def test_a_side_that_speaks_another_schema_is_refused_by_name(other_harness, tmp_path):
+def test_a_side_that_speaks_another_schema_is_refused_by_name(tmp_path):
     """Its records could not be read, so it is an error before anything is measured."""
-    record = other_harness / "harness" / "record.py"
+    other = copy_of_the_packages(tmp_path)
+    record = other / "harness" / "record.py"
     record.write_text(record.read_text().replace(f"\nSCHEMA = {SCHEMA}\n", f"\nSCHEMA = {SCHEMA + 1}\n"))
-    host = Host(path=(str(other_harness),), cwd=str(other_harness))
+    host = Host(path=(str(other),), cwd=str(other))
     executor = LocalExecutor(threads=1, log_dir=tmp_path, host=host, label="candidate")
     executor.start()
     try:

@@ -66,33 +66,13 @@ def test_a_waiting_process_uses_no_cpu(small_study, executor, tmp_path):
     assert spent[idle] <= 0.01  # one tick of the kernel's clock
 
 
-def test_a_sweep_of_adapters_runs_on_one_base(small_study, executor, tmp_path):
-    """From plan to records: one process and one load a replicate, solo trials for what needs a process alone."""
-    protocol = dataclasses.replace(small_study.protocol, replicates=1)
-    study = dataclasses.replace(small_study, variants=RANKS, reference="r4", protocol=protocol)
-    plan = make_plan(study, interleaving="shared-base")
-    site = site_of(executor, study, tmp_path)
-    records = run_plan(plan, {"": executor}, site, save=lambda record: None, watcher=Quiet()).records
-    assert {record.status for record in records} == {"ok"}, [record.failure for record in records]
-    timed = [record for record in records if "step_time_s" in record.samples]
-    solo = [record for record in records if record.trial.endswith("-solo")]
-    assert len(timed) == len(solo) == 3
-    assert sum(record.values["base_loads"] for record in timed) == 1
-    assert all(record.interleaving == "shared-base" and not record.memory for record in timed)
-    assert all({"merged_request_time_s", "cold_start_time_s"} <= set(record.samples) for record in solo)
-    assert all(record.memory["adapter_bytes"] > 0 for record in solo)
-    twins = {
-        record.role: record.samples["train_loss"] for record in timed if record.name == "r4" and not record.replicate
-    }
-    assert twins["variant"] == twins["control"]
-
-
 def test_a_trial_that_fails_leaves_its_neighbours_on_the_base_alone(small_study, executor, tmp_path):
     """A diverging adapter is a row of its own; the others go on, bit-equal to a run without it."""
     wild = dataclasses.replace(RANKS[1], name="wild", learning_rate=1e30, max_grad_norm=0)
     losses = {}
+    protocol = dataclasses.replace(small_study.protocol, replicates=1)
     for name, variants in (("with", (RANKS[0], wild)), ("without", RANKS)):
-        study = dataclasses.replace(small_study, variants=variants, reference="r4")
+        study = dataclasses.replace(small_study, variants=variants, reference="r4", protocol=protocol)
         plan = make_plan(study, interleaving="shared-base", phases=["train"])
         (tmp_path / name).mkdir()
         site = site_of(executor, study, tmp_path / name)
