@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 import harness.measure
 from harness import store
 from harness.cli import main
 from harness.errors import UsageError
-from harness.record import Fragment
+from harness.record import UNDER_WAY, Fragment
+from harness.report.view import view_of
 
 STUDY = """
 [workload]
@@ -30,6 +37,10 @@ r = 8
 [[variant]]
 name = "c"
 r = 16
+[[claim]]
+id = "1"
+says = "the step takes as long at every rank"
+parts = [{ rule = "equal", axis = "r", metric = "step_time_s" }]
 """
 
 
@@ -316,9 +327,70 @@ def test_a_run_completed_by_another_process_meanwhile_is_given_back(broken_off, 
     assert not Executor.asked
 
 
+def test_a_killed_run_is_reported_whatever_it_holds(broken_off, capsys):
+    """Tables, claims and what is missing, from no record at all to all but the last."""
+    path = broken_off(21)
+    lines = (path / "trials.jsonl").read_text().splitlines(keepends=True)
+    for count in (0, 1, 3, 4, 8, 20):
+        (path / "trials.jsonl").write_text("".join(lines[:count]))
+        assert main(["report", path.name, "--runs-dir", str(path.parent)]) == 4
+        text = " ".join(capsys.readouterr().out.split())
+        assert f"its process was killed; {count} of 21 trials have come to their end" in text
+        assert f"{min(count // 7, 2)} of 3 replicates complete" in text
+
+
 def test_an_unknown_run_is_named(runs, machine):
     """With those that exist."""
     from harness.resume import read_broken_off
 
     with pytest.raises(UsageError, match="no-such-run"):
         read_broken_off("no-such-run", runs)
+
+
+IMPATIENT = (
+    "import harness.conductor as c; c.CHECKPOINT_S = 0.0; import sys; from harness.cli import main; sys.exit(main())"
+)
+"""The command line, but what is under way is saved however short it is."""
+
+
+def test_a_run_killed_in_the_middle_survives(tmp_path):
+    """SIGKILL while the second replicate takes its turns: what was measured is there, no process is left, and the run
+    that is gone on with has an ok record of every trial."""
+    study, runs = tmp_path / "mine.toml", tmp_path / "runs"
+    study.write_text(
+        "[workload]\nsequence_length=32\nbatch_size=2\ntrain_sequences=16\nheld_out_records=4\nheld_out_sequences=2\n"
+        "[protocol]\nreplicates=2\nwarmup_steps_min=1\nwarmup_steps_max=2\nturns=16\npeak_replicates=1\n"
+        "[[variant]]\nname='a'\nr=4\n[[variant]]\nname='b'\nr=8\n"
+    )
+    command = [sys.executable, "-c", IMPATIENT, "run", str(study), "--phase", "train", "--runs-dir", str(runs)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 240
+        while not any("r1-" in line and '"step_time_s"' in line for line in written(runs)):
+            assert process.poll() is None, "it ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        left = psutil.Process(process.pid).children(recursive=True)
+        os.kill(process.pid, signal.SIGKILL)
+    _, alive = psutil.wait_procs(left, timeout=30)
+    assert not alive
+    (path,) = runs.iterdir()
+    killed = store.read_run(path.name, runs)
+    assert (killed.state, view_of(killed).valid) == ("killed", False)
+    under_way = [record for record in killed.records if record.failure and record.failure.kind == UNDER_WAY]
+    assert {record.replicate for record in under_way} == {1}
+    assert any(record.samples.get("step_time_s") for record in under_way)
+    kept = {record.trial: record for record in killed.records if record.settled}
+    assert {record.replicate for record in kept.values()} == {0}
+    assert main(["run", "--resume", path.name, "--runs-dir", str(runs), "--json"]) in (0, 4)
+    run = store.read_run(path.name, runs)
+    view = view_of(run)
+    assert (run.state, view.counts, view.failures) == ("complete", {"ok": 3 + 2 + 3}, ())
+    assert {record.trial: record for record in run.records if record.trial in kept} == kept
+    assert run.measured_again == 3
+    verdict = view.tables[0].control.verdict
+    assert view.valid or verdict in ("improved", "regressed")  # which identical trials can be by chance
+
+
+def written(runs):
+    """Lines of the only run's records so far."""
+    return [line for path in runs.glob("*/trials.jsonl") for line in path.read_text().splitlines()]

@@ -1,0 +1,103 @@
+"""A run can be reported at any moment: how it stands is said first, and nothing that is missing makes it crash."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from harness import store
+from harness.ab_report import report_of
+from harness.cli import main
+from harness.record import UNDER_WAY, Failure
+from harness.report.terminal import print_run
+from harness.report.view import view_of
+
+STEPS = {"plain": [0.1, 0.1, 0.1], "nf4": [0.2, 0.2, 0.2]}
+
+
+@pytest.fixture
+def broken_off(write_run, tmp_path):
+    """A function that writes a run of nine trials of which so many left records, the last one under way."""
+
+    def make(records, status="running", **changes):
+        path = write_run("run", STEPS, status=status)
+        lines = (path / "trials.jsonl").read_text().splitlines(keepends=True)
+        lines.sort(key=lambda line: json.loads(line)["replicate"])
+        (path / "trials.jsonl").write_text("".join(lines[:records]))
+        run = store.read_run("run", tmp_path / "runs")
+        if run.records:
+            failure = Failure(phase="turn", kind=UNDER_WAY, message="under way when this was written, after turn")
+            last = max(run.records, key=lambda record: (record.replicate, record.position))
+            under_way = last.replaced(status="interrupted", failure=failure)
+            run = dataclasses.replace(run, records=tuple(under_way if one is last else one for one in run.records))
+        return dataclasses.replace(run, **changes)
+
+    return make
+
+
+def text_of(run):
+    """The report as printed."""
+    buffer = io.StringIO()
+    print_run(view_of(run), Console(file=buffer, width=240))
+    return buffer.getvalue()
+
+
+def test_a_killed_run_says_what_there_is_and_how_to_go_on(broken_off):
+    """Complete replicates are counted, the others not; the trial under way is named."""
+    text = text_of(broken_off(5))
+    assert "1 of 3 replicates complete" in text
+    assert "status    its process was killed; 4 of 9 trials have come to their end" in text
+    assert "Go on with: lorameter run --resume run" in text
+    assert "interrupted in turn: under way when this was written" in text
+    assert "no record (the run is killed)" in text
+    assert "This run is not complete (killed)" in text
+    assert "invalid" not in text
+
+
+def test_a_run_under_way_is_not_taken_for_a_killed_one(broken_off):
+    """A process holds it: there is nothing to go on with."""
+    text = text_of(broken_off(5, live=True))
+    assert "status    under way: a process is measuring it; 4 of 9 trials" in text
+    assert "--resume" not in text
+
+
+@pytest.mark.parametrize("records", range(10))
+def test_a_report_of_any_moment(broken_off, records):
+    """From the first record to the last, tables or not."""
+    view = view_of(broken_off(records, "interrupted" if records % 2 else "running"))
+    assert not view.valid
+    assert view.state == ("interrupted" if records % 2 else "killed")
+
+
+def test_times_of_going_on_are_facts(broken_off):
+    """A run that was gone on with says when, also when it is complete."""
+    run = broken_off(9)
+    again = store.Resumption(unix_s=1.0e9, harness=None, commit=None)
+    manifest = dataclasses.replace(run.manifest, resumed=(again, again), status="complete")
+    (line,) = (fact for fact in view_of(dataclasses.replace(run, manifest=manifest)).facts if "resumed" in fact)
+    assert line.count("2001-09-09") == 2
+
+
+def test_the_list_of_runs_tells_a_killed_one(write_run, tmp_path, capsys):
+    """Its manifest could not say so itself."""
+    path = write_run("run", STEPS, status="running")
+    main(["list", "runs", "--runs-dir", str(path.parent)])
+    assert "killed" in capsys.readouterr().out
+    with store.writing(path):
+        main(["list", "runs", "--runs-dir", str(path.parent)])
+    assert "running" in capsys.readouterr().out
+
+
+def test_an_ab_that_broke_off_is_reported_too(write_run, tmp_path):
+    """With nothing at all measured, and with one side of it: verdicts that say invalid, and no crash."""
+    path = write_run("run", STEPS, status="running")
+    run = store.read_run("run", tmp_path / "runs")
+    sides = {side: {"label": side, "declared": [], "worker": None, "facts": None} for side in ("base", "candidate")}
+    manifest = dataclasses.replace(run.manifest, sides=sides)
+    for records in ((), tuple(record.replaced(side="base") for record in run.records)):
+        report = report_of(dataclasses.replace(run, path=path, manifest=manifest, records=records))
+        assert {row.comparison.verdict for row in report.comparisons} <= {"invalid"}
