@@ -75,7 +75,7 @@ def test_trials_that_take_turns_stand_in_one_group(small_study, level, processes
 
 
 def test_peaks_alone_need_few_solo_trials(small_study):
-    """They are discrete: three solo trials a variant and none of the control, unless a cold start or a merged adapter wants more."""
+    """Three solo trials a variant, none of the control; a cold start or a merged adapter wants more."""
     protocol = dataclasses.replace(small_study.protocol, replicates=8)
     study = dataclasses.replace(small_study, protocol=protocol)
 
