@@ -180,6 +180,7 @@ def _earlier_run_s(plan: Plan, machine: Machine, runs: Path) -> tuple[float, str
             and manifest.interleaving == plan.interleaving
             and manifest.phases == plan.phases
             and manifest.status == "complete"
+            and not manifest.resumed  # its pause is no time that measuring takes
         )
         replicates = {record.replicate for record in run.records}
         if same and replicates:

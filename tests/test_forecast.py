@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from harness import catalogue, shapes
+from harness import catalogue, codec, shapes, store
 from harness.forecast import adapter_parameters, forecast
 from harness.plan import make_plan
 from harness.variant import Variant
@@ -45,3 +45,14 @@ def test_more_replicates_take_longer(small_study, machine, tmp_path):
         for v in big.variants
     )
     assert nf4 < plain / 2
+
+
+def test_an_earlier_run_says_how_long_unless_it_was_gone_on_with(small_study, machine, tmp_path, write_run):
+    """What it took is measured; the pause of a run that broke off is not what measuring takes."""
+    path = write_run("run", {"plain": [0.1, 0.1], "nf4": [0.2, 0.2]})
+    plan, runs = make_plan(small_study, phases=("train",)), tmp_path / "runs"
+    assert forecast(plan, machine, runs).basis == "replicates of run run"
+    again = store.Resumption(unix_s=1.0, harness=None, commit=None)
+    manifest = dataclasses.replace(store.read_manifest(path), resumed=(again,))
+    (path / "manifest.json").write_text(codec.dumps(manifest))
+    assert "rule of thumb" in forecast(plan, machine, runs).basis
