@@ -81,6 +81,32 @@ def step_account(profile: Profile) -> StepAccount:
     )
 
 
+IDLE = "idle"
+"""Beside the categories: the device waits, or the interpreter is between operators."""
+
+
+def categories_s(profile: Profile, step: StepAccount) -> dict[str, dict[str, float]]:
+    """Seconds of each category in each phase of a plain step, the largest category first and `IDLE` last.
+
+    Of each phase the profiler says what share of it a category takes, and the borders how long it is.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for phase in profile.activity.phases:
+        scale = step.phases[phase.phase].value / phase.window_s if phase.window_s else 0.0
+        for category, seconds in {**phase.categories_s, IDLE: phase.idle_s}.items():
+            found.setdefault(category, dict.fromkeys(PHASES, 0.0))[phase.phase] = scale * seconds
+    return dict(sorted(found.items(), key=lambda pair: (pair[0] == IDLE, -sum(pair[1].values()))))
+
+
+def time_of(profile: Profile, step: StepAccount, words: Sequence[str]) -> float:
+    """Seconds of a plain step in operators or kernels whose name holds one of the words."""
+    total = 0.0
+    for phase in profile.activity.phases:
+        seconds = sum(one.time_s for one in phase.operators if any(word in one.name for word in words))
+        total += seconds * step.phases[phase.phase].value / phase.window_s if phase.window_s else 0.0
+    return total
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenShares:
     """Positions of a step, in tokens; shares are of all that go through the forward pass, repeated ones included."""

@@ -10,7 +10,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness import commands, commands_ab, commands_doctor, commands_run, commands_sample, commands_study
+from harness import (
+    commands,
+    commands_ab,
+    commands_doctor,
+    commands_profile,
+    commands_run,
+    commands_sample,
+    commands_study,
+)
 from harness.commands import print_json
 from harness.errors import EXIT_INVALID, EXIT_PASS, EXIT_UNEXPECTED, LorameterError
 
@@ -57,6 +65,7 @@ def parser() -> argparse.ArgumentParser:
     commands.add_commands(subparsers, _common)
     commands_ab.add_commands(subparsers, _common)
     commands_doctor.add_commands(subparsers, _common)
+    commands_profile.add_commands(subparsers, _common)
     commands_sample.add_commands(subparsers, _common)
     commands_study.add_commands(subparsers, _common)
     return top

@@ -75,33 +75,14 @@ class Activity:
     phases: tuple[PhaseActivity, ...]
 
     @property
-    def categories_s(self) -> dict[str, float]:
-        """Seconds of each category in a step, the largest first."""
-        sums: dict[str, float] = {}
-        for phase in self.phases:
-            for category, seconds in phase.categories_s.items():
-                sums[category] = sums.get(category, 0.0) + seconds
-        return dict(sorted(sums.items(), key=lambda pair: -pair[1]))
-
-    @property
-    def busy_s(self) -> float:
-        """Time of a step in which anything ran."""
-        return sum(phase.busy_s for phase in self.phases)
-
-    @property
     def window_s(self) -> float:
-        """Time of a step between the borders."""
+        """Time of a step from border to border, over all phases."""
         return sum(phase.window_s for phase in self.phases)
 
     @property
     def calls(self) -> float:
         """Launches, or calls of operators, of a step."""
         return sum(phase.calls for phase in self.phases)
-
-    def time_of(self, *words: str) -> float:
-        """Seconds of a step in operators whose name holds one of the words."""
-        found = (one for phase in self.phases for one in phase.operators if any(word in one.name for word in words))
-        return sum(one.time_s for one in found)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

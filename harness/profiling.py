@@ -34,6 +34,8 @@ from harness.variant import Variant
 
 DOCUMENT, TRACE = "profile.json", "trace.json.gz"
 """What a profile's folder holds beside the logs: all facts, and the profiler's own recording."""
+LEAST_REQUESTS = 8
+"""The median of fewer than 6 has no interval."""
 
 
 def profile_variant(
@@ -119,7 +121,7 @@ class _Trial:
 
     def __init__(self, plan: Plan, slot: Slot, site: Site, worker: Worker, say: Callable[[str], None]) -> None:
         self._request = request_of(plan, slot, site, slot.trial)
-        self._requests = plan.study.protocol.generate_requests
+        self._requests = max(LEAST_REQUESTS, plan.study.protocol.generate_requests)
         self._worker = worker
         self._say = say
         self.folder = Path(self._request.scratch)
@@ -136,6 +138,7 @@ class _Trial:
         self._ask("finish_training", steps=0)  # peaks and bytes of plain steps, before anything watches them
         self._ask("profile")
         self._ask("begin_generate")
+        self._say("decoding")
         for _ in range(self._requests):
             self._ask("request")
         self._ask("end_generate")
@@ -147,7 +150,8 @@ class _Trial:
         return codec.from_json(kind, json.loads((self.folder / name).read_text(encoding="utf-8")), name)
 
     def _ask(self, command: str, **arguments: Any) -> Fragment:
-        self._say(_WORDS.get(command, command))
+        if command in _WORDS:
+            self._say(_WORDS[command])
         request = self._request
         try:
             fragment = self._worker.ask(command, request.trial, request.protocol.step_timeout_s, **arguments)
@@ -171,6 +175,5 @@ _WORDS = {
     "finish_training": "counting memory",
     "profile": "taking steps apart",
     "begin_generate": "first call",
-    "request": "decoding",
     "peak": "measuring what the device does at best",
 }

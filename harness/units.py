@@ -100,6 +100,12 @@ def format_interval(value: float, low: float | None, high: float | None, unit: U
     return f"{value / factor:.{places}f}{suffix} [{low / factor:.{places}f}, {high / factor:.{places}f}]"
 
 
+def format_value(value: float, unit: Unit) -> str:
+    """Three digits in the scale that reads best: for what is computed, or is part of something with an interval."""
+    factor, symbol = scale_of(value, unit)
+    return f"{value / factor:.3g}{symbol if symbol.startswith('/') else f' {symbol}'.rstrip()}"
+
+
 def format_ratio(ratio: float | None, low: float | None, high: float | None) -> str:
     """A ratio with its interval; a dash where there is none."""
     return "–" if ratio is None else format_interval(ratio, low, high, "1")

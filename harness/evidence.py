@@ -1,0 +1,73 @@
+"""From a profile to the evidence that the rules of `harness.diagnosis` judge."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from collections.abc import Mapping
+
+from harness import catalogue, shapes
+from harness.accounting import IDLE, Ceilings, StepAccount, TokenShares, categories_s, observed, time_of
+from harness.diagnosis import Evidence
+from harness.flops import computed_tokens
+from harness.forecast import memory_bytes
+from harness.profile import Profile
+
+DROPOUT_WORDS = ("dropout", "bernoulli", "masked_scale")
+"""In the names of operators and kernels that draw a mask or apply it; on a CPU the products with it are mere `mul`."""
+_LEFT_OUT: Mapping[str, object] = {"quantization": "none", "gradient_checkpointing": False}
+
+
+def evidence_of(profile: Profile, step: StepAccount, tokens: TokenShares, found: Ceilings | str) -> Evidence:
+    """What the rules read off a profile and its accounts."""
+    memory, step_s = profile.record.memory, step.step.value
+    shares = {category: sum(each.values()) / step_s for category, each in categories_s(profile, step).items()}
+    allocated = memory.get("device_peak_allocated_train_bytes")
+    pairs = computed_tokens(profile.variant, profile.workload).pairs
+    flops = None if isinstance(found, str) else found.flops
+    again = flops is not None and profile.variant.gradient_checkpointing
+    return Evidence(
+        variant=profile.variant,
+        workload=profile.workload,
+        device=profile.device,
+        step_s=step_s,
+        phases_s={phase: span.value for phase, span in step.phases.items()},
+        idle=shares.pop(IDLE),
+        categories=shares,
+        calls=profile.activity.calls,
+        dropout=time_of(profile, step, DROPOUT_WORDS) / step_s,
+        padded=tokens.padded / (tokens.real + tokens.padded),
+        recomputed=flops.recomputed / flops.hardware if flops is not None and again else 0.0,
+        masked_pairs=max(0.0, 1 - profile.record.values["useful_pairs"] / pairs),
+        attention_backend=_word(observed(profile, "attention.backend")),
+        attention_mask=_word(observed(profile, "attention.mask")),
+        adapter_dtype=_word(observed(profile, "lora.dtype")),
+        flash_attn=importlib.util.find_spec("flash_attn") is not None,
+        wide_registers=profile.device == "cuda" or profile.wide_registers,
+        occupancy=step.occupancy,
+        threads=profile.threads,
+        cpus=profile.cpus,
+        peak_bytes=allocated or memory["host_peak_train_bytes"],
+        memory_bytes=profile.memory_bytes,
+        extra_bytes=_extra_bytes(profile),
+        reserved_bytes=memory.get("device_peak_reserved_train_bytes"),
+        alloc_retries=memory.get("device_alloc_retries_train", 0),
+    )
+
+
+def _word(seen: object) -> str | None:
+    return seen if isinstance(seen, str) else None
+
+
+def _extra_bytes(profile: Profile) -> dict[str, int]:
+    """What leaving a saving out would add, by rule of thumb; a paged optimizer's state by count."""
+    shape = shapes.shape(catalogue.resolve(profile.workload.model))
+    present = memory_bytes(profile.variant, profile.workload, shape)
+    extra = {}
+    for key, value in _LEFT_OUT.items():
+        without = dataclasses.replace(profile.variant, prepare_for_kbit=False, **{key: value})  # type: ignore[arg-type]
+        extra[key] = max(0, memory_bytes(without, profile.workload, shape) - present)
+    moments = 8 * round(profile.record.values["trainable_parameters"])
+    memory = profile.record.memory
+    resident = memory["optimizer_state_bytes"] - memory["paged_optimizer_state_bytes"]
+    return extra | {"optimizer": max(0, moments - resident)}

@@ -1,0 +1,188 @@
+"""A profile as tables: where a step's time went, what ran in it, memory, ceilings, and what to try."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from harness.accounting import Ceilings, StepAccount, TokenShares, categories_s
+from harness.diagnosis import RULES, Finding
+from harness.profile import PHASES, Profile
+from harness.remedy import METRIC, Tried
+from harness.report.terminal import print_notices
+from harness.units import METRICS, format_bytes, format_interval, format_ratio, format_value
+
+PHASE_TITLES = {
+    "data": "data: taking the batch",
+    "forward": "forward",
+    "backward": "backward",
+    "update": "clipping and optimizer",
+}
+TOP = 8
+"""Operators that are shown by name."""
+NAME_WIDTH = 80
+
+
+def print_profile(
+    profile: Profile,
+    step: StepAccount,
+    tokens: TokenShares,
+    found: Ceilings | str,
+    findings: Sequence[Finding],
+    console: Console,
+) -> None:
+    """All of it."""
+    where = f"{profile.device_name} ({profile.device}, {profile.threads} thread{'s' if profile.threads != 1 else ''})"
+    console.print(f"[bold]{escape(profile.variant.name)}[/bold] of {escape(profile.study)} on {escape(where)}")
+    console.print(_phases(profile, step))
+    for line in _step_lines(profile, step):
+        console.print(f"  {escape(line)}")
+    console.print()
+    console.print(_categories(profile, step))
+    for line in _operators(profile, step):
+        console.print(f"  {escape(line)}")
+    console.print()
+    console.print(_memory(profile))
+    console.print(f"\n[bold]Tokens of a step[/bold]\n  {escape(_tokens(tokens))}")
+    console.print("\n[bold]Ceilings[/bold]")
+    for line in _ceilings(found):
+        console.print(f"  {escape(line)}")
+    console.print()
+    console.print(_findings(findings, step))
+    missing = [code for code in RULES if code not in {finding.code for finding in findings}]
+    console.print(f"  looked for and not found: {', '.join(missing)}")
+    print_notices(profile.record.notices, console)
+
+
+def print_tried(tried: Tried, console: Console) -> None:
+    """What a remedy gained, beside what was expected of it at most."""
+    finding, comparison, control = tried.finding, tried.comparison, tried.control
+    changes = ", ".join(f"{key} = {value}" for key, value in finding.changes.items())
+    console.print(f"\n[bold]Tried: {escape(finding.code)}[/bold] by {escape(changes)} ({escape(tried.interleaving)})")
+    if comparison is not None:
+        said = format_ratio(comparison.ratio, comparison.low, comparison.high)
+        title = METRICS[METRIC].title
+        console.print(f"  {title} with the remedy over without: {escape(said)} [bold]{comparison.verdict}[/bold]")
+        console.print(f"  [dim]{escape(comparison.reason)}[/dim]")
+    if finding.cost_share is not None and comparison is not None and comparison.ratio is not None:
+        console.print(
+            f"  gained {1 - comparison.ratio:.1%} of a step; the diagnosis counted {finding.cost_share:.1%} that hangs "
+            "on it"
+        )
+    if control is not None:
+        said = format_ratio(control.ratio, control.low, control.high)
+        console.print(f"  control (the present variant measured twice): {escape(said)} {control.verdict}")
+    for failure in tried.failures:
+        console.print(f"  [red]{escape(failure)}[/red]")
+    if not tried.valid:
+        console.print("  [bold red]This comparison is invalid.[/bold red]")
+    console.print(f"  run {tried.run}")
+
+
+def _phases(profile: Profile, step: StepAccount) -> Table:
+    table = Table(title="Where a step's time goes", title_justify="left", title_style="bold")
+    waits = "device waits" if profile.device == "cuda" else "between operators"
+    calls = "launches" if profile.device == "cuda" else "operators"
+    for index, head in enumerate(("phase", "time", "of the step", waits, calls)):
+        table.add_column(head, justify="right" if index else "left")
+    for phase in profile.activity.phases:
+        span = step.phases[phase.phase]
+        idle = phase.idle_s / phase.window_s if phase.window_s else 0.0
+        table.add_row(
+            PHASE_TITLES[phase.phase],
+            escape(format_interval(span.value, span.low, span.high, "s")),
+            f"{span.value / step.step.value:.1%}",
+            f"{idle:.0%}",
+            f"{phase.calls:.0f}",
+        )
+    share = step.remainder_s / step.step.value
+    table.add_row("remainder", format_value(step.remainder_s, "s"), f"{share:.1%}", "", "")
+    total = format_interval(step.step.value, step.step.low, step.step.high, "s")
+    table.add_row("step", escape(total), "100 %", "", f"{profile.activity.calls:.0f}", style="bold")
+    return table
+
+
+def _step_lines(profile: Profile, step: StepAccount) -> Iterator[str]:
+    borders, between = step.borders, step.between
+    count = len(profile.record.samples["plain_step_time_s"])
+    yield (
+        f"{count} plain steps, in turns with {count} whose phases were timed; the intervals are those of this process"
+    )
+    yield (
+        f"borders between phases cost {format_interval(borders.value, borders.low, borders.high, 's')} a step "
+        f"({borders.value / step.step.value:.1%}); between steps {format_value(between.value, 's')}"
+    )
+    if step.occupancy is not None:
+        yield f"occupancy {step.occupancy:.0%}: CPU time over wall time of the plain steps"
+    if not step.reconciled:
+        yield "the phases do not explain the step: measure again on a quieter machine"
+
+
+def _categories(profile: Profile, step: StepAccount) -> Table:
+    what = "kernels" if profile.device == "cuda" else "operators, each without those that it calls"
+    table = Table(title=f"What ran: {what}", title_justify="left", title_style="bold")
+    for index, head in enumerate(("category", "of the step", "time", *PHASES)):
+        table.add_column(head, justify="right" if index else "left")
+    for category, by_phase in categories_s(profile, step).items():
+        seconds = sum(by_phase.values())
+        times = (format_value(by_phase[phase], "s") if by_phase[phase] else "–" for phase in PHASES)
+        table.add_row(category, f"{seconds / step.step.value:.1%}", format_value(seconds, "s"), *times)
+    return table
+
+
+def _operators(profile: Profile, step: StepAccount) -> Iterator[str]:
+    steps, slow = len(profile.activity.step_times_s), profile.activity.window_s
+    yield (
+        f"shares come from {steps} steps under the profiler, each {format_value(slow, 's')} long "
+        f"(× {step.profiler_slowdown:.2f}); times are these shares of the phases above"
+    )
+    uses = [(use, phase.phase) for phase in profile.activity.phases for use in phase.operators]
+    for use, phase in sorted(uses, key=lambda pair: -pair[0].time_s)[:TOP]:
+        name = use.name if len(use.name) <= NAME_WIDTH else f"{use.name[: NAME_WIDTH - 1]}…"
+        yield f"{use.time_s / slow:6.1%}  {use.calls:6.0f} calls  {phase:8}  {use.category:11}  {name}"
+
+
+def _memory(profile: Profile) -> Table:
+    memory = profile.record.memory
+    table = Table(title="Memory", title_justify="left", title_style="bold")
+    table.add_column("kind")
+    table.add_column("bytes", justify="right")
+    for kind, size in memory.items():
+        if kind.endswith("_bytes") and size:
+            table.add_row(kind.removesuffix("_bytes").replace("_", " "), format_bytes(size))
+    return table
+
+
+def _tokens(tokens: TokenShares) -> str:
+    parts = (("real", tokens.real), ("padded", tokens.padded), ("recomputed", tokens.recomputed))
+    return ", ".join(f"{count:.0f} {name} ({count / tokens.total:.1%})" for name, count in parts)
+
+
+def _ceilings(found: Ceilings | str) -> Iterator[str]:
+    if isinstance(found, str):
+        yield f"none: {found}"
+        return
+    yield str(found.train.mfu)
+    yield str(found.train.hfu)
+    decode = found.decode
+    token = format_interval(decode.token.value, decode.token.low, decode.token.high, "s")
+    yield f"decoding: {token} a token, {format_bytes(decode.bytes)} read for each, {decode.context} tokens of context"
+    yield str(decode.use)
+
+
+def _findings(findings: Sequence[Finding], step: StepAccount) -> Table:
+    table = Table(title="Findings: what hangs on each, at most", title_justify="left", title_style="bold")
+    for head in ("finding", "seen", "at most", "what to try"):
+        table.add_column(head, overflow="fold", justify="right" if head == "at most" else "left")
+    for finding in findings:
+        cost = format_bytes(finding.cost_bytes or 0)
+        if finding.cost_s is not None:
+            cost = f"{format_value(finding.cost_s, 's')}\n{finding.cost_s / step.step.value:.1%}"
+        tries = f" [cyan]--try {finding.code}[/cyan]" if finding.changes else ""
+        table.add_row(finding.code, escape(finding.message), cost, escape(finding.remedy) + tries)
+    if not findings:
+        table.add_row("none", "", "", "")
+    return table
