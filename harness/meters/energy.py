@@ -1,8 +1,9 @@
 """Energy from the card's own counter: a difference of two readings, no sampling thread beside what is timed.
 
-The counter adds up what the power sensor says, which it does about every 0.1 s; on some data-centre cards the sensor
-itself looks at a quarter of the time only (Yang, Adamek & Armour, "Part-time Power Measurements", 2023, arXiv
-2312.02741). A difference over a short stretch is therefore mostly the phase of that clock, and none is given.
+The counter moves in steps whose period NVML does not document, and on A100 and H100 the power sensor looks at a quarter
+of the time only (Yang, Adamek & Armour, "Part-time Power Measurements", 2023, arXiv 2312.02741). A difference over a
+short stretch is therefore mostly the phase of those clocks, and none is given. On a Grace Hopper the counter is that of
+the whole module, its CPU included.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 from harness.meters.reading import Reading, missing
 
 COUNTER_PERIOD_S = 0.1
-"""Time between two updates of the counter: 20 to 100 ms on the cards of arXiv 2312.02741, the longest of them here."""
+"""Longest time between two updates of the counter that is allowed for: an assumption, on the safe side of the 10 ms
+that users report."""
 LEAST_S = 2.0
 """Shortest stretch whose energy is given: each end is uncertain by up to half a period, so 5 % of it at most."""
 
@@ -29,7 +31,7 @@ def energy_between(first: Reading[float], last: Reading[float], seconds: float) 
         )
     if seconds < LEAST_S:
         return missing(
-            f"{seconds:.2f} s were measured, and the energy counter moves every {COUNTER_PERIOD_S:g} s: under "
+            f"{seconds:.2f} s were measured, and the energy counter may move every {COUNTER_PERIOD_S:g} s only: under "
             f"{LEAST_S:g} s its difference says little"
         )
     if last.value == first.value:

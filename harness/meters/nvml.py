@@ -60,7 +60,7 @@ class Sample:
 
     energy_j: Reading[float]
     power_w: Reading[float]
-    """As the driver averages it, over up to a second on newer cards (arXiv 2312.02741)."""
+    """As the driver averages it: over a second from Ampere on, GA100 excepted (documentation of NVML)."""
     sm_clock_hz: Reading[float]
     memory_clock_hz: Reading[float]
     temperature_c: Reading[float]
