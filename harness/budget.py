@@ -4,8 +4,9 @@ A limit that cut off whatever comes last would measure the first variants well, 
 phase without a number. So what is dropped are whole rounds, for all trials that take turns alike, and every kind of
 round has its share of the time that is left in its replicate: in proportion to what its planned rounds take, by what
 this run has seen of them; before anything is seen a request counts as much as a turn. What lies between the rounds
-(building, checking, cold starts) is set aside as far as it has been seen. Two rounds of each kind are measured whatever
-the time, so a run can be late by that least, and never leaves half of its variants out.
+(building, checking, cold starts) is set aside, as it was seen or, in the first replicate, as building suggests. Two
+rounds of each kind are measured whatever the time, so a run can be late by that least, and never leaves half of its
+variants out.
 """
 
 from __future__ import annotations

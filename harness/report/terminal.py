@@ -44,7 +44,7 @@ def print_run(view: RunView, console: Console) -> None:
         for failure in view.failures:
             console.print(f"  {escape(failure)}")
     print_notices(view.notices, console)
-    counted = ", ".join(f"{count} {status}" for status, count in view.counts.items())
+    counted = ", ".join(f"{count} {status}" for status, count in view.counts.items()) or "none yet"
     console.print(f"\nTrials: {counted}. Run {view.run} in {escape(view.path)}")
     if view.state != "complete":
         console.print(f"[bold red]This run is not complete[/bold red] ({view.state}): what is shown is what there is.")

@@ -56,6 +56,7 @@ def test_a_killed_run_says_what_there_is_and_how_to_go_on(broken_off):
     assert "no record (the run is killed)" in text
     assert "This run is not complete (killed)" in text
     assert "invalid" not in text
+    assert "Trials: none yet" in text_of(broken_off(0))
 
 
 def test_a_run_under_way_is_not_taken_for_a_killed_one(broken_off):
