@@ -8,7 +8,6 @@ seconds of the other without a word.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -105,5 +104,5 @@ class Profile:
     record: TrialRecord
     """Raw times and bytes of the trial, its checks and notices."""
     activity: Activity
-    peaks: Mapping[str, Peak]
+    peaks: dict[str, Peak]
     """What the device does at best, by "product" and "memory"; stated by the vendor or measured after the trial."""

@@ -1,0 +1,106 @@
+"""A constructed profile: its accounts add up, and all of it is on screen and in the file."""
+
+import dataclasses
+import io
+import json
+
+import pytest
+
+from harness import codec
+from harness.accounting import IDLE, categories_s, ceilings, step_account, time_of, token_shares
+from harness.diagnosis import diagnose
+from harness.evidence import evidence_of
+from harness.peaks import Peak
+from harness.profile import Activity, OperatorUse, PhaseActivity, Profile
+from harness.record import TrialRecord
+from harness.report.profile import print_profile
+from harness.report.terminal import console_for
+from harness.variant import Variant
+from harness.workload import Workload
+
+TIMES = {"data": 0.001, "forward": 0.030, "backward": 0.060, "update": 0.008}
+
+
+def use(name, category, time_s):
+    return OperatorUse(name=name, category=category, calls=2.0, time_s=time_s)
+
+
+def phase(name, window_s, *uses):
+    busy = sum(one.time_s for one in uses)
+    return PhaseActivity(phase=name, window_s=window_s, busy_s=busy, operators=uses)
+
+
+ACTIVITY = Activity(
+    device="cpu",
+    step_times_s=(0.2, 0.2, 0.2),
+    phases=(
+        phase("data", 0.002),
+        phase("forward", 0.060, use("aten::mm", "matmul", 0.03), use("aten::bernoulli_", "elementwise", 0.02)),
+        phase("backward", 0.120, use("aten::mm", "matmul", 0.12)),
+        phase("update", 0.016, use("aten::_fused_adamw_", "optimizer", 0.008)),
+    ),
+)
+"""Constructed: under the profiler everything takes twice as long."""
+SAMPLES = {
+    "plain_step_time_s": (0.1,) * 8,
+    "plain_step_cpu_time_s": (0.099,) * 8,
+    "bordered_step_time_s": (0.1001,) * 8,
+    "between_steps_s": (2e-5,) * 7,
+    "time_per_output_token_s": (0.03,) * 8,
+    "first_token_time_s": (0.05,) * 8,
+} | {f"phase_{name}_s": (seconds,) * 8 for name, seconds in TIMES.items()}
+
+
+@pytest.fixture
+def profile():
+    workload = Workload(batch_size=2, layout="padded")
+    peak = {"device": "this CPU with 1 thread", "source": "constructed"}
+    record = TrialRecord(
+        trial="r0-v", status="ok", name="v", variant="v", role="variant", replicate=0, position=0,
+        interleaving="replicates", seed=0, started_unix_s=0.0, wall_time_s=1.0, samples=SAMPLES,
+        values={"useful_positions": 192.0, "useful_pairs": 9312.0, "trainable_parameters": 1e5},
+        memory={"host_peak_train_bytes": 2**30, "optimizer_state_bytes": 800000, "paged_optimizer_state_bytes": 0},
+        checks=({"path": "checkpointing", "observed": True, "required": None},),
+    )  # fmt: skip
+    return Profile(
+        study="s", variant=Variant(name="v", lora_dropout=0.1, gradient_checkpointing=True), workload=workload,
+        device="cpu", device_name="a CPU", threads=1, cpus=2, wide_registers=True, memory_bytes=8 * 2**30,
+        record=record, activity=ACTIVITY,
+        peaks={
+            "product": Peak(rate="bfloat16", per_s=1e12, **peak), "memory": Peak(rate="memory", per_s=1e10, **peak)
+        },
+    )  # fmt: skip
+
+
+def test_the_lines_of_a_step_add_up(profile):
+    """Phases and remainder are the step; categories and idling are the phases; the profiler's slow-down is told."""
+    step = step_account(profile)
+    assert step.remainder_s == pytest.approx(0.001)
+    assert step.reconciled
+    assert step.borders.value == pytest.approx(0.0001)
+    assert step.profiler_slowdown == pytest.approx(2.0)
+    assert step.occupancy == pytest.approx(0.99)
+    found = categories_s(profile, step)
+    assert list(found)[-1] == IDLE
+    assert found["matmul"] == {"data": 0.0, "forward": 0.015, "backward": 0.06, "update": 0.0}
+    assert sum(sum(each.values()) for each in found.values()) == pytest.approx(sum(TIMES.values()))
+    assert time_of(profile, step, ("bernoulli",)) == pytest.approx(0.01)
+    slow = dataclasses.replace(step, step=dataclasses.replace(step.step, value=0.11))
+    assert not slow.reconciled
+
+
+def test_all_of_a_profile_is_shown_and_read_back(profile):
+    """Padded and repeated tokens, ceilings with formula and peak, findings with cost; the file holds the facts."""
+    step = step_account(profile)
+    tokens, found = token_shares(profile), ceilings(profile, step.step)
+    assert (tokens.real, tokens.padded, tokens.recomputed) == (192.0, 64.0, 256.0)
+    findings = diagnose(evidence_of(profile, step, tokens, found))
+    assert [finding.code for finding in findings] == ["needless-checkpointing", "padding", "dropout"]
+    text = io.StringIO()
+    print_profile(profile, step, tokens, found, findings, console_for(text))
+    for words in ("remainder", "1.0%", "MFU", "HFU", "MBU", "constructed", "--try dropout", "aten::bernoulli_",
+                  "192 real (37.5%), 64 padded (12.5%), 256 recomputed (50.0%)", "× 2.00", "looked for"):  # fmt: skip
+        assert words in text.getvalue()
+    assert codec.from_json(Profile, json.loads(codec.dumps(profile)), "profile") == profile
+    other = dataclasses.replace(profile, variant=dataclasses.replace(profile.variant, target_modules=("lm_head",)))
+    assert "lm_head" in ceilings(other, step.step)
