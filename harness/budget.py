@@ -14,17 +14,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Literal, TypeVar
 
 from harness.plan import Group
 from harness.study import Study
 
 T = TypeVar("T")
-Round = Literal["steps", "requests", "natural", "merged"]
 Kind = Literal["steps", "epochs", "requests", "natural", "merged"]
 KINDS: tuple[Kind, ...] = ("steps", "epochs", "requests", "natural", "merged")
-"""Rounds in the order in which a group has them: timed turns, the untimed steps of the epochs that they leave, requests
+"""Rounds in the order in which a group has them: timed turns, untimed ones for what they leave of the epochs, requests
 of a fixed length, those that the model ends, those with the adapter merged."""
 STANDS_FOR: dict[Kind, Kind] = {
     "epochs": "steps",
@@ -34,7 +32,7 @@ STANDS_FOR: dict[Kind, Kind] = {
 }
 """By what a kind is judged that was not seen yet."""
 LEAST_ROUNDS = 2
-"""Rounds that are measured whatever the time: one has no spread."""
+"""Rounds that are measured whatever the time: one has no spread. What is not timed has no least."""
 PREPARING = "preparing"
 """From the launch of a process to its first round."""
 ENDING = "ending"
@@ -84,30 +82,19 @@ class Budget:
         """What will follow the rounds of so many trials, until it has been seen: losses, untimed steps, cold starts."""
         self._note(ENDING, ending_s, trials)
 
-    def rounds(self, kind: Round, planned: Sequence[T], trials: int) -> Iterator[T]:
+    def rounds(self, kind: Kind, planned: Sequence[T], trials: int) -> Iterator[T]:
         """The planned rounds of the group under way, each by `trials` trials, as far as their share of time goes."""
         begin, deadline = self._open(kind, len(planned) * trials)
         allowed = self._allowed(kind, len(planned))
+        least = 0 if kind == "epochs" else LEAST_ROUNDS
         done = 0
         for one in planned[:allowed]:
-            each = (self.clock() - begin) / done if done else 0.0
-            if done >= LEAST_ROUNDS and self.clock() + each > deadline:
+            each = (self.clock() - begin) / done if done else trials * (self._each(kind) or 0.0)
+            if done >= least and self.clock() + each > deadline:
                 break
             yield one
             done += 1
         self._close(kind, begin, done * trials, done if done < len(planned) else None)
-
-    @contextmanager
-    def epochs(self, planned: int, trials: int, steps_per_turn: int) -> Iterator[int]:
-        """How many of the planned untimed steps each of so many trials may take; they are taken in the block."""
-        turns = planned / steps_per_turn * trials
-        begin, deadline = self._open("epochs", turns)
-        steps = self._allowed("epochs", planned)
-        each = self._each("epochs")
-        if each and trials and deadline < math.inf:
-            steps = max(0, min(steps, int((deadline - begin) / (each / steps_per_turn * trials))))
-        yield steps
-        self._close("epochs", begin, steps / steps_per_turn * trials, steps if steps < planned else None)
 
     def _open(self, kind: Kind, commands: float) -> tuple[float, float]:
         self._close_gap()
@@ -177,7 +164,7 @@ class Budget:
         return planned if self._group is None else min(planned, self._caps.get((self._group.replicate, kind), planned))
 
     def _work(self, study: Study, groups: Sequence[Group]) -> dict[Kind, float]:
-        """Commands that are planned in some groups, by kind; an untimed step counts as its part of a turn."""
+        """Commands that are planned in some groups, by kind."""
         work: dict[Kind, float] = dict.fromkeys(KINDS, 0.0)
         for group in groups:
             rounds: dict[Kind, int] = {
@@ -190,7 +177,7 @@ class Budget:
                     if kind in slot.measures:
                         work[kind] += min(count, self._caps.get((group.replicate, kind), count))
                 if "steps" in slot.measures:
-                    work["epochs"] += study.steps_after_turns(slot.variant) / study.protocol.steps_per_turn
+                    work["epochs"] += study.rounds_after_turns(slot.variant)
         return work
 
 

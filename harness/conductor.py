@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from harness import codec
-from harness.budget import Budget, Round
+from harness.budget import Budget, Kind
 from harness.executors import Executor, Worker, WorkerLostError
 from harness.plan import Group, Plan, Slot
 from harness.record import UNDER_WAY, Failure, Fragment, Measure, Status, TrialRecord, TrialRequest
@@ -118,20 +118,14 @@ class Conductor:
         timed = self._live("steps")
         for trial in timed:
             self._add(trial, Fragment(values={"turns_wall_time_s": wall_time_s}))
-        left = max((self._plan.study.steps_after_turns(self._slots[trial].variant) for trial in timed), default=0)
-        if not left:
-            self._finish_training(turns, 0, 0)
-            return
-        with self._budget.epochs(left, len(timed), protocol.steps_per_turn) as steps:
-            self._finish_training(turns, left, steps)
-
-    def _finish_training(self, turns: int, left: int, steps: int) -> None:
-        """All trials end after the same number of steps: the planned one, unless turns or epochs were cut."""
-        protocol = self._plan.study.protocol
+        planned = max((self._plan.study.rounds_after_turns(self._slots[trial].variant) for trial in timed), default=0)
+        orders = tuple(self._group.turns[number % len(self._group.turns)] for number in range(planned))
+        # In rounds as well: a command that trained for hours could neither be cut nor be told from one that hangs.
+        untimed = self._in_turns("epochs", orders, "train", steps=protocol.steps_per_turn)
         dropped = len(self._group.turns) - turns
-        if self._live("steps") and (dropped or steps < left):
-            last = protocol.total_steps - dropped * protocol.steps_per_turn + steps
-            self._each("finish_training", steps=last)
+        if timed and (dropped or untimed < planned):
+            last = protocol.total_steps + (untimed - dropped) * protocol.steps_per_turn
+            self._each("finish_training", steps=last)  # all after the same step, if not the planned one
         else:
             self._each("finish_training")
 
@@ -194,21 +188,21 @@ class Conductor:
             self._ask(trial, command, **arguments)
         self._checkpoint(command)
 
-    def _in_turns(self, measure: Round, rounds: tuple[tuple[str, ...], ...], command: str, **arguments: Any) -> int:
+    def _in_turns(self, kind: Kind, rounds: tuple[tuple[str, ...], ...], command: str, **arguments: Any) -> int:
         """The rounds that the time allows, each by all trials that are there for it; returns how many these were."""
-        measuring = self._live(measure)
+        measuring = self._live("steps" if kind == "epochs" else kind)
         if not rounds or not measuring:
             return len(rounds)
         taken = 0
-        for order in self._budget.rounds(measure, rounds, len(measuring)):
+        for order in self._budget.rounds(kind, rounds, len(measuring)):
             for trial in order:
                 if trial in measuring:
                     self._ask(trial, command, **arguments)
             taken += 1
             self._checkpoint(command)
         if taken < len(rounds):
-            counts = {f"{measure}_rounds": float(taken), f"{measure}_rounds_planned": float(len(rounds))}
-            for trial in self._live(measure):
+            counts = {f"{kind}_rounds": float(taken), f"{kind}_rounds_planned": float(len(rounds))}
+            for trial in measuring:
                 self._add(trial, Fragment(values=counts))
         return taken
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
@@ -115,10 +116,12 @@ class Study:
                 lines.append(f"{key} = {_shown(now)} in place of {_shown(was)}")
         return tuple(lines)
 
-    def steps_after_turns(self, variant: Variant) -> int:
-        """Untimed steps that a trial's epochs leave after its turns, where the data has the sequences asked for."""
+    def rounds_after_turns(self, variant: Variant) -> int:
+        """Untimed rounds, as long as turns, for what these leave of the epochs; fewer are needed where the data has
+        fewer sequences than are asked for."""
         per_step = self.workload.batch_size * variant.gradient_accumulation
-        return self.protocol.all_steps(self.workload.train_sequences, per_step) - self.protocol.total_steps
+        steps = self.protocol.all_steps(self.workload.train_sequences, per_step) - self.protocol.total_steps
+        return math.ceil(steps / self.protocol.steps_per_turn)
 
     def variant(self, name: str) -> Variant:
         """The variant of that name; `UsageError` with the nearest names otherwise."""

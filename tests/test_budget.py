@@ -15,7 +15,10 @@ from harness.runner import run_plan
 from harness.series import compare_series, series_of
 from harness.stopping import Stopping
 
-COSTS = {"build": 5.0, "verify": 4.0, "warm_up": 6.0, "turn": 10.0, "finish_training": 3.0, "request": 4.0, "cold": 8.0}
+COSTS = {
+    "build": 5.0, "verify": 4.0, "warm_up": 6.0, "turn": 10.0, "train": 10.0, "finish_training": 3.0, "request": 4.0,
+    "cold": 8.0,
+}  # fmt: skip
 TURNS, REQUESTS, WARM_UP = 8, 6, 2
 
 
@@ -24,9 +27,8 @@ class Timed:
 
     start_latency_s = 0.01
 
-    def __init__(self, costs, planned):
+    def __init__(self, costs):
         self.costs = COSTS | costs
-        self.planned = planned
         self.now = 0.0
         self.asked = []
         self.limits = {}
@@ -41,9 +43,7 @@ class Timed:
         self.now += self.costs.get(command, 0.0)
         self.asked.append((trial, command))
         if command == "finish_training" and "solo" not in trial:
-            last = self.limits[trial] = arguments.get("steps")
-            taken = 1 + WARM_UP + 2 * self.asked.count((trial, "turn"))
-            self.now += ((last or self.planned) - taken) * self.costs["turn"] / 2
+            self.limits[trial] = arguments.get("steps")
         if command == "turn":
             steps = arguments["steps"]
             return Fragment(samples={"step_time_s": (0.1,) * steps, "step_cpu_time_s": (0.1,) * steps})
@@ -77,7 +77,7 @@ def measured(small_study, tmp_path):
             max_minutes=None if limit_s is None else limit_s / 60, **protocol,
         )  # fmt: skip
         plan = make_plan(dataclasses.replace(small_study, protocol=changed), interleaving=level, phases=phases)
-        executor = Timed(costs or {}, changed.all_steps(16, 2))
+        executor = Timed(costs or {})
         budget = Budget(limit_s, clock=executor.clock)
         site = Site(run_path=tmp_path, scratch=tmp_path, device="cpu", threads=1, tokens_path="t", tokens={})
         records = run_plan(
@@ -196,14 +196,26 @@ def turns_of(records):
 
 
 def test_epochs_are_limited_for_all_alike(measured):
-    """The untimed steps that the epochs leave get a share of the time too, the same number for every trial."""
-    whole, _ = measured(None, epochs=10.0)
+    """The untimed steps that the epochs leave come in rounds, too, and have a share of the time like the others."""
+    whole, records = measured(None, epochs=10.0)
+    (planned,) = set(rounds(whole, "train").values())
+    assert 1 + WARM_UP + 2 * (TURNS + planned) in (80, 81)  # ten epochs of 16 sequences, two a step
     assert set(whole.limits.values()) == {None}
     executor, records = measured(700.0, epochs=10.0)
-    turns = rounds(executor, "turn")["r0-plain"]
-    (last,) = {executor.limits[trial] for trial in turns_of(records)}
-    assert 1 + WARM_UP + 2 * turns < last < executor.planned == 80
+    (turns,), (untimed,) = (set(rounds(executor, command).values()) for command in ("turn", "train"))
+    assert LEAST_ROUNDS <= turns < TURNS
+    assert 0 < untimed < planned
+    assert {executor.limits[trial] for trial in turns_of(records)} == {1 + WARM_UP + 2 * (turns + untimed)}
+    assert min(rounds(executor, "request").values()) >= LEAST_ROUNDS
     assert executor.now <= 700.0 < whole.now
+
+
+def test_without_time_epochs_are_left_out(measured):
+    """What is not timed has no least."""
+    executor, records = measured(1.0, epochs=10.0)
+    assert not rounds(executor, "train")
+    assert set(rounds(executor, "turn").values()) == {LEAST_ROUNDS}
+    assert {executor.limits[trial] for trial in turns_of(records)} == {1 + WARM_UP + 2 * LEAST_ROUNDS}
 
 
 def test_trials_that_were_cut_are_compared_turn_by_turn(measured):

@@ -21,6 +21,7 @@ _PHASE_WORDS = {
     "verify": "checking",
     "warm_up": "warming up",
     "turn": "timing steps",
+    "train": "training on, untimed",
     "finish_training": "held-out loss and memory",
     "save_adapter": "saving the adapter",
     "begin_generate": "first call",

@@ -45,6 +45,7 @@ COMMANDS = (
     "verify",
     "warm_up",
     "turn",
+    "train",
     "finish_training",
     "profile",
     "save_adapter",
@@ -199,6 +200,11 @@ class Trial:
             "turn_sequences": (float(steps * self._request.workload.batch_size * accumulated),),
         } | {f"turn_{key}": (float(value),) for key, value in counts.items()}
         return self._judged(Fragment(samples=samples), losses)
+
+    def train(self, steps: int) -> Fragment:
+        """`steps` untimed steps of the epochs asked for, or what is left of them."""
+        losses = [self._take_step()[0] for _ in range(min(steps, self._total_steps - self._steps_taken))]
+        return self._judged(Fragment(samples={"catch_up_loss": tuple(losses)}), losses)
 
     def finish_training(self, steps: int | None = None) -> Fragment:
         """Peaks of training, the steps that are left to take, exact bytes by kind, held-out loss.

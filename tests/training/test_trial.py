@@ -119,6 +119,21 @@ def test_epochs_go_on_after_the_timed_turns(trial):
     assert taken == 3 * WORKLOAD.train_sequences > PROTOCOL.total_steps
 
 
+def test_epochs_come_in_rounds(trial):
+    """Untimed steps on command, never beyond the plan; the losses are those of training in one go."""
+    protocol = dataclasses.replace(PROTOCOL, epochs=3.0)
+    commands = ("build", "warm_up", "turn", "turn")
+    in_one_go = record_of(trial("steps", protocol=protocol), *commands, "finish_training")
+    running = trial("steps", protocol=protocol)
+    record = record_of(running, *commands)
+    for _ in range(3):
+        record = record.merged(running.run("train", steps=5))
+    record = record.merged(running.run("train", steps=100)).merged(running.run("finish_training"))
+    assert record.samples["catch_up_loss"] == in_one_go.samples["catch_up_loss"]
+    assert record.values["held_out_loss"] == in_one_go.values["held_out_loss"]
+    assert "training_steps_planned" not in record.values
+
+
 def test_training_may_end_before_its_plan(trial):
     """After the step that is named, and the record says which that was and which had been planned."""
     running = trial("steps", protocol=dataclasses.replace(PROTOCOL, epochs=3.0))
