@@ -10,8 +10,10 @@ STAMP  := $(VENV)/.installed
 bench: $(STAMP)
 	$(BIN)/pytest benchmarks/ --benchmark-save=$(NAME)
 
+# Two processes, each file in one of them, so that what a file shares is made once. In the order of the tree: its first
+# files start real processes and take longest.
 test: $(STAMP)
-	$(BIN)/pytest tests/
+	$(BIN)/pytest tests/ -n 2 --dist loadfile --no-loadscope-reorder
 
 # The study of LoRA parameters that this project began with, on a small real model, and what becomes of its claims: about
 # an hour on two cores. LORAMETER_DOLLY names databricks-dolly-15k.jsonl(.gz); without it embedded records are used.

@@ -19,6 +19,7 @@ from harness.workload import Workload
 pytest_plugins = ["pytester"]
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two OpenMP threads on two cores collapse under contention
+os.environ.pop("PYTEST_XDIST_WORKER", None)  # a pytest that a test starts would take itself for a part of this one
 
 
 def pytest_collection_modifyitems(items):
