@@ -16,8 +16,11 @@ from harness.decoding import decode_cost, mean_context
 from harness.errors import UsageError
 from harness.flops import StepTokens, TrainingFlops, computed_tokens, training_flops
 from harness.profile import PHASES, Profile
+from harness.series import OCCUPANCY_FLOOR
 from harness.stats import median_interval
 
+LEAST_PAIRS = 8
+"""Where fewer undisturbed pairs would remain, all count."""
 REMAINDER_LIMIT = 0.02
 """Share of the step above which its phases do not explain it."""
 
@@ -52,7 +55,11 @@ class StepAccount:
     profiler_slowdown: float
     """Time of a step under the profiler over that of a plain one."""
     occupancy: float | None
-    """CPU time over wall time of the plain steps, per thread; None on a GPU, where the host rightly waits."""
+    """CPU time over wall time of all steps, per thread; None on a GPU, where the host rightly waits."""
+    pairs: int
+    """Of a plain and a bordered step."""
+    counted: int
+    """Of them, those that were not disturbed, or all where these are too few."""
 
     @property
     def remainder_s(self) -> float:
@@ -67,18 +74,51 @@ class StepAccount:
 
 def step_account(profile: Profile) -> StepAccount:
     """The account of a profile's step."""
-    samples = profile.record.samples
-    plain, bordered = samples["plain_step_time_s"], samples["bordered_step_time_s"]
+    counted = undisturbed_pairs(profile)
+
+    def kept(name: str) -> list[float]:
+        return [profile.record.samples[name][index] for index in counted]
+
+    plain, bordered = kept("plain_step_time_s"), kept("bordered_step_time_s")
     step = span_of(plain)
-    cpu_s = sum(samples["plain_step_cpu_time_s"])
     return StepAccount(
         step=step,
-        phases={phase: span_of(samples[f"phase_{phase}_s"]) for phase in PHASES},
-        between=span_of(samples["between_steps_s"]),
+        phases={phase: span_of(kept(f"phase_{phase}_s")) for phase in PHASES},
+        between=span_of(profile.record.samples["between_steps_s"]),
         borders=span_of([slow - fast for fast, slow in zip(plain, bordered, strict=True)]),
         profiler_slowdown=span_of(profile.activity.step_times_s).value / step.value,
-        occupancy=cpu_s / sum(plain) / max(1, profile.threads) if profile.device == "cpu" else None,
+        occupancy=_occupancy(profile, range(_pairs(profile))) if profile.device == "cpu" else None,
+        pairs=_pairs(profile),
+        counted=len(counted),
     )
+
+
+def undisturbed_pairs(profile: Profile) -> Sequence[int]:
+    """Pairs of a plain and a bordered step that count: on a CPU those that had it to themselves.
+
+    The flag is the occupancy, which does not look at the times. All count where too few would be left, and on a GPU,
+    where the host rightly waits.
+    """
+    everything = range(_pairs(profile))
+    if profile.device != "cpu":
+        return everything
+    quiet = [index for index in everything if _occupancy(profile, (index,)) >= OCCUPANCY_FLOOR]
+    return quiet if len(quiet) >= LEAST_PAIRS else everything
+
+
+def _pairs(profile: Profile) -> int:
+    return len(profile.record.samples["plain_step_time_s"])
+
+
+def _occupancy(profile: Profile, pairs: Sequence[int]) -> float:
+    """CPU time over wall time of pairs, per thread; that of the step which had less."""
+    samples = profile.record.samples
+
+    def share(kind: str) -> float:
+        cpu_s = sum(samples[f"{kind}_step_cpu_time_s"][index] for index in pairs)
+        return cpu_s / sum(samples[f"{kind}_step_time_s"][index] for index in pairs) / max(1, profile.threads)
+
+    return min(share("plain"), share("bordered"))
 
 
 IDLE = "idle"

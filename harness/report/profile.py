@@ -38,7 +38,7 @@ def print_profile(
     where = f"{profile.device_name} ({profile.device}, {profile.threads} thread{'s' if profile.threads != 1 else ''})"
     console.print(f"[bold]{escape(profile.variant.name)}[/bold] of {escape(profile.study)} on {escape(where)}")
     console.print(_phases(profile, step))
-    for line in _step_lines(profile, step):
+    for line in _step_lines(step):
         console.print(f"  {escape(line)}")
     console.print()
     console.print(_categories(profile, step))
@@ -105,18 +105,19 @@ def _phases(profile: Profile, step: StepAccount) -> Table:
     return table
 
 
-def _step_lines(profile: Profile, step: StepAccount) -> Iterator[str]:
+def _step_lines(step: StepAccount) -> Iterator[str]:
     borders, between = step.borders, step.between
-    count = len(profile.record.samples["plain_step_time_s"])
+    quiet = "undisturbed" if step.counted < step.pairs else "all"
     yield (
-        f"{count} plain steps, in turns with {count} whose phases were timed; the intervals are those of this process"
+        f"{step.pairs} plain steps, in turns with as many whose phases were timed; {step.counted} pairs count ({quiet});"
+        " the intervals are those of this process"
     )
     yield (
         f"borders between phases cost {format_interval(borders.value, borders.low, borders.high, 's')} a step "
         f"({borders.value / step.step.value:.1%}); between steps {format_value(between.value, 's')}"
     )
     if step.occupancy is not None:
-        yield f"occupancy {step.occupancy:.0%}: CPU time over wall time of the plain steps"
+        yield f"occupancy {step.occupancy:.0%}: CPU time over wall time of all these steps"
     if not step.reconciled:
         yield "the phases do not explain the step: measure again on a quieter machine"
 

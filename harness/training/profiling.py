@@ -29,7 +29,7 @@ from harness.training.step import TrainStep
 from harness.training.stream import Batch, TokenStream
 
 LEAST_PAIRS = 8
-MOST_PAIRS = 32
+MOST_PAIRS = 64
 BUDGET_S = 30.0
 """Pairs of steps are taken for so long, within the two numbers above."""
 LEAST_PROFILED, MOST_PROFILED = 3, 12
@@ -134,10 +134,10 @@ def step_times(
         loss, lap = watch(plain if is_plain else bordered)
         ended_s = time.perf_counter()
         keep("train_loss", float(loss))
-        keep("plain_step_time_s" if is_plain else "bordered_step_time_s", lap.time_s)
-        if is_plain:
-            keep("plain_step_cpu_time_s", lap.cpu_time_s)
-        else:
+        kind = "plain" if is_plain else "bordered"
+        keep(f"{kind}_step_time_s", lap.time_s)
+        keep(f"{kind}_step_cpu_time_s", lap.cpu_time_s)
+        if not is_plain:
             for phase, seconds in bordered.phases_s.items():
                 keep(f"phase_{phase}_s", seconds)
         return ended_s

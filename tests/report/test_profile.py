@@ -45,6 +45,7 @@ SAMPLES = {
     "plain_step_time_s": (0.1,) * 8,
     "plain_step_cpu_time_s": (0.099,) * 8,
     "bordered_step_time_s": (0.1001,) * 8,
+    "bordered_step_cpu_time_s": (0.1,) * 8,
     "between_steps_s": (2e-5,) * 7,
     "time_per_output_token_s": (0.03,) * 8,
     "first_token_time_s": (0.05,) * 8,
@@ -85,6 +86,10 @@ def test_the_lines_of_a_step_add_up(profile):
     assert found["matmul"] == {"data": 0.0, "forward": 0.015, "backward": 0.06, "update": 0.0}
     assert sum(sum(each.values()) for each in found.values()) == pytest.approx(sum(TIMES.values()))
     assert time_of(profile, step, ("bernoulli",)) == pytest.approx(0.01)
+    samples = {name: (*values, 10 * values[0]) for name, values in SAMPLES.items()}
+    samples["plain_step_cpu_time_s"] = SAMPLES["plain_step_cpu_time_s"] + (0.5,)
+    disturbed = step_account(dataclasses.replace(profile, record=profile.record.replaced(samples=samples)))
+    assert (disturbed.pairs, disturbed.counted, disturbed.step) == (9, 8, step.step)
     slow = dataclasses.replace(step, step=dataclasses.replace(step.step, value=0.11))
     assert not slow.reconciled
 
