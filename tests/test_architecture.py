@@ -43,6 +43,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "ceiling",
         "profile",
         "accounting",
+        "memory_account",
         "diagnosis",
         "evidence",
         "levels",

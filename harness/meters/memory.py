@@ -66,22 +66,67 @@ def resident_bytes(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> 
     `adapter_bytes` whatever trains, `gradient_bytes` the gradients present now, `optimizer_state_bytes` all optimizer
     state and `paged_optimizer_state_bytes` the part of it in managed memory.
     """
+    kinds = resident_tensors(model, optimizer)
+    found = {kind: sum(map(_size, tensors)) for kind, tensors in kinds.items()}
+    trained, paged = found.pop("adapter"), found.pop("paged_optimizer_state")
+    gradients, state = found.pop("gradients"), found.pop("optimizer_state")
+    quantization = found.pop("quantization_state")
+    return {
+        "base_weight_bytes": sum(found.values()),
+        "quantization_state_bytes": quantization,
+        "adapter_bytes": trained,
+        "gradient_bytes": gradients,
+        "optimizer_state_bytes": state + paged,
+        "paged_optimizer_state_bytes": paged,
+    }
+
+
+def resident_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, list[torch.Tensor]]:
+    """What a training step keeps between steps, by kind (`harness.memory_account.KINDS`), each storage once.
+
+    What is neither a linear layer of a block nor trained is told apart by type: embeddings with the output head, norms,
+    buffers.
+    """
     seen: set[int] = set()
-    base = list(_fresh((p for p in model.parameters() if not p.requires_grad), seen))
-    trained = list(_fresh((p for p in model.parameters() if p.requires_grad), seen))
-    buffers = list(_fresh(model.buffers(), seen))
-    quantization = list(_fresh(_quantization_state(model), seen))
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    kinds: dict[str, list[torch.Tensor]] = {"linear_weights": []}
+    head = _head(model)
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if not parameter.requires_grad:
+                kind = _kind(module, parameter, head)
+                kinds.setdefault(kind, []).extend(_fresh((parameter,), seen))
+    kinds["adapter"] = list(_fresh((p for p in model.parameters() if p.requires_grad), seen))
+    for buffer in _fresh(model.buffers(), seen):
+        kinds.setdefault(f"buffers_{_name(buffer)}", []).append(buffer)
+    kinds["quantization_state"] = list(_fresh(_quantization_state(model), seen))
+    kinds["gradients"] = [p.grad for p in model.parameters() if p.grad is not None]
     entries = (item for values in optimizer.state.values() for item in values.values())
     state = list(_fresh((item for item in entries if isinstance(item, torch.Tensor)), seen))  # tables are shared
-    return {
-        "base_weight_bytes": _size(base) + _size(buffers),
-        "quantization_state_bytes": _size(quantization),
-        "adapter_bytes": _size(trained),
-        "gradient_bytes": _size(gradients),
-        "optimizer_state_bytes": _size(state),
-        "paged_optimizer_state_bytes": _size(item for item in state if getattr(item, "is_paged", False)),
-    }
+    kinds["paged_optimizer_state"] = [item for item in state if getattr(item, "is_paged", False)]
+    kinds["optimizer_state"] = [item for item in state if not getattr(item, "is_paged", False)]
+    return kinds
+
+
+def storage_bytes(tensor: torch.Tensor) -> int:
+    """What a tensor holds in memory, which for a part of a larger one is more than its own size."""
+    return int(tensor.untyped_storage().nbytes())
+
+
+def _head(model: torch.nn.Module) -> torch.nn.Module | None:
+    found = getattr(model, "get_output_embeddings", None)  # transformers' and PEFT's models have it
+    return None if found is None else found()
+
+
+def _kind(module: torch.nn.Module, parameter: torch.Tensor, head: torch.nn.Module | None) -> str:
+    if module is head or isinstance(module, torch.nn.Embedding):
+        return f"embeddings_{_name(parameter)}"
+    if isinstance(module, torch.nn.Linear) or parameter.dim() > 1:  # Conv1D, GPT-2's linear layer, is no Linear
+        return "linear_weights"
+    return f"norms_{_name(parameter)}"
+
+
+def _name(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _quantization_state(model: torch.nn.Module) -> Iterator[torch.Tensor]:
@@ -97,7 +142,7 @@ def _quantization_state(model: torch.nn.Module) -> Iterator[torch.Tensor]:
                 tensor = getattr(state, name, None)
                 if isinstance(tensor, torch.Tensor):
                     yield tensor
-            state = state.state2
+            state = getattr(state, "state2", None)  # one that was repacked for a CPU has none
 
 
 def _fresh(tensors: Iterable[torch.Tensor], seen: set[int]) -> Iterator[torch.Tensor]:
@@ -108,5 +153,5 @@ def _fresh(tensors: Iterable[torch.Tensor], seen: set[int]) -> Iterator[torch.Te
             yield tensor
 
 
-def _size(tensors: Iterable[torch.Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+def _size(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

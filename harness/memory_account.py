@@ -1,0 +1,89 @@
+"""Where a trial's memory goes: kinds, the measured peak, and what no kind explains.
+
+A sum of parts is worth something only if it can fail to meet the whole. So each kind is measured by itself, the peak by
+another instrument, and what is left between them is a line of its own, which may be negative.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+MemoryPhase = Literal["train", "generate"]
+
+KINDS: Mapping[str, str] = {
+    "process": "process at birth",
+    "library_code": "library code paged in since",
+    "library_heap": "kept by libraries on the heap",
+    "interpreter": "arenas of the interpreter, stacks",
+    "checkpoint_pages": "mapped checkpoint beyond its tensors",
+    "linear_weights": "linear layers of the base",
+    "quantization_state": "constants of quantisation",
+    "embeddings": "embeddings and head",
+    "norms": "norms",
+    "buffers": "buffers",
+    "adapter": "adapter",
+    "gradients": "gradients",
+    "optimizer_state": "optimizer state",
+    "paged_optimizer_state": "optimizer state, paged",
+    "activations": "activations kept for backward",
+    "logits": "logits, and the loss's copies of them",
+    "temporaries": "other temporary tensors",
+    "operator_scratch": "inside the operator at the peak",
+    "kv_cache": "keys and values of the context",
+    "blas_workspace": "workspace of cuBLAS",
+    "rounding": "rounded up by the allocator",
+    "heap_slack": "free, and kept by malloc",
+}
+"""Kinds in the order in which they are shown, with their titles. Embeddings, norms and buffers are told apart by type:
+their kind is followed by the name of the type ("norms_float32")."""
+BY_TYPE = ("embeddings", "norms", "buffers")
+
+
+def title_of(kind: str) -> str:
+    """What a kind is called in a table."""
+    stem, _, dtype = kind.partition("_")
+    return f"{KINDS[stem]}, {dtype}" if stem in BY_TYPE else KINDS[kind]
+
+
+def in_order(kinds: Mapping[str, int]) -> dict[str, int]:
+    """The kinds that take anything, in the order in which they are shown."""
+    order = {stem: place for place, stem in enumerate(KINDS)}
+
+    def place(kind: str) -> int:
+        stem = kind.partition("_")[0]
+        return order[stem if stem in BY_TYPE else kind]
+
+    return {kind: kinds[kind] for kind in sorted(kinds, key=place) if kinds[kind]}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryAccount:
+    """What was resident at the peak of one phase, in bytes by kind, beside the peak as measured.
+
+    On CUDA it is device memory and the peak the allocator's; else the peak resident set of the process.
+    """
+
+    phase: MemoryPhase
+    kinds: dict[str, int]
+    """Bytes by kind (`KINDS`), each measured by itself."""
+    peak_bytes: int
+    beside: dict[str, int] = field(default_factory=dict)
+    """Bytes that are not in CUDA's allocated peak: `fragmentation`, which is reserved and not allocated, and
+    `paged_optimizer_state`, which is managed memory. Empty on a CPU."""
+
+    @property
+    def explained_bytes(self) -> int:
+        """The sum of all kinds."""
+        return sum(self.kinds.values())
+
+    @property
+    def unexplained_bytes(self) -> int:
+        """What the kinds leave of the peak; negative where they are more than it."""
+        return self.peak_bytes - self.explained_bytes
+
+    @property
+    def share(self) -> float:
+        """The unexplained part of what the trial took: of the peak beyond the process as it was born."""
+        return self.unexplained_bytes / (self.peak_bytes - self.kinds.get("process", 0))
