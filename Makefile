@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 NAME   ?= bench
 STAMP  := $(VENV)/.installed
 
-.PHONY: bench test lint study proof proof-harness proof-models proof-statistics proof-levels proof-ab proof-kernels clean
+.PHONY: bench test lint study proof proof-harness proof-models proof-statistics proof-levels proof-ab proof-profile proof-kernels clean
 
 bench: $(STAMP)
 	$(BIN)/pytest benchmarks/ --benchmark-save=$(NAME)
@@ -30,7 +30,7 @@ lint: $(STAMP)
 # output is committed under reports/proof/. Two need data that the project does not hold and are skipped without it:
 # LORAMETER_DOLLY names databricks-dolly-15k.jsonl.gz, LORAMETER_NOISE a folder with the recorded noise
 # (lockstep.csv.gz, one_process.csv.gz, processes.csv.gz). proof-ab takes an hour and wants the machine to itself.
-proof: proof-harness proof-models proof-statistics proof-levels proof-ab proof-kernels
+proof: proof-harness proof-models proof-statistics proof-levels proof-ab proof-profile proof-kernels
 
 proof-harness proof-models: proof-%: $(STAMP)
 	mkdir -p reports/proof
@@ -51,6 +51,12 @@ proof-levels proof-ab: proof-%: $(STAMP)
 	mkdir -p reports/proof
 	$(BIN)/python benchmarks/selftest/$*_live.py > reports/proof/$*.txt; \
 	status=$$?; cat reports/proof/$*.txt; exit $$status
+
+# A step taken apart, and the remedy of its dearest finding measured beside it.
+proof-profile: $(STAMP)
+	mkdir -p reports/proof
+	$(BIN)/lorameter profile lora-or-qlora:qlora-nf4-r16 --effort standard --try > reports/proof/profile.txt; \
+	status=$$?; cat reports/proof/profile.txt; exit $$status
 
 # The negative controls, the absence of false alarms on real trials (fetch smollm2-135m first), and every rule and
 # comparison of the judges broken in turn (about 20 minutes).

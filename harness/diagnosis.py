@@ -1,8 +1,8 @@
 """What a step loses and what to try: rules from evidence to findings, each with its number and its cost.
 
-A rule says what was seen, how much of a step (or how many bytes) hangs on it, and which field to change. The cost is an
-upper bound of the gain, since what replaces a thing costs something too: only a measurement of both says what is won.
-Shares of what ran come from steps under the profiler and are applied to the time of a plain step.
+A rule says what was seen, how much of a step (or how many bytes) hangs on it, and which field to change. That is not what
+a remedy gains: it is less where what comes in place of a thing costs something too, and more where the thing cost others
+time that were not seen to hang on it. Only a measurement of both says what is won (`harness.remedy`).
 
 The rules see evidence only, never a process: a planted case for each is a few numbers.
 """
@@ -86,7 +86,7 @@ class Finding:
     message: str
     """What was seen, with its number."""
     cost_s: float | None
-    """Seconds of a step that hang on it: no remedy gains more. None where it costs memory."""
+    """Seconds of a step that were seen to hang on it; None where it costs memory."""
     cost_share: float | None
     cost_bytes: int | None = None
     remedy: str

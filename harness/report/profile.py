@@ -58,7 +58,7 @@ def print_profile(
 
 
 def print_tried(tried: Tried, console: Console) -> None:
-    """What a remedy gained, beside what was expected of it at most."""
+    """What a remedy gained, beside what was seen to hang on the finding."""
     finding, comparison, control = tried.finding, tried.comparison, tried.control
     changes = ", ".join(f"{key} = {value}" for key, value in finding.changes.items())
     console.print(f"\n[bold]Tried: {escape(finding.code)}[/bold] by {escape(changes)} ({escape(tried.interleaving)})")
@@ -69,8 +69,8 @@ def print_tried(tried: Tried, console: Console) -> None:
         console.print(f"  [dim]{escape(comparison.reason)}[/dim]")
     if finding.cost_share is not None and comparison is not None and comparison.ratio is not None:
         console.print(
-            f"  gained {1 - comparison.ratio:.1%} of a step; the diagnosis counted {finding.cost_share:.1%} that hangs "
-            "on it"
+            f"  gained {1 - comparison.ratio:.1%} of a step; the diagnosis had seen {finding.cost_share:.1%} "
+            "hang on it"
         )
     if control is not None:
         said = format_ratio(control.ratio, control.low, control.high)
@@ -108,10 +108,8 @@ def _phases(profile: Profile, step: StepAccount) -> Table:
 def _step_lines(step: StepAccount) -> Iterator[str]:
     borders, between = step.borders, step.between
     quiet = "undisturbed" if step.counted < step.pairs else "all"
-    yield (
-        f"{step.pairs} plain steps, in turns with as many whose phases were timed; {step.counted} pairs count ({quiet});"
-        " the intervals are those of this process"
-    )
+    yield f"{step.pairs} plain steps, in turns with as many whose phases were timed; {step.counted} count ({quiet})"
+    yield "intervals are those of this process; between processes times differ more"
     yield (
         f"borders between phases cost {format_interval(borders.value, borders.low, borders.high, 's')} a step "
         f"({borders.value / step.step.value:.1%}); between steps {format_value(between.value, 's')}"
@@ -175,9 +173,9 @@ def _ceilings(found: Ceilings | str) -> Iterator[str]:
 
 
 def _findings(findings: Sequence[Finding], step: StepAccount) -> Table:
-    table = Table(title="Findings: what hangs on each, at most", title_justify="left", title_style="bold")
-    for head in ("finding", "seen", "at most", "what to try"):
-        table.add_column(head, overflow="fold", justify="right" if head == "at most" else "left")
+    table = Table(title="Findings, and what was seen to hang on each", title_justify="left", title_style="bold")
+    for head in ("finding", "seen", "cost", "what to try"):
+        table.add_column(head, overflow="fold", justify="right" if head == "cost" else "left")
     for finding in findings:
         cost = format_bytes(finding.cost_bytes or 0)
         if finding.cost_s is not None:
