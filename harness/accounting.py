@@ -7,7 +7,7 @@ the borders beside it: where it is large, the phases are not to be trusted.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from harness import catalogue, shapes
@@ -15,7 +15,7 @@ from harness.ceiling import Ceiling, Utilisation, bandwidth_utilisation, ceiling
 from harness.decoding import decode_cost, mean_context
 from harness.errors import UsageError
 from harness.flops import StepTokens, TrainingFlops, computed_tokens, training_flops
-from harness.profile import PHASES, Profile
+from harness.profile import PHASES, PhaseActivity, Profile
 from harness.series import OCCUPANCY_FLOOR
 from harness.stats import median_interval
 
@@ -138,13 +138,13 @@ def categories_s(profile: Profile, step: StepAccount) -> dict[str, dict[str, flo
     return dict(sorted(found.items(), key=lambda pair: (pair[0] == IDLE, -sum(pair[1].values()))))
 
 
-def time_of(profile: Profile, step: StepAccount, words: Sequence[str]) -> float:
-    """Seconds of a plain step in operators or kernels whose name holds one of the words."""
-    total = 0.0
-    for phase in profile.activity.phases:
-        seconds = sum(one.time_s for one in phase.operators if any(word in one.name for word in words))
-        total += seconds * step.phases[phase.phase].value / phase.window_s if phase.window_s else 0.0
-    return total
+def time_of(profile: Profile, step: StepAccount, seconds: Callable[[PhaseActivity], float]) -> float:
+    """Seconds of a plain step for `seconds` of each of its phases under the profiler."""
+    return sum(
+        seconds(phase) * step.phases[phase.phase].value / phase.window_s
+        for phase in profile.activity.phases
+        if phase.window_s
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,8 +1,8 @@
 """What a step loses and what to try: rules from evidence to findings, each with its number and its cost.
 
-A rule says what was seen, how much of a step (or how many bytes) hangs on it, and which field to change. That is not what
-a remedy gains: it is less where what comes in place of a thing costs something too, and more where the thing cost others
-time that were not seen to hang on it. Only a measurement of both says what is won (`harness.remedy`).
+A rule says what was seen, how much of a step (or how many bytes) hangs on it, and which field to change. That is not
+what a remedy gains: it is less where what comes in place of a thing costs something too, and more where the thing cost
+others time that was not seen to hang on it. Only a measurement of both says what is won (`harness.remedy`).
 
 The rules see evidence only, never a process: a planted case for each is a few numbers.
 """
@@ -44,7 +44,7 @@ class Evidence:
     calls: float = 0.0
     """Kernels launched, or operators called, in a step."""
     dropout: float = 0.0
-    """Share of what draws and applies the masks."""
+    """Share of what draws masks and, where that can be told from other products, applies them."""
     padded: float = 0.0
     """Share of the positions."""
     recomputed: float = 0.0
@@ -233,7 +233,7 @@ def _dropout(seen: Evidence) -> Iterator[Finding]:
         return
     yield _timed(
         "dropout", seen, seen.dropout,
-        f"drawing masks for lora_dropout = {seen.variant.lora_dropout:g} takes {seen.dropout:.1%} of a step",
+        f"masks for lora_dropout = {seen.variant.lora_dropout:g} take {seen.dropout:.1%} of a step forward",
         "lora_dropout = 0 draws none; it regularises, so look at the held-out loss.", changes={"lora_dropout": 0.0},
     )  # fmt: skip
 

@@ -11,10 +11,12 @@ from harness.accounting import IDLE, Ceilings, StepAccount, TokenShares, categor
 from harness.diagnosis import Evidence
 from harness.flops import computed_tokens
 from harness.forecast import memory_bytes
-from harness.profile import Profile
+from harness.profile import PhaseActivity, Profile
 
-DROPOUT_WORDS = ("dropout", "bernoulli", "masked_scale")
-"""In the names of operators and kernels that draw a mask or apply it; on a CPU the products with it are mere `mul`."""
+DROPOUT_KERNELS = ("dropout", "bernoulli")
+"""In the names of kernels that draw a mask; the fused one applies it as well."""
+DROPOUT_OPERATOR = "aten::dropout"
+"""On a CPU: it draws the mask and multiplies with it. The backward pass multiplies by a `mul` like any other."""
 _LEFT_OUT: Mapping[str, object] = {"quantization": "none", "gradient_checkpointing": False}
 
 
@@ -35,7 +37,7 @@ def evidence_of(profile: Profile, step: StepAccount, tokens: TokenShares, found:
         idle=shares.pop(IDLE),
         categories=shares,
         calls=profile.activity.calls,
-        dropout=time_of(profile, step, DROPOUT_WORDS) / step_s,
+        dropout=time_of(profile, step, _dropout_s) / step_s,
         padded=tokens.padded / (tokens.real + tokens.padded),
         recomputed=flops.recomputed / flops.hardware if flops is not None and again else 0.0,
         masked_pairs=max(0.0, 1 - profile.record.values["useful_pairs"] / pairs),
@@ -53,6 +55,11 @@ def evidence_of(profile: Profile, step: StepAccount, tokens: TokenShares, found:
         reserved_bytes=memory.get("device_peak_reserved_train_bytes"),
         alloc_retries=memory.get("device_alloc_retries_train", 0),
     )
+
+
+def _dropout_s(phase: PhaseActivity) -> float:
+    drawn = (one.time_s for one in phase.operators if any(word in one.name for word in DROPOUT_KERNELS))
+    return phase.totals_s.get(DROPOUT_OPERATOR, 0.0) if phase.totals_s else sum(drawn)
 
 
 def _word(seen: object) -> str | None:

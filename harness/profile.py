@@ -8,7 +8,7 @@ seconds of the other without a word.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from harness.peaks import Peak
@@ -43,6 +43,8 @@ class PhaseActivity:
     """Time in which anything of `operators` ran; on a GPU streams may overlap, so it can be less than their sum."""
     operators: tuple[OperatorUse, ...]
     """The longest first."""
+    totals_s: dict[str, float] = field(default_factory=dict)
+    """Seconds of each operator by name with all that it calls; empty on a GPU, whose kernels call nothing."""
 
     @property
     def categories_s(self) -> dict[str, float]:

@@ -51,12 +51,14 @@ def activity_of(events: Iterable[Any], step_times_s: tuple[float, ...]) -> Activ
             OperatorUse(name=name, category=_category(name, rule), calls=calls / steps, time_s=time_ms / 1e3 / steps)
             for name, rule, calls, time_ms in used
         ]
+        called = totals(ran[phase], kept) if kind == "cpu" else []
         phases.append(
             PhaseActivity(
                 phase=phase,
                 window_s=sum(spans) / 1e9 / steps,
                 busy_s=_busy_s(ran[phase], kept) / steps,
                 operators=tuple(sorted(uses, key=lambda use: (-use.time_s, use.name))),
+                totals_s={one.name: one.time_ms / 1e3 / steps for one in called},
             )
         )
     return Activity(device=kind, step_times_s=step_times_s, phases=tuple(phases))

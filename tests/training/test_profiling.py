@@ -74,6 +74,7 @@ def test_what_ran_is_told_by_phase():
     assert "aten::exp" not in names
     assert {use.name: use.calls for use in backward.operators}["aten::mm"] == 2.0
     assert forward.busy_s <= forward.window_s
+    assert forward.totals_s["aten::matmul"] > names["aten::matmul"].time_s
     assert sum(use.time_s for use in forward.operators) == pytest.approx(forward.busy_s, rel=0.01)
 
 
