@@ -52,10 +52,10 @@ proof-levels proof-ab: proof-%: $(STAMP)
 	$(BIN)/python benchmarks/selftest/$*_live.py > reports/proof/$*.txt; \
 	status=$$?; cat reports/proof/$*.txt; exit $$status
 
-# A step taken apart, and the remedy of its dearest finding measured beside it.
+# A step taken apart, and the remedy of a finding measured beside it.
 proof-profile: $(STAMP)
 	mkdir -p reports/proof
-	$(BIN)/lorameter profile lora-or-qlora:qlora-nf4-r16 --effort standard --try > reports/proof/profile.txt; \
+	$(BIN)/lorameter profile lora-or-qlora:qlora-nf4-r16 --effort standard --try dropout > reports/proof/profile.txt; \
 	status=$$?; cat reports/proof/profile.txt; exit $$status
 
 # The negative controls, the absence of false alarms on real trials (fetch smollm2-135m first), and every rule and

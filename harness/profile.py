@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from harness.memory_account import MemoryAccount
 from harness.peaks import Peak
 from harness.record import TrialRecord
 from harness.variant import Variant
@@ -106,5 +107,7 @@ class Profile:
     record: TrialRecord
     """Raw times and bytes of the trial, its checks and notices."""
     activity: Activity
+    memory: dict[str, MemoryAccount]
+    """Of a step and of a request, by phase."""
     peaks: dict[str, Peak]
     """What the device does at best, by "product" and "memory"; stated by the vendor or measured after the trial."""

@@ -24,6 +24,7 @@ from harness.errors import InvalidRunError
 from harness.executors import Worker, WorkerLostError
 from harness.executors.local import LocalExecutor
 from harness.feasibility import check_feasible
+from harness.memory_account import MemoryAccount
 from harness.peaks import Peak, Rate, stated_peak
 from harness.plan import Plan, Slot, make_plan
 from harness.profile import Activity, Profile
@@ -100,6 +101,7 @@ def profile_variant(
             memory_bytes=machine.device_memory_bytes or machine.memory_bytes,
             record=trial.record.replaced(notices=(*notices, *trial.record.notices)),
             activity=trial.read(Activity, "activity.json"),
+            memory={phase: trial.read(MemoryAccount, f"memory-{phase}.json") for phase in ("train", "generate")},
             peaks=peaks,
         )
         shutil.move(trial.folder / TRACE, folder / TRACE)
@@ -132,16 +134,19 @@ class _Trial:
     def conduct(self, rates: list[Rate]) -> None:
         """All of it, in the order in which no measurement is in the way of another."""
         self._ask("prepare", request=codec.to_json(self._request))
+        self._ask("born")
         self._ask("build")
         self._ask("verify")
         self._ask("warm_up")
         self._ask("finish_training", steps=0)  # peaks and bytes of plain steps, before anything watches them
+        self._ask("account", phase="train")
         self._ask("profile")
         self._ask("begin_generate")
         self._say("decoding")
         for _ in range(self._requests):
             self._ask("request")
         self._ask("end_generate")
+        self._ask("account", phase="generate")
         self._ask("peak", rates=rates)
         self.record = self.record.replaced(wall_time_s=time.time() - self.record.started_unix_s)
 
@@ -172,7 +177,7 @@ _WORDS = {
     "build": "building",
     "verify": "checking what runs",
     "warm_up": "warming up",
-    "finish_training": "counting memory",
+    "account": "counting memory",
     "profile": "taking steps apart",
     "begin_generate": "first call",
     "peak": "measuring what the device does at best",

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from harness.accounting import Ceilings, StepAccount, TokenShares, categories_s
 from harness.diagnosis import RULES, Finding
+from harness.memory_account import in_order, title_of
 from harness.profile import PHASES, Profile
 from harness.remedy import METRIC, Tried
 from harness.report.terminal import print_notices
@@ -69,8 +70,7 @@ def print_tried(tried: Tried, console: Console) -> None:
         console.print(f"  [dim]{escape(comparison.reason)}[/dim]")
     if finding.cost_share is not None and comparison is not None and comparison.ratio is not None:
         console.print(
-            f"  gained {1 - comparison.ratio:.1%} of a step; the diagnosis had seen {finding.cost_share:.1%} "
-            "hang on it"
+            f"  gained {1 - comparison.ratio:.1%} of a step; the diagnosis had seen {finding.cost_share:.1%} hang on it"
         )
     if control is not None:
         said = format_ratio(control.ratio, control.low, control.high)
@@ -145,14 +145,26 @@ def _operators(profile: Profile, step: StepAccount) -> Iterator[str]:
 
 
 def _memory(profile: Profile) -> Table:
-    memory = profile.record.memory
-    table = Table(title="Memory", title_justify="left", title_style="bold")
+    """Kinds side by side for a step and a request; what no kind explains is a line of its own."""
+    accounts = tuple(profile.memory[phase] for phase in _MEMORY_HEADS)
+    where = "device" if profile.device == "cuda" else "process"
+    table = Table(title=f"Memory of the {where} at its peak", title_justify="left", title_style="bold")
     table.add_column("kind")
-    table.add_column("bytes", justify="right")
-    for kind, size in memory.items():
-        if kind.endswith("_bytes") and size:
-            table.add_row(kind.removesuffix("_bytes").replace("_", " "), format_bytes(size))
+    for one in accounts:
+        table.add_column(_MEMORY_HEADS[one.phase], justify="right")
+    for kind in in_order({kind: 1 for one in accounts for kind in one.kinds}):
+        sizes = (one.kinds.get(kind) for one in accounts)
+        table.add_row(title_of(kind), *("–" if size is None else format_bytes(size) for size in sizes))
+    table.add_row("unexplained", *(f"{format_bytes(one.unexplained_bytes)} ({one.share:.1%})" for one in accounts))
+    table.add_row("peak, as measured", *(format_bytes(one.peak_bytes) for one in accounts), style="bold")
+    for kind in dict.fromkeys(kind for one in accounts for kind in one.beside):
+        sizes = (one.beside.get(kind) for one in accounts)
+        words = kind.replace("_", " ")
+        table.add_row(f"{words}, beside it", *("–" if size is None else format_bytes(size) for size in sizes))
     return table
+
+
+_MEMORY_HEADS = {"train": "a step", "generate": "a request"}
 
 
 def _tokens(tokens: TokenShares) -> str:

@@ -17,6 +17,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from harness import codec
+from harness.errors import LorameterError
+from harness.memory_account import MemoryPhase
+from harness.meters.account import Birth, account
 from harness.meters.clock import Stopwatch
 from harness.meters.peak import measured_bandwidth, measured_product
 from harness.peaks import Rate
@@ -36,7 +39,8 @@ LEAST_PROFILED, MOST_PROFILED = 3, 12
 PROFILED_BUDGET_S = 3.0
 """Steps are profiled for so long, within these numbers: the records of a step take megabytes."""
 ACTIVITY, TRACE, PEAKS = "activity.json", "trace.json.gz", "peaks.json"
-"""What a profiled trial leaves in its folder: the activity, the trace that it was read from, and measured peaks."""
+ACCOUNTS: dict[MemoryPhase, str] = {"train": "memory-train.json", "generate": "memory-generate.json"}
+"""What a profiled trial leaves in its folder: the activity, the trace that it was read from, peaks and memory."""
 
 
 def observe(request: TrialRequest, trainee: Trainee, stream: TokenStream, plain: TrainStep) -> Fragment:
@@ -51,6 +55,19 @@ def observe(request: TrialRequest, trainee: Trainee, stream: TokenStream, plain:
     (folder / ACTIVITY).write_text(codec.dumps(activity), encoding="utf-8")
     release_unused(request.device)
     return Fragment(samples=samples, values=values)
+
+
+def write_account(
+    request: TrialRequest, trainee: Trainee, call: Callable[[], object], birth: Birth | None, phase: MemoryPhase
+) -> None:
+    """Account for the memory of one call, into a file of the trial's folder. Raises LorameterError without a birth."""
+    if birth is None:
+        raise LorameterError(f"trial {request.trial}: its memory cannot be accounted for, its birth was not noted")
+    compiled = request.variant.compile
+    found = account(
+        trainee.model, trainee.optimizer, call, birth=birth, device=request.device, phase=phase, compiled=compiled
+    )
+    (Path(request.scratch) / ACCOUNTS[phase]).write_text(codec.dumps(found), encoding="utf-8")
 
 
 def write_peaks(request: TrialRequest, rates: Sequence[Rate]) -> None:

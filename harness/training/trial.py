@@ -22,6 +22,8 @@ import kernels_check
 from harness import codec
 from harness.errors import LorameterError
 from harness.inference.server import Server
+from harness.memory_account import MemoryPhase
+from harness.meters.account import Birth, born
 from harness.meters.clock import Lap, Stopwatch
 from harness.meters.memory import MemoryGauge, host_bytes, resident_bytes
 from harness.peaks import Rate
@@ -29,7 +31,7 @@ from harness.record import Failure, Fragment, Notice, TrialRequest
 from harness.stats import is_steady
 from harness.training.build import Trainee, build, save_initial, unpack_4bit
 from harness.training.process import release_unused
-from harness.training.profiling import observe, write_peaks
+from harness.training.profiling import observe, write_account, write_peaks
 from harness.training.requirements import requirements_of
 from harness.training.shared import Seat, SharedBase
 from harness.training.step import TrainStep
@@ -41,12 +43,14 @@ STEADY_WINDOW = 3
 
 
 COMMANDS = (
+    "born",
     "build",
     "verify",
     "warm_up",
     "turn",
     "train",
     "finish_training",
+    "account",
     "profile",
     "save_adapter",
     "begin_generate",
@@ -88,16 +92,22 @@ class Trial:
         self._steps_taken = 0
         self._total_steps = 0
         self._server: Server | None = None
+        self._birth: Birth | None = None
 
     def run(self, command: str, **arguments: Any) -> Fragment:
         """Carry out a command in this trial's seat. Raises ValueError for a command that does not exist."""
         if command not in COMMANDS:
             raise ValueError(f"unknown command {command!r}")
         method: Callable[..., Fragment] = getattr(self, command)
-        if command == "build":
+        if command in ("born", "build"):
             return method(**arguments)
         with self._built.seat.taken():
             return self._surroundings.around(command, lambda: method(**arguments))
+
+    def born(self) -> Fragment:
+        """Note what the process holds before it loads anything, for an account of its memory."""
+        self._birth = born()
+        return Fragment()
 
     def build(self) -> Fragment:
         """Load, attach, take the first step."""
@@ -235,6 +245,12 @@ class Trial:
             values["held_out_loss"] = step.held_out_loss()
             losses = [*losses, values["held_out_loss"]]
         return self._judged(Fragment(values=values, memory=memory, samples=samples), losses)
+
+    def account(self, phase: MemoryPhase) -> Fragment:
+        """Where the memory of a step or of a request goes; it is watched, so it is none of those that are timed."""
+        call = self._built.step if phase == "train" else self._serving.request
+        write_account(self._request, self._built.trainee, call, self._birth, phase)
+        return Fragment()
 
     def profile(self) -> Fragment:
         """Where a step's time goes."""

@@ -10,6 +10,7 @@ from harness import codec
 from harness.accounting import IDLE, categories_s, ceilings, step_account, time_of, token_shares
 from harness.diagnosis import diagnose
 from harness.evidence import evidence_of
+from harness.memory_account import MemoryAccount
 from harness.peaks import Peak
 from harness.profile import Activity, OperatorUse, PhaseActivity, Profile
 from harness.record import TrialRecord
@@ -73,6 +74,10 @@ def profile():
         study="s", variant=Variant(name="v", lora_dropout=0.1, gradient_checkpointing=True), workload=workload,
         device="cpu", device_name="a CPU", threads=1, cpus=2, wide_registers=True, memory_bytes=8 * 2**30,
         record=record, activity=ACTIVITY,
+        memory={
+            "train": MemoryAccount(phase="train", kinds={"process": 2**28, "gradients": 2**29}, peak_bytes=2**30),
+            "generate": MemoryAccount(phase="generate", kinds={"kv_cache": 2**20}, peak_bytes=2**28),
+        },
         peaks={
             "product": Peak(rate="bfloat16", per_s=1e12, **peak), "memory": Peak(rate="memory", per_s=1e10, **peak)
         },
@@ -110,7 +115,8 @@ def test_all_of_a_profile_is_shown_and_read_back(profile):
     text = io.StringIO()
     print_profile(profile, step, tokens, found, findings, console_for(text))
     for words in ("remainder", "1.0%", "MFU", "HFU", "MBU", "constructed", "--try dropout", "aten::bernoulli_",
-                  "192 real (37.5%), 64 padded (12.5%), 256 recomputed (50.0%)", "× 2.00", "looked for"):  # fmt: skip
+                  "192 real (37.5%), 64 padded (12.5%), 256 recomputed (50.0%)", "× 2.00",
+                  "looked for", "512 MiB", "256 MiB (33.3%)"):  # fmt: skip
         assert words in text.getvalue()
     assert codec.from_json(Profile, json.loads(codec.dumps(profile)), "profile") == profile
     other = dataclasses.replace(profile, variant=dataclasses.replace(profile.variant, target_modules=("lm_head",)))
