@@ -12,18 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from harness.flops import adapted_layers, counted_widths, product_weights
+from harness.quantised import constant_bytes, weight_bytes, width
 from harness.shapes import ModelShape
 from harness.variant import Variant
 from harness.workload import Workload
-
-QUANTIZATION_BLOCK = 64
-"""Weights that share a scale in bitsandbytes' 4-bit types (Dettmers et al. 2023, arXiv 2305.14314, section 3)."""
-NESTED_BLOCK = 256
-"""Scales that share a float32 scale under double quantisation (same section)."""
-TABLE_BYTES = 16 * 4
-"""The values that 4 bits stand for; each layer has a table of its own."""
-NESTED_BYTES = 256 * 4 + 4
-"""Under double quantisation: the values that a scale of 8 bits stands for, and the mean of the scales."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,31 +67,15 @@ def decode_cost(
     ranks = shape.layers * variant.r * sum(sum(widths[name]) for name in adapted)
     magnitudes = shape.layers * sum(widths[name][1] for name in adapted) if variant.use_dora else 0
     attention = 2 * 2 * shape.layers * shape.heads * shape.head_dim * context
-    plain = _width("float32" if variant.prepare_for_kbit else variant.dtype)
-    linear = sum(_stored_bytes(inputs, outputs, variant, repacked) for inputs, outputs in widths.values())
+    plain = width("float32" if variant.prepare_for_kbit else variant.dtype)
+    linear = sum(
+        weight_bytes(*sizes, variant) + constant_bytes(*sizes, variant, repacked=repacked) for sizes in widths.values()
+    )
     return DecodeCost(
         flops=2 * product_weights(shape) + 2 * ranks + attention,
         linear_bytes=shape.layers * linear,
-        adapter_bytes=(ranks + magnitudes) * _width(variant.adapter_dtype or "float32"),
+        adapter_bytes=(ranks + magnitudes) * width(variant.adapter_dtype or "float32"),
         head_bytes=shape.vocab_size * shape.hidden_size * plain,
         other_bytes=(2 * shape.layers + 2) * shape.hidden_size * plain,
         cache_bytes=2 * shape.layers * shape.kv_heads * shape.head_dim * context * plain,
     )
-
-
-def _width(dtype: str) -> int:
-    return 4 if dtype == "float32" else 2
-
-
-def _stored_bytes(inputs: int, outputs: int, variant: Variant, repacked: bool) -> int:
-    """Bytes of one linear layer: in 8 bits with a float32 for each output, in 4 bits with a scale for each block."""
-    weights = inputs * outputs
-    if variant.quantization == "none":
-        return weights * _width(variant.dtype)
-    if variant.quantization == "int8":
-        return weights + 4 * outputs
-    blocks = -(-weights // QUANTIZATION_BLOCK)
-    scales = 2 * blocks if repacked else 4 * blocks
-    if variant.double_quant and not repacked:
-        scales = blocks + 4 * -(-blocks // NESTED_BLOCK) + NESTED_BYTES
-    return -(-weights // 2) + TABLE_BYTES + scales

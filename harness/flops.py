@@ -23,8 +23,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from harness.adapter import DEFAULT_TARGETS, linear_widths
 from harness.errors import impossible
-from harness.forecast import linear_widths
 from harness.shapes import ModelShape
 from harness.variant import ALL_LINEAR, Variant
 from harness.workload import Workload
@@ -34,8 +34,6 @@ COUNTED = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "smollm3"})
 _PARENTS = ("self_attn", "mlp")
 _BIASED: Mapping[str, frozenset[str]] = {"qwen2": frozenset({"q_proj", "k_proj", "v_proj"})}
 """Layers with a bias: one that trains draws the gradient down to it, though its own gradient is a sum."""
-_DEFAULT_TARGETS = ("q_proj", "v_proj")
-"""PEFT's own choice for the counted model types."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -252,7 +250,7 @@ def adapted_layers(shape: ModelShape, variant: Variant) -> frozenset[str]:
                 "flops", "target_modules", target, f"only {', '.join(widths)} of every block are counted",
                 'Name these, or use ("all-linear",).',
             )  # fmt: skip
-    targets = variant.target_modules or _DEFAULT_TARGETS
+    targets = variant.target_modules or DEFAULT_TARGETS
     return frozenset(target.rpartition(".")[2] for target in targets)
 
 

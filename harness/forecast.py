@@ -1,9 +1,8 @@
-"""What a plan will take: time, memory and disk, before it runs. Rules of thumb, and each says what it rests on.
+"""What a plan will take: time, memory and disk, before it runs. Each says what it rests on.
 
 Time comes from an earlier run of the same study on the same machine where there is one. Without one, a CPU's is
-estimated from its own matrix speed, measured for a moment; a GPU's is not guessed. Memory: weights at their stored
-size, adapter with gradient and two Adam moments in float32, activations by Korthikanti et al. (2022, arXiv
-2205.05198, about 34 bytes per token, layer and hidden unit without the attention matrix), and the logits.
+estimated from its own matrix speed, measured for a moment; a GPU's is not guessed. Memory is that of an earlier run, or
+counted (`harness.memory_estimate`).
 """
 
 from __future__ import annotations
@@ -14,23 +13,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness import catalogue, codec, shapes, store
+from harness.adapter import adapter_parameters, linear_widths
 from harness.errors import LorameterError
+from harness.memory_estimate import CUDA_CONTEXT_BYTES, PROCESS_BYTES, estimate_memory, stored_dtype
 from harness.plan import Group, Plan
 from harness.provenance import Machine, free_device_memory
 from harness.shapes import ModelShape
-from harness.variant import ALL_LINEAR, Variant
+from harness.variant import Variant
 from harness.workload import Workload
 
-PROCESS_BYTES = 700 * 2**20
-"""Interpreter with torch, transformers, peft and bitsandbytes: 0.5 to 0.7 GiB resident (measured, CPU build)."""
 PROCESS_START_S = 6.0
 """A new interpreter with these imports, measured on two cores."""
 CHECK_S = 1.0
 """Fork, build and check of a small model, measured on two cores; the check's own steps come on top."""
 CHECK_STEPS = 6
 """Steps that the first step, the check and the held-out losses are worth."""
-CUDA_CONTEXT_BYTES = 600 * 2**20
-"""Device memory of a process's CUDA context and libraries; 0.4 to 0.6 GiB is usual."""
 RUNS_LOOKED_AT = 20
 """Runs that are searched for measured peaks."""
 LAYER_OVERHEAD_S = 3e-3
@@ -49,10 +46,14 @@ class Forecast:
 
 def forecast(plan: Plan, machine: Machine, runs: Path) -> Forecast:
     """Expected wall time, peak memory of the largest trial (with its process) and disk of a run."""
-    shape = shapes.shape(catalogue.resolve(plan.study.workload.model))
+    source = catalogue.resolve(plan.study.workload.model)
+    shape, stored = shapes.shape(source), stored_dtype(source)
     adapters = [adapter_parameters(variant, shape) for variant, _ in plan.members]
     workload = plan.study.workload
-    needs = {variant.id: PROCESS_BYTES + memory_bytes(variant, workload, shape) for variant, _ in plan.members}
+    needs = {
+        variant.id: estimate_memory(variant, workload, shape, device=machine.device, stored=stored).needed_bytes
+        for variant, _ in plan.members
+    }
     memory = max(_group_bytes(group, needs) for group in plan.groups)
     tokens = 4 * 8 * workload.sequence_length * (workload.train_sequences + workload.held_out_sequences)
     disk = tokens + len(plan.slots) * 64 * 1024 + max(adapters) * 4
@@ -66,12 +67,22 @@ def _group_bytes(group: Group, needs: dict[str, int]) -> int:
 
 
 def together_bytes(members: Sequence[Variant], workload: Workload, machine: Machine, runs: Path | None) -> int:
-    """Expected memory of one live process for each member: peaks of an earlier run where there are any, else the rule
-    of thumb; on a GPU device memory."""
-    shape = shapes.shape(catalogue.resolve(workload.model))
-    process = CUDA_CONTEXT_BYTES if machine.device == "cuda" else PROCESS_BYTES
-    measured = {} if runs is None else _measured_peaks(workload, machine, runs)
-    return sum(measured.get(variant.id) or process + memory_bytes(variant, workload, shape) for variant in members)
+    """Expected memory of one live process for each member: peaks of an earlier run where there are any, else the
+    estimate; on a GPU device memory."""
+    source = catalogue.resolve(workload.model)
+    shape, stored, device = shapes.shape(source), stored_dtype(source), machine.device
+    kind, extra = "host_peak_train_bytes", 0
+    if device == "cuda":
+        kind, extra = "device_peak_reserved_train_bytes", CUDA_CONTEXT_BYTES
+    measured = {} if runs is None else measured_peaks(workload, machine, runs, kind)
+
+    def needed(variant: Variant) -> int:
+        peak = measured.get(variant.id)
+        if peak:
+            return peak + extra
+        return estimate_memory(variant, workload, shape, device=device, stored=stored).needed_bytes
+
+    return sum(map(needed, members))
 
 
 def free_bytes(machine: Machine) -> int | None:
@@ -83,10 +94,9 @@ def free_bytes(machine: Machine) -> int | None:
     return free_device_memory()
 
 
-def _measured_peaks(workload: Workload, machine: Machine, runs: Path) -> dict[str, int]:
-    """Largest peak of each variant, by its id, in the latest runs of this workload on this machine."""
-    kind = "device_peak_reserved_train_bytes" if machine.device == "cuda" else "host_peak_train_bytes"
-    extra = CUDA_CONTEXT_BYTES if machine.device == "cuda" else 0
+def measured_peaks(workload: Workload, machine: Machine, runs: Path, kind: str) -> dict[str, int]:
+    """Largest peak of each variant, by its id, in the latest runs of this workload on this machine; `kind` is the name
+    under which records hold it."""
     peaks: dict[str, int] = {}
     for path in store.list_runs(runs)[-RUNS_LOOKED_AT:]:
         try:
@@ -97,48 +107,14 @@ def _measured_peaks(workload: Workload, machine: Machine, runs: Path) -> dict[st
         if same and run.manifest.study.get("workload") == codec.to_json(workload):
             for record in run.records:
                 if kind in record.memory:
-                    peaks[record.variant] = max(peaks.get(record.variant, 0), record.memory[kind] + extra)
+                    peaks[record.variant] = max(peaks.get(record.variant, 0), record.memory[kind])
     return peaks
 
 
-def linear_widths(shape: ModelShape) -> dict[str, tuple[int, int]]:
-    """Inputs and outputs of the linear layers of one block, by the name that target_modules would use."""
-    query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    return {
-        "q_proj": (shape.hidden_size, query),
-        "k_proj": (shape.hidden_size, key),
-        "v_proj": (shape.hidden_size, key),
-        "o_proj": (query, shape.hidden_size),
-        "gate_proj": (shape.hidden_size, shape.intermediate_size),
-        "up_proj": (shape.hidden_size, shape.intermediate_size),
-        "down_proj": (shape.intermediate_size, shape.hidden_size),
-    }
-
-
-def adapter_parameters(variant: Variant, shape: ModelShape) -> int:
-    """Parameters that the adapter adds to a Llama-shaped model: r (in + out) for each target, with DoRA a magnitude for
-    each output too; PEFT's default targets are q and v. Biases of the base that train are not the adapter's."""
-    targets = variant.target_modules or ("q_proj", "v_proj")
-    widths = linear_widths(shape)
-    chosen = widths.values() if ALL_LINEAR in targets else [width for name, width in widths.items() if name in targets]
-    magnitudes = 1 if variant.use_dora else 0
-    return shape.layers * sum(variant.r * (inputs + outputs) + magnitudes * outputs for inputs, outputs in chosen)
-
-
-def memory_bytes(variant: Variant, workload: Workload, shape: ModelShape) -> int:
-    """Expected peak of training beyond the bare process."""
-    wide = 4 if variant.dtype == "float32" else 2
-    linear = shape.layers * sum(inputs * outputs for inputs, outputs in linear_widths(shape).values())
-    per_weight = {"none": float(wide), "int8": 1.0}.get(
-        variant.quantization, 4.127 / 8 if variant.double_quant else 4.5 / 8
-    )
-    embeddings = (
-        shape.vocab_size * shape.hidden_size * (1 if shape.tied else 2) * (4 if variant.prepare_for_kbit else wide)
-    )
-    tokens = workload.batch_size * workload.sequence_length
-    kept = 2 if variant.gradient_checkpointing else 34
-    activations = tokens * shape.hidden_size * shape.layers * kept * wide // 2 + 3 * tokens * shape.vocab_size * 4
-    return int(linear * per_weight) + embeddings + 16 * adapter_parameters(variant, shape) + activations
+def memory_bytes(variant: Variant, workload: Workload, shape: ModelShape, device: str = "cpu") -> int:
+    """Expected peak of training beyond the bare process (`harness.memory_estimate`)."""
+    expected = estimate_memory(variant, workload, shape, device=device)
+    return expected.total_bytes - (PROCESS_BYTES if device == "cpu" else 0)
 
 
 def _time(plan: Plan, machine: Machine, shape: ModelShape, runs: Path) -> tuple[float | None, str]:

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 from harness import catalogue, codec, shapes, store
-from harness.forecast import adapter_parameters, forecast
+from harness.adapter import adapter_parameters
+from harness.forecast import forecast
 from harness.plan import make_plan
 from harness.variant import Variant
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from harness import catalogue, shapes
 from harness.doctor.check import Check, say
 from harness.doctor.survey import OPTIONAL, REQUIRED, Survey
-from harness.forecast import CUDA_CONTEXT_BYTES, PROCESS_BYTES, memory_bytes
+from harness.memory_estimate import PROCESS_BYTES, estimate_memory
 from harness.meters.visible import ORDER_VARIABLE, counts_along_the_bus
 from harness.units import format_bytes
 from harness.variant import Variant
@@ -83,31 +83,32 @@ def memory(found: Survey) -> Iterator[Check]:
 
 
 def models(found: Survey) -> Iterator[Check]:
-    """Which models of the catalogue fit into what is free, by the rule of thumb of `harness.forecast`."""
+    """Which models of the catalogue fit into what is free, by `harness.memory_estimate`."""
     card, workload = found.card.value, Workload()
     if card is not None and found.machine.device == "cuda":
-        free, process = card.memory.then(lambda told: told.free), CUDA_CONTEXT_BYTES
+        free, where = card.memory.then(lambda told: told.free), "cuda"
     else:
-        free, process = found.system.memory_available_bytes, PROCESS_BYTES
+        free, where = found.system.memory_available_bytes, "cpu"
     if free.value is None:
         return
-    plain, packed = (_fitting(Variant(name=how, quantization=how), free.value - process) for how in ("none", "nf4"))
+    room = free.value
+    plain, packed = (_fitting(Variant(name=how, quantization=how), where, room) for how in ("none", "nf4"))
     more = [name for name in packed if name not in plain]
     yield Check(
         about="runs",
         name="models",
         standing="good" if packed else "note",
-        found=f"LoRA: {', '.join(plain) or 'none'}; with a 4-bit base {', '.join(more) or 'no more'} too (a rule of "
-        f"thumb, {workload.batch_size} × {workload.sequence_length} tokens a batch)",
+        found=f"LoRA: {', '.join(plain) or 'none'}; with a 4-bit base {', '.join(more) or 'no more'} too (estimated, "
+        f"{workload.batch_size} × {workload.sequence_length} tokens a batch)",
         remedy="" if packed else "Free memory, or take a smaller model than the catalogue's.",
     )
 
 
-def _fitting(variant: Variant, free: int) -> list[str]:
+def _fitting(variant: Variant, where: str, free: int) -> list[str]:
     """Names of the catalogue's models that train in so many bytes; their weights are not looked for."""
-    return [
-        name
-        for name in catalogue.CATALOGUE
-        if memory_bytes(variant, Workload(), shapes.shape(catalogue.resolve(f"{catalogue.RANDOM_PREFIX}{name}")))
-        <= free
-    ]
+
+    def needed(name: str) -> int:
+        shape = shapes.shape(catalogue.resolve(f"{catalogue.RANDOM_PREFIX}{name}"))
+        return estimate_memory(variant, Workload(), shape, device=where).needed_bytes
+
+    return [name for name in catalogue.CATALOGUE if needed(name) <= free]

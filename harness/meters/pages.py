@@ -18,6 +18,8 @@ _SMAPS = Path("/proc/self/smaps")
 _STATM = Path("/proc/self/statm")
 _HEADER = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ \d+ *(.*)")
 _HEAP = "[heap]"
+_SEGMENT_BYTES = 64 * 2**20
+"""Other arenas than the first grow in segments that begin at a multiple of this (HEAP_MAX_SIZE of glibc's arena.c)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +29,7 @@ class Pages:
     files: Mapping[str, int]
     """By path, of everything that is mapped from a file."""
     heap_bytes: int
-    """Of the break segment, which is malloc's main arena."""
+    """Of malloc's arenas: the break segment, and the segments of other threads' arenas."""
     anonymous_bytes: int
     """Of what is mapped from no file and is not the heap: malloc's large blocks, the interpreter's arenas, stacks."""
     ranges: tuple[tuple[int, int, str], ...]
@@ -55,17 +57,17 @@ def read_pages() -> Pages:
     """Read /proc/self/smaps; some milliseconds."""
     files: dict[str, int] = {}
     ranges: list[tuple[int, int, str]] = []
-    heap, anonymous, path = 0, 0, ""
+    heap, anonymous, path, first = 0, 0, "", 0
     for line in _SMAPS.read_text().splitlines():
         if header := _HEADER.fullmatch(line):
-            path = header[3]
+            path, first = header[3], int(header[1], 16)
             if path.startswith("/"):
-                ranges.append((int(header[1], 16), int(header[2], 16), path))
+                ranges.append((first, int(header[2], 16), path))
         elif line.startswith("Rss:"):
             size = int(line.split()[1]) * 1024
             if path.startswith("/"):
                 files[path] = files.get(path, 0) + size
-            elif path == _HEAP:
+            elif path == _HEAP or (not path and first % _SEGMENT_BYTES == 0):
                 heap += size
             else:
                 anonymous += size

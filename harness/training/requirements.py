@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from harness.adapter import EIGHT_BIT_FROM_ELEMENTS, PAGED_FROM_ELEMENTS
 from harness.variant import Variant
 
 _BACKEND = {"sdpa": "fused", "eager": "eager", "flash_attention_2": "flash_attention_2", "flex_attention": "flex"}
@@ -16,12 +17,6 @@ _OPTIMIZER = {
     "paged_adamw_32bit": "bitsandbytes.optim.PagedAdamW32bit",
     "paged_adamw_8bit": "bitsandbytes.optim.PagedAdamW8bit",
 }
-PAGED_FROM_ELEMENTS = 100_000
-"""bitsandbytes pages the state of a tensor from this many elements on (`Optimizer8bit.get_state_buffer`)."""
-
-
-EIGHT_BIT_FROM_ELEMENTS = 4096
-"""Smaller tensors keep float32 state in an 8-bit optimizer (its `min_8bit_size`)."""
 
 
 def paged_share(trained_shapes: tuple[int, ...], *, eight_bit: bool) -> float:

@@ -19,22 +19,14 @@ import torch
 from peft import get_peft_model_state_dict
 
 from harness import catalogue, shapes
+from harness.adapter import adapter_parameters, optimizer_state_bytes
 from harness.catalogue import ModelSource
 from harness.errors import LorameterError, impossible
-from harness.forecast import adapter_parameters
 from harness.study import Study
 from harness.training.build import attach
 from harness.training.models import empty_model
-from harness.training.requirements import EIGHT_BIT_FROM_ELEMENTS
-from harness.variant import Optimizer, Variant
+from harness.variant import Variant
 
-STEP_BYTES = 4
-"""torch counts the steps of each tensor in a float32 (`torch.optim.adam`, `_get_scalar_dtype`); bitsandbytes in a
-Python number."""
-BLOCK = 256
-"""Elements that share a float32 scale in an 8-bit moment (`Optimizer2State.init_state` of bitsandbytes)."""
-TABLE_BYTES = 256 * 4
-"""The values that an 8-bit moment can take; one table for each of the two moments, shared by all tensors."""
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
@@ -81,7 +73,7 @@ def sizes_of(variant: Variant, source: ModelSource) -> Sizes:
     if adapter != expected:
         raise LorameterError(
             f"sizes: variant {variant.name!r} on {source.label}: PEFT adds {adapter} parameters and "
-            f"harness.forecast.adapter_parameters expects {expected}. The formula knows the layers of Llama and its "
+            f"harness.adapter.adapter_parameters expects {expected}. The formula knows the layers of Llama and its "
             "kin; trust neither number before it knows this architecture too."
         )
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -99,25 +91,11 @@ def sizes_of(variant: Variant, source: ModelSource) -> Sizes:
         base_parameters=everything - adapter,
         adapter_bytes=_bytes(trained),
         gradient_bytes=_bytes(trained),  # a gradient has the type of its parameter
-        optimizer_state_bytes=optimizer_state_bytes(variant.optimizer, trained),
+        optimizer_state_bytes=optimizer_state_bytes(
+            variant.optimizer, [(parameter.numel(), parameter.element_size()) for parameter in trained]
+        ),
         saved_bytes=_file_bytes(get_peft_model_state_dict(saved, save_embedding_layers=False)),
     )
-
-
-def optimizer_state_bytes(optimizer: Optimizer, trained: Iterable[torch.Tensor]) -> int:
-    """All state after a first step, by the rules of torch 2.13 and bitsandbytes 0.50.
-
-    torch's AdamW keeps two moments in the type of the parameter and a step count. bitsandbytes keeps them in float32;
-    in 8 bits with a scale for each block of 256 elements, but in float32 for a tensor of less than 4096 elements.
-    """
-    tensors = list(trained)
-    if optimizer in ("adamw", "adamw_fused"):
-        return sum(2 * tensor.numel() * tensor.element_size() + STEP_BYTES for tensor in tensors)
-    eight_bit = optimizer == "paged_adamw_8bit"
-    quantised = [one.numel() for one in tensors if eight_bit and one.numel() >= EIGHT_BIT_FROM_ELEMENTS]
-    wide = sum(one.numel() for one in tensors) - sum(quantised)
-    narrow = sum(elements + 4 * -(-elements // BLOCK) for elements in quantised)
-    return 2 * (4 * wide + narrow + (TABLE_BYTES if quantised else 0))
 
 
 def _attached(variant: Variant, source: ModelSource) -> Any:

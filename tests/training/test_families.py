@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from harness import catalogue, shapes
-from harness.forecast import adapter_parameters
+from harness.adapter import adapter_parameters
 from harness.protocol import Protocol
 from harness.record import TrialRequest
 from harness.training.shared import SharedBase
