@@ -126,25 +126,30 @@ IDLE = "idle"
 
 
 def categories_s(profile: Profile, step: StepAccount) -> dict[str, dict[str, float]]:
-    """Seconds of each category in each phase of a plain step, the largest category first and `IDLE` last.
-
-    Of each phase the profiler says what share of it a category takes, and the borders how long it is.
-    """
+    """Seconds of each category in each phase of a plain step, the largest category first and `IDLE` last."""
     found: dict[str, dict[str, float]] = {}
     for phase in profile.activity.phases:
-        scale = step.phases[phase.phase].value / phase.window_s if phase.window_s else 0.0
-        for category, seconds in {**phase.categories_s, IDLE: phase.idle_s}.items():
-            found.setdefault(category, dict.fromkeys(PHASES, 0.0))[phase.phase] = scale * seconds
+        idle = max(0.0, step.phases[phase.phase].value - plain_s(profile, step, phase, phase.busy_s))
+        times = {category: plain_s(profile, step, phase, seconds) for category, seconds in phase.categories_s.items()}
+        for category, seconds in {**times, IDLE: idle}.items():
+            found.setdefault(category, dict.fromkeys(PHASES, 0.0))[phase.phase] = seconds
     return dict(sorted(found.items(), key=lambda pair: (pair[0] == IDLE, -sum(pair[1].values()))))
+
+
+def plain_s(profile: Profile, step: StepAccount, phase: PhaseActivity, seconds: float) -> float:
+    """What takes so many seconds of a phase under the profiler, in seconds of a plain step.
+
+    A kernel takes as long on a GPU whether or not it is recorded. On a CPU the profiler slows down what it records, so
+    the share of the phase is kept.
+    """
+    if profile.activity.device == "cuda":
+        return seconds
+    return seconds * step.phases[phase.phase].value / phase.window_s if phase.window_s else 0.0
 
 
 def time_of(profile: Profile, step: StepAccount, seconds: Callable[[PhaseActivity], float]) -> float:
     """Seconds of a plain step for `seconds` of each of its phases under the profiler."""
-    return sum(
-        seconds(phase) * step.phases[phase.phase].value / phase.window_s
-        for phase in profile.activity.phases
-        if phase.window_s
-    )
+    return sum(plain_s(profile, step, phase, seconds(phase)) for phase in profile.activity.phases)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

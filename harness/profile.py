@@ -60,11 +60,6 @@ class PhaseActivity:
         """Launches, or calls of operators."""
         return sum(one.calls for one in self.operators)
 
-    @property
-    def idle_s(self) -> float:
-        """On a GPU the device waits for the host; on a CPU it is the interpreter, outside every operator."""
-        return max(0.0, self.window_s - self.busy_s)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Activity:

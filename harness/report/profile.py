@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from harness.accounting import Ceilings, StepAccount, TokenShares, categories_s
+from harness.accounting import IDLE, Ceilings, StepAccount, TokenShares, categories_s, plain_s
 from harness.diagnosis import RULES, Finding
 from harness.memory_account import in_order, title_of
 from harness.profile import PHASES, Profile
@@ -88,9 +88,10 @@ def _phases(profile: Profile, step: StepAccount) -> Table:
     calls = "launches" if profile.device == "cuda" else "operators"
     for index, head in enumerate(("phase", "time", "of the step", waits, calls)):
         table.add_column(head, justify="right" if index else "left")
+    idling = categories_s(profile, step)[IDLE]
     for phase in profile.activity.phases:
         span = step.phases[phase.phase]
-        idle = phase.idle_s / phase.window_s if phase.window_s else 0.0
+        idle = idling[phase.phase] / span.value
         table.add_row(
             PHASE_TITLES[phase.phase],
             escape(format_interval(span.value, span.low, span.high, "s")),
@@ -134,14 +135,20 @@ def _categories(profile: Profile, step: StepAccount) -> Table:
 
 def _operators(profile: Profile, step: StepAccount) -> Iterator[str]:
     steps, slow = len(profile.activity.step_times_s), profile.activity.window_s
-    yield (
-        f"shares come from {steps} steps under the profiler, each {format_value(slow, 's')} long "
-        f"(× {step.profiler_slowdown:.2f}); times are these shares of the phases above"
-    )
-    uses = [(use, phase.phase) for phase in profile.activity.phases for use in phase.operators]
-    for use, phase in sorted(uses, key=lambda pair: -pair[0].time_s)[:TOP]:
+    seen = f"seen in {steps} steps under the profiler, each {format_value(slow, 's')} (× {step.profiler_slowdown:.2f})"
+    if profile.activity.device == "cuda":
+        yield f"{seen}, which slows down the host and no kernel"
+    else:
+        yield f"{seen}; times are shares of a phase there, of the phase above"
+    uses = [
+        (plain_s(profile, step, phase, use.time_s), use, phase.phase)
+        for phase in profile.activity.phases
+        for use in phase.operators
+    ]
+    for seconds, use, phase_name in sorted(uses, key=lambda found: -found[0])[:TOP]:
         name = use.name if len(use.name) <= NAME_WIDTH else f"{use.name[: NAME_WIDTH - 1]}…"
-        yield f"{use.time_s / slow:6.1%}  {use.calls:6.0f} calls  {phase:8}  {use.category:11}  {name}"
+        share = seconds / step.step.value
+        yield f"{share:6.1%}  {use.calls:6.0f} calls  {phase_name:8}  {use.category:11}  {name}"
 
 
 def _memory(profile: Profile) -> Table:

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from harness import codec
+from harness import cli, codec, profiling
 from harness.accounting import IDLE, categories_s, ceilings, step_account, time_of, token_shares
 from harness.diagnosis import diagnose
 from harness.evidence import evidence_of
@@ -121,3 +121,23 @@ def test_all_of_a_profile_is_shown_and_read_back(profile):
     assert codec.from_json(Profile, json.loads(codec.dumps(profile)), "profile") == profile
     other = dataclasses.replace(profile, variant=dataclasses.replace(profile.variant, target_modules=("lm_head",)))
     assert "lm_head" in ceilings(other, step.step)
+
+
+def test_a_kernel_takes_as_long_as_it_was_seen_to_take(profile):
+    """On a GPU the profiler slows down the host only: what a plain phase leaves beside its kernels is idling."""
+    phases = (phase("forward", 0.060, use("nvjet_tst", "matmul", 0.02)), phase("backward", 0.120))
+    seen = dataclasses.replace(profile, activity=Activity(device="cuda", step_times_s=(0.2,), phases=phases))
+    found = categories_s(seen, step_account(seen))
+    assert (found["matmul"]["forward"], found[IDLE]["forward"]) == pytest.approx((0.02, 0.01))
+
+
+def test_the_command_prints_one_document(profile, monkeypatch, capsys, tmp_path):
+    """With --json nothing else is on stdout, and it holds the facts beside what they come to."""
+    monkeypatch.setattr(profiling, "profile_variant", lambda *args, **options: (profile, tmp_path))
+    assert cli.main(["profile", "lora-or-qlora:lora-r16", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["schema"] == 1
+    assert document["step"]["remainder_s"] == pytest.approx(0.001)
+    assert [finding["code"] for finding in document["findings"]] == ["needless-checkpointing", "padding", "dropout"]
+    assert document["profile"]["record"]["samples"]["phase_data_s"] == [0.001] * 8
+    assert cli.main(["profile", "lora-or-qlora:lora-r17"]) == 2
