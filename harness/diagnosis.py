@@ -70,14 +70,14 @@ class Evidence:
     memory_bytes: int = 0
     """Of the device."""
     extra_bytes: Mapping[str, int] = field(default_factory=dict)
-    """What leaving something out would add: "quantization", "gradient_checkpointing", "optimizer"."""
+    """What leaving a saving out would add, where known: "quantization", "gradient_checkpointing", "optimizer"."""
     reserved_bytes: int | None = None
     """What CUDA's allocator held at its peak, of which `peak_bytes` were in use."""
     alloc_retries: int = 0
 
     def fits(self, key: str) -> bool:
-        """Whether the memory takes what leaving this out would add."""
-        return self.peak_bytes + self.extra_bytes.get(key, 0) <= SPARE_SHARE * self.memory_bytes
+        """Whether the memory takes what leaving this out would add; where that is not known it does not."""
+        return key in self.extra_bytes and self.peak_bytes + self.extra_bytes[key] <= SPARE_SHARE * self.memory_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,8 +137,8 @@ def _dequantisation(seen: Evidence) -> Iterator[Finding]:
     else:
         yield _timed(
             "dequantisation", seen, share, f"unpacking {seen.variant.quantization} weights takes {share:.1%} of a step",
-            f"Unpacked they take about {format_bytes(extra)} more, which is not there; each weight is unpacked once a "
-            "pass, so more tokens in it cost no more of this.",
+            "There may be no memory for them unpacked; each weight is unpacked once a pass, so more tokens in it cost "
+            "no more of this.",
             workload={"batch_size": 2 * seen.workload.batch_size},
         )  # fmt: skip
 

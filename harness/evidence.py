@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 from collections.abc import Mapping
+from typing import Any
 
 from harness import catalogue, shapes
 from harness.accounting import IDLE, Ceilings, StepAccount, TokenShares, categories_s, observed, time_of
 from harness.diagnosis import Evidence
+from harness.errors import UsageError
 from harness.flops import computed_tokens
 from harness.forecast import memory_bytes
 from harness.profile import PhaseActivity, Profile
@@ -17,7 +19,10 @@ DROPOUT_KERNELS = ("dropout", "bernoulli")
 """In the names of kernels that draw a mask; the fused one applies it as well."""
 DROPOUT_OPERATOR = "aten::dropout"
 """On a CPU: it draws the mask and multiplies with it. The backward pass multiplies by a `mul` like any other."""
-_LEFT_OUT: Mapping[str, object] = {"quantization": "none", "gradient_checkpointing": False}
+_LEFT_OUT: Mapping[str, dict[str, Any]] = {
+    "quantization": {"quantization": "none", "prepare_for_kbit": False},
+    "gradient_checkpointing": {"gradient_checkpointing": False},
+}
 
 
 def evidence_of(profile: Profile, step: StepAccount, tokens: TokenShares, found: Ceilings | str) -> Evidence:
@@ -67,14 +72,17 @@ def _word(seen: object) -> str | None:
 
 
 def _extra_bytes(profile: Profile) -> dict[str, int]:
-    """What leaving a saving out would add, by rule of thumb; a paged optimizer's state by count."""
-    shape = shapes.shape(catalogue.resolve(profile.workload.model))
-    present = memory_bytes(profile.variant, profile.workload, shape)
-    extra = {}
-    for key, value in _LEFT_OUT.items():
-        without = dataclasses.replace(profile.variant, prepare_for_kbit=False, **{key: value})  # type: ignore[arg-type]
-        extra[key] = max(0, memory_bytes(without, profile.workload, shape) - present)
-    moments = 8 * round(profile.record.values["trainable_parameters"])
+    """What leaving a saving out would add, as estimated; a paged optimizer's state by count."""
     memory = profile.record.memory
+    moments = 8 * round(profile.record.values["trainable_parameters"])
     resident = memory["optimizer_state_bytes"] - memory["paged_optimizer_state_bytes"]
-    return extra | {"optimizer": max(0, moments - resident)}
+    extra = {"optimizer": max(0, moments - resident)}
+    try:
+        shape = shapes.shape(catalogue.resolve(profile.workload.model))
+        present = memory_bytes(profile.variant, profile.workload, shape, profile.device)
+        for key, changes in _LEFT_OUT.items():
+            without = dataclasses.replace(profile.variant, **changes)
+            extra[key] = max(0, memory_bytes(without, profile.workload, shape, profile.device) - present)
+    except UsageError:  # a model type whose layers are not known: then nothing is said to fit
+        pass
+    return extra
