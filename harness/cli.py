@@ -14,6 +14,7 @@ from harness import (
     commands,
     commands_ab,
     commands_doctor,
+    commands_estimate,
     commands_profile,
     commands_run,
     commands_sample,
@@ -65,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
     commands.add_commands(subparsers, _common)
     commands_ab.add_commands(subparsers, _common)
     commands_doctor.add_commands(subparsers, _common)
+    commands_estimate.add_commands(subparsers, _common)
     commands_profile.add_commands(subparsers, _common)
     commands_sample.add_commands(subparsers, _common)
     commands_study.add_commands(subparsers, _common)

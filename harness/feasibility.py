@@ -12,13 +12,17 @@ from pathlib import Path
 
 from harness import catalogue, shapes
 from harness.errors import UsageError
+from harness.memory_estimate import MemoryEstimate, estimate_memory, stored_dtype
 from harness.provenance import Machine
 from harness.record import Notice
 from harness.shapes import ModelShape
 from harness.study import Study
+from harness.units import format_bytes
 from harness.variant import Variant
 from harness.workload import SYNTHETIC
 
+ERRS_BY = 0.10
+"""How far an estimate of memory may be from the peak: within it nothing is refused, and beyond it nothing is safe."""
 NF4_BLOCK = 64
 """Elements per quantisation block, bitsandbytes' default."""
 
@@ -33,7 +37,7 @@ def check_feasible(study: Study, machine: Machine, variants: Iterable[Variant] |
         UsageError: naming study, variant, key, value and remedy.
     """
     source = catalogue.resolve(study.workload.model)
-    shape = shapes.shape(source)
+    shape, stored = shapes.shape(source), stored_dtype(source)
     _check_lengths(study, shape)
     _check_data(study)
     notices: list[Notice] = []
@@ -45,6 +49,9 @@ def check_feasible(study: Study, machine: Machine, variants: Iterable[Variant] |
         _check_widths(where, variant, shape, machine)
         notices += _rank_notices(variant, shape)
         notices += _paged_notices(variant, machine)
+        expected = estimate_memory(variant, study.workload, shape, device=machine.device, stored=stored)
+        _check_memory(where, expected, machine)
+        notices += memory_notices(variant, expected, machine)
     if source.random:
         notices.append(
             Notice(
@@ -79,6 +86,35 @@ def _check_data(study: Study) -> None:
             f"study {study.name}, [workload]: data = {data!r}: no such file. Give a .jsonl or .jsonl.gz file, a hub "
             f"id, or {SYNTHETIC!r}."
         )
+
+
+def memory_notices(variant: Variant, expected: MemoryEstimate, machine: Machine) -> Iterator[Notice]:
+    """What to know of a variant that may not fit into this machine."""
+    has = _memory(machine)
+    if has is not None and expected.needed_bytes > (1 - ERRS_BY) * has:
+        yield Notice(
+            code="memory-short",
+            message=f"{variant.name}: needs about {format_bytes(expected.needed_bytes)}, and this machine has "
+            f"{format_bytes(has)}.",
+            remedy=_LESS_MEMORY,
+        )
+
+
+def _check_memory(where: str, expected: MemoryEstimate, machine: Machine) -> None:
+    has = _memory(machine)
+    if has is not None and expected.needed_bytes > (1 + ERRS_BY) * has:
+        raise UsageError(
+            f"{where}: needs about {format_bytes(expected.needed_bytes)} and this machine has {format_bytes(has)}. "
+            f"{_LESS_MEMORY} `lorameter estimate` shows what takes it."
+        )
+
+
+def _memory(machine: Machine) -> int | None:
+    """What the device that measures has in all."""
+    return machine.device_memory_bytes if machine.device == "cuda" else machine.memory_bytes
+
+
+_LESS_MEMORY = 'Use quantization = "nf4", gradient_checkpointing = true, a smaller batch_size, or a smaller model.'
 
 
 def _check_attention(where: str, variant: Variant, machine: Machine) -> None:

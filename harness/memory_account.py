@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 MemoryPhase = Literal["train", "generate"]
+MEMORY_PHASES: tuple[MemoryPhase, ...] = ("train", "generate")
 
 KINDS: Mapping[str, str] = {
     "process": "process at birth",

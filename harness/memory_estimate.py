@@ -156,13 +156,14 @@ def _step(variant: Variant, workload: Workload, shape: ModelShape, device: str) 
     gradients = adapter_parameters(variant, shape) * _adapter_width(variant)
     accumulated = gradients if variant.gradient_accumulation > 1 else 0
     slack = device == "cpu" and tokens * shape.intermediate_size * width(variant.dtype) < MAPPED_FROM_BYTES
-    taken = max(kept, gradients) if slack else 0
+    again = activations.block() if variant.gradient_checkpointing else 0
+    taken = max(kept, gradients, kept + again + gradients if again else 0) if slack else 0
     loss = {"activations": kept, "logits": LOGIT_COPIES * tokens * shape.vocab_size, "gradients": accumulated}
     moments = [loss, {"gradients": gradients, "temporaries": gradients * _foreach(variant, device)}]
     if variant.gradient_checkpointing:
         wide = max(shape.intermediate_size, shape.hidden_size)
-        again = {"activations": kept, "temporaries": activations.block() + 3 * 4 * tokens * wide}
-        moments.append(again | {"gradients": gradients, "operator_scratch": _dequantised(variant, shape)})
+        block = {"activations": kept, "temporaries": again + 3 * 4 * tokens * wide, "gradients": gradients}
+        moments.append(block | {"operator_scratch": _dequantised(variant, shape)})
     for moment in moments:
         if slack:
             held = moment.get("activations", 0) + moment.get("gradients", 0) + moment.get("temporaries", 0)

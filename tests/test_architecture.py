@@ -80,6 +80,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "commands",
         "commands_ab",
         "commands_doctor",
+        "commands_estimate",
         "commands_profile",
         "commands_run",
         "commands_sample",
