@@ -52,6 +52,8 @@ class StepAccount:
     """From the end of a step to the beginning of the next; no part of the step."""
     borders: Span
     """By how much the borders of phases make a step longer, over pairs of neighbours."""
+    covered: float
+    """Share of a bordered step that its own phases cover: whatever disturbs a step disturbs both alike."""
     profiler_slowdown: float
     """Time of a step under the profiler over that of a plain one."""
     occupancy: float | None
@@ -81,11 +83,13 @@ def step_account(profile: Profile) -> StepAccount:
 
     plain, bordered = kept("plain_step_time_s"), kept("bordered_step_time_s")
     step = span_of(plain)
+    sums = [sum(times) for times in zip(*(kept(f"phase_{phase}_s") for phase in PHASES), strict=True)]
     return StepAccount(
         step=step,
         phases={phase: span_of(kept(f"phase_{phase}_s")) for phase in PHASES},
         between=span_of(profile.record.samples["between_steps_s"]),
         borders=span_of([slow - fast for fast, slow in zip(plain, bordered, strict=True)]),
+        covered=span_of([part / whole for part, whole in zip(sums, bordered, strict=True)]).value,
         profiler_slowdown=span_of(profile.activity.step_times_s).value / step.value,
         occupancy=_occupancy(profile, range(_pairs(profile))) if profile.device == "cpu" else None,
         pairs=_pairs(profile),

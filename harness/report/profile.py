@@ -113,7 +113,8 @@ def _step_lines(step: StepAccount) -> Iterator[str]:
     yield "intervals are those of this process; between processes times differ more"
     yield (
         f"borders between phases cost {format_interval(borders.value, borders.low, borders.high, 's')} a step "
-        f"({borders.value / step.step.value:.1%}); between steps {format_value(between.value, 's')}"
+        f"({borders.value / step.step.value:.1%}); in such a step the phases cover {step.covered:.2%}; between steps "
+        f"{format_value(between.value, 's')}"
     )
     if step.occupancy is not None:
         yield f"occupancy {step.occupancy:.0%}: CPU time over wall time of all these steps"

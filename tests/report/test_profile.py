@@ -90,6 +90,7 @@ def test_the_lines_of_a_step_add_up(profile):
     assert step.remainder_s == pytest.approx(0.001)
     assert step.reconciled
     assert step.borders.value == pytest.approx(0.0001)
+    assert step.covered == pytest.approx(0.099 / 0.1001)
     assert step.profiler_slowdown == pytest.approx(2.0)
     assert step.occupancy == pytest.approx(0.99)
     found = categories_s(profile, step)
