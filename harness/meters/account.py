@@ -8,7 +8,7 @@ code and of mapped weights, and malloc what it holds; the two meet in what mallo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +55,7 @@ def account(
 
     Args:
         model: as PEFT makes it; a plain transformers model works too.
-        optimizer: its state counts as resident; clear it before a request is watched.
+        optimizer: its state counts as resident, as do gradients that are there; clear both before a request is watched.
         call: does everything of the phase; gradients that it leaves behind stay.
         birth: from `born()`, before the model was loaded.
         device: as torch names it.
@@ -70,15 +70,16 @@ def account(
     live = LiveTensors(resident=addresses, vocabulary=_vocabulary(model), device=device, looked=crest.look)
     gauge = MemoryGauge(device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    hook = _watch_cache(model, live)
+    hooks = watch_cache(model, live)
     gauge.begin()
     try:
         with live.watching(trained, compiled=compiled):
             call()
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
     peaks = gauge.peaks(phase)
-    kinds |= crest.kinds
+    kinds |= {kind: kinds.get(kind, 0) + size for kind, size in crest.kinds.items()}
     if cuda:
         return _on_cuda(phase, kinds, peaks)
     kinds |= _on_host(birth, crest, [tensor for found in tensors.values() for tensor in found])
@@ -151,19 +152,17 @@ def _vocabulary(model: Any) -> int:
     return int(model.get_input_embeddings().weight.shape[0]) if hasattr(model, "get_input_embeddings") else 0
 
 
-def _watch_cache(model: Any, live: LiveTensors) -> Any:
-    """Mark the keys and values that each forward pass hands out."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+def watch_cache(model: Any, live: LiveTensors) -> list[Any]:
+    """Mark keys and values of each layer as soon as its attention has added to them; returns the hooks to remove."""
 
-    def mark(module: Any, args: Any, output: Any) -> None:
-        for tensor in _cached(getattr(output, "past_key_values", None)):
-            live.note(tensor, "kv_cache")
+    def mark(module: Any, args: Any, given: dict[str, Any], output: Any) -> None:
+        cache = given.get("cache", given.get("past_key_values"))  # the name changed within transformers 5
+        layers = getattr(cache, "layers", ())
+        if module.layer_idx < len(layers):
+            for name in ("keys", "values"):
+                tensor = getattr(layers[module.layer_idx], name, None)
+                if isinstance(tensor, torch.Tensor):
+                    live.note(tensor, "kv_cache")
 
-    return inner.register_forward_hook(mark)
-
-
-def _cached(cache: Any) -> Iterator[torch.Tensor]:
-    for layer in getattr(cache, "layers", ()):
-        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
-            if isinstance(tensor, torch.Tensor):
-                yield tensor
+    attentions = [module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int)]
+    return [module.register_forward_hook(mark, with_kwargs=True) for module in attentions]

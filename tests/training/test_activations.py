@@ -10,6 +10,7 @@ import torch
 
 from harness import catalogue, shapes
 from harness.activations import Activations
+from harness.meters.account import watch_cache
 from harness.meters.live import LiveTensors
 from harness.meters.memory import resident_tensors
 from harness.training import build
@@ -82,3 +83,18 @@ def test_checkpointing_keeps_less_and_dropout_more(source):
 
     assert kept(gradient_checkpointing=True) < kept(target_modules=()) < kept() < kept(lora_dropout=0.1)
     assert kept(attention="flash_attention_2") < kept(attention="sdpa") < kept(attention="eager")
+
+
+def test_keys_and_values_of_a_request_are_told_apart(source):
+    """Two of them for each block, head and token; what else a forward pass makes is temporary."""
+    variant = dataclasses.replace(VARIANT, dtype="float32")
+    model = build.attach(load_base(source, variant, device="cpu", seed=1), variant).eval()
+    live = LiveTensors(resident=set(), vocabulary=VOCABULARY, device="cpu", looked=lambda kinds: None)
+    hooks = watch_cache(model, live)
+    with torch.no_grad(), live.watching([]):
+        output = model(input_ids=torch.arange(LENGTH)[None], use_cache=True)
+    for hook in hooks:
+        hook.remove()
+    shape = shapes.shape(source)
+    assert live.bytes["kv_cache"] == 2 * shape.layers * shape.kv_heads * shape.head_dim * LENGTH * 4
+    del output
