@@ -542,6 +542,8 @@ def foreign(tmp_path):
             "no:cacheprovider",
             "-p",
             "no:lorameter",
+            "-p",
+            "no:hypothesispytest",
             "--rootdir",
             ".",
         ]

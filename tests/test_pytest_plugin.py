@@ -13,6 +13,8 @@ import sys
 
 import pytest
 
+LEAN = ("-p", "no:cacheprovider", "-p", "no:hypothesispytest")
+"""Options of every session here: Hypothesis is no part of it, and its plugin's import is half of the session's time."""
 FAKE = """
 import os
 from pathlib import Path
@@ -127,7 +129,7 @@ def suite(pytester, monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
     def run(*options):
-        return pytester.runpytest_subprocess("--lorameter-study=small.toml", "-p", "no:cacheprovider", *options)
+        return pytester.runpytest_subprocess("--lorameter-study=small.toml", *LEAN, *options)
 
     run.path = pytester.path
     run.measured = lambda: (pytester.path / "measured").is_file()
@@ -182,9 +184,8 @@ def test_k_selects_and_keeps_the_reference(suite):
     assert not any("request_time_s" in r["samples"] for r in records)
 
 
-def test_comparing_two_runs_works_as_pytest_benchmark_documents(suite, monkeypatch):
+def test_comparing_two_runs_works_as_pytest_benchmark_documents(suite, base, monkeypatch):
     """--benchmark-compare shows both, and --benchmark-compare-fail fails on a slower one."""
-    suite("--benchmark-save=base").assert_outcomes(passed=6)
     again = suite("--benchmark-compare", "--benchmark-compare-fail=mean:10%")
     again.assert_outcomes(passed=6)
     again.stdout.fnmatch_lines(["*test_train_step*nf4*(0001*", "*test_train_step*nf4*(NOW)*"])
@@ -195,18 +196,16 @@ def test_comparing_two_runs_works_as_pytest_benchmark_documents(suite, monkeypat
     assert slower.ret != 0
 
 
-def test_unlike_runs_are_not_compared(suite):
+def test_unlike_runs_are_not_compared(suite, base):
     """Another workload is refused, and what differs is named."""
-    suite("--benchmark-save=base").assert_outcomes(passed=6)
     (suite.path / "small.toml").write_text(STUDY.replace("batch_size = 2", "batch_size = 1"))
     result = suite("--benchmark-compare")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines(["*not comparable: workload*batch_size*2*1*"])
 
 
-def test_a_variant_that_changed_under_its_name_is_not_compared(suite):
+def test_a_variant_that_changed_under_its_name_is_not_compared(suite, base):
     """The same test id with another rank is another variant."""
-    suite("--benchmark-save=base").assert_outcomes(passed=6)
     (suite.path / "small.toml").write_text(STUDY.replace("r = 4", "r = 8"))
     result = suite("--benchmark-compare")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
@@ -462,7 +461,7 @@ def test_what_would_change_a_run_that_is_gone_on_with_is_refused(suite, base):
 def test_a_project_that_does_not_attach_is_left_alone(pytester):
     """Options exist; nothing else happens, and machine_info is pytest-benchmark's."""
     pytester.makepyfile("def test_x(benchmark): benchmark(lambda: 1)")
-    result = pytester.runpytest_subprocess("--benchmark-json=out.json", "-p", "no:cacheprovider")
+    result = pytester.runpytest_subprocess("--benchmark-json=out.json", *LEAN)
     result.assert_outcomes(passed=1)
     assert "lorameter" not in json.loads((pytester.path / "out.json").read_text())["machine_info"]
 
