@@ -65,6 +65,11 @@ class Budget:
         """Seconds since the budget was opened."""
         return self.clock() - self._begin
 
+    @property
+    def left_s(self) -> float:
+        """Seconds that are left of the limit; infinite without one."""
+        return math.inf if self._limit_s is None else self._limit_s - self.spent_s
+
     def enter(self, study: Study, group: Group, later: Sequence[Group]) -> None:
         """A group begins; `later` are those of its replicate that come after it."""
         self._group, self._later_groups = group, later

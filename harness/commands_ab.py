@@ -67,6 +67,9 @@ def _measuring(command: argparse.ArgumentParser) -> None:
     command.add_argument("--effort", choices=("quick", "standard", "rigorous"), help="3, 8 or 12 replicates; default 8")
     command.add_argument("--replicates", type=int, metavar="N", help="number of replicates, instead of --effort")
     command.add_argument("--max-minutes", type=float, metavar="M", help="drop rounds, of all alike, to end by then")
+    command.add_argument(
+        "--allow-disturbed", action="store_true", help="let trials count whose surroundings were past a limit"
+    )
     command.add_argument("--model", metavar="M", help="catalogue name, hub id, directory, GGUF file, or random:M")
     command.add_argument("--data", metavar="FILE|ID", help="a .jsonl(.gz) file, a hub id, or synthetic")
 
@@ -203,6 +206,7 @@ def study_of(options: argparse.Namespace, standard: int | None = None) -> Any:
         replicates=options.replicates if decided else standard,
         precision=precision,
         max_minutes=options.max_minutes,
+        allow_disturbed=options.allow_disturbed,
     )
 
 

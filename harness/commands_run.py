@@ -31,6 +31,9 @@ def add_commands(commands: Any, common: Any) -> None:
     )
     run.add_argument("--precision", type=float, metavar="F", help="stop when every interval is within ±F of its ratio")
     run.add_argument("--max-minutes", type=float, metavar="M", help="drop rounds, of all alike, to end by then")
+    run.add_argument(
+        "--allow-disturbed", action="store_true", help="let trials count whose surroundings were past a limit"
+    )
     run.add_argument("--resume", metavar="RUN", help="go on with a run that broke off, by its own study and plan")
     run.add_argument("--dry-run", action="store_true", help="show the plan and what it will take, and measure nothing")
     common(run)
@@ -65,6 +68,7 @@ def run_study(options: argparse.Namespace) -> int:
         replicates=options.replicates,
         precision=options.precision,
         max_minutes=options.max_minutes,
+        allow_disturbed=options.allow_disturbed,
     )
     plan, notices = plan_study(
         study,

@@ -60,6 +60,7 @@ class Conductor:
         watcher: Watcher,
         save: Callable[[TrialRecord], None],
         budget: Budget,
+        attempt: int = 0,
     ) -> None:
         self._plan = plan
         self._group = group
@@ -71,7 +72,7 @@ class Conductor:
         self._entered = self._saved = budget.clock()
         self._saving_s = 0.0
         self._slots = {slot.trial: slot for slot in group.slots}
-        self._records = {slot.trial: blank(plan, slot, "ok") for slot in group.slots}
+        self._records = {slot.trial: blank(plan, slot, "ok").replaced(attempt=attempt) for slot in group.slots}
         self._begun: dict[str, float] = {}
         self._workers: dict[str, Worker] = {}
         self._timeout = plan.study.protocol.step_timeout_s

@@ -27,9 +27,9 @@ from harness.forecast import free_bytes, together_bytes
 from harness.levels import choose_level
 from harness.plan import Plan, make_plan, members_of
 from harness.provenance import Machine
-from harness.record import Notice, Side, TrialRecord
+from harness.record import Notice, Side
 from harness.resume import continued
-from harness.runner import kept, run_plan, unsettled
+from harness.runner import Measured, kept, run_plan, unsettled
 from harness.stopping import Stopping
 from harness.store import Manifest, Run, RunWriter
 from harness.study import Study
@@ -190,7 +190,7 @@ def measure(
                 budget=budget,
                 earlier=known,
             )
-            status, stopped = _status(measured.records), measured.stopped
+            status, stopped = _status(measured), measured.stopped
             trials = [record.trial for record in measured.records]
         finally:
             writer.finish(status, stopped=stopped, measured=trials)
@@ -217,6 +217,6 @@ def _greeted(executor: Executor, machine: Machine) -> dict[str, Any]:
     return hello
 
 
-def _status(records: Sequence[TrialRecord]) -> store.RunStatus:
-    stopped = any(record.status in ("interrupted", "not_run") for record in records)
-    return "interrupted" if stopped else "complete"
+def _status(measured: Measured) -> store.RunStatus:
+    stopped = any(record.status in ("interrupted", "not_run") for record in measured.records)
+    return "interrupted" if stopped or measured.interrupted else "complete"

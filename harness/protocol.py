@@ -52,6 +52,11 @@ class Protocol:
     """Longest silence of a worker during one command; a worker that is silent for longer is killed."""
     memory_limit_bytes: int | None = None
     """Address-space limit of a trial's process on a CPU; reaching it makes the trial `oom` instead of the machine."""
+    retries: int = 2
+    """Times that a trial is measured again whose surroundings were past a limit (`harness.meters.validity`), with all
+    that took turns with it, at the end of its replicate. Still past it, it stays invalid."""
+    allow_disturbed: bool = False
+    """Let such trials count, with a notice: for a machine that one cannot have to oneself."""
     precision: float | None = None
     """Stop as soon as every compared interval is at most this far from its centre (a fraction; the tolerance of 0.01
     is a sound choice), but not before 5 replicates; `replicates` is the cap. None measures all replicates."""
@@ -70,6 +75,7 @@ class Protocol:
             ("generate_requests", 1),
             ("natural_requests", 1),
             ("peak_replicates", 1),
+            ("retries", 0),
         ):
             if getattr(self, key) < least:
                 raise UsageError(f"protocol: {key} = {getattr(self, key)!r}: too small. Use {least} or more.")
@@ -116,4 +122,5 @@ class Protocol:
             epochs=0.0,
             generate_warmup=0,
             generate_requests=1,
+            allow_disturbed=True,
         )

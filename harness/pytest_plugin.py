@@ -46,6 +46,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--lorameter-effort", choices=("quick", "standard", "rigorous"), help="3, 8 or 12 replicates")
     group.addoption("--lorameter-replicates", type=int, metavar="N", help="number of replicates, instead of the effort")
     group.addoption("--lorameter-interleave", metavar="L", help="shared-base, lockstep or replicates; default: finest")
+    group.addoption(
+        "--lorameter-allow-disturbed", action="store_true", help="let trials count whose surroundings were past a limit"
+    )
     group.addoption("--lorameter-resume", metavar="RUN", help="go on with a run that broke off, and replay all of it")
     group.addoption("--lorameter-base", metavar="RUN", help="gate: a run, a saved .json, or the word baseline")
     group.addoption("--lorameter-policy", metavar="FILE", help="policy of the gate, as for lorameter gate")
@@ -243,6 +246,7 @@ class Session:
             data=option("--lorameter-data"),
             effort=option("--lorameter-effort"),
             replicates=option("--lorameter-replicates"),
+            allow_disturbed=option("--lorameter-allow-disturbed"),
         )
 
     def _measure(self, names: list[str], phases: set[str]) -> Run:

@@ -14,11 +14,12 @@ from harness.protocol import Protocol
 from harness.variant import Variant
 from harness.workload import Workload
 
-SCHEMA = 3
+SCHEMA = 4
 """Version of everything in this module. 1: first form. 2: requests say what a trial measures, with which instrument
 it is checked and how much work is injected; records name their side of an A/B. 3: requests to the model's own end;
-training that ends before its planned steps, and runs that were gone on with."""
-READABLE = (1, 2, 3)
+training that ends before its planned steps, and runs that were gone on with. 4: trials that are measured again because
+of their surroundings."""
+READABLE = (1, 2, 3, 4)
 """Schemas that this version reads from disk: later fields have defaults."""
 
 Status = Literal["ok", "invalid", "oom", "timeout", "crashed", "interrupted", "not_run"]
@@ -57,6 +58,8 @@ class Failure:
 
 UNDER_WAY = "UnderWay"
 """Kind of the failure in a record that was written before its trial had ended."""
+DISTURBED = "Disturbed"
+"""Kind of the failure of a trial that came to its end in surroundings in which its numbers say nothing of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +133,8 @@ class TrialRecord:
     replicate: int
     position: int
     """Place in the order of the run, from 0."""
+    attempt: int = 0
+    """How often the trial had been measured before in surroundings that made it invalid."""
     interleaving: Interleaving
     """How this trial alternated with those that it is compared with; "replicates" where it was alone in its turn."""
     side: Side = ""
@@ -152,6 +157,11 @@ class TrialRecord:
     def settled(self) -> bool:
         """Whether the trial came to its own end, good or bad."""
         return self.status in SETTLED
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether the trial is invalid because of its surroundings, and for no fault of its own."""
+        return self.failure is not None and self.failure.kind == DISTURBED
 
     def replaced(self, **changes: Any) -> TrialRecord:
         """This record with other values in some fields."""

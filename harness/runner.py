@@ -3,6 +3,10 @@
 The parent only ever blocks on an answer; it redraws between turns. Each trial ends as a record whatever happens to it:
 a lost worker, an exception in the child, Ctrl-C. The sweep goes on after a failed trial, and the summary carries what
 the exit code must say. A run that broke off is gone on with by leaving out what its records settle.
+
+A trial whose surroundings were past a limit is measured again, with all that took turns with it, once the others of its
+replicate have been: near enough for its pairs to have met the same machine, and late enough for a job to have ended or
+a card to have cooled.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ from dataclasses import dataclass
 
 from harness.budget import Budget
 from harness.conductor import Conductor, Site, Watcher, blank
+from harness.disturbance import judged
 from harness.executors import Executor
 from harness.plan import Group, Plan
 from harness.record import TrialRecord
@@ -26,6 +31,8 @@ class Measured:
 
     records: tuple[TrialRecord, ...]
     stopped: str | None = None
+    interrupted: bool = False
+    """Whether the user ended it."""
 
 
 def run_plan(
@@ -47,18 +54,19 @@ def run_plan(
     """
     budget = budget or Budget()
     remaining = list(unsettled(plan, earlier))
-    records = kept(remaining, earlier)
-    untouched = {record.trial: record for record in earlier if record not in records}
+    attempts = {group: _attempt(group, earlier) for group in remaining}
+    ended = {record.trial: record for record in kept(remaining, earlier)}
+    untouched = {record.trial: record for record in earlier if record.trial not in ended}
 
     def keep(record: TrialRecord) -> None:
         save(record)
-        records.append(record)
+        ended[record.trial] = record
         watcher.trial_ended(record)
 
     def give_up(groups: Iterable[Group]) -> None:
-        for slot in (slot for group in groups for slot in group.slots):
+        for slot in (slot for group in groups for slot in group.slots if slot.trial not in ended):
             if slot.trial in untouched:  # what it had when the run broke off is more than nothing
-                records.append(untouched[slot.trial])
+                ended[slot.trial] = untouched[slot.trial]
             else:
                 keep(blank(plan, slot, "not_run"))
 
@@ -66,8 +74,9 @@ def run_plan(
     while remaining and not interrupted:
         group = remaining.pop(0)
         budget.enter(plan.study, group, [other for other in remaining if other.replicate == group.replicate])
-        conductor = Conductor(plan, group, executors, site, watcher, save, budget)
+        conductor = Conductor(plan, group, executors, site, watcher, save, budget, attempts[group])
         error: Exception | None = None
+        begin = budget.clock()
         try:
             conductor.measure()
         except KeyboardInterrupt:
@@ -77,23 +86,51 @@ def run_plan(
             error = caught
             conductor.abandon(caught)
         for record in conductor.records():
-            keep(record)
+            if record.settled or record.trial not in ended:  # a second attempt that broke off leaves the first
+                keep(record if plan.study.protocol.allow_disturbed else judged(record, on_cpu=site.device == "cpu"))
         budget.leave()
         if error is not None:
             give_up(remaining)
             raise error
+        disturbed = any(ended[slot.trial].disturbed for slot in group.slots)
+        if disturbed and _may_retry(plan, attempts[group], budget, budget.clock() - begin):
+            attempts[group] += 1
+            remaining.insert(sum(other.replicate == group.replicate for other in remaining), group)
         between = bool(remaining) and remaining[0].replicate != group.replicate
-        if between and not interrupted and (reason := stop(records)):
-            return Measured(records=tuple(records), stopped=reason)
+        if between and not interrupted and (reason := stop(tuple(ended.values()))):
+            return Measured(records=tuple(ended.values()), stopped=reason)
     give_up(remaining)
-    return Measured(records=tuple(records))
+    return Measured(records=tuple(ended.values()), interrupted=interrupted)
+
+
+def _may_retry(plan: Plan, attempt: int, budget: Budget, group_s: float) -> bool:
+    """Whether a group that took so many seconds may be measured once more."""
+    return attempt < plan.study.protocol.retries and group_s <= budget.left_s
+
+
+def _attempt(group: Group, earlier: Collection[TrialRecord]) -> int:
+    """The number of the next measurement of a group: the one that broke off, or the one after those that ended."""
+    records = [record for record in earlier if record.trial in {slot.trial for slot in group.slots}]
+    last = max((record.attempt for record in records), default=0)
+    return last + any(record.disturbed and record.attempt == last for record in records)
 
 
 def unsettled(plan: Plan, earlier: Collection[TrialRecord]) -> tuple[Group, ...]:
     """The groups that must be measured, some for the first time and some again: those with a trial that has no end of
-    its own. Trials of one group took turns and are paired, so they are measured again together."""
-    settled = {record.trial for record in earlier if record.settled}
-    return tuple(group for group in plan.groups if not settled.issuperset(slot.trial for slot in group.slots))
+    its own, or one that was disturbed and may be measured again. Trials of one group took turns and are paired, so they
+    are measured again together, and count only if they are of one attempt."""
+    retries = plan.study.protocol.retries
+    settled = {
+        record.trial: record.attempt
+        for record in earlier
+        if record.settled and not (record.disturbed and record.attempt < retries)
+    }
+
+    def is_settled(group: Group) -> bool:
+        attempts = {settled.get(slot.trial) for slot in group.slots}
+        return None not in attempts and len(attempts) == 1
+
+    return tuple(group for group in plan.groups if not is_settled(group))
 
 
 def kept(groups: Iterable[Group], earlier: Iterable[TrialRecord]) -> list[TrialRecord]:

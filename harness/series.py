@@ -173,9 +173,13 @@ LEAST_PAIRS = 5
 
 
 def occupancy(record: TrialRecord) -> float | None:
-    """CPU time over wall time of the timed steps, per thread; None without steps."""
-    wall, cpu = sum(record.samples.get("step_time_s", ())), sum(record.samples.get("step_cpu_time_s", ()))
-    return cpu / wall / max(1.0, record.values.get("threads", 1.0)) if wall else None
+    """CPU time over wall time of the timed steps.
+
+    None where either is missing, and for a trial of several threads: these wait for each other and for what only one of
+    them does, so they leave CPUs idle with nobody else on the machine.
+    """
+    wall, cpu = sum(record.samples.get("step_time_s", ())), record.samples.get("step_cpu_time_s", ())
+    return sum(cpu) / wall if wall and cpu and record.values.get("threads", 1.0) == 1 else None
 
 
 def undisturbed(base: Series, candidate: Series, metric: str) -> KeptPairs | None:

@@ -144,6 +144,8 @@ class Run:
     """Lines that a crash cut short; their trials count as not run."""
     measured_again: int = 0
     """Trials that were begun more than once, because the process that measured them ended too early."""
+    disturbed: tuple[TrialRecord, ...] = ()
+    """Earlier measurements of trials that were measured again because of their surroundings."""
     live: bool = False
     """Whether a process is writing the run now."""
 
@@ -182,21 +184,28 @@ def read_run(name: str, folder: Path) -> Run:
         records=latest,
         damaged_lines=damaged,
         measured_again=_measured_again(records),
+        disturbed=tuple(record for record in records if record.disturbed and record not in latest),
         live=is_live(path, manifest),
     )
 
 
 def _latest(records: Sequence[TrialRecord], manifest: Manifest) -> tuple[TrialRecord, ...]:
-    """The last record of each trial; none of trials that turned out needless after they had been given up."""
+    """The last record of each trial that came to its end, else its last of all; none of trials that turned out needless
+    after they had been given up."""
     planned = set(manifest.order)
-    last = {record.trial: record for record in records if record.settled or record.trial in planned}
+    ended = {record.trial: record for record in records if record.settled}
+    last = {
+        record.trial: ended.get(record.trial, record) for record in records if record.settled or record.trial in planned
+    }
     return tuple(sorted(last.values(), key=lambda record: record.position))
 
 
 def _measured_again(records: Sequence[TrialRecord]) -> int:
-    """Trials with records of more than one start; one start has several where it was told of while under way."""
-    starts = {(record.trial, record.started_unix_s) for record in records if record.status != "not_run"}
-    return sum(count > 1 for count in Counter(trial for trial, _ in starts).values())
+    """Trials with records of more than one start of the same attempt; one start has several where it was told of while
+    under way."""
+    starts = {(record.trial, record.attempt, record.started_unix_s) for record in records if record.status != "not_run"}
+    counts = Counter((trial, attempt) for trial, attempt, _ in starts)
+    return len({trial for (trial, _), count in counts.items() if count > 1})
 
 
 def is_live(path: Path, manifest: Manifest) -> bool:

@@ -140,6 +140,7 @@ class Study:
         replicates: int | None = None,
         precision: float | None = None,
         max_minutes: float | None = None,
+        allow_disturbed: bool = False,
     ) -> Study:
         """The same study on another model or data, at another effort or with limits; what is None stays.
 
@@ -159,6 +160,8 @@ class Study:
             protocol = dataclasses.replace(protocol, replicates=replicates)
         if max_minutes is not None:
             protocol = dataclasses.replace(protocol, max_minutes=max_minutes)
+        if allow_disturbed:
+            protocol = dataclasses.replace(protocol, allow_disturbed=True)
         return dataclasses.replace(self, workload=workload, protocol=protocol, replaced=replaced)
 
 

@@ -35,6 +35,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "environments",
         "meters",
         "series",
+        "disturbance",
         "feasibility",
         "forecast",
         "flops",

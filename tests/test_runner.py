@@ -364,3 +364,144 @@ def test_an_interruption_of_what_is_gone_on_with_costs_nothing_more(small_study,
     assert {record.trial: record for record in records}[had.trial] == had
     assert had.trial not in {record.trial for record, _ in saved}
     assert [record.status for record in records].count("not_run") == len(plan.slots) - 2
+
+
+# --- trials whose surroundings were past a limit ----------------------------------------------------------------------
+
+THROTTLED = {"device_samples_train": 10.0, "device_throttled_samples_train": 9.0}
+
+
+class Recovering(FakeExecutor):
+    """The surroundings of some trials are past a limit for so many of their measurements."""
+
+    def __init__(self, disturbed, command_s=0.0):
+        super().__init__(command_s=command_s)
+        self.left = dict(disturbed)
+
+    def launch(self):
+        worker = super().launch()
+        ask = worker.ask
+
+        def asked(command, trial, timeout_s, **arguments):
+            fragment = ask(command, trial, timeout_s, **arguments)
+            if command == "finish_training" and self.left.get(trial, 0) > 0:
+                self.left[trial] -= 1
+                return dataclasses.replace(fragment, values=THROTTLED)
+            return fragment
+
+        worker.ask = asked
+        return worker
+
+
+def retried(plan, tmp_path, disturbed, *, budget=None, command_s=0.0, earlier=()):
+    """Conduct beside a throttled card; returns the executor, the result and all that was saved."""
+    executor, saved, watcher = Recovering(disturbed, command_s), [], Quiet()
+    measured = run_plan(
+        plan, {"": executor}, site_of(tmp_path), watcher=watcher, save=saved.append, earlier=earlier,
+        budget=Budget(budget, clock=lambda: executor.now),
+    )  # fmt: skip
+    return executor, measured, saved
+
+
+def builds(executor, trial):
+    return executor.asked.count((trial, "build"))
+
+
+@pytest.mark.parametrize("level", ["shared-base", "lockstep", "replicates"])
+def test_a_disturbed_trial_is_measured_again_with_those_it_took_turns_with(small_study, tmp_path, level):
+    """At the end of its replicate, once; all records stay on disk, and the last ones count."""
+    plan = make_plan(small_study, interleaving=level)
+    victim = plan.groups[0].slots[0].trial
+    executor, measured, saved = retried(plan, tmp_path, {victim: 1})
+    together = {slot.trial for slot in plan.groups[0].slots}
+    assert {slot.trial: builds(executor, slot.trial) for slot in plan.slots} == {
+        slot.trial: 1 + (slot.trial in together) for slot in plan.slots
+    }
+    assert {record.status for record in measured.records} == {"ok"}
+    assert {record.trial: record.attempt for record in measured.records} == {
+        slot.trial: int(slot.trial in together) for slot in plan.slots
+    }
+    first = next(record for record in saved if record.trial == victim)
+    assert (first.status, first.disturbed, first.attempt) == ("invalid", True, 0)
+    order = list(dict.fromkeys((record.replicate, record.attempt) for record in saved))
+    assert order == [(0, 0), (0, 1), (1, 0)]
+    assert [record.trial for record in measured.records] == [slot.trial for slot in plan.slots]
+
+
+def test_a_trial_that_stays_disturbed_is_invalid_after_the_last_try(small_study, tmp_path):
+    """Two further tries and no more; the other trials of the run count."""
+    plan = make_plan(small_study)
+    victim = plan.slots[0].trial
+    executor, measured, saved = retried(plan, tmp_path, {victim: 9})
+    assert builds(executor, victim) == 1 + small_study.protocol.retries == 3
+    statuses = {record.trial: record.status for record in measured.records}
+    assert statuses.pop(victim) == "invalid"
+    assert set(statuses.values()) == {"ok"}
+    assert [record.attempt for record in saved if record.trial == victim] == [0, 1, 2]
+
+
+def test_disturbed_trials_count_where_they_are_allowed(small_study, tmp_path):
+    """For a machine that one cannot have to oneself."""
+    plan = make_plan(small_study.with_overrides(allow_disturbed=True))
+    executor, measured, _ = retried(plan, tmp_path, {plan.slots[0].trial: 9})
+    assert builds(executor, plan.slots[0].trial) == 1
+    assert {record.status for record in measured.records} == {"ok"}
+
+
+def test_nothing_is_measured_again_beyond_the_limit_of_time(small_study, tmp_path):
+    """A group is begun again only if as much time as it took is left."""
+    plan = make_plan(small_study.with_overrides(replicates=1), interleaving="lockstep", phases=("train",))
+    victim = plan.groups[0].slots[0].trial
+    probe, _, _ = retried(plan, tmp_path, {}, command_s=1.0)
+    executor, measured, _ = retried(plan, tmp_path, {victim: 9}, command_s=1.0, budget=probe.now)
+    assert builds(executor, victim) == 1
+    assert next(record for record in measured.records if record.trial == victim).status == "invalid"
+
+
+def test_an_interruption_of_a_second_try_leaves_the_first(small_study, tmp_path):
+    """What was measured is never lost, and the run counts as interrupted."""
+    plan = make_plan(small_study, interleaving="lockstep", phases=("train",))
+    slots = plan.groups[0].slots
+    executor = Recovering({slots[0].trial: 1})
+    builds_seen = []
+    launch = executor.launch
+
+    def launching():
+        worker = launch()
+        ask = worker.ask
+
+        def asked(command, trial, timeout_s, **arguments):
+            if command == "build" and trial == slots[0].trial:
+                builds_seen.append(trial)
+                if len(builds_seen) == 2:
+                    raise KeyboardInterrupt
+            return ask(command, trial, timeout_s, **arguments)
+
+        worker.ask = asked
+        return worker
+
+    executor.launch = launching
+    measured = run_plan(
+        plan, {"": executor}, site_of(tmp_path), watcher=Quiet(), save=lambda record: None,
+    )  # fmt: skip
+    assert measured.interrupted
+    records = {record.trial: record for record in measured.records}
+    assert records[slots[0].trial].disturbed
+    assert records[slots[1].trial].status == "ok"
+    assert all(records[slot.trial].attempt == 0 for slot in slots)
+
+
+def test_a_run_that_broke_off_before_a_second_try_makes_it(small_study, tmp_path):
+    """From its records alone; attempts go on counting, and records of two attempts are never paired."""
+    plan = make_plan(small_study, interleaving="lockstep", phases=("train",))
+    group = plan.groups[0]
+    victim, *others = (slot.trial for slot in group.slots)
+    _, _, saved = retried(plan, tmp_path, {victim: 1})
+    first = {record.trial: record for record in saved if record.attempt == 0}
+    executor, measured, _ = retried(plan, tmp_path, {}, earlier=tuple(first.values()))
+    assert {trial for trial, _ in executor.asked} == {victim, *others}
+    assert {record.attempt for record in measured.records if record.trial in {victim, *others}} == {1}
+    mixed = first | {record.trial: record for record in saved if record.trial == victim and record.attempt == 1}
+    executor, measured, _ = retried(plan, tmp_path, {}, earlier=tuple(mixed.values()))
+    assert {trial for trial, _ in executor.asked} == {victim, *others}
+    assert {record.status for record in measured.records} == {"ok"}

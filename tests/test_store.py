@@ -6,7 +6,7 @@ import pytest
 
 from harness import store
 from harness.errors import UsageError
-from harness.record import SCHEMA, TrialRecord
+from harness.record import DISTURBED, SCHEMA, Failure, TrialRecord
 from harness.store import Manifest, RunWriter
 
 
@@ -137,3 +137,24 @@ def test_one_process_writes_a_run(tmp_path):
     with store.writing(path):
         RunWriter(tmp_path, manifest()).finish("complete")
         assert not store.read_run(path.name, tmp_path).live
+
+
+def test_the_last_end_of_a_trial_counts_and_what_was_disturbed_is_kept_apart(tmp_path):
+    """A second attempt replaces the first; one that broke off does not, and neither is an interruption."""
+    disturbed = record().replaced(
+        status="invalid", failure=Failure(phase="train", kind=DISTURBED, message="it was hot"), started_unix_s=1.0
+    )
+    again = record().replaced(attempt=1, started_unix_s=2.0)
+    broken = again.replaced(status="interrupted")
+    for written, counts, kept in (
+        ([disturbed, again], again, (disturbed,)),
+        ([disturbed, broken], disturbed, ()),
+        ([disturbed, broken, again], again, (disturbed,)),
+    ):
+        writer = RunWriter(tmp_path, manifest(run=f"run-{len(written)}-{counts.attempt}"))
+        for one in written:
+            writer.append(one)
+        run = store.read_run(str(writer.path), tmp_path)
+        assert run.records == (counts,)
+        assert run.disturbed == kept
+        assert run.measured_again == 0

@@ -2,8 +2,8 @@
 
 A rule that looks at the outcome selects it; these look at clocks, heat, memory and the kernel's counters only. Each
 says what was found and where the limit is. Most findings are notices: the statistics bear with noise. Past a second
-limit a trial is not what the study asks about, and is to be measured again. That limit is far out on purpose: a filter
-that rejects much is a filter that ends with nothing.
+limit a trial is not what the study asks about: it is invalid, and is measured again (`harness.runner`). That limit is
+far out on purpose: a filter that rejects much is a filter that ends with nothing.
 
 Limits rest on one number: within the margin of 5 % two things count as equal, so what may have moved a time by more
 than that is invalid, and a fifth of it is worth a notice.
@@ -57,7 +57,7 @@ class Finding:
     weight: float
     """What was found over the limit for a notice: how bad it is, to sort by."""
     invalid: bool = False
-    """Whether the trial is to be measured again."""
+    """Whether the trial does not count."""
 
 
 def judge(
@@ -130,7 +130,7 @@ def _throttled(told: _Told) -> Iterator[Finding]:
         yield Finding(
             code="throttled",
             message=f"the card held its clocks down to protect itself in {found[1]} ({found[0]:.0%}; from "
-            f"{NOTICED:.0%} it is said, above {THROTTLED_INVALID:.0%} the trial is to be measured again)",
+            f"{NOTICED:.0%} it is said, above {THROTTLED_INVALID:.0%} the trial does not count)",
             remedy="Give it air and power, or lock a lower clock (nvidia-smi -lgc), and measure again.",
             weight=found[0] / NOTICED,
             invalid=found[0] > THROTTLED_INVALID,
@@ -166,7 +166,7 @@ def _clocks(told: _Told, *, in_turns: bool) -> Iterator[Finding]:
         yield Finding(
             code="clocks-moving",
             message=f"the SM clock was between {low / 1e6:.0f} and {high / 1e6:.0f} MHz, a range of {moved:.0%} (from "
-            f"{CLOCK_MOVED:.0%} it is said, above {CLOCK_INVALID:.0%} a trial that was alone is to be measured again)",
+            f"{CLOCK_MOVED:.0%} it is said, above {CLOCK_INVALID:.0%} a trial that was alone does not count)",
             remedy="Lock the clock (nvidia-smi -lgc MHZ) and turn persistence on (nvidia-smi -pm 1).",
             weight=moved / CLOCK_MOVED,
             invalid=moved > CLOCK_INVALID and not in_turns,
@@ -180,7 +180,7 @@ def _shared(told: _Told) -> Iterator[Finding]:
         yield Finding(
             code="shared",
             message=f"{others:.0f} other processes held {size} of the device (from 1 process it is said, above "
-            f"{format_bytes(SHARED_INVALID_BYTES)} the trial is to be measured again)",
+            f"{format_bytes(SHARED_INVALID_BYTES)} the trial does not count)",
             remedy="End them, or measure on a card that is free (nvidia-smi lists them).",
             weight=1 + (held or 0.0) / SHARED_INVALID_BYTES,
             invalid=held is not None and held > SHARED_INVALID_BYTES,
@@ -204,7 +204,7 @@ def _swapped(told: _Told) -> Iterator[Finding]:
         yield Finding(
             code="swapped",
             message=f"the machine swapped {format_bytes(total)} in {watched:.2f} s (from one page it is said, above "
-            f"{format_bytes(SWAP_INVALID_BYTES_PER_S)} a second the trial is to be measured again)",
+            f"{format_bytes(SWAP_INVALID_BYTES_PER_S)} a second the trial does not count)",
             remedy="Free memory or turn swap off (swapoff -a); a smaller batch takes less.",
             weight=1 + rate / SWAP_INVALID_BYTES_PER_S,
             invalid=rate > SWAP_INVALID_BYTES_PER_S,
@@ -234,7 +234,7 @@ def _contended(told: _Told, occupancy: float | None, *, in_turns: bool) -> Itera
         yield Finding(
             code="contended",
             message=f"{', '.join(filter(None, (waited, had, taken)))} (from {CONTENDED:.0%} waiting it is said, below "
-            f"{OCCUPANCY_INVALID:.0%} of its CPUs a trial that was alone is to be measured again)",
+            f"{OCCUPANCY_INVALID:.0%} of its CPUs a trial that was alone does not count)",
             remedy="Stop other work on this machine, or give this process CPUs of its own (taskset, cpuset).",
             weight=(share or 0.0) / CONTENDED + (1 - occupancy if occupancy is not None else 0.0),
             invalid=low and not in_turns,
@@ -256,7 +256,7 @@ def _withheld(told: _Told, *, in_turns: bool) -> Iterator[Finding]:
             yield Finding(
                 code=code,
                 message=f"{who} for {share:.0%} of the time (from {NOTICED:.0%} it is said, above "
-                f"{WITHHELD_INVALID:.0%} a trial that was alone is to be measured again)",
+                f"{WITHHELD_INVALID:.0%} a trial that was alone does not count)",
                 remedy=remedy,
                 weight=share / NOTICED,
                 invalid=share > WITHHELD_INVALID and not in_turns,

@@ -49,7 +49,7 @@ class LiveDisplay:
         )
         self._task = self._progress.add_task("starting", total=None, left="")
         self._begin = time.monotonic()
-        self._ended = 0
+        self._ended: set[str] = set()
         self._total = 0
         self._replicates = 0
 
@@ -85,13 +85,13 @@ class LiveDisplay:
 
     def trial_ended(self, record: TrialRecord) -> None:
         """Count the trial and say how it ended."""
-        self._ended += 1
-        spent = time.monotonic() - self._begin
-        left = spent / self._ended * (self._total - self._ended)
-        self._progress.update(self._task, completed=self._ended, left=f"about {format_duration(left)} left")
+        self._ended.add(record.trial)  # one that is measured again ends twice
+        spent, ended = time.monotonic() - self._begin, len(self._ended)
+        left = spent / ended * (self._total - ended)
+        self._progress.update(self._task, completed=ended, left=f"about {format_duration(left)} left")
         self._show()
         why = f": {record.failure.message}" if record.failure else ""
-        self._line(f"[{self._ended}/{self._total}] {record.trial} {record.status} in {record.wall_time_s:.1f} s{why}")
+        self._line(f"[{ended}/{self._total}] {record.trial} {record.status} in {record.wall_time_s:.1f} s{why}")
 
     def _show(self) -> None:
         if self._console.is_terminal:

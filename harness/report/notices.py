@@ -28,12 +28,14 @@ def run_notices(run: Run, study: Study, controls: Mapping[str, Comparison]) -> I
     on_cpu = run.manifest.provenance.get("device") == "cpu"
     if on_cpu:  # on a GPU the host may rightly wait
         yield from _contention(ok)
-    yield from disturbances(ok, on_cpu=on_cpu)
+    counted = [record for record in run.records if record.status == "ok" or record.disturbed]
+    yield from disturbances(counted, on_cpu=on_cpu)
     yield from _outliers(ok)
     yield from _warmup(ok)
     yield from _drift(ok)
     yield from _cut_short(ok)
     yield from _measured_again(run)
+    yield from _disturbed(run)
     for title, control in controls.items():
         yield from _control(title, control)
     if run.damaged_lines:
@@ -138,6 +140,29 @@ def _measured_again(run: Run) -> Iterator[Notice]:
             message=f"{run.measured_again} trials were measured again after an interruption; only the last measurement "
             "of each counts.",
             remedy="Nothing to do; the earlier records are in trials.jsonl.",
+        )
+
+
+def _disturbed(run: Run) -> Iterator[Notice]:
+    """Trials that were measured again because of their surroundings, and those that still were past a limit at last."""
+    again = list(dict.fromkeys(record.trial for record in run.disturbed))
+    left = [record.trial for record in run.records if record.disturbed]
+    if again:
+        first = run.disturbed[0]
+        why = first.failure.message if first.failure else ""
+        yield Notice(
+            code="disturbed",
+            message=f"{len(again)} trials were measured again because of their surroundings, {first.trial} among them: "
+            f"{why}; {len(again) - len(set(left) & set(again))} of them count now.",
+            remedy="Nothing to do for these; the earlier records are in trials.jsonl.",
+        )
+    if left:
+        yield Notice(
+            code="still-disturbed",
+            message=f"{len(left)} trials do not count because their surroundings were past a limit, {left[0]} among "
+            "them.",
+            remedy="Quieten the machine and measure again; on one that you cannot have to yourself let such trials "
+            "count: --allow-disturbed, --lorameter-allow-disturbed (pytest), or allow_disturbed in [protocol].",
         )
 
 

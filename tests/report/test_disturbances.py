@@ -25,22 +25,22 @@ def test_a_kind_is_said_once_by_its_worst_trial():
     assert notice.code == "stolen"
     assert notice.message.startswith("2 of 3 trials; r2-a while generating: the hypervisor")
     assert "for 50% of the time" in notice.message
-    assert notice.remedy.endswith("Measure again: r2-a.")
+    assert notice.message.endswith("Past the limit: r2-a.")
 
 
-def test_many_trials_to_measure_again_are_counted():
+def test_many_trials_past_the_limit_are_counted():
     """Three by name."""
     records = [record(f"r{i}-a", host_watched_train_s=10.0, host_steal_train_s=9.0) for i in range(5)]
     (notice,) = disturbances(records, on_cpu=False)
-    assert notice.remedy.endswith("Measure again: r0-a, r1-a, r2-a and 2 more.")
+    assert notice.message.endswith("Past the limit: r0-a, r1-a, r2-a and 2 more.")
 
 
-def test_too_little_of_a_cpu_asks_for_another_trial_where_nobody_took_turns():
+def test_too_little_of_a_cpu_is_past_the_limit_where_nobody_took_turns():
     """Else the notice on occupancy says it; on a GPU the host rightly waits."""
     one = record("r0-a", occupancy=0.3)
     (notice,) = disturbances([one], on_cpu=True)
     assert notice.code == "contended"
-    assert notice.remedy.endswith("Measure again: r0-a.")
+    assert notice.message.endswith("Past the limit: r0-a.")
     assert list(disturbances([record("r0-a", occupancy=0.3, interleaving="lockstep")], on_cpu=True)) == []
     assert list(disturbances([one], on_cpu=False)) == []
 

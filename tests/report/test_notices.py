@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 
 from harness import store
+from harness.record import DISTURBED, Failure, TrialRecord
 from harness.report.notices import run_notices
 
 STEPS = {"plain": [0.1, 0.1, 0.1], "nf4": [0.2, 0.2, 0.2]}
@@ -43,3 +44,22 @@ def test_trials_that_were_measured_again_are_counted(notices):
     """One line, and the earlier records are not mixed in."""
     assert notices(measured_again=3)["measured-again"].message.startswith("3 trials were measured again")
     assert "measured-again" not in notices()
+
+
+def test_trials_that_were_disturbed_are_said_with_the_reason(notices):
+    """How many were measured again and why, and which still do not count, with what to do."""
+    hot = Failure(phase="train", kind=DISTURBED, message="while training the card held its clocks down")
+
+    def change(record):
+        return record.replaced(status="invalid", failure=hot) if record.trial == "r0-nf4" else record
+
+    first = TrialRecord(
+        trial="r1-plain", status="invalid", name="plain", variant="v", role="variant", replicate=1, position=1, seed=0,
+        interleaving="replicates", started_unix_s=0.0, wall_time_s=1.0, failure=hot,
+    )  # fmt: skip
+    found = notices(change, disturbed=(first,))
+    assert found["disturbed"].message.startswith("1 trials were measured again because of their surroundings, r1-plain")
+    assert "held its clocks down; 1 of them count now" in found["disturbed"].message
+    assert "1 trials do not count" in found["still-disturbed"].message
+    assert "--allow-disturbed" in found["still-disturbed"].remedy
+    assert not {"disturbed", "still-disturbed"} & set(notices())
