@@ -6,7 +6,7 @@ another instrument, and what is left between them is a line of its own, which ma
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -17,7 +17,7 @@ KINDS: Mapping[str, str] = {
     "process": "process at birth",
     "library_code": "library code paged in since",
     "library_heap": "kept by libraries on the heap",
-    "interpreter": "arenas of the interpreter, stacks",
+    "interpreter": "arenas of the interpreter",
     "checkpoint_pages": "mapped checkpoint beyond its tensors",
     "linear_weights": "linear layers of the base",
     "quantization_state": "constants of quantisation",
@@ -36,6 +36,7 @@ KINDS: Mapping[str, str] = {
     "blas_workspace": "workspace of cuBLAS",
     "rounding": "rounded up by the allocator",
     "heap_slack": "free, and kept by malloc",
+    "heap_growth": "grown when less was alive",
 }
 """Kinds in the order in which they are shown, with their titles. Embeddings, norms and buffers are told apart by type:
 their kind is followed by the name of the type ("norms_float32")."""
@@ -48,15 +49,16 @@ def title_of(kind: str) -> str:
     return f"{KINDS[stem]}, {dtype}" if stem in BY_TYPE else KINDS[kind]
 
 
-def in_order(kinds: Mapping[str, int]) -> dict[str, int]:
-    """The kinds that take anything, in the order in which they are shown."""
+def in_order(kinds: Mapping[str, int], *, named: Collection[str] = ()) -> dict[str, int]:
+    """The kinds that take anything, and those of `named` in any case, in the order in which they are shown."""
     order = {stem: place for place, stem in enumerate(KINDS)}
 
     def place(kind: str) -> int:
         stem = kind.partition("_")[0]
         return order[stem if stem in BY_TYPE else kind]
 
-    return {kind: kinds[kind] for kind in sorted(kinds, key=place) if kinds[kind]}
+    every = dict.fromkeys(named, 0) | dict(kinds)
+    return {kind: every[kind] for kind in sorted(every, key=place) if every[kind] or kind in named}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,5 +88,5 @@ class MemoryAccount:
 
     @property
     def share(self) -> float:
-        """The unexplained part of what the trial took: of the peak beyond the process as it was born."""
-        return self.unexplained_bytes / (self.peak_bytes - self.kinds.get("process", 0))
+        """The unexplained part of the peak."""
+        return self.unexplained_bytes / self.peak_bytes

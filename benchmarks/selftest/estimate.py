@@ -6,7 +6,7 @@ Each variant is a trial as a run has it: a process forked from one that only imp
 generation are the trial's own, beside what `harness.memory_estimate` says of the shape alone; and one step and one
 request are accounted for, with what their account leaves unexplained. Constants of the estimate were chosen on the
 variants marked with * and on nf4-r512-checkpointing; the other three were not looked at before. Exit status
-1 if an estimate is off by more than 10 % of the peak, or an account leaves more than 5 % of what the trial took.
+1 if an estimate is off by more than 10 % of the peak, or an account leaves more than 5 % of the peak that it is of.
 
 Published peaks are those of torch's allocator on one GPU. For generation they are to be met within 10 %; for training
 they leave unsaid what the estimate needs, so deviations are printed with what is unknown, and judge nothing.

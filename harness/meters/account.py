@@ -1,9 +1,11 @@
-"""The account of a trial's memory: one watched call, and beside the measured peak everything that can be counted.
+"""The account of a trial's memory: one call watched, and beside the measured peak everything that can be counted.
 
 What is resident between steps is counted tensor by tensor. What lives during the step is watched
 (`harness.meters.live`) and taken as it stood where the memory was highest; what one operator held beyond its results at
 that point (a packed weight, an accumulator) shows in the peak around it. On the host the kernel counts the pages of
-code and of mapped weights, and malloc what it holds; the two meet in what malloc keeps although it is free.
+code and of mapped weights, the interpreter its arenas, and what malloc keeps although it is free is what it gives back
+when it is asked to. Nobody counts what libraries and the interpreter's larger objects hold on the heap: that is the
+better part of what stays unexplained there.
 """
 
 from __future__ import annotations
@@ -17,10 +19,13 @@ import torch
 from harness.memory_account import MemoryAccount, MemoryPhase, in_order
 from harness.meters.live import LiveTensors
 from harness.meters.memory import MemoryGauge, host_bytes, resident_tensors, storage_bytes
-from harness.meters.pages import Heap, Pages, read_heap, read_pages, resident_now
+from harness.meters.pages import Pages, give_back_free, interpreter_bytes, read_pages, resident_now
 
-RISE = 0.001
-"""A new maximum is looked at closely when it is this much above the last: reading every mapping takes milliseconds."""
+WATCHED: dict[MemoryPhase, tuple[str, ...]] = {
+    "train": ("activations", "logits", "gradients"),
+    "generate": ("kv_cache", "logits"),
+}
+"""Kinds that a phase's account names even where nothing of them was alive at the peak."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,12 +34,13 @@ class Birth:
 
     resident_bytes: int
     pages: Pages
-    heap: Heap | None
+    interpreter_bytes: int | None
 
 
 def born() -> Birth:
-    """Take it now."""
-    return Birth(resident_bytes=host_bytes("VmRSS"), pages=read_pages(), heap=read_heap())
+    """Take it now; what is free then, and kept by malloc, is given back first, as it will be before the call."""
+    give_back_free()
+    return Birth(resident_bytes=host_bytes("VmRSS"), pages=read_pages(), interpreter_bytes=interpreter_bytes())
 
 
 def account(
@@ -49,9 +55,11 @@ def account(
 ) -> MemoryAccount:
     """The memory of one call: a training step that has been taken before, or a request for tokens.
 
-    The call is watched operator by operator, takes several times as long and must not be timed. It is a real step:
-    whoever must find the model as it was restores it. At least one step must have been taken before in this process, or
-    what is built once (optimizer state, code touched for the first time) would count as temporary.
+    The call is watched operator by operator, takes several times as long and must not be timed. It is a real step, and
+    on the host it is taken twice: once to find where the memory is highest, once to ask there what malloc keeps, which
+    changes what comes after. Whoever must find the model as it was restores it. At least one step must have been taken
+    before in this process, or what is built once (optimizer state, code touched for the first time) would count as
+    temporary.
 
     Args:
         model: as PEFT makes it; a plain transformers model works too.
@@ -64,13 +72,42 @@ def account(
     """
     tensors = resident_tensors(model, optimizer)
     kinds = {kind: sum(map(storage_bytes, found)) for kind, found in tensors.items()}
-    addresses = {tensor.untyped_storage().data_ptr() for found in tensors.values() for tensor in found}
+    resident = [tensor for found in tensors.values() for tensor in found]
     cuda = device.startswith("cuda")
+
+    def watched(looked: Callable[[dict[str, int]], None]) -> dict[str, int]:
+        return _watched(model, call, resident, looked, device=device, phase=phase, compiled=compiled)
+
     crest = _Crest(cuda=cuda)
-    live = LiveTensors(resident=addresses, vocabulary=_vocabulary(model), device=device, looked=crest.look)
+    peaks = watched(crest.look)
+    kinds |= {kind: kinds.get(kind, 0) + size for kind, size in crest.kinds.items()}
+    if cuda:
+        return _on_cuda(phase, kinds, peaks)
+    kinds |= _on_host(birth, resident)
+    peak = peaks[f"host_peak_{phase}_bytes"]
+    slack = _Slack(crest.place)
+    watched(slack.look)
+    kinds |= {"heap_slack": slack.bytes, "heap_growth": max(0, peak - crest.peak)}
+    return MemoryAccount(phase=phase, kinds=in_order(kinds, named=WATCHED[phase]), peak_bytes=peak)
+
+
+def _watched(
+    model: Any,
+    call: Callable[[], object],
+    resident: Collection[torch.Tensor],
+    looked: Callable[[dict[str, int]], None],
+    *,
+    device: str,
+    phase: MemoryPhase,
+    compiled: bool,
+) -> dict[str, int]:
+    """The peaks of one call; `looked` is told of what is alive after each of its operators."""
+    addresses = {tensor.untyped_storage().data_ptr() for tensor in resident}
+    live = LiveTensors(resident=addresses, vocabulary=_vocabulary(model), device=device, looked=looked)
     gauge = MemoryGauge(device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     hooks = watch_cache(model, live)
+    give_back_free()  # else what earlier steps have left on the heap would serve this one, and its own peak not show
     gauge.begin()
     try:
         with live.watching(trained, compiled=compiled):
@@ -78,39 +115,61 @@ def account(
     finally:
         for hook in hooks:
             hook.remove()
-    peaks = gauge.peaks(phase)
-    kinds |= {kind: kinds.get(kind, 0) + size for kind, size in crest.kinds.items()}
-    if cuda:
-        return _on_cuda(phase, kinds, peaks)
-    kinds |= _on_host(birth, crest, [tensor for found in tensors.values() for tensor in found])
-    return MemoryAccount(phase=phase, kinds=in_order(kinds), peak_bytes=peaks[f"host_peak_{phase}_bytes"])
+    return gauge.peaks(phase)
 
 
 class _Crest:
-    """The state after the operator in which the memory was highest."""
+    """The state after the operator in which the memory was highest.
+
+    On CUDA that is where the allocator's peak last rose. A resident set stays high when tensors are freed, and creeps
+    on while malloc serves small blocks from it; there it is where most was alive, counting what the operator itself
+    held, and what the peak rose later is a kind of its own.
+    """
 
     def __init__(self, *, cuda: bool) -> None:
         self._cuda = cuda
-        self._highest = 0.0
+        self._highest = 0
+        self._most = -1
+        self._looks = 0
+        self.place = 0
+        """How many times it was looked, up to this one."""
+        self.peak = 0
         self.kinds: dict[str, int] = {}
-        self.pages: Pages | None = None
-        self.heap: Heap | None = None
 
     def look(self, kinds: dict[str, int]) -> None:
-        """Keep what is alive now, if the peak has risen since the last look."""
+        """Keep what is alive now, if it is more than ever."""
+        self._looks += 1
         peak = torch.cuda.max_memory_allocated() if self._cuda else host_bytes("VmHWM")
-        if peak <= self._highest * (1 if self._cuda else 1 + RISE):
-            return
+        rose = peak > self._highest
         self._highest = peak
-        now = torch.cuda.memory_allocated() if self._cuda else resident_now()
-        self.kinds = kinds | {"operator_scratch": max(0, peak - now)}
-        if not self._cuda:
-            self.pages, self.heap = read_pages(), read_heap()
+        if self._cuda and not rose:
+            return
+        now = (torch.cuda.memory_allocated() if self._cuda else resident_now()) if rose else peak
+        scratch = max(0, peak - now)
+        most = peak if self._cuda else sum(kinds.values()) + scratch
+        if most > self._most:
+            self._most, self.place, self.peak = most, self._looks, peak
+            self.kinds = kinds | {"operator_scratch": scratch}
 
 
-def _on_host(birth: Birth, crest: _Crest, resident: Collection[torch.Tensor]) -> dict[str, int]:
-    """Kinds of which torch knows nothing: pages of files, and the heap beyond the tensors."""
-    now, heap = read_pages(), read_heap()
+class _Slack:
+    """What malloc gives back at one place of a call: what it kept there although it was free."""
+
+    def __init__(self, place: int) -> None:
+        self._place = place
+        self._looks = 0
+        self.bytes = 0
+
+    def look(self, kinds: dict[str, int]) -> None:
+        """Ask, if this is the place."""
+        self._looks += 1
+        if self._looks == self._place:
+            self.bytes = give_back_free() or 0
+
+
+def _on_host(birth: Birth, resident: Collection[torch.Tensor]) -> dict[str, int]:
+    """Kinds of which torch knows nothing: pages of files, and the interpreter's arenas."""
+    now, arenas = read_pages(), interpreter_bytes()
     mapped: dict[str, int] = {}
     for tensor in resident:
         path = now.file_at(tensor.untyped_storage().data_ptr())
@@ -122,14 +181,8 @@ def _on_host(birth: Birth, crest: _Crest, resident: Collection[torch.Tensor]) ->
         "library_code": code - sum(size for path, size in birth.pages.files.items() if path not in mapped),
         "checkpoint_pages": sum(now.files[path] - size for path, size in mapped.items()),
     }
-    if heap is not None and birth.heap is not None:
-        allocated = sum(map(storage_bytes, resident)) - sum(mapped.values())
-        mappings = now.anonymous_bytes - heap.mapped_bytes
-        kinds["interpreter"] = mappings - (birth.pages.anonymous_bytes - birth.heap.mapped_bytes)
-        kinds["library_heap"] = heap.used_bytes - birth.heap.used_bytes - allocated
-    if crest.pages is not None and crest.heap is not None and birth.heap is not None:
-        before = birth.pages.heap_bytes - birth.heap.arena_used_bytes
-        kinds["heap_slack"] = crest.pages.heap_bytes - crest.heap.arena_used_bytes - before
+    if arenas is not None and birth.interpreter_bytes is not None:
+        kinds["interpreter"] = arenas - birth.interpreter_bytes
     return kinds
 
 
@@ -145,7 +198,7 @@ def _on_cuda(phase: MemoryPhase, kinds: dict[str, int], peaks: dict[str, int]) -
     peak = peaks[f"device_peak_allocated_{phase}_bytes"]
     beside = {"fragmentation": peaks[f"device_peak_reserved_{phase}_bytes"] - peak}
     beside["paged_optimizer_state"] = kinds.pop("paged_optimizer_state", 0)
-    return MemoryAccount(phase=phase, kinds=in_order(kinds), peak_bytes=peak, beside=beside)
+    return MemoryAccount(phase=phase, kinds=in_order(kinds, named=WATCHED[phase]), peak_bytes=peak, beside=beside)
 
 
 def _vocabulary(model: Any) -> int:
