@@ -2,13 +2,15 @@
 
 The lines of a step are medians of phases that were timed on their own, and the step is the median of plain steps that
 took turns with them. Nothing makes the sum of the ones meet the other. What is between them is a line, with the cost of
-the borders beside it: where it is large, the phases are not to be trusted.
+the borders beside it: where it is large, the phases are not to be trusted. Its interval is that of all these medians
+together, with the turns resampled.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from harness import catalogue, shapes
 from harness.ceiling import Ceiling, Utilisation, bandwidth_utilisation, ceiling_of
@@ -17,7 +19,7 @@ from harness.errors import UsageError
 from harness.flops import StepTokens, TrainingFlops, computed_tokens, training_flops
 from harness.profile import PHASES, PhaseActivity, Profile
 from harness.series import OCCUPANCY_FLOOR
-from harness.stats import median_interval
+from harness.stats import bootstrap_interval, median_interval
 
 LEAST_PAIRS = 8
 """Where fewer undisturbed pairs would remain, all count."""
@@ -52,10 +54,12 @@ class StepAccount:
     """From the end of a step to the beginning of the next; no part of the step."""
     borders: Span
     """By how much the borders of phases make a step longer, over pairs of neighbours."""
-    covered: float
+    remainder: Span
+    """What the phases leave of the step; negative where they are more than it."""
+    covered: Span
     """Share of a bordered step that its own phases cover: whatever disturbs a step disturbs both alike."""
-    profiler_slowdown: float
-    """Time of a step under the profiler over that of a plain one."""
+    profiler_slowdown: Span
+    """Time of a step under the profiler over that of a plain one, whose median is taken as exact."""
     occupancy: float | None
     """CPU time over wall time of all steps, per thread; None on a GPU, where the host rightly waits."""
     pairs: int
@@ -64,14 +68,14 @@ class StepAccount:
     """Of them, those that were not disturbed, or all where these are too few."""
 
     @property
-    def remainder_s(self) -> float:
-        """What the phases leave of the step; negative where they are more than it."""
-        return self.step.value - sum(phase.value for phase in self.phases.values())
-
-    @property
-    def reconciled(self) -> bool:
-        """Whether the phases explain the step."""
-        return abs(self.remainder_s) <= REMAINDER_LIMIT * self.step.value
+    def explained(self) -> bool | None:
+        """Whether the phases explain the step: the remainder's interval lies within the limit, or outside it; None
+        where it does not tell."""
+        limit, found = REMAINDER_LIMIT * self.step.value, self.remainder
+        low, high = (found.value if end is None else end for end in (found.low, found.high))
+        if -limit <= low and high <= limit:
+            return True
+        return False if high < -limit or low > limit else None
 
 
 def step_account(profile: Profile) -> StepAccount:
@@ -83,18 +87,28 @@ def step_account(profile: Profile) -> StepAccount:
 
     plain, bordered = kept("plain_step_time_s"), kept("bordered_step_time_s")
     step = span_of(plain)
-    sums = [sum(times) for times in zip(*(kept(f"phase_{phase}_s") for phase in PHASES), strict=True)]
+    phases = [kept(f"phase_{phase}_s") for phase in PHASES]
+    sums = [sum(times) for times in zip(*phases, strict=True)]
+    low, high = bootstrap_interval((plain, *phases), _left)
     return StepAccount(
         step=step,
-        phases={phase: span_of(kept(f"phase_{phase}_s")) for phase in PHASES},
+        phases=dict(zip(PHASES, map(span_of, phases), strict=True)),
+        remainder=Span(value=float(_left(plain, *phases)), low=low, high=high),
         between=span_of(profile.record.samples["between_steps_s"]),
         borders=span_of([slow - fast for fast, slow in zip(plain, bordered, strict=True)]),
-        covered=span_of([part / whole for part, whole in zip(sums, bordered, strict=True)]).value,
-        profiler_slowdown=span_of(profile.activity.step_times_s).value / step.value,
+        covered=span_of([part / whole for part, whole in zip(sums, bordered, strict=True)]),
+        profiler_slowdown=span_of([slow / step.value for slow in profile.activity.step_times_s]),
         occupancy=_occupancy(profile, range(_pairs(profile))) if profile.device == "cpu" else None,
         pairs=_pairs(profile),
         counted=len(counted),
     )
+
+
+def _left(step: Any, *phases: Any, axis: int = -1) -> Any:
+    """The median of the steps less those of the phases."""
+    import numpy as np
+
+    return np.median(step, axis=axis) - sum(np.median(phase, axis=axis) for phase in phases)
 
 
 def undisturbed_pairs(profile: Profile) -> Sequence[int]:
@@ -130,7 +144,10 @@ IDLE = "idle"
 
 
 def categories_s(profile: Profile, step: StepAccount) -> dict[str, dict[str, float]]:
-    """Seconds of each category in each phase of a plain step, the largest category first and `IDLE` last."""
+    """Seconds of each category in each phase of a plain step, the largest category first and `IDLE` last; nothing where
+    it is not known what ran."""
+    if profile.activity.missing:
+        return {}
     found: dict[str, dict[str, float]] = {}
     for phase in profile.activity.phases:
         idle = max(0.0, step.phases[phase.phase].value - plain_s(profile, step, phase, phase.busy_s))

@@ -78,7 +78,7 @@ def run_profile(options: argparse.Namespace) -> int:
         print_json(
             {
                 "path": str(folder),
-                "step": codec.to_json(step) | {"remainder_s": step.remainder_s, "reconciled": step.reconciled},
+                "step": codec.to_json(step) | {"explained": step.explained},
                 "categories_s": accounting.categories_s(profile, step),
                 "tokens": codec.to_json(tokens),
                 "ceilings": codec.to_json(found),

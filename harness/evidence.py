@@ -39,7 +39,7 @@ def evidence_of(profile: Profile, step: StepAccount, tokens: TokenShares, found:
         device=profile.device,
         step_s=step_s,
         phases_s={phase: span.value for phase, span in step.phases.items()},
-        idle=shares.pop(IDLE),
+        idle=shares.pop(IDLE, 0.0),
         categories=shares,
         calls=profile.activity.calls,
         dropout=time_of(profile, step, _dropout_s) / step_s,

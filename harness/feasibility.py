@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from harness import catalogue, shapes
+from harness.adapter import PAGED_FROM_ELEMENTS, adapter_tensors, paged_state_bytes
 from harness.errors import UsageError
 from harness.memory_estimate import MemoryEstimate, estimate_memory, stored_dtype
 from harness.provenance import Machine
@@ -48,7 +49,7 @@ def check_feasible(study: Study, machine: Machine, variants: Iterable[Variant] |
             raise UsageError(f"{where}: tf32 = True: a CPU has no TF32. Leave it out here.")
         _check_widths(where, variant, shape, machine)
         notices += _rank_notices(variant, shape)
-        notices += _paged_notices(variant, machine)
+        notices += _paged_notices(variant, machine, shape)
         expected = estimate_memory(variant, study.workload, shape, device=machine.device, stored=stored)
         _check_memory(where, expected, machine)
         notices += memory_notices(variant, expected, machine)
@@ -163,8 +164,17 @@ def _rank_notices(variant: Variant, shape: ModelShape) -> Iterator[Notice]:
         )
 
 
-def _paged_notices(variant: Variant, machine: Machine) -> Iterator[Notice]:
-    if variant.optimizer.startswith("paged") and machine.device == "cpu":
+def _paged_notices(variant: Variant, machine: Machine, shape: ModelShape) -> Iterator[Notice]:
+    if variant.optimizer.startswith("paged") and not paged_state_bytes(
+        variant.optimizer, adapter_tensors(variant, shape)
+    ):
+        yield Notice(
+            code="nothing-to-page",
+            message=f"{variant.name}: {variant.optimizer} pages nothing: each of its tensors has fewer than "
+            f"{PAGED_FROM_ELEMENTS} elements, which bitsandbytes keeps on the device.",
+            remedy="Read its memory as that of an optimizer that is not paged, or raise r.",
+        )
+    elif variant.optimizer.startswith("paged") and machine.device == "cpu":
         yield Notice(
             code="paged-on-cpu",
             message=f"{variant.name}: {variant.optimizer} pages nothing on a CPU; its trials are invalid unless the "

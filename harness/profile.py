@@ -70,6 +70,8 @@ class Activity:
     step_times_s: tuple[float, ...]
     """Each profiled step."""
     phases: tuple[PhaseActivity, ...]
+    missing: str = ""
+    """Why it is not known what ran; empty where it is."""
 
     @property
     def window_s(self) -> float:
@@ -98,11 +100,16 @@ class Profile:
     wide_registers: bool
     """Whether a CPU multiplies 16-bit numbers faster than 32-bit ones (AVX512-BF16); not read on a GPU."""
     memory_bytes: int
-    """Of the device that trains."""
+    """What the device that trains had free before the trial, or has in all where that is not known."""
     record: TrialRecord
     """Raw times and bytes of the trial, its checks and notices."""
     activity: Activity
     memory: dict[str, MemoryAccount]
     """Of a step and of a request, by phase."""
     peaks: dict[str, Peak]
-    """What the device does at best, by "product" and "memory"; stated by the vendor or measured after the trial."""
+    """What the device does at best, by "product" and "memory"; stated by the vendor, or measured after the trial."""
+    measured_peaks: dict[str, Peak] = field(default_factory=dict)
+    """The same as measured after the trial, also where the vendor states it."""
+    estimates: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Bytes by kind as `harness.memory_estimate` expects them from the shape alone, by phase; empty where the model's
+    layers are not known."""

@@ -17,14 +17,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from harness import codec
+from harness import catalogue, codec, shapes
 from harness.ceiling import product_rate
 from harness.conductor import Site, blank, request_of
-from harness.errors import InvalidRunError
+from harness.errors import InvalidRunError, UsageError
 from harness.executors import Worker, WorkerLostError
 from harness.executors.local import LocalExecutor
 from harness.feasibility import check_feasible
-from harness.memory_account import MemoryAccount
+from harness.forecast import free_bytes
+from harness.memory_account import MEMORY_PHASES, MemoryAccount
+from harness.memory_estimate import estimate_memory, stored_dtype
 from harness.peaks import Peak, Rate, stated_peak
 from harness.plan import Plan, Slot, make_plan
 from harness.profile import Activity, Profile
@@ -32,6 +34,7 @@ from harness.provenance import Machine
 from harness.record import Fragment, TrialRecord
 from harness.study import Study
 from harness.variant import Variant
+from harness.workload import Workload
 
 DOCUMENT, TRACE = "profile.json", "trace.json.gz"
 """What a profile's folder holds beside the logs: all facts, and the profiler's own recording."""
@@ -88,7 +91,11 @@ def profile_variant(
             raise InvalidRunError(f"{variant.name}: {lost}") from None
         stack.callback(worker.close)
         trial = _Trial(plan, slot, site, worker, say)
-        peaks = _peaks_of(trial, variant, machine)
+        has = free_bytes(machine) or machine.device_memory_bytes or machine.memory_bytes
+        rates: dict[str, Rate] = {"product": product_rate(variant), "memory": "memory"}
+        trial.conduct(list(rates.values()))
+        by_rate = trial.read(dict[str, Peak], "peaks.json")
+        measured = {name: by_rate[rate] for name, rate in rates.items()}
         profile = Profile(
             study=study.name,
             variant=variant,
@@ -98,24 +105,30 @@ def profile_variant(
             threads=study.workload.threads,
             cpus=machine.cpus,
             wide_registers=machine.avx512_bf16,
-            memory_bytes=machine.device_memory_bytes or machine.memory_bytes,
+            memory_bytes=has,
             record=trial.record.replaced(notices=(*notices, *trial.record.notices)),
             activity=trial.read(Activity, "activity.json"),
             memory={phase: trial.read(MemoryAccount, f"memory-{phase}.json") for phase in ("train", "generate")},
-            peaks=peaks,
+            peaks={name: stated_peak(machine.device_name, rate) or measured[name] for name, rate in rates.items()},
+            measured_peaks=measured,
+            estimates=_estimates(variant, study.workload, machine.device),
         )
         shutil.move(trial.folder / TRACE, folder / TRACE)
     (folder / DOCUMENT).write_text(codec.dumps(profile, indent=1) + "\n", encoding="utf-8")
     return profile, folder
 
 
-def _peaks_of(trial: _Trial, variant: Variant, machine: Machine) -> dict[str, Peak]:
-    """Take the trial to its end; the peaks that nobody states are measured then."""
-    rates: dict[str, Rate] = {"product": product_rate(variant), "memory": "memory"}
-    stated = {name: stated_peak(machine.device_name, rate) for name, rate in rates.items()}
-    trial.conduct([rates[name] for name, peak in stated.items() if peak is None])
-    measured = trial.read(dict[str, Peak], "peaks.json")
-    return {name: stated[name] or measured[rate] for name, rate in rates.items()}
+def _estimates(variant: Variant, workload: Workload, device: str) -> dict[str, dict[str, int]]:
+    """Bytes by kind as expected from the shape, by phase."""
+    try:
+        source = catalogue.resolve(workload.model)
+        shape, stored = shapes.shape(source), stored_dtype(source)
+        return {
+            phase: estimate_memory(variant, workload, shape, phase=phase, device=device, stored=stored).kinds
+            for phase in MEMORY_PHASES
+        }
+    except UsageError:  # a model type whose layers are not known
+        return {}
 
 
 class _Trial:

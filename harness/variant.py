@@ -128,6 +128,12 @@ class Variant:
                 "flash-attn takes bfloat16 or float16 only and this variant computes in float32",
                 'Set dtype or autocast to "bfloat16".',
             ),
+            (
+                not (self.attention == "flash_attention_2" and self.dtype == "float32" and self.quantization == "none"),
+                "attention",
+                "flash-attn takes bfloat16 or float16 only, and requests meet float32 weights without autocast",
+                'Set dtype to "bfloat16".',
+            ),
         )
         for holds, key, why, remedy in checks:
             if not holds:
@@ -146,6 +152,18 @@ class Variant:
     def is_4bit(self) -> bool:
         """Whether the base is stored in 4 bits."""
         return self.quantization in ("nf4", "fp4")
+
+    @property
+    def multiplies_float32(self) -> bool:
+        """Whether a step has matrix products of float32, to which `tf32` could apply.
+
+        None under an autocast to 16 bits; else those of the base, of an adapter that PEFT keeps in float32, or of the
+        head that preparation casts.
+        """
+        if self.autocast not in (None, "float32"):
+            return False
+        base = self.compute_dtype if self.is_4bit else self.dtype
+        return "float32" in (base, self.adapter_dtype or "float32") or self.prepare_for_kbit
 
     @property
     def id(self) -> str:

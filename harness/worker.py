@@ -54,6 +54,8 @@ def zygote(control: socket.socket) -> None:
     with _capability_from_nvml():
         for name in PRELOAD:
             importlib.import_module(name)
+    if refusal := _lacks_cuda():
+        raise InvalidRunError(refusal)
     for name in LAZY:
         with contextlib.suppress(ImportError):  # an optimisation: a library may move its own submodules
             importlib.import_module(name)
@@ -120,6 +122,34 @@ def _capability_from_nvml() -> Iterator[None]:
         torch.cuda.get_device_capability = asked
 
 
+def _lacks_cuda() -> str | None:
+    """Why bitsandbytes could not run on the device that torch sees; None if it can, or if there is none.
+
+    Where it cannot tell the device it takes its CPU library without an error, and every quantised layer then fails.
+    """
+    import torch
+
+    if not torch.cuda.is_available() or sys.modules["bitsandbytes.cextension"].lib.compiled_with_cuda:
+        return None
+    return (
+        "bitsandbytes has loaded its library for CPUs although torch sees a CUDA device; `python -m bitsandbytes` says "
+        "why. A MIG instance whose driver does not answer NVML, or a CUDA version without a build, are usual reasons"
+    )
+
+
+_CUDA_NOT_INITIALISED = 3
+"""CUDA_ERROR_NOT_INITIALIZED of the driver's cuda.h."""
+
+
+def _driver_started() -> bool:
+    """Whether anything in this process has called cuInit, which torch does not notice where another library did."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1", mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
+    except OSError:  # nobody has loaded it
+        return False
+    return int(driver.cuDeviceGetCount(ctypes.byref(ctypes.c_int()))) != _CUDA_NOT_INITIALISED
+
+
 def thread_count() -> int:
     """Threads of this process, as the kernel counts them."""
     return len(list(Path("/proc/self/task").iterdir()))
@@ -167,6 +197,11 @@ def _cannot_fork() -> str | None:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         return "something imported by the zygote has initialised CUDA, and no fork of it could use the device"
+    if _driver_started():
+        return (
+            "something in the zygote has started the CUDA driver, and no fork of it could use the device: torch does "
+            "so itself where NVML does not answer, as for a MIG instance or in a container without it"
+        )
     return None
 
 

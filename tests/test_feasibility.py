@@ -65,4 +65,6 @@ def test_what_merely_surprises_is_a_notice(small_study, machine):
     """A rank above the narrowest layer, a paged optimizer on a CPU, random weights."""
     codes = {n.code for n in check_feasible(with_variant(small_study, r=300, optimizer="paged_adamw_32bit"), machine)}
     assert codes == {"rank-above-width", "paged-on-cpu", "random-weights"}
+    codes = {n.code for n in check_feasible(with_variant(small_study, r=8, optimizer="paged_adamw_32bit"), machine)}
+    assert "nothing-to-page" in codes
     assert {n.code for n in check_feasible(small_study, machine)} == {"random-weights"}

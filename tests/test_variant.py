@@ -19,6 +19,10 @@ from harness.variant import Variant
         ({"quantization": "nf4", "init_lora_weights": "pissa"}, ["init_lora_weights", "nf4"]),
         ({"prepare_for_kbit": True}, ["prepare_for_kbit", "quantization"]),
         ({"attention": "flash_attention_2", "dtype": "float32"}, ["attention", "float32", "bfloat16"]),
+        (
+            {"attention": "flash_attention_2", "dtype": "float32", "autocast": "bfloat16"},
+            ["attention", "without autocast", "bfloat16"],
+        ),
         ({"init_lora_weights": "orthogonal", "r": 3}, ["orthogonal", "even"]),
     ],
 )

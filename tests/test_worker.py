@@ -2,8 +2,11 @@
 
 import threading
 
+import bitsandbytes  # noqa: F401 its library is asked about
 import pytest
+import torch
 
+from harness import worker
 from harness.failure import failure_of
 from harness.worker import thread_count
 
@@ -52,3 +55,35 @@ def test_threads_are_those_that_the_kernel_counts():
     finally:
         stop.set()
         thread.join()
+
+
+class FakeDriver:
+    """libcuda, as far as it is asked here."""
+
+    def __init__(self, answer):
+        self.answer = answer
+
+    def cuDeviceGetCount(self, count):  # noqa: N802 the driver's own name
+        return self.answer
+
+
+@pytest.mark.parametrize(("answer", "started"), [(3, False), (0, True), (100, True)])
+def test_a_driver_that_something_has_started_forbids_a_fork(monkeypatch, answer, started):
+    """Torch notices its own start only; anything but "not initialised" is a start."""
+    monkeypatch.setattr(worker.ctypes, "CDLL", lambda name, mode: FakeDriver(answer))
+    monkeypatch.setattr(worker, "thread_count", lambda: 1)
+    refusal = worker._cannot_fork()
+    assert (refusal is not None and "started the CUDA driver" in refusal) is started
+
+
+def test_without_a_driver_nothing_forbids_a_fork(monkeypatch):
+    """Nobody has loaded libcuda here, and looking does not load it."""
+    monkeypatch.setattr(worker, "thread_count", lambda: 1)
+    assert worker._cannot_fork() is None
+
+
+def test_bitsandbytes_without_its_cuda_library_is_refused(monkeypatch):
+    """Where torch sees a device and bitsandbytes does not, before any trial fails on it."""
+    assert worker._lacks_cuda() is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert "bitsandbytes has loaded its library for CPUs" in worker._lacks_cuda()

@@ -45,6 +45,7 @@ def worker_environment(threads: int, host: Host | None = None) -> dict[str, str]
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # as NVML counts
         "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
         "KINETO_LOG_LEVEL": "99",
+        "TEARDOWN_CUPTI": "1",  # else the profiler of the check goes on slowing down the launches that are timed later
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
     }

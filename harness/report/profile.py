@@ -8,11 +8,21 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from harness.accounting import IDLE, Ceilings, StepAccount, TokenShares, categories_s, plain_s
+from harness.accounting import (
+    IDLE,
+    REMAINDER_LIMIT,
+    Ceilings,
+    Span,
+    StepAccount,
+    TokenShares,
+    categories_s,
+    plain_s,
+)
 from harness.diagnosis import RULES, Finding
 from harness.memory_account import in_order, title_of
 from harness.profile import PHASES, Profile
 from harness.remedy import METRIC, Tried
+from harness.report.disturbances import disturbances
 from harness.report.terminal import print_notices
 from harness.units import METRICS, format_bytes, format_interval, format_ratio, format_value
 
@@ -49,13 +59,14 @@ def print_profile(
     console.print(_memory(profile))
     console.print(f"\n[bold]Tokens of a step[/bold]\n  {escape(_tokens(tokens))}")
     console.print("\n[bold]Ceilings[/bold]")
-    for line in _ceilings(found):
+    for line in _ceilings(found, profile):
         console.print(f"  {escape(line)}")
     console.print()
     console.print(_findings(findings, step))
     missing = [code for code in RULES if code not in {finding.code for finding in findings}]
     console.print(f"  looked for and not found: {', '.join(missing)}")
-    print_notices(profile.record.notices, console)
+    said = disturbances([profile.record], on_cpu=profile.device == "cpu")
+    print_notices((*profile.record.notices, *said), console)
 
 
 def print_tried(tried: Tried, console: Console) -> None:
@@ -85,25 +96,34 @@ def print_tried(tried: Tried, console: Console) -> None:
 def _phases(profile: Profile, step: StepAccount) -> Table:
     table = Table(title="Where a step's time goes", title_justify="left", title_style="bold")
     waits = "device waits" if profile.device == "cuda" else "between operators"
+    known = not profile.activity.missing
     calls = "launches" if profile.device == "cuda" else "operators"
     for index, head in enumerate(("phase", "time", "of the step", waits, calls)):
         table.add_column(head, justify="right" if index else "left")
-    idling = categories_s(profile, step)[IDLE]
+    idling = categories_s(profile, step).get(IDLE, {})
     for phase in profile.activity.phases:
         span = step.phases[phase.phase]
-        idle = idling[phase.phase] / span.value
         table.add_row(
             PHASE_TITLES[phase.phase],
             escape(format_interval(span.value, span.low, span.high, "s")),
             f"{span.value / step.step.value:.1%}",
-            f"{idle:.0%}",
-            f"{phase.calls:.0f}",
+            f"{idling[phase.phase] / span.value:.0%}" if known else "–",
+            f"{phase.calls:.0f}" if known else "–",
         )
-    share = step.remainder_s / step.step.value
-    table.add_row("remainder", format_value(step.remainder_s, "s"), f"{share:.1%}", "", "")
+    rest = step.remainder
+    share = _shares(rest, step.step.value)
+    table.add_row("remainder", escape(format_interval(rest.value, rest.low, rest.high, "s")), escape(share), "", "")
     total = format_interval(step.step.value, step.step.low, step.step.high, "s")
-    table.add_row("step", escape(total), "100 %", "", f"{profile.activity.calls:.0f}", style="bold")
+    calls = f"{profile.activity.calls:.0f}" if known else "–"
+    table.add_row("step", escape(total), "100 %", "", calls, style="bold")
     return table
+
+
+def _shares(span: Span, whole: float) -> str:
+    """A part of a whole in percent, with its interval where it has one."""
+    if span.low is None or span.high is None:
+        return f"{span.value / whole:.1%}"
+    return f"{span.value / whole:.1%} [{span.low / whole:.1%}, {span.high / whole:.1%}]"
 
 
 def _step_lines(step: StepAccount) -> Iterator[str]:
@@ -112,14 +132,20 @@ def _step_lines(step: StepAccount) -> Iterator[str]:
     yield f"{step.pairs} plain steps, in turns with as many whose phases were timed; {step.counted} count ({quiet})"
     yield "intervals are those of this process; between processes times differ more"
     yield (
-        f"borders between phases cost {format_interval(borders.value, borders.low, borders.high, 's')} a step "
-        f"({borders.value / step.step.value:.1%}); in such a step the phases cover {step.covered:.2%}; between steps "
-        f"{format_value(between.value, 's')}"
+        f"borders between phases cost {format_interval(borders.value, borders.low, borders.high, 's')} a step; in such "
+        f"a step the phases cover {_shares(step.covered, 1.0)} of it"
+    )
+    yield (
+        f"between steps, the loss read and the times kept: "
+        f"{format_interval(between.value, between.low, between.high, 's')}"
     )
     if step.occupancy is not None:
         yield f"occupancy {step.occupancy:.0%}: CPU time over wall time of all these steps"
-    if not step.reconciled:
-        yield "the phases do not explain the step: measure again on a quieter machine"
+    limit = f"{REMAINDER_LIMIT:.0%} of the step"
+    if step.explained is None:
+        yield f"whether the remainder is at most {limit} cannot be told: measure again on a quieter machine"
+    elif not step.explained:
+        yield f"the phases do not explain the step: the remainder is more than {limit}"
 
 
 def _categories(profile: Profile, step: StepAccount) -> Table:
@@ -136,7 +162,14 @@ def _categories(profile: Profile, step: StepAccount) -> Table:
 
 def _operators(profile: Profile, step: StepAccount) -> Iterator[str]:
     steps, slow = len(profile.activity.step_times_s), profile.activity.window_s
-    seen = f"seen in {steps} steps under the profiler, each {format_value(slow, 's')} (× {step.profiler_slowdown:.2f})"
+    slower = step.profiler_slowdown
+    seen = (
+        f"seen in {steps} steps under the profiler, each {format_value(slow, 's')} "
+        f"(× {format_ratio(slower.value, slower.low, slower.high)})"
+    )
+    if profile.activity.missing:
+        yield f"not available: {profile.activity.missing}"
+        return
     if profile.activity.device == "cuda":
         yield f"{seen}, which slows down the host and no kernel"
     else:
@@ -153,23 +186,40 @@ def _operators(profile: Profile, step: StepAccount) -> Iterator[str]:
 
 
 def _memory(profile: Profile) -> Table:
-    """Kinds side by side for a step and a request; what no kind explains is a line of its own."""
+    """Kinds side by side for a step and a request, each beside what was expected of it from the shape alone; what no
+    kind explains is a line of its own."""
     accounts = tuple(profile.memory[phase] for phase in _MEMORY_HEADS)
     where = "device" if profile.device == "cuda" else "process"
     table = Table(title=f"Memory of the {where} at its peak", title_justify="left", title_style="bold")
     table.add_column("kind")
+    expected = [profile.estimates.get(one.phase, {}) for one in accounts]
     for one in accounts:
         table.add_column(_MEMORY_HEADS[one.phase], justify="right")
-    for kind in in_order({kind: 1 for one in accounts for kind in one.kinds}):
-        sizes = (one.kinds.get(kind) for one in accounts)
-        table.add_row(title_of(kind), *("–" if size is None else format_bytes(size) for size in sizes))
-    table.add_row("unexplained", *(f"{format_bytes(one.unexplained_bytes)} ({one.share:.1%})" for one in accounts))
-    table.add_row("peak, as measured", *(format_bytes(one.peak_bytes) for one in accounts), style="bold")
+        table.add_column("estimated", justify="right", style="dim")
+    columns = [column for one, guess in zip(accounts, expected, strict=True) for column in (one.kinds, guess)]
+    for kind in in_order(dict.fromkeys((kind for column in columns for kind in column), 1)):
+        table.add_row(title_of(kind), *(_bytes(column.get(kind)) for column in columns))
+    rest = (f"{format_bytes(one.unexplained_bytes)} ({one.share:.1%})" for one in accounts)
+    table.add_row("unexplained", *(cell for share in rest for cell in (share, "")))
+    peaks = [
+        cell
+        for one, guess in zip(accounts, expected, strict=True)
+        for cell in (format_bytes(one.peak_bytes), _expected(sum(guess.values()), one.peak_bytes))
+    ]
+    table.add_row("peak, as measured", *peaks, style="bold")
     for kind in dict.fromkeys(kind for one in accounts for kind in one.beside):
-        sizes = (one.beside.get(kind) for one in accounts)
-        words = kind.replace("_", " ")
-        table.add_row(f"{words}, beside it", *("–" if size is None else format_bytes(size) for size in sizes))
+        sizes = [cell for one in accounts for cell in (_bytes(one.beside.get(kind)), "")]
+        table.add_row(f"{kind.replace('_', ' ')}, beside it", *sizes)
     return table
+
+
+def _bytes(size: int | None) -> str:
+    return "–" if size is None else format_bytes(size)
+
+
+def _expected(estimate: int, measured: int) -> str:
+    """An estimate with its error; nothing where there is none."""
+    return f"{format_bytes(estimate)} ({estimate / measured - 1:+.1%})" if estimate else "–"
 
 
 _MEMORY_HEADS = {"train": "a step", "generate": "a request"}
@@ -180,16 +230,21 @@ def _tokens(tokens: TokenShares) -> str:
     return ", ".join(f"{count:.0f} {name} ({count / tokens.total:.1%})" for name, count in parts)
 
 
-def _ceilings(found: Ceilings | str) -> Iterator[str]:
+def _ceilings(found: Ceilings | str, profile: Profile) -> Iterator[str]:
     if isinstance(found, str):
         yield f"none: {found}"
         return
     yield str(found.train.mfu)
     yield str(found.train.hfu)
+    six_n = found.train.six_n
+    yield f"by the formula for full training, for comparison only: {six_n.name} {six_n.value:.1%} = {six_n.formula}"
     decode = found.decode
     token = format_interval(decode.token.value, decode.token.low, decode.token.high, "s")
     yield f"decoding: {token} a token, {format_bytes(decode.bytes)} read for each, {decode.context} tokens of context"
     yield str(decode.use)
+    for name, peak in profile.measured_peaks.items():
+        if peak != profile.peaks[name]:
+            yield f"what this device reached when it was asked: {peak}"
 
 
 def _findings(findings: Sequence[Finding], step: StepAccount) -> Table:

@@ -12,6 +12,7 @@ that command lines and type annotations pay nothing.
 from __future__ import annotations
 
 from harness.stats.autocorrelation import effective_size
+from harness.stats.bootstrap import bootstrap_interval
 from harness.stats.comparison import Pairing, compare_trials
 from harness.stats.drops import KeptPairs, kept_pairs
 from harness.stats.estimate import Estimate, estimate_trials
@@ -38,6 +39,7 @@ __all__ = [
     "Verdict",
     "WarmupKind",
     "WarmupResult",
+    "bootstrap_interval",
     "compare_bytes",
     "compare_family",
     "compare_trials",

@@ -26,21 +26,28 @@ _RUNTIME = ("cuda", "cu")
 """How calls of the CUDA runtime and driver begin, which the profiler keeps among the records of the host."""
 
 
-def activity_of(events: Iterable[Any], step_times_s: tuple[float, ...]) -> Activity:
+NO_KERNELS = (
+    "the profiler recorded no kernel: CUPTI is missing, or the driver keeps it from this user "
+    "(NVreg_RestrictProfilingToAdminUsers; in a container --cap-add=SYS_ADMIN lifts that)"
+)
+
+
+def activity_of(events: Iterable[Any], step_times_s: tuple[float, ...], device: str) -> Activity:
     """The mean step of some that were profiled with their phases marked.
 
     Args:
         events: the profiler's records (`_KinetoEvent`); what lies in no phase is left out.
         step_times_s: of each of the steps, under the profiler.
+        device: where they ran, as torch names it.
 
     Raises:
         ValueError: no phase is marked.
     """
-    windows, host, device = _sorted_out(events)
+    windows, host, kernels = _sorted_out(events)
     if not windows:
         raise ValueError("no phase of a step is marked in the profiler's records")
-    kind: Literal["cpu", "cuda"] = "cuda" if device else "cpu"
-    ran = _by_phase(device or host, windows)
+    kind: Literal["cpu", "cuda"] = "cuda" if device.startswith("cuda") else "cpu"
+    ran = _by_phase(kernels if kind == "cuda" else host, windows)
     steps = len(step_times_s)
     phases = []
     for phase in PHASES:
@@ -61,7 +68,8 @@ def activity_of(events: Iterable[Any], step_times_s: tuple[float, ...]) -> Activ
                 totals_s={one.name: one.time_ms / 1e3 / steps for one in called},
             )
         )
-    return Activity(device=kind, step_times_s=step_times_s, phases=tuple(phases))
+    missing = NO_KERNELS if kind == "cuda" and not kernels else ""
+    return Activity(device=kind, step_times_s=step_times_s, phases=tuple(phases), missing=missing)
 
 
 Window = tuple[int, int, str]

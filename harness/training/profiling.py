@@ -1,20 +1,25 @@
-"""Where a step's time goes: its phases with the device synchronised at their borders, and what runs in them.
+"""Where a step's time goes: its phases between borders, and what runs in them.
 
-A border stops the host until the device has finished, which a plain step never does, so borders cost something. Plain
-and bordered steps therefore take turns: both then meet the same machine, and the difference of a pair is the cost of
-the borders. The profiler comes last, in steps of its own, because it slows down everything and its memory stays.
+On CUDA a border is a pair of events, which the device stamps when it comes to them and the host does not wait for; a
+phase's time is then the device's own, with its waiting for launches in it. On a CPU it is two readings of a clock.
+Either costs something, so plain and bordered steps take turns: both then meet the same machine, and the difference of a
+pair is the cost of the borders. They are taken until what the phases leave of a step is known well enough to be judged.
+
+The profiler comes last, in steps of its own, because it slows down everything and its memory stays. Its records tell a
+kernel's phase by the host's clock, so these steps wait for the device at every border.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
+import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from harness import codec
 from harness.errors import LorameterError
@@ -31,10 +36,13 @@ from harness.training.process import release_unused, synchronize
 from harness.training.step import TrainStep
 from harness.training.stream import Batch, TokenStream
 
-LEAST_PAIRS = 8
-MOST_PAIRS = 64
-BUDGET_S = 30.0
-"""Pairs of steps are taken for so long, within the two numbers above."""
+LEAST_PAIRS, MOST_PAIRS = 8, 256
+PAIRS_AT_ONCE = 16
+"""Pairs between two looks at how well the remainder is known."""
+REMAINDER_HALF_WIDTH = 0.005
+"""Share of the step: a quarter of what the phases may leave of it. Looking at widths selects no value."""
+BUDGET_S = 40.0
+"""Pairs of steps are taken for so long at most, and the least of them in any case."""
 LEAST_PROFILED, MOST_PROFILED = 3, 12
 PROFILED_BUDGET_S = 3.0
 """Steps are profiled for so long, within these numbers: the records of a step take megabytes."""
@@ -63,6 +71,7 @@ def write_account(
     """Account for the memory of one call, into a file of the trial's folder. Raises LorameterError without a birth."""
     if birth is None:
         raise LorameterError(f"trial {request.trial}: its memory cannot be accounted for, its birth was not noted")
+    release_unused(request.device)  # the check's records refer to each other, and would count as unexplained
     compiled = request.variant.compile
     found = account(
         trainee.model, trainee.optimizer, call, birth=birth, device=request.device, phase=phase, compiled=compiled
@@ -83,20 +92,28 @@ def write_peaks(request: TrialRequest, rates: Sequence[Rate]) -> None:
 
 
 class BorderedStep(TrainStep):
-    """The same step with a synchronisation and a clock reading at every border of a phase."""
+    """The same step with the time of each of its phases."""
 
     def __init__(self, trainee: Trainee, stream: TokenStream, request: TrialRequest) -> None:
         super().__init__(trainee, stream, request.variant, request.device)
         self._on = request.device
         self._marked = False
-        self.phases_s = dict.fromkeys(PHASES, 0.0)
-        """Seconds of each phase since `begin`."""
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._phases_s = dict.fromkeys(PHASES, 0.0)
 
     def begin(self, *, marked: bool = False) -> None:
-        """Start from zero; `marked` says whether the profiler is told of the phases."""
+        """Start from zero; `marked` is for the profiler: it is told of the phases, and the device ends with each."""
         self._marked = marked
-        self.phases_s = dict.fromkeys(PHASES, 0.0)
+        self._events = []
+        self._phases_s = dict.fromkeys(PHASES, 0.0)
         synchronize(self._on)
+
+    def phases_s(self) -> dict[str, float]:
+        """Seconds of each phase since `begin`; the device must have finished."""
+        for name, begin, end in self._events:
+            self._phases_s[name] += begin.elapsed_time(end) / 1e3
+        self._events = []
+        return self._phases_s
 
     def take(self) -> Batch:
         """The next batch, on the device."""
@@ -120,11 +137,20 @@ class BorderedStep(TrainStep):
 
     @contextlib.contextmanager
     def _phase(self, name: str) -> Iterator[None]:
-        begin = time.perf_counter()
-        with record_function(MARK + name) if self._marked else contextlib.nullcontext():
+        if self._marked:
+            with record_function(MARK + name):
+                yield
+                synchronize(self._on)
+        elif self._on.startswith("cuda"):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
             yield
-            synchronize(self._on)
-        self.phases_s[name] += time.perf_counter() - begin
+            end.record()
+            self._events.append((name, begin, end))
+        else:
+            begun_s = time.perf_counter()
+            yield
+            self._phases_s[name] += time.perf_counter() - begun_s
 
 
 def step_times(
@@ -134,8 +160,8 @@ def step_times(
 
     Returns:
         Samples in seconds, one a pair: `plain_step_time_s` with `plain_step_cpu_time_s`, `bordered_step_time_s`,
-        `phase_PHASE_s`, and `between_steps_s`, from the end of a step to the beginning of the next.`train_loss`
-        has the losses of all steps in order.
+        `phase_PHASE_s`, and `between_steps_s`, from the end of a step to the beginning of the next: reading its loss
+        and keeping its times. `train_loss` has the losses of all steps in order.
     """
     watch = Stopwatch(device)
     found: dict[str, list[float]] = {}
@@ -155,42 +181,58 @@ def step_times(
         keep(f"{kind}_step_time_s", lap.time_s)
         keep(f"{kind}_step_cpu_time_s", lap.cpu_time_s)
         if not is_plain:
-            for phase, seconds in bordered.phases_s.items():
+            for phase, seconds in bordered.phases_s().items():
                 keep(f"phase_{phase}_s", seconds)
         return ended_s
 
     begin, pair, ended_s = time.perf_counter(), 0, math.nan
-    while pair < LEAST_PAIRS or (pair < MOST_PAIRS and time.perf_counter() - begin < budget_s):
+    while pair < LEAST_PAIRS or (
+        pair < MOST_PAIRS
+        and time.perf_counter() - begin < budget_s
+        and not (pair % PAIRS_AT_ONCE == 0 and _is_known(found))
+    ):
         for is_plain in (True, False) if pair % 2 == 0 else (False, True):
             ended_s = step(is_plain=is_plain, ended_s=ended_s)
         pair += 1
     return {name: tuple(values) for name, values in found.items()}
 
 
+def _is_known(found: Mapping[str, Sequence[float]]) -> bool:
+    """Whether the remainder's interval is narrow enough, by that of the median of the pairs' own remainders.
+
+    Its ranks are those of the normal approximation: scipy, which has the exact ones, would be in the account of the
+    requests' memory.
+    """
+    plain = found["plain_step_time_s"]
+    sums = (sum(times) for times in zip(*(found[f"phase_{phase}_s"] for phase in PHASES), strict=True))
+    rests = sorted(whole - parts for whole, parts in zip(plain, sums, strict=True))
+    middle, spread = len(rests) / 2, 0.98 * math.sqrt(len(rests))
+    low, high = rests[math.floor(middle - spread)], rests[min(math.ceil(middle + spread), len(rests) - 1)]
+    return high - low <= 2 * REMAINDER_HALF_WIDTH * statistics.median(plain)
+
+
 def profiled(bordered: BorderedStep, device: str, folder: Path, *, steps: int) -> Activity:
     """What ran in some steps under the profiler; their trace is written to `folder`.
 
-    One step before them is profiled for nothing: the profiler's own start is not a step's.
+    One step before them is watched and not recorded: the profiler's own start is not a step's. It is one session with
+    them, since two on each other's heels can collide in CUPTI.
     """
     activities = [ProfilerActivity.CPU]
     if device.startswith("cuda"):
         activities.append(ProfilerActivity.CUDA)
     watch = Stopwatch(device)
-
-    def laps(count: int) -> tuple[float, ...]:
-        times = []
-        for _ in range(count):
+    times: list[float] = []
+    with profile(activities=activities, schedule=schedule(wait=0, warmup=1, active=steps)) as recorded:
+        for number in range(1 + steps):
             bordered.begin(marked=True)
-            times.append(watch(bordered)[1].time_s)
-        return tuple(times)
-
-    with profile(activities=activities):
-        laps(1)
-    with profile(activities=activities) as recorded:
-        times = laps(steps)
+            lap = watch(bordered)[1]
+            if number:
+                times.append(lap.time_s)
+            if number < steps:  # the session must still be open when it is read
+                recorded.step()
     recorded.export_chrome_trace(str(folder / TRACE))
     results = recorded.profiler.kineto_results if recorded.profiler is not None else None
-    return activity_of(() if results is None else results.events(), times)
+    return activity_of(() if results is None else results.events(), tuple(times), device)
 
 
 def useful_tokens(stream: TokenStream, rows: int) -> dict[str, float]:

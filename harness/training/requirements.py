@@ -65,10 +65,10 @@ def requirements_of(variant: Variant, trained_shapes: tuple[int, ...], *, packed
     if variant.optimizer == "adamw_fused":
         required["optimizer.fused"] = True
     if variant.optimizer.startswith("paged"):
-        # An optimizer named paged must page something, even where its tensors are all too small for bitsandbytes to.
         share = paged_share(trained_shapes, eight_bit=variant.optimizer == "paged_adamw_8bit")
-        required["optimizer.paged_share"] = max(0.01, share - 0.02)
-    if variant.tf32:
+        if share:  # tensors that are all too small for bitsandbytes to page are a notice (`harness.feasibility`)
+            required["optimizer.paged_share"] = max(0.01, share - 0.02)
+    if variant.tf32 and variant.multiplies_float32:
         required["tf32"] = True
     if variant.compile:
         required["compile"] = True

@@ -15,8 +15,8 @@ from harness.meters.energy import LEAST_S
 from harness.meters.watch import Watch
 from harness.record import Fragment, TrialRequest
 
-PHASE_OF = {"turn": "train", "request": "generate", "natural": "generate"}
-"""The commands that time something."""
+PHASE_OF = {"turn": "train", "profile": "train", "request": "generate", "natural": "generate"}
+"""The commands that time something, and the one that takes steps apart."""
 ENERGY_STRETCH_S = 1.5 * LEAST_S
 """How long a solo trial takes steps for its energy: above the shortest stretch even if the last step comes early."""
 
@@ -38,17 +38,17 @@ class Surroundings:
 
     def around(self, command: str, call: Callable[[], Fragment]) -> Fragment:
         """What `call` added to the trial, with what was found around it."""
-        if phase := PHASE_OF.get(command):
-            return self._watched(phase, call)
+        if command in PHASE_OF:
+            return self._watched(command, call)
         fragment = call()
         return self._finished(fragment) if command == "finish_training" else fragment
 
-    def _watched(self, phase: str, call: Callable[[], Fragment]) -> Fragment:
-        watch = self._watches[phase]
+    def _watched(self, command: str, call: Callable[[], Fragment]) -> Fragment:
+        watch = self._watches[PHASE_OF[command]]
         watch.begin()
         fragment = call()
         values = watch.end()
-        if phase == "train" and self._energy:
+        if command == "turn" and self._energy:
             self._steps += len(fragment.samples["step_time_s"])
             self._tokens += sum(fragment.samples["turn_real_tokens"])
             values |= {"energy_steps": float(self._steps), "energy_tokens": self._tokens}

@@ -24,10 +24,9 @@ COMMON = {
     "optimizer.fused": True,
     "optimizer.paged_share": 0.0,
     "checkpointing": False,
-    "tf32": False,
     "compile": False,
     "mode": "train",
-}
+} | ({} if torch.cuda.is_available() else {"tf32": False})  # a step on the CPU says nothing of it beside a device
 STORED = {
     "nf4": {
         **{"attention.dtype": "bfloat16", "base.bits": 4, "base.quant_type": "nf4", "base.double_quant": True},

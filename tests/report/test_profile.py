@@ -7,7 +7,7 @@ import json
 import pytest
 
 from harness import cli, codec, profiling
-from harness.accounting import IDLE, categories_s, ceilings, step_account, time_of, token_shares
+from harness.accounting import IDLE, Span, categories_s, ceilings, step_account, time_of, token_shares
 from harness.diagnosis import diagnose
 from harness.evidence import evidence_of
 from harness.memory_account import MemoryAccount
@@ -87,11 +87,11 @@ def profile():
 def test_the_lines_of_a_step_add_up(profile):
     """Phases and remainder are the step; categories and idling are the phases; the profiler's slow-down is told."""
     step = step_account(profile)
-    assert step.remainder_s == pytest.approx(0.001)
-    assert step.reconciled
+    assert (step.remainder.value, step.remainder.low, step.remainder.high) == pytest.approx((0.001,) * 3)
+    assert step.explained
     assert step.borders.value == pytest.approx(0.0001)
-    assert step.covered == pytest.approx(0.099 / 0.1001)
-    assert step.profiler_slowdown == pytest.approx(2.0)
+    assert step.covered.value == pytest.approx(0.099 / 0.1001)
+    assert step.profiler_slowdown.value == pytest.approx(2.0)
     assert step.occupancy == pytest.approx(0.99)
     found = categories_s(profile, step)
     assert list(found)[-1] == IDLE
@@ -102,8 +102,56 @@ def test_the_lines_of_a_step_add_up(profile):
     samples["plain_step_cpu_time_s"] = SAMPLES["plain_step_cpu_time_s"] + (0.5,)
     disturbed = step_account(dataclasses.replace(profile, record=profile.record.replaced(samples=samples)))
     assert (disturbed.pairs, disturbed.counted, disturbed.step) == (9, 8, step.step)
-    slow = dataclasses.replace(step, step=dataclasses.replace(step.step, value=0.11))
-    assert not slow.reconciled
+
+
+@pytest.mark.parametrize(
+    ("remainder", "explained"),
+    [
+        (Span(value=0.001, low=-0.001, high=0.0019), True),
+        (Span(value=0.001, low=-0.001, high=0.003), None),
+        (Span(value=0.003, low=0.0021, high=0.004), False),
+        (Span(value=-0.003, low=-0.004, high=-0.0021), False),
+        (Span(value=0.0019, low=None, high=None), True),
+    ],
+)
+def test_a_step_is_explained_where_the_whole_interval_is_within_the_limit(profile, remainder, explained):
+    """2 % of the step; where the interval reaches over the limit it cannot be told."""
+    step = dataclasses.replace(step_account(profile), remainder=remainder)
+    assert step.explained is explained
+    text = io.StringIO()
+    print_profile(profile, step, token_shares(profile), "x", (), console_for(text))
+    assert ("cannot be told" in text.getvalue()) is (explained is None)
+    assert ("do not explain" in text.getvalue()) is (explained is False)
+
+
+def test_what_a_profile_does_not_know_is_said(profile):
+    """Without records of the device nothing is said to have run or to have waited, and no rule takes it for idling."""
+    phases = tuple(dataclasses.replace(one, operators=(), busy_s=0.0, totals_s={}) for one in ACTIVITY.phases)
+    blind = Activity(device="cuda", step_times_s=(0.2,), phases=phases, missing="no kernel was recorded")
+    seen = dataclasses.replace(profile, activity=blind)
+    step = step_account(seen)
+    assert categories_s(seen, step) == {}
+    findings = diagnose(evidence_of(seen, step, token_shares(seen), "x"))
+    assert "launch-bound" not in {finding.code for finding in findings}
+    text = io.StringIO()
+    print_profile(seen, step, token_shares(seen), "x", findings, console_for(text))
+    assert "not available: no kernel was recorded" in text.getvalue()
+
+
+def test_an_estimate_stands_beside_the_measurement_and_disturbances_are_said(profile):
+    """Kinds beside kinds, the error at the peak; what the surroundings say against the trial is a notice."""
+    values = profile.record.values | {"device_samples_train": 10.0, "device_throttled_samples_train": 9.0}
+    seen = dataclasses.replace(
+        profile, record=profile.record.replaced(values=values),
+        estimates={"train": {"process": 2**28, "activations": 2**29, "gradients": 2**28}},
+        measured_peaks={"product": dataclasses.replace(profile.peaks["product"], per_s=5e11)},
+    )  # fmt: skip
+    text = io.StringIO()
+    print_profile(
+        seen, step_account(seen), token_shares(seen), ceilings(seen, step_account(seen).step), (), console_for(text)
+    )
+    for words in ("activations kept for backward", "1 GiB (+0.0%)", "held its clocks down", "500 bfloat16 GFLOP/s"):
+        assert words in text.getvalue()
 
 
 def test_all_of_a_profile_is_shown_and_read_back(profile):
@@ -116,7 +164,7 @@ def test_all_of_a_profile_is_shown_and_read_back(profile):
     text = io.StringIO()
     print_profile(profile, step, tokens, found, findings, console_for(text))
     for words in ("remainder", "1.0%", "MFU", "HFU", "MBU", "constructed", "--try dropout", "aten::bernoulli_",
-                  "192 real (37.5%), 64 padded (12.5%), 256 recomputed (50.0%)", "× 2.00",
+                  "192 real (37.5%), 64 padded (12.5%), 256 recomputed (50.0%)", "each 198 ms (× 2",
                   "looked for", "512 MiB", "256 MiB (25.0%)"):  # fmt: skip
         assert words in text.getvalue()
     assert codec.from_json(Profile, json.loads(codec.dumps(profile)), "profile") == profile
@@ -138,7 +186,8 @@ def test_the_command_prints_one_document(profile, monkeypatch, capsys, tmp_path)
     assert cli.main(["profile", "lora-or-qlora:lora-r16", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["schema"] == 1
-    assert document["step"]["remainder_s"] == pytest.approx(0.001)
+    assert document["step"]["remainder"]["value"] == pytest.approx(0.001)
+    assert document["step"]["explained"] is True
     assert [finding["code"] for finding in document["findings"]] == ["needless-checkpointing", "padding", "dropout"]
     assert document["profile"]["record"]["samples"]["phase_data_s"] == [0.001] * 8
     assert cli.main(["profile", "lora-or-qlora:lora-r17"]) == 2

@@ -9,6 +9,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from harness.protocol import Protocol
 from harness.record import TrialRequest
+from harness.training import profiling
 from harness.training.activity import MARK, activity_of
 from harness.training.build import build
 from harness.training.profiling import BorderedStep, step_times
@@ -66,7 +67,7 @@ def test_what_ran_is_told_by_phase():
             loss = (weight @ weight).sum()
         with record_function(f"{MARK}backward"):
             loss.backward()
-    activity = activity_of(recorded.profiler.kineto_results.events(), (0.01,))
+    activity = activity_of(recorded.profiler.kineto_results.events(), (0.01,), "cpu")
     data, forward, backward, update = activity.phases
     assert (activity.device, data.calls, update.calls) == ("cpu", 0.0, 0.0)
     names = {use.name: use for use in forward.operators}
@@ -102,14 +103,36 @@ def test_on_a_gpu_the_device_is_busy_where_kernels_run():
             event("Memcpy HtoD (Pageable -> Device)", begin + 6, begin + 10, stream=8),
             event("kernel_nobody_knows", begin + 30, begin + 40),
         ]
-    activity = activity_of(events, (0.1, 0.1))
+    activity = activity_of(events, (0.1, 0.1), "cuda")
     forward = activity.phases[1]
     assert activity.device == "cuda"
     assert (forward.window_s, forward.busy_s) == pytest.approx((0.020, 0.008))
     assert forward.categories_s == pytest.approx({"matmul": 0.006, "copy": 0.004})
     assert activity.calls == 2.0
     with pytest.raises(ValueError, match="no phase"):
-        activity_of([], (0.1,))
+        activity_of([], (0.1,), "cuda")
+
+
+def test_a_device_whose_kernels_were_not_recorded_is_no_cpu():
+    """Constructed records without any of the device: nothing is said to have run, and why is said."""
+    host = {"device": DeviceType.CPU}
+    events = [event(f"{MARK}forward", 0, 20, marked=True, **host), event("aten::mm", 1, 9, **host)]
+    activity = activity_of(events, (0.1,), "cuda")
+    assert (activity.device, activity.calls) == ("cuda", 0.0)
+    assert "CUPTI" in activity.missing
+    assert activity_of(events, (0.1,), "cpu").missing == ""
+
+
+def test_pairs_are_taken_until_the_remainder_is_known(tmp_path, monkeypatch):
+    """A remainder that hardly varies takes the fewest looks, one that varies takes them all."""
+    request, stream = setting(tmp_path)
+    trainee = build(request, steps=8, shared=SharedBase())
+    step = BorderedStep(trainee, stream, request)
+    plain = TrainStep(trainee, stream, request.variant, "cpu")
+    for width, pairs in ((1e9, profiling.PAIRS_AT_ONCE), (0.0, 32)):
+        monkeypatch.setattr(profiling, "REMAINDER_HALF_WIDTH", width)
+        monkeypatch.setattr(profiling, "MOST_PAIRS", 32)
+        assert len(step_times(plain, step, "cpu")["plain_step_time_s"]) == pairs
 
 
 def test_the_lengths_of_records_are_those_of_the_data(tmp_path):

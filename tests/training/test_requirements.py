@@ -45,7 +45,27 @@ def test_the_paged_share_is_counted_in_bytes(shapes, eight_bit, share):
     assert paged_share(shapes, eight_bit=eight_bit) == pytest.approx(share)
 
 
-def test_an_optimizer_named_paged_must_page_something():
-    """Even where every tensor is too small for bitsandbytes to."""
-    required = requirements_of(Variant(optimizer="paged_adamw_32bit"), (100,), packed=False)
-    assert required["optimizer.paged_share"] > 0
+def test_an_optimizer_named_paged_must_page_what_bitsandbytes_would():
+    """Where every tensor is too small for it nothing is required, or no such variant could ever be measured."""
+    variant = Variant(optimizer="paged_adamw_32bit")
+    assert requirements_of(variant, (200_000,), packed=False)["optimizer.paged_share"] == pytest.approx(0.98)
+    assert "optimizer.paged_share" not in requirements_of(variant, (16 * 4096,) * 4, packed=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "multiplies"),
+    [
+        ({}, True),
+        ({"adapter_dtype": "bfloat16"}, False),
+        ({"adapter_dtype": "bfloat16", "dtype": "float32"}, True),
+        ({"autocast": "bfloat16", "dtype": "float32"}, False),
+        ({"quantization": "nf4", "adapter_dtype": "bfloat16"}, False),
+        ({"quantization": "nf4", "adapter_dtype": "bfloat16", "compute_dtype": "float32"}, True),
+        ({"quantization": "nf4", "adapter_dtype": "bfloat16", "prepare_for_kbit": True}, True),
+        ({"quantization": "nf4", "prepare_for_kbit": True, "autocast": "bfloat16"}, False),
+    ],
+)
+def test_tensor_cores_are_required_where_a_product_is_in_float32(changes, multiplies):
+    """Under autocast to 16 bits, or with everything in 16 bits, there is nothing that TF32 could apply to."""
+    required = requirements_of(Variant(tf32=True, **changes), (1,), packed=False)
+    assert ("tf32" in required) is multiplies
