@@ -8,6 +8,7 @@ together, with the turns resampled.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from harness import catalogue, shapes
 from harness.ceiling import Ceiling, Utilisation, bandwidth_utilisation, ceiling_of
 from harness.decoding import decode_cost, mean_context
 from harness.errors import UsageError
-from harness.flops import StepTokens, TrainingFlops, computed_tokens, training_flops
+from harness.flops import StepTokens, TrainingFlops, computed_tokens, row_tokens, training_flops
 from harness.profile import PHASES, PhaseActivity, Profile
 from harness.series import OCCUPANCY_FLOOR
 from harness.stats import bootstrap_interval, median_interval
@@ -196,6 +197,25 @@ def token_shares(profile: Profile) -> TokenShares:
     return TokenShares(real=real, padded=positions - real, recomputed=again)
 
 
+SKIPPING = frozenset({"flash", "flash_attention_2", "flash_attention_3", "flash_attention_4", "cudnn"})
+"""Kernels of attention that leave out blocks which the causal order hides, where they are given no mask to read."""
+
+
+def given_tokens(profile: Profile, useful: StepTokens) -> StepTokens:
+    """What the operators of a step compute, by what the check saw of attention.
+
+    All pairs of a row, unless the kernel skips: then those of the causal order, and of packed rows that flash-attn
+    takes record by record only those of each record. A kernel skips whole blocks, so it computes somewhat more.
+    """
+    every = computed_tokens(profile.variant, profile.workload)
+    backend, mask = observed(profile, "attention.backend"), observed(profile, "attention.mask")
+    if backend not in SKIPPING or mask != "causal":
+        return every
+    if profile.workload.layout == "packed" and str(backend).startswith("flash_attention"):
+        return dataclasses.replace(every, pairs=useful.pairs)
+    return dataclasses.replace(every, pairs=row_tokens(profile.variant, profile.workload).pairs)
+
+
 def observed(profile: Profile, path: str) -> object:
     """What kernels_check saw under one of its paths; None where it saw nothing."""
     return next((check["observed"] for check in profile.record.checks if check["path"] == path), None)
@@ -237,7 +257,8 @@ def ceilings(profile: Profile, step: Span) -> Ceilings | str:
     )
     try:
         shape = shapes.shape(catalogue.resolve(workload.model))
-        train = ceiling_of(shape, variant, workload, step, profile.peaks["product"], useful=useful)
+        given = given_tokens(profile, useful)
+        train = ceiling_of(shape, variant, workload, step, profile.peaks["product"], useful=useful, computed=given)
         return Ceilings(
             train=train,
             flops=training_flops(shape, variant, computed_tokens(variant, workload)),

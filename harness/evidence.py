@@ -11,7 +11,7 @@ from harness import catalogue, shapes
 from harness.accounting import IDLE, Ceilings, StepAccount, TokenShares, categories_s, observed, time_of
 from harness.diagnosis import Evidence
 from harness.errors import UsageError
-from harness.flops import computed_tokens
+from harness.flops import computed_tokens, training_flops
 from harness.forecast import memory_bytes
 from harness.profile import PhaseActivity, Profile
 
@@ -31,8 +31,6 @@ def evidence_of(profile: Profile, step: StepAccount, tokens: TokenShares, found:
     shares = {category: sum(each.values()) / step_s for category, each in categories_s(profile, step).items()}
     allocated = memory.get("device_peak_allocated_train_bytes")
     pairs = computed_tokens(profile.variant, profile.workload).pairs
-    flops = None if isinstance(found, str) else found.flops
-    again = flops is not None and profile.variant.gradient_checkpointing
     return Evidence(
         variant=profile.variant,
         workload=profile.workload,
@@ -44,7 +42,7 @@ def evidence_of(profile: Profile, step: StepAccount, tokens: TokenShares, found:
         calls=profile.activity.calls,
         dropout=time_of(profile, step, _dropout_s) / step_s,
         padded=tokens.padded / (tokens.real + tokens.padded),
-        recomputed=flops.recomputed / flops.hardware if flops is not None and again else 0.0,
+        recomputed=_recomputed(profile, found),
         masked_pairs=max(0.0, 1 - profile.record.values["useful_pairs"] / pairs),
         attention_backend=_word(observed(profile, "attention.backend")),
         attention_mask=_word(observed(profile, "attention.mask")),
@@ -60,6 +58,19 @@ def evidence_of(profile: Profile, step: StepAccount, tokens: TokenShares, found:
         reserved_bytes=memory.get("device_peak_reserved_train_bytes"),
         alloc_retries=memory.get("device_alloc_retries_train", 0),
     )
+
+
+def _recomputed(profile: Profile, found: Ceilings | str) -> float:
+    """Share of a step's FLOPs that go with its checkpointing; none where the check saw nothing being computed again.
+
+    Not all that is computed twice: a fused backward repeats the scores with checkpointing and without.
+    """
+    if isinstance(found, str) or observed(profile, "checkpointing") is not True:
+        return 0.0
+    without = dataclasses.replace(profile.variant, gradient_checkpointing=False)
+    shape = shapes.shape(catalogue.resolve(profile.workload.model))
+    least = training_flops(shape, without, computed_tokens(without, profile.workload)).hardware
+    return max(0.0, 1 - least / found.flops.hardware)
 
 
 def _dropout_s(phase: PhaseActivity) -> float:

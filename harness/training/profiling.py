@@ -205,7 +205,7 @@ def _is_known(found: Mapping[str, Sequence[float]]) -> bool:
     """
     plain = found["plain_step_time_s"]
     sums = (sum(times) for times in zip(*(found[f"phase_{phase}_s"] for phase in PHASES), strict=True))
-    rests = sorted(whole - parts for whole, parts in zip(plain, sums, strict=True))
+    rests: list[float] = sorted(whole - parts for whole, parts in zip(plain, sums, strict=True))
     middle, spread = len(rests) / 2, 0.98 * math.sqrt(len(rests))
     low, high = rests[math.floor(middle - spread)], rests[min(math.ceil(middle + spread), len(rests) - 1)]
     return high - low <= 2 * REMAINDER_HALF_WIDTH * statistics.median(plain)

@@ -124,6 +124,27 @@ def test_a_step_is_explained_where_the_whole_interval_is_within_the_limit(profil
     assert ("do not explain" in text.getvalue()) is (explained is False)
 
 
+@pytest.mark.parametrize(
+    ("backend", "mask", "layout", "pairs"),
+    [
+        ("flash", "explicit", "packed", 2 * 128**2),
+        ("flash", "causal", "padded", 128 * 129),
+        ("flash_attention_2", "causal", "padded", 128 * 129),
+        ("flash_attention_2", "causal", "packed", 9312),
+        ("math", "causal", "packed", 2 * 128**2),
+        (None, None, "packed", 2 * 128**2),
+    ],
+)
+def test_hardware_utilisation_counts_what_the_kernel_computes(profile, backend, mask, layout, pairs):
+    """All pairs where it reads a mask or is not known to skip, else those of the causal order or of the records."""
+    checks = ({"path": "attention.backend", "observed": backend}, {"path": "attention.mask", "observed": mask})
+    seen = dataclasses.replace(
+        profile, record=profile.record.replaced(checks=checks),
+        workload=dataclasses.replace(profile.workload, layout=layout),
+    )  # fmt: skip
+    assert f"and {pairs} pairs a head" in ceilings(seen, step_account(seen).step).train.hfu.formula
+
+
 def test_what_a_profile_does_not_know_is_said(profile):
     """Without records of the device nothing is said to have run or to have waited, and no rule takes it for idling."""
     phases = tuple(dataclasses.replace(one, operators=(), busy_s=0.0, totals_s={}) for one in ACTIVITY.phases)
