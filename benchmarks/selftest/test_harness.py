@@ -27,15 +27,7 @@ HERE = Path(__file__).parent
 def test_a_timed_step_costs_what_a_bare_loop_costs(say):
     """Both take turns in one process, order shuffled, eight fresh processes; target at most 1.01."""
     replicates, turns = 8, 40
-    runs = [
-        json.loads(
-            subprocess.run(
-                [sys.executable, str(HERE / "bare_loop.py"), str(seed), str(turns)],
-                env=worker_environment(1), capture_output=True, text=True, check=True,
-            ).stdout
-        )
-        for seed in range(replicates)
-    ]  # fmt: skip
+    runs = processes("bare_loop.py", replicates, turns)
     for name, words in (("recorded", "the step as recorded"), ("turn", "the whole turn, bookkeeping included")):
         ratio = compare_trials([run["bare"] for run in runs], [run[name] for run in runs], pairing="turn")
         say(
@@ -44,6 +36,37 @@ def test_a_timed_step_costs_what_a_bare_loop_costs(say):
         )
         assert ratio.ratio is not None
         assert ratio.ratio <= 1.01, f"{words} costs more than 1.01 of a bare loop: {ratio.reason}"
+
+
+def test_the_meters_cost_a_timed_step_nothing(say):
+    """All meters around a step against none, in turns, twelve fresh processes; the whole interval below 1.005."""
+    replicates, turns = 12, 150
+    runs = processes("metered_loop.py", replicates, turns)
+    for name, words in (("", "the step as recorded"), ("_call", "the whole turn of one step")):
+        ratio = compare_trials(
+            [run[f"plain{name}"] for run in runs], [run[f"metered{name}"] for run in runs], pairing="turn"
+        )
+        say(
+            f"{words}, with all meters around it over without: {format_ratio(ratio.ratio, ratio.low, ratio.high)} "
+            f"({replicates} processes × {turns} paired steps)"
+        )
+        if not name:
+            high = ratio.high
+    assert high is not None
+    assert high < 1.005, "the meters may add 0.5 % to a timed step"
+
+
+def processes(script, replicates, turns):
+    """What fresh processes of a script print, one after the other."""
+    return [
+        json.loads(
+            subprocess.run(
+                [sys.executable, str(HERE / script), str(seed), str(turns)],
+                env=worker_environment(1), capture_output=True, text=True, check=True,
+            ).stdout
+        )
+        for seed in range(replicates)
+    ]  # fmt: skip
 
 
 def test_help_answers_at_once(say):
