@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from harness.meters.host import GIVEN, withheld_share
 from harness.meters.neighbours import UNEXPLAINED_LIMIT
 from harness.meters.watch import named
 from harness.units import format_bytes
@@ -42,8 +43,8 @@ CONTENDED = MARGIN
 OCCUPANCY_INVALID = 0.5
 """CPU time over wall time of a trial that nobody was compared with turn by turn: it ran half of the time at most."""
 WITHHELD_INVALID = 0.25
-"""Share that a hypervisor or a quota kept. In bursts, which hit one step wholly and the next not at all, so the median
-bears with more than the margin."""
+"""Share of the CPU time that was asked for which a hypervisor or a quota kept. In bursts, which hit one step wholly and
+the next not at all, so the median bears with more than the margin."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +111,10 @@ class _Told:
         """Of the time that was watched; None where either is not known."""
         part, whole = self.host(what), self.host("watched_s")
         return part / whole if part is not None and whole else None
+
+    def withheld_share(self, what: str) -> float | None:
+        """Of the CPU time that was asked for; None where that or what was withheld is not known."""
+        return withheld_share(self.host(what), self.host(GIVEN[what]))
 
     def device_share(self, counter: str, samples: str) -> tuple[float, str] | None:
         """By the card's own counter of time where there is one, else by the samples at the ends of the stretches."""
@@ -251,12 +256,12 @@ def _withheld(told: _Told, *, in_turns: bool) -> Iterator[Finding]:
             "Raise the quota (docker run --cpus, limits.cpu), or use a cpuset instead.",
         ),
     ):
-        share = told.host_share(what)
+        share = told.withheld_share(what)
         if share is not None and share > NOTICED:
             yield Finding(
                 code=code,
-                message=f"{who} for {share:.0%} of the time (from {NOTICED:.0%} it is said, above "
-                f"{WITHHELD_INVALID:.0%} a trial that was alone does not count)",
+                message=f"{who} for {share:.0%} of the CPU time that was asked for (from {NOTICED:.0%} it is said, "
+                f"above {WITHHELD_INVALID:.0%} a trial that was alone does not count)",
                 remedy=remedy,
                 weight=share / NOTICED,
                 invalid=share > WITHHELD_INVALID and not in_turns,

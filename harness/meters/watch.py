@@ -146,7 +146,7 @@ _SOURCES = {
 class Watch:
     """Host and device around the timed stretches of one phase of a trial.
 
-    `begin` and `end` take what NVML takes for about twelve answers, and half a millisecond on the host; both belong
+    `begin` and `end` take what NVML takes for about twelve answers, and 0.3 ms on the host together; both belong
     outside what is timed. Not shared between threads.
     """
 
