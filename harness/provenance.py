@@ -20,6 +20,7 @@ from typing import Any
 
 from harness import codec
 from harness.meters.nvml import Device, open_device
+from harness.meters.system import memory_bytes
 from harness.study import Study
 
 LIBRARIES = (
@@ -50,6 +51,7 @@ class Machine:
     cpu_model: str
     cpus: int
     memory_bytes: int
+    """Of the machine, or the limit of a container where that is less."""
     avx512_bf16: bool
     """On such CPUs bitsandbytes repacks 4-bit weights and needs widths that its blocks divide."""
     kernel: str
@@ -63,8 +65,6 @@ class Machine:
 
 def probe_machine() -> Machine:
     """Read /proc, NVML and the installed torch's version file."""
-    import psutil
-
     cpu = _cpu_fields()
     cuda = _torch_cuda()
     name = cpu.get("model name", platform.processor() or platform.machine())
@@ -79,7 +79,7 @@ def probe_machine() -> Machine:
         cuda=cuda,
         cpu_model=name,
         cpus=len(os.sched_getaffinity(0)),
-        memory_bytes=psutil.virtual_memory().total,
+        memory_bytes=memory_bytes().value or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         avx512_bf16="avx512_bf16" in cpu.get("flags", "").split(),
         kernel=platform.release(),
         python=platform.python_version(),

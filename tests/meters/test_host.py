@@ -10,7 +10,7 @@ import pytest
 from harness.meters import cgroup
 from harness.meters.cgroup import CpuTimes, cpu_quota, memory_left
 from harness.meters.host import CUMULATIVE, HostWatch, host_counters, withheld_share
-from harness.meters.system import system_facts
+from harness.meters.system import memory_available_bytes, memory_bytes, system_facts
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 TICK = os.sysconf("SC_CLK_TCK")
@@ -231,6 +231,26 @@ def test_file_pages_can_be_dropped(root, names, cached):
     assert memory_left(root(described)).value == 500
     root({f"{folder}/{names[0]}": "max\n"})
     assert not memory_left(root({})).known
+
+
+@pytest.mark.parametrize(
+    ("version", "folder", "names"),
+    [("0::/a\n", "a", ("memory.max", "memory.current")),
+     ("4:memory:/a\n", "memory/a", ("memory.limit_in_bytes", "memory.usage_in_bytes"))],
+)  # fmt: skip
+def test_memory_is_the_least_of_what_the_machine_has_and_a_container_may_use(root, version, folder, names):
+    """A limit above the machine's memory, as version 1 writes where there is none, changes nothing."""
+    where = f"sys/fs/cgroup/{folder}"
+    described = {
+        "proc/meminfo": "MemTotal: 1000 kB\nMemAvailable: 600 kB\n", "proc/self/cgroup": version,
+        f"{where}/{names[0]}": "204800\n", f"{where}/{names[1]}": "102400\n",
+    }  # fmt: skip
+    place = root(described)
+    assert (memory_bytes(place).value, memory_available_bytes(place).value) == (204800, 102400)
+    facts = system_facts(place)
+    assert (facts.memory_bytes.value, facts.memory_available_bytes.value) == (204800, 102400)
+    root({f"{where}/{names[0]}": "9223372036854771712\n"})
+    assert (memory_bytes(place).value, memory_available_bytes(place).value) == (1024000, 614400)
 
 
 def test_settings_are_read_where_the_kernel_keeps_them(root):
