@@ -43,7 +43,12 @@ SAMPLE = Sample(
     thermal_slowdown_s=given(0.0), power_slowdown_s=given(0.0),
 )  # fmt: skip
 ALONE = Neighbours(
-    own_bytes=missing("holds none"), others=given(()), others_bytes=given(0), hidden_bytes=given(0), statement=""
+    own_bytes=missing("holds none"),
+    used_bytes=given(0),
+    others=given(()),
+    others_bytes=given(0),
+    hidden_bytes=given(0),
+    statement="",
 )
 CARD = Card(facts=FACTS, sample=SAMPLE, memory=given(Memory(total=80 * GIB, free=79 * GIB, used=0)),
             neighbours=ALONE, sliced=False)  # fmt: skip
@@ -157,8 +162,7 @@ def test_what_was_not_given_is_a_share_of_the_cpu_time_that_was_asked_for(found,
         ("ECC", "unfit", {"uncorrected_errors": given(3)}),
         ("other processes", "bad", {"others": given((7,)), "others_bytes": given(GIB // 4)}),
         ("other processes", "unfit", {"others": given((7, 9)), "others_bytes": given(20 * GIB)}),
-        ("other processes", "unfit",
-         {"statement": "who?", "memory": given(Memory(total=80 * GIB, free=20 * GIB, used=60 * GIB))}),
+        ("other processes", "unfit", {"statement": "who?", "used_bytes": given(60 * GIB)}),
     ],
 )  # fmt: skip
 def test_what_would_spoil_a_measurement_on_a_card(found, name, standing, changes):
