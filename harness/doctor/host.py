@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from harness.doctor.check import Check, say
 from harness.doctor.survey import Survey
 from harness.meters.host import GIVEN, LEAST_ASKED_S, withheld_share
+from harness.meters.reading import unavailable
 from harness.meters.validity import CONTENDED, NOTICED
 from harness.units import format_bytes
 from harness.workload import Workload
@@ -39,7 +40,7 @@ def host_meters(found: Survey) -> Iterator[Check]:
             about="measures",
             name=name,
             standing="note" if why else "good",
-            found=f"not available: {why}" if why else "available",
+            found=unavailable(why) if why else "available",
             remedy=remedy if why else "",
         )
     yield Check(
@@ -85,7 +86,7 @@ def _withheld(found: Survey) -> Iterator[Check]:
         share = withheld_share(withheld, given)
         much = share is not None and share > NOTICED
         if given is None:
-            said = f"not available: {found.host_missing.get(GIVEN[counter], 'no counter of what was given')}"
+            said = unavailable(found.host_missing[GIVEN[counter]])
         elif share is None:
             said = f"only {withheld + given:.2f} s of CPU time were asked for, and {LEAST_ASKED_S:.0f} s tell a share"
         else:

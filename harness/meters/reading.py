@@ -39,6 +39,15 @@ class Reading(Generic[V_co]):
         """The converted value; a missing one stays missing for its reason."""
         return Reading(reason=self.reason) if self.value is None else Reading(value=convert(self.value))
 
+    def told(self) -> V_co | str:
+        """For a document: the value, or that there is none and why."""
+        return unavailable(self.reason) if self.value is None else self.value
+
+
+def unavailable(reason: str) -> str:
+    """How it reads that there is no value, everywhere."""
+    return f"not available: {reason}"
+
 
 def missing(reason: str) -> Reading[V]:
     """No value, and why."""

@@ -7,10 +7,12 @@ number without its interval; a trial that is not ok is named with its status and
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from harness import codec
+from harness.provenance import power_limit_w
 from harness.record import Notice, Role, TrialRecord
 from harness.report.notices import run_notices
 from harness.report.standing import replicates_said, standing
@@ -228,7 +230,8 @@ def _facts(run: Run, study: Study) -> tuple[str, ...]:
     commit = f"commit {git['commit'][:10]}{changes}" if git["commit"] else "no repository"
     plural = "s" if provenance["threads"] != 1 else ""
     return (
-        f"device    {provenance['device_name']} ({provenance['device']}, {provenance['threads']} thread{plural})",
+        f"device    {provenance['device_name']} ({provenance['device']}, {provenance['threads']} thread{plural})"
+        f"{_power_limit(provenance)}",
         f"software  {versions}, Python {provenance['python']}; {commit}",
         f"workload  {workload.model}; {tokens.get('data', workload.data)}; "
         f"{workload.batch_size} × {workload.sequence_length} tokens a batch, {workload.layout}; "
@@ -241,6 +244,14 @@ def _facts(run: Run, study: Study) -> tuple[str, ...]:
         *([f"stopped   {run.manifest.stopped}"] if run.manifest.stopped else []),
         *standing(run),
     )
+
+
+def _power_limit(provenance: Mapping[str, Any]) -> str:
+    """Of a card: what it is, and what it is by default; nothing on a CPU and of runs that did not record it."""
+    limit, default = (power_limit_w(provenance, which) for which in ("power_limit_w", "default_power_limit_w"))
+    if limit is None:
+        return ""
+    return f", power limit {limit} W" + ("" if default is None else f" of {default} W")
 
 
 def _level(run: Run) -> str:

@@ -121,6 +121,23 @@ def test_one_replicate_has_no_interval_and_says_so(small_study, tmp_path):
     assert "100 ms\n[no interval]".split("\n")[1] in text_of(view)
 
 
+@pytest.mark.parametrize(
+    ("card", "said"),
+    [
+        ({"power_limit_w": 500.0, "default_power_limit_w": 700.0}, "1 thread), power limit 500 W of 700 W"),
+        ({"power_limit_w": 500.0, "default_power_limit_w": "not available: why"}, "1 thread), power limit 500 W"),
+        ({"power_limit_w": "not available: why", "default_power_limit_w": 700.0}, "1 thread)"),
+        (None, "1 thread)"),
+    ],
+)
+def test_a_card_stands_with_its_power_limit(small_study, tmp_path, card, said):
+    """In force and by default, as far as they are known; runs of before it was recorded have none."""
+    run = run_of(small_study, tmp_path, steps={"plain": QUIET, "nf4": QUIET})
+    settings = {} if card is None else {"settings": {"card": card}}
+    manifest = dataclasses.replace(run.manifest, provenance=run.manifest.provenance | settings)
+    assert view_of(dataclasses.replace(run, manifest=manifest)).facts[0].endswith(said)
+
+
 @pytest.mark.parametrize(("occupancy", "noticed"), [(0.6, True), (0.99, False)])
 def test_contention_is_noticed_by_occupancy(small_study, tmp_path, occupancy, noticed):
     """CPU time over wall time, a flag that does not look at the outcome."""
