@@ -99,7 +99,15 @@ def test_too_little_of_a_cpu_is_invalid_only_where_nobody_shared_it():
     assert alone.invalid
     (together,) = found(occupancy=0.4, in_turns=True)
     assert (together.code, together.invalid) == ("contended", False)
-    assert "40% of its CPUs" in together.message
+    assert "one thread had a CPU for 40%" in together.message
+    assert "does not count" in together.message
+
+
+def test_several_threads_are_judged_by_the_pressure_around_them_alone():
+    """They wait for each other, so no occupancy is given for them, and no limit of it is named."""
+    (one,) = found({"host_cpu_stall_train_s": 90.0})
+    assert "work waited for a CPU in 90% of the time" in one.message
+    assert "does not count" not in one.message
 
 
 def test_what_all_shared_makes_nobody_invalid_and_heat_does():
