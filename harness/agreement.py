@@ -11,6 +11,8 @@ from typing import Any
 
 from harness import codec
 from harness.comparands import Comparand
+from harness.provenance import POWER_LIMIT
+from harness.record import Notice
 from harness.verdicts import Difference
 
 
@@ -22,7 +24,29 @@ def machine_differences(base: Comparand, candidate: Comparand) -> list[Differenc
     if ours is None or theirs is None:
         words = ["unknown" if facts is None else "known" for facts in (ours, theirs)]
         return [Difference(field="fingerprint", base=words[0], candidate=words[1])]
-    return differences(codec.to_json(ours), codec.to_json(theirs))
+    return fact_differences(codec.to_json(ours), codec.to_json(theirs))
+
+
+def fact_differences(base: Mapping[str, Any], candidate: Mapping[str, Any]) -> list[Difference]:
+    """Facts of machine, libraries and workload that differ. A power limit that one side did not record differs from
+    nothing: it was not recorded at first, and such runs stay comparable. `unknown_power_limit` says so."""
+    found = differences(base, candidate)
+    return [one for one in found if one.field != POWER_LIMIT or None not in (one.base, one.candidate)]
+
+
+def unknown_power_limit(base: Comparand, candidate: Comparand) -> Notice | None:
+    """That only one of two runs on a card says under which power limit it was measured."""
+    sides = [(side.name, side.facts) for side in (base, candidate) if side.facts and side.facts.get("device") == "cuda"]
+    limits = [facts[POWER_LIMIT] for _, facts in sides if POWER_LIMIT in facts]
+    silent = [name for name, facts in sides if POWER_LIMIT not in facts]
+    if not (limits and silent):
+        return None
+    return Notice(
+        code="power-limit-unknown",
+        message=f"{silent[0]} does not say under which power limit its card was, and the other side was under "
+        f"{limits[0]} W: what differs may be the limit's doing.",
+        remedy="Measure it again, or make sure that the limit was the same then.",
+    )
 
 
 def variant_differences(name: str, base: Comparand, candidate: Comparand) -> list[Difference]:

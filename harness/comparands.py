@@ -110,7 +110,7 @@ def comparand_of(run: Run) -> Comparand:
     return Comparand(
         name=run.manifest.run,
         sides=sides,
-        facts=codec.to_json({key: run.manifest.provenance.get(key) for key in provenance.FINGERPRINT}),
+        facts=codec.to_json(provenance.comparable(run.manifest.provenance)),
         fingerprint=run.manifest.fingerprint,
         study=study.name,
         phases=run.manifest.phases,

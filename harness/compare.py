@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from harness.agreement import disagreement, machine_differences, variant_differences
+from harness.agreement import disagreement, machine_differences, unknown_power_limit, variant_differences
 from harness.comparands import BYTES_SUFFIX, Comparand, Measured
 from harness.errors import InvalidRunError, UsageError
 from harness.record import Interleaving, Notice
@@ -276,7 +276,8 @@ def _without_equality(comparison: Comparison) -> Comparison:
 def _notices(
     base: Comparand, candidate: Comparand, wanted: Sequence[str], verdicts: Mapping[tuple[str, str], Comparison]
 ) -> list[Notice]:
-    notices = []
+    limit = unknown_power_limit(base, candidate)
+    notices = [] if limit is None else [limit]
     for one, other in ((base, candidate), (candidate, base)):
         missing = [phase for phase in one.phases if phase not in other.phases]
         if missing and base.absent is None:

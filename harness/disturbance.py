@@ -20,8 +20,8 @@ WHILE = {"train": "training", "generate": "generating"}
 def findings(record: TrialRecord, *, on_cpu: bool) -> Iterator[tuple[str, Finding]]:
     """What the surroundings say against one trial, with the phase.
 
-    A CPU that a training trial had too little of is left to the notice on occupancy, which counts for every trial,
-    unless the trial is to be measured again for it.
+    A CPU of which a training trial of one thread had too little is left to the notice on occupancy, which counts for
+    every such trial, unless the trial is to be measured again for it.
     """
     in_turns = record.interleaving in ("shared-base", "lockstep")
     for phase in WHILE:

@@ -16,6 +16,7 @@ from harness import catalogue, codec, shapes, store
 from harness.adapter import adapter_parameters, linear_widths
 from harness.errors import LorameterError
 from harness.memory_estimate import CUDA_CONTEXT_BYTES, PROCESS_BYTES, estimate_memory, stored_dtype
+from harness.meters.system import memory_available_bytes
 from harness.plan import Group, Plan
 from harness.provenance import Machine, free_device_memory
 from harness.shapes import ModelShape
@@ -86,12 +87,11 @@ def together_bytes(members: Sequence[Variant], workload: Workload, machine: Mach
 
 
 def free_bytes(machine: Machine) -> int | None:
-    """Memory that processes could take on the measuring device now; None where NVML does not say."""
-    if machine.device != "cuda":
-        import psutil
+    """Memory that processes could take on the measuring device now, or in a container with a limit what that leaves.
 
-        return int(psutil.virtual_memory().available)
-    return free_device_memory()
+    None where NVML or the kernel does not say.
+    """
+    return free_device_memory() if machine.device == "cuda" else memory_available_bytes().value
 
 
 def measured_peaks(workload: Workload, machine: Machine, runs: Path, kind: str) -> dict[str, int]:

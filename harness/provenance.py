@@ -20,6 +20,8 @@ from typing import Any
 
 from harness import codec
 from harness.meters.nvml import Device, open_device
+from harness.meters.settings import settings
+from harness.meters.system import memory_bytes
 from harness.study import Study
 
 LIBRARIES = (
@@ -35,6 +37,9 @@ LIBRARIES = (
 )
 FINGERPRINT = ("device", "device_name", "driver", "cuda", "cpu_model", "threads", "python", "libraries", "workload")
 """Fields of the provenance that must agree for two runs to be compared."""
+POWER_LIMIT = "power_limit_w"
+"""One more, of runs on a card: its power limit in force, in whole watts, as far as it is known. Runs that were written
+before it was recorded have none, so their fingerprints are what they were, and so are those of runs on a CPU."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +55,7 @@ class Machine:
     cpu_model: str
     cpus: int
     memory_bytes: int
+    """Of the machine, or the limit of a container where that is less."""
     avx512_bf16: bool
     """On such CPUs bitsandbytes repacks 4-bit weights and needs widths that its blocks divide."""
     kernel: str
@@ -63,8 +69,6 @@ class Machine:
 
 def probe_machine() -> Machine:
     """Read /proc, NVML and the installed torch's version file."""
-    import psutil
-
     cpu = _cpu_fields()
     cuda = _torch_cuda()
     name = cpu.get("model name", platform.processor() or platform.machine())
@@ -79,7 +83,7 @@ def probe_machine() -> Machine:
         cuda=cuda,
         cpu_model=name,
         cpus=len(os.sched_getaffinity(0)),
-        memory_bytes=psutil.virtual_memory().total,
+        memory_bytes=memory_bytes().value or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         avx512_bf16="avx512_bf16" in cpu.get("flags", "").split(),
         kernel=platform.release(),
         python=platform.python_version(),
@@ -89,12 +93,14 @@ def probe_machine() -> Machine:
 def collect(
     study: Study, machine: Machine, threads: int, hello: dict[str, Any], side: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The provenance of a run: machine, threads, library versions, workload, git state, what the worker said.
+    """The provenance of a run: machine and its settings, threads, library versions, workload, git state, and what the
+    worker said.
 
     `side` is the description of another host (`executors.host.describe`); what it says goes before what holds here.
     """
     return {
         **codec.to_json(machine),
+        "settings": settings(card=machine.device == "cuda"),
         "threads": threads,
         "libraries": {name: library_version(name) for name in LIBRARIES},
         "workload": codec.to_json(study.workload) | {"data": _content_of(study.workload.data)},
@@ -146,10 +152,27 @@ def _content_of(data: str) -> str:
         return f"{path.name} sha256:{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
 
 
+def comparable(provenance: Mapping[str, Any], without: Sequence[str] = ()) -> dict[str, Any]:
+    """The fields that must agree for two runs to be compared; `without` are those that an A/B declares."""
+    fields = {key: provenance.get(key) for key in FINGERPRINT}
+    limit = power_limit_w(provenance)
+    known = fields if limit is None else fields | {POWER_LIMIT: limit}
+    return {key: value for key, value in known.items() if key not in without}
+
+
 def fingerprint(provenance: Mapping[str, Any], without: Sequence[str] = ()) -> str:
     """Hash of the fields that must agree for two runs to be compared; `without` are those that an A/B declares."""
-    fields = {key: provenance[key] for key in FINGERPRINT if key not in without}
-    return hashlib.sha256(codec.dumps(fields).encode()).hexdigest()[:12]
+    return hashlib.sha256(codec.dumps(comparable(provenance, without)).encode()).hexdigest()[:12]
+
+
+def power_limit_w(provenance: Mapping[str, Any], which: str = "power_limit_w") -> int | None:
+    """The card's power limit in force in whole watts, or that by default (`default_power_limit_w`).
+
+    None on a CPU, where the card did not tell it, and in runs of before it was recorded.
+    """
+    card = provenance.get("settings", {}).get("card")
+    limit = card.get(which) if isinstance(card, Mapping) else None
+    return round(limit) if isinstance(limit, int | float) else None
 
 
 def git_state(folder: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import statistics
 from typing import Any
 
 from harness import codec
-from harness.agreement import differences
+from harness.agreement import fact_differences
 from harness.comparands import comparand_of
 from harness.series import Series, samples_of
 from harness.store import Run
@@ -56,7 +56,7 @@ def unlike(study: Study, ours: dict[str, Any], theirs: dict[str, Any], benchmark
     """What differs between this session and a saved file, as far as two runs must agree to stand beside each other."""
     different = [
         f"{difference.field}: {difference.base!r} saved, {difference.candidate!r} now"
-        for difference in differences(codec.to_json(theirs), codec.to_json(ours))
+        for difference in fact_differences(codec.to_json(theirs), codec.to_json(ours))
     ]
     variants = {variant.name: variant.id for variant in study.variants}
     for bench in benchmarks:

@@ -137,10 +137,10 @@ class Session:
             return
         with _usage_errors():
             if self._gate is not None:
-                from harness.provenance import fingerprint
+                from harness.provenance import comparable, fingerprint
 
-                facts = self._facts()
-                self._gate.prepare(self._study, facts, fingerprint(facts))
+                facts = self._provenance()
+                self._gate.prepare(self._study, comparable(facts), fingerprint(facts))
             names = [str(item.callspec.params["variant_name"]) for item, _ in items]  # type: ignore[attr-defined]
             self._run = self._measure(names, {phase for _, phase in items})
 
@@ -206,7 +206,9 @@ class Session:
 
     def pytest_benchmark_update_machine_info(self, machine_info: dict[str, Any]) -> None:
         """Device, libraries and workload, as far as two runs must agree on them to be compared."""
-        machine_info["lorameter"] = self._facts()
+        from harness.provenance import comparable
+
+        machine_info["lorameter"] = comparable(self._provenance())
 
     def pytest_benchmark_compare_machine_info(
         self, machine_info: dict[str, Any], compared_benchmark: dict[str, Any]
@@ -283,11 +285,10 @@ class Session:
 
         return probe_machine()
 
-    def _facts(self) -> dict[str, Any]:
-        from harness import provenance
+    def _provenance(self) -> dict[str, Any]:
+        from harness.provenance import collect
 
-        facts = provenance.collect(self._study, self._machine(), self._study.workload.threads, {})
-        return {key: facts[key] for key in provenance.FINGERPRINT}
+        return collect(self._study, self._machine(), self._study.workload.threads, {})
 
 
 class _usage_errors:  # noqa: N801 - reads as a statement

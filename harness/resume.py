@@ -72,11 +72,10 @@ def plan_again(run: Run, machine: Machine, *, max_minutes: float | None = None) 
     """
     manifest, study = run.manifest, study_of(run)
     facts = provenance.collect(study, machine, study.workload.threads, {})
-    if provenance.fingerprint(facts) != manifest.fingerprint:
-        before, now = (
-            codec.to_json({key: found.get(key) for key in provenance.FINGERPRINT})
-            for found in (manifest.provenance, facts)
-        )
+    before = provenance.comparable(manifest.provenance)
+    unknown = () if provenance.POWER_LIMIT in before else (provenance.POWER_LIMIT,)  # it was not recorded then
+    if provenance.fingerprint(facts, without=unknown) != manifest.fingerprint:
+        before, now = codec.to_json(before), codec.to_json(provenance.comparable(facts, without=unknown))
         said = "; ".join(f"{one.field}: {one.base!r} then, {one.candidate!r} now" for one in differences(before, now))
         raise UsageError(
             f"run {manifest.run}: it cannot be gone on with here, because its trials would be of two kinds: {said}. "

@@ -163,6 +163,34 @@ def test_unlike_fingerprints_are_not_comparable(write_run, compare, facts, said)
     assert len(document["differing"]) == 1
 
 
+def limited(watts):
+    """A run on a card under a limit; None: of before limits were recorded."""
+    settings = {} if watts is None else {"settings": {"card": {"power_limit_w": watts}}}
+    return {"device": "cuda", "device_name": "Card"} | settings
+
+
+def test_runs_under_different_power_limits_are_not_comparable(write_run, compare):
+    """A lowered limit lowers the clock of everything that computes."""
+    write_run("a", BASE, facts=limited(700.0))
+    code, document = compare("a", write_run("b", BASE, facts=limited(400.0)))
+    assert code == 5
+    assert document["differing"] == [{"field": "power_limit_w", "base": 700, "candidate": 400}]
+    assert compare("a", write_run("c", BASE, facts=limited(700.2)))[1]["differing"] == []
+
+
+def test_a_power_limit_that_was_not_recorded_is_said_and_forbids_nothing(write_run, compare):
+    """Runs of before it was recorded stay comparable, and no reader takes the silence for agreement."""
+    write_run("a", BASE, facts=limited(None))
+    write_run("b", BASE, facts=limited(700.0))
+    for base, candidate in (("a", "b"), ("b", "a")):
+        _, document = compare(base, candidate)
+        assert document["differing"] == []
+        (notice,) = (one for one in document["notices"] if one["code"] == "power-limit-unknown")
+        assert notice["message"].startswith("a does not say")
+        assert "700 W" in notice["message"]
+    assert not any(one["code"] == "power-limit-unknown" for one in compare("a", "a")[1]["notices"])
+
+
 def test_force_compares_and_never_calls_equal(write_run, compare):
     """Ratios are shown with what differs; the equal peaks are downgraded, the regression stays."""
     write_run("a", BASE)

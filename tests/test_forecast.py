@@ -6,8 +6,11 @@ import pytest
 
 from harness import catalogue, codec, shapes, store
 from harness.adapter import adapter_parameters
-from harness.forecast import forecast
+from harness.forecast import forecast, free_bytes
+from harness.meters.reading import Reading, missing
+from harness.meters.system import memory_bytes
 from harness.plan import make_plan
+from harness.provenance import probe_machine
 from harness.variant import Variant
 
 
@@ -46,6 +49,21 @@ def test_more_replicates_take_longer(small_study, machine, tmp_path):
         for v in big.variants
     )
     assert nf4 < plain / 2
+
+
+def test_what_is_free_is_what_a_container_leaves(machine, monkeypatch):
+    """The machine's own free memory is of no use to a process that is killed at its limit."""
+    monkeypatch.setattr("harness.forecast.memory_available_bytes", lambda: Reading(value=2**30))
+    assert free_bytes(machine) == 2**30
+    monkeypatch.setattr("harness.forecast.memory_available_bytes", lambda: missing("there is no /proc/meminfo"))
+    assert free_bytes(machine) is None
+
+
+def test_the_memory_of_a_machine_is_what_this_process_may_have(monkeypatch):
+    """A study that a container's limit has no room for is refused by the same number."""
+    assert 0 < probe_machine().memory_bytes == memory_bytes().value
+    monkeypatch.setattr("harness.provenance.memory_bytes", lambda: Reading(value=2**30))
+    assert probe_machine().memory_bytes == 2**30
 
 
 def test_an_earlier_run_says_how_long_unless_it_was_gone_on_with(small_study, machine, tmp_path, write_run):

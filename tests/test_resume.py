@@ -239,6 +239,34 @@ def test_another_machine_or_other_libraries_are_refused(broken_off, capsys):
     assert not Executor.asked
 
 
+@pytest.fixture
+def power_limit(monkeypatch):
+    """A function that says under which limit the card is from now on; None: it is not told."""
+
+    def put(watts):
+        card = {} if watts is None else {"power_limit_w": watts}
+        monkeypatch.setattr("harness.provenance.settings", lambda **_: {"card": card})
+
+    return put
+
+
+def test_another_power_limit_is_refused(broken_off, power_limit, capsys):
+    """Steps under 400 W are not those under 700."""
+    power_limit(700.0)
+    path = broken_off()
+    power_limit(400.0)
+    assert resume(path) == 2
+    assert "power_limit_w: 700 then, 400 now" in capsys.readouterr().err
+
+
+def test_a_run_of_before_power_limits_is_gone_on_with(broken_off, power_limit):
+    """It does not say which it was, and is no disagreement for that."""
+    power_limit(None)
+    path = broken_off()
+    power_limit(700.0)
+    assert resume(path) == 0
+
+
 def test_other_tokens_are_refused(broken_off, capsys):
     """The data has changed under its name: nothing is measured, and the run is as it was."""
     path = broken_off()

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from rich.console import Console
 from rich.table import Table
 
-from harness.meters.cgroup import quota_stall_s
+from harness.meters.cgroup import CpuTimes
 from harness.meters.host import ROOT, HostWatch, host_counters, pressure_s
 from harness.meters.neighbours import neighbours_of
 from harness.meters.nvml import Device, open_device
@@ -48,7 +48,7 @@ def cost(call: Callable[[], object], readings: int) -> tuple[float, float, float
 
 def host_meters() -> dict[str, Callable[[], object]]:
     """The parts of a look at the host, and the whole."""
-    watch = HostWatch()
+    watch, cgroups = HostWatch(), CpuTimes(ROOT)
 
     def stretch() -> None:
         watch.begin()
@@ -56,8 +56,8 @@ def host_meters() -> dict[str, Callable[[], object]]:
 
     return {
         "pressure, one file": lambda: pressure_s(ROOT, "cpu"),
-        "CPU quota": lambda: quota_stall_s(ROOT),
-        "all counters": lambda: host_counters(ROOT),
+        "CPU quota": cgroups.read,
+        "all counters": lambda: host_counters(ROOT, cgroups),
         "begin and end": stretch,
     }
 

@@ -117,7 +117,7 @@ def _faults(card: Card) -> Iterator[Check]:
 
 def _company(card: Card) -> Iterator[Check]:
     """This process holds nothing on the device, so whatever is in use there is somebody else's."""
-    beside, used = card.neighbours, card.memory.then(lambda told: told.used).value
+    beside, used = card.neighbours, card.neighbours.used_bytes.value
     others, held = beside.others.value, beside.others_bytes.value
     limit = f"above {format_bytes(SHARED_INVALID_BYTES)} somebody works there"
     if others:

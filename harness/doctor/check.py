@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from harness.meters.reading import Reading
+from harness.meters.reading import Reading, unavailable
 
 V = TypeVar("V")
 About = Literal["runs", "measures", "spoils"]
@@ -28,4 +28,4 @@ class Check:
 
 def say(reading: Reading[V], words: Callable[[V], str]) -> str:
     """The value in words, or why there is none."""
-    return f"not available: {reading.reason}" if reading.value is None else words(reading.value)
+    return unavailable(reading.reason) if reading.value is None else words(reading.value)

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 from harness.doctor.check import Check, say
 from harness.doctor.survey import Survey
+from harness.meters.host import GIVEN, LEAST_ASKED_S, withheld_share
+from harness.meters.reading import unavailable
 from harness.meters.validity import CONTENDED, NOTICED
 from harness.units import format_bytes
 from harness.workload import Workload
@@ -20,10 +22,14 @@ COUNTERS: tuple[tuple[str, str, str], ...] = (
 """Meters by name, the counter that stands for each, and what would bring it."""
 DISTURBANCES: tuple[tuple[str, str, float, str, str], ...] = (
     ("waiting", "cpu_stall_s", CONTENDED, "work waited for a CPU", "Stop other work on this machine."),
-    ("stolen time", "steal_s", NOTICED, "the hypervisor ran others", "Use a machine or an instance of its own."),
     ("paging", "memory_stall_s", NOTICED, "work waited for memory", "Free memory before measuring."),
 )
 """Name, counter, the share of time from which it matters, who did what, and the remedy."""
+WITHHELD: tuple[tuple[str, str, str, str], ...] = (
+    ("stolen time", "steal_s", "the hypervisor ran others", "Use a machine or an instance of its own."),
+    ("withheld time", "quota_stall_s", "the quota held work back", "Raise the quota, or use a cpuset instead."),
+)
+"""Name, counter, who did what, and the remedy; shares are of the CPU time that was asked for."""
 
 
 def host_meters(found: Survey) -> Iterator[Check]:
@@ -34,7 +40,7 @@ def host_meters(found: Survey) -> Iterator[Check]:
             about="measures",
             name=name,
             standing="note" if why else "good",
-            found=f"not available: {why}" if why else "available",
+            found=unavailable(why) if why else "available",
             remedy=remedy if why else "",
         )
     yield Check(
@@ -68,6 +74,31 @@ def disturbances(found: Survey) -> Iterator[Check]:
                 found=f"{what} in {share:.0%} of {watched:.1f} s (above {limit:.0%} it matters)",
                 remedy=remedy if share > limit else "",
             )
+    yield from _withheld(found)
+
+
+def _withheld(found: Survey) -> Iterator[Check]:
+    """What of the CPU time that was asked for was not given, to this process and to others on the same CPUs."""
+    for name, counter, what, remedy in WITHHELD:
+        if counter not in found.host:
+            continue
+        withheld, given = found.host[counter], found.host.get(GIVEN[counter])
+        share = withheld_share(withheld, given)
+        much = share is not None and share > NOTICED
+        if given is None:
+            said = unavailable(found.host_missing[GIVEN[counter]])
+        elif share is None:
+            said = f"only {withheld + given:.2f} s of CPU time were asked for, and {LEAST_ASKED_S:.0f} s tell a share"
+        else:
+            asked = f"{share:.0%} of {withheld + given:.1f} s of CPU time that were asked for"
+            said = f"{what} for {asked} (above {NOTICED:.0%} it matters)"
+        yield Check(
+            about="spoils",
+            name=name,
+            standing="bad" if much else "note" if share is None else "good",
+            found=said,
+            remedy=remedy if much else "",
+        )
 
 
 def settings(found: Survey) -> Iterator[Check]:

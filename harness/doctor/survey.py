@@ -1,26 +1,27 @@
 """What can be known of a machine before anything is measured on it: gathered here, judged in `harness.doctor`.
 
-A second of watching tells what an idle process suffers now; everything else is read once. Neither torch nor a CUDA
-context is loaded for it, so the survey leaves the machine as it found it.
+For a second it computes and watches what that suffers: a CPU that nobody asks for anything is not stolen from, nor does
+a quota withhold it. Everything else is read once. Neither torch nor a CUDA context is loaded for it, so the survey
+leaves the machine as it found it.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.meters.host import HostWatch
+from harness.meters.host import LEAST_ASKED_S, HostWatch
 from harness.meters.neighbours import Neighbours, neighbours_of
 from harness.meters.nvml import CardFacts, Memory, Sample, card_names, open_device
 from harness.meters.reading import Reading
 from harness.meters.system import SystemFacts, system_facts
 from harness.provenance import Machine, library_version, probe_machine
 
-LOOK_S = 1.0
-"""How long the machine is watched: a hundred ticks of the kernel's slowest counter."""
+LOOK_S = 1.1 * LEAST_ASKED_S
+"""How long the machine is watched at work: a little more than the CPU time of which a share is given."""
 REQUIRED = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
 """Distributions without which no trial starts."""
 OPTIONAL = {"flash-attn": "variants with attention = flash_attention_2", "gguf": "models in GGUF files"}
@@ -48,7 +49,7 @@ class Survey:
     packages: Mapping[str, str | None]
     """Versions of distributions; None where one is not installed."""
     host: Mapping[str, float]
-    """Counters of the kernel while this process slept (`harness.meters.host`)."""
+    """Counters of the kernel while this process computed (`harness.meters.host`)."""
     host_missing: Mapping[str, str]
     peaks: bool
     """Whether the kernel lets a process reset its peak of resident memory."""
@@ -60,15 +61,16 @@ class Survey:
     """Whether the user may change the card's settings."""
 
 
-def survey(look_s: float = LOOK_S, sleep: Callable[[float], None] = time.sleep) -> Survey:
-    """Look at this machine for `look_s` seconds."""
+def survey(look_s: float = LOOK_S) -> Survey:
+    """Look at this machine for `look_s` seconds, in which one of its CPUs is kept busy."""
+    system = system_facts()  # before the work, which is part of the load after it
     watch = HostWatch()
     watch.begin()
-    sleep(look_s)
+    _compute(look_s)
     host = watch.end()
     return Survey(
         machine=probe_machine(),
-        system=system_facts(),
+        system=system,
         packages={name: library_version(name) for name in (*REQUIRED, *OPTIONAL)},
         host=host,
         host_missing=watch.missing,
@@ -78,6 +80,12 @@ def survey(look_s: float = LOOK_S, sleep: Callable[[float], None] = time.sleep) 
         environment=os.environ,
         root=os.geteuid() == 0,
     )
+
+
+def _compute(seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        pass
 
 
 def _look_at_card() -> Reading[Card]:

@@ -7,7 +7,7 @@ forked child also maps the zygote's pages, so its resident size at birth is reco
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,25 +37,29 @@ class MemoryGauge:
         _CLEAR_REFS.write_text("5")  # 5: reset the peak resident set, and nothing else
         if self._cuda:
             torch.cuda.reset_peak_memory_stats()
-            self._begun = _shortages()
+            self._begun = _shortages(torch.cuda.memory_stats())
 
     def peaks(self, phase: str) -> dict[str, int]:
-        """Bytes since `begin`: `host_peak_PHASE_bytes`, and on CUDA the allocator's allocated and reserved peaks.
+        """Bytes since `begin`: `host_peak_PHASE_bytes`, and on CUDA the allocator's peaks, each within the next.
+
+        `device_peak_allocated_PHASE_bytes` is what tensors held, `device_peak_active_PHASE_bytes` that with what was
+        freed and could not be given out again yet because another stream still used it, and
+        `device_peak_reserved_PHASE_bytes` what the allocator had taken from the device.
 
         On CUDA two counts stand beside them: `device_alloc_retries_PHASE`, how often the allocator gave its cache back
         and tried again, which stops the device, and `device_ooms_PHASE`, how often that did not help.
         """
         peaks = {f"host_peak_{phase}_bytes": host_bytes("VmHWM")}
         if self._cuda:
-            peaks[f"device_peak_allocated_{phase}_bytes"] = torch.cuda.max_memory_allocated()
-            peaks[f"device_peak_reserved_{phase}_bytes"] = torch.cuda.max_memory_reserved()
-            peaks |= {f"device_{name}_{phase}": count - self._begun[name] for name, count in _shortages().items()}
+            stats = torch.cuda.memory_stats()
+            for kind in ("allocated", "active", "reserved"):
+                peaks[f"device_peak_{kind}_{phase}_bytes"] = int(stats[f"{kind}_bytes.all.peak"])
+            peaks |= {f"device_{name}_{phase}": count - self._begun[name] for name, count in _shortages(stats).items()}
         return peaks
 
 
-def _shortages() -> dict[str, int]:
-    """The allocator's counts since the process began (torch.cuda.memory_stats)."""
-    stats = torch.cuda.memory_stats()
+def _shortages(stats: Mapping[str, Any]) -> dict[str, int]:
+    """Counts since the process began, of torch.cuda.memory_stats."""
     return {"alloc_retries": int(stats["num_alloc_retries"]), "ooms": int(stats["num_ooms"])}
 
 

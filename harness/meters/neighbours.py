@@ -33,6 +33,8 @@ class Neighbours:
 
     own_bytes: Reading[int]
     """What this process holds, its CUDA context included."""
+    used_bytes: Reading[int]
+    """What all processes and the display hold, told of or not."""
     others: Reading[tuple[int, ...]]
     """Numbers of the processes that do not belong to this run."""
     others_bytes: Reading[int]
@@ -51,10 +53,11 @@ def neighbours_of(device: Device, *, generations: int = GENERATIONS, proc: Path 
         generations: how far above this process the run's parent is; 0 where this process is the parent itself.
         proc: where the kernel tells of processes.
     """
-    listed, memory = device.occupants(), device.memory()
+    listed, used = device.occupants(), device.memory().then(lambda told: told.used)
     if listed.value is None:
         return Neighbours(
             own_bytes=missing(listed.reason),
+            used_bytes=used,
             others=missing(listed.reason),
             others_bytes=missing(listed.reason),
             hidden_bytes=missing(listed.reason),
@@ -78,9 +81,10 @@ def neighbours_of(device: Device, *, generations: int = GENERATIONS, proc: Path 
         holdings = missing("the driver does not say how much memory each process holds")
     else:
         holdings = Reading(value=sum(size or 0 for size in sizes))
-    hidden = _hidden(memory.then(lambda told: told.used), [one.bytes for one in listed.value])
+    hidden = _hidden(used, [one.bytes for one in listed.value])
     return Neighbours(
-        own_bytes=_own(own, unclear if not translated else "this process holds no memory on the device"),
+        own_bytes=_own(own, unclear if not translated else "this process is not listed as holding device memory"),
+        used_bytes=used,
         others=Reading(value=tuple(one.pid for one in others)) if translated else missing(unclear),
         others_bytes=holdings,
         hidden_bytes=hidden,

@@ -116,7 +116,7 @@ class Device:
 
     def memory(self) -> Reading[Memory]:
         """Memory of the device."""
-        newer = self._of_device("nvmlDeviceGetMemoryInfo", _memory, getattr(self._nvml, "nvmlMemory_v2", None))
+        newer = self._of_device("nvmlDeviceGetMemoryInfo", _memory, "nvmlMemory_v2")
         return newer if newer.known else self._of_device("nvmlDeviceGetMemoryInfo", _memory)
 
     def occupants(self) -> Reading[tuple[Occupant, ...]]:
@@ -162,7 +162,7 @@ class Device:
             mig=self._mig(),
             persistence=self._of_card("nvmlDeviceGetPersistenceMode", bool),
             clocks_need_root=self._of_card(
-                "nvmlDeviceGetAPIRestriction", bool, self._nvml.NVML_RESTRICTED_API_SET_APPLICATION_CLOCKS
+                "nvmlDeviceGetAPIRestriction", bool, "NVML_RESTRICTED_API_SET_APPLICATION_CLOCKS"
             ),
         )
 
@@ -171,11 +171,10 @@ class Device:
         return newer if newer.known else self._of_card("nvmlDeviceGetCurrentClocksThrottleReasons", reasons_in)
 
     def _temperature(self) -> Reading[float]:
-        return self._of_card("nvmlDeviceGetTemperature", float, self._nvml.NVML_TEMPERATURE_GPU)
+        return self._of_card("nvmlDeviceGetTemperature", float, "NVML_TEMPERATURE_GPU")
 
     def _slowdown_temperature(self) -> Reading[float]:
-        threshold = self._nvml.NVML_TEMPERATURE_THRESHOLD_SLOWDOWN
-        return self._of_card("nvmlDeviceGetTemperatureThreshold", float, threshold)
+        return self._of_card("nvmlDeviceGetTemperatureThreshold", float, "NVML_TEMPERATURE_THRESHOLD_SLOWDOWN")
 
     def _margin(self, temperature: Reading[float]) -> Reading[float]:
         """From the threshold; from Ada on NVML gives the distance instead, and will drop the threshold."""
@@ -185,26 +184,22 @@ class Device:
         return self._of_card("nvmlDeviceGetMarginTemperature", float)
 
     def _clock(self, function: str, clock: str) -> Reading[float]:
-        return self._of_card(function, lambda megahertz: megahertz * 1e6, getattr(self._nvml, clock))
+        return self._of_card(function, lambda megahertz: megahertz * 1e6, clock)
 
     def _slowed(self, policy: str) -> Reading[float]:
-        return self._of_card(
-            "nvmlDeviceGetViolationStatus", lambda status: status.violationTime / 1e9, getattr(self._nvml, policy)
-        )
+        return self._of_card("nvmlDeviceGetViolationStatus", lambda status: status.violationTime / 1e9, policy)
 
     def _ecc_errors(self, kind: str) -> Reading[int]:
-        return self._of_card(
-            "nvmlDeviceGetTotalEccErrors", int, getattr(self._nvml, kind), self._nvml.NVML_VOLATILE_ECC
-        )
+        return self._of_card("nvmlDeviceGetTotalEccErrors", int, kind, "NVML_VOLATILE_ECC")
 
     def _mig(self) -> Reading[bool]:
         return self._of_card("nvmlDeviceGetMigMode", _current)
 
-    def _of_device(self, function: str, convert: Callable[[Any], V], *arguments: Any) -> Reading[V]:
-        return _asked(self._nvml, function, self._handle, *arguments, convert=convert)
+    def _of_device(self, function: str, convert: Callable[[Any], V], *constants: str) -> Reading[V]:
+        return _asked(self._nvml, function, self._handle, convert=convert, constants=constants)
 
-    def _of_card(self, function: str, convert: Callable[[Any], V], *arguments: Any) -> Reading[V]:
-        return _asked(self._nvml, function, self._card, *arguments, convert=convert)
+    def _of_card(self, function: str, convert: Callable[[Any], V], *constants: str) -> Reading[V]:
+        return _asked(self._nvml, function, self._card, convert=convert, constants=constants)
 
 
 def open_device(uuid: str | None = None, environment: Mapping[str, str] | None = None) -> Reading[Device]:
@@ -258,6 +253,8 @@ def _started() -> Reading[Any]:
         import pynvml
     except ImportError as error:
         return missing(f"nvidia-ml-py is not installed: {error}")
+    except Exception as error:  # a broken installation, or another package that calls itself pynvml
+        return missing(f"nvidia-ml-py cannot be imported: {type(error).__name__}: {error}")
     begun = _asked(pynvml, "nvmlInit", convert=lambda _: True)
     return Reading(value=pynvml) if begun.known else missing(begun.reason)
 
@@ -298,16 +295,29 @@ def _handles(nvml: Any) -> list[Reading[Any]]:
     return [_asked(nvml, "nvmlDeviceGetHandleByIndex", index, convert=lambda handle: handle) for index in range(count)]
 
 
-def _asked(nvml: Any, function: str, *arguments: Any, convert: Callable[[Any], V]) -> Reading[V]:
-    """One call of NVML, whatever becomes of it."""
-    call = getattr(nvml, function, None)
-    if call is None:
-        return missing(f"{function}: the installed nvidia-ml-py does not know it")
+def _asked(
+    nvml: Any, function: str, *arguments: Any, convert: Callable[[Any], V], constants: tuple[str, ...] = ()
+) -> Reading[V]:
+    """One call of NVML, whatever becomes of it; `constants` are arguments by the names that the binding gives them.
+
+    Beside the errors of NVML the binding raises its own: of a name that is no text, a structure that the driver fills
+    otherwise, a constant that came or went with a version. None of them may cost a measurement.
+    """
+    unknown = next((name for name in (function, *constants) if not hasattr(nvml, name)), None)
+    if unknown is not None:
+        return missing(f"{function}: the installed nvidia-ml-py does not know {unknown}")
     try:
-        return Reading(value=convert(call(*arguments)))
-    except nvml.NVMLError as error:
-        words = next((text for name, text in _WORDS.items() if getattr(nvml, name, None) == error.value), str(error))
-        return missing(f"{function}: {words}")
+        return Reading(value=convert(getattr(nvml, function)(*arguments, *(getattr(nvml, one) for one in constants))))
+    except Exception as error:
+        return missing(f"{function}: {_why(nvml, error)}")
+
+
+def _why(nvml: Any, error: Exception) -> str:
+    """In our words where NVML's code is known; an error of the binding with its type, as few say anything without."""
+    if not isinstance(error, getattr(nvml, "NVMLError", ())):
+        return f"{type(error).__name__}: {error}"
+    code = getattr(error, "value", None)
+    return next((text for name, text in _WORDS.items() if getattr(nvml, name, None) == code), str(error))
 
 
 def _text(value: str | bytes) -> str:

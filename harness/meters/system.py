@@ -8,10 +8,11 @@ container with a quota that stops every thread for the rest of a period.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.meters.cgroup import cpu_quota, memory_left
+from harness.meters.cgroup import cpu_quota, memory_left, memory_limit
 from harness.meters.host import NO_FREQUENCY, ROOT, load_average
 from harness.meters.neighbours import FIRST_PID_NAMESPACE
 from harness.meters.reading import Reading, missing, read_file
@@ -38,7 +39,6 @@ class SystemFacts:
     """Runnable and waiting processes, averaged over the last minute."""
     memory_bytes: Reading[int]
     memory_available_bytes: Reading[int]
-    """What could be taken without swapping; under a cgroup's limit, what that leaves."""
     swap_bytes: Reading[int]
     swap_used_bytes: Reading[int]
     container: Reading[str]
@@ -48,7 +48,6 @@ class SystemFacts:
 def system_facts(root: Path = ROOT) -> SystemFacts:
     """Read them all; what is not there is missing with its reason."""
     cpus = os.sched_getaffinity(0)
-    memory = root / "proc/meminfo"
     return SystemFacts(
         cpus=len(cpus),
         quota_cpus=cpu_quota(root),
@@ -61,16 +60,22 @@ def system_facts(root: Path = ROOT) -> SystemFacts:
         ),
         numa_nodes=_nodes(root, cpus),
         load=load_average(root),
-        memory_bytes=read_file(memory, lambda text: _kibibytes(text, "MemTotal"), "there is no /proc/meminfo"),
-        memory_available_bytes=_available(root, memory),
-        swap_bytes=read_file(memory, lambda text: _kibibytes(text, "SwapTotal"), "there is no /proc/meminfo"),
-        swap_used_bytes=read_file(
-            memory,
-            lambda text: _kibibytes(text, "SwapTotal") - _kibibytes(text, "SwapFree"),
-            "there is no /proc/meminfo",
-        ),
+        memory_bytes=memory_bytes(root),
+        memory_available_bytes=memory_available_bytes(root),
+        swap_bytes=_meminfo(root, lambda fields: fields["SwapTotal"]),
+        swap_used_bytes=_meminfo(root, lambda fields: fields["SwapTotal"] - fields["SwapFree"]),
         container=_container(root),
     )
+
+
+def memory_bytes(root: Path = ROOT) -> Reading[int]:
+    """What this process could ever have: the machine's memory, or a cgroup's limit where that is less."""
+    return _least(_meminfo(root, lambda fields: fields["MemTotal"]), memory_limit(root))
+
+
+def memory_available_bytes(root: Path = ROOT) -> Reading[int]:
+    """What could be taken now without swapping: of the machine, or what a cgroup's limit leaves where that is less."""
+    return _least(_meminfo(root, lambda fields: fields["MemAvailable"]), memory_left(root))
 
 
 def _turbo(root: Path) -> Reading[bool]:
@@ -96,14 +101,18 @@ def _list(text: str) -> set[int]:
     return found
 
 
-def _kibibytes(text: str, field: str) -> int:
-    fields = {name: value for name, _, value in (line.partition(":") for line in text.splitlines())}
-    return int(fields[field].split()[0]) * 1024
+def _meminfo(root: Path, pick: Callable[[dict[str, int]], int]) -> Reading[int]:
+    """Bytes out of /proc/meminfo, which counts in units of 1024 that it calls kB."""
+
+    def picked(text: str) -> int:
+        fields = (line.partition(":") for line in text.splitlines())
+        return pick({name: int(value.split()[0]) * 1024 for name, _, value in fields})
+
+    return read_file(root / "proc/meminfo", picked, "there is no /proc/meminfo")
 
 
-def _available(root: Path, memory: Path) -> Reading[int]:
-    machine = read_file(memory, lambda text: _kibibytes(text, "MemAvailable"), "there is no /proc/meminfo")
-    known = [left.value for left in (machine, memory_left(root)) if left.value is not None]
+def _least(machine: Reading[int], granted: Reading[int]) -> Reading[int]:
+    known = [one.value for one in (machine, granted) if one.value is not None]
     return Reading(value=min(known)) if known else machine
 
 

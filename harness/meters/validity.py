@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from harness.meters.host import GIVEN, withheld_share
 from harness.meters.neighbours import UNEXPLAINED_LIMIT
 from harness.meters.watch import named
 from harness.units import format_bytes
@@ -40,10 +41,11 @@ SWAP_INVALID_BYTES_PER_S = MARGIN / PAGE_TIME_S * 4096
 CONTENDED = MARGIN
 """Share of the time in which something that could run waited for a CPU; as for the occupancy, 5 %."""
 OCCUPANCY_INVALID = 0.5
-"""CPU time over wall time of a trial that nobody was compared with turn by turn: it ran half of the time at most."""
+"""CPU time over wall time of a trial of one thread that nobody was compared with turn by turn: it ran half of the time
+at most. Several threads wait for each other, so theirs says nothing of other work."""
 WITHHELD_INVALID = 0.25
-"""Share that a hypervisor or a quota kept. In bursts, which hit one step wholly and the next not at all, so the median
-bears with more than the margin."""
+"""Share of the CPU time that was asked for which a hypervisor or a quota kept. In bursts, which hit one step wholly and
+the next not at all, so the median bears with more than the margin."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +78,8 @@ def judge(
         phase: "train" or "generate".
         in_turns: whether others took turns with this trial. They shared what happened to the machine, so it does not
             make the trial invalid.
-        occupancy: CPU time over wall time of the timed steps on a CPU; None on a GPU, where the host rightly waits.
+        occupancy: CPU time over wall time of the timed steps of one thread on a CPU; None for several threads, and on a
+            GPU, where the host rightly waits.
     """
     told = _Told(values, phase)
     found = [
@@ -110,6 +113,10 @@ class _Told:
         """Of the time that was watched; None where either is not known."""
         part, whole = self.host(what), self.host("watched_s")
         return part / whole if part is not None and whole else None
+
+    def withheld_share(self, what: str) -> float | None:
+        """Of the CPU time that was asked for; None where that or what was withheld is not known."""
+        return withheld_share(self.host(what), self.host(GIVEN[what]))
 
     def device_share(self, counter: str, samples: str) -> tuple[float, str] | None:
         """By the card's own counter of time where there is one, else by the samples at the ends of the stretches."""
@@ -229,12 +236,13 @@ def _contended(told: _Told, occupancy: float | None, *, in_turns: bool) -> Itera
     low = occupancy is not None and occupancy < OCCUPANCY_INVALID
     if low or (share is not None and share > CONTENDED):
         waited = "" if share is None else f"work waited for a CPU in {share:.0%} of the time"
-        had = "" if occupancy is None else f"the trial had {occupancy:.0%} of its CPUs"
+        had = "" if occupancy is None else f"the trial's one thread had a CPU for {occupancy:.0%} of its time"
         taken = "" if switches is None else f"lost one {switches:.0f} times"
+        counts = f", with a CPU for less than {OCCUPANCY_INVALID:.0%} of the time a trial that was alone does not count"
+        limit = "" if occupancy is None else counts
         yield Finding(
             code="contended",
-            message=f"{', '.join(filter(None, (waited, had, taken)))} (from {CONTENDED:.0%} waiting it is said, below "
-            f"{OCCUPANCY_INVALID:.0%} of its CPUs a trial that was alone does not count)",
+            message=f"{', '.join(filter(None, (waited, had, taken)))} (from {CONTENDED:.0%} waiting it is said{limit})",
             remedy="Stop other work on this machine, or give this process CPUs of its own (taskset, cpuset).",
             weight=(share or 0.0) / CONTENDED + (1 - occupancy if occupancy is not None else 0.0),
             invalid=low and not in_turns,
@@ -251,12 +259,12 @@ def _withheld(told: _Told, *, in_turns: bool) -> Iterator[Finding]:
             "Raise the quota (docker run --cpus, limits.cpu), or use a cpuset instead.",
         ),
     ):
-        share = told.host_share(what)
+        share = told.withheld_share(what)
         if share is not None and share > NOTICED:
             yield Finding(
                 code=code,
-                message=f"{who} for {share:.0%} of the time (from {NOTICED:.0%} it is said, above "
-                f"{WITHHELD_INVALID:.0%} a trial that was alone does not count)",
+                message=f"{who} for {share:.0%} of the CPU time that was asked for (from {NOTICED:.0%} it is said, "
+                f"above {WITHHELD_INVALID:.0%} a trial that was alone does not count)",
                 remedy=remedy,
                 weight=share / NOTICED,
                 invalid=share > WITHHELD_INVALID and not in_turns,

@@ -62,13 +62,14 @@ def _data(run: Run, study: Study) -> Iterator[Notice]:
 
 
 def _contention(ok: list[TrialRecord]) -> Iterator[Notice]:
+    """Trials of one thread that did not have their CPU; those of several are judged by the pressure around them."""
     shares = [share for record in ok if (share := occupancy(record)) is not None]
     disturbed = [share for share in shares if share < OCCUPANCY_FLOOR]
     if disturbed:
         yield Notice(
             code="contention",
-            message=f"{len(disturbed)} of {len(shares)} trials had less than {OCCUPANCY_FLOOR:.0%} of a CPU while they "
-            f"were timed (lowest {min(disturbed):.0%}): other work ran on this machine.",
+            message=f"{len(disturbed)} of {len(shares)} trials of one thread had less than {OCCUPANCY_FLOOR:.0%} of a "
+            f"CPU while they were timed (lowest {min(disturbed):.0%}): other work ran on this machine.",
             remedy="Stop it, or measure more replicates; the intervals already carry the noise.",
         )
 

@@ -39,6 +39,8 @@ def print_run(view: RunView, console: Console) -> None:
         console.print()
         console.print(_rich_table(table))
         console.print(_control_line(table))
+        if table.note:
+            console.print(f"  {escape(table.note)}")
     if view.failures:
         console.print("\n[bold red]Trials without a result[/bold red]")
         for failure in view.failures:

@@ -7,10 +7,12 @@ number without its interval; a trial that is not ok is named with its status and
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from harness import codec
+from harness.provenance import power_limit_w
 from harness.record import Notice, Role, TrialRecord
 from harness.report.notices import run_notices
 from harness.report.standing import replicates_said, standing
@@ -39,6 +41,8 @@ COLUMNS: dict[Phase, tuple[str, ...]] = {
 """Columns of a phase beside its primary metric; one that no variant measured is left out."""
 TAIL = 0.95
 """The high percentile of warm requests that is shown where the samples support it."""
+BIRTH = "host_baseline_bytes"
+"""What a trial's process holds before it does anything."""
 PEAKS: dict[Phase, tuple[str, str]] = {
     "train": ("device_peak_allocated_train_bytes", "host_peak_train_bytes"),
     "generate": ("device_peak_allocated_generate_bytes", "host_peak_generate_bytes"),
@@ -66,6 +70,8 @@ class PhaseTable:
     rows: tuple[Row, ...]
     control: Comparison | None
     """The reference against itself measured twice."""
+    note: str = ""
+    """What a reader of the peaks must know; empty where there is nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,7 +159,14 @@ def _table(
         cells += [_peak(series, phase)] if peaks else []
         cells.append(_checks(series))
         rows.append(Row(name=name, reference=name == study.reference, cells=tuple(cells), ratio=ratio))
-    return PhaseTable(phase=phase, title=PHASE_TITLES[phase], heads=heads, rows=tuple(rows), control=control)
+    return PhaseTable(
+        phase=phase,
+        title=PHASE_TITLES[phase],
+        heads=heads,
+        rows=tuple(rows),
+        control=control,
+        note=_at_birth(shown, phase),
+    )
 
 
 def _tail(series: Series, metric: str) -> str | None:
@@ -180,12 +193,29 @@ def _ratio(ratio: Comparison | None, *, is_reference: bool) -> str:
 
 
 def _peak(series: Series, phase: Phase) -> str:
+    kind, peaks = _peaks(series, phase)
+    if not peaks:
+        return "–"
+    where = "GPU" if kind.startswith("device") else "host"
+    return f"{format_bytes(max(peaks))} [{format_bytes(min(peaks))}, {format_bytes(max(peaks))}] {where}"
+
+
+def _peaks(series: Series, phase: Phase) -> tuple[str, list[int]]:
+    """The kind of memory whose peaks stand for a phase, and one of each trial that has them."""
     for kind in PEAKS[phase]:
-        peaks = [record.memory[kind] for record in series.ok if kind in record.memory]
-        if peaks:
-            where = "GPU" if kind.startswith("device") else "host"
-            return f"{format_bytes(max(peaks))} [{format_bytes(min(peaks))}, {format_bytes(max(peaks))}] {where}"
-    return "–"
+        if peaks := [record.memory[kind] for record in series.ok if kind in record.memory]:
+            return kind, peaks
+    return "", []
+
+
+def _at_birth(shown: Iterable[Series], phase: Phase) -> str:
+    """How much of the host's peaks each process had before it did anything: a fork maps what its zygote imported."""
+    on_host = [series for series in shown if _peaks(series, phase)[0].startswith("host")]
+    births = [record.memory[BIRTH] for series in on_host for record in series.ok if BIRTH in record.memory]
+    if not births:
+        return ""
+    low, high = format_bytes(min(births)), format_bytes(max(births))
+    return f"host peaks include {high if low == high else f'{low} to {high}'} with which each process begins"
 
 
 def _checks(series: Series) -> str:
@@ -228,7 +258,8 @@ def _facts(run: Run, study: Study) -> tuple[str, ...]:
     commit = f"commit {git['commit'][:10]}{changes}" if git["commit"] else "no repository"
     plural = "s" if provenance["threads"] != 1 else ""
     return (
-        f"device    {provenance['device_name']} ({provenance['device']}, {provenance['threads']} thread{plural})",
+        f"device    {provenance['device_name']} ({provenance['device']}, {provenance['threads']} thread{plural})"
+        f"{_power_limit(provenance)}",
         f"software  {versions}, Python {provenance['python']}; {commit}",
         f"workload  {workload.model}; {tokens.get('data', workload.data)}; "
         f"{workload.batch_size} × {workload.sequence_length} tokens a batch, {workload.layout}; "
@@ -241,6 +272,14 @@ def _facts(run: Run, study: Study) -> tuple[str, ...]:
         *([f"stopped   {run.manifest.stopped}"] if run.manifest.stopped else []),
         *standing(run),
     )
+
+
+def _power_limit(provenance: Mapping[str, Any]) -> str:
+    """Of a card: what it is, and what it is by default; nothing on a CPU and of runs that did not record it."""
+    limit, default = (power_limit_w(provenance, which) for which in ("power_limit_w", "default_power_limit_w"))
+    if limit is None:
+        return ""
+    return f", power limit {limit} W" + ("" if default is None else f" of {default} W")
 
 
 def _level(run: Run) -> str:

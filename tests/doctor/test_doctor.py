@@ -43,7 +43,12 @@ SAMPLE = Sample(
     thermal_slowdown_s=given(0.0), power_slowdown_s=given(0.0),
 )  # fmt: skip
 ALONE = Neighbours(
-    own_bytes=missing("holds none"), others=given(()), others_bytes=given(0), hidden_bytes=given(0), statement=""
+    own_bytes=missing("holds none"),
+    used_bytes=given(0),
+    others=given(()),
+    others_bytes=given(0),
+    hidden_bytes=given(0),
+    statement="",
 )
 CARD = Card(facts=FACTS, sample=SAMPLE, memory=given(Memory(total=80 * GIB, free=79 * GIB, used=0)),
             neighbours=ALONE, sliced=False)  # fmt: skip
@@ -54,7 +59,8 @@ def found(machine):
     """A quiet machine without a card."""
     return Survey(
         machine=machine, system=SYSTEM, packages=dict.fromkeys((*REQUIRED, *OPTIONAL), "1.0"),
-        host={"watched_s": 1.0, "cpu_stall_s": 0.0, "steal_s": 0.0, "memory_stall_s": 0.0}, host_missing={},
+        host={"watched_s": 1.0, "cpu_stall_s": 0.0, "steal_s": 0.0, "busy_s": 1.0, "memory_stall_s": 0.0,
+              "quota_stall_s": 0.0, "quota_used_s": 1.0}, host_missing={},
         peaks=True, card=missing("no driver"), cards=missing("no driver"), environment={}, root=False,
     )  # fmt: skip
 
@@ -114,13 +120,34 @@ def test_what_would_spoil_a_measurement_on_the_host(found, name, standing, chang
 
 @pytest.mark.parametrize(
     ("name", "counter", "seconds"),
-    [("waiting", "cpu_stall_s", 0.5), ("stolen time", "steal_s", 0.05), ("paging", "memory_stall_s", 0.05)],
+    [("waiting", "cpu_stall_s", 0.5), ("paging", "memory_stall_s", 0.05)],
 )
 def test_what_others_do_now_is_a_share_of_the_time_that_was_watched(found, name, counter, seconds):
     """Beside the share from which it matters."""
     check = by_name(dataclasses.replace(found, host=found.host | {counter: seconds}))[name]
     assert check.standing == "bad"
     assert f"{seconds:.0%} of 1.0 s" in check.found
+
+
+@pytest.mark.parametrize(
+    ("name", "withheld", "given"),
+    [("stolen time", "steal_s", "busy_s"), ("withheld time", "quota_stall_s", "quota_used_s")],
+)
+def test_what_was_not_given_is_a_share_of_the_cpu_time_that_was_asked_for(found, name, withheld, given):
+    """Of 64 CPUs 0.5 % is not much; of too little no share is told; what was given may be unknown."""
+
+    def check(**host):
+        known = {key: value for key, value in (found.host | host).items() if value is not None}
+        missing_ones = {given: "no permission"}
+        return by_name(dataclasses.replace(found, host=known, host_missing=missing_ones))[name]
+
+    assert check(**{withheld: 0.32, given: 63.68}).standing == "good"
+    much = check(**{withheld: 0.5, given: 1.5})
+    assert (much.standing, bool(much.remedy)) == ("bad", True)
+    assert "25% of 2.0 s of CPU time" in much.found
+    assert check(**{withheld: 0.01, given: 0.1}).standing == "note"
+    unknown = check(**{withheld: 0.5, given: None})
+    assert (unknown.standing, unknown.found) == ("note", "not available: no permission")
 
 
 @pytest.mark.parametrize(
@@ -135,8 +162,7 @@ def test_what_others_do_now_is_a_share_of_the_time_that_was_watched(found, name,
         ("ECC", "unfit", {"uncorrected_errors": given(3)}),
         ("other processes", "bad", {"others": given((7,)), "others_bytes": given(GIB // 4)}),
         ("other processes", "unfit", {"others": given((7, 9)), "others_bytes": given(20 * GIB)}),
-        ("other processes", "unfit",
-         {"statement": "who?", "memory": given(Memory(total=80 * GIB, free=20 * GIB, used=60 * GIB))}),
+        ("other processes", "unfit", {"statement": "who?", "used_bytes": given(60 * GIB)}),
     ],
 )  # fmt: skip
 def test_what_would_spoil_a_measurement_on_a_card(found, name, standing, changes):

@@ -44,7 +44,8 @@ def nvml(libraries, tmp_path):
 
     def run(lines, answers=None, *, driver="new", **variables):
         script = tmp_path / "answers"
-        script.write_text("".join(f"{key}={value}\n" for key, value in (answers or {}).items()))
+        told = "".join(f"{key}={value}\n" for key, value in (answers or {}).items())
+        script.write_text(told, errors="surrogateescape")  # a driver may answer with bytes that are no text
         program = "import json\ndef tell(value): print(json.dumps(value, default=str))\n" + textwrap.dedent(lines)
         inherited = {key: value for key, value in os.environ.items() if not key.startswith("CUDA_")}
         done = subprocess.run(

@@ -113,6 +113,8 @@ def test_a_watch_around_work_tells_clock_heat_and_energy(card, work):
     if card.sample().energy_j.known:
         assert values["device_energy_train_j"] > 0
         assert values["device_energy_train_s"] >= 3.0
+    if "device_own_train_bytes" in values:
+        assert torch.cuda.memory_reserved() <= values["device_own_train_bytes"] <= values["device_used_train_bytes"]
     if "device_sm_clock_max_train_hz" in values:
         assert 0 < values["device_sm_clock_min_train_hz"] <= card.facts().max_sm_clock_hz.value
     else:  # every sample was of a card that had already gone idle
@@ -126,7 +128,10 @@ def test_the_allocator_has_not_retried_where_memory_is_plenty():
     torch.empty(2**20, dtype=torch.uint8, device="cuda")
     peaks = gauge.peaks("train")
     assert (peaks["device_alloc_retries_train"], peaks["device_ooms_train"]) == (0, 0)
-    assert peaks["device_peak_reserved_train_bytes"] >= 2**20
+    allocated, active, reserved = (
+        peaks[f"device_peak_{kind}_train_bytes"] for kind in ("allocated", "active", "reserved")
+    )
+    assert 2**20 <= allocated <= active <= reserved
 
 
 def test_the_allocator_counts_what_it_could_not_have():

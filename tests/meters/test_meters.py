@@ -44,6 +44,22 @@ def test_the_host_peak_is_that_of_its_phase():
     assert gauge.peaks("train")["host_peak_train_bytes"] < peak - 30 * 2**20
 
 
+def test_the_peaks_of_the_allocator_stand_beside_each_other(monkeypatch):
+    """What tensors held, what of it could not be given out again yet, and what was taken from the device."""
+    stats = {f"{kind}_bytes.all.peak": size for kind, size in (("allocated", 10), ("active", 20), ("reserved", 30))}
+    counts = iter([{"num_alloc_retries": 1, "num_ooms": 0}, {"num_alloc_retries": 3, "num_ooms": 1}])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda: stats | next(counts))
+    gauge = MemoryGauge("cuda")
+    gauge.begin()
+    peaks = gauge.peaks("train")
+    assert peaks.pop("host_peak_train_bytes") > 0
+    assert peaks == {
+        "device_peak_allocated_train_bytes": 10, "device_peak_active_train_bytes": 20,
+        "device_peak_reserved_train_bytes": 30, "device_alloc_retries_train": 2, "device_ooms_train": 1,
+    }  # fmt: skip
+
+
 def test_resident_bytes_are_exact_by_kind():
     """Frozen base, adapter, gradients and two Adam moments, to the byte; tied tensors once."""
     model = nn.ModuleDict({"base": nn.Linear(8, 4, bias=False), "adapter": nn.Linear(4, 2, bias=False)})

@@ -26,7 +26,8 @@ def test_a_process_that_is_alone_has_no_neighbours(nvml):
     """Its own memory is known, and nothing is hidden."""
     told = nvml(ask(ME), {"0.used": GIB})
     assert told == {
-        "own_bytes": [GIB, ""], "others": [[], ""], "others_bytes": [0, ""], "hidden_bytes": [0, ""], "statement": "",
+        "own_bytes": [GIB, ""], "used_bytes": [GIB, ""], "others": [[], ""],
+        "others_bytes": [0, ""], "hidden_bytes": [0, ""], "statement": "",
     }  # fmt: skip
 
 
@@ -52,6 +53,16 @@ def test_numbers_of_another_container_tell_nothing(nvml):
         assert value is None
         assert "mean nothing in this container" in reason
     assert "mean nothing in this container" in told["statement"]
+
+
+def test_what_is_in_use_is_known_where_the_processes_are_not(nvml):
+    """The device tells it without a list, and the list without sizes."""
+    told = nvml(ask('""'), {"rc.nvmlDeviceGetComputeRunningProcesses_v3": 4, "0.used": 7000})
+    assert told["used_bytes"] == [7000, ""]
+    assert told["own_bytes"][0] is None
+    told = nvml(ask('""'), {"rc.nvmlDeviceGetMemoryInfo_v2": 4, "rc.nvmlDeviceGetMemoryInfo": 4})
+    assert told["used_bytes"] == [None, "nvmlDeviceGetMemoryInfo: this process is not permitted to read it"]
+    assert told["own_bytes"] == [None, "this process is not listed as holding device memory"]
 
 
 def test_memory_that_nobody_holds_gives_hidden_processes_away(nvml):

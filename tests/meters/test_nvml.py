@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 import pytest
 
 NOT_SUPPORTED, NO_PERMISSION, GPU_IS_LOST = 3, 4, 15
@@ -70,6 +72,45 @@ def test_a_counter_that_cannot_be_read_is_missing_with_its_reason(nvml, code, wo
         assert reason.startswith(f"{function}: ")
         assert words in reason
     assert told["sm_clock_hz"][0] == 1.755e9
+
+
+def test_a_name_that_is_no_text_is_missing(nvml):
+    """The binding fails to decode it, which is no error of NVML's, and everything else is still there."""
+    told = nvml(SAMPLE, {"0.name": "Card \udcff\udcfe"})
+    value, reason = told["name"]
+    assert value is None
+    assert reason.startswith("nvmlDeviceGetName: UnicodeDecodeError: ")
+    assert told["sm_clock_hz"] == [1.755e9, ""]
+
+
+@pytest.mark.parametrize(
+    ("breakage", "name", "words"),
+    [
+        ("def fail(*_): raise OSError(5, 'it is gone')\n    pynvml.nvmlDeviceGetPowerUsage = fail", "power_w",
+         "nvmlDeviceGetPowerUsage: OSError: [Errno 5] it is gone"),
+        ("pynvml.nvmlDeviceGetViolationStatus = lambda *_: 7", "thermal_slowdown_s",
+         "nvmlDeviceGetViolationStatus: AttributeError: 'int' object has no attribute 'violationTime'"),
+        ("pynvml.nvmlDeviceGetEccMode = lambda *_: []", "ecc",
+         "nvmlDeviceGetEccMode: IndexError: list index out of range"),
+        ("del pynvml.NVML_TEMPERATURE_THRESHOLD_SLOWDOWN", "slowdown_temperature_c",
+         "nvmlDeviceGetTemperatureThreshold: the installed nvidia-ml-py does not know "
+         "NVML_TEMPERATURE_THRESHOLD_SLOWDOWN"),
+        ("del pynvml.nvmlDeviceGetPersistenceMode", "persistence",
+         "nvmlDeviceGetPersistenceMode: the installed nvidia-ml-py does not know nvmlDeviceGetPersistenceMode"),
+    ],
+)  # fmt: skip
+def test_an_error_of_the_binding_is_a_reason_too(nvml, breakage, name, words):
+    """Whatever it raises, and whatever it has lost or changed: never an exception and never a zero."""
+    told = nvml(f"    import pynvml\n    {breakage}\n{SAMPLE}")
+    assert told[name] == [None, words]
+    assert told["sm_clock_hz"] == [1.755e9, ""]
+
+
+def test_a_binding_that_cannot_be_imported_is_a_machine_without_a_card(nvml, tmp_path):
+    """Another package of its name may do anything at its import."""
+    (tmp_path / "pynvml.py").write_text("raise AttributeError('not what you think')\n")
+    lines = f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\n" + textwrap.dedent(NAME)
+    assert nvml(lines) == "nvidia-ml-py cannot be imported: AttributeError: not what you think"
 
 
 def test_an_old_driver_is_asked_by_the_old_names(nvml):

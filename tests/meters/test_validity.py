@@ -10,6 +10,7 @@ from harness.meters.validity import judge
 
 QUIET = {
     "host_watched_train_s": 100.0, "host_cpu_stall_train_s": 0.5, "host_steal_train_s": 0.1,
+    "host_busy_train_s": 100.0, "host_quota_used_train_s": 100.0,
     "host_swap_in_train_bytes": 0.0, "host_swap_out_train_bytes": 0.0, "host_quota_stall_train_s": 0.0,
     "host_involuntary_switches_train": 3.0, "device_samples_train": 40.0, "device_throttled_samples_train": 0.0,
     "device_power_capped_samples_train": 0.0, "device_thermal_slowdown_train_s": 0.0,
@@ -40,8 +41,8 @@ def test_a_quiet_trial_has_no_findings():
         ("shared", {"device_others_train": 1.0, "device_others_train_bytes": 5e8},
          {"device_others_train": 1.0, "device_others_train_bytes": 2.0 * GIB}),
         ("swapped", {"host_swap_in_train_bytes": 4096.0}, {"host_swap_in_train_bytes": 3e8}),
-        ("stolen", {"host_steal_train_s": 2.0}, {"host_steal_train_s": 26.0}),
-        ("quota", {"host_quota_stall_train_s": 2.0}, {"host_quota_stall_train_s": 26.0}),
+        ("stolen", {"host_steal_train_s": 2.0}, {"host_steal_train_s": 36.0}),
+        ("quota", {"host_quota_stall_train_s": 2.0}, {"host_quota_stall_train_s": 36.0}),
     ],
 )  # fmt: skip
 def test_a_finding_is_a_notice_and_past_its_limit_invalid(code, noticed, past):
@@ -98,7 +99,15 @@ def test_too_little_of_a_cpu_is_invalid_only_where_nobody_shared_it():
     assert alone.invalid
     (together,) = found(occupancy=0.4, in_turns=True)
     assert (together.code, together.invalid) == ("contended", False)
-    assert "40% of its CPUs" in together.message
+    assert "one thread had a CPU for 40%" in together.message
+    assert "does not count" in together.message
+
+
+def test_several_threads_are_judged_by_the_pressure_around_them_alone():
+    """They wait for each other, so no occupancy is given for them, and no limit of it is named."""
+    (one,) = found({"host_cpu_stall_train_s": 90.0})
+    assert "work waited for a CPU in 90% of the time" in one.message
+    assert "does not count" not in one.message
 
 
 def test_what_all_shared_makes_nobody_invalid_and_heat_does():
@@ -118,6 +127,20 @@ def test_the_worst_stands_first():
         })
     ]  # fmt: skip
     assert codes == ["shared", "stolen", "hot"]
+
+
+@pytest.mark.parametrize(
+    ("withheld", "given"),
+    [("host_steal_train_s", "host_busy_train_s"), ("host_quota_stall_train_s", "host_quota_used_train_s")],
+)
+def test_what_was_withheld_is_a_share_of_the_cpu_time_that_was_asked_for(withheld, given):
+    """Of 64 CPUs 0.5 % is a third of the wall clock and no finding; without what was given there is no share."""
+    assert found({withheld: 32.0, given: 6368.0}) == ()
+    (one,) = found({withheld: 100.0, given: 100.0})
+    assert one.invalid
+    assert "50% of the CPU time that was asked for" in one.message
+    unknown = {name: value for name, value in QUIET.items() if name != given} | {withheld: 99.0}
+    assert judge(unknown, {}, "train", in_turns=False) == ()
 
 
 def test_a_phase_is_judged_by_its_own_values():

@@ -70,6 +70,45 @@ def test_extremes_over_all_ends(nvml):
     assert last["thermal_slowdown_s"] == 1.0  # what fell between the stretches is not in it
 
 
+MEMORY = """
+    import os
+    from harness.meters.nvml import open_device
+    from harness.meters.watch import DeviceWatch
+    def hold(size):
+        with open(os.environ["FAKE_NVML"], "a") as file:
+            file.write("0.processes=" + f"{{os.getpid()}}:{{size}}" + "\\n")
+    hold(5000)
+    watch = DeviceWatch(open_device().value, energy=False)
+    calls = []
+    for name in ("occupants", "memory"):
+        ask = getattr(watch._device, name)
+        setattr(watch._device, name, lambda ask=ask, name=name: calls.append(name) or ask())
+    for _ in range({stretches}):
+        watch.begin(0.0)
+        found = watch.end(1.0)
+    tell([found, watch.missing, calls])
+"""
+
+
+def test_device_memory_is_the_most_of_all_stretches(nvml):
+    """What this process held and what was in use, by one question each a stretch."""
+    found, missing, calls = nvml(MEMORY.format(stretches=3), {"0.used": "9000,12000,7000"})
+    assert (found["own_bytes"], found["used_bytes"]) == (5000.0, 12000.0)
+    assert not {"own_bytes", "used_bytes"} & set(missing)
+    assert calls == ["occupants", "memory"] * 3
+    assert named("device", "own_bytes", "train") == "device_own_train_bytes"
+    assert named("device", "used_bytes", "train") == "device_used_train_bytes"
+
+
+def test_device_memory_that_is_not_told_has_its_reason(nvml):
+    """No zero stands for it."""
+    silent = {f"rc.nvmlDeviceGet{what}": 4 for what in ("ComputeRunningProcesses_v3", "MemoryInfo_v2", "MemoryInfo")}
+    found, missing, _ = nvml(MEMORY.format(stretches=1), silent)
+    for name in ("own_bytes", "used_bytes"):
+        assert name not in found
+        assert "not permitted" in missing[name]
+
+
 def test_the_clock_of_an_idle_card_says_nothing_of_a_step(nvml):
     """It is left out, with the samples kept."""
     found, _ = watched(nvml, {"0.reasons": "0,0x1,0,0", "0.sm_clock": "1980,345,1980,1980"}, (0.0, 1.0), (1.0, 2.0))

@@ -16,7 +16,7 @@ def record(trial, *, interleaving="replicates", occupancy=None, **values):
 
 def test_a_kind_is_said_once_by_its_worst_trial():
     """With how many trials it hit, and both numbers."""
-    watched = {"host_watched_train_s": 10.0, "host_watched_generate_s": 10.0}
+    watched = {"host_busy_train_s": 9.7, "host_busy_generate_s": 5.0}
     records = [
         record("r0-a", host_steal_train_s=0.3, **watched), record("r1-a", **watched),
         record("r2-a", host_steal_generate_s=5.0, **watched),
@@ -24,13 +24,13 @@ def test_a_kind_is_said_once_by_its_worst_trial():
     (notice,) = disturbances(records, on_cpu=False)
     assert notice.code == "stolen"
     assert notice.message.startswith("2 of 3 trials; r2-a while generating: the hypervisor")
-    assert "for 50% of the time" in notice.message
+    assert "for 50% of the CPU time" in notice.message
     assert notice.message.endswith("Past the limit: r2-a.")
 
 
 def test_many_trials_past_the_limit_are_counted():
     """Three by name."""
-    records = [record(f"r{i}-a", host_watched_train_s=10.0, host_steal_train_s=9.0) for i in range(5)]
+    records = [record(f"r{i}-a", host_busy_train_s=1.0, host_steal_train_s=9.0) for i in range(5)]
     (notice,) = disturbances(records, on_cpu=False)
     assert notice.message.endswith("Past the limit: r0-a, r1-a, r2-a and 2 more.")
 

@@ -76,6 +76,27 @@ def test_every_variant_has_its_estimate_interval_and_ratio(small_study, tmp_path
     assert "synthetic-data" in text
 
 
+def test_host_peaks_are_said_to_include_the_process_at_birth(small_study, tmp_path):
+    """A fork maps what its zygote imported; on a card whose own peaks are shown there is nothing to say."""
+
+    def note(**memory):
+        run = run_of(small_study, tmp_path, steps={"plain": QUIET, "nf4": QUIET})
+        births = iter((336, 336, 340) * 10)
+        records = tuple(
+            record.replaced(memory=record.memory | {"host_baseline_bytes": next(births) * 2**20} | memory)
+            for record in run.records
+        )
+        view = view_of(dataclasses.replace(run, records=records))
+        assert view.tables[0].note in text_of(view)
+        return view.tables[0].note
+
+    assert note() == "host peaks include 336 MiB to 340 MiB with which each process begins"
+    assert note(host_baseline_bytes=336 * 2**20) == "host peaks include 336 MiB with which each process begins"
+    assert note(device_peak_allocated_train_bytes=2**30) == ""
+    run = run_of(small_study, tmp_path, steps={"plain": QUIET, "nf4": QUIET})
+    assert view_of(run).tables[0].note == ""
+
+
 def test_a_control_that_differs_makes_the_run_invalid(small_study, tmp_path):
     """Whatever the variants say."""
     slow = tuple(1.5 * s for s in QUIET)
@@ -119,6 +140,34 @@ def test_one_replicate_has_no_interval_and_says_so(small_study, tmp_path):
     """A number never stands alone."""
     view = view_of(run_of(small_study, tmp_path, steps={"plain": (0.1,), "nf4": (0.2,)}))
     assert "100 ms\n[no interval]".split("\n")[1] in text_of(view)
+
+
+def test_several_threads_are_no_contention(small_study, tmp_path):
+    """They wait for each other, so what they leave idle says nothing of other work; one thread is counted as such."""
+    run = run_of(small_study, tmp_path, steps={"plain": QUIET, "nf4": QUIET}, occupancy=0.6)
+    records = tuple(
+        record.replaced(values=record.values | {"threads": 2.0 if record.name == "nf4" else 1.0})
+        for record in run.records
+    )
+    (notice,) = (n for n in view_of(dataclasses.replace(run, records=records)).notices if n.code == "contention")
+    assert notice.message.startswith("10 of 10 trials of one thread had less than 95% of a CPU")
+
+
+@pytest.mark.parametrize(
+    ("card", "said"),
+    [
+        ({"power_limit_w": 500.0, "default_power_limit_w": 700.0}, "1 thread), power limit 500 W of 700 W"),
+        ({"power_limit_w": 500.0, "default_power_limit_w": "not available: why"}, "1 thread), power limit 500 W"),
+        ({"power_limit_w": "not available: why", "default_power_limit_w": 700.0}, "1 thread)"),
+        (None, "1 thread)"),
+    ],
+)
+def test_a_card_stands_with_its_power_limit(small_study, tmp_path, card, said):
+    """In force and by default, as far as they are known; runs of before it was recorded have none."""
+    run = run_of(small_study, tmp_path, steps={"plain": QUIET, "nf4": QUIET})
+    settings = {} if card is None else {"settings": {"card": card}}
+    manifest = dataclasses.replace(run.manifest, provenance=run.manifest.provenance | settings)
+    assert view_of(dataclasses.replace(run, manifest=manifest)).facts[0].endswith(said)
 
 
 @pytest.mark.parametrize(("occupancy", "noticed"), [(0.6, True), (0.99, False)])
