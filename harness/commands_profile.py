@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.commands import print_json
-from harness.errors import EXIT_INVALID, EXIT_PASS
+from harness.errors import EXIT_INCONCLUSIVE, EXIT_INVALID, EXIT_PASS
 
 if TYPE_CHECKING:
     from harness.diagnosis import Finding
@@ -70,24 +70,30 @@ def run_profile(options: argparse.Namespace) -> int:
         print_profile(profile, step, tokens, found, findings, console)
         console.print(f"\nAll facts and the profiler's trace are in {folder}", markup=False)
     tried = None
-    if options.attempt is not None:
-        tried = _try(study, variant, chosen(findings, options.attempt or None), machine, runs)
-        if not options.json:
-            print_tried(tried, console_for())
-    if options.json:
-        print_json(
-            {
-                "path": str(folder),
-                "step": codec.to_json(step) | {"explained": step.explained},
-                "categories_s": accounting.categories_s(profile, step),
-                "tokens": codec.to_json(tokens),
-                "ceilings": codec.to_json(found),
-                "findings": codec.to_json(findings),
-                "tried": codec.to_json(tried),
-                "profile": codec.to_json(profile),
-            }
-        )
-    return EXIT_PASS if tried is None or tried.valid else EXIT_INVALID
+    try:
+        if options.attempt is not None:
+            tried = _try(study, variant, chosen(findings, options.attempt or None), machine, runs)
+    finally:  # what cannot be tried must not cost what was seen
+        if options.json:
+            print_json(
+                {
+                    "path": str(folder),
+                    "step": codec.to_json(step) | {"explained": step.explained},
+                    "categories_s": accounting.categories_s(profile, step),
+                    "tokens": codec.to_json(tokens),
+                    "ceilings": codec.to_json(found),
+                    "findings": codec.to_json(findings),
+                    "tried": codec.to_json(tried),
+                    "profile": codec.to_json(profile),
+                }
+            )
+    if tried is None:
+        return EXIT_PASS
+    if not options.json:
+        print_tried(tried, console_for())
+    if not tried.valid:
+        return EXIT_INVALID
+    return EXIT_INCONCLUSIVE if tried.comparison and tried.comparison.verdict == "inconclusive" else EXIT_PASS
 
 
 def _try(study: Study, variant: Variant, finding: Finding, machine: Machine, runs: Path) -> Tried:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ from harness.budget import Budget, Kind
 from harness.executors import Executor, Worker, WorkerLostError
 from harness.plan import Group, Plan, Slot
 from harness.record import UNDER_WAY, Failure, Fragment, Measure, Status, TrialRecord, TrialRequest
+from harness.variant import Variant
 
 CHECKPOINT_S = 30.0
 """Records of trials under way are saved no more often than this: a sync costs milliseconds, and shorter groups are
@@ -46,6 +47,12 @@ class Site:
     threads: int
     tokens_path: str
     tokens: dict[str, Any]
+    own: Mapping[str, Site] = field(default_factory=dict)
+    """The same for variants that have a workload of their own, by name."""
+
+    def of(self, variant: Variant) -> Site:
+        """What the requests of this variant have in common."""
+        return self.own.get(variant.name, self)
 
 
 class Conductor:
@@ -253,7 +260,7 @@ class Conductor:
 
     def _add(self, trial: str, fragment: Fragment, turn: int | None = None) -> None:
         record = self._records[trial].merged(fragment)
-        changes: dict[str, Any] = {"tokens": record.tokens | self._site.tokens}
+        changes: dict[str, Any] = {"tokens": record.tokens | self._site.of(self._slots[trial].variant).tokens}
         if trial in self._begun:
             changes |= {"started_unix_s": self._begun[trial], "wall_time_s": time.time() - self._begun[trial]}
         if turn is not None:
@@ -282,14 +289,14 @@ def blank(plan: Plan, slot: Slot, status: Status) -> TrialRecord:
 
 def request_of(plan: Plan, slot: Slot, site: Site, log: str) -> TrialRequest:
     """All that a worker must know of a trial; `log` names the log of its process."""
-    study = plan.study
+    study, site = plan.study, site.of(slot.variant)
     return TrialRequest(
         trial=slot.trial,
         variant=slot.variant,
         role=slot.role,
         replicate=slot.replicate,
         seed=slot.seed,
-        workload=study.workload,
+        workload=study.workload_of(slot.variant),
         protocol=study.protocol,
         interleaving=slot.interleaving,
         measures=slot.measures,

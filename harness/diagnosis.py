@@ -95,7 +95,14 @@ class Finding:
     changes: Mapping[str, Any] = field(default_factory=dict)
     """Fields of the variant to change, with their values: what can be tried against the present one."""
     workload_changes: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of the workload, on which variants meet: a study of another workload, not another variant of this."""
+    """Fields of the workload to change, for a trial of the same variant on another workload."""
+    obstacle: str = ""
+    """Why nothing can be tried here, where there are no changes."""
+
+    @property
+    def attempt(self) -> Mapping[str, Any]:
+        """What `--try` changes: fields of the variant or, where none help, of the workload; empty where neither do."""
+        return self.changes or self.workload_changes
 
 
 def diagnose(evidence: Evidence) -> tuple[Finding, ...]:
@@ -132,7 +139,7 @@ def _dequantisation(seen: Evidence) -> Iterator[Finding]:
         yield _timed(
             "dequantisation", seen, share, f"unpacking {seen.variant.quantization} weights takes {share:.1%} of a step",
             f'quantization = "none" needs about {format_bytes(extra)} more, which is there.',
-            changes={"quantization": "none"},
+            changes={"quantization": "none"} | ({"prepare_for_kbit": False} if seen.variant.prepare_for_kbit else {}),
         )  # fmt: skip
     else:
         yield _timed(
@@ -176,21 +183,28 @@ def _masked_attention(seen: Evidence) -> Iterator[Finding]:
     cost = share if written_out else share * seen.masked_pairs
     if cost <= WORTH:
         return
+    obstacle = ""
     if seen.variant.attention == "eager":
         remedy, changes = 'attention = "sdpa" fuses it.', {"attention": "sdpa"}
-    elif seen.device == "cuda" and seen.variant.attention != "flash_attention_2":
+    elif (
+        seen.device == "cuda"
+        and seen.variant.attention != "flash_attention_2"
+        and (seen.variant.autocast or seen.variant.dtype) != "float32"  # which flash-attn does not take
+    ):
         remedy = 'attention = "flash_attention_2" takes packed rows without a mask.'
         changes = {"attention": "flash_attention_2"} if seen.flash_attn else {}
         remedy += "" if seen.flash_attn else ' It needs pip install "lorameter[flash-attn]".'
+        obstacle = "" if seen.flash_attn else "flash-attn is not installed"
     else:
-        remedy, changes = "Shorter rows hide fewer pairs; no kernel here leaves them out.", {}
+        remedy, changes = "Shorter rows hide fewer pairs.", {}
+        obstacle = "no kernel here leaves them out"
     seconds = f"attention ({seen.attention_backend}) takes {share:.1%} of a step"
     message = (
         f"{seconds}, written out as products and softmax"
         if written_out
         else f"{seconds} and reads a mask that hides {seen.masked_pairs:.0%} of its pairs"
     )
-    yield _timed("masked-attention", seen, cost, message, remedy, changes=changes)
+    yield _timed("masked-attention", seen, cost, message, remedy, changes=changes, obstacle=obstacle)
 
 
 def _padding(seen: Evidence) -> Iterator[Finding]:
@@ -200,7 +214,7 @@ def _padding(seen: Evidence) -> Iterator[Finding]:
     yield _timed(
         "padding", seen, seen.padded, f"{seen.padded:.0%} of the positions are padding",
         'layout = "packed" fills rows with records.' if packs else "Drop the last, partly filled rows.",
-        workload=packs,
+        workload=packs, obstacle="" if packs else "no field leaves rows out",
     )  # fmt: skip
 
 
@@ -246,6 +260,7 @@ def _data(seen: Evidence) -> Iterator[Finding]:
         yield _timed(
             "data-wait", seen, share, f"a step waits {share:.1%} of its time for its batch",
             "Look at where the token file lies: it is mapped, and read at first use.",
+            obstacle="it is the disk's",
         )  # fmt: skip
 
 
@@ -256,6 +271,7 @@ def _contention(seen: Evidence) -> Iterator[Finding]:
         "contention", seen, 1 - seen.occupancy,
         f"the step had a CPU for {seen.occupancy:.0%} of its time: others run on this machine",
         "Stop what else runs, or give the process a CPU of its own; `lorameter doctor` names what would disturb.",
+        obstacle="it is the machine's",
     )  # fmt: skip
 
 
@@ -284,6 +300,7 @@ def _fragmentation(seen: Evidence) -> Iterator[Finding]:
         cost_share=None,
         cost_bytes=lost,
         remedy="Set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True in the environment.",
+        obstacle="variants share the environment",
     )
 
 
@@ -314,6 +331,7 @@ def _timed(
     *,
     changes: Mapping[str, Any] | None = None,
     workload: Mapping[str, Any] | None = None,
+    obstacle: str = "",
 ) -> Finding:
     return Finding(
         code=code,
@@ -323,6 +341,7 @@ def _timed(
         remedy=remedy,
         changes=changes or {},
         workload_changes=workload or {},
+        obstacle=obstacle,
     )
 
 

@@ -20,7 +20,7 @@ from harness.shapes import ModelShape
 from harness.study import Study
 from harness.units import format_bytes
 from harness.variant import Variant
-from harness.workload import SYNTHETIC
+from harness.workload import SYNTHETIC, Workload
 
 ERRS_BY = 0.10
 """How far an estimate of memory may be from the peak: within it nothing is refused, and beyond it nothing is safe."""
@@ -39,7 +39,8 @@ def check_feasible(study: Study, machine: Machine, variants: Iterable[Variant] |
     """
     source = catalogue.resolve(study.workload.model)
     shape, stored = shapes.shape(source), stored_dtype(source)
-    _check_lengths(study, shape)
+    for workload in study.workloads:
+        _check_lengths(study.name, workload, shape)
     _check_data(study)
     notices: list[Notice] = []
     for variant in study.variants if variants is None else variants:
@@ -50,7 +51,8 @@ def check_feasible(study: Study, machine: Machine, variants: Iterable[Variant] |
         _check_widths(where, variant, shape, machine)
         notices += _rank_notices(variant, shape)
         notices += _paged_notices(variant, machine, shape)
-        expected = estimate_memory(variant, study.workload, shape, device=machine.device, stored=stored)
+        workload = study.workload_of(variant)
+        expected = estimate_memory(variant, workload, shape, device=machine.device, stored=stored)
         _check_memory(where, expected, machine)
         notices += memory_notices(variant, expected, machine)
     if source.random:
@@ -65,8 +67,7 @@ def check_feasible(study: Study, machine: Machine, variants: Iterable[Variant] |
     return tuple(notices)
 
 
-def _check_lengths(study: Study, shape: ModelShape) -> None:
-    workload = study.workload
+def _check_lengths(study: str, workload: Workload, shape: ModelShape) -> None:
     for key, length in (
         ("sequence_length", workload.sequence_length),
         ("prompt_tokens + new_tokens", workload.prompt_tokens + workload.new_tokens),
@@ -74,7 +75,7 @@ def _check_lengths(study: Study, shape: ModelShape) -> None:
     ):
         if length > shape.context:
             raise UsageError(
-                f"study {study.name}, [workload]: {key} = {length}: longer than the context of {workload.model}, "
+                f"study {study}, [workload]: {key} = {length}: longer than the context of {workload.model}, "
                 f"{shape.context} tokens. Use {shape.context} or fewer."
             )
 

@@ -105,8 +105,9 @@ def measured_peaks(workload: Workload, machine: Machine, runs: Path, kind: str) 
             continue
         same = run.manifest.provenance.get("device_name") == machine.device_name
         if same and run.manifest.study.get("workload") == codec.to_json(workload):
+            others = run.manifest.study.get("own_workloads", {})
             for record in run.records:
-                if kind in record.memory:
+                if kind in record.memory and record.name not in others:
                     peaks[record.variant] = max(peaks.get(record.variant, 0), record.memory[kind])
     return peaks
 

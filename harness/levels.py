@@ -26,7 +26,12 @@ measures nothing."""
 
 
 def choose_level(
-    variants: Sequence[Variant], *, together_bytes: int, free_bytes: int | None, asked: str | None = None
+    variants: Sequence[Variant],
+    *,
+    together_bytes: int,
+    free_bytes: int | None,
+    asked: str | None = None,
+    workloads: int = 1,
 ) -> tuple[Interleaving, str]:
     """The level and the reason for it.
 
@@ -35,11 +40,14 @@ def choose_level(
         together_bytes: expected memory of all trials of a replicate when each has a live process of its own.
         free_bytes: memory that is free on the device now; None where it cannot be known.
         asked: the level that the user asks for; None to choose.
+        workloads: on how many different workloads they are measured.
 
     Raises:
         UsageError: the level asked for is unknown, or not possible for these variants.
     """
     obstacle = shared_base_obstacle(variants)
+    if workloads > 1:  # what trials on one base find out once for all, such as its held-out loss, is of one workload
+        obstacle = f"the variants are measured on {workloads} workloads"
     if asked is not None:
         if asked not in LEVELS:
             raise UsageError(f"interleave = {asked!r}: not known. Use one of {', '.join(LEVELS)}.")

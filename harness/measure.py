@@ -34,6 +34,7 @@ from harness.stopping import Stopping
 from harness.store import Manifest, Run, RunWriter
 from harness.study import Study
 from harness.units import PHASES
+from harness.workload import Workload
 
 
 class Display(Watcher, Protocol):
@@ -70,16 +71,21 @@ def plan_study(
     notices = check_feasible(study, machine, variants)
     level, why = choose_level(
         variants,
-        together_bytes=together_bytes([variant for variant, _ in members], study.workload, machine, runs),
+        together_bytes=sum(
+            together_bytes([one for one, _ in members if study.workload_of(one) == workload], workload, machine, runs)
+            for workload in study.workloads
+        ),
         free_bytes=free_bytes(machine),
         asked=interleaving,
+        workloads=len(study.workloads),
     )
     return make_plan(study, select=select, phases=phases, interleaving=level, why=why), notices
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arm:
-    """Where trials of a run are measured: a zygote of its own. A run without sides has one, the present interpreter.
+    """Where trials of a run are measured: a zygote of its own. A run without sides has one, in the present interpreter,
+    or one for each of those that it compares where these differ in threads.
 
     Processes of one zygote share its pages, and each finds them warm in the caches when the other has just run. So
     what is compared in an A/B must come from one zygote or each from its own: with base and control from one zygote,
@@ -104,7 +110,7 @@ def measure(
     runs: Path,
     display: Display,
     notices: tuple[Notice, ...] = (),
-    arms: Sequence[Arm] = (Arm(),),
+    arms: Sequence[Arm] = (),
     resume: str | None = None,
 ) -> Run:
     """Measure a plan into a run directory and read it back. The first arm prepares the tokens of all.
@@ -115,16 +121,18 @@ def measure(
         runs: where the run is written.
         display: shows what is going on.
         notices: what was known before.
-        arms: the processes that trials are measured by.
+        arms: the processes that trials are measured by; those that the plan names, in this interpreter, if left out.
         resume: id of a run of this plan (`harness.resume`) to go on with; None for a new one.
 
     Raises:
         UsageError: data that cannot be read, or a run to go on with that another process writes or whose tokens differ.
         InvalidRunError: no worker could be started, or it sees another device than the plan was made for.
     """
-    study, first = plan.study, arms[0]
+    study = plan.study
+    threads = {slot.arm: study.workload_of(slot.variant).threads for slot in plan.slots}
+    arms = arms or [Arm(name=name) for name in threads]
+    first = arms[0]
     run_id = resume or store.new_run_id(study.name)
-    threads = study.workload.threads
     with contextlib.ExitStack() as stack:
         stack.enter_context(store.writing(runs / run_id))
         earlier = store.read_run(str(runs / run_id), runs) if resume else None  # only now does nobody else write it
@@ -138,13 +146,16 @@ def measure(
         logs.mkdir(parents=True, exist_ok=True)
         executors: dict[str, Executor] = {}
         for arm in arms:
-            executor = LocalExecutor(threads=threads, log_dir=logs, host=arm.host, label=arm.name)
+            executor = LocalExecutor(threads=threads[arm.name], log_dir=logs, host=arm.host, label=arm.name)
             stack.callback(executor.close)
             executor.start()
             executors[arm.name] = executor
-        tokens = executors[first.name].prepare_tokens(study.workload, str(runs / run_id))  # while the workers import
+        prepared = {  # while the workers import
+            workload: executors[first.name].prepare_tokens(workload, str(runs / run_id)) for workload in study.workloads
+        }
+        tokens = _tokens(study, prepared)
         hellos = {name: _greeted(executor, machine) for name, executor in executors.items()}
-        facts = provenance.collect(study, machine, threads, hellos[first.name], first.facts)
+        facts = provenance.collect(study, machine, study.workload.threads, hellos[first.name], first.facts)
         declared = sorted({name for arm in arms for name in arm.declared})
         if earlier is not None:
             manifest = continued(earlier.manifest, facts, tokens, study.protocol.max_minutes)
@@ -161,19 +172,12 @@ def measure(
                 created_unix_s=time.time(),
                 provenance=facts,
                 fingerprint=provenance.fingerprint(facts, without=declared),
-                tokens={key: value for key, value in tokens.items() if key != "path"},
+                tokens=tokens,
                 notices=notices,
                 sides=_sides(arms, hellos),
             )
         writer = RunWriter(runs, manifest)
-        site = Site(
-            run_path=writer.path,
-            scratch=scratch,
-            device=machine.device,
-            threads=threads,
-            tokens_path=str(Path(tokens["path"]).resolve()),
-            tokens={key: tokens[key] for key in ("hash", "real_tokens", "padded_tokens")},
-        )
+        site = _site(study, prepared, run_path=writer.path, scratch=scratch, device=machine.device)
         status: store.RunStatus = "failed"
         stopped: str | None = None
         trials: list[str] | None = None
@@ -195,6 +199,36 @@ def measure(
         finally:
             writer.finish(status, stopped=stopped, measured=trials)
     return store.read_run(str(writer.path), runs)
+
+
+def _tokens(study: Study, prepared: Mapping[Workload, Mapping[str, Any]]) -> dict[str, Any]:
+    """What the manifest says of the tokens: those of the study's workload, and `own`, by variant, those of others."""
+    said = {
+        workload: {key: value for key, value in tokens.items() if key != "path"}
+        for workload, tokens in prepared.items()
+    }
+    own = {name: said[workload] for name, workload in study.own_workloads.items()}
+    return said[study.workload] | ({"own": own} if own else {})
+
+
+def _site(
+    study: Study, prepared: Mapping[Workload, Mapping[str, Any]], *, run_path: Path, scratch: Path, device: str
+) -> Site:
+    """Where the run happens, and where the trials of variants with a workload of their own do."""
+
+    def site(workload: Workload) -> Site:
+        tokens = prepared[workload]
+        return Site(
+            run_path=run_path,
+            scratch=scratch,
+            device=device,
+            threads=workload.threads,
+            tokens_path=str(Path(tokens["path"]).resolve()),
+            tokens={key: tokens[key] for key in ("hash", "real_tokens", "padded_tokens")},
+        )
+
+    own = {name: site(workload) for name, workload in study.own_workloads.items()}
+    return dataclasses.replace(site(study.workload), own=own)
 
 
 def _sides(arms: Sequence[Arm], hellos: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

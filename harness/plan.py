@@ -51,7 +51,8 @@ class Slot:
     instrument: Instrument = "profile"
     side: Side = ""
     arm: str = ""
-    """Which of the run's executors hosts the trial; a run without sides has one."""
+    """Which of the run's executors hosts the trial; a run without sides has one, unless its variants differ in
+    threads."""
     injected_rows: int = 0
 
 
@@ -251,4 +252,13 @@ def _slot(
         interleaving=interleaving,
         measures=measures,
         instrument=instrument_for(replicate, measures),
+        arm=_arm(study, variant, role),
     )
+
+
+def _arm(study: Study, variant: Variant, role: Role) -> str:
+    """The executor of a trial. The number of threads is set where a process begins, so other threads take another
+    executor; then each of those that are compared has its own, for the reason that `measure.Arm` gives."""
+    if len({workload.threads for workload in study.workloads}) == 1:
+        return ""
+    return f"{variant.name}-{CONTROL_SUFFIX}" if role == "control" else variant.name

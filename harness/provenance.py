@@ -103,7 +103,7 @@ def collect(
         "settings": settings(card=machine.device == "cuda"),
         "threads": threads,
         "libraries": {name: library_version(name) for name in LIBRARIES},
-        "workload": codec.to_json(study.workload) | {"data": _content_of(study.workload.data)},
+        "workload": _content_of_workloads(study),
         "git": git_state(Path.cwd()),
         "worker": {key: hello.get(key) for key in ("device", "torch", "import_time_s", "harness")},
         **(side or {}),
@@ -141,6 +141,13 @@ def differing_packages(
         for name in sorted({*ours, *theirs})
         if ours.get(name) != theirs.get(name)
     }
+
+
+def _content_of_workloads(study: Study) -> dict[str, Any]:
+    """The study's workload, and under `own` what variants are measured on instead."""
+    data = {"data": _content_of(study.workload.data)}
+    own = {name: codec.to_json(workload) | data for name, workload in study.own_workloads.items()}
+    return {**codec.to_json(study.workload), **data, **({"own": own} if own else {})}
 
 
 def _content_of(data: str) -> str:

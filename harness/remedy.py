@@ -1,69 +1,97 @@
 """A finding's remedy, tried: the present variant against the suggested one, measured like any two variants.
 
 A diagnosis counts what hangs on a thing; what is won without it shows only beside its replacement. So the remedy is a
-variant, the present one is the reference, and the control, the verdict and the interval are those of every study.
+variant, the present one is the reference, and the control, the verdict and the interval are those of every study. A
+remedy of the workload is the same variant on a workload of its own: the two are compared by the time of a real token,
+since a step of either is another number of them, and not by their losses.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from harness import codec
 from harness.diagnosis import Finding
 from harness.errors import UsageError
 from harness.protocol import Protocol
-from harness.series import compare_series, compare_to_reference, series_of, without_equivalent
+from harness.record import Notice
+from harness.report.view import view_of
 from harness.stats import Comparison
 from harness.store import Run
 from harness.study import Study
 from harness.variant import Variant
-
-METRIC = "step_time_s"
+from harness.workload import Workload
 
 
 def chosen(findings: Sequence[Finding], code: str | None) -> Finding:
-    """The finding to try: the one named, or the most expensive whose remedy is a variant.
+    """The finding to try: the one named, or the most expensive that can be tried.
 
     Raises:
-        UsageError: no such finding here, or its remedy is no change of the variant.
+        UsageError: no such finding here, or nothing of it can be tried.
     """
-    possible = [finding for finding in findings if finding.changes]
+    possible = [finding for finding in findings if finding.attempt]
     known = ", ".join(finding.code for finding in possible) or "none"
     if code is None:
         if not possible:
-            raise UsageError("--try: no finding here has a remedy that is a change of the variant.")
+            raise UsageError("--try: no finding here has a remedy that can be tried.")
         return possible[0]
     finding = next((finding for finding in findings if finding.code == code), None)
     if finding is None:
         raise UsageError(f"--try {code}: not found in this profile. Can be tried: {known}.")
-    if not finding.changes:
-        raise UsageError(f"--try {code}: {finding.remedy} That is no change of the variant. Can be tried: {known}.")
+    if not finding.attempt:
+        why = f"That cannot be tried here: {finding.obstacle}."
+        raise UsageError(f"--try {code}: {finding.remedy} {why} Can be tried: {known}.")
     return finding
 
 
 def study_of(study: Study, variant: Variant, finding: Finding, *, protocol: Protocol) -> Study:
-    """Two variants on the study's workload: the present one, which is the reference, and the suggested one.
+    """The present variant, which is the reference, and the suggested one, on a workload of its own if that is changed.
+
+    As in a profile, a path that is not active is a notice: the present variant may be slow for want of it.
 
     Raises:
-        UsageError: the change makes no variant that could run.
+        UsageError: the change makes no variant or workload that could run.
     """
-    changes = {"name": f"without-{finding.code}", **finding.changes}
+    name = f"without-{finding.code}"
+    own: dict[str, Workload] = {}
+    notes: tuple[str, ...] = ()
+    if not finding.changes:
+        own = {name: dataclasses.replace(study.workload, **finding.workload_changes)}
+        notes = (f"{variant.name} and {name} train on different workloads; their losses are not compared.",)
+        protocol = dataclasses.replace(protocol, epochs=0.0)  # they are for the losses
     return Study(
         name=f"try-{finding.code}",
-        title=f"{variant.name} against " + ", ".join(f"{key} = {value}" for key, value in finding.changes.items()),
+        title=f"{variant.name} against " + ", ".join(f"{key} = {value}" for key, value in finding.attempt.items()),
         workload=study.workload,
         protocol=protocol,
-        variants=(variant, dataclasses.replace(variant, **changes)),
+        variants=(variant, dataclasses.replace(variant, name=name, **finding.changes)),
         reference=variant.name,
-        allow_fallback=study.allow_fallback,
+        allow_fallback=True,
         requirements={path: value for path, value in study.requirements.items() if not _about(path, finding)},
+        notes=notes,
+        own_workloads=own,
     )
+
+
+_STORED = tuple(f"base.{path}" for path in ("bits", "quant_type", "double_quant", "compute_dtype", "gemm_path"))
+_PATHS: Mapping[str, tuple[str, ...]] = {
+    "quantization": _STORED,
+    "compute_dtype": _STORED,
+    "dtype": (*_STORED, "attention.dtype"),
+    "prepare_for_kbit": ("attention.dtype",),
+    "adapter_dtype": ("lora.dtype",),
+    "lora_dropout": ("lora.dropout",),
+    "gradient_checkpointing": ("checkpointing",),
+    "layout": ("packing", "attention"),
+}
+"""What kernels_check judges a field of variant or workload by, where that has another name: paths, or heads of them."""
 
 
 def _about(path: str, finding: Finding) -> bool:
     """Whether a requirement of the study is about what the remedy changes."""
-    words = {"quantization": "base", "compute_dtype": "base", "dtype": "base", "adapter_dtype": "lora"}
-    return any(path.partition(".")[0] in (words.get(key, key), key.partition("_")[0]) for key in finding.changes)
+    heads = [head for key in finding.attempt for head in _PATHS.get(key, (key,))]
+    return any(path == head or path.startswith(f"{head}.") for head in heads)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,46 +101,32 @@ class Tried:
     finding: Finding
     run: str
     interleaving: str
+    metric: str
+    """By which the two are compared."""
     comparison: Comparison | None
-    """Step time of the suggested variant over that of the present one, below 1 is a gain; None where either failed."""
+    """The suggested variant over the present one, below 1 is a gain; None where either failed."""
     control: Comparison | None
     """The present variant against itself."""
     failures: tuple[str, ...]
-
-    @property
-    def valid(self) -> bool:
-        """Whether the comparison counts: every trial ok, and the control no difference."""
-        control = self.control
-        return (
-            self.comparison is not None
-            and not self.failures
-            and control is not None
-            and control.verdict not in ("improved", "regressed")
-        )
+    notices: tuple[Notice, ...]
+    """What must be known of the comparison and was not known before it was measured."""
+    valid: bool
+    """Whether the comparison counts: every trial ok, and the control no difference."""
 
 
 def tried(run: Run, finding: Finding) -> Tried:
     """Judge the run of such a study."""
-    groups = series_of(run.records)
-    reference = str(run.manifest.study["reference"])
-    base, twin = groups.get((reference, "variant")), groups.get((reference, "control"))
-    others = [series for (name, role), series in groups.items() if role == "variant" and name != reference]
-    control = compare_series(base, twin, METRIC) if base and twin else None
-    comparison = None
-    if base and others:
-        comparison = compare_to_reference(base, others, METRIC).get(others[0].name)
-    if comparison is not None and (control is None or control.verdict != "equivalent"):
-        comparison = without_equivalent(comparison, "the control itself is not equivalent, so nothing here can be")
-    failures = tuple(
-        f"{record.trial}: {record.status}" + (f": {record.failure.message}" if record.failure else "")
-        for record in run.records
-        if record.status != "ok"
-    )
+    view = view_of(run)
+    table = view.tables[0]
+    comparison = next((row.ratio for row in table.rows if not row.reference), None)
     return Tried(
         finding=finding,
-        run=run.manifest.run,
+        run=view.run,
         interleaving=run.manifest.interleaving,
+        metric=codec.from_json(Study, run.manifest.study, f"run {view.run}").primary(table.phase),
         comparison=comparison,
-        control=control,
-        failures=failures,
+        control=table.control,
+        failures=view.failures,
+        notices=tuple(notice for notice in view.notices if notice not in run.manifest.notices),
+        valid=view.valid and comparison is not None,
     )

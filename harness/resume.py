@@ -96,6 +96,12 @@ def plan_again(run: Run, machine: Machine, *, max_minutes: float | None = None) 
     return dataclasses.replace(plan, study=study.with_overrides(max_minutes=max_minutes))
 
 
+def _hashes(tokens: Mapping[str, Any]) -> dict[str, str]:
+    """The hash of a run's tokens, and of those of each variant with a workload of its own, by what they are called."""
+    own = {f"the tokens of {name}": one["hash"] for name, one in tokens.get("own", {}).items()}
+    return {"the tokens": tokens["hash"], **own}
+
+
 def continued(
     manifest: Manifest, facts: Mapping[str, Any], tokens: Mapping[str, Any], max_minutes: float | None
 ) -> Manifest:
@@ -104,17 +110,19 @@ def continued(
     Args:
         manifest: as it was when the run broke off.
         facts: provenance of now.
-        tokens: summary of the tokens as they were prepared now.
+        tokens: what the manifest would say of the tokens as they were prepared now.
         max_minutes: the limit from now on.
 
     Raises:
         UsageError: the tokens are not those that the run began with.
     """
-    if tokens["hash"] != manifest.tokens["hash"]:
-        raise UsageError(
-            f"run {manifest.run}: the tokens have the hash {tokens['hash'][:12]} now and had "
-            f"{manifest.tokens['hash'][:12]}: the data or the tokenizer has changed. Restore it, or measure a new run."
-        )
+    now = _hashes(tokens)
+    for which, before in _hashes(manifest.tokens).items():
+        if now[which] != before:
+            raise UsageError(
+                f"run {manifest.run}: {which} have the hash {now[which][:12]} now and had {before[:12]}: the data or "
+                "the tokenizer has changed. Restore it, or measure a new run."
+            )
     harness = facts["worker"]["harness"]
     earlier = [manifest.provenance["worker"]["harness"], *(one.harness for one in manifest.resumed)]
     again = Resumption(unix_s=time.time(), harness=harness, commit=facts["git"]["commit"], max_minutes=max_minutes)

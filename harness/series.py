@@ -52,6 +52,21 @@ def _tokens_per_s(record: TrialRecord) -> tuple[float, ...]:
     return (sum(record.samples["turn_real_tokens"]) / seconds,) if seconds else ()
 
 
+def _time_per_real_token_s(record: TrialRecord) -> tuple[float, ...]:
+    """The time of each step over the real tokens that a step holds in the mean of an epoch.
+
+    A step takes as long for padding as for tokens. So dividing by the real tokens of the timed steps would put the
+    lengths of a few records into the number, and those of others in a trial whose warm-up was longer.
+    """
+    times = record.samples.get("step_time_s", ())
+    real, padded = record.tokens.get("real_tokens", 0), record.tokens.get("padded_tokens", 0)
+    positions = sum(sum(record.samples.get(f"turn_{kind}_tokens", ())) for kind in ("real", "padded"))
+    if not times or not real or not positions:
+        return ()
+    tokens = positions / len(times) * real / (real + padded)
+    return tuple(seconds / tokens for seconds in times)
+
+
 def _samples_per_s(record: TrialRecord) -> tuple[float, ...]:
     seconds = sum(record.samples.get("step_time_s", ()))
     return (sum(record.samples["turn_sequences"]) / seconds,) if seconds else ()
@@ -88,6 +103,7 @@ def _energy_per(count: str) -> Callable[[TrialRecord], tuple[float, ...]]:
 
 _DERIVED: dict[str, Callable[[TrialRecord], tuple[float, ...]]] = {
     "tokens_per_s": _tokens_per_s,
+    "time_per_real_token_s": _time_per_real_token_s,
     "samples_per_s": _samples_per_s,
     "output_tokens_per_s": _output_tokens_per_s,
     "natural_time_per_token_s": _natural_time_per_token_s,

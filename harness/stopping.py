@@ -14,7 +14,6 @@ from harness.plan import Plan
 from harness.record import TrialRecord
 from harness.series import compare_series, series_of
 from harness.stats import Comparison, is_precise, relative_half_width
-from harness.units import PRIMARY
 
 LEAST_REPLICATES = 5
 """Fewer give a standard deviation that is itself too uncertain to stop on."""
@@ -60,6 +59,6 @@ class Stopping:
                 if key not in bases or (side == base_side and (name, role) == key):
                     continue
                 for phase in self._plan.phases:
-                    comparison = compare_series(bases[key], series, PRIMARY[phase])  # type: ignore[index]
+                    comparison = compare_series(bases[key], series, self._plan.study.primary(phase))  # type: ignore[arg-type]
                     found += [comparison] if comparison is not None else []
         return found

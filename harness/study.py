@@ -16,6 +16,7 @@ from typing import Any
 from harness.claim import LINEAR, Claim
 from harness.errors import UsageError
 from harness.protocol import PRECISION_REPLICATES, Protocol
+from harness.units import PRIMARY, Phase
 from harness.variant import Variant
 from harness.workload import Workload
 
@@ -39,6 +40,9 @@ class Study:
     """Name of the profile that fitted the study to a machine."""
     replaced: dict[str, Any] = field(default_factory=dict)
     """Values of the study as written that a profile or an option has replaced, by field: `workload.batch_size`."""
+    own_workloads: dict[str, Workload] = field(default_factory=dict)
+    """Workloads of variants that are not measured on the study's, by the variant's name: the same records of the same
+    model in other batches, another layout or by other threads."""
 
     def __post_init__(self) -> None:
         names = [variant.name for variant in self.variants]
@@ -57,16 +61,24 @@ class Study:
         doubles = {name for name in names if names.count(name) > 1}
         if doubles:
             raise UsageError(f"study {self.name}: variant name {min(doubles)!r} is used twice. Rename one.")
-        by_id: dict[str, str] = {}
+        by_id: dict[tuple[str, Workload], str] = {}
         for variant in self.variants:
-            if variant.id in by_id:
+            same = by_id.setdefault((variant.id, self.workload_of(variant)), variant.name)
+            if same != variant.name:
                 raise UsageError(
-                    f"study {self.name}: variants {by_id[variant.id]!r} and {variant.name!r} are the same "
+                    f"study {self.name}: variants {same!r} and {variant.name!r} are the same "
                     "configuration. Remove one; the harness adds an A/A control by itself."
                 )
-            by_id[variant.id] = variant.name
         if self.reference not in names:
             raise UsageError(f"study {self.name}: reference = {self.reference!r}: {unknown(self.reference, names)}")
+        for name, own in self.own_workloads.items():
+            if name not in names:
+                raise UsageError(f"study {self.name}: own_workloads: {name!r}: {unknown(name, names)}")
+            if (own.model, own.data) != (self.workload.model, self.workload.data):
+                raise UsageError(
+                    f"study {self.name}: own_workloads: {name!r}: another model or other data. Variants meet on one "
+                    "model and its data; make it a study of its own."
+                )
         self._check_claims()
 
     def _check_claims(self) -> None:
@@ -116,11 +128,26 @@ class Study:
                 lines.append(f"{key} = {_shown(now)} in place of {_shown(was)}")
         return tuple(lines)
 
+    def workload_of(self, variant: Variant) -> Workload:
+        """What the variant is measured on."""
+        return self.own_workloads.get(variant.name, self.workload)
+
+    @property
+    def workloads(self) -> tuple[Workload, ...]:
+        """What variants are measured on, each once, the study's first."""
+        return tuple(dict.fromkeys((self.workload, *self.own_workloads.values())))
+
+    def primary(self, phase: Phase) -> str:
+        """The metric that variants are compared by in a phase. Steps of different workloads hold different numbers of
+        tokens, so their times say nothing beside each other; the time of a real token does."""
+        return "time_per_real_token_s" if phase == "train" and self.own_workloads else PRIMARY[phase]
+
     def rounds_after_turns(self, variant: Variant) -> int:
         """Untimed rounds, as long as turns, for what these leave of the epochs; fewer are needed where the data has
         fewer sequences than are asked for."""
-        per_step = self.workload.batch_size * variant.gradient_accumulation
-        steps = self.protocol.all_steps(self.workload.train_sequences, per_step) - self.protocol.total_steps
+        workload = self.workload_of(variant)
+        per_step = workload.batch_size * variant.gradient_accumulation
+        steps = self.protocol.all_steps(workload.train_sequences, per_step) - self.protocol.total_steps
         return math.ceil(steps / self.protocol.steps_per_turn)
 
     def variant(self, name: str) -> Variant:

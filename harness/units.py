@@ -35,6 +35,7 @@ METRICS: dict[str, Metric] = dict(
         _metric("step_time_s", "step time", "s", "train"),
         _metric("step_cpu_time_s", "step CPU time", "s", "train"),
         _metric("tokens_per_s", "real tokens/s", "1/s", "train", higher=True),
+        _metric("time_per_real_token_s", "time per real token", "s", "train"),
         _metric("samples_per_s", "samples/s", "1/s", "train", higher=True),
         _metric("first_step_time_s", "first step", "s", "train"),
         _metric("energy_per_step_j", "energy per step", "J", "train"),

@@ -89,6 +89,7 @@ def test_a_planted_case_is_found_alone(code):
         assert finding.cost_s == pytest.approx(share * 0.1)
     dataclasses.replace(evidence.variant, **finding.changes)  # a variant that could run
     dataclasses.replace(evidence.workload, **finding.workload_changes)
+    assert bool(finding.attempt) != bool(finding.obstacle)
 
 
 @pytest.mark.parametrize(
@@ -101,12 +102,22 @@ def test_a_planted_case_is_found_alone(code):
         (changed({"autocast": "bfloat16"}, adapter_dtype="float32", categories={"copy": 0.2}), []),
         (changed(attention_backend="eager", variant={"attention": "eager"}), [{"attention": "sdpa"}]),
         (changed(attention_mask="explicit", masked_pairs=0.5, flash_attn=False), [{}]),
+        (changed({"autocast": "float32"}, attention_mask="explicit", masked_pairs=0.5, wide_registers=False), [{}]),
+        (
+            changed(NF4 | {"prepare_for_kbit": True}, categories={"dequantize": 0.3}),
+            [{"quantization": "none", "prepare_for_kbit": False}],
+        ),
+        (changed(padded=0.3), [{}]),
         (changed(device="cpu", occupancy=0.99, threads=2, cpus=2), []),
     ],
 )
 def test_a_remedy_that_is_not_there_is_not_offered(evidence, found):
-    """What memory, machine or packages do not allow is no finding, or one without a change to try."""
-    assert [finding.changes for finding in diagnose(evidence)] == found
+    """What memory, machine or packages do not allow is no finding, or one without a change of the variant."""
+    findings = diagnose(evidence)
+    assert [finding.changes for finding in findings] == found
+    for finding in findings:
+        dataclasses.replace(evidence.variant, **finding.changes)  # a variant that could run
+        assert bool(finding.attempt) != bool(finding.obstacle)
 
 
 def test_the_dearest_finding_comes_first():

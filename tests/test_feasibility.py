@@ -16,6 +16,17 @@ def with_workload(study, **changes):
     return dataclasses.replace(study, workload=dataclasses.replace(study.workload, **changes))
 
 
+def test_a_workload_of_a_variants_own_is_judged_too(small_study, machine):
+    """By its length, and by the memory of the variant on it."""
+    for changes, words in (
+        ({"sequence_length": 10**6}, "sequence_length = 1000000: longer"),
+        ({"batch_size": 10**5}, "'nf4': needs about"),
+    ):
+        own = {"nf4": dataclasses.replace(small_study.workload, **changes)}
+        with pytest.raises(UsageError, match=words):
+            check_feasible(dataclasses.replace(small_study, own_workloads=own), machine)
+
+
 @pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention"])
 def test_attention_that_this_device_lacks_is_refused(small_study, machine, attention):
     """Naming study, variant, key, value and what to use instead."""

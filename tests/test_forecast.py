@@ -6,7 +6,7 @@ import pytest
 
 from harness import catalogue, codec, shapes, store
 from harness.adapter import adapter_parameters
-from harness.forecast import forecast, free_bytes
+from harness.forecast import forecast, free_bytes, measured_peaks
 from harness.meters.reading import Reading, missing
 from harness.meters.system import memory_bytes
 from harness.plan import make_plan
@@ -64,6 +64,20 @@ def test_the_memory_of_a_machine_is_what_this_process_may_have(monkeypatch):
     assert 0 < probe_machine().memory_bytes == memory_bytes().value
     monkeypatch.setattr("harness.provenance.memory_bytes", lambda: Reading(value=2**30))
     assert probe_machine().memory_bytes == 2**30
+
+
+def test_peaks_of_another_workload_are_not_this_one_s(small_study, machine, tmp_path, write_run):
+    """A variant that an earlier run measured on a workload of its own says nothing of the study's."""
+    same = dataclasses.replace(small_study.variants[0], name="larger")
+    own = {"larger": dataclasses.replace(small_study.workload, batch_size=64)}
+    study = dataclasses.replace(small_study, variants=(small_study.variants[0], same), own_workloads=own)
+
+    def larger(record):
+        return record.replaced(memory={"host_peak_train_bytes": 9 * 2**30}) if record.name == "larger" else record
+
+    write_run("run", {"plain": [0.1], "larger": [0.2]}, study=study, change=larger)
+    peaks = measured_peaks(small_study.workload, machine, tmp_path / "runs", "host_peak_train_bytes")
+    assert peaks == {same.id: 2**20}
 
 
 def test_an_earlier_run_says_how_long_unless_it_was_gone_on_with(small_study, machine, tmp_path, write_run):

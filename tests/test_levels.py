@@ -35,6 +35,14 @@ def test_what_does_not_fit_together_runs_one_after_the_other():
     assert choose_level(MIXED, together_bytes=1, free_bytes=None)[0] == "replicates"
 
 
+def test_variants_on_different_workloads_take_turns_in_processes_of_their_own():
+    """Even the same variant: what trials on one base share is of one workload."""
+    sizes = {"together_bytes": 3 * GIB, "free_bytes": 8 * GIB, "workloads": 2}
+    assert choose_level((R8, R8), **sizes)[0] == "lockstep"
+    with pytest.raises(UsageError, match="on 2 workloads"):
+        choose_level((R8, R8), **sizes, asked="shared-base")
+
+
 @pytest.mark.parametrize(
     ("changes", "word"),
     [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
 import os
 import signal
@@ -17,8 +19,12 @@ import harness.measure
 from harness import store
 from harness.cli import main
 from harness.errors import UsageError
+from harness.measure import measure, plan_study
 from harness.record import UNDER_WAY, Fragment
+from harness.report.live import LiveDisplay
+from harness.report.terminal import console_for
 from harness.report.view import view_of
+from harness.study_file import load_study
 
 STUDY = """
 [workload]
@@ -51,9 +57,11 @@ class Executor:
     asked: tuple[str, ...] = ()
     harness = "0.1 sha256:one"
     tokens = "a" * 64
+    padded_tokens = "c" * 64
+    threads: tuple[int, ...] = ()
 
     def __init__(self, **options):
-        pass
+        Executor.threads = (*Executor.threads, options["threads"])
 
     def start(self):
         pass
@@ -64,7 +72,8 @@ class Executor:
     def prepare_tokens(self, workload, folder):
         path = Path(folder) / "tokens-0.safetensors"
         path.write_bytes(b"")
-        return {"path": str(path), "hash": Executor.tokens, "real_tokens": 1, "padded_tokens": 0}
+        found = Executor.tokens if workload.layout == "packed" else Executor.padded_tokens
+        return {"path": str(path), "hash": found, "real_tokens": 1, "padded_tokens": 0}
 
     def launch(self):
         return self
@@ -86,7 +95,7 @@ def runs(tmp_path, machine, monkeypatch):
     """The folder of runs, with the fake at the seam and a machine that is always the same."""
     monkeypatch.setattr(harness.measure, "LocalExecutor", Executor)
     monkeypatch.setattr("harness.provenance.probe_machine", lambda: machine)
-    for name in ("asked", "harness", "tokens"):
+    for name in ("asked", "harness", "tokens", "padded_tokens", "threads"):
         monkeypatch.setattr(Executor, name, getattr(Executor, name))
     (tmp_path / "small.toml").write_text(STUDY)
     return tmp_path / "runs"
@@ -275,6 +284,28 @@ def test_other_tokens_are_refused(broken_off, capsys):
     assert "the tokens have the hash bbbbbbbbbbbb now and had aaaaaaaaaaaa" in capsys.readouterr().err
     assert not Executor.asked
     assert store.read_manifest(path).resumed == ()
+
+
+def test_a_run_on_two_workloads_is_gone_on_with(runs, tmp_path, machine, capsys):
+    """Each variant has its own tokens and threads before and after, and other tokens of either are refused."""
+    study = load_study(str(tmp_path / "small.toml"))
+    own = dataclasses.replace(study.workload, layout="padded", threads=2)
+    plan, _ = plan_study(dataclasses.replace(study, own_workloads={"b": own}), machine, phases=("train",))
+    path = measure(plan, machine, runs=runs, display=LiveDisplay(console_for(io.StringIO()))).path
+    hashes = {(record.name, record.tokens["hash"]) for record in store.read_run(path.name, runs).records}
+    assert hashes == {("a", Executor.tokens), ("b", Executor.padded_tokens), ("c", Executor.tokens)}
+    assert sorted(Executor.threads) == [1, 1, 1, 2]
+    (path / "trials.jsonl").write_text("".join((path / "trials.jsonl").read_text().splitlines(keepends=True)[:6]))
+    change(path, status="running")
+    Executor.asked, Executor.padded_tokens = (), "d" * 64
+    assert resume(path) == 2
+    assert "the tokens of b have the hash dddddddddddd now and had cccccccccccc" in capsys.readouterr().err
+    Executor.padded_tokens = "c" * 64
+    assert resume(path) == 0
+    assert "b has layout = padded, threads = 2; 1 real" in capsys.readouterr().out
+    assert {record.tokens["hash"] for record in store.read_run(path.name, runs).records if record.name == "b"} == {
+        "c" * 64
+    }
 
 
 def test_another_harness_is_said(broken_off, capsys):

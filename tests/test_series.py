@@ -42,6 +42,17 @@ def test_energy_is_per_step_and_per_real_token():
     assert samples_of(one, "energy_per_token_j") == (0.3,)
 
 
+def test_the_time_of_a_real_token_is_that_of_an_epoch():
+    """Each step's time over the real tokens that a step has in the mean; what the timed steps held does not matter."""
+    one = record(tokens={"real_tokens": 300, "padded_tokens": 100})
+    assert samples_of(record(), "time_per_real_token_s") == ()
+    assert samples_of(one, "time_per_real_token_s") == pytest.approx(
+        (0.5 / 24,) * 4
+    )  # 32 positions a step, 3 of 4 real
+    one.samples.update(turn_real_tokens=(60.0, 40.0), turn_padded_tokens=(4.0, 24.0))
+    assert samples_of(one, "time_per_real_token_s") == pytest.approx((0.5 / 24,) * 4)
+
+
 def test_an_unknown_metric_is_an_error():
     """A typo must not read as "not measured"."""
     with pytest.raises(KeyError):

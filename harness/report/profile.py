@@ -21,7 +21,7 @@ from harness.accounting import (
 from harness.diagnosis import RULES, Finding
 from harness.memory_account import in_order, title_of
 from harness.profile import PHASES, Profile
-from harness.remedy import METRIC, Tried
+from harness.remedy import Tried
 from harness.report.disturbances import disturbances
 from harness.report.terminal import print_notices
 from harness.units import METRICS, format_bytes, format_interval, format_ratio, format_value
@@ -72,25 +72,32 @@ def print_profile(
 def print_tried(tried: Tried, console: Console) -> None:
     """What a remedy gained, beside what was seen to hang on the finding."""
     finding, comparison, control = tried.finding, tried.comparison, tried.control
-    changes = ", ".join(f"{key} = {value}" for key, value in finding.changes.items())
+    changes = ", ".join(f"{key} = {value}" for key, value in finding.attempt.items())
+    title = METRICS[tried.metric].title
     console.print(f"\n[bold]Tried: {escape(finding.code)}[/bold] by {escape(changes)} ({escape(tried.interleaving)})")
     if comparison is not None:
         said = format_ratio(comparison.ratio, comparison.low, comparison.high)
-        title = METRICS[METRIC].title
         console.print(f"  {title} with the remedy over without: {escape(said)} [bold]{comparison.verdict}[/bold]")
         console.print(f"  [dim]{escape(comparison.reason)}[/dim]")
     if finding.cost_share is not None and comparison is not None and comparison.ratio is not None:
-        console.print(
-            f"  gained {1 - comparison.ratio:.1%} of a step; the diagnosis had seen {finding.cost_share:.1%} hang on it"
-        )
+        of = "a step" if tried.metric == "step_time_s" else f"the {title}"
+        seen = f"the diagnosis had seen {finding.cost_share:.1%} of a step hang on it"
+        console.print(f"  gained {escape(_gain(comparison.ratio, comparison.low, comparison.high))} of {of}; {seen}")
     if control is not None:
         said = format_ratio(control.ratio, control.low, control.high)
         console.print(f"  control (the present variant measured twice): {escape(said)} {control.verdict}")
+    print_notices(tried.notices, console)
     for failure in tried.failures:
         console.print(f"  [red]{escape(failure)}[/red]")
     if not tried.valid:
         console.print("  [bold red]This comparison is invalid.[/bold red]")
     console.print(f"  run {tried.run}")
+
+
+def _gain(ratio: float, low: float | None, high: float | None) -> str:
+    """What a ratio of times leaves of the time, in per cent; the interval's ends change places."""
+    ends = [None if end is None else 100 * (1 - end) for end in (high, low)]
+    return f"{format_interval(100 * (1 - ratio), ends[0], ends[1], '1')} %"
 
 
 def _phases(profile: Profile, step: StepAccount) -> Table:
@@ -255,7 +262,9 @@ def _findings(findings: Sequence[Finding], step: StepAccount) -> Table:
         cost = format_bytes(finding.cost_bytes or 0)
         if finding.cost_s is not None:
             cost = f"{format_value(finding.cost_s, 's')}\n{finding.cost_s / step.step.value:.1%}"
-        tries = f" [cyan]--try {finding.code}[/cyan]" if finding.changes else ""
+        tries = f" [cyan]--try {finding.code}[/cyan]"
+        if not finding.attempt:
+            tries = f" [dim]Cannot be tried here: {escape(finding.obstacle)}.[/dim]"
         table.add_row(finding.code, escape(finding.message), cost, escape(finding.remedy) + tries)
     if not findings:
         table.add_row("none", "", "", "")

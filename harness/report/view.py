@@ -7,7 +7,7 @@ number without its interval; a trial that is not ok is named with its status and
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from harness.series import Series, compare_series, compare_to_reference, series_
 from harness.stats import Comparison
 from harness.store import Run
 from harness.study import Study
-from harness.units import METRICS, PHASES, PRIMARY, Phase, format_bytes, format_interval, format_ratio
+from harness.units import METRICS, PHASES, Phase, format_bytes, format_interval, format_ratio
 
 PHASE_TITLES: dict[Phase, str] = {
     "train": "Training",
@@ -39,6 +39,9 @@ COLUMNS: dict[Phase, tuple[str, ...]] = {
     "cold": ("cold_import_time_s", "cold_load_time_s", "cold_first_token_time_s", "cold_completion_time_s"),
 }
 """Columns of a phase beside its primary metric; one that no variant measured is left out."""
+OWN_COLUMNS = ("step_time_s",)
+"""Those of training where variants have workloads of their own: losses of different tokens are not set side by side,
+and tokens a second of the timed steps depend on whose records these held."""
 TAIL = 0.95
 """The high percentile of warm requests that is shown where the samples support it."""
 BIRTH = "host_baseline_bytes"
@@ -134,12 +137,13 @@ def view_of(run: Run) -> RunView:
 def _table(
     phase: Phase, names: list[str], study: Study, groups: dict[tuple[str, Role], Series], family: int
 ) -> PhaseTable:
-    metric = PRIMARY[phase]
+    metric = study.primary(phase)
     reference = groups.get((study.reference, "variant"))
     twin = groups.get((study.reference, "control"))
     control = compare_series(reference, twin, metric, family=family) if reference and twin else None
     shown = [groups[(name, "variant")] for name in names]
-    columns = tuple(column for column in COLUMNS[phase] if any(series.trials(column) for series in shown))
+    asked = OWN_COLUMNS if phase == "train" and study.own_workloads else COLUMNS[phase]
+    columns = tuple(column for column in asked if any(series.trials(column) for series in shown))
     tails = [_tail(series, metric) for series in shown] if phase == "generate" else []
     tailed = any(tail is not None for tail in tails)
     peaks = bool(PEAKS[phase][0])
@@ -264,8 +268,8 @@ def _facts(run: Run, study: Study) -> tuple[str, ...]:
         f"workload  {workload.model}; {tokens.get('data', workload.data)}; "
         f"{workload.batch_size} × {workload.sequence_length} tokens a batch, {workload.layout}; "
         f"{workload.prompt_tokens} + {workload.new_tokens} tokens a request",
-        f"tokens    {tokens.get('real_tokens', 0)} real and {tokens.get('padded_tokens', 0)} padded in an epoch, "
-        f"hash {str(tokens.get('hash', ''))[:12]}",
+        f"tokens    {_tokens(tokens)}",
+        *_own_workloads(study, tokens.get("own", {})),
         f"plan      {replicates_said(run)}, {protocol.turns * protocol.steps_per_turn} timed steps a trial, "
         f"order seed {run.manifest.seed}",
         f"level     {run.manifest.interleaving}{_level(run)}",
@@ -280,6 +284,20 @@ def _power_limit(provenance: Mapping[str, Any]) -> str:
     if limit is None:
         return ""
     return f", power limit {limit} W" + ("" if default is None else f" of {default} W")
+
+
+def _tokens(tokens: Mapping[str, Any]) -> str:
+    real, padded = tokens.get("real_tokens", 0), tokens.get("padded_tokens", 0)
+    return f"{real} real and {padded} padded in an epoch, hash {str(tokens.get('hash', ''))[:12]}"
+
+
+def _own_workloads(study: Study, tokens: Mapping[str, Any]) -> Iterator[str]:
+    """What variants are measured on that are not measured on the study's workload."""
+    common = codec.to_json(study.workload)
+    for name, workload in study.own_workloads.items():
+        own = codec.to_json(workload)
+        changes = ", ".join(f"{key} = {own[key]}" for key in own if own[key] != common[key])
+        yield f"own       {name} has {changes}; {_tokens(tokens.get(name, {}))}"
 
 
 def _level(run: Run) -> str:

@@ -6,16 +6,18 @@ import json
 
 import pytest
 
-from harness import cli, codec, profiling
+from harness import cli, codec, commands_profile, profiling
 from harness.accounting import IDLE, Span, categories_s, ceilings, step_account, time_of, token_shares
-from harness.diagnosis import diagnose
+from harness.diagnosis import Finding, diagnose
 from harness.evidence import evidence_of
 from harness.memory_account import MemoryAccount
 from harness.peaks import Peak
 from harness.profile import Activity, OperatorUse, PhaseActivity, Profile
-from harness.record import TrialRecord
-from harness.report.profile import print_profile
+from harness.record import Notice, TrialRecord
+from harness.remedy import Tried
+from harness.report.profile import print_profile, print_tried
 from harness.report.terminal import console_for
+from harness.stats import compare_trials
 from harness.variant import Variant
 from harness.workload import Workload
 
@@ -212,3 +214,77 @@ def test_the_command_prints_one_document(profile, monkeypatch, capsys, tmp_path)
     assert [finding["code"] for finding in document["findings"]] == ["needless-checkpointing", "padding", "dropout"]
     assert document["profile"]["record"]["samples"]["phase_data_s"] == [0.001] * 8
     assert cli.main(["profile", "lora-or-qlora:lora-r17"]) == 2
+
+
+def outcome(ratio=0.8, *, scatter=0.001, valid=True, metric="step_time_s", **changes):
+    """What came of a remedy, constructed: four replicates whose times have this ratio, more or less."""
+    base = [(1.0 + 0.01 * replicate,) * 6 for replicate in range(4)]
+    candidate = [(time[0] * ratio * (1 + scatter * (-1) ** replicate),) * 6 for replicate, time in enumerate(base)]
+    comparison = compare_trials(base, candidate, pairing="turn")
+    finding = Finding(
+        code="x", message="m", cost_s=0.02, cost_share=0.25, remedy="r",
+        **changes or {"changes": {"lora_dropout": 0.0}},
+    )  # fmt: skip
+    notice = Notice(code="contention", message="others ran.", remedy="Stop them.")
+    return Tried(
+        finding=finding, run="run", interleaving="lockstep", metric=metric, comparison=comparison, control=comparison,
+        failures=(), notices=(notice,), valid=valid,
+    )  # fmt: skip
+
+
+def shown(tried):
+    text = io.StringIO()
+    print_tried(tried, console_for(text))
+    return text.getvalue()
+
+
+def test_a_gain_is_shown_with_its_interval_and_what_casts_doubt_on_it():
+    """Of a step, or of the time of a real token where the workload was changed; the run's notices stand below."""
+    text = shown(outcome())
+    assert "x by lora_dropout = 0.0 (lockstep)" in text
+    assert "gained 20.00 [19.85, 20.15] % of a step; the diagnosis had seen 25.0% of a step hang on it" in text
+    assert "contention  others ran. Stop them." in text
+    text = shown(outcome(metric="time_per_real_token_s", workload_changes={"layout": "packed"}))
+    assert "x by layout = packed" in text
+    assert "time per real token with the remedy over without: 0.8000 [0.7985, 0.8015] improved" in text
+    assert "% of the time per real token; the diagnosis" in text
+
+
+@pytest.mark.parametrize(
+    ("tried", "code"),
+    [
+        (outcome(), 0),
+        (outcome(1.2), 0),
+        (outcome(1.0), 0),
+        (outcome(1.0, scatter=0.2), 3),
+        (outcome(valid=False), 4),
+        (outcome(1.0, scatter=0.2, valid=False), 4),
+    ],
+)
+def test_the_exit_code_says_whether_the_remedy_has_a_verdict(profile, monkeypatch, capsys, tmp_path, tried, code):
+    """0 for any, a loss too; 3 where it is open; 4 where nothing counts."""
+    monkeypatch.setattr(profiling, "profile_variant", lambda *args, **options: (profile, tmp_path))
+    monkeypatch.setattr(commands_profile, "_try", lambda *args: tried)
+    assert cli.main(["profile", "lora-or-qlora:lora-r16", "--try", "dropout", "--json"]) == code
+    document = json.loads(capsys.readouterr().out)
+    assert document["tried"]["comparison"]["verdict"] == tried.comparison.verdict
+    assert document["tried"]["notices"][0]["code"] == "contention"
+
+
+def test_what_cannot_be_tried_costs_no_profile(profile, monkeypatch, capsys, tmp_path):
+    """The document is printed all the same, the refusal is on stderr, and the exit code is that of bad input."""
+    slow = profile.record.samples | {f"{kind}_step_cpu_time_s": (0.05,) * 8 for kind in ("plain", "bordered")}
+    seen = dataclasses.replace(profile, record=profile.record.replaced(samples=slow))
+    monkeypatch.setattr(profiling, "profile_variant", lambda *args, **options: (seen, tmp_path))
+    for code, words in (("contention", "cannot be tried here: it is the machine's"), ("data-wait", "not found")):
+        assert cli.main(["profile", "lora-or-qlora:lora-r16", "--try", code, "--json"]) == 2
+        printed = capsys.readouterr()
+        document = json.loads(printed.out)
+        assert document["tried"] is None
+        assert "contention" in {finding["code"] for finding in document["findings"]}
+        assert words in printed.err
+    assert cli.main(["profile", "lora-or-qlora:lora-r16", "--try", "contention"]) == 2
+    text = capsys.readouterr().out
+    assert "Cannot be tried here: it is the machine's." in text
+    assert "--try contention" not in text
+    assert "--try padding" in text
