@@ -26,6 +26,8 @@ BETWEEN = 0.20
 """The same on a CPU, where the profiler stretches what lies between operators more than them."""
 FRAGMENTED = 0.10
 """Of what CUDA's allocator reserved. It rounds blocks up to 2 MiB and splits larger ones, which costs a few percent."""
+CONTENDED = 0.05
+"""Share of the time in which work waits for a CPU: as for the occupancy of one thread."""
 SPARE_SHARE = 0.9
 """Share of the memory that a remedy may be expected to fill: what it adds is a rule of thumb."""
 
@@ -63,6 +65,8 @@ class Evidence:
     """Whether this CPU multiplies 16-bit numbers faster than 32-bit ones; a GPU does."""
     occupancy: float | None = None
     """CPU time over wall time for each thread."""
+    stalled: float | None = None
+    """Share of the time in which something that could run waited for a CPU, on the whole machine."""
     threads: int = 1
     cpus: int = 1
     peak_bytes: int = 0
@@ -195,6 +199,9 @@ def _masked_attention(seen: Evidence) -> Iterator[Finding]:
         changes = {"attention": "flash_attention_2"} if seen.flash_attn else {}
         remedy += "" if seen.flash_attn else ' It needs pip install "lorameter[flash-attn]".'
         obstacle = "" if seen.flash_attn else "flash-attn is not installed"
+    elif written_out:
+        remedy, changes = "The check of attention.backend says why no fused kernel took it.", {}
+        obstacle = "what keeps the kernels out (type, head size, mask) is not the attention that was asked for"
     else:
         remedy, changes = "Shorter rows hide fewer pairs.", {}
         obstacle = "no kernel here leaves them out"
@@ -265,7 +272,7 @@ def _data(seen: Evidence) -> Iterator[Finding]:
 
 
 def _contention(seen: Evidence) -> Iterator[Finding]:
-    if seen.occupancy is None or seen.occupancy >= OCCUPANCY_FLOOR or _oversubscribed(seen):
+    if seen.occupancy is None or not _crowded(seen) or _oversubscribed(seen):
         return
     yield _timed(
         "contention", seen, 1 - seen.occupancy,
@@ -351,5 +358,12 @@ def _compute_type(variant: Variant) -> str:
 
 def _oversubscribed(seen: Evidence) -> bool:
     """More threads than CPUs, or as many and something else that wants one."""
-    crowded = seen.threads >= seen.cpus and (seen.occupancy or 1.0) < OCCUPANCY_FLOOR
-    return seen.threads > 1 and (seen.threads > seen.cpus or crowded)
+    return seen.threads > 1 and (seen.threads > seen.cpus or (seen.threads == seen.cpus and _crowded(seen)))
+
+
+def _crowded(seen: Evidence) -> bool:
+    """Whether others took CPUs from the step. One thread that computes has its CPU all the time, unless it is taken;
+    several wait for each other, and what tells is whether anything that could run had to wait."""
+    if seen.threads == 1:
+        return seen.occupancy is not None and seen.occupancy < OCCUPANCY_FLOOR
+    return seen.stalled is not None and seen.stalled > CONTENDED

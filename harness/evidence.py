@@ -50,6 +50,7 @@ def evidence_of(profile: Profile, step: StepAccount, tokens: TokenShares, found:
         flash_attn=importlib.util.find_spec("flash_attn") is not None,
         wide_registers=profile.device == "cuda" or profile.wide_registers,
         occupancy=step.occupancy,
+        stalled=_stalled(profile),
         threads=profile.threads,
         cpus=profile.cpus,
         peak_bytes=allocated or memory["host_peak_train_bytes"],
@@ -58,6 +59,12 @@ def evidence_of(profile: Profile, step: StepAccount, tokens: TokenShares, found:
         reserved_bytes=memory.get("device_peak_reserved_train_bytes"),
         alloc_retries=memory.get("device_alloc_retries_train", 0),
     )
+
+
+def _stalled(profile: Profile) -> float | None:
+    values = profile.record.values
+    waited, watched = values.get("host_cpu_stall_train_s"), values.get("host_watched_train_s")
+    return waited / watched if waited is not None and watched else None
 
 
 def _recomputed(profile: Profile, found: Ceilings | str) -> float:

@@ -161,6 +161,7 @@ class _Trial:
         self._ask("end_generate")
         self._ask("account", phase="generate")
         self._ask("peak", rates=rates)
+        self._ask("activity")
         self.record = self.record.replaced(wall_time_s=time.time() - self.record.started_unix_s)
 
     def read(self, kind: Any, name: str) -> Any:
@@ -192,6 +193,7 @@ _WORDS = {
     "warm_up": "warming up",
     "account": "counting memory",
     "profile": "taking steps apart",
+    "activity": "recording what runs in a step",
     "begin_generate": "first call",
     "peak": "measuring what the device does at best",
 }

@@ -109,6 +109,11 @@ def test_a_planted_case_is_found_alone(code):
         ),
         (changed(padded=0.3), [{}]),
         (changed(device="cpu", occupancy=0.99, threads=2, cpus=2), []),
+        (changed(device="cpu", occupancy=0.6, threads=4, cpus=16, stalled=0.01), []),
+        (changed(device="cpu", occupancy=0.6, threads=4, cpus=16, stalled=0.2), [{}]),
+        (changed(device="cpu", occupancy=0.6, threads=2, cpus=2, stalled=0.01), []),
+        (changed(device="cpu", occupancy=0.6, threads=2, cpus=2, stalled=0.2), [{}]),
+        (changed(device="cpu", attention_backend="math"), [{}]),
     ],
 )
 def test_a_remedy_that_is_not_there_is_not_offered(evidence, found):

@@ -53,7 +53,7 @@ class Case:
     found: tuple[str, ...] = ()
     absent: tuple[str, ...] = ()
     hogged: bool = False
-    """Whether a process for each CPU computes beside it."""
+    """Whether others compute beside it."""
 
 
 CASES = (
@@ -70,7 +70,7 @@ CASES = (
     Case(name="unfused optimizer", variant={"optimizer": "adamw"}, workload={"batch_size": 1, "sequence_length": 32},
          found=("unfused-optimizer",)),
     Case(name="few tokens", workload={"batch_size": 1, "sequence_length": 8}, found=("launch-bound",)),
-    Case(name="beside two that compute", found=("contention",), hogged=True),
+    Case(name="beside others that compute", found=("contention",), hogged=True),
     Case(name="more threads than CPUs", workload={"threads": 2 * len(os.sched_getaffinity(0))},
          found=("oversubscription",)),
 )  # fmt: skip
@@ -156,9 +156,10 @@ def profiled(
 
 @contextlib.contextmanager
 def hogs() -> Iterator[None]:
-    """A process for each CPU that only computes."""
+    """Two processes for each CPU that only compute, each of a session of its own, to which a scheduler is as fair as
+    to the trial."""
     command = [sys.executable, "-c", "while True: pass"]
-    running = [subprocess.Popen(command) for _ in os.sched_getaffinity(0)]
+    running = [subprocess.Popen(command, start_new_session=True) for _ in range(2 * len(os.sched_getaffinity(0)))]
     try:
         yield
     finally:

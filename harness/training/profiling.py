@@ -5,8 +5,9 @@ phase's time is then the device's own, with its waiting for launches in it. On a
 Either costs something, so plain and bordered steps take turns: both then meet the same machine, and the difference of a
 pair is the cost of the borders. They are taken until what the phases leave of a step is known well enough to be judged.
 
-The profiler comes last, in steps of its own, because it slows down everything and its memory stays. Its records tell a
-kernel's phase by the host's clock, so these steps wait for the device at every border.
+The profiler comes last of all, after the requests too, in steps of its own: it slows down everything, and what it holds
+stays in the process. Its records tell a kernel's phase by the host's clock, so these steps wait for the device at every
+border.
 """
 
 from __future__ import annotations
@@ -52,17 +53,18 @@ ACCOUNTS: dict[MemoryPhase, str] = {"train": "memory-train.json", "generate": "m
 
 
 def observe(request: TrialRequest, trainee: Trainee, stream: TokenStream, plain: TrainStep) -> Fragment:
-    """Times of the phases of a step, and real tokens; what ran goes into the files of the trial's folder."""
+    """Times of the phases of a step, and real tokens."""
+    samples = step_times(plain, BorderedStep(trainee, stream, request), request.device)
+    values = useful_tokens(stream, request.workload.batch_size * request.variant.gradient_accumulation)
+    return Fragment(samples=samples, values=values)
+
+
+def write_activity(request: TrialRequest, trainee: Trainee, stream: TokenStream) -> None:
+    """What runs in a step, into files of the trial's folder: the activity, and the trace that it was read from."""
     folder = Path(request.scratch)
     bordered = BorderedStep(trainee, stream, request)
-    samples = step_times(plain, bordered, request.device)
-    values = useful_tokens(stream, request.workload.batch_size * request.variant.gradient_accumulation)
-    slow_s = max(samples["bordered_step_time_s"])
-    steps = min(MOST_PROFILED, max(LEAST_PROFILED, int(PROFILED_BUDGET_S / slow_s)))
-    activity = profiled(bordered, request.device, folder, steps=steps)
+    activity = profiled(bordered, request.device, folder)
     (folder / ACTIVITY).write_text(codec.dumps(activity), encoding="utf-8")
-    release_unused(request.device)
-    return Fragment(samples=samples, values=values)
 
 
 def write_account(
@@ -211,17 +213,21 @@ def _is_known(found: Mapping[str, Sequence[float]]) -> bool:
     return high - low <= 2 * REMAINDER_HALF_WIDTH * statistics.median(plain)
 
 
-def profiled(bordered: BorderedStep, device: str, folder: Path, *, steps: int) -> Activity:
+def profiled(bordered: BorderedStep, device: str, folder: Path) -> Activity:
     """What ran in some steps under the profiler; their trace is written to `folder`.
 
-    One step before them is watched and not recorded: the profiler's own start is not a step's. It is one session with
-    them, since two on each other's heels can collide in CUPTI.
+    A plain step before them says how many there is time for and makes what the optimizer keeps. Another one is watched
+    and not recorded: the profiler's own start is not a step's. It is one session with them, since two on each other's
+    heels can collide in CUPTI.
     """
     activities = [ProfilerActivity.CPU]
     if device.startswith("cuda"):
         activities.append(ProfilerActivity.CUDA)
     watch = Stopwatch(device)
     times: list[float] = []
+    bordered.begin()
+    alone_s = watch(bordered)[1].time_s
+    steps = min(MOST_PROFILED, max(LEAST_PROFILED, int(PROFILED_BUDGET_S / alone_s)))
     with profile(activities=activities, schedule=schedule(wait=0, warmup=1, active=steps)) as recorded:
         for number in range(1 + steps):
             bordered.begin(marked=True)

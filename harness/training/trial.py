@@ -31,7 +31,7 @@ from harness.record import Failure, Fragment, Notice, TrialRequest
 from harness.stats import is_steady
 from harness.training.build import Trainee, build, save_initial, unpack_4bit
 from harness.training.process import release_unused
-from harness.training.profiling import observe, write_account, write_peaks
+from harness.training.profiling import observe, write_account, write_activity, write_peaks
 from harness.training.requirements import requirements_of
 from harness.training.shared import Seat, SharedBase
 from harness.training.step import TrainStep
@@ -52,6 +52,7 @@ COMMANDS = (
     "finish_training",
     "account",
     "profile",
+    "activity",
     "save_adapter",
     "begin_generate",
     "request",
@@ -253,10 +254,18 @@ class Trial:
         return Fragment()
 
     def profile(self) -> Fragment:
-        """Where a step's time goes."""
+        """Where a step's time goes; not yet what runs in it."""
         parts = self._built
         fragment = observe(self._request, parts.trainee, parts.stream, parts.step)
         return self._judged(fragment, list(fragment.samples["train_loss"]))
+
+    def activity(self) -> Fragment:
+        """What runs in a step: the profiler's turn, after all else that a process is asked for. Training goes on."""
+        model = self._built.trainee.model
+        unpack_4bit(model)
+        model.train()
+        write_activity(self._request, self._built.trainee, self._built.stream)
+        return Fragment()
 
     def save_adapter(self) -> Fragment:
         """Write the trained adapter where a new interpreter will load it from."""
