@@ -193,7 +193,7 @@ def test_a_loss_that_is_not_finite_is_a_row(executor, small_study, tmp_path):
 
 def test_a_claim_that_does_not_hold_is_a_row(executor, small_study, tmp_path):
     """A paged optimizer pages nothing on a CPU: invalid, and measured only where the study allows it."""
-    study = variant(small_study, optimizer="paged_adamw_32bit")
+    study = variant(small_study, r=512, optimizer="paged_adamw_32bit")  # large enough for bitsandbytes to page it
     refused = measure(study, executor, tmp_path)["r0-bad"]
     assert refused.status == "invalid"
     assert "optimizer.paged_share" in refused.failure.message
