@@ -16,6 +16,7 @@ MEMORY_PHASES: tuple[MemoryPhase, ...] = ("train", "generate")
 KINDS: Mapping[str, str] = {
     "process": "process at birth",
     "library_code": "library code paged in since",
+    "generated_code": "code that libraries generate",
     "library_heap": "kept by libraries on the heap",
     "interpreter": "arenas of the interpreter",
     "checkpoint_pages": "mapped checkpoint beyond its tensors",

@@ -179,6 +179,7 @@ def _on_host(birth: Birth, resident: Collection[torch.Tensor]) -> dict[str, int]
     kinds = {
         "process": birth.resident_bytes,
         "library_code": code - sum(size for path, size in birth.pages.files.items() if path not in mapped),
+        "generated_code": now.generated_bytes - birth.pages.generated_bytes,
         "checkpoint_pages": sum(now.files[path] - size for path, size in mapped.items()),
     }
     if arenas is not None and birth.interpreter_bytes is not None:
