@@ -9,8 +9,8 @@ profiled for their remainders alone. Fragmentation is CUDA's; a batch that comes
 is in the tests (`tests/training/test_profiling.py`).
 
 Prints what the phases leave of a step, what no kind explains of the memory, and the findings. Exit status 1 where the
-remainder is certainly above 2 % of the step, a planted finding is not found, or a healthy one is; and where the memory's
-remainder is above 5 % of the peak (2 % on CUDA) in a variant that is not planted. The planted ones are of 3 million
+remainder is certainly above 2 % of the step, a planted finding is not found, or a healthy one is; and where that of the
+memory is above 5 % of the peak (2 % on CUDA) in a variant that is not planted. The planted ones are of 3 million
 parameters, and of their peak a larger share is what libraries hold on the heap, which nobody counts: oneDNN's cache of
 primitives alone is 8 to 20 MiB (by ONEDNN_PRIMITIVE_CACHE_CAPACITY=0).
 """

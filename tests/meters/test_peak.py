@@ -61,13 +61,15 @@ def test_what_is_no_product_of_a_cpu(rate):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("rate", "share"), [("bfloat16", 0.4), ("float16", 0.4), ("tf32", 0.4), ("float32", 0.6)])
+@pytest.mark.parametrize(("rate", "share"), [("bfloat16", 0.5), ("float16", 0.5), ("tf32", 0.5), ("float32", 0.6)])
 def test_products_on_a_known_gpu(rate, share):
-    """At least the stated share of the vendor's figure (cards of 70 W throttle on them), and not more."""
+    """At least the stated share of the vendor's figure, and not more: a figure with sparsity would be twice as high."""
     stated = stated_peak(torch.cuda.get_device_name(), rate)
     if stated is None:
         pytest.skip(f"no figure for {rate} of {torch.cuda.get_device_name()}")
     limit = BOOST if "GeForce" in stated.device else 1.0
+    if any(stated.device.endswith(name) for name in (" T4", " L4")):
+        share = 0.3  # cards of 70 W throttle on products
     assert share <= measured_product("cuda", rate).per_s / stated.per_s <= limit
 
 
