@@ -115,11 +115,11 @@ def _left(step: Any, *phases: Any, axis: int = -1) -> Any:
 def undisturbed_pairs(profile: Profile) -> Sequence[int]:
     """Pairs of a plain and a bordered step that count: on a CPU those that had it to themselves.
 
-    The flag is the occupancy, which does not look at the times. All count where too few would be left, and on a GPU,
-    where the host rightly waits.
+    The flag is the occupancy, which does not look at the times. All count where too few would be left, on a GPU, where
+    the host rightly waits, and with several threads, which wait for each other.
     """
     everything = range(_pairs(profile))
-    if profile.device != "cpu":
+    if profile.device != "cpu" or profile.threads > 1:
         return everything
     quiet = [index for index in everything if _occupancy(profile, (index,)) >= OCCUPANCY_FLOOR]
     return quiet if len(quiet) >= LEAST_PAIRS else everything

@@ -30,7 +30,7 @@ def run_estimate(options: argparse.Namespace) -> int:
     """Print the estimate, what an earlier run measured beside it, and whether it fits."""
     from harness import catalogue, shapes, store
     from harness.feasibility import memory_notices
-    from harness.forecast import measured_peaks
+    from harness.forecast import free_bytes, measured_peaks
     from harness.memory_account import MEMORY_PHASES
     from harness.memory_estimate import estimate_memory, stored_dtype
     from harness.provenance import probe_machine
@@ -49,7 +49,7 @@ def run_estimate(options: argparse.Namespace) -> int:
         peaks = measured_peaks(workload, machine, runs, kind.format(phase))
         if variant.id in peaks:
             measured[phase] = peaks[variant.id]
-    notices = tuple(memory_notices(variant, estimates[0], machine))
+    notices = tuple(memory_notices(variant, estimates[0], machine, free_bytes(machine)))
     if options.json:
         print_json(
             {

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from harness.meters.validity import CONTENDED
 from harness.series import OCCUPANCY_FLOOR
 from harness.units import format_bytes, format_value
 from harness.variant import Variant
@@ -26,8 +27,6 @@ BETWEEN = 0.20
 """The same on a CPU, where the profiler stretches what lies between operators more than them."""
 FRAGMENTED = 0.10
 """Of what CUDA's allocator reserved. It rounds blocks up to 2 MiB and splits larger ones, which costs a few percent."""
-CONTENDED = 0.05
-"""Share of the time in which work waits for a CPU: as for the occupancy of one thread."""
 SPARE_SHARE = 0.9
 """Share of the memory that a remedy may be expected to fill: what it adds is a rule of thumb."""
 
@@ -104,7 +103,7 @@ class Finding:
     """Why nothing can be tried here, where there are no changes."""
 
     @property
-    def attempt(self) -> Mapping[str, Any]:
+    def suggestion(self) -> Mapping[str, Any]:
         """What `--try` changes: fields of the variant or, where none help, of the workload; empty where neither do."""
         return self.changes or self.workload_changes
 
@@ -274,9 +273,12 @@ def _data(seen: Evidence) -> Iterator[Finding]:
 def _contention(seen: Evidence) -> Iterator[Finding]:
     if seen.occupancy is None or not _crowded(seen) or _oversubscribed(seen):
         return
+    lost = _lost(seen)
     yield _timed(
-        "contention", seen, 1 - seen.occupancy,
-        f"the step had a CPU for {seen.occupancy:.0%} of its time: others run on this machine",
+        "contention", seen, lost,
+        f"the step had a CPU for {1 - lost:.0%} of its time: others run on this machine"
+        if seen.threads == 1
+        else f"work waited for a CPU for {lost:.0%} of the time: others run on this machine",
         "Stop what else runs, or give the process a CPU of its own; `lorameter doctor` names what would disturb.",
         obstacle="it is the machine's",
     )  # fmt: skip
@@ -286,7 +288,7 @@ def _oversubscription(seen: Evidence) -> Iterator[Finding]:
     if seen.occupancy is None or not _oversubscribed(seen):
         return
     yield _timed(
-        "oversubscription", seen, 1 - seen.occupancy,
+        "oversubscription", seen, 1 - seen.occupancy if seen.threads > seen.cpus else _lost(seen),
         f"{seen.threads} threads on {seen.cpus} CPUs ran for {seen.occupancy:.0%} of their time, and wait for the last",
         "Leave a CPU to everything else.", workload={"threads": max(1, min(seen.threads, seen.cpus) - 1)},
     )  # fmt: skip
@@ -327,6 +329,10 @@ RULES: Mapping[str, Callable[[Evidence], Iterator[Finding]]] = {
     "fragmentation": _fragmentation,
 }
 """The rules by the code of what they find."""
+OF_WHAT_RAN = frozenset(
+    ("launch-bound", "dequantisation", "float32-adapter", "float32-compute", "masked-attention", "dropout")
+)
+"""Rules that judge what ran in a step, and find nothing where that is not known."""
 
 
 def _timed(
@@ -364,6 +370,9 @@ def _oversubscribed(seen: Evidence) -> bool:
 def _crowded(seen: Evidence) -> bool:
     """Whether others took CPUs from the step. One thread that computes has its CPU all the time, unless it is taken;
     several wait for each other, and what tells is whether anything that could run had to wait."""
-    if seen.threads == 1:
-        return seen.occupancy is not None and seen.occupancy < OCCUPANCY_FLOOR
-    return seen.stalled is not None and seen.stalled > CONTENDED
+    return _lost(seen) > (1 - OCCUPANCY_FLOOR if seen.threads == 1 else CONTENDED)
+
+
+def _lost(seen: Evidence) -> float:
+    """Share of a step in which it wanted a CPU and had none."""
+    return (1 - (seen.occupancy or 1.0)) if seen.threads == 1 else (seen.stalled or 0.0)

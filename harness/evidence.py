@@ -13,6 +13,7 @@ from harness.diagnosis import Evidence
 from harness.errors import UsageError
 from harness.flops import computed_tokens, training_flops
 from harness.forecast import memory_bytes
+from harness.meters.validity import waiting_share
 from harness.profile import PhaseActivity, Profile
 
 DROPOUT_KERNELS = ("dropout", "bernoulli")
@@ -50,7 +51,7 @@ def evidence_of(profile: Profile, step: StepAccount, tokens: TokenShares, found:
         flash_attn=importlib.util.find_spec("flash_attn") is not None,
         wide_registers=profile.device == "cuda" or profile.wide_registers,
         occupancy=step.occupancy,
-        stalled=_stalled(profile),
+        stalled=waiting_share(profile.record.values, "train"),
         threads=profile.threads,
         cpus=profile.cpus,
         peak_bytes=allocated or memory["host_peak_train_bytes"],
@@ -59,12 +60,6 @@ def evidence_of(profile: Profile, step: StepAccount, tokens: TokenShares, found:
         reserved_bytes=memory.get("device_peak_reserved_train_bytes"),
         alloc_retries=memory.get("device_alloc_retries_train", 0),
     )
-
-
-def _stalled(profile: Profile) -> float | None:
-    values = profile.record.values
-    waited, watched = values.get("host_cpu_stall_train_s"), values.get("host_watched_train_s")
-    return waited / watched if waited is not None and watched else None
 
 
 def _recomputed(profile: Profile, found: Ceilings | str) -> float:

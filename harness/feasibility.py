@@ -13,6 +13,7 @@ from pathlib import Path
 from harness import catalogue, shapes
 from harness.adapter import PAGED_FROM_ELEMENTS, adapter_tensors, paged_state_bytes
 from harness.errors import UsageError
+from harness.forecast import free_bytes
 from harness.memory_estimate import MemoryEstimate, estimate_memory, stored_dtype
 from harness.provenance import Machine
 from harness.record import Notice
@@ -42,6 +43,7 @@ def check_feasible(study: Study, machine: Machine, variants: Iterable[Variant] |
     for workload in study.workloads:
         _check_lengths(study.name, workload, shape)
     _check_data(study)
+    free = free_bytes(machine)
     notices: list[Notice] = []
     for variant in study.variants if variants is None else variants:
         where = f"study {study.name}, variant {variant.name!r}"
@@ -54,7 +56,7 @@ def check_feasible(study: Study, machine: Machine, variants: Iterable[Variant] |
         workload = study.workload_of(variant)
         expected = estimate_memory(variant, workload, shape, device=machine.device, stored=stored)
         _check_memory(where, expected, machine)
-        notices += memory_notices(variant, expected, machine)
+        notices += memory_notices(variant, expected, machine, free)
     if source.random:
         notices.append(
             Notice(
@@ -90,8 +92,8 @@ def _check_data(study: Study) -> None:
         )
 
 
-def memory_notices(variant: Variant, expected: MemoryEstimate, machine: Machine) -> Iterator[Notice]:
-    """What to know of a variant that may not fit into this machine."""
+def memory_notices(variant: Variant, expected: MemoryEstimate, machine: Machine, free: int | None) -> Iterator[Notice]:
+    """What to know of a variant that may not fit into this machine, or not into the bytes that are free there now."""
     has = _memory(machine)
     if has is not None and expected.needed_bytes > (1 - ERRS_BY) * has:
         yield Notice(
@@ -99,6 +101,13 @@ def memory_notices(variant: Variant, expected: MemoryEstimate, machine: Machine)
             message=f"{variant.name}: needs about {format_bytes(expected.needed_bytes)}, and this machine has "
             f"{format_bytes(has)}.",
             remedy=_LESS_MEMORY,
+        )
+    elif free is not None and expected.needed_bytes > (1 - ERRS_BY) * free:
+        yield Notice(
+            code="memory-taken",
+            message=f"{variant.name}: needs about {format_bytes(expected.needed_bytes)}, and only {format_bytes(free)} "
+            "are free now: others hold the rest.",
+            remedy="End them (`lorameter doctor` names those on the card), or measure where that much is free.",
         )
 
 

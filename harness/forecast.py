@@ -52,7 +52,9 @@ def forecast(plan: Plan, machine: Machine, runs: Path) -> Forecast:
     adapters = [adapter_parameters(variant, shape) for variant, _ in plan.members]
     workload = plan.study.workload
     needs = {
-        variant.id: estimate_memory(variant, workload, shape, device=machine.device, stored=stored).needed_bytes
+        variant.name: estimate_memory(
+            variant, plan.study.workload_of(variant), shape, device=machine.device, stored=stored
+        ).needed_bytes
         for variant, _ in plan.members
     }
     memory = max(_group_bytes(group, needs) for group in plan.groups)
@@ -64,7 +66,7 @@ def forecast(plan: Plan, machine: Machine, runs: Path) -> Forecast:
 
 def _group_bytes(group: Group, needs: dict[str, int]) -> int:
     """What is live together: each process counts with the largest of its trials."""
-    return sum(max(needs[slot.variant.id] for slot in launch) for launch in group.launches)
+    return sum(max(needs[slot.variant.name] for slot in launch) for launch in group.launches)
 
 
 def together_bytes(members: Sequence[Variant], workload: Workload, machine: Machine, runs: Path | None) -> int:

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,6 +34,7 @@ from harness.stopping import Stopping
 from harness.store import Manifest, Run, RunWriter
 from harness.study import Study
 from harness.units import PHASES
+from harness.variant import Variant
 from harness.workload import Workload
 
 
@@ -154,7 +155,8 @@ def measure(
             workload: executors[first.name].prepare_tokens(workload, str(runs / run_id)) for workload in study.workloads
         }
         tokens = _tokens(study, prepared)
-        hellos = {name: _greeted(executor, machine) for name, executor in executors.items()}
+        variants = [slot.variant for slot in plan.slots]
+        hellos = {name: greeted(executor, machine, variants) for name, executor in executors.items()}
         facts = provenance.collect(study, machine, study.workload.threads, hellos[first.name], first.facts)
         declared = sorted({name for arm in arms for name in arm.declared})
         if earlier is not None:
@@ -241,13 +243,17 @@ def _sides(arms: Sequence[Arm], hellos: Mapping[str, Mapping[str, Any]]) -> dict
     }
 
 
-def _greeted(executor: Executor, machine: Machine) -> dict[str, Any]:
+def greeted(executor: Executor, machine: Machine, variants: Iterable[Variant]) -> dict[str, Any]:
+    """What a worker says of itself. Raises `InvalidRunError` if it cannot measure these variants on this machine."""
     hello = executor.hello()
     if hello["device"] != machine.device:
         raise InvalidRunError(
             f"the worker measures on {hello['device']!r} and the plan was made for {machine.device!r}: torch and "
             "NVML disagree about the device. Check the driver with nvidia-smi and CUDA_VISIBLE_DEVICES."
         )
+    needing = next((variant.name for variant in variants if variant.needs_bitsandbytes), None)
+    if needing and hello.get("lacks"):
+        raise InvalidRunError(f"{needing} cannot be measured here: {hello['lacks']}.")
     return hello
 
 

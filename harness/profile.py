@@ -1,8 +1,8 @@
 """A profile: what was observed of one trial's steps, as facts. What they mean is computed from them on demand.
 
-A step is watched in two ways that exclude each other. Timed with the device synchronised at the borders of its phases,
-the phases have true times and nothing is known of what ran in them. Under the profiler everything that ran is known,
-and its times are those of a slower step. So each is a record of its own, and shares of the one are never mixed with
+A step is watched in two ways that exclude each other. Timed between the borders of its phases, these have true times
+and nothing is known of what ran in them. Under the profiler everything that ran is known, and its times are those of a
+slower step. So each is a record of its own, and shares of the one are never mixed with
 seconds of the other without a word.
 """
 

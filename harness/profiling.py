@@ -1,7 +1,7 @@
 """One variant's profile: a solo trial in its own process, watched from its first step to its last token.
 
 It is the trial of any run, by the same worker and the same commands, up to the end of its training. Then its steps are
-taken apart, it answers requests, and at last the device shows what it does at best.
+taken apart, it answers requests, the device shows what it does at best, and at last the profiler records some steps.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from harness.executors import Worker, WorkerLostError
 from harness.executors.local import LocalExecutor
 from harness.feasibility import check_feasible
 from harness.forecast import free_bytes
+from harness.measure import greeted
 from harness.memory_account import MEMORY_PHASES, MemoryAccount
 from harness.memory_estimate import estimate_memory, stored_dtype
 from harness.peaks import Peak, Rate, stated_peak
@@ -74,9 +75,7 @@ def profile_variant(
         executor.start()
         say("preparing tokens")
         tokens = executor.prepare_tokens(study.workload, str(scratch))
-        hello = executor.hello()
-        if hello["device"] != machine.device:
-            raise InvalidRunError(f"the worker measures on {hello['device']!r}, and NVML shows {machine.device!r}.")
+        greeted(executor, machine, [variant])
         site = Site(
             run_path=folder,
             scratch=scratch,

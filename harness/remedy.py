@@ -30,7 +30,7 @@ def chosen(findings: Sequence[Finding], code: str | None) -> Finding:
     Raises:
         UsageError: no such finding here, or nothing of it can be tried.
     """
-    possible = [finding for finding in findings if finding.attempt]
+    possible = [finding for finding in findings if finding.suggestion]
     known = ", ".join(finding.code for finding in possible) or "none"
     if code is None:
         if not possible:
@@ -39,7 +39,7 @@ def chosen(findings: Sequence[Finding], code: str | None) -> Finding:
     finding = next((finding for finding in findings if finding.code == code), None)
     if finding is None:
         raise UsageError(f"--try {code}: not found in this profile. Can be tried: {known}.")
-    if not finding.attempt:
+    if not finding.suggestion:
         why = f"That cannot be tried here: {finding.obstacle}."
         raise UsageError(f"--try {code}: {finding.remedy} {why} Can be tried: {known}.")
     return finding
@@ -62,7 +62,7 @@ def study_of(study: Study, variant: Variant, finding: Finding, *, protocol: Prot
         protocol = dataclasses.replace(protocol, epochs=0.0)  # they are for the losses
     return Study(
         name=f"try-{finding.code}",
-        title=f"{variant.name} against " + ", ".join(f"{key} = {value}" for key, value in finding.attempt.items()),
+        title=f"{variant.name} against " + ", ".join(f"{key} = {value}" for key, value in finding.suggestion.items()),
         workload=study.workload,
         protocol=protocol,
         variants=(variant, dataclasses.replace(variant, name=name, **finding.changes)),
@@ -90,7 +90,7 @@ _PATHS: Mapping[str, tuple[str, ...]] = {
 
 def _about(path: str, finding: Finding) -> bool:
     """Whether a requirement of the study is about what the remedy changes."""
-    heads = [head for key in finding.attempt for head in _PATHS.get(key, (key,))]
+    heads = [head for key in finding.suggestion for head in _PATHS.get(key, (key,))]
     return any(path == head or path.startswith(f"{head}.") for head in heads)
 
 

@@ -70,42 +70,46 @@ def run_plan(
             else:
                 keep(blank(plan, slot, "not_run"))
 
+    def in_order() -> tuple[TrialRecord, ...]:
+        """The plan's order, in whatever order its trials were measured: a run is gone on with by it."""
+        return tuple(ended[slot.trial] for slot in plan.slots if slot.trial in ended)
+
+    again: list[Group] = []
+    took_s: dict[Group, float] = {}
     interrupted = False
-    while remaining and not interrupted:
-        group = remaining.pop(0)
-        budget.enter(plan.study, group, [other for other in remaining if other.replicate == group.replicate])
-        conductor = Conductor(plan, group, executors, site, watcher, save, budget, attempts[group])
-        error: Exception | None = None
-        begin = budget.clock()
-        try:
-            conductor.measure()
-        except KeyboardInterrupt:
-            interrupted = True
-            conductor.interrupt()
-        except Exception as caught:  # a defect of ours must not cost what was measured
-            error = caught
-            conductor.abandon(caught)
-        for record in conductor.records():
-            if record.settled or record.trial not in ended:  # a second attempt that broke off leaves the first
-                keep(record if plan.study.protocol.allow_disturbed else judged(record, on_cpu=site.device == "cpu"))
-        budget.leave()
-        if error is not None:
-            give_up(remaining)
-            raise error
-        disturbed = any(ended[slot.trial].disturbed for slot in group.slots)
-        if disturbed and _may_retry(plan, attempts[group], budget, budget.clock() - begin):
-            attempts[group] += 1
-            remaining.insert(sum(other.replicate == group.replicate for other in remaining), group)
-        between = bool(remaining) and remaining[0].replicate != group.replicate
-        if between and not interrupted and (reason := stop(tuple(ended.values()))):
-            return Measured(records=tuple(ended.values()), stopped=reason)
+    while (remaining or again) and not interrupted:
+        retrying = bool(again) and (not remaining or remaining[0].replicate != again[0].replicate)
+        group = again.pop(0) if retrying else remaining.pop(0)
+        if not retrying or took_s[group] <= budget.left_s:
+            attempts[group] += retrying
+            budget.enter(plan.study, group, [other for other in remaining if other.replicate == group.replicate])
+            conductor = Conductor(plan, group, executors, site, watcher, save, budget, attempts[group])
+            error: Exception | None = None
+            begin = budget.clock()
+            try:
+                conductor.measure()
+            except KeyboardInterrupt:
+                interrupted = True
+                conductor.interrupt()
+            except Exception as caught:  # a defect of ours must not cost what was measured
+                error = caught
+                conductor.abandon(caught)
+            for record in conductor.records():
+                if record.settled or record.trial not in ended:  # a second attempt that broke off leaves the first
+                    keep(record if plan.study.protocol.allow_disturbed else judged(record, on_cpu=site.device == "cpu"))
+            budget.leave()
+            took_s[group] = budget.clock() - begin
+            if error is not None:
+                give_up(remaining)
+                raise error
+            disturbed = any(ended[slot.trial].disturbed for slot in group.slots)
+            if disturbed and attempts[group] < plan.study.protocol.retries:
+                again.append(group)
+        between = not again and bool(remaining) and remaining[0].replicate != group.replicate
+        if between and not interrupted and (reason := stop(in_order())):
+            return Measured(records=in_order(), stopped=reason)
     give_up(remaining)
-    return Measured(records=tuple(ended.values()), interrupted=interrupted)
-
-
-def _may_retry(plan: Plan, attempt: int, budget: Budget, group_s: float) -> bool:
-    """Whether a group that took so many seconds may be measured once more."""
-    return attempt < plan.study.protocol.retries and group_s <= budget.left_s
+    return Measured(records=in_order(), interrupted=interrupted)
 
 
 def _attempt(group: Group, earlier: Collection[TrialRecord]) -> int:

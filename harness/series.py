@@ -266,9 +266,15 @@ def paired_trials(base: Series, candidate: Series, metric: str) -> tuple[Trials,
 
 
 def _pairs(base: Series, candidate: Series, metric: str) -> list[tuple[TrialRecord, TrialRecord]]:
-    """Trials of the replicates in which both sides measured the metric; of losses those after the same training."""
+    """Trials of the replicates in which both sides measured the metric; of losses those after the same training.
+
+    Turns are paired with turns of the same attempt only: a run that broke off while the second was being written holds
+    both.
+    """
     others = {record.replicate: record for record in candidate.measuring(metric)}
     pairs = [(record, others[record.replicate]) for record in base.measuring(metric) if record.replicate in others]
+    if pairing_of(base, metric) == "turn":
+        pairs = [(ours, theirs) for ours, theirs in pairs if ours.attempt == theirs.attempt]
     return [pair for pair in pairs if metric not in LOSSES or _trained_alike(*pair)]
 
 

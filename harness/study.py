@@ -174,10 +174,12 @@ class Study:
         With a precision and no number of replicates their cap is raised, so that the precision can be reached.
         """
         workload, protocol, replaced = self.workload, self.protocol, dict(self.replaced)
+        own = dict(self.own_workloads)
         for key, value in (("model", model), ("data", data)):
             if value is not None:
                 replaced.setdefault(f"workload.{key}", getattr(workload, key))
                 workload = dataclasses.replace(workload, **{key: value})  # type: ignore[arg-type]
+                own = {name: dataclasses.replace(one, **{key: value}) for name, one in own.items()}  # type: ignore[arg-type]
         if effort is not None:
             protocol = protocol.with_effort(effort)
         if precision is not None:
@@ -189,7 +191,7 @@ class Study:
             protocol = dataclasses.replace(protocol, max_minutes=max_minutes)
         if allow_disturbed:
             protocol = dataclasses.replace(protocol, allow_disturbed=True)
-        return dataclasses.replace(self, workload=workload, protocol=protocol, replaced=replaced)
+        return dataclasses.replace(self, workload=workload, protocol=protocol, replaced=replaced, own_workloads=own)
 
 
 def _shown(value: Any) -> str:

@@ -166,6 +166,11 @@ class Variant:
         return "float32" in (base, self.adapter_dtype or "float32") or self.prepare_for_kbit
 
     @property
+    def needs_bitsandbytes(self) -> bool:
+        """Whether bitsandbytes runs a part of it."""
+        return self.quantization != "none" or self.optimizer.startswith("paged")
+
+    @property
     def id(self) -> str:
         """Short content id: equal for equal configurations, on any machine, in any order of keys."""
         content = {key: value for key, value in codec.to_json(self).items() if key != "name"}

@@ -54,8 +54,6 @@ def zygote(control: socket.socket) -> None:
     with _capability_from_nvml():
         for name in PRELOAD:
             importlib.import_module(name)
-    if refusal := _lacks_cuda():
-        raise InvalidRunError(refusal)
     for name in LAZY:
         with contextlib.suppress(ImportError):  # an optimisation: a library may move its own submodules
             importlib.import_module(name)
@@ -63,7 +61,7 @@ def zygote(control: socket.socket) -> None:
     gc.freeze()  # the collector would otherwise write to shared pages in every child
     import_time_s = time.perf_counter() - begin
     hello = {"schema": SCHEMA, "harness": harness_identity(), "pid": os.getpid(), "import_time_s": import_time_s}
-    hello |= _device()
+    hello |= _device() | {"lacks": _lacks_cuda()}
     _send(control, hello)
     children: set[int] = set()
     try:
@@ -125,7 +123,7 @@ def _capability_from_nvml() -> Iterator[None]:
 def _lacks_cuda() -> str | None:
     """Why bitsandbytes could not run on the device that torch sees; None if it can, or if there is none.
 
-    Where it cannot tell the device it takes its CPU library without an error, and every quantised layer then fails.
+    Where it cannot tell the device it takes its CPU library without an error, and whatever needs it there fails.
     """
     import torch
 

@@ -89,7 +89,7 @@ def test_a_planted_case_is_found_alone(code):
         assert finding.cost_s == pytest.approx(share * 0.1)
     dataclasses.replace(evidence.variant, **finding.changes)  # a variant that could run
     dataclasses.replace(evidence.workload, **finding.workload_changes)
-    assert bool(finding.attempt) != bool(finding.obstacle)
+    assert bool(finding.suggestion) != bool(finding.obstacle)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,22 @@ def test_a_remedy_that_is_not_there_is_not_offered(evidence, found):
     assert [finding.changes for finding in findings] == found
     for finding in findings:
         dataclasses.replace(evidence.variant, **finding.changes)  # a variant that could run
-        assert bool(finding.attempt) != bool(finding.obstacle)
+        assert bool(finding.suggestion) != bool(finding.obstacle)
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "share"),
+    [
+        ({"threads": 4, "cpus": 16, "stalled": 0.06}, "contention", 0.06),
+        ({"threads": 2, "cpus": 2, "stalled": 0.06}, "oversubscription", 0.06),
+        ({"threads": 4, "cpus": 2, "stalled": 0.06}, "oversubscription", 0.4),
+    ],
+)
+def test_several_threads_lose_what_they_waited_for(fields, code, share):
+    """Their idling is their own, unless they are more than the CPUs."""
+    (finding,) = diagnose(changed(device="cpu", occupancy=0.6, reserved_bytes=None, **fields))
+    assert finding.code == code
+    assert finding.cost_share == pytest.approx(share)
 
 
 def test_the_dearest_finding_comes_first():

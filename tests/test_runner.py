@@ -453,9 +453,13 @@ def test_nothing_is_measured_again_beyond_the_limit_of_time(small_study, tmp_pat
     plan = make_plan(small_study.with_overrides(replicates=1), interleaving="lockstep", phases=("train",))
     victim = plan.groups[0].slots[0].trial
     probe, _, _ = retried(plan, tmp_path, {}, command_s=1.0)
-    executor, measured, _ = retried(plan, tmp_path, {victim: 9}, command_s=1.0, budget=probe.now)
-    assert builds(executor, victim) == 1
-    assert next(record for record in measured.records if record.trial == victim).status == "invalid"
+    first_group_s = next(index for index, (trial, _) in enumerate(probe.asked) if trial.endswith("solo")) * 1.0
+    for budget, tries in ((probe.now + first_group_s - 1, 1), (probe.now + first_group_s + 1, 2)):
+        # more than a group's time is left when it has ended, and what counts is what the rest of its replicate leaves
+        executor, measured, _ = retried(plan, tmp_path, {victim: 9}, command_s=1.0, budget=budget)
+        assert builds(executor, victim) == tries
+        assert next(record for record in measured.records if record.trial == victim).status == "invalid"
+        assert executor.now <= budget
 
 
 def test_an_interruption_of_a_second_try_leaves_the_first(small_study, tmp_path):
@@ -489,6 +493,18 @@ def test_an_interruption_of_a_second_try_leaves_the_first(small_study, tmp_path)
     assert records[slots[0].trial].disturbed
     assert records[slots[1].trial].status == "ok"
     assert all(records[slot.trial].attempt == 0 for slot in slots)
+
+
+def test_records_are_in_the_order_of_the_plan_however_they_were_measured(small_study, tmp_path):
+    """A run that broke off twice is gone on with by that order, so a group that is measured late must not change it."""
+    plan = make_plan(small_study, interleaving="lockstep", phases=("train",))
+    victim = plan.groups[0].slots[0].trial
+    _, _, saved = retried(plan, tmp_path, {victim: 1})
+    first = {record.trial: record for record in saved if record.attempt == 0 and record.replicate == 0}
+    order = [slot.trial for slot in plan.slots]
+    for earlier in ((), tuple(first.values())):
+        _, measured, _ = retried(plan, tmp_path, {}, earlier=earlier)
+        assert [record.trial for record in measured.records] == order
 
 
 def test_a_run_that_broke_off_before_a_second_try_makes_it(small_study, tmp_path):

@@ -199,3 +199,15 @@ def test_a_percentile_needs_its_samples():
     assert "not supported by n" in series(2).percentile("request_time_s", 0.95).reason
     assert series(12).percentile("request_time_s", 0.95).value == pytest.approx(2.0, abs=0.1)
     assert series(1).percentile("cold_start_time_s", 0.95) is None
+
+
+@pytest.mark.parametrize(("level", "pairs"), [("lockstep", 2), ("replicates", 3)])
+def test_turns_are_paired_within_one_attempt(level, pairs):
+    """A trial that was measured again took other turns; whole trials are paired by their replicate all the same."""
+
+    def series(name, attempts):
+        records = [record(name, replicate) for replicate in range(3)]
+        changed = (one.replaced(attempt=n, interleaving=level) for one, n in zip(records, attempts, strict=True))
+        return Series(name=name, role="variant", records=tuple(changed))
+
+    assert compare_series(series("a", (0, 1, 0)), series("b", (0, 0, 0)), "step_time_s").replicates == pairs

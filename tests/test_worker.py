@@ -1,8 +1,10 @@
 """The worker: what a trial's process is told before it measures, and how it says what went wrong."""
 
+import os
+import sys
 import threading
+from types import SimpleNamespace
 
-import bitsandbytes  # noqa: F401 its library is asked about
 import pytest
 import torch
 
@@ -72,18 +74,30 @@ def test_a_driver_that_something_has_started_forbids_a_fork(monkeypatch, answer,
     """Torch notices its own start only; anything but "not initialised" is a start."""
     monkeypatch.setattr(worker.ctypes, "CDLL", lambda name, mode: FakeDriver(answer))
     monkeypatch.setattr(worker, "thread_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     refusal = worker._cannot_fork()
     assert (refusal is not None and "started the CUDA driver" in refusal) is started
 
 
 def test_without_a_driver_nothing_forbids_a_fork(monkeypatch):
-    """Nobody has loaded libcuda here, and looking does not load it."""
+    """Nobody has loaded libcuda, and looking does not load it."""
+
+    def absent(name, mode):
+        assert mode & os.RTLD_NOLOAD
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(worker.ctypes, "CDLL", absent)
     monkeypatch.setattr(worker, "thread_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     assert worker._cannot_fork() is None
 
 
-def test_bitsandbytes_without_its_cuda_library_is_refused(monkeypatch):
-    """Where torch sees a device and bitsandbytes does not, before any trial fails on it."""
-    assert worker._lacks_cuda() is None
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert "bitsandbytes has loaded its library for CPUs" in worker._lacks_cuda()
+@pytest.mark.parametrize(
+    ("device", "built", "lacks"), [(True, False, True), (True, True, False), (False, False, False)]
+)
+def test_bitsandbytes_without_its_cuda_library_is_told(monkeypatch, device, built, lacks):
+    """Where torch sees a device and bitsandbytes does not; before any trial fails on it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: device)
+    library = SimpleNamespace(lib=SimpleNamespace(compiled_with_cuda=built))
+    monkeypatch.setitem(sys.modules, "bitsandbytes.cextension", library)
+    assert ("its library for CPUs" in (worker._lacks_cuda() or "")) is lacks

@@ -76,8 +76,8 @@ def judge(
         values: of the trial's record, as `harness.meters.watch` names them.
         memory: of the record, as `harness.meters.memory` names it.
         phase: "train" or "generate".
-        in_turns: whether others took turns with this trial. They shared what happened to the machine, so it does not
-            make the trial invalid.
+        in_turns: whether others took turns with this trial. They shared what happened to the CPUs and their clocks, so
+            it does not make the trial invalid. Swapping hits the process whose pages went, and does.
         occupancy: CPU time over wall time of the timed steps of one thread on a CPU; None for several threads, and on a
             GPU, where the host rightly waits.
     """
@@ -94,6 +94,11 @@ def judge(
         *_withheld(told, in_turns=in_turns),
     ]
     return tuple(sorted(found, key=lambda finding: (not finding.invalid, -finding.weight)))
+
+
+def waiting_share(values: Mapping[str, float], phase: str) -> float | None:
+    """Share of the watched time of a phase in which something that could run waited for a CPU; None if not known."""
+    return _Told(values, phase).host_share("cpu_stall_s")
 
 
 @dataclass(frozen=True, slots=True)

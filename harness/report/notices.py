@@ -148,13 +148,14 @@ def _disturbed(run: Run) -> Iterator[Notice]:
     """Trials that were measured again because of their surroundings, and those that still were past a limit at last."""
     again = list(dict.fromkeys(record.trial for record in run.disturbed))
     left = [record.trial for record in run.records if record.disturbed]
+    counting = sum(record.status == "ok" for record in run.records if record.trial in again)
     if again:
         first = run.disturbed[0]
         why = first.failure.message if first.failure else ""
         yield Notice(
             code="disturbed",
             message=f"{len(again)} trials were measured again because of their surroundings, {first.trial} among them: "
-            f"{why}; {len(again) - len(set(left) & set(again))} of them count now.",
+            f"{why}; {counting} of them count now.",
             remedy="Nothing to do for these; the earlier records are in trials.jsonl.",
         )
     if left:

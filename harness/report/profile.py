@@ -18,7 +18,7 @@ from harness.accounting import (
     categories_s,
     plain_s,
 )
-from harness.diagnosis import RULES, Finding
+from harness.diagnosis import OF_WHAT_RAN, RULES, Finding
 from harness.memory_account import in_order, title_of
 from harness.profile import PHASES, Profile
 from harness.remedy import Tried
@@ -63,8 +63,11 @@ def print_profile(
         console.print(f"  {escape(line)}")
     console.print()
     console.print(_findings(findings, step))
-    missing = [code for code in RULES if code not in {finding.code for finding in findings}]
-    console.print(f"  looked for and not found: {', '.join(missing)}")
+    rest = [code for code in RULES if code not in {finding.code for finding in findings}]
+    blind = [code for code in rest if profile.activity.missing and code in OF_WHAT_RAN]
+    console.print(f"  looked for and not found: {', '.join(code for code in rest if code not in blind)}")
+    if blind:
+        console.print(f"  not judged, since it is not known what ran: {', '.join(blind)}")
     said = disturbances([profile.record], on_cpu=profile.device == "cpu")
     print_notices((*profile.record.notices, *said), console)
 
@@ -72,7 +75,7 @@ def print_profile(
 def print_tried(tried: Tried, console: Console) -> None:
     """What a remedy gained, beside what was seen to hang on the finding."""
     finding, comparison, control = tried.finding, tried.comparison, tried.control
-    changes = ", ".join(f"{key} = {value}" for key, value in finding.attempt.items())
+    changes = ", ".join(f"{key} = {value}" for key, value in finding.suggestion.items())
     title = METRICS[tried.metric].title
     console.print(f"\n[bold]Tried: {escape(finding.code)}[/bold] by {escape(changes)} ({escape(tried.interleaving)})")
     if comparison is not None:
@@ -263,7 +266,7 @@ def _findings(findings: Sequence[Finding], step: StepAccount) -> Table:
         if finding.cost_s is not None:
             cost = f"{format_value(finding.cost_s, 's')}\n{finding.cost_s / step.step.value:.1%}"
         tries = f" [cyan]--try {finding.code}[/cyan]"
-        if not finding.attempt:
+        if not finding.suggestion:
             tries = f" [dim]Cannot be tried here: {escape(finding.obstacle)}.[/dim]"
         table.add_row(finding.code, escape(finding.message), cost, escape(finding.remedy) + tries)
     if not findings:

@@ -23,6 +23,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from harness import codec
+from harness.accounting import LEAST_PAIRS
 from harness.errors import LorameterError
 from harness.memory_account import MemoryPhase
 from harness.meters.account import Birth, account
@@ -37,7 +38,7 @@ from harness.training.process import release_unused, synchronize
 from harness.training.step import TrainStep
 from harness.training.stream import Batch, TokenStream
 
-LEAST_PAIRS, MOST_PAIRS = 8, 256
+MOST_PAIRS = 256
 PAIRS_AT_ONCE = 16
 """Pairs between two looks at how well the remainder is known."""
 REMAINDER_HALF_WIDTH = 0.005

@@ -41,7 +41,9 @@ class Surroundings:
         if command in PHASE_OF:
             return self._watched(command, call)
         fragment = call()
-        return self._finished(fragment) if command == "finish_training" else fragment
+        if command == "finish_training":
+            return self._finished(fragment)
+        return self._noted("generate", fragment) if command == "end_generate" else fragment
 
     def _watched(self, command: str, call: Callable[[], Fragment]) -> Fragment:
         watch = self._watches[PHASE_OF[command]]
@@ -52,7 +54,13 @@ class Surroundings:
             self._steps += len(fragment.samples["step_time_s"])
             self._tokens += sum(fragment.samples["turn_real_tokens"])
             values |= {"energy_steps": float(self._steps), "energy_tokens": self._tokens}
-        return dataclasses.replace(fragment, values=fragment.values | values)
+        fragment = dataclasses.replace(fragment, values=fragment.values | values)
+        return self._noted("train", fragment) if command == "profile" else fragment
+
+    def _noted(self, phase: str, fragment: Fragment) -> Fragment:
+        """The fragment, with what of the card could not be measured in a phase."""
+        notice = self._watches[phase].notice()
+        return fragment if notice is None else fragment.with_notice(notice)
 
     def _finished(self, fragment: Fragment) -> Fragment:
         """Training has ended: take the energy that is still due, and say what of the card could not be measured."""
@@ -66,5 +74,4 @@ class Surroundings:
                 steps += 1
             counts = {"energy_steps": float(steps), "energy_tokens": float(self._real_tokens() - tokens)}
             fragment = dataclasses.replace(fragment, values=fragment.values | watch.end() | counts)
-        notice = watch.notice()
-        return fragment if notice is None else fragment.with_notice(notice)
+        return self._noted("train", fragment)

@@ -325,7 +325,7 @@ class Trial:
         return Fragment()
 
     def peak(self, rates: list[Rate]) -> Fragment:
-        """What the device does at best. It fills caches and memory, so it comes when nothing else is measured."""
+        """What the device does at best. It fills caches and memory, so it comes when nothing else is timed."""
         write_peaks(self._request, rates)
         return Fragment()
 

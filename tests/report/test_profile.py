@@ -159,6 +159,8 @@ def test_what_a_profile_does_not_know_is_said(profile):
     text = io.StringIO()
     print_profile(seen, step, token_shares(seen), "x", findings, console_for(text))
     assert "not available: no kernel was recorded" in text.getvalue()
+    assert "not judged, since it is not known what ran: launch-bound, dequantisation" in text.getvalue()
+    assert "not found: dequantisation" not in text.getvalue()
 
 
 def test_an_estimate_stands_beside_the_measurement_and_disturbances_are_said(profile):
