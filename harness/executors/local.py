@@ -62,7 +62,7 @@ class LocalExecutor:
     def __init__(self, *, threads: int, log_dir: Path, host: Host | None = None, label: str = "") -> None:
         self._threads = threads
         self._host = host or Host()
-        self._whose = f"the worker {label!r}" if label else "the worker"
+        self._whose = f"the worker of {label!r}" if label else "the worker"
         suffix = f"-{label}" if label else ""
         self._zygote_log = log_dir / f"zygote{suffix}.log"
         self._tokens_log = log_dir / f"tokens{suffix}.log"

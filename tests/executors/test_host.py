@@ -185,7 +185,7 @@ def test_a_side_that_speaks_another_schema_is_refused_by_name(tmp_path):
     executor.start()
     try:
         with pytest.raises(
-            InvalidRunError, match=f"side 'candidate' speaks schema {SCHEMA + 1}, this program {SCHEMA}"
+            InvalidRunError, match=f"worker of 'candidate' speaks schema {SCHEMA + 1}, this program {SCHEMA}"
         ):
             executor.hello()
     finally:
@@ -200,7 +200,7 @@ def test_a_host_that_cannot_import_is_an_error_that_names_side_and_interpreter(t
     host = Host(path=(str(broken.parent),))
     executor = LocalExecutor(threads=1, log_dir=tmp_path, host=host, label="base")
     executor.start()
-    with pytest.raises(InvalidRunError, match=r"side 'base' did not start: .*broken on purpose.*zygote-base\.log"):
+    with pytest.raises(InvalidRunError, match=r"worker of 'base' did not start: .*broken on purpose.*zygote-base\.log"):
         executor.hello()
 
 
