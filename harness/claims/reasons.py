@@ -88,7 +88,19 @@ def reason_of(question: Question, finding: Finding) -> str:
     begin = [f"{words} ×{_centre(values)}" for words, values in question.context]
     begin.append(f"{question.says[finding.contrast]} ×{format_ratio(*ratio_of(question, finding))}")
     interval = f"{100 * finding.level:.4g} % interval {_interval(question, finding)}"
-    return f"{'; '.join(begin)}: {_decision(question, finding)} ({interval}){left_out(question.left_out)}"
+    said = f"{'; '.join(begin)}: {_decision(question, finding)} ({interval})"
+    return f"{said}{_needed(finding)}{left_out(question.left_out)}"
+
+
+def _needed(finding: Finding) -> str:
+    """What it would take to decide an open question."""
+    if finding.status != "inconclusive":
+        return ""
+    count = finding.replicates_needed
+    if count is None:
+        return "; no practical number of replicates would decide it"
+    more = f", of which there are {finding.replicates}" if count > finding.replicates else ""
+    return f"; {count} replicates would decide it{more}, if it is what it looks like"
 
 
 def ratio_of(question: Question, finding: Finding) -> tuple[float, float | None, float | None]:

@@ -70,7 +70,20 @@ def replicates_to_see(effect: float, sd: float, *, tolerance: float, alpha: floa
     distance = math.log1p(effect) - math.log1p(tolerance)
     if distance <= 0:
         return None
-    return _smallest(lambda count: distance * math.sqrt(count) >= noncentrality(count - 1, alpha / 2, POWER) * sd)
+    return replicates_to_clear(distance, sd, alpha / 2)
+
+
+def replicates_to_clear(distance: float, sd: float, tail: float) -> int | None:
+    """Paired replicates after which an effect's interval clears a limit with 80 % power.
+
+    Args:
+        distance: from the effect to the limit, on the log scale, above 0.
+        sd: of one replicate's log ratio.
+        tail: what the interval leaves out on either side.
+
+    None where no practical number would do.
+    """
+    return _smallest(lambda count: distance * math.sqrt(count) >= noncentrality(count - 1, tail, POWER) * sd)
 
 
 def sd_interval(sd: float, df: float, *, alpha: float = 0.05) -> tuple[float, float]:

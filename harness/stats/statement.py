@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from harness.stats.effect import ROUNDING, Spread, paired_effect
+from harness.stats.power import replicates_to_clear
 
 if TYPE_CHECKING:
     from numpy import float64
@@ -53,6 +54,9 @@ class Finding:
     level: float
     """Coverage of that interval."""
     replicates: int
+    replicates_needed: int | None = None
+    """Of an open statement: how many would decide it with 80 % power if the contrast that stands in the way is what it
+    looks like; None where no practical number would, and of one that is decided."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +102,7 @@ def beyond(contrasts: NDArray[float64], limit: float, *, alpha: float = 0.05, fa
     widest = max(found, key=lambda one: one.furthest(alpha))
     if widest.furthest(alpha) < limit:
         return _finding("refuted", "equality", widest, alpha)
-    return _finding("inconclusive", "", weakest, tail)
+    return _open(weakest, tail, weakest.mean - limit, tail if weakest.mean > limit else shared)
 
 
 def within(contrasts: NDArray[float64], limit: float, *, alpha: float = 0.05, family: int = 1) -> Finding:
@@ -115,13 +119,21 @@ def within(contrasts: NDArray[float64], limit: float, *, alpha: float = 0.05, fa
     outside = max(found, key=lambda one: one.nearest(shared))
     if outside.nearest(shared) > limit + ROUNDING:
         return _finding("refuted", "difference", outside, shared)
-    return _finding("inconclusive", "", widest, alpha)
+    short = limit - abs(widest.mean)
+    return _open(widest, alpha, short, alpha if short > 0 else shared)
 
 
 def opposite(finding: Finding) -> Finding:
     """The finding on the statement's negation."""
     swapped: dict[Status, Status] = {"supported": "refuted", "refuted": "supported", "inconclusive": "inconclusive"}
     return dataclasses.replace(finding, status=swapped[finding.status])
+
+
+def _open(contrast: _Contrast, tail: float, distance: float, decisive: float) -> Finding:
+    """An open statement: `distance` is from the contrast to the limit, `decisive` the tail of the interval that would
+    clear it on the side on which it lies."""
+    needed = replicates_to_clear(abs(distance), contrast.spread.sd, decisive) if distance else None
+    return dataclasses.replace(_finding("inconclusive", "", contrast, tail), replicates_needed=needed)
 
 
 def _checked(contrasts: NDArray[float64]) -> list[_Contrast]:

@@ -166,3 +166,29 @@ def test_what_cannot_be_judged_is_refused(contrasts, words):
     """One replicate, no contrast, and a value that is no number."""
     with pytest.raises(ValueError, match=words):
         beyond(contrasts, MARGIN)
+
+
+@pytest.mark.parametrize(
+    ("statement", "mean", "limit", "decided"),
+    [
+        (beyond, 0.014, TOLERANCE, "supported"),
+        (beyond, 0.006, TOLERANCE, "refuted"),
+        (within, 0.040, MARGIN, "supported"),
+        (within, 0.060, MARGIN, "refuted"),
+    ],
+)
+def test_an_open_statement_says_how_many_replicates_would_decide_it(statement, mean, limit, decided):
+    """With 80 % power or somewhat more, on simulated replicates of the same effect and scatter."""
+    found = statement(around(mean, sd=0.02), limit)
+    assert found.status == "inconclusive"
+    assert found.replicates_needed > found.replicates
+    rng = np.random.default_rng(1)
+    draws = [statement(rng.normal(mean, 0.02, (found.replicates_needed, 1)), limit).status for _ in range(300)]
+    assert 0.72 < draws.count(decided) / 300 < 0.95
+
+
+def test_what_is_decided_or_lies_on_the_limit_needs_no_number():
+    """More replicates are no answer to either."""
+    assert beyond(around(0.3), TOLERANCE).replicates_needed is None
+    assert within(around(0.0), MARGIN).replicates_needed is None
+    assert beyond(np.array([[0.5], [-0.5]]), 0.0).replicates_needed is None
