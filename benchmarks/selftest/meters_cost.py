@@ -22,7 +22,9 @@ from rich.console import Console
 from rich.table import Table
 
 from harness.meters.cgroup import CpuTimes
+from harness.meters.clock import Stopwatch
 from harness.meters.host import ROOT, HostWatch, host_counters, pressure_s
+from harness.meters.memory import MemoryGauge
 from harness.meters.neighbours import neighbours_of
 from harness.meters.nvml import Device, open_device
 from harness.meters.watch import DeviceWatch
@@ -47,19 +49,30 @@ def cost(call: Callable[[], object], readings: int) -> tuple[float, float, float
 
 
 def host_meters() -> dict[str, Callable[[], object]]:
-    """The parts of a look at the host, and the whole."""
+    """The clock of a step, the peaks of a phase, and a look at the host with its parts."""
     watch, cgroups = HostWatch(), CpuTimes(ROOT)
+    clock, gauge = Stopwatch("cpu"), MemoryGauge("cpu")
 
     def stretch() -> None:
         watch.begin()
         watch.end()
 
+    def peaks() -> None:
+        gauge.begin()
+        gauge.peaks("train")
+
     return {
+        "clock, a lap of nothing": lambda: clock(_nothing),
+        "peaks, begin and end": peaks,
         "pressure, one file": lambda: pressure_s(ROOT, "cpu"),
         "CPU quota": cgroups.read,
         "all counters": lambda: host_counters(ROOT, cgroups),
         "begin and end": stretch,
     }
+
+
+def _nothing() -> None:
+    """What a lap of no work times."""
 
 
 def card_meters(device: Device) -> dict[str, Callable[[], object]]:

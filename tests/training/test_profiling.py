@@ -1,5 +1,7 @@
 """A real step taken apart: the same step in phases, and what ran in each of them."""
 
+import statistics
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -7,6 +9,8 @@ import torch
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from harness.diagnosis import Evidence, diagnose
+from harness.profile import PHASES
 from harness.protocol import Protocol
 from harness.record import TrialRequest
 from harness.training import profiling
@@ -56,6 +60,31 @@ def test_a_bordered_step_is_the_plain_one_and_its_phases_add_up(tmp_path):
         phases = sum(samples[f"phase_{phase}_s"][index] for phase in ("data", "forward", "backward", "update"))
         assert phases <= lap
     assert sum(samples["phase_forward_s"]) > sum(samples["phase_data_s"])
+
+
+@pytest.mark.parametrize(("late_s", "found"), [(0.0, False), (0.02, True)])
+def test_a_batch_that_comes_late_is_found(tmp_path, late_s, found):
+    """Real steps whose stream is slow or not: the phase shows it, and the rule names it."""
+    request, stream = setting(tmp_path)
+    trainee = build(request, steps=8, shared=SharedBase())
+    take = stream.take
+
+    def late():
+        time.sleep(late_s)
+        return take()
+
+    stream.take = late
+    plain, step = TrainStep(trainee, stream, request.variant, "cpu"), BorderedStep(trainee, stream, request)
+    samples = step_times(plain, step, "cpu", budget_s=0.0)
+    evidence = Evidence(
+        variant=request.variant, workload=request.workload, device="cpu",
+        step_s=statistics.median(samples["plain_step_time_s"]),
+        phases_s={phase: statistics.median(samples[f"phase_{phase}_s"]) for phase in PHASES},
+    )  # fmt: skip
+    codes = {finding.code: finding for finding in diagnose(evidence)}
+    assert ("data-wait" in codes) is found
+    if found:
+        assert codes["data-wait"].cost_s == pytest.approx(2 * late_s, rel=0.2)  # two micro-batches a step
 
 
 def test_what_ran_is_told_by_phase():
