@@ -59,7 +59,7 @@ def measure(level: str, minutes: float, folder: str) -> store.Run:
     study.write_text(STUDY)
     command = [
         sys.executable, "-m", "harness.cli", "run", str(study), "--interleave", level, "--max-minutes", str(minutes),
-        "--phase", "train", "--runs-dir", folder, "--json",
+        "--phase", "train", "--runs-dir", folder, "--json", "--allow-disturbed",  # disturbances are what is looked at
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if not done.stdout.strip():
