@@ -142,7 +142,8 @@ def profiled(
     memory = max((one.share for one in profile.memory.values()), key=abs)
     missed = [f"{code} not found" for code in (case.found if case else ()) if code not in codes]
     missed += [f"{code} found" for code in (case.absent if case else ()) if code in codes]
-    missed += [{None: "time, undecided", False: "time"}[step.explained]] * (judge_time and step.explained is not True)
+    if judge_time and step.explained is not True:
+        missed.append("time, undecided" if step.explained is None else "time")
     missed += ["memory"] * (case is None and abs(memory) > UNEXPLAINED[profile.device])
     whole, rest = step.step.value, step.remainder
     low, high = (rest.value if end is None else end for end in (rest.low, rest.high))
