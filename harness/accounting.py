@@ -245,7 +245,14 @@ class Ceilings:
 
 
 def ceilings(profile: Profile, step: Span) -> Ceilings | str:
-    """MFU and HFU of the step, use of bandwidth of decoding; the reason where the model's layers are not known."""
+    """MFU and HFU of the step, use of bandwidth of decoding; the reason where the model's layers or a peak are not
+    known."""
+    lacking = [name for name in ("product", "memory") if name not in profile.peaks]
+    if lacking:
+        return (
+            f"what {profile.device_name} does at best is not stated here, and the trial left no memory to measure it: "
+            f"{', '.join(lacking)}"
+        )
     variant, workload, values = profile.variant, profile.workload, profile.record.values
     samples = profile.record.samples
     repacked = bool(values.get("packed_4bit_decode"))

@@ -94,7 +94,8 @@ def profile_variant(
         rates: dict[str, Rate] = {"product": product_rate(variant), "memory": "memory"}
         trial.conduct(list(rates.values()))
         by_rate = trial.read(dict[str, Peak], "peaks.json")
-        measured = {name: by_rate[rate] for name, rate in rates.items()}
+        measured = {name: by_rate[rate] for name, rate in rates.items() if rate in by_rate}
+        stated = {name: peak for name, rate in rates.items() if (peak := stated_peak(machine.device_name, rate))}
         profile = Profile(
             study=study.name,
             variant=variant,
@@ -108,7 +109,7 @@ def profile_variant(
             record=trial.record.replaced(notices=(*notices, *trial.record.notices)),
             activity=trial.read(Activity, "activity.json"),
             memory={phase: trial.read(MemoryAccount, f"memory-{phase}.json") for phase in ("train", "generate")},
-            peaks={name: stated_peak(machine.device_name, rate) or measured[name] for name, rate in rates.items()},
+            peaks=measured | stated,
             measured_peaks=measured,
             estimates=_estimates(variant, study.workload, machine.device),
         )

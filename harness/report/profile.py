@@ -253,7 +253,7 @@ def _ceilings(found: Ceilings | str, profile: Profile) -> Iterator[str]:
     yield f"decoding: {token} a token, {format_bytes(decode.bytes)} read for each, {decode.context} tokens of context"
     yield str(decode.use)
     for name, peak in profile.measured_peaks.items():
-        if peak != profile.peaks[name]:
+        if peak != profile.peaks.get(name):
             yield f"what this device reached when it was asked: {peak}"
 
 

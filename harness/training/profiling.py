@@ -29,7 +29,7 @@ from harness.memory_account import MemoryPhase
 from harness.meters.account import Birth, account
 from harness.meters.clock import Stopwatch
 from harness.meters.peak import measured_bandwidth, measured_product
-from harness.peaks import Rate
+from harness.peaks import Peak, Rate
 from harness.profile import PHASES, Activity
 from harness.record import Fragment, TrialRequest
 from harness.training.activity import MARK, activity_of
@@ -83,14 +83,20 @@ def write_account(
 
 
 def write_peaks(request: TrialRequest, rates: Sequence[Rate]) -> None:
-    """Measure what the device does at best at these rates, into a file of the trial's folder, by rate."""
+    """Measure what the device does at best at these rates, into a file of the trial's folder, by rate.
+
+    A rate for whose large product or copy the trial has left no memory is left out.
+    """
     device, threads = request.device, request.threads
-    peaks = {
-        rate: measured_bandwidth(device, threads=threads)
-        if rate == "memory"
-        else measured_product(device, rate, threads=threads)
-        for rate in rates
-    }
+    peaks: dict[Rate, Peak] = {}
+    for rate in rates:
+        release_unused(device)
+        with contextlib.suppress(torch.OutOfMemoryError):
+            peaks[rate] = (
+                measured_bandwidth(device, threads=threads)
+                if rate == "memory"
+                else measured_product(device, rate, threads=threads)
+            )
     (Path(request.scratch) / PEAKS).write_text(codec.dumps(peaks), encoding="utf-8")
 
 

@@ -197,6 +197,24 @@ def test_all_of_a_profile_is_shown_and_read_back(profile):
     assert "lm_head" in ceilings(other, step.step)
 
 
+def test_without_a_peak_there_is_no_share_of_it(profile):
+    """A trial that fills its device leaves no room to measure what it does at best; all else is shown."""
+    seen = dataclasses.replace(profile, peaks={"memory": profile.peaks["memory"]})
+    step = step_account(seen)
+    found = ceilings(seen, step.step)
+    assert found == "what a CPU does at best is not stated here, and the trial left no memory to measure it: product"
+    text = io.StringIO()
+    print_profile(
+        seen,
+        step,
+        token_shares(seen),
+        found,
+        diagnose(evidence_of(seen, step, token_shares(seen), found)),
+        console_for(text),
+    )
+    assert "none: what a CPU does at best" in text.getvalue()
+
+
 def test_a_kernel_takes_as_long_as_it_was_seen_to_take(profile):
     """On a GPU the profiler slows down the host only: what a plain phase leaves beside its kernels is idling."""
     phases = (phase("forward", 0.060, use("nvjet_tst", "matmul", 0.02)), phase("backward", 0.120))
