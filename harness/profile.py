@@ -107,8 +107,8 @@ class Profile:
     memory: dict[str, MemoryAccount]
     """Of a step and of a request, by phase."""
     peaks: dict[str, Peak]
-    """What the device does at best, by "product" and "memory"; stated by the vendor, or measured after the trial. One is
-    missing where nobody states it and the trial has left no memory to measure it in."""
+    """What the device does at best, by "product" and "memory"; stated by the vendor, or measured after the trial. One
+    is missing where nobody states it and the trial has left no memory to measure it in."""
     measured_peaks: dict[str, Peak] = field(default_factory=dict)
     """The same as measured after the trial, also where the vendor states it."""
     estimates: dict[str, dict[str, int]] = field(default_factory=dict)
