@@ -207,17 +207,23 @@ def step_times(
 
 
 def _is_known(found: Mapping[str, Sequence[float]]) -> bool:
-    """Whether the remainder's interval is narrow enough, by that of the median of the pairs' own remainders.
+    """Whether the remainder's interval is narrow enough: that of the pairs' own remainders, and those of the two
+    medians whose difference it is, of the plain steps and of what the phases add up to.
 
     Its ranks are those of the normal approximation: scipy, which has the exact ones, would be in the account of the
     requests' memory.
     """
-    plain = found["plain_step_time_s"]
-    sums = (sum(times) for times in zip(*(found[f"phase_{phase}_s"] for phase in PHASES), strict=True))
-    rests: list[float] = sorted(whole - parts for whole, parts in zip(plain, sums, strict=True))
-    middle, spread = len(rests) / 2, 0.98 * math.sqrt(len(rests))
-    low, high = rests[math.floor(middle - spread)], rests[min(math.ceil(middle + spread), len(rests) - 1)]
-    return high - low <= 2 * REMAINDER_HALF_WIDTH * statistics.median(plain)
+    plain = list(found["plain_step_time_s"])
+    sums = [sum(times) for times in zip(*(found[f"phase_{phase}_s"] for phase in PHASES), strict=True)]
+    rests = [whole - parts for whole, parts in zip(plain, sums, strict=True)]
+    limit = 2 * REMAINDER_HALF_WIDTH * statistics.median(plain)
+    return all(_median_width(values) <= limit for values in (rests, plain, sums))
+
+
+def _median_width(values: Sequence[float]) -> float:
+    """Width of the 95 % interval of the median, by its order statistics."""
+    ordered, middle, spread = sorted(values), len(values) / 2, 0.98 * math.sqrt(len(values))
+    return ordered[min(math.ceil(middle + spread), len(ordered) - 1)] - ordered[math.floor(middle - spread)]
 
 
 def profiled(bordered: BorderedStep, device: str, folder: Path) -> Activity:
