@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
+from harness.evidence import Evidence
 from harness.meters.validity import CONTENDED
 from harness.series import OCCUPANCY_FLOOR
 from harness.units import format_bytes, format_value
 from harness.variant import Variant
-from harness.workload import Workload
 
 WORTH = 0.02
 """Share of a step that is worth a word: twice the smallest slow-down that a comparison looks for."""
@@ -27,60 +27,6 @@ BETWEEN = 0.20
 """The same on a CPU, where the profiler stretches what lies between operators more than them."""
 FRAGMENTED = 0.10
 """Of what CUDA's allocator reserved. It rounds blocks up to 2 MiB and splits larger ones, which costs a few percent."""
-SPARE_SHARE = 0.9
-"""Share of the memory that a remedy may be expected to fill: what it adds is a rule of thumb."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evidence:
-    """What the rules judge. Shares are of a step; None where something was not seen or has no meaning."""
-
-    variant: Variant
-    workload: Workload
-    device: Literal["cpu", "cuda"]
-    step_s: float
-    phases_s: Mapping[str, float]
-    categories: Mapping[str, float] = field(default_factory=dict)
-    """Shares of what ran, by kernels_check's categories; the rest of the step is `idle`."""
-    idle: float = 0.0
-    """On a GPU the device waits, on a CPU the interpreter is between operators."""
-    calls: float = 0.0
-    """Kernels launched, or operators called, in a step."""
-    dropout: float = 0.0
-    """Share of what draws masks and, where that can be told from other products, applies them."""
-    padded: float = 0.0
-    """Share of the positions."""
-    recomputed: float = 0.0
-    """Share of all FLOPs that checkpointing repeats."""
-    masked_pairs: float = 0.0
-    """Share of the pairs given to attention that its mask hides."""
-    attention_backend: str | None = None
-    attention_mask: str | None = None
-    """"explicit" where attention was given a mask to read."""
-    adapter_dtype: str | None = None
-    flash_attn: bool = False
-    """Whether the package flash-attn is installed."""
-    wide_registers: bool = True
-    """Whether this CPU multiplies 16-bit numbers faster than 32-bit ones; a GPU does."""
-    occupancy: float | None = None
-    """CPU time over wall time for each thread."""
-    stalled: float | None = None
-    """Share of the time in which something that could run waited for a CPU, on the whole machine."""
-    threads: int = 1
-    cpus: int = 1
-    peak_bytes: int = 0
-    """Of training, on the device."""
-    memory_bytes: int = 0
-    """Of the device."""
-    extra_bytes: Mapping[str, int] = field(default_factory=dict)
-    """What leaving a saving out would add, where known: "quantization", "gradient_checkpointing", "optimizer"."""
-    reserved_bytes: int | None = None
-    """What CUDA's allocator held at its peak, of which `peak_bytes` were in use."""
-    alloc_retries: int = 0
-
-    def fits(self, key: str) -> bool:
-        """Whether the memory takes what leaving this out would add; where that is not known it does not."""
-        return key in self.extra_bytes and self.peak_bytes + self.extra_bytes[key] <= SPARE_SHARE * self.memory_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

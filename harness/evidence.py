@@ -1,21 +1,25 @@
-"""From a profile to the evidence that the rules of `harness.diagnosis` judge."""
+"""The evidence that the rules of `harness.diagnosis` judge, and how it is read off a profile."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from harness import catalogue, shapes
 from harness.accounting import IDLE, Ceilings, StepAccount, TokenShares, categories_s, observed, time_of
-from harness.diagnosis import Evidence
 from harness.errors import UsageError
 from harness.flops import computed_tokens, training_flops
 from harness.forecast import memory_bytes
 from harness.meters.validity import waiting_share
 from harness.profile import PhaseActivity, Profile
+from harness.variant import Variant
+from harness.workload import Workload
 
+SPARE_SHARE = 0.9
+"""Share of the memory that a remedy may be expected to fill: what it adds is estimated, within a tenth at best."""
 DROPOUT_KERNELS = ("dropout", "bernoulli")
 """In the names of kernels that draw a mask; the fused one applies it as well."""
 DROPOUT_OPERATOR = "aten::dropout"
@@ -24,6 +28,58 @@ _LEFT_OUT: Mapping[str, dict[str, Any]] = {
     "quantization": {"quantization": "none", "prepare_for_kbit": False},
     "gradient_checkpointing": {"gradient_checkpointing": False},
 }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evidence:
+    """What the rules judge. Shares are of a step; None where something was not seen or has no meaning."""
+
+    variant: Variant
+    workload: Workload
+    device: Literal["cpu", "cuda"]
+    step_s: float
+    phases_s: Mapping[str, float]
+    categories: Mapping[str, float] = field(default_factory=dict)
+    """Shares of what ran, by kernels_check's categories; the rest of the step is `idle`."""
+    idle: float = 0.0
+    """On a GPU the device waits, on a CPU the interpreter is between operators."""
+    calls: float = 0.0
+    """Kernels launched, or operators called, in a step."""
+    dropout: float = 0.0
+    """Share of what draws masks and, where that can be told from other products, applies them."""
+    padded: float = 0.0
+    """Share of the positions."""
+    recomputed: float = 0.0
+    """Share of all FLOPs that go with checkpointing."""
+    masked_pairs: float = 0.0
+    """Share of the pairs given to attention that its mask hides."""
+    attention_backend: str | None = None
+    attention_mask: str | None = None
+    """"explicit" where attention was given a mask to read."""
+    adapter_dtype: str | None = None
+    flash_attn: bool = False
+    """Whether the package flash-attn is installed."""
+    wide_registers: bool = True
+    """Whether this CPU multiplies 16-bit numbers faster than 32-bit ones; a GPU does."""
+    occupancy: float | None = None
+    """CPU time over wall time for each thread."""
+    stalled: float | None = None
+    """Share of the time in which something that could run waited for a CPU, on the whole machine."""
+    threads: int = 1
+    cpus: int = 1
+    peak_bytes: int = 0
+    """Of training, on the device."""
+    memory_bytes: int = 0
+    """What the device had free before."""
+    extra_bytes: Mapping[str, int] = field(default_factory=dict)
+    """What leaving a saving out would add, where known: "quantization", "gradient_checkpointing", "optimizer"."""
+    reserved_bytes: int | None = None
+    """What CUDA's allocator held at its peak, of which `peak_bytes` were in use."""
+    alloc_retries: int = 0
+
+    def fits(self, key: str) -> bool:
+        """Whether the memory takes what leaving this out would add; where that is not known it does not."""
+        return key in self.extra_bytes and self.peak_bytes + self.extra_bytes[key] <= SPARE_SHARE * self.memory_bytes
 
 
 def evidence_of(profile: Profile, step: StepAccount, tokens: TokenShares, found: Ceilings | str) -> Evidence:

@@ -175,16 +175,16 @@ def _rank_notices(variant: Variant, shape: ModelShape) -> Iterator[Notice]:
 
 
 def _paged_notices(variant: Variant, machine: Machine, shape: ModelShape) -> Iterator[Notice]:
-    if variant.optimizer.startswith("paged") and not paged_state_bytes(
-        variant.optimizer, adapter_tensors(variant, shape)
-    ):
+    if not variant.optimizer.startswith("paged"):
+        return
+    if not paged_state_bytes(variant.optimizer, adapter_tensors(variant, shape)):
         yield Notice(
             code="nothing-to-page",
             message=f"{variant.name}: {variant.optimizer} pages nothing: each of its tensors has fewer than "
             f"{PAGED_FROM_ELEMENTS} elements, which bitsandbytes keeps on the device.",
             remedy="Read its memory as that of an optimizer that is not paged, or raise r.",
         )
-    elif variant.optimizer.startswith("paged") and machine.device == "cpu":
+    elif machine.device == "cpu":
         yield Notice(
             code="paged-on-cpu",
             message=f"{variant.name}: {variant.optimizer} pages nothing on a CPU; its trials are invalid unless the "

@@ -11,13 +11,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from harness.memory_account import MemoryAccount
+from harness.memory_account import MemoryAccount, MemoryPhase
 from harness.peaks import Peak
 from harness.record import TrialRecord
 from harness.variant import Variant
 from harness.workload import Workload
 
 SCHEMA = 1
+ACTIVITY, TRACE, PEAKS = "activity.json", "trace.json.gz", "peaks.json"
+ACCOUNTS: dict[MemoryPhase, str] = {"train": "memory-train.json", "generate": "memory-generate.json"}
+"""What a profiled trial leaves in its folder: what ran, the trace that it was read from, peaks, and memory by phase."""
 PHASES = ("data", "forward", "backward", "update")
 """Phases of a step: taking the batch, forward, backward, clipping and the optimizer."""
 

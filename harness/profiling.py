@@ -30,15 +30,15 @@ from harness.memory_account import MEMORY_PHASES, MemoryAccount
 from harness.memory_estimate import estimate_memory, stored_dtype
 from harness.peaks import Peak, Rate, stated_peak
 from harness.plan import Plan, Slot, make_plan
-from harness.profile import Activity, Profile
+from harness.profile import ACCOUNTS, ACTIVITY, PEAKS, TRACE, Activity, Profile
 from harness.provenance import Machine
 from harness.record import Fragment, TrialRecord
 from harness.study import Study
 from harness.variant import Variant
 from harness.workload import Workload
 
-DOCUMENT, TRACE = "profile.json", "trace.json.gz"
-"""What a profile's folder holds beside the logs: all facts, and the profiler's own recording."""
+DOCUMENT = "profile.json"
+"""What a profile's folder holds beside the logs and the profiler's own recording: all facts."""
 LEAST_REQUESTS = 8
 """The median of fewer than 6 has no interval."""
 
@@ -93,7 +93,7 @@ def profile_variant(
         has = free_bytes(machine) or machine.device_memory_bytes or machine.memory_bytes
         rates: dict[str, Rate] = {"product": product_rate(variant), "memory": "memory"}
         trial.conduct(list(rates.values()))
-        by_rate = trial.read(dict[str, Peak], "peaks.json")
+        by_rate = trial.read(dict[str, Peak], PEAKS)
         measured = {name: by_rate[rate] for name, rate in rates.items() if rate in by_rate}
         stated = {name: peak for name, rate in rates.items() if (peak := stated_peak(machine.device_name, rate))}
         profile = Profile(
@@ -107,8 +107,8 @@ def profile_variant(
             wide_registers=machine.avx512_bf16,
             memory_bytes=has,
             record=trial.record.replaced(notices=(*notices, *trial.record.notices)),
-            activity=trial.read(Activity, "activity.json"),
-            memory={phase: trial.read(MemoryAccount, f"memory-{phase}.json") for phase in ("train", "generate")},
+            activity=trial.read(Activity, ACTIVITY),
+            memory={phase: trial.read(MemoryAccount, name) for phase, name in ACCOUNTS.items()},
             peaks=measured | stated,
             measured_peaks=measured,
             estimates=_estimates(variant, study.workload, machine.device),
@@ -146,8 +146,7 @@ class _Trial:
 
     def conduct(self, rates: list[Rate]) -> None:
         """All of it, in the order in which no measurement is in the way of another."""
-        self._ask("prepare", request=codec.to_json(self._request))
-        self._ask("born")
+        self._ask("prepare", request=codec.to_json(self._request), profiled=True)
         self._ask("build")
         self._ask("verify")
         self._ask("warm_up")

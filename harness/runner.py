@@ -74,42 +74,47 @@ def run_plan(
         """The plan's order, in whatever order its trials were measured: a run is gone on with by it."""
         return tuple(ended[slot.trial] for slot in plan.slots if slot.trial in ended)
 
-    again: list[Group] = []
+    on_cpu = site.device == "cpu"
+    again: list[Group] = []  # groups to be measured once more, when the others of their replicate have been
     took_s: dict[Group, float] = {}
-    interrupted = False
-    while (remaining or again) and not interrupted:
-        retrying = bool(again) and (not remaining or remaining[0].replicate != again[0].replicate)
-        group = again.pop(0) if retrying else remaining.pop(0)
-        if not retrying or took_s[group] <= budget.left_s:
-            attempts[group] += retrying
+    ended_by: BaseException | None = None
+    while (remaining or again) and ended_by is None:
+        retry = bool(again) and (not remaining or remaining[0].replicate != again[0].replicate)
+        group = again.pop(0) if retry else remaining.pop(0)
+        if not retry or took_s[group] <= budget.left_s:
+            attempts[group] += retry
             budget.enter(plan.study, group, [other for other in remaining if other.replicate == group.replicate])
             conductor = Conductor(plan, group, executors, site, watcher, save, budget, attempts[group])
-            error: Exception | None = None
             begin = budget.clock()
-            try:
-                conductor.measure()
-            except KeyboardInterrupt:
-                interrupted = True
-                conductor.interrupt()
-            except Exception as caught:  # a defect of ours must not cost what was measured
-                error = caught
-                conductor.abandon(caught)
+            ended_by = _conducted(conductor)
             for record in conductor.records():
                 if record.settled or record.trial not in ended:  # a second attempt that broke off leaves the first
-                    keep(record if plan.study.protocol.allow_disturbed else judged(record, on_cpu=site.device == "cpu"))
+                    keep(record if plan.study.protocol.allow_disturbed else judged(record, on_cpu=on_cpu))
             budget.leave()
             took_s[group] = budget.clock() - begin
-            if error is not None:
-                give_up(remaining)
-                raise error
             disturbed = any(ended[slot.trial].disturbed for slot in group.slots)
             if disturbed and attempts[group] < plan.study.protocol.retries:
                 again.append(group)
         between = not again and bool(remaining) and remaining[0].replicate != group.replicate
-        if between and not interrupted and (reason := stop(in_order())):
+        if between and ended_by is None and (reason := stop(in_order())):
             return Measured(records=in_order(), stopped=reason)
     give_up(remaining)
-    return Measured(records=in_order(), interrupted=interrupted)
+    if ended_by is not None and not isinstance(ended_by, KeyboardInterrupt):
+        raise ended_by
+    return Measured(records=in_order(), interrupted=ended_by is not None)
+
+
+def _conducted(conductor: Conductor) -> BaseException | None:
+    """Measure a group; what ended it before its time, of which its records tell."""
+    try:
+        conductor.measure()
+    except KeyboardInterrupt as interrupt:
+        conductor.interrupt()
+        return interrupt
+    except Exception as defect:  # one of ours must not cost what was measured
+        conductor.abandon(defect)
+        return defect
+    return None
 
 
 def _attempt(group: Group, earlier: Collection[TrialRecord]) -> int:

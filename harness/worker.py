@@ -236,11 +236,18 @@ def _answer(command: dict[str, Any], trials: dict[str, Any]) -> Fragment:
             _log_to(Path(request.log_path))
             prepare_process(request)
             shared = next((other.shared for other in trials.values()), None) or SharedBase()
-            trials[trial] = Trial(request, shared)
+            trials[trial] = (_profiled_trial() if command.get("profiled") else Trial)(request, shared)
             return Fragment()
         return trials[trial].run(phase, **command)  # type: ignore[no-any-return]
     except Exception as error:
         return failure_of(error, phase)
+
+
+def _profiled_trial() -> Any:
+    """The trial that `lorameter profile` takes apart; the others do not pay for its imports."""
+    from harness.training.profiled import ProfiledTrial
+
+    return ProfiledTrial
 
 
 def _log_to(path: Path) -> None:

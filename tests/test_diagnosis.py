@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from harness.diagnosis import RULES, Evidence, diagnose
+from harness.diagnosis import RULES, diagnose
+from harness.evidence import Evidence
 from harness.variant import Variant
 from harness.workload import Workload
 

@@ -1,7 +1,8 @@
 """One replicate of the overhead measurement: the harness's timed step and a bare loop, taking turns in one process.
 
-Both use the same model, adapter, optimizer and stream; the order is shuffled each turn. Prints JSON: the step as the
-harness records it, the whole `turn` call as the parent waits for it, and the bare loop.
+All use the same model, adapter, optimizer and stream; the order is shuffled each turn. The harness's turn is the
+trial's own, with the meters around it and without. Prints JSON: the step as recorded either way, the whole `turn` call
+as the parent waits for it, and the bare loop.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 import torch
 
 from harness.protocol import Protocol
+from harness.provenance import probe_machine
 from harness.record import TrialRequest
 from harness.study_file import load_study
 from harness.training.shared import SharedBase
@@ -25,15 +27,15 @@ from harness.training.trial import Trial
 
 def main(seed: int, turns: int) -> None:
     """Build the default study's QLoRA variant, warm up, take turns."""
+    study, machine = load_study("lora-or-qlora"), probe_machine()
     torch.set_num_threads(1)
-    study = load_study("lora-or-qlora")
     with tempfile.TemporaryDirectory() as folder:
         trial = Trial(
             TrialRequest(
                 trial="overhead", variant=study.variant("qlora-nf4-r16"), role="variant", replicate=0, seed=seed,
                 workload=study.workload, protocol=Protocol(), interleaving="replicates", measures=("steps",),
-                device="cpu", threads=1, tokens_path=prepare(study.workload, Path(folder)).path, scratch=folder,
-                log_path="",
+                device=machine.device, threads=1, tokens_path=prepare(study.workload, Path(folder)).path,
+                scratch=folder, log_path="",
             ),
             SharedBase(),
         )  # fmt: skip
@@ -43,7 +45,7 @@ def main(seed: int, turns: int) -> None:
         trainee, stream = trial._built.trainee, trial._built.stream
     model, optimizer = trainee.model, trainee.optimizer
     trained = [p for p in model.parameters() if p.requires_grad]
-    times: dict[str, list[float]] = {"recorded": [], "turn": [], "bare": []}
+    times: dict[str, list[float]] = {"bare": [], "metered": [], "unmetered": [], "turn": []}
 
     def bare() -> None:
         begin = time.perf_counter()
@@ -52,19 +54,24 @@ def main(seed: int, turns: int) -> None:
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if machine.device == "cuda":
+            torch.cuda.synchronize()
         times["bare"].append(time.perf_counter() - begin)
 
-    def harness() -> None:
+    def metered() -> None:
         begin = time.perf_counter()
         fragment = trial.run("turn", steps=1)
         times["turn"].append(time.perf_counter() - begin)
-        times["recorded"] += fragment.samples["step_time_s"]
+        times["metered"] += fragment.samples["step_time_s"]
 
-    order = [bare, harness]
+    def unmetered() -> None:
+        with trial._built.seat.taken():
+            times["unmetered"] += trial.turn(1).samples["step_time_s"]
+
+    ways = (bare, metered, unmetered)
     shuffler = random.Random(seed)
     for _ in range(turns):
-        shuffler.shuffle(order)
-        for take in order:
+        for take in shuffler.sample(ways, len(ways)):
             take()
     print(json.dumps(times))
 

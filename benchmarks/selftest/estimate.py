@@ -32,9 +32,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from harness import catalogue, shapes
-from harness.memory_account import MemoryPhase
+from harness import catalogue, codec, shapes
+from harness.memory_account import MemoryAccount, MemoryPhase
 from harness.memory_estimate import estimate_memory, stored_dtype
+from harness.profile import ACCOUNTS
 from harness.protocol import Protocol
 from harness.record import TrialRequest
 from harness.variant import Variant
@@ -166,32 +167,30 @@ def prepared(workload: Workload, folder: str) -> str:
 
 def trial(variant: Variant, workload: Workload, folder: str) -> dict[str, Any]:
     """Peaks as a solo trial reports them, then one step and one request watched."""
-    from harness.meters.account import account, born
     from harness.training.process import prepare_process
+    from harness.training.profiled import ProfiledTrial
     from harness.training.shared import SharedBase
-    from harness.training.trial import Trial
 
-    birth = born()
     request = TrialRequest(
         trial="r0-solo", variant=variant, role="variant", replicate=0, seed=0, workload=workload, protocol=PROTOCOL,
         interleaving="replicates", measures=("requests", "peaks"), instrument="spy", device="cpu", threads=1,
         tokens_path=json.loads((Path(folder) / "out").read_text()), scratch=folder, log_path="",
     )  # fmt: skip
     prepare_process(request)
-    one = Trial(request, SharedBase())
+    one = ProfiledTrial(request, SharedBase())
     memory: dict[str, int] = {}
     for command in ("build", "verify", "warm_up", "finish_training"):
         memory |= one.run(command).memory
-    trainee, step = one._built.trainee, one._built.step
-    trained = account(trainee.model, trainee.optimizer, step, birth=birth, device="cpu")
+    one.run("account", phase="train")
     for command in ("begin_generate", "request", "end_generate"):
         memory |= one.run(command).memory
-    served = account(
-        trainee.model, trainee.optimizer, lambda: one.run("request"), birth=birth, device="cpu", phase="generate"
-    )
+    one.run("account", phase="generate")
     return {
-        phase: {"peak": memory[f"host_peak_{phase}_bytes"], "share": found.share}
-        for phase, found in (("train", trained), ("generate", served))
+        phase: {
+            "peak": memory[f"host_peak_{phase}_bytes"],
+            "share": codec.from_json(MemoryAccount, json.loads((Path(folder) / name).read_text()), name).share,
+        }
+        for phase, name in ACCOUNTS.items()
     }
 
 

@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harness import accounting, provenance
+from harness import accounting, catalogue, provenance
 from harness.diagnosis import RULES, diagnose
 from harness.errors import UsageError
 from harness.evidence import evidence_of
@@ -98,8 +98,6 @@ def unchanged() -> Iterator[tuple[Study, str]]:
     study = load_study("lora-or-qlora")
     yield from ((study, variant.name) for variant in study.variants)
     try:
-        from harness import catalogue
-
         catalogue.resolve("smollm2-135m")
         yield study.with_overrides(model="smollm2-135m"), "qlora-nf4-r16"
     except UsageError as error:

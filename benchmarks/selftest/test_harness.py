@@ -22,55 +22,47 @@ from harness.units import format_bytes, format_interval, format_ratio
 
 pytestmark = pytest.mark.selftest
 HERE = Path(__file__).parent
+REPLICATES, TURNS = 12, 150
 
 
-def test_a_timed_step_costs_what_a_bare_loop_costs(say):
-    """Both take turns in one process, order shuffled, eight fresh processes; target at most 1.01 for what is recorded.
-
-    What a turn takes beside its steps (reading the meters, the switch of random numbers) is in no number.
-    """
-    replicates, turns = 8, 40
-    runs = processes("bare_loop.py", replicates, turns)
-    for name, words in (("recorded", "the step as recorded"), ("turn", "the whole turn, bookkeeping included")):
-        ratio = compare_trials([run["bare"] for run in runs], [run[name] for run in runs], pairing="turn")
-        say(
-            f"{words}: {format_ratio(ratio.ratio, ratio.low, ratio.high)} of a bare loop "
-            f"({replicates} processes × {turns} paired steps); {ratio.verdict}"
-        )
-        assert ratio.ratio is not None
-        if name == "recorded":
-            assert ratio.ratio <= 1.01, f"{words} costs more than 1.01 of a bare loop: {ratio.reason}"
-
-
-def test_the_meters_cost_a_timed_step_nothing(say):
-    """All meters around a step against none, in turns, twelve fresh processes; the whole interval below 1.005."""
-    replicates, turns = 12, 150
-    runs = processes("metered_loop.py", replicates, turns)
-    for name, words in (("", "the step as recorded"), ("_call", "the whole turn of one step")):
-        ratio = compare_trials(
-            [run[f"plain{name}"] for run in runs], [run[f"metered{name}"] for run in runs], pairing="turn"
-        )
-        say(
-            f"{words}, with all meters around it over without: {format_ratio(ratio.ratio, ratio.low, ratio.high)} "
-            f"({replicates} processes × {turns} paired steps)"
-        )
-        if not name:
-            high = ratio.high
-    assert high is not None
-    assert high < 1.005, "the meters may add 0.5 % to a timed step"
-
-
-def processes(script, replicates, turns):
-    """What fresh processes of a script print, one after the other."""
+@pytest.fixture(scope="module")
+def loops():
+    """Twelve fresh processes, in each of which steps by the harness and bare ones take turns."""
     return [
         json.loads(
             subprocess.run(
-                [sys.executable, str(HERE / script), str(seed), str(turns)],
+                [sys.executable, str(HERE / "bare_loop.py"), str(seed), str(TURNS)],
                 env=worker_environment(1), capture_output=True, text=True, check=True,
             ).stdout
         )
-        for seed in range(replicates)
+        for seed in range(REPLICATES)
     ]  # fmt: skip
+
+
+def over(loops, name, base, words, say):
+    """The ratio of one kind of step to another, said."""
+    ratio = compare_trials([loop[base] for loop in loops], [loop[name] for loop in loops], pairing="turn")
+    said = format_ratio(ratio.ratio, ratio.low, ratio.high)
+    say(f"{words}: {said} ({REPLICATES} processes × {TURNS} turns)")
+    return ratio
+
+
+def test_a_timed_step_costs_what_a_bare_loop_costs(loops, say):
+    """Target at most 1.01 for what is recorded.
+
+    What a turn takes beside its steps (reading the meters, the switch of random numbers) is in no number.
+    """
+    recorded = over(loops, "metered", "bare", "the step as recorded, over that of a bare loop", say)
+    over(loops, "turn", "bare", "the whole turn of one step, what is in no number included, over the same", say)
+    assert recorded.ratio is not None
+    assert recorded.ratio <= 1.01, recorded.reason
+
+
+def test_the_meters_cost_a_timed_step_nothing(loops, say):
+    """All meters around a step against none: the whole interval below 1.005."""
+    ratio = over(loops, "metered", "unmetered", "the step as recorded, with all meters around it over without", say)
+    assert ratio.high is not None
+    assert ratio.high < 1.005, "the meters may add 0.5 % to a timed step"
 
 
 def test_help_answers_at_once(say):

@@ -87,7 +87,9 @@ def account(
     peak = peaks[f"host_peak_{phase}_bytes"]
     slack = _Slack(crest.place)
     watched(slack.look)
-    kinds |= {"heap_slack": slack.bytes, "heap_growth": max(0, peak - crest.peak)}
+    kinds["heap_growth"] = max(0, peak - crest.peak)
+    if slack.bytes is not None:
+        kinds["heap_slack"] = slack.bytes
     return MemoryAccount(phase=phase, kinds=in_order(kinds, named=WATCHED[phase]), peak_bytes=peak)
 
 
@@ -140,12 +142,11 @@ class _Crest:
         """Keep what is alive now, if it is more than ever."""
         self._looks += 1
         peak = torch.cuda.max_memory_allocated() if self._cuda else host_bytes("VmHWM")
-        rose = peak > self._highest
+        scratch = 0
+        if peak > self._highest:
+            now = torch.cuda.memory_allocated() if self._cuda else resident_now()
+            scratch = max(0, peak - now)
         self._highest = peak
-        if self._cuda and not rose:
-            return
-        now = (torch.cuda.memory_allocated() if self._cuda else resident_now()) if rose else peak
-        scratch = max(0, peak - now)
         most = peak if self._cuda else sum(kinds.values()) + scratch
         if most > self._most:
             self._most, self.place, self.peak = most, self._looks, peak
@@ -158,13 +159,14 @@ class _Slack:
     def __init__(self, place: int) -> None:
         self._place = place
         self._looks = 0
-        self.bytes = 0
+        self.bytes: int | None = None
+        """None where the call did not come so far, or the C library cannot be asked."""
 
     def look(self, kinds: dict[str, int]) -> None:
         """Ask, if this is the place."""
         self._looks += 1
         if self._looks == self._place:
-            self.bytes = give_back_free() or 0
+            self.bytes = give_back_free()
 
 
 def _on_host(birth: Birth, resident: Collection[torch.Tensor]) -> dict[str, int]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import logging
 import resource
 
 import torch
 
+from harness.meters.pages import give_back_free
 from harness.record import TrialRequest
 
 INT8_LOGGER = "bitsandbytes.autograd._functions"
@@ -30,9 +30,7 @@ def release_unused(device: str) -> None:
     gc.collect()
     if device.startswith("cuda"):
         torch.cuda.empty_cache()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl has not
-    if trim is not None:
-        trim(0)
+    give_back_free()
 
 
 def prepare_process(request: TrialRequest) -> None:

@@ -22,19 +22,13 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
-from harness import codec
 from harness.accounting import LEAST_PAIRS
-from harness.errors import LorameterError
-from harness.memory_account import MemoryPhase
-from harness.meters.account import Birth, account
 from harness.meters.clock import Stopwatch
-from harness.meters.peak import measured_bandwidth, measured_product
-from harness.peaks import Peak, Rate
-from harness.profile import PHASES, Activity
-from harness.record import Fragment, TrialRequest
+from harness.profile import PHASES, TRACE, Activity
+from harness.record import TrialRequest
 from harness.training.activity import MARK, activity_of
 from harness.training.build import Trainee
-from harness.training.process import release_unused, synchronize
+from harness.training.process import synchronize
 from harness.training.step import TrainStep
 from harness.training.stream import Batch, TokenStream
 
@@ -48,56 +42,6 @@ BUDGET_S = 40.0
 LEAST_PROFILED, MOST_PROFILED = 3, 12
 PROFILED_BUDGET_S = 3.0
 """Steps are profiled for so long, within these numbers: the records of a step take megabytes."""
-ACTIVITY, TRACE, PEAKS = "activity.json", "trace.json.gz", "peaks.json"
-ACCOUNTS: dict[MemoryPhase, str] = {"train": "memory-train.json", "generate": "memory-generate.json"}
-"""What a profiled trial leaves in its folder: the activity, the trace that it was read from, peaks and memory."""
-
-
-def observe(request: TrialRequest, trainee: Trainee, stream: TokenStream, plain: TrainStep) -> Fragment:
-    """Times of the phases of a step, and real tokens."""
-    samples = step_times(plain, BorderedStep(trainee, stream, request), request.device)
-    values = useful_tokens(stream, request.workload.batch_size * request.variant.gradient_accumulation)
-    return Fragment(samples=samples, values=values)
-
-
-def write_activity(request: TrialRequest, trainee: Trainee, stream: TokenStream) -> None:
-    """What runs in a step, into files of the trial's folder: the activity, and the trace that it was read from."""
-    folder = Path(request.scratch)
-    bordered = BorderedStep(trainee, stream, request)
-    activity = profiled(bordered, request.device, folder)
-    (folder / ACTIVITY).write_text(codec.dumps(activity), encoding="utf-8")
-
-
-def write_account(
-    request: TrialRequest, trainee: Trainee, call: Callable[[], object], birth: Birth | None, phase: MemoryPhase
-) -> None:
-    """Account for the memory of one call, into a file of the trial's folder. Raises LorameterError without a birth."""
-    if birth is None:
-        raise LorameterError(f"trial {request.trial}: its memory cannot be accounted for, its birth was not noted")
-    release_unused(request.device)  # the check's records refer to each other, and would count as unexplained
-    compiled = request.variant.compile
-    found = account(
-        trainee.model, trainee.optimizer, call, birth=birth, device=request.device, phase=phase, compiled=compiled
-    )
-    (Path(request.scratch) / ACCOUNTS[phase]).write_text(codec.dumps(found), encoding="utf-8")
-
-
-def write_peaks(request: TrialRequest, rates: Sequence[Rate]) -> None:
-    """Measure what the device does at best at these rates, into a file of the trial's folder, by rate.
-
-    A rate for whose large product or copy the trial has left no memory is left out.
-    """
-    device, threads = request.device, request.threads
-    peaks: dict[Rate, Peak] = {}
-    for rate in rates:
-        release_unused(device)
-        with contextlib.suppress(torch.OutOfMemoryError):
-            peaks[rate] = (
-                measured_bandwidth(device, threads=threads)
-                if rate == "memory"
-                else measured_product(device, rate, threads=threads)
-            )
-    (Path(request.scratch) / PEAKS).write_text(codec.dumps(peaks), encoding="utf-8")
 
 
 class BorderedStep(TrainStep):

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -22,16 +22,12 @@ import kernels_check
 from harness import codec
 from harness.errors import LorameterError
 from harness.inference.server import Server
-from harness.memory_account import MemoryPhase
-from harness.meters.account import Birth, born
 from harness.meters.clock import Lap, Stopwatch
 from harness.meters.memory import MemoryGauge, host_bytes, resident_bytes
-from harness.peaks import Rate
 from harness.record import Failure, Fragment, Notice, TrialRequest
 from harness.stats import is_steady
 from harness.training.build import Trainee, build, save_initial, unpack_4bit
 from harness.training.process import release_unused
-from harness.training.profiling import observe, write_account, write_activity, write_peaks
 from harness.training.requirements import requirements_of
 from harness.training.shared import Seat, SharedBase
 from harness.training.step import TrainStep
@@ -40,29 +36,6 @@ from harness.training.surroundings import Surroundings
 
 STEADY_WINDOW = 3
 """Steps that must show no more downward trend before a warm-up ends."""
-
-
-COMMANDS = (
-    "born",
-    "build",
-    "verify",
-    "warm_up",
-    "turn",
-    "train",
-    "finish_training",
-    "account",
-    "profile",
-    "activity",
-    "save_adapter",
-    "begin_generate",
-    "request",
-    "natural",
-    "untrained",
-    "end_generate",
-    "merge",
-    "peak",
-    "close",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +55,23 @@ class Trial:
     this trial's adapter active and its own random numbers.
     """
 
+    COMMANDS: ClassVar[tuple[str, ...]] = (
+        "build",
+        "verify",
+        "warm_up",
+        "turn",
+        "train",
+        "finish_training",
+        "save_adapter",
+        "begin_generate",
+        "request",
+        "natural",
+        "untrained",
+        "end_generate",
+        "merge",
+        "close",
+    )
+
     def __init__(self, request: TrialRequest, shared: SharedBase) -> None:
         self._request = request
         self.shared = shared
@@ -93,22 +83,16 @@ class Trial:
         self._steps_taken = 0
         self._total_steps = 0
         self._server: Server | None = None
-        self._birth: Birth | None = None
 
     def run(self, command: str, **arguments: Any) -> Fragment:
         """Carry out a command in this trial's seat. Raises ValueError for a command that does not exist."""
-        if command not in COMMANDS:
+        if command not in self.COMMANDS:
             raise ValueError(f"unknown command {command!r}")
         method: Callable[..., Fragment] = getattr(self, command)
-        if command in ("born", "build"):
+        if command == "build":
             return method(**arguments)
         with self._built.seat.taken():
             return self._surroundings.around(command, lambda: method(**arguments))
-
-    def born(self) -> Fragment:
-        """Note what the process holds before it loads anything, for an account of its memory."""
-        self._birth = born()
-        return Fragment()
 
     def build(self) -> Fragment:
         """Load, attach, take the first step."""
@@ -247,26 +231,6 @@ class Trial:
             losses = [*losses, values["held_out_loss"]]
         return self._judged(Fragment(values=values, memory=memory, samples=samples), losses)
 
-    def account(self, phase: MemoryPhase) -> Fragment:
-        """Where the memory of a step or of a request goes; it is watched, so it is none of those that are timed."""
-        call = self._built.step if phase == "train" else self._serving.request
-        write_account(self._request, self._built.trainee, call, self._birth, phase)
-        return Fragment()
-
-    def profile(self) -> Fragment:
-        """Where a step's time goes; not yet what runs in it."""
-        parts = self._built
-        fragment = observe(self._request, parts.trainee, parts.stream, parts.step)
-        return self._judged(fragment, list(fragment.samples["train_loss"]))
-
-    def activity(self) -> Fragment:
-        """What runs in a step: the profiler's turn, after all else that a process is asked for. Training goes on."""
-        model = self._built.trainee.model
-        unpack_4bit(model)
-        model.train()
-        write_activity(self._request, self._built.trainee, self._built.stream)
-        return Fragment()
-
     def save_adapter(self) -> Fragment:
         """Write the trained adapter where a new interpreter will load it from."""
         initial = str(self._initial) if self._request.variant.rewrites_base else None
@@ -322,11 +286,6 @@ class Trial:
     def merge(self) -> Fragment:
         """Merge the adapter into the base and warm up again. Ends the trial: the base is changed."""
         self._serving.merge(discard=1 + self._request.protocol.generate_warmup)
-        return Fragment()
-
-    def peak(self, rates: list[Rate]) -> Fragment:
-        """What the device does at best. It fills caches and memory, so it comes when nothing else is timed."""
-        write_peaks(self._request, rates)
         return Fragment()
 
     def close(self) -> Fragment:

@@ -9,7 +9,8 @@ import torch
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from harness.diagnosis import Evidence, diagnose
+from harness.diagnosis import diagnose
+from harness.evidence import Evidence
 from harness.profile import PHASES
 from harness.protocol import Protocol
 from harness.record import TrialRequest
