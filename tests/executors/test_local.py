@@ -15,6 +15,7 @@ import pytest
 from harness.conductor import Site
 from harness.executors.local import LocalExecutor, LocalWorker
 from harness.plan import make_plan
+from harness.record import DISTURBED, Failure
 from harness.runner import run_plan
 
 
@@ -202,6 +203,29 @@ def test_a_claim_that_does_not_hold_is_a_row(executor, small_study, tmp_path):
     assert allowed.status == "ok"
     assert any(notice.code == "fallback-allowed" for notice in allowed.notices)
     assert allowed.memory["paged_optimizer_state_bytes"] == 0
+
+
+def test_a_disturbed_trial_is_measured_again_by_a_fresh_process(executor, small_study, tmp_path, monkeypatch):
+    """The judgement is planted, the processes are real: the second is the first over again, to the bit."""
+    seen = []
+
+    def judged(record, *, on_cpu):
+        seen.append(record)
+        if record.role == "control" or record.attempt:
+            return record
+        return record.replaced(status="invalid", failure=Failure(phase="train", kind=DISTURBED, message="planted"))
+
+    monkeypatch.setattr("harness.runner.judged", judged)
+    study = dataclasses.replace(small_study, variants=small_study.variants[:1])
+    records = measure(study, executor, tmp_path)
+    assert [(record.role, record.attempt) for record in seen if record.role == "variant"] == [
+        ("variant", 0), ("variant", 1)
+    ]  # fmt: skip
+    first, second = (record for record in seen if record.role == "variant")
+    assert first.samples["train_loss"] == second.samples["train_loss"]
+    assert records["r0-plain"] == second
+    assert {record.status for record in records.values()} == {"ok"}
+    assert not children_of(executor)
 
 
 def test_a_warm_zygote_has_one_thread_to_fork_with(executor):

@@ -133,3 +133,12 @@ def test_what_the_card_does_not_tell_is_said_once(surroundings):
     around, _ = surroundings("steps")
     assert around.around("turn", turn).notices == ()
     assert [notice.code for notice in around.around("finish_training", Fragment).notices] == ["not-measured"]
+
+
+@pytest.mark.parametrize("command", ["profile", "end_generate"])
+def test_what_of_the_card_was_not_measured_is_said_of_every_phase(surroundings, command):
+    """When a phase has ended: a profile without NVML must not read as an undisturbed one."""
+    around, _ = surroundings("steps", "requests", "peaks")
+    assert [notice.code for notice in around.around(command, Fragment).notices] == ["not-measured"]
+    on_cpu, _ = surroundings("steps", "requests", "peaks", device="cpu")
+    assert on_cpu.around(command, Fragment).notices == ()
