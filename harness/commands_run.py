@@ -184,7 +184,9 @@ def _dry_run(plan: Any, machine: Any, notices: Any, runs: Path, *, as_json: bool
     console.print(f"  level   {plan.interleaving}: {plan.why}", markup=False)
     took = "unknown" if expected.time_s is None else f"about {format_duration(expected.time_s)}"
     console.print(f"  time    {took} ({expected.basis})", markup=False)
-    console.print(f"  memory  about {format_bytes(expected.memory_bytes)} for the largest trial, its process included")
+    console.print(
+        f"  memory  about {format_bytes(expected.memory_bytes)} for what is live together, processes included"
+    )
     console.print(f"  disk    about {format_bytes(expected.disk_bytes)}")
     print_notices(notices, console)
     return EXIT_PASS

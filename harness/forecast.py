@@ -8,7 +8,7 @@ counted (`harness.memory_estimate`).
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,17 +46,13 @@ class Forecast:
 
 
 def forecast(plan: Plan, machine: Machine, runs: Path) -> Forecast:
-    """Expected wall time, peak memory of the largest trial (with its process) and disk of a run."""
-    source = catalogue.resolve(plan.study.workload.model)
-    shape, stored = shapes.shape(source), stored_dtype(source)
+    """Expected wall time, memory of what is live together at most (with its processes) and disk of a run."""
+    shape = shapes.shape(catalogue.resolve(plan.study.workload.model))
     adapters = [adapter_parameters(variant, shape) for variant, _ in plan.members]
     workload = plan.study.workload
-    needs = {
-        variant.name: estimate_memory(
-            variant, plan.study.workload_of(variant), shape, device=machine.device, stored=stored
-        ).needed_bytes
-        for variant, _ in plan.members
-    }
+    needs: dict[str, int] = {}
+    for one in plan.study.workloads:
+        needs |= needed_bytes([v for v, _ in plan.members if plan.study.workload_of(v) == one], one, machine, runs)
     memory = max(_group_bytes(group, needs) for group in plan.groups)
     tokens = 4 * 8 * workload.sequence_length * (workload.train_sequences + workload.held_out_sequences)
     disk = tokens + len(plan.slots) * 64 * 1024 + max(adapters) * 4
@@ -70,7 +66,15 @@ def _group_bytes(group: Group, needs: dict[str, int]) -> int:
 
 
 def together_bytes(members: Sequence[Variant], workload: Workload, machine: Machine, runs: Path | None) -> int:
-    """Expected memory of one live process for each member: peaks of an earlier run where there are any, else the
+    """Expected memory of one live process for each member."""
+    needs = needed_bytes(members, workload, machine, runs)
+    return sum(needs[variant.name] for variant in members)
+
+
+def needed_bytes(
+    variants: Iterable[Variant], workload: Workload, machine: Machine, runs: Path | None
+) -> dict[str, int]:
+    """Expected memory of a process of each variant, by name: the peak of an earlier run where there is one, else the
     estimate; on a GPU device memory."""
     source = catalogue.resolve(workload.model)
     shape, stored, device = shapes.shape(source), stored_dtype(source), machine.device
@@ -85,7 +89,7 @@ def together_bytes(members: Sequence[Variant], workload: Workload, machine: Mach
             return peak + extra
         return estimate_memory(variant, workload, shape, device=device, stored=stored).needed_bytes
 
-    return sum(map(needed, members))
+    return {variant.name: needed(variant) for variant in variants}
 
 
 def free_bytes(machine: Machine) -> int | None:

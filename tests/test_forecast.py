@@ -6,7 +6,7 @@ import pytest
 
 from harness import catalogue, codec, shapes, store
 from harness.adapter import adapter_parameters
-from harness.forecast import forecast, free_bytes, measured_peaks
+from harness.forecast import forecast, free_bytes, measured_peaks, together_bytes
 from harness.meters.reading import Reading, missing
 from harness.meters.system import memory_bytes
 from harness.plan import make_plan
@@ -49,6 +49,16 @@ def test_more_replicates_take_longer(small_study, machine, tmp_path):
         for v in big.variants
     )
     assert nf4 < plain / 2
+
+
+def test_a_plan_and_its_level_speak_of_the_same_memory(small_study, machine, tmp_path, write_run):
+    """Both go by the peaks of an earlier run where it measured a variant, and by the estimate of the others."""
+    write_run("run", {"plain": [0.1]}, peak=3 * 2**30)
+    machine, runs = dataclasses.replace(machine, device_name="Test CPU"), tmp_path / "runs"
+    plan = make_plan(small_study, interleaving="lockstep")
+    members = [variant for variant, _ in plan.members]
+    expected = forecast(plan, machine, runs).memory_bytes
+    assert expected == together_bytes(members, small_study.workload, machine, runs) > 6 * 2**30
 
 
 def test_what_is_free_is_what_a_container_leaves(machine, monkeypatch):
