@@ -89,12 +89,12 @@ def print_tried(tried: Tried, console: Console) -> None:
     if control is not None:
         said = format_ratio(control.ratio, control.low, control.high)
         console.print(f"  control (the present variant measured twice): {escape(said)} {control.verdict}")
-    print_notices(tried.notices, console)
     for failure in tried.failures:
         console.print(f"  [red]{escape(failure)}[/red]")
     if not tried.valid:
         console.print("  [bold red]This comparison is invalid.[/bold red]")
     console.print(f"  run {tried.run}")
+    print_notices(tried.notices, console)
 
 
 def _gain(ratio: float, low: float | None, high: float | None) -> str:
@@ -246,8 +246,7 @@ def _ceilings(found: Ceilings | str, profile: Profile) -> Iterator[str]:
         return
     yield str(found.train.mfu)
     yield str(found.train.hfu)
-    six_n = found.train.six_n
-    yield f"by the formula for full training, for comparison only: {six_n.name} {six_n.value:.1%} = {six_n.formula}"
+    yield f"by the formula for full training, for comparison only: {found.train.six_n}"
     decode = found.decode
     token = format_interval(decode.token.value, decode.token.low, decode.token.high, "s")
     yield f"decoding: {token} a token, {format_bytes(decode.bytes)} read for each, {decode.context} tokens of context"
