@@ -87,11 +87,12 @@ def _outliers(ok: list[TrialRecord]) -> Iterator[Notice]:
 
 
 def _warmup(ok: list[TrialRecord]) -> Iterator[Notice]:
-    unsteady = [record.trial for record in ok if record.values.get("warmup_steady") == 0.0]
+    warmed = [record for record in ok if "warmup_steady" in record.values]  # solo trials time no step
+    unsteady = [record.trial for record in warmed if record.values["warmup_steady"] == 0.0]
     if unsteady:
         yield Notice(
             code="warm-up-cut-short",
-            message=f"{len(unsteady)} of {len(ok)} trials were still getting faster when their warm-up ended, "
+            message=f"{len(unsteady)} of {len(warmed)} trials were still getting faster when their warm-up ended, "
             f"{unsteady[0]} among them.",
             remedy="Raise warmup_steps_max in the study's [protocol].",
         )
