@@ -113,9 +113,10 @@ def format_ratio(ratio: float | None, low: float | None, high: float | None) -> 
 
 
 def format_bytes(value: float) -> str:
-    """Bytes in the binary unit that reads best, three digits."""
+    """Bytes in the binary unit that reads best, three digits, or four between 1000 and 1024 of it."""
     factor, symbol = scale_of(value, "byte")
-    return f"{value / factor:.3g} {symbol}"
+    scaled = value / factor
+    return f"{scaled:.0f} {symbol}" if abs(scaled) >= 999.5 else f"{scaled:.3g} {symbol}"
 
 
 def format_duration(seconds: float) -> str:

@@ -31,4 +31,6 @@ def test_a_ratio_without_a_value_is_a_dash():
 def test_bytes_and_durations_read_well():
     """Binary units, and minutes where seconds would be many."""
     assert format_bytes(637 * 2**20) == "637 MiB"
+    assert format_bytes(1010 * 2**20) == "1010 MiB"
+    assert format_bytes(999.7 * 2**20) == "1000 MiB"
     assert [format_duration(s) for s in (42, 185, 4320)] == ["42 s", "3 min 05 s", "1 h 12 min"]
