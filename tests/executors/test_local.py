@@ -185,7 +185,7 @@ def test_an_exception_is_a_row(executor, small_study, tmp_path):
 
 def test_a_loss_that_is_not_finite_is_a_row(executor, small_study, tmp_path):
     """A learning rate that diverges: invalid, naming the step, before anything is ranked."""
-    study = variant(small_study, learning_rate=1e30, max_grad_norm=0.0)
+    study = variant(small_study, learning_rate=1e30, lora_alpha=10**12, max_grad_norm=0.0)
     records = measure(study, executor, tmp_path)
     assert records["r0-bad"].status == "invalid"
     assert records["r0-bad"].failure.kind == "LossNotFinite"

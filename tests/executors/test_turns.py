@@ -68,7 +68,7 @@ def test_a_waiting_process_uses_no_cpu(small_study, executor, tmp_path):
 
 def test_a_trial_that_fails_leaves_its_neighbours_on_the_base_alone(small_study, executor, tmp_path):
     """A diverging adapter is a row of its own; the others go on, bit-equal to a run without it."""
-    wild = dataclasses.replace(RANKS[1], name="wild", learning_rate=1e30, max_grad_norm=0)
+    wild = dataclasses.replace(RANKS[1], name="wild", learning_rate=1e30, lora_alpha=10**12, max_grad_norm=0)
     losses = {}
     protocol = dataclasses.replace(small_study.protocol, replicates=1)
     for name, variants in (("with", (RANKS[0], wild)), ("without", RANKS)):
