@@ -1,0 +1,710 @@
+"""Small runs with planted values, for the golden tests: `python tests/golden/construct.py` writes them all again.
+
+Manifests and the fields of a record that no test plants come from the two runs that are committed under reports/, so
+that the constructed ones have the form of measured ones. Their samples are drawn by seeded generators of the standard
+library and written with six digits. Nothing of `harness` is imported: what these files say must not follow it.
+
+runs/       what a user may have in a runs directory, whole and broken off
+damaged/    runs that cannot be read, each for another reason
+files/      pytest-benchmark files, policies and recordings of kernels
+profiles/   all facts of a profile, as `lorameter profile` writes them
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import random
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+REPORTS = HERE.parents[1] / "reports"
+MEASURED = {
+    "lora-or-qlora": REPORTS / "2026-11-25_amd-epyc-2cpu_lora-or-qlora",
+    "parameters": REPORTS / "2026-11-24_amd-epyc-2cpu_llama2-lora-parameters",
+}
+REFERENCE, NF4, ALPHA = "lora-r16", "qlora-nf4-r16", "qlora-nf4-r64-a256"
+SWEEP = ("r64-a16-d0.1", "lora_alpha=32", "lora_alpha=64", "lora_alpha=256", "r=16", "r=32", "r=512")
+JUDGED = ("1", "2", "3", "3 natural", "4", "8", "9", "11")
+"""Claims on alpha and r alone that have the levels they speak of in this sweep."""
+BEGUN = 1795000000.0
+MIB = 2**20
+LATER_FIELDS: dict[int, dict[str, tuple[str, ...]]] = {
+    2: {"record": ("side",), "manifest": ("sides",)},
+    3: {
+        "manifest": ("resumed", "stopped", "selection"),
+        "protocol": ("natural_requests", "max_minutes"),
+        "workload": ("natural_prompt_tokens", "natural_tokens", "prompt_format"),
+    },
+    4: {"record": ("attempt",), "protocol": ("retries", "allow_disturbed"), "study": ("own_workloads",)},
+}
+"""What each schema brought, as `harness.record` tells their history; an older run has none of it."""
+KEPT_VALUES = "host_watched_train_s new_tokens packed_4bit_decode threads trainable_parameters warmup_steady".split()
+FINGERPRINT = ("device", "device_name", "driver", "cuda", "cpu_model", "threads", "python", "libraries", "workload")
+
+Json = dict[str, Any]
+Change = Callable[[Json], Json | None]
+
+
+def rounded(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
+def measured(which: str) -> tuple[Json, list[Json]]:
+    """Manifest and records of a committed run."""
+    manifest = json.loads((MEASURED[which] / "manifest.json").read_text(encoding="utf-8"))
+    lines = (MEASURED[which] / "trials.jsonl").read_text(encoding="utf-8").splitlines()
+    return manifest, [json.loads(line) for line in lines]
+
+
+class Planted:
+    """One run: what the machine does to all arms of a turn alike, what is an arm's own, and what is planted."""
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        which: str = "lora-or-qlora",
+        variants: Sequence[str] = (REFERENCE, NF4, ALPHA),
+        replicates: int = 3,
+        turns: int = 6,
+        phases: Sequence[str] = ("train",),
+        ratios: dict[str, float] | None = None,
+        control: float = 1.0,
+        noise: float = 0.01,
+        scale: float = 1.0,
+        losses: dict[str, float] | None = None,
+        requests: dict[str, float] | None = None,
+        answers: dict[str, float] | None = None,
+        level: str = "",
+        sides: bool = False,
+        checks: int = 3,
+        peaks: int = 2,
+        heavier_mib: int = 0,
+        schema: int = 4,
+        status: str = "complete",
+        change: Change = lambda record: record,
+        edit: Change = lambda manifest: manifest,
+    ) -> None:
+        self.name = name
+        self.luck = random.Random(name)
+        self.manifest, self._templates = measured(which)
+        self.variants, self.replicates, self.turns, self.phases = variants, replicates, turns, phases
+        self.ratios, self.control, self.noise, self.scale = ratios or {}, control, noise, scale
+        self.losses, self.requests, self.answers = losses or {}, requests or {}, answers or {}
+        self.level, self.sides, self.checks, self.peaks = level or self.manifest["interleaving"], sides, checks, peaks
+        self.schema, self.status, self.change, self.edit = schema, status, change, edit
+        self.heavier_mib = heavier_mib
+        self.reference = self.manifest["study"]["reference"]
+
+    def write(self, folder: Path) -> Path:
+        """The run's directory; a record that `change` drops was planned all the same."""
+        planned = list(self._records())
+        kept = [changed for record in copy.deepcopy(planned) if (changed := self.change(record)) is not None]
+        order = list(dict.fromkeys(record["trial"] for record in planned))
+        manifest = self.edit(self._manifest(order)) or {}
+        path = folder / self.name
+        path.mkdir(parents=True)
+        (path / "manifest.json").write_text(_text(manifest, indent=1), encoding="utf-8")
+        (path / "trials.jsonl").write_text("".join(map(_text, kept)), encoding="utf-8")
+        return path
+
+    def _manifest(self, order: list[str]) -> Json:
+        made = copy.deepcopy(self.manifest)
+        study = made["study"]
+        if self.sides and self.reference not in self.variants:
+            study["reference"] = self.variants[0]
+        named = {*self.variants, study["reference"]}
+        study["variants"] = [variant for variant in study["variants"] if variant["name"] in named]
+        study["protocol"] |= {"replicates": self.replicates, "turns": self.turns, "steps_per_turn": 1}
+        study["protocol"] |= {"phases": list(self.phases), "peak_replicates": self.peaks}
+        made |= {
+            "run": self.name, "order": order, "created_unix_s": BEGUN, "phases": list(self.phases), "seed": 7,
+            "interleaving": self.level, "selection": list(self.variants), "status": self.status, "schema": self.schema,
+        }  # fmt: skip
+        made["provenance"].pop("settings", None)
+        made["tokens"]["examples"] = []
+        if self.sides:
+            made["sides"] = {
+                side: {"label": label, "worker": f"0.1.0 sha256:{worker}", "facts": _facts(peft)}
+                for side, label, worker, peft in (
+                    ("base", "main (1111111111)", "aaaaaaaaaaaa", "0.20.0"),
+                    ("candidate", "topic (2222222222)", "bbbbbbbbbbbb", "0.21.2"),
+                )
+            }
+        study["claims"] = [claim for claim in study["claims"] if claim["id"] in JUDGED]
+        for later, fields in LATER_FIELDS.items():
+            if later > self.schema:
+                places = {"manifest": made, "study": study, "protocol": study["protocol"]}
+                places["workload"] = study["workload"]
+                for place, names in fields.items():
+                    for name in names:
+                        places.get(place, {}).pop(name, None)
+        return made
+
+    def _arms(self) -> list[tuple[str, str, str]]:
+        """Name, role and side of each trial of a replicate."""
+        if not self.sides:
+            arms = [(name, "variant", "") for name in self.variants]
+            return [*arms, (self.reference, "control", "")] if self.reference in self.variants else arms
+        arms = [(name, "variant", side) for name in self.variants for side in ("base", "candidate")]
+        return [*arms, (self.variants[0], "control", "base")]
+
+    def _records(self) -> Iterator[Json]:
+        position = 0
+        for replicate in range(self.replicates):
+            arms = self._arms()
+            self.luck.shuffle(arms)
+            machine = self._machine()
+            for solo in (False, True):
+                for name, role, side in arms:
+                    alone = role == "control" and "cold" not in self.phases
+                    if solo and (replicate >= self.peaks or alone):
+                        continue
+                    yield self._record(name, role, side, replicate, position, machine, solo=solo)
+                    position += 1
+
+    def _machine(self) -> list[float]:
+        """Step times of the reference in one replicate: the machine's noise is far larger than an arm's own."""
+        level = 0.05 * self.scale * math.exp(self.luck.gauss(0, 0.04))
+        return [level * math.exp(self.luck.gauss(0, 0.08)) for _ in range(self.turns)]
+
+    def _record(
+        self, name: str, role: str, side: str, replicate: int, position: int, machine: list[float], *, solo: bool
+    ) -> Json:
+        template = next(
+            one for one in self._templates if one["name"] == name and one["trial"].endswith("-solo") == solo
+        )
+        suffix = (f"-{side}" if side else "") + ("-control" if role == "control" else "") + ("-solo" if solo else "")
+        made = {key: copy.deepcopy(template[key]) for key in ("name", "variant", "failure", "seed")}
+        made |= {
+            "schema": self.schema, "trial": f"r{replicate}-{name}{suffix}", "role": role, "side": side, "attempt": 0,
+            "replicate": replicate, "position": position, "started_unix_s": BEGUN + 20.0 * position, "status": "ok",
+            "wall_time_s": 15.0, "interleaving": "replicates" if solo else self.level, "notices": [],
+            "log": f"logs/r{replicate}-{name}{suffix}.log", "turn_lengths": [] if solo else [1] * self.turns,
+            "checks": self._checked(template), "memory": self._memory(name, side) if solo else {},
+            "tokens": {"hash": template["tokens"]["hash"][:12], "padded_tokens": 0, "real_tokens": 32768},
+            "values": {key: rounded(template["values"][key]) for key in KEPT_VALUES if key in template["values"]},
+        }  # fmt: skip
+        if not solo:
+            made["values"]["held_out_loss"] = rounded(self._loss(name) * 1.02)
+            factor = self.ratios.get(name, 1.0) if side != "base" else 1.0
+            factor *= self.control if role == "control" else 1.0
+            made["samples"] = self._samples(name, factor, machine)
+        else:
+            made["samples"] = {}
+        if "cold" in self.phases and solo:
+            made["values"]["cold_start_time_s"] = self._near(4.0)
+            made["samples"]["cold_start_time_s"] = [made["values"]["cold_start_time_s"]]
+        for later, fields in LATER_FIELDS.items():
+            for field in fields.get("record", ()) if later > self.schema else ():
+                del made[field]
+        return made
+
+    def _samples(self, name: str, factor: float, machine: list[float]) -> dict[str, list[float]]:
+        steps = [self._near(turn * factor) for turn in machine]
+        made = {
+            "step_time_s": steps,
+            "step_cpu_time_s": [rounded(0.99 * step) for step in steps],
+            "train_loss": [rounded(self._loss(name) + 0.5 / (turn + 1)) for turn in range(self.turns)],
+            "turn_padded_tokens": [0.0] * self.turns,
+            "turn_real_tokens": [256.0] * self.turns,
+            "turn_sequences": [2.0] * self.turns,
+            "warmup_loss": [rounded(self._loss(name) + 1.0)] * 3,
+            "warmup_step_time_s": [rounded(2 * steps[0]), rounded(1.1 * steps[0]), rounded(1.05 * steps[0])],
+            "catch_up_loss": [],
+        }
+        if "generate" in self.phases:
+            slower = self.requests.get(name, 1.0)
+            made["request_time_s"] = [self._near(1.2 * turn * slower) for turn in machine[:5]]
+            made["first_token_time_s"] = [self._near(0.1 * turn * slower) for turn in machine[:5]]
+            made["time_per_output_token_s"] = [self._near(0.07 * turn * slower) for turn in machine[:5]]
+            if self.answers:
+                tokens = self.answers.get(name, 48.0)
+                made["natural_tokens"] = [tokens] * 3
+                made["natural_request_time_s"] = [self._near(0.07 * turn * tokens) for turn in machine[:3]]
+        return made
+
+    def _near(self, value: float) -> float:
+        return rounded(value * math.exp(self.luck.gauss(0, self.noise)))
+
+    def _loss(self, name: str) -> float:
+        return self.losses.get(name, 4.6) * math.exp(self.luck.gauss(0, 0.001))
+
+    def _checked(self, template: Json) -> list[Json]:
+        """The evidence of some checks without its words, or all of it."""
+        if self.checks > len(template["checks"]):
+            return copy.deepcopy(template["checks"])
+        return [check | {"reason": "seen"} for check in template["checks"][: self.checks]]
+
+    def _memory(self, name: str, side: str) -> Json:
+        peak = 440 + 12 * self.variants.index(name) + self.luck.randrange(2)
+        peak += self.heavier_mib if side == "candidate" else 0
+        return {
+            "host_baseline_bytes": 339 * MIB, "host_peak_train_bytes": peak * MIB,
+            "host_peak_generate_bytes": (peak - 20) * MIB, "adapter_bytes": 1196032, "optimizer_state_bytes": 2392288,
+        }  # fmt: skip
+
+
+def _facts(peft: str) -> Json:
+    return {
+        "python": "3.11.7", "cuda": None, "git": {"commit": None, "dirty": None},
+        "packages": {"peft": peft, "torch": "2.13.0+cpu"},
+    }  # fmt: skip
+
+
+def _text(value: Any, indent: int | None = None) -> str:
+    return json.dumps(value, sort_keys=True, indent=indent, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def failure(record: Json, status: str, phase: str, kind: str, message: str) -> Json:
+    """The record of a trial that did not come to a good end: no samples, and why."""
+    told = {"phase": phase, "kind": kind, "message": message, "traceback": f"Traceback: {kind}: {message}"}
+    return record | {"status": status, "failure": told, "samples": {}, "values": {}, "turn_lengths": [], "checks": []}
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+
+def failed(record: Json) -> Json | None:
+    ends = {
+        f"r1-{NF4}": ("crashed", "timed", "SIGSEGV", "the process ended with signal 11"),
+        f"r2-{NF4}": ("timeout", "timed", "Timeout", "no answer within 600 s"),
+        f"r0-{ALPHA}-solo": ("oom", "build", "OutOfMemoryError", "tried to allocate 2.00 GiB"),
+        f"r3-{REFERENCE}": ("not_run", "start", "TimeLimit", "the limit of time was reached"),
+    }
+    return failure(record, *ends[record["trial"]]) if record["trial"] in ends else record
+
+
+def diverged(record: Json) -> Json:
+    """A loss that is not a number makes the trial invalid; the name stands where JSON has no number."""
+    if record["trial"] != f"r1-{ALPHA}":
+        return record
+    samples = record["samples"]
+    samples["train_loss"] = [*samples["train_loss"][:3], "NaN", "NaN", "Infinity"]
+    record["values"]["held_out_loss"] = "NaN"
+    told = {"phase": "timed", "kind": "LossNotFinite", "message": "the loss of step 4 is nan", "traceback": ""}
+    return record | {"status": "invalid", "failure": told, "samples": samples}
+
+
+def fallen_back(record: Json) -> Json:
+    """A required path of one variant is not active, in every trial."""
+    if record["name"] == NF4 and record["checks"]:
+        record["checks"][0] |= {"observed": "math", "status": "fallback", "reason": "forward: 4 math"}
+    return record
+
+
+def noticed(record: Json) -> Json:
+    """Trials that said something of themselves, and hosts that were busy."""
+    if record["replicate"] == 1 and record["samples"].get("step_time_s"):
+        record["values"] |= {"host_watched_train_s": 1.0, "host_cpu_stall_train_s": 0.4, "warmup_steady": 0.0}
+        record["samples"]["step_cpu_time_s"] = [rounded(0.8 * step) for step in record["samples"]["step_time_s"]]
+        notice = {"code": "constructed", "message": "said by a trial [bold].", "remedy": "Do nothing about it."}
+        record["notices"] = [notice]
+    return record
+
+
+def broken_off(record: Json) -> Json | None:
+    """What a run that was stopped in its third replicate holds."""
+    if record["replicate"] > 2:
+        return None
+    if record["replicate"] == 2 and record["name"] != REFERENCE:
+        return failure(record, "interrupted", "timed", "UnderWay", "the trial had not ended")
+    return record
+
+
+def until_the_second(record: Json) -> Json | None:
+    return record if record["replicate"] < 2 else None
+
+
+def disturb(path: Path) -> None:
+    """Trials that were measured again: one came to a good end at the second attempt, one never did."""
+    lines = [json.loads(line) for line in (path / "trials.jsonl").read_text(encoding="utf-8").splitlines()]
+    told = {"phase": "train", "kind": "Disturbed", "traceback": ""}
+    told["message"] = "while training the machine swapped 64 MiB in 1.00 s (constructed)"
+    again = []
+    for record in lines:
+        group = record["replicate"], record["interleaving"]
+        if group == (1, "lockstep"):
+            first = record | ({"status": "invalid", "failure": told} if record["name"] == NF4 else {})
+            again += [first, record | {"attempt": 1, "started_unix_s": record["started_unix_s"] + 500.0}]
+        elif group == (2, "lockstep") and record["name"] == ALPHA:
+            spoilt = record | {"status": "invalid", "failure": told}
+            spoilt["values"] = record["values"] | {"host_swap_in_train_bytes": 64.0 * MIB, "host_watched_train_s": 1.0}
+            again += [spoilt | {"attempt": attempt} for attempt in range(3)]
+        else:
+            again.append(record)
+    (path / "trials.jsonl").write_text("".join(map(_text, again)), encoding="utf-8")
+
+
+def cut(path: Path) -> None:
+    """The process was killed while it wrote its last line."""
+    text = (path / "trials.jsonl").read_text(encoding="utf-8")
+    (path / "trials.jsonl").write_text(text[: -len(text.splitlines()[-1]) // 2], encoding="utf-8")
+
+
+def resumed(manifest: Json) -> Json:
+    harness = manifest["provenance"]["worker"]["harness"]
+    times = ((BEGUN + 86400.0, harness, 30.0), (BEGUN + 172800.0, "0.1.0 sha256:cccccccccccc", None))
+    manifest["resumed"] = [
+        {"unix_s": at, "harness": by, "commit": "3" * 40, "max_minutes": limit} for at, by, limit in times
+    ]
+    return manifest | {"stopped": "the limit of 30 min was reached"}
+
+
+def elsewhere(manifest: Json) -> Json:
+    """Another torch and another CPU."""
+    manifest["provenance"]["libraries"]["torch"] = "2.12.1+cpu"
+    manifest["provenance"] |= {"cpu_model": "Another CPU", "device_name": "Another CPU"}
+    return manifest | {"fingerprint": "0123456789ab"}
+
+
+def renamed(manifest: Json) -> Json:
+    """One variant is another under the same name."""
+    for variant in manifest["study"]["variants"]:
+        if variant["name"] == NF4:
+            variant["lora_dropout"] = 0.0
+    return manifest
+
+
+def another_id(record: Json) -> Json:
+    return record | {"variant": "feedfacecafe"} if record["name"] == NF4 else record
+
+
+def crashed_candidate(record: Json) -> Json:
+    if record["trial"] == f"r2-{NF4}-candidate":
+        return failure(record, "crashed", "timed", "SIGKILL", "the process ended with signal 9")
+    return record
+
+
+def alike(manifest: Json) -> Json:
+    manifest["sides"]["candidate"] = manifest["sides"]["base"] | {"label": "main again"}
+    return manifest
+
+
+def doubled_memory(record: Json) -> Json:
+    for kind in record["memory"]:
+        record["memory"][kind] = 2 * record["memory"][kind]
+    return record
+
+
+def one_claim_unanswered(manifest: Json) -> Json:
+    """A variant of the sweep was not selected, so that what is claimed of it cannot be judged."""
+    manifest["selection"] = [name for name in manifest["selection"] if name != "r=32"]
+    return manifest
+
+
+def without_r_32(record: Json) -> Json | None:
+    return None if record["name"] == "r=32" else record
+
+
+BOTH = ("train", "generate")
+USUAL = {NF4: 1.1, ALPHA: 1.002}
+"""Against the reference one variant is slower by far, the other is equivalent."""
+LOSSES = dict(zip(SWEEP, (3.9, 3.8, 3.6, 3.2, 3.9, 3.9, 3.91), strict=True))
+ANSWERS = dict(zip(SWEEP, (48.0, 46.0, 40.0, 12.0, 48.0, 48.0, 48.0), strict=True))
+SWEPT: Json = {
+    "which": "parameters", "variants": SWEEP, "replicates": 4, "phases": BOTH, "losses": LOSSES, "answers": ANSWERS,
+    "ratios": {"r=512": 1.3}, "requests": {"r=512": 1.3}, "peaks": 1, "checks": 1,
+}  # fmt: skip
+
+
+def runs() -> list[tuple[Planted, Callable[[Path], None]]]:
+    """Every run, with what is done to its files afterwards."""
+
+    def nothing(path: Path) -> None:
+        pass
+
+    plain = [
+        Planted("sound", replicates=5, phases=BOTH, ratios=USUAL),
+        Planted("again", replicates=5, phases=BOTH, ratios=USUAL, noise=0.001),
+        Planted("slower", replicates=5, phases=BOTH, ratios={NF4: 1.5, ALPHA: 1.0}),
+        Planted("faster", replicates=5, phases=BOTH, ratios={NF4: 0.7, ALPHA: 1.0}),
+        Planted("another-day", replicates=5, phases=BOTH, scale=1.3, ratios=USUAL),
+        Planted("cold", phases=(*BOTH, "cold"), peaks=4),
+        Planted("larger", replicates=5, phases=BOTH, ratios=USUAL, change=doubled_memory),
+        Planted("noisy", replicates=3, noise=0.2),
+        Planted("fewer-variants", variants=(REFERENCE, NF4)),
+        Planted("without-reference", variants=(NF4, ALPHA)),
+        Planted("one-replicate", replicates=1, peaks=1),
+        Planted("two-replicates", replicates=2, peaks=1, noise=0.005),
+        Planted("control-failed", control=1.2),
+        Planted("control-unsure", control=1.0, noise=0.08),
+        Planted("failed", replicates=4, change=failed),
+        Planted("diverged", change=diverged),
+        Planted("fallback", change=fallen_back),
+        Planted("noticed", change=noticed),
+        Planted("full-checks", replicates=2, checks=99, peaks=1),
+        Planted("blocks", level="replicates"),
+        Planted("interrupted", replicates=4, status="interrupted", change=broken_off),
+        Planted("given-up", replicates=4, status="failed", change=until_the_second),
+        Planted("other-machine", replicates=5, phases=BOTH, edit=elsewhere),
+        Planted("other-variant", replicates=5, phases=BOTH, edit=renamed, change=another_id),
+        Planted("schema-1", schema=1, ratios=USUAL),
+        Planted("schema-2", schema=2, ratios=USUAL),
+        Planted("schema-3", schema=3, ratios=USUAL, edit=resumed),
+        Planted("ab", sides=True, variants=(REFERENCE, NF4), replicates=6, turns=8, ratios={NF4: 1.06}, heavier_mib=8),
+        Planted("ab-improved", sides=True, variants=(NF4,), replicates=6, turns=8, phases=BOTH, ratios={NF4: 0.9}),
+        Planted("ab-unsure", sides=True, variants=(NF4,), replicates=3, noise=0.2),
+        Planted("ab-failed", sides=True, variants=(REFERENCE, NF4), change=crashed_candidate),
+        Planted("ab-alike", sides=True, variants=(REFERENCE,), edit=alike),
+        Planted("swept", **SWEPT),
+        Planted(
+            "swept-in-part",
+            **SWEPT
+            | {
+                "variants": (*SWEEP[:4], "r=512", "r=32"),
+                "replicates": 2,
+                "edit": one_claim_unanswered,
+                "change": without_r_32,
+            },
+        ),
+    ]
+    return [
+        *((run, nothing) for run in plain),
+        (Planted("disturbed"), disturb),
+        (Planted("killed", replicates=4, status="running", change=until_the_second), cut),
+    ]
+
+
+# --- runs that cannot be read -----------------------------------------------------------------------------------------
+
+
+def damage(folder: Path) -> None:
+    """A small run, damaged in one way after another."""
+
+    def damaged(name: str, manifest: Change | None = None, record: Change | None = None) -> Path:
+        run = Planted(name, replicates=1, checks=1, variants=(REFERENCE,))
+        if manifest is not None:
+            run.edit = manifest
+        if record is not None:
+            run.change = lambda one: record(one) if one["role"] == "variant" else one
+        return run.write(folder)
+
+    damaged("unknown-field", record=lambda one: one | {"step_tme_s": 1.0})
+    damaged("unknown-field-of-manifest", manifest=lambda one: one | {"sedd": 1})
+    damaged("newer-schema", manifest=lambda one: one | {"schema": 99})
+    damaged("newer-schema-of-a-record", record=lambda one: one | {"schema": 99})
+    damaged("wrong-type", record=lambda one: one | {"replicate": "one"})
+    damaged("wrong-type-inside", record=lambda one: one | {"samples": {"step_time_s": [0.1, "fast"]}})
+    damaged("wrong-word", record=lambda one: one | {"status": "fine"})
+    damaged("missing-key", record=lambda one: {key: value for key, value in one.items() if key != "trial"})
+    damaged(
+        "missing-key-of-manifest", manifest=lambda one: {key: value for key, value in one.items() if key != "order"}
+    )
+    damaged("impossible-study", manifest=lambda one: one["study"]["workload"].update(batch_size=0) or one)
+    damaged("no-records").joinpath("trials.jsonl").unlink()
+    damaged("cut-manifest").joinpath("manifest.json").write_text('{"schema": 4, "run": ', encoding="utf-8")
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def benchmark_file(run: Planted, path: Path) -> Json:
+    """What pytest-benchmark and the plugin would save of the training of a run, as far as it is read again."""
+    manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    lines = [json.loads(line) for line in (path / "trials.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = []
+    for name in run.variants:
+        trials = [one for one in lines if (one["name"], one["role"]) == (name, "variant") and one["turn_lengths"]]
+        steps = [step for trial in trials for step in trial["samples"]["step_time_s"]]
+        info = {
+            "run": run.name, "name": name, "variant": trials[0]["variant"], "metric": "step_time_s",
+            "interleaving": run.level, "memory": {"host_peak_train_bytes": 440 * MIB},
+            "trials": [
+                {"trial": one["trial"], "replicate": one["replicate"], "samples": run.turns, "turn_lengths": [1] * 6}
+                for one in trials
+            ],
+            "medians": {"held_out_loss": [one["values"]["held_out_loss"] for one in trials]},
+        }  # fmt: skip
+        full = f"benchmarks/test_variants.py::test_train_step[{name}]"
+        row = {"name": full.partition("::")[2], "fullname": full, "group": "train", "param": name}
+        rows.append(row | {"params": {"variant_name": name}, "extra_info": info, "stats": {"data": steps}})
+    about = {
+        "schema": 4, "run": run.name, "fingerprint": manifest["fingerprint"], "study": "lora-or-qlora", "failed": {},
+        "variants": manifest["study"]["variants"], "invalid": None,
+    }  # fmt: skip
+    machine = {"lorameter": {key: manifest["provenance"].get(key) for key in FINGERPRINT}}
+    return {"machine_info": machine, "benchmarks": rows, "lorameter": about, "version": "5.1.0"}
+
+
+def foreign_file(scale: float) -> Json:
+    """What another project's pytest-benchmark saves."""
+    luck = random.Random(f"foreign {scale}")
+    rows = [
+        {"fullname": f"tests/test_it.py::{name}", "stats": {"data": times, "median": sorted(times)[2]}}
+        for name in ("test_fast", "test_slow")
+        for times in [[rounded(scale * luck.uniform(0.9, 1.1)) for _ in range(5)]]
+    ]
+    machine = {"cpu": {"brand_raw": "A CPU"}, "machine": "x86_64", "system": "Linux", "python_version": "3.11.7"}
+    return {"machine_info": machine, "benchmarks": rows, "version": "5.1.0"}
+
+
+POLICIES = {
+    "lenient": 'inconclusive = "pass"\ntolerance = 0.5\nmargin = 0.9\nmetrics = ["step_time_s"]\n',
+    "strict": (
+        'metrics = ["step_time_s", "*peak*", "held_out_loss"]\nrequired = ["lora-*", "absent-*"]\n\n'
+        '[[limit]]\nvariant = "qlora-*"\nmetric = "step_*"\ntolerance = 0.001\nmargin = 0.002\n'
+    ),
+    "mistyped": "tolerence = 0.01\n",
+    "impossible": "margin = 0\n",
+    "not-toml": "tolerance == 1\n",
+}
+FLASH = (
+    "void pytorch_flash::flash_fwd_kernel<pytorch_flash::Flash_fwd_kernel_traits<64, 128, 128, 4, false, false, "
+    "cutlass::bfloat16_t>, false, true, false, false, true, true, false, false>(pytorch_flash::Flash_fwd_params)"
+)
+NF4_KERNEL = (
+    "void kDequantizeBlockwise<__nv_bfloat16, 512, 64, 8, 2>(float *, unsigned char *, float *, T1 *, int, int)"
+)
+KERNELS = (FLASH, NF4_KERNEL, "ampere_bf16_s16816gemm_bf16_128x64_tn", "renamed [bold] kernel", FLASH)
+
+
+def recording() -> Json:
+    """Two steps on a GPU, with copies, a name that no rule knows and one event that stands there twice."""
+    events: list[Json] = []
+    for step in range(2):
+        at = 1000 * step
+        mark = {"ph": "X", "cat": "user_annotation", "name": f"ProfilerStep#{step}", "ts": at, "dur": 900}
+        events.append(mark)
+        for index, name in enumerate((*KERNELS, "Memcpy HtoD (Pageable -> Device)")):
+            kind = "gpu_memcpy" if name.startswith("Memcpy") else "kernel"
+            place = {"device": 0, "stream": 7 + index % 2}
+            event = {"ph": "X", "cat": kind, "name": name, "ts": at + 60 * index, "dur": 50 + index, "args": place}
+            events.append(event | {"pid": 0, "tid": place["stream"]})
+    return {"schemaVersion": 1, "traceEvents": [*events, events[1]], "traceName": "constructed"}
+
+
+def host_recording() -> Json:
+    """A step of a CPU: operators that call each other."""
+    names = (
+        ("aten::linear", 0, 90),
+        ("aten::mm", 5, 70),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu", 100, 40),
+    )
+    events = [
+        {"ph": "X", "cat": "cpu_op", "name": name, "pid": 1, "tid": 1, "ts": at, "dur": dur, "args": {}}
+        for name, at, dur in names
+    ]
+    return {"traceEvents": events}
+
+
+def kernel_table() -> str:
+    """What `nsys stats` prints."""
+    heads = "Time (%),Total Time (ns),Instances,Avg (ns),Med (ns),Min (ns),Max (ns),StdDev (ns),Name\n"
+    rows = ((60.0, 6000000, 6, FLASH), (30.0, 3000000, 3, NF4_KERNEL), (10.0, 1000000, 2, "renamed_kernel"))
+    return heads + "".join(f'{share},{total},{count},1.0,1.0,1,1,0.0,"{name}"\n' for share, total, count, name in rows)
+
+
+def write_files(folder: Path, sound: Path) -> None:
+    folder.mkdir(parents=True)
+    run = next(run for run, _ in runs() if run.name == "sound")
+    documents = {
+        "sound.json": benchmark_file(run, sound),
+        "foreign.json": foreign_file(1.0),
+        "foreign-slower.json": foreign_file(1.5),
+        "not-a-benchmark.json": {"benchmarks": {}},
+        "kernels.json": recording(),
+        "operators.json": host_recording(),
+        "no-events.json": {"traceEvents": []},
+    }
+    for name, document in documents.items():
+        (folder / name).write_text(_text(document), encoding="utf-8")
+    (folder / "kernels.csv").write_text(kernel_table(), encoding="utf-8")
+    (folder / "not-json.json").write_text("{", encoding="utf-8")
+    for name, text in POLICIES.items():
+        (folder / f"{name}.toml").write_text(text, encoding="utf-8")
+
+
+# --- profiles ---------------------------------------------------------------------------------------------------------
+
+PHASES = {"data": 0.001, "forward": 0.030, "backward": 0.060, "update": 0.008}
+RAN = {
+    "data": (),
+    "forward": (("aten::mm", "matmul", 0.03), ("aten::bernoulli_", "elementwise", 0.02)),
+    "backward": (("aten::mm", "matmul", 0.11), ("bitsandbytes::dequantize_4bit", "dequantize", 0.008)),
+    "update": (("aten::_fused_adamw_", "optimizer", 0.008),),
+}
+"""Constructed: under the profiler everything takes twice as long."""
+
+
+def profile(*, missing: str = "", remainder: float = 0.001) -> Json:
+    """A profile of the 4-bit variant."""
+    luck = random.Random(f"profile {missing} {remainder}")
+    manifest, records = measured("lora-or-qlora")
+    variant = next(one for one in manifest["study"]["variants"] if one["name"] == NF4)
+    template = next(one for one in records if one["trial"] == f"r0-{NF4}-solo")
+    noise = [math.exp(luck.gauss(0, 0.004)) for _ in range(8)]
+
+    def times(seconds: float) -> list[float]:
+        return [rounded(seconds * factor * math.exp(luck.gauss(0, 0.001))) for factor in noise]
+
+    whole = sum(PHASES.values()) + remainder
+    samples = {f"phase_{name}_s": times(seconds) for name, seconds in PHASES.items()} | {
+        "plain_step_time_s": times(whole), "plain_step_cpu_time_s": times(0.99 * whole),
+        "bordered_step_time_s": times(whole), "bordered_step_cpu_time_s": times(0.99 * whole),
+        "between_steps_s": times(2e-5)[:7], "time_per_output_token_s": times(0.004), "first_token_time_s": times(0.009),
+    }  # fmt: skip
+    record = {
+        "schema": 4, "trial": f"r0-{NF4}", "status": "ok", "name": NF4, "variant": template["variant"], "seed": 0,
+        "role": "variant", "replicate": 0, "position": 0, "interleaving": "replicates", "started_unix_s": BEGUN,
+        "wall_time_s": 20.0, "samples": samples, "memory": template["memory"], "checks": template["checks"][:4],
+        "values": {"useful_positions": 192.0, "useful_pairs": 9312.0, "trainable_parameters": 299008.0},
+        "notices": [{"code": "constructed", "message": "a notice of the trial.", "remedy": "None."}],
+    }  # fmt: skip
+    phases = [
+        {
+            "phase": name, "window_s": 2 * seconds, "busy_s": rounded(sum(one[2] for one in RAN[name])),
+            "operators": [{"name": op, "category": kind, "calls": 2.0, "time_s": s} for op, kind, s in RAN[name]],
+            "totals_s": {"aten::dropout": 0.025} if name == "forward" else {},
+        }
+        for name, seconds in PHASES.items()
+    ]  # fmt: skip
+    peak = {"device": "this CPU with 1 thread", "source": "constructed"}
+    peaks = {"product": {"rate": "bfloat16", "per_s": 1e12} | peak, "memory": {"rate": "memory", "per_s": 1e10} | peak}
+    kinds = {"process": 337 * MIB, "linear_weights": 2 * MIB, "gradients": MIB, "optimizer_state": 2 * MIB}
+    return {
+        "schema": 1, "study": "lora-or-qlora", "variant": variant, "workload": manifest["study"]["workload"],
+        "device": "cpu", "device_name": "AMD EPYC", "threads": 1, "cpus": 2, "wide_registers": True, "record": record,
+        "memory_bytes": 8 * 2**30, "peaks": peaks, "measured_peaks": {"memory": peaks["memory"]},
+        "activity": {
+            "device": "cpu", "step_times_s": [0.2, 0.201, 0.199], "phases": [] if missing else phases,
+            "missing": missing,
+        },
+        "memory": {
+            "train": {"phase": "train", "kinds": kinds, "peak_bytes": 439 * MIB},
+            "generate": {"phase": "generate", "kinds": {"process": 337 * MIB}, "peak_bytes": 350 * MIB},
+        },
+        "estimates": {"train": kinds | {"gradients": 2 * MIB}},
+    }  # fmt: skip
+
+
+PROFILES = {
+    "explained": profile(),
+    "unexplained": profile(remainder=0.02),
+    "unseen": profile(missing="the profiler recorded nothing (constructed)"),
+}
+
+
+def construct(target: Path) -> None:
+    """Write everything below `target`."""
+    for folder in ("runs", "damaged", "files", "profiles"):
+        shutil.rmtree(target / folder, ignore_errors=True)
+    paths = {}
+    for run, afterwards in runs():
+        paths[run.name] = run.write(target / "runs")
+        afterwards(paths[run.name])
+    damage(target / "damaged")
+    write_files(target / "files", paths["sound"])
+    (target / "profiles").mkdir()
+    for name, document in PROFILES.items():
+        (target / "profiles" / f"{name}.json").write_text(_text(document, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    construct(Path(sys.argv[1]) if len(sys.argv) > 1 else HERE)
