@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from harness import codec
-from harness.comparands import Comparand
-from harness.provenance import POWER_LIMIT
-from harness.record import Notice
-from harness.verdicts import Difference
+from harness.machine.provenance import POWER_LIMIT
+from harness.records import codec
+from harness.records.record import Notice
+from harness.verdicts.comparand import Comparand
+from harness.verdicts.outcome import Difference
 
 
 def machine_differences(base: Comparand, candidate: Comparand) -> list[Difference]:

@@ -10,17 +10,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness import (
-    commands,
-    commands_ab,
-    commands_doctor,
-    commands_estimate,
-    commands_profile,
-    commands_run,
-    commands_sample,
-    commands_study,
-)
-from harness.commands import print_json
+from harness import commands_sample
+from harness.commands import ab as commands_ab
+from harness.commands import claims as commands_study
+from harness.commands import compare as commands
+from harness.commands import doctor as commands_doctor
+from harness.commands import estimate as commands_estimate
+from harness.commands import profile as commands_profile
+from harness.commands import run as commands_run
+from harness.commands.compare import print_json
 from harness.errors import EXIT_INVALID, EXIT_PASS, EXIT_UNEXPECTED, LorameterError
 
 
@@ -93,8 +91,9 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _listed(options: argparse.Namespace) -> list[dict[str, Any]]:
-    from harness import catalogue, codec, store
-    from harness.study_file import builtin_studies, load_study
+    from harness.models import catalogue
+    from harness.records import codec, store
+    from harness.studies.study_file import builtin_studies, load_study
 
     if options.what == "studies":
         return [{"name": name, "title": load_study(name).title} for name in builtin_studies()]
@@ -113,10 +112,10 @@ def _listed(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _list_sizes(options: argparse.Namespace) -> int:
-    from harness.study_file import load_study
+    from harness.studies.study_file import load_study
 
     study = load_study(_study_named(options)).with_overrides(model=options.model)
-    from harness.training.sizes import sizes_of_study  # loads torch, so only for a study that can be read
+    from harness.trial.building.sizes import sizes_of_study  # loads torch, so only for a study that can be read
 
     model, sizes = study.workload.model, sizes_of_study(study)
     if options.json:
@@ -137,8 +136,8 @@ def _study_named(options: argparse.Namespace) -> str:
 
 
 def _run_row(path: Path) -> dict[str, Any]:
-    from harness import store
     from harness.errors import UsageError
+    from harness.records import store
 
     try:
         manifest = store.read_manifest(path)
@@ -148,7 +147,7 @@ def _run_row(path: Path) -> dict[str, Any]:
 
 
 def _fetch(options: argparse.Namespace) -> int:
-    from harness import fetch
+    from harness.models import fetch
 
     path = fetch.fetch(options.name, report=lambda text: print(text, file=sys.stderr))
     if options.json:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from harness.commands import print_json
+from harness.commands.compare import print_json
 from harness.errors import EXIT_PASS
 
 
@@ -26,7 +26,7 @@ def add_commands(commands: Any, common: Any) -> None:
 
 def run_sample(options: argparse.Namespace) -> int:
     """Print the answers."""
-    from harness import codec, store
+    from harness.records import codec, store
     from harness.sample import samples_of
 
     run = store.read_run(options.run, store.runs_dir(options.runs_dir))

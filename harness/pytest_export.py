@@ -9,13 +9,13 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from harness import codec
 from harness.agreement import fact_differences
-from harness.comparands import comparand_of
-from harness.series import Series, samples_of
-from harness.store import Run
-from harness.study import Study
-from harness.units import METRICS
+from harness.records import codec
+from harness.records.store import Run
+from harness.records.units import METRICS
+from harness.studies.study import Study
+from harness.verdicts.comparand import comparand_of
+from harness.verdicts.series import Series, samples_of
 
 
 def extra_info(run: Run, series: Series, phase: str, metric: str) -> dict[str, Any]:

@@ -26,11 +26,11 @@ from harness.errors import LorameterError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from harness.gate import GateResult
-    from harness.provenance import Machine
-    from harness.record import TrialRecord
-    from harness.store import Run
-    from harness.study import Study
+    from harness.machine.provenance import Machine
+    from harness.records.record import TrialRecord
+    from harness.records.store import Run
+    from harness.studies.study import Study
+    from harness.verdicts.gate import GateResult
 
 PLUGIN = "lorameter-session"
 DEFAULT_STUDY = "lora-or-qlora"
@@ -97,8 +97,8 @@ class Session:
     """One pytest session over one study: measures once after collection, replays in each test, reports at the end."""
 
     def __init__(self, config: pytest.Config) -> None:
-        from harness.pytest_gate import load_gate
-        from harness.pytest_resume import load_resumed
+        from harness.commands.pytest_gate import load_gate
+        from harness.commands.pytest_resume import load_resumed
 
         self._config = config
         self._run: Run | None = None
@@ -137,7 +137,7 @@ class Session:
             return
         with _usage_errors():
             if self._gate is not None:
-                from harness.provenance import comparable, fingerprint
+                from harness.machine.provenance import comparable, fingerprint
 
                 facts = self._provenance()
                 self._gate.prepare(self._study, comparable(facts), fingerprint(facts))
@@ -153,8 +153,8 @@ class Session:
 
         def replayed() -> None:
             from harness.pytest_export import extra_info
-            from harness.series import series_of
-            from harness.units import PRIMARY
+            from harness.records.units import PRIMARY
+            from harness.verdicts.series import series_of
 
             if self._run is None or phase is None:
                 pytest.fail("nothing was measured for this test; is it marked with lorameter(phase)?", pytrace=False)
@@ -206,7 +206,7 @@ class Session:
 
     def pytest_benchmark_update_machine_info(self, machine_info: dict[str, Any]) -> None:
         """Device, libraries and workload, as far as two runs must agree on them to be compared."""
-        from harness.provenance import comparable
+        from harness.machine.provenance import comparable
 
         machine_info["lorameter"] = comparable(self._provenance())
 
@@ -236,7 +236,7 @@ class Session:
             output_json["lorameter"] = about_run(self._run)
 
     def _load(self) -> Study:
-        from harness.study_file import load_study
+        from harness.studies.study_file import load_study
 
         if self._resumed is not None:
             return self._resumed.study
@@ -254,10 +254,10 @@ class Session:
     def _measure(self, names: list[str], phases: set[str]) -> Run:
         import dataclasses
 
-        from harness import store
-        from harness.measure import measure, plan_study
+        from harness.records import store
         from harness.report.live import LiveDisplay
         from harness.report.terminal import console_for, print_notices
+        from harness.run.measure import measure, plan_study
 
         if self._resumed is not None:
             with LiveDisplay(console_for(sys.stderr)) as display:
@@ -281,12 +281,12 @@ class Session:
             return measure(plan, self._machine(), runs=runs, display=display, notices=notices)
 
     def _machine(self) -> Machine:
-        from harness.provenance import probe_machine
+        from harness.machine.provenance import probe_machine
 
         return probe_machine()
 
     def _provenance(self) -> dict[str, Any]:
-        from harness.provenance import collect
+        from harness.machine.provenance import collect
 
         return collect(self._study, self._machine(), self._study.workload.threads, {})
 

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from harness import catalogue, shapes
 from harness.errors import UsageError
-from harness.record import TrialRecord
-from harness.store import Run
+from harness.models import catalogue, shapes
+from harness.records.record import TrialRecord
+from harness.records.store import Run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +54,7 @@ def samples_of(run: Run, variant: str, *, replicate: int = 0, count: int | None 
             "[workload] and the phase generate."
         )
     source = catalogue.resolve(run.manifest.study["workload"]["model"])
-    from harness.training.tokenizers import load_tokenizer
+    from harness.trial.data.tokenizers import load_tokenizer
 
     tokenizer, _ = load_tokenizer(source, vocab_size=shapes.shape(source).vocab_size)
     limit = int(run.manifest.study["workload"]["natural_tokens"])

@@ -27,15 +27,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from harness import codec
 from harness.errors import InvalidRunError
-from harness.failure import failure_of
-from harness.meters.nvml import compute_capability
-from harness.processes import kill_group
-from harness.provenance import harness_identity
-from harness.record import SCHEMA, Fragment, TrialRequest
+from harness.machine.nvml import compute_capability
+from harness.machine.processes import kill_group
+from harness.machine.provenance import harness_identity
+from harness.records import codec
+from harness.records.record import SCHEMA, Fragment, TrialRequest
+from harness.trial.failure import failure_of
 
-PRELOAD = ("torch", "transformers", "peft", "bitsandbytes", "harness.training.trial")
+PRELOAD = ("torch", "transformers", "peft", "bitsandbytes", "harness.trial.trial")
 """What every trial needs; imported once by the zygote."""
 FAMILIES = ("gemma", "llama", "mistral", "qwen2")
 """Architectures of the catalogue."""
@@ -225,9 +225,9 @@ def serve(connection: socket.socket) -> None:
 
 def _answer(command: dict[str, Any], trials: dict[str, Any]) -> Fragment:
     """Run one command; whatever goes wrong becomes a fragment with a status, never a dead connection."""
-    from harness.training.process import prepare_process
-    from harness.training.shared import SharedBase
-    from harness.training.trial import Trial
+    from harness.trial.building.shared import SharedBase
+    from harness.trial.process import prepare_process
+    from harness.trial.trial import Trial
 
     phase, trial = str(command.pop("do")), str(command.pop("trial"))
     try:
@@ -245,7 +245,7 @@ def _answer(command: dict[str, Any], trials: dict[str, Any]) -> Fragment:
 
 def _profiled_trial() -> Any:
     """The trial that `lorameter profile` takes apart; the others do not pay for its imports."""
-    from harness.training.profiled import ProfiledTrial
+    from harness.trial.profiling.trial import ProfiledTrial
 
     return ProfiledTrial
 

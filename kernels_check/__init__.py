@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kernels_check.check import REQUIREMENTS, STATUSES, Check, Requirement
-    from kernels_check.isolation import probe_isolation
-    from kernels_check.judge import verify
+    from kernels_check.judges.batch import probe_isolation
     from kernels_check.rules import Rule, classify
-    from kernels_check.trace import read_trace
-    from kernels_check.trace_file import TraceError
-    from kernels_check.trace_summary import KernelSummary
+    from kernels_check.trace.file import TraceError
+    from kernels_check.trace.read import read_trace
+    from kernels_check.trace.summary import KernelSummary
+    from kernels_check.verification import verify
 
 __all__ = [
     "REQUIREMENTS",
@@ -36,14 +36,14 @@ _HOME = {
     "REQUIREMENTS": "check",
     "STATUSES": "check",
     "Check": "check",
-    "KernelSummary": "trace_summary",
+    "KernelSummary": "trace.summary",
     "Requirement": "check",
     "Rule": "rules",
-    "TraceError": "trace_file",
+    "TraceError": "trace.file",
     "classify": "rules",
-    "probe_isolation": "isolation",
-    "read_trace": "trace",
-    "verify": "judge",
+    "probe_isolation": "judges.batch",
+    "read_trace": "trace.read",
+    "verify": "verification",
 }
 
 

@@ -55,7 +55,7 @@ def _add_trace(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     trace.add_argument("file", type=Path, metavar="FILE", help="trace .json or .json.gz, or nsys .csv (also .gz)")
     trace.add_argument("--json", action="store_true", help="print one JSON document")
-    trace.set_defaults(run="trace_report:run")
+    trace.set_defaults(run="trace.report:run")
 
 
 def _add_rules(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -70,13 +70,13 @@ def _add_rules(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def _add_probe(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     probe = commands.add_parser("probe", help="which fast paths run on this machine, how exact and how fast (default)")
     probe.add_argument("--json", action="store_true", help="print one JSON document")
-    probe.set_defaults(run="probe:run")
+    probe.set_defaults(run="probe.probe:run")
 
 
 def _add_selftest(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     selftest = commands.add_parser("selftest", help="run every negative control: broken runs caught, sound ones passed")
     selftest.add_argument("--json", action="store_true", help="print one JSON document")
-    selftest.set_defaults(run="selftest:run")
+    selftest.set_defaults(run="controls.selftest:run")
 
 
 if __name__ == "__main__":

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from harness import codec
-from harness.protocol import Protocol
-from harness.provenance import Machine
-from harness.study import Study
-from harness.variant import Variant
-from harness.workload import Workload
+from harness.machine.provenance import Machine
+from harness.records import codec
+from harness.studies.protocol import Protocol
+from harness.studies.study import Study
+from harness.studies.variant import Variant
+from harness.studies.workload import Workload
 
 pytest_plugins = ["pytester"]
 
@@ -96,9 +96,9 @@ def write_run(tmp_path: Path, small_study: Study):
     `steps` are the step times of each variant, one a replicate; the control repeats the reference's, times `control`.
     `facts` replaces fields of the provenance, `change` any record on its way to the disk.
     """
-    from harness import provenance
-    from harness.record import TrialRecord
-    from harness.store import Manifest, RunWriter
+    from harness.machine import provenance
+    from harness.records.record import TrialRecord
+    from harness.records.store import Manifest, RunWriter
 
     def write(
         name, steps, *, study=small_study, control=1.0, facts=None, status="complete", change=lambda record: record,

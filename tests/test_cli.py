@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from harness import store
 from harness.cli import main
+from harness.records import store
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["list", "--help"]])
@@ -83,9 +83,9 @@ def test_bad_input_exits_with_2(capsys, tmp_path, arguments, word):
 
 def test_an_unexpected_error_is_70_and_never_1(capsys, monkeypatch):
     """A defect of ours must not read as a regression."""
-    import harness.catalogue
+    import harness.models.catalogue
 
-    monkeypatch.setattr(harness.catalogue, "CATALOGUE", None)
+    monkeypatch.setattr(harness.models.catalogue, "CATALOGUE", None)
     assert main(["list", "models"]) == 70
     assert "defect" in capsys.readouterr().err
 

@@ -18,9 +18,9 @@ LEAN = ("-p", "no:cacheprovider", "-p", "no:hypothesispytest")
 FAKE = """
 import os
 from pathlib import Path
-import harness.measure
+import harness.run.measure
 from harness.pytest_plugin import attach
-from harness.record import Failure, Fragment
+from harness.records.record import Failure, Fragment
 
 STEP = {"plain": 0.1, "nf4": float(os.environ.get("NF4_STEP", "0.123456789012345678"))}
 
@@ -72,7 +72,7 @@ class Executor:
 
 def pytest_configure(config):
     if not os.environ.get("REAL"):
-        harness.measure.LocalExecutor = Executor
+        harness.run.measure.LocalExecutor = Executor
     attach(config)
 """
 
@@ -426,7 +426,7 @@ def test_a_gate_with_nothing_to_judge_does_not_pass(suite, base):
 
 def test_an_exception_in_the_gate_is_no_pass(suite, base):
     """The session fails with the traceback, and everything else is still reported."""
-    text = FAKE + "\nimport harness.pytest_gate\nharness.pytest_gate.compare = None\n"
+    text = FAKE + "\nimport harness.commands.pytest_gate\nharness.pytest_gate.compare = None\n"
     (suite.path / "conftest.py").write_text(text)
     result = suite(f"--lorameter-base={base}", "--lorameter-policy=open.toml")
     result.assert_outcomes(passed=6)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from harness import worker
-from harness.failure import failure_of
+from harness.trial.failure import failure_of
 from harness.worker import thread_count
 
 

@@ -31,10 +31,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from harness.calibrate import PILOT_ROWS, PLANTED, rows_for
-from harness.provenance import git_state, probe_machine
-from harness.study_file import builtin_studies
-from harness.units import format_ratio
+from harness.machine.provenance import git_state, probe_machine
+from harness.records.units import format_ratio
+from harness.studies.study_file import builtin_studies
+from harness.verdicts.calibrate import PILOT_ROWS, PLANTED, rows_for
 
 STUDY = "training-step"
 PARTS = ("hogged", "identical", "planted")

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import torch
 
-from harness.protocol import Protocol
-from harness.provenance import probe_machine
-from harness.record import TrialRequest
-from harness.study_file import load_study
-from harness.training.shared import SharedBase
-from harness.training.tokens import prepare
-from harness.training.trial import Trial
+from harness.machine.provenance import probe_machine
+from harness.records.record import TrialRequest
+from harness.studies.protocol import Protocol
+from harness.studies.study_file import load_study
+from harness.trial.building.shared import SharedBase
+from harness.trial.data.tokens import prepare
+from harness.trial.trial import Trial
 
 
 def main(seed: int, turns: int) -> None:

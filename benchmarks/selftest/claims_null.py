@@ -35,10 +35,10 @@ from rich.table import Table
 from scipy import stats
 from simulated_study import Truth, simulated_run
 
-from harness.claims import ClaimsReport, judge_claims
-from harness.provenance import git_state, probe_machine
-from harness.study import Study
-from harness.study_file import load_study
+from harness.machine.provenance import git_state, probe_machine
+from harness.studies.study import Study
+from harness.studies.study_file import load_study
+from harness.verdicts.claims import ClaimsReport, judge_claims
 
 STUDY = "llama2-lora-parameters"
 NOMINAL, POWER, DOUBT = 0.05, 0.8, 0.01

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from harness import provenance
+from harness.machine import provenance
 
 
 @pytest.fixture

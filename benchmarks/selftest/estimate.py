@@ -3,7 +3,7 @@
     python benchmarks/selftest/estimate.py [--model smollm2-135m]
 
 Each variant is a trial as a run has it: a process forked from one that only imported. Its peaks of training and of
-generation are the trial's own, beside what `harness.memory_estimate` says of the shape alone; and one step and one
+generation are the trial's own, beside what `harness.models.costs.memory` says of the shape alone; and one step and one
 request are accounted for, with what their account leaves unexplained. Constants of the estimate were chosen on the
 variants marked with *; the other six were not looked at before. Exit status
 1 if an estimate is off by more than 10 % of the peak, or an account leaves more than 5 % of the peak that it is of.
@@ -32,15 +32,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from harness import catalogue, codec, shapes
-from harness.memory_account import MemoryAccount, MemoryPhase
-from harness.memory_estimate import estimate_memory, stored_dtype
-from harness.profile import ACCOUNTS
-from harness.protocol import Protocol
-from harness.record import TrialRequest
-from harness.variant import Variant
+from harness.models import catalogue, shapes
+from harness.models.costs.memory import estimate_memory, stored_dtype
+from harness.profile.facts import ACCOUNTS
+from harness.records import codec
+from harness.records.memory_account import MemoryAccount, MemoryPhase
+from harness.records.record import TrialRequest
+from harness.studies.protocol import Protocol
+from harness.studies.variant import Variant
+from harness.studies.workload import Workload
 from harness.worker import LAZY, PRELOAD
-from harness.workload import Workload
 
 MIB = 2**20
 LIMIT, UNEXPLAINED = 0.10, 0.05
@@ -160,16 +161,16 @@ def in_child(variant: Variant, workload: Workload) -> Mapping[str, Any]:
 
 def prepared(workload: Workload, folder: str) -> str:
     """Path of the token file."""
-    from harness.training.tokens import prepare
+    from harness.trial.data.tokens import prepare
 
     return str(prepare(workload, Path(folder)).path)
 
 
 def trial(variant: Variant, workload: Workload, folder: str) -> dict[str, Any]:
     """Peaks as a solo trial reports them, then one step and one request watched."""
-    from harness.training.process import prepare_process
-    from harness.training.profiled import ProfiledTrial
-    from harness.training.shared import SharedBase
+    from harness.trial.building.shared import SharedBase
+    from harness.trial.process import prepare_process
+    from harness.trial.profiling.trial import ProfiledTrial
 
     request = TrialRequest(
         trial="r0-solo", variant=variant, role="variant", replicate=0, seed=0, workload=workload, protocol=PROTOCOL,

@@ -35,17 +35,18 @@ from rich.table import Table
 from rich.text import Text
 
 import kernels_check
-from harness import catalogue, codec
-from harness.protocol import Protocol
-from harness.provenance import probe_machine
-from harness.record import Fragment, TrialRequest
-from harness.study_file import builtin_studies, load_study
-from harness.training.requirements import requirements_of
-from harness.training.shared import SharedBase
-from harness.training.tokens import prepare
-from harness.training.trial import Trial
-from harness.variant import Variant
-from harness.workload import Workload
+from harness.machine.provenance import probe_machine
+from harness.models import catalogue
+from harness.records import codec
+from harness.records.record import Fragment, TrialRequest
+from harness.studies.protocol import Protocol
+from harness.studies.study_file import builtin_studies, load_study
+from harness.studies.variant import Variant
+from harness.studies.workload import Workload
+from harness.trial.building.requirements import requirements_of
+from harness.trial.building.shared import SharedBase
+from harness.trial.data.tokens import prepare
+from harness.trial.trial import Trial
 
 MODELS = ("tiny-llama", "smollm2-135m")
 INSTRUMENTS = ("profile", "spy")

@@ -23,13 +23,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from harness import store
-from harness.levels import LEVELS
-from harness.provenance import git_state, probe_machine
-from harness.record import TrialRecord
-from harness.series import compare_series, series_of
+from harness.machine.provenance import git_state, probe_machine
+from harness.records import store
+from harness.records.record import TrialRecord
+from harness.records.units import format_ratio
+from harness.run.levels import LEVELS
 from harness.stats import Comparison
-from harness.units import format_ratio
+from harness.verdicts.series import compare_series, series_of
 
 MOST_OVERHEAD = 1.1
 STUDY = """

@@ -16,13 +16,13 @@ from collections.abc import Callable
 from rich.console import Console
 from rich.table import Table
 
-from harness.meters.cgroup import CpuTimes
-from harness.meters.clock import Stopwatch
-from harness.meters.host import ROOT, HostWatch, host_counters, pressure_s
-from harness.meters.memory import MemoryGauge
-from harness.meters.neighbours import neighbours_of
-from harness.meters.nvml import Device, open_device
-from harness.meters.watch import DeviceWatch
+from harness.machine.cgroup import CpuTimes
+from harness.machine.host import ROOT, HostWatch, host_counters, pressure_s
+from harness.machine.neighbours import neighbours_of
+from harness.machine.nvml import Device, open_device
+from harness.machine.watch import DeviceWatch
+from harness.trial.clock import Stopwatch
+from harness.trial.memory import MemoryGauge
 
 
 def cost(call: Callable[[], object], readings: int) -> tuple[float, float, float]:

@@ -29,14 +29,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harness import accounting, catalogue, provenance
-from harness.diagnosis import RULES, diagnose
 from harness.errors import UsageError
-from harness.evidence import evidence_of
-from harness.profiling import profile_variant
-from harness.provenance import Machine
-from harness.study import Study
-from harness.study_file import load_study
+from harness.machine import provenance
+from harness.machine.provenance import Machine
+from harness.models import catalogue
+from harness.profile import accounting
+from harness.profile.diagnosis import RULES, diagnose
+from harness.profile.evidence import evidence_of
+from harness.profile.measure import profile_variant
+from harness.studies.study import Study
+from harness.studies.study_file import load_study
 
 UNEXPLAINED = {"cpu": 0.05, "cuda": 0.02}
 HEALTHY: dict[str, Any] = {"lora_dropout": 0.0, "adapter_dtype": "bfloat16", "optimizer": "adamw_fused"}

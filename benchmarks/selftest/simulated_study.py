@@ -19,11 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import signal
 
-from harness import codec
-from harness.record import Role, TrialRecord
-from harness.store import Manifest, Run
-from harness.study import Study
-from harness.variant import Variant
+from harness.records import codec
+from harness.records.record import Role, TrialRecord
+from harness.records.store import Manifest, Run
+from harness.studies.study import Study
+from harness.studies.variant import Variant
 
 STEP_SD = 0.01
 """Scale of the heavy tails of one step or request; the standard deviation is 1.7 times that."""

@@ -15,10 +15,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from harness.executors.local import LocalExecutor, worker_environment
+from harness.records.store import read_run
+from harness.records.units import format_bytes, format_interval, format_ratio
+from harness.run.executors.local import LocalExecutor, worker_environment
 from harness.stats import compare_trials, estimate_trials
-from harness.store import read_run
-from harness.units import format_bytes, format_interval, format_ratio
 
 pytestmark = pytest.mark.selftest
 HERE = Path(__file__).parent

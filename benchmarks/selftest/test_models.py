@@ -11,22 +11,22 @@ from pathlib import Path
 
 import pytest
 
-from harness import catalogue
 from harness.errors import UsageError
-from harness.executors.local import worker_environment
+from harness.models import catalogue
+from harness.records.store import read_run
+from harness.records.units import format_bytes, format_duration, format_interval
+from harness.run.executors.local import worker_environment
 from harness.stats import estimate_trials
-from harness.store import read_run
-from harness.units import format_bytes, format_duration, format_interval
 
 pytestmark = [pytest.mark.selftest, pytest.mark.timeout(3600)]
 DOLLY = Path(os.environ.get("LORAMETER_DOLLY", "databricks-dolly-15k.jsonl.gz"))
 
 BUILD_7B = """
 import json
-from harness import catalogue
-from harness.meters.memory import MemoryGauge, host_bytes
-from harness.training.models import load_base
-from harness.variant import Variant
+from harness.models import catalogue
+from harness.trial.memory import MemoryGauge, host_bytes
+from harness.trial.building.base_model import load_base
+from harness.studies.variant import Variant
 gauge = MemoryGauge("cpu")
 before = host_bytes("VmRSS")
 gauge.begin()

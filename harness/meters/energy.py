@@ -8,7 +8,7 @@ the whole module, its CPU included.
 
 from __future__ import annotations
 
-from harness.meters.reading import Reading, missing
+from harness.machine.reading import Reading, missing
 
 COUNTER_PERIOD_S = 0.1
 """Longest time between two updates of the counter that is allowed for: an assumption, on the safe side of the 10 ms

@@ -11,10 +11,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from harness.meters.host import ROOT, HostWatch
-from harness.meters.nvml import open_device
-from harness.meters.reading import Reading, unavailable
-from harness.meters.system import system_facts
+from harness.machine.host import ROOT, HostWatch
+from harness.machine.nvml import open_device
+from harness.machine.reading import Reading, unavailable
+from harness.machine.system import system_facts
 
 MOMENTARY = ("load", "memory_available_bytes", "swap_used_bytes")
 """Facts of the system that are no settings."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from harness.units import METRICS, format_ratio
+from harness.records.units import METRICS, format_ratio
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from harness.ab_report import Attribution
-    from harness.store import Run
+    from harness.records.store import Run
+    from harness.verdicts.ab import Attribution
 
 MOST_PACKAGES = 12
 """Packages that are listed; an interpreter of its own differs in hundreds."""

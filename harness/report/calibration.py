@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from harness.units import format_ratio
+from harness.records.units import format_ratio
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from harness.calibrate import Calibration
+    from harness.verdicts.calibrate import Calibration
 
 
 def print_calibration(result: Calibration, rows: int, console: Console) -> None:
@@ -17,7 +17,7 @@ def print_calibration(result: Calibration, rows: int, console: Console) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from harness.calibrate import DRAWS, planned_effects
+    from harness.verdicts.calibrate import DRAWS, planned_effects
 
     identical, planted = result.identical, result.planted
     console.print(f"[bold]What this machine can see[/bold]: {escape(result.device)}, {result.interleaving}")

@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from harness.claims import ClaimResult, ClaimsReport, Judgement, PartResult
+from harness.records.units import METRICS, format_interval, format_ratio
 from harness.stats import Share
-from harness.units import METRICS, format_interval, format_ratio
+from harness.verdicts.claims import ClaimResult, ClaimsReport, Judgement, PartResult
 
 _COLOURS: dict[Judgement, str] = {
     "supported": "green",

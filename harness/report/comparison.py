@@ -9,14 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from harness.records.units import METRICS, format_ratio
 from harness.stats import Comparison, Verdict
-from harness.units import METRICS, format_ratio
-from harness.verdicts import EXIT_OF, PRECEDENCE, Compared, ComparisonReport
+from harness.verdicts.outcome import EXIT_OF, PRECEDENCE, Compared, ComparisonReport
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from harness.gate import GateResult
+    from harness.verdicts.gate import GateResult
 
 HEADS = ("variant", "metric", "candidate / base", "verdict", "tolerance", "replicates", "reason")
 _COLOURS: dict[Verdict, str] = {

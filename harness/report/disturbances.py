@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from harness.disturbance import WHILE, findings
-from harness.record import Notice, TrialRecord
+from harness.records.record import Notice, TrialRecord
+from harness.verdicts.disturbance import WHILE, findings
 
 
 def disturbances(records: Sequence[TrialRecord], *, on_cpu: bool) -> Iterator[Notice]:

@@ -9,14 +9,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from harness.memory_account import in_order, title_of
-from harness.units import format_bytes
+from harness.records.memory_account import in_order, title_of
+from harness.records.units import format_bytes
 
 if TYPE_CHECKING:
-    from harness.memory_estimate import MemoryEstimate
-    from harness.provenance import Machine
-    from harness.variant import Variant
-    from harness.workload import Workload
+    from harness.machine.provenance import Machine
+    from harness.models.costs.memory import MemoryEstimate
+    from harness.studies.variant import Variant
+    from harness.studies.workload import Workload
 
 MIB = 2**20
 _BESIDE = {"context": "beside: CUDA's context", "paged_optimizer_state": "beside: paged optimizer state"}

@@ -12,9 +12,9 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from harness.plan import Plan, Slot
-from harness.record import TrialRecord
-from harness.units import format_duration
+from harness.records.record import TrialRecord
+from harness.records.units import format_duration
+from harness.run.plan import Plan, Slot
 
 _PHASE_WORDS = {
     "build": "building",

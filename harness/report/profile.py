@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from harness.accounting import (
+from harness.profile.accounting import (
     IDLE,
     REMAINDER_LIMIT,
     Ceilings,
@@ -18,13 +18,13 @@ from harness.accounting import (
     categories_s,
     plain_s,
 )
-from harness.diagnosis import OF_WHAT_RAN, RULES, Finding
-from harness.memory_account import in_order, title_of
-from harness.profile import PHASES, Profile
-from harness.remedy import Tried
+from harness.profile.diagnosis import OF_WHAT_RAN, RULES, Finding
+from harness.profile.facts import PHASES, Profile
+from harness.profile.remedy import Tried
+from harness.records.memory_account import in_order, title_of
+from harness.records.units import METRICS, format_bytes, format_interval, format_ratio, format_value
 from harness.report.disturbances import disturbances
 from harness.report.terminal import print_notices
-from harness.units import METRICS, format_bytes, format_interval, format_ratio, format_value
 
 PHASE_TITLES = {
     "data": "data: taking the batch",

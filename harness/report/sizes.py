@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from harness.training.sizes import Sizes
+    from harness.trial.building.sizes import Sizes
 
 MIB = 2**20
 _HEADS = ("setting", "trainable parameters", "of the base", "adapter, MiB", "optimizer, MiB", "gradients, MiB")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 
-from harness.store import Run
+from harness.records.store import Run
 
 _WORDS = {
     "running": "under way: a process is measuring it",

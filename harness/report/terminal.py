@@ -6,10 +6,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from harness.record import Notice
+from harness.records.record import Notice
+from harness.records.units import format_ratio
 from harness.report.view import PhaseTable, RunView
 from harness.stats import Comparison
-from harness.units import format_ratio
 
 PIPED_WIDTH = 200
 """Nothing may be cut where there is no terminal whose width one could ask."""

@@ -11,16 +11,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from harness import codec
-from harness.provenance import power_limit_w
-from harness.record import Notice, Role, TrialRecord
-from harness.report.notices import run_notices
+from harness.machine.provenance import power_limit_w
+from harness.records import codec
+from harness.records.record import Notice, Role, TrialRecord
+from harness.records.store import Run
+from harness.records.units import METRICS, PHASES, Phase, format_bytes, format_interval, format_ratio
 from harness.report.standing import replicates_said, standing
-from harness.series import Series, compare_series, compare_to_reference, series_of, without_equivalent
 from harness.stats import Comparison
-from harness.store import Run
-from harness.study import Study
-from harness.units import METRICS, PHASES, Phase, format_bytes, format_interval, format_ratio
+from harness.studies.study import Study
+from harness.verdicts.notices import run_notices
+from harness.verdicts.series import Series, compare_series, compare_to_reference, series_of, without_equivalent
 
 PHASE_TITLES: dict[Phase, str] = {
     "train": "Training",

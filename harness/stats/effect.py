@@ -15,7 +15,7 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
-from harness.stats.student import quantile
+from harness.stats.intervals import quantile
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

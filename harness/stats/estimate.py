@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from harness.stats.effect import from_log
+from harness.stats.intervals import quantile
 from harness.stats.samples import checked_trials
-from harness.stats.student import quantile
 from harness.stats.verdict import checked_alpha
 
 if TYPE_CHECKING:

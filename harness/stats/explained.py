@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from harness.stats.student import quantile
+from harness.stats.intervals import quantile
 
 if TYPE_CHECKING:
     from numpy import float64

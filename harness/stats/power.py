@@ -11,8 +11,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from harness.stats.intervals import noncentrality
 from harness.stats.samples import checked_number
-from harness.stats.student import noncentrality
 
 if TYPE_CHECKING:
     from collections.abc import Callable

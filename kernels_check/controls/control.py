@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
-from kernels_check import compilations
 from kernels_check.check import Check, Json
 from kernels_check.controls.small_run import SmallRun, build
+from kernels_check.observation import compilations
 
 Build: TypeAlias = Callable[[], SmallRun]
 Instrument: TypeAlias = Literal["profile", "spy"]

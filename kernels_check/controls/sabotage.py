@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from kernels_check import compilations
-from kernels_check.adapter_layers import is_adapter
 from kernels_check.controls.small_run import PAD_TOKEN, SmallRun, autocast, only_math
+from kernels_check.observation import compilations
+from kernels_check.observation.adapter_layers import is_adapter
 
 
 def force_math(run: SmallRun) -> None:

@@ -31,8 +31,8 @@ def training(instrument: str) -> Callable[..., SmallRun]:
 @pytest.fixture
 def seen() -> Callable[..., Any]:
     """Observations of which only what matters is given: attention calls, and fields by name."""
-    from kernels_check.events import StepProfile
-    from kernels_check.observe import Observation
+    from kernels_check.observation.events import StepProfile
+    from kernels_check.observation.observe import Observation
 
     def observation(*attention: Any, **given: Any) -> Observation:
         profiled = {"attention": attention, "fourbit": (), "optimizer_ops": {}, "kernels": {}, "unclassified": {}}

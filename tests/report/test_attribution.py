@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from harness.ab_report import Attribution, Part
+from harness.records.store import Manifest, Run
 from harness.report.attribution import MOST_PACKAGES, print_attribution
 from harness.stats import compare_trials
-from harness.store import Manifest, Run
-from harness.verdicts import Difference
+from harness.verdicts.ab import Attribution, Part
+from harness.verdicts.outcome import Difference
 
 
 def run_of(**changes):

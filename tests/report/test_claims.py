@@ -6,14 +6,14 @@ import json
 
 import pytest
 
-from harness import store
-from harness.claim import Claim, Part
-from harness.claims import judge_claims
 from harness.cli import main
+from harness.records import store
 from harness.report.claims import print_claims
 from harness.report.terminal import console_for
-from harness.study_file import builtin_studies, load_study
-from harness.variant import Variant
+from harness.studies.claim import Claim, Part
+from harness.studies.study_file import builtin_studies, load_study
+from harness.studies.variant import Variant
+from harness.verdicts.claims import judge_claims
 
 STEPS = {"plain": [1.0, 1.1, 0.9, 1.2], "r8": [1.0, 1.14, 0.93, 1.2]}
 

@@ -6,20 +6,23 @@ import json
 
 import pytest
 
-from harness import cli, codec, commands_profile, profiling
-from harness.accounting import IDLE, Span, categories_s, ceilings, step_account, time_of, token_shares
-from harness.diagnosis import Finding, diagnose
-from harness.evidence import evidence_of
-from harness.memory_account import MemoryAccount
-from harness.peaks import Peak
-from harness.profile import Activity, OperatorUse, PhaseActivity, Profile
-from harness.record import Notice, TrialRecord
-from harness.remedy import Tried
+from harness import cli
+from harness.commands import profile as commands_profile
+from harness.models.costs.peaks import Peak
+from harness.profile import measure as profiling
+from harness.profile.accounting import IDLE, Span, categories_s, ceilings, step_account, time_of, token_shares
+from harness.profile.diagnosis import Finding, diagnose
+from harness.profile.evidence import evidence_of
+from harness.profile.facts import Activity, OperatorUse, PhaseActivity, Profile
+from harness.profile.remedy import Tried
+from harness.records import codec
+from harness.records.memory_account import MemoryAccount
+from harness.records.record import Notice, TrialRecord
 from harness.report.profile import print_profile, print_tried
 from harness.report.terminal import console_for
 from harness.stats import compare_trials
-from harness.variant import Variant
-from harness.workload import Workload
+from harness.studies.variant import Variant
+from harness.studies.workload import Workload
 
 TIMES = {"data": 0.001, "forward": 0.030, "backward": 0.060, "update": 0.008}
 

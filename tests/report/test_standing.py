@@ -9,12 +9,12 @@ import json
 import pytest
 from rich.console import Console
 
-from harness import store
-from harness.ab_report import report_of
 from harness.cli import main
-from harness.record import UNDER_WAY, Failure
+from harness.records import store
+from harness.records.record import UNDER_WAY, Failure
 from harness.report.terminal import print_run
 from harness.report.view import view_of
+from harness.verdicts.ab import report_of
 
 STEPS = {"plain": [0.1, 0.1, 0.1], "nf4": [0.2, 0.2, 0.2]}
 

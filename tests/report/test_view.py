@@ -8,12 +8,12 @@ import io
 import pytest
 from rich.console import Console
 
-from harness import codec
-from harness.record import Failure, Notice, TrialRecord
+from harness.records import codec
+from harness.records.record import Failure, Notice, TrialRecord
+from harness.records.store import Manifest, Run
 from harness.report.live import LiveDisplay
 from harness.report.terminal import print_run
 from harness.report.view import view_of
-from harness.store import Manifest, Run
 
 
 def run_of(study, tmp_path, *, steps, control=None, statuses=None, occupancy=1.0, damaged=0):
@@ -219,7 +219,7 @@ def test_piped_output_is_complete_and_plain(small_study, tmp_path):
 
 def test_without_a_terminal_each_trial_is_a_line(small_study):
     """Progress that a log can hold: run, trial, status, reason."""
-    from harness.plan import make_plan
+    from harness.run.plan import make_plan
 
     buffer = io.StringIO()
     plan = make_plan(small_study)
@@ -243,7 +243,7 @@ def test_on_a_terminal_the_trial_under_way_is_shown(small_study):
     """Replicate, variant, phase and the time left; redrawn when told and by no thread."""
     import threading
 
-    from harness.plan import make_plan
+    from harness.run.plan import make_plan
 
     buffer = io.StringIO()
     plan = make_plan(small_study)

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from harness.claims import judge_claims
-from harness.series import compare_series, series_of
-from harness.study_file import load_study
+from harness.studies.study_file import load_study
+from harness.verdicts.claims import judge_claims
+from harness.verdicts.series import compare_series, series_of
 
 
 @pytest.fixture

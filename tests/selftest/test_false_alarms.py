@@ -51,7 +51,7 @@ def test_claims_that_hold_are_counted(verdict, monkeypatch, capsys, given):
 def test_the_grid_and_every_study_are_judged(program):
     """Eight combinations and every study's variants once, fitted to a CPU, all on the model named; on another model
     than theirs the studies are cut short."""
-    from harness.study_file import builtin_studies, load_study
+    from harness.studies.study_file import builtin_studies, load_study
 
     module = program("false_alarms")
     studies = [load_study(name, device="cpu") for name in builtin_studies()]

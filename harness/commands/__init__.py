@@ -1,0 +1,1 @@
+"""What the doors do: one module a command."""

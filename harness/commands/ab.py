@@ -1,0 +1,233 @@
+"""What the commands that measure two sides in one job do: `ab` and `calibrate`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.commands.compare import FORMATS, print_json, show_gate
+from harness.errors import EXIT_INVALID, EXIT_PASS, UsageError
+
+if TYPE_CHECKING:
+    from harness.records.store import Run
+
+CALIBRATION_REPLICATES = 24
+"""Enough for three gates of 8 that share nothing, and about 4 minutes of the default study on two cores."""
+SIDE_HELP = "a git revision, a Python executable, or requirements such as 'peft==0.20.0'"
+
+
+def add_commands(commands: Any, common: Any) -> None:
+    """The parsers of these commands; `common` adds the options that every command has."""
+    ab = commands.add_parser(
+        "ab",
+        help="measure base and candidate in one job, taking turns",
+        description="Measure base and candidate in one job, their processes taking turns, and judge the candidate.",
+    )
+    ab.add_argument("study", metavar="STUDY", help="name of a built-in study, or a TOML file")
+    ab.add_argument("--base", metavar="SIDE", required=True, help=SIDE_HELP)
+    ab.add_argument("--candidate", metavar="SIDE", required=True, help=SIDE_HELP)
+    _measuring(ab)
+    ab.add_argument("--precision", type=float, metavar="F", help="stop when every interval is within ±F")
+    ab.add_argument("--variant", metavar="V", action="append", default=[], help="only this variant; repeatable")
+    ab.add_argument(
+        "--phase", choices=("train", "generate", "cold"), action="append", default=[],
+        help="what to measure, repeatable; default: train and generate",
+    )  # fmt: skip
+    ab.add_argument("--policy", metavar="FILE", help="TOML: limits, gated metrics, what inconclusive means")
+    ab.add_argument("--format", choices=FORMATS, help="default: text")
+    ab.add_argument(
+        "--inject-rows",
+        type=int,
+        default=0,
+        metavar="N",
+        help="a test of the gate itself: the candidate multiplies N extra rows in every adapted layer",
+    )
+    common(ab)
+    ab.set_defaults(command=run_ab)
+
+    calibrate = commands.add_parser(
+        "calibrate",
+        help="this machine's own false-alarm rate and power",
+        description="Measure identical code and a planted slow-down, and say what the gate can see on this machine.",
+    )
+    calibrate.add_argument("study", metavar="STUDY", nargs="?", default="training-step", help="default: training-step")
+    _measuring(calibrate)
+    calibrate.add_argument(
+        "--variant", metavar="V", action="append", default=[], help="the one variant to measure; default: the reference"
+    )
+    calibrate.add_argument(
+        "--inject-rows", type=int, metavar="N", help="rows of extra work a layer; default: sized by a pilot for 5 %%"
+    )
+    common(calibrate)
+    calibrate.set_defaults(command=run_calibrate)
+
+
+def _measuring(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--effort", choices=("quick", "standard", "rigorous"), help="3, 8 or 12 replicates; default 8")
+    command.add_argument("--replicates", type=int, metavar="N", help="number of replicates, instead of --effort")
+    command.add_argument("--max-minutes", type=float, metavar="M", help="drop rounds, of all alike, to end by then")
+    command.add_argument(
+        "--allow-disturbed", action="store_true", help="let trials count whose surroundings were past a limit"
+    )
+    command.add_argument("--model", metavar="M", help="catalogue name, hub id, directory, GGUF file, or random:M")
+    command.add_argument("--data", metavar="FILE|ID", help="a .jsonl(.gz) file, a hub id, or synthetic")
+
+
+def run_ab(options: argparse.Namespace) -> int:
+    """Measure, print, and end with the exit code of the verdicts under the policy."""
+    from harness.machine.provenance import probe_machine
+    from harness.models import catalogue
+    from harness.records import store
+    from harness.report.live import LiveDisplay
+    from harness.report.terminal import console_for, print_notices
+    from harness.run.ab import DEFAULT_PHASES, measure_ab, plan_ab
+    from harness.verdicts.gate import load_policy
+
+    if options.json and options.format not in (None, "json"):
+        raise UsageError(f"--json and --format {options.format} both choose the format. Give one of them.")
+    if options.inject_rows < 0:
+        raise UsageError(f"--inject-rows = {options.inject_rows}: no amount of work. Use 0 or more.")
+    load_policy(options.policy)  # before anything is measured
+    study, machine, runs = study_of(options), probe_machine(), store.runs_dir(options.runs_dir)
+    plan, notices = plan_ab(
+        study,
+        machine,
+        select=options.variant,
+        phases=options.phase or DEFAULT_PHASES,
+        injected_rows=options.inject_rows,
+        runs=runs,
+    )
+    errors = console_for(stderr=True)
+    print_notices(notices, errors)
+    with LiveDisplay(errors) as display:
+        run = measure_ab(
+            plan,
+            machine,
+            base=options.base,
+            candidate=options.candidate,
+            repository=Path.cwd(),
+            cache=catalogue.cache_dir(),
+            runs=runs,
+            display=display,
+            notices=notices,
+        )
+    return show_ab(run, options)
+
+
+def run_calibrate(options: argparse.Namespace) -> int:
+    """Size the slow-down by a pilot, measure, print what the gate can see here."""
+    import dataclasses
+
+    from harness.records import codec
+    from harness.report.calibration import print_calibration
+    from harness.report.terminal import console_for
+    from harness.verdicts.calibrate import LEAST_REPLICATES, PILOT_ROWS, PLANTED, calibrate, rows_for
+
+    if options.inject_rows is not None and options.inject_rows < 1:
+        raise UsageError(f"--inject-rows = {options.inject_rows}: no amount of work. Use 1 or more, or leave it out.")
+    if len(options.variant) > 1:
+        raise UsageError(
+            f"--variant: {', '.join(options.variant)}: a calibration measures one variant. Give one of them."
+        )
+    study = study_of(options, standard=CALIBRATION_REPLICATES)
+    if study.protocol.replicates < LEAST_REPLICATES:
+        raise UsageError(
+            f"{study.protocol.replicates} replicates: gates are drawn from them, which takes {LEAST_REPLICATES} or "
+            f"more. Raise --replicates; {CALIBRATION_REPLICATES} is the default."
+        )
+    # Every replicate is wanted: a run that stopped at its precision would have too few to draw from.
+    study = dataclasses.replace(study, protocol=dataclasses.replace(study.protocol, precision=None))
+    variant = study.variant(options.variant[0]) if options.variant else study.variant(study.reference)
+    rows = options.inject_rows
+    if rows is None:
+        pilot = dataclasses.replace(study, protocol=dataclasses.replace(study.protocol, replicates=3))
+        seen = [
+            calibration_ratio(_measured_here(pilot, variant.name, count, options), variant.name) for count in PILOT_ROWS
+        ]
+        rows = rows_for(PLANTED, *seen)
+    run = _measured_here(study, variant.name, rows, options)
+    result = calibrate(run, variant)
+    if options.json:
+        print_json({"calibration": codec.to_json(result), "inject_rows": rows})
+    else:
+        print_calibration(result, rows, console_for())
+    fit = run.manifest.status == "complete" and result.identical.verdict not in ("improved", "regressed")
+    return EXIT_PASS if fit else EXIT_INVALID  # identical code that differs says that this machine measures nothing now
+
+
+def calibration_ratio(run: Run, name: str) -> float:
+    """The candidate's step time over the base's in a pilot. Raises `InvalidRunError` where it was not measured."""
+    from harness.errors import InvalidRunError
+    from harness.verdicts.series import compare_series, series_of
+
+    base, candidate = (series_of(run.records, side).get((name, "variant")) for side in ("base", "candidate"))
+    found = compare_series(base, candidate, "step_time_s") if base and candidate else None
+    if found is None or found.ratio is None:
+        raise InvalidRunError(f"run {run.manifest.run}: the pilot measured nothing; see its report.")
+    return found.ratio
+
+
+def _measured_here(study: Any, name: str, rows: int, options: argparse.Namespace) -> Run:
+    """An A/B of the present interpreter with itself, the candidate with extra work; training only."""
+    from harness.machine.provenance import probe_machine
+    from harness.records import store
+    from harness.report.live import LiveDisplay
+    from harness.report.terminal import console_for, print_notices
+    from harness.run.ab import arms_of, plan_ab
+    from harness.run.executors.host import Host
+    from harness.run.measure import measure
+
+    machine, runs = probe_machine(), store.runs_dir(options.runs_dir)
+    plan, notices = plan_ab(study, machine, select=[name], phases=("train",), injected_rows=rows, runs=runs)
+    errors = console_for(stderr=True)
+    print_notices(notices, errors)
+    slowed = {"label": f"the same with {rows} rows of extra work"}
+    arms = [
+        *arms_of("base", Host(), None, (), {"label": "the present interpreter"}),
+        *arms_of("candidate", Host(), None, (), slowed),
+    ]
+    with LiveDisplay(errors) as display:
+        return measure(plan, machine, runs=runs, display=display, notices=notices, arms=arms)
+
+
+def study_of(options: argparse.Namespace, standard: int | None = None) -> Any:
+    """The study with the options' changes; 8 replicates, or `standard`, unless something else is asked for."""
+    from harness.machine.provenance import probe_machine
+    from harness.studies.study_file import load_study
+
+    if options.effort and options.replicates is not None:
+        raise UsageError("--effort and --replicates both set the replicates. Give one of them.")
+    precision = getattr(options, "precision", None)
+    decided = options.effort or options.replicates is not None or precision is not None
+    return load_study(options.study, device=probe_machine().kind).with_overrides(
+        model=options.model,
+        data=options.data,
+        effort=options.effort or (None if decided or standard else "standard"),
+        replicates=options.replicates if decided else standard,
+        precision=precision,
+        max_minutes=options.max_minutes,
+        allow_disturbed=options.allow_disturbed,
+    )
+
+
+def show_ab(run: Run, options: argparse.Namespace) -> int:
+    """Print an A/B run in the format asked for; the exit code is that of its verdicts under the policy."""
+    from harness.verdicts.ab import attribution_document, attribution_of, report_of
+    from harness.verdicts.gate import gate_document, judge, load_policy
+
+    policy = load_policy(getattr(options, "policy", None))
+    result = judge(report_of(run, metrics=policy.metrics, limits_of=policy.limits_of), policy)
+    form = "json" if options.json else getattr(options, "format", None) or "text"
+    if form == "json":
+        about = {"run": run.manifest.run, "path": str(run.path), "interleaving": run.manifest.interleaving}
+        print_json({**gate_document(result), **about, "attribution": attribution_document(run)})
+        return result.exit_code
+    if form == "text":
+        from harness.report.attribution import print_attribution
+        from harness.report.terminal import console_for
+
+        console = console_for()
+        print_attribution(attribution_of(run), run, console)
+    show_gate(result, form)
+    return result.exit_code

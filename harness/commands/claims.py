@@ -1,0 +1,37 @@
+"""What the commands do that ask what a study found: `claims`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from harness.commands.compare import print_json
+from harness.errors import EXIT_INVALID, EXIT_PASS
+
+
+def add_commands(commands: Any, common: Any) -> None:
+    """The parsers of these commands; `common` adds the options that every command has."""
+    claims = commands.add_parser(
+        "claims",
+        help="judge the claims of a study by a run",
+        description="Judge each claim of the study by what a run holds: supported, refuted, inconclusive, not judged.",
+    )
+    claims.add_argument("run", metavar="RUN", help="a run id or a run directory; it may still be going on")
+    common(claims)
+    claims.set_defaults(command=run_claims)
+
+
+def run_claims(options: argparse.Namespace) -> int:
+    """Print the verdicts; they are findings, not failures, so any of them is a pass."""
+    from harness.records import store
+    from harness.verdicts.claims import document, judge_claims
+
+    report = judge_claims(store.read_run(options.run, store.runs_dir(options.runs_dir)))
+    if options.json:
+        print_json(document(report))
+    else:
+        from harness.report.claims import print_claims
+        from harness.report.terminal import console_for
+
+        print_claims(report, console_for())
+    return EXIT_PASS if report.valid else EXIT_INVALID

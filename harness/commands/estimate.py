@@ -1,0 +1,83 @@
+"""The command that says what memory a variant will take: `estimate`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from harness.commands.compare import print_json
+from harness.errors import EXIT_PASS
+
+if TYPE_CHECKING:
+    from harness.models.costs.memory import MemoryEstimate
+
+
+def add_commands(commands: Any, common: Any) -> None:
+    """The parser of this command; `common` adds the options that every command has."""
+    estimate = commands.add_parser(
+        "estimate",
+        help="what memory a variant will take, by kind, without loading anything",
+        description="Estimate the peak memory of a variant's training and generation on this machine, by kind.",
+    )
+    estimate.add_argument("variant", metavar="VARIANT", help="STUDY:NAME, or a TOML file with one variant")
+    estimate.add_argument("--model", metavar="M", help="another model; its shape is enough, so random:M never loads")
+    estimate.add_argument("--data", metavar="FILE|ID", help="of the earlier run to set beside the estimate")
+    common(estimate)
+    estimate.set_defaults(command=run_estimate)
+
+
+def run_estimate(options: argparse.Namespace) -> int:
+    """Print the estimate, what an earlier run measured beside it, and whether it fits."""
+    from harness.machine.provenance import probe_machine
+    from harness.models import catalogue, shapes
+    from harness.models.costs.memory import estimate_memory, stored_dtype
+    from harness.records import store
+    from harness.records.memory_account import MEMORY_PHASES
+    from harness.run.feasibility import memory_notices
+    from harness.run.forecast import free_bytes, measured_peaks
+    from harness.studies.study_file import load_variant
+
+    machine, runs = probe_machine(), store.runs_dir(options.runs_dir)
+    study, variant = load_variant(options.variant, device=machine.kind)
+    workload = study.with_overrides(model=options.model, data=options.data).workload
+    source = catalogue.resolve(workload.model)
+    shape, stored = shapes.shape(source), stored_dtype(source)
+    kind = "device_peak_allocated_{}_bytes" if machine.device == "cuda" else "host_peak_{}_bytes"
+    estimates: list[MemoryEstimate] = []
+    measured: dict[str, int] = {}
+    for phase in MEMORY_PHASES:
+        estimates.append(estimate_memory(variant, workload, shape, phase=phase, device=machine.device, stored=stored))
+        peaks = measured_peaks(workload, machine, runs, kind.format(phase))
+        if variant.id in peaks:
+            measured[phase] = peaks[variant.id]
+    notices = tuple(memory_notices(variant, estimates[0], machine, free_bytes(machine)))
+    if options.json:
+        print_json(
+            {
+                "variant": variant.name,
+                "id": variant.id,
+                "model": workload.model,
+                "device": machine.device,
+                **{one.phase: _document(one, measured.get(one.phase)) for one in estimates},
+                "notices": [notice.message for notice in notices],
+            }
+        )
+    else:
+        from harness.report.estimate import print_estimate
+        from harness.report.terminal import console_for, print_notices
+
+        console = console_for()
+        print_estimate(variant, workload, machine, estimates, measured, console)
+        print_notices(notices, console)
+    return EXIT_PASS
+
+
+def _document(estimate: MemoryEstimate, measured: int | None) -> dict[str, Any]:
+    total = estimate.total_bytes
+    return {
+        "kinds": estimate.kinds,
+        "beside": estimate.beside,
+        "total_bytes": total,
+        "measured_bytes": measured,
+        "error": None if measured is None else total / measured - 1,
+    }

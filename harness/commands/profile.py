@@ -1,0 +1,113 @@
+"""The command that says where a step's time and memory go: `profile`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.commands.compare import print_json
+from harness.errors import EXIT_INCONCLUSIVE, EXIT_INVALID, EXIT_PASS
+
+if TYPE_CHECKING:
+    from harness.machine.provenance import Machine
+    from harness.profile.diagnosis import Finding
+    from harness.profile.remedy import Tried
+    from harness.studies.study import Study
+    from harness.studies.variant import Variant
+
+DEAREST = ""
+"""`--try` without a finding."""
+
+
+def add_commands(commands: Any, common: Any) -> None:
+    """The parser of this command; `common` adds the options that every command has."""
+    profile = commands.add_parser(
+        "profile",
+        help="where a variant's step spends time and memory, and what to try",
+        description="Take a variant's step apart: phases, what ran in them, memory, ceilings, and what to try.",
+    )
+    profile.add_argument("variant", metavar="VARIANT", help="STUDY:NAME, or a TOML file with one variant")
+    profile.add_argument("--model", metavar="M", help="catalogue name, hub id, directory, GGUF file, or random:M")
+    profile.add_argument("--data", metavar="FILE|ID", help="a .jsonl(.gz) file, a hub id, or synthetic")
+    profile.add_argument(
+        "--try",
+        dest="attempt",
+        metavar="FINDING",
+        nargs="?",
+        const=DEAREST,
+        help="measure the remedy of a finding beside the present variant; default: of the most expensive",
+    )
+    profile.add_argument("--effort", choices=("quick", "standard", "rigorous"), help="of --try: 3, 8 or 12 replicates")
+    common(profile)
+    profile.set_defaults(command=run_profile)
+
+
+def run_profile(options: argparse.Namespace) -> int:
+    """Profile, say what was found, and try a remedy where one is asked for."""
+    from harness.machine.provenance import probe_machine
+    from harness.profile import accounting
+    from harness.profile.diagnosis import diagnose
+    from harness.profile.evidence import evidence_of
+    from harness.profile.measure import profile_variant
+    from harness.profile.remedy import chosen
+    from harness.records import codec, store
+    from harness.report.profile import print_profile, print_tried
+    from harness.report.terminal import console_for
+    from harness.studies.study_file import load_variant
+
+    machine, runs = probe_machine(), store.runs_dir(options.runs_dir)
+    study, variant = load_variant(options.variant, device=machine.kind)
+    study = study.with_overrides(model=options.model, data=options.data, effort=options.effort)
+    errors = console_for(stderr=True)
+    profile, folder = profile_variant(
+        study, variant, machine, runs=runs, say=lambda text: errors.print(text, style="dim", markup=False)
+    )
+    step = accounting.step_account(profile)
+    tokens, found = accounting.token_shares(profile), accounting.ceilings(profile, step.step)
+    findings = diagnose(evidence_of(profile, step, tokens, found))
+    if not options.json:
+        console = console_for()
+        print_profile(profile, step, tokens, found, findings, console)
+        console.print(f"\nAll facts and the profiler's trace are in {folder}", markup=False)
+    tried = None
+    try:
+        if options.attempt is not None:
+            tried = _try(study, variant, chosen(findings, options.attempt or None), machine, runs)
+    finally:  # what cannot be tried must not cost what was seen
+        if options.json:
+            print_json(
+                {
+                    "path": str(folder),
+                    "step": codec.to_json(step) | {"explained": step.explained},
+                    "categories_s": accounting.categories_s(profile, step),
+                    "tokens": codec.to_json(tokens),
+                    "ceilings": codec.to_json(found),
+                    "findings": codec.to_json(findings),
+                    "tried": codec.to_json(tried),
+                    "profile": codec.to_json(profile),
+                }
+            )
+    if tried is None:
+        return EXIT_PASS
+    if not options.json:
+        print_tried(tried, console_for())
+    if not tried.valid:
+        return EXIT_INVALID
+    return EXIT_INCONCLUSIVE if tried.comparison and tried.comparison.verdict == "inconclusive" else EXIT_PASS
+
+
+def _try(study: Study, variant: Variant, finding: Finding, machine: Machine, runs: Path) -> Tried:
+    """Measure the present variant and the suggested one, as any two."""
+    from harness.profile.remedy import study_of, tried
+    from harness.report.live import LiveDisplay
+    from harness.report.terminal import console_for, print_notices
+    from harness.run.measure import measure, plan_study
+
+    pair = study_of(study, variant, finding, protocol=study.protocol)
+    plan, notices = plan_study(pair, machine, phases=("train",), runs=runs)
+    errors = console_for(stderr=True)
+    print_notices(notices, errors)
+    with LiveDisplay(errors) as display:
+        run = measure(plan, machine, runs=runs, display=display, notices=notices)
+    return tried(run, finding)

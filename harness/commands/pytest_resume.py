@@ -1,0 +1,68 @@
+"""`pytest benchmarks/ --lorameter-resume=RUN`: the session goes on with a run that broke off, and replays all of it.
+
+Study, variants and phases are those of the run; what the tests of a session select is only what is replayed. So the
+command line of the session that broke off may be given again with this one option.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from harness.errors import UsageError
+from harness.records import store
+from harness.run.resume import plan_again, read_broken_off, study_of
+
+if TYPE_CHECKING:
+    import pytest
+
+    from harness.machine.provenance import Machine
+    from harness.records.store import Run
+    from harness.run.measure import Display
+
+OPTION = "--lorameter-resume"
+SETTLED_OPTIONS = ("profile", "model", "data", "effort", "replicates", "interleave")
+"""Options that make a study and its plan; a run that is gone on with has both."""
+
+
+def load_resumed(config: pytest.Config) -> ResumedRun | None:
+    """The run that the options name; None without one. Raises `UsageError` for what cannot be gone on with."""
+    name = config.getoption(OPTION)
+    if not name:
+        return None
+    given = [f"--lorameter-{one}" for one in SETTLED_OPTIONS if config.getoption(f"--lorameter-{one}") is not None]
+    if config.getoption("benchmark_disable") and not config.getoption("benchmark_enable"):
+        given.append("--benchmark-disable")
+    if given:
+        raise UsageError(
+            f"{OPTION}: {', '.join(given)} would change the study or the plan, which the run holds. Leave the option "
+            "out, or measure a new run."
+        )
+    study = config.getoption("--lorameter-study")
+    if study is not None:
+        from harness.studies.study_file import load_study
+
+        study = load_study(study).name
+    return ResumedRun(read_broken_off(name, store.runs_dir(config.getoption("--lorameter-runs-dir")), study=study))
+
+
+class ResumedRun:
+    """A run that a session goes on with."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self.study = study_of(run)
+        self.phases = run.manifest.phases
+        self.variants = run.manifest.selection or tuple(variant.name for variant in self.study.variants)
+        """Names of those that the run measures."""
+
+    def measure(self, machine: Machine, display: Display) -> Run:
+        """What is left of the run; one that is complete is given back. Raises `UsageError` and `InvalidRunError`."""
+        from harness.run.measure import measure
+
+        run = self._run
+        if run.manifest.status == "complete":
+            print(f"run {run.manifest.run} is complete: nothing is left to be measured.", file=sys.stderr)
+            return run
+        plan = plan_again(run, machine)
+        return measure(plan, machine, runs=run.path.parent, display=display, resume=run.manifest.run)

@@ -1,0 +1,228 @@
+"""What the commands that measure a study and show what was measured do: `run` and `report`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.commands.compare import print_json
+from harness.errors import EXIT_INVALID, EXIT_PASS, UsageError
+
+if TYPE_CHECKING:
+    from harness.records.store import Run
+
+
+def add_commands(commands: Any, common: Any) -> None:
+    """The parsers of these commands; `common` adds the options that every command has."""
+    run = commands.add_parser("run", help="measure a study", description="Measure a study and print its report.")
+    run.add_argument("study", metavar="STUDY", nargs="?", help="name of a built-in study, or a TOML file")
+    run.add_argument("--effort", choices=("quick", "standard", "rigorous"), help="3, 8 or 12 replicates")
+    run.add_argument("--replicates", type=int, metavar="N", help="number of replicates, instead of --effort")
+    run.add_argument("--profile", metavar="P", help="a profile of the study; default: the one of this machine")
+    run.add_argument("--model", metavar="M", help="catalogue name, hub id, directory, GGUF file, or random:M")
+    run.add_argument("--data", metavar="FILE|ID", help="a .jsonl(.gz) file, a hub id, or synthetic")
+    run.add_argument("--variant", metavar="V", action="append", default=[], help="only this variant; repeatable")
+    run.add_argument(
+        "--phase", choices=("train", "generate", "cold"), action="append", default=[], help="only this; repeatable"
+    )
+    run.add_argument(
+        "--interleave", metavar="L", help="shared-base, lockstep or replicates; default: the finest possible"
+    )
+    run.add_argument("--precision", type=float, metavar="F", help="stop when every interval is within ±F of its ratio")
+    run.add_argument("--max-minutes", type=float, metavar="M", help="drop rounds, of all alike, to end by then")
+    run.add_argument(
+        "--allow-disturbed", action="store_true", help="let trials count whose surroundings were past a limit"
+    )
+    run.add_argument("--resume", metavar="RUN", help="go on with a run that broke off, by its own study and plan")
+    run.add_argument("--dry-run", action="store_true", help="show the plan and what it will take, and measure nothing")
+    common(run)
+    run.set_defaults(command=run_study)
+
+    report = commands.add_parser("report", help="print the report of a run")
+    report.add_argument("run", metavar="RUN", help="a run id or a run directory")
+    common(report)
+    report.set_defaults(command=run_report)
+
+
+def run_study(options: argparse.Namespace) -> int:
+    """Measure a study and print its report; the exit code says whether the run is valid."""
+    from harness.machine.provenance import probe_machine
+    from harness.records import store
+    from harness.report.live import LiveDisplay
+    from harness.report.terminal import console_for, print_notices
+    from harness.run.measure import measure, plan_study
+    from harness.studies.study_file import load_study
+
+    if options.resume:
+        return run_resumed(options)
+    if not options.study:
+        raise UsageError("run: no study named. Give one, as in `lorameter run lora-or-qlora`, or --resume RUN.")
+    if options.effort and options.replicates is not None:
+        raise UsageError("--effort and --replicates both set the replicates. Give one of them.")
+    machine, runs = probe_machine(), store.runs_dir(options.runs_dir)
+    study = load_study(options.study, profile=options.profile, device=machine.kind).with_overrides(
+        model=options.model,
+        data=options.data,
+        effort=options.effort,
+        replicates=options.replicates,
+        precision=options.precision,
+        max_minutes=options.max_minutes,
+        allow_disturbed=options.allow_disturbed,
+    )
+    plan, notices = plan_study(
+        study,
+        machine,
+        select=options.variant,
+        phases=options.phase or study.protocol.phases,
+        interleaving=options.interleave,
+        runs=runs,
+    )
+    if options.dry_run:
+        return _dry_run(plan, machine, notices, runs, as_json=options.json)
+    errors = console_for(stderr=True)
+    print_notices(notices, errors)
+    with LiveDisplay(errors) as display:
+        run = measure(plan, machine, runs=runs, display=display, notices=notices)
+    return _show(run, options)
+
+
+SETTLED_OPTIONS = ("effort", "replicates", "profile", "model", "data", "variant", "phase", "interleave", "precision")
+"""Options that make a study and its plan; a run that is gone on with has both."""
+
+
+def run_resumed(options: argparse.Namespace) -> int:
+    """Go on with a run that broke off; one that is complete is shown."""
+    from harness.machine.provenance import probe_machine
+    from harness.records import store
+    from harness.report.live import LiveDisplay
+    from harness.report.terminal import console_for
+    from harness.run.measure import measure
+    from harness.run.resume import plan_again, read_broken_off
+    from harness.run.runner import unsettled
+    from harness.studies.study_file import load_study
+
+    if given := [f"--{name}" for name in SETTLED_OPTIONS if getattr(options, name) not in (None, [])]:
+        raise UsageError(
+            f"--resume: {', '.join(given)} would change the study or the plan, which the run holds. Leave the option "
+            "out, or measure a new run."
+        )
+    machine, runs = probe_machine(), store.runs_dir(options.runs_dir)
+    study = load_study(options.study).name if options.study else None
+    run = read_broken_off(options.resume, runs, study=study)
+    errors = console_for(stderr=True)
+    if run.manifest.status == "complete":
+        errors.print(f"run {run.manifest.run} is complete: nothing is left to be measured.", markup=False)
+        return _show(run, options)
+    plan = plan_again(run, machine, max_minutes=options.max_minutes)
+    left = [slot.trial for group in unsettled(plan, run.records) for slot in group.slots]
+    errors.print(
+        f"run {run.manifest.run}: {len(plan.slots) - len(left)} of {len(plan.slots)} trials are kept, {len(left)} are "
+        "left to be measured.",
+        markup=False,
+    )
+    if options.dry_run:
+        if options.json:
+            print_json({"run": run.manifest.run, "order": left, "interleaving": plan.interleaving})
+        else:
+            console_for().print("\n".join(left), markup=False)
+        return EXIT_PASS
+    with LiveDisplay(errors) as display:
+        run = measure(plan, machine, runs=run.path.parent, display=display, resume=run.manifest.run)
+    return _show(run, options)
+
+
+def _show(run: Run, options: argparse.Namespace) -> int:
+    """Print what was measured; the exit code says whether the run is valid."""
+    from harness.report.terminal import console_for, print_notices, print_run
+    from harness.report.view import view_of
+
+    view = view_of(run)
+    if options.json:
+        print_notices(view.notices, console_for(stderr=True))
+        print_json(
+            {
+                "run": view.run,
+                "path": view.path,
+                "status": "ok" if view.valid else "invalid",
+                "control": _controls(view),
+                "trials": view.counts,
+            }
+        )
+    else:
+        print_run(view, console_for())
+        _show_claims(run)
+    return EXIT_PASS if view.valid else EXIT_INVALID
+
+
+def _dry_run(plan: Any, machine: Any, notices: Any, runs: Path, *, as_json: bool) -> int:
+    from harness.records.units import format_bytes, format_duration
+    from harness.report.terminal import console_for, print_notices
+    from harness.run.forecast import forecast
+
+    expected = forecast(plan, machine, runs)
+    if as_json:
+        print_json(
+            {
+                "order": [slot.trial for slot in plan.slots],
+                "interleaving": plan.interleaving,
+                "why": plan.why,
+                "seed": plan.study.protocol.seed,
+                "time_s": expected.time_s,
+                "time_basis": expected.basis,
+                "memory_bytes": expected.memory_bytes,
+                "disk_bytes": expected.disk_bytes,
+            }
+        )
+        return EXIT_PASS
+    console = console_for()
+    console.print(f"[bold]{plan.study.title}[/bold]: {len(plan.slots)} trials on {machine.device_name}")
+    for replicate in range(plan.study.protocol.replicates):
+        groups = [group for group in plan.groups if group.replicate == replicate]
+        names = "; ".join(", ".join(slot.trial.partition("-")[2] for slot in group.slots) for group in groups)
+        console.print(f"  replicate {replicate + 1}: {names}", markup=False)
+    console.print(f"  level   {plan.interleaving}: {plan.why}", markup=False)
+    took = "unknown" if expected.time_s is None else f"about {format_duration(expected.time_s)}"
+    console.print(f"  time    {took} ({expected.basis})", markup=False)
+    console.print(
+        f"  memory  about {format_bytes(expected.memory_bytes)} for what is live together, processes included"
+    )
+    console.print(f"  disk    about {format_bytes(expected.disk_bytes)}")
+    print_notices(notices, console)
+    return EXIT_PASS
+
+
+def run_report(options: argparse.Namespace) -> int:
+    """Print the report of a run, whole or not."""
+    from harness.records import codec, store
+    from harness.report.terminal import console_for, print_run
+    from harness.report.view import view_of
+
+    run = store.read_run(options.run, store.runs_dir(options.runs_dir))
+    if run.manifest.sides:
+        from harness.commands.ab import show_ab
+
+        return show_ab(run, options)
+    view = view_of(run)
+    if options.json:
+        print_json(codec.to_json(view))
+    else:
+        print_run(view, console_for())
+        _show_claims(run)
+    return EXIT_PASS if view.valid else EXIT_INVALID
+
+
+def _show_claims(run: Run) -> None:
+    """The verdicts on what the study claims, where it claims anything."""
+    if run.manifest.study.get("claims"):
+        from harness.report.claims import print_verdicts
+        from harness.report.terminal import console_for
+        from harness.verdicts.claims import judge_claims
+
+        print_verdicts(judge_claims(run), console_for())
+
+
+def _controls(view: Any) -> dict[str, Any]:
+    from harness.records import codec
+
+    return {table.phase: codec.to_json(table.control) for table in view.tables}

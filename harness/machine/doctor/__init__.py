@@ -1,0 +1,38 @@
+"""What this machine can run and measure, and what would spoil a measurement here: judged before anything is measured.
+
+Most of what spoils a measurement can be borne: trials take turns, and the intervals carry the noise. A machine is unfit
+only where no trial could run, or where its numbers would be those of something else: of a neighbour's work, of a card
+that protects itself, of a broken memory.
+"""
+
+from __future__ import annotations
+
+from harness.machine.doctor.card import card_meters, card_state
+from harness.machine.doctor.check import Check
+from harness.machine.doctor.host import disturbances, host_meters, limits, settings
+from harness.machine.doctor.means import device, memory, models, packages
+from harness.machine.doctor.survey import Survey, survey
+
+__all__ = ["Check", "Survey", "examine", "is_fit", "survey"]
+
+
+def examine(found: Survey) -> tuple[Check, ...]:
+    """All checks of a survey, in the order in which one would read them."""
+    card = found.card.value
+    return (
+        *packages(found),
+        *device(found),
+        *memory(found),
+        *models(found),
+        *host_meters(found),
+        *(card_meters(card) if card else ()),
+        *disturbances(found),
+        *settings(found),
+        *limits(found),
+        *(card_state(card, root=found.root) if card else ()),
+    )
+
+
+def is_fit(checks: tuple[Check, ...]) -> bool:
+    """Whether something may be measured here."""
+    return all(check.standing != "unfit" for check in checks)

@@ -1,0 +1,107 @@
+"""What can be known of a machine before anything is measured on it: gathered here, judged in `harness.machine.doctor`.
+
+For a second it computes and watches what that suffers: a CPU that nobody asks for anything is not stolen from, nor does
+a quota withhold it. Everything else is read once. Neither torch nor a CUDA context is loaded for it, so the survey
+leaves the machine as it found it.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness.machine.host import LEAST_ASKED_S, HostWatch
+from harness.machine.neighbours import Neighbours, neighbours_of
+from harness.machine.nvml import CardFacts, Memory, Sample, card_names, open_device
+from harness.machine.provenance import Machine, library_version, probe_machine
+from harness.machine.reading import Reading
+from harness.machine.system import SystemFacts, system_facts
+
+LOOK_S = 1.1 * LEAST_ASKED_S
+"""How long the machine is watched at work: a little more than the CPU time of which a share is given."""
+REQUIRED = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
+"""Distributions without which no trial starts."""
+OPTIONAL = {"flash-attn": "variants with attention = flash_attention_2", "gguf": "models in GGUF files"}
+"""Distributions that some studies need, and for what."""
+_PEAK_RESET = Path("/proc/self/clear_refs")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Card:
+    """One look at the first visible device."""
+
+    facts: CardFacts
+    sample: Sample
+    memory: Reading[Memory]
+    neighbours: Neighbours
+    sliced: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Survey:
+    """What was found."""
+
+    machine: Machine
+    system: SystemFacts
+    packages: Mapping[str, str | None]
+    """Versions of distributions; None where one is not installed."""
+    host: Mapping[str, float]
+    """Counters of the kernel while this process computed (`harness.machine.host`)."""
+    host_missing: Mapping[str, str]
+    peaks: bool
+    """Whether the kernel lets a process reset its peak of resident memory."""
+    card: Reading[Card]
+    cards: Reading[tuple[str, ...]]
+    """Names of all cards of the machine, hidden ones too."""
+    environment: Mapping[str, str]
+    root: bool
+    """Whether the user may change the card's settings."""
+
+
+def survey(look_s: float = LOOK_S) -> Survey:
+    """Look at this machine for `look_s` seconds, in which one of its CPUs is kept busy."""
+    system = system_facts()  # before the work, which is part of the load after it
+    watch = HostWatch()
+    watch.begin()
+    _compute(look_s)
+    host = watch.end()
+    return Survey(
+        machine=probe_machine(),
+        system=system,
+        packages={name: library_version(name) for name in (*REQUIRED, *OPTIONAL)},
+        host=host,
+        host_missing=watch.missing,
+        peaks=os.access(_PEAK_RESET, os.W_OK),
+        card=_look_at_card(),
+        cards=card_names(),
+        environment=os.environ,
+        root=os.geteuid() == 0,
+    )
+
+
+def _compute(seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        pass
+
+
+def _look_at_card() -> Reading[Card]:
+    opened = open_device()
+    device = opened.value
+    if device is None:
+        return Reading(reason=opened.reason)
+    try:
+        return Reading(
+            value=Card(
+                facts=device.facts(),
+                sample=device.sample(),
+                memory=device.memory(),
+                neighbours=neighbours_of(device, generations=0),
+                sliced=device.sliced,
+            )
+        )
+    finally:
+        device.close()

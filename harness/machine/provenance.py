@@ -1,0 +1,249 @@
+"""What machine and what software: enough to repeat a run, and the part of it that must agree to compare two.
+
+Nothing here imports torch: the parent stays light, and what torch itself sees comes from the worker's greeting. A
+library, counter or permission that is missing makes a value None, never an exception.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness.machine.nvml import Device, open_device
+from harness.machine.system import memory_bytes
+from harness.meters.settings import settings
+from harness.records import codec
+from harness.studies.study import Study
+
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "accelerate",
+    "flash-attn",
+    "triton",
+    "numpy",
+    "lorameter",
+)
+FINGERPRINT = ("device", "device_name", "driver", "cuda", "cpu_model", "threads", "python", "libraries", "workload")
+"""Fields of the provenance that must agree for two runs to be compared."""
+POWER_LIMIT = "power_limit_w"
+"""One more, of runs on a card: its power limit in force, in whole watts, as far as it is known. Runs that were written
+before it was recorded have none, so their fingerprints are what they were, and so are those of runs on a CPU."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """The machine as far as it can be known without touching its device."""
+
+    device: str
+    """"cuda" if torch is a CUDA build and NVML shows a device, else "cpu"."""
+    device_name: str
+    device_memory_bytes: int | None
+    driver: str | None
+    cuda: str | None
+    cpu_model: str
+    cpus: int
+    memory_bytes: int
+    """Of the machine, or the limit of a container where that is less."""
+    avx512_bf16: bool
+    """On such CPUs bitsandbytes repacks 4-bit weights and needs widths that its blocks divide."""
+    kernel: str
+    python: str
+
+    @property
+    def kind(self) -> str:
+        """What profiles of studies go by: "cpu", or the name of the GPU."""
+        return "cpu" if self.device == "cpu" else self.device_name
+
+
+def probe_machine() -> Machine:
+    """Read /proc, NVML and the installed torch's version file."""
+    cpu = _cpu_fields()
+    cuda = _torch_cuda()
+    name = cpu.get("model name", platform.processor() or platform.machine())
+    with _first_gpu() if cuda else contextlib.nullcontext() as gpu:
+        facts = None if gpu is None else gpu.facts()
+        memory = None if gpu is None else gpu.memory().value
+    return Machine(
+        device="cpu" if facts is None else "cuda",
+        device_name=name if facts is None else facts.name.value or "a device without a name",
+        device_memory_bytes=None if memory is None else memory.total,
+        driver=None if facts is None else facts.driver.value,
+        cuda=cuda,
+        cpu_model=name,
+        cpus=len(os.sched_getaffinity(0)),
+        memory_bytes=memory_bytes().value or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        avx512_bf16="avx512_bf16" in cpu.get("flags", "").split(),
+        kernel=platform.release(),
+        python=platform.python_version(),
+    )
+
+
+def collect(
+    study: Study, machine: Machine, threads: int, hello: dict[str, Any], side: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The provenance of a run: machine and its settings, threads, library versions, workload, git state, and what the
+    worker said.
+
+    `side` is the description of another host (`executors.host.describe`); what it says goes before what holds here.
+    """
+    return {
+        **codec.to_json(machine),
+        "settings": settings(card=machine.device == "cuda"),
+        "threads": threads,
+        "libraries": {name: library_version(name) for name in LIBRARIES},
+        "workload": _content_of_workloads(study),
+        "git": git_state(Path.cwd()),
+        "worker": {key: hello.get(key) for key in ("device", "torch", "import_time_s", "harness")},
+        **(side or {}),
+    }
+
+
+def harness_identity() -> str:
+    """Version and content of the harness that runs this: the two sides of an A/B may run different code.
+
+    The content is a hash of the package's sources and data by their names inside it, so it is the same wherever the
+    package lies.
+    """
+    root = Path(__file__).parents[1]  # the whole package, wherever in it this room lies
+    sources = {
+        path.relative_to(root).as_posix(): path
+        for path in root.rglob("*")
+        if path.suffix in (".py", ".json", ".toml") and path.is_file()
+    }
+    digest = hashlib.sha256()
+    for name in sorted(sources):
+        digest.update(f"{name}\0".encode() + hashlib.sha256(sources[name].read_bytes()).digest())
+    return f"{library_version('lorameter') or 'not installed'} sha256:{digest.hexdigest()[:12]}"
+
+
+def differing_packages(
+    base: Mapping[str, Any], candidate: Mapping[str, Any]
+) -> dict[str, tuple[str | None, str | None]]:
+    """What an effect can be attributed to: the distributions whose versions differ, with both (None: not installed).
+
+    `base` and `candidate` are descriptions of two hosts (`executors.host.describe`).
+    """
+    ours, theirs = base["packages"], candidate["packages"]
+    return {
+        name: (ours.get(name), theirs.get(name))
+        for name in sorted({*ours, *theirs})
+        if ours.get(name) != theirs.get(name)
+    }
+
+
+def _content_of_workloads(study: Study) -> dict[str, Any]:
+    """The study's workload, and under `own` what variants are measured on instead."""
+    data = {"data": _content_of(study.workload.data)}
+    own = {name: codec.to_json(workload) | data for name, workload in study.own_workloads.items()}
+    return {**codec.to_json(study.workload), **data, **({"own": own} if own else {})}
+
+
+def _content_of(data: str) -> str:
+    """What the data is, whatever its path: the hash of a file, the name of anything else."""
+    path = Path(data)
+    if not path.is_file():
+        return data
+    with path.open("rb") as file:
+        return f"{path.name} sha256:{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
+
+
+def comparable(provenance: Mapping[str, Any], without: Sequence[str] = ()) -> dict[str, Any]:
+    """The fields that must agree for two runs to be compared; `without` are those that an A/B declares."""
+    fields = {key: provenance.get(key) for key in FINGERPRINT}
+    limit = power_limit_w(provenance)
+    known = fields if limit is None else fields | {POWER_LIMIT: limit}
+    return {key: value for key, value in known.items() if key not in without}
+
+
+def fingerprint(provenance: Mapping[str, Any], without: Sequence[str] = ()) -> str:
+    """Hash of the fields that must agree for two runs to be compared; `without` are those that an A/B declares."""
+    return hashlib.sha256(codec.dumps(comparable(provenance, without)).encode()).hexdigest()[:12]
+
+
+def power_limit_w(provenance: Mapping[str, Any], which: str = "power_limit_w") -> int | None:
+    """The card's power limit in force in whole watts, or that by default (`default_power_limit_w`).
+
+    None on a CPU, where the card did not tell it, and in runs of before it was recorded.
+    """
+    card = provenance.get("settings", {}).get("card")
+    limit = card.get(which) if isinstance(card, Mapping) else None
+    return round(limit) if isinstance(limit, int | float) else None
+
+
+def git_state(folder: Path) -> dict[str, Any]:
+    """Commit and dirty flag of the repository around `folder`; None where there is none. Bytecode is no change."""
+    commit = _git(folder, "rev-parse", "HEAD")
+    if commit is None:
+        return {"commit": None, "dirty": None}
+    changes = _git(folder, "status", "--porcelain", "--", ":/", ":(top,exclude,glob)**/__pycache__/**")
+    return {"commit": commit, "dirty": bool(changes)}
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def library_version(library: str) -> str | None:
+    """The installed version of a distribution, None if it is not installed."""
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_fields() -> dict[str, str]:
+    fields: dict[str, str] = {}
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            fields.setdefault(key.strip(), value.strip())
+    return fields
+
+
+def _torch_cuda() -> str | None:
+    """The CUDA version that the installed torch was built for, read from its version file."""
+    spec = importlib.util.find_spec("torch")
+    return None if spec is None or spec.origin is None else cuda_of(Path(spec.origin).parent)
+
+
+def cuda_of(torch: Path) -> str | None:
+    """The CUDA version that the torch in this folder was built for, None for a CPU build."""
+    with contextlib.suppress(OSError):
+        for line in (torch / "version.py").read_text().splitlines():
+            if line.startswith("cuda") and "'" in line:
+                return line.split("'")[1]
+    return None
+
+
+def free_device_memory() -> int | None:
+    """Free bytes on the first visible device by NVML; None where it does not say."""
+    with _first_gpu() as gpu:
+        memory = None if gpu is None else gpu.memory().value
+    return None if memory is None else memory.free
+
+
+@contextlib.contextmanager
+def _first_gpu() -> Iterator[Device | None]:
+    """The device that a worker will use, None where NVML finds none."""
+    device = open_device().value
+    try:
+        yield device
+    finally:
+        if device is not None:
+            device.close()

@@ -1,0 +1,1 @@
+"""Which models there are, their shapes, and what they cost by formula."""

@@ -1,0 +1,1 @@
+"""Closed forms: parameters, bytes and operations of a shape."""

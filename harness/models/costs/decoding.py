@@ -1,0 +1,81 @@
+"""What one decoded token takes: FLOPs, and the bytes that must come from memory for it.
+
+At batch size 1 each weight is read for two FLOPs, so decoding is bound by memory: its ceiling is the bandwidth, and
+what counts is the size in which the weights are stored, the constants of their quantisation included. Each weight is
+read once a token (Databricks 2023, "LLM Inference Performance Engineering: Best Practices", whose model bandwidth
+utilisation this is the numerator of). A layer that writes its weights out in 16 bits before it multiplies moves more;
+that is its own cost, and shows as a low utilisation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from harness.models.costs.flops import adapted_layers, counted_widths, product_weights
+from harness.models.costs.storage import constant_bytes, weight_bytes, width
+from harness.models.shapes import ModelShape
+from harness.studies.variant import Variant
+from harness.studies.workload import Workload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeCost:
+    """What one decoded token takes at batch size 1: FLOPs, and bytes that must come from memory, by kind."""
+
+    flops: int
+    linear_bytes: int
+    """Weights of the blocks' linear layers as they are stored, with the constants of their quantisation."""
+    adapter_bytes: int
+    head_bytes: int
+    other_bytes: int
+    """Norms, and the token's row of the embedding."""
+    cache_bytes: int
+    """Keys and values of the context: those of earlier tokens read, the token's own written."""
+
+    @property
+    def bytes(self) -> int:
+        """All of them. Activations are left out: they stay in caches."""
+        return self.linear_bytes + self.adapter_bytes + self.head_bytes + self.other_bytes + self.cache_bytes
+
+
+def mean_context(workload: Workload) -> int:
+    """Tokens attended to by a token after a request's first, itself included, in the mean over those tokens.
+
+    With p prompt tokens and n new ones, the forward passes after the first attend to p + 1 ... p + n - 1 tokens.
+    """
+    return workload.prompt_tokens + workload.new_tokens // 2
+
+
+def decode_cost(
+    shape: ModelShape, variant: Variant, *, context: int, merged: bool = False, repacked: bool = False
+) -> DecodeCost:
+    """FLOPs and bytes of one token after the first, `context` tokens attended to, itself included.
+
+    Left out: biases, norms beyond the two a block and the last one of Llama, and the norm that PEFT's DoRA takes anew
+    for every token, which an implementation could keep.
+
+    Args:
+        merged: the adapter is merged into the base, which keeps its type and size.
+        repacked: 4-bit weights are in bitsandbytes' CPU layout, with one bfloat16 scale a block and no double
+            quantisation (`_convert_weight_packed_for_cpu` of bitsandbytes 0.50).
+
+    Raises:
+        UsageError: a model type or a target whose layers are not known here.
+    """
+    widths = counted_widths(shape)
+    adapted = frozenset[str]() if merged else adapted_layers(shape, variant)
+    ranks = shape.layers * variant.r * sum(sum(widths[name]) for name in adapted)
+    magnitudes = shape.layers * sum(widths[name][1] for name in adapted) if variant.use_dora else 0
+    attention = 2 * 2 * shape.layers * shape.heads * shape.head_dim * context
+    plain = width("float32" if variant.prepare_for_kbit else variant.dtype)
+    linear = sum(
+        weight_bytes(*sizes, variant) + constant_bytes(*sizes, variant, repacked=repacked) for sizes in widths.values()
+    )
+    return DecodeCost(
+        flops=2 * product_weights(shape) + 2 * ranks + attention,
+        linear_bytes=shape.layers * linear,
+        adapter_bytes=(ranks + magnitudes) * width(variant.adapter_dtype or "float32"),
+        head_bytes=shape.vocab_size * shape.hidden_size * plain,
+        other_bytes=(2 * shape.layers + 2) * shape.hidden_size * plain,
+        cache_bytes=2 * shape.layers * shape.kv_heads * shape.head_dim * context * plain,
+    )

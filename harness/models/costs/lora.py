@@ -1,0 +1,98 @@
+"""An adapter in numbers: which linear layers it is on, its parameters, and what its optimizer keeps.
+
+LoRA puts two matrices beside a frozen layer, r by inputs and outputs by r (Hu et al. 2021, arXiv 2106.09685, section
+4.1); DoRA adds a magnitude for each output (Liu et al. 2024, arXiv 2402.09353). Nothing here depends on a weight's
+value, and nothing needs torch. Shapes are those of Llama and its kin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from harness.models.shapes import ModelShape
+from harness.studies.variant import ALL_LINEAR, Optimizer, Variant
+
+DEFAULT_TARGETS = ("q_proj", "v_proj")
+"""PEFT's own for Llama and its kin."""
+PAGED_FROM_ELEMENTS = 100_000
+"""bitsandbytes pages the state of a tensor from this many elements on (`Optimizer8bit.get_state_buffer`)."""
+EIGHT_BIT_FROM_ELEMENTS = 4096
+"""Smaller tensors keep float32 state in an 8-bit optimizer (its `min_8bit_size`)."""
+STEP_BYTES = 4
+"""torch counts the steps of each tensor in a float32 (`torch.optim.adam`, `_get_scalar_dtype`); bitsandbytes in a
+Python number."""
+BLOCK = 256
+"""Elements that share a float32 scale in an 8-bit moment (`Optimizer2State.init_state` of bitsandbytes)."""
+TABLE_BYTES = 256 * 4
+"""The values that an 8-bit moment can take; one table for each of the two moments, shared by all tensors."""
+
+
+def linear_widths(shape: ModelShape) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of the linear layers of one block, by the name that target_modules would use."""
+    query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    return {
+        "q_proj": (shape.hidden_size, query),
+        "k_proj": (shape.hidden_size, key),
+        "v_proj": (shape.hidden_size, key),
+        "o_proj": (query, shape.hidden_size),
+        "gate_proj": (shape.hidden_size, shape.intermediate_size),
+        "up_proj": (shape.hidden_size, shape.intermediate_size),
+        "down_proj": (shape.intermediate_size, shape.hidden_size),
+    }
+
+
+def adapted_widths(variant: Variant, shape: ModelShape) -> dict[str, tuple[int, int]]:
+    """The same of the layers that have an adapter; a target that is none of them is left out."""
+    targets = variant.target_modules or DEFAULT_TARGETS
+    names = {target.rpartition(".")[2] for target in targets}
+    return {name: width for name, width in linear_widths(shape).items() if ALL_LINEAR in targets or name in names}
+
+
+def adapter_tensors(variant: Variant, shape: ModelShape) -> list[int]:
+    """Elements of each tensor that the adapter adds to the model."""
+    block = []
+    for inputs, outputs in adapted_widths(variant, shape).values():
+        block += [variant.r * inputs, variant.r * outputs, *([outputs] if variant.use_dora else [])]
+    return shape.layers * block
+
+
+def adapter_parameters(variant: Variant, shape: ModelShape) -> int:
+    """Parameters that the adapter adds: r (in + out) for each target, with DoRA a magnitude for each output too. Biases
+    of the base that train are not the adapter's."""
+    return sum(adapter_tensors(variant, shape))
+
+
+def optimizer_state_bytes(optimizer: Optimizer, trained: Iterable[tuple[int, int]]) -> int:
+    """All state after a first step, by the rules of torch 2.13 and bitsandbytes 0.50.
+
+    torch's AdamW keeps two moments in the type of the parameter and a step count. bitsandbytes keeps them in float32;
+    in 8 bits with a scale for each block of 256 elements, but in float32 for a tensor of less than 4096 elements.
+
+    Args:
+        optimizer: the variant's.
+        trained: elements of each tensor that trains, and bytes of one element.
+    """
+    tensors = list(trained)
+    if optimizer in ("adamw", "adamw_fused"):
+        return sum(2 * elements * size + STEP_BYTES for elements, size in tensors)
+    tables = _eight_bit(optimizer) and any(elements >= EIGHT_BIT_FROM_ELEMENTS for elements, _ in tensors)
+    return sum(_moments(optimizer, elements) for elements, _ in tensors) + (2 * TABLE_BYTES if tables else 0)
+
+
+def paged_state_bytes(optimizer: Optimizer, elements: Iterable[int]) -> int:
+    """The part of bitsandbytes' state that is paged on a GPU: the moments of large tensors, without the scales of 8-bit
+    ones."""
+    if not optimizer.startswith("paged"):
+        return 0
+    size = 2 if _eight_bit(optimizer) else 8
+    return sum(size * one for one in elements if one >= PAGED_FROM_ELEMENTS)
+
+
+def _eight_bit(optimizer: Optimizer) -> bool:
+    return optimizer == "paged_adamw_8bit"
+
+
+def _moments(optimizer: Optimizer, elements: int) -> int:
+    if _eight_bit(optimizer) and elements >= EIGHT_BIT_FROM_ELEMENTS:
+        return 2 * (elements + 4 * -(-elements // BLOCK))
+    return 8 * elements

@@ -1,0 +1,199 @@
+"""What a variant will take, by the kinds of `harness.records.memory_account`, from the model's shape alone.
+
+Most kinds are counts and exact: weights at their stored size, constants of quantisation (Dettmers et al. 2023, arXiv
+2305.14314, section 3: a scale for 64 weights, itself quantised in blocks of 256), adapter, optimizer state, what the
+forward pass keeps (`harness.models.costs.activations`), logits. A step is highest at one of three moments: when the loss's gradient
+is taken (activations, and logits in float32 three times over: log-probabilities and two gradients), under checkpointing
+when a block has been computed again, or when the optimizer has all gradients.
+
+What a process takes beside its tensors on a CPU has no formula. Those constants are measured, each says on what, and
+they are for one thread, glibc and the CPU builds of torch.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+
+from harness.models.catalogue import ModelSource, config_file
+from harness.models.costs.activations import Activations
+from harness.models.costs.lora import (
+    adapter_parameters,
+    adapter_tensors,
+    linear_widths,
+    optimizer_state_bytes,
+    paged_state_bytes,
+)
+from harness.models.costs.storage import constant_bytes, weight_bytes, width
+from harness.models.shapes import ModelShape
+from harness.records.memory_account import MemoryPhase, in_order
+from harness.studies.variant import Variant
+from harness.studies.workload import Workload
+
+MIB = 2**20
+HOST = {"process": 337 * MIB, "library_code": 48 * MIB, "library_heap": 13 * MIB, "interpreter": 15 * MIB}
+"""A forked trial before its model, and what its libraries add at work; measured over variants of smollm2-135m, where
+the last three move by some MiB."""
+PROCESS_BYTES = sum(HOST.values())
+"""Resident in a trial's process beside tensors."""
+CUDA_CONTEXT_BYTES = 600 * MIB
+"""Device memory of a process's CUDA context and libraries, which no allocator counts; 0.4 to 0.6 GiB is usual."""
+HEAP_SLACK = 0.25
+"""Of the heap that a step takes and gives back, what malloc holds beside it; measured 0.13 to 0.3 on smollm2-135m, and
+up to 0.7 in a trial whose check was the full profile."""
+IDLE_HEAP_BYTES = 25 * MIB
+"""What malloc still holds in a request after training, when it was asked to give all back; measured 10 to 44 MiB."""
+MAPPED_FROM_BYTES = 32 * MIB
+"""glibc maps larger blocks apart and gives them back whole (M_MMAP_THRESHOLD's dynamic maximum, mallopt(3))."""
+LOGIT_COPIES = 3 * 4
+"""Bytes for each logit when the loss's gradient is taken: log-probabilities, their gradient, the logits' gradient."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryEstimate:
+    """Expected bytes at the peak of one phase, on the device that measures."""
+
+    phase: MemoryPhase
+    kinds: dict[str, int]
+    beside: dict[str, int] = field(default_factory=dict)
+    """Bytes outside CUDA's allocator: `context`, and `paged_optimizer_state`, which may lie on the host."""
+
+    @property
+    def total_bytes(self) -> int:
+        """The peak: of the allocator on CUDA, else of the process's resident set."""
+        return sum(self.kinds.values())
+
+    @property
+    def needed_bytes(self) -> int:
+        """What must be free on the device: the peak, and what the process takes of it beside."""
+        return self.total_bytes + self.beside.get("context", 0)
+
+
+def estimate_memory(
+    variant: Variant,
+    workload: Workload,
+    shape: ModelShape,
+    *,
+    phase: MemoryPhase = "train",
+    device: str = "cpu",
+    stored: str | None = None,
+) -> MemoryEstimate:
+    """The peak of a phase by kind.
+
+    Args:
+        variant: what trains, or has trained and answers.
+        workload: batch and lengths; a request is one prompt with its new tokens.
+        shape: of the model; an architecture unlike Llama's is counted as if it were like it.
+        phase: "train" for a step, "generate" for a request.
+        device: "cpu" or "cuda".
+        stored: type of a checkpoint that is mapped from its file (`stored_dtype`), None where weights are made or
+            converted in memory.
+    """
+    kinds = _resident(variant, shape)
+    if phase == "train":
+        kinds |= _trained(variant, shape)
+        paged = kinds.pop("paged_optimizer_state") if device == "cuda" else 0
+        kinds |= _step(variant, workload, shape, device)
+    else:
+        paged = 0
+        kinds |= _request(variant, workload, shape, device)
+    if device == "cuda":
+        return MemoryEstimate(
+            phase=phase,
+            kinds=in_order(kinds),
+            beside={"context": CUDA_CONTEXT_BYTES, "paged_optimizer_state": paged},
+        )
+    kinds |= HOST
+    if stored == variant.dtype and not variant.prepare_for_kbit and variant.quantization != "none":
+        # Embeddings and norms are still the file's own pages, and hold all of it in memory.
+        kinds["checkpoint_pages"] = _linear(shape) * width(variant.dtype)
+    return MemoryEstimate(phase=phase, kinds=in_order(kinds))
+
+
+def stored_dtype(source: ModelSource) -> str | None:
+    """Type of the checkpoint's weights as its configuration names it; None where they are not mapped from a file."""
+    if source.random or source.kind not in ("directory", "hub"):
+        return None
+    config = json.loads(config_file(source).read_text(encoding="utf-8"))
+    told = config.get("dtype") or config.get("torch_dtype")
+    return str(told) if told else None
+
+
+def _linear(shape: ModelShape) -> int:
+    return shape.layers * sum(inputs * outputs for inputs, outputs in linear_widths(shape).values())
+
+
+def _resident(variant: Variant, shape: ModelShape) -> dict[str, int]:
+    """The base and the adapter."""
+    wide = width(variant.dtype)
+    outside, dtype = (4, "float32") if variant.prepare_for_kbit else (wide, variant.dtype)
+    widths = linear_widths(shape).values()
+    return {
+        "linear_weights": shape.layers * sum(weight_bytes(*sizes, variant) for sizes in widths),
+        "quantization_state": shape.layers * sum(constant_bytes(*sizes, variant) for sizes in widths),
+        f"embeddings_{dtype}": shape.vocab_size * shape.hidden_size * (1 if shape.tied else 2) * outside,
+        f"norms_{dtype}": (2 * shape.layers + 1) * shape.hidden_size * outside,
+        "adapter": adapter_parameters(variant, shape) * _adapter_width(variant),
+    }
+
+
+def _adapter_width(variant: Variant) -> int:
+    return width(variant.adapter_dtype or "float32")
+
+
+def _trained(variant: Variant, shape: ModelShape) -> dict[str, int]:
+    """Optimizer state, its paged part apart."""
+    tensors, size = adapter_tensors(variant, shape), _adapter_width(variant)
+    paged = paged_state_bytes(variant.optimizer, tensors)
+    state = optimizer_state_bytes(variant.optimizer, [(elements, size) for elements in tensors])
+    return {"optimizer_state": state - paged, "paged_optimizer_state": paged}
+
+
+def _step(variant: Variant, workload: Workload, shape: ModelShape, device: str) -> dict[str, int]:
+    """What a step adds at its highest moment."""
+    activations = Activations(variant, workload, shape, device)
+    kept, tokens = activations.kept(), workload.batch_size * workload.sequence_length
+    gradients = adapter_parameters(variant, shape) * _adapter_width(variant)
+    accumulated = gradients if variant.gradient_accumulation > 1 else 0
+    slack = device == "cpu" and tokens * shape.intermediate_size * width(variant.dtype) < MAPPED_FROM_BYTES
+    again = activations.block() if variant.gradient_checkpointing else 0
+    taken = max(kept, gradients, kept + again + gradients if again else 0) if slack else 0
+    loss = {"activations": kept, "logits": LOGIT_COPIES * tokens * shape.vocab_size, "gradients": accumulated}
+    moments = [loss, {"gradients": gradients, "temporaries": gradients * _foreach(variant, device)}]
+    if variant.gradient_checkpointing:
+        wide = max(shape.intermediate_size, shape.hidden_size)
+        block = {"activations": kept, "temporaries": again + 3 * 4 * tokens * wide, "gradients": gradients}
+        moments.append(block | {"operator_scratch": _dequantised(variant, shape)})
+    for moment in moments:
+        if slack:
+            held = moment.get("activations", 0) + moment.get("gradients", 0) + moment.get("temporaries", 0)
+            moment["heap_slack"] = max(0, taken - held) + int(HEAP_SLACK * taken)
+    return max(moments, key=lambda moment: sum(moment.values()))
+
+
+def _foreach(variant: Variant, device: str) -> int:
+    """On a GPU torch's unfused AdamW works on all tensors at once, with a copy of them (torch.optim, "foreach")."""
+    return 1 if device == "cuda" and variant.optimizer == "adamw" else 0
+
+
+def _dequantised(variant: Variant, shape: ModelShape) -> int:
+    """The largest layer in the type that it multiplies in, while it does."""
+    largest = max(inputs * outputs for inputs, outputs in linear_widths(shape).values())
+    return largest * width(variant.compute_dtype) if variant.is_4bit else 0
+
+
+def _request(variant: Variant, workload: Workload, shape: ModelShape, device: str) -> dict[str, int]:
+    """What a request adds: the context's keys and values, one block's work on the prompt, the last token's logits."""
+    size = 4 if variant.prepare_for_kbit else width(variant.dtype)
+    context = workload.prompt_tokens + workload.new_tokens
+    kinds = {
+        "kv_cache": 2 * shape.layers * shape.kv_heads * shape.head_dim * context * size,
+        "logits": shape.vocab_size * (size + 4),
+        "temporaries": workload.prompt_tokens * 3 * shape.intermediate_size * size,
+        "operator_scratch": _dequantised(variant, shape),
+    }
+    if device == "cpu":
+        # oneDNN packs a 16-bit weight anew in each product; the largest is the head.
+        head = shape.vocab_size * shape.hidden_size * size if size == 2 else 0
+        kinds |= {"operator_scratch": max(head, kinds["operator_scratch"]), "heap_slack": IDLE_HEAP_BYTES}
+    return kinds

@@ -1,0 +1,281 @@
+"""What a profile comes to: a step in lines that add up, its tokens, decoding, and how near both came to the peak.
+
+The lines of a step are medians of phases that were timed on their own, and the step is the median of plain steps that
+took turns with them. Nothing makes the sum of the ones meet the other. What is between them is a line, with the cost of
+the borders beside it: where it is large, the phases are not to be trusted. Its interval is that of all these medians
+together, with the turns resampled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from harness.errors import UsageError
+from harness.models import catalogue, shapes
+from harness.models.costs.ceiling import Ceiling, Utilisation, bandwidth_utilisation, ceiling_of
+from harness.models.costs.decoding import decode_cost, mean_context
+from harness.models.costs.flops import StepTokens, TrainingFlops, computed_tokens, row_tokens, training_flops
+from harness.profile.facts import PHASES, PhaseActivity, Profile
+from harness.stats import bootstrap_interval, median_interval
+from harness.verdicts.series import OCCUPANCY_FLOOR
+
+LEAST_PAIRS = 8
+"""Where fewer undisturbed pairs would remain, all count."""
+REMAINDER_LIMIT = 0.02
+"""Share of the step above which its phases do not explain it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """A median of times in seconds, with its 95 % interval by order statistics; None where too few times are there."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+def span_of(samples: Sequence[float]) -> Span:
+    """The median of samples with its interval. Raises ValueError without samples."""
+    found = median_interval(samples)
+    if found.value is None:
+        raise ValueError("a median of no samples")
+    return Span(value=found.value, low=found.low, high=found.high)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepAccount:
+    """A step's time by its phases, in seconds."""
+
+    step: Span
+    phases: dict[str, Span]
+    between: Span
+    """From the end of a step to the beginning of the next; no part of the step."""
+    borders: Span
+    """By how much the borders of phases make a step longer, over pairs of neighbours."""
+    remainder: Span
+    """What the phases leave of the step; negative where they are more than it."""
+    covered: Span
+    """Share of a bordered step that its own phases cover: whatever disturbs a step disturbs both alike."""
+    profiler_slowdown: Span
+    """Time of a step under the profiler over that of a plain one, whose median is taken as exact."""
+    occupancy: float | None
+    """CPU time over wall time of all steps, per thread; None on a GPU, where the host rightly waits."""
+    pairs: int
+    """Of a plain and a bordered step."""
+    counted: int
+    """Of them, those that were not disturbed, or all where these are too few."""
+
+    @property
+    def explained(self) -> bool | None:
+        """Whether the phases explain the step: the remainder's interval lies within the limit, or outside it; None
+        where it does not tell."""
+        limit, found = REMAINDER_LIMIT * self.step.value, self.remainder
+        low, high = (found.value if end is None else end for end in (found.low, found.high))
+        if -limit <= low and high <= limit:
+            return True
+        return False if high < -limit or low > limit else None
+
+
+def step_account(profile: Profile) -> StepAccount:
+    """The account of a profile's step."""
+    counted = undisturbed_pairs(profile)
+
+    def kept(name: str) -> list[float]:
+        return [profile.record.samples[name][index] for index in counted]
+
+    plain, bordered = kept("plain_step_time_s"), kept("bordered_step_time_s")
+    step = span_of(plain)
+    phases = [kept(f"phase_{phase}_s") for phase in PHASES]
+    sums = [sum(times) for times in zip(*phases, strict=True)]
+    low, high = bootstrap_interval((plain, *phases), _left)
+    return StepAccount(
+        step=step,
+        phases=dict(zip(PHASES, map(span_of, phases), strict=True)),
+        remainder=Span(value=float(_left(plain, *phases)), low=low, high=high),
+        between=span_of(profile.record.samples["between_steps_s"]),
+        borders=span_of([slow - fast for fast, slow in zip(plain, bordered, strict=True)]),
+        covered=span_of([part / whole for part, whole in zip(sums, bordered, strict=True)]),
+        profiler_slowdown=span_of([slow / step.value for slow in profile.activity.step_times_s]),
+        occupancy=_occupancy(profile, range(_pairs(profile))) if profile.device == "cpu" else None,
+        pairs=_pairs(profile),
+        counted=len(counted),
+    )
+
+
+def _left(step: Any, *phases: Any, axis: int = -1) -> Any:
+    """The median of the steps less those of the phases."""
+    import numpy as np
+
+    return np.median(step, axis=axis) - sum(np.median(phase, axis=axis) for phase in phases)
+
+
+def undisturbed_pairs(profile: Profile) -> Sequence[int]:
+    """Pairs of a plain and a bordered step that count: on a CPU those that had it to themselves.
+
+    The flag is the occupancy, which does not look at the times. All count where too few would be left, on a GPU, where
+    the host rightly waits, and with several threads, which wait for each other.
+    """
+    everything = range(_pairs(profile))
+    if profile.device != "cpu" or profile.threads > 1:
+        return everything
+    quiet = [index for index in everything if _occupancy(profile, (index,)) >= OCCUPANCY_FLOOR]
+    return quiet if len(quiet) >= LEAST_PAIRS else everything
+
+
+def _pairs(profile: Profile) -> int:
+    return len(profile.record.samples["plain_step_time_s"])
+
+
+def _occupancy(profile: Profile, pairs: Sequence[int]) -> float:
+    """CPU time over wall time of pairs, per thread; that of the step which had less."""
+    samples = profile.record.samples
+
+    def share(kind: str) -> float:
+        cpu_s = sum(samples[f"{kind}_step_cpu_time_s"][index] for index in pairs)
+        return cpu_s / sum(samples[f"{kind}_step_time_s"][index] for index in pairs) / max(1, profile.threads)
+
+    return min(share("plain"), share("bordered"))
+
+
+IDLE = "idle"
+"""Beside the categories: the device waits, or the interpreter is between operators."""
+
+
+def categories_s(profile: Profile, step: StepAccount) -> dict[str, dict[str, float]]:
+    """Seconds of each category in each phase of a plain step, the largest category first and `IDLE` last; nothing where
+    it is not known what ran."""
+    if profile.activity.missing:
+        return {}
+    found: dict[str, dict[str, float]] = {}
+    for phase in profile.activity.phases:
+        idle = max(0.0, step.phases[phase.phase].value - plain_s(profile, step, phase, phase.busy_s))
+        times = {category: plain_s(profile, step, phase, seconds) for category, seconds in phase.categories_s.items()}
+        for category, seconds in {**times, IDLE: idle}.items():
+            found.setdefault(category, dict.fromkeys(PHASES, 0.0))[phase.phase] = seconds
+    return dict(sorted(found.items(), key=lambda pair: (pair[0] == IDLE, -sum(pair[1].values()))))
+
+
+def plain_s(profile: Profile, step: StepAccount, phase: PhaseActivity, seconds: float) -> float:
+    """What takes so many seconds of a phase under the profiler, in seconds of a plain step.
+
+    A kernel takes as long on a GPU whether or not it is recorded. On a CPU the profiler slows down what it records, so
+    the share of the phase is kept.
+    """
+    if profile.activity.device == "cuda":
+        return seconds
+    return seconds * step.phases[phase.phase].value / phase.window_s if phase.window_s else 0.0
+
+
+def time_of(profile: Profile, step: StepAccount, seconds: Callable[[PhaseActivity], float]) -> float:
+    """Seconds of a plain step for `seconds` of each of its phases under the profiler."""
+    return sum(plain_s(profile, step, phase, seconds(phase)) for phase in profile.activity.phases)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenShares:
+    """Positions of a step, in tokens; shares are of all that go through the forward pass, repeated ones included."""
+
+    real: float
+    padded: float
+    recomputed: float
+    """Positions that checkpointing runs through the blocks once more."""
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.real + self.padded + self.recomputed
+
+
+def token_shares(profile: Profile) -> TokenShares:
+    """Positions of a mean step: real ones as counted in the data, repeated ones as the check saw them."""
+    positions = computed_tokens(profile.variant, profile.workload).positions
+    real = profile.record.values["useful_positions"]
+    again = float(positions) if observed(profile, "checkpointing") is True else 0.0
+    return TokenShares(real=real, padded=positions - real, recomputed=again)
+
+
+SKIPPING = frozenset({"flash", "flash_attention_2", "flash_attention_3", "flash_attention_4", "cudnn"})
+"""Kernels of attention that leave out blocks which the causal order hides, where they are given no mask to read."""
+
+
+def given_tokens(profile: Profile, useful: StepTokens) -> StepTokens:
+    """What the operators of a step compute, by what the check saw of attention.
+
+    All pairs of a row, unless the kernel skips: then those of the causal order, and of packed rows that flash-attn
+    takes record by record only those of each record. A kernel skips whole blocks, so it computes somewhat more.
+    """
+    every = computed_tokens(profile.variant, profile.workload)
+    backend, mask = observed(profile, "attention.backend"), observed(profile, "attention.mask")
+    if backend not in SKIPPING or mask != "causal":
+        return every
+    if profile.workload.layout == "packed" and str(backend).startswith("flash_attention"):
+        return dataclasses.replace(every, pairs=useful.pairs)
+    return dataclasses.replace(every, pairs=row_tokens(profile.variant, profile.workload).pairs)
+
+
+def observed(profile: Profile, path: str) -> object:
+    """What kernels_check saw under one of its paths; None where it saw nothing."""
+    return next((check["observed"] for check in profile.record.checks if check["path"] == path), None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeAccount:
+    """One token after the first, at batch size 1."""
+
+    token: Span
+    first_token: Span
+    bytes: int
+    """That must come from memory for it."""
+    context: int
+    """Tokens attended to, itself included."""
+    use: Utilisation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ceilings:
+    """How near training and decoding came to what the device does at best."""
+
+    train: Ceiling
+    flops: TrainingFlops
+    """Of what the operators were given."""
+    decode: DecodeAccount
+
+
+def ceilings(profile: Profile, step: Span) -> Ceilings | str:
+    """MFU and HFU of the step, use of bandwidth of decoding; the reason where the model's layers or a peak are not
+    known."""
+    lacking = [name for name in ("product", "memory") if name not in profile.peaks]
+    if lacking:
+        return (
+            f"what {profile.device_name} does at best is not stated here, and the trial left no memory to measure it: "
+            f"{', '.join(lacking)}"
+        )
+    variant, workload, values = profile.variant, profile.workload, profile.record.values
+    samples = profile.record.samples
+    repacked = bool(values.get("packed_4bit_decode"))
+    token, context = span_of(samples["time_per_output_token_s"]), mean_context(workload)
+    useful = StepTokens(
+        positions=round(values["useful_positions"]),
+        pairs=round(values["useful_pairs"]),
+        passes=variant.gradient_accumulation,
+    )
+    try:
+        shape = shapes.shape(catalogue.resolve(workload.model))
+        given = given_tokens(profile, useful)
+        train = ceiling_of(shape, variant, workload, step, profile.peaks["product"], useful=useful, computed=given)
+        return Ceilings(
+            train=train,
+            flops=training_flops(shape, variant, computed_tokens(variant, workload)),
+            decode=DecodeAccount(
+                token=token,
+                first_token=span_of(samples["first_token_time_s"]),
+                bytes=decode_cost(shape, variant, context=context, repacked=repacked).bytes,
+                context=context,
+                use=bandwidth_utilisation(shape, variant, workload, token, profile.peaks["memory"], repacked=repacked),
+            ),
+        )
+    except UsageError as error:
+        return str(error)

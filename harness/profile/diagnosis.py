@@ -1,0 +1,324 @@
+"""What a step loses and what to try: rules from evidence to findings, each with its number and its cost.
+
+A rule says what was seen, how much of a step (or how many bytes) hangs on it, and which field to change. That is not
+what a remedy gains: it is less where what comes in place of a thing costs something too, and more where the thing cost
+others time that was not seen to hang on it. Only a measurement of both says what is won (`harness.profile.remedy`).
+
+The rules see evidence only, never a process: a planted case for each is a few numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from harness.machine.validity import CONTENDED
+from harness.profile.evidence import Evidence
+from harness.records.units import format_bytes, format_value
+from harness.studies.variant import Variant
+from harness.verdicts.series import OCCUPANCY_FLOOR
+
+WORTH = 0.02
+"""Share of a step that is worth a word: twice the smallest slow-down that a comparison looks for."""
+IDLE = 0.10
+"""Share of a step in which nothing runs: a GPU that is kept busy waits less, and one synchronisation costs less."""
+BETWEEN = 0.20
+"""The same on a CPU, where the profiler stretches what lies between operators more than them."""
+FRAGMENTED = 0.10
+"""Of what CUDA's allocator reserved. It rounds blocks up to 2 MiB and splits larger ones, which costs a few percent."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One thing that a step spends time or memory on, and what to try."""
+
+    code: str
+    message: str
+    """What was seen, with its number."""
+    cost_s: float | None
+    """Seconds of a step that were seen to hang on it; None where it costs memory."""
+    cost_share: float | None
+    cost_bytes: int | None = None
+    remedy: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the variant to change, with their values: what can be tried against the present one."""
+    workload_changes: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the workload to change, for a trial of the same variant on another workload."""
+    obstacle: str = ""
+    """Why nothing can be tried here, where there are no changes."""
+
+    @property
+    def suggestion(self) -> Mapping[str, Any]:
+        """What `--try` changes: fields of the variant or, where none help, of the workload; empty where neither do."""
+        return self.changes or self.workload_changes
+
+
+def diagnose(evidence: Evidence) -> tuple[Finding, ...]:
+    """All findings, the most expensive first, those of memory last."""
+    found = [finding for rule in RULES.values() for finding in rule(evidence)]
+    return tuple(sorted(found, key=lambda finding: -(finding.cost_s or 0.0)))
+
+
+def _launch_bound(seen: Evidence) -> Iterator[Finding]:
+    if seen.idle <= (IDLE if seen.device == "cuda" else BETWEEN):
+        return
+    each = format_value(seen.step_s * (1 - seen.idle) / seen.calls, "s") if seen.calls else "–"
+    if seen.device == "cuda":
+        message = (
+            f"the device waits {seen.idle:.0%} of a step for {seen.calls:.0f} launches, each of {each} in the mean"
+        )
+    else:
+        message = f"{seen.idle:.0%} of a step is spent between {seen.calls:.0f} operators, each of {each} in the mean"
+    yield _timed(
+        "launch-bound", seen, seen.idle, message,
+        "More tokens in a step (batch_size) spread the launches over more work"
+        + ("." if seen.variant.compile else "; compile = true makes fewer of them."),
+        changes={} if seen.variant.compile else {"compile": True},
+        workload={"batch_size": 2 * seen.workload.batch_size},
+    )  # fmt: skip
+
+
+def _dequantisation(seen: Evidence) -> Iterator[Finding]:
+    share = seen.categories.get("dequantize", 0.0)
+    if share <= WORTH:
+        return
+    extra = seen.extra_bytes.get("quantization", 0)
+    if seen.fits("quantization"):
+        yield _timed(
+            "dequantisation", seen, share, f"unpacking {seen.variant.quantization} weights takes {share:.1%} of a step",
+            f'quantization = "none" needs about {format_bytes(extra)} more, which is there.',
+            changes={"quantization": "none"} | ({"prepare_for_kbit": False} if seen.variant.prepare_for_kbit else {}),
+        )  # fmt: skip
+    else:
+        yield _timed(
+            "dequantisation", seen, share, f"unpacking {seen.variant.quantization} weights takes {share:.1%} of a step",
+            "There may be no memory for them unpacked; each weight is unpacked once a pass, so more tokens in it cost "
+            "no more of this.",
+            workload={"batch_size": 2 * seen.workload.batch_size},
+        )  # fmt: skip
+
+
+def _wide_adapter(seen: Evidence) -> Iterator[Finding]:
+    narrow = _compute_type(seen.variant)
+    share = seen.categories.get("copy", 0.0)
+    if seen.adapter_dtype != "float32" or narrow == "float32" or seen.variant.autocast or share <= WORTH:
+        return
+    yield _timed(
+        "float32-adapter", seen, share,
+        f"adapters in float32 beside products in {narrow}: copies and casts take {share:.1%} of a step",
+        f'adapter_dtype = "{narrow}" needs no cast; its updates are rounded to {narrow}, so look at the loss.',
+        changes={"adapter_dtype": narrow},
+    )  # fmt: skip
+
+
+def _wide_compute(seen: Evidence) -> Iterator[Finding]:
+    share, variant = seen.categories.get("matmul", 0.0), seen.variant
+    if _compute_type(variant) != "float32" or variant.tf32 or not seen.wide_registers or share <= WORTH:
+        return
+    key = "compute_dtype" if variant.is_4bit else "dtype"
+    tf32 = "; tf32 = true keeps the weights" if seen.device == "cuda" and not variant.is_4bit else ""
+    yield _timed(
+        "float32-compute", seen, share, f"products in float32 take {share:.1%} of a step",
+        f'{key} = "bfloat16" runs them in 16 bits{tf32}.', changes={key: "bfloat16"},
+    )  # fmt: skip
+
+
+def _masked_attention(seen: Evidence) -> Iterator[Finding]:
+    share = seen.categories.get("attention", 0.0)
+    written_out = seen.attention_backend in ("eager", "math")
+    if not (written_out or seen.attention_mask == "explicit"):
+        return
+    cost = share if written_out else share * seen.masked_pairs
+    if cost <= WORTH:
+        return
+    obstacle = ""
+    if seen.variant.attention == "eager":
+        remedy, changes = 'attention = "sdpa" fuses it.', {"attention": "sdpa"}
+    elif (
+        seen.device == "cuda"
+        and seen.variant.attention != "flash_attention_2"
+        and (seen.variant.autocast or seen.variant.dtype) != "float32"  # which flash-attn does not take
+    ):
+        remedy = 'attention = "flash_attention_2" takes packed rows without a mask.'
+        changes = {"attention": "flash_attention_2"} if seen.flash_attn else {}
+        remedy += "" if seen.flash_attn else ' It needs pip install "lorameter[flash-attn]".'
+        obstacle = "" if seen.flash_attn else "flash-attn is not installed"
+    elif written_out:
+        remedy, changes = "The check of attention.backend says why no fused kernel took it.", {}
+        obstacle = "what keeps the kernels out (type, head size, mask) is not the attention that was asked for"
+    else:
+        remedy, changes = "Shorter rows hide fewer pairs.", {}
+        obstacle = "no kernel here leaves them out"
+    seconds = f"attention ({seen.attention_backend}) takes {share:.1%} of a step"
+    message = (
+        f"{seconds}, written out as products and softmax"
+        if written_out
+        else f"{seconds} and reads a mask that hides {seen.masked_pairs:.0%} of its pairs"
+    )
+    yield _timed("masked-attention", seen, cost, message, remedy, changes=changes, obstacle=obstacle)
+
+
+def _padding(seen: Evidence) -> Iterator[Finding]:
+    if seen.padded <= WORTH:
+        return
+    packs = {"layout": "packed"} if seen.workload.layout == "padded" else {}
+    yield _timed(
+        "padding", seen, seen.padded, f"{seen.padded:.0%} of the positions are padding",
+        'layout = "packed" fills rows with records.' if packs else "Drop the last, partly filled rows.",
+        workload=packs, obstacle="" if packs else "no field leaves rows out",
+    )  # fmt: skip
+
+
+def _checkpointing(seen: Evidence) -> Iterator[Finding]:
+    if not seen.variant.gradient_checkpointing or not seen.fits("gradient_checkpointing"):
+        return
+    passes = (seen.phases_s.get("forward", 0.0) + seen.phases_s.get("backward", 0.0)) / seen.step_s
+    extra = seen.extra_bytes.get("gradient_checkpointing", 0)
+    yield _timed(
+        "needless-checkpointing", seen, seen.recomputed * passes,
+        f"checkpointing repeats {seen.recomputed:.0%} of all FLOPs, at a peak of {format_bytes(seen.peak_bytes)} of "
+        f"{format_bytes(seen.memory_bytes)}",
+        f"gradient_checkpointing = false needs about {format_bytes(extra)} more, which is there.",
+        changes={"gradient_checkpointing": False},
+    )  # fmt: skip
+
+
+def _optimizer(seen: Evidence) -> Iterator[Finding]:
+    share = seen.phases_s.get("update", 0.0) / seen.step_s
+    if seen.variant.optimizer == "adamw_fused" or share <= WORTH:
+        return
+    if seen.variant.optimizer != "adamw" and not seen.fits("optimizer"):
+        return
+    yield _timed(
+        "unfused-optimizer", seen, share, f"clipping and {seen.variant.optimizer} take {share:.1%} of a step",
+        'optimizer = "adamw_fused" updates all tensors in one kernel.', changes={"optimizer": "adamw_fused"},
+    )  # fmt: skip
+
+
+def _dropout(seen: Evidence) -> Iterator[Finding]:
+    if seen.variant.lora_dropout <= 0 or seen.dropout <= WORTH:
+        return
+    yield _timed(
+        "dropout", seen, seen.dropout,
+        f"masks for lora_dropout = {seen.variant.lora_dropout:g} take {seen.dropout:.1%} of a step forward",
+        "lora_dropout = 0 draws none; it regularises, so look at the held-out loss.", changes={"lora_dropout": 0.0},
+    )  # fmt: skip
+
+
+def _data(seen: Evidence) -> Iterator[Finding]:
+    share = seen.phases_s.get("data", 0.0) / seen.step_s
+    if share > WORTH:
+        yield _timed(
+            "data-wait", seen, share, f"a step waits {share:.1%} of its time for its batch",
+            "Look at where the token file lies: it is mapped, and read at first use.",
+            obstacle="it is the disk's",
+        )  # fmt: skip
+
+
+def _contention(seen: Evidence) -> Iterator[Finding]:
+    if seen.occupancy is None or not _crowded(seen) or _oversubscribed(seen):
+        return
+    lost = _lost(seen)
+    yield _timed(
+        "contention", seen, lost,
+        f"the step had a CPU for {1 - lost:.0%} of its time: others run on this machine"
+        if seen.threads == 1
+        else f"work waited for a CPU for {lost:.0%} of the time: others run on this machine",
+        "Stop what else runs, or give the process a CPU of its own; `lorameter doctor` names what would disturb.",
+        obstacle="it is the machine's",
+    )  # fmt: skip
+
+
+def _oversubscription(seen: Evidence) -> Iterator[Finding]:
+    if seen.occupancy is None or not _oversubscribed(seen):
+        return
+    yield _timed(
+        "oversubscription", seen, 1 - seen.occupancy if seen.threads > seen.cpus else _lost(seen),
+        f"{seen.threads} threads on {seen.cpus} CPUs ran for {seen.occupancy:.0%} of their time, and wait for the last",
+        "Leave a CPU to everything else.", workload={"threads": max(1, min(seen.threads, seen.cpus) - 1)},
+    )  # fmt: skip
+
+
+def _fragmentation(seen: Evidence) -> Iterator[Finding]:
+    if not seen.reserved_bytes:
+        return
+    lost = seen.reserved_bytes - seen.peak_bytes
+    if lost <= FRAGMENTED * seen.reserved_bytes and not seen.alloc_retries:
+        return
+    reserved, used = format_bytes(seen.reserved_bytes), format_bytes(seen.peak_bytes)
+    retried = f", and gave its cache back {seen.alloc_retries} times to go on" if seen.alloc_retries else ""
+    yield Finding(
+        code="fragmentation",
+        message=f"the allocator reserved {reserved} for {used}{retried}",
+        cost_s=None,
+        cost_share=None,
+        cost_bytes=lost,
+        remedy="Set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True in the environment.",
+        obstacle="variants share the environment",
+    )
+
+
+RULES: Mapping[str, Callable[[Evidence], Iterator[Finding]]] = {
+    "launch-bound": _launch_bound,
+    "dequantisation": _dequantisation,
+    "float32-adapter": _wide_adapter,
+    "float32-compute": _wide_compute,
+    "masked-attention": _masked_attention,
+    "padding": _padding,
+    "needless-checkpointing": _checkpointing,
+    "unfused-optimizer": _optimizer,
+    "dropout": _dropout,
+    "data-wait": _data,
+    "contention": _contention,
+    "oversubscription": _oversubscription,
+    "fragmentation": _fragmentation,
+}
+"""The rules by the code of what they find."""
+OF_WHAT_RAN = frozenset(
+    ("launch-bound", "dequantisation", "float32-adapter", "float32-compute", "masked-attention", "dropout")
+)
+"""Rules that judge what ran in a step, and find nothing where that is not known."""
+
+
+def _timed(
+    code: str,
+    seen: Evidence,
+    share: float,
+    message: str,
+    remedy: str,
+    *,
+    changes: Mapping[str, Any] | None = None,
+    workload: Mapping[str, Any] | None = None,
+    obstacle: str = "",
+) -> Finding:
+    return Finding(
+        code=code,
+        message=message,
+        cost_s=share * seen.step_s,
+        cost_share=share,
+        remedy=remedy,
+        changes=changes or {},
+        workload_changes=workload or {},
+        obstacle=obstacle,
+    )
+
+
+def _compute_type(variant: Variant) -> str:
+    return variant.compute_dtype if variant.is_4bit else variant.autocast or variant.dtype
+
+
+def _oversubscribed(seen: Evidence) -> bool:
+    """More threads than CPUs, or as many and something else that wants one."""
+    return seen.threads > 1 and (seen.threads > seen.cpus or (seen.threads == seen.cpus and _crowded(seen)))
+
+
+def _crowded(seen: Evidence) -> bool:
+    """Whether others took CPUs from the step. One thread that computes has its CPU all the time, unless it is taken;
+    several wait for each other, and what tells is whether anything that could run had to wait."""
+    return _lost(seen) > (1 - OCCUPANCY_FLOOR if seen.threads == 1 else CONTENDED)
+
+
+def _lost(seen: Evidence) -> float:
+    """Share of a step in which it wanted a CPU and had none."""
+    return (1 - (seen.occupancy or 1.0)) if seen.threads == 1 else (seen.stalled or 0.0)

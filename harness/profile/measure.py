@@ -1,0 +1,199 @@
+"""One variant's profile: a solo trial in its own process, watched from its first step to its last token.
+
+It is the trial of any run, by the same worker and the same commands, up to the end of its training. Then its steps are
+taken apart, it answers requests, the device shows what it does at best, and at last the profiler records some steps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from harness.errors import InvalidRunError, UsageError
+from harness.machine.provenance import Machine
+from harness.models import catalogue, shapes
+from harness.models.costs.ceiling import product_rate
+from harness.models.costs.memory import estimate_memory, stored_dtype
+from harness.models.costs.peaks import Peak, Rate, stated_peak
+from harness.profile.facts import ACCOUNTS, ACTIVITY, PEAKS, TRACE, Activity, Profile
+from harness.records import codec
+from harness.records.memory_account import MEMORY_PHASES, MemoryAccount
+from harness.records.record import Fragment, TrialRecord
+from harness.run.conductor import Site, blank, request_of
+from harness.run.executors import Worker, WorkerLostError
+from harness.run.executors.local import LocalExecutor
+from harness.run.feasibility import check_feasible
+from harness.run.forecast import free_bytes
+from harness.run.measure import greeted
+from harness.run.plan import Plan, Slot, make_plan
+from harness.studies.study import Study
+from harness.studies.variant import Variant
+from harness.studies.workload import Workload
+
+DOCUMENT = "profile.json"
+"""What a profile's folder holds beside the logs and the profiler's own recording: all facts."""
+LEAST_REQUESTS = 8
+"""The median of fewer than 6 has no interval."""
+
+
+def profile_variant(
+    study: Study, variant: Variant, machine: Machine, *, runs: Path, say: Callable[[str], None] = lambda text: None
+) -> tuple[Profile, Path]:
+    """Measure one variant's profile; returns it and the folder in which it was written.
+
+    A path that the variant asks for and that is not active is a notice here and never a refusal: a profile is what one
+    takes to find out why.
+
+    Args:
+        study: the workload and the protocol.
+        variant: of the study.
+        machine: where.
+        runs: the folder is made in it, beside runs.
+        say: is told what is going on.
+
+    Raises:
+        UsageError: what cannot work on this machine.
+        InvalidRunError: the trial did not come to its end; the message says where its log is.
+    """
+    study = dataclasses.replace(study, allow_fallback=True)
+    notices = check_feasible(study, machine, (variant,))
+    plan = make_plan(study, select=[variant.name], phases=("train", "generate"))
+    slot = next(slot for slot in plan.slots if slot.variant.id == variant.id and slot.role == "variant")
+    folder = runs / f"{time.strftime('%Y%m%d-%H%M%S')}-profile-{variant.name}-{secrets.token_hex(2)}"
+    (folder / "logs").mkdir(parents=True)
+    with contextlib.ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lorameter-")))
+        executor = LocalExecutor(threads=study.workload.threads, log_dir=folder / "logs")
+        stack.callback(executor.close)
+        executor.start()
+        say("preparing tokens")
+        tokens = executor.prepare_tokens(study.workload, str(scratch))
+        greeted(executor, machine, [variant])
+        site = Site(
+            run_path=folder,
+            scratch=scratch,
+            device=machine.device,
+            threads=study.workload.threads,
+            tokens_path=str(tokens["path"]),
+            tokens={key: tokens[key] for key in ("hash", "real_tokens", "padded_tokens")},
+        )
+        try:
+            worker = executor.launch()
+        except WorkerLostError as lost:
+            raise InvalidRunError(f"{variant.name}: {lost}") from None
+        stack.callback(worker.close)
+        trial = _Trial(plan, slot, site, worker, say)
+        has = free_bytes(machine) or machine.device_memory_bytes or machine.memory_bytes
+        rates: dict[str, Rate] = {"product": product_rate(variant), "memory": "memory"}
+        trial.conduct(list(rates.values()))
+        by_rate = trial.read(dict[str, Peak], PEAKS)
+        measured = {name: by_rate[rate] for name, rate in rates.items() if rate in by_rate}
+        stated = {name: peak for name, rate in rates.items() if (peak := stated_peak(machine.device_name, rate))}
+        profile = Profile(
+            study=study.name,
+            variant=variant,
+            workload=study.workload,
+            device=cast(Literal["cpu", "cuda"], machine.device),
+            device_name=machine.device_name,
+            threads=study.workload.threads,
+            cpus=machine.cpus,
+            wide_registers=machine.avx512_bf16,
+            memory_bytes=has,
+            record=trial.record.replaced(notices=(*notices, *trial.record.notices)),
+            activity=trial.read(Activity, ACTIVITY),
+            memory={phase: trial.read(MemoryAccount, name) for phase, name in ACCOUNTS.items()},
+            peaks=measured | stated,
+            measured_peaks=measured,
+            estimates=_estimates(variant, study.workload, machine.device),
+        )
+        shutil.move(trial.folder / TRACE, folder / TRACE)
+    (folder / DOCUMENT).write_text(codec.dumps(profile, indent=1) + "\n", encoding="utf-8")
+    return profile, folder
+
+
+def _estimates(variant: Variant, workload: Workload, device: str) -> dict[str, dict[str, int]]:
+    """Bytes by kind as expected from the shape, by phase."""
+    try:
+        source = catalogue.resolve(workload.model)
+        shape, stored = shapes.shape(source), stored_dtype(source)
+        return {
+            phase: estimate_memory(variant, workload, shape, phase=phase, device=device, stored=stored).kinds
+            for phase in MEMORY_PHASES
+        }
+    except UsageError:  # a model type whose layers are not known
+        return {}
+
+
+class _Trial:
+    """One solo trial, command by command."""
+
+    def __init__(self, plan: Plan, slot: Slot, site: Site, worker: Worker, say: Callable[[str], None]) -> None:
+        self._request = request_of(plan, slot, site, slot.trial)
+        self._requests = max(LEAST_REQUESTS, plan.study.protocol.generate_requests)
+        self._worker = worker
+        self._say = say
+        self.folder = Path(self._request.scratch)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        begun = time.time()
+        self.record: TrialRecord = blank(plan, slot, "ok").replaced(started_unix_s=begun, tokens=site.tokens)
+
+    def conduct(self, rates: list[Rate]) -> None:
+        """All of it, in the order in which no measurement is in the way of another."""
+        self._ask("prepare", request=codec.to_json(self._request), profiled=True)
+        self._ask("build")
+        self._ask("verify")
+        self._ask("warm_up")
+        self._ask("finish_training", steps=0)  # peaks and bytes of plain steps, before anything watches them
+        self._ask("account", phase="train")
+        self._ask("profile")
+        self._ask("begin_generate")
+        self._say("decoding")
+        for _ in range(self._requests):
+            self._ask("request")
+        self._ask("end_generate")
+        self._ask("account", phase="generate")
+        self._ask("peak", rates=rates)
+        self._ask("activity")
+        self.record = self.record.replaced(wall_time_s=time.time() - self.record.started_unix_s)
+
+    def read(self, kind: Any, name: str) -> Any:
+        """What the trial left in its folder."""
+        return codec.from_json(kind, json.loads((self.folder / name).read_text(encoding="utf-8")), name)
+
+    def _ask(self, command: str, **arguments: Any) -> Fragment:
+        if command in _WORDS:
+            self._say(_WORDS[command])
+        request = self._request
+        try:
+            fragment = self._worker.ask(command, request.trial, request.protocol.step_timeout_s, **arguments)
+        except WorkerLostError as lost:
+            fragment = Fragment().failed(lost.status, lost.failure)
+        self.record = self.record.merged(fragment)
+        if fragment.status != "ok":
+            failure = fragment.failure
+            said = f"{failure.kind}: {failure.message}" if failure else "it says nothing"
+            raise InvalidRunError(
+                f"{request.variant.name}: {fragment.status} in {command}: {said}. The log is {request.log_path}."
+            )
+        return fragment
+
+
+_WORDS = {
+    "prepare": "starting",
+    "build": "building",
+    "verify": "checking what runs",
+    "warm_up": "warming up",
+    "account": "counting memory",
+    "profile": "taking steps apart",
+    "activity": "recording what runs in a step",
+    "begin_generate": "first call",
+    "peak": "measuring what the device does at best",
+}

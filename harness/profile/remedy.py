@@ -1,0 +1,132 @@
+"""A finding's remedy, tried: the present variant against the suggested one, measured like any two variants.
+
+A diagnosis counts what hangs on a thing; what is won without it shows only beside its replacement. So the remedy is a
+variant, the present one is the reference, and the control, the verdict and the interval are those of every study. A
+remedy of the workload is the same variant on a workload of its own: the two are compared by the time of a real token,
+since a step of either is another number of them, and not by their losses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from harness.errors import UsageError
+from harness.profile.diagnosis import Finding
+from harness.records import codec
+from harness.records.record import Notice
+from harness.records.store import Run
+from harness.report.view import view_of
+from harness.stats import Comparison
+from harness.studies.protocol import Protocol
+from harness.studies.study import Study
+from harness.studies.variant import Variant
+from harness.studies.workload import Workload
+
+
+def chosen(findings: Sequence[Finding], code: str | None) -> Finding:
+    """The finding to try: the one named, or the most expensive that can be tried.
+
+    Raises:
+        UsageError: no such finding here, or nothing of it can be tried.
+    """
+    possible = [finding for finding in findings if finding.suggestion]
+    known = ", ".join(finding.code for finding in possible) or "none"
+    if code is None:
+        if not possible:
+            raise UsageError("--try: no finding here has a remedy that can be tried.")
+        return possible[0]
+    finding = next((finding for finding in findings if finding.code == code), None)
+    if finding is None:
+        raise UsageError(f"--try {code}: not found in this profile. Can be tried: {known}.")
+    if not finding.suggestion:
+        why = f"That cannot be tried here: {finding.obstacle}."
+        raise UsageError(f"--try {code}: {finding.remedy} {why} Can be tried: {known}.")
+    return finding
+
+
+def study_of(study: Study, variant: Variant, finding: Finding, *, protocol: Protocol) -> Study:
+    """The present variant, which is the reference, and the suggested one, on a workload of its own if that is changed.
+
+    As in a profile, a path that is not active is a notice: the present variant may be slow for want of it.
+
+    Raises:
+        UsageError: the change makes no variant or workload that could run.
+    """
+    name = f"without-{finding.code}"
+    own: dict[str, Workload] = {}
+    notes: tuple[str, ...] = ()
+    if not finding.changes:
+        own = {name: dataclasses.replace(study.workload, **finding.workload_changes)}
+        notes = (f"{variant.name} and {name} train on different workloads; their losses are not compared.",)
+        protocol = dataclasses.replace(protocol, epochs=0.0)  # they are for the losses
+    return Study(
+        name=f"try-{finding.code}",
+        title=f"{variant.name} against " + ", ".join(f"{key} = {value}" for key, value in finding.suggestion.items()),
+        workload=study.workload,
+        protocol=protocol,
+        variants=(variant, dataclasses.replace(variant, name=name, **finding.changes)),
+        reference=variant.name,
+        allow_fallback=True,
+        requirements={path: value for path, value in study.requirements.items() if not _about(path, finding)},
+        notes=notes,
+        own_workloads=own,
+    )
+
+
+_STORED = tuple(f"base.{path}" for path in ("bits", "quant_type", "double_quant", "compute_dtype", "gemm_path"))
+_PATHS: Mapping[str, tuple[str, ...]] = {
+    "quantization": _STORED,
+    "compute_dtype": _STORED,
+    "dtype": (*_STORED, "attention.dtype"),
+    "prepare_for_kbit": ("attention.dtype",),
+    "adapter_dtype": ("lora.dtype",),
+    "lora_dropout": ("lora.dropout",),
+    "gradient_checkpointing": ("checkpointing",),
+    "layout": ("packing", "attention"),
+}
+"""What kernels_check judges a field of variant or workload by, where that has another name: paths, or heads of them."""
+
+
+def _about(path: str, finding: Finding) -> bool:
+    """Whether a requirement of the study is about what the remedy changes."""
+    heads = [head for key in finding.suggestion for head in _PATHS.get(key, (key,))]
+    return any(path == head or path.startswith(f"{head}.") for head in heads)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Tried:
+    """What came of a remedy."""
+
+    finding: Finding
+    run: str
+    interleaving: str
+    metric: str
+    """By which the two are compared."""
+    comparison: Comparison | None
+    """The suggested variant over the present one, below 1 is a gain; None where either failed."""
+    control: Comparison | None
+    """The present variant against itself."""
+    failures: tuple[str, ...]
+    notices: tuple[Notice, ...]
+    """What must be known of the comparison and was not known before it was measured."""
+    valid: bool
+    """Whether the comparison counts: every trial ok, and the control no difference."""
+
+
+def tried(run: Run, finding: Finding) -> Tried:
+    """Judge the run of such a study."""
+    view = view_of(run)
+    table = view.tables[0]
+    comparison = next((row.ratio for row in table.rows if not row.reference), None)
+    return Tried(
+        finding=finding,
+        run=view.run,
+        interleaving=run.manifest.interleaving,
+        metric=codec.from_json(Study, run.manifest.study, f"run {view.run}").primary(table.phase),
+        comparison=comparison,
+        control=table.control,
+        failures=view.failures,
+        notices=tuple(notice for notice in view.notices if notice not in run.manifest.notices),
+        valid=view.valid and comparison is not None,
+    )

@@ -1,0 +1,1 @@
+"""What is written: records of trials, metrics, accounts."""

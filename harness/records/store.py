@@ -1,0 +1,270 @@
+"""Where runs live: one directory a run, records appended and synced one by one, nothing ever rewritten but the status.
+
+RUN/manifest.json    what was planned, on which machine, with which versions; written before the first trial
+RUN/trials.jsonl     one TrialRecord a line, fsynced after each; of several of one trial the last one counts
+RUN/trials.jsonl.lock      held by the process that writes; one that was killed holds it no more
+RUN/logs/            what each trial printed
+RUN/tokens-*.safetensors   the token stream that all trials trained on
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import secrets
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from harness.errors import InvalidRunError, UsageError
+from harness.records import codec
+from harness.records.locks import alone, is_locked
+from harness.records.record import READABLE, SCHEMA, Notice, TrialRecord
+
+RunStatus = Literal["running", "complete", "interrupted", "failed"]
+RunState = Literal["running", "complete", "interrupted", "failed", "killed"]
+"""How a run stands: its status, unless its process has ended without a word."""
+ENV_RUNS = "LORAMETER_RUNS"
+TRIALS = "trials.jsonl"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resumption:
+    """One time that a run which had broken off was gone on with."""
+
+    unix_s: float
+    harness: str | None
+    """Version and content of the harness that went on (`provenance.harness_identity`)."""
+    commit: str | None
+    """That of the repository one stood in."""
+    max_minutes: float | None = None
+    """The limit of time from then on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What must be known to read the records of a run and to repeat it."""
+
+    schema: int = SCHEMA
+    run: str
+    study: dict[str, Any]
+    phases: tuple[str, ...]
+    selection: tuple[str, ...] = ()
+    """Names of the variants that are measured; empty for all of the study."""
+    interleaving: str
+    why: str = ""
+    """Why this level of interleaving."""
+    order: tuple[str, ...]
+    """Trial ids in the order of the plan; those of replicates that turned out needless are taken off at the end."""
+    seed: int
+    created_unix_s: float
+    provenance: dict[str, Any]
+    fingerprint: str
+    """Hash of the provenance fields that must agree for two runs to be compared."""
+    tokens: dict[str, Any] = field(default_factory=dict)
+    notices: tuple[Notice, ...] = ()
+    """What was known of the study before it ran."""
+    sides: dict[str, Any] = field(default_factory=dict)
+    """For an A/B: what stands on either side, and with which versions."""
+    stopped: str | None = None
+    """Why the run ended before the replicates of its plan were used up."""
+    resumed: tuple[Resumption, ...] = ()
+    status: RunStatus = "running"
+    """"running" also says a manifest whose process was killed; see `Run.live`."""
+
+
+def runs_dir(given: str | None) -> Path:
+    """`--runs-dir`, else $LORAMETER_RUNS, else ./.lorameter/runs; made if missing."""
+    path = Path(given or os.environ.get(ENV_RUNS) or Path(".lorameter") / "runs")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"runs directory {path}: cannot be made: {error.strerror}. Give another with --runs-dir."
+        ) from None
+    return path
+
+
+def new_run_id(study: str) -> str:
+    """Sortable by time, unique: 20260131-093000-study-a1b2."""
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{study}-{secrets.token_hex(2)}"
+
+
+class RunWriter:
+    """Appends to one run. Raises `InvalidRunError` if the disk refuses."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.path = folder / manifest.run
+        self._manifest = manifest
+        (self.path / "logs").mkdir(parents=True, exist_ok=True)
+        _end_last_line(self.path / TRIALS)
+        self._write_manifest()
+
+    def append(self, record: TrialRecord) -> None:
+        """Write one record and wait until the disk has it."""
+        line = codec.dumps(record) + "\n"
+        try:
+            with (self.path / TRIALS).open("a", encoding="utf-8") as file:
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise InvalidRunError(f"run {self._manifest.run}: a record could not be written: {error}.") from error
+
+    def finish(self, status: RunStatus, *, stopped: str | None = None, measured: Sequence[str] | None = None) -> None:
+        """State how the run ended; `measured` are the trials that belong to it, where it ended before its cap."""
+        order = self._manifest.order if measured is None else tuple(measured)
+        self._manifest = dataclasses.replace(self._manifest, status=status, stopped=stopped, order=order)
+        self._write_manifest()
+
+    def _write_manifest(self) -> None:
+        target = self.path / "manifest.json"
+        draft = target.with_suffix(".tmp")
+        with draft.open("w", encoding="utf-8") as file:
+            file.write(codec.dumps(self._manifest, indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(target)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """A run as read back."""
+
+    path: Path
+    manifest: Manifest
+    records: tuple[TrialRecord, ...]
+    """The last record of each trial, in the order of the plan."""
+    damaged_lines: int = 0
+    """Lines that a crash cut short; their trials count as not run."""
+    measured_again: int = 0
+    """Trials that were begun more than once, because the process that measured them ended too early."""
+    disturbed: tuple[TrialRecord, ...] = ()
+    """Earlier measurements of trials that were measured again because of their surroundings."""
+    live: bool = False
+    """Whether a process is writing the run now."""
+
+    @property
+    def state(self) -> RunState:
+        """How the run stands."""
+        return "killed" if self.manifest.status == "running" and not self.live else self.manifest.status
+
+
+def read_run(name: str, folder: Path) -> Run:
+    """A run by id (in `folder`) or by directory.
+
+    Raises:
+        UsageError: no such run, or one written by another schema.
+    """
+    path = Path(name) if (Path(name) / "manifest.json").is_file() else folder / name
+    source = path / "manifest.json"
+    if not source.is_file():
+        known = ", ".join(run.name for run in list_runs(folder)[-3:]) or "none yet"
+        raise UsageError(f"run {name!r}: not found in {folder}. Latest runs: {known}.")
+    manifest = read_manifest(path)
+    records, damaged = [], 0
+    for line in _lines(path / TRIALS):
+        try:
+            data = json.loads(line)
+        except json.JSONDecodeError:
+            damaged += 1
+            continue
+        records.append(codec.from_json(TrialRecord, _checked(data, source), f"{name}, trials.jsonl"))
+    latest = _latest(records, manifest)
+    if manifest.resumed and {record.trial for record in latest if record.settled} >= set(manifest.order):
+        damaged = 0  # whatever a line that was cut short told of has been measured again
+    return Run(
+        path=path,
+        manifest=manifest,
+        records=latest,
+        damaged_lines=damaged,
+        measured_again=_measured_again(records),
+        disturbed=tuple(record for record in records if record.disturbed and record not in latest),
+        live=is_live(path, manifest),
+    )
+
+
+def _latest(records: Sequence[TrialRecord], manifest: Manifest) -> tuple[TrialRecord, ...]:
+    """The last record of each trial that came to its end, else its last of all; none of trials that turned out needless
+    after they had been given up."""
+    planned = set(manifest.order)
+    ended = {record.trial: record for record in records if record.settled}
+    last = {
+        record.trial: ended.get(record.trial, record) for record in records if record.settled or record.trial in planned
+    }
+    return tuple(sorted(last.values(), key=lambda record: record.position))
+
+
+def _measured_again(records: Sequence[TrialRecord]) -> int:
+    """Trials with records of more than one start of the same attempt; one start has several where it was told of while
+    under way."""
+    starts = {(record.trial, record.attempt, record.started_unix_s) for record in records if record.status != "not_run"}
+    counts = Counter((trial, attempt) for trial, attempt, _ in starts)
+    return len({trial for (trial, _), count in counts.items() if count > 1})
+
+
+def is_live(path: Path, manifest: Manifest) -> bool:
+    """Whether a process is writing the run in this directory now."""
+    return manifest.status == "running" and is_locked(path / TRIALS)
+
+
+def state_of(path: Path, manifest: Manifest) -> RunState:
+    """How the run in this directory stands."""
+    return "killed" if manifest.status == "running" and not is_live(path, manifest) else manifest.status
+
+
+def writing(path: Path) -> contextlib.AbstractContextManager[None]:
+    """Hold the run in this directory for writing. Raises `UsageError` where another process has it."""
+    return alone(path / TRIALS, refusal_while_live(path))
+
+
+def refusal_while_live(path: Path) -> str:
+    """What to say to a second process that would write the run in this directory."""
+    return (
+        f"run {path.name}: another process is measuring it, and two would disturb each other and mix their records. "
+        "Wait for it, or end it; then go on with --resume."
+    )
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of a run directory. Raises `UsageError` if it is damaged or of another schema."""
+    source = path / "manifest.json"
+    try:
+        data = json.loads(source.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+        raise UsageError(f"{source}: cannot be read: {error}. Measure again, or restore the file.") from None
+    return codec.from_json(Manifest, _checked(data, source), source.name)
+
+
+def list_runs(folder: Path) -> list[Path]:
+    """Directories of runs, oldest first."""
+    return sorted(path.parent for path in folder.glob("*/manifest.json")) if folder.is_dir() else []
+
+
+def _checked(data: Any, source: Path) -> Any:
+    schema = data.get("schema") if isinstance(data, dict) else None
+    if schema not in READABLE:
+        known = " and ".join(map(str, READABLE))
+        raise UsageError(f"{source}: schema {schema}, and this version reads {known}. Use the version that wrote it.")
+    return data
+
+
+def _end_last_line(path: Path) -> None:
+    """What a crash cut short stays a line of its own: the next record begins after it."""
+    if not path.is_file() or not path.stat().st_size:
+        return
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":
+            file.write(b"\n")
+
+
+def _lines(path: Path) -> Iterator[str]:
+    if path.is_file():
+        with path.open(encoding="utf-8", errors="replace") as file:
+            yield from (line for line in file if line.strip())

@@ -1,0 +1,203 @@
+"""An A/B: base and candidate measured in one job, their live processes taking turns.
+
+Two runs of different times share nothing but the machine, and what the machine did in between is in their ratio (37 %
+on a noisy one). Here a base and a candidate process of each replicate stand side by side, one computing while the
+other waits on a pipe, so that whatever slows the machine slows both (2 %). The base is measured twice: what the
+harness says of the base against itself is what it would say of no difference.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from harness.machine.provenance import Machine
+from harness.models.catalogue import RANDOM_PREFIX
+from harness.records.record import Interleaving, Measure, Notice, Role, Side
+from harness.records.store import Run
+from harness.records.units import format_bytes
+from harness.run.executors.host import Host, describe
+from harness.run.executors.sides import open_side
+from harness.run.feasibility import check_feasible
+from harness.run.forecast import free_bytes, together_bytes
+from harness.run.levels import fits
+from harness.run.measure import Arm, Display, measure
+from harness.run.plan import (
+    CONTROL_SUFFIX,
+    Group,
+    Plan,
+    Slot,
+    checked_phases,
+    grouped,
+    instrument_for,
+    measures_of,
+    solo_due,
+    solo_requests,
+)
+from harness.studies.study import Study
+from harness.studies.variant import Variant
+
+DEFAULT_PHASES = ("train", "generate")
+"""A cold start is mostly the imports of either side and takes seconds a trial, so it is measured when asked for."""
+
+
+def plan_ab(
+    study: Study,
+    machine: Machine,
+    *,
+    select: Sequence[str] = (),
+    phases: Sequence[str] = DEFAULT_PHASES,
+    injected_rows: int = 0,
+    runs: Path | None = None,
+) -> tuple[Plan, tuple[Notice, ...]]:
+    """Base, candidate and the base once more, for each variant in each replicate, in an order shuffled by the seed.
+
+    Args:
+        study: what to measure on either side.
+        machine: where.
+        select: names of variants; empty for all. The reference carries the control, or the first that is selected.
+        phases: "train", "generate", "cold"; training always runs.
+        injected_rows: extra work in the candidate's adapters (`training.injection`); 0 in an honest A/B.
+        runs: folder of earlier runs, whose measured peaks say what fits together.
+
+    Raises:
+        UsageError: an unknown variant or phase, or a study that this machine cannot run.
+    """
+    study = _located(study)
+    variants = [study.variant(name) for name in dict.fromkeys(select)] or list(study.variants)
+    controlled = next((variant for variant in variants if variant.name == study.reference), variants[0])
+    notices = check_feasible(study, machine, variants)
+    checked = checked_phases(phases)
+    level, why = _level(variants, study, machine, runs)
+    together, alone = measures_of(study, level, checked)
+    shuffler = random.Random(study.protocol.seed)
+    groups: list[Group] = []
+    position = 0
+    for replicate in range(study.protocol.replicates):
+        for variant in shuffler.sample(variants, len(variants)):
+            arms: list[tuple[Side, Role]] = [("base", "variant"), ("candidate", "variant")]
+            live = [*arms, ("base", "control")] if variant is controlled else arms
+            slots = []
+            for side, role in shuffler.sample(live, len(live)):
+                slots.append(_slot(study, variant, side, role, replicate, position, level, together, injected_rows))
+                position += 1
+            groups += grouped(study, slots, shuffler, checked)
+            if solo_due(study, alone, replicate):
+                solo = live if "cold" in alone else arms  # peaks are compared by their maximum: no control for them
+                for side, role in shuffler.sample(solo, len(solo)):
+                    slot = _slot(study, variant, side, role, replicate, position, "replicates", alone, injected_rows)
+                    groups.append(Group(replicate=replicate, launches=((slot,),), requests=solo_requests(study, slot)))
+                    position += 1
+    members = tuple((variant, role) for variant in variants for role in _roles(variant is controlled))
+    plan = Plan(study=study, members=members, phases=checked, interleaving=level, why=why, groups=tuple(groups))
+    return plan, notices
+
+
+def measure_ab(
+    plan: Plan,
+    machine: Machine,
+    *,
+    base: str,
+    candidate: str,
+    repository: Path,
+    cache: Path,
+    runs: Path,
+    display: Display,
+    notices: tuple[Notice, ...] = (),
+) -> Run:
+    """Make both sides ready, measure, and take them down.
+
+    Args:
+        plan: from `plan_ab`.
+        machine: where.
+        base: a revision, an interpreter or requirements (`harness.run.executors.sides`).
+        candidate: the same.
+        repository: a folder in the repository whose revisions are meant.
+        cache: where environments of requirements are kept.
+        runs: where the run is written.
+        display: shows what is going on.
+        notices: what was known before.
+
+    Raises:
+        UsageError: a side that cannot be had.
+        InvalidRunError: a side whose worker does not start, or speaks another schema.
+    """
+    with contextlib.ExitStack() as stack:
+        arms: list[Arm] = []
+        specs: tuple[tuple[Side, str], ...] = (("base", base), ("candidate", candidate))
+        for name, spec in specs:
+            side = stack.enter_context(open_side(spec, repository=repository, cache=cache))
+            about = {"spec": side.spec, "kind": side.kind, "label": side.label}
+            arms += arms_of(name, side.host, describe(side.host), side.declared, about)
+        return measure(plan, machine, runs=runs, display=display, notices=notices, arms=arms)
+
+
+def _located(study: Study) -> Study:
+    """The study with absolute paths: a relative one would be another in the worktree that a revision runs in."""
+    workload = study.workload
+    prefix = RANDOM_PREFIX if workload.model.startswith(RANDOM_PREFIX) else ""
+    model = Path(workload.model.removeprefix(prefix))
+    if model.exists():
+        workload = dataclasses.replace(workload, model=f"{prefix}{model.absolute()}")
+    if Path(workload.data).is_file():
+        workload = dataclasses.replace(workload, data=str(Path(workload.data).absolute()))
+    return dataclasses.replace(study, workload=workload)
+
+
+def arms_of(
+    side: Side,
+    host: Host,
+    facts: Mapping[str, Any] | None,
+    declared: tuple[str, ...],
+    about: Mapping[str, Any],
+) -> list[Arm]:
+    """The zygotes of one side; the base has a second one for its control (see `Arm` for the reason)."""
+    names = [side, CONTROL_SUFFIX] if side == "base" else [side]
+    return [Arm(name=name, side=side, host=host, facts=facts, declared=declared, about=about) for name in names]
+
+
+def _level(variants: Sequence[Variant], study: Study, machine: Machine, runs: Path | None) -> tuple[Interleaving, str]:
+    """Lockstep if three live processes of the largest variant fit."""
+    needed = max(together_bytes([variant] * 3, study.workload, machine, runs) for variant in variants)
+    free = free_bytes(machine)
+    if free is None:
+        return "replicates", "how much memory is free cannot be known"
+    sizes = f"three live processes need about {format_bytes(needed)} of {format_bytes(free)} free"
+    return ("lockstep" if fits(needed, free) else "replicates"), sizes
+
+
+def _slot(
+    study: Study,
+    variant: Variant,
+    side: Side,
+    role: Role,
+    replicate: int,
+    position: int,
+    level: Interleaving,
+    measures: tuple[Measure, ...],
+    injected_rows: int,
+) -> Slot:
+    control = f"-{CONTROL_SUFFIX}" if role == "control" else ""
+    solo = "" if "steps" in measures else "-solo"
+    return Slot(
+        trial=f"r{replicate}-{variant.name}-{side}{control}{solo}",
+        variant=variant,
+        role=role,
+        replicate=replicate,
+        position=position,
+        seed=study.protocol.seed + replicate,
+        interleaving=level,
+        measures=measures,
+        instrument=instrument_for(replicate, measures),
+        side=side,
+        arm=CONTROL_SUFFIX if role == "control" else side,
+        injected_rows=injected_rows if side == "candidate" else 0,
+    )
+
+
+def _roles(carries_control: bool) -> tuple[Role, ...]:
+    return ("variant", "control") if carries_control else ("variant",)

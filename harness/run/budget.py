@@ -1,0 +1,195 @@
+"""The time that a run may take, and who gets how much of it where it does not suffice.
+
+A limit that cut off whatever comes last would measure the first variants well, the last ones not at all, and leave a
+phase without a number. So what is dropped are whole rounds, for all trials that take turns alike, and every kind of
+round has its share of the time that is left in its replicate: in proportion to what its planned rounds take, by what
+this run has seen of them; before anything is seen a request counts as much as a turn. What lies between the rounds
+(building, checking, cold starts) is set aside, as it was seen or, in the first replicate, as building suggests. Two
+rounds of each kind are measured whatever the time, so a run can be late by that least, and never leaves half of its
+variants out.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, TypeVar
+
+from harness.run.plan import Group
+from harness.studies.study import Study
+
+T = TypeVar("T")
+Kind = Literal["steps", "epochs", "requests", "natural", "merged"]
+KINDS: tuple[Kind, ...] = ("steps", "epochs", "requests", "natural", "merged")
+"""Rounds in the order in which a group has them: timed turns, untimed ones for what they leave of the epochs, requests
+of a fixed length, those that the model ends, those with the adapter merged."""
+STANDS_FOR: dict[Kind, Kind] = {
+    "epochs": "steps",
+    "requests": "steps",
+    "natural": "requests",
+    "merged": "requests",
+}
+"""By what a kind is judged that was not seen yet."""
+LEAST_ROUNDS = 2
+"""Rounds that are measured whatever the time: one has no spread. What is not timed has no least."""
+PREPARING = "preparing"
+"""From the launch of a process to its first round."""
+ENDING = "ending"
+"""What is foreseen of all that follows its rounds (`Budget.foresee`)."""
+
+
+class Budget:
+    """The clock of one invocation and what it has seen. `limit_s` None: no limit, every round is measured."""
+
+    def __init__(self, limit_s: float | None = None, *, clock: Callable[[], float] | None = None) -> None:
+        self.clock = clock or time.monotonic
+        """Seconds; only differences count."""
+        self._limit_s = limit_s
+        self._begin = self.clock()
+        self._seen: dict[str, tuple[float, float]] = {}
+        """Seconds and commands, by kind of round; seconds and trials, by what lies between the rounds."""
+        self._ended: set[str] = set()
+        """Kinds of group of which one has been seen to its end."""
+        self._caps: dict[tuple[int, Kind], int] = {}
+        """Rounds of a replicate's first group that was cut: its later ones get no more."""
+        self._group: Group | None = None
+        self._own: dict[Kind, float] = {}
+        self._later: dict[Kind, float] = {}
+        self._later_groups: Sequence[Group] = ()
+        self._gap = PREPARING
+        self._gap_begin = self._begin
+
+    @property
+    def spent_s(self) -> float:
+        """Seconds since the budget was opened."""
+        return self.clock() - self._begin
+
+    @property
+    def left_s(self) -> float:
+        """Seconds that are left of the limit; infinite without one."""
+        return math.inf if self._limit_s is None else self._limit_s - self.spent_s
+
+    def enter(self, study: Study, group: Group, later: Sequence[Group]) -> None:
+        """A group begins; `later` are those of its replicate that come after it."""
+        self._group, self._later_groups = group, later
+        self._own = self._work(study, [group])
+        self._later = self._work(study, later)
+        self._gap, self._gap_begin = PREPARING, self.clock()
+
+    def leave(self) -> None:
+        """The group has ended."""
+        self._close_gap()
+        if self._group is not None:
+            self._ended.add(_kind_of(self._group))
+
+    def foresee(self, ending_s: float, trials: int) -> None:
+        """What will follow the rounds of so many trials, until it has been seen: losses, untimed steps, cold starts."""
+        self._note(ENDING, ending_s, trials)
+
+    def rounds(self, kind: Kind, planned: Sequence[T], trials: int) -> Iterator[T]:
+        """The planned rounds of the group under way, each by `trials` trials, as far as their share of time goes."""
+        begin, deadline = self._open(kind, len(planned) * trials)
+        allowed = self._allowed(kind, len(planned))
+        least = 0 if kind == "epochs" else LEAST_ROUNDS
+        done = 0
+        for one in planned[:allowed]:
+            each = (self.clock() - begin) / done if done else trials * (self._each(kind) or 0.0)
+            if done >= least and self.clock() + each > deadline:
+                break
+            yield one
+            done += 1
+        self._close(kind, begin, done * trials, done if done < len(planned) else None)
+
+    def _open(self, kind: Kind, commands: float) -> tuple[float, float]:
+        self._close_gap()
+        now = self.clock()
+        return now, now + self._share(kind, commands)
+
+    def _close(self, kind: Kind, begin: float, commands: float, cut: int | None) -> None:
+        self._gap, self._gap_begin = kind, self.clock()
+        if commands:
+            self._note(kind, self._gap_begin - begin, commands)
+        if cut is not None and self._group is not None:
+            self._caps[self._group.replicate, kind] = cut
+
+    def _close_gap(self) -> None:
+        if self._group is not None:
+            self._note(_name(self._gap, self._group), self.clock() - self._gap_begin, len(self._group.slots))
+
+    def _share(self, kind: Kind, commands: float) -> float:
+        """Seconds for a kind of round, of what is left of the limit."""
+        if self._limit_s is None:
+            return math.inf
+        after = KINDS[KINDS.index(kind) + 1 :]
+        rest = {other: self._own.get(other, 0.0) * (other in after) + self._later.get(other, 0.0) for other in KINDS}
+        each = {other: self._each(other) for other in (kind, *(name for name, count in rest.items() if count))}
+        known = {other: seconds for other, seconds in each.items() if seconds is not None}
+        if len(known) < len(each):
+            known = dict.fromkeys(each, 1.0)
+        own = commands * known[kind]
+        others = sum(count * known[other] for other, count in rest.items() if count)
+        left = max(0.0, self._limit_s - self.spent_s - self._aside(kind))
+        return left * own / (own + others) if own else 0.0
+
+    def _aside(self, kind: Kind) -> float:
+        """Seconds of what lies between the rounds that are still to come."""
+        if self._group is None:
+            return 0.0
+        own = self._ending_s(self._group, KINDS[KINDS.index(kind) :])
+        return own + sum(self._preparing_s(group) + self._ending_s(group, KINDS) for group in self._later_groups)
+
+    def _preparing_s(self, group: Group) -> float:
+        """As seen of this kind of trial, else of the other: both are built and checked."""
+        seen = self._seen.get(_name(PREPARING, group)) or next(
+            (one for name, one in self._seen.items() if name.startswith(PREPARING)), None
+        )
+        return 0.0 if seen is None else seen[0] / seen[1] * len(group.slots)
+
+    def _ending_s(self, group: Group, after: Sequence[Kind]) -> float:
+        """What follows these kinds of rounds, as seen, else as foreseen."""
+        seen = {kind: one for kind in KINDS if (one := self._seen.get(_name(kind, group)))}
+        if not seen and _kind_of(group) not in self._ended and ENDING in self._seen:
+            seen = {after[0]: self._seen[ENDING]}
+        return sum(seconds / trials for kind, (seconds, trials) in seen.items() if kind in after) * len(group.slots)
+
+    def _each(self, kind: Kind) -> float | None:
+        """Seconds of one command of this kind, or of what stands for it; None where neither was seen."""
+        if kind in self._seen:
+            seconds, commands = self._seen[kind]
+            return seconds / commands
+        return self._each(STANDS_FOR[kind]) if kind in STANDS_FOR else None
+
+    def _note(self, name: str, seconds: float, count: float) -> None:
+        before, counted = self._seen.get(name, (0.0, 0.0))
+        self._seen[name] = before + seconds, counted + count
+
+    def _allowed(self, kind: Kind, planned: int) -> int:
+        """Rounds that the trials of this replicate before this one have left to be taken."""
+        return planned if self._group is None else min(planned, self._caps.get((self._group.replicate, kind), planned))
+
+    def _work(self, study: Study, groups: Sequence[Group]) -> dict[Kind, float]:
+        """Commands that are planned in some groups, by kind."""
+        work: dict[Kind, float] = dict.fromkeys(KINDS, 0.0)
+        for group in groups:
+            rounds: dict[Kind, int] = {
+                "steps": len(group.turns),
+                **dict.fromkeys(("requests", "merged"), len(group.requests)),
+                "natural": len(group.natural),
+            }
+            for slot in group.slots:
+                for kind, count in rounds.items():
+                    if kind in slot.measures:
+                        work[kind] += min(count, self._caps.get((group.replicate, kind), count))
+                if "steps" in slot.measures:
+                    work["epochs"] += study.rounds_after_turns(slot.variant)
+        return work
+
+
+def _kind_of(group: Group) -> str:
+    """Trials that take turns and solo ones do different things between their rounds."""
+    return "turns" if group.turns else "solo"
+
+
+def _name(gap: str, group: Group) -> str:
+    return f"{gap} of {_kind_of(group)}"

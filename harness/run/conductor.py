@@ -1,0 +1,312 @@
+"""One group of a plan, conducted: its processes are live together and take the turns that the plan says.
+
+The parent sends one command at a time and blocks on the answer. Of a long group the records so far are saved between
+its commands as well, so that killing the parent costs a part of the group's time and never all of it.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from harness.records import codec
+from harness.records.record import UNDER_WAY, Failure, Fragment, Measure, Status, TrialRecord, TrialRequest
+from harness.run.budget import Budget, Kind
+from harness.run.executors import Executor, Worker, WorkerLostError
+from harness.run.plan import Group, Plan, Slot
+from harness.studies.variant import Variant
+
+CHECKPOINT_S = 30.0
+"""Records of trials under way are saved no more often than this: a sync costs milliseconds, and shorter groups are
+repeated at little cost."""
+CHECKPOINT_SHARE = 0.1
+"""And no more often than in this share of the group's time: what they take on the disk grows with its logarithm."""
+
+
+class Watcher(Protocol):
+    """Is told what is going on, between turns; must return quickly."""
+
+    def trial_phase(self, slot: Slot, phase: str) -> None:
+        """A trial enters a phase."""
+
+    def trial_ended(self, record: TrialRecord) -> None:
+        """A trial has its record."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """Where a run happens: what every request of it has in common."""
+
+    run_path: Path
+    scratch: Path
+    device: str
+    threads: int
+    tokens_path: str
+    tokens: dict[str, Any]
+    own: Mapping[str, Site] = field(default_factory=dict)
+    """The same for variants that have a workload of their own, by name."""
+
+    def of(self, variant: Variant) -> Site:
+        """What the requests of this variant have in common."""
+        return self.own.get(variant.name, self)
+
+
+class Conductor:
+    """One group: its workers are live together and take the turns that the plan says."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        group: Group,
+        executors: Mapping[str, Executor],
+        site: Site,
+        watcher: Watcher,
+        save: Callable[[TrialRecord], None],
+        budget: Budget,
+        attempt: int = 0,
+    ) -> None:
+        self._plan = plan
+        self._group = group
+        self._executors = executors
+        self._site = site
+        self._watcher = watcher
+        self._save = save
+        self._budget = budget
+        self._entered = self._saved = budget.clock()
+        self._saving_s = 0.0
+        self._slots = {slot.trial: slot for slot in group.slots}
+        self._records = {slot.trial: blank(plan, slot, "ok").replaced(attempt=attempt) for slot in group.slots}
+        self._begun: dict[str, float] = {}
+        self._workers: dict[str, Worker] = {}
+        self._timeout = plan.study.protocol.step_timeout_s
+
+    def measure(self) -> None:
+        """All phases of all trials of the group; a trial that fails takes no further part."""
+        try:
+            for launch in self._group.launches:
+                self._launch(launch)
+            begin = self._budget.clock()
+            self._each("build")
+            building_s = self._budget.clock() - begin
+            self._each("verify")
+            self._each("warm_up")
+            # A trial ends by evaluating or by loading its model once more, which is what building it took.
+            self._budget.foresee(building_s + self._catching_up_s(), len(self._slots))
+            self._train()
+            self._each("save_adapter", "cold")
+            if "generate" in self._plan.phases:
+                self._each("begin_generate")
+                self._in_turns("requests", self._group.requests, "request")
+                self._in_turns("natural", self._group.natural, "natural")
+                self._each("untrained", "natural")
+                self._each("end_generate", "peaks")
+                self._each("merge", "merged")
+                self._in_turns("merged", self._group.requests, "request")
+            if any(len(launch) > 1 for launch in self._group.launches):
+                self._each("close")
+        finally:
+            for worker in set(self._workers.values()):
+                worker.close()
+        for trial in self._live("cold"):  # all processes have ended: nothing shares the device with a cold start
+            self._watcher.trial_phase(self._slots[trial], "cold")
+            self._add(trial, self._cold(trial))
+        for trial in self._records:  # adapters and compile caches of a long run would fill the disk
+            shutil.rmtree(self._site.scratch / trial, ignore_errors=True)
+
+    def _train(self) -> None:
+        """The timed turns and the untimed steps that they leave; fewer of both where the time does not suffice."""
+        protocol = self._plan.study.protocol
+        begin, saving_s = time.monotonic(), self._saving_s
+        turns = self._in_turns("steps", self._group.turns, "turn", steps=protocol.steps_per_turn)
+        wall_time_s = time.monotonic() - begin - (self._saving_s - saving_s)
+        timed = self._live("steps")
+        for trial in timed:
+            self._add(trial, Fragment(values={"turns_wall_time_s": wall_time_s}))
+        planned = max((self._plan.study.rounds_after_turns(self._slots[trial].variant) for trial in timed), default=0)
+        orders = tuple(self._group.turns[number % len(self._group.turns)] for number in range(planned))
+        # In rounds as well: a command that trained for hours could neither be cut nor be told from one that hangs.
+        untimed = self._in_turns("epochs", orders, "train", steps=protocol.steps_per_turn)
+        dropped = len(self._group.turns) - turns
+        if timed and (dropped or untimed < planned):
+            last = protocol.total_steps + (untimed - dropped) * protocol.steps_per_turn
+            self._each("finish_training", steps=last)  # all after the same step, if not the planned one
+        else:
+            self._each("finish_training")
+
+    def _catching_up_s(self) -> float:
+        """Seconds of the untimed steps that shorter warm-ups than the longest leave to be taken."""
+        seconds = 0.0
+        for trial in self._live("steps"):
+            times = self._records[trial].samples.get("warmup_step_time_s", ())
+            if times:
+                seconds += (self._plan.study.protocol.warmup_steps_max - len(times)) * times[-1]
+        return seconds
+
+    def interrupt(self) -> None:
+        """Mark what was under way."""
+        for trial, record in self._records.items():
+            status: Status = "interrupted" if trial in self._begun else "not_run"
+            if record.status == "ok":
+                failure = Failure(phase="run", kind="Interrupted", message="stopped by the user")
+                self._add(trial, Fragment().failed(status, failure))
+
+    def abandon(self, error: Exception) -> None:
+        """Mark what was under way when the parent itself failed, for which no trial is to blame."""
+        for trial, record in self._records.items():
+            if record.status == "ok":
+                failure = Failure(phase="run", kind=type(error).__name__, message=f"the parent failed: {error}")
+                self._add(trial, Fragment().failed("interrupted", failure))
+
+    def records(self) -> Iterable[TrialRecord]:
+        """The group's records in the order of the plan."""
+        return self._records.values()
+
+    def _launch(self, launch: tuple[Slot, ...]) -> None:
+        for slot in launch:
+            self._begun[slot.trial] = time.time()
+        try:
+            worker = self._executors[launch[0].arm].launch()
+        except WorkerLostError as lost:
+            for slot in launch:
+                self._add(slot.trial, Fragment().failed(lost.status, lost.failure))
+            return
+        for slot in launch:
+            self._workers[slot.trial] = worker
+            self._add(slot.trial, Fragment(values={"start_latency_s": worker.start_latency_s}))
+            log = launch[0].trial if len(launch) > 1 else slot.trial  # trials of one process print into one log
+            self._records[slot.trial] = self._records[slot.trial].replaced(log=f"logs/{log}.log")
+            request = request_of(self._plan, slot, self._site, log)
+            Path(request.scratch).mkdir(parents=True, exist_ok=True)
+            self._ask(slot.trial, "prepare", request=codec.to_json(request))
+
+    def _live(self, measure: Measure | None = None) -> list[str]:
+        """Trials that are still ok and, if a measure is given, are there to measure it."""
+        return [
+            trial
+            for trial, record in self._records.items()
+            if record.status == "ok" and (measure is None or measure in self._slots[trial].measures)
+        ]
+
+    def _each(self, command: str, measure: Measure | None = None, **arguments: Any) -> None:
+        for trial in self._live(measure):
+            self._ask(trial, command, **arguments)
+        self._checkpoint(command)
+
+    def _in_turns(self, kind: Kind, rounds: tuple[tuple[str, ...], ...], command: str, **arguments: Any) -> int:
+        """The rounds that the time allows, each by all trials that are there for it; returns how many these were."""
+        measuring = self._live("steps" if kind == "epochs" else kind)
+        if not rounds or not measuring:
+            return len(rounds)
+        taken = 0
+        for order in self._budget.rounds(kind, rounds, len(measuring)):
+            for trial in order:
+                if trial in measuring:
+                    self._ask(trial, command, **arguments)
+            taken += 1
+            self._checkpoint(command)
+        if taken < len(rounds):
+            counts = {f"{kind}_rounds": float(taken), f"{kind}_rounds_planned": float(len(rounds))}
+            for trial in measuring:
+                self._add(trial, Fragment(values=counts))
+        return taken
+
+    def _checkpoint(self, command: str) -> None:
+        """Save what every trial has so far; nothing is timed between the commands of a round and those of the next.
+
+        The evidence of the checks is left out: it is half of a record, and the record at the end has it.
+        """
+        now = self._budget.clock()
+        if now - self._saved < max(CHECKPOINT_S, CHECKPOINT_SHARE * (now - self._entered)):
+            return
+        begin = time.monotonic()
+        failure = Failure(phase=command, kind=UNDER_WAY, message=f"under way when this was written, after {command}")
+        for record in self._records.values():
+            if record.status == "ok":
+                record = record.replaced(status="interrupted", failure=failure, checks=())
+            self._save(record)
+        self._saving_s += time.monotonic() - begin
+        self._saved = self._budget.clock()
+
+    def _ask(self, trial: str, command: str, **arguments: Any) -> None:
+        if self._records[trial].status != "ok":
+            return
+        if command != "prepare":
+            self._watcher.trial_phase(self._slots[trial], command)
+        worker = self._workers[trial]
+        try:
+            fragment = worker.ask(command, trial, self._timeout, **arguments)
+        except WorkerLostError as lost:  # its death is a row for each trial that it hosted
+            for other, host in self._workers.items():
+                if host is worker and self._records[other].status == "ok":
+                    self._add(other, Fragment().failed(lost.status, lost.failure))
+            return
+        self._add(trial, fragment, turn=arguments.get("steps") if command == "turn" else None)
+
+    def _cold(self, trial: str) -> Fragment:
+        try:
+            slot = self._slots[trial]
+            fragment = self._executors[slot.arm].cold_start(request_of(self._plan, slot, self._site, trial))
+        except WorkerLostError as lost:
+            return Fragment().failed(lost.status, lost.failure)
+        warm, cold = self._records[trial].tokens.get("completion"), fragment.tokens.get("cold_completion")
+        if warm is not None and warm != cold:  # it would be the cold start of another model
+            message = f"the new interpreter answered {cold} where the trained process had answered {warm}"
+            return fragment.failed("invalid", Failure(phase="cold", kind="OtherCompletion", message=message))
+        return fragment
+
+    def _add(self, trial: str, fragment: Fragment, turn: int | None = None) -> None:
+        record = self._records[trial].merged(fragment)
+        changes: dict[str, Any] = {"tokens": record.tokens | self._site.of(self._slots[trial].variant).tokens}
+        if trial in self._begun:
+            changes |= {"started_unix_s": self._begun[trial], "wall_time_s": time.time() - self._begun[trial]}
+        if turn is not None:
+            changes["turn_lengths"] = (*record.turn_lengths, len(fragment.samples.get("step_time_s", ())))
+        self._records[trial] = record.replaced(**changes)
+
+
+def blank(plan: Plan, slot: Slot, status: Status) -> TrialRecord:
+    """The record of a trial that has nothing yet."""
+    return TrialRecord(
+        trial=slot.trial,
+        status=status,
+        name=slot.variant.name,
+        variant=slot.variant.id,
+        role=slot.role,
+        replicate=slot.replicate,
+        position=slot.position,
+        interleaving=slot.interleaving,
+        side=slot.side,
+        seed=slot.seed,
+        started_unix_s=0.0,
+        wall_time_s=0.0,
+        log=f"logs/{slot.trial}.log",
+    )
+
+
+def request_of(plan: Plan, slot: Slot, site: Site, log: str) -> TrialRequest:
+    """All that a worker must know of a trial; `log` names the log of its process."""
+    study, site = plan.study, site.of(slot.variant)
+    return TrialRequest(
+        trial=slot.trial,
+        variant=slot.variant,
+        role=slot.role,
+        replicate=slot.replicate,
+        seed=slot.seed,
+        workload=study.workload_of(slot.variant),
+        protocol=study.protocol,
+        interleaving=slot.interleaving,
+        measures=slot.measures,
+        instrument=slot.instrument,
+        injected_rows=slot.injected_rows,
+        device=site.device,
+        threads=site.threads,
+        tokens_path=site.tokens_path,
+        scratch=str(site.scratch / slot.trial),
+        log_path=str((site.run_path / "logs" / f"{log}.log").resolve()),
+        allow_fallback=study.allow_fallback,
+        requirements=study.requirements,
+    )

@@ -1,0 +1,297 @@
+"""The two sides of `lorameter ab`: one word names what differs, and becomes a host that trials can run in.
+
+Three things can be named: a revision of a repository, an interpreter, or requirements. What is measured must be what
+was named, so each kind ends with a proof: the file that an import *would* load lies in the worktree, or in the layer
+of the requirements; a side for which it does not (an import hook of an editable install can win over the path) is
+refused. A side that silently measured the other side's code would come out `equivalent`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from harness.errors import UsageError, impossible
+from harness.run.executors.environments import layered_environment, parse_requirements, site_packages
+from harness.run.executors.host import Host, inspect
+
+Kind = Literal["revision", "interpreter", "requirements"]
+DECLARED: dict[Kind, tuple[str, ...]] = {
+    "revision": ("git",),
+    "interpreter": ("python", "libraries", "cuda"),
+    "requirements": ("libraries", "cuda"),  # another torch may be built for another CUDA
+}
+OLDEST_PYTHON = (3, 11)
+"""As requires-python in pyproject.toml: the harness runs in the interpreter of either side."""
+NEEDED = {"torch": "torch", "transformers": "transformers", "peft": "peft", "bitsandbytes": "bitsandbytes"}
+"""Modules that the worker imports, and the distributions that bring them."""
+NEEDED_ON_A_GPU = {"pynvml": "nvidia-ml-py"}
+OWN_PACKAGES = ("harness", "kernels_check")
+
+_PYTHON_NAME = re.compile(r"python(\d+(\.\d+)?t?)?")
+_GIT_POINTERS = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX", "GIT_OBJECT_DIRECTORY")
+"""Set by git inside its hooks; they would turn every git command to the repository of the hook."""
+_REMEDY = (
+    "Name a git revision (HEAD~1, v1.0, a commit), a Python executable (ENVIRONMENT/bin/python, python3.12) or "
+    'requirements ("peft==0.19.1 transformers>=5.17").'
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Side:
+    """One side of an A/B, ready to be measured."""
+
+    spec: str
+    """As the user wrote it."""
+    kind: Kind
+    host: Host
+    label: str
+    """For tables and messages; a revision has its commit in it."""
+    declared: tuple[str, ...]
+    """Fields of the provenance in which this side is meant to differ from the other."""
+
+
+def to_stderr(line: str) -> None:
+    """Progress goes to standard error: standard output may be a JSON document."""
+    print(line, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def open_side(
+    spec: str, *, repository: Path, cache: Path, report: Callable[[str], object] = to_stderr
+) -> Iterator[Side]:
+    """Make one side ready, and take down at the end what was put up for it.
+
+    A path of an executable file goes before a revision, that before a Python found on PATH, and that before
+    requirements.
+
+    Args:
+        spec: a revision, a Python executable, or requirements in one string.
+        repository: a folder in the repository whose revisions can be named.
+        cache: lorameter's cache directory, for the environments of requirements.
+        report: told, one line each, what takes long.
+
+    Raises:
+        UsageError: nothing goes by that name, it lacks a library that a trial needs, or it would not be what runs.
+    """
+    if not spec.strip():
+        raise impossible("ab", "side", spec, "empty", _REMEDY)
+    with contextlib.ExitStack() as stack:
+        if _is_executable_path(spec):
+            yield _interpreter(spec, Path(spec).absolute(), stack)
+            return
+        commit, refusal = _commit(spec, repository)
+        if commit is not None:
+            yield _revision(spec, commit, repository, stack, report)
+        elif _PYTHON_NAME.fullmatch(spec) and (found := shutil.which(spec)):
+            yield _interpreter(spec, Path(found).absolute(), stack)
+        elif requirements := parse_requirements(spec):
+            yield _requirements(spec, requirements, cache, stack, report)
+        else:
+            raise impossible("ab", "side", spec, _unknown(spec, repository, refusal), _REMEDY)
+
+
+def _is_executable_path(spec: str) -> bool:
+    return os.sep in spec and Path(spec).is_file() and os.access(spec, os.X_OK)
+
+
+def _unknown(spec: str, repository: Path, refusal: str) -> str:
+    """Everything that was tried, for the message."""
+    if os.sep in spec and Path(spec).exists():
+        path = "it exists but is a folder" if Path(spec).is_dir() else "the file is not executable"
+    else:
+        path = "no executable file of that path" if os.sep in spec else "no Python of that name on PATH"
+    return (
+        f"not an interpreter ({path}), not a revision of {repository} (git: {refusal}), and not requirements "
+        "(a name without a version counts only for a package that is installed: write NAME>=0 to mean another)"
+    )
+
+
+# --- a revision -------------------------------------------------------------------------------------------------------
+
+
+def _commit(spec: str, repository: Path) -> tuple[str | None, str]:
+    """The commit that a revision names; else None and git's reason."""
+    done = _git(repository, "rev-parse", "--verify", "--end-of-options", f"{spec}^{{commit}}")
+    if done.returncode == 0:
+        return done.stdout.strip(), ""
+    return None, (done.stderr.strip().splitlines() or ["no message"])[-1].removeprefix("fatal: ")
+
+
+def _revision(
+    spec: str, commit: str, repository: Path, stack: contextlib.ExitStack, report: Callable[[str], object]
+) -> Side:
+    tree = stack.enter_context(_worktree(commit, repository))
+    top = Path(_git(repository, "rev-parse", "--show-toplevel").stdout.strip()).resolve()
+    roots = [tree / folder for folder in _roots(repository.resolve(), top) if (tree / folder).is_dir()]
+    path = [str(folder) for folder in roots]
+    if not (tree / "harness" / "__init__.py").is_file():
+        path.append(_own_packages(stack))
+    host = Host(path=tuple(path), cwd=str(tree))
+    modules = {name: folder for folder in reversed(roots) for name in _modules(folder)}
+    if not modules:
+        why = "it has no Python package at its top or in src, so nothing of it would be measured"
+        raise impossible("ab", "side", spec, why, "Build an environment for each revision and name its Python.")
+    report(f"compiling the modules of {spec}")
+    _compile(host, [str(modules[name] / name) for name in modules if (modules[name] / name).is_dir()])
+    _prove(spec, host, modules, tree)
+    _prove_apart(spec, host, top, tree)
+    short = commit[:9]
+    label = spec if short.startswith(spec) or commit.startswith(spec) else f"{spec} ({short})"
+    return Side(spec=spec, kind="revision", host=host, label=label, declared=DECLARED["revision"])
+
+
+@contextlib.contextmanager
+def _worktree(commit: str, repository: Path) -> Iterator[Path]:
+    """A checkout of a commit in a folder of its own. No hook of the repository runs; submodules stay empty."""
+    with tempfile.TemporaryDirectory(prefix="lorameter-") as folder:
+        tree = Path(folder).resolve() / commit[:12]
+        quiet = ("-c", f"core.hooksPath={os.devnull}", "-c", "advice.detachedHead=false")
+        try:
+            done = _git(repository, *quiet, "worktree", "add", "--detach", "--quiet", str(tree), commit)
+            if done.returncode:
+                why = f"git could not check it out: {done.stderr.strip()}"
+                raise impossible("ab", "side", commit, why, "Check free disk space and `git worktree list`.")
+            yield tree
+        finally:
+            _git(repository, "worktree", "remove", "--force", str(tree))
+
+
+def _roots(repository: Path, top: Path) -> list[Path]:
+    """Where packages can lie, relative to the top: there, in src, where one stands, and where editable installs point.
+
+    The last are the folders of the repository that are on the present path.
+    """
+    stood_in = repository.relative_to(top) if repository.is_relative_to(top) else Path()
+    usual = [Path(), Path("src"), stood_in, stood_in / "src"]
+    installed = [Path(entry).resolve() for entry in sys.path if entry]
+    return list(dict.fromkeys([*usual, *(entry.relative_to(top) for entry in installed if entry.is_relative_to(top))]))
+
+
+def _prove_apart(spec: str, host: Host, top: Path, tree: Path) -> None:
+    """Nothing that a trial is made of would come from the working tree instead of the revision."""
+    installed = [folder for folder in map(Path, sys.path) if folder.name in ("site-packages", "dist-packages")]
+    for name, origin in inspect(host, [*NEEDED, *OWN_PACKAGES])["origins"].items():
+        found = Path(origin or "").resolve()
+        if origin is None or found.is_relative_to(tree) or not found.is_relative_to(top):
+            continue
+        if not any(found.is_relative_to(folder.resolve()) for folder in installed):  # an environment in the repository
+            why = f"the revision has no {name} where the present installation points, and an import loads {origin}"
+            raise impossible("ab", "side", spec, why, "Build an environment for each revision and name its Python.")
+
+
+def _git(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name not in _GIT_POINTERS}
+    command = ["git", "-C", str(folder), *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment, check=False)
+    except OSError as error:
+        return subprocess.CompletedProcess(command, 127, "", f"git cannot be run: {error.strerror}")
+
+
+# --- an interpreter ---------------------------------------------------------------------------------------------------
+
+
+def _interpreter(spec: str, python: Path, stack: contextlib.ExitStack) -> Side:
+    """Another Python, given the present harness; what else it has is its own.
+
+    PYTHONSAFEPATH keeps the folder that one stands in off its path: its own packages are what is compared.
+    """
+    safe = {"PYTHONSAFEPATH": "1"}
+    facts = inspect(Host(python=str(python), environment=safe))
+    version = tuple(int(part) for part in facts["python"].split(".")[:2])
+    if version < OLDEST_PYTHON:
+        needed = ".".join(map(str, OLDEST_PYTHON))
+        why = f"it is Python {facts['python']}, and the harness needs {needed}"
+        raise impossible("ab", "side", spec, why, "Name a newer interpreter.")
+    # What it calls itself: a launcher in front of it (pyenv's) would be part of every cold start.
+    host = Host(python=facts["executable"], path=(_own_packages(stack),), environment=safe)
+    needed_modules = NEEDED | (NEEDED_ON_A_GPU if Path("/dev/nvidiactl").exists() else {})
+    origins = inspect(host, [*needed_modules])["origins"]
+    if missing := [distribution for module, distribution in needed_modules.items() if origins[module] is None]:
+        why = f"Python {facts['python']} without {', '.join(missing)}"
+        raise impossible("ab", "side", spec, why, f"Run `{host.python} -m pip install {' '.join(missing)}`.")
+    _compile(host, [str(Path(host.path[0]) / package) for package in OWN_PACKAGES])
+    return Side(spec=spec, kind="interpreter", host=host, label=spec, declared=DECLARED["interpreter"])
+
+
+def _own_packages(stack: contextlib.ExitStack) -> str:
+    """A folder that holds the present harness and nothing else of the present environment."""
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lorameter-")))
+    for package in OWN_PACKAGES:
+        found = importlib.util.find_spec(package)
+        if found is None or found.origin is None:
+            raise UsageError(f"ab: the package {package} is not importable. Reinstall lorameter.")
+        (folder / package).symlink_to(Path(found.origin).resolve().parent)
+    return str(folder)
+
+
+# --- requirements -----------------------------------------------------------------------------------------------------
+
+
+def _requirements(
+    spec: str, requirements: tuple[str, ...], cache: Path, stack: contextlib.ExitStack, report: Callable[[str], object]
+) -> Side:
+    python = layered_environment(requirements, cache, report=report)
+    host = Host(python=str(python), environment={"PYTHONSAFEPATH": "1"})
+    layer = site_packages(python)
+    names = _modules(layer)
+    facts = inspect(host, [*names, *OWN_PACKAGES])
+    if any(facts["origins"][package] is None for package in OWN_PACKAGES):  # run from a checkout, not installed
+        host = replace(host, path=(_own_packages(stack),))
+    _prove(spec, host, dict.fromkeys(names, layer), layer)
+    _prove_versions(spec, requirements, facts["packages"])
+    label = " ".join(requirements)
+    return Side(spec=spec, kind="requirements", host=host, label=label, declared=DECLARED["requirements"])
+
+
+def _prove_versions(spec: str, requirements: tuple[str, ...], packages: dict[str, str]) -> None:
+    """What was asked for is what the interpreter sees."""
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    for each in map(Requirement, requirements):
+        found = packages.get(canonicalize_name(each.name), "").split(" ")[0]
+        if not found or not each.specifier.contains(found, prereleases=True):
+            why = f"{each} was installed, and the interpreter sees {each.name} {found or 'nowhere'}"
+            raise impossible("ab", "side", spec, why, "Take what is in front of it off PYTHONPATH.")
+
+
+# --- what all kinds share ---------------------------------------------------------------------------------------------
+
+
+def _modules(folder: Path) -> list[str]:
+    """Top-level modules and packages in a folder, those left out that only a build or a test would import."""
+    names = [path.parent.name for path in folder.glob("*/__init__.py")]
+    names += [path.stem for path in folder.glob("*.py")]
+    skipped = {"setup", "conftest", "tests", "test", "docs", "noxfile", *sys.stdlib_module_names}
+    return sorted(name for name in {*names} if name.isidentifier() and name not in skipped)
+
+
+def _compile(host: Host, folders: list[str]) -> None:
+    """Write bytecode once: the first process to import a fresh checkout would else pay for it, on one side only."""
+    command = [*host.command("compileall"), "-qq", *folders]
+    subprocess.run(command, env=host.variables(os.environ), stdin=subprocess.DEVNULL, capture_output=True, check=False)
+
+
+def _prove(spec: str, host: Host, modules: dict[str, Any], root: Path) -> None:
+    """Each module of a side would be imported from `root`."""
+    origins: dict[str, str | None] = inspect(host, [*modules])["origins"]
+    for name, origin in origins.items():
+        if origin is None or not Path(origin).resolve().is_relative_to(root.resolve()):
+            why = f"its module {name} would not be measured: an import loads {origin or 'nothing'} instead"
+            remedy = (
+                f"An import hook or .pth file of the present environment goes first: uninstall the editable install "
+                f"that provides {name}, or give each side an interpreter of its own."
+            )
+            raise impossible("ab", "side", spec, why, remedy)

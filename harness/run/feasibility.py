@@ -1,0 +1,193 @@
+"""What cannot work is refused before any model is loaded; what merely surprises becomes a notice.
+
+`Variant` and `Workload` refuse what no machine could run. Here the model's shape and the machine come in: widths that
+this CPU's 4-bit kernels do not take, attention that this device does not have, more tokens than the model's context.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from harness.errors import UsageError
+from harness.machine.provenance import Machine
+from harness.models import catalogue, shapes
+from harness.models.costs.lora import PAGED_FROM_ELEMENTS, adapter_tensors, paged_state_bytes
+from harness.models.costs.memory import MemoryEstimate, estimate_memory, stored_dtype
+from harness.models.shapes import ModelShape
+from harness.records.record import Notice
+from harness.records.units import format_bytes
+from harness.run.forecast import free_bytes
+from harness.studies.study import Study
+from harness.studies.variant import Variant
+from harness.studies.workload import SYNTHETIC, Workload
+
+ERRS_BY = 0.10
+"""How far an estimate of memory may be from the peak: within it nothing is refused, and beyond it nothing is safe."""
+NF4_BLOCK = 64
+"""Elements per quantisation block, bitsandbytes' default."""
+
+
+def check_feasible(study: Study, machine: Machine, variants: Iterable[Variant] | None = None) -> tuple[Notice, ...]:
+    """Refuse a study that this model or machine cannot run; `variants` are those selected, None for all.
+
+    Returns:
+        Notices for what runs but should be known.
+
+    Raises:
+        UsageError: naming study, variant, key, value and remedy.
+    """
+    source = catalogue.resolve(study.workload.model)
+    shape, stored = shapes.shape(source), stored_dtype(source)
+    for workload in study.workloads:
+        _check_lengths(study.name, workload, shape)
+    _check_data(study)
+    free = free_bytes(machine)
+    notices: list[Notice] = []
+    for variant in study.variants if variants is None else variants:
+        where = f"study {study.name}, variant {variant.name!r}"
+        _check_attention(where, variant, machine)
+        if variant.tf32 and machine.device == "cpu":
+            raise UsageError(f"{where}: tf32 = True: a CPU has no TF32. Leave it out here.")
+        _check_widths(where, variant, shape, machine)
+        notices += _rank_notices(variant, shape)
+        notices += _paged_notices(variant, machine, shape)
+        workload = study.workload_of(variant)
+        expected = estimate_memory(variant, workload, shape, device=machine.device, stored=stored)
+        _check_memory(where, expected, machine)
+        notices += memory_notices(variant, expected, machine, free)
+    if source.random:
+        notices.append(
+            Notice(
+                code="random-weights",
+                message=f"{study.workload.model} has random weights: time and memory are those of the architecture, "
+                "losses say only that training works.",
+                remedy="Use --lorameter-model (pytest) or --model with a pretrained model to judge losses.",
+            )
+        )
+    return tuple(notices)
+
+
+def _check_lengths(study: str, workload: Workload, shape: ModelShape) -> None:
+    for key, length in (
+        ("sequence_length", workload.sequence_length),
+        ("prompt_tokens + new_tokens", workload.prompt_tokens + workload.new_tokens),
+        ("natural_prompt_tokens + natural_tokens", workload.natural_prompt_tokens + workload.natural_tokens),
+    ):
+        if length > shape.context:
+            raise UsageError(
+                f"study {study}, [workload]: {key} = {length}: longer than the context of {workload.model}, "
+                f"{shape.context} tokens. Use {shape.context} or fewer."
+            )
+
+
+def _check_data(study: Study) -> None:
+    data = study.workload.data
+    looks_like_file = data.endswith((".jsonl", ".json", ".jsonl.gz")) or data.startswith((".", "/", "~"))
+    if data != SYNTHETIC and looks_like_file and not Path(data).is_file():
+        raise UsageError(
+            f"study {study.name}, [workload]: data = {data!r}: no such file. Give a .jsonl or .jsonl.gz file, a hub "
+            f"id, or {SYNTHETIC!r}."
+        )
+
+
+def memory_notices(variant: Variant, expected: MemoryEstimate, machine: Machine, free: int | None) -> Iterator[Notice]:
+    """What to know of a variant that may not fit into this machine, or not into the bytes that are free there now."""
+    has = _memory(machine)
+    if has is not None and expected.needed_bytes > (1 - ERRS_BY) * has:
+        yield Notice(
+            code="memory-short",
+            message=f"{variant.name}: needs about {format_bytes(expected.needed_bytes)}, and this machine has "
+            f"{format_bytes(has)}.",
+            remedy=_LESS_MEMORY,
+        )
+    elif free is not None and expected.needed_bytes > (1 - ERRS_BY) * free:
+        yield Notice(
+            code="memory-taken",
+            message=f"{variant.name}: needs about {format_bytes(expected.needed_bytes)}, and only {format_bytes(free)} "
+            "are free now: others hold the rest.",
+            remedy="End them (`lorameter doctor` names those on the card), or measure where that much is free.",
+        )
+
+
+def _check_memory(where: str, expected: MemoryEstimate, machine: Machine) -> None:
+    has = _memory(machine)
+    if has is not None and expected.needed_bytes > (1 + ERRS_BY) * has:
+        raise UsageError(
+            f"{where}: needs about {format_bytes(expected.needed_bytes)} and this machine has {format_bytes(has)}. "
+            f"{_LESS_MEMORY} `lorameter estimate` shows what takes it."
+        )
+
+
+def _memory(machine: Machine) -> int | None:
+    """What the device that measures has in all."""
+    return machine.device_memory_bytes if machine.device == "cuda" else machine.memory_bytes
+
+
+_LESS_MEMORY = 'Use quantization = "nf4", gradient_checkpointing = true, a smaller batch_size, or a smaller model.'
+
+
+def _check_attention(where: str, variant: Variant, machine: Machine) -> None:
+    if machine.device == "cpu" and variant.attention in ("flash_attention_2", "flex_attention"):
+        why = {
+            "flash_attention_2": "the flash-attn package needs a CUDA device",
+            "flex_attention": "flex attention has no backward pass on a CPU",
+        }[variant.attention]
+        raise UsageError(
+            f"{where}: attention = {variant.attention!r}: {why}, and this machine measures on the CPU. "
+            'Use attention = "sdpa", whose flash kernel runs here.'
+        )
+    if variant.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        raise UsageError(
+            f"{where}: attention = 'flash_attention_2': the package flash-attn is not installed. "
+            'Run pip install "lorameter[flash-attn]", or use attention = "sdpa".'
+        )
+
+
+def _check_widths(where: str, variant: Variant, shape: ModelShape, machine: Machine) -> None:
+    if not (variant.is_4bit and machine.device == "cpu" and machine.avx512_bf16):
+        return
+    for name, width in _input_widths(shape):
+        if width % NF4_BLOCK:
+            raise UsageError(
+                f"{where}: quantization = {variant.quantization!r}: {name} is {width}, which blocks of {NF4_BLOCK} do "
+                "not divide, and bitsandbytes cannot run such a layer on a CPU with AVX512-BF16. "
+                f'Use a model whose widths are multiples of {NF4_BLOCK}, or quantization = "none".'
+            )
+
+
+def _input_widths(shape: ModelShape) -> Iterator[tuple[str, int]]:
+    yield "hidden_size", shape.hidden_size
+    yield "intermediate_size", shape.intermediate_size
+    yield "heads × head_dim", shape.heads * shape.head_dim
+
+
+def _rank_notices(variant: Variant, shape: ModelShape) -> Iterator[Notice]:
+    narrowest = min(shape.hidden_size, shape.kv_heads * shape.head_dim)
+    if variant.r > narrowest:
+        yield Notice(
+            code="rank-above-width",
+            message=f"{variant.name}: r = {variant.r} is above the width of the narrowest layer, {narrowest}: the "
+            "update is no longer low-rank there.",
+            remedy=f"Use r ≤ {narrowest}, or read the result as that of a full-rank update with extra cost.",
+        )
+
+
+def _paged_notices(variant: Variant, machine: Machine, shape: ModelShape) -> Iterator[Notice]:
+    if not variant.optimizer.startswith("paged"):
+        return
+    if not paged_state_bytes(variant.optimizer, adapter_tensors(variant, shape)):
+        yield Notice(
+            code="nothing-to-page",
+            message=f"{variant.name}: {variant.optimizer} pages nothing: each of its tensors has fewer than "
+            f"{PAGED_FROM_ELEMENTS} elements, which bitsandbytes keeps on the device.",
+            remedy="Read its memory as that of an optimizer that is not paged, or raise r.",
+        )
+    elif machine.device == "cpu":
+        yield Notice(
+            code="paged-on-cpu",
+            message=f"{variant.name}: {variant.optimizer} pages nothing on a CPU; its trials are invalid unless the "
+            "study allows the fallback.",
+            remedy='Use optimizer = "adamw_fused" here, or allow_fallback = true to measure what really runs.',
+        )

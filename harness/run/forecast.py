@@ -1,0 +1,189 @@
+"""What a plan will take: time, memory and disk, before it runs. Each says what it rests on.
+
+Time comes from an earlier run of the same study on the same machine where there is one. Without one, a CPU's is
+estimated from its own matrix speed, measured for a moment; a GPU's is not guessed. Memory is that of an earlier run, or
+counted (`harness.models.costs.memory`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness.errors import LorameterError
+from harness.machine.provenance import Machine, free_device_memory
+from harness.machine.system import memory_available_bytes
+from harness.models import catalogue, shapes
+from harness.models.costs.lora import adapter_parameters, linear_widths
+from harness.models.costs.memory import CUDA_CONTEXT_BYTES, PROCESS_BYTES, estimate_memory, stored_dtype
+from harness.models.shapes import ModelShape
+from harness.records import codec, store
+from harness.run.plan import Group, Plan
+from harness.studies.variant import Variant
+from harness.studies.workload import Workload
+
+PROCESS_START_S = 6.0
+"""A new interpreter with these imports, measured on two cores."""
+CHECK_S = 1.0
+"""Fork, build and check of a small model, measured on two cores; the check's own steps come on top."""
+CHECK_STEPS = 6
+"""Steps that the first step, the check and the held-out losses are worth."""
+RUNS_LOOKED_AT = 20
+"""Runs that are searched for measured peaks."""
+LAYER_OVERHEAD_S = 3e-3
+"""Python and dispatch for one layer's forward and backward on a CPU, measured."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forecast:
+    """Expected cost of a plan; `time_s` is None where it would be a guess. `basis` says what the time rests on."""
+
+    time_s: float | None
+    basis: str
+    memory_bytes: int
+    disk_bytes: int
+
+
+def forecast(plan: Plan, machine: Machine, runs: Path) -> Forecast:
+    """Expected wall time, memory of what is live together at most (with its processes) and disk of a run."""
+    shape = shapes.shape(catalogue.resolve(plan.study.workload.model))
+    adapters = [adapter_parameters(variant, shape) for variant, _ in plan.members]
+    workload = plan.study.workload
+    needs: dict[str, int] = {}
+    for one in plan.study.workloads:
+        needs |= needed_bytes([v for v, _ in plan.members if plan.study.workload_of(v) == one], one, machine, runs)
+    memory = max(_group_bytes(group, needs) for group in plan.groups)
+    tokens = 4 * 8 * workload.sequence_length * (workload.train_sequences + workload.held_out_sequences)
+    disk = tokens + len(plan.slots) * 64 * 1024 + max(adapters) * 4
+    time_s, basis = _time(plan, machine, shape, runs)
+    return Forecast(time_s=time_s, basis=basis, memory_bytes=memory, disk_bytes=disk)
+
+
+def _group_bytes(group: Group, needs: dict[str, int]) -> int:
+    """What is live together: each process counts with the largest of its trials."""
+    return sum(max(needs[slot.variant.name] for slot in launch) for launch in group.launches)
+
+
+def together_bytes(members: Sequence[Variant], workload: Workload, machine: Machine, runs: Path | None) -> int:
+    """Expected memory of one live process for each member."""
+    needs = needed_bytes(members, workload, machine, runs)
+    return sum(needs[variant.name] for variant in members)
+
+
+def needed_bytes(
+    variants: Iterable[Variant], workload: Workload, machine: Machine, runs: Path | None
+) -> dict[str, int]:
+    """Expected memory of a process of each variant, by name: the peak of an earlier run where there is one, else the
+    estimate; on a GPU device memory."""
+    source = catalogue.resolve(workload.model)
+    shape, stored, device = shapes.shape(source), stored_dtype(source), machine.device
+    kind, extra = "host_peak_train_bytes", 0
+    if device == "cuda":
+        kind, extra = "device_peak_reserved_train_bytes", CUDA_CONTEXT_BYTES
+    measured = {} if runs is None else measured_peaks(workload, machine, runs, kind)
+
+    def needed(variant: Variant) -> int:
+        peak = measured.get(variant.id)
+        if peak:
+            return peak + extra
+        return estimate_memory(variant, workload, shape, device=device, stored=stored).needed_bytes
+
+    return {variant.name: needed(variant) for variant in variants}
+
+
+def free_bytes(machine: Machine) -> int | None:
+    """Memory that processes could take on the measuring device now, or in a container with a limit what that leaves.
+
+    None where NVML or the kernel does not say.
+    """
+    return free_device_memory() if machine.device == "cuda" else memory_available_bytes().value
+
+
+def measured_peaks(workload: Workload, machine: Machine, runs: Path, kind: str) -> dict[str, int]:
+    """Largest peak of each variant, by its id, in the latest runs of this workload on this machine; `kind` is the name
+    under which records hold it."""
+    peaks: dict[str, int] = {}
+    for path in store.list_runs(runs)[-RUNS_LOOKED_AT:]:
+        try:
+            run = store.read_run(str(path), runs)
+        except LorameterError:
+            continue
+        same = run.manifest.provenance.get("device_name") == machine.device_name
+        if same and run.manifest.study.get("workload") == codec.to_json(workload):
+            others = run.manifest.study.get("own_workloads", {})
+            for record in run.records:
+                if kind in record.memory and record.name not in others:
+                    peaks[record.variant] = max(peaks.get(record.variant, 0), record.memory[kind])
+    return peaks
+
+
+def memory_bytes(variant: Variant, workload: Workload, shape: ModelShape, device: str = "cpu") -> int:
+    """Expected peak of training beyond the bare process (`harness.models.costs.memory`)."""
+    expected = estimate_memory(variant, workload, shape, device=device)
+    return expected.total_bytes - (PROCESS_BYTES if device == "cpu" else 0)
+
+
+def _time(plan: Plan, machine: Machine, shape: ModelShape, runs: Path) -> tuple[float | None, str]:
+    earlier = _earlier_run_s(plan, machine, runs)
+    if earlier is not None:
+        seconds, run = earlier
+        return PROCESS_START_S + seconds * plan.study.protocol.replicates, f"replicates of run {run}"
+    if machine.device != "cpu":
+        return None, "no earlier run of this study on this device"
+    workload, protocol = plan.study.workload, plan.study.protocol
+    weights = shape.layers * sum(inputs * outputs for inputs, outputs in linear_widths(shape).values())
+    weights += shape.vocab_size * shape.hidden_size
+    rate = _matrix_rate()
+    tokens = workload.batch_size * workload.sequence_length
+    step = 4 * weights * tokens / rate + shape.layers * LAYER_OVERHEAD_S
+    token = 2 * weights / rate + shape.layers * LAYER_OVERHEAD_S / 3
+    requests = 1 + protocol.generate_warmup + protocol.generate_requests
+    seconds = PROCESS_START_S
+    for slot in plan.slots:
+        timed = protocol.warmup_steps_max + protocol.turns * protocol.steps_per_turn
+        steps = CHECK_STEPS + (timed if "steps" in slot.measures else protocol.warmup_steps_min)
+        served = requests * sum(measure in slot.measures for measure in ("requests", "merged"))
+        cold = (PROCESS_START_S + workload.new_tokens * token) * ("cold" in slot.measures)
+        seconds += CHECK_S + steps * step + served * workload.new_tokens * token + cold
+    return seconds, "a rule of thumb from this CPU's matrix speed; expect a factor of 2"
+
+
+def _earlier_run_s(plan: Plan, machine: Machine, runs: Path) -> tuple[float, str] | None:
+    """Seconds a replicate in the latest run of the same study, level and phases on the same machine."""
+    for path in reversed(store.list_runs(runs)):
+        try:
+            run = store.read_run(str(path), runs)
+        except LorameterError:
+            continue
+        manifest = run.manifest
+        same = (
+            manifest.provenance.get("device_name") == machine.device_name
+            and manifest.study == plan.study_json()
+            and manifest.interleaving == plan.interleaving
+            and manifest.phases == plan.phases
+            and manifest.status == "complete"
+            and not manifest.resumed  # its pause is no time that measuring takes
+        )
+        replicates = {record.replicate for record in run.records}
+        if same and replicates:
+            ends = [record.started_unix_s + record.wall_time_s for record in run.records]
+            begin = min(record.started_unix_s for record in run.records)
+            return (max(ends) - begin) / len(replicates), path.name
+    return None
+
+
+def _matrix_rate() -> float:
+    """Floating-point operations a second of a 512³ float32 product on one thread of this CPU, best of five."""
+    import numpy as np
+    from threadpoolctl import threadpool_limits
+
+    left = np.ones((512, 512), dtype=np.float32)
+    with threadpool_limits(1):
+        times = []
+        for _ in range(5):
+            begin = time.perf_counter()
+            left @ left
+            times.append(time.perf_counter() - begin)
+    return float(2 * 512**3 / min(times))

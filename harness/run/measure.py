@@ -1,0 +1,263 @@
+"""From a study to a run on disk: what the command line and the pytest plugin both call.
+
+The order is that of cost: everything that can be refused is refused first, then the worker starts, then tokens are
+prepared, and only then is anything measured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import tempfile
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from harness.errors import InvalidRunError
+from harness.machine import provenance
+from harness.machine.provenance import Machine
+from harness.records import store
+from harness.records.record import Notice, Side
+from harness.records.store import Manifest, Run, RunWriter
+from harness.records.units import PHASES
+from harness.run.budget import Budget
+from harness.run.conductor import Site, Watcher
+from harness.run.executors import Executor
+from harness.run.executors.host import Host
+from harness.run.executors.local import LocalExecutor
+from harness.run.feasibility import check_feasible
+from harness.run.forecast import free_bytes, together_bytes
+from harness.run.levels import choose_level
+from harness.run.plan import Plan, make_plan, members_of
+from harness.run.resume import continued
+from harness.run.runner import Measured, kept, run_plan, unsettled
+from harness.run.stopping import Stopping
+from harness.studies.study import Study
+from harness.studies.variant import Variant
+from harness.studies.workload import Workload
+
+
+class Display(Watcher, Protocol):
+    """Shows a run under way."""
+
+    def starting(self, plan: Plan, run_id: str) -> None:
+        """The worker is being started."""
+
+
+def plan_study(
+    study: Study,
+    machine: Machine,
+    *,
+    select: Sequence[str] = (),
+    phases: Sequence[str] = PHASES,
+    interleaving: str | None = None,
+    runs: Path | None = None,
+) -> tuple[Plan, tuple[Notice, ...]]:
+    """The plan of a study on this machine, at the finest level that its variants and the memory allow.
+
+    Args:
+        study: what to measure.
+        machine: where.
+        select: names of variants; empty for all.
+        phases: what to measure of them.
+        interleaving: a level to use instead.
+        runs: folder of earlier runs, whose measured peaks say what fits together.
+
+    Raises:
+        UsageError: anything that cannot work.
+    """
+    members = members_of(study, select)
+    variants = [variant for variant, role in members if role == "variant"]
+    notices = check_feasible(study, machine, variants)
+    level, why = choose_level(
+        variants,
+        together_bytes=sum(
+            together_bytes([one for one, _ in members if study.workload_of(one) == workload], workload, machine, runs)
+            for workload in study.workloads
+        ),
+        free_bytes=free_bytes(machine),
+        asked=interleaving,
+        workloads=len(study.workloads),
+    )
+    return make_plan(study, select=select, phases=phases, interleaving=level, why=why), notices
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arm:
+    """Where trials of a run are measured: a zygote of its own. A run without sides has one, in the present interpreter,
+    or one for each of those that it compares where these differ in threads.
+
+    Processes of one zygote share its pages, and each finds them warm in the caches when the other has just run. So
+    what is compared in an A/B must come from one zygote or each from its own: with base and control from one zygote,
+    the candidate, from another, was measured 0.5 % slower on identical code.
+    """
+
+    name: str = ""
+    side: Side = ""
+    host: Host = field(default_factory=Host)
+    facts: Mapping[str, Any] | None = None
+    """What the host says of itself (`executors.host.describe`); None for the present interpreter."""
+    declared: tuple[str, ...] = ()
+    """Fields of the provenance in which this side is meant to differ."""
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """What the manifest says of the side beside its facts."""
+
+
+def measure(
+    plan: Plan,
+    machine: Machine,
+    *,
+    runs: Path,
+    display: Display,
+    notices: tuple[Notice, ...] = (),
+    arms: Sequence[Arm] = (),
+    resume: str | None = None,
+) -> Run:
+    """Measure a plan into a run directory and read it back. The first arm prepares the tokens of all.
+
+    Args:
+        plan: what to measure.
+        machine: where.
+        runs: where the run is written.
+        display: shows what is going on.
+        notices: what was known before.
+        arms: the processes that trials are measured by; those that the plan names, in this interpreter, if left out.
+        resume: id of a run of this plan (`harness.run.resume`) to go on with; None for a new one.
+
+    Raises:
+        UsageError: data that cannot be read, or a run to go on with that another process writes or whose tokens differ.
+        InvalidRunError: no worker could be started, or it sees another device than the plan was made for.
+    """
+    study = plan.study
+    threads = {slot.arm: study.workload_of(slot.variant).threads for slot in plan.slots}
+    arms = arms or [Arm(name=name) for name in threads]
+    first = arms[0]
+    run_id = resume or store.new_run_id(study.name)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(store.writing(runs / run_id))
+        earlier = store.read_run(str(runs / run_id), runs) if resume else None  # only now does nobody else write it
+        if earlier is not None and earlier.manifest.status == "complete":
+            return earlier
+        known = () if earlier is None else earlier.records
+        groups = unsettled(plan, known)
+        display.starting(dataclasses.replace(plan, groups=groups), run_id)
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lorameter-")))
+        logs = runs / run_id / "logs"
+        logs.mkdir(parents=True, exist_ok=True)
+        executors: dict[str, Executor] = {}
+        for arm in arms:
+            executor = LocalExecutor(threads=threads[arm.name], log_dir=logs, host=arm.host, label=arm.name)
+            stack.callback(executor.close)
+            executor.start()
+            executors[arm.name] = executor
+        prepared = {  # while the workers import
+            workload: executors[first.name].prepare_tokens(workload, str(runs / run_id)) for workload in study.workloads
+        }
+        tokens = _tokens(study, prepared)
+        variants = [slot.variant for slot in plan.slots]
+        hellos = {name: greeted(executor, machine, variants) for name, executor in executors.items()}
+        facts = provenance.collect(study, machine, study.workload.threads, hellos[first.name], first.facts)
+        declared = sorted({name for arm in arms for name in arm.declared})
+        if earlier is not None:
+            manifest = continued(earlier.manifest, facts, tokens, study.protocol.max_minutes)
+        else:
+            manifest = Manifest(
+                run=run_id,
+                study=plan.study_json(),
+                phases=plan.phases,
+                selection=tuple(variant.name for variant, role in plan.members if role == "variant"),
+                interleaving=plan.interleaving,
+                why=plan.why,
+                order=tuple(slot.trial for slot in plan.slots),
+                seed=study.protocol.seed,
+                created_unix_s=time.time(),
+                provenance=facts,
+                fingerprint=provenance.fingerprint(facts, without=declared),
+                tokens=tokens,
+                notices=notices,
+                sides=_sides(arms, hellos),
+            )
+        writer = RunWriter(runs, manifest)
+        site = _site(study, prepared, run_path=writer.path, scratch=scratch, device=machine.device)
+        status: store.RunStatus = "failed"
+        stopped: str | None = None
+        trials: list[str] | None = None
+        try:
+            minutes = study.protocol.max_minutes
+            budget = Budget(None if minutes is None else 60 * minutes)
+            measured = run_plan(
+                plan,
+                executors,
+                site,
+                save=writer.append,
+                watcher=display,
+                stop=Stopping(plan, budget, earlier=kept(groups, known)),
+                budget=budget,
+                earlier=known,
+            )
+            status, stopped = _status(measured), measured.stopped
+            trials = [record.trial for record in measured.records]
+        finally:
+            writer.finish(status, stopped=stopped, measured=trials)
+    return store.read_run(str(writer.path), runs)
+
+
+def _tokens(study: Study, prepared: Mapping[Workload, Mapping[str, Any]]) -> dict[str, Any]:
+    """What the manifest says of the tokens: those of the study's workload, and `own`, by variant, those of others."""
+    said = {
+        workload: {key: value for key, value in tokens.items() if key != "path"}
+        for workload, tokens in prepared.items()
+    }
+    own = {name: said[workload] for name, workload in study.own_workloads.items()}
+    return said[study.workload] | ({"own": own} if own else {})
+
+
+def _site(
+    study: Study, prepared: Mapping[Workload, Mapping[str, Any]], *, run_path: Path, scratch: Path, device: str
+) -> Site:
+    """Where the run happens, and where the trials of variants with a workload of their own do."""
+
+    def site(workload: Workload) -> Site:
+        tokens = prepared[workload]
+        return Site(
+            run_path=run_path,
+            scratch=scratch,
+            device=device,
+            threads=workload.threads,
+            tokens_path=str(Path(tokens["path"]).resolve()),
+            tokens={key: tokens[key] for key in ("hash", "real_tokens", "padded_tokens")},
+        )
+
+    own = {name: site(workload) for name, workload in study.own_workloads.items()}
+    return dataclasses.replace(site(study.workload), own=own)
+
+
+def _sides(arms: Sequence[Arm], hellos: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What the manifest says of the sides of an A/B."""
+    return {
+        arm.side: {**arm.about, "declared": list(arm.declared), "worker": hellos[arm.name].get("harness")}
+        | {"facts": arm.facts}
+        for arm in arms
+        if arm.side and arm.name == arm.side
+    }
+
+
+def greeted(executor: Executor, machine: Machine, variants: Iterable[Variant]) -> dict[str, Any]:
+    """What a worker says of itself. Raises `InvalidRunError` if it cannot measure these variants on this machine."""
+    hello = executor.hello()
+    if hello["device"] != machine.device:
+        raise InvalidRunError(
+            f"the worker measures on {hello['device']!r} and the plan was made for {machine.device!r}: torch and "
+            "NVML disagree about the device. Check the driver with nvidia-smi and CUDA_VISIBLE_DEVICES."
+        )
+    needing = next((variant.name for variant in variants if variant.needs_bitsandbytes), None)
+    if needing and hello.get("lacks"):
+        raise InvalidRunError(f"{needing} cannot be measured here: {hello['lacks']}.")
+    return hello
+
+
+def _status(measured: Measured) -> store.RunStatus:
+    stopped = any(record.status in ("interrupted", "not_run") for record in measured.records)
+    return "interrupted" if stopped or measured.interrupted else "complete"

@@ -1,0 +1,148 @@
+"""The parent's loop: measure a plan group by group, and keep what comes back.
+
+The parent only ever blocks on an answer; it redraws between turns. Each trial ends as a record whatever happens to it:
+a lost worker, an exception in the child, Ctrl-C. The sweep goes on after a failed trial, and the summary carries what
+the exit code must say. A run that broke off is gone on with by leaving out what its records settle.
+
+A trial whose surroundings were past a limit is measured again, with all that took turns with it, once the others of its
+replicate have been: near enough for its pairs to have met the same machine, and late enough for a job to have ended or
+a card to have cooled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from harness.records.record import TrialRecord
+from harness.run.budget import Budget
+from harness.run.conductor import Conductor, Site, Watcher, blank
+from harness.run.executors import Executor
+from harness.run.plan import Group, Plan
+from harness.verdicts.disturbance import judged
+
+Stop = Callable[[Sequence[TrialRecord]], str | None]
+"""Is asked between replicates whether the run has what it needs; a reason ends the run there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What came of a plan: the records of all trials that belong to the run, and why it ended before its cap."""
+
+    records: tuple[TrialRecord, ...]
+    stopped: str | None = None
+    interrupted: bool = False
+    """Whether the user ended it."""
+
+
+def run_plan(
+    plan: Plan,
+    executors: Mapping[str, Executor],
+    site: Site,
+    *,
+    save: Callable[[TrialRecord], None],
+    watcher: Watcher,
+    stop: Stop = lambda records: None,
+    budget: Budget | None = None,
+    earlier: Sequence[TrialRecord] = (),
+) -> Measured:
+    """Measure every trial of the plan; each record is saved as soon as its trial has ended.
+
+    On KeyboardInterrupt the trials under way are recorded as `interrupted`, those that never began as `not_run`.
+    Replicates that `stop` makes needless leave no record. `earlier` are the records of a run that is gone on with: what
+    they settle is not measured again.
+    """
+    budget = budget or Budget()
+    remaining = list(unsettled(plan, earlier))
+    attempts = {group: _attempt(group, earlier) for group in remaining}
+    ended = {record.trial: record for record in kept(remaining, earlier)}
+    untouched = {record.trial: record for record in earlier if record.trial not in ended}
+
+    def keep(record: TrialRecord) -> None:
+        save(record)
+        ended[record.trial] = record
+        watcher.trial_ended(record)
+
+    def give_up(groups: Iterable[Group]) -> None:
+        for slot in (slot for group in groups for slot in group.slots if slot.trial not in ended):
+            if slot.trial in untouched:  # what it had when the run broke off is more than nothing
+                ended[slot.trial] = untouched[slot.trial]
+            else:
+                keep(blank(plan, slot, "not_run"))
+
+    def in_order() -> tuple[TrialRecord, ...]:
+        """The plan's order, in whatever order its trials were measured: a run is gone on with by it."""
+        return tuple(ended[slot.trial] for slot in plan.slots if slot.trial in ended)
+
+    on_cpu = site.device == "cpu"
+    again: list[Group] = []  # groups to be measured once more, when the others of their replicate have been
+    took_s: dict[Group, float] = {}
+    ended_by: BaseException | None = None
+    while (remaining or again) and ended_by is None:
+        retry = bool(again) and (not remaining or remaining[0].replicate != again[0].replicate)
+        group = again.pop(0) if retry else remaining.pop(0)
+        if not retry or took_s[group] <= budget.left_s:
+            attempts[group] += retry
+            budget.enter(plan.study, group, [other for other in remaining if other.replicate == group.replicate])
+            conductor = Conductor(plan, group, executors, site, watcher, save, budget, attempts[group])
+            begin = budget.clock()
+            ended_by = _conducted(conductor)
+            for record in conductor.records():
+                if record.settled or record.trial not in ended:  # a second attempt that broke off leaves the first
+                    keep(record if plan.study.protocol.allow_disturbed else judged(record, on_cpu=on_cpu))
+            budget.leave()
+            took_s[group] = budget.clock() - begin
+            disturbed = any(ended[slot.trial].disturbed for slot in group.slots)
+            if disturbed and attempts[group] < plan.study.protocol.retries:
+                again.append(group)
+        between = not again and bool(remaining) and remaining[0].replicate != group.replicate
+        if between and ended_by is None and (reason := stop(in_order())):
+            return Measured(records=in_order(), stopped=reason)
+    give_up(remaining)
+    if ended_by is not None and not isinstance(ended_by, KeyboardInterrupt):
+        raise ended_by
+    return Measured(records=in_order(), interrupted=ended_by is not None)
+
+
+def _conducted(conductor: Conductor) -> BaseException | None:
+    """Measure a group; what ended it before its time, of which its records tell."""
+    try:
+        conductor.measure()
+    except KeyboardInterrupt as interrupt:
+        conductor.interrupt()
+        return interrupt
+    except Exception as defect:  # one of ours must not cost what was measured
+        conductor.abandon(defect)
+        return defect
+    return None
+
+
+def _attempt(group: Group, earlier: Collection[TrialRecord]) -> int:
+    """The number of the next measurement of a group: the one that broke off, or the one after those that ended."""
+    records = [record for record in earlier if record.trial in {slot.trial for slot in group.slots}]
+    last = max((record.attempt for record in records), default=0)
+    return last + any(record.disturbed and record.attempt == last for record in records)
+
+
+def unsettled(plan: Plan, earlier: Collection[TrialRecord]) -> tuple[Group, ...]:
+    """The groups that must be measured, some for the first time and some again: those with a trial that has no end of
+    its own, or one that was disturbed and may be measured again. Trials of one group took turns and are paired, so they
+    are measured again together, and count only if they are of one attempt."""
+    retries = plan.study.protocol.retries
+    settled = {
+        record.trial: record.attempt
+        for record in earlier
+        if record.settled and not (record.disturbed and record.attempt < retries)
+    }
+
+    def is_settled(group: Group) -> bool:
+        attempts = {settled.get(slot.trial) for slot in group.slots}
+        return None not in attempts and len(attempts) == 1
+
+    return tuple(group for group in plan.groups if not is_settled(group))
+
+
+def kept(groups: Iterable[Group], earlier: Iterable[TrialRecord]) -> list[TrialRecord]:
+    """The records of trials that are in none of the groups to be measured."""
+    pending = {slot.trial for group in groups for slot in group.slots}
+    return [record for record in earlier if record.trial not in pending]

@@ -1,0 +1,64 @@
+"""When a run has what it needs: by precision or by time, never by significance.
+
+Looking after every replicate whether the difference is significant raises the rate of false alarms from 5 % to 21 %
+over 20 looks. The width of the interval is another matter: it says nothing of the direction, so a run may stop as soon
+as it is narrow enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from harness.records.record import TrialRecord
+from harness.run.budget import Budget
+from harness.run.plan import Plan
+from harness.stats import Comparison, is_precise, relative_half_width
+from harness.verdicts.series import compare_series, series_of
+
+LEAST_REPLICATES = 5
+"""Fewer give a standard deviation that is itself too uncertain to stop on."""
+
+
+class Stopping:
+    """The protocol's stopping rule; is asked after each replicate."""
+
+    def __init__(self, plan: Plan, budget: Budget | None = None, *, earlier: Sequence[TrialRecord] = ()) -> None:
+        """`budget` is the clock of this invocation; `earlier` are records that it has not spent its time on."""
+        self._plan = plan
+        self._budget = budget or Budget()
+        self._earlier = {record.trial for record in earlier}
+
+    def __call__(self, records: Sequence[TrialRecord]) -> str | None:
+        """The reason to stop, or None to go on."""
+        protocol = self._plan.study.protocol
+        replicates = len({record.replicate for record in records})
+        if protocol.precision is not None:
+            found = self._comparisons(records)
+            if is_precise(found, half_width=protocol.precision, least_replicates=LEAST_REPLICATES):
+                widest = max(width for one in found if (width := relative_half_width(one)) is not None)
+                return (
+                    f"every interval is within ±{100 * widest:.2g} % after {replicates} replicates, and "
+                    f"±{100 * protocol.precision:.2g} % were asked for"
+                )
+        if protocol.max_minutes is not None:
+            spent = self._budget.spent_s
+            measured = len({record.replicate for record in records if record.trial not in self._earlier})
+            if (spent + spent / measured) / 60 > protocol.max_minutes:
+                return f"another replicate would end after the limit of {protocol.max_minutes:g} minutes"
+        return None
+
+    def _comparisons(self, records: Sequence[TrialRecord]) -> list[Comparison]:
+        """Everything against the reference, and the reference against its twin, in the primary metric of each phase."""
+        found: list[Comparison] = []
+        reference = self._plan.study.reference
+        base_side = "base" if any(record.side for record in records) else ""
+        for side in sorted({record.side for record in records}):
+            groups, bases = series_of(records, side), series_of(records, base_side)  # type: ignore[arg-type]
+            for (name, role), series in groups.items():
+                key = (name if side else reference, "variant")
+                if key not in bases or (side == base_side and (name, role) == key):
+                    continue
+                for phase in self._plan.phases:
+                    comparison = compare_series(bases[key], series, self._plan.study.primary(phase))  # type: ignore[arg-type]
+                    found += [comparison] if comparison is not None else []
+        return found

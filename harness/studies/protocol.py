@@ -1,0 +1,126 @@
+"""A protocol: how often and how long things are measured. Nothing about what is measured.
+
+The replicate (fresh processes) is the unit of inference; steps inside a process are sub-samples. Kalibera & Jones
+(2013, "Rigorous benchmarking in reasonable time") show why: processes differ more from each other than steps do, so
+repeating steps in one process buys little. One dial, `effort`, sets the number of replicates.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from harness.errors import UsageError
+from harness.records.units import PHASES, Phase
+
+Effort = Literal["quick", "standard", "rigorous"]
+PRECISION_REPLICATES = 40
+"""Cap where a precision decides and nothing else is said."""
+EFFORT_REPLICATES: dict[str, int] = {"quick": 3, "standard": 8, "rigorous": 12}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Protocol:
+    """Replicates, warm-up, timed turns and limits. Raises `UsageError` for values that measure nothing."""
+
+    replicates: int = EFFORT_REPLICATES["quick"]
+    warmup_steps_min: int = 3
+    warmup_steps_max: int = 12
+    turns: int = 8
+    """Timed turns of a trial in the training phase."""
+    steps_per_turn: int = 2
+    epochs: float = 0.0
+    """Train every trial for at least so many epochs: what the timed turns leave of them follows untimed, for the
+    losses. 0 ends the training with the timed turns."""
+    phases: tuple[Phase, ...] = PHASES
+    """What is measured unless the user asks for other phases."""
+    merged: bool = True
+    """Measure requests with the adapter merged, too."""
+    peak_replicates: int = 3
+    """Peaks take one of a few values and are compared by their maximum, so a few solo trials are enough for them."""
+    generate_warmup: int = 1
+    """Discarded requests between the first call and the warm ones."""
+    generate_requests: int = 6
+    """Warm requests per trial and adapter state (unmerged, merged)."""
+    natural_requests: int = 6
+    """Requests that the model ends itself, where the workload has such."""
+    seed: int = 0
+    """Seeds the order of the plan and, with the replicate's number, the training."""
+    step_timeout_s: float = 600.0
+    """Longest silence of a worker during one command; a worker that is silent for longer is killed."""
+    memory_limit_bytes: int | None = None
+    """Address-space limit of a trial's process on a CPU; reaching it makes the trial `oom` instead of the machine."""
+    retries: int = 2
+    """Times that a trial is measured again whose surroundings were past a limit (`harness.machine.validity`), with all
+    that took turns with it, at the end of its replicate. Still past it, it stays invalid."""
+    allow_disturbed: bool = False
+    """Let such trials count, with a notice: for a machine that one cannot have to oneself."""
+    precision: float | None = None
+    """Stop as soon as every compared interval is at most this far from its centre (a fraction; the tolerance of 0.01
+    is a sound choice), but not before 5 replicates; `replicates` is the cap. None measures all replicates."""
+    max_minutes: float | None = None
+    """Minutes that measuring may take, counted anew when a run is gone on with. No further replicate is begun that
+    would end later, and within one whole rounds are dropped, for all variants alike (`harness.run.budget`). None sets no
+    limit."""
+
+    def __post_init__(self) -> None:
+        for key, least in (
+            ("replicates", 1),
+            ("warmup_steps_min", 1),
+            ("turns", 1),
+            ("steps_per_turn", 1),
+            ("generate_warmup", 0),
+            ("generate_requests", 1),
+            ("natural_requests", 1),
+            ("peak_replicates", 1),
+            ("retries", 0),
+        ):
+            if getattr(self, key) < least:
+                raise UsageError(f"protocol: {key} = {getattr(self, key)!r}: too small. Use {least} or more.")
+        if self.warmup_steps_max < self.warmup_steps_min:
+            raise UsageError(
+                f"protocol: warmup_steps_max = {self.warmup_steps_max}: below warmup_steps_min = "
+                f"{self.warmup_steps_min}. Raise it."
+            )
+        for key in ("precision", "max_minutes"):
+            value = getattr(self, key)
+            if value is not None and not value > 0:
+                raise UsageError(f"protocol: {key} = {value!r}: must be positive. Leave it out to set no limit.")
+        if not self.epochs >= 0:
+            raise UsageError(f"protocol: epochs = {self.epochs!r}: cannot be negative. Use 0 or more.")
+        if not self.phases:
+            raise UsageError(f"protocol: phases = []: nothing to measure. Name some of {', '.join(PHASES)}.")
+        if not self.step_timeout_s > 0:
+            raise UsageError(f"protocol: step_timeout_s = {self.step_timeout_s}: must be positive. Use seconds.")
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of a trial, however long its warm-up was: the first, the warm-up at most, the timed ones."""
+        return 1 + self.warmup_steps_max + self.turns * self.steps_per_turn
+
+    def all_steps(self, sequences: int, sequences_per_step: int) -> int:
+        """Those steps, or those of the epochs asked for where they are more; an epoch has so many sequences."""
+        return max(self.total_steps, math.ceil(self.epochs * sequences / sequences_per_step))
+
+    def with_effort(self, effort: str) -> Protocol:
+        """The same protocol at another effort: quick 3, standard 8, rigorous 12 replicates."""
+        if effort not in EFFORT_REPLICATES:
+            raise UsageError(f"effort = {effort!r}: unknown. Use one of {', '.join(EFFORT_REPLICATES)}.")
+        return dataclasses.replace(self, replicates=EFFORT_REPLICATES[effort])
+
+    def least(self) -> Protocol:
+        """The least that still runs every phase once; nothing measured with it is reported."""
+        return dataclasses.replace(
+            self,
+            replicates=1,
+            warmup_steps_min=1,
+            warmup_steps_max=1,
+            turns=1,
+            steps_per_turn=1,
+            epochs=0.0,
+            generate_warmup=0,
+            generate_requests=1,
+            allow_disturbed=True,
+        )

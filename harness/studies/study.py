@@ -1,0 +1,205 @@
+"""A study: a named set of variants, what is held constant, how it is measured, and what it claims.
+
+`harness.studies.study_file` reads it from TOML.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePath
+from typing import Any
+
+from harness.errors import UsageError
+from harness.records.units import PRIMARY, Phase
+from harness.studies.claim import LINEAR, Claim
+from harness.studies.protocol import PRECISION_REPLICATES, Protocol
+from harness.studies.variant import Variant
+from harness.studies.workload import Workload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Study:
+    """Variants that meet on one workload under one protocol."""
+
+    name: str
+    title: str
+    workload: Workload
+    protocol: Protocol
+    variants: tuple[Variant, ...]
+    reference: str
+    allow_fallback: bool = False
+    requirements: dict[str, Any] = field(default_factory=dict)
+    claims: tuple[Claim, ...] = ()
+    notes: tuple[str, ...] = ()
+    """What a reader of the results must know and no field says."""
+    profile: str = ""
+    """Name of the profile that fitted the study to a machine."""
+    replaced: dict[str, Any] = field(default_factory=dict)
+    """Values of the study as written that a profile or an option has replaced, by field: `workload.batch_size`."""
+    own_workloads: dict[str, Workload] = field(default_factory=dict)
+    """Workloads of variants that are not measured on the study's, by the variant's name: the same records of the same
+    model in other batches, another layout or by other threads."""
+
+    def __post_init__(self) -> None:
+        names = [variant.name for variant in self.variants]
+        if not names:
+            raise UsageError(f"study {self.name}: no variants. Add [axes] or [[variant]].")
+        for name in names:
+            if name.endswith("-control"):
+                raise UsageError(
+                    f"study {self.name}: variant name {name!r}: the A/A control is named so. Choose another."
+                )
+            if not name or any(character in name for character in " /\\[]:"):
+                raise UsageError(
+                    f"study {self.name}: variant name {name!r}: a name is part of test ids and file names. "
+                    "Use letters, digits, '-', '_', '.', '='."
+                )
+        doubles = {name for name in names if names.count(name) > 1}
+        if doubles:
+            raise UsageError(f"study {self.name}: variant name {min(doubles)!r} is used twice. Rename one.")
+        by_id: dict[tuple[str, Workload], str] = {}
+        for variant in self.variants:
+            same = by_id.setdefault((variant.id, self.workload_of(variant)), variant.name)
+            if same != variant.name:
+                raise UsageError(
+                    f"study {self.name}: variants {same!r} and {variant.name!r} are the same "
+                    "configuration. Remove one; the harness adds an A/A control by itself."
+                )
+        if self.reference not in names:
+            raise UsageError(f"study {self.name}: reference = {self.reference!r}: {unknown(self.reference, names)}")
+        for name, own in self.own_workloads.items():
+            if name not in names:
+                raise UsageError(f"study {self.name}: own_workloads: {name!r}: {unknown(name, names)}")
+            if (own.model, own.data) != (self.workload.model, self.workload.data):
+                raise UsageError(
+                    f"study {self.name}: own_workloads: {name!r}: another model or other data. Variants meet on one "
+                    "model and its data; make it a study of its own."
+                )
+        self._check_claims()
+
+    def _check_claims(self) -> None:
+        ids = [claim.id for claim in self.claims]
+        for claim in self.claims:
+            where = f"study {self.name}, claim {claim.id!r}"
+            if ids.count(claim.id) > 1:
+                raise UsageError(f"{where}: the id is used twice. Rename one.")
+            for axis in claim.axes:
+                if len(self.levels(axis)) < 2:
+                    raise UsageError(
+                        f"{where}: axis = {axis!r}: fewer than two variants differ from {self.reference!r} in this "
+                        "alone. Name a field of the variants that the study sweeps."
+                    )
+            for part in claim.parts:
+                known = [level for level, _ in self.levels(part.axis)]
+                if part.rule in LINEAR and part.scale == "log" and min(known) <= 0:
+                    raise UsageError(
+                        f'{where}: axis = {part.axis!r}: level {min(known):g} has no logarithm. Write scale = "linear".'
+                    )
+                for level in part.levels:
+                    if level not in known:
+                        raise UsageError(
+                            f"{where}: level {level:g} of {part.axis}: not in the study. It has "
+                            f"{', '.join(f'{one:g}' for one in known)}."
+                        )
+
+    def levels(self, axis: str) -> tuple[tuple[float, str], ...]:
+        """The values of one field, ascending, with the variant that has each and else equals the reference."""
+        centre = self.variant(self.reference)
+        found = [
+            (float(getattr(variant, axis)), variant.name)
+            for variant in self.variants
+            if set(variant.differences(centre)) <= {axis} and isinstance(getattr(variant, axis, None), (int, float))
+        ]
+        return tuple(sorted(found))
+
+    @property
+    def deviations(self) -> tuple[str, ...]:
+        """What differs from the study as written, a line each."""
+        lines = []
+        for key, was in self.replaced.items():
+            section, _, name = key.partition(".")
+            owner = {"workload": self.workload, "protocol": self.protocol}.get(section, self.variant(self.reference))
+            now = getattr(owner, name)
+            if now != was:
+                lines.append(f"{key} = {_shown(now)} in place of {_shown(was)}")
+        return tuple(lines)
+
+    def workload_of(self, variant: Variant) -> Workload:
+        """What the variant is measured on."""
+        return self.own_workloads.get(variant.name, self.workload)
+
+    @property
+    def workloads(self) -> tuple[Workload, ...]:
+        """What variants are measured on, each once, the study's first."""
+        return tuple(dict.fromkeys((self.workload, *self.own_workloads.values())))
+
+    def primary(self, phase: Phase) -> str:
+        """The metric that variants are compared by in a phase. Steps of different workloads hold different numbers of
+        tokens, so their times say nothing beside each other; the time of a real token does."""
+        return "time_per_real_token_s" if phase == "train" and self.own_workloads else PRIMARY[phase]
+
+    def rounds_after_turns(self, variant: Variant) -> int:
+        """Untimed rounds, as long as turns, for what these leave of the epochs; fewer are needed where the data has
+        fewer sequences than are asked for."""
+        workload = self.workload_of(variant)
+        per_step = workload.batch_size * variant.gradient_accumulation
+        steps = self.protocol.all_steps(workload.train_sequences, per_step) - self.protocol.total_steps
+        return math.ceil(steps / self.protocol.steps_per_turn)
+
+    def variant(self, name: str) -> Variant:
+        """The variant of that name; `UsageError` with the nearest names otherwise."""
+        for variant in self.variants:
+            if variant.name == name:
+                return variant
+        names = [variant.name for variant in self.variants]
+        raise UsageError(f"study {self.name}: variant {name!r}: {unknown(name, names)}")
+
+    def with_overrides(
+        self,
+        *,
+        model: str | None = None,
+        data: str | None = None,
+        effort: str | None = None,
+        replicates: int | None = None,
+        precision: float | None = None,
+        max_minutes: float | None = None,
+        allow_disturbed: bool = False,
+    ) -> Study:
+        """The same study on another model or data, at another effort or with limits; what is None stays.
+
+        With a precision and no number of replicates their cap is raised, so that the precision can be reached.
+        """
+        workload, protocol, replaced = self.workload, self.protocol, dict(self.replaced)
+        own = dict(self.own_workloads)
+        for key, value in (("model", model), ("data", data)):
+            if value is not None:
+                replaced.setdefault(f"workload.{key}", getattr(workload, key))
+                workload = dataclasses.replace(workload, **{key: value})  # type: ignore[arg-type]
+                own = {name: dataclasses.replace(one, **{key: value}) for name, one in own.items()}  # type: ignore[arg-type]
+        if effort is not None:
+            protocol = protocol.with_effort(effort)
+        if precision is not None:
+            cap = protocol.replicates if effort is not None else PRECISION_REPLICATES
+            protocol = dataclasses.replace(protocol, precision=precision, replicates=cap)
+        if replicates is not None:
+            protocol = dataclasses.replace(protocol, replicates=replicates)
+        if max_minutes is not None:
+            protocol = dataclasses.replace(protocol, max_minutes=max_minutes)
+        if allow_disturbed:
+            protocol = dataclasses.replace(protocol, allow_disturbed=True)
+        return dataclasses.replace(self, workload=workload, protocol=protocol, replaced=replaced, own_workloads=own)
+
+
+def _shown(value: Any) -> str:
+    """A value as text; of a file its name, since its folder says something of one machine only."""
+    return repr(PurePath(value).name) if isinstance(value, str) and PurePath(value).is_absolute() else repr(value)
+
+
+def unknown(word: str, known: Sequence[str]) -> str:
+    """What to say of a word that is none of those known."""
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"not known. Did you mean {near[0]!r}?" if near else f"not known. Known: {', '.join(known)}."

@@ -1,0 +1,283 @@
+"""Studies read from TOML, strictly: unknown keys and impossible values are refused with file, key, value and remedy.
+
+title = "..."
+extends = "..."                 # a built-in study; what this file says replaces what that one and its profiles say
+reference = "lora-r16"          # the variant that ratios are taken against; the first one if left out
+notes = ["..."]                 # what a reader of the results must know and no field says
+
+[workload]                      # fields of Workload
+[protocol]                      # fields of Protocol
+[controls]                      # fields of Variant, equal for all
+[axes]                          # field = [values]: every combination is a variant
+[sweeps]                        # field = [values]: one field at a time, all else as in the controls
+[[variant]]                     # or variants one by one: name and what differs from the controls
+[requirements]                  # paths of kernels_check that the study demands beside what the variants imply
+[[claim]]                       # see harness.studies.claim
+[profile.NAME]                  # any of the above but the variants, for one kind of machine
+devices = ["A100"]              # a device whose name holds one of these takes this profile; "cpu" is any CPU
+workload.model = "random:"      # the study's own model, whichever that is, with random weights
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import tomllib
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from harness.errors import UsageError, impossible
+from harness.records import codec
+from harness.studies.claim import Claim
+from harness.studies.protocol import Protocol
+from harness.studies.study import Study, unknown
+from harness.studies.variant import Variant
+from harness.studies.workload import Workload
+
+_LISTS = ("axes", "sweeps", "variant")
+_SECTIONS = ("workload", "protocol", "controls", "requirements")
+_KEYS = ("title", "extends", "reference", "allow_fallback", "notes", *_SECTIONS, *_LISTS, "claim", "profile")
+_PROFILE_KEYS = ("devices", "allow_fallback", "notes", *_SECTIONS)
+_OWN_RANDOM = "random:"
+
+
+def builtin_studies() -> dict[str, Path]:
+    """Names and files of the studies that ship with the package."""
+    folder = Path(str(resources.files("harness") / "studies"))
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def load_study(name_or_path: str, *, profile: str | None = None, device: str = "") -> Study:
+    """A built-in study by name, or any TOML file.
+
+    Args:
+        name_or_path: of the study.
+        profile: the profile to take; None for that of the device, or for the study as written where none fits.
+        device: "cpu", or the name of the GPU, to choose the profile by; "" for the study as written.
+
+    Raises:
+        UsageError: no such study or profile, not TOML, or anything in it that cannot be: file, key, value and remedy
+            are named.
+    """
+    path, data = _read(name_or_path, ())
+    written = _parse(path, data)
+    chosen = _choose_profile(path.name, data.get("profile", {}), profile, device)
+    if chosen is None:
+        return written
+    fitted = _parse(path, _fitted(data, data["profile"][chosen]))
+    return dataclasses.replace(fitted, profile=chosen, replaced=_replaced(written, fitted))
+
+
+def load_variant(spec: str, *, profile: str | None = None, device: str = "") -> tuple[Study, Variant]:
+    """One variant, and the study that says on which workload: "STUDY:NAME", or a study of one variant alone.
+
+    STUDY is a built-in name or a TOML file; `profile` and `device` choose its profile, as in `load_study`.
+
+    Raises:
+        UsageError: no such study or variant, or a study of several and none named.
+    """
+    named = ":" in spec and not Path(spec).is_file()  # a file may have a colon in its name
+    study_name, _, name = spec.rpartition(":") if named else (spec, "", "")
+    study = load_study(study_name, profile=profile, device=device)
+    if named:
+        return study, study.variant(name)
+    if len(study.variants) > 1:
+        names = ", ".join(variant.name for variant in study.variants)
+        raise UsageError(f"variant {spec!r}: the study has several: {names}. Name one, as in {spec}:{study.reference}.")
+    return study, study.variants[0]
+
+
+def profiles_of(name_or_path: str) -> tuple[str, ...]:
+    """Names of a study's profiles. Raises `UsageError` as `load_study` does."""
+    return tuple(_read(name_or_path, ())[1].get("profile", {}))
+
+
+def _read(name_or_path: str, seen: tuple[str, ...]) -> tuple[Path, dict[str, Any]]:
+    """The file and its content, with what it extends filled in."""
+    known = builtin_studies()
+    path = known.get(name_or_path, Path(name_or_path))
+    if not path.is_file():
+        raise UsageError(
+            f"study {name_or_path!r}: {unknown(name_or_path, list(known))} A path to a .toml file works too."
+        )
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path.name}: not a TOML file: {error}. Mend the line named.") from None
+    for key in data:
+        if key not in _KEYS:
+            raise impossible(path.name, key, data[key], "unknown key", unknown(key, _KEYS))
+    base = data.pop("extends", None)
+    if base is None:
+        return path, data
+    if base not in known or base in seen:
+        why = "it extends itself" if base in seen else unknown(str(base), list(known))
+        raise impossible(path.name, "extends", base, why, "Name a built-in study.")
+    merged = _read(base, (*seen, base))[1]
+    if any(key in data for key in _LISTS):
+        merged = {key: value for key, value in merged.items() if key not in (*_LISTS, "claim", "reference")}
+    return path, _merged(_yielding(merged, data), data)
+
+
+def _yielding(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` without what its profiles say of anything that `over` says itself.
+
+    A study that extends another with one line is about that line. A profile that were to put its own value in its
+    place, on some machines and without a word, would measure another study.
+    """
+    profiles = {name: _without(table, over) for name, table in base.get("profile", {}).items()}
+    return {**base, "profile": profiles}
+
+
+def _without(table: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in table.items() if key != "allow_fallback" or key not in over}
+    for section in _SECTIONS:
+        said = over.get(section)
+        if isinstance(kept.get(section), Mapping) and isinstance(said, Mapping):
+            kept[section] = {
+                key: value for key, value in kept[section].items() if key not in said or value == _OWN_RANDOM
+            }
+    return kept
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with what `over` says in its place, table by table."""
+    result = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+        result[key] = _merged(result[key], value) if both else value
+    return result
+
+
+def _choose_profile(where: str, profiles: Any, asked: str | None, device: str) -> str | None:
+    if not isinstance(profiles, Mapping) or not all(isinstance(one, Mapping) for one in profiles.values()):
+        raise impossible(where, "profile", profiles, "tables are expected", "Write [profile.NAME].")
+    for name, table in profiles.items():
+        for key in table:
+            if key not in _PROFILE_KEYS:
+                raise impossible(
+                    f"{where}, [profile.{name}]", key, table[key], "unknown key", unknown(key, _PROFILE_KEYS),
+                )  # fmt: skip
+    if asked is not None:
+        if asked not in profiles:
+            known = unknown(asked, list(profiles)) if profiles else "this study has none."
+            raise UsageError(f"{where}: profile = {asked!r}: {known}")
+        return asked
+    fitting = (name for name, table in profiles.items() if device and _fits(table.get("devices", []), device))
+    return next(fitting, None)
+
+
+def _fits(devices: list[str], device: str) -> bool:
+    return device in devices if device == "cpu" else any(word in device for word in devices if word != "cpu")
+
+
+def _fitted(data: Mapping[str, Any], profile: Mapping[str, Any]) -> dict[str, Any]:
+    changes = {key: value for key, value in profile.items() if key != "devices"}
+    changes["notes"] = [*data.get("notes", []), *profile.get("notes", [])]
+    fitted = _merged(data, changes)
+    workload = fitted.get("workload")
+    if isinstance(workload, Mapping) and workload.get("model") == _OWN_RANDOM:
+        own = str(data.get("workload", {}).get("model", Workload().model))
+        fitted["workload"] = {**workload, "model": f"{_OWN_RANDOM}{own.removeprefix(_OWN_RANDOM)}"}
+    return fitted
+
+
+def _replaced(written: Study, fitted: Study) -> dict[str, Any]:
+    """Fields that the profile changes, with their values as written."""
+    pairs = (
+        ("workload", written.workload, fitted.workload),
+        ("controls", written.variant(written.reference), fitted.variant(fitted.reference)),
+    )
+    found = {
+        f"{section}.{field.name}": codec.to_json(getattr(ours, field.name))
+        for section, ours, theirs in pairs
+        for field in dataclasses.fields(ours)
+        if getattr(ours, field.name) != getattr(theirs, field.name)
+    }
+    if written.protocol.epochs != fitted.protocol.epochs:
+        found["protocol.epochs"] = written.protocol.epochs
+    return found
+
+
+def _parse(path: Path, data: Mapping[str, Any]) -> Study:
+    where = path.name
+    variants = _variants(where, data)
+    reference = data.get("reference", variants[0].name if variants else "")
+    fields: dict[str, Any] = {"title": data.get("title", path.stem), "reference": reference}
+    for key, kind in (("title", str), ("reference", str), ("allow_fallback", bool), ("requirements", dict)):
+        if key in data:
+            if not isinstance(data[key], kind):
+                raise impossible(where, key, data[key], f"{kind.__name__} is expected", "Mend the value.")
+            fields[key] = data[key]
+    try:
+        return Study(
+            name=path.stem,
+            workload=codec.from_json(Workload, data.get("workload", {}), f"{where}, [workload]"),
+            protocol=codec.from_json(Protocol, data.get("protocol", {}), f"{where}, [protocol]"),
+            variants=variants,
+            claims=tuple(_claims(where, data.get("claim", []))),
+            notes=codec.from_json(tuple[str, ...], data.get("notes", []), f"{where}, notes"),
+            **fields,
+        )
+    except UsageError as error:
+        raise error if str(error).startswith(where) else UsageError(f"{where}: {error}") from None
+
+
+def _claims(where: str, listed: Any) -> list[Claim]:
+    if not isinstance(listed, list):
+        raise impossible(where, "claim", listed, "a list of tables is expected", "Write [[claim]].")
+    return [codec.from_json(Claim, one, f"{where}, claim number {index + 1}") for index, one in enumerate(listed)]
+
+
+def _variants(where: str, data: Mapping[str, Any]) -> tuple[Variant, ...]:
+    controls, axes, listed = data.get("controls", {}), data.get("axes", {}), data.get("variant", [])
+    sweeps = data.get("sweeps", {})
+    given = [name for name, value in (("[axes]", axes), ("[sweeps]", sweeps), ("[[variant]]", listed)) if value]
+    if len(given) > 1:
+        raise UsageError(f"{where}: both {' and '.join(given)} are given. Keep one.")
+    if not isinstance(listed, list):
+        raise impossible(where, "variant", listed, "a list of tables is expected", "Write [[variant]].")
+    for table, content in (("controls", controls), ("axes", axes), ("sweeps", sweeps)):
+        if not isinstance(content, Mapping):
+            raise impossible(where, table, content, "a table is expected", f"Write [{table}].")
+    for table, content in (("axes", axes), ("sweeps", sweeps)):
+        for key, values in content.items():
+            if not isinstance(values, list) or not values:
+                raise impossible(
+                    f"{where}, [{table}]", key, values, "a list of values is expected", "Write it as [ ... ]."
+                )
+    rows = _swept(where, controls, sweeps, str(data.get("reference", "centre"))) if sweeps else listed
+    if axes:
+        rows = [
+            {"name": "-".join(f"{key}={_label(value)}" for key, value in zip(axes, values, strict=True))}
+            | dict(zip(axes, values, strict=True))
+            for values in itertools.product(*axes.values())
+        ]
+    variants = []
+    for index, row in enumerate(rows):
+        label = row.get("name", f"number {index + 1}") if isinstance(row, Mapping) else f"number {index + 1}"
+        place = f"{where}, variant {label!r}"
+        if not isinstance(row, Mapping) or not isinstance(row.get("name", ""), str) or not row.get("name"):
+            raise UsageError(f'{place}: name is missing. Add name = "...".')
+        variants.append(codec.from_json(Variant, {**controls, **row}, place))
+    return tuple(variants)
+
+
+def _swept(where: str, controls: Mapping[str, Any], sweeps: Mapping[str, Any], centre: str) -> list[dict[str, Any]]:
+    """The controls under the name `centre`, and each value of each field in turn; a value of the controls is them."""
+    rows: list[dict[str, Any]] = [{"name": centre}]
+    for key, values in sweeps.items():
+        if controls.get(key) not in values:
+            raise impossible(
+                f"{where}, [sweeps]", key, values, f"the controls' {key} = {controls.get(key)!r} is not among them",
+                "Every sweep goes through the controls: add the value to one of the two.",
+            )  # fmt: skip
+        rows += [{"name": f"{key}={_label(value)}", key: value} for value in values if value != controls[key]]
+    return rows
+
+
+def _label(value: Any) -> str:
+    """A value as part of a name: the items of a list joined."""
+    return "+".join(map(str, value)) or "default" if isinstance(value, list) else str(value)

@@ -1,0 +1,185 @@
+"""A variant: one fine-tuning configuration, and nothing about how it is measured.
+
+The fields carry the names that PEFT, transformers and bitsandbytes give them, so that a variant reads like the code
+it stands for. What can be judged from the values alone is refused here; what depends on the model or the machine is
+judged in `feasibility`. Defaults are those of the QLoRA paper's recipe (Dettmers et al. 2023, arXiv 2305.14314) where
+PEFT itself has no opinion.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass, field
+from typing import Literal
+
+from harness.errors import UsageError
+from harness.records import codec
+
+DType = Literal["float32", "bfloat16", "float16"]
+Quantization = Literal["none", "int8", "nf4", "fp4"]
+Attention = Literal["sdpa", "flash_attention_2", "eager", "flex_attention"]
+Optimizer = Literal["adamw", "adamw_fused", "paged_adamw_32bit", "paged_adamw_8bit"]
+Schedule = Literal["constant", "linear", "cosine"]
+Bias = Literal["none", "all", "lora_only"]
+Init = Literal["default", "gaussian", "olora", "pissa", "orthogonal"]
+
+ALL_LINEAR = "all-linear"
+"""PEFT's word for every linear layer but the output head."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """One configuration of LoRA, quantisation, attention and optimizer; the group key of every result.
+
+    `name` is a label and no part of the identity: two variants that differ in name only are the same variant.
+    Raises `UsageError` for a value that no machine could run, naming the key, the value and the remedy.
+    """
+
+    name: str = field(default="", compare=False)
+
+    r: int = 16
+    """Rank of the update, LoRA's r (Hu et al. 2021, arXiv 2106.09685)."""
+    lora_alpha: float = 16
+    """Numerator of the scaling alpha / r (alpha / sqrt(r) with `use_rslora`)."""
+    lora_dropout: float = 0.0
+    target_modules: tuple[str, ...] = (ALL_LINEAR,)
+    """Suffixes of module names; ("all-linear",) is every linear layer but the head; () is PEFT's own default."""
+    bias: Bias = "none"
+    use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: Init = "default"
+
+    dtype: DType = "bfloat16"
+    """Type of the base weights that are not quantised."""
+    quantization: Quantization = "none"
+    double_quant: bool = True
+    """Quantise the quantisation constants too; read only for nf4 and fp4."""
+    compute_dtype: DType = "bfloat16"
+    """Type in which a 4-bit layer multiplies; read only for nf4 and fp4. bitsandbytes' own default is float32."""
+    prepare_for_kbit: bool = False
+    """peft.prepare_model_for_kbit_training: casts what is not quantised to float32 (norms, embeddings, head)."""
+    adapter_dtype: DType | None = None
+    """Type of the adapter weights; None leaves it to PEFT, which casts them to float32."""
+
+    attention: Attention = "sdpa"
+    gradient_checkpointing: bool = False
+    autocast: DType | None = None
+    """Autocast type of the forward pass; None runs without autocast."""
+    tf32: bool = False
+    compile: bool = False
+
+    optimizer: Optimizer = "adamw_fused"
+    learning_rate: float = 2e-4
+    schedule: Schedule = "constant"
+    warmup_ratio: float = 0.0
+    """Share of the steps in which the learning rate rises from zero; not the harness's warm-up."""
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    """Gradient norm above which gradients are scaled down; 0 leaves them alone."""
+    gradient_accumulation: int = 1
+
+    def __post_init__(self) -> None:
+        checks: tuple[tuple[bool, str, str, str], ...] = (
+            (self.r >= 1, "r", "a rank is a positive number of columns", "Use 1 or more; 8 to 64 are usual."),
+            (
+                self.lora_alpha > 0,
+                "lora_alpha",
+                "the scaling must be positive",
+                "Use a positive number; r or 2 r is usual.",
+            ),
+            (
+                0 <= self.lora_dropout < 1,
+                "lora_dropout",
+                "a probability below 1 is expected",
+                "Use 0 up to, not including, 1.",
+            ),
+            (self.learning_rate > 0, "learning_rate", "it must be positive", "2e-4 is usual for LoRA."),
+            (
+                0 <= self.warmup_ratio < 1,
+                "warmup_ratio",
+                "a share below 1 is expected",
+                "Use 0 up to, not including, 1.",
+            ),
+            (self.weight_decay >= 0, "weight_decay", "it cannot be negative", "Use 0 or more."),
+            (self.max_grad_norm >= 0, "max_grad_norm", "it cannot be negative", "Use 0 for no clipping."),
+            (self.gradient_accumulation >= 1, "gradient_accumulation", "at least one batch a step", "Use 1 or more."),
+            (
+                not (self.quantization != "none" and self.rewrites_base),
+                "init_lora_weights",
+                f"this initialisation rewrites the base weights, which {self.quantization} does not allow",
+                'Use "default", "gaussian" or "orthogonal", or quantization = "none".',
+            ),
+            (
+                not (self.init_lora_weights == "orthogonal" and self.r % 2),
+                "init_lora_weights",
+                f"PEFT's orthogonal initialisation needs an even rank and r is {self.r}",
+                "Use an even r.",
+            ),
+            (
+                not (self.prepare_for_kbit and self.quantization == "none"),
+                "prepare_for_kbit",
+                "preparation is for a quantised base and quantization is 'none'",
+                "Set quantization, or leave prepare_for_kbit out.",
+            ),
+            (
+                not (self.attention == "flash_attention_2" and self._compute_type() == "float32"),
+                "attention",
+                "flash-attn takes bfloat16 or float16 only and this variant computes in float32",
+                'Set dtype or autocast to "bfloat16".',
+            ),
+            (
+                not (self.attention == "flash_attention_2" and self.dtype == "float32" and self.quantization == "none"),
+                "attention",
+                "flash-attn takes bfloat16 or float16 only, and requests meet float32 weights without autocast",
+                'Set dtype to "bfloat16".',
+            ),
+        )
+        for holds, key, why, remedy in checks:
+            if not holds:
+                label = f"variant {self.name!r}: " if self.name else ""
+                raise UsageError(f"{label}{key} = {getattr(self, key)!r}: {why}. {remedy}")
+
+    def _compute_type(self) -> str:
+        return self.autocast or self.dtype
+
+    @property
+    def rewrites_base(self) -> bool:
+        """Whether the adapter's initialisation changes the base weights."""
+        return self.init_lora_weights in ("olora", "pissa")
+
+    @property
+    def is_4bit(self) -> bool:
+        """Whether the base is stored in 4 bits."""
+        return self.quantization in ("nf4", "fp4")
+
+    @property
+    def multiplies_float32(self) -> bool:
+        """Whether a step has matrix products of float32, to which `tf32` could apply.
+
+        None under an autocast to 16 bits; else those of the base, of an adapter that PEFT keeps in float32, or of the
+        head that preparation casts.
+        """
+        if self.autocast not in (None, "float32"):
+            return False
+        base = self.compute_dtype if self.is_4bit else self.dtype
+        return "float32" in (base, self.adapter_dtype or "float32") or self.prepare_for_kbit
+
+    @property
+    def needs_bitsandbytes(self) -> bool:
+        """Whether bitsandbytes runs a part of it."""
+        return self.quantization != "none" or self.optimizer.startswith("paged")
+
+    @property
+    def id(self) -> str:
+        """Short content id: equal for equal configurations, on any machine, in any order of keys."""
+        content = {key: value for key, value in codec.to_json(self).items() if key != "name"}
+        for key in ("double_quant", "compute_dtype"):  # what is not read must not tell two variants apart
+            if not self.is_4bit:
+                content.pop(key)
+        return hashlib.sha256(codec.dumps(content).encode()).hexdigest()[:12]
+
+    def differences(self, other: Variant) -> tuple[str, ...]:
+        """Names of the fields in which two variants differ, the label apart."""
+        names = (field.name for field in dataclasses.fields(self) if field.name != "name")
+        return tuple(name for name in names if getattr(self, name) != getattr(other, name))

@@ -1,0 +1,1 @@
+"""The measuring process: the only room that loads torch."""

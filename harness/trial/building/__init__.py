@@ -1,0 +1,1 @@
+"""From a variant to something that can take a step."""

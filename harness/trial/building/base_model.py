@@ -1,0 +1,296 @@
+"""Base models, quantised as the variant says, from files or with random weights of the exact architecture.
+
+Random weights are made one module at a time and quantised at once, so that a 7B model in NF4 never needs the
+13.5 GB of its 16-bit form: the peak is what is kept plus one layer. The architecture's own `_init_weights` draws
+every module from a seed of its own (run seed and module name), in float32 and then cast. So the weights depend on
+the seed and the name alone: two builds are bit-equal, a variant in NF4 quantises the very weights that its
+unquantised twin holds, and float32 and bfloat16 differ by rounding only. CPU and CUDA draw different numbers.
+
+A random model carries every mark that `from_pretrained` leaves on a quantised one, because PEFT and transformers
+choose their code by these marks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import bitsandbytes as bnb
+import torch
+import transformers
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import AutoHfQuantizer, HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from harness.errors import impossible
+from harness.models import catalogue
+from harness.models.catalogue import ModelSource
+from harness.studies.variant import Variant
+from harness.trial.data.tokenizers import gguf_tokenizer
+
+
+def load_base(source: ModelSource, variant: Variant, *, device: str, seed: int) -> transformers.PreTrainedModel:
+    """The frozen-to-be base model on `device`, in eval mode as `from_pretrained` leaves it, without an adapter.
+
+    Args:
+        source: from `catalogue.resolve`.
+        variant: read for dtype, quantization, double_quant, compute_dtype and attention.
+        device: as torch names it ("cpu", "cuda", "cuda:1").
+        seed: of random weights; not read otherwise. The global random state is left as it was.
+
+    Raises:
+        UsageError: the files cannot be had, or hold a checkpoint that is quantised already.
+    """
+    if source.random:
+        return _random_model(source, variant, device, seed)
+    if source.kind == "gguf":
+        model = _from_gguf(source.location, variant.attention, _dtype(variant.dtype))
+        quantize_linears(model, variant, device)
+        return model.eval()
+    return _from_files(source, variant, device)
+
+
+def empty_model(source: ModelSource, variant: Variant) -> transformers.PreTrainedModel:
+    """The architecture on the meta device, unquantised: every shape and type of the base, and no storage.
+
+    Raises:
+        UsageError: its configuration cannot be had.
+    """
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(_architecture(source), dtype=_dtype(variant.dtype))
+
+
+def quantize_linears(model: transformers.PreTrainedModel, variant: Variant, device: str) -> None:
+    """Quantise a materialised model in place, layer by layer, and move it to `device`.
+
+    The same layers as transformers: every linear but the output head and what the architecture keeps in float32.
+    The model arrives on `device` in its quantised size; with quantization "none" it is only moved.
+    """
+    config = _bnb_config(variant)
+    if config is not None:
+        for name in _quantised_names(model):
+            model.set_submodule(name, _quantised(model.get_submodule(name), config, device))
+    model.to(device)
+    if config is not None:
+        _mark_quantised(model, config)
+
+
+def convert_gguf(gguf_path: Path, out_dir: Path) -> None:
+    """Dequantise a GGUF file into a bfloat16 safetensors directory with its tokenizer.
+
+    bfloat16 because that is what the original checkpoints are published in: loading then costs what it costs with
+    them, and the rounding (2^-9) is far below that of the 4-bit source.
+    """
+    model = _from_gguf(str(gguf_path), "sdpa", torch.bfloat16)
+    model.save_pretrained(out_dir)
+    gguf_tokenizer(gguf_path).save_pretrained(out_dir)
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def _bnb_config(variant: Variant) -> transformers.BitsAndBytesConfig | None:
+    if variant.quantization == "none":
+        return None
+    if variant.quantization == "int8":
+        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=variant.quantization,
+        bnb_4bit_use_double_quant=variant.double_quant,
+        bnb_4bit_compute_dtype=_dtype(variant.compute_dtype),
+    )
+
+
+def _from_files(source: ModelSource, variant: Variant, device: str) -> transformers.PreTrainedModel:
+    hub = source.kind == "hub"
+    options: dict[str, Any] = {"local_files_only": not hub or not catalogue.hub_is_reachable()}
+    try:
+        config = transformers.AutoConfig.from_pretrained(source.location, **options)
+        _refuse_quantised(config, source)
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            source.location,
+            config=config,
+            dtype=_dtype(variant.dtype),
+            attn_implementation=variant.attention,
+            quantization_config=_bnb_config(variant),
+            device_map={"": device},
+            **options,
+        )
+    except OSError as error:
+        if hub:
+            raise catalogue.hub_failure(source, error) from None
+        raise impossible(
+            "models", "model", source.label, f"its files cannot be loaded ({error})", "Save the model again."
+        ) from None
+
+
+def _refuse_quantised(config: transformers.PretrainedConfig, source: ModelSource) -> None:
+    """A checkpoint's own quantisation silently overrules what the variant asks for."""
+    own = getattr(config, "quantization_config", None)
+    if own is not None:
+        method = own.get("quant_method") if isinstance(own, dict) else own.quant_method
+        raise impossible(
+            "models",
+            "model",
+            source.label,
+            f"the checkpoint is quantised already ({method}), which overrules the variant",
+            "Name the unquantised checkpoint.",
+        )
+
+
+def _from_gguf(location: str, attention: str, dtype: torch.dtype) -> transformers.PreTrainedModel:
+    """A plain model on the CPU, without the marks of a quantised one that the GGUF loader leaves."""
+    path = Path(location)
+    options: dict[str, Any] = {}
+    if hasattr(transformers, "GgufConfig"):  # else packed blocks run in kernels of their own where those are installed
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=dtype, attn_implementation=attention, **options
+    )
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.remove_quantization_config(model)
+    return model
+
+
+def _random_model(source: ModelSource, variant: Variant, device: str, seed: int) -> transformers.PreTrainedModel:
+    config = _architecture(source)
+    with accelerate.init_empty_weights(include_buffers=False):
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=_dtype(variant.dtype), attn_implementation=variant.attention
+        )
+    quantization = _bnb_config(variant)
+    quantised = set(_quantised_names(model)) if quantization is not None else set()
+    with torch.no_grad(), _own_random_state(device):
+        for name in [name for name, _ in model.named_modules()]:  # by name: a held module would hold its weights
+            torch.manual_seed(_module_seed(seed, name))
+            module = model.get_submodule(name)
+            _materialise(model, name, module, device)
+            if name in quantised:
+                model.set_submodule(name, _quantised(module, quantization, device))
+    model.tie_weights()
+    if quantization is not None:
+        _mark_quantised(model, quantization)
+    return model.eval()
+
+
+def _architecture(source: ModelSource) -> transformers.PretrainedConfig:
+    if source.kind == "gguf":
+        path = Path(source.location)
+        return transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    config = transformers.AutoConfig.from_pretrained(catalogue.config_file(source))
+    if hasattr(config, "quantization_config"):  # of the weights, which are not used
+        del config.quantization_config
+    return config
+
+
+def _module_seed(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8]) >> 1
+
+
+@contextmanager
+def _own_random_state(device: str) -> Iterator[None]:
+    where = torch.device(device)
+    cuda = [where] if where.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        yield
+
+
+def _materialise(model: transformers.PreTrainedModel, name: str, module: nn.Module, device: str) -> None:
+    """Give the module's own parameters storage on `device` and random values; buffers are only moved.
+
+    A tied parameter stays on meta, for `tie_weights` to replace. NaN marks what the architecture leaves undrawn.
+    """
+    tied = model.all_tied_weights_keys
+    own = {
+        key: meta
+        for key, meta in module.named_parameters(recurse=False)
+        if f"{name}.{key}".removeprefix(".") not in tied
+    }
+    for key, meta in own.items():
+        blank = torch.full(meta.shape, torch.nan, dtype=torch.float32, device=device)
+        module.register_parameter(key, nn.Parameter(blank, requires_grad=False))
+    if own:
+        model._init_weights(module)
+    for key, meta in own.items():
+        drawn = module.get_parameter(key)
+        if drawn.isnan().any():
+            raise impossible(
+                "models",
+                "model",
+                model.config.model_type,
+                f"the architecture does not say how to initialise {name}.{key}",
+                "Use real weights.",
+            )
+        module.register_parameter(key, nn.Parameter(drawn.to(meta.dtype), requires_grad=meta.requires_grad))
+    for key, buffer in module.named_buffers(recurse=False):
+        module._buffers[key] = buffer.to(device)
+
+
+def _quantised_names(model: transformers.PreTrainedModel) -> list[str]:
+    """Names of the linear layers that transformers would quantise."""
+    kept = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+    return [
+        name
+        for name, module in model.named_modules()
+        if (type(module) is nn.Linear or isinstance(module, Conv1D)) and should_convert_module(name, kept)
+    ]
+
+
+def _quantised(module: Any, config: transformers.BitsAndBytesConfig, device: str) -> Any:
+    """The bitsandbytes layer of a materialised linear layer, on `device`."""
+    weight = module.weight.data
+    if isinstance(module, Conv1D):  # GPT-2 stores (in, out)
+        weight = weight.T.contiguous()
+    out_features, in_features = weight.shape
+    layer: Any
+    if config.load_in_8bit:
+        layer = bnb.nn.Linear8bitLt(
+            in_features,
+            out_features,
+            bias=module.bias is not None,
+            has_fp16_weights=config.llm_int8_has_fp16_weight,
+            threshold=config.llm_int8_threshold,
+            device="meta",
+        )
+        packed = bnb.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)
+    else:
+        layer = bnb.nn.Linear4bit(
+            in_features,
+            out_features,
+            bias=module.bias is not None,
+            compute_dtype=config.bnb_4bit_compute_dtype,
+            compress_statistics=config.bnb_4bit_use_double_quant,
+            quant_type=config.bnb_4bit_quant_type,
+            quant_storage=config.bnb_4bit_quant_storage,
+            device="meta",
+        )
+        packed = bnb.nn.Params4bit(weight, requires_grad=False, **layer.weight.__dict__)
+    layer.weight = packed.to(device)
+    if module.bias is not None:
+        layer.bias = nn.Parameter(module.bias.data.to(device), requires_grad=False)
+    layer.source_cls = type(module)  # transformers reads it when it dequantises
+    return layer
+
+
+def _mark_quantised(model: transformers.PreTrainedModel, config: transformers.BitsAndBytesConfig) -> None:
+    """Leave the marks of `from_pretrained`: PEFT chooses its wrappers, and `save_pretrained` its format, by them."""
+    quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
+    quantizer.modules_to_not_convert = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+    model.is_quantized = True
+    model.quantization_method = config.quant_method
+    model.hf_quantizer = quantizer
+    quantizer.postprocess_model(model)
+
+
+if __name__ == "__main__":  # `harness.models.fetch` converts in a process of its own
+    convert_gguf(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,213 @@
+"""From a variant to something that can take a step: model with adapter, optimizer, schedule.
+
+Everything is PEFT's, bitsandbytes' and torch's own; this module only translates names. Seeding happens here and
+nowhere else: before the adapter is attached (its A matrices are random) and before the first step (dropout).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from transformers import get_scheduler
+
+from harness.models import catalogue
+from harness.records.record import TrialRequest
+from harness.studies.variant import ALL_LINEAR, Variant
+from harness.trial.building.base_model import load_base
+from harness.trial.building.injection import inject_work
+from harness.trial.building.shared import SharedBase
+
+
+@dataclass(frozen=True, slots=True)
+class Trainee:
+    """What trains: the PEFT model, what is called in its place (compiled or not), optimizer and schedule."""
+
+    model: Any
+    forward: Any
+    optimizer: torch.optim.Optimizer
+    schedule: Any
+    adapter: str
+    """Name of the adapter that trains; the model may hold others, of other trials."""
+
+    @property
+    def parameters(self) -> tuple[torch.nn.Parameter, ...]:
+        """What trains while this trainee's adapter is active."""
+        return tuple(p for p in self.model.parameters() if p.requires_grad)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed python, numpy and torch on every device."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def build(request: TrialRequest, *, steps: int, shared: SharedBase) -> Trainee:
+    """Load the base if this process has none yet, attach the adapter, make the optimizer.
+
+    Args:
+        request: variant, workload, device and seed.
+        steps: optimizer steps that the schedule must span.
+        shared: the base of this process, and the trials that are on it already.
+    """
+    variant = request.variant
+    set_precision(variant)
+
+    def load(adapter: str) -> Any:
+        source = catalogue.resolve(request.workload.model)
+        base = load_base(source, variant, device=request.device, seed=request.workload.data_seed)
+        seed_everything(request.seed)
+        return attach(base, variant, adapter)
+
+    def add(model: Any, adapter: str) -> None:
+        seed_everything(request.seed)
+        model.add_adapter(adapter, lora_config(variant), autocast_adapter_dtype=upcasts_adapter(variant))
+        cast_adapter(model, variant)
+
+    model, adapter = shared.adopt(load, add)
+    if request.injected_rows:
+        inject_work(model, request.injected_rows)
+    model.train()
+    optimizer = make_optimizer(model, variant)
+    schedule = get_scheduler(
+        variant.schedule, optimizer, num_warmup_steps=round(variant.warmup_ratio * steps), num_training_steps=steps
+    )
+    forward = model
+    if variant.compile:
+        _own_caches(Path(request.scratch))
+        forward = torch.compile(model)
+    seed_everything(request.seed + 1)
+    return Trainee(model, forward, optimizer, schedule, adapter)
+
+
+def attach(base: Any, variant: Variant, adapter: str = "default") -> Any:
+    """The base with a fresh adapter, as PEFT makes it."""
+    base = prepared(base, variant)
+    if variant.gradient_checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        base.enable_input_require_grads()
+    upcasts = upcasts_adapter(variant)
+    model = get_peft_model(base, lora_config(variant), adapter_name=adapter, autocast_adapter_dtype=upcasts)
+    cast_adapter(model, variant)
+    return model
+
+
+def prepared(base: Any, variant: Variant) -> Any:
+    """The base with what is not quantised cast to float32, where the variant asks for PEFT's preparation."""
+    if not variant.prepare_for_kbit:
+        return base
+    return prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+
+
+def upcasts_adapter(variant: Variant) -> bool:
+    """Whether PEFT may cast the adapter to float32, which it does unless told otherwise."""
+    return variant.adapter_dtype in (None, "float32")
+
+
+def cast_adapter(model: Any, variant: Variant) -> None:
+    """Cast the adapter to the variant's type, where it names one."""
+    if variant.adapter_dtype is not None:
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.to(getattr(torch, variant.adapter_dtype))
+
+
+def lora_config(variant: Variant) -> LoraConfig:
+    """PEFT's configuration of a variant."""
+    targets: Any = list(variant.target_modules) or None
+    if variant.target_modules == (ALL_LINEAR,):
+        targets = ALL_LINEAR
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=variant.r,
+        lora_alpha=cast(int, variant.lora_alpha),
+        lora_dropout=variant.lora_dropout,
+        target_modules=targets,
+        bias=variant.bias,
+        use_rslora=variant.use_rslora,
+        use_dora=variant.use_dora,
+        init_lora_weights=True if variant.init_lora_weights == "default" else variant.init_lora_weights,
+    )
+
+
+def save_initial(model: Any, folder: Path) -> None:
+    """Save the untrained adapter of an initialisation that rewrote the base (OLoRA, PiSSA).
+
+    The trained adapter is relative to the rewritten base; PEFT turns it into one for the original base, of twice the
+    rank, by subtracting what it began with.
+    """
+    config = model.peft_config["default"]
+    kept, config.init_lora_weights = config.init_lora_weights, True
+    model.save_pretrained(str(folder))
+    config.init_lora_weights = kept
+
+
+def make_optimizer(model: Any, variant: Variant) -> torch.optim.Optimizer:
+    """The variant's optimizer over the trainable parameters only."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    options: dict[str, Any] = {"lr": variant.learning_rate, "weight_decay": variant.weight_decay}
+    if variant.optimizer in ("adamw", "adamw_fused"):
+        return torch.optim.AdamW(parameters, fused=variant.optimizer == "adamw_fused" or None, **options)
+    import bitsandbytes
+
+    paged = {"paged_adamw_32bit": "PagedAdamW32bit", "paged_adamw_8bit": "PagedAdamW8bit"}[variant.optimizer]
+    return cast(torch.optim.Optimizer, getattr(bitsandbytes.optim, paged)(parameters, **options))
+
+
+def set_precision(variant: Variant) -> None:
+    """Whether float32 products may run on TF32 tensor cores."""
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if variant.tf32 else "ieee"
+
+
+def _own_caches(scratch: Path) -> None:
+    """Empty compile caches for this trial: a cache that an earlier trial warmed would make this one look faster."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(scratch / "inductor")
+    os.environ["TRITON_CACHE_DIR"] = str(scratch / "triton")
+
+
+def linear4bit_layers(model: Any) -> list[Any]:
+    """All bitsandbytes 4-bit layers of a model."""
+    import bitsandbytes
+
+    return [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+
+
+def unpack_4bit(model: Any) -> None:
+    """Bring 4-bit layers back to their stored layout after inference on a CPU.
+
+    bitsandbytes repacks 4-bit weights in place at the first evaluating forward on a CPU with AVX512-BF16. After that a
+    backward pass loses its gradient without an error, and merging gives garbage (docs/method.md); `state_dict()`
+    restores the layout bit by bit.
+    """
+    for layer in linear4bit_layers(model):
+        layer.state_dict()
+
+
+@contextlib.contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Evaluation between training steps: every module in eval mode, no gradient, no repacking, all as it was after.
+
+    Every Dropout must be off, or a dropout sweep's losses are biased; see `unpack_4bit` for the repacking.
+    """
+    modes = {module: module.training for module in model.modules()}
+    layers = [(layer, layer.support_avx512bf16_for_cpu) for layer in linear4bit_layers(model)]
+    model.eval()
+    for layer, _ in layers:
+        layer.support_avx512bf16_for_cpu = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for layer, packs in layers:
+            layer.support_avx512bf16_for_cpu = packs
+        for module, mode in modes.items():
+            module.training = mode

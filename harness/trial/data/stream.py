@@ -1,0 +1,102 @@
+"""Batches of a prepared token file, in one fixed order: every variant sees the identical stream.
+
+The file is mapped once; a batch is a view of it. With flash-attn the rows of a packed batch are joined into one, since
+its variable-length kernel takes one row of any number of isolated records (transformers detects it by the positions).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from harness.studies.variant import Variant
+from harness.studies.workload import Workload
+
+Batch = dict[str, torch.Tensor]
+
+
+class TokenStream:
+    """Endless training batches, held-out batches and prompts of one token file."""
+
+    def __init__(self, path: Path, workload: Workload, variant: Variant, device: str) -> None:
+        self._tensors = load_file(path)
+        self._workload = workload
+        self._device = device
+        self._joined = workload.layout == "packed" and variant.attention == "flash_attention_2"
+        self._next = 0
+        self.real_tokens = 0
+        """Real tokens handed out for training so far."""
+        self.padded_tokens = 0
+
+    @property
+    def sequences(self) -> int:
+        """Sequences in one epoch."""
+        return int(self._tensors["train.input_ids"].shape[0])
+
+    def take(self) -> Batch:
+        """The next training batch; after the last sequence the stream starts again."""
+        rows = [(self._next + offset) % self.sequences for offset in range(self._workload.batch_size)]
+        self._next = (rows[-1] + 1) % self.sequences
+        mask = self._tensors["train.attention_mask"][rows]
+        real = int(mask.sum())
+        self.real_tokens += real
+        self.padded_tokens += mask.numel() - real
+        return self._batch("train", rows)
+
+    def record_lengths(self) -> tuple[int, ...]:
+        """Real tokens of every record, or piece of one, in one epoch: attention is causal within each of them."""
+        positions = self._tensors["train.position_ids"][self._tensors["train.attention_mask"].bool()]
+        starts = (positions == 0).nonzero().flatten().tolist()
+        return tuple(end - start for start, end in pairwise([*starts, len(positions)]))
+
+    def position(self) -> tuple[int, int, int]:
+        """Where the stream stands; `restore` brings it back there."""
+        return self._next, self.real_tokens, self.padded_tokens
+
+    def restore(self, position: tuple[int, int, int]) -> None:
+        """Go on from an earlier `position`, so that what a check consumed is trained on after all."""
+        self._next, self.real_tokens, self.padded_tokens = position
+
+    def held_out(self) -> Iterator[Batch]:
+        """All held-out batches, in order; the last may be smaller."""
+        count, size = int(self._tensors["held_out.input_ids"].shape[0]), self._workload.batch_size
+        for start in range(0, count, size):
+            yield self._batch("held_out", list(range(start, min(start + size, count))))
+
+    def packed_batch(self) -> Batch | None:
+        """A training batch whose first row holds at least two records, for the isolation probe; None if none does."""
+        starts = (self._tensors["train.position_ids"] == 0).sum(dim=1)
+        rows = [int(row) for row in starts.argsort(descending=True)[: self._workload.batch_size]]
+        if self._workload.layout != "packed" or starts[rows[0]] < 2:
+            return None
+        return self._batch("train", rows)
+
+    def prompt(self, index: int) -> torch.Tensor:
+        """Prompt `index` (modulo their number), shape (1, prompt_tokens)."""
+        prompts = self._tensors["prompts"]
+        prompt: torch.Tensor = prompts[index % prompts.shape[0]].unsqueeze(0).to(self._device)
+        return prompt
+
+    def natural_prompt(self, index: int) -> torch.Tensor:
+        """Whole prompt `index` (modulo their number), shape (1, its own length)."""
+        prompts, lengths = self._tensors["natural.input_ids"], self._tensors["natural.length"]
+        row = index % prompts.shape[0]
+        prompt: torch.Tensor = prompts[row, : int(lengths[row])].unsqueeze(0).to(self._device)
+        return prompt
+
+    @property
+    def natural_prompts(self) -> int:
+        """How many whole prompts there are."""
+        return int(self._tensors["natural.length"].shape[0])
+
+    def _batch(self, split: str, rows: list[int]) -> Batch:
+        keys = ["input_ids", "labels"]
+        keys.append("position_ids" if self._workload.layout == "packed" else "attention_mask")
+        batch = {key: self._tensors[f"{split}.{key}"][rows] for key in keys}
+        if self._joined:
+            batch = {key: value.reshape(1, -1) for key, value in batch.items()}
+        return {key: value.to(self._device, non_blocking=True) for key, value in batch.items()}

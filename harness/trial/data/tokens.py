@@ -1,0 +1,306 @@
+"""The token stream of a plan: prepared once, in its own process, identical for every variant.
+
+`datasets` starts threads and loads pyarrow; neither the parent (which must stay light) nor the zygote (which must
+fork with one thread) can afford that, so tokens are made here and handed on as a safetensors file that every trial
+maps. The file's hash is part of each record: two trials met on the same data if and only if their hashes agree.
+
+Packing fills rows of `sequence_length` with whole records one after the other. Isolation needs two things (see
+docs/method.md): positions that start again at 0 with each record, so that the model builds a block-diagonal mask, and
+the label −100 on each record's first token, so that the loss never asks one record to predict the next.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import random
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from harness.errors import LorameterError, UsageError
+from harness.models import catalogue, shapes
+from harness.records import codec
+from harness.studies.workload import SYNTHETIC, PromptFormat, Workload
+from harness.trial.data.synthetic import Record, synthetic_records
+from harness.trial.data.tokenizers import load_tokenizer
+
+IGNORED = -100
+"""The label that torch.nn.functional.cross_entropy leaves out."""
+COLUMNS = ("instruction", "context", "response")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """A held-out record that is put to the model whole: its prompt, and what the record continues it with."""
+
+    prompt: str
+    reference: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenSummary:
+    """What a plan must know of its tokens; goes into every record."""
+
+    path: str
+    hash: str
+    data: str
+    """What the records are, in words; says "synthetic" where they are."""
+    synthetic: bool
+    tokenizer_substituted: bool
+    train_sequences: int
+    real_tokens: int
+    """Tokens of records in one epoch of the training stream."""
+    padded_tokens: int
+    """Padding in one epoch of the training stream."""
+    records: int
+    examples: tuple[Example, ...] = ()
+    """The whole prompts, in the order of their numbers."""
+
+
+def prepare(workload: Workload, folder: Path) -> TokenSummary:
+    """Tokenise `workload` into `folder/tokens-HASH.safetensors`.
+
+    Tensors: for each of `train` and `held_out`, `input_ids`, `position_ids`, `labels`, `attention_mask`, all int64 of
+    shape (sequences, sequence_length); `prompts`, int64 of shape (requests, prompt_tokens); where the workload has
+    requests to the model's own end, `natural.input_ids`, int64 of shape (requests, longest), and `natural.length`.
+
+    Raises:
+        UsageError: data that cannot be read, or too little of it to fill a sequence or a prompt.
+    """
+    from safetensors.numpy import save_file
+
+    source = catalogue.resolve(workload.model)
+    tokenizer, substituted = load_tokenizer(source, vocab_size=shapes.shape(source).vocab_size)
+    records, label = read_records(workload)
+    held_out = list(itertools.islice(records, workload.held_out_records))
+    tokens = _Tokens(tokenizer, workload.prompt_format)
+
+    train = _sequences(records, tokens, workload, workload.train_sequences)
+    if not train:
+        raise UsageError(
+            f"data {workload.data!r}: not enough records for one sequence of {workload.sequence_length} tokens beside "
+            f"{workload.held_out_records} held-out records. Use a shorter sequence_length or more data."
+        )
+    test = _sequences(iter(held_out), tokens, workload, workload.held_out_sequences, partial=True)
+    prompts = _prompts(held_out, tokens, workload.prompt_tokens)
+    tensors = {f"train.{key}": value for key, value in _stack(train).items()}
+    tensors |= {f"held_out.{key}": value for key, value in _stack(test).items()}
+    tensors["prompts"] = prompts
+    examples: tuple[Example, ...] = ()
+    if workload.natural_tokens:
+        examples, whole = _whole_prompts(held_out, tokens, workload)
+        tensors |= {f"natural.{key}": value for key, value in whole.items()}
+
+    digest = hash_tensors(tensors)
+    path = folder / f"tokens-{digest[:16]}.safetensors"
+    save_file(tensors, path)
+    mask = tensors["train.attention_mask"]
+    return TokenSummary(
+        path=str(path),
+        hash=digest,
+        data=label,
+        synthetic=workload.data == SYNTHETIC,
+        tokenizer_substituted=substituted,
+        train_sequences=len(train),
+        real_tokens=int(mask.sum()),
+        padded_tokens=int(mask.size - mask.sum()),
+        records=tokens.records,
+        examples=examples,
+    )
+
+
+def hash_tensors(tensors: dict[str, NDArray[np.int64]]) -> str:
+    """SHA-256 over names, shapes and bytes, in the order of names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name}{tensors[name].shape}{tensors[name].dtype}".encode())
+        digest.update(np.ascontiguousarray(tensors[name]).tobytes())
+    return digest.hexdigest()
+
+
+def read_records(workload: Workload) -> tuple[Iterator[Record], str]:
+    """The records of a workload in an order fixed by `data_seed`, and what they are in words.
+
+    Raises:
+        UsageError: a file or data set that cannot be read or lacks a column.
+    """
+    if workload.data == SYNTHETIC:
+        label = f"synthetic instruction records, seed {workload.data_seed}"
+        return synthetic_records(workload.data_seed), label
+    import datasets
+
+    datasets.disable_progress_bars()
+    path = Path(workload.data)
+    try:
+        if path.suffix in (".jsonl", ".json") or path.name.endswith(".jsonl.gz"):
+            with tempfile.TemporaryDirectory() as cache:
+                table = datasets.load_dataset("json", data_files=str(path), split="train", cache_dir=cache)
+                rows = table.to_list()
+            label = path.name
+        else:
+            rows = datasets.load_dataset(workload.data, split="train").to_list()
+            label = workload.data
+    except Exception as error:
+        raise UsageError(
+            f"data {workload.data!r}: cannot be read: {type(error).__name__}: {str(error).splitlines()[0]}. Give a "
+            ".jsonl or .jsonl.gz file, a hub id that this machine can reach, or 'synthetic'."
+        ) from error
+    missing = [column for column in COLUMNS if not rows or column not in rows[0]]
+    if missing:
+        raise UsageError(
+            f"data {workload.data!r}: no column {missing[0]!r}. Records need instruction, context and response."
+        )
+    random.Random(workload.data_seed).shuffle(rows)
+    return iter(rows), f"{label}, {len(rows)} records"
+
+
+class _Tokens:
+    """Records to token ids; counts the records used."""
+
+    def __init__(self, tokenizer: Any, prompt_format: PromptFormat) -> None:
+        self._tokenizer = tokenizer
+        self._format = prompt_format
+        self.pad = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
+        self.records = 0
+
+    def __call__(self, record: Record) -> list[int]:
+        self.records += 1
+        prompt, target = prompt_and_target(record, self._format)
+        return [*self._encode(prompt + target), int(self._tokenizer.eos_token_id)]
+
+    def prompt(self, record: Record) -> list[int]:
+        prompt, target = prompt_and_target(record, self._format)
+        return self._encode(prompt + target)
+
+    def example(self, record: Record) -> tuple[list[int], Example]:
+        """The prompt alone, as ids and as text beside its reference."""
+        prompt, target = prompt_and_target(record, self._format)
+        return self._encode(prompt), Example(prompt=prompt, reference=target)
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        start = self._tokenizer.bos_token_id
+        return [int(start), *ids] if start is not None else ids
+
+
+def prompt_and_target(record: Record, prompt_format: PromptFormat) -> tuple[str, str]:
+    """The text given to the model and the text it learns to continue with."""
+    if prompt_format == "write-instruction":
+        prompt = (
+            "### Task\nWrite the instruction that the input below answers.\n\n"
+            f"### Input\n{record['response']}\n\n### Instruction\n"
+        )
+        return prompt, record["instruction"]
+    context = f"### Context\n{record['context']}\n\n" if record.get("context") else ""
+    return f"### Instruction\n{record['instruction']}\n\n{context}### Response\n", record["response"]
+
+
+Row = dict[str, list[int]]
+
+
+def _sequences(
+    records: Iterator[Record], tokens: _Tokens, workload: Workload, wanted: int, *, partial: bool = False
+) -> list[Row]:
+    rows = _packed(records, tokens, workload.sequence_length, partial=partial)
+    if workload.layout == "padded":
+        rows = (_padded(tokens(record), tokens.pad, workload.sequence_length) for record in records)
+    return list(itertools.islice(rows, wanted))
+
+
+def _packed(records: Iterable[Record], tokens: _Tokens, length: int, *, partial: bool) -> Iterator[Row]:
+    row: Row = _empty()
+    for record in records:
+        ids = tokens(record)
+        while ids:
+            piece, ids = ids[: length - len(row["input_ids"])], ids[length - len(row["input_ids"]) :]
+            row["input_ids"] += piece
+            row["position_ids"] += range(len(piece))
+            row["labels"] += [IGNORED, *piece[1:]]
+            row["attention_mask"] += [1] * len(piece)
+            if len(row["input_ids"]) == length:
+                yield row
+                row = _empty()
+    if partial and row["input_ids"]:
+        used = len(row["input_ids"])
+        filled = _padded(row["input_ids"], tokens.pad, length)
+        # The padding is one more isolated record without a loss, so that the row stays packed.
+        filled["position_ids"] = row["position_ids"] + list(range(length - used))
+        filled["labels"][:used] = row["labels"]
+        yield filled
+
+
+def _padded(ids: list[int], pad: int, length: int) -> Row:
+    ids = ids[:length]
+    gap = length - len(ids)
+    return {
+        "input_ids": ids + [pad] * gap,
+        "position_ids": list(range(length)),
+        "labels": [IGNORED, *ids[1:]] + [IGNORED] * gap,
+        "attention_mask": [1] * len(ids) + [0] * gap,
+    }
+
+
+def _empty() -> Row:
+    return {"input_ids": [], "position_ids": [], "labels": [], "attention_mask": []}
+
+
+def _stack(rows: list[Row]) -> dict[str, NDArray[np.int64]]:
+    return {key: np.array([row[key] for row in rows], dtype=np.int64) for key in rows[0]}
+
+
+def _prompts(records: list[Record], tokens: _Tokens, length: int) -> NDArray[np.int64]:
+    """Fixed-length prompts: the beginnings of held-out records that are long enough, else of all of them joined."""
+    encoded = [tokens.prompt(record) for record in records]
+    prompts = [ids[:length] for ids in encoded if len(ids) >= length]
+    joined = list(itertools.chain.from_iterable(encoded))
+    if not prompts and len(joined) >= length:
+        prompts = [joined[:length]]
+    if not prompts:
+        raise UsageError(
+            f"workload: prompt_tokens = {length}: the held-out records hold {len(joined)} tokens. "
+            "Use a shorter prompt_tokens or more held_out_records."
+        )
+    return np.array(prompts, dtype=np.int64)
+
+
+WHOLE_PROMPTS = 32
+"""As many whole prompts are kept; no protocol asks for more."""
+
+
+def _whole_prompts(
+    records: list[Record], tokens: _Tokens, workload: Workload
+) -> tuple[tuple[Example, ...], dict[str, NDArray[np.int64]]]:
+    """Prompts of the first held-out records that are short enough, padded at the end, with their lengths."""
+    encoded = [tokens.example(record) for record in records]
+    chosen = [pair for pair in encoded if len(pair[0]) <= workload.natural_prompt_tokens][:WHOLE_PROMPTS]
+    if not chosen:
+        raise UsageError(
+            f"workload: natural_prompt_tokens = {workload.natural_prompt_tokens}: the shortest prompt of the held-out "
+            f"records has {min(len(ids) for ids, _ in encoded)} tokens. Raise it, or use more held_out_records."
+        )
+    lengths = np.array([len(ids) for ids, _ in chosen], dtype=np.int64)
+    padded = np.array([ids + [tokens.pad] * (int(lengths.max()) - len(ids)) for ids, _ in chosen], dtype=np.int64)
+    return tuple(example for _, example in chosen), {"input_ids": padded, "length": lengths}
+
+
+def main() -> int:
+    """Entry of the tokenising process: a Workload and a folder as JSON on stdin, the summary as JSON on stdout."""
+    request = json.load(sys.stdin)
+    try:
+        workload = codec.from_json(Workload, request["workload"], "token request")
+        print(codec.dumps(prepare(workload, Path(request["folder"]))))
+    except LorameterError as error:
+        print(json.dumps({"error": str(error), "exit_code": error.exit_code}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Requests: warm, to their natural end, and cold."""

@@ -1,0 +1,77 @@
+"""Cold inference: what a user waits for who starts a fresh interpreter, loads a trained adapter and asks once.
+
+Its own process, started by the parent, whose clock reading at the spawn comes as an argument: CLOCK_MONOTONIC is one
+clock for all processes of a machine, so the interpreter's own start is in the number. Each part is a number of its
+own: import, load, first token, first completion. The page cache is warm (the files were just written); what is cold
+is the interpreter, the libraries, the allocator and the device context.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from harness.records import codec
+from harness.records.record import Fragment, TrialRequest
+from harness.trial.failure import failure_of
+
+
+def answer(request: TrialRequest, spawned_monotonic_s: float) -> Fragment:
+    """Import, load, ask once; times in seconds since the parent's spawn or of each part."""
+    from peft import PeftModel
+
+    from harness.models import catalogue
+    from harness.trial.building.base_model import load_base
+    from harness.trial.building.build import cast_adapter, prepared, set_precision, upcasts_adapter
+    from harness.trial.data.stream import TokenStream
+    from harness.trial.inference.generate import generate
+    from harness.trial.process import prepare_process, synchronize
+
+    imported = time.monotonic()
+    prepare_process(request)
+    variant = request.variant
+    set_precision(variant)
+    stream = TokenStream(Path(request.tokens_path), request.workload, variant, request.device)
+    source = catalogue.resolve(request.workload.model)
+    begin = time.monotonic()
+    base = prepared(load_base(source, variant, device=request.device, seed=request.workload.data_seed), variant)
+    folder = str(Path(request.scratch) / "adapter")
+    model: Any = PeftModel.from_pretrained(base, folder, autocast_adapter_dtype=upcasts_adapter(variant))
+    cast_adapter(model, variant)
+    model.eval()
+    synchronize(request.device)
+    loaded = time.monotonic()
+    first = generate(model, stream.prompt(0), request.workload.new_tokens)
+    done = time.monotonic()
+    values = {
+        "cold_import_time_s": imported - spawned_monotonic_s,
+        "cold_load_time_s": loaded - begin,
+        "cold_first_token_time_s": first.first_token_time_s,
+        "cold_completion_time_s": first.request_time_s,
+        "cold_start_time_s": done - spawned_monotonic_s,
+    }
+    return Fragment(
+        values=values,
+        samples={"cold_start_time_s": (values["cold_start_time_s"],)},
+        tokens={"cold_completion": list(first.tokens)},
+    )
+
+
+def main() -> int:
+    """Entry: a TrialRequest and the spawn time as JSON on stdin, a Fragment as JSON on the descriptor given."""
+    message = json.load(sys.stdin)
+    try:
+        request = codec.from_json(TrialRequest, message["request"], "trial request")
+        fragment = answer(request, float(message["spawned_monotonic_s"]))
+    except Exception as error:
+        fragment = failure_of(error, "cold")
+    with open(int(sys.argv[1]), "w", encoding="utf-8") as reply:  # noqa: PTH123 - a descriptor, not a path
+        reply.write(codec.dumps(fragment))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

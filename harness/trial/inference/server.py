@@ -1,0 +1,61 @@
+"""Warm requests to a trained model, one at a time, so that several variants can take turns between them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from harness.studies.workload import Workload
+from harness.trial.building.build import unpack_4bit
+from harness.trial.data.stream import TokenStream
+from harness.trial.inference.generate import Request, generate
+
+NAMES = ("request_time_s", "first_token_time_s", "time_per_output_token_s")
+
+
+class Server:
+    """Answers prompts by number, with the adapter beside the base or merged into it."""
+
+    def __init__(self, model: Any, stream: TokenStream, workload: Workload) -> None:
+        self._model = model
+        self._stream = stream
+        self._workload = workload
+        self._served = 0
+        self._answered = 0
+        self._prefix = ""
+
+    def warm_up(self, count: int) -> Request:
+        """`count` requests that are not timed for the result, at least one; returns the first."""
+        requests = [self._ask(index) for index in range(count)]
+        return requests[0]
+
+    def request(self) -> dict[str, tuple[float, ...]]:
+        """The next request's times, in seconds, by metric."""
+        request = self._ask(self._served)
+        self._served += 1
+        return {f"{self._prefix}{name}": (getattr(request, name),) for name in NAMES}
+
+    def natural(self) -> tuple[int, Request]:
+        """The next whole prompt's number, and the request that the model ends itself."""
+        index = self._answered % self._stream.natural_prompts
+        self._answered += 1
+        return index, self.answer(index)
+
+    def answer(self, index: int) -> Request:
+        """The request for whole prompt `index`."""
+        prompt = self._stream.natural_prompt(index)
+        return generate(self._model, prompt, self._workload.natural_tokens, until_end=True)
+
+    @property
+    def answered(self) -> range:
+        """Numbers of the whole prompts that were answered so far."""
+        return range(min(self._answered, self._stream.natural_prompts))
+
+    def merge(self, discard: int) -> None:
+        """Merge the adapter and begin again with the first prompt, after `discard` requests."""
+        unpack_4bit(self._model)
+        self._model.merge_adapter()
+        self._prefix, self._served = "merged_", 0
+        self.warm_up(discard)
+
+    def _ask(self, index: int) -> Request:
+        return generate(self._model, self._stream.prompt(index), self._workload.new_tokens)

@@ -1,0 +1,161 @@
+"""Memory gauges: peaks per phase, and the exact bytes of what is resident, by kind.
+
+Peaks are maxima, so they are reset at the start of each phase. On the host that is VmHWM, which the kernel resets on
+request (`/proc/self/clear_refs`); `ru_maxrss` will not do, because a forked child inherits its parent's maximum. The
+forked child also maps the zygote's pages, so its resident size at birth is recorded beside the peaks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+
+
+def host_bytes(field: str) -> int:
+    """A memory field of /proc/self/status in bytes: VmRSS (resident now) or VmHWM (peak since the last reset)."""
+    for line in _STATUS.read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise ValueError(f"/proc/self/status has no {field}: host memory cannot be measured on this system")
+
+
+class MemoryGauge:
+    """Peaks of one phase at a time: `begin` resets, `peaks` reads, both in the process that is measured."""
+
+    def __init__(self, device: str) -> None:
+        self._cuda = device.startswith("cuda")
+        self._begun: dict[str, int] = {}
+
+    def begin(self) -> None:
+        """Start a phase: from here on peaks count."""
+        _CLEAR_REFS.write_text("5")  # 5: reset the peak resident set, and nothing else
+        if self._cuda:
+            torch.cuda.reset_peak_memory_stats()
+            self._begun = _shortages(torch.cuda.memory_stats())
+
+    def peaks(self, phase: str) -> dict[str, int]:
+        """Bytes since `begin`: `host_peak_PHASE_bytes`, and on CUDA the allocator's peaks, each within the next.
+
+        `device_peak_allocated_PHASE_bytes` is what tensors held, `device_peak_active_PHASE_bytes` that with what was
+        freed and could not be given out again yet because another stream still used it, and
+        `device_peak_reserved_PHASE_bytes` what the allocator had taken from the device.
+
+        On CUDA two counts stand beside them: `device_alloc_retries_PHASE`, how often the allocator gave its cache back
+        and tried again, which stops the device, and `device_ooms_PHASE`, how often that did not help.
+        """
+        peaks = {f"host_peak_{phase}_bytes": host_bytes("VmHWM")}
+        if self._cuda:
+            stats = torch.cuda.memory_stats()
+            for kind in ("allocated", "active", "reserved"):
+                peaks[f"device_peak_{kind}_{phase}_bytes"] = int(stats[f"{kind}_bytes.all.peak"])
+            peaks |= {f"device_{name}_{phase}": count - self._begun[name] for name, count in _shortages(stats).items()}
+        return peaks
+
+
+def _shortages(stats: Mapping[str, Any]) -> dict[str, int]:
+    """Counts since the process began, of torch.cuda.memory_stats."""
+    return {"alloc_retries": int(stats["num_alloc_retries"]), "ooms": int(stats["num_ooms"])}
+
+
+def resident_bytes(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """Exact bytes of what a training step keeps between steps, by kind; tied tensors count once.
+
+    `base_weight_bytes` and `quantization_state_bytes` (constants of 4-bit and 8-bit layers) are the frozen base,
+    `adapter_bytes` whatever trains, `gradient_bytes` the gradients present now, `optimizer_state_bytes` all optimizer
+    state and `paged_optimizer_state_bytes` the part of it in managed memory.
+    """
+    kinds = resident_tensors(model, optimizer)
+    found = {kind: sum(map(_size, tensors)) for kind, tensors in kinds.items()}
+    trained, paged = found.pop("adapter"), found.pop("paged_optimizer_state")
+    gradients, state = found.pop("gradients"), found.pop("optimizer_state")
+    quantization = found.pop("quantization_state")
+    return {
+        "base_weight_bytes": sum(found.values()),
+        "quantization_state_bytes": quantization,
+        "adapter_bytes": trained,
+        "gradient_bytes": gradients,
+        "optimizer_state_bytes": state + paged,
+        "paged_optimizer_state_bytes": paged,
+    }
+
+
+def resident_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, list[torch.Tensor]]:
+    """What a training step keeps between steps, by kind (`harness.records.memory_account.KINDS`), each storage once.
+
+    What is neither a linear layer of a block nor trained is told apart by type: embeddings with the output head, norms,
+    buffers.
+    """
+    seen: set[int] = set()
+    kinds: dict[str, list[torch.Tensor]] = {"linear_weights": []}
+    head = _head(model)
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if not parameter.requires_grad:
+                kind = _kind(module, parameter, head)
+                kinds.setdefault(kind, []).extend(_fresh((parameter,), seen))
+    kinds["adapter"] = list(_fresh((p for p in model.parameters() if p.requires_grad), seen))
+    for buffer in _fresh(model.buffers(), seen):
+        kinds.setdefault(f"buffers_{_name(buffer)}", []).append(buffer)
+    kinds["quantization_state"] = list(_fresh(_quantization_state(model), seen))
+    kinds["gradients"] = [p.grad for p in model.parameters() if p.grad is not None]
+    entries = (item for values in optimizer.state.values() for item in values.values())
+    state = list(_fresh((item for item in entries if isinstance(item, torch.Tensor)), seen))  # tables are shared
+    kinds["paged_optimizer_state"] = [item for item in state if getattr(item, "is_paged", False)]
+    kinds["optimizer_state"] = [item for item in state if not getattr(item, "is_paged", False)]
+    return kinds
+
+
+def storage_bytes(tensor: torch.Tensor) -> int:
+    """What a tensor holds in memory, which for a part of a larger one is more than its own size."""
+    return int(tensor.untyped_storage().nbytes())
+
+
+def _head(model: torch.nn.Module) -> torch.nn.Module | None:
+    found = getattr(model, "get_output_embeddings", None)  # transformers' and PEFT's models have it
+    return None if found is None else found()
+
+
+def _kind(module: torch.nn.Module, parameter: torch.Tensor, head: torch.nn.Module | None) -> str:
+    if module is head or isinstance(module, torch.nn.Embedding):
+        return f"embeddings_{_name(parameter)}"
+    if isinstance(module, torch.nn.Linear) or parameter.dim() > 1:  # Conv1D, GPT-2's linear layer, is no Linear
+        return "linear_weights"
+    return f"norms_{_name(parameter)}"
+
+
+def _name(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _quantization_state(model: torch.nn.Module) -> Iterator[torch.Tensor]:
+    for module in model.modules():  # 8-bit layers move their row scales from the weight to the layer's own state
+        for holder in (getattr(module, "weight", None), getattr(module, "state", None)):
+            extra = getattr(holder, "SCB", None)
+            if isinstance(extra, torch.Tensor):
+                yield extra
+    for parameter in model.parameters():
+        state: Any = getattr(parameter, "quant_state", None)
+        while state is not None:
+            for name in ("absmax", "code", "offset"):
+                tensor = getattr(state, name, None)
+                if isinstance(tensor, torch.Tensor):
+                    yield tensor
+            state = getattr(state, "state2", None)  # one that was repacked for a CPU has none
+
+
+def _fresh(tensors: Iterable[torch.Tensor], seen: set[int]) -> Iterator[torch.Tensor]:
+    for tensor in tensors:
+        key = tensor.untyped_storage().data_ptr()
+        if key not in seen:
+            seen.add(key)
+            yield tensor
+
+
+def _size(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -1,0 +1,1 @@
+"""A trial taken apart, in steps of its own."""

@@ -1,0 +1,139 @@
+"""What ran in each phase of a profiled step, from the profiler's own records.
+
+Phases are marked on the host. On a GPU the device is synchronised at every border, so that a kernel runs inside the
+window of the phase that launched it; on a CPU operators nest, and the time of one is what it spends outside those that
+it calls. Which category a name belongs to is kernels_check's to say.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from itertools import count
+from typing import Any, Literal
+
+from torch._C._autograd import DeviceType
+
+from harness.profile.facts import PHASES, Activity, OperatorUse, PhaseActivity
+from kernels_check.rules import Rule, classify
+from kernels_check.trace.kineto import Events
+from kernels_check.trace.operators import operator_times
+from kernels_check.trace.timeline import Columns, busy_share, columns, totals
+
+MARK = "lorameter."
+"""Before the name of a phase, in the profiler's annotations."""
+_RUNTIME = ("cuda", "cu")
+"""How calls of the CUDA runtime and driver begin, which the profiler keeps among the records of the host."""
+
+
+NO_KERNELS = (
+    "the profiler recorded no kernel: CUPTI is missing, or the driver keeps it from this user "
+    "(NVreg_RestrictProfilingToAdminUsers; in a container --cap-add=SYS_ADMIN lifts that)"
+)
+
+
+def activity_of(events: Iterable[Any], step_times_s: tuple[float, ...], device: str) -> Activity:
+    """The mean step of some that were profiled with their phases marked.
+
+    Args:
+        events: the profiler's records (`_KinetoEvent`); what lies in no phase is left out.
+        step_times_s: of each of the steps, under the profiler.
+        device: where they ran, as torch names it.
+
+    Raises:
+        ValueError: no phase is marked.
+    """
+    windows, host, kernels = _sorted_out(events)
+    if not windows:
+        raise ValueError("no phase of a step is marked in the profiler's records")
+    kind: Literal["cpu", "cuda"] = "cuda" if device.startswith("cuda") else "cpu"
+    ran = _by_phase(kernels if kind == "cuda" else host, windows)
+    steps = len(step_times_s)
+    phases = []
+    for phase in PHASES:
+        spans = [end - start for start, end, name in windows if name == phase]
+        kept = columns(ran[phase])
+        used = _kernels(ran[phase], kept) if kind == "cuda" else _operators(ran[phase], kept)
+        uses = [
+            OperatorUse(name=name, category=_category(name, rule), calls=calls / steps, time_s=time_ms / 1e3 / steps)
+            for name, rule, calls, time_ms in used
+        ]
+        called = totals(ran[phase], kept) if kind == "cpu" else []
+        phases.append(
+            PhaseActivity(
+                phase=phase,
+                window_s=sum(spans) / 1e9 / steps,
+                busy_s=_busy_s(ran[phase], kept) / steps,
+                operators=tuple(sorted(uses, key=lambda use: (-use.time_s, use.name))),
+                totals_s={one.name: one.time_ms / 1e3 / steps for one in called},
+            )
+        )
+    missing = NO_KERNELS if kind == "cuda" and not kernels else ""
+    return Activity(device=kind, step_times_s=step_times_s, phases=tuple(phases), missing=missing)
+
+
+Window = tuple[int, int, str]
+"""Start and end in nanoseconds, and the phase."""
+
+
+def _sorted_out(events: Iterable[Any]) -> tuple[list[Window], list[Any], list[Any]]:
+    """Windows of the phases in order, the operators of the host, what ran on the device."""
+    windows: list[Window] = []
+    host: list[Any] = []
+    device: list[Any] = []
+    for event in events:
+        name, marked = event.name(), event.is_user_annotation()
+        if event.device_type() == DeviceType.CPU:
+            if marked and name.startswith(MARK):
+                windows.append((event.start_ns(), event.end_ns(), name.removeprefix(MARK)))
+            elif not (marked or event.is_async() or _is_runtime(name)):
+                host.append(event)
+        elif event.device_type() == DeviceType.CUDA and not (marked or event.is_hidden_event()):
+            device.append(event)
+    return sorted(windows), host, device
+
+
+def _is_runtime(name: str) -> bool:
+    """`cudaLaunchKernel` and `cuMemcpyAsync`, but no operator, whose name has a namespace or is a class's."""
+    return (name.startswith(_RUNTIME) and "::" not in name) or name.startswith("[")
+
+
+def _by_phase(events: Iterable[Any], windows: list[Window]) -> dict[str, Events]:
+    found = {phase: Events() for phase in PHASES}
+    starts = [start for start, _, _ in windows]
+    number = count()  # two calls with the same times are two calls
+    for event in events:
+        place = bisect_right(starts, event.start_ns()) - 1
+        if place < 0 or event.start_ns() >= windows[place][1]:
+            continue
+        lane = (str(event.device_index()), str(event.start_thread_id() or event.device_resource_id()))
+        start_us = (event.start_ns() - starts[0]) / 1e3
+        duration_us = (event.end_ns() - event.start_ns()) / 1e3
+        found[windows[place][2]].add(event.name(), lane, start_us, duration_us, next(number))
+    return found
+
+
+Used = Iterator[tuple[str, Rule | None, int, float]]
+"""Name, rule, calls and milliseconds."""
+
+
+def _operators(events: Events, kept: Columns) -> Used:
+    for one in operator_times(events, kept):
+        yield one.name, one.rule, one.calls, one.time_ms
+
+
+def _kernels(events: Events, kept: Columns) -> Used:
+    for one in totals(events, kept):
+        yield one.name, classify(one.name), one.calls, one.time_ms
+
+
+def _category(name: str, rule: Rule | None) -> str:
+    return "other" if rule is None else rule.category_of(name)
+
+
+def _busy_s(events: Events, kept: Columns) -> float:
+    """Length of the union of all intervals, in seconds."""
+    share = busy_share(events, kept)
+    if share is None:
+        return 0.0
+    return share * float((kept.start_us + kept.duration_us).max() - kept.start_us.min()) / 1e6

@@ -1,0 +1,205 @@
+"""Where a step's time goes: its phases between borders, and what runs in them.
+
+On CUDA a border is a pair of events, which the device stamps when it comes to them and the host does not wait for; a
+phase's time is then the device's own, with its waiting for launches in it. On a CPU it is two readings of a clock.
+Either costs something, so plain and bordered steps take turns: both then meet the same machine, and the difference of a
+pair is the cost of the borders. They are taken until what the phases leave of a step is known well enough to be judged.
+
+The profiler comes last of all, after the requests too, in steps of its own: it slows down everything, and what it holds
+stays in the process. Its records tell a kernel's phase by the host's clock, so these steps wait for the device at every
+border.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function, schedule
+
+from harness.profile.accounting import LEAST_PAIRS
+from harness.profile.facts import PHASES, TRACE, Activity
+from harness.records.record import TrialRequest
+from harness.trial.building.build import Trainee
+from harness.trial.clock import Stopwatch
+from harness.trial.data.stream import Batch, TokenStream
+from harness.trial.process import synchronize
+from harness.trial.profiling.activity import MARK, activity_of
+from harness.trial.step import TrainStep
+
+MOST_PAIRS = 256
+PAIRS_AT_ONCE = 16
+"""Pairs between two looks at how well the remainder is known."""
+REMAINDER_HALF_WIDTH = 0.005
+"""Share of the step: a quarter of what the phases may leave of it. Looking at widths selects no value."""
+BUDGET_S = 40.0
+"""Pairs of steps are taken for so long at most, and the least of them in any case."""
+LEAST_PROFILED, MOST_PROFILED = 3, 12
+PROFILED_BUDGET_S = 3.0
+"""Steps are profiled for so long, within these numbers: the records of a step take megabytes."""
+
+
+class BorderedStep(TrainStep):
+    """The same step with the time of each of its phases."""
+
+    def __init__(self, trainee: Trainee, stream: TokenStream, request: TrialRequest) -> None:
+        super().__init__(trainee, stream, request.variant, request.device)
+        self._on = request.device
+        self._marked = False
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._phases_s = dict.fromkeys(PHASES, 0.0)
+
+    def begin(self, *, marked: bool = False) -> None:
+        """Start from zero; `marked` is for the profiler: it is told of the phases, and the device ends with each."""
+        self._marked = marked
+        self._events = []
+        self._phases_s = dict.fromkeys(PHASES, 0.0)
+        synchronize(self._on)
+
+    def phases_s(self) -> dict[str, float]:
+        """Seconds of each phase since `begin`; the device must have finished."""
+        for name, begin, end in self._events:
+            self._phases_s[name] += begin.elapsed_time(end) / 1e3
+        self._events = []
+        return self._phases_s
+
+    def take(self) -> Batch:
+        """The next batch, on the device."""
+        with self._phase("data"):
+            return super().take()
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """The forward pass."""
+        with self._phase("forward"):
+            return super().loss(batch)
+
+    def backward(self, loss: torch.Tensor) -> torch.Tensor:
+        """The backward pass."""
+        with self._phase("backward"):
+            return super().backward(loss)
+
+    def update(self) -> None:
+        """Clipping and the optimizer."""
+        with self._phase("update"):
+            super().update()
+
+    @contextlib.contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        if self._marked:
+            with record_function(MARK + name):
+                yield
+                synchronize(self._on)
+        elif self._on.startswith("cuda"):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            yield
+            end.record()
+            self._events.append((name, begin, end))
+        else:
+            begun_s = time.perf_counter()
+            yield
+            self._phases_s[name] += time.perf_counter() - begun_s
+
+
+def step_times(
+    plain: Callable[[], torch.Tensor], bordered: BorderedStep, device: str, *, budget_s: float = BUDGET_S
+) -> dict[str, tuple[float, ...]]:
+    """Pairs of a plain and a bordered step, each first in every other pair.
+
+    Returns:
+        Samples in seconds, one a pair: `plain_step_time_s` with `plain_step_cpu_time_s`, `bordered_step_time_s`,
+        `phase_PHASE_s`, and `between_steps_s`, from the end of a step to the beginning of the next: reading its loss
+        and keeping its times. `train_loss` has the losses of all steps in order.
+    """
+    watch = Stopwatch(device)
+    found: dict[str, list[float]] = {}
+
+    def keep(name: str, value: float) -> None:
+        found.setdefault(name, []).append(value)
+
+    def step(*, is_plain: bool, ended_s: float) -> float:
+        if not is_plain:
+            bordered.begin()
+        elif not math.isnan(ended_s):
+            keep("between_steps_s", time.perf_counter() - ended_s)
+        loss, lap = watch(plain if is_plain else bordered)
+        ended_s = time.perf_counter()
+        keep("train_loss", float(loss))
+        kind = "plain" if is_plain else "bordered"
+        keep(f"{kind}_step_time_s", lap.time_s)
+        keep(f"{kind}_step_cpu_time_s", lap.cpu_time_s)
+        if not is_plain:
+            for phase, seconds in bordered.phases_s().items():
+                keep(f"phase_{phase}_s", seconds)
+        return ended_s
+
+    begin, pair, ended_s = time.perf_counter(), 0, math.nan
+    while pair < LEAST_PAIRS or (
+        pair < MOST_PAIRS
+        and time.perf_counter() - begin < budget_s
+        and not (pair % PAIRS_AT_ONCE == 0 and _is_known(found))
+    ):
+        for is_plain in (True, False) if pair % 2 == 0 else (False, True):
+            ended_s = step(is_plain=is_plain, ended_s=ended_s)
+        pair += 1
+    return {name: tuple(values) for name, values in found.items()}
+
+
+def _is_known(found: Mapping[str, Sequence[float]]) -> bool:
+    """Whether the remainder's interval is narrow enough: that of the pairs' own remainders, and those of the two
+    medians whose difference it is, of the plain steps and of what the phases add up to.
+
+    Its ranks are those of the normal approximation: scipy, which has the exact ones, would be in the account of the
+    requests' memory.
+    """
+    plain = list(found["plain_step_time_s"])
+    sums = [sum(times) for times in zip(*(found[f"phase_{phase}_s"] for phase in PHASES), strict=True)]
+    rests = [whole - parts for whole, parts in zip(plain, sums, strict=True)]
+    limit = 2 * REMAINDER_HALF_WIDTH * statistics.median(plain)
+    return all(_median_width(values) <= limit for values in (rests, plain, sums))
+
+
+def _median_width(values: Sequence[float]) -> float:
+    """Width of the 95 % interval of the median, by its order statistics."""
+    ordered, middle, spread = sorted(values), len(values) / 2, 0.98 * math.sqrt(len(values))
+    return ordered[min(math.ceil(middle + spread), len(ordered) - 1)] - ordered[math.floor(middle - spread)]
+
+
+def profiled(bordered: BorderedStep, device: str, folder: Path) -> Activity:
+    """What ran in some steps under the profiler; their trace is written to `folder`.
+
+    A plain step before them says how many there is time for and makes what the optimizer keeps. Another one is watched
+    and not recorded: the profiler's own start is not a step's. It is one session with them, since two on each other's
+    heels can collide in CUPTI.
+    """
+    activities = [ProfilerActivity.CPU]
+    if device.startswith("cuda"):
+        activities.append(ProfilerActivity.CUDA)
+    watch = Stopwatch(device)
+    times: list[float] = []
+    bordered.begin()
+    alone_s = watch(bordered)[1].time_s
+    steps = min(MOST_PROFILED, max(LEAST_PROFILED, int(PROFILED_BUDGET_S / alone_s)))
+    with profile(activities=activities, schedule=schedule(wait=0, warmup=1, active=steps)) as recorded:
+        for number in range(1 + steps):
+            bordered.begin(marked=True)
+            lap = watch(bordered)[1]
+            if number:
+                times.append(lap.time_s)
+            if number < steps:  # the session must still be open when it is read
+                recorded.step()
+    recorded.export_chrome_trace(str(folder / TRACE))
+    results = recorded.profiler.kineto_results if recorded.profiler is not None else None
+    return activity_of(() if results is None else results.events(), tuple(times), device)
+
+
+def useful_tokens(stream: TokenStream, rows: int) -> dict[str, float]:
+    """Mean real tokens of a step of `rows` sequences, and its pairs of a query and a key that attention must see."""
+    lengths, part = stream.record_lengths(), rows / stream.sequences
+    pairs = sum(length * (length + 1) // 2 for length in lengths)
+    return {"useful_positions": part * sum(lengths), "useful_pairs": part * pairs}

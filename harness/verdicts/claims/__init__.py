@@ -1,0 +1,224 @@
+"""What the data says of a study's claims: supported, refuted, inconclusive, or not judged, each with its reason.
+
+A claim is the conjunction of its parts: supported if every part is, refuted if one is, not judged if one was not and
+none is refuted, else inconclusive. All parts of a run that assert a difference share one error rate of 5 % (Holm); that
+there is none is asserted at 5 % each, as everywhere (`harness.stats.statement`).
+
+`harness.verdicts.claims.controls` says what the control allows. A run can be judged at any moment, by what it holds then.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from harness.errors import UsageError
+from harness.records import codec
+from harness.records.store import Run
+from harness.stats import step_down
+from harness.stats.statement import Finding
+from harness.studies.claim import Claim, Part
+from harness.studies.study import Study
+from harness.verdicts.claims.answers import Answers, answers_of
+from harness.verdicts.claims.controls import Controls, controls_of, doubt, doubt_of_equality, failed, metrics_of
+from harness.verdicts.claims.questions import Question, question_of
+from harness.verdicts.claims.reasons import ratio_of, reason_of
+from harness.verdicts.claims.values import Groups, NotJudgedError, counts
+from harness.verdicts.series import series_of
+
+Judgement = Literal["supported", "refuted", "inconclusive", "not judged"]
+Key = tuple[str, int]
+"""Id of a claim and the place of a part in it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartResult:
+    """What became of one part."""
+
+    rule: str
+    axis: str
+    metric: str
+    about: str = ""
+    """What `ratio` is: "256 / 16"; empty where there is none."""
+    verdict: Judgement
+    ratio: float | None = None
+    """With its 95 % interval, which is corrected for nothing; the verdict may rest on a wider or narrower one."""
+    low: float | None = None
+    high: float | None = None
+    tolerance: float | None = None
+    """None where the rule has none."""
+    margin: float | None = None
+    replicates: int = 0
+    """With every level; 0 where the part was not judged."""
+    left_out: int = 0
+    """Replicates in which a level is missing."""
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClaimResult:
+    """What became of a claim."""
+
+    id: str
+    says: str
+    original: str
+    verdict: Judgement
+    parts: tuple[PartResult, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClaimsReport:
+    """Everything that is said of a run's claims."""
+
+    run: str
+    title: str
+    status: str
+    """Of the run: one that is running or was interrupted is judged by what it holds."""
+    claims: tuple[ClaimResult, ...]
+    replicates: int
+    """Replicates that hold a trial that is ok."""
+    trials: Mapping[str, int]
+    """Trials by status; "planned" are all of the plan."""
+    control: Controls
+    deviations: tuple[str, ...]
+    notes: tuple[str, ...]
+    answers: Answers
+
+    @property
+    def valid(self) -> bool:
+        """Whether there is anything to judge by and no control came out as a difference."""
+        return bool(self.replicates) and not any(map(failed, self.control.values()))
+
+
+def judge_claims(run: Run) -> ClaimsReport:
+    """Judge the claims of the study that a run measured.
+
+    Raises:
+        UsageError: a study without claims, or the run of an A/B, whose trials have sides.
+    """
+    study = codec.from_json(Study, run.manifest.study, f"run {run.manifest.run}")
+    if not study.claims:
+        raise UsageError(f"run {run.manifest.run}: study {study.name} claims nothing. Add [[claim]] and measure again.")
+    if run.manifest.sides:
+        raise UsageError(
+            f"run {run.manifest.run}: an A/B compares two sides of each variant, and a claim compares variants. "
+            "Measure the study with `lorameter run`."
+        )
+    groups = series_of(run.records)
+    controls = controls_of(groups, study, run.manifest.phases)
+    results = _judge_parts(run, study, groups, controls)
+    ok = [record for record in run.records if record.status == "ok"]
+    statuses = [record.status for record in run.records]
+    return ClaimsReport(
+        run=run.manifest.run,
+        title=study.title,
+        status=run.manifest.status,
+        claims=tuple(
+            _claim(claim, [results[claim.id, index] for index in range(len(claim.parts))]) for claim in study.claims
+        ),
+        replicates=len({record.replicate for record in ok}),
+        trials={"planned": len(run.manifest.order)}
+        | {status: statuses.count(status) for status in sorted(set(statuses))},
+        control=controls,
+        deviations=study.deviations,
+        notes=study.notes,
+        answers=answers_of(groups),
+    )
+
+
+def _judge_parts(run: Run, study: Study, groups: Groups, controls: Controls) -> dict[Key, PartResult]:
+    planned = {trial.partition("-")[2].removesuffix("-solo") for trial in run.manifest.order}
+    random_weights = any(notice.code == "random-weights" for notice in run.manifest.notices)
+    results: dict[Key, PartResult] = {}
+    questions: dict[Key, Question] = {}
+    for claim in study.claims:
+        for index, part in enumerate(claim.parts):
+            key = claim.id, index
+            try:
+                if claim.pretrained and random_weights:
+                    raise NotJudgedError("random weights: losses and answers say nothing. Measure a pretrained model.")
+                if part.rule == "rises":
+                    results[key] = _rises(part, groups, study, planned)
+                else:
+                    questions[key] = question_of(part, groups, study, planned)
+            except NotJudgedError as error:
+                results[key] = _result(part, "not judged", str(error))
+    doubts = {key: said for key, question in questions.items() if (said := doubt(question.part, controls))}
+    # What cannot be asserted is not of the family: it costs the others nothing.
+    findings = step_down(
+        (key for key in questions if key not in doubts),
+        lambda key, left: questions[key].judged(left),
+        is_decided=lambda finding: finding.by == "difference",
+    )
+    for key, said in doubts.items():
+        results[key] = _answered(questions[key], questions[key].judged(1), said)
+    for key, finding in findings.items():
+        said = doubt_of_equality(questions[key].part, controls) if finding.by == "equality" else ""
+        results[key] = _answered(questions[key], finding, said)
+    return results
+
+
+def _answered(question: Question, finding: Finding, said: str) -> PartResult:
+    """The result of a finding; where a doubt is said, it asserts nothing."""
+    ratio, low, high = ratio_of(question, finding)
+    reason = reason_of(question, finding)
+    result = _result(
+        question.part,
+        "inconclusive" if said else finding.status,
+        f"{said}; {reason}" if said else reason,
+        replicates=finding.replicates,
+        left_out=question.left_out,
+    )
+    return dataclasses.replace(result, about=question.about[finding.contrast], ratio=ratio, low=low, high=high)
+
+
+def _rises(part: Part, groups: Groups, study: Study, planned: set[str]) -> PartResult:
+    """Counted, so exact: the smallest value of each level against the largest of the one before."""
+    found, replicates = counts(groups, study, part.axis, part.metric, planned)
+    texts = [" to ".join(f"{value:,.0f}" for value in sorted({min(values), max(values)})) for values in found]
+    levels = [f"{level:g}" for level, _ in study.levels(part.axis)]
+    named = (f"{text} at {level}" for text, level in zip(texts, levels, strict=True))
+    said = (
+        f"{texts[0]} at every level of {part.axis}" if len(set(texts)) == 1 else f"by {part.axis}, {', '.join(named)}"
+    )
+    rises = all(max(before) < min(after) for before, after in itertools.pairwise(found))
+    return _result(part, "supported" if rises else "refuted", f"{part.metric}: {said}", replicates=replicates)
+
+
+def _result(part: Part, verdict: Judgement, reason: str, *, replicates: int = 0, left_out: int = 0) -> PartResult:
+    name, limit = part.limit
+    return PartResult(
+        rule=part.rule,
+        axis=part.axis,
+        metric=" + ".join(metrics_of(part)),
+        verdict=verdict,
+        replicates=replicates,
+        left_out=left_out,
+        tolerance=limit if name == "tolerance" else None,
+        margin=limit if name == "margin" else None,
+        reason=reason,
+    )
+
+
+def _claim(claim: Claim, parts: Sequence[PartResult]) -> ClaimResult:
+    return ClaimResult(
+        id=claim.id,
+        says=claim.says,
+        original=claim.original,
+        verdict=conjunction([part.verdict for part in parts]),
+        parts=tuple(parts),
+    )
+
+
+def conjunction(verdicts: Sequence[Judgement]) -> Judgement:
+    """The verdict on a claim from those on its parts."""
+    strongest: tuple[Judgement, ...] = ("refuted", "not judged", "inconclusive")
+    return next((verdict for verdict in strongest if verdict in verdicts), "supported")
+
+
+def document(report: ClaimsReport) -> dict[str, Any]:
+    """The report as JSON data, without its `schema`."""
+    return dict(codec.to_json(report))

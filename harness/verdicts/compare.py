@@ -1,0 +1,300 @@
+"""Two runs of different times, compared: what their fingerprints allow, and not a word more.
+
+Sides that were not measured together share nothing but the machine, so their trials are not paired (Welch on the logs
+of medians), and times are never called equivalent: what the machine did between the two measurements is in the ratio.
+The standard deviation of the log ratio of two identical builds was 37 % that way and 2 % with turns in one run
+(docs/method.md). Where anything that must agree does not, there is no ratio at all; `force` shows one all the same and
+takes nothing it says for equality.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import fnmatch
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from harness.agreement import disagreement, machine_differences, unknown_power_limit, variant_differences
+from harness.errors import InvalidRunError, UsageError
+from harness.records.record import Interleaving, Notice
+from harness.records.units import METRICS, PHASES, PRIMARY
+from harness.report.view import PEAKS
+from harness.stats import Comparison, Pairing, compare_bytes, compare_family, run_wide_shift
+from harness.stats.comparison import effect_of
+from harness.verdicts.comparand import BYTES_SUFFIX, Comparand, Measured
+from harness.verdicts.outcome import Compared, ComparisonReport, without_numbers
+from harness.verdicts.series import Trials
+
+INTERLEAVING: Interleaving = "separate"
+TOLERANCE = 0.01
+MARGIN = 0.05
+ALPHA = 0.05
+FEWEST_FOR_SHIFT = 6
+"""Fewer than 6 of 6 on one side can be chance at 5 % (two-sided sign test)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """The limits of one comparison, as fractions."""
+
+    tolerance: float = TOLERANCE
+    """Smallest slow-down, or growth of a peak, worth an alarm."""
+    margin: float = MARGIN
+    """Within it two things count as equal."""
+
+
+LimitsOf = Callable[[str, str], Limits]
+"""Limits by variant and metric."""
+
+
+def default_limits(variant: str, metric: str) -> Limits:
+    """The same limits for everything, but exactness for computed bytes."""
+    computed = metric.endswith(BYTES_SUFFIX) and "peak" not in metric and not metric.startswith("host_")
+    return Limits(tolerance=0.0) if computed else Limits()
+
+
+def compare(
+    base: Comparand,
+    candidate: Comparand,
+    *,
+    metrics: Sequence[str] = (),
+    all_metrics: bool = False,
+    limits_of: LimitsOf = default_limits,
+    force: bool = False,
+) -> ComparisonReport:
+    """Every metric of every variant, candidate against base.
+
+    Args:
+        base: the side that is trusted.
+        candidate: the side that is judged.
+        metrics: names or glob patterns of metrics and kinds of memory; empty for the primary metric of each phase that
+            both sides have, and the peaks of memory.
+        all_metrics: everything that either side measured, instead.
+        limits_of: tolerance and margin by variant and metric.
+        force: compare what is not comparable; then nothing is called equivalent.
+
+    Raises:
+        UsageError: a metric that neither exists nor was measured.
+        InvalidRunError: no variant on either side, because a run broke off.
+    """
+    broken = base.broken or candidate.broken
+    if broken and not base.sides and not candidate.sides:
+        raise InvalidRunError(f"{broken}. Nothing was measured; measure again.")
+    wanted = _wanted(base, candidate, metrics, all_metrics=all_metrics)
+    machine = machine_differences(base, candidate)
+    names = dict.fromkeys((*base.sides, *candidate.sides))
+    changed = {name: variant_differences(name, base, candidate) for name in names}
+    verdicts: dict[tuple[str, str], Comparison] = {}
+    pairs: dict[tuple[str, str], tuple[Measured, Measured]] = {}
+    for name in names:
+        ours, theirs = base.sides.get(name), candidate.sides.get(name)
+        for metric in _metrics_of(wanted, base, candidate, name):
+            verdicts[name, metric] = without_numbers("invalid", "not compared")  # overwritten; keeps the order
+            reason = _forbidden(base, candidate, name, metric)
+            if reason is None and (machine or changed[name]) and not force:
+                reason = without_numbers("not_comparable", disagreement([*machine, *changed[name]]))
+            if reason is not None or ours is None or theirs is None:
+                verdicts[name, metric] = reason or verdicts[name, metric]
+            else:
+                pairs[name, metric] = ours, theirs
+    verdicts |= compare_measured(pairs, limits_of)
+    if not machine:  # with --force across machines a shift is what one asked to see
+        verdicts |= _shifted({key: comparison for key, comparison in verdicts.items() if key in pairs})
+    differing = (*machine, *(difference for name in names for difference in changed[name]))
+    if force and differing:
+        verdicts = {key: _without_equality(comparison) for key, comparison in verdicts.items()}
+    return ComparisonReport(
+        base=base.name,
+        candidate=candidate.name,
+        comparisons=tuple(
+            Compared(
+                variant=name,
+                metric=metric,
+                comparison=comparison,
+                tolerance=limits_of(name, metric).tolerance,
+                margin=limits_of(name, metric).margin,
+                interleaving=INTERLEAVING,
+            )
+            for (name, metric), comparison in verdicts.items()
+        ),
+        control=candidate.control,
+        differing=differing,
+        notices=(*base.notices, *candidate.notices, *_notices(base, candidate, wanted, verdicts)),
+    )
+
+
+def _wanted(base: Comparand, candidate: Comparand, patterns: Sequence[str], *, all_metrics: bool) -> tuple[str, ...]:
+    """Names of metrics and kinds of memory, in the order of the phases."""
+    measured = [
+        metric for side in (*base.sides.values(), *candidate.sides.values()) for metric in (*side.trials, *side.peaks)
+    ]
+    known = tuple(dict.fromkeys([*(name for name in METRICS if name in measured), *measured]))
+    if all_metrics:
+        return known
+    if patterns:
+        for pattern in patterns:
+            if not fnmatch.filter([*known, *METRICS], pattern):
+                near = difflib.get_close_matches(pattern, [*known, *METRICS], n=1)
+                hint = f"Did you mean {near[0]!r}?" if near else f"Measured: {', '.join(known) or 'nothing'}."
+                raise UsageError(f"metric {pattern!r}: neither known nor measured on either side. {hint}")
+        return tuple(metric for metric in known if any(fnmatch.fnmatchcase(metric, pattern) for pattern in patterns))
+    names: list[str] = []
+    if base.absent is not None:
+        shared = candidate.phases
+    else:
+        shared = tuple(phase for phase in base.phases if phase in candidate.phases)
+    for phase in PHASES:
+        if phase in shared:
+            names += [PRIMARY[phase], *[kind for kind in PEAKS[phase] if kind in known][:1]]
+    # What another project's file measured has no phase.
+    return tuple(names) + tuple(
+        metric for metric in known if metric not in METRICS and not metric.endswith(BYTES_SUFFIX)
+    )
+
+
+def _metrics_of(wanted: Sequence[str], base: Comparand, candidate: Comparand, name: str) -> list[str]:
+    """Those that either side of a variant measured; all times where a failure left nothing."""
+    sides = [side for side in (base.sides.get(name), candidate.sides.get(name)) if side is not None]
+    found = [metric for metric in wanted if any(side.has(metric) for side in sides)]
+    if found or not any(side.broken or not (side.trials or side.peaks) for side in sides):
+        return found
+    return [metric for metric in wanted if not metric.endswith(BYTES_SUFFIX)] or list(wanted)[:1] or ["step_time_s"]
+
+
+def _forbidden(base: Comparand, candidate: Comparand, name: str, metric: str) -> Comparison | None:
+    """The verdict where the numbers do not count or are not there."""
+    ours, theirs = base.sides.get(name), candidate.sides.get(name)
+    faults = [base.broken, candidate.broken, *(side.broken for side in (ours, theirs) if side is not None)]
+    if said := [fault for fault in faults if fault]:
+        return without_numbers("invalid", "; ".join(said))
+    if base.absent is not None:
+        return without_numbers("no_baseline", base.absent)
+    if theirs is None:
+        return without_numbers("not_comparable", f"variant {name!r}: it is in the base and not in the candidate")
+    if ours is None:
+        return without_numbers("no_baseline", f"variant {name!r}: it is in the candidate and not in the base")
+    if not theirs.has(metric):
+        return without_numbers("not_comparable", f"the candidate has no {metric} of variant {name!r}")
+    if not ours.has(metric):
+        return without_numbers("no_baseline", f"the base has no {metric} of variant {name!r}")
+    return None
+
+
+def compare_measured(
+    pairs: Mapping[tuple[str, str], tuple[Measured, Measured]],
+    limits_of: LimitsOf,
+    pairing_of: Callable[[tuple[str, str]], Pairing] = lambda key: "none",
+) -> dict[tuple[str, str], Comparison]:
+    """Memory by its maximum; times as one family. What cannot be computed is invalid, with the reason.
+
+    `pairing_of` says by variant and metric what trial i of either side have in common; of other times: nothing.
+    """
+    found: dict[tuple[str, str], Comparison] = {}
+    times: dict[tuple[str, str], tuple[Trials, Trials]] = {}
+    for key, (ours, theirs) in pairs.items():
+        metric = key[1]
+        try:
+            if metric.endswith(BYTES_SUFFIX):
+                tolerance = limits_of(*key).tolerance
+                found[key] = compare_bytes(ours.peaks[metric], theirs.peaks[metric], tolerance=tolerance)
+                continue
+            trials = _oriented(ours, metric), _oriented(theirs, metric)
+            effect = effect_of(*trials, pairing_of(key))  # refuses here what would stop the whole family
+        except ValueError as error:
+            found[key] = without_numbers("invalid", f"the samples cannot be compared: {error}")
+            continue
+        reasons = dict.fromkeys(side.no_interval for side in (ours, theirs) if side.no_interval)
+        if reasons:
+            found[key] = dataclasses.replace(
+                without_numbers("inconclusive", "; ".join(map(str, reasons))),
+                ratio=math.exp(effect.log_ratio),
+                replicates=effect.replicates,
+            )
+        else:
+            times[key] = trials
+    return found | _family(times, limits_of, pairing_of)
+
+
+def _family(
+    pairs: Mapping[tuple[str, str], tuple[Trials, Trials]],
+    limits_of: LimitsOf,
+    pairing_of: Callable[[tuple[str, str]], Pairing],
+) -> dict[tuple[str, str], Comparison]:
+    """One Holm family, each comparison with its own limits and pairing."""
+    keys = {f"{name}, {metric}": (name, metric) for name, metric in pairs}
+    results = compare_family(
+        {label: pairs[key] for label, key in keys.items()},
+        pairing={label: pairing_of(key) for label, key in keys.items()},
+        tolerance={label: limits_of(*key).tolerance for label, key in keys.items()},
+        margin={label: limits_of(*key).margin for label, key in keys.items()},
+        alpha=ALPHA,
+    )
+    return {keys[label]: result for label, result in results.items()}
+
+
+def _shifted(found: Mapping[tuple[str, str], Comparison]) -> dict[tuple[str, str], Comparison]:
+    """Every time as invalid, if nearly all moved alike: then it was the machine. {} if it was not.
+
+    One ratio a variant and phase is asked, since metrics that follow from each other would count one movement twice.
+    """
+    times = {key: comparison for key, comparison in found.items() if not key[1].endswith(BYTES_SUFFIX)}
+    log_ratios = {
+        f"{name}, {metric}": math.log(comparison.ratio)
+        for (name, metric), comparison in times.items()
+        if metric in PRIMARY.values() and comparison.ratio is not None
+    }
+    if len(log_ratios) < FEWEST_FOR_SHIFT:
+        return {}
+    shift = run_wide_shift(log_ratios, tolerance=TOLERANCE)
+    if not shift.shifted:
+        return {}
+    return {
+        key: dataclasses.replace(comparison, verdict="invalid", reason=shift.reason)
+        for key, comparison in times.items()
+        if comparison.verdict != "invalid"
+    }
+
+
+def _oriented(side: Measured, metric: str) -> Trials:
+    """Samples of which more is worse."""
+    trials = side.trials[metric]
+    if metric not in METRICS or not METRICS[metric].higher_is_better:
+        return trials
+    return [tuple(1 / sample if sample else 0.0 for sample in trial) for trial in trials]
+
+
+def _without_equality(comparison: Comparison) -> Comparison:
+    if comparison.verdict != "equivalent":
+        return comparison
+    return dataclasses.replace(
+        comparison, verdict="inconclusive", reason=f"{comparison.reason}; but the sides are not comparable"
+    )
+
+
+def _notices(
+    base: Comparand, candidate: Comparand, wanted: Sequence[str], verdicts: Mapping[tuple[str, str], Comparison]
+) -> list[Notice]:
+    limit = unknown_power_limit(base, candidate)
+    notices = [] if limit is None else [limit]
+    for one, other in ((base, candidate), (candidate, base)):
+        missing = [phase for phase in one.phases if phase not in other.phases]
+        if missing and base.absent is None:
+            notices.append(
+                Notice(
+                    code="phase-not-shared",
+                    message=f"only {one.name} measured {', '.join(missing)}; that is not compared.",
+                    remedy="Measure the same phases on both sides.",
+                )
+            )
+    unmeasured = [metric for metric in wanted if metric not in {key[1] for key in verdicts}]
+    if unmeasured or not verdicts:
+        notices.append(
+            Notice(
+                code="nothing-compared",
+                message=f"neither side measured {', '.join(unmeasured) or 'anything that was asked for'}.",
+                remedy="Look at what there is with --all-metrics.",
+            )
+        )
+    return notices

@@ -1,0 +1,40 @@
+"""What the surroundings say against a trial: findings by phase, and the record of one that must not count.
+
+A trial that came to its end beside somebody else's job, or on a card that protected itself from heat, has numbers of
+these and not of its variant. It is judged by its surroundings only (`harness.machine.validity`); a rule that looked at
+its times would select them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from harness.machine.validity import Finding, judge
+from harness.records.record import DISTURBED, Failure, TrialRecord
+from harness.verdicts.series import occupancy
+
+WHILE = {"train": "training", "generate": "generating"}
+"""The phases that are watched, as words."""
+
+
+def findings(record: TrialRecord, *, on_cpu: bool) -> Iterator[tuple[str, Finding]]:
+    """What the surroundings say against one trial, with the phase.
+
+    A CPU of which a training trial of one thread had too little is left to the notice on occupancy, which counts for
+    every such trial, unless the trial is to be measured again for it.
+    """
+    in_turns = record.interleaving in ("shared-base", "lockstep")
+    for phase in WHILE:
+        share = occupancy(record) if on_cpu and phase == "train" else None
+        for finding in judge(record.values, record.memory, phase, in_turns=in_turns, occupancy=share):
+            if finding.code != "contended" or share is None or finding.invalid:
+                yield phase, finding
+
+
+def judged(record: TrialRecord, *, on_cpu: bool) -> TrialRecord:
+    """The record itself, or as invalid where its surroundings were past a limit; the samples stay in it."""
+    past = [(phase, finding) for phase, finding in findings(record, on_cpu=on_cpu) if finding.invalid]
+    if record.status != "ok" or not past:
+        return record
+    message = "; ".join(f"while {WHILE[phase]} {finding.message}" for phase, finding in past)
+    return record.replaced(status="invalid", failure=Failure(phase=past[0][0], kind=DISTURBED, message=message))

@@ -1,0 +1,189 @@
+"""What a reader of a run must know beside its numbers, each with what to do about it.
+
+A notice never changes a number. Those that cast doubt on one (contention, a control that failed) say how much.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from harness.records.record import Notice, TrialRecord
+from harness.records.store import Run
+from harness.records.units import format_ratio
+from harness.report.disturbances import disturbances
+from harness.stats import Comparison, label_outliers, warmup_end
+from harness.studies.study import Study
+from harness.verdicts.series import OCCUPANCY_FLOOR, occupancy
+
+DRIFT = 0.05
+"""Change of level that is worth a word, a fraction."""
+LEAST_STEPS_FOR_DRIFT = 12
+"""Fewer steps show no change of level beside their noise."""
+
+
+def run_notices(run: Run, study: Study, controls: Mapping[str, Comparison]) -> Iterator[Notice]:
+    """Notices of a run; `controls` are the A/A comparisons by the title of their phase."""
+    ok = [record for record in run.records if record.status == "ok"]
+    yield from _data(run, study)
+    on_cpu = run.manifest.provenance.get("device") == "cpu"
+    if on_cpu:  # on a GPU the host may rightly wait
+        yield from _contention(ok)
+    counted = [record for record in run.records if record.status == "ok" or record.disturbed]
+    yield from disturbances(counted, on_cpu=on_cpu)
+    yield from _outliers(ok)
+    yield from _warmup(ok)
+    yield from _drift(ok)
+    yield from _cut_short(ok)
+    yield from _measured_again(run)
+    yield from _disturbed(run)
+    for title, control in controls.items():
+        yield from _control(title, control)
+    if run.damaged_lines:
+        yield Notice(
+            code="damaged-lines",
+            message=f"{run.damaged_lines} lines of trials.jsonl are cut short; their trials count as not run.",
+            remedy="Measure again.",
+        )
+
+
+def _data(run: Run, study: Study) -> Iterator[Notice]:
+    if run.manifest.tokens.get("synthetic"):
+        yield Notice(
+            code="synthetic-data",
+            message="the records are synthetic: losses compare variants, and say nothing of real text.",
+            remedy="Give real records: --lorameter-data=FILE (pytest) or --data FILE.",
+        )
+    if run.manifest.tokens.get("tokenizer_substituted"):
+        yield Notice(
+            code="byte-tokenizer",
+            message=f"the tokenizer of {study.workload.model} could not be had; bytes stand in for its tokens.",
+            remedy="Give a local directory that holds the tokenizer files.",
+        )
+
+
+def _contention(ok: list[TrialRecord]) -> Iterator[Notice]:
+    """Trials of one thread that did not have their CPU; those of several are judged by the pressure around them."""
+    shares = [share for record in ok if (share := occupancy(record)) is not None]
+    disturbed = [share for share in shares if share < OCCUPANCY_FLOOR]
+    if disturbed:
+        yield Notice(
+            code="contention",
+            message=f"{len(disturbed)} of {len(shares)} trials of one thread had less than {OCCUPANCY_FLOOR:.0%} of a "
+            f"CPU while they were timed (lowest {min(disturbed):.0%}): other work ran on this machine.",
+            remedy="Stop it, or measure more replicates; the intervals already carry the noise.",
+        )
+
+
+def _outliers(ok: list[TrialRecord]) -> Iterator[Notice]:
+    steps = [record.samples["step_time_s"] for record in ok if record.samples.get("step_time_s")]
+    count = sum(label != "none" for samples in steps for label in label_outliers(samples))
+    if count:
+        yield Notice(
+            code="outliers",
+            message=f"{count} of {sum(map(len, steps))} timed steps are outliers by Tukey's fences; all are kept, and "
+            "each trial counts by its median.",
+            remedy="If they cluster in one variant, look at its step_time_s in trials.jsonl.",
+        )
+
+
+def _warmup(ok: list[TrialRecord]) -> Iterator[Notice]:
+    warmed = [record for record in ok if "warmup_steady" in record.values]  # solo trials time no step
+    unsteady = [record.trial for record in warmed if record.values["warmup_steady"] == 0.0]
+    if unsteady:
+        yield Notice(
+            code="warm-up-cut-short",
+            message=f"{len(unsteady)} of {len(warmed)} trials were still getting faster when their warm-up ended, "
+            f"{unsteady[0]} among them.",
+            remedy="Raise warmup_steps_max in the study's [protocol].",
+        )
+
+
+def _drift(ok: list[TrialRecord]) -> Iterator[Notice]:
+    """Trials whose timed steps change level: a clock that throttles, a leak, a neighbour that came or went."""
+    timed = [record for record in ok if len(record.samples.get("step_time_s", ())) >= LEAST_STEPS_FOR_DRIFT]
+    kinds = {record.trial: warmup_end(record.samples["step_time_s"], tolerance=DRIFT).kind for record in timed}
+    changing = [trial for trial, kind in kinds.items() if kind in ("slowdown", "no_steady_state")]
+    if changing:
+        yield Notice(
+            code="drift",
+            message=f"{len(changing)} of {len(timed)} trials got slower or found no steady level while they were "
+            f"timed, {changing[0]} among them.",
+            remedy="Trials that took turns drifted together and are compared turn by turn; look at clocks and heat if "
+            "it is one variant only.",
+        )
+
+
+_ROUNDS = {"steps": "timed turns", "requests": "requests", "natural": "whole answers", "merged": "merged requests"}
+
+
+def _cut_short(ok: list[TrialRecord]) -> Iterator[Notice]:
+    """Trials whose rounds were dropped because the time that was given did not suffice, with what is left of them."""
+    counts: dict[str, list[str]] = {}
+    for key, words in (*((f"{kind}_rounds", words) for kind, words in _ROUNDS.items()), ("training_steps", "steps")):
+        for record in ok:
+            if f"{key}_planned" in record.values:
+                taken, planned = record.values[key], record.values[f"{key}_planned"]
+                counts.setdefault(f"{taken:g} of {planned:g} {words}", []).append(record.trial)
+    if counts:
+        trials = {trial for cut in counts.values() for trial in cut}
+        said = "; ".join(f"{what} in {len(cut)} trials" for what, cut in counts.items())
+        yield Notice(
+            code="cut-short",
+            message=f"the limit of time cut {len(trials)} of {len(ok)} trials short, all variants of a replicate "
+            f"alike: {said}.",
+            remedy="Give more minutes, fewer variants (--variant) or fewer phases (--phase).",
+        )
+
+
+def _measured_again(run: Run) -> Iterator[Notice]:
+    if run.measured_again:
+        yield Notice(
+            code="measured-again",
+            message=f"{run.measured_again} trials were measured again after an interruption; only the last measurement "
+            "of each counts.",
+            remedy="Nothing to do; the earlier records are in trials.jsonl.",
+        )
+
+
+def _disturbed(run: Run) -> Iterator[Notice]:
+    """Trials that were measured again because of their surroundings, and those that still were past a limit at last."""
+    again = list(dict.fromkeys(record.trial for record in run.disturbed))
+    left = [record.trial for record in run.records if record.disturbed]
+    counting = sum(record.status == "ok" for record in run.records if record.trial in again)
+    if again:
+        first = run.disturbed[0]
+        why = first.failure.message if first.failure else ""
+        yield Notice(
+            code="disturbed",
+            message=f"{len(again)} trials were measured again because of their surroundings, {first.trial} among them: "
+            f"{why}; {counting} of them count now.",
+            remedy="Nothing to do for these; the earlier records are in trials.jsonl.",
+        )
+    if left:
+        yield Notice(
+            code="still-disturbed",
+            message=f"{len(left)} trials do not count because their surroundings were past a limit, {left[0]} among "
+            "them.",
+            remedy="Quieten the machine and measure again; on one that you cannot have to yourself let such trials "
+            "count: --allow-disturbed, --lorameter-allow-disturbed (pytest), or allow_disturbed in [protocol].",
+        )
+
+
+def _control(title: str, control: Comparison) -> Iterator[Notice]:
+    ratio = format_ratio(control.ratio, control.low, control.high)
+    if control.verdict in ("improved", "regressed"):
+        yield Notice(
+            code="control-failed",
+            message=f"{title}: the reference differs from itself, {ratio}, so this run is invalid.",
+            remedy="Quieten the machine and measure again; believe no difference of this run.",
+        )
+    elif control.verdict == "inconclusive":
+        count = control.replicates_needed
+        needed = f"--lorameter-replicates={count} (pytest) or --replicates {count}" if count else "5 to begin with"
+        unseen = f"; a slow-down of less than {control.mde80:.0%} would go unseen" if control.mde80 else ""
+        yield Notice(
+            code="control-inconclusive",
+            message=f"{title}: the control is inconclusive, {ratio}, so no two variants can be called equivalent"
+            f"{unseen}.",
+            remedy=f"Measure more replicates: {needed}.",
+        )

@@ -1,0 +1,1 @@
+"""One step seen, by a profile or by a spy."""

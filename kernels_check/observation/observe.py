@@ -1,0 +1,282 @@
+"""Run the step at most three times and write down what happened.
+
+With the profiler as instrument:
+
+1. A bare call, with nothing attached to the model: it triggers compilation, kernel autotuning and lazy initialisation
+   as training would, and moves lora_B off zero (before that the gradient of lora_A is exactly zero).
+2. A call under the profiler, with hooks that count calls of the adapter's modules. Hooks come after the first call so
+   that they are never traced into compiled code, which would keep them for good.
+3. A third call only if fewer than two optimizer steps were seen (a gradient scaler skips steps that overflow).
+
+With the spy as instrument one call is enough where the run is warm: hooks and dispatch mode watch it from the start,
+and no compilation is started in it. A second call follows where the first
+
+- entered compiled code: nothing but a bare call then shows what training shows, and the first counts for nothing;
+  the names of what it enters are recorded on the host, which touches no code;
+- updated nothing (the second is watched in its place);
+- left a gradient at zero, as that of lora_A is while lora_B is zero.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from kernels_check.observation import compilations
+from kernels_check.observation.adapter_layers import lora_layers
+from kernels_check.observation.compilations import Compilations
+from kernels_check.observation.events import StepProfile
+from kernels_check.observation.padding import PaddingSeen, count_padding
+from kernels_check.observation.recording import entries, profiled
+from kernels_check.observation.restore import Snapshot
+from kernels_check.observation.spy import spied
+
+Instrument: TypeAlias = Literal["profile", "spy"]
+
+MOST_CALLS = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GradientSeen:
+    """What reached one trainable parameter over the watched steps."""
+
+    nonzero: bool
+    finite: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerSeen:
+    """One optimizer that stepped, as it stood after its last watched step."""
+
+    classes: tuple[str, ...]
+    """Qualified names of its class and every base class, the class first."""
+    learning_rates: tuple[float, ...]
+    parameters: frozenset[int]
+    """Identities of the parameters it updates."""
+    state_bytes: int
+    paged_bytes: int
+    """Bytes of the state tensors that really live in paged (managed) memory."""
+    claims_paged: bool
+    """The optimizer's own flag, which stays true where nothing is paged."""
+    fused_requested: bool | None
+    on_cpu: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observation:
+    """Everything seen over the watched calls of the step."""
+
+    profile: StepProfile
+    calls: int
+    optimizer_steps: int
+    optimizers: tuple[OptimizerSeen, ...]
+    gradients: Mapping[str, GradientSeen]
+    """Parameters that a gradient reached, by name."""
+    changed: frozenset[str]
+    """Trainable parameters that differ from before the first call."""
+    module_calls: Mapping[str, int]
+    """Calls of LoRA layers and of their parts in the profiled call; empty where the model is compiled."""
+    recomputed: frozenset[str]
+    """LoRA layers that were called inside the backward pass."""
+    modes: Mapping[str, bool]
+    """``training`` of every module while the step ran."""
+    drew_random: bool
+    padding: PaddingSeen | None = None
+    """Padding in the inputs of the hooked call; None where the model itself was not called with tokens."""
+    bare: bool = False
+    """Whether no hook was there in the call that counts, so that ``module_calls`` says nothing."""
+    compilations: Compilations = field(default_factory=Compilations)
+    """What torch.compile has on record after the last call."""
+
+
+@dataclass(slots=True)
+class _Watcher:
+    model: nn.Module
+    snapshot: Snapshot
+    names: dict[int, str]
+    optimizers: dict[int, Any] = field(default_factory=dict)
+    seen: dict[int, OptimizerSeen] = field(default_factory=dict)
+    steps: int = 0
+    gradients: dict[str, GradientSeen] = field(default_factory=dict)
+    calls: Counter[str] = field(default_factory=Counter)
+    recomputed: set[str] = field(default_factory=set)
+    modes: dict[str, bool] = field(default_factory=dict)
+    modes_noted: bool = False
+    bare: bool = False
+    inputs: list[dict[str, Any]] = field(default_factory=list)
+    """Token tensors of each call of the model; by reference, so that nothing is computed while it is watched."""
+
+    def before_update(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        """Global optimizer hook: the one moment at which gradients are complete and nothing has moved."""
+        self.snapshot.watch(optimizer)
+        self.optimizers[id(optimizer)] = optimizer
+        self.note_modes()
+        self.note_gradients()
+
+    def after_update(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        """Global optimizer hook: the optimizer's state exists from here on."""
+        self.seen[id(optimizer)] = _describe(optimizer)
+        self.steps += 1
+
+    def note_modes(self) -> None:
+        """Record the train/eval modes once a call."""
+        if not self.modes_noted:
+            self.modes_noted = True
+            self.modes = {name: module.training for name, module in self.model.named_modules()}
+
+    def note_gradients(self) -> None:
+        """Record which gradients are there, and whether they carry anything."""
+        for name, parameter in self.model.named_parameters():
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            before = self.gradients.get(name, GradientSeen(nonzero=False, finite=True))
+            self.gradients[name] = GradientSeen(
+                nonzero=before.nonzero or bool(torch.count_nonzero(gradient)),
+                finite=before.finite and bool(torch.isfinite(gradient).all()),
+            )
+
+    def forget(self) -> None:
+        """Drop everything but the copies of what the optimizers held at first: what follows is a bare call."""
+        self.bare = True
+        for noted in (self.optimizers, self.seen, self.gradients, self.calls, self.recomputed, self.modes):
+            noted.clear()
+        self.steps = 0
+
+    def note_inputs(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Forward hook of the model itself."""
+        named = dict(zip(("input_ids", "attention_mask"), args, strict=False)) | kwargs
+        self.inputs.append({key: named.get(key) for key in ("input_ids", "attention_mask")})
+
+    def note_call(self, module: nn.Module, inputs: Any) -> None:
+        """Forward hook of the adapter's modules."""
+        self.note_modes()
+        name = self.names[id(module)]
+        self.calls[name] += 1
+        if torch._C._current_graph_task_id() != -1:  # a forward call while the autograd engine is running
+            self.recomputed.add(name)
+
+
+def observe(
+    model: nn.Module, step: Callable[[], object], snapshot: Snapshot, instrument: Instrument = "profile"
+) -> Observation:
+    """Call ``step`` one to three times; the caller restores ``snapshot`` afterwards."""
+    watcher = _Watcher(model, snapshot, _adapter_modules(model))
+    handles = [
+        register_optimizer_step_pre_hook(watcher.before_update),
+        register_optimizer_step_post_hook(watcher.after_update),
+    ]
+    modules = dict(model.named_modules())
+    calls = 0
+
+    def call() -> None:
+        nonlocal calls
+        calls += 1
+        watcher.modes_noted = False
+        before = watcher.steps
+        step()
+        if watcher.steps == before:
+            watcher.note_modes()
+            watcher.note_gradients()
+
+    @contextmanager
+    def hooked() -> Iterator[None]:
+        watcher.calls.clear()
+        watcher.inputs.clear()
+        hooks = [modules[name].register_forward_pre_hook(watcher.note_call) for name in watcher.names.values()]
+        if model._compiled_call_impl is None:  # compiled in place, it would be compiled again together with the hook
+            hooks.append(model.register_forward_pre_hook(watcher.note_inputs, with_kwargs=True))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    try:
+        if instrument == "spy":
+            profile = _spied(call, hooked, watcher)
+        else:
+            call()
+            with hooked():
+                profile = profiled(call)
+            while watcher.steps < 2 and calls < MOST_CALLS:
+                call()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Observation(
+        profile=profile,
+        calls=calls,
+        optimizer_steps=watcher.steps,
+        optimizers=tuple(watcher.seen.values()),
+        gradients=watcher.gradients,
+        changed=snapshot.changed(),
+        module_calls=watcher.calls,
+        recomputed=frozenset(watcher.recomputed),
+        modes=watcher.modes,
+        drew_random=snapshot.random.advanced(),
+        padding=count_padding(model, watcher.inputs),
+        bare=watcher.bare,
+        compilations=compilations.read(),
+    )
+
+
+def _spied(
+    call: Callable[[], None], hooked: Callable[[], AbstractContextManager[None]], watcher: _Watcher
+) -> StepProfile:
+    with hooked(), spied() as spy:
+        call()
+    if spy.compiled_calls:
+        watcher.forget()
+        regions, lookups = entries(call)
+        return replace(spy.profile(watcher.model), compiled_regions=regions, compiler_lookups=lookups)
+    if not watcher.steps:
+        with hooked(), spied() as spy:
+            call()
+    elif any(not gradient.nonzero for gradient in watcher.gradients.values()):
+        call()
+    return spy.profile(watcher.model)
+
+
+def _adapter_modules(model: nn.Module) -> dict[int, str]:
+    """Names of the LoRA layers and their active parts, by identity."""
+    names: dict[int, str] = {}
+    for layer in lora_layers(model):
+        names[id(layer.module)] = layer.name
+        for name, part in layer.parts():
+            if isinstance(part, nn.Module):
+                names[id(part)] = name
+    return names
+
+
+def _describe(optimizer: Any) -> OptimizerSeen:
+    parameters = [value for group in optimizer.param_groups for value in group["params"]]
+    # Quantisation maps are shared between the states of many parameters: count each tensor once.
+    tensors = {id(value): value for state in optimizer.state.values() for value in _tensors(state)}.values()
+    size = {id(value): value.numel() * value.element_size() for value in tensors}
+    rates = []
+    for group in optimizer.param_groups:
+        with suppress(TypeError, ValueError):
+            rates.append(float(group.get("lr", 1.0)))
+    return OptimizerSeen(
+        classes=tuple(f"{kind.__module__}.{kind.__qualname__}" for kind in type(optimizer).__mro__),
+        learning_rates=tuple(rates),
+        parameters=frozenset(map(id, parameters)),
+        state_bytes=sum(size.values()),
+        paged_bytes=sum(size[id(value)] for value in tensors if getattr(value, "is_paged", False) is True),
+        claims_paged=bool(getattr(optimizer, "is_paged", False)),
+        fused_requested=optimizer.defaults.get("fused"),
+        on_cpu=all(value.device.type == "cpu" for value in parameters),
+    )
+
+
+def _tensors(state: Any) -> list[Tensor]:
+    values = state.values() if isinstance(state, dict) else ()
+    return [value for value in values if isinstance(value, Tensor)]

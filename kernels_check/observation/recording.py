@@ -1,0 +1,101 @@
+"""From the profiler's records of one step to the operators that the judges read.
+
+``profile.events()`` makes an object of some forty attributes of every record and links them all: for a small model
+that takes longer than the two steps that are watched. Fewer than a tenth of the records matter, so names come first.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch._C._autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from kernels_check.observation.events import Operator, StepProfile, compiler_entries, matters, summarise
+from kernels_check.observation.restore import synchronise
+
+
+def profiled(call: Callable[[], object]) -> StepProfile:
+    """Call under the profiler, with shapes, and on CUDA with kernels."""
+    activities = [ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(ProfilerActivity.CUDA)
+    synchronise()
+    with quiet_kineto(), profile(activities=activities, record_shapes=True) as recorded:
+        call()
+        synchronise()
+    operators, kernels = read(recorded)
+    return summarise(operators, kernels=kernels)
+
+
+def entries(call: Callable[[], object]) -> tuple[int, int]:
+    """Call and count the ``compiler_entries``, for a fraction of what a profile costs: names on the host alone."""
+    with quiet_kineto(), profile(activities=[ProfilerActivity.CPU]) as recorded:
+        call()
+    return compiler_entries(event.name() for event in _events(recorded))
+
+
+@contextmanager
+def quiet_kineto() -> Iterator[None]:
+    """Silence the two lines that Kineto writes to stderr per profile."""
+    before = os.environ.get("KINETO_LOG_LEVEL")
+    os.environ["KINETO_LOG_LEVEL"] = "99"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["KINETO_LOG_LEVEL"]
+        else:
+            os.environ["KINETO_LOG_LEVEL"] = before
+
+
+def read(recorded: profile) -> tuple[list[Operator], list[str]]:
+    """Operators that matter, in the order in which they began, and the names of all kernels."""
+    host, kernels = [], []
+    for event in _events(recorded):
+        if event.device_type() == DeviceType.CPU:
+            if matters(event.name()) and not _crosses_threads(event):
+                host.append(event)
+        elif event.device_type() == DeviceType.CUDA and not _is_mark(event):
+            kernels.append(event.name())
+    return list(_nested(host)), kernels
+
+
+def _events(recorded: profile) -> Iterable[Any]:
+    result: Any = getattr(recorded.profiler, "kineto_results", None)
+    return () if result is None else result.events()
+
+
+def _crosses_threads(event: Any) -> bool:
+    return bool(event.is_async()) or event.start_thread_id() != event.end_thread_id()
+
+
+def _is_mark(event: Any) -> bool:
+    """A user's annotation or a record of memory, neither of which is a launch."""
+    return bool(event.is_user_annotation() or event.is_hidden_event()) or event.name().startswith("[")
+
+
+def _nested(events: Iterable[Any]) -> Iterator[Operator]:
+    """Link each event to the innermost one of its thread that encloses it.
+
+    An operator written in Python is recorded by the dispatcher twice, one record inside the other: the outer is kept.
+    """
+    order = sorted(events, key=lambda event: (event.start_thread_id(), event.start_ns(), -event.end_ns()))
+    thread, callers = None, list[tuple[int, Operator]]()
+    for event in order:
+        if event.start_thread_id() != thread:
+            thread, callers = event.start_thread_id(), []
+        while callers and event.end_ns() > callers[-1][0]:
+            callers.pop()
+        parent = callers[-1][1] if callers else None
+        if parent is not None and parent.name == event.name():
+            continue
+        operator = Operator(event.name(), event.shapes(), event.dtypes(), event.concrete_inputs(), parent)
+        if parent is not None:
+            parent.children.append(operator)
+        callers.append((event.end_ns(), operator))
+        yield operator

@@ -1,0 +1,249 @@
+"""See the operators of one step without a profiler.
+
+Profiling a step costs several: the profiler starts up, traces, and hands over every event. A dispatch mode is called
+for each operator below autograd instead and keeps the few that a judge reads, in the form in which the profiler's are
+kept, so that both instruments are reduced and judged by the same code (``events``).
+
+What makes it see backward passes: the engine gives each of its threads the thread-local state of the caller, dispatch
+modes included (``at::ThreadLocalState``, member ``torch_dispatch_mode_state_``), so on CUDA, whose backward runs in
+threads of its own, the mode is active too. What it cannot see: kernels, code that torch.compile made, CUDA graphs, and
+libraries that call their kernels without an operator. ``blind`` lists the paths that are left to the profiler then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kernels_check.observation.events import BACKWARD_ROOT, OPTIMIZER_ROOT, UPDATES, Operator, StepProfile, summarise
+from kernels_check.rules import attention_backend
+
+_MATH = "aten::_scaled_dot_product_attention_math"
+_SCORES = frozenset({"aten::_softmax", "aten::_softmax_backward_data", "aten::add"})
+_FOURBIT = frozenset({"bitsandbytes::gemm_4bit", "bitsandbytes::gemv_4bit"})
+_KEYS = {"cpu": torch._C.DispatchKey.CPU, "cuda": torch._C.DispatchKey.CUDA}
+
+_OPERATOR_PATHS = (
+    *("attention.backend", "attention.dtype", "attention.mask", "base.compute_dtype", "base.gemm_path"),
+    *("optimizer.fused", "checkpointing"),
+)
+_COMPILED = "the step enters code of torch.compile, whose operators a dispatch mode does not see"
+
+
+class Spy(TorchDispatchMode):
+    """Keeps the operators that tell something; use ``spied``."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators: list[Operator] = []
+        self.compiled_calls = 0
+        self._enclosing: list[Operator] = []
+        """Attention functions and 4-bit products being executed, and the optimizer's step."""
+        self._cast: tuple[int, str] = (0, "")
+        """Address and former dtype of the last tensor made by a cast."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Note the operator where it matters and call it."""
+        kwargs = kwargs or {}
+        name = _name(func)
+        if name in _FOURBIT:
+            return self._look_inside(func, self._note(name, args), args, kwargs)
+        if name == "aten::_to_copy":
+            result = func(*args, **kwargs)
+            self._cast = (result.data_ptr() if result.dim() == 4 else 0, _dtype(args[0]))
+            return result
+        if name in _SCORES:
+            self._note_scores(name, args)
+        elif attention_backend(name) is not None:
+            self._note(name, _inputs(func, args, kwargs))
+        elif self._enclosing and (self._enclosing[-1].name in _FOURBIT or name.startswith(UPDATES)):
+            self._note(name, ())
+        return func(*args, **kwargs)
+
+    def attention_function(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap ``scaled_dot_product_attention``: math is no operator of its own, only the absence of a fused one."""
+
+        def scaled_dot_product_attention(
+            query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: Any = 0.0, is_causal: Any = False,
+            **options: Any,
+        ) -> Any:  # fmt: skip
+            inputs = (query, key, value, attn_mask, dropout_p, is_causal)
+            outer = self._note("aten::scaled_dot_product_attention", inputs)
+            first = len(self.operators)
+            self._enclosing.append(outer)
+            try:
+                return original(query, key, value, attn_mask, dropout_p, is_causal, **options)
+            finally:
+                self._enclosing.remove(outer)
+                inside = {attention_backend(operator.name) for operator in self.operators[first:]}
+                if inside <= {None, "math"}:
+                    outer.name = _MATH
+                    outer.input_dtypes[:3] = [_autocast(tensor) for tensor in (query, key, value)]
+
+        return scaled_dot_product_attention
+
+    def before_update(self, *_: Any) -> None:
+        """Optimizer hook: what follows belongs to the update."""
+        self._enclosing.append(Operator(OPTIMIZER_ROOT, parent=_surrounding(self._enclosing)))
+
+    def after_update(self, *_: Any) -> None:
+        """Optimizer hook."""
+        self._enclosing.pop()
+
+    def _note(self, name: str, inputs: Any) -> Operator:
+        parent = _surrounding(self._enclosing)
+        operator = Operator(name, parent=parent)
+        for value in inputs:
+            tensor = isinstance(value, Tensor)
+            operator.input_shapes.append(tuple(value.shape) if tensor else ())
+            operator.input_dtypes.append(_dtype(value))
+            operator.concrete_inputs.append(None if tensor else value)
+        if parent is not None:
+            parent.children.append(operator)
+        self.operators.append(operator)
+        return operator
+
+    def _note_scores(self, name: str, args: Any) -> None:
+        """Attention written out: a softmax over four dimensions, and the mask added before it."""
+        if not isinstance(args[0], Tensor) or args[0].dim() != 4:
+            return
+        if name == "aten::_softmax_backward_data":
+            node = torch._C._current_autograd_node()
+            if node is not None and attention_backend(node.name()) is not None:
+                self._note(node.name(), args)  # the softmax inside another implementation: its node is the trace
+                return
+        operator = self._note(name, args)
+        address, dtype = self._cast
+        if name == "aten::_softmax" and address == args[0].data_ptr():
+            operator.input_dtypes[0] = dtype  # softmax(dtype=...) casts its input first
+
+    def _look_inside(self, func: Any, product: Operator, args: Any, kwargs: Any) -> Any:
+        """Call the kernel with the mode still active; an ordinary call would hide what the kernel calls."""
+        key = _KEYS.get(args[0].device.type)
+        if key is None:
+            return func(*args, **kwargs)
+        self._enclosing.append(product)
+        try:
+            with self:
+                return func.redispatch(torch._C.DispatchKeySet(key), *args, **kwargs)
+        finally:
+            self._enclosing.remove(product)
+
+    def profile(self, model: nn.Module) -> StepProfile:
+        """Reduce what was seen as the profiler's events are."""
+        on_cuda = any(parameter.is_cuda for parameter in model.parameters())
+        seen = summarise(self.operators, on_cuda=on_cuda)
+        return replace(seen, blind=_blind(seen, on_cuda=on_cuda, compiled=self.compiled_calls > 0))
+
+
+@contextmanager
+def spied() -> Iterator[Spy]:
+    """Watch the operators of the block.
+
+    No compilation is started inside: a compiler that meets a dispatch mode would give up on that code for good. Code
+    that is compiled already may run, or run eagerly; either way its entry is counted.
+    """
+    spy = Spy()
+    functional = torch.nn.functional
+    original = functional.scaled_dot_product_attention
+    with ExitStack() as stack:
+        stack.enter_context(_compiler_held(spy))
+        for handle in (
+            register_optimizer_step_pre_hook(spy.before_update),
+            register_optimizer_step_post_hook(spy.after_update),
+        ):
+            stack.callback(handle.remove)
+        functional.scaled_dot_product_attention = spy.attention_function(original)
+        stack.callback(setattr, functional, "scaled_dot_product_attention", original)
+        stack.enter_context(spy)
+        yield spy
+
+
+@contextmanager
+def _compiler_held(spy: Spy) -> Iterator[None]:
+    """Count entries into compiled callables and start no compilation."""
+    frames: Any = import_module("torch._dynamo.eval_frame")  # any dispatch mode loads it at its first operator
+    original = frames._callback_from_stance
+
+    def counted(callback: Any) -> Any:
+        spy.compiled_calls += callable(callback)
+        return original(callback)
+
+    frames._callback_from_stance = counted
+    try:
+        with torch.compiler.set_stance("eager_on_recompile"):
+            yield
+    finally:
+        frames._callback_from_stance = original
+
+
+def _blind(seen: StepProfile, *, on_cuda: bool, compiled: bool) -> dict[str, str]:
+    """Paths that a profile could judge in this step and these operators cannot, with the reason."""
+    if compiled:
+        paths = dict.fromkeys(_OPERATOR_PATHS, _COMPILED)
+        return paths | ({"tf32": "only kernels tell"} if on_cuda else {})
+    blind: dict[str, str] = {}
+    if not on_cuda:
+        return blind
+    blind["tf32"] = "only kernels tell"
+    if not any(call.direction == "forward" for call in seen.attention):
+        reason = "no attention operator was called: a CUDA graph or a library without operators, only kernels tell"
+        blind |= dict.fromkeys(("attention.backend", "attention.dtype", "attention.mask", "checkpointing"), reason)
+    if not seen.optimizer_ops:
+        blind["optimizer.fused"] = "no update operator was called, only kernels tell"
+    if any(call.path == "unknown" for call in seen.fourbit):
+        blind["base.gemm_path"] = "the inside of a 4-bit product was not seen, only kernels tell"
+    return blind
+
+
+def _surrounding(enclosing: list[Operator]) -> Operator | None:
+    """The innermost known caller, with the backward pass between where it began before that."""
+    inner = enclosing[-1] if enclosing else None
+    if torch._C._current_graph_task_id() == -1:
+        return inner
+    caller = inner
+    while caller is not None and caller.name != BACKWARD_ROOT:
+        caller = caller.parent
+    return inner if caller is not None else Operator(BACKWARD_ROOT, parent=inner)
+
+
+def _inputs(func: Any, args: Any, kwargs: Any) -> list[Any]:
+    """The arguments in the order of the schema, which a dispatch mode is given without trailing defaults."""
+    schema = getattr(func, "_schema", None)
+    if schema is None:
+        return list(args)
+    rest = schema.arguments[len(args) :]
+    return [*args, *(kwargs.get(argument.name, argument.default_value) for argument in rest)]
+
+
+_NAMES: dict[Any, str] = {}
+
+
+def _name(func: Any) -> str:
+    name = _NAMES.get(func)
+    if name is None:
+        schema = getattr(func, "_schema", None)
+        name = _NAMES[func] = schema.name if schema is not None else str(func.name())
+    return name
+
+
+def _dtype(value: Any) -> str:
+    return str(value.dtype).removeprefix("torch.") if isinstance(value, Tensor) else ""
+
+
+def _autocast(tensor: Tensor) -> str:
+    """The dtype that autocast gives to an input of attention."""
+    kind = tensor.device.type
+    if torch.is_autocast_enabled(kind) and tensor.dtype in (torch.float32, torch.bfloat16, torch.float16):
+        return str(torch.get_autocast_dtype(kind)).removeprefix("torch.")
+    return _dtype(tensor)

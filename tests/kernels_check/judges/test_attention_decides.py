@@ -1,0 +1,235 @@
+"""Every comparison of what is judged of attention decides something."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from kernels_check.judges import attention
+from kernels_check.judges.batch import probe_isolation
+from kernels_check.observation.events import AttentionCall
+
+BARE = torch.nn.Identity()
+FLASH = AttentionCall(
+    op="aten::_scaled_dot_product_flash_attention",
+    backend="flash",
+    direction="forward",
+    dtype="bfloat16",
+    mask=False,
+    causal=True,
+    dropout=0.0,
+    grouped=False,
+    head_size=64,
+)
+ON_CPU = dataclasses.replace(FLASH, op="aten::_scaled_dot_product_flash_attention_for_cpu")
+MATH = dataclasses.replace(FLASH, op="aten::_scaled_dot_product_attention_math", backend="math")
+
+
+@pytest.fixture
+def instrument():
+    """Evidence is constructed here: nothing is watched."""
+    return "profile"
+
+
+def model(**config):
+    """Something with a configuration."""
+    bare = torch.nn.Identity()
+    bare.config = SimpleNamespace(**config)
+    return bare
+
+
+@pytest.fixture
+def backend(seen):
+    """Judge the backend of some calls."""
+
+    def judge(required, *calls, of=BARE):
+        return attention.judge_backend(of, seen(*calls), required).against("attention.backend", required)
+
+    return judge
+
+
+def but(call, **changes):
+    return dataclasses.replace(call, **changes)
+
+
+def test_layers_are_those_with_softmax_attention():
+    """Linear attention calls no attention operator; without a configuration the number is unknown."""
+    mixed = model(layer_types=["full_attention", "linear_attention", "sliding_attention"], num_hidden_layers=3)
+    assert attention.attention_layers(mixed) == 2
+    assert attention.attention_layers(model(num_hidden_layers=5)) == 5
+    assert attention.attention_layers(BARE) is None
+
+
+def test_a_backend_is_judged_without_a_known_number_of_layers(backend):
+    """Then every call counts, and the reason says that the number is unknown."""
+    check = backend("flash", FLASH, FLASH, FLASH)
+    assert check.met
+    assert check.reason.startswith("forward: 3 flash; backward: none; unknown number of attention layers")
+    assert not backend("flash", FLASH, MATH).met
+
+
+def test_calls_must_be_a_multiple_of_the_layers(backend):
+    """Three calls cannot be those of two layers, four are two micro-batches; a configuration of none is no division."""
+    two = model(num_hidden_layers=2)
+    assert backend("flash", *[FLASH] * 4, of=two).met
+    check = backend("flash", *[FLASH] * 3, of=two)
+    assert check.status == "fallback"
+    assert "3 calls cannot come from 2 layers" in check.reason
+    assert backend("flash", FLASH, of=model(num_hidden_layers=0)).met
+
+
+def test_recomputed_calls_alone_prove_no_forward_pass(backend):
+    """Nor do they count twice beside the first."""
+    again = but(FLASH, recomputed=True)
+    two = model(num_hidden_layers=2)
+    assert not backend("flash", again, again, of=two).met
+    assert backend("flash", FLASH, FLASH, again, again, of=two).met
+    assert not backend("flash", FLASH, again, of=two).met
+
+
+def test_without_forward_calls_the_backend_is_absent(backend):
+    """A backward pass alone has none."""
+    check = backend("flash", but(FLASH, direction="backward"))
+    assert check.status == "absent"
+    assert check.reason.startswith("forward: none; backward: 1 flash")
+
+
+def test_nothing_required_is_no_fallback(backend):
+    """The cause of what nobody asked for is not looked for."""
+    check = backend(None, MATH)
+    assert check.status == "active"
+    assert "likely cause" not in check.reason
+    assert "cannot come from" not in check.reason
+
+
+def test_what_cuda_would_do_is_said_of_the_cpus_flash_only(backend):
+    """A mask, or heads above 256, and only where they are."""
+    plain = backend("flash", ON_CPU).reason
+    assert "CUDA" not in plain
+    assert "refuse the explicit mask" in backend("flash", but(ON_CPU, mask=True)).reason
+    assert "refuse the explicit mask" not in backend("flash", but(FLASH, mask=True)).reason
+    assert "head size 257" in backend("flash", but(ON_CPU, head_size=257)).reason
+    assert "head size" not in backend("flash", but(ON_CPU, head_size=256)).reason
+    assert "head size" not in backend("flash", but(FLASH, head_size=257)).reason
+    assert "head size" not in backend("flash", but(ON_CPU, head_size=None)).reason
+
+
+def test_layers_that_went_astray_are_named_by_the_order_of_their_calls(backend):
+    """Unless the order is not known, because some were written out or the number of layers is unknown."""
+    two = model(num_hidden_layers=2)
+    assert "not as required in layers 1;" in backend("flash", FLASH, MATH, FLASH, MATH, of=two).reason
+    assert "not as required" not in backend("flash", FLASH, MATH).reason
+    eager = but(MATH, op="aten::softmax", backend="eager")
+    assert "not as required" not in backend("flash", FLASH, eager, of=two).reason
+    assert "not as required in layers 0, 1;" in backend("flash", eager, eager, of=two).reason
+
+
+@pytest.mark.parametrize(
+    ("call", "words", "absent"),
+    [
+        (but(MATH, dtype="float64"), "float64", "look for"),
+        (but(MATH, dropout=0.1), "attention dropout is on", "look for"),
+        (but(MATH, mask=True), "an explicit mask", "look for"),
+        (but(MATH, head_size=257), "head size above 256", "look for"),
+        (but(MATH, head_size=256), "look for", "head size above"),
+        (but(MATH, head_size=None), "look for", "head size above"),
+        (but(MATH, dtype="float32"), "look for", "dtype float32"),
+        (but(MATH, backend="eager"), "load it with 'sdpa'", "look for"),
+    ],
+)
+def test_the_cause_is_what_the_inputs_show(backend, call, words, absent):
+    """On a CPU, where float32 is no cause."""
+    reason = backend("flash", call).reason
+    assert words in reason
+    assert absent not in reason
+
+
+def test_float32_is_a_cause_on_cuda(backend, monkeypatch):
+    """With or without grouped heads; bfloat16 is none."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert "dtype float32 (CUDA's flash and cuDNN refuse it)" in backend("flash", but(MATH, dtype="float32")).reason
+    assert "grouped" in backend("flash", but(MATH, dtype="float32", grouped=True)).reason
+    assert "dtype float32" not in backend("flash", MATH).reason
+
+
+def test_a_mix_with_eager_is_not_put_down_to_the_model(backend):
+    """Only where all is eager was the model built so."""
+    assert "built with" not in backend("flash", MATH, but(MATH, backend="eager")).reason
+
+
+def test_the_dtype_is_that_of_forward_calls_that_tell_it(seen):
+    """Backward calls, and calls without a dtype, prove nothing."""
+    judged = attention.judge_dtype(seen(but(FLASH, direction="backward"), but(FLASH, dtype=None)))
+    assert judged.status == "unknown"
+    assert attention.judge_dtype(seen(FLASH, but(FLASH, direction="backward", dtype="float32"))).observed == "bfloat16"
+
+
+def test_float32_inputs_are_warned_of(seen):
+    """Math is what remains only for grouped heads without a mask, which memory-efficient would have taken."""
+    assert "float32" not in attention.judge_dtype(seen(FLASH)).reason
+    single = but(FLASH, dtype="float32")
+    assert "CUDA refuse float32; where" in attention.judge_dtype(seen(single)).reason
+    assert "math would run" in attention.judge_dtype(seen(but(single, grouped=True))).reason
+    assert "math would run" not in attention.judge_dtype(seen(but(single, grouped=True, mask=True))).reason
+
+
+@pytest.mark.parametrize(
+    ("mask", "causal", "observed", "status"),
+    [
+        (True, False, "explicit", None),
+        (False, True, "causal", None),
+        (False, False, "none", None),
+        (None, True, "causal", None),
+        (None, False, "unknown", "unknown"),
+        (False, None, "unknown", "unknown"),
+    ],
+)
+def test_the_mask_is_what_the_operator_was_given(seen, mask, causal, observed, status):
+    """What it does not tell is unknown."""
+    judged = attention.judge_mask(seen(but(FLASH, mask=mask, causal=causal), but(FLASH, direction="backward")))
+    assert (judged.observed, judged.status) == (observed, status)
+    assert ("pass no attention_mask" in judged.reason) is (observed == "explicit")
+
+
+def test_no_forward_call_has_no_mask(seen):
+    """Unknown, with or without a backward one."""
+    assert attention.judge_mask(seen()).status == "unknown"
+    assert attention.judge_mask(seen(but(FLASH, direction="backward"))).status == "unknown"
+
+
+def test_a_refusal_of_cuda_is_said_of_the_cpu_only(seen):
+    """Elsewhere the mask was really taken."""
+    assert "CUDA's would refuse" in attention.judge_mask(seen(but(ON_CPU, mask=True))).reason
+    assert "CUDA's would refuse" not in attention.judge_mask(seen(but(FLASH, mask=True))).reason
+    assert "CUDA's would refuse" not in attention.judge_mask(seen(ON_CPU)).reason
+
+
+def test_kernels_alone_must_all_be_accepted(seen):
+    """One of two backends is not the required one; any fused one is fused; others are not attention."""
+
+    def judge(required, **kernels):
+        named = {name.replace("_", "-"): count for name, count in kernels.items()}
+        return attention.judge_backend(BARE, seen(kernels=named), required).against("attention.backend", required)
+
+    assert judge("flash", ATT_SDPA_FLASH=2, GEMM_BF16=1).met
+    assert not judge("flash", ATT_SDPA_FLASH=2, ATT_CUDNN=1).met
+    assert judge("fused", ATT_SDPA_FLASH=2, ATT_CUDNN=1).met
+    assert not judge("fused", ATT_FLEX=2).met
+    assert judge("flash", GEMM_BF16=1).status == "unknown"
+
+
+def test_a_row_of_one_record_is_watched_and_not_perturbed(training):
+    """A record that leaks into another row is found there."""
+    run = training()
+    positions = torch.stack([torch.tensor([*range(6), *range(10)]), torch.arange(16)])
+    batch = {**run.inputs, "position_ids": positions, "use_cache": False}
+    assert probe_isolation(run.model, batch).met
+
+    def leak(module, inputs, output):
+        return torch.stack([output[0], output[0] + output[1]])
+
+    run.model.get_input_embeddings().register_forward_hook(leak)
+    check = probe_isolation(run.model, batch)
+    assert check.status == "fallback"
+    assert "changing the first record" in check.reason

@@ -1,0 +1,190 @@
+"""Every comparison of what is judged of the base, and of the checks themselves, decides something."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from kernels_check.check import listed, validate
+from kernels_check.judges import base_layers
+from kernels_check.observation.adapter_layers import lora_layers
+from kernels_check.observation.events import FourbitCall
+
+
+@pytest.fixture
+def instrument():
+    """Evidence is constructed here: nothing is watched."""
+    return "profile"
+
+
+def test_the_operators_overrule_the_layers_on_the_compute_dtype(seen, training):
+    """What ran counts, where it is 4-bit and known; agreement changes nothing."""
+    run = training()
+
+    def judge(of, dtype, required="bfloat16"):
+        call = FourbitCall(op="bitsandbytes::gemm_4bit", path="dequantize", dtype=dtype)
+        judged = base_layers.judge_compute_dtype(of, seen(fourbit=(call,)), required)
+        return judged.against("base.compute_dtype", required)
+
+    assert judge(run.model, "bfloat16").met
+    overruled = judge(run.model, "float32")
+    assert (overruled.status, overruled.observed) == ("fallback", "float32")
+    assert "layers claim bfloat16" in overruled.reason
+    assert "layers claim" not in judge(run.model, None).reason
+    mixed = training(unquantised=("lm_head", "layers.1.self_attn.v_proj"))
+    assert "layers claim" not in judge(mixed.model, "float32").reason
+
+
+def test_a_four_bit_layer_is_held_to_its_own_size(training):
+    """A state of another layer, and scales that do not fit, prove nothing."""
+    layer = lora_layers(training().model)[0].base
+    layer.out_features *= 2
+    assert "quant_state describes" in base_layers.storage(layer).problem
+    layer = lora_layers(training(double=False).model)[0].base
+    state = layer.weight.quant_state
+    state.absmax = state.absmax[:-1]
+    assert "bytes of float32 scales" in base_layers.storage(layer).problem
+    nested = lora_layers(training().model)[0].base
+    nested.weight.quant_state.absmax = nested.weight.quant_state.absmax.view(torch.int8)
+    assert "bytes of int8 scales" in base_layers.storage(nested).problem
+
+
+def test_a_state_kept_by_the_layer_counts(training):
+    """bitsandbytes moves it there when a parameter is recreated; without any the weight is not quantised."""
+    layer = lora_layers(training().model)[0].base
+    layer.quant_state, layer.weight.quant_state = layer.weight.quant_state, None
+    assert base_layers.storage(layer).bits == 4
+    layer.quant_state = None
+    assert "not quantised" in base_layers.storage(layer).problem
+
+
+@pytest.mark.parametrize("holder", ["weight", "layer"])
+def test_scales_are_hashed_wherever_their_state_is_kept(training, holder):
+    """On the parameter or on its layer."""
+    run = training()
+    layer = lora_layers(run.model)[0]
+    other = layer.base if holder == "weight" else layer.base.weight
+    other.quant_state = None
+    assert f"{layer.name}.base_layer.absmax" in base_layers.digest(run.model).tensors
+
+
+def test_int8_scales_are_hashed_before_and_after_they_move():
+    """The first forward moves them from the weight to the state of its layer."""
+    import bitsandbytes as bnb
+
+    layer = bnb.nn.Linear8bitLt(64, 64, bias=False, has_fp16_weights=False)
+    layer.weight = bnb.nn.Int8Params(torch.randn(64, 64), requires_grad=False, has_fp16_weights=False)
+    holder = torch.nn.Sequential(layer.to("cpu"))
+    before = base_layers.digest(holder).tensors
+    holder(torch.randn(2, 64))
+    assert layer.state.SCB is not None
+    assert before["0.SCB"] == base_layers.digest(holder).tensors["0.SCB"]
+
+
+def test_int8_needs_the_state_of_its_class():
+    """A float layer that has a state is a float layer."""
+    layer = torch.nn.Linear(4, 4)
+    layer.state = object()
+    assert base_layers.storage(layer).bits == 32
+
+
+def test_the_origin_is_noted_only_where_it_differs(seen, training):
+    """A base that was loaded in its compute dtype needs no remedy, nor does one that is as required."""
+    judged = base_layers.judge_compute_dtype(training().model, seen(), "bfloat16")
+    assert "dequantises" not in judged.reason
+    assert "remedy" not in judged.reason
+    assert "remedy" in base_layers.judge_compute_dtype(training().model, seen(), "float32").reason
+    assert "remedy" not in base_layers.judge_bits(training(unquantised=("lm_head", "q_proj")).model, None).reason
+
+
+def test_a_digest_samples_pages_of_large_tensors_only(training, monkeypatch):
+    """Tensors of a page or less are hashed whole, and so is everything within the limit."""
+    run = training(quant=None, dtype="float32")
+    whole = base_layers.digest(run.model)
+    assert whole.hashed_bytes == whole.total_bytes
+    monkeypatch.setattr(base_layers, "HASHED_BYTES", whole.total_bytes // 3)
+    sampled = base_layers.digest(run.model)
+    small = [name for name, value in run.model.named_parameters() if name.endswith("norm.weight")]
+    assert all(sampled.tensors[name] == whole.tensors[name] for name in small)
+    assert sampled.hashed_bytes < whole.total_bytes / 2
+    assert any(name.endswith("absmax") for name in base_layers.digest(training().model).tensors)
+    assert not any("lora_" in name for name in whole.tensors)
+
+
+def test_nothing_is_left_out_of_a_small_base():
+    """Not even what is over after the last whole page."""
+    digest = base_layers.digest(torch.nn.Linear(33, 33))
+    assert digest.hashed_bytes == digest.total_bytes == 4 * 33 * 34
+
+
+def test_a_tensor_that_comes_or_goes_has_changed():
+    """Only a change of dtype is no training."""
+
+    def digest(**tensors):
+        return base_layers.Digest(tensors=tensors, hashed_bytes=1, total_bytes=1, packed=False)
+
+    compare = base_layers._compare
+    assert compare(digest(a=("float32", "1")), digest(a=("float32", "1"))) == ([], [])
+    assert compare(digest(a=("float32", "1")), digest(a=("float32", "2"))) == (["a"], [])
+    assert compare(digest(a=("float32", "1")), digest(a=("bfloat16", "2"))) == ([], ["a"])
+    assert compare(digest(), digest(a=("float32", "1"))) == (["a"], [])
+    assert compare(digest(a=("float32", "1")), digest()) == (["a"], [])
+
+
+def test_bytes_that_changed_without_repacking_are_no_excuse(seen, training):
+    """And repacking without a change of bytes is none either."""
+    run = training()
+    before = base_layers.digest(run.model)
+    name = next(iter(before.tensors))
+    changed = dataclasses.replace(before, tensors={**before.tensors, name: (before.tensors[name][0], "other")})
+    packed = dataclasses.replace(changed, packed=True)
+    assert base_layers.judge_frozen(run.model, seen(), before, changed).observed is False
+    assert base_layers.judge_frozen(run.model, seen(), before, packed).status == "unknown"
+    same = dataclasses.replace(before, packed=True)
+    assert base_layers.judge_frozen(run.model, seen(), before, same).observed is True
+    sampled = dataclasses.replace(before, hashed_bytes=before.total_bytes - 1)
+    assert "an even sample" in base_layers.judge_frozen(run.model, seen(), before, sampled).reason
+    assert "sha256 over all" in base_layers.judge_frozen(run.model, seen(), before, before).reason
+
+
+def test_an_unknown_four_bit_path_is_unknown(seen, training):
+    """So are 4-bit weights of which no product was seen; a float base has none."""
+
+    def judge(of, *paths):
+        calls = tuple(FourbitCall(op="bitsandbytes::gemm_4bit", path=path, dtype=None) for path in paths)
+        return base_layers.judge_gemm_path(of, seen(fourbit=calls)).against("base.gemm_path", "dequantize").status
+
+    run = training()
+    assert judge(run.model, "dequantize") == "active"
+    assert judge(run.model, "dequantize", "unknown") == "unknown"
+    assert judge(run.model) == "unknown"
+    assert judge(training(quant=None).model) == "not_applicable"
+
+
+def test_several_values_are_told_apart_from_one(training):
+    """And a layer that cannot be read is named by its problem, beside those that differ."""
+    run = training(unquantised=("lm_head", "layers.1.self_attn.v_proj"))
+    assert base_layers.judge_bits(run.model, 4).observed == "16+4"
+    first = lora_layers(run.model)[0].base
+    first.weight.quant_state = None
+    first.quant_state = None
+    check = base_layers.judge_bits(run.model, 4).against("base.bits", 4)
+    assert check.status == "fallback"
+    assert "cannot tell for" in check.reason
+    assert "not quantised" in check.reason
+    second = training()
+    lora_layers(second.model)[0].base.weight.quant_state = None
+    lora_layers(second.model)[0].base.quant_state = None
+    assert base_layers.judge_bits(second.model, 4).against("base.bits", 4).status == "unknown"
+
+
+def test_as_many_names_as_are_shown_are_all():
+    """Nothing is counted then, and one more is one more."""
+    assert listed("abcd") == "a, b, c, d"
+    assert listed("abcde") == "a, b, c, d and 1 more"
+
+
+@pytest.mark.parametrize("share", [0.0, 0, 1.0, 1])
+def test_a_share_may_be_nothing_or_all(share):
+    """Both ends belong to the range."""
+    validate({"optimizer.paged_share": share}, has_batch=False)

@@ -1,0 +1,159 @@
+"""verify() end to end: what is right is active, all of it, and nothing else is."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import kernels_check
+from kernels_check.check import REQUIREMENTS
+
+COMMON = {
+    "attention.backend": "flash",
+    "attention.mask": "causal",
+    "base.frozen": True,
+    "lora.attached": True,
+    "lora.learning": True,
+    "lora.dtype": "float32",
+    "lora.dropout": 0.05,
+    "optimizer.class": "torch.optim.AdamW",
+    "optimizer.fused": True,
+    "optimizer.paged_share": 0.0,
+    "checkpointing": False,
+    "compile": False,
+    "mode": "train",
+} | ({} if torch.cuda.is_available() else {"tf32": False})  # a step on the CPU says nothing of it beside a device
+STORED = {
+    "nf4": {
+        **{"attention.dtype": "bfloat16", "base.bits": 4, "base.quant_type": "nf4", "base.double_quant": True},
+        **{"base.compute_dtype": "bfloat16", "base.gemm_path": "dequantize"},
+    },
+    "bfloat16": {
+        **{"attention.dtype": "bfloat16", "base.bits": 16, "base.quant_type": "none", "base.double_quant": False},
+        "base.compute_dtype": "bfloat16",
+    },
+    "float32": {
+        **{"attention.dtype": "float32", "base.bits": 32, "base.quant_type": "none", "base.double_quant": False},
+        "base.compute_dtype": "float32",
+    },
+}
+
+
+@pytest.mark.parametrize("base", STORED)
+def test_a_sound_configuration_is_active_throughout(training, base):
+    """Every requirement of a correct run is met, with a reason."""
+    run = training(
+        quant="nf4" if base == "nf4" else None,
+        dtype="float32" if base == "float32" else "bfloat16",
+        targets="all-linear",
+        make_optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, fused=True),
+    )
+    requirements = {**COMMON, **STORED[base]}
+    checks = run.verify(requirements)
+    asked = [check for check in checks if check.required is not None]
+    assert [(check.path, check.reason) for check in asked if not check.met] == []
+    assert {check.path for check in asked} == set(requirements)
+    assert all(check.reason for check in checks)
+
+
+def test_paths_nobody_asked_for_are_reported(training):
+    """Without requirements every path but the probe is there, in order, and none is a failure."""
+    run = training()
+    checks = run.verify({})
+    assert [check.path for check in checks] == [path for path in REQUIREMENTS if path != "packing.isolated"]
+    assert {check.required for check in checks} == {None}
+    assert {check.status for check in checks} == {"active", "not_applicable"}
+
+
+def test_a_batch_adds_the_isolation_check(training):
+    """The probe's verdict stands among the others, in the contract's order."""
+    run = training()
+    batch = {**run.inputs, "position_ids": torch.arange(8).repeat(2, 2), "use_cache": False}
+    checks = run.verify({"packing.isolated": True}, batch=batch)
+    if run.instrument == "spy":  # which leaves the probe's forwards to the profile
+        assert [check.path for check in checks] == [path for path in REQUIREMENTS if path != "packing.isolated"]
+        return
+    assert [check.path for check in checks] == list(REQUIREMENTS)
+    assert next(check for check in checks if check.path == "packing.isolated").met
+
+
+@pytest.mark.parametrize("requirements", [{"attention.speed": "fast"}, {"base.bits": "4"}, {"packing.isolated": True}])
+def test_bad_requirements_are_refused_before_anything_runs(requirements):
+    """The step is not called, so nothing is spent or changed."""
+    with pytest.raises(ValueError, match=next(iter(requirements))):
+        kernels_check.verify(torch.nn.Linear(2, 2), pytest.fail, requirements)
+
+
+def test_a_judgement_that_raises_is_unknown(training, monkeypatch):
+    """An exception never passes, and spoils only its own path."""
+
+    def explode(seen):
+        raise KeyError("lost")
+
+    monkeypatch.setattr("kernels_check.judges.attention.judge_dtype", explode)
+    run = training()
+    requirements = {"attention.dtype": "bfloat16", "mode": "train"}
+    checks = {check.path: check for check in run.verify(requirements)}
+    assert checks["attention.dtype"].status == "unknown"
+    assert "KeyError: 'lost'" in checks["attention.dtype"].reason
+    assert checks["mode"].met
+
+
+def test_at_most_three_steps_are_taken(training):
+    """Two steps where the optimizer steps each time; a third of the profile where it never does; none beyond."""
+    run = training()
+    run.verify({})
+    assert len(run.losses) == 2
+    run = training()
+    run.optimizer.step = lambda: None
+    check = run.check("lora.learning", True)
+    assert len(run.losses) == (3 if run.instrument == "profile" else 2)
+    assert not check.met
+
+
+def test_a_model_without_adapter_is_absent_not_active():
+    """Nothing about an adapter or its base passes where there is no adapter."""
+    model = torch.nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def step():
+        optimizer.zero_grad()
+        model(torch.ones(2, 4)).sum().backward()
+        optimizer.step()
+
+    requirements = {"lora.attached": True, "lora.learning": True, "lora.dropout": 0.1, "base.bits": 4}
+    checks = {check.path: check for check in kernels_check.verify(model, step, requirements)}
+    assert {checks[path].status for path in requirements} == {"absent"}
+    assert checks["attention.backend"].status == "unknown"
+
+
+def test_importing_the_package_loads_no_torch():
+    """`import kernels_check` and its requirement table are cheap, and need nothing of harness."""
+    code = (
+        "import sys, kernels_check; kernels_check.REQUIREMENTS; kernels_check.classify('x');"
+        "print([m for m in ('torch', 'numpy', 'harness') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_the_package_stands_alone():
+    """No module of it imports the harness."""
+    sources = Path(kernels_check.__file__).parent.rglob("*.py")
+    assert [
+        source.name for source in sources if re.search(r"^\s*(from|import) harness", source.read_text(), re.M)
+    ] == []
+
+
+def test_the_profile_writes_nothing_to_stderr(training, capfd, monkeypatch):
+    """Kineto's own lines are silenced and its variable is left as found."""
+    monkeypatch.delenv("KINETO_LOG_LEVEL", raising=False)
+    run = training()
+    capfd.readouterr()
+    run.verify({})
+    assert "USDT" not in capfd.readouterr().err
+    assert "KINETO_LOG_LEVEL" not in os.environ

@@ -1,0 +1,401 @@
+"""A recording is judged by what ran in it: every time counted once, every name kept."""
+
+import gzip
+import json
+import random
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels_check import KernelSummary, read_trace
+from kernels_check.rules import CATEGORIES, classify
+
+NAMES = json.loads((Path(__file__).parents[1] / "trace_names.json").read_text())
+KERNELS = [(name, rule) for rule, names in NAMES["kernels"].items() for name in names]
+FLASH = NAMES["kernels"]["ATT-SDPA-FLASH"][0]
+SOFTMAX = NAMES["kernels"]["ATT-SOFTMAX"][0]
+NF4, DOUBLE, FUSED = (NAMES["kernels"][rule][0] for rule in ("BNB-DEQ-NF4", "BNB-DEQ-8BIT", "BNB-GEMM4"))
+GEMM = NAMES["kernels"]["GEMM-BF16"][0]
+ADD = NAMES["kernels"]["ATEN"][1]
+
+
+def kernel(name, ts, dur, *, stream=7, device=0, cat="kernel", **arguments):
+    arguments = {"device": device, "stream": stream} | arguments
+    return {"ph": "X", "cat": cat, "name": name, "pid": device, "tid": stream, "ts": ts, "dur": dur, "args": arguments}
+
+
+def host(cat, name, ts, dur, *, tid=1, **arguments):
+    return {"ph": "X", "cat": cat, "name": name, "pid": 99, "tid": tid, "ts": ts, "dur": dur, "args": arguments}
+
+
+@pytest.fixture
+def judge(tmp_path):
+    def judged(events):
+        path = tmp_path / "trace.json"
+        path.write_text(json.dumps({"schemaVersion": 1, "traceEvents": events, "traceName": "t"}))
+        return read_trace(path)
+
+    return judged
+
+
+@pytest.mark.parametrize(("name", "rule"), KERNELS, ids=lambda value: value[:40])
+def test_each_known_kernel_counts_for_its_rule(judge, name, rule):
+    """Its category has all the time, its backend or 4-bit path all the calls, and nothing is unclassified."""
+    summary = judge([kernel(name, 10, 5), kernel(name, 20, 5)])
+    found = classify(name)
+    assert found is not None
+    assert found.name == rule
+    assert summary.categories == dict.fromkeys(CATEGORIES, 0.0) | {found.category_of(name): 1.0}
+    assert {backend: use.calls for backend, use in summary.attention.backends.items()} == (
+        {found.backend: 2} if found.backend else {}
+    )
+    assert {path: use.calls for path, use in summary.fourbit.paths.items()} == ({found.path: 2} if found.path else {})
+    assert summary.unclassified.names == ()
+    assert summary.unclassified.time_share == 0.0
+
+
+def test_what_a_step_spent_its_time_on(judge):
+    """Shares and milliseconds by category, attention and 4-bit paths with what their names prove."""
+    summary = judge([
+        kernel(NF4, 0, 100), kernel(DOUBLE, 100, 20), kernel(GEMM, 120, 480), kernel(FLASH, 600, 200),
+        kernel(ADD, 800, 100), kernel("Memcpy DtoH (Device -> Pinned)", 900, 50, cat="gpu_memcpy"),
+        kernel("Memset (Device)", 950, 10, cat="gpu_memset"), kernel("renamed_kernel", 960, 40),
+    ])  # fmt: skip
+    assert summary.time_ms == pytest.approx(1.0)
+    assert summary.calls == 8
+    shares = {"dequantize": 0.12, "matmul": 0.48, "attention": 0.2, "elementwise": 0.1, "copy": 0.06, "other": 0.04}
+    assert summary.categories == pytest.approx(dict.fromkeys(CATEGORIES, 0.0) | shares)
+    assert summary.category_time_ms["matmul"] == pytest.approx(0.48)
+    assert summary.busy_share == pytest.approx(1.0)
+    flash = summary.attention.backends["flash"]
+    assert (flash.calls, flash.forward_calls, flash.backward_calls) == (1, 1, 0)
+    assert (flash.dtypes, flash.causal_calls, flash.not_causal_calls) == ({"bfloat16": 1}, 1, 0)
+    assert flash.time_share == pytest.approx(0.2)
+    assert flash.kernels == {FLASH: 1}
+    assert list(summary.fourbit.paths) == ["dequantize", "dequantize_8bit"]
+    assert summary.fourbit.quant_types["nf4"].calls == 1
+    assert summary.fourbit.dtypes == {"bfloat16": 1}
+    assert summary.matmul_dtypes["bfloat16"].time_share == pytest.approx(0.48)
+    assert summary.unclassified.names == ("renamed_kernel",)
+    assert summary.unclassified.time_share == pytest.approx(0.04)
+    assert summary.notices == ()
+
+
+def test_unclassified_names_come_largest_first(judge):
+    """What costs most is seen first, and none is left out."""
+    summary = judge([kernel("small", 0, 1), kernel("large", 1, 6), kernel("middle", 7, 2), kernel("middle", 9, 1)])
+    assert summary.unclassified.names == ("large", "middle", "small")
+    assert summary.unclassified.time_share == 1.0
+    assert summary.categories["other"] == 1.0
+    assert summary.unclassified.kernels["middle"].calls == 2
+
+
+def test_a_fused_product_is_another_path_than_dequantizing(judge):
+    """The operator has the same name for both; the kernels tell them apart."""
+    summary = judge([kernel(FUSED, 0, 3), kernel(NF4, 3, 1)])
+    assert {path: use.time_share for path, use in summary.fourbit.paths.items()} == {"fused": 0.75, "dequantize": 0.25}
+    assert summary.categories["matmul"] == 0.75
+
+
+@pytest.mark.parametrize(
+    ("operators", "backend"),
+    [
+        ((), "math_or_eager"),
+        (("aten::scaled_dot_product_attention", "aten::_scaled_dot_product_attention_math"), "math"),
+        (("aten::scaled_dot_product_attention", "aten::_safe_softmax", "aten::softmax"), "math"),
+        (("aten::bmm", "aten::softmax", "aten::_softmax"), "eager"),
+        (("aten::scaled_dot_product_attention", "aten::softmax"), "math_or_eager"),
+        (("aten::mul",), "math_or_eager"),
+    ],
+)  # fmt: skip
+def test_a_softmax_kernel_needs_its_operator_to_name_the_backend(judge, operators, backend):
+    """SDPA's math and eager attention launch the same kernels; without evidence neither is claimed."""
+    summary = judge([kernel(SOFTMAX, 50, 5), *(host("cpu_op", name, 10 * i, 5) for i, name in enumerate(operators))])
+    assert list(summary.attention.backends) == [backend]
+    assert summary.device == "gpu"
+
+
+# --- time ------------------------------------------------------------------------------------------------------------
+
+
+def test_overlapping_streams_are_busy_once(judge):
+    """Two streams at the same time: the sum of durations is 30, the device was busy for 20 of 40."""
+    summary = judge(
+        [kernel(GEMM, 0, 10), kernel(ADD, 5, 10, stream=8), kernel(GEMM, 35, 5), kernel(ADD, 35, 5, stream=9)]
+    )
+    assert summary.busy_share == pytest.approx(20 / 40)
+    assert summary.time_ms == pytest.approx(0.030)
+    assert sum(summary.categories.values()) == pytest.approx(1.0)
+
+
+def test_annotations_and_host_events_are_no_gpu_time(judge):
+    """A nested annotation on the GPU spans its kernels, and a runtime call waits for them; neither runs anything."""
+    kernels = [kernel(GEMM, 10, 10), kernel(FLASH, 30, 10)]
+    around = [
+        kernel("ProfilerStep#3", 0, 100, cat="gpu_user_annotation"), kernel("layer", 5, 50, cat="gpu_user_annotation"),
+        host("user_annotation", "ProfilerStep#3", 0, 100), host("cpu_op", "aten::mm", 0, 90),
+        host("cuda_runtime", "cudaDeviceSynchronize", 0, 95), host("overhead", "Buffer", 0, 5),
+        {"ph": "M", "name": "process_name", "pid": 0, "args": {}}, {"ph": "i", "name": "end", "ts": 99, "s": "g"},
+        {"ph": "s", "cat": "ac2g", "name": "ac2g", "id": 1, "pid": 0, "tid": 7, "ts": 10},
+    ]  # fmt: skip
+    summary = judge(kernels + around)
+    assert summary.calls == 2
+    assert summary.time_ms == pytest.approx(0.020)
+    assert summary.busy_share == pytest.approx(20 / 30)
+    assert summary.unclassified.names == ()
+
+
+def test_an_event_that_stands_twice_counts_once(judge):
+    """Merged files repeat events; the notice says how many."""
+    once = [kernel(GEMM, 0, 10, correlation=1), kernel(ADD, 10, 10, correlation=2)]
+    summary = judge(once + once[:1])
+    assert summary.calls == 2
+    assert summary.time_ms == pytest.approx(0.020)
+    assert summary.notices == ("1 events stood in the file more than once and were counted once",)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [kernel(GEMM, 0, 10, stream=8), kernel(GEMM, 0, 10, device=1), kernel(GEMM, 0, 11), kernel(ADD, 0, 10),
+     kernel(GEMM, 1, 10), kernel(GEMM, 0, 10, correlation=5)],
+)  # fmt: skip
+def test_an_event_that_differs_in_anything_is_another(judge, other):
+    """Stream, device, duration, name, start and correlation tell two launches apart."""
+    summary = judge([kernel(GEMM, 0, 10), other])
+    assert summary.calls == 2
+    assert summary.notices == ()
+
+
+@pytest.mark.parametrize("dur", [-5, None, "soon", -0.5, True, [1], "-1", "nan", "Infinity"])
+def test_a_launch_without_a_usable_duration_counts_with_no_time(judge, dur):
+    """The name still proves that it ran; the notice says that its time is missing."""
+    summary = judge([kernel(GEMM, 0, 10), kernel(FLASH, 10, dur)])
+    assert summary.attention.backends["flash"].calls == 1
+    assert summary.attention.backends["flash"].time_share == 0.0
+    assert summary.categories["matmul"] == 1.0
+    assert summary.notices == (
+        "1 events have no usable duration (missing, negative or no number): counted, with no time",
+    )
+
+
+def test_a_missing_duration_is_no_duration(judge):
+    """Neither key nor value is there."""
+    bare = kernel(FLASH, 10, 1)
+    del bare["dur"]
+    summary = judge([kernel(GEMM, 0, 10), bare])
+    assert summary.attention.backends["flash"].time_ms == 0.0
+    assert "no usable duration" in summary.notices[0]
+
+
+def test_a_launch_without_a_start_is_in_no_interval(judge):
+    """Its time is in the sums; when it ran is unknown."""
+    summary = judge([kernel(GEMM, 0, 10), kernel(FLASH, None, 10), kernel(GEMM, 30, 10)])
+    assert summary.categories["attention"] == pytest.approx(1 / 3)
+    assert summary.busy_share == pytest.approx(0.5)
+    assert "1 events have no usable start" in summary.notices[0]
+
+
+def test_events_that_are_not_complete_are_named(judge):
+    """A begin without an end has no duration; it is left out and said so."""
+    half = kernel(FLASH, 10, 1) | {"ph": "B"}
+    summary = judge([kernel(GEMM, 0, 10), half])
+    assert summary.calls == 1
+    assert summary.notices == ("1 GPU events are not of phase X and were left out",)
+
+
+def test_times_may_be_strings_or_floats(judge):
+    """Tools that rewrite traces quote numbers."""
+    summary = judge([kernel(GEMM, "1000.5", "10"), kernel(FLASH, 1010.5, 30.0), kernel(GEMM, 1060.5, "2e1")])
+    assert summary.busy_share == pytest.approx(60 / 80)
+    assert summary.categories["attention"] == pytest.approx(0.5)
+
+
+def test_times_since_1970_keep_their_precision(judge):
+    """Old traces count microseconds since the epoch: sixteen digits before the fraction."""
+    base = 1_740_461_679_472_450
+    summary = judge([kernel(GEMM, base, 10), kernel(GEMM, base + 10, 10), kernel(FLASH, base + 30, 10)])
+    assert summary.busy_share == pytest.approx(0.75)
+
+
+def test_devices_are_held_against_the_same_window(judge):
+    """One device busy throughout and one for half: three quarters."""
+    summary = judge([kernel(GEMM, 0, 100), kernel(GEMM, 0, 50, device=1)])
+    assert summary.busy_share == pytest.approx(0.75)
+
+
+def test_a_device_may_be_known_by_its_process_only(judge):
+    """Where the arguments are missing, Kineto's process is the device and its thread the stream."""
+    bare = [kernel(GEMM, 0, 100), kernel(GEMM, 0, 50, device=1)]
+    for event in bare:
+        del event["args"]
+    assert judge(bare).busy_share == pytest.approx(0.75)
+
+
+def test_the_older_spelling_of_categories_is_read(judge):
+    """Kineto wrote Kernel, Memcpy and Runtime with capitals."""
+    summary = judge([kernel(GEMM, 0, 10, cat="Kernel"), kernel("Memcpy HtoD", 10, 10, cat="Memcpy")])
+    assert summary.calls == 2
+
+
+# --- steps -----------------------------------------------------------------------------------------------------------
+
+
+def launch(correlation, ts):
+    return host("cuda_runtime", "cudaLaunchKernel", ts, 1, correlation=correlation)
+
+
+def test_a_kernel_belongs_to_the_step_that_launched_it(judge):
+    """The GPU lags behind: two of the first step's three kernels run when the host is in the second."""
+    events = [host("user_annotation", "ProfilerStep#4", 0, 100), host("user_annotation", "ProfilerStep#5", 100, 100)]
+    for correlation, (launched, ran) in enumerate([(10, 20), (20, 120), (30, 140), (110, 160)]):
+        events += [launch(correlation, launched), kernel(GEMM, ran, 5, correlation=correlation)]
+    events += [launch(9, 150), kernel("Memset (Device)", 170, 1, cat="gpu_memset", correlation=9)]
+    steps = judge(events).kernels_per_step
+    assert steps is not None
+    assert (steps.steps, steps.lowest, steps.median, steps.highest) == (2, 1, 2.0, 3)
+
+
+def test_a_graph_is_one_launch_of_many_kernels(judge):
+    """Kernels of a replayed CUDA graph share the correlation of its launch."""
+    events = [host("user_annotation", "ProfilerStep#0", 0, 50), launch(1, 10)]
+    events += [kernel(GEMM, 60 + i, 1, correlation=1) for i in range(5)]
+    steps = judge(events).kernels_per_step
+    assert steps is not None
+    assert (steps.lowest, steps.highest) == (5, 5)
+
+
+@pytest.mark.parametrize("where", ["gpu_user_annotation", "user_annotation"])
+def test_without_a_launch_the_interval_of_the_step_decides(judge, where):
+    """The annotation on the GPU is preferred, since it moves with the kernels."""
+    events = [kernel("ProfilerStep#1", 100, 50, cat=where), kernel("ProfilerStep#2", 150, 50, cat=where)]
+    events += [kernel(GEMM, 110, 5), kernel(GEMM, 120, 5), kernel(GEMM, 160, 5), kernel(GEMM, 400, 5)]
+    steps = judge(events).kernels_per_step
+    assert steps is not None
+    assert (steps.steps, steps.lowest, steps.highest) == (2, 1, 2)
+
+
+def test_without_marked_steps_nothing_is_claimed(judge):
+    """A range of one's own is no step."""
+    assert judge([kernel(GEMM, 0, 5), host("user_annotation", "my step", 0, 10)]).kernels_per_step is None
+
+
+# --- host only -------------------------------------------------------------------------------------------------------
+
+
+def test_a_trace_without_a_gpu_is_judged_by_its_operators(judge):
+    """What attention calls belongs to attention, time is each operator's own, and the answer says what it is of."""
+    attention = "aten::_scaled_dot_product_attention_math"
+    summary = judge([
+        host("cpu_op", "aten::scaled_dot_product_attention", 0, 40), host("cpu_op", attention, 5, 30),
+        host("cpu_op", "aten::bmm", 10, 10), host("cpu_op", "aten::_safe_softmax", 20, 10),
+        host("cpu_op", "bitsandbytes::gemm_4bit", 50, 20), host("cpu_op", "bitsandbytes::dequantize_4bit", 52, 8),
+        host("cpu_op", "bitsandbytes::dequantize_4bit", 53, 6), host("cpu_op", "aten::linear", 60, 10),
+        host("cpu_op", "my_op", 60, 20, tid=2),
+    ])  # fmt: skip
+    assert summary.device == "cpu"
+    assert "no GPU kernel in this trace: judged by 9 operators of the host" in summary.notices[0]
+    assert summary.busy_share is None
+    assert summary.time_ms == pytest.approx(0.080)
+    assert {name: use.calls for name, use in summary.attention.backends.items()} == {"math": 1}
+    assert summary.categories["attention"] == pytest.approx(30 / 80)
+    assert summary.categories["dequantize"] == pytest.approx(8 / 80)
+    assert summary.categories["matmul"] == pytest.approx(12 / 80)
+    assert summary.fourbit.paths["dequantize"].calls == 1
+    assert summary.unclassified.names == ("my_op",)
+
+
+def test_a_real_trace_of_a_cpu_names_flash_and_dequantizing(tmp_path, monkeypatch):
+    """What torch itself writes: one layer of SDPA and one NF4 product, forward and backward."""
+    monkeypatch.setenv("KINETO_LOG_LEVEL", "99")  # read once a process: a loud start stays loud in later tests
+    import bitsandbytes
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    layer = bitsandbytes.nn.Linear4bit(64, 64, quant_type="nf4", compute_dtype=torch.bfloat16).to("cpu")
+    x = torch.randn(2, 4, 16, 16, requires_grad=True)
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        y = torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+        layer(y.reshape(-1, 64)).float().sum().backward()
+    recorded.export_chrome_trace(str(tmp_path / "real.json"))
+    summary = read_trace(tmp_path / "real.json")
+    assert summary.device == "cpu"
+    flash = summary.attention.backends["flash"]
+    assert (flash.forward_calls, flash.backward_calls) == (1, 1)
+    assert summary.fourbit.paths["dequantize"].calls == 2
+    assert sum(summary.categories.values()) == pytest.approx(1.0)
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+@pytest.mark.parametrize("wrap", [lambda events: {"traceEvents": events}, lambda events: events])
+def test_content_decides_what_a_file_is(tmp_path, wrap, pack, bom):
+    """Plain or packed, object or bare list, with or without a byte order mark, whatever the file is called."""
+    path = tmp_path / "recording.data"
+    path.write_bytes(pack(bom + json.dumps(wrap([kernel(GEMM, 0, 10)])).encode()))
+    assert read_trace(path).categories["matmul"] == 1.0
+    assert read_trace(str(path)) == read_trace(path)
+
+
+def test_the_summary_is_one_json_document(judge):
+    """Every value is JSON's, none is NaN, and the contract's keys are there."""
+    summary = judge([kernel(FLASH, 0, 10), kernel("new", 20, 10), host("user_annotation", "ProfilerStep#1", 0, 50)])
+    assert isinstance(summary, KernelSummary)
+    document = json.loads(json.dumps(summary.to_json(), allow_nan=False))
+    assert document["schema"] == 1
+    assert document["attention"]["backends"]["flash"]["calls"] == 1
+    assert document["attention"]["backends"]["flash"]["time_share"] == 0.5
+    assert set(document["categories"]) == set(CATEGORIES)
+    assert document["busy_share"] == pytest.approx(20 / 30)
+    assert document["unclassified"]["time_share"] == 0.5
+    assert document["unclassified"]["names"] == ["new"]
+    assert document["kernels_per_step"] == {"steps": 1, "lowest": 2, "median": 2.0, "highest": 2}
+    assert set(document["fourbit"]) == {"paths", "quant_types", "dtypes"}
+
+
+# --- properties ------------------------------------------------------------------------------------------------------
+
+events = st.lists(
+    st.builds(
+        kernel,
+        st.sampled_from([name for name, _ in KERNELS] + ["unknown_a", "unknown_b"]),
+        st.integers(0, 60),
+        st.integers(0, 20),
+        stream=st.integers(7, 9),
+        device=st.integers(0, 1),
+    ),
+    min_size=1,
+    max_size=40,
+).filter(lambda some: any(event["dur"] for event in some))
+
+
+def read(directory, some):
+    path = directory / "trace.json"
+    path.write_text(json.dumps({"traceEvents": some}))
+    return read_trace(path)
+
+
+@settings(deadline=None)
+@given(some=events, seed=st.integers(0, 1000))
+def test_shares_add_up_and_order_does_not_matter(tmp_path_factory, some, seed):
+    """Categories and milliseconds are complete, the busy share is that of a unit grid, a shuffled file says as much."""
+    directory = tmp_path_factory.mktemp("traces")
+    summary = read(directory, some)
+    assert sum(summary.categories.values()) == pytest.approx(1.0)
+    assert sum(summary.category_time_ms.values()) == pytest.approx(summary.time_ms)
+    assert summary.unclassified.time_share <= summary.categories["other"] + 1e-12
+    first = min(event["ts"] for event in some)
+    window = max(event["ts"] + event["dur"] for event in some) - first
+    devices = {event["pid"] for event in some}
+    units = {(event["pid"], at) for event in some for at in range(event["ts"], event["ts"] + event["dur"])}
+    assert summary.busy_share == pytest.approx(len(units) / (window * len(devices)))
+    shuffled = some[:]
+    random.Random(seed).shuffle(shuffled)
+    again = read(directory, shuffled)
+    assert again.busy_share == pytest.approx(summary.busy_share)
+    assert {**again.to_json(), "busy_share": 0} == {**summary.to_json(), "busy_share": 0}
+    assert again.unclassified.names == summary.unclassified.names

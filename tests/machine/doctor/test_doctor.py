@@ -1,0 +1,254 @@
+"""What the doctor makes of a machine: a remedy for every finding, and unfit only for what cannot be borne."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from harness import cli
+from harness.machine.doctor import examine, is_fit
+from harness.machine.doctor.survey import OPTIONAL, REQUIRED, Card, Survey
+from harness.machine.neighbours import Neighbours
+from harness.machine.nvml import CardFacts, Memory, Sample
+from harness.machine.reading import Reading, missing
+from harness.machine.system import SystemFacts
+from harness.report.doctor import print_diagnosis
+
+GIB = 2**30
+
+
+def given(value):
+    return Reading(value=value)
+
+
+SYSTEM = SystemFacts(
+    cpus=8, quota_cpus=missing("no limit"), governor=given("performance"), turbo=given(False),
+    huge_pages=given("madvise"), numa_nodes=given(1), load=given(0.1), memory_bytes=given(64 * GIB),
+    memory_available_bytes=given(60 * GIB), swap_bytes=given(0), swap_used_bytes=given(0),
+    container=missing("none"),
+)  # fmt: skip
+FACTS = CardFacts(
+    name=given("Card"), uuid=given("GPU-1"), driver=given("580"), power_limit_w=given(700.0),
+    default_power_limit_w=given(700.0), max_sm_clock_hz=given(1.98e9), max_memory_clock_hz=given(2.6e9),
+    slowdown_temperature_c=given(87.0), ecc=given(True), corrected_errors=given(0), uncorrected_errors=given(0),
+    mig=given(False), persistence=given(True), clocks_need_root=given(False),
+)  # fmt: skip
+SAMPLE = Sample(
+    energy_j=given(5.0), power_w=given(70.0), sm_clock_hz=given(3e8), memory_clock_hz=given(2.6e9),
+    temperature_c=given(35.0), temperature_margin_c=given(52.0), events=given(("gpu_idle",)),
+    thermal_slowdown_s=given(0.0), power_slowdown_s=given(0.0),
+)  # fmt: skip
+ALONE = Neighbours(
+    own_bytes=missing("holds none"),
+    used_bytes=given(0),
+    others=given(()),
+    others_bytes=given(0),
+    hidden_bytes=given(0),
+    statement="",
+)
+CARD = Card(facts=FACTS, sample=SAMPLE, memory=given(Memory(total=80 * GIB, free=79 * GIB, used=0)),
+            neighbours=ALONE, sliced=False)  # fmt: skip
+
+
+@pytest.fixture
+def found(machine):
+    """A quiet machine without a card."""
+    return Survey(
+        machine=machine, system=SYSTEM, packages=dict.fromkeys((*REQUIRED, *OPTIONAL), "1.0"),
+        host={"watched_s": 1.0, "cpu_stall_s": 0.0, "steal_s": 0.0, "busy_s": 1.0, "memory_stall_s": 0.0,
+              "quota_stall_s": 0.0, "quota_used_s": 1.0}, host_missing={},
+        peaks=True, card=missing("no driver"), cards=missing("no driver"), environment={}, root=False,
+    )  # fmt: skip
+
+
+def on_card(found, **changes):
+    """The same machine with a card, of which some things are different."""
+
+    def changed(part):
+        own = {field.name for field in dataclasses.fields(part)}
+        return dataclasses.replace(part, **{name: value for name, value in changes.items() if name in own})
+
+    parts = {name: changed(getattr(CARD, name)) for name in ("facts", "sample", "neighbours")}
+    card = dataclasses.replace(changed(CARD), **parts)
+    machine = dataclasses.replace(
+        found.machine, device="cuda", device_name="Card", device_memory_bytes=80 * GIB, cuda="13.0", driver="580"
+    )
+    return dataclasses.replace(found, machine=machine, card=given(card))
+
+
+def by_name(found):
+    return {check.name: check for check in examine(found)}
+
+
+def test_a_quiet_machine_is_fit_and_nothing_is_to_be_done(found):
+    """With and without a card."""
+    for one in (found, on_card(found)):
+        checks = examine(one)
+        assert is_fit(checks)
+        assert {check.standing for check in checks} == {"good"}
+        assert not any(check.remedy for check in checks)
+
+
+@pytest.mark.parametrize(
+    ("name", "standing", "changes"),
+    [
+        ("load", "bad", {"load": given(3.5)}),
+        ("governor", "bad", {"governor": given("powersave")}),
+        ("turbo", "note", {"turbo": given(True)}),
+        ("huge pages", "note", {"huge_pages": given("always")}),
+        ("memory nodes", "bad", {"numa_nodes": given(2)}),
+        ("swap", "note", {"swap_bytes": given(GIB)}),
+        ("swap", "bad", {"swap_bytes": given(GIB), "swap_used_bytes": given(4096)}),
+        ("CPU quota", "bad", {"quota_cpus": given(1.5)}),
+        ("threads", "unfit", {"quota_cpus": given(0.5)}),
+        ("memory", "unfit", {"memory_available_bytes": given(200 * 2**20)}),
+        ("container", "note", {"container": given("/.dockerenv is there")}),
+    ],
+)
+def test_what_would_spoil_a_measurement_on_the_host(found, name, standing, changes):
+    """Each has its remedy; only what no trial could bear makes the machine unfit."""
+    one = dataclasses.replace(found, system=dataclasses.replace(SYSTEM, **changes))
+    check = by_name(one)[name]
+    assert check.standing == standing
+    assert check.remedy
+    assert is_fit(examine(one)) is (standing != "unfit")
+
+
+@pytest.mark.parametrize(
+    ("name", "counter", "seconds"),
+    [("waiting", "cpu_stall_s", 0.5), ("paging", "memory_stall_s", 0.05)],
+)
+def test_what_others_do_now_is_a_share_of_the_time_that_was_watched(found, name, counter, seconds):
+    """Beside the share from which it matters."""
+    check = by_name(dataclasses.replace(found, host=found.host | {counter: seconds}))[name]
+    assert check.standing == "bad"
+    assert f"{seconds:.0%} of 1.0 s" in check.found
+
+
+@pytest.mark.parametrize(
+    ("name", "withheld", "given"),
+    [("stolen time", "steal_s", "busy_s"), ("withheld time", "quota_stall_s", "quota_used_s")],
+)
+def test_what_was_not_given_is_a_share_of_the_cpu_time_that_was_asked_for(found, name, withheld, given):
+    """Of 64 CPUs 0.5 % is not much; of too little no share is told; what was given may be unknown."""
+
+    def check(**host):
+        known = {key: value for key, value in (found.host | host).items() if value is not None}
+        missing_ones = {given: "no permission"}
+        return by_name(dataclasses.replace(found, host=known, host_missing=missing_ones))[name]
+
+    assert check(**{withheld: 0.32, given: 63.68}).standing == "good"
+    much = check(**{withheld: 0.5, given: 1.5})
+    assert (much.standing, bool(much.remedy)) == ("bad", True)
+    assert "25% of 2.0 s of CPU time" in much.found
+    assert check(**{withheld: 0.01, given: 0.1}).standing == "note"
+    unknown = check(**{withheld: 0.5, given: None})
+    assert (unknown.standing, unknown.found) == ("note", "not available: no permission")
+
+
+@pytest.mark.parametrize(
+    ("name", "standing", "changes"),
+    [
+        ("persistence", "bad", {"persistence": given(False)}),
+        ("power limit", "bad", {"power_limit_w": given(400.0)}),
+        ("clock lock", "note", {"clocks_need_root": given(True)}),
+        ("MIG", "note", {"sliced": True}),
+        ("throttling", "unfit", {"events": given(("hw_thermal_slowdown",))}),
+        ("heat", "bad", {"temperature_margin_c": given(2.0)}),
+        ("ECC", "unfit", {"uncorrected_errors": given(3)}),
+        ("other processes", "bad", {"others": given((7,)), "others_bytes": given(GIB // 4)}),
+        ("other processes", "unfit", {"others": given((7, 9)), "others_bytes": given(20 * GIB)}),
+        ("other processes", "unfit", {"statement": "who?", "used_bytes": given(60 * GIB)}),
+    ],
+)  # fmt: skip
+def test_what_would_spoil_a_measurement_on_a_card(found, name, standing, changes):
+    """Each has its remedy."""
+    one = on_card(found, **changes)
+    check = by_name(one)[name]
+    assert check.standing == standing
+    assert check.remedy
+    assert is_fit(examine(one)) is (standing != "unfit")
+
+
+def test_root_may_lock_the_clocks(found):
+    """So that is nothing to note."""
+    one = dataclasses.replace(on_card(found, clocks_need_root=given(True)), root=True)
+    assert by_name(one)["clock lock"].standing == "good"
+
+
+def test_what_the_card_does_not_tell_is_a_note_with_its_reason(found):
+    """Nothing of it makes the machine unfit."""
+    why = missing("nvmlDevice...: not permitted")
+    silent = {field.name: why for part in (FACTS, SAMPLE) for field in dataclasses.fields(part) if field.name != "name"}
+    one = on_card(found, **silent, others=why, statement="cannot be seen")
+    checks = by_name(one)
+    assert is_fit(examine(one))
+    for name in ("energy", "clock reasons", "throttled time", "heat margin", "neighbours", "persistence", "ECC"):
+        assert checks[name].standing == "note"
+        assert "not permitted" in checks[name].found
+
+
+def test_missing_packages_make_a_machine_unfit_and_missing_extras_do_not(found):
+    """With the command that installs them."""
+    lacking = dataclasses.replace(found, packages=found.packages | {"peft": None})
+    assert by_name(lacking)["packages"].standing == "unfit"
+    assert by_name(lacking)["packages"].remedy == "pip install peft"
+    extra = dataclasses.replace(found, packages=found.packages | {"gguf": None})
+    assert by_name(extra)["gguf"].standing == "note"
+    assert is_fit(examine(extra))
+
+
+def test_where_trials_run_is_said_when_it_may_surprise(found):
+    """A card with a torch for CPUs, a torch for cards without one, cards of several kinds."""
+    unused = dataclasses.replace(on_card(found), machine=found.machine)
+    assert by_name(unused)["device"].standing == "bad"
+    absent = dataclasses.replace(found, machine=dataclasses.replace(found.machine, cuda="13.0"))
+    assert "no driver" in by_name(absent)["device"].found
+    mixed = dataclasses.replace(on_card(found), cards=given(("Fast", "Slow")))
+    assert by_name(mixed)["device order"].standing == "note"
+    ordered = dataclasses.replace(mixed, environment={"CUDA_DEVICE_ORDER": "PCI_BUS_ID"})
+    assert "device order" not in by_name(ordered)
+
+
+def test_models_that_fit_follow_from_the_free_memory(found):
+    """Less of it, fewer models; on a card its own counts."""
+    little = dataclasses.replace(found, system=dataclasses.replace(SYSTEM, memory_available_bytes=given(2 * GIB)))
+    assert "llama2-7b" not in by_name(little)["models"].found
+    assert "llama2-7b" in by_name(found)["models"].found.partition(";")[0]
+    assert "llama2-7b" in by_name(on_card(little))["models"].found
+
+
+def test_the_table_shows_every_check(found):
+    """With the verdict in one line."""
+    checks = examine(on_card(found, events=given(("hw_slowdown",))))
+    console = Console(width=200, record=True, file=io.StringIO())
+    print_diagnosis(checks, console, fit=is_fit(checks))
+    text = console.export_text()
+    assert all(check.name in text for check in checks)
+    assert "This machine is unfit" in text
+
+
+@pytest.mark.parametrize(("change", "code"), [({}, 0), ({"peaks": False}, 4)])
+def test_the_command_exits_by_its_verdict(found, monkeypatch, capsys, change, code):
+    """One JSON document with a schema; 0 is fit, 4 unfit."""
+    monkeypatch.setattr("harness.machine.doctor.survey", lambda: dataclasses.replace(found, **change))
+    assert cli.main(["doctor", "--json"]) == code
+    document = json.loads(capsys.readouterr().out)
+    assert document["schema"] == 1
+    assert document["fit"] is (code == 0)
+    assert {"about", "name", "standing", "found", "remedy"} == set(document["checks"][0])
+    assert cli.main(["doctor"]) == code
+    assert "This machine is" in capsys.readouterr().out
+
+
+def test_this_machine_can_be_looked_at():
+    """Whatever it is, nothing raises and every check says something."""
+    from harness.machine.doctor import survey
+
+    checks = examine(survey(look_s=0.01))
+    assert {check.about for check in checks} == {"runs", "measures", "spoils"}
+    assert all(check.found for check in checks)

@@ -1,0 +1,37 @@
+"""Energy is a difference of a counter, and only where that means something."""
+
+from __future__ import annotations
+
+import pytest
+
+from harness.machine.reading import Reading, missing
+from harness.meters.energy import LEAST_S, energy_between
+
+
+def test_energy_is_the_difference():
+    """In joules."""
+    assert energy_between(Reading(value=1000.0), Reading(value=1900.5), 3.0) == Reading(value=900.5)
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "seconds", "words"),
+    [
+        (Reading(value=5000.0), Reading(value=12.0), 3.0, "went back from 5000.000 to 12.000 J"),
+        (Reading(value=1.0), Reading(value=2.0), 0.3, "0.30 s were measured"),
+        (Reading(value=1.0), Reading(value=1.0), 3.0, "stood still"),
+        (missing("not offered"), Reading(value=2.0), 3.0, "not offered"),
+        (Reading(value=1.0), missing("card lost"), 3.0, "card lost"),
+    ],
+)
+def test_what_is_no_energy_is_missing(first, last, seconds, words):
+    """A reset, a stretch of a few updates, a counter that does not count, a reading that is not there."""
+    found = energy_between(first, last, seconds)
+    assert found.value is None
+    assert words in found.reason
+
+
+def test_the_shortest_stretch_is_good_for_five_percent():
+    """Each end is off by at most half of the counter's period."""
+    from harness.meters.energy import COUNTER_PERIOD_S
+
+    assert COUNTER_PERIOD_S / LEAST_S <= 0.05

@@ -1,0 +1,145 @@
+"""The meters against each other on a real card: events and wall, counter and power, NVML and the allocator."""
+
+from __future__ import annotations
+
+import itertools
+import time
+
+import pytest
+import torch
+
+from harness.machine.neighbours import neighbours_of
+from harness.machine.throttle import IDLE
+from harness.machine.watch import Watch, card_of
+from harness.trial.clock import Stopwatch
+from harness.trial.memory import MemoryGauge
+
+pytestmark = pytest.mark.gpu
+CONTEXT_BYTES = 2 * 2**30
+"""More than a CUDA context with the libraries that torch loads takes on any card."""
+
+
+@pytest.fixture
+def work():
+    """A function that keeps the card busy with so many large products, without waiting for them."""
+    left = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+
+    def multiply(times):
+        for _ in range(times):
+            left @ left
+
+    multiply(5)
+    torch.cuda.synchronize()
+    return multiply
+
+
+@pytest.fixture
+def card():
+    """The card that torch uses, as NVML sees it."""
+    found = card_of("cuda")
+    if found.value is None:
+        pytest.skip(f"NVML does not find the card of torch: {found.reason}")
+    yield found.value
+    found.value.close()
+
+
+def test_device_events_agree_with_the_wall(work):
+    """Steps of known length that end in a synchronisation: within 1 %, the median of several."""
+    watch = Stopwatch("cuda")
+    ratios = []
+    for _ in range(9):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        _, lap = watch(lambda: work(40))
+        ratios.append(lap.time_s / (time.perf_counter() - begin))
+    assert sorted(ratios)[4] == pytest.approx(1.0, rel=0.01)
+
+
+def test_nvml_and_torch_speak_of_the_same_card(card):
+    """By name and total memory, whatever CUDA_VISIBLE_DEVICES hides."""
+    properties = torch.cuda.get_device_properties(0)
+    assert card.facts().name.value in (properties.name, f"NVIDIA {properties.name}") or card.sliced
+    assert card.memory().value.total == pytest.approx(properties.total_memory, rel=0.05)
+
+
+def test_the_energy_counter_agrees_with_integrated_power(card, work):
+    """Under a steady load, when the averages of the power sensor have settled: within 5 % over 10 s."""
+    if not card.energy_j().known or not card.sample().power_w.known:
+        pytest.skip(f"{card.energy_j().reason or card.sample().power_w.reason}")
+
+    def load_until(end, samples=None):
+        while time.monotonic() < end:
+            work(20)
+            torch.cuda.synchronize()
+            if samples is not None:
+                samples.append((time.monotonic(), card.sample().power_w.value))
+
+    load_until(time.monotonic() + 4.0)
+    samples = []
+    first, begin = card.energy_j().value, time.monotonic()
+    load_until(begin + 10.0, samples)
+    energy, seconds = card.energy_j().value - first, time.monotonic() - begin
+    mean = sum(
+        (later - earlier) * (power + before) / 2 for (earlier, before), (later, power) in itertools.pairwise(samples)
+    ) / (samples[-1][0] - samples[0][0])
+    assert energy == pytest.approx(mean * seconds, rel=0.05)
+
+
+def test_nvml_sees_what_the_allocator_takes(card):
+    """A GiB more is a GiB more, and all of it is the allocator's and the context's."""
+    torch.cuda.empty_cache()
+    before = neighbours_of(card)
+    if not before.own_bytes.known:
+        pytest.skip(f"NVML does not tell this process's memory: {before.own_bytes.reason}")
+    block = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    torch.cuda.synchronize()
+    own = neighbours_of(card).own_bytes.value
+    assert own - before.own_bytes.value == pytest.approx(block.numel(), rel=0.05)
+    assert torch.cuda.memory_reserved() <= own <= torch.cuda.memory_reserved() + CONTEXT_BYTES
+
+
+def test_a_watch_around_work_tells_clock_heat_and_energy(card, work):
+    """The values that stand in a record; the clock is that of a card at work."""
+    watch = Watch("train", "cuda", energy=True)
+    for _ in range(2):
+        watch.begin()
+        begin = time.monotonic()
+        while time.monotonic() < begin + 1.5:
+            work(20)
+            torch.cuda.synchronize()
+        values = watch.end()
+    for name in ("device_temperature_train_c", "device_samples_train"):
+        assert values[name] > 0
+    if card.sample().energy_j.known:
+        assert values["device_energy_train_j"] > 0
+        assert values["device_energy_train_s"] >= 3.0
+    if "device_own_train_bytes" in values:
+        assert torch.cuda.memory_reserved() <= values["device_own_train_bytes"] <= values["device_used_train_bytes"]
+    if "device_sm_clock_max_train_hz" in values:
+        assert 0 < values["device_sm_clock_min_train_hz"] <= card.facts().max_sm_clock_hz.value
+    else:  # every sample was of a card that had already gone idle
+        assert IDLE in card.sample().events.value
+
+
+def test_the_allocator_has_not_retried_where_memory_is_plenty():
+    """The counts are those of the phase."""
+    gauge = MemoryGauge("cuda")
+    gauge.begin()
+    torch.empty(2**20, dtype=torch.uint8, device="cuda")
+    peaks = gauge.peaks("train")
+    assert (peaks["device_alloc_retries_train"], peaks["device_ooms_train"]) == (0, 0)
+    allocated, active, reserved = (
+        peaks[f"device_peak_{kind}_train_bytes"] for kind in ("allocated", "active", "reserved")
+    )
+    assert 2**20 <= allocated <= active <= reserved
+
+
+def test_the_allocator_counts_what_it_could_not_have():
+    """An allocation beyond the card fails after the cache was emptied, and both are counted."""
+    gauge = MemoryGauge("cuda")
+    gauge.begin()
+    with pytest.raises(torch.OutOfMemoryError):
+        torch.empty(2 * torch.cuda.get_device_properties(0).total_memory, dtype=torch.uint8, device="cuda")
+    peaks = gauge.peaks("train")
+    assert peaks["device_ooms_train"] == 1
+    assert peaks["device_alloc_retries_train"] >= 1

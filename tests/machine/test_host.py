@@ -1,0 +1,282 @@
+"""The kernel's counters as differences, from a machine that is described file by file, and from the real one."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+
+from harness.machine import cgroup
+from harness.machine.cgroup import CpuTimes, cpu_quota, memory_left
+from harness.machine.host import CUMULATIVE, HostWatch, host_counters, withheld_share
+from harness.machine.system import memory_available_bytes, memory_bytes, system_facts
+
+PAGE = os.sysconf("SC_PAGE_SIZE")
+TICK = os.sysconf("SC_CLK_TCK")
+CPU = min(os.sched_getaffinity(0))
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A function that writes files below a root; returns the root."""
+
+    def write(files):
+        for name, text in files.items():
+            path = tmp_path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        return tmp_path
+
+    return write
+
+
+def files(*, stall_us=0, steal=0, busy=0, swapped=0, withheld_us=0, used_us=5):
+    """A machine that keeps every counter, after so much of each."""
+    pressure = f"some avg10=0.00 avg60=0.00 avg300=0.00 total={stall_us}\nfull avg10=0.00 total=7\n"
+    others = f"cpu4095 {99 * busy} 9 9 9 9 9 9 {99 * steal} 0 0"
+    lines = [f"cpu{cpu} {busy} 2 3 4 5 6 7 {steal} 0 0" for cpu in os.sched_getaffinity(0)]
+    return {
+        "proc/pressure/cpu": pressure, "proc/pressure/memory": pressure, "proc/pressure/io": pressure,
+        "proc/stat": "\n".join(["cpu  9 9 9 9 9 9 9 9999 0 0", *lines, others, "intr 1 2 3", "ctxt 5"]),
+        "proc/vmstat": f"nr_free_pages 5\npswpin {swapped}\npswpout {2 * swapped}\n",
+        "proc/loadavg": "1.50 1.00 0.50 2/300 999\n",
+        "proc/self/cgroup": "0::/jobs/ours\n",
+        "sys/fs/cgroup/cgroup.controllers": "cpu memory\n",
+        "sys/fs/cgroup/jobs/ours/cpu.stat": f"usage_usec {used_us}\nthrottled_usec {withheld_us}\n",
+    }  # fmt: skip
+
+
+def test_a_watch_tells_what_happened_between(root):
+    """Seconds, bytes and counts, added up over two stretches; what happened outside them is not in it."""
+    cpus = len(os.sched_getaffinity(0))
+    place = root(files())
+    watch = HostWatch(place)
+    watch.begin()
+    root(files(stall_us=2_000_000, steal=TICK, busy=3 * TICK, swapped=3, withheld_us=500_000, used_us=1_000_005))
+    watch.end()
+    root(files(stall_us=9_000_000, steal=9 * TICK, busy=9 * TICK, swapped=90, withheld_us=900_000, used_us=7_000_000))
+    watch.begin()
+    root(files(stall_us=9_500_000, steal=9 * TICK, busy=10 * TICK, swapped=91, withheld_us=900_000, used_us=7_500_000))
+    totals = watch.end()
+    assert totals["cpu_stall_s"] == pytest.approx(2.5)
+    assert totals["steal_s"] == pytest.approx(cpus)
+    assert totals["busy_s"] == pytest.approx(4 * cpus)
+    assert totals["swap_in_bytes"] == 4 * PAGE
+    assert totals["swap_out_bytes"] == 8 * PAGE
+    assert (totals["quota_stall_s"], totals["quota_used_s"]) == (pytest.approx(0.5), pytest.approx(1.5))
+    assert totals["load"] == 1.5
+    assert set(watch.missing) == {"clock_hz"}
+
+
+def test_a_machine_that_tells_nothing_gives_reasons_and_no_zeros(root):
+    """Only what the process counts itself is left."""
+    watch = HostWatch(root({}))
+    watch.begin()
+    assert set(watch.end()) == {"watched_s", "voluntary_switches", "involuntary_switches", "major_faults"}
+    assert "CONFIG_PSI" in watch.missing["cpu_stall_s"]
+    assert all(watch.missing.values())
+    assert set(watch.missing) == {*CUMULATIVE, "quota_stall_s", "quota_used_s", "load", "clock_hz"} - {
+        "voluntary_switches", "involuntary_switches", "major_faults",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("withheld", "given", "share"),
+    [(0.32, 63.68, 0.005), (0.0, 5.0, 0.0), (3.0, 1.0, 0.75), (0.01, 0.5, None), (None, 5.0, None), (1.0, None, None)],
+)
+def test_a_share_is_of_the_cpu_time_that_was_asked_for(withheld, given, share):
+    """Half a percent of 64 CPUs is half a percent; what is unknown, or too short for the kernel's ticks, has none."""
+    assert withheld_share(withheld, given) == (share if share is None else pytest.approx(share))
+
+
+def test_a_cgroup_is_paired_with_its_own_use(root):
+    """The one whose quota withheld most, although another one used more."""
+    inner, outer = "sys/fs/cgroup/jobs/ours/cpu.stat", "sys/fs/cgroup/jobs/cpu.stat"
+    watch = HostWatch(root(files() | {outer: "usage_usec 90000000\nthrottled_usec 90000000\n"}))
+    watch.begin()
+    root({
+        inner: "usage_usec 2000005\nthrottled_usec 3000000\n",
+        outer: "usage_usec 99000000\nthrottled_usec 91000000\n",
+    })  # fmt: skip
+    totals = watch.end()
+    assert (totals["quota_stall_s"], totals["quota_used_s"]) == (pytest.approx(3.0), pytest.approx(2.0))
+
+
+def test_a_process_that_is_moved_has_no_quota_of_that_stretch(root):
+    """The counters are those of two cgroups, so their difference says nothing; the next stretch has its own."""
+    watch = HostWatch(root(files()))
+    watch.begin()
+    elsewhere = "sys/fs/cgroup/elsewhere/cpu.stat"
+    root({"proc/self/cgroup": "0::/elsewhere\n", elsewhere: "usage_usec 5\nthrottled_usec 7000000\n"})
+    assert "quota_stall_s" not in watch.end()
+    assert "moved to another cgroup" in watch.missing["quota_stall_s"]
+
+
+def test_cgroups_are_looked_for_once(root, monkeypatch):
+    """A reading stands before and after each turn, and looking for folders was a third of it."""
+    looked = []
+    find = cgroup._folders
+    monkeypatch.setattr(cgroup, "_folders", lambda *given: looked.append(given) or find(*given))
+    watch = HostWatch(root(files()))
+    for _ in range(3):
+        watch.begin()
+        watch.end()
+    assert len(looked) == 1
+
+
+def test_a_counter_that_goes_back_is_missing(root):
+    """Steal is known to; a difference below zero is no measurement."""
+    watch = HostWatch(root(files(steal=500)))
+    watch.begin()
+    root(files(steal=100))
+    assert "steal_s" not in watch.end()
+    assert "went back" in watch.missing["steal_s"]
+
+
+def test_the_clock_has_a_range(root):
+    """In hertz, from the kernel's kilohertz."""
+    name = "sys/devices/system/cpu/cpu{}/cpufreq/scaling_cur_freq"
+    watch = HostWatch(root({name.format(cpu): "3200000\n" for cpu in os.sched_getaffinity(0)}))
+    watch.begin()
+    watch.end()
+    watch.begin()
+    root({name.format(CPU): "1600000\n"})
+    totals = watch.end()
+    assert (totals["clock_min_hz"], totals["clock_max_hz"]) == (1.6e9, 3.2e9)
+
+
+def test_the_slowest_clock_is_not_known_where_one_cpu_does_not_tell(root):
+    """It may be that one; and where one has no clock the others have none, so they are not asked."""
+    name = "sys/devices/system/cpu/cpu{}/cpufreq/scaling_cur_freq"
+    told = {name.format(cpu): "3200000\n" for cpu in sorted(os.sched_getaffinity(0))[1:]}
+    assert "no cpufreq" in host_counters(root(told)).clock_hz.reason
+
+
+def test_an_end_without_a_begin_is_a_defect():
+    """Not a silent zero."""
+    with pytest.raises(RuntimeError, match="without begin"):
+        HostWatch().end()
+
+
+def test_the_real_machine_counts_this_process():
+    """Sleeping gives the CPU up voluntarily, whatever else this machine tells."""
+    watch = HostWatch()
+    watch.begin()
+    for _ in range(5):
+        time.sleep(0.001)
+    totals = watch.end()
+    assert totals["voluntary_switches"] >= 5
+    assert 0.005 <= totals["watched_s"] < 60
+    assert host_counters().taken_s > 0
+
+
+@pytest.mark.parametrize(
+    ("described", "cpus"),
+    [
+        ({"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/cpu.max": "150000 100000\n",
+          "sys/fs/cgroup/a/b/cpu.max": "max 100000\n"}, 1.5),
+        ({"proc/self/cgroup": "4:cpu,cpuacct:/a\n", "sys/fs/cgroup/cpu/a/cpu.cfs_quota_us": "50000\n",
+          "sys/fs/cgroup/cpu/a/cpu.cfs_period_us": "100000\n"}, 0.5),
+        ({"proc/self/cgroup": "4:cpu:/elsewhere\n", "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "200000\n",
+          "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n"}, 2.0),
+        ({"proc/self/cgroup": "0::/a\n", "sys/fs/cgroup/a/cpu.max": "max 100000\n"}, None),
+        ({"proc/self/cgroup": "4:cpu:/a\n", "sys/fs/cgroup/cpu/a/cpu.cfs_quota_us": "-1\n",
+          "sys/fs/cgroup/cpu/a/cpu.cfs_period_us": "100000\n"}, None),
+        ({}, None),
+    ],
+)  # fmt: skip
+def test_the_tightest_quota_counts(root, described, cpus):
+    """Of either version, on the way up, and where the container's own name is not to be seen."""
+    assert cpu_quota(root(described)).value == cpus
+
+
+def test_version_one_counts_in_nanoseconds(root):
+    """Under another name."""
+    described = {
+        "proc/self/cgroup": "4:cpu:/a\n3:cpuacct:/a\n", "sys/fs/cgroup/cpu/a/cpu.stat": "throttled_time 2500000000\n",
+        "sys/fs/cgroup/cpuacct/a/cpuacct.usage": "7500000000\n",
+    }  # fmt: skip
+    ((_, found),) = CpuTimes(root(described)).read().value.items()
+    assert (found.withheld_s, found.used_s.value) == (2.5, 7.5)
+    assert not CpuTimes(root({"proc/self/cgroup": "4:cpuset:/a\n"})).read().known
+
+
+@pytest.mark.parametrize(
+    "described",
+    [{"proc/self/cgroup": "4:cpu:/a\n", "sys/fs/cgroup/cpu/a/cpu.stat": "throttled_time 0\n"},
+     {"proc/self/cgroup": "0::/a\n", "sys/fs/cgroup/a/cpu.stat": "throttled_usec 0\n"}],
+)  # fmt: skip
+def test_where_a_cgroup_does_not_count_its_use_there_is_no_share(root, described):
+    """What was withheld is known, what it is a share of is missing with its reason, and neither is guessed."""
+    watch = HostWatch(root(described))
+    watch.begin()
+    totals = watch.end()
+    assert totals["quota_stall_s"] == 0.0
+    assert "quota_used_s" not in totals
+    assert str(root({})) in watch.missing["quota_used_s"]
+
+
+@pytest.mark.parametrize(
+    ("names", "cached"),
+    [(("memory.max", "memory.current"), "inactive_file"),
+     (("memory.limit_in_bytes", "memory.usage_in_bytes"), "total_inactive_file")],
+)  # fmt: skip
+def test_file_pages_can_be_dropped(root, names, cached):
+    """They count as used, and a process that needs memory gets theirs."""
+    version = "0::/a\n" if names[0] == "memory.max" else "4:memory:/a\n"
+    folder = "sys/fs/cgroup/a" if names[0] == "memory.max" else "sys/fs/cgroup/memory/a"
+    described = {"proc/self/cgroup": version, f"{folder}/memory.stat": f"{cached} 300\n"}
+    described |= {f"{folder}/{name}": f"{size}\n" for name, size in zip(names, (1000, 800), strict=True)}
+    assert memory_left(root(described)).value == 500
+    root({f"{folder}/{names[0]}": "max\n"})
+    assert not memory_left(root({})).known
+
+
+@pytest.mark.parametrize(
+    ("version", "folder", "names"),
+    [("0::/a\n", "a", ("memory.max", "memory.current")),
+     ("4:memory:/a\n", "memory/a", ("memory.limit_in_bytes", "memory.usage_in_bytes"))],
+)  # fmt: skip
+def test_memory_is_the_least_of_what_the_machine_has_and_a_container_may_use(root, version, folder, names):
+    """A limit above the machine's memory, as version 1 writes where there is none, changes nothing."""
+    where = f"sys/fs/cgroup/{folder}"
+    described = {
+        "proc/meminfo": "MemTotal: 1000 kB\nMemAvailable: 600 kB\n", "proc/self/cgroup": version,
+        f"{where}/{names[0]}": "204800\n", f"{where}/{names[1]}": "102400\n",
+    }  # fmt: skip
+    place = root(described)
+    assert (memory_bytes(place).value, memory_available_bytes(place).value) == (204800, 102400)
+    facts = system_facts(place)
+    assert (facts.memory_bytes.value, facts.memory_available_bytes.value) == (204800, 102400)
+    root({f"{where}/{names[0]}": "9223372036854771712\n"})
+    assert (memory_bytes(place).value, memory_available_bytes(place).value) == (1024000, 614400)
+
+
+def test_settings_are_read_where_the_kernel_keeps_them(root):
+    """Governor, turbo of both kinds, huge pages, memory, nodes, container."""
+    cpu = "sys/devices/system/cpu"
+    described = {
+        f"{cpu}/cpu{CPU}/cpufreq/scaling_governor": "powersave\n", f"{cpu}/intel_pstate/no_turbo": "0\n",
+        "sys/kernel/mm/transparent_hugepage/enabled": "always [madvise] never\n",
+        "proc/meminfo": "MemTotal: 1000 kB\nMemAvailable: 600 kB\nSwapTotal: 50 kB\nSwapFree: 40 kB\n",
+        "sys/devices/system/node/node0/cpulist": "0-4095\n", "sys/devices/system/node/node1/cpulist": "9000-9001\n",
+        "proc/self/cgroup": "0::/kubepods/pod1\n",
+    }  # fmt: skip
+    facts = system_facts(root(described))
+    assert (facts.governor.value, facts.turbo.value, facts.huge_pages.value) == ("powersave", True, "madvise")
+    assert (facts.memory_bytes.value, facts.memory_available_bytes.value) == (1024000, 614400)
+    assert (facts.swap_bytes.value, facts.swap_used_bytes.value) == (51200, 10240)
+    assert facts.numa_nodes.value == 1
+    assert "kubepods" in facts.container.value
+    assert not facts.quota_cpus.known
+    (root({}) / f"{cpu}/intel_pstate/no_turbo").unlink()
+    assert system_facts(root({f"{cpu}/cpufreq/boost": "0\n"})).turbo.value is False
+
+
+def test_a_machine_without_settings_has_reasons(root):
+    """Nothing raises."""
+    facts = system_facts(root({}))
+    for name in ("governor", "turbo", "huge_pages", "memory_bytes", "swap_bytes", "numa_nodes", "load", "container"):
+        assert not getattr(facts, name).known
+    assert facts.cpus >= 1

@@ -1,0 +1,75 @@
+"""What a run says of its machine, and what of it must agree with another run's."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import subprocess
+import sys
+
+import pytest
+
+from harness.machine.provenance import FINGERPRINT, collect, comparable, fingerprint, power_limit_w
+from harness.records import codec
+
+CARD = {"power_limit_w": 500.4, "default_power_limit_w": 700.0}
+
+
+@pytest.fixture
+def on_card(small_study, machine, monkeypatch):
+    """A function that collects the provenance of a run on a card with these settings; None: before they were kept."""
+
+    def facts(told):
+        monkeypatch.setattr("harness.machine.provenance.settings", lambda *, card: {"card": told})
+        found = collect(small_study, dataclasses.replace(machine, device="cuda", device_name="Card"), 1, {})
+        if told is None:
+            del found["settings"]
+        return found
+
+    return facts
+
+
+def before_limits(facts):
+    """The fingerprint as it was taken before the power limit was part of it."""
+    fields = {key: facts[key] for key in FINGERPRINT}
+    return hashlib.sha256(codec.dumps(fields).encode()).hexdigest()[:12]
+
+
+def test_the_settings_of_the_machine_are_part_of_a_run(small_study, machine):
+    """Values or reasons under one key; on a CPU no card is asked, and no moment's load is a setting."""
+    told = collect(small_study, machine, 1, {})["settings"]
+    assert told["system"].keys() == {
+        "cpus", "quota_cpus", "governor", "turbo", "huge_pages", "numa_nodes", "memory_bytes", "swap_bytes",
+        "container",
+    }  # fmt: skip
+    assert told["card"] == "not available: trials do not run on a card"
+    assert all(told["host_counters_missing"].values())
+    assert codec.to_json(told) == told
+
+
+def test_the_fingerprint_of_a_run_on_a_cpu_stays_what_it_was(small_study, machine):
+    """Runs that were written before the limit was recorded, and their baselines, stay comparable."""
+    facts = collect(small_study, machine, 1, {})
+    assert fingerprint(facts) == before_limits(facts)
+    assert comparable(facts).keys() == set(FINGERPRINT)
+
+
+def test_the_power_limit_is_part_of_the_fingerprint_of_a_card(on_card):
+    """In whole watts; one that is not known leaves the fingerprint as it was."""
+    limited, default = on_card(CARD), on_card(CARD | {"power_limit_w": 700.0})
+    assert comparable(limited)["power_limit_w"] == 500
+    assert fingerprint(limited) == fingerprint(on_card(CARD | {"power_limit_w": 499.8}))
+    assert fingerprint(limited) != fingerprint(default)
+    for unknown in (None, "not available: no driver", CARD | {"power_limit_w": "not available: not permitted"}):
+        facts = on_card(unknown)
+        assert power_limit_w(facts) is None
+        assert fingerprint(facts) == before_limits(facts) == fingerprint(limited, without=("power_limit_w",))
+
+
+def test_what_a_run_says_of_its_machine_needs_no_torch():
+    """The parent of a run stays light."""
+    code = (
+        "import sys\nfrom harness.meters.settings import settings\nimport harness.machine.provenance\nsettings(card=True)\n"
+        "print(sorted({'torch', 'numpy', 'psutil'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

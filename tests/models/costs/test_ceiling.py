@@ -1,0 +1,105 @@
+"""Shares of a peak: the arithmetic, the interval, and that no figure comes without its formula and peak."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from harness.errors import LorameterError
+from harness.models.costs.ceiling import bandwidth_utilisation, ceiling_of, product_rate, utilisation
+from harness.models.costs.decoding import decode_cost, mean_context
+from harness.models.costs.flops import computed_tokens, record_tokens, row_tokens, six_n, training_flops
+from harness.models.costs.peaks import Peak
+from harness.models.shapes import ModelShape
+from harness.stats import Estimate
+from harness.studies.variant import Variant
+from harness.studies.workload import Workload
+
+SHAPE = ModelShape(
+    hidden_size=64, intermediate_size=128, layers=2, heads=2, kv_heads=1, head_dim=32, vocab_size=100, context=64,
+    tied=False, architecture="llama",
+)  # fmt: skip
+VARIANT = Variant(r=4, target_modules=("q_proj", "v_proj"), gradient_checkpointing=True)
+WORKLOAD = Workload(sequence_length=32, batch_size=2, prompt_tokens=8, new_tokens=4)
+PEAK = Peak(device="Test GPU", rate="bfloat16", per_s=1e10, source="Test GPU datasheet")
+MEMORY = Peak(device="Test GPU", rate="memory", per_s=1e9, source="Test GPU datasheet")
+STEP = Estimate(value=0.01, low=0.008, high=0.0125, replicates=3, samples=9)
+ONCE = Estimate(value=0.01, low=None, high=None, replicates=1, samples=3)
+
+
+def test_a_share_with_its_interval():
+    """Work over time and peak; the slow end of the time is the low end of the share."""
+    found = utilisation("MFU", 50_000_000, STEP, PEAK, "products")
+    assert found.value == pytest.approx(0.5)
+    assert (found.low, found.high) == (pytest.approx(0.4), pytest.approx(0.625))
+    assert str(found) == (
+        "MFU 50.0% [40.0%, 62.5%] = products (5e+07 FLOP) / (0.01 s × peak), "
+        "peak 10 bfloat16 GFLOP/s of Test GPU (Test GPU datasheet)"
+    )
+
+
+def test_one_replicate_has_no_interval():
+    """A share never stands alone: without an interval it says so."""
+    found = utilisation("MFU", 50_000_000, ONCE, PEAK, "products")
+    assert (found.low, found.high) == (None, None)
+    assert "50.0% [no interval]" in str(found)
+
+
+def test_three_figures_of_one_step():
+    """MFU is of what the model needs, HFU of what was computed, 6N of what training all weights would take."""
+    ceiling = ceiling_of(SHAPE, VARIANT, WORKLOAD, STEP, PEAK)
+    useful, computed = row_tokens(VARIANT, WORKLOAD), computed_tokens(VARIANT, WORKLOAD)
+    assert ceiling.mfu.value == pytest.approx(training_flops(SHAPE, VARIANT, useful).model / 1e8)
+    assert ceiling.hfu.value == pytest.approx(training_flops(SHAPE, VARIANT, computed).hardware / 1e8)
+    assert ceiling.six_n.value == pytest.approx(six_n(SHAPE, useful) / 1e8)
+    assert ceiling.mfu.low < ceiling.mfu.value < ceiling.mfu.high
+    assert "which LoRA does not compute" in str(ceiling.six_n)
+
+
+def test_checkpointing_leaves_mfu_what_the_time_makes_it():
+    """With equal times checkpointing changes hardware utilisation only."""
+    plain = dataclasses.replace(VARIANT, gradient_checkpointing=False)
+    with_it, without = (ceiling_of(SHAPE, variant, WORKLOAD, STEP, PEAK) for variant in (VARIANT, plain))
+    assert with_it.mfu == without.mfu
+    assert with_it.hfu.value > without.hfu.value
+
+
+def test_padding_counts_for_nothing():
+    """Real tokens are the numerator of MFU, and padding stays in that of hardware utilisation."""
+    full = ceiling_of(SHAPE, VARIANT, WORKLOAD, STEP, PEAK)
+    half = ceiling_of(SHAPE, VARIANT, WORKLOAD, STEP, PEAK, useful=record_tokens((20, 12)))
+    assert half.mfu.value < 0.51 * full.mfu.value
+    assert half.hfu == full.hfu
+
+
+def test_decoding_against_bandwidth():
+    """Bytes that a token must read over its time and the bandwidth; the formula names what is read."""
+    found = bandwidth_utilisation(SHAPE, VARIANT, WORKLOAD, STEP, MEMORY)
+    assert found.value == pytest.approx(decode_cost(SHAPE, VARIANT, context=mean_context(WORKLOAD)).bytes / 1e7)
+    assert "keys and values of 10 tokens" in str(found)
+    assert "1 GB/s of Test GPU" in str(found)
+
+
+def test_a_peak_of_the_wrong_thing():
+    """FLOPs are not held against bandwidth, nor bytes against FLOP/s."""
+    with pytest.raises(LorameterError, match="against FLOP/s"):
+        ceiling_of(SHAPE, VARIANT, WORKLOAD, STEP, MEMORY)
+    with pytest.raises(LorameterError, match="against bytes/s"):
+        bandwidth_utilisation(SHAPE, VARIANT, WORKLOAD, STEP, PEAK)
+
+
+@pytest.mark.parametrize(
+    ("options", "rate"),
+    [
+        ({}, "bfloat16"),
+        ({"dtype": "float32"}, "float32"),
+        ({"dtype": "float32", "tf32": True}, "tf32"),
+        ({"dtype": "float32", "autocast": "float16"}, "float16"),
+        ({"quantization": "nf4", "compute_dtype": "float16"}, "float16"),
+        ({"quantization": "nf4", "compute_dtype": "float32", "tf32": True}, "tf32"),
+    ],
+)
+def test_the_type_that_a_step_multiplies_in(options, rate):
+    """The frozen layers' own: a 4-bit layer's compute type, autocast's, or the weights'."""
+    assert product_rate(Variant(**options)) == rate

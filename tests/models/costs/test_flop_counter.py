@@ -1,0 +1,149 @@
+"""The closed count against torch's own, on steps as they are trained: equal to the FLOP."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from harness.models import catalogue, shapes
+from harness.models.costs.decoding import decode_cost
+from harness.models.costs.flops import computed_tokens, training_flops
+from harness.records.record import TrialRequest
+from harness.studies.protocol import Protocol
+from harness.studies.variant import Variant
+from harness.studies.workload import Workload
+from harness.training.flop_counter import counted_flops
+from harness.trial.building.base_model import empty_model, load_base
+from harness.trial.building.build import attach, build, evaluating
+from harness.trial.building.shared import SharedBase
+from harness.trial.step import TrainStep
+
+ROWS, LENGTH = 2, 32
+QV = ("q_proj", "v_proj")
+
+
+def batch(layout):
+    """Two rows of tokens: one record in each, two isolated ones in each, or the second row half padding."""
+    tokens = torch.randint(3, 120, (ROWS, LENGTH))
+    inputs = {"input_ids": tokens, "labels": tokens.clone()}
+    if layout == "padded":
+        mask = torch.ones_like(tokens)
+        mask[1, LENGTH // 2 :] = 0
+        return inputs | {"attention_mask": mask}
+    length = LENGTH if layout == "one record" else LENGTH // 2
+    return inputs | {"position_ids": torch.arange(length).repeat(ROWS, LENGTH // length)}
+
+
+def train_step(variant, layout="one record", model="tiny-llama"):
+    """A step as a trial takes it, and the shape and workload that the count is made from."""
+    workload = Workload(model=model, batch_size=ROWS, sequence_length=LENGTH)
+    request = TrialRequest(
+        trial="t", variant=variant, role="variant", replicate=0, seed=1, workload=workload, protocol=Protocol(),
+        interleaving="replicates", measures=("steps",), device="cpu", threads=1, tokens_path="", scratch="",
+        log_path="",
+    )  # fmt: skip
+    torch.set_num_threads(1)
+    trainee = build(request, steps=10, shared=SharedBase())
+    stream = SimpleNamespace(take=lambda: batch(layout))
+    return TrainStep(trainee, stream, variant, "cpu"), shapes.shape(catalogue.resolve(model)), workload
+
+
+def small(folder, model_type):
+    """Two narrow blocks of a family, with random weights."""
+    config = {
+        "model_type": model_type, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32 if model_type == "gemma" else 16,
+        "vocab_size": 128, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    return f"random:{folder}"
+
+
+def assert_counted(variant, *args):
+    step, shape, workload = train_step(variant, *args)
+    counted = counted_flops(step)
+    assert counted.total == training_flops(shape, variant, computed_tokens(variant, workload)).hardware, counted
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("targets", [QV, ("all-linear",)], ids=["q-v", "all-linear"])
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_a_step_takes_what_the_formula_says(quantization, targets, checkpointing):
+    """Forward, backward, clipping and update of LoRA and QLoRA, to the FLOP."""
+    assert_counted(
+        Variant(r=4, target_modules=targets, quantization=quantization, gradient_checkpointing=checkpointing)
+    )
+
+
+@pytest.mark.parametrize("layout", ["two records", "padded"])
+def test_masked_pairs_are_computed(layout):
+    """Records that do not see each other and padding cost what a full row costs: the operator gets a mask."""
+    assert_counted(Variant(r=4, target_modules=QV), layout)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"attention": "eager", "target_modules": ("k_proj",)},
+        {"attention": "eager", "gradient_checkpointing": True},
+        {"target_modules": ("up_proj", "o_proj"), "gradient_checkpointing": True},
+        {"target_modules": ("down_proj",)},
+        {"quantization": "int8", "target_modules": QV, "gradient_checkpointing": True},
+        {"use_dora": True, "lora_dropout": 0.1, "gradient_checkpointing": True},
+        {"use_dora": True, "quantization": "nf4", "gradient_accumulation": 2},
+        {"dtype": "float32", "autocast": "bfloat16", "lora_dropout": 0.1, "use_rslora": True},
+        {"quantization": "nf4", "prepare_for_kbit": True, "gradient_checkpointing": True},
+    ],
+    ids=lambda options: " ".join(options),
+)
+def test_what_else_changes_a_step(tmp_path, options):
+    """Attention written out, odd targets, int8, DoRA with dropout and over several passes, autocast, preparation."""
+    assert_counted(Variant(r=4, **options), "one record", small(tmp_path, "llama"))
+
+
+@pytest.mark.parametrize("model_type", ["mistral", "qwen2", "qwen3", "gemma", "smollm3"])
+def test_every_counted_family(tmp_path, model_type):
+    """Grouped keys, head sizes apart from the width, tied heads, and biases that train: each as PEFT attaches to it."""
+    variant = Variant(r=4, target_modules=("down_proj",), bias="all", dtype="float32")
+    assert_counted(variant, "one record", small(tmp_path, model_type))
+
+
+def test_the_formulas_are_missing_without_us():
+    """torch passes over attention on a CPU and over 4-bit products without a word, and counts less than half."""
+    variant = Variant(r=4, target_modules=QV, quantization="nf4")
+    step, shape, workload = train_step(variant)
+    with FlopCounterMode(display=False) as counter:
+        step()
+    flops = training_flops(shape, variant, computed_tokens(variant, workload))
+    assert counter.get_total_flops() < flops.hardware / 2 + flops.adapters
+
+
+def test_a_model_of_full_size_without_its_weights():
+    """Llama-2-7B on torch's meta device, where attention is written out: to the FLOP."""
+    source = catalogue.resolve("random:llama2-7b")
+    variant = Variant(r=8, target_modules=QV, attention="eager")
+    workload = Workload(model="random:llama2-7b", batch_size=1, sequence_length=256)
+    with torch.device("meta"):
+        model = attach(empty_model(source, variant), variant).train()
+        tokens = torch.zeros(1, 256, dtype=torch.long)
+        mask = torch.ones(1, 1, 256, 256, dtype=torch.bool)  # given whole, since a mask is made by looking at values
+        counted = counted_flops(
+            lambda: model(input_ids=tokens, labels=tokens, attention_mask=mask, use_cache=False).loss.backward()
+        )
+    assert counted.total == training_flops(shapes.shape(source), variant, computed_tokens(variant, workload)).hardware
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
+def test_a_decoded_token(quantization):
+    """One token after a context, adapter beside the base: to the FLOP."""
+    variant = Variant(r=4, quantization=quantization)
+    source = catalogue.resolve("tiny-llama")
+    model = attach(load_base(source, variant, device="cpu", seed=0), variant)
+    with evaluating(model):
+        cache = model(input_ids=torch.randint(3, 120, (1, 20)), use_cache=True).past_key_values
+        counted = counted_flops(lambda: model(input_ids=torch.tensor([[5]]), past_key_values=cache, use_cache=True))
+    assert counted.total == decode_cost(shapes.shape(source), variant, context=21).flops

@@ -1,0 +1,176 @@
+"""FLOPs of a step: by hand for a model small enough to write out, and against what is known of a large one."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from harness.errors import UsageError
+from harness.models import catalogue, shapes
+from harness.models.costs.flops import (
+    StepTokens,
+    TrainingFlops,
+    computed_tokens,
+    product_weights,
+    record_tokens,
+    row_tokens,
+    six_n,
+    training_flops,
+)
+from harness.models.shapes import ModelShape
+from harness.studies.variant import Variant
+from harness.studies.workload import Workload
+
+SMALL = ModelShape(
+    hidden_size=8, intermediate_size=12, layers=2, heads=2, kv_heads=1, head_dim=4, vocab_size=10, context=64,
+    tied=False, architecture="llama",
+)  # fmt: skip
+QV = Variant(r=2, target_modules=("q_proj", "v_proj"))
+THREE = StepTokens(positions=3, pairs=9)
+"""One row of three tokens, every pair."""
+
+
+def test_a_two_layer_model_by_hand():
+    """q and v of two blocks, three tokens, every product written out: weights q 8×8, k and v 8×4, o 8×8, gate and up
+    8×12, down 12×8."""
+    through = 2 * 3 * (64 + 32 + 32 + 64 + 96 + 96 + 96)  # one block's frozen layers, forward or backward
+    below_q_k_v = 2 * 3 * (64 + 32 + 32)  # nothing trains below the first block, so its inputs need no gradient
+    assert (through, below_q_k_v) == (2880, 768)
+    a = 2 * 3 * (8 * 2 + 8 * 2)  # A of q and v, each 8×2
+    b = 2 * 3 * (2 * 8 + 2 * 4)  # B of q 2×8, of v 2×4
+    assert (a, b) == (192, 144)
+    product = 2 * 9 * 2 * 4  # 9 pairs, 2 heads of size 4
+    assert training_flops(SMALL, QV, THREE) == TrainingFlops(
+        linear=2 * 2880 + 2880 + (2880 - 768),
+        # Both blocks: forward, gradients of A and B, through B; the second one also through A.
+        adapters=2 * (192 + 144) + 2 * (192 + 144) + 2 * 144 + 192,
+        # Both: scores and values forward. Second: gradients of scores, values, query, key. First: its key needs none.
+        attention=2 * 2 * product + 4 * product + 3 * product,
+        head=2 * (2 * 3 * 8 * 10),  # forward, and through to the last block
+        recomputed=2 * product,  # the scores, in each fused backward
+        surplus=product,  # the first block's key
+    )
+    assert training_flops(SMALL, QV, THREE).model == 10752 + 1824 + 1584 + 960
+    assert training_flops(SMALL, QV, THREE).hardware == 15120 + 288 + 144
+
+
+def test_checkpointing_by_hand():
+    """Each block's forward again but for down, which no backward waits for; and the embeddings' gradient, unasked."""
+    plain, flops = (
+        training_flops(SMALL, dataclasses.replace(QV, gradient_checkpointing=on), THREE) for on in (False, True)
+    )
+    assert flops.model == plain.model
+    assert flops.recomputed == plain.recomputed + 2 * ((2880 - 2 * 3 * 96) + (192 + 144) + 2 * 144)
+    assert flops.surplus == plain.surplus + 768 + 192
+
+
+def test_an_adapted_last_layer_by_hand():
+    """With an adapter on down, its frozen product and A are done again; only B's is left out."""
+    variant = Variant(r=2, target_modules=("down_proj",), gradient_checkpointing=True)
+    flops = training_flops(SMALL, variant, THREE)
+    a, b = 2 * 3 * 12 * 2, 2 * 3 * 2 * 8
+    assert flops.adapters == 2 * (a + b) + 2 * (a + b) + 2 * b + a  # nothing below A of the first block trains
+    assert flops.recomputed == 2 * (2880 + a + 2 * 144) + 2 * 144
+    # Nothing of the first block but its adapter needs a gradient, and checkpointing computes them all.
+    assert flops.linear == 2 * 2880 + 2880
+    assert flops.attention == 2 * 2 * 144 + 4 * 144
+    assert flops.surplus == 2880 + a + 4 * 144
+
+
+def test_eager_attention_computes_what_is_asked():
+    """Written out, attention recomputes no scores and gives no gradient to a key that needs none."""
+    eager = training_flops(SMALL, dataclasses.replace(QV, attention="eager"), THREE)
+    assert (eager.recomputed, eager.surplus) == (0, 0)
+    assert eager.model == training_flops(SMALL, QV, THREE).model
+
+
+def test_dora_by_hand():
+    """DoRA's norm takes BA once a forward pass, for PEFT by way of an identity matrix; with dropout the frozen weights
+    are multiplied once more, by what dropout left."""
+    tokens = StepTokens(positions=6, pairs=18, passes=2)
+    plain, dora, dropped = (
+        training_flops(SMALL, dataclasses.replace(QV, use_dora=on, lora_dropout=share), tokens)
+        for on, share in ((False, 0.1), (True, 0.0), (True, 0.1))
+    )
+    norms = 2 * 2 * (2 * 8 * 2 * 8 + 2 * 8 * 2 * 4)  # passes, blocks, q and v
+    assert dora.adapters == plain.adapters + norms
+    assert dora.surplus == plain.surplus + 2 * 2 * (2 * 8 * 8 * 2 + 2 * 8 * 8 * 2)
+    assert dropped.adapters == dora.adapters + (2 + 1) * 2 * 6 * (8 * 8 + 8 * 4)  # forward in both blocks, back in one
+    rescaled = dataclasses.replace(QV, use_rslora=True, lora_dropout=0.1)
+    assert training_flops(SMALL, rescaled, tokens) == plain
+
+
+def test_tokens_of_a_step():
+    """Operators are given every pair of every row; records need the pairs that they see."""
+    variant, workload = Variant(gradient_accumulation=3), Workload(batch_size=2, sequence_length=10)
+    assert computed_tokens(variant, workload) == StepTokens(positions=60, pairs=600, passes=3)
+    assert row_tokens(variant, workload) == StepTokens(positions=60, pairs=6 * 55, passes=3)
+    assert row_tokens(variant, workload, real=24) == StepTokens(positions=24, pairs=6 * 10, passes=3)
+    assert record_tokens((4, 2, 1), passes=2) == StepTokens(positions=7, pairs=10 + 3 + 1, passes=2)
+
+
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("all-linear",), ("o_proj",), ("mlp.down_proj",), ()])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_what_a_step_needs_does_not_depend_on_how_it_is_done(targets, attention):
+    """Checkpointing, attention and quantisation change what is computed, never what the model needs."""
+    variant = Variant(r=4, target_modules=targets)
+    others = (
+        dataclasses.replace(variant, gradient_checkpointing=True, attention=attention),
+        dataclasses.replace(variant, quantization="nf4", attention=attention),
+    )
+    model = training_flops(SMALL, variant, THREE).model
+    assert {training_flops(SMALL, other, THREE).model for other in others} == {model}
+
+
+def test_flops_grow_with_tokens():
+    """Without DoRA twice the tokens and pairs take twice the FLOPs of every kind."""
+    one = dataclasses.asdict(training_flops(SMALL, QV, THREE))
+    two = dataclasses.asdict(training_flops(SMALL, QV, StepTokens(positions=6, pairs=18)))
+    assert two == {name: 2 * value for name, value in one.items()}
+
+
+def test_seven_billion_weights_take_four_flops_each():
+    """Llama-2-7B: 4 N a token, less the first block's inputs, plus adapters and attention; 6 N is 1.5 times that."""
+    shape = shapes.shape(catalogue.resolve("random:llama2-7b"))
+    workload = Workload(model="random:llama2-7b", sequence_length=2048, batch_size=1)
+    variant = Variant(r=8, target_modules=("q_proj", "v_proj"))
+    tokens = row_tokens(variant, workload)
+    flops, n = training_flops(shape, variant, tokens), product_weights(shape)
+    assert n == 32 * (4 * 4096**2 + 3 * 4096 * 11008) + 4096 * 32000 == 6_607_077_376
+    assert flops.linear + flops.head == (4 * n - 2 * 3 * 4096**2) * 2048
+    assert flops.model / 2048 / n == pytest.approx(4.23, abs=0.01)
+    print(
+        f"Llama-2-7B, q and v, r 8, 2048 tokens: {flops.model / 2048:.4g} FLOP a token = {flops.model / 2048 / n:.3f} N"
+    )
+    print(f"  attention {flops.attention / 2048 / n:.3f} N, adapters {flops.adapters / 2048 / n:.4f} N")
+    again = training_flops(shape, dataclasses.replace(variant, gradient_checkpointing=True), tokens)
+    print(f"  with checkpointing the device computes {again.hardware / 2048 / n:.3f} N")
+    assert six_n(shape, tokens) == 6 * n * 2048
+    assert six_n(shape, tokens) / (flops.linear + flops.head) == pytest.approx(1.5, rel=0.005)
+
+
+def test_a_published_figure():
+    """NVIDIA's NeMo performance page (container 24.07) prints 25,206 tokens/s and 673 TFLOP/s for Llama-2-7B with LoRA:
+    26.7 GFLOP a token. The products counted here, attention apart, are within 3 % of it; 6 N would be half above."""
+    shape = shapes.shape(catalogue.resolve("random:llama2-7b"))
+    tokens = StepTokens(positions=4096, pairs=0)
+    variant = Variant(r=32, target_modules=("q_proj", "k_proj", "v_proj"))
+    assert training_flops(shape, variant, tokens).model / 4096 == pytest.approx(673e12 / 25_206, rel=0.03)
+    assert six_n(shape, tokens) / 4096 > 1.4 * 673e12 / 25_206
+
+
+@pytest.mark.parametrize("target", ["lm_head", "layers.0.self_attn.q_proj", "c_attn"])
+def test_targets_that_are_not_counted(target):
+    """The head, single blocks and other families' layers are refused, not left out in silence."""
+    with pytest.raises(UsageError, match=r"target_modules.*of every block"):
+        training_flops(SMALL, Variant(target_modules=(target,)), THREE)
+
+
+def test_model_types_that_are_not_counted():
+    """A model whose layers are not known has no count."""
+    foreign = dataclasses.replace(SMALL, architecture="gpt2")
+    with pytest.raises(UsageError, match=r"gpt2.*Counted are gemma, llama"):
+        training_flops(foreign, QV, THREE)
+    with pytest.raises(UsageError, match="gpt2"):
+        product_weights(foreign)

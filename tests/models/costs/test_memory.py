@@ -1,0 +1,117 @@
+"""An estimate follows from the shape alone: closed forms, order of the settings, and the published figures."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from harness.models import catalogue, shapes
+from harness.models.costs.memory import CUDA_CONTEXT_BYTES, PROCESS_BYTES, estimate_memory, stored_dtype
+from harness.studies.variant import Variant
+from harness.studies.workload import Workload
+
+LLAMA = shapes.shape(catalogue.resolve("random:llama2-7b"))
+VARIANT = Variant(name="v", r=8, target_modules=("q_proj", "v_proj"))
+LARGE = {"r": 512, "gradient_checkpointing": True}
+NF4 = {"quantization": "nf4", "prepare_for_kbit": True}
+
+
+def kinds(phase="train", device="cuda", workload=None, **changes):
+    variant = dataclasses.replace(VARIANT, **changes)
+    return estimate_memory(variant, workload or Workload(), LLAMA, phase=phase, device=device).kinds
+
+
+def test_weights_and_adapter_are_closed_forms():
+    """Llama-2-7B by hand: 32 blocks of 4 × 4096² + 3 × 4096 × 11008, two tables of 32000 × 4096, 65 norms."""
+    linear = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    plain, packed = kinds(), kinds(**NF4, double_quant=False)
+    assert plain["linear_weights"] == 2 * linear
+    assert plain["embeddings_bfloat16"] == 2 * 2 * 32000 * 4096
+    assert plain["norms_bfloat16"] == 2 * 65 * 4096
+    assert packed["linear_weights"] == linear // 2
+    assert packed["quantization_state"] == linear // 64 * 4 + 7 * 32 * 64  # a scale for 64 weights, a table a layer
+    assert packed["embeddings_float32"] == 2 * plain["embeddings_bfloat16"]
+    assert plain["adapter"] == 4 * 8 * 524_288
+    assert plain["optimizer_state"] == 2 * plain["adapter"] + 4 * 128
+    assert kinds(quantization="int8")["linear_weights"] == linear
+
+
+def test_keys_and_values_grow_with_the_context():
+    """Two of them for each block, head and token, 16 bits each; a request has no optimizer."""
+    short = kinds("generate", workload=Workload(prompt_tokens=100, new_tokens=28))
+    assert short["kv_cache"] == 2 * 32 * 4096 * 128 * 2
+    assert kinds("generate", workload=Workload(prompt_tokens=228, new_tokens=28))["kv_cache"] == 2 * short["kv_cache"]
+    assert not {"optimizer_state", "gradients", "activations"} & short.keys()
+
+
+@pytest.mark.parametrize(
+    ("more", "less"),
+    [
+        ({"r": 64}, {"r": 8}),
+        ({"target_modules": ("all-linear",)}, {}),
+        ({}, {"quantization": "nf4"}),
+        ({"dtype": "float32"}, {}),
+        ({}, {"gradient_checkpointing": True}),
+        ({"attention": "eager"}, {}),
+        ({"quantization": "nf4", "double_quant": False}, {"quantization": "nf4"}),
+        ({**LARGE, "optimizer": "adamw"}, LARGE),
+        (LARGE, {**LARGE, "adapter_dtype": "bfloat16"}),
+    ],
+)
+def test_settings_are_ordered(more, less):
+    """More of the one than of the other, on a GPU and on a CPU."""
+    devices = ("cuda",) if more.get("optimizer") else ("cuda", "cpu")
+    for device in devices:
+        assert sum(kinds(device=device, **more).values()) > sum(kinds(device=device, **less).values())
+
+
+def test_a_batch_and_a_sequence_take_more():
+    """Activations and logits scale with the tokens; eager attention with the square of the length."""
+    sizes = [sum(kinds(workload=Workload(batch_size=rows)).values()) for rows in (1, 2, 4)]
+    assert sizes[2] - sizes[1] == pytest.approx(2 * (sizes[1] - sizes[0]), rel=1e-6)
+    eager = [kinds(attention="eager", workload=Workload(sequence_length=n))["activations"] for n in (512, 1024)]
+    assert eager[1] > 2.2 * eager[0]
+
+
+def test_large_ranks_are_highest_when_the_optimizer_steps():
+    """Under checkpointing gradients of r 1024 outweigh activations and logits of a short batch."""
+    found = kinds(r=1024, target_modules=("all-linear",), gradient_checkpointing=True)
+    assert found["gradients"] == found["adapter"]
+
+
+def test_a_process_counts_on_the_host_and_a_context_on_a_gpu():
+    """The kinds of the host are in the total; a GPU's context is beside the allocator, as is what is paged."""
+    host = estimate_memory(VARIANT, Workload(), LLAMA)
+    assert sum(host.kinds[kind] for kind in ("process", "library_code", "library_heap", "interpreter")) == PROCESS_BYTES
+    assert host.needed_bytes == host.total_bytes
+    paged = dataclasses.replace(VARIANT, r=64, optimizer="paged_adamw_32bit")
+    card = estimate_memory(paged, Workload(), LLAMA, device="cuda")
+    assert card.needed_bytes == card.total_bytes + CUDA_CONTEXT_BYTES
+    assert card.beside["paged_optimizer_state"] == 8 * 64 * 524_288
+    assert "process" not in card.kinds
+
+
+def test_a_mapped_checkpoint_stays_whole_beside_its_quantised_layers(tmp_path):
+    """As long as the embeddings are its own pages: not for another type, and not when they are cast."""
+    (tmp_path / "config.json").write_text(json.dumps({"dtype": "bfloat16"}))
+    assert stored_dtype(catalogue.resolve(str(tmp_path))) == "bfloat16"
+    assert stored_dtype(catalogue.resolve("random:llama2-7b")) is None
+
+    def pages(**changes):
+        variant = dataclasses.replace(VARIANT, **changes)
+        return estimate_memory(variant, Workload(), LLAMA, stored="bfloat16").kinds.get("checkpoint_pages", 0)
+
+    assert pages(quantization="nf4") == kinds()["linear_weights"]
+    assert pages() == pages(**NF4) == pages(quantization="nf4", dtype="float32") == 0
+
+
+@pytest.mark.parametrize(("changes", "published_gb"), [
+    ({}, 13.52), ({"quantization": "nf4", "double_quant": False}, 4.57), ({"quantization": "nf4"}, 4.26),
+])  # fmt: skip
+def test_generation_lies_near_the_published_figures(changes, published_gb):
+    """Llama-2-7B on an A100 by litgpt (tutorials/resource-tables.md, October 2023), within 10 %."""
+    variant = dataclasses.replace(VARIANT, r=1, **changes)
+    total = estimate_memory(variant, Workload(new_tokens=50), LLAMA, phase="generate", device="cuda").total_bytes
+    assert total == pytest.approx(published_gb * 1e9, rel=0.10)

@@ -1,0 +1,147 @@
+"""Every rule on constructed evidence: a planted case that it finds, and a healthy step in which none finds anything."""
+
+import dataclasses
+
+import pytest
+
+from harness.profile.diagnosis import RULES, diagnose
+from harness.profile.evidence import Evidence
+from harness.studies.variant import Variant
+from harness.studies.workload import Workload
+
+GIB = 2**30
+HEALTHY = Evidence(
+    variant=Variant(name="v", adapter_dtype="bfloat16"),
+    workload=Workload(),
+    device="cuda",
+    step_s=0.1,
+    phases_s={"data": 0.0005, "forward": 0.04, "backward": 0.055, "update": 0.001},
+    categories={"matmul": 0.7, "attention": 0.1, "elementwise": 0.1, "copy": 0.01, "optimizer": 0.01},
+    idle=0.05,
+    calls=2000.0,
+    attention_backend="flash",
+    adapter_dtype="bfloat16",
+    flash_attn=True,
+    cpus=16,
+    peak_bytes=10 * GIB,
+    memory_bytes=80 * GIB,
+    extra_bytes={"quantization": 8 * GIB, "gradient_checkpointing": 20 * GIB, "optimizer": GIB},
+    reserved_bytes=int(10.5 * GIB),
+)
+"""Constructed: a step of 100 ms that a GPU is busy with."""
+
+
+def changed(variant=None, **fields):
+    """The healthy evidence with other fields; those of `variant` are of its variant."""
+    return dataclasses.replace(HEALTHY, variant=dataclasses.replace(HEALTHY.variant, **(variant or {})), **fields)
+
+
+NF4 = {"quantization": "nf4", "compute_dtype": "bfloat16"}
+PLANTED = {
+    "launch-bound": (changed(idle=0.4), 0.4, {"compile": True}),
+    "dequantisation": (changed(NF4, categories={"dequantize": 0.3}), 0.3, {"quantization": "none"}),
+    "float32-adapter": (
+        changed(adapter_dtype="float32", categories={"copy": 0.15}), 0.15, {"adapter_dtype": "bfloat16"}
+    ),
+    "float32-compute": (changed({"dtype": "float32"}), 0.7, {"dtype": "bfloat16"}),
+    "masked-attention": (
+        changed(attention_mask="explicit", attention_backend="efficient", masked_pairs=0.5),
+        0.05,
+        {"attention": "flash_attention_2"},
+    ),
+    "padding": (changed(padded=0.3, workload=Workload(layout="padded")), 0.3, {}),
+    "needless-checkpointing": (
+        changed({"gradient_checkpointing": True}, recomputed=0.3), 0.3 * 0.95, {"gradient_checkpointing": False}
+    ),
+    "unfused-optimizer": (
+        changed({"optimizer": "adamw"}, phases_s=dict(HEALTHY.phases_s) | {"update": 0.01}),
+        0.1,
+        {"optimizer": "adamw_fused"},
+    ),
+    "dropout": (changed({"lora_dropout": 0.1}, dropout=0.08), 0.08, {"lora_dropout": 0.0}),
+    "data-wait": (changed(phases_s=dict(HEALTHY.phases_s) | {"data": 0.02}), 0.2, {}),
+    "contention": (changed(device="cpu", occupancy=0.6, reserved_bytes=None), 0.4, {}),
+    "oversubscription": (changed(device="cpu", occupancy=0.6, threads=4, cpus=2, reserved_bytes=None), 0.4, {}),
+    "fragmentation": (changed(reserved_bytes=15 * GIB), None, {}),
+}  # fmt: skip
+"""Constructed: the evidence, the share of a step that hangs on it, and what to change of the variant."""
+
+
+def test_a_healthy_step_has_no_finding():
+    """No rule finds anything in it."""
+    assert diagnose(HEALTHY) == ()
+
+
+def test_every_rule_has_a_planted_case():
+    """A rule without one could never fire."""
+    assert set(PLANTED) == set(RULES)
+
+
+@pytest.mark.parametrize("code", PLANTED)
+def test_a_planted_case_is_found_alone(code):
+    """With its cost and what to change; no other rule mistakes it for its own."""
+    evidence, share, changes = PLANTED[code]
+    (finding,) = diagnose(evidence)
+    assert (finding.code, finding.changes) == (code, changes)
+    if share is None:
+        assert finding.cost_bytes == 5 * GIB
+    else:
+        assert finding.cost_share == pytest.approx(share)
+        assert finding.cost_s == pytest.approx(share * 0.1)
+    dataclasses.replace(evidence.variant, **finding.changes)  # a variant that could run
+    dataclasses.replace(evidence.workload, **finding.workload_changes)
+    assert bool(finding.suggestion) != bool(finding.obstacle)
+
+
+@pytest.mark.parametrize(
+    ("evidence", "found"),
+    [
+        (changed({"gradient_checkpointing": True}, recomputed=0.3, memory_bytes=20 * GIB), []),
+        (changed({"optimizer": "paged_adamw_32bit"}, memory_bytes=11 * GIB), []),
+        (changed(NF4, categories={"dequantize": 0.3}, memory_bytes=15 * GIB), [{}]),
+        (changed({"dtype": "float32"}, device="cpu", wide_registers=False), []),
+        (changed({"autocast": "bfloat16"}, adapter_dtype="float32", categories={"copy": 0.2}), []),
+        (changed(attention_backend="eager", variant={"attention": "eager"}), [{"attention": "sdpa"}]),
+        (changed(attention_mask="explicit", masked_pairs=0.5, flash_attn=False), [{}]),
+        (changed({"autocast": "float32"}, attention_mask="explicit", masked_pairs=0.5, wide_registers=False), [{}]),
+        (
+            changed(NF4 | {"prepare_for_kbit": True}, categories={"dequantize": 0.3}),
+            [{"quantization": "none", "prepare_for_kbit": False}],
+        ),
+        (changed(padded=0.3), [{}]),
+        (changed(device="cpu", occupancy=0.99, threads=2, cpus=2), []),
+        (changed(device="cpu", occupancy=0.6, threads=4, cpus=16, stalled=0.01), []),
+        (changed(device="cpu", occupancy=0.6, threads=4, cpus=16, stalled=0.2), [{}]),
+        (changed(device="cpu", occupancy=0.6, threads=2, cpus=2, stalled=0.01), []),
+        (changed(device="cpu", occupancy=0.6, threads=2, cpus=2, stalled=0.2), [{}]),
+        (changed(device="cpu", attention_backend="math"), [{}]),
+    ],
+)
+def test_a_remedy_that_is_not_there_is_not_offered(evidence, found):
+    """What memory, machine or packages do not allow is no finding, or one without a change of the variant."""
+    findings = diagnose(evidence)
+    assert [finding.changes for finding in findings] == found
+    for finding in findings:
+        dataclasses.replace(evidence.variant, **finding.changes)  # a variant that could run
+        assert bool(finding.suggestion) != bool(finding.obstacle)
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "share"),
+    [
+        ({"threads": 4, "cpus": 16, "stalled": 0.06}, "contention", 0.06),
+        ({"threads": 2, "cpus": 2, "stalled": 0.06}, "oversubscription", 0.06),
+        ({"threads": 4, "cpus": 2, "stalled": 0.06}, "oversubscription", 0.4),
+    ],
+)
+def test_several_threads_lose_what_they_waited_for(fields, code, share):
+    """Their idling is their own, unless they are more than the CPUs."""
+    (finding,) = diagnose(changed(device="cpu", occupancy=0.6, reserved_bytes=None, **fields))
+    assert finding.code == code
+    assert finding.cost_share == pytest.approx(share)
+
+
+def test_the_dearest_finding_comes_first():
+    """Findings are in order of what hangs on them, and those of memory are last."""
+    evidence = changed({"lora_dropout": 0.1}, dropout=0.05, padded=0.3, reserved_bytes=15 * GIB)
+    assert [finding.code for finding in diagnose(evidence)] == ["padding", "dropout", "fragmentation"]

@@ -1,0 +1,77 @@
+"""A profile taken for real, of a quantised variant: every part of it was measured, and the file holds all of it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from harness.machine.provenance import probe_machine
+from harness.profile import accounting
+from harness.profile.diagnosis import diagnose
+from harness.profile.evidence import evidence_of
+from harness.profile.facts import PHASES, Profile
+from harness.profile.measure import DOCUMENT, TRACE, profile_variant
+from harness.records import codec
+from harness.report.profile import print_profile
+from harness.report.terminal import console_for
+
+
+@pytest.fixture(scope="module")
+def taken(small_study, tmp_path_factory):
+    """The profile of the 4-bit variant, and its folder."""
+    folder = tmp_path_factory.mktemp("runs")
+    return profile_variant(small_study, small_study.variant("nf4"), probe_machine(), runs=folder)
+
+
+def test_a_step_is_taken_apart(taken):
+    """Phases of every pair, what ran in each of them by category, and the profiler's own slow-down."""
+    profile, _ = taken
+    step = accounting.step_account(profile)
+    assert set(step.phases) == set(PHASES)
+    assert step.pairs >= 8
+    assert sum(span.value for span in step.phases.values()) == pytest.approx(step.step.value - step.remainder.value)
+    assert step.remainder.low <= step.remainder.value <= step.remainder.high
+    assert step.profiler_slowdown.value > 1
+    found = accounting.categories_s(profile, step)
+    assert found["matmul"]["forward"] > 0
+    assert found["dequantize"]["backward"] > 0
+    assert found["optimizer"]["update"] > 0
+    assert not profile.activity.missing
+
+
+def test_its_memory_is_counted_beside_the_estimate(taken):
+    """Both phases have the kinds of theirs, what no kind explains, and what was expected."""
+    profile, _ = taken
+    train, generate = (profile.memory[phase] for phase in ("train", "generate"))
+    assert train.kinds["activations"] > 0
+    assert train.kinds["optimizer_state"] > 0
+    assert "optimizer_state" not in generate.kinds
+    assert generate.kinds["linear_weights"] == train.kinds["linear_weights"] > 0
+    for account in (train, generate):
+        assert account.unexplained_bytes == account.peak_bytes - sum(account.kinds.values())
+        assert sum(profile.estimates[account.phase].values()) == pytest.approx(account.peak_bytes, rel=0.25)
+
+
+def test_its_surroundings_were_watched(taken):
+    """Steps and requests alike, so that a disturbed profile can be told."""
+    values = taken[0].record.values
+    assert values["host_watched_train_s"] > 0
+    assert values["host_watched_generate_s"] > 0
+
+
+def test_it_is_judged_and_shown_from_its_file(taken, capsys):
+    """The file gives the same findings and ceilings as the profile; the trace lies beside it."""
+    profile, folder = taken
+    again = codec.from_json(Profile, json.loads((folder / DOCUMENT).read_text(encoding="utf-8")), DOCUMENT)
+    assert again == profile
+    assert (folder / TRACE).stat().st_size > 0
+    step, tokens = accounting.step_account(again), accounting.token_shares(again)
+    ceilings = accounting.ceilings(again, step.step)
+    assert 0 < ceilings.train.mfu.value <= ceilings.train.hfu.value < 1
+    assert 0 < ceilings.decode.use.value < 1
+    findings = diagnose(evidence_of(again, step, tokens, ceilings))
+    print_profile(again, step, tokens, ceilings, findings, console_for())
+    shown = capsys.readouterr().out
+    for words in ("remainder", "activations kept for backward", "unexplained", "MFU", "MBU", "6N"):
+        assert words in shown

@@ -1,0 +1,192 @@
+"""A remedy is tried as a study of two variants, and judged as any other."""
+
+import dataclasses
+
+import pytest
+
+from harness.commands.profile import _try
+from harness.errors import UsageError
+from harness.machine.provenance import probe_machine
+from harness.profile.diagnosis import Finding
+from harness.profile.remedy import chosen, study_of, tried
+from harness.records import store
+from harness.records.record import Failure
+from harness.report.view import view_of
+from harness.run.measure import plan_study
+from harness.studies.protocol import Protocol
+from harness.studies.study_file import load_variant
+from harness.studies.workload import Workload
+from harness.trial.building.requirements import requirements_of
+
+
+def finding(code="dropout", *, workload=None, obstacle="", **changes):
+    return Finding(
+        code=code, message="m", cost_s=0.02, cost_share=0.2, remedy="Do it.", changes=changes,
+        workload_changes=workload or {}, obstacle=obstacle,
+    )  # fmt: skip
+
+
+PACKED = finding("padding", workload={"layout": "packed"})
+
+
+@pytest.fixture
+def padded(small_study):
+    """The small study with one record a row, which leaves a part of each empty."""
+    return dataclasses.replace(
+        small_study,
+        workload=dataclasses.replace(small_study.workload, layout="padded", sequence_length=256, train_sequences=8),
+        protocol=dataclasses.replace(small_study.protocol, allow_disturbed=True),
+    )
+
+
+def test_the_dearest_finding_that_can_be_tried_is_chosen():
+    """Without a name the first with a change; one that cannot be tried is refused, with why and with those that can."""
+    found = (finding("contention", obstacle="it is the machine's"), PACKED, finding("dropout", lora_dropout=0.0))
+    assert chosen(found, None).code == chosen(found, "padding").code == "padding"
+    assert chosen(found, "dropout").code == "dropout"
+    known = r"Can be tried: padding, dropout"
+    for code, words in (
+        ("contention", r"Do it\. That cannot be tried here: it is the machine's"),
+        ("data-wait", "not"),
+    ):
+        with pytest.raises(UsageError, match=rf"{words}.*{known}"):
+            chosen(found, code)
+    with pytest.raises(UsageError, match="no finding"):
+        chosen(found[:1], None)
+
+
+def test_the_present_variant_is_the_reference_of_two():
+    """They differ in what the remedy changes and in nothing else, on one workload; what falls back is measured."""
+    study, variant = load_variant("lora-or-qlora:qlora-nf4-r16")
+    pair = study_of(study, variant, finding("dequantisation", quantization="none"), protocol=Protocol(replicates=5))
+    present, suggested = pair.variants
+    assert pair.reference == present.name == variant.name
+    assert suggested.name == "without-dequantisation"
+    assert suggested.differences(present) == ("quantization",)
+    assert (pair.workload, pair.protocol.replicates, pair.own_workloads) == (study.workload, 5, {})
+    assert pair.allow_fallback
+    assert pair.primary("train") == "step_time_s"
+
+
+@pytest.mark.parametrize(
+    ("changes", "about"),
+    [
+        ({"gradient_checkpointing": False}, {"checkpointing"}),
+        ({"lora_dropout": 0.0}, {"lora.dropout"}),
+        ({"adapter_dtype": "bfloat16"}, {"lora.dtype"}),
+        ({"optimizer": "adamw"}, {"optimizer.class", "optimizer.fused"}),
+        ({"compile": True}, {"compile"}),
+        ({"attention": "eager"}, {"attention.backend", "attention.dtype"}),
+        (
+            {"quantization": "none", "prepare_for_kbit": False},
+            {"attention.dtype"} | {f"base.{path}" for path in ("bits", "quant_type", "double_quant", "compute_dtype")},
+        ),
+        ({"workload": {"layout": "packed"}}, {"packing.isolated", "attention.backend", "attention.dtype"}),
+    ],
+)
+def test_requirements_about_the_remedy_are_not_demanded(changes, about, padded):
+    """The study's own demands on what the remedy changes would make the suggested variant invalid; all others stay."""
+    variant = dataclasses.replace(
+        padded.variants[1], lora_dropout=0.1, gradient_checkpointing=True, adapter_dtype="float32",
+        prepare_for_kbit=True,
+    )  # fmt: skip
+    demands = requirements_of(dataclasses.replace(variant, compile=True), (64,), packed=True)
+    study = dataclasses.replace(padded, requirements=demands)
+    pair = study_of(study, variant, finding(**changes), protocol=padded.protocol)
+    assert set(demands) - set(pair.requirements) == about
+
+
+def test_a_remedy_of_the_workload_is_the_same_variant_on_its_own(padded, machine):
+    """In turns with the present one and never on one base; where the variant can be changed the workload stays."""
+    variant = padded.variants[0]
+    epochs = dataclasses.replace(padded.protocol, epochs=3.0)
+    pair = study_of(padded, variant, PACKED, protocol=epochs)
+    present, suggested = pair.variants
+    assert suggested.differences(present) == ()
+    assert pair.workload_of(present) == padded.workload
+    assert pair.workload_of(suggested) == dataclasses.replace(padded.workload, layout="packed")
+    assert pair.protocol.epochs == 0.0
+    plan, _ = plan_study(pair, machine, phases=("train",))
+    assert plan.interleaving in ("lockstep", "replicates")
+    assert "2 workloads" in plan.why
+    assert {slot.arm for slot in plan.slots} == {""}
+    both = study_of(padded, variant, finding(r=8, workload={"batch_size": 4}), protocol=epochs)
+    assert (both.variants[1].r, both.own_workloads, both.protocol.epochs) == (8, {}, 3.0)
+
+
+def test_other_threads_take_executors_of_their_own(small_study, machine):
+    """Then every one that is compared has one, the control as well."""
+    threads = dataclasses.replace(small_study, workload=dataclasses.replace(small_study.workload, threads=2))
+    fewer = finding("oversubscription", workload={"threads": 1})
+    pair = study_of(threads, threads.variants[0], fewer, protocol=threads.protocol)
+    plan, _ = plan_study(pair, machine, phases=("train",))
+    assert {slot.arm for slot in plan.slots} == {"plain", "plain-control", "without-oversubscription"}
+
+
+def judged(write_run, study, code, present, suggested, **options):
+    """What is made of a constructed run with these step times, one a replicate."""
+    path = write_run("run", {"plain": present, f"without-{code}": suggested}, study=study, **options)
+    return tried(store.read_run(str(path), path.parent), finding(code, optimizer="adamw"))
+
+
+def test_a_gain_counts_where_the_control_is_no_difference(write_run, small_study):
+    """Constructed times: a fifth is gained; with a control that differs, or a failed trial, nothing counts."""
+    pair = study_of(small_study, small_study.variants[0], finding(optimizer="adamw"), protocol=small_study.protocol)
+    old, new = [0.100, 0.1001, 0.1002, 0.0999], [0.080, 0.0801, 0.0802, 0.0799]
+    gained = judged(write_run, pair, "dropout", old, new)
+    assert gained.valid
+    assert (gained.metric, gained.comparison.verdict) == ("step_time_s", "improved")
+    assert gained.comparison.ratio == pytest.approx(0.8, rel=0.001)
+    differing = judged(write_run, pair, "dropout", old, new, control=1.2)
+    assert not differing.valid
+    assert "control-failed" in {notice.code for notice in differing.notices}
+
+    def fail(record):
+        if record.trial != "r1-without-dropout":
+            return record
+        return record.replaced(status="oom", failure=Failure(phase="build", kind="X", message="it is full"))
+
+    failed = judged(write_run, pair, "dropout", old, new, change=fail)
+    assert not failed.valid
+    assert "r1-without-dropout: oom in build: it is full" in failed.failures[0]
+
+
+def test_workloads_are_compared_by_the_time_of_a_real_token(write_run, padded, tmp_path):
+    """Constructed steps as long, of 60 % more real tokens; the report says on what each ran and shows no losses."""
+    pair = study_of(padded, padded.variants[0], PACKED, protocol=padded.protocol)
+
+    def filled(record):
+        real = 800 if record.name == "without-padding" else 500
+        samples = record.samples | {"turn_real_tokens": (100.0,), "turn_padded_tokens": (1436.0,)}
+        return record.replaced(samples=samples, tokens={"real_tokens": real, "padded_tokens": 1000 - real})
+
+    times = [0.100, 0.1001, 0.1002, 0.0999]
+    found = judged(write_run, pair, "padding", times, times, change=filled)
+    assert (found.valid, found.metric, found.comparison.verdict) == (True, "time_per_real_token_s", "improved")
+    assert found.comparison.ratio == pytest.approx(500 / 800)
+    view = view_of(store.read_run(found.run, tmp_path / "runs"))
+    assert any("without-padding has layout = packed" in fact for fact in view.facts)
+    assert "losses are not compared" in view.notes[0]
+    assert not {"train loss", "held-out loss", "real tokens/s"} & set(view.tables[0].heads)
+
+
+def test_packing_is_tried_beside_padding(padded, tmp_path):
+    """Real trials of both: each on its own tokens, as manifest and records say, and a ratio with its interval."""
+    found = _try(padded, padded.variants[0], PACKED, probe_machine(), tmp_path)
+    assert found.failures == ()
+    assert found.interleaving in ("lockstep", "replicates")
+    assert found.comparison.low < found.comparison.ratio < found.comparison.high
+    run = store.read_run(found.run, tmp_path)
+    assert run.manifest.study["workload"]["layout"] == "padded"
+    assert run.manifest.study["own_workloads"]["without-padding"]["layout"] == "packed"
+    tokens = {True: run.manifest.tokens["own"]["without-padding"], False: run.manifest.tokens}
+    steps = [record for record in run.records if "step_time_s" in record.samples]
+    assert len(steps) == 6
+    for record in steps:
+        packed = record.name == "without-padding"
+        assert record.tokens["hash"] == tokens[packed]["hash"]
+        assert (sum(record.samples["turn_padded_tokens"]) == 0) == packed
+    assert len({one["hash"] for one in tokens.values()}) == 2
+    per_step = [sum(record.samples["turn_real_tokens"]) / len(record.samples["step_time_s"]) for record in steps]
+    assert max(per_step) == Workload(sequence_length=256).sequence_length * padded.workload.batch_size
+    assert min(per_step) < max(per_step)

@@ -1,0 +1,160 @@
+"""The store appends, syncs and reads back; damage is seen, never guessed around."""
+
+import dataclasses
+
+import pytest
+
+from harness.errors import UsageError
+from harness.records import store
+from harness.records.record import DISTURBED, SCHEMA, Failure, TrialRecord
+from harness.records.store import Manifest, RunWriter
+
+
+def manifest(run="20260101-000000-s-0000"):
+    return Manifest(
+        run=run, study={}, phases=("train",), interleaving="replicates", order=("r0-a",), seed=0, created_unix_s=1.0,
+        provenance={}, fingerprint="f",
+    )  # fmt: skip
+
+
+def record(trial="r0-a"):
+    return TrialRecord(
+        trial=trial, status="ok", name="a", variant="i", role="variant", replicate=0, position=0,
+        interleaving="replicates", seed=0, started_unix_s=0.0, wall_time_s=1.0, samples={"step_time_s": (0.1, 0.2)},
+    )  # fmt: skip
+
+
+def test_a_run_is_read_back_as_written(tmp_path):
+    """Records and manifest survive, by id and by directory."""
+    writer = RunWriter(tmp_path, manifest())
+    writer.append(record("r0-a"))
+    writer.append(record("r1-a"))
+    writer.finish("complete")
+    for name in ("20260101-000000-s-0000", str(writer.path)):
+        run = store.read_run(name, tmp_path)
+        assert run.records == (record("r0-a"), record("r1-a"))
+        assert run.manifest.status == "complete"
+        assert run.damaged_lines == 0
+
+
+def test_a_record_cut_short_is_counted(tmp_path):
+    """After a crash in the middle of a line the others are there and the damage is known."""
+    writer = RunWriter(tmp_path, manifest())
+    writer.append(record())
+    with (writer.path / "trials.jsonl").open("a") as file:
+        file.write('{"schema": 1, "tri')
+    run = store.read_run(str(writer.path), tmp_path)
+    assert len(run.records) == 1
+    assert run.damaged_lines == 1
+    assert run.manifest.status == "running"
+
+
+def test_another_schema_is_refused(tmp_path):
+    """A record of another version is not read as if it were ours."""
+    writer = RunWriter(tmp_path, manifest())
+    text = (writer.path / "manifest.json").read_text().replace(f'"schema": {SCHEMA}', '"schema": 99')
+    (writer.path / "manifest.json").write_text(text)
+    with pytest.raises(UsageError, match="schema 99"):
+        store.read_run(str(writer.path), tmp_path)
+
+
+def test_a_damaged_manifest_is_a_clear_error(tmp_path):
+    """And does not take a listing of the other runs with it."""
+    writer = RunWriter(tmp_path, manifest())
+    (writer.path / "manifest.json").write_text('{"schema": 1, "ru')
+    with pytest.raises(UsageError, match="cannot be read"):
+        store.read_run(str(writer.path), tmp_path)
+
+
+def test_an_unknown_run_names_the_latest(tmp_path):
+    """A wrong id gets the ids that exist."""
+    RunWriter(tmp_path, manifest())
+    with pytest.raises(UsageError, match="20260101-000000-s-0000"):
+        store.read_run("nope", tmp_path)
+
+
+def test_where_runs_live(tmp_path, monkeypatch):
+    """The option wins over the environment, which wins over the folder one stands in."""
+    monkeypatch.chdir(tmp_path)
+    assert store.runs_dir(None).resolve() == (tmp_path / ".lorameter" / "runs").resolve()
+    monkeypatch.setenv(store.ENV_RUNS, str(tmp_path / "env"))
+    assert store.runs_dir(None) == tmp_path / "env"
+    assert store.runs_dir(str(tmp_path / "given")) == tmp_path / "given"
+
+
+def test_the_last_record_of_a_trial_counts(tmp_path):
+    """Told of while under way, broken off, measured again: one record each, in the order of the plan."""
+    writer = RunWriter(tmp_path, manifest())
+    under_way = record("r0-b").replaced(position=1, started_unix_s=5.0, status="interrupted")
+    writer.append(under_way)
+    writer.append(under_way.replaced(status="ok"))
+    writer.append(record("r0-c").replaced(position=2, started_unix_s=6.0, status="interrupted"))
+    writer.append(record("r0-a").replaced(started_unix_s=4.0))
+    writer.append(record("r0-c").replaced(position=2, started_unix_s=9.0))
+    run = store.read_run(str(writer.path), tmp_path)
+    assert [(one.trial, one.status, one.started_unix_s) for one in run.records] == [
+        ("r0-a", "ok", 4.0), ("r0-b", "ok", 5.0), ("r0-c", "ok", 9.0),
+    ]  # fmt: skip
+    assert run.measured_again == 1  # r0-c; the trial that ended as it began was measured once
+
+
+def test_a_trial_given_up_and_then_needless_is_in_no_report(tmp_path):
+    """After an interruption it was not run; gone on with, the run ended before its turn came."""
+    writer = RunWriter(tmp_path, dataclasses.replace(manifest(), order=("r0-a", "r1-a")))
+    writer.append(record("r0-a"))
+    writer.append(record("r1-a").replaced(status="not_run"))
+    assert [one.status for one in store.read_run(str(writer.path), tmp_path).records] == ["ok", "not_run"]
+    writer.finish("complete", stopped="precise enough", measured=["r0-a"])
+    assert [one.trial for one in store.read_run(str(writer.path), tmp_path).records] == ["r0-a"]
+
+
+def test_writing_goes_on_after_a_line_that_was_cut_short(tmp_path):
+    """The next record is whole; the damage counts until everything that was planned has been measured."""
+    begun = dataclasses.replace(manifest(), order=("r0-a", "r0-b"))
+    writer = RunWriter(tmp_path, begun)
+    writer.append(record())
+    with (writer.path / "trials.jsonl").open("a") as file:
+        file.write('{"schema": 3, "tri')
+    again = store.Resumption(unix_s=2.0, harness="0.1", commit=None)
+    writer = RunWriter(tmp_path, dataclasses.replace(begun, resumed=(again,)))
+    assert store.read_run(str(writer.path), tmp_path).damaged_lines == 1
+    writer.append(record("r0-b"))
+    run = store.read_run(str(writer.path), tmp_path)
+    assert [one.trial for one in run.records] == ["r0-a", "r0-b"]
+    assert run.damaged_lines == 0
+    assert run.manifest.resumed == (again,)
+
+
+def test_one_process_writes_a_run(tmp_path):
+    """A second one is refused, and a reader can tell a run that is being measured from one whose process was killed."""
+    path = RunWriter(tmp_path, manifest()).path
+    assert not store.read_run(path.name, tmp_path).live
+    with store.writing(path):
+        assert store.read_run(path.name, tmp_path).live
+        with pytest.raises(UsageError, match=f"{path.name}: another process is measuring it"), store.writing(path):
+            pass
+    assert not store.read_run(path.name, tmp_path).live
+    with store.writing(path):
+        RunWriter(tmp_path, manifest()).finish("complete")
+        assert not store.read_run(path.name, tmp_path).live
+
+
+def test_the_last_end_of_a_trial_counts_and_what_was_disturbed_is_kept_apart(tmp_path):
+    """A second attempt replaces the first; one that broke off does not, and neither is an interruption."""
+    disturbed = record().replaced(
+        status="invalid", failure=Failure(phase="train", kind=DISTURBED, message="it was hot"), started_unix_s=1.0
+    )
+    again = record().replaced(attempt=1, started_unix_s=2.0)
+    broken = again.replaced(status="interrupted")
+    for written, counts, kept in (
+        ([disturbed, again], again, (disturbed,)),
+        ([disturbed, broken], disturbed, ()),
+        ([disturbed, broken, again], again, (disturbed,)),
+    ):
+        writer = RunWriter(tmp_path, manifest(run=f"run-{len(written)}-{counts.attempt}"))
+        for one in written:
+            writer.append(one)
+        run = store.read_run(str(writer.path), tmp_path)
+        assert run.records == (counts,)
+        assert run.disturbed == kept
+        assert run.measured_again == 0

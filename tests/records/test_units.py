@@ -1,0 +1,36 @@
+"""Numbers as they are written: one scale, the digits that the interval supports, never without an interval."""
+
+import pytest
+
+from harness.records.units import format_bytes, format_duration, format_interval, format_ratio
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ((0.30734, 0.2951, 0.3201, "s"), "307 ms [295, 320]"),
+        ((12.3456, 12.31, 12.38, "s"), "12.346 s [12.310, 12.380]"),
+        ((1683.4, 1612.0, 1755.0, "1/s"), "1683/s [1612, 1755]"),
+        ((4.5743, 4.551, 4.597, "1"), "4.574 [4.551, 4.597]"),
+        ((0.03412, 0.0331, 0.0352, "J"), "34.1 mJ [33.1, 35.2]"),
+        ((1812.0, 1790.0, 1834.0, "J"), "1.812 kJ [1.790, 1.834]"),
+        ((0.412, None, None, "s"), "412 ms [no interval]"),
+    ],
+)
+def test_a_value_carries_its_interval(arguments, text):
+    """Two digits of the half-width decide how many are shown."""
+    assert format_interval(*arguments) == text
+
+
+def test_a_ratio_without_a_value_is_a_dash():
+    """Nothing is shown for nothing."""
+    assert format_ratio(None, None, None) == "–"
+    assert format_ratio(1.004, 0.981, 1.027) == "1.004 [0.981, 1.027]"
+
+
+def test_bytes_and_durations_read_well():
+    """Binary units, and minutes where seconds would be many."""
+    assert format_bytes(637 * 2**20) == "637 MiB"
+    assert format_bytes(1010 * 2**20) == "1010 MiB"
+    assert format_bytes(999.7 * 2**20) == "1000 MiB"
+    assert [format_duration(s) for s in (42, 185, 4320)] == ["42 s", "3 min 05 s", "1 h 12 min"]

@@ -1,0 +1,73 @@
+"""`sample` shows what was answered while the run was measured, decoded, beside the record's own words."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from harness.cli import main
+from harness.errors import UsageError
+from harness.records import store
+from harness.sample import samples_of
+
+EXAMPLES = [{"prompt": "Input: 4\n", "reference": "What is 2 + 2?"}, {"prompt": "Input: sky\n", "reference": "Blue?"}]
+END = 257
+
+
+@pytest.fixture
+def run(write_run, small_study, tmp_path):
+    """A run of tiny-llama (a token is a byte) in which `plain` ended one answer and was cut in the other."""
+    workload = dataclasses.replace(small_study.workload, natural_tokens=5)
+
+    def answered(record):
+        answers = {"answer_0": [*b"Two?", END], "answer_1": [*b"Colou"], "untrained_0": [*b"0"]}
+        plain = record.name == "plain" and record.role == "variant"
+        return record.replaced(tokens=answers) if plain else record
+
+    study = dataclasses.replace(small_study, workload=workload)
+    path = write_run("a", {"plain": [1.0, 1.0], "nf4": [1.0, 1.0]}, study=study, change=answered)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["tokens"] = {"examples": EXAMPLES}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    return store.read_run(str(path), tmp_path / "runs")
+
+
+def test_answers_stand_beside_prompt_and_reference(run):
+    """In the order of the prompts, with how each answer ended; what was not asked before training is None."""
+    first, second = samples_of(run, "plain", replicate=1)
+    assert (first.prompt, first.reference, first.untrained, first.trained) == (
+        "Input: 4\n",
+        "What is 2 + 2?",
+        "0",
+        "Two?",
+    )
+    assert (first.tokens, first.ended) == (5, True)
+    assert (second.untrained, second.trained, second.ended) == (None, "Colou", False)
+    assert samples_of(run, "plain", count=1) == (first,)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"variant": "nf4"}, "variant 'nf4'.*plain"),
+        ({"variant": "plain", "replicate": 7}, "replicate = 7.*0, 1"),
+    ],
+)
+def test_what_was_not_answered_is_refused(run, options, words):
+    """With what there is instead."""
+    with pytest.raises(UsageError, match=words):
+        samples_of(run, **options)
+
+
+def test_the_command_prints_all_four_texts_and_one_document(run, capsys):
+    """As panels for people, as one JSON document for programs."""
+    assert main(["sample", str(run.path), "plain"]) == 0
+    shown = capsys.readouterr().out
+    for text in ("Input: 4", "What is 2 + 2?", "Two?", "ended by the model", "cut at the limit", "not measured"):
+        assert text in shown
+    assert main(["sample", str(run.path), "plain", "--json", "--count", "1"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["schema"] == 1
+    assert [sample["trained"] for sample in document["samples"]] == ["Two?"]

@@ -1,0 +1,217 @@
+"""A host: which interpreter and which code a measuring process really runs, told by real processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import harness
+from harness.errors import InvalidRunError, UsageError
+from harness.machine.provenance import (
+    LIBRARIES,
+    collect,
+    differing_packages,
+    harness_identity,
+    library_version,
+    probe_machine,
+)
+from harness.records.record import SCHEMA
+from harness.run.conductor import Site
+from harness.run.executors.host import Host, describe, inspect
+from harness.run.executors.local import LocalExecutor, worker_environment
+from harness.run.plan import make_plan
+from harness.run.runner import run_plan
+
+
+def test_the_default_host_is_the_present_interpreter():
+    """No path, no folder, no variables: what a run without sides has always used."""
+    host = Host()
+    assert (host.python, host.path, host.cwd, host.environment) == (sys.executable, (), None, {})
+    assert host.command("harness.worker", "7") == [sys.executable, "-m", "harness.worker", "7"]
+    assert host.variables({"HOME": "/h"}) == {"HOME": "/h"}
+
+
+def test_the_path_of_a_host_goes_before_that_of_the_shell():
+    """What the user has on PYTHONPATH stays, behind."""
+    host = Host(path=("/a", "/b"), environment={"X": "1"})
+    assert host.variables({"PYTHONPATH": "/c"}) == {"PYTHONPATH": os.pathsep.join(("/a", "/b", "/c")), "X": "1"}
+
+
+def test_a_host_cannot_change_what_every_measuring_process_has_fixed():
+    """A host's own variables come before the shell's, and the thread counts of the protocol before both."""
+    fixed = worker_environment(1, Host(environment={"OMP_NUM_THREADS": "7", "X": "1"}))
+    assert (fixed["OMP_NUM_THREADS"], fixed["X"]) == ("1", "1")
+
+
+def test_inspecting_imports_nothing(tmp_path):
+    """A module is found by its file; one that cannot even be imported is found too."""
+    (tmp_path / "explosive.py").write_text("raise SystemExit('imported')")
+    answer = inspect(Host(path=(str(tmp_path),)), ["explosive", "no_such_module", "torch"])
+    assert answer["origins"]["explosive"] == str(tmp_path / "explosive.py")
+    assert answer["origins"]["no_such_module"] is None
+    assert Path(answer["origins"]["torch"]).name == "__init__.py"
+    assert answer["packages"]["torch"] == library_version("torch")
+
+
+@pytest.mark.parametrize("program", ["/bin/false", "/bin/echo", "/no/such/python"])
+def test_a_program_that_is_no_python_is_refused(program):
+    """Whether it fails, says something else or is not there: the error names it and what it said."""
+    with pytest.raises(UsageError, match=program):
+        inspect(Host(python=program))
+
+
+def test_a_description_holds_what_an_effect_can_be_attributed_to(tmp_path):
+    """Python, the libraries of the fingerprint, every distribution, and the commit of the host's own folder."""
+    description = describe(Host(cwd=str(tmp_path)))
+    assert description["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert description["libraries"] == {name: library_version(name) for name in LIBRARIES}
+    assert description["packages"]["pytest"] == pytest.__version__
+    assert description["cuda"] == probe_machine().cuda
+    assert description["git"] == {"commit": None, "dirty": None}
+
+
+def test_what_a_side_says_goes_before_what_holds_here(small_study, machine):
+    """The provenance of a side: its interpreter and libraries, the machine and the workload of the run."""
+    other = {"python": "3.99", "libraries": {"peft": "0.1"}, "cuda": "99", "packages": {"peft": "0.1"}, "git": {}}
+    here, there = (collect(small_study, machine, 1, {}, side) for side in (None, other))
+    assert {name for name in there if here.get(name) != there[name]} == {*other}
+    assert "packages" not in here
+
+
+def test_differing_packages_are_those_whose_versions_differ():
+    """Changed, added and removed ones, by name, with both versions."""
+    base = {"packages": {"peft": "0.19.0", "torch": "2.13.0", "gone": "1"}}
+    candidate = {"packages": {"peft": "0.20.0", "torch": "2.13.0", "new": "2"}}
+    assert differing_packages(base, candidate) == {
+        "gone": ("1", None),
+        "new": (None, "2"),
+        "peft": ("0.19.0", "0.20.0"),
+    }
+    assert differing_packages(base, base) == {}
+
+
+def test_a_package_installed_from_a_commit_is_told_by_it(tmp_path):
+    """Two commits of one version differ."""
+    for name, commit in (("one", "a" * 40), ("two", "b" * 40)):
+        folder = tmp_path / name / "widget-1.0.dist-info"
+        folder.mkdir(parents=True)
+        (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: Widget\nVersion: 1.0\n")
+        source = {"url": "https://example.org/widget", "vcs_info": {"vcs": "git", "commit_id": commit}}
+        (folder / "direct_url.json").write_text(json.dumps(source))
+    one, two = (describe(Host(path=(str(tmp_path / name),))) for name in ("one", "two"))
+    assert differing_packages(one, two) == {"widget": ("1.0 (commit aaaaaaaaaaaa)", "1.0 (commit bbbbbbbbbbbb)")}
+
+
+def copy_of_the_packages(folder):
+    """A copy of the packages, to be changed, as another revision would be."""
+    here = Path(harness.__file__).parents[1]
+    for package in ("harness", "kernels_check"):
+        subprocess.run(["cp", "-r", str(here / package), str(folder)], check=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sides(tmp_path_factory):
+    """Two started executors that log to one folder, with their greetings: the present harness, and another that marks
+    each process which imports it."""
+    other = copy_of_the_packages(tmp_path_factory.mktemp("other"))
+    with (other / "harness" / "__init__.py").open("a") as file:
+        marks = str(other / "marks")
+        file.write(f"import os, sys\nopen({marks!r}, 'a').write(os.getcwd() + ' ' + sys.orig_argv[2] + '\\n')\n")
+    logs = tmp_path_factory.mktemp("logs")
+    hosts = {"base": Host(), "candidate": Host(path=(str(other),), cwd=str(other))}
+    executors = {label: LocalExecutor(threads=1, log_dir=logs, host=host, label=label) for label, host in hosts.items()}
+    try:
+        for executor in executors.values():
+            executor.start()
+        yield {label: (executor, executor.hello()) for label, executor in executors.items()}, logs, other
+    finally:
+        for executor in executors.values():
+            executor.close()
+
+
+def test_two_executors_share_a_folder_and_say_which_harness_they_run(sides):
+    """One log each; the greeting of a host carries the version and content of the harness that it imported."""
+    executors, logs, _ = sides
+    hellos = {label: hello for label, (_, hello) in executors.items()}
+    assert {"zygote-base.log", "zygote-candidate.log"} <= {path.name for path in logs.iterdir()}
+    assert hellos["base"]["harness"] == harness_identity()
+    assert hellos["candidate"]["harness"] != harness_identity()
+    assert {hello["harness"].split(" sha256:")[0] for hello in hellos.values()} == {library_version("lorameter")}
+
+
+class Silent:
+    """A watcher that looks away."""
+
+    def trial_phase(self, slot, phase):
+        pass
+
+    def trial_ended(self, record):
+        pass
+
+
+def test_a_trial_runs_on_a_host_from_training_to_cold_start(sides, small_study, tmp_path):
+    """Zygote, token process and cold interpreter all import the host's code, in the host's folder."""
+    executors, _, other = sides
+    executor, _ = executors["candidate"]
+    protocol = dataclasses.replace(small_study.protocol, replicates=1)
+    plan = make_plan(dataclasses.replace(small_study, protocol=protocol), select=["plain"])
+    plan = dataclasses.replace(plan, groups=plan.groups[:1])  # the control would show the same again
+    tokens = executor.prepare_tokens(small_study.workload, str(tmp_path))
+    site = Site(
+        run_path=tmp_path, scratch=tmp_path / "scratch", device="cpu", threads=1, tokens_path=tokens["path"],
+        tokens={"hash": tokens["hash"]},
+    )  # fmt: skip
+    (record,) = run_plan(plan, {"": executor}, site, save=lambda record: None, watcher=Silent()).records
+    assert record.status == "ok", record.failure
+    assert "cold_start_time_s" in record.values
+    modules = ("harness.worker", "harness.trial.data.tokens", "harness.trial.inference.cold")
+    assert {*(other / "marks").read_text().splitlines()} == {f"{other} {module}" for module in modules}
+
+
+def test_a_side_that_speaks_another_schema_is_refused_by_name(tmp_path):
+    """Its records could not be read, so it is an error before anything is measured."""
+    other = copy_of_the_packages(tmp_path)
+    record = other / "harness" / "records" / "record.py"
+    record.write_text(record.read_text().replace(f"\nSCHEMA = {SCHEMA}\n", f"\nSCHEMA = {SCHEMA + 1}\n"))
+    host = Host(path=(str(other),), cwd=str(other))
+    executor = LocalExecutor(threads=1, log_dir=tmp_path, host=host, label="candidate")
+    executor.start()
+    try:
+        with pytest.raises(
+            InvalidRunError, match=f"worker of 'candidate' speaks schema {SCHEMA + 1}, this program {SCHEMA}"
+        ):
+            executor.hello()
+    finally:
+        executor.close()
+
+
+def test_a_host_that_cannot_import_is_an_error_that_names_side_and_interpreter(tmp_path):
+    """The message is the worker's last line, with the log of that side."""
+    broken = tmp_path / "path" / "transformers"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text("raise ImportError('broken on purpose')")
+    host = Host(path=(str(broken.parent),))
+    executor = LocalExecutor(threads=1, log_dir=tmp_path, host=host, label="base")
+    executor.start()
+    with pytest.raises(InvalidRunError, match=r"worker of 'base' did not start: .*broken on purpose.*zygote-base\.log"):
+        executor.hello()
+
+
+def test_tokens_are_made_in_the_folder_that_was_meant(small_study, tmp_path, monkeypatch):
+    """A host runs elsewhere; a relative folder is still the parent's."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run").mkdir()
+    root = str(Path(harness.__file__).parents[1])
+    host = Host(path=(root,), cwd=str(tmp_path / "elsewhere"))
+    executor = LocalExecutor(threads=1, log_dir=tmp_path, host=host, label="base")
+    answer = executor.prepare_tokens(small_study.workload, "run")
+    assert Path(answer["path"]).parent == tmp_path / "run"
+    assert (tmp_path / "tokens-base.log").is_file()

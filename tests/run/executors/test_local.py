@@ -1,0 +1,284 @@
+"""Real processes: a trial end to end, and each of the ways in which one can fail."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from harness.records.record import DISTURBED, Failure
+from harness.run.conductor import Site
+from harness.run.executors.local import LocalExecutor, LocalWorker
+from harness.run.plan import make_plan
+from harness.run.runner import run_plan
+
+
+class Quiet:
+    """A watcher that can act when a trial enters a phase."""
+
+    def __init__(self, act=None):
+        self.act = act
+
+    def trial_phase(self, slot, phase):
+        if self.act:
+            self.act(slot, phase)
+
+    def trial_ended(self, record):
+        pass
+
+
+SERVED = {
+    "olora": {"init_lora_weights": "olora", "dtype": "float32", "learning_rate": 1e-2},
+    "prepared": {"quantization": "nf4", "prepare_for_kbit": True, "optimizer": "adamw"},
+    "bf16-adapter": {"adapter_dtype": "bfloat16", "learning_rate": 1e-2},
+}
+"""Variants whose served model must be made in a way of its own."""
+
+
+@pytest.fixture(scope="module")
+def executor(tmp_path_factory):
+    """One zygote for all tests of this module; its start is what costs."""
+    local = LocalExecutor(threads=1, log_dir=tmp_path_factory.mktemp("logs"))
+    local.start()
+    local.hello()
+    yield local
+    local.close()
+
+
+@pytest.fixture(scope="module")
+def served(executor, small_study, tmp_path_factory):
+    """The records of one run of all phases; each of its cold starts imports for seconds, so it is made once."""
+    more = (dataclasses.replace(small_study.variants[0], name=name, **changes) for name, changes in SERVED.items())
+    study = dataclasses.replace(small_study, variants=(*small_study.variants, *more))
+    return measure(study, executor, tmp_path_factory.mktemp("served"), phases=("train", "generate", "cold"))
+
+
+def measure(study, executor, tmp_path, *, phases=("train",), watcher=None):
+    protocol = dataclasses.replace(study.protocol, replicates=1)
+    plan = make_plan(dataclasses.replace(study, protocol=protocol), phases=phases)
+    tokens = executor.prepare_tokens(study.workload, str(tmp_path))
+    site = Site(
+        run_path=tmp_path, scratch=tmp_path / "scratch", device="cpu", threads=1, tokens_path=tokens["path"],
+        tokens={"hash": tokens["hash"]},
+    )  # fmt: skip
+    measured = run_plan(plan, {"": executor}, site, save=lambda record: None, watcher=watcher or Quiet())
+    return {record.trial: record for record in measured.records}
+
+
+def children_of(executor):
+    return psutil.Process(executor._process.pid).children()
+
+
+def variant(study, **changes):
+    """The study with one more variant, named `bad`, and nothing but it and the reference selected."""
+    bad = dataclasses.replace(study.variants[0], name="bad", **changes)
+    return dataclasses.replace(study, variants=(study.variants[0], bad))
+
+
+def test_a_trial_end_to_end(executor, served):
+    """Every phase leaves its numbers, the control is bit-equal to the reference, and no process is left."""
+    assert len(served) == 3 + len(SERVED)
+    assert {record.status for record in served.values()} == {"ok"}, [r.failure for r in served.values()]
+    for record in served.values():
+        assert len(record.samples["step_time_s"]) == 4
+        assert len(record.samples["request_time_s"]) == len(record.samples["merged_request_time_s"]) == 2
+        assert record.turn_lengths == (2, 2)
+        assert record.values["start_latency_s"] > 0
+        parts = ("cold_import_time_s", "cold_load_time_s", "cold_completion_time_s")
+        assert all(record.values[part] > 0 for part in parts)
+        assert sum(record.values[part] for part in parts) <= record.values["cold_start_time_s"]
+        assert record.memory["optimizer_state_bytes"] == pytest.approx(2 * record.memory["adapter_bytes"], rel=0.01)
+        assert record.memory["gradient_bytes"] == record.memory["adapter_bytes"]
+        assert record.tokens["completion"] == record.tokens["cold_completion"]
+    plain, nf4, control = (served[f"r0-{name}"] for name in ("plain", "nf4", "plain-control"))
+    assert plain.tokens["hash"] == nf4.tokens["hash"]
+    assert plain.tokens == control.tokens
+    losses, twin_losses = (
+        [loss for name in ("warmup_loss", "train_loss", "catch_up_loss") for loss in record.samples[name]]
+        for record in (plain, control)
+    )
+    assert losses == twin_losses
+    assert plain.values["held_out_loss"] == control.values["held_out_loss"]
+    assert nf4.memory["base_weight_bytes"] < plain.memory["base_weight_bytes"] / 2
+    assert nf4.memory["quantization_state_bytes"] > 0 == plain.memory["quantization_state_bytes"]
+    assert not children_of(executor)
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_the_cold_model_is_the_trained_one(served, name):
+    """Preparation, adapter type and a base that OLoRA rewrote reach the new interpreter: the answer is the same."""
+    record = served[f"r0-{name}"]
+    assert record.status == "ok", record.failure
+    assert record.tokens["completion"] == record.tokens["cold_completion"]
+
+
+def test_a_killed_trial_is_a_row(executor, small_study, tmp_path):
+    """SIGKILL in the middle of the turns: crashed, with the signal named and the earlier turns kept."""
+
+    def kill(slot, phase):
+        if slot.trial == "r0-nf4" and phase == "finish_training":
+            for child in children_of(executor):
+                child.kill()
+
+    records = measure(small_study, executor, tmp_path, watcher=Quiet(kill))
+    assert records["r0-nf4"].status == "crashed"
+    assert "SIGKILL" in records["r0-nf4"].failure.message
+    assert records["r0-nf4"].samples["step_time_s"]
+    assert {r.status for t, r in records.items() if t != "r0-nf4"} == {"ok"}
+
+
+def test_a_hanging_trial_is_killed_and_a_row(executor, small_study, tmp_path, monkeypatch):
+    """A stopped process answers nothing: timeout after the limit, and the process is gone.
+
+    The limit is the protocol's, and is short for the stopped process alone: no other must keep it on a busy machine.
+    """
+    ask, limits = LocalWorker.ask, set()
+
+    def impatient(worker, command, trial, timeout_s, **arguments):
+        limits.add(timeout_s)
+        stopped = (trial, command) == ("r0-nf4", "warm_up")
+        return ask(worker, command, trial, 0.5 if stopped else timeout_s, **arguments)
+
+    monkeypatch.setattr(LocalWorker, "ask", impatient)
+
+    def stop(slot, phase):
+        if slot.trial == "r0-nf4" and phase == "warm_up":
+            for child in children_of(executor):
+                os.kill(child.pid, signal.SIGSTOP)
+
+    records = measure(small_study, executor, tmp_path, watcher=Quiet(stop))
+    assert limits == {small_study.protocol.step_timeout_s}
+    assert records["r0-nf4"].status == "timeout"
+    assert "0.5 s" in records["r0-nf4"].failure.message
+    assert {r.status for t, r in records.items() if t != "r0-nf4"} == {"ok"}
+    assert not children_of(executor)
+
+
+def test_running_out_of_memory_is_a_row(executor, small_study, tmp_path):
+    """An address-space limit that the process's own size nearly fills: oom, with the traceback in record and log."""
+    limit = psutil.Process(executor._process.pid).memory_info().vms + 64 * 2**20
+    protocol = dataclasses.replace(small_study.protocol, memory_limit_bytes=limit)
+    workload = dataclasses.replace(small_study.workload, batch_size=64, sequence_length=512, train_sequences=64)
+    records = measure(dataclasses.replace(small_study, protocol=protocol, workload=workload), executor, tmp_path)
+    assert {record.status for record in records.values()} == {"oom"}
+    record = records["r0-plain"]
+    assert "Traceback" in record.failure.traceback
+    assert "Traceback" in (tmp_path / record.log).read_text()
+
+
+def test_an_exception_is_a_row(executor, small_study, tmp_path):
+    """Targets that match no module: crashed, with PEFT's own words, while the reference is measured."""
+    study = variant(small_study, target_modules=("no_such_module",))
+    records = measure(study, executor, tmp_path)
+    assert records["r0-bad"].status == "crashed"
+    assert "no_such_module" in records["r0-bad"].failure.message
+    assert records["r0-bad"].failure.phase == "build"
+    assert "Traceback" in (tmp_path / records["r0-bad"].log).read_text()
+    assert records["r0-plain"].status == "ok"
+
+
+def test_a_loss_that_is_not_finite_is_a_row(executor, small_study, tmp_path):
+    """A learning rate that diverges: invalid, naming the step, before anything is ranked."""
+    study = variant(small_study, learning_rate=1e30, lora_alpha=10**12, max_grad_norm=0.0)
+    records = measure(study, executor, tmp_path)
+    assert records["r0-bad"].status == "invalid"
+    assert records["r0-bad"].failure.kind == "LossNotFinite"
+    assert "learning_rate" in records["r0-bad"].failure.message
+
+
+def test_a_claim_that_does_not_hold_is_a_row(executor, small_study, tmp_path):
+    """A paged optimizer pages nothing on a CPU: invalid, and measured only where the study allows it."""
+    study = variant(small_study, r=512, optimizer="paged_adamw_32bit")  # large enough for bitsandbytes to page it
+    refused = measure(study, executor, tmp_path)["r0-bad"]
+    assert refused.status == "invalid"
+    assert "optimizer.paged_share" in refused.failure.message
+    assert "step_time_s" not in refused.samples
+    allowed = measure(dataclasses.replace(study, allow_fallback=True), executor, tmp_path)["r0-bad"]
+    assert allowed.status == "ok"
+    assert any(notice.code == "fallback-allowed" for notice in allowed.notices)
+    assert allowed.memory["paged_optimizer_state_bytes"] == 0
+
+
+def test_a_disturbed_trial_is_measured_again_by_a_fresh_process(executor, small_study, tmp_path, monkeypatch):
+    """The judgement is planted, the processes are real: the second is the first over again, to the bit."""
+    seen = []
+
+    def judged(record, *, on_cpu):
+        seen.append(record)
+        if record.role == "control" or record.attempt:
+            return record
+        return record.replaced(status="invalid", failure=Failure(phase="train", kind=DISTURBED, message="planted"))
+
+    monkeypatch.setattr("harness.run.runner.judged", judged)
+    study = dataclasses.replace(small_study, variants=small_study.variants[:1])
+    records = measure(study, executor, tmp_path)
+    assert [(record.role, record.attempt) for record in seen if record.role == "variant"] == [
+        ("variant", 0), ("variant", 1)
+    ]  # fmt: skip
+    first, second = (record for record in seen if record.role == "variant")
+    assert first.samples["train_loss"] == second.samples["train_loss"]
+    assert records["r0-plain"] == second
+    assert {record.status for record in records.values()} == {"ok"}
+    assert not children_of(executor)
+
+
+def test_a_warm_zygote_has_one_thread_to_fork_with(executor):
+    """Before and after it forked, as the kernel counts."""
+    worker = executor.launch()
+    worker.close()
+    assert not children_of(executor)
+    assert psutil.Process(executor._process.pid).num_threads() == 1
+
+
+def test_a_zygote_with_threads_refuses_to_fork():
+    """Forking a process with a second thread can deadlock the child, so it is an error and not a gamble."""
+    from harness import worker
+
+    release = threading.Event()
+    thread = threading.Thread(target=release.wait)
+    thread.start()
+    try:
+        read, write = os.pipe()
+        os.close(read)
+        answer = worker._fork(write, None, set())
+    finally:
+        release.set()
+        thread.join()
+    assert "threads" in answer["error"]
+
+
+def test_trials_die_with_their_parent(tmp_path):
+    """When the zygote goes away, so does the trial under way."""
+    local = LocalExecutor(threads=1, log_dir=tmp_path)
+    local.start()
+    local.hello()
+    worker = local.launch()
+    local._process.kill()
+    deadline = time.monotonic() + 60
+    while psutil.pid_exists(worker.pid) and time.monotonic() < deadline:
+        if psutil.Process(worker.pid).status() == psutil.STATUS_ZOMBIE:
+            break
+        time.sleep(0.05)
+    gone = not psutil.pid_exists(worker.pid) or psutil.Process(worker.pid).status() == psutil.STATUS_ZOMBIE
+    local.close()
+    assert gone
+
+
+def test_a_worker_that_cannot_import_is_an_error_with_its_log(tmp_path, monkeypatch):
+    """No silent retry: the error names what the worker printed and where its log is."""
+    from harness.errors import InvalidRunError
+
+    broken = tmp_path / "path" / "transformers"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text("raise ImportError('broken on purpose')")
+    monkeypatch.setenv("PYTHONPATH", str(broken.parent))
+    local = LocalExecutor(threads=1, log_dir=Path(tmp_path))
+    local.start()
+    with pytest.raises(InvalidRunError, match="broken on purpose"):
+        local.hello()

@@ -1,0 +1,453 @@
+"""The sides of an A/B: what a word names, and that it is what would be measured. Real git, real environments."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import site
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import harness
+from harness.errors import UsageError
+from harness.machine.provenance import differing_packages, harness_identity
+from harness.run.executors.environments import layered_environment, parse_requirements
+from harness.run.executors.host import describe, inspect
+from harness.run.executors.local import LocalExecutor
+from harness.run.executors.sides import OWN_PACKAGES, open_side
+
+OLD_PACKAGING = "packaging==24.2"
+"""Pure, small, and older than anything that depends on lorameter's own dependencies would bring."""
+
+
+def silent(line):
+    """A report that nobody reads."""
+
+
+def git(folder, *arguments):
+    who = ("-c", "user.name=Test", "-c", "user.email=test@example.org")
+    command = ["git", "-C", str(folder), *who, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def run(host, code):
+    """What a process of this host prints."""
+    command = [host.python, "-c", code]
+    done = subprocess.run(
+        command, env=host.variables({"PATH": "/usr/bin:/bin"}), cwd=host.cwd, check=True, capture_output=True, text=True
+    )
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """Two commits of a package `gadget` that is not lorameter; the second is tagged and the tree is changed again."""
+    folder = tmp_path / "repository"
+    (folder / "gadget").mkdir(parents=True)
+    git(folder, "init", "--quiet", "--initial-branch=main")
+    for value in (1, 2):
+        (folder / "gadget" / "__init__.py").write_text(f"VALUE = {value}\n")
+        git(folder, "add", ".")
+        git(folder, "commit", "--quiet", "--message", str(value))
+    git(folder, "tag", "v2")
+    (folder / "gadget" / "__init__.py").write_text("VALUE = 3\n")
+    return folder
+
+
+@pytest.fixture
+def opened(repository, tmp_path):
+    """Opens sides of that repository."""
+
+    def open_it(spec, **changes):
+        return open_side(spec, **{"repository": repository, "cache": tmp_path / "cache", "report": silent} | changes)
+
+    return open_it
+
+
+@pytest.fixture(scope="session")
+def index(tmp_path_factory):
+    """Skips where no package index is reachable."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest"]
+    done = subprocess.run(
+        [*command, str(tmp_path_factory.mktemp("index")), OLD_PACKAGING], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        pytest.skip(f"no package index is reachable: {done.stderr.strip().splitlines()[-1:]}")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """One cache for the tests of this module that install."""
+    return tmp_path_factory.mktemp("cache")
+
+
+# --- revisions --------------------------------------------------------------------------------------------------------
+
+
+def test_a_revision_is_checked_out_and_imported(opened, repository):
+    """Its own code, whatever the working tree says; its commit in the label; clean although bytecode was written."""
+    with opened("HEAD~1") as side:
+        assert (side.kind, side.declared) == ("revision", ("git",))
+        commit = git(repository, "rev-parse", "HEAD~1")
+        assert side.label == f"HEAD~1 ({commit[:9]})"
+        assert run(side.host, "import gadget; print(gadget.VALUE)") == "1"
+        assert list((Path(side.host.cwd) / "gadget").glob("__pycache__/*.pyc"))
+        assert describe(side.host)["git"] == {"commit": commit, "dirty": False}
+    with opened("v2") as side:
+        assert run(side.host, "import gadget; print(gadget.VALUE)") == "2"
+
+
+def test_a_commit_needs_no_second_name(opened, repository):
+    """A hash is its own label."""
+    short = git(repository, "rev-parse", "--short=7", "HEAD")
+    with opened(short) as side:
+        assert side.label == short
+
+
+def test_the_repository_is_left_as_it_was(opened, repository):
+    """No worktree, no folder and no change remains, also when the measurement in between fails."""
+    before = git(repository, "status", "--porcelain")
+    with contextlib.suppress(ZeroDivisionError), opened("HEAD") as side:
+        folder = Path(side.host.cwd)
+        assert str(folder) in git(repository, "worktree", "list")
+        raise ZeroDivisionError
+    assert not folder.parent.exists()
+    assert len(git(repository, "worktree", "list").splitlines()) == 1
+    assert git(repository, "status", "--porcelain") == before
+
+
+def test_no_hook_of_the_repository_runs(opened, repository, tmp_path):
+    """A checkout hook could change the code or write into the measured folder."""
+    hook = repository / ".git" / "hooks" / "post-checkout"
+    hook.parent.mkdir(exist_ok=True)
+    hook.write_text(f"#!/bin/sh\ntouch {tmp_path / 'ran'}\n")
+    hook.chmod(0o755)
+    with opened("HEAD"):
+        assert not (tmp_path / "ran").exists()
+
+
+def test_a_hook_of_git_can_run_an_ab(opened, monkeypatch, tmp_path):
+    """Git's hooks export GIT_DIR; the repository that was named is still the one that is used."""
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "nowhere"))
+    with opened("HEAD~1") as side:
+        assert run(side.host, "import gadget; print(gadget.VALUE)") == "1"
+
+
+def test_the_present_harness_measures_a_revision_that_has_none(opened):
+    """The folder holds lorameter's two packages and not the site-packages they may lie in."""
+    with opened("HEAD") as side:
+        origins = inspect(side.host, OWN_PACKAGES)["origins"]
+        assert sorted(path.name for path in Path(side.host.path[-1]).iterdir()) == sorted(OWN_PACKAGES)
+        for package in OWN_PACKAGES:
+            assert (
+                Path(origins[package]).resolve()
+                == Path(harness.__file__).resolve().parents[1] / package / "__init__.py"
+            )
+
+
+def test_a_src_layout_is_found(opened, repository):
+    """The usual place of packages beside the top of the repository."""
+    git(repository, "checkout", "--quiet", "--", ".")
+    (repository / "src").mkdir()
+    git(repository, "mv", "gadget", "src/gadget")
+    git(repository, "commit", "--quiet", "--message", "src layout")
+    with opened("HEAD") as side:
+        assert run(side.host, "import gadget; print(gadget.VALUE)") == "2"
+
+
+def test_a_project_inside_a_repository_is_found(opened, repository):
+    """The folder that one stands in counts like the top."""
+    git(repository, "checkout", "--quiet", "--", ".")
+    (repository / "python" / "src").mkdir(parents=True)
+    git(repository, "mv", "gadget", "python/src/gadget")
+    git(repository, "commit", "--quiet", "--message", "a project of several")
+    with opened("HEAD", repository=repository / "python") as side:
+        assert run(side.host, "import gadget; print(gadget.VALUE)") == "2"
+
+
+def test_a_library_of_the_working_tree_is_not_a_revisions(opened, repository, monkeypatch):
+    """An editable install that points where the revision has nothing would be measured on both sides."""
+    (repository / "new" / "peft").mkdir(parents=True)
+    (repository / "new" / "peft" / "__init__.py").write_text("")
+    monkeypatch.setenv("PYTHONPATH", str(repository / "new"))
+    with pytest.raises(UsageError, match=r"the revision has no peft .* loads .*new"), opened("HEAD"):
+        pass
+
+
+def test_a_revision_without_a_package_is_refused(opened, repository):
+    """Nothing of it would be measured, and both sides would be the same."""
+    git(repository, "rm", "--quiet", "--force", "-r", "gadget")
+    (repository / "README").write_text("moved\n")
+    git(repository, "add", ".")
+    git(repository, "commit", "--quiet", "--message", "empty")
+    with pytest.raises(UsageError, match="nothing of it would be measured"), opened("HEAD"):
+        pass
+    assert len(git(repository, "worktree", "list").splitlines()) == 1
+
+
+FINDER = """
+import importlib.util, sys
+class Finder:
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if name == "gadget":
+            return importlib.util.spec_from_file_location(name, {file!r})
+"""
+
+
+@pytest.fixture
+def editable(repository, tmp_path):
+    """Installs the repository in an environment in one of the ways of editable installs; returns its python."""
+
+    def install(lines):
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True)
+        folder = next((tmp_path / "venv" / "lib").glob("python*/site-packages"))
+        (folder / "finder_of_gadget.py").write_text(FINDER.format(file=str(repository / "gadget" / "__init__.py")))
+        (folder / "gadget.pth").write_text(lines.format(repository=repository))
+        python = tmp_path / "venv" / "bin" / "python"
+        check = [str(python), "-c", "import gadget; print(gadget.VALUE)"]
+        assert subprocess.run(check, check=True, capture_output=True, text=True, cwd="/").stdout == "3\n"
+        return str(python)
+
+    return install
+
+
+@pytest.mark.parametrize(
+    "lines",
+    ["{repository}\n", "import sys, finder_of_gadget; sys.meta_path.append(finder_of_gadget.Finder)\n"],
+    ids=["path", "hook"],
+)
+def test_an_editable_install_does_not_win_over_the_worktree(opened, editable, monkeypatch, lines):
+    """The environment imports the working tree, the side the revision: for path lines and for appended hooks."""
+    monkeypatch.setattr(sys, "executable", editable(lines))
+    with opened("HEAD~1") as side:
+        assert run(side.host, "import gadget; print(gadget.VALUE)") == "1"
+
+
+def test_an_import_hook_that_does_win_is_refused(opened, editable, repository, monkeypatch):
+    """Some build backends put theirs in front of everything: an error, not a comparison of a thing with itself."""
+    lines = "import sys, finder_of_gadget; sys.meta_path.insert(0, finder_of_gadget.Finder)\n"
+    monkeypatch.setattr(sys, "executable", editable(lines))
+    with pytest.raises(UsageError, match=r"gadget would not be measured: an import loads .*repository"), opened("HEAD"):
+        pass
+    assert len(git(repository, "worktree", "list").splitlines()) == 1
+
+
+def test_a_revision_of_lorameter_is_measured_by_its_own_harness(tmp_path):
+    """lorameter is installed here, editable or not; the worker of its other revision imports that revision."""
+    here = Path(harness.__file__).parents[1]
+    if not (here / ".git").exists():
+        pytest.skip("not a git checkout")
+    clone = tmp_path / "clone"
+    git(tmp_path, "clone", "--quiet", "--no-checkout", "--shared", str(here), str(clone))
+    for package in OWN_PACKAGES:  # the working tree as it is, so that the schema agrees
+        subprocess.run(["cp", "-r", str(here / package), str(clone)], check=True)
+    with (clone / "harness" / "__init__.py").open("a") as file:
+        file.write("CHANGED = True\n")
+    git(clone, "add", *OWN_PACKAGES)
+    git(clone, "commit", "--quiet", "--message", "another harness")
+    with open_side("HEAD", repository=clone, cache=tmp_path, report=silent) as side:
+        tree = Path(side.host.cwd)
+        origins = inspect(side.host, OWN_PACKAGES)["origins"]
+        assert {name: Path(origin) for name, origin in origins.items()} == {
+            name: tree / name / "__init__.py" for name in OWN_PACKAGES
+        }
+        executor = LocalExecutor(threads=1, log_dir=tmp_path, host=side.host, label="base")
+        executor.start()
+        try:
+            hello = executor.hello()
+        finally:
+            executor.close()
+        identity = run(side.host, "from harness.machine.provenance import harness_identity; print(harness_identity())")
+    assert hello["harness"] == identity != harness_identity()
+
+
+# --- interpreters -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def environment(tmp_path):
+    """A bare environment; with `packages` also those of the present one, but not its editable installs."""
+
+    def make(*, packages):
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "other")], check=True)
+        if packages:
+            folder = next((tmp_path / "other" / "lib").glob("python*/site-packages"))
+            (folder / "present.pth").write_text("\n".join(site.getsitepackages()) + "\n")
+        return str(tmp_path / "other" / "bin" / "python")
+
+    return make
+
+
+def test_an_interpreter_is_given_the_present_harness(opened, environment):
+    """It has the libraries and no lorameter; links are kept, for a virtual environment is one."""
+    python = environment(packages=True)
+    with opened(python) as side:
+        assert (side.kind, side.declared, side.label) == ("interpreter", ("python", "libraries", "cuda"), python)
+        assert side.host.python == python
+        origins = inspect(side.host, OWN_PACKAGES)["origins"]
+        for package in OWN_PACKAGES:
+            assert Path(origins[package]).parent == Path(side.host.path[0]) / package
+        assert run(side.host, "import sys, harness.records.record; print(sys.prefix)") == str(Path(python).parents[1])
+        folder = Path(side.host.path[0])
+    assert not folder.exists()
+    assert Path(harness.__file__).is_file()
+
+
+def test_an_interpreter_without_the_libraries_is_refused(opened, environment):
+    """All that is missing at once, and the command that installs it."""
+    python = environment(packages=False)
+    remedy = rf"without torch, transformers, peft, bitsandbytes.*{python} -m pip install torch transformers peft bits"
+    with pytest.raises(UsageError, match=remedy), opened(python):
+        pass
+
+
+def test_the_folder_one_stands_in_does_not_shadow_an_interpreters_packages(opened, tmp_path, monkeypatch):
+    """Two environments compared from within a library's checkout would else be the checkout twice."""
+    (tmp_path / "peft.py").write_text("")
+    monkeypatch.chdir(tmp_path)
+    with opened(sys.executable) as side:
+        assert Path(inspect(side.host, ["peft"])["origins"]["peft"]).parent != tmp_path
+
+
+def test_a_name_is_a_python_on_path_unless_it_is_a_revision(opened, repository, tmp_path, monkeypatch):
+    """python3.99 on PATH is an interpreter, a branch of that name goes before it, and a path before both."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python3.99").symlink_to(sys.executable)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    monkeypatch.setenv("PYTHONPATH", ":".join(site.getsitepackages()))
+    with opened("python3.99") as side:
+        assert side.kind == "interpreter"
+    git(repository, "branch", "python3.99")
+    with opened("python3.99") as side:
+        assert side.kind == "revision"
+    with opened(str(tmp_path / "bin" / "python3.99")) as side:
+        assert side.kind == "interpreter"
+
+
+def test_an_interpreter_that_is_too_old_is_refused(opened, tmp_path):
+    """By its own word, before anything is asked of its packages."""
+    old = tmp_path / "python"
+    old.write_text('#!/bin/sh\necho \'{"python": "3.8.18", "executable": "x", "packages": {}, "origins": {}}\'\n')
+    old.chmod(0o755)
+    with pytest.raises(UsageError, match=r"it is Python 3\.8\.18, and the harness needs 3\.11"), opened(str(old)):
+        pass
+
+
+# --- requirements -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "requirements"),
+    [
+        ("peft==0.20.0", ("peft==0.20.0",)),
+        ("torch==2.12.* peft == 0.20.0", ("peft==0.20.0", "torch==2.12.*")),
+        ("peft >= 0.19, < 0.21 accelerate~=1.10", ("accelerate~=1.10", "peft<0.21,>=0.19")),
+        ("peft @ https://example.org/peft.whl", ("peft@ https://example.org/peft.whl",)),
+        ("transformers[torch]>=5", ("transformers[torch]>=5",)),
+        ("flash-attn", ("flash-attn",)),
+        ("mian", None),
+        ("peft==0.20.0 featur-x", None),
+        ("--index-url=https://example.org", None),
+        ("./wheel.whl", None),
+        ("", None),
+    ],
+)
+def test_requirements_are_read_from_one_line(text, requirements):
+    """Spaces separate or surround; a bare name is a requirement only if it is known here."""
+    found = parse_requirements(text)
+    normal = found and tuple(each.replace("@ ", "@").replace(" @", "@") for each in found)
+    assert normal == (requirements and tuple(each.replace("@ ", "@") for each in requirements))
+
+
+def test_requirements_win_over_what_is_installed(index, opened, cache):
+    """Metadata and module of the layer's version; all else is the present environment, which is left alone."""
+    present = importlib.metadata.version("packaging")
+    with opened(OLD_PACKAGING, cache=cache) as side:
+        assert (side.kind, side.declared, side.label) == ("requirements", ("libraries", "cuda"), OLD_PACKAGING)
+        code = "import importlib.metadata as m, packaging, sys; print(m.version('packaging'), packaging.__version__)"
+        assert run(side.host, code) == "24.2 24.2"
+        base, candidate = describe(side.host), {"packages": {}}
+        with opened(sys.executable) as other:
+            candidate = describe(other.host)
+        assert differing_packages(base, candidate) == {"packaging": ("24.2", present)}
+        assert run(side.host, "import harness; print(harness.__file__)")
+    check = [sys.executable, "-c", "import importlib.metadata as m; print(m.version('packaging'))"]
+    assert subprocess.run(check, capture_output=True, text=True, check=True).stdout.strip() == present
+
+
+def test_a_worker_starts_on_requirements(index, opened, cache, tmp_path):
+    """torch and its kind are found beneath the layer."""
+    with opened(OLD_PACKAGING, cache=cache) as side:
+        executor = LocalExecutor(threads=1, log_dir=tmp_path, host=side.host, label="candidate")
+        executor.start()
+        try:
+            assert executor.hello()["harness"] == harness_identity()
+        finally:
+            executor.close()
+
+
+def test_an_environment_is_made_once(index, cache):
+    """The second time nothing is said and nothing is installed."""
+    layered_environment([OLD_PACKAGING], cache, report=silent)
+    lines = []
+    layered_environment([OLD_PACKAGING], cache, report=lines.append)
+    assert lines == []
+
+
+def test_a_failed_install_is_an_error_and_leaves_nothing(opened, tmp_path):
+    """pip's last lines are in the message, and the next attempt begins anew."""
+    with (
+        pytest.raises(UsageError, match=r"packaging==0\.0\.0\.1.*No matching distribution"),
+        opened("packaging==0.0.0.1"),
+    ):
+        pass
+    assert [path.suffix for path in (tmp_path / "cache" / "environments").iterdir()] == [".lock"]
+
+
+def test_an_interrupted_install_is_never_used(index, tmp_path):
+    """A half-made environment is thrown away, also one that a killed process left."""
+
+    def interrupt(line):
+        if line.startswith("Collecting"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        layered_environment([OLD_PACKAGING], tmp_path, report=interrupt)
+    (lock,) = (tmp_path / "environments").iterdir()
+    left = lock.with_suffix(".partial")
+    left.mkdir()
+    (left / "junk").touch()
+    python = layered_environment([OLD_PACKAGING], tmp_path, report=silent)
+    assert python.is_file()
+    assert not left.exists()
+    assert not (python.parents[1] / "junk").exists()
+
+
+def test_a_path_in_front_that_hides_the_requirement_is_refused(index, opened, cache, tmp_path, monkeypatch):
+    """PYTHONPATH goes before every environment, so the layer would not be what runs."""
+    (tmp_path / "front").mkdir()
+    (tmp_path / "front" / "packaging.py").write_text("")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "front"))
+    with (
+        pytest.raises(UsageError, match=r"packaging would not be measured: an import loads .*front"),
+        opened(OLD_PACKAGING, cache=cache),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("spec", ["no-such-branch", "/no/such/python", "  ", "--force"])
+def test_what_is_nothing_is_refused_with_all_that_was_tried(opened, spec):
+    """Interpreter, revision, requirements: each with its reason, and how to write one."""
+    with pytest.raises(UsageError, match=r"Name a git revision .* or requirements"), opened(spec):
+        pass
+
+
+def test_an_ab_outside_a_repository_says_so(opened, tmp_path):
+    """Git's own reason stands in the message."""
+    (tmp_path / "plain").mkdir()
+    with pytest.raises(UsageError, match="not a git repository"), opened("HEAD", repository=tmp_path / "plain"):
+        pass

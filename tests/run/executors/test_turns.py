@@ -1,0 +1,84 @@
+"""Live processes taking turns: exactly one computes, and a shared base is loaded once."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import psutil
+import pytest
+
+from harness.records import codec
+from harness.run.conductor import Site, request_of
+from harness.run.executors.local import LocalExecutor
+from harness.run.plan import make_plan
+from harness.run.runner import run_plan
+from harness.studies.variant import Variant
+
+RANKS = (Variant(name="r4", r=4, quantization="nf4"), Variant(name="r8", r=8, quantization="nf4"))
+
+
+class Quiet:
+    """A watcher that only watches."""
+
+    def trial_phase(self, slot, phase):
+        pass
+
+    def trial_ended(self, record):
+        pass
+
+
+@pytest.fixture(scope="module")
+def executor(tmp_path_factory):
+    """One zygote for all tests of this module."""
+    local = LocalExecutor(threads=1, log_dir=tmp_path_factory.mktemp("logs"))
+    local.start()
+    local.hello()
+    yield local
+    local.close()
+
+
+def site_of(executor, study, tmp_path):
+    tokens = executor.prepare_tokens(study.workload, str(tmp_path))
+    return Site(
+        run_path=tmp_path, scratch=tmp_path / "scratch", device="cpu", threads=1, tokens_path=tokens["path"],
+        tokens={"hash": tokens["hash"]},
+    )  # fmt: skip
+
+
+def test_a_waiting_process_uses_no_cpu(small_study, executor, tmp_path):
+    """While one side of a lockstep takes its steps, the other blocks on its socket."""
+    site = site_of(executor, small_study, tmp_path)
+    plan = make_plan(small_study, interleaving="lockstep", phases=["train"])
+    workers = {}
+    for slot in plan.groups[0].slots[:2]:
+        (site.scratch / slot.trial).mkdir(parents=True)
+        workers[slot.trial] = executor.launch()
+        request = codec.to_json(request_of(plan, slot, site, slot.trial))
+        workers[slot.trial].ask("prepare", slot.trial, 60, request=request)
+        assert workers[slot.trial].ask("build", slot.trial, 60).status == "ok"
+    (busy, computing), (idle, waiting) = workers.items()
+    used = {name: sum(psutil.Process(worker.pid).cpu_times()[:2]) for name, worker in workers.items()}
+    computing.ask("turn", busy, 60, steps=30)
+    spent = {name: sum(psutil.Process(worker.pid).cpu_times()[:2]) - used[name] for name, worker in workers.items()}
+    for worker in (computing, waiting):
+        worker.close()
+    assert spent[busy] >= 0.2
+    assert spent[idle] <= 0.01  # one tick of the kernel's clock
+
+
+def test_a_trial_that_fails_leaves_its_neighbours_on_the_base_alone(small_study, executor, tmp_path):
+    """A diverging adapter is a row of its own; the others go on, bit-equal to a run without it."""
+    wild = dataclasses.replace(RANKS[1], name="wild", learning_rate=1e30, lora_alpha=10**12, max_grad_norm=0)
+    losses = {}
+    protocol = dataclasses.replace(small_study.protocol, replicates=1)
+    for name, variants in (("with", (RANKS[0], wild)), ("without", RANKS)):
+        study = dataclasses.replace(small_study, variants=variants, reference="r4", protocol=protocol)
+        plan = make_plan(study, interleaving="shared-base", phases=["train"])
+        (tmp_path / name).mkdir()
+        site = site_of(executor, study, tmp_path / name)
+        records = run_plan(plan, {"": executor}, site, save=lambda record: None, watcher=Quiet()).records
+        statuses = {record.name: record.status for record in records}
+        assert statuses["r4"] == "ok"
+        assert name == "without" or statuses["wild"] == "invalid"
+        losses[name] = [record.samples["train_loss"] for record in records if record.trial == "r0-r4"]
+    assert losses["with"] == losses["without"]

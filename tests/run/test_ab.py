@@ -1,0 +1,482 @@
+"""The A/B: its plan, and the command from its sides to its exit code.
+
+The sides are real (worktrees, interpreters); a fake executor with exact numbers stands at the one seam, but in the last
+test, where two live processes take turns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+import harness.run.ab
+import harness.run.measure
+from harness.cli import main
+from harness.errors import UsageError
+from harness.records import store
+from harness.records.record import Fragment
+from harness.run.ab import plan_ab
+
+GIB = 2**30
+
+
+@pytest.fixture
+def plan(small_study, machine, monkeypatch):
+    """A function that plans the small study, where each process needs 1 GiB and `free` bytes are free."""
+
+    def make(*, free=8 * GIB, study=small_study, replicates=5, **options):
+        monkeypatch.setattr(harness.run.ab, "together_bytes", lambda members, *_: len(members) * GIB)
+        monkeypatch.setattr(harness.run.ab, "free_bytes", lambda _: free)
+        protocol = dataclasses.replace(study.protocol, replicates=replicates)
+        return plan_ab(dataclasses.replace(study, protocol=protocol), machine, **options)[0]
+
+    return make
+
+
+def timed(plan):
+    return [slot for slot in plan.slots if "steps" in slot.measures]
+
+
+# --- the plan ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_replicate_holds_both_sides_and_the_base_once_more(plan):
+    """Each variant on both sides, live together; the first of them on a third executor, as the control."""
+    made = plan()
+    assert made.interleaving == "lockstep"
+    for replicate in range(5):
+        groups = [group for group in made.groups if group.replicate == replicate and group.turns]
+        arms = {
+            group.slots[0].variant.name: sorted((slot.side, slot.role, slot.arm) for slot in group.slots)
+            for group in groups
+        }
+        sides = [("base", "variant", "base"), ("candidate", "variant", "candidate")]
+        assert arms == {"plain": [("base", "control", "control"), *sides], "nf4": sides}
+        assert all(len(launch) == 1 for group in groups for launch in group.launches)
+    assert max(Counter(slot.trial for slot in made.slots).values()) == 1
+
+
+def test_the_reference_carries_the_control_or_the_first_that_is_selected(plan):
+    """A run has a control whatever is selected, and measures nothing else."""
+    made = plan(select=["nf4"])
+    assert {(slot.variant.name, slot.role) for slot in made.slots} == {("nf4", "variant"), ("nf4", "control")}
+    assert [(variant.name, role) for variant, role in made.members] == [("nf4", "variant"), ("nf4", "control")]
+    both = plan(select=["nf4", "plain", "nf4"])
+    assert {slot.variant.name for slot in both.slots if slot.role == "control"} == {"plain"}
+    assert max(Counter(slot.trial for slot in both.slots).values()) == 1
+
+
+def test_every_turn_is_shuffled_anew_and_by_the_seed(plan, small_study):
+    """All trials of a group in every round, in all orders; the plan can be had again."""
+    protocol = dataclasses.replace(small_study.protocol, turns=40)
+    study = dataclasses.replace(small_study, protocol=protocol)
+    made = plan(study=study)
+    group = next(group for group in made.groups if len(group.launches) == 3)
+    trials = {slot.trial for slot in group.slots}
+    assert len(group.turns) == 40
+    assert all(set(order) == trials for order in group.turns)
+    assert len(set(group.turns)) == 6
+    assert plan(study=study) == made
+    other = plan(study=dataclasses.replace(study, protocol=dataclasses.replace(protocol, seed=1)))
+    assert [slot.trial for slot in other.slots] != [slot.trial for slot in made.slots]
+
+
+def test_extra_work_is_the_candidates_alone(plan):
+    """In turns and alone; an honest A/B has none."""
+    made = plan(injected_rows=64)
+    assert {(slot.side, slot.injected_rows) for slot in made.slots} == {("base", 0), ("candidate", 64)}
+    assert {slot.injected_rows for slot in plan().slots} == {0}
+
+
+def test_peaks_are_measured_alone_in_the_first_replicates(plan):
+    """On both sides, without a timed step, and not of the control: they are compared by their maximum."""
+    solo = [slot for slot in plan().slots if "steps" not in slot.measures]
+    assert {slot.measures for slot in solo} == {("peaks",)}
+    assert {slot.interleaving for slot in solo} == {"replicates"}
+    assert Counter((slot.replicate, slot.variant.name, slot.side) for slot in solo) == {
+        (replicate, name, side): 1 for replicate in range(3) for name in ("plain", "nf4")
+        for side in ("base", "candidate")
+    }  # fmt: skip
+    assert {slot.role for slot in solo} == {"variant"}
+    assert all("peaks" not in slot.measures for slot in timed(plan()))
+
+
+def test_cold_starts_are_measured_alone_in_every_replicate_with_their_control(plan):
+    """They are times, so the base is compared with itself in them too."""
+    solo = [slot for slot in plan(phases=("train", "cold")).slots if "cold" in slot.measures]
+    assert len(solo) == 5 * (3 + 2)
+    assert {(slot.side, slot.role) for slot in solo if slot.variant.name == "plain"} == {
+        ("base", "variant"), ("candidate", "variant"), ("base", "control"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("free", [3 * GIB, None])
+def test_what_does_not_fit_together_takes_no_turns(plan, free):
+    """Three processes do not fit with room to spare, or nobody knows: one at a time, each measures all it can."""
+    made = plan(free=free)
+    assert made.interleaving == "replicates"
+    assert all(len(group.slots) == 1 for group in made.groups)
+    assert Counter((slot.side, slot.role) for slot in made.slots if slot.replicate == 0) == {
+        ("base", "variant"): 2, ("candidate", "variant"): 2, ("base", "control"): 1,
+    }  # fmt: skip
+    assert all({"steps", "peaks"} <= set(slot.measures) for slot in made.slots)
+    assert ("3 GiB of 3 GiB" in made.why) if free else ("cannot be known" in made.why)
+
+
+def test_just_enough_memory_is_enough(plan):
+    """Three processes of 1 GiB fit into 80 % of 3.75 GiB, and a byte less is too little."""
+    assert plan(free=int(3.75 * GIB)).interleaving == "lockstep"
+    assert plan(free=int(3.75 * GIB) - 4).interleaving == "replicates"
+
+
+def test_sides_of_a_replicate_share_their_seed(plan):
+    """Paired trials differ in the side only; replicates do not share it."""
+    seeds = {}
+    for slot in plan().slots:
+        seeds.setdefault(slot.replicate, set()).add(slot.seed)
+    assert [len(found) for found in seeds.values()] == [1] * 5
+    assert len(set.union(*seeds.values())) == 5
+
+
+@pytest.mark.parametrize(("options", "word"), [({"select": ["nf5"]}, "nf5"), ({"phases": ["training"]}, "training")])
+def test_what_is_not_known_is_refused(plan, options, word):
+    """Unknown variants and phases, by name."""
+    with pytest.raises(UsageError, match=word):
+        plan(**options)
+
+
+def test_paths_of_the_workload_are_absolute(plan, small_study, tmp_path, monkeypatch):
+    """A relative one would be another file in the worktree that a revision runs in; names stay names."""
+    monkeypatch.chdir(tmp_path)
+    Path("records.jsonl").write_text("")
+    workload = dataclasses.replace(small_study.workload, data="records.jsonl")
+    made = plan(study=dataclasses.replace(small_study, workload=workload))
+    assert made.study.workload.data == str(tmp_path / "records.jsonl")
+    assert made.study.workload.model == "tiny-llama"
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+STUDY = """
+title = "small"
+[workload]
+sequence_length = 32
+batch_size = 1
+train_sequences = 8
+held_out_records = 4
+held_out_sequences = 1
+prompt_tokens = 8
+new_tokens = 2
+[protocol]
+replicates = 6
+warmup_steps_min = 1
+warmup_steps_max = 1
+turns = 2
+steps_per_turn = 1
+generate_warmup = 0
+generate_requests = 1
+[[variant]]
+name = "plain"
+r = 4
+dtype = "float32"
+"""
+
+
+class FakeExecutor:
+    """A step takes as long as the host's checkout says, and its share of extra rows longer; remembers what it did.
+
+    `noise` makes all but the base slower and faster from replicate to replicate; `control` the control alone slower.
+    """
+
+    made: ClassVar[list[FakeExecutor]] = []
+    asked: ClassVar[list[tuple[str, str]]] = []
+    control = 1.0
+    noise = 0.001
+
+    def __init__(self, *, threads, log_dir, host, label):
+        self.host, self.label, self.closed = host, label, False
+        self.made.append(self)
+        checkout = Path(host.cwd or ".") / "gadget" / "__init__.py"
+        self.step_s = float(checkout.read_text().partition("=")[2]) if host.cwd else 0.1
+        self.step_s *= FakeExecutor.control if label == "control" else 1.0
+
+    def start(self):
+        pass
+
+    def hello(self):
+        return {"device": "cpu", "torch": "0", "import_time_s": 1.0, "harness": "1.0 sha256:0"}
+
+    def prepare_tokens(self, workload, folder):
+        path = Path(folder) / "tokens-0.safetensors"
+        path.write_bytes(b"")
+        return {"path": str(path), "hash": "abc", "real_tokens": 1, "padded_tokens": 0}
+
+    def launch(self):
+        return FakeWorker(self)
+
+    def close(self):
+        self.closed = True
+
+
+class FakeWorker:
+    """Answers at once."""
+
+    start_latency_s = 0.01
+
+    def __init__(self, executor):
+        self.executor, self.rows = executor, 0
+
+    def ask(self, command, trial, timeout_s, **arguments):
+        FakeExecutor.asked.append((self.executor.label, command))
+        if command == "prepare":
+            self.rows = arguments["request"]["injected_rows"]
+        if command == "turn":
+            even = int(trial[1 : trial.index("-")]) % 2 == 0
+            luck = 0.0 if self.executor.label == "base" else FakeExecutor.noise if even else -FakeExecutor.noise
+            step = self.executor.step_s * (1 + self.rows / 1000) * (1 + luck)
+            counts = {"turn_real_tokens": (32.0,), "turn_padded_tokens": (0.0,), "turn_sequences": (1.0,)}
+            return Fragment(samples={"step_time_s": (step,), "step_cpu_time_s": (step,), "train_loss": (2.0,)} | counts)
+        if command == "finish_training" and trial.endswith("-solo"):
+            return Fragment(memory={"host_peak_train_bytes": 2**20})
+        return Fragment()
+
+    def close(self):
+        pass
+
+
+def git(folder, *arguments):
+    who = ("-c", "user.name=Test", "-c", "user.email=test@example.org")
+    command = ["git", "-C", str(folder), *who, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """One stands in a repository whose package says how long a step takes: `fast` 0.1 s, `slow` 5 % more."""
+    folder = tmp_path / "repository"
+    (folder / "gadget").mkdir(parents=True)
+    git(folder, "init", "--quiet", "--initial-branch=main")
+    for tag, seconds in (("fast", 0.1), ("same", 0.1), ("slow", 0.105)):
+        (folder / "gadget" / "__init__.py").write_text(f"STEP_S = {seconds}")
+        (folder / "README").write_text(tag)
+        git(folder, "add", ".")
+        git(folder, "commit", "--quiet", "--message", tag)
+        git(folder, "tag", tag)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def study_file(tmp_path):
+    """As little work as still is an A/B."""
+    path = tmp_path / "small.toml"
+    path.write_text(STUDY)
+    return str(path)
+
+
+@pytest.fixture
+def lorameter(tmp_path, capsys):
+    """The command line; its exit code and document, or what it said on stderr."""
+
+    def run(*arguments):
+        code = main([*arguments, "--runs-dir", str(tmp_path / "runs")])
+        said = capsys.readouterr()
+        return code, json.loads(said.out) if "--json" in arguments and said.out else said.out or said.err
+
+    return run
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """The fake at the seam."""
+    monkeypatch.setattr(FakeExecutor, "made", [])
+    monkeypatch.setattr(FakeExecutor, "asked", [])
+    monkeypatch.setattr(FakeExecutor, "control", 1.0)
+    monkeypatch.setattr(FakeExecutor, "noise", 0.001)
+    monkeypatch.setattr(harness.run.measure, "LocalExecutor", FakeExecutor)
+    return FakeExecutor
+
+
+@pytest.mark.parametrize(
+    ("base", "candidate", "code", "verdict"),
+    [
+        ("fast", "slow", 1, "regressed"),
+        ("slow", "fast", 0, "improved"),
+        ("fast", "same", 0, "equivalent"),
+    ],
+)
+def test_two_revisions_are_measured_and_judged(fake, repository, study_file, lorameter, base, candidate, code, verdict):
+    """Each side runs in its own worktree, and the base twice, each with an executor; nothing of them remains."""
+    options = ("--base", base, "--candidate", candidate, "--phase", "train", "--json")
+    ended, document = lorameter("ab", study_file, *options)
+    assert ended == document["exit"] == code
+    times = [row for row in document["comparisons"] if row["metric"] == "step_time_s"]
+    assert [row["verdict"] for row in times] == [verdict]
+    assert times[0]["replicates"] == 8, "the default of an A/B, whatever the study says"
+    assert [executor.label for executor in fake.made] == ["base", "control", "candidate"]
+    folders = [executor.host.cwd for executor in fake.made]
+    assert folders[0] == folders[1] != folders[2]
+    assert all(executor.closed for executor in fake.made)
+    assert not any(Path(folder).exists() for folder in folders)
+    assert len(git(repository, "worktree", "list").splitlines()) == 1
+    assert document["base"].startswith(base)
+    assert document["candidate"].startswith(candidate)
+    sides = store.read_run(document["run"], Path(document["path"]).parent).manifest.sides
+    assert sides["candidate"]["facts"]["git"]["commit"] == git(repository, "rev-parse", candidate)
+
+
+def test_a_base_that_differs_from_itself_is_exit_4(fake, repository, study_file, lorameter):
+    """And `report` of that run ends alike, in text too."""
+    fake.control = 1.2
+    code, document = lorameter("ab", study_file, "--base", "fast", "--candidate", "slow", "--phase", "train", "--json")
+    assert code == 4
+    assert document["control"]["train"]["verdict"] == "regressed"
+    assert {row["verdict"] for row in document["comparisons"]} == {"invalid"}
+    again, text = lorameter("report", document["run"])
+    assert again == 4
+    assert "invalid" in text
+
+
+def test_too_few_replicates_are_inconclusive(fake, repository, study_file, lorameter):
+    """Identical code, noise and two replicates: exit 3, and a policy may let that pass."""
+    fake.noise = 0.2
+    options = ("ab", study_file, "--base", "fast", "--candidate", "same", "--phase", "train", "--replicates", "2")
+    assert lorameter(*options)[0] == 3
+    Path("policy.toml").write_text("inconclusive = 'pass'")
+    assert lorameter(*options, "--policy", "policy.toml")[0] == 0
+
+
+def test_planted_work_reaches_the_candidate_alone(fake, repository, study_file, lorameter):
+    """The gate tests itself: identical sides, 5 % more work in one."""
+    options = ("--base", "fast", "--candidate", "same", "--phase", "train", "--inject-rows", "50", "--json")
+    code, document = lorameter("ab", study_file, *options)
+    assert code == 1
+    assert document["comparisons"][0]["ratio"] == pytest.approx(1.05, rel=0.01)
+    assert document["control"]["train"]["verdict"] == "equivalent"
+
+
+@pytest.mark.parametrize(("options", "said"), [
+    (["--inject-rows", "-1"], "--inject-rows = -1"),
+    (["--json", "--format", "markdown"], "both choose the format"),
+    (["--effort", "quick", "--replicates", "2"], "both set the replicates"),
+    (["--policy", "no-such.toml"], "no-such.toml"),
+    (["--variant", "nf5"], "nf5"),
+    (["--candidate", "no-such-branch"], "no-such-branch"),
+])  # fmt: skip
+def test_what_cannot_be_is_refused_before_anything_is_measured(fake, repository, study_file, lorameter, options, said):
+    """Exit 2 with the word that was wrong; no executor was made."""
+    code, text = lorameter("ab", study_file, "--base", "fast", "--candidate", "same", *options)
+    assert code == 2
+    assert said in str(text)
+    assert fake.made == []
+    assert len(git(repository, "worktree", "list").splitlines()) == 1
+
+
+def test_calibrate_sizes_its_slow_down_by_two_pilots(fake, repository, study_file, lorameter):
+    """A row costs a thousandth here: 50 rows for 5 %; false alarms, power and prices follow in one document."""
+    code, document = lorameter("calibrate", study_file, "--replicates", "9", "--json")
+    assert code == 0
+    assert document["inject_rows"] == pytest.approx(50, abs=2)
+    assert document["calibration"]["planted"]["ratio"] == pytest.approx(1.05, rel=0.005)
+    assert [rate["replicates"] for rate in document["calibration"]["rates"]] == [5, 8]
+    assert [executor.label for executor in fake.made] == ["base", "control", "candidate"] * 3
+    assert {command for _, command in fake.asked}.isdisjoint({"begin_generate", "request"})
+
+
+@pytest.mark.parametrize("protocol", ["", "precision = 0.5\n"])
+def test_calibrate_measures_enough_to_draw_from(fake, repository, study_file, lorameter, protocol):
+    """24 replicates unless told otherwise, and all of them, whatever precision the study would stop at."""
+    text = Path(study_file).read_text()
+    Path(study_file).write_text(text.replace("[protocol]\n", f"[protocol]\n{protocol}"))
+    code, document = lorameter("calibrate", study_file, "--inject-rows", "20", "--json")
+    assert code == 0
+    assert document["calibration"]["replicates"] == 24
+    assert [rate["replicates"] for rate in document["calibration"]["rates"]] == [5, 8, 12]
+
+
+def test_calibrate_takes_rows_as_they_are_given(fake, repository, study_file, lorameter):
+    """Without a pilot; the text names them."""
+    code, text = lorameter("calibrate", study_file, "--replicates", "6", "--inject-rows", "20")
+    assert code == 0
+    assert "20 rows" in text
+    assert len(fake.made) == 3
+    assert lorameter("calibrate", study_file, "--inject-rows", "0")[0] == 2
+
+
+@pytest.mark.parametrize(("options", "said"), [
+    (["--phase", "generate"], "--phase"),
+    (["--precision", "0.01"], "--precision"),
+    (["--variant", "plain", "--variant", "other"], "--variant"),
+    (["--replicates", "5"], "5 replicates"),
+    (["--effort", "quick"], "both set the replicates"),
+])  # fmt: skip
+def test_calibrate_ignores_no_option(fake, repository, study_file, lorameter, options, said):
+    """It calibrates the training of one variant; another wish is refused and not passed over."""
+    with contextlib.suppress(SystemExit):
+        code, text = lorameter("calibrate", study_file, "--replicates", "6", "--inject-rows", "20", *options)
+        assert code == 2
+        assert said in text
+    assert fake.made == []
+
+
+# --- the whole of it --------------------------------------------------------------------------------------------------
+
+PRECEDENCE = (("invalid", 4), ("regressed", 1), ("not_comparable", 5), ("no_baseline", 5), ("inconclusive", 3))
+
+
+def test_identical_interpreters_take_turns_in_live_processes(repository, study_file, lorameter):
+    """A real A/B of this interpreter with itself: what it says and what lies on disk keep the contract.
+
+    Two replicates decide nothing, so the exit code should be 3; a clock decides it, so what is held here is that the
+    code is that of the verdicts.
+    """
+    before = git(repository, "worktree", "list")
+    code, document = lorameter(
+        "ab", study_file, "--base", sys.executable, "--candidate", sys.executable, "--replicates", "2",
+        "--phase", "train", "--json",
+    )  # fmt: skip
+    found = {row["verdict"] for row in document["comparisons"]}
+    assert code == document["exit"] == next((code for word, code in PRECEDENCE if word in found), 0)
+    assert document["schema"] == 1
+    assert document["interleaving"] == "lockstep"
+    levels = {row["metric"]: row["interleaving"] for row in document["comparisons"]}
+    assert levels.pop("step_time_s") == "lockstep"
+    assert [(metric.endswith("_bytes"), level) for metric, level in levels.items()] == [(True, "replicates")]
+    assert {row["tolerance"] for row in document["comparisons"]} == {0.01}
+    assert document["control"]["train"]["replicates"] == 2
+    assert document["attribution"]["packages"] == {}
+    assert {"step_time_s", "tokens_per_s"} <= {part["metric"] for part in document["attribution"]["parts"]}
+    assert "sides-alike" in {notice["code"] for notice in document["notices"]}
+
+    run = store.read_run(document["run"], Path(document["path"]).parent)
+    assert {record.status for record in run.records} == {"ok"}
+    assert Counter((record.side, record.role, record.interleaving) for record in run.records) == {
+        ("base", "variant", "lockstep"): 2, ("candidate", "variant", "lockstep"): 2, ("base", "control", "lockstep"): 2,
+        ("base", "variant", "replicates"): 2, ("candidate", "variant", "replicates"): 2,
+    }  # fmt: skip
+    for replicate in range(2):
+        spans = {
+            record.trial: (record.started_unix_s, record.started_unix_s + record.wall_time_s, record)
+            for record in run.records
+            if record.replicate == replicate
+        }
+        live = [span for span in spans.values() if span[2].interleaving == "lockstep"]
+        assert max(span[0] for span in live) < min(span[1] for span in live), "all were live at one time"
+        own = sum(sum(span[2].samples["step_time_s"]) for span in live)
+        assert all(span[2].values["turns_wall_time_s"] >= own for span in live), "the turns of all lie in each's"
+        for begin, end, record in spans.values():
+            if record.interleaving == "replicates":
+                alone = [span for span in spans.values() if span[2] is not record]
+                assert all(span[1] <= begin or span[0] >= end for span in alone)
+        losses = {span[2].samples["train_loss"] for span in live}
+        assert len(losses) == 1, "the same seed, tokens and code"
+    assert set(run.manifest.sides) == {"base", "candidate"}
+    assert git(repository, "worktree", "list") == before

@@ -1,0 +1,244 @@
+"""A limit of time holds within a replicate too and cuts all variants alike; the fake commands move the clock."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+
+import pytest
+
+from harness.records.record import Fragment
+from harness.run.budget import LEAST_ROUNDS, Budget
+from harness.run.conductor import Site
+from harness.run.plan import make_plan
+from harness.run.runner import run_plan
+from harness.run.stopping import Stopping
+from harness.verdicts.series import compare_series, series_of
+
+COSTS = {
+    "build": 5.0, "verify": 4.0, "warm_up": 6.0, "turn": 10.0, "train": 10.0, "finish_training": 3.0, "request": 4.0,
+    "cold": 8.0,
+}  # fmt: skip
+TURNS, REQUESTS, WARM_UP = 8, 6, 2
+
+
+class Timed:
+    """Executor and worker in one: every command takes its cost of the simulated time."""
+
+    start_latency_s = 0.01
+
+    def __init__(self, costs):
+        self.costs = COSTS | costs
+        self.now = 0.0
+        self.asked = []
+        self.limits = {}
+
+    def clock(self):
+        return self.now
+
+    def launch(self):
+        return self
+
+    def ask(self, command, trial, timeout_s, **arguments):
+        self.now += self.costs.get(command, 0.0)
+        self.asked.append((trial, command))
+        if command == "finish_training" and "solo" not in trial:
+            self.limits[trial] = arguments.get("steps")
+        if command == "turn":
+            steps = arguments["steps"]
+            return Fragment(samples={"step_time_s": (0.1,) * steps, "step_cpu_time_s": (0.1,) * steps})
+        return Fragment(samples={"request_time_s": (0.2,)}) if command == "request" else Fragment()
+
+    def cold_start(self, request):
+        self.now += self.costs["cold"]
+        return Fragment(samples={"cold_start_time_s": (1.0,)})
+
+    def close(self):
+        pass
+
+
+class Quiet:
+    """A watcher that only watches."""
+
+    def trial_phase(self, slot, phase):
+        pass
+
+    def trial_ended(self, record):
+        pass
+
+
+@pytest.fixture
+def measured(small_study, tmp_path):
+    """A function that measures the small study in simulated time; returns the executor and the records by trial."""
+
+    def measure(limit_s, *, level="lockstep", costs=None, replicates=1, phases=("train", "generate"), **protocol):
+        changed = dataclasses.replace(
+            small_study.protocol, turns=TURNS, generate_requests=REQUESTS, replicates=replicates, merged=False,
+            max_minutes=None if limit_s is None else limit_s / 60, **protocol,
+        )  # fmt: skip
+        plan = make_plan(dataclasses.replace(small_study, protocol=changed), interleaving=level, phases=phases)
+        executor = Timed(costs or {})
+        budget = Budget(limit_s, clock=executor.clock)
+        site = Site(run_path=tmp_path, scratch=tmp_path, device="cpu", threads=1, tokens_path="t", tokens={})
+        records = run_plan(
+            plan, {"": executor}, site, save=lambda record: None, watcher=Quiet(), budget=budget,
+            stop=Stopping(plan, budget),
+        ).records  # fmt: skip
+        return executor, {record.trial: record for record in records}
+
+    return measure
+
+
+def rounds(executor, command, replicate=0):
+    """How often each trial that takes turns was asked for it."""
+    wanted = f"r{replicate}-"
+    return Counter(trial for trial, asked in executor.asked if asked == command and trial.startswith(wanted))
+
+
+def test_enough_time_cuts_nothing(measured):
+    """All rounds of all trials, and no record says otherwise."""
+    executor, records = measured(10_000.0)
+    assert set(rounds(executor, "turn").values()) == {TURNS}
+    assert set(rounds(executor, "request").values()) == {REQUESTS}
+    assert not any(key.endswith("_planned") for record in records.values() for key in record.values)
+    assert set(executor.limits.values()) == {None}
+
+
+@pytest.mark.parametrize("limit_s", [200.0, 230.0, 260.0, 300.0])
+def test_too_little_time_cuts_all_variants_alike(measured, limit_s):
+    """Whole rounds are dropped, so each trial has the same number of turns, in both phases, and the limit holds."""
+    whole = measured(None)[0].now
+    executor, records = measured(limit_s)
+    (turns,), (requests,) = set(rounds(executor, "turn").values()), set(rounds(executor, "request").values())
+    assert LEAST_ROUNDS <= turns < TURNS
+    assert LEAST_ROUNDS <= requests <= REQUESTS
+    assert executor.now <= limit_s < whole
+    timed = [record for record in records.values() if not record.trial.endswith("solo")]
+    for record in timed:
+        assert record.status == "ok"
+        assert len(record.turn_lengths) == record.values["steps_rounds"] == turns
+        assert record.values["steps_rounds_planned"] == TURNS
+        assert ("requests_rounds" in record.values) == (requests < REQUESTS)
+
+
+def test_no_time_at_all_still_measures_everything_a_little(measured):
+    """The least of each kind of round for every trial of the first replicate, and no second replicate."""
+    executor, records = measured(1.0, replicates=3, phases=("train", "generate", "cold"))
+    assert {record.replicate for record in records.values()} == {0}
+    assert {record.status for record in records.values()} == {"ok"}
+    assert set(rounds(executor, "turn").values()) == set(rounds(executor, "request").values()) == {LEAST_ROUNDS}
+    assert len(rounds(executor, "turn")) == 3
+    assert len([record for record in records.values() if "cold_start_time_s" in record.samples]) == 3
+
+
+def test_one_process_at_a_time_is_cut_evenly_too(measured):
+    """At `replicates` the first trial's share decides, and those that come later get no more turns than it had."""
+    executor, records = measured(200.0, level="replicates")
+    turns = set(rounds(executor, "turn").values())
+    assert len(turns) == 1
+    assert LEAST_ROUNDS <= min(turns) < TURNS
+    assert executor.now <= 200.0
+    assert [record.status for record in records.values()] == ["ok"] * 3
+
+
+def test_a_trial_that_is_slower_than_the_others_costs_none_of_them_their_least(measured):
+    """Where the time runs out in the first replicate, the rest of it gets its least, in the order of the plan."""
+    executor, records = measured(120.0, level="replicates", costs={"warm_up": 45.0})
+    assert len(rounds(executor, "turn")) == len(records) == 3
+    assert list(rounds(executor, "turn").values())[-1] == LEAST_ROUNDS
+    assert min(rounds(executor, "request").values()) == LEAST_ROUNDS
+
+
+def test_generation_keeps_its_share(measured):
+    """Turns that take long do not eat the time of the requests: these are not cut to their least by them."""
+    executor, _ = measured(600.0, costs={"turn": 30.0, "request": 10.0})
+    assert LEAST_ROUNDS < min(rounds(executor, "turn").values()) < TURNS
+    assert min(rounds(executor, "request").values()) > LEAST_ROUNDS
+    assert executor.now <= 600.0
+
+
+def test_what_was_seen_decides_in_later_replicates(measured):
+    """A replicate that is known to fit is not cut, although its requests are much cheaper than its turns."""
+    executor, records = measured(
+        2.03 * measured(None, costs={"request": 0.1})[0].now, costs={"request": 0.1}, replicates=2
+    )
+    assert {record.replicate for record in records.values()} == {0, 1}
+    assert set(rounds(executor, "turn", 0).values()) == set(rounds(executor, "turn", 1).values()) == {TURNS}
+    assert set(rounds(executor, "request", 1).values()) == {REQUESTS}
+
+
+def test_a_replicate_that_turns_out_slower_is_cut_to_the_limit(measured, monkeypatch):
+    """It was begun because it would fit; when the machine gets slow its rounds are dropped, for all alike."""
+    asked = Timed.ask
+
+    def slowing(self, command, trial, timeout_s, **arguments):
+        answer = asked(self, command, trial, timeout_s, **arguments)
+        self.now += 10.0 if command == "turn" and trial.startswith("r1") else 0.0
+        return answer
+
+    limit = 2.05 * measured(None)[0].now
+    monkeypatch.setattr(Timed, "ask", slowing)
+    executor, _ = measured(limit, replicates=2)
+    (turns,) = set(rounds(executor, "turn", 1).values())
+    assert LEAST_ROUNDS <= turns < TURNS == max(rounds(executor, "turn", 0).values())
+    assert executor.now <= limit
+
+
+def test_training_that_is_cut_ends_after_the_same_step_everywhere(measured):
+    """The dropped turns are not made up for by untimed steps, and every trial is told the same last step."""
+    executor, records = measured(200.0)
+    turns = rounds(executor, "turn")["r0-plain"]
+    assert {executor.limits[trial] for trial in turns_of(records)} == {1 + WARM_UP + 2 * turns}
+
+
+def turns_of(records):
+    return [trial for trial, record in records.items() if "step_time_s" in record.samples]
+
+
+def test_epochs_are_limited_for_all_alike(measured):
+    """The untimed steps that the epochs leave come in rounds, too, and have a share of the time like the others."""
+    whole, records = measured(None, epochs=10.0)
+    (planned,) = set(rounds(whole, "train").values())
+    assert 1 + WARM_UP + 2 * (TURNS + planned) in (80, 81)  # ten epochs of 16 sequences, two a step
+    assert set(whole.limits.values()) == {None}
+    executor, records = measured(700.0, epochs=10.0)
+    (turns,), (untimed,) = (set(rounds(executor, command).values()) for command in ("turn", "train"))
+    assert LEAST_ROUNDS <= turns < TURNS
+    assert 0 < untimed < planned
+    assert {executor.limits[trial] for trial in turns_of(records)} == {1 + WARM_UP + 2 * (turns + untimed)}
+    assert min(rounds(executor, "request").values()) >= LEAST_ROUNDS
+    assert executor.now <= 700.0 < whole.now
+
+
+def test_without_time_epochs_are_left_out(measured):
+    """What is not timed has no least."""
+    executor, records = measured(1.0, epochs=10.0)
+    assert not rounds(executor, "train")
+    assert set(rounds(executor, "turn").values()) == {LEAST_ROUNDS}
+    assert {executor.limits[trial] for trial in turns_of(records)} == {1 + WARM_UP + 2 * LEAST_ROUNDS}
+
+
+def test_trials_that_were_cut_are_compared_turn_by_turn(measured):
+    """Equal numbers of turns pair; the comparison is one like any other."""
+    _, records = measured(200.0)
+    groups = series_of(list(records.values()))
+    found = compare_series(groups["plain", "variant"], groups["nf4", "variant"], "step_time_s")
+    assert found.ratio == pytest.approx(1.0)
+
+
+def test_losses_after_other_numbers_of_steps_are_not_compared(measured):
+    """A training that was cut and one that was not, or was cut elsewhere, are two trainings."""
+    _, records = measured(None, replicates=2)
+    kept = []
+    for record in records.values():
+        cut = record.replicate == 1
+        steps = {"training_steps": 9.0 if cut else 19.0} | ({"training_steps_planned": 19.0} if cut else {})
+        kept.append(record.replaced(values=record.values | steps | {"held_out_loss": 2.0 - cut}))
+    groups = series_of([record for record in kept if "step_time_s" in record.samples])
+    plain, nf4 = groups["plain", "variant"], groups["nf4", "variant"]
+    assert plain.trials("held_out_loss") == [(2.0,)]
+    assert len(plain.trials("step_time_s")) == 2
+    assert compare_series(plain, nf4, "held_out_loss").replicates == 1
+    other = dataclasses.replace(nf4, records=tuple(record for record in nf4.records if record.replicate == 1))
+    assert compare_series(dataclasses.replace(plain, records=plain.records[:1]), other, "held_out_loss") is None
+    assert compare_series(plain, other, "held_out_loss") is None

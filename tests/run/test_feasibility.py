@@ -1,0 +1,81 @@
+"""What cannot work is refused before any model is loaded."""
+
+import dataclasses
+
+import pytest
+
+from harness.errors import UsageError
+from harness.run.feasibility import check_feasible
+
+
+def with_variant(study, **changes):
+    return dataclasses.replace(study, variants=(dataclasses.replace(study.variants[0], **changes),))
+
+
+def with_workload(study, **changes):
+    return dataclasses.replace(study, workload=dataclasses.replace(study.workload, **changes))
+
+
+def test_a_workload_of_a_variants_own_is_judged_too(small_study, machine):
+    """By its length, and by the memory of the variant on it."""
+    for changes, words in (
+        ({"sequence_length": 10**6}, "sequence_length = 1000000: longer"),
+        ({"batch_size": 10**5}, "'nf4': needs about"),
+    ):
+        own = {"nf4": dataclasses.replace(small_study.workload, **changes)}
+        with pytest.raises(UsageError, match=words):
+            check_feasible(dataclasses.replace(small_study, own_workloads=own), machine)
+
+
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention"])
+def test_attention_that_this_device_lacks_is_refused(small_study, machine, attention):
+    """Naming study, variant, key, value and what to use instead."""
+    with pytest.raises(UsageError) as caught:
+        check_feasible(with_variant(small_study, attention=attention), machine)
+    for word in ("small", "'plain'", f"attention = '{attention}'", "CPU", "sdpa"):
+        assert word in str(caught.value)
+
+
+def test_a_width_that_blocks_do_not_divide_is_refused(small_study, machine, tmp_path):
+    """On a CPU with AVX512-BF16 only, and only where a layer is stored in 4 bits."""
+    import json
+
+    config = {
+        "model_type": "llama", "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 1, "vocab_size": 300,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
+        "architectures": ["LlamaForCausalLM"],
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    study = with_workload(with_variant(small_study, quantization="nf4"), model=f"random:{tmp_path}")
+    with pytest.raises(UsageError, match="hidden_size is 96"):
+        check_feasible(study, machine)
+    check_feasible(study, dataclasses.replace(machine, avx512_bf16=False))
+    check_feasible(with_variant(study, quantization="none"), machine)
+
+
+@pytest.mark.parametrize("change", [{"sequence_length": 4096}, {"prompt_tokens": 2000, "new_tokens": 200}])
+def test_more_tokens_than_the_context_are_refused(small_study, machine, change):
+    """tiny-llama takes 2048 tokens."""
+    with pytest.raises(UsageError, match="2048"):
+        check_feasible(with_workload(small_study, **change), machine)
+
+
+def test_a_missing_data_file_is_refused(small_study, machine):
+    """Before the worker starts, not in it."""
+    with pytest.raises(UsageError, match="no such file"):
+        check_feasible(with_workload(small_study, data="./nothing.jsonl"), machine)
+
+
+def test_an_unknown_model_is_refused(small_study, machine):
+    """With the names that are known."""
+    with pytest.raises(UsageError, match="tiny-llama"):
+        check_feasible(with_workload(small_study, model="tiny-lama"), machine)
+
+
+def test_what_merely_surprises_is_a_notice(small_study, machine):
+    """A rank above the narrowest layer, a paged optimizer on a CPU, random weights."""
+    codes = {n.code for n in check_feasible(with_variant(small_study, r=300, optimizer="paged_adamw_32bit"), machine)}
+    assert codes == {"rank-above-width", "paged-on-cpu", "random-weights"}
+    codes = {n.code for n in check_feasible(with_variant(small_study, r=8, optimizer="paged_adamw_32bit"), machine)}
+    assert "nothing-to-page" in codes
+    assert {n.code for n in check_feasible(small_study, machine)} == {"random-weights"}

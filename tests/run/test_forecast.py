@@ -1,0 +1,102 @@
+"""The forecast rests on an earlier run or on this machine, and says on which."""
+
+import dataclasses
+
+import pytest
+
+from harness.machine.provenance import probe_machine
+from harness.machine.reading import Reading, missing
+from harness.machine.system import memory_bytes
+from harness.models import catalogue, shapes
+from harness.models.costs.lora import adapter_parameters
+from harness.records import codec, store
+from harness.run.forecast import forecast, free_bytes, measured_peaks, together_bytes
+from harness.run.plan import make_plan
+from harness.studies.variant import Variant
+
+
+@pytest.mark.parametrize(
+    ("model", "variant", "count"),
+    [
+        # Hand-derived: 32 layers; q and v are 4096 × 4096, so 2 × 64 × 8192 a layer.
+        ("random:llama2-7b", Variant(r=64, target_modules=()), 32 * 2 * 64 * 8192),
+        # all-linear adds k, o (8192 each) and gate, up, down (4096 + 11008 each).
+        ("random:llama2-7b", Variant(r=16), 32 * 16 * (4 * 8192 + 3 * 15104)),
+        # 4 layers; q, o 256 + 256 and k, v 256 + 128 each, gate, up, down 256 + 704 each. PEFT counts the same, 299008.
+        ("tiny-llama", Variant(r=16), 4 * 16 * (2 * 512 + 2 * 384 + 3 * 960)),
+    ],
+)
+def test_adapter_parameters_are_exact(model, variant, count):
+    """r (in + out) for each targeted layer."""
+    assert adapter_parameters(variant, shapes.shape(catalogue.resolve(model))) == count
+
+
+def test_a_gpu_without_history_is_not_guessed(small_study, machine, tmp_path):
+    """Unknown is an answer; memory and disk are still given."""
+    expected = forecast(make_plan(small_study), dataclasses.replace(machine, device="cuda"), tmp_path)
+    assert expected.time_s is None
+    assert "no earlier run" in expected.basis
+    assert expected.memory_bytes > 0 < expected.disk_bytes
+
+
+def test_more_replicates_take_longer(small_study, machine, tmp_path):
+    """The time scales with the trials, and quantisation lowers the memory."""
+    longer = small_study.with_overrides(replicates=8)
+    short, long = (forecast(make_plan(s), machine, tmp_path) for s in (small_study, longer))
+    assert long.time_s > 2 * short.time_s
+    big = dataclasses.replace(small_study, workload=dataclasses.replace(small_study.workload, model="random:llama2-7b"))
+    plain, nf4 = (
+        forecast(make_plan(dataclasses.replace(big, variants=(v,), reference=v.name)), machine, tmp_path).memory_bytes
+        for v in big.variants
+    )
+    assert nf4 < plain / 2
+
+
+def test_a_plan_and_its_level_speak_of_the_same_memory(small_study, machine, tmp_path, write_run):
+    """Both go by the peaks of an earlier run where it measured a variant, and by the estimate of the others."""
+    write_run("run", {"plain": [0.1]}, peak=3 * 2**30)
+    machine, runs = dataclasses.replace(machine, device_name="Test CPU"), tmp_path / "runs"
+    plan = make_plan(small_study, interleaving="lockstep")
+    members = [variant for variant, _ in plan.members]
+    expected = forecast(plan, machine, runs).memory_bytes
+    assert expected == together_bytes(members, small_study.workload, machine, runs) > 6 * 2**30
+
+
+def test_what_is_free_is_what_a_container_leaves(machine, monkeypatch):
+    """The machine's own free memory is of no use to a process that is killed at its limit."""
+    monkeypatch.setattr("harness.run.forecast.memory_available_bytes", lambda: Reading(value=2**30))
+    assert free_bytes(machine) == 2**30
+    monkeypatch.setattr("harness.run.forecast.memory_available_bytes", lambda: missing("there is no /proc/meminfo"))
+    assert free_bytes(machine) is None
+
+
+def test_the_memory_of_a_machine_is_what_this_process_may_have(monkeypatch):
+    """A study that a container's limit has no room for is refused by the same number."""
+    assert 0 < probe_machine().memory_bytes == memory_bytes().value
+    monkeypatch.setattr("harness.machine.provenance.memory_bytes", lambda: Reading(value=2**30))
+    assert probe_machine().memory_bytes == 2**30
+
+
+def test_peaks_of_another_workload_are_not_this_one_s(small_study, machine, tmp_path, write_run):
+    """A variant that an earlier run measured on a workload of its own says nothing of the study's."""
+    same = dataclasses.replace(small_study.variants[0], name="larger")
+    own = {"larger": dataclasses.replace(small_study.workload, batch_size=64)}
+    study = dataclasses.replace(small_study, variants=(small_study.variants[0], same), own_workloads=own)
+
+    def larger(record):
+        return record.replaced(memory={"host_peak_train_bytes": 9 * 2**30}) if record.name == "larger" else record
+
+    write_run("run", {"plain": [0.1], "larger": [0.2]}, study=study, change=larger)
+    peaks = measured_peaks(small_study.workload, machine, tmp_path / "runs", "host_peak_train_bytes")
+    assert peaks == {same.id: 2**20}
+
+
+def test_an_earlier_run_says_how_long_unless_it_was_gone_on_with(small_study, machine, tmp_path, write_run):
+    """What it took is measured; the pause of a run that broke off is not what measuring takes."""
+    path = write_run("run", {"plain": [0.1, 0.1], "nf4": [0.2, 0.2]})
+    plan, runs = make_plan(small_study, phases=("train",)), tmp_path / "runs"
+    assert forecast(plan, machine, runs).basis == "replicates of run run"
+    again = store.Resumption(unix_s=1.0, harness=None, commit=None)
+    manifest = dataclasses.replace(store.read_manifest(path), resumed=(again,))
+    (path / "manifest.json").write_text(codec.dumps(manifest))
+    assert "rule of thumb" in forecast(plan, machine, runs).basis

@@ -1,0 +1,36 @@
+"""What a worker must be able to do before anything is measured by it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from harness.errors import InvalidRunError
+from harness.run.measure import greeted
+from harness.studies.variant import Variant
+
+PLAIN = Variant(name="plain")
+LACKS = "bitsandbytes has loaded its library for CPUs"
+
+
+def worker(**hello):
+    return SimpleNamespace(hello=lambda: {"device": "cpu", "lacks": None} | hello)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"quantization": "nf4"}, {"quantization": "int8"}, {"optimizer": "paged_adamw_32bit"}]
+)
+def test_a_variant_that_needs_bitsandbytes_is_refused_where_it_has_no_device(machine, changes):
+    """By name, before its first trial; variants that do not need it are measured."""
+    needing = Variant(name="needing", **changes)
+    with pytest.raises(InvalidRunError, match=f"needing cannot be measured here: {LACKS}"):
+        greeted(worker(lacks=LACKS), machine, [PLAIN, needing])
+    assert greeted(worker(lacks=LACKS), machine, [PLAIN])["lacks"] == LACKS
+    assert greeted(worker(), machine, [PLAIN, needing])["lacks"] is None
+
+
+def test_a_worker_on_another_device_is_refused(machine):
+    """The plan was made for this one."""
+    with pytest.raises(InvalidRunError, match="'cuda' and the plan was made for 'cpu'"):
+        greeted(worker(device="cuda"), machine, [PLAIN])

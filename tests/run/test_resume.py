@@ -1,0 +1,453 @@
+"""A run that broke off is gone on with: what is kept, what is measured again, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+import harness.run.measure
+from harness.cli import main
+from harness.errors import UsageError
+from harness.records import store
+from harness.records.record import UNDER_WAY, Fragment
+from harness.report.live import LiveDisplay
+from harness.report.terminal import console_for
+from harness.report.view import view_of
+from harness.run.measure import measure, plan_study
+from harness.studies.study_file import load_study
+
+STUDY = """
+[workload]
+sequence_length = 32
+batch_size = 2
+train_sequences = 16
+[protocol]
+replicates = 3
+turns = 2
+[[variant]]
+name = "a"
+r = 4
+[[variant]]
+name = "b"
+r = 8
+[[variant]]
+name = "c"
+r = 16
+[[claim]]
+id = "1"
+says = "the step takes as long at every rank"
+parts = [{ rule = "equal", axis = "r", metric = "step_time_s" }]
+"""
+
+
+class Executor:
+    """Workers whose steps all take the same time; counts what was asked of it."""
+
+    start_latency_s = 0.01
+    asked: tuple[str, ...] = ()
+    harness = "0.1 sha256:one"
+    tokens = "a" * 64
+    padded_tokens = "c" * 64
+    threads: tuple[int, ...] = ()
+
+    def __init__(self, **options):
+        Executor.threads = (*Executor.threads, options["threads"])
+
+    def start(self):
+        pass
+
+    def hello(self):
+        return {"device": "cpu", "torch": "0", "harness": Executor.harness}
+
+    def prepare_tokens(self, workload, folder):
+        path = Path(folder) / "tokens-0.safetensors"
+        path.write_bytes(b"")
+        found = Executor.tokens if workload.layout == "packed" else Executor.padded_tokens
+        return {"path": str(path), "hash": found, "real_tokens": 1, "padded_tokens": 0}
+
+    def launch(self):
+        return self
+
+    def ask(self, command, trial, timeout_s, **arguments):
+        Executor.asked = (*Executor.asked, trial)
+        if command != "turn":
+            return Fragment()
+        counts = {"turn_real_tokens": (64.0,), "turn_sequences": (2.0,), "train_loss": (2.0,)}
+        times = dict.fromkeys(("step_time_s", "step_cpu_time_s"), (0.1,) * arguments["steps"])
+        return Fragment(samples=times | counts)
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def runs(tmp_path, machine, monkeypatch):
+    """The folder of runs, with the fake at the seam and a machine that is always the same."""
+    monkeypatch.setattr(harness.run.measure, "LocalExecutor", Executor)
+    monkeypatch.setattr("harness.machine.provenance.probe_machine", lambda: machine)
+    for name in ("asked", "harness", "tokens", "padded_tokens", "threads"):
+        monkeypatch.setattr(Executor, name, getattr(Executor, name))
+    (tmp_path / "small.toml").write_text(STUDY)
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def broken_off(runs, tmp_path, capsys):
+    """A function that measures a run and puts it back to where it was after some of its records had been written."""
+
+    def make(records=4, *options):
+        main(["run", str(tmp_path / "small.toml"), "--phase", "train", *options, "--runs-dir", str(runs), "--json"])
+        path = Path(json.loads(capsys.readouterr().out)["path"])
+        lines = (path / "trials.jsonl").read_text().splitlines(keepends=True)
+        (path / "trials.jsonl").write_text("".join(lines[:records]))
+        change(path, status="running")
+        Executor.asked = ()
+        return path
+
+    return make
+
+
+def change(path, **fields):
+    """Other values in a run's manifest."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps(manifest | fields))
+
+
+def resume(path, *options):
+    return main(["run", "--resume", path.name, "--runs-dir", str(path.parent), *options])
+
+
+def test_what_is_missing_is_measured_and_nothing_else(broken_off, capsys):
+    """Records are appended, settled groups are left alone, and the run is complete and valid."""
+    path = broken_off(6)  # the four trials of the first turns, and two solo ones
+    before = (path / "trials.jsonl").read_bytes()
+    assert resume(path, "--json") == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["trials"] == {"ok": 21}
+    assert "6 of 21 trials are kept, 15 are left to be measured" in captured.err
+    assert "15 trials, 3 replicates" in captured.err
+    run = store.read_run(path.name, path.parent)
+    assert run.manifest.status == "complete"
+    assert (path / "trials.jsonl").read_bytes().startswith(before)
+    assert tuple(record.trial for record in run.records) == run.manifest.order
+    assert {record.trial for record in run.records[:6]}.isdisjoint(Executor.asked)
+    (again,) = run.manifest.resumed
+    assert again.unix_s > run.manifest.created_unix_s
+    assert (again.harness, again.max_minutes) == ("0.1 sha256:one", None)
+    assert run.measured_again == 0
+
+
+def test_a_group_that_broke_off_is_measured_again_as_a_whole(broken_off, capsys):
+    """Its trials are paired; what was there of it stays in the file, is counted, and is in no estimate."""
+    path = broken_off(2)
+    assert resume(path) == 0
+    run = store.read_run(path.name, path.parent)
+    assert run.measured_again == 2
+    assert len(run.records) == 21
+    assert len((path / "trials.jsonl").read_text().splitlines()) == 23
+    assert "2 trials were measured again after an interruption" in " ".join(capsys.readouterr().out.split())
+
+
+def test_selection_level_and_phases_are_those_of_the_run(broken_off):
+    """The plan is made again from the manifest, whatever the defaults would be."""
+    path = broken_off(3, "--variant", "b", "--interleave", "lockstep", "--replicates", "2")
+    order = store.read_run(path.name, path.parent).manifest.order
+    assert not any("-c" in trial.replace("-control", "") for trial in order)
+    assert resume(path) == 0
+    run = store.read_run(path.name, path.parent)
+    assert tuple(record.trial for record in run.records) == run.manifest.order == order
+    assert run.manifest.interleaving == "lockstep"
+
+
+def test_a_line_cut_short_by_the_crash_does_no_harm(broken_off):
+    """The record after it is whole, and what it told of is measured again."""
+    path = broken_off(7)
+    with (path / "trials.jsonl").open("a") as file:
+        file.write('{"schema": 3, "trial": "r1-')
+    assert resume(path) == 0
+    run = store.read_run(path.name, path.parent)
+    assert (len(run.records), run.damaged_lines) == (21, 0)
+
+
+def test_a_run_that_is_complete_is_shown(broken_off, capsys):
+    """Nothing is measured, and it says so; the exit code is that of its report."""
+    path = broken_off()
+    resume(path)
+    written = (path / "trials.jsonl").read_bytes()
+    Executor.asked = ()
+    capsys.readouterr()
+    assert resume(path) == 0
+    assert "is complete: nothing is left to be measured" in capsys.readouterr().err
+    assert not Executor.asked
+    assert (path / "trials.jsonl").read_bytes() == written
+
+
+def test_a_limit_may_be_given_anew(broken_off):
+    """It counts from now on and stands in the manifest beside the study's own."""
+    path = broken_off(7)
+    assert resume(path, "--max-minutes", "30") == 0
+    manifest = store.read_manifest(path)
+    assert manifest.resumed[0].max_minutes == 30.0
+    assert manifest.study["protocol"]["max_minutes"] is None
+
+
+def test_a_dry_run_says_what_is_left(broken_off, capsys):
+    """And measures nothing."""
+    path = broken_off(7)
+    assert resume(path, "--dry-run", "--json") == 0
+    assert len(json.loads(capsys.readouterr().out)["order"]) == 14
+    assert not Executor.asked
+    assert store.read_manifest(path).status == "running"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--effort", "quick"], "--effort would change the study or the plan"),
+        (["--model", "m", "--variant", "a", "--phase", "train"], "--model, --variant, --phase would change"),
+        (["--interleave", "lockstep"], "--interleave"),
+        (["lora-or-qlora"], "is of study 'small', not 'lora-or-qlora'"),
+    ],
+)
+def test_what_would_change_the_plan_is_refused(broken_off, capsys, options, said):
+    """By name, and nothing is measured."""
+    assert resume(broken_off(), *options) == 2
+    assert said in capsys.readouterr().err
+    assert not Executor.asked
+
+
+def test_the_study_may_be_named(broken_off, tmp_path):
+    """The command line that broke off, with one option more."""
+    assert resume(broken_off(), str(tmp_path / "small.toml")) == 0
+
+
+def test_without_a_study_or_a_run_there_is_nothing_to_measure(capsys):
+    """The message says how to name either."""
+    assert main(["run"]) == 2
+    assert "--resume RUN" in capsys.readouterr().err
+
+
+def test_another_machine_or_other_libraries_are_refused(broken_off, capsys):
+    """What differs is named with both values."""
+    path = broken_off()
+    provenance = store.read_manifest(path).provenance
+    libraries = provenance["libraries"] | {"torch": "1.13"}
+    change(path, provenance=provenance | {"libraries": libraries}, fingerprint="another")
+    assert resume(path) == 2
+    assert "libraries.torch: '1.13' then, " in capsys.readouterr().err
+    assert not Executor.asked
+
+
+@pytest.fixture
+def power_limit(monkeypatch):
+    """A function that says under which limit the card is from now on; None: it is not told."""
+
+    def put(watts):
+        card = {} if watts is None else {"power_limit_w": watts}
+        monkeypatch.setattr("harness.machine.provenance.settings", lambda **_: {"card": card})
+
+    return put
+
+
+def test_another_power_limit_is_refused(broken_off, power_limit, capsys):
+    """Steps under 400 W are not those under 700."""
+    power_limit(700.0)
+    path = broken_off()
+    power_limit(400.0)
+    assert resume(path) == 2
+    assert "power_limit_w: 700 then, 400 now" in capsys.readouterr().err
+
+
+def test_a_run_of_before_power_limits_is_gone_on_with(broken_off, power_limit):
+    """It does not say which it was, and is no disagreement for that."""
+    power_limit(None)
+    path = broken_off()
+    power_limit(700.0)
+    assert resume(path) == 0
+
+
+def test_other_tokens_are_refused(broken_off, capsys):
+    """The data has changed under its name: nothing is measured, and the run is as it was."""
+    path = broken_off()
+    Executor.tokens = "b" * 64
+    assert resume(path) == 2
+    assert "the tokens have the hash bbbbbbbbbbbb now and had aaaaaaaaaaaa" in capsys.readouterr().err
+    assert not Executor.asked
+    assert store.read_manifest(path).resumed == ()
+
+
+def test_a_run_on_two_workloads_is_gone_on_with(runs, tmp_path, machine, capsys):
+    """Each variant has its own tokens and threads before and after, and other tokens of either are refused."""
+    study = load_study(str(tmp_path / "small.toml"))
+    own = dataclasses.replace(study.workload, layout="padded", threads=2)
+    plan, _ = plan_study(dataclasses.replace(study, own_workloads={"b": own}), machine, phases=("train",))
+    path = measure(plan, machine, runs=runs, display=LiveDisplay(console_for(io.StringIO()))).path
+    hashes = {(record.name, record.tokens["hash"]) for record in store.read_run(path.name, runs).records}
+    assert hashes == {("a", Executor.tokens), ("b", Executor.padded_tokens), ("c", Executor.tokens)}
+    assert sorted(Executor.threads) == [1, 1, 1, 2]
+    (path / "trials.jsonl").write_text("".join((path / "trials.jsonl").read_text().splitlines(keepends=True)[:6]))
+    change(path, status="running")
+    Executor.asked, Executor.padded_tokens = (), "d" * 64
+    assert resume(path) == 2
+    assert "the tokens of b have the hash dddddddddddd now and had cccccccccccc" in capsys.readouterr().err
+    Executor.padded_tokens = "c" * 64
+    assert resume(path) == 0
+    assert "b has layout = padded, threads = 2; 1 real" in capsys.readouterr().out
+    assert {record.tokens["hash"] for record in store.read_run(path.name, runs).records if record.name == "b"} == {
+        "c" * 64
+    }
+
+
+def test_another_harness_is_said(broken_off, capsys):
+    """It may have mended what broke the run off; a reader must know."""
+    path = broken_off()
+    Executor.harness = "0.2 sha256:two"
+    assert resume(path) == 0
+    assert "another-harness" in {notice.code for notice in store.read_manifest(path).notices}
+    assert "0.2 sha256:two; before it was 0.1 sha256:one" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_plan_that_comes_out_otherwise_is_refused(broken_off, capsys):
+    """Trials that the run does not know must not be mixed into it."""
+    path = broken_off()
+    change(path, order=["r0-x"])
+    assert resume(path) == 2
+    assert "plans other trials" in capsys.readouterr().err
+
+
+def test_a_run_that_is_being_measured_is_refused(broken_off, capsys):
+    """Two processes would disturb each other."""
+    path = broken_off()
+    with store.writing(path):
+        assert resume(path) == 2
+    assert "another process is measuring it" in capsys.readouterr().err
+    assert not Executor.asked
+
+
+def test_an_ab_is_refused(broken_off, capsys):
+    """Its sides are gone; the message says what is left to do."""
+    path = broken_off()
+    change(path, sides={"base": {}, "candidate": {}})
+    assert resume(path) == 2
+    assert "an A/B cannot be gone on with" in capsys.readouterr().err
+
+
+def test_a_renamed_directory_is_refused(broken_off, capsys):
+    """It would be written to under its old name."""
+    path = broken_off()
+    assert resume(path.rename(path.with_name("mine"))) == 2
+    assert "Give the directory that name again" in capsys.readouterr().err
+
+
+def test_an_interruption_and_another_resumption(broken_off, monkeypatch):
+    """Ctrl-C leaves a run that can be gone on with once more."""
+    path = broken_off(7)
+    asked = Executor.ask
+
+    def interrupt(self, command, trial, timeout_s, **arguments):
+        if trial == "r1-b" and command == "turn":
+            raise KeyboardInterrupt
+        return asked(self, command, trial, timeout_s, **arguments)
+
+    monkeypatch.setattr(Executor, "ask", interrupt)
+    assert resume(path) == 4
+    run = store.read_run(path.name, path.parent)
+    assert run.manifest.status == "interrupted"
+    assert {record.status for record in run.records} == {"ok", "interrupted", "not_run"}
+    monkeypatch.setattr(Executor, "ask", asked)
+    assert resume(path) == 0
+    run = store.read_run(path.name, path.parent)
+    assert {record.status for record in run.records} == {"ok"}
+    assert len(run.manifest.resumed) == 2
+    assert run.measured_again == 4  # those of the turns that were interrupted
+
+
+def test_a_run_completed_by_another_process_meanwhile_is_given_back(broken_off, machine):
+    """Between reading and locking a second process may have ended it."""
+    from harness.run.resume import plan_again, read_broken_off
+
+    path = broken_off()
+    run = read_broken_off(path.name, path.parent)
+    plan = plan_again(run, machine)
+    resume(path)
+    Executor.asked = ()
+    again = harness.run.measure.measure(plan, machine, runs=path.parent, display=None, resume=path.name)
+    assert again.manifest.status == "complete"
+    assert not Executor.asked
+
+
+def test_a_killed_run_is_reported_whatever_it_holds(broken_off, capsys):
+    """Tables, claims and what is missing, from no record at all to all but the last."""
+    path = broken_off(21)
+    lines = (path / "trials.jsonl").read_text().splitlines(keepends=True)
+    for count in (0, 1, 3, 4, 8, 20):
+        (path / "trials.jsonl").write_text("".join(lines[:count]))
+        assert main(["report", path.name, "--runs-dir", str(path.parent)]) == 4
+        text = " ".join(capsys.readouterr().out.split())
+        assert f"its process was killed; {count} of 21 trials have come to their end" in text
+        assert f"{min(count // 7, 2)} of 3 replicates complete" in text
+
+
+def test_an_unknown_run_is_named(runs, machine):
+    """With those that exist."""
+    from harness.run.resume import read_broken_off
+
+    with pytest.raises(UsageError, match="no-such-run"):
+        read_broken_off("no-such-run", runs)
+
+
+IMPATIENT = "import harness.run.conductor as c; c.CHECKPOINT_S = 0.0; import sys; from harness.cli import main; sys.exit(main())"
+"""The command line, but what is under way is saved however short it is."""
+
+
+def test_a_run_killed_in_the_middle_survives(tmp_path):
+    """SIGKILL while the second replicate takes its turns: what was measured is there, no process is left, and the run
+    that is gone on with has an ok record of every trial."""
+    study, runs = tmp_path / "mine.toml", tmp_path / "runs"
+    study.write_text(
+        "[workload]\nsequence_length=32\nbatch_size=2\ntrain_sequences=16\nheld_out_records=4\nheld_out_sequences=2\n"
+        "[protocol]\nreplicates=2\nwarmup_steps_min=1\nwarmup_steps_max=2\nturns=16\npeak_replicates=1\n"
+        "[[variant]]\nname='a'\nr=4\n[[variant]]\nname='b'\nr=8\n"
+    )
+    command = [sys.executable, "-c", IMPATIENT, "run", str(study), "--phase", "train", "--runs-dir", str(runs)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 240
+        while not any("r1-" in line and '"step_time_s"' in line for line in written(runs)):
+            assert process.poll() is None, "it ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        left = psutil.Process(process.pid).children(recursive=True)
+        os.kill(process.pid, signal.SIGKILL)
+    _, alive = psutil.wait_procs(left, timeout=30)
+    assert not alive
+    (path,) = runs.iterdir()
+    killed = store.read_run(path.name, runs)
+    assert (killed.state, view_of(killed).valid) == ("killed", False)
+    under_way = [record for record in killed.records if record.failure and record.failure.kind == UNDER_WAY]
+    assert {record.replicate for record in under_way} == {1}
+    assert any(record.samples.get("step_time_s") for record in under_way)
+    kept = {record.trial: record for record in killed.records if record.settled}
+    assert {record.replicate for record in kept.values()} == {0}
+    assert main(["run", "--resume", path.name, "--runs-dir", str(runs), "--json"]) in (0, 4)
+    run = store.read_run(path.name, runs)
+    view = view_of(run)
+    assert (run.state, view.counts, view.failures) == ("complete", {"ok": 3 + 2 + 3}, ())
+    assert {record.trial: record for record in run.records if record.trial in kept} == kept
+    assert run.measured_again == 3
+    verdict = view.tables[0].control.verdict
+    assert view.valid or verdict in ("improved", "regressed")  # which identical trials can be by chance
+
+
+def written(runs):
+    """Lines of the only run's records so far."""
+    return [line for path in runs.glob("*/trials.jsonl") for line in path.read_text().splitlines()]

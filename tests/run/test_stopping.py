@@ -1,0 +1,243 @@
+"""When a run has what it needs: intervals narrow enough or time used up, and never because something is significant."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+
+import harness.run.measure
+from harness.records import store
+from harness.records.record import Fragment, TrialRecord
+from harness.records.units import PRIMARY
+from harness.run.measure import measure
+from harness.run.plan import make_plan
+from harness.run.stopping import Stopping
+from harness.verdicts.comparand import comparand_of
+from harness.verdicts.series import compare_series, series_of
+
+QUIET, LOUD = 0.001, 0.05
+"""Scatter of the log ratios; with 5 replicates an interval of ± 0.1 to 0.2 %, and of ± 6 to 10 %."""
+SWEEP = (("", "plain", "variant"), ("", "nf4", "variant"), ("", "plain", "control"))
+AB = (("base", "plain", "variant"), ("base", "plain", "control"), ("candidate", "plain", "variant"),
+      ("base", "nf4", "variant"), ("candidate", "nf4", "variant"))  # fmt: skip
+
+
+def records(replicates, arms=SWEEP, *, loud=None, ratio=1.0, phases=("train",), failed=()):
+    """Trials whose times scatter little, but for those of `loud` = (side, name, role, phase).
+
+    `ratio` is that of everything that is no base of a comparison; `failed` are (side, name, role, replicate).
+    """
+    found = []
+    for replicate in range(replicates):
+        for side, name, role in arms:
+            first = role == "variant" and (side == "base" or (not side and name == "plain"))
+            samples = {}
+            for phase in phases:
+                scatter = LOUD if loud == (side, name, role, phase) else 0.0 if first else QUIET
+                log_ratio = scatter * (-1) ** replicate + (0.0 if first else math.log(ratio))
+                samples[PRIMARY[phase]] = (0.1 * math.exp(log_ratio),)
+            status = "oom" if (side, name, role, replicate) in failed else "ok"
+            found.append(TrialRecord(
+                trial=f"r{replicate}-{side}{name}-{role}", status=status, name=name, variant=name, role=role, seed=0,
+                side=side, replicate=replicate, position=len(found), interleaving="lockstep", started_unix_s=0.0,
+                wall_time_s=1.0, samples=samples,
+            ))  # fmt: skip
+    return found
+
+
+@pytest.fixture
+def rule(small_study):
+    """A function that makes the rule of a plan with these limits."""
+
+    def make(*, phases=("train",), **limits):
+        protocol = dataclasses.replace(small_study.protocol, replicates=40, **limits)
+        return Stopping(make_plan(dataclasses.replace(small_study, protocol=protocol), phases=phases))
+
+    return make
+
+
+@pytest.mark.parametrize("arms", [SWEEP, AB], ids=["sweep", "ab"])
+def test_precision_stops_from_the_fifth_replicate_on(rule, arms):
+    """Earlier ones may agree by luck, however narrow they look; the reason says what was reached and asked for."""
+    stop = rule(precision=0.01)
+    said = [stop(records(count, arms)) for count in range(1, 9)]
+    assert said[:4] == [None] * 4
+    assert all(said[4:])
+    assert "after 5 replicates" in said[4]
+    assert "±1 % were asked for" in said[4]
+
+
+@pytest.mark.parametrize(
+    ("arms", "loud"),
+    [
+        *((SWEEP, (*arm, phase)) for arm in SWEEP[1:] for phase in ("train", "generate")),
+        *((AB, (*arm, phase)) for arm in (AB[1], AB[2], AB[4]) for phase in ("train", "generate")),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value[0], str) else "ab" if value is AB else "sweep",
+)
+def test_one_wide_interval_keeps_a_run_going(rule, arms, loud):
+    """Whichever it is: of a variant, of either side, of the control, in any phase that is measured."""
+    phases = ("train", "generate")
+    stop = rule(precision=0.01, phases=phases)
+    assert stop(records(8, arms, phases=phases)) is not None
+    assert stop(records(8, arms, phases=phases, loud=loud)) is None
+
+
+def test_every_interval_must_be_as_narrow_as_was_asked(rule):
+    """The same trials are enough for ± 10 % and not for ± 1 %; the widest of them is what the reason names."""
+    taken = records(8, loud=("", "nf4", "variant", "train"))
+    assert rule(precision=0.01)(taken) is None
+    said = rule(precision=0.1)(taken)
+    base, other = (series_of(taken)[key] for key in (("plain", "variant"), ("nf4", "variant")))
+    comparison = compare_series(base, other, "step_time_s")
+    width = math.sqrt(comparison.high / comparison.low) - 1
+    assert said.startswith(f"every interval is within ±{100 * width:.2g} % after 8")
+
+
+@pytest.mark.parametrize("arms", [SWEEP, AB], ids=["sweep", "ab"])
+def test_significance_stops_nothing(rule, arms):
+    """Three times as slow beyond any doubt, and too wide: it goes on; narrow, it stops, equal or not."""
+    side, name, role = arms[1]
+    taken = records(8, arms, ratio=3.0, loud=(side, name, role, "train"))
+    others = series_of(taken, side)
+    assert compare_series(others["plain", "variant"], others[name, role], "step_time_s").verdict == "regressed"
+    stop = rule(precision=0.01)
+    assert stop(taken) is None
+    assert stop(records(8, arms, ratio=3.0)) == stop(records(8, arms, ratio=1.0)) is not None
+
+
+def test_trials_that_failed_are_no_replicates(rule):
+    """Five passes of which one failed leave four pairs."""
+    stop = rule(precision=0.01)
+    assert stop(records(5, failed=[("", "nf4", "variant", 3)])) is None
+    assert stop(records(6, failed=[("", "nf4", "variant", 3)])) is not None
+
+
+def test_nothing_measured_is_not_precise(rule):
+    """A run whose trials all fail is not cut short as if it knew something."""
+    failed = [(*arm, replicate) for arm in SWEEP for replicate in range(8)]
+    assert rule(precision=0.5)(records(8, failed=failed)) is None
+
+
+def test_an_ab_needs_no_reference(rule):
+    """A variant is compared with its own base, also where the study's reference was not selected."""
+    nf4 = tuple((side, "nf4", role) for side, _, role in AB[:3])
+    stop = rule(precision=0.01)
+    assert stop(records(5, nf4)) is not None
+    assert stop(records(5, nf4, loud=("candidate", "nf4", "variant", "train"))) is None
+
+
+def test_no_replicate_is_begun_that_would_end_too_late(rule, monkeypatch):
+    """With a minute a replicate and a limit of 4.5, the fourth ends in time and the fifth would not."""
+    now = 1000.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    stop = rule(max_minutes=4.5)
+    said = []
+    for count in range(1, 6):
+        now += 60
+        said.append(stop(records(count)))
+    assert said[:3] == [None] * 3
+    assert "limit of 4.5 minutes" in said[3]
+
+
+def test_the_time_counts_whatever_the_precision_is(rule, monkeypatch):
+    """Both limits hold: too wide and too late stops, too wide and in time does not."""
+    now = 1000.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    stop = rule(max_minutes=1.0, precision=0.01)
+    wide = records(8, loud=("", "nf4", "variant", "train"))
+    assert stop(wide) is None
+    now += 60
+    assert "minutes" in stop(wide)
+    assert "interval" in stop(records(8))
+
+
+def test_without_a_limit_nothing_stops(rule, monkeypatch):
+    """However precise it is and however long it took."""
+    stop = rule()
+    monkeypatch.setattr("time.monotonic", lambda: 1e9)
+    assert stop(records(40)) is None
+
+
+# --- in a run ---------------------------------------------------------------------------------------------------------
+
+
+class Executor:
+    """Workers whose steps all take the same time."""
+
+    start_latency_s = 0.01
+
+    def __init__(self, **options):
+        pass
+
+    def start(self):
+        pass
+
+    def hello(self):
+        return {"device": "cpu", "torch": "0"}
+
+    def prepare_tokens(self, workload, folder):
+        path = Path(folder) / "tokens-0.safetensors"
+        path.write_bytes(b"")
+        return {"path": str(path), "hash": "abc", "real_tokens": 1, "padded_tokens": 0}
+
+    def launch(self):
+        return self
+
+    def ask(self, command, trial, timeout_s, **arguments):
+        if command != "turn":
+            return Fragment()
+        counts = {"turn_real_tokens": (64.0,), "turn_sequences": (2.0,)}
+        times = dict.fromkeys(("step_time_s", "step_cpu_time_s"), (0.1,) * arguments["steps"])
+        return Fragment(samples=times | counts)
+
+    def close(self):
+        pass
+
+
+class Silent:
+    """A display that shows nothing."""
+
+    def starting(self, plan, run_id):
+        pass
+
+    def trial_phase(self, slot, phase):
+        pass
+
+    def trial_ended(self, record):
+        pass
+
+
+@pytest.fixture
+def measured(small_study, machine, tmp_path, monkeypatch):
+    """A function that measures the small study with the fake at the seam and reads the run back."""
+    monkeypatch.setattr(harness.run.measure, "LocalExecutor", Executor)
+
+    def run(**changes):
+        protocol = dataclasses.replace(small_study.protocol, **changes)
+        plan = make_plan(dataclasses.replace(small_study, protocol=protocol), phases=("train",))
+        return measure(plan, machine, runs=tmp_path / "runs", display=Silent())
+
+    return run
+
+
+def test_a_run_that_stopped_is_whole_and_says_why(measured, tmp_path):
+    """Its manifest names the reason and the trials that were measured; it counts like any other run."""
+    run = measured(replicates=9, precision=0.01)
+    assert run.manifest.status == "complete"
+    assert "after 5 replicates" in run.manifest.stopped
+    assert {record.replicate for record in run.records} == set(range(5))
+    assert run.manifest.order == tuple(record.trial for record in run.records)
+    assert len(run.records) == 5 * 3
+    assert comparand_of(run).broken is None
+    assert store.read_run(run.manifest.run, tmp_path / "runs").manifest == run.manifest
+
+
+def test_a_run_without_limits_measures_all_replicates(measured):
+    """And nothing is said of stopping."""
+    run = measured(replicates=6)
+    assert run.manifest.stopped is None
+    assert {record.replicate for record in run.records} == set(range(6))

@@ -1,0 +1,80 @@
+"""Claims are refused where rule and words do not go together, by the study that they are in."""
+
+import pytest
+
+from harness.errors import UsageError
+from harness.studies.claim import RULES, Part
+from harness.studies.study_file import load_study
+
+STUDY = """
+[controls]
+r = 16
+lora_dropout = 0.1
+[sweeps]
+r = [16, 32]
+lora_dropout = [0.0, 0.1]
+[[claim]]
+id = "1"
+says = "a sentence"
+parts = [{ PART }]
+"""
+
+
+@pytest.fixture
+def parts_of(tmp_path):
+    """A function that reads a study whose one claim has this part."""
+
+    def read(part):
+        path = tmp_path / "mine.toml"
+        path.write_text(STUDY.replace("PART", part))
+        return load_study(str(path)).claims[0].parts
+
+    return read
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ('rule = "rising", axis = "r", metric = "step_time_s"', ["rising", "trend-up"]),
+        ('rule = "equal", axis = "r", metric = "speed"', ["'equal'", "'speed'", "step_time_s"]),
+        ('rule = "rises", axis = "r", metric = "step_time_s"', ["'rises'", "trainable_parameters"]),
+        ('rule = "differs", axis = "r", metric = "step_time_s", levels = [16]', ["levels = [16.0]: 2 expected"]),
+        ('rule = "differs", axis = "r", metric = "step_time_s", levels = [16, 16]', ["the same one twice"]),
+        ('rule = "highest", axis = "r", metric = "step_time_s", levels = [64]', ["level 64 of r", "16, 32"]),
+        ('rule = "best", axis = "r", metric = "step_time_s", levels = [16]', ["give metrics (with weights)"]),
+        ('rule = "equal", axis = "lora_alpha", metric = "step_time_s"', ["'lora_alpha'", "fewer than two"]),
+        ('rule = "largest-effect", axis = "r", metric = "step_time_s"', ["against = []"]),
+        ('rule = "largest-effect", axis = "r", metric = "step_time_s", against = ["r"]', ["holds the axis itself"]),
+        ('rule = "trend-up", axis = "lora_dropout", metric = "step_time_s"', ["level 0 has no logarithm", "linear"]),
+        ('rule = "equal", axis = "r", metric = "step_time_s", margin = 0.001', ["tolerance = 0.01, margin = 0.001"]),
+    ],
+)
+def test_a_part_that_makes_no_statement_is_refused(parts_of, part, words):
+    """With the study's file, the claim or part, and what to write instead."""
+    with pytest.raises(UsageError) as caught:
+        parts_of(part)
+    for word in ["mine.toml", *words]:
+        assert word in str(caught.value)
+
+
+def test_a_part_that_makes_one_is_read(parts_of):
+    """Dropout goes by its value; the limit is the one of the rule."""
+    (part,) = parts_of('rule = "no-trend", axis = "lora_dropout", metric = "step_time_s", scale = "linear"')
+    assert part.limit == ("margin", 0.05)
+
+
+def test_every_rule_has_one_limit_or_none():
+    """The tolerance of an effect, the margin of an equality, nothing where more is more and less is less."""
+    made = {
+        rule: Part(
+            rule=rule, axis="r",
+            metric={"best": "", "rises": "adapter_bytes"}.get(rule, "step_time_s"),
+            metrics={"step_time_s": 1.0} if rule == "best" else {},
+            levels={"differs": (1.0, 2.0), "highest": (1.0,), "lowest": (1.0,), "best": (1.0,)}.get(rule, ()),
+            against=("lora_alpha",) if rule == "largest-effect" else (),
+        ).limit
+        for rule in RULES
+    }  # fmt: skip
+    assert {rule for rule, limit in made.items() if limit == ("margin", 0.05)} == {"no-trend", "equal"}
+    assert {rule for rule, limit in made.items() if limit == ("", 0.0)} == {"best", "largest-effect", "rises"}
+    assert set(made.values()) == {("tolerance", 0.01), ("margin", 0.05), ("", 0.0)}

@@ -1,0 +1,200 @@
+"""Studies are read strictly: whatever cannot be is refused with file, key, value and remedy."""
+
+import dataclasses
+
+import pytest
+
+from harness.errors import UsageError
+from harness.records import codec
+from harness.studies.study import Study
+from harness.studies.study_file import builtin_studies, load_study, load_variant
+from harness.studies.variant import Variant
+
+GOOD = """
+title = "t"
+[workload]
+sequence_length = 64
+[controls]
+lora_alpha = 32
+[axes]
+r = [8, 16]
+lora_dropout = [0.0, 0.1]
+"""
+
+
+def write(tmp_path, text):
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_axes_make_every_combination(tmp_path):
+    """Two axes of two values are four variants with names that say their values."""
+    study = load_study(write(tmp_path, GOOD))
+    assert [variant.name for variant in study.variants] == [
+        "r=8-lora_dropout=0.0", "r=8-lora_dropout=0.1", "r=16-lora_dropout=0.0", "r=16-lora_dropout=0.1",
+    ]  # fmt: skip
+    assert {variant.lora_alpha for variant in study.variants} == {32.0}
+    assert study.reference == "r=8-lora_dropout=0.0"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[[variant]]\nname='a'\nr=0", ["mine.toml", "'a'", "r = 0", "Use 1 or more"]),
+        ("[[variant]]\nname='a'\nlora_dropout=1.5", ["mine.toml", "lora_dropout = 1.5"]),
+        ("[[variant]]\nname='a'\nrank=8", ["mine.toml", "rank", "unknown key"]),
+        ("[[variant]]\nr=8", ["mine.toml", "name is missing"]),
+        ("[[variant]]\nname='a b'", ["mine.toml", "'a b'"]),
+        ("[[variant]]\nname='a-control'", ["mine.toml", "'a-control'", "A/A control"]),
+        ("[[variant]]\nname='a'\n[[variant]]\nname='a'\nr=4", ["mine.toml", "used twice"]),
+        ("[[variant]]\nname='a'\n[[variant]]\nname='b'", ["mine.toml", "'a'", "'b'", "same configuration"]),
+        ("reference='z'\n[[variant]]\nname='a'", ["mine.toml", "reference = 'z'"]),
+        ("repeats=3\n[[variant]]\nname='a'", ["mine.toml", "repeats", "unknown key"]),
+        ("[protocol]\nreplicates=0\n[[variant]]\nname='a'", ["mine.toml", "replicates = 0"]),
+        ("[workload]\nsequence_length=2\n[[variant]]\nname='a'", ["mine.toml", "sequence_length = 2"]),
+        ("[axes]\nr=8", ["mine.toml", "r = 8", "list"]),
+        ("[axes]\nr=[8]\n[[variant]]\nname='a'", ["mine.toml", "both"]),
+        ("title=", ["mine.toml", "not a TOML file"]),
+        ("", ["mine.toml", "no variants"]),
+        ("allow_fallback='yes'\n[[variant]]\nname='a'", ["allow_fallback", "bool"]),
+    ],
+)
+def test_bad_studies_are_refused(tmp_path, text, words):
+    """Each with what is wrong, where, and what to do."""
+    with pytest.raises(UsageError) as caught:
+        load_study(write(tmp_path, text))
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_an_unknown_study_names_the_nearest():
+    """A typo gets the name that was meant."""
+    with pytest.raises(UsageError, match="lora-or-qlora"):
+        load_study("lora-or-qora")
+
+
+@pytest.mark.parametrize("name", list(builtin_studies()))
+def test_built_in_studies_load(name):
+    """What ships is valid."""
+    assert load_study(name).variants
+
+
+def test_effort_sets_the_replicates():
+    """One dial: quick 3, standard 8, rigorous 12."""
+    study = load_study("lora-or-qlora")
+    assert [study.with_overrides(effort=e).protocol.replicates for e in ("quick", "standard", "rigorous")] == [3, 8, 12]
+
+
+SWEPT = """
+reference = "middle"
+[controls]
+r = 16
+lora_dropout = 0.1
+[sweeps]
+r = [8, 16, 32]
+lora_dropout = [0.0, 0.1]
+[profile.cpu]
+devices = ["cpu"]
+notes = ["on a CPU"]
+[profile.cpu.workload]
+batch_size = 1
+[profile.cpu.controls]
+optimizer = "adamw"
+[profile.big]
+devices = ["H100", "H200"]
+[profile.other.workload]
+batch_size = 9
+"""
+
+
+def test_sweeps_change_one_field_at_a_time(tmp_path):
+    """The setting that all sweeps go through is one variant, under the reference's name."""
+    study = load_study(write(tmp_path, SWEPT))
+    names = [variant.name for variant in study.variants]
+    assert names == ["middle", "r=8", "r=32", "lora_dropout=0.0"]
+    assert study.levels("r") == ((8.0, "r=8"), (16.0, "middle"), (32.0, "r=32"))
+    assert study.levels("lora_dropout") == ((0.0, "lora_dropout=0.0"), (0.1, "middle"))
+
+
+@pytest.mark.parametrize(
+    ("options", "profile", "batch"),
+    [
+        ({}, "", 4), ({"device": "cpu"}, "cpu", 1), ({"device": "NVIDIA H100 80GB HBM3"}, "big", 4),
+        ({"device": "NVIDIA L4"}, "", 4), ({"profile": "other", "device": "cpu"}, "other", 9),
+    ],
+)  # fmt: skip
+def test_a_profile_fits_the_study_to_the_machine(tmp_path, options, profile, batch):
+    """That of the device unless one is asked for; a device without one gets the study as written."""
+    study = load_study(write(tmp_path, SWEPT), **options)
+    assert (study.profile, study.workload.batch_size) == (profile, batch)
+
+
+def test_every_deviation_is_named(tmp_path):
+    """What a profile and what an option replaced, with the value as written; what is unchanged is not in the list."""
+    study = load_study(write(tmp_path, SWEPT), device="cpu").with_overrides(model="smollm2-135m", data="/a/b/c.jsonl")
+    assert study.deviations == (
+        "workload.batch_size = 1 in place of 4",
+        "controls.optimizer = 'adamw' in place of 'adamw_fused'",
+        "workload.model = 'smollm2-135m' in place of 'tiny-llama'",
+        "workload.data = 'c.jsonl' in place of 'synthetic'",
+    )
+    assert study.notes == ("on a CPU",)
+    assert load_study(write(tmp_path, SWEPT)).deviations == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (SWEPT.replace("r = 16", "r = 12"), ["[sweeps]", "r = [8, 16, 32]", "r = 12", "add the value"]),
+        (SWEPT.replace('devices = ["cpu"]', "device = 3"), ["[profile.cpu]", "device", "Did you mean 'devices'"]),
+        (SWEPT + "[[variant]]\nname='a'", ["[sweeps] and [[variant]]"]),
+        (SWEPT + "[[claim]]\nid='1'\nsays='x'\nparts=[{rule='trend-up',axis='lora_alpha',metric='step_time_s'}]",
+         ["claim '1'", "lora_alpha", "fewer than two"]),
+        (SWEPT + "[[claim]]\nid='1'\nsays='x'\nparts=[{rule='highest',axis='r',metric='step_time_s',levels=[9]}]",
+         ["claim '1'", "level 9", "8, 16, 32"]),
+        (SWEPT + "[[claim]]\nid='1'\nsays='x'\nparts=[{rule='rises',axis='r',metric='step_time_s'}]",
+         ["'step_time_s'", "trainable_parameters"]),
+        ("extends='mine'\n", ["extends = 'mine'", "built-in"]),
+    ],
+)  # fmt: skip
+def test_bad_sweeps_profiles_and_claims_are_refused(tmp_path, text, words):
+    """Before anything runs, with what is known in their place."""
+    with pytest.raises(UsageError) as caught:
+        load_study(write(tmp_path, text))
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_an_unknown_profile_is_refused(tmp_path):
+    """With those that there are."""
+    with pytest.raises(UsageError, match=r"profile = 'zz'.*cpu, big, other"):
+        load_study(write(tmp_path, SWEPT), profile="zz")
+
+
+def test_a_variant_is_named_by_its_study_or_alone_in_it(tmp_path):
+    """STUDY:NAME, or a file with one variant; where there are several their names are listed."""
+    study, variant = load_variant("lora-or-qlora:qlora-nf4-r16")
+    assert (study.name, variant.quantization) == ("lora-or-qlora", "nf4")
+    alone = write(tmp_path, "[[variant]]\nname = 'one'\nr = 4")
+    assert load_variant(alone)[1] == load_variant(f"{alone}:one")[1] == Variant(r=4)
+    with pytest.raises(UsageError, match=r"lora-r16, .*lora-or-qlora:lora-r16"):
+        load_variant("lora-or-qlora")
+
+
+def test_a_variant_may_have_a_workload_of_its_own(small_study):
+    """The same variant may then stand twice, on one model and its data; they meet on the time of a real token."""
+    plain, own = small_study.variants[0], dataclasses.replace(small_study.workload, batch_size=4)
+    twice = (plain, dataclasses.replace(plain, name="larger"))
+    study = dataclasses.replace(small_study, variants=twice, own_workloads={"larger": own})
+    assert study.workloads == (study.workload, own)
+    assert [study.workload_of(variant) for variant in study.variants] == [study.workload, own]
+    assert [study.primary(phase) for phase in ("train", "generate")] == ["time_per_real_token_s", "request_time_s"]
+    assert codec.from_json(Study, codec.to_json(study), "study") == study
+    for changes, words in (
+        ({}, "same configuration"),
+        ({"larger": own, "lager": own}, "'lager': not known. Did you mean 'larger'"),
+        ({"larger": dataclasses.replace(own, model="smollm2-135m")}, "'larger': another model"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            dataclasses.replace(study, own_workloads=changes)

@@ -1,0 +1,92 @@
+"""A study that extends another with one line is that study with this line, whatever profile fits it to a machine."""
+
+import json
+
+import pytest
+
+from harness import cli
+from harness.studies.study_file import builtin_studies, load_study, profiles_of
+
+ORIGINAL = "llama2-lora-parameters"
+SAME_SWEEP = {"lora-parameters-other-size": "llama2-13b", "lora-parameters-other-model": "mistral-7b"}
+
+
+def write(tmp_path, text, base=ORIGINAL):
+    path = tmp_path / "mine.toml"
+    path.write_text(f'extends = "{base}"\n{text}')
+    return str(path)
+
+
+@pytest.mark.parametrize(("name", "model"), SAME_SWEEP.items())
+def test_the_same_sweep_with_one_line_changed(name, model):
+    """Settings, controls, protocol and claims are the original's; the model is not, and notes say whose figures those
+    are."""
+    original, study = load_study(ORIGINAL), load_study(name)
+    assert study.variants == original.variants
+    assert (study.reference, study.claims, study.protocol) == (original.reference, original.claims, original.protocol)
+    assert [key for key in ("model", "data", "sequence_length") if getattr(study.workload, key) !=
+            getattr(original.workload, key)] == ["model"]  # fmt: skip
+    assert study.workload.model == model
+    assert any("figures are of Llama-2-7B" in note for note in study.notes)
+    assert "Llama-2-7B" not in study.title
+
+
+@pytest.mark.parametrize(("name", "model"), SAME_SWEEP.items())
+def test_no_profile_swaps_in_another_model(name, model):
+    """On any machine the study is about its own model, with random weights where the profile says so."""
+    assert profiles_of(name) == profiles_of(ORIGINAL)
+    for profile in profiles_of(name):
+        study = load_study(name, profile=profile)
+        assert study.workload.model == (f"random:{model}" if profile == "random" else model)
+        assert not any("SmolLM2" in note for note in study.notes)
+    assert load_study(ORIGINAL, profile="random").workload.model == "random:llama2-7b"
+    assert load_study(ORIGINAL, device="cpu").workload.model == "smollm2-135m"
+
+
+def test_the_rest_of_a_profile_stays(tmp_path):
+    """Only what the extending study says itself wins over an inherited profile."""
+    study = load_study(write(tmp_path, "[workload]\nbatch_size = 2\n[controls]\ntf32 = false\n"), device="cpu")
+    assert study.workload.batch_size == 2
+    assert (study.workload.model, study.workload.sequence_length) == ("smollm2-135m", 128)
+    assert {(variant.optimizer, variant.attention, variant.tf32) for variant in study.variants} == {
+        ("adamw", "sdpa", False)
+    }
+
+
+def test_its_own_profile_wins_over_its_own_line(tmp_path):
+    """What the extending study says of a machine is said about that machine."""
+    text = '[workload]\nmodel = "mistral-7b"\n[profile.cpu.workload]\nmodel = "tiny-llama"\n'
+    assert load_study(write(tmp_path, text), device="cpu").workload.model == "tiny-llama"
+    assert load_study(write(tmp_path, text), profile="a100").workload.model == "mistral-7b"
+
+
+def test_a_replaced_model_is_named(tmp_path):
+    """With an option on top of a profile the report says what the study had instead."""
+    study = load_study("lora-parameters-other-model", device="cpu").with_overrides(model="smollm2-135m")
+    assert "workload.model = 'smollm2-135m' in place of 'mistral-7b'" in study.deviations
+
+
+def test_random_weights_of_no_model_named_are_the_defaults(tmp_path):
+    """A study that names no model has tiny-llama, and so has its profile."""
+    (tmp_path / "mine.toml").write_text(
+        "[[variant]]\nname = 'a'\n[profile.random.workload]\nmodel = 'random:'\nbatch_size = 1\n"
+    )
+    study = load_study(str(tmp_path / "mine.toml"), profile="random")
+    assert (study.workload.model, study.workload.batch_size) == ("random:tiny-llama", 1)
+
+
+def test_titles_differ():
+    """Each built-in study says in its title what no other is about."""
+    titles = [load_study(name).title for name in builtin_studies()]
+    assert len(set(titles)) == len(titles)
+
+
+@pytest.mark.parametrize("name", SAME_SWEEP)
+def test_the_sweep_can_be_planned_on_a_small_model(name, capsys):
+    """On a CPU, with a model that fits one: all settings and the control, on one base."""
+    arguments = ["--model", "random:smollm2-135m", "--profile", "cpu", "--dry-run", "--json"]
+    assert cli.main(["run", name, *arguments]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    settings = {trial.partition("-")[2] for trial in plan["order"] if not trial.endswith("-solo")}
+    assert settings == {variant.name for variant in load_study(name).variants} | {"r64-a16-d0.1-control"}
+    assert plan["interleaving"] == "shared-base"

@@ -1,0 +1,100 @@
+"""The closed form of what a forward pass keeps is held against what autograd saves, to the byte."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from harness.models import catalogue, shapes
+from harness.models.costs.activations import Activations
+from harness.studies.variant import Variant
+from harness.studies.workload import Workload
+from harness.trial.building import build
+from harness.trial.building.base_model import load_base
+from harness.trial.memory import resident_tensors
+from harness.trial.profiling.account import watch_cache
+from harness.trial.profiling.live import LiveTensors
+
+ROWS, LENGTH, VOCABULARY = 2, 24, 320
+LLAMA = {
+    "model_type": "llama", "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "head_dim": 32,
+    "vocab_size": VOCABULARY, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
+}  # fmt: skip
+PREPARED = {"quantization": "nf4", "prepare_for_kbit": True}
+VARIANT = Variant(name="v", r=8)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """Two blocks with grouped heads."""
+    folder = tmp_path_factory.mktemp("llama")
+    (folder / "config.json").write_text(json.dumps(LLAMA))
+    return catalogue.resolve(f"random:{folder}")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"target_modules": (), "lora_dropout": 0.1},
+        {"dtype": "float32", "lora_dropout": 0.1},
+        {"adapter_dtype": "bfloat16"},
+        {"attention": "eager"},
+        {"gradient_checkpointing": True},
+        {"autocast": "bfloat16"},
+        {**PREPARED, "autocast": "bfloat16"},
+        {**PREPARED, "autocast": "bfloat16", "gradient_checkpointing": True},
+        {**PREPARED},
+        {"quantization": "int8"},
+    ],
+    ids=lambda changes: ",".join(f"{key}={value}" for key, value in changes.items()) or "default",
+)
+def test_activations_are_counted_to_the_byte(source, changes):
+    """Packed rows of two records; what is kept for the backward pass, without the logits and the labels."""
+    variant = dataclasses.replace(VARIANT, **changes)
+    model = build.attach(load_base(source, variant, device="cpu", seed=1), variant).train()
+    optimizer = build.make_optimizer(model, variant)
+    addresses = {t.untyped_storage().data_ptr() for found in resident_tensors(model, optimizer).values() for t in found}
+    live = LiveTensors(resident=addresses, vocabulary=VOCABULARY, device="cpu", looked=lambda kinds: None)
+    tokens = torch.arange(ROWS * LENGTH).reshape(ROWS, LENGTH)
+    positions = torch.cat([torch.arange(10), torch.arange(LENGTH - 10)]).repeat(ROWS, 1)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=variant.autocast is not None)
+    with live.watching(trained, compiled=True), autocast:
+        loss = model(input_ids=tokens, labels=tokens, position_ids=positions, use_cache=False).loss
+        found = live.bytes["activations"]
+    del loss
+    labels = 8 * ROWS * LENGTH + 4  # the loss keeps them, and how many there are
+    cast_head = 2 * VOCABULARY * LLAMA["hidden_size"] if variant.autocast and variant.prepare_for_kbit else 0
+    workload = Workload(sequence_length=LENGTH, batch_size=ROWS)
+    kept = Activations(variant, workload, shapes.shape(source), "cpu").kept()
+    assert found - labels in (kept, kept - cast_head)  # a transposed head looks like logits
+
+
+def test_checkpointing_keeps_less_and_dropout_more(source):
+    """The order of the settings, on the true shape of a 7B model."""
+    shape = shapes.shape(catalogue.resolve("random:llama2-7b"))
+
+    def kept(**changes):
+        return Activations(dataclasses.replace(VARIANT, **changes), Workload(), shape, "cuda").kept()
+
+    assert kept(gradient_checkpointing=True) < kept(target_modules=()) < kept() < kept(lora_dropout=0.1)
+    assert kept(attention="flash_attention_2") < kept(attention="sdpa") < kept(attention="eager")
+
+
+def test_keys_and_values_of_a_request_are_told_apart(source):
+    """Two of them for each block, head and token; what else a forward pass makes is temporary."""
+    variant = dataclasses.replace(VARIANT, dtype="float32")
+    model = build.attach(load_base(source, variant, device="cpu", seed=1), variant).eval()
+    live = LiveTensors(resident=set(), vocabulary=VOCABULARY, device="cpu", looked=lambda kinds: None)
+    hooks = watch_cache(model, live)
+    with torch.no_grad(), live.watching([]):
+        output = model(input_ids=torch.arange(LENGTH)[None], use_cache=True)
+    for hook in hooks:
+        hook.remove()
+    shape = shapes.shape(source)
+    assert live.bytes["kv_cache"] == 2 * shape.layers * shape.kv_heads * shape.head_dim * LENGTH * 4
+    del output

@@ -1,0 +1,90 @@
+"""Every architecture of the catalogue, made small: it trains in 4 bits, is what it claims, and answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from harness.models import catalogue, shapes
+from harness.models.costs.lora import adapter_parameters
+from harness.records.record import TrialRequest
+from harness.studies.protocol import Protocol
+from harness.studies.variant import Variant
+from harness.studies.workload import Workload
+from harness.trial.building.shared import SharedBase
+from harness.trial.data.tokens import prepare
+from harness.trial.trial import Trial
+
+NAMES = ("llama2-7b", "llama2-70b", "mistral-7b", "qwen2.5-0.5b", "qwen2.5-7b", "gemma-2b", "gemma-7b")
+VARIANT = Variant(
+    name="v", r=4, lora_dropout=0.1, target_modules=(), quantization="nf4", prepare_for_kbit=True, autocast="bfloat16",
+    optimizer="adamw",
+)  # fmt: skip
+WORKLOAD = Workload(
+    sequence_length=256, batch_size=1, train_sequences=8, held_out_records=4, held_out_sequences=1, prompt_tokens=8,
+    new_tokens=3,
+)  # fmt: skip
+
+
+def small(name, window=None):
+    """The entry's configuration with two layers and a small vocabulary; heads keep their size and their grouping."""
+    config = json.loads(catalogue.CATALOGUE[name].config.read_text())
+    group = config["num_attention_heads"] // config["num_key_value_heads"]
+    heads = max(2, group)
+    config |= {
+        "num_hidden_layers": 2, "vocab_size": 320, "hidden_size": 64 * heads, "intermediate_size": 192,
+        "num_attention_heads": heads, "num_key_value_heads": heads // group, "bos_token_id": 256, "eos_token_id": 257,
+    }  # fmt: skip
+    return config | ({"sliding_window": window} if window else {})
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A function that builds a trial on a configuration, and one that gives it commands; no command may fail."""
+    torch.set_num_threads(1)
+
+    def make(config, layout="packed"):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        workload = dataclasses.replace(WORKLOAD, model=f"random:{tmp_path}", layout=layout)
+        request = TrialRequest(
+            trial="r0-v", variant=VARIANT, role="variant", replicate=0, seed=1, workload=workload,
+            protocol=Protocol().least(), interleaving="replicates", measures=("steps", "requests", "peaks"),
+            instrument="profile", device="cpu", threads=1, tokens_path=prepare(workload, tmp_path).path,
+            scratch=str(tmp_path), log_path="",
+        )  # fmt: skip
+        trial = Trial(request, SharedBase())
+
+        def command(name):
+            fragment = trial.run(name)
+            assert fragment.status == "ok", fragment.failure
+            return fragment
+
+        return command, shapes.shape(catalogue.resolve(workload.model))
+
+    return make
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_family_trains_and_answers(run, name):
+    """NF4 under PEFT's default targets: claims are active, packed records isolated, and greedy tokens arrive."""
+    command, shape = run(small(name))
+    command("build")
+    checks = {check["path"]: check for check in command("verify").checks}
+    assert {checks[path]["status"] for path in ("packing.isolated", "attention.backend", "base.bits")} == {"active"}
+    command("warm_up")
+    finished = command("finish_training")
+    assert finished.values["trainable_parameters"] == adapter_parameters(VARIANT, shape)
+    assert len(command("begin_generate").tokens["completion"]) == WORKLOAD.new_tokens
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_a_window_shorter_than_the_sequence_changes_no_claim(run, layout):
+    """Mistral's layers see a window of tokens: attention stays fused, and packed records isolated inside it."""
+    command, _ = run(small("mistral-7b", window=32), layout)
+    command("build")
+    checks = {check["path"]: check["status"] for check in command("verify").checks}
+    assert checks["attention.backend"] == "active"
+    assert checks.get("packing.isolated") == ("active" if layout == "packed" else None)

@@ -1,0 +1,147 @@
+"""Several adapters on one base: each trial is to the bit what it would have been alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+
+import pytest
+import torch
+
+from harness.records.record import TrialRequest
+from harness.studies.protocol import Protocol
+from harness.studies.variant import Variant
+from harness.studies.workload import Workload
+from harness.trial.building.shared import Seat, SharedBase, base_digest
+from harness.trial.data.tokens import prepare
+from harness.trial.trial import Trial
+
+SMALL = {
+    "model_type": "llama", "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 320, "max_position_embeddings": 128,
+    "bos_token_id": 256, "eos_token_id": 257,
+}  # fmt: skip
+"""A model of two layers: bit-equality is a matter of states and of random numbers, which a third would repeat."""
+WORKLOAD = Workload(
+    sequence_length=64, batch_size=1, train_sequences=16, held_out_records=8, held_out_sequences=2, prompt_tokens=8,
+    new_tokens=4,
+)  # fmt: skip
+PROTOCOL = Protocol(warmup_steps_min=2, warmup_steps_max=2, turns=6, steps_per_turn=1, generate_warmup=0)
+NF4 = Variant(name="r8", r=8, quantization="nf4", lora_dropout=0.1, learning_rate=3e-3)
+SWEEP = (
+    NF4,
+    dataclasses.replace(NF4, name="twin"),
+    dataclasses.replace(NF4, name="r64", r=64),
+    dataclasses.replace(NF4, name="dropout", lora_dropout=0.5),
+    dataclasses.replace(NF4, name="rslora", use_rslora=True, lora_alpha=64),
+    dataclasses.replace(NF4, name="dora", use_dora=True),
+    dataclasses.replace(NF4, name="q-and-v", target_modules=("q_proj", "v_proj")),
+)
+CASES = {
+    "nf4": {},
+    "prepared": {"prepare_for_kbit": True, "autocast": "bfloat16"},
+    "checkpointing": {"gradient_checkpointing": True},
+    "plain": {"quantization": "none", "dtype": "float32"},
+}
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory):
+    """One workload on the small model and its token file, for all trials."""
+    folder = tmp_path_factory.mktemp("tokens")
+    (folder / "config.json").write_text(json.dumps(SMALL))
+    workload = dataclasses.replace(WORKLOAD, model=f"random:{folder}")
+    return workload, prepare(workload, folder).path
+
+
+def trial_on(shared, variant, tokens, interleaving="shared-base"):
+    torch.set_num_threads(1)
+    workload, path = tokens
+    request = TrialRequest(
+        trial=variant.name, variant=variant, role="variant", replicate=0, seed=1, workload=workload, protocol=PROTOCOL,
+        interleaving=interleaving, measures=("steps", "requests"), instrument="spy", device="cpu", threads=1,
+        tokens_path=path, scratch="", log_path="",
+    )  # fmt: skip
+    return Trial(request, shared)
+
+
+def losses_alone(variant, tokens, *, check):
+    trial = trial_on(SharedBase(), variant, tokens, interleaving="replicates")
+    fragments = [trial.run("build")]
+    if check:
+        fragments.append(trial.run("verify"))
+    fragments += [trial.run("warm_up"), *(trial.run("turn", steps=1) for _ in range(6)), trial.run("finish_training")]
+    return all_losses(fragments)
+
+
+def all_losses(fragments):
+    assert {fragment.status for fragment in fragments} == {"ok"}
+    names = ("warmup_loss", "train_loss", "catch_up_loss")
+    losses = [loss for fragment in fragments for name in names for loss in fragment.samples.get(name, ())]
+    held_out = [fragment.values[key] for fragment in fragments for key in sorted(fragment.values) if "held" in key]
+    return losses, held_out
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_trial_is_bit_equal_to_the_same_trial_alone(case, tokens):
+    """Seven adapters taking turns in shuffled order: training losses and held-out losses agree to the bit."""
+    sweep = [dataclasses.replace(variant, **CASES[case]) for variant in SWEEP]
+    if case == "checkpointing":
+        sweep = sweep[:4]
+    shared, shuffler = SharedBase(), random.Random(3)
+    trials = {variant.name: trial_on(shared, variant, tokens) for variant in sweep}
+    fragments = {name: [] for name in trials}
+    for command in ("build", "verify", "warm_up"):
+        for name, trial in trials.items():
+            fragments[name].append(trial.run(command))
+    for _ in range(6):
+        for name in shuffler.sample(list(trials), len(trials)):
+            fragments[name].append(trials[name].run("turn", steps=1))
+    for command in ("finish_training", "begin_generate", "request", "close"):
+        for name, trial in trials.items():
+            fragments[name].append(trial.run(command))
+    assert shared.loads == 1
+    alone = {variant.name: losses_alone(variant, tokens, check=variant.name == "r64") for variant in sweep}
+    assert {name: all_losses(taken) for name, taken in fragments.items()} == alone
+    assert alone["r8"] == alone["twin"]
+    assert alone["r8"][0][2:] != alone["dropout"][0][2:]
+
+
+def test_a_trial_without_its_random_numbers_is_not(tokens, monkeypatch):
+    """The negative control: when turns share one stream of random numbers, the dropout masks are other ones."""
+    monkeypatch.setattr(Seat, "taken", _switch_only)
+    shared = SharedBase()
+    trials = [trial_on(shared, variant, tokens) for variant in SWEEP[:3]]
+    for trial in trials:
+        trial.run("build")
+    fragments = [fragment for _ in range(3) for fragment in [trial.run("turn", steps=1) for trial in trials][:1]]
+    monkeypatch.undo()
+    alone = trial_on(SharedBase(), SWEEP[0], tokens, interleaving="replicates")
+    alone.run("build")
+    expected = [alone.run("turn", steps=1) for _ in range(3)]
+    assert [f.samples["train_loss"] for f in fragments] != [f.samples["train_loss"] for f in expected]
+
+
+def _switch_only(self):
+    import contextlib
+
+    self._model.set_adapter(self._adapter)
+    return contextlib.nullcontext()
+
+
+def test_a_base_that_changed_makes_every_trial_on_it_invalid(tokens):
+    """Whoever wrote to the shared base, no trial on it is what it would be alone."""
+    shared = SharedBase()
+    trials = [trial_on(shared, variant, tokens) for variant in SWEEP[:2]]
+    for trial in trials:
+        trial.run("build")
+    model = trials[0]._built.trainee.model
+    norm = next(parameter for name, parameter in model.named_parameters() if "norm" in name)
+    before = base_digest(model)
+    with torch.no_grad():
+        norm[0] += 1
+    assert base_digest(model) != before
+    closed = [trial.run("close") for trial in trials]
+    assert {fragment.status for fragment in closed} == {"invalid"}
+    assert closed[0].failure.kind == "BaseChanged"

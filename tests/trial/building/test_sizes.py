@@ -1,0 +1,147 @@
+"""Sizes are counted without a weight, and a real step of a real model has them to the byte."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from harness.errors import LorameterError, UsageError
+from harness.models import catalogue
+from harness.studies.protocol import Protocol
+from harness.studies.study import Study
+from harness.studies.study_file import load_study
+from harness.studies.variant import Variant
+from harness.studies.workload import Workload
+from harness.trial.building import build
+from harness.trial.building.base_model import load_base
+from harness.trial.building.sizes import sizes_of, sizes_of_study
+from harness.trial.memory import resident_bytes
+
+TINY = catalogue.resolve("tiny-llama")
+R33 = Variant(r=33, target_modules=(), optimizer="adamw")
+"""At r 33 tiny-llama has tensors below 4096 elements, above, and of no whole number of blocks."""
+PREPARED = {"quantization": "nf4", "prepare_for_kbit": True, "autocast": "bfloat16"}
+QWEN = {
+    "model_type": "qwen2", "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "vocab_size": 320,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def trained(variant, source):
+    """The model and its optimizer after one step, with the gradients of a second one."""
+    base = load_base(source, variant, device="cpu", seed=1)
+    model = build.attach(base, variant).train()
+    optimizer = build.make_optimizer(model, variant)
+    tokens = torch.arange(16)[None]
+    for step in range(2):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=variant.autocast is not None):
+            model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+        if step == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+    return model, optimizer
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"optimizer": "adamw_fused"},
+        {"optimizer": "paged_adamw_32bit"},
+        {"optimizer": "paged_adamw_8bit"},
+        {"optimizer": "paged_adamw_8bit", "r": 4},
+        {"optimizer": "paged_adamw_8bit", "adapter_dtype": "bfloat16"},
+        {"adapter_dtype": "bfloat16"},
+        {"adapter_dtype": "float32"},
+        {"optimizer": "paged_adamw_32bit", **PREPARED},
+        {"quantization": "int8"},
+        {"dtype": "float32", "use_dora": True, "target_modules": ("all-linear",)},
+        {"use_dora": True, "quantization": "nf4"},
+        {"init_lora_weights": "olora", "dtype": "float32"},
+    ],
+    ids=lambda changes: ",".join(f"{key}={value}" for key, value in changes.items()) or "adamw",
+)
+def test_bytes_are_those_of_a_real_step(changes, tmp_path):
+    """Adapter, gradients and optimizer state as resident after a step, and the file as saved, for each optimizer."""
+    variant = dataclasses.replace(R33, **changes)
+    counted = sizes_of(variant, TINY)
+    base = load_base(TINY, variant, device="cpu", seed=1)
+    initial = build.attach(base, variant)
+    if variant.rewrites_base:
+        build.save_initial(initial, tmp_path / "initial")
+    model, optimizer = trained(variant, TINY)
+    found = resident_bytes(model, optimizer)
+    for kind in ("adapter_bytes", "gradient_bytes", "optimizer_state_bytes"):
+        assert getattr(counted, kind) == found[kind] > 0, kind
+    assert (counted.trainable_parameters, counted.base_parameters + counted.trainable_parameters) == (
+        model.get_nb_trainable_parameters()
+    )
+    before = str(tmp_path / "initial") if variant.rewrites_base else None
+    model.save_pretrained(str(tmp_path / "saved"), path_initial_model_for_weight_conversion=before)
+    assert counted.saved_bytes == (tmp_path / "saved" / "adapter_model.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_biases_that_train_are_counted(tmp_path, bias):
+    """Where the base's biases train, as Qwen2's may, they are in the parameters and in the bytes, in their own type."""
+    (tmp_path / "config.json").write_text(json.dumps(QWEN))
+    source = catalogue.resolve(f"random:{tmp_path}")
+    variant = dataclasses.replace(R33, bias=bias)
+    counted = sizes_of(variant, source)
+    model, optimizer = trained(variant, source)
+    found = resident_bytes(model, optimizer)
+    assert counted.trainable_parameters == model.get_nb_trainable_parameters()[0]
+    assert counted.trainable_parameters > sizes_of(R33, source).trainable_parameters
+    for kind in ("adapter_bytes", "gradient_bytes", "optimizer_state_bytes"):
+        assert getattr(counted, kind) == found[kind], kind
+    with pytest.raises(UsageError, match="casts a bias"):
+        sizes_of(dataclasses.replace(variant, quantization="nf4"), source)
+
+
+def test_every_setting_of_the_study_on_llama2_7b():
+    """PEFT's count is r (4096 + 4096) for q and v of 32 layers; float32 adapter, and two float32 moments of it."""
+    study = load_study("llama2-lora-parameters")
+    counted = sizes_of_study(study)
+    assert [one.variant for one in counted] == [variant.name for variant in study.variants]
+    assert len(counted) == 15
+    for one, variant in zip(counted, study.variants, strict=True):
+        assert one.trainable_parameters == variant.r * 524_288
+        assert one.base_parameters == 6_738_415_616
+        assert one.adapter_bytes == one.gradient_bytes == 4 * one.trainable_parameters
+        assert one.optimizer_state_bytes == 8 * one.trainable_parameters
+    shares = {variant.r: one.share for one, variant in zip(counted, study.variants, strict=True)}
+    assert shares[512] == pytest.approx(0.039837, rel=1e-4)
+    assert len({one.trainable_parameters for one, v in zip(counted, study.variants, strict=True) if v.r == 64}) == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "parameters"),
+    [
+        # Layers × (q: width + query heads × head size, v: width + key and value heads × head size), for one of r.
+        ("llama2-13b", 40 * (2 * (5120 + 5120))),
+        ("llama2-70b", 80 * ((8192 + 64 * 128) + (8192 + 8 * 128))),
+        ("mistral-7b", 32 * ((4096 + 32 * 128) + (4096 + 8 * 128))),
+        ("qwen2.5-7b", 28 * ((3584 + 28 * 128) + (3584 + 4 * 128))),
+        ("gemma-2b", 18 * ((2048 + 8 * 256) + (2048 + 1 * 256))),
+        ("gemma-7b", 28 * ((3072 + 16 * 256) + (3072 + 16 * 256))),
+        ("random:smollm2-135m", 30 * ((576 + 9 * 64) + (576 + 3 * 64))),
+    ],
+)
+def test_other_sizes_and_families(model, parameters):
+    """Grouped heads make v narrower than q, and Gemma's heads make q wider than the model; no weight is looked for."""
+    variant = Variant(name="v", r=8, target_modules=(), **PREPARED)
+    (counted,) = sizes_of_study(
+        Study(
+            name="s", title="s", workload=Workload(model=model), protocol=Protocol(), variants=(variant,), reference="v"
+        )
+    )
+    assert counted.trainable_parameters == 8 * parameters
+
+
+def test_a_count_that_the_formula_does_not_give_is_refused(tmp_path):
+    """GPT-2 has other layers than the formula knows: neither number is printed, both are named."""
+    config = {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 320}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(LorameterError, match=r"PEFT adds 8192 parameters and .* expects 11776"):
+        sizes_of(Variant(name="v", r=4), catalogue.resolve(f"random:{tmp_path}"))

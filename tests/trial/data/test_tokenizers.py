@@ -1,0 +1,108 @@
+"""Tokenizers: the model's own, or the bytes of UTF-8 where nothing else can be had and nothing depends on it."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from harness.errors import UsageError
+from harness.models import catalogue
+from harness.trial.data.tokenizers import BYTE_VOCABULARY, load_tokenizer
+
+LLAMA = {"model_type": "llama", "vocab_size": 320}
+
+
+def test_the_tokenising_process_loads_no_model_library():
+    """What makes the tokens starts without the libraries that only a model needs."""
+    code = (
+        "import sys, harness.trial.data.tokens\n"
+        "loaded = {'peft', 'bitsandbytes', 'accelerate', 'harness.trial.building.base_model'} & set(sys.modules)\n"
+        "assert not loaded, loaded"
+    )
+    root = Path(catalogue.__file__).parents[2]
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
+
+
+def test_byte_tokenizer_is_the_bytes():
+    """Ids are the bytes of UTF-8 for any text, nothing is added, and decoding gives the text back."""
+    tokenizer, substituted = load_tokenizer(catalogue.resolve("tiny-llama"), vocab_size=320)
+    text = "né  日本\n\t'x' " + "".join(map(chr, range(1, 300)))
+    ids = tokenizer(text).input_ids
+    assert ids == list(text.encode())
+    assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
+    assert not substituted
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (256, 257, 258)
+    assert len(tokenizer) == BYTE_VOCABULARY
+
+
+def test_byte_tokens_agree_with_the_packaged_model():
+    """tiny-llama's configuration names the special tokens of the byte tokenizer."""
+    config = json.loads(catalogue.CATALOGUE["tiny-llama"].config.read_text())
+    assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (256, 257, 258)
+
+
+@pytest.mark.parametrize("name", ["random:llama2-7b", "random:smollm2-135m"])
+def test_bytes_stand_in_for_a_random_models_tokenizer(name, monkeypatch, tmp_path):
+    """A random model whose tokenizer cannot be had gets bytes, and the caller is told."""
+    monkeypatch.setattr(catalogue, "hub_is_reachable", lambda: False)
+    monkeypatch.setenv("LORAMETER_CACHE", str(tmp_path))
+    source = catalogue.resolve(name)
+    if source.kind == "hub":
+        source = dataclasses.replace(source, location="someone/absent-model-of-no-cache")
+    tokenizer, substituted = load_tokenizer(source, vocab_size=32000)
+    assert substituted
+    assert tokenizer("a").input_ids == [97]
+
+
+def test_no_bytes_for_a_real_models_tokenizer(monkeypatch, tmp_path):
+    """Real weights without their tokenizer are an error, on the hub and in a directory."""
+    monkeypatch.setattr(catalogue, "hub_is_reachable", lambda: False)
+    with pytest.raises(UsageError, match="hub cannot be reached"):
+        load_tokenizer(catalogue.resolve("someone/absent-model-of-no-cache"), vocab_size=32000)
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    with pytest.raises(UsageError, match="tokenizer cannot be loaded"):
+        load_tokenizer(catalogue.resolve(str(tmp_path)), vocab_size=320)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "gemma"])
+def test_a_tokenizer_without_a_vocabulary_is_none(family, tmp_path):
+    """Without its files transformers makes an empty tokenizer for some families: bytes stand in for that one too."""
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "model_type": family}))
+    tokenizer, substituted = load_tokenizer(catalogue.resolve(f"random:{tmp_path}"), vocab_size=320)
+    assert substituted
+    assert tokenizer("ab").input_ids == [97, 98]
+    with pytest.raises(UsageError, match="tokenizer cannot be loaded"):
+        load_tokenizer(catalogue.resolve(str(tmp_path)), vocab_size=320)
+
+
+def test_vocabularies_must_fit(converted, words):
+    """A tokenizer with more tokens than the model is refused, whether it is the model's or the bytes'."""
+    with pytest.raises(UsageError, match=f"has {len(words)} tokens and the model 100"):
+        load_tokenizer(catalogue.resolve(str(converted)), vocab_size=100)
+    with pytest.raises(UsageError, match="cannot hold the 259 tokens"):
+        load_tokenizer(catalogue.resolve("tiny-llama"), vocab_size=258)
+
+
+def test_padding_beyond_the_table_falls_back(converted, words, tmp_path):
+    """A padding token that has no row in the embedding (Llama-2's <pad> is 32000 of 32000) becomes the end token."""
+    tokenizer, _ = load_tokenizer(catalogue.resolve(str(converted)), vocab_size=len(words))
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "vocab_size": len(words)}))
+    loaded, _ = load_tokenizer(catalogue.resolve(str(tmp_path)), vocab_size=len(words))
+    assert loaded.pad_token_id == loaded.eos_token_id == 2
+
+
+def test_gguf_tokenizer_survives_conversion(gguf_file, converted, words):
+    """The tokenizer of the file and of the directory agree, and padding falls back to the end token."""
+    ids = []
+    for name in (gguf_file, converted):
+        tokenizer, substituted = load_tokenizer(catalogue.resolve(str(name)), vocab_size=len(words))
+        assert not substituted
+        assert tokenizer.pad_token_id == tokenizer.eos_token_id == 2
+        ids.append(tokenizer("tab", add_special_tokens=False).input_ids)
+    assert ids[0] == ids[1]
+    assert min(ids[0]) > 2

@@ -1,0 +1,60 @@
+"""A profiled trial takes the commands of any trial and its own, and outlives a device that it has filled."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from harness.models.costs.peaks import Peak
+from harness.profile.facts import PEAKS
+from harness.records import codec
+from harness.records.record import TrialRequest
+from harness.studies.protocol import Protocol
+from harness.studies.variant import Variant
+from harness.studies.workload import Workload
+from harness.trial.building.shared import SharedBase
+from harness.trial.data.tokens import prepare
+from harness.trial.profiling import trial as profiled
+from harness.trial.profiling.trial import ProfiledTrial
+from harness.trial.trial import Trial
+
+
+@pytest.fixture
+def trial(tmp_path):
+    """A built trial of the smallest model, with nothing measured yet."""
+    workload = Workload(sequence_length=32, batch_size=1, train_sequences=4, held_out_records=4, held_out_sequences=1)
+    request = TrialRequest(
+        trial="t", variant=Variant(name="v", r=4), role="variant", replicate=0, seed=1, workload=workload,
+        protocol=Protocol(), interleaving="replicates", measures=("steps", "peaks"), device="cpu", threads=1,
+        tokens_path=prepare(workload, tmp_path).path, scratch=str(tmp_path), log_path="",
+    )  # fmt: skip
+    torch.set_num_threads(1)
+    one = ProfiledTrial(request, SharedBase())
+    one.run("build")
+    return one
+
+
+def test_a_rate_without_memory_for_it_is_left_out(trial, tmp_path, monkeypatch):
+    """The other is measured, and the trial goes on."""
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(profiled, "measured_product", full)
+    assert trial.run("peak", rates=["bfloat16", "memory"]).status == "ok"
+    peaks = codec.from_json(dict[str, Peak], json.loads((tmp_path / PEAKS).read_text()), PEAKS)
+    assert set(peaks) == {"memory"}
+    assert peaks["memory"].per_s > 0
+    assert trial.run("turn", steps=1).samples["step_time_s"]
+
+
+def test_other_trials_do_not_know_its_commands(trial):
+    """What a run measures cannot be taken apart by mistake."""
+    own = set(ProfiledTrial.COMMANDS) - set(Trial.COMMANDS)
+    assert own == {"account", "profile", "peak", "activity"}
+    plain = Trial(trial._request, SharedBase())
+    for command in own:
+        with pytest.raises(ValueError, match="unknown command"):
+            plain.run(command)

@@ -1,0 +1,109 @@
+"""Clocks and memory gauges against known work and known allocations."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from harness.trial.clock import Stopwatch
+from harness.trial.memory import MemoryGauge, host_bytes, resident_bytes
+
+
+def test_the_clock_tells_waiting_from_working():
+    """Sleeping takes wall time and no CPU time; a busy loop takes both."""
+    watch = Stopwatch("cpu")
+    _, asleep = watch(lambda: time.sleep(0.05))
+    assert asleep.time_s >= 0.05
+    assert asleep.cpu_time_s < 0.02
+
+    def spin():
+        end = time.process_time() + 0.05
+        while time.process_time() < end:
+            pass
+        return 7
+
+    result, busy = watch(spin)
+    assert result == 7
+    assert busy.cpu_time_s >= 0.05
+    assert busy.time_s >= 0.045
+
+
+def test_the_host_peak_is_that_of_its_phase():
+    """An allocation that is gone again still shows, and the next phase does not inherit it."""
+    gauge = MemoryGauge("cpu")
+    gauge.begin()
+    before = host_bytes("VmRSS")
+    block = torch.ones(64 * 2**20 // 4)
+    del block
+    peak = gauge.peaks("load")["host_peak_load_bytes"]
+    assert peak >= before + 60 * 2**20
+    gauge.begin()
+    assert gauge.peaks("train")["host_peak_train_bytes"] < peak - 30 * 2**20
+
+
+def test_the_peaks_of_the_allocator_stand_beside_each_other(monkeypatch):
+    """What tensors held, what of it could not be given out again yet, and what was taken from the device."""
+    stats = {f"{kind}_bytes.all.peak": size for kind, size in (("allocated", 10), ("active", 20), ("reserved", 30))}
+    counts = iter([{"num_alloc_retries": 1, "num_ooms": 0}, {"num_alloc_retries": 3, "num_ooms": 1}])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda: stats | next(counts))
+    gauge = MemoryGauge("cuda")
+    gauge.begin()
+    peaks = gauge.peaks("train")
+    assert peaks.pop("host_peak_train_bytes") > 0
+    assert peaks == {
+        "device_peak_allocated_train_bytes": 10, "device_peak_active_train_bytes": 20,
+        "device_peak_reserved_train_bytes": 30, "device_alloc_retries_train": 2, "device_ooms_train": 1,
+    }  # fmt: skip
+
+
+def test_resident_bytes_are_exact_by_kind():
+    """Frozen base, adapter, gradients and two Adam moments, to the byte; tied tensors once."""
+    model = nn.ModuleDict({"base": nn.Linear(8, 4, bias=False), "adapter": nn.Linear(4, 2, bias=False)})
+    model["twin"] = nn.Linear(8, 4, bias=False)
+    model["twin"].weight = model["base"].weight
+    model["base"].weight.requires_grad_(False)
+    optimizer = torch.optim.AdamW([model["adapter"].weight])
+    model["adapter"](torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    assert resident_bytes(model, optimizer) == {
+        "base_weight_bytes": 8 * 4 * 4,
+        "quantization_state_bytes": 0,
+        "adapter_bytes": 4 * 2 * 4,
+        "gradient_bytes": 4 * 2 * 4,
+        "optimizer_state_bytes": 2 * 4 * 2 * 4 + 4,  # and the step counter
+        "paged_optimizer_state_bytes": 0,
+    }
+
+
+@pytest.mark.parametrize(("nested", "bits"), [(True, 4.127), (False, 4.5)])
+def test_four_bit_layers_take_what_the_paper_says(nested, bits):
+    """Weights and constants of NF4 at block size 64: 4.5 bits a weight, 4.127 with double quantisation."""
+    import bitsandbytes as bnb
+
+    layer = bnb.nn.Linear4bit(1024, 1024, bias=False, quant_type="nf4", compress_statistics=nested)
+    layer.weight = bnb.nn.Params4bit(
+        torch.randn(1024, 1024), requires_grad=False, quant_type="nf4", compress_statistics=nested
+    )
+    layer = layer.to("cpu")
+    sizes = resident_bytes(layer, torch.optim.SGD([torch.zeros(1, requires_grad=True)]))
+    total = sizes["base_weight_bytes"] + sizes["quantization_state_bytes"]
+    assert total * 8 / 1024**2 == pytest.approx(bits, abs=0.02)
+
+
+def test_the_scales_of_int8_layers_are_counted_after_a_forward():
+    """bitsandbytes moves them from the weight to the layer's state; one float32 a row either way."""
+    import bitsandbytes as bnb
+
+    layer = bnb.nn.Linear8bitLt(64, 32, bias=False, has_fp16_weights=False)
+    layer.weight = bnb.nn.Int8Params(torch.randn(32, 64), requires_grad=False, has_fp16_weights=False)
+    layer = layer.to("cpu")
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+    before = resident_bytes(layer, optimizer)
+    layer(torch.randn(2, 64))
+    after = resident_bytes(layer, optimizer)
+    assert before["quantization_state_bytes"] == after["quantization_state_bytes"] == 32 * 4
+    assert before["base_weight_bytes"] == after["base_weight_bytes"] == 32 * 64

@@ -1,0 +1,49 @@
+"""What a measuring process is told before it measures."""
+
+import logging
+
+import pytest
+
+from harness.records.record import TrialRequest
+from harness.studies.protocol import Protocol
+from harness.studies.variant import Variant
+from harness.studies.workload import Workload
+from harness.trial.process import prepare_process
+
+
+@pytest.fixture
+def request_on_cpu(tmp_path):
+    """The least that a trial can be asked."""
+    return TrialRequest(
+        trial="r1-plain", variant=Variant(), role="variant", replicate=1, seed=0, workload=Workload(),
+        protocol=Protocol(), interleaving="replicates", measures=("steps",), device="cpu", threads=1,
+        tokens_path=str(tmp_path / "tokens"), scratch=str(tmp_path), log_path=str(tmp_path / "log"),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def undisturbed(monkeypatch):
+    """The logger that bitsandbytes itself warns with, and torch's threads, both as before once the test is over."""
+    torch = pytest.importorskip("torch")
+    functions = pytest.importorskip("bitsandbytes.autograd._functions")
+    threads = torch.get_num_threads()
+    level = functions.logger.level
+    yield functions.logger
+    functions.logger.setLevel(level)
+    torch.set_num_threads(threads)
+
+
+def test_int8_layers_do_not_log_inside_the_timed_window(request_on_cpu, undisturbed):
+    """The one warning that each int8 layer gives in each forward is off; errors still reach the log."""
+    undisturbed.setLevel(logging.NOTSET)
+    prepare_process(request_on_cpu)
+    assert undisturbed.level == logging.ERROR
+    assert not undisturbed.isEnabledFor(logging.WARNING)
+
+
+def test_the_process_has_the_threads_of_the_request(request_on_cpu, undisturbed):
+    """On a CPU, torch computes with as many threads as the request says."""
+    torch = pytest.importorskip("torch")
+    torch.set_num_threads(2)
+    prepare_process(request_on_cpu)
+    assert torch.get_num_threads() == 1

@@ -1,0 +1,238 @@
+"""What a trial reports follows from what it is there to measure, and it answers no command out of place."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from harness.errors import LorameterError
+from harness.records.record import TrialRecord, TrialRequest
+from harness.records.units import METRICS
+from harness.studies.protocol import Protocol
+from harness.studies.variant import Variant
+from harness.studies.workload import Workload
+from harness.trial.building.shared import SharedBase
+from harness.trial.data.tokens import prepare
+from harness.trial.trial import Trial
+from harness.verdicts.series import samples_of
+
+WORKLOAD = Workload(
+    sequence_length=32, batch_size=1, train_sequences=8, held_out_records=4, held_out_sequences=1, prompt_tokens=8,
+    new_tokens=3, natural_tokens=6, natural_prompt_tokens=400,
+)  # fmt: skip
+PROTOCOL = Protocol(warmup_steps_min=2, warmup_steps_max=4, turns=2, steps_per_turn=2, generate_warmup=0)
+VARIANT = Variant(name="plain", r=4, dtype="float32", target_modules=("q_proj", "v_proj"))
+TRAIN = ("build", "warm_up", "finish_training")
+"""Commands that the runner asks of every trial."""
+MEMORY = {
+    "host_baseline_bytes", "host_peak_load_bytes", "host_peak_train_bytes", "base_weight_bytes", "adapter_bytes",
+    "gradient_bytes", "optimizer_state_bytes",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory):
+    """One token file for all trials."""
+    return prepare(WORKLOAD, tmp_path_factory.mktemp("tokens")).path
+
+
+@pytest.fixture
+def trial(tokens, tmp_path):
+    """A function that makes a trial that measures what is named."""
+    torch.set_num_threads(1)
+
+    def make(*measures, variant=VARIANT, protocol=PROTOCOL):
+        request = TrialRequest(
+            trial="r0-plain", variant=variant, role="variant", replicate=0, seed=1, workload=WORKLOAD,
+            protocol=protocol, interleaving="lockstep", measures=measures, instrument="spy", device="cpu", threads=1,
+            tokens_path=tokens, scratch=str(tmp_path), log_path="",
+        )  # fmt: skip
+        return Trial(request, SharedBase())
+
+    return make
+
+
+def record_of(trial, *commands):
+    """The record after these commands, as the parent merges it."""
+    record = TrialRecord(
+        trial="r0-plain", status="ok", name="plain", variant=VARIANT.id, role="variant", replicate=0, position=0,
+        interleaving="lockstep", seed=1, started_unix_s=0.0, wall_time_s=0.0,
+    )  # fmt: skip
+    for command in commands:
+        arguments = {"steps": PROTOCOL.steps_per_turn} if command == "turn" else {}
+        record = record.merged(trial.run(command, **arguments))
+    assert record.status == "ok"
+    return record
+
+
+def metrics_of(record):
+    return {metric for metric in METRICS if samples_of(record, metric)}
+
+
+def test_a_trial_in_turns_has_times_and_losses_and_nothing_of_a_process_alone(trial):
+    """Others live beside it: no memory, no load, first step or first call; its requests are unmerged."""
+    commands = ("build", "warm_up", "turn", "turn", "finish_training", "begin_generate", "request")
+    record = record_of(trial("steps", "requests"), *commands)
+    assert record.memory == {}
+    assert {"load_time_s", "first_step_time_s", "first_call_time_s"}.isdisjoint(record.values)
+    assert metrics_of(record) == {
+        "step_time_s", "step_cpu_time_s", "tokens_per_s", "samples_per_s", "train_loss", "held_out_loss",
+        "request_time_s", "first_token_time_s", "time_per_output_token_s", "output_tokens_per_s",
+    }  # fmt: skip
+    assert len(record.samples["step_time_s"]) == 4
+    assert {"host_watched_train_s", "host_watched_generate_s"} <= set(record.values)
+    assert sum(record.samples["step_time_s"]) < record.values["host_watched_train_s"]
+    assert record.values["held_out_loss"] != record.values["held_out_loss_initial"]
+
+
+def test_a_whole_answer_is_timed_counted_and_kept(trial):
+    """Each request that the model ends itself leaves its time, its number of tokens and its answer, trained or not."""
+    running = trial("steps", "requests", "natural")
+    record = record_of(running, *TRAIN, "begin_generate", "request", "natural", "natural", "untrained")
+    times, counts = samples_of(record, "natural_request_time_s"), samples_of(record, "natural_tokens")
+    assert len(times) == len(counts) == 2
+    assert [len(record.tokens[f"answer_{index}"]) for index in (0, 1)] == list(counts)
+    assert samples_of(record, "natural_time_per_token_s") == tuple(a / b for a, b in zip(times, counts, strict=True))
+    assert {key for key in record.tokens if key.startswith("untrained")} == {"untrained_0", "untrained_1"}
+
+
+def test_a_model_that_ends_at_once_answers_with_one_token(trial):
+    """The end-of-sequence token ends the answer and is its last token; what was fixed at three stays three."""
+    running = trial("steps", "requests", "natural")
+    record_of(running, *TRAIN, "begin_generate")
+    base = running._parts.trainee.model.get_base_model()
+    first = running.run("natural").tokens["answer_0"][0]
+    base.generation_config.eos_token_id = first
+    running._server._answered = 0
+    assert running.run("natural").tokens["answer_0"] == [first]
+    assert running.run("natural").samples["natural_tokens"][0] <= 6
+    assert len(running.run("request").samples["request_time_s"]) == 1
+
+
+def test_epochs_go_on_after_the_timed_turns(trial):
+    """What the turns leave of the epochs is trained untimed, and every trial ends after the same number of steps."""
+    running = trial("steps", protocol=dataclasses.replace(PROTOCOL, epochs=3.0))
+    record = record_of(running, "build", "warm_up", "turn", "turn", "finish_training")
+    taken = sum(len(record.samples[name]) for name in ("warmup_loss", "train_loss", "catch_up_loss"))
+    assert taken == 3 * WORKLOAD.train_sequences > PROTOCOL.total_steps
+
+
+def test_epochs_come_in_rounds(trial):
+    """Untimed steps on command, never beyond the plan; the losses are those of training in one go."""
+    protocol = dataclasses.replace(PROTOCOL, epochs=3.0)
+    commands = ("build", "warm_up", "turn", "turn")
+    in_one_go = record_of(trial("steps", protocol=protocol), *commands, "finish_training")
+    running = trial("steps", protocol=protocol)
+    record = record_of(running, *commands)
+    for _ in range(3):
+        record = record.merged(running.run("train", steps=5))
+    record = record.merged(running.run("train", steps=100)).merged(running.run("finish_training"))
+    assert record.samples["catch_up_loss"] == in_one_go.samples["catch_up_loss"]
+    assert record.values["held_out_loss"] == in_one_go.values["held_out_loss"]
+    assert "training_steps_planned" not in record.values
+
+
+def test_training_may_end_before_its_plan(trial):
+    """After the step that is named, and the record says which that was and which had been planned."""
+    running = trial("steps", protocol=dataclasses.replace(PROTOCOL, epochs=3.0))
+    record = record_of(running, "build", "warm_up", "turn")
+    cut = record.merged(running.run("finish_training", steps=11))
+    assert sum(len(cut.samples[name]) for name in ("warmup_loss", "train_loss", "catch_up_loss")) == 11
+    assert (cut.values["training_steps"], cut.values["training_steps_planned"]) == (11.0, 24.0)
+    whole = record_of(trial("steps"), "build", "warm_up", "turn", "turn", "finish_training")
+    assert whole.values["training_steps"] == PROTOCOL.total_steps
+    assert "training_steps_planned" not in whole.values
+
+
+def test_a_solo_trial_has_peaks_and_first_times_and_nothing_that_is_timed_in_turns(trial):
+    """Memory of every phase, load, first step and first call, merged requests; no step times and no losses."""
+    commands = (*TRAIN, "begin_generate", "end_generate", "merge", "request")
+    record = record_of(trial("peaks", "merged"), *commands)
+    assert {*MEMORY, "host_peak_generate_bytes"} <= set(record.memory)
+    assert all(record.memory[kind] > 0 for kind in MEMORY)
+    assert {"load_time_s", "first_step_time_s", "first_call_time_s"} <= set(record.values)
+    assert metrics_of(record) == {
+        "first_step_time_s", "first_call_time_s", "merged_request_time_s", "merged_first_token_time_s",
+        "merged_time_per_output_token_s",
+    }  # fmt: skip
+    assert samples_of(record, "train_loss") == ()
+    assert {"held_out_loss", "held_out_loss_initial"}.isdisjoint(record.values)
+
+
+def test_a_trial_of_its_own_has_it_all(trial):
+    """Where processes do not take turns one trial measures everything."""
+    commands = ("build", "warm_up", "turn", "finish_training", "begin_generate", "request", "end_generate")
+    record = record_of(trial("steps", "requests", "peaks"), *commands)
+    assert set(record.memory) >= MEMORY
+    timed = {"step_time_s", "first_step_time_s", "train_loss", "request_time_s", "first_call_time_s"}
+    assert metrics_of(record) >= timed
+
+
+def test_all_timed_trials_end_after_the_same_steps(trial, monkeypatch):
+    """However long the warm-up was: losses of a short and a long one are those of the same training."""
+    ends = {}
+    for steady in (True, False):
+        monkeypatch.setattr("harness.trial.trial.is_steady", lambda *_, said=steady: said)
+        record = record_of(trial("steps"), "build", "warm_up", "turn", "turn", "finish_training")
+        names = ("warmup_loss", "train_loss", "catch_up_loss")
+        ends[steady] = [loss for name in names for loss in record.samples[name]]
+        assert len(record.samples["warmup_step_time_s"]) == (2 if steady else 4)
+        assert len(ends[steady]) == PROTOCOL.total_steps
+    assert ends[True] == ends[False]
+
+
+def test_a_solo_trial_takes_the_fewest_steps(trial, monkeypatch):
+    """The first and the shortest warm-up: it settles the allocator, and nothing is timed."""
+    monkeypatch.setattr("harness.trial.trial.is_steady", lambda *_: False)
+    record = record_of(trial("peaks"), *TRAIN)
+    assert len(record.samples["warmup_loss"]) == 1 + PROTOCOL.warmup_steps_min
+    assert "warmup_steady" not in record.values
+
+
+def test_a_loss_that_is_not_finite_is_invalid(trial):
+    """Whatever its times were, and the message names the step and the learning rate.
+
+    The rate alone leaves it to the processor: where the adapter's output stays finite, the normalisation after it
+    makes a constant loss of it. Scaled by alpha / r it is infinite by plain arithmetic on any.
+    """
+    diverging = trial("steps", variant=dataclasses.replace(VARIANT, learning_rate=1e30, lora_alpha=10**12))
+    fragments = [diverging.run("build"), diverging.run("warm_up")]
+    assert fragments[-1].status == "invalid"
+    assert fragments[-1].failure.kind == "LossNotFinite"
+    assert "1e+30" in fragments[-1].failure.message
+
+
+def test_the_adapter_is_saved_for_a_cold_start(trial, tmp_path):
+    """In the trial's scratch folder, with what was learned."""
+    one = trial("steps", "cold")
+    record_of(one, *TRAIN, "save_adapter")
+    from safetensors.torch import load_file
+
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert len(saved) == 4 * 2 * 2
+    assert all(weight.any() for name, weight in saved.items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("command", ["explode", "shared", "_take_step", ""])
+def test_an_unknown_command_is_refused(trial, command):
+    """Also one that is the name of something else in the trial."""
+    with pytest.raises(ValueError, match="unknown command"):
+        trial("steps").run(command)
+
+
+@pytest.mark.parametrize("command", ["request", "merge"])
+def test_a_request_before_generation_is_refused(trial, command):
+    """The trial is named."""
+    one = trial("requests")
+    one.run("build")
+    with pytest.raises(LorameterError, match="r0-plain: asked for a request before generation began"):
+        one.run(command)
+
+
+@pytest.mark.parametrize("command", ["verify", "warm_up", "request", "close"])
+def test_nothing_runs_before_the_build(trial, command):
+    """The trial is named."""
+    with pytest.raises(LorameterError, match="r0-plain: asked to run before it was built"):
+        trial("steps").run(command)

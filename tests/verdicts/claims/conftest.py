@@ -1,0 +1,82 @@
+"""Runs whose every number is known: an in-memory run of a small study with one axis of r and one of alpha."""
+
+import dataclasses
+import math
+import random
+from pathlib import Path
+
+import pytest
+
+from harness.records import codec
+from harness.records.record import Notice, TrialRecord
+from harness.records.store import Manifest, Run
+from harness.studies.claim import Claim, Part
+from harness.studies.variant import Variant
+
+TURNS = 9
+VARIANTS = (
+    Variant(name="centre", r=8, lora_alpha=16), Variant(name="r4", r=4, lora_alpha=16),
+    Variant(name="r16", r=16, lora_alpha=16), Variant(name="a8", r=8, lora_alpha=8),
+    Variant(name="a32", r=8, lora_alpha=32),
+)  # fmt: skip
+
+
+@pytest.fixture
+def claim():
+    """A function that makes a claim of one part, or of several given as dictionaries."""
+
+    def make(*parts, **first):
+        given = parts or (first,)
+        made = tuple(Part(**{"axis": "r", "metric": "step_time_s"} | part) for part in given)
+        return Claim(id="c", says="a sentence", original="a number", parts=made)
+
+    return make
+
+
+@pytest.fixture
+def make_run(small_study):
+    """A function that makes a run as it would be read back.
+
+    `factors` multiply the times of a variant by name; each time is disturbed by what its turn shares, far more than by
+    `noise`, which a process has of its own. `control` multiplies the twin's. `change` sees each record and drops it by
+    returning None.
+    """
+
+    def make(
+        claims, factors=(), *, replicates=6, noise=0.002, control=1.0, change=lambda record: record, status="complete",
+        level="shared-base", notices=(), phases=("train", "generate"), select=None,
+    ):  # fmt: skip
+        study = dataclasses.replace(
+            small_study, variants=VARIANTS, reference="centre", claims=tuple(claims), notes=("a note",),
+            replaced={"workload.model": "another"},
+        )  # fmt: skip
+        members = [(variant, "variant") for variant in VARIANTS if select is None or variant.name in select]
+        members.append((VARIANTS[0], "control"))
+        records = []
+        for replicate in range(replicates):
+            luck = random.Random(replicate)
+            machine = [0.1 * math.exp(luck.gauss(0, 0.3)) for _ in range(TURNS)]
+            for variant, role in members:
+                own = random.Random(f"{replicate} {variant.name} {role}").gauss(0, noise)
+                factor = math.exp(own) * dict(factors).get(variant.name, 1.0) * (control if role == "control" else 1.0)
+                times = tuple(turn * factor for turn in machine)
+                records.append(TrialRecord(
+                    trial=f"r{replicate}-{variant.name}{'-control' if role == 'control' else ''}", status="ok",
+                    name=variant.name, variant=variant.id, role=role, replicate=replicate, position=len(records),
+                    interleaving=level, seed=replicate, started_unix_s=1.0, wall_time_s=1.0,
+                    samples={
+                        "step_time_s": times, "turn_real_tokens": (64.0,) * TURNS, "request_time_s": times,
+                    },
+                    values={"held_out_loss": 2.0 * factor, "trainable_parameters": 1000.0 * variant.r},
+                    memory={"adapter_bytes": 4000 * variant.r},
+                ))  # fmt: skip
+        order = tuple(record.trial for record in records)
+        manifest = Manifest(
+            run="made", study=codec.to_json(study), phases=phases, interleaving=level, order=order, seed=0,
+            created_unix_s=1.0, provenance={"device": "cpu"}, fingerprint="f", status=status,
+            notices=tuple(Notice(code=code, message="", remedy="") for code in notices),
+        )  # fmt: skip
+        kept = tuple(changed for record in records if (changed := change(record)) is not None)
+        return Run(path=Path("made"), manifest=manifest, records=kept)
+
+    return make

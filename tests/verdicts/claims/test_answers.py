@@ -1,0 +1,45 @@
+"""The share of natural-length request time that the length explains."""
+
+import pytest
+
+from harness.verdicts.claims.answers import answers_of
+from harness.verdicts.series import series_of
+
+
+@pytest.fixture
+def answers(make_run):
+    """A function: the answers of a run whose requests take `per_token` seconds a token, by variant and request."""
+
+    def make(tokens_of, per_token=lambda name, index: 0.02):
+        def answered(record):
+            tokens = [float(tokens_of(record.name, index, record.role)) for index in range(6)]
+            times = [per_token(record.name, index) * count for index, count in enumerate(tokens)]
+            samples = {"natural_tokens": tuple(tokens), "natural_request_time_s": tuple(times)}
+            return record.replaced(samples=record.samples | samples)
+
+        return answers_of(series_of(make_run([], change=answered).records))
+
+    return make
+
+
+def test_length_explains_everything_at_one_speed(answers):
+    """Where a token costs the same everywhere, the length is all there is; the control's requests are not counted."""
+    found = answers(lambda name, index, role: 5 + index + len(name) + 1000 * (role == "control"))
+    assert found.requests.value == pytest.approx(1.0)
+    assert found.variants.value == pytest.approx(1.0)
+    assert (found.requests.replicates, found.requests.points, found.variants.points) == (6, 6 * 5 * 6, 6 * 5)
+
+
+def test_what_length_does_not_explain_is_left(answers):
+    """Where tokens cost more in every other request, less than all is explained."""
+    found = answers(lambda name, index, role: 5 + index, lambda name, index: 0.02 * (1 + index % 2))
+    assert 0 < found.requests.value < 0.9
+    assert found.variants is None  # the variants answered alike
+
+
+def test_one_length_explains_nothing(answers, make_run):
+    """Answers that were all cut at one length say nothing, nor does a run without such requests."""
+    found = answers(lambda name, index, role: 48, lambda name, index: 0.02 + index)
+    assert (found.requests, found.variants) == (None, None)
+    bare = answers_of(series_of(make_run([]).records))
+    assert (bare.requests, bare.variants) == (None, None)

@@ -1,0 +1,354 @@
+"""Claims judged from runs whose truth is known."""
+
+import dataclasses
+import random
+
+import pytest
+
+from harness.errors import UsageError
+from harness.records.record import Failure
+from harness.verdicts.claims import conjunction, judge_claims
+
+RISE = {"r4": 1.0, "centre": 1.03, "r16": 1.06}
+"""Every doubling of r costs 3 %."""
+BEST = {"rule": "best", "metric": "", "metrics": {"step_time_s": 1}}
+
+
+def part_of(run):
+    """The only part of the only claim."""
+    ((result,),) = [claim.parts for claim in judge_claims(run).claims]
+    return result
+
+
+@pytest.mark.parametrize(
+    ("part", "factors", "verdict"),
+    [
+        ({"rule": "trend-up"}, RISE, "supported"),
+        ({"rule": "trend-up"}, {}, "refuted"),
+        ({"rule": "trend-up"}, {"r4": 1.06, "centre": 1.03}, "refuted"),
+        ({"rule": "trend-up"}, {"r16": 1.01}, "inconclusive"),
+        ({"rule": "trend-down"}, RISE, "refuted"),
+        ({"rule": "trend-down", "axis": "lora_alpha"}, {"a8": 1.05}, "supported"),
+        ({"rule": "no-trend"}, {"centre": 1.2}, "supported"),
+        ({"rule": "no-trend"}, {"r16": 1.3}, "refuted"),
+        ({"rule": "no-trend"}, {"r16": 1.05}, "inconclusive"),
+        ({"rule": "equal"}, {}, "supported"),
+        ({"rule": "equal"}, {"centre": 1.2}, "refuted"),
+        ({"rule": "equal"}, {"centre": 1.05}, "inconclusive"),
+        ({"rule": "differs", "levels": (4, 16)}, RISE, "supported"),
+        ({"rule": "differs", "levels": (16, 4)}, {"r4": 1.06}, "supported"),
+        ({"rule": "differs", "levels": (4, 16)}, {}, "refuted"),
+        ({"rule": "differs", "levels": (4, 16)}, {"r4": 1.01}, "inconclusive"),
+        ({"rule": "highest", "levels": (16,)}, RISE, "supported"),
+        ({"rule": "highest", "levels": (8,)}, RISE, "refuted"),
+        ({"rule": "highest", "levels": (8,)}, {}, "refuted"),
+        ({"rule": "highest", "levels": (8,)}, {"centre": 1.01}, "inconclusive"),
+        ({"rule": "lowest", "levels": (4,)}, RISE, "supported"),
+        ({"rule": "lowest", "levels": (16,)}, RISE, "refuted"),
+        (BEST | {"levels": (4,), "metrics": {"step_time_s": 1, "held_out_loss": 2}}, RISE, "supported"),
+        (BEST | {"levels": (8,)}, RISE, "refuted"),
+        (BEST | {"levels": (8,)}, {}, "inconclusive"),
+        ({"rule": "largest-effect", "against": ("lora_alpha",)}, RISE | {"a8": 1.01}, "supported"),
+        ({"rule": "largest-effect", "against": ("lora_alpha",)}, {"a8": 1.05}, "refuted"),
+        ({"rule": "largest-effect", "against": ("lora_alpha",)}, {"r4": 1.05, "a32": 1.05}, "inconclusive"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("level", ["shared-base", "replicates"])
+def test_each_rule_finds_the_truth(make_run, claim, part, factors, verdict, level):
+    """Effects that are there, absent and at the limit; taking turns or not, the disturbance being shared."""
+    assert part_of(make_run([claim(part)], factors, level=level)).verdict == verdict
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.06])
+@pytest.mark.parametrize(
+    "part", [{"rule": "trend-up"}, {"rule": "equal"}, {"rule": "differs", "levels": (4, 16)},
+             {"rule": "highest", "levels": (16,)}, {"rule": "largest-effect", "against": ("lora_alpha",)}],
+)  # fmt: skip
+def test_huge_noise_is_inconclusive(make_run, claim, part, factor):
+    """Where processes differ by half among themselves nothing is asserted."""
+    assert part_of(make_run([claim(part)], {"r16": factor}, noise=0.5)).verdict == "inconclusive"
+
+
+def test_the_estimate_is_the_ratio_with_its_interval(make_run, claim):
+    """From the first level to the last, by the line through all of them; the reason has it and the limit."""
+    part = part_of(make_run([claim(rule="trend-up")], RISE))
+    assert part.low < 1.06 < part.high
+    assert part.ratio == pytest.approx(1.06, abs=0.003)
+    assert (part.about, part.tolerance, part.margin, part.replicates, part.left_out) == ("16 / 4", 0.01, None, 6, 0)
+    assert part.reason.startswith("from r 4 to 16 step time changes by ×1.0")
+    assert ": a rise of more than 1 % (95 % interval [1.05" in part.reason
+
+
+def test_a_fall_is_told_as_a_ratio_below_one(make_run, claim):
+    """What is turned over to be judged is turned back to be told."""
+    part = part_of(make_run([claim(rule="trend-down")], {"r4": 1.06, "centre": 1.03}))
+    assert (part.verdict, part.about) == ("supported", "16 / 4")
+    assert part.low < 1 / 1.06 < part.high < 1
+    lowest = part_of(make_run([claim(rule="lowest", levels=(4,))], RISE))
+    assert (lowest.about, lowest.ratio) == ("4 / 8", pytest.approx(1 / 1.03, abs=0.003))
+
+
+def test_equal_names_the_pair_that_is_furthest_apart(make_run, claim):
+    """The sentence begins with the change along the axis and goes on with the pair that decides."""
+    part = part_of(make_run([claim(rule="equal")], {"centre": 1.2}))
+    assert part.about in ("8 / 4", "16 / 8")
+    assert part.reason.startswith("from r 4 to 16 step time changes by ×")
+    assert "; furthest apart are " in part.reason
+    assert "they differ by more than 5 %" in part.reason
+
+
+def test_more_is_not_turned_over(make_run, claim):
+    """A claim says "rises" of the quantity it names: throughput falls where step time rises."""
+    falls = claim(rule="trend-down", metric="tokens_per_s")
+    assert part_of(make_run([falls], RISE, level="replicates")).verdict == "supported"
+
+
+def test_the_best_trades_metrics_by_their_weights(make_run, claim):
+    """Three per cent of step time against one of loss: the weights decide, and are in the sentence."""
+
+    def heavy(record):
+        loss = {"r4": 2.0, "centre": 2.02, "r16": 2.02}.get(record.name, 2.02)
+        return record.replaced(values=record.values | {"held_out_loss": loss})
+
+    for weight, verdict in ((1.0, "refuted"), (10.0, "supported")):
+        metrics = {"step_time_s": 1.0, "held_out_loss": weight}
+        part = part_of(
+            make_run([claim(rule="best", levels=(4,), metric="", metrics=metrics)], {"r4": 1.03}, change=heavy)
+        )
+        assert part.verdict == verdict
+        assert (part.metric, part.tolerance) == ("step_time_s + held_out_loss", None)
+    assert "the score (step time, 10 × held-out loss) at r 4" in part.reason
+
+
+@pytest.mark.parametrize(
+    ("metric", "change", "axis", "verdict", "words"),
+    [
+        ("trainable_parameters", {}, "r", "supported", "by r, 4,000 at 4, 8,000 at 8, 16,000 at 16"),
+        ("trainable_parameters", {}, "lora_alpha", "refuted", "8,000 at every level of lora_alpha"),
+        ("adapter_bytes", {}, "r", "supported", "by r, 16,000 at 4"),
+        ("trainable_parameters", {"r16": 100.0}, "r", "refuted", "8,000 at 8, 100 at 16"),
+    ],
+)
+def test_counts_are_exact(make_run, claim, metric, change, axis, verdict, words):
+    """Larger at every level, or not: without estimate, interval and limit, but with the numbers."""
+
+    def counted(record):
+        values = {"trainable_parameters": change[record.name]} if record.name in change else {}
+        return record.replaced(values=record.values | values)
+
+    part = part_of(make_run([claim(rule="rises", axis=axis, metric=metric)], change=counted))
+    assert (part.verdict, part.ratio, part.tolerance, part.margin) == (verdict, None, None, None)
+    assert words in part.reason
+
+
+def test_a_count_that_varies_does_not_rise_into_its_own_range(make_run, claim):
+    """Where a level took several values its smallest must be above the largest of the level before."""
+
+    def varying(record):
+        extra = 9000.0 * (record.name == "centre" and record.replicate == 0)
+        values = record.values | {"trainable_parameters": record.values["trainable_parameters"] + extra}
+        return record.replaced(values=values)
+
+    part = part_of(make_run([claim(rule="rises", metric="trainable_parameters")], change=varying))
+    assert part.verdict == "refuted"
+    assert "8,000 to 17,000 at 8" in part.reason
+
+
+# --- what cannot be judged --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", [{"rule": "trend-up"}, {"rule": "rises", "metric": "trainable_parameters"}])
+def test_one_replicate_judges_nothing(make_run, claim, rule):
+    """Not even a count, which could vary; two replicates do."""
+    part = part_of(make_run([claim(rule)], RISE, replicates=1))
+    assert (part.verdict, part.ratio, part.replicates) == ("not judged", None, 0)
+    assert "1 replicate: a claim is never judged from one" in part.reason
+    assert part_of(make_run([claim(rule)], RISE, replicates=2, noise=0.0)).verdict == "supported"
+
+
+def test_a_claim_on_a_pretrained_model_needs_one(make_run, claim):
+    """On random weights it is not judged; a claim on speed is."""
+    speed = claim(rule="trend-up")
+    loss = dataclasses.replace(claim(rule="trend-up", metric="held_out_loss"), id="loss", pretrained=True)
+    report = judge_claims(make_run([speed, loss], RISE, notices=("random-weights",)))
+    assert [one.verdict for one in report.claims] == ["supported", "not judged"]
+    assert report.claims[1].parts[0].reason.startswith("random weights")
+
+
+@pytest.mark.parametrize(
+    ("part", "options", "words"),
+    [
+        ({"metric": "cold_start_time_s"}, {}, "Measure with the phase cold"),
+        ({"metric": "natural_request_time_s"}, {}, "natural_tokens is 0"),
+        ({}, {"select": ("centre", "r4")}, "r 16: not selected in this run"),
+        ({"metric": "held_out_loss"}, {"change": lambda one: one.replaced(values=one.values | {"held_out_loss": -1.0})},
+         "held-out loss: reference trial 0 sample 0 is -1.0"),
+    ],
+)  # fmt: skip
+def test_what_is_missing_is_named_with_the_remedy(make_run, claim, part, options, words):
+    """A phase that did not run, a workload without such requests, a level not selected, a value without a logarithm."""
+    found = part_of(make_run([claim({"rule": "trend-up"} | part)], RISE, **options))
+    assert found.verdict == "not judged"
+    assert words in found.reason
+
+
+def test_a_level_that_never_worked_is_named_with_its_status(make_run, claim):
+    """r 16 runs out of memory in every replicate: what is claimed of r is not judged, what of alpha is."""
+
+    def starved(record):
+        if record.name != "r16":
+            return record
+        return record.replaced(status="oom", samples={}, failure=Failure(phase="train", kind="oom", message=""))
+
+    run = make_run([claim(rule="trend-up")], RISE, change=starved)
+    assert part_of(run).verdict == "not judged"
+    assert "r 16: no trial is ok (oom)" in part_of(run).reason
+    assert part_of(make_run([claim(rule="equal", axis="lora_alpha")], change=starved)).verdict == "supported"
+
+
+def test_a_run_that_goes_on_is_judged_by_what_it_holds(make_run, claim):
+    """Three of six replicates are there: judged by three; before any, the level is not measured yet."""
+    begun = make_run(
+        [claim(rule="trend-up")], RISE, change=lambda one: one if one.replicate < 3 else None, status="running"
+    )
+    report = judge_claims(begun)
+    assert (part_of(begun).verdict, part_of(begun).replicates) == ("supported", 3)
+    assert (report.status, report.replicates, report.trials) == ("running", 3, {"planned": 36, "ok": 18})
+    early = make_run(
+        [claim(rule="trend-up")], change=lambda one: one if one.name == "centre" else None, status="running"
+    )
+    assert "r 4, 16: not measured yet" in part_of(early).reason
+
+
+def test_a_replicate_counts_only_with_every_level(make_run, claim):
+    """One level fails in one replicate: the others' trials of it do not count either, and it is said."""
+
+    def failing(record):
+        failed = record.name == "r4" and record.replicate == 2
+        return record.replaced(status="timeout") if failed else record
+
+    part = part_of(make_run([claim(rule="trend-up")], RISE, change=failing))
+    assert (part.verdict, part.replicates, part.left_out) == ("supported", 5, 1)
+    assert part.reason.endswith("; 1 replicate left out, where a level is missing")
+
+
+def test_turns_that_one_level_missed_are_left_out(make_run, claim):
+    """Turns are paired one by one: a replicate in which a level has fewer does not count."""
+
+    def short(record):
+        if record.name != "r4" or record.replicate:
+            return record
+        return record.replaced(samples={name: values[1:] for name, values in record.samples.items()})
+
+    assert part_of(make_run([claim(rule="trend-up")], RISE, change=short)).left_out == 1
+
+
+# --- the control ------------------------------------------------------------------------------------------------------
+
+
+def test_a_failed_control_silences_its_phase(make_run, claim):
+    """Nothing is supported or refuted on a metric whose control is a difference; a count is, and the run is invalid."""
+    claims = [
+        dataclasses.replace(claim(part), id=str(index))
+        for index, part in enumerate([
+            {"rule": "trend-up"}, {"rule": "trend-down"}, {"rule": "equal"},
+            {"rule": "trend-up", "metric": "held_out_loss"}, {"rule": "rises", "metric": "trainable_parameters"},
+        ])
+    ]  # fmt: skip
+    report = judge_claims(make_run(claims, RISE, control=1.2))
+    assert [one.verdict for one in report.claims] == ["inconclusive"] * 4 + ["supported"]
+    assert report.claims[0].parts[0].reason.startswith("the control differs from itself in step time, ×1.2")
+    assert report.claims[0].parts[0].ratio == pytest.approx(1.06, abs=0.003)
+    assert not report.valid
+
+
+def test_without_an_equivalent_control_nothing_is_equal(make_run, claim):
+    """No control, or one that is too noisy: a difference can be asserted, an equality cannot."""
+    lost = lambda record: None if record.role == "control" else record  # noqa: E731
+    unclear = random.Random(1)
+
+    def noisy(record):
+        factor = 1 + unclear.uniform(-0.3, 0.3) if record.role == "control" else 1.0
+        return record.replaced(samples={name: tuple(factor * one for one in v) for name, v in record.samples.items()})
+
+    for change in (lost, noisy):
+        part = part_of(make_run([claim(rule="equal")], change=change))
+        assert part.verdict == "inconclusive"
+        assert "so nothing is called equal" in part.reason
+        assert part_of(make_run([claim(rule="equal")], {"r16": 1.2}, change=change)).verdict == "refuted"
+        assert part_of(make_run([claim(rule="trend-up")], RISE, change=change)).verdict == "supported"
+
+
+# --- claims of several parts, and several claims ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "expected"),
+    [
+        (["supported", "supported"], "supported"),
+        (["supported", "inconclusive"], "inconclusive"),
+        (["inconclusive", "not judged"], "not judged"),
+        (["not judged", "refuted", "inconclusive"], "refuted"),
+    ],
+)
+def test_a_claim_is_the_conjunction_of_its_parts(verdicts, expected):
+    """Refuted by one part, not judged by one unless refuted, supported by all."""
+    assert conjunction(verdicts) == expected
+
+
+def test_claims_share_their_error_rate(make_run, claim):
+    """What is clear alone is not among thirty others; those that are decided leave the family to the rest."""
+
+    def study_of(part, count):
+        return [dataclasses.replace(claim(part), id=str(index)) for index in range(count)]
+
+    near = {"r16": 1.0165}
+    one = judge_claims(make_run([claim(rule="differs", levels=(4, 16))], near)).claims[0].parts[0]
+    assert one.verdict == "supported"
+    many = study_of({"rule": "differs", "levels": (4, 16)}, 30)
+    report = judge_claims(make_run(many, near))
+    assert {one.verdict for one in report.claims} == {"inconclusive"}
+    assert (report.claims[0].parts[0].low, report.claims[0].parts[0].high) == (one.low, one.high)
+    clear = study_of({"rule": "trend-up", "axis": "lora_alpha"}, 29)
+    last = dataclasses.replace(many[0], id="last")
+    assert judge_claims(make_run([*clear, last], near | {"a32": 2.0})).claims[-1].verdict == "supported"
+
+
+def test_what_is_not_judged_costs_the_others_nothing(make_run, claim):
+    """Thirty claims on a metric that was not measured leave the whole rate to the one that was."""
+    idle = [
+        dataclasses.replace(claim(rule="trend-up", metric="cold_start_time_s"), id=str(index)) for index in range(30)
+    ]
+    report = judge_claims(make_run([*idle, claim(rule="differs", levels=(4, 16))], {"r16": 1.0165}))
+    assert report.claims[-1].verdict == "supported"
+
+
+def test_what_differs_from_the_original_is_told(make_run, claim):
+    """Deviations, notes and what the original said go through to the report."""
+    report = judge_claims(make_run([claim(rule="equal")]))
+    assert report.deviations == ("workload.model = 'tiny-llama' in place of 'another'",)
+    assert (report.notes, report.claims[0].original, report.claims[0].says) == (("a note",), "a number", "a sentence")
+
+
+# --- what has no claims to judge --------------------------------------------------------------------------------------
+
+
+def test_a_study_without_claims_is_refused(make_run):
+    """With the word to add."""
+    with pytest.raises(UsageError, match=r"claims nothing. Add \[\[claim\]\]"):
+        judge_claims(make_run([]))
+
+
+def test_an_ab_is_refused(make_run, claim):
+    """Its trials have sides, and a claim compares variants."""
+    run = make_run([claim(rule="equal")])
+    sides = dataclasses.replace(run, manifest=dataclasses.replace(run.manifest, sides={"base": {}}))
+    with pytest.raises(UsageError, match="an A/B compares two sides"):
+        judge_claims(sides)
+
+
+def test_without_a_trial_that_is_ok_nothing_is_valid(make_run, claim):
+    """Every claim is not judged, and the run is invalid."""
+    report = judge_claims(make_run([claim(rule="equal")], change=lambda record: record.replaced(status="crashed")))
+    assert (report.claims[0].verdict, report.valid, report.replicates) == ("not judged", False, 0)
+    assert report.trials == {"planned": 36, "crashed": 36}

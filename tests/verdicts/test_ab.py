@@ -1,0 +1,474 @@
+"""The verdicts of an A/B run, from runs with exact numbers: by turn, by variant, by the control, and the exit code."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import random
+
+import pytest
+
+from harness.cli import main
+from harness.commands.ab import show_ab
+from harness.errors import UsageError
+from harness.records import codec, store
+from harness.records.record import Failure, TrialRecord
+from harness.records.store import Manifest, RunWriter
+from harness.verdicts.ab import attribution_document, attribution_of, control_of, report_of
+
+TURNS = 30
+MIB = 2**20
+FACTS = {"python": "3.11.0", "cuda": None, "git": {"commit": None, "dirty": None}, "packages": {"peft": "0.19.1"}}
+ARMS = (("base", "variant"), ("candidate", "variant"), ("base", "control"))
+
+
+@pytest.fixture
+def write_ab(tmp_path, small_study):
+    """A function that writes an A/B run as the runner would and reads it back.
+
+    In each replicate and turn the machine disturbs all arms alike, far more than `noise`, which is each arm's own.
+    `ratios` are the candidate's step times over the base's by variant; the first variant carries the control, whose
+    own ratio is `control`; each may be a list with one a replicate. `change` sees every record on its way to the disk
+    and drops it by returning None; such a trial was never planned.
+    """
+
+    def write(
+        ratios, *, control=1.0, replicates=8, noise=0.02, phases=("train",), status="complete", stopped=None,
+        change=lambda record: record, sides=(FACTS, FACTS), level="lockstep", peaks=((MIB,), (MIB,)),
+    ):  # fmt: skip
+        study = dataclasses.replace(
+            small_study, variants=tuple(variant for variant in small_study.variants if variant.name in ratios)
+        )
+        records = []
+
+        def add(variant, side, role, replicate, suffix="", **fields):
+            trial = f"r{replicate}-{variant}-{side}{'-control' if role == 'control' else ''}{suffix}"
+            defaults = {"interleaving": "replicates" if suffix else level, "status": "ok"}
+            records.append(TrialRecord(
+                trial=trial, name=variant, variant=study.variant(variant).id, side=side, role=role, seed=replicate,
+                replicate=replicate, position=len(records), started_unix_s=1.0 + replicate, wall_time_s=1.0,
+                **defaults | fields,
+            ))  # fmt: skip
+
+        for replicate in range(replicates):
+            for index, (variant, ratio) in enumerate(ratios.items()):
+                luck = random.Random(f"{replicate} {variant}")
+                level_s = 0.1 * math.exp(luck.gauss(0, 0.3))
+                machine = [level_s * math.exp(luck.gauss(0, 0.3)) for _ in range(TURNS)]
+                for side, role in ARMS if index == 0 else ARMS[:2]:
+                    factor = {"candidate": ratio, "base": control if role == "control" else 1.0}[side]
+                    factor = factor[replicate] if isinstance(factor, list) else factor
+                    steps = tuple(turn * factor * math.exp(luck.gauss(0, noise)) for turn in machine)
+                    counts = {"turn_real_tokens": (64.0,) * TURNS, "turn_sequences": (2.0,) * TURNS}
+                    samples = {"step_time_s": steps, "step_cpu_time_s": steps} | counts
+                    if "generate" in phases:
+                        samples["request_time_s"] = tuple(3 * step for step in steps)
+                    add(variant, side, role, replicate, samples=samples, turn_lengths=(1,) * TURNS)
+                for side, seen in zip(("base", "candidate"), peaks, strict=True):
+                    if replicate < len(seen):
+                        add(
+                            variant,
+                            side,
+                            "variant",
+                            replicate,
+                            "-solo",
+                            memory={"host_peak_train_bytes": seen[replicate]},
+                        )
+        kept = [changed for record in records if (changed := change(record)) is not None]
+        writer = RunWriter(tmp_path / "runs", Manifest(
+            run="ab", study=codec.to_json(study), phases=phases, interleaving=level, seed=0, created_unix_s=1.0,
+            order=tuple(record.trial for record in kept), fingerprint="f", why="they fit",
+            provenance={"device": "cpu", "device_name": "Test CPU"},
+            sides={
+                side: {"label": label, "worker": "1.0 sha256:0", "facts": facts}
+                for side, label, facts in zip(("base", "candidate"), ("main", "topic"), sides, strict=True)
+            },
+        ))  # fmt: skip
+        (writer.path / "trials.jsonl").unlink(missing_ok=True)
+        for record in kept:
+            writer.append(record)
+        writer.finish(status, stopped=stopped)
+        return store.read_run(str(writer.path), tmp_path / "runs")
+
+    return write
+
+
+@pytest.fixture
+def report(tmp_path, capsys):
+    """`lorameter report ab`: its exit code and output, a document with --json."""
+
+    def run(*options):
+        code = main(["report", "ab", "--runs-dir", str(tmp_path / "runs"), *options])
+        text = capsys.readouterr().out
+        return code, json.loads(text) if "--json" in options else text
+
+    return run
+
+
+def verdicts_of(report, metric="step_time_s"):
+    return {row.variant: row.verdict for row in report.comparisons if row.metric == metric}
+
+
+def alternating(size, count=8):
+    """Ratios one a replicate, around 1 and too far apart to say anything."""
+    return [math.exp(size if index % 2 else -size) for index in range(count)]
+
+
+# --- verdicts and exit codes ------------------------------------------------------------------------------------------
+
+
+def test_a_slower_candidate_is_a_regression(write_ab, report):
+    """5 % are found although the machine moved by 30 % from turn to turn; the other variant is equal; exit 1."""
+    write_ab({"plain": 1.0, "nf4": 1.05})
+    code, document = report("--json")
+    assert code == document["exit"] == 1
+    times = {row["variant"]: row for row in document["comparisons"] if row["metric"] == "step_time_s"}
+    assert {name: row["verdict"] for name, row in times.items()} == {"plain": "equivalent", "nf4": "regressed"}
+    assert 1.03 < times["nf4"]["low"] < 1.05 < times["nf4"]["high"] < 1.07
+    assert {row["interleaving"] for row in times.values()} == {"lockstep"}
+    assert (document["base"], document["candidate"], document["run"]) == ("main", "topic", "ab")
+    assert document["control"]["train"]["verdict"] == "equivalent"
+
+
+def test_a_faster_candidate_passes(write_ab, report):
+    """Improved and equivalent: exit 0."""
+    run = write_ab({"plain": 0.9, "nf4": 1.0})
+    assert verdicts_of(report_of(run)) == {"plain": "improved", "nf4": "equivalent"}
+    assert report("--json")[0] == 0
+
+
+def test_identical_sides_are_equivalent_by_a_control_that_is(write_ab, report):
+    """Exit 0, and the text says so with the control."""
+    write_ab({"plain": 1.0, "nf4": 1.0})
+    code, text = report()
+    assert code == 0
+    for word in ("equivalent", "control", "main", "topic", "lockstep", "Gate passed (exit 0)"):
+        assert word in text
+
+
+def test_an_inconclusive_control_forbids_equivalent(write_ab, report):
+    """What was equivalent is open (3), and the reason names the control; peaks, which no clock decides, stay."""
+    run = write_ab({"plain": 1.0, "nf4": 1.0}, control=alternating(0.1))
+    found = report_of(run)
+    assert found.control["train"].verdict == "inconclusive"
+    assert set(verdicts_of(found).values()) == {"inconclusive"}
+    assert "base against itself" in found.comparisons[0].comparison.reason
+    assert set(verdicts_of(found, "host_peak_train_bytes").values()) == {"equivalent"}
+    code, text = report()
+    assert code == 3
+    assert "Gate failed (exit 3)" in text
+
+
+def test_an_inconclusive_control_hides_no_regression(write_ab, report):
+    """What is slower beyond doubt is said to be slower."""
+    run = write_ab({"plain": 1.3, "nf4": 1.0}, control=alternating(0.1))
+    assert verdicts_of(report_of(run)) == {"plain": "regressed", "nf4": "inconclusive"}
+    assert report("--json")[0] == 1
+
+
+@pytest.mark.parametrize(("factor", "word"), [(1.1, "regressed"), (1 / 1.1, "improved")])
+def test_a_base_that_differs_from_itself_makes_everything_invalid(write_ab, report, factor, word):
+    """Whichever way it differs and whatever the candidate did: exit 4, no ratio is given."""
+    run = write_ab({"plain": 1.5, "nf4": 1.0}, control=factor)
+    found = report_of(run)
+    assert control_of(run)["train"].verdict == word
+    assert {row.verdict for row in found.comparisons} == {"invalid"}
+    assert all(row.comparison.ratio is None and f"control {word}" in row.comparison.reason for row in found.comparisons)
+    code, text = report()
+    assert code == 4
+    assert "Gate failed (exit 4)" in text
+
+
+@pytest.mark.parametrize("side", ["base", "candidate"])
+def test_a_trial_that_is_not_ok_makes_its_variant_invalid_and_no_other(write_ab, report, side):
+    """On either side, with the trial's name; exit 4 although the other variant regressed."""
+
+    def oom(record):
+        failure = Failure(phase="build", kind="MemoryError", message="no memory left")
+        dead = record.trial == f"r2-nf4-{side}"
+        return record.replaced(status="oom", samples={}, failure=failure) if dead else record
+
+    found = report_of(write_ab({"plain": 1.2, "nf4": 1.0}, change=oom))
+    assert verdicts_of(found) == {"plain": "regressed", "nf4": "invalid"}
+    assert f"r2-nf4-{side} is oom in build: no memory left" in found.comparisons[2].comparison.reason
+    assert report("--json")[0] == 4
+
+
+def test_a_required_path_that_fell_back_makes_its_variant_invalid(write_ab):
+    """A check that is not active on the candidate alone would compare two kernels."""
+
+    def fell(record):
+        check = {"path": "base.bits", "required": 4, "observed": 16, "status": "fallback", "reason": "seen"}
+        return record.replaced(checks=(check,)) if record.trial == "r0-nf4-candidate" else record
+
+    found = report_of(write_ab({"plain": 1.0, "nf4": 1.0}, change=fell))
+    assert verdicts_of(found) == {"plain": "equivalent", "nf4": "invalid"}
+
+
+def test_a_variant_that_died_everywhere_on_one_side_is_not_forgotten(write_ab, report):
+    """The candidate cannot be built: the variant is listed as invalid and not left out."""
+
+    def dead(record):
+        candidate = record.side == "candidate" and record.name == "nf4"
+        return record.replaced(status="crashed", samples={}, memory={}) if candidate else record
+
+    assert verdicts_of(report_of(write_ab({"plain": 1.0, "nf4": 1.0}, change=dead)))["nf4"] == "invalid"
+    assert report("--json")[0] == 4
+
+
+@pytest.mark.parametrize("metrics", [["step_time_s"], ["*peak*"], ["request_*"]])
+def test_a_policy_does_not_forget_a_variant_that_died_on_both_sides(write_ab, metrics):
+    """Nothing of it was measured, so no pattern matches anything: it is invalid all the same, and no pass."""
+
+    def dead(record):
+        return record.replaced(status="oom", samples={}, memory={}) if record.name == "nf4" else record
+
+    rows = report_of(write_ab({"plain": 1.0, "nf4": 1.0}, change=dead), metrics=metrics).comparisons
+    assert {row.verdict for row in rows if row.variant == "nf4"} == {"invalid"}
+
+
+@pytest.mark.parametrize("status", ["interrupted", "failed", "running"])
+def test_a_run_that_did_not_end_is_invalid(write_ab, report, status):
+    """Its replicates may be those that happened to be quick."""
+    run = write_ab({"plain": 1.0, "nf4": 1.3}, status=status)
+    assert {row.verdict for row in report_of(run).comparisons} == {"invalid"}
+    assert f"'{status}'" in report_of(run).comparisons[0].comparison.reason
+    assert report("--json")[0] == 4
+
+
+def test_a_control_that_was_not_measured_or_died_makes_the_run_invalid(write_ab):
+    """Without it nothing says what no difference looks like."""
+
+    def without(record):
+        return None if record.role == "control" else record
+
+    def died(record):
+        return record.replaced(status="timeout", samples={}) if record.trial == "r1-plain-base-control" else record
+
+    for change, said in ((without, "was not measured"), (died, "r1-plain-base-control of the control is timeout")):
+        found = report_of(write_ab({"plain": 1.0, "nf4": 1.0}, change=change))
+        assert {row.verdict for row in found.comparisons} == {"invalid"}
+        assert said in found.comparisons[0].comparison.reason
+
+
+def test_a_run_without_sides_is_refused(write_run, tmp_path):
+    """Two runs are compared by another command, which the message names."""
+    run = store.read_run(str(write_run("a", {"plain": [0.1, 0.1], "nf4": [0.2, 0.2]})), tmp_path / "runs")
+    for read in (report_of, attribution_of):
+        with pytest.raises(UsageError, match=r"run a: it has no sides.*lorameter compare"):
+            read(run)
+
+
+# --- how it is computed -----------------------------------------------------------------------------------------------
+
+
+def test_trials_are_paired_turn_by_turn(write_ab):
+    """Medians of a replicate differ threefold by chance, turns by 3 % always: the interval is that of the turns."""
+
+    def bimodal(record):
+        """5 of 11 turns three times as slow for all; one arm, another in every replicate, has a sixth of its own."""
+        if "step_time_s" not in record.samples:
+            return record
+        own = ("base", "candidate", "control")[record.replicate % 3]
+        steps = [0.1] * 6 + [0.3] * 5
+        if own == ("control" if record.role == "control" else record.side):
+            steps[0] = 0.3
+        factor = 1.03 if record.side == "candidate" else 1.0
+        # by a thousandth from replicate to replicate, so that there is some scatter
+        times = tuple(step * factor * (1 + record.replicate / 1000) for step in steps)
+        return record.replaced(samples=record.samples | {"step_time_s": times})
+
+    row = report_of(write_ab({"plain": 1.0}, change=bimodal, replicates=9)).comparisons[0].comparison
+    assert row.verdict == "regressed"
+    assert 1.0299 < row.low <= 1.03 <= row.high < 1.0301
+    assert "paired turn by turn" in row.reason
+
+
+def test_trials_that_ran_one_after_the_other_are_paired_by_replicate(write_ab):
+    """At `replicates` the turns of two processes have nothing in common."""
+    row = report_of(write_ab({"plain": 1.2}, level="replicates")).comparisons[0]
+    assert (row.interleaving, row.verdict) == ("replicates", "regressed")
+    assert "paired by replicate" in row.comparison.reason
+
+
+def test_disturbed_trials_that_took_no_turns_are_left_out(write_ab):
+    """Pairs with a low occupancy on either side go, as everywhere on a CPU, and the reason says so."""
+
+    def disturbed(record):
+        busy = (record.replicate, record.side) in ((1, "base"), (4, "candidate"))
+        if not (busy and record.role == "variant" and record.samples):
+            return record
+        times = tuple(3 * time for time in record.samples["step_time_s"])
+        return record.replaced(samples=record.samples | {"step_time_s": times})
+
+    run = write_ab({"plain": 1.2}, level="replicates", change=disturbed)
+    row = report_of(run).comparisons[0].comparison
+    assert (row.verdict, row.replicates) == ("regressed", 6)
+    assert row.ratio == pytest.approx(1.2, rel=0.02)
+    assert "disturbed trials" in row.reason
+    (part,) = [part.comparison for part in attribution_of(run).parts if part.metric == "step_time_s"]
+    assert row.ratio == pytest.approx(part.ratio)
+
+
+def test_verdicts_share_one_error_rate_over_the_variants(write_ab):
+    """A slow-down that 95 % just clear and 97.5 % do not: found alone, open beside a second variant (Holm)."""
+    deviation = [0.01 * math.sqrt(7 / 8) * sign for sign in (1, -1) * 4]  # a standard deviation of 1 %
+    ratios = [math.exp(0.01915 + value) for value in deviation]
+    assert verdicts_of(report_of(write_ab({"plain": ratios}, noise=0))) == {"plain": "regressed"}
+    assert verdicts_of(report_of(write_ab({"plain": ratios, "nf4": 1.0}, noise=0)))["plain"] != "regressed"
+
+
+def test_a_replicate_that_one_side_lacks_is_left_out(write_ab):
+    """Trials are paired by their replicate and not by their place: the missing one takes its partner with it."""
+
+    def without(record):
+        return None if record.trial == "r2-plain-candidate" else record
+
+    row = report_of(write_ab({"plain": 1.05}, change=without)).comparisons[0].comparison
+    assert (row.verdict, row.replicates) == ("regressed", 7)
+    assert 1.03 < row.low < row.high < 1.07
+
+
+def test_sides_without_a_common_replicate_are_invalid(write_ab):
+    """Nothing is paired by chance."""
+
+    def apart(record):
+        late = record.replicate > 3
+        return None if record.role == "variant" and (record.side == "candidate") != late else record
+
+    rows = report_of(write_ab({"plain": 1.0}, change=apart)).comparisons
+    assert {row.verdict for row in rows if row.metric == "step_time_s"} == {"invalid"}
+
+
+@pytest.mark.parametrize(
+    ("candidate", "verdict", "ratio", "code"),
+    [((10, 1, 1), "equivalent", 1.0, 0), ((1, 10.2, 1), "regressed", 1.02, 1), ((9, 9, 9), "improved", 0.9, 0)],
+)
+def test_peaks_are_compared_by_their_maximum(write_ab, report, candidate, verdict, ratio, code):
+    """Whatever the smaller ones are, and with the tolerance; they come from solo trials."""
+    peaks = [[int(size * MIB) for size in side] for side in ((1, 2, 10), candidate)]
+    rows = report_of(write_ab({"plain": 1.0}, peaks=peaks)).comparisons
+    row = next(row for row in rows if row.metric == "host_peak_train_bytes")
+    assert row.verdict == verdict
+    assert row.comparison.ratio == pytest.approx(ratio, rel=1e-6)
+    assert row.interleaving == "replicates"
+    assert report("--json")[0] == code
+
+
+def test_every_phase_has_its_metric_and_its_control(write_ab):
+    """A control that fails in one phase makes the run invalid; its interval shares its error rate over the phases."""
+    run = write_ab({"plain": 1.0}, phases=("train", "generate"))
+    assert {row.metric for row in report_of(run).comparisons} == {
+        "step_time_s", "request_time_s", "host_peak_train_bytes",
+    }  # fmt: skip
+    assert set(control_of(run)) == {"train", "generate"}
+
+    def slow_requests(record):
+        if record.role != "control":
+            return record
+        slow = tuple(1.2 * time for time in record.samples["request_time_s"])
+        return record.replaced(samples=record.samples | {"request_time_s": slow})
+
+    found = report_of(write_ab({"plain": 1.0}, phases=("train", "generate"), change=slow_requests))
+    assert {phase: result.verdict for phase, result in found.control.items()} == {
+        "train": "equivalent", "generate": "regressed",
+    }  # fmt: skip
+    assert "97.5 % interval" in found.control["generate"].reason
+    assert {row.verdict for row in found.comparisons} == {"invalid"}
+
+
+# --- policy, attribution, notices -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("policy", "code"), [
+    ("", 1),
+    ("tolerance = 0.1\nmargin = 0.2", 0),
+    ("[[limit]]\nvariant = 'nf4'\nmetric = 'step_*'\ntolerance = 0.1\nmargin = 0.2", 0),
+    ("[[limit]]\nvariant = 'plain'\ntolerance = 0.1", 1),
+    ("metrics = ['*peak*']", 0),
+    ("tolerance = 0.1\nmargin = 0.2\nrequired = ['int8']", 5),
+    ("metrics = ['cold_*']", 5),
+])  # fmt: skip
+def test_a_policy_decides(write_ab, tmp_path, capsys, policy, code):
+    """Limits, gated metrics and required variants are those of the file; the document says which limits were used."""
+    (tmp_path / "policy.toml").write_text(policy)
+    options = argparse.Namespace(json=True, format=None, policy=str(tmp_path / "policy.toml"))
+    assert show_ab(write_ab({"plain": 1.0, "nf4": 1.05}), options) == code
+    document = json.loads(capsys.readouterr().out)
+    assert document["exit"] == code
+    if policy.startswith("tolerance"):
+        assert {(row["tolerance"], row["margin"]) for row in document["comparisons"]} == {(0.1, 0.2)}
+
+
+def test_attribution_names_what_differs(write_ab):
+    """Distributions by their versions, an absent one as None; the commit beside them; equal ones are not listed."""
+    other = FACTS | {
+        "packages": {"peft": "0.20.0", "rich": "13"}, "git": {"commit": "abc", "dirty": False},
+    }  # fmt: skip
+    base = FACTS | {"packages": {"peft": "0.19.1", "rich": "13", "torchao": "0.1"}}
+    attribution = attribution_of(write_ab({"plain": 1.0}, sides=(base, other)))
+    assert attribution.packages == {"peft": ("0.19.1", "0.20.0"), "torchao": ("0.1", None)}
+    assert [difference.field for difference in attribution.differing] == ["git"]
+    document = json.loads(json.dumps(attribution_document(write_ab({"plain": 1.0}, sides=(base, other)))))
+    assert document["packages"] == {"peft": ["0.19.1", "0.20.0"], "torchao": ["0.1", None]}
+    assert document["differing"][0]["candidate"] == {"commit": "abc", "dirty": False}
+
+
+def test_attribution_shows_which_part_moved(write_ab):
+    """The first token takes longer and the rest does not: both ratios stand beside the request's."""
+
+    def parts(record):
+        if not record.samples:
+            return record
+        slow = 1.5 if record.side == "candidate" else 1.0
+        times = record.samples["request_time_s"]
+        split = {"first_token_time_s": tuple(slow * time for time in times), "time_per_output_token_s": times}
+        return record.replaced(samples=record.samples | split, values={"new_tokens": 4.0})
+
+    run = write_ab({"plain": 1.0}, phases=("train", "generate"), change=parts, noise=0.001)
+    ratios = {part.metric: part.comparison.ratio for part in attribution_of(run).parts}
+    assert ratios["first_token_time_s"] == pytest.approx(1.5, rel=0.01)
+    assert ratios["time_per_output_token_s"] == pytest.approx(1.0, rel=0.01)
+    assert {"step_time_s", "request_time_s"} <= set(ratios)
+    assert "cold_start_time_s" not in ratios
+
+
+def test_a_part_without_a_ratio_costs_no_verdict(write_ab, report):
+    """A loss that reached zero can be divided by nothing; it is left out of the parts, and the run is judged."""
+
+    def learned(record):
+        return record.replaced(values=record.values | {"held_out_loss": 0.0})
+
+    run = write_ab({"plain": 1.0}, change=learned)
+    assert "held_out_loss" not in {part.metric for part in attribution_of(run).parts}
+    assert report("--json")[0] == 0
+
+
+def test_sides_that_are_alike_are_named_so(write_ab):
+    """A mistyped side would come out as equivalent; nothing is said where something differs or nothing is known."""
+
+    def codes(sides):
+        return [notice.code for notice in report_of(write_ab({"plain": 1.0}, sides=sides)).notices]
+
+    assert "sides-alike" in codes((FACTS, FACTS))
+    assert "sides-alike" not in codes((FACTS, FACTS | {"packages": {"peft": "0.20.0"}}))
+    assert "sides-alike" not in codes((None, None))
+
+
+def test_a_run_that_stopped_early_is_judged_and_says_why(write_ab, report):
+    """Its reason stands above the verdicts."""
+    write_ab({"plain": 1.0}, stopped="every interval is within ±1 %")
+    code, text = report()
+    assert code == 0
+    assert "every interval is within ±1 %" in text
+
+
+@pytest.mark.parametrize(("form", "word"), [("markdown", "### Gate failed (exit 1)"), ("github", "::error")])
+def test_the_formats_of_the_gate_hold_for_an_ab(write_ab, capsys, monkeypatch, form, word):
+    """The same verdicts in Markdown and as annotations, with the same exit code."""
+    monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
+    options = argparse.Namespace(json=False, format=form, policy=None)
+    assert show_ab(write_ab({"plain": 1.2}), options) == 1
+    assert word in capsys.readouterr().out

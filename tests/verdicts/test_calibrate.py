@@ -1,0 +1,249 @@
+"""What a machine can see: rates, power and prices of constructed runs whose noise is known."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import harness.verdicts.calibrate
+from harness.errors import InvalidRunError
+from harness.records import codec
+from harness.records.record import TrialRecord
+from harness.records.store import Manifest, Run
+from harness.stats import compare_trials, replicates_to_see
+from harness.verdicts.calibrate import EFFECTS, PILOT_ROWS, calibrate, planned_effects, rows_for
+
+TURNS = 9
+
+
+@pytest.fixture
+def ab_run(small_study):
+    """A function that makes an A/B run of `plain` whose log ratios have mean log(`ratio`) and the standard deviation.
+
+    Both hold exactly, over all replicates. The machine moves by 30 % from replicate to replicate, for all arms alike.
+    `change` sees every record, and drops it by returning None.
+    """
+
+    def make(*, ratio=1.05, sd=0.01, replicates=24, level="lockstep", change=lambda record: record):
+        luck = random.Random(5)
+
+        def scatter():
+            values = np.array([luck.gauss(0, 1) for _ in range(replicates)])
+            return sd * (values - values.mean()) / values.std(ddof=1)
+
+        machine = [0.1 * math.exp(luck.gauss(0, 0.3)) for _ in range(replicates)]
+        arms = (("base", "variant", 0 * scatter()), ("base", "control", scatter()),
+                ("candidate", "variant", math.log(ratio) + scatter()))  # fmt: skip
+        records = [
+            TrialRecord(
+                trial=f"r{replicate}-plain-{side}-{role}", status="ok", name="plain", side=side, role=role, position=0,
+                variant=small_study.variant("plain").id, replicate=replicate, seed=replicate, interleaving=level,
+                started_unix_s=100.0 + 10 * replicate, wall_time_s=10.0, turn_lengths=(1,) * TURNS,
+                samples={
+                    "step_time_s": tuple(machine[replicate] * math.exp(logs[replicate]) * turn for turn in disturbed),
+                },
+            )
+            for replicate in range(replicates)
+            for disturbed in [[math.exp(luck.gauss(0, 0.3)) for _ in range(TURNS)]]
+            for side, role, logs in arms
+        ]  # fmt: skip
+        kept = tuple(changed for record in records if (changed := change(record)) is not None)
+        manifest = Manifest(
+            run="ab", study=codec.to_json(small_study), phases=("train",), interleaving=level, seed=0,
+            order=tuple(record.trial for record in kept), created_unix_s=1.0, fingerprint="f", status="complete",
+            provenance={"device_name": "Test CPU"}, sides={"base": {"label": "a"}, "candidate": {"label": "b"}},
+        )  # fmt: skip
+        return Run(path=Path("ab"), manifest=manifest, records=kept)
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def few_draws(monkeypatch):
+    """Enough for shares to a few per cent, in a tenth of the time."""
+    monkeypatch.setattr(harness.verdicts.calibrate, "DRAWS", 200)
+
+
+@pytest.fixture
+def plain(small_study):
+    """The variant of these runs."""
+    return small_study.variant("plain")
+
+
+def test_a_quiet_machine_finds_the_slow_down_and_cries_no_wolf(ab_run, plain):
+    """5 % at a standard deviation of 1 %: found by nearly every gate, and identical code is equivalent."""
+    result = calibrate(ab_run(), plain)
+    assert [rate.replicates for rate in result.rates] == [5, 8, 12]
+    assert all(rate.false_alarms < 0.02 for rate in result.rates)
+    assert all(rate.found > 0.97 for rate in result.rates)
+    assert all(rate.equivalent > 0.97 for rate in result.rates)
+    assert (result.identical.verdict, result.planted.verdict) == ("equivalent", "regressed")
+    assert result.planted.ratio == pytest.approx(1.05)
+    assert result.interleaving == "lockstep"
+    assert (result.run, result.device, result.replicates) == ("ab", "Test CPU", 24)
+
+
+def test_a_noisy_machine_finds_nothing_and_calls_nothing_equal(ab_run, plain):
+    """The same slow-down at 10 %: hardly ever found, never equivalent, and still no false alarms beyond 5 %."""
+    result = calibrate(ab_run(sd=0.1), plain)
+    assert all(rate.found < 0.2 for rate in result.rates)
+    assert all(rate.equivalent < 0.1 for rate in result.rates)
+    assert all(rate.false_alarms < 0.05 for rate in result.rates)
+
+
+def test_more_replicates_find_more(ab_run, plain):
+    """Between the two a gate of 12 is better than one of 5."""
+    found = [rate.found for rate in calibrate(ab_run(sd=0.035), plain).rates]
+    assert 0.05 < found[0] < found[0] + 0.2 < found[-1]
+
+
+def test_the_scatter_is_that_of_identical_code(ab_run, plain):
+    """To the digit that was put in, by turns; what the machine did to all arms alike is not in it."""
+    assert calibrate(ab_run(sd=0.013), plain).sd == pytest.approx(0.013, rel=1e-6)
+
+
+def test_the_scatter_of_trials_that_took_no_turns_is_that_of_their_medians(ab_run, plain):
+    """At `replicates` the n-th turns of two processes have nothing in common: scatter and rates must not pair them."""
+
+    def rotated(record):
+        steps = record.samples["step_time_s"]
+        other = (*steps[1:], steps[0])
+        return record.replaced(samples={"step_time_s": other}) if record.role == "control" else record
+
+    result = calibrate(ab_run(sd=0.013, level="replicates", change=rotated), plain)
+    assert result.sd == pytest.approx(0.013, rel=1e-6)
+    assert "paired by replicate" in result.identical.reason
+    assert all(rate.equivalent > 0.9 for rate in result.rates)
+
+
+def test_prices_follow_from_the_scatter_and_the_time(ab_run, plain):
+    """What the noncentral t says for each effect, in minutes of this run's replicates; a tolerance below the effect."""
+    result = calibrate(ab_run(sd=0.02), plain)
+    assert result.seconds_per_replicate == pytest.approx(10.0)
+    assert [price.effect for price in result.prices] == list(EFFECTS)
+    assert [price.tolerance for price in result.prices] == [0.005, 0.01, 0.01]
+    for price in result.prices:
+        assert price.replicates == replicates_to_see(price.effect, result.sd, tolerance=price.tolerance)
+        assert price.minutes == pytest.approx(price.replicates * 10 / 60)
+    assert result.prices[0].replicates > result.prices[1].replicates > result.prices[2].replicates
+    said = planned_effects(result)
+    assert said[0].startswith(f"1 %: {result.prices[0].replicates} replicates")
+    assert "tolerance of 0.5 %" in said[0]
+    assert "tolerance" not in said[2]
+
+
+@pytest.mark.parametrize(("effect", "sd"), [(0.02, 0.01), (0.05, 0.03), (0.05, 0.06)])
+def test_the_price_buys_the_power_that_it_promises(effect, sd):
+    """2000 simulated runs of that many replicates find it in 80 % of the cases or more, one replicate less in fewer."""
+    replicates = replicates_to_see(effect, sd, tolerance=0.01)
+
+    def found(count):
+        draws = np.exp(np.random.default_rng(3).normal(math.log1p(effect), sd, (2000, count, 1)))
+        base = [[1.0]] * count
+        return np.mean([compare_trials(base, draw, pairing="replicate").verdict == "regressed" for draw in draws])
+
+    assert found(replicates) > 0.8 - 0.03
+    assert found(replicates - 1) < 0.8 + 0.03
+
+
+@pytest.mark.parametrize("effect", [0.01, 0.005])
+def test_a_slow_down_within_the_tolerance_has_no_price(effect):
+    """No number of replicates turns it into an alarm."""
+    assert replicates_to_see(effect, 0.01, tolerance=0.01) is None
+
+
+@pytest.mark.parametrize(
+    ("effect", "sd"), [(0.0, 0.01), (-0.05, 0.01), (math.nan, 0.01), (0.05, -0.1), (0.05, math.inf)]
+)
+def test_what_no_price_can_be_had_for_is_refused(effect, sd):
+    """Rather than a number that means nothing."""
+    with pytest.raises(ValueError, match="effect" if sd == 0.01 else "sd"):
+        replicates_to_see(effect, sd, tolerance=0.01)
+
+
+def test_too_few_replicates_are_refused(ab_run, plain):
+    """Gates of 5 need more than 5 to be drawn from; the number that is there is named."""
+    assert calibrate(ab_run(replicates=6), plain).replicates == 6
+    with pytest.raises(InvalidRunError, match=r"run ab: 5 replicates are ok.*needs 6"):
+        calibrate(ab_run(replicates=5), plain)
+
+
+def test_trials_that_are_not_ok_do_not_count(ab_run, plain):
+    """Neither as replicates nor in the rates, on whichever side; gates are no larger than what both pairs have."""
+
+    def failed(side, role):
+        def change(record):
+            late = record.replicate >= 8 and (record.side, record.role) == (side, role)
+            return record.replaced(status="crashed") if late else record
+
+        return change
+
+    for arm in (("candidate", "variant"), ("base", "control"), ("base", "variant")):
+        result = calibrate(ab_run(change=failed(*arm)), plain)
+        assert [rate.replicates for rate in result.rates] == [5]
+    assert calibrate(ab_run(change=failed("base", "control")), plain).replicates == 8
+
+
+@pytest.mark.parametrize("missing", ["candidate", "control"])
+def test_a_run_without_one_of_its_arms_is_refused(ab_run, plain, missing):
+    """There is nothing to calibrate with, and the variant is named."""
+
+    def without(record):
+        return None if missing in (record.side, record.role) else record
+
+    with pytest.raises(InvalidRunError, match=r"run ab: no trial of plain"):
+        calibrate(ab_run(change=without), plain)
+
+
+@pytest.mark.parametrize("sd", [0.0, 0.01, 3.0])
+def test_the_document_has_no_nan(ab_run, plain, sd):
+    """No scatter at all and a hopeless one: what cannot be had is null."""
+    result = calibrate(ab_run(sd=sd), plain)
+    document = json.loads(json.dumps(codec.to_json(result), allow_nan=False))
+    assert document["sd"] == pytest.approx(sd, abs=1e-9)
+    assert [price["effect"] for price in document["prices"]] == list(EFFECTS)
+
+
+def test_no_practical_price_is_said_in_words(ab_run, plain):
+    """None is not "0 replicates"."""
+    result = calibrate(ab_run(), plain)
+    hopeless = dataclasses.replace(result.prices[0], replicates=None, minutes=None)
+    assert planned_effects(dataclasses.replace(result, prices=(hopeless,))) == [
+        "1 %: no practical number of replicates"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("fixed", "each", "expected"), [(0.0, 0.001, 50), (0.02, 0.001, 30), (0.0, 0.0001, 500), (0.04, 0.00002, 500)]
+)
+def test_rows_lie_on_the_line_through_both_pilots(fixed, each, expected):
+    """What the calls cost whatever their size is taken off; a row costs what it costs between the pilots."""
+    few, many = (1 + fixed + each * rows for rows in PILOT_ROWS)
+    assert rows_for(0.05, few, many) == expected
+
+
+@pytest.mark.parametrize(
+    ("few", "many"),
+    [(1.0, 1.0), (1.02, 0.98), (math.nan, 1.1), (1.1, math.nan), (1.2, 1.3)],
+    ids=["no effect", "more is faster", "nothing", "nothing of the second", "one row is too much"],
+)
+def test_pilots_that_plan_nothing_are_refused(few, many):
+    """Both ratios are named, and the way out."""
+    with pytest.raises(InvalidRunError, match=f"{few:.4f} and {many:.4f}.*--inject-rows"):
+        rows_for(0.05, few, many)
+
+
+def test_scatter_and_prices_have_their_intervals(ab_run, plain):
+    """24 replicates do not know their scatter exactly, nor the replicates that follow from it."""
+    result = calibrate(ab_run(sd=0.02), plain)
+    assert result.sd_low < result.sd < result.sd_high
+    for price in result.prices:
+        assert price.replicates_low <= price.replicates <= price.replicates_high
+    last = planned_effects(result)[-1]
+    assert f"[{result.prices[-1].replicates_low}, {result.prices[-1].replicates_high}]" in last

@@ -1,0 +1,725 @@
+"""Two runs compared: every verdict, why it was given, and the exit code that says so."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from harness.cli import main
+from harness.errors import UsageError
+from harness.stats import Comparison
+from harness.studies.variant import Variant
+from harness.verdicts import outcome as verdicts
+from harness.verdicts.benchmark_json import read_benchmark_json
+
+BASE = {"plain": [0.100, 0.101, 0.099, 0.1005], "nf4": [0.200, 0.201, 0.199, 0.2005]}
+
+
+def slower(factor, *names):
+    """The base's step times, with some variants slower by a factor."""
+    return {name: [time * (factor if name in names else 1.0) for time in times] for name, times in BASE.items()}
+
+
+@pytest.fixture
+def compare(tmp_path, capsys):
+    """The command with --json: its exit code and document."""
+
+    def run(base, candidate, *options):
+        code = main(["compare", str(base), str(candidate), "--json", "--runs-dir", str(tmp_path / "runs"), *options])
+        captured = capsys.readouterr()
+        return code, json.loads(captured.out) if captured.out else captured.err
+
+    return run
+
+
+def verdicts_of(document, metric="step_time_s"):
+    return {row["variant"]: row["verdict"] for row in document["comparisons"] if row["metric"] == metric}
+
+
+def reasons_of(document):
+    return " | ".join(row["reason"] for row in document["comparisons"])
+
+
+def test_a_slower_variant_is_a_regression(write_run, compare):
+    """Exit 1, the ratio above 1 with its interval, the other variant open; the document has the contract's keys."""
+    code, document = compare(write_run("a", BASE), write_run("b", slower(1.2, "nf4")))
+    assert code == 1
+    assert verdicts_of(document) == {"plain": "inconclusive", "nf4": "regressed"}
+    row = next(row for row in document["comparisons"] if row["variant"] == "nf4")
+    assert row["ratio"] == pytest.approx(1.2)
+    assert 1.01 < row["low"] < 1.2 < row["high"]
+    assert set(row) == {
+        "variant", "metric", "verdict", "ratio", "low", "high", "tolerance", "margin", "reason", "interleaving",
+        "replicates", "replicates_needed", "mde80",
+    }  # fmt: skip
+    assert (row["interleaving"], row["tolerance"], row["margin"], row["replicates"]) == ("separate", 0.01, 0.05, 4)
+    assert document["schema"] == 1
+    assert document["control"]["train"]["verdict"] == "equivalent"
+
+
+def test_runs_of_different_times_are_never_equivalent(write_run, compare):
+    """Two runs with the same numbers stay open in time (3); their peaks, which no clock decides, are equal."""
+    code, document = compare(write_run("a", BASE), write_run("b", BASE))
+    assert code == 3
+    assert set(verdicts_of(document).values()) == {"inconclusive"}
+    assert set(verdicts_of(document, "host_peak_train_bytes").values()) == {"equivalent"}
+    assert "never called equivalent" in reasons_of(document)
+
+
+def test_a_faster_variant_alone_passes(write_run, compare):
+    """Improved and nothing else open: exit 0."""
+    only = {"plain": BASE["plain"]}
+    faster = {"plain": [time / 1.5 for time in BASE["plain"]]}
+    code, document = compare(write_run("a", only), write_run("b", faster))
+    assert code == 0
+    assert verdicts_of(document) == {"plain": "improved"}
+
+
+def test_ids_and_directories_name_the_same_run(write_run, compare):
+    """A run id is looked up in the runs directory."""
+    write_run("a", BASE)
+    assert compare("a", str(write_run("b", slower(1.2, "nf4"))))[0] == 1
+
+
+def test_more_is_better_is_oriented(write_run, compare):
+    """Throughput down by a fifth reads as above 1 and regressed."""
+    code, document = compare(
+        write_run("a", BASE), write_run("b", slower(1.25, "nf4")), "--metric", "tokens_per_s", "--metric", "held*"
+    )
+    assert code == 1
+    assert {row["metric"] for row in document["comparisons"]} == {"tokens_per_s"}
+    assert verdicts_of(document, "tokens_per_s")["nf4"] == "regressed"
+    assert document["comparisons"][1]["ratio"] == pytest.approx(1.25)
+
+
+def test_all_metrics_compares_whatever_was_measured(write_run, compare):
+    """Derived metrics and memory among them, in one family."""
+    _, document = compare(write_run("a", BASE), write_run("b", BASE), "--all-metrics")
+    metrics = {row["metric"] for row in document["comparisons"]}
+    assert {"step_time_s", "tokens_per_s", "samples_per_s", "train_loss", "host_peak_train_bytes"} == metrics
+
+
+@pytest.mark.parametrize(("options", "word"), [
+    (["--metric", "step_tme_s"], "Did you mean 'step_time_s'"),
+    (["--metric", "step_time_s", "--all-metrics"], "Give one of them"),
+])  # fmt: skip
+def test_metrics_that_cannot_be_chosen_are_refused(write_run, compare, options, word):
+    """A typo must not read as "nothing to compare"."""
+    code, text = compare(write_run("a", BASE), write_run("b", BASE), *options)
+    assert code == 2
+    assert word in text
+
+
+def test_a_metric_that_nobody_measured_is_no_pass(write_run, compare):
+    """Nothing compared: exit 5, and a notice says what was not there."""
+    code, document = compare(write_run("a", BASE), write_run("b", BASE), "--metric", "cold_start_time_s")
+    assert code == 5
+    assert document["comparisons"] == []
+    assert document["notices"][0]["code"] == "nothing-compared"
+
+
+def test_a_larger_peak_is_a_regression(write_run, compare):
+    """Memory goes by its maximum, with the tolerance and no test."""
+    inside = compare(write_run("a", BASE), write_run("b", BASE, peak=2**20 + 2**12), "--metric", "*peak*")
+    beyond = compare("a", write_run("c", BASE, peak=2**20 + 2**15), "--metric", "*peak*")
+    assert [code for code, _ in (inside, beyond)] == [0, 1]
+    assert verdicts_of(beyond[1], "host_peak_train_bytes") == {"plain": "regressed", "nf4": "regressed"}
+
+
+def test_computed_bytes_are_compared_exactly(write_run, compare):
+    """One byte more of adapter is another adapter."""
+
+    def with_adapter(size):
+        return lambda record: record.replaced(memory=record.memory | {"adapter_bytes": size})
+
+    write_run("a", BASE, change=with_adapter(1000))
+    write_run("b", BASE, change=with_adapter(1001))
+    assert compare("a", "a", "--metric", "adapter_bytes")[0] == 0
+    code, document = compare("a", "b", "--metric", "adapter_bytes")
+    assert code == 1
+    assert document["comparisons"][0]["tolerance"] == 0
+
+
+@pytest.mark.parametrize(("facts", "said"), [
+    ({"device_name": "Other CPU"}, "device_name: 'Test CPU' in the base, 'Other CPU' in the candidate"),
+    ({"libraries": {"torch": "2.0", "transformers": "1.0", "peft": "1.0", "bitsandbytes": "1.0"}},
+     "libraries.torch: '1.0' in the base, '2.0' in the candidate"),
+    ({"workload": {"model": "tiny-llama", "batch_size": 4}}, "workload.batch_size: 2 in the base, 4 in the candidate"),
+])  # fmt: skip
+def test_unlike_fingerprints_are_not_comparable(write_run, compare, facts, said):
+    """Exit 5 for every comparison, although one is 20 % slower; the field and both values are named."""
+    code, document = compare(write_run("a", BASE), write_run("b", slower(1.2, "nf4"), facts=facts))
+    assert code == 5
+    assert {row["verdict"] for row in document["comparisons"]} == {"not_comparable"}
+    assert all(said in row["reason"] for row in document["comparisons"])
+    assert all(row["ratio"] is None for row in document["comparisons"])
+    assert len(document["differing"]) == 1
+
+
+def limited(watts):
+    """A run on a card under a limit; None: of before limits were recorded."""
+    settings = {} if watts is None else {"settings": {"card": {"power_limit_w": watts}}}
+    return {"device": "cuda", "device_name": "Card"} | settings
+
+
+def test_runs_under_different_power_limits_are_not_comparable(write_run, compare):
+    """A lowered limit lowers the clock of everything that computes."""
+    write_run("a", BASE, facts=limited(700.0))
+    code, document = compare("a", write_run("b", BASE, facts=limited(400.0)))
+    assert code == 5
+    assert document["differing"] == [{"field": "power_limit_w", "base": 700, "candidate": 400}]
+    assert compare("a", write_run("c", BASE, facts=limited(700.2)))[1]["differing"] == []
+
+
+def test_a_power_limit_that_was_not_recorded_is_said_and_forbids_nothing(write_run, compare):
+    """Runs of before it was recorded stay comparable, and no reader takes the silence for agreement."""
+    write_run("a", BASE, facts=limited(None))
+    write_run("b", BASE, facts=limited(700.0))
+    for base, candidate in (("a", "b"), ("b", "a")):
+        _, document = compare(base, candidate)
+        assert document["differing"] == []
+        (notice,) = (one for one in document["notices"] if one["code"] == "power-limit-unknown")
+        assert notice["message"].startswith("a does not say")
+        assert "700 W" in notice["message"]
+    assert not any(one["code"] == "power-limit-unknown" for one in compare("a", "a")[1]["notices"])
+
+
+def test_force_compares_and_never_calls_equal(write_run, compare):
+    """Ratios are shown with what differs; the equal peaks are downgraded, the regression stays."""
+    write_run("a", BASE)
+    code, document = compare("a", write_run("b", slower(1.2, "nf4"), facts={"driver": "2"}), "--force")
+    assert code == 1
+    assert verdicts_of(document) == {"plain": "inconclusive", "nf4": "regressed"}
+    assert set(verdicts_of(document, "host_peak_train_bytes").values()) == {"inconclusive"}
+    assert document["differing"] == [{"field": "driver", "base": None, "candidate": "2"}]
+    code, document = compare("a", write_run("c", BASE), "--force", "--metric", "*peak*")
+    assert code == 0  # nothing differs, so nothing was forced
+
+
+def test_a_variant_that_changed_under_its_name_is_not_comparable(write_run, compare, small_study):
+    """Its differing fields are named; the variant that did not change is still compared."""
+    changed = tuple(
+        dataclasses.replace(variant, r=8, lora_alpha=32) if variant.name == "nf4" else variant
+        for variant in small_study.variants
+    )
+    other = dataclasses.replace(small_study, variants=changed)
+    code, document = compare(write_run("a", BASE), write_run("b", BASE, study=other))
+    assert code == 5
+    assert verdicts_of(document) == {"plain": "inconclusive", "nf4": "not_comparable"}
+    assert "variant nf4: r: 4 in the base, 8 in the candidate" in reasons_of(document)
+    assert [difference["field"] for difference in document["differing"]] == [
+        "variant nf4: r",
+        "variant nf4: lora_alpha",
+    ]
+
+
+def test_a_new_variant_has_no_baseline(write_run, compare):
+    """And is no pass."""
+    code, document = compare(write_run("a", {"plain": BASE["plain"]}), write_run("b", BASE))
+    assert code == 5
+    assert verdicts_of(document) == {"plain": "inconclusive", "nf4": "no_baseline"}
+
+
+def test_a_variant_that_disappeared_is_not_comparable(write_run, compare):
+    """It would otherwise be the easiest way through a gate."""
+    code, document = compare(write_run("a", BASE), write_run("b", {"plain": BASE["plain"]}))
+    assert code == 5
+    assert verdicts_of(document) == {"plain": "inconclusive", "nf4": "not_comparable"}
+    assert "in the base and not in the candidate" in reasons_of(document)
+
+
+def test_a_metric_that_one_side_lacks_is_named(write_run, compare):
+    """Missing in the base: no baseline. Missing in the candidate: not comparable."""
+
+    def without_peak(record):
+        return record.replaced(memory={})
+
+    write_run("a", BASE)
+    write_run("b", BASE, change=without_peak)
+    for base, candidate, verdict in (("a", "b", "not_comparable"), ("b", "a", "no_baseline")):
+        code, document = compare(base, candidate)
+        assert code == 5
+        assert set(verdicts_of(document, "host_peak_train_bytes").values()) == {verdict}
+        assert "inconclusive" in verdicts_of(document).values()
+
+
+def test_a_record_may_lack_a_metric(write_run, compare):
+    """Trials of one variant measure different things; a comparison takes those that have its metric."""
+
+    def split(record):
+        if record.replicate == 3:
+            return record.replaced(samples={}, turn_lengths=())
+        return record.replaced(memory={})
+
+    write_run("a", BASE, change=split)
+    _, document = compare("a", write_run("b", BASE, change=split))
+    replicates = {row["metric"]: row["replicates"] for row in document["comparisons"]}
+    assert replicates == {"step_time_s": 3, "host_peak_train_bytes": 1}
+
+
+def fallback(record):
+    checks = tuple(check | {"status": "fallback"} for check in record.checks)
+    return record.replaced(checks=checks) if record.name == "nf4" else record
+
+
+def oom(record):
+    return record.replaced(status="oom", samples={}, memory={}) if record.trial == "r1-nf4" else record
+
+
+@pytest.mark.parametrize(("change", "said"), [(fallback, "base.bits is fallback"), (oom, "r1-nf4 is oom")])
+def test_a_trial_that_does_not_count_makes_its_variant_invalid(write_run, compare, change, said):
+    """On either side: exit 4; the other variant keeps its verdict."""
+    write_run("good", BASE)
+    write_run("bad", BASE, change=change)
+    for base, candidate in (("good", "bad"), ("bad", "good")):
+        code, document = compare(base, candidate)
+        assert code == 4
+        assert verdicts_of(document) == {"plain": "inconclusive", "nf4": "invalid"}
+        assert said in reasons_of(document)
+
+
+def test_a_variant_without_any_number_is_invalid_and_not_forgotten(write_run, compare):
+    """All its trials died in both runs: it is listed all the same."""
+
+    def dead(record):
+        return record.replaced(status="oom", samples={}, memory={}) if record.name == "nf4" else record
+
+    code, document = compare(write_run("a", BASE, change=dead), write_run("b", BASE, change=dead))
+    assert code == 4
+    assert verdicts_of(document)["nf4"] == "invalid"
+
+
+def test_a_fallback_that_the_study_allows_is_compared(write_run, compare, small_study):
+    """It is what the study asked for."""
+    allowed = dataclasses.replace(small_study, allow_fallback=True)
+    write_run("a", BASE, study=allowed, change=fallback)
+    assert compare("a", write_run("b", BASE, study=allowed, change=fallback))[0] == 3
+
+
+def test_trials_of_two_variants_under_one_name_are_invalid(write_run, compare):
+    """A record that was edited, or a run put together from two."""
+
+    def other(record):
+        return record.replaced(variant="0" * 12) if record.trial == "r2-nf4" else record
+
+    code, document = compare(write_run("a", BASE), write_run("b", BASE, change=other))
+    assert code == 4
+    assert "2 different variants" in reasons_of(document)
+
+
+def test_a_variant_with_another_id_is_not_comparable_even_if_it_reads_the_same(write_run, compare):
+    """Its id was made by another version of the vocabulary; both ids are named."""
+
+    def other(record):
+        return record.replaced(variant="0" * 12) if record.name == "nf4" else record
+
+    code, document = compare(write_run("a", BASE), write_run("b", BASE, change=other))
+    assert code == 5
+    assert verdicts_of(document)["nf4"] == "not_comparable"
+    assert "'000000000000' in the candidate" in reasons_of(document)
+
+
+def control_oom(record):
+    return record.replaced(status="oom", samples={}) if record.trial == "r1-plain-control" else record
+
+
+@pytest.mark.parametrize(("options", "said"), [
+    ({"change": control_oom}, "r1-plain-control"),
+    ({"control": 1.3}, "control regressed"),
+    ({"control": 1 / 1.3}, "control improved"),
+    ({"control": None}, "was not measured"),
+    ({"status": "interrupted"}, "'interrupted'"),
+    ({"status": "running"}, "'running'"),
+])  # fmt: skip
+def test_a_run_that_does_not_hold_is_invalid_as_a_whole(write_run, compare, options, said):
+    """Its control differs, or it did not end: no number of it counts, whichever side it is."""
+    write_run("good", BASE)
+    write_run("bad", BASE, **options)
+    for base, candidate in (("good", "bad"), ("bad", "good")):
+        code, document = compare(base, candidate)
+        assert code == 4
+        assert {row["verdict"] for row in document["comparisons"]} == {"invalid"}
+        assert said in reasons_of(document)
+
+
+def test_a_damaged_or_incomplete_record_file_is_invalid(write_run, compare):
+    """A line cut short, and a trial of the plan without a record."""
+    write_run("good", BASE)
+    damaged = write_run("bad", BASE) / "trials.jsonl"
+    text = damaged.read_text()
+    damaged.write_text(text + '{"schema": 1, "tri')
+    code, document = compare("good", "bad")
+    assert (code, "1 lines of trials.jsonl are damaged" in reasons_of(document)) == (4, True)
+    damaged.write_text("\n".join(text.splitlines()[1:]) + "\n")
+    code, document = compare("good", "bad")
+    assert (code, "left no record" in reasons_of(document)) == (4, True)
+    damaged.write_text("")
+    damaged.with_name("manifest.json").write_text(damaged.with_name("manifest.json").read_text())
+    assert compare("bad", "bad")[0] == 4
+
+
+def test_samples_that_cannot_be_compared_are_invalid(write_run, compare):
+    """A first step of zero seconds has no ratio, and takes no other comparison with it."""
+
+    def first_step(record):
+        return record.replaced(values={"first_step_time_s": 0.0 if record.name == "nf4" else 1.0 + record.replicate})
+
+    write_run("a", BASE, change=first_step)
+    code, document = compare("a", "a", "--metric", "first_step_time_s")
+    assert code == 4
+    assert verdicts_of(document, "first_step_time_s") == {"plain": "inconclusive", "nf4": "invalid"}
+    assert "above zero" in reasons_of(document)
+
+
+def test_phases_that_only_one_side_has_are_said(write_run, compare):
+    """They are not compared by default, and a notice says so."""
+    _, document = compare(write_run("a", BASE, phases=("train", "generate")), write_run("b", BASE))
+    assert "request_time_s" not in {row["metric"] for row in document["comparisons"]}
+    assert [notice["code"] for notice in document["notices"]] == ["phase-not-shared"]
+
+
+def test_an_ab_run_is_no_side(write_run, compare):
+    """It holds both sides; comparing one of them with something else is not what it was measured for."""
+    manifest = write_run("b", BASE) / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"sides": {"base": {"label": "x"}}}))
+    code, text = compare(write_run("a", BASE), "b")
+    assert code == 2
+    assert "lorameter report b" in text
+    assert main(["accept", "b", "--runs-dir", str(manifest.parents[1])]) == 2
+
+
+@pytest.mark.parametrize("name", ["no-such-run", "missing.json"])
+def test_what_is_no_run_and_no_file_is_refused(write_run, compare, name):
+    """Exit 2, with the runs that exist."""
+    write_run("a", BASE)
+    code, text = compare("a", name)
+    assert code == 2
+    assert name in text
+    assert "Latest runs: a" in text
+
+
+def many(count):
+    """A study of that many variants, and step times for each."""
+    variants = tuple(Variant(name=f"r{rank}", r=rank) for rank in range(1, count + 1))
+    steps = {variant.name: [0.1 * variant.r * (1 + noise / 1000) for noise in (0, 1, -1, 2)] for variant in variants}
+    return variants, steps
+
+
+@pytest.mark.parametrize("factor", [1.2, 1 / 1.2])
+def test_a_shift_of_all_is_the_machines(write_run, compare, small_study, factor):
+    """Six of six a fifth slower, or faster: invalid (4), with the ratios; the peaks are not times and keep theirs."""
+    variants, steps = many(6)
+    study = dataclasses.replace(small_study, variants=variants, reference="r1")
+    moved = {name: [time * factor for time in times] for name, times in steps.items()}
+    code, document = compare(write_run("a", steps, study=study), write_run("b", moved, study=study))
+    assert code == 4
+    assert set(verdicts_of(document).values()) == {"invalid"}
+    assert set(verdicts_of(document, "host_peak_train_bytes").values()) == {"equivalent"}
+    assert "the machine changed" in reasons_of(document)
+    assert document["comparisons"][0]["ratio"] == pytest.approx(factor)
+
+
+def test_a_shift_across_machines_is_what_force_shows(write_run, compare, small_study):
+    """Six of six slower on another machine, with --force: regressed, since the machine is what one asked about."""
+    variants, steps = many(6)
+    study = dataclasses.replace(small_study, variants=variants, reference="r1")
+    moved = {name: [time * 1.2 for time in times] for name, times in steps.items()}
+    write_run("a", steps, study=study)
+    code, document = compare("a", write_run("b", moved, study=study, facts={"driver": "2"}), "--force")
+    assert code == 1
+    assert set(verdicts_of(document).values()) == {"regressed"}
+
+
+def test_metrics_that_follow_from_each_other_are_no_shift(write_run, compare):
+    """One variant that is slower is slower in six metrics; that is one movement and not six."""
+    phases = ("train", "generate")
+
+    def more(record):
+        samples = record.samples | {"step_cpu_time_s": record.samples["step_time_s"]}
+        return record.replaced(samples=samples, values={"new_tokens": 8.0})
+
+    write_run("a", {"plain": BASE["plain"]}, phases=phases, change=more)
+    write_run("b", {"plain": [time * 1.2 for time in BASE["plain"]]}, phases=phases, change=more)
+    code, document = compare("a", "b", "--metric", "*_time_s", "--metric", "*_per_s")
+    assert code == 1
+    assert [row["verdict"] for row in document["comparisons"]] == ["regressed"] * 6
+
+
+@pytest.mark.parametrize(("count", "moving"), [(5, 5), (6, 5), (6, 1)])
+def test_a_few_that_moved_are_not_the_machine(write_run, compare, small_study, count, moving):
+    """Five of five can be chance, and what did not move speaks against the machine: regressed (1)."""
+    variants, steps = many(count)
+    study = dataclasses.replace(small_study, variants=variants, reference="r1")
+    moved = steps | {name: [time * 1.2 for time in steps[name]] for name in list(steps)[:moving]}
+    code, document = compare(write_run("a", steps, study=study), write_run("b", moved, study=study))
+    assert code == 1
+    assert list(verdicts_of(document).values()) == ["regressed"] * moving + ["inconclusive"] * (count - moving)
+
+
+# pytest-benchmark files of this project; that the plugin writes them so is shown in test_pytest_plugin.py
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A function that writes a file as the plugin does: four trials of three samples, and one more metric."""
+
+    def write(name, *, step=0.1, facts=FACTS, about=None, counts=(3, 3, 3, 3), ids=("i",)):
+        trials = [[step * (1 + trial / 500)] * 3 for trial in range(4)]
+        rows = [
+            {
+                "fullname": f"test[{index}]",
+                "param": "plain",
+                "stats": {"data": [sample for trial in trials for sample in trial]},
+                "extra_info": {
+                    "variant": identity,
+                    "metric": metric,
+                    "trials": [{"samples": count} for count in counts],
+                    "medians": {"first_step_time_s": [1.0, 1.1, 1.0, 1.1]} if index == 0 else {},
+                    "memory": {"host_peak_train_bytes": 1000},
+                },
+            }
+            for index, (identity, metric) in enumerate(zip(ids, ("step_time_s", "request_time_s"), strict=False))
+        ]
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps(
+            {"machine_info": {"lorameter": facts}, "benchmarks": rows, "lorameter": {"control": {}} | (about or {})}
+        ))  # fmt: skip
+        return path
+
+    return write
+
+
+FACTS = {"device": "cpu", "libraries": {"torch": "1.0"}}
+
+
+def test_files_of_ours_are_compared_by_their_trials(saved, compare):
+    """Raw samples are split at the trial boundaries; other metrics come from the medians of the trials."""
+    code, document = compare(saved("a"), saved("b", step=0.2))
+    row = document["comparisons"][0]
+    assert (code, row["verdict"], row["replicates"]) == (1, "regressed", 4)
+    assert row["ratio"] == pytest.approx(2)
+    _, document = compare(saved("a"), saved("b"), "--metric", "first_step_time_s")
+    assert document["comparisons"][0]["replicates"] == 4
+
+
+@pytest.mark.parametrize(("changes", "code", "said"), [
+    ({"facts": FACTS | {"device": "cuda"}}, 5, "device: 'cpu' in the base, 'cuda' in the candidate"),
+    ({"facts": FACTS | {"driver": None}}, 5, "driver: None in the base, None in the candidate"),
+    ({"facts": {}}, 5, "fingerprint: 'known' in the base, 'unknown' in the candidate"),
+    ({"about": {"invalid": "its status is 'interrupted'"}}, 4, "'interrupted'"),
+    ({"about": {"control": {"train": None}}}, 4, "was not measured"),
+    ({"about": {"failed": {"nf4": "trial r0-nf4 is oom"}}}, 4, "r0-nf4 is oom"),
+    ({"counts": (3, 3, 3, 4)}, 4, "and 12 were saved"),
+    ({"counts": (3, 3, 3)}, 4, "and 12 were saved"),
+    ({"counts": (3, 3, 3, 3, 0)}, 4, "and 12 were saved"),
+    ({"ids": ("i", "j")}, 4, "two variants, i and j"),
+    ({"ids": ("j",)}, 5, "variant plain: 'i' in the base, 'j' in the candidate"),
+])  # fmt: skip
+def test_a_file_of_ours_that_does_not_hold_or_agree(saved, compare, changes, code, said):
+    """The same reasons and exit codes as for a run."""
+    found, document = compare(saved("a"), saved("b", **changes))
+    assert found == code
+    assert said in reasons_of(document)
+
+
+def test_a_file_that_does_not_tell_its_control_gets_a_notice(saved, compare):
+    """One of an earlier version is compared all the same."""
+    path = saved("a")
+    data = json.loads(path.read_text())
+    del data["lorameter"]
+    path.write_text(json.dumps(data))
+    code, document = compare(path, saved("b", step=0.2))
+    assert code == 1
+    assert [notice["code"] for notice in document["notices"]] == ["control-unknown"]
+
+
+# pytest-benchmark files that this project did not write
+
+
+BENCH = """
+import time
+import pytest
+
+@pytest.mark.parametrize("ms", [1, 2])
+def test_sleep(benchmark, ms):
+    benchmark.pedantic(time.sleep, args=(ms / 1000,), rounds=4)
+"""
+
+
+@pytest.fixture
+def foreign(tmp_path):
+    """A function that lets the real pytest-benchmark write a file, in a process without this project's plugin."""
+
+    def write(name, *options):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "test_bench.py").write_text(BENCH)
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "no:lorameter",
+            "-p",
+            "no:hypothesispytest",
+            "--rootdir",
+            ".",
+        ]
+        subprocess.run(
+            [*command, "--benchmark-storage=file://./saved", *options], cwd=folder, check=True, capture_output=True
+        )
+        (path,) = [*folder.glob("out.json"), *folder.glob("saved/*/*.json")]
+        return path
+
+    return write
+
+
+def test_a_foreign_file_without_samples_says_what_to_save(foreign, compare):
+    """Only a summary was saved: a ratio, no interval, inconclusive (3)."""
+    base, candidate = foreign("a", "--benchmark-save=x"), foreign("b", "--benchmark-save=x")
+    code, document = compare(base, candidate)
+    assert code == 3
+    assert {row["verdict"] for row in document["comparisons"]} == {"inconclusive"}
+    assert "--benchmark-save-data" in reasons_of(document)
+    assert all(row["ratio"] > 0 and row["low"] is None for row in document["comparisons"])
+    assert {row["variant"] for row in document["comparisons"]} == {
+        "test_bench.py::test_sleep[1]", "test_bench.py::test_sleep[2]",
+    }  # fmt: skip
+
+
+def test_a_foreign_file_with_samples_is_one_replicate(foreign, compare):
+    """However many rounds, they are of one process: no interval, and --json files have their samples."""
+    base, candidate = (
+        foreign("a", "--benchmark-save=x", "--benchmark-save-data"),
+        foreign("b", "--benchmark-json=out.json"),
+    )
+    code, document = compare(base, candidate)
+    assert code == 3
+    assert "one process" in reasons_of(document)
+    assert {row["replicates"] for row in document["comparisons"]} == {1}
+
+
+def test_foreign_files_of_other_machines_are_not_comparable(foreign, compare):
+    """The processor and the Python version must agree."""
+    base = foreign("a", "--benchmark-json=out.json")
+    data = json.loads(base.read_text())
+    data["machine_info"]["python_version"] = "2.7"
+    other = base.with_name("other.json")
+    other.write_text(json.dumps(data))
+    code, document = compare(base, other)
+    assert code == 5
+    assert "python_version" in reasons_of(document)
+
+
+def test_a_foreign_file_is_not_comparable_with_a_run(foreign, write_run, compare):
+    """Nothing is known of what it measured."""
+    code, document = compare(foreign("a", "--benchmark-json=out.json"), write_run("a", BASE))
+    assert code == 5
+    assert {row["verdict"] for row in document["comparisons"]} == {"not_comparable"}
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("", "cannot be read as JSON"),
+    ("[]", "benchmarks: a list is expected and nothing is there"),
+    ('{"benchmarks": {}}', "a list is expected and a dict"),
+    ('{"benchmarks": [1]}', "benchmarks[0]"),
+    ('{"benchmarks": [{"fullname": "a"}]}', "benchmarks[0].stats"),
+    ('{"benchmarks": [{"fullname": "a", "stats": {"data": ["x"]}}]}', "stats.data = 'x'"),
+    ('{"benchmarks": [{"fullname": "a", "stats": {}}, {"fullname": "a", "stats": {}}]}', "a second benchmark"),
+    ('{"benchmarks": [{"param": "a", "stats": {}, "extra_info": {"trials": [], "metric": "x"}}]}', "not a metric"),
+])  # fmt: skip
+def test_a_file_of_another_shape_is_refused_by_name(tmp_path, compare, text, said):
+    """File, key and value, and exit 2."""
+    path = tmp_path / "some.json"
+    path.write_text(text)
+    code, message = compare(path, path)
+    assert code == 2
+    assert "some.json" in message
+    assert said in message
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from([
+                "benchmarks", "machine_info", "lorameter", "extra_info", "trials", "samples", "metric", "stats", "data",
+                "median", "fullname", "params", "param", "memory", "x_bytes", "control", "variants", "failed", "cpu",
+            ]),
+            inner | st.just("step_time_s"),
+            max_size=4,
+        )
+    ),
+    max_leaves=12,
+)  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    data=st.fixed_dictionaries(
+        {"benchmarks": st.lists(JSON, max_size=3)}, optional={"machine_info": JSON, "lorameter": JSON}
+    )
+    | JSON
+)
+def test_any_json_is_read_or_refused(tmp_path_factory, data):
+    """No content of a file ends in anything but a side of a comparison or a usage error."""
+    path = tmp_path_factory.mktemp("any") / "any.json"
+    path.write_text(json.dumps(data))
+    with contextlib.suppress(UsageError):
+        side = read_benchmark_json(path)
+        assert all(side.sides[name].name == name for name in side.sides)
+
+
+# How verdicts become exit codes
+
+
+def compared(verdict):
+    comparison = Comparison(
+        verdict=verdict, ratio=None, low=None, high=None, reason="", replicates=0, replicates_needed=None, mde80=None
+    )
+    return verdicts.Compared(
+        variant="a", metric="step_time_s", comparison=comparison, tolerance=0.01, margin=0.05, interleaving="separate"
+    )
+
+
+@pytest.mark.parametrize(("found", "code"), [
+    (["improved", "equivalent"], 0), (["regressed", "improved"], 1), (["inconclusive", "equivalent"], 3),
+    (["invalid", "regressed", "no_baseline"], 4), (["no_baseline", "inconclusive"], 5), (["not_comparable"], 5),
+    (["regressed", "not_comparable", "inconclusive"], 1), ([], 5),
+])  # fmt: skip
+def test_the_worst_verdict_decides(found, code):
+    """In the order 4, 1, 5, 3, 0; nothing compared is no pass."""
+    assert verdicts.exit_code(map(compared, found)) == code
+
+
+@given(st.lists(st.sampled_from(verdicts.PRECEDENCE), min_size=1))
+def test_precedence_is_an_order(codes):
+    """The winner is one of them, and 0 only where all are 0."""
+    assert verdicts.worst(codes) in codes
+    assert (verdicts.worst(codes) == 0) == (set(codes) == {0})
+
+
+def test_an_unknown_code_is_an_unexpected_error():
+    """Never a pass by accident."""
+    assert verdicts.worst([0, 99]) == 70
+
+
+def test_the_text_shows_rows_reasons_and_control(write_run, tmp_path, capsys):
+    """The same numbers as the JSON, for people."""
+    write_run("a", BASE)
+    write_run("b", slower(1.2, "nf4"))
+    assert main(["compare", "a", "b", "--runs-dir", str(tmp_path / "runs")]) == 1
+    text = capsys.readouterr().out
+    for word in ("b against a", "nf4", "step time", "regressed", "lies wholly above", "control of train"):
+        assert word in text

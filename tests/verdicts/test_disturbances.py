@@ -1,0 +1,50 @@
+"""Each kind of disturbance is said once, by its worst trial, with how many it hit and which to measure again."""
+
+from __future__ import annotations
+
+from harness.records.record import TrialRecord
+from harness.report.disturbances import disturbances
+
+
+def record(trial, *, interleaving="replicates", occupancy=None, **values):
+    samples = {} if occupancy is None else {"step_time_s": (1.0, 1.0), "step_cpu_time_s": (occupancy, occupancy)}
+    return TrialRecord(
+        trial=trial, status="ok", name="a", variant="a", role="variant", replicate=0, position=0,
+        interleaving=interleaving, seed=0, started_unix_s=0.0, wall_time_s=1.0, samples=samples, values=values,
+    )  # fmt: skip
+
+
+def test_a_kind_is_said_once_by_its_worst_trial():
+    """With how many trials it hit, and both numbers."""
+    watched = {"host_busy_train_s": 9.7, "host_busy_generate_s": 5.0}
+    records = [
+        record("r0-a", host_steal_train_s=0.3, **watched), record("r1-a", **watched),
+        record("r2-a", host_steal_generate_s=5.0, **watched),
+    ]  # fmt: skip
+    (notice,) = disturbances(records, on_cpu=False)
+    assert notice.code == "stolen"
+    assert notice.message.startswith("2 of 3 trials; r2-a while generating: the hypervisor")
+    assert "for 50% of the CPU time" in notice.message
+    assert notice.message.endswith("Past the limit: r2-a.")
+
+
+def test_many_trials_past_the_limit_are_counted():
+    """Three by name."""
+    records = [record(f"r{i}-a", host_busy_train_s=1.0, host_steal_train_s=9.0) for i in range(5)]
+    (notice,) = disturbances(records, on_cpu=False)
+    assert notice.message.endswith("Past the limit: r0-a, r1-a, r2-a and 2 more.")
+
+
+def test_too_little_of_a_cpu_is_past_the_limit_where_nobody_took_turns():
+    """Else the notice on occupancy says it; on a GPU the host rightly waits."""
+    one = record("r0-a", occupancy=0.3)
+    (notice,) = disturbances([one], on_cpu=True)
+    assert notice.code == "contended"
+    assert notice.message.endswith("Past the limit: r0-a.")
+    assert list(disturbances([record("r0-a", occupancy=0.3, interleaving="lockstep")], on_cpu=True)) == []
+    assert list(disturbances([one], on_cpu=False)) == []
+
+
+def test_a_quiet_run_has_no_notices():
+    """Nor has one whose trials were measured before there were meters."""
+    assert list(disturbances([record("r0-a")], on_cpu=True)) == []

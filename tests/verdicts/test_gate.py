@@ -1,0 +1,223 @@
+"""The gate: a policy decides, and nothing but a finding of "no worse" is a pass."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import harness.verdicts.compare
+from harness.cli import main
+from harness.errors import UsageError
+from harness.report.comparison import annotation
+from harness.verdicts.compare import Limits
+from harness.verdicts.gate import LimitRule, Policy, load_policy
+
+BASE = {"plain": [0.100, 0.101, 0.099, 0.1005], "nf4": [0.200, 0.201, 0.199, 0.2005]}
+SLOW = BASE | {"nf4": [time * 1.2 for time in BASE["nf4"]]}
+
+
+@pytest.fixture
+def gate(tmp_path, capsys, write_run, monkeypatch):
+    """The command on two runs, base `a` and candidate `b`, with a policy as text; its exit code and output."""
+    monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
+
+    def run(candidate, policy=None, *options, **changes):
+        write_run("a", BASE)
+        write_run("b", candidate, **changes)
+        if policy is not None:
+            (tmp_path / "policy.toml").write_text(policy)
+            options = (*options, "--policy", str(tmp_path / "policy.toml"))
+        code = main(["gate", "a", "b", "--runs-dir", str(tmp_path / "runs"), *options])
+        captured = capsys.readouterr()
+        return code, captured.out if captured.out else captured.err
+
+    return run
+
+
+@pytest.mark.parametrize(("candidate", "policy", "code"), [
+    (SLOW, None, 1),
+    (BASE, None, 3),
+    (BASE, "inconclusive = 'fail'", 3),
+    (BASE, "inconclusive = 'pass'", 0),
+    (SLOW, "inconclusive = 'pass'", 1),
+    (SLOW, "inconclusive = 'pass'\ntolerance = 0.3\nmargin = 0.5", 0),
+    (SLOW, "inconclusive = 'pass'\n[[limit]]\nvariant = 'nf*'\ntolerance = 0.3", 0),
+    (SLOW, "inconclusive = 'pass'\n[[limit]]\nvariant = 'plain'\ntolerance = 0.3", 1),
+    (SLOW, "metrics = ['*peak*']", 0),
+    (BASE, "metrics = ['*peak*', 'cold_*']", 5),
+    (BASE, "inconclusive = 'pass'\nrequired = ['nf4', 'pl*']", 0),
+    (BASE, "inconclusive = 'pass'\nrequired = ['int8']", 5),
+    ({"plain": BASE["plain"]}, "inconclusive = 'pass'", 5),
+])  # fmt: skip
+def test_a_policy_decides(gate, candidate, policy, code):
+    """By verdict, by limits for a variant, by what is gated and by what is required."""
+    assert gate(candidate, policy)[0] == code
+
+
+def test_an_invalid_run_never_passes(gate):
+    """Whatever the policy lets pass, a control that failed is exit 4."""
+    assert gate(BASE, "inconclusive = 'pass'\ntolerance = 1", control=1.3)[0] == 4
+
+
+@pytest.mark.parametrize(("policy", "said"), [
+    ("inconclusiv = 'pass'", "inconclusiv = 'pass': unknown key. Did you mean inconclusive?"),
+    ("[[limit]]\ntolerence = 1", "tolerence"),
+    ("inconclusive = 'ignore'", "inconclusive = 'ignore'"),
+    ("tolerance = -0.1", "tolerance = -0.1"),
+    ("margin = 0", "margin = 0"),
+    ("[[limit]]\nmargin = nan", "margin = nan"),
+    ("tolerance = '1 %'", "tolerance = '1 %'"),
+    ("metrics = 'step_time_s'", "metrics = 'step_time_s'"),
+    ("metrics = ['step_tme_s']", "Did you mean 'step_time_s'"),
+    ("tolerance =", "not a TOML file"),
+])  # fmt: skip
+def test_a_policy_that_cannot_be_is_refused(gate, policy, said):
+    """Exit 2 with the key, its value and the remedy."""
+    code, text = gate(BASE, policy)
+    assert code == 2
+    assert said in text
+
+
+def test_a_missing_policy_is_refused(gate):
+    """It must not read as the default policy."""
+    code, text = gate(BASE, None, "--policy", "no-such.toml")
+    assert code == 2
+    assert "no-such.toml" in text
+
+
+def test_an_exception_inside_is_never_a_pass(gate, monkeypatch):
+    """70, even where everything would have passed."""
+
+    def broken(*_, **__):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(harness.verdicts.compare, "compare", broken)
+    assert gate(BASE, "inconclusive = 'pass'")[0] == 70
+
+
+def test_a_summary_that_cannot_be_written_is_never_a_pass(gate, monkeypatch, tmp_path):
+    """A folder stands where the summary should go."""
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path))
+    assert gate(BASE, "inconclusive = 'pass'", "--format", "github")[0] == 70
+
+
+def test_json_is_the_comparison_and_what_came_of_it(gate):
+    """One document: --json and --format json are the same."""
+    code, text = gate(SLOW, "margin = 0.04", "--format", "json")
+    document = json.loads(text)
+    assert code == document["exit"] == 1
+    assert document["passed"] is False
+    assert document["schema"] == 1
+    assert document["policy"]["margin"] == 0.04
+    assert {row["margin"] for row in document["comparisons"]} == {0.04}
+    assert document["control"]["train"]["verdict"] == "equivalent"
+    assert gate(SLOW, "margin = 0.04", "--json")[1] == text
+
+
+def test_two_formats_at_once_are_refused(gate):
+    """One of them would be ignored."""
+    assert gate(BASE, None, "--json", "--format", "markdown")[0] == 2
+
+
+def test_text_says_the_outcome(gate):
+    """The last line is what came of it."""
+    _, text = gate(SLOW)
+    assert text.splitlines()[-1].startswith("Gate failed (exit 1): ")
+    assert "1 regressed" in text
+    assert "Gate passed (exit 0)" in gate(BASE, "inconclusive = 'pass'")[1]
+    assert "nothing of that name was compared" in gate(BASE, "required = ['int8']")[1]
+
+
+def test_markdown_is_a_table(gate):
+    """A heading, a row for each comparison, and the reasons; nothing of it breaks the table."""
+    _, text = gate(SLOW, None, "--format", "markdown")
+    lines = text.splitlines()
+    assert lines[0].startswith("### Gate failed (exit 1)")
+    table = [line for line in lines if line.startswith("|")]
+    assert len(table) == 2 + 4
+    assert {line.count(" | ") for line in table} == {6}
+    assert any("nf4" in line and "regressed" in line for line in table)
+
+
+def test_github_gets_annotations_and_a_summary(gate, monkeypatch, tmp_path):
+    """An error for what fails, worst first; the summary is appended to what other steps wrote."""
+    summary = tmp_path / "summary.md"
+    summary.write_text("before\n")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
+    code, text = gate(SLOW, None, "--format", "github")
+    assert code == 1
+    lines = text.splitlines()
+    assert lines[0].startswith("::error title=lorameter gate::Gate failed (exit 1)")
+    assert lines[1].startswith("::error title=lorameter%3A nf4%2C step time regressed::1.20")
+    assert "::error title=lorameter%3A plain%2C step time inconclusive" in text
+    assert summary.read_text().startswith("before\n### Gate failed")
+
+
+def test_what_a_policy_lets_pass_is_a_warning(gate):
+    """It is shown and fails nothing."""
+    code, text = gate(BASE, "inconclusive = 'pass'", "--format", "github")
+    assert code == 0
+    assert text.startswith("::notice title=lorameter gate::Gate passed")
+    assert "::warning title=lorameter%3A plain" in text
+    assert "::error" not in text
+
+
+def test_a_regression_stays_an_error_where_open_questions_pass(gate):
+    """The policy speaks of inconclusive only."""
+    _, text = gate(SLOW, "inconclusive = 'pass'", "--format", "github")
+    assert "::error title=lorameter%3A nf4%2C step time regressed" in text
+    assert "::warning title=lorameter%3A plain%2C step time inconclusive" in text
+
+
+def test_limits_of_their_own_do_not_raise_the_false_alarms(gate):
+    """Two comparisons with two limits still share one error rate: each interval is that of half of 5 %."""
+    policy = "metrics = ['step_time_s']\n[[limit]]\nvariant = 'nf4'\ntolerance = 0.02"
+    _, text = gate(BASE, policy, "--json")
+    rows = json.loads(text)["comparisons"]
+    assert [row["tolerance"] for row in rows] == [0.01, 0.02]
+    _, text = gate(SLOW, policy, "--json")
+    assert "97.5 % interval" in json.loads(text)["comparisons"][1]["reason"]
+
+
+def test_an_annotation_cannot_be_broken_out_of():
+    """Line ends, percent signs, and in the title colons and commas are escaped."""
+    assert annotation("error", "a:b,c%\n", "x\r\n::error::100%") == (
+        "::error title=a%3Ab%2Cc%25%0A::x%0D%0A::error::100%25"
+    )
+
+
+def test_limits_are_taken_key_by_key_from_the_last_that_matches():
+    """A later rule that names only a margin leaves the tolerance of an earlier one; computed bytes stay exact."""
+    policy = Policy(
+        tolerance=0.02,
+        limit=(LimitRule(variant="nf4*", tolerance=0.2), LimitRule(metric="cold_*", margin=0.5)),
+    )
+    assert policy.limits_of("nf4-r16", "cold_load_time_s") == Limits(tolerance=0.2, margin=0.5)
+    assert policy.limits_of("plain", "step_time_s") == Limits(tolerance=0.02, margin=0.05)
+    assert policy.limits_of("plain", "adapter_bytes").tolerance == 0
+    assert policy.limits_of("plain", "host_peak_train_bytes").tolerance == 0.02
+    assert policy.limits_of("nf4", "adapter_bytes").tolerance == 0.2
+
+
+VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4) | st.lists(st.text(max_size=3))
+
+
+@given(
+    content=st.dictionaries(
+        st.sampled_from(["inconclusive", "tolerance", "margin", "metrics", "required", "limit", "other"]),
+        VALUES.filter(lambda value: value is not None),
+    )
+)
+def test_any_policy_is_read_or_refused(tmp_path_factory, content):
+    """Whatever the keys and values: a policy, or a usage error; a key that is not known is never ignored."""
+    path = tmp_path_factory.mktemp("policy") / "policy.toml"
+    path.write_text("\n".join(f"{key} = {json.dumps(value)}" for key, value in content.items()))
+    with contextlib.suppress(UsageError):
+        policy = load_policy(str(path))
+        assert "other" not in content
+        assert policy.inconclusive in ("fail", "pass")
+        assert policy.limits_of("a", "step_time_s").tolerance >= 0

@@ -1,0 +1,65 @@
+"""What a reader must know beside the numbers: what was cut, and what was measured twice."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from harness.records import store
+from harness.records.record import DISTURBED, Failure, TrialRecord
+from harness.verdicts.notices import run_notices
+
+STEPS = {"plain": [0.1, 0.1, 0.1], "nf4": [0.2, 0.2, 0.2]}
+
+
+@pytest.fixture
+def notices(write_run, small_study, tmp_path):
+    """A function that writes a run, its records changed on their way, and gives its notices by code."""
+
+    def of(change=lambda record: record, **run_changes):
+        write_run("run", STEPS, change=change)
+        run = dataclasses.replace(store.read_run("run", tmp_path / "runs"), **run_changes)
+        return {notice.code: notice for notice in run_notices(run, small_study, {})}
+
+    return of
+
+
+def test_trials_that_were_cut_short_are_counted(notices):
+    """How many rounds of how many, in how many trials; nothing is said where nothing was cut."""
+
+    def cut(record):
+        if record.replicate != 2:
+            return record
+        counts = {"steps_rounds": 3.0, "steps_rounds_planned": 8.0, "training_steps": 19.0}
+        return record.replaced(values=counts | {"training_steps_planned": 29.0})
+
+    said = notices(cut)["cut-short"].message
+    assert "3 of 9 trials" in said
+    assert "3 of 8 timed turns in 3 trials; 19 of 29 steps in 3 trials" in said
+    assert "cut-short" not in notices()
+
+
+def test_trials_that_were_measured_again_are_counted(notices):
+    """One line, and the earlier records are not mixed in."""
+    assert notices(measured_again=3)["measured-again"].message.startswith("3 trials were measured again")
+    assert "measured-again" not in notices()
+
+
+def test_trials_that_were_disturbed_are_said_with_the_reason(notices):
+    """How many were measured again and why, and which still do not count, with what to do."""
+    hot = Failure(phase="train", kind=DISTURBED, message="while training the card held its clocks down")
+
+    def change(record):
+        return record.replaced(status="invalid", failure=hot) if record.trial == "r0-nf4" else record
+
+    first = TrialRecord(
+        trial="r1-plain", status="invalid", name="plain", variant="v", role="variant", replicate=1, position=1, seed=0,
+        interleaving="replicates", started_unix_s=0.0, wall_time_s=1.0, failure=hot,
+    )  # fmt: skip
+    found = notices(change, disturbed=(first,))
+    assert found["disturbed"].message.startswith("1 trials were measured again because of their surroundings, r1-plain")
+    assert "held its clocks down; 1 of them count now" in found["disturbed"].message
+    assert "1 trials do not count" in found["still-disturbed"].message
+    assert "--allow-disturbed" in found["still-disturbed"].remedy
+    assert not {"disturbed", "still-disturbed"} & set(notices())

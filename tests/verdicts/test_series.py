@@ -1,0 +1,213 @@
+"""From records to series: derived metrics, pairing by replicate, orientation."""
+
+import pytest
+
+from harness.records.record import TrialRecord
+from harness.stats import compare_trials
+from harness.verdicts.series import Series, compare_series, samples_of, series_of, without_equivalent
+
+
+def record(name="a", replicate=0, status="ok", role="variant", step=0.5, **fields):
+    samples = {
+        "step_time_s": (step, step, step, step), "train_loss": (4.0, 3.0, 2.0, 1.0), "turn_real_tokens": (64.0, 64.0),
+        "turn_sequences": (4.0, 4.0), "request_time_s": (2.0, 4.0),
+    }  # fmt: skip
+    return TrialRecord(
+        trial=f"r{replicate}-{name}", status=status, name=name, variant=name, role=role, replicate=replicate,
+        position=0, interleaving="replicates", seed=0, started_unix_s=0.0, wall_time_s=1.0, samples=samples,
+        values={"held_out_loss": 3.0, "new_tokens": 8.0}, **fields,
+    )  # fmt: skip
+
+
+def test_derived_metrics_are_what_their_names_say():
+    """Tokens and sequences over the timed seconds, output tokens over each request, the last quarter of the losses."""
+    one = record()
+    assert samples_of(one, "tokens_per_s") == (64.0,)
+    assert samples_of(one, "samples_per_s") == (4.0,)
+    assert samples_of(one, "output_tokens_per_s") == (4.0, 2.0)
+    assert samples_of(one, "train_loss") == (1.0,)
+    longer = record()
+    longer.samples.update(warmup_loss=(9.0,) * 3, catch_up_loss=(0.5,))
+    assert samples_of(longer, "train_loss") == (1.0, 0.5)  # the last quarter of all eight
+    assert samples_of(one, "held_out_loss") == (3.0,)
+    assert samples_of(one, "cold_start_time_s") == ()
+
+
+def test_energy_is_per_step_and_per_real_token():
+    """Of the steps that it was measured over; without a counter there is none, and no zero."""
+    one = record()
+    assert samples_of(one, "energy_per_step_j") == ()
+    one.values.update(device_energy_train_j=900.0, energy_steps=6.0, energy_tokens=3000.0)
+    assert samples_of(one, "energy_per_step_j") == (150.0,)
+    assert samples_of(one, "energy_per_token_j") == (0.3,)
+
+
+def test_the_time_of_a_real_token_is_that_of_an_epoch():
+    """Each step's time over the real tokens that a step has in the mean; what the timed steps held does not matter."""
+    one = record(tokens={"real_tokens": 300, "padded_tokens": 100})
+    assert samples_of(record(), "time_per_real_token_s") == ()
+    assert samples_of(one, "time_per_real_token_s") == pytest.approx(
+        (0.5 / 24,) * 4
+    )  # 32 positions a step, 3 of 4 real
+    one.samples.update(turn_real_tokens=(60.0, 40.0), turn_padded_tokens=(4.0, 24.0))
+    assert samples_of(one, "time_per_real_token_s") == pytest.approx((0.5 / 24,) * 4)
+
+
+def test_an_unknown_metric_is_an_error():
+    """A typo must not read as "not measured"."""
+    with pytest.raises(KeyError):
+        samples_of(record(), "step_time")
+
+
+def test_only_trials_that_are_ok_count():
+    """An invalid trial is in no estimate and in no pair."""
+    records = [record(replicate=i, status="invalid" if i == 1 else "ok") for i in range(3)]
+    series = series_of(records)["a", "variant"]
+    assert len(series.records) == 3
+    assert series.estimate("step_time_s").replicates == 2
+    other = Series(name="b", role="variant", records=tuple(record("b", i, step=0.6) for i in range(3)))
+    assert compare_series(series, other, "step_time_s").replicates == 2
+
+
+def test_no_common_replicate_is_no_comparison():
+    """Pairs need both sides."""
+    one = Series(name="a", role="variant", records=(record("a", 0),))
+    other = Series(name="b", role="variant", records=(record("b", 1),))
+    assert compare_series(one, other, "step_time_s") is None
+
+
+def test_above_one_is_worse_whatever_the_direction():
+    """Half the throughput and twice the time have the same ratio."""
+    base = Series(name="a", role="variant", records=tuple(record("a", i, step=0.5) for i in range(3)))
+    slow = Series(name="b", role="variant", records=tuple(record("b", i, step=1.0) for i in range(3)))
+    for metric in ("step_time_s", "tokens_per_s"):
+        comparison = compare_series(base, slow, metric)
+        assert comparison.ratio == pytest.approx(2.0)
+        assert comparison.verdict == "regressed"
+
+
+def test_series_are_ordered_by_replicate():
+    """Whatever order they ran in."""
+    records = [record(replicate=i) for i in (2, 0, 1)]
+    assert [r.replicate for r in series_of(records)["a", "variant"].records] == [0, 1, 2]
+
+
+def test_equality_can_be_withheld():
+    """Only the verdict `equivalent` changes, with the reason why."""
+    equal = compare_trials([[1.0]] * 5, [[1.0]] * 5, pairing="replicate")
+    assert equal.verdict == "equivalent"
+    withheld = without_equivalent(equal, "the control does not bear it out")
+    assert (withheld.verdict, withheld.reason) == ("inconclusive", "the control does not bear it out")
+    slower = compare_trials([[1.0]] * 5, [[2.0]] * 5, pairing="replicate")
+    assert without_equivalent(slower, "x") is slower
+
+
+def timed(name, replicate, *, share=1.0, step=0.5, **fields):
+    """A trial of four steps that had `share` of a CPU."""
+    one = record(name, replicate, step=step, **fields)
+    one.samples["step_cpu_time_s"] = (share * step,) * 4
+    return one
+
+
+def sides(shares, *, step=0.5, slow=0.5, **fields):
+    base = tuple(timed("a", i, share=left, step=step * (1 + i / 100), **fields) for i, (left, _) in enumerate(shares))
+    other = tuple(
+        timed("b", i, share=right, step=slow * (1 + i / 100), **fields) for i, (_, right) in enumerate(shares)
+    )
+    return Series(name="a", role="variant", records=base), Series(name="b", role="variant", records=other)
+
+
+def test_pairs_of_disturbed_trials_are_left_out_and_counted():
+    """A trial that had too little of its CPU takes its partner with it, whatever their times were."""
+    base, other = sides([(1, 1)] * 5 + [(0.5, 1), (1, 0.5)])
+    found = compare_series(base, other, "step_time_s")
+    assert found.replicates == 5
+    assert "dropped 2 of 7 pairs: base flagged in 1, candidate in 1" in found.reason
+
+
+def test_nothing_is_dropped_where_too_little_would_be_left():
+    """A filter must not end in an empty result."""
+    found = compare_series(*sides([(0.5, 1)] * 3 + [(1, 1)] * 4), "step_time_s")
+    assert found.replicates == 7
+    assert "below 5: kept all" in found.reason
+
+
+def test_nothing_is_dropped_where_one_side_is_disturbed_more_often():
+    """The flag could be an effect of the candidate, which waits where the base computed."""
+    found = compare_series(*sides([(1, 0.5)] * 8 + [(1, 1)] * 6), "step_time_s")
+    assert found.replicates == 14
+    assert "not balanced" in found.reason
+
+
+@pytest.mark.parametrize("change", [{"interleaving": "lockstep"}, {"memory": {"device_peak_allocated_train_bytes": 1}}])
+def test_trials_in_turns_and_on_a_gpu_keep_every_pair(change):
+    """Those in turns shared the disturbance; on a GPU the host may rightly wait."""
+    base, other = sides([(1, 1)] * 5 + [(0.5, 1)])
+    for series in (base, other):
+        object.__setattr__(series, "records", tuple(one.replaced(**change) for one in series.records))
+    assert compare_series(base, other, "step_time_s").replicates == 6
+
+
+def test_losses_know_nothing_of_disturbance():
+    """A busy machine changes no arithmetic, so no trial's loss is left out."""
+    found = compare_series(*sides([(1, 1)] * 5 + [(0.5, 1)]), "train_loss")
+    assert found.replicates == 6
+
+
+@pytest.mark.parametrize(("level", "words"), [("shared-base", "turn by turn"), ("replicates", "by replicate")])
+def test_the_pairing_follows_from_how_the_trials_alternated(level, words):
+    """And a metric of solo trials is paired by replicate whatever the level of the others."""
+    base, other = sides([(1, 1)] * 3)
+    for series in (base, other):
+        turns = tuple(one.replaced(interleaving=level) for one in series.records)
+        solo = tuple(one.replaced(samples={"merged_request_time_s": (1.0, 2.0)}, values={}) for one in series.records)
+        object.__setattr__(series, "records", (*turns, *solo))
+    assert f"paired {words}" in compare_series(base, other, "step_time_s").reason
+    assert "paired by replicate" in compare_series(base, other, "merged_request_time_s").reason
+    assert base.interleaving("step_time_s") == level
+
+
+def test_a_trial_that_times_no_steps_has_no_final_loss():
+    """Its training ends early, so what it lost last is not the loss after all steps."""
+    solo = record().replaced(samples={"warmup_loss": (5.0, 4.0)})
+    assert samples_of(solo, "train_loss") == ()
+
+
+def test_a_cold_start_is_a_median_with_order_statistics():
+    """One value a process: five reach no 95 % interval, six do."""
+
+    def series(count):
+        records = [record("a", i).replaced(samples={"cold_start_time_s": (float(i),)}) for i in range(count)]
+        return Series(name="a", role="variant", records=tuple(records))
+
+    assert (series(5).estimate("cold_start_time_s").value, series(5).estimate("cold_start_time_s").low) == (2.0, None)
+    six = series(6).estimate("cold_start_time_s")
+    assert (six.low, six.high) == (0.0, 5.0)
+
+
+def test_a_percentile_needs_its_samples():
+    """Below what the effective number of samples supports there is no number."""
+
+    def series(count):
+        records = [
+            record("a", i).replaced(samples={"request_time_s": tuple(1 + (7 * j % 11) / 10 for j in range(11))})
+            for i in range(count)
+        ]
+        return Series(name="a", role="variant", records=tuple(records))
+
+    assert series(2).percentile("request_time_s", 0.95).value is None
+    assert "not supported by n" in series(2).percentile("request_time_s", 0.95).reason
+    assert series(12).percentile("request_time_s", 0.95).value == pytest.approx(2.0, abs=0.1)
+    assert series(1).percentile("cold_start_time_s", 0.95) is None
+
+
+@pytest.mark.parametrize(("level", "pairs"), [("lockstep", 2), ("replicates", 3)])
+def test_turns_are_paired_within_one_attempt(level, pairs):
+    """A trial that was measured again took other turns; whole trials are paired by their replicate all the same."""
+
+    def series(name, attempts):
+        records = [record(name, replicate) for replicate in range(3)]
+        changed = (one.replaced(attempt=n, interleaving=level) for one, n in zip(records, attempts, strict=True))
+        return Series(name=name, role="variant", records=tuple(changed))
+
+    assert compare_series(series("a", (0, 1, 0)), series("b", (0, 0, 0)), "step_time_s").replicates == pairs
