@@ -13,9 +13,9 @@ from torch import nn
 
 from kernels_check.check import REQUIREMENTS, Check, Finding, Json, validate
 from kernels_check.judges import adapter, attention, base_layers, execution, optimizer
-from kernels_check.judges.batch import broken, find_isolation
+from kernels_check.judges.batch import broken, find_isolation, judge_padding
+from kernels_check.observation import storage
 from kernels_check.observation.observe import Instrument, observe
-from kernels_check.observation.padding import judge_padding
 from kernels_check.observation.restore import as_found
 
 
@@ -55,9 +55,9 @@ def verify(
     if instrument not in get_args(Instrument):
         raise ValueError(f"instrument {instrument!r} is none of {', '.join(get_args(Instrument))}")
     with as_found(model) as snapshot:
-        before = base_layers.digest(model)
+        before = storage.digest(model)
         seen = observe(model, step, snapshot, instrument)
-        after = base_layers.digest(model)
+        after = storage.digest(model)
         required = {path: requirements.get(path) for path in REQUIREMENTS}
         judges: dict[str, Callable[[], Finding]] = {
             "attention.backend": lambda: attention.judge_backend(model, seen, required["attention.backend"]),

@@ -3,97 +3,20 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LAYERS: tuple[tuple[str, ...], ...] = (
-    (
-        "errors",
-        "codec",
-        "units",
-        "variant",
-        "workload",
-        "protocol",
-        "record",
-        "failure",
-        "processes",
-        "locks",
-        "claim",
-        "study",
-        "study_file",
-        "plan",
-    ),
-    ("stats",),
-    (
-        "catalogue",
-        "shapes",
-        "fetch",
-        "store",
-        "provenance",
-        "environments",
-        "meters",
-        "series",
-        "disturbance",
-        "feasibility",
-        "forecast",
-        "flops",
-        "decoding",
-        "peaks",
-        "ceiling",
-        "profile",
-        "accounting",
-        "memory_account",
-        "memory_estimate",
-        "activations",
-        "adapter",
-        "quantised",
-        "diagnosis",
-        "evidence",
-        "levels",
-        "budget",
-        "stopping",
-        "verdicts",
-    ),
-    (
-        "executors",
-        "sides",
-        "training",
-        "inference",
-        "report",
-        "comparands",
-        "benchmark_json",
-        "agreement",
-        "compare",
-        "ab_report",
-        "calibrate",
-        "doctor",
-        "baselines",
-        "remedy",
-        "gate",
-        "sample",
-        "claims",
-    ),
-    ("conductor", "runner", "worker", "measure", "profiling", "resume", "ab"),
-    (
-        "cli",
-        "commands",
-        "commands_ab",
-        "commands_doctor",
-        "commands_estimate",
-        "commands_profile",
-        "commands_run",
-        "commands_sample",
-        "commands_study",
-        "pytest_plugin",
-        "pytest_export",
-        "pytest_gate",
-        "pytest_resume",
-    ),
-)
-LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-TORCH = ("training", "inference", "meters")
+ORDER = "errors stats records studies models machine trial verdicts run profile report commands".split()
+"""The rooms, from the ground up."""
+DOORS = ("cli", "pytest_plugin", "worker")
+RANK = {room: place for place, room in enumerate(ORDER)} | dict.fromkeys(DOORS, len(ORDER))
+FLOORS = "check rules rules_report observation trace judges verification probe controls".split()
+"""Those of kernels_check; its doors are its two dunder modules."""
+STOREYS = {room: place for place, room in enumerate(FLOORS)} | dict.fromkeys(("__init__", "__main__"), len(FLOORS))
+TORCH = ("trial",)
 HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "datasets", "pandas"}
 
 
@@ -122,8 +45,31 @@ def imports(path: Path, *, at_import_only: bool = False) -> set[str]:
     return names
 
 
-def layer_of(path: Path) -> str:
-    return path.relative_to(ROOT / "harness").parts[0].removesuffix(".py")
+def room_of(path: Path) -> str:
+    return path.relative_to(ROOT).parts[1].removesuffix(".py")
+
+
+def room_of_name(name: str) -> str:
+    return name.split(".")[1] if "." in name else ""
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def arrows(package: str) -> dict[str, set[str]]:
+    """Which modules of a package each of its modules imports, at any depth of the file."""
+    known = {module_of(path): path for path in modules(package)}
+    return {name: (imports(path) & set(known)) - {name} for name, path in known.items()}
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """One circle of a graph, as the names along it; empty where there is none."""
+    try:
+        tuple(graphlib.TopologicalSorter(graph).static_order())
+    except graphlib.CycleError as error:
+        return list(error.args[1])
+    return []
 
 
 def test_every_test_says_its_behaviour():
@@ -138,28 +84,56 @@ def test_every_test_says_its_behaviour():
     assert not silent
 
 
-def test_every_module_has_a_layer():
-    """A new module must be placed before it can be used."""
-    unplaced = {layer_of(path) for path in modules("harness")} - set(LEVEL) - {"__init__"}
-    assert not unplaced
+@pytest.mark.parametrize(("package", "rank"), [("harness", RANK), ("kernels_check", STOREYS)])
+def test_rooms_point_down(package, rank):
+    """What a module imports of another room lies strictly below; lazy imports included, no exceptions."""
+    rooms = {room_of(path) for path in modules(package)} - {"__init__"}
+    assert rooms <= set(rank), f"no place in the order: {rooms - set(rank)}"
+    up = [
+        f"{name} imports {other}"
+        for name, others in arrows(package).items()
+        for other in others
+        for room, its in [(name.split(".")[1:2], other.split(".")[1:2])]
+        if room and its and room != its and rank[its[0]] >= rank[room[0]]
+    ]
+    assert not up, "\n".join(up)
 
 
-@pytest.mark.parametrize("path", modules("harness"), ids=lambda path: str(path.relative_to(ROOT)))
-def test_layers_point_down(path):
-    """What a module imports of the harness is on its own level or below."""
-    if layer_of(path) == "__init__":
-        return
-    own = LEVEL[layer_of(path)]
-    for name in imports(path):
-        parts = name.split(".")
-        if parts[0] == "harness" and len(parts) > 1 and parts[1] in LEVEL:
-            assert LEVEL[parts[1]] <= own, f"{path.name} (level {own}) imports {name} (level {LEVEL[parts[1]]})"
+def test_what_judges_knows_nothing_of_what_measures():
+    """verdicts and trial lie beside each other, whatever the order says."""
+    assert not [
+        f"{name} imports {other}"
+        for name, others in arrows("harness").items()
+        for other in others
+        if (room_of_name(name), room_of_name(other)) == ("verdicts", "trial")
+    ]
+
+
+@pytest.mark.parametrize("package", ["harness", "kernels_check"])
+def test_no_circle(package):
+    """Modules import each other in one direction, inside a room and at any depth of a file."""
+    assert not circle(arrows(package))
+
+
+@pytest.mark.parametrize(
+    "path", [path for package in ("harness", "kernels_check") for path in modules(package)], ids=module_of
+)
+def test_modules_are_one_idea(path):
+    """None is longer than 350 lines."""
+    assert len(path.read_text().splitlines()) <= 350
+
+
+def test_a_room_holds_nothing_but_its_name():
+    """The `__init__` of a room is a docstring, or every command pays for what it imports."""
+    for room in set(ORDER) - {"errors", "stats"}:
+        path = ROOT / "harness" / room / "__init__.py"
+        assert [type(node).__name__ for node in ast.parse(path.read_text()).body] == ["Expr"], room
 
 
 @pytest.mark.parametrize("path", modules("harness"), ids=lambda path: str(path.relative_to(ROOT)))
 def test_torch_stays_in_its_layers(path):
-    """At import, torch and its kind are loaded by training, inference and meters only."""
-    if layer_of(path) in TORCH:
+    """At import, torch and its kind are loaded by the room of trials only."""
+    if room_of(path) in TORCH:
         return
     loaded = {name.split(".")[0] for name in imports(path, at_import_only=True)}
     assert not loaded & HEAVY, path

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from harness.machine.provenance import probe_machine
-from harness.records.record import TrialRequest
 from harness.studies.protocol import Protocol
+from harness.studies.request import TrialRequest
 from harness.studies.study_file import load_study
 from harness.trial.building.shared import SharedBase
 from harness.trial.data.tokens import prepare

@@ -34,14 +34,14 @@ from typing import Any
 
 from harness.models import catalogue, shapes
 from harness.models.costs.memory import estimate_memory, stored_dtype
-from harness.profile.facts import ACCOUNTS
 from harness.records import codec
+from harness.records.activity import ACCOUNTS
 from harness.records.memory_account import MemoryAccount, MemoryPhase
-from harness.records.record import TrialRequest
 from harness.studies.protocol import Protocol
+from harness.studies.request import TrialRequest
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
-from harness.worker import LAZY, PRELOAD
+from harness.trial.zygote import LAZY, PRELOAD
 
 MIB = 2**20
 LIMIT, UNEXPLAINED = 0.10, 0.05

@@ -38,8 +38,9 @@ import kernels_check
 from harness.machine.provenance import probe_machine
 from harness.models import catalogue
 from harness.records import codec
-from harness.records.record import Fragment, TrialRequest
+from harness.records.record import Fragment
 from harness.studies.protocol import Protocol
+from harness.studies.request import TrialRequest
 from harness.studies.study_file import builtin_studies, load_study
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload

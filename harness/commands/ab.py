@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.commands.compare import FORMATS, print_json, show_gate
+from harness.commands.output import FORMATS, print_json, show_gate
 from harness.errors import EXIT_INVALID, EXIT_PASS, UsageError
 
 if TYPE_CHECKING:
@@ -224,7 +224,7 @@ def show_ab(run: Run, options: argparse.Namespace) -> int:
         print_json({**gate_document(result), **about, "attribution": attribution_document(run)})
         return result.exit_code
     if form == "text":
-        from harness.report.attribution import print_attribution
+        from harness.report.comparison import print_attribution
         from harness.report.terminal import console_for
 
         console = console_for()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from harness.commands.compare import print_json
+from harness.commands.output import print_json
 from harness.errors import EXIT_INVALID, EXIT_PASS
 
 

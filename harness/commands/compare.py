@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.commands.output import FORMATS, print_json, show_gate
 from harness.errors import EXIT_PASS, UsageError
 
 if TYPE_CHECKING:
     from harness.verdicts.comparand import Comparand
-    from harness.verdicts.gate import GateResult
-
-FORMATS = ("text", "json", "markdown", "github")
-ENV_SUMMARY = "GITHUB_STEP_SUMMARY"
 
 
 def add_commands(commands: Any, common: Any) -> None:
@@ -97,23 +90,6 @@ def run_gate(options: argparse.Namespace) -> int:
     return result.exit_code
 
 
-def show_gate(result: GateResult, form: str) -> None:
-    """Print what the gate made of a comparison: as text, Markdown, or annotations of a GitHub job with its summary."""
-    from harness.report.comparison import gate_annotations, gate_markdown, print_gate
-    from harness.report.terminal import console_for
-
-    if form == "text":
-        print_gate(result, console_for())
-    elif form == "markdown":
-        sys.stdout.write(gate_markdown(result))
-    else:
-        sys.stdout.write(gate_annotations(result))
-        sys.stdout.flush()
-        if summary := os.environ.get(ENV_SUMMARY):
-            with Path(summary).open("a", encoding="utf-8") as file:
-                file.write(gate_markdown(result))
-
-
 def run_accept(options: argparse.Namespace) -> int:
     """Accept a run and say what it replaces."""
     from harness.records import codec, store
@@ -130,15 +106,9 @@ def run_accept(options: argparse.Namespace) -> int:
 
 def _read(options: argparse.Namespace) -> tuple[Comparand, Comparand]:
     from harness.records import store
-    from harness.verdicts.baselines import read_base
-    from harness.verdicts.comparand import read_comparand
+    from harness.verdicts.baselines import read_base, read_comparand
 
     runs = store.runs_dir(options.runs_dir)
     candidate = read_comparand(options.candidate, runs)
     base = read_base(options.base, runs, fingerprint=candidate.fingerprint, study=candidate.study)
     return base, candidate
-
-
-def print_json(document: dict[str, Any]) -> None:
-    """One JSON document with its schema, without NaN."""
-    print(json.dumps({"schema": 1, **document}, allow_nan=False, ensure_ascii=False))

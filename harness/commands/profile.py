@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.commands.compare import print_json
+from harness.commands.output import print_json
 from harness.errors import EXIT_INCONCLUSIVE, EXIT_INVALID, EXIT_PASS
 
 if TYPE_CHECKING:

@@ -9,11 +9,17 @@ from __future__ import annotations
 import traceback
 from typing import TYPE_CHECKING
 
-from harness.agreement import disagreement, machine_differences, variant_differences
 from harness.errors import UsageError
 from harness.records import store
 from harness.verdicts.baselines import WORD, read_base
-from harness.verdicts.comparand import Comparand, Measured, comparand_of
+from harness.verdicts.comparand import (
+    Comparand,
+    Measured,
+    comparand_of,
+    disagreement,
+    machine_differences,
+    variant_differences,
+)
 from harness.verdicts.compare import compare
 from harness.verdicts.gate import GateResult, Policy, judge, load_policy
 

@@ -1,9 +1,9 @@
 """The card as NVML tells it: the one binding to nvidia-ml-py in this project.
 
 NVML asks the driver and creates no CUDA context, so the parent and a process that will fork may use it. It knows the
-whole machine and not CUDA_VISIBLE_DEVICES, so the card is found by the rules of `harness.machine.visible`. Everything is
-a `Reading`: cards, drivers and containers differ in what they tell, and a counter that is not there must neither end a
-measurement nor count as zero.
+whole machine and not CUDA_VISIBLE_DEVICES, so the card is found by the rules of `harness.machine.visible`. Everything
+is a `Reading`: cards, drivers and containers differ in what they tell, and a counter that is not there must neither end
+a measurement nor count as zero.
 
 Units are base units: NVML's milliwatts, millijoules, megahertz and nanoseconds end here.
 """

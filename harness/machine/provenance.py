@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.machine.nvml import Device, open_device
-from harness.machine.system import memory_bytes
-from harness.meters.settings import settings
+from harness.machine.system import memory_bytes, settings
 from harness.records import codec
 from harness.studies.study import Study
 

@@ -7,15 +7,18 @@ container with a quota that stops every thread for the rest of a period.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from harness.machine.cgroup import cpu_quota, memory_left, memory_limit
-from harness.machine.host import NO_FREQUENCY, ROOT, load_average
+from harness.machine.host import NO_FREQUENCY, ROOT, HostWatch, load_average
 from harness.machine.neighbours import FIRST_PID_NAMESPACE
-from harness.machine.reading import Reading, missing, read_file
+from harness.machine.nvml import open_device
+from harness.machine.reading import Reading, missing, read_file, unavailable
 
 _CPU = "sys/devices/system/cpu"
 _CONTAINERS = ("docker", "kubepods", "containerd", "libpod", "lxc", "crio")
@@ -128,3 +131,41 @@ def _container(root: Path) -> Reading[str]:
     except OSError:
         own_numbers = False
     return Reading(value="process numbers of its own") if own_numbers else missing("nothing looks like a container")
+
+
+MOMENTARY = ("load", "memory_available_bytes", "swap_used_bytes")
+"""Facts of the system that are no settings."""
+
+
+def settings(*, card: bool, root: Path = ROOT) -> dict[str, Any]:
+    """Of the machine (`system`), of its `card`, and which `host_counters_missing` there are, with the reason.
+
+    Values are those of `SystemFacts` and `CardFacts`, or "not available: REASON".
+
+    Args:
+        card: whether trials run on a card; if not, none is asked.
+        root: where the files of the kernel are.
+    """
+    watch = HostWatch(root)
+    watch.begin()
+    watch.end()
+    system = {name: value for name, value in _told(system_facts(root)).items() if name not in MOMENTARY}
+    return {
+        "system": system,
+        "card": _card() if card else unavailable("trials do not run on a card"),
+        "host_counters_missing": watch.missing,
+    }
+
+
+def _card() -> dict[str, Any] | str:
+    opened = open_device()
+    if opened.value is None:
+        return unavailable(opened.reason)
+    facts = opened.value.facts()
+    opened.value.close()
+    return _told(facts)
+
+
+def _told(facts: Any) -> dict[str, Any]:
+    values = {one.name: getattr(facts, one.name) for one in dataclasses.fields(facts)}
+    return {name: value.told() if isinstance(value, Reading) else value for name, value in values.items()}

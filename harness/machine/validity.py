@@ -2,8 +2,8 @@
 
 A rule that looks at the outcome selects it; these look at clocks, heat, memory and the kernel's counters only. Each
 says what was found and where the limit is. Most findings are notices: the statistics bear with noise. Past a second
-limit a trial is not what the study asks about: it is invalid, and is measured again (`harness.run.runner`). That limit is
-far out on purpose: a filter that rejects much is a filter that ends with nothing.
+limit a trial is not what the study asks about: it is invalid, and is measured again (`harness.run.runner`). That limit
+is far out on purpose: a filter that rejects much is a filter that ends with nothing.
 
 Limits rest on one number: within the margin of 5 % two things count as equal, so what may have moved a time by more
 than that is invalid, and a fifth of it is worth a notice.

@@ -16,9 +16,8 @@ from typing import Any
 from harness.machine.host import HostWatch
 from harness.machine.neighbours import neighbours_of
 from harness.machine.nvml import Device, Sample, open_device
-from harness.machine.reading import Reading
+from harness.machine.reading import Reading, missing
 from harness.machine.throttle import IDLE, POWER_CAPPED, PROTECTING
-from harness.meters.energy import energy_between
 from harness.records.record import Notice
 
 UNITS = ("s", "bytes", "hz", "j", "w", "c")
@@ -220,3 +219,32 @@ def card_of(device: str) -> Reading[Device]:
     uuid: Any = getattr(torch.cuda.get_device_properties(device), "uuid", None)
     found = open_device() if uuid is None else open_device(f"GPU-{uuid}")
     return found if found.known else open_device()  # a MIG instance has a UUID of its own, and the environment names it
+
+
+COUNTER_PERIOD_S = 0.1
+"""Longest time between two updates of the counter that is allowed for: an assumption, on the safe side of the 10 ms
+that users report."""
+LEAST_S = 2.0
+"""Shortest stretch whose energy is given: each end is uncertain by up to half a period, so 5 % of it at most."""
+
+
+def energy_between(first: Reading[float], last: Reading[float], seconds: float) -> Reading[float]:
+    """Joules between two readings of the counter that are `seconds` apart.
+
+    Missing where a reading is, where the stretch is shorter than `LEAST_S`, and where the counter went back: it counts
+    in 64 bits since the driver was loaded, so it was reset in between, and what it had counted until then is lost.
+    """
+    if first.value is None or last.value is None:
+        return missing(first.reason or last.reason)
+    if last.value < first.value:
+        return missing(
+            f"the energy counter went back from {first.value:.3f} to {last.value:.3f} J: the driver was reloaded"
+        )
+    if seconds < LEAST_S:
+        return missing(
+            f"{seconds:.2f} s were measured, and the energy counter may move every {COUNTER_PERIOD_S:g} s only: under "
+            f"{LEAST_S:g} s its difference says little"
+        )
+    if last.value == first.value:
+        return missing(f"the energy counter stood still at {first.value:.3f} J for {seconds:.2f} s")
+    return Reading(value=last.value - first.value)

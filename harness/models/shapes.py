@@ -15,6 +15,7 @@ from typing import Any
 
 from harness.errors import impossible
 from harness.models.catalogue import ModelSource, config_file
+from harness.models.families import _TIED_BY_DEFAULT, COUNTED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,11 +75,6 @@ _GGUF_KEYS: dict[str, tuple[str, ...]] = {
     "context": ("context_length",),
 }
 """The same in GGUF, each after "ARCHITECTURE." (gguf specification, section "LLM")."""
-
-_TIED_BY_DEFAULT = frozenset(
-    "bloom cohere cohere2 falcon gemma gemma2 gemma3_text gpt2 gpt_bigcode gpt_neo mpt opt smollm3 starcoder2".split()
-)
-"""Model types whose configuration class in transformers 5.24 ties the head when config.json does not say."""
 
 
 def _config_shape(config: Mapping[str, Any], source: ModelSource) -> ModelShape:
@@ -143,3 +139,31 @@ def open_gguf(path: Path) -> Any:
         raise impossible(
             "catalogue", "model", str(path), f"not a readable GGUF file ({error})", "Download it again."
         ) from None
+
+
+def linear_widths(shape: ModelShape) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of the linear layers of one block, by the name that target_modules would use."""
+    query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    return {
+        "q_proj": (shape.hidden_size, query),
+        "k_proj": (shape.hidden_size, key),
+        "v_proj": (shape.hidden_size, key),
+        "o_proj": (query, shape.hidden_size),
+        "gate_proj": (shape.hidden_size, shape.intermediate_size),
+        "up_proj": (shape.hidden_size, shape.intermediate_size),
+        "down_proj": (shape.intermediate_size, shape.hidden_size),
+    }
+
+
+def counted_widths(shape: ModelShape) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of each linear layer of a block, by name.
+
+    Raises:
+        UsageError: a model type whose layers are not known here.
+    """
+    if shape.architecture not in COUNTED:
+        raise impossible(
+            "flops", "model", shape.architecture, "the linear layers of this model type are not known",
+            f"Counted are {', '.join(sorted(COUNTED))}.",
+        )  # fmt: skip
+    return linear_widths(shape)

@@ -18,12 +18,11 @@ from harness.models import catalogue, shapes
 from harness.models.costs.ceiling import Ceiling, Utilisation, bandwidth_utilisation, ceiling_of
 from harness.models.costs.decoding import decode_cost, mean_context
 from harness.models.costs.flops import StepTokens, TrainingFlops, computed_tokens, row_tokens, training_flops
-from harness.profile.facts import PHASES, PhaseActivity, Profile
+from harness.profile.facts import Profile
+from harness.records.activity import LEAST_STEP_PAIRS, STEP_PHASES, PhaseActivity
 from harness.stats import bootstrap_interval, median_interval
 from harness.verdicts.series import OCCUPANCY_FLOOR
 
-LEAST_PAIRS = 8
-"""Where fewer undisturbed pairs would remain, all count."""
 REMAINDER_LIMIT = 0.02
 """Share of the step above which its phases do not explain it."""
 
@@ -88,12 +87,12 @@ def step_account(profile: Profile) -> StepAccount:
 
     plain, bordered = kept("plain_step_time_s"), kept("bordered_step_time_s")
     step = span_of(plain)
-    phases = [kept(f"phase_{phase}_s") for phase in PHASES]
+    phases = [kept(f"phase_{phase}_s") for phase in STEP_PHASES]
     sums = [sum(times) for times in zip(*phases, strict=True)]
     low, high = bootstrap_interval((plain, *phases), _left)
     return StepAccount(
         step=step,
-        phases=dict(zip(PHASES, map(span_of, phases), strict=True)),
+        phases=dict(zip(STEP_PHASES, map(span_of, phases), strict=True)),
         remainder=Span(value=float(_left(plain, *phases)), low=low, high=high),
         between=span_of(profile.record.samples["between_steps_s"]),
         borders=span_of([slow - fast for fast, slow in zip(plain, bordered, strict=True)]),
@@ -122,7 +121,7 @@ def undisturbed_pairs(profile: Profile) -> Sequence[int]:
     if profile.device != "cpu" or profile.threads > 1:
         return everything
     quiet = [index for index in everything if _occupancy(profile, (index,)) >= OCCUPANCY_FLOOR]
-    return quiet if len(quiet) >= LEAST_PAIRS else everything
+    return quiet if len(quiet) >= LEAST_STEP_PAIRS else everything
 
 
 def _pairs(profile: Profile) -> int:
@@ -154,7 +153,7 @@ def categories_s(profile: Profile, step: StepAccount) -> dict[str, dict[str, flo
         idle = max(0.0, step.phases[phase.phase].value - plain_s(profile, step, phase, phase.busy_s))
         times = {category: plain_s(profile, step, phase, seconds) for category, seconds in phase.categories_s.items()}
         for category, seconds in {**times, IDLE: idle}.items():
-            found.setdefault(category, dict.fromkeys(PHASES, 0.0))[phase.phase] = seconds
+            found.setdefault(category, dict.fromkeys(STEP_PHASES, 0.0))[phase.phase] = seconds
     return dict(sorted(found.items(), key=lambda pair: (pair[0] == IDLE, -sum(pair[1].values()))))
 
 

@@ -12,9 +12,10 @@ from harness.errors import UsageError
 from harness.machine.validity import waiting_share
 from harness.models import catalogue, shapes
 from harness.models.costs.flops import computed_tokens, training_flops
+from harness.models.costs.memory import memory_bytes
 from harness.profile.accounting import IDLE, Ceilings, StepAccount, TokenShares, categories_s, observed, time_of
-from harness.profile.facts import PhaseActivity, Profile
-from harness.run.forecast import memory_bytes
+from harness.profile.facts import Profile
+from harness.records.activity import PhaseActivity
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
 

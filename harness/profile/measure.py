@@ -23,17 +23,18 @@ from harness.models import catalogue, shapes
 from harness.models.costs.ceiling import product_rate
 from harness.models.costs.memory import estimate_memory, stored_dtype
 from harness.models.costs.peaks import Peak, Rate, stated_peak
-from harness.profile.facts import ACCOUNTS, ACTIVITY, PEAKS, TRACE, Activity, Profile
+from harness.profile.facts import Profile
 from harness.records import codec
+from harness.records.activity import ACCOUNTS, ACTIVITY, PEAKS, TRACE, Activity
 from harness.records.memory_account import MEMORY_PHASES, MemoryAccount
 from harness.records.record import Fragment, TrialRecord
-from harness.run.conductor import Site, blank, request_of
 from harness.run.executors import Worker, WorkerLostError
 from harness.run.executors.local import LocalExecutor
 from harness.run.feasibility import check_feasible
 from harness.run.forecast import free_bytes
 from harness.run.measure import greeted
 from harness.run.plan import Plan, Slot, make_plan
+from harness.run.site import Site, blank, request_of
 from harness.studies.study import Study
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload

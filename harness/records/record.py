@@ -10,16 +10,12 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from harness.studies.protocol import Protocol
-from harness.studies.variant import Variant
-from harness.studies.workload import Workload
-
-SCHEMA = 4
+SCHEMA = 5
 """Version of everything in this module. 1: first form. 2: requests say what a trial measures, with which instrument
 it is checked and how much work is injected; records name their side of an A/B. 3: requests to the model's own end;
 training that ends before its planned steps, and runs that were gone on with. 4: trials that are measured again because
-of their surroundings."""
-READABLE = (1, 2, 3, 4)
+of their surroundings. 5: every measuring process is started by one door."""
+READABLE = (1, 2, 3, 4, 5)
 """Schemas that this version reads from disk: later fields have defaults."""
 
 Status = Literal["ok", "invalid", "oom", "timeout", "crashed", "interrupted", "not_run"]
@@ -60,37 +56,6 @@ UNDER_WAY = "UnderWay"
 """Kind of the failure in a record that was written before its trial had ended."""
 DISTURBED = "Disturbed"
 """Kind of the failure of a trial that came to its end in surroundings in which its numbers say nothing of it."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrialRequest:
-    """All that a worker needs to measure one trial; paths are absolute and local to the machine that measures."""
-
-    schema: int = SCHEMA
-    trial: str
-    """Unique within the run, readable: `r1-nf4-r16`."""
-    variant: Variant
-    role: Role
-    replicate: int
-    seed: int
-    """Seeds adapter initialisation, dropout and optimizer; equal for all variants of a replicate."""
-    workload: Workload
-    protocol: Protocol
-    interleaving: Interleaving
-    measures: tuple[Measure, ...]
-    instrument: Instrument = "profile"
-    device: str
-    threads: int
-    tokens_path: str
-    scratch: str
-    """Folder of this trial: saved adapter, compile caches."""
-    log_path: str
-    allow_fallback: bool = False
-    requirements: dict[str, Any] = field(default_factory=dict)
-    """Requirements of the study beside those that follow from the variant; paths as in kernels_check."""
-    injected_rows: int = 0
-    """Rows of an extra matrix product in every adapted layer's forward: a real slow-down of known cause, which shows
-    what a protocol can see. 0 in every measurement of a variant."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,62 +7,10 @@ know what it compares. Values are in base units everywhere (seconds, bytes, toke
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Literal
 
 Unit = Literal["s", "byte", "1/s", "J", "1"]
-Phase = Literal["train", "generate", "cold"]
-PHASES: tuple[Phase, ...] = ("train", "generate", "cold")
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Metric:
-    """A named quantity. `higher_is_better` orients ratios: above 1 is always worse."""
-
-    name: str
-    title: str
-    unit: Unit
-    phase: Phase
-    higher_is_better: bool = False
-
-
-def _metric(name: str, title: str, unit: Unit, phase: Phase, *, higher: bool = False) -> tuple[str, Metric]:
-    return name, Metric(name=name, title=title, unit=unit, phase=phase, higher_is_better=higher)
-
-
-METRICS: dict[str, Metric] = dict(
-    (
-        _metric("step_time_s", "step time", "s", "train"),
-        _metric("step_cpu_time_s", "step CPU time", "s", "train"),
-        _metric("tokens_per_s", "real tokens/s", "1/s", "train", higher=True),
-        _metric("time_per_real_token_s", "time per real token", "s", "train"),
-        _metric("samples_per_s", "samples/s", "1/s", "train", higher=True),
-        _metric("first_step_time_s", "first step", "s", "train"),
-        _metric("energy_per_step_j", "energy per step", "J", "train"),
-        _metric("energy_per_token_j", "energy per real token", "J", "train"),
-        _metric("train_loss", "train loss", "1", "train"),
-        _metric("held_out_loss", "held-out loss", "1", "train"),
-        _metric("request_time_s", "request", "s", "generate"),
-        _metric("first_token_time_s", "time to first token", "s", "generate"),
-        _metric("time_per_output_token_s", "time per output token", "s", "generate"),
-        _metric("output_tokens_per_s", "output tokens/s", "1/s", "generate", higher=True),
-        _metric("natural_request_time_s", "request to its end", "s", "generate"),
-        _metric("natural_tokens", "tokens to the end", "1", "generate"),
-        _metric("natural_time_per_token_s", "per token, to the end", "s", "generate"),
-        _metric("first_call_time_s", "first call", "s", "generate"),
-        _metric("merged_request_time_s", "request, merged", "s", "generate"),
-        _metric("merged_first_token_time_s", "first token, merged", "s", "generate"),
-        _metric("merged_time_per_output_token_s", "per token, merged", "s", "generate"),
-        _metric("cold_start_time_s", "cold start to completion", "s", "cold"),
-        _metric("cold_import_time_s", "import", "s", "cold"),
-        _metric("cold_load_time_s", "load", "s", "cold"),
-        _metric("cold_first_token_time_s", "first token", "s", "cold"),
-        _metric("cold_completion_time_s", "first completion", "s", "cold"),
-    )
-)
-
-PRIMARY: dict[Phase, str] = {"train": "step_time_s", "generate": "request_time_s", "cold": "cold_start_time_s"}
-"""The metric that stands for a phase in pytest-benchmark and in the ratio column."""
 
 _SCALES: dict[Unit, tuple[tuple[float, str], ...]] = {
     "s": ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns")),

@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from harness.records.units import METRICS, format_interval, format_ratio
+from harness.records.metrics import METRICS
+from harness.records.units import format_interval, format_ratio
 from harness.stats import Share
 from harness.verdicts.claims import ClaimResult, ClaimsReport, Judgement, PartResult
 

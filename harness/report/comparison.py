@@ -9,14 +9,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from harness.records.units import METRICS, format_ratio
+from harness.records.metrics import METRICS
+from harness.records.units import format_ratio
 from harness.stats import Comparison, Verdict
 from harness.verdicts.outcome import EXIT_OF, PRECEDENCE, Compared, ComparisonReport
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from harness.records.store import Run
+    from harness.verdicts.ab import Attribution
     from harness.verdicts.gate import GateResult
+
 
 HEADS = ("variant", "metric", "candidate / base", "verdict", "tolerance", "replicates", "reason")
 _COLOURS: dict[Verdict, str] = {
@@ -204,3 +208,36 @@ def _cell(text: str) -> str:
     for character in ("\\", "|", "*", "_", "`", "<", "["):
         text = text.replace(character, f"\\{character}")
     return " ".join(text.split())
+
+
+MOST_PACKAGES = 12
+"""Packages that are listed; an interpreter of its own differs in hundreds."""
+
+
+def print_attribution(attribution: Attribution, run: Run, console: Console) -> None:
+    """Facts of the run, differing packages, and the ratio of each part of the work with its interval."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    sides = run.manifest.sides
+    for side in ("base", "candidate"):
+        console.print(f"  {side:<10}{escape(str(sides[side]['label']))}, harness {escape(str(sides[side]['worker']))}")
+    console.print(f"  {'level':<10}{run.manifest.interleaving}: {escape(run.manifest.why)}")
+    if run.manifest.stopped:
+        console.print(f"  {'stopped':<10}{escape(run.manifest.stopped)}")
+    names = list(attribution.packages)
+    for name in names[:MOST_PACKAGES]:
+        base, candidate = attribution.packages[name]
+        console.print(f"  {'package':<10}{escape(name)}: {base or 'not installed'} → {candidate or 'not installed'}")
+    if len(names) > MOST_PACKAGES:
+        console.print(f"  {'package':<10}and {len(names) - MOST_PACKAGES} more")
+    for difference in attribution.differing:
+        console.print(f"  {'differs':<10}{escape(str(difference))}")
+    table = Table(title="Where the time went (one by one, not corrected for looking at all)", title_justify="left")
+    for head in ("variant", "part", "× base"):
+        table.add_column(head, justify="right" if head == "× base" else "left")
+    for part in attribution.parts:
+        comparison = part.comparison
+        ratio = format_ratio(comparison.ratio, comparison.low, comparison.high)
+        table.add_row(escape(part.variant), METRICS[part.metric].title, escape(ratio))
+    console.print(table)

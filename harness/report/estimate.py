@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from harness.models.costs.memory import MemoryEstimate
     from harness.studies.variant import Variant
     from harness.studies.workload import Workload
+    from harness.trial.building.sizes import Sizes
+
 
 MIB = 2**20
 _BESIDE = {"context": "beside: CUDA's context", "paged_optimizer_state": "beside: paged optimizer state"}
@@ -65,3 +67,22 @@ def _mib(size: int) -> str:
 def _error(estimate: MemoryEstimate, measured: Mapping[str, int]) -> str:
     peak = measured.get(estimate.phase)
     return f"{estimate.total_bytes / peak - 1:+.1%}" if peak else ""
+
+
+_HEADS = ("setting", "trainable parameters", "of the base", "adapter, MiB", "optimizer, MiB", "gradients, MiB")
+
+
+def print_sizes(model: str, sizes: Sequence[Sizes], console: Console) -> None:
+    """One row a variant; exact counts, so no interval."""
+    console.print(f"{escape(model)}: {sizes[0].base_parameters:,} parameters in the base; counted, nothing was loaded")
+    table = Table()
+    for index, head in enumerate(_HEADS):
+        table.add_column(head, justify="right" if index else "left")
+    for one in sizes:
+        table.add_row(
+            escape(one.variant),
+            f"{one.trainable_parameters:,}",
+            f"{100 * one.share:.3f} %",
+            *(f"{size / MIB:.2f}" for size in (one.adapter_bytes, one.optimizer_state_bytes, one.gradient_bytes)),
+        )
+    console.print(table)

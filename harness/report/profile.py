@@ -19,12 +19,14 @@ from harness.profile.accounting import (
     plain_s,
 )
 from harness.profile.diagnosis import OF_WHAT_RAN, RULES, Finding
-from harness.profile.facts import PHASES, Profile
+from harness.profile.facts import Profile
 from harness.profile.remedy import Tried
+from harness.records.activity import STEP_PHASES
 from harness.records.memory_account import in_order, title_of
-from harness.records.units import METRICS, format_bytes, format_interval, format_ratio, format_value
-from harness.report.disturbances import disturbances
+from harness.records.metrics import METRICS
+from harness.records.units import format_bytes, format_interval, format_ratio, format_value
 from harness.report.terminal import print_notices
+from harness.verdicts.disturbance import disturbances
 
 PHASE_TITLES = {
     "data": "data: taking the batch",
@@ -161,11 +163,11 @@ def _step_lines(step: StepAccount) -> Iterator[str]:
 def _categories(profile: Profile, step: StepAccount) -> Table:
     what = "kernels" if profile.device == "cuda" else "operators, each without those that it calls"
     table = Table(title=f"What ran: {what}", title_justify="left", title_style="bold")
-    for index, head in enumerate(("category", "of the step", "time", *PHASES)):
+    for index, head in enumerate(("category", "of the step", "time", *STEP_PHASES)):
         table.add_column(head, justify="right" if index else "left")
     for category, by_phase in categories_s(profile, step).items():
         seconds = sum(by_phase.values())
-        times = (format_value(by_phase[phase], "s") if by_phase[phase] else "–" for phase in PHASES)
+        times = (format_value(by_phase[phase], "s") if by_phase[phase] else "–" for phase in STEP_PHASES)
         table.add_row(category, f"{seconds / step.step.value:.1%}", format_value(seconds, "s"), *times)
     return table
 

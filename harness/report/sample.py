@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from harness.sample import Sample
+from harness.errors import UsageError
+from harness.models import catalogue, shapes
+from harness.records.record import TrialRecord
+from harness.records.store import Run
 
 
 def print_samples(samples: Sequence[Sample], title: str, console: Console) -> None:
@@ -27,3 +32,83 @@ def print_samples(samples: Sequence[Sample], title: str, console: Console) -> No
             body.append(f"{text.strip() or '(nothing)'}\n\n")
         body.rstrip()
         console.print(Panel(body, title=f"prompt {number}", title_align="left"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One prompt and what followed it."""
+
+    prompt: str
+    reference: str
+    """How the held-out record goes on."""
+    untrained: str | None
+    """The base model's answer; None where it was not asked."""
+    trained: str
+    tokens: int
+    """Tokens of the trained answer, the one that ends it included."""
+    ended: bool
+    """Whether the model ended the answer itself; otherwise it was cut at the workload's limit."""
+
+
+def read_samples(run: Run, variant: str, *, replicate: int = 0, count: int | None = None) -> tuple[Sample, ...]:
+    """The answers of one variant in one replicate, in the order of the prompts.
+
+    Args:
+        run: a run whose workload has `natural_tokens`.
+        variant: its name in the study.
+        replicate: which of the trained adapters, from 0.
+        count: as many at most; None for all.
+
+    Raises:
+        UsageError: no such variant or replicate, or no answers in the run, with what there is.
+    """
+    record = _record(run, variant, replicate)
+    examples = run.manifest.tokens.get("examples", [])
+    prompts = [key.removeprefix("answer_") for key in record.tokens if key.startswith("answer_")]
+    chosen = sorted(map(int, prompts))[:count]
+    if not chosen or not examples:
+        raise UsageError(
+            f"run {run.manifest.run}: no whole answers were measured. They need natural_tokens in the study's "
+            "[workload] and the phase generate."
+        )
+    source = catalogue.resolve(run.manifest.study["workload"]["model"])
+    from harness.trial.data.tokenizers import load_tokenizer
+
+    tokenizer, _ = load_tokenizer(source, vocab_size=shapes.shape(source).vocab_size)
+    limit = int(run.manifest.study["workload"]["natural_tokens"])
+    return tuple(_sample(record, index, examples[index], tokenizer, limit) for index in chosen)
+
+
+def _record(run: Run, variant: str, replicate: int) -> TrialRecord:
+    records = [
+        record
+        for record in run.records
+        if record.role == "variant" and any(key.startswith("answer_") for key in record.tokens)
+    ]
+    names = list(dict.fromkeys(record.name for record in records))
+    if variant not in names:
+        known = ", ".join(names) or "none"
+        raise UsageError(f"variant {variant!r}: run {run.manifest.run} has no answers of it. It has those of: {known}.")
+    found = {record.replicate: record for record in records if record.name == variant}
+    if replicate not in found:
+        raise UsageError(
+            f"replicate = {replicate}: run {run.manifest.run} has {', '.join(map(str, sorted(found)))} of {variant}."
+        )
+    return found[replicate]
+
+
+def _sample(record: TrialRecord, index: int, example: dict[str, str], tokenizer: Any, limit: int) -> Sample:
+    trained: Sequence[int] = record.tokens[f"answer_{index}"]
+    untrained = record.tokens.get(f"untrained_{index}")
+    return Sample(
+        prompt=example["prompt"],
+        reference=example["reference"],
+        untrained=None if untrained is None else _text(tokenizer, untrained),
+        trained=_text(tokenizer, trained),
+        tokens=len(trained),
+        ended=len(trained) < limit or trained[-1] == tokenizer.eos_token_id,
+    )
+
+
+def _text(tokenizer: Any, tokens: Sequence[int]) -> str:
+    return str(tokenizer.decode(tokens, skip_special_tokens=True))

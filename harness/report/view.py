@@ -13,9 +13,10 @@ from typing import Any
 
 from harness.machine.provenance import power_limit_w
 from harness.records import codec
+from harness.records.metrics import METRICS, PHASES, Phase
 from harness.records.record import Notice, Role, TrialRecord
 from harness.records.store import Run
-from harness.records.units import METRICS, PHASES, Phase, format_bytes, format_interval, format_ratio
+from harness.records.units import format_bytes, format_interval, format_ratio
 from harness.report.standing import replicates_said, standing
 from harness.stats import Comparison
 from harness.studies.study import Study

@@ -9,16 +9,15 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from harness.records import codec
-from harness.records.record import UNDER_WAY, Failure, Fragment, Measure, Status, TrialRecord, TrialRequest
+from harness.records.record import UNDER_WAY, Failure, Fragment, Measure, Status, TrialRecord
 from harness.run.budget import Budget, Kind
 from harness.run.executors import Executor, Worker, WorkerLostError
 from harness.run.plan import Group, Plan, Slot
-from harness.studies.variant import Variant
+from harness.run.site import Site, blank, request_of
 
 CHECKPOINT_S = 30.0
 """Records of trials under way are saved no more often than this: a sync costs milliseconds, and shorter groups are
@@ -35,24 +34,6 @@ class Watcher(Protocol):
 
     def trial_ended(self, record: TrialRecord) -> None:
         """A trial has its record."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Site:
-    """Where a run happens: what every request of it has in common."""
-
-    run_path: Path
-    scratch: Path
-    device: str
-    threads: int
-    tokens_path: str
-    tokens: dict[str, Any]
-    own: Mapping[str, Site] = field(default_factory=dict)
-    """The same for variants that have a workload of their own, by name."""
-
-    def of(self, variant: Variant) -> Site:
-        """What the requests of this variant have in common."""
-        return self.own.get(variant.name, self)
 
 
 class Conductor:
@@ -266,47 +247,3 @@ class Conductor:
         if turn is not None:
             changes["turn_lengths"] = (*record.turn_lengths, len(fragment.samples.get("step_time_s", ())))
         self._records[trial] = record.replaced(**changes)
-
-
-def blank(plan: Plan, slot: Slot, status: Status) -> TrialRecord:
-    """The record of a trial that has nothing yet."""
-    return TrialRecord(
-        trial=slot.trial,
-        status=status,
-        name=slot.variant.name,
-        variant=slot.variant.id,
-        role=slot.role,
-        replicate=slot.replicate,
-        position=slot.position,
-        interleaving=slot.interleaving,
-        side=slot.side,
-        seed=slot.seed,
-        started_unix_s=0.0,
-        wall_time_s=0.0,
-        log=f"logs/{slot.trial}.log",
-    )
-
-
-def request_of(plan: Plan, slot: Slot, site: Site, log: str) -> TrialRequest:
-    """All that a worker must know of a trial; `log` names the log of its process."""
-    study, site = plan.study, site.of(slot.variant)
-    return TrialRequest(
-        trial=slot.trial,
-        variant=slot.variant,
-        role=slot.role,
-        replicate=slot.replicate,
-        seed=slot.seed,
-        workload=study.workload_of(slot.variant),
-        protocol=study.protocol,
-        interleaving=slot.interleaving,
-        measures=slot.measures,
-        instrument=slot.instrument,
-        injected_rows=slot.injected_rows,
-        device=site.device,
-        threads=site.threads,
-        tokens_path=site.tokens_path,
-        scratch=str(site.scratch / slot.trial),
-        log_path=str((site.run_path / "logs" / f"{log}.log").resolve()),
-        allow_fallback=study.allow_fallback,
-        requirements=study.requirements,
-    )

@@ -16,9 +16,9 @@ from harness.errors import LorameterError
 from harness.machine.provenance import Machine, free_device_memory
 from harness.machine.system import memory_available_bytes
 from harness.models import catalogue, shapes
-from harness.models.costs.lora import adapter_parameters, linear_widths
-from harness.models.costs.memory import CUDA_CONTEXT_BYTES, PROCESS_BYTES, estimate_memory, stored_dtype
-from harness.models.shapes import ModelShape
+from harness.models.costs.lora import adapter_parameters
+from harness.models.costs.memory import CUDA_CONTEXT_BYTES, estimate_memory, stored_dtype
+from harness.models.shapes import ModelShape, linear_widths
 from harness.records import codec, store
 from harness.run.plan import Group, Plan
 from harness.studies.variant import Variant
@@ -117,12 +117,6 @@ def measured_peaks(workload: Workload, machine: Machine, runs: Path, kind: str) 
                 if kind in record.memory and record.name not in others:
                     peaks[record.variant] = max(peaks.get(record.variant, 0), record.memory[kind])
     return peaks
-
-
-def memory_bytes(variant: Variant, workload: Workload, shape: ModelShape, device: str = "cpu") -> int:
-    """Expected peak of training beyond the bare process (`harness.models.costs.memory`)."""
-    expected = estimate_memory(variant, workload, shape, device=device)
-    return expected.total_bytes - (PROCESS_BYTES if device == "cpu" else 0)
 
 
 def _time(plan: Plan, machine: Machine, shape: ModelShape, runs: Path) -> tuple[float | None, str]:

@@ -19,11 +19,11 @@ from harness.errors import InvalidRunError
 from harness.machine import provenance
 from harness.machine.provenance import Machine
 from harness.records import store
+from harness.records.metrics import PHASES
 from harness.records.record import Notice, Side
 from harness.records.store import Manifest, Run, RunWriter
-from harness.records.units import PHASES
 from harness.run.budget import Budget
-from harness.run.conductor import Site, Watcher
+from harness.run.conductor import Watcher
 from harness.run.executors import Executor
 from harness.run.executors.host import Host
 from harness.run.executors.local import LocalExecutor
@@ -33,6 +33,7 @@ from harness.run.levels import choose_level
 from harness.run.plan import Plan, make_plan, members_of
 from harness.run.resume import continued
 from harness.run.runner import Measured, kept, run_plan, unsettled
+from harness.run.site import Site
 from harness.run.stopping import Stopping
 from harness.studies.study import Study
 from harness.studies.variant import Variant

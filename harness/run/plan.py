@@ -20,8 +20,8 @@ from typing import Any
 
 from harness.errors import UsageError
 from harness.records import codec
+from harness.records.metrics import PHASES
 from harness.records.record import Instrument, Interleaving, Measure, Role, Side
-from harness.records.units import PHASES
 from harness.studies.study import Study
 from harness.studies.variant import Variant
 

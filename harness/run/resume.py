@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from harness.agreement import differences
 from harness.errors import UsageError
 from harness.machine import provenance
 from harness.machine.provenance import Machine
@@ -23,6 +22,7 @@ from harness.records.record import Notice
 from harness.records.store import Manifest, Resumption, Run
 from harness.run.plan import Plan, make_plan
 from harness.studies.study import Study
+from harness.verdicts.comparand import differences
 
 
 def read_broken_off(name: str, runs: Path, *, study: str | None = None) -> Run:

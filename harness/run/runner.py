@@ -16,9 +16,10 @@ from dataclasses import dataclass
 
 from harness.records.record import TrialRecord
 from harness.run.budget import Budget
-from harness.run.conductor import Conductor, Site, Watcher, blank
+from harness.run.conductor import Conductor, Watcher
 from harness.run.executors import Executor
 from harness.run.plan import Group, Plan
+from harness.run.site import Site, blank
 from harness.verdicts.disturbance import judged
 
 Stop = Callable[[Sequence[TrialRecord]], str | None]

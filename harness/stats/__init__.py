@@ -11,19 +11,16 @@ that command lines and type annotations pay nothing.
 
 from __future__ import annotations
 
-from harness.stats.autocorrelation import effective_size
-from harness.stats.bootstrap import bootstrap_interval
-from harness.stats.comparison import Pairing, compare_trials
+from harness.stats.comparison import Pairing, compare_family, compare_trials, step_down
 from harness.stats.drops import KeptPairs, kept_pairs
-from harness.stats.estimate import Estimate, estimate_trials
-from harness.stats.explained import Share, explained_share
-from harness.stats.family import compare_family, step_down
+from harness.stats.estimate import Estimate, estimate_trials, is_precise, relative_half_width
+from harness.stats.intervals import bootstrap_interval
 from harness.stats.memory import compare_bytes
-from harness.stats.outliers import OutlierLabel, label_outliers
 from harness.stats.power import replicates_to_see, sd_interval
-from harness.stats.precision import is_precise, relative_half_width
-from harness.stats.quantiles import QuantileEstimate, median_interval, percentile
+from harness.stats.quantiles import QuantileEstimate, effective_size, median_interval, percentile
+from harness.stats.samples import OutlierLabel, label_outliers
 from harness.stats.shift import RunWideShift, run_wide_shift
+from harness.stats.trend import Share, explained_share
 from harness.stats.verdict import Comparison, Verdict
 from harness.stats.warmup import WarmupKind, WarmupResult, is_steady, warmup_end
 

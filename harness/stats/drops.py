@@ -12,8 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from harness.stats.intervals import sign_test
 from harness.stats.samples import checked_number
-from harness.stats.sign import sign_test
 from harness.stats.verdict import checked_alpha
 
 if TYPE_CHECKING:

@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING
 
 from harness.stats.effect import from_log
 from harness.stats.intervals import quantile
-from harness.stats.samples import checked_trials
+from harness.stats.samples import checked_number, checked_trials
 from harness.stats.verdict import checked_alpha
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from numpy import float64
     from numpy.typing import NDArray
+
+    from harness.stats.verdict import Comparison
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,3 +79,28 @@ def _estimate(arrays: Sequence[NDArray[float64]], alpha: float) -> Estimate:
     return Estimate(
         value=value, low=low, high=high, replicates=len(arrays), samples=sum(array.size for array in arrays)
     )
+
+
+def is_precise(comparisons: Iterable[Comparison], *, half_width: float, least_replicates: int = 5) -> bool:
+    """Whether every comparison has its replicates and an interval no wider than ± `half_width` (a fraction).
+
+    Pass comparisons whose intervals are all of one level (`compare_trials` with a fixed `family`): Holm's narrow with
+    every comparison that is decided, and would let significance in again. False of no comparison, and where an interval
+    has no end: nothing was measured that could be precise.
+    Raises ValueError for half_width <= 0 and for least_replicates < 2.
+    """
+    limit = checked_number("half_width", half_width, at_least=0, strictly=True)
+    checked_number("least_replicates", least_replicates, at_least=2, strictly=False)
+    widths = [relative_half_width(one) if one.replicates >= least_replicates else None for one in comparisons]
+    return bool(widths) and all(width is not None and width <= limit for width in widths)
+
+
+def relative_half_width(comparison: Comparison) -> float | None:
+    """Half the interval of the log ratio, as a fraction: 0.02 if it reaches from ratio/1.02 to ratio*1.02.
+
+    None where an end is missing or zero, which is infinitely far off on the log scale.
+    """
+    if not comparison.low or comparison.high is None:
+        return None
+    half = (math.log(comparison.high) - math.log(comparison.low)) / 2
+    return math.expm1(half)

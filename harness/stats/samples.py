@@ -11,7 +11,7 @@ import math
 import reprlib
 from collections.abc import Sized
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -90,3 +90,27 @@ def _converted(where: str, samples: list[object]) -> NDArray[float64]:
                 f"{where} sample {index} is {reprlib.repr(sample)}: too large for a float; check its unit"
             ) from error
     return values
+
+
+OutlierLabel = Literal["none", "mild", "severe"]
+
+_MILD_IQR = 1.5
+_SEVERE_IQR = 3.0
+
+
+def label_outliers(samples: Sequence[float]) -> tuple[OutlierLabel, ...]:
+    """One label a sample, in order; () of none. Values on a fence are inside it.
+
+    Where more than half of the samples are one value the range between the quartiles is zero, and every other value is
+    `severe`. Raises ValueError for NaN or infinite samples.
+    """
+    import numpy as np
+
+    if len(samples) == 0:
+        return ()
+    values = checked_samples("samples", samples, positive=False)
+    first_quartile, third_quartile = np.quantile(values, [0.25, 0.75])
+    distance = np.maximum(first_quartile - values, values - third_quartile)
+    spread = third_quartile - first_quartile
+    labels = np.select([distance > _SEVERE_IQR * spread, distance > _MILD_IQR * spread], ["severe", "mild"], "none")
+    return cast("tuple[OutlierLabel, ...]", tuple(labels.tolist()))

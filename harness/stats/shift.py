@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from harness.stats.effect import from_log
+from harness.stats.intervals import sign_test
 from harness.stats.samples import checked_number, checked_samples
-from harness.stats.sign import sign_test
 from harness.stats.verdict import checked_alpha
 
 if TYPE_CHECKING:

@@ -6,7 +6,8 @@ says = "inference gets faster as alpha rises"
 original = "3.48 s at alpha 16, 2.56 s at alpha 256"        # what the source published, for the report
 parts = [{ rule = "trend-down", axis = "lora_alpha", metric = "request_time_s" }]
 
-A claim is the conjunction of its parts: supported if every part is, refuted if one part is. `harness.verdicts.claims` judges.
+A claim is the conjunction of its parts: supported if every part is, refuted if one part is. `harness.verdicts.claims`
+judges.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from harness.errors import UsageError
-from harness.records.units import METRICS
+from harness.records.metrics import METRICS
 
 Rule = Literal[
     "trend-up", "trend-down", "no-trend", "equal", "differs", "highest", "lowest", "best", "largest-effect", "rises"

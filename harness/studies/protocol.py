@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from harness.errors import UsageError
-from harness.records.units import PHASES, Phase
+from harness.records.metrics import PHASES, Phase
 
 Effort = Literal["quick", "standard", "rigorous"]
 PRECISION_REPLICATES = 40
@@ -62,8 +62,8 @@ class Protocol:
     is a sound choice), but not before 5 replicates; `replicates` is the cap. None measures all replicates."""
     max_minutes: float | None = None
     """Minutes that measuring may take, counted anew when a run is gone on with. No further replicate is begun that
-    would end later, and within one whole rounds are dropped, for all variants alike (`harness.run.budget`). None sets no
-    limit."""
+    would end later, and within one whole rounds are dropped, for all variants alike (`harness.run.budget`). None sets
+    no limit."""
 
     def __post_init__(self) -> None:
         for key, least in (

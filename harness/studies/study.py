@@ -14,7 +14,7 @@ from pathlib import PurePath
 from typing import Any
 
 from harness.errors import UsageError
-from harness.records.units import PRIMARY, Phase
+from harness.records.metrics import PRIMARY, Phase
 from harness.studies.claim import LINEAR, Claim
 from harness.studies.protocol import PRECISION_REPLICATES, Protocol
 from harness.studies.variant import Variant

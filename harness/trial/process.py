@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import gc
 import logging
 import resource
+from pathlib import Path
 
 import torch
 
-from harness.records.record import TrialRequest
-from harness.trial.profiling.pages import give_back_free
+from harness.studies.request import TrialRequest
 
 INT8_LOGGER = "bitsandbytes.autograd._functions"
 """Warns of a cast in every forward of every int8 layer, which would be inside the timed window."""
@@ -41,3 +43,31 @@ def prepare_process(request: TrialRequest) -> None:
         limit = request.protocol.memory_limit_bytes
         if limit is not None:
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+_STATM = Path("/proc/self/statm")
+
+
+def resident_now() -> int:
+    """Bytes of the resident set; some microseconds."""
+    return int(_STATM.read_text().split()[1]) * _page_size()
+
+
+def give_back_free() -> int | None:
+    """Have malloc give back every page that holds nothing; the bytes by which the resident set fell.
+
+    None where the C library cannot be told to (malloc_trim(3) is glibc's).
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is None:
+        return None
+    before = resident_now()
+    trim(0)
+    return max(0, before - resident_now())
+
+
+@functools.cache
+def _page_size() -> int:
+    import resource
+
+    return resource.getpagesize()

@@ -11,9 +11,9 @@ import dataclasses
 import time
 from collections.abc import Callable
 
-from harness.machine.watch import Watch
-from harness.meters.energy import LEAST_S
-from harness.records.record import Fragment, TrialRequest
+from harness.machine.watch import LEAST_S, Watch
+from harness.records.record import Fragment
+from harness.studies.request import TrialRequest
 
 PHASE_OF = {"turn": "train", "profile": "train", "request": "generate", "natural": "generate"}
 """The commands that time something, and the one that takes steps apart."""

@@ -21,9 +21,11 @@ import torch
 import kernels_check
 from harness.errors import LorameterError
 from harness.records import codec
-from harness.records.record import Failure, Fragment, Notice, TrialRequest
+from harness.records.record import Failure, Fragment, Notice
 from harness.stats import is_steady
-from harness.trial.building.build import Trainee, build, save_initial, unpack_4bit
+from harness.studies.request import TrialRequest
+from harness.trial.building.build import Trainee, build, unpack_4bit
+from harness.trial.building.lora import save_initial
 from harness.trial.building.requirements import requirements_of
 from harness.trial.building.shared import Seat, SharedBase
 from harness.trial.clock import Lap, Stopwatch

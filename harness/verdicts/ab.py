@@ -16,16 +16,30 @@ from typing import Any
 from harness.errors import UsageError
 from harness.machine.provenance import differing_packages
 from harness.records import codec
+from harness.records.metrics import METRICS, PHASES, PRIMARY
 from harness.records.record import Interleaving, Notice
 from harness.records.store import Run
-from harness.records.units import METRICS, PHASES, PRIMARY
 from harness.report.view import PEAKS
 from harness.stats import Comparison, Pairing
 from harness.studies.study import Study
-from harness.verdicts.comparand import BYTES_SUFFIX, Measured, control_faults, listed, measured_of, run_faults
-from harness.verdicts.compare import LimitsOf, compare_measured, default_limits
+from harness.verdicts.comparand import (
+    BYTES_SUFFIX,
+    Difference,
+    Measured,
+    control_faults,
+    listed,
+    measured_of,
+    run_faults,
+)
 from harness.verdicts.notices import run_notices
-from harness.verdicts.outcome import Compared, ComparisonReport, Difference, without_numbers
+from harness.verdicts.outcome import (
+    Compared,
+    ComparisonReport,
+    LimitsOf,
+    compare_measured,
+    default_limits,
+    without_numbers,
+)
 from harness.verdicts.series import Series, compare_series, series_of, undisturbed, with_drops, without_equivalent
 
 Key = tuple[str, str]

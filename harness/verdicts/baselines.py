@@ -15,7 +15,7 @@ from pathlib import Path
 from harness.errors import InvalidRunError, UsageError
 from harness.records import codec, store
 from harness.report.view import view_of
-from harness.verdicts.comparand import Comparand, comparand_of, read_comparand
+from harness.verdicts.comparand import Comparand, comparand_of
 
 WORD = "baseline"
 """Names the accepted run of the candidate's fingerprint and study, in place of a base."""
@@ -125,3 +125,21 @@ def _write(path: Path, baselines: Baselines) -> None:
         file.flush()
         os.fsync(file.fileno())
     draft.replace(path)
+
+
+def read_comparand(name: str, runs: Path) -> Comparand:
+    """A run by id or directory, or a pytest-benchmark file.
+
+    Raises:
+        UsageError: none of these, or one that cannot be read.
+    """
+    if Path(name).is_file():
+        from harness.verdicts.benchmark_json import read_benchmark_json
+
+        return read_benchmark_json(Path(name))
+    try:
+        return comparand_of(store.read_run(name, runs))
+    except UsageError as error:
+        if (runs / name).is_dir() or Path(name).exists():
+            raise
+        raise UsageError(f"{error} A pytest-benchmark .json file works too; there is none at {name!r}.") from None

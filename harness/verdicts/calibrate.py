@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from harness.errors import InvalidRunError
+from harness.records.metrics import PRIMARY, Phase
 from harness.records.store import Run
-from harness.records.units import PRIMARY, Phase
 from harness.stats import Comparison, Pairing, compare_trials, replicates_to_see, sd_interval
 from harness.stats.comparison import effect_of
 from harness.studies.variant import Variant

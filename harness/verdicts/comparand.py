@@ -9,15 +9,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from harness.errors import UsageError
 from harness.machine import provenance
-from harness.records import codec, store
+from harness.machine.provenance import POWER_LIMIT
+from harness.records import codec
+from harness.records.metrics import METRICS
 from harness.records.record import Notice, TrialRecord
 from harness.records.store import Run
-from harness.records.units import METRICS
 from harness.report.view import view_of
 from harness.stats import Comparison
 from harness.studies.study import Study
@@ -72,24 +72,6 @@ class Comparand:
     def without(self, names: frozenset[str]) -> Comparand:
         """This side with some variants left out on purpose."""
         return dataclasses.replace(self, sides={name: side for name, side in self.sides.items() if name not in names})
-
-
-def read_comparand(name: str, runs: Path) -> Comparand:
-    """A run by id or directory, or a pytest-benchmark file.
-
-    Raises:
-        UsageError: none of these, or one that cannot be read.
-    """
-    if Path(name).is_file():
-        from harness.verdicts.benchmark_json import read_benchmark_json
-
-        return read_benchmark_json(Path(name))
-    try:
-        return comparand_of(store.read_run(name, runs))
-    except UsageError as error:
-        if (runs / name).is_dir() or Path(name).exists():
-            raise
-        raise UsageError(f"{error} A pytest-benchmark .json file works too; there is none at {name!r}.") from None
 
 
 def comparand_of(run: Run) -> Comparand:
@@ -183,3 +165,83 @@ def _trial_faults(record: TrialRecord, study: Study) -> Iterator[str]:
         for check in record.checks:
             if check.get("required") is not None and check.get("status") != "active":
                 yield f"trial {record.trial}: required path {check.get('path')} is {check.get('status')}, not active"
+
+
+def machine_differences(base: Comparand, candidate: Comparand) -> list[Difference]:
+    """Facts of machine, libraries and workload that must agree and do not; unknown facts agree with nothing."""
+    if base.absent is not None:
+        return []
+    ours, theirs = base.facts, candidate.facts
+    if ours is None or theirs is None:
+        words = ["unknown" if facts is None else "known" for facts in (ours, theirs)]
+        return [Difference(field="fingerprint", base=words[0], candidate=words[1])]
+    return fact_differences(codec.to_json(ours), codec.to_json(theirs))
+
+
+def fact_differences(base: Mapping[str, Any], candidate: Mapping[str, Any]) -> list[Difference]:
+    """Facts of machine, libraries and workload that differ. A power limit that one side did not record differs from
+    nothing: it was not recorded at first, and such runs stay comparable. `unknown_power_limit` says so."""
+    found = differences(base, candidate)
+    return [one for one in found if one.field != POWER_LIMIT or None not in (one.base, one.candidate)]
+
+
+def unknown_power_limit(base: Comparand, candidate: Comparand) -> Notice | None:
+    """That only one of two runs on a card says under which power limit it was measured."""
+    sides = [(side.name, side.facts) for side in (base, candidate) if side.facts and side.facts.get("device") == "cuda"]
+    limits = [facts[POWER_LIMIT] for _, facts in sides if POWER_LIMIT in facts]
+    silent = [name for name, facts in sides if POWER_LIMIT not in facts]
+    if not (limits and silent):
+        return None
+    return Notice(
+        code="power-limit-unknown",
+        message=f"{silent[0]} does not say under which power limit its card was, and the other side was under "
+        f"{limits[0]} W: what differs may be the limit's doing.",
+        remedy="Measure it again, or make sure that the limit was the same then.",
+    )
+
+
+def variant_differences(name: str, base: Comparand, candidate: Comparand) -> list[Difference]:
+    """How a variant changed under its name."""
+    ours, theirs = base.sides.get(name), candidate.sides.get(name)
+    if ours is None or theirs is None or ours.id == theirs.id or None in (ours.id, theirs.id):
+        return []
+    if ours.variant is None or theirs.variant is None or ours.variant == theirs.variant:
+        return [Difference(field=f"variant {name}", base=ours.id, candidate=theirs.id)]
+    return [
+        Difference(
+            field=f"variant {name}: {key}",
+            base=codec.to_json(getattr(ours.variant, key)),
+            candidate=codec.to_json(getattr(theirs.variant, key)),
+        )
+        for key in theirs.variant.differences(ours.variant)
+    ]
+
+
+def differences(base: Mapping[str, Any], candidate: Mapping[str, Any], prefix: str = "") -> list[Difference]:
+    """Fields of two tables that differ, by dotted name; what one lacks is None there."""
+    found: list[Difference] = []
+    for key in dict.fromkeys((*base, *candidate)):
+        ours, theirs = base.get(key), candidate.get(key)
+        if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+            found += differences(ours, theirs, f"{prefix}{key}.")
+        elif ours != theirs or (key in base) != (key in candidate):
+            found.append(Difference(field=f"{prefix}{key}", base=ours, candidate=theirs))
+    return found
+
+
+def disagreement(found: Sequence[Difference], *, force: bool = True) -> str:
+    """The reason of the verdict `not_comparable`; `force`: whether that option is there to be named."""
+    remedy = "Measure the base again under the same conditions" + (", or see a ratio with --force" if force else "")
+    return f"{'; '.join(map(str, found))}. {remedy}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """A field that should agree and does not."""
+
+    field: str
+    base: Any
+    candidate: Any
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.base!r} in the base, {self.candidate!r} in the candidate"

@@ -13,46 +13,35 @@ import dataclasses
 import difflib
 import fnmatch
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
-from harness.agreement import disagreement, machine_differences, unknown_power_limit, variant_differences
 from harness.errors import InvalidRunError, UsageError
+from harness.records.metrics import METRICS, PHASES, PRIMARY
 from harness.records.record import Interleaving, Notice
-from harness.records.units import METRICS, PHASES, PRIMARY
 from harness.report.view import PEAKS
-from harness.stats import Comparison, Pairing, compare_bytes, compare_family, run_wide_shift
-from harness.stats.comparison import effect_of
-from harness.verdicts.comparand import BYTES_SUFFIX, Comparand, Measured
-from harness.verdicts.outcome import Compared, ComparisonReport, without_numbers
-from harness.verdicts.series import Trials
+from harness.stats import Comparison, run_wide_shift
+from harness.verdicts.comparand import (
+    BYTES_SUFFIX,
+    Comparand,
+    Measured,
+    disagreement,
+    machine_differences,
+    unknown_power_limit,
+    variant_differences,
+)
+from harness.verdicts.outcome import (
+    TOLERANCE,
+    Compared,
+    ComparisonReport,
+    LimitsOf,
+    compare_measured,
+    default_limits,
+    without_numbers,
+)
 
 INTERLEAVING: Interleaving = "separate"
-TOLERANCE = 0.01
-MARGIN = 0.05
-ALPHA = 0.05
 FEWEST_FOR_SHIFT = 6
 """Fewer than 6 of 6 on one side can be chance at 5 % (two-sided sign test)."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """The limits of one comparison, as fractions."""
-
-    tolerance: float = TOLERANCE
-    """Smallest slow-down, or growth of a peak, worth an alarm."""
-    margin: float = MARGIN
-    """Within it two things count as equal."""
-
-
-LimitsOf = Callable[[str, str], Limits]
-"""Limits by variant and metric."""
-
-
-def default_limits(variant: str, metric: str) -> Limits:
-    """The same limits for everything, but exactness for computed bytes."""
-    computed = metric.endswith(BYTES_SUFFIX) and "peak" not in metric and not metric.startswith("host_")
-    return Limits(tolerance=0.0) if computed else Limits()
 
 
 def compare(
@@ -182,58 +171,6 @@ def _forbidden(base: Comparand, candidate: Comparand, name: str, metric: str) ->
     return None
 
 
-def compare_measured(
-    pairs: Mapping[tuple[str, str], tuple[Measured, Measured]],
-    limits_of: LimitsOf,
-    pairing_of: Callable[[tuple[str, str]], Pairing] = lambda key: "none",
-) -> dict[tuple[str, str], Comparison]:
-    """Memory by its maximum; times as one family. What cannot be computed is invalid, with the reason.
-
-    `pairing_of` says by variant and metric what trial i of either side have in common; of other times: nothing.
-    """
-    found: dict[tuple[str, str], Comparison] = {}
-    times: dict[tuple[str, str], tuple[Trials, Trials]] = {}
-    for key, (ours, theirs) in pairs.items():
-        metric = key[1]
-        try:
-            if metric.endswith(BYTES_SUFFIX):
-                tolerance = limits_of(*key).tolerance
-                found[key] = compare_bytes(ours.peaks[metric], theirs.peaks[metric], tolerance=tolerance)
-                continue
-            trials = _oriented(ours, metric), _oriented(theirs, metric)
-            effect = effect_of(*trials, pairing_of(key))  # refuses here what would stop the whole family
-        except ValueError as error:
-            found[key] = without_numbers("invalid", f"the samples cannot be compared: {error}")
-            continue
-        reasons = dict.fromkeys(side.no_interval for side in (ours, theirs) if side.no_interval)
-        if reasons:
-            found[key] = dataclasses.replace(
-                without_numbers("inconclusive", "; ".join(map(str, reasons))),
-                ratio=math.exp(effect.log_ratio),
-                replicates=effect.replicates,
-            )
-        else:
-            times[key] = trials
-    return found | _family(times, limits_of, pairing_of)
-
-
-def _family(
-    pairs: Mapping[tuple[str, str], tuple[Trials, Trials]],
-    limits_of: LimitsOf,
-    pairing_of: Callable[[tuple[str, str]], Pairing],
-) -> dict[tuple[str, str], Comparison]:
-    """One Holm family, each comparison with its own limits and pairing."""
-    keys = {f"{name}, {metric}": (name, metric) for name, metric in pairs}
-    results = compare_family(
-        {label: pairs[key] for label, key in keys.items()},
-        pairing={label: pairing_of(key) for label, key in keys.items()},
-        tolerance={label: limits_of(*key).tolerance for label, key in keys.items()},
-        margin={label: limits_of(*key).margin for label, key in keys.items()},
-        alpha=ALPHA,
-    )
-    return {keys[label]: result for label, result in results.items()}
-
-
 def _shifted(found: Mapping[tuple[str, str], Comparison]) -> dict[tuple[str, str], Comparison]:
     """Every time as invalid, if nearly all moved alike: then it was the machine. {} if it was not.
 
@@ -255,14 +192,6 @@ def _shifted(found: Mapping[tuple[str, str], Comparison]) -> dict[tuple[str, str
         for key, comparison in times.items()
         if comparison.verdict != "invalid"
     }
-
-
-def _oriented(side: Measured, metric: str) -> Trials:
-    """Samples of which more is worse."""
-    trials = side.trials[metric]
-    if metric not in METRICS or not METRICS[metric].higher_is_better:
-        return trials
-    return [tuple(1 / sample if sample else 0.0 for sample in trial) for trial in trials]
 
 
 def _without_equality(comparison: Comparison) -> Comparison:

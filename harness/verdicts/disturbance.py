@@ -7,10 +7,10 @@ its times would select them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from harness.machine.validity import Finding, judge
-from harness.records.record import DISTURBED, Failure, TrialRecord
+from harness.records.record import DISTURBED, Failure, Notice, TrialRecord
 from harness.verdicts.series import occupancy
 
 WHILE = {"train": "training", "generate": "generating"}
@@ -38,3 +38,21 @@ def judged(record: TrialRecord, *, on_cpu: bool) -> TrialRecord:
         return record
     message = "; ".join(f"while {WHILE[phase]} {finding.message}" for phase, finding in past)
     return record.replaced(status="invalid", failure=Failure(phase=past[0][0], kind=DISTURBED, message=message))
+
+
+def disturbances(records: Sequence[TrialRecord], *, on_cpu: bool) -> Iterator[Notice]:
+    """A notice for each kind, those past the limit of what counts first."""
+    found = [(record, phase, finding) for record in records for phase, finding in findings(record, on_cpu=on_cpu)]
+    found.sort(key=lambda one: (not one[2].invalid, -one[2].weight))
+    for code in dict.fromkeys(finding.code for _, _, finding in found):
+        alike = [one for one in found if one[2].code == code]
+        worst, phase, finding = alike[0]
+        past = sorted({record.trial for record, _, other in alike if other.invalid})
+        trials = len({record.trial for record, _, _ in alike})
+        message = f"{trials} of {len(records)} trials; {worst.trial} while {WHILE[phase]}: {finding.message}."
+        message += f" Past the limit: {_some(past)}." if past else ""
+        yield Notice(code=code, message=message, remedy=finding.remedy)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping
 from harness.records.record import Notice, TrialRecord
 from harness.records.store import Run
 from harness.records.units import format_ratio
-from harness.report.disturbances import disturbances
 from harness.stats import Comparison, label_outliers, warmup_end
 from harness.studies.study import Study
+from harness.verdicts.disturbance import disturbances
 from harness.verdicts.series import OCCUPANCY_FLOOR, occupancy
 
 DRIFT = 0.05

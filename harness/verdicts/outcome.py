@@ -7,7 +7,8 @@ What is not a finding of "no worse" is no pass: nothing compared, a missing base
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +22,12 @@ from harness.errors import (
     EXIT_USAGE,
 )
 from harness.records import codec
+from harness.records.metrics import METRICS
 from harness.records.record import Interleaving, Notice
-from harness.stats import Comparison, Verdict
+from harness.stats import Comparison, Pairing, Verdict, compare_bytes, compare_family
+from harness.stats.comparison import effect_of
+from harness.verdicts.comparand import BYTES_SUFFIX, Difference, Measured
+from harness.verdicts.series import Trials
 
 SCHEMA = 1
 """Version of the JSON document of a comparison. 1: first form."""
@@ -64,18 +69,6 @@ class Compared:
     def verdict(self) -> Verdict:
         """The finding, or why there is none."""
         return self.comparison.verdict
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Difference:
-    """A field that should agree and does not."""
-
-    field: str
-    base: Any
-    candidate: Any
-
-    def __str__(self) -> str:
-        return f"{self.field}: {self.base!r} in the base, {self.candidate!r} in the candidate"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,3 +143,88 @@ def _row(compared: Compared) -> dict[str, Any]:
         "replicates_needed": comparison.replicates_needed,
         "mde80": comparison.mde80,
     }
+
+
+TOLERANCE = 0.01
+MARGIN = 0.05
+ALPHA = 0.05
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """The limits of one comparison, as fractions."""
+
+    tolerance: float = TOLERANCE
+    """Smallest slow-down, or growth of a peak, worth an alarm."""
+    margin: float = MARGIN
+    """Within it two things count as equal."""
+
+
+LimitsOf = Callable[[str, str], Limits]
+"""Limits by variant and metric."""
+
+
+def default_limits(variant: str, metric: str) -> Limits:
+    """The same limits for everything, but exactness for computed bytes."""
+    computed = metric.endswith(BYTES_SUFFIX) and "peak" not in metric and not metric.startswith("host_")
+    return Limits(tolerance=0.0) if computed else Limits()
+
+
+def compare_measured(
+    pairs: Mapping[tuple[str, str], tuple[Measured, Measured]],
+    limits_of: LimitsOf,
+    pairing_of: Callable[[tuple[str, str]], Pairing] = lambda key: "none",
+) -> dict[tuple[str, str], Comparison]:
+    """Memory by its maximum; times as one family. What cannot be computed is invalid, with the reason.
+
+    `pairing_of` says by variant and metric what trial i of either side have in common; of other times: nothing.
+    """
+    found: dict[tuple[str, str], Comparison] = {}
+    times: dict[tuple[str, str], tuple[Trials, Trials]] = {}
+    for key, (ours, theirs) in pairs.items():
+        metric = key[1]
+        try:
+            if metric.endswith(BYTES_SUFFIX):
+                tolerance = limits_of(*key).tolerance
+                found[key] = compare_bytes(ours.peaks[metric], theirs.peaks[metric], tolerance=tolerance)
+                continue
+            trials = _oriented(ours, metric), _oriented(theirs, metric)
+            effect = effect_of(*trials, pairing_of(key))  # refuses here what would stop the whole family
+        except ValueError as error:
+            found[key] = without_numbers("invalid", f"the samples cannot be compared: {error}")
+            continue
+        reasons = dict.fromkeys(side.no_interval for side in (ours, theirs) if side.no_interval)
+        if reasons:
+            found[key] = dataclasses.replace(
+                without_numbers("inconclusive", "; ".join(map(str, reasons))),
+                ratio=math.exp(effect.log_ratio),
+                replicates=effect.replicates,
+            )
+        else:
+            times[key] = trials
+    return found | _family(times, limits_of, pairing_of)
+
+
+def _family(
+    pairs: Mapping[tuple[str, str], tuple[Trials, Trials]],
+    limits_of: LimitsOf,
+    pairing_of: Callable[[tuple[str, str]], Pairing],
+) -> dict[tuple[str, str], Comparison]:
+    """One Holm family, each comparison with its own limits and pairing."""
+    keys = {f"{name}, {metric}": (name, metric) for name, metric in pairs}
+    results = compare_family(
+        {label: pairs[key] for label, key in keys.items()},
+        pairing={label: pairing_of(key) for label, key in keys.items()},
+        tolerance={label: limits_of(*key).tolerance for label, key in keys.items()},
+        margin={label: limits_of(*key).margin for label, key in keys.items()},
+        alpha=ALPHA,
+    )
+    return {keys[label]: result for label, result in results.items()}
+
+
+def _oriented(side: Measured, metric: str) -> Trials:
+    """Samples of which more is worse."""
+    trials = side.trials[metric]
+    if metric not in METRICS or not METRICS[metric].higher_is_better:
+        return trials
+    return [tuple(1 / sample if sample else 0.0 for sample in trial) for trial in trials]

@@ -11,11 +11,11 @@ disagree. Only trials that are ok have a series: an invalid trial is shown as su
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from harness.records.metrics import LOSSES, METRICS, samples_of
 from harness.records.record import Interleaving, Role, Side, TrialRecord
-from harness.records.units import METRICS
 from harness.stats import (
     Comparison,
     Estimate,
@@ -30,87 +30,6 @@ from harness.stats import (
     median_interval,
     percentile,
 )
-
-LOSSES = ("train_loss", "held_out_loss")
-"""Metrics that say nothing without the number of steps that were trained."""
-FINAL_SHARE = 4
-"""The final train loss is that of the last quarter of all steps; their number is the same for every trial."""
-
-
-def samples_of(record: TrialRecord, metric: str) -> tuple[float, ...]:
-    """Samples of one trial; empty where it has none. Raises KeyError for a metric that does not exist."""
-    METRICS[metric]  # an unknown name must not read as "not measured"
-    if derive := _DERIVED.get(metric):
-        return derive(record)
-    if metric in record.samples:
-        return record.samples[metric]
-    return (record.values[metric],) if metric in record.values else ()
-
-
-def _tokens_per_s(record: TrialRecord) -> tuple[float, ...]:
-    seconds = sum(record.samples.get("step_time_s", ()))
-    return (sum(record.samples["turn_real_tokens"]) / seconds,) if seconds else ()
-
-
-def _time_per_real_token_s(record: TrialRecord) -> tuple[float, ...]:
-    """The time of each step over the real tokens that a step holds in the mean of an epoch.
-
-    A step takes as long for padding as for tokens. So dividing by the real tokens of the timed steps would put the
-    lengths of a few records into the number, and those of others in a trial whose warm-up was longer.
-    """
-    times = record.samples.get("step_time_s", ())
-    real, padded = record.tokens.get("real_tokens", 0), record.tokens.get("padded_tokens", 0)
-    positions = sum(sum(record.samples.get(f"turn_{kind}_tokens", ())) for kind in ("real", "padded"))
-    if not times or not real or not positions:
-        return ()
-    tokens = positions / len(times) * real / (real + padded)
-    return tuple(seconds / tokens for seconds in times)
-
-
-def _samples_per_s(record: TrialRecord) -> tuple[float, ...]:
-    seconds = sum(record.samples.get("step_time_s", ()))
-    return (sum(record.samples["turn_sequences"]) / seconds,) if seconds else ()
-
-
-def _output_tokens_per_s(record: TrialRecord) -> tuple[float, ...]:
-    tokens = record.values.get("new_tokens", 0.0)
-    return tuple(tokens / seconds for seconds in record.samples.get("request_time_s", ()))
-
-
-def _natural_time_per_token_s(record: TrialRecord) -> tuple[float, ...]:
-    pairs = zip(record.samples.get("natural_request_time_s", ()), record.samples.get("natural_tokens", ()), strict=True)
-    return tuple(seconds / tokens for seconds, tokens in pairs)
-
-
-def _final_train_loss(record: TrialRecord) -> tuple[float, ...]:
-    if "train_loss" not in record.samples:  # a trial that is not there to be timed ends its training early
-        return ()
-    losses = tuple(
-        loss for name in ("warmup_loss", "train_loss", "catch_up_loss") for loss in record.samples.get(name, ())
-    )
-    return losses[-max(1, len(losses) // FINAL_SHARE) :]
-
-
-def _energy_per(count: str) -> Callable[[TrialRecord], tuple[float, ...]]:
-    """The device's energy over how many steps or tokens it was spent on; nothing where either was not measured."""
-
-    def derive(record: TrialRecord) -> tuple[float, ...]:
-        energy, counted = record.values.get("device_energy_train_j"), record.values.get(count)
-        return (energy / counted,) if energy is not None and counted else ()
-
-    return derive
-
-
-_DERIVED: dict[str, Callable[[TrialRecord], tuple[float, ...]]] = {
-    "tokens_per_s": _tokens_per_s,
-    "time_per_real_token_s": _time_per_real_token_s,
-    "samples_per_s": _samples_per_s,
-    "output_tokens_per_s": _output_tokens_per_s,
-    "natural_time_per_token_s": _natural_time_per_token_s,
-    "train_loss": _final_train_loss,
-    "energy_per_step_j": _energy_per("energy_steps"),
-    "energy_per_token_j": _energy_per("energy_tokens"),
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,97 +7,22 @@ A module class or a configuration proves nothing: a skipped layer keeps its floa
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from kernels_check.check import Finding, Json, Status, counted, joined, listed
 from kernels_check.observation.adapter_layers import LoraLayer, is_adapter, lora_layers
 from kernels_check.observation.observe import Observation
+from kernels_check.observation.storage import Digest, Storage, storage
 
-HASHED_BYTES = 64 * 2**20
-"""How much of the base is hashed; larger bases are sampled in evenly spaced pages."""
-_PAGE_BYTES = 4096
 _BITS_REMEDY = {
     4: "load with quantization_config=BitsAndBytesConfig(load_in_4bit=True) and keep targets out of its skip list",
     8: "load with quantization_config=BitsAndBytesConfig(load_in_8bit=True) and keep targets out of its skip list",
     16: "load with dtype=torch.bfloat16 and no quantization_config",
     32: "load with dtype=torch.float32 and no quantization_config",
 }
-_ORIGIN = "that is the dtype the base was loaded in, load it with dtype=torch.bfloat16"
-_NESTED_BLOCK = 256
-"""Block size of the second quantisation, fixed by bitsandbytes."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Storage:
-    """How one base layer keeps its weight."""
-
-    bits: int | None
-    quant_type: str | None = None
-    double_quant: bool | None = None
-    compute_dtype: str | None = None
-    bits_per_weight: float | None = None
-    """Stored bits divided by weights, scales included."""
-    packed_for_cpu: bool = False
-    problem: str | None = None
-    """Why the bytes do not prove what the layer claims."""
-    note: str | None = None
-
-
-def storage(layer: Any) -> Storage:
-    """Read the storage of one base layer from its tensors."""
-    weight = getattr(layer, "weight", None)
-    if not isinstance(weight, Tensor):
-        return Storage(bits=None, problem=f"{type(layer).__name__} has no weight tensor this version knows")
-    if type(weight).__name__ == "Params4bit":
-        return _four_bit(layer, weight)
-    if weight.dtype == torch.int8 and hasattr(layer, "state"):
-        note = "computes in int8 with a float16 epilogue on CUDA, by dequantising on a CPU"
-        return Storage(bits=8, quant_type="int8", double_quant=False, note=note)
-    if weight.is_floating_point():
-        bits = weight.element_size() * 8
-        return Storage(bits=bits, quant_type="none", double_quant=False, compute_dtype=_short(weight.dtype))
-    return Storage(bits=None, problem=f"{type(layer).__name__} with {_short(weight.dtype)} weights is not known")
-
-
-def _four_bit(layer: Any, weight: Any) -> Storage:
-    state = getattr(weight, "quant_state", None) or getattr(layer, "quant_state", None)
-    if state is None:
-        return Storage(bits=None, problem="Params4bit without quant_state: not quantised")
-    weights, stored = math.prod(state.shape), weight.numel() * weight.element_size()
-    packed = bool(getattr(state, "packing_format_for_cpu", False))
-    nested = bool(state.nested)
-    blocks = math.ceil(weights / state.blocksize)
-    scales = state.absmax.numel() * state.absmax.element_size()
-    expected = blocks * (2 if packed else 1 if nested else 4)
-    if nested:
-        scales += state.state2.absmax.numel() * state.state2.absmax.element_size()
-        expected += math.ceil(blocks / _NESTED_BLOCK) * 4
-    problem = None
-    if weights != layer.in_features * layer.out_features:
-        problem = f"quant_state describes {weights} weights, the layer has {layer.in_features * layer.out_features}"
-    elif stored != math.ceil(weights / 2):
-        problem = f"{stored} bytes for {weights} weights, 4-bit takes {math.ceil(weights / 2)}"
-    elif scales != expected or (nested and state.absmax.dtype != torch.uint8):
-        problem = f"{scales} bytes of {_short(state.absmax.dtype)} scales, expected {expected}"
-    compute = torch.bfloat16 if packed else layer.compute_dtype
-    return Storage(
-        bits=None if problem else 4,
-        quant_type=state.quant_type,
-        double_quant=None if packed else nested,
-        compute_dtype=None if compute is None else _short(compute),
-        bits_per_weight=8 * (stored + scales) / weights,
-        packed_for_cpu=packed,
-        problem=problem,
-        note=f"backward dequantises to {_short(state.dtype)} first: {_ORIGIN}" if state.dtype != compute else None,
-    )
 
 
 def judge_bits(model: nn.Module, required: Json) -> Finding:
@@ -159,34 +84,6 @@ def judge_gemm_path(model: nn.Module, seen: Observation) -> Finding:
     return Finding(observed=joined(paths), reason=reason, status="unknown" if "unknown" in paths else None)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Digest:
-    """A fingerprint of the base weights' raw bytes."""
-
-    tensors: Mapping[str, tuple[str, str]]
-    """dtype and sha256 of every tensor, by name."""
-    hashed_bytes: int
-    total_bytes: int
-    packed: bool
-    """Whether any 4-bit weight was in the packed CPU layout."""
-
-
-def digest(model: nn.Module) -> Digest:
-    """Hash the base: parameters that are no adapter's, and the scales of quantised ones."""
-    tensors = {name: tensor.detach() for name, tensor in _base_tensors(model)}
-    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    stride = math.ceil(total / HASHED_BYTES) or 1
-    hashes, hashed = {}, 0
-    for name, tensor in tensors.items():
-        raw = tensor.contiguous().reshape(-1).view(torch.uint8)
-        if stride > 1 and raw.numel() > _PAGE_BYTES:
-            raw = raw[: raw.numel() // _PAGE_BYTES * _PAGE_BYTES].view(-1, _PAGE_BYTES)[::stride].contiguous()
-        hashes[name] = (_short(tensor.dtype), hashlib.sha256(raw.cpu().numpy().tobytes()).hexdigest())
-        hashed += raw.numel()
-    packed = any(storage(layer.base).packed_for_cpu for layer in lora_layers(model))
-    return Digest(tensors=hashes, hashed_bytes=hashed, total_bytes=total, packed=packed)
-
-
 def judge_frozen(model: nn.Module, seen: Observation, before: Digest, after: Digest) -> Finding:
     """Judge ``base.frozen``: nothing trains, receives a gradient, is given to the optimizer, or changes its bytes."""
     base = {name: value for name, value in model.named_parameters() if not is_adapter(name)}
@@ -226,23 +123,6 @@ def _compare(before: Digest, after: Digest) -> tuple[list[str], list[str]]:
     return changed, recast
 
 
-def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for name, parameter in model.named_parameters():
-        if not is_adapter(name) and not parameter.is_meta:
-            yield name, parameter.data
-    for name, module in model.named_modules():
-        # The scales of LLM.int8 move from the weight to the module in the first forward.
-        weight, moved = getattr(module, "weight", None), getattr(getattr(module, "state", None), "SCB", None)
-        state = getattr(weight, "quant_state", None) or getattr(module, "quant_state", None)
-        for label, scales in (
-            ("absmax", getattr(state, "absmax", None)),
-            ("nested_absmax", getattr(getattr(state, "state2", None), "absmax", None)),
-            ("SCB", getattr(weight, "SCB", None) if moved is None else moved),
-        ):
-            if isinstance(scales, Tensor):
-                yield f"{name}.{label}", scales
-
-
 def _stored(model: nn.Module) -> dict[str, Storage]:
     layers: list[LoraLayer] = lora_layers(model)
     return {layer.name: storage(layer.base) for layer in layers}
@@ -270,7 +150,3 @@ def _over_layers(
     parts += [f"remedy: {remedy}"] if odd and required is not None and remedy else []
     status: Status | None = "unknown" if unread and not odd else None
     return Finding(observed=observed, reason="; ".join(parts), status=status, satisfies=not odd and not unread)
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

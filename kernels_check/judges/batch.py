@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernels_check.check import Check, Finding
+from kernels_check.check import Check, Finding, Json
+from kernels_check.observation.padding import PaddingSeen
 from kernels_check.observation.restore import Modes, RandomState
 
 _PATH = "packing.isolated"
@@ -137,3 +138,23 @@ def _as_found(model: nn.Module) -> Iterator[None]:
             module.support_avx512bf16_for_cpu = value
         modes.restore()
         generators.restore()
+
+
+REMEDY = "pack the records into full rows, or sort them by length"
+
+
+def judge_padding(seen: PaddingSeen | None, required: Json) -> Finding:
+    """Judge ``padding.share``, a maximum."""
+    if seen is None:
+        reason = "no call of the model itself with input_ids of [rows, tokens] was seen"
+        return Finding(observed=None, present=False, status="not_applicable", reason=reason)
+    share = seen.padded / seen.tokens
+    reason = f"{seen.padded} of {seen.tokens} positions ({share:.0%}) are padding, told by {seen.by}"
+    most = float(required) if isinstance(required, int | float) else 1.0
+    if seen.by.startswith("nothing"):
+        return Finding(observed=None, present=False, status=None if required is None else "unknown", reason=reason)
+    return Finding(
+        observed=round(share, 4),
+        reason=reason if share <= most else f"{reason}: {REMEDY}",
+        satisfies=share <= most,
+    )

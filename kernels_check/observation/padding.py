@@ -13,10 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernels_check.check import Finding, Json
-
-REMEDY = "pack the records into full rows, or sort them by length"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PaddingSeen:
@@ -60,20 +56,3 @@ def _run(marked: Tensor) -> int:
     """Marked positions in a row from the left, one less in each row that has any."""
     lengths = marked.to(torch.long).cumprod(dim=1).sum(dim=1)
     return int((lengths - 1).clamp(min=0).sum())
-
-
-def judge_padding(seen: PaddingSeen | None, required: Json) -> Finding:
-    """Judge ``padding.share``, a maximum."""
-    if seen is None:
-        reason = "no call of the model itself with input_ids of [rows, tokens] was seen"
-        return Finding(observed=None, present=False, status="not_applicable", reason=reason)
-    share = seen.padded / seen.tokens
-    reason = f"{seen.padded} of {seen.tokens} positions ({share:.0%}) are padding, told by {seen.by}"
-    most = float(required) if isinstance(required, int | float) else 1.0
-    if seen.by.startswith("nothing"):
-        return Finding(observed=None, present=False, status=None if required is None else "unknown", reason=reason)
-    return Finding(
-        observed=round(share, 4),
-        reason=reason if share <= most else f"{reason}: {REMEDY}",
-        satisfies=share <= most,
-    )

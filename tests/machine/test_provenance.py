@@ -69,7 +69,8 @@ def test_the_power_limit_is_part_of_the_fingerprint_of_a_card(on_card):
 def test_what_a_run_says_of_its_machine_needs_no_torch():
     """The parent of a run stays light."""
     code = (
-        "import sys\nfrom harness.meters.settings import settings\nimport harness.machine.provenance\nsettings(card=True)\n"
+        "import sys\nfrom harness.machine.system import settings\nimport harness.machine.provenance\n"
+        "settings(card=True)\n"
         "print(sorted({'torch', 'numpy', 'psutil'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from harness.meters.settings import settings
+from harness.machine.system import settings
 
 ASK = """
-    from harness.meters.settings import settings
+    from harness.machine.system import settings
     tell(settings(card=True)["card"])
 """
 

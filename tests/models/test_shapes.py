@@ -10,8 +10,8 @@ import pytest
 from harness.errors import UsageError
 from harness.models import catalogue, shapes
 from harness.models.catalogue import CATALOGUE
+from harness.models.families import FAMILIES
 from harness.models.shapes import ModelShape
-from harness.worker import FAMILIES
 
 LLAMA = {
     "model_type": "llama",

@@ -10,9 +10,10 @@ from harness.machine.provenance import probe_machine
 from harness.profile import accounting
 from harness.profile.diagnosis import diagnose
 from harness.profile.evidence import evidence_of
-from harness.profile.facts import PHASES, Profile
+from harness.profile.facts import Profile
 from harness.profile.measure import DOCUMENT, TRACE, profile_variant
 from harness.records import codec
+from harness.records.activity import STEP_PHASES
 from harness.report.profile import print_profile
 from harness.report.terminal import console_for
 
@@ -28,7 +29,7 @@ def test_a_step_is_taken_apart(taken):
     """Phases of every pair, what ran in each of them by category, and the profiler's own slow-down."""
     profile, _ = taken
     step = accounting.step_account(profile)
-    assert set(step.phases) == set(PHASES)
+    assert set(step.phases) == set(STEP_PHASES)
     assert step.pairs >= 8
     assert sum(span.value for span in step.phases.values()) == pytest.approx(step.step.value - step.remainder.value)
     assert step.remainder.low <= step.remainder.value <= step.remainder.high

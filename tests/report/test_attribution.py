@@ -9,10 +9,10 @@ import pytest
 from rich.console import Console
 
 from harness.records.store import Manifest, Run
-from harness.report.attribution import MOST_PACKAGES, print_attribution
+from harness.report.comparison import MOST_PACKAGES, print_attribution
 from harness.stats import compare_trials
 from harness.verdicts.ab import Attribution, Part
-from harness.verdicts.outcome import Difference
+from harness.verdicts.comparand import Difference
 
 
 def run_of(**changes):

@@ -13,9 +13,10 @@ from harness.profile import measure as profiling
 from harness.profile.accounting import IDLE, Span, categories_s, ceilings, step_account, time_of, token_shares
 from harness.profile.diagnosis import Finding, diagnose
 from harness.profile.evidence import evidence_of
-from harness.profile.facts import Activity, OperatorUse, PhaseActivity, Profile
+from harness.profile.facts import Profile
 from harness.profile.remedy import Tried
 from harness.records import codec
+from harness.records.activity import Activity, OperatorUse, PhaseActivity
 from harness.records.memory_account import MemoryAccount
 from harness.records.record import Notice, TrialRecord
 from harness.report.profile import print_profile, print_tried

@@ -10,7 +10,7 @@ import pytest
 from harness.cli import main
 from harness.errors import UsageError
 from harness.records import store
-from harness.sample import samples_of
+from harness.report.sample import read_samples
 
 EXAMPLES = [{"prompt": "Input: 4\n", "reference": "What is 2 + 2?"}, {"prompt": "Input: sky\n", "reference": "Blue?"}]
 END = 257
@@ -36,7 +36,7 @@ def run(write_run, small_study, tmp_path):
 
 def test_answers_stand_beside_prompt_and_reference(run):
     """In the order of the prompts, with how each answer ended; what was not asked before training is None."""
-    first, second = samples_of(run, "plain", replicate=1)
+    first, second = read_samples(run, "plain", replicate=1)
     assert (first.prompt, first.reference, first.untrained, first.trained) == (
         "Input: 4\n",
         "What is 2 + 2?",
@@ -45,7 +45,7 @@ def test_answers_stand_beside_prompt_and_reference(run):
     )
     assert (first.tokens, first.ended) == (5, True)
     assert (second.untrained, second.trained, second.ended) == (None, "Colou", False)
-    assert samples_of(run, "plain", count=1) == (first,)
+    assert read_samples(run, "plain", count=1) == (first,)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_answers_stand_beside_prompt_and_reference(run):
 def test_what_was_not_answered_is_refused(run, options, words):
     """With what there is instead."""
     with pytest.raises(UsageError, match=words):
-        samples_of(run, **options)
+        read_samples(run, **options)
 
 
 def test_the_command_prints_all_four_texts_and_one_document(run, capsys):

@@ -9,9 +9,9 @@ import pytest
 
 from harness.records.record import Fragment
 from harness.run.budget import LEAST_ROUNDS, Budget
-from harness.run.conductor import Site
 from harness.run.plan import make_plan
 from harness.run.runner import run_plan
+from harness.run.site import Site
 from harness.run.stopping import Stopping
 from harness.verdicts.series import compare_series, series_of
 

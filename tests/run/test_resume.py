@@ -406,7 +406,10 @@ def test_an_unknown_run_is_named(runs, machine):
         read_broken_off("no-such-run", runs)
 
 
-IMPATIENT = "import harness.run.conductor as c; c.CHECKPOINT_S = 0.0; import sys; from harness.cli import main; sys.exit(main())"
+IMPATIENT = (
+    "import harness.run.conductor as c; c.CHECKPOINT_S = 0.0; "
+    "import sys; from harness.cli import main; sys.exit(main())"
+)
 """The command line, but what is under way is saved however short it is."""
 
 

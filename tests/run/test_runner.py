@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from harness.records.record import Failure, Fragment, TrialRequest
+from harness.records.record import Failure, Fragment
 from harness.run.budget import Budget
-from harness.run.conductor import Site, blank
 from harness.run.executors import WorkerLostError
 from harness.run.plan import Group, make_plan
 from harness.run.runner import run_plan
+from harness.run.site import Site, blank
+from harness.studies.request import TrialRequest
 
 TRAINING = ["prepare", "build", "verify", "warm_up", "turn", "turn", "finish_training", "save_adapter"]
 SERVING = ["begin_generate", "request", "request", "end_generate", "merge", "request", "request"]

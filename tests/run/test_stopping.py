@@ -10,8 +10,8 @@ import pytest
 
 import harness.run.measure
 from harness.records import store
+from harness.records.metrics import PRIMARY
 from harness.records.record import Fragment, TrialRecord
-from harness.records.units import PRIMARY
 from harness.run.measure import measure
 from harness.run.plan import make_plan
 from harness.run.stopping import Stopping

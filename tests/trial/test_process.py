@@ -4,8 +4,8 @@ import logging
 
 import pytest
 
-from harness.records.record import TrialRequest
 from harness.studies.protocol import Protocol
+from harness.studies.request import TrialRequest
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
 from harness.trial.process import prepare_process

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.records.record import TrialRequest
 from harness.studies.protocol import Protocol
+from harness.studies.request import TrialRequest
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
-from harness.trial.building.build import attach, build, evaluating, seed_everything, unpack_4bit
+from harness.trial.building.build import build, evaluating, seed_everything, unpack_4bit
+from harness.trial.building.lora import attach
 from harness.trial.building.shared import SharedBase
 from harness.trial.data.stream import TokenStream
 from harness.trial.data.tokens import prepare

@@ -6,8 +6,9 @@ from typing import ClassVar
 
 import pytest
 
-from harness.records.record import Fragment, Notice, TrialRequest
+from harness.records.record import Fragment, Notice
 from harness.studies.protocol import Protocol
+from harness.studies.request import TrialRequest
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
 from harness.trial.surroundings import Surroundings

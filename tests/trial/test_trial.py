@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from harness.errors import LorameterError
-from harness.records.record import TrialRecord, TrialRequest
-from harness.records.units import METRICS
+from harness.records.metrics import METRICS, samples_of
+from harness.records.record import TrialRecord
 from harness.studies.protocol import Protocol
+from harness.studies.request import TrialRequest
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
 from harness.trial.building.shared import SharedBase
 from harness.trial.data.tokens import prepare
 from harness.trial.trial import Trial
-from harness.verdicts.series import samples_of
 
 WORKLOAD = Workload(
     sequence_length=32, batch_size=1, train_sequences=8, held_out_records=4, held_out_sequences=1, prompt_tokens=8,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from harness.records.record import TrialRecord
-from harness.report.disturbances import disturbances
+from harness.verdicts.disturbance import disturbances
 
 
 def record(trial, *, interleaving="replicates", occupancy=None, **values):

@@ -2,9 +2,10 @@
 
 import pytest
 
+from harness.records.metrics import samples_of
 from harness.records.record import TrialRecord
 from harness.stats import compare_trials
-from harness.verdicts.series import Series, compare_series, samples_of, series_of, without_equivalent
+from harness.verdicts.series import Series, compare_series, series_of, without_equivalent
 
 
 def record(name="a", replicate=0, status="ok", role="variant", step=0.5, **fields):

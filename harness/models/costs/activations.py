@@ -12,9 +12,9 @@ Under checkpointing a block keeps its input alone, and the last norm what it alw
 
 from __future__ import annotations
 
-from harness.models.costs.lora import adapted_widths, linear_widths
+from harness.models.costs.lora import adapted_widths
 from harness.models.costs.storage import width
-from harness.models.shapes import ModelShape
+from harness.models.shapes import ModelShape, linear_widths
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
 

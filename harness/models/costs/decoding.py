@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from harness.models.costs.flops import adapted_layers, counted_widths, product_weights
+from harness.models.costs.flops import adapted_layers, product_weights
 from harness.models.costs.storage import constant_bytes, weight_bytes, width
-from harness.models.shapes import ModelShape
+from harness.models.shapes import ModelShape, counted_widths
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
 

@@ -20,20 +20,16 @@ gradients that nothing waits for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from harness.errors import impossible
-from harness.models.costs.lora import DEFAULT_TARGETS, linear_widths
-from harness.models.shapes import ModelShape
+from harness.models.families import _BIASED, DEFAULT_TARGETS
+from harness.models.shapes import ModelShape, counted_widths
 from harness.studies.variant import ALL_LINEAR, Variant
 from harness.studies.workload import Workload
 
-COUNTED = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "smollm3"})
-"""Model types whose blocks have the linear layers of Llama's and no other; others are refused, not guessed."""
 _PARENTS = ("self_attn", "mlp")
-_BIASED: Mapping[str, frozenset[str]] = {"qwen2": frozenset({"q_proj", "k_proj", "v_proj"})}
-"""Layers with a bias: one that trains draws the gradient down to it, though its own gradient is a sum."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -252,20 +248,6 @@ def adapted_layers(shape: ModelShape, variant: Variant) -> frozenset[str]:
             )  # fmt: skip
     targets = variant.target_modules or DEFAULT_TARGETS
     return frozenset(target.rpartition(".")[2] for target in targets)
-
-
-def counted_widths(shape: ModelShape) -> dict[str, tuple[int, int]]:
-    """Inputs and outputs of each linear layer of a block, by name.
-
-    Raises:
-        UsageError: a model type whose layers are not known here.
-    """
-    if shape.architecture not in COUNTED:
-        raise impossible(
-            "flops", "model", shape.architecture, "the linear layers of this model type are not known",
-            f"Counted are {', '.join(sorted(COUNTED))}.",
-        )  # fmt: skip
-    return linear_widths(shape)
 
 
 def product_weights(shape: ModelShape) -> int:

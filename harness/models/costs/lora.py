@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from harness.models.shapes import ModelShape
+from harness.models.families import DEFAULT_TARGETS
+from harness.models.shapes import ModelShape, linear_widths
 from harness.studies.variant import ALL_LINEAR, Optimizer, Variant
 
-DEFAULT_TARGETS = ("q_proj", "v_proj")
-"""PEFT's own for Llama and its kin."""
 PAGED_FROM_ELEMENTS = 100_000
 """bitsandbytes pages the state of a tensor from this many elements on (`Optimizer8bit.get_state_buffer`)."""
 EIGHT_BIT_FROM_ELEMENTS = 4096
@@ -25,20 +24,6 @@ BLOCK = 256
 """Elements that share a float32 scale in an 8-bit moment (`Optimizer2State.init_state` of bitsandbytes)."""
 TABLE_BYTES = 256 * 4
 """The values that an 8-bit moment can take; one table for each of the two moments, shared by all tensors."""
-
-
-def linear_widths(shape: ModelShape) -> dict[str, tuple[int, int]]:
-    """Inputs and outputs of the linear layers of one block, by the name that target_modules would use."""
-    query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    return {
-        "q_proj": (shape.hidden_size, query),
-        "k_proj": (shape.hidden_size, key),
-        "v_proj": (shape.hidden_size, key),
-        "o_proj": (query, shape.hidden_size),
-        "gate_proj": (shape.hidden_size, shape.intermediate_size),
-        "up_proj": (shape.hidden_size, shape.intermediate_size),
-        "down_proj": (shape.intermediate_size, shape.hidden_size),
-    }
 
 
 def adapted_widths(variant: Variant, shape: ModelShape) -> dict[str, tuple[int, int]]:

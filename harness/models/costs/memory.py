@@ -2,9 +2,9 @@
 
 Most kinds are counts and exact: weights at their stored size, constants of quantisation (Dettmers et al. 2023, arXiv
 2305.14314, section 3: a scale for 64 weights, itself quantised in blocks of 256), adapter, optimizer state, what the
-forward pass keeps (`harness.models.costs.activations`), logits. A step is highest at one of three moments: when the loss's gradient
-is taken (activations, and logits in float32 three times over: log-probabilities and two gradients), under checkpointing
-when a block has been computed again, or when the optimizer has all gradients.
+forward pass keeps (`harness.models.costs.activations`), logits. A step is highest at one of three moments: when the
+loss's gradient is taken (activations, and logits in float32 three times over: log-probabilities and two gradients),
+under checkpointing when a block has been computed again, or when the optimizer has all gradients.
 
 What a process takes beside its tensors on a CPU has no formula. Those constants are measured, each says on what, and
 they are for one thread, glibc and the CPU builds of torch.
@@ -17,15 +17,9 @@ from dataclasses import dataclass, field
 
 from harness.models.catalogue import ModelSource, config_file
 from harness.models.costs.activations import Activations
-from harness.models.costs.lora import (
-    adapter_parameters,
-    adapter_tensors,
-    linear_widths,
-    optimizer_state_bytes,
-    paged_state_bytes,
-)
+from harness.models.costs.lora import adapter_parameters, adapter_tensors, optimizer_state_bytes, paged_state_bytes
 from harness.models.costs.storage import constant_bytes, weight_bytes, width
-from harness.models.shapes import ModelShape
+from harness.models.shapes import ModelShape, linear_widths
 from harness.records.memory_account import MemoryPhase, in_order
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
@@ -197,3 +191,9 @@ def _request(variant: Variant, workload: Workload, shape: ModelShape, device: st
         head = shape.vocab_size * shape.hidden_size * size if size == 2 else 0
         kinds |= {"operator_scratch": max(head, kinds["operator_scratch"]), "heap_slack": IDLE_HEAP_BYTES}
     return kinds
+
+
+def memory_bytes(variant: Variant, workload: Workload, shape: ModelShape, device: str = "cpu") -> int:
+    """Expected peak of training beyond the bare process (`harness.models.costs.memory`)."""
+    expected = estimate_memory(variant, workload, shape, device=device)
+    return expected.total_bytes - (PROCESS_BYTES if device == "cpu" else 0)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from harness.records.record import Failure, Fragment, Status, TrialRequest
+from harness.records.record import Failure, Fragment, Status
+from harness.studies.request import TrialRequest
 
 
 class WorkerLostError(Exception):

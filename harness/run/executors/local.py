@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -18,9 +17,11 @@ from typing import Any
 from harness.errors import InvalidRunError, UsageError
 from harness.machine.processes import kill_group
 from harness.records import codec
-from harness.records.record import SCHEMA, Failure, Fragment, TrialRequest
+from harness.records.record import SCHEMA, Failure, Fragment
 from harness.run.executors import Worker, WorkerLostError
+from harness.run.executors.channel import Channel
 from harness.run.executors.host import Host
+from harness.studies.request import TrialRequest
 from harness.studies.workload import Workload
 
 START_TIMEOUT_S = 180.0
@@ -52,6 +53,10 @@ def worker_environment(threads: int, host: Host | None = None) -> dict[str, str]
     return (host or Host()).variables(os.environ) | fixed
 
 
+_OLD_DOOR = "invalid literal for int() with base 10: 'zygote'"
+"""What the door of a harness before schema 5 says, whose only process was the zygote."""
+
+
 class LocalExecutor:
     """Implements `Executor` with one zygote. Raises `InvalidRunError` when the zygote cannot be started.
 
@@ -67,14 +72,14 @@ class LocalExecutor:
         self._zygote_log = log_dir / f"zygote{suffix}.log"
         self._tokens_log = log_dir / f"tokens{suffix}.log"
         self._process: subprocess.Popen[bytes] | None = None
-        self._control: _Channel | None = None
+        self._control: Channel | None = None
 
     def start(self) -> None:
         """Start the zygote, which begins to import."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with theirs, self._zygote_log.open("ab") as log:
             self._process = subprocess.Popen(
-                self._host.command("harness.worker", str(theirs.fileno())),
+                self._host.command("harness.worker", "zygote", str(theirs.fileno())),
                 pass_fds=[theirs.fileno()],
                 env=worker_environment(self._threads, self._host),
                 cwd=self._host.cwd,
@@ -83,7 +88,7 @@ class LocalExecutor:
                 stderr=log,
                 start_new_session=True,
             )
-        self._control = _Channel(ours)
+        self._control = Channel(ours)
 
     def hello(self) -> dict[str, Any]:
         """Wait until the zygote has imported. Raises `InvalidRunError`, also when it speaks another schema."""
@@ -91,17 +96,22 @@ class LocalExecutor:
         if hello is None:
             self.close()
             last = self._zygote_log.read_text(errors="replace").strip().splitlines()[-1:] or ["it printed nothing"]
+            if _OLD_DOOR in last[0]:
+                raise InvalidRunError(self._refusal("a schema before 5", "unknown"))
             raise InvalidRunError(
                 f"{self._whose} did not start: {last[0]}. Its log is {self._zygote_log}. "
                 f"Check that torch, transformers, peft and bitsandbytes import in {self._host.python}."
             )
         if hello.get("schema") != SCHEMA:
-            raise InvalidRunError(
-                f"{self._whose} speaks schema {hello.get('schema')}, this program {SCHEMA} (its harness: "
-                f"{hello.get('harness', 'unknown')}). Choose a revision or an environment whose harness speaks "
-                f"schema {SCHEMA}, or run the A/B with the lorameter of that revision."
-            )
+            raise InvalidRunError(self._refusal(f"schema {hello.get('schema')}", hello.get("harness", "unknown")))
         return hello
+
+    def _refusal(self, schema: str, harness: str) -> str:
+        return (
+            f"{self._whose} speaks {schema}, this program {SCHEMA} (its harness: {harness}). Choose a revision or an "
+            f"environment whose harness speaks schema {SCHEMA}, or run the A/B with the lorameter of that revision; "
+            "two revisions of lorameter that lie on either side of a schema cannot be measured beside each other."
+        )
 
     def launch(self) -> Worker:
         """Fork a worker from the zygote."""
@@ -115,7 +125,7 @@ class LocalExecutor:
             ours.close()
             message = (answer or {}).get("error", f"the zygote is gone; its log is {self._zygote_log.name}")
             raise WorkerLostError("crashed", Failure(phase="start", kind="CannotFork", message=message))
-        worker = LocalWorker(int(answer["pid"]), _Channel(ours), control)
+        worker = LocalWorker(int(answer["pid"]), Channel(ours), control)
         hello = worker.channel.receive(START_TIMEOUT_S)
         if hello is None:
             raise worker.lost("start", START_TIMEOUT_S)
@@ -128,7 +138,7 @@ class LocalExecutor:
         with open(read, encoding="utf-8") as reply, Path(request.log_path).open("ab") as log:  # noqa: PTH123
             begin = time.monotonic()
             process = subprocess.Popen(
-                self._host.command("harness.trial.inference.cold", str(write)),
+                self._host.command("harness.worker", "cold", str(write)),
                 pass_fds=[write],
                 env=worker_environment(self._threads, self._host),
                 cwd=self._host.cwd,
@@ -164,7 +174,7 @@ class LocalExecutor:
         try:
             with log_path.open("ab") as log:
                 done = subprocess.run(
-                    self._host.command("harness.trial.data.tokens"),
+                    self._host.command("harness.worker", "tokens"),
                     input=request.encode(),
                     stdout=subprocess.PIPE,
                     stderr=log,
@@ -197,7 +207,7 @@ class LocalExecutor:
                 self._process.wait()
             self._process = None
 
-    def _required_control(self) -> _Channel:
+    def _required_control(self) -> Channel:
         if self._control is None:
             raise InvalidRunError("the worker is not started. Call start() first.")
         return self._control
@@ -206,7 +216,7 @@ class LocalExecutor:
 class LocalWorker:
     """A forked process; implements `Worker`."""
 
-    def __init__(self, pid: int, channel: _Channel, control: _Channel) -> None:
+    def __init__(self, pid: int, channel: Channel, control: Channel) -> None:
         self.pid = pid
         self.channel = channel
         self.start_latency_s = float("nan")
@@ -248,47 +258,6 @@ class LocalWorker:
         self._control.send({"do": "reap", "pid": self.pid})
         answer = self._control.receive(START_TIMEOUT_S)
         return None if answer is None else answer.get("status")
-
-
-class _Channel:
-    """JSON lines over a socket; receiving blocks in the kernel until a line, the end, or a timeout."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self._connection = connection
-        self._buffer = b""
-        self.closed_by_peer = False
-
-    def send(self, message: dict[str, Any], attached: socket.socket | None = None) -> None:
-        data = (json.dumps(message, allow_nan=False) + "\n").encode()
-        try:
-            if attached is None:
-                self._connection.sendall(data)
-            else:
-                socket.send_fds(self._connection, [data], [attached.fileno()])
-        except (BrokenPipeError, ConnectionResetError):
-            self.closed_by_peer = True
-
-    def receive(self, timeout_s: float) -> dict[str, Any] | None:
-        """The next message, or None when the peer is gone (`closed_by_peer`) or silent."""
-        deadline = time.monotonic() + timeout_s
-        while b"\n" not in self._buffer:
-            readable, _, _ = select.select([self._connection], [], [], max(0.0, deadline - time.monotonic()))
-            if not readable:
-                return None
-            try:
-                data = self._connection.recv(1 << 20)
-            except ConnectionResetError:
-                data = b""
-            if not data:
-                self.closed_by_peer = True
-                return None
-            self._buffer += data
-        line, self._buffer = self._buffer.split(b"\n", 1)
-        message: dict[str, Any] = json.loads(line)
-        return message
-
-    def close(self) -> None:
-        self._connection.close()
 
 
 def _runs(pid: int) -> bool:

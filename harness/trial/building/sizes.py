@@ -25,7 +25,7 @@ from harness.models.costs.lora import adapter_parameters, optimizer_state_bytes
 from harness.studies.study import Study
 from harness.studies.variant import Variant
 from harness.trial.building.base_model import empty_model
-from harness.trial.building.build import attach
+from harness.trial.building.lora import attach
 
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
@@ -73,8 +73,8 @@ def sizes_of(variant: Variant, source: ModelSource) -> Sizes:
     if adapter != expected:
         raise LorameterError(
             f"sizes: variant {variant.name!r} on {source.label}: PEFT adds {adapter} parameters and "
-            f"harness.models.costs.lora.adapter_parameters expects {expected}. The formula knows the layers of Llama and its "
-            "kin; trust neither number before it knows this architecture too."
+            f"harness.models.costs.lora.adapter_parameters expects {expected}. The formula knows the layers of Llama "
+            "and its kin; trust neither number before it knows this architecture too."
         )
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if trainable != adapter and variant.quantization != "none":

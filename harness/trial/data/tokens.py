@@ -300,7 +300,3 @@ def main() -> int:
     except LorameterError as error:
         print(json.dumps({"error": str(error), "exit_code": error.exit_code}))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

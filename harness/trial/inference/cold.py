@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from harness.records import codec
-from harness.records.record import Fragment, TrialRequest
+from harness.records.record import Fragment
+from harness.studies.request import TrialRequest
 from harness.trial.failure import failure_of
 
 
@@ -25,7 +26,8 @@ def answer(request: TrialRequest, spawned_monotonic_s: float) -> Fragment:
 
     from harness.models import catalogue
     from harness.trial.building.base_model import load_base
-    from harness.trial.building.build import cast_adapter, prepared, set_precision, upcasts_adapter
+    from harness.trial.building.build import set_precision
+    from harness.trial.building.lora import cast_adapter, prepared, upcasts_adapter
     from harness.trial.data.stream import TokenStream
     from harness.trial.inference.generate import generate
     from harness.trial.process import prepare_process, synchronize
@@ -60,7 +62,7 @@ def answer(request: TrialRequest, spawned_monotonic_s: float) -> Fragment:
     )
 
 
-def main() -> int:
+def main(descriptor: int) -> int:
     """Entry: a TrialRequest and the spawn time as JSON on stdin, a Fragment as JSON on the descriptor given."""
     message = json.load(sys.stdin)
     try:
@@ -68,10 +70,6 @@ def main() -> int:
         fragment = answer(request, float(message["spawned_monotonic_s"]))
     except Exception as error:
         fragment = failure_of(error, "cold")
-    with open(int(sys.argv[1]), "w", encoding="utf-8") as reply:  # noqa: PTH123 - a descriptor, not a path
+    with open(descriptor, "w", encoding="utf-8") as reply:
         reply.write(codec.dumps(fragment))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

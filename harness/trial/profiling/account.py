@@ -1,11 +1,11 @@
 """The account of a trial's memory: one call watched, and beside the measured peak everything that can be counted.
 
 What is resident between steps is counted tensor by tensor. What lives during the step is watched
-(`harness.trial.profiling.live`) and taken as it stood where the memory was highest; what one operator held beyond its results at
-that point (a packed weight, an accumulator) shows in the peak around it. On the host the kernel counts the pages of
-code and of mapped weights, the interpreter its arenas, and what malloc keeps although it is free is what it gives back
-when it is asked to. Nobody counts what libraries and the interpreter's larger objects hold on the heap: that is the
-better part of what stays unexplained there.
+(`harness.trial.profiling.live`) and taken as it stood where the memory was highest; what one operator held beyond its
+results at that point (a packed weight, an accumulator) shows in the peak around it. On the host the kernel counts the
+pages of code and of mapped weights, the interpreter its arenas, and what malloc keeps although it is free is what it
+gives back when it is asked to. Nobody counts what libraries and the interpreter's larger objects hold on the heap: that
+is the better part of what stays unexplained there.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import torch
 
 from harness.records.memory_account import MemoryAccount, MemoryPhase, in_order
 from harness.trial.memory import MemoryGauge, host_bytes, resident_tensors, storage_bytes
+from harness.trial.process import give_back_free, resident_now
 from harness.trial.profiling.live import LiveTensors
-from harness.trial.profiling.pages import Pages, give_back_free, interpreter_bytes, read_pages, resident_now
+from harness.trial.profiling.pages import Pages, interpreter_bytes, read_pages
 
 WATCHED: dict[MemoryPhase, tuple[str, ...]] = {
     "train": ("activations", "logits", "gradients"),

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from torch._C._autograd import DeviceType
 
-from harness.profile.facts import PHASES, Activity, OperatorUse, PhaseActivity
+from harness.records.activity import STEP_PHASES, Activity, OperatorUse, PhaseActivity
 from kernels_check.rules import Rule, classify
 from kernels_check.trace.kineto import Events
 from kernels_check.trace.operators import operator_times
@@ -50,7 +50,7 @@ def activity_of(events: Iterable[Any], step_times_s: tuple[float, ...], device: 
     ran = _by_phase(kernels if kind == "cuda" else host, windows)
     steps = len(step_times_s)
     phases = []
-    for phase in PHASES:
+    for phase in STEP_PHASES:
         spans = [end - start for start, end, name in windows if name == phase]
         kept = columns(ran[phase])
         used = _kernels(ran[phase], kept) if kind == "cuda" else _operators(ran[phase], kept)
@@ -99,7 +99,7 @@ def _is_runtime(name: str) -> bool:
 
 
 def _by_phase(events: Iterable[Any], windows: list[Window]) -> dict[str, Events]:
-    found = {phase: Events() for phase in PHASES}
+    found = {phase: Events() for phase in STEP_PHASES}
     starts = [start for start, _, _ in windows]
     number = count()  # two calls with the same times are two calls
     for event in events:

@@ -22,9 +22,8 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
-from harness.profile.accounting import LEAST_PAIRS
-from harness.profile.facts import PHASES, TRACE, Activity
-from harness.records.record import TrialRequest
+from harness.records.activity import LEAST_STEP_PAIRS, STEP_PHASES, TRACE, Activity
+from harness.studies.request import TrialRequest
 from harness.trial.building.build import Trainee
 from harness.trial.clock import Stopwatch
 from harness.trial.data.stream import Batch, TokenStream
@@ -52,13 +51,13 @@ class BorderedStep(TrainStep):
         self._on = request.device
         self._marked = False
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
-        self._phases_s = dict.fromkeys(PHASES, 0.0)
+        self._phases_s = dict.fromkeys(STEP_PHASES, 0.0)
 
     def begin(self, *, marked: bool = False) -> None:
         """Start from zero; `marked` is for the profiler: it is told of the phases, and the device ends with each."""
         self._marked = marked
         self._events = []
-        self._phases_s = dict.fromkeys(PHASES, 0.0)
+        self._phases_s = dict.fromkeys(STEP_PHASES, 0.0)
         synchronize(self._on)
 
     def phases_s(self) -> dict[str, float]:
@@ -139,7 +138,7 @@ def step_times(
         return ended_s
 
     begin, pair, ended_s = time.perf_counter(), 0, math.nan
-    while pair < LEAST_PAIRS or (
+    while pair < LEAST_STEP_PAIRS or (
         pair < MOST_PAIRS
         and time.perf_counter() - begin < budget_s
         and not (pair % PAIRS_AT_ONCE == 0 and _is_known(found))
@@ -158,7 +157,7 @@ def _is_known(found: Mapping[str, Sequence[float]]) -> bool:
     requests' memory.
     """
     plain = list(found["plain_step_time_s"])
-    sums = [sum(times) for times in zip(*(found[f"phase_{phase}_s"] for phase in PHASES), strict=True)]
+    sums = [sum(times) for times in zip(*(found[f"phase_{phase}_s"] for phase in STEP_PHASES), strict=True)]
     rests = [whole - parts for whole, parts in zip(plain, sums, strict=True)]
     limit = 2 * REMAINDER_HALF_WIDTH * statistics.median(plain)
     return all(_median_width(values) <= limit for values in (rests, plain, sums))

@@ -9,8 +9,6 @@ left where they do not know all.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import functools
 import os
 import re
 import sys
@@ -20,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _SMAPS = Path("/proc/self/smaps")
-_STATM = Path("/proc/self/statm")
 _HEADER = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S+) \S+ \S+ \d+ *(.*)")
 _ARENAS = re.compile(rb"(\d+) arenas \* (\d+) bytes/arena")
 
@@ -60,24 +57,6 @@ def read_pages() -> Pages:
     return Pages(files=files, generated_bytes=generated, ranges=tuple(ranges))
 
 
-def resident_now() -> int:
-    """Bytes of the resident set; some microseconds."""
-    return int(_STATM.read_text().split()[1]) * _page_size()
-
-
-def give_back_free() -> int | None:
-    """Have malloc give back every page that holds nothing; the bytes by which the resident set fell.
-
-    None where the C library cannot be told to (malloc_trim(3) is glibc's).
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is None:
-        return None
-    before = resident_now()
-    trim(0)
-    return max(0, before - resident_now())
-
-
 def interpreter_bytes() -> int | None:
     """Bytes of the arenas that the interpreter serves its small objects from, by its own count.
 
@@ -105,10 +84,3 @@ def _errors_into(descriptor: int) -> Iterator[None]:
     finally:
         os.dup2(errors, 2)
         os.close(errors)
-
-
-@functools.cache
-def _page_size() -> int:
-    import resource
-
-    return resource.getpagesize()

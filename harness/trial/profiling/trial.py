@@ -13,10 +13,11 @@ from typing import ClassVar
 import torch
 
 from harness.models.costs.peaks import Peak, Rate
-from harness.profile.facts import ACCOUNTS, ACTIVITY, PEAKS
 from harness.records import codec
+from harness.records.activity import ACCOUNTS, ACTIVITY, PEAKS
 from harness.records.memory_account import MemoryPhase
-from harness.records.record import Fragment, TrialRequest
+from harness.records.record import Fragment
+from harness.studies.request import TrialRequest
 from harness.trial.building.build import unpack_4bit
 from harness.trial.building.shared import SharedBase
 from harness.trial.process import release_unused

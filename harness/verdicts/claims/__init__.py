@@ -4,7 +4,8 @@ A claim is the conjunction of its parts: supported if every part is, refuted if 
 none is refuted, else inconclusive. All parts of a run that assert a difference share one error rate of 5 % (Holm); that
 there is none is asserted at 5 % each, as everywhere (`harness.stats.statement`).
 
-`harness.verdicts.claims.controls` says what the control allows. A run can be judged at any moment, by what it holds then.
+`harness.verdicts.claims.controls` says what the control allows. A run can be judged at any moment, by what it holds
+then.
 """
 
 from __future__ import annotations

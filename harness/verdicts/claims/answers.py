@@ -10,9 +10,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from statistics import fmean
 
+from harness.records.metrics import samples_of
 from harness.records.record import Role, TrialRecord
 from harness.stats import Share, explained_share
-from harness.verdicts.series import Series, samples_of
+from harness.verdicts.series import Series
 
 TOKENS, TIME = "natural_tokens", "natural_request_time_s"
 

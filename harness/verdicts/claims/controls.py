@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from harness.records.units import METRICS, PHASES, PRIMARY, format_ratio
+from harness.records.metrics import METRICS, PHASES, PRIMARY
+from harness.records.units import format_ratio
 from harness.stats import Comparison
 from harness.studies.claim import Part
 from harness.studies.study import Study

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from harness.records.units import METRICS
+from harness.records.metrics import METRICS
 from harness.stats.statement import Finding, beyond, opposite, within
 from harness.stats.trend import Scale, leads, line_change, pair_differences, pairs, scores, sizes
 from harness.studies.claim import Part

@@ -13,12 +13,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from harness.records.metrics import METRICS, samples_of
 from harness.records.record import Role, TrialRecord
-from harness.records.units import METRICS
 from harness.stats.effect import log_ratios
 from harness.stats.samples import checked_trials
 from harness.studies.study import Study
-from harness.verdicts.series import Series, pairing_of, samples_of
+from harness.verdicts.series import Series, pairing_of
 
 if TYPE_CHECKING:
     from numpy import float64

@@ -7,6 +7,7 @@ import torch
 
 from kernels_check.check import listed, validate
 from kernels_check.judges import base_layers
+from kernels_check.observation import storage
 from kernels_check.observation.adapter_layers import lora_layers
 from kernels_check.observation.events import FourbitCall
 
@@ -39,23 +40,23 @@ def test_a_four_bit_layer_is_held_to_its_own_size(training):
     """A state of another layer, and scales that do not fit, prove nothing."""
     layer = lora_layers(training().model)[0].base
     layer.out_features *= 2
-    assert "quant_state describes" in base_layers.storage(layer).problem
+    assert "quant_state describes" in storage.storage(layer).problem
     layer = lora_layers(training(double=False).model)[0].base
     state = layer.weight.quant_state
     state.absmax = state.absmax[:-1]
-    assert "bytes of float32 scales" in base_layers.storage(layer).problem
+    assert "bytes of float32 scales" in storage.storage(layer).problem
     nested = lora_layers(training().model)[0].base
     nested.weight.quant_state.absmax = nested.weight.quant_state.absmax.view(torch.int8)
-    assert "bytes of int8 scales" in base_layers.storage(nested).problem
+    assert "bytes of int8 scales" in storage.storage(nested).problem
 
 
 def test_a_state_kept_by_the_layer_counts(training):
     """bitsandbytes moves it there when a parameter is recreated; without any the weight is not quantised."""
     layer = lora_layers(training().model)[0].base
     layer.quant_state, layer.weight.quant_state = layer.weight.quant_state, None
-    assert base_layers.storage(layer).bits == 4
+    assert storage.storage(layer).bits == 4
     layer.quant_state = None
-    assert "not quantised" in base_layers.storage(layer).problem
+    assert "not quantised" in storage.storage(layer).problem
 
 
 @pytest.mark.parametrize("holder", ["weight", "layer"])
@@ -65,7 +66,7 @@ def test_scales_are_hashed_wherever_their_state_is_kept(training, holder):
     layer = lora_layers(run.model)[0]
     other = layer.base if holder == "weight" else layer.base.weight
     other.quant_state = None
-    assert f"{layer.name}.base_layer.absmax" in base_layers.digest(run.model).tensors
+    assert f"{layer.name}.base_layer.absmax" in storage.digest(run.model).tensors
 
 
 def test_int8_scales_are_hashed_before_and_after_they_move():
@@ -75,17 +76,17 @@ def test_int8_scales_are_hashed_before_and_after_they_move():
     layer = bnb.nn.Linear8bitLt(64, 64, bias=False, has_fp16_weights=False)
     layer.weight = bnb.nn.Int8Params(torch.randn(64, 64), requires_grad=False, has_fp16_weights=False)
     holder = torch.nn.Sequential(layer.to("cpu"))
-    before = base_layers.digest(holder).tensors
+    before = storage.digest(holder).tensors
     holder(torch.randn(2, 64))
     assert layer.state.SCB is not None
-    assert before["0.SCB"] == base_layers.digest(holder).tensors["0.SCB"]
+    assert before["0.SCB"] == storage.digest(holder).tensors["0.SCB"]
 
 
 def test_int8_needs_the_state_of_its_class():
     """A float layer that has a state is a float layer."""
     layer = torch.nn.Linear(4, 4)
     layer.state = object()
-    assert base_layers.storage(layer).bits == 32
+    assert storage.storage(layer).bits == 32
 
 
 def test_the_origin_is_noted_only_where_it_differs(seen, training):
@@ -100,20 +101,20 @@ def test_the_origin_is_noted_only_where_it_differs(seen, training):
 def test_a_digest_samples_pages_of_large_tensors_only(training, monkeypatch):
     """Tensors of a page or less are hashed whole, and so is everything within the limit."""
     run = training(quant=None, dtype="float32")
-    whole = base_layers.digest(run.model)
+    whole = storage.digest(run.model)
     assert whole.hashed_bytes == whole.total_bytes
-    monkeypatch.setattr(base_layers, "HASHED_BYTES", whole.total_bytes // 3)
-    sampled = base_layers.digest(run.model)
+    monkeypatch.setattr(storage, "HASHED_BYTES", whole.total_bytes // 3)
+    sampled = storage.digest(run.model)
     small = [name for name, value in run.model.named_parameters() if name.endswith("norm.weight")]
     assert all(sampled.tensors[name] == whole.tensors[name] for name in small)
     assert sampled.hashed_bytes < whole.total_bytes / 2
-    assert any(name.endswith("absmax") for name in base_layers.digest(training().model).tensors)
+    assert any(name.endswith("absmax") for name in storage.digest(training().model).tensors)
     assert not any("lora_" in name for name in whole.tensors)
 
 
 def test_nothing_is_left_out_of_a_small_base():
     """Not even what is over after the last whole page."""
-    digest = base_layers.digest(torch.nn.Linear(33, 33))
+    digest = storage.digest(torch.nn.Linear(33, 33))
     assert digest.hashed_bytes == digest.total_bytes == 4 * 33 * 34
 
 
@@ -121,7 +122,7 @@ def test_a_tensor_that_comes_or_goes_has_changed():
     """Only a change of dtype is no training."""
 
     def digest(**tensors):
-        return base_layers.Digest(tensors=tensors, hashed_bytes=1, total_bytes=1, packed=False)
+        return storage.Digest(tensors=tensors, hashed_bytes=1, total_bytes=1, packed=False)
 
     compare = base_layers._compare
     assert compare(digest(a=("float32", "1")), digest(a=("float32", "1"))) == ([], [])
@@ -134,7 +135,7 @@ def test_a_tensor_that_comes_or_goes_has_changed():
 def test_bytes_that_changed_without_repacking_are_no_excuse(seen, training):
     """And repacking without a change of bytes is none either."""
     run = training()
-    before = base_layers.digest(run.model)
+    before = storage.digest(run.model)
     name = next(iter(before.tensors))
     changed = dataclasses.replace(before, tensors={**before.tensors, name: (before.tensors[name][0], "other")})
     packed = dataclasses.replace(changed, packed=True)

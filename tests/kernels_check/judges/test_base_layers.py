@@ -6,8 +6,8 @@ import torch
 from bitsandbytes.functional import _convert_weight_packed_for_cpu
 
 from kernels_check.judges import base_layers
-from kernels_check.judges.base_layers import digest, storage
 from kernels_check.observation.adapter_layers import lora_layers
+from kernels_check.observation.storage import digest, storage
 
 
 def _bases(run):
@@ -191,7 +191,7 @@ def test_changed_scales_are_seen(training):
 
 def test_a_large_base_is_sampled_and_says_so(training, monkeypatch):
     """Hashing is bounded, spread over the tensors, and disclosed."""
-    monkeypatch.setattr(base_layers, "HASHED_BYTES", 60_000)
+    monkeypatch.setattr("kernels_check.observation.storage.HASHED_BYTES", 60_000)
     run = training(quant=None, dtype="float32")
     sampled = digest(run.model)
     assert sampled.hashed_bytes < sampled.total_bytes / 4

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kernels_check.observation.padding import PaddingSeen, count_padding, judge_padding
+from kernels_check.judges.batch import judge_padding
+from kernels_check.observation.padding import PaddingSeen, count_padding
 
 PADDED = SimpleNamespace(config=SimpleNamespace(pad_token_id=0))
 IDS = torch.tensor([[5, 6, 0, 0], [0, 0, 0, 7], [1, 2, 3, 0]])

@@ -8,9 +8,9 @@ import statistics
 import pytest
 
 from harness.records import codec
-from harness.run.conductor import Site, request_of
 from harness.run.executors.local import LocalExecutor
 from harness.run.plan import make_plan
+from harness.run.site import Site, request_of
 
 pytestmark = pytest.mark.gpu
 STEPS = 60

@@ -22,11 +22,11 @@ from harness.machine.provenance import (
     probe_machine,
 )
 from harness.records.record import SCHEMA
-from harness.run.conductor import Site
 from harness.run.executors.host import Host, describe, inspect
 from harness.run.executors.local import LocalExecutor, worker_environment
 from harness.run.plan import make_plan
 from harness.run.runner import run_plan
+from harness.run.site import Site
 
 
 def test_the_default_host_is_the_present_interpreter():
@@ -123,7 +123,8 @@ def sides(tmp_path_factory):
     other = copy_of_the_packages(tmp_path_factory.mktemp("other"))
     with (other / "harness" / "__init__.py").open("a") as file:
         marks = str(other / "marks")
-        file.write(f"import os, sys\nopen({marks!r}, 'a').write(os.getcwd() + ' ' + sys.orig_argv[2] + '\\n')\n")
+        words = "' '.join([os.getcwd(), *sys.orig_argv[2:4]])"
+        file.write(f"import os, sys\nopen({marks!r}, 'a').write({words} + '\\n')\n")
     logs = tmp_path_factory.mktemp("logs")
     hosts = {"base": Host(), "candidate": Host(path=(str(other),), cwd=str(other))}
     executors = {label: LocalExecutor(threads=1, log_dir=logs, host=host, label=label) for label, host in hosts.items()}
@@ -171,8 +172,8 @@ def test_a_trial_runs_on_a_host_from_training_to_cold_start(sides, small_study, 
     (record,) = run_plan(plan, {"": executor}, site, save=lambda record: None, watcher=Silent()).records
     assert record.status == "ok", record.failure
     assert "cold_start_time_s" in record.values
-    modules = ("harness.worker", "harness.trial.data.tokens", "harness.trial.inference.cold")
-    assert {*(other / "marks").read_text().splitlines()} == {f"{other} {module}" for module in modules}
+    processes = ("zygote", "cold", "tokens")
+    assert {*(other / "marks").read_text().splitlines()} == {f"{other} harness.worker {each}" for each in processes}
 
 
 def test_a_side_that_speaks_another_schema_is_refused_by_name(tmp_path):

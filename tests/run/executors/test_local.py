@@ -13,10 +13,11 @@ import psutil
 import pytest
 
 from harness.records.record import DISTURBED, Failure
-from harness.run.conductor import Site
 from harness.run.executors.local import LocalExecutor, LocalWorker
 from harness.run.plan import make_plan
 from harness.run.runner import run_plan
+from harness.run.site import Site
+from harness.trial import zygote
 
 
 class Quiet:
@@ -238,7 +239,6 @@ def test_a_warm_zygote_has_one_thread_to_fork_with(executor):
 
 def test_a_zygote_with_threads_refuses_to_fork():
     """Forking a process with a second thread can deadlock the child, so it is an error and not a gamble."""
-    from harness import worker
 
     release = threading.Event()
     thread = threading.Thread(target=release.wait)
@@ -246,7 +246,7 @@ def test_a_zygote_with_threads_refuses_to_fork():
     try:
         read, write = os.pipe()
         os.close(read)
-        answer = worker._fork(write, None, set())
+        answer = zygote._fork(write, None, set())
     finally:
         release.set()
         thread.join()

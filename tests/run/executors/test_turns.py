@@ -8,10 +8,10 @@ import psutil
 import pytest
 
 from harness.records import codec
-from harness.run.conductor import Site, request_of
 from harness.run.executors.local import LocalExecutor
 from harness.run.plan import make_plan
 from harness.run.runner import run_plan
+from harness.run.site import Site, request_of
 from harness.studies.variant import Variant
 
 RANKS = (Variant(name="r4", r=4, quantization="nf4"), Variant(name="r8", r=8, quantization="nf4"))

@@ -12,7 +12,7 @@ from harness.models import catalogue, shapes
 from harness.models.costs.activations import Activations
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
-from harness.trial.building import build
+from harness.trial.building import build, lora
 from harness.trial.building.base_model import load_base
 from harness.trial.memory import resident_tensors
 from harness.trial.profiling.account import watch_cache
@@ -55,7 +55,7 @@ def source(tmp_path_factory):
 def test_activations_are_counted_to_the_byte(source, changes):
     """Packed rows of two records; what is kept for the backward pass, without the logits and the labels."""
     variant = dataclasses.replace(VARIANT, **changes)
-    model = build.attach(load_base(source, variant, device="cpu", seed=1), variant).train()
+    model = lora.attach(load_base(source, variant, device="cpu", seed=1), variant).train()
     optimizer = build.make_optimizer(model, variant)
     addresses = {t.untyped_storage().data_ptr() for found in resident_tensors(model, optimizer).values() for t in found}
     live = LiveTensors(resident=addresses, vocabulary=VOCABULARY, device="cpu", looked=lambda kinds: None)
@@ -88,7 +88,7 @@ def test_checkpointing_keeps_less_and_dropout_more(source):
 def test_keys_and_values_of_a_request_are_told_apart(source):
     """Two of them for each block, head and token; what else a forward pass makes is temporary."""
     variant = dataclasses.replace(VARIANT, dtype="float32")
-    model = build.attach(load_base(source, variant, device="cpu", seed=1), variant).eval()
+    model = lora.attach(load_base(source, variant, device="cpu", seed=1), variant).eval()
     live = LiveTensors(resident=set(), vocabulary=VOCABULARY, device="cpu", looked=lambda kinds: None)
     hooks = watch_cache(model, live)
     with torch.no_grad(), live.watching([]):

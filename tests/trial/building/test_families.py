@@ -10,8 +10,8 @@ import torch
 
 from harness.models import catalogue, shapes
 from harness.models.costs.lora import adapter_parameters
-from harness.records.record import TrialRequest
 from harness.studies.protocol import Protocol
+from harness.studies.request import TrialRequest
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
 from harness.trial.building.shared import SharedBase

@@ -9,8 +9,8 @@ import random
 import pytest
 import torch
 
-from harness.records.record import TrialRequest
 from harness.studies.protocol import Protocol
+from harness.studies.request import TrialRequest
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
 from harness.trial.building.shared import Seat, SharedBase, base_digest

@@ -13,7 +13,7 @@ from harness.studies.study import Study
 from harness.studies.study_file import load_study
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
-from harness.trial.building import build
+from harness.trial.building import build, lora
 from harness.trial.building.base_model import load_base
 from harness.trial.building.sizes import sizes_of, sizes_of_study
 from harness.trial.memory import resident_bytes
@@ -31,7 +31,7 @@ QWEN = {
 def trained(variant, source):
     """The model and its optimizer after one step, with the gradients of a second one."""
     base = load_base(source, variant, device="cpu", seed=1)
-    model = build.attach(base, variant).train()
+    model = lora.attach(base, variant).train()
     optimizer = build.make_optimizer(model, variant)
     tokens = torch.arange(16)[None]
     for step in range(2):
@@ -67,9 +67,9 @@ def test_bytes_are_those_of_a_real_step(changes, tmp_path):
     variant = dataclasses.replace(R33, **changes)
     counted = sizes_of(variant, TINY)
     base = load_base(TINY, variant, device="cpu", seed=1)
-    initial = build.attach(base, variant)
+    initial = lora.attach(base, variant)
     if variant.rewrites_base:
-        build.save_initial(initial, tmp_path / "initial")
+        lora.save_initial(initial, tmp_path / "initial")
     model, optimizer = trained(variant, TINY)
     found = resident_bytes(model, optimizer)
     for kind in ("adapter_bytes", "gradient_bytes", "optimizer_state_bytes"):

@@ -11,9 +11,10 @@ from torch.utils.checkpoint import checkpoint
 
 from harness.records.memory_account import MemoryAccount, in_order, title_of
 from harness.trial.memory import resident_bytes, resident_tensors
+from harness.trial.process import give_back_free, resident_now
 from harness.trial.profiling.account import account, born
 from harness.trial.profiling.live import LiveTensors
-from harness.trial.profiling.pages import give_back_free, interpreter_bytes, read_pages, resident_now
+from harness.trial.profiling.pages import interpreter_bytes, read_pages
 
 ROWS, WIDTH = 16, 32
 

@@ -11,9 +11,9 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from harness.profile.diagnosis import diagnose
 from harness.profile.evidence import Evidence
-from harness.profile.facts import PHASES
-from harness.records.record import TrialRequest
+from harness.records.activity import STEP_PHASES
 from harness.studies.protocol import Protocol
+from harness.studies.request import TrialRequest
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
 from harness.trial.building.build import build
@@ -80,7 +80,7 @@ def test_a_batch_that_comes_late_is_found(tmp_path, late_s, found):
     evidence = Evidence(
         variant=request.variant, workload=request.workload, device="cpu",
         step_s=statistics.median(samples["plain_step_time_s"]),
-        phases_s={phase: statistics.median(samples[f"phase_{phase}_s"]) for phase in PHASES},
+        phases_s={phase: statistics.median(samples[f"phase_{phase}_s"]) for phase in STEP_PHASES},
     )  # fmt: skip
     codes = {finding.code: finding for finding in diagnose(evidence)}
     assert ("data-wait" in codes) is found

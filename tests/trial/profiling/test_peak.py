@@ -14,7 +14,7 @@ from harness.models.costs.peaks import stated_peak
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
 from harness.trial.building.base_model import load_base
-from harness.trial.building.build import attach
+from harness.trial.building.lora import attach
 from harness.trial.profiling import peak
 from harness.trial.profiling.peak import measured_bandwidth, measured_product
 

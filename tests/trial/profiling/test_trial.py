@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from harness.models.costs.peaks import Peak
-from harness.profile.facts import PEAKS
 from harness.records import codec
-from harness.records.record import TrialRequest
+from harness.records.activity import PEAKS
 from harness.studies.protocol import Protocol
+from harness.studies.request import TrialRequest
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
 from harness.trial.building.shared import SharedBase

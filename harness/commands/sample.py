@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from harness.commands.compare import print_json
+from harness.commands.output import print_json
 from harness.errors import EXIT_PASS
 
 
@@ -27,10 +27,10 @@ def add_commands(commands: Any, common: Any) -> None:
 def run_sample(options: argparse.Namespace) -> int:
     """Print the answers."""
     from harness.records import codec, store
-    from harness.sample import samples_of
+    from harness.report.sample import read_samples
 
     run = store.read_run(options.run, store.runs_dir(options.runs_dir))
-    samples = samples_of(run, options.variant, replicate=options.replicate, count=options.count)
+    samples = read_samples(run, options.variant, replicate=options.replicate, count=options.count)
     if options.json:
         about = {"run": run.manifest.run, "variant": options.variant, "replicate": options.replicate}
         print_json({**about, "samples": codec.to_json(samples)})

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from harness import worker
+from harness.trial import zygote
 from harness.trial.failure import failure_of
-from harness.worker import thread_count
+from harness.trial.zygote import thread_count
 
 
 class OutOfMemoryError(RuntimeError):
@@ -72,10 +72,10 @@ class FakeDriver:
 @pytest.mark.parametrize(("answer", "started"), [(3, False), (0, True), (100, True)])
 def test_a_driver_that_something_has_started_forbids_a_fork(monkeypatch, answer, started):
     """Torch notices its own start only; anything but "not initialised" is a start."""
-    monkeypatch.setattr(worker.ctypes, "CDLL", lambda name, mode: FakeDriver(answer))
-    monkeypatch.setattr(worker, "thread_count", lambda: 1)
+    monkeypatch.setattr(zygote.ctypes, "CDLL", lambda name, mode: FakeDriver(answer))
+    monkeypatch.setattr(zygote, "thread_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
-    refusal = worker._cannot_fork()
+    refusal = zygote._cannot_fork()
     assert (refusal is not None and "started the CUDA driver" in refusal) is started
 
 
@@ -86,10 +86,10 @@ def test_without_a_driver_nothing_forbids_a_fork(monkeypatch):
         assert mode & os.RTLD_NOLOAD
         raise OSError(f"{name}: cannot open shared object file")
 
-    monkeypatch.setattr(worker.ctypes, "CDLL", absent)
-    monkeypatch.setattr(worker, "thread_count", lambda: 1)
+    monkeypatch.setattr(zygote.ctypes, "CDLL", absent)
+    monkeypatch.setattr(zygote, "thread_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
-    assert worker._cannot_fork() is None
+    assert zygote._cannot_fork() is None
 
 
 @pytest.mark.parametrize(
@@ -100,4 +100,4 @@ def test_bitsandbytes_without_its_cuda_library_is_told(monkeypatch, device, buil
     monkeypatch.setattr(torch.cuda, "is_available", lambda: device)
     library = SimpleNamespace(lib=SimpleNamespace(compiled_with_cuda=built))
     monkeypatch.setitem(sys.modules, "bitsandbytes.cextension", library)
-    assert ("its library for CPUs" in (worker._lacks_cuda() or "")) is lacks
+    assert ("its library for CPUs" in (zygote._lacks_cuda() or "")) is lacks

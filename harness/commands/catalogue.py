@@ -1,0 +1,118 @@
+"""What there is to choose from, `list` and `model fetch`: studies, variants and their sizes, models, runs."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+from harness.commands.output import print_json
+from harness.errors import EXIT_PASS, LorameterError
+
+
+def add_commands(commands: Any, common: Any) -> None:
+    """The parsers of these commands; `common` adds the options that every command has."""
+    listing = commands.add_parser("list", help="list studies, variants and what they train, models or runs")
+    listing.add_argument("what", choices=("studies", "variants", "sizes", "models", "runs"))
+    listing.add_argument("study", nargs="?", metavar="STUDY", help="the study whose variants or sizes to list")
+    listing.add_argument("--model", metavar="M", help="sizes on another model; its shape is enough")
+    common(listing)
+    listing.set_defaults(command=run_list)
+
+    model = commands.add_parser("model", help="get a model")
+    actions = model.add_subparsers(required=True, metavar="ACTION")
+    fetch = actions.add_parser("fetch", help="download a catalogue model, convert it once, verify it")
+    fetch.add_argument("name", metavar="NAME")
+    common(fetch)
+    fetch.set_defaults(command=run_fetch)
+
+
+def run_list(options: argparse.Namespace) -> int:
+    """Print what there is of a kind."""
+    if options.what == "sizes":
+        return _list_sizes(options)
+    rows = _listed(options)
+    if options.json:
+        print_json({options.what: rows})
+        return EXIT_PASS
+    for row in rows:
+        print("  ".join(str(value) for value in row.values()))
+    if not rows:
+        print(f"no {options.what}", file=sys.stderr)
+    return EXIT_PASS
+
+
+def _listed(options: argparse.Namespace) -> list[dict[str, Any]]:
+    from harness.models import catalogue
+    from harness.records import codec, store
+    from harness.studies.study_file import builtin_studies, load_study
+
+    if options.what == "studies":
+        return [{"name": name, "title": load_study(name).title} for name in builtin_studies()]
+    if options.what == "models":
+        return [{"name": entry.name, "description": entry.description} for entry in catalogue.CATALOGUE.values()]
+    if options.what == "runs":
+        folder = store.runs_dir(options.runs_dir)
+        return [_run_row(path) for path in store.list_runs(folder)]
+    study = load_study(_study_named(options))
+    rows = []
+    for variant in study.variants:
+        changed = {key: codec.to_json(getattr(variant, key)) for key in variant.differences(type(variant)())}
+        words = " ".join(f"{key}={value}" for key, value in changed.items())
+        rows.append({"name": variant.name, "id": variant.id, "differs from the defaults in": words})
+    return rows
+
+
+def _list_sizes(options: argparse.Namespace) -> int:
+    from harness.studies.study_file import load_study
+
+    study = load_study(_study_named(options)).with_overrides(model=options.model)
+    from harness.trial.building.sizes import sizes_of_study  # loads torch, so only for a study that can be read
+
+    model, sizes = study.workload.model, sizes_of_study(study)
+    if options.json:
+        print_json({"model": model, "sizes": [dataclasses.asdict(one) | {"share": one.share} for one in sizes]})
+    else:
+        from harness.report.estimate import print_sizes
+        from harness.report.terminal import console_for
+
+        print_sizes(model, sizes, console_for())
+    return EXIT_PASS
+
+
+def _study_named(options: argparse.Namespace) -> str:
+    what = options.what
+    if not options.study:
+        raise _usage(f"list {what}: no study named. Give one, as in `lorameter list {what} lora-or-qlora`.")
+    return str(options.study)
+
+
+def _run_row(path: Path) -> dict[str, Any]:
+    from harness.errors import UsageError
+    from harness.records import store
+
+    try:
+        manifest = store.read_manifest(path)
+    except UsageError as error:  # one damaged run must not hide the others
+        return {"run": path.name, "status": "damaged", "title": str(error)}
+    return {"run": manifest.run, "status": store.state_of(path, manifest), "title": manifest.study["title"]}
+
+
+def run_fetch(options: argparse.Namespace) -> int:
+    """Get a catalogue model and say where it lies."""
+    from harness.models import fetch
+
+    path = fetch.fetch(options.name, report=lambda text: print(text, file=sys.stderr))
+    if options.json:
+        print_json({"model": options.name, "path": str(path)})
+    else:
+        print(path)
+    return EXIT_PASS
+
+
+def _usage(message: str) -> LorameterError:
+    from harness.errors import UsageError
+
+    return UsageError(message)

@@ -1,0 +1,38 @@
+"""What commands print: one JSON document, or what a gate made of a comparison in one of four formats."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from harness.verdicts.gate import GateResult
+
+
+FORMATS = ("text", "json", "markdown", "github")
+ENV_SUMMARY = "GITHUB_STEP_SUMMARY"
+
+
+def show_gate(result: GateResult, form: str) -> None:
+    """Print what the gate made of a comparison: as text, Markdown, or annotations of a GitHub job with its summary."""
+    from harness.report.comparison import gate_annotations, gate_markdown, print_gate
+    from harness.report.terminal import console_for
+
+    if form == "text":
+        print_gate(result, console_for())
+    elif form == "markdown":
+        sys.stdout.write(gate_markdown(result))
+    else:
+        sys.stdout.write(gate_annotations(result))
+        sys.stdout.flush()
+        if summary := os.environ.get(ENV_SUMMARY):
+            with Path(summary).open("a", encoding="utf-8") as file:
+                file.write(gate_markdown(result))
+
+
+def print_json(document: dict[str, Any]) -> None:
+    """One JSON document with its schema, without NaN."""
+    print(json.dumps({"schema": 1, **document}, allow_nan=False, ensure_ascii=False))

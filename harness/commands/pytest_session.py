@@ -1,0 +1,286 @@
+"""One pytest session over one study: measured once after collection, replayed in each test, reported at the end."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from harness.errors import LorameterError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from harness.machine.provenance import Machine
+    from harness.records.record import TrialRecord
+    from harness.records.store import Run
+    from harness.studies.study import Study
+    from harness.verdicts.gate import GateResult
+
+
+PLUGIN = "lorameter-session"
+DEFAULT_STUDY = "lora-or-qlora"
+
+
+class ReplayClock:
+    """A clock that gives back recorded durations: each pair of readings is 0 and the next duration, so that their
+    difference is the recorded float to the last bit."""
+
+    def __init__(self) -> None:
+        self._durations: Iterator[float] = iter(())
+        self._started = False
+
+    def load(self, durations: tuple[float, ...]) -> None:
+        """The durations to give back, in order."""
+        self._durations = iter(durations)
+        self._started = False
+
+    def __call__(self) -> float:
+        """One reading, in seconds."""
+        self._started = not self._started
+        return 0.0 if self._started else next(self._durations)
+
+
+class Session:
+    """One pytest session over one study: measures once after collection, replays in each test, reports at the end."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        from harness.commands.pytest_gate import load_gate
+        from harness.commands.pytest_resume import load_resumed
+
+        self._config = config
+        self._run: Run | None = None
+        self._disabled = bool(config.getoption("benchmark_disable")) and not config.getoption("benchmark_enable")
+        self._skipped = bool(config.getoption("benchmark_skip")) and not config.getoption("benchmark_only")
+        self._judged: GateResult | str | None = None
+        with _usage_errors():
+            self._resumed = load_resumed(config)
+            self._study = self._load()
+            self._gate = load_gate(config, measures=not (self._disabled or self._skipped))
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        """A test for each variant of the study."""
+        if metafunc.definition.get_closest_marker("lorameter") and "variant_name" in metafunc.fixturenames:
+            names = [variant.name for variant in self._study.variants]
+            if self._resumed is not None:
+                names = [name for name in names if name in self._resumed.variants]
+            metafunc.parametrize("variant_name", names)
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Give each test its clock and its phase as the group of its table; no test of what a resumed run has not."""
+        if self._resumed is not None:
+            lacking = [item for item in items if _phase_of(item) not in (None, *self._resumed.phases)]
+            self._config.hook.pytest_deselected(items=lacking)
+            items[:] = [item for item in items if item not in lacking]
+        for item in items:
+            if phase := _phase_of(item):
+                item.add_marker(pytest.mark.benchmark(timer=ReplayClock(), group=phase, warmup=False))
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> None:
+        """Measure what the selected tests need, once, before the first of them runs."""
+        items = [(item, phase) for item in session.items if (phase := _phase_of(item))]
+        collecting = self._config.option.collectonly or session.testsfailed
+        if not items or self._skipped or collecting:
+            return
+        with _usage_errors():
+            if self._gate is not None:
+                from harness.machine.provenance import comparable, fingerprint
+
+                facts = self._provenance()
+                self._gate.prepare(self._study, comparable(facts), fingerprint(facts))
+            names = [str(item.callspec.params["variant_name"]) for item, _ in items]  # type: ignore[attr-defined]
+            self._run = self._measure(names, {phase for _, phase in items})
+
+    @pytest.fixture
+    def replay(self, request: pytest.FixtureRequest, variant_name: str) -> Callable[[], None]:
+        """Hand this test's recorded samples to pytest-benchmark; fails where a trial has no result."""
+        benchmark = request.getfixturevalue("benchmark")
+        phase = _phase_of(request.node)
+        marker = request.node.get_closest_marker("benchmark")
+
+        def replayed() -> None:
+            from harness.records.metrics import PRIMARY
+            from harness.verdicts.benchmark_json import extra_info
+            from harness.verdicts.series import series_of
+
+            if self._run is None or phase is None:
+                pytest.fail("nothing was measured for this test; is it marked with lorameter(phase)?", pytrace=False)
+            series = series_of(self._run.records)[variant_name, "variant"]
+            failed = [record for record in series.records if record.status != "ok"]
+            if failed:
+                pytest.fail("\n".join(_failure(record, self._run.path) for record in failed), pytrace=False)
+            metric = PRIMARY[phase]  # type: ignore[index]
+            if not series.measuring(metric):
+                pytest.fail(f"no trial of {variant_name} measured {metric}, although all are ok", pytrace=False)
+            benchmark.extra_info.update(extra_info(self._run, series, phase, metric))
+            durations = tuple(sample for trial in series.trials(metric) for sample in trial)
+            marker.kwargs["timer"].load(durations)
+            benchmark.pedantic(_nothing, rounds=len(durations), iterations=1)
+
+        return replayed
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        """The report; before pytest-benchmark's own table, which may end in an exception (--benchmark-compare-fail)."""
+        if isinstance(self._judged, str):
+            terminalreporter.section("lorameter gate")
+            terminalreporter.write(self._judged, flush=True)
+        if self._run is None or self._disabled:
+            return
+        from harness.report.comparison import print_gate
+        from harness.report.terminal import print_run
+        from harness.report.view import view_of
+
+        run, judged = view_of(self._run), self._judged
+        _show(terminalreporter, "lorameter", lambda console: print_run(run, console))
+        if judged is not None and not isinstance(judged, str):
+            _show(terminalreporter, "lorameter gate", lambda console: print_gate(judged, console))
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """A run that is invalid as a whole, or that its gate does not let pass, is no pass although each test is."""
+        if self._gate is not None and not self._config.option.collectonly:
+            self._judged = self._gate.judged(self._run)
+            passed = not isinstance(self._judged, str) and self._judged.passed
+            if not passed and session.exitstatus == pytest.ExitCode.OK:
+                session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        if self._run is None or self._disabled:
+            return
+        from harness.report.view import view_of
+
+        if not view_of(self._run).valid and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_benchmark_update_machine_info(self, machine_info: dict[str, Any]) -> None:
+        """Device, libraries and workload, as far as two runs must agree on them to be compared."""
+        from harness.machine.provenance import comparable
+
+        machine_info["lorameter"] = comparable(self._provenance())
+
+    def pytest_benchmark_compare_machine_info(
+        self, machine_info: dict[str, Any], compared_benchmark: dict[str, Any]
+    ) -> None:
+        """Refuse to set unlike machines, libraries or workloads beside each other, and name what differs."""
+        from harness.verdicts.benchmark_json import unlike
+
+        theirs = compared_benchmark["machine_info"].get("lorameter")
+        if theirs is None:
+            raise pytest.UsageError("--benchmark-compare: the saved run was not written by lorameter. Compare another.")
+        if different := unlike(self._study, machine_info["lorameter"], theirs, compared_benchmark["benchmarks"]):
+            raise pytest.UsageError(
+                f"--benchmark-compare: not comparable: {'; '.join(different)}. Measure the base again on this machine."
+            )
+
+    def pytest_benchmark_update_json(self, benchmarks: list[Any], output_json: dict[str, Any]) -> None:
+        """`--benchmark-save` alone drops the durations; raw samples are always kept."""
+        data = {bench.fullname: bench.stats.data for bench in benchmarks}
+        for entry in output_json["benchmarks"]:
+            if entry["fullname"] in data:
+                entry["stats"].setdefault("data", data[entry["fullname"]])
+        if self._run is not None:
+            from harness.verdicts.benchmark_json import about_run
+
+            output_json["lorameter"] = about_run(self._run)
+
+    def _load(self) -> Study:
+        from harness.studies.study_file import load_study
+
+        if self._resumed is not None:
+            return self._resumed.study
+        option = self._config.getoption
+        profile, device = option("--lorameter-profile"), self._machine().kind
+        study = load_study(option("--lorameter-study") or DEFAULT_STUDY, profile=profile, device=device)
+        return study.with_overrides(
+            model=option("--lorameter-model"),
+            data=option("--lorameter-data"),
+            effort=option("--lorameter-effort"),
+            replicates=option("--lorameter-replicates"),
+            allow_disturbed=option("--lorameter-allow-disturbed"),
+        )
+
+    def _measure(self, names: list[str], phases: set[str]) -> Run:
+        import dataclasses
+
+        from harness.records import store
+        from harness.report.live import LiveDisplay
+        from harness.report.terminal import console_for, print_notices
+        from harness.run.measure import measure, plan_study
+
+        if self._resumed is not None:
+            with LiveDisplay(console_for(sys.stderr)) as display:
+                return self._resumed.measure(self._machine(), display)
+        study = self._study
+        if self._disabled:
+            study = dataclasses.replace(study, protocol=study.protocol.least())
+        runs = store.runs_dir(self._config.getoption("--lorameter-runs-dir"))
+        plan, notices = plan_study(
+            study,
+            self._machine(),
+            select=names,
+            phases=sorted(phases),
+            interleaving=self._config.getoption("--lorameter-interleave"),
+            runs=runs,
+        )
+        console = console_for(sys.stderr)
+        if not self._disabled:
+            print_notices(notices, console)
+        with LiveDisplay(console) as display:
+            return measure(plan, self._machine(), runs=runs, display=display, notices=notices)
+
+    def _machine(self) -> Machine:
+        from harness.machine.provenance import probe_machine
+
+        return probe_machine()
+
+    def _provenance(self) -> dict[str, Any]:
+        from harness.machine.provenance import collect
+
+        return collect(self._study, self._machine(), self._study.workload.threads, {})
+
+
+class _usage_errors:  # noqa: N801 - reads as a statement
+    """Turn our errors into pytest's usage errors, which print one line and exit with 4."""
+
+    def __enter__(self) -> None:
+        """Nothing to prepare."""
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, LorameterError):
+            raise pytest.UsageError(f"lorameter: {error}") from None
+
+
+def _phase_of(item: pytest.Item) -> str | None:
+    marker = item.get_closest_marker("lorameter")
+    if marker is None:
+        return None
+    if len(marker.args) != 1:
+        raise pytest.UsageError(f"{item.nodeid}: the marker lorameter takes one phase: train, generate or cold.")
+    return str(marker.args[0])
+
+
+def _failure(record: TrialRecord, run: Path) -> str:
+    why = f" in {record.failure.phase}: {record.failure.message}" if record.failure else ""
+    return f"{record.trial}: {record.status}{why} (log: {run / record.log})"
+
+
+def _show(reporter: pytest.TerminalReporter, title: str, draw: Callable[[Console], None]) -> None:
+    """A section of the summary, drawn by rich."""
+    import io
+
+    from rich.console import Console
+
+    from harness.report.terminal import PIPED_WIDTH
+
+    text, screen = io.StringIO(), reporter._tw
+    width = screen.fullwidth if screen.hasmarkup else PIPED_WIDTH
+    draw(Console(file=text, force_terminal=screen.hasmarkup, width=width, highlight=False))
+    reporter.section(title)
+    reporter.write(text.getvalue())
+
+
+def _nothing() -> None:
+    """What a replayed round calls: the work was done when it was measured."""

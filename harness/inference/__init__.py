@@ -1,1 +1,0 @@
-"""Generation with a trained adapter: cold, first and warm."""

@@ -1,1 +1,0 @@
-"""Instruments: clocks and memory gauges, one idea a module."""

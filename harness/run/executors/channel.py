@@ -1,0 +1,52 @@
+"""JSON lines over a socket, which the parent blocks on."""
+
+from __future__ import annotations
+
+import json
+import select
+import socket
+import time
+from typing import Any
+
+
+class Channel:
+    """JSON lines over a socket; receiving blocks in the kernel until a line, the end, or a timeout."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._buffer = b""
+        self.closed_by_peer = False
+
+    def send(self, message: dict[str, Any], attached: socket.socket | None = None) -> None:
+        """One line to the other end, with a socket for it to keep; raises nothing if that end is gone."""
+        data = (json.dumps(message, allow_nan=False) + "\n").encode()
+        try:
+            if attached is None:
+                self._connection.sendall(data)
+            else:
+                socket.send_fds(self._connection, [data], [attached.fileno()])
+        except (BrokenPipeError, ConnectionResetError):
+            self.closed_by_peer = True
+
+    def receive(self, timeout_s: float) -> dict[str, Any] | None:
+        """The next message, or None when the peer is gone (`closed_by_peer`) or silent."""
+        deadline = time.monotonic() + timeout_s
+        while b"\n" not in self._buffer:
+            readable, _, _ = select.select([self._connection], [], [], max(0.0, deadline - time.monotonic()))
+            if not readable:
+                return None
+            try:
+                data = self._connection.recv(1 << 20)
+            except ConnectionResetError:
+                data = b""
+            if not data:
+                self.closed_by_peer = True
+                return None
+            self._buffer += data
+        line, self._buffer = self._buffer.split(b"\n", 1)
+        message: dict[str, Any] = json.loads(line)
+        return message
+
+    def close(self) -> None:
+        """No more of this conversation."""
+        self._connection.close()

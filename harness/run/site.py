@@ -1,0 +1,75 @@
+"""Where trials run, and what a worker is asked there: folders, device, threads, tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from harness.records.record import Status, TrialRecord
+from harness.run.plan import Plan, Slot
+from harness.studies.request import TrialRequest
+from harness.studies.variant import Variant
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """Where a run happens: what every request of it has in common."""
+
+    run_path: Path
+    scratch: Path
+    device: str
+    threads: int
+    tokens_path: str
+    tokens: dict[str, Any]
+    own: Mapping[str, Site] = field(default_factory=dict)
+    """The same for variants that have a workload of their own, by name."""
+
+    def of(self, variant: Variant) -> Site:
+        """What the requests of this variant have in common."""
+        return self.own.get(variant.name, self)
+
+
+def blank(plan: Plan, slot: Slot, status: Status) -> TrialRecord:
+    """The record of a trial that has nothing yet."""
+    return TrialRecord(
+        trial=slot.trial,
+        status=status,
+        name=slot.variant.name,
+        variant=slot.variant.id,
+        role=slot.role,
+        replicate=slot.replicate,
+        position=slot.position,
+        interleaving=slot.interleaving,
+        side=slot.side,
+        seed=slot.seed,
+        started_unix_s=0.0,
+        wall_time_s=0.0,
+        log=f"logs/{slot.trial}.log",
+    )
+
+
+def request_of(plan: Plan, slot: Slot, site: Site, log: str) -> TrialRequest:
+    """All that a worker must know of a trial; `log` names the log of its process."""
+    study, site = plan.study, site.of(slot.variant)
+    return TrialRequest(
+        trial=slot.trial,
+        variant=slot.variant,
+        role=slot.role,
+        replicate=slot.replicate,
+        seed=slot.seed,
+        workload=study.workload_of(slot.variant),
+        protocol=study.protocol,
+        interleaving=slot.interleaving,
+        measures=slot.measures,
+        instrument=slot.instrument,
+        injected_rows=slot.injected_rows,
+        device=site.device,
+        threads=site.threads,
+        tokens_path=site.tokens_path,
+        scratch=str(site.scratch / slot.trial),
+        log_path=str((site.run_path / "logs" / f"{log}.log").resolve()),
+        allow_fallback=study.allow_fallback,
+        requirements=study.requirements,
+    )

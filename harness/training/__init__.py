@@ -1,1 +1,0 @@
-"""What happens in a trial's process while it trains."""

@@ -1,0 +1,67 @@
+"""The loop of a process that hosts trials: a command a line, each answered by a `Fragment`.
+
+Standard output and error go to the trial's log, so that nothing printed by a library can corrupt a result.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from harness.records import codec
+from harness.records.record import Fragment
+from harness.studies.request import TrialRequest
+from harness.trial.failure import failure_of
+
+
+def serve(connection: socket.socket) -> None:
+    """The loop of a trial's process: one reply for each command, until the parent closes the connection."""
+    send(connection, {"pid": os.getpid(), "started_monotonic_s": time.monotonic()})
+    trials: dict[str, Any] = {}
+    with connection.makefile("r", encoding="utf-8") as lines:
+        for line in lines:
+            send(connection, codec.to_json(_answer(json.loads(line), trials)))
+
+
+def _answer(command: dict[str, Any], trials: dict[str, Any]) -> Fragment:
+    """Run one command; whatever goes wrong becomes a fragment with a status, never a dead connection."""
+    from harness.trial.building.shared import SharedBase
+    from harness.trial.process import prepare_process
+    from harness.trial.trial import Trial
+
+    phase, trial = str(command.pop("do")), str(command.pop("trial"))
+    try:
+        if phase == "prepare":
+            request = codec.from_json(TrialRequest, command["request"], "trial request")
+            _log_to(Path(request.log_path))
+            prepare_process(request)
+            shared = next((other.shared for other in trials.values()), None) or SharedBase()
+            trials[trial] = (_profiled_trial() if command.get("profiled") else Trial)(request, shared)
+            return Fragment()
+        return trials[trial].run(phase, **command)  # type: ignore[no-any-return]
+    except Exception as error:
+        return failure_of(error, phase)
+
+
+def _profiled_trial() -> Any:
+    """The trial that `lorameter profile` takes apart; the others do not pay for its imports."""
+    from harness.trial.profiling.trial import ProfiledTrial
+
+    return ProfiledTrial
+
+
+def _log_to(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+
+
+def send(connection: socket.socket, message: dict[str, Any]) -> None:
+    """One message, as one line."""
+    connection.sendall((json.dumps(message, allow_nan=False) + "\n").encode())
