@@ -150,9 +150,9 @@ class Session:
                 session.exitstatus = pytest.ExitCode.TESTS_FAILED
         if self._run is None or self._disabled:
             return
-        from harness.report.view import view_of
+        from harness.verdicts.standing import standing_of
 
-        if not view_of(self._run).valid and session.exitstatus == pytest.ExitCode.OK:
+        if not standing_of(self._run, self._study).valid and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_benchmark_update_machine_info(self, machine_info: dict[str, Any]) -> None:

@@ -16,12 +16,13 @@ from harness.profile.diagnosis import Finding
 from harness.records import codec
 from harness.records.record import Notice
 from harness.records.store import Run
-from harness.report.view import view_of
 from harness.stats import Comparison
 from harness.studies.protocol import Protocol
 from harness.studies.study import Study
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
+from harness.verdicts.series import series_of
+from harness.verdicts.standing import phases_of, ratios_of, standing_of
 
 
 def chosen(findings: Sequence[Finding], code: str | None) -> Finding:
@@ -116,17 +117,18 @@ class Tried:
 
 def tried(run: Run, finding: Finding) -> Tried:
     """Judge the run of such a study."""
-    view = view_of(run)
-    table = view.tables[0]
-    comparison = next((row.ratio for row in table.rows if not row.reference), None)
+    study = codec.from_json(Study, run.manifest.study, f"run {run.manifest.run}")
+    stands, phase = standing_of(run, study), phases_of(run)[0]
+    control = stands.controls[phase]
+    comparison = next(iter(ratios_of(series_of(run.records), study, phase, control).values()), None)
     return Tried(
         finding=finding,
-        run=view.run,
+        run=run.manifest.run,
         interleaving=run.manifest.interleaving,
-        metric=codec.from_json(Study, run.manifest.study, f"run {view.run}").primary(table.phase),
+        metric=study.primary(phase),
         comparison=comparison,
-        control=table.control,
-        failures=view.failures,
-        notices=tuple(notice for notice in view.notices if notice not in run.manifest.notices),
-        valid=view.valid and comparison is not None,
+        control=control,
+        failures=stands.failures,
+        notices=tuple(notice for notice in stands.notices if notice not in run.manifest.notices),
+        valid=stands.valid and comparison is not None,
     )

@@ -59,6 +59,17 @@ METRICS: dict[str, Metric] = dict(
     )
 )
 
+PHASE_TITLES: dict[Phase, str] = {
+    "train": "Training",
+    "generate": "Warm generation",
+    "cold": "Cold start, a new interpreter to its first completion",
+}
+PEAKS: dict[Phase, tuple[str, ...]] = {
+    "train": ("device_peak_allocated_train_bytes", "host_peak_train_bytes"),
+    "generate": ("device_peak_allocated_generate_bytes", "host_peak_generate_bytes"),
+    "cold": (),
+}
+"""Kinds of memory whose peaks stand for a phase; the first that was measured is shown."""
 PRIMARY: dict[Phase, str] = {"train": "step_time_s", "generate": "request_time_s", "cold": "cold_start_time_s"}
 """The metric that stands for a phase in pytest-benchmark and in the ratio column."""
 

@@ -13,21 +13,16 @@ from typing import Any
 
 from harness.machine.provenance import power_limit_w
 from harness.records import codec
-from harness.records.metrics import METRICS, PHASES, Phase
-from harness.records.record import Notice, Role, TrialRecord
+from harness.records.metrics import METRICS, PEAKS, PHASE_TITLES, Phase
+from harness.records.record import Notice
 from harness.records.store import Run
 from harness.records.units import format_bytes, format_interval, format_ratio
-from harness.report.standing import replicates_said, standing
+from harness.report.progress import replicates_said, standing
 from harness.stats import Comparison
 from harness.studies.study import Study
-from harness.verdicts.notices import run_notices
-from harness.verdicts.series import Series, compare_series, compare_to_reference, series_of, without_equivalent
+from harness.verdicts.series import Series, series_of
+from harness.verdicts.standing import Groups, ratios_of, standing_of
 
-PHASE_TITLES: dict[Phase, str] = {
-    "train": "Training",
-    "generate": "Warm generation",
-    "cold": "Cold start, a new interpreter to its first completion",
-}
 COLUMNS: dict[Phase, tuple[str, ...]] = {
     "train": ("tokens_per_s", "train_loss", "held_out_loss"),
     "generate": (
@@ -47,11 +42,6 @@ TAIL = 0.95
 """The high percentile of warm requests that is shown where the samples support it."""
 BIRTH = "host_baseline_bytes"
 """What a trial's process holds before it does anything."""
-PEAKS: dict[Phase, tuple[str, str]] = {
-    "train": ("device_peak_allocated_train_bytes", "host_peak_train_bytes"),
-    "generate": ("device_peak_allocated_generate_bytes", "host_peak_generate_bytes"),
-    "cold": ("", ""),
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,15 +94,7 @@ def view_of(run: Run) -> RunView:
     """The view of a run. Raises nothing for missing trials: what is not there is said."""
     study = codec.from_json(Study, run.manifest.study, f"run {run.manifest.run}")
     groups = series_of(run.records)
-    names = [name for name, role in groups if role == "variant"]
-    ordered = [variant.name for variant in study.variants if variant.name in names]
-    phases = [phase for phase in PHASES if phase in run.manifest.phases]
-    tables = tuple(_table(phase, ordered, study, groups, len(phases)) for phase in phases)
-    failures = (*_failures(run.records), *_missing(run))
-    controls = [table.control.verdict for table in tables if table.control is not None]
-    notices = [*run.manifest.notices, *(notice for record in run.records for notice in record.notices)]
-    controls_by_title = {table.title: table.control for table in tables if table.control is not None}
-    notices += run_notices(run, study, controls_by_title)
+    stands = standing_of(run, study)
     return RunView(
         run=run.manifest.run,
         path=str(run.path),
@@ -120,50 +102,35 @@ def view_of(run: Run) -> RunView:
         facts=_facts(run, study),
         deviations=study.deviations,
         notes=study.notes,
-        tables=tables,
-        failures=failures,
-        notices=_unique(notices),
+        tables=tuple(_table(phase, study, groups, control) for phase, control in stands.controls.items()),
+        failures=stands.failures,
+        notices=stands.notices,
         counts=dict(Counter(record.status for record in run.records)),
         state=run.state,
-        valid=(
-            not failures
-            and not run.damaged_lines
-            and run.manifest.status == "complete"
-            and len(controls) == len(tables)
-            and not {"improved", "regressed"} & set(controls)
-        ),
+        valid=stands.valid,
     )
 
 
-def _table(
-    phase: Phase, names: list[str], study: Study, groups: dict[tuple[str, Role], Series], family: int
-) -> PhaseTable:
+def _table(phase: Phase, study: Study, groups: Groups, control: Comparison | None) -> PhaseTable:
     metric = study.primary(phase)
-    reference = groups.get((study.reference, "variant"))
-    twin = groups.get((study.reference, "control"))
-    control = compare_series(reference, twin, metric, family=family) if reference and twin else None
+    names = [variant.name for variant in study.variants if (variant.name, "variant") in groups]
     shown = [groups[(name, "variant")] for name in names]
     asked = OWN_COLUMNS if phase == "train" and study.own_workloads else COLUMNS[phase]
     columns = tuple(column for column in asked if any(series.trials(column) for series in shown))
     tails = [_tail(series, metric) for series in shown] if phase == "generate" else []
     tailed = any(tail is not None for tail in tails)
-    peaks = bool(PEAKS[phase][0])
     heads = ("variant", METRICS[metric].title, f"× {study.reference}", *(METRICS[name].title for name in columns))
     heads += (f"p{100 * TAIL:g}",) if tailed else ()
-    heads += (*(("peak memory",) if peaks else ()), "checks")
-    others = [groups[(name, "variant")] for name in names if name != study.reference]
-    ratios = compare_to_reference(reference, others, metric) if reference else {}
+    heads += (*(("peak memory",) if PEAKS[phase] else ()), "checks")
+    ratios = ratios_of(groups, study, phase, control)
     rows = []
     for index, (name, series) in enumerate(zip(names, shown, strict=True)):
-        ratio = ratios.get(name)
-        if ratio is not None and (control is None or control.verdict != "equivalent"):
-            ratio = without_equivalent(ratio, "the control itself is not equivalent, so nothing here can be")
-        cells = [name, _estimate(series, metric), _ratio(ratio, is_reference=name == study.reference)]
+        cells = [name, _estimate(series, metric), _ratio(ratios.get(name), is_reference=name == study.reference)]
         cells += [_estimate(series, column) for column in columns]
         cells += [tails[index] or "not supported"] if tailed else []
-        cells += [_peak(series, phase)] if peaks else []
+        cells += [_peak(series, phase)] if PEAKS[phase] else []
         cells.append(_checks(series))
-        rows.append(Row(name=name, reference=name == study.reference, cells=tuple(cells), ratio=ratio))
+        rows.append(Row(name=name, reference=name == study.reference, cells=tuple(cells), ratio=ratios.get(name)))
     return PhaseTable(
         phase=phase,
         title=PHASE_TITLES[phase],
@@ -237,23 +204,6 @@ def _checks(series: Series) -> str:
     return ", ".join(failed) if failed else f"{paths} of {paths} active"
 
 
-def _failures(records: Iterable[TrialRecord]) -> Iterable[str]:
-    for record in records:
-        if record.status != "ok":
-            failure = record.failure
-            said = f" in {failure.phase}: {failure.message}" if failure else ""
-            yield f"{record.trial}: {record.status}{said} (log: {record.log})"
-
-
-def _missing(run: Run) -> Iterable[str]:
-    """Trials of the plan that left no record: the parent was killed, or the run is still going on."""
-    known = {record.trial for record in run.records}
-    missing = [trial for trial in run.manifest.order if trial not in known]
-    if missing:
-        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-        yield f"{shown}: no record (the run is {run.state})"
-
-
 def _facts(run: Run, study: Study) -> tuple[str, ...]:
     provenance, workload, protocol = run.manifest.provenance, study.workload, study.protocol
     tokens, git = run.manifest.tokens, provenance["git"]
@@ -306,7 +256,3 @@ def _level(run: Run) -> str:
     why = f": {run.manifest.why}" if run.manifest.why else ""
     solo = any(record.interleaving != run.manifest.interleaving for record in run.records)
     return f"{why}; peaks, cold starts and what needs its own base: solo trials" if solo else why
-
-
-def _unique(notices: Iterable[Notice]) -> tuple[Notice, ...]:
-    return tuple(dict.fromkeys(notices))

@@ -16,10 +16,9 @@ from typing import Any
 from harness.errors import UsageError
 from harness.machine.provenance import differing_packages
 from harness.records import codec
-from harness.records.metrics import METRICS, PHASES, PRIMARY
+from harness.records.metrics import METRICS, PEAKS, PHASES, PRIMARY
 from harness.records.record import Interleaving, Notice
 from harness.records.store import Run
-from harness.report.view import PEAKS
 from harness.stats import Comparison, Pairing
 from harness.studies.study import Study
 from harness.verdicts.comparand import (

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from harness.errors import InvalidRunError, UsageError
 from harness.records import codec, store
-from harness.report.view import view_of
+from harness.studies.study import Study
 from harness.verdicts.comparand import Comparand, comparand_of
+from harness.verdicts.standing import standing_of
 
 WORD = "baseline"
 """Names the accepted run of the candidate's fingerprint and study, in place of a base."""
@@ -79,9 +80,9 @@ def accept(name: str, runs: Path) -> tuple[Baseline, Baseline | None]:
         )
     if run.manifest.sides:
         raise UsageError(f"run {run.path.name}: an A/B run has two sides and is no baseline. Accept an ordinary run.")
-    view = view_of(run)
-    if not view.valid:
-        why = [*view.failures, *(comparand_of(run).broken or "").splitlines()][:1] or ["see its report"]
+    stands = standing_of(run, codec.from_json(Study, run.manifest.study, f"run {run.manifest.run}"))
+    if not stands.valid:
+        why = [*stands.failures, *(comparand_of(run).broken or "").splitlines()][:1] or ["see its report"]
         raise InvalidRunError(
             f"run {run.path.name}: not valid, so it was not accepted: {why[0]}. See `lorameter report {run.path.name}`."
         )

@@ -18,11 +18,11 @@ from harness.records import codec
 from harness.records.metrics import METRICS
 from harness.records.record import Notice, TrialRecord
 from harness.records.store import Run
-from harness.report.view import view_of
 from harness.stats import Comparison
 from harness.studies.study import Study
 from harness.studies.variant import Variant
 from harness.verdicts.series import Series, Trials, series_of
+from harness.verdicts.standing import standing_of
 
 BYTES_SUFFIX = "_bytes"
 """Ends the name of every kind of memory."""
@@ -82,8 +82,8 @@ def comparand_of(run: Run) -> Comparand:
             f"`lorameter report {run.manifest.run}`."
         )
     study = codec.from_json(Study, run.manifest.study, f"run {run.manifest.run}")
-    control: dict[str, Comparison | None] = {table.phase: table.control for table in view_of(run).tables}
     groups = series_of(run.records)
+    control: dict[str, Comparison | None] = {**standing_of(run, study).controls}
     sides = {
         name: measured_of(series, study, run.manifest.run)
         for (name, role), series in groups.items()

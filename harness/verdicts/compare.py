@@ -16,9 +16,8 @@ import math
 from collections.abc import Mapping, Sequence
 
 from harness.errors import InvalidRunError, UsageError
-from harness.records.metrics import METRICS, PHASES, PRIMARY
+from harness.records.metrics import METRICS, PEAKS, PHASES, PRIMARY
 from harness.records.record import Interleaving, Notice
-from harness.report.view import PEAKS
 from harness.stats import Comparison, run_wide_shift
 from harness.verdicts.comparand import (
     BYTES_SUFFIX,

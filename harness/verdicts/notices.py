@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from harness.records.metrics import PHASE_TITLES, Phase
 from harness.records.record import Notice, TrialRecord
 from harness.records.store import Run
 from harness.records.units import format_ratio
@@ -19,6 +20,13 @@ DRIFT = 0.05
 """Change of level that is worth a word, a fraction."""
 LEAST_STEPS_FOR_DRIFT = 12
 """Fewer steps show no change of level beside their noise."""
+
+
+def notices_of(run: Run, study: Study, controls: Mapping[Phase, Comparison | None]) -> tuple[Notice, ...]:
+    """All notices of a run, each once: those of its plan, of its trials, and what its records give reason for."""
+    titled = {PHASE_TITLES[phase]: control for phase, control in controls.items() if control is not None}
+    found = [*run.manifest.notices, *(notice for record in run.records for notice in record.notices)]
+    return tuple(dict.fromkeys((*found, *run_notices(run, study, titled))))
 
 
 def run_notices(run: Run, study: Study, controls: Mapping[str, Comparison]) -> Iterator[Notice]:
