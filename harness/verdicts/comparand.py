@@ -83,7 +83,7 @@ def comparand_of(run: Run) -> Comparand:
         )
     study = codec.from_json(Study, run.manifest.study, f"run {run.manifest.run}")
     groups = series_of(run.records)
-    control: dict[str, Comparison | None] = {phase: each for phase, each in standing_of(run, study).controls.items()}
+    control: dict[str, Comparison | None] = dict(standing_of(run, study).controls.items())
     sides = {
         name: measured_of(series, study, run.manifest.run)
         for (name, role), series in groups.items()
