@@ -55,7 +55,7 @@ def machine() -> Machine:
 
 @pytest.fixture(scope="session")
 def small_study() -> Study:
-    """Two variants, two replicates, as little work as still is a trial."""
+    """Two variants, two replicates, as little work as still is a trial; it counts however busy the machine is."""
     return Study(
         name="small",
         title="small",
@@ -65,7 +65,7 @@ def small_study() -> Study:
         ),
         protocol=Protocol(
             replicates=2, warmup_steps_min=1, warmup_steps_max=2, turns=2, steps_per_turn=2, generate_warmup=0,
-            generate_requests=2, step_timeout_s=120,
+            generate_requests=2, step_timeout_s=120, allow_disturbed=True,
         ),
         variants=(Variant(name="plain", r=4), Variant(name="nf4", r=4, quantization="nf4")),
         reference="plain",

@@ -217,7 +217,8 @@ def test_a_disturbed_trial_is_measured_again_by_a_fresh_process(executor, small_
         return record.replaced(status="invalid", failure=Failure(phase="train", kind=DISTURBED, message="planted"))
 
     monkeypatch.setattr("harness.run.runner.judged", judged)
-    study = dataclasses.replace(small_study, variants=small_study.variants[:1])
+    protocol = dataclasses.replace(small_study.protocol, allow_disturbed=False)
+    study = dataclasses.replace(small_study, variants=small_study.variants[:1], protocol=protocol)
     records = measure(study, executor, tmp_path)
     assert [(record.role, record.attempt) for record in seen if record.role == "variant"] == [
         ("variant", 0), ("variant", 1)
