@@ -1,0 +1,119 @@
+"""docs/extending.md is executed: each worked example is applied to a scratch copy of the packages, and what it promises
+is run there.
+
+The page is written for people and read here by four forms:
+
+    New file `PATH`:                        a fenced block follows, which becomes that file
+    In `PATH`, after the line `TEXT`:       a fenced block follows, which is put behind the one line that reads so
+    In `PATH`, the line `TEXT` becomes:     a fenced block follows, which stands in its place
+    a block of `console`                    lines with `$` are run, the lines below each must be in what it prints
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "extending.md"
+NEW = re.compile(r"New file `(?P<path>[^`]+)`:$")
+EDIT = re.compile(r"In `(?P<path>[^`]+)`, (?P<how>after the line|the line) `(?P<line>.+)`(?: becomes)?:$")
+COUNTED = re.compile(r"^\| (?P<what>[^|]+?) +\| +(?P<files>\d+) +\|")
+
+
+@dataclass
+class Example:
+    """One section of the page."""
+
+    title: str
+    edits: list[tuple[str, str, str, str]] = field(default_factory=list)
+    """Path, how ("new", "after the line", "the line"), the line, the block."""
+    commands: list[tuple[str, list[str]]] = field(default_factory=list)
+
+    @property
+    def files(self) -> set[str]:
+        """The files of the project that it touches: what the reader writes for themselves is none."""
+        return {path for path, *_ in self.edits if path.startswith(("harness/", "kernels_check/"))}
+
+
+def examples() -> list[Example]:
+    found: list[Example] = []
+    lines = iter(PAGE.read_text(encoding="utf-8").splitlines())
+    pending: tuple[str, str, str] | None = None
+    for line in lines:
+        if line.startswith("## "):
+            found.append(Example(line.removeprefix("## ")))
+        elif match := NEW.match(line):
+            pending = (match["path"], "new", "")
+        elif match := EDIT.match(line):
+            pending = (match["path"], match["how"], match["line"])
+        elif line.startswith("```"):
+            block = []
+            for inner in lines:
+                if inner.startswith("```"):
+                    break
+                block.append(inner)
+            if line == "```console":
+                for each in block:
+                    if each.startswith("$ "):
+                        found[-1].commands.append((each.removeprefix("$ "), []))
+                    elif each:
+                        found[-1].commands[-1][1].append(each)
+            elif pending is not None:
+                found[-1].edits.append((*pending, "\n".join(block)))
+            pending = None
+    return [example for example in found if example.edits]
+
+
+def apply(example: Example, folder: Path) -> None:
+    """The edits of an example in a copy of the packages."""
+    for path, how, line, block in example.edits:
+        target = folder / path
+        if how == "new":
+            assert not target.exists(), f"{path} is there already"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(block + "\n", encoding="utf-8")
+            continue
+        text = target.read_text(encoding="utf-8").splitlines()
+        places = [number for number, each in enumerate(text) if each.strip() == line]
+        assert len(places) == 1, f"{path}: the line `{line}` stands there {len(places)} times"
+        (place,) = places
+        text[place : place + 1] = block.splitlines() if how == "the line" else [text[place], *block.splitlines()]
+        target.write_text("\n".join(text) + "\n", encoding="utf-8")
+
+
+@pytest.mark.parametrize("example", examples(), ids=lambda example: example.title)
+def test_an_example_does_what_it_says(example, tmp_path):
+    """Applied to a copy of the packages, its commands print what the page shows."""
+    for package in ("harness", "kernels_check"):
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "reports" / RUN, tmp_path / "runs" / RUN)
+    apply(example, tmp_path)
+    assert example.commands
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "COLUMNS": "200", "NO_COLOR": "1"}
+    for command, expected in example.commands:
+        words = [sys.executable if word == "python" else word for word in shlex.split(command)]
+        if words[0] == "lorameter":
+            words[:1] = [sys.executable, "-m", "harness.cli"]
+        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+        printed = done.stdout + done.stderr
+        for line in expected:
+            assert line.strip() in printed, f"$ {command}\n{printed}\nlacks: {line.strip()}"
+
+
+RUN = next(path.name for path in sorted((ROOT / "reports").glob("*_lora-or-qlora")))
+"""The committed run that the examples look at."""
+
+
+def test_the_page_counts_its_own_files():
+    """The table at its top says how many files of the project each example touches."""
+    counted = {match["what"]: int(match["files"]) for line in PAGE.read_text().splitlines() if (match := COUNTED.match(line))}
+    assert counted == {example.title: len(example.files) for example in examples()}
