@@ -28,6 +28,7 @@ from harness.records import codec
 from harness.records.activity import ACCOUNTS, ACTIVITY, PEAKS, TRACE, Activity
 from harness.records.memory_account import MEMORY_PHASES, MemoryAccount
 from harness.records.record import Fragment, TrialRecord
+from harness.run.contenders import Contender
 from harness.run.executors import Worker, WorkerLostError
 from harness.run.executors.local import LocalExecutor
 from harness.run.feasibility import check_feasible
@@ -65,9 +66,10 @@ def profile_variant(
         InvalidRunError: the trial did not come to its end; the message says where its log is.
     """
     study = dataclasses.replace(study, allow_fallback=True)
-    notices = check_feasible(study, machine, (variant,))
-    plan = make_plan(study, select=[variant.name], phases=("train", "generate"))
-    slot = next(slot for slot in plan.slots if slot.variant.id == variant.id and slot.role == "variant")
+    contender = Contender(variant=variant, workload=study.workload)
+    notices = check_feasible(study, machine, [contender])
+    plan = make_plan(study, contenders=[contender], phases=("train", "generate"))
+    slot = plan.slots[0]
     folder = runs / f"{time.strftime('%Y%m%d-%H%M%S')}-profile-{variant.name}-{secrets.token_hex(2)}"
     (folder / "logs").mkdir(parents=True)
     with contextlib.ExitStack() as stack:

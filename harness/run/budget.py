@@ -182,7 +182,7 @@ class Budget:
                     if kind in slot.measures:
                         work[kind] += min(count, self._caps.get((group.replicate, kind), count))
                 if "steps" in slot.measures:
-                    work["epochs"] += study.rounds_after_turns(slot.variant)
+                    work["epochs"] += slot.contender.rounds_after_turns(study.protocol)
         return work
 
 

@@ -107,7 +107,7 @@ class Conductor:
         timed = self._live("steps")
         for trial in timed:
             self._add(trial, Fragment(values={"turns_wall_time_s": wall_time_s}))
-        planned = max((self._plan.study.rounds_after_turns(self._slots[trial].variant) for trial in timed), default=0)
+        planned = max((self._slots[trial].contender.rounds_after_turns(protocol) for trial in timed), default=0)
         orders = tuple(self._group.turns[number % len(self._group.turns)] for number in range(planned))
         # In rounds as well: a command that trained for hours could neither be cut nor be told from one that hangs.
         untimed = self._in_turns("epochs", orders, "train", steps=protocol.steps_per_turn)
@@ -241,7 +241,7 @@ class Conductor:
 
     def _add(self, trial: str, fragment: Fragment, turn: int | None = None) -> None:
         record = self._records[trial].merged(fragment)
-        changes: dict[str, Any] = {"tokens": record.tokens | self._site.of(self._slots[trial].variant).tokens}
+        changes: dict[str, Any] = {"tokens": record.tokens | self._site.of(self._slots[trial].workload).tokens}
         if trial in self._begun:
             changes |= {"started_unix_s": self._begun[trial], "wall_time_s": time.time() - self._begun[trial]}
         if turn is not None:

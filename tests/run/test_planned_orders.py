@@ -8,9 +8,10 @@ import pytest
 
 import harness.run.ab
 from harness.profile.diagnosis import Finding
-from harness.profile.remedy import study_of
+from harness.profile.remedy import make_pair
 from harness.records import codec
 from harness.run.ab import plan_ab
+from harness.run.contenders import contenders_of
 from harness.run.measure import plan_study
 from harness.run.plan import make_plan
 from harness.studies.study_file import load_study
@@ -18,17 +19,13 @@ from harness.studies.study_file import load_study
 LEVELS = ("shared-base", "lockstep", "replicates")
 
 
-def workload_of(plan, slot):
-    return plan.study.workload_of(slot.variant)
-
-
 def digest(plan):
     """All that a plan says of its trials, their groups and their turns, in order."""
     slots = [
         (
             slot.trial, slot.variant.name, slot.variant.id, slot.role, slot.side, slot.replicate, slot.position,
-            slot.seed, slot.interleaving, slot.measures, slot.instrument, slot.arm, slot.injected_rows,
-            codec.to_json(workload_of(plan, slot)),
+            slot.seed, slot.interleaving, slot.measures, slot.instrument, slot.arm, slot.contender.injected_rows,
+            codec.to_json(slot.workload),
         )
         for slot in plan.slots
     ]  # fmt: skip
@@ -47,7 +44,9 @@ def first(plan, count=3):
 
 def study_plan(name, level, select=(), effort=None, phases=None):
     study = load_study(name, device="cpu").with_overrides(effort=effort)
-    return make_plan(study, select=select, phases=phases or study.protocol.phases, interleaving=level)
+    return make_plan(
+        study, contenders=contenders_of(study, select), phases=phases or study.protocol.phases, interleaving=level
+    )
 
 
 STUDIES = {
@@ -192,8 +191,8 @@ def remedy_plan(small_study, machine, key, value, level):
     study = dataclasses.replace(small_study, workload=workload)
     change = {"changes": {key: value}} if key == "lora_dropout" else {"workload_changes": {key: value}}
     finding = Finding(code="it", message="m", cost_s=0.02, cost_share=0.2, remedy="Do it.", **change)
-    pair = study_of(study, study.variants[0], finding, protocol=study.protocol)
-    return plan_study(pair, machine, phases=("train",), interleaving=level)[0]
+    pair = make_pair(study, study.variants[0], finding, protocol=study.protocol)
+    return plan_study(pair.study, machine, phases=("train",), interleaving=level, own_workloads=pair.own_workloads)[0]
 
 
 @pytest.mark.parametrize(("arguments", "expected"), REMEDIES.items(), ids=str)

@@ -234,7 +234,7 @@ def test_sides_are_measured_by_their_own_executors(small_study, tmp_path):
     """Each launch goes to the executor of its side, and the record says which."""
     plan = make_plan(small_study)
     a, b = (
-        dataclasses.replace(slot, side=side, arm=side)
+        dataclasses.replace(slot, contender=dataclasses.replace(slot.contender, side=side), arm=side)
         for slot, side in zip(plan.slots, ("base", "candidate"), strict=False)
     )
     group = Group(replicate=0, launches=((a,), (b,)), turns=((a.trial, b.trial),))
