@@ -33,9 +33,9 @@ from harness.run.executors import Worker, WorkerLostError
 from harness.run.executors.local import LocalExecutor
 from harness.run.feasibility import check_feasible
 from harness.run.forecast import free_bytes
-from harness.run.measure import greeted
+from harness.run.measure import greet
 from harness.run.plan import Plan, Slot, make_plan
-from harness.run.site import Site, blank, request_of
+from harness.run.site import Site, begin_record, request_of
 from harness.studies.study import Study
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
@@ -79,7 +79,7 @@ def profile_variant(
         executor.start()
         say("preparing tokens")
         tokens = executor.prepare_tokens(study.workload, str(scratch))
-        greeted(executor, machine, [variant])
+        greet(executor, machine, [variant])
         site = Site(
             run_path=folder,
             scratch=scratch,
@@ -146,7 +146,7 @@ class _Trial:
         self.folder = Path(self._request.scratch)
         self.folder.mkdir(parents=True, exist_ok=True)
         begun = time.time()
-        self.record: TrialRecord = blank(plan, slot, "ok").replaced(started_unix_s=begun, tokens=site.tokens)
+        self.record: TrialRecord = begin_record(plan, slot, "ok").replaced(started_unix_s=begun, tokens=site.tokens)
 
     def conduct(self, rates: list[Rate]) -> None:
         """All of it, in the order in which no measurement is in the way of another."""

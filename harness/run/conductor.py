@@ -17,7 +17,7 @@ from harness.records.record import UNDER_WAY, Failure, Fragment, Measure, Status
 from harness.run.budget import Budget, Kind
 from harness.run.executors import Executor, Worker, WorkerLostError
 from harness.run.plan import Group, Plan, Slot
-from harness.run.site import Site, blank, request_of
+from harness.run.site import Site, begin_record, request_of
 
 CHECKPOINT_S = 30.0
 """Records of trials under way are saved no more often than this: a sync costs milliseconds, and shorter groups are
@@ -60,7 +60,7 @@ class Conductor:
         self._entered = self._saved = budget.clock()
         self._saving_s = 0.0
         self._slots = {slot.trial: slot for slot in group.slots}
-        self._records = {slot.trial: blank(plan, slot, "ok").replaced(attempt=attempt) for slot in group.slots}
+        self._records = {slot.trial: begin_record(plan, slot, "ok").replaced(attempt=attempt) for slot in group.slots}
         self._begun: dict[str, float] = {}
         self._workers: dict[str, Worker] = {}
         self._timeout = plan.study.protocol.step_timeout_s

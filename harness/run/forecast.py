@@ -84,13 +84,13 @@ def needed_bytes(
         kind, extra = "device_peak_reserved_train_bytes", CUDA_CONTEXT_BYTES
     measured = {} if runs is None else measured_peaks(workload, machine, runs, kind)
 
-    def needed(variant: Variant) -> int:
+    def need(variant: Variant) -> int:
         peak = measured.get(variant.id)
         if peak:
             return peak + extra
         return estimate_memory(variant, workload, shape, device=device, stored=stored).needed_bytes
 
-    return {variant.name: needed(variant) for variant in variants}
+    return {variant.name: need(variant) for variant in variants}
 
 
 def free_bytes(machine: Machine) -> int | None:

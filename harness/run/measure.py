@@ -32,8 +32,8 @@ from harness.run.feasibility import check_feasible
 from harness.run.forecast import free_bytes, together_bytes
 from harness.run.levels import choose_level
 from harness.run.plan import Plan, make_plan
-from harness.run.resume import continued
-from harness.run.runner import Measured, kept, run_plan, unsettled
+from harness.run.resume import continue_manifest
+from harness.run.runner import Measured, find_unsettled, keep_records, run_plan
 from harness.run.site import Site
 from harness.run.stopping import Stopping
 from harness.studies.study import Study
@@ -145,7 +145,7 @@ def measure(
         if earlier is not None and earlier.manifest.status == "complete":
             return earlier
         known = () if earlier is None else earlier.records
-        groups = unsettled(plan, known)
+        groups = find_unsettled(plan, known)
         display.starting(dataclasses.replace(plan, groups=groups), run_id)
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lorameter-")))
         logs = runs / run_id / "logs"
@@ -161,13 +161,13 @@ def measure(
         }
         tokens = _tokens(plan, prepared)
         variants = [slot.variant for slot in plan.slots]
-        hellos = {name: greeted(executor, machine, variants) for name, executor in executors.items()}
+        hellos = {name: greet(executor, machine, variants) for name, executor in executors.items()}
         facts = provenance.collect(
             study, machine, study.workload.threads, hellos[first.name], first.facts, plan.own_workloads
         )
         declared = sorted({name for arm in arms for name in arm.declared})
         if earlier is not None:
-            manifest = continued(earlier.manifest, facts, tokens, study.protocol.max_minutes)
+            manifest = continue_manifest(earlier.manifest, facts, tokens, study.protocol.max_minutes)
         else:
             manifest = Manifest(
                 run=run_id,
@@ -200,7 +200,7 @@ def measure(
                 site,
                 save=writer.append,
                 watcher=display,
-                stop=Stopping(plan, budget, earlier=kept(groups, known)),
+                stop=Stopping(plan, budget, earlier=keep_records(groups, known)),
                 budget=budget,
                 earlier=known,
             )
@@ -251,7 +251,7 @@ def _sides(arms: Sequence[Arm], hellos: Mapping[str, Mapping[str, Any]]) -> dict
     }
 
 
-def greeted(executor: Executor, machine: Machine, variants: Iterable[Variant]) -> dict[str, Any]:
+def greet(executor: Executor, machine: Machine, variants: Iterable[Variant]) -> dict[str, Any]:
     """What a worker says of itself. Raises `InvalidRunError` if it cannot measure these variants on this machine."""
     hello = executor.hello()
     if hello["device"] != machine.device:

@@ -106,7 +106,7 @@ def _hashes(tokens: Mapping[str, Any]) -> dict[str, str]:
     return {"the tokens": tokens["hash"], **own}
 
 
-def continued(
+def continue_manifest(
     manifest: Manifest, facts: Mapping[str, Any], tokens: Mapping[str, Any], max_minutes: float | None
 ) -> Manifest:
     """The manifest of a run from here on: under way again, with the time and the code that went on with it.

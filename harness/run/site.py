@@ -31,7 +31,7 @@ class Site:
         return self.own.get(workload, self)
 
 
-def blank(plan: Plan, slot: Slot, status: Status) -> TrialRecord:
+def begin_record(plan: Plan, slot: Slot, status: Status) -> TrialRecord:
     """The record of a trial that has nothing yet."""
     return TrialRecord(
         trial=slot.trial,
