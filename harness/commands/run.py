@@ -99,7 +99,7 @@ def run_resumed(options: argparse.Namespace) -> int:
     from harness.report.terminal import console_for
     from harness.run.measure import measure
     from harness.run.resume import plan_again, read_broken_off
-    from harness.run.runner import unsettled
+    from harness.run.runner import find_unsettled
     from harness.studies.study_file import load_study
 
     if given := [f"--{name}" for name in SETTLED_OPTIONS if getattr(options, name) not in (None, [])]:
@@ -115,7 +115,7 @@ def run_resumed(options: argparse.Namespace) -> int:
         errors.print(f"run {run.manifest.run} is complete: nothing is left to be measured.", markup=False)
         return _show(run, options)
     plan = plan_again(run, machine, max_minutes=options.max_minutes)
-    left = [slot.trial for group in unsettled(plan, run.records) for slot in group.slots]
+    left = [slot.trial for group in find_unsettled(plan, run.records) for slot in group.slots]
     errors.print(
         f"run {run.manifest.run}: {len(plan.slots) - len(left)} of {len(plan.slots)} trials are kept, {len(left)} are "
         "left to be measured.",

@@ -22,6 +22,7 @@ from harness.machine.nvml import Device, open_device
 from harness.machine.system import memory_bytes, settings
 from harness.records import codec
 from harness.studies.study import Study
+from harness.studies.workload import Workload
 
 LIBRARIES = (
     "torch",
@@ -90,19 +91,25 @@ def probe_machine() -> Machine:
 
 
 def collect(
-    study: Study, machine: Machine, threads: int, hello: dict[str, Any], side: Mapping[str, Any] | None = None
+    study: Study,
+    machine: Machine,
+    threads: int,
+    hello: dict[str, Any],
+    side: Mapping[str, Any] | None = None,
+    own_workloads: Mapping[str, Workload] | None = None,
 ) -> dict[str, Any]:
     """The provenance of a run: machine and its settings, threads, library versions, workload, git state, and what the
     worker said.
 
     `side` is the description of another host (`executors.host.describe`); what it says goes before what holds here.
+    `own_workloads` are those of variants that are not measured on the study's, by name.
     """
     return {
         **codec.to_json(machine),
         "settings": settings(card=machine.device == "cuda"),
         "threads": threads,
         "libraries": {name: library_version(name) for name in LIBRARIES},
-        "workload": _content_of_workloads(study),
+        "workload": _content_of_workloads(study.workload, own_workloads or {}),
         "git": git_state(Path.cwd()),
         "worker": {key: hello.get(key) for key in ("device", "torch", "import_time_s", "harness")},
         **(side or {}),
@@ -142,11 +149,11 @@ def differing_packages(
     }
 
 
-def _content_of_workloads(study: Study) -> dict[str, Any]:
+def _content_of_workloads(common: Workload, own: Mapping[str, Workload]) -> dict[str, Any]:
     """The study's workload, and under `own` what variants are measured on instead."""
-    data = {"data": _content_of(study.workload.data)}
-    own = {name: codec.to_json(workload) | data for name, workload in study.own_workloads.items()}
-    return {**codec.to_json(study.workload), **data, **({"own": own} if own else {})}
+    data = {"data": _content_of(common.data)}
+    others = {name: codec.to_json(workload) | data for name, workload in own.items()}
+    return {**codec.to_json(common), **data, **({"own": others} if others else {})}
 
 
 def _content_of(data: str) -> str:

@@ -82,18 +82,18 @@ def step_account(profile: Profile) -> StepAccount:
     """The account of a profile's step."""
     counted = undisturbed_pairs(profile)
 
-    def kept(name: str) -> list[float]:
+    def keep(name: str) -> list[float]:
         return [profile.record.samples[name][index] for index in counted]
 
-    plain, bordered = kept("plain_step_time_s"), kept("bordered_step_time_s")
+    plain, bordered = keep("plain_step_time_s"), keep("bordered_step_time_s")
     step = span_of(plain)
-    phases = [kept(f"phase_{phase}_s") for phase in STEP_PHASES]
+    phases = [keep(f"phase_{phase}_s") for phase in STEP_PHASES]
     sums = [sum(times) for times in zip(*phases, strict=True)]
-    low, high = bootstrap_interval((plain, *phases), _left)
+    low, high = bootstrap_interval((plain, *phases), _remainder)
     return StepAccount(
         step=step,
         phases=dict(zip(STEP_PHASES, map(span_of, phases), strict=True)),
-        remainder=Span(value=float(_left(plain, *phases)), low=low, high=high),
+        remainder=Span(value=float(_remainder(plain, *phases)), low=low, high=high),
         between=span_of(profile.record.samples["between_steps_s"]),
         borders=span_of([slow - fast for fast, slow in zip(plain, bordered, strict=True)]),
         covered=span_of([part / whole for part, whole in zip(sums, bordered, strict=True)]),
@@ -104,7 +104,7 @@ def step_account(profile: Profile) -> StepAccount:
     )
 
 
-def _left(step: Any, *phases: Any, axis: int = -1) -> Any:
+def _remainder(step: Any, *phases: Any, axis: int = -1) -> Any:
     """The median of the steps less those of the phases."""
     import numpy as np
 
@@ -192,7 +192,7 @@ def token_shares(profile: Profile) -> TokenShares:
     """Positions of a mean step: real ones as counted in the data, repeated ones as the check saw them."""
     positions = computed_tokens(profile.variant, profile.workload).positions
     real = profile.record.values["useful_positions"]
-    again = float(positions) if observed(profile, "checkpointing") is True else 0.0
+    again = float(positions) if find_observed(profile, "checkpointing") is True else 0.0
     return TokenShares(real=real, padded=positions - real, recomputed=again)
 
 
@@ -207,7 +207,7 @@ def given_tokens(profile: Profile, useful: StepTokens) -> StepTokens:
     takes record by record only those of each record. A kernel skips whole blocks, so it computes somewhat more.
     """
     every = computed_tokens(profile.variant, profile.workload)
-    backend, mask = observed(profile, "attention.backend"), observed(profile, "attention.mask")
+    backend, mask = find_observed(profile, "attention.backend"), find_observed(profile, "attention.mask")
     if backend not in SKIPPING or mask != "causal":
         return every
     if profile.workload.layout == "packed" and str(backend).startswith("flash_attention"):
@@ -215,7 +215,7 @@ def given_tokens(profile: Profile, useful: StepTokens) -> StepTokens:
     return dataclasses.replace(every, pairs=row_tokens(profile.variant, profile.workload).pairs)
 
 
-def observed(profile: Profile, path: str) -> object:
+def find_observed(profile: Profile, path: str) -> object:
     """What kernels_check saw under one of its paths; None where it saw nothing."""
     return next((check["observed"] for check in profile.record.checks if check["path"] == path), None)
 

@@ -70,7 +70,7 @@ def _launch_bound(seen: Evidence) -> Iterator[Finding]:
         )
     else:
         message = f"{seen.idle:.0%} of a step is spent between {seen.calls:.0f} operators, each of {each} in the mean"
-    yield _timed(
+    yield _make_finding(
         "launch-bound", seen, seen.idle, message,
         "More tokens in a step (batch_size) spread the launches over more work"
         + ("." if seen.variant.compile else "; compile = true makes fewer of them."),
@@ -85,13 +85,13 @@ def _dequantisation(seen: Evidence) -> Iterator[Finding]:
         return
     extra = seen.extra_bytes.get("quantization", 0)
     if seen.fits("quantization"):
-        yield _timed(
+        yield _make_finding(
             "dequantisation", seen, share, f"unpacking {seen.variant.quantization} weights takes {share:.1%} of a step",
             f'quantization = "none" needs about {format_bytes(extra)} more, which is there.',
             changes={"quantization": "none"} | ({"prepare_for_kbit": False} if seen.variant.prepare_for_kbit else {}),
         )  # fmt: skip
     else:
-        yield _timed(
+        yield _make_finding(
             "dequantisation", seen, share, f"unpacking {seen.variant.quantization} weights takes {share:.1%} of a step",
             "There may be no memory for them unpacked; each weight is unpacked once a pass, so more tokens in it cost "
             "no more of this.",
@@ -104,7 +104,7 @@ def _wide_adapter(seen: Evidence) -> Iterator[Finding]:
     share = seen.categories.get("copy", 0.0)
     if seen.adapter_dtype != "float32" or narrow == "float32" or seen.variant.autocast or share <= WORTH:
         return
-    yield _timed(
+    yield _make_finding(
         "float32-adapter", seen, share,
         f"adapters in float32 beside products in {narrow}: copies and casts take {share:.1%} of a step",
         f'adapter_dtype = "{narrow}" needs no cast; its updates are rounded to {narrow}, so look at the loss.',
@@ -118,7 +118,7 @@ def _wide_compute(seen: Evidence) -> Iterator[Finding]:
         return
     key = "compute_dtype" if variant.is_4bit else "dtype"
     tf32 = "; tf32 = true keeps the weights" if seen.device == "cuda" and not variant.is_4bit else ""
-    yield _timed(
+    yield _make_finding(
         "float32-compute", seen, share, f"products in float32 take {share:.1%} of a step",
         f'{key} = "bfloat16" runs them in 16 bits{tf32}.', changes={key: "bfloat16"},
     )  # fmt: skip
@@ -156,14 +156,14 @@ def _masked_attention(seen: Evidence) -> Iterator[Finding]:
         if written_out
         else f"{seconds} and reads a mask that hides {seen.masked_pairs:.0%} of its pairs"
     )
-    yield _timed("masked-attention", seen, cost, message, remedy, changes=changes, obstacle=obstacle)
+    yield _make_finding("masked-attention", seen, cost, message, remedy, changes=changes, obstacle=obstacle)
 
 
 def _padding(seen: Evidence) -> Iterator[Finding]:
     if seen.padded <= WORTH:
         return
     packs = {"layout": "packed"} if seen.workload.layout == "padded" else {}
-    yield _timed(
+    yield _make_finding(
         "padding", seen, seen.padded, f"{seen.padded:.0%} of the positions are padding",
         'layout = "packed" fills rows with records.' if packs else "Drop the last, partly filled rows.",
         workload=packs, obstacle="" if packs else "no field leaves rows out",
@@ -175,7 +175,7 @@ def _checkpointing(seen: Evidence) -> Iterator[Finding]:
         return
     passes = (seen.phases_s.get("forward", 0.0) + seen.phases_s.get("backward", 0.0)) / seen.step_s
     extra = seen.extra_bytes.get("gradient_checkpointing", 0)
-    yield _timed(
+    yield _make_finding(
         "needless-checkpointing", seen, seen.recomputed * passes,
         f"checkpointing repeats {seen.recomputed:.0%} of all FLOPs, at a peak of {format_bytes(seen.peak_bytes)} of "
         f"{format_bytes(seen.memory_bytes)}",
@@ -190,7 +190,7 @@ def _optimizer(seen: Evidence) -> Iterator[Finding]:
         return
     if seen.variant.optimizer != "adamw" and not seen.fits("optimizer"):
         return
-    yield _timed(
+    yield _make_finding(
         "unfused-optimizer", seen, share, f"clipping and {seen.variant.optimizer} take {share:.1%} of a step",
         'optimizer = "adamw_fused" updates all tensors in one kernel.', changes={"optimizer": "adamw_fused"},
     )  # fmt: skip
@@ -199,7 +199,7 @@ def _optimizer(seen: Evidence) -> Iterator[Finding]:
 def _dropout(seen: Evidence) -> Iterator[Finding]:
     if seen.variant.lora_dropout <= 0 or seen.dropout <= WORTH:
         return
-    yield _timed(
+    yield _make_finding(
         "dropout", seen, seen.dropout,
         f"masks for lora_dropout = {seen.variant.lora_dropout:g} take {seen.dropout:.1%} of a step forward",
         "lora_dropout = 0 draws none; it regularises, so look at the held-out loss.", changes={"lora_dropout": 0.0},
@@ -209,7 +209,7 @@ def _dropout(seen: Evidence) -> Iterator[Finding]:
 def _data(seen: Evidence) -> Iterator[Finding]:
     share = seen.phases_s.get("data", 0.0) / seen.step_s
     if share > WORTH:
-        yield _timed(
+        yield _make_finding(
             "data-wait", seen, share, f"a step waits {share:.1%} of its time for its batch",
             "Look at where the token file lies: it is mapped, and read at first use.",
             obstacle="it is the disk's",
@@ -217,10 +217,10 @@ def _data(seen: Evidence) -> Iterator[Finding]:
 
 
 def _contention(seen: Evidence) -> Iterator[Finding]:
-    if seen.occupancy is None or not _crowded(seen) or _oversubscribed(seen):
+    if seen.occupancy is None or not _is_crowded(seen) or _is_oversubscribed(seen):
         return
-    lost = _lost(seen)
-    yield _timed(
+    lost = _lost_share(seen)
+    yield _make_finding(
         "contention", seen, lost,
         f"the step had a CPU for {1 - lost:.0%} of its time: others run on this machine"
         if seen.threads == 1
@@ -231,10 +231,10 @@ def _contention(seen: Evidence) -> Iterator[Finding]:
 
 
 def _oversubscription(seen: Evidence) -> Iterator[Finding]:
-    if seen.occupancy is None or not _oversubscribed(seen):
+    if seen.occupancy is None or not _is_oversubscribed(seen):
         return
-    yield _timed(
-        "oversubscription", seen, 1 - seen.occupancy if seen.threads > seen.cpus else _lost(seen),
+    yield _make_finding(
+        "oversubscription", seen, 1 - seen.occupancy if seen.threads > seen.cpus else _lost_share(seen),
         f"{seen.threads} threads on {seen.cpus} CPUs ran for {seen.occupancy:.0%} of their time, and wait for the last",
         "Leave a CPU to everything else.", workload={"threads": max(1, min(seen.threads, seen.cpus) - 1)},
     )  # fmt: skip
@@ -281,7 +281,7 @@ OF_WHAT_RAN = frozenset(
 """Rules that judge what ran in a step, and find nothing where that is not known."""
 
 
-def _timed(
+def _make_finding(
     code: str,
     seen: Evidence,
     share: float,
@@ -308,17 +308,17 @@ def _compute_type(variant: Variant) -> str:
     return variant.compute_dtype if variant.is_4bit else variant.autocast or variant.dtype
 
 
-def _oversubscribed(seen: Evidence) -> bool:
+def _is_oversubscribed(seen: Evidence) -> bool:
     """More threads than CPUs, or as many and something else that wants one."""
-    return seen.threads > 1 and (seen.threads > seen.cpus or (seen.threads == seen.cpus and _crowded(seen)))
+    return seen.threads > 1 and (seen.threads > seen.cpus or (seen.threads == seen.cpus and _is_crowded(seen)))
 
 
-def _crowded(seen: Evidence) -> bool:
+def _is_crowded(seen: Evidence) -> bool:
     """Whether others took CPUs from the step. One thread that computes has its CPU all the time, unless it is taken;
     several wait for each other, and what tells is whether anything that could run had to wait."""
-    return _lost(seen) > (1 - OCCUPANCY_FLOOR if seen.threads == 1 else CONTENDED)
+    return _lost_share(seen) > (1 - OCCUPANCY_FLOOR if seen.threads == 1 else CONTENDED)
 
 
-def _lost(seen: Evidence) -> float:
+def _lost_share(seen: Evidence) -> float:
     """Share of a step in which it wanted a CPU and had none."""
     return (1 - (seen.occupancy or 1.0)) if seen.threads == 1 else (seen.stalled or 0.0)

@@ -13,7 +13,7 @@ from harness.machine.validity import waiting_share
 from harness.models import catalogue, shapes
 from harness.models.costs.flops import computed_tokens, training_flops
 from harness.models.costs.memory import memory_bytes
-from harness.profile.accounting import IDLE, Ceilings, StepAccount, TokenShares, categories_s, observed, time_of
+from harness.profile.accounting import IDLE, Ceilings, StepAccount, TokenShares, categories_s, find_observed, time_of
 from harness.profile.facts import Profile
 from harness.records.activity import PhaseActivity
 from harness.studies.variant import Variant
@@ -100,11 +100,11 @@ def evidence_of(profile: Profile, step: StepAccount, tokens: TokenShares, found:
         calls=profile.activity.calls,
         dropout=time_of(profile, step, _dropout_s) / step_s,
         padded=tokens.padded / (tokens.real + tokens.padded),
-        recomputed=_recomputed(profile, found),
+        recomputed=_recomputed_share(profile, found),
         masked_pairs=max(0.0, 1 - profile.record.values["useful_pairs"] / pairs),
-        attention_backend=_word(observed(profile, "attention.backend")),
-        attention_mask=_word(observed(profile, "attention.mask")),
-        adapter_dtype=_word(observed(profile, "lora.dtype")),
+        attention_backend=_word(find_observed(profile, "attention.backend")),
+        attention_mask=_word(find_observed(profile, "attention.mask")),
+        adapter_dtype=_word(find_observed(profile, "lora.dtype")),
         flash_attn=importlib.util.find_spec("flash_attn") is not None,
         wide_registers=profile.device == "cuda" or profile.wide_registers,
         occupancy=step.occupancy,
@@ -119,12 +119,12 @@ def evidence_of(profile: Profile, step: StepAccount, tokens: TokenShares, found:
     )
 
 
-def _recomputed(profile: Profile, found: Ceilings | str) -> float:
+def _recomputed_share(profile: Profile, found: Ceilings | str) -> float:
     """Share of a step's FLOPs that go with its checkpointing; none where the check saw nothing being computed again.
 
     Not all that is computed twice: a fused backward repeats the scores with checkpointing and without.
     """
-    if isinstance(found, str) or observed(profile, "checkpointing") is not True:
+    if isinstance(found, str) or find_observed(profile, "checkpointing") is not True:
         return 0.0
     without = dataclasses.replace(profile.variant, gradient_checkpointing=False)
     shape = shapes.shape(catalogue.resolve(profile.workload.model))

@@ -28,13 +28,14 @@ from harness.records import codec
 from harness.records.activity import ACCOUNTS, ACTIVITY, PEAKS, TRACE, Activity
 from harness.records.memory_account import MEMORY_PHASES, MemoryAccount
 from harness.records.record import Fragment, TrialRecord
+from harness.run.contenders import Contender
 from harness.run.executors import Worker, WorkerLostError
 from harness.run.executors.local import LocalExecutor
 from harness.run.feasibility import check_feasible
 from harness.run.forecast import free_bytes
-from harness.run.measure import greeted
+from harness.run.measure import greet
 from harness.run.plan import Plan, Slot, make_plan
-from harness.run.site import Site, blank, request_of
+from harness.run.site import Site, begin_record, request_of
 from harness.studies.study import Study
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
@@ -65,9 +66,10 @@ def profile_variant(
         InvalidRunError: the trial did not come to its end; the message says where its log is.
     """
     study = dataclasses.replace(study, allow_fallback=True)
-    notices = check_feasible(study, machine, (variant,))
-    plan = make_plan(study, select=[variant.name], phases=("train", "generate"))
-    slot = next(slot for slot in plan.slots if slot.variant.id == variant.id and slot.role == "variant")
+    contender = Contender(variant=variant, workload=study.workload)
+    notices = check_feasible(study, machine, [contender])
+    plan = make_plan(study, contenders=[contender], phases=("train", "generate"))
+    slot = plan.slots[0]
     folder = runs / f"{time.strftime('%Y%m%d-%H%M%S')}-profile-{variant.name}-{secrets.token_hex(2)}"
     (folder / "logs").mkdir(parents=True)
     with contextlib.ExitStack() as stack:
@@ -77,7 +79,7 @@ def profile_variant(
         executor.start()
         say("preparing tokens")
         tokens = executor.prepare_tokens(study.workload, str(scratch))
-        greeted(executor, machine, [variant])
+        greet(executor, machine, [variant])
         site = Site(
             run_path=folder,
             scratch=scratch,
@@ -144,7 +146,7 @@ class _Trial:
         self.folder = Path(self._request.scratch)
         self.folder.mkdir(parents=True, exist_ok=True)
         begun = time.time()
-        self.record: TrialRecord = blank(plan, slot, "ok").replaced(started_unix_s=begun, tokens=site.tokens)
+        self.record: TrialRecord = begin_record(plan, slot, "ok").replaced(started_unix_s=begun, tokens=site.tokens)
 
     def conduct(self, rates: list[Rate]) -> None:
         """All of it, in the order in which no measurement is in the way of another."""

@@ -25,7 +25,7 @@ from harness.verdicts.series import series_of
 from harness.verdicts.standing import phases_of, ratios_of, standing_of
 
 
-def chosen(findings: Sequence[Finding], code: str | None) -> Finding:
+def choose(findings: Sequence[Finding], code: str | None) -> Finding:
     """The finding to try: the one named, or the most expensive that can be tried.
 
     Raises:
@@ -46,7 +46,16 @@ def chosen(findings: Sequence[Finding], code: str | None) -> Finding:
     return finding
 
 
-def study_of(study: Study, variant: Variant, finding: Finding, *, protocol: Protocol) -> Study:
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """What is measured to try a remedy."""
+
+    study: Study
+    own_workloads: Mapping[str, Workload] = dataclasses.field(default_factory=dict)
+    """What the suggested variant is measured on, by its name, where the remedy is one of the workload."""
+
+
+def make_pair(study: Study, variant: Variant, finding: Finding, *, protocol: Protocol) -> Pair:
     """The present variant, which is the reference, and the suggested one, on a workload of its own if that is changed.
 
     As in a profile, a path that is not active is a notice: the present variant may be slow for want of it.
@@ -61,7 +70,7 @@ def study_of(study: Study, variant: Variant, finding: Finding, *, protocol: Prot
         own = {name: dataclasses.replace(study.workload, **finding.workload_changes)}
         notes = (f"{variant.name} and {name} train on different workloads; their losses are not compared.",)
         protocol = dataclasses.replace(protocol, epochs=0.0)  # they are for the losses
-    return Study(
+    pair = Study(
         name=f"try-{finding.code}",
         title=f"{variant.name} against " + ", ".join(f"{key} = {value}" for key, value in finding.suggestion.items()),
         workload=study.workload,
@@ -71,8 +80,8 @@ def study_of(study: Study, variant: Variant, finding: Finding, *, protocol: Prot
         allow_fallback=True,
         requirements={path: value for path, value in study.requirements.items() if not _about(path, finding)},
         notes=notes,
-        own_workloads=own,
     )
+    return Pair(study=pair, own_workloads=own)
 
 
 _STORED = tuple(f"base.{path}" for path in ("bits", "quant_type", "double_quant", "compute_dtype", "gemm_path"))
@@ -115,17 +124,17 @@ class Tried:
     """Whether the comparison counts: every trial ok, and the control no difference."""
 
 
-def tried(run: Run, finding: Finding) -> Tried:
+def judge_remedy(run: Run, finding: Finding) -> Tried:
     """Judge the run of such a study."""
     study = codec.from_json(Study, run.manifest.study, f"run {run.manifest.run}")
     stands, phase = standing_of(run, study), phases_of(run)[0]
     control = stands.controls[phase]
-    comparison = next(iter(ratios_of(series_of(run.records), study, phase, control).values()), None)
+    comparison = next(iter(ratios_of(series_of(run.records), study, stands.primary[phase], control).values()), None)
     return Tried(
         finding=finding,
         run=run.manifest.run,
         interleaving=run.manifest.interleaving,
-        metric=study.primary(phase),
+        metric=stands.primary[phase],
         comparison=comparison,
         control=control,
         failures=stands.failures,

@@ -74,6 +74,12 @@ PRIMARY: dict[Phase, str] = {"train": "step_time_s", "generate": "request_time_s
 """The metric that stands for a phase in pytest-benchmark and in the ratio column."""
 
 
+def primary_metric(phase: Phase, *, own_workloads: bool) -> str:
+    """The metric that variants are compared by in a phase. Steps of different workloads hold different numbers of
+    tokens, so their times say nothing beside each other; the time of a real token does."""
+    return "time_per_real_token_s" if phase == "train" and own_workloads else PRIMARY[phase]
+
+
 LOSSES = ("train_loss", "held_out_loss")
 """Metrics that say nothing without the number of steps that were trained."""
 FINAL_SHARE = 4

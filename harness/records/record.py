@@ -14,7 +14,8 @@ SCHEMA = 5
 """Version of everything in this module. 1: first form. 2: requests say what a trial measures, with which instrument
 it is checked and how much work is injected; records name their side of an A/B. 3: requests to the model's own end;
 training that ends before its planned steps, and runs that were gone on with. 4: trials that are measured again because
-of their surroundings. 5: every measuring process is started by one door."""
+of their surroundings. 5: every measuring process is started by one door; a variant's own workload stands beside the
+study and no more in it."""
 READABLE = (1, 2, 3, 4, 5)
 """Schemas that this version reads from disk: later fields have defaults."""
 

@@ -56,6 +56,8 @@ class Manifest:
     phases: tuple[str, ...]
     selection: tuple[str, ...] = ()
     """Names of the variants that are measured; empty for all of the study."""
+    own_workloads: dict[str, Any] = field(default_factory=dict)
+    """What variants are measured on that are not measured on the study's workload, by name."""
     interleaving: str
     why: str = ""
     """Why this level of interleaving."""
@@ -238,7 +240,7 @@ def read_manifest(path: Path) -> Manifest:
         data = json.loads(source.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
         raise UsageError(f"{source}: cannot be read: {error}. Measure again, or restore the file.") from None
-    return codec.from_json(Manifest, _checked(data, source), source.name)
+    return codec.from_json(Manifest, _lift_workloads(_checked(data, source)), source.name)
 
 
 def list_runs(folder: Path) -> list[Path]:
@@ -252,6 +254,15 @@ def _checked(data: Any, source: Path) -> Any:
         known = " and ".join(map(str, READABLE))
         raise UsageError(f"{source}: schema {schema}, and this version reads {known}. Use the version that wrote it.")
     return data
+
+
+def _lift_workloads(manifest: Any) -> Any:
+    """Up to schema 4 the workloads of variants' own stood in the study."""
+    study = manifest.get("study")
+    if not isinstance(study, dict) or "own_workloads" not in study:
+        return manifest
+    own = {"own_workloads": study["own_workloads"]}
+    return {**own, **manifest, "study": {key: value for key, value in study.items() if key not in own}}
 
 
 def _end_last_line(path: Path) -> None:

@@ -20,8 +20,9 @@ from harness.records.units import format_bytes, format_interval, format_ratio
 from harness.report.progress import replicates_said, standing
 from harness.stats import Comparison
 from harness.studies.study import Study
+from harness.studies.workload import Workload
 from harness.verdicts.series import Series, series_of
-from harness.verdicts.standing import Groups, ratios_of, standing_of
+from harness.verdicts.standing import Groups, Standing, ratios_of, standing_of
 
 COLUMNS: dict[Phase, tuple[str, ...]] = {
     "train": ("tokens_per_s", "train_loss", "held_out_loss"),
@@ -102,7 +103,7 @@ def view_of(run: Run) -> RunView:
         facts=_facts(run, study),
         deviations=study.deviations,
         notes=study.notes,
-        tables=tuple(_table(phase, study, groups, control) for phase, control in stands.controls.items()),
+        tables=tuple(_table(phase, run, study, groups, stands) for phase in stands.controls),
         failures=stands.failures,
         notices=stands.notices,
         counts=dict(Counter(record.status for record in run.records)),
@@ -111,18 +112,18 @@ def view_of(run: Run) -> RunView:
     )
 
 
-def _table(phase: Phase, study: Study, groups: Groups, control: Comparison | None) -> PhaseTable:
-    metric = study.primary(phase)
+def _table(phase: Phase, run: Run, study: Study, groups: Groups, stands: Standing) -> PhaseTable:
+    metric, control = stands.primary[phase], stands.controls[phase]
     names = [variant.name for variant in study.variants if (variant.name, "variant") in groups]
     shown = [groups[(name, "variant")] for name in names]
-    asked = OWN_COLUMNS if phase == "train" and study.own_workloads else COLUMNS[phase]
+    asked = OWN_COLUMNS if phase == "train" and run.manifest.own_workloads else COLUMNS[phase]
     columns = tuple(column for column in asked if any(series.trials(column) for series in shown))
     tails = [_tail(series, metric) for series in shown] if phase == "generate" else []
     tailed = any(tail is not None for tail in tails)
     heads = ("variant", METRICS[metric].title, f"× {study.reference}", *(METRICS[name].title for name in columns))
     heads += (f"p{100 * TAIL:g}",) if tailed else ()
     heads += (*(("peak memory",) if PEAKS[phase] else ()), "checks")
-    ratios = ratios_of(groups, study, phase, control)
+    ratios = ratios_of(groups, study, metric, control)
     rows = []
     for index, (name, series) in enumerate(zip(names, shown, strict=True)):
         cells = [name, _estimate(series, metric), _ratio(ratios.get(name), is_reference=name == study.reference)]
@@ -220,7 +221,7 @@ def _facts(run: Run, study: Study) -> tuple[str, ...]:
         f"{workload.batch_size} × {workload.sequence_length} tokens a batch, {workload.layout}; "
         f"{workload.prompt_tokens} + {workload.new_tokens} tokens a request",
         f"tokens    {_tokens(tokens)}",
-        *_own_workloads(study, tokens.get("own", {})),
+        *_own_workloads(run, study),
         f"plan      {replicates_said(run)}, {protocol.turns * protocol.steps_per_turn} timed steps a trial, "
         f"order seed {run.manifest.seed}",
         f"level     {run.manifest.interleaving}{_level(run)}",
@@ -242,10 +243,11 @@ def _tokens(tokens: Mapping[str, Any]) -> str:
     return f"{real} real and {padded} padded in an epoch, hash {str(tokens.get('hash', ''))[:12]}"
 
 
-def _own_workloads(study: Study, tokens: Mapping[str, Any]) -> Iterator[str]:
+def _own_workloads(run: Run, study: Study) -> Iterator[str]:
     """What variants are measured on that are not measured on the study's workload."""
-    common = codec.to_json(study.workload)
-    for name, workload in study.own_workloads.items():
+    common, tokens = codec.to_json(study.workload), run.manifest.tokens.get("own", {})
+    found = codec.from_json(dict[str, Workload], run.manifest.own_workloads, f"run {run.manifest.run}")
+    for name, workload in found.items():
         own = codec.to_json(workload)
         changes = ", ".join(f"{key} = {own[key]}" for key in own if own[key] != common[key])
         yield f"own       {name} has {changes}; {_tokens(tokens.get(name, {}))}"

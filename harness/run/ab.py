@@ -10,34 +10,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from harness.machine.provenance import Machine
 from harness.models.catalogue import RANDOM_PREFIX
-from harness.records.record import Interleaving, Measure, Notice, Role, Side
+from harness.records.record import Interleaving, Notice, Side
 from harness.records.store import Run
 from harness.records.units import format_bytes
+from harness.run.contenders import CONTROL_SUFFIX, Contender
 from harness.run.executors.host import Host, describe
 from harness.run.executors.sides import open_side
 from harness.run.feasibility import check_feasible
 from harness.run.forecast import free_bytes, together_bytes
 from harness.run.levels import fits
 from harness.run.measure import Arm, Display, measure
-from harness.run.plan import (
-    CONTROL_SUFFIX,
-    Group,
-    Plan,
-    Slot,
-    checked_phases,
-    grouped,
-    instrument_for,
-    measures_of,
-    solo_due,
-    solo_requests,
-)
+from harness.run.plan import Plan, make_plan
 from harness.studies.study import Study
 from harness.studies.variant import Variant
 
@@ -67,34 +56,23 @@ def plan_ab(
     Raises:
         UsageError: an unknown variant or phase, or a study that this machine cannot run.
     """
-    study = _located(study)
+    study = _locate(study)
     variants = [study.variant(name) for name in dict.fromkeys(select)] or list(study.variants)
-    controlled = next((variant for variant in variants if variant.name == study.reference), variants[0])
-    notices = check_feasible(study, machine, variants)
-    checked = checked_phases(phases)
+    contenders = sides_of(study, variants, injected_rows=injected_rows)
+    notices = check_feasible(study, machine, contenders)
     level, why = _level(variants, study, machine, runs)
-    together, alone = measures_of(study, level, checked)
-    shuffler = random.Random(study.protocol.seed)
-    groups: list[Group] = []
-    position = 0
-    for replicate in range(study.protocol.replicates):
-        for variant in shuffler.sample(variants, len(variants)):
-            arms: list[tuple[Side, Role]] = [("base", "variant"), ("candidate", "variant")]
-            live = [*arms, ("base", "control")] if variant is controlled else arms
-            slots = []
-            for side, role in shuffler.sample(live, len(live)):
-                slots.append(_slot(study, variant, side, role, replicate, position, level, together, injected_rows))
-                position += 1
-            groups += grouped(study, slots, shuffler, checked)
-            if solo_due(study, alone, replicate):
-                solo = live if "cold" in alone else arms  # peaks are compared by their maximum: no control for them
-                for side, role in shuffler.sample(solo, len(solo)):
-                    slot = _slot(study, variant, side, role, replicate, position, "replicates", alone, injected_rows)
-                    groups.append(Group(replicate=replicate, launches=((slot,),), requests=solo_requests(study, slot)))
-                    position += 1
-    members = tuple((variant, role) for variant in variants for role in _roles(variant is controlled))
-    plan = Plan(study=study, members=members, phases=checked, interleaving=level, why=why, groups=tuple(groups))
-    return plan, notices
+    return make_plan(study, contenders=contenders, phases=phases, interleaving=level, why=why), notices
+
+
+def sides_of(study: Study, variants: Sequence[Variant], *, injected_rows: int = 0) -> tuple[Contender, ...]:
+    """Each variant on both sides, and one of them on the base once more."""
+    controlled = next((variant for variant in variants if variant.name == study.reference), variants[0])
+    found: list[Contender] = []
+    for variant in variants:
+        base = Contender(variant=variant, side="base", workload=study.workload)
+        found += [base, dataclasses.replace(base, side="candidate", injected_rows=injected_rows)]
+        found += [dataclasses.replace(base, role="control")] if variant is controlled else []
+    return tuple(found)
 
 
 def measure_ab(
@@ -136,7 +114,7 @@ def measure_ab(
         return measure(plan, machine, runs=runs, display=display, notices=notices, arms=arms)
 
 
-def _located(study: Study) -> Study:
+def _locate(study: Study) -> Study:
     """The study with absolute paths: a relative one would be another in the worktree that a revision runs in."""
     workload = study.workload
     prefix = RANDOM_PREFIX if workload.model.startswith(RANDOM_PREFIX) else ""
@@ -168,36 +146,3 @@ def _level(variants: Sequence[Variant], study: Study, machine: Machine, runs: Pa
         return "replicates", "how much memory is free cannot be known"
     sizes = f"three live processes need about {format_bytes(needed)} of {format_bytes(free)} free"
     return ("lockstep" if fits(needed, free) else "replicates"), sizes
-
-
-def _slot(
-    study: Study,
-    variant: Variant,
-    side: Side,
-    role: Role,
-    replicate: int,
-    position: int,
-    level: Interleaving,
-    measures: tuple[Measure, ...],
-    injected_rows: int,
-) -> Slot:
-    control = f"-{CONTROL_SUFFIX}" if role == "control" else ""
-    solo = "" if "steps" in measures else "-solo"
-    return Slot(
-        trial=f"r{replicate}-{variant.name}-{side}{control}{solo}",
-        variant=variant,
-        role=role,
-        replicate=replicate,
-        position=position,
-        seed=study.protocol.seed + replicate,
-        interleaving=level,
-        measures=measures,
-        instrument=instrument_for(replicate, measures),
-        side=side,
-        arm=CONTROL_SUFFIX if role == "control" else side,
-        injected_rows=injected_rows if side == "candidate" else 0,
-    )
-
-
-def _roles(carries_control: bool) -> tuple[Role, ...]:
-    return ("variant", "control") if carries_control else ("variant",)

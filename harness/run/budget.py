@@ -90,7 +90,7 @@ class Budget:
     def rounds(self, kind: Kind, planned: Sequence[T], trials: int) -> Iterator[T]:
         """The planned rounds of the group under way, each by `trials` trials, as far as their share of time goes."""
         begin, deadline = self._open(kind, len(planned) * trials)
-        allowed = self._allowed(kind, len(planned))
+        allowed = self._limit_rounds(kind, len(planned))
         least = 0 if kind == "epochs" else LEAST_ROUNDS
         done = 0
         for one in planned[:allowed]:
@@ -164,7 +164,7 @@ class Budget:
         before, counted = self._seen.get(name, (0.0, 0.0))
         self._seen[name] = before + seconds, counted + count
 
-    def _allowed(self, kind: Kind, planned: int) -> int:
+    def _limit_rounds(self, kind: Kind, planned: int) -> int:
         """Rounds that the trials of this replicate before this one have left to be taken."""
         return planned if self._group is None else min(planned, self._caps.get((self._group.replicate, kind), planned))
 
@@ -182,7 +182,7 @@ class Budget:
                     if kind in slot.measures:
                         work[kind] += min(count, self._caps.get((group.replicate, kind), count))
                 if "steps" in slot.measures:
-                    work["epochs"] += study.rounds_after_turns(slot.variant)
+                    work["epochs"] += slot.contender.rounds_after_turns(study.protocol)
         return work
 
 

@@ -17,7 +17,7 @@ from harness.records.record import UNDER_WAY, Failure, Fragment, Measure, Status
 from harness.run.budget import Budget, Kind
 from harness.run.executors import Executor, Worker, WorkerLostError
 from harness.run.plan import Group, Plan, Slot
-from harness.run.site import Site, blank, request_of
+from harness.run.site import Site, begin_record, request_of
 
 CHECKPOINT_S = 30.0
 """Records of trials under way are saved no more often than this: a sync costs milliseconds, and shorter groups are
@@ -60,7 +60,7 @@ class Conductor:
         self._entered = self._saved = budget.clock()
         self._saving_s = 0.0
         self._slots = {slot.trial: slot for slot in group.slots}
-        self._records = {slot.trial: blank(plan, slot, "ok").replaced(attempt=attempt) for slot in group.slots}
+        self._records = {slot.trial: begin_record(plan, slot, "ok").replaced(attempt=attempt) for slot in group.slots}
         self._begun: dict[str, float] = {}
         self._workers: dict[str, Worker] = {}
         self._timeout = plan.study.protocol.step_timeout_s
@@ -107,7 +107,7 @@ class Conductor:
         timed = self._live("steps")
         for trial in timed:
             self._add(trial, Fragment(values={"turns_wall_time_s": wall_time_s}))
-        planned = max((self._plan.study.rounds_after_turns(self._slots[trial].variant) for trial in timed), default=0)
+        planned = max((self._slots[trial].contender.rounds_after_turns(protocol) for trial in timed), default=0)
         orders = tuple(self._group.turns[number % len(self._group.turns)] for number in range(planned))
         # In rounds as well: a command that trained for hours could neither be cut nor be told from one that hangs.
         untimed = self._in_turns("epochs", orders, "train", steps=protocol.steps_per_turn)
@@ -241,7 +241,7 @@ class Conductor:
 
     def _add(self, trial: str, fragment: Fragment, turn: int | None = None) -> None:
         record = self._records[trial].merged(fragment)
-        changes: dict[str, Any] = {"tokens": record.tokens | self._site.of(self._slots[trial].variant).tokens}
+        changes: dict[str, Any] = {"tokens": record.tokens | self._site.of(self._slots[trial].workload).tokens}
         if trial in self._begun:
             changes |= {"started_unix_s": self._begun[trial], "wall_time_s": time.time() - self._begun[trial]}
         if turn is not None:

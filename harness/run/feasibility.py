@@ -7,7 +7,7 @@ this CPU's 4-bit kernels do not take, attention that this device does not have, 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from harness.errors import UsageError
@@ -18,6 +18,7 @@ from harness.models.costs.memory import MemoryEstimate, estimate_memory, stored_
 from harness.models.shapes import ModelShape
 from harness.records.record import Notice
 from harness.records.units import format_bytes
+from harness.run.contenders import Contender, contenders_of, workloads_of
 from harness.run.forecast import free_bytes
 from harness.studies.study import Study
 from harness.studies.variant import Variant
@@ -29,8 +30,8 @@ NF4_BLOCK = 64
 """Elements per quantisation block, bitsandbytes' default."""
 
 
-def check_feasible(study: Study, machine: Machine, variants: Iterable[Variant] | None = None) -> tuple[Notice, ...]:
-    """Refuse a study that this model or machine cannot run; `variants` are those selected, None for all.
+def check_feasible(study: Study, machine: Machine, contenders: Sequence[Contender] = ()) -> tuple[Notice, ...]:
+    """Refuse a study that this model or machine cannot run; `contenders` are those selected, all if left out.
 
     Returns:
         Notices for what runs but should be known.
@@ -40,12 +41,13 @@ def check_feasible(study: Study, machine: Machine, variants: Iterable[Variant] |
     """
     source = catalogue.resolve(study.workload.model)
     shape, stored = shapes.shape(source), stored_dtype(source)
-    for workload in study.workloads:
+    contenders = contenders or contenders_of(study)
+    for workload in workloads_of(study, contenders):
         _check_lengths(study.name, workload, shape)
     _check_data(study)
     free = free_bytes(machine)
     notices: list[Notice] = []
-    for variant in study.variants if variants is None else variants:
+    for variant, workload in {one.variant.name: (one.variant, one.workload) for one in contenders}.values():
         where = f"study {study.name}, variant {variant.name!r}"
         _check_attention(where, variant, machine)
         if variant.tf32 and machine.device == "cpu":
@@ -53,7 +55,6 @@ def check_feasible(study: Study, machine: Machine, variants: Iterable[Variant] |
         _check_widths(where, variant, shape, machine)
         notices += _rank_notices(variant, shape)
         notices += _paged_notices(variant, machine, shape)
-        workload = study.workload_of(variant)
         expected = estimate_memory(variant, workload, shape, device=machine.device, stored=stored)
         _check_memory(where, expected, machine)
         notices += memory_notices(variant, expected, machine, free)

@@ -49,11 +49,11 @@ class Forecast:
 def forecast(plan: Plan, machine: Machine, runs: Path) -> Forecast:
     """Expected wall time, memory of what is live together at most (with its processes) and disk of a run."""
     shape = shapes.shape(catalogue.resolve(plan.study.workload.model))
-    adapters = [adapter_parameters(variant, shape) for variant, _ in plan.members]
+    adapters = [adapter_parameters(contender.variant, shape) for contender in plan.contenders]
     workload = plan.study.workload
     needs: dict[str, int] = {}
-    for one in plan.study.workloads:
-        needs |= needed_bytes([v for v, _ in plan.members if plan.study.workload_of(v) == one], one, machine, runs)
+    for one in plan.workloads:
+        needs |= needed_bytes([who.variant for who in plan.contenders if who.workload == one], one, machine, runs)
     memory = max(_group_bytes(group, needs) for group in plan.groups)
     tokens = 4 * 8 * workload.sequence_length * (workload.train_sequences + workload.held_out_sequences)
     disk = tokens + len(plan.slots) * 64 * 1024 + max(adapters) * 4
@@ -84,13 +84,13 @@ def needed_bytes(
         kind, extra = "device_peak_reserved_train_bytes", CUDA_CONTEXT_BYTES
     measured = {} if runs is None else measured_peaks(workload, machine, runs, kind)
 
-    def needed(variant: Variant) -> int:
+    def need(variant: Variant) -> int:
         peak = measured.get(variant.id)
         if peak:
             return peak + extra
         return estimate_memory(variant, workload, shape, device=device, stored=stored).needed_bytes
 
-    return {variant.name: needed(variant) for variant in variants}
+    return {variant.name: need(variant) for variant in variants}
 
 
 def free_bytes(machine: Machine) -> int | None:
@@ -112,7 +112,7 @@ def measured_peaks(workload: Workload, machine: Machine, runs: Path, kind: str) 
             continue
         same = run.manifest.provenance.get("device_name") == machine.device_name
         if same and run.manifest.study.get("workload") == codec.to_json(workload):
-            others = run.manifest.study.get("own_workloads", {})
+            others = run.manifest.own_workloads
             for record in run.records:
                 if kind in record.memory and record.name not in others:
                     peaks[record.variant] = max(peaks.get(record.variant, 0), record.memory[kind])
@@ -154,7 +154,8 @@ def _earlier_run_s(plan: Plan, machine: Machine, runs: Path) -> tuple[float, str
         manifest = run.manifest
         same = (
             manifest.provenance.get("device_name") == machine.device_name
-            and manifest.study == plan.study_json()
+            and manifest.study == codec.to_json(plan.study)
+            and manifest.own_workloads == codec.to_json(plan.own_workloads)
             and manifest.interleaving == plan.interleaving
             and manifest.phases == plan.phases
             and manifest.status == "complete"

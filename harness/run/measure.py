@@ -18,21 +18,22 @@ from typing import Any, Protocol
 from harness.errors import InvalidRunError
 from harness.machine import provenance
 from harness.machine.provenance import Machine
-from harness.records import store
+from harness.records import codec, store
 from harness.records.metrics import PHASES
 from harness.records.record import Notice, Side
 from harness.records.store import Manifest, Run, RunWriter
 from harness.run.budget import Budget
 from harness.run.conductor import Watcher
+from harness.run.contenders import contenders_of, variants_of, workloads_of
 from harness.run.executors import Executor
 from harness.run.executors.host import Host
 from harness.run.executors.local import LocalExecutor
 from harness.run.feasibility import check_feasible
 from harness.run.forecast import free_bytes, together_bytes
 from harness.run.levels import choose_level
-from harness.run.plan import Plan, make_plan, members_of
-from harness.run.resume import continued
-from harness.run.runner import Measured, kept, run_plan, unsettled
+from harness.run.plan import Plan, make_plan
+from harness.run.resume import continue_manifest
+from harness.run.runner import Measured, find_unsettled, keep_records, run_plan
 from harness.run.site import Site
 from harness.run.stopping import Stopping
 from harness.studies.study import Study
@@ -55,6 +56,7 @@ def plan_study(
     phases: Sequence[str] = PHASES,
     interleaving: str | None = None,
     runs: Path | None = None,
+    own_workloads: Mapping[str, Workload] | None = None,
 ) -> tuple[Plan, tuple[Notice, ...]]:
     """The plan of a study on this machine, at the finest level that its variants and the memory allow.
 
@@ -65,24 +67,25 @@ def plan_study(
         phases: what to measure of them.
         interleaving: a level to use instead.
         runs: folder of earlier runs, whose measured peaks say what fits together.
+        own_workloads: workloads of variants that are not measured on the study's, by name.
 
     Raises:
         UsageError: anything that cannot work.
     """
-    members = members_of(study, select)
-    variants = [variant for variant, role in members if role == "variant"]
-    notices = check_feasible(study, machine, variants)
+    contenders = contenders_of(study, select, own_workloads)
+    workloads = workloads_of(study, contenders)
+    notices = check_feasible(study, machine, contenders)
     level, why = choose_level(
-        variants,
+        variants_of(contenders),
         together_bytes=sum(
-            together_bytes([one for one, _ in members if study.workload_of(one) == workload], workload, machine, runs)
-            for workload in study.workloads
+            together_bytes([one.variant for one in contenders if one.workload == workload], workload, machine, runs)
+            for workload in workloads
         ),
         free_bytes=free_bytes(machine),
         asked=interleaving,
-        workloads=len(study.workloads),
+        workloads=len(workloads),
     )
-    return make_plan(study, select=select, phases=phases, interleaving=level, why=why), notices
+    return make_plan(study, contenders=contenders, phases=phases, interleaving=level, why=why), notices
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,7 +135,7 @@ def measure(
         InvalidRunError: no worker could be started, or it sees another device than the plan was made for.
     """
     study = plan.study
-    threads = {slot.arm: study.workload_of(slot.variant).threads for slot in plan.slots}
+    threads = {slot.arm: slot.workload.threads for slot in plan.slots}
     arms = arms or [Arm(name=name) for name in threads]
     first = arms[0]
     run_id = resume or store.new_run_id(study.name)
@@ -142,7 +145,7 @@ def measure(
         if earlier is not None and earlier.manifest.status == "complete":
             return earlier
         known = () if earlier is None else earlier.records
-        groups = unsettled(plan, known)
+        groups = find_unsettled(plan, known)
         display.starting(dataclasses.replace(plan, groups=groups), run_id)
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lorameter-")))
         logs = runs / run_id / "logs"
@@ -154,21 +157,24 @@ def measure(
             executor.start()
             executors[arm.name] = executor
         prepared = {  # while the workers import
-            workload: executors[first.name].prepare_tokens(workload, str(runs / run_id)) for workload in study.workloads
+            workload: executors[first.name].prepare_tokens(workload, str(runs / run_id)) for workload in plan.workloads
         }
-        tokens = _tokens(study, prepared)
+        tokens = _tokens(plan, prepared)
         variants = [slot.variant for slot in plan.slots]
-        hellos = {name: greeted(executor, machine, variants) for name, executor in executors.items()}
-        facts = provenance.collect(study, machine, study.workload.threads, hellos[first.name], first.facts)
+        hellos = {name: greet(executor, machine, variants) for name, executor in executors.items()}
+        facts = provenance.collect(
+            study, machine, study.workload.threads, hellos[first.name], first.facts, plan.own_workloads
+        )
         declared = sorted({name for arm in arms for name in arm.declared})
         if earlier is not None:
-            manifest = continued(earlier.manifest, facts, tokens, study.protocol.max_minutes)
+            manifest = continue_manifest(earlier.manifest, facts, tokens, study.protocol.max_minutes)
         else:
             manifest = Manifest(
                 run=run_id,
-                study=plan.study_json(),
+                study=codec.to_json(study),
                 phases=plan.phases,
-                selection=tuple(variant.name for variant, role in plan.members if role == "variant"),
+                selection=tuple(variant.name for variant in variants_of(plan.contenders)),
+                own_workloads=codec.to_json(plan.own_workloads),
                 interleaving=plan.interleaving,
                 why=plan.why,
                 order=tuple(slot.trial for slot in plan.slots),
@@ -181,7 +187,7 @@ def measure(
                 sides=_sides(arms, hellos),
             )
         writer = RunWriter(runs, manifest)
-        site = _site(study, prepared, run_path=writer.path, scratch=scratch, device=machine.device)
+        site = _site(plan, prepared, run_path=writer.path, scratch=scratch, device=machine.device)
         status: store.RunStatus = "failed"
         stopped: str | None = None
         trials: list[str] | None = None
@@ -194,7 +200,7 @@ def measure(
                 site,
                 save=writer.append,
                 watcher=display,
-                stop=Stopping(plan, budget, earlier=kept(groups, known)),
+                stop=Stopping(plan, budget, earlier=keep_records(groups, known)),
                 budget=budget,
                 earlier=known,
             )
@@ -205,20 +211,20 @@ def measure(
     return store.read_run(str(writer.path), runs)
 
 
-def _tokens(study: Study, prepared: Mapping[Workload, Mapping[str, Any]]) -> dict[str, Any]:
+def _tokens(plan: Plan, prepared: Mapping[Workload, Mapping[str, Any]]) -> dict[str, Any]:
     """What the manifest says of the tokens: those of the study's workload, and `own`, by variant, those of others."""
     said = {
         workload: {key: value for key, value in tokens.items() if key != "path"}
         for workload, tokens in prepared.items()
     }
-    own = {name: said[workload] for name, workload in study.own_workloads.items()}
-    return said[study.workload] | ({"own": own} if own else {})
+    own = {name: said[workload] for name, workload in plan.own_workloads.items()}
+    return said[plan.study.workload] | ({"own": own} if own else {})
 
 
 def _site(
-    study: Study, prepared: Mapping[Workload, Mapping[str, Any]], *, run_path: Path, scratch: Path, device: str
+    plan: Plan, prepared: Mapping[Workload, Mapping[str, Any]], *, run_path: Path, scratch: Path, device: str
 ) -> Site:
-    """Where the run happens, and where the trials of variants with a workload of their own do."""
+    """Where the run happens, on the study's workload and on the others."""
 
     def site(workload: Workload) -> Site:
         tokens = prepared[workload]
@@ -231,8 +237,8 @@ def _site(
             tokens={key: tokens[key] for key in ("hash", "real_tokens", "padded_tokens")},
         )
 
-    own = {name: site(workload) for name, workload in study.own_workloads.items()}
-    return dataclasses.replace(site(study.workload), own=own)
+    own = {workload: site(workload) for workload in plan.workloads if workload != plan.study.workload}
+    return dataclasses.replace(site(plan.study.workload), own=own)
 
 
 def _sides(arms: Sequence[Arm], hellos: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -245,7 +251,7 @@ def _sides(arms: Sequence[Arm], hellos: Mapping[str, Mapping[str, Any]]) -> dict
     }
 
 
-def greeted(executor: Executor, machine: Machine, variants: Iterable[Variant]) -> dict[str, Any]:
+def greet(executor: Executor, machine: Machine, variants: Iterable[Variant]) -> dict[str, Any]:
     """What a worker says of itself. Raises `InvalidRunError` if it cannot measure these variants on this machine."""
     hello = executor.hello()
     if hello["device"] != machine.device:

@@ -13,19 +13,19 @@ trials of the same replicate.
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from harness.errors import UsageError
-from harness.records import codec
 from harness.records.metrics import PHASES
 from harness.records.record import Instrument, Interleaving, Measure, Role, Side
+from harness.run.contenders import CONTROL_SUFFIX, Contender, contenders_of, workloads_of
 from harness.studies.study import Study
 from harness.studies.variant import Variant
+from harness.studies.workload import Workload
 
-CONTROL_SUFFIX = "control"
 _PHASE_MEASURES: dict[Measure, str] = {
     "steps": "train",
     "requests": "generate",
@@ -41,19 +41,36 @@ class Slot:
     """One trial in the plan."""
 
     trial: str
-    variant: Variant
-    role: Role
+    contender: Contender
     replicate: int
     position: int
     seed: int
     interleaving: Interleaving
     measures: tuple[Measure, ...]
     instrument: Instrument = "profile"
-    side: Side = ""
     arm: str = ""
     """Which of the run's executors hosts the trial; a run without sides has one, unless its variants differ in
     threads."""
-    injected_rows: int = 0
+
+    @property
+    def variant(self) -> Variant:
+        """What the trial is of."""
+        return self.contender.variant
+
+    @property
+    def role(self) -> Role:
+        """Whether it is one of the control."""
+        return self.contender.role
+
+    @property
+    def side(self) -> Side:
+        """Which side of an A/B it stands on."""
+        return self.contender.side
+
+    @property
+    def workload(self) -> Workload:
+        """What it is measured on."""
+        return self.contender.workload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,16 +98,23 @@ class Plan:
     """What one run measures, in order."""
 
     study: Study
-    members: tuple[tuple[Variant, Role], ...]
+    contenders: tuple[Contender, ...]
     phases: tuple[str, ...]
     interleaving: Interleaving
     why: str
     """Why this level of interleaving."""
     groups: tuple[Group, ...]
 
-    def study_json(self) -> dict[str, Any]:
-        """The study as it stands in the run's manifest."""
-        return dict(codec.to_json(self.study))
+    @property
+    def workloads(self) -> tuple[Workload, ...]:
+        """What is measured on, each once, the study's first."""
+        return workloads_of(self.study, self.contenders)
+
+    @property
+    def own_workloads(self) -> dict[str, Workload]:
+        """Workloads of variants that are not measured on the study's, by name."""
+        found = {contender.variant.name: contender.workload for contender in self.contenders}
+        return {name: workload for name, workload in found.items() if workload != self.study.workload}
 
     @property
     def slots(self) -> tuple[Slot, ...]:
@@ -98,60 +122,63 @@ class Plan:
         return tuple(slot for group in self.groups for slot in group.slots)
 
 
-def members_of(study: Study, select: Sequence[str] = ()) -> tuple[tuple[Variant, Role], ...]:
-    """The variants to measure and the control; the reference stays in whatever is selected. Raises `UsageError`."""
-    chosen = {study.variant(name).name for name in select} or {variant.name for variant in study.variants}
-    reference = study.variant(study.reference)
-    variants = [variant for variant in study.variants if variant.name in chosen | {reference.name}]
-    members: list[tuple[Variant, Role]] = [(variant, "variant") for variant in variants]
-    return (*members, (reference, "control"))
-
-
 def make_plan(
     study: Study,
     *,
-    select: Sequence[str] = (),
+    contenders: Sequence[Contender] = (),
     phases: Sequence[str] = PHASES,
     interleaving: Interleaving = "replicates",
     why: str = "asked for",
 ) -> Plan:
-    """Replicates × variants, shuffled inside each replicate by `protocol.seed`, with the A/A control.
+    """Replicates × contenders, shuffled inside each replicate by `protocol.seed`.
 
     Args:
         study: what to measure.
-        select: names of variants; empty for all. The reference and its control are measured whatever is selected.
+        contenders: whom; all variants of the study and its control if left out. Those of an A/B (`harness.run.ab`) are
+            compared side by side, and so each variant for itself.
         phases: "train", "generate", "cold"; training always runs, since the others need its adapter.
         interleaving: the level of alternation (`harness.run.levels` picks one).
         why: the reason for that level, for the report.
 
     Raises:
-        UsageError: an unknown variant or phase.
+        UsageError: an unknown phase.
     """
-    members = members_of(study, select)
-    checked = checked_phases(phases)
+    contenders = tuple(contenders) or contenders_of(study)
+    checked = check_phases(phases)
     together, alone = measures_of(study, interleaving, checked)
+    arms = {contender: _arm(contender, contenders) for contender in contenders}
     shuffler = random.Random(study.protocol.seed)
+    positions = itertools.count()
     groups: list[Group] = []
-    position = 0
+
+    def slot(contender: Contender, replicate: int, level: Interleaving, measures: tuple[Measure, ...]) -> Slot:
+        return Slot(
+            trial=f"r{replicate}-{contender.name}" + ("" if "steps" in measures else "-solo"),
+            contender=contender,
+            replicate=replicate,
+            position=next(positions),
+            seed=study.protocol.seed + replicate,
+            interleaving=level,
+            measures=measures,
+            instrument=_instrument(replicate, measures),
+            arm=arms[contender],
+        )
+
     for replicate in range(study.protocol.replicates):
-        order = list(members)
-        shuffler.shuffle(order)
-        slots = [
-            _slot(study, variant, role, replicate, position + index, interleaving, together)
-            for index, (variant, role) in enumerate(order)
-        ]
-        groups += grouped(study, slots, shuffler, checked)
-        position += len(slots)
-        if solo_due(study, alone, replicate):
-            shuffler.shuffle(order)
-            for variant, role in solo_members(order, alone):
-                slot = _slot(study, variant, role, replicate, position, "replicates", alone, suffix="-solo")
-                groups.append(Group(replicate=replicate, launches=((slot,),), requests=solo_requests(study, slot)))
-                position += 1
-    return Plan(study=study, members=members, phases=checked, interleaving=interleaving, why=why, groups=tuple(groups))
+        for panel in _panels(contenders, shuffler):
+            orders = _orders(panel, alone, shuffler)
+            live = [slot(one, replicate, interleaving, together) for one in next(orders)]
+            groups += _group_slots(live, study, shuffler)
+            if _has_solo(study, alone, replicate):
+                for one in next(orders):
+                    solo = slot(one, replicate, "replicates", alone)
+                    groups.append(Group(replicate=replicate, launches=((solo,),), requests=_solo_requests(study, solo)))
+    return Plan(
+        study=study, contenders=contenders, phases=checked, interleaving=interleaving, why=why, groups=tuple(groups)
+    )
 
 
-def checked_phases(phases: Sequence[str]) -> tuple[str, ...]:
+def check_phases(phases: Sequence[str]) -> tuple[str, ...]:
     """The phases in their order. Raises `UsageError` for an unknown one."""
     for phase in phases:
         if phase not in PHASES:
@@ -181,31 +208,58 @@ def measures_of(
     )
 
 
-def solo_due(study: Study, alone: Sequence[Measure], replicate: int) -> bool:
+def _panels(contenders: Sequence[Contender], shuffler: random.Random) -> list[list[Contender]]:
+    """Those who are compared with each other: all of a study at once, of an A/B the sides of a variant."""
+    if not contenders[0].side:
+        return [list(contenders)]
+    by_variant: dict[str, list[Contender]] = {}
+    for contender in contenders:
+        by_variant.setdefault(contender.variant.name, []).append(contender)
+    return shuffler.sample(list(by_variant.values()), len(by_variant))
+
+
+def _orders(panel: Sequence[Contender], alone: Sequence[Measure], shuffler: random.Random) -> Iterator[list[Contender]]:
+    """The order in which those who are compared come, and then that of their solo trials.
+
+    Each is drawn when it is asked for, and what a seed draws stays as it is: a run is gone on with by making its plan
+    again. In a study the order of the turns is shuffled on; that of sides is drawn for each by itself.
+    """
+    if panel[0].side:
+        yield shuffler.sample(panel, len(panel))
+        solo = _solo_members(panel, alone)
+        yield shuffler.sample(solo, len(solo))
+        return
+    order = list(panel)
+    shuffler.shuffle(order)
+    yield list(order)
+    shuffler.shuffle(order)
+    yield _solo_members(order, alone)
+
+
+def _has_solo(study: Study, alone: Sequence[Measure], replicate: int) -> bool:
     """Whether a replicate has solo trials for what they measure; peaks alone need few."""
     return bool(alone) and (set(alone) != {"peaks"} or replicate < study.protocol.peak_replicates)
 
 
-def solo_members(members: Sequence[tuple[Variant, Role]], alone: Sequence[Measure]) -> list[tuple[Variant, Role]]:
+def _solo_members(contenders: Sequence[Contender], alone: Sequence[Measure]) -> list[Contender]:
     """Who has solo trials; peaks are compared by their maximum, which takes no control."""
-    return [(variant, role) for variant, role in members if role == "variant" or set(alone) != {"peaks"}]
+    return [one for one in contenders if one.role == "variant" or set(alone) != {"peaks"}]
 
 
-def grouped(study: Study, slots: Sequence[Slot], shuffler: random.Random, phases: Sequence[str]) -> list[Group]:
+def _group_slots(slots: Sequence[Slot], study: Study, shuffler: random.Random) -> list[Group]:
     """The groups of trials that are compared with each other, by the level that they carry."""
     level = slots[0].interleaving
     if level == "shared-base":
-        return [_conducted(study, [tuple(slots)], shuffler, phases)]
+        return [_take_turns([tuple(slots)], study, shuffler)]
     if level == "lockstep":
-        return [_conducted(study, [(slot,) for slot in slots], shuffler, phases)]
-    return [_conducted(study, [(slot,)], shuffler, phases) for slot in slots]
+        return [_take_turns([(slot,) for slot in slots], study, shuffler)]
+    return [_take_turns([(slot,)], study, shuffler) for slot in slots]
 
 
-def _conducted(
-    study: Study, launches: Sequence[tuple[Slot, ...]], shuffler: random.Random, phases: Sequence[str]
-) -> Group:
+def _take_turns(launches: Sequence[tuple[Slot, ...]], study: Study, shuffler: random.Random) -> Group:
     """A group whose trials take turns, in an order that is shuffled anew for each round."""
     trials = [slot.trial for launch in launches for slot in launch]
+    measures = launches[0][0].measures
 
     def rounds(count: int) -> tuple[tuple[str, ...], ...]:
         return tuple(tuple(shuffler.sample(trials, len(trials))) for _ in range(count))
@@ -214,51 +268,26 @@ def _conducted(
         replicate=launches[0][0].replicate,
         launches=tuple(launches),
         turns=rounds(study.protocol.turns),
-        requests=rounds(study.protocol.generate_requests) if "generate" in phases else (),
-        natural=rounds(study.protocol.natural_requests) if "natural" in launches[0][0].measures else (),
+        requests=rounds(study.protocol.generate_requests) if "requests" in measures else (),
+        natural=rounds(study.protocol.natural_requests) if "natural" in measures else (),
     )
 
 
-def instrument_for(replicate: int, measures: Sequence[Measure]) -> Instrument:
+def _solo_requests(study: Study, slot: Slot) -> tuple[tuple[str, ...], ...]:
+    """Rounds of requests of a solo trial; it makes any only with its adapter merged."""
+    return ((slot.trial,),) * study.protocol.generate_requests if "merged" in slot.measures else ()
+
+
+def _instrument(replicate: int, measures: Sequence[Measure]) -> Instrument:
     """The full profile once a variant and run, in its first timed trial; the spy in all others, whose paths are the
     same."""
     return "profile" if replicate == 0 and "steps" in measures else "spy"
 
 
-def solo_requests(study: Study, slot: Slot) -> tuple[tuple[str, ...], ...]:
-    """Rounds of requests of a solo trial; it makes any only with its adapter merged."""
-    return ((slot.trial,),) * study.protocol.generate_requests if "merged" in slot.measures else ()
-
-
-def _slot(
-    study: Study,
-    variant: Variant,
-    role: Role,
-    replicate: int,
-    position: int,
-    interleaving: Interleaving,
-    measures: tuple[Measure, ...],
-    *,
-    suffix: str = "",
-) -> Slot:
-    control = f"-{CONTROL_SUFFIX}" if role == "control" else ""
-    return Slot(
-        trial=f"r{replicate}-{variant.name}{control}{suffix}",
-        variant=variant,
-        role=role,
-        replicate=replicate,
-        position=position,
-        seed=study.protocol.seed + replicate,
-        interleaving=interleaving,
-        measures=measures,
-        instrument=instrument_for(replicate, measures),
-        arm=_arm(study, variant, role),
-    )
-
-
-def _arm(study: Study, variant: Variant, role: Role) -> str:
-    """The executor of a trial. The number of threads is set where a process begins, so other threads take another
-    executor; then each of those that are compared has its own, for the reason that `measure.Arm` gives."""
-    if len({workload.threads for workload in study.workloads}) == 1:
-        return ""
-    return f"{variant.name}-{CONTROL_SUFFIX}" if role == "control" else variant.name
+def _arm(contender: Contender, contenders: Sequence[Contender]) -> str:
+    """The executor of a trial. Sides have one each. The number of threads is set where a process begins, so other
+    threads take another executor. Where there are several each of those that are compared has its own, for the reason
+    that `measure.Arm` gives."""
+    if contender.side:
+        return CONTROL_SUFFIX if contender.role == "control" else contender.side
+    return contender.name if len({one.workload.threads for one in contenders}) > 1 else ""

@@ -20,8 +20,10 @@ from harness.machine.provenance import Machine
 from harness.records import codec, store
 from harness.records.record import Notice
 from harness.records.store import Manifest, Resumption, Run
+from harness.run.contenders import contenders_of
 from harness.run.plan import Plan, make_plan
 from harness.studies.study import Study
+from harness.studies.workload import Workload
 from harness.verdicts.comparand import differences
 
 
@@ -72,7 +74,8 @@ def plan_again(run: Run, machine: Machine, *, max_minutes: float | None = None) 
         UsageError: another machine or other libraries, or a plan that comes out otherwise in this version.
     """
     manifest, study = run.manifest, study_of(run)
-    facts = provenance.collect(study, machine, study.workload.threads, {})
+    own = codec.from_json(dict[str, Workload], manifest.own_workloads, f"run {manifest.run}")
+    facts = provenance.collect(study, machine, study.workload.threads, {}, own_workloads=own)
     before = provenance.comparable(manifest.provenance)
     unknown = () if provenance.POWER_LIMIT in before else (provenance.POWER_LIMIT,)  # it was not recorded then
     if provenance.fingerprint(facts, without=unknown) != manifest.fingerprint:
@@ -84,7 +87,7 @@ def plan_again(run: Run, machine: Machine, *, max_minutes: float | None = None) 
         )
     plan = make_plan(
         study,
-        select=manifest.selection,
+        contenders=contenders_of(study, manifest.selection, own),
         phases=manifest.phases,
         interleaving=manifest.interleaving,  # type: ignore[arg-type]
         why=manifest.why,
@@ -103,7 +106,7 @@ def _hashes(tokens: Mapping[str, Any]) -> dict[str, str]:
     return {"the tokens": tokens["hash"], **own}
 
 
-def continued(
+def continue_manifest(
     manifest: Manifest, facts: Mapping[str, Any], tokens: Mapping[str, Any], max_minutes: float | None
 ) -> Manifest:
     """The manifest of a run from here on: under way again, with the time and the code that went on with it.

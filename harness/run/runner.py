@@ -19,7 +19,7 @@ from harness.run.budget import Budget
 from harness.run.conductor import Conductor, Watcher
 from harness.run.executors import Executor
 from harness.run.plan import Group, Plan
-from harness.run.site import Site, blank
+from harness.run.site import Site, begin_record
 from harness.verdicts.disturbance import judged
 
 Stop = Callable[[Sequence[TrialRecord]], str | None]
@@ -54,9 +54,9 @@ def run_plan(
     they settle is not measured again.
     """
     budget = budget or Budget()
-    remaining = list(unsettled(plan, earlier))
+    remaining = list(find_unsettled(plan, earlier))
     attempts = {group: _attempt(group, earlier) for group in remaining}
-    ended = {record.trial: record for record in kept(remaining, earlier)}
+    ended = {record.trial: record for record in keep_records(remaining, earlier)}
     untouched = {record.trial: record for record in earlier if record.trial not in ended}
 
     def keep(record: TrialRecord) -> None:
@@ -69,7 +69,7 @@ def run_plan(
             if slot.trial in untouched:  # what it had when the run broke off is more than nothing
                 ended[slot.trial] = untouched[slot.trial]
             else:
-                keep(blank(plan, slot, "not_run"))
+                keep(begin_record(plan, slot, "not_run"))
 
     def in_order() -> tuple[TrialRecord, ...]:
         """The plan's order, in whatever order its trials were measured: a run is gone on with by it."""
@@ -87,7 +87,7 @@ def run_plan(
             budget.enter(plan.study, group, [other for other in remaining if other.replicate == group.replicate])
             conductor = Conductor(plan, group, executors, site, watcher, save, budget, attempts[group])
             begin = budget.clock()
-            ended_by = _conducted(conductor)
+            ended_by = _conduct(conductor)
             for record in conductor.records():
                 if record.settled or record.trial not in ended:  # a second attempt that broke off leaves the first
                     keep(record if plan.study.protocol.allow_disturbed else judged(record, on_cpu=on_cpu))
@@ -105,7 +105,7 @@ def run_plan(
     return Measured(records=in_order(), interrupted=ended_by is not None)
 
 
-def _conducted(conductor: Conductor) -> BaseException | None:
+def _conduct(conductor: Conductor) -> BaseException | None:
     """Measure a group; what ended it before its time, of which its records tell."""
     try:
         conductor.measure()
@@ -125,7 +125,7 @@ def _attempt(group: Group, earlier: Collection[TrialRecord]) -> int:
     return last + any(record.disturbed and record.attempt == last for record in records)
 
 
-def unsettled(plan: Plan, earlier: Collection[TrialRecord]) -> tuple[Group, ...]:
+def find_unsettled(plan: Plan, earlier: Collection[TrialRecord]) -> tuple[Group, ...]:
     """The groups that must be measured, some for the first time and some again: those with a trial that has no end of
     its own, or one that was disturbed and may be measured again. Trials of one group took turns and are paired, so they
     are measured again together, and count only if they are of one attempt."""
@@ -143,7 +143,7 @@ def unsettled(plan: Plan, earlier: Collection[TrialRecord]) -> tuple[Group, ...]
     return tuple(group for group in plan.groups if not is_settled(group))
 
 
-def kept(groups: Iterable[Group], earlier: Iterable[TrialRecord]) -> list[TrialRecord]:
+def keep_records(groups: Iterable[Group], earlier: Iterable[TrialRecord]) -> list[TrialRecord]:
     """The records of trials that are in none of the groups to be measured."""
     pending = {slot.trial for group in groups for slot in group.slots}
     return [record for record in earlier if record.trial not in pending]

@@ -10,7 +10,7 @@ from typing import Any
 from harness.records.record import Status, TrialRecord
 from harness.run.plan import Plan, Slot
 from harness.studies.request import TrialRequest
-from harness.studies.variant import Variant
+from harness.studies.workload import Workload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,15 +23,15 @@ class Site:
     threads: int
     tokens_path: str
     tokens: dict[str, Any]
-    own: Mapping[str, Site] = field(default_factory=dict)
-    """The same for variants that have a workload of their own, by name."""
+    own: Mapping[Workload, Site] = field(default_factory=dict)
+    """The same for other workloads than the study's."""
 
-    def of(self, variant: Variant) -> Site:
-        """What the requests of this variant have in common."""
-        return self.own.get(variant.name, self)
+    def of(self, workload: Workload) -> Site:
+        """What the requests on this workload have in common."""
+        return self.own.get(workload, self)
 
 
-def blank(plan: Plan, slot: Slot, status: Status) -> TrialRecord:
+def begin_record(plan: Plan, slot: Slot, status: Status) -> TrialRecord:
     """The record of a trial that has nothing yet."""
     return TrialRecord(
         trial=slot.trial,
@@ -52,19 +52,19 @@ def blank(plan: Plan, slot: Slot, status: Status) -> TrialRecord:
 
 def request_of(plan: Plan, slot: Slot, site: Site, log: str) -> TrialRequest:
     """All that a worker must know of a trial; `log` names the log of its process."""
-    study, site = plan.study, site.of(slot.variant)
+    study, site = plan.study, site.of(slot.workload)
     return TrialRequest(
         trial=slot.trial,
         variant=slot.variant,
         role=slot.role,
         replicate=slot.replicate,
         seed=slot.seed,
-        workload=study.workload_of(slot.variant),
+        workload=slot.workload,
         protocol=study.protocol,
         interleaving=slot.interleaving,
         measures=slot.measures,
         instrument=slot.instrument,
-        injected_rows=slot.injected_rows,
+        injected_rows=slot.contender.injected_rows,
         device=site.device,
         threads=site.threads,
         tokens_path=site.tokens_path,

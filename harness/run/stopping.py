@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from harness.records.metrics import primary_metric
 from harness.records.record import TrialRecord
 from harness.run.budget import Budget
 from harness.run.plan import Plan
@@ -50,7 +51,8 @@ class Stopping:
     def _comparisons(self, records: Sequence[TrialRecord]) -> list[Comparison]:
         """Everything against the reference, and the reference against its twin, in the primary metric of each phase."""
         found: list[Comparison] = []
-        reference = self._plan.study.reference
+        reference, own = self._plan.study.reference, bool(self._plan.own_workloads)
+        metrics = [primary_metric(phase, own_workloads=own) for phase in self._plan.phases]  # type: ignore[arg-type]
         base_side = "base" if any(record.side for record in records) else ""
         for side in sorted({record.side for record in records}):
             groups, bases = series_of(records, side), series_of(records, base_side)  # type: ignore[arg-type]
@@ -58,7 +60,7 @@ class Stopping:
                 key = (name if side else reference, "variant")
                 if key not in bases or (side == base_side and (name, role) == key):
                     continue
-                for phase in self._plan.phases:
-                    comparison = compare_series(bases[key], series, self._plan.study.primary(phase))  # type: ignore[arg-type]
+                for metric in metrics:
+                    comparison = compare_series(bases[key], series, metric)
                     found += [comparison] if comparison is not None else []
         return found

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any
 
 from harness.errors import UsageError
-from harness.records.metrics import PRIMARY, Phase
 from harness.studies.claim import LINEAR, Claim
 from harness.studies.protocol import PRECISION_REPLICATES, Protocol
 from harness.studies.variant import Variant
@@ -40,9 +38,6 @@ class Study:
     """Name of the profile that fitted the study to a machine."""
     replaced: dict[str, Any] = field(default_factory=dict)
     """Values of the study as written that a profile or an option has replaced, by field: `workload.batch_size`."""
-    own_workloads: dict[str, Workload] = field(default_factory=dict)
-    """Workloads of variants that are not measured on the study's, by the variant's name: the same records of the same
-    model in other batches, another layout or by other threads."""
 
     def __post_init__(self) -> None:
         names = [variant.name for variant in self.variants]
@@ -61,25 +56,22 @@ class Study:
         doubles = {name for name in names if names.count(name) > 1}
         if doubles:
             raise UsageError(f"study {self.name}: variant name {min(doubles)!r} is used twice. Rename one.")
-        by_id: dict[tuple[str, Workload], str] = {}
+        if self.reference not in names:
+            raise UsageError(f"study {self.name}: reference = {self.reference!r}: {unknown(self.reference, names)}")
+        self._check_claims()
+
+    def check_distinct(self, own_workloads: Mapping[str, Workload] | None = None) -> None:
+        """Raises `UsageError` where two variants are the same configuration on the same workload; `own_workloads` are
+        those of variants that are not measured on the study's, by name."""
+        own, by_content = own_workloads or {}, dict[tuple[str, Workload], str]()
         for variant in self.variants:
-            same = by_id.setdefault((variant.id, self.workload_of(variant)), variant.name)
+            content = (variant.id, own.get(variant.name, self.workload))
+            same = by_content.setdefault(content, variant.name)
             if same != variant.name:
                 raise UsageError(
                     f"study {self.name}: variants {same!r} and {variant.name!r} are the same "
                     "configuration. Remove one; the harness adds an A/A control by itself."
                 )
-        if self.reference not in names:
-            raise UsageError(f"study {self.name}: reference = {self.reference!r}: {unknown(self.reference, names)}")
-        for name, own in self.own_workloads.items():
-            if name not in names:
-                raise UsageError(f"study {self.name}: own_workloads: {name!r}: {unknown(name, names)}")
-            if (own.model, own.data) != (self.workload.model, self.workload.data):
-                raise UsageError(
-                    f"study {self.name}: own_workloads: {name!r}: another model or other data. Variants meet on one "
-                    "model and its data; make it a study of its own."
-                )
-        self._check_claims()
 
     def _check_claims(self) -> None:
         ids = [claim.id for claim in self.claims]
@@ -128,28 +120,6 @@ class Study:
                 lines.append(f"{key} = {_shown(now)} in place of {_shown(was)}")
         return tuple(lines)
 
-    def workload_of(self, variant: Variant) -> Workload:
-        """What the variant is measured on."""
-        return self.own_workloads.get(variant.name, self.workload)
-
-    @property
-    def workloads(self) -> tuple[Workload, ...]:
-        """What variants are measured on, each once, the study's first."""
-        return tuple(dict.fromkeys((self.workload, *self.own_workloads.values())))
-
-    def primary(self, phase: Phase) -> str:
-        """The metric that variants are compared by in a phase. Steps of different workloads hold different numbers of
-        tokens, so their times say nothing beside each other; the time of a real token does."""
-        return "time_per_real_token_s" if phase == "train" and self.own_workloads else PRIMARY[phase]
-
-    def rounds_after_turns(self, variant: Variant) -> int:
-        """Untimed rounds, as long as turns, for what these leave of the epochs; fewer are needed where the data has
-        fewer sequences than are asked for."""
-        workload = self.workload_of(variant)
-        per_step = workload.batch_size * variant.gradient_accumulation
-        steps = self.protocol.all_steps(workload.train_sequences, per_step) - self.protocol.total_steps
-        return math.ceil(steps / self.protocol.steps_per_turn)
-
     def variant(self, name: str) -> Variant:
         """The variant of that name; `UsageError` with the nearest names otherwise."""
         for variant in self.variants:
@@ -174,12 +144,10 @@ class Study:
         With a precision and no number of replicates their cap is raised, so that the precision can be reached.
         """
         workload, protocol, replaced = self.workload, self.protocol, dict(self.replaced)
-        own = dict(self.own_workloads)
         for key, value in (("model", model), ("data", data)):
             if value is not None:
                 replaced.setdefault(f"workload.{key}", getattr(workload, key))
                 workload = dataclasses.replace(workload, **{key: value})  # type: ignore[arg-type]
-                own = {name: dataclasses.replace(one, **{key: value}) for name, one in own.items()}  # type: ignore[arg-type]
         if effort is not None:
             protocol = protocol.with_effort(effort)
         if precision is not None:
@@ -191,7 +159,7 @@ class Study:
             protocol = dataclasses.replace(protocol, max_minutes=max_minutes)
         if allow_disturbed:
             protocol = dataclasses.replace(protocol, allow_disturbed=True)
-        return dataclasses.replace(self, workload=workload, protocol=protocol, replaced=replaced, own_workloads=own)
+        return dataclasses.replace(self, workload=workload, protocol=protocol, replaced=replaced)
 
 
 def _shown(value: Any) -> str:

@@ -212,7 +212,7 @@ def _parse(path: Path, data: Mapping[str, Any]) -> Study:
                 raise impossible(where, key, data[key], f"{kind.__name__} is expected", "Mend the value.")
             fields[key] = data[key]
     try:
-        return Study(
+        study = Study(
             name=path.stem,
             workload=codec.from_json(Workload, data.get("workload", {}), f"{where}, [workload]"),
             protocol=codec.from_json(Protocol, data.get("protocol", {}), f"{where}, [protocol]"),
@@ -221,8 +221,10 @@ def _parse(path: Path, data: Mapping[str, Any]) -> Study:
             notes=codec.from_json(tuple[str, ...], data.get("notes", []), f"{where}, notes"),
             **fields,
         )
+        study.check_distinct()
     except UsageError as error:
         raise error if str(error).startswith(where) else UsageError(f"{where}: {error}") from None
+    return study
 
 
 def _claims(where: str, listed: Any) -> list[Claim]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from harness.records.metrics import PHASES, Phase
+from harness.records.metrics import PHASES, Phase, primary_metric
 from harness.records.record import Notice, Role
 from harness.records.store import Run
 from harness.stats import Comparison
@@ -23,6 +23,8 @@ Groups = Mapping[tuple[str, Role], Series]
 class Standing:
     """What is said of a run before any of its numbers."""
 
+    primary: Mapping[Phase, str]
+    """The metric that variants are compared by, of each phase that was measured."""
     controls: Mapping[Phase, Comparison | None]
     """The reference against itself measured twice, by phase; None: it should have been measured and was not."""
     failures: tuple[str, ...]
@@ -36,10 +38,13 @@ class Standing:
 def standing_of(run: Run, study: Study) -> Standing:
     """How a run stands by the records that there are. Raises nothing for missing trials: what is not there is said."""
     groups = series_of(run.records)
-    phases = phases_of(run)
-    controls = {phase: control_of(groups, study, phase, family=len(phases)) for phase in phases}
+    primary = {phase: primary_metric(phase, own_workloads=bool(run.manifest.own_workloads)) for phase in phases_of(run)}
+    controls = {
+        phase: control_of(groups, study.reference, metric, family=len(primary)) for phase, metric in primary.items()
+    }
     failures = (*_failures(run), *_missing(run))
     return Standing(
+        primary=primary,
         controls=controls,
         failures=failures,
         notices=notices_of(run, study, controls),
@@ -58,15 +63,15 @@ def phases_of(run: Run) -> tuple[Phase, ...]:
     return tuple(phase for phase in PHASES if phase in run.manifest.phases)
 
 
-def control_of(groups: Groups, study: Study, phase: Phase, *, family: int) -> Comparison | None:
-    """The reference against its twin, by a phase's primary metric; None where either has no trial."""
-    reference, twin = groups.get((study.reference, "variant")), groups.get((study.reference, "control"))
+def control_of(groups: Groups, name: str, metric: str, *, family: int) -> Comparison | None:
+    """The reference, by its name, against its twin; None where either has no trial."""
+    reference, twin = groups.get((name, "variant")), groups.get((name, "control"))
     if reference is None or twin is None:
         return None
-    return compare_series(reference, twin, study.primary(phase), family=family)
+    return compare_series(reference, twin, metric, family=family)
 
 
-def ratios_of(groups: Groups, study: Study, phase: Phase, control: Comparison | None) -> dict[str, Comparison]:
+def ratios_of(groups: Groups, study: Study, metric: str, control: Comparison | None) -> dict[str, Comparison]:
     """Every other variant against the reference, by name; none is equivalent where the control is not."""
     reference = groups.get((study.reference, "variant"))
     if reference is None:
@@ -74,7 +79,7 @@ def ratios_of(groups: Groups, study: Study, phase: Phase, control: Comparison | 
     others = [series for (name, role), series in groups.items() if role == "variant" and name != study.reference]
     order = {variant.name: place for place, variant in enumerate(study.variants)}
     others = sorted((one for one in others if one.name in order), key=lambda one: order[one.name])
-    ratios = compare_to_reference(reference, others, study.primary(phase))
+    ratios = compare_to_reference(reference, others, metric)
     if control is not None and control.verdict == "equivalent":
         return ratios
     reason = "the control itself is not equivalent, so nothing here can be"

@@ -12,6 +12,7 @@ from harness.errors import UsageError
 from harness.machine import provenance
 from harness.models import catalogue, shapes
 from harness.models.costs.memory import estimate_memory
+from harness.run.contenders import Contender
 from harness.run.feasibility import check_feasible
 from harness.studies.study_file import load_study
 
@@ -56,7 +57,10 @@ def test_what_clearly_does_not_fit_is_refused_and_what_may_not_is_said(machine, 
 
     def notices(share):
         small = dataclasses.replace(machine, memory_bytes=int(needed * share))
-        return [notice.code for notice in check_feasible(study, small, [variant])]
+        return [
+            notice.code
+            for notice in check_feasible(study, small, [Contender(variant=variant, workload=study.workload)])
+        ]
 
     assert "memory-short" not in notices(1.2)
     assert "memory-short" in notices(1.0)

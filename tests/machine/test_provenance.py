@@ -54,6 +54,15 @@ def test_the_fingerprint_of_a_run_on_a_cpu_stays_what_it_was(small_study, machin
     assert comparable(facts).keys() == set(FINGERPRINT)
 
 
+def test_a_variants_own_workload_is_part_of_the_fingerprint(small_study, machine):
+    """Beside the study's, under the variant's name; where there is none nothing is said of it."""
+    own = dataclasses.replace(small_study.workload, batch_size=4)
+    alone, both = collect(small_study, machine, 1, {}), collect(small_study, machine, 1, {}, own_workloads={"b": own})
+    assert both["workload"] == alone["workload"] | {"own": {"b": codec.to_json(own)}}
+    assert "own" not in alone["workload"]
+    assert fingerprint(both) != fingerprint(alone)
+
+
 def test_the_power_limit_is_part_of_the_fingerprint_of_a_card(on_card):
     """In whole watts; one that is not known leaves the fingerprint as it was."""
     limited, default = on_card(CARD), on_card(CARD | {"power_limit_w": 700.0})

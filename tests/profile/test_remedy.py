@@ -8,7 +8,7 @@ from harness.commands.profile import _try
 from harness.errors import UsageError
 from harness.machine.provenance import probe_machine
 from harness.profile.diagnosis import Finding
-from harness.profile.remedy import chosen, study_of, tried
+from harness.profile.remedy import choose, judge_remedy, make_pair
 from harness.records import store
 from harness.records.record import Failure
 from harness.report.view import view_of
@@ -39,33 +39,32 @@ def padded(small_study):
     )
 
 
-def test_the_dearest_finding_that_can_be_tried_is_chosen():
+def test_the_dearest_finding_that_can_be_tried_is_choose():
     """Without a name the first with a change; one that cannot be tried is refused, with why and with those that can."""
     found = (finding("contention", obstacle="it is the machine's"), PACKED, finding("dropout", lora_dropout=0.0))
-    assert chosen(found, None).code == chosen(found, "padding").code == "padding"
-    assert chosen(found, "dropout").code == "dropout"
+    assert choose(found, None).code == choose(found, "padding").code == "padding"
+    assert choose(found, "dropout").code == "dropout"
     known = r"Can be tried: padding, dropout"
     for code, words in (
         ("contention", r"Do it\. That cannot be tried here: it is the machine's"),
         ("data-wait", "not"),
     ):
         with pytest.raises(UsageError, match=rf"{words}.*{known}"):
-            chosen(found, code)
+            choose(found, code)
     with pytest.raises(UsageError, match="no finding"):
-        chosen(found[:1], None)
+        choose(found[:1], None)
 
 
 def test_the_present_variant_is_the_reference_of_two():
     """They differ in what the remedy changes and in nothing else, on one workload; what falls back is measured."""
     study, variant = load_variant("lora-or-qlora:qlora-nf4-r16")
-    pair = study_of(study, variant, finding("dequantisation", quantization="none"), protocol=Protocol(replicates=5))
-    present, suggested = pair.variants
-    assert pair.reference == present.name == variant.name
+    pair = make_pair(study, variant, finding("dequantisation", quantization="none"), protocol=Protocol(replicates=5))
+    present, suggested = pair.study.variants
+    assert pair.study.reference == present.name == variant.name
     assert suggested.name == "without-dequantisation"
     assert suggested.differences(present) == ("quantization",)
-    assert (pair.workload, pair.protocol.replicates, pair.own_workloads) == (study.workload, 5, {})
-    assert pair.allow_fallback
-    assert pair.primary("train") == "step_time_s"
+    assert (pair.study.workload, pair.study.protocol.replicates, pair.own_workloads) == (study.workload, 5, {})
+    assert pair.study.allow_fallback
 
 
 @pytest.mark.parametrize(
@@ -92,46 +91,46 @@ def test_requirements_about_the_remedy_are_not_demanded(changes, about, padded):
     )  # fmt: skip
     demands = requirements_of(dataclasses.replace(variant, compile=True), (64,), packed=True)
     study = dataclasses.replace(padded, requirements=demands)
-    pair = study_of(study, variant, finding(**changes), protocol=padded.protocol)
-    assert set(demands) - set(pair.requirements) == about
+    pair = make_pair(study, variant, finding(**changes), protocol=padded.protocol)
+    assert set(demands) - set(pair.study.requirements) == about
 
 
 def test_a_remedy_of_the_workload_is_the_same_variant_on_its_own(padded, machine):
     """In turns with the present one and never on one base; where the variant can be changed the workload stays."""
     variant = padded.variants[0]
     epochs = dataclasses.replace(padded.protocol, epochs=3.0)
-    pair = study_of(padded, variant, PACKED, protocol=epochs)
-    present, suggested = pair.variants
+    pair = make_pair(padded, variant, PACKED, protocol=epochs)
+    present, suggested = pair.study.variants
     assert suggested.differences(present) == ()
-    assert pair.workload_of(present) == padded.workload
-    assert pair.workload_of(suggested) == dataclasses.replace(padded.workload, layout="packed")
-    assert pair.protocol.epochs == 0.0
-    plan, _ = plan_study(pair, machine, phases=("train",))
+    assert pair.own_workloads == {suggested.name: dataclasses.replace(padded.workload, layout="packed")}
+    assert pair.study.protocol.epochs == 0.0
+    plan, _ = plan_study(pair.study, machine, phases=("train",), own_workloads=pair.own_workloads)
     assert plan.interleaving in ("lockstep", "replicates")
     assert "2 workloads" in plan.why
     assert {slot.arm for slot in plan.slots} == {""}
-    both = study_of(padded, variant, finding(r=8, workload={"batch_size": 4}), protocol=epochs)
-    assert (both.variants[1].r, both.own_workloads, both.protocol.epochs) == (8, {}, 3.0)
+    both = make_pair(padded, variant, finding(r=8, workload={"batch_size": 4}), protocol=epochs)
+    assert (both.study.variants[1].r, both.own_workloads, both.study.protocol.epochs) == (8, {}, 3.0)
 
 
 def test_other_threads_take_executors_of_their_own(small_study, machine):
     """Then every one that is compared has one, the control as well."""
     threads = dataclasses.replace(small_study, workload=dataclasses.replace(small_study.workload, threads=2))
     fewer = finding("oversubscription", workload={"threads": 1})
-    pair = study_of(threads, threads.variants[0], fewer, protocol=threads.protocol)
-    plan, _ = plan_study(pair, machine, phases=("train",))
+    pair = make_pair(threads, threads.variants[0], fewer, protocol=threads.protocol)
+    plan, _ = plan_study(pair.study, machine, phases=("train",), own_workloads=pair.own_workloads)
     assert {slot.arm for slot in plan.slots} == {"plain", "plain-control", "without-oversubscription"}
 
 
-def judged(write_run, study, code, present, suggested, **options):
+def judged(write_run, pair, code, present, suggested, **options):
     """What is made of a constructed run with these step times, one a replicate."""
-    path = write_run("run", {"plain": present, f"without-{code}": suggested}, study=study, **options)
-    return tried(store.read_run(str(path), path.parent), finding(code, optimizer="adamw"))
+    steps, own = {"plain": present, f"without-{code}": suggested}, pair.own_workloads
+    path = write_run("run", steps, study=pair.study, own_workloads=own, **options)
+    return judge_remedy(store.read_run(str(path), path.parent), finding(code, optimizer="adamw"))
 
 
 def test_a_gain_counts_where_the_control_is_no_difference(write_run, small_study):
     """Constructed times: a fifth is gained; with a control that differs, or a failed trial, nothing counts."""
-    pair = study_of(small_study, small_study.variants[0], finding(optimizer="adamw"), protocol=small_study.protocol)
+    pair = make_pair(small_study, small_study.variants[0], finding(optimizer="adamw"), protocol=small_study.protocol)
     old, new = [0.100, 0.1001, 0.1002, 0.0999], [0.080, 0.0801, 0.0802, 0.0799]
     gained = judged(write_run, pair, "dropout", old, new)
     assert gained.valid
@@ -153,7 +152,7 @@ def test_a_gain_counts_where_the_control_is_no_difference(write_run, small_study
 
 def test_workloads_are_compared_by_the_time_of_a_real_token(write_run, padded, tmp_path):
     """Constructed steps as long, of 60 % more real tokens; the report says on what each ran and shows no losses."""
-    pair = study_of(padded, padded.variants[0], PACKED, protocol=padded.protocol)
+    pair = make_pair(padded, padded.variants[0], PACKED, protocol=padded.protocol)
 
     def filled(record):
         real = 800 if record.name == "without-padding" else 500
@@ -178,7 +177,7 @@ def test_packing_is_tried_beside_padding(padded, tmp_path):
     assert found.comparison.low < found.comparison.ratio < found.comparison.high
     run = store.read_run(found.run, tmp_path)
     assert run.manifest.study["workload"]["layout"] == "padded"
-    assert run.manifest.study["own_workloads"]["without-padding"]["layout"] == "packed"
+    assert run.manifest.own_workloads["without-padding"]["layout"] == "packed"
     tokens = {True: run.manifest.tokens["own"]["without-padding"], False: run.manifest.tokens}
     steps = [record for record in run.records if "step_time_s" in record.samples]
     assert len(steps) == 6

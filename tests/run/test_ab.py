@@ -68,7 +68,7 @@ def test_the_reference_carries_the_control_or_the_first_that_is_selected(plan):
     """A run has a control whatever is selected, and measures nothing else."""
     made = plan(select=["nf4"])
     assert {(slot.variant.name, slot.role) for slot in made.slots} == {("nf4", "variant"), ("nf4", "control")}
-    assert [(variant.name, role) for variant, role in made.members] == [("nf4", "variant"), ("nf4", "control")]
+    assert [one.name for one in made.contenders] == ["nf4-base", "nf4-candidate", "nf4-base-control"]
     both = plan(select=["nf4", "plain", "nf4"])
     assert {slot.variant.name for slot in both.slots if slot.role == "control"} == {"plain"}
     assert max(Counter(slot.trial for slot in both.slots).values()) == 1
@@ -92,8 +92,8 @@ def test_every_turn_is_shuffled_anew_and_by_the_seed(plan, small_study):
 def test_extra_work_is_the_candidates_alone(plan):
     """In turns and alone; an honest A/B has none."""
     made = plan(injected_rows=64)
-    assert {(slot.side, slot.injected_rows) for slot in made.slots} == {("base", 0), ("candidate", 64)}
-    assert {slot.injected_rows for slot in plan().slots} == {0}
+    assert {(slot.side, slot.contender.injected_rows) for slot in made.slots} == {("base", 0), ("candidate", 64)}
+    assert {slot.contender.injected_rows for slot in plan().slots} == {0}
 
 
 def test_peaks_are_measured_alone_in_the_first_replicates(plan):

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from harness.errors import UsageError
+from harness.run.contenders import contenders_of
 from harness.run.feasibility import check_feasible
 
 
@@ -24,7 +25,7 @@ def test_a_workload_of_a_variants_own_is_judged_too(small_study, machine):
     ):
         own = {"nf4": dataclasses.replace(small_study.workload, **changes)}
         with pytest.raises(UsageError, match=words):
-            check_feasible(dataclasses.replace(small_study, own_workloads=own), machine)
+            check_feasible(small_study, machine, contenders_of(small_study, own_workloads=own))
 
 
 @pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention"])

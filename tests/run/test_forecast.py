@@ -57,7 +57,7 @@ def test_a_plan_and_its_level_speak_of_the_same_memory(small_study, machine, tmp
     write_run("run", {"plain": [0.1]}, peak=3 * 2**30)
     machine, runs = dataclasses.replace(machine, device_name="Test CPU"), tmp_path / "runs"
     plan = make_plan(small_study, interleaving="lockstep")
-    members = [variant for variant, _ in plan.members]
+    members = [contender.variant for contender in plan.contenders]
     expected = forecast(plan, machine, runs).memory_bytes
     assert expected == together_bytes(members, small_study.workload, machine, runs) > 6 * 2**30
 
@@ -81,12 +81,12 @@ def test_peaks_of_another_workload_are_not_this_one_s(small_study, machine, tmp_
     """A variant that an earlier run measured on a workload of its own says nothing of the study's."""
     same = dataclasses.replace(small_study.variants[0], name="larger")
     own = {"larger": dataclasses.replace(small_study.workload, batch_size=64)}
-    study = dataclasses.replace(small_study, variants=(small_study.variants[0], same), own_workloads=own)
+    study = dataclasses.replace(small_study, variants=(small_study.variants[0], same))
 
     def larger(record):
         return record.replaced(memory={"host_peak_train_bytes": 9 * 2**30}) if record.name == "larger" else record
 
-    write_run("run", {"plain": [0.1], "larger": [0.2]}, study=study, change=larger)
+    write_run("run", {"plain": [0.1], "larger": [0.2]}, study=study, own_workloads=own, change=larger)
     peaks = measured_peaks(small_study.workload, machine, tmp_path / "runs", "host_peak_train_bytes")
     assert peaks == {same.id: 2**20}
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from harness.errors import InvalidRunError
-from harness.run.measure import greeted
+from harness.run.measure import greet
 from harness.studies.variant import Variant
 
 PLAIN = Variant(name="plain")
@@ -25,12 +25,12 @@ def test_a_variant_that_needs_bitsandbytes_is_refused_where_it_has_no_device(mac
     """By name, before its first trial; variants that do not need it are measured."""
     needing = Variant(name="needing", **changes)
     with pytest.raises(InvalidRunError, match=f"needing cannot be measured here: {LACKS}"):
-        greeted(worker(lacks=LACKS), machine, [PLAIN, needing])
-    assert greeted(worker(lacks=LACKS), machine, [PLAIN])["lacks"] == LACKS
-    assert greeted(worker(), machine, [PLAIN, needing])["lacks"] is None
+        greet(worker(lacks=LACKS), machine, [PLAIN, needing])
+    assert greet(worker(lacks=LACKS), machine, [PLAIN])["lacks"] == LACKS
+    assert greet(worker(), machine, [PLAIN, needing])["lacks"] is None
 
 
 def test_a_worker_on_another_device_is_refused(machine):
     """The plan was made for this one."""
     with pytest.raises(InvalidRunError, match="'cuda' and the plan was made for 'cpu'"):
-        greeted(worker(device="cuda"), machine, [PLAIN])
+        greet(worker(device="cuda"), machine, [PLAIN])

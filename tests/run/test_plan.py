@@ -29,14 +29,6 @@ def test_the_seed_fixes_the_order_and_another_seed_changes_it(small_study):
     assert order(1) != order(2)
 
 
-def test_selecting_never_drops_the_reference_or_the_control(small_study):
-    """A ratio needs its denominator, and a run its control."""
-    plan = make_plan(small_study, select=["nf4"])
-    assert {(s.variant.name, s.role) for s in plan.slots} == {
-        ("nf4", "variant"), ("plain", "variant"), ("plain", "control"),
-    }  # fmt: skip
-
-
 def test_trials_of_a_replicate_share_their_seed(small_study):
     """Paired trials differ in the variant only."""
     plan = make_plan(small_study)
@@ -54,11 +46,10 @@ def test_every_trial_gets_all_its_turns(small_study):
         assert taken == {slot.trial: small_study.protocol.turns for slot in group.slots}
 
 
-@pytest.mark.parametrize("options", [{"select": ["nf5"]}, {"phases": ["training"]}])
-def test_what_is_not_known_is_refused(small_study, options):
-    """Unknown variants and phases."""
-    with pytest.raises(UsageError):
-        make_plan(small_study, **options)
+def test_a_phase_that_is_not_known_is_refused(small_study):
+    """By its name."""
+    with pytest.raises(UsageError, match="training"):
+        make_plan(small_study, phases=["training"])
 
 
 @pytest.mark.parametrize(("level", "processes"), [("shared-base", 1), ("lockstep", 3)])

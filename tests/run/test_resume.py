@@ -19,7 +19,7 @@ import harness.run.measure
 from harness.cli import main
 from harness.errors import UsageError
 from harness.records import store
-from harness.records.record import UNDER_WAY, Fragment
+from harness.records.record import SCHEMA, UNDER_WAY, Fragment
 from harness.report.live import LiveDisplay
 from harness.report.terminal import console_for
 from harness.report.view import view_of
@@ -286,17 +286,25 @@ def test_other_tokens_are_refused(broken_off, capsys):
     assert store.read_manifest(path).resumed == ()
 
 
-def test_a_run_on_two_workloads_is_gone_on_with(runs, tmp_path, machine, capsys):
-    """Each variant has its own tokens and threads before and after, and other tokens of either are refused."""
+@pytest.mark.parametrize("schema", [4, SCHEMA])
+def test_a_run_on_two_workloads_is_gone_on_with(runs, tmp_path, machine, capsys, schema):
+    """Each variant has its own tokens and threads before and after, and other tokens of either are refused.
+
+    Up to schema 4 the study of the manifest said on which workload a variant of it was measured.
+    """
     study = load_study(str(tmp_path / "small.toml"))
     own = dataclasses.replace(study.workload, layout="padded", threads=2)
-    plan, _ = plan_study(dataclasses.replace(study, own_workloads={"b": own}), machine, phases=("train",))
+    plan, _ = plan_study(study, machine, phases=("train",), own_workloads={"b": own})
     path = measure(plan, machine, runs=runs, display=LiveDisplay(console_for(io.StringIO()))).path
     hashes = {(record.name, record.tokens["hash"]) for record in store.read_run(path.name, runs).records}
     assert hashes == {("a", Executor.tokens), ("b", Executor.padded_tokens), ("c", Executor.tokens)}
     assert sorted(Executor.threads) == [1, 1, 1, 2]
     (path / "trials.jsonl").write_text("".join((path / "trials.jsonl").read_text().splitlines(keepends=True)[:6]))
     change(path, status="running")
+    if schema < SCHEMA:
+        manifest = json.loads((path / "manifest.json").read_text())
+        study = manifest["study"] | {"own_workloads": manifest.pop("own_workloads")}
+        (path / "manifest.json").write_text(json.dumps(manifest | {"study": study, "schema": schema}))
     Executor.asked, Executor.padded_tokens = (), "d" * 64
     assert resume(path) == 2
     assert "the tokens of b have the hash dddddddddddd now and had cccccccccccc" in capsys.readouterr().err

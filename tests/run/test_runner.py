@@ -12,7 +12,7 @@ from harness.run.budget import Budget
 from harness.run.executors import WorkerLostError
 from harness.run.plan import Group, make_plan
 from harness.run.runner import run_plan
-from harness.run.site import Site, blank
+from harness.run.site import Site, begin_record
 from harness.studies.request import TrialRequest
 
 TRAINING = ["prepare", "build", "verify", "warm_up", "turn", "turn", "finish_training", "save_adapter"]
@@ -234,7 +234,7 @@ def test_sides_are_measured_by_their_own_executors(small_study, tmp_path):
     """Each launch goes to the executor of its side, and the record says which."""
     plan = make_plan(small_study)
     a, b = (
-        dataclasses.replace(slot, side=side, arm=side)
+        dataclasses.replace(slot, contender=dataclasses.replace(slot.contender, side=side), arm=side)
         for slot, side in zip(plan.slots, ("base", "candidate"), strict=False)
     )
     group = Group(replicate=0, launches=((a,), (b,)), turns=((a.trial, b.trial),))
@@ -345,9 +345,9 @@ def test_trials_that_failed_are_not_measured_again(small_study, tmp_path):
     plan = make_plan(small_study)
     first, second, *others = plan.slots
     earlier = [
-        blank(plan, first, "oom"),
-        blank(plan, second, "interrupted"),
-        *(blank(plan, slot, "not_run") for slot in others),
+        begin_record(plan, first, "oom"),
+        begin_record(plan, second, "interrupted"),
+        *(begin_record(plan, slot, "not_run") for slot in others),
     ]
     executor, records, _ = go_on(plan, tmp_path, earlier)
     assert first.trial not in {trial for trial, _ in executor.asked}
@@ -359,7 +359,7 @@ def test_trials_that_failed_are_not_measured_again(small_study, tmp_path):
 def test_an_interruption_of_what_is_gone_on_with_costs_nothing_more(small_study, tmp_path):
     """What a trial had when the run broke off stays its record until it is begun again."""
     plan = make_plan(small_study)
-    had = blank(plan, plan.slots[2], "interrupted").replaced(samples={"step_time_s": (0.5,)})
+    had = begin_record(plan, plan.slots[2], "interrupted").replaced(samples={"step_time_s": (0.5,)})
     script = {(plan.slots[0].trial, "turn"): KeyboardInterrupt()}
     _, records, saved = go_on(plan, tmp_path, [had], script=script)
     assert {record.trial: record for record in records}[had.trial] == had

@@ -1,12 +1,8 @@
 """Studies are read strictly: whatever cannot be is refused with file, key, value and remedy."""
 
-import dataclasses
-
 import pytest
 
 from harness.errors import UsageError
-from harness.records import codec
-from harness.studies.study import Study
 from harness.studies.study_file import builtin_studies, load_study, load_variant
 from harness.studies.variant import Variant
 
@@ -180,21 +176,3 @@ def test_a_variant_is_named_by_its_study_or_alone_in_it(tmp_path):
     assert load_variant(alone)[1] == load_variant(f"{alone}:one")[1] == Variant(r=4)
     with pytest.raises(UsageError, match=r"lora-r16, .*lora-or-qlora:lora-r16"):
         load_variant("lora-or-qlora")
-
-
-def test_a_variant_may_have_a_workload_of_its_own(small_study):
-    """The same variant may then stand twice, on one model and its data; they meet on the time of a real token."""
-    plain, own = small_study.variants[0], dataclasses.replace(small_study.workload, batch_size=4)
-    twice = (plain, dataclasses.replace(plain, name="larger"))
-    study = dataclasses.replace(small_study, variants=twice, own_workloads={"larger": own})
-    assert study.workloads == (study.workload, own)
-    assert [study.workload_of(variant) for variant in study.variants] == [study.workload, own]
-    assert [study.primary(phase) for phase in ("train", "generate")] == ["time_per_real_token_s", "request_time_s"]
-    assert codec.from_json(Study, codec.to_json(study), "study") == study
-    for changes, words in (
-        ({}, "same configuration"),
-        ({"larger": own, "lager": own}, "'lager': not known. Did you mean 'larger'"),
-        ({"larger": dataclasses.replace(own, model="smollm2-135m")}, "'larger': another model"),
-    ):
-        with pytest.raises(UsageError, match=words):
-            dataclasses.replace(study, own_workloads=changes)
