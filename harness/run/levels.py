@@ -28,7 +28,7 @@ measures nothing."""
 def choose_level(
     variants: Sequence[Variant],
     *,
-    together_bytes: int,
+    together_bytes: int | None,
     free_bytes: int | None,
     asked: str | None = None,
     workloads: int = 1,
@@ -37,7 +37,8 @@ def choose_level(
 
     Args:
         variants: what will be compared.
-        together_bytes: expected memory of all trials of a replicate when each has a live process of its own.
+        together_bytes: expected memory of all trials of a replicate when each has a live process of its own; None where
+            it cannot be known.
         free_bytes: memory that is free on the device now; None where it cannot be known.
         asked: the level that the user asks for; None to choose.
         workloads: on how many different workloads they are measured.
@@ -58,6 +59,8 @@ def choose_level(
         return "shared-base", "the variants differ in their adapters only"
     if free_bytes is None:
         return "replicates", f"{obstacle}, and how much memory is free cannot be known"
+    if together_bytes is None:
+        return "replicates", f"{obstacle}, and how much memory they need together cannot be known"
     sizes = f"all live together need about {format_bytes(together_bytes)} of {format_bytes(free_bytes)} free"
     if not fits(together_bytes, free_bytes):
         return "replicates", f"{obstacle}, and {sizes}"

@@ -28,7 +28,7 @@ from harness.run.executors import Executor
 from harness.run.executors.host import Host
 from harness.run.executors.local import LocalExecutor
 from harness.run.feasibility import check_feasible
-from harness.run.forecast import free_bytes, together_bytes
+from harness.run.forecast import free_bytes, together_bytes, total_of
 from harness.run.levels import choose_level
 from harness.run.plan import Plan, make_plan, members_of
 from harness.run.resume import continued
@@ -74,7 +74,7 @@ def plan_study(
     notices = check_feasible(study, machine, variants)
     level, why = choose_level(
         variants,
-        together_bytes=sum(
+        together_bytes=total_of(
             together_bytes([one for one, _ in members if study.workload_of(one) == workload], workload, machine, runs)
             for workload in study.workloads
         ),

@@ -30,8 +30,9 @@ from harness.studies.request import TrialRequest
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
 from harness.trial.building.base_model import empty_model, load_base
-from harness.trial.building.build import build, evaluating
+from harness.trial.building.build import build
 from harness.trial.building.lora import attach
+from harness.trial.building.packing import evaluating
 from harness.trial.building.shared import SharedBase
 from harness.trial.step import TrainStep
 
