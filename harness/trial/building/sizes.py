@@ -96,7 +96,14 @@ def _attached(variant: Variant, source: ModelSource) -> Any:
         variant, init_lora_weights="default", prepare_for_kbit=False, gradient_checkpointing=False
     )
     with torch.device("meta"):
-        return lora.attach(empty_model(source, variant), plain)
+        base = empty_model(source, variant)
+        try:
+            return lora.attach(base, plain)
+        except ValueError as error:  # PEFT's own word for layers that it does not find, or cannot adapt like this
+            raise impossible(
+                f"sizes: variant {variant.name!r}", "target_modules", variant.target_modules,
+                f"PEFT cannot adapt {source.label} ({error})", "Name other layers, or another model.",
+            ) from None  # fmt: skip
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:
