@@ -56,6 +56,8 @@ class Family:
     """Whether the configuration class in transformers ties the head when config.json does not say."""
     targets: tuple[str, ...] = ("q_proj", "v_proj")
     """What PEFT adapts where a variant names nothing; empty where PEFT wants them named."""
+    normed_heads: bool = False
+    """Whether each head's query and key are normalised."""
     preloaded: bool = False
     """Whether the catalogue has models of it, for which its module is imported before any trial."""
 
@@ -80,19 +82,35 @@ def llama_layers(shape: ModelShape) -> Layers:
     }
 
 
+def phi3_layers(shape: ModelShape) -> Layers:
+    """As Llama's, with one projection into the attention and one into the feed-forward part (Abdin et al. 2024, arXiv
+    2404.14219)."""
+    hidden, inner = shape.hidden_size, shape.intermediate_size
+    query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    return {
+        "qkv_proj": Layer(
+            inputs=hidden, outputs=query + 2 * key, stage="entering", makes=frozenset({"query", "key", "value"})
+        ),
+        "o_proj": Layer(inputs=query, outputs=hidden, stage="attended"),
+        "gate_up_proj": Layer(inputs=hidden, outputs=2 * inner, stage="expanding"),
+        "down_proj": Layer(inputs=inner, outputs=hidden, stage="contracting"),
+    }
+
+
 FAMILIES: Mapping[str, Family] = {
     family.model_type: family
     for family in (
         Family(model_type="gemma", layers=llama_layers, tied=True, preloaded=True),
         Family(model_type="llama", layers=llama_layers, preloaded=True),
         Family(model_type="mistral", layers=llama_layers, preloaded=True),
+        Family(model_type="phi3", layers=phi3_layers, targets=()),
         Family(
             model_type="qwen2",
             layers=llama_layers,
             biased=frozenset({"q_proj", "k_proj", "v_proj"}),
             preloaded=True,
         ),
-        Family(model_type="qwen3", layers=llama_layers),
+        Family(model_type="qwen3", layers=llama_layers, normed_heads=True),
         Family(model_type="smollm3", layers=llama_layers, tied=True, targets=()),
     )
 }

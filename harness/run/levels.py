@@ -13,13 +13,9 @@ from collections.abc import Sequence
 from harness.errors import UsageError
 from harness.records.record import Interleaving
 from harness.records.units import format_bytes
-from harness.studies.variant import Variant
+from harness.studies.variant import ADAPTER_FIELDS, Variant
 
 LEVELS: tuple[Interleaving, ...] = ("shared-base", "lockstep", "replicates")
-ADAPTER_FIELDS = frozenset(
-    ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora", "init_lora_weights")
-)
-"""Fields in which variants on one base may differ: they belong to the adapter, and the base never learns of them."""
 MEMORY_SHARE = 0.8
 """Share of the free memory that live processes may be expected to take: a forecast errs, and a machine that swaps
 measures nothing."""

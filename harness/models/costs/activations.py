@@ -15,7 +15,7 @@ from __future__ import annotations
 from harness.models.costs.lora import adapted_widths
 from harness.models.costs.storage import width
 from harness.models.families import STAGES
-from harness.models.shapes import ModelShape, linear_layers, linear_widths
+from harness.models.shapes import ModelShape, family_of, linear_layers, linear_widths
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
 
@@ -33,6 +33,7 @@ class Activations:
         self._rows, self._length = workload.batch_size, workload.sequence_length
         self._tokens = self._rows * self._length
         self._adapted = adapted_widths(variant, shape)
+        self._normed = family_of(shape).normed_heads
         layers = linear_layers(shape)
         self._stages = {stage: [name for name in self._adapted if layers[name].stage == stage] for stage in STAGES}
         self._stream = 4 if variant.prepare_for_kbit else width(variant.dtype)
@@ -122,6 +123,15 @@ class Activations:
         return total
 
     def _attended(self) -> int:
+        return self._head_norms() + self._scored()
+
+    def _head_norms(self) -> int:
+        """As other norms, one for each head's query and key."""
+        heads = self._shape.heads + self._shape.kv_heads if self._normed else 0
+        return self._tokens * heads * (self._shape.head_dim * 4 + 4)
+
+    def _scored(self) -> int:
+        """Of the attention alone."""
         shape, size = self._shape, self._attention
         query = self._tokens * shape.heads * shape.head_dim * size
         key = self._tokens * shape.kv_heads * shape.head_dim * size
