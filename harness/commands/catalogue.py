@@ -66,19 +66,23 @@ def _listed(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _list_sizes(options: argparse.Namespace) -> int:
+    from harness.models import catalogue, shapes
     from harness.studies.study_file import load_study
 
     study = load_study(_study_named(options)).with_overrides(model=options.model)
     from harness.trial.building.sizes import sizes_of_study  # loads torch, so only for a study that can be read
 
     model, sizes = study.workload.model, sizes_of_study(study)
+    source = catalogue.resolve(f"{catalogue.RANDOM_PREFIX}{model.removeprefix(catalogue.RANDOM_PREFIX)}")
+    unknown = shapes.unknown_layers(shapes.shape(source))
     if options.json:
-        print_json({"model": model, "sizes": [dataclasses.asdict(one) | {"share": one.share} for one in sizes]})
+        rows = [dataclasses.asdict(one) | {"share": one.share} for one in sizes]
+        print_json({"model": model, "sizes": rows, **({"unknown": unknown} if unknown else {})})
     else:
         from harness.report.estimate import print_sizes
         from harness.report.terminal import console_for
 
-        print_sizes(model, sizes, console_for())
+        print_sizes(model, sizes, console_for(), unknown=unknown)
     return EXIT_PASS
 
 

@@ -10,6 +10,7 @@ from harness.errors import EXIT_PASS
 
 if TYPE_CHECKING:
     from harness.models.costs.memory import MemoryEstimate
+    from harness.records.memory_account import MemoryPhase
 
 
 def add_commands(commands: Any, common: Any) -> None:
@@ -27,13 +28,13 @@ def add_commands(commands: Any, common: Any) -> None:
 
 
 def run_estimate(options: argparse.Namespace) -> int:
-    """Print the estimate, what an earlier run measured beside it, and whether it fits."""
+    """Print the estimate, what an earlier run measured beside it, and whether it fits; or why there is none."""
     from harness.machine.provenance import probe_machine
     from harness.models import catalogue, shapes
     from harness.models.costs.memory import estimate_memory, stored_dtype
     from harness.records import store
     from harness.records.memory_account import MEMORY_PHASES
-    from harness.run.feasibility import memory_notices
+    from harness.run.feasibility import layers_notice, memory_notices
     from harness.run.forecast import free_bytes, measured_peaks
     from harness.studies.study_file import load_variant
 
@@ -42,15 +43,20 @@ def run_estimate(options: argparse.Namespace) -> int:
     workload = study.with_overrides(model=options.model, data=options.data).workload
     source = catalogue.resolve(workload.model)
     shape, stored = shapes.shape(source), stored_dtype(source)
+    unknown = shapes.unknown_layers(shape)
     kind = "device_peak_allocated_{}_bytes" if machine.device == "cuda" else "host_peak_{}_bytes"
-    estimates: list[MemoryEstimate] = []
+    estimates: dict[MemoryPhase, MemoryEstimate] = {}
     measured: dict[str, int] = {}
     for phase in MEMORY_PHASES:
-        estimates.append(estimate_memory(variant, workload, shape, phase=phase, device=machine.device, stored=stored))
+        if not unknown:
+            found = estimate_memory(variant, workload, shape, phase=phase, device=machine.device, stored=stored)
+            estimates[phase] = found
         peaks = measured_peaks(workload, machine, runs, kind.format(phase))
         if variant.id in peaks:
             measured[phase] = peaks[variant.id]
-    notices = tuple(memory_notices(variant, estimates[0], machine, free_bytes(machine)))
+    notices = [layers_notice(workload.model, unknown)] if unknown else []
+    if estimates:
+        notices += memory_notices(variant, estimates["train"], machine, free_bytes(machine))
     if options.json:
         print_json(
             {
@@ -58,7 +64,7 @@ def run_estimate(options: argparse.Namespace) -> int:
                 "id": variant.id,
                 "model": workload.model,
                 "device": machine.device,
-                **{one.phase: _document(one, measured.get(one.phase)) for one in estimates},
+                **{phase: _document(estimates.get(phase), measured.get(phase)) for phase in MEMORY_PHASES},
                 "notices": [notice.message for notice in notices],
             }
         )
@@ -67,17 +73,17 @@ def run_estimate(options: argparse.Namespace) -> int:
         from harness.report.terminal import console_for, print_notices
 
         console = console_for()
-        print_estimate(variant, workload, machine, estimates, measured, console)
-        print_notices(notices, console)
+        print_estimate(variant, workload, machine, tuple(estimates.values()), measured, console)
+        print_notices(tuple(notices), console)
     return EXIT_PASS
 
 
-def _document(estimate: MemoryEstimate, measured: int | None) -> dict[str, Any]:
-    total = estimate.total_bytes
+def _document(estimate: MemoryEstimate | None, measured: int | None) -> dict[str, Any]:
+    total = None if estimate is None else estimate.total_bytes
     return {
-        "kinds": estimate.kinds,
-        "beside": estimate.beside,
+        "kinds": {} if estimate is None else estimate.kinds,
+        "beside": {} if estimate is None else estimate.beside,
         "total_bytes": total,
         "measured_bytes": measured,
-        "error": None if measured is None else total / measured - 1,
+        "error": None if measured is None or total is None else total / measured - 1,
     }

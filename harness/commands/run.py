@@ -172,6 +172,7 @@ def _dry_run(plan: Any, machine: Any, notices: Any, runs: Path, *, as_json: bool
                 "time_basis": expected.basis,
                 "memory_bytes": expected.memory_bytes,
                 "disk_bytes": expected.disk_bytes,
+                **({"unknown": expected.unknown} if expected.unknown else {}),
             }
         )
         return EXIT_PASS
@@ -184,10 +185,12 @@ def _dry_run(plan: Any, machine: Any, notices: Any, runs: Path, *, as_json: bool
     console.print(f"  level   {plan.interleaving}: {plan.why}", markup=False)
     took = "unknown" if expected.time_s is None else f"about {format_duration(expected.time_s)}"
     console.print(f"  time    {took} ({expected.basis})", markup=False)
-    console.print(
-        f"  memory  about {format_bytes(expected.memory_bytes)} for what is live together, processes included"
-    )
-    console.print(f"  disk    about {format_bytes(expected.disk_bytes)}")
+    for what, size, words in (
+        ("memory", expected.memory_bytes, " for what is live together, processes included"),
+        ("disk  ", expected.disk_bytes, ""),
+    ):
+        known = f"unknown ({expected.unknown})" if size is None else f"about {format_bytes(size)}{words}"
+        console.print(f"  {what}  {known}", markup=False)
     print_notices(notices, console)
     return EXIT_PASS
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.errors import impossible
+from harness.errors import UsageError, impossible
 from harness.models.catalogue import ModelSource, config_file
-from harness.models.families import _TIED_BY_DEFAULT, COUNTED
+from harness.models.families import FAMILIES, Family, Layers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,8 +30,8 @@ class ModelShape:
     head_dim: int
     vocab_size: int
     context: int
-    tied: bool
-    """Whether the output head is the input embedding."""
+    tied: bool | None
+    """Whether the output head is the input embedding; None where neither the file nor `families` says."""
     architecture: str
     """The model type, as transformers and GGUF call it ("llama")."""
 
@@ -79,7 +79,11 @@ _GGUF_KEYS: dict[str, tuple[str, ...]] = {
 
 def _config_shape(config: Mapping[str, Any], source: ModelSource) -> ModelShape:
     architecture = str(config.get("model_type", "unknown"))
-    tied = bool(config.get("tie_word_embeddings", architecture in _TIED_BY_DEFAULT))
+    tied: bool | None = None
+    if "tie_word_embeddings" in config:
+        tied = bool(config["tie_word_embeddings"])
+    elif architecture in FAMILIES:
+        tied = FAMILIES[architecture].tied
     values = {key: _first(config, names) for key, names in _SYNONYMS.items()}
     return _complete(values, tied=tied, architecture=architecture, source=source)
 
@@ -102,7 +106,9 @@ def _first(mapping: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
     return next((value for name in names if isinstance(value := mapping.get(name), int)), None)
 
 
-def _complete(values: dict[str, int | None], *, tied: bool, architecture: str, source: ModelSource) -> ModelShape:
+def _complete(
+    values: dict[str, int | None], *, tied: bool | None, architecture: str, source: ModelSource
+) -> ModelShape:
     """Fill in what a config may leave out because it follows from the rest."""
     hidden, heads = values["hidden_size"], values["heads"]
     if hidden and heads:
@@ -141,29 +147,36 @@ def open_gguf(path: Path) -> Any:
         ) from None
 
 
-def linear_widths(shape: ModelShape) -> dict[str, tuple[int, int]]:
-    """Inputs and outputs of the linear layers of one block, by the name that target_modules would use."""
-    query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    return {
-        "q_proj": (shape.hidden_size, query),
-        "k_proj": (shape.hidden_size, key),
-        "v_proj": (shape.hidden_size, key),
-        "o_proj": (query, shape.hidden_size),
-        "gate_proj": (shape.hidden_size, shape.intermediate_size),
-        "up_proj": (shape.hidden_size, shape.intermediate_size),
-        "down_proj": (shape.intermediate_size, shape.hidden_size),
-    }
+class UnknownLayersError(UsageError):
+    """A number was asked for that follows from layers which nobody has written down."""
 
 
-def counted_widths(shape: ModelShape) -> dict[str, tuple[int, int]]:
-    """Inputs and outputs of each linear layer of a block, by name.
+def family_of(shape: ModelShape) -> Family:
+    """What is known of the model's type.
 
     Raises:
-        UsageError: a model type whose layers are not known here.
+        UnknownLayersError: nothing.
     """
-    if shape.architecture not in COUNTED:
-        raise impossible(
-            "flops", "model", shape.architecture, "the linear layers of this model type are not known",
-            f"Counted are {', '.join(sorted(COUNTED))}.",
-        )  # fmt: skip
-    return linear_widths(shape)
+    if unknown := unknown_layers(shape):
+        raise UnknownLayersError(unknown)
+    return FAMILIES[shape.architecture]
+
+
+def unknown_layers(shape: ModelShape) -> str | None:
+    """Why nothing can be computed from the model's layers, and what to do about it; None if they are known."""
+    if shape.architecture in FAMILIES:
+        return None
+    return (
+        f"the linear layers of model type {shape.architecture!r} are not known, only those of "
+        f"{', '.join(sorted(FAMILIES))}; add an entry for it to harness/models/families.py"
+    )
+
+
+def linear_layers(shape: ModelShape) -> Layers:
+    """The linear layers of one block, by the name that target_modules would use. Raises as `family_of` does."""
+    return family_of(shape).layers(shape)
+
+
+def linear_widths(shape: ModelShape) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of the same. Raises as `family_of` does."""
+    return {name: (layer.inputs, layer.outputs) for name, layer in linear_layers(shape).items()}

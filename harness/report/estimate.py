@@ -32,12 +32,20 @@ def print_estimate(
     measured: Mapping[str, int],
     console: Console,
 ) -> None:
-    """One row a kind, one column a phase; `measured` are peaks in bytes by phase, where a run has them."""
+    """One row a kind, one column a phase; `measured` are peaks in bytes by phase, where a run has them.
+
+    Without estimates, as of a model whose layers are not known, there are the measured peaks alone.
+    """
     where = "device memory" if machine.device == "cuda" else "host memory"
     console.print(
         f"{escape(variant.name)} on {escape(workload.model)}, {workload.batch_size} × {workload.sequence_length} "
         f"tokens a batch, {workload.prompt_tokens} + {workload.new_tokens} a request; nothing was loaded"
     )
+    if not estimates:
+        console.print("estimated peak: unknown")
+        for phase, peak in measured.items():
+            console.print(f"measured peak, {phase}: {_mib(peak)} MiB of {where}")
+        return
     table = Table()
     table.add_column(f"{where}, MiB")
     for estimate in estimates:
@@ -72,8 +80,8 @@ def _error(estimate: MemoryEstimate, measured: Mapping[str, int]) -> str:
 _HEADS = ("setting", "trainable parameters", "of the base", "adapter, MiB", "optimizer, MiB", "gradients, MiB")
 
 
-def print_sizes(model: str, sizes: Sequence[Sizes], console: Console) -> None:
-    """One row a variant; exact counts, so no interval."""
+def print_sizes(model: str, sizes: Sequence[Sizes], console: Console, *, unknown: str | None = None) -> None:
+    """One row a variant; exact counts, so no interval. `unknown` is why a formula cannot be held against them."""
     console.print(f"{escape(model)}: {sizes[0].base_parameters:,} parameters in the base; counted, nothing was loaded")
     table = Table()
     for index, head in enumerate(_HEADS):
@@ -86,3 +94,5 @@ def print_sizes(model: str, sizes: Sequence[Sizes], console: Console) -> None:
             *(f"{size / MIB:.2f}" for size in (one.adapter_bytes, one.optimizer_state_bytes, one.gradient_bytes)),
         )
     console.print(table)
+    if unknown is not None:
+        console.print(f"counted by PEFT alone, and what training takes beside is unknown: {escape(unknown)}")

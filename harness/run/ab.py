@@ -23,7 +23,7 @@ from harness.run.contenders import CONTROL_SUFFIX, Contender
 from harness.run.executors.host import Host, describe
 from harness.run.executors.sides import open_side
 from harness.run.feasibility import check_feasible
-from harness.run.forecast import free_bytes, together_bytes
+from harness.run.forecast import free_bytes, most_of, together_bytes
 from harness.run.levels import fits
 from harness.run.measure import Arm, Display, measure
 from harness.run.plan import Plan, make_plan
@@ -140,9 +140,11 @@ def arms_of(
 
 def _level(variants: Sequence[Variant], study: Study, machine: Machine, runs: Path | None) -> tuple[Interleaving, str]:
     """Lockstep if three live processes of the largest variant fit."""
-    needed = max(together_bytes([variant] * 3, study.workload, machine, runs) for variant in variants)
+    needed = most_of(together_bytes([variant] * 3, study.workload, machine, runs) for variant in variants)
     free = free_bytes(machine)
     if free is None:
         return "replicates", "how much memory is free cannot be known"
+    if needed is None:
+        return "replicates", "how much memory three live processes need cannot be known"
     sizes = f"three live processes need about {format_bytes(needed)} of {format_bytes(free)} free"
     return ("lockstep" if fits(needed, free) else "replicates"), sizes

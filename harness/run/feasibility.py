@@ -2,6 +2,7 @@
 
 `Variant` and `Workload` refuse what no machine could run. Here the model's shape and the machine come in: widths that
 this CPU's 4-bit kernels do not take, attention that this device does not have, more tokens than the model's context.
+Nothing is refused on a guess: where a model's layers are not known, what would follow from them is a notice.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from harness.machine.provenance import Machine
 from harness.models import catalogue, shapes
 from harness.models.costs.lora import PAGED_FROM_ELEMENTS, adapter_tensors, paged_state_bytes
 from harness.models.costs.memory import MemoryEstimate, estimate_memory, stored_dtype
-from harness.models.shapes import ModelShape
+from harness.models.shapes import ModelShape, linear_layers, unknown_layers
 from harness.records.record import Notice
 from harness.records.units import format_bytes
 from harness.run.contenders import Contender, contenders_of, workloads_of
@@ -45,19 +46,23 @@ def check_feasible(study: Study, machine: Machine, contenders: Sequence[Contende
     for workload in workloads_of(study, contenders):
         _check_lengths(study.name, workload, shape)
     _check_data(study)
-    free = free_bytes(machine)
+    free, unknown = free_bytes(machine), unknown_layers(shape)
     notices: list[Notice] = []
     for variant, workload in {one.variant.name: (one.variant, one.workload) for one in contenders}.values():
         where = f"study {study.name}, variant {variant.name!r}"
         _check_attention(where, variant, machine)
         if variant.tf32 and machine.device == "cpu":
             raise UsageError(f"{where}: tf32 = True: a CPU has no TF32. Leave it out here.")
+        notices += _paged_notices(variant, machine, shape)
+        if unknown:
+            continue
         _check_widths(where, variant, shape, machine)
         notices += _rank_notices(variant, shape)
-        notices += _paged_notices(variant, machine, shape)
         expected = estimate_memory(variant, workload, shape, device=machine.device, stored=stored)
         _check_memory(where, expected, machine)
         notices += memory_notices(variant, expected, machine, free)
+    if unknown:
+        notices.append(layers_notice(study.workload.model, unknown))
     if source.random:
         notices.append(
             Notice(
@@ -68,6 +73,16 @@ def check_feasible(study: Study, machine: Machine, contenders: Sequence[Contende
             )
         )
     return tuple(notices)
+
+
+def layers_notice(model: str, unknown: str) -> Notice:
+    """What to know of a model of whose memory and operations nothing can be said; `unknown` is the reason."""
+    return Notice(
+        code="layers-unknown",
+        message=f"{model}: parameters, FLOPs, memory and what a token reads are unknown before they are measured: "
+        f"{unknown}.",
+        remedy="Start with a small batch_size, since nobody can say whether it fits.",
+    )
 
 
 def _check_lengths(study: str, workload: Workload, shape: ModelShape) -> None:
@@ -149,8 +164,9 @@ def _check_attention(where: str, variant: Variant, machine: Machine) -> None:
 def _check_widths(where: str, variant: Variant, shape: ModelShape, machine: Machine) -> None:
     if not (variant.is_4bit and machine.device == "cpu" and machine.avx512_bf16):
         return
+    taken = {layer.inputs for layer in linear_layers(shape).values()}
     for name, width in _input_widths(shape):
-        if width % NF4_BLOCK:
+        if width in taken and width % NF4_BLOCK:
             raise UsageError(
                 f"{where}: quantization = {variant.quantization!r}: {name} is {width}, which blocks of {NF4_BLOCK} do "
                 "not divide, and bitsandbytes cannot run such a layer on a CPU with AVX512-BF16. "
@@ -165,7 +181,7 @@ def _input_widths(shape: ModelShape) -> Iterator[tuple[str, int]]:
 
 
 def _rank_notices(variant: Variant, shape: ModelShape) -> Iterator[Notice]:
-    narrowest = min(shape.hidden_size, shape.kv_heads * shape.head_dim)
+    narrowest = min(min(layer.inputs, layer.outputs) for layer in linear_layers(shape).values())
     if variant.r > narrowest:
         yield Notice(
             code="rank-above-width",
@@ -178,7 +194,8 @@ def _rank_notices(variant: Variant, shape: ModelShape) -> Iterator[Notice]:
 def _paged_notices(variant: Variant, machine: Machine, shape: ModelShape) -> Iterator[Notice]:
     if not variant.optimizer.startswith("paged"):
         return
-    if not paged_state_bytes(variant.optimizer, adapter_tensors(variant, shape)):
+    known = unknown_layers(shape) is None
+    if known and not paged_state_bytes(variant.optimizer, adapter_tensors(variant, shape)):
         yield Notice(
             code="nothing-to-page",
             message=f"{variant.name}: {variant.optimizer} pages nothing: each of its tensors has fewer than "

@@ -8,7 +8,7 @@ counted (`harness.models.costs.memory`).
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from harness.machine.system import memory_available_bytes
 from harness.models import catalogue, shapes
 from harness.models.costs.lora import adapter_parameters
 from harness.models.costs.memory import CUDA_CONTEXT_BYTES, estimate_memory, stored_dtype
-from harness.models.shapes import ModelShape, linear_widths
+from harness.models.shapes import ModelShape, linear_widths, unknown_layers
 from harness.records import codec, store
 from harness.run.plan import Group, Plan
 from harness.studies.variant import Variant
@@ -38,45 +38,68 @@ LAYER_OVERHEAD_S = 3e-3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forecast:
-    """Expected cost of a plan; `time_s` is None where it would be a guess. `basis` says what the time rests on."""
+    """Expected cost of a plan; each is None where it would be a guess. `basis` says what the time rests on."""
 
     time_s: float | None
     basis: str
-    memory_bytes: int
-    disk_bytes: int
+    memory_bytes: int | None
+    disk_bytes: int | None
+    unknown: str | None = None
+    """Why memory or disk are not known."""
 
 
 def forecast(plan: Plan, machine: Machine, runs: Path) -> Forecast:
     """Expected wall time, memory of what is live together at most (with its processes) and disk of a run."""
     shape = shapes.shape(catalogue.resolve(plan.study.workload.model))
-    adapters = [adapter_parameters(contender.variant, shape) for contender in plan.contenders]
+    unknown = unknown_layers(shape)
     workload = plan.study.workload
-    needs: dict[str, int] = {}
+    needs: dict[str, int | None] = {}
     for one in plan.workloads:
         needs |= needed_bytes([who.variant for who in plan.contenders if who.workload == one], one, machine, runs)
-    memory = max(_group_bytes(group, needs) for group in plan.groups)
-    tokens = 4 * 8 * workload.sequence_length * (workload.train_sequences + workload.held_out_sequences)
-    disk = tokens + len(plan.slots) * 64 * 1024 + max(adapters) * 4
+    memory = most_of(_group_bytes(group, needs) for group in plan.groups)
+    disk = None
+    if unknown is None:
+        tokens = 4 * 8 * workload.sequence_length * (workload.train_sequences + workload.held_out_sequences)
+        adapters = [adapter_parameters(contender.variant, shape) for contender in plan.contenders]
+        disk = tokens + len(plan.slots) * 64 * 1024 + max(adapters) * 4
     time_s, basis = _time(plan, machine, shape, runs)
-    return Forecast(time_s=time_s, basis=basis, memory_bytes=memory, disk_bytes=disk)
+    return Forecast(time_s=time_s, basis=basis, memory_bytes=memory, disk_bytes=disk, unknown=unknown)
 
 
-def _group_bytes(group: Group, needs: dict[str, int]) -> int:
+def _group_bytes(group: Group, needs: Mapping[str, int | None]) -> int | None:
     """What is live together: each process counts with the largest of its trials."""
-    return sum(max(needs[slot.variant.name] for slot in launch) for launch in group.launches)
+    return total_of(most_of(needs[slot.variant.name] for slot in launch) for launch in group.launches)
 
 
-def together_bytes(members: Sequence[Variant], workload: Workload, machine: Machine, runs: Path | None) -> int:
-    """Expected memory of one live process for each member."""
+def most_of(sizes: Iterable[int | None]) -> int | None:
+    """The largest; None where one is not known."""
+    known = _known(sizes)
+    return None if known is None else max(known)
+
+
+def total_of(sizes: Iterable[int | None]) -> int | None:
+    """The sum; None where one is not known."""
+    known = _known(sizes)
+    return None if known is None else sum(known)
+
+
+def _known(sizes: Iterable[int | None]) -> list[int] | None:
+    every = list(sizes)
+    known = [size for size in every if size is not None]
+    return known if len(known) == len(every) else None
+
+
+def together_bytes(members: Sequence[Variant], workload: Workload, machine: Machine, runs: Path | None) -> int | None:
+    """Expected memory of one live process for each member; None where that of one is not known."""
     needs = needed_bytes(members, workload, machine, runs)
-    return sum(needs[variant.name] for variant in members)
+    return total_of(needs[variant.name] for variant in members)
 
 
 def needed_bytes(
     variants: Iterable[Variant], workload: Workload, machine: Machine, runs: Path | None
-) -> dict[str, int]:
+) -> dict[str, int | None]:
     """Expected memory of a process of each variant, by name: the peak of an earlier run where there is one, else the
-    estimate; on a GPU device memory."""
+    estimate, None where the model's layers are not known; on a GPU device memory."""
     source = catalogue.resolve(workload.model)
     shape, stored, device = shapes.shape(source), stored_dtype(source), machine.device
     kind, extra = "host_peak_train_bytes", 0
@@ -84,10 +107,12 @@ def needed_bytes(
         kind, extra = "device_peak_reserved_train_bytes", CUDA_CONTEXT_BYTES
     measured = {} if runs is None else measured_peaks(workload, machine, runs, kind)
 
-    def need(variant: Variant) -> int:
+    def need(variant: Variant) -> int | None:
         peak = measured.get(variant.id)
         if peak:
             return peak + extra
+        if unknown_layers(shape):
+            return None
         return estimate_memory(variant, workload, shape, device=device, stored=stored).needed_bytes
 
     return {variant.name: need(variant) for variant in variants}
@@ -126,6 +151,8 @@ def _time(plan: Plan, machine: Machine, shape: ModelShape, runs: Path) -> tuple[
         return PROCESS_START_S + seconds * plan.study.protocol.replicates, f"replicates of run {run}"
     if machine.device != "cpu":
         return None, "no earlier run of this study on this device"
+    if unknown := unknown_layers(shape):
+        return None, unknown
     workload, protocol = plan.study.workload, plan.study.protocol
     weights = shape.layers * sum(inputs * outputs for inputs, outputs in linear_widths(shape).values())
     weights += shape.vocab_size * shape.hidden_size

@@ -13,13 +13,9 @@ from collections.abc import Sequence
 from harness.errors import UsageError
 from harness.records.record import Interleaving
 from harness.records.units import format_bytes
-from harness.studies.variant import Variant
+from harness.studies.variant import ADAPTER_FIELDS, Variant
 
 LEVELS: tuple[Interleaving, ...] = ("shared-base", "lockstep", "replicates")
-ADAPTER_FIELDS = frozenset(
-    ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora", "init_lora_weights")
-)
-"""Fields in which variants on one base may differ: they belong to the adapter, and the base never learns of them."""
 MEMORY_SHARE = 0.8
 """Share of the free memory that live processes may be expected to take: a forecast errs, and a machine that swaps
 measures nothing."""
@@ -28,7 +24,7 @@ measures nothing."""
 def choose_level(
     variants: Sequence[Variant],
     *,
-    together_bytes: int,
+    together_bytes: int | None,
     free_bytes: int | None,
     asked: str | None = None,
     workloads: int = 1,
@@ -37,7 +33,8 @@ def choose_level(
 
     Args:
         variants: what will be compared.
-        together_bytes: expected memory of all trials of a replicate when each has a live process of its own.
+        together_bytes: expected memory of all trials of a replicate when each has a live process of its own; None where
+            it cannot be known.
         free_bytes: memory that is free on the device now; None where it cannot be known.
         asked: the level that the user asks for; None to choose.
         workloads: on how many different workloads they are measured.
@@ -58,6 +55,8 @@ def choose_level(
         return "shared-base", "the variants differ in their adapters only"
     if free_bytes is None:
         return "replicates", f"{obstacle}, and how much memory is free cannot be known"
+    if together_bytes is None:
+        return "replicates", f"{obstacle}, and how much memory they need together cannot be known"
     sizes = f"all live together need about {format_bytes(together_bytes)} of {format_bytes(free_bytes)} free"
     if not fits(together_bytes, free_bytes):
         return "replicates", f"{obstacle}, and {sizes}"

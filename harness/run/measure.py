@@ -29,7 +29,7 @@ from harness.run.executors import Executor
 from harness.run.executors.host import Host
 from harness.run.executors.local import LocalExecutor
 from harness.run.feasibility import check_feasible
-from harness.run.forecast import free_bytes, together_bytes
+from harness.run.forecast import free_bytes, together_bytes, total_of
 from harness.run.levels import choose_level
 from harness.run.plan import Plan, make_plan
 from harness.run.resume import continue_manifest
@@ -77,7 +77,7 @@ def plan_study(
     notices = check_feasible(study, machine, contenders)
     level, why = choose_level(
         variants_of(contenders),
-        together_bytes=sum(
+        together_bytes=total_of(
             together_bytes([one.variant for one in contenders if one.workload == workload], workload, machine, runs)
             for workload in workloads
         ),

@@ -27,6 +27,11 @@ Init = Literal["default", "gaussian", "olora", "pissa", "orthogonal"]
 ALL_LINEAR = "all-linear"
 """PEFT's word for every linear layer but the output head."""
 
+ADAPTER_FIELDS = frozenset(
+    ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora", "init_lora_weights")
+)
+"""Fields in which variants on one base may differ: they belong to the adapter, and the base never learns of them."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variant:

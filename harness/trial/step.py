@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from harness.studies.variant import Variant
-from harness.trial.building.build import Trainee, evaluating
+from harness.trial.building.build import Trainee
+from harness.trial.building.packing import evaluating
 from harness.trial.data.stream import Batch, TokenStream
 
 _FORWARD: dict[str, Any] = {"use_cache": False}

@@ -24,8 +24,9 @@ from harness.records import codec
 from harness.records.record import Failure, Fragment, Notice
 from harness.stats import is_steady
 from harness.studies.request import TrialRequest
-from harness.trial.building.build import Trainee, build, unpack_4bit
-from harness.trial.building.lora import save_initial
+from harness.trial.building import lora
+from harness.trial.building.build import Trainee, build
+from harness.trial.building.packing import is_packed, unpack_4bit
 from harness.trial.building.requirements import requirements_of
 from harness.trial.building.shared import Seat, SharedBase
 from harness.trial.clock import Lap, Stopwatch
@@ -109,7 +110,7 @@ class Trial:
         trainee = build(request, steps=self._total_steps, shared=self.shared)
         load_time = time.perf_counter() - begin
         if request.variant.rewrites_base:
-            save_initial(trainee.model, self._initial)
+            lora.save_initial(trainee.model, self._initial)
         if request.interleaving == "shared-base":
             self.shared.remember()
         step = TrainStep(trainee, stream, request.variant, request.device)
@@ -121,7 +122,7 @@ class Trial:
             if self._alone:
                 values |= {"load_time_s": load_time, "first_step_time_s": lap.time_s}
             if self._timed and not request.variant.rewrites_base:
-                with trainee.model.disable_adapter():  # which is what the adapter was before its first step
+                with lora.without_adapter(trainee.model):  # which is what the adapter was before its first step
                     values["held_out_loss_initial"] = self.shared.once("held_out_loss", step.held_out_loss)
         return self._judged(Fragment(values=values, memory=memory, samples={"warmup_loss": (loss,)}), [loss])
 
@@ -235,9 +236,8 @@ class Trial:
 
     def save_adapter(self) -> Fragment:
         """Write the trained adapter where a new interpreter will load it from."""
-        initial = str(self._initial) if self._request.variant.rewrites_base else None
-        folder = str(Path(self._request.scratch) / "adapter")
-        self._built.trainee.model.save_pretrained(folder, path_initial_model_for_weight_conversion=initial)
+        initial = self._initial if self._request.variant.rewrites_base else None
+        lora.save(self._built.trainee.model, Path(self._request.scratch) / "adapter", initial=initial)
         return Fragment()
 
     def begin_generate(self) -> Fragment:
@@ -250,7 +250,10 @@ class Trial:
             self._gauge.begin()
         self._server = Server(trainee.model, self._built.stream, self._request.workload)
         first = self._server.warm_up(1 + protocol.generate_warmup)
-        values = {"new_tokens": float(self._request.workload.new_tokens), "packed_4bit_decode": float(self._packed)}
+        values = {
+            "new_tokens": float(self._request.workload.new_tokens),
+            "packed_4bit_decode": float(is_packed(trainee.model)),
+        }
         if self._alone:
             values["first_call_time_s"] = first.request_time_s
         return Fragment(values=values, tokens={"completion": list(first.tokens)})
@@ -275,7 +278,7 @@ class Trial:
             return Fragment()
 
         def answers() -> dict[str, list[int]]:
-            with self._built.trainee.model.disable_adapter():
+            with lora.without_adapter(self._built.trainee.model):
                 return {f"untrained_{index}": list(server.answer(index).tokens) for index in server.answered}
 
         server = self._serving
@@ -321,12 +324,6 @@ class Trial:
         if self._server is None:
             raise LorameterError(f"trial {self._request.trial}: asked for a request before generation began")
         return self._server
-
-    @property
-    def _packed(self) -> bool:
-        """Whether 4-bit layers run in bitsandbytes' CPU packing (see `unpack_4bit`)."""
-        states = (getattr(parameter, "quant_state", None) for parameter in self._built.trainee.model.parameters())
-        return any(getattr(state, "packing_format_for_cpu", False) for state in states if state is not None)
 
     def _take_step(self) -> tuple[float, Lap]:
         loss, lap = self._watch(self._built.step)

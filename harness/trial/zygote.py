@@ -36,11 +36,11 @@ from harness.trial.serve import send, serve
 PRELOAD = ("torch", "transformers", "peft", "bitsandbytes", "harness.trial.trial")
 """What every trial needs; imported once by the zygote."""
 LAZY = (
-    *(f"transformers.models.{family}.modeling_{family}" for family in FAMILIES),
+    *(family.module for family in FAMILIES.values() if family.preloaded),
     "transformers.generation.utils",
-    "peft.tuners.lora.bnb",
 )
-"""Submodules that the libraries load at first use, which would else be paid for by each trial's load or first step."""
+"""Submodules that the libraries load at first use, beside PEFT's (`harness.trial.building.lora`), which would else be
+paid for by each trial's load or first step."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -50,7 +50,9 @@ def zygote(control: socket.socket) -> None:
     with _capability_from_nvml():
         for name in PRELOAD:
             importlib.import_module(name)
-    for name in LAZY:
+    from harness.trial.building import lora  # loads PEFT, so not before
+
+    for name in (*LAZY, *lora.LAZY):
         with contextlib.suppress(ImportError):  # an optimisation: a library may move its own submodules
             importlib.import_module(name)
     gc.collect()

@@ -115,5 +115,7 @@ RUN = next(path.name for path in sorted((ROOT / "reports").glob("*_lora-or-qlora
 
 def test_the_page_counts_its_own_files():
     """The table at its top says how many files of the project each example touches."""
-    counted = {match["what"]: int(match["files"]) for line in PAGE.read_text().splitlines() if (match := COUNTED.match(line))}
+    counted = {
+        match["what"]: int(match["files"]) for line in PAGE.read_text().splitlines() if (match := COUNTED.match(line))
+    }
     assert counted == {example.title: len(example.files) for example in examples()}

@@ -12,8 +12,9 @@ from harness.studies.protocol import Protocol
 from harness.studies.request import TrialRequest
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
-from harness.trial.building.build import build, evaluating, seed_everything, unpack_4bit
+from harness.trial.building.build import build, seed_everything
 from harness.trial.building.lora import attach
+from harness.trial.building.packing import evaluating, unpack_4bit
 from harness.trial.building.shared import SharedBase
 from harness.trial.data.stream import TokenStream
 from harness.trial.data.tokens import prepare

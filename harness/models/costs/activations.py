@@ -14,16 +14,17 @@ from __future__ import annotations
 
 from harness.models.costs.lora import adapted_widths
 from harness.models.costs.storage import width
-from harness.models.shapes import ModelShape, linear_widths
+from harness.models.families import STAGES
+from harness.models.shapes import ModelShape, family_of, linear_layers, linear_widths
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
 
-ENTERING = frozenset({"q_proj", "k_proj", "v_proj"})
-"""Layers that take what enters a block."""
-
 
 class Activations:
-    """Bytes that one micro-batch keeps. `device` is "cpu" or "cuda": they differ in the mask of a dropout."""
+    """Bytes that one micro-batch keeps. `device` is "cpu" or "cuda": they differ in the mask of a dropout.
+
+    Raises `UnknownLayersError` where the model's layers are not known.
+    """
 
     def __init__(self, variant: Variant, workload: Workload, shape: ModelShape, device: str) -> None:
         self._variant = variant
@@ -32,6 +33,9 @@ class Activations:
         self._rows, self._length = workload.batch_size, workload.sequence_length
         self._tokens = self._rows * self._length
         self._adapted = adapted_widths(variant, shape)
+        self._normed = family_of(shape).normed_heads
+        layers = linear_layers(shape)
+        self._stages = {stage: [name for name in self._adapted if layers[name].stage == stage] for stage in STAGES}
         self._stream = 4 if variant.prepare_for_kbit else width(variant.dtype)
         self._adapter = width(variant.adapter_dtype or "float32")
         cast = variant.autocast
@@ -63,12 +67,12 @@ class Activations:
 
     def _not_first(self) -> int:
         """What other blocks keep to hand a gradient down to their input."""
-        entering = [width for name, width in self._adapted.items() if name in ENTERING]
+        entering = [self._adapted[name] for name in self._stages["entering"]]
         unwanted = self._norm() + sum(self._variant.r * inputs for inputs, _ in entering) * self._cast_adapter
         if self._variant.lora_dropout:
             unwanted += self._tokens * self._mask * sum(inputs for inputs, _ in entering)
         if not entering:  # nothing above the attention asks for a gradient of what goes into it
-            unwanted += self._attended() + (0 if "o_proj" in self._adapted else self._norm())
+            unwanted += self._attended() + (0 if self._stages["attended"] else self._norm())
         return unwanted
 
     @property
@@ -89,11 +93,11 @@ class Activations:
     def _adapters(self) -> int:
         names, size, r = self._adapted, self._product, self._variant.r
         total = self._tokens * r * size * len(names)
-        for group in (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)):
-            inputs = [names[name][0] for name in group if name in names]
+        for stage, group in self._stages.items():
+            inputs = [names[name][0] for name in group]
             if self._shared:
                 # The output's adapter takes what the attention keeps anyway, unless it is copied on the way.
-                same = group == ("o_proj",) and self._variant.attention != "eager" and not self._variant.lora_dropout
+                same = stage == "attended" and self._variant.attention != "eager" and not self._variant.lora_dropout
                 total += 0 if same else self._tokens * size * max(inputs, default=0)
             else:
                 total += self._tokens * size * sum(inputs)
@@ -119,6 +123,15 @@ class Activations:
         return total
 
     def _attended(self) -> int:
+        return self._head_norms() + self._scored()
+
+    def _head_norms(self) -> int:
+        """As other norms, one for each head's query and key."""
+        heads = self._shape.heads + self._shape.kv_heads if self._normed else 0
+        return self._tokens * heads * (self._shape.head_dim * 4 + 4)
+
+    def _scored(self) -> int:
+        """Of the attention alone."""
         shape, size = self._shape, self._attention
         query = self._tokens * shape.heads * shape.head_dim * size
         key = self._tokens * shape.kv_heads * shape.head_dim * size

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from harness.models.costs.flops import adapted_layers, product_weights
 from harness.models.costs.storage import constant_bytes, weight_bytes, width
-from harness.models.shapes import ModelShape, counted_widths
+from harness.models.shapes import ModelShape, linear_widths
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
 
@@ -62,7 +62,7 @@ def decode_cost(
     Raises:
         UsageError: a model type or a target whose layers are not known here.
     """
-    widths = counted_widths(shape)
+    widths = linear_widths(shape)
     adapted = frozenset[str]() if merged else adapted_layers(shape, variant)
     ranks = shape.layers * variant.r * sum(sum(widths[name]) for name in adapted)
     magnitudes = shape.layers * sum(widths[name][1] for name in adapted) if variant.use_dora else 0

@@ -24,12 +24,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from harness.errors import impossible
-from harness.models.families import _BIASED, DEFAULT_TARGETS
-from harness.models.shapes import ModelShape, counted_widths
+from harness.models.costs.lora import targets_of
+from harness.models.families import STAGES
+from harness.models.shapes import ModelShape, family_of, linear_layers, linear_widths
 from harness.studies.variant import ALL_LINEAR, Variant
 from harness.studies.workload import Workload
-
-_PARENTS = ("self_attn", "mlp")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,9 +161,10 @@ class _Block:
     """The products of one block, and which of its gradients are wanted."""
 
     def __init__(self, shape: ModelShape, variant: Variant, tokens: StepTokens) -> None:
-        self._widths = counted_widths(shape)
+        self._layers = linear_layers(shape)
+        self._widths = linear_widths(shape)
         self._adapted = adapted_layers(shape, variant)
-        biased = _BIASED.get(shape.architecture, frozenset()) if variant.bias == "all" else frozenset()
+        biased = family_of(shape).biased if variant.bias == "all" else frozenset()
         self._training = self._adapted | biased
         self._r = variant.r
         self._positions, self._passes = tokens.positions, tokens.passes
@@ -194,7 +194,8 @@ class _Block:
         for name in self._adapted:
             adapters += self._a(name) + 2 * self._b(name) + (self._a(name) if wanted[name] else 0)
             adapters += self._through(name) if self._twice and wanted[name] else 0
-        query, key, value = (entering or name in self._training for name in ("q_proj", "k_proj", "v_proj"))
+        made = {operand for name in self._training for operand in self._layers[name].makes}
+        query, key, value = (entering or operand in made for operand in ("query", "key", "value"))
         operands = (query or key) + query + key + value  # the scores', and through them the query's and the key's
         fused = self._fused and operands > 0
         return _Work(
@@ -207,17 +208,16 @@ class _Block:
 
     def tail(self) -> int:
         """What checkpointing leaves out of a block's second forward pass: the products after the last saved tensor."""
-        if "down_proj" not in self._adapted:
-            return self._through("down_proj")
-        return 0 if self._dora else self._b("down_proj")
+        last = [name for name, layer in self._layers.items() if layer.stage == STAGES[-1]]
+        return sum(
+            self._through(name) if name not in self._adapted else 0 if self._dora else self._b(name) for name in last
+        )
 
     def _wanted(self, entering: bool) -> dict[str, bool]:
         """Whether the gradient of each layer's input is wanted: something trains at or before what makes it."""
-        attended = entering or bool(self._training & {"q_proj", "k_proj", "v_proj"})
-        middle = attended or "o_proj" in self._training
-        gated = middle or bool(self._training & {"gate_proj", "up_proj"})
-        before = {"o_proj": attended, "gate_proj": middle, "up_proj": middle, "down_proj": gated}
-        return {name: before.get(name, entering) for name in self._widths}
+        places = {name: STAGES.index(layer.stage) for name, layer in self._layers.items()}
+        first = min((places[name] for name in self._training), default=len(STAGES))
+        return {name: entering or first < place for name, place in places.items()}
 
     def _through(self, name: str) -> int:
         inputs, outputs = self._widths[name]
@@ -236,18 +236,17 @@ def adapted_layers(shape: ModelShape, variant: Variant) -> frozenset[str]:
     Raises:
         UsageError: a target is none of them, such as the head, or layers of some blocks only.
     """
-    widths = counted_widths(shape)
+    widths, parents_known = linear_widths(shape), family_of(shape).parents
     if variant.target_modules == (ALL_LINEAR,):
         return frozenset(widths)
     for target in variant.target_modules:
         *parents, name = target.split(".")
-        if name not in widths or any(parent not in _PARENTS for parent in parents):
+        if name not in widths or any(parent not in parents_known for parent in parents):
             raise impossible(
                 "flops", "target_modules", target, f"only {', '.join(widths)} of every block are counted",
                 'Name these, or use ("all-linear",).',
             )  # fmt: skip
-    targets = variant.target_modules or DEFAULT_TARGETS
-    return frozenset(target.rpartition(".")[2] for target in targets)
+    return frozenset(target.rpartition(".")[2] for target in targets_of(variant, shape))
 
 
 def product_weights(shape: ModelShape) -> int:
@@ -256,7 +255,7 @@ def product_weights(shape: ModelShape) -> int:
     Raises:
         UsageError: a model type whose layers are not known here.
     """
-    linear = shape.layers * sum(inputs * outputs for inputs, outputs in counted_widths(shape).values())
+    linear = shape.layers * sum(inputs * outputs for inputs, outputs in linear_widths(shape).values())
     return linear + shape.vocab_size * shape.hidden_size
 
 

@@ -2,15 +2,16 @@
 
 LoRA puts two matrices beside a frozen layer, r by inputs and outputs by r (Hu et al. 2021, arXiv 2106.09685, section
 4.1); DoRA adds a magnitude for each output (Liu et al. 2024, arXiv 2402.09353). Nothing here depends on a weight's
-value, and nothing needs torch. Shapes are those of Llama and its kin.
+value, and nothing needs torch. What is said of a model raises `UnknownLayersError` where its type is not among
+`harness.models.families`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from harness.models.families import DEFAULT_TARGETS
-from harness.models.shapes import ModelShape, linear_widths
+from harness.errors import impossible
+from harness.models.shapes import ModelShape, family_of, linear_widths
 from harness.studies.variant import ALL_LINEAR, Optimizer, Variant
 
 PAGED_FROM_ELEMENTS = 100_000
@@ -26,9 +27,25 @@ TABLE_BYTES = 256 * 4
 """The values that an 8-bit moment can take; one table for each of the two moments, shared by all tensors."""
 
 
+def targets_of(variant: Variant, shape: ModelShape) -> tuple[str, ...]:
+    """The layers that a variant names, or those that PEFT takes where it names none.
+
+    Raises:
+        UsageError: neither names any, which PEFT would refuse.
+    """
+    targets = variant.target_modules or family_of(shape).targets
+    if not targets:
+        raise impossible(
+            f"variant {variant.name!r}", "target_modules", variant.target_modules,
+            f"PEFT has no default for model type {shape.architecture!r}", 'Name layers, or use ("all-linear",).',
+        )  # fmt: skip
+    return targets
+
+
 def adapted_widths(variant: Variant, shape: ModelShape) -> dict[str, tuple[int, int]]:
-    """The same of the layers that have an adapter; a target that is none of them is left out."""
-    targets = variant.target_modules or DEFAULT_TARGETS
+    """Inputs and outputs of the layers of a block that have an adapter; a target that is none of its linear layers is
+    left out."""
+    targets = targets_of(variant, shape)
     names = {target.rpartition(".")[2] for target in targets}
     return {name: width for name, width in linear_widths(shape).items() if ALL_LINEAR in targets or name in names}
 

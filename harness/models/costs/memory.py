@@ -27,7 +27,7 @@ from harness.studies.workload import Workload
 MIB = 2**20
 HOST = {"process": 337 * MIB, "library_code": 48 * MIB, "library_heap": 13 * MIB, "interpreter": 15 * MIB}
 """A forked trial before its model, and what its libraries add at work; measured over variants of smollm2-135m, where
-the last three move by some MiB."""
+the last three move by some MiB. An account counts neither of the last two: they are in what it leaves unexplained."""
 PROCESS_BYTES = sum(HOST.values())
 """Resident in a trial's process beside tensors."""
 CUDA_CONTEXT_BYTES = 600 * MIB
@@ -77,11 +77,14 @@ def estimate_memory(
     Args:
         variant: what trains, or has trained and answers.
         workload: batch and lengths; a request is one prompt with its new tokens.
-        shape: of the model; an architecture unlike Llama's is counted as if it were like it.
+        shape: of the model.
         phase: "train" for a step, "generate" for a request.
         device: "cpu" or "cuda".
         stored: type of a checkpoint that is mapped from its file (`stored_dtype`), None where weights are made or
             converted in memory.
+
+    Raises:
+        UnknownLayersError: of a model type whose layers are not known.
     """
     kinds = _resident(variant, shape)
     if phase == "train":

@@ -6,10 +6,8 @@ nowhere else: before the adapter is attached (its A matrices are random) and bef
 
 from __future__ import annotations
 
-import contextlib
 import os
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -23,7 +21,7 @@ from harness.studies.request import TrialRequest
 from harness.studies.variant import Variant
 from harness.trial.building.base_model import load_base
 from harness.trial.building.injection import inject_work
-from harness.trial.building.lora import attach, cast_adapter, lora_config, upcasts_adapter
+from harness.trial.building.lora import attach, attach_beside
 from harness.trial.building.shared import SharedBase
 
 
@@ -70,8 +68,7 @@ def build(request: TrialRequest, *, steps: int, shared: SharedBase) -> Trainee:
 
     def add(model: Any, adapter: str) -> None:
         seed_everything(request.seed)
-        model.add_adapter(adapter, lora_config(variant), autocast_adapter_dtype=upcasts_adapter(variant))
-        cast_adapter(model, variant)
+        attach_beside(model, variant, adapter)
 
     model, adapter = shared.adopt(load, add)
     if request.injected_rows:
@@ -110,42 +107,3 @@ def _own_caches(scratch: Path) -> None:
     """Empty compile caches for this trial: a cache that an earlier trial warmed would make this one look faster."""
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(scratch / "inductor")
     os.environ["TRITON_CACHE_DIR"] = str(scratch / "triton")
-
-
-def linear4bit_layers(model: Any) -> list[Any]:
-    """All bitsandbytes 4-bit layers of a model."""
-    import bitsandbytes
-
-    return [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
-
-
-def unpack_4bit(model: Any) -> None:
-    """Bring 4-bit layers back to their stored layout after inference on a CPU.
-
-    bitsandbytes repacks 4-bit weights in place at the first evaluating forward on a CPU with AVX512-BF16. After that a
-    backward pass loses its gradient without an error, and merging gives garbage (docs/method.md); `state_dict()`
-    restores the layout bit by bit.
-    """
-    for layer in linear4bit_layers(model):
-        layer.state_dict()
-
-
-@contextlib.contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """Evaluation between training steps: every module in eval mode, no gradient, no repacking, all as it was after.
-
-    Every Dropout must be off, or a dropout sweep's losses are biased; see `unpack_4bit` for the repacking.
-    """
-    modes = {module: module.training for module in model.modules()}
-    layers = [(layer, layer.support_avx512bf16_for_cpu) for layer in linear4bit_layers(model)]
-    model.eval()
-    for layer, _ in layers:
-        layer.support_avx512bf16_for_cpu = False
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for layer, packs in layers:
-            layer.support_avx512bf16_for_cpu = packs
-        for module, mode in modes.items():
-            module.training = mode

@@ -11,17 +11,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
+
+from harness.trial.building.lora import adapted_layers
 
 WIDTH = 64
 """Inner size of the product: 16 KiB in float32, which stays in the first cache."""
 
 
 def inject_work(model: torch.nn.Module, rows: int) -> int:
-    """Add a product of (rows, 64) and (64, 64) to every LoRA layer's forward; returns the layers changed."""
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    """Add a product of (rows, 64) and (64, 64) to every adapted layer's forward; returns the layers changed."""
+    layers = adapted_layers(model)
     extra = _Extra(rows)
-    for layer in layers:
+    for layer in layers.values():
         layer.register_forward_pre_hook(extra)
     return len(layers)
 

@@ -16,6 +16,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 
+from harness.trial.building import lora
 from kernels_check.observation.restore import RandomState
 
 T = TypeVar("T")
@@ -46,7 +47,7 @@ class SharedBase:
             self.loads += 1
         else:
             add(self._model, name)
-            self._model.set_adapter(name)
+            lora.activate(self._model, name)
         self._adapters += 1
         return self._model, name
 
@@ -78,8 +79,7 @@ class Seat:
     @contextlib.contextmanager
     def taken(self) -> Iterator[None]:
         """For the time of a command; afterwards the random numbers wait for the next one."""
-        if self._model.active_adapter != self._adapter:
-            self._model.set_adapter(self._adapter)
+        lora.activate(self._model, self._adapter)
         self._random.restore()
         try:
             yield
@@ -89,9 +89,9 @@ class Seat:
 
 def base_digest(model: Any) -> str:
     """A hash of every parameter that no adapter owns, byte by byte; 4-bit weights must be in their stored layout."""
-    digest = hashlib.sha256()
+    digest, own = hashlib.sha256(), lora.own_parameters(model)
     for name, parameter in model.named_parameters():
-        if "lora_" not in name:
+        if name not in own:
             data = parameter.detach().reshape(-1).view(torch.uint8)
             for part in data.split(1 << 26):  # a copy of 64 MiB at a time
                 digest.update(part.cpu().numpy().data)

@@ -1,9 +1,8 @@
 """What a variant adds to a base, counted and not measured: parameters, adapter, gradients, optimizer state.
 
 None of it depends on a weight's value, so the adapter is attached, by PEFT and as a trial attaches it, to a base
-without storage (torch's meta device): every shape and type is the real one, of a model of any size on any machine.
-PEFT's own count is checked against the closed formula of Hu et al. (2021, arXiv 2106.09685, section 4.1), r times
-inputs plus outputs for each adapted layer. Bytes are those that `harness.trial.memory.resident_bytes` finds after a
+without storage (torch's meta device): every shape and type is the real one, of a model of any size on any machine, and
+of any type that PEFT can adapt. Bytes are those that `harness.trial.memory.resident_bytes` finds after a
 step; what an allocator or a pager rounds up is not in them.
 """
 
@@ -16,16 +15,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import get_peft_model_state_dict
 
-from harness.errors import LorameterError, impossible
-from harness.models import catalogue, shapes
+from harness.errors import impossible
+from harness.models import catalogue
 from harness.models.catalogue import ModelSource
-from harness.models.costs.lora import adapter_parameters, optimizer_state_bytes
+from harness.models.costs.lora import optimizer_state_bytes
 from harness.studies.study import Study
 from harness.studies.variant import Variant
+from harness.trial.building import lora
 from harness.trial.building.base_model import empty_model
-from harness.trial.building.lora import attach
 
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
@@ -56,8 +54,8 @@ def sizes_of_study(study: Study) -> tuple[Sizes, ...]:
     """Each variant of a study on its model's true shape; the weights are neither needed nor looked for.
 
     Raises:
-        UsageError: no such model, its configuration cannot be had, or biases of a quantised base would train.
-        LorameterError: PEFT's count and the formula's differ.
+        UsageError: no such model, its configuration cannot be had, PEFT finds nothing to adapt in it, or biases of a
+            quantised base would train.
     """
     model = study.workload.model.removeprefix(catalogue.RANDOM_PREFIX)
     source = catalogue.resolve(f"{catalogue.RANDOM_PREFIX}{model}")
@@ -68,14 +66,7 @@ def sizes_of(variant: Variant, source: ModelSource) -> Sizes:
     """One variant on a model's true shape. Raises as `sizes_of_study` does."""
     model = _attached(variant, source)
     trainable, everything = model.get_nb_trainable_parameters()
-    adapter = sum(parameter.numel() for name, parameter in model.named_parameters() if "lora_" in name)
-    expected = adapter_parameters(variant, shapes.shape(source))
-    if adapter != expected:
-        raise LorameterError(
-            f"sizes: variant {variant.name!r} on {source.label}: PEFT adds {adapter} parameters and "
-            f"harness.models.costs.lora.adapter_parameters expects {expected}. The formula knows the layers of Llama "
-            "and its kin; trust neither number before it knows this architecture too."
-        )
+    adapter = sum(parameter.numel() for parameter in lora.own_parameters(model).values())
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if trainable != adapter and variant.quantization != "none":
         raise impossible(
@@ -94,7 +85,7 @@ def sizes_of(variant: Variant, source: ModelSource) -> Sizes:
         optimizer_state_bytes=optimizer_state_bytes(
             variant.optimizer, [(parameter.numel(), parameter.element_size()) for parameter in trained]
         ),
-        saved_bytes=_file_bytes(get_peft_model_state_dict(saved, save_embedding_layers=False)),
+        saved_bytes=_file_bytes(lora.saved_tensors(saved)),
     )
 
 
@@ -105,7 +96,14 @@ def _attached(variant: Variant, source: ModelSource) -> Any:
         variant, init_lora_weights="default", prepare_for_kbit=False, gradient_checkpointing=False
     )
     with torch.device("meta"):
-        return attach(empty_model(source, variant), plain)
+        base = empty_model(source, variant)
+        try:
+            return lora.attach(base, plain)
+        except ValueError as error:  # PEFT's own word for layers that it does not find, or cannot adapt like this
+            raise impossible(
+                f"sizes: variant {variant.name!r}", "target_modules", variant.target_modules,
+                f"PEFT cannot adapt {source.label} ({error})", "Name other layers, or another model.",
+            ) from None  # fmt: skip
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:

@@ -12,7 +12,6 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from harness.records import codec
 from harness.records.record import Fragment
@@ -22,12 +21,10 @@ from harness.trial.failure import failure_of
 
 def answer(request: TrialRequest, spawned_monotonic_s: float) -> Fragment:
     """Import, load, ask once; times in seconds since the parent's spawn or of each part."""
-    from peft import PeftModel
-
     from harness.models import catalogue
+    from harness.trial.building import lora
     from harness.trial.building.base_model import load_base
     from harness.trial.building.build import set_precision
-    from harness.trial.building.lora import cast_adapter, prepared, upcasts_adapter
     from harness.trial.data.stream import TokenStream
     from harness.trial.inference.generate import generate
     from harness.trial.process import prepare_process, synchronize
@@ -39,10 +36,8 @@ def answer(request: TrialRequest, spawned_monotonic_s: float) -> Fragment:
     stream = TokenStream(Path(request.tokens_path), request.workload, variant, request.device)
     source = catalogue.resolve(request.workload.model)
     begin = time.monotonic()
-    base = prepared(load_base(source, variant, device=request.device, seed=request.workload.data_seed), variant)
-    folder = str(Path(request.scratch) / "adapter")
-    model: Any = PeftModel.from_pretrained(base, folder, autocast_adapter_dtype=upcasts_adapter(variant))
-    cast_adapter(model, variant)
+    base = load_base(source, variant, device=request.device, seed=request.workload.data_seed)
+    model = lora.load(base, variant, Path(request.scratch) / "adapter")
     model.eval()
     synchronize(request.device)
     loaded = time.monotonic()

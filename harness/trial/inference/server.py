@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from harness.studies.workload import Workload
-from harness.trial.building.build import unpack_4bit
+from harness.trial.building import lora
 from harness.trial.data.stream import TokenStream
 from harness.trial.inference.generate import Request, generate
 
@@ -52,8 +52,7 @@ class Server:
 
     def merge(self, discard: int) -> None:
         """Merge the adapter and begin again with the first prompt, after `discard` requests."""
-        unpack_4bit(self._model)
-        self._model.merge_adapter()
+        lora.merge(self._model)
         self._prefix, self._served = "merged_", 0
         self.warm_up(discard)
 

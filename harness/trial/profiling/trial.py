@@ -18,7 +18,7 @@ from harness.records.activity import ACCOUNTS, ACTIVITY, PEAKS
 from harness.records.memory_account import MemoryPhase
 from harness.records.record import Fragment
 from harness.studies.request import TrialRequest
-from harness.trial.building.build import unpack_4bit
+from harness.trial.building.packing import unpack_4bit
 from harness.trial.building.shared import SharedBase
 from harness.trial.process import release_unused
 from harness.trial.profiling.account import account, born

@@ -62,8 +62,8 @@ def test_bytes_are_those_of_the_stored_tensors(options):
     import torch
 
     from harness.trial.building.base_model import load_base
-    from harness.trial.building.build import evaluating
     from harness.trial.building.lora import attach
+    from harness.trial.building.packing import evaluating
     from harness.trial.memory import resident_bytes
 
     variant, source = Variant(r=4, **options), catalogue.resolve("tiny-llama")
@@ -84,8 +84,8 @@ def test_bytes_of_the_repacked_layout():
     import torch
 
     from harness.trial.building.base_model import load_base
-    from harness.trial.building.build import linear4bit_layers
     from harness.trial.building.lora import attach
+    from harness.trial.building.packing import linear4bit_layers
 
     variant, source = Variant(r=4, quantization="nf4"), catalogue.resolve("tiny-llama")
     model = attach(load_base(source, variant, device="cpu", seed=0), variant).eval()

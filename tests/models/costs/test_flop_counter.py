@@ -25,13 +25,15 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from harness.models import catalogue, shapes
 from harness.models.costs.decoding import decode_cost
 from harness.models.costs.flops import computed_tokens, training_flops
+from harness.models.families import FAMILIES
 from harness.studies.protocol import Protocol
 from harness.studies.request import TrialRequest
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
 from harness.trial.building.base_model import empty_model, load_base
-from harness.trial.building.build import build, evaluating
+from harness.trial.building.build import build
 from harness.trial.building.lora import attach
+from harness.trial.building.packing import evaluating
 from harness.trial.building.shared import SharedBase
 from harness.trial.step import TrainStep
 
@@ -183,10 +185,22 @@ def test_what_else_changes_a_step(tmp_path, options):
     assert_counted(Variant(r=4, **options), "one record", small(tmp_path, "llama"))
 
 
-@pytest.mark.parametrize("model_type", ["mistral", "qwen2", "qwen3", "gemma", "smollm3"])
+@pytest.mark.parametrize("model_type", [name for name in FAMILIES if name != "llama"])
 def test_every_counted_family(tmp_path, model_type):
     """Grouped keys, head sizes apart from the width, tied heads, and biases that train: each as PEFT attaches to it."""
     variant = Variant(r=4, target_modules=("down_proj",), bias="all", dtype="float32")
+    assert_counted(variant, "one record", small(tmp_path, model_type))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"target_modules": ("qkv_proj",)}, {"target_modules": ("gate_up_proj",), "gradient_checkpointing": True}],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("model_type", ["phi3"])
+def test_a_family_with_one_layer_for_several_operands(tmp_path, model_type, options):
+    """What makes query, key and value at once wants the gradient of all three."""
+    variant = Variant(r=4, **options)
     assert_counted(variant, "one record", small(tmp_path, model_type))
 
 

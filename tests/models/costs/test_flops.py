@@ -165,12 +165,3 @@ def test_targets_that_are_not_counted(target):
     """The head, single blocks and other families' layers are refused, not left out in silence."""
     with pytest.raises(UsageError, match=r"target_modules.*of every block"):
         training_flops(SMALL, Variant(target_modules=(target,)), THREE)
-
-
-def test_model_types_that_are_not_counted():
-    """A model whose layers are not known has no count."""
-    foreign = dataclasses.replace(SMALL, architecture="gpt2")
-    with pytest.raises(UsageError, match=r"gpt2.*Counted are gemma, llama"):
-        training_flops(foreign, QV, THREE)
-    with pytest.raises(UsageError, match="gpt2"):
-        product_weights(foreign)

@@ -1,0 +1,53 @@
+"""The layout in which 4-bit weights lie, which bitsandbytes changes in place on some CPUs.
+
+At the first evaluating forward on a CPU with AVX512-BF16 it repacks 4-bit weights. After that a backward pass loses its
+gradient without an error, and merging gives garbage (docs/method.md); `state_dict()` restores the layout bit by bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+
+def linear4bit_layers(model: Any) -> list[Any]:
+    """All bitsandbytes 4-bit layers of a model."""
+    import bitsandbytes
+
+    return [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+
+
+def is_packed(model: Any) -> bool:
+    """Whether 4-bit layers run in bitsandbytes' CPU packing."""
+    states = (getattr(parameter, "quant_state", None) for parameter in model.parameters())
+    return any(getattr(state, "packing_format_for_cpu", False) for state in states if state is not None)
+
+
+def unpack_4bit(model: Any) -> None:
+    """Bring 4-bit layers back to their stored layout after inference on a CPU."""
+    for layer in linear4bit_layers(model):
+        layer.state_dict()
+
+
+@contextlib.contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Evaluation between training steps: every module in eval mode, no gradient, no repacking, all as it was after.
+
+    Every Dropout must be off, or a dropout sweep's losses are biased.
+    """
+    modes = {module: module.training for module in model.modules()}
+    layers = [(layer, layer.support_avx512bf16_for_cpu) for layer in linear4bit_layers(model)]
+    model.eval()
+    for layer, _ in layers:
+        layer.support_avx512bf16_for_cpu = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for layer, packs in layers:
+            layer.support_avx512bf16_for_cpu = packs
+        for module, mode in modes.items():
+            module.training = mode

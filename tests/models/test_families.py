@@ -1,0 +1,146 @@
+"""The table of families is held against what transformers builds and what PEFT adapts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from harness.errors import UsageError
+from harness.models import catalogue, shapes
+from harness.models.costs.activations import Activations
+from harness.models.costs.ceiling import bandwidth_utilisation, ceiling_of
+from harness.models.costs.decoding import decode_cost
+from harness.models.costs.flops import StepTokens, product_weights, six_n, training_flops
+from harness.models.costs.lora import adapter_parameters
+from harness.models.costs.memory import estimate_memory, memory_bytes
+from harness.models.costs.peaks import Peak
+from harness.models.families import FAMILIES, Family, llama_layers
+from harness.models.shapes import UnknownLayersError, linear_layers, linear_widths
+from harness.studies.variant import Variant
+from harness.studies.workload import Workload
+from harness.trial.building.base_model import empty_model
+from harness.trial.building.sizes import sizes_of
+
+DIMENSIONS = {
+    "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 128, "max_position_embeddings": 128,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+"""No two widths of a block are equal but those that must be."""
+VARIANT = Variant(name="v", r=4, target_modules=("q_proj", "v_proj"))
+TOKENS = StepTokens(positions=8, pairs=36)
+
+
+@pytest.fixture
+def source_of(tmp_path):
+    """A function that describes two narrow blocks of a model type, without weights."""
+
+    def source(model_type):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type} | DIMENSIONS))
+        return catalogue.resolve(f"random:{tmp_path}")
+
+    return source
+
+
+@pytest.fixture
+def shape_of(source_of):
+    """A function that gives the shape of the same."""
+    return lambda model_type: shapes.shape(source_of(model_type))
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_a_family_has_the_layers_that_transformers_builds(family, source_of, shape_of):
+    """Names, places, widths and biases of a block's linear layers, and of no other."""
+    import torch
+
+    blocks = empty_model(source_of(family.model_type), VARIANT).model.layers
+    built = {name: module for name, module in blocks[1].named_modules() if isinstance(module, torch.nn.Linear)}
+    found = {name.rpartition(".")[2]: (layer.in_features, layer.out_features) for name, layer in built.items()}
+    assert found == linear_widths(shape_of(family.model_type))
+    assert {name.rpartition(".")[0] for name in built} == set(family.parents)
+    biased = {name.rpartition(".")[2] for name, layer in built.items() if layer.bias is not None}
+    assert biased == family.biased
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_a_family_s_default_targets_are_peft_s(family):
+    """Where a variant names none; a type for which PEFT has none must have them named."""
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as TARGETS
+
+    assert tuple(TARGETS.get(family.model_type, ())) == family.targets
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_a_family_s_module_is_where_transformers_has_it(family):
+    """Or loading it beforehand would silently do nothing."""
+    from importlib.util import find_spec
+
+    assert find_spec(family.module) is not None
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize("changes", [{}, {"use_dora": True, "r": 3}], ids=["plain", "dora"])
+@pytest.mark.parametrize("every", [False, True], ids=["one layer", "all-linear"])
+def test_parameters_are_those_that_peft_adds(family, changes, every, source_of, shape_of):
+    """The closed formula and PEFT's own count of an adapter agree."""
+    first = next(iter(linear_layers(shape_of(family.model_type))))
+    variant = dataclasses.replace(VARIANT, target_modules=("all-linear",) if every else (first,), **changes)
+    counted = sizes_of(variant, source_of(family.model_type)).trainable_parameters
+    assert counted == adapter_parameters(variant, shape_of(family.model_type))
+
+
+PEAKS = {rate: Peak(device="d", rate=rate, per_s=1e9, source="s") for rate in ("float32", "memory")}
+ESTIMATES = {
+    "widths": lambda shape: linear_widths(shape),
+    "parameters": lambda shape: adapter_parameters(VARIANT, shape),
+    "FLOPs": lambda shape: training_flops(shape, VARIANT, TOKENS),
+    "6 N": lambda shape: six_n(shape, TOKENS),
+    "weights": lambda shape: product_weights(shape),
+    "memory of a step": lambda shape: estimate_memory(VARIANT, Workload(), shape),
+    "memory of a request": lambda shape: estimate_memory(VARIANT, Workload(), shape, phase="generate"),
+    "memory beyond the process": lambda shape: memory_bytes(VARIANT, Workload(), shape),
+    "activations": lambda shape: Activations(VARIANT, Workload(), shape, "cpu"),
+    "decoding": lambda shape: decode_cost(shape, VARIANT, context=4),
+    "MFU": lambda shape: ceiling_of(shape, VARIANT, Workload(), None, PEAKS["float32"]),
+    "MBU": lambda shape: bandwidth_utilisation(shape, VARIANT, Workload(), None, PEAKS["memory"]),
+}
+
+
+@pytest.mark.parametrize("estimate", ESTIMATES.values(), ids=ESTIMATES)
+@pytest.mark.parametrize("model_type", ["mixtral", "phi", "made-up"])
+def test_an_unknown_type_is_unknown_to_every_estimate_alike(model_type, estimate, shape_of):
+    """Each in the same sentence, which names the type and where its entry belongs."""
+    shape = shape_of(model_type)
+    with pytest.raises(UnknownLayersError) as caught:
+        estimate(shape)
+    assert str(caught.value) == shapes.unknown_layers(shape)
+    assert f"{model_type!r}" in str(caught.value)
+    assert "add an entry for it to harness/models/families.py" in str(caught.value)
+
+
+def test_a_family_like_llama_is_one_entry(monkeypatch, shape_of):
+    """With it every estimate is what Llama's is."""
+    monkeypatch.setattr(
+        "harness.models.shapes.FAMILIES", FAMILIES | {"new": Family(model_type="new", layers=llama_layers)}
+    )
+    known, new = shape_of("llama"), shape_of("new")
+    assert shapes.unknown_layers(new) is None
+    for name in ("widths", "parameters", "FLOPs", "memory of a step", "decoding"):
+        assert ESTIMATES[name](new) == ESTIMATES[name](known)
+
+
+def test_layers_of_one_stage_take_the_same_tensor(shape_of):
+    """Their inputs are as wide; and query, key and value are each made of one layer."""
+    for model_type in FAMILIES:
+        layers = linear_layers(shape_of(model_type)).values()
+        for stage in {layer.stage for layer in layers}:
+            assert len({layer.inputs for layer in layers if layer.stage == stage}) == 1
+        assert sorted(operand for layer in layers for operand in layer.makes) == ["key", "query", "value"]
+
+
+def test_targets_that_neither_a_variant_nor_peft_names_are_refused(shape_of):
+    """SmolLM3 has no default in PEFT, which would refuse it after the model has been loaded."""
+    with pytest.raises(UsageError, match=r"'v'.*target_modules = \(\).*'smollm3'"):
+        adapter_parameters(dataclasses.replace(VARIANT, target_modules=()), shape_of("smollm3"))

@@ -1,0 +1,129 @@
+"""A model whose layers nobody has written down: nothing is refused on a guess, and what is unknown is said to be."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from harness.cli import main
+from harness.run.ab import plan_ab
+from harness.run.feasibility import check_feasible
+from harness.run.forecast import forecast, most_of, total_of
+from harness.run.measure import plan_study
+from harness.run.plan import make_plan
+
+CONFIG = {
+    "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "hidden_size": 100, "intermediate_size": 128,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512,
+    "max_position_embeddings": 4096, "num_local_experts": 4, "num_experts_per_tok": 2,
+}  # fmt: skip
+"""A width that blocks of 64 do not divide, were it the width of a linear layer."""
+SENTENCE = "the linear layers of model type 'mixtral' are not known"
+REMEDY = "add an entry for it to harness/models/families.py"
+
+
+@pytest.fixture
+def model(tmp_path):
+    """What a study would call it."""
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    return f"random:{tmp_path}"
+
+
+@pytest.fixture
+def study(small_study, model):
+    """A small study on it."""
+    return dataclasses.replace(small_study, workload=dataclasses.replace(small_study.workload, model=model))
+
+
+def test_nothing_is_refused_on_a_guess(study, machine):
+    """Neither memory nor widths nor ranks; what is unknown is one notice with its remedy."""
+    tiny = dataclasses.replace(machine, memory_bytes=1)
+    wide = dataclasses.replace(
+        study, variants=(*study.variants, dataclasses.replace(study.variants[0], name="r", r=999))
+    )
+    (layers, weights) = check_feasible(wide, tiny)
+    assert (layers.code, weights.code) == ("layers-unknown", "random-weights")
+    assert SENTENCE in layers.message
+    assert REMEDY in layers.message
+
+
+def test_a_forecast_says_that_it_does_not_know(study, machine, tmp_path):
+    """Time, memory and disk are no number, each for the same reason."""
+    expected = forecast(make_plan(study), machine, tmp_path)
+    assert (expected.time_s, expected.memory_bytes, expected.disk_bytes) == (None, None, None)
+    assert expected.basis == expected.unknown
+    assert SENTENCE in expected.basis
+    assert REMEDY in expected.basis
+
+
+def test_a_level_is_chosen_without_the_memory(study, machine):
+    """What cannot be known to fit together is measured one after the other, and the plan says why; an A/B too."""
+    for plan, _ in (plan_study(study, machine), plan_ab(study, machine)):
+        assert plan.interleaving == "replicates"
+        assert "memory" in plan.why
+        assert "cannot be known" in plan.why
+
+
+def test_peaks_of_an_earlier_run_are_known(study, machine, tmp_path, write_run):
+    """They are measured: then the memory is known although the layers are not."""
+    write_run("run", {"plain": [0.1], "nf4": [0.1]}, study=study, peak=3 * 2**30)
+    expected = forecast(make_plan(study, interleaving="replicates"), machine, tmp_path / "runs")
+    assert expected.memory_bytes == 3 * 2**30
+    assert expected.disk_bytes is None
+
+
+def test_a_sum_and_a_maximum_are_unknown_where_a_part_is():
+    """And known where all are."""
+    assert (most_of([1, 3, 2]), total_of([1, 3, 2])) == (3, 6)
+    assert most_of([1, None]) is total_of([1, None]) is None
+
+
+def test_a_dry_run_says_it(model, capsys, tmp_path):
+    """As text in each line that has no number, and as null in JSON with the reason beside."""
+    line = ["run", "lora-or-qlora", "--dry-run", "--model", model, "--runs-dir", str(tmp_path)]
+    assert main(line) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for what in ("time", "memory", "disk"):
+        assert f"{what} unknown ({SENTENCE}" in shown
+    assert shown.count(REMEDY) == 4  # and in the notice
+    assert main([*line, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["time_s"] is told["memory_bytes"] is told["disk_bytes"] is None
+    assert SENTENCE in told["unknown"]
+
+
+def test_an_estimate_says_it(model, capsys, tmp_path):
+    """There is no table of guesses, and the exit code is that of an answer."""
+    line = ["estimate", "lora-or-qlora:qlora-nf4-r16", "--model", model, "--runs-dir", str(tmp_path)]
+    assert main(line) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "estimated peak: unknown" in shown
+    assert SENTENCE in shown
+    assert REMEDY in shown
+    assert main([*line, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["train"] == told["generate"] == {
+        "kinds": {}, "beside": {}, "total_bytes": None, "measured_bytes": None, "error": None,
+    }  # fmt: skip
+    assert SENTENCE in told["notices"][0]
+
+
+def test_sizes_are_peft_s_and_say_it(tmp_path, capsys):
+    """A count needs no formula; below it stands that none was held against it."""
+    config = {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 320}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    line = ["list", "sizes", "llama2-lora-parameters", "--model", f"random:{tmp_path}"]
+    assert main(line) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "32,768" in shown  # r 64, two blocks, 64 in and 192 out
+    assert "the linear layers of model type 'gpt2' are not known" in shown
+    assert main([*line, "--json"]) == 0
+    assert "'gpt2'" in json.loads(capsys.readouterr().out)["unknown"]
+
+
+def test_what_peft_cannot_adapt_is_bad_input(model, capsys):
+    """PEFT has no default layers in a mixture of experts: its own words, and exit code 2."""
+    assert main(["list", "sizes", "llama2-lora-parameters", "--model", model]) == 2
+    assert "PEFT cannot adapt random:" in capsys.readouterr().err
