@@ -27,8 +27,8 @@ from harness.verdicts.claims.answers import Answers, answers_of
 from harness.verdicts.claims.controls import Controls, controls_of, doubt, doubt_of_equality, failed, metrics_of
 from harness.verdicts.claims.questions import Question, question_of
 from harness.verdicts.claims.reasons import ratio_of, reason_of
-from harness.verdicts.claims.values import Groups, NotJudgedError, counts
-from harness.verdicts.series import series_of
+from harness.verdicts.claims.values import NotJudgedError, counts
+from harness.verdicts.series import Groups, series_of
 
 Judgement = Literal["supported", "refuted", "inconclusive", "not judged"]
 Key = tuple[str, int]

@@ -12,7 +12,8 @@ from harness.stats.statement import Finding, beyond, opposite, within
 from harness.stats.trend import Scale, leads, line_change, pair_differences, pairs, scores, sizes
 from harness.studies.claim import Part
 from harness.studies.study import Study
-from harness.verdicts.claims.values import AxisLogs, Groups, axis_logs, common
+from harness.verdicts.claims.values import AxisLogs, axis_logs, common
+from harness.verdicts.series import Groups
 
 if TYPE_CHECKING:
     from numpy import float64
