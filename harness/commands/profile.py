@@ -50,7 +50,7 @@ def run_profile(options: argparse.Namespace) -> int:
     from harness.profile.diagnosis import diagnose
     from harness.profile.evidence import evidence_of
     from harness.profile.measure import profile_variant
-    from harness.profile.remedy import chosen
+    from harness.profile.remedy import choose_finding
     from harness.records import codec, store
     from harness.report.profile import print_profile, print_tried
     from harness.report.terminal import console_for
@@ -73,7 +73,7 @@ def run_profile(options: argparse.Namespace) -> int:
     tried = None
     try:
         if options.attempt is not None:
-            tried = _try(study, variant, chosen(findings, options.attempt or None), machine, runs)
+            tried = _try(study, variant, choose_finding(findings, options.attempt or None), machine, runs)
     finally:  # what cannot be tried must not cost what was seen
         if options.json:
             print_json(
@@ -99,15 +99,15 @@ def run_profile(options: argparse.Namespace) -> int:
 
 def _try(study: Study, variant: Variant, finding: Finding, machine: Machine, runs: Path) -> Tried:
     """Measure the present variant and the suggested one, as any two."""
-    from harness.profile.remedy import study_of, tried
+    from harness.profile.remedy import judge_remedy, study_remedy
     from harness.report.live import LiveDisplay
     from harness.report.terminal import console_for, print_notices
     from harness.run.measure import measure, plan_study
 
-    pair = study_of(study, variant, finding, protocol=study.protocol)
+    pair = study_remedy(study, variant, finding, protocol=study.protocol)
     plan, notices = plan_study(pair, machine, phases=("train",), runs=runs)
     errors = console_for(stderr=True)
     print_notices(notices, errors)
     with LiveDisplay(errors) as display:
         run = measure(plan, machine, runs=runs, display=display, notices=notices)
-    return tried(run, finding)
+    return judge_remedy(run, finding)

@@ -26,7 +26,7 @@ from harness.verdicts.series import series_of
 from harness.verdicts.standing import phases_of, ratios_of, standing_of
 
 
-def chosen(findings: Sequence[Finding], code: str | None) -> Finding:
+def choose_finding(findings: Sequence[Finding], code: str | None) -> Finding:
     """The finding to try: the one named, or the most expensive that can be tried.
 
     Raises:
@@ -47,7 +47,7 @@ def chosen(findings: Sequence[Finding], code: str | None) -> Finding:
     return finding
 
 
-def study_of(study: Study, variant: Variant, finding: Finding, *, protocol: Protocol) -> Study:
+def study_remedy(study: Study, variant: Variant, finding: Finding, *, protocol: Protocol) -> Study:
     """The present variant, which is the reference, and the suggested one, on a workload of its own if that is changed.
 
     As in a profile, a path that is not active is a notice: the present variant may be slow for want of it.
@@ -116,7 +116,7 @@ class Tried:
     """Whether the comparison counts: every trial ok, and the control no difference."""
 
 
-def tried(run: Run, finding: Finding) -> Tried:
+def judge_remedy(run: Run, finding: Finding) -> Tried:
     """Judge the run of such a study."""
     study = codec.from_json(Study, run.manifest.study, f"run {run.manifest.run}")
     stands, phase = standing_of(run, study), phases_of(run)[0]

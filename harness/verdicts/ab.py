@@ -68,7 +68,7 @@ def report_of(run: Run, *, metrics: Sequence[str] = (), limits_of: LimitsOf = de
     Raises:
         UsageError: a run without sides.
     """
-    study, control = _study(run), control_of(run)
+    study, control = _study(run), compare_base_to_itself(run)
     broken = say_broken(run.manifest.run, [*run_faults(run), *control_faults(control.items())])
     pairs = _pairs(run, study, broken, metrics)
     verdicts = judge_pairs(pairs, limits_of)
@@ -123,7 +123,7 @@ def _pair(metric: str, sides: tuple[Measurements, Measurements], series: tuple[S
     )
 
 
-def control_of(run: Run) -> dict[str, Comparison | None]:
+def compare_base_to_itself(run: Run) -> dict[str, Comparison | None]:
     """The base against itself, by phase; None where it was not measured."""
     groups = series_of(run.records, "base")
     found: dict[str, Comparison | None] = {}

@@ -21,6 +21,7 @@ from harness.records.store import Run
 from harness.stats import Comparison, compare_trials, replicates_to_see, sd_interval
 from harness.stats.comparison import effect_of
 from harness.studies.variant import Variant
+from harness.verdicts.outcome import TOLERANCE
 from harness.verdicts.series import Pairs, Series, compare_series, pairs_of, series_of
 
 EFFECTS = (0.01, 0.02, 0.05)
@@ -36,7 +37,6 @@ PILOT_ROWS = (64, 512)
 """Rows of the two pilots; a line through both has the fixed cost of the extra calls in it."""
 MOST_ROWS = 10**6
 """Rows beyond which a plan is noise: their factor alone is 256 MB."""
-TOLERANCE = 0.01
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ from harness.commands.profile import _try
 from harness.errors import UsageError
 from harness.machine.provenance import probe_machine
 from harness.profile.diagnosis import Finding
-from harness.profile.remedy import chosen, study_of, tried
+from harness.profile.remedy import choose_finding, judge_remedy, study_remedy
 from harness.records import store
 from harness.records.record import Failure
 from harness.report.view import view_of
@@ -42,23 +42,23 @@ def padded(small_study):
 def test_the_dearest_finding_that_can_be_tried_is_chosen():
     """Without a name the first with a change; one that cannot be tried is refused, with why and with those that can."""
     found = (finding("contention", obstacle="it is the machine's"), PACKED, finding("dropout", lora_dropout=0.0))
-    assert chosen(found, None).code == chosen(found, "padding").code == "padding"
-    assert chosen(found, "dropout").code == "dropout"
+    assert choose_finding(found, None).code == choose_finding(found, "padding").code == "padding"
+    assert choose_finding(found, "dropout").code == "dropout"
     known = r"Can be tried: padding, dropout"
     for code, words in (
         ("contention", r"Do it\. That cannot be tried here: it is the machine's"),
         ("data-wait", "not"),
     ):
         with pytest.raises(UsageError, match=rf"{words}.*{known}"):
-            chosen(found, code)
+            choose_finding(found, code)
     with pytest.raises(UsageError, match="no finding"):
-        chosen(found[:1], None)
+        choose_finding(found[:1], None)
 
 
 def test_the_present_variant_is_the_reference_of_two():
     """They differ in what the remedy changes and in nothing else, on one workload; what falls back is measured."""
     study, variant = load_variant("lora-or-qlora:qlora-nf4-r16")
-    pair = study_of(study, variant, finding("dequantisation", quantization="none"), protocol=Protocol(replicates=5))
+    pair = study_remedy(study, variant, finding("dequantisation", quantization="none"), protocol=Protocol(replicates=5))
     present, suggested = pair.variants
     assert pair.reference == present.name == variant.name
     assert suggested.name == "without-dequantisation"
@@ -92,7 +92,7 @@ def test_requirements_about_the_remedy_are_not_demanded(changes, about, padded):
     )  # fmt: skip
     demands = requirements_of(dataclasses.replace(variant, compile=True), (64,), packed=True)
     study = dataclasses.replace(padded, requirements=demands)
-    pair = study_of(study, variant, finding(**changes), protocol=padded.protocol)
+    pair = study_remedy(study, variant, finding(**changes), protocol=padded.protocol)
     assert set(demands) - set(pair.requirements) == about
 
 
@@ -100,7 +100,7 @@ def test_a_remedy_of_the_workload_is_the_same_variant_on_its_own(padded, machine
     """In turns with the present one and never on one base; where the variant can be changed the workload stays."""
     variant = padded.variants[0]
     epochs = dataclasses.replace(padded.protocol, epochs=3.0)
-    pair = study_of(padded, variant, PACKED, protocol=epochs)
+    pair = study_remedy(padded, variant, PACKED, protocol=epochs)
     present, suggested = pair.variants
     assert suggested.differences(present) == ()
     assert pair.workload_of(present) == padded.workload
@@ -110,7 +110,7 @@ def test_a_remedy_of_the_workload_is_the_same_variant_on_its_own(padded, machine
     assert plan.interleaving in ("lockstep", "replicates")
     assert "2 workloads" in plan.why
     assert {slot.arm for slot in plan.slots} == {""}
-    both = study_of(padded, variant, finding(r=8, workload={"batch_size": 4}), protocol=epochs)
+    both = study_remedy(padded, variant, finding(r=8, workload={"batch_size": 4}), protocol=epochs)
     assert (both.variants[1].r, both.own_workloads, both.protocol.epochs) == (8, {}, 3.0)
 
 
@@ -118,7 +118,7 @@ def test_other_threads_take_executors_of_their_own(small_study, machine):
     """Then every one that is compared has one, the control as well."""
     threads = dataclasses.replace(small_study, workload=dataclasses.replace(small_study.workload, threads=2))
     fewer = finding("oversubscription", workload={"threads": 1})
-    pair = study_of(threads, threads.variants[0], fewer, protocol=threads.protocol)
+    pair = study_remedy(threads, threads.variants[0], fewer, protocol=threads.protocol)
     plan, _ = plan_study(pair, machine, phases=("train",))
     assert {slot.arm for slot in plan.slots} == {"plain", "plain-control", "without-oversubscription"}
 
@@ -126,12 +126,12 @@ def test_other_threads_take_executors_of_their_own(small_study, machine):
 def judged(write_run, study, code, present, suggested, **options):
     """What is made of a constructed run with these step times, one a replicate."""
     path = write_run("run", {"plain": present, f"without-{code}": suggested}, study=study, **options)
-    return tried(store.read_run(str(path), path.parent), finding(code, optimizer="adamw"))
+    return judge_remedy(store.read_run(str(path), path.parent), finding(code, optimizer="adamw"))
 
 
 def test_a_gain_counts_where_the_control_is_no_difference(write_run, small_study):
     """Constructed times: a fifth is gained; with a control that differs, or a failed trial, nothing counts."""
-    pair = study_of(small_study, small_study.variants[0], finding(optimizer="adamw"), protocol=small_study.protocol)
+    pair = study_remedy(small_study, small_study.variants[0], finding(optimizer="adamw"), protocol=small_study.protocol)
     old, new = [0.100, 0.1001, 0.1002, 0.0999], [0.080, 0.0801, 0.0802, 0.0799]
     gained = judged(write_run, pair, "dropout", old, new)
     assert gained.valid
@@ -153,7 +153,7 @@ def test_a_gain_counts_where_the_control_is_no_difference(write_run, small_study
 
 def test_workloads_are_compared_by_the_time_of_a_real_token(write_run, padded, tmp_path):
     """Constructed steps as long, of 60 % more real tokens; the report says on what each ran and shows no losses."""
-    pair = study_of(padded, padded.variants[0], PACKED, protocol=padded.protocol)
+    pair = study_remedy(padded, padded.variants[0], PACKED, protocol=padded.protocol)
 
     def filled(record):
         real = 800 if record.name == "without-padding" else 500
