@@ -26,10 +26,11 @@ from harness.errors import (
 from harness.records import codec
 from harness.records.metrics import PEAKS, PHASES, PRIMARY
 from harness.records.record import Interleaving, Notice
-from harness.stats import Comparison, KeptPairs, Pairing, Verdict, compare_bytes, compare_family
-from harness.stats.comparison import effect_of
+from harness.stats import Comparison, KeptPairs, Pairing, Verdict, compare_bytes
+from harness.stats.comparison import decide_family, effect_of
+from harness.stats.effect import Effect
 from harness.verdicts.comparand import BYTES_SUFFIX, Difference, Measurements
-from harness.verdicts.series import Trials, oriented, with_drops
+from harness.verdicts.series import oriented, with_drops
 
 SCHEMA = 1
 """Version of the JSON document of a comparison. 1: first form."""
@@ -223,19 +224,18 @@ def judge_pairs(pairs: Iterable[Pair], limits_of: LimitsOf) -> dict[Key, Compari
     What cannot be computed is invalid, with the reason.
     """
     found: dict[Key, Comparison] = {}
-    times: dict[Key, tuple[Pair, Trials, Trials]] = {}
+    effects: dict[Key, Effect] = {}
     for pair in pairs:
         if pair.sides is None or pair.refusal is not None:
             found[pair.key] = pair.refusal or without_numbers("invalid", "not compared")
             continue
-        ours, theirs = pair.sides
         try:
             if pair.of_memory:
-                tolerance = limits_of(*pair.key).tolerance
-                found[pair.key] = compare_bytes(ours.peaks[pair.metric], theirs.peaks[pair.metric], tolerance=tolerance)
+                base, candidate = (side.peaks[pair.metric] for side in pair.sides)
+                found[pair.key] = compare_bytes(base, candidate, tolerance=limits_of(*pair.key).tolerance)
                 continue
-            base, candidate = (oriented(side.trials[pair.metric], pair.metric) for side in pair.sides)
-            effect = effect_of(base, candidate, pair.pairing)  # refuses here what would stop the whole family
+            ours, theirs = (oriented(side.trials[pair.metric], pair.metric) for side in pair.sides)
+            effect = effect_of(ours, theirs, pair.pairing)
         except ValueError as error:
             found[pair.key] = without_numbers("invalid", f"the samples cannot be compared: {error}")
             continue
@@ -247,21 +247,13 @@ def judge_pairs(pairs: Iterable[Pair], limits_of: LimitsOf) -> dict[Key, Compari
                 replicates=effect.replicates,
             )
         else:
-            times[pair.key] = pair, base, candidate
-    return found | _family(times, limits_of)
-
-
-def _family(times: Mapping[Key, tuple[Pair, Trials, Trials]], limits_of: LimitsOf) -> dict[Key, Comparison]:
-    """One Holm family, each comparison with its own limits and pairing."""
-    keys = {f"{name}, {metric}": (name, metric) for name, metric in times}
-    results = compare_family(
-        {label: times[key][1:] for label, key in keys.items()},
-        pairing={label: times[key][0].pairing for label, key in keys.items()},
-        tolerance={label: limits_of(*key).tolerance for label, key in keys.items()},
-        margin={label: limits_of(*key).margin for label, key in keys.items()},
+            effects[pair.key] = effect
+    return found | decide_family(
+        effects,
+        tolerance={key: limits_of(*key).tolerance for key in effects},
+        margin={key: limits_of(*key).margin for key in effects},
         alpha=ALPHA,
     )
-    return {keys[label]: result for label, result in results.items()}
 
 
 def rows_of(pairs: Iterable[Pair], verdicts: Mapping[Key, Comparison], limits_of: LimitsOf) -> tuple[Compared, ...]:
