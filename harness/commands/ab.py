@@ -89,7 +89,7 @@ def run_ab(options: argparse.Namespace) -> int:
     if options.inject_rows < 0:
         raise UsageError(f"--inject-rows = {options.inject_rows}: no amount of work. Use 0 or more.")
     load_policy(options.policy)  # before anything is measured
-    study, machine, runs = study_of(options), probe_machine(), store.runs_dir(options.runs_dir)
+    study, machine, runs = read_study(options), probe_machine(), store.runs_dir(options.runs_dir)
     plan, notices = plan_ab(
         study,
         machine,
@@ -123,6 +123,7 @@ def run_calibrate(options: argparse.Namespace) -> int:
     from harness.report.calibration import print_calibration
     from harness.report.terminal import console_for
     from harness.verdicts.calibrate import LEAST_REPLICATES, PILOT_ROWS, PLANTED, calibrate, rows_for
+    from harness.verdicts.series import is_difference
 
     if options.inject_rows is not None and options.inject_rows < 1:
         raise UsageError(f"--inject-rows = {options.inject_rows}: no amount of work. Use 1 or more, or leave it out.")
@@ -130,7 +131,7 @@ def run_calibrate(options: argparse.Namespace) -> int:
         raise UsageError(
             f"--variant: {', '.join(options.variant)}: a calibration measures one variant. Give one of them."
         )
-    study = study_of(options, standard=CALIBRATION_REPLICATES)
+    study = read_study(options, standard=CALIBRATION_REPLICATES)
     if study.protocol.replicates < LEAST_REPLICATES:
         raise UsageError(
             f"{study.protocol.replicates} replicates: gates are drawn from them, which takes {LEAST_REPLICATES} or "
@@ -152,17 +153,18 @@ def run_calibrate(options: argparse.Namespace) -> int:
         print_json({"calibration": codec.to_json(result), "inject_rows": rows})
     else:
         print_calibration(result, rows, console_for())
-    fit = run.manifest.status == "complete" and result.identical.verdict not in ("improved", "regressed")
+    fit = run.manifest.status == "complete" and not is_difference(result.identical)
     return EXIT_PASS if fit else EXIT_INVALID  # identical code that differs says that this machine measures nothing now
 
 
 def calibration_ratio(run: Run, name: str) -> float:
     """The candidate's step time over the base's in a pilot. Raises `InvalidRunError` where it was not measured."""
     from harness.errors import InvalidRunError
+    from harness.records.metrics import PRIMARY
     from harness.verdicts.series import compare_series, series_of
 
     base, candidate = (series_of(run.records, side).get((name, "variant")) for side in ("base", "candidate"))
-    found = compare_series(base, candidate, "step_time_s") if base and candidate else None
+    found = compare_series(base, candidate, PRIMARY["train"]) if base and candidate else None
     if found is None or found.ratio is None:
         raise InvalidRunError(f"run {run.manifest.run}: the pilot measured nothing; see its report.")
     return found.ratio
@@ -191,7 +193,7 @@ def _measured_here(study: Any, name: str, rows: int, options: argparse.Namespace
         return measure(plan, machine, runs=runs, display=display, notices=notices, arms=arms)
 
 
-def study_of(options: argparse.Namespace, standard: int | None = None) -> Any:
+def read_study(options: argparse.Namespace, standard: int | None = None) -> Any:
     """The study with the options' changes; 8 replicates, or `standard`, unless something else is asked for."""
     from harness.machine.provenance import probe_machine
     from harness.studies.study_file import load_study

@@ -50,7 +50,7 @@ def run_profile(options: argparse.Namespace) -> int:
     from harness.profile.diagnosis import diagnose
     from harness.profile.evidence import evidence_of
     from harness.profile.measure import profile_variant
-    from harness.profile.remedy import choose
+    from harness.profile.remedy import choose_finding
     from harness.records import codec, store
     from harness.report.profile import print_profile, print_tried
     from harness.report.terminal import console_for
@@ -73,7 +73,7 @@ def run_profile(options: argparse.Namespace) -> int:
     tried = None
     try:
         if options.attempt is not None:
-            tried = _try(study, variant, choose(findings, options.attempt or None), machine, runs)
+            tried = _try(study, variant, choose_finding(findings, options.attempt or None), machine, runs)
     finally:  # what cannot be tried must not cost what was seen
         if options.json:
             print_json(

@@ -14,7 +14,7 @@ from harness.records import store
 from harness.verdicts.baselines import WORD, read_base
 from harness.verdicts.comparand import (
     Comparand,
-    Measured,
+    Measurements,
     comparand_of,
     disagreement,
     machine_differences,
@@ -71,7 +71,8 @@ class SessionGate:
             name="this session",
             facts=facts,
             sides={
-                variant.name: Measured(name=variant.name, id=variant.id, variant=variant) for variant in study.variants
+                variant.name: Measurements(name=variant.name, id=variant.id, variant=variant)
+                for variant in study.variants
             },
         )
         found = machine_differences(base, session)

@@ -1,7 +1,7 @@
 """Whether a trial's numbers can be trusted, by its surroundings and never by its times.
 
 A rule that looks at the outcome selects it; these look at clocks, heat, memory and the kernel's counters only. Each
-says what was found and where the limit is. Most findings are notices: the statistics bear with noise. Past a second
+says what was found and where the limit is. Most disturbances are notices: the statistics bear with noise. Past a second
 limit a trial is not what the study asks about: it is invalid, and is measured again (`harness.run.runner`). That limit
 is far out on purpose: a filter that rejects much is a filter that ends with nothing.
 
@@ -49,7 +49,7 @@ the next not at all, so the median bears with more than the margin."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
+class Disturbance:
     """One thing that casts doubt on a trial's numbers."""
 
     code: str
@@ -69,7 +69,7 @@ def judge(
     *,
     in_turns: bool,
     occupancy: float | None = None,
-) -> tuple[Finding, ...]:
+) -> tuple[Disturbance, ...]:
     """What the surroundings of one phase say against a trial, the worst first; what was not measured says nothing.
 
     Args:
@@ -93,7 +93,7 @@ def judge(
         *_contended(told, occupancy, in_turns=in_turns),
         *_withheld(told, in_turns=in_turns),
     ]
-    return tuple(sorted(found, key=lambda finding: (not finding.invalid, -finding.weight)))
+    return tuple(sorted(found, key=lambda disturbance: (not disturbance.invalid, -disturbance.weight)))
 
 
 def waiting_share(values: Mapping[str, float], phase: str) -> float | None:
@@ -132,14 +132,14 @@ class _Told:
         return (hit / taken, f"{hit:.0f} of {taken:.0f} samples") if hit is not None and taken else None
 
 
-def _throttled(told: _Told) -> Iterator[Finding]:
+def _throttled(told: _Told) -> Iterator[Disturbance]:
     by_samples = told.device("throttled_samples")
     found = told.device_share("thermal_slowdown_s", "throttled_samples")
     taken = told.device("samples")
     if by_samples and taken and (found is None or found[0] < by_samples / taken):
         found = (by_samples / taken, f"{by_samples:.0f} of {taken:.0f} samples")  # the supply has no counter of time
     if found is not None and found[0] > NOTICED:
-        yield Finding(
+        yield Disturbance(
             code="throttled",
             message=f"the card held its clocks down to protect itself in {found[1]} ({found[0]:.0%}; from "
             f"{NOTICED:.0%} it is said, above {THROTTLED_INVALID:.0%} the trial does not count)",
@@ -149,10 +149,10 @@ def _throttled(told: _Told) -> Iterator[Finding]:
         )
 
 
-def _power_capped(told: _Told) -> Iterator[Finding]:
+def _power_capped(told: _Told) -> Iterator[Disturbance]:
     found = told.device_share("power_slowdown_s", "power_capped_samples")
     if found is not None and found[0] > NOTICED:
-        yield Finding(
+        yield Disturbance(
             code="power-capped",
             message=f"the power limit set the clock in {found[1]} ({found[0]:.0%}; from {NOTICED:.0%} it is said)",
             remedy="Times are those of this limit (nvidia-smi -q -d POWER); compare them under the same one.",
@@ -160,11 +160,11 @@ def _power_capped(told: _Told) -> Iterator[Finding]:
         )
 
 
-def _hot(told: _Told) -> Iterator[Finding]:
+def _hot(told: _Told) -> Iterator[Disturbance]:
     left, degrees = told.device("temperature_margin_c"), told.device("temperature_c")
     if left is not None and left < HOT_MARGIN_C:
         at = "" if degrees is None else f"at {degrees:.0f} °C "
-        yield Finding(
+        yield Disturbance(
             code="hot",
             message=f"the card was {at}{left:.0f} °C below its slow-down (under {HOT_MARGIN_C:.0f} °C it is said)",
             remedy="Give it air, or lower its power limit, before it slows down.",
@@ -172,10 +172,10 @@ def _hot(told: _Told) -> Iterator[Finding]:
         )
 
 
-def _clocks(told: _Told, *, in_turns: bool) -> Iterator[Finding]:
+def _clocks(told: _Told, *, in_turns: bool) -> Iterator[Disturbance]:
     low, high = told.device("sm_clock_min_hz"), told.device("sm_clock_max_hz")
     if low is not None and high and (moved := 1 - low / high) > CLOCK_MOVED:
-        yield Finding(
+        yield Disturbance(
             code="clocks-moving",
             message=f"the SM clock was between {low / 1e6:.0f} and {high / 1e6:.0f} MHz, a range of {moved:.0%} (from "
             f"{CLOCK_MOVED:.0%} it is said, above {CLOCK_INVALID:.0%} a trial that was alone does not count)",
@@ -185,11 +185,11 @@ def _clocks(told: _Told, *, in_turns: bool) -> Iterator[Finding]:
         )
 
 
-def _shared(told: _Told) -> Iterator[Finding]:
+def _shared(told: _Told) -> Iterator[Disturbance]:
     others, held, hidden = told.device("others"), told.device("others_bytes"), told.device("hidden_bytes")
     if others:
         size = "memory of unknown size" if held is None else format_bytes(held)
-        yield Finding(
+        yield Disturbance(
             code="shared",
             message=f"{others:.0f} other processes held {size} of the device (from 1 process it is said, above "
             f"{format_bytes(SHARED_INVALID_BYTES)} the trial does not count)",
@@ -198,7 +198,7 @@ def _shared(told: _Told) -> Iterator[Finding]:
             invalid=held is not None and held > SHARED_INVALID_BYTES,
         )
     elif hidden is not None and hidden > UNEXPLAINED_LIMIT:
-        yield Finding(
+        yield Disturbance(
             code="hidden",
             message=f"{format_bytes(hidden)} of the device were in use by nobody who can be seen (from "
             f"{format_bytes(UNEXPLAINED_LIMIT)} it is said)",
@@ -208,12 +208,12 @@ def _shared(told: _Told) -> Iterator[Finding]:
         )
 
 
-def _swapped(told: _Told) -> Iterator[Finding]:
+def _swapped(told: _Told) -> Iterator[Disturbance]:
     moved, watched = [told.host(name) for name in ("swap_in_bytes", "swap_out_bytes")], told.host("watched_s")
     total = sum(size for size in moved if size is not None)
     if total and watched:
         rate = total / watched
-        yield Finding(
+        yield Disturbance(
             code="swapped",
             message=f"the machine swapped {format_bytes(total)} in {watched:.2f} s (from one page it is said, above "
             f"{format_bytes(SWAP_INVALID_BYTES_PER_S)} a second the trial does not count)",
@@ -223,11 +223,11 @@ def _swapped(told: _Told) -> Iterator[Finding]:
         )
 
 
-def _retrying(memory: Mapping[str, int], phase: str) -> Iterator[Finding]:
+def _retrying(memory: Mapping[str, int], phase: str) -> Iterator[Disturbance]:
     """Not invalid however often: a variant that barely fits will retry again, and its times are what it costs."""
     retries, failures = (memory.get(f"device_{what}_{phase}", 0) for what in ("alloc_retries", "ooms"))
     if retries or failures:
-        yield Finding(
+        yield Disturbance(
             code="memory-retrying",
             message=f"the allocator emptied its cache {retries} times and failed {failures} times for want of device "
             "memory (from 1 it is said)",
@@ -236,7 +236,7 @@ def _retrying(memory: Mapping[str, int], phase: str) -> Iterator[Finding]:
         )
 
 
-def _contended(told: _Told, occupancy: float | None, *, in_turns: bool) -> Iterator[Finding]:
+def _contended(told: _Told, occupancy: float | None, *, in_turns: bool) -> Iterator[Disturbance]:
     share, switches = told.host_share("cpu_stall_s"), told.host("involuntary_switches")
     low = occupancy is not None and occupancy < OCCUPANCY_INVALID
     if low or (share is not None and share > CONTENDED):
@@ -245,7 +245,7 @@ def _contended(told: _Told, occupancy: float | None, *, in_turns: bool) -> Itera
         taken = "" if switches is None else f"lost one {switches:.0f} times"
         counts = f", with a CPU for less than {OCCUPANCY_INVALID:.0%} of the time a trial that was alone does not count"
         limit = "" if occupancy is None else counts
-        yield Finding(
+        yield Disturbance(
             code="contended",
             message=f"{', '.join(filter(None, (waited, had, taken)))} (from {CONTENDED:.0%} waiting it is said{limit})",
             remedy="Stop other work on this machine, or give this process CPUs of its own (taskset, cpuset).",
@@ -254,7 +254,7 @@ def _contended(told: _Told, occupancy: float | None, *, in_turns: bool) -> Itera
         )
 
 
-def _withheld(told: _Told, *, in_turns: bool) -> Iterator[Finding]:
+def _withheld(told: _Told, *, in_turns: bool) -> Iterator[Disturbance]:
     for code, what, who, remedy in (
         ("stolen", "steal_s", "the hypervisor gave this machine's CPUs to others", "Use a machine of its own."),
         (
@@ -266,7 +266,7 @@ def _withheld(told: _Told, *, in_turns: bool) -> Iterator[Finding]:
     ):
         share = told.withheld_share(what)
         if share is not None and share > NOTICED:
-            yield Finding(
+            yield Disturbance(
                 code=code,
                 message=f"{who} for {share:.0%} of the CPU time that was asked for (from {NOTICED:.0%} it is said, "
                 f"above {WITHHELD_INVALID:.0%} a trial that was alone does not count)",

@@ -21,11 +21,12 @@ from harness.studies.protocol import Protocol
 from harness.studies.study import Study
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
+from harness.verdicts.notices import notices_of
 from harness.verdicts.series import series_of
 from harness.verdicts.standing import phases_of, ratios_of, standing_of
 
 
-def choose(findings: Sequence[Finding], code: str | None) -> Finding:
+def choose_finding(findings: Sequence[Finding], code: str | None) -> Finding:
     """The finding to try: the one named, or the most expensive that can be tried.
 
     Raises:
@@ -128,7 +129,7 @@ def judge_remedy(run: Run, finding: Finding) -> Tried:
     """Judge the run of such a study."""
     study = codec.from_json(Study, run.manifest.study, f"run {run.manifest.run}")
     stands, phase = standing_of(run, study), phases_of(run)[0]
-    control = stands.controls[phase]
+    control, known = stands.controls[phase], run.manifest.notices
     comparison = next(iter(ratios_of(series_of(run.records), study, stands.primary[phase], control).values()), None)
     return Tried(
         finding=finding,
@@ -138,6 +139,6 @@ def judge_remedy(run: Run, finding: Finding) -> Tried:
         comparison=comparison,
         control=control,
         failures=stands.failures,
-        notices=tuple(notice for notice in stands.notices if notice not in run.manifest.notices),
+        notices=tuple(notice for notice in notices_of(run, study, stands.controls) if notice not in known),
         valid=stands.valid and comparison is not None,
     )

@@ -1,4 +1,8 @@
-"""The metrics: what each is called, its unit, its phase, which way is worse, and how it follows from a record."""
+"""The metrics: what each is called, its unit, its phase, which way is worse, and how it follows from a record.
+
+A metric is one entry of the table below. Its samples, its column in a report, its row in a comparison and whether it is
+read as a loss follow from that entry, so a new one is written here and nowhere else.
+"""
 
 from __future__ import annotations
 
@@ -11,53 +15,184 @@ from harness.records.units import Unit
 
 Phase = Literal["train", "generate", "cold"]
 PHASES: tuple[Phase, ...] = ("train", "generate", "cold")
+Samples = tuple[float, ...]
+Column = Literal["", "always", "one workload", "own workloads"]
+"""Whether a metric is a column of its phase's table, beside the one that variants are compared by: never · always ·
+where all variants share a workload · where some have one of their own. Losses of different tokens are not set side by
+side, and tokens a second of the timed steps depend on whose records these held."""
+FINAL_SHARE = 4
+"""The final train loss is that of the last quarter of all steps; their number is the same for every trial."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Metric:
-    """A named quantity. `higher_is_better` orients ratios: above 1 is always worse."""
+    """A named quantity."""
 
     name: str
     title: str
     unit: Unit
     phase: Phase
     higher_is_better: bool = False
+    """Orients ratios: above 1 is always worse."""
+    derive: Callable[[TrialRecord], Samples] | None = None
+    """How its samples follow from a record, () where they do not; None where a record holds them under its name."""
+    is_loss: bool = False
+    """Whether it says nothing without the number of steps that were trained."""
+    column: Column = ""
+
+    def samples_of(self, record: TrialRecord) -> Samples:
+        """Samples of one trial; empty where it has none."""
+        if self.derive is not None:
+            return self.derive(record)
+        if self.name in record.samples:
+            return record.samples[self.name]
+        return (record.values[self.name],) if self.name in record.values else ()
 
 
-def _metric(name: str, title: str, unit: Unit, phase: Phase, *, higher: bool = False) -> tuple[str, Metric]:
-    return name, Metric(name=name, title=title, unit=unit, phase=phase, higher_is_better=higher)
+def _tokens_per_s(record: TrialRecord) -> Samples:
+    seconds = sum(record.samples.get("step_time_s", ()))
+    return (sum(record.samples["turn_real_tokens"]) / seconds,) if seconds else ()
 
 
-METRICS: dict[str, Metric] = dict(
-    (
-        _metric("step_time_s", "step time", "s", "train"),
-        _metric("step_cpu_time_s", "step CPU time", "s", "train"),
-        _metric("tokens_per_s", "real tokens/s", "1/s", "train", higher=True),
-        _metric("time_per_real_token_s", "time per real token", "s", "train"),
-        _metric("samples_per_s", "samples/s", "1/s", "train", higher=True),
-        _metric("first_step_time_s", "first step", "s", "train"),
-        _metric("energy_per_step_j", "energy per step", "J", "train"),
-        _metric("energy_per_token_j", "energy per real token", "J", "train"),
-        _metric("train_loss", "train loss", "1", "train"),
-        _metric("held_out_loss", "held-out loss", "1", "train"),
-        _metric("request_time_s", "request", "s", "generate"),
-        _metric("first_token_time_s", "time to first token", "s", "generate"),
-        _metric("time_per_output_token_s", "time per output token", "s", "generate"),
-        _metric("output_tokens_per_s", "output tokens/s", "1/s", "generate", higher=True),
-        _metric("natural_request_time_s", "request to its end", "s", "generate"),
-        _metric("natural_tokens", "tokens to the end", "1", "generate"),
-        _metric("natural_time_per_token_s", "per token, to the end", "s", "generate"),
-        _metric("first_call_time_s", "first call", "s", "generate"),
-        _metric("merged_request_time_s", "request, merged", "s", "generate"),
-        _metric("merged_first_token_time_s", "first token, merged", "s", "generate"),
-        _metric("merged_time_per_output_token_s", "per token, merged", "s", "generate"),
-        _metric("cold_start_time_s", "cold start to completion", "s", "cold"),
-        _metric("cold_import_time_s", "import", "s", "cold"),
-        _metric("cold_load_time_s", "load", "s", "cold"),
-        _metric("cold_first_token_time_s", "first token", "s", "cold"),
-        _metric("cold_completion_time_s", "first completion", "s", "cold"),
+def _time_per_real_token_s(record: TrialRecord) -> Samples:
+    """The time of each step over the real tokens that a step holds in the mean of an epoch.
+
+    A step takes as long for padding as for tokens. So dividing by the real tokens of the timed steps would put the
+    lengths of a few records into the number, and those of others in a trial whose warm-up was longer.
+    """
+    times = record.samples.get("step_time_s", ())
+    real, padded = record.tokens.get("real_tokens", 0), record.tokens.get("padded_tokens", 0)
+    positions = sum(sum(record.samples.get(f"turn_{kind}_tokens", ())) for kind in ("real", "padded"))
+    if not times or not real or not positions:
+        return ()
+    tokens = positions / len(times) * real / (real + padded)
+    return tuple(seconds / tokens for seconds in times)
+
+
+def _samples_per_s(record: TrialRecord) -> Samples:
+    seconds = sum(record.samples.get("step_time_s", ()))
+    return (sum(record.samples["turn_sequences"]) / seconds,) if seconds else ()
+
+
+def _output_tokens_per_s(record: TrialRecord) -> Samples:
+    tokens = record.values.get("new_tokens", 0.0)
+    return tuple(tokens / seconds for seconds in record.samples.get("request_time_s", ()))
+
+
+def _natural_time_per_token_s(record: TrialRecord) -> Samples:
+    pairs = zip(record.samples.get("natural_request_time_s", ()), record.samples.get("natural_tokens", ()), strict=True)
+    return tuple(seconds / tokens for seconds, tokens in pairs)
+
+
+def _final_train_loss(record: TrialRecord) -> Samples:
+    if "train_loss" not in record.samples:  # a trial that is not there to be timed ends its training early
+        return ()
+    losses = tuple(
+        loss for name in ("warmup_loss", "train_loss", "catch_up_loss") for loss in record.samples.get(name, ())
     )
-)
+    return losses[-max(1, len(losses) // FINAL_SHARE) :]
+
+
+def _energy_per(count: str) -> Callable[[TrialRecord], Samples]:
+    """The device's energy over how many steps or tokens it was spent on; nothing where either was not measured."""
+
+    def derive(record: TrialRecord) -> Samples:
+        energy, counted = record.values.get("device_energy_train_j"), record.values.get(count)
+        return (energy / counted,) if energy is not None and counted else ()
+
+    return derive
+
+
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric(name="step_time_s", title="step time", unit="s", phase="train", column="own workloads"),
+        Metric(name="step_cpu_time_s", title="step CPU time", unit="s", phase="train"),
+        Metric(
+            name="tokens_per_s",
+            title="real tokens/s",
+            unit="1/s",
+            phase="train",
+            higher_is_better=True,
+            derive=_tokens_per_s,
+            column="one workload",
+        ),
+        Metric(
+            name="time_per_real_token_s",
+            title="time per real token",
+            unit="s",
+            phase="train",
+            derive=_time_per_real_token_s,
+        ),
+        Metric(
+            name="samples_per_s",
+            title="samples/s",
+            unit="1/s",
+            phase="train",
+            higher_is_better=True,
+            derive=_samples_per_s,
+        ),
+        Metric(name="first_step_time_s", title="first step", unit="s", phase="train"),
+        Metric(
+            name="energy_per_step_j",
+            title="energy per step",
+            unit="J",
+            phase="train",
+            derive=_energy_per("energy_steps"),
+        ),
+        Metric(
+            name="energy_per_token_j",
+            title="energy per real token",
+            unit="J",
+            phase="train",
+            derive=_energy_per("energy_tokens"),
+        ),
+        Metric(
+            name="train_loss",
+            title="train loss",
+            unit="1",
+            phase="train",
+            derive=_final_train_loss,
+            is_loss=True,
+            column="one workload",
+        ),
+        Metric(
+            name="held_out_loss", title="held-out loss", unit="1", phase="train", is_loss=True, column="one workload"
+        ),
+        Metric(name="request_time_s", title="request", unit="s", phase="generate"),
+        Metric(name="first_token_time_s", title="time to first token", unit="s", phase="generate", column="always"),
+        Metric(
+            name="time_per_output_token_s", title="time per output token", unit="s", phase="generate", column="always"
+        ),
+        Metric(
+            name="output_tokens_per_s",
+            title="output tokens/s",
+            unit="1/s",
+            phase="generate",
+            higher_is_better=True,
+            derive=_output_tokens_per_s,
+        ),
+        Metric(name="natural_request_time_s", title="request to its end", unit="s", phase="generate", column="always"),
+        Metric(name="natural_tokens", title="tokens to the end", unit="1", phase="generate", column="always"),
+        Metric(
+            name="natural_time_per_token_s",
+            title="per token, to the end",
+            unit="s",
+            phase="generate",
+            derive=_natural_time_per_token_s,
+        ),
+        Metric(name="first_call_time_s", title="first call", unit="s", phase="generate"),
+        Metric(name="merged_request_time_s", title="request, merged", unit="s", phase="generate", column="always"),
+        Metric(name="merged_first_token_time_s", title="first token, merged", unit="s", phase="generate"),
+        Metric(name="merged_time_per_output_token_s", title="per token, merged", unit="s", phase="generate"),
+        Metric(name="cold_start_time_s", title="cold start to completion", unit="s", phase="cold"),
+        Metric(name="cold_import_time_s", title="import", unit="s", phase="cold", column="always"),
+        Metric(name="cold_load_time_s", title="load", unit="s", phase="cold", column="always"),
+        Metric(name="cold_first_token_time_s", title="first token", unit="s", phase="cold", column="always"),
+        Metric(name="cold_completion_time_s", title="first completion", unit="s", phase="cold", column="always"),
+    )
+}
+"""By name, in the order in which they are shown."""
 
 PHASE_TITLES: dict[Phase, str] = {
     "train": "Training",
@@ -80,83 +215,12 @@ def primary_metric(phase: Phase, *, own_workloads: bool) -> str:
     return "time_per_real_token_s" if phase == "train" and own_workloads else PRIMARY[phase]
 
 
-LOSSES = ("train_loss", "held_out_loss")
-"""Metrics that say nothing without the number of steps that were trained."""
-FINAL_SHARE = 4
-"""The final train loss is that of the last quarter of all steps; their number is the same for every trial."""
-
-
-def samples_of(record: TrialRecord, metric: str) -> tuple[float, ...]:
+def samples_of(record: TrialRecord, metric: str) -> Samples:
     """Samples of one trial; empty where it has none. Raises KeyError for a metric that does not exist."""
-    METRICS[metric]  # an unknown name must not read as "not measured"
-    if derive := _DERIVED.get(metric):
-        return derive(record)
-    if metric in record.samples:
-        return record.samples[metric]
-    return (record.values[metric],) if metric in record.values else ()
+    return METRICS[metric].samples_of(record)  # an unknown name must not read as "not measured"
 
 
-def _tokens_per_s(record: TrialRecord) -> tuple[float, ...]:
-    seconds = sum(record.samples.get("step_time_s", ()))
-    return (sum(record.samples["turn_real_tokens"]) / seconds,) if seconds else ()
-
-
-def _time_per_real_token_s(record: TrialRecord) -> tuple[float, ...]:
-    """The time of each step over the real tokens that a step holds in the mean of an epoch.
-
-    A step takes as long for padding as for tokens. So dividing by the real tokens of the timed steps would put the
-    lengths of a few records into the number, and those of others in a trial whose warm-up was longer.
-    """
-    times = record.samples.get("step_time_s", ())
-    real, padded = record.tokens.get("real_tokens", 0), record.tokens.get("padded_tokens", 0)
-    positions = sum(sum(record.samples.get(f"turn_{kind}_tokens", ())) for kind in ("real", "padded"))
-    if not times or not real or not positions:
-        return ()
-    tokens = positions / len(times) * real / (real + padded)
-    return tuple(seconds / tokens for seconds in times)
-
-
-def _samples_per_s(record: TrialRecord) -> tuple[float, ...]:
-    seconds = sum(record.samples.get("step_time_s", ()))
-    return (sum(record.samples["turn_sequences"]) / seconds,) if seconds else ()
-
-
-def _output_tokens_per_s(record: TrialRecord) -> tuple[float, ...]:
-    tokens = record.values.get("new_tokens", 0.0)
-    return tuple(tokens / seconds for seconds in record.samples.get("request_time_s", ()))
-
-
-def _natural_time_per_token_s(record: TrialRecord) -> tuple[float, ...]:
-    pairs = zip(record.samples.get("natural_request_time_s", ()), record.samples.get("natural_tokens", ()), strict=True)
-    return tuple(seconds / tokens for seconds, tokens in pairs)
-
-
-def _final_train_loss(record: TrialRecord) -> tuple[float, ...]:
-    if "train_loss" not in record.samples:  # a trial that is not there to be timed ends its training early
-        return ()
-    losses = tuple(
-        loss for name in ("warmup_loss", "train_loss", "catch_up_loss") for loss in record.samples.get(name, ())
-    )
-    return losses[-max(1, len(losses) // FINAL_SHARE) :]
-
-
-def _energy_per(count: str) -> Callable[[TrialRecord], tuple[float, ...]]:
-    """The device's energy over how many steps or tokens it was spent on; nothing where either was not measured."""
-
-    def derive(record: TrialRecord) -> tuple[float, ...]:
-        energy, counted = record.values.get("device_energy_train_j"), record.values.get(count)
-        return (energy / counted,) if energy is not None and counted else ()
-
-    return derive
-
-
-_DERIVED: dict[str, Callable[[TrialRecord], tuple[float, ...]]] = {
-    "tokens_per_s": _tokens_per_s,
-    "time_per_real_token_s": _time_per_real_token_s,
-    "samples_per_s": _samples_per_s,
-    "output_tokens_per_s": _output_tokens_per_s,
-    "natural_time_per_token_s": _natural_time_per_token_s,
-    "train_loss": _final_train_loss,
-    "energy_per_step_j": _energy_per("energy_steps"),
-    "energy_per_token_j": _energy_per("energy_tokens"),
-}
+def columns_of(phase: Phase, *, own_workloads: bool) -> tuple[str, ...]:
+    """Metrics that are columns of a phase's table; `own_workloads`: whether variants are measured on different ones."""
+    shown = ("always", "own workloads" if own_workloads else "one workload")
+    return tuple(metric.name for metric in METRICS.values() if metric.phase == phase and metric.column in shown)

@@ -13,7 +13,7 @@ from typing import Any
 
 from harness.machine.provenance import power_limit_w
 from harness.records import codec
-from harness.records.metrics import METRICS, PEAKS, PHASE_TITLES, Phase
+from harness.records.metrics import METRICS, PEAKS, PHASE_TITLES, Phase, columns_of
 from harness.records.record import Notice
 from harness.records.store import Run
 from harness.records.units import format_bytes, format_interval, format_ratio
@@ -21,24 +21,10 @@ from harness.report.progress import replicates_said, standing
 from harness.stats import Comparison
 from harness.studies.study import Study
 from harness.studies.workload import Workload
-from harness.verdicts.series import Series, series_of
-from harness.verdicts.standing import Groups, Standing, ratios_of, standing_of
+from harness.verdicts.notices import notices_of
+from harness.verdicts.series import Groups, Series, series_of
+from harness.verdicts.standing import Standing, ratios_of, standing_of
 
-COLUMNS: dict[Phase, tuple[str, ...]] = {
-    "train": ("tokens_per_s", "train_loss", "held_out_loss"),
-    "generate": (
-        "first_token_time_s",
-        "time_per_output_token_s",
-        "natural_request_time_s",
-        "natural_tokens",
-        "merged_request_time_s",
-    ),
-    "cold": ("cold_import_time_s", "cold_load_time_s", "cold_first_token_time_s", "cold_completion_time_s"),
-}
-"""Columns of a phase beside its primary metric; one that no variant measured is left out."""
-OWN_COLUMNS = ("step_time_s",)
-"""Those of training where variants have workloads of their own: losses of different tokens are not set side by side,
-and tokens a second of the timed steps depend on whose records these held."""
 TAIL = 0.95
 """The high percentile of warm requests that is shown where the samples support it."""
 BIRTH = "host_baseline_bytes"
@@ -105,7 +91,7 @@ def view_of(run: Run) -> RunView:
         notes=study.notes,
         tables=tuple(_table(phase, run, study, groups, stands) for phase in stands.controls),
         failures=stands.failures,
-        notices=stands.notices,
+        notices=notices_of(run, study, stands.controls),
         counts=dict(Counter(record.status for record in run.records)),
         state=run.state,
         valid=stands.valid,
@@ -116,7 +102,7 @@ def _table(phase: Phase, run: Run, study: Study, groups: Groups, stands: Standin
     metric, control = stands.primary[phase], stands.controls[phase]
     names = [variant.name for variant in study.variants if (variant.name, "variant") in groups]
     shown = [groups[(name, "variant")] for name in names]
-    asked = OWN_COLUMNS if phase == "train" and run.manifest.own_workloads else COLUMNS[phase]
+    asked = columns_of(phase, own_workloads=bool(run.manifest.own_workloads))
     columns = tuple(column for column in asked if any(series.trials(column) for series in shown))
     tails = [_tail(series, metric) for series in shown] if phase == "generate" else []
     tailed = any(tail is not None for tail in tails)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-__all__ = ["Pairing", "compare_trials", "decide", "effect_of"]
+__all__ = ["Pairing", "compare_family", "compare_trials", "decide", "decide_family", "effect_of", "step_down"]
 
 _HOW = {"none": "not paired", "replicate": "paired by replicate", "turn": "paired turn by turn"}
 
@@ -173,8 +173,19 @@ def compare_family(
             effects[name] = effect_of(base, candidate, _of(pairing, name))
         except ValueError as error:
             raise ValueError(f"comparison {name!r}: {error}") from error
+    return decide_family(effects, tolerance=tolerance, margin=margin, alpha=alpha)
 
-    def judge(name: str, left: int) -> Comparison:
+
+def decide_family(
+    effects: Mapping[K, Effect],
+    *,
+    tolerance: float | Mapping[K, float],
+    margin: float | Mapping[K, float],
+    alpha: float = 0.05,
+) -> dict[K, Comparison]:
+    """What `compare_family` makes of effects that are known already."""
+
+    def judge(name: K, left: int) -> Comparison:
         rule = Rule(tolerance=_of(tolerance, name), margin=_of(margin, name), alpha=alpha, family=left)
         return decide(effects[name], rule)
 
@@ -200,6 +211,6 @@ def step_down(names: Iterable[K], judge: Callable[[K, int], R], *, is_decided: C
         decided |= found
 
 
-def _of(value: T | Mapping[str, T], name: str) -> T:
+def _of(value: T | Mapping[K, T], name: K) -> T:
     """The value of a name, from a map or for all."""
     return value[name] if isinstance(value, Mapping) else value

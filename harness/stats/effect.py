@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
 from harness.stats.intervals import quantile
+from harness.stats.samples import medians_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -103,22 +104,22 @@ def log_ratios(
 def _log_medians(trials: Sequence[NDArray[float64]]) -> NDArray[float64]:
     import numpy as np
 
-    return np.log([np.median(trial) for trial in trials])
+    return np.asarray(np.log(medians_of(trials)))
 
 
 def _log_ratios_by_turn(base: Sequence[NDArray[float64]], candidate: Sequence[NDArray[float64]]) -> NDArray[float64]:
     """A replicate's value is the median of its log ratios, sample by sample."""
     import numpy as np
 
-    values = np.empty(len(base))
+    ratios = []
     for index, (ours, theirs) in enumerate(zip(base, candidate, strict=True)):
         if ours.size != theirs.size:
             raise ValueError(
                 f"trial {index}: base has {ours.size} samples and candidate {theirs.size}: pairing 'turn' pairs them "
                 "one by one; drop the samples of the turns that one side missed, or pass pairing='replicate'"
             )
-        values[index] = np.median(np.log(theirs) - np.log(ours))
-    return values
+        ratios.append(np.log(theirs) - np.log(ours))
+    return medians_of(ratios)
 
 
 def paired_effect(values: NDArray[float64], pairing: Pairing) -> Effect:

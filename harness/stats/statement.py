@@ -26,17 +26,17 @@ if TYPE_CHECKING:
     from numpy import float64
     from numpy.typing import NDArray
 
-Status = Literal["supported", "refuted", "inconclusive"]
+Support = Literal["supported", "refuted", "inconclusive"]
 By = Literal["difference", "equality", ""]
 
 _SHOWN_TAIL = 0.025
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
+class Conclusion:
     """What became of a statement, with the contrast that decided; all numbers are logs of ratios."""
 
-    status: Status
+    status: Support
     by: By
     """What was asserted; empty where nothing was."""
     contrast: int
@@ -83,7 +83,7 @@ class _Contrast:
         return abs(self.mean) + self.spread.half_width(tail)
 
 
-def beyond(contrasts: NDArray[float64], limit: float, *, alpha: float = 0.05, family: int = 1) -> Finding:
+def beyond(contrasts: NDArray[float64], limit: float, *, alpha: float = 0.05, family: int = 1) -> Conclusion:
     """The statement that every contrast is above `limit` (a log ratio >= 0); `contrasts` is replicates × contrasts.
 
     supported: the corrected interval of each lies above the limit · refuted: that of one, corrected for their number
@@ -94,18 +94,18 @@ def beyond(contrasts: NDArray[float64], limit: float, *, alpha: float = 0.05, fa
     tail = alpha / family / 2
     weakest = min(found, key=lambda one: one.low(tail))
     if weakest.low(tail) > limit + ROUNDING:
-        return _finding("supported", "difference", weakest, tail)
+        return _conclude("supported", "difference", weakest, tail)
     shared = tail / len(found)
     below = min(found, key=lambda one: one.high(shared))
     if below.high(shared) < limit - ROUNDING:
-        return _finding("refuted", "difference", below, shared)
+        return _conclude("refuted", "difference", below, shared)
     widest = max(found, key=lambda one: one.furthest(alpha))
     if widest.furthest(alpha) < limit:
-        return _finding("refuted", "equality", widest, alpha)
+        return _conclude("refuted", "equality", widest, alpha)
     return _open(weakest, tail, weakest.mean - limit, tail if weakest.mean > limit else shared)
 
 
-def within(contrasts: NDArray[float64], limit: float, *, alpha: float = 0.05, family: int = 1) -> Finding:
+def within(contrasts: NDArray[float64], limit: float, *, alpha: float = 0.05, family: int = 1) -> Conclusion:
     """The statement that every contrast is at most `limit` (a log ratio) from zero, in either direction.
 
     supported: the (1 - 2 alpha) interval of each lies inside · refuted: the corrected interval of one, corrected for
@@ -114,26 +114,26 @@ def within(contrasts: NDArray[float64], limit: float, *, alpha: float = 0.05, fa
     found = _checked(contrasts)
     widest = max(found, key=lambda one: one.furthest(alpha))
     if widest.furthest(alpha) < limit:
-        return _finding("supported", "equality", widest, alpha)
+        return _conclude("supported", "equality", widest, alpha)
     shared = alpha / family / 2 / len(found)
     outside = max(found, key=lambda one: one.nearest(shared))
     if outside.nearest(shared) > limit + ROUNDING:
-        return _finding("refuted", "difference", outside, shared)
+        return _conclude("refuted", "difference", outside, shared)
     short = limit - abs(widest.mean)
     return _open(widest, alpha, short, alpha if short > 0 else shared)
 
 
-def opposite(finding: Finding) -> Finding:
-    """The finding on the statement's negation."""
-    swapped: dict[Status, Status] = {"supported": "refuted", "refuted": "supported", "inconclusive": "inconclusive"}
-    return dataclasses.replace(finding, status=swapped[finding.status])
+def opposite(conclusion: Conclusion) -> Conclusion:
+    """The conclusion on the statement's negation."""
+    swapped: dict[Support, Support] = {"supported": "refuted", "refuted": "supported", "inconclusive": "inconclusive"}
+    return dataclasses.replace(conclusion, status=swapped[conclusion.status])
 
 
-def _open(contrast: _Contrast, tail: float, distance: float, decisive: float) -> Finding:
+def _open(contrast: _Contrast, tail: float, distance: float, decisive: float) -> Conclusion:
     """An open statement: `distance` is from the contrast to the limit, `decisive` the tail of the interval that would
     clear it on the side on which it lies."""
     needed = replicates_to_clear(abs(distance), contrast.spread.sd, decisive) if distance else None
-    return dataclasses.replace(_finding("inconclusive", "", contrast, tail), replicates_needed=needed)
+    return dataclasses.replace(_conclude("inconclusive", "", contrast, tail), replicates_needed=needed)
 
 
 def _checked(contrasts: NDArray[float64]) -> list[_Contrast]:
@@ -153,8 +153,8 @@ def _contrast(index: int, values: NDArray[float64]) -> _Contrast:
     return _Contrast(index=index, mean=effect.log_ratio, spread=effect.spread, replicates=effect.replicates)
 
 
-def _finding(status: Status, by: By, contrast: _Contrast, tail: float) -> Finding:
-    return Finding(
+def _conclude(status: Support, by: By, contrast: _Contrast, tail: float) -> Conclusion:
+    return Conclusion(
         status=status,
         by=by,
         contrast=contrast.index,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,32 +15,26 @@ from typing import Any
 from harness.errors import UsageError
 from harness.machine.provenance import differing_packages
 from harness.records import codec
-from harness.records.metrics import METRICS, PEAKS, PHASES, PRIMARY
+from harness.records.metrics import METRICS, PHASES, PRIMARY
 from harness.records.record import Interleaving, Notice
 from harness.records.store import Run
-from harness.stats import Comparison, Pairing
+from harness.stats import Comparison
 from harness.studies.study import Study
-from harness.verdicts.comparand import (
-    BYTES_SUFFIX,
-    Difference,
-    Measured,
-    control_faults,
-    listed,
-    measured_of,
-    run_faults,
-)
+from harness.verdicts.comparand import BYTES_SUFFIX, Difference, Measurements, measurements_of
 from harness.verdicts.notices import run_notices
 from harness.verdicts.outcome import (
-    Compared,
     ComparisonReport,
     LimitsOf,
-    compare_measured,
+    Pair,
     default_limits,
+    default_metrics,
+    judge_pairs,
+    matching,
+    rows_of,
     without_numbers,
 )
-from harness.verdicts.series import Series, compare_series, series_of, undisturbed, with_drops, without_equivalent
-
-Key = tuple[str, str]
+from harness.verdicts.series import Series, compare_series, pairing_of, pairs_of, series_of, without_equivalent
+from harness.verdicts.standing import control_faults, run_faults, say_broken
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,63 +68,62 @@ def report_of(run: Run, *, metrics: Sequence[str] = (), limits_of: LimitsOf = de
     Raises:
         UsageError: a run without sides.
     """
-    study = _study(run)
-    base, candidate = series_of(run.records, "base"), series_of(run.records, "candidate")
-    control = control_of(run)
-    faults = [*run_faults(run), *control_faults(control)]
-    broken = f"run {run.manifest.run}: {listed(faults)}" if faults else None
-    verdicts: dict[Key, Comparison] = {}
-    pairs: dict[Key, tuple[Measured, Measured]] = {}
-    levels: dict[Key, Interleaving] = {}
-    pairings: dict[Key, Pairing] = {}
-    for variant in study.variants:
-        sides = [groups.get((variant.name, "variant")) for groups in (base, candidate)]
-        if sides == [None, None]:
-            continue
-        ours, theirs = (measured_of(side, study, run.manifest.run) if side else None for side in sides)
-        for metric in _wanted(run, [side for side in (ours, theirs) if side], metrics):
-            key = variant.name, metric
-            levels[key] = _level(sides[0] or sides[1], metric)
-            said = [fault for fault in (broken, ours and ours.broken, theirs and theirs.broken) if fault]
-            if said or ours is None or theirs is None or not (ours.has(metric) and theirs.has(metric)):
-                verdicts[key] = without_numbers("invalid", said[0] if said else f"one side has no {metric}")
-                continue
-            verdicts[key] = without_numbers("invalid", "not compared")  # overwritten; keeps the order
-            pairs[key] = _in_pairs(ours, theirs, sides[0], sides[1], metric)  # type: ignore[arg-type]
-            pairings[key] = "turn" if levels[key] == "lockstep" else "replicate"
-    found = compare_measured(pairs, limits_of, lambda key: pairings[key])
-    doubted = any(result is None or result.verdict != "equivalent" for result in control.values())
-    if doubted:
+    study, control = _study(run), compare_base_to_itself(run)
+    broken = say_broken(run.manifest.run, [*run_faults(run), *control_faults(control.items())])
+    pairs = _pairs(run, study, broken, metrics)
+    verdicts = judge_pairs(pairs, limits_of)
+    if any(result is None or result.verdict != "equivalent" for result in control.values()):
         why = "the base against itself is not equivalent, so the candidate cannot be"
-        found = {
-            key: result if key[1].endswith(BYTES_SUFFIX) else without_equivalent(result, why)
-            for key, result in found.items()
-        }
-    for (name, metric), result in found.items():
-        pair = base[name, "variant"], candidate[name, "variant"]
-        drops = None if metric.endswith(BYTES_SUFFIX) else undisturbed(*pair, metric)
-        verdicts[name, metric] = with_drops(result, drops)
-    sides_said = run.manifest.sides
+        verdicts |= {pair.key: without_equivalent(verdicts[pair.key], why) for pair in pairs if not pair.of_memory}
+    sides = run.manifest.sides
     return ComparisonReport(
-        base=str(sides_said["base"]["label"]),
-        candidate=str(sides_said["candidate"]["label"]),
-        comparisons=tuple(
-            Compared(
-                variant=name,
-                metric=metric,
-                comparison=comparison,
-                tolerance=limits_of(name, metric).tolerance,
-                margin=limits_of(name, metric).margin,
-                interleaving=levels[name, metric],
-            )
-            for (name, metric), comparison in verdicts.items()
-        ),
+        base=str(sides["base"]["label"]),
+        candidate=str(sides["candidate"]["label"]),
+        comparisons=rows_of(pairs, verdicts, limits_of),
         control=control,
         notices=tuple(dict.fromkeys(_notices(run, study, control))),
     )
 
 
-def control_of(run: Run) -> dict[str, Comparison | None]:
+def _pairs(run: Run, study: Study, broken: str | None, metrics: Sequence[str]) -> list[Pair]:
+    """Every metric that is wanted of every variant that either side measured; `broken` forbids all numbers."""
+    groups = [series_of(run.records, side) for side in ("base", "candidate")]
+    pairs: list[Pair] = []
+    for variant in study.variants:
+        series = [side[variant.name, "variant"] for side in groups if (variant.name, "variant") in side]
+        sides = [measurements_of(one, study, run.manifest.run) for one in series]
+        said = [fault for fault in (broken, *(side.broken for side in sides)) if fault]
+        for metric in _wanted(run, sides, metrics) if sides else ():
+            if said or len(sides) < 2 or not all(side.has(metric) for side in sides):
+                refusal = without_numbers("invalid", said[0] if said else f"one side has no {metric}")
+                level = _level(series[0], metric)
+                pairs.append(Pair(variant=variant.name, metric=metric, interleaving=level, refusal=refusal))
+            else:
+                pairs.append(_pair(metric, (sides[0], sides[1]), (series[0], series[1])))
+    return pairs
+
+
+def _pair(metric: str, sides: tuple[Measurements, Measurements], series: tuple[Series, Series]) -> Pair:
+    """Both sides with the trials of the replicates that both have undisturbed; peaks need no pairs."""
+    name, level = sides[0].name, _level(series[0], metric)
+    if metric.endswith(BYTES_SUFFIX):
+        return Pair(variant=name, metric=metric, interleaving=level, sides=sides)
+    found = pairs_of(*series, metric)
+    base, candidate = (found.base, found.candidate) if found else ([], [])
+    return Pair(
+        variant=name,
+        metric=metric,
+        interleaving=level,
+        sides=(
+            dataclasses.replace(sides[0], trials={metric: base}),
+            dataclasses.replace(sides[1], trials={metric: candidate}),
+        ),
+        pairing=pairing_of(series[0], metric),
+        drops=found.drops if found else None,
+    )
+
+
+def compare_base_to_itself(run: Run) -> dict[str, Comparison | None]:
     """The base against itself, by phase; None where it was not measured."""
     groups = series_of(run.records, "base")
     found: dict[str, Comparison | None] = {}
@@ -177,53 +169,22 @@ def _study(run: Run) -> Study:
     return codec.from_json(Study, run.manifest.study, f"run {run.manifest.run}")
 
 
-def _level(series: Series | None, metric: str) -> Interleaving:
+def _level(series: Series, metric: str) -> Interleaving:
     """How the trials that measured it alternated; peaks come from solo trials."""
-    level = None if series is None or metric.endswith(BYTES_SUFFIX) else series.interleaving(metric)
+    level = None if metric.endswith(BYTES_SUFFIX) else series.interleaving(metric)
     return level or "replicates"
 
 
-def _wanted(run: Run, sides: Sequence[Measured], patterns: Sequence[str]) -> list[str]:
+def _wanted(run: Run, sides: Sequence[Measurements], patterns: Sequence[str]) -> list[str]:
     known = [metric for metric in METRICS if any(side.has(metric) for side in sides)]
     known += sorted({kind for side in sides for kind in side.peaks})
-    if patterns:
-        found = _matching(known, patterns)
-        if found or not any(side.broken for side in sides):
-            return found
-        primary = [PRIMARY[phase] for phase in PHASES if phase in run.manifest.phases]
-        return _matching(primary, patterns) or primary[:1]  # a failure left nothing; it must not read as no row at all
-    wanted: list[str] = []
-    for phase in PHASES:
-        if phase in run.manifest.phases:
-            wanted += [PRIMARY[phase], *[kind for kind in PEAKS[phase] if kind in known][:1]]
-    return wanted
-
-
-def _matching(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
-    return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
-
-
-def _in_pairs(
-    ours: Measured, theirs: Measured, base: Series, candidate: Series, metric: str
-) -> tuple[Measured, Measured]:
-    """Both sides with the trials of the replicates that both have undisturbed; peaks need no pairs."""
-    if metric.endswith(BYTES_SUFFIX):
-        return ours, theirs
-    replicates = [{record.replicate for record in side.measuring(metric)} for side in (base, candidate)]
-    both = sorted(replicates[0] & replicates[1])
-    drops = undisturbed(base, candidate, metric)
-    if drops is not None and drops.balanced:
-        both = [both[index] for index in drops.kept]
-
-    def kept(measured: Measured, side: Series) -> Measured:
-        chosen = [
-            trial
-            for trial, record in zip(side.trials(metric), side.measuring(metric), strict=True)
-            if record.replicate in both
-        ]
-        return dataclasses.replace(measured, trials={metric: chosen})
-
-    return kept(ours, base), kept(theirs, candidate)
+    if not patterns:
+        return default_metrics(run.manifest.phases, known)
+    found = matching(known, patterns)
+    if found or not any(side.broken for side in sides):
+        return found
+    primary = default_metrics(run.manifest.phases, ())
+    return matching(primary, patterns) or primary[:1]  # a failure left nothing; it must not read as no row at all
 
 
 def _notices(run: Run, study: Study, control: Mapping[str, Comparison | None]) -> Iterator[Notice]:

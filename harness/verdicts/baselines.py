@@ -82,9 +82,9 @@ def accept(name: str, runs: Path) -> tuple[Baseline, Baseline | None]:
         raise UsageError(f"run {run.path.name}: an A/B run has two sides and is no baseline. Accept an ordinary run.")
     stands = standing_of(run, codec.from_json(Study, run.manifest.study, f"run {run.manifest.run}"))
     if not stands.valid:
-        why = [*stands.failures, *(comparand_of(run).broken or "").splitlines()][:1] or ["see its report"]
+        why = next(iter(stands.failures), stands.broken)
         raise InvalidRunError(
-            f"run {run.path.name}: not valid, so it was not accepted: {why[0]}. See `lorameter report {run.path.name}`."
+            f"run {run.path.name}: not valid, so it was not accepted: {why}. See `lorameter report {run.path.name}`."
         )
     accepted = Baseline(
         fingerprint=run.manifest.fingerprint,

@@ -16,14 +16,15 @@ from typing import Any
 
 from harness.errors import UsageError, impossible
 from harness.records import codec
-from harness.records.metrics import METRICS, samples_of
+from harness.records.metrics import METRICS
 from harness.records.record import Notice
 from harness.records.store import Run
 from harness.stats import Comparison
 from harness.studies.study import Study
 from harness.studies.variant import Variant
-from harness.verdicts.comparand import BYTES_SUFFIX, Comparand, Measured, comparand_of, control_faults, fact_differences
+from harness.verdicts.comparand import BYTES_SUFFIX, Comparand, Measurements, comparand_of, fact_differences
 from harness.verdicts.series import Series, Trials
+from harness.verdicts.standing import control_faults
 
 FOREIGN_METRIC = "round_time_s"
 """What pytest-benchmark itself measures: the time of one round, whatever it held."""
@@ -52,7 +53,7 @@ def read_benchmark_json(path: Path) -> Comparand:
 
 
 def _foreign(where: str, rows: list[dict[str, Any]], machine: dict[str, Any]) -> Comparand:
-    sides: dict[str, Measured] = {}
+    sides: dict[str, Measurements] = {}
     for index, row in enumerate(rows):
         place = f"benchmarks[{index}]"
         name: str = _expect(where, f"{place}.fullname", row.get("fullname", row.get("name")), str)
@@ -63,7 +64,7 @@ def _foreign(where: str, rows: list[dict[str, Any]], machine: dict[str, Any]) ->
         trial = _numbers(where, f"{place}.stats.data", samples)
         median = _numbers(where, f"{place}.stats.median", [stats["median"]] if "median" in stats else [])
         trials = [trial] if trial else [median] if median else []
-        sides[name] = Measured(
+        sides[name] = Measurements(
             name=name,
             trials={FOREIGN_METRIC: trials} if trials else {},
             no_interval=ONE_PROCESS if trial else NO_SAMPLES,
@@ -86,7 +87,7 @@ def _ours(where: str, rows: list[dict[str, Any]], machine: dict[str, Any], data:
     facts = machine.get("lorameter")
     variants = _variants(where, about)
     failed = _expect(where, "lorameter.failed", about.get("failed", {}), dict)
-    sides = {str(name): Measured(name=str(name), broken=f"{where}: {why}") for name, why in failed.items()}
+    sides = {str(name): Measurements(name=str(name), broken=f"{where}: {why}") for name, why in failed.items()}
     phases: list[str] = []
     for index, row in enumerate(rows):
         info = _info(where, row)
@@ -100,7 +101,7 @@ def _ours(where: str, rows: list[dict[str, Any]], machine: dict[str, Any], data:
         sides[name] = _united(sides.get(name), side)
     control = _control(where, about)
     invalid = _optional(where, about, "invalid")
-    reasons = [invalid] if invalid else list(control_faults(control or {}))
+    reasons = [invalid] if invalid else list(control_faults((control or {}).items()))
     return Comparand(
         name=where,
         sides=sides,
@@ -116,7 +117,7 @@ def _ours(where: str, rows: list[dict[str, Any]], machine: dict[str, Any], data:
 
 def _measured(
     where: str, index: int, row: dict[str, Any], info: dict[str, Any], name: str, metric: str, variant: Variant | None
-) -> Measured:
+) -> Measurements:
     place = f"benchmarks[{index}]"
     trials = [
         _expect(where, f"{place}.extra_info.trials[{number}]", trial, dict)
@@ -142,7 +143,7 @@ def _measured(
         if kind.endswith(BYTES_SUFFIX):
             peaks[kind] = tuple(_numbers(where, f"{place}.extra_info.memory.{kind}", [value]))
     identity = info.get("variant")
-    return Measured(
+    return Measurements(
         name=name,
         id=identity if isinstance(identity, str) else None,
         variant=variant,
@@ -152,14 +153,14 @@ def _measured(
     )
 
 
-def _united(first: Measured | None, second: Measured) -> Measured:
+def _united(first: Measurements | None, second: Measurements) -> Measurements:
     """The phases of one variant stand in one entry each; what both hold is the same."""
     if first is None:
         return second
     broken = [reason for reason in (first.broken, second.broken) if reason]
     if first.id is not None and first.id != second.id:
         broken.append(f"two variants, {first.id} and {second.id}, have the name {second.name!r}")
-    return Measured(
+    return Measurements(
         name=second.name,
         id=second.id,
         variant=second.variant,
@@ -246,8 +247,8 @@ def _expect(where: str, key: str, value: Any, kind: type) -> Any:
 def extra_info(run: Run, series: Series, phase: str, metric: str) -> dict[str, Any]:
     """What stands beside the samples of one test: trial boundaries, other metrics of the phase, memory, checks."""
     measured = [name for name, item in METRICS.items() if item.phase == phase and series.measuring(name)]
-    trials = series.measuring(metric)
-    last = trials[-1]
+    trials = series.measured(metric)
+    last = trials[-1][0]
     checked = [record for record in series.ok if record.checks]
     kinds = dict.fromkeys(kind for record in series.ok for kind in record.memory)
     return {
@@ -260,15 +261,13 @@ def extra_info(run: Run, series: Series, phase: str, metric: str) -> dict[str, A
             {
                 "trial": record.trial,
                 "replicate": record.replicate,
-                "samples": len(samples_of(record, metric)),
+                "samples": len(samples),
                 "turn_lengths": list(record.turn_lengths) if phase == "train" else [],
             }
-            for record in trials
+            for record, samples in trials
         ],
         "medians": {
-            name: [statistics.median(samples_of(record, name)) for record in series.measuring(name)]
-            for name in measured
-            if name != metric
+            name: [statistics.median(samples) for samples in series.trials(name)] for name in measured if name != metric
         },
         "estimates": {name: codec.to_json(series.estimate(name)) for name in measured},
         "memory": {kind: max(record.memory.get(kind, 0) for record in series.ok) for kind in kinds},

@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from harness.errors import InvalidRunError
 from harness.records.metrics import PRIMARY, Phase
 from harness.records.store import Run
-from harness.stats import Comparison, Pairing, compare_trials, replicates_to_see, sd_interval
+from harness.stats import Comparison, compare_trials, replicates_to_see, sd_interval
 from harness.stats.comparison import effect_of
 from harness.studies.variant import Variant
-from harness.verdicts.series import Series, Trials, compare_series, paired_trials, pairing_of, series_of
+from harness.verdicts.outcome import TOLERANCE
+from harness.verdicts.series import Pairs, Series, compare_series, pairs_of, series_of
 
 EFFECTS = (0.01, 0.02, 0.05)
 """Slow-downs whose price is stated."""
@@ -36,7 +37,6 @@ PILOT_ROWS = (64, 512)
 """Rows of the two pilots; a line through both has the fixed cost of the extra calls in it."""
 MOST_ROWS = 10**6
 """Rows beyond which a plan is noise: their factor alone is 256 MB."""
-TOLERANCE = 0.01
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,25 +104,24 @@ def calibrate(run: Run, variant: Variant, phase: Phase = "train") -> Calibration
     except KeyError:
         raise InvalidRunError(f"run {run.manifest.run}: no trial of {variant.name} to calibrate with.") from None
     same, other = _pairs(base, twin, metric, run), _pairs(base, slow, metric, run)
-    both = min(len(same[0]), len(other[0]))
-    pairing = pairing_of(base, metric)
+    both = min(len(same.base), len(other.base))
     identical, planted = compare_series(base, twin, metric), compare_series(base, slow, metric)
     assert identical is not None and planted is not None  # noqa: PT018 - _pairs has looked
-    sd = _sd(same, pairing)
-    sd_low, sd_high = sd_interval(sd, len(same[0]) - 1)
+    sd = _sd(same)
+    sd_low, sd_high = sd_interval(sd, len(same.base) - 1)
     seconds = _seconds_per_replicate(run)
     return Calibration(
         run=run.manifest.run,
         device=str(run.manifest.provenance.get("device_name", "")),
         interleaving=str(base.interleaving(metric)),
-        replicates=len(same[0]),
+        replicates=len(same.base),
         seconds_per_replicate=seconds,
         identical=identical,
         planted=planted,
         sd=sd,
         sd_low=sd_low,
         sd_high=sd_high,
-        rates=tuple(_rates(same, other, size, pairing) for size in GATE_SIZES if size < both),
+        rates=tuple(_rates(same, other, size) for size in GATE_SIZES if size < both),
         prices=tuple(_price(effect, (sd_low, sd, sd_high), seconds) for effect in EFFECTS),
     )
 
@@ -144,10 +143,10 @@ def rows_for(planted: float, few: float, many: float) -> int:
     return rows
 
 
-def _pairs(base: Series, other: Series, metric: str, run: Run) -> tuple[Trials, Trials]:
-    pairs = paired_trials(base, other, metric)
-    if pairs is None or len(pairs[0]) < LEAST_REPLICATES:
-        count = 0 if pairs is None else len(pairs[0])
+def _pairs(base: Series, other: Series, metric: str, run: Run) -> Pairs:
+    pairs = pairs_of(base, other, metric)
+    if pairs is None or len(pairs.base) < LEAST_REPLICATES:
+        count = 0 if pairs is None else len(pairs.base)
         raise InvalidRunError(
             f"run {run.manifest.run}: {count} replicates are ok on both sides, and a calibration needs "
             f"{LEAST_REPLICATES}. Look at its report, or raise --replicates."
@@ -155,15 +154,15 @@ def _pairs(base: Series, other: Series, metric: str, run: Run) -> tuple[Trials, 
     return pairs
 
 
-def _rates(same: tuple[Trials, Trials], slow: tuple[Trials, Trials], size: int, pairing: Pairing) -> Rates:
+def _rates(same: Pairs, slow: Pairs, size: int) -> Rates:
     """Subsets of the replicates, without replacement: each is a run that the gate could have made."""
     drawer = random.Random(size)
     verdicts: Counter[tuple[str, str]] = Counter()
     for _ in range(DRAWS):
-        for name, (base, other) in (("same", same), ("slow", slow)):
-            chosen = drawer.sample(range(len(base)), size)
-            left, right = [base[index] for index in chosen], [other[index] for index in chosen]
-            verdicts[name, compare_trials(left, right, pairing=pairing).verdict] += 1
+        for name, pairs in (("same", same), ("slow", slow)):
+            chosen = drawer.sample(range(len(pairs.base)), size)
+            left, right = [pairs.base[index] for index in chosen], [pairs.candidate[index] for index in chosen]
+            verdicts[name, compare_trials(left, right, pairing=pairs.pairing).verdict] += 1
     return Rates(
         replicates=size,
         false_alarms=verdicts["same", "regressed"] / DRAWS,
@@ -185,8 +184,8 @@ def _price(effect: float, scatter: tuple[float, float, float], seconds: float) -
     )
 
 
-def _sd(pairs: tuple[Trials, Trials], pairing: Pairing) -> float:
-    spread = effect_of(*pairs, pairing).spread
+def _sd(pairs: Pairs) -> float:
+    spread = effect_of(pairs.base, pairs.candidate, pairs.pairing).spread
     assert spread is not None  # `_pairs` has seen to the replicates
     return spread.sd
 

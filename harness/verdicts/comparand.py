@@ -7,7 +7,7 @@ before any ratio is taken, so that a run directory and a saved benchmark file ca
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,20 +16,20 @@ from harness.machine import provenance
 from harness.machine.provenance import POWER_LIMIT
 from harness.records import codec
 from harness.records.metrics import METRICS
-from harness.records.record import Notice, TrialRecord
+from harness.records.record import Notice
 from harness.records.store import Run
 from harness.stats import Comparison
 from harness.studies.study import Study
 from harness.studies.variant import Variant
 from harness.verdicts.series import Series, Trials, series_of
-from harness.verdicts.standing import standing_of
+from harness.verdicts.standing import say_broken, standing_of, trial_faults
 
 BYTES_SUFFIX = "_bytes"
 """Ends the name of every kind of memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
+class Measurements:
     """One variant as one side measured it."""
 
     name: str
@@ -55,7 +55,7 @@ class Comparand:
     """One side of a comparison."""
 
     name: str
-    sides: Mapping[str, Measured] = field(default_factory=dict)
+    sides: Mapping[str, Measurements] = field(default_factory=dict)
     facts: Mapping[str, Any] | None = None
     """What must agree with the other side; None where nothing is known."""
     fingerprint: str | None = None
@@ -82,14 +82,12 @@ def comparand_of(run: Run) -> Comparand:
             f"`lorameter report {run.manifest.run}`."
         )
     study = codec.from_json(Study, run.manifest.study, f"run {run.manifest.run}")
-    groups = series_of(run.records)
-    control: dict[str, Comparison | None] = dict(standing_of(run, study).controls.items())
+    groups, stands = series_of(run.records), standing_of(run, study)
     sides = {
-        name: measured_of(series, study, run.manifest.run)
+        name: measurements_of(series, study, run.manifest.run)
         for (name, role), series in groups.items()
         if role == "variant"
     }
-    reasons = [*run_faults(run), *control_faults(control)]
     return Comparand(
         name=run.manifest.run,
         sides=sides,
@@ -97,54 +95,20 @@ def comparand_of(run: Run) -> Comparand:
         fingerprint=run.manifest.fingerprint,
         study=study.name,
         phases=run.manifest.phases,
-        control=control,
-        broken=f"run {run.manifest.run}: {listed(reasons)}" if reasons else None,
+        control=dict(stands.controls.items()),
+        broken=stands.broken,
     )
 
 
-MOST_FAULTS = 3
-"""Faults that are spelt out; a crash at the start of every trial has as many as there are trials."""
-
-
-def listed(faults: Sequence[str]) -> str:
-    """The first few faults, and how many there are beside them."""
-    more = len(faults) - MOST_FAULTS
-    return "; ".join(faults[:MOST_FAULTS]) + (f"; and {more} more" if more > 0 else "")
-
-
-def control_faults(control: Mapping[str, Comparison | None]) -> Iterator[str]:
-    """What the controls of a side say against all of its numbers."""
-    for phase, result in control.items():
-        if result is None:
-            yield f"the control of phase {phase!r} was not measured"
-        elif result.verdict in ("improved", "regressed"):
-            yield f"its control {result.verdict} in phase {phase!r}: the reference differs from itself"
-
-
-def run_faults(run: Run) -> Iterator[str]:
-    """What makes every number of a run doubtful: it is not complete, lines or trials are missing."""
-    if run.manifest.status != "complete":
-        yield f"its status is {run.manifest.status!r}, not 'complete'"
-    if run.damaged_lines:
-        yield f"{run.damaged_lines} lines of trials.jsonl are damaged"
-    known = {record.trial for record in run.records}
-    missing = [trial for trial in run.manifest.order if trial not in known]
-    if missing:
-        yield f"{len(missing)} planned trials left no record, {missing[0]} among them"
-    for record in run.records:
-        if record.role == "control" and record.status != "ok":
-            yield f"trial {record.trial} of the control is {record.status}"
-
-
-def measured_of(series: Series, study: Study, run: str) -> Measured:
+def measurements_of(series: Series, study: Study, run: str) -> Measurements:
     """One variant of a run, with the reason why it does not count, if there is one."""
-    faults = [fault for record in series.records for fault in _trial_faults(record, study)]
+    faults = [fault for record in series.records for fault in trial_faults(record, study)]
     variants = {variant.name: variant for variant in study.variants}
     ids = {record.variant for record in series.records}
     if len(ids) > 1:
         faults.append(f"its trials are of {len(ids)} different variants")
     kinds = dict.fromkeys(kind for record in series.ok for kind in record.memory if kind.endswith(BYTES_SUFFIX))
-    return Measured(
+    return Measurements(
         name=series.name,
         id=series.records[0].variant,
         variant=variants.get(series.name),
@@ -152,19 +116,8 @@ def measured_of(series: Series, study: Study, run: str) -> Measured:
         peaks={
             kind: tuple(float(record.memory[kind]) for record in series.ok if kind in record.memory) for kind in kinds
         },
-        broken=f"run {run}: {listed(faults)}" if faults else None,
+        broken=say_broken(run, faults),
     )
-
-
-def _trial_faults(record: TrialRecord, study: Study) -> Iterator[str]:
-    if record.status != "ok":
-        failure = record.failure
-        said = f" in {failure.phase}: {failure.message}" if failure else ""
-        yield f"trial {record.trial} is {record.status}{said}"
-    elif not study.allow_fallback:
-        for check in record.checks:
-            if check.get("required") is not None and check.get("status") != "active":
-                yield f"trial {record.trial}: required path {check.get('path')} is {check.get('status')}, not active"
 
 
 def machine_differences(base: Comparand, candidate: Comparand) -> list[Difference]:

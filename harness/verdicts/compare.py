@@ -16,13 +16,13 @@ import math
 from collections.abc import Mapping, Sequence
 
 from harness.errors import InvalidRunError, UsageError
-from harness.records.metrics import METRICS, PEAKS, PHASES, PRIMARY
+from harness.records.metrics import METRICS, PRIMARY
 from harness.records.record import Interleaving, Notice
 from harness.stats import Comparison, run_wide_shift
 from harness.verdicts.comparand import (
     BYTES_SUFFIX,
     Comparand,
-    Measured,
+    Difference,
     disagreement,
     machine_differences,
     unknown_power_limit,
@@ -30,13 +30,18 @@ from harness.verdicts.comparand import (
 )
 from harness.verdicts.outcome import (
     TOLERANCE,
-    Compared,
     ComparisonReport,
+    Key,
     LimitsOf,
-    compare_measured,
+    Pair,
     default_limits,
+    default_metrics,
+    judge_pairs,
+    matching,
+    rows_of,
     without_numbers,
 )
+from harness.verdicts.series import without_equivalent
 
 INTERLEAVING: Interleaving = "separate"
 FEWEST_FOR_SHIFT = 6
@@ -74,39 +79,24 @@ def compare(
     machine = machine_differences(base, candidate)
     names = dict.fromkeys((*base.sides, *candidate.sides))
     changed = {name: variant_differences(name, base, candidate) for name in names}
-    verdicts: dict[tuple[str, str], Comparison] = {}
-    pairs: dict[tuple[str, str], tuple[Measured, Measured]] = {}
-    for name in names:
-        ours, theirs = base.sides.get(name), candidate.sides.get(name)
-        for metric in _metrics_of(wanted, base, candidate, name):
-            verdicts[name, metric] = without_numbers("invalid", "not compared")  # overwritten; keeps the order
-            reason = _forbidden(base, candidate, name, metric)
-            if reason is None and (machine or changed[name]) and not force:
-                reason = without_numbers("not_comparable", disagreement([*machine, *changed[name]]))
-            if reason is not None or ours is None or theirs is None:
-                verdicts[name, metric] = reason or verdicts[name, metric]
-            else:
-                pairs[name, metric] = ours, theirs
-    verdicts |= compare_measured(pairs, limits_of)
+    pairs = [
+        _pair(name, metric, base, candidate, () if force else (*machine, *changed[name]))
+        for name in names
+        for metric in _metrics_of(wanted, base, candidate, name)
+    ]
+    verdicts = judge_pairs(pairs, limits_of)
     if not machine:  # with --force across machines a shift is what one asked to see
-        verdicts |= _shifted({key: comparison for key, comparison in verdicts.items() if key in pairs})
+        verdicts |= _shifted({pair.key: verdicts[pair.key] for pair in pairs if pair.refusal is None})
     differing = (*machine, *(difference for name in names for difference in changed[name]))
     if force and differing:
-        verdicts = {key: _without_equality(comparison) for key, comparison in verdicts.items()}
+        verdicts = {
+            key: without_equivalent(comparison, f"{comparison.reason}; but the sides are not comparable")
+            for key, comparison in verdicts.items()
+        }
     return ComparisonReport(
         base=base.name,
         candidate=candidate.name,
-        comparisons=tuple(
-            Compared(
-                variant=name,
-                metric=metric,
-                comparison=comparison,
-                tolerance=limits_of(name, metric).tolerance,
-                margin=limits_of(name, metric).margin,
-                interleaving=INTERLEAVING,
-            )
-            for (name, metric), comparison in verdicts.items()
-        ),
+        comparisons=rows_of(pairs, verdicts, limits_of),
         control=candidate.control,
         differing=differing,
         notices=(*base.notices, *candidate.notices, *_notices(base, candidate, wanted, verdicts)),
@@ -127,19 +117,11 @@ def _wanted(base: Comparand, candidate: Comparand, patterns: Sequence[str], *, a
                 near = difflib.get_close_matches(pattern, [*known, *METRICS], n=1)
                 hint = f"Did you mean {near[0]!r}?" if near else f"Measured: {', '.join(known) or 'nothing'}."
                 raise UsageError(f"metric {pattern!r}: neither known nor measured on either side. {hint}")
-        return tuple(metric for metric in known if any(fnmatch.fnmatchcase(metric, pattern) for pattern in patterns))
-    names: list[str] = []
-    if base.absent is not None:
-        shared = candidate.phases
-    else:
-        shared = tuple(phase for phase in base.phases if phase in candidate.phases)
-    for phase in PHASES:
-        if phase in shared:
-            names += [PRIMARY[phase], *[kind for kind in PEAKS[phase] if kind in known][:1]]
+        return tuple(matching(known, patterns))
+    phases = [phase for phase in candidate.phases if base.absent is not None or phase in base.phases]
     # What another project's file measured has no phase.
-    return tuple(names) + tuple(
-        metric for metric in known if metric not in METRICS and not metric.endswith(BYTES_SUFFIX)
-    )
+    foreign = [metric for metric in known if metric not in METRICS and not metric.endswith(BYTES_SUFFIX)]
+    return (*default_metrics(phases, known), *foreign)
 
 
 def _metrics_of(wanted: Sequence[str], base: Comparand, candidate: Comparand, name: str) -> list[str]:
@@ -148,7 +130,17 @@ def _metrics_of(wanted: Sequence[str], base: Comparand, candidate: Comparand, na
     found = [metric for metric in wanted if any(side.has(metric) for side in sides)]
     if found or not any(side.broken or not (side.trials or side.peaks) for side in sides):
         return found
-    return [metric for metric in wanted if not metric.endswith(BYTES_SUFFIX)] or list(wanted)[:1] or ["step_time_s"]
+    return [metric for metric in wanted if not metric.endswith(BYTES_SUFFIX)] or list(wanted)[:1] or [PRIMARY["train"]]
+
+
+def _pair(name: str, metric: str, base: Comparand, candidate: Comparand, differing: Sequence[Difference]) -> Pair:
+    """One metric of one variant, unpaired; `differing` forbids a ratio."""
+    ours, theirs = base.sides.get(name), candidate.sides.get(name)
+    refusal = _forbidden(base, candidate, name, metric)
+    if refusal is None and differing:
+        refusal = without_numbers("not_comparable", disagreement(differing))
+    sides = None if refusal is not None or ours is None or theirs is None else (ours, theirs)
+    return Pair(variant=name, metric=metric, interleaving=INTERLEAVING, sides=sides, refusal=refusal)
 
 
 def _forbidden(base: Comparand, candidate: Comparand, name: str, metric: str) -> Comparison | None:
@@ -170,7 +162,7 @@ def _forbidden(base: Comparand, candidate: Comparand, name: str, metric: str) ->
     return None
 
 
-def _shifted(found: Mapping[tuple[str, str], Comparison]) -> dict[tuple[str, str], Comparison]:
+def _shifted(found: Mapping[Key, Comparison]) -> dict[Key, Comparison]:
     """Every time as invalid, if nearly all moved alike: then it was the machine. {} if it was not.
 
     One ratio a variant and phase is asked, since metrics that follow from each other would count one movement twice.
@@ -193,16 +185,8 @@ def _shifted(found: Mapping[tuple[str, str], Comparison]) -> dict[tuple[str, str
     }
 
 
-def _without_equality(comparison: Comparison) -> Comparison:
-    if comparison.verdict != "equivalent":
-        return comparison
-    return dataclasses.replace(
-        comparison, verdict="inconclusive", reason=f"{comparison.reason}; but the sides are not comparable"
-    )
-
-
 def _notices(
-    base: Comparand, candidate: Comparand, wanted: Sequence[str], verdicts: Mapping[tuple[str, str], Comparison]
+    base: Comparand, candidate: Comparand, wanted: Sequence[str], verdicts: Mapping[Key, Comparison]
 ) -> list[Notice]:
     limit = unknown_power_limit(base, candidate)
     notices = [] if limit is None else [limit]

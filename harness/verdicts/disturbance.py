@@ -1,4 +1,4 @@
-"""What the surroundings say against a trial: findings by phase, and the record of one that must not count.
+"""What the surroundings say against a trial: disturbances by phase, and the record of one that must not count.
 
 A trial that came to its end beside somebody else's job, or on a card that protected itself from heat, has numbers of
 these and not of its variant. It is judged by its surroundings only (`harness.machine.validity`); a rule that looked at
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from harness.machine.validity import Finding, judge
+from harness.machine.validity import Disturbance, judge
 from harness.records.record import DISTURBED, Failure, Notice, TrialRecord
 from harness.verdicts.series import occupancy
 
@@ -17,7 +17,7 @@ WHILE = {"train": "training", "generate": "generating"}
 """The phases that are watched, as words."""
 
 
-def findings(record: TrialRecord, *, on_cpu: bool) -> Iterator[tuple[str, Finding]]:
+def disturbances_of(record: TrialRecord, *, on_cpu: bool) -> Iterator[tuple[str, Disturbance]]:
     """What the surroundings say against one trial, with the phase.
 
     A CPU of which a training trial of one thread had too little is left to the notice on occupancy, which counts for
@@ -26,32 +26,32 @@ def findings(record: TrialRecord, *, on_cpu: bool) -> Iterator[tuple[str, Findin
     in_turns = record.interleaving in ("shared-base", "lockstep")
     for phase in WHILE:
         share = occupancy(record) if on_cpu and phase == "train" else None
-        for finding in judge(record.values, record.memory, phase, in_turns=in_turns, occupancy=share):
-            if finding.code != "contended" or share is None or finding.invalid:
-                yield phase, finding
+        for disturbance in judge(record.values, record.memory, phase, in_turns=in_turns, occupancy=share):
+            if disturbance.code != "contended" or share is None or disturbance.invalid:
+                yield phase, disturbance
 
 
 def judged(record: TrialRecord, *, on_cpu: bool) -> TrialRecord:
     """The record itself, or as invalid where its surroundings were past a limit; the samples stay in it."""
-    past = [(phase, finding) for phase, finding in findings(record, on_cpu=on_cpu) if finding.invalid]
+    past = [(phase, one) for phase, one in disturbances_of(record, on_cpu=on_cpu) if one.invalid]
     if record.status != "ok" or not past:
         return record
-    message = "; ".join(f"while {WHILE[phase]} {finding.message}" for phase, finding in past)
+    message = "; ".join(f"while {WHILE[phase]} {one.message}" for phase, one in past)
     return record.replaced(status="invalid", failure=Failure(phase=past[0][0], kind=DISTURBED, message=message))
 
 
 def disturbances(records: Sequence[TrialRecord], *, on_cpu: bool) -> Iterator[Notice]:
     """A notice for each kind, those past the limit of what counts first."""
-    found = [(record, phase, finding) for record in records for phase, finding in findings(record, on_cpu=on_cpu)]
+    found = [(record, phase, one) for record in records for phase, one in disturbances_of(record, on_cpu=on_cpu)]
     found.sort(key=lambda one: (not one[2].invalid, -one[2].weight))
-    for code in dict.fromkeys(finding.code for _, _, finding in found):
+    for code in dict.fromkeys(disturbance.code for _, _, disturbance in found):
         alike = [one for one in found if one[2].code == code]
-        worst, phase, finding = alike[0]
+        worst, phase, disturbance = alike[0]
         past = sorted({record.trial for record, _, other in alike if other.invalid})
         trials = len({record.trial for record, _, _ in alike})
-        message = f"{trials} of {len(records)} trials; {worst.trial} while {WHILE[phase]}: {finding.message}."
+        message = f"{trials} of {len(records)} trials; {worst.trial} while {WHILE[phase]}: {disturbance.message}."
         message += f" Past the limit: {_some(past)}." if past else ""
-        yield Notice(code=code, message=message, remedy=finding.remedy)
+        yield Notice(code=code, message=message, remedy=disturbance.remedy)
 
 
 def _some(names: Sequence[str]) -> str:

@@ -14,7 +14,7 @@ from harness.records.units import format_ratio
 from harness.stats import Comparison, label_outliers, warmup_end
 from harness.studies.study import Study
 from harness.verdicts.disturbance import disturbances
-from harness.verdicts.series import OCCUPANCY_FLOOR, occupancy
+from harness.verdicts.series import OCCUPANCY_FLOOR, is_difference, occupancy
 
 DRIFT = 0.05
 """Change of level that is worth a word, a fraction."""
@@ -179,7 +179,7 @@ def _disturbed(run: Run) -> Iterator[Notice]:
 
 def _control(title: str, control: Comparison) -> Iterator[Notice]:
     ratio = format_ratio(control.ratio, control.low, control.high)
-    if control.verdict in ("improved", "regressed"):
+    if is_difference(control):
         yield Notice(
             code="control-failed",
             message=f"{title}: the reference differs from itself, {ratio}, so this run is invalid.",

@@ -1,14 +1,16 @@
 """What a comparison of two sides found, whatever the sides were: two runs, two files, or the two arms of an A/B run.
 
-One type, so that `compare`, `gate`, `ab` and the pytest plugin print the same verdicts and end with the same exit code.
+One family, one set of limits and one kind of row, so that `compare`, `gate`, `ab` and the pytest plugin print the same
+verdicts and end with the same exit code. Who compares says only how the sides are paired.
 What is not a finding of "no worse" is no pass: nothing compared, a missing baseline and an open question included.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,12 +24,13 @@ from harness.errors import (
     EXIT_USAGE,
 )
 from harness.records import codec
-from harness.records.metrics import METRICS
+from harness.records.metrics import PEAKS, PHASES, PRIMARY
 from harness.records.record import Interleaving, Notice
-from harness.stats import Comparison, Pairing, Verdict, compare_bytes, compare_family
-from harness.stats.comparison import effect_of
-from harness.verdicts.comparand import BYTES_SUFFIX, Difference, Measured
-from harness.verdicts.series import Trials
+from harness.stats import Comparison, KeptPairs, Pairing, Verdict, compare_bytes
+from harness.stats.comparison import decide_family, effect_of
+from harness.stats.effect import Effect
+from harness.verdicts.comparand import BYTES_SUFFIX, Difference, Measurements
+from harness.verdicts.series import oriented, with_drops
 
 SCHEMA = 1
 """Version of the JSON document of a comparison. 1: first form."""
@@ -170,61 +173,99 @@ def default_limits(variant: str, metric: str) -> Limits:
     return Limits(tolerance=0.0) if computed else Limits()
 
 
-def compare_measured(
-    pairs: Mapping[tuple[str, str], tuple[Measured, Measured]],
-    limits_of: LimitsOf,
-    pairing_of: Callable[[tuple[str, str]], Pairing] = lambda key: "none",
-) -> dict[tuple[str, str], Comparison]:
-    """Memory by its maximum; times as one family. What cannot be computed is invalid, with the reason.
+Key = tuple[str, str]
+"""A variant and a metric."""
 
-    `pairing_of` says by variant and metric what trial i of either side have in common; of other times: nothing.
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """One metric of one variant on both sides, as the sides were paired."""
+
+    variant: str
+    metric: str
+    interleaving: Interleaving
+    sides: tuple[Measurements, Measurements] | None = None
+    """Base and candidate; None where there is nothing to compare."""
+    pairing: Pairing = "none"
+    """What trial i of either side have in common."""
+    drops: KeptPairs | None = None
+    """Which pairs of trials are left; None where none could be dropped."""
+    refusal: Comparison | None = None
+    """The verdict where there is nothing to compare, or where the numbers do not count."""
+
+    @property
+    def key(self) -> Key:
+        """By which its verdict is found."""
+        return self.variant, self.metric
+
+    @property
+    def of_memory(self) -> bool:
+        """Whether these are bytes, which are no time."""
+        return self.metric.endswith(BYTES_SUFFIX)
+
+
+def default_metrics(phases: Collection[str], known: Collection[str]) -> list[str]:
+    """What is judged unless something else is asked for: of each phase its primary metric and its peak, if known."""
+    wanted: list[str] = []
+    for phase in PHASES:
+        if phase in phases:
+            wanted += [PRIMARY[phase], *[kind for kind in PEAKS[phase] if kind in known][:1]]
+    return wanted
+
+
+def matching(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
+    """The names that one of the patterns matches, in their order."""
+    return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def judge_pairs(pairs: Iterable[Pair], limits_of: LimitsOf) -> dict[Key, Comparison]:
+    """The verdict on each pair: memory by its maximum, times as one family that shares the error rate (Holm).
+
+    What cannot be computed is invalid, with the reason.
     """
-    found: dict[tuple[str, str], Comparison] = {}
-    times: dict[tuple[str, str], tuple[Trials, Trials]] = {}
-    for key, (ours, theirs) in pairs.items():
-        metric = key[1]
-        try:
-            if metric.endswith(BYTES_SUFFIX):
-                tolerance = limits_of(*key).tolerance
-                found[key] = compare_bytes(ours.peaks[metric], theirs.peaks[metric], tolerance=tolerance)
-                continue
-            trials = _oriented(ours, metric), _oriented(theirs, metric)
-            effect = effect_of(*trials, pairing_of(key))  # refuses here what would stop the whole family
-        except ValueError as error:
-            found[key] = without_numbers("invalid", f"the samples cannot be compared: {error}")
+    found: dict[Key, Comparison] = {}
+    effects: dict[Key, Effect] = {}
+    for pair in pairs:
+        if pair.sides is None or pair.refusal is not None:
+            found[pair.key] = pair.refusal or without_numbers("invalid", "not compared")
             continue
-        reasons = dict.fromkeys(side.no_interval for side in (ours, theirs) if side.no_interval)
+        try:
+            if pair.of_memory:
+                base, candidate = (side.peaks[pair.metric] for side in pair.sides)
+                found[pair.key] = compare_bytes(base, candidate, tolerance=limits_of(*pair.key).tolerance)
+                continue
+            ours, theirs = (oriented(side.trials[pair.metric], pair.metric) for side in pair.sides)
+            effect = effect_of(ours, theirs, pair.pairing)
+        except ValueError as error:
+            found[pair.key] = without_numbers("invalid", f"the samples cannot be compared: {error}")
+            continue
+        reasons = dict.fromkeys(side.no_interval for side in pair.sides if side.no_interval)
         if reasons:
-            found[key] = dataclasses.replace(
+            found[pair.key] = dataclasses.replace(
                 without_numbers("inconclusive", "; ".join(map(str, reasons))),
                 ratio=math.exp(effect.log_ratio),
                 replicates=effect.replicates,
             )
         else:
-            times[key] = trials
-    return found | _family(times, limits_of, pairing_of)
-
-
-def _family(
-    pairs: Mapping[tuple[str, str], tuple[Trials, Trials]],
-    limits_of: LimitsOf,
-    pairing_of: Callable[[tuple[str, str]], Pairing],
-) -> dict[tuple[str, str], Comparison]:
-    """One Holm family, each comparison with its own limits and pairing."""
-    keys = {f"{name}, {metric}": (name, metric) for name, metric in pairs}
-    results = compare_family(
-        {label: pairs[key] for label, key in keys.items()},
-        pairing={label: pairing_of(key) for label, key in keys.items()},
-        tolerance={label: limits_of(*key).tolerance for label, key in keys.items()},
-        margin={label: limits_of(*key).margin for label, key in keys.items()},
+            effects[pair.key] = effect
+    return found | decide_family(
+        effects,
+        tolerance={key: limits_of(*key).tolerance for key in effects},
+        margin={key: limits_of(*key).margin for key in effects},
         alpha=ALPHA,
     )
-    return {keys[label]: result for label, result in results.items()}
 
 
-def _oriented(side: Measured, metric: str) -> Trials:
-    """Samples of which more is worse."""
-    trials = side.trials[metric]
-    if metric not in METRICS or not METRICS[metric].higher_is_better:
-        return trials
-    return [tuple(1 / sample if sample else 0.0 for sample in trial) for trial in trials]
+def rows_of(pairs: Iterable[Pair], verdicts: Mapping[Key, Comparison], limits_of: LimitsOf) -> tuple[Compared, ...]:
+    """A row a pair, in their order, with its limits and with what was dropped of it."""
+    return tuple(
+        Compared(
+            variant=pair.variant,
+            metric=pair.metric,
+            comparison=with_drops(verdicts[pair.key], pair.drops),
+            tolerance=limits_of(*pair.key).tolerance,
+            margin=limits_of(*pair.key).margin,
+            interleaving=pair.interleaving,
+        )
+        for pair in pairs
+    )

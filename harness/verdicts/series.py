@@ -4,17 +4,18 @@ A variant may have several trials in a replicate: one that took turns with the o
 process that is alone. Each metric is measured by one kind of them only, so a metric's trials are those that have it,
 and its pairing follows from how those alternated.
 
-Derived metrics are computed here and nowhere else, so that a table, a saved benchmark and a comparison cannot
-disagree. Only trials that are ok have a series: an invalid trial is shown as such and never ranked.
+How samples follow from a record is said by the table of metrics and nowhere else, so that a report, a saved benchmark
+and a comparison cannot disagree. Only trials that are ok have a series: an invalid trial is shown as such and never
+ranked.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
-from harness.records.metrics import LOSSES, METRICS, samples_of
+from harness.records.metrics import METRICS, Samples, samples_of
 from harness.records.record import Interleaving, Role, Side, TrialRecord
 from harness.stats import (
     Comparison,
@@ -31,6 +32,10 @@ from harness.stats import (
     percentile,
 )
 
+Trial = tuple[TrialRecord, Samples]
+"""A trial and its samples of one metric."""
+Trials = list[Samples]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Series:
@@ -39,27 +44,36 @@ class Series:
     name: str
     role: Role
     records: tuple[TrialRecord, ...]
+    _known: dict[str, tuple[Trial, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """What `measured` has worked out; every table asks for it several times, and records do not change."""
 
     @property
     def ok(self) -> tuple[TrialRecord, ...]:
         """Trials whose numbers count."""
         return tuple(record for record in self.records if record.status == "ok")
 
-    def trials(self, metric: str) -> list[tuple[float, ...]]:
-        """One list of samples a trial that has any."""
-        return [samples_of(record, metric) for record in self.measuring(metric)]
-
-    def measuring(self, metric: str) -> tuple[TrialRecord, ...]:
+    def measured(self, metric: str) -> tuple[Trial, ...]:
         """Trials that are ok and have the metric; of losses those after the most steps, as no others are of the same
         training."""
-        having = tuple(record for record in self.ok if samples_of(record, metric))
-        if metric not in LOSSES:
-            return having
-        return tuple(record for record in having if _steps(record) == max(map(_steps, having)))
+        if metric not in self._known:
+            trials = [trial for record in self.ok if (trial := (record, samples_of(record, metric)))[1]]
+            if METRICS[metric].is_loss:
+                most = max((_steps(record) for record, _ in trials), default=0.0)
+                trials = [trial for trial in trials if _steps(trial[0]) == most]
+            self._known[metric] = tuple(trials)
+        return self._known[metric]
+
+    def measuring(self, metric: str) -> tuple[TrialRecord, ...]:
+        """The records of these trials."""
+        return tuple(record for record, _ in self.measured(metric))
+
+    def trials(self, metric: str) -> Trials:
+        """The samples of these trials."""
+        return [samples for _, samples in self.measured(metric)]
 
     def interleaving(self, metric: str) -> Interleaving | None:
         """How the trials that measured the metric alternated with those of other variants; None without any."""
-        return next((record.interleaving for record in self.measuring(metric)), None)
+        return next((record.interleaving for record, _ in self.measured(metric)), None)
 
     def estimate(self, metric: str) -> Estimate | QuantileEstimate | None:
         """The metric's estimate over replicates; None where nothing was measured.
@@ -80,30 +94,26 @@ class Series:
         return percentile([sample for trial in trials for sample in trial], q, effective_size=effective)
 
 
+Groups = Mapping[tuple[str, Role], Series]
+"""Series by variant and role."""
+
+
 def series_of(records: Sequence[TrialRecord], side: Side = "") -> dict[tuple[str, Role], Series]:
     """Records of one side grouped by variant and role, each in order of replicates, groups in order of appearance."""
-    records = [record for record in records if record.side == side]
-    keys = list(dict.fromkeys((record.name, record.role) for record in records))
+    groups: dict[tuple[str, Role], list[TrialRecord]] = {}
+    for record in records:
+        if record.side == side:
+            groups.setdefault((record.name, record.role), []).append(record)
     return {
-        (name, role): Series(
-            name=name,
-            role=role,
-            records=tuple(
-                sorted(
-                    (record for record in records if (record.name, record.role) == (name, role)),
-                    key=lambda record: record.replicate,
-                )
-            ),
-        )
-        for name, role in keys
+        (name, role): Series(name=name, role=role, records=tuple(sorted(group, key=lambda record: record.replicate)))
+        for (name, role), group in groups.items()
     }
 
 
-Trials = list[tuple[float, ...]]
 OCCUPANCY_FLOOR = 0.95
 """CPU time over wall time below which a CPU trial was disturbed. On a noisy machine keeping only what lies above cut
 the spread between processes from 29 % to 7 % (docs/method.md)."""
-LEAST_PAIRS = 5
+LEAST_UNDISTURBED = 5
 """Where fewer undisturbed pairs would remain, all are kept."""
 
 
@@ -117,32 +127,50 @@ def occupancy(record: TrialRecord) -> float | None:
     return sum(cpu) / wall if wall and cpu and record.values.get("threads", 1.0) == 1 else None
 
 
-def undisturbed(base: Series, candidate: Series, metric: str) -> KeptPairs | None:
-    """Which pairs of trials to compare, by a flag that does not look at their times; None where none can be dropped.
-
-    Trials that took turns shared every disturbance, and on a GPU the host may rightly wait: nothing is dropped there.
-    """
-    if pairing_of(base, metric) == "turn" or METRICS[metric].unit not in ("s", "1/s"):
-        return None
-    pairs = _pairs(base, candidate, metric)
-    flags = [[occupancy(record) for record in side] for side in zip(*pairs, strict=True)]
-    if not pairs or any(share is None for side in flags for share in side) or _on_device(pairs[0][0]):
-        return None
-    low = [[share is not None and share < OCCUPANCY_FLOOR for share in side] for side in flags]
-    return kept_pairs(low[0], low[1], least=LEAST_PAIRS)
-
-
 def _on_device(record: TrialRecord) -> bool:
     return any(kind.startswith("device_") for kind in record.memory)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pairs:
+    """Samples of two series in the replicates in which both measured a metric, the pairs that were dropped left out."""
+
+    base: Trials
+    candidate: Trials
+    pairing: Pairing
+    drops: KeptPairs | None
+    """Which pairs were kept; None where none could be dropped."""
+
+
+def pairs_of(base: Series, candidate: Series, metric: str) -> Pairs | None:
+    """What two series say of each other in one metric, as measured; None where no replicate is in both.
+
+    Pairs of disturbed trials are left out (`_undisturbed`), unless one side is disturbed more often than the other.
+    """
+    pairing = pairing_of(base, metric)
+    found = _common(base, candidate, metric, pairing)
+    drops = _undisturbed([(ours, theirs) for (ours, _), (theirs, _) in found], metric, pairing)
+    if drops is not None and drops.balanced:
+        found = [found[index] for index in drops.kept]
+    if not found:
+        return None
+    return Pairs(
+        base=[samples for (_, samples), _ in found],
+        candidate=[samples for _, (_, samples) in found],
+        pairing=pairing,
+        drops=drops,
+    )
+
+
 def compare_series(base: Series, candidate: Series, metric: str, *, family: int = 1) -> Comparison | None:
     """The comparison over the replicates that both have, paired as they alternated; None where there is none."""
-    pairs = paired_trials(base, candidate, metric)
+    pairs = pairs_of(base, candidate, metric)
     if pairs is None:
         return None
-    found = compare_trials(*pairs, pairing=pairing_of(base, metric), family=family)
-    return with_drops(found, undisturbed(base, candidate, metric))
+    found = compare_trials(
+        oriented(pairs.base, metric), oriented(pairs.candidate, metric), pairing=pairs.pairing, family=family
+    )
+    return with_drops(found, pairs.drops)
 
 
 def with_drops(comparison: Comparison, drops: KeptPairs | None) -> Comparison:
@@ -154,11 +182,13 @@ def with_drops(comparison: Comparison, drops: KeptPairs | None) -> Comparison:
 
 def compare_to_reference(base: Series, candidates: Sequence[Series], metric: str) -> dict[str, Comparison]:
     """Every candidate against the base, by name, with one error rate for all of them (Holm)."""
-    pairs = {candidate.name: paired_trials(base, candidate, metric) for candidate in candidates}
+    pairs = {candidate.name: pairs_of(base, candidate, metric) for candidate in candidates}
     found = {name: pair for name, pair in pairs.items() if pair is not None}
-    compared = compare_family(found, pairing=pairing_of(base, metric))
-    by_name = {candidate.name: candidate for candidate in candidates}
-    return {name: with_drops(one, undisturbed(base, by_name[name], metric)) for name, one in compared.items()}
+    compared = compare_family(
+        {name: (oriented(pair.base, metric), oriented(pair.candidate, metric)) for name, pair in found.items()},
+        pairing=pairing_of(base, metric),
+    )
+    return {name: with_drops(one, found[name].drops) for name, one in compared.items()}
 
 
 def pairing_of(series: Series, metric: str) -> Pairing:
@@ -166,35 +196,43 @@ def pairing_of(series: Series, metric: str) -> Pairing:
     return "turn" if series.interleaving(metric) in ("shared-base", "lockstep") else "replicate"
 
 
-def paired_trials(base: Series, candidate: Series, metric: str) -> tuple[Trials, Trials] | None:
-    """Samples of the replicates that both have, in the same order; None where there is none.
+def oriented(trials: Trials, metric: str) -> Trials:
+    """Samples of which more is worse: of a metric of which more is better the inverse, so that above 1 is always worse.
 
-    Pairs of disturbed trials are left out (`undisturbed`), unless one side is disturbed more often than the other. A
-    metric of which more is better is given by its inverse, so that above 1 is always worse.
+    Zero stays zero, which has no ratio and is refused as such. What no metric of ours is, another project's, is a time.
     """
-    pairs = _pairs(base, candidate, metric)
-    drops = undisturbed(base, candidate, metric)
-    if drops is not None and drops.balanced:
-        pairs = [pairs[index] for index in drops.kept]
-    if not pairs:
-        return None
-    left, right = ([samples_of(record, metric) for record in side] for side in zip(*pairs, strict=True))
-    if METRICS[metric].higher_is_better:
-        left, right = [_inverse(samples) for samples in left], [_inverse(samples) for samples in right]
-    return left, right
+    if metric not in METRICS or not METRICS[metric].higher_is_better:
+        return trials
+    return [tuple(1 / sample if sample else 0.0 for sample in trial) for trial in trials]
 
 
-def _pairs(base: Series, candidate: Series, metric: str) -> list[tuple[TrialRecord, TrialRecord]]:
+def _common(base: Series, candidate: Series, metric: str, pairing: Pairing) -> list[tuple[Trial, Trial]]:
     """Trials of the replicates in which both sides measured the metric; of losses those after the same training.
 
     Turns are paired with turns of the same attempt only: a run that broke off while the second was being written holds
     both.
     """
-    others = {record.replicate: record for record in candidate.measuring(metric)}
-    pairs = [(record, others[record.replicate]) for record in base.measuring(metric) if record.replicate in others]
-    if pairing_of(base, metric) == "turn":
-        pairs = [(ours, theirs) for ours, theirs in pairs if ours.attempt == theirs.attempt]
-    return [pair for pair in pairs if metric not in LOSSES or _trained_alike(*pair)]
+    others = {record.replicate: (record, samples) for record, samples in candidate.measured(metric)}
+    pairs = [(ours, others[ours[0].replicate]) for ours in base.measured(metric) if ours[0].replicate in others]
+    if pairing == "turn":
+        pairs = [(ours, theirs) for ours, theirs in pairs if ours[0].attempt == theirs[0].attempt]
+    if METRICS[metric].is_loss:
+        pairs = [(ours, theirs) for ours, theirs in pairs if _trained_alike(ours[0], theirs[0])]
+    return pairs
+
+
+def _undisturbed(pairs: Sequence[tuple[TrialRecord, TrialRecord]], metric: str, pairing: Pairing) -> KeptPairs | None:
+    """Which pairs of trials to compare, by a flag that does not look at their times; None where none can be dropped.
+
+    Trials that took turns shared every disturbance, and on a GPU the host may rightly wait: nothing is dropped there.
+    """
+    if not pairs or pairing == "turn" or METRICS[metric].unit not in ("s", "1/s") or _on_device(pairs[0][0]):
+        return None
+    flags = [[occupancy(record) for record in side] for side in zip(*pairs, strict=True)]
+    if any(share is None for side in flags for share in side):
+        return None
+    low = [[share is not None and share < OCCUPANCY_FLOOR for share in side] for side in flags]
+    return kept_pairs(low[0], low[1], least=LEAST_UNDISTURBED)
 
 
 def _steps(record: TrialRecord) -> float:
@@ -207,13 +245,14 @@ def _trained_alike(base: TrialRecord, candidate: TrialRecord) -> bool:
     return not cut or _steps(base) == _steps(candidate)
 
 
+def is_difference(comparison: Comparison) -> bool:
+    """Whether the sides differ, either way; of a control it says that nothing beside it can be believed."""
+    return comparison.verdict in ("improved", "regressed")
+
+
 def without_equivalent(comparison: Comparison, reason: str) -> Comparison:
     """A comparison that must not claim equality, because the control does not bear it out."""
     if comparison.verdict != "equivalent":
         return comparison
     # No number of replicates of this pair leads to "equivalent": it is the control that must be measured better.
     return dataclasses.replace(comparison, verdict="inconclusive", reason=reason, replicates_needed=None)
-
-
-def _inverse(samples: tuple[float, ...]) -> tuple[float, ...]:
-    return tuple(1 / sample for sample in samples)

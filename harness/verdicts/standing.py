@@ -5,34 +5,50 @@ Whoever asks is told the same: the report, a comparison, the gate, a baseline, a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from harness.records.metrics import PHASES, Phase, primary_metric
-from harness.records.record import Notice, Role
+from harness.records.record import TrialRecord
 from harness.records.store import Run
 from harness.stats import Comparison
 from harness.studies.study import Study
-from harness.verdicts.notices import notices_of
-from harness.verdicts.series import Series, compare_series, compare_to_reference, series_of, without_equivalent
+from harness.verdicts.series import (
+    Groups,
+    compare_series,
+    compare_to_reference,
+    is_difference,
+    series_of,
+    without_equivalent,
+)
 
-Groups = Mapping[tuple[str, Role], Series]
+MOST_FAULTS = 3
+"""Faults that are spelt out; a crash at the start of every trial has as many as there are trials."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Standing:
     """What is said of a run before any of its numbers."""
 
+    run: str
     primary: Mapping[Phase, str]
     """The metric that variants are compared by, of each phase that was measured."""
     controls: Mapping[Phase, Comparison | None]
     """The reference against itself measured twice, by phase; None: it should have been measured and was not."""
     failures: tuple[str, ...]
     """Trials without a result, each with its reason, and trials that left no record."""
-    notices: tuple[Notice, ...]
-    """What a reader of the numbers must know, each once."""
-    valid: bool
-    """False when a trial is not ok, a line is lost, or a control is missing or came out as a difference."""
+    faults: tuple[str, ...]
+    """What makes every number doubtful; a trial that failed makes those of its variant so."""
+
+    @property
+    def valid(self) -> bool:
+        """Whether every trial is ok, no line is lost, and every control is there and came out as no difference."""
+        return not self.failures and not self.faults
+
+    @property
+    def broken(self) -> str | None:
+        """Why no number counts; None where they do."""
+        return say_broken(self.run, self.faults)
 
 
 def standing_of(run: Run, study: Study) -> Standing:
@@ -42,20 +58,53 @@ def standing_of(run: Run, study: Study) -> Standing:
     controls = {
         phase: control_of(groups, study.reference, metric, family=len(primary)) for phase, metric in primary.items()
     }
-    failures = (*_failures(run), *_missing(run))
     return Standing(
+        run=run.manifest.run,
         primary=primary,
         controls=controls,
-        failures=failures,
-        notices=notices_of(run, study, controls),
-        valid=(
-            not failures
-            and not run.damaged_lines
-            and run.manifest.status == "complete"
-            and all(control is not None for control in controls.values())
-            and not any(control.verdict in ("improved", "regressed") for control in controls.values() if control)
-        ),
+        failures=(*_failures(run), *_missing(run)),
+        faults=(*run_faults(run), *control_faults(controls.items())),
     )
+
+
+def run_faults(run: Run) -> Iterator[str]:
+    """What makes every number of a run doubtful: it is not complete, lines or trials are missing."""
+    if run.manifest.status != "complete":
+        yield f"its status is {run.manifest.status!r}, not 'complete'"
+    if run.damaged_lines:
+        yield f"{run.damaged_lines} lines of trials.jsonl are damaged"
+    if missing := _without_record(run):
+        yield f"{len(missing)} planned trials left no record, {missing[0]} among them"
+    for record in run.records:
+        if record.role == "control" and record.status != "ok":
+            yield f"trial {record.trial} of the control is {record.status}"
+
+
+def control_faults(controls: Iterable[tuple[str, Comparison | None]]) -> Iterator[str]:
+    """What the controls of a side, each with its phase, say against all of its numbers."""
+    for phase, control in controls:
+        if control is None:
+            yield f"the control of phase {phase!r} was not measured"
+        elif is_difference(control):
+            yield f"its control {control.verdict} in phase {phase!r}: the reference differs from itself"
+
+
+def trial_faults(record: TrialRecord, study: Study) -> Iterator[str]:
+    """What makes the numbers of a trial's variant doubtful: it did not end well, or without a path that is required."""
+    if record.status != "ok":
+        yield f"trial {record.trial} is {_ending(record)}"
+    elif not study.allow_fallback:
+        for check in record.checks:
+            if check.get("required") is not None and check.get("status") != "active":
+                yield f"trial {record.trial}: required path {check.get('path')} is {check.get('status')}, not active"
+
+
+def say_broken(run: str, faults: Sequence[str]) -> str | None:
+    """The first few faults of a run, and how many there are beside them; None of none."""
+    if not faults:
+        return None
+    more = len(faults) - MOST_FAULTS
+    return f"run {run}: {'; '.join(faults[:MOST_FAULTS])}" + (f"; and {more} more" if more > 0 else "")
 
 
 def phases_of(run: Run) -> tuple[Phase, ...]:
@@ -89,15 +138,21 @@ def ratios_of(groups: Groups, study: Study, metric: str, control: Comparison | N
 def _failures(run: Run) -> Iterator[str]:
     for record in run.records:
         if record.status != "ok":
-            failure = record.failure
-            said = f" in {failure.phase}: {failure.message}" if failure else ""
-            yield f"{record.trial}: {record.status}{said} (log: {record.log})"
+            yield f"{record.trial}: {_ending(record)} (log: {record.log})"
 
 
 def _missing(run: Run) -> Iterator[str]:
     """Trials of the plan that left no record: the parent was killed, or the run is still going on."""
-    known = {record.trial for record in run.records}
-    missing = [trial for trial in run.manifest.order if trial not in known]
-    if missing:
+    if missing := _without_record(run):
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         yield f"{shown}: no record (the run is {run.state})"
+
+
+def _without_record(run: Run) -> list[str]:
+    known = {record.trial for record in run.records}
+    return [trial for trial in run.manifest.order if trial not in known]
+
+
+def _ending(record: TrialRecord) -> str:
+    failure = record.failure
+    return record.status + (f" in {failure.phase}: {failure.message}" if failure else "")

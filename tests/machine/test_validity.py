@@ -25,7 +25,7 @@ def found(changes=None, memory=None, *, in_turns=False, occupancy=None, phase="t
     return judge(QUIET | (changes or {}), memory or {}, phase, in_turns=in_turns, occupancy=occupancy)
 
 
-def test_a_quiet_trial_has_no_findings():
+def test_a_quiet_trial_has_no_disturbances():
     """Nor has one of which nothing was measured."""
     assert found() == ()
     assert judge({}, {}, "train", in_turns=False) == ()
@@ -45,7 +45,7 @@ def test_a_quiet_trial_has_no_findings():
         ("quota", {"host_quota_stall_train_s": 2.0}, {"host_quota_stall_train_s": 36.0}),
     ],
 )  # fmt: skip
-def test_a_finding_is_a_notice_and_past_its_limit_invalid(code, noticed, past):
+def test_a_disturbance_is_a_notice_and_past_its_limit_invalid(code, noticed, past):
     """Each says both numbers and what to do."""
     for changes, invalid in ((noticed, False), (past, True)):
         (one,) = found(changes)
@@ -64,7 +64,7 @@ def test_a_finding_is_a_notice_and_past_its_limit_invalid(code, noticed, past):
         ("contended", {"host_cpu_stall_train_s": 90.0}),
     ],
 )
-def test_some_findings_never_make_a_trial_invalid(code, changes):
+def test_some_disturbances_never_make_a_trial_invalid(code, changes):
     """Measuring again would find the same, or they say less than they seem to."""
     (one,) = found(changes)
     assert (one.code, one.invalid) == (code, False)
@@ -134,7 +134,7 @@ def test_the_worst_stands_first():
     [("host_steal_train_s", "host_busy_train_s"), ("host_quota_stall_train_s", "host_quota_used_train_s")],
 )
 def test_what_was_withheld_is_a_share_of_the_cpu_time_that_was_asked_for(withheld, given):
-    """Of 64 CPUs 0.5 % is a third of the wall clock and no finding; without what was given there is no share."""
+    """Of 64 CPUs 0.5 % is a third of the wall clock and no disturbance; without what was given there is no share."""
     assert found({withheld: 32.0, given: 6368.0}) == ()
     (one,) = found({withheld: 100.0, given: 100.0})
     assert one.invalid

@@ -8,7 +8,7 @@ from harness.commands.profile import _try
 from harness.errors import UsageError
 from harness.machine.provenance import probe_machine
 from harness.profile.diagnosis import Finding
-from harness.profile.remedy import choose, judge_remedy, make_pair
+from harness.profile.remedy import choose_finding, judge_remedy, make_pair
 from harness.records import store
 from harness.records.record import Failure
 from harness.report.view import view_of
@@ -39,20 +39,20 @@ def padded(small_study):
     )
 
 
-def test_the_dearest_finding_that_can_be_tried_is_choose():
+def test_the_dearest_finding_that_can_be_tried_is_chosen():
     """Without a name the first with a change; one that cannot be tried is refused, with why and with those that can."""
     found = (finding("contention", obstacle="it is the machine's"), PACKED, finding("dropout", lora_dropout=0.0))
-    assert choose(found, None).code == choose(found, "padding").code == "padding"
-    assert choose(found, "dropout").code == "dropout"
+    assert choose_finding(found, None).code == choose_finding(found, "padding").code == "padding"
+    assert choose_finding(found, "dropout").code == "dropout"
     known = r"Can be tried: padding, dropout"
     for code, words in (
         ("contention", r"Do it\. That cannot be tried here: it is the machine's"),
         ("data-wait", "not"),
     ):
         with pytest.raises(UsageError, match=rf"{words}.*{known}"):
-            choose(found, code)
+            choose_finding(found, code)
     with pytest.raises(UsageError, match="no finding"):
-        choose(found[:1], None)
+        choose_finding(found[:1], None)
 
 
 def test_the_present_variant_is_the_reference_of_two():

@@ -6,7 +6,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from harness.stats.samples import checked_number, checked_samples, checked_trials
+from harness.stats.samples import checked_number, checked_samples, checked_trials, medians_of
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 0.0, -0.5])
@@ -78,3 +78,11 @@ def test_strict_limit_refuses_its_bound():
     assert checked_number("tolerance", 0, at_least=0, strictly=False) == 0.0
     with pytest.raises(ValueError, match=r"margin is 0: .*above 0"):
         checked_number("margin", 0, at_least=0, strictly=True)
+
+
+def test_medians_are_those_of_each_trial():
+    """To the bit, whether all are taken at once or one by one because the trials differ in length."""
+    rng = np.random.default_rng(7)
+    for sizes in ([6] * 4, [5] * 4, [1, 2, 3], [8]):
+        trials = [rng.lognormal(0, 3, size) for size in sizes]
+        assert medians_of(trials).tolist() == [float(np.median(trial)) for trial in trials]

@@ -151,7 +151,7 @@ def test_false_statements_at_the_limit_keep_their_rate(statement, mean, false):
     assert said > 0
 
 
-def test_the_opposite_of_a_finding():
+def test_the_opposite_of_a_conclusion():
     """What supports a statement refutes its negation; an open question stays open."""
     assert opposite(within(around(0.0), MARGIN)).status == "refuted"
     assert opposite(within(around(0.1), MARGIN)).status == "supported"

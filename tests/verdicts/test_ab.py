@@ -16,7 +16,7 @@ from harness.errors import UsageError
 from harness.records import codec, store
 from harness.records.record import Failure, TrialRecord
 from harness.records.store import Manifest, RunWriter
-from harness.verdicts.ab import attribution_document, attribution_of, control_of, report_of
+from harness.verdicts.ab import attribution_document, attribution_of, compare_base_to_itself, report_of
 
 TURNS = 30
 MIB = 2**20
@@ -148,6 +148,20 @@ def test_identical_sides_are_equivalent_by_a_control_that_is(write_ab, report):
         assert word in text
 
 
+def test_turns_of_two_attempts_are_no_pair(write_ab):
+    """A side that was measured again took other turns than the side it stands against."""
+
+    def again(record):
+        measured_again = (record.name, record.side, record.replicate) == ("nf4", "candidate", 0)
+        return record.replaced(attempt=1) if measured_again else record
+
+    found = report_of(write_ab({"plain": 1.0, "nf4": 1.0}, change=again))
+    assert {row.variant: row.comparison.replicates for row in found.comparisons if row.metric == "step_time_s"} == {
+        "plain": 8,
+        "nf4": 7,
+    }
+
+
 def test_an_inconclusive_control_forbids_equivalent(write_ab, report):
     """What was equivalent is open (3), and the reason names the control; peaks, which no clock decides, stay."""
     run = write_ab({"plain": 1.0, "nf4": 1.0}, control=alternating(0.1))
@@ -173,7 +187,7 @@ def test_a_base_that_differs_from_itself_makes_everything_invalid(write_ab, repo
     """Whichever way it differs and whatever the candidate did: exit 4, no ratio is given."""
     run = write_ab({"plain": 1.5, "nf4": 1.0}, control=factor)
     found = report_of(run)
-    assert control_of(run)["train"].verdict == word
+    assert compare_base_to_itself(run)["train"].verdict == word
     assert {row.verdict for row in found.comparisons} == {"invalid"}
     assert all(row.comparison.ratio is None and f"control {word}" in row.comparison.reason for row in found.comparisons)
     code, text = report()
@@ -363,7 +377,7 @@ def test_every_phase_has_its_metric_and_its_control(write_ab):
     assert {row.metric for row in report_of(run).comparisons} == {
         "step_time_s", "request_time_s", "host_peak_train_bytes",
     }  # fmt: skip
-    assert set(control_of(run)) == {"train", "generate"}
+    assert set(compare_base_to_itself(run)) == {"train", "generate"}
 
     def slow_requests(record):
         if record.role != "control":

@@ -1,8 +1,10 @@
-"""From records to series: derived metrics, pairing by replicate, orientation."""
+"""From records to series: pairing by replicate, orientation, what is left out."""
+
+import dataclasses
 
 import pytest
 
-from harness.records.metrics import samples_of
+from harness.records.metrics import METRICS
 from harness.records.record import TrialRecord
 from harness.stats import compare_trials
 from harness.verdicts.series import Series, compare_series, series_of, without_equivalent
@@ -18,46 +20,6 @@ def record(name="a", replicate=0, status="ok", role="variant", step=0.5, **field
         position=0, interleaving="replicates", seed=0, started_unix_s=0.0, wall_time_s=1.0, samples=samples,
         values={"held_out_loss": 3.0, "new_tokens": 8.0}, **fields,
     )  # fmt: skip
-
-
-def test_derived_metrics_are_what_their_names_say():
-    """Tokens and sequences over the timed seconds, output tokens over each request, the last quarter of the losses."""
-    one = record()
-    assert samples_of(one, "tokens_per_s") == (64.0,)
-    assert samples_of(one, "samples_per_s") == (4.0,)
-    assert samples_of(one, "output_tokens_per_s") == (4.0, 2.0)
-    assert samples_of(one, "train_loss") == (1.0,)
-    longer = record()
-    longer.samples.update(warmup_loss=(9.0,) * 3, catch_up_loss=(0.5,))
-    assert samples_of(longer, "train_loss") == (1.0, 0.5)  # the last quarter of all eight
-    assert samples_of(one, "held_out_loss") == (3.0,)
-    assert samples_of(one, "cold_start_time_s") == ()
-
-
-def test_energy_is_per_step_and_per_real_token():
-    """Of the steps that it was measured over; without a counter there is none, and no zero."""
-    one = record()
-    assert samples_of(one, "energy_per_step_j") == ()
-    one.values.update(device_energy_train_j=900.0, energy_steps=6.0, energy_tokens=3000.0)
-    assert samples_of(one, "energy_per_step_j") == (150.0,)
-    assert samples_of(one, "energy_per_token_j") == (0.3,)
-
-
-def test_the_time_of_a_real_token_is_that_of_an_epoch():
-    """Each step's time over the real tokens that a step has in the mean; what the timed steps held does not matter."""
-    one = record(tokens={"real_tokens": 300, "padded_tokens": 100})
-    assert samples_of(record(), "time_per_real_token_s") == ()
-    assert samples_of(one, "time_per_real_token_s") == pytest.approx(
-        (0.5 / 24,) * 4
-    )  # 32 positions a step, 3 of 4 real
-    one.samples.update(turn_real_tokens=(60.0, 40.0), turn_padded_tokens=(4.0, 24.0))
-    assert samples_of(one, "time_per_real_token_s") == pytest.approx((0.5 / 24,) * 4)
-
-
-def test_an_unknown_metric_is_an_error():
-    """A typo must not read as "not measured"."""
-    with pytest.raises(KeyError):
-        samples_of(record(), "step_time")
 
 
 def test_only_trials_that_are_ok_count():
@@ -168,12 +130,6 @@ def test_the_pairing_follows_from_how_the_trials_alternated(level, words):
     assert base.interleaving("step_time_s") == level
 
 
-def test_a_trial_that_times_no_steps_has_no_final_loss():
-    """Its training ends early, so what it lost last is not the loss after all steps."""
-    solo = record().replaced(samples={"warmup_loss": (5.0, 4.0)})
-    assert samples_of(solo, "train_loss") == ()
-
-
 def test_a_cold_start_is_a_median_with_order_statistics():
     """One value a process: five reach no 95 % interval, six do."""
 
@@ -212,3 +168,43 @@ def test_turns_are_paired_within_one_attempt(level, pairs):
         return Series(name=name, role="variant", records=tuple(changed))
 
     assert compare_series(series("a", (0, 1, 0)), series("b", (0, 0, 0)), "step_time_s").replicates == pairs
+
+
+def test_a_value_of_zero_has_no_ratio_in_either_direction():
+    """A throughput of zero is refused as a time of zero is, and not by a division."""
+    base, other = (
+        Series(name=name, role="variant", records=tuple(record(name, i) for i in range(2))) for name in ("a", "b")
+    )
+    for one in other.records:
+        one.samples["turn_real_tokens"] = (0.0, 0.0)
+    with pytest.raises(ValueError, match="above zero"):
+        compare_series(base, other, "tokens_per_s")
+
+
+def test_of_losses_only_those_after_the_most_steps_count():
+    """A trial that was cut short was trained less."""
+    records = [record("a", replicate) for replicate in range(3)]
+    for one, steps in zip(records, (12.0, 8.0, 12.0), strict=True):
+        one.values["training_steps"] = steps
+    series = Series(name="a", role="variant", records=tuple(records))
+    assert [one.replicate for one in series.measuring("held_out_loss")] == [0, 2]
+    assert len(series.trials("step_time_s")) == 3
+
+
+def test_samples_are_worked_out_once_a_trial(monkeypatch):
+    """However often a table asks: a run may have hundreds of variants."""
+    asked = []
+    known = METRICS["train_loss"]
+
+    def derive(one):
+        asked.append(one.replicate)
+        return known.derive(one)
+
+    monkeypatch.setitem(METRICS, "train_loss", dataclasses.replace(known, derive=derive))
+    base, other = (
+        Series(name=name, role="variant", records=tuple(record(name, i) for i in range(5))) for name in ("a", "b")
+    )
+    for _ in range(3):
+        compare_series(base, other, "train_loss")
+        base.estimate("train_loss")
+    assert sorted(asked) == sorted([*range(5), *range(5)])

@@ -20,18 +20,18 @@ from harness.errors import UsageError
 from harness.records import codec
 from harness.records.store import Run
 from harness.stats import step_down
-from harness.stats.statement import Finding
+from harness.stats.statement import Conclusion
 from harness.studies.claim import Claim, Part
 from harness.studies.study import Study
 from harness.verdicts.claims.answers import Answers, answers_of
 from harness.verdicts.claims.controls import Controls, controls_of, doubt, doubt_of_equality, failed, metrics_of
 from harness.verdicts.claims.questions import Question, question_of
 from harness.verdicts.claims.reasons import ratio_of, reason_of
-from harness.verdicts.claims.values import Groups, NotJudgedError, counts
-from harness.verdicts.series import series_of
+from harness.verdicts.claims.values import NotJudgedError, counts
+from harness.verdicts.series import Groups, series_of
 
 Judgement = Literal["supported", "refuted", "inconclusive", "not judged"]
-Key = tuple[str, int]
+PartKey = tuple[str, int]
 """Id of a claim and the place of a part in it."""
 
 
@@ -130,11 +130,11 @@ def judge_claims(run: Run) -> ClaimsReport:
     )
 
 
-def _judge_parts(run: Run, study: Study, groups: Groups, controls: Controls) -> dict[Key, PartResult]:
+def _judge_parts(run: Run, study: Study, groups: Groups, controls: Controls) -> dict[PartKey, PartResult]:
     planned = {trial.partition("-")[2].removesuffix("-solo") for trial in run.manifest.order}
     random_weights = any(notice.code == "random-weights" for notice in run.manifest.notices)
-    results: dict[Key, PartResult] = {}
-    questions: dict[Key, Question] = {}
+    results: dict[PartKey, PartResult] = {}
+    questions: dict[PartKey, Question] = {}
     for claim in study.claims:
         for index, part in enumerate(claim.parts):
             key = claim.id, index
@@ -149,31 +149,31 @@ def _judge_parts(run: Run, study: Study, groups: Groups, controls: Controls) -> 
                 results[key] = _result(part, "not judged", str(error))
     doubts = {key: said for key, question in questions.items() if (said := doubt(question.part, controls))}
     # What cannot be asserted is not of the family: it costs the others nothing.
-    findings = step_down(
+    conclusions = step_down(
         (key for key in questions if key not in doubts),
         lambda key, left: questions[key].judged(left),
-        is_decided=lambda finding: finding.by == "difference",
+        is_decided=lambda conclusion: conclusion.by == "difference",
     )
     for key, said in doubts.items():
         results[key] = _answered(questions[key], questions[key].judged(1), said)
-    for key, finding in findings.items():
-        said = doubt_of_equality(questions[key].part, controls) if finding.by == "equality" else ""
-        results[key] = _answered(questions[key], finding, said)
+    for key, conclusion in conclusions.items():
+        said = doubt_of_equality(questions[key].part, controls) if conclusion.by == "equality" else ""
+        results[key] = _answered(questions[key], conclusion, said)
     return results
 
 
-def _answered(question: Question, finding: Finding, said: str) -> PartResult:
-    """The result of a finding; where a doubt is said, it asserts nothing."""
-    ratio, low, high = ratio_of(question, finding)
-    reason = reason_of(question, finding)
+def _answered(question: Question, conclusion: Conclusion, said: str) -> PartResult:
+    """The result of a conclusion; where a doubt is said, it asserts nothing."""
+    ratio, low, high = ratio_of(question, conclusion)
+    reason = reason_of(question, conclusion)
     result = _result(
         question.part,
-        "inconclusive" if said else finding.status,
+        "inconclusive" if said else conclusion.status,
         f"{said}; {reason}" if said else reason,
-        replicates=finding.replicates,
+        replicates=conclusion.replicates,
         left_out=question.left_out,
     )
-    return dataclasses.replace(result, about=question.about[finding.contrast], ratio=ratio, low=low, high=high)
+    return dataclasses.replace(result, about=question.about[conclusion.contrast], ratio=ratio, low=low, high=high)
 
 
 def _rises(part: Part, groups: Groups, study: Study, planned: set[str]) -> PartResult:

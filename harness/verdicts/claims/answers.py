@@ -6,14 +6,14 @@ faster by that alone; what the number of tokens does not explain is left for spe
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import fmean
 
 from harness.records.metrics import samples_of
-from harness.records.record import Role, TrialRecord
+from harness.records.record import TrialRecord
 from harness.stats import Share, explained_share
-from harness.verdicts.series import Series
+from harness.verdicts.series import Groups, Series
 
 TOKENS, TIME = "natural_tokens", "natural_request_time_s"
 
@@ -28,7 +28,7 @@ class Answers:
     """Between the means of the variants; None as well with fewer than three of them."""
 
 
-def answers_of(groups: Mapping[tuple[str, Role], Series]) -> Answers:
+def answers_of(groups: Groups) -> Answers:
     """The shares of a run, from its variants without the control, which is one of them measured twice."""
     trials = [record for (_, role), series in groups.items() if role == "variant" for record in _measuring(series)]
     replicates = sorted({record.replicate for record in trials})

@@ -14,8 +14,7 @@ from harness.stats import Comparison
 from harness.studies.claim import Part
 from harness.studies.study import Study
 from harness.verdicts.claims.questions import spoken
-from harness.verdicts.claims.values import Groups
-from harness.verdicts.series import Series, compare_series
+from harness.verdicts.series import Groups, Series, compare_series, is_difference
 
 Controls = Mapping[str, Comparison | None]
 """By metric, the reference against itself; None where it was not measured."""
@@ -51,7 +50,7 @@ def metrics_of(part: Part) -> tuple[str, ...]:
 
 def failed(control: Comparison | None) -> bool:
     """Whether the reference differs from itself."""
-    return control is not None and control.verdict in ("improved", "regressed")
+    return control is not None and is_difference(control)
 
 
 def doubt(part: Part, controls: Controls) -> str:

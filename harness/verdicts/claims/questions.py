@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from harness.records.metrics import METRICS
-from harness.stats.statement import Finding, beyond, opposite, within
+from harness.stats.statement import Conclusion, beyond, opposite, within
 from harness.stats.trend import Scale, leads, line_change, pair_differences, pairs, scores, sizes
 from harness.studies.claim import Part
 from harness.studies.study import Study
-from harness.verdicts.claims.values import AxisLogs, Groups, axis_logs, common
+from harness.verdicts.claims.values import AxisLogs, axis_logs, common
+from harness.verdicts.series import Groups
 
 if TYPE_CHECKING:
     from numpy import float64
@@ -38,8 +39,8 @@ class Question:
     context: tuple[tuple[str, NDArray[float64]], ...] = ()
     """Changes that the sentence begins with and that decide nothing: words, and log ratios one a replicate."""
 
-    def judged(self, family: int) -> Finding:
-        """The finding, as one of so many statements that share the error rate."""
+    def judged(self, family: int) -> Conclusion:
+        """The conclusion, as one of so many statements that share the error rate."""
         limit = math.log1p(self.part.limit[1])
         if self.asks == "beyond":
             return beyond(self.contrasts, limit, family=family)

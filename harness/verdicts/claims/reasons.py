@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from harness.records.units import decimals, format_ratio
 from harness.stats.effect import from_log, paired_effect
-from harness.stats.statement import Finding
+from harness.stats.statement import Conclusion
 from harness.studies.claim import Rule
 from harness.verdicts.claims.questions import Question
 
@@ -16,7 +16,7 @@ _SHOWN_TAIL = 0.025
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Words:
-    """What a finding is in words; `{limit}` is the rule's limit."""
+    """What a conclusion is in words; `{limit}` is the rule's limit."""
 
     supported: str
     refuted: str
@@ -83,30 +83,30 @@ _WORDS: dict[Rule, _Words] = {
 }
 
 
-def reason_of(question: Question, finding: Finding) -> str:
+def reason_of(question: Question, conclusion: Conclusion) -> str:
     """The sentence; for an open question it names the contrast that stands in the way."""
     begin = [f"{words} ×{_centre(values)}" for words, values in question.context]
-    begin.append(f"{question.says[finding.contrast]} ×{format_ratio(*ratio_of(question, finding))}")
-    interval = f"{100 * finding.level:.4g} % interval {_interval(question, finding)}"
-    said = f"{'; '.join(begin)}: {_decision(question, finding)} ({interval})"
-    return f"{said}{_needed(finding)}{left_out(question.left_out)}"
+    begin.append(f"{question.says[conclusion.contrast]} ×{format_ratio(*ratio_of(question, conclusion))}")
+    interval = f"{100 * conclusion.level:.4g} % interval {_interval(question, conclusion)}"
+    said = f"{'; '.join(begin)}: {_decision(question, conclusion)} ({interval})"
+    return f"{said}{_needed(conclusion)}{left_out(question.left_out)}"
 
 
-def _needed(finding: Finding) -> str:
+def _needed(conclusion: Conclusion) -> str:
     """What it would take to decide an open question."""
-    if finding.status != "inconclusive":
+    if conclusion.status != "inconclusive":
         return ""
-    count = finding.replicates_needed
+    count = conclusion.replicates_needed
     if count is None:
         return "; no practical number of replicates would decide it"
-    more = f", of which there are {finding.replicates}" if count > finding.replicates else ""
+    more = f", of which there are {conclusion.replicates}" if count > conclusion.replicates else ""
     return f"; {count} replicates would decide it{more}, if it is what it looks like"
 
 
-def ratio_of(question: Question, finding: Finding) -> tuple[float, float | None, float | None]:
-    """The ratio that the finding is about, with its 95 % interval; None where an end is larger than a float holds."""
-    low, high = _turned(question, finding.low, finding.high)
-    return math.exp(question.sign * finding.estimate), low, high
+def ratio_of(question: Question, conclusion: Conclusion) -> tuple[float, float | None, float | None]:
+    """The ratio that it is about, with its 95 % interval; None where an end is larger than a float holds."""
+    low, high = _turned(question, conclusion.low, conclusion.high)
+    return math.exp(question.sign * conclusion.estimate), low, high
 
 
 def left_out(count: int) -> str:
@@ -119,12 +119,12 @@ def _turned(question: Question, low: float, high: float) -> tuple[float | None, 
     return from_log(ends[0]), from_log(ends[1])
 
 
-def _decision(question: Question, finding: Finding) -> str:
+def _decision(question: Question, conclusion: Conclusion) -> str:
     words = _WORDS[question.part.rule]
-    if finding.by == "equality":
+    if conclusion.by == "equality":
         said = words.equal
     else:
-        said = {"supported": words.supported, "refuted": words.refuted, "inconclusive": words.open}[finding.status]
+        said = {"supported": words.supported, "refuted": words.refuted, "inconclusive": words.open}[conclusion.status]
     return said.format(limit=f"{100 * question.part.limit[1]:.3g} %")
 
 
@@ -138,9 +138,9 @@ def _centre(values: object) -> str:
     )
 
 
-def _interval(question: Question, finding: Finding) -> str:
+def _interval(question: Question, conclusion: Conclusion) -> str:
     """The interval that decided, or failed to."""
-    low, high = _turned(question, finding.decided_low, finding.decided_high)
+    low, high = _turned(question, conclusion.decided_low, conclusion.decided_high)
     if low is None or high is None:
         return f"[{'no bound' if low is None else f'{low:.3g}'}, no bound]"
     places = min(decimals((high - low) / 2), 4)

@@ -9,22 +9,21 @@ more is better: a claim says "rises" of the quantity that it names.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from harness.records.metrics import METRICS, samples_of
-from harness.records.record import Role, TrialRecord
+from harness.records.record import TrialRecord
 from harness.stats.effect import log_ratios
 from harness.stats.samples import checked_trials
 from harness.studies.study import Study
-from harness.verdicts.series import Series, pairing_of
+from harness.verdicts.series import Groups, pairing_of
 
 if TYPE_CHECKING:
     from numpy import float64
     from numpy.typing import NDArray
 
-Groups = Mapping[tuple[str, Role], Series]
 LEAST_REPLICATES = 2
 
 

@@ -1,0 +1,109 @@
+"""The table of metrics: one entry says all of a metric, and what follows from a record is what its name says."""
+
+import json
+
+import pytest
+
+from harness.cli import main
+from harness.records.metrics import METRICS, PHASES, PRIMARY, Metric, columns_of, samples_of
+from harness.records.record import TrialRecord
+
+
+def record(**fields):
+    samples = {
+        "step_time_s": (0.5,) * 4, "train_loss": (4.0, 3.0, 2.0, 1.0), "turn_real_tokens": (64.0, 64.0),
+        "turn_sequences": (4.0, 4.0), "request_time_s": (2.0, 4.0),
+    }  # fmt: skip
+    return TrialRecord(
+        trial="r0-a", status="ok", name="a", variant="a", role="variant", replicate=0,
+        position=0, interleaving="replicates", seed=0, started_unix_s=0.0, wall_time_s=1.0, samples=samples,
+        values={"held_out_loss": 3.0, "new_tokens": 8.0}, **fields,
+    )  # fmt: skip
+
+
+def test_derived_metrics_are_what_their_names_say():
+    """Tokens and sequences over the timed seconds, output tokens over each request, the last quarter of the losses."""
+    one = record()
+    assert samples_of(one, "tokens_per_s") == (64.0,)
+    assert samples_of(one, "samples_per_s") == (4.0,)
+    assert samples_of(one, "output_tokens_per_s") == (4.0, 2.0)
+    assert samples_of(one, "train_loss") == (1.0,)
+    longer = record()
+    longer.samples.update(warmup_loss=(9.0,) * 3, catch_up_loss=(0.5,))
+    assert samples_of(longer, "train_loss") == (1.0, 0.5)  # the last quarter of all eight
+    assert samples_of(one, "held_out_loss") == (3.0,)
+    assert samples_of(one, "cold_start_time_s") == ()
+
+
+def test_energy_is_per_step_and_per_real_token():
+    """Of the steps that it was measured over; without a counter there is none, and no zero."""
+    one = record()
+    assert samples_of(one, "energy_per_step_j") == ()
+    one.values.update(device_energy_train_j=900.0, energy_steps=6.0, energy_tokens=3000.0)
+    assert samples_of(one, "energy_per_step_j") == (150.0,)
+    assert samples_of(one, "energy_per_token_j") == (0.3,)
+
+
+def test_the_time_of_a_real_token_is_that_of_an_epoch():
+    """Each step's time over the real tokens that a step has in the mean; what the timed steps held does not matter."""
+    one = record(tokens={"real_tokens": 300, "padded_tokens": 100})
+    assert samples_of(record(), "time_per_real_token_s") == ()
+    assert samples_of(one, "time_per_real_token_s") == pytest.approx(
+        (0.5 / 24,) * 4
+    )  # 32 positions a step, 3 of 4 real
+    one.samples.update(turn_real_tokens=(60.0, 40.0), turn_padded_tokens=(4.0, 24.0))
+    assert samples_of(one, "time_per_real_token_s") == pytest.approx((0.5 / 24,) * 4)
+
+
+def test_an_unknown_metric_is_an_error():
+    """A typo must not read as "not measured"."""
+    with pytest.raises(KeyError):
+        samples_of(record(), "step_time")
+
+
+def test_a_trial_that_times_no_steps_has_no_final_loss():
+    """Its training ends early, so what it lost last is not the loss after all steps."""
+    solo = record().replaced(samples={"warmup_loss": (5.0, 4.0)})
+    assert samples_of(solo, "train_loss") == ()
+
+
+def test_every_entry_stands_under_its_name():
+    """And what stands for a phase, or is a column of its table, is of that phase."""
+    assert all(name == metric.name for name, metric in METRICS.items())
+    for phase in PHASES:
+        shown = {*columns_of(phase, own_workloads=True), *columns_of(phase, own_workloads=False), PRIMARY[phase]}
+        assert {METRICS[name].phase for name in shown} == {phase}
+
+
+def test_columns_that_rest_on_the_tokens_need_one_workload():
+    """Where variants have workloads of their own, training shows the time of a step in place of rates and losses."""
+    assert columns_of("train", own_workloads=False) == ("tokens_per_s", "train_loss", "held_out_loss")
+    assert columns_of("train", own_workloads=True) == ("step_time_s",)
+    assert columns_of("generate", own_workloads=True) == columns_of("generate", own_workloads=False)
+
+
+@pytest.fixture
+def wait_metric(monkeypatch):
+    """A metric that no file of ours knows: its entry in the table is all that there is of it."""
+    entry = Metric(
+        name="waiting_time_s", title="waiting", unit="s", phase="train", column="always",
+        derive=lambda record: tuple(2 * step for step in record.samples.get("step_time_s", ())),
+    )  # fmt: skip
+    monkeypatch.setitem(METRICS, entry.name, entry)
+    return entry
+
+
+def test_a_metric_is_one_entry(wait_metric, write_run, tmp_path, capsys):
+    """It is a column of the report and a row of a comparison of everything, and can be asked for by name."""
+    times = {"plain": [0.100, 0.101, 0.099, 0.1005], "nf4": [0.200, 0.201, 0.199, 0.2005]}
+    base, candidate = write_run("a", times), write_run("b", times)
+    main(["report", str(base), "--runs-dir", str(tmp_path / "runs"), "--json"])
+    (table,) = json.loads(capsys.readouterr().out)["tables"]
+    assert wait_metric.title in table["heads"]
+    place = table["heads"].index(wait_metric.title)
+    shown = [float(row["cells"][place].split()[0]) for row in table["rows"]]
+    assert shown == pytest.approx([200, 400], abs=1)
+    for options in (["--all-metrics"], ["--metric", "waiting*"]):
+        main(["compare", str(base), str(candidate), "--runs-dir", str(tmp_path / "runs"), "--json", *options])
+        rows = json.loads(capsys.readouterr().out)["comparisons"]
+        assert {row["variant"] for row in rows if row["metric"] == wait_metric.name} == {"plain", "nf4"}
