@@ -50,7 +50,7 @@ def plan_ab(
         machine: where.
         select: names of variants; empty for all. The reference carries the control, or the first that is selected.
         phases: "train", "generate", "cold"; training always runs.
-        injected_rows: extra work in the candidate's adapters (`training.injection`); 0 in an honest A/B.
+        injected_rows: extra work in the candidate's adapters (`trial.building.injection`); 0 in an honest A/B.
         runs: folder of earlier runs, whose measured peaks say what fits together.
 
     Raises:
