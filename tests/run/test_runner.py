@@ -78,6 +78,13 @@ class Quiet:
         self.ended.append(record.trial)
 
 
+@pytest.fixture
+def small_study(small_study):
+    """As a user's study: what the surroundings say against a trial counts. Here they are told, not read."""
+    protocol = dataclasses.replace(small_study.protocol, allow_disturbed=False)
+    return dataclasses.replace(small_study, protocol=protocol)
+
+
 def conduct(plan, tmp_path, script=None, stop=lambda records: None):
     executor, saved = FakeExecutor(script), []
     records = run_plan(plan, {"": executor}, site_of(tmp_path), save=saved.append, watcher=Quiet(), stop=stop).records
