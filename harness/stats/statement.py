@@ -5,8 +5,8 @@ in either direction. Support asserts one side, refutation the other, so no more 
 support; a limit for "different" and a wider one for "equal" would leave a gap in which both hold.
 
 Two kinds of assertion, as in `harness.stats.verdict`. That there *is* a difference needs the (1 - alpha/family)
-interval, which the statements of a run share (`harness.stats.family`). That there is *none* needs two one-sided tests
-(Schuirmann 1987) at alpha each: calling too much equal is an error of each statement.
+interval, which the statements of a run share (`harness.stats.step_down`). That there is *none* needs two tests, each
+on one side (Schuirmann 1987), at alpha: calling too much equal is an error of each statement.
 
 A statement may be about several contrasts. It holds if it does for all of them, and then testing each at the full rate
 is enough, since the one that is false decides (intersection-union, Berger 1982). To refute it by the one that looks
