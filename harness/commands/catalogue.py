@@ -75,10 +75,10 @@ def _list_sizes(options: argparse.Namespace) -> int:
     if options.json:
         print_json({"model": model, "sizes": [dataclasses.asdict(one) | {"share": one.share} for one in sizes]})
     else:
-        from harness.report.estimate import print_sizes
-        from harness.report.terminal import console_for
+        from harness.report.sizes import describe_sizes
+        from harness.report.terminal import console_for, show
 
-        print_sizes(model, sizes, console_for())
+        show(describe_sizes(model, sizes), console_for())
     return EXIT_PASS
 
 
