@@ -33,12 +33,14 @@ def run_list(options: argparse.Namespace) -> int:
     """Print what there is of a kind."""
     if options.what == "sizes":
         return _list_sizes(options)
+    from harness.report.table import make_visible
+
     rows = _listed(options)
     if options.json:
         print_json({options.what: rows})
         return EXIT_PASS
     for row in rows:
-        print("  ".join(str(value) for value in row.values()))
+        print(make_visible("  ".join(str(value) for value in row.values())))
     if not rows:
         print(f"no {options.what}", file=sys.stderr)
     return EXIT_PASS

@@ -10,10 +10,12 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from harness.records.units import Unit, format_bytes, split_interval
-from harness.stats import Comparison
+
+if TYPE_CHECKING:
+    from harness.stats import Comparison
 
 Tone: TypeAlias = Literal["plain", "strong", "faint", "good", "note", "warning", "bad", "alarm", "odd", "command"]
 """What a piece of text is to its reader; `odd` is neither good nor bad, a `command` is there to be typed."""
