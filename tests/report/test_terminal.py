@@ -58,6 +58,17 @@ def test_the_parts_of_a_cell_stand_on_one_line_or_below_each_other():
     assert [line.strip("│ ").split("  ")[0] for line in stacked[3:6]] == ["1 s", "[1, 2] host", "improved"]
 
 
+def test_colour_says_what_a_part_is():
+    """A finding by its word, intervals and details faint where they stand below, a strong row bold."""
+    cell = Cell(name="n", text="1 s", interval="[1, 2]", detail="host", verdict="regressed")
+    heads = (Head(text="a"), Head(text="b"))
+    rows = (write_row(cell, Cell(command="--try x")), write_row("said", "", strong=True))
+    stacked = text_of((Table(heads=heads, rows=rows, stacked=True),), width=80, coloured=True)
+    for drawn in ("\x1b[1mn\x1b[0m", "\x1b[2m[1, 2]", "\x1b[31mregressed", "\x1b[36m--try x", "\x1b[1msaid"):
+        assert drawn in stacked
+    assert "s [1, 2] \x1b[2mhost" in text_of((Table(heads=heads, rows=rows),), width=80, coloured=True)
+
+
 def test_a_value_with_a_bracket_in_its_name_stays_on_its_line():
     """Nothing is read out of text: only an interval is set below its value."""
     rows = (write_row("lora [r 16]", Cell(text="–")),)
