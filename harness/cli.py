@@ -18,7 +18,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return command(options)
     except LorameterError as error:
-        print(f"lorameter: {error}", file=sys.stderr)
+        from harness.report.table import make_visible
+
+        print(make_visible(f"lorameter: {error}"), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("lorameter: stopped", file=sys.stderr)

@@ -38,6 +38,18 @@ def test_lists_are_json_on_request(capsys, tmp_path):
     assert "quantization=nf4" in capsys.readouterr().out
 
 
+def test_errors_and_lists_act_on_no_terminal(capsys, tmp_path):
+    """A name with an escape sequence in it, or with half a character, is shown and not obeyed."""
+    assert main(["report", "\x1b[2J\udcff", "--runs-dir", str(tmp_path)]) == 2
+    assert "\\x1b[2J\\udcff" in capsys.readouterr().err
+    (tmp_path / "\x1b[2Jrun").mkdir()
+    (tmp_path / "\x1b[2Jrun" / "manifest.json").write_text("{")
+    assert main(["list", "runs", "--runs-dir", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "\\x1b[2Jrun  damaged" in shown
+    assert "\x1b" not in shown
+
+
 def test_a_dry_run_shows_order_time_memory_and_disk(capsys, tmp_path):
     """And starts nothing: no run directory is made."""
     assert main(["run", "lora-or-qlora", "--dry-run", "--runs-dir", str(tmp_path)]) == 0

@@ -80,7 +80,8 @@ def run_ab(options: argparse.Namespace) -> int:
     from harness.models import catalogue
     from harness.records import store
     from harness.report.live import LiveDisplay
-    from harness.report.terminal import console_for, print_notices
+    from harness.report.notices import describe_notices
+    from harness.report.terminal import console_for, show
     from harness.run.ab import DEFAULT_PHASES, measure_ab, plan_ab
     from harness.verdicts.gate import load_policy
 
@@ -99,7 +100,7 @@ def run_ab(options: argparse.Namespace) -> int:
         runs=runs,
     )
     errors = console_for(stderr=True)
-    print_notices(notices, errors)
+    show(describe_notices(notices), errors)
     with LiveDisplay(errors) as display:
         run = measure_ab(
             plan,
@@ -120,8 +121,8 @@ def run_calibrate(options: argparse.Namespace) -> int:
     import dataclasses
 
     from harness.records import codec
-    from harness.report.calibration import print_calibration
-    from harness.report.terminal import console_for
+    from harness.report.calibration import describe_calibration
+    from harness.report.terminal import console_for, show
     from harness.verdicts.calibrate import LEAST_REPLICATES, PILOT_ROWS, PLANTED, calibrate, rows_for
     from harness.verdicts.series import is_difference
 
@@ -152,7 +153,7 @@ def run_calibrate(options: argparse.Namespace) -> int:
     if options.json:
         print_json({"calibration": codec.to_json(result), "inject_rows": rows})
     else:
-        print_calibration(result, rows, console_for())
+        show(describe_calibration(result, rows), console_for())
     fit = run.manifest.status == "complete" and not is_difference(result.identical)
     return EXIT_PASS if fit else EXIT_INVALID  # identical code that differs says that this machine measures nothing now
 
@@ -175,7 +176,8 @@ def _measured_here(study: Any, name: str, rows: int, options: argparse.Namespace
     from harness.machine.provenance import probe_machine
     from harness.records import store
     from harness.report.live import LiveDisplay
-    from harness.report.terminal import console_for, print_notices
+    from harness.report.notices import describe_notices
+    from harness.report.terminal import console_for, show
     from harness.run.ab import arms_of, plan_ab
     from harness.run.executors.host import Host
     from harness.run.measure import measure
@@ -183,7 +185,7 @@ def _measured_here(study: Any, name: str, rows: int, options: argparse.Namespace
     machine, runs = probe_machine(), store.runs_dir(options.runs_dir)
     plan, notices = plan_ab(study, machine, select=[name], phases=("train",), injected_rows=rows, runs=runs)
     errors = console_for(stderr=True)
-    print_notices(notices, errors)
+    show(describe_notices(notices), errors)
     slowed = {"label": f"the same with {rows} rows of extra work"}
     arms = [
         *arms_of("base", Host(), None, (), {"label": "the present interpreter"}),
@@ -226,10 +228,9 @@ def show_ab(run: Run, options: argparse.Namespace) -> int:
         print_json({**gate_document(result), **about, "attribution": attribution_document(run)})
         return result.exit_code
     if form == "text":
-        from harness.report.comparison import print_attribution
-        from harness.report.terminal import console_for
+        from harness.report.attribution import describe_attribution
+        from harness.report.terminal import console_for, show
 
-        console = console_for()
-        print_attribution(attribution_of(run), run, console)
+        show(describe_attribution(attribution_of(run), run), console_for())
     show_gate(result, form)
     return result.exit_code

@@ -33,12 +33,14 @@ def run_list(options: argparse.Namespace) -> int:
     """Print what there is of a kind."""
     if options.what == "sizes":
         return _list_sizes(options)
+    from harness.report.table import make_visible
+
     rows = _listed(options)
     if options.json:
         print_json({options.what: rows})
         return EXIT_PASS
     for row in rows:
-        print("  ".join(str(value) for value in row.values()))
+        print(make_visible("  ".join(str(value) for value in row.values())))
     if not rows:
         print(f"no {options.what}", file=sys.stderr)
     return EXIT_PASS
@@ -79,10 +81,10 @@ def _list_sizes(options: argparse.Namespace) -> int:
         rows = [dataclasses.asdict(one) | {"share": one.share} for one in sizes]
         print_json({"model": model, "sizes": rows, **({"unknown": unknown} if unknown else {})})
     else:
-        from harness.report.estimate import print_sizes
-        from harness.report.terminal import console_for
+        from harness.report.sizes import describe_sizes
+        from harness.report.terminal import console_for, show
 
-        print_sizes(model, sizes, console_for(), unknown=unknown)
+        show(describe_sizes(model, sizes, unknown=unknown), console_for())
     return EXIT_PASS
 
 

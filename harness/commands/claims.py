@@ -30,8 +30,8 @@ def run_claims(options: argparse.Namespace) -> int:
     if options.json:
         print_json(document(report))
     else:
-        from harness.report.claims import print_claims
-        from harness.report.terminal import console_for
+        from harness.report.claims import describe_claims
+        from harness.report.terminal import console_for, show
 
-        print_claims(report, console_for())
+        show(describe_claims(report), console_for())
     return EXIT_PASS if report.valid else EXIT_INVALID

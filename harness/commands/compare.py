@@ -64,10 +64,10 @@ def run_compare(options: argparse.Namespace) -> int:
     if options.json:
         print_json(document(report))
     else:
-        from harness.report.comparison import print_comparison
-        from harness.report.terminal import console_for
+        from harness.report.comparison import describe_comparison
+        from harness.report.terminal import console_for, show
 
-        print_comparison(report, console_for())
+        show(describe_comparison(report), console_for())
     return exit_code(report.comparisons)
 
 

@@ -31,8 +31,8 @@ def run_doctor(options: argparse.Namespace) -> int:
     if options.json:
         print_json({"fit": fit, "checks": [codec.to_json(check) for check in checks]})
     else:
-        from harness.report.doctor import print_diagnosis
-        from harness.report.terminal import console_for
+        from harness.report.doctor import describe_checks
+        from harness.report.terminal import console_for, show
 
-        print_diagnosis(checks, console_for(), fit=fit)
+        show(describe_checks(checks, fit=fit), console_for())
     return EXIT_PASS if fit else EXIT_INVALID

@@ -69,12 +69,12 @@ def run_estimate(options: argparse.Namespace) -> int:
             }
         )
     else:
-        from harness.report.estimate import print_estimate
-        from harness.report.terminal import console_for, print_notices
+        from harness.report.estimate import describe_estimate
+        from harness.report.notices import describe_notices
+        from harness.report.terminal import console_for, show
 
-        console = console_for()
-        print_estimate(variant, workload, machine, tuple(estimates.values()), measured, console)
-        print_notices(tuple(notices), console)
+        estimated = describe_estimate(variant, workload, machine, tuple(estimates.values()), measured)
+        show((*estimated, *describe_notices(notices)), console_for())
     return EXIT_PASS
 
 

@@ -18,11 +18,11 @@ ENV_SUMMARY = "GITHUB_STEP_SUMMARY"
 
 def show_gate(result: GateResult, form: str) -> None:
     """Print what the gate made of a comparison: as text, Markdown, or annotations of a GitHub job with its summary."""
-    from harness.report.comparison import gate_annotations, gate_markdown, print_gate
-    from harness.report.terminal import console_for
+    from harness.report.gate import describe_gate, gate_annotations, gate_markdown
+    from harness.report.terminal import console_for, show
 
     if form == "text":
-        print_gate(result, console_for())
+        show(describe_gate(result), console_for())
     elif form == "markdown":
         sys.stdout.write(gate_markdown(result))
     else:

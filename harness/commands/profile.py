@@ -52,24 +52,27 @@ def run_profile(options: argparse.Namespace) -> int:
     from harness.profile.measure import profile_variant
     from harness.profile.remedy import choose_finding
     from harness.records import codec, store
-    from harness.report.profile import print_profile, print_tried
-    from harness.report.terminal import console_for
+    from harness.report.profile import describe_profile
+    from harness.report.table import Span, say
+    from harness.report.terminal import console_for, show
+    from harness.report.tried import describe_tried
     from harness.studies.study_file import load_variant
 
     machine, runs = probe_machine(), store.runs_dir(options.runs_dir)
     study, variant = load_variant(options.variant, device=machine.kind)
     study = study.with_overrides(model=options.model, data=options.data, effort=options.effort)
     errors = console_for(stderr=True)
-    profile, folder = profile_variant(
-        study, variant, machine, runs=runs, say=lambda text: errors.print(text, style="dim", markup=False)
-    )
+
+    def tell(text: str) -> None:
+        show((say(Span(text=text, tone="faint"), indented=False),), errors)
+
+    profile, folder = profile_variant(study, variant, machine, runs=runs, say=tell)
     step = accounting.step_account(profile)
     tokens, found = accounting.token_shares(profile), accounting.ceilings(profile, step.step)
     findings = diagnose(evidence_of(profile, step, tokens, found))
     if not options.json:
-        console = console_for()
-        print_profile(profile, step, tokens, found, findings, console)
-        console.print(f"\nAll facts and the profiler's trace are in {folder}", markup=False)
+        where = say(f"All facts and the profiler's trace are in {folder}", indented=False, apart=True)
+        show((*describe_profile(profile, step, tokens, found, findings), where), console_for())
     tried = None
     try:
         if options.attempt is not None:
@@ -91,7 +94,7 @@ def run_profile(options: argparse.Namespace) -> int:
     if tried is None:
         return EXIT_PASS
     if not options.json:
-        print_tried(tried, console_for())
+        show(describe_tried(tried), console_for())
     if not tried.valid:
         return EXIT_INVALID
     return EXIT_INCONCLUSIVE if tried.comparison and tried.comparison.verdict == "inconclusive" else EXIT_PASS
@@ -101,13 +104,14 @@ def _try(study: Study, variant: Variant, finding: Finding, machine: Machine, run
     """Measure the present variant and the suggested one, as any two."""
     from harness.profile.remedy import judge_remedy, make_pair
     from harness.report.live import LiveDisplay
-    from harness.report.terminal import console_for, print_notices
+    from harness.report.notices import describe_notices
+    from harness.report.terminal import console_for, show
     from harness.run.measure import measure, plan_study
 
     pair = make_pair(study, variant, finding, protocol=study.protocol)
     plan, notices = plan_study(pair.study, machine, phases=("train",), runs=runs, own_workloads=pair.own_workloads)
     errors = console_for(stderr=True)
-    print_notices(notices, errors)
+    show(describe_notices(notices), errors)
     with LiveDisplay(errors) as display:
         run = measure(plan, machine, runs=runs, display=display, notices=notices)
     return judge_remedy(run, finding)

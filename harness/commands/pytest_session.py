@@ -12,11 +12,10 @@ import pytest
 from harness.errors import LorameterError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from harness.machine.provenance import Machine
     from harness.records.record import TrialRecord
     from harness.records.store import Run
+    from harness.report.table import Document
     from harness.studies.study import Study
     from harness.verdicts.gate import GateResult
 
@@ -131,14 +130,13 @@ class Session:
             terminalreporter.write(self._judged, flush=True)
         if self._run is None or self._disabled:
             return
-        from harness.report.comparison import print_gate
-        from harness.report.terminal import print_run
+        from harness.report.gate import describe_gate
+        from harness.report.run import describe_run
         from harness.report.view import view_of
 
-        run, judged = view_of(self._run), self._judged
-        _show(terminalreporter, "lorameter", lambda console: print_run(run, console))
-        if judged is not None and not isinstance(judged, str):
-            _show(terminalreporter, "lorameter gate", lambda console: print_gate(judged, console))
+        _show(terminalreporter, "lorameter", describe_run(view_of(self._run)))
+        if self._judged is not None and not isinstance(self._judged, str):
+            _show(terminalreporter, "lorameter gate", describe_gate(self._judged))
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
@@ -207,7 +205,8 @@ class Session:
 
         from harness.records import store
         from harness.report.live import LiveDisplay
-        from harness.report.terminal import console_for, print_notices
+        from harness.report.notices import describe_notices
+        from harness.report.terminal import console_for, show
         from harness.run.measure import measure, plan_study
 
         if self._resumed is not None:
@@ -227,7 +226,7 @@ class Session:
         )
         console = console_for(sys.stderr)
         if not self._disabled:
-            print_notices(notices, console)
+            show(describe_notices(notices), console)
         with LiveDisplay(console) as display:
             return measure(plan, self._machine(), runs=runs, display=display, notices=notices)
 
@@ -267,19 +266,14 @@ def _failure(record: TrialRecord, run: Path) -> str:
     return f"{record.trial}: {record.status}{why} (log: {run / record.log})"
 
 
-def _show(reporter: pytest.TerminalReporter, title: str, draw: Callable[[Console], None]) -> None:
-    """A section of the summary, drawn by rich."""
-    import io
+def _show(reporter: pytest.TerminalReporter, title: str, document: Document) -> None:
+    """A section of the summary, as wide and as coloured as pytest's own."""
+    from harness.report.terminal import PIPED_WIDTH, text_of
 
-    from rich.console import Console
-
-    from harness.report.terminal import PIPED_WIDTH
-
-    text, screen = io.StringIO(), reporter._tw
+    screen = reporter._tw
     width = screen.fullwidth if screen.hasmarkup else PIPED_WIDTH
-    draw(Console(file=text, force_terminal=screen.hasmarkup, width=width, highlight=False))
     reporter.section(title)
-    reporter.write(text.getvalue())
+    reporter.write(text_of(document, width=width, coloured=screen.hasmarkup))
 
 
 def _nothing() -> None:

@@ -11,6 +11,7 @@ from harness.errors import EXIT_INVALID, EXIT_PASS, UsageError
 
 if TYPE_CHECKING:
     from harness.records.store import Run
+    from harness.report.view import RunView
 
 
 def add_commands(commands: Any, common: Any) -> None:
@@ -50,7 +51,8 @@ def run_study(options: argparse.Namespace) -> int:
     from harness.machine.provenance import probe_machine
     from harness.records import store
     from harness.report.live import LiveDisplay
-    from harness.report.terminal import console_for, print_notices
+    from harness.report.notices import describe_notices
+    from harness.report.terminal import console_for, show
     from harness.run.measure import measure, plan_study
     from harness.studies.study_file import load_study
 
@@ -81,7 +83,7 @@ def run_study(options: argparse.Namespace) -> int:
     if options.dry_run:
         return _dry_run(plan, machine, notices, runs, as_json=options.json)
     errors = console_for(stderr=True)
-    print_notices(notices, errors)
+    show(describe_notices(notices), errors)
     with LiveDisplay(errors) as display:
         run = measure(plan, machine, runs=runs, display=display, notices=notices)
     return _show(run, options)
@@ -96,7 +98,8 @@ def run_resumed(options: argparse.Namespace) -> int:
     from harness.machine.provenance import probe_machine
     from harness.records import store
     from harness.report.live import LiveDisplay
-    from harness.report.terminal import console_for
+    from harness.report.table import say
+    from harness.report.terminal import console_for, show
     from harness.run.measure import measure
     from harness.run.resume import plan_again, read_broken_off
     from harness.run.runner import find_unsettled
@@ -112,20 +115,19 @@ def run_resumed(options: argparse.Namespace) -> int:
     run = read_broken_off(options.resume, runs, study=study)
     errors = console_for(stderr=True)
     if run.manifest.status == "complete":
-        errors.print(f"run {run.manifest.run} is complete: nothing is left to be measured.", markup=False)
+        said = f"run {run.manifest.run} is complete: nothing is left to be measured."
+        show((say(said, indented=False),), errors)
         return _show(run, options)
     plan = plan_again(run, machine, max_minutes=options.max_minutes)
     left = [slot.trial for group in find_unsettled(plan, run.records) for slot in group.slots]
-    errors.print(
-        f"run {run.manifest.run}: {len(plan.slots) - len(left)} of {len(plan.slots)} trials are kept, {len(left)} are "
-        "left to be measured.",
-        markup=False,
-    )
+    kept = f"{len(plan.slots) - len(left)} of {len(plan.slots)} trials are kept"
+    said = f"run {run.manifest.run}: {kept}, {len(left)} are left to be measured."
+    show((say(said, indented=False),), errors)
     if options.dry_run:
         if options.json:
             print_json({"run": run.manifest.run, "order": left, "interleaving": plan.interleaving})
         else:
-            console_for().print("\n".join(left), markup=False)
+            show(tuple(say(trial, indented=False) for trial in left), console_for())
         return EXIT_PASS
     with LiveDisplay(errors) as display:
         run = measure(plan, machine, runs=run.path.parent, display=display, resume=run.manifest.run)
@@ -134,12 +136,13 @@ def run_resumed(options: argparse.Namespace) -> int:
 
 def _show(run: Run, options: argparse.Namespace) -> int:
     """Print what was measured; the exit code says whether the run is valid."""
-    from harness.report.terminal import console_for, print_notices, print_run
+    from harness.report.notices import describe_notices
+    from harness.report.terminal import console_for, show
     from harness.report.view import view_of
 
     view = view_of(run)
     if options.json:
-        print_notices(view.notices, console_for(stderr=True))
+        show(describe_notices(view.notices), console_for(stderr=True))
         print_json(
             {
                 "run": view.run,
@@ -150,14 +153,11 @@ def _show(run: Run, options: argparse.Namespace) -> int:
             }
         )
     else:
-        print_run(view, console_for())
-        _show_claims(run)
+        _show_report(run, view)
     return EXIT_PASS if view.valid else EXIT_INVALID
 
 
 def _dry_run(plan: Any, machine: Any, notices: Any, runs: Path, *, as_json: bool) -> int:
-    from harness.records.units import format_bytes, format_duration
-    from harness.report.terminal import console_for, print_notices
     from harness.run.forecast import forecast
 
     expected = forecast(plan, machine, runs)
@@ -176,30 +176,17 @@ def _dry_run(plan: Any, machine: Any, notices: Any, runs: Path, *, as_json: bool
             }
         )
         return EXIT_PASS
-    console = console_for()
-    console.print(f"[bold]{plan.study.title}[/bold]: {len(plan.slots)} trials on {machine.device_name}")
-    for replicate in range(plan.study.protocol.replicates):
-        groups = [group for group in plan.groups if group.replicate == replicate]
-        names = "; ".join(", ".join(slot.trial.partition("-")[2] for slot in group.slots) for group in groups)
-        console.print(f"  replicate {replicate + 1}: {names}", markup=False)
-    console.print(f"  level   {plan.interleaving}: {plan.why}", markup=False)
-    took = "unknown" if expected.time_s is None else f"about {format_duration(expected.time_s)}"
-    console.print(f"  time    {took} ({expected.basis})", markup=False)
-    for what, size, words in (
-        ("memory", expected.memory_bytes, " for what is live together, processes included"),
-        ("disk  ", expected.disk_bytes, ""),
-    ):
-        known = f"unknown ({expected.unknown})" if size is None else f"about {format_bytes(size)}{words}"
-        console.print(f"  {what}  {known}", markup=False)
-    print_notices(notices, console)
+    from harness.report.plan import describe_plan
+    from harness.report.terminal import console_for, show
+
+    show(describe_plan(plan, expected, machine, notices), console_for())
     return EXIT_PASS
 
 
 def run_report(options: argparse.Namespace) -> int:
     """Print the report of a run, whole or not."""
-    from harness.records import codec, store
-    from harness.report.terminal import console_for, print_run
-    from harness.report.view import view_of
+    from harness.records import store
+    from harness.report.view import encode_run, view_of
 
     run = store.read_run(options.run, store.runs_dir(options.runs_dir))
     if run.manifest.sides:
@@ -208,21 +195,24 @@ def run_report(options: argparse.Namespace) -> int:
         return show_ab(run, options)
     view = view_of(run)
     if options.json:
-        print_json(codec.to_json(view))
+        print_json(encode_run(view))
     else:
-        print_run(view, console_for())
-        _show_claims(run)
+        _show_report(run, view)
     return EXIT_PASS if view.valid else EXIT_INVALID
 
 
-def _show_claims(run: Run) -> None:
-    """The verdicts on what the study claims, where it claims anything."""
+def _show_report(run: Run, view: RunView) -> None:
+    """The report, with the verdicts on what the study claims where it claims anything."""
+    from harness.report.run import describe_run
+    from harness.report.terminal import console_for, show
+
+    document = describe_run(view)
     if run.manifest.study.get("claims"):
-        from harness.report.claims import print_verdicts
-        from harness.report.terminal import console_for
+        from harness.report.claims import describe_verdicts
         from harness.verdicts.claims import judge_claims
 
-        print_verdicts(judge_claims(run), console_for())
+        document += describe_verdicts(judge_claims(run))
+    show(document, console_for())
 
 
 def _controls(view: Any) -> dict[str, Any]:

@@ -35,9 +35,9 @@ def run_sample(options: argparse.Namespace) -> int:
         about = {"run": run.manifest.run, "variant": options.variant, "replicate": options.replicate}
         print_json({**about, "samples": codec.to_json(samples)})
         return EXIT_PASS
-    from harness.report.sample import print_samples
-    from harness.report.terminal import console_for
+    from harness.report.sample import describe_samples
+    from harness.report.terminal import console_for, show
 
     title = f"{options.variant}, replicate {options.replicate}, {run.manifest.study['workload']['model']}"
-    print_samples(samples, title, console_for())
+    show(describe_samples(samples, title), console_for())
     return EXIT_PASS

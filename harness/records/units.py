@@ -36,17 +36,22 @@ def decimals(spread: float) -> int:
     return max(0, 1 - math.floor(math.log10(spread)))
 
 
-def format_interval(value: float, low: float | None, high: float | None, unit: Unit) -> str:
-    """`value unit [low, high]`, all three in one scale and with the digits that the interval supports.
+def split_interval(value: float, low: float | None, high: float | None, unit: Unit) -> tuple[str, str]:
+    """`value unit` and `[low, high]`, all three in one scale and with the digits that the interval supports.
 
     Without an interval (one replicate) the value stands with `[no interval]`, never alone.
     """
     factor, symbol = scale_of(value, unit)
     suffix = symbol if symbol.startswith("/") else f" {symbol}".rstrip()
     if low is None or high is None:
-        return f"{value / factor:.3g}{suffix} [no interval]"
+        return f"{value / factor:.3g}{suffix}", "[no interval]"
     places = min(decimals((high - low) / 2 / factor), 4)
-    return f"{value / factor:.{places}f}{suffix} [{low / factor:.{places}f}, {high / factor:.{places}f}]"
+    return f"{value / factor:.{places}f}{suffix}", f"[{low / factor:.{places}f}, {high / factor:.{places}f}]"
+
+
+def format_interval(value: float, low: float | None, high: float | None, unit: Unit) -> str:
+    """`value unit [low, high]`, as `split_interval` writes them."""
+    return " ".join(split_interval(value, low, high, unit))
 
 
 def format_value(value: float, unit: Unit) -> str:

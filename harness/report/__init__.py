@@ -1,1 +1,1 @@
-"""From records to what people read: one view model, several renderers."""
+"""From records to what people read: every report is a document of typed blocks, and a renderer draws any of them."""

@@ -2,58 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+import dataclasses
+from collections.abc import Iterator
 
 from harness.records.metrics import METRICS
-from harness.records.units import format_interval, format_ratio
+from harness.records.units import format_interval
+from harness.report.table import (
+    Cell,
+    Document,
+    Head,
+    Row,
+    Section,
+    Span,
+    Table,
+    list_sections,
+    say,
+    say_each,
+    write_ratio,
+    write_row,
+    write_value,
+)
 from harness.stats import Share
-from harness.verdicts.claims import ClaimResult, ClaimsReport, Judgement, PartResult
+from harness.verdicts.claims import ClaimResult, ClaimsReport, PartResult
 
-_COLOURS: dict[Judgement, str] = {
-    "supported": "green",
-    "refuted": "red",
-    "inconclusive": "yellow",
-    "not judged": "magenta",
-}
-_WIDTHS = {"claim": 36, "the original said": 26, "estimate": 24, "verdict": None, "reason": None}
-"""The widest that a column grows; what is left is for the reasons."""
+_HEADS = (
+    Head(text="claim", widest=36),
+    Head(text="the original said", widest=26),
+    Head(text="estimate", widest=24),
+    Head(text="verdict"),
+    Head(text="reason"),
+)
+"""What the first columns leave is for the reasons."""
 _LEGEND = (
     "estimate: a ratio with its 95 % interval, corrected for nothing. verdict: all differences asserted in this run "
     "together are wrong in at most 5 % of runs (Holm); each equality in at most 5 % (two one-sided tests)."
 )
 
 
-def print_claims(report: ClaimsReport, console: Console) -> None:
+def describe_claims(report: ClaimsReport) -> Document:
     """All that is said of a run's claims."""
-    console.print(f"[bold]{escape(report.title)}[/bold]")
-    console.print(f"  {escape(_held(report))}")
-    print_verdicts(report, console)
-    _print_lists(console, {"Differs from the study as written": report.deviations, "Notes": report.notes})
-    if not report.valid:
-        console.print(f"\n[bold red]{escape(_invalid(report))}[/bold red]")
+    failed = Span(text=_invalid(report), tone="alarm")
+    return (
+        Section(title=report.title, lines=say_each([_held(report)]), apart=False),
+        *describe_verdicts(report),
+        *list_sections({"Differs from the study as written": report.deviations, "Notes": report.notes}),
+        *([] if report.valid else [say(failed, indented=False, apart=True)]),
+    )
 
 
-def print_verdicts(report: ClaimsReport, console: Console) -> None:
+def describe_verdicts(report: ClaimsReport) -> Document:
     """The claims with what they rest on; what a run's own report says already is left out."""
-    table = _table(report)
-    table.title, table.title_justify, table.title_style = "Claims", "left", "bold"
-    console.print()
-    console.print(table)
-    console.print(f"  [dim]{escape(_LEGEND)}[/dim]")
+    rows = tuple(row for claim in report.claims for row in _rows(claim))
+    legend = say(Span(text=_LEGEND, tone="faint"))
     control = "Control (the reference measured twice)"
-    _print_lists(console, {control: tuple(_controls(report)), "Length of the answers": tuple(_answers(report))})
-
-
-def _print_lists(console: Console, lists: Mapping[str, Sequence[str]]) -> None:
-    for title, lines in lists.items():
-        if lines:
-            console.print(f"\n[bold]{title}[/bold]")
-        for line in lines:
-            console.print(f"  {escape(line)}")
+    return (
+        Table(title="Claims", heads=_HEADS, rows=rows, notes=(legend,), apart=True),
+        *list_sections({control: tuple(_controls(report)), "Length of the answers": tuple(_answers(report))}),
+    )
 
 
 def _held(report: ClaimsReport) -> str:
@@ -64,44 +69,31 @@ def _held(report: ClaimsReport) -> str:
     return f"run {report.run}: {report.replicates} replicate{plural}; trials: {counted}{state}"
 
 
-def _table(report: ClaimsReport) -> Table:
-    table = Table()
-    for head, width in _WIDTHS.items():
-        table.add_column(head, overflow="fold", max_width=width)
-    for claim in report.claims:
-        for row in _rows(claim):
-            table.add_row(*row)
-        table.add_section()
-    return table
-
-
-def _rows(claim: ClaimResult) -> Iterator[tuple[str, str, str, str, str]]:
+def _rows(claim: ClaimResult) -> tuple[Row, ...]:
     """A row of the claim; where it has several parts, a row of each below it."""
-    head = f"[bold]{escape(claim.id)}[/bold]  {escape(claim.says)}"
+    head, verdict = Cell(name=claim.id, text=claim.says), Cell(verdict=claim.verdict)
     if len(claim.parts) == 1:
         (part,) = claim.parts
-        yield head, escape(claim.original), _estimate(part), _verdict(claim.verdict), escape(part.reason)
-        return
-    yield head, escape(claim.original), "", _verdict(claim.verdict), ""
-    for part in claim.parts:
-        yield f"  {part.rule}", "", _estimate(part), _verdict(part.verdict), escape(part.reason)
+        rows = [write_row(head, claim.original, _estimate(part), verdict, part.reason)]
+    else:
+        rows = [write_row(head, claim.original, "", verdict, "")]
+        for part in claim.parts:
+            rows.append(write_row(f"  {part.rule}", "", _estimate(part), Cell(verdict=part.verdict), part.reason))
+    *others, last = rows
+    return (*others, dataclasses.replace(last, ends_group=True))
 
 
-def _estimate(part: PartResult) -> str:
+def _estimate(part: PartResult) -> Cell:
+    """The ratio, below what it is of."""
     if part.ratio is None:
-        return "–"
-    return escape(f"{part.about}\n{format_ratio(part.ratio, part.low, part.high)}")
-
-
-def _verdict(verdict: Judgement) -> str:
-    return f"[{_COLOURS[verdict]}]{verdict}[/{_COLOURS[verdict]}]"
+        return Cell(text="–")
+    written = write_value(part.ratio, part.low, part.high, "1")
+    return dataclasses.replace(written, text=f"{part.about}\n{written.text}")
 
 
 def _controls(report: ClaimsReport) -> Iterator[str]:
     for name, control in report.control.items():
-        said = "not measured"
-        if control is not None:
-            said = f"{format_ratio(control.ratio, control.low, control.high)} {control.verdict}"
+        said = "not measured" if control is None else write_ratio(control, verdict=control.verdict).line
         yield f"{METRICS[name].title}: {said}"
 
 

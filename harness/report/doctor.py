@@ -1,40 +1,39 @@
-"""What the doctor found, as a rich table: what can run, what can be measured, what would spoil it."""
+"""What the doctor found: what can run, what can be measured, what would spoil it."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from collections.abc import Iterator, Sequence
+from typing import get_args
 
 from harness.machine.doctor.check import About, Check, Standing
+from harness.report.table import Block, Cell, Document, Span, Table, name_columns, say, write_row
 
 TITLES: dict[About, str] = {
     "runs": "What this machine can run",
     "measures": "What it can measure",
     "spoils": "What would spoil a measurement here",
 }
-_COLOURS: dict[Standing, str] = {"good": "green", "note": "cyan", "bad": "yellow", "unfit": "bold red"}
 
 
-def print_diagnosis(checks: Sequence[Check], console: Console, *, fit: bool) -> None:
+def describe_checks(checks: Sequence[Check], *, fit: bool) -> Document:
     """A table for each of the three questions, and the answer in one line."""
+    return tuple(_blocks(checks, fit=fit))
+
+
+def _blocks(checks: Sequence[Check], *, fit: bool) -> Iterator[Block]:
     for about, title in TITLES.items():
-        table = Table(title=title, title_justify="left", title_style="bold")
-        for head in ("", "", "found", "remedy"):
-            table.add_column(head, overflow="fold")
-        for check in (check for check in checks if check.about == about):
-            colour = _COLOURS[check.standing]
-            table.add_row(
-                escape(check.name),
-                f"[{colour}]{check.standing}[/{colour}]",
-                escape(check.found),
-                f"[dim]{escape(check.remedy)}[/dim]",
-            )
-        console.print(table)
+        asked = (check for check in checks if check.about == about)
+        rows = tuple(
+            write_row(check.name, Cell(verdict=check.standing), check.found, Cell(detail=check.remedy))
+            for check in asked
+        )
+        yield Table(title=title, heads=name_columns("", "", "found", "remedy", left=4), rows=rows)
     counts = Counter(check.standing for check in checks)
-    said = ", ".join(f"{counts[standing]} {standing}" for standing in _COLOURS if counts[standing])
-    verdict = "[green]fit to measure[/green]" if fit else "[bold red]unfit[/bold red]: what it measured would not count"
-    console.print(f"This machine is {verdict}. Checks: {said}.")
+    said = ", ".join(f"{counts[standing]} {standing}" for standing in get_args(Standing) if counts[standing])
+    answer = (Span(text="fit to measure", tone="good"),) if fit else _unfit()
+    yield say("This machine is ", *answer, f". Checks: {said}.", indented=False)
+
+
+def _unfit() -> tuple[Span, Span]:
+    return Span(text="unfit", tone="alarm"), Span(text=": what it measured would not count")

@@ -14,6 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from harness.records.record import TrialRecord
 from harness.records.units import format_duration
+from harness.report.drawing import draw_text
+from harness.report.table import make_visible
 from harness.run.plan import Plan, Slot
 
 _PHASE_WORDS = {
@@ -39,10 +41,10 @@ class LiveDisplay:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[left]}"),
+            TextColumn("{task.fields[left]}", markup=False),
             console=console,
             auto_refresh=False,
             transient=True,
@@ -79,7 +81,9 @@ class LiveDisplay:
         role = " (control)" if slot.role == "control" else ""
         self._progress.update(
             self._task,
-            description=f"replicate {slot.replicate + 1}/{self._replicates}  {slot.variant.name}{role}: {words}",
+            description=make_visible(
+                f"replicate {slot.replicate + 1}/{self._replicates}  {slot.variant.name}{role}: {words}"
+            ),
         )
         self._show()
 
@@ -99,4 +103,4 @@ class LiveDisplay:
 
     def _line(self, text: str) -> None:
         if not self._console.is_terminal:
-            self._console.print(text, markup=False)
+            self._console.print(draw_text(text))

@@ -2,36 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-from rich.console import Console
-from rich.panel import Panel
-from rich.text import Text
 
 from harness.errors import UsageError
 from harness.models import catalogue, shapes
 from harness.records.record import TrialRecord
 from harness.records.store import Run
+from harness.report.table import Document, Panel, Passage, Span, say
 
 
-def print_samples(samples: Sequence[Sample], title: str, console: Console) -> None:
+def describe_samples(samples: Sequence[Sample], title: str) -> Document:
     """Prompt, reference, and the model's answers before and after training."""
-    console.print(Text(title, style="bold"))
-    for number, sample in enumerate(samples):
-        end = "ended by the model" if sample.ended else "cut at the limit"
-        body = Text()
-        for head, text in (
-            ("prompt", sample.prompt),
-            ("reference", sample.reference),
-            ("before training", "not measured" if sample.untrained is None else sample.untrained),
-            (f"after training, {sample.tokens} tokens, {end}", sample.trained),
-        ):
-            body.append(f"{head}\n", style="dim")
-            body.append(f"{text.strip() or '(nothing)'}\n\n")
-        body.rstrip()
-        console.print(Panel(body, title=f"prompt {number}", title_align="left"))
+    panels = (Panel(title=f"prompt {number}", passages=tuple(_passages(one))) for number, one in enumerate(samples))
+    return say(Span(text=title, tone="strong"), indented=False), *panels
+
+
+def _passages(sample: Sample) -> Iterator[Passage]:
+    end = "ended by the model" if sample.ended else "cut at the limit"
+    for head, text in (
+        ("prompt", sample.prompt),
+        ("reference", sample.reference),
+        ("before training", "not measured" if sample.untrained is None else sample.untrained),
+        (f"after training, {sample.tokens} tokens, {end}", sample.trained),
+    ):
+        yield Passage(head=head, text=text.strip() or "(nothing)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

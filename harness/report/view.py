@@ -2,6 +2,7 @@
 
 A table for each phase, the control that says what no difference looks like here, the notices with their remedies. No
 number without its interval; a trial that is not ok is named with its status and reason, and is in no estimate.
+`encode_run` writes the view as the JSON document that programs read, cells as one line of text each.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from harness.records import codec
 from harness.records.metrics import METRICS, PEAKS, PHASE_TITLES, Phase, columns_of
 from harness.records.record import Notice
 from harness.records.store import Run
-from harness.records.units import format_bytes, format_interval, format_ratio
+from harness.records.units import format_bytes
 from harness.report.progress import replicates_said, standing
+from harness.report.table import Cell, write_ratio, write_value
 from harness.stats import Comparison
 from harness.studies.study import Study
 from harness.studies.workload import Workload
@@ -32,12 +34,12 @@ BIRTH = "host_baseline_bytes"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """One variant in one phase. Cells are text; `ratio` keeps the numbers."""
+class VariantRow:
+    """One variant in one phase."""
 
     name: str
     reference: bool
-    cells: tuple[str, ...]
+    cells: tuple[Cell, ...]
     ratio: Comparison | None
 
 
@@ -48,7 +50,7 @@ class PhaseTable:
     phase: Phase
     title: str
     heads: tuple[str, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[VariantRow, ...]
     control: Comparison | None
     """The reference against itself measured twice."""
     note: str = ""
@@ -98,6 +100,15 @@ def view_of(run: Run) -> RunView:
     )
 
 
+def encode_run(view: RunView) -> dict[str, Any]:
+    """The view as JSON data, without its `schema`."""
+    data: dict[str, Any] = codec.to_json(view)
+    for written, table in zip(data["tables"], view.tables, strict=True):
+        for row, shown in zip(written["rows"], table.rows, strict=True):
+            row["cells"] = [cell.line for cell in shown.cells]
+    return data
+
+
 def _table(phase: Phase, run: Run, study: Study, groups: Groups, stands: Standing) -> PhaseTable:
     metric, control = stands.primary[phase], stands.controls[phase]
     names = [variant.name for variant in study.variants if (variant.name, "variant") in groups]
@@ -112,12 +123,13 @@ def _table(phase: Phase, run: Run, study: Study, groups: Groups, stands: Standin
     ratios = ratios_of(groups, study, metric, control)
     rows = []
     for index, (name, series) in enumerate(zip(names, shown, strict=True)):
-        cells = [name, _estimate(series, metric), _ratio(ratios.get(name), is_reference=name == study.reference)]
+        ratio, reference = ratios.get(name), name == study.reference
+        cells = [Cell(text=name), _estimate(series, metric), _ratio(ratio, is_reference=reference)]
         cells += [_estimate(series, column) for column in columns]
-        cells += [tails[index] or "not supported"] if tailed else []
+        cells += [tails[index] or Cell(text="not supported")] if tailed else []
         cells += [_peak(series, phase)] if PEAKS[phase] else []
-        cells.append(_checks(series))
-        rows.append(Row(name=name, reference=name == study.reference, cells=tuple(cells), ratio=ratios.get(name)))
+        cells.append(Cell(text=_checks(series)))
+        rows.append(VariantRow(name=name, reference=reference, cells=tuple(cells), ratio=ratio))
     return PhaseTable(
         phase=phase,
         title=PHASE_TITLES[phase],
@@ -128,35 +140,36 @@ def _table(phase: Phase, run: Run, study: Study, groups: Groups, stands: Standin
     )
 
 
-def _tail(series: Series, metric: str) -> str | None:
+def _tail(series: Series, metric: str) -> Cell | None:
     """A high percentile; None where the samples do not support it."""
     tail = series.percentile(metric, TAIL)
     if tail is None or tail.value is None:
         return None
-    return format_interval(tail.value, tail.low, tail.high, METRICS[metric].unit)
+    return write_value(tail.value, tail.low, tail.high, METRICS[metric].unit)
 
 
-def _estimate(series: Series, metric: str) -> str:
+def _estimate(series: Series, metric: str) -> Cell:
     estimate = series.estimate(metric)
     if estimate is None or estimate.value is None:
-        return "–"
-    return format_interval(estimate.value, estimate.low, estimate.high, METRICS[metric].unit)
+        return Cell(text="–")
+    return write_value(estimate.value, estimate.low, estimate.high, METRICS[metric].unit)
 
 
-def _ratio(ratio: Comparison | None, *, is_reference: bool) -> str:
+def _ratio(ratio: Comparison | None, *, is_reference: bool) -> Cell:
     if is_reference:
-        return "reference"
+        return Cell(text="reference")
     if ratio is None:
-        return "–"
-    return f"{format_ratio(ratio.ratio, ratio.low, ratio.high)} {ratio.verdict}"
+        return Cell(text="–")
+    return write_ratio(ratio, verdict=ratio.verdict)
 
 
-def _peak(series: Series, phase: Phase) -> str:
+def _peak(series: Series, phase: Phase) -> Cell:
+    """The largest peak, with the smallest and the largest in the place of an interval."""
     kind, peaks = _peaks(series, phase)
     if not peaks:
-        return "–"
+        return Cell(text="–")
     where = "GPU" if kind.startswith("device") else "host"
-    return f"{format_bytes(max(peaks))} [{format_bytes(min(peaks))}, {format_bytes(max(peaks))}] {where}"
+    return write_value(max(peaks), min(peaks), max(peaks), "byte", detail=where)
 
 
 def _peaks(series: Series, phase: Phase) -> tuple[str, list[int]]:

@@ -14,8 +14,8 @@ from harness.profile.facts import Profile
 from harness.profile.measure import DOCUMENT, TRACE, profile_variant
 from harness.records import codec
 from harness.records.activity import STEP_PHASES
-from harness.report.profile import print_profile
-from harness.report.terminal import console_for
+from harness.report.profile import describe_profile
+from harness.report.terminal import console_for, show
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_it_is_judged_and_shown_from_its_file(taken, capsys):
     assert 0 < ceilings.train.mfu.value <= ceilings.train.hfu.value < 1
     assert 0 < ceilings.decode.use.value < 1
     findings = diagnose(evidence_of(again, step, tokens, ceilings))
-    print_profile(again, step, tokens, ceilings, findings, console_for())
+    show(describe_profile(again, step, tokens, ceilings, findings), console_for())
     shown = capsys.readouterr().out
     for words in ("remainder", "activations kept for backward", "unexplained", "MFU", "MBU", "6N"):
         assert words in shown

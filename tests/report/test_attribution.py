@@ -9,7 +9,8 @@ import pytest
 from rich.console import Console
 
 from harness.records.store import Manifest, Run
-from harness.report.comparison import MOST_PACKAGES, print_attribution
+from harness.report.attribution import MOST_PACKAGES, describe_attribution
+from harness.report.terminal import show
 from harness.stats import compare_trials
 from harness.verdicts.ab import Attribution, Part
 from harness.verdicts.comparand import Difference
@@ -35,7 +36,7 @@ def said():
     def text(packages=None, differing=(), parts=(), **changes):
         out = io.StringIO()
         attribution = Attribution(packages=packages or {}, differing=tuple(differing), parts=tuple(parts))
-        print_attribution(attribution, run_of(**changes), Console(file=out, width=120))
+        show(describe_attribution(attribution, run_of(**changes)), Console(file=out, width=120))
         return [line.rstrip() for line in out.getvalue().splitlines()]
 
     return text

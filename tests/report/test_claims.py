@@ -8,8 +8,8 @@ import pytest
 
 from harness.cli import main
 from harness.records import store
-from harness.report.claims import print_claims
-from harness.report.terminal import console_for
+from harness.report.claims import describe_claims
+from harness.report.terminal import console_for, show
 from harness.studies.claim import Claim, Part
 from harness.studies.study_file import builtin_studies, load_study
 from harness.studies.variant import Variant
@@ -143,7 +143,7 @@ def test_the_length_of_answers_is_told(write_run, study, tmp_path):
 
     run = store.read_run(str(write_run("mine", STEPS, study=study, change=answered)), tmp_path)
     out = io.StringIO()
-    print_claims(judge_claims(run), console_for(out))
+    show(describe_claims(judge_claims(run)), console_for(out))
     assert "the number of tokens explains 100.000 [100.000, 100.000] % of the variance" in out.getvalue()
 
 

@@ -19,8 +19,9 @@ from harness.records import codec
 from harness.records.activity import Activity, OperatorUse, PhaseActivity
 from harness.records.memory_account import MemoryAccount
 from harness.records.record import Notice, TrialRecord
-from harness.report.profile import print_profile, print_tried
-from harness.report.terminal import console_for
+from harness.report.profile import describe_profile
+from harness.report.terminal import console_for, show
+from harness.report.tried import describe_tried
 from harness.stats import compare_trials
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
@@ -125,7 +126,7 @@ def test_a_step_is_explained_where_the_whole_interval_is_within_the_limit(profil
     step = dataclasses.replace(step_account(profile), remainder=remainder)
     assert step.explained is explained
     text = io.StringIO()
-    print_profile(profile, step, token_shares(profile), "x", (), console_for(text))
+    show(describe_profile(profile, step, token_shares(profile), "x", ()), console_for(text))
     assert ("cannot be told" in text.getvalue()) is (explained is None)
     assert ("do not explain" in text.getvalue()) is (explained is False)
 
@@ -161,7 +162,7 @@ def test_what_a_profile_does_not_know_is_said(profile):
     findings = diagnose(evidence_of(seen, step, token_shares(seen), "x"))
     assert "launch-bound" not in {finding.code for finding in findings}
     text = io.StringIO()
-    print_profile(seen, step, token_shares(seen), "x", findings, console_for(text))
+    show(describe_profile(seen, step, token_shares(seen), "x", findings), console_for(text))
     assert "not available: no kernel was recorded" in text.getvalue()
     assert "not judged, since it is not known what ran: launch-bound, dequantisation" in text.getvalue()
     assert "not found: dequantisation" not in text.getvalue()
@@ -176,9 +177,8 @@ def test_an_estimate_stands_beside_the_measurement_and_disturbances_are_said(pro
         measured_peaks={"product": dataclasses.replace(profile.peaks["product"], per_s=5e11)},
     )  # fmt: skip
     text = io.StringIO()
-    print_profile(
-        seen, step_account(seen), token_shares(seen), ceilings(seen, step_account(seen).step), (), console_for(text)
-    )
+    found = ceilings(seen, step_account(seen).step)
+    show(describe_profile(seen, step_account(seen), token_shares(seen), found, ()), console_for(text))
     for words in ("activations kept for backward", "1 GiB (+0.0%)", "held its clocks down", "500 bfloat16 GFLOP/s"):
         assert words in text.getvalue()
 
@@ -191,7 +191,7 @@ def test_all_of_a_profile_is_shown_and_read_back(profile):
     findings = diagnose(evidence_of(profile, step, tokens, found))
     assert [finding.code for finding in findings] == ["needless-checkpointing", "padding", "dropout"]
     text = io.StringIO()
-    print_profile(profile, step, tokens, found, findings, console_for(text))
+    show(describe_profile(profile, step, tokens, found, findings), console_for(text))
     for words in ("remainder", "1.0%", "MFU", "HFU", "MBU", "constructed", "--try dropout", "aten::bernoulli_",
                   "192 real (37.5%), 64 padded (12.5%), 256 recomputed (50.0%)", "each 198 ms (× 2",
                   "looked for", "512 MiB", "256 MiB (25.0%)"):  # fmt: skip
@@ -208,14 +208,8 @@ def test_without_a_peak_there_is_no_share_of_it(profile):
     found = ceilings(seen, step.step)
     assert found == "what a CPU does at best is not stated here, and the trial left no memory to measure it: product"
     text = io.StringIO()
-    print_profile(
-        seen,
-        step,
-        token_shares(seen),
-        found,
-        diagnose(evidence_of(seen, step, token_shares(seen), found)),
-        console_for(text),
-    )
+    findings = diagnose(evidence_of(seen, step, token_shares(seen), found))
+    show(describe_profile(seen, step, token_shares(seen), found, findings), console_for(text))
     assert "none: what a CPU does at best" in text.getvalue()
 
 
@@ -258,7 +252,7 @@ def outcome(ratio=0.8, *, scatter=0.001, valid=True, metric="step_time_s", **cha
 
 def shown(tried):
     text = io.StringIO()
-    print_tried(tried, console_for(text))
+    show(describe_tried(tried), console_for(text))
     return text.getvalue()
 
 

@@ -12,7 +12,8 @@ from rich.console import Console
 from harness.cli import main
 from harness.records import store
 from harness.records.record import UNDER_WAY, Failure
-from harness.report.terminal import print_run
+from harness.report.run import describe_run
+from harness.report.terminal import show
 from harness.report.view import view_of
 from harness.verdicts.ab import report_of
 
@@ -42,7 +43,7 @@ def broken_off(write_run, tmp_path):
 def text_of(run):
     """The report as printed."""
     buffer = io.StringIO()
-    print_run(view_of(run), Console(file=buffer, width=240))
+    show(describe_run(view_of(run)), Console(file=buffer, width=240))
     return buffer.getvalue()
 
 

@@ -12,7 +12,8 @@ from harness.records import codec
 from harness.records.record import Failure, Notice, TrialRecord
 from harness.records.store import Manifest, Run
 from harness.report.live import LiveDisplay
-from harness.report.terminal import print_run
+from harness.report.run import describe_run
+from harness.report.terminal import console_for, show
 from harness.report.view import view_of
 
 
@@ -54,7 +55,7 @@ def run_of(study, tmp_path, *, steps, control=None, statuses=None, occupancy=1.0
 def text_of(view, width=160):
     """The plain rendering."""
     buffer = io.StringIO()
-    print_run(view, Console(file=buffer, width=width))
+    show(describe_run(view), Console(file=buffer, width=width))
     return buffer.getvalue()
 
 
@@ -133,7 +134,7 @@ def test_a_variant_without_any_result_is_still_a_row(small_study, tmp_path):
     """Dashes, not a crash."""
     statuses = {("nf4", "variant", i): "crashed" for i in range(5)}
     view = view_of(run_of(small_study, tmp_path, steps={"plain": QUIET, "nf4": QUIET}, statuses=statuses))
-    assert view.tables[0].rows[1].cells[1] == "–"
+    assert view.tables[0].rows[1].cells[1].text == "–"
 
 
 def test_one_replicate_has_no_interval_and_says_so(small_study, tmp_path):
@@ -208,10 +209,9 @@ def test_damage_is_said_and_is_no_pass(small_study, tmp_path):
 
 def test_piped_output_is_complete_and_plain(small_study, tmp_path):
     """No cut cell and no escape code without a terminal."""
-    from harness.report.terminal import console_for
-
     buffer = io.StringIO()
-    print_run(view_of(run_of(small_study, tmp_path, steps={"plain": QUIET, "nf4": QUIET})), console_for(buffer))
+    view = view_of(run_of(small_study, tmp_path, steps={"plain": QUIET, "nf4": QUIET}))
+    show(describe_run(view), console_for(buffer))
     text = buffer.getvalue()
     assert "\x1b" not in text
     assert "…" not in text

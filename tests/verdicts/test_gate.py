@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import harness.verdicts.compare
 from harness.cli import main
 from harness.errors import UsageError
-from harness.report.comparison import annotation
+from harness.report.gate import annotation
 from harness.verdicts.gate import LimitRule, Policy, load_policy
 from harness.verdicts.outcome import Limits
 

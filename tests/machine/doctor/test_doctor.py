@@ -16,7 +16,8 @@ from harness.machine.neighbours import Neighbours
 from harness.machine.nvml import CardFacts, Memory, Sample
 from harness.machine.reading import Reading, missing
 from harness.machine.system import SystemFacts
-from harness.report.doctor import print_diagnosis
+from harness.report.doctor import describe_checks
+from harness.report.terminal import show
 
 GIB = 2**30
 
@@ -226,7 +227,7 @@ def test_the_table_shows_every_check(found):
     """With the verdict in one line."""
     checks = examine(on_card(found, events=given(("hw_slowdown",))))
     console = Console(width=200, record=True, file=io.StringIO())
-    print_diagnosis(checks, console, fit=is_fit(checks))
+    show(describe_checks(checks, fit=is_fit(checks)), console)
     text = console.export_text()
     assert all(check.name in text for check in checks)
     assert "This machine is unfit" in text

@@ -1,0 +1,232 @@
+"""What a report is made of: lines, sections, tables and panels, typed, and written for no renderer.
+
+Every report is a document: a sequence of these blocks. It decides what is said, in which order and with how many
+digits; colours, widths, borders and escapes are the renderer's alone. So a new renderer is one module that takes a
+document, and a new report is drawn by every renderer there is.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from harness.records.units import Unit, format_bytes, split_interval
+
+if TYPE_CHECKING:
+    from harness.stats import Comparison
+
+Tone: TypeAlias = Literal["plain", "strong", "faint", "good", "note", "warning", "bad", "alarm", "odd", "command"]
+"""What a piece of text is to its reader; `odd` is neither good nor bad, a `command` is there to be typed."""
+
+_TONES: Mapping[str, Tone] = {
+    "regressed": "bad",
+    "improved": "good",
+    "equivalent": "note",
+    "inconclusive": "warning",
+    "invalid": "alarm",
+    "supported": "good",
+    "refuted": "bad",
+    "good": "good",
+    "note": "note",
+    "bad": "warning",
+    "unfit": "alarm",
+}
+_REORDERING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+"""Marks that reorder the letters around them, so that what is read is not what is there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """A piece of text in one tone."""
+
+    text: str
+    tone: Tone = "plain"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """One paragraph."""
+
+    spans: tuple[Span, ...]
+    indented: bool = True
+    """Whether it belongs to what stands above it."""
+    apart: bool = False
+    """Whether an empty line stands before it."""
+
+    @property
+    def text(self) -> str:
+        """All of it, without its tones."""
+        return "".join(span.text for span in self.spans)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Section:
+    """A title and the lines below it."""
+
+    title: str
+    lines: tuple[Line, ...] = ()
+    beside: str = ""
+    """What follows the title on its line without being part of it."""
+    tone: Tone = "plain"
+    apart: bool = True
+    """Whether an empty line stands before it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Head:
+    """What a column holds."""
+
+    text: str
+    right: bool = False
+    """Whether its cells end below each other, as numbers do."""
+    widest: int | None = None
+    """The most characters of a line in it; None leaves that to the renderer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """One fact, in the parts that it has. A renderer lays out the parts; it rounds nothing and parses nothing."""
+
+    name: str = ""
+    """What the text is about, in a word."""
+    text: str = ""
+    """Words, or the value with its unit."""
+    interval: str = ""
+    """What the value's interval is, in brackets."""
+    detail: str = ""
+    """What is read last, if at all."""
+    command: str = ""
+    """What to type."""
+    verdict: str = ""
+    """The finding's word."""
+    value: float | None = None
+    """The number behind the text, in its base unit; None where there is none."""
+    low: float | None = None
+    high: float | None = None
+    unit: Unit | None = None
+
+    @property
+    def line(self) -> str:
+        """All parts on one line."""
+        parts = (self.name, self.text, self.interval, self.detail, self.command, self.verdict)
+        return " ".join(part for part in parts if part)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """The cells of one row, in the order of the heads."""
+
+    cells: tuple[Cell, ...]
+    strong: bool = False
+    ends_group: bool = False
+    """Whether the next row is about something else."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """Rows under heads."""
+
+    heads: tuple[Head, ...]
+    rows: tuple[Row, ...]
+    title: str = ""
+    stacked: bool = False
+    """Whether intervals and verdicts stand below their values, so that many columns fit."""
+    notes: tuple[Line, ...] = ()
+    """What a reader of the table must know; below it."""
+    apart: bool = False
+    """Whether an empty line stands before it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Passage:
+    """Words of somebody else, and whose they are."""
+
+    head: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Panel:
+    """Passages that belong together."""
+
+    title: str
+    passages: tuple[Passage, ...]
+
+
+Block: TypeAlias = Line | Section | Table | Panel
+Document: TypeAlias = tuple[Block, ...]
+
+
+def say(*parts: str | Span, indented: bool = True, apart: bool = False) -> Line:
+    """One line of plain text and of spans."""
+    spans = tuple(part if isinstance(part, Span) else Span(text=part) for part in parts)
+    return Line(spans=spans, indented=indented, apart=apart)
+
+
+def say_each(texts: Iterable[str]) -> tuple[Line, ...]:
+    """A plain line of each text."""
+    return tuple(say(text) for text in texts)
+
+
+def list_sections(lists: Mapping[str, Sequence[str]]) -> Iterator[Section]:
+    """A section of each list by its title; an empty one is none."""
+    for title, texts in lists.items():
+        if texts:
+            yield Section(title=title, lines=say_each(texts))
+
+
+def name_columns(*texts: str, left: int = 1) -> tuple[Head, ...]:
+    """Heads of which the first so many are words and the others numbers."""
+    return tuple(Head(text=text, right=place >= left) for place, text in enumerate(texts))
+
+
+def write_row(*cells: str | Cell, strong: bool = False) -> Row:
+    """A row of words and of cells."""
+    return Row(cells=tuple(cell if isinstance(cell, Cell) else Cell(text=cell) for cell in cells), strong=strong)
+
+
+def write_value(value: float, low: float | None, high: float | None, unit: Unit, *, detail: str = "") -> Cell:
+    """A value with its interval, with as many digits as that supports; bytes each in the unit that reads best."""
+    if unit == "byte" and low is not None and high is not None:
+        text, interval = format_bytes(value), f"[{format_bytes(low)}, {format_bytes(high)}]"
+    else:
+        text, interval = split_interval(value, low, high, unit)
+    return Cell(text=text, interval=interval, detail=detail, value=value, low=low, high=high, unit=unit)
+
+
+def write_ratio(found: Comparison, *, verdict: str = "") -> Cell:
+    """A ratio with its interval, and where asked for the verdict on it; a dash where there is no ratio."""
+    if found.ratio is None:
+        return Cell(text="–", verdict=verdict)
+    text, interval = split_interval(found.ratio, found.low, found.high, "1")
+    return Cell(
+        text=text, interval=interval, verdict=verdict, value=found.ratio, low=found.low, high=found.high, unit="1"
+    )
+
+
+def tone_of(verdict: str) -> Tone:
+    """The tone of a finding's word; of one that is neither good nor bad, `odd`."""
+    return _TONES.get(verdict, "odd")
+
+
+def make_visible(text: str) -> str:
+    """The text with what would act on a terminal written out: control characters but line ends and tabs, marks that
+    reorder letters, and halves of characters, which cannot be written at all.
+
+    Names, messages and answers come from files, models and other programs; an escape sequence among them could retitle
+    the window, or hide a verdict.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(_write_out(character) if _acts(character) else character for character in text)
+
+
+def _acts(character: str) -> bool:
+    return character not in "\n\t" and (unicodedata.category(character) in ("Cc", "Cs") or character in _REORDERING)
+
+
+def _write_out(character: str) -> str:
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"

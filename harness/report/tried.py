@@ -1,0 +1,49 @@
+"""What a remedy gained, beside what was seen to hang on the finding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from harness.profile.remedy import Tried
+from harness.records.metrics import METRICS
+from harness.records.units import format_interval
+from harness.report.notices import describe_notices
+from harness.report.table import Document, Line, Section, Span, say, write_ratio
+
+
+def describe_tried(tried: Tried) -> Document:
+    """The verdict on the remedy, what it gained, and what casts doubt on it."""
+    changes = ", ".join(f"{key} = {value}" for key, value in tried.finding.suggestion.items())
+    section = Section(
+        title=f"Tried: {tried.finding.code}",
+        beside=f" by {changes} ({tried.interleaving})",
+        lines=tuple(_lines(tried)),
+    )
+    return section, *describe_notices(tried.notices)
+
+
+def _lines(tried: Tried) -> Iterator[Line]:
+    finding, comparison, control = tried.finding, tried.comparison, tried.control
+    title = METRICS[tried.metric].title
+    if comparison is not None:
+        ratio = f"{title} with the remedy over without: {write_ratio(comparison).line} "
+        yield say(ratio, Span(text=comparison.verdict, tone="strong"))
+        yield say(Span(text=comparison.reason, tone="faint"))
+    if finding.cost_share is not None and comparison is not None and comparison.ratio is not None:
+        of = "a step" if tried.metric == "step_time_s" else f"the {title}"
+        seen = f"the diagnosis had seen {finding.cost_share:.1%} of a step hang on it"
+        yield say(f"gained {_gain(comparison.ratio, comparison.low, comparison.high)} of {of}; {seen}")
+    if control is not None:
+        said = write_ratio(control, verdict=control.verdict).line
+        yield say(f"control (the present variant measured twice): {said}")
+    for failure in tried.failures:
+        yield say(Span(text=failure, tone="bad"))
+    if not tried.valid:
+        yield say(Span(text="This comparison is invalid.", tone="alarm"))
+    yield say(f"run {tried.run}")
+
+
+def _gain(ratio: float, low: float | None, high: float | None) -> str:
+    """What a ratio of times leaves of the time, in per cent; the interval's ends change places."""
+    ends = [None if end is None else 100 * (1 - end) for end in (high, low)]
+    return f"{format_interval(100 * (1 - ratio), ends[0], ends[1], '1')} %"

@@ -1,0 +1,173 @@
+"""One of every report there is, of constructed results: what a renderer must be able to draw."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.machine.doctor.check import Check
+from harness.machine.provenance import Machine
+from harness.models.costs.memory import MemoryEstimate
+from harness.profile import accounting
+from harness.profile.diagnosis import Finding, diagnose
+from harness.profile.evidence import evidence_of
+from harness.profile.facts import Profile
+from harness.profile.remedy import Tried
+from harness.records import codec, store
+from harness.records.record import Notice
+from harness.report.attribution import describe_attribution
+from harness.report.calibration import describe_calibration
+from harness.report.claims import describe_claims
+from harness.report.comparison import describe_comparison
+from harness.report.doctor import describe_checks
+from harness.report.estimate import describe_estimate
+from harness.report.gate import describe_gate
+from harness.report.notices import describe_notices
+from harness.report.plan import describe_plan
+from harness.report.profile import describe_profile
+from harness.report.run import describe_run
+from harness.report.sample import Sample, describe_samples
+from harness.report.sizes import describe_sizes
+from harness.report.table import Document
+from harness.report.tried import describe_tried
+from harness.report.view import view_of
+from harness.run.forecast import Forecast
+from harness.run.plan import make_plan
+from harness.stats import compare_trials
+from harness.studies.variant import Variant
+from harness.studies.workload import Workload
+from harness.verdicts.ab import attribution_of, report_of
+from harness.verdicts.baselines import read_comparand
+from harness.verdicts.calibrate import Calibration, Price, Rates
+from harness.verdicts.claims import judge_claims
+from harness.verdicts.compare import compare
+from harness.verdicts.gate import judge, load_policy
+
+KEPT = Path(__file__).parents[1] / "golden"
+RUNS = KEPT / "runs"
+NOTICES = (Notice(code="contention", message="others ran.", remedy="Stop them."),)
+MACHINE = Machine(
+    device="cpu", device_name="Test [CPU]", device_memory_bytes=None, driver=None, cuda=None, cpu_model="Test CPU",
+    cpus=2, memory_bytes=8 * 2**30, avx512_bf16=True, kernel="6.0", python="3.11.0",
+)  # fmt: skip
+COMPARISON = compare_trials([[1.0], [1.1], [1.2]], [[2.0], [2.21], [2.4]], pairing="replicate")
+
+
+def constructed_run(name: str) -> store.Run:
+    """One of the runs that are kept for the golden tests."""
+    return store.read_run(str(RUNS / name), RUNS)
+
+
+def constructed_profile(name: str) -> Profile:
+    """One of the profiles that are kept for the golden tests."""
+    return codec.from_json(Profile, json.loads((KEPT / "profiles" / f"{name}.json").read_text()), name)
+
+
+def profile_document(name: str) -> Document:
+    """A profile with all that is computed of it."""
+    profile = constructed_profile(name)
+    step = accounting.step_account(profile)
+    tokens, found = accounting.token_shares(profile), accounting.ceilings(profile, step.step)
+    return describe_profile(profile, step, tokens, found, diagnose(evidence_of(profile, step, tokens, found)))
+
+
+def calibration() -> Calibration:
+    """Of a machine that sees 5 % and no 1 %."""
+    prices = (
+        Price(effect=0.01, tolerance=0.005, replicates=None, replicates_low=None, replicates_high=None, minutes=None),
+        Price(effect=0.05, tolerance=0.01, replicates=6, replicates_low=5, replicates_high=9, minutes=2.5),
+    )
+    return Calibration(
+        run="run", device="a [fast] CPU", interleaving="lockstep", replicates=24, seconds_per_replicate=9.87,
+        identical=COMPARISON, planted=COMPARISON, sd=0.021, sd_low=0.017, sd_high=0.03,
+        rates=(Rates(replicates=5, false_alarms=0.002, equivalent=0.5, found=0.973),), prices=prices,
+    )  # fmt: skip
+
+
+def checks() -> tuple[Check, ...]:
+    """One of each standing."""
+    return (
+        Check(about="runs", name="device", standing="good", found="a CPU [2 cores]"),
+        Check(about="measures", name="energy", standing="note", found="no counter", remedy="Ask for RAPL."),
+        Check(about="spoils", name="swap", standing="bad", found="3 GiB of it used", remedy="Free memory."),
+        Check(about="spoils", name="clock", standing="unfit", found="held down", remedy="Cool it."),
+    )
+
+
+def samples() -> tuple[Sample, ...]:
+    """An answer that ended and one that was cut, with text that reads as markup."""
+    told = {"prompt": "Input: [/b] 4\n", "reference": "four", "trained": "[red]4[/red]\n\nsurely", "tokens": 5}
+    return (
+        Sample(**told, untrained=None, ended=True),
+        Sample(**told | {"trained": " "}, untrained="5", ended=False),
+    )
+
+
+def sizes() -> tuple[Any, ...]:
+    """Two variants of one base."""
+    from harness.trial.building.sizes import Sizes  # loads torch, which no other report needs
+
+    counts = {"base_parameters": 3_115_264, "adapter_bytes": 2**22, "gradient_bytes": 2**22}
+    counts |= {"optimizer_state_bytes": 2**23, "saved_bytes": 2**21}
+    return (
+        Sizes(variant="r[16]", trainable_parameters=299_008, **counts),
+        Sizes(variant="r64", trainable_parameters=1_196_032, **counts),
+    )
+
+
+def estimates() -> tuple[MemoryEstimate, ...]:
+    """Two phases, one with something beside."""
+    kinds = {"process": 2**28, "gradients": 2**22}
+    return (
+        MemoryEstimate(phase="train", kinds=kinds, beside={"context": 2**27}),
+        MemoryEstimate(phase="generate", kinds={"process": 2**28}),
+    )
+
+
+def tried() -> Tried:
+    """A remedy that made it worse, in a comparison that does not count."""
+    finding = Finding(
+        code="dropout", message="m", cost_s=0.02, cost_share=0.25, remedy="r", changes={"lora_dropout": 0.0}
+    )
+    return Tried(
+        finding=finding, run="run", interleaving="lockstep", metric="step_time_s", comparison=COMPARISON,
+        control=COMPARISON, failures=("r0-v: oom [/b]",), notices=NOTICES, valid=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def every_report(small_study) -> dict[str, Document]:
+    """A document of every report, by what it is of."""
+    ab = constructed_run("ab")
+    base, candidate = (read_comparand(str(RUNS / name), RUNS) for name in ("sound", "slower"))
+    compared = compare(base, candidate, metrics=[], all_metrics=True)
+    policy = dataclasses.replace(load_policy(None), required=("held_out_loss",))
+    expected = Forecast(time_s=90.0, basis="an earlier run", memory_bytes=2**31, disk_bytes=2**20)
+    made: dict[str, Callable[[], Document]] = {
+        "run": lambda: describe_run(view_of(constructed_run("sound"))),
+        "failed run": lambda: describe_run(view_of(constructed_run("failed"))),
+        "killed run": lambda: describe_run(view_of(constructed_run("killed"))),
+        "comparison": lambda: describe_comparison(compared),
+        "gate": lambda: describe_gate(judge(compared, policy)),
+        "attribution": lambda: describe_attribution(attribution_of(ab), ab),
+        "A/B": lambda: describe_comparison(report_of(ab)),
+        "claims": lambda: describe_claims(judge_claims(constructed_run("swept"))),
+        "profile": lambda: profile_document("explained"),
+        "profile of nothing seen": lambda: profile_document("unseen"),
+        "tried remedy": lambda: describe_tried(tried()),
+        "estimate": lambda: describe_estimate(
+            Variant(name="v"), Workload(), MACHINE, estimates(), {"train": 2**28 + 2**20}
+        ),
+        "sizes": lambda: describe_sizes("tiny-llama", sizes()),
+        "sample": lambda: describe_samples(samples(), "v, replicate 0"),
+        "calibration": lambda: describe_calibration(calibration(), 128),
+        "doctor": lambda: describe_checks(checks(), fit=False),
+        "plan": lambda: describe_plan(make_plan(small_study), expected, MACHINE, NOTICES),
+        "notices": lambda: describe_notices(NOTICES),
+    }
+    return {name: make() for name, make in made.items()}

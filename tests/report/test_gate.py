@@ -1,0 +1,43 @@
+"""The gate's other formats carry the same rows, and outside text acts on no terminal there either."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from harness.report.gate import describe_gate, gate_annotations, gate_markdown
+from harness.report.terminal import text_of
+from harness.verdicts.baselines import read_comparand
+from harness.verdicts.compare import compare
+from harness.verdicts.gate import GateResult, judge, load_policy
+
+RUNS = Path(__file__).parents[1] / "golden" / "runs"
+
+
+@pytest.fixture(scope="module")
+def judged() -> GateResult:
+    """A slower run against a sound one, the candidate's name with an escape sequence in it."""
+    base, candidate = (read_comparand(str(RUNS / name), RUNS) for name in ("sound", "slower"))
+    report = dataclasses.replace(compare(base, candidate), candidate="a\x1b[31m|b\r")
+    return judge(report, load_policy(None))
+
+
+def test_every_format_has_the_rows_of_the_others(judged):
+    """Variant, metric, ratio and verdict, with the same digits."""
+    text = text_of(describe_gate(judged), width=2000, coloured=False)
+    markdown, annotations = gate_markdown(judged), gate_annotations(judged)
+    (regressed,) = {row.variant for row in judged.report.comparisons if row.verdict == "regressed"}
+    ratio = next(line for line in annotations.splitlines() if "regressed" in line and regressed in line)
+    ratio = ratio.partition("::")[2].partition("::")[2].partition(" [")[0]
+    for written in (text, markdown):
+        assert any(regressed in line and ratio in line and "regressed" in line for line in written.splitlines())
+
+
+def test_no_format_lets_an_escape_sequence_through(judged):
+    """Markdown and annotations are printed too."""
+    for written in (gate_markdown(judged), gate_annotations(judged)):
+        assert "\x1b" not in written
+        assert "\\x1b" in written
+        assert "\r" not in written

@@ -1,0 +1,94 @@
+"""A new renderer is one new file: one is written here, and it says all that the terminal says, of every report."""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+from html.parser import HTMLParser
+
+from harness.report.table import Line, Panel, Section, Table, make_visible, tone_of
+from harness.report.terminal import text_of
+
+
+def as_html(document):
+    """A whole renderer: every block, every tone, and the numbers behind the text."""
+    return "\n".join(f"<div>{_block(block)}</div>" for block in document)
+
+
+def _block(block):
+    if isinstance(block, Line):
+        return _line(block)
+    if isinstance(block, Section):
+        return f"<h2>{_text(block.title)}</h2>{_text(block.beside)}" + "".join(map(_line, block.lines))
+    if isinstance(block, Panel):
+        return f"<h3>{_text(block.title)}</h3>" + "".join(
+            f"<h4>{_text(one.head)}</h4><pre>{_text(one.text)}</pre>" for one in block.passages
+        )
+    heads = "".join(f"<th>{_text(head.text)}</th>" for head in block.heads)
+    rows = "".join(f"<tr>{''.join(map(_cell, row.cells))}</tr>" for row in block.rows)
+    notes = "".join(map(_line, block.notes))
+    return f"<table><caption>{_text(block.title)}</caption><tr>{heads}</tr>{rows}</table>{notes}"
+
+
+def _line(line):
+    return "<p>" + "".join(f'<span class="{span.tone}">{_text(span.text)}</span>' for span in line.spans) + "</p>"
+
+
+def _cell(cell):
+    number = "" if cell.value is None else f' data-value="{cell.value!r}"'
+    return f'<td class="{tone_of(cell.verdict)}"{number}>{_text(cell.line)}</td>'
+
+
+def _text(text):
+    return html.escape(make_visible(text))
+
+
+def as_csv(document):
+    """The tables as a spreadsheet reads them: numbers in base units where there are numbers."""
+    out = io.StringIO()
+    writer = csv.writer(out)
+    for table in document:
+        if isinstance(table, Table):
+            writer.writerow([head.text for head in table.heads])
+            writer.writerows(
+                [cell.line if cell.value is None else cell.value for cell in row.cells] for row in table.rows
+            )
+    return out.getvalue()
+
+
+class Words(HTMLParser):
+    """The text between the tags."""
+
+    def __init__(self):
+        super().__init__()
+        self.said = ""
+
+    def handle_data(self, data):
+        self.said += data
+
+
+def letters(text):
+    """The characters of a text that are neither space nor frame, sorted: order and layout are the renderer's own."""
+    return sorted(one for one in text if not one.isspace() and not "─" <= one <= "╿")
+
+
+def test_another_renderer_says_all_that_the_terminal_says(every_report):
+    """Character for character, of every report, from the document alone."""
+    for name, document in every_report.items():
+        page = Words()
+        page.feed(as_html(document))
+        assert letters(page.said) == letters(text_of(document, width=2000, coloured=False)), name
+
+
+def test_a_renderer_of_numbers_parses_no_text(every_report):
+    """Each table of a run, a comparison and a profile gives numbers beside its words."""
+    for name in ("run", "comparison", "claims", "profile", "estimate"):
+        rows = list(csv.reader(io.StringIO(as_csv(every_report[name]))))
+        assert any(cell.replace(".", "", 1).isdigit() for row in rows for cell in row[1:]), name
+
+
+def test_every_module_of_reports_has_its_report_here(every_report):
+    """Nothing that is printed is left out: 18 documents, none of them empty."""
+    assert all(every_report.values())
+    assert {type(block) for document in every_report.values() for block in document} == {Line, Section, Panel, Table}
