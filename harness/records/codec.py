@@ -21,6 +21,8 @@ from typing import Any, TypeVar
 from harness.errors import UsageError, impossible
 
 T = TypeVar("T")
+NAMED = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+"""What is no number in JSON, as it is written."""
 
 
 class NotJsonError(ValueError):
@@ -102,8 +104,6 @@ def _convert(hint: Any, data: Any, where: str, path: str) -> Any:
     if origin is tuple:
         if not isinstance(data, (list, tuple)):
             raise impossible(where, path, data, "a list is expected", "Write it as [ ... ].")
-        if args[0] is float and all(type(item) is float for item in data):  # long, and nearly always as it should be
-            return tuple(data)
         return tuple(_convert(args[0], item, where, f"{path}[{index}]") for index, item in enumerate(data))
     if origin is dict:
         if not isinstance(data, Mapping):
@@ -149,9 +149,8 @@ def _convert_union(args: tuple[Any, ...], data: Any, where: str, path: str) -> A
 
 def _convert_scalar(hint: Any, data: Any, where: str, path: str) -> Any:
     if hint is float:
-        named = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-        if isinstance(data, str) and data in named:
-            return named[data]
+        if isinstance(data, str) and data in NAMED:
+            return NAMED[data]
         if isinstance(data, (int, float)) and not isinstance(data, bool):
             with contextlib.suppress(OverflowError):  # of a whole number beyond all floats
                 return float(data)
