@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -25,6 +26,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from harness.machine import provenance
 from harness.records import codec, store
@@ -32,6 +34,7 @@ from harness.records.evidence import EvidenceFile
 from harness.records.record import SCHEMA, TrialRecord
 from harness.records.store import TRIALS
 from harness.records.trial_lines import line_of
+from harness.studies.study import Study
 from harness.studies.study_file import load_study
 
 ROOT = Path(__file__).parents[2]
@@ -74,13 +77,16 @@ def write_run(folder: Path, variants: int, replicates: int, samples: int, *, sch
     given = store.read_run(str(COMMITTED), COMMITTED.parent)
     template = next(record for record in given.records if record.settled and "step_time_s" in record.samples)
     rng, evidence, order = random.Random(1), EvidenceFile(path), []
+    full = functools.cache(lambda checks: codec.dumps(checks_of(template, *checks)))
+    names = functools.cache(lambda checks: evidence.add(checks_of(template, *checks)))
     with (path / TRIALS).open("w", encoding="utf-8") as file:
-        for record in _records(template, study, samples, rng):
+        for record, checks in _records(template, study, samples, rng):
             order.append(record.trial)
             if schema == FULL_SCHEMA:
-                file.write(codec.dumps(record.replaced(schema=schema)) + "\n")
+                line = codec.dumps(record.replaced(schema=schema)) + "\n"
+                file.write(line.replace('"checks": []', f'"checks": {full(checks)}', 1))
             else:
-                file.write(line_of(record, evidence.add(record.checks)))
+                file.write(line_of(record, names(checks)))
     manifest = dataclasses.replace(
         given.manifest, schema=schema, run=path.name, study=codec.to_json(study), order=tuple(order),
         phases=("train",), interleaving="replicates", selection=(), resumed=(), stopped=None, status="complete",
@@ -89,19 +95,27 @@ def write_run(folder: Path, variants: int, replicates: int, samples: int, *, sch
     return path
 
 
-def _records(template: TrialRecord, study, samples: int, rng: random.Random) -> Iterator[TrialRecord]:
+def checks_of(template: TrialRecord, rank: int, replicate: int) -> list[dict[str, Any]]:
+    """Evidence that is the same in all trials but for one check of each variant and one that varies."""
+    checks = [dict(check) for check in template.checks]
+    checks[0]["reason"] += f"; adapter of rank {rank}"
+    checks[1]["reason"] += f"; {replicate} of another type"
+    return checks
+
+
+def _records(
+    template: TrialRecord, study: Study, samples: int, rng: random.Random
+) -> Iterator[tuple[TrialRecord, tuple[int, int]]]:
+    """Records without their checks, and what `checks_of` makes them from."""
     members = [(variant, "variant") for variant in study.variants] + [(study.variants[0], "control")]
     position = 0
     for replicate in range(study.protocol.replicates):
         for variant, role in members:
-            checks = [dict(check) for check in template.checks]
-            checks[0]["reason"] += f"; adapter of rank {variant.r}"
-            checks[1]["reason"] += f"; {replicate % 7} of another type"
             turns = samples // 10
-            yield template.replaced(
+            record = template.replaced(
                 trial=f"r{replicate}-{variant.name}{'-control' if role == 'control' else ''}", role=role,
                 name=variant.name, variant=variant.id, replicate=replicate, position=position, seed=replicate,
-                interleaving="replicates", side="", attempt=0, checks=tuple(checks), failure=None, notices=(),
+                interleaving="replicates", side="", attempt=0, checks=(), failure=None, notices=(),
                 turn_lengths=(10,) * turns, values={key: value * rng.random() for key, value in template.values.items()}
                 | {"trainable_parameters": 1000.0 * variant.r, "warmup_steady": 1.0},
                 samples={
@@ -112,6 +126,7 @@ def _records(template: TrialRecord, study, samples: int, rng: random.Random) -> 
                     "turn_sequences": (20.0,) * turns,
                 },
             )  # fmt: skip
+            yield record, (variant.r, replicate % 7)
             position += 1
 
 
