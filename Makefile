@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 NAME   ?= bench
 STAMP  := $(VENV)/.installed
 
-.PHONY: bench test lint study proof proof-harness proof-models proof-statistics proof-levels proof-ab proof-profile proof-kernels proof-memory proof-gpu clean
+.PHONY: bench test lint study proof proof-harness proof-models proof-statistics proof-levels proof-ab proof-profile proof-kernels proof-memory proof-reading proof-gpu clean
 
 bench: $(STAMP)
 	$(BIN)/pytest benchmarks/ --benchmark-save=$(NAME)
@@ -30,7 +30,7 @@ lint: $(STAMP)
 # output is committed under reports/proof/. Two need data that the project does not hold and are skipped without it:
 # LORAMETER_DOLLY names databricks-dolly-15k.jsonl.gz, LORAMETER_NOISE a folder with the recorded noise
 # (lockstep.csv.gz, one_process.csv.gz, processes.csv.gz). proof-ab takes an hour and wants the machine to itself.
-proof: proof-harness proof-models proof-statistics proof-levels proof-ab proof-profile proof-kernels proof-memory proof-gpu
+proof: proof-harness proof-models proof-statistics proof-levels proof-ab proof-profile proof-kernels proof-memory proof-reading proof-gpu
 
 proof-harness proof-models: proof-%: $(STAMP)
 	mkdir -p reports/proof
@@ -79,6 +79,13 @@ proof-memory: $(STAMP)
 	mkdir -p reports/proof
 	$(BIN)/python benchmarks/selftest/estimate.py > reports/proof/estimate.txt; \
 	status=$$?; cat reports/proof/estimate.txt; exit $$status
+
+# Time and memory of reading a run of a hundred thousand trials, and of its report (a few minutes, 1 GB in a temporary
+# folder).
+proof-reading: $(STAMP)
+	mkdir -p reports/proof
+	$(BIN)/python benchmarks/selftest/reading.py > reports/proof/reading.txt; \
+	status=$$?; cat reports/proof/reading.txt; exit $$status
 
 # What needs a card: meters against each other, what really ran, steps after a check, and the default study with
 # Llama-2-7B (random weights), whose report is written under reports/. Skipped with the reason where there is none.

@@ -103,7 +103,11 @@ def _run_row(path: Path) -> dict[str, Any]:
         manifest = store.read_manifest(path)
     except UsageError as error:  # one damaged run must not hide the others
         return {"run": path.name, "status": "damaged", "title": str(error)}
-    return {"run": manifest.run, "status": store.state_of(path, manifest), "title": manifest.study["title"]}
+    title = manifest.study.get("title")
+    if not isinstance(title, str):
+        missing = f"{path / 'manifest.json'}: study.title is missing. Measure again, or restore the file."
+        return {"run": path.name, "status": "damaged", "title": missing}
+    return {"run": manifest.run, "status": store.state_of(path, manifest), "title": title}
 
 
 def run_fetch(options: argparse.Namespace) -> int:

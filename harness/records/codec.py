@@ -7,6 +7,7 @@ that names the place. The standard library writes (`dataclasses.asdict`) but doe
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -20,6 +21,22 @@ from typing import Any, TypeVar
 from harness.errors import UsageError, impossible
 
 T = TypeVar("T")
+NAMED = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+"""What is no number in JSON, as it is written."""
+
+
+class NotJsonError(ValueError):
+    """A text that is no JSON, or none that can be held: cut short, nested too deeply, a number without end."""
+
+
+def parse(text: str | bytes) -> Any:
+    """Plain data of JSON text. Raises `NotJsonError`, and nothing else, whatever the text is."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise NotJsonError("it is nested too deeply") from None
+    except ValueError as error:  # of a text cut short, of bytes that are no text, of thousands of digits
+        raise NotJsonError(str(error).partition(";")[0]) from None
 
 
 def to_json(value: Any) -> Any:
@@ -42,8 +59,15 @@ def to_json(value: Any) -> Any:
 
 
 def dumps(value: Any, *, indent: int | None = None) -> str:
-    """Canonical JSON text: sorted keys, so that equal content has an equal hash."""
-    return json.dumps(to_json(value), sort_keys=True, indent=indent, allow_nan=False, ensure_ascii=False)
+    """Canonical JSON text: sorted keys, so that equal content has an equal hash.
+
+    Raises:
+        NotJsonError: it is nested too deeply.
+    """
+    try:
+        return json.dumps(to_json(value), sort_keys=True, indent=indent, allow_nan=False, ensure_ascii=False)
+    except RecursionError:
+        raise NotJsonError("it is nested too deeply") from None
 
 
 def from_json(cls: type[T], data: Any, where: str) -> T:
@@ -52,7 +76,10 @@ def from_json(cls: type[T], data: Any, where: str) -> T:
     Raises:
         UsageError: an unknown key (with the nearest known one), a missing key, or a value of the wrong type.
     """
-    return typing.cast(T, _convert(cls, data, where, ""))
+    try:
+        return typing.cast(T, _convert(cls, data, where, ""))
+    except RecursionError:
+        raise UsageError(f"{where}: it is nested too deeply. Write it as a table of keys.") from None
 
 
 @functools.cache
@@ -122,11 +149,11 @@ def _convert_union(args: tuple[Any, ...], data: Any, where: str, path: str) -> A
 
 def _convert_scalar(hint: Any, data: Any, where: str, path: str) -> Any:
     if hint is float:
-        named = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-        if isinstance(data, str) and data in named:
-            return named[data]
+        if isinstance(data, str) and data in NAMED:
+            return NAMED[data]
         if isinstance(data, (int, float)) and not isinstance(data, bool):
-            return float(data)
+            with contextlib.suppress(OverflowError):  # of a whole number beyond all floats
+                return float(data)
     elif hint is int:
         if isinstance(data, int) and not isinstance(data, bool):
             return data

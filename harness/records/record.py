@@ -7,17 +7,35 @@ and single values as measured; estimates are computed on demand from these and n
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
+
+from harness.errors import UsageError
 
 SCHEMA = 5
 """Version of everything in this module. 1: first form. 2: requests say what a trial measures, with which instrument
 it is checked and how much work is injected; records name their side of an A/B. 3: requests to the model's own end;
 training that ends before its planned steps, and runs that were gone on with. 4: trials that are measured again because
 of their surroundings. 5: every measuring process is started by one door; a variant's own workload stands beside the
-study and no more in it."""
+study and no more in it; on disk a record names the evidence of its checks, which is stored once a run (`evidence`)."""
 READABLE = (1, 2, 3, 4, 5)
 """Schemas that this version reads from disk: later fields have defaults."""
+
+
+def require_readable(data: Any, source: Path) -> int:
+    """The schema of what was read from a file of a run. Raises `UsageError` for one that this version does not read."""
+    if not isinstance(data, dict):
+        raise UsageError(f"{source}: {reprlib.repr(data)}: a table is expected. Measure again, or restore the file.")
+    schema = data.get("schema")
+    if schema not in READABLE:
+        known = " and ".join(map(str, READABLE))
+        raise UsageError(
+            f"{source}: schema {reprlib.repr(schema)}, and this version reads {known}. Use the version that wrote it."
+        )
+    return int(schema)
+
 
 Status = Literal["ok", "invalid", "oom", "timeout", "crashed", "interrupted", "not_run"]
 SETTLED: tuple[Status, ...] = ("ok", "invalid", "oom", "timeout", "crashed")

@@ -1,7 +1,9 @@
 """Where runs live: one directory a run, records appended and synced one by one, nothing ever rewritten but the status.
 
 RUN/manifest.json    what was planned, on which machine, with which versions; written before the first trial
-RUN/trials.jsonl     one TrialRecord a line, fsynced after each; of several of one trial the last one counts
+RUN/trials.jsonl     one TrialRecord a line, fsynced after each; of several of one trial the last one counts. Its
+                     `checks` are hashes of lines of checks.jsonl; up to schema 4 they were the checks themselves
+RUN/checks.jsonl     what the checks of all trials found, each thing once, with its hash; fsynced before the record
 RUN/trials.jsonl.lock      held by the process that writes; one that was killed holds it no more
 RUN/logs/            what each trial printed
 RUN/tokens-*.safetensors   the token stream that all trials trained on
@@ -11,20 +13,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import secrets
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from harness.errors import InvalidRunError, UsageError
-from harness.records import codec
+from harness.records import codec, journal
+from harness.records.evidence import EvidenceFile, LostEvidenceError
 from harness.records.locks import alone, is_locked
-from harness.records.record import READABLE, SCHEMA, Notice, TrialRecord
+from harness.records.record import SCHEMA, Notice, TrialRecord, require_readable
+from harness.records.trial_lines import TrialLines, line_of
 
 RunStatus = Literal["running", "complete", "interrupted", "failed"]
 RunState = Literal["running", "complete", "interrupted", "failed", "killed"]
@@ -104,17 +107,13 @@ class RunWriter:
         self.path = folder / manifest.run
         self._manifest = manifest
         (self.path / "logs").mkdir(parents=True, exist_ok=True)
-        _end_last_line(self.path / TRIALS)
+        self._evidence = EvidenceFile(self.path)
         self._write_manifest()
 
     def append(self, record: TrialRecord) -> None:
-        """Write one record and wait until the disk has it."""
-        line = codec.dumps(record) + "\n"
+        """Write one record, its new evidence before it, and wait until the disk has it."""
         try:
-            with (self.path / TRIALS).open("a", encoding="utf-8") as file:
-                file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
+            journal.append(self.path / TRIALS, line_of(record, self._evidence.add(record.checks)))
         except OSError as error:
             raise InvalidRunError(f"run {self._manifest.run}: a record could not be written: {error}.") from error
 
@@ -143,7 +142,9 @@ class Run:
     records: tuple[TrialRecord, ...]
     """The last record of each trial, in the order of the plan."""
     damaged_lines: int = 0
-    """Lines that a crash cut short; their trials count as not run."""
+    """Lines that a crash cut short, or whose evidence is lost; their trials count as not run."""
+    without_evidence: int = 0
+    """Those among them that name evidence which checks.jsonl does not hold."""
     measured_again: int = 0
     """Trials that were begun more than once, because the process that measured them ended too early."""
     disturbed: tuple[TrialRecord, ...] = ()
@@ -169,24 +170,27 @@ def read_run(name: str, folder: Path) -> Run:
         known = ", ".join(run.name for run in list_runs(folder)[-3:]) or "none yet"
         raise UsageError(f"run {name!r}: not found in {folder}. Latest runs: {known}.")
     manifest = read_manifest(path)
-    records, damaged = [], 0
-    for line in _lines(path / TRIALS):
+    lines = TrialLines(EvidenceFile(path), source, f"{name}, trials.jsonl")
+    records, cut_short, without_evidence = [], 0, 0
+    for line in journal.lines(path / TRIALS):
         try:
-            data = json.loads(line)
-        except json.JSONDecodeError:
-            damaged += 1
-            continue
-        records.append(codec.from_json(TrialRecord, _checked(data, source), f"{name}, trials.jsonl"))
+            records.append(lines.read(line))
+        except codec.NotJsonError:
+            cut_short += 1
+        except LostEvidenceError:
+            without_evidence += 1
     latest = _latest(records, manifest)
     if manifest.resumed and {record.trial for record in latest if record.settled} >= set(manifest.order):
-        damaged = 0  # whatever a line that was cut short told of has been measured again
+        cut_short = without_evidence = 0  # whatever a line that was cut short told of has been measured again
+    counted = {record.trial: record for record in latest}
     return Run(
         path=path,
         manifest=manifest,
         records=latest,
-        damaged_lines=damaged,
+        damaged_lines=cut_short + without_evidence,
+        without_evidence=without_evidence,
         measured_again=_measured_again(records),
-        disturbed=tuple(record for record in records if record.disturbed and record not in latest),
+        disturbed=tuple(record for record in records if record.disturbed and record != counted.get(record.trial)),
         live=is_live(path, manifest),
     )
 
@@ -237,23 +241,18 @@ def read_manifest(path: Path) -> Manifest:
     """The manifest of a run directory. Raises `UsageError` if it is damaged or of another schema."""
     source = path / "manifest.json"
     try:
-        data = json.loads(source.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+        text = source.read_text(encoding="utf-8")
+        data = codec.parse(text)
+        require_readable(data, source)
+        codec.dumps(data).encode()  # what could not be written again would only fail later
+    except (codec.NotJsonError, UnicodeError, OSError) as error:
         raise UsageError(f"{source}: cannot be read: {error}. Measure again, or restore the file.") from None
-    return codec.from_json(Manifest, _lift_workloads(_checked(data, source)), source.name)
+    return codec.from_json(Manifest, _lift_workloads(data), source.name)
 
 
 def list_runs(folder: Path) -> list[Path]:
     """Directories of runs, oldest first."""
     return sorted(path.parent for path in folder.glob("*/manifest.json")) if folder.is_dir() else []
-
-
-def _checked(data: Any, source: Path) -> Any:
-    schema = data.get("schema") if isinstance(data, dict) else None
-    if schema not in READABLE:
-        known = " and ".join(map(str, READABLE))
-        raise UsageError(f"{source}: schema {schema}, and this version reads {known}. Use the version that wrote it.")
-    return data
 
 
 def _lift_workloads(manifest: Any) -> Any:
@@ -263,19 +262,3 @@ def _lift_workloads(manifest: Any) -> Any:
         return manifest
     own = {"own_workloads": study["own_workloads"]}
     return {**own, **manifest, "study": {key: value for key, value in study.items() if key not in own}}
-
-
-def _end_last_line(path: Path) -> None:
-    """What a crash cut short stays a line of its own: the next record begins after it."""
-    if not path.is_file() or not path.stat().st_size:
-        return
-    with path.open("r+b") as file:
-        file.seek(-1, os.SEEK_END)
-        if file.read(1) != b"\n":
-            file.write(b"\n")
-
-
-def _lines(path: Path) -> Iterator[str]:
-    if path.is_file():
-        with path.open(encoding="utf-8", errors="replace") as file:
-            yield from (line for line in file if line.strip())

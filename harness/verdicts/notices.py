@@ -46,11 +46,18 @@ def run_notices(run: Run, study: Study, controls: Mapping[str, Comparison]) -> I
     yield from _disturbed(run)
     for title, control in controls.items():
         yield from _control(title, control)
-    if run.damaged_lines:
+    if cut_short := run.damaged_lines - run.without_evidence:
         yield Notice(
             code="damaged-lines",
-            message=f"{run.damaged_lines} lines of trials.jsonl are cut short; their trials count as not run.",
+            message=f"{cut_short} lines of trials.jsonl are cut short; their trials count as not run.",
             remedy="Measure again.",
+        )
+    if run.without_evidence:
+        yield Notice(
+            code="evidence-lost",
+            message=f"{run.without_evidence} lines of trials.jsonl name checks that checks.jsonl does not hold; their "
+            "trials count as not run.",
+            remedy="Restore checks.jsonl, or measure again.",
         )
 
 

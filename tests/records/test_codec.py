@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from harness.errors import UsageError
@@ -21,6 +21,7 @@ fragments = st.builds(
 )
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(fragments)
 def test_a_fragment_survives_the_pipe(fragment):
     """What is written is read back equal, infinities and NaN included."""

@@ -63,3 +63,14 @@ def test_trials_that_were_disturbed_are_said_with_the_reason(notices):
     assert "1 trials do not count" in found["still-disturbed"].message
     assert "--allow-disturbed" in found["still-disturbed"].remedy
     assert not {"disturbed", "still-disturbed"} & set(notices())
+
+
+def test_a_line_cut_short_and_one_without_its_evidence_are_told_apart(notices):
+    """They are damaged alike, and each is said as what it is."""
+    found = notices(damaged_lines=3, without_evidence=2)
+    assert found["damaged-lines"].message.startswith("1 lines of trials.jsonl are cut short")
+    assert found["evidence-lost"].message.startswith(
+        "2 lines of trials.jsonl name checks that checks.jsonl does not hold"
+    )
+    assert "damaged-lines" not in notices(damaged_lines=2, without_evidence=2)
+    assert "evidence-lost" not in notices(damaged_lines=1)

@@ -1,0 +1,95 @@
+"""The evidence of checks, two thirds of a record and the same in nearly all: stored once a run, in checks.jsonl.
+
+A line is the hash of a check's canonical JSON, by which records name it, and the check. It is on the disk before the
+first record that names it, so that no crash leaves a name without evidence. A line that was damaged later no longer has
+its hash, and what it said is lost; it is written again when the same is found again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness.errors import UsageError
+from harness.records import codec, journal
+from harness.records.mirror import Reader
+
+CHECKS = "checks.jsonl"
+HASH_DIGITS = 16
+
+
+class LostEvidenceError(Exception):
+    """A record names evidence that is not there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evidence:
+    """One check: one line of checks.jsonl."""
+
+    hash: str
+    check: dict[str, Any]
+
+
+class EvidenceFile:
+    """The checks of one run by their hashes; read as far as needed, so that a run that is being written can be read."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / CHECKS
+        self._checks: dict[str, dict[str, Any]] = {}
+        self._seen_bytes = 0
+        self._reader = Reader(Evidence)
+
+    def add(self, checks: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+        """The hashes of these checks; those that are new are on the disk afterwards.
+
+        Raises:
+            OSError: the disk refuses.
+        """
+        self._look()
+        hashed = [(_hash_of(check), check) for check in checks]
+        new = {name: check for name, check in hashed if name not in self._checks}
+        if new:
+            journal.append(self._path, "".join(f"{_line_of(name, check)}\n" for name, check in new.items()))
+        return tuple(name for name, _ in hashed)
+
+    def find(self, hashes: Sequence[str]) -> tuple[dict[str, Any], ...]:
+        """The checks of these hashes. Raises `LostEvidenceError` for one that is not there."""
+        try:
+            return tuple([self._checks[name] for name in hashes])
+        except KeyError:
+            self._look()
+        try:
+            return tuple([self._checks[name] for name in hashes])
+        except KeyError as error:
+            raise LostEvidenceError(error.args[0]) from None
+
+    def _look(self) -> None:
+        """Read what has been added since; a line that has no end yet is left for the next time."""
+        if not self._path.is_file() or self._path.stat().st_size == self._seen_bytes:
+            return
+        with self._path.open("rb") as file:
+            file.seek(self._seen_bytes)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                self._seen_bytes += len(line)
+                self._keep(line)
+
+    def _keep(self, line: bytes) -> None:
+        try:
+            evidence = self._reader.read(line.decode("utf-8", errors="replace"), CHECKS)
+        except (codec.NotJsonError, UsageError):
+            return
+        if evidence.hash == _hash_of(evidence.check):
+            self._checks[evidence.hash] = evidence.check
+
+
+def _hash_of(check: Mapping[str, Any]) -> str:
+    return hashlib.sha256(codec.dumps(check).encode("utf-8", errors="replace")).hexdigest()[:HASH_DIGITS]
+
+
+def _line_of(name: str, check: Mapping[str, Any]) -> str:
+    return f'{{"hash": "{name}", "check": {codec.dumps(check)}}}'

@@ -1,0 +1,56 @@
+"""Files that only grow: what was appended is on the disk before the caller goes on; a crash spoils one line at most."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from harness.errors import UsageError
+
+
+def append(path: Path, text: str) -> None:
+    """Add whole lines and wait until the disk has them; a line that a crash cut short before them stays one of its own.
+
+    A character that UTF-8 cannot hold (half a surrogate pair, as in the name of a file that is no text) becomes "?".
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    with path.open("a+b") as file:
+        begun = file.seek(0, os.SEEK_END)
+        if begun:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        file.write(text.encode("utf-8", errors="replace"))
+        file.flush()
+        os.fsync(file.fileno())
+    if not begun:
+        _sync_folder(path.parent)
+
+
+def lines(path: Path) -> Iterator[str]:
+    """The lines of a file that are not blank, none where there is no file; bytes that are no text read as U+FFFD.
+
+    Raises:
+        UsageError: the file is there and cannot be read.
+    """
+    if not path.exists():
+        return
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            yield from (line for line in file if not line.isspace())
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}. Make it readable, or restore it.") from None
+
+
+def _sync_folder(folder: Path) -> None:
+    """A new file is there after a crash only once its folder is on the disk; not every file system can be asked."""
+    with contextlib.suppress(OSError):
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)

@@ -1,0 +1,77 @@
+"""The lines of trials.jsonl: a record, whose checks are names of evidence in checks.jsonl.
+
+From schema 5 on `checks` is a list of hashes; before it was the list of the checks themselves. Whoever reads a run gets
+the checks, whichever schema wrote it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from harness.records import codec
+from harness.records.evidence import EvidenceFile
+from harness.records.mirror import Reader
+from harness.records.record import SCHEMA, TrialRecord, require_readable
+
+Record = TypeVar("Record", bound=TrialRecord)
+FIRST_WITH_HASHES = 5
+"""The schema from which on a record names its evidence."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WrittenRecord(TrialRecord):
+    """A `TrialRecord` as it is written: one line of trials.jsonl."""
+
+    checks: tuple[str, ...] = ()  # type: ignore[assignment]  # the evidence itself stands in checks.jsonl
+
+
+class _Head(msgspec.Struct):
+    """What tells which of the two forms a line has."""
+
+    schema: int
+
+
+class TrialLines:
+    """Reads the lines of one run; `source` is its manifest, `where` names its records in errors."""
+
+    def __init__(self, evidence: EvidenceFile, source: Path, where: str) -> None:
+        self._evidence, self._source, self._where = evidence, source, where
+        self._head = msgspec.json.Decoder(_Head)
+        self._plain, self._written = Reader(TrialRecord), Reader(WrittenRecord)
+
+    def read(self, line: str) -> TrialRecord:
+        """The record of a line, with its evidence.
+
+        Raises:
+            codec.NotJsonError: the line was cut short.
+            LostEvidenceError: what its checks name is not in checks.jsonl.
+            UsageError: a record of a schema that is not read, or one that does not keep to its schema.
+        """
+        if self._schema_of(line) < FIRST_WITH_HASHES:
+            return self._plain.read(line, self._where)
+        written = self._written.read(line, self._where)
+        return _record(TrialRecord, written, self._evidence.find(written.checks))
+
+    def _schema_of(self, line: str) -> int:
+        with contextlib.suppress(msgspec.MsgspecError, RecursionError):
+            schema = self._head.decode(line).schema
+            require_readable({"schema": schema}, self._source)
+            return schema
+        return require_readable(codec.parse(line), self._source)
+
+
+def line_of(record: TrialRecord, hashes: Sequence[str]) -> str:
+    """A record as it is written, its checks named by these hashes."""
+    return codec.dumps(_record(WrittenRecord, record, tuple(hashes)).replaced(schema=SCHEMA)) + "\n"
+
+
+def _record(cls: type[Record], record: TrialRecord, checks: tuple[Any, ...]) -> Record:
+    values = {field.name: getattr(record, field.name) for field in dataclasses.fields(TrialRecord)}
+    return cls(**(values | {"checks": checks}))

@@ -1,0 +1,64 @@
+"""What there is to choose from is listed, whatever state a part of it is in."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from harness.cli import main
+
+STEPS = {"plain": [0.1, 0.1], "nf4": [0.2, 0.2]}
+DEEP = 100_000
+
+
+def edited(text, **changes):
+    return json.dumps(json.loads(text) | changes)
+
+
+@pytest.mark.parametrize(("harm", "reason"), [
+    (lambda text: "", "cannot be read: Expecting value"), (lambda text: text[:-20], "cannot be read"),
+    (lambda text: "null", "None: a table is expected"), (lambda text: "[1, 2]", "[1, 2]: a table is expected"),
+    (lambda text: "4", "4: a table is expected"), (lambda text: "{}", "schema None"),
+    (lambda text: "[" * DEEP, "nested too deeply"), (lambda text: '{"schema": ' * DEEP, "nested too deeply"),
+    (lambda text: text.replace('"study": {', '"study": {"a": ' + "[" * 900 + "]" * 900 + ","), "nested too deeply"),
+    (lambda text: text.replace('"seed": 0', '"seed": ' + "9" * 5000), "Exceeds the limit (4300 digits)"),
+    (lambda text: text.replace('"created_unix_s": 1.0', '"created_unix_s": ' + "9" * 400), "float is expected"),
+    (lambda text: edited(text, schema=[[]]), "schema [[]]"),
+    (lambda text: edited(text, schema=True), "schema = True: int is expected"),
+    (lambda text: edited(text, study={}), "study.title is missing"), (lambda text: edited(text, study=3), "study = 3"),
+    (lambda text: edited(text, run="\ud800"), "surrogates not allowed"), (lambda text: "\0" * 512, "cannot be read"),
+])  # fmt: skip
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_damaged_manifest_hides_no_other_run(write_run, capsys, harm, reason, as_json):
+    """It is listed as damaged with the reason, and refused by name where it is asked for."""
+    whole, damaged = write_run("whole", STEPS), write_run("damaged", STEPS)
+    manifest = damaged / "manifest.json"
+    manifest.write_text(harm(manifest.read_text()))
+    assert main(["list", "runs", "--runs-dir", str(whole.parent), *(["--json"] if as_json else [])]) == 0
+    out = capsys.readouterr().out
+    if as_json:
+        rows = json.loads(out)["runs"]
+        assert [(row["run"], row["status"]) for row in rows] == [("damaged", "damaged"), ("whole", "complete")]
+        out = rows[0]["title"]
+    else:
+        assert out.splitlines()[0].startswith("damaged  damaged  ")
+        assert "whole  complete  small" in out
+    assert reason in out
+    assert len(out) < 8000
+    assert main(["report", "damaged", "--runs-dir", str(whole.parent)]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_manifest_that_is_no_file_or_no_text_hides_no_other_run(write_run, capsys):
+    """A directory in its place, bytes that are no text, a link to nothing."""
+    whole = write_run("whole", STEPS)
+    (whole.parent / "directory" / "manifest.json").mkdir(parents=True)
+    for name in ("bytes", "link"):
+        (whole.parent / name).mkdir()
+    (whole.parent / "bytes" / "manifest.json").write_bytes(b'{"schema": \xff}')
+    (whole.parent / "link" / "manifest.json").symlink_to("nothing")
+    assert main(["list", "runs", "--runs-dir", str(whole.parent)]) == 0
+    found = [line.split("  ")[:2] for line in capsys.readouterr().out.splitlines()]
+    assert found[-1] == ["whole", "complete"]
+    assert {status for _, status in found[:-1]} == {"damaged"}

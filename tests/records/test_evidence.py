@@ -1,0 +1,200 @@
+"""Evidence is stored once, before the record that names it, and a record is never read without its checks."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from harness.errors import InvalidRunError, UsageError
+from harness.records import codec, store
+from harness.records.evidence import CHECKS, EvidenceFile, LostEvidenceError
+from harness.records.record import TrialRecord
+from harness.records.store import TRIALS, Manifest, Resumption, RunWriter
+
+BITS = {"path": "base.bits", "required": 4, "observed": 4, "status": "active", "reason": "60 of 60 layers: 4 – all"}
+MASK = {"path": "attention.mask", "required": None, "observed": "explicit", "status": "active", "reason": "seen"}
+SHARE = {"path": "padding.share", "required": None, "observed": 0.25, "status": "active", "reason": "a quarter"}
+
+
+def manifest(**changes):
+    told = {
+        "run": "run", "study": {}, "phases": ("train",), "interleaving": "replicates", "order": ("t0", "t1", "t2"),
+        "seed": 0, "created_unix_s": 1.0, "provenance": {}, "fingerprint": "f",
+    }  # fmt: skip
+    return Manifest(**(told | changes))
+
+
+def record(number, *checks, **changes):
+    told = {
+        "trial": f"t{number}", "status": "ok", "name": "a", "variant": "i", "role": "variant", "replicate": number,
+        "position": number, "interleaving": "replicates", "seed": 0, "started_unix_s": 0.0, "wall_time_s": 1.0,
+        "checks": checks,
+    }  # fmt: skip
+    return TrialRecord(**(told | changes))
+
+
+RECORDS = (record(0, BITS, MASK), record(1, BITS, MASK), record(2, SHARE, BITS))
+
+
+@pytest.fixture
+def written(tmp_path):
+    """A run of three records whose checks are nearly the same."""
+    writer = RunWriter(tmp_path, manifest())
+    for one in RECORDS:
+        writer.append(one)
+    writer.finish("complete")
+    return writer.path
+
+
+def read(path):
+    return store.read_run(str(path), path.parent)
+
+
+def test_evidence_stands_once_and_records_name_it(written):
+    """Three checks for six places, in the form that the store's words promise; a reader sees the checks."""
+    evidence = [json.loads(line) for line in (written / CHECKS).read_text().splitlines()]
+    assert [line["check"] for line in evidence] == [BITS, MASK, SHARE]
+    first, second, third = (line["hash"] for line in evidence)
+    named = [json.loads(line)["checks"] for line in (written / TRIALS).read_text().splitlines()]
+    assert named == [[first, second], [first, second], [third, first]]
+    assert read(written).records == RECORDS
+
+
+def test_a_copied_folder_is_a_whole_run(written, tmp_path):
+    """Nothing of it lies elsewhere, and nothing names where it lay."""
+    copy = shutil.copytree(written, tmp_path / "elsewhere" / "run")
+    shutil.rmtree(written)
+    assert read(copy).records == RECORDS
+
+
+def test_a_crash_at_any_byte_leaves_records_with_their_checks(written, tmp_path, monkeypatch):
+    """Whatever part of what was written is on the disk, a record is whole or it is not there."""
+    evidence = (written / CHECKS).read_bytes().splitlines(keepends=True)
+    records = (written / TRIALS).read_bytes().splitlines(keepends=True)
+    steps = [(CHECKS, evidence[0] + evidence[1]), (TRIALS, records[0]), (TRIALS, records[1])]
+    steps += [(CHECKS, evidence[2]), (TRIALS, records[2])]
+    monkeypatch.setattr(os, "fsync", lambda number: None)  # the crash is played, and a disk is slow
+    for whole, (name, text) in enumerate(steps):
+        for cut in range(0, len(text), 19):
+            path = tmp_path / f"cut-{whole}-{cut}"
+            path.mkdir()
+            shutil.copy(written / "manifest.json", path)
+            for file, part in [*steps[:whole], (name, text[:cut])]:
+                with (path / file).open("ab") as target:
+                    target.write(part)
+            found = read(path)
+            done = sum(file == TRIALS for file, _ in steps[:whole])
+            assert found.records == RECORDS[:done]
+            assert (found.damaged_lines, found.without_evidence) == (name == TRIALS and cut > 0, 0)
+            writer = RunWriter(tmp_path, manifest(run=path.name, resumed=(Resumption(
+                unix_s=2.0, harness=None, commit=None),)))  # fmt: skip
+            for one in RECORDS[done:]:
+                writer.append(one)
+            assert read(path).records == RECORDS
+            assert read(path).damaged_lines == 0
+
+
+def test_evidence_is_on_the_disk_before_the_record_that_names_it(tmp_path, monkeypatch):
+    """One sync of each file in that order, of the folder where a file is new, and none of evidence that is there."""
+    synced = []
+
+    def noted(number):
+        synced.append(Path(f"/proc/self/fd/{number}").readlink().name)
+
+    writer = RunWriter(tmp_path, manifest())
+    monkeypatch.setattr(os, "fsync", noted)
+    for one in (record(0, BITS), record(1, BITS), record(2, MASK)):
+        writer.append(one)
+    assert synced == [CHECKS, "run", TRIALS, "run", TRIALS, CHECKS, TRIALS]
+
+
+def test_a_record_whose_evidence_is_lost_is_a_damaged_line(written):
+    """It is counted and left out, never read without its checks; the others are there."""
+    lines = (written / CHECKS).read_text().splitlines(keepends=True)
+    (written / CHECKS).write_text(lines[0] + lines[1])
+    run = read(written)
+    assert run.records == RECORDS[:2]
+    assert (run.damaged_lines, run.without_evidence) == (1, 1)
+    (written / CHECKS).unlink()
+    assert (read(written).records, read(written).without_evidence) == ((), 3)
+
+
+@pytest.mark.parametrize("harm", [
+    lambda line: line.replace('"observed": 4', '"observed": 8'), lambda line: line[:-9], lambda line: "",
+    lambda line: line.replace('"check"', '"chck"'), lambda line: "null", lambda line: "[" * 100_000,
+    lambda line: line.replace('{"hash": "', '{"hash": "0'),
+])  # fmt: skip
+def test_evidence_that_was_changed_is_lost(written, harm):
+    """What no longer has its hash is not believed, and is there again when it has been found again."""
+    lines = (written / CHECKS).read_text().splitlines()
+    (written / CHECKS).write_text("\n".join([harm(lines[0]), *lines[1:]]))  # the last line has no end either
+    assert (read(written).records, read(written).without_evidence) == ((), 3)
+    RunWriter(written.parent, manifest()).append(record(0, BITS, started_unix_s=9.0))
+    assert [one.checks for one in read(written).records] == [(BITS,), (BITS, MASK), (SHARE, BITS)]
+
+
+def test_two_processes_one_after_the_other_store_evidence_once(tmp_path):
+    """The second knows what the first has written, and the first what the second has added since."""
+    first = RunWriter(tmp_path, manifest())
+    first.append(RECORDS[0])
+    second = RunWriter(tmp_path, manifest())
+    second.append(RECORDS[2])
+    first.append(record(1, SHARE))
+    assert len((first.path / CHECKS).read_text().splitlines()) == 3
+    assert [one.checks for one in read(first.path).records] == [(BITS, MASK), (SHARE,), (SHARE, BITS)]
+
+
+def test_a_run_can_be_read_while_it_is_written(tmp_path):
+    """Evidence that was added after the first look is found."""
+    EvidenceFile(tmp_path).add([BITS])
+    looking = EvidenceFile(tmp_path)
+    names = [looking.add([BITS])[0], *EvidenceFile(tmp_path).add([MASK])]
+    assert looking.find(names) == (BITS, MASK)
+    with pytest.raises(LostEvidenceError):
+        looking.find(["0123456789abcdef"])
+
+
+def test_a_run_of_an_earlier_schema_is_gone_on_with(written):
+    """Its records hold their checks themselves; the new ones name theirs, and all read alike."""
+    old = [one.replaced(schema=4) for one in RECORDS[:2]]
+    (written / TRIALS).write_text("".join(codec.dumps(one) + "\n" for one in old))
+    (written / CHECKS).unlink()
+    assert read(written).records == tuple(old)
+    RunWriter(written.parent, manifest()).append(RECORDS[2])
+    assert read(written).records == (*old, RECORDS[2])
+    assert len((written / CHECKS).read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize(("schema", "checks", "said"), [
+    (5, [BITS], "run, trials.jsonl: checks[0] = {"), (4, ["0123456789abcdef"], "a table is expected"),
+    (5, None, "checks = None: a list is expected"), (5, [1], "checks[0] = 1: str is expected"),
+    (99, [], "schema 99"), (True, [], "schema = True: int is expected"), ("5", [], "schema '5'"), (None, [], "None"),
+])  # fmt: skip
+def test_each_schema_keeps_to_its_form(written, schema, checks, said):
+    """A list of checks where names are due, or the other way round, is refused by name, as is a schema that is none."""
+    told = json.loads((written / TRIALS).read_text().splitlines()[0]) | {"schema": schema, "checks": checks}
+    (written / TRIALS).write_text(json.dumps(told) + "\n")
+    with pytest.raises(UsageError) as caught:
+        store.read_run("run", written.parent)
+    assert said in str(caught.value)
+
+
+def test_a_disk_that_refuses_evidence_ends_the_run(tmp_path):
+    """As one that refuses a record does, and no record is written whose evidence is not there."""
+    writer = RunWriter(tmp_path, manifest())
+    (writer.path / CHECKS).mkdir()
+    with pytest.raises(InvalidRunError, match="run run: a record could not be written"):
+        writer.append(RECORDS[0])
+    assert not (writer.path / TRIALS).exists()
+
+
+def test_a_record_that_is_no_text_is_written(tmp_path):
+    """Half a surrogate pair, as in the name of a file that is no text, costs its character and not the run."""
+    writer = RunWriter(tmp_path, manifest())
+    writer.append(record(0, BITS | {"reason": "file \udcff"}, log="logs/\udcff.log"))
+    (found,) = read(writer.path).records
+    assert (found.log, found.checks[0]["reason"]) == ("logs/?.log", "file ?")
