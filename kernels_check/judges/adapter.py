@@ -6,20 +6,21 @@ watched steps together: a gradient must have reached every factor at some step, 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from kernels_check.check import DTYPE, FLAG, SHARE, Finding, Json, JudgedPath, counted, joined, listed
 
-from kernels_check.check import Finding, Json, counted, joined, listed
-from kernels_check.observation.adapter_layers import LoraLayer, lora_layers
-from kernels_check.observation.observe import Observation
+if TYPE_CHECKING:
+    from kernels_check.observation.adapter_layers import LoraLayer
+    from kernels_check.observation.observe import Observation
 
 _NO_ADAPTER = "no layer carries a LoRA adapter: get_peft_model was not called, or target_modules matched no module"
 
 
-def judge_attached(model: nn.Module, seen: Observation) -> Finding:
+def judge_attached(seen: Observation, required: Json) -> Finding:
     """Judge ``lora.attached``: present, active, enabled, not merged, and executed."""
-    layers = lora_layers(model)
+    layers = seen.lora_layers()
     if not layers:
         return Finding(observed=False, present=False, reason=_NO_ADAPTER)
     merged = [f"{layer.name} {layer.merged}" for layer in layers if layer.merged]
@@ -42,9 +43,9 @@ def judge_attached(model: nn.Module, seen: Observation) -> Finding:
     return Finding(observed=not faults, reason="; ".join(faults) or good)
 
 
-def judge_learning(model: nn.Module, seen: Observation) -> Finding:
+def judge_learning(seen: Observation, required: Json) -> Finding:
     """Judge ``lora.learning``."""
-    layers = lora_layers(model)
+    layers = seen.lora_layers()
     if not layers:
         return Finding(observed=False, present=False, reason=_NO_ADAPTER)
     factors = {name: weight for layer in layers for letter in "AB" for name, weight in layer.weights(letter)}
@@ -72,9 +73,9 @@ def judge_learning(model: nn.Module, seen: Observation) -> Finding:
     return Finding(observed=not faults, reason="; ".join(faults) or good)
 
 
-def judge_dtype(model: nn.Module) -> Finding:
+def judge_dtype(seen: Observation, required: Json) -> Finding:
     """Judge ``lora.dtype``."""
-    layers = lora_layers(model)
+    layers = seen.lora_layers()
     dtypes = [
         str(weight.dtype).removeprefix("torch.")
         for layer in layers
@@ -86,14 +87,13 @@ def judge_dtype(model: nn.Module) -> Finding:
     return Finding(observed=joined(dtypes), reason=f"adapter weights: {counted(dtypes)}")
 
 
-def judge_dropout(model: nn.Module, seen: Observation, required: Json) -> Finding:
+def judge_dropout(seen: Observation, required: Json) -> Finding:
     """Judge ``lora.dropout``: the probability that was really applied, not the configured one."""
     applied: dict[str, float] = {}
     notes: dict[str, str] = {}
-    for layer in lora_layers(model):
-        for name, part in layer.parts():
-            if ".lora_dropout." in name:
-                applied[name], notes[name] = _applied(name, part, seen)
+    for layer in seen.lora_layers():
+        for name, dropout in layer.dropouts():
+            applied[name], notes[name] = _applied(name, dropout, seen)
     if not applied:
         return Finding(observed=None, present=False, reason=_NO_ADAPTER)
     values = set(applied.values())
@@ -109,11 +109,8 @@ def judge_dropout(model: nn.Module, seen: Observation, required: Json) -> Findin
 
 def _ran(layer: LoraLayer, seen: Observation) -> bool:
     """Counted calls prove it; in a compiled model, which calls no hook, gradients do."""
-    first = [name for name, _ in layer.parts() if ".lora_A." in name or ".lora_embedding_A." in name]
-    called = any(seen.module_calls.get(name, 0) for name in first)
     reached = any(name in seen.gradients for name, _ in layer.weights("B"))
-    embedding = any(".lora_embedding_A." in name for name in first) and layer.name in seen.module_calls
-    return not layer.disabled and not layer.merged and (called or reached or embedding)
+    return not layer.disabled and not layer.merged and (layer.was_called(seen.module_calls) or reached)
 
 
 def _applied(name: str, part: Any, seen: Observation) -> tuple[float, str]:
@@ -127,3 +124,11 @@ def _applied(name: str, part: Any, seen: Observation) -> tuple[float, str]:
     if (seen.profile.compiled_regions or seen.bare) and seen.drew_random:
         return probability, "compiled, in train mode, and random numbers were drawn"
     return 0.0, f"p={probability} but not called"
+
+
+PATHS: Mapping[str, JudgedPath] = {
+    "lora.attached": JudgedPath(requirement=FLAG, judge=judge_attached),
+    "lora.learning": JudgedPath(requirement=FLAG, judge=judge_learning),
+    "lora.dtype": JudgedPath(requirement=DTYPE, judge=judge_dtype),
+    "lora.dropout": JudgedPath(requirement=SHARE, judge=judge_dropout),
+}

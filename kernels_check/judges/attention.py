@@ -8,16 +8,19 @@ compared with the number of attention layers.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
+from kernels_check.check import DTYPE, Finding, Json, JudgedPath, Requirement, counted, joined, listed
 
-from kernels_check.check import FUSED_ATTENTION, Finding, Json, counted, joined, listed
-from kernels_check.observation.events import AttentionCall
-from kernels_check.observation.observe import Observation
+if TYPE_CHECKING:
+    from torch import nn
 
+    from kernels_check.observation.events import AttentionCall
+    from kernels_check.observation.observe import Observation
+
+FUSED_ATTENTION = frozenset({"flash", "efficient", "cudnn", "flash_attention_2"})
+"""Backends that never write the score matrix to memory; what the requirement ``fused`` stands for."""
 LARGEST_FLASH_HEAD = 256
 """Head size up to which CUDA's flash runs (``sdp_utils.cpp``, ``check_head_dim_size_flash``)."""
 _FLOAT32_REMEDY = (
@@ -49,7 +52,7 @@ def attention_layers(model: nn.Module) -> int | None:
     return count if isinstance(count, int) else None
 
 
-def judge_backend(model: nn.Module, seen: Observation, required: Json) -> Finding:
+def judge_backend(seen: Observation, required: Json) -> Finding:
     """Judge ``attention.backend``."""
     calls = seen.profile.attention
     if not calls:
@@ -57,7 +60,7 @@ def judge_backend(model: nn.Module, seen: Observation, required: Json) -> Findin
     forward = [call for call in calls if call.direction == "forward"]
     backward = [call for call in calls if call.direction == "backward"]
     first = [call for call in forward if not call.recomputed]
-    layers = attention_layers(model)
+    layers = attention_layers(seen.model)
     observed = joined(call.backend for call in forward)
     reason = (
         f"forward: {counted(call.backend for call in forward) or 'none'}; "
@@ -70,7 +73,7 @@ def judge_backend(model: nn.Module, seen: Observation, required: Json) -> Findin
     complete = bool(first) and (layers is None or len(first) % max(layers, 1) == 0)
     if required is not None and astray:
         where = _layers_astray(first, accepted, layers) if complete else ""
-        reason += f"{where}; likely cause: {_cause(model, astray)}"
+        reason += f"{where}; likely cause: {_cause(seen.model, astray)}"
     elif not complete:
         reason += f"; {len(first)} calls cannot come from {layers} layers alone: some ran an attention not recognised"
     if _cpu_flash(forward) and any(call.mask for call in forward):
@@ -84,7 +87,7 @@ def judge_backend(model: nn.Module, seen: Observation, required: Json) -> Findin
     return Finding(observed=observed, reason=reason, satisfies=not astray and complete, present=bool(forward))
 
 
-def judge_dtype(seen: Observation) -> Finding:
+def judge_dtype(seen: Observation, required: Json) -> Finding:
     """Judge ``attention.dtype``: what the inner operator was given, after any autocast."""
     forward = [call for call in seen.profile.attention if call.direction == "forward" and call.dtype]
     if not forward:
@@ -99,7 +102,7 @@ def judge_dtype(seen: Observation) -> Finding:
     return Finding(observed=joined(str(call.dtype) for call in forward), reason=reason)
 
 
-def judge_mask(seen: Observation) -> Finding:
+def judge_mask(seen: Observation, required: Json) -> Finding:
     """Judge ``attention.mask``."""
     forward = [call for call in seen.profile.attention if call.direction == "forward"]
     if not forward:
@@ -164,6 +167,8 @@ def _layers_astray(first: list[AttentionCall], accepted: Collection[Json], layer
 
 def _cause(model: nn.Module, astray: list[AttentionCall]) -> str:
     """Name what in the inputs makes SDPA leave its fast backends (the refusals of torch 2.13)."""
+    import torch
+
     config: Any = getattr(model, "config", None)
     implementation = getattr(config, "_attn_implementation", None)
     if all(call.backend == "eager" for call in astray):
@@ -192,3 +197,16 @@ def _cause(model: nn.Module, astray: list[AttentionCall]) -> str:
         f"or an attn_implementation other than the requested ({implementation!r} here)"
     )
     return ", ".join(causes) or nothing_seen
+
+
+_BACKEND = Requirement(
+    kind="choice",
+    choices=("flash", "efficient", "cudnn", "math", "eager", "flash_attention_2", "flex", "fused"),
+)
+_MASK = Requirement(kind="choice", choices=("none", "causal", "explicit"))
+
+PATHS: Mapping[str, JudgedPath] = {
+    "attention.backend": JudgedPath(requirement=_BACKEND, judge=judge_backend, rests_on=("attention",)),
+    "attention.dtype": JudgedPath(requirement=DTYPE, judge=judge_dtype, rests_on=("attention",)),
+    "attention.mask": JudgedPath(requirement=_MASK, judge=judge_mask, rests_on=("attention",)),
+}

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from torch import nn
+from kernels_check.check import DTYPE, FLAG, Finding, Json, JudgedPath, Requirement, Status, counted, joined, listed
 
-from kernels_check.check import Finding, Json, Status, counted, joined, listed
-from kernels_check.observation.adapter_layers import LoraLayer, is_adapter, lora_layers
-from kernels_check.observation.observe import Observation
-from kernels_check.observation.storage import Digest, Storage, storage
+if TYPE_CHECKING:
+    from kernels_check.observation.observe import Observation
+    from kernels_check.observation.storage import Digest, Storage
 
 _BITS_REMEDY = {
     4: "load with quantization_config=BitsAndBytesConfig(load_in_4bit=True) and keep targets out of its skip list",
@@ -25,32 +25,32 @@ _BITS_REMEDY = {
 }
 
 
-def judge_bits(model: nn.Module, required: Json) -> Finding:
+def judge_bits(seen: Observation, required: Json) -> Finding:
     """Judge ``base.bits`` over every layer that carries an adapter."""
-    stored = _stored(model)
+    stored = seen.storage()
     density = [item.bits_per_weight for item in stored.values() if item.bits_per_weight is not None]
     reason = f"{sum(density) / len(density):.3f} bits a weight with scales in {len(density)} layers" if density else ""
     remedy = _BITS_REMEDY.get(required) if isinstance(required, int) else None
     return _over_layers(stored, {name: item.bits for name, item in stored.items()}, required, reason, remedy)
 
 
-def judge_quant_type(model: nn.Module, required: Json) -> Finding:
+def judge_quant_type(seen: Observation, required: Json) -> Finding:
     """Judge ``base.quant_type``."""
-    stored = _stored(model)
+    stored = seen.storage()
     remedy = f"set bnb_4bit_quant_type={required!r} (the library's default is 'fp4')"
     return _over_layers(stored, {name: item.quant_type for name, item in stored.items()}, required, "", remedy)
 
 
-def judge_double_quant(model: nn.Module, required: Json) -> Finding:
+def judge_double_quant(seen: Observation, required: Json) -> Finding:
     """Judge ``base.double_quant``."""
-    stored = _stored(model)
+    stored = seen.storage()
     remedy = f"set bnb_4bit_use_double_quant={required} (the library's default is False)"
     return _over_layers(stored, {name: item.double_quant for name, item in stored.items()}, required, "", remedy)
 
 
-def judge_compute_dtype(model: nn.Module, seen: Observation, required: Json) -> Finding:
+def judge_compute_dtype(seen: Observation, required: Json) -> Finding:
     """Judge ``base.compute_dtype``: the layers' dtype after their first forward, confirmed by the 4-bit operators."""
-    stored = _stored(model)
+    stored = seen.storage()
     ran = {call.dtype for call in seen.profile.fourbit if call.dtype}
     reason = f"4-bit operators were given {joined(ran)}" if ran else ""
     remedy = f"set bnb_4bit_compute_dtype=torch.{required} (the library's default is torch.float32)"
@@ -70,10 +70,10 @@ def judge_compute_dtype(model: nn.Module, seen: Observation, required: Json) -> 
     )
 
 
-def judge_gemm_path(model: nn.Module, seen: Observation) -> Finding:
+def judge_gemm_path(seen: Observation, required: Json) -> Finding:
     """Judge ``base.gemm_path`` from what ran inside the 4-bit operators of the forward pass."""
     calls = seen.profile.fourbit
-    stored = _stored(model)
+    stored = seen.storage()
     if not calls:
         if any(item.bits == 4 for item in stored.values()):
             return Finding(observed=None, status="unknown", reason="4-bit weights but no known 4-bit operator ran")
@@ -84,9 +84,9 @@ def judge_gemm_path(model: nn.Module, seen: Observation) -> Finding:
     return Finding(observed=joined(paths), reason=reason, status="unknown" if "unknown" in paths else None)
 
 
-def judge_frozen(model: nn.Module, seen: Observation, before: Digest, after: Digest) -> Finding:
+def judge_frozen(seen: Observation, required: Json) -> Finding:
     """Judge ``base.frozen``: nothing trains, receives a gradient, is given to the optimizer, or changes its bytes."""
-    base = {name: value for name, value in model.named_parameters() if not is_adapter(name)}
+    base, before, after = seen.base_parameters(), seen.before, seen.after
     updated = {identity for optimizer in seen.optimizers for identity in optimizer.parameters}
     faults = []
     for problem, names in (
@@ -123,11 +123,6 @@ def _compare(before: Digest, after: Digest) -> tuple[list[str], list[str]]:
     return changed, recast
 
 
-def _stored(model: nn.Module) -> dict[str, Storage]:
-    layers: list[LoraLayer] = lora_layers(model)
-    return {layer.name: storage(layer.base) for layer in layers}
-
-
 def _over_layers(
     stored: Mapping[str, Storage], values: Mapping[str, Json], required: Json, reason: str, remedy: str | None
 ) -> Finding:
@@ -150,3 +145,17 @@ def _over_layers(
     parts += [f"remedy: {remedy}"] if odd and required is not None and remedy else []
     status: Status | None = "unknown" if unread and not odd else None
     return Finding(observed=observed, reason="; ".join(parts), status=status, satisfies=not odd and not unread)
+
+
+_BITS = Requirement(kind="bits", choices=(4, 8, 16, 32))
+_QUANT_TYPE = Requirement(kind="choice", choices=("nf4", "fp4", "int8", "none"))
+_GEMM_PATH = Requirement(kind="choice", choices=("dequantize", "fused", "packed_cpu"))
+
+PATHS: Mapping[str, JudgedPath] = {
+    "base.bits": JudgedPath(requirement=_BITS, judge=judge_bits),
+    "base.quant_type": JudgedPath(requirement=_QUANT_TYPE, judge=judge_quant_type),
+    "base.double_quant": JudgedPath(requirement=FLAG, judge=judge_double_quant),
+    "base.compute_dtype": JudgedPath(requirement=DTYPE, judge=judge_compute_dtype, rests_on=("products",)),
+    "base.frozen": JudgedPath(requirement=FLAG, judge=judge_frozen),
+    "base.gemm_path": JudgedPath(requirement=_GEMM_PATH, judge=judge_gemm_path, rests_on=("product_paths",)),
+}

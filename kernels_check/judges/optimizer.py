@@ -6,10 +6,13 @@ while the flag stays true. Only the state tensors themselves tell.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
-from kernels_check.check import Finding, Json, joined
-from kernels_check.observation.observe import Observation, OptimizerSeen
+from kernels_check.check import FLAG, SHARE, Finding, Json, JudgedPath, Requirement, joined
+
+if TYPE_CHECKING:
+    from kernels_check.observation.observe import Observation, OptimizerSeen
 
 _NO_OPTIMIZER = Finding(observed=None, present=False, reason="no torch.optim.Optimizer stepped in the watched calls")
 
@@ -93,3 +96,10 @@ def judge_paged_share(seen: Observation, required: Json) -> Finding:
 
 def _paging_refused(optimizer: OptimizerSeen) -> bool:
     return optimizer.claims_paged and optimizer.on_cpu
+
+
+PATHS: Mapping[str, JudgedPath] = {
+    "optimizer.class": JudgedPath(requirement=Requirement(kind="text"), judge=judge_class),
+    "optimizer.fused": JudgedPath(requirement=FLAG, judge=judge_fused, rests_on=("update",)),
+    "optimizer.paged_share": JudgedPath(requirement=SHARE, judge=judge_paged_share),
+}

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 
+from kernels_check.check import Evidence
 from kernels_check.rules import attention_backend, classify
 
 Direction = Literal["forward", "backward"]
@@ -90,8 +91,8 @@ class StepProfile:
     compiled_regions: int
     compiler_lookups: int
     """Dynamo cache look-ups; without a compiled region they mean that the code ran eagerly after all."""
-    blind: Mapping[str, str] = field(default_factory=dict)
-    """Paths that the instrument cannot judge in this step, with the reason; empty for the profiler."""
+    blind: Mapping[Evidence, str] = field(default_factory=dict)
+    """Evidence that the instrument could not collect in this step, with the reason; empty for the profiler."""
 
 
 def summarise(operators: list[Operator], *, kernels: Iterable[str] = (), on_cuda: bool = False) -> StepProfile:

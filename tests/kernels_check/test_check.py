@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from kernels_check.check import REQUIREMENTS, Check, Finding, counted, joined, listed, validate
+from kernels_check.check import Check, Finding, counted, joined, listed
+from kernels_check.judges.paths import REQUIREMENTS, validate
 
 
 @pytest.mark.parametrize(
