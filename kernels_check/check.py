@@ -126,7 +126,7 @@ def judge_safely(path: str, required: Json, judge: Callable[[], Finding]) -> Che
         )
 
 
-def listed(names: Iterable[str], separator: str = ", ") -> str:
+def name_some(names: Iterable[str], separator: str = ", ") -> str:
     """Name the first few offenders and count the rest."""
     everyone = list(names)
     shown = separator.join(everyone[:NAMES_SHOWN])
@@ -134,12 +134,12 @@ def listed(names: Iterable[str], separator: str = ", ") -> str:
     return f"{shown} and {hidden} more" if hidden > 0 else shown
 
 
-def joined(values: Iterable[str]) -> str | None:
+def join_values(values: Iterable[str]) -> str | None:
     """Spell a set of observed values: the value where there is one, ``a+b`` for a mix, None for nothing."""
     distinct = sorted(set(values))
     return "+".join(distinct) if distinct else None
 
 
-def counted(values: Iterable[str]) -> str:
+def count_values(values: Iterable[str]) -> str:
     """Spell how often each value was seen, most frequent first."""
     return ", ".join(f"{count} {value}" for value, count in Counter(values).most_common())

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from kernels_check.check import DTYPE, FLAG, SHARE, Finding, Json, JudgedPath, counted, joined, listed
+from kernels_check.check import DTYPE, FLAG, SHARE, Finding, Json, JudgedPath, count_values, join_values, name_some
 
 if TYPE_CHECKING:
     from kernels_check.observation.adapter_layers import LoraLayer
@@ -25,7 +25,7 @@ def judge_attached(seen: Observation, required: Json) -> Finding:
         return Finding(observed=False, present=False, reason=_NO_ADAPTER)
     merged = [f"{layer.name} {layer.merged}" for layer in layers if layer.merged]
     faults = [
-        f"{problem} in {len(names)} of {len(layers)} layers: {listed(names)} ({remedy})"
+        f"{problem} in {len(names)} of {len(layers)} layers: {name_some(names)} ({remedy})"
         for problem, names, remedy in (
             ("no active adapter", [layer.name for layer in layers if not layer.adapters], "call set_adapter()"),
             ("adapters disabled", [layer.name for layer in layers if layer.disabled], "call enable_adapter_layers()"),
@@ -35,10 +35,10 @@ def judge_attached(seen: Observation, required: Json) -> Finding:
     ]
     idle = [layer.name for layer in layers if not _ran(layer, seen)]
     if idle:
-        faults.append(f"lora_A not executed in {len(idle)} of {len(layers)} layers: {listed(idle)}")
+        faults.append(f"lora_A not executed in {len(idle)} of {len(layers)} layers: {name_some(idle)}")
         if len(faults) == 1:
             faults.append("the step never calls these modules: choose target_modules that it does")
-    adapters = joined(name for layer in layers for name in layer.adapters)
+    adapters = join_values(name for layer in layers for name in layer.adapters)
     good = f"adapter {adapters} enabled, unmerged and executed in {len(layers)} layers"
     return Finding(observed=not faults, reason="; ".join(faults) or good)
 
@@ -60,13 +60,13 @@ def judge_learning(seen: Observation, required: Json) -> Finding:
         ("not given to the optimizer", [name for name, weight in factors.items() if id(weight) not in updated]),
     )
     total = len(factors)
-    faults = [f"{len(names)} of {total} factors {problem}: {listed(names)}" for problem, names in groups if names]
+    faults = [f"{len(names)} of {total} factors {problem}: {name_some(names)}" for problem, names in groups if names]
     unmoved = [name for name in second if name not in seen.changed]
     if not faults and unmoved and all(rate == 0 for seen_by in seen.optimizers for rate in seen_by.learning_rates):
         reason = f"gradients reach all {len(factors)} factors, but the learning rate is 0 so that lora_B cannot move"
         return Finding(observed=None, status="unknown", reason=reason)
     if unmoved:
-        faults.append(f"lora_B unchanged in {len(unmoved)} of {len(second)} layers: {listed(unmoved)}")
+        faults.append(f"lora_B unchanged in {len(unmoved)} of {len(second)} layers: {name_some(unmoved)}")
     if any(not weight.requires_grad for weight in factors.values()):
         faults.append("remedy: load the adapter with is_trainable=True, and freeze the base before it is attached")
     good = f"gradients reached all {len(factors)} factors and every lora_B moved in {seen.optimizer_steps} updates"
@@ -84,7 +84,7 @@ def judge_dtype(seen: Observation, required: Json) -> Finding:
     ]
     if not dtypes:
         return Finding(observed=None, present=False, reason=_NO_ADAPTER if not layers else "no adapter is active")
-    return Finding(observed=joined(dtypes), reason=f"adapter weights: {counted(dtypes)}")
+    return Finding(observed=join_values(dtypes), reason=f"adapter weights: {count_values(dtypes)}")
 
 
 def judge_dropout(seen: Observation, required: Json) -> Finding:
@@ -99,9 +99,9 @@ def judge_dropout(seen: Observation, required: Json) -> Finding:
     values = set(applied.values())
     expected = float(required) if isinstance(required, int | float) else max(values)
     odd = [f"{name} ({notes[name]})" for name, value in applied.items() if value != expected]
-    observed: Json = values.pop() if len(values) == 1 else joined(str(value) for value in values)
+    observed: Json = values.pop() if len(values) == 1 else join_values(str(value) for value in values)
     reason = f"{len(applied) - len(odd)} of {len(applied)} layers apply dropout {expected}"
-    reason += f"; exceptions: {listed(odd)}" if odd else f" ({joined(notes.values())})"
+    reason += f"; exceptions: {name_some(odd)}" if odd else f" ({join_values(notes.values())})"
     if any("eval mode" in notes[name] for name in applied):
         reason += "; call model.train() before the step"
     return Finding(observed=observed, reason=reason, satisfies=not odd)

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
-from kernels_check.check import DTYPE, Finding, Json, JudgedPath, Requirement, counted, joined, listed
+from kernels_check.check import DTYPE, Finding, Json, JudgedPath, Requirement, count_values, join_values, name_some
 
 if TYPE_CHECKING:
     from torch import nn
@@ -61,10 +61,10 @@ def judge_backend(seen: Observation, required: Json) -> Finding:
     backward = [call for call in calls if call.direction == "backward"]
     first = [call for call in forward if not call.recomputed]
     layers = attention_layers(seen.model)
-    observed = joined(call.backend for call in forward)
+    observed = join_values(call.backend for call in forward)
     reason = (
-        f"forward: {counted(call.backend for call in forward) or 'none'}; "
-        f"backward: {counted(call.backend for call in backward) or 'none'}; "
+        f"forward: {count_values(call.backend for call in forward) or 'none'}; "
+        f"backward: {count_values(call.backend for call in backward) or 'none'}; "
         f"{'unknown number of' if layers is None else layers} attention layers; "
         f"operators {', '.join(sorted({call.op for call in forward}))}"
     )
@@ -92,14 +92,14 @@ def judge_dtype(seen: Observation, required: Json) -> Finding:
     forward = [call for call in seen.profile.attention if call.direction == "forward" and call.dtype]
     if not forward:
         return _unseen()
-    dtypes = counted(str(call.dtype) for call in forward)
+    dtypes = count_values(str(call.dtype) for call in forward)
     reason = f"input types of the inner operator: {dtypes}"
     if any(call.dtype == "float32" for call in forward):
         reason += "; flash and cuDNN of CUDA refuse float32"
         grouped = any(call.grouped for call in forward) and not any(call.mask for call in forward)
         reason += ", memory-efficient the grouped key/value heads, so that math would run" if grouped else ""
         reason += f"; where bfloat16 was meant, {_FLOAT32_REMEDY}"
-    return Finding(observed=joined(str(call.dtype) for call in forward), reason=reason)
+    return Finding(observed=join_values(str(call.dtype) for call in forward), reason=reason)
 
 
 def judge_mask(seen: Observation, required: Json) -> Finding:
@@ -108,14 +108,14 @@ def judge_mask(seen: Observation, required: Json) -> Finding:
     if not forward:
         return _unseen()
     masks = [_mask(call) for call in forward]
-    reason = f"masks of the inner operator: {counted(masks)}"
+    reason = f"masks of the inner operator: {count_values(masks)}"
     if "unknown" in masks:
-        return Finding(observed=joined(masks), status="unknown", reason=f"{reason}; the operator does not tell")
+        return Finding(observed=join_values(masks), status="unknown", reason=f"{reason}; the operator does not tell")
     if "explicit" in masks:
         reason += f"; {_MASK_REMEDY}"
     if _cpu_flash(forward) and "explicit" in masks:
         reason += "; the CPU's flash accepts an explicit mask, CUDA's would refuse it and another backend run instead"
-    return Finding(observed=joined(masks), reason=reason)
+    return Finding(observed=join_values(masks), reason=reason)
 
 
 def _mask(call: AttentionCall) -> str:
@@ -150,7 +150,7 @@ def _from_kernels(seen: Observation, required: Json) -> Finding:
         )
     accepted = FUSED_ATTENTION if required == "fused" else {required}
     return Finding(
-        observed=joined(kernels),
+        observed=join_values(kernels),
         satisfies=set(kernels) <= accepted,
         reason=f"no operator recorded, kernel launches: {', '.join(f'{n} {name}' for name, n in kernels.items())}",
     )
@@ -162,7 +162,7 @@ def _layers_astray(first: list[AttentionCall], accepted: Collection[Json], layer
     if not layers or len(kinds) != 1:
         return ""
     odd = sorted({index % layers for index, call in enumerate(first) if call.backend not in accepted})
-    return f"; not as required in layers {listed(map(str, odd))}" if odd else ""
+    return f"; not as required in layers {name_some(map(str, odd))}" if odd else ""
 
 
 def _cause(model: nn.Module, astray: list[AttentionCall]) -> str:

@@ -11,7 +11,18 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from kernels_check.check import DTYPE, FLAG, Finding, Json, JudgedPath, Requirement, Status, counted, joined, listed
+from kernels_check.check import (
+    DTYPE,
+    FLAG,
+    Finding,
+    Json,
+    JudgedPath,
+    Requirement,
+    Status,
+    count_values,
+    join_values,
+    name_some,
+)
 
 if TYPE_CHECKING:
     from kernels_check.observation.observe import Observation
@@ -52,15 +63,15 @@ def judge_compute_dtype(seen: Observation, required: Json) -> Finding:
     """Judge ``base.compute_dtype``: the layers' dtype after their first forward, confirmed by the 4-bit operators."""
     stored = seen.storage()
     ran = {call.dtype for call in seen.profile.fourbit if call.dtype}
-    reason = f"4-bit operators were given {joined(ran)}" if ran else ""
+    reason = f"4-bit operators were given {join_values(ran)}" if ran else ""
     remedy = f"set bnb_4bit_compute_dtype=torch.{required} (the library's default is torch.float32)"
     dtypes = {name: item.compute_dtype for name, item in stored.items()}
     finding = _over_layers(stored, dtypes, required, reason, remedy)
     notes = sorted({item.note for item in stored.values() if item.note})
     all_four_bit = all(item.bits == 4 for item in stored.values())
-    if ran and all_four_bit and not finding.status and joined(ran) != finding.observed:
+    if ran and all_four_bit and not finding.status and join_values(ran) != finding.observed:
         # Where the layers and the operators disagree, what ran counts.
-        return Finding(observed=joined(ran), reason=f"{finding.reason}, layers claim {finding.observed}")
+        return Finding(observed=join_values(ran), reason=f"{finding.reason}, layers claim {finding.observed}")
     return Finding(
         observed=finding.observed,
         reason="; ".join([finding.reason, *notes]),
@@ -80,8 +91,8 @@ def judge_gemm_path(seen: Observation, required: Json) -> Finding:
         return Finding(observed=None, status="not_applicable", present=False, reason="the base is not 4-bit")
     paths = [call.path for call in calls]
     kernels = {rule: count for rule, count in seen.profile.kernels.items() if rule.startswith(("BNB-GEMM", "BNB-DEQ"))}
-    reason = f"forward 4-bit products: {counted(paths)}" + (f"; kernels {kernels}" if kernels else "")
-    return Finding(observed=joined(paths), reason=reason, status="unknown" if "unknown" in paths else None)
+    reason = f"forward 4-bit products: {count_values(paths)}" + (f"; kernels {kernels}" if kernels else "")
+    return Finding(observed=join_values(paths), reason=reason, status="unknown" if "unknown" in paths else None)
 
 
 def judge_frozen(seen: Observation, required: Json) -> Finding:
@@ -95,7 +106,7 @@ def judge_frozen(seen: Observation, required: Json) -> Finding:
         ("are given to the optimizer", [name for name, value in base.items() if id(value) in updated]),
     ):
         if names:
-            faults.append(f"{len(names)} base parameters {problem}: {listed(names)}")
+            faults.append(f"{len(names)} base parameters {problem}: {name_some(names)}")
     part = "all" if after.hashed_bytes == after.total_bytes else f"an even sample of {after.hashed_bytes / 2**20:.2f}"
     what = f"sha256 over {part} of {after.total_bytes / 2**20:.1f} MiB"
     changed, recast = _compare(before, after)
@@ -103,10 +114,10 @@ def judge_frozen(seen: Observation, required: Json) -> Finding:
         reason = "an eval forward repacked Linear4bit weights in place (AVX512 layout): bytes cannot be compared"
         return Finding(observed=None, status="unknown", reason="; ".join([*faults, reason]))
     if changed:
-        faults.append(f"{what}: {len(changed)} tensors changed over {seen.calls} steps: {listed(changed)}")
+        faults.append(f"{what}: {len(changed)} tensors changed over {seen.calls} steps: {name_some(changed)}")
     good = f"{what} unchanged over {seen.calls} steps, no gradient, not optimised"
     # bitsandbytes casts a bias to the compute dtype in the first forward: not trained, but not silent either.
-    note = f"; cast once by the forward: {listed(recast)}" if recast else ""
+    note = f"; cast once by the forward: {name_some(recast)}" if recast else ""
     remedy = "; remedy: requires_grad_(False) on the base, and only the adapter's parameters for the optimizer"
     return Finding(observed=not faults, reason=("; ".join(faults) + remedy if faults else good) + note)
 
@@ -131,17 +142,17 @@ def _over_layers(
         return Finding(observed=None, present=False, reason="no layer carries a LoRA adapter")
     expected = required if required is not None else Counter(values.values()).most_common(1)[0][0]
     distinct = set(values.values())
-    observed = distinct.pop() if len(distinct) == 1 else joined(str(value) for value in values.values())
+    observed = distinct.pop() if len(distinct) == 1 else join_values(str(value) for value in values.values())
     parts = [f"{sum(value == expected for value in values.values())} of {len(values)} targeted layers: {expected}"]
     parts += [reason] if reason else []
     odd = [f"{name} ({value})" for name, value in values.items() if value != expected and value is not None]
-    parts += [f"exceptions: {listed(odd)}"] if odd else []
+    parts += [f"exceptions: {name_some(odd)}"] if odd else []
     unread = [name for name, value in values.items() if value is None]
     problems = [f"{name}: {item.problem}" for name, item in stored.items() if item.problem]
-    parts += [f"cannot tell for {listed(problems or unread)}"] if unread else []
+    parts += [f"cannot tell for {name_some(problems or unread)}"] if unread else []
     packed = [name for name, item in stored.items() if item.packed_for_cpu]
     if packed:
-        parts.append(f"repacked in place for AVX512 by an eval forward, bfloat16 scales: {listed(packed)}")
+        parts.append(f"repacked in place for AVX512 by an eval forward, bfloat16 scales: {name_some(packed)}")
     parts += [f"remedy: {remedy}"] if odd and required is not None and remedy else []
     status: Status | None = "unknown" if unread and not odd else None
     return Finding(observed=observed, reason="; ".join(parts), status=status, satisfies=not odd and not unread)

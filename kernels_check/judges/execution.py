@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from kernels_check.check import FLAG, Finding, Json, JudgedPath, Requirement, counted, listed
+from kernels_check.check import FLAG, Finding, Json, JudgedPath, Requirement, count_values, name_some
 from kernels_check.observation.compilations import Compilations
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def judge_compile(seen: Observation, required: Json) -> Finding:
         reason += f"; {past}"
     if regions and past.unreadable is not None:
         return Finding(observed=None, status="unknown", reason=reason)
-    observed: Json = f"in pieces: {listed(past.breaks, '; ')}" if regions and past.breaks else regions > 0
+    observed: Json = f"in pieces: {name_some(past.breaks, '; ')}" if regions and past.breaks else regions > 0
     return Finding(observed=observed, reason=reason, present=regions > 0, satisfies=(regions > 0) is required)
 
 
@@ -101,7 +101,7 @@ def judge_mode(seen: Observation, required: Json) -> Finding:
     observed = modes[0] if len(set(modes)) == 1 else "mixed"
     wanted = required if required is not None else max(set(modes), key=modes.count)
     odd = [name or "the model itself" for name, training in seen.modes.items() if names[training] != wanted]
-    reason = f"modules: {counted(modes)}" + (f"; not in {wanted} mode: {listed(odd)}" if odd else "")
+    reason = f"modules: {count_values(modes)}" + (f"; not in {wanted} mode: {name_some(odd)}" if odd else "")
     reason += f"; call model.{wanted}() before the step" if odd and required is not None else ""
     return Finding(observed=observed, reason=reason)
 

@@ -95,7 +95,7 @@ class StepProfile:
     """Evidence that the instrument could not collect in this step, with the reason; empty for the profiler."""
 
 
-def summarise(operators: list[Operator], *, kernels: Iterable[str] = (), on_cuda: bool = False) -> StepProfile:
+def reduce_operators(operators: list[Operator], *, kernels: Iterable[str] = (), on_cuda: bool = False) -> StepProfile:
     """Reduce what one step called on the host, and the names of the kernels that it launched.
 
     Args:

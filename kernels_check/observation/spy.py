@@ -24,7 +24,14 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels_check.check import Evidence
-from kernels_check.observation.events import BACKWARD_ROOT, OPTIMIZER_ROOT, UPDATES, Operator, StepProfile, summarise
+from kernels_check.observation.events import (
+    BACKWARD_ROOT,
+    OPTIMIZER_ROOT,
+    UPDATES,
+    Operator,
+    StepProfile,
+    reduce_operators,
+)
 from kernels_check.rules import attention_backend
 
 _MATH = "aten::_scaled_dot_product_attention_math"
@@ -140,7 +147,7 @@ class Spy(TorchDispatchMode):
     def profile(self, model: nn.Module) -> StepProfile:
         """Reduce what was seen as the profiler's events are."""
         on_cuda = any(parameter.is_cuda for parameter in model.parameters())
-        seen = summarise(self.operators, on_cuda=on_cuda)
+        seen = reduce_operators(self.operators, on_cuda=on_cuda)
         return replace(seen, blind=_blind(seen, on_cuda=on_cuda, compiled=self.compiled_calls > 0))
 
 

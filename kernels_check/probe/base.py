@@ -161,7 +161,7 @@ def _fused(device: str) -> Attempt:
     return Attempt(ran=True, evidence=evidence, exactness=relative({"output": found}, exact, ("output",)), speed=speed)
 
 
-PATHS: Mapping[str, Try] = {
+TRIES: Mapping[str, Try] = {
     "NF4": partial(_quantised, quant_type="nf4", double=False),
     "FP4": partial(_quantised, quant_type="fp4", double=False),
     "int8": _int8,

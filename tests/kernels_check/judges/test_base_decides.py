@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from kernels_check.check import listed
+from kernels_check.check import name_some
 from kernels_check.judges import base_layers
 from kernels_check.judges.paths import validate
 from kernels_check.observation import storage
@@ -188,8 +188,8 @@ def test_several_values_are_told_apart_from_one(training, seen):
 
 def test_as_many_names_as_are_shown_are_all():
     """Nothing is counted then, and one more is one more."""
-    assert listed("abcd") == "a, b, c, d"
-    assert listed("abcde") == "a, b, c, d and 1 more"
+    assert name_some("abcd") == "a, b, c, d"
+    assert name_some("abcde") == "a, b, c, d and 1 more"
 
 
 @pytest.mark.parametrize("share", [0.0, 0, 1.0, 1])
