@@ -10,8 +10,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kernels_check.check import REQUIREMENTS, STATUSES, Check, Requirement
+    from kernels_check.check import STATUSES, Check, Requirement
     from kernels_check.judges.batch import probe_isolation
+    from kernels_check.judges.paths import REQUIREMENTS
     from kernels_check.rules import Rule, classify
     from kernels_check.trace.file import TraceError
     from kernels_check.trace.read import read_trace
@@ -33,7 +34,7 @@ __all__ = [
 ]
 
 _HOME = {
-    "REQUIREMENTS": "check",
+    "REQUIREMENTS": "judges.paths",
     "STATUSES": "check",
     "Check": "check",
     "KernelSummary": "trace.summary",

@@ -6,9 +6,9 @@ A requirement is met only by the status ``active``: evidence that is missing, am
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 Json: TypeAlias = bool | int | float | str | None
 Status: TypeAlias = Literal["active", "fallback", "absent", "unknown", "not_applicable"]
@@ -16,6 +16,14 @@ Status: TypeAlias = Literal["active", "fallback", "absent", "unknown", "not_appl
 STATUSES: tuple[Status, ...] = get_args(Status)
 """``active``: seen, as required. ``fallback``: something else ran in its place. ``absent``: it is not there at all.
 ``unknown``: the evidence cannot tell. ``not_applicable``: the question has no meaning here."""
+
+Instrument: TypeAlias = Literal["profile", "spy"]
+"""What watches the step; see ``verify``."""
+INSTRUMENTS: tuple[Instrument, ...] = get_args(Instrument)
+
+Evidence: TypeAlias = Literal["attention", "update", "products", "product_paths", "kernels", "inputs"]
+"""What an instrument may be blind to in a step: operators of attention, of the optimizer's update and of 4-bit
+products, what runs inside such a product, kernels, and the inputs of the model."""
 
 NAMES_SHOWN = 4
 """How many offenders a reason names before it only counts them."""
@@ -63,57 +71,9 @@ class Requirement:
         return None if accepted else f"must be one of {', '.join(map(str, self.choices))}"
 
 
-_FLAG = Requirement(kind="flag")
-_DTYPE = Requirement(kind="choice", choices=("float64", "float32", "bfloat16", "float16"))
-
-FUSED_ATTENTION = frozenset({"flash", "efficient", "cudnn", "flash_attention_2"})
-"""Backends that never write the score matrix to memory; what the requirement ``fused`` stands for."""
-
-REQUIREMENTS: Mapping[str, Requirement] = {
-    "attention.backend": Requirement(
-        kind="choice",
-        choices=("flash", "efficient", "cudnn", "math", "eager", "flash_attention_2", "flex", "fused"),
-    ),
-    "attention.dtype": _DTYPE,
-    "attention.mask": Requirement(kind="choice", choices=("none", "causal", "explicit")),
-    "packing.isolated": _FLAG,
-    "padding.share": Requirement(kind="share"),  # the largest that is accepted
-    "base.bits": Requirement(kind="bits", choices=(4, 8, 16, 32)),
-    "base.quant_type": Requirement(kind="choice", choices=("nf4", "fp4", "int8", "none")),
-    "base.double_quant": _FLAG,
-    "base.compute_dtype": _DTYPE,
-    "base.frozen": _FLAG,
-    "base.gemm_path": Requirement(kind="choice", choices=("dequantize", "fused", "packed_cpu")),
-    "lora.attached": _FLAG,
-    "lora.learning": _FLAG,
-    "lora.dtype": _DTYPE,
-    "lora.dropout": Requirement(kind="share"),
-    "optimizer.class": Requirement(kind="text"),
-    "optimizer.fused": _FLAG,
-    "optimizer.paged_share": Requirement(kind="share"),
-    "checkpointing": _FLAG,
-    "tf32": _FLAG,
-    "compile": _FLAG,
-    "mode": Requirement(kind="choice", choices=("train", "eval")),
-}
-"""Every path, in the order in which checks are reported."""
-
-
-def validate(requirements: Mapping[str, object], *, has_batch: bool) -> None:
-    """Refuse an unknown path or a value of the wrong kind.
-
-    Raises:
-        ValueError: names the path and what it accepts.
-    """
-    for path, value in requirements.items():
-        requirement = REQUIREMENTS.get(path)
-        if requirement is None:
-            raise ValueError(f"unknown requirement {path!r}; known paths: {', '.join(REQUIREMENTS)}")
-        problem = requirement.problem(value)
-        if problem is not None:
-            raise ValueError(f"requirement {path}={value!r} {problem}")
-    if "packing.isolated" in requirements and not has_batch:
-        raise ValueError("requirement packing.isolated needs a packed batch to perturb: pass verify(..., batch=...)")
+FLAG = Requirement(kind="flag")
+SHARE = Requirement(kind="share")
+DTYPE = Requirement(kind="choice", choices=("float64", "float32", "bfloat16", "float16"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,7 +101,32 @@ class Finding:
         return Check(path=path, required=required, observed=self.observed, status=status, reason=self.reason)
 
 
-def listed(names: Iterable[str], separator: str = ", ") -> str:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JudgedPath:
+    """One path: what may be required of it, who judges it, and what it takes to judge it."""
+
+    requirement: Requirement
+    judge: Callable[[Any, Json], Finding]
+    """From the ``Observation`` and what was required (None where nothing was) to the finding."""
+    instruments: tuple[Instrument, ...] = INSTRUMENTS
+    """Those that can judge it at all."""
+    rests_on: tuple[Evidence, ...] = ()
+    """Evidence without which it is left out."""
+    packed: bool = False
+    """Whether it takes a packed batch: judged by forwards of its own, after the run was restored."""
+
+
+def judge_safely(path: str, required: Json, judge: Callable[[], Finding]) -> Check:
+    """Turn a judge's finding into a check; a judge that raises never passes, and spoils only its own path."""
+    try:
+        return judge().against(path, required)
+    except Exception as error:
+        return Check(
+            path=path, required=required, observed=None, status="unknown", reason=f"{type(error).__name__}: {error}"
+        )
+
+
+def name_some(names: Iterable[str], separator: str = ", ") -> str:
     """Name the first few offenders and count the rest."""
     everyone = list(names)
     shown = separator.join(everyone[:NAMES_SHOWN])
@@ -149,12 +134,12 @@ def listed(names: Iterable[str], separator: str = ", ") -> str:
     return f"{shown} and {hidden} more" if hidden > 0 else shown
 
 
-def joined(values: Iterable[str]) -> str | None:
+def join_values(values: Iterable[str]) -> str | None:
     """Spell a set of observed values: the value where there is one, ``a+b`` for a mix, None for nothing."""
     distinct = sorted(set(values))
     return "+".join(distinct) if distinct else None
 
 
-def counted(values: Iterable[str]) -> str:
+def count_values(values: Iterable[str]) -> str:
     """Spell how often each value was seen, most frequent first."""
     return ", ".join(f"{count} {value}" for value, count in Counter(values).most_common())

@@ -14,9 +14,13 @@ from typing import Any
 
 RULES = "kernel_rules.json"
 JUDGES = (
-    *("adapter", "adapter_layers", "attention", "base_layers", "check", "compilations", "execution", "isolation"),
-    *("judge", "optimizer", "padding"),
+    *("check", "verification"),
+    *("judges/adapter", "judges/attention", "judges/base_layers", "judges/batch", "judges/execution"),
+    *("judges/optimizer", "judges/paths"),
+    *("observation/adapter_layers", "observation/compilations", "observation/isolation", "observation/padding"),
+    "observation/storage",
 )
+"""Modules that judge, and those that decide what a judge is shown; each is called by its last name."""
 NEGATED = {
     **{ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn},
     **{ast.NotIn: ast.In, ast.Lt: ast.GtE, ast.GtE: ast.Lt, ast.Gt: ast.LtE, ast.LtE: ast.Gt},
@@ -40,7 +44,7 @@ def all_mutants(package: Path, names: Path, only: str | None) -> list[Mutant]:
     known = json.loads(names.read_text())
     mutants = list(rule_mutants(json.loads((package / RULES).read_text()), known))
     for module in JUDGES:
-        mutants += code_mutants(module, (package / f"{module}.py").read_text())
+        mutants += code_mutants(f"{module}.py", (package / f"{module}.py").read_text())
     return [mutant for mutant in mutants if only in (None, Path(mutant.file).stem)]
 
 
@@ -64,8 +68,9 @@ def _rules(key: str, document: dict[str, Any]) -> Mutant:
     return Mutant(key=key, file=RULES, text=json.dumps(document))
 
 
-def code_mutants(module: str, source: str) -> Iterator[Mutant]:
+def code_mutants(file: str, source: str) -> Iterator[Mutant]:
     """Change every comparison, ``and``, ``or`` and ``not`` of a module, one at a time."""
+    module = Path(file).stem
     tree = ast.parse(source)
     enclosing = {
         id(node): outer.name
@@ -86,7 +91,7 @@ def code_mutants(module: str, source: str) -> Iterator[Mutant]:
             key = f"{module}.{function}: {before} -> {ast.unparse(replaced)}"
             seen[key] += 1
             key += f" #{seen[key]}" if seen[key] > 1 else ""
-            yield Mutant(key=key, file=f"{module}.py", text=ast.unparse(changed), function=f"{module}.{function}")
+            yield Mutant(key=key, file=file, text=ast.unparse(changed), function=f"{module}.{function}")
 
 
 def _changes(node: ast.AST) -> Iterator[Callable[[Any], ast.expr]]:

@@ -42,10 +42,12 @@ from mutants import JUDGES, RULES, Mutant, all_mutants
 
 ROOT = Path(__file__).parents[2]
 PACKAGE, TESTS = "kernels_check", "tests/kernels_check"
-CONTROLS = "test_controls_"
-"""How the files begin that judge constructed evidence: quick, and the first to notice."""
-ELSEWHERE = ("test_probe.py", "test_selftest.py", "test_trace_*.py")
+DECIDE = "_decides.py"
+"""How the files end that judge constructed evidence: quick, and the first to notice."""
+ELSEWHERE = ("probe/*", "test_selftest.py", "trace/*")
 """Tests of the probe, of the self-test and of how recordings are read: nothing that is changed here is theirs."""
+ONLY = (*(Path(module).name for module in JUDGES), Path(RULES).stem)
+"""Names of what ``--only`` chooses."""
 FOR_EQUIVALENTS = 60
 """Tests that a mutant known as equivalent is given; it would survive all of them, which takes the longest."""
 PER_MUTANT_S = 150
@@ -54,7 +56,7 @@ EQUIVALENT: dict[str, str] = {
     "attention._layers_astray: call.backend == 'eager' -> call.backend != 'eager'": (
         "only the number of different answers is read"
     ),
-    "base_layers.digest: raw.numel() > _PAGE_BYTES -> raw.numel() >= _PAGE_BYTES": (
+    "storage.digest: raw.numel() > _PAGE_BYTES -> raw.numel() >= _PAGE_BYTES": (
         "a tensor of exactly one page is its own first page"
     ),
 }
@@ -76,7 +78,7 @@ class Recorder:
 
     def __init__(self, package: Path) -> None:
         self.coverage = Coverage()
-        self._files = {str(package / f"{module}.py"): module for module in JUDGES}
+        self._files = {str(package / f"{module}.py"): Path(module).name for module in JUDGES}
         self._files[str(package / "rules.py")] = "rules"
         self._spans = {file: list(_functions(Path(file))) for file in self._files}
         self._test = ""
@@ -171,15 +173,15 @@ def first_pass(folder: Path) -> Coverage:
 
 def tests_of(mutant: Mutant, coverage: Coverage) -> list[str]:
     """Tests that enter what was changed: those of its own file first, the quick before the slow."""
-    own = f"{TESTS}/test_{'rules' if mutant.file == RULES else Path(mutant.file).stem}.py"
+    own = f"/test_{'rules' if mutant.file == RULES else Path(mutant.file).stem}.py"
     wanted = "rules.classify", "rules.classify_operator"
     asked = (
         set().union(*(coverage.entered.get(name, set()) for name in wanted))
         if mutant.function is None
         else coverage.entered.get(mutant.function, set())
     )
-    asked |= {test for test in coverage.seconds if mutant.function is None and test.startswith(own)}
-    first = sorted(asked, key=lambda test: (not test.startswith((own, f"{TESTS}/{CONTROLS}")), coverage.seconds[test]))
+    asked |= {test for test in coverage.seconds if mutant.function is None and own in test}
+    first = sorted(asked, key=lambda test: (own not in test and DECIDE not in test, coverage.seconds[test]))
     return first[:FOR_EQUIVALENTS] if mutant.key in EQUIVALENT else first
 
 
@@ -222,9 +224,11 @@ def main() -> int:
     """Make the mutants, run the tests on each, report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--only", metavar="FILE", help=f"one of {', '.join((*JUDGES, Path(RULES).stem))}")
+    parser.add_argument("--only", metavar="FILE", help=f"one of {', '.join(ONLY)}")
     parser.add_argument("--list", action="store_true", help="print the mutants and run nothing")
     arguments = parser.parse_args()
+    if arguments.only not in (None, *ONLY):
+        parser.error(f"no module is called {arguments.only!r}; known: {', '.join(ONLY)}")
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="mutation-") as temporary:
         folders = [copy_of_the_tree(Path(temporary) / str(number)) for number in range(arguments.jobs)]

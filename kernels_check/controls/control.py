@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
-from kernels_check.check import Check, Json
+from kernels_check.check import INSTRUMENTS, Check, Instrument, Json
 from kernels_check.controls.small_run import SmallRun, build
 from kernels_check.observation import compilations
 
 Build: TypeAlias = Callable[[], SmallRun]
-Instrument: TypeAlias = Literal["profile", "spy"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +30,7 @@ class Control:
     """None of them does."""
     caught_by: Literal["status", "reason"] = "status"
     """``reason``: what was required did run, and the reason warns of what comes with it or of what CUDA would do."""
-    instruments: tuple[Instrument, ...] = ("profile", "spy")
+    instruments: tuple[Instrument, ...] = INSTRUMENTS
     """Those that can see it."""
     needs_cuda: str | None = None
     """Why it takes a GPU to show."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from kernels_check.controls.small_run import PAD_TOKEN, SmallRun, autocast, only_math
 from kernels_check.observation import compilations
-from kernels_check.observation.adapter_layers import is_adapter
+from kernels_check.observation.adapter_layers import adapter_parameters
 
 
 def force_math(run: SmallRun) -> None:
@@ -127,8 +127,9 @@ def dropout_off(run: SmallRun) -> None:
 
 def _train_norms(run: SmallRun, *, adapter: bool) -> None:
     """Keep the loss differentiable where the adapter gives no gradient."""
+    of_adapter = adapter_parameters(run.model) if adapter else frozenset()
     for name, value in run.model.named_parameters():
-        value.requires_grad_((adapter and is_adapter(name)) or name.endswith("norm.weight"))
+        value.requires_grad_(name in of_adapter or name.endswith("norm.weight"))
 
 
 def disable_adapter(run: SmallRun) -> None:

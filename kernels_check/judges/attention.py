@@ -8,16 +8,19 @@ compared with the number of attention layers.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
+from kernels_check.check import DTYPE, Finding, Json, JudgedPath, Requirement, count_values, join_values, name_some
 
-from kernels_check.check import FUSED_ATTENTION, Finding, Json, counted, joined, listed
-from kernels_check.observation.events import AttentionCall
-from kernels_check.observation.observe import Observation
+if TYPE_CHECKING:
+    from torch import nn
 
+    from kernels_check.observation.events import AttentionCall
+    from kernels_check.observation.observe import Observation
+
+FUSED_ATTENTION = frozenset({"flash", "efficient", "cudnn", "flash_attention_2"})
+"""Backends that never write the score matrix to memory; what the requirement ``fused`` stands for."""
 LARGEST_FLASH_HEAD = 256
 """Head size up to which CUDA's flash runs (``sdp_utils.cpp``, ``check_head_dim_size_flash``)."""
 _FLOAT32_REMEDY = (
@@ -49,7 +52,7 @@ def attention_layers(model: nn.Module) -> int | None:
     return count if isinstance(count, int) else None
 
 
-def judge_backend(model: nn.Module, seen: Observation, required: Json) -> Finding:
+def judge_backend(seen: Observation, required: Json) -> Finding:
     """Judge ``attention.backend``."""
     calls = seen.profile.attention
     if not calls:
@@ -57,11 +60,11 @@ def judge_backend(model: nn.Module, seen: Observation, required: Json) -> Findin
     forward = [call for call in calls if call.direction == "forward"]
     backward = [call for call in calls if call.direction == "backward"]
     first = [call for call in forward if not call.recomputed]
-    layers = attention_layers(model)
-    observed = joined(call.backend for call in forward)
+    layers = attention_layers(seen.model)
+    observed = join_values(call.backend for call in forward)
     reason = (
-        f"forward: {counted(call.backend for call in forward) or 'none'}; "
-        f"backward: {counted(call.backend for call in backward) or 'none'}; "
+        f"forward: {count_values(call.backend for call in forward) or 'none'}; "
+        f"backward: {count_values(call.backend for call in backward) or 'none'}; "
         f"{'unknown number of' if layers is None else layers} attention layers; "
         f"operators {', '.join(sorted({call.op for call in forward}))}"
     )
@@ -70,7 +73,7 @@ def judge_backend(model: nn.Module, seen: Observation, required: Json) -> Findin
     complete = bool(first) and (layers is None or len(first) % max(layers, 1) == 0)
     if required is not None and astray:
         where = _layers_astray(first, accepted, layers) if complete else ""
-        reason += f"{where}; likely cause: {_cause(model, astray)}"
+        reason += f"{where}; likely cause: {_cause(seen.model, astray)}"
     elif not complete:
         reason += f"; {len(first)} calls cannot come from {layers} layers alone: some ran an attention not recognised"
     if _cpu_flash(forward) and any(call.mask for call in forward):
@@ -84,35 +87,35 @@ def judge_backend(model: nn.Module, seen: Observation, required: Json) -> Findin
     return Finding(observed=observed, reason=reason, satisfies=not astray and complete, present=bool(forward))
 
 
-def judge_dtype(seen: Observation) -> Finding:
+def judge_dtype(seen: Observation, required: Json) -> Finding:
     """Judge ``attention.dtype``: what the inner operator was given, after any autocast."""
     forward = [call for call in seen.profile.attention if call.direction == "forward" and call.dtype]
     if not forward:
         return _unseen()
-    dtypes = counted(str(call.dtype) for call in forward)
+    dtypes = count_values(str(call.dtype) for call in forward)
     reason = f"input types of the inner operator: {dtypes}"
     if any(call.dtype == "float32" for call in forward):
         reason += "; flash and cuDNN of CUDA refuse float32"
         grouped = any(call.grouped for call in forward) and not any(call.mask for call in forward)
         reason += ", memory-efficient the grouped key/value heads, so that math would run" if grouped else ""
         reason += f"; where bfloat16 was meant, {_FLOAT32_REMEDY}"
-    return Finding(observed=joined(str(call.dtype) for call in forward), reason=reason)
+    return Finding(observed=join_values(str(call.dtype) for call in forward), reason=reason)
 
 
-def judge_mask(seen: Observation) -> Finding:
+def judge_mask(seen: Observation, required: Json) -> Finding:
     """Judge ``attention.mask``."""
     forward = [call for call in seen.profile.attention if call.direction == "forward"]
     if not forward:
         return _unseen()
     masks = [_mask(call) for call in forward]
-    reason = f"masks of the inner operator: {counted(masks)}"
+    reason = f"masks of the inner operator: {count_values(masks)}"
     if "unknown" in masks:
-        return Finding(observed=joined(masks), status="unknown", reason=f"{reason}; the operator does not tell")
+        return Finding(observed=join_values(masks), status="unknown", reason=f"{reason}; the operator does not tell")
     if "explicit" in masks:
         reason += f"; {_MASK_REMEDY}"
     if _cpu_flash(forward) and "explicit" in masks:
         reason += "; the CPU's flash accepts an explicit mask, CUDA's would refuse it and another backend run instead"
-    return Finding(observed=joined(masks), reason=reason)
+    return Finding(observed=join_values(masks), reason=reason)
 
 
 def _mask(call: AttentionCall) -> str:
@@ -147,7 +150,7 @@ def _from_kernels(seen: Observation, required: Json) -> Finding:
         )
     accepted = FUSED_ATTENTION if required == "fused" else {required}
     return Finding(
-        observed=joined(kernels),
+        observed=join_values(kernels),
         satisfies=set(kernels) <= accepted,
         reason=f"no operator recorded, kernel launches: {', '.join(f'{n} {name}' for name, n in kernels.items())}",
     )
@@ -159,11 +162,13 @@ def _layers_astray(first: list[AttentionCall], accepted: Collection[Json], layer
     if not layers or len(kinds) != 1:
         return ""
     odd = sorted({index % layers for index, call in enumerate(first) if call.backend not in accepted})
-    return f"; not as required in layers {listed(map(str, odd))}" if odd else ""
+    return f"; not as required in layers {name_some(map(str, odd))}" if odd else ""
 
 
 def _cause(model: nn.Module, astray: list[AttentionCall]) -> str:
     """Name what in the inputs makes SDPA leave its fast backends (the refusals of torch 2.13)."""
+    import torch
+
     config: Any = getattr(model, "config", None)
     implementation = getattr(config, "_attn_implementation", None)
     if all(call.backend == "eager" for call in astray):
@@ -192,3 +197,16 @@ def _cause(model: nn.Module, astray: list[AttentionCall]) -> str:
         f"or an attn_implementation other than the requested ({implementation!r} here)"
     )
     return ", ".join(causes) or nothing_seen
+
+
+_BACKEND = Requirement(
+    kind="choice",
+    choices=("flash", "efficient", "cudnn", "math", "eager", "flash_attention_2", "flex", "fused"),
+)
+_MASK = Requirement(kind="choice", choices=("none", "causal", "explicit"))
+
+PATHS: Mapping[str, JudgedPath] = {
+    "attention.backend": JudgedPath(requirement=_BACKEND, judge=judge_backend, rests_on=("attention",)),
+    "attention.dtype": JudgedPath(requirement=DTYPE, judge=judge_dtype, rests_on=("attention",)),
+    "attention.mask": JudgedPath(requirement=_MASK, judge=judge_mask, rests_on=("attention",)),
+}

@@ -9,13 +9,24 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from torch import nn
+from kernels_check.check import (
+    DTYPE,
+    FLAG,
+    Finding,
+    Json,
+    JudgedPath,
+    Requirement,
+    Status,
+    count_values,
+    join_values,
+    name_some,
+)
 
-from kernels_check.check import Finding, Json, Status, counted, joined, listed
-from kernels_check.observation.adapter_layers import LoraLayer, is_adapter, lora_layers
-from kernels_check.observation.observe import Observation
-from kernels_check.observation.storage import Digest, Storage, storage
+if TYPE_CHECKING:
+    from kernels_check.observation.observe import Observation
+    from kernels_check.observation.storage import Digest, Storage
 
 _BITS_REMEDY = {
     4: "load with quantization_config=BitsAndBytesConfig(load_in_4bit=True) and keep targets out of its skip list",
@@ -25,42 +36,42 @@ _BITS_REMEDY = {
 }
 
 
-def judge_bits(model: nn.Module, required: Json) -> Finding:
+def judge_bits(seen: Observation, required: Json) -> Finding:
     """Judge ``base.bits`` over every layer that carries an adapter."""
-    stored = _stored(model)
+    stored = seen.storage()
     density = [item.bits_per_weight for item in stored.values() if item.bits_per_weight is not None]
     reason = f"{sum(density) / len(density):.3f} bits a weight with scales in {len(density)} layers" if density else ""
     remedy = _BITS_REMEDY.get(required) if isinstance(required, int) else None
     return _over_layers(stored, {name: item.bits for name, item in stored.items()}, required, reason, remedy)
 
 
-def judge_quant_type(model: nn.Module, required: Json) -> Finding:
+def judge_quant_type(seen: Observation, required: Json) -> Finding:
     """Judge ``base.quant_type``."""
-    stored = _stored(model)
+    stored = seen.storage()
     remedy = f"set bnb_4bit_quant_type={required!r} (the library's default is 'fp4')"
     return _over_layers(stored, {name: item.quant_type for name, item in stored.items()}, required, "", remedy)
 
 
-def judge_double_quant(model: nn.Module, required: Json) -> Finding:
+def judge_double_quant(seen: Observation, required: Json) -> Finding:
     """Judge ``base.double_quant``."""
-    stored = _stored(model)
+    stored = seen.storage()
     remedy = f"set bnb_4bit_use_double_quant={required} (the library's default is False)"
     return _over_layers(stored, {name: item.double_quant for name, item in stored.items()}, required, "", remedy)
 
 
-def judge_compute_dtype(model: nn.Module, seen: Observation, required: Json) -> Finding:
+def judge_compute_dtype(seen: Observation, required: Json) -> Finding:
     """Judge ``base.compute_dtype``: the layers' dtype after their first forward, confirmed by the 4-bit operators."""
-    stored = _stored(model)
+    stored = seen.storage()
     ran = {call.dtype for call in seen.profile.fourbit if call.dtype}
-    reason = f"4-bit operators were given {joined(ran)}" if ran else ""
+    reason = f"4-bit operators were given {join_values(ran)}" if ran else ""
     remedy = f"set bnb_4bit_compute_dtype=torch.{required} (the library's default is torch.float32)"
     dtypes = {name: item.compute_dtype for name, item in stored.items()}
     finding = _over_layers(stored, dtypes, required, reason, remedy)
     notes = sorted({item.note for item in stored.values() if item.note})
     all_four_bit = all(item.bits == 4 for item in stored.values())
-    if ran and all_four_bit and not finding.status and joined(ran) != finding.observed:
+    if ran and all_four_bit and not finding.status and join_values(ran) != finding.observed:
         # Where the layers and the operators disagree, what ran counts.
-        return Finding(observed=joined(ran), reason=f"{finding.reason}, layers claim {finding.observed}")
+        return Finding(observed=join_values(ran), reason=f"{finding.reason}, layers claim {finding.observed}")
     return Finding(
         observed=finding.observed,
         reason="; ".join([finding.reason, *notes]),
@@ -70,23 +81,23 @@ def judge_compute_dtype(model: nn.Module, seen: Observation, required: Json) -> 
     )
 
 
-def judge_gemm_path(model: nn.Module, seen: Observation) -> Finding:
+def judge_gemm_path(seen: Observation, required: Json) -> Finding:
     """Judge ``base.gemm_path`` from what ran inside the 4-bit operators of the forward pass."""
     calls = seen.profile.fourbit
-    stored = _stored(model)
+    stored = seen.storage()
     if not calls:
         if any(item.bits == 4 for item in stored.values()):
             return Finding(observed=None, status="unknown", reason="4-bit weights but no known 4-bit operator ran")
         return Finding(observed=None, status="not_applicable", present=False, reason="the base is not 4-bit")
     paths = [call.path for call in calls]
     kernels = {rule: count for rule, count in seen.profile.kernels.items() if rule.startswith(("BNB-GEMM", "BNB-DEQ"))}
-    reason = f"forward 4-bit products: {counted(paths)}" + (f"; kernels {kernels}" if kernels else "")
-    return Finding(observed=joined(paths), reason=reason, status="unknown" if "unknown" in paths else None)
+    reason = f"forward 4-bit products: {count_values(paths)}" + (f"; kernels {kernels}" if kernels else "")
+    return Finding(observed=join_values(paths), reason=reason, status="unknown" if "unknown" in paths else None)
 
 
-def judge_frozen(model: nn.Module, seen: Observation, before: Digest, after: Digest) -> Finding:
+def judge_frozen(seen: Observation, required: Json) -> Finding:
     """Judge ``base.frozen``: nothing trains, receives a gradient, is given to the optimizer, or changes its bytes."""
-    base = {name: value for name, value in model.named_parameters() if not is_adapter(name)}
+    base, before, after = seen.base_parameters(), seen.before, seen.after
     updated = {identity for optimizer in seen.optimizers for identity in optimizer.parameters}
     faults = []
     for problem, names in (
@@ -95,7 +106,7 @@ def judge_frozen(model: nn.Module, seen: Observation, before: Digest, after: Dig
         ("are given to the optimizer", [name for name, value in base.items() if id(value) in updated]),
     ):
         if names:
-            faults.append(f"{len(names)} base parameters {problem}: {listed(names)}")
+            faults.append(f"{len(names)} base parameters {problem}: {name_some(names)}")
     part = "all" if after.hashed_bytes == after.total_bytes else f"an even sample of {after.hashed_bytes / 2**20:.2f}"
     what = f"sha256 over {part} of {after.total_bytes / 2**20:.1f} MiB"
     changed, recast = _compare(before, after)
@@ -103,10 +114,10 @@ def judge_frozen(model: nn.Module, seen: Observation, before: Digest, after: Dig
         reason = "an eval forward repacked Linear4bit weights in place (AVX512 layout): bytes cannot be compared"
         return Finding(observed=None, status="unknown", reason="; ".join([*faults, reason]))
     if changed:
-        faults.append(f"{what}: {len(changed)} tensors changed over {seen.calls} steps: {listed(changed)}")
+        faults.append(f"{what}: {len(changed)} tensors changed over {seen.calls} steps: {name_some(changed)}")
     good = f"{what} unchanged over {seen.calls} steps, no gradient, not optimised"
     # bitsandbytes casts a bias to the compute dtype in the first forward: not trained, but not silent either.
-    note = f"; cast once by the forward: {listed(recast)}" if recast else ""
+    note = f"; cast once by the forward: {name_some(recast)}" if recast else ""
     remedy = "; remedy: requires_grad_(False) on the base, and only the adapter's parameters for the optimizer"
     return Finding(observed=not faults, reason=("; ".join(faults) + remedy if faults else good) + note)
 
@@ -123,11 +134,6 @@ def _compare(before: Digest, after: Digest) -> tuple[list[str], list[str]]:
     return changed, recast
 
 
-def _stored(model: nn.Module) -> dict[str, Storage]:
-    layers: list[LoraLayer] = lora_layers(model)
-    return {layer.name: storage(layer.base) for layer in layers}
-
-
 def _over_layers(
     stored: Mapping[str, Storage], values: Mapping[str, Json], required: Json, reason: str, remedy: str | None
 ) -> Finding:
@@ -136,17 +142,31 @@ def _over_layers(
         return Finding(observed=None, present=False, reason="no layer carries a LoRA adapter")
     expected = required if required is not None else Counter(values.values()).most_common(1)[0][0]
     distinct = set(values.values())
-    observed = distinct.pop() if len(distinct) == 1 else joined(str(value) for value in values.values())
+    observed = distinct.pop() if len(distinct) == 1 else join_values(str(value) for value in values.values())
     parts = [f"{sum(value == expected for value in values.values())} of {len(values)} targeted layers: {expected}"]
     parts += [reason] if reason else []
     odd = [f"{name} ({value})" for name, value in values.items() if value != expected and value is not None]
-    parts += [f"exceptions: {listed(odd)}"] if odd else []
+    parts += [f"exceptions: {name_some(odd)}"] if odd else []
     unread = [name for name, value in values.items() if value is None]
     problems = [f"{name}: {item.problem}" for name, item in stored.items() if item.problem]
-    parts += [f"cannot tell for {listed(problems or unread)}"] if unread else []
+    parts += [f"cannot tell for {name_some(problems or unread)}"] if unread else []
     packed = [name for name, item in stored.items() if item.packed_for_cpu]
     if packed:
-        parts.append(f"repacked in place for AVX512 by an eval forward, bfloat16 scales: {listed(packed)}")
+        parts.append(f"repacked in place for AVX512 by an eval forward, bfloat16 scales: {name_some(packed)}")
     parts += [f"remedy: {remedy}"] if odd and required is not None and remedy else []
     status: Status | None = "unknown" if unread and not odd else None
     return Finding(observed=observed, reason="; ".join(parts), status=status, satisfies=not odd and not unread)
+
+
+_BITS = Requirement(kind="bits", choices=(4, 8, 16, 32))
+_QUANT_TYPE = Requirement(kind="choice", choices=("nf4", "fp4", "int8", "none"))
+_GEMM_PATH = Requirement(kind="choice", choices=("dequantize", "fused", "packed_cpu"))
+
+PATHS: Mapping[str, JudgedPath] = {
+    "base.bits": JudgedPath(requirement=_BITS, judge=judge_bits),
+    "base.quant_type": JudgedPath(requirement=_QUANT_TYPE, judge=judge_quant_type),
+    "base.double_quant": JudgedPath(requirement=FLAG, judge=judge_double_quant),
+    "base.compute_dtype": JudgedPath(requirement=DTYPE, judge=judge_compute_dtype, rests_on=("products",)),
+    "base.frozen": JudgedPath(requirement=FLAG, judge=judge_frozen),
+    "base.gemm_path": JudgedPath(requirement=_GEMM_PATH, judge=judge_gemm_path, rests_on=("product_paths",)),
+}

@@ -1,28 +1,20 @@
-"""Whether records packed into one row see each other: change one, and look at the others.
-
-Packing relies on ``position_ids`` that restart at each record, and on a mask that the model derives from them only if
-it is given no attention mask and builds no cache. When that fails nothing crashes; the benchmark even gets faster,
-because attention over the whole row is cheaper to dispatch than a block mask. No flag shows it, so the model is asked.
-Equality is exact: a masked position contributes an exact zero, and each row of a matrix product depends on its own
-input only.
-"""
+"""What is fed to the model: whether packed records see each other, and how much of it is padding."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from kernels_check.check import FLAG, SHARE, Check, Finding, Json, JudgedPath, judge_safely
 
-from kernels_check.check import Check, Finding, Json
-from kernels_check.observation.padding import PaddingSeen
-from kernels_check.observation.restore import Modes, RandomState
+if TYPE_CHECKING:
+    from torch import nn
 
-_PATH = "packing.isolated"
-_NOT_INPUTS = ("labels", "num_items_in_batch", "logits_to_keep")
-"""With labels some models return no logits at all."""
+    from kernels_check.observation.isolation import IsolationSeen
+    from kernels_check.observation.observe import Observation
+
+_LEAK = "default use_cache builds a cache and skips packed detection: pass use_cache=False and no attention_mask"
+_PADDED = "pack the records into full rows, or sort them by length"
 
 
 def probe_isolation(model: nn.Module, batch: Mapping[str, Any]) -> Check:
@@ -36,125 +28,44 @@ def probe_isolation(model: nn.Module, batch: Mapping[str, Any]) -> Check:
     Returns:
         The check of ``packing.isolated`` against True. Parameters, modes and random numbers are left as found.
     """
-    try:
-        return find_isolation(model, batch).against(_PATH, True)
-    except Exception as error:
-        return broken(_PATH, True, error)
+    from kernels_check.observation.isolation import perturb_records
+
+    return judge_safely("packing.isolated", True, lambda: _judge_leaks(perturb_records(model, batch)))
 
 
-def broken(path: str, required: Any, error: Exception) -> Check:
-    """A judgement that raised never passes."""
-    return Check(
-        path=path, required=required, observed=None, status="unknown", reason=f"{type(error).__name__}: {error}"
-    )
+def judge_isolation(seen: Observation, required: Json) -> Finding:
+    """Judge ``packing.isolated``."""
+    return _judge_leaks(seen.isolation())
 
 
-def find_isolation(model: nn.Module, batch: Mapping[str, Any]) -> Finding:
-    """Perturb and compare; see ``probe_isolation``."""
-    inputs = {key: value for key, value in batch.items() if key not in _NOT_INPUTS}
-    tokens, positions = inputs["input_ids"], inputs["position_ids"]
-    records = record_numbers(positions)
-    if int(records.max()) == 0:
-        return Finding(observed=None, status="unknown", present=False, reason="no row of the batch packs two records")
-    packed_rows = (records.amax(dim=1, keepdim=True) > 0).expand_as(records)
-    first = (records == 0) & packed_rows
-    last = torch.zeros_like(first)
-    last[:, -1] = True
-    leaks, reasons = [], []
-    with _as_found(model):
-        for mode, training in (("train", True), ("eval", False)):
-            _set_mode(model, training)
-            with torch.set_grad_enabled(training):
-                reference = _logits(model, inputs)
-                if bool(reference.ne(_logits(model, inputs)).any()):
-                    reason = f"{mode}: two forwards of the same batch differ, so a leak cannot be told from noise"
-                    return Finding(observed=None, status="unknown", reason=reason)
-                for what, changed in (("the first record", first), ("the last token", last)):
-                    perturbed = _logits(model, {**inputs, "input_ids": _perturb(tokens, changed, reference.shape[-1])})
-                    difference = (perturbed - reference).abs().amax(dim=-1)
-                    if not bool(difference[changed].any()):
-                        reason = f"{mode}: changing {what} did not even change its own logits"
-                        return Finding(observed=None, status="unknown", reason=reason)
-                    elsewhere = difference.masked_fill(changed, 0.0)
-                    leaked = elsewhere.ne(0)  # a NaN counts as a leak
-                    leaks.append(bool(leaked.any()))
-                    if leaks[-1]:
-                        reasons.append(
-                            f"{mode}: changing {what} changed the logits of {int(leaked.sum())} other tokens "
-                            f"by up to {float(elsewhere.max()):.2g}"
-                        )
-    if any(leaks):
-        hint = "default use_cache builds a cache and skips packed detection: pass use_cache=False and no attention_mask"
-        return Finding(observed=False, reason="; ".join([*reasons, hint]))
-    count = int((records.amax(dim=1) + 1).sum())
-    return Finding(observed=True, reason=f"{count} records: perturbations changed no other logit, in train and in eval")
+def _judge_leaks(seen: IsolationSeen) -> Finding:
+    if seen.unclear is not None:
+        return Finding(observed=None, status="unknown", present=seen.packed, reason=seen.unclear)
+    if seen.leaks:
+        return Finding(observed=False, reason="; ".join([*seen.leaks, _LEAK]))
+    reason = f"{seen.records} records: perturbations changed no other logit, in train and in eval"
+    return Finding(observed=True, reason=reason)
 
 
-def record_numbers(positions: Tensor) -> Tensor:
-    """Number the records of each row from 0; a record starts wherever the position does not continue.
-
-    Args:
-        positions: position ids, [rows, tokens].
-    """
-    starts = torch.zeros_like(positions, dtype=torch.long)
-    starts[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
-    return starts.cumsum(dim=1)
-
-
-def _perturb(tokens: Tensor, where: Tensor, vocabulary: int) -> Tensor:
-    return torch.where(where, (tokens + 1) % vocabulary, tokens)
-
-
-def _logits(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-    output: Any = model(**inputs)
-    logits: Tensor = output.logits
-    return logits.detach()
-
-
-def _set_mode(model: nn.Module, training: bool) -> None:
-    """Random masks would hide the comparison, so dropout stays off in both modes."""
-    model.train(training)
-    for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.eval()
-
-
-@contextmanager
-def _as_found(model: nn.Module) -> Iterator[None]:
-    """Put modes and random numbers back, and keep bitsandbytes from repacking weights.
-
-    On a CPU with AVX512_BF16 an eval forward rewrites Linear4bit weights in place, after which gradients no longer pass
-    through the layer; the switch is an attribute of each module.
-    """
-    switches = [module for module in model.modules() if "support_avx512bf16_for_cpu" in vars(module)]
-    before: list[Any] = [module.support_avx512bf16_for_cpu for module in switches]
-    modes, generators = Modes(model), RandomState()
-    try:
-        for module in switches:
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-        yield
-    finally:
-        for module, value in zip(switches, before, strict=True):
-            module.support_avx512bf16_for_cpu = value
-        modes.restore()
-        generators.restore()
-
-
-REMEDY = "pack the records into full rows, or sort them by length"
-
-
-def judge_padding(seen: PaddingSeen | None, required: Json) -> Finding:
+def judge_padding(seen: Observation, required: Json) -> Finding:
     """Judge ``padding.share``, a maximum."""
-    if seen is None:
+    padding = seen.padding
+    if padding is None:
         reason = "no call of the model itself with input_ids of [rows, tokens] was seen"
         return Finding(observed=None, present=False, status="not_applicable", reason=reason)
-    share = seen.padded / seen.tokens
-    reason = f"{seen.padded} of {seen.tokens} positions ({share:.0%}) are padding, told by {seen.by}"
+    share = padding.padded / padding.tokens
+    reason = f"{padding.padded} of {padding.tokens} positions ({share:.0%}) are padding, told by {padding.by}"
     most = float(required) if isinstance(required, int | float) else 1.0
-    if seen.by.startswith("nothing"):
+    if padding.by.startswith("nothing"):
         return Finding(observed=None, present=False, status=None if required is None else "unknown", reason=reason)
     return Finding(
         observed=round(share, 4),
-        reason=reason if share <= most else f"{reason}: {REMEDY}",
+        reason=reason if share <= most else f"{reason}: {_PADDED}",
         satisfies=share <= most,
     )
+
+
+PATHS: Mapping[str, JudgedPath] = {
+    "packing.isolated": JudgedPath(requirement=FLAG, judge=judge_isolation, instruments=("profile",), packed=True),
+    "padding.share": JudgedPath(requirement=SHARE, judge=judge_padding, rests_on=("inputs",)),
+}

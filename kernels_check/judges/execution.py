@@ -6,23 +6,22 @@ model that hit its recompile limit runs eagerly without a word.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
-from kernels_check.check import Finding, Json, counted, listed
-from kernels_check.observation.adapter_layers import lora_layers
+from kernels_check.check import FLAG, Finding, Json, JudgedPath, Requirement, count_values, name_some
 from kernels_check.observation.compilations import Compilations
-from kernels_check.observation.observe import Observation
+
+if TYPE_CHECKING:
+    from kernels_check.observation.observe import Observation
 
 
-def judge_checkpointing(model: nn.Module, seen: Observation, required: Json) -> Finding:
+def judge_checkpointing(seen: Observation, required: Json) -> Finding:
     """Judge ``checkpointing``: forward work found inside the backward pass."""
     forward = [call for call in seen.profile.attention if call.direction == "forward"]
     backward = len(seen.profile.attention) - len(forward)
     first = sum(not call.recomputed for call in forward)
-    called = {layer.name for layer in lora_layers(model)} & set(seen.module_calls)
+    called = {layer.name for layer in seen.lora_layers()} & set(seen.module_calls)
     repeated = called & seen.recomputed
     if not first and not called:
         return Finding(observed=None, status="unknown", present=False, reason="no layer call was seen in the step")
@@ -35,7 +34,7 @@ def judge_checkpointing(model: nn.Module, seen: Observation, required: Json) -> 
         reason += "; a selective policy keeps the attention and recomputes the rest"
     complete = ratio >= 2.0 or (ratio == 1.0 and bool(called) and repeated == called)
     happened = ratio > 1.0 or bool(repeated)
-    if required is True and not complete and (happened or _flagged(model)):
+    if required is True and not complete and (happened or _flagged(seen.model)):
         modes = "eval" if not any(seen.modes.values()) else "train"
         if happened:
             cause = "only part of the layers recompute: look for a layer whose gradient_checkpointing is off"
@@ -51,8 +50,10 @@ def _flagged(model: Any) -> bool:
     return bool(getattr(model, name if hasattr(model, name) else "is_gradient_checkpointing", False))
 
 
-def judge_tf32(seen: Observation) -> Finding:
+def judge_tf32(seen: Observation, required: Json) -> Finding:
     """Judge ``tf32``: kernels where CUDA ran, else what the flag allows."""
+    import torch
+
     if not torch.cuda.is_available():
         return Finding(observed=False, present=False, reason=f"no CUDA device: TF32 cannot run ({_tf32_flag()})")
     kernels = seen.profile.kernels
@@ -66,6 +67,8 @@ def judge_tf32(seen: Observation) -> Finding:
 
 
 def _tf32_flag() -> str:
+    import torch
+
     try:
         return f"torch.backends.cuda.matmul.fp32_precision={torch.backends.cuda.matmul.fp32_precision!r}"
     except (AttributeError, RuntimeError) as error:  # old and new switches refuse to be mixed
@@ -87,7 +90,7 @@ def judge_compile(seen: Observation, required: Json) -> Finding:
         reason += f"; {past}"
     if regions and past.unreadable is not None:
         return Finding(observed=None, status="unknown", reason=reason)
-    observed: Json = f"in pieces: {listed(past.breaks, '; ')}" if regions and past.breaks else regions > 0
+    observed: Json = f"in pieces: {name_some(past.breaks, '; ')}" if regions and past.breaks else regions > 0
     return Finding(observed=observed, reason=reason, present=regions > 0, satisfies=(regions > 0) is required)
 
 
@@ -98,6 +101,14 @@ def judge_mode(seen: Observation, required: Json) -> Finding:
     observed = modes[0] if len(set(modes)) == 1 else "mixed"
     wanted = required if required is not None else max(set(modes), key=modes.count)
     odd = [name or "the model itself" for name, training in seen.modes.items() if names[training] != wanted]
-    reason = f"modules: {counted(modes)}" + (f"; not in {wanted} mode: {listed(odd)}" if odd else "")
+    reason = f"modules: {count_values(modes)}" + (f"; not in {wanted} mode: {name_some(odd)}" if odd else "")
     reason += f"; call model.{wanted}() before the step" if odd and required is not None else ""
     return Finding(observed=observed, reason=reason)
+
+
+PATHS: Mapping[str, JudgedPath] = {
+    "checkpointing": JudgedPath(requirement=FLAG, judge=judge_checkpointing, rests_on=("attention",)),
+    "tf32": JudgedPath(requirement=FLAG, judge=judge_tf32, rests_on=("kernels",)),
+    "compile": JudgedPath(requirement=FLAG, judge=judge_compile),
+    "mode": JudgedPath(requirement=Requirement(kind="choice", choices=("train", "eval")), judge=judge_mode),
+}

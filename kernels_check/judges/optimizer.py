@@ -6,10 +6,13 @@ while the flag stays true. Only the state tensors themselves tell.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
-from kernels_check.check import Finding, Json, joined
-from kernels_check.observation.observe import Observation, OptimizerSeen
+from kernels_check.check import FLAG, SHARE, Finding, Json, JudgedPath, Requirement, join_values
+
+if TYPE_CHECKING:
+    from kernels_check.observation.observe import Observation, OptimizerSeen
 
 _NO_OPTIMIZER = Finding(observed=None, present=False, reason="no torch.optim.Optimizer stepped in the watched calls")
 
@@ -23,7 +26,7 @@ def judge_class(seen: Observation, required: Json) -> Finding:
     """Judge ``optimizer.class`` by the rule of ``is_class``."""
     if not seen.optimizers:
         return _NO_OPTIMIZER
-    observed = joined(optimizer.classes[0] for optimizer in seen.optimizers)
+    observed = join_values(optimizer.classes[0] for optimizer in seen.optimizers)
     matches = all(is_class(optimizer.classes, str(required)) for optimizer in seen.optimizers)
     reason = f"{observed} stepped {seen.optimizer_steps} times in {seen.calls} calls"
     return Finding(observed=observed, reason=reason, satisfies=matches)
@@ -49,7 +52,7 @@ def judge_fused(seen: Observation, required: Json) -> Finding:
         return _NO_OPTIMIZER
     operators = seen.profile.optimizer_ops
     observed = _implementation(operators)
-    wished = joined(str(optimizer.fused_requested) for optimizer in seen.optimizers)
+    wished = join_values(str(optimizer.fused_requested) for optimizer in seen.optimizers)
     counts = ", ".join(f"{count} {name}" for name, count in sorted(operators.items())) or "no update operator"
     reason = f"{counts} in one step; optimizers were built with fused={wished}"
     if observed == "bitsandbytes":
@@ -93,3 +96,10 @@ def judge_paged_share(seen: Observation, required: Json) -> Finding:
 
 def _paging_refused(optimizer: OptimizerSeen) -> bool:
     return optimizer.claims_paged and optimizer.on_cpu
+
+
+PATHS: Mapping[str, JudgedPath] = {
+    "optimizer.class": JudgedPath(requirement=Requirement(kind="text"), judge=judge_class),
+    "optimizer.fused": JudgedPath(requirement=FLAG, judge=judge_fused, rests_on=("update",)),
+    "optimizer.paged_share": JudgedPath(requirement=SHARE, judge=judge_paged_share),
+}

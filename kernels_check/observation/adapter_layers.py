@@ -1,16 +1,28 @@
-"""The layers that carry a LoRA adapter, recognised by what they hold rather than by class.
+"""What of a model is an adapter's, asked of the layers that hold it and never of a name.
 
-PEFT wraps each target in its own class per quantisation backend; all of them keep the wrapped layer as ``base_layer``
-and one ``lora_A``, ``lora_B`` and ``lora_dropout`` per adapter name.
+PEFT wraps each target in its own class per method and quantisation backend, and says in ``adapter_layer_names`` and
+``other_param_names`` which of its attributes are the adapter's; copies that are trained beside it (``modules_to_save``,
+trainable tokens) say so in the same way. Whatever else a model holds is its base, however it is called: a model kept
+as ``self.lora_model`` has no adapter by that.
+
+A LoRA layer keeps the wrapped layer as ``base_layer`` and one ``lora_A``, ``lora_B`` and ``lora_dropout`` per adapter
+name, and is recognised by that rather than by class.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from torch import Tensor, nn
+
+_PREFIX = "lora_"
+_EMBEDDING_A = "lora_embedding_A"
+_FACTORS = {"A": ("lora_A", _EMBEDDING_A), "B": ("lora_B", "lora_embedding_B")}
+_DROPOUT = "lora_dropout"
+_PARTS = ("lora_A", "lora_B", _EMBEDDING_A, "lora_embedding_B", _DROPOUT)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,37 +50,78 @@ class LoraLayer:
         return tuple(getattr(self.module, "merged_adapters", ()))
 
     def parts(self) -> Iterator[tuple[str, Any]]:
-        """Qualified name and object of every active lora_A, lora_B and lora_dropout."""
-        for holder in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_dropout"):
+        """Qualified name and object of every active factor and dropout."""
+        return self._held_by(_PARTS)
+
+    def weights(self, letter: str) -> Iterator[tuple[str, Tensor]]:
+        """Parameter name and tensor of every active factor ``A`` or ``B``."""
+        for name, part in self._held_by(_FACTORS[letter]):
+            yield (name, part) if isinstance(part, Tensor) else (f"{name}.weight", part.weight)
+
+    def dropouts(self) -> Iterator[tuple[str, Any]]:
+        """Qualified name and module of every active dropout."""
+        return self._held_by((_DROPOUT,))
+
+    def was_called(self, calls: Mapping[str, int]) -> bool:
+        """Whether the calls, by name, show that a factor ``A`` ran.
+
+        The layer's own call proves its base only, but for an embedding: its factors are bare parameters and call no
+        hook.
+        """
+        if any(calls.get(name, 0) for name, _ in self._held_by(_FACTORS["A"])):
+            return True
+        return self.name in calls and any(True for _ in self._held_by((_EMBEDDING_A,)))
+
+    def _held_by(self, holders: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+        for holder in holders:
             held = getattr(self.module, holder, None)
             for adapter in self.adapters:
                 if held is not None and adapter in held:
                     yield f"{self.name}.{holder}.{adapter}", held[adapter]
 
-    def weights(self, letter: str) -> Iterator[tuple[str, Tensor]]:
-        """Parameter name and tensor of every active factor ``A`` or ``B``."""
-        for name, part in self.parts():
-            if f".lora_{letter}." in name or f".lora_embedding_{letter}." in name:
-                yield (name, part) if isinstance(part, Tensor) else (f"{name}.weight", part.weight)
-
 
 def lora_layers(model: nn.Module) -> list[LoraLayer]:
     """Every layer that has weights of an active adapter; where no adapter is active, every layer with any adapter."""
-    wrapped = [
-        (name, module)
+    layers = [
+        LoraLayer(name=name, module=module, adapters=_active(module))
         for name, module in model.named_modules()
-        if hasattr(module, "base_layer") and (hasattr(module, "lora_A") or hasattr(module, "lora_embedding_A"))
+        if _is_lora(module)
     ]
-    layers = [LoraLayer(name=name, module=module, adapters=_active(module)) for name, module in wrapped]
     return [layer for layer in layers if layer.adapters] or layers
 
 
-def is_adapter(name: str) -> bool:
-    """Whether a parameter belongs to an adapter: a LoRA factor, or a trained copy of a module or of some tokens."""
-    return any(mark in name for mark in ("lora_", ".modules_to_save.", ".trainable_tokens_"))
+def adapter_parameters(model: nn.Module) -> frozenset[str]:
+    """Names of the parameters that are an adapter's: of any method of PEFT, and copies that are trained beside it."""
+    held = {
+        f"{name}.{holder}" if name else holder for name, module in model.named_modules() for holder in _holders(module)
+    }
+    return frozenset(name for name, _ in model.named_parameters() if not held.isdisjoint(_paths_to(name)))
+
+
+def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every other parameter, by name."""
+    adapter = adapter_parameters(model)
+    return {name: value for name, value in model.named_parameters() if name not in adapter}
+
+
+def _holders(module: Any) -> Iterator[str]:
+    """Attributes of one layer that are an adapter's."""
+    yield from getattr(module, "adapter_layer_names", ())
+    yield from getattr(module, "other_param_names", ())
+    if _is_lora(module):  # also where a class of one's own lists nothing
+        yield from (name for name in (*module._modules, *module._parameters) if name.startswith(_PREFIX))
+
+
+def _paths_to(name: str) -> Iterator[str]:
+    """``a``, ``a.b``, ``a.b.c`` of ``a.b.c``."""
+    return accumulate(name.split("."), lambda path, part: f"{path}.{part}")
+
+
+def _is_lora(module: nn.Module) -> bool:
+    return hasattr(module, "base_layer") and any(hasattr(module, holder) for holder in _FACTORS["A"])
 
 
 def _active(module: Any) -> tuple[str, ...]:
-    held = {*getattr(module, "lora_A", ()), *getattr(module, "lora_embedding_A", ())}
+    held = {adapter for holder in _FACTORS["A"] for adapter in getattr(module, holder, ())}
     active = getattr(module, "active_adapters", None)
     return tuple(sorted(held)) if active is None else tuple(name for name in active if name in held)

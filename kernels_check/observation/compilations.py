@@ -19,7 +19,7 @@ from pathlib import PurePath
 from traceback import FrameSummary
 from typing import Any
 
-from kernels_check.check import listed
+from kernels_check.check import name_some
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,4 +119,4 @@ def _distinct(phrases: Iterable[str]) -> tuple[str, ...]:
 
 
 def _counted(phrases: tuple[str, ...], what: str) -> str:
-    return f"{len(phrases)} {what}" + (f" ({listed(phrases, '; ')})" if phrases else "")
+    return f"{len(phrases)} {what}" + (f" ({name_some(phrases, '; ')})" if phrases else "")

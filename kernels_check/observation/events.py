@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 
+from kernels_check.check import Evidence
 from kernels_check.rules import attention_backend, classify
 
 Direction = Literal["forward", "backward"]
@@ -90,11 +91,11 @@ class StepProfile:
     compiled_regions: int
     compiler_lookups: int
     """Dynamo cache look-ups; without a compiled region they mean that the code ran eagerly after all."""
-    blind: Mapping[str, str] = field(default_factory=dict)
-    """Paths that the instrument cannot judge in this step, with the reason; empty for the profiler."""
+    blind: Mapping[Evidence, str] = field(default_factory=dict)
+    """Evidence that the instrument could not collect in this step, with the reason; empty for the profiler."""
 
 
-def summarise(operators: list[Operator], *, kernels: Iterable[str] = (), on_cuda: bool = False) -> StepProfile:
+def reduce_operators(operators: list[Operator], *, kernels: Iterable[str] = (), on_cuda: bool = False) -> StepProfile:
     """Reduce what one step called on the host, and the names of the kernels that it launched.
 
     Args:

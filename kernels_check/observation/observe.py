@@ -23,22 +23,23 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from kernels_check.check import Evidence, Instrument
 from kernels_check.observation import compilations
-from kernels_check.observation.adapter_layers import lora_layers
+from kernels_check.observation.adapter_layers import LoraLayer, base_parameters, lora_layers
 from kernels_check.observation.compilations import Compilations
 from kernels_check.observation.events import StepProfile
+from kernels_check.observation.isolation import IsolationSeen, perturb_records
 from kernels_check.observation.padding import PaddingSeen, count_padding
 from kernels_check.observation.recording import entries, profiled
 from kernels_check.observation.restore import Snapshot
 from kernels_check.observation.spy import spied
-
-Instrument: TypeAlias = Literal["profile", "spy"]
+from kernels_check.observation.storage import Digest, Storage, digest, read_storage
 
 MOST_CALLS = 3
 
@@ -71,8 +72,13 @@ class OptimizerSeen:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observation:
-    """Everything seen over the watched calls of the step."""
+    """Everything seen over the watched calls of the step; the methods read the model as it is when they are called."""
 
+    model: nn.Module
+    before: Digest
+    """The base before the first call."""
+    after: Digest
+    """The base after the last."""
     profile: StepProfile
     calls: int
     optimizer_steps: int
@@ -94,6 +100,33 @@ class Observation:
     """Whether no hook was there in the call that counts, so that ``module_calls`` says nothing."""
     compilations: Compilations = field(default_factory=Compilations)
     """What torch.compile has on record after the last call."""
+    batch: Mapping[str, Any] | None = None
+    """Packed inputs of the model, to be perturbed."""
+
+    @property
+    def blind(self) -> Mapping[Evidence, str]:
+        """Evidence that the instrument could not collect in this step, with the reason."""
+        if self.bare and self.padding is None:  # a model compiled in place calls no hook of its own
+            return {**self.profile.blind, "inputs": "the model is compiled in place and its inputs were not seen"}
+        return self.profile.blind
+
+    def lora_layers(self) -> list[LoraLayer]:
+        """Layers with an adapter, the active where any is."""
+        return lora_layers(self.model)
+
+    def base_parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters that are no adapter's, by name."""
+        return base_parameters(self.model)
+
+    def storage(self) -> dict[str, Storage]:
+        """How the base layer below each adapter keeps its weight, by the layer's name."""
+        return {layer.name: read_storage(layer.base) for layer in self.lora_layers()}
+
+    def isolation(self) -> IsolationSeen:
+        """Perturb the packed batch by forwards of the model's own, which are left no trace of."""
+        if self.batch is None:
+            raise ValueError("there is no packed batch to perturb")
+        return perturb_records(self.model, self.batch)
 
 
 @dataclass(slots=True)
@@ -168,6 +201,7 @@ def observe(
     model: nn.Module, step: Callable[[], object], snapshot: Snapshot, instrument: Instrument = "profile"
 ) -> Observation:
     """Call ``step`` one to three times; the caller restores ``snapshot`` afterwards."""
+    before = digest(model)
     watcher = _Watcher(model, snapshot, _adapter_modules(model))
     handles = [
         register_optimizer_step_pre_hook(watcher.before_update),
@@ -180,9 +214,9 @@ def observe(
         nonlocal calls
         calls += 1
         watcher.modes_noted = False
-        before = watcher.steps
+        taken = watcher.steps
         step()
-        if watcher.steps == before:
+        if watcher.steps == taken:
             watcher.note_modes()
             watcher.note_gradients()
 
@@ -212,6 +246,9 @@ def observe(
         for handle in handles:
             handle.remove()
     return Observation(
+        model=model,
+        before=before,
+        after=digest(model),
         profile=profile,
         calls=calls,
         optimizer_steps=watcher.steps,

@@ -15,7 +15,7 @@ import torch
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from kernels_check.observation.events import Operator, StepProfile, compiler_entries, matters, summarise
+from kernels_check.observation.events import Operator, StepProfile, compiler_entries, matters, reduce_operators
 from kernels_check.observation.restore import synchronise
 
 
@@ -28,8 +28,8 @@ def profiled(call: Callable[[], object]) -> StepProfile:
     with quiet_kineto(), profile(activities=activities, record_shapes=True) as recorded:
         call()
         synchronise()
-    operators, kernels = read(recorded)
-    return summarise(operators, kernels=kernels)
+    operators, kernels = read_operators(recorded)
+    return reduce_operators(operators, kernels=kernels)
 
 
 def entries(call: Callable[[], object]) -> tuple[int, int]:
@@ -53,7 +53,7 @@ def quiet_kineto() -> Iterator[None]:
             os.environ["KINETO_LOG_LEVEL"] = before
 
 
-def read(recorded: profile) -> tuple[list[Operator], list[str]]:
+def read_operators(recorded: profile) -> tuple[list[Operator], list[str]]:
     """Operators that matter, in the order in which they began, and the names of all kernels."""
     host, kernels = [], []
     for event in _events(recorded):

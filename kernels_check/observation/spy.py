@@ -7,7 +7,7 @@ kept, so that both instruments are reduced and judged by the same code (``events
 What makes it see backward passes: the engine gives each of its threads the thread-local state of the caller, dispatch
 modes included (``at::ThreadLocalState``, member ``torch_dispatch_mode_state_``), so on CUDA, whose backward runs in
 threads of its own, the mode is active too. What it cannot see: kernels, code that torch.compile made, CUDA graphs, and
-libraries that call their kernels without an operator. ``blind`` lists the paths that are left to the profiler then.
+libraries that call their kernels without an operator. ``blind`` lists the evidence that is left to the profiler then.
 """
 
 from __future__ import annotations
@@ -23,7 +23,15 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels_check.observation.events import BACKWARD_ROOT, OPTIMIZER_ROOT, UPDATES, Operator, StepProfile, summarise
+from kernels_check.check import Evidence
+from kernels_check.observation.events import (
+    BACKWARD_ROOT,
+    OPTIMIZER_ROOT,
+    UPDATES,
+    Operator,
+    StepProfile,
+    reduce_operators,
+)
 from kernels_check.rules import attention_backend
 
 _MATH = "aten::_scaled_dot_product_attention_math"
@@ -31,10 +39,7 @@ _SCORES = frozenset({"aten::_softmax", "aten::_softmax_backward_data", "aten::ad
 _FOURBIT = frozenset({"bitsandbytes::gemm_4bit", "bitsandbytes::gemv_4bit"})
 _KEYS = {"cpu": torch._C.DispatchKey.CPU, "cuda": torch._C.DispatchKey.CUDA}
 
-_OPERATOR_PATHS = (
-    *("attention.backend", "attention.dtype", "attention.mask", "base.compute_dtype", "base.gemm_path"),
-    *("optimizer.fused", "checkpointing"),
-)
+_OPERATORS: tuple[Evidence, ...] = ("attention", "update", "products", "product_paths")
 _COMPILED = "the step enters code of torch.compile, whose operators a dispatch mode does not see"
 
 
@@ -142,7 +147,7 @@ class Spy(TorchDispatchMode):
     def profile(self, model: nn.Module) -> StepProfile:
         """Reduce what was seen as the profiler's events are."""
         on_cuda = any(parameter.is_cuda for parameter in model.parameters())
-        seen = summarise(self.operators, on_cuda=on_cuda)
+        seen = reduce_operators(self.operators, on_cuda=on_cuda)
         return replace(seen, blind=_blind(seen, on_cuda=on_cuda, compiled=self.compiled_calls > 0))
 
 
@@ -187,22 +192,21 @@ def _compiler_held(spy: Spy) -> Iterator[None]:
         frames._callback_from_stance = original
 
 
-def _blind(seen: StepProfile, *, on_cuda: bool, compiled: bool) -> dict[str, str]:
-    """Paths that a profile could judge in this step and these operators cannot, with the reason."""
+def _blind(seen: StepProfile, *, on_cuda: bool, compiled: bool) -> dict[Evidence, str]:
+    """Evidence that a profile could have of this step and these operators are not, with the reason."""
+    blind: dict[Evidence, str] = {"kernels": "only a profile records them"} if on_cuda else {}
     if compiled:
-        paths = dict.fromkeys(_OPERATOR_PATHS, _COMPILED)
-        return paths | ({"tf32": "only kernels tell"} if on_cuda else {})
-    blind: dict[str, str] = {}
+        return blind | dict.fromkeys(_OPERATORS, _COMPILED)
     if not on_cuda:
         return blind
-    blind["tf32"] = "only kernels tell"
     if not any(call.direction == "forward" for call in seen.attention):
-        reason = "no attention operator was called: a CUDA graph or a library without operators, only kernels tell"
-        blind |= dict.fromkeys(("attention.backend", "attention.dtype", "attention.mask", "checkpointing"), reason)
+        blind["attention"] = (
+            "no attention operator was called: a CUDA graph or a library without operators, only kernels tell"
+        )
     if not seen.optimizer_ops:
-        blind["optimizer.fused"] = "no update operator was called, only kernels tell"
+        blind["update"] = "no update operator was called, only kernels tell"
     if any(call.path == "unknown" for call in seen.fourbit):
-        blind["base.gemm_path"] = "the inside of a 4-bit product was not seen, only kernels tell"
+        blind["product_paths"] = "the inside of a 4-bit product was not seen, only kernels tell"
     return blind
 
 

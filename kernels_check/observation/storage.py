@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernels_check.observation.adapter_layers import is_adapter, lora_layers
+from kernels_check.observation.adapter_layers import base_parameters, lora_layers
 
 HASHED_BYTES = 64 * 2**20
 """How much of the base is hashed; larger bases are sampled in evenly spaced pages."""
@@ -39,7 +39,7 @@ class Storage:
     note: str | None = None
 
 
-def storage(layer: Any) -> Storage:
+def read_storage(layer: Any) -> Storage:
     """Read the storage of one base layer from its tensors."""
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, Tensor):
@@ -112,13 +112,13 @@ def digest(model: nn.Module) -> Digest:
             raw = raw[: raw.numel() // _PAGE_BYTES * _PAGE_BYTES].view(-1, _PAGE_BYTES)[::stride].contiguous()
         hashes[name] = (_short(tensor.dtype), hashlib.sha256(raw.cpu().numpy().tobytes()).hexdigest())
         hashed += raw.numel()
-    packed = any(storage(layer.base).packed_for_cpu for layer in lora_layers(model))
+    packed = any(read_storage(layer.base).packed_for_cpu for layer in lora_layers(model))
     return Digest(tensors=hashes, hashed_bytes=hashed, total_bytes=total, packed=packed)
 
 
 def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for name, parameter in model.named_parameters():
-        if not is_adapter(name) and not parameter.is_meta:
+    for name, parameter in base_parameters(model).items():
+        if not parameter.is_meta:
             yield name, parameter.data
     for name, module in model.named_modules():
         # The scales of LLM.int8 move from the weight to the module in the first forward.

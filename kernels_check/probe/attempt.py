@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from kernels_check.observation.recording import quiet_kineto
 from kernels_check.observation.restore import synchronise
-from kernels_check.probe.result import Attempt, PathReport, Speed, Status
+from kernels_check.probe.result import Attempt, PathReport, ProbeStatus, Speed
 from kernels_check.rules import classify
 
 Try: TypeAlias = Callable[[str], Attempt]
@@ -116,7 +116,7 @@ def report(name: str, attempt: Try, device: str) -> PathReport:
         if admitted:
             return _refused(name, admitted[0], found.evidence)
     exact = bool(found.exactness) and all(comparison.holds for comparison in found.exactness)
-    status: Status = "claimed" if not found.ran else "exact" if exact else "inexact"
+    status: ProbeStatus = "claimed" if not found.ran else "exact" if exact else "inexact"
     silent = f"accepted without a word, but what ran is {found.evidence}"
     return PathReport(
         name=name,
@@ -138,7 +138,7 @@ def _is_own(error: Exception) -> bool:
     return Path(frames[-1].f_code.co_filename).parent == Path(__file__).parent
 
 
-def _refused(name: str, words: str, evidence: str | None = None, status: Status = "unavailable") -> PathReport:
+def _refused(name: str, words: str, evidence: str | None = None, status: ProbeStatus = "unavailable") -> PathReport:
     return PathReport(
         name=name,
         can_run=False,

@@ -135,7 +135,7 @@ def _sdpa(name: str, backend: str) -> Try:
     return attempt
 
 
-PATHS: Mapping[str, Try] = {
+TRIES: Mapping[str, Try] = {
     "SDPA flash": _sdpa("FLASH_ATTENTION", "flash"),
     "SDPA cuDNN": _sdpa("CUDNN_ATTENTION", "cudnn"),
     "SDPA memory-efficient": _sdpa("EFFICIENT_ATTENTION", "efficient"),

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels_check.observation.storage import storage
+from kernels_check.observation.storage import read_storage
 from kernels_check.probe.attempt import Try, UnavailableError, paired, watch
 from kernels_check.probe.reference import cast, mean_error, relative, step_of, with_gradients
 from kernels_check.probe.result import Attempt, Exactness
@@ -68,7 +68,7 @@ def _restored(layer: Any) -> Tensor:
 def _quantised(device: str, *, quant_type: str, double: bool) -> Attempt:
     layer, plain, batch = _fourbit(device, quant_type, double=double), _plain(device), _batch(device)
     step = step_of(layer, batch)
-    found, executed, stored, restored = step(), watch(step), storage(layer), _restored(layer)
+    found, executed, stored, restored = step(), watch(step), read_storage(layer), _restored(layer)
     operators = sorted(name for name in executed.operators if name.startswith("bitsandbytes::"))
     kernels = sorted(rule for rule in executed.kernels if rule.startswith("BNB-"))
     density = f"{stored.bits_per_weight or 0.0:.3f} bits a weight"
@@ -107,7 +107,7 @@ def _int8(device: str) -> Attempt:
     layer.weight = bnb.nn.Int8Params((_weight() * scale).half(), requires_grad=False, has_fp16_weights=False)
     layer, plain, batch = layer.to(device), _plain(device, scale), _batch(device)
     step = step_of(layer, batch)
-    found, executed, stored = step(), watch(step), storage(layer)
+    found, executed, stored = step(), watch(step), read_storage(layer)
     operators = [name for name in _INT8_OPERATORS if name in executed.operators]
     evidence = ", ".join([f"{layer.weight.dtype} weights".removeprefix("torch."), *operators])
     if stored.bits != 8 or not operators:
@@ -161,7 +161,7 @@ def _fused(device: str) -> Attempt:
     return Attempt(ran=True, evidence=evidence, exactness=relative({"output": found}, exact, ("output",)), speed=speed)
 
 
-PATHS: Mapping[str, Try] = {
+TRIES: Mapping[str, Try] = {
     "NF4": partial(_quantised, quant_type="nf4", double=False),
     "FP4": partial(_quantised, quant_type="fp4", double=False),
     "int8": _int8,

@@ -45,7 +45,7 @@ def all_paths() -> Mapping[str, Try]:
     from kernels_check.probe import base as probe_base
     from kernels_check.probe import training as probe_training
 
-    return {**probe_attention.PATHS, **probe_base.PATHS, **probe_training.PATHS}
+    return {**probe_attention.TRIES, **probe_base.TRIES, **probe_training.TRIES}
 
 
 def probe(

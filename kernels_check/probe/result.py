@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-Status: TypeAlias = Literal["exact", "inexact", "claimed", "unavailable", "broken"]
+ProbeStatus: TypeAlias = Literal["exact", "inexact", "claimed", "unavailable", "broken"]
 """``exact``: ran, within its bounds. ``inexact``: ran, outside. ``claimed``: accepted in silence, and did not run.
 ``unavailable``: refused, by an exception or a warning. ``broken``: the probe's own code raised, which tells nothing."""
 
@@ -76,7 +76,7 @@ class PathReport:
     can_run: bool
     """Whether nothing refused it."""
     ran: bool
-    status: Status
+    status: ProbeStatus
     evidence: str | None
     exactness: tuple[Exactness, ...]
     speed: Speed | None

@@ -171,7 +171,7 @@ def _liger(device: str) -> Attempt:
     return _compared(device, plain, fast(256).requires_grad_(False).to(device, torch.bfloat16), proof)
 
 
-PATHS: Mapping[str, Try] = {
+TRIES: Mapping[str, Try] = {
     "paged optimizer": _paged,
     "fused optimizer": _fused,
     "tf32": _tf32,

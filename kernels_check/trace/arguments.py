@@ -45,7 +45,7 @@ class Facts:
 
 
 @cache
-def facts(kernel: str, rule: Rule) -> Facts:
+def read_facts(kernel: str, rule: Rule) -> Facts:
     """Read the name of a kernel that ``rule`` matched."""
     name = normalise(kernel)
     backward, forward = _BACKWARD.search(name), _FORWARD.search(name)

@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, Literal, TypeAlias
+from typing import Any, BinaryIO, Literal, TypeAlias
 
 Kind: TypeAlias = Literal["kineto", "nsys"]
 
 EXPECTED = "a Kineto/Chrome trace (.json, .json.gz) or an nsys cuda_gpu_kern_sum table (.csv)"
 _HEAD_BYTES = 4096
 _GZIP = b"\x1f\x8b"
+UNPACKED_FREELY_BYTES = 256 << 20
+MOST_EXPANSION = 100
+"""Traces unpack to some twenty times their size; gzip can make a thousand times of what is no recording."""
 _FOREIGN = (
     (b"SQLite format 3\0", "an SQLite database, as nsys exports it"),
     (b"PK\x03\x04", "a zip archive"),
@@ -38,7 +42,7 @@ class TraceError(ValueError):
 class Recording:
     """An open recording: bytes after decompression, counted."""
 
-    def __init__(self, path: Path, stream: BinaryIO, *, compressed: bool) -> None:
+    def __init__(self, path: Path, stream: BinaryIO | io.RawIOBase, *, compressed: bool) -> None:
         self.path = path
         self.compressed = compressed
         self.bytes_read = 0
@@ -68,6 +72,37 @@ class Recording:
         return f"{self.bytes_read:,} {'unpacked ' if self.compressed else ''}bytes"
 
 
+class _Unpacked(io.RawIOBase):
+    """What a gzip file unpacks to, up to a multiple of its size."""
+
+    def __init__(self, path: Path, packed: BinaryIO) -> None:
+        self._path = path
+        self._stream = gzip.GzipFile(fileobj=packed)
+        self._packed_bytes = os.fstat(packed.fileno()).st_size
+        self._most_bytes = max(UNPACKED_FREELY_BYTES, MOST_EXPANSION * self._packed_bytes)
+        self._unpacked_bytes = 0
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Unpack into ``buffer``; 0 at the end.
+
+        Raises:
+            TraceError: more came out than any recording of this size holds.
+        """
+        count = self._stream.readinto(buffer)
+        self._unpacked_bytes += count
+        if self._unpacked_bytes > self._most_bytes:
+            raise TraceError(
+                f"{self._path}: {self._packed_bytes:,} bytes unpack to more than {self._most_bytes:,}, over "
+                f"{MOST_EXPANSION} times as many: no recording is that empty; expected {EXPECTED}. If it is one, "
+                "unpack it and pass the unpacked file"
+            )
+        return count
+
+
 @contextmanager
 def open_recording(path: Path) -> Iterator[tuple[Recording, Kind]]:
     """Open ``path`` and tell its kind; failures to read it, also later ones, become a ``TraceError``.
@@ -83,7 +118,7 @@ def open_recording(path: Path) -> Iterator[tuple[Recording, Kind]]:
             if not start:
                 raise TraceError(f"{path}: the file is empty (0 bytes); expected {EXPECTED}. Record it again")
             compressed = start.startswith(_GZIP)
-            stream: BinaryIO = gzip.GzipFile(fileobj=raw) if compressed else raw  # type: ignore[assignment]
+            stream = _Unpacked(path, raw) if compressed else raw
             recording = Recording(path, stream, compressed=compressed)
             yield recording, _kind(recording)
     except FileNotFoundError:

@@ -14,7 +14,6 @@ import math
 import re
 import sys
 from array import array
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,11 +22,12 @@ from typing import Any, SupportsFloat
 import ijson
 
 from kernels_check.trace.file import EXPECTED, Recording, TraceError
+from kernels_check.trace.limits import Limits
 
 _GPU = frozenset({"kernel", "gpu_memcpy", "gpu_memset", "memcpy", "memset"})
 _LAUNCHES = frozenset({"cuda_runtime", "cuda_driver", "runtime", "driver"})
 _OPERATORS = frozenset({"cpu_op", "operator"})
-_STEP = re.compile(r"^ProfilerStep#(\d+)$")
+_STEP = re.compile(r"^ProfilerStep#(\d{1,18})$")
 NO_CORRELATION = -1
 
 
@@ -89,13 +89,13 @@ def read_kineto(recording: Recording) -> Kineto:
     """Read every event of the trace.
 
     Raises:
-        TraceError: no JSON, JSON that ends early, or no trace events in it.
+        TraceError: no JSON, JSON that ends early, no trace events in it, or something that no recorder writes.
     """
     kept = Kineto()
     prefix = "item" if recording.head().lstrip()[:1] == b"[" else "traceEvents.item"
     try:
         with _integers_of_any_length():
-            for event in ijson.items(recording, prefix):
+            for event in ijson.items(_Bounded(recording, kept), prefix):
                 kept.events += 1
                 if isinstance(event, dict):
                     _keep(event, kept)
@@ -107,6 +107,27 @@ def read_kineto(recording: Recording) -> Kineto:
             f"missing or empty); expected {EXPECTED}. Pass what torch.profiler's export_chrome_trace() wrote"
         )
     return kept
+
+
+class _Bounded:
+    """The recording as ijson reads it, each part held against the limits before it is parsed."""
+
+    def __init__(self, recording: Recording, kept: Kineto) -> None:
+        self._recording = recording
+        self._kept = kept
+        self._limits = Limits()
+
+    def read(self, size: int = -1) -> bytes:
+        """Next bytes, empty at the end."""
+        part = self._recording.read(size)
+        problem = self._limits.problem(part)
+        if problem is not None:
+            raise TraceError(
+                f"{self._recording.path}: is no trace: {problem}, after {self._kept.events:,} events and "
+                f"{self._recording.progress}; expected {EXPECTED}. Pass what torch.profiler's export_chrome_trace() "
+                "wrote"
+            )
+        return part
 
 
 @contextmanager
@@ -191,8 +212,3 @@ def _number(value: object) -> float:
     except (ValueError, OverflowError):
         return math.nan
     return number if math.isfinite(number) else math.nan
-
-
-def names_counted(events: Events) -> Counter[str]:
-    """How often each name occurs."""
-    return Counter({events.names[index]: count for index, count in Counter(events.name).items()})

@@ -29,7 +29,7 @@ class KernelTotal:
 
 
 @dataclass(frozen=True, slots=True)
-class _Columns:
+class _Heading:
     width: int
     name: int
     calls: int
@@ -49,11 +49,11 @@ def read_nsys(recording: Recording) -> tuple[list[KernelTotal], list[str]]:
     totals: list[KernelTotal] = []
     notices: list[str] = []
     seen: set[str] = set()
-    columns: _Columns | None = None
+    columns: _Heading | None = None
     percent = 0.0
     in_table = 0
     for number, row in rows:
-        heading = _columns(row)
+        heading = _heading(row)
         if heading is None and columns is not None and _is_row(row):
             if columns.table in seen:
                 continue
@@ -95,7 +95,7 @@ def _counted(recording: Recording, lines: Iterator[str]) -> Iterator[str]:
         yield line
 
 
-def _columns(row: Sequence[str]) -> _Columns | None:
+def _heading(row: Sequence[str]) -> _Heading | None:
     """Where the heading of a table names what is needed: kernels have instances, memory operations a count."""
     time = next((index for index, cell in enumerate(row) if _TOTAL.match(cell)), None)
     for table, calls, name in (("kernels", "Instances", "Name"), ("memory", "Count", "Operation")):
@@ -103,7 +103,7 @@ def _columns(row: Sequence[str]) -> _Columns | None:
             match = _TOTAL.match(row[time])
             assert match is not None
             percent = next((index for index, cell in enumerate(row) if re.fullmatch(r"Time ?\(%\)", cell)), None)
-            return _Columns(
+            return _Heading(
                 len(row), row.index(name), row.index(calls), time, _UNITS_MS[match.group(1)], percent, table
             )
     return None
@@ -114,7 +114,7 @@ def _is_row(row: Sequence[str]) -> bool:
     return bool(row) and bool(re.match(r"^-?\d", row[0]))
 
 
-def _total(recording: Recording, number: int, row: Sequence[str], columns: _Columns) -> tuple[KernelTotal, float]:
+def _total(recording: Recording, number: int, row: Sequence[str], columns: _Heading) -> tuple[KernelTotal, float]:
     if len(row) != columns.width:
         raise TraceError(
             f"{recording.path}: line {number} has {len(row)} of {columns.width} columns: the table was cut off or "
@@ -134,7 +134,7 @@ def _total(recording: Recording, number: int, row: Sequence[str], columns: _Colu
 
 
 def _end(
-    recording: Recording, columns: _Columns, rows: int, percent: float, seen: set[str], notices: list[str]
+    recording: Recording, columns: _Heading, rows: int, percent: float, seen: set[str], notices: list[str]
 ) -> None:
     """Close a table: its percentages add up to 100, unless rows are missing."""
     if columns.table in seen:

@@ -14,7 +14,7 @@ from os import PathLike
 from pathlib import Path
 
 from kernels_check.rules import classify
-from kernels_check.trace.arguments import Facts, facts
+from kernels_check.trace.arguments import Facts, read_facts
 from kernels_check.trace.file import Recording, TraceError, open_recording
 from kernels_check.trace.kineto import Kineto, read_kineto
 from kernels_check.trace.nsys import KernelTotal, read_nsys
@@ -91,7 +91,7 @@ def _launches(rows: Iterable[KernelTotal]) -> list[Launches]:
     launches = []
     for row in rows:
         rule = classify(row.name)
-        read = facts(row.name, rule) if rule is not None else None
+        read = read_facts(row.name, rule) if rule is not None else None
         launches.append(Launches(name=row.name, calls=row.calls, time_ms=row.time_ms, rule=rule, facts=read))
     return launches
 

@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from kernels_check.check import REQUIREMENTS, Check, Finding, counted, joined, listed, validate
+from kernels_check.check import Check, Finding, count_values, join_values, name_some
+from kernels_check.judges.paths import REQUIREMENTS, validate
 
 
 @pytest.mark.parametrize(
@@ -95,7 +96,7 @@ def test_a_check_is_frozen_json_with_a_known_status():
 
 def test_reasons_name_few_and_count_the_rest():
     """A reason stays readable for a model of a thousand layers."""
-    assert listed(["a", "b"]) == "a, b"
-    assert listed(str(n) for n in range(9)) == "0, 1, 2, 3 and 5 more"
-    assert (joined(["math", "flash", "math"]), joined([])) == ("flash+math", None)
-    assert counted(["math", "flash", "math"]) == "2 math, 1 flash"
+    assert name_some(["a", "b"]) == "a, b"
+    assert name_some(str(n) for n in range(9)) == "0, 1, 2, 3 and 5 more"
+    assert (join_values(["math", "flash", "math"]), join_values([])) == ("flash+math", None)
+    assert count_values(["math", "flash", "math"]) == "2 math, 1 flash"

@@ -18,7 +18,7 @@ from kernels_check.rules import (
     normalise,
     validated_against,
 )
-from kernels_check.trace.arguments import facts, template_arguments
+from kernels_check.trace.arguments import read_facts, template_arguments
 
 # Shapes of the names in the notes on kernels: torch 2.13 and bitsandbytes 0.50.2 binaries, published GPU traces.
 NAMES = json.loads((Path(__file__).parent / "trace_names.json").read_text())
@@ -153,7 +153,7 @@ def test_a_name_counts_for_its_category(part, category):
 def _facts(kernel):
     rule = classify(kernel)
     assert rule is not None
-    return facts(kernel, rule)
+    return read_facts(kernel, rule)
 
 
 @pytest.mark.parametrize(("kernel", "rule"), KERNELS, ids=lambda value: value[:40])

@@ -1,5 +1,6 @@
 """verify() end to end: what is right is active, all of it, and nothing else is."""
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -10,7 +11,8 @@ import pytest
 import torch
 
 import kernels_check
-from kernels_check.check import REQUIREMENTS
+from kernels_check import verification
+from kernels_check.judges.paths import PATHS, REQUIREMENTS
 
 COMMON = {
     "attention.backend": "flash",
@@ -91,10 +93,11 @@ def test_bad_requirements_are_refused_before_anything_runs(requirements):
 def test_a_judgement_that_raises_is_unknown(training, monkeypatch):
     """An exception never passes, and spoils only its own path."""
 
-    def explode(seen):
+    def explode(seen, required):
         raise KeyError("lost")
 
-    monkeypatch.setattr("kernels_check.judges.attention.judge_dtype", explode)
+    broken = dataclasses.replace(PATHS["attention.dtype"], judge=explode)
+    monkeypatch.setattr(verification, "PATHS", {**PATHS, "attention.dtype": broken})
     run = training()
     requirements = {"attention.dtype": "bfloat16", "mode": "train"}
     checks = {check.path: check for check in run.verify(requirements)}

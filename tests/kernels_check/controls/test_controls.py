@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
-from kernels_check.check import REQUIREMENTS
 from kernels_check.controls.catalogue import CONTROLS
 from kernels_check.controls.control import run_control, small
+from kernels_check.judges.paths import REQUIREMENTS
 
 SOUND = next(control for control in CONTROLS if control.name == "eager attention")
 

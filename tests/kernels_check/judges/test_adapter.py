@@ -2,15 +2,16 @@
 
 import torch
 
-from kernels_check.observation.adapter_layers import is_adapter, lora_layers
+from kernels_check.observation.adapter_layers import adapter_parameters, lora_layers
 
 
 def test_a_disabled_adapter_is_caught(training):
     """The layers are there and skipped."""
     run = training()
     run.model.base_model.disable_adapter_layers()
+    own = adapter_parameters(run.model)
     for name, value in run.model.named_parameters():
-        value.requires_grad_(is_adapter(name) or name.endswith("norm.weight"))
+        value.requires_grad_(name in own or name.endswith("norm.weight"))
     check = run.check("lora.attached", True)
     assert (check.status, check.observed) == ("fallback", False)
     assert "adapters disabled in 4 of 4 layers" in check.reason
@@ -21,8 +22,9 @@ def test_a_merged_adapter_is_caught(training):
     """A merged adapter costs nothing and learns nothing."""
     run = training(quant=None)
     run.model.merge_adapter()
+    own = adapter_parameters(run.model)
     for name, value in run.model.named_parameters():
-        value.requires_grad_(is_adapter(name) or name.endswith("norm.weight"))
+        value.requires_grad_(name in own or name.endswith("norm.weight"))
     check = run.check("lora.attached", True)
     assert check.status == "fallback"
     assert "merged into the base in 4 of 4 layers" in check.reason

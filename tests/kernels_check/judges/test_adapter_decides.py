@@ -36,10 +36,11 @@ def test_learning_is_judged_factor_by_factor(seen, training):
     first = next(iter(factors))
     good = GradientSeen(nonzero=True, finite=True)
     stepped = dataclasses.replace(ADAMW, parameters=frozenset(map(id, factors.values())))
-    sound = seen(optimizers=(stepped,), gradients=dict.fromkeys(factors, good), changed=frozenset(factors))
+    reached = {"gradients": dict.fromkeys(factors, good), "changed": frozenset(factors)}
+    sound = seen(model=run.model, optimizers=(stepped,), **reached)
 
     def judge(**changes):
-        check = adapter.judge_learning(run.model, dataclasses.replace(sound, **changes))
+        check = adapter.judge_learning(dataclasses.replace(sound, **changes), True)
         return check.against("lora.learning", True)
 
     assert judge().met
@@ -67,13 +68,13 @@ def test_dropout_in_compiled_code_takes_random_numbers_as_proof(seen, training):
     modes = {name: True for name, _ in run.model.named_modules()}
 
     def observed(**more):
-        return adapter.judge_dropout(run.model, seen(modes=modes, **more), 0.05).observed
+        return adapter.judge_dropout(seen(model=run.model, modes=modes, **more), 0.05).observed
 
     assert observed(compiled_regions=1, drew_random=True) == 0.05
     assert observed(bare=True, drew_random=True) == 0.05
     assert observed(bare=True) == observed(compiled_regions=1) == 0.0
     assert observed(drew_random=True) == 0.0
-    reason = adapter.judge_dropout(run.model, seen(modes=modes), 0.05).reason
+    reason = adapter.judge_dropout(seen(model=run.model, modes=modes), 0.05).reason
     assert "but not called" in reason
     assert "model.train()" not in reason
 
@@ -81,9 +82,9 @@ def test_dropout_in_compiled_code_takes_random_numbers_as_proof(seen, training):
 def test_a_remedy_for_idle_targets_is_given_where_nothing_else_is_wrong(seen, training):
     """A disabled adapter is not executed either, and there enabling it is the remedy."""
     run = training()
-    assert "choose target_modules" in adapter.judge_attached(run.model, seen()).reason
+    assert "choose target_modules" in adapter.judge_attached(seen(model=run.model), True).reason
     run.model.base_model.disable_adapter_layers()
-    reason = adapter.judge_attached(run.model, seen()).reason
+    reason = adapter.judge_attached(seen(model=run.model), True).reason
     assert "enable_adapter_layers()" in reason
     assert "choose target_modules" not in reason
 
@@ -108,13 +109,13 @@ def test_a_lora_layer_is_known_by_what_it_holds():
     assert (layer.name, layer.adapters) == ("0", ("default",))
 
 
-def test_a_dtype_without_weights_says_whether_there_is_an_adapter(training):
+def test_a_dtype_without_weights_says_whether_there_is_an_adapter(seen, training):
     """None at all, or none that is active."""
-    assert "no layer carries a LoRA adapter" in adapter.judge_dtype(BARE).reason
+    assert "no layer carries a LoRA adapter" in adapter.judge_dtype(seen(model=BARE), None).reason
     run = training()
     for layer in lora_layers(run.model):
         layer.module._active_adapter = []
-    assert adapter.judge_dtype(run.model).reason == "no adapter is active"
+    assert adapter.judge_dtype(seen(model=run.model), None).reason == "no adapter is active"
 
 
 def test_an_adapter_of_an_embedding_is_seen(seen):
@@ -129,17 +130,17 @@ def test_an_adapter_of_an_embedding_is_seen(seen):
         f"{layer.name}.lora_embedding_A.default",
         f"{layer.name}.lora_embedding_B.default",
     ]
-    assert adapter.judge_attached(wrapped, seen(module_calls={layer.name: 1})).observed is True
-    assert adapter.judge_attached(wrapped, seen()).observed is False
+    assert adapter.judge_attached(seen(model=wrapped, module_calls={layer.name: 1}), True).observed is True
+    assert adapter.judge_attached(seen(model=wrapped), True).observed is False
     name = next(name for name, _ in layer.weights("B"))
     gradients = {name: GradientSeen(nonzero=True, finite=True)}
-    assert adapter.judge_attached(wrapped, seen(gradients=gradients)).observed is True
+    assert adapter.judge_attached(seen(model=wrapped, gradients=gradients), True).observed is True
 
 
 def test_a_linear_layer_that_is_called_without_its_factor_is_idle(seen, training):
     """The wrapper's call proves the base only."""
     run = training()
     calls = {layer.name: 1 for layer in lora_layers(run.model)}
-    assert adapter.judge_attached(run.model, seen(module_calls=calls)).observed is False
+    assert adapter.judge_attached(seen(model=run.model, module_calls=calls), True).observed is False
     calls |= {name: 1 for layer in lora_layers(run.model) for name, _ in layer.parts() if ".lora_A." in name}
-    assert adapter.judge_attached(run.model, seen(module_calls=calls)).observed is True
+    assert adapter.judge_attached(seen(model=run.model, module_calls=calls), True).observed is True

@@ -4,32 +4,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels_check.judges.attention import judge_backend
-from kernels_check.observation.events import AttentionCall, StepProfile
-from kernels_check.observation.observe import Observation
-
-
-def _seen(attention=(), kernels=None, regions=0):
-    profile = StepProfile(
-        attention=tuple(attention),
-        fourbit=(),
-        optimizer_ops={},
-        kernels=kernels or {},
-        unclassified={},
-        compiled_regions=regions,
-        compiler_lookups=0,
-    )
-    return Observation(
-        profile=profile,
-        calls=2,
-        optimizer_steps=2,
-        optimizers=(),
-        gradients={},
-        changed=frozenset(),
-        module_calls={},
-        recomputed=frozenset(),
-        modes={},
-        drew_random=False,
-    )
+from kernels_check.observation.events import AttentionCall
 
 
 def test_fused_accepts_the_flash_of_the_cpu(training):
@@ -144,22 +119,22 @@ def test_dtype_is_that_of_the_inner_operator_under_autocast(training):
     assert (check.status, check.observed) == ("fallback", "float32")
 
 
-def test_kernels_alone_prove_a_backend():
+def test_kernels_alone_prove_a_backend(seen):
     """Under CUDA-graph replay no operator is recorded."""
-    seen = _seen(kernels={"ATT-CUDNN": 4, "GEMM-BF16": 9})
-    finding = judge_backend(torch.nn.Identity(), seen, "fused")
+    replayed = seen(kernels={"ATT-CUDNN": 4, "GEMM-BF16": 9})
+    finding = judge_backend(replayed, "fused")
     assert finding.against("attention.backend", "fused").status == "active"
-    assert judge_backend(torch.nn.Identity(), seen, "flash").against("attention.backend", "flash").status == "fallback"
+    assert judge_backend(replayed, "flash").against("attention.backend", "flash").status == "fallback"
 
 
-def test_no_evidence_is_unknown_not_active():
+def test_no_evidence_is_unknown_not_active(seen):
     """A compiled step may hide its attention entirely."""
-    finding = judge_backend(torch.nn.Identity(), _seen(regions=1), "fused")
+    finding = judge_backend(seen(compiled_regions=1), "fused")
     assert finding.against("attention.backend", "fused").status == "unknown"
     assert "compiled" in finding.reason
 
 
-def test_grouped_float32_on_cuda_is_explained(monkeypatch):
+def test_grouped_float32_on_cuda_is_explained(seen, monkeypatch):
     """The trap of k-bit preparation without autocast: float32 and grouped heads leave only math."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     call = AttentionCall(
@@ -170,6 +145,6 @@ def test_grouped_float32_on_cuda_is_explained(monkeypatch):
         mask=False,
         grouped=True,
     )
-    reason = judge_backend(torch.nn.Identity(), _seen([call]), "fused").reason
+    reason = judge_backend(seen(call), "fused").reason
     assert "dtype float32" in reason
     assert "grouped key/value heads" in reason

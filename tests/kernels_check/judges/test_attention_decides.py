@@ -44,7 +44,7 @@ def backend(seen):
     """Judge the backend of some calls."""
 
     def judge(required, *calls, of=BARE):
-        return attention.judge_backend(of, seen(*calls), required).against("attention.backend", required)
+        return attention.judge_backend(seen(*calls, model=of), required).against("attention.backend", required)
 
     return judge
 
@@ -160,18 +160,19 @@ def test_a_mix_with_eager_is_not_put_down_to_the_model(backend):
 
 def test_the_dtype_is_that_of_forward_calls_that_tell_it(seen):
     """Backward calls, and calls without a dtype, prove nothing."""
-    judged = attention.judge_dtype(seen(but(FLASH, direction="backward"), but(FLASH, dtype=None)))
+    judged = attention.judge_dtype(seen(but(FLASH, direction="backward"), but(FLASH, dtype=None)), None)
     assert judged.status == "unknown"
-    assert attention.judge_dtype(seen(FLASH, but(FLASH, direction="backward", dtype="float32"))).observed == "bfloat16"
+    backward = but(FLASH, direction="backward", dtype="float32")
+    assert attention.judge_dtype(seen(FLASH, backward), None).observed == "bfloat16"
 
 
 def test_float32_inputs_are_warned_of(seen):
     """Math is what remains only for grouped heads without a mask, which memory-efficient would have taken."""
-    assert "float32" not in attention.judge_dtype(seen(FLASH)).reason
+    assert "float32" not in attention.judge_dtype(seen(FLASH), None).reason
     single = but(FLASH, dtype="float32")
-    assert "CUDA refuse float32; where" in attention.judge_dtype(seen(single)).reason
-    assert "math would run" in attention.judge_dtype(seen(but(single, grouped=True))).reason
-    assert "math would run" not in attention.judge_dtype(seen(but(single, grouped=True, mask=True))).reason
+    assert "CUDA refuse float32; where" in attention.judge_dtype(seen(single), None).reason
+    assert "math would run" in attention.judge_dtype(seen(but(single, grouped=True)), None).reason
+    assert "math would run" not in attention.judge_dtype(seen(but(single, grouped=True, mask=True)), None).reason
 
 
 @pytest.mark.parametrize(
@@ -187,22 +188,22 @@ def test_float32_inputs_are_warned_of(seen):
 )
 def test_the_mask_is_what_the_operator_was_given(seen, mask, causal, observed, status):
     """What it does not tell is unknown."""
-    judged = attention.judge_mask(seen(but(FLASH, mask=mask, causal=causal), but(FLASH, direction="backward")))
+    judged = attention.judge_mask(seen(but(FLASH, mask=mask, causal=causal), but(FLASH, direction="backward")), None)
     assert (judged.observed, judged.status) == (observed, status)
     assert ("pass no attention_mask" in judged.reason) is (observed == "explicit")
 
 
 def test_no_forward_call_has_no_mask(seen):
     """Unknown, with or without a backward one."""
-    assert attention.judge_mask(seen()).status == "unknown"
-    assert attention.judge_mask(seen(but(FLASH, direction="backward"))).status == "unknown"
+    assert attention.judge_mask(seen(), None).status == "unknown"
+    assert attention.judge_mask(seen(but(FLASH, direction="backward")), None).status == "unknown"
 
 
 def test_a_refusal_of_cuda_is_said_of_the_cpu_only(seen):
     """Elsewhere the mask was really taken."""
-    assert "CUDA's would refuse" in attention.judge_mask(seen(but(ON_CPU, mask=True))).reason
-    assert "CUDA's would refuse" not in attention.judge_mask(seen(but(FLASH, mask=True))).reason
-    assert "CUDA's would refuse" not in attention.judge_mask(seen(ON_CPU)).reason
+    assert "CUDA's would refuse" in attention.judge_mask(seen(but(ON_CPU, mask=True)), None).reason
+    assert "CUDA's would refuse" not in attention.judge_mask(seen(but(FLASH, mask=True)), None).reason
+    assert "CUDA's would refuse" not in attention.judge_mask(seen(ON_CPU), None).reason
 
 
 def test_kernels_alone_must_all_be_accepted(seen):
@@ -210,7 +211,7 @@ def test_kernels_alone_must_all_be_accepted(seen):
 
     def judge(required, **kernels):
         named = {name.replace("_", "-"): count for name, count in kernels.items()}
-        return attention.judge_backend(BARE, seen(kernels=named), required).against("attention.backend", required)
+        return attention.judge_backend(seen(kernels=named, model=BARE), required).against("attention.backend", required)
 
     assert judge("flash", ATT_SDPA_FLASH=2, GEMM_BF16=1).met
     assert not judge("flash", ATT_SDPA_FLASH=2, ATT_CUDNN=1).met

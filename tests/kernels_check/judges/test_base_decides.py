@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from kernels_check.check import listed, validate
+from kernels_check.check import name_some
 from kernels_check.judges import base_layers
+from kernels_check.judges.paths import validate
 from kernels_check.observation import storage
 from kernels_check.observation.adapter_layers import lora_layers
 from kernels_check.observation.events import FourbitCall
@@ -24,7 +25,7 @@ def test_the_operators_overrule_the_layers_on_the_compute_dtype(seen, training):
 
     def judge(of, dtype, required="bfloat16"):
         call = FourbitCall(op="bitsandbytes::gemm_4bit", path="dequantize", dtype=dtype)
-        judged = base_layers.judge_compute_dtype(of, seen(fourbit=(call,)), required)
+        judged = base_layers.judge_compute_dtype(seen(fourbit=(call,), model=of), required)
         return judged.against("base.compute_dtype", required)
 
     assert judge(run.model, "bfloat16").met
@@ -40,23 +41,23 @@ def test_a_four_bit_layer_is_held_to_its_own_size(training):
     """A state of another layer, and scales that do not fit, prove nothing."""
     layer = lora_layers(training().model)[0].base
     layer.out_features *= 2
-    assert "quant_state describes" in storage.storage(layer).problem
+    assert "quant_state describes" in storage.read_storage(layer).problem
     layer = lora_layers(training(double=False).model)[0].base
     state = layer.weight.quant_state
     state.absmax = state.absmax[:-1]
-    assert "bytes of float32 scales" in storage.storage(layer).problem
+    assert "bytes of float32 scales" in storage.read_storage(layer).problem
     nested = lora_layers(training().model)[0].base
     nested.weight.quant_state.absmax = nested.weight.quant_state.absmax.view(torch.int8)
-    assert "bytes of int8 scales" in storage.storage(nested).problem
+    assert "bytes of int8 scales" in storage.read_storage(nested).problem
 
 
 def test_a_state_kept_by_the_layer_counts(training):
     """bitsandbytes moves it there when a parameter is recreated; without any the weight is not quantised."""
     layer = lora_layers(training().model)[0].base
     layer.quant_state, layer.weight.quant_state = layer.weight.quant_state, None
-    assert storage.storage(layer).bits == 4
+    assert storage.read_storage(layer).bits == 4
     layer.quant_state = None
-    assert "not quantised" in storage.storage(layer).problem
+    assert "not quantised" in storage.read_storage(layer).problem
 
 
 @pytest.mark.parametrize("holder", ["weight", "layer"])
@@ -86,16 +87,17 @@ def test_int8_needs_the_state_of_its_class():
     """A float layer that has a state is a float layer."""
     layer = torch.nn.Linear(4, 4)
     layer.state = object()
-    assert storage.storage(layer).bits == 32
+    assert storage.read_storage(layer).bits == 32
 
 
 def test_the_origin_is_noted_only_where_it_differs(seen, training):
     """A base that was loaded in its compute dtype needs no remedy, nor does one that is as required."""
-    judged = base_layers.judge_compute_dtype(training().model, seen(), "bfloat16")
+    judged = base_layers.judge_compute_dtype(seen(model=training().model), "bfloat16")
     assert "dequantises" not in judged.reason
     assert "remedy" not in judged.reason
-    assert "remedy" in base_layers.judge_compute_dtype(training().model, seen(), "float32").reason
-    assert "remedy" not in base_layers.judge_bits(training(unquantised=("lm_head", "q_proj")).model, None).reason
+    assert "remedy" in base_layers.judge_compute_dtype(seen(model=training().model), "float32").reason
+    partly = training(unquantised=("lm_head", "q_proj"))
+    assert "remedy" not in base_layers.judge_bits(seen(model=partly.model), None).reason
 
 
 def test_a_digest_samples_pages_of_large_tensors_only(training, monkeypatch):
@@ -139,13 +141,17 @@ def test_bytes_that_changed_without_repacking_are_no_excuse(seen, training):
     name = next(iter(before.tensors))
     changed = dataclasses.replace(before, tensors={**before.tensors, name: (before.tensors[name][0], "other")})
     packed = dataclasses.replace(changed, packed=True)
-    assert base_layers.judge_frozen(run.model, seen(), before, changed).observed is False
-    assert base_layers.judge_frozen(run.model, seen(), before, packed).status == "unknown"
+
+    def judge(after):
+        return base_layers.judge_frozen(seen(model=run.model, before=before, after=after), True)
+
+    assert judge(changed).observed is False
+    assert judge(packed).status == "unknown"
     same = dataclasses.replace(before, packed=True)
-    assert base_layers.judge_frozen(run.model, seen(), before, same).observed is True
+    assert judge(same).observed is True
     sampled = dataclasses.replace(before, hashed_bytes=before.total_bytes - 1)
-    assert "an even sample" in base_layers.judge_frozen(run.model, seen(), before, sampled).reason
-    assert "sha256 over all" in base_layers.judge_frozen(run.model, seen(), before, before).reason
+    assert "an even sample" in judge(sampled).reason
+    assert "sha256 over all" in judge(before).reason
 
 
 def test_an_unknown_four_bit_path_is_unknown(seen, training):
@@ -153,7 +159,8 @@ def test_an_unknown_four_bit_path_is_unknown(seen, training):
 
     def judge(of, *paths):
         calls = tuple(FourbitCall(op="bitsandbytes::gemm_4bit", path=path, dtype=None) for path in paths)
-        return base_layers.judge_gemm_path(of, seen(fourbit=calls)).against("base.gemm_path", "dequantize").status
+        judged = base_layers.judge_gemm_path(seen(fourbit=calls, model=of), "dequantize")
+        return judged.against("base.gemm_path", "dequantize").status
 
     run = training()
     assert judge(run.model, "dequantize") == "active"
@@ -162,27 +169,27 @@ def test_an_unknown_four_bit_path_is_unknown(seen, training):
     assert judge(training(quant=None).model) == "not_applicable"
 
 
-def test_several_values_are_told_apart_from_one(training):
+def test_several_values_are_told_apart_from_one(training, seen):
     """And a layer that cannot be read is named by its problem, beside those that differ."""
     run = training(unquantised=("lm_head", "layers.1.self_attn.v_proj"))
-    assert base_layers.judge_bits(run.model, 4).observed == "16+4"
+    assert base_layers.judge_bits(seen(model=run.model), 4).observed == "16+4"
     first = lora_layers(run.model)[0].base
     first.weight.quant_state = None
     first.quant_state = None
-    check = base_layers.judge_bits(run.model, 4).against("base.bits", 4)
+    check = base_layers.judge_bits(seen(model=run.model), 4).against("base.bits", 4)
     assert check.status == "fallback"
     assert "cannot tell for" in check.reason
     assert "not quantised" in check.reason
     second = training()
     lora_layers(second.model)[0].base.weight.quant_state = None
     lora_layers(second.model)[0].base.quant_state = None
-    assert base_layers.judge_bits(second.model, 4).against("base.bits", 4).status == "unknown"
+    assert base_layers.judge_bits(seen(model=second.model), 4).against("base.bits", 4).status == "unknown"
 
 
 def test_as_many_names_as_are_shown_are_all():
     """Nothing is counted then, and one more is one more."""
-    assert listed("abcd") == "a, b, c, d"
-    assert listed("abcde") == "a, b, c, d and 1 more"
+    assert name_some("abcd") == "a, b, c, d"
+    assert name_some("abcde") == "a, b, c, d and 1 more"
 
 
 @pytest.mark.parametrize("share", [0.0, 0, 1.0, 1])

@@ -7,7 +7,7 @@ from bitsandbytes.functional import _convert_weight_packed_for_cpu
 
 from kernels_check.judges import base_layers
 from kernels_check.observation.adapter_layers import lora_layers
-from kernels_check.observation.storage import digest, storage
+from kernels_check.observation.storage import digest, read_storage
 
 
 def _bases(run):
@@ -18,7 +18,7 @@ def test_bits_per_weight_tell_double_quantisation(training):
     """4.127 bits with nested scales, 4.500 without."""
     for double, bits in ((True, 4.127), (False, 4.5)):
         for base in _bases(training(double=double)):
-            stored = storage(base)
+            stored = read_storage(base)
             assert stored.bits == 4
             assert stored.double_quant is double
             assert abs(stored.bits_per_weight - bits) < 0.01
@@ -80,7 +80,7 @@ def test_bytes_that_do_not_add_up_prove_nothing(training):
     weight = _bases(run)[0].weight
     state = weight.quant_state
     weight.data = torch.zeros(128, 128, dtype=torch.uint8)
-    stored = storage(_bases(run)[0])
+    stored = read_storage(_bases(run)[0])
     weight.quant_state = state
     assert stored.bits is None
     assert stored.problem == "16384 bytes for 16384 weights, 4-bit takes 8192"
@@ -106,8 +106,8 @@ def test_unknown_storage_is_not_guessed_at():
     """An integer weight of an unfamiliar class, or no weight at all, has no known bits."""
     layer = torch.nn.Linear(4, 4)
     layer.weight = torch.nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
-    assert storage(layer).bits is None
-    assert storage(torch.nn.Identity()).bits is None
+    assert read_storage(layer).bits is None
+    assert read_storage(torch.nn.Identity()).bits is None
 
 
 def test_a_bias_cast_by_the_forward_is_no_training(training):
@@ -135,7 +135,7 @@ def test_a_step_in_eval_mode_that_repacks_the_base_is_seen(training):
     assert run.check("base.double_quant", True).status != "active"
 
 
-def test_packed_weights_of_an_eval_forward_are_recognised(training):
+def test_packed_weights_of_an_eval_forward_are_recognised(training, seen):
     """Still 4 bits, but the nested scales are gone and double quantisation can no longer be told."""
     run = training()
     base = _bases(run)[0]
@@ -143,13 +143,13 @@ def test_packed_weights_of_an_eval_forward_are_recognised(training):
     base.weight.data, base.weight.quant_state = _convert_weight_packed_for_cpu(
         base.weight.data, base.weight.quant_state
     )
-    stored = storage(base)
+    stored = read_storage(base)
     assert (stored.bits, stored.double_quant, stored.compute_dtype) == (4, None, "bfloat16")
     assert stored.packed_for_cpu
-    finding = base_layers.judge_double_quant(run.model, True)
+    finding = base_layers.judge_double_quant(seen(model=run.model), True)
     assert finding.against("base.double_quant", True).status == "unknown"
     assert "repacked in place" in finding.reason
-    bits = base_layers.judge_bits(run.model, 4)
+    bits = base_layers.judge_bits(seen(model=run.model), 4)
     assert bits.against("base.bits", 4).status == "active"
     assert "repacked in place" in bits.reason
 

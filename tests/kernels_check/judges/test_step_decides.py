@@ -55,11 +55,12 @@ def checkpointing(training, seen):
         run.model.is_activation_checkpointing = flagged
         watched = seen(
             *calls,
+            model=run.model,
             module_calls=dict.fromkeys(names[:called], 1),
             recomputed=frozenset(names[:repeated]),
             modes=modes or {"": True},
         )
-        return execution.judge_checkpointing(run.model, watched, required).against("checkpointing", required)
+        return execution.judge_checkpointing(watched, required).against("checkpointing", required)
 
     return judge
 
@@ -77,7 +78,7 @@ def checkpointing(training, seen):
 def test_tf32_is_told_by_kernels(seen, monkeypatch, kernels, observed, status, words):
     """Without any it is unknown; a step of bfloat16 has none of either kind, and the reason says so."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    judged = execution.judge_tf32(seen(kernels=kernels))
+    judged = execution.judge_tf32(seen(kernels=kernels), True)
     assert (judged.observed, judged.against("tf32", True).status) == (observed, status)
     assert words in judged.reason
     assert ("need not contain" in judged.reason) is ("GEMM-BF16" in kernels)

@@ -1,4 +1,4 @@
-"""Several adapters on one base: only the active one is judged, and the others are left alone to the bit."""
+"""Adapters are told from their base by the layers that hold them; of several, only the active one is judged."""
 
 import copy
 
@@ -6,7 +6,7 @@ import peft
 import pytest
 import torch
 
-from kernels_check.observation.adapter_layers import lora_layers
+from kernels_check.observation.adapter_layers import adapter_parameters, base_parameters, lora_layers
 
 ADAPTERS = {
     "default": {"r": 4, "lora_dropout": 0.05, "target_modules": ["q_proj", "v_proj"]},
@@ -134,3 +134,80 @@ def test_dropout_of_an_inactive_adapter_is_not_counted(shared):
     run = shared("narrow")
     check = run.check("lora.dropout", 0.2)
     assert (check.status, check.observed) == ("fallback", 0.0)
+
+
+class Wrapper(torch.nn.Module):
+    """A class of one's own that keeps the model under a name which begins like a factor of LoRA."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.lora_model = model
+
+    def forward(self, **inputs):
+        return self.lora_model(**inputs)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_model_held_under_a_name_like_a_factor_is_a_base(training, trained):
+    """`self.lora_model` makes no adapter of the base: one that trains is caught, its frozen twin passes."""
+    run = training()
+    run.model = Wrapper(run.model)
+    if trained:
+        norm = next(value for name, value in run.model.named_parameters() if name.endswith("model.norm.weight"))
+        norm.requires_grad_(True)
+        run.optimizer.add_param_group({"params": [norm], "lr": 0.1})
+    checks = {check.path: check for check in run.verify({"base.frozen": True, "lora.learning": True})}
+    assert checks["lora.learning"].met, checks["lora.learning"].reason
+    assert checks["base.frozen"].status == ("fallback" if trained else "active")
+    assert "0.0 MiB" not in checks["base.frozen"].reason
+    if trained:
+        assert "1 base parameters require gradients: lora_model.base_model" in checks["base.frozen"].reason
+
+
+@pytest.mark.parametrize("more", [{}, {"use_dora": True}, {"lora_bias": True}])
+def test_what_lora_adds_is_the_adapters(training, more):
+    """Factors, magnitudes and biases, of every adapter: all that get_peft_model added, and nothing that was there."""
+    run = training(quant=None)
+    run.model.add_adapter("other", peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", **more))
+    own = adapter_parameters(run.model)
+    assert own == {name for name, _ in run.model.named_parameters() if "lora_" in name}
+    assert any("magnitude" in name for name in own) is ("use_dora" in more)
+    names = {name for name, _ in run.model.unload().named_parameters()}
+    bare = {name.removeprefix("base_model.model.").replace(".base_layer.", ".") for name in base_parameters(run.model)}
+    assert bare <= names | {f"base_model.model.{name}" for name in names}
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (peft.LoraConfig(target_modules=["1"], modules_to_save=["2"]), {"lora_A", "lora_B", "modules_to_save"}),
+        (
+            peft.LoraConfig(target_modules=["2"], trainable_token_indices={"0": [1]}),
+            {"lora_A", "trainable_tokens_delta"},
+        ),
+        (peft.LoKrConfig(target_modules=["2"]), {"lokr_w1", "lokr_w2"}),
+        (peft.IA3Config(target_modules=["2"], feedforward_modules=[]), {"ia3_l"}),
+    ],
+    ids=["modules_to_save", "tokens", "LoKr", "IA3"],
+)
+def test_peft_says_what_is_an_adapters(config, expected):
+    """Copies that are trained beside the factors, and methods other than LoRA, of which no name is known here."""
+    layers = [torch.nn.Embedding(8, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)]
+    model = peft.get_peft_model(torch.nn.Sequential(*layers), config)
+    own = adapter_parameters(model)
+    assert {name for name, value in model.named_parameters() if value.requires_grad} <= own
+    assert expected <= {part for name in own for part in name.split(".")}
+    assert base_parameters(model).keys() == {name for name, _ in model.named_parameters()} - own
+    assert len(base_parameters(model)) == 5
+
+
+def test_a_factor_of_a_class_of_ones_own_is_an_adapters():
+    """Without a list of its attributes, what begins with `lora_` beside a wrapped layer is; elsewhere it is not."""
+    layer = torch.nn.Module()
+    layer.base_layer = torch.nn.Linear(4, 4)
+    layer.lora_A = torch.nn.ModuleDict({"default": torch.nn.Linear(4, 2)})
+    layer.lora_scale = torch.nn.Parameter(torch.ones(1))
+    model = torch.nn.ModuleDict({"own": layer, "lora_head": torch.nn.Linear(4, 4, bias=False)})
+    own = {"own.lora_scale", "own.lora_A.default.weight", "own.lora_A.default.bias"}
+    assert adapter_parameters(model) == own
+    assert base_parameters(model).keys() == {"own.base_layer.weight", "own.base_layer.bias", "lora_head.weight"}

@@ -26,26 +26,26 @@ def test_without_mask_the_runs_at_either_end_count_but_for_one_each():
     assert count_padding(PADDED, [{"input_ids": torch.tensor([[1, 0, 0, 0, 2]])}]).padded == 0
 
 
-def test_nothing_to_tell_by_is_unknown_where_it_was_asked():
+def test_nothing_to_tell_by_is_unknown_where_it_was_asked(seen):
     """Neither a mask nor a padding token: no share, and no pass."""
-    seen = count_padding(SimpleNamespace(config=SimpleNamespace(pad_token_id=None)), [{"input_ids": IDS}])
-    assert judge_padding(seen, 0.5).against("padding.share", 0.5).status == "unknown"
-    assert judge_padding(seen, None).against("padding.share", None).status == "not_applicable"
+    counted = count_padding(SimpleNamespace(config=SimpleNamespace(pad_token_id=None)), [{"input_ids": IDS}])
+    assert judge_padding(seen(padding=counted), 0.5).against("padding.share", 0.5).status == "unknown"
+    assert judge_padding(seen(padding=counted), None).against("padding.share", None).status == "not_applicable"
 
 
-def test_no_tokens_is_no_padding():
+def test_no_tokens_is_no_padding(seen):
     """A model that is fed features has no tokens to pad."""
     for calls in ([], [{"input_ids": None}], [{"input_ids": torch.ones(3)}]):
         assert count_padding(PADDED, calls) is None
-    finding = judge_padding(None, 0.5)
+    finding = judge_padding(seen(), 0.5)
     assert finding.against("padding.share", 0.5).status == "not_applicable"
     assert not finding.against("padding.share", 0.5).met
 
 
 @pytest.mark.parametrize(("padded", "status"), [(5, "active"), (6, "fallback")])
-def test_the_requirement_is_a_maximum(padded, status):
+def test_the_requirement_is_a_maximum(seen, padded, status):
     """The share itself is accepted; above it, the reason has numbers and a remedy."""
-    finding = judge_padding(PaddingSeen(tokens=10, padded=padded, by="attention_mask"), 0.5)
+    finding = judge_padding(seen(padding=PaddingSeen(tokens=10, padded=padded, by="attention_mask")), 0.5)
     check = finding.against("padding.share", 0.5)
     assert check.status == status
     assert f"{padded} of 10 positions" in check.reason

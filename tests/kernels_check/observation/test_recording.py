@@ -6,7 +6,7 @@ import torch
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from kernels_check.observation.recording import entries, profiled, read
+from kernels_check.observation.recording import entries, profiled, read_operators
 
 
 def _record(name, start, end, *, thread=1, end_thread=None, device=DeviceType.CPU, annotation=False):
@@ -25,7 +25,7 @@ def _recorded(*records):
 
 def test_the_nearest_kept_caller_is_the_parent():
     """Records in between that nobody reads are skipped; another thread, or a later time, is no caller."""
-    operators, _ = read(
+    operators, _ = read_operators(
         _recorded(
             _record("aten::linear", 20, 30),
             _record("aten::mm", 15, 35),
@@ -43,14 +43,16 @@ def test_the_nearest_kept_caller_is_the_parent():
 
 def test_a_record_inside_its_own_name_is_one_call():
     """The dispatcher records an operator written in Python twice; a second call after it counts."""
-    operators, _ = read(_recorded(*(_record("bitsandbytes::gemm_4bit", *span) for span in ((0, 10), (1, 9), (11, 12)))))
+    operators, _ = read_operators(
+        _recorded(*(_record("bitsandbytes::gemm_4bit", *span) for span in ((0, 10), (1, 9), (11, 12))))
+    )
     assert len(operators) == 2
 
 
 def test_kernels_are_launches_only():
     """Annotations and memory records on the device are no kernels; a record that changes threads is no call."""
     cuda = DeviceType.CUDA
-    operators, kernels = read(
+    operators, kernels = read_operators(
         _recorded(
             _record("void pytorch_flash::flash_fwd_kernel<>", 0, 1, device=cuda),
             _record("step", 0, 1, device=cuda, annotation=True),
@@ -76,7 +78,7 @@ def test_a_real_recording_carries_shapes_and_types():
     """What the profiler recorded of a softmax, read back."""
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
         torch.ones(1, 1, 3, 3, dtype=torch.bfloat16).softmax(-1)
-    operators, kernels = read(recorded)
+    operators, kernels = read_operators(recorded)
     outer = next(operator for operator in operators if operator.name == "aten::softmax")
     assert outer.input_shapes[0] == [1, 1, 3, 3]
     assert outer.input_dtypes[0] == "c10::BFloat16"

@@ -81,7 +81,7 @@ def test_an_exception_is_the_reason_of_its_own_path_only(paths, capsys):
 def test_a_fault_of_the_probe_does_not_pass_for_one_of_the_machine(monkeypatch):
     """An exception of its own code tells nothing, and fails; one that it raises on purpose does not."""
     monkeypatch.setattr(probe_base, "_batch", lambda device: {})
-    broken = report("int8", probe_base.PATHS["int8"], "cpu")
+    broken = report("int8", probe_base.TRIES["int8"], "cpu")
     assert broken.status == "broken"
     assert broken.failed
 
@@ -149,14 +149,14 @@ def test_a_real_path_runs_and_is_exact(name):
 
 def test_the_fused_optimizer_runs_and_is_exact():
     """Told by its operator."""
-    found = report("fused optimizer", probe_training.PATHS["fused optimizer"], "cpu")
+    found = report("fused optimizer", probe_training.TRIES["fused optimizer"], "cpu")
     assert found.status == "exact", found
     assert "10 updates, aten::_fused_adamw_" in found.evidence
 
 
 def test_the_fused_product_is_told_or_refused():
     """It runs on a CPU with AVX512_BF16, and says so where there is none."""
-    found = report("fused 4-bit GEMM", probe_base.PATHS["fused 4-bit GEMM"], "cpu")
+    found = report("fused 4-bit GEMM", probe_base.TRIES["fused 4-bit GEMM"], "cpu")
     if found.ran:
         assert (found.status, found.evidence) == ("exact", "bitsandbytes::gemv_4bit")
     else:
@@ -197,7 +197,7 @@ def test_fp4_in_place_of_nf4_is_a_claim(monkeypatch):
     """By the state of the stored weights."""
     real = probe_base._fourbit
     monkeypatch.setattr(probe_base, "_fourbit", lambda device, kind, *, double: real(device, "fp4", double=double))
-    found = report("NF4", probe_base.PATHS["NF4"], "cpu")
+    found = report("NF4", probe_base.TRIES["NF4"], "cpu")
     assert found.status == "claimed"
     assert "fp4" in found.reason
 
@@ -206,7 +206,7 @@ def test_missing_double_quantisation_is_a_claim(monkeypatch):
     """By the bits a weight."""
     real = probe_base._fourbit
     monkeypatch.setattr(probe_base, "_fourbit", lambda device, kind, *, double: real(device, kind, double=False))
-    found = report("double", probe_base.PATHS["double quantisation"], "cpu")
+    found = report("double", probe_base.TRIES["double quantisation"], "cpu")
     assert found.status == "claimed"
     assert "4.500 bits" in found.reason
 
@@ -220,14 +220,14 @@ def test_wrong_attention_is_inexact(monkeypatch):
         return attend if implementation == "eager" else lambda q, k, v: attend(q * 1.1, k, v)
 
     monkeypatch.setattr(probe_attention, "_function", scaled)
-    found = report("SDPA flash", probe_attention.PATHS["SDPA flash"], "cpu")
+    found = report("SDPA flash", probe_attention.TRIES["SDPA flash"], "cpu")
     assert (found.status, found.ran) == ("inexact", True)
 
 
 def test_wrong_weights_are_inexact(monkeypatch):
     """Stored as nf4, but not those that were given: the error of quantisation leaves its window."""
     monkeypatch.setattr(probe_base, "_restored", lambda layer: torch.zeros(1024, 1024))
-    found = report("NF4", probe_base.PATHS["NF4"], "cpu")
+    found = report("NF4", probe_base.TRIES["NF4"], "cpu")
     assert found.status == "inexact"
 
 
@@ -242,7 +242,7 @@ def test_an_optimizer_that_does_something_else_is_inexact(monkeypatch):
         return optimizer
 
     monkeypatch.setattr(probe_training, "_adamw", adamw)
-    assert report("fused optimizer", probe_training.PATHS["fused optimizer"], "cpu").status == "inexact"
+    assert report("fused optimizer", probe_training.TRIES["fused optimizer"], "cpu").status == "inexact"
 
 
 def test_a_parameter_may_be_off_by_its_tolerance_only():

@@ -199,6 +199,47 @@ def test_a_number_beyond_any_exponent_is_refused(tmp_path):
     assert "the JSON is corrupt" in refusal_of(tmp_path, TRACE.replace(b"10.5", b"1e99999999999999999999", 1))
 
 
+DEEP = 50_000 * "["
+LONG = 2 << 20
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        (DEEP, "it nests deeper than 256 levels"),
+        (50_000 * '{"a":', "it nests deeper than 256 levels"),
+        (3_000_000 * "7", "a number has more than 10,000 digits"),
+        ("0." + 20_000 * "7", "a number has more than 10,000 digits"),
+        ('"' + LONG * "a" + '"', "a string is longer than 1 MiB"),
+        ('"' + LONG * "\\\\" + '"', "a string is longer than 1 MiB"),
+    ],
+    ids=["lists", "objects", "integer", "fraction", "string", "escapes"],
+)
+def test_what_no_recorder_writes_is_refused(tmp_path, value, says):
+    """Before it costs gigabytes or minutes; what was read until then is told."""
+    event = json.dumps(EVENTS[0] | {"args": "HERE"}).replace('"HERE"', value)
+    message = refusal_of(tmp_path, f'{{"traceEvents": [{json.dumps(EVENTS[1])}, {event}]}}'.encode())
+    assert f"is no trace: {says}" in message
+    assert "export_chrome_trace()" in message
+
+
+@pytest.mark.parametrize("packed", [TRACE + 40_000_000 * b" ", TABLE + 40_000_000 * b" "], ids=["trace", "table"])
+def test_a_small_gzip_of_much_nothing_is_refused(tmp_path, monkeypatch, packed):
+    """It could unpack to gigabytes; one below the limit is read to its end."""
+    monkeypatch.setattr("kernels_check.trace.file.UNPACKED_FREELY_BYTES", 32 << 20)
+    message = refusal_of(tmp_path, gzip.compress(packed, compresslevel=1))
+    assert "unpack to more than 33,554,432, over 100 times as many" in message
+    assert "pass the unpacked file" in message
+
+
+def test_a_step_of_any_number_of_digits_is_none(tmp_path):
+    """It is a name, and names may be long; no step has a number beyond 18 digits."""
+    path = tmp_path / "trace.json"
+    mark = {"ph": "X", "cat": "user_annotation", "name": "ProfilerStep#" + 900_000 * "7", "ts": 0, "dur": 9}
+    path.write_text(json.dumps({"traceEvents": [mark, *EVENTS]}))
+    assert read_trace(path).kernels_per_step is None
+
+
 def test_nothing_heavy_is_loaded(tmp_path):
     """A recording is judged on a laptop: torch stays out."""
     import subprocess

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import kernels_check
-from kernels_check.judges.batch import record_numbers
+from kernels_check.observation.isolation import record_numbers
 
 
 @pytest.fixture
