@@ -95,7 +95,7 @@ def test_an_example_does_what_it_says(example, tmp_path):
     """Applied to a copy of the packages, its commands print what the page shows."""
     for package in ("harness", "kernels_check"):
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(ROOT / "reports" / RUN, tmp_path / "runs" / RUN)
+    shutil.copytree(ROOT / "reports" / RUN, tmp_path / "runs" / "example")
     apply(example, tmp_path)
     assert example.commands
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "COLUMNS": "200", "NO_COLOR": "1"}
