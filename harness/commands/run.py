@@ -89,10 +89,6 @@ def run_study(options: argparse.Namespace) -> int:
     return _show(run, options)
 
 
-SETTLED_OPTIONS = ("effort", "replicates", "profile", "model", "data", "variant", "phase", "interleave", "precision")
-"""Options that make a study and its plan; a run that is gone on with has both."""
-
-
 def run_resumed(options: argparse.Namespace) -> int:
     """Go on with a run that broke off; one that is complete is shown."""
     from harness.machine.provenance import probe_machine
@@ -101,15 +97,11 @@ def run_resumed(options: argparse.Namespace) -> int:
     from harness.report.table import say
     from harness.report.terminal import console_for, show
     from harness.run.measure import measure
-    from harness.run.resume import plan_again, read_broken_off
+    from harness.run.resume import SETTLED_OPTIONS, plan_again, read_broken_off, refuse_settled
     from harness.run.runner import find_unsettled
     from harness.studies.study_file import load_study
 
-    if given := [f"--{name}" for name in SETTLED_OPTIONS if getattr(options, name) not in (None, [])]:
-        raise UsageError(
-            f"--resume: {', '.join(given)} would change the study or the plan, which the run holds. Leave the option "
-            "out, or measure a new run."
-        )
+    refuse_settled("--resume", [f"--{name}" for name in SETTLED_OPTIONS if getattr(options, name) not in (None, [])])
     machine, runs = probe_machine(), store.runs_dir(options.runs_dir)
     study = load_study(options.study).name if options.study else None
     run = read_broken_off(options.resume, runs, study=study)

@@ -12,13 +12,13 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from harness.machine.nvml import Device, open_device
+from harness.machine.repository import git_state
 from harness.machine.system import memory_bytes, settings
 from harness.records import codec
 from harness.studies.study import Study
@@ -186,23 +186,6 @@ def power_limit_w(provenance: Mapping[str, Any], which: str = "power_limit_w") -
     card = provenance.get("settings", {}).get("card")
     limit = card.get(which) if isinstance(card, Mapping) else None
     return round(limit) if isinstance(limit, int | float) else None
-
-
-def git_state(folder: Path) -> dict[str, Any]:
-    """Commit and dirty flag of the repository around `folder`; None where there is none. Bytecode is no change."""
-    commit = _git(folder, "rev-parse", "HEAD")
-    if commit is None:
-        return {"commit": None, "dirty": None}
-    changes = _git(folder, "status", "--porcelain", "--", ":/", ":(top,exclude,glob)**/__pycache__/**")
-    return {"commit": commit, "dirty": bool(changes)}
-
-
-def _git(folder: Path, *arguments: str) -> str | None:
-    try:
-        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def library_version(library: str) -> str | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,20 @@ from harness.run.plan import Plan, make_plan
 from harness.studies.study import Study
 from harness.studies.workload import Workload
 from harness.verdicts.comparand import differences
+
+SETTLED_OPTIONS = (
+    "effort", "replicates", "profile", "model", "data", "variant", "phase", "interleave", "precision",
+)  # fmt: skip
+"""Options of either door that make a study and its plan; a run that is gone on with has both."""
+
+
+def refuse_settled(resume: str, given: Sequence[str]) -> None:
+    """Raises `UsageError`, by the name of the option that resumes, for options given that the run has settled."""
+    if given:
+        raise UsageError(
+            f"{resume}: {', '.join(given)} would change the study or the plan, which the run holds. Leave the option "
+            "out, or measure a new run."
+        )
 
 
 def read_broken_off(name: str, runs: Path, *, study: str | None = None) -> Run:
