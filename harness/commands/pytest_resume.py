@@ -15,8 +15,8 @@ from harness.run.resume import SETTLED_OPTIONS, plan_again, read_broken_off, ref
 if TYPE_CHECKING:
     import pytest
 
-    from harness.machine.provenance import Machine
     from harness.records.store import Run
+    from harness.run.executors import Executor
     from harness.run.measure import Display
 
 OPTION = "--lorameter-resume"
@@ -51,7 +51,7 @@ class ResumedRun:
         self.variants = run.manifest.selection or tuple(variant.name for variant in self.study.variants)
         """Names of those that the run measures."""
 
-    def measure(self, machine: Machine, display: Display) -> Run:
+    def measure(self, executor: Executor, display: Display) -> Run:
         """What is left of the run; one that is complete is given back. Raises `UsageError` and `InvalidRunError`."""
         from harness.run.measure import measure
 
@@ -59,5 +59,5 @@ class ResumedRun:
         if run.manifest.status == "complete":
             print(f"run {run.manifest.run} is complete: nothing is left to be measured.", file=sys.stderr)
             return run
-        plan = plan_again(run, machine)
-        return measure(plan, machine, runs=run.path.parent, display=display, resume=run.manifest.run)
+        plan = plan_again(run, executor.facts())
+        return measure(plan, runs=run.path.parent, display=display, resume=run.manifest.run)

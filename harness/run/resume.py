@@ -16,7 +16,7 @@ from typing import Any
 
 from harness.errors import UsageError
 from harness.machine import provenance
-from harness.machine.provenance import Machine
+from harness.machine.provenance import Facts
 from harness.records import codec, store
 from harness.records.record import Notice
 from harness.records.store import Manifest, Resumption, Run
@@ -76,12 +76,12 @@ def study_of(run: Run) -> Study:
     return codec.from_json(Study, run.manifest.study, f"run {run.manifest.run}")
 
 
-def plan_again(run: Run, machine: Machine, *, max_minutes: float | None = None) -> Plan:
+def plan_again(run: Run, facts: Facts, *, max_minutes: float | None = None) -> Plan:
     """The plan of a run as it was made, on the machine on which it was made.
 
     Args:
         run: the run.
-        machine: the present one.
+        facts: of the present one.
         max_minutes: a limit in place of the study's; either counts from now on.
 
     Raises:
@@ -89,11 +89,11 @@ def plan_again(run: Run, machine: Machine, *, max_minutes: float | None = None) 
     """
     manifest, study = run.manifest, study_of(run)
     own = codec.from_json(dict[str, Workload], manifest.own_workloads, f"run {manifest.run}")
-    facts = provenance.collect(study, machine, study.workload.threads, {}, own_workloads=own)
+    here = provenance.collect(study, facts, study.workload.threads, own_workloads=own)
     before = provenance.comparable(manifest.provenance)
     unknown = () if provenance.POWER_LIMIT in before else (provenance.POWER_LIMIT,)  # it was not recorded then
-    if provenance.fingerprint(facts, without=unknown) != manifest.fingerprint:
-        before, now = codec.to_json(before), codec.to_json(provenance.comparable(facts, without=unknown))
+    if provenance.fingerprint(here, without=unknown) != manifest.fingerprint:
+        before, now = codec.to_json(before), codec.to_json(provenance.comparable(here, without=unknown))
         said = "; ".join(f"{one.field}: {one.base!r} then, {one.candidate!r} now" for one in differences(before, now))
         raise UsageError(
             f"run {manifest.run}: it cannot be gone on with here, because its trials would be of two kinds: {said}. "

@@ -13,10 +13,11 @@ import psutil
 import pytest
 
 from harness.records.record import DISTURBED, Failure
-from harness.run.executors.local import LocalExecutor, LocalWorker
+from harness.run.executors.forked import ForkedWorker
+from harness.run.executors.local import LocalExecutor
 from harness.run.plan import make_plan
 from harness.run.runner import run_plan
-from harness.run.site import Site
+from harness.run.site import site_of
 from harness.trial import zygote
 
 
@@ -45,8 +46,8 @@ SERVED = {
 @pytest.fixture(scope="module")
 def executor(tmp_path_factory):
     """One zygote for all tests of this module; its start is what costs."""
-    local = LocalExecutor(threads=1, log_dir=tmp_path_factory.mktemp("logs"))
-    local.start()
+    local = LocalExecutor()
+    local.start(tmp_path_factory.mktemp("logs"), 1)
     local.hello()
     yield local
     local.close()
@@ -63,11 +64,8 @@ def served(executor, small_study, tmp_path_factory):
 def measure(study, executor, tmp_path, *, phases=("train",), watcher=None):
     protocol = dataclasses.replace(study.protocol, replicates=1)
     plan = make_plan(dataclasses.replace(study, protocol=protocol), phases=phases)
-    tokens = executor.prepare_tokens(study.workload, str(tmp_path))
-    site = Site(
-        run_path=tmp_path, scratch=tmp_path / "scratch", device="cpu", threads=1, tokens_path=tokens["path"],
-        tokens={"hash": tokens["hash"]},
-    )  # fmt: skip
+    tokens = executor.prepare_tokens(study.workload)
+    site = site_of(study.workload, tokens, "cpu")
     measured = run_plan(plan, {"": executor}, site, save=lambda record: None, watcher=watcher or Quiet())
     return {record.trial: record for record in measured.records}
 
@@ -139,14 +137,14 @@ def test_a_hanging_trial_is_killed_and_a_row(executor, small_study, tmp_path, mo
 
     The limit is the protocol's, and is short for the stopped process alone: no other must keep it on a busy machine.
     """
-    ask, limits = LocalWorker.ask, set()
+    ask, limits = ForkedWorker.ask, set()
 
     def impatient(worker, command, trial, timeout_s, **arguments):
         limits.add(timeout_s)
         stopped = (trial, command) == ("r0-nf4", "warm_up")
         return ask(worker, command, trial, 0.5 if stopped else timeout_s, **arguments)
 
-    monkeypatch.setattr(LocalWorker, "ask", impatient)
+    monkeypatch.setattr(ForkedWorker, "ask", impatient)
 
     def stop(slot, phase):
         if slot.trial == "r0-nf4" and phase == "warm_up":
@@ -254,10 +252,36 @@ def test_a_zygote_with_threads_refuses_to_fork():
     assert "threads" in answer["error"]
 
 
+def test_the_files_of_a_trial_lie_where_the_executor_says(executor, tmp_path):
+    """By absolute paths: its folder until it is cleared, its log with the run; what is fetched is the parent's then."""
+    place = executor.make_place("t", "shared")
+    (Path(place.scratch) / "found.json").write_text("{}")
+    assert executor.fetch("t", "found.json", tmp_path).read_text() == "{}"
+    assert not [*Path(place.scratch).iterdir()]
+    assert Path(place.log_path).is_absolute()
+    assert (Path(place.log_path).parent.name, Path(place.log_path).name) == ("logs", "shared.log")
+    executor.clear_place("t")
+    executor.clear_place("t")
+    assert not Path(place.scratch).exists()
+
+
+def test_an_executor_answers_for_its_machine_before_it_is_started():
+    """A plan is made from what it says, and where nothing was started nothing can be asked of a worker."""
+    from harness.errors import InvalidRunError
+
+    local = LocalExecutor()
+    assert local.machine() == local.facts().machine
+    assert 0 < local.free_bytes() <= local.machine().memory_bytes or local.machine().device == "cuda"
+    for ask in (local.hello, local.launch, lambda: local.make_place("t", "t")):
+        with pytest.raises(InvalidRunError, match="not started"):
+            ask()
+    local.close()
+
+
 def test_trials_die_with_their_parent(tmp_path):
     """When the zygote goes away, so does the trial under way."""
-    local = LocalExecutor(threads=1, log_dir=tmp_path)
-    local.start()
+    local = LocalExecutor()
+    local.start(tmp_path, 1)
     local.hello()
     worker = local.launch()
     local._process.kill()
@@ -279,7 +303,7 @@ def test_a_worker_that_cannot_import_is_an_error_with_its_log(tmp_path, monkeypa
     broken.mkdir(parents=True)
     (broken / "__init__.py").write_text("raise ImportError('broken on purpose')")
     monkeypatch.setenv("PYTHONPATH", str(broken.parent))
-    local = LocalExecutor(threads=1, log_dir=Path(tmp_path))
-    local.start()
+    local = LocalExecutor()
+    local.start(Path(tmp_path), 1)
     with pytest.raises(InvalidRunError, match="broken on purpose"):
         local.hello()
