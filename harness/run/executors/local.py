@@ -90,18 +90,25 @@ class LocalExecutor:
         self._threads = threads
         self._disk = _Disk(folder)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        with theirs, self._zygote_log.open("ab") as log:
-            self._process = subprocess.Popen(
-                self._host.command("harness.worker", "zygote", str(theirs.fileno())),
-                pass_fds=[theirs.fileno()],
+        with theirs:
+            self._process = self._spawn("zygote", theirs.fileno(), self._zygote_log)
+        self._control = Channel(ours)
+
+    def _spawn(
+        self, what: str, descriptor: int, log: Path, *, stdin: int = subprocess.DEVNULL
+    ) -> subprocess.Popen[bytes]:
+        """Start a measuring process of the host that answers on a descriptor and prints into a log."""
+        with log.open("ab") as file:
+            return subprocess.Popen(
+                self._host.command("harness.worker", what, str(descriptor)),
+                pass_fds=[descriptor],
                 env=worker_environment(self._threads, self._host),
                 cwd=self._host.cwd,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
+                stdin=stdin,
+                stdout=file,
+                stderr=file,
                 start_new_session=True,
             )
-        self._control = Channel(ours)
 
     @property
     def _zygote_log(self) -> Path:
@@ -153,18 +160,9 @@ class LocalExecutor:
     def cold_start(self, request: TrialRequest) -> Fragment:
         """A new interpreter that loads the saved adapter; its output goes to the trial's log."""
         read, write = os.pipe()
-        with open(read, encoding="utf-8") as reply, Path(request.log_path).open("ab") as log:  # noqa: PTH123
+        with open(read, encoding="utf-8") as reply:  # noqa: PTH123
             begin = time.monotonic()
-            process = subprocess.Popen(
-                self._host.command("harness.worker", "cold", str(write)),
-                pass_fds=[write],
-                env=worker_environment(self._threads, self._host),
-                cwd=self._host.cwd,
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
+            process = self._spawn("cold", write, Path(request.log_path), stdin=subprocess.PIPE)
             os.close(write)
             message = json.dumps({"request": codec.to_json(request), "spawned_monotonic_s": begin})
             timeout = request.protocol.step_timeout_s
