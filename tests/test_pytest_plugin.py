@@ -18,9 +18,12 @@ LEAN = ("-p", "no:cacheprovider", "-p", "no:hypothesispytest")
 FAKE = """
 import os
 from pathlib import Path
-import harness.run.measure
+import harness.run.executors.local
 from harness.pytest_plugin import attach
+from harness.records.preparation import Hello, TokenSummary
 from harness.records.record import Failure, Fragment
+from harness.run.executors import Place
+from harness.run.executors.local import LocalExecutor
 
 STEP = {"plain": 0.1, "nf4": float(os.environ.get("NF4_STEP", "0.123456789012345678"))}
 
@@ -53,17 +56,17 @@ class Worker:
     def close(self):
         pass
 
-class Executor:
-    def __init__(self, **options):
+class Executor(LocalExecutor):
+    def start(self, folder, threads):
         Path("measured").open("a").write("x")
-    def start(self): pass
+    def make_place(self, trial, log):
+        return Place(scratch=trial, log_path=log)
+    def clear_place(self, trial): pass
     def hello(self):
-        return {"device": "cpu", "torch": "0", "import_time_s": 1.0}
-    def prepare_tokens(self, workload, folder):
-        path = Path(folder) / "tokens-0.safetensors"
-        path.write_bytes(b"")
-        return {"path": str(path), "hash": "abc", "data": "synthetic", "synthetic": True, "real_tokens": 1,
-                "padded_tokens": 0, "tokenizer_substituted": False, "train_sequences": 1, "records": 1}
+        return Hello(harness="1.0", pid=1, import_time_s=1.0, device="cpu", torch="0")
+    def prepare_tokens(self, workload, *, keep=True):
+        return TokenSummary(path="t", hash="abc", data="synthetic", synthetic=True, real_tokens=1, padded_tokens=0,
+                            tokenizer_substituted=False, train_sequences=1, records=1)
     def launch(self):
         return Worker()
     def cold_start(self, request):
@@ -72,7 +75,7 @@ class Executor:
 
 def pytest_configure(config):
     if not os.environ.get("REAL"):
-        harness.run.measure.LocalExecutor = Executor
+        harness.run.executors.local.LocalExecutor = Executor
     attach(config)
 """
 

@@ -31,7 +31,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from harness.machine.provenance import git_state, probe_machine
+from harness.machine.provenance import probe_machine
+from harness.machine.repository import git_state
 from harness.records.units import format_ratio
 from harness.studies.study_file import builtin_studies
 from harness.verdicts.calibrate import PILOT_ROWS, PLANTED, rows_for

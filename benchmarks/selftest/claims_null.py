@@ -35,7 +35,8 @@ from rich.table import Table
 from scipy import stats
 from simulated_study import Truth, simulated_run
 
-from harness.machine.provenance import git_state, probe_machine
+from harness.machine.provenance import probe_machine
+from harness.machine.repository import git_state
 from harness.studies.study import Study
 from harness.studies.study_file import load_study
 from harness.verdicts.claims import ClaimsReport, judge_claims

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from harness.machine import provenance
+from harness.machine.repository import git_state
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def machine(pytestconfig):
     versions = ", ".join(
         f"{name} {provenance.library_version(name)}" for name in ("torch", "transformers", "peft", "bitsandbytes")
     )
-    git = provenance.git_state(Path(__file__).parent)
+    git = git_state(Path(__file__).parent)
     with pytestconfig.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
         print(
             f"machine: {facts.device_name}, {facts.cpus} CPUs, {facts.memory_bytes / 2**30:.0f} GiB, {facts.device}; "

@@ -23,7 +23,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from harness.machine.provenance import git_state, probe_machine
+from harness.machine.provenance import probe_machine
+from harness.machine.repository import git_state
 from harness.records import store
 from harness.records.record import TrialRecord
 from harness.records.units import format_ratio

@@ -37,6 +37,7 @@ from harness.profile import accounting
 from harness.profile.diagnosis import RULES, diagnose
 from harness.profile.evidence import evidence_of
 from harness.profile.measure import profile_variant
+from harness.run.executors import open_executor
 from harness.studies.study import Study
 from harness.studies.study_file import load_study
 
@@ -135,7 +136,7 @@ def profiled(
 ) -> bool:
     """One line: remainders and findings, and whether all of them are as they must be."""
     with tempfile.TemporaryDirectory() as folder:
-        profile, _ = profile_variant(study, study.variant(name), machine, runs=Path(folder))
+        profile, _ = profile_variant(study, study.variant(name), open_executor(), runs=Path(folder))
     step = accounting.step_account(profile)
     tokens, ceilings = accounting.token_shares(profile), accounting.ceilings(profile, step.step)
     codes = [one.code for one in diagnose(evidence_of(profile, step, tokens, ceilings))]

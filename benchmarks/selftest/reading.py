@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.machine import provenance
+from harness.machine.repository import git_state
 from harness.records import codec, store
 from harness.records.evidence import EvidenceFile
 from harness.records.record import SCHEMA, TrialRecord
@@ -174,7 +175,7 @@ def _environment() -> dict[str, str]:
 
 def machine_line() -> str:
     """On which machine and from which commit the figures come."""
-    facts, git = provenance.probe_machine(), provenance.git_state(ROOT)
+    facts, git = provenance.probe_machine(), git_state(ROOT)
     load = f"{os.getloadavg()[0]:.1f} processes wanted to run in the last minute"
     changed = " with local changes" if git["dirty"] else ""
     return (

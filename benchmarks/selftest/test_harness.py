@@ -80,8 +80,8 @@ def test_help_answers_at_once(say):
 
 def test_a_trial_starts_within_a_tenth_of_a_second(say, tmp_path):
     """From the request for a fork to the child's first instruction, with a warm zygote; target 0.1 s."""
-    executor = LocalExecutor(threads=1, log_dir=tmp_path)
-    executor.start()
+    executor = LocalExecutor()
+    executor.start(tmp_path, 1)
     try:
         executor.hello()
         latencies = []

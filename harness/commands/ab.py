@@ -76,13 +76,13 @@ def _measuring(command: argparse.ArgumentParser) -> None:
 
 def run_ab(options: argparse.Namespace) -> int:
     """Measure, print, and end with the exit code of the verdicts under the policy."""
-    from harness.machine.provenance import probe_machine
     from harness.models import catalogue
     from harness.records import store
     from harness.report.live import LiveDisplay
     from harness.report.notices import describe_notices
     from harness.report.terminal import console_for, show
     from harness.run.ab import DEFAULT_PHASES, measure_ab, plan_ab
+    from harness.run.executors import open_executor
     from harness.verdicts.gate import load_policy
 
     if options.json and options.format not in (None, "json"):
@@ -90,10 +90,11 @@ def run_ab(options: argparse.Namespace) -> int:
     if options.inject_rows < 0:
         raise UsageError(f"--inject-rows = {options.inject_rows}: no amount of work. Use 0 or more.")
     load_policy(options.policy)  # before anything is measured
-    study, machine, runs = read_study(options), probe_machine(), store.runs_dir(options.runs_dir)
+    study, executor, runs = read_study(options), open_executor(), store.runs_dir(options.runs_dir)
     plan, notices = plan_ab(
         study,
-        machine,
+        executor.machine(),
+        free_bytes=executor.free_bytes(),
         select=options.variant,
         phases=options.phase or DEFAULT_PHASES,
         injected_rows=options.inject_rows,
@@ -104,7 +105,6 @@ def run_ab(options: argparse.Namespace) -> int:
     with LiveDisplay(errors) as display:
         run = measure_ab(
             plan,
-            machine,
             base=options.base,
             candidate=options.candidate,
             repository=Path.cwd(),
@@ -173,38 +173,46 @@ def calibration_ratio(run: Run, name: str) -> float:
 
 def _measured_here(study: Any, name: str, rows: int, options: argparse.Namespace) -> Run:
     """An A/B of the present interpreter with itself, the candidate with extra work; training only."""
-    from harness.machine.provenance import probe_machine
     from harness.records import store
     from harness.report.live import LiveDisplay
     from harness.report.notices import describe_notices
     from harness.report.terminal import console_for, show
     from harness.run.ab import arms_of, plan_ab
+    from harness.run.executors import open_executor
     from harness.run.executors.host import Host
     from harness.run.measure import measure
 
-    machine, runs = probe_machine(), store.runs_dir(options.runs_dir)
-    plan, notices = plan_ab(study, machine, select=[name], phases=("train",), injected_rows=rows, runs=runs)
+    executor, runs = open_executor(), store.runs_dir(options.runs_dir)
+    plan, notices = plan_ab(
+        study,
+        executor.machine(),
+        free_bytes=executor.free_bytes(),
+        select=[name],
+        phases=("train",),
+        injected_rows=rows,
+        runs=runs,
+    )
     errors = console_for(stderr=True)
     show(describe_notices(notices), errors)
     slowed = {"label": f"the same with {rows} rows of extra work"}
     arms = [
-        *arms_of("base", Host(), None, (), {"label": "the present interpreter"}),
-        *arms_of("candidate", Host(), None, (), slowed),
+        *arms_of("base", Host(), (), {"label": "the present interpreter"}),
+        *arms_of("candidate", Host(), (), slowed),
     ]
     with LiveDisplay(errors) as display:
-        return measure(plan, machine, runs=runs, display=display, notices=notices, arms=arms)
+        return measure(plan, runs=runs, display=display, notices=notices, arms=arms)
 
 
 def read_study(options: argparse.Namespace, standard: int | None = None) -> Any:
     """The study with the options' changes; 8 replicates, or `standard`, unless something else is asked for."""
-    from harness.machine.provenance import probe_machine
+    from harness.run.executors import open_executor
     from harness.studies.study_file import load_study
 
     if options.effort and options.replicates is not None:
         raise UsageError("--effort and --replicates both set the replicates. Give one of them.")
     precision = getattr(options, "precision", None)
     decided = options.effort or options.replicates is not None or precision is not None
-    return load_study(options.study, device=probe_machine().kind).with_overrides(
+    return load_study(options.study, device=open_executor().machine().kind).with_overrides(
         model=options.model,
         data=options.data,
         effort=options.effort or (None if decided or standard else "standard"),

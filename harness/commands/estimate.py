@@ -29,16 +29,17 @@ def add_commands(commands: Any, common: Any) -> None:
 
 def run_estimate(options: argparse.Namespace) -> int:
     """Print the estimate, what an earlier run measured beside it, and whether it fits; or why there is none."""
-    from harness.machine.provenance import probe_machine
     from harness.models import catalogue, shapes
     from harness.models.costs.memory import estimate_memory, stored_dtype
     from harness.records import store
     from harness.records.memory_account import MEMORY_PHASES
+    from harness.run.executors import open_executor
     from harness.run.feasibility import layers_notice, memory_notices
-    from harness.run.forecast import free_bytes, measured_peaks
+    from harness.run.forecast import measured_peaks
     from harness.studies.study_file import load_variant
 
-    machine, runs = probe_machine(), store.runs_dir(options.runs_dir)
+    executor, runs = open_executor(), store.runs_dir(options.runs_dir)
+    machine = executor.machine()
     study, variant = load_variant(options.variant, device=machine.kind)
     workload = study.with_overrides(model=options.model, data=options.data).workload
     source = catalogue.resolve(workload.model)
@@ -56,7 +57,7 @@ def run_estimate(options: argparse.Namespace) -> int:
             measured[phase] = peaks[variant.id]
     notices = [layers_notice(workload.model, unknown)] if unknown else []
     if estimates:
-        notices += memory_notices(variant, estimates["train"], machine, free_bytes(machine))
+        notices += memory_notices(variant, estimates["train"], machine, executor.free_bytes())
     if options.json:
         print_json(
             {

@@ -10,9 +10,9 @@ from harness.commands.output import print_json
 from harness.errors import EXIT_INCONCLUSIVE, EXIT_INVALID, EXIT_PASS
 
 if TYPE_CHECKING:
-    from harness.machine.provenance import Machine
     from harness.profile.diagnosis import Finding
     from harness.profile.remedy import Tried
+    from harness.run.executors import Executor
     from harness.studies.study import Study
     from harness.studies.variant import Variant
 
@@ -45,7 +45,6 @@ def add_commands(commands: Any, common: Any) -> None:
 
 def run_profile(options: argparse.Namespace) -> int:
     """Profile, say what was found, and try a remedy where one is asked for."""
-    from harness.machine.provenance import probe_machine
     from harness.profile import accounting
     from harness.profile.diagnosis import diagnose
     from harness.profile.evidence import evidence_of
@@ -56,17 +55,18 @@ def run_profile(options: argparse.Namespace) -> int:
     from harness.report.table import Span, say
     from harness.report.terminal import console_for, show
     from harness.report.tried import describe_tried
+    from harness.run.executors import open_executor
     from harness.studies.study_file import load_variant
 
-    machine, runs = probe_machine(), store.runs_dir(options.runs_dir)
-    study, variant = load_variant(options.variant, device=machine.kind)
+    executor, runs = open_executor(), store.runs_dir(options.runs_dir)
+    study, variant = load_variant(options.variant, device=executor.machine().kind)
     study = study.with_overrides(model=options.model, data=options.data, effort=options.effort)
     errors = console_for(stderr=True)
 
     def tell(text: str) -> None:
         show((say(Span(text=text, tone="faint"), indented=False),), errors)
 
-    profile, folder = profile_variant(study, variant, machine, runs=runs, say=tell)
+    profile, folder = profile_variant(study, variant, executor, runs=runs, say=tell)
     step = accounting.step_account(profile)
     tokens, found = accounting.token_shares(profile), accounting.ceilings(profile, step.step)
     findings = diagnose(evidence_of(profile, step, tokens, found))
@@ -76,7 +76,7 @@ def run_profile(options: argparse.Namespace) -> int:
     tried = None
     try:
         if options.attempt is not None:
-            tried = _try(study, variant, choose_finding(findings, options.attempt or None), machine, runs)
+            tried = _try(study, variant, choose_finding(findings, options.attempt or None), executor, runs)
     finally:  # what cannot be tried must not cost what was seen
         if options.json:
             print_json(
@@ -100,7 +100,7 @@ def run_profile(options: argparse.Namespace) -> int:
     return EXIT_INCONCLUSIVE if tried.comparison and tried.comparison.verdict == "inconclusive" else EXIT_PASS
 
 
-def _try(study: Study, variant: Variant, finding: Finding, machine: Machine, runs: Path) -> Tried:
+def _try(study: Study, variant: Variant, finding: Finding, executor: Executor, runs: Path) -> Tried:
     """Measure the present variant and the suggested one, as any two."""
     from harness.profile.remedy import judge_remedy, make_pair
     from harness.report.live import LiveDisplay
@@ -109,9 +109,16 @@ def _try(study: Study, variant: Variant, finding: Finding, machine: Machine, run
     from harness.run.measure import measure, plan_study
 
     pair = make_pair(study, variant, finding, protocol=study.protocol)
-    plan, notices = plan_study(pair.study, machine, phases=("train",), runs=runs, own_workloads=pair.own_workloads)
+    plan, notices = plan_study(
+        pair.study,
+        executor.machine(),
+        free_bytes=executor.free_bytes(),
+        phases=("train",),
+        runs=runs,
+        own_workloads=pair.own_workloads,
+    )
     errors = console_for(stderr=True)
     show(describe_notices(notices), errors)
     with LiveDisplay(errors) as display:
-        run = measure(plan, machine, runs=runs, display=display, notices=notices)
+        run = measure(plan, runs=runs, display=display, notices=notices)
     return judge_remedy(run, finding)

@@ -9,20 +9,17 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from harness.errors import UsageError
 from harness.records import store
-from harness.run.resume import plan_again, read_broken_off, study_of
+from harness.run.resume import SETTLED_OPTIONS, plan_again, read_broken_off, refuse_settled, study_of
 
 if TYPE_CHECKING:
     import pytest
 
-    from harness.machine.provenance import Machine
     from harness.records.store import Run
+    from harness.run.executors import Executor
     from harness.run.measure import Display
 
 OPTION = "--lorameter-resume"
-SETTLED_OPTIONS = ("profile", "model", "data", "effort", "replicates", "interleave")
-"""Options that make a study and its plan; a run that is gone on with has both."""
 
 
 def load_resumed(config: pytest.Config) -> ResumedRun | None:
@@ -30,14 +27,12 @@ def load_resumed(config: pytest.Config) -> ResumedRun | None:
     name = config.getoption(OPTION)
     if not name:
         return None
-    given = [f"--lorameter-{one}" for one in SETTLED_OPTIONS if config.getoption(f"--lorameter-{one}") is not None]
+    given = [
+        f"--lorameter-{one}" for one in SETTLED_OPTIONS if config.getoption(f"--lorameter-{one}", None) is not None
+    ]
     if config.getoption("benchmark_disable") and not config.getoption("benchmark_enable"):
         given.append("--benchmark-disable")
-    if given:
-        raise UsageError(
-            f"{OPTION}: {', '.join(given)} would change the study or the plan, which the run holds. Leave the option "
-            "out, or measure a new run."
-        )
+    refuse_settled(OPTION, given)
     study = config.getoption("--lorameter-study")
     if study is not None:
         from harness.studies.study_file import load_study
@@ -56,7 +51,7 @@ class ResumedRun:
         self.variants = run.manifest.selection or tuple(variant.name for variant in self.study.variants)
         """Names of those that the run measures."""
 
-    def measure(self, machine: Machine, display: Display) -> Run:
+    def measure(self, executor: Executor, display: Display) -> Run:
         """What is left of the run; one that is complete is given back. Raises `UsageError` and `InvalidRunError`."""
         from harness.run.measure import measure
 
@@ -64,5 +59,5 @@ class ResumedRun:
         if run.manifest.status == "complete":
             print(f"run {run.manifest.run} is complete: nothing is left to be measured.", file=sys.stderr)
             return run
-        plan = plan_again(run, machine)
-        return measure(plan, machine, runs=run.path.parent, display=display, resume=run.manifest.run)
+        plan = plan_again(run, executor.facts())
+        return measure(plan, runs=run.path.parent, display=display, resume=run.manifest.run)

@@ -12,10 +12,10 @@ import pytest
 from harness.errors import LorameterError
 
 if TYPE_CHECKING:
-    from harness.machine.provenance import Machine
     from harness.records.record import TrialRecord
     from harness.records.store import Run
     from harness.report.table import Document
+    from harness.run.executors import Executor
     from harness.studies.study import Study
     from harness.verdicts.gate import GateResult
 
@@ -190,7 +190,7 @@ class Session:
         if self._resumed is not None:
             return self._resumed.study
         option = self._config.getoption
-        profile, device = option("--lorameter-profile"), self._machine().kind
+        profile, device = option("--lorameter-profile"), self._executor().machine().kind
         study = load_study(option("--lorameter-study") or DEFAULT_STUDY, profile=profile, device=device)
         return study.with_overrides(
             model=option("--lorameter-model"),
@@ -211,14 +211,15 @@ class Session:
 
         if self._resumed is not None:
             with LiveDisplay(console_for(sys.stderr)) as display:
-                return self._resumed.measure(self._machine(), display)
+                return self._resumed.measure(self._executor(), display)
         study = self._study
         if self._disabled:
             study = dataclasses.replace(study, protocol=study.protocol.least())
-        runs = store.runs_dir(self._config.getoption("--lorameter-runs-dir"))
+        executor, runs = self._executor(), store.runs_dir(self._config.getoption("--lorameter-runs-dir"))
         plan, notices = plan_study(
             study,
-            self._machine(),
+            executor.machine(),
+            free_bytes=executor.free_bytes(),
             select=names,
             phases=sorted(phases),
             interleaving=self._config.getoption("--lorameter-interleave"),
@@ -228,17 +229,17 @@ class Session:
         if not self._disabled:
             show(describe_notices(notices), console)
         with LiveDisplay(console) as display:
-            return measure(plan, self._machine(), runs=runs, display=display, notices=notices)
+            return measure(plan, runs=runs, display=display, notices=notices)
 
-    def _machine(self) -> Machine:
-        from harness.machine.provenance import probe_machine
+    def _executor(self) -> Executor:
+        from harness.run.executors import open_executor
 
-        return probe_machine()
+        return open_executor()
 
     def _provenance(self) -> dict[str, Any]:
         from harness.machine.provenance import collect
 
-        return collect(self._study, self._machine(), self._study.workload.threads, {})
+        return collect(self._study, self._executor().facts(), self._study.workload.threads)
 
 
 class _usage_errors:  # noqa: N801 - reads as a statement

@@ -48,11 +48,11 @@ def add_commands(commands: Any, common: Any) -> None:
 
 def run_study(options: argparse.Namespace) -> int:
     """Measure a study and print its report; the exit code says whether the run is valid."""
-    from harness.machine.provenance import probe_machine
     from harness.records import store
     from harness.report.live import LiveDisplay
     from harness.report.notices import describe_notices
     from harness.report.terminal import console_for, show
+    from harness.run.executors import open_executor
     from harness.run.measure import measure, plan_study
     from harness.studies.study_file import load_study
 
@@ -62,7 +62,8 @@ def run_study(options: argparse.Namespace) -> int:
         raise UsageError("run: no study named. Give one, as in `lorameter run lora-or-qlora`, or --resume RUN.")
     if options.effort and options.replicates is not None:
         raise UsageError("--effort and --replicates both set the replicates. Give one of them.")
-    machine, runs = probe_machine(), store.runs_dir(options.runs_dir)
+    executor, runs = open_executor(), store.runs_dir(options.runs_dir)
+    machine = executor.machine()
     study = load_study(options.study, profile=options.profile, device=machine.kind).with_overrides(
         model=options.model,
         data=options.data,
@@ -75,6 +76,7 @@ def run_study(options: argparse.Namespace) -> int:
     plan, notices = plan_study(
         study,
         machine,
+        free_bytes=executor.free_bytes(),
         select=options.variant,
         phases=options.phase or study.protocol.phases,
         interleaving=options.interleave,
@@ -85,32 +87,24 @@ def run_study(options: argparse.Namespace) -> int:
     errors = console_for(stderr=True)
     show(describe_notices(notices), errors)
     with LiveDisplay(errors) as display:
-        run = measure(plan, machine, runs=runs, display=display, notices=notices)
+        run = measure(plan, runs=runs, display=display, notices=notices)
     return _show(run, options)
-
-
-SETTLED_OPTIONS = ("effort", "replicates", "profile", "model", "data", "variant", "phase", "interleave", "precision")
-"""Options that make a study and its plan; a run that is gone on with has both."""
 
 
 def run_resumed(options: argparse.Namespace) -> int:
     """Go on with a run that broke off; one that is complete is shown."""
-    from harness.machine.provenance import probe_machine
     from harness.records import store
     from harness.report.live import LiveDisplay
     from harness.report.table import say
     from harness.report.terminal import console_for, show
+    from harness.run.executors import open_executor
     from harness.run.measure import measure
-    from harness.run.resume import plan_again, read_broken_off
+    from harness.run.resume import SETTLED_OPTIONS, plan_again, read_broken_off, refuse_settled
     from harness.run.runner import find_unsettled
     from harness.studies.study_file import load_study
 
-    if given := [f"--{name}" for name in SETTLED_OPTIONS if getattr(options, name) not in (None, [])]:
-        raise UsageError(
-            f"--resume: {', '.join(given)} would change the study or the plan, which the run holds. Leave the option "
-            "out, or measure a new run."
-        )
-    machine, runs = probe_machine(), store.runs_dir(options.runs_dir)
+    refuse_settled("--resume", [f"--{name}" for name in SETTLED_OPTIONS if getattr(options, name) not in (None, [])])
+    runs = store.runs_dir(options.runs_dir)
     study = load_study(options.study).name if options.study else None
     run = read_broken_off(options.resume, runs, study=study)
     errors = console_for(stderr=True)
@@ -118,7 +112,7 @@ def run_resumed(options: argparse.Namespace) -> int:
         said = f"run {run.manifest.run} is complete: nothing is left to be measured."
         show((say(said, indented=False),), errors)
         return _show(run, options)
-    plan = plan_again(run, machine, max_minutes=options.max_minutes)
+    plan = plan_again(run, open_executor().facts(), max_minutes=options.max_minutes)
     left = [slot.trial for group in find_unsettled(plan, run.records) for slot in group.slots]
     kept = f"{len(plan.slots) - len(left)} of {len(plan.slots)} trials are kept"
     said = f"run {run.manifest.run}: {kept}, {len(left)} are left to be measured."
@@ -130,7 +124,7 @@ def run_resumed(options: argparse.Namespace) -> int:
             show(tuple(say(trial, indented=False) for trial in left), console_for())
         return EXIT_PASS
     with LiveDisplay(errors) as display:
-        run = measure(plan, machine, runs=run.path.parent, display=display, resume=run.manifest.run)
+        run = measure(plan, runs=run.path.parent, display=display, resume=run.manifest.run)
     return _show(run, options)
 
 

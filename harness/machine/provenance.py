@@ -12,15 +12,16 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from harness.machine.nvml import Device, open_device
-from harness.machine.system import memory_bytes, settings
+from harness.machine.repository import git_state
+from harness.machine.system import memory_available_bytes, memory_bytes, settings
 from harness.records import codec
+from harness.records.preparation import Hello
 from harness.studies.study import Study
 from harness.studies.workload import Workload
 
@@ -90,29 +91,54 @@ def probe_machine() -> Machine:
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What is to be said of where trials run: the machine, how it is set up, and what is installed there."""
+
+    machine: Machine
+    settings: dict[str, Any]
+    """As of `harness.machine.system.settings`."""
+    libraries: dict[str, str | None]
+    git: dict[str, Any]
+    """Commit and dirty flag of the repository that the trials run in."""
+    host: dict[str, Any] | None = None
+    """What another interpreter than the present one says of itself (`executors.host.describe`), in place of the same
+    names here; None for the present one."""
+
+
+def read_facts(machine: Machine, host: dict[str, Any] | None = None) -> Facts:
+    """The facts of this machine; `host` describes the interpreter that trials run in, None for the present one."""
+    return Facts(
+        machine=machine,
+        settings=settings(card=machine.device == "cuda"),
+        libraries={name: library_version(name) for name in LIBRARIES},
+        git=git_state(Path.cwd()),
+        host=host,
+    )
+
+
 def collect(
     study: Study,
-    machine: Machine,
+    facts: Facts,
     threads: int,
-    hello: dict[str, Any],
-    side: Mapping[str, Any] | None = None,
+    hello: Hello | None = None,
     own_workloads: Mapping[str, Workload] | None = None,
 ) -> dict[str, Any]:
     """The provenance of a run: machine and its settings, threads, library versions, workload, git state, and what the
-    worker said.
+    worker said, if it has been asked.
 
-    `side` is the description of another host (`executors.host.describe`); what it says goes before what holds here.
-    `own_workloads` are those of variants that are not measured on the study's, by name.
+    It reads nothing of this machine: `facts` are those of where the trials run. `own_workloads` are those of variants
+    that are not measured on the study's, by name.
     """
     return {
-        **codec.to_json(machine),
-        "settings": settings(card=machine.device == "cuda"),
+        **codec.to_json(facts.machine),
+        "settings": facts.settings,
         "threads": threads,
-        "libraries": {name: library_version(name) for name in LIBRARIES},
+        "libraries": facts.libraries,
         "workload": _content_of_workloads(study.workload, own_workloads or {}),
-        "git": git_state(Path.cwd()),
-        "worker": {key: hello.get(key) for key in ("device", "torch", "import_time_s", "harness")},
-        **(side or {}),
+        "git": facts.git,
+        "worker": {key: getattr(hello, key, None) for key in ("device", "torch", "import_time_s", "harness")},
+        **(facts.host or {}),
     }
 
 
@@ -188,23 +214,6 @@ def power_limit_w(provenance: Mapping[str, Any], which: str = "power_limit_w") -
     return round(limit) if isinstance(limit, int | float) else None
 
 
-def git_state(folder: Path) -> dict[str, Any]:
-    """Commit and dirty flag of the repository around `folder`; None where there is none. Bytecode is no change."""
-    commit = _git(folder, "rev-parse", "HEAD")
-    if commit is None:
-        return {"commit": None, "dirty": None}
-    changes = _git(folder, "status", "--porcelain", "--", ":/", ":(top,exclude,glob)**/__pycache__/**")
-    return {"commit": commit, "dirty": bool(changes)}
-
-
-def _git(folder: Path, *arguments: str) -> str | None:
-    try:
-        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
 def library_version(library: str) -> str | None:
     """The installed version of a distribution, None if it is not installed."""
     try:
@@ -242,6 +251,14 @@ def free_device_memory() -> int | None:
     with _first_gpu() as gpu:
         memory = None if gpu is None else gpu.memory().value
     return None if memory is None else memory.free
+
+
+def free_bytes(machine: Machine) -> int | None:
+    """Memory that processes could take on the measuring device now, or in a container with a limit what that leaves.
+
+    None where NVML or the kernel does not say.
+    """
+    return free_device_memory() if machine.device == "cuda" else memory_available_bytes().value
 
 
 @contextlib.contextmanager

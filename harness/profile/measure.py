@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import json
 import secrets
-import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from harness.errors import InvalidRunError, UsageError
-from harness.machine.provenance import Machine
 from harness.models import catalogue, shapes
 from harness.models.costs.ceiling import product_rate
 from harness.models.costs.memory import estimate_memory, stored_dtype
@@ -29,13 +27,12 @@ from harness.records.activity import ACCOUNTS, ACTIVITY, PEAKS, TRACE, Activity
 from harness.records.memory_account import MEMORY_PHASES, MemoryAccount
 from harness.records.record import Fragment, TrialRecord
 from harness.run.contenders import Contender
-from harness.run.executors import Worker, WorkerLostError
-from harness.run.executors.local import LocalExecutor
+from harness.run.executors import Executor, Place, Worker, WorkerLostError
 from harness.run.feasibility import check_feasible
-from harness.run.forecast import free_bytes
 from harness.run.measure import greet
 from harness.run.plan import Plan, Slot, make_plan
-from harness.run.site import Site, begin_record, request_of
+from harness.run.site import Site, begin_record, request_of, site_of
+from harness.studies.command import COMMANDS
 from harness.studies.study import Study
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
@@ -47,7 +44,7 @@ LEAST_REQUESTS = 8
 
 
 def profile_variant(
-    study: Study, variant: Variant, machine: Machine, *, runs: Path, say: Callable[[str], None] = lambda text: None
+    study: Study, variant: Variant, executor: Executor, *, runs: Path, say: Callable[[str], None] = lambda text: None
 ) -> tuple[Profile, Path]:
     """Measure one variant's profile; returns it and the folder in which it was written.
 
@@ -57,7 +54,7 @@ def profile_variant(
     Args:
         study: the workload and the protocol.
         variant: of the study.
-        machine: where.
+        executor: where; it is started and closed here.
         runs: the folder is made in it, beside runs.
         say: is told what is going on.
 
@@ -67,37 +64,36 @@ def profile_variant(
     """
     study = dataclasses.replace(study, allow_fallback=True)
     contender = Contender(variant=variant, workload=study.workload)
-    notices = check_feasible(study, machine, [contender])
+    machine = executor.machine()
+    notices = check_feasible(study, machine, [contender], free_bytes=executor.free_bytes())
     plan = make_plan(study, contenders=[contender], phases=("train", "generate"))
     slot = plan.slots[0]
     folder = runs / f"{time.strftime('%Y%m%d-%H%M%S')}-profile-{variant.name}-{secrets.token_hex(2)}"
-    (folder / "logs").mkdir(parents=True)
+    folder.mkdir(parents=True)
     with contextlib.ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lorameter-")))
-        executor = LocalExecutor(threads=study.workload.threads, log_dir=folder / "logs")
         stack.callback(executor.close)
-        executor.start()
+        executor.start(folder, study.workload.threads)
         say("preparing tokens")
-        tokens = executor.prepare_tokens(study.workload, str(scratch))
-        greet(executor, machine, [variant])
-        site = Site(
-            run_path=folder,
-            scratch=scratch,
-            device=machine.device,
-            threads=study.workload.threads,
-            tokens_path=str(tokens["path"]),
-            tokens={key: tokens[key] for key in ("hash", "real_tokens", "padded_tokens")},
-        )
+        tokens = executor.prepare_tokens(study.workload, keep=False)
+        site = site_of(study.workload, tokens, greet(executor, [variant]).device)
         try:
             worker = executor.launch()
         except WorkerLostError as lost:
             raise InvalidRunError(f"{variant.name}: {lost}") from None
         stack.callback(worker.close)
-        trial = _Trial(plan, slot, site, worker, say)
-        has = free_bytes(machine) or machine.device_memory_bytes or machine.memory_bytes
+        place = executor.make_place(slot.trial, slot.trial)
+        trial = _Trial(plan, slot, site, place, worker, say)
+        has = executor.free_bytes() or machine.device_memory_bytes or machine.memory_bytes
         rates: dict[str, Rate] = {"product": product_rate(variant), "memory": "memory"}
         trial.conduct(list(rates.values()))
-        by_rate = trial.read(dict[str, Peak], PEAKS)
+        found = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lorameter-")))
+
+        def read(kind: Any, name: str) -> Any:
+            """What the trial left in its folder."""
+            text = executor.fetch(slot.trial, name, found).read_text(encoding="utf-8")
+            return codec.from_json(kind, json.loads(text), name)
+
+        by_rate = read(dict[str, Peak], PEAKS)
         measured = {name: by_rate[rate] for name, rate in rates.items() if rate in by_rate}
         stated = {name: peak for name, rate in rates.items() if (peak := stated_peak(machine.device_name, rate))}
         profile = Profile(
@@ -111,13 +107,13 @@ def profile_variant(
             wide_registers=machine.avx512_bf16,
             memory_bytes=has,
             record=trial.record.replaced(notices=(*notices, *trial.record.notices)),
-            activity=trial.read(Activity, ACTIVITY),
-            memory={phase: trial.read(MemoryAccount, name) for phase, name in ACCOUNTS.items()},
+            activity=read(Activity, ACTIVITY),
+            memory={phase: read(MemoryAccount, name) for phase, name in ACCOUNTS.items()},
             peaks=measured | stated,
             measured_peaks=measured,
             estimates=_estimates(variant, study.workload, machine.device),
         )
-        shutil.move(trial.folder / TRACE, folder / TRACE)
+        executor.fetch(slot.trial, TRACE, folder)
     (folder / DOCUMENT).write_text(codec.dumps(profile, indent=1) + "\n", encoding="utf-8")
     return profile, folder
 
@@ -138,13 +134,14 @@ def _estimates(variant: Variant, workload: Workload, device: str) -> dict[str, d
 class _Trial:
     """One solo trial, command by command."""
 
-    def __init__(self, plan: Plan, slot: Slot, site: Site, worker: Worker, say: Callable[[str], None]) -> None:
-        self._request = request_of(plan, slot, site, slot.trial)
+    def __init__(
+        self, plan: Plan, slot: Slot, site: Site, place: Place, worker: Worker, say: Callable[[str], None]
+    ) -> None:
+        self._request = request_of(plan, slot, site, place)
         self._requests = max(LEAST_REQUESTS, plan.study.protocol.generate_requests)
         self._worker = worker
         self._say = say
-        self.folder = Path(self._request.scratch)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._asked = ""
         begun = time.time()
         self.record: TrialRecord = begin_record(plan, slot, "ok").replaced(started_unix_s=begun, tokens=site.tokens)
 
@@ -158,7 +155,6 @@ class _Trial:
         self._ask("account", phase="train")
         self._ask("profile")
         self._ask("begin_generate")
-        self._say("decoding")
         for _ in range(self._requests):
             self._ask("request")
         self._ask("end_generate")
@@ -167,13 +163,10 @@ class _Trial:
         self._ask("activity")
         self.record = self.record.replaced(wall_time_s=time.time() - self.record.started_unix_s)
 
-    def read(self, kind: Any, name: str) -> Any:
-        """What the trial left in its folder."""
-        return codec.from_json(kind, json.loads((self.folder / name).read_text(encoding="utf-8")), name)
-
     def _ask(self, command: str, **arguments: Any) -> Fragment:
-        if command in _WORDS:
-            self._say(_WORDS[command])
+        if command != self._asked:
+            self._say(COMMANDS[command].says)
+        self._asked = command
         request = self._request
         try:
             fragment = self._worker.ask(command, request.trial, request.protocol.step_timeout_s, **arguments)
@@ -187,16 +180,3 @@ class _Trial:
                 f"{request.variant.name}: {fragment.status} in {command}: {said}. The log is {request.log_path}."
             )
         return fragment
-
-
-_WORDS = {
-    "prepare": "starting",
-    "build": "building",
-    "verify": "checking what runs",
-    "warm_up": "warming up",
-    "account": "counting memory",
-    "profile": "taking steps apart",
-    "activity": "recording what runs in a step",
-    "begin_generate": "first call",
-    "peak": "measuring what the device does at best",
-}

@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 from harness.errors import InvalidRunError, UsageError
 from harness.records import codec, journal
+from harness.records.document import write_document
 from harness.records.evidence import EvidenceFile, LostEvidenceError
 from harness.records.locks import alone, is_locked
 from harness.records.record import SCHEMA, Notice, TrialRecord, require_readable
@@ -124,13 +125,7 @@ class RunWriter:
         self._write_manifest()
 
     def _write_manifest(self) -> None:
-        target = self.path / "manifest.json"
-        draft = target.with_suffix(".tmp")
-        with draft.open("w", encoding="utf-8") as file:
-            file.write(codec.dumps(self._manifest, indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(target)
+        write_document(self.path / "manifest.json", self._manifest)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

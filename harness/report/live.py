@@ -17,22 +17,7 @@ from harness.records.units import format_duration
 from harness.report.drawing import draw_text
 from harness.report.table import make_visible
 from harness.run.plan import Plan, Slot
-
-_PHASE_WORDS = {
-    "build": "building",
-    "verify": "checking",
-    "warm_up": "warming up",
-    "turn": "timing steps",
-    "train": "training on, untimed",
-    "finish_training": "held-out loss and memory",
-    "save_adapter": "saving the adapter",
-    "begin_generate": "first call",
-    "request": "timing requests",
-    "natural": "timing whole answers",
-    "untrained": "answers before training",
-    "merge": "merging the adapter",
-    "cold": "cold start",
-}
+from harness.studies.command import COMMANDS
 
 
 class LiveDisplay:
@@ -77,7 +62,7 @@ class LiveDisplay:
 
     def trial_phase(self, slot: Slot, phase: str) -> None:
         """Show the trial's new phase."""
-        words = _PHASE_WORDS.get(phase, phase)
+        words = COMMANDS[phase].says
         role = " (control)" if slot.role == "control" else ""
         self._progress.update(
             self._task,

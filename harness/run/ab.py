@@ -20,10 +20,11 @@ from harness.records.record import Interleaving, Notice, Side
 from harness.records.store import Run
 from harness.records.units import format_bytes
 from harness.run.contenders import CONTROL_SUFFIX, Contender
-from harness.run.executors.host import Host, describe
+from harness.run.executors import open_executor
+from harness.run.executors.host import Host
 from harness.run.executors.sides import open_side
 from harness.run.feasibility import check_feasible
-from harness.run.forecast import free_bytes, most_of, together_bytes
+from harness.run.forecast import most_of, together_bytes
 from harness.run.levels import fits
 from harness.run.measure import Arm, Display, measure
 from harness.run.plan import Plan, make_plan
@@ -38,6 +39,7 @@ def plan_ab(
     study: Study,
     machine: Machine,
     *,
+    free_bytes: int | None,
     select: Sequence[str] = (),
     phases: Sequence[str] = DEFAULT_PHASES,
     injected_rows: int = 0,
@@ -48,6 +50,7 @@ def plan_ab(
     Args:
         study: what to measure on either side.
         machine: where.
+        free_bytes: memory that is free there now; None where it cannot be known.
         select: names of variants; empty for all. The reference carries the control, or the first that is selected.
         phases: "train", "generate", "cold"; training always runs.
         injected_rows: extra work in the candidate's adapters (`trial.building.injection`); 0 in an honest A/B.
@@ -59,8 +62,8 @@ def plan_ab(
     study = _locate(study)
     variants = [study.variant(name) for name in dict.fromkeys(select)] or list(study.variants)
     contenders = sides_of(study, variants, injected_rows=injected_rows)
-    notices = check_feasible(study, machine, contenders)
-    level, why = _level(variants, study, machine, runs)
+    notices = check_feasible(study, machine, contenders, free_bytes=free_bytes)
+    level, why = _level(variants, study, machine, free_bytes, runs)
     return make_plan(study, contenders=contenders, phases=phases, interleaving=level, why=why), notices
 
 
@@ -77,7 +80,6 @@ def sides_of(study: Study, variants: Sequence[Variant], *, injected_rows: int = 
 
 def measure_ab(
     plan: Plan,
-    machine: Machine,
     *,
     base: str,
     candidate: str,
@@ -91,7 +93,6 @@ def measure_ab(
 
     Args:
         plan: from `plan_ab`.
-        machine: where.
         base: a revision, an interpreter or requirements (`harness.run.executors.sides`).
         candidate: the same.
         repository: a folder in the repository whose revisions are meant.
@@ -110,8 +111,8 @@ def measure_ab(
         for name, spec in specs:
             side = stack.enter_context(open_side(spec, repository=repository, cache=cache))
             about = {"spec": side.spec, "kind": side.kind, "label": side.label}
-            arms += arms_of(name, side.host, describe(side.host), side.declared, about)
-        return measure(plan, machine, runs=runs, display=display, notices=notices, arms=arms)
+            arms += arms_of(name, side.host, side.declared, about)
+        return measure(plan, runs=runs, display=display, notices=notices, arms=arms)
 
 
 def _locate(study: Study) -> Study:
@@ -129,19 +130,22 @@ def _locate(study: Study) -> Study:
 def arms_of(
     side: Side,
     host: Host,
-    facts: Mapping[str, Any] | None,
     declared: tuple[str, ...],
     about: Mapping[str, Any],
 ) -> list[Arm]:
-    """The zygotes of one side; the base has a second one for its control (see `Arm` for the reason)."""
+    """Where one side is measured; the base has a second executor for its control (see `Arm` for the reason)."""
     names = [side, CONTROL_SUFFIX] if side == "base" else [side]
-    return [Arm(name=name, side=side, host=host, facts=facts, declared=declared, about=about) for name in names]
+    return [
+        Arm(name=name, side=side, executor=open_executor(host=host, label=name), declared=declared, about=about)
+        for name in names
+    ]
 
 
-def _level(variants: Sequence[Variant], study: Study, machine: Machine, runs: Path | None) -> tuple[Interleaving, str]:
+def _level(
+    variants: Sequence[Variant], study: Study, machine: Machine, free: int | None, runs: Path | None
+) -> tuple[Interleaving, str]:
     """Lockstep if three live processes of the largest variant fit."""
     needed = most_of(together_bytes([variant] * 3, study.workload, machine, runs) for variant in variants)
-    free = free_bytes(machine)
     if free is None:
         return "replicates", "how much memory is free cannot be known"
     if needed is None:

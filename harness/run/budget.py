@@ -14,16 +14,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 from harness.run.plan import Group
+from harness.studies.command import ROUNDS, Kind
 from harness.studies.study import Study
 
 T = TypeVar("T")
-Kind = Literal["steps", "epochs", "requests", "natural", "merged"]
-KINDS: tuple[Kind, ...] = ("steps", "epochs", "requests", "natural", "merged")
-"""Rounds in the order in which a group has them: timed turns, untimed ones for what they leave of the epochs, requests
-of a fixed length, those that the model ends, those with the adapter merged."""
+KINDS = tuple(ROUNDS)
+"""Rounds in the order in which a group has them."""
 STANDS_FOR: dict[Kind, Kind] = {
     "epochs": "steps",
     "requests": "steps",

@@ -6,18 +6,18 @@ its commands as well, so that killing the parent costs a part of the group's tim
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any, Protocol
 
 from harness.records import codec
 from harness.records.record import UNDER_WAY, Failure, Fragment, Measure, Status, TrialRecord
-from harness.run.budget import Budget, Kind
+from harness.run.budget import Budget
 from harness.run.executors import Executor, Worker, WorkerLostError
 from harness.run.plan import Group, Plan, Slot
 from harness.run.site import Site, begin_record, request_of
+from harness.studies.command import COMMANDS, ROUNDS, Command, Kind
+from harness.studies.request import TrialRequest
 
 CHECKPOINT_S = 30.0
 """Records of trials under way are saved no more often than this: a sync costs milliseconds, and shorter groups are
@@ -63,6 +63,7 @@ class Conductor:
         self._records = {slot.trial: begin_record(plan, slot, "ok").replaced(attempt=attempt) for slot in group.slots}
         self._begun: dict[str, float] = {}
         self._workers: dict[str, Worker] = {}
+        self._requests: dict[str, TrialRequest] = {}
         self._timeout = plan.study.protocol.step_timeout_s
 
     def measure(self) -> None:
@@ -78,15 +79,14 @@ class Conductor:
             # A trial ends by evaluating or by loading its model once more, which is what building it took.
             self._budget.foresee(building_s + self._catching_up_s(), len(self._slots))
             self._train()
-            self._each("save_adapter", "cold")
-            if "generate" in self._plan.phases:
-                self._each("begin_generate")
-                self._in_turns("requests", self._group.requests, "request")
-                self._in_turns("natural", self._group.natural, "natural")
-                self._each("untrained", "natural")
-                self._each("end_generate", "peaks")
-                self._each("merge", "merged")
-                self._in_turns("merged", self._group.requests, "request")
+            self._each("save_adapter")
+            self._each("begin_generate")
+            self._in_turns("requests", self._group.requests)
+            self._in_turns("natural", self._group.natural)
+            self._each("untrained")
+            self._each("end_generate")
+            self._each("merge")
+            self._in_turns("merged", self._group.requests)
             if any(len(launch) > 1 for launch in self._group.launches):
                 self._each("close")
         finally:
@@ -95,14 +95,14 @@ class Conductor:
         for trial in self._live("cold"):  # all processes have ended: nothing shares the device with a cold start
             self._watcher.trial_phase(self._slots[trial], "cold")
             self._add(trial, self._cold(trial))
-        for trial in self._records:  # adapters and compile caches of a long run would fill the disk
-            shutil.rmtree(self._site.scratch / trial, ignore_errors=True)
+        for slot in self._group.slots:
+            self._executors[slot.arm].clear_place(slot.trial)
 
     def _train(self) -> None:
         """The timed turns and the untimed steps that they leave; fewer of both where the time does not suffice."""
         protocol = self._plan.study.protocol
         begin, saving_s = time.monotonic(), self._saving_s
-        turns = self._in_turns("steps", self._group.turns, "turn", steps=protocol.steps_per_turn)
+        turns = self._in_turns("steps", self._group.turns, steps=protocol.steps_per_turn)
         wall_time_s = time.monotonic() - begin - (self._saving_s - saving_s)
         timed = self._live("steps")
         for trial in timed:
@@ -110,7 +110,7 @@ class Conductor:
         planned = max((self._slots[trial].contender.rounds_after_turns(protocol) for trial in timed), default=0)
         orders = tuple(self._group.turns[number % len(self._group.turns)] for number in range(planned))
         # In rounds as well: a command that trained for hours could neither be cut nor be told from one that hangs.
-        untimed = self._in_turns("epochs", orders, "train", steps=protocol.steps_per_turn)
+        untimed = self._in_turns("epochs", orders, steps=protocol.steps_per_turn)
         dropped = len(self._group.turns) - turns
         if timed and (dropped or untimed < planned):
             last = protocol.total_steps + (untimed - dropped) * protocol.steps_per_turn
@@ -160,8 +160,8 @@ class Conductor:
             self._add(slot.trial, Fragment(values={"start_latency_s": worker.start_latency_s}))
             log = launch[0].trial if len(launch) > 1 else slot.trial  # trials of one process print into one log
             self._records[slot.trial] = self._records[slot.trial].replaced(log=f"logs/{log}.log")
-            request = request_of(self._plan, slot, self._site, log)
-            Path(request.scratch).mkdir(parents=True, exist_ok=True)
+            place = self._executors[slot.arm].make_place(slot.trial, log)
+            request = self._requests[slot.trial] = request_of(self._plan, slot, self._site, place)
             self._ask(slot.trial, "prepare", request=codec.to_json(request))
 
     def _live(self, measure: Measure | None = None) -> list[str]:
@@ -172,13 +172,24 @@ class Conductor:
             if record.status == "ok" and (measure is None or measure in self._slots[trial].measures)
         ]
 
-    def _each(self, command: str, measure: Measure | None = None, **arguments: Any) -> None:
-        for trial in self._live(measure):
-            self._ask(trial, command, **arguments)
-        self._checkpoint(command)
+    def _due(self, command: Command) -> bool:
+        """Whether the plan has the command's phase; training is part of every plan."""
+        return command.phase == "train" or command.phase in self._plan.phases
 
-    def _in_turns(self, kind: Kind, rounds: tuple[tuple[str, ...], ...], command: str, **arguments: Any) -> int:
+    def _each(self, word: str, **arguments: Any) -> None:
+        """One command of all trials that are there for it, one after the other."""
+        command = COMMANDS[word]
+        if not self._due(command):
+            return
+        for trial in self._live(command.measure):
+            self._ask(trial, word, **arguments)
+        self._checkpoint(word)
+
+    def _in_turns(self, kind: Kind, rounds: tuple[tuple[str, ...], ...], **arguments: Any) -> int:
         """The rounds that the time allows, each by all trials that are there for it; returns how many these were."""
+        command = ROUNDS[kind]
+        if not self._due(command):
+            return len(rounds)
         measuring = self._live("steps" if kind == "epochs" else kind)
         if not rounds or not measuring:
             return len(rounds)
@@ -186,9 +197,9 @@ class Conductor:
         for order in self._budget.rounds(kind, rounds, len(measuring)):
             for trial in order:
                 if trial in measuring:
-                    self._ask(trial, command, **arguments)
+                    self._ask(trial, command.word, **arguments)
             taken += 1
-            self._checkpoint(command)
+            self._checkpoint(command.word)
         if taken < len(rounds):
             counts = {f"{kind}_rounds": float(taken), f"{kind}_rounds_planned": float(len(rounds))}
             for trial in measuring:
@@ -215,7 +226,7 @@ class Conductor:
     def _ask(self, trial: str, command: str, **arguments: Any) -> None:
         if self._records[trial].status != "ok":
             return
-        if command != "prepare":
+        if COMMANDS[command].by == "trial":
             self._watcher.trial_phase(self._slots[trial], command)
         worker = self._workers[trial]
         try:
@@ -225,12 +236,11 @@ class Conductor:
                 if host is worker and self._records[other].status == "ok":
                     self._add(other, Fragment().failed(lost.status, lost.failure))
             return
-        self._add(trial, fragment, turn=arguments.get("steps") if command == "turn" else None)
+        self._add(trial, fragment, turn=arguments["steps"] if COMMANDS[command] is ROUNDS["steps"] else None)
 
     def _cold(self, trial: str) -> Fragment:
         try:
-            slot = self._slots[trial]
-            fragment = self._executors[slot.arm].cold_start(request_of(self._plan, slot, self._site, trial))
+            fragment = self._executors[self._slots[trial].arm].cold_start(self._requests[trial])
         except WorkerLostError as lost:
             return Fragment().failed(lost.status, lost.failure)
         warm, cold = self._records[trial].tokens.get("completion"), fragment.tokens.get("cold_completion")

@@ -20,7 +20,6 @@ from harness.models.shapes import ModelShape, linear_layers, unknown_layers
 from harness.records.record import Notice
 from harness.records.units import format_bytes
 from harness.run.contenders import Contender, contenders_of, workloads_of
-from harness.run.forecast import free_bytes
 from harness.studies.study import Study
 from harness.studies.variant import Variant
 from harness.studies.workload import SYNTHETIC, Workload
@@ -31,8 +30,16 @@ NF4_BLOCK = 64
 """Elements per quantisation block, bitsandbytes' default."""
 
 
-def check_feasible(study: Study, machine: Machine, contenders: Sequence[Contender] = ()) -> tuple[Notice, ...]:
-    """Refuse a study that this model or machine cannot run; `contenders` are those selected, all if left out.
+def check_feasible(
+    study: Study, machine: Machine, contenders: Sequence[Contender] = (), *, free_bytes: int | None = None
+) -> tuple[Notice, ...]:
+    """Refuse a study that this model or machine cannot run.
+
+    Args:
+        study: what is to be measured.
+        machine: where.
+        contenders: those selected; all if left out.
+        free_bytes: memory that is free there now; None where it is not known.
 
     Returns:
         Notices for what runs but should be known.
@@ -46,7 +53,7 @@ def check_feasible(study: Study, machine: Machine, contenders: Sequence[Contende
     for workload in workloads_of(study, contenders):
         _check_lengths(study.name, workload, shape)
     _check_data(study)
-    free, unknown = free_bytes(machine), unknown_layers(shape)
+    unknown = unknown_layers(shape)
     notices: list[Notice] = []
     for variant, workload in {one.variant.name: (one.variant, one.workload) for one in contenders}.values():
         where = f"study {study.name}, variant {variant.name!r}"
@@ -60,7 +67,7 @@ def check_feasible(study: Study, machine: Machine, contenders: Sequence[Contende
         notices += _rank_notices(variant, shape)
         expected = estimate_memory(variant, workload, shape, device=machine.device, stored=stored)
         _check_memory(where, expected, machine)
-        notices += memory_notices(variant, expected, machine, free)
+        notices += memory_notices(variant, expected, machine, free_bytes)
     if unknown:
         notices.append(layers_notice(study.workload.model, unknown))
     if source.random:

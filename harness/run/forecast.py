@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.errors import LorameterError
-from harness.machine.provenance import Machine, free_device_memory
-from harness.machine.system import memory_available_bytes
+from harness.machine.provenance import Machine
 from harness.models import catalogue, shapes
 from harness.models.costs.lora import adapter_parameters
 from harness.models.costs.memory import CUDA_CONTEXT_BYTES, estimate_memory, stored_dtype
@@ -116,14 +115,6 @@ def needed_bytes(
         return estimate_memory(variant, workload, shape, device=device, stored=stored).needed_bytes
 
     return {variant.name: need(variant) for variant in variants}
-
-
-def free_bytes(machine: Machine) -> int | None:
-    """Memory that processes could take on the measuring device now, or in a container with a limit what that leaves.
-
-    None where NVML or the kernel does not say.
-    """
-    return free_device_memory() if machine.device == "cuda" else memory_available_bytes().value
 
 
 def measured_peaks(workload: Workload, machine: Machine, runs: Path, kind: str) -> dict[str, int]:

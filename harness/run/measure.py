@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,24 +16,23 @@ from typing import Any, Protocol
 
 from harness.errors import InvalidRunError
 from harness.machine import provenance
-from harness.machine.provenance import Machine
+from harness.machine.provenance import Facts, Machine
 from harness.records import codec, store
 from harness.records.metrics import PHASES
+from harness.records.preparation import Hello, TokenSummary
 from harness.records.record import Notice, Side
 from harness.records.store import Manifest, Run, RunWriter
 from harness.run.budget import Budget
 from harness.run.conductor import Watcher
 from harness.run.contenders import contenders_of, variants_of, workloads_of
-from harness.run.executors import Executor
-from harness.run.executors.host import Host
-from harness.run.executors.local import LocalExecutor
+from harness.run.executors import Executor, open_executor
 from harness.run.feasibility import check_feasible
-from harness.run.forecast import free_bytes, together_bytes, total_of
+from harness.run.forecast import together_bytes, total_of
 from harness.run.levels import choose_level
 from harness.run.plan import Plan, make_plan
 from harness.run.resume import continue_manifest
 from harness.run.runner import Measured, find_unsettled, keep_records, run_plan
-from harness.run.site import Site
+from harness.run.site import Site, site_of
 from harness.run.stopping import Stopping
 from harness.studies.study import Study
 from harness.studies.variant import Variant
@@ -52,6 +50,7 @@ def plan_study(
     study: Study,
     machine: Machine,
     *,
+    free_bytes: int | None,
     select: Sequence[str] = (),
     phases: Sequence[str] = PHASES,
     interleaving: str | None = None,
@@ -63,6 +62,7 @@ def plan_study(
     Args:
         study: what to measure.
         machine: where.
+        free_bytes: memory that is free there now; None where it cannot be known.
         select: names of variants; empty for all.
         phases: what to measure of them.
         interleaving: a level to use instead.
@@ -74,14 +74,14 @@ def plan_study(
     """
     contenders = contenders_of(study, select, own_workloads)
     workloads = workloads_of(study, contenders)
-    notices = check_feasible(study, machine, contenders)
+    notices = check_feasible(study, machine, contenders, free_bytes=free_bytes)
     level, why = choose_level(
         variants_of(contenders),
         together_bytes=total_of(
             together_bytes([one.variant for one in contenders if one.workload == workload], workload, machine, runs)
             for workload in workloads
         ),
-        free_bytes=free_bytes(machine),
+        free_bytes=free_bytes,
         asked=interleaving,
         workloads=len(workloads),
     )
@@ -90,8 +90,8 @@ def plan_study(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arm:
-    """Where trials of a run are measured: a zygote of its own. A run without sides has one, in the present interpreter,
-    or one for each of those that it compares where these differ in threads.
+    """Where trials of a run are measured: an executor of its own. A run without sides has one, or one for each of those
+    that it compares where these differ in threads.
 
     Processes of one zygote share its pages, and each finds them warm in the caches when the other has just run. So
     what is compared in an A/B must come from one zygote or each from its own: with base and control from one zygote,
@@ -99,10 +99,9 @@ class Arm:
     """
 
     name: str = ""
+    executor: Executor
+    """Not started yet."""
     side: Side = ""
-    host: Host = field(default_factory=Host)
-    facts: Mapping[str, Any] | None = None
-    """What the host says of itself (`executors.host.describe`); None for the present interpreter."""
     declared: tuple[str, ...] = ()
     """Fields of the provenance in which this side is meant to differ."""
     about: Mapping[str, Any] = field(default_factory=dict)
@@ -111,7 +110,6 @@ class Arm:
 
 def measure(
     plan: Plan,
-    machine: Machine,
     *,
     runs: Path,
     display: Display,
@@ -123,11 +121,11 @@ def measure(
 
     Args:
         plan: what to measure.
-        machine: where.
         runs: where the run is written.
         display: shows what is going on.
         notices: what was known before.
-        arms: the processes that trials are measured by; those that the plan names, in this interpreter, if left out.
+        arms: where trials are measured, on one machine; those that the plan names, of the present interpreter, if left
+            out.
         resume: id of a run of this plan (`harness.run.resume`) to go on with; None for a new one.
 
     Raises:
@@ -136,7 +134,8 @@ def measure(
     """
     study = plan.study
     threads = {slot.arm: slot.workload.threads for slot in plan.slots}
-    arms = arms or [Arm(name=name) for name in threads]
+    arms = arms or [Arm(name=name, executor=open_executor(label=name)) for name in threads]
+    executors = {arm.name: arm.executor for arm in arms}
     first = arms[0]
     run_id = resume or store.new_run_id(study.name)
     with contextlib.ExitStack() as stack:
@@ -147,23 +146,17 @@ def measure(
         known = () if earlier is None else earlier.records
         groups = find_unsettled(plan, known)
         display.starting(dataclasses.replace(plan, groups=groups), run_id)
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lorameter-")))
-        logs = runs / run_id / "logs"
-        logs.mkdir(parents=True, exist_ok=True)
-        executors: dict[str, Executor] = {}
-        for arm in arms:
-            executor = LocalExecutor(threads=threads[arm.name], log_dir=logs, host=arm.host, label=arm.name)
+        for name, executor in executors.items():
             stack.callback(executor.close)
-            executor.start()
-            executors[arm.name] = executor
-        prepared = {  # while the workers import
-            workload: executors[first.name].prepare_tokens(workload, str(runs / run_id)) for workload in plan.workloads
-        }
+            executor.start(runs / run_id, threads[name])
+        # While the workers import:
+        prepared = {workload: first.executor.prepare_tokens(workload) for workload in plan.workloads}
         tokens = _tokens(plan, prepared)
         variants = [slot.variant for slot in plan.slots]
-        hellos = {name: greet(executor, machine, variants) for name, executor in executors.items()}
+        hellos = {name: greet(executor, variants) for name, executor in executors.items()}
+        there = {arm.name: arm.executor.facts() for arm in arms if arm is first or arm.name == arm.side}
         facts = provenance.collect(
-            study, machine, study.workload.threads, hellos[first.name], first.facts, plan.own_workloads
+            study, there[first.name], study.workload.threads, hellos[first.name], plan.own_workloads
         )
         declared = sorted({name for arm in arms for name in arm.declared})
         if earlier is not None:
@@ -184,10 +177,10 @@ def measure(
                 fingerprint=provenance.fingerprint(facts, without=declared),
                 tokens=tokens,
                 notices=notices,
-                sides=_sides(arms, hellos),
+                sides=_sides(arms, hellos, there),
             )
         writer = RunWriter(runs, manifest)
-        site = _site(plan, prepared, run_path=writer.path, scratch=scratch, device=machine.device)
+        site = _site(plan, prepared, hellos[first.name].device)
         status: store.RunStatus = "failed"
         stopped: str | None = None
         trials: list[str] | None = None
@@ -211,57 +204,44 @@ def measure(
     return store.read_run(str(writer.path), runs)
 
 
-def _tokens(plan: Plan, prepared: Mapping[Workload, Mapping[str, Any]]) -> dict[str, Any]:
+def _tokens(plan: Plan, prepared: Mapping[Workload, TokenSummary]) -> dict[str, Any]:
     """What the manifest says of the tokens: those of the study's workload, and `own`, by variant, those of others."""
     said = {
-        workload: {key: value for key, value in tokens.items() if key != "path"}
+        workload: {key: value for key, value in codec.to_json(tokens).items() if key != "path"}
         for workload, tokens in prepared.items()
     }
     own = {name: said[workload] for name, workload in plan.own_workloads.items()}
     return said[plan.study.workload] | ({"own": own} if own else {})
 
 
-def _site(
-    plan: Plan, prepared: Mapping[Workload, Mapping[str, Any]], *, run_path: Path, scratch: Path, device: str
-) -> Site:
-    """Where the run happens, on the study's workload and on the others."""
-
-    def site(workload: Workload) -> Site:
-        tokens = prepared[workload]
-        return Site(
-            run_path=run_path,
-            scratch=scratch,
-            device=device,
-            threads=workload.threads,
-            tokens_path=str(Path(tokens["path"]).resolve()),
-            tokens={key: tokens[key] for key in ("hash", "real_tokens", "padded_tokens")},
-        )
-
-    own = {workload: site(workload) for workload in plan.workloads if workload != plan.study.workload}
-    return dataclasses.replace(site(plan.study.workload), own=own)
+def _site(plan: Plan, prepared: Mapping[Workload, TokenSummary], device: str) -> Site:
+    """What the requests on the study's workload have in common, and what those on the others do."""
+    sites = {workload: site_of(workload, tokens, device) for workload, tokens in prepared.items()}
+    study = sites.pop(plan.study.workload)
+    return dataclasses.replace(study, own=sites)
 
 
-def _sides(arms: Sequence[Arm], hellos: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def _sides(arms: Sequence[Arm], hellos: Mapping[str, Hello], facts: Mapping[str, Facts]) -> dict[str, Any]:
     """What the manifest says of the sides of an A/B."""
     return {
-        arm.side: {**arm.about, "declared": list(arm.declared), "worker": hellos[arm.name].get("harness")}
-        | {"facts": arm.facts}
+        arm.side: {**arm.about, "declared": list(arm.declared), "worker": hellos[arm.name].harness}
+        | {"facts": facts[arm.name].host}
         for arm in arms
         if arm.side and arm.name == arm.side
     }
 
 
-def greet(executor: Executor, machine: Machine, variants: Iterable[Variant]) -> dict[str, Any]:
-    """What a worker says of itself. Raises `InvalidRunError` if it cannot measure these variants on this machine."""
-    hello = executor.hello()
-    if hello["device"] != machine.device:
+def greet(executor: Executor, variants: Iterable[Variant]) -> Hello:
+    """What a worker says of itself. Raises `InvalidRunError` if it cannot measure these variants on its machine."""
+    hello, machine = executor.hello(), executor.machine()
+    if hello.device != machine.device:
         raise InvalidRunError(
-            f"the worker measures on {hello['device']!r} and the plan was made for {machine.device!r}: torch and "
+            f"the worker measures on {hello.device!r} and the plan was made for {machine.device!r}: torch and "
             "NVML disagree about the device. Check the driver with nvidia-smi and CUDA_VISIBLE_DEVICES."
         )
     needing = next((variant.name for variant in variants if variant.needs_bitsandbytes), None)
-    if needing and hello.get("lacks"):
-        raise InvalidRunError(f"{needing} cannot be measured here: {hello['lacks']}.")
+    if needing and hello.lacks:
+        raise InvalidRunError(f"{needing} cannot be measured here: {hello.lacks}.")
     return hello
 
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from harness.errors import UsageError
 from harness.machine import provenance
-from harness.machine.provenance import Machine
+from harness.machine.provenance import Facts
 from harness.records import codec, store
 from harness.records.record import Notice
 from harness.records.store import Manifest, Resumption, Run
@@ -25,6 +25,20 @@ from harness.run.plan import Plan, make_plan
 from harness.studies.study import Study
 from harness.studies.workload import Workload
 from harness.verdicts.comparand import differences
+
+SETTLED_OPTIONS = (
+    "effort", "replicates", "profile", "model", "data", "variant", "phase", "interleave", "precision",
+)  # fmt: skip
+"""Options of either door that make a study and its plan; a run that is gone on with has both."""
+
+
+def refuse_settled(resume: str, given: Sequence[str]) -> None:
+    """Raises `UsageError`, by the name of the option that resumes, for options given that the run has settled."""
+    if given:
+        raise UsageError(
+            f"{resume}: {', '.join(given)} would change the study or the plan, which the run holds. Leave the option "
+            "out, or measure a new run."
+        )
 
 
 def read_broken_off(name: str, runs: Path, *, study: str | None = None) -> Run:
@@ -62,12 +76,12 @@ def study_of(run: Run) -> Study:
     return codec.from_json(Study, run.manifest.study, f"run {run.manifest.run}")
 
 
-def plan_again(run: Run, machine: Machine, *, max_minutes: float | None = None) -> Plan:
+def plan_again(run: Run, facts: Facts, *, max_minutes: float | None = None) -> Plan:
     """The plan of a run as it was made, on the machine on which it was made.
 
     Args:
         run: the run.
-        machine: the present one.
+        facts: of the present one.
         max_minutes: a limit in place of the study's; either counts from now on.
 
     Raises:
@@ -75,11 +89,11 @@ def plan_again(run: Run, machine: Machine, *, max_minutes: float | None = None) 
     """
     manifest, study = run.manifest, study_of(run)
     own = codec.from_json(dict[str, Workload], manifest.own_workloads, f"run {manifest.run}")
-    facts = provenance.collect(study, machine, study.workload.threads, {}, own_workloads=own)
+    here = provenance.collect(study, facts, study.workload.threads, own_workloads=own)
     before = provenance.comparable(manifest.provenance)
     unknown = () if provenance.POWER_LIMIT in before else (provenance.POWER_LIMIT,)  # it was not recorded then
-    if provenance.fingerprint(facts, without=unknown) != manifest.fingerprint:
-        before, now = codec.to_json(before), codec.to_json(provenance.comparable(facts, without=unknown))
+    if provenance.fingerprint(here, without=unknown) != manifest.fingerprint:
+        before, now = codec.to_json(before), codec.to_json(provenance.comparable(here, without=unknown))
         said = "; ".join(f"{one.field}: {one.base!r} then, {one.candidate!r} now" for one in differences(before, now))
         raise UsageError(
             f"run {manifest.run}: it cannot be gone on with here, because its trials would be of two kinds: {said}. "

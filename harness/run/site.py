@@ -1,13 +1,14 @@
-"""Where trials run, and what a worker is asked there: folders, device, threads, tokens."""
+"""What a worker is asked: what the requests of a run have in common, and what is a trial's own."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from harness.records.preparation import TokenSummary
 from harness.records.record import Status, TrialRecord
+from harness.run.executors import Place
 from harness.run.plan import Plan, Slot
 from harness.studies.request import TrialRequest
 from harness.studies.workload import Workload
@@ -15,10 +16,8 @@ from harness.studies.workload import Workload
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Site:
-    """Where a run happens: what every request of it has in common."""
+    """What every request of a run has in common; paths are those of the machine that measures."""
 
-    run_path: Path
-    scratch: Path
     device: str
     threads: int
     tokens_path: str
@@ -29,6 +28,12 @@ class Site:
     def of(self, workload: Workload) -> Site:
         """What the requests on this workload have in common."""
         return self.own.get(workload, self)
+
+
+def site_of(workload: Workload, tokens: TokenSummary, device: str) -> Site:
+    """The site of trials that are measured on one workload."""
+    known = {"hash": tokens.hash, "real_tokens": tokens.real_tokens, "padded_tokens": tokens.padded_tokens}
+    return Site(device=device, threads=workload.threads, tokens_path=tokens.path, tokens=known)
 
 
 def begin_record(plan: Plan, slot: Slot, status: Status) -> TrialRecord:
@@ -50,8 +55,8 @@ def begin_record(plan: Plan, slot: Slot, status: Status) -> TrialRecord:
     )
 
 
-def request_of(plan: Plan, slot: Slot, site: Site, log: str) -> TrialRequest:
-    """All that a worker must know of a trial; `log` names the log of its process."""
+def request_of(plan: Plan, slot: Slot, site: Site, place: Place) -> TrialRequest:
+    """All that a worker must know of a trial."""
     study, site = plan.study, site.of(slot.workload)
     return TrialRequest(
         trial=slot.trial,
@@ -68,8 +73,8 @@ def request_of(plan: Plan, slot: Slot, site: Site, log: str) -> TrialRequest:
         device=site.device,
         threads=site.threads,
         tokens_path=site.tokens_path,
-        scratch=str(site.scratch / slot.trial),
-        log_path=str((site.run_path / "logs" / f"{log}.log").resolve()),
+        scratch=place.scratch,
+        log_path=place.log_path,
         allow_fallback=study.allow_fallback,
         requirements=study.requirements,
     )

@@ -12,6 +12,7 @@ that command lines and type annotations pay nothing.
 from __future__ import annotations
 
 from harness.stats.comparison import Pairing, compare_family, compare_trials, step_down
+from harness.stats.drift import drifts
 from harness.stats.drops import KeptPairs, kept_pairs
 from harness.stats.estimate import Estimate, estimate_trials, is_precise, relative_half_width
 from harness.stats.intervals import bootstrap_interval
@@ -22,7 +23,7 @@ from harness.stats.samples import OutlierLabel, label_outliers
 from harness.stats.shift import RunWideShift, run_wide_shift
 from harness.stats.trend import Share, explained_share
 from harness.stats.verdict import Comparison, Verdict
-from harness.stats.warmup import WarmupKind, WarmupResult, is_steady, warmup_end
+from harness.stats.warmup import is_steady
 
 __all__ = [
     "Comparison",
@@ -34,12 +35,11 @@ __all__ = [
     "RunWideShift",
     "Share",
     "Verdict",
-    "WarmupKind",
-    "WarmupResult",
     "bootstrap_interval",
     "compare_bytes",
     "compare_family",
     "compare_trials",
+    "drifts",
     "effective_size",
     "estimate_trials",
     "explained_share",
@@ -54,5 +54,4 @@ __all__ = [
     "run_wide_shift",
     "sd_interval",
     "step_down",
-    "warmup_end",
 ]

@@ -10,12 +10,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 from harness.errors import UsageError
 from harness.records.metrics import PHASES, Phase
 
-Effort = Literal["quick", "standard", "rigorous"]
 PRECISION_REPLICATES = 40
 """Cap where a precision decides and nothing else is said."""
 EFFORT_REPLICATES: dict[str, int] = {"quick": 3, "standard": 8, "rigorous": 12}

@@ -89,11 +89,6 @@ def load_variant(spec: str, *, profile: str | None = None, device: str = "") -> 
     return study, study.variants[0]
 
 
-def profiles_of(name_or_path: str) -> tuple[str, ...]:
-    """Names of a study's profiles. Raises `UsageError` as `load_study` does."""
-    return tuple(_read(name_or_path, ())[1].get("profile", {}))
-
-
 def _read(name_or_path: str, seen: tuple[str, ...]) -> tuple[Path, dict[str, Any]]:
     """The file and its content, with what it extends filled in."""
     known = builtin_studies()

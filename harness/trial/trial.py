@@ -23,6 +23,7 @@ from harness.errors import LorameterError
 from harness.records import codec
 from harness.records.record import Failure, Fragment, Notice
 from harness.stats import is_steady
+from harness.studies.command import COMMANDS, words_of
 from harness.studies.request import TrialRequest
 from harness.trial.building import lora
 from harness.trial.building.build import Trainee, build
@@ -58,22 +59,7 @@ class Trial:
     this trial's adapter active and its own random numbers.
     """
 
-    COMMANDS: ClassVar[tuple[str, ...]] = (
-        "build",
-        "verify",
-        "warm_up",
-        "turn",
-        "train",
-        "finish_training",
-        "save_adapter",
-        "begin_generate",
-        "request",
-        "natural",
-        "untrained",
-        "end_generate",
-        "merge",
-        "close",
-    )
+    COMMANDS: ClassVar[tuple[str, ...]] = words_of("trial")
 
     def __init__(self, request: TrialRequest, shared: SharedBase) -> None:
         self._request = request
@@ -95,7 +81,7 @@ class Trial:
         if command == "build":
             return method(**arguments)
         with self._built.seat.taken():
-            return self._surroundings.around(command, lambda: method(**arguments))
+            return self._surroundings.around(COMMANDS[command], lambda: method(**arguments))
 
     def build(self) -> Fragment:
         """Load, attach, take the first step."""

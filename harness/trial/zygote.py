@@ -30,7 +30,8 @@ from harness.machine.nvml import compute_capability
 from harness.machine.processes import kill_group
 from harness.machine.provenance import harness_identity
 from harness.models.families import FAMILIES
-from harness.records.record import SCHEMA
+from harness.records import codec
+from harness.records.preparation import Hello
 from harness.trial.serve import send, serve
 
 PRELOAD = ("torch", "transformers", "peft", "bitsandbytes", "harness.trial.trial")
@@ -58,9 +59,7 @@ def zygote(control: socket.socket) -> None:
     gc.collect()
     gc.freeze()  # the collector would otherwise write to shared pages in every child
     import_time_s = time.perf_counter() - begin
-    hello = {"schema": SCHEMA, "harness": harness_identity(), "pid": os.getpid(), "import_time_s": import_time_s}
-    hello |= _device() | {"lacks": _lacks_cuda()}
-    send(control, hello)
+    send(control, codec.to_json(_hello(import_time_s)))
     children: set[int] = set()
     try:
         while True:
@@ -201,11 +200,18 @@ def _cannot_fork() -> str | None:
     return None
 
 
-def _device() -> dict[str, Any]:
-    """What torch sees, asked in the way that does not initialise CUDA (PYTORCH_NVML_BASED_CUDA_CHECK)."""
+def _hello(import_time_s: float) -> Hello:
+    """The device as torch sees it, asked in the way that does not initialise CUDA (PYTORCH_NVML_BASED_CUDA_CHECK)."""
     import torch
 
-    return {"device": "cuda" if torch.cuda.is_available() else "cpu", "torch": torch.__version__}
+    return Hello(
+        harness=harness_identity(),
+        pid=os.getpid(),
+        import_time_s=import_time_s,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        torch=torch.__version__,
+        lacks=_lacks_cuda(),
+    )
 
 
 def _die_with_parent() -> None:

@@ -7,13 +7,13 @@ slow-down that comes in small steps. Accepting is a decision, and a run that is 
 from __future__ import annotations
 
 import json
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from harness.errors import InvalidRunError, UsageError
 from harness.records import codec, store
+from harness.records.document import write_document
 from harness.studies.study import Study
 from harness.verdicts.comparand import Comparand, comparand_of
 from harness.verdicts.standing import standing_of
@@ -96,7 +96,7 @@ def accept(name: str, runs: Path) -> tuple[Baseline, Baseline | None]:
         known = read_baselines(runs)
         replaced = known.of(accepted.fingerprint, accepted.study)
         others = tuple(baseline for baseline in known.baselines if baseline != replaced)
-        _write(runs / FILE, Baselines(baselines=(*others, accepted)))
+        write_document(runs / FILE, Baselines(baselines=(*others, accepted)))
     return accepted, replaced
 
 
@@ -117,15 +117,6 @@ def read_base(name: str, runs: Path, *, fingerprint: str | None, study: str | No
         return comparand_of(store.read_run(baseline.run, runs))
     except UsageError as error:
         raise UsageError(f"the accepted baseline cannot be read: {error} Accept another run.") from None
-
-
-def _write(path: Path, baselines: Baselines) -> None:
-    draft = path.with_suffix(".tmp")
-    with draft.open("w", encoding="utf-8") as file:
-        file.write(codec.dumps(baselines, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
 
 
 def read_comparand(name: str, runs: Path) -> Comparand:

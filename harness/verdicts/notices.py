@@ -11,7 +11,7 @@ from harness.records.metrics import PHASE_TITLES, Phase
 from harness.records.record import Notice, TrialRecord
 from harness.records.store import Run
 from harness.records.units import format_ratio
-from harness.stats import Comparison, label_outliers, warmup_end
+from harness.stats import Comparison, drifts, label_outliers
 from harness.studies.study import Study
 from harness.verdicts.disturbance import disturbances
 from harness.verdicts.series import OCCUPANCY_FLOOR, is_difference, occupancy
@@ -116,8 +116,7 @@ def _warmup(ok: list[TrialRecord]) -> Iterator[Notice]:
 def _drift(ok: list[TrialRecord]) -> Iterator[Notice]:
     """Trials whose timed steps change level: a clock that throttles, a leak, a neighbour that came or went."""
     timed = [record for record in ok if len(record.samples.get("step_time_s", ())) >= LEAST_STEPS_FOR_DRIFT]
-    kinds = {record.trial: warmup_end(record.samples["step_time_s"], tolerance=DRIFT).kind for record in timed}
-    changing = [trial for trial, kind in kinds.items() if kind in ("slowdown", "no_steady_state")]
+    changing = [record.trial for record in timed if drifts(record.samples["step_time_s"], tolerance=DRIFT)]
     if changing:
         yield Notice(
             code="drift",

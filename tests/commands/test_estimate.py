@@ -48,18 +48,20 @@ def test_an_earlier_run_stands_beside_with_the_error(capsys, small_study, write_
     assert f"{told['error']:+.1%}" in shown
 
 
-def test_what_clearly_does_not_fit_is_refused_and_what_may_not_is_said(machine, monkeypatch):
+def test_what_clearly_does_not_fit_is_refused_and_what_may_not_is_said(machine):
     """An out-of-memory costs the time until it comes; the estimate is there before, also of what others leave free."""
     study = load_study("lora-or-qlora").with_overrides(model="random:llama2-7b")
     variant = study.variants[0]
     shape = shapes.shape(catalogue.resolve(study.workload.model))
     needed = estimate_memory(variant, study.workload, shape).needed_bytes
 
-    def notices(share):
+    def notices(share, free=None):
         small = dataclasses.replace(machine, memory_bytes=int(needed * share))
         return [
             notice.code
-            for notice in check_feasible(study, small, [Contender(variant=variant, workload=study.workload)])
+            for notice in check_feasible(
+                study, small, [Contender(variant=variant, workload=study.workload)], free_bytes=free
+            )
         ]
 
     assert "memory-short" not in notices(1.2)
@@ -67,5 +69,4 @@ def test_what_clearly_does_not_fit_is_refused_and_what_may_not_is_said(machine, 
     with pytest.raises(UsageError, match=f"{variant.name}.*needs about .* this machine has"):
         notices(0.8)
     for share, taken in ((1.2, False), (1.0, True), (None, False)):
-        monkeypatch.setattr("harness.run.feasibility.free_bytes", lambda _, share=share: share and int(needed * share))
-        assert ("memory-taken" in notices(2.0)) is taken
+        assert ("memory-taken" in notices(2.0, share and int(needed * share))) is taken

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from harness.machine.provenance import FINGERPRINT, collect, comparable, fingerprint, power_limit_w
+from harness.machine.provenance import FINGERPRINT, collect, comparable, fingerprint, power_limit_w, read_facts
 from harness.records import codec
 
 CARD = {"power_limit_w": 500.4, "default_power_limit_w": 700.0}
@@ -21,7 +21,7 @@ def on_card(small_study, machine, monkeypatch):
 
     def facts(told):
         monkeypatch.setattr("harness.machine.provenance.settings", lambda *, card: {"card": told})
-        found = collect(small_study, dataclasses.replace(machine, device="cuda", device_name="Card"), 1, {})
+        found = collect(small_study, read_facts(dataclasses.replace(machine, device="cuda", device_name="Card")), 1)
         if told is None:
             del found["settings"]
         return found
@@ -37,7 +37,7 @@ def before_limits(facts):
 
 def test_the_settings_of_the_machine_are_part_of_a_run(small_study, machine):
     """Values or reasons under one key; on a CPU no card is asked, and no moment's load is a setting."""
-    told = collect(small_study, machine, 1, {})["settings"]
+    told = collect(small_study, read_facts(machine), 1)["settings"]
     assert told["system"].keys() == {
         "cpus", "quota_cpus", "governor", "turbo", "huge_pages", "numa_nodes", "memory_bytes", "swap_bytes",
         "container",
@@ -49,7 +49,7 @@ def test_the_settings_of_the_machine_are_part_of_a_run(small_study, machine):
 
 def test_the_fingerprint_of_a_run_on_a_cpu_stays_what_it_was(small_study, machine):
     """Runs that were written before the limit was recorded, and their baselines, stay comparable."""
-    facts = collect(small_study, machine, 1, {})
+    facts = collect(small_study, read_facts(machine), 1)
     assert fingerprint(facts) == before_limits(facts)
     assert comparable(facts).keys() == set(FINGERPRINT)
 
@@ -57,7 +57,8 @@ def test_the_fingerprint_of_a_run_on_a_cpu_stays_what_it_was(small_study, machin
 def test_a_variants_own_workload_is_part_of_the_fingerprint(small_study, machine):
     """Beside the study's, under the variant's name; where there is none nothing is said of it."""
     own = dataclasses.replace(small_study.workload, batch_size=4)
-    alone, both = collect(small_study, machine, 1, {}), collect(small_study, machine, 1, {}, own_workloads={"b": own})
+    facts = read_facts(machine)
+    alone, both = (collect(small_study, facts, 1, own_workloads=given) for given in (None, {"b": own}))
     assert both["workload"] == alone["workload"] | {"own": {"b": codec.to_json(own)}}
     assert "own" not in alone["workload"]
     assert fingerprint(both) != fingerprint(alone)

@@ -6,7 +6,6 @@ import json
 
 import pytest
 
-from harness.machine.provenance import probe_machine
 from harness.profile import accounting
 from harness.profile.diagnosis import diagnose
 from harness.profile.evidence import evidence_of
@@ -16,13 +15,14 @@ from harness.records import codec
 from harness.records.activity import STEP_PHASES
 from harness.report.profile import describe_profile
 from harness.report.terminal import console_for, show
+from harness.run.executors import open_executor
 
 
 @pytest.fixture(scope="module")
 def taken(small_study, tmp_path_factory):
     """The profile of the 4-bit variant, and its folder."""
     folder = tmp_path_factory.mktemp("runs")
-    return profile_variant(small_study, small_study.variant("nf4"), probe_machine(), runs=folder)
+    return profile_variant(small_study, small_study.variant("nf4"), open_executor(), runs=folder)
 
 
 def test_a_step_is_taken_apart(taken):

@@ -6,12 +6,12 @@ import pytest
 
 from harness.commands.profile import _try
 from harness.errors import UsageError
-from harness.machine.provenance import probe_machine
 from harness.profile.diagnosis import Finding
 from harness.profile.remedy import choose_finding, judge_remedy, make_pair
 from harness.records import store
 from harness.records.record import Failure
 from harness.report.view import view_of
+from harness.run.executors import open_executor
 from harness.run.measure import plan_study
 from harness.studies.protocol import Protocol
 from harness.studies.study_file import load_variant
@@ -104,7 +104,7 @@ def test_a_remedy_of_the_workload_is_the_same_variant_on_its_own(padded, machine
     assert suggested.differences(present) == ()
     assert pair.own_workloads == {suggested.name: dataclasses.replace(padded.workload, layout="packed")}
     assert pair.study.protocol.epochs == 0.0
-    plan, _ = plan_study(pair.study, machine, phases=("train",), own_workloads=pair.own_workloads)
+    plan, _ = plan_study(pair.study, machine, free_bytes=None, phases=("train",), own_workloads=pair.own_workloads)
     assert plan.interleaving in ("lockstep", "replicates")
     assert "2 workloads" in plan.why
     assert {slot.arm for slot in plan.slots} == {""}
@@ -117,7 +117,7 @@ def test_other_threads_take_executors_of_their_own(small_study, machine):
     threads = dataclasses.replace(small_study, workload=dataclasses.replace(small_study.workload, threads=2))
     fewer = finding("oversubscription", workload={"threads": 1})
     pair = make_pair(threads, threads.variants[0], fewer, protocol=threads.protocol)
-    plan, _ = plan_study(pair.study, machine, phases=("train",), own_workloads=pair.own_workloads)
+    plan, _ = plan_study(pair.study, machine, free_bytes=None, phases=("train",), own_workloads=pair.own_workloads)
     assert {slot.arm for slot in plan.slots} == {"plain", "plain-control", "without-oversubscription"}
 
 
@@ -171,7 +171,7 @@ def test_workloads_are_compared_by_the_time_of_a_real_token(write_run, padded, t
 
 def test_packing_is_tried_beside_padding(padded, tmp_path):
     """Real trials of both: each on its own tokens, as manifest and records say, and a ratio with its interval."""
-    found = _try(padded, padded.variants[0], PACKED, probe_machine(), tmp_path)
+    found = _try(padded, padded.variants[0], PACKED, open_executor(), tmp_path)
     assert found.failures == ()
     assert found.interleaving in ("lockstep", "replicates")
     assert found.comparison.low < found.comparison.ratio < found.comparison.high

@@ -18,12 +18,15 @@ from typing import ClassVar
 import pytest
 
 import harness.run.ab
-import harness.run.measure
+import harness.run.executors.local
 from harness.cli import main
 from harness.errors import UsageError
 from harness.records import store
+from harness.records.preparation import Hello, TokenSummary
 from harness.records.record import Fragment
 from harness.run.ab import plan_ab
+from harness.run.executors import Place
+from harness.run.executors.local import LocalExecutor
 
 GIB = 2**30
 
@@ -34,9 +37,8 @@ def plan(small_study, machine, monkeypatch):
 
     def make(*, free=8 * GIB, study=small_study, replicates=5, **options):
         monkeypatch.setattr(harness.run.ab, "together_bytes", lambda members, *_: len(members) * GIB)
-        monkeypatch.setattr(harness.run.ab, "free_bytes", lambda _: free)
         protocol = dataclasses.replace(study.protocol, replicates=replicates)
-        return plan_ab(dataclasses.replace(study, protocol=protocol), machine, **options)[0]
+        return plan_ab(dataclasses.replace(study, protocol=protocol), machine, free_bytes=free, **options)[0]
 
     return make
 
@@ -190,7 +192,7 @@ dtype = "float32"
 """
 
 
-class FakeExecutor:
+class FakeExecutor(LocalExecutor):
     """A step takes as long as the host's checkout says, and its share of extra rows longer; remembers what it did.
 
     `noise` makes all but the base slower and faster from replicate to replicate; `control` the control alone slower.
@@ -201,23 +203,31 @@ class FakeExecutor:
     control = 1.0
     noise = 0.001
 
-    def __init__(self, *, threads, log_dir, host, label):
+    def __init__(self, *, host, label):
+        super().__init__(host=host, label=label)
         self.host, self.label, self.closed = host, label, False
+
+    def start(self, folder, threads):
+        host, label = self.host, self.label
         self.made.append(self)
         checkout = Path(host.cwd or ".") / "gadget" / "__init__.py"
         self.step_s = float(checkout.read_text().partition("=")[2]) if host.cwd else 0.1
         self.step_s *= FakeExecutor.control if label == "control" else 1.0
 
-    def start(self):
+    def make_place(self, trial, log):
+        return Place(scratch=trial, log_path=log)
+
+    def clear_place(self, trial):
         pass
 
     def hello(self):
-        return {"device": "cpu", "torch": "0", "import_time_s": 1.0, "harness": "1.0 sha256:0"}
+        return Hello(harness="1.0 sha256:0", pid=1, import_time_s=1.0, device="cpu", torch="0")
 
-    def prepare_tokens(self, workload, folder):
-        path = Path(folder) / "tokens-0.safetensors"
-        path.write_bytes(b"")
-        return {"path": str(path), "hash": "abc", "real_tokens": 1, "padded_tokens": 0}
+    def prepare_tokens(self, workload, *, keep=True):
+        return TokenSummary(
+            path="t", hash="abc", data="synthetic", synthetic=True, tokenizer_substituted=False, train_sequences=1,
+            real_tokens=1, padded_tokens=0, records=1,
+        )  # fmt: skip
 
     def launch(self):
         return FakeWorker(self)
@@ -301,7 +311,7 @@ def fake(monkeypatch):
     monkeypatch.setattr(FakeExecutor, "asked", [])
     monkeypatch.setattr(FakeExecutor, "control", 1.0)
     monkeypatch.setattr(FakeExecutor, "noise", 0.001)
-    monkeypatch.setattr(harness.run.measure, "LocalExecutor", FakeExecutor)
+    monkeypatch.setattr(harness.run.executors.local, "LocalExecutor", FakeExecutor)
     return FakeExecutor
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from harness.records.record import Fragment
 from harness.run.budget import LEAST_ROUNDS, Budget
+from harness.run.executors import Place
 from harness.run.plan import make_plan
 from harness.run.runner import run_plan
 from harness.run.site import Site
@@ -35,6 +36,12 @@ class Timed:
 
     def clock(self):
         return self.now
+
+    def make_place(self, trial, log):
+        return Place(scratch=trial, log_path=log)
+
+    def clear_place(self, trial):
+        pass
 
     def launch(self):
         return self
@@ -68,7 +75,7 @@ class Quiet:
 
 
 @pytest.fixture
-def measured(small_study, tmp_path):
+def measured(small_study):
     """A function that measures the small study in simulated time; returns the executor and the records by trial."""
 
     def measure(limit_s, *, level="lockstep", costs=None, replicates=1, phases=("train", "generate"), **protocol):
@@ -79,7 +86,7 @@ def measured(small_study, tmp_path):
         plan = make_plan(dataclasses.replace(small_study, protocol=changed), interleaving=level, phases=phases)
         executor = Timed(costs or {})
         budget = Budget(limit_s, clock=executor.clock)
-        site = Site(run_path=tmp_path, scratch=tmp_path, device="cpu", threads=1, tokens_path="t", tokens={})
+        site = Site(device="cpu", threads=1, tokens_path="t", tokens={})
         records = run_plan(
             plan, {"": executor}, site, save=lambda record: None, watcher=Quiet(), budget=budget,
             stop=Stopping(plan, budget),

@@ -4,13 +4,13 @@ import dataclasses
 
 import pytest
 
-from harness.machine.provenance import probe_machine
+from harness.machine.provenance import free_bytes, probe_machine
 from harness.machine.reading import Reading, missing
 from harness.machine.system import memory_bytes
 from harness.models import catalogue, shapes
 from harness.models.costs.lora import adapter_parameters
 from harness.records import codec, store
-from harness.run.forecast import forecast, free_bytes, measured_peaks, together_bytes
+from harness.run.forecast import forecast, measured_peaks, together_bytes
 from harness.run.plan import make_plan
 from harness.studies.variant import Variant
 
@@ -64,9 +64,11 @@ def test_a_plan_and_its_level_speak_of_the_same_memory(small_study, machine, tmp
 
 def test_what_is_free_is_what_a_container_leaves(machine, monkeypatch):
     """The machine's own free memory is of no use to a process that is killed at its limit."""
-    monkeypatch.setattr("harness.run.forecast.memory_available_bytes", lambda: Reading(value=2**30))
+    monkeypatch.setattr("harness.machine.provenance.memory_available_bytes", lambda: Reading(value=2**30))
     assert free_bytes(machine) == 2**30
-    monkeypatch.setattr("harness.run.forecast.memory_available_bytes", lambda: missing("there is no /proc/meminfo"))
+    monkeypatch.setattr(
+        "harness.machine.provenance.memory_available_bytes", lambda: missing("there is no /proc/meminfo")
+    )
     assert free_bytes(machine) is None
 
 

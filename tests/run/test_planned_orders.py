@@ -139,9 +139,8 @@ SIDES = {
 def side_plan(machine, monkeypatch, level, select=(), phases=("train", "generate"), rows=0, name="training-step"):
     free = 2**40 if level == "lockstep" else None
     monkeypatch.setattr(harness.run.ab, "together_bytes", lambda *_: 2**30)
-    monkeypatch.setattr(harness.run.ab, "free_bytes", lambda _: free)
     study = load_study(name, device="cpu").with_overrides(effort="standard")
-    plan, _ = plan_ab(study, machine, select=select, phases=phases, injected_rows=rows)
+    plan, _ = plan_ab(study, machine, free_bytes=free, select=select, phases=phases, injected_rows=rows)
     return plan
 
 
@@ -192,7 +191,14 @@ def remedy_plan(small_study, machine, key, value, level):
     change = {"changes": {key: value}} if key == "lora_dropout" else {"workload_changes": {key: value}}
     finding = Finding(code="it", message="m", cost_s=0.02, cost_share=0.2, remedy="Do it.", **change)
     pair = make_pair(study, study.variants[0], finding, protocol=study.protocol)
-    return plan_study(pair.study, machine, phases=("train",), interleaving=level, own_workloads=pair.own_workloads)[0]
+    return plan_study(
+        pair.study,
+        machine,
+        free_bytes=None,
+        phases=("train",),
+        interleaving=level,
+        own_workloads=pair.own_workloads,
+    )[0]
 
 
 @pytest.mark.parametrize(("arguments", "expected"), REMEDIES.items(), ids=str)

@@ -15,14 +15,19 @@ from pathlib import Path
 import psutil
 import pytest
 
+import harness.run.executors.local
 import harness.run.measure
 from harness.cli import main
 from harness.errors import UsageError
+from harness.machine.provenance import read_facts
 from harness.records import store
+from harness.records.preparation import Hello, TokenSummary
 from harness.records.record import SCHEMA, UNDER_WAY, Fragment
 from harness.report.live import LiveDisplay
 from harness.report.terminal import console_for
 from harness.report.view import view_of
+from harness.run.executors import Place
+from harness.run.executors.local import LocalExecutor
 from harness.run.measure import measure, plan_study
 from harness.studies.study_file import load_study
 
@@ -50,8 +55,8 @@ parts = [{ rule = "equal", axis = "r", metric = "step_time_s" }]
 """
 
 
-class Executor:
-    """Workers whose steps all take the same time; counts what was asked of it."""
+class Executor(LocalExecutor):
+    """Workers whose steps all take the same time; counts what was asked of it. The machine is this one."""
 
     start_latency_s = 0.01
     asked: tuple[str, ...] = ()
@@ -60,20 +65,24 @@ class Executor:
     padded_tokens = "c" * 64
     threads: tuple[int, ...] = ()
 
-    def __init__(self, **options):
-        Executor.threads = (*Executor.threads, options["threads"])
+    def start(self, folder, threads):
+        Executor.threads = (*Executor.threads, threads)
 
-    def start(self):
+    def make_place(self, trial, log):
+        return Place(scratch=trial, log_path=log)
+
+    def clear_place(self, trial):
         pass
 
     def hello(self):
-        return {"device": "cpu", "torch": "0", "harness": Executor.harness}
+        return Hello(harness=Executor.harness, pid=1, import_time_s=1.0, device="cpu", torch="0")
 
-    def prepare_tokens(self, workload, folder):
-        path = Path(folder) / "tokens-0.safetensors"
-        path.write_bytes(b"")
+    def prepare_tokens(self, workload, *, keep=True):
         found = Executor.tokens if workload.layout == "packed" else Executor.padded_tokens
-        return {"path": str(path), "hash": found, "real_tokens": 1, "padded_tokens": 0}
+        return TokenSummary(
+            path="t", hash=found, data="synthetic", synthetic=True, tokenizer_substituted=False, train_sequences=1,
+            real_tokens=1, padded_tokens=0, records=1,
+        )  # fmt: skip
 
     def launch(self):
         return self
@@ -93,7 +102,7 @@ class Executor:
 @pytest.fixture
 def runs(tmp_path, machine, monkeypatch):
     """The folder of runs, with the fake at the seam and a machine that is always the same."""
-    monkeypatch.setattr(harness.run.measure, "LocalExecutor", Executor)
+    monkeypatch.setattr(harness.run.executors.local, "LocalExecutor", Executor)
     monkeypatch.setattr("harness.machine.provenance.probe_machine", lambda: machine)
     for name in ("asked", "harness", "tokens", "padded_tokens", "threads"):
         monkeypatch.setattr(Executor, name, getattr(Executor, name))
@@ -294,8 +303,8 @@ def test_a_run_on_two_workloads_is_gone_on_with(runs, tmp_path, machine, capsys,
     """
     study = load_study(str(tmp_path / "small.toml"))
     own = dataclasses.replace(study.workload, layout="padded", threads=2)
-    plan, _ = plan_study(study, machine, phases=("train",), own_workloads={"b": own})
-    path = measure(plan, machine, runs=runs, display=LiveDisplay(console_for(io.StringIO()))).path
+    plan, _ = plan_study(study, machine, free_bytes=None, phases=("train",), own_workloads={"b": own})
+    path = measure(plan, runs=runs, display=LiveDisplay(console_for(io.StringIO()))).path
     hashes = {(record.name, record.tokens["hash"]) for record in store.read_run(path.name, runs).records}
     assert hashes == {("a", Executor.tokens), ("b", Executor.padded_tokens), ("c", Executor.tokens)}
     assert sorted(Executor.threads) == [1, 1, 1, 2]
@@ -386,10 +395,10 @@ def test_a_run_completed_by_another_process_meanwhile_is_given_back(broken_off, 
 
     path = broken_off()
     run = read_broken_off(path.name, path.parent)
-    plan = plan_again(run, machine)
+    plan = plan_again(run, read_facts(machine))
     resume(path)
     Executor.asked = ()
-    again = harness.run.measure.measure(plan, machine, runs=path.parent, display=None, resume=path.name)
+    again = harness.run.measure.measure(plan, runs=path.parent, display=None, resume=path.name)
     assert again.manifest.status == "complete"
     assert not Executor.asked
 

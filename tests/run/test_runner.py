@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import pytest
 
 from harness.records.record import Failure, Fragment
 from harness.run.budget import Budget
-from harness.run.executors import WorkerLostError
+from harness.run.executors import Place, WorkerLostError
 from harness.run.plan import Group, make_plan
 from harness.run.runner import run_plan
 from harness.run.site import Site, begin_record
@@ -44,7 +43,7 @@ class FakeWorker:
 
 
 class FakeExecutor:
-    """Launches fake workers; remembers what was asked in which order."""
+    """Launches fake workers; remembers what was asked in which order, and which trials have a folder."""
 
     def __init__(self, script=None, command_s=0.0):
         self.script = script or {}
@@ -52,6 +51,14 @@ class FakeExecutor:
         self.now = 0.0
         self.asked = []
         self.workers = []
+        self.places = {}
+
+    def make_place(self, trial, log):
+        self.places[trial] = Place(scratch=f"/there/{trial}", log_path=f"/there/logs/{log}.log")
+        return self.places[trial]
+
+    def clear_place(self, trial):
+        self.places.pop(trial, None)
 
     def launch(self):
         self.workers.append(FakeWorker(self))
@@ -85,27 +92,24 @@ def small_study(small_study):
     return dataclasses.replace(small_study, protocol=protocol)
 
 
-def conduct(plan, tmp_path, script=None, stop=lambda records: None):
+def conduct(plan, script=None, stop=lambda records: None):
     executor, saved = FakeExecutor(script), []
-    records = run_plan(plan, {"": executor}, site_of(tmp_path), save=saved.append, watcher=Quiet(), stop=stop).records
+    records = run_plan(plan, {"": executor}, SITE, save=saved.append, watcher=Quiet(), stop=stop).records
     assert [record.trial for record in saved] == [record.trial for record in records]
     return executor, {record.trial: record for record in records}
 
 
-def site_of(tmp_path):
-    return Site(
-        run_path=tmp_path, scratch=Path(tmp_path), device="cpu", threads=1, tokens_path="t", tokens={"hash": "h"}
-    )
+SITE = Site(device="cpu", threads=1, tokens_path="t", tokens={"hash": "h"})
 
 
 def lost(status="crashed"):
     return WorkerLostError(status, Failure(phase="x", kind="ProcessDied", message="it died"))
 
 
-def test_every_trial_runs_its_phases_in_order(small_study, tmp_path):
+def test_every_trial_runs_its_phases_in_order(small_study):
     """One process a trial, all commands in the order of the design, closed before the cold start."""
     plan = make_plan(small_study)
-    executor, records = conduct(plan, tmp_path)
+    executor, records = conduct(plan)
     expected = [(slot.trial, command) for slot in plan.slots for command in [*COMMANDS, "cold"]]
     assert executor.asked == expected
     assert all(worker.closed for worker in executor.workers)
@@ -118,67 +122,67 @@ def test_every_trial_runs_its_phases_in_order(small_study, tmp_path):
 
 
 @pytest.mark.parametrize("command", dict.fromkeys(COMMANDS))
-def test_a_lost_worker_is_a_row_and_the_sweep_goes_on(small_study, tmp_path, command):
+def test_a_lost_worker_is_a_row_and_the_sweep_goes_on(small_study, command):
     """Whatever phase it dies in, its trial keeps what was measured and the others are measured."""
     plan = make_plan(small_study)
     victim = plan.slots[1].trial
-    _, records = conduct(plan, tmp_path, {(victim, command): lost("timeout")})
+    _, records = conduct(plan, {(victim, command): lost("timeout")})
     assert records[victim].status == "timeout"
     assert records[victim].failure.message == "it died"
     assert {record.status for trial, record in records.items() if trial != victim} == {"ok"}
 
 
-def test_what_was_measured_before_a_death_is_kept(small_study, tmp_path):
+def test_what_was_measured_before_a_death_is_kept(small_study):
     """The samples of the turns before it stay in the record."""
     plan = make_plan(small_study)
     victim = plan.slots[0].trial
-    _, records = conduct(plan, tmp_path, {(victim, "begin_generate"): lost()})
+    _, records = conduct(plan, {(victim, "begin_generate"): lost()})
     assert records[victim].samples["step_time_s"] == (0.5,) * 4
     assert records[victim].status == "crashed"
 
 
-def test_a_failed_command_ends_the_trial_and_not_the_process(small_study, tmp_path):
+def test_a_failed_command_ends_the_trial_and_not_the_process(small_study):
     """After `invalid` nothing more is asked of the trial, the cold start included."""
     plan = make_plan(small_study)
     victim = plan.slots[0].trial
     failure = Failure(phase="verify", kind="RequiredPathNotActive", message="no")
-    executor, records = conduct(plan, tmp_path, {(victim, "verify"): Fragment().failed("invalid", failure)})
+    executor, records = conduct(plan, {(victim, "verify"): Fragment().failed("invalid", failure)})
     assert [command for trial, command in executor.asked if trial == victim] == ["prepare", "build", "verify"]
     assert records[victim].status == "invalid"
 
 
-def test_the_death_of_a_shared_process_is_a_row_for_each_of_its_trials(small_study, tmp_path):
+def test_the_death_of_a_shared_process_is_a_row_for_each_of_its_trials(small_study):
     """Two trials in one process: both are crashed, with what each had."""
     plan = make_plan(small_study)
     slots = plan.slots[:2]
     group = Group(replicate=0, launches=(slots,), turns=((slots[0].trial, slots[1].trial),) * 2)
     shared = dataclasses.replace(plan, groups=(group,))
-    executor, records = conduct(shared, tmp_path, {(slots[1].trial, "turn"): lost()})
+    executor, records = conduct(shared, {(slots[1].trial, "turn"): lost()})
     assert [records[slot.trial].status for slot in slots] == ["crashed", "crashed"]
     assert records[slots[0].trial].samples["step_time_s"] == (0.5, 0.5)
     assert len(executor.workers) == 1
 
 
-def test_trials_that_are_live_together_take_turns(small_study, tmp_path):
+def test_trials_that_are_live_together_take_turns(small_study):
     """Two processes in one group alternate in the order that the plan gives."""
     plan = make_plan(small_study)
     a, b = plan.slots[:2]
     turns = ((a.trial, b.trial), (b.trial, a.trial))
     together = dataclasses.replace(plan, groups=(Group(replicate=0, launches=((a,), (b,)), turns=turns),))
-    executor, _ = conduct(together, tmp_path)
+    executor, _ = conduct(together)
     assert [trial for trial, command in executor.asked if command == "turn"] == [a.trial, b.trial, b.trial, a.trial]
 
 
-def test_an_interrupt_is_recorded_for_every_trial(small_study, tmp_path):
+def test_an_interrupt_is_recorded_for_every_trial(small_study):
     """The one under way is `interrupted`, those to come are `not_run`, and nothing is lost."""
     plan = make_plan(small_study)
-    _, records = conduct(plan, tmp_path, {(plan.slots[1].trial, "turn"): KeyboardInterrupt()})
+    _, records = conduct(plan, {(plan.slots[1].trial, "turn"): KeyboardInterrupt()})
     assert records[plan.slots[0].trial].status == "ok"
     assert records[plan.slots[1].trial].status == "interrupted"
     assert {records[slot.trial].status for slot in plan.slots[2:]} == {"not_run"}
 
 
-def test_another_cold_answer_is_invalid(small_study, tmp_path):
+def test_another_cold_answer_is_invalid(small_study):
     """The same adapter and prompt must give the same tokens, or what was loaded is not what was trained."""
     plan = make_plan(small_study)
     victim, other = plan.slots[0].trial, plan.slots[1].trial
@@ -188,42 +192,42 @@ def test_another_cold_answer_is_invalid(small_study, tmp_path):
         (other, "begin_generate"): Fragment(tokens={"completion": [1, 2]}),
         (other, "cold"): Fragment(tokens={"cold_completion": [1, 2]}),
     }
-    _, records = conduct(plan, tmp_path, script)
+    _, records = conduct(plan, script)
     assert (records[victim].status, records[victim].failure.kind) == ("invalid", "OtherCompletion")
     assert records[other].status == "ok"
 
 
-def test_a_failed_cold_start_keeps_the_training(small_study, tmp_path):
+def test_a_failed_cold_start_keeps_the_training(small_study):
     """The last phase can fail on its own; the record says so and has the rest."""
     plan = make_plan(small_study)
     victim = plan.slots[0].trial
-    _, records = conduct(plan, tmp_path, {(victim, "cold"): lost("timeout")})
+    _, records = conduct(plan, {(victim, "cold"): lost("timeout")})
     assert records[victim].status == "timeout"
     assert records[victim].samples["step_time_s"]
 
 
-def test_a_defect_of_the_parent_costs_no_record(small_study, tmp_path):
+def test_a_defect_of_the_parent_costs_no_record(small_study):
     """An exception that is no lost worker: what was measured is saved, the rest is not_run, and the error is raised."""
     plan = make_plan(small_study)
     executor, saved = FakeExecutor({(plan.slots[1].trial, "turn"): ZeroDivisionError("oops")}), []
-    site = Site(run_path=tmp_path, scratch=tmp_path, device="cpu", threads=1, tokens_path="t", tokens={})
     with pytest.raises(ZeroDivisionError):
-        run_plan(plan, {"": executor}, site, save=saved.append, watcher=Quiet())
+        run_plan(plan, {"": executor}, SITE, save=saved.append, watcher=Quiet())
     assert [record.status for record in saved] == ["ok", "interrupted", *["not_run"] * (len(plan.slots) - 2)]
     assert "oops" in saved[1].failure.message
 
 
-def test_scratch_is_gone_when_its_trial_has_ended(small_study, tmp_path):
-    """A long run does not fill the disk with adapters."""
+def test_scratch_is_gone_when_its_trial_has_ended(small_study):
+    """A long run does not fill the disk with adapters, wherever that disk is."""
     plan = make_plan(small_study)
-    conduct(plan, tmp_path)
-    assert not [slot.trial for slot in plan.slots if (tmp_path / slot.trial).exists()]
+    executor, records = conduct(plan)
+    assert {record.status for record in records.values()} == {"ok"}
+    assert executor.places == {}
 
 
-def test_solo_trials_measure_what_needs_a_process_of_its_own(small_study, tmp_path):
+def test_solo_trials_measure_what_needs_a_process_of_its_own(small_study):
     """At shared-base: one process for all turns, never merged or saved; then solo trials with everything else."""
     plan = make_plan(small_study, interleaving="shared-base")
-    executor, records = conduct(plan, tmp_path)
+    executor, records = conduct(plan)
     asked = {trial: [command for owner, command in executor.asked if owner == trial] for trial in records}
     shared, solo = asked["r0-nf4"], asked["r0-nf4-solo"]
     assert {"turn", "request", "close"} <= set(shared)
@@ -237,7 +241,7 @@ def test_solo_trials_measure_what_needs_a_process_of_its_own(small_study, tmp_pa
     assert records["r0-nf4"].log == records["r0-plain"].log != records["r0-nf4-solo"].log
 
 
-def test_sides_are_measured_by_their_own_executors(small_study, tmp_path):
+def test_sides_are_measured_by_their_own_executors(small_study):
     """Each launch goes to the executor of its side, and the record says which."""
     plan = make_plan(small_study)
     a, b = (
@@ -246,16 +250,15 @@ def test_sides_are_measured_by_their_own_executors(small_study, tmp_path):
     )
     group = Group(replicate=0, launches=((a,), (b,)), turns=((a.trial, b.trial),))
     executors = {"base": FakeExecutor(), "candidate": FakeExecutor()}
-    site = Site(run_path=tmp_path, scratch=tmp_path, device="cpu", threads=1, tokens_path="t", tokens={})
     measured = run_plan(
-        dataclasses.replace(plan, groups=(group,)), executors, site, save=lambda record: None, watcher=Quiet()
+        dataclasses.replace(plan, groups=(group,)), executors, SITE, save=lambda record: None, watcher=Quiet()
     )
     assert [record.side for record in measured.records] == ["base", "candidate"]
     assert {trial for trial, _ in executors["base"].asked} == {a.trial}
     assert {trial for trial, _ in executors["candidate"].asked} == {b.trial}
 
 
-def test_a_reason_to_stop_ends_the_run_between_replicates(small_study, tmp_path):
+def test_a_reason_to_stop_ends_the_run_between_replicates(small_study):
     """The rule is asked after each complete replicate, and what it makes needless leaves no record."""
     plan = make_plan(small_study)
     seen = []
@@ -264,14 +267,14 @@ def test_a_reason_to_stop_ends_the_run_between_replicates(small_study, tmp_path)
         seen.append(len(records))
         return "precise enough"
 
-    _, records = conduct(plan, tmp_path, stop=stop)
+    _, records = conduct(plan, stop=stop)
     assert seen == [3]
     assert {record.replicate for record in records.values()} == {0}
 
 
-def test_the_turn_phase_is_timed_as_a_whole(small_study, tmp_path):
+def test_the_turn_phase_is_timed_as_a_whole(small_study):
     """Beside the timed steps stands what all the turns took with their switches."""
-    _, records = conduct(make_plan(small_study, interleaving="lockstep"), tmp_path)
+    _, records = conduct(make_plan(small_study, interleaving="lockstep"))
     walls = {record.values["turns_wall_time_s"] for record in records.values() if not record.trial.endswith("solo")}
     assert len(walls) <= 3 * 2
     assert all(wall > 0 for wall in walls)
@@ -280,23 +283,23 @@ def test_the_turn_phase_is_timed_as_a_whole(small_study, tmp_path):
 # --- a long group, and a run that is gone on with ---------------------------------------------------------------------
 
 
-def go_on(plan, tmp_path, earlier=(), *, script=None, command_s=0.0):
+def go_on(plan, earlier=(), *, script=None, command_s=0.0):
     """Conduct in simulated time; returns the executor, the records, and each saved one with what had been asked."""
     executor, saved = FakeExecutor(script, command_s), []
     measured = run_plan(
-        plan, {"": executor}, site_of(tmp_path), watcher=Quiet(), budget=Budget(clock=lambda: executor.now),
+        plan, {"": executor}, SITE, watcher=Quiet(), budget=Budget(clock=lambda: executor.now),
         save=lambda record: saved.append((record, list(executor.asked))), earlier=earlier,
     )  # fmt: skip
     return executor, measured.records, saved
 
 
 @pytest.mark.parametrize("level", ["shared-base", "lockstep"])
-def test_a_long_group_is_saved_while_it_is_under_way(small_study, tmp_path, level):
+def test_a_long_group_is_saved_while_it_is_under_way(small_study, level):
     """All samples so far, as `interrupted`; never within a round; and its end is the last word on each trial."""
     check = {"path": "base.bits", "required": 4, "observed": 4, "status": "active", "reason": "seen"}
     plan = make_plan(small_study, interleaving=level, phases=("train", "generate"))
     script = {(slot.trial, "verify"): Fragment(checks=(check,)) for slot in plan.slots}
-    _, records, saved = go_on(plan, tmp_path, script=script, command_s=20.0)
+    _, records, saved = go_on(plan, script=script, command_s=20.0)
     under_way = [(record, asked) for record, asked in saved if record.failure]
     assert {(record.status, record.failure.kind) for record, _ in under_way} == {("interrupted", "UnderWay")}
     for record, asked in under_way:
@@ -314,30 +317,30 @@ def test_a_long_group_is_saved_while_it_is_under_way(small_study, tmp_path, leve
     assert len(starts) == len(records)  # one start a trial, however often it was saved
 
 
-def test_a_short_group_is_saved_once(small_study, tmp_path):
+def test_a_short_group_is_saved_once(small_study):
     """Repeating it costs little, so no record is written before its end."""
-    _, records, saved = go_on(make_plan(small_study, interleaving="lockstep"), tmp_path, command_s=0.1)
+    _, records, saved = go_on(make_plan(small_study, interleaving="lockstep"), command_s=0.1)
     assert len(saved) == len(records)
 
 
-def test_what_is_saved_on_the_way_is_bounded(small_study, tmp_path):
+def test_what_is_saved_on_the_way_is_bounded(small_study):
     """A group of a whole day is saved less than a hundred times."""
     protocol = dataclasses.replace(small_study.protocol, turns=1000, replicates=1)
     plan = make_plan(dataclasses.replace(small_study, protocol=protocol), interleaving="lockstep", phases=("train",))
-    executor, records, saved = go_on(plan, tmp_path, command_s=33.0)
+    executor, records, saved = go_on(plan, command_s=33.0)
     assert executor.now > 24 * 3600
     assert 20 * 3 < len(saved) - len(records) < 100 * 3
 
 
 @pytest.mark.parametrize("level", ["shared-base", "lockstep", "replicates"])
-def test_a_run_is_gone_on_with_from_wherever_it_was_killed(small_study, tmp_path, level):
+def test_a_run_is_gone_on_with_from_wherever_it_was_killed(small_study, level):
     """Whatever had reached the disk: groups that it settles are kept, the others measured whole, and all are ok."""
     plan = make_plan(small_study, interleaving=level)
-    _, whole, saved = go_on(plan, tmp_path, command_s=20.0)
+    _, whole, saved = go_on(plan, command_s=20.0)
     written = [record for record, _ in saved]
     for killed in range(len(written) + 1):
         earlier = {record.trial: record for record in written[:killed]}
-        executor, records, again = go_on(plan, tmp_path, tuple(earlier.values()))
+        executor, records, again = go_on(plan, tuple(earlier.values()))
         assert {record.trial for record in records} == {record.trial for record in whole}
         assert {record.status for record in records} == {"ok"}
         asked = {trial for trial, _ in executor.asked}
@@ -347,7 +350,7 @@ def test_a_run_is_gone_on_with_from_wherever_it_was_killed(small_study, tmp_path
         assert {record.trial for record, _ in again} == asked
 
 
-def test_trials_that_failed_are_not_measured_again(small_study, tmp_path):
+def test_trials_that_failed_are_not_measured_again(small_study):
     """Out of memory is a fact; what was interrupted or not run is not."""
     plan = make_plan(small_study)
     first, second, *others = plan.slots
@@ -356,19 +359,19 @@ def test_trials_that_failed_are_not_measured_again(small_study, tmp_path):
         begin_record(plan, second, "interrupted"),
         *(begin_record(plan, slot, "not_run") for slot in others),
     ]
-    executor, records, _ = go_on(plan, tmp_path, earlier)
+    executor, records, _ = go_on(plan, earlier)
     assert first.trial not in {trial for trial, _ in executor.asked}
     assert {record.trial: record.status for record in records} == {
         slot.trial: "oom" if slot is first else "ok" for slot in plan.slots
     }
 
 
-def test_an_interruption_of_what_is_gone_on_with_costs_nothing_more(small_study, tmp_path):
+def test_an_interruption_of_what_is_gone_on_with_costs_nothing_more(small_study):
     """What a trial had when the run broke off stays its record until it is begun again."""
     plan = make_plan(small_study)
     had = begin_record(plan, plan.slots[2], "interrupted").replaced(samples={"step_time_s": (0.5,)})
     script = {(plan.slots[0].trial, "turn"): KeyboardInterrupt()}
-    _, records, saved = go_on(plan, tmp_path, [had], script=script)
+    _, records, saved = go_on(plan, [had], script=script)
     assert {record.trial: record for record in records}[had.trial] == had
     assert had.trial not in {record.trial for record, _ in saved}
     assert [record.status for record in records].count("not_run") == len(plan.slots) - 2
@@ -401,11 +404,11 @@ class Recovering(FakeExecutor):
         return worker
 
 
-def retried(plan, tmp_path, disturbed, *, budget=None, command_s=0.0, earlier=()):
+def retried(plan, disturbed, *, budget=None, command_s=0.0, earlier=()):
     """Conduct beside a throttled card; returns the executor, the result and all that was saved."""
     executor, saved, watcher = Recovering(disturbed, command_s), [], Quiet()
     measured = run_plan(
-        plan, {"": executor}, site_of(tmp_path), watcher=watcher, save=saved.append, earlier=earlier,
+        plan, {"": executor}, SITE, watcher=watcher, save=saved.append, earlier=earlier,
         budget=Budget(budget, clock=lambda: executor.now),
     )  # fmt: skip
     return executor, measured, saved
@@ -416,11 +419,11 @@ def builds(executor, trial):
 
 
 @pytest.mark.parametrize("level", ["shared-base", "lockstep", "replicates"])
-def test_a_disturbed_trial_is_measured_again_with_those_it_took_turns_with(small_study, tmp_path, level):
+def test_a_disturbed_trial_is_measured_again_with_those_it_took_turns_with(small_study, level):
     """At the end of its replicate, once; all records stay on disk, and the last ones count."""
     plan = make_plan(small_study, interleaving=level)
     victim = plan.groups[0].slots[0].trial
-    executor, measured, saved = retried(plan, tmp_path, {victim: 1})
+    executor, measured, saved = retried(plan, {victim: 1})
     together = {slot.trial for slot in plan.groups[0].slots}
     assert {slot.trial: builds(executor, slot.trial) for slot in plan.slots} == {
         slot.trial: 1 + (slot.trial in together) for slot in plan.slots
@@ -436,11 +439,11 @@ def test_a_disturbed_trial_is_measured_again_with_those_it_took_turns_with(small
     assert [record.trial for record in measured.records] == [slot.trial for slot in plan.slots]
 
 
-def test_a_trial_that_stays_disturbed_is_invalid_after_the_last_try(small_study, tmp_path):
+def test_a_trial_that_stays_disturbed_is_invalid_after_the_last_try(small_study):
     """Two further tries and no more; the other trials of the run count."""
     plan = make_plan(small_study)
     victim = plan.slots[0].trial
-    executor, measured, saved = retried(plan, tmp_path, {victim: 9})
+    executor, measured, saved = retried(plan, {victim: 9})
     assert builds(executor, victim) == 1 + small_study.protocol.retries == 3
     statuses = {record.trial: record.status for record in measured.records}
     assert statuses.pop(victim) == "invalid"
@@ -448,29 +451,29 @@ def test_a_trial_that_stays_disturbed_is_invalid_after_the_last_try(small_study,
     assert [record.attempt for record in saved if record.trial == victim] == [0, 1, 2]
 
 
-def test_disturbed_trials_count_where_they_are_allowed(small_study, tmp_path):
+def test_disturbed_trials_count_where_they_are_allowed(small_study):
     """For a machine that one cannot have to oneself."""
     plan = make_plan(small_study.with_overrides(allow_disturbed=True))
-    executor, measured, _ = retried(plan, tmp_path, {plan.slots[0].trial: 9})
+    executor, measured, _ = retried(plan, {plan.slots[0].trial: 9})
     assert builds(executor, plan.slots[0].trial) == 1
     assert {record.status for record in measured.records} == {"ok"}
 
 
-def test_nothing_is_measured_again_beyond_the_limit_of_time(small_study, tmp_path):
+def test_nothing_is_measured_again_beyond_the_limit_of_time(small_study):
     """A group is begun again only if as much time as it took is left."""
     plan = make_plan(small_study.with_overrides(replicates=1), interleaving="lockstep", phases=("train",))
     victim = plan.groups[0].slots[0].trial
-    probe, _, _ = retried(plan, tmp_path, {}, command_s=1.0)
+    probe, _, _ = retried(plan, {}, command_s=1.0)
     first_group_s = next(index for index, (trial, _) in enumerate(probe.asked) if trial.endswith("solo")) * 1.0
     for budget, tries in ((probe.now + first_group_s - 1, 1), (probe.now + first_group_s + 1, 2)):
         # more than a group's time is left when it has ended, and what counts is what the rest of its replicate leaves
-        executor, measured, _ = retried(plan, tmp_path, {victim: 9}, command_s=1.0, budget=budget)
+        executor, measured, _ = retried(plan, {victim: 9}, command_s=1.0, budget=budget)
         assert builds(executor, victim) == tries
         assert next(record for record in measured.records if record.trial == victim).status == "invalid"
         assert executor.now <= budget
 
 
-def test_an_interruption_of_a_second_try_leaves_the_first(small_study, tmp_path):
+def test_an_interruption_of_a_second_try_leaves_the_first(small_study):
     """What was measured is never lost, and the run counts as interrupted."""
     plan = make_plan(small_study, interleaving="lockstep", phases=("train",))
     slots = plan.groups[0].slots
@@ -494,7 +497,7 @@ def test_an_interruption_of_a_second_try_leaves_the_first(small_study, tmp_path)
 
     executor.launch = launching
     measured = run_plan(
-        plan, {"": executor}, site_of(tmp_path), watcher=Quiet(), save=lambda record: None,
+        plan, {"": executor}, SITE, watcher=Quiet(), save=lambda record: None,
     )  # fmt: skip
     assert measured.interrupted
     records = {record.trial: record for record in measured.records}
@@ -503,29 +506,29 @@ def test_an_interruption_of_a_second_try_leaves_the_first(small_study, tmp_path)
     assert all(records[slot.trial].attempt == 0 for slot in slots)
 
 
-def test_records_are_in_the_order_of_the_plan_however_they_were_measured(small_study, tmp_path):
+def test_records_are_in_the_order_of_the_plan_however_they_were_measured(small_study):
     """A run that broke off twice is gone on with by that order, so a group that is measured late must not change it."""
     plan = make_plan(small_study, interleaving="lockstep", phases=("train",))
     victim = plan.groups[0].slots[0].trial
-    _, _, saved = retried(plan, tmp_path, {victim: 1})
+    _, _, saved = retried(plan, {victim: 1})
     first = {record.trial: record for record in saved if record.attempt == 0 and record.replicate == 0}
     order = [slot.trial for slot in plan.slots]
     for earlier in ((), tuple(first.values())):
-        _, measured, _ = retried(plan, tmp_path, {}, earlier=earlier)
+        _, measured, _ = retried(plan, {}, earlier=earlier)
         assert [record.trial for record in measured.records] == order
 
 
-def test_a_run_that_broke_off_before_a_second_try_makes_it(small_study, tmp_path):
+def test_a_run_that_broke_off_before_a_second_try_makes_it(small_study):
     """From its records alone; attempts go on counting, and records of two attempts are never paired."""
     plan = make_plan(small_study, interleaving="lockstep", phases=("train",))
     group = plan.groups[0]
     victim, *others = (slot.trial for slot in group.slots)
-    _, _, saved = retried(plan, tmp_path, {victim: 1})
+    _, _, saved = retried(plan, {victim: 1})
     first = {record.trial: record for record in saved if record.attempt == 0}
-    executor, measured, _ = retried(plan, tmp_path, {}, earlier=tuple(first.values()))
+    executor, measured, _ = retried(plan, {}, earlier=tuple(first.values()))
     assert {trial for trial, _ in executor.asked} == {victim, *others}
     assert {record.attempt for record in measured.records if record.trial in {victim, *others}} == {1}
     mixed = first | {record.trial: record for record in saved if record.trial == victim and record.attempt == 1}
-    executor, measured, _ = retried(plan, tmp_path, {}, earlier=tuple(mixed.values()))
+    executor, measured, _ = retried(plan, {}, earlier=tuple(mixed.values()))
     assert {trial for trial, _ in executor.asked} == {victim, *others}
     assert {record.status for record in measured.records} == {"ok"}

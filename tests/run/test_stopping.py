@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from pathlib import Path
 
 import pytest
 
-import harness.run.measure
+import harness.run.executors.local
 from harness.records import store
 from harness.records.metrics import PRIMARY
+from harness.records.preparation import Hello, TokenSummary
 from harness.records.record import Fragment, TrialRecord
+from harness.run.executors import Place
+from harness.run.executors.local import LocalExecutor
 from harness.run.measure import measure
 from harness.run.plan import make_plan
 from harness.run.stopping import Stopping
@@ -165,24 +167,28 @@ def test_without_a_limit_nothing_stops(rule, monkeypatch):
 # --- in a run ---------------------------------------------------------------------------------------------------------
 
 
-class Executor:
-    """Workers whose steps all take the same time."""
+class Executor(LocalExecutor):
+    """Workers whose steps all take the same time; the machine is this one."""
 
     start_latency_s = 0.01
 
-    def __init__(self, **options):
+    def start(self, folder, threads):
         pass
 
-    def start(self):
+    def make_place(self, trial, log):
+        return Place(scratch=trial, log_path=log)
+
+    def clear_place(self, trial):
         pass
 
     def hello(self):
-        return {"device": "cpu", "torch": "0"}
+        return Hello(harness="1.0", pid=1, import_time_s=1.0, device="cpu", torch="0")
 
-    def prepare_tokens(self, workload, folder):
-        path = Path(folder) / "tokens-0.safetensors"
-        path.write_bytes(b"")
-        return {"path": str(path), "hash": "abc", "real_tokens": 1, "padded_tokens": 0}
+    def prepare_tokens(self, workload, *, keep=True):
+        return TokenSummary(
+            path="t", hash="abc", data="synthetic", synthetic=True, tokenizer_substituted=False, train_sequences=1,
+            real_tokens=1, padded_tokens=0, records=1,
+        )  # fmt: skip
 
     def launch(self):
         return self
@@ -214,12 +220,13 @@ class Silent:
 @pytest.fixture
 def measured(small_study, machine, tmp_path, monkeypatch):
     """A function that measures the small study with the fake at the seam and reads the run back."""
-    monkeypatch.setattr(harness.run.measure, "LocalExecutor", Executor)
+    monkeypatch.setattr(harness.run.executors.local, "LocalExecutor", Executor)
+    monkeypatch.setattr("harness.machine.provenance.probe_machine", lambda: machine)
 
     def run(**changes):
         protocol = dataclasses.replace(small_study.protocol, **changes)
         plan = make_plan(dataclasses.replace(small_study, protocol=protocol), phases=("train",))
-        return measure(plan, machine, runs=tmp_path / "runs", display=Silent())
+        return measure(plan, runs=tmp_path / "runs", display=Silent())
 
     return run
 

@@ -60,7 +60,7 @@ def test_a_forecast_says_that_it_does_not_know(study, machine, tmp_path):
 
 def test_a_level_is_chosen_without_the_memory(study, machine):
     """What cannot be known to fit together is measured one after the other, and the plan says why; an A/B too."""
-    for plan, _ in (plan_study(study, machine), plan_ab(study, machine)):
+    for plan, _ in (made(study, machine, free_bytes=2**40) for made in (plan_study, plan_ab)):
         assert plan.interleaving == "replicates"
         assert "memory" in plan.why
         assert "cannot be known" in plan.why

@@ -7,6 +7,7 @@ from typing import ClassVar
 import pytest
 
 from harness.records.record import Fragment, Notice
+from harness.studies.command import COMMANDS
 from harness.studies.protocol import Protocol
 from harness.studies.request import TrialRequest
 from harness.studies.variant import Variant
@@ -65,10 +66,10 @@ def turn():
 def test_readings_stand_around_what_is_timed(surroundings):
     """Before and after, each phase by its own watch; the command's own values stay."""
     around, _ = surroundings("steps", "requests")
-    fragment = around.around("turn", turn)
+    fragment = around.around(COMMANDS["turn"], turn)
     assert fragment.values == {"threads": 1.0, "host_load_train": 1.0}
-    around.around("request", Fragment)
-    around.around("natural", Fragment)
+    around.around(COMMANDS["request"], Fragment)
+    around.around(COMMANDS["natural"], Fragment)
     generate = ["begin generate", "end generate"]
     assert Recorded.asked == ["begin train", "call", "end train", *generate, *generate]
 
@@ -77,33 +78,33 @@ def test_readings_stand_around_what_is_timed(surroundings):
 def test_what_is_not_timed_is_not_watched(surroundings, command):
     """Its time is in no result."""
     around, _ = surroundings("steps", "peaks")
-    assert around.around(command, turn) == turn()
+    assert around.around(COMMANDS[command], turn) == turn()
     assert set(Recorded.asked) == {"call"}
 
 
 def test_trials_that_take_turns_have_no_energy(surroundings):
     """The card's counter would hold that of the others."""
     around, steps = surroundings("steps", "requests")
-    assert "energy_steps" not in around.around("turn", turn).values
-    around.around("finish_training", Fragment)
+    assert "energy_steps" not in around.around(COMMANDS["turn"], turn).values
+    around.around(COMMANDS["finish_training"], Fragment)
     assert steps == []
 
 
 def test_a_timed_trial_that_is_alone_spends_its_energy_in_its_turns(surroundings):
     """Counted over all of them; no further step is taken, since losses are compared after the same number."""
     around, steps = surroundings("steps", "peaks")
-    around.around("turn", turn)
-    values = around.around("turn", turn).values
+    around.around(COMMANDS["turn"], turn)
+    values = around.around(COMMANDS["turn"], turn).values
     assert (values["energy_steps"], values["energy_tokens"]) == (4.0, 60.0)
     assert values["device_energy_train_j"] == 900.0
-    assert "energy_steps" not in around.around("finish_training", Fragment).values
+    assert "energy_steps" not in around.around(COMMANDS["finish_training"], Fragment).values
     assert steps == []
 
 
 def test_a_solo_trial_takes_steps_for_its_energy_when_its_peaks_are_read(surroundings):
     """After the command, and the counts are those of the steps between the readings."""
     around, steps = surroundings("peaks", "merged")
-    fragment = around.around("finish_training", lambda: Fragment(memory={"adapter_bytes": 1}))
+    fragment = around.around(COMMANDS["finish_training"], lambda: Fragment(memory={"adapter_bytes": 1}))
     assert len(steps) >= 1
     assert Recorded.asked[0] == "begin train"
     assert Recorded.asked[-1] == "end train"
@@ -118,28 +119,28 @@ def test_a_trial_without_a_result_spends_nothing(surroundings):
 
     around, steps = surroundings("peaks")
     failed = Fragment().failed("invalid", Failure(phase="train", kind="LossNotFinite", message="m"))
-    assert around.around("finish_training", lambda: failed).status == "invalid"
+    assert around.around(COMMANDS["finish_training"], lambda: failed).status == "invalid"
     assert steps == []
 
 
 def test_a_cpu_has_no_energy_counter(surroundings):
     """So no step is taken for it, and no notice says so."""
     around, steps = surroundings("peaks", device="cpu")
-    assert around.around("finish_training", Fragment) == Fragment()
+    assert around.around(COMMANDS["finish_training"], Fragment) == Fragment()
     assert steps == []
 
 
 def test_what_the_card_does_not_tell_is_said_once(surroundings):
     """At the end of training, not at every turn."""
     around, _ = surroundings("steps")
-    assert around.around("turn", turn).notices == ()
-    assert [notice.code for notice in around.around("finish_training", Fragment).notices] == ["not-measured"]
+    assert around.around(COMMANDS["turn"], turn).notices == ()
+    assert [notice.code for notice in around.around(COMMANDS["finish_training"], Fragment).notices] == ["not-measured"]
 
 
 @pytest.mark.parametrize("command", ["profile", "end_generate"])
 def test_what_of_the_card_was_not_measured_is_said_of_every_phase(surroundings, command):
     """When a phase has ended: a profile without NVML must not read as an undisturbed one."""
     around, _ = surroundings("steps", "requests", "peaks")
-    assert [notice.code for notice in around.around(command, Fragment).notices] == ["not-measured"]
+    assert [notice.code for notice in around.around(COMMANDS[command], Fragment).notices] == ["not-measured"]
     on_cpu, _ = surroundings("steps", "requests", "peaks", device="cpu")
-    assert on_cpu.around(command, Fragment).notices == ()
+    assert on_cpu.around(COMMANDS[command], Fragment).notices == ()

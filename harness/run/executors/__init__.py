@@ -2,14 +2,31 @@
 
 An executor starts workers, and a worker hosts one or more trials and answers one command at a time. The parent blocks
 on the answer: nothing of the harness runs while a step is timed.
+
+It answers for its machine and its disk as well. What the manifest says of the machine, how much memory is free and
+where a trial's files lie is asked of the executor and never of the machine that the parent happens to be on. To add
+one: a module with a function `open_executor`, and a line in `EXECUTORS`.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
+from harness.errors import UsageError
+from harness.machine.provenance import Facts, Machine
+from harness.records.preparation import Hello, TokenSummary
 from harness.records.record import Failure, Fragment, Status
 from harness.studies.request import TrialRequest
+from harness.studies.workload import Workload
+
+if TYPE_CHECKING:
+    from harness.run.executors.host import Host
+
+EXECUTORS = {"local": "harness.run.executors.local"}
+"""The module of each executor, by its name."""
 
 
 class WorkerLostError(Exception):
@@ -19,6 +36,16 @@ class WorkerLostError(Exception):
         super().__init__(failure.message)
         self.status: Status = status
         self.failure = failure
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where the files of a trial lie: absolute paths on the machine that measures it."""
+
+    scratch: str
+    """Its folder: saved adapter, compile caches."""
+    log_path: str
+    """What its process prints."""
 
 
 class Worker(Protocol):
@@ -35,13 +62,43 @@ class Worker(Protocol):
 
 
 class Executor(Protocol):
-    """Starts workers on one interpreter and one machine."""
+    """Starts workers in one interpreter on one machine. Before `start` it answers for the machine only."""
 
-    def start(self) -> None:
-        """Begin to get ready; returns at once."""
+    def machine(self) -> Machine:
+        """The machine as far as it can be known without touching its device."""
 
-    def hello(self) -> dict[str, Any]:
-        """Wait until ready; returns what the worker says of itself (`device`, `torch`, `import_time_s`)."""
+    def free_bytes(self) -> int | None:
+        """Memory that processes could take there on the measuring device now; None where it cannot be known."""
+
+    def facts(self) -> Facts:
+        """What the provenance of a run says of the machine and of what is installed there. Raises `UsageError`."""
+
+    def start(self, folder: Path, threads: int) -> None:
+        """Begin to get ready for a run; returns at once.
+
+        Args:
+            folder: of the run, on the parent's disk. When the executor is closed, the logs of its trials lie in `logs`
+                in it, and the tokens that are to be kept beside that.
+            threads: of each measuring process.
+        """
+
+    def hello(self) -> Hello:
+        """Wait until ready; returns what the worker says of itself. Raises `InvalidRunError` if it does not start."""
+
+    def prepare_tokens(self, workload: Workload, *, keep: bool = True) -> TokenSummary:
+        """Make the token file of a workload; `keep` it with the run or let it go with the executor.
+
+        Raises `UsageError` for data that cannot be read, `InvalidRunError` if it cannot be done.
+        """
+
+    def make_place(self, trial: str, log: str) -> Place:
+        """Make a trial's folder, and say where its files lie. Trials of one process print into one `log`."""
+
+    def fetch(self, trial: str, name: str, folder: Path) -> Path:
+        """Bring a file of a trial's folder into one of the parent's disk; returns its path there."""
+
+    def clear_place(self, trial: str) -> None:
+        """Remove a trial's folder with all that it holds, if there is one; its log stays."""
 
     def launch(self) -> Worker:
         """A fresh process; it hosts the trials that it is asked to `prepare`. Raises `WorkerLostError`."""
@@ -49,8 +106,22 @@ class Executor(Protocol):
     def cold_start(self, request: TrialRequest) -> Fragment:
         """Load and ask the trial's saved adapter in a new interpreter. Raises `WorkerLostError`."""
 
-    def prepare_tokens(self, workload: Any, folder: str) -> dict[str, Any]:
-        """Make the token file of a plan; returns the fields of a TokenSummary."""
-
     def close(self) -> None:
-        """End everything that was started."""
+        """End everything that was started, and remove what was not to be kept."""
+
+
+def open_executor(name: str = "local", *, host: Host | None = None, label: str = "") -> Executor:
+    """An executor by its name; nothing is started yet.
+
+    Args:
+        name: one of `EXECUTORS`.
+        host: the interpreter that trials run in; None for the one that the executor's machine has for it.
+        label: names the side of an A/B in messages and in the names of logs.
+
+    Raises:
+        UsageError: no executor of that name.
+    """
+    if name not in EXECUTORS:
+        raise UsageError(f"executor {name!r}: not known. Use one of {', '.join(EXECUTORS)}.")
+    made: Executor = importlib.import_module(EXECUTORS[name]).open_executor(host=host, label=label)
+    return made

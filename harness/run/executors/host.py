@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import impossible
-from harness.machine.provenance import LIBRARIES, cuda_of, git_state
+from harness.machine.provenance import LIBRARIES, cuda_of
+from harness.machine.repository import git_state
 
 ANSWER_TIMEOUT_S = 120.0
 """Reading the metadata of 100 distributions takes 0.1 s; a cold network disk can make it a minute."""

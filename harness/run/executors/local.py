@@ -7,26 +7,26 @@ from __future__ import annotations
 
 import json
 import os
-import signal
+import shutil
 import socket
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from harness.errors import InvalidRunError, UsageError
-from harness.machine.processes import kill_group
+from harness.machine import provenance
+from harness.machine.provenance import Facts, Machine
 from harness.records import codec
+from harness.records.preparation import Hello, TokenSummary
 from harness.records.record import SCHEMA, Failure, Fragment
-from harness.run.executors import Worker, WorkerLostError
+from harness.run.executors import Executor, Place, Worker, WorkerLostError
 from harness.run.executors.channel import Channel
-from harness.run.executors.host import Host
+from harness.run.executors.forked import START_TIMEOUT_S, ForkedWorker, exit_words, silence
+from harness.run.executors.host import Host, describe
 from harness.studies.request import TrialRequest
 from harness.studies.workload import Workload
-
-START_TIMEOUT_S = 180.0
-"""Importing takes 3 to 5 s on a quiet machine; a cold disk and a busy one can make it a minute."""
-
 
 TOKENS_TIMEOUT_S = 3600.0
 """A data set is downloaded in this time or not at all."""
@@ -64,47 +64,72 @@ class LocalExecutor:
     executors can share a folder.
     """
 
-    def __init__(self, *, threads: int, log_dir: Path, host: Host | None = None, label: str = "") -> None:
-        self._threads = threads
+    def __init__(self, *, host: Host | None = None, label: str = "") -> None:
         self._host = host or Host()
         self._whose = f"the worker of {label!r}" if label else "the worker"
-        suffix = f"-{label}" if label else ""
-        self._zygote_log = log_dir / f"zygote{suffix}.log"
-        self._tokens_log = log_dir / f"tokens{suffix}.log"
+        self._suffix = f"-{label}" if label else ""
+        self._threads = 1
+        self._disk: _Disk | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._control: Channel | None = None
 
-    def start(self) -> None:
+    def machine(self) -> Machine:
+        """The present one."""
+        return provenance.probe_machine()
+
+    def free_bytes(self) -> int | None:
+        """On its device, or in this container, now."""
+        return provenance.free_bytes(self.machine())
+
+    def facts(self) -> Facts:
+        """Of the present machine, and of the host if that is another. Raises `UsageError` if it does not answer."""
+        return provenance.read_facts(self.machine(), None if self._host == Host() else describe(self._host))
+
+    def start(self, folder: Path, threads: int) -> None:
         """Start the zygote, which begins to import."""
+        self._threads = threads
+        self._disk = _Disk(folder)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        with theirs, self._zygote_log.open("ab") as log:
-            self._process = subprocess.Popen(
-                self._host.command("harness.worker", "zygote", str(theirs.fileno())),
-                pass_fds=[theirs.fileno()],
-                env=worker_environment(self._threads, self._host),
-                cwd=self._host.cwd,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
+        with theirs:
+            self._process = self._spawn("zygote", theirs.fileno(), self._zygote_log)
         self._control = Channel(ours)
 
-    def hello(self) -> dict[str, Any]:
+    def _spawn(
+        self, what: str, descriptor: int, log: Path, *, stdin: int = subprocess.DEVNULL
+    ) -> subprocess.Popen[bytes]:
+        """Start a measuring process of the host that answers on a descriptor and prints into a log."""
+        with log.open("ab") as file:
+            return subprocess.Popen(
+                self._host.command("harness.worker", what, str(descriptor)),
+                pass_fds=[descriptor],
+                env=worker_environment(self._threads, self._host),
+                cwd=self._host.cwd,
+                stdin=stdin,
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
+            )
+
+    @property
+    def _zygote_log(self) -> Path:
+        return self._required_disk().logs / f"zygote{self._suffix}.log"
+
+    def hello(self) -> Hello:
         """Wait until the zygote has imported. Raises `InvalidRunError`, also when it speaks another schema."""
         hello = self._required_control().receive(START_TIMEOUT_S)
         if hello is None:
+            log = self._zygote_log
             self.close()
-            last = self._zygote_log.read_text(errors="replace").strip().splitlines()[-1:] or ["it printed nothing"]
+            last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["it printed nothing"]
             if _OLD_DOOR in last[0]:
                 raise InvalidRunError(self._refusal("a schema before 5", "unknown"))
             raise InvalidRunError(
-                f"{self._whose} did not start: {last[0]}. Its log is {self._zygote_log}. "
+                f"{self._whose} did not start: {last[0]}. Its log is {log}. "
                 f"Check that torch, transformers, peft and bitsandbytes import in {self._host.python}."
             )
         if hello.get("schema") != SCHEMA:
             raise InvalidRunError(self._refusal(f"schema {hello.get('schema')}", hello.get("harness", "unknown")))
-        return hello
+        return codec.from_json(Hello, hello, "greeting of the worker")
 
     def _refusal(self, schema: str, harness: str) -> str:
         return (
@@ -125,7 +150,7 @@ class LocalExecutor:
             ours.close()
             message = (answer or {}).get("error", f"the zygote is gone; its log is {self._zygote_log.name}")
             raise WorkerLostError("crashed", Failure(phase="start", kind="CannotFork", message=message))
-        worker = LocalWorker(int(answer["pid"]), Channel(ours), control)
+        worker = ForkedWorker(int(answer["pid"]), Channel(ours), control)
         hello = worker.channel.receive(START_TIMEOUT_S)
         if hello is None:
             raise worker.lost("start", START_TIMEOUT_S)
@@ -135,18 +160,9 @@ class LocalExecutor:
     def cold_start(self, request: TrialRequest) -> Fragment:
         """A new interpreter that loads the saved adapter; its output goes to the trial's log."""
         read, write = os.pipe()
-        with open(read, encoding="utf-8") as reply, Path(request.log_path).open("ab") as log:  # noqa: PTH123
+        with open(read, encoding="utf-8") as reply:  # noqa: PTH123
             begin = time.monotonic()
-            process = subprocess.Popen(
-                self._host.command("harness.worker", "cold", str(write)),
-                pass_fds=[write],
-                env=worker_environment(self._threads, self._host),
-                cwd=self._host.cwd,
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
+            process = self._spawn("cold", write, Path(request.log_path), stdin=subprocess.PIPE)
             os.close(write)
             message = json.dumps({"request": codec.to_json(request), "spawned_monotonic_s": begin})
             timeout = request.protocol.step_timeout_s
@@ -155,7 +171,7 @@ class LocalExecutor:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-                raise WorkerLostError("timeout", _silent("cold", timeout)) from None
+                raise WorkerLostError("timeout", silence("cold", timeout)) from None
             except BaseException:
                 process.kill()
                 process.wait()
@@ -163,14 +179,17 @@ class LocalExecutor:
             text = reply.read()
         if process.returncode != 0 or not text:
             lines = Path(request.log_path).read_text(errors="replace").strip().splitlines()[-1:]
-            message = f"the cold interpreter ended with {_describe(process.returncode)}: {' '.join(lines)}"
+            message = f"the cold interpreter ended with {exit_words(process.returncode)}: {' '.join(lines)}"
             raise WorkerLostError("crashed", Failure(phase="cold", kind="ColdStartFailed", message=message))
         return codec.from_json(Fragment, json.loads(text), "cold start")
 
-    def prepare_tokens(self, workload: Workload, folder: str) -> dict[str, Any]:
+    def prepare_tokens(self, workload: Workload, *, keep: bool = True) -> TokenSummary:
         """Tokenise in a process of its own."""
-        request = json.dumps({"workload": codec.to_json(workload), "folder": str(Path(folder).resolve())})
-        log_path = self._tokens_log
+        disk = self._required_disk()
+        request = json.dumps(
+            {"workload": codec.to_json(workload), "folder": str(disk.folder if keep else disk.scratch)}
+        )
+        log_path = disk.logs / f"tokens{self._suffix}.log"
         try:
             with log_path.open("ab") as log:
                 done = subprocess.run(
@@ -192,7 +211,22 @@ class LocalExecutor:
         answer: dict[str, Any] = json.loads(lines[-1])
         if "error" in answer:
             raise UsageError(answer["error"])
-        return answer
+        return codec.from_json(TokenSummary, answer, "summary of the tokens")
+
+    def make_place(self, trial: str, log: str) -> Place:
+        """In a temporary folder of this executor; the log lies with the run from the start."""
+        disk = self._required_disk()
+        scratch = disk.scratch / trial
+        scratch.mkdir(parents=True, exist_ok=True)
+        return Place(scratch=str(scratch), log_path=str(disk.logs / f"{log}.log"))
+
+    def fetch(self, trial: str, name: str, folder: Path) -> Path:
+        """Moved: nothing else of the trial needs it."""
+        return Path(shutil.move(self._required_disk().scratch / trial / name, folder / name))
+
+    def clear_place(self, trial: str) -> None:
+        """Adapters and compile caches of a long run would fill the disk."""
+        shutil.rmtree(self._required_disk().scratch / trial, ignore_errors=True)
 
     def close(self) -> None:
         """End the zygote; its children die with it."""
@@ -206,6 +240,14 @@ class LocalExecutor:
                 self._process.kill()
                 self._process.wait()
             self._process = None
+        if self._disk is not None:
+            self._disk.close()
+            self._disk = None
+
+    def _required_disk(self) -> _Disk:
+        if self._disk is None:
+            raise InvalidRunError("the worker is not started. Call start() first.")
+        return self._disk
 
     def _required_control(self) -> Channel:
         if self._control is None:
@@ -213,70 +255,21 @@ class LocalExecutor:
         return self._control
 
 
-class LocalWorker:
-    """A forked process; implements `Worker`."""
+class _Disk:
+    """Where a run's files lie, by absolute paths: a host may run in another folder."""
 
-    def __init__(self, pid: int, channel: Channel, control: Channel) -> None:
-        self.pid = pid
-        self.channel = channel
-        self.start_latency_s = float("nan")
-        self._control = control
-        self._reaped = False
-
-    def ask(self, command: str, trial: str, timeout_s: float, **arguments: Any) -> Fragment:
-        """Send a command and block until its answer, the process's death, or `timeout_s`."""
-        self.channel.send({"do": command, "trial": trial, **arguments})
-        answer = self.channel.receive(timeout_s)
-        if answer is None:
-            raise self.lost(command, timeout_s)
-        return codec.from_json(Fragment, answer, f"answer to {command}")
-
-    def lost(self, phase: str, timeout_s: float) -> WorkerLostError:
-        """What became of a process that did not answer: killed for silence, or dead by itself."""
-        silent = not self.channel.closed_by_peer
-        code = self._reap()
-        if silent:
-            return WorkerLostError("timeout", _silent(phase, timeout_s))
-        message = f"the trial's process ended with {_describe(code)} during {phase}"
-        if code == -signal.SIGKILL:
-            message += ": killed from outside, or by the kernel for want of memory (see dmesg)"
-        return WorkerLostError("crashed", Failure(phase=phase, kind="ProcessDied", message=message))
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.resolve()
+        self.logs = self.folder / "logs"
+        self.logs.mkdir(parents=True, exist_ok=True)
+        self._temporary = tempfile.TemporaryDirectory(prefix="lorameter-")
+        self.scratch = Path(self._temporary.name)
 
     def close(self) -> None:
-        """Close the connection, which ends the child's loop, and reap it."""
-        self.channel.close()
-        self._reap(grace_s=10.0)
-
-    def _reap(self, grace_s: float = 0.0) -> int | None:
-        if self._reaped:
-            return None
-        self._reaped = True
-        deadline = time.monotonic() + grace_s
-        while grace_s and time.monotonic() < deadline and _runs(self.pid):
-            time.sleep(0.01)
-        kill_group(self.pid)
-        self._control.send({"do": "reap", "pid": self.pid})
-        answer = self._control.receive(START_TIMEOUT_S)
-        return None if answer is None else answer.get("status")
+        """Remove what was not to be kept."""
+        self._temporary.cleanup()
 
 
-def _runs(pid: int) -> bool:
-    """Whether a process still runs (a zombie that waits to be reaped does not)."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state not in ("Z", "X")
-
-
-def _silent(phase: str, timeout_s: float) -> Failure:
-    message = f"no answer within {timeout_s:g} s during {phase}; it was killed. Raise step_timeout_s if it was at work"
-    return Failure(phase=phase, kind="Silent", message=message)
-
-
-def _describe(code: int | None) -> str:
-    if code is None:
-        return "an unknown status"
-    if code < 0:
-        return f"signal {-code} ({signal.Signals(-code).name})"
-    return f"exit code {code}"
+def open_executor(*, host: Host | None = None, label: str = "") -> Executor:
+    """What `harness.run.executors.open_executor` asks of its module."""
+    return LocalExecutor(host=host, label=label)

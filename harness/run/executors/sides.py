@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from harness.errors import UsageError, impossible
+from harness.machine.repository import run_git
 from harness.run.executors.environments import layered_environment, parse_requirements, site_packages
 from harness.run.executors.host import Host, inspect
 
@@ -39,8 +40,6 @@ NEEDED_ON_A_GPU = {"pynvml": "nvidia-ml-py"}
 OWN_PACKAGES = ("harness", "kernels_check")
 
 _PYTHON_NAME = re.compile(r"python(\d+(\.\d+)?t?)?")
-_GIT_POINTERS = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX", "GIT_OBJECT_DIRECTORY")
-"""Set by git inside its hooks; they would turn every git command to the repository of the hook."""
 _REMEDY = (
     "Name a git revision (HEAD~1, v1.0, a commit), a Python executable (ENVIRONMENT/bin/python, python3.12) or "
     'requirements ("peft==0.19.1 transformers>=5.17").'
@@ -122,7 +121,7 @@ def _unknown(spec: str, repository: Path, refusal: str) -> str:
 
 def _commit(spec: str, repository: Path) -> tuple[str | None, str]:
     """The commit that a revision names; else None and git's reason."""
-    done = _git(repository, "rev-parse", "--verify", "--end-of-options", f"{spec}^{{commit}}")
+    done = run_git(repository, "rev-parse", "--verify", "--end-of-options", f"{spec}^{{commit}}")
     if done.returncode == 0:
         return done.stdout.strip(), ""
     return None, (done.stderr.strip().splitlines() or ["no message"])[-1].removeprefix("fatal: ")
@@ -132,7 +131,7 @@ def _revision(
     spec: str, commit: str, repository: Path, stack: contextlib.ExitStack, report: Callable[[str], object]
 ) -> Side:
     tree = stack.enter_context(_worktree(commit, repository))
-    top = Path(_git(repository, "rev-parse", "--show-toplevel").stdout.strip()).resolve()
+    top = Path(run_git(repository, "rev-parse", "--show-toplevel").stdout.strip()).resolve()
     roots = [tree / folder for folder in _roots(repository.resolve(), top) if (tree / folder).is_dir()]
     path = [str(folder) for folder in roots]
     if not (tree / "harness" / "__init__.py").is_file():
@@ -158,13 +157,13 @@ def _worktree(commit: str, repository: Path) -> Iterator[Path]:
         tree = Path(folder).resolve() / commit[:12]
         quiet = ("-c", f"core.hooksPath={os.devnull}", "-c", "advice.detachedHead=false")
         try:
-            done = _git(repository, *quiet, "worktree", "add", "--detach", "--quiet", str(tree), commit)
+            done = run_git(repository, *quiet, "worktree", "add", "--detach", "--quiet", str(tree), commit)
             if done.returncode:
                 why = f"git could not check it out: {done.stderr.strip()}"
                 raise impossible("ab", "side", commit, why, "Check free disk space and `git worktree list`.")
             yield tree
         finally:
-            _git(repository, "worktree", "remove", "--force", str(tree))
+            run_git(repository, "worktree", "remove", "--force", str(tree))
 
 
 def _roots(repository: Path, top: Path) -> list[Path]:
@@ -188,15 +187,6 @@ def _prove_apart(spec: str, host: Host, top: Path, tree: Path) -> None:
         if not any(found.is_relative_to(folder.resolve()) for folder in installed):  # an environment in the repository
             why = f"the revision has no {name} where the present installation points, and an import loads {origin}"
             raise impossible("ab", "side", spec, why, "Build an environment for each revision and name its Python.")
-
-
-def _git(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if name not in _GIT_POINTERS}
-    command = ["git", "-C", str(folder), *arguments]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment, check=False)
-    except OSError as error:
-        return subprocess.CompletedProcess(command, 127, "", f"git cannot be run: {error.strerror}")
 
 
 # --- an interpreter ---------------------------------------------------------------------------------------------------

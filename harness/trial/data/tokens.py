@@ -18,7 +18,6 @@ import random
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from numpy.typing import NDArray
 from harness.errors import LorameterError, UsageError
 from harness.models import catalogue, shapes
 from harness.records import codec
+from harness.records.preparation import Example, TokenSummary
 from harness.studies.workload import SYNTHETIC, PromptFormat, Workload
 from harness.trial.data.synthetic import Record, synthetic_records
 from harness.trial.data.tokenizers import load_tokenizer
@@ -35,34 +35,6 @@ from harness.trial.data.tokenizers import load_tokenizer
 IGNORED = -100
 """The label that torch.nn.functional.cross_entropy leaves out."""
 COLUMNS = ("instruction", "context", "response")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Example:
-    """A held-out record that is put to the model whole: its prompt, and what the record continues it with."""
-
-    prompt: str
-    reference: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenSummary:
-    """What a plan must know of its tokens; goes into every record."""
-
-    path: str
-    hash: str
-    data: str
-    """What the records are, in words; says "synthetic" where they are."""
-    synthetic: bool
-    tokenizer_substituted: bool
-    train_sequences: int
-    real_tokens: int
-    """Tokens of records in one epoch of the training stream."""
-    padded_tokens: int
-    """Padding in one epoch of the training stream."""
-    records: int
-    examples: tuple[Example, ...] = ()
-    """The whole prompts, in the order of their numbers."""
 
 
 def prepare(workload: Workload, folder: Path) -> TokenSummary:

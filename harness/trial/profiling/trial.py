@@ -17,6 +17,7 @@ from harness.records import codec
 from harness.records.activity import ACCOUNTS, ACTIVITY, PEAKS
 from harness.records.memory_account import MemoryPhase
 from harness.records.record import Fragment
+from harness.studies.command import words_of
 from harness.studies.request import TrialRequest
 from harness.trial.building.packing import unpack_4bit
 from harness.trial.building.shared import SharedBase
@@ -30,7 +31,7 @@ from harness.trial.trial import Trial
 class ProfiledTrial(Trial):
     """A solo trial, watched from its birth to its last token."""
 
-    COMMANDS: ClassVar[tuple[str, ...]] = (*Trial.COMMANDS, "account", "profile", "peak", "activity")
+    COMMANDS: ClassVar[tuple[str, ...]] = (*Trial.COMMANDS, *words_of("profiled trial"))
 
     def __init__(self, request: TrialRequest, shared: SharedBase) -> None:
         super().__init__(request, shared)

@@ -20,13 +20,14 @@ from harness.machine.provenance import (
     harness_identity,
     library_version,
     probe_machine,
+    read_facts,
 )
 from harness.records.record import SCHEMA
 from harness.run.executors.host import Host, describe, inspect
 from harness.run.executors.local import LocalExecutor, worker_environment
 from harness.run.plan import make_plan
 from harness.run.runner import run_plan
-from harness.run.site import Site
+from harness.run.site import site_of
 
 
 def test_the_default_host_is_the_present_interpreter():
@@ -79,7 +80,7 @@ def test_a_description_holds_what_an_effect_can_be_attributed_to(tmp_path):
 def test_what_a_side_says_goes_before_what_holds_here(small_study, machine):
     """The provenance of a side: its interpreter and libraries, the machine and the workload of the run."""
     other = {"python": "3.99", "libraries": {"peft": "0.1"}, "cuda": "99", "packages": {"peft": "0.1"}, "git": {}}
-    here, there = (collect(small_study, machine, 1, {}, side) for side in (None, other))
+    here, there = (collect(small_study, read_facts(machine, side), 1) for side in (None, other))
     assert {name for name in there if here.get(name) != there[name]} == {*other}
     assert "packages" not in here
 
@@ -127,10 +128,10 @@ def sides(tmp_path_factory):
         file.write(f"import os, sys\nopen({marks!r}, 'a').write({words} + '\\n')\n")
     logs = tmp_path_factory.mktemp("logs")
     hosts = {"base": Host(), "candidate": Host(path=(str(other),), cwd=str(other))}
-    executors = {label: LocalExecutor(threads=1, log_dir=logs, host=host, label=label) for label, host in hosts.items()}
+    executors = {label: LocalExecutor(host=host, label=label) for label, host in hosts.items()}
     try:
         for executor in executors.values():
-            executor.start()
+            executor.start(logs, 1)
         yield {label: (executor, executor.hello()) for label, executor in executors.items()}, logs, other
     finally:
         for executor in executors.values():
@@ -141,10 +142,10 @@ def test_two_executors_share_a_folder_and_say_which_harness_they_run(sides):
     """One log each; the greeting of a host carries the version and content of the harness that it imported."""
     executors, logs, _ = sides
     hellos = {label: hello for label, (_, hello) in executors.items()}
-    assert {"zygote-base.log", "zygote-candidate.log"} <= {path.name for path in logs.iterdir()}
-    assert hellos["base"]["harness"] == harness_identity()
-    assert hellos["candidate"]["harness"] != harness_identity()
-    assert {hello["harness"].split(" sha256:")[0] for hello in hellos.values()} == {library_version("lorameter")}
+    assert {"zygote-base.log", "zygote-candidate.log"} <= {path.name for path in (logs / "logs").iterdir()}
+    assert hellos["base"].harness == harness_identity()
+    assert hellos["candidate"].harness != harness_identity()
+    assert {hello.harness.split(" sha256:")[0] for hello in hellos.values()} == {library_version("lorameter")}
 
 
 class Silent:
@@ -164,11 +165,8 @@ def test_a_trial_runs_on_a_host_from_training_to_cold_start(sides, small_study, 
     protocol = dataclasses.replace(small_study.protocol, replicates=1)
     plan = make_plan(dataclasses.replace(small_study, protocol=protocol), select=["plain"])
     plan = dataclasses.replace(plan, groups=plan.groups[:1])  # the control would show the same again
-    tokens = executor.prepare_tokens(small_study.workload, str(tmp_path))
-    site = Site(
-        run_path=tmp_path, scratch=tmp_path / "scratch", device="cpu", threads=1, tokens_path=tokens["path"],
-        tokens={"hash": tokens["hash"]},
-    )  # fmt: skip
+    tokens = executor.prepare_tokens(small_study.workload)
+    site = site_of(small_study.workload, tokens, "cpu")
     (record,) = run_plan(plan, {"": executor}, site, save=lambda record: None, watcher=Silent()).records
     assert record.status == "ok", record.failure
     assert "cold_start_time_s" in record.values
@@ -182,8 +180,8 @@ def test_a_side_that_speaks_another_schema_is_refused_by_name(tmp_path):
     record = other / "harness" / "records" / "record.py"
     record.write_text(record.read_text().replace(f"\nSCHEMA = {SCHEMA}\n", f"\nSCHEMA = {SCHEMA + 1}\n"))
     host = Host(path=(str(other),), cwd=str(other))
-    executor = LocalExecutor(threads=1, log_dir=tmp_path, host=host, label="candidate")
-    executor.start()
+    executor = LocalExecutor(host=host, label="candidate")
+    executor.start(tmp_path, 1)
     try:
         with pytest.raises(
             InvalidRunError, match=f"worker of 'candidate' speaks schema {SCHEMA + 1}, this program {SCHEMA}"
@@ -199,20 +197,26 @@ def test_a_host_that_cannot_import_is_an_error_that_names_side_and_interpreter(t
     broken.mkdir(parents=True)
     (broken / "__init__.py").write_text("raise ImportError('broken on purpose')")
     host = Host(path=(str(broken.parent),))
-    executor = LocalExecutor(threads=1, log_dir=tmp_path, host=host, label="base")
-    executor.start()
+    executor = LocalExecutor(host=host, label="base")
+    executor.start(tmp_path, 1)
     with pytest.raises(InvalidRunError, match=r"worker of 'base' did not start: .*broken on purpose.*zygote-base\.log"):
         executor.hello()
 
 
 def test_tokens_are_made_in_the_folder_that_was_meant(small_study, tmp_path, monkeypatch):
-    """A host runs elsewhere; a relative folder is still the parent's."""
+    """A host runs elsewhere; a relative folder is still the parent's. What is not to be kept goes with the executor."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "run").mkdir()
     root = str(Path(harness.__file__).parents[1])
     host = Host(path=(root,), cwd=str(tmp_path / "elsewhere"))
-    executor = LocalExecutor(threads=1, log_dir=tmp_path, host=host, label="base")
-    answer = executor.prepare_tokens(small_study.workload, "run")
-    assert Path(answer["path"]).parent == tmp_path / "run"
-    assert (tmp_path / "tokens-base.log").is_file()
+    executor = LocalExecutor(host=host, label="base")
+    executor.start(Path("run"), 1)
+    try:
+        kept, lost = (executor.prepare_tokens(small_study.workload, keep=keep) for keep in (True, False))
+        assert Path(lost.path).is_file()
+    finally:
+        executor.close()
+    assert Path(kept.path).parent == tmp_path / "run"
+    assert Path(kept.path).is_file()
+    assert not Path(lost.path).exists()
+    assert (tmp_path / "run" / "logs" / "tokens-base.log").is_file()

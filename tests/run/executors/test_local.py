@@ -13,10 +13,11 @@ import psutil
 import pytest
 
 from harness.records.record import DISTURBED, Failure
-from harness.run.executors.local import LocalExecutor, LocalWorker
+from harness.run.executors.forked import ForkedWorker
+from harness.run.executors.local import LocalExecutor
 from harness.run.plan import make_plan
 from harness.run.runner import run_plan
-from harness.run.site import Site
+from harness.run.site import site_of
 from harness.trial import zygote
 
 
@@ -43,31 +44,34 @@ SERVED = {
 
 
 @pytest.fixture(scope="module")
-def executor(tmp_path_factory):
+def folder(tmp_path_factory):
+    """That of the runs of this module; their logs lie in it."""
+    return tmp_path_factory.mktemp("run")
+
+
+@pytest.fixture(scope="module")
+def executor(folder):
     """One zygote for all tests of this module; its start is what costs."""
-    local = LocalExecutor(threads=1, log_dir=tmp_path_factory.mktemp("logs"))
-    local.start()
+    local = LocalExecutor()
+    local.start(folder, 1)
     local.hello()
     yield local
     local.close()
 
 
 @pytest.fixture(scope="module")
-def served(executor, small_study, tmp_path_factory):
+def served(executor, small_study):
     """The records of one run of all phases; each of its cold starts imports for seconds, so it is made once."""
     more = (dataclasses.replace(small_study.variants[0], name=name, **changes) for name, changes in SERVED.items())
     study = dataclasses.replace(small_study, variants=(*small_study.variants, *more))
-    return measure(study, executor, tmp_path_factory.mktemp("served"), phases=("train", "generate", "cold"))
+    return measure(study, executor, phases=("train", "generate", "cold"))
 
 
-def measure(study, executor, tmp_path, *, phases=("train",), watcher=None):
+def measure(study, executor, *, phases=("train",), watcher=None):
     protocol = dataclasses.replace(study.protocol, replicates=1)
     plan = make_plan(dataclasses.replace(study, protocol=protocol), phases=phases)
-    tokens = executor.prepare_tokens(study.workload, str(tmp_path))
-    site = Site(
-        run_path=tmp_path, scratch=tmp_path / "scratch", device="cpu", threads=1, tokens_path=tokens["path"],
-        tokens={"hash": tokens["hash"]},
-    )  # fmt: skip
+    tokens = executor.prepare_tokens(study.workload)
+    site = site_of(study.workload, tokens, "cpu")
     measured = run_plan(plan, {"": executor}, site, save=lambda record: None, watcher=watcher or Quiet())
     return {record.trial: record for record in measured.records}
 
@@ -119,7 +123,7 @@ def test_the_cold_model_is_the_trained_one(served, name):
     assert record.tokens["completion"] == record.tokens["cold_completion"]
 
 
-def test_a_killed_trial_is_a_row(executor, small_study, tmp_path):
+def test_a_killed_trial_is_a_row(executor, small_study):
     """SIGKILL in the middle of the turns: crashed, with the signal named and the earlier turns kept."""
 
     def kill(slot, phase):
@@ -127,33 +131,33 @@ def test_a_killed_trial_is_a_row(executor, small_study, tmp_path):
             for child in children_of(executor):
                 child.kill()
 
-    records = measure(small_study, executor, tmp_path, watcher=Quiet(kill))
+    records = measure(small_study, executor, watcher=Quiet(kill))
     assert records["r0-nf4"].status == "crashed"
     assert "SIGKILL" in records["r0-nf4"].failure.message
     assert records["r0-nf4"].samples["step_time_s"]
     assert {r.status for t, r in records.items() if t != "r0-nf4"} == {"ok"}
 
 
-def test_a_hanging_trial_is_killed_and_a_row(executor, small_study, tmp_path, monkeypatch):
+def test_a_hanging_trial_is_killed_and_a_row(executor, small_study, monkeypatch):
     """A stopped process answers nothing: timeout after the limit, and the process is gone.
 
     The limit is the protocol's, and is short for the stopped process alone: no other must keep it on a busy machine.
     """
-    ask, limits = LocalWorker.ask, set()
+    ask, limits = ForkedWorker.ask, set()
 
     def impatient(worker, command, trial, timeout_s, **arguments):
         limits.add(timeout_s)
         stopped = (trial, command) == ("r0-nf4", "warm_up")
         return ask(worker, command, trial, 0.5 if stopped else timeout_s, **arguments)
 
-    monkeypatch.setattr(LocalWorker, "ask", impatient)
+    monkeypatch.setattr(ForkedWorker, "ask", impatient)
 
     def stop(slot, phase):
         if slot.trial == "r0-nf4" and phase == "warm_up":
             for child in children_of(executor):
                 os.kill(child.pid, signal.SIGSTOP)
 
-    records = measure(small_study, executor, tmp_path, watcher=Quiet(stop))
+    records = measure(small_study, executor, watcher=Quiet(stop))
     assert limits == {small_study.protocol.step_timeout_s}
     assert records["r0-nf4"].status == "timeout"
     assert "0.5 s" in records["r0-nf4"].failure.message
@@ -161,52 +165,52 @@ def test_a_hanging_trial_is_killed_and_a_row(executor, small_study, tmp_path, mo
     assert not children_of(executor)
 
 
-def test_running_out_of_memory_is_a_row(executor, small_study, tmp_path):
+def test_running_out_of_memory_is_a_row(executor, small_study, folder):
     """An address-space limit that the process's own size nearly fills: oom, with the traceback in record and log."""
     limit = psutil.Process(executor._process.pid).memory_info().vms + 64 * 2**20
     protocol = dataclasses.replace(small_study.protocol, memory_limit_bytes=limit)
     workload = dataclasses.replace(small_study.workload, batch_size=64, sequence_length=512, train_sequences=64)
-    records = measure(dataclasses.replace(small_study, protocol=protocol, workload=workload), executor, tmp_path)
+    records = measure(dataclasses.replace(small_study, protocol=protocol, workload=workload), executor)
     assert {record.status for record in records.values()} == {"oom"}
     record = records["r0-plain"]
     assert "Traceback" in record.failure.traceback
-    assert "Traceback" in (tmp_path / record.log).read_text()
+    assert "Traceback" in (folder / record.log).read_text()
 
 
-def test_an_exception_is_a_row(executor, small_study, tmp_path):
+def test_an_exception_is_a_row(executor, small_study, folder):
     """Targets that match no module: crashed, with PEFT's own words, while the reference is measured."""
     study = variant(small_study, target_modules=("no_such_module",))
-    records = measure(study, executor, tmp_path)
+    records = measure(study, executor)
     assert records["r0-bad"].status == "crashed"
     assert "no_such_module" in records["r0-bad"].failure.message
     assert records["r0-bad"].failure.phase == "build"
-    assert "Traceback" in (tmp_path / records["r0-bad"].log).read_text()
+    assert "Traceback" in (folder / records["r0-bad"].log).read_text()
     assert records["r0-plain"].status == "ok"
 
 
-def test_a_loss_that_is_not_finite_is_a_row(executor, small_study, tmp_path):
+def test_a_loss_that_is_not_finite_is_a_row(executor, small_study):
     """A learning rate that diverges: invalid, naming the step, before anything is ranked."""
     study = variant(small_study, learning_rate=1e30, lora_alpha=10**12, max_grad_norm=0.0)
-    records = measure(study, executor, tmp_path)
+    records = measure(study, executor)
     assert records["r0-bad"].status == "invalid"
     assert records["r0-bad"].failure.kind == "LossNotFinite"
     assert "learning_rate" in records["r0-bad"].failure.message
 
 
-def test_a_claim_that_does_not_hold_is_a_row(executor, small_study, tmp_path):
+def test_a_claim_that_does_not_hold_is_a_row(executor, small_study):
     """A paged optimizer pages nothing on a CPU: invalid, and measured only where the study allows it."""
     study = variant(small_study, r=512, optimizer="paged_adamw_32bit")  # large enough for bitsandbytes to page it
-    refused = measure(study, executor, tmp_path)["r0-bad"]
+    refused = measure(study, executor)["r0-bad"]
     assert refused.status == "invalid"
     assert "optimizer.paged_share" in refused.failure.message
     assert "step_time_s" not in refused.samples
-    allowed = measure(dataclasses.replace(study, allow_fallback=True), executor, tmp_path)["r0-bad"]
+    allowed = measure(dataclasses.replace(study, allow_fallback=True), executor)["r0-bad"]
     assert allowed.status == "ok"
     assert any(notice.code == "fallback-allowed" for notice in allowed.notices)
     assert allowed.memory["paged_optimizer_state_bytes"] == 0
 
 
-def test_a_disturbed_trial_is_measured_again_by_a_fresh_process(executor, small_study, tmp_path, monkeypatch):
+def test_a_disturbed_trial_is_measured_again_by_a_fresh_process(executor, small_study, monkeypatch):
     """The judgement is planted, the processes are real: the second is the first over again, to the bit."""
     seen = []
 
@@ -219,7 +223,7 @@ def test_a_disturbed_trial_is_measured_again_by_a_fresh_process(executor, small_
     monkeypatch.setattr("harness.run.runner.judged", judged)
     protocol = dataclasses.replace(small_study.protocol, allow_disturbed=False)
     study = dataclasses.replace(small_study, variants=small_study.variants[:1], protocol=protocol)
-    records = measure(study, executor, tmp_path)
+    records = measure(study, executor)
     assert [(record.role, record.attempt) for record in seen if record.role == "variant"] == [
         ("variant", 0), ("variant", 1)
     ]  # fmt: skip
@@ -254,10 +258,36 @@ def test_a_zygote_with_threads_refuses_to_fork():
     assert "threads" in answer["error"]
 
 
+def test_the_files_of_a_trial_lie_where_the_executor_says(executor, tmp_path):
+    """By absolute paths: its folder until it is cleared, its log with the run; what is fetched is the parent's then."""
+    place = executor.make_place("t", "shared")
+    (Path(place.scratch) / "found.json").write_text("{}")
+    assert executor.fetch("t", "found.json", tmp_path).read_text() == "{}"
+    assert not [*Path(place.scratch).iterdir()]
+    assert Path(place.log_path).is_absolute()
+    assert (Path(place.log_path).parent.name, Path(place.log_path).name) == ("logs", "shared.log")
+    executor.clear_place("t")
+    executor.clear_place("t")
+    assert not Path(place.scratch).exists()
+
+
+def test_an_executor_answers_for_its_machine_before_it_is_started():
+    """A plan is made from what it says, and where nothing was started nothing can be asked of a worker."""
+    from harness.errors import InvalidRunError
+
+    local = LocalExecutor()
+    assert local.machine() == local.facts().machine
+    assert 0 < local.free_bytes() <= local.machine().memory_bytes or local.machine().device == "cuda"
+    for ask in (local.hello, local.launch, lambda: local.make_place("t", "t")):
+        with pytest.raises(InvalidRunError, match="not started"):
+            ask()
+    local.close()
+
+
 def test_trials_die_with_their_parent(tmp_path):
     """When the zygote goes away, so does the trial under way."""
-    local = LocalExecutor(threads=1, log_dir=tmp_path)
-    local.start()
+    local = LocalExecutor()
+    local.start(tmp_path, 1)
     local.hello()
     worker = local.launch()
     local._process.kill()
@@ -279,7 +309,7 @@ def test_a_worker_that_cannot_import_is_an_error_with_its_log(tmp_path, monkeypa
     broken.mkdir(parents=True)
     (broken / "__init__.py").write_text("raise ImportError('broken on purpose')")
     monkeypatch.setenv("PYTHONPATH", str(broken.parent))
-    local = LocalExecutor(threads=1, log_dir=Path(tmp_path))
-    local.start()
+    local = LocalExecutor()
+    local.start(Path(tmp_path), 1)
     with pytest.raises(InvalidRunError, match="broken on purpose"):
         local.hello()

@@ -255,14 +255,14 @@ def test_a_revision_of_lorameter_is_measured_by_its_own_harness(tmp_path):
         assert {name: Path(origin) for name, origin in origins.items()} == {
             name: tree / name / "__init__.py" for name in OWN_PACKAGES
         }
-        executor = LocalExecutor(threads=1, log_dir=tmp_path, host=side.host, label="base")
-        executor.start()
+        executor = LocalExecutor(host=side.host, label="base")
+        executor.start(tmp_path, 1)
         try:
             hello = executor.hello()
         finally:
             executor.close()
         identity = run(side.host, "from harness.machine.provenance import harness_identity; print(harness_identity())")
-    assert hello["harness"] == identity != harness_identity()
+    assert hello.harness == identity != harness_identity()
 
 
 # --- interpreters -----------------------------------------------------------------------------------------------------
@@ -382,10 +382,10 @@ def test_requirements_win_over_what_is_installed(index, opened, cache):
 def test_a_worker_starts_on_requirements(index, opened, cache, tmp_path):
     """torch and its kind are found beneath the layer."""
     with opened(OLD_PACKAGING, cache=cache) as side:
-        executor = LocalExecutor(threads=1, log_dir=tmp_path, host=side.host, label="candidate")
-        executor.start()
+        executor = LocalExecutor(host=side.host, label="candidate")
+        executor.start(tmp_path, 1)
         try:
-            assert executor.hello()["harness"] == harness_identity()
+            assert executor.hello().harness == harness_identity()
         finally:
             executor.close()
 

@@ -11,7 +11,7 @@ from harness.records import codec
 from harness.run.executors.local import LocalExecutor
 from harness.run.plan import make_plan
 from harness.run.runner import run_plan
-from harness.run.site import Site, request_of
+from harness.run.site import request_of, site_of
 from harness.studies.variant import Variant
 
 RANKS = (Variant(name="r4", r=4, quantization="nf4"), Variant(name="r8", r=8, quantization="nf4"))
@@ -30,30 +30,21 @@ class Quiet:
 @pytest.fixture(scope="module")
 def executor(tmp_path_factory):
     """One zygote for all tests of this module."""
-    local = LocalExecutor(threads=1, log_dir=tmp_path_factory.mktemp("logs"))
-    local.start()
+    local = LocalExecutor()
+    local.start(tmp_path_factory.mktemp("logs"), 1)
     local.hello()
     yield local
     local.close()
 
 
-def site_of(executor, study, tmp_path):
-    tokens = executor.prepare_tokens(study.workload, str(tmp_path))
-    return Site(
-        run_path=tmp_path, scratch=tmp_path / "scratch", device="cpu", threads=1, tokens_path=tokens["path"],
-        tokens={"hash": tokens["hash"]},
-    )  # fmt: skip
-
-
-def test_a_waiting_process_uses_no_cpu(small_study, executor, tmp_path):
+def test_a_waiting_process_uses_no_cpu(small_study, executor):
     """While one side of a lockstep takes its steps, the other blocks on its socket."""
-    site = site_of(executor, small_study, tmp_path)
+    site = site_of(small_study.workload, executor.prepare_tokens(small_study.workload), "cpu")
     plan = make_plan(small_study, interleaving="lockstep", phases=["train"])
     workers = {}
     for slot in plan.groups[0].slots[:2]:
-        (site.scratch / slot.trial).mkdir(parents=True)
         workers[slot.trial] = executor.launch()
-        request = codec.to_json(request_of(plan, slot, site, slot.trial))
+        request = codec.to_json(request_of(plan, slot, site, executor.make_place(slot.trial, slot.trial)))
         workers[slot.trial].ask("prepare", slot.trial, 60, request=request)
         assert workers[slot.trial].ask("build", slot.trial, 60).status == "ok"
     (busy, computing), (idle, waiting) = workers.items()
@@ -66,7 +57,7 @@ def test_a_waiting_process_uses_no_cpu(small_study, executor, tmp_path):
     assert spent[idle] <= 0.01  # one tick of the kernel's clock
 
 
-def test_a_trial_that_fails_leaves_its_neighbours_on_the_base_alone(small_study, executor, tmp_path):
+def test_a_trial_that_fails_leaves_its_neighbours_on_the_base_alone(small_study, executor):
     """A diverging adapter is a row of its own; the others go on, bit-equal to a run without it."""
     wild = dataclasses.replace(RANKS[1], name="wild", learning_rate=1e30, lora_alpha=10**12, max_grad_norm=0)
     losses = {}
@@ -74,8 +65,7 @@ def test_a_trial_that_fails_leaves_its_neighbours_on_the_base_alone(small_study,
     for name, variants in (("with", (RANKS[0], wild)), ("without", RANKS)):
         study = dataclasses.replace(small_study, variants=variants, reference="r4", protocol=protocol)
         plan = make_plan(study, interleaving="shared-base", phases=["train"])
-        (tmp_path / name).mkdir()
-        site = site_of(executor, study, tmp_path / name)
+        site = site_of(study.workload, executor.prepare_tokens(study.workload), "cpu")
         records = run_plan(plan, {"": executor}, site, save=lambda record: None, watcher=Quiet()).records
         statuses = {record.name: record.status for record in records}
         assert statuses["r4"] == "ok"

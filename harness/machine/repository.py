@@ -1,0 +1,40 @@
+"""The repository that something lies in, asked by git.
+
+Git's hooks export variables that turn every git command to the repository of the hook, whichever folder it is started
+in. They are taken away here: a run that a hook starts is told of, and measures, the repository that was named.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+_POINTERS = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX", "GIT_OBJECT_DIRECTORY")
+STATE_TIMEOUT_S = 10.0
+"""A repository on a network disk that does not answer must not hold up a run for the sake of its commit."""
+
+
+def run_git(folder: Path, *arguments: str, timeout_s: float | None = None) -> subprocess.CompletedProcess[str]:
+    """What git says in a folder. Code 127 and the reason where it cannot be run or does not end within `timeout_s`."""
+    environment = {name: value for name, value in os.environ.items() if name not in _POINTERS}
+    command = ["git", "-C", str(folder), *arguments]
+    try:
+        return subprocess.run(
+            command, capture_output=True, text=True, errors="replace", env=environment, timeout=timeout_s, check=False
+        )
+    except OSError as error:
+        return subprocess.CompletedProcess(command, 127, "", f"git cannot be run: {error.strerror}")
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess(command, 127, "", f"git did not answer within {timeout_s:g} s")
+
+
+def git_state(folder: Path) -> dict[str, Any]:
+    """Commit and dirty flag of the repository around `folder`; None where there is none. Bytecode is no change."""
+    commit = run_git(folder, "rev-parse", "HEAD", timeout_s=STATE_TIMEOUT_S)
+    if commit.returncode:
+        return {"commit": None, "dirty": None}
+    bytecode = ":(top,exclude,glob)**/__pycache__/**"
+    changes = run_git(folder, "status", "--porcelain", "--", ":/", bytecode, timeout_s=STATE_TIMEOUT_S)
+    return {"commit": commit.stdout.strip(), "dirty": bool(changes.stdout.strip())}

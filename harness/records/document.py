@@ -1,0 +1,20 @@
+"""A JSON document on disk that is there whole or not at all: a reader, or a crash, never finds half of one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from harness.records import codec
+
+
+def write_document(path: Path, value: Any) -> None:
+    """Write a value as JSON beside `path`, have it on the disk, and put it in the place of what was there."""
+    text = codec.dumps(value, indent=1) + "\n"
+    draft = path.with_suffix(".tmp")
+    with draft.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)

@@ -1,0 +1,55 @@
+"""What is said before anything is measured: by a worker of itself, and of the tokens that all trials will see.
+
+Both cross from a measuring process to its parent, and parts of both stand in the manifest of a run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from harness.records.record import SCHEMA
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hello:
+    """How a worker announces that it has imported what every trial needs."""
+
+    schema: int = SCHEMA
+    harness: str
+    """Version and content of the harness that it runs."""
+    pid: int
+    import_time_s: float
+    device: str
+    """"cuda" or "cpu", as torch sees it."""
+    torch: str
+    lacks: str | None = None
+    """Why bitsandbytes could not run on that device; None if it can."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """A held-out record that is put to the model whole: its prompt, and what the record continues it with."""
+
+    prompt: str
+    reference: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenSummary:
+    """What a plan must know of its tokens; goes into every record."""
+
+    path: str
+    """Absolute, on the machine that measures."""
+    hash: str
+    data: str
+    """What the records are, in words; says "synthetic" where they are."""
+    synthetic: bool
+    tokenizer_substituted: bool
+    train_sequences: int
+    real_tokens: int
+    """Tokens of records in one epoch of the training stream."""
+    padded_tokens: int
+    """Padding in one epoch of the training stream."""
+    records: int
+    examples: tuple[Example, ...] = ()
+    """The whole prompts, in the order of their numbers."""

@@ -1,0 +1,88 @@
+"""A process that was forked from a zygote to host trials, as its parent sees it: asked, silent, or dead."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from harness.machine.processes import kill_group
+from harness.records import codec
+from harness.records.record import Failure, Fragment
+from harness.run.executors import WorkerLostError
+from harness.run.executors.channel import Channel
+
+START_TIMEOUT_S = 180.0
+"""Importing takes 3 to 5 s on a quiet machine; a cold disk and a busy one can make it a minute."""
+
+
+class ForkedWorker:
+    """A forked process; implements `Worker`."""
+
+    def __init__(self, pid: int, channel: Channel, control: Channel) -> None:
+        self.pid = pid
+        self.channel = channel
+        self.start_latency_s = float("nan")
+        self._control = control
+        self._reaped = False
+
+    def ask(self, command: str, trial: str, timeout_s: float, **arguments: Any) -> Fragment:
+        """Send a command and block until its answer, the process's death, or `timeout_s`."""
+        self.channel.send({"do": command, "trial": trial, **arguments})
+        answer = self.channel.receive(timeout_s)
+        if answer is None:
+            raise self.lost(command, timeout_s)
+        return codec.from_json(Fragment, answer, f"answer to {command}")
+
+    def lost(self, phase: str, timeout_s: float) -> WorkerLostError:
+        """What became of a process that did not answer: killed for silence, or dead by itself."""
+        silent = not self.channel.closed_by_peer
+        code = self._reap()
+        if silent:
+            return WorkerLostError("timeout", silence(phase, timeout_s))
+        message = f"the trial's process ended with {exit_words(code)} during {phase}"
+        if code == -signal.SIGKILL:
+            message += ": killed from outside, or by the kernel for want of memory (see dmesg)"
+        return WorkerLostError("crashed", Failure(phase=phase, kind="ProcessDied", message=message))
+
+    def close(self) -> None:
+        """Close the connection, which ends the child's loop, and reap it."""
+        self.channel.close()
+        self._reap(grace_s=10.0)
+
+    def _reap(self, grace_s: float = 0.0) -> int | None:
+        if self._reaped:
+            return None
+        self._reaped = True
+        deadline = time.monotonic() + grace_s
+        while grace_s and time.monotonic() < deadline and _runs(self.pid):
+            time.sleep(0.01)
+        kill_group(self.pid)
+        self._control.send({"do": "reap", "pid": self.pid})
+        answer = self._control.receive(START_TIMEOUT_S)
+        return None if answer is None else answer.get("status")
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process still runs (a zombie that waits to be reaped does not)."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in ("Z", "X")
+
+
+def silence(phase: str, timeout_s: float) -> Failure:
+    """What is said of a process that gave no answer in time."""
+    message = f"no answer within {timeout_s:g} s during {phase}; it was killed. Raise step_timeout_s if it was at work"
+    return Failure(phase=phase, kind="Silent", message=message)
+
+
+def exit_words(code: int | None) -> str:
+    """How a process ended, in words."""
+    if code is None:
+        return "an unknown status"
+    if code < 0:
+        return f"signal {-code} ({signal.Signals(-code).name})"
+    return f"exit code {code}"

@@ -1,0 +1,106 @@
+"""Whether timed steps change their level: a clock that throttles, a leak, a neighbour that came or went.
+
+The steady state of a series is told as Barrett et al. (2017, "Virtual machine warmup blows hot and cold") do, from
+change points in the log step times: the level of the last segment, if enough of the series is at it. The change points
+come from binary segmentation (Scott & Knott 1974) on shifts of the mean, with a penalty of three log n a change, as a
+BIC-type criterion asks (Yao 1988, made stricter, because step times are not quite independent). The unit of cost is the
+noise between neighbours, so a slow drift or a step cannot hide itself by inflating the variance.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import TYPE_CHECKING
+
+from harness.stats.samples import checked_number, checked_samples
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy import float64
+    from numpy.typing import NDArray
+
+_LEAST_SEGMENT = 3
+_PENALTY_PER_LOG_N = 3.0
+# Steps are not told apart below a thousandth: clocks that tick coarsely make most differences exactly zero.
+_NOISE_FLOOR = 1e-3
+# From the median absolute difference of neighbours to their standard deviation, if normal: 1.4826, and two steps
+# differ.
+_MAD_TO_SD = 1.4826 / math.sqrt(2)
+# Barrett et al. ask the last quarter of a series to be steady; and what follows its start must be mostly at its level.
+_LEAST_STEADY_SHARE = 0.25
+_LEAST_SHARE_AT_LEVEL = 0.75
+
+
+def drifts(samples: Sequence[float], *, tolerance: float) -> bool:
+    """Whether a series of step times gets slower, or finds no steady level.
+
+    Levels differ if they do by more than `tolerance` (a fraction) and by more than the noise. There is no steady level
+    if the last one covers less than a quarter of the steps, or if more than a quarter of those after its start are at
+    another. Steps that are slower at first, a passing burst and a lone slow step are no drift; fewer than six steps
+    show none. On flat noise it finds one in about one series of 25 at the most.
+
+    Raises ValueError for no samples, for samples not finite and above zero, and for tolerance < 0.
+    """
+    import numpy as np
+
+    allowed = math.log1p(checked_number("tolerance", tolerance, at_least=0, strictly=False))
+    log_times = np.log(checked_samples("samples", samples, positive=True))
+    count = log_times.size
+    if count < 2 * _LEAST_SEGMENT:
+        return False
+    noise = max(float(np.median(np.abs(np.diff(log_times)))) * _MAD_TO_SD, _NOISE_FLOOR)
+    despiked = _without_hiccups(log_times)
+    penalty = _PENALTY_PER_LOG_N * math.log(count)
+    starts = _segment_starts(despiked / noise, penalty)
+    segments = [despiked[start:end] for start, end in itertools.pairwise([*starts, count])]
+    levels, last = [float(segment.mean()) for segment in segments], segments[-1]
+    # Segments that do not touch are told apart by the criterion that parts neighbours, and only beyond the tolerance.
+    steady = [
+        abs(level - levels[-1]) <= max(allowed, noise * math.sqrt(penalty * (1 / segment.size + 1 / last.size)))
+        for level, segment in zip(levels, segments, strict=True)
+    ]
+    first = steady.index(True)
+    at_level = sum(segment.size for segment, same in zip(segments, steady, strict=True) if same)
+    if at_level < _LEAST_STEADY_SHARE * count or at_level < _LEAST_SHARE_AT_LEVEL * (count - starts[first]):
+        return True
+    return any(level < levels[-1] for level in levels[:first])
+
+
+def _without_hiccups(log_times: NDArray[float64]) -> NDArray[float64]:
+    """A running median of three: lone slow steps go, shifts keep their place, the first step (compilation) stays."""
+    import numpy as np
+
+    despiked = log_times.copy()
+    triples = np.lib.stride_tricks.sliding_window_view(log_times, 3)
+    despiked[1:-1] = np.median(triples, axis=1)
+    despiked[-1] = despiked[-2]
+    return despiked
+
+
+def _segment_starts(values: NDArray[float64], penalty: float) -> list[int]:
+    """Starts of the segments of constant mean, in order and with the first 0; `values` in units of the noise."""
+    starts = [0]
+    pending = [(0, values.size)]
+    while pending:
+        start, end = pending.pop()
+        split = _best_split(values[start:end], penalty)
+        if split is not None:
+            starts.append(start + split)
+            pending += [(start, start + split), (start + split, end)]
+    return sorted(starts)
+
+
+def _best_split(values: NDArray[float64], penalty: float) -> int | None:
+    """Where a change of the mean saves most squared error, or None if it saves no more than `penalty`."""
+    import numpy as np
+
+    if values.size < 2 * _LEAST_SEGMENT:
+        return None
+    sums = np.cumsum(values - values.mean())
+    splits = np.arange(_LEAST_SEGMENT, values.size - _LEAST_SEGMENT + 1)
+    # With the total at zero, the gain of a split after k of n is S_k^2 n / (k (n - k)).
+    gains = sums[splits - 1] ** 2 * values.size / (splits * (values.size - splits))
+    best = int(gains.argmax())
+    return int(splits[best]) if gains[best] > penalty else None

@@ -1,0 +1,50 @@
+"""What git says of a folder."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+
+from harness.machine.repository import git_state, run_git
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """One commit of one file."""
+    folder = tmp_path / "repository"
+    folder.mkdir()
+    (folder / "README").write_text("one")
+    who = ("-c", "user.name=Test", "-c", "user.email=test@example.org")
+    for arguments in (("init", "--quiet"), ("add", "."), ("commit", "--quiet", "--message", "one")):
+        subprocess.run(["git", "-C", str(folder), *who, *arguments], check=True)
+    return folder
+
+
+def test_a_change_makes_it_dirty_and_bytecode_does_not(repository):
+    """A run that only compiled modules was of the commit."""
+    commit = run_git(repository, "rev-parse", "HEAD").stdout.strip()
+    (repository / "__pycache__").mkdir()
+    (repository / "__pycache__" / "a.pyc").write_text("")
+    assert git_state(repository) == {"commit": commit, "dirty": False}
+    (repository / "README").write_text("two")
+    assert git_state(repository) == {"commit": commit, "dirty": True}
+
+
+def test_a_hook_does_not_turn_the_question_to_its_repository(repository, tmp_path, monkeypatch):
+    """Git's hooks export GIT_DIR; a run that one starts is told of the folder that was named."""
+    state = git_state(repository)
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "nowhere"))
+    assert git_state(repository) == state
+
+
+def test_outside_of_one_nothing_is_known(tmp_path):
+    """Nor where git is not installed."""
+    assert git_state(tmp_path) == {"commit": None, "dirty": None}
+
+
+def test_without_git_the_answer_is_the_reason(tmp_path, monkeypatch):
+    """Never an exception."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert run_git(tmp_path, "status").stderr.startswith("git cannot be run")
+    assert git_state(tmp_path) == {"commit": None, "dirty": None}

@@ -1,0 +1,88 @@
+"""Drift: which changes of level are found in simulated step times, and which are none."""
+
+import numpy as np
+import pytest
+
+from harness.stats import drifts
+
+STEP = np.arange(60)
+
+
+def share(shape, sd, draws=150, seed=61, tolerance=0.02):
+    """Of series of this log shape under normal log noise, how many drift."""
+    rng = np.random.default_rng(seed)
+    return np.mean([drifts(np.exp(rng.normal(shape, sd)), tolerance=tolerance) for _ in range(draws)])
+
+
+@pytest.mark.parametrize("count", [20, 60, 200])
+@pytest.mark.parametrize("sd", [0.003, 0.02, 0.19])
+def test_flat_noise_is_no_drift(count, sd):
+    """At most one series of 25 without a shift is said to drift, at any size of the noise."""
+    assert share(np.zeros(count), sd) <= 0.04
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [0.3 * (STEP >= 30), 0.3 * (STEP >= 52), 0.3 * (STEP // 10 % 2), 0.02 * STEP],
+    ids=["throttled half-way", "late shift", "alternating", "steadily slower"],
+)
+def test_a_change_of_level_is_found(shape):
+    """A clock that falls, levels that alternate and times that only rise."""
+    assert share(shape, 0.02) >= 0.95
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [np.exp(-STEP / 5), 4.0 * (STEP < 1), 0.3 * (STEP < 10), 0.3 * ((STEP >= 20) & (STEP < 30))],
+    ids=["decaying", "compiling first step", "leading plateau", "passing burst"],
+)
+def test_slower_at_first_and_a_passing_burst_are_none(shape):
+    """The level that comes after is steady, and the faster one."""
+    assert share(shape, 0.02) <= 0.08
+
+
+@pytest.mark.parametrize("where", [1, 2, 30, 58, 59])
+def test_a_lone_hiccup_is_none(where):
+    """One slow step changes nothing, wherever it falls."""
+    assert share(2.0 * (where == STEP), 0.02) <= 0.08
+
+
+def test_the_tolerance_bounds_what_is_found():
+    """A rise by 1.5 % is within a tolerance of 2 %, and not within one of 0.5 %."""
+    rise = 0.015 * (STEP >= 30)
+    assert share(rise, 0.003) <= 0.04
+    assert share(rise, 0.003, tolerance=0.005) >= 0.95
+
+
+def test_without_noise_a_thousandth_is_no_shift():
+    """The noise floor stands in."""
+    assert not drifts([0.5] * 30, tolerance=0.0)
+    assert not drifts([0.5] * 20 + [0.5005] * 10, tolerance=0.0)
+    assert drifts([0.5] * 20 + [0.6] * 10, tolerance=0.0)
+
+
+def test_few_steps_show_none():
+    """Below two segments of three there is nothing to tell apart."""
+    assert not drifts([1.0, 1.0, 1.0, 9.0, 9.0], tolerance=0.02)
+    assert drifts([1.0] * 3 + [9.0] * 3, tolerance=0.02)
+
+
+def test_the_unit_does_not_matter():
+    """Milliseconds and seconds give the same answer."""
+    rng = np.random.default_rng(62)
+    for series in (np.exp(rng.normal(0.02 * (STEP >= 30), 0.02)) for _ in range(50)):
+        assert drifts(series, tolerance=0.02) == drifts(series * 1000, tolerance=0.02)
+
+
+@pytest.mark.parametrize(
+    ("samples", "tolerance", "message"),
+    [
+        ([], 0.02, "samples has no samples"),
+        ([1.0, 0.0], 0.02, r"samples sample 1 is 0\.0"),
+        ([1.0], -1, "tolerance is -1"),
+    ],
+)
+def test_bad_input_is_an_error(samples, tolerance, message):
+    """Bad input raises with the offender's name."""
+    with pytest.raises(ValueError, match=message):
+        drifts(samples, tolerance=tolerance)

@@ -1,0 +1,38 @@
+"""The table of what a worker can be asked."""
+
+from __future__ import annotations
+
+import pytest
+
+from harness.studies.command import COMMANDS, ROUNDS, words_of
+from harness.trial.profiling.trial import ProfiledTrial
+from harness.trial.trial import Trial
+
+
+def test_every_command_of_a_trial_is_a_method_of_it():
+    """A word in the table that nobody carries out would be a failed trial."""
+    assert {*Trial.COMMANDS} == {*words_of("trial")}
+    for kind in (Trial, ProfiledTrial):
+        assert all(callable(getattr(kind, word)) for word in kind.COMMANDS)
+    assert all(command.says for command in COMMANDS.values())
+
+
+@pytest.mark.parametrize("word", ["prepare", "cold", "account", "_take_step", "fly"])
+def test_a_trial_refuses_what_is_not_its_own(word):
+    """Methods are reached by name, so only the words of the table may name one."""
+    with pytest.raises(ValueError, match=word):
+        Trial.run(object.__new__(Trial), word)
+
+
+def test_what_is_timed_in_a_trial_is_watched():
+    """A sample without its surroundings could not be told from a disturbed one."""
+    for command in COMMANDS.values():
+        assert not (command.timed and command.by == "trial") or command.watched == command.phase
+    watched = {command.watched for command in COMMANDS.values() if command.watched}
+    assert watched == {command.ends for command in COMMANDS.values() if command.ends}
+
+
+def test_rounds_are_of_commands_that_take_turns():
+    """Only what is asked again and again is: all of it timed but the untimed steps of the epochs."""
+    assert {kind for kind, command in ROUNDS.items() if not command.timed} == {"epochs"}
+    assert set(ROUNDS) >= {command.measure for command in ROUNDS.values() if command.measure}
