@@ -19,7 +19,7 @@ from harness.stats.intervals import bootstrap_interval
 from harness.stats.memory import compare_bytes
 from harness.stats.power import replicates_to_see, sd_interval
 from harness.stats.quantiles import QuantileEstimate, effective_size, median_interval, percentile
-from harness.stats.samples import OutlierLabel, label_outliers
+from harness.stats.samples import OutlierLabel, count_outliers, label_outliers
 from harness.stats.shift import RunWideShift, run_wide_shift
 from harness.stats.trend import Share, explained_share
 from harness.stats.verdict import Comparison, Verdict
@@ -39,6 +39,7 @@ __all__ = [
     "compare_bytes",
     "compare_family",
     "compare_trials",
+    "count_outliers",
     "drifts",
     "effective_size",
     "estimate_trials",

@@ -11,7 +11,7 @@ from harness.records.metrics import PHASE_TITLES, Phase
 from harness.records.record import Notice, TrialRecord
 from harness.records.store import Run
 from harness.records.units import format_ratio
-from harness.stats import Comparison, drifts, label_outliers
+from harness.stats import Comparison, count_outliers, drifts
 from harness.studies.study import Study
 from harness.verdicts.disturbance import disturbances
 from harness.verdicts.series import OCCUPANCY_FLOOR, is_difference, occupancy
@@ -91,7 +91,7 @@ def _contention(ok: list[TrialRecord]) -> Iterator[Notice]:
 
 def _outliers(ok: list[TrialRecord]) -> Iterator[Notice]:
     steps = [record.samples["step_time_s"] for record in ok if record.samples.get("step_time_s")]
-    count = sum(label != "none" for samples in steps for label in label_outliers(samples))
+    count = count_outliers(steps)
     if count:
         yield Notice(
             code="outliers",

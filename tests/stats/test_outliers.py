@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.stats import label_outliers
+from harness.stats import count_outliers, label_outliers
 
 # Quartiles 25 and 75 by linear interpolation: the fences are at -50 and 150 (mild), -125 and 225 (severe).
 EVEN = [float(value) for value in range(101)]
@@ -64,3 +64,9 @@ def test_labels_do_not_depend_on_unit_or_sign(samples, factor):
     assert len(labels) == len(samples)
     assert labels == label_outliers([sample * factor for sample in samples])
     assert Counter(labels)["none"] >= len(samples) / 2
+
+
+@given(st.lists(st.lists(st.floats(1e-3, 1e3), max_size=30), max_size=12))
+def test_outliers_of_many_trials_are_those_of_each(trials):
+    """Counted together or one by one, whatever their lengths; a trial without samples has none."""
+    assert count_outliers(trials) == sum(label != "none" for trial in trials for label in label_outliers(trial))
