@@ -62,7 +62,9 @@ class LiveDisplay:
 
     def trial_phase(self, slot: Slot, phase: str) -> None:
         """Show the trial's new phase."""
-        words = COMMANDS[phase].says
+        words = (
+            COMMANDS[phase].says if phase in COMMANDS else phase
+        )  # whatever it is told, it raises nothing into the loop
         role = " (control)" if slot.role == "control" else ""
         self._progress.update(
             self._task,
