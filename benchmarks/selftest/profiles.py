@@ -6,7 +6,7 @@ Each case is one field away from a healthy variant of the default study (its wor
 and must have the finding that it was planted for; the healthy one, and the healthy twins of two rules that are about
 something else, must not have it. The variants of the default study and one of smollm2-135m (fetch it first) are
 profiled for their remainders alone. Fragmentation is CUDA's; a batch that comes late cannot be planted in a trial, and
-is in the tests (`tests/training/test_profiling.py`).
+is in the tests (`tests/trial/profiling/test_borders.py`).
 
 Prints what the phases leave of a step, what no kind explains of the memory, and the findings. Exit status 1 where the
 remainder is not certainly within 2 % of the step, a planted finding is not found, or a healthy one is; and where that

@@ -123,7 +123,7 @@ def run_calibrate(options: argparse.Namespace) -> int:
     from harness.records import codec
     from harness.report.calibration import describe_calibration
     from harness.report.terminal import console_for, show
-    from harness.verdicts.calibrate import LEAST_REPLICATES, PILOT_ROWS, PLANTED, calibrate, rows_for
+    from harness.verdicts.calibrate import LEAST_TO_CALIBRATE, PILOT_ROWS, PLANTED, calibrate, rows_for
     from harness.verdicts.series import is_difference
 
     if options.inject_rows is not None and options.inject_rows < 1:
@@ -133,9 +133,9 @@ def run_calibrate(options: argparse.Namespace) -> int:
             f"--variant: {', '.join(options.variant)}: a calibration measures one variant. Give one of them."
         )
     study = read_study(options, standard=CALIBRATION_REPLICATES)
-    if study.protocol.replicates < LEAST_REPLICATES:
+    if study.protocol.replicates < LEAST_TO_CALIBRATE:
         raise UsageError(
-            f"{study.protocol.replicates} replicates: gates are drawn from them, which takes {LEAST_REPLICATES} or "
+            f"{study.protocol.replicates} replicates: gates are drawn from them, which takes {LEAST_TO_CALIBRATE} or "
             f"more. Raise --replicates; {CALIBRATION_REPLICATES} is the default."
         )
     # Every replicate is wanted: a run that stopped at its precision would have too few to draw from.

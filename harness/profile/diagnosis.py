@@ -21,7 +21,7 @@ from harness.verdicts.series import OCCUPANCY_FLOOR
 
 WORTH = 0.02
 """Share of a step that is worth a word: twice the smallest slow-down that a comparison looks for."""
-IDLE = 0.10
+LEAST_IDLE = 0.10
 """Share of a step in which nothing runs: a GPU that is kept busy waits less, and one synchronisation costs less."""
 BETWEEN = 0.20
 """The same on a CPU, where the profiler stretches what lies between operators more than them."""
@@ -61,7 +61,7 @@ def diagnose(evidence: Evidence) -> tuple[Finding, ...]:
 
 
 def _launch_bound(seen: Evidence) -> Iterator[Finding]:
-    if seen.idle <= (IDLE if seen.device == "cuda" else BETWEEN):
+    if seen.idle <= (LEAST_IDLE if seen.device == "cuda" else BETWEEN):
         return
     each = format_value(seen.step_s * (1 - seen.idle) / seen.calls, "s") if seen.calls else "–"
     if seen.device == "cuda":

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import get_args
 
-from harness.machine.doctor.check import About, Check, Standing
+from harness.machine.doctor.check import About, Check, Grade
 from harness.report.table import Block, Cell, Document, Span, Table, name_columns, say, write_row
 
 TITLES: dict[About, str] = {
@@ -30,7 +30,7 @@ def _blocks(checks: Sequence[Check], *, fit: bool) -> Iterator[Block]:
         )
         yield Table(title=title, heads=name_columns("", "", "found", "remedy", left=4), rows=rows)
     counts = Counter(check.standing for check in checks)
-    said = ", ".join(f"{counts[standing]} {standing}" for standing in get_args(Standing) if counts[standing])
+    said = ", ".join(f"{counts[standing]} {standing}" for standing in get_args(Grade) if counts[standing])
     answer = (Span(text="fit to measure", tone="good"),) if fit else _unfit()
     yield say("This machine is ", *answer, f". Checks: {said}.", indented=False)
 

@@ -11,7 +11,7 @@ from harness.records.activity import STEP_PHASES
 from harness.records.units import format_interval, format_ratio, format_value
 from harness.report.table import Cell, Table, name_columns, say_each, write_row, write_value
 
-PHASE_TITLES = {
+STEP_PHASE_TITLES = {
     "data": "data: taking the batch",
     "forward": "forward",
     "backward": "backward",
@@ -33,7 +33,7 @@ def tabulate_phases(profile: Profile, step: StepAccount) -> Table:
         span = step.phases[phase.phase]
         rows.append(
             write_row(
-                PHASE_TITLES[phase.phase],
+                STEP_PHASE_TITLES[phase.phase],
                 _time(span),
                 _share(span.value / step.step.value),
                 Cell(text=f"{idling[phase.phase] / span.value:.0%}" if known else "–"),

@@ -16,7 +16,7 @@ from harness.run.plan import Plan
 from harness.stats import Comparison, is_precise, relative_half_width
 from harness.verdicts.series import compare_series, series_of
 
-LEAST_REPLICATES = 5
+LEAST_TO_STOP = 5
 """Fewer give a standard deviation that is itself too uncertain to stop on."""
 
 
@@ -35,7 +35,7 @@ class Stopping:
         replicates = len({record.replicate for record in records})
         if protocol.precision is not None:
             found = self._comparisons(records)
-            if is_precise(found, half_width=protocol.precision, least_replicates=LEAST_REPLICATES):
+            if is_precise(found, half_width=protocol.precision, least_replicates=LEAST_TO_STOP):
                 widest = max(width for one in found if (width := relative_half_width(one)) is not None)
                 return (
                     f"every interval is within ±{100 * widest:.2g} % after {replicates} replicates, and "

@@ -30,7 +30,7 @@ PLANTED = 0.05
 """Slow-down that the extra work aims at; its true size is measured."""
 GATE_SIZES = (5, 8, 12)
 """Replicates of the gates whose rates are shown."""
-LEAST_REPLICATES = min(GATE_SIZES) + 1
+LEAST_TO_CALIBRATE = min(GATE_SIZES) + 1
 """With fewer every gate would be the whole run."""
 DRAWS = 2000
 PILOT_ROWS = (64, 512)
@@ -145,11 +145,11 @@ def rows_for(planted: float, few: float, many: float) -> int:
 
 def _pairs(base: Series, other: Series, metric: str, run: Run) -> Pairs:
     pairs = pairs_of(base, other, metric)
-    if pairs is None or len(pairs.base) < LEAST_REPLICATES:
+    if pairs is None or len(pairs.base) < LEAST_TO_CALIBRATE:
         count = 0 if pairs is None else len(pairs.base)
         raise InvalidRunError(
             f"run {run.manifest.run}: {count} replicates are ok on both sides, and a calibration needs "
-            f"{LEAST_REPLICATES}. Look at its report, or raise --replicates."
+            f"{LEAST_TO_CALIBRATE}. Look at its report, or raise --replicates."
         )
     return pairs
 

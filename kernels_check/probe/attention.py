@@ -84,7 +84,7 @@ def _function(implementation: str, device: str) -> Callable[..., Tensor]:
     return attend
 
 
-def _tried(
+def _try(
     device: str,
     *,
     backend: str,
@@ -130,7 +130,7 @@ def _sdpa(name: str, backend: str) -> Try:
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
         only = partial(sdpa_kernel, getattr(SDPBackend, name))
-        return _tried(device, backend=backend, implementation="sdpa", around=only)
+        return _try(device, backend=backend, implementation="sdpa", around=only)
 
     return attempt
 
@@ -140,8 +140,8 @@ TRIES: Mapping[str, Try] = {
     "SDPA cuDNN": _sdpa("CUDNN_ATTENTION", "cudnn"),
     "SDPA memory-efficient": _sdpa("EFFICIENT_ATTENTION", "efficient"),
     "SDPA math": _sdpa("MATH", "math"),
-    "flash-attn 2 package": partial(_tried, backend="flash_attention_2", implementation="flash_attention_2"),
-    "flash-attn 3 package": partial(_tried, backend="flash_attention_3", implementation="flash_attention_3"),
-    "flash-attn 4 package": partial(_tried, backend="flash_attention_4", implementation="flash_attention_4"),
-    "flex attention": partial(_tried, backend="flex", implementation="flex_attention"),
+    "flash-attn 2 package": partial(_try, backend="flash_attention_2", implementation="flash_attention_2"),
+    "flash-attn 3 package": partial(_try, backend="flash_attention_3", implementation="flash_attention_3"),
+    "flash-attn 4 package": partial(_try, backend="flash_attention_4", implementation="flash_attention_4"),
+    "flex attention": partial(_try, backend="flex", implementation="flex_attention"),
 }

@@ -1,4 +1,4 @@
-/* A stand-in for libnvidia-ml.so.1 with the functions that harness.meters.nvml calls, for machines without a card.
+/* A stand-in for libnvidia-ml.so.1 with the functions that harness.machine.nvml calls, for machines without a card.
  *
  * The file named by FAKE_NVML says what it answers, a line each:
  *

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from harness.machine.doctor.check import Check, Standing, say
+from harness.machine.doctor.check import Check, Grade, say
 from harness.machine.doctor.survey import Card
 from harness.machine.reading import Reading
 from harness.machine.throttle import PROTECTING
@@ -131,11 +131,11 @@ def _company(card: Card) -> Iterator[Check]:
     else:
         yield Check(about="spoils", name="other processes", standing="good", found="none on the device")
         return
-    standing: Standing = "unfit" if max(held or 0, used or 0) > SHARED_INVALID_BYTES else "bad"
+    standing: Grade = "unfit" if max(held or 0, used or 0) > SHARED_INVALID_BYTES else "bad"
     yield Check(about="spoils", name="other processes", standing=standing, found=said, remedy=remedy)
 
 
-def _standing(reading: Reading[object], when_wrong: Standing, *, wrong: bool) -> Standing:
+def _standing(reading: Reading[object], when_wrong: Grade, *, wrong: bool) -> Grade:
     """What is not known is worth a note."""
     if wrong:
         return when_wrong

@@ -11,7 +11,7 @@ from harness.machine.reading import Reading, unavailable
 V = TypeVar("V")
 About = Literal["runs", "measures", "spoils"]
 """What can run · what can be measured · what would spoil it."""
-Standing = Literal["good", "note", "bad", "unfit"]
+Grade = Literal["good", "note", "bad", "unfit"]
 """Nothing to do · worth knowing · costs precision, and can be mended · do not measure here."""
 
 
@@ -21,7 +21,7 @@ class Check:
 
     about: About
     name: str
-    standing: Standing
+    standing: Grade
     found: str
     remedy: str = ""
 

@@ -44,7 +44,7 @@ class Activations:
         # A quantised layer answers in the type that it was asked in, whatever autocast says.
         self._gated = self._stream if cast is None or variant.quantization != "none" else width(cast)
 
-    def kept(self) -> int:
+    def sum_kept(self) -> int:
         """Of the whole model, the logits left out."""
         blocks = self._shape.layers * (self._input() if self._variant.gradient_checkpointing else self.block())
         outside = self._norm() + self._cast_head()

@@ -149,7 +149,7 @@ def _trained(variant: Variant, shape: ModelShape) -> dict[str, int]:
 def _step(variant: Variant, workload: Workload, shape: ModelShape, device: str) -> dict[str, int]:
     """What a step adds at its highest moment."""
     activations = Activations(variant, workload, shape, device)
-    kept, tokens = activations.kept(), workload.batch_size * workload.sequence_length
+    kept, tokens = activations.sum_kept(), workload.batch_size * workload.sequence_length
     gradients = adapter_parameters(variant, shape) * _adapter_width(variant)
     accumulated = gradients if variant.gradient_accumulation > 1 else 0
     slack = device == "cpu" and tokens * shape.intermediate_size * width(variant.dtype) < MAPPED_FROM_BYTES

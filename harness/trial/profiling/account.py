@@ -37,7 +37,7 @@ class Birth:
     pages: Pages
 
 
-def born() -> Birth:
+def take_birth() -> Birth:
     """Take it now; what is free then, and kept by malloc, is given back first, as it will be before the call."""
     give_back_free()
     return Birth(resident_bytes=host_bytes("VmRSS"), pages=read_pages())
@@ -65,7 +65,7 @@ def account(
         model: as PEFT makes it; a plain transformers model works too.
         optimizer: its state counts as resident, as do gradients that are there; clear both before a request is watched.
         call: does everything of the phase; gradients that it leaves behind stay.
-        birth: from `born()`, before the model was loaded.
+        birth: from `take_birth()`, before the model was loaded.
         device: as torch names it.
         phase: what `call` is.
         compiled: whether the step was compiled; see `harness.trial.profiling.live`.

@@ -22,7 +22,7 @@ from harness.studies.request import TrialRequest
 from harness.trial.building.packing import unpack_4bit
 from harness.trial.building.shared import SharedBase
 from harness.trial.process import release_unused
-from harness.trial.profiling.account import account, born
+from harness.trial.profiling.account import account, take_birth
 from harness.trial.profiling.borders import BorderedStep, profiled, step_times, useful_tokens
 from harness.trial.profiling.peak import measured_bandwidth, measured_product
 from harness.trial.trial import Trial
@@ -35,7 +35,7 @@ class ProfiledTrial(Trial):
 
     def __init__(self, request: TrialRequest, shared: SharedBase) -> None:
         super().__init__(request, shared)
-        self._birth = born()
+        self._birth = take_birth()
 
     def account(self, phase: MemoryPhase) -> Fragment:
         """Where the memory of a step or of a request goes; it is watched, so it is none of those that are timed."""

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from numpy import float64
     from numpy.typing import NDArray
 
-LEAST_REPLICATES = 2
+LEAST_SHARED = 2
 
 
 class NotJudgedError(Exception):
@@ -42,7 +42,7 @@ class AxisLogs:
     """Replicates in which some level was measured and another was not."""
     logs: NDArray[float64]
 
-    def kept(self, replicates: Collection[int]) -> AxisLogs:
+    def keep(self, replicates: Collection[int]) -> AxisLogs:
         """The table of these replicates only."""
         rows = [index for index, replicate in enumerate(self.replicates) if replicate in replicates]
         return dataclasses.replace(
@@ -117,13 +117,13 @@ def counts(
 def common(tables: Sequence[AxisLogs]) -> list[AxisLogs]:
     """The tables on the replicates that all of them have. Raises `NotJudgedError` where fewer than two are left."""
     shared = set.intersection(*(set(table.replicates) for table in tables))
-    if len(shared) < LEAST_REPLICATES:
+    if len(shared) < LEAST_SHARED:
         raise NotJudgedError(_too_few(len(shared)))
-    return [table.kept(shared) for table in tables]
+    return [table.keep(shared) for table in tables]
 
 
 def _check_count(count: int, axis: str, levels: Sequence[tuple[float, str]], groups: Groups) -> None:
-    if count >= LEAST_REPLICATES:
+    if count >= LEAST_SHARED:
         return
     for level, name in levels:
         series = groups[name, "variant"]

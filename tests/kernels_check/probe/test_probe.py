@@ -186,7 +186,7 @@ def test_math_in_place_of_flash_is_a_claim():
     """A backend that was switched off is accepted in silence; the operator tells."""
 
     def attempt(device):
-        return probe_attention._tried(device, backend="flash", implementation="sdpa", around=only_math)
+        return probe_attention._try(device, backend="flash", implementation="sdpa", around=only_math)
 
     found = report("SDPA flash", attempt, "cpu")
     assert found.status == "claimed"

@@ -86,7 +86,7 @@ def assert_counted_to_the_byte(source, variant):
     labels = 8 * ROWS * LENGTH + 4  # the loss keeps them, and how many there are
     cast_head = 2 * VOCABULARY * LLAMA["hidden_size"] if variant.autocast and variant.prepare_for_kbit else 0
     workload = Workload(sequence_length=LENGTH, batch_size=ROWS)
-    kept = Activations(variant, workload, shapes.shape(source), "cpu").kept()
+    kept = Activations(variant, workload, shapes.shape(source), "cpu").sum_kept()
     assert found - labels in (kept, kept - cast_head)  # a transposed head looks like logits
 
 
@@ -95,7 +95,7 @@ def test_checkpointing_keeps_less_and_dropout_more(source):
     shape = shapes.shape(catalogue.resolve("random:llama2-7b"))
 
     def kept(**changes):
-        return Activations(dataclasses.replace(VARIANT, **changes), Workload(), shape, "cuda").kept()
+        return Activations(dataclasses.replace(VARIANT, **changes), Workload(), shape, "cuda").sum_kept()
 
     assert kept(gradient_checkpointing=True) < kept(target_modules=()) < kept() < kept(lora_dropout=0.1)
     assert kept(attention="flash_attention_2") < kept(attention="sdpa") < kept(attention="eager")

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from harness.records.memory_account import MemoryAccount, in_order, title_of
 from harness.trial.memory import resident_bytes, resident_tensors
 from harness.trial.process import give_back_free, resident_now
-from harness.trial.profiling.account import account, born
+from harness.trial.profiling.account import account, take_birth
 from harness.trial.profiling.live import LiveTensors
 from harness.trial.profiling.pages import read_pages
 
@@ -102,7 +102,7 @@ def test_a_step_of_known_size_is_explained_on_the_host():
 
     step()
     optimizer.zero_grad()
-    found = account(wide, optimizer, step, birth=born(), device="cpu")
+    found = account(wide, optimizer, step, birth=take_birth(), device="cpu")
     assert found.kinds["activations"] >= size
     assert found.kinds["activations"] + found.kinds["temporaries"] == pytest.approx(3 * size, rel=0.01)
     assert found.unexplained_bytes == found.peak_bytes - sum(found.kinds.values())
@@ -118,7 +118,7 @@ def test_what_nobody_counts_stays_unexplained():
         (torch.ones(2**20) * wide.weight.view(1)).sum().backward()
 
     step()
-    birth = born()
+    birth = take_birth()
     honest = account(wide, optimizer, step, birth=birth, device="cpu")
     hoard.append(bytearray(b"x" * (48 * 2**20)))
     found = account(wide, optimizer, step, birth=birth, device="cpu")
@@ -138,7 +138,7 @@ def test_what_a_step_keeps_is_found_although_the_heap_has_served_it_before():
 
     for _ in range(3):
         step()
-    found = account(net, optimizer, step, birth=born(), device="cpu")
+    found = account(net, optimizer, step, birth=take_birth(), device="cpu")
     assert found.kinds["activations"] >= 3 * tokens.numel() * WIDTH * 4
     assert abs(found.unexplained_bytes) < 4 * 2**20
 
@@ -196,6 +196,6 @@ def test_a_step_on_a_gpu_is_explained_within_two_percent():
         optimizer.zero_grad(set_to_none=True)
 
     step()
-    found = account(layers, optimizer, step, birth=born(), device="cuda")
+    found = account(layers, optimizer, step, birth=take_birth(), device="cuda")
     assert abs(found.share) < 0.02
     assert found.beside["fragmentation"] >= 0
