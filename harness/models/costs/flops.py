@@ -20,7 +20,6 @@ gradients that nothing waits for.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from harness.errors import impossible
@@ -47,7 +46,7 @@ def computed_tokens(variant: Variant, workload: Workload) -> StepTokens:
     """What the operators of a step are given: padding included, and every pair of a row whatever the mask.
 
     It is what FlopCounterMode counts, and what a kernel with an explicit mask computes. One that skips what the mask
-    hides (flash attention, causal or of variable length) does less, down to the pairs of `record_tokens`.
+    hides (flash attention, causal or of variable length) does less, down to the pairs that each record sees of itself.
     """
     rows, length = _rows(variant, workload), workload.sequence_length
     return StepTokens(positions=rows * length, pairs=rows * length**2, passes=variant.gradient_accumulation)
@@ -58,18 +57,12 @@ def row_tokens(variant: Variant, workload: Workload, *, real: float | None = Non
 
     `real` is the mean number of real tokens a step, None where there is no padding; each row then counts with the mean
     length. Pairs are too many for packed rows, whose records do not see each other, and too few for padded rows of
-    different lengths (the mean of squares is above the square of the mean): `record_tokens` is exact in both.
+    different lengths (the mean of squares is above the square of the mean).
     """
     rows = _rows(variant, workload)
     mean = workload.sequence_length if real is None else real / rows
     pairs = round(rows * mean * (mean + 1) / 2)
     return StepTokens(positions=round(rows * mean), pairs=pairs, passes=variant.gradient_accumulation)
-
-
-def record_tokens(lengths: Sequence[int], *, passes: int = 1) -> StepTokens:
-    """What a step needs, from the lengths of all its records, each a causal sequence of its own."""
-    pairs = sum(length * (length + 1) // 2 for length in lengths)
-    return StepTokens(positions=sum(lengths), pairs=pairs, passes=passes)
 
 
 def _rows(variant: Variant, workload: Workload) -> int:

@@ -11,6 +11,7 @@ one: a module with a function `open_executor`, and a line in `EXECUTORS`.
 from __future__ import annotations
 
 import importlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 EXECUTORS = {"local": "harness.run.executors.local"}
 """The module of each executor, by its name."""
+ENV_EXECUTOR = "LORAMETER_EXECUTOR"
 
 
 class WorkerLostError(Exception):
@@ -110,17 +112,18 @@ class Executor(Protocol):
         """End everything that was started, and remove what was not to be kept."""
 
 
-def open_executor(name: str = "local", *, host: Host | None = None, label: str = "") -> Executor:
+def open_executor(name: str | None = None, *, host: Host | None = None, label: str = "") -> Executor:
     """An executor by its name; nothing is started yet.
 
     Args:
-        name: one of `EXECUTORS`.
+        name: one of `EXECUTORS`; None for the one that the environment names ($LORAMETER_EXECUTOR), else "local".
         host: the interpreter that trials run in; None for the one that the executor's machine has for it.
         label: names the side of an A/B in messages and in the names of logs.
 
     Raises:
         UsageError: no executor of that name.
     """
+    name = name or os.environ.get(ENV_EXECUTOR) or "local"
     if name not in EXECUTORS:
         raise UsageError(f"executor {name!r}: not known. Use one of {', '.join(EXECUTORS)}.")
     made: Executor = importlib.import_module(EXECUTORS[name]).open_executor(host=host, label=label)

@@ -9,7 +9,7 @@ import pytest
 from harness.errors import LorameterError
 from harness.models.costs.ceiling import bandwidth_utilisation, ceiling_of, product_rate, utilisation
 from harness.models.costs.decoding import decode_cost, mean_context
-from harness.models.costs.flops import computed_tokens, record_tokens, row_tokens, six_n, training_flops
+from harness.models.costs.flops import StepTokens, computed_tokens, row_tokens, six_n, training_flops
 from harness.models.costs.peaks import Peak
 from harness.models.shapes import ModelShape
 from harness.stats import Estimate
@@ -68,7 +68,7 @@ def test_checkpointing_leaves_mfu_what_the_time_makes_it():
 def test_padding_counts_for_nothing():
     """Real tokens are the numerator of MFU, and padding stays in that of hardware utilisation."""
     full = ceiling_of(SHAPE, VARIANT, WORKLOAD, STEP, PEAK)
-    half = ceiling_of(SHAPE, VARIANT, WORKLOAD, STEP, PEAK, useful=record_tokens((20, 12)))
+    half = ceiling_of(SHAPE, VARIANT, WORKLOAD, STEP, PEAK, useful=StepTokens(positions=32, pairs=210 + 78, passes=1))
     assert half.mfu.value < 0.51 * full.mfu.value
     assert half.hfu == full.hfu
 

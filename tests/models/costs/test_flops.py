@@ -13,7 +13,6 @@ from harness.models.costs.flops import (
     TrainingFlops,
     computed_tokens,
     product_weights,
-    record_tokens,
     row_tokens,
     six_n,
     training_flops,
@@ -107,7 +106,6 @@ def test_tokens_of_a_step():
     assert computed_tokens(variant, workload) == StepTokens(positions=60, pairs=600, passes=3)
     assert row_tokens(variant, workload) == StepTokens(positions=60, pairs=6 * 55, passes=3)
     assert row_tokens(variant, workload, real=24) == StepTokens(positions=24, pairs=6 * 10, passes=3)
-    assert record_tokens((4, 2, 1), passes=2) == StepTokens(positions=7, pairs=10 + 3 + 1, passes=2)
 
 
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("all-linear",), ("o_proj",), ("mlp.down_proj",), ()])

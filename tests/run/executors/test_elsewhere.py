@@ -188,3 +188,11 @@ def test_every_executor_of_the_table_can_be_opened():
         executor = open_executor(name)
         assert executor.machine().cpus >= 1
         executor.close()
+
+
+def test_the_environment_names_an_executor(monkeypatch):
+    """Every command opens it; a name that there is none of is refused like any other."""
+    monkeypatch.setenv("LORAMETER_EXECUTOR", "nowhere")
+    with pytest.raises(UsageError, match="executor 'nowhere': not known"):
+        open_executor()
+    assert open_executor("local") is not None
