@@ -148,7 +148,13 @@ def _dense(place: Tensor) -> Tensor:
 
 
 def _same_place(tensor: Tensor, place: Tensor) -> bool:
-    return tensor.dtype == place.dtype and tensor.device == place.device and tensor.is_set_to(place)
+    return (
+        tensor.data_ptr() == place.data_ptr()
+        and tensor.shape == place.shape
+        and tensor.stride() == place.stride()
+        and tensor.dtype == place.dtype
+        and tensor.device == place.device
+    )
 
 
 def _write(target: Tensor, source: Tensor) -> None:
