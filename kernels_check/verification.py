@@ -50,11 +50,13 @@ def verify(
     Raises:
         ValueError: unknown path or a value of the wrong kind; ``step`` has not been called then.
         Exception: whatever ``step`` raises, after everything has been restored.
+        RestoreError: something could not be restored; everything else has been. What is restored and what nobody can
+            restore, such as a data iterator, is listed in ``observation.restore``.
     """
     validate(requirements, has_batch=batch is not None or instrument == "spy")
     if instrument not in INSTRUMENTS:
         raise ValueError(f"instrument {instrument!r} is none of {', '.join(INSTRUMENTS)}")
-    with as_found(model) as snapshot:
+    with as_found(model, step) as snapshot:
         seen = observe(model, step, snapshot, instrument)
         checks = _judge(seen, requirements, instrument, packed=False)
     if batch is not None:

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernels_check.observation.restore import Modes, RandomState
+from kernels_check.observation.random_state import RandomState
+from kernels_check.observation.restore import Modes
 
 _NOT_INPUTS = ("labels", "num_items_in_batch", "logits_to_keep")
 """With labels some models return no logits at all."""

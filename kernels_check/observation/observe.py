@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -37,7 +37,7 @@ from kernels_check.observation.events import StepProfile
 from kernels_check.observation.isolation import IsolationSeen, perturb_records
 from kernels_check.observation.padding import PaddingSeen, count_padding
 from kernels_check.observation.recording import entries, profiled
-from kernels_check.observation.restore import Snapshot
+from kernels_check.observation.snapshot import Snapshot
 from kernels_check.observation.spy import spied
 from kernels_check.observation.storage import Digest, Storage, digest, read_storage
 
@@ -133,7 +133,8 @@ class Observation:
 class _Watcher:
     model: nn.Module
     snapshot: Snapshot
-    names: dict[int, str]
+    names: dict[int, list[str]]
+    """Of the adapter's modules, by identity."""
     optimizers: dict[int, Any] = field(default_factory=dict)
     seen: dict[int, OptimizerSeen] = field(default_factory=dict)
     steps: int = 0
@@ -171,9 +172,10 @@ class _Watcher:
             if gradient is None:
                 continue
             before = self.gradients.get(name, GradientSeen(nonzero=False, finite=True))
+            values = gradient.coalesce().values() if gradient.layout == torch.sparse_coo else gradient
             self.gradients[name] = GradientSeen(
-                nonzero=before.nonzero or bool(torch.count_nonzero(gradient)),
-                finite=before.finite and bool(torch.isfinite(gradient).all()),
+                nonzero=before.nonzero or bool(torch.count_nonzero(values)),
+                finite=before.finite and bool(torch.isfinite(values).all()),
             )
 
     def forget(self) -> None:
@@ -191,10 +193,10 @@ class _Watcher:
     def note_call(self, module: nn.Module, inputs: Any) -> None:
         """Forward hook of the adapter's modules."""
         self.note_modes()
-        name = self.names[id(module)]
-        self.calls[name] += 1
+        names = self.names[id(module)]
+        self.calls.update(names)
         if torch._C._current_graph_task_id() != -1:  # a forward call while the autograd engine is running
-            self.recomputed.add(name)
+            self.recomputed.update(names)
 
 
 def observe(
@@ -202,12 +204,8 @@ def observe(
 ) -> Observation:
     """Call ``step`` one to three times; the caller restores ``snapshot`` afterwards."""
     before = digest(model)
-    watcher = _Watcher(model, snapshot, _adapter_modules(model))
-    handles = [
-        register_optimizer_step_pre_hook(watcher.before_update),
-        register_optimizer_step_post_hook(watcher.after_update),
-    ]
-    modules = dict(model.named_modules())
+    parts = _adapter_modules(model)
+    watcher = _Watcher(model, snapshot, {id(module): names for module, names in parts})
     calls = 0
 
     def call() -> None:
@@ -224,16 +222,16 @@ def observe(
     def hooked() -> Iterator[None]:
         watcher.calls.clear()
         watcher.inputs.clear()
-        hooks = [modules[name].register_forward_pre_hook(watcher.note_call) for name in watcher.names.values()]
-        if model._compiled_call_impl is None:  # compiled in place, it would be compiled again together with the hook
-            hooks.append(model.register_forward_pre_hook(watcher.note_inputs, with_kwargs=True))
-        try:
+        with ExitStack() as hooks:  # takes every hook off, also if setting one or taking one off fails
+            for module, _ in parts:
+                hooks.callback(module.register_forward_pre_hook(watcher.note_call).remove)
+            if model._compiled_call_impl is None:  # compiled in place, it would be compiled again with the hook
+                hooks.callback(model.register_forward_pre_hook(watcher.note_inputs, with_kwargs=True).remove)
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
-    try:
+    with ExitStack() as hooks:
+        hooks.callback(register_optimizer_step_pre_hook(watcher.before_update).remove)
+        hooks.callback(register_optimizer_step_post_hook(watcher.after_update).remove)
         if instrument == "spy":
             profile = _spied(call, hooked, watcher)
         else:
@@ -242,9 +240,6 @@ def observe(
                 profile = profiled(call)
             while watcher.steps < 2 and calls < MOST_CALLS:
                 call()
-    finally:
-        for handle in handles:
-            handle.remove()
     return Observation(
         model=model,
         before=before,
@@ -282,15 +277,14 @@ def _spied(
     return spy.profile(watcher.model)
 
 
-def _adapter_modules(model: nn.Module) -> dict[int, str]:
-    """Names of the LoRA layers and their active parts, by identity."""
-    names: dict[int, str] = {}
+def _adapter_modules(model: nn.Module) -> list[tuple[nn.Module, list[str]]]:
+    """The LoRA layers and their active parts, each once, with its names: layers may share a part."""
+    found: dict[int, tuple[nn.Module, list[str]]] = {}
     for layer in lora_layers(model):
-        names[id(layer.module)] = layer.name
-        for name, part in layer.parts():
+        for name, part in ((layer.name, layer.module), *layer.parts()):
             if isinstance(part, nn.Module):
-                names[id(part)] = name
-    return names
+                found.setdefault(id(part), (part, []))[1].append(name)
+    return list(found.values())
 
 
 def _describe(optimizer: Any) -> OptimizerSeen:

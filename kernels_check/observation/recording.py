@@ -15,8 +15,8 @@ import torch
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from kernels_check.observation.device import synchronise
 from kernels_check.observation.events import Operator, StepProfile, compiler_entries, matters, reduce_operators
-from kernels_check.observation.restore import synchronise
 
 
 def profiled(call: Callable[[], object]) -> StepProfile:
@@ -48,7 +48,7 @@ def quiet_kineto() -> Iterator[None]:
         yield
     finally:
         if before is None:
-            del os.environ["KINETO_LOG_LEVEL"]
+            os.environ.pop("KINETO_LOG_LEVEL", None)
         else:
             os.environ["KINETO_LOG_LEVEL"] = before
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import math
 from collections.abc import Iterator, Mapping
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels_check.observation.adapter_layers import base_parameters, lora_layers
+from kernels_check.observation.tensor_copy import plain_parts
 
 HASHED_BYTES = 64 * 2**20
 """How much of the base is hashed; larger bases are sampled in evenly spaced pages."""
@@ -102,7 +104,8 @@ class Digest:
 
 def digest(model: nn.Module) -> Digest:
     """Hash the base: parameters that are no adapter's, and the scales of quantised ones."""
-    tensors = {name: tensor.detach() for name, tensor in _base_tensors(model)}
+    parts = (part for name, tensor in _base_tensors(model) for part in plain_parts(tensor, name))
+    tensors = {name: tensor.detach() for name, tensor in parts}
     total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     stride = math.ceil(total / HASHED_BYTES) or 1
     hashes, hashed = {}, 0
@@ -110,10 +113,15 @@ def digest(model: nn.Module) -> Digest:
         raw = tensor.contiguous().reshape(-1).view(torch.uint8)
         if stride > 1 and raw.numel() > _PAGE_BYTES:
             raw = raw[: raw.numel() // _PAGE_BYTES * _PAGE_BYTES].view(-1, _PAGE_BYTES)[::stride].contiguous()
-        hashes[name] = (_short(tensor.dtype), hashlib.sha256(raw.cpu().numpy().tobytes()).hexdigest())
+        hashes[name] = (_short(tensor.dtype), hashlib.sha256(_bytes(raw.cpu())).hexdigest())
         hashed += raw.numel()
     packed = any(read_storage(layer.base).packed_for_cpu for layer in lora_layers(model))
     return Digest(tensors=hashes, hashed_bytes=hashed, total_bytes=total, packed=packed)
+
+
+def _bytes(raw: Tensor) -> bytes:
+    """Not by way of numpy: memory that it has seen can never be resized again, which some trainers do."""
+    return ctypes.string_at(raw.data_ptr(), raw.numel()) if raw.numel() else b""
 
 
 def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -121,8 +129,9 @@ def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if not parameter.is_meta:
             yield name, parameter.data
     for name, module in model.named_modules():
-        # The scales of LLM.int8 move from the weight to the module in the first forward.
-        weight, moved = getattr(module, "weight", None), getattr(getattr(module, "state", None), "SCB", None)
+        # The scales of LLM.int8 move from the weight to the module in the first forward. A layer that wraps another
+        # shows the weight of the other as its own, and not where the scales have moved to.
+        weight, moved = module._parameters.get("weight"), getattr(getattr(module, "state", None), "SCB", None)
         state = getattr(weight, "quant_state", None) or getattr(module, "quant_state", None)
         for label, scales in (
             ("absmax", getattr(state, "absmax", None)),

@@ -17,7 +17,7 @@ from typing import Any, TypeVar, cast
 import torch
 
 from harness.trial.building import lora
-from kernels_check.observation.restore import RandomState
+from kernels_check.observation.random_state import RandomState
 
 T = TypeVar("T")
 

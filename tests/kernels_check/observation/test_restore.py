@@ -6,9 +6,10 @@ import bitsandbytes as bnb
 import numpy as np
 import pytest
 import torch
+from bitsandbytes.functional import GlobalPageManager
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 
-from kernels_check.observation.restore import Snapshot
+from kernels_check.observation.snapshot import Snapshot
 
 OPTIMIZERS = {
     "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
@@ -123,7 +124,8 @@ def test_new_paged_state_leaves_the_page_list():
     model = torch.nn.ParameterList([parameter])
     optimizer = torch.optim.AdamW([parameter])
     older, newer = torch.zeros(8), torch.zeros(8)
-    optimizer.page_mng = type("Pages", (), {"paged_tensors": [older]})()
+    optimizer.page_mng = GlobalPageManager.__new__(GlobalPageManager)
+    optimizer.page_mng.paged_tensors = [older]
     snapshot = Snapshot(model)
     snapshot.watch(optimizer)
     optimizer.state[parameter] = {"state1": newer}
