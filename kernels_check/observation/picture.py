@@ -65,6 +65,14 @@ class Kind(enum.Enum):
     OPAQUE = enum.auto()
 
 
+class _Kinds(dict[type, Kind]):
+    """Kinds of the classes that were met, each found out once."""
+
+    def __missing__(self, of: type) -> Kind:
+        self[of] = kind = _kind(of)
+        return kind
+
+
 class Picture:
     """The slots of what was added, as they were then."""
 
@@ -80,7 +88,7 @@ class Picture:
         self._whole: dict[int, Any] = {}
         """What was reached from those that can."""
         self._looked_at = 0
-        self._kinds: dict[type, Kind] = {}
+        self._kinds = _Kinds()
 
     def add(self, value: Any, name: str, found: Callable[[Any, str], None]) -> None:
         """Keep what a value holds.
@@ -97,7 +105,9 @@ class Picture:
 
     def add_names(self, value: dict[Any, Any], name: str) -> None:
         """Keep which object is under which key, and nothing of the objects."""
-        if id(value) not in self._held:
+        if not value:
+            self._empty.append((name, value))
+        elif id(value) not in self._held:
             self._held[id(value)] = value
             self._dictionaries.append((name, value, dict(value)))
 
@@ -112,7 +122,7 @@ class Picture:
     def _look(self, value: Any, name: str, found: Callable[[Any, str], None], waiting: list[tuple[Any, str]]) -> None:
         if id(value) in self._held:
             return
-        kind = self._kind_of(type(value))
+        kind = self._kinds[type(value)]
         if kind is Kind.FOUND:
             found(value, name)
         elif kind is Kind.CONTAINER:
@@ -121,8 +131,9 @@ class Picture:
                 self._dictionaries.append((name, value, dict(value)))
             elif (undo := _container(value)) is not None:
                 self._undos.append((name, undo))
-            for key, item in _items(value):
-                if self._kind_of(type(item)) is not Kind.PLAIN:
+            kinds, plain = self._kinds, Kind.PLAIN
+            for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+                if kinds[type(item)] is not plain:
                     waiting.append((item, f"{name}[{_spell(key)}]"))
             if type(value) not in _BARE and hasattr(value, "__dict__"):
                 self._keep_slots(value, name, waiting)
@@ -138,11 +149,14 @@ class Picture:
         if isinstance(attributes, dict):
             self._held[id(attributes)] = attributes
             self._dictionaries.append((name, attributes, dict(attributes)))
+            kinds, held, empty, plain, container = self._kinds, self._held, self._empty, Kind.PLAIN, Kind.CONTAINER
             for key, item in attributes.items():
-                of = type(item)
-                if of in _EMPTIED and not item:
-                    self._empty.append((name, item))
-                elif id(item) not in self._held and self._kind_of(of) is not Kind.PLAIN:
+                kind = kinds[type(item)]
+                if kind is plain:
+                    continue
+                if kind is container and not item and type(item) in _EMPTIED:
+                    empty.append((name, item))
+                elif id(item) not in held:
                     waiting.append((item, f"{name}.{key}"))
         slots = {key: getattr(value, key) for key in _slot_names(value) if hasattr(value, key)}
         if slots:
@@ -163,12 +177,6 @@ class Picture:
                 yield name, partial(_fill_dictionary, value, kept)
         yield from self._undos
 
-    def _kind_of(self, of: type) -> Kind:
-        kind = self._kinds.get(of)
-        if kind is None:
-            kind = self._kinds[of] = _kind(of)
-        return kind
-
     def _closed(self, value: Any) -> bool:
         """Whether everything that can be reached from an object can be put back."""
         if id(value) in self._whole:
@@ -177,7 +185,7 @@ class Picture:
         waiting = [value]
         while waiting:
             one = waiting.pop()
-            kind = self._kind_of(type(one))
+            kind = self._kinds[type(one)]
             if kind is Kind.PLAIN or id(one) in seen or id(one) in self._held or id(one) in self._whole:
                 continue
             seen[id(one)] = one
@@ -204,12 +212,6 @@ class Picture:
 
 def _spell(key: object) -> str:
     return repr(key) if isinstance(key, (str, int)) else "..."
-
-
-def _items(container: Any) -> Iterator[tuple[Any, Any]]:
-    if isinstance(container, dict):
-        return iter(list(container.items()))
-    return iter(list(enumerate(container)))
 
 
 def _container(value: Any) -> Callable[[], None] | None:

@@ -75,10 +75,11 @@ class Snapshot:
         self._in_step = False
         self._refused: list[tuple[str, BaseException]] = []
         self._modules: dict[int, nn.Module] = {}
-        self._values = self._add_model(model)
-        self.random = RandomState()
-        for name, value in reach(step) if step is not None else ():
-            self._found(value, name)
+        with _plain_access():
+            self._values = self._add_model(model)
+            self.random = RandomState()
+            for name, value in reach(step) if step is not None else ():
+                self._found(value, name)
 
     def _add_model(self, model: nn.Module) -> dict[str, TensorCopy]:
         """Keep the model itself; return the copies of its trainable parameters."""
@@ -239,7 +240,7 @@ class Snapshot:
     def put_back(self) -> list[tuple[str, BaseException]]:
         """Put everything back, whatever fails, and say what did."""
         faults: list[tuple[str, BaseException]] = []
-        with torch.no_grad():
+        with torch.no_grad(), _plain_access():
             for name, undo in self._undos():
                 try:
                     undo()
@@ -277,6 +278,11 @@ def _tried(name: str, undo: Callable[[], None]) -> list[tuple[str, BaseException
     except BaseException as error:
         return [(name, error)]
     return []
+
+
+def _plain_access() -> Any:
+    """Reading an attribute asks no class of tensors written in Python, which is slow and may say otherwise."""
+    return torch._C.DisableTorchFunctionSubclass()
 
 
 def _tensors(modules: list[tuple[str, nn.Module]]) -> tuple[list[tuple[str, Tensor]], list[tuple[str, Tensor]]]:
