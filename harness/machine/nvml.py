@@ -55,7 +55,7 @@ class Occupant:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
+class CardSample:
     """What changes from moment to moment. Cumulative counters are those since the driver was loaded."""
 
     energy_j: Reading[float]
@@ -129,11 +129,11 @@ class Device:
             return missing(SLICED)
         return self._of_card("nvmlDeviceGetTotalEnergyConsumption", _thousandth)
 
-    def sample(self) -> Sample:
+    def sample(self) -> CardSample:
         """The moment's readings; the energy is read first, as near as can be to what was timed."""
         energy = self.energy_j()
         temperature = self._temperature()
-        return Sample(
+        return CardSample(
             energy_j=energy,
             power_w=missing(SLICED) if self.sliced else self._of_card("nvmlDeviceGetPowerUsage", _thousandth),
             sm_clock_hz=self._clock("nvmlDeviceGetClockInfo", "NVML_CLOCK_SM"),

@@ -19,7 +19,7 @@ from harness.machine.neighbours import UNEXPLAINED_LIMIT
 from harness.machine.watch import named
 from harness.records.units import format_bytes
 
-MARGIN = 0.05
+CLOCK_MARGIN = 0.05
 NOTICED = 0.01
 """Share of the timed stretches that is worth a notice: the tolerance, the smallest slow-down worth an alarm."""
 THROTTLED_INVALID = 0.10
@@ -27,7 +27,7 @@ THROTTLED_INVALID = 0.10
 of the time costs half of that: the margin."""
 HOT_MARGIN_C = 5.0
 """Degrees left to the slow-down. A sensor of 1 °C and a fan that reacts late make less than that a matter of luck."""
-CLOCK_MOVED = MARGIN
+CLOCK_MOVED = CLOCK_MARGIN
 """Range of the SM clock over its maximum: a step that computes is as slow as its clock."""
 CLOCK_INVALID = 0.25
 """nvbench discards samples whose clock is below 75 % of the default (its throttle threshold)."""
@@ -36,9 +36,9 @@ SHARED_INVALID_BYTES = 2**30
 on; what is below may be a notebook that was left open."""
 PAGE_TIME_S = 1e-4
 """What it takes to bring back one page of 4 KiB from a solid-state disk."""
-SWAP_INVALID_BYTES_PER_S = MARGIN / PAGE_TIME_S * 4096
+SWAP_INVALID_BYTES_PER_S = CLOCK_MARGIN / PAGE_TIME_S * 4096
 """As many pages a second as take 5 % of it: about 2 MB/s."""
-CONTENDED = MARGIN
+CONTENDED = CLOCK_MARGIN
 """Share of the time in which something that could run waited for a CPU; as for the occupancy, 5 %."""
 OCCUPANCY_INVALID = 0.5
 """CPU time over wall time of a trial of one thread that nobody was compared with turn by turn: it ran half of the time

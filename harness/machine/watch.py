@@ -15,7 +15,7 @@ from typing import Any
 
 from harness.machine.host import HostWatch
 from harness.machine.neighbours import neighbours_of
-from harness.machine.nvml import Device, Sample, open_device
+from harness.machine.nvml import CardSample, Device, open_device
 from harness.machine.reading import Reading, missing
 from harness.machine.throttle import IDLE, POWER_CAPPED, PROTECTING
 from harness.records.record import Notice
@@ -42,8 +42,8 @@ class DeviceWatch:
     def __init__(self, device: Device, *, energy: bool) -> None:
         self._device = device
         self._energy = energy
-        self._first: tuple[float, Sample] | None = None
-        self._before: Sample | None = None
+        self._first: tuple[float, CardSample] | None = None
+        self._before: CardSample | None = None
         self._found: dict[str, list[float]] = {}
         self.missing: dict[str, str] = {}
         """Names of values that this card does not give, with the reason."""
@@ -82,7 +82,7 @@ class DeviceWatch:
                 self.missing["energy_j"] = energy.reason
         return totals
 
-    def _events(self, sample: Sample) -> None:
+    def _events(self, sample: CardSample) -> None:
         found = sample.events
         self._keep("samples", found.then(lambda words: 1.0))
         self._keep("throttled_samples", found.then(lambda words: float(bool(PROTECTING & set(words)))))

@@ -31,7 +31,7 @@ HUB_TIMEOUT_S = 3.0
 _CONFIGS = Path(__file__).parent
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
-Kind = Literal["config", "directory", "hub", "gguf"]
+SourceKind = Literal["config", "directory", "hub", "gguf"]
 Tokenizer = Literal["byte", "files"]
 
 
@@ -135,7 +135,7 @@ class ModelSource:
 
     label: str
     """As the user wrote it."""
-    kind: Kind
+    kind: SourceKind
     location: str
     """Directory, hub id, GGUF file, or the path of a packaged config.json (kind "config", always random)."""
     random: bool

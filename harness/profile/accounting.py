@@ -28,7 +28,7 @@ REMAINDER_LIMIT = 0.02
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Span:
+class TimeSpan:
     """A median of times in seconds, with its 95 % interval by order statistics; None where too few times are there."""
 
     value: float
@@ -36,29 +36,29 @@ class Span:
     high: float | None
 
 
-def span_of(samples: Sequence[float]) -> Span:
+def span_of(samples: Sequence[float]) -> TimeSpan:
     """The median of samples with its interval. Raises ValueError without samples."""
     found = median_interval(samples)
     if found.value is None:
         raise ValueError("a median of no samples")
-    return Span(value=found.value, low=found.low, high=found.high)
+    return TimeSpan(value=found.value, low=found.low, high=found.high)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepAccount:
     """A step's time by its phases, in seconds."""
 
-    step: Span
-    phases: dict[str, Span]
-    between: Span
+    step: TimeSpan
+    phases: dict[str, TimeSpan]
+    between: TimeSpan
     """From the end of a step to the beginning of the next; no part of the step."""
-    borders: Span
+    borders: TimeSpan
     """By how much the borders of phases make a step longer, over pairs of neighbours."""
-    remainder: Span
+    remainder: TimeSpan
     """What the phases leave of the step; negative where they are more than it."""
-    covered: Span
+    covered: TimeSpan
     """Share of a bordered step that its own phases cover: whatever disturbs a step disturbs both alike."""
-    profiler_slowdown: Span
+    profiler_slowdown: TimeSpan
     """Time of a step under the profiler over that of a plain one, whose median is taken as exact."""
     occupancy: float | None
     """CPU time over wall time of all steps, per thread; None on a GPU, where the host rightly waits."""
@@ -93,7 +93,7 @@ def step_account(profile: Profile) -> StepAccount:
     return StepAccount(
         step=step,
         phases=dict(zip(STEP_PHASES, map(span_of, phases), strict=True)),
-        remainder=Span(value=float(_remainder(plain, *phases)), low=low, high=high),
+        remainder=TimeSpan(value=float(_remainder(plain, *phases)), low=low, high=high),
         between=span_of(profile.record.samples["between_steps_s"]),
         borders=span_of([slow - fast for fast, slow in zip(plain, bordered, strict=True)]),
         covered=span_of([part / whole for part, whole in zip(sums, bordered, strict=True)]),
@@ -224,8 +224,8 @@ def find_observed(profile: Profile, path: str) -> object:
 class DecodeAccount:
     """One token after the first, at batch size 1."""
 
-    token: Span
-    first_token: Span
+    token: TimeSpan
+    first_token: TimeSpan
     bytes: int
     """That must come from memory for it."""
     context: int
@@ -243,7 +243,7 @@ class Ceilings:
     decode: DecodeAccount
 
 
-def ceilings(profile: Profile, step: Span) -> Ceilings | str:
+def ceilings(profile: Profile, step: TimeSpan) -> Ceilings | str:
     """MFU and HFU of the step, use of bandwidth of decoding; the reason where the model's layers or a peak are not
     known."""
     lacking = [name for name in ("product", "memory") if name not in profile.peaks]

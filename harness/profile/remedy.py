@@ -48,7 +48,7 @@ def choose_finding(findings: Sequence[Finding], code: str | None) -> Finding:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Pair:
+class RemedyStudy:
     """What is measured to try a remedy."""
 
     study: Study
@@ -56,7 +56,7 @@ class Pair:
     """What the suggested variant is measured on, by its name, where the remedy is one of the workload."""
 
 
-def make_pair(study: Study, variant: Variant, finding: Finding, *, protocol: Protocol) -> Pair:
+def make_pair(study: Study, variant: Variant, finding: Finding, *, protocol: Protocol) -> RemedyStudy:
     """The present variant, which is the reference, and the suggested one, on a workload of its own if that is changed.
 
     As in a profile, a path that is not active is a notice: the present variant may be slow for want of it.
@@ -82,7 +82,7 @@ def make_pair(study: Study, variant: Variant, finding: Finding, *, protocol: Pro
         requirements={path: value for path, value in study.requirements.items() if not _about(path, finding)},
         notes=notes,
     )
-    return Pair(study=pair, own_workloads=own)
+    return RemedyStudy(study=pair, own_workloads=own)
 
 
 _STORED = tuple(f"base.{path}" for path in ("bits", "quant_type", "double_quant", "compute_dtype", "gemm_path"))

@@ -13,7 +13,7 @@ from typing import Literal
 MemoryPhase = Literal["train", "generate"]
 MEMORY_PHASES: tuple[MemoryPhase, ...] = ("train", "generate")
 
-KINDS: Mapping[str, str] = {
+MEMORY_KINDS: Mapping[str, str] = {
     "process": "process at birth",
     "library_code": "library code paged in since",
     "generated_code": "code that libraries generate",
@@ -47,12 +47,12 @@ BY_TYPE = ("embeddings", "norms", "buffers")
 def title_of(kind: str) -> str:
     """What a kind is called in a table."""
     stem, _, dtype = kind.partition("_")
-    return f"{KINDS[stem]}, {dtype}" if stem in BY_TYPE else KINDS[kind]
+    return f"{MEMORY_KINDS[stem]}, {dtype}" if stem in BY_TYPE else MEMORY_KINDS[kind]
 
 
 def in_order(kinds: Mapping[str, int], *, named: Collection[str] = ()) -> dict[str, int]:
     """The kinds that take anything, and those of `named` in any case, in the order in which they are shown."""
-    order = {stem: place for place, stem in enumerate(KINDS)}
+    order = {stem: place for place, stem in enumerate(MEMORY_KINDS)}
 
     def place(kind: str) -> int:
         stem = kind.partition("_")[0]

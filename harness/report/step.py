@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from harness.profile.accounting import IDLE, REMAINDER_LIMIT, Span, StepAccount, categories_s, plain_s
+from harness.profile.accounting import IDLE, REMAINDER_LIMIT, StepAccount, TimeSpan, categories_s, plain_s
 from harness.profile.facts import Profile
 from harness.records.activity import STEP_PHASES
 from harness.records.units import format_interval, format_ratio, format_value
@@ -52,7 +52,7 @@ def tabulate_phases(profile: Profile, step: StepAccount) -> Table:
     )
 
 
-def _time(span: Span) -> Cell:
+def _time(span: TimeSpan) -> Cell:
     return write_value(span.value, span.low, span.high, "s")
 
 
@@ -64,7 +64,7 @@ def _count(calls: float | None) -> Cell:
     return Cell(text="–") if calls is None else Cell(text=f"{calls:.0f}", value=calls, unit="1")
 
 
-def _shares(span: Span, whole: float) -> Cell:
+def _shares(span: TimeSpan, whole: float) -> Cell:
     """A part of a whole in percent, with its interval where it has one."""
     share = _share(span.value / whole)
     if span.low is None or span.high is None:

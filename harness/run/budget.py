@@ -17,13 +17,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 from harness.run.plan import Group
-from harness.studies.command import ROUNDS, Kind
+from harness.studies.command import ROUNDS, RoundKind
 from harness.studies.study import Study
 
 T = TypeVar("T")
-KINDS = tuple(ROUNDS)
+ROUND_KINDS = tuple(ROUNDS)
 """Rounds in the order in which a group has them."""
-STANDS_FOR: dict[Kind, Kind] = {
+STANDS_FOR: dict[RoundKind, RoundKind] = {
     "epochs": "steps",
     "requests": "steps",
     "natural": "requests",
@@ -50,11 +50,11 @@ class Budget:
         """Seconds and commands, by kind of round; seconds and trials, by what lies between the rounds."""
         self._ended: set[str] = set()
         """Kinds of group of which one has been seen to its end."""
-        self._caps: dict[tuple[int, Kind], int] = {}
+        self._caps: dict[tuple[int, RoundKind], int] = {}
         """Rounds of a replicate's first group that was cut: its later ones get no more."""
         self._group: Group | None = None
-        self._own: dict[Kind, float] = {}
-        self._later: dict[Kind, float] = {}
+        self._own: dict[RoundKind, float] = {}
+        self._later: dict[RoundKind, float] = {}
         self._later_groups: Sequence[Group] = ()
         self._gap = PREPARING
         self._gap_begin = self._begin
@@ -86,7 +86,7 @@ class Budget:
         """What will follow the rounds of so many trials, until it has been seen: losses, untimed steps, cold starts."""
         self._note(ENDING, ending_s, trials)
 
-    def rounds(self, kind: Kind, planned: Sequence[T], trials: int) -> Iterator[T]:
+    def rounds(self, kind: RoundKind, planned: Sequence[T], trials: int) -> Iterator[T]:
         """The planned rounds of the group under way, each by `trials` trials, as far as their share of time goes."""
         begin, deadline = self._open(kind, len(planned) * trials)
         allowed = self._limit_rounds(kind, len(planned))
@@ -100,12 +100,12 @@ class Budget:
             done += 1
         self._close(kind, begin, done * trials, done if done < len(planned) else None)
 
-    def _open(self, kind: Kind, commands: float) -> tuple[float, float]:
+    def _open(self, kind: RoundKind, commands: float) -> tuple[float, float]:
         self._close_gap()
         now = self.clock()
         return now, now + self._share(kind, commands)
 
-    def _close(self, kind: Kind, begin: float, commands: float, cut: int | None) -> None:
+    def _close(self, kind: RoundKind, begin: float, commands: float, cut: int | None) -> None:
         self._gap, self._gap_begin = kind, self.clock()
         if commands:
             self._note(kind, self._gap_begin - begin, commands)
@@ -116,12 +116,14 @@ class Budget:
         if self._group is not None:
             self._note(_name(self._gap, self._group), self.clock() - self._gap_begin, len(self._group.slots))
 
-    def _share(self, kind: Kind, commands: float) -> float:
+    def _share(self, kind: RoundKind, commands: float) -> float:
         """Seconds for a kind of round, of what is left of the limit."""
         if self._limit_s is None:
             return math.inf
-        after = KINDS[KINDS.index(kind) + 1 :]
-        rest = {other: self._own.get(other, 0.0) * (other in after) + self._later.get(other, 0.0) for other in KINDS}
+        after = ROUND_KINDS[ROUND_KINDS.index(kind) + 1 :]
+        rest = {
+            other: self._own.get(other, 0.0) * (other in after) + self._later.get(other, 0.0) for other in ROUND_KINDS
+        }
         each = {other: self._each(other) for other in (kind, *(name for name, count in rest.items() if count))}
         known = {other: seconds for other, seconds in each.items() if seconds is not None}
         if len(known) < len(each):
@@ -131,12 +133,12 @@ class Budget:
         left = max(0.0, self._limit_s - self.spent_s - self._aside(kind))
         return left * own / (own + others) if own else 0.0
 
-    def _aside(self, kind: Kind) -> float:
+    def _aside(self, kind: RoundKind) -> float:
         """Seconds of what lies between the rounds that are still to come."""
         if self._group is None:
             return 0.0
-        own = self._ending_s(self._group, KINDS[KINDS.index(kind) :])
-        return own + sum(self._preparing_s(group) + self._ending_s(group, KINDS) for group in self._later_groups)
+        own = self._ending_s(self._group, ROUND_KINDS[ROUND_KINDS.index(kind) :])
+        return own + sum(self._preparing_s(group) + self._ending_s(group, ROUND_KINDS) for group in self._later_groups)
 
     def _preparing_s(self, group: Group) -> float:
         """As seen of this kind of trial, else of the other: both are built and checked."""
@@ -145,14 +147,14 @@ class Budget:
         )
         return 0.0 if seen is None else seen[0] / seen[1] * len(group.slots)
 
-    def _ending_s(self, group: Group, after: Sequence[Kind]) -> float:
+    def _ending_s(self, group: Group, after: Sequence[RoundKind]) -> float:
         """What follows these kinds of rounds, as seen, else as foreseen."""
-        seen = {kind: one for kind in KINDS if (one := self._seen.get(_name(kind, group)))}
+        seen = {kind: one for kind in ROUND_KINDS if (one := self._seen.get(_name(kind, group)))}
         if not seen and _kind_of(group) not in self._ended and ENDING in self._seen:
             seen = {after[0]: self._seen[ENDING]}
         return sum(seconds / trials for kind, (seconds, trials) in seen.items() if kind in after) * len(group.slots)
 
-    def _each(self, kind: Kind) -> float | None:
+    def _each(self, kind: RoundKind) -> float | None:
         """Seconds of one command of this kind, or of what stands for it; None where neither was seen."""
         if kind in self._seen:
             seconds, commands = self._seen[kind]
@@ -163,15 +165,15 @@ class Budget:
         before, counted = self._seen.get(name, (0.0, 0.0))
         self._seen[name] = before + seconds, counted + count
 
-    def _limit_rounds(self, kind: Kind, planned: int) -> int:
+    def _limit_rounds(self, kind: RoundKind, planned: int) -> int:
         """Rounds that the trials of this replicate before this one have left to be taken."""
         return planned if self._group is None else min(planned, self._caps.get((self._group.replicate, kind), planned))
 
-    def _work(self, study: Study, groups: Sequence[Group]) -> dict[Kind, float]:
+    def _work(self, study: Study, groups: Sequence[Group]) -> dict[RoundKind, float]:
         """Commands that are planned in some groups, by kind."""
-        work: dict[Kind, float] = dict.fromkeys(KINDS, 0.0)
+        work: dict[RoundKind, float] = dict.fromkeys(ROUND_KINDS, 0.0)
         for group in groups:
-            rounds: dict[Kind, int] = {
+            rounds: dict[RoundKind, int] = {
                 "steps": len(group.turns),
                 **dict.fromkeys(("requests", "merged"), len(group.requests)),
                 "natural": len(group.natural),

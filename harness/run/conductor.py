@@ -16,7 +16,7 @@ from harness.run.budget import Budget
 from harness.run.executors import Executor, Worker, WorkerLostError
 from harness.run.plan import Group, Plan, Slot
 from harness.run.site import Site, begin_record, request_of
-from harness.studies.command import COMMANDS, ROUNDS, Command, Kind
+from harness.studies.command import COMMANDS, ROUNDS, Command, RoundKind
 from harness.studies.request import TrialRequest
 
 CHECKPOINT_S = 30.0
@@ -185,7 +185,7 @@ class Conductor:
             self._ask(trial, word, **arguments)
         self._checkpoint(word)
 
-    def _in_turns(self, kind: Kind, rounds: tuple[tuple[str, ...], ...], **arguments: Any) -> int:
+    def _in_turns(self, kind: RoundKind, rounds: tuple[tuple[str, ...], ...], **arguments: Any) -> int:
         """The rounds that the time allows, each by all trials that are there for it; returns how many these were."""
         command = ROUNDS[kind]
         if not self._due(command):

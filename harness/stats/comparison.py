@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 from harness.stats.effect import Effect, Pairing, Spread, checked_pairing, from_log, measure_effect
 from harness.stats.power import detectable_log_effect, replicates_needed
 from harness.stats.samples import checked_trials
-from harness.stats.verdict import Comparison, Rule, Verdict
+from harness.stats.verdict import Comparison, Verdict, VerdictRule
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,7 +45,7 @@ def compare_trials(
     Raises ValueError, naming the side, trial and sample, for an empty list or trial, for samples that are not
     finite and above zero, for paired sides of unequal size, and for limits out of range.
     """
-    rule = Rule(tolerance=tolerance, margin=margin, alpha=alpha, family=family)
+    rule = VerdictRule(tolerance=tolerance, margin=margin, alpha=alpha, family=family)
     return decide(effect_of(base, candidate, pairing), rule)
 
 
@@ -62,7 +62,7 @@ def effect_of(base: Sequence[Sequence[float]], candidate: Sequence[Sequence[floa
     return effect
 
 
-def decide(effect: Effect, rule: Rule) -> Comparison:
+def decide(effect: Effect, rule: VerdictRule) -> Comparison:
     """The verdict on an effect by a rule."""
     spread = effect.spread
     if spread is None:
@@ -107,7 +107,7 @@ def _reason(
     judged: Verdict,
     effect: Effect,
     spread: Spread,
-    rule: Rule,
+    rule: VerdictRule,
     mde80: float | None,
     needed: int | None,
 ) -> str:
@@ -186,7 +186,7 @@ def decide_family(
     """What `compare_family` makes of effects that are known already."""
 
     def judge(name: K, left: int) -> Comparison:
-        rule = Rule(tolerance=_of(tolerance, name), margin=_of(margin, name), alpha=alpha, family=left)
+        rule = VerdictRule(tolerance=_of(tolerance, name), margin=_of(margin, name), alpha=alpha, family=left)
         return decide(effects[name], rule)
 
     return step_down(effects, judge, is_decided=lambda result: result.verdict in ("regressed", "improved"))

@@ -18,21 +18,21 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from harness.stats.effect import Spread
-    from harness.stats.verdict import Rule
+    from harness.stats.verdict import VerdictRule
 
 POWER = 0.8
 # A plan beyond this is no plan.
 _MOST_REPLICATES = 10**9
 
 
-def detectable_log_effect(spread: Spread, rule: Rule) -> float:
+def detectable_log_effect(spread: Spread, rule: VerdictRule) -> float:
     """The smallest log ratio that is called `regressed` with 80 % power: the tolerance, plus what the scatter hides."""
     if spread.standard_error == 0:
         return rule.log_tolerance
     return rule.log_tolerance + noncentrality(spread.df, rule.tail, POWER) * spread.standard_error
 
 
-def replicates_needed(spread: Spread, rule: Rule, *, may_be_equivalent: bool) -> int | None:
+def replicates_needed(spread: Spread, rule: VerdictRule, *, may_be_equivalent: bool) -> int | None:
     """Replicates (a side) for a verdict with 80 % power, whichever is true: a slow-down of `margin`, or none.
 
     A slow-down of the margin must be called `regressed`; no slow-down must be called `equivalent`, where that verdict

@@ -42,7 +42,7 @@ class Comparison:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rule:
+class VerdictRule:
     """The limits of one comparison. Raises ValueError naming the limit that makes no sense."""
 
     tolerance: float

@@ -15,7 +15,7 @@ from harness.records.record import Measure
 Doer = Literal["process", "trial", "profiled trial", "interpreter"]
 """Who carries a command out: the process before it has the trial · the trial · one that is taken apart, which does what
 any other does as well · a new interpreter, which the executor is asked for."""
-Kind = Literal["steps", "epochs", "requests", "natural", "merged"]
+RoundKind = Literal["steps", "epochs", "requests", "natural", "merged"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +71,7 @@ _ROWS = (
 COMMANDS = {command.word: command for command in _ROWS}
 """By their words; those of any trial in the order in which it is asked."""
 
-ROUNDS: dict[Kind, Command] = {
+ROUNDS: dict[RoundKind, Command] = {
     "steps": COMMANDS["turn"],
     "epochs": COMMANDS["train"],
     "requests": COMMANDS["request"],

@@ -25,7 +25,7 @@ from harness.verdicts.notices import run_notices
 from harness.verdicts.outcome import (
     ComparisonReport,
     LimitsOf,
-    Pair,
+    SidePair,
     default_limits,
     default_metrics,
     judge_pairs,
@@ -85,10 +85,10 @@ def report_of(run: Run, *, metrics: Sequence[str] = (), limits_of: LimitsOf = de
     )
 
 
-def _pairs(run: Run, study: Study, broken: str | None, metrics: Sequence[str]) -> list[Pair]:
+def _pairs(run: Run, study: Study, broken: str | None, metrics: Sequence[str]) -> list[SidePair]:
     """Every metric that is wanted of every variant that either side measured; `broken` forbids all numbers."""
     groups = [series_of(run.records, side) for side in ("base", "candidate")]
-    pairs: list[Pair] = []
+    pairs: list[SidePair] = []
     for variant in study.variants:
         series = [side[variant.name, "variant"] for side in groups if (variant.name, "variant") in side]
         sides = [measurements_of(one, study, run.manifest.run) for one in series]
@@ -97,20 +97,20 @@ def _pairs(run: Run, study: Study, broken: str | None, metrics: Sequence[str]) -
             if said or len(sides) < 2 or not all(side.has(metric) for side in sides):
                 refusal = without_numbers("invalid", said[0] if said else f"one side has no {metric}")
                 level = _level(series[0], metric)
-                pairs.append(Pair(variant=variant.name, metric=metric, interleaving=level, refusal=refusal))
+                pairs.append(SidePair(variant=variant.name, metric=metric, interleaving=level, refusal=refusal))
             else:
                 pairs.append(_pair(metric, (sides[0], sides[1]), (series[0], series[1])))
     return pairs
 
 
-def _pair(metric: str, sides: tuple[Measurements, Measurements], series: tuple[Series, Series]) -> Pair:
+def _pair(metric: str, sides: tuple[Measurements, Measurements], series: tuple[Series, Series]) -> SidePair:
     """Both sides with the trials of the replicates that both have undisturbed; peaks need no pairs."""
     name, level = sides[0].name, _level(series[0], metric)
     if metric.endswith(BYTES_SUFFIX):
-        return Pair(variant=name, metric=metric, interleaving=level, sides=sides)
+        return SidePair(variant=name, metric=metric, interleaving=level, sides=sides)
     found = pairs_of(*series, metric)
     base, candidate = (found.base, found.candidate) if found else ([], [])
-    return Pair(
+    return SidePair(
         variant=name,
         metric=metric,
         interleaving=level,

@@ -33,7 +33,7 @@ from harness.verdicts.outcome import (
     ComparisonReport,
     Key,
     LimitsOf,
-    Pair,
+    SidePair,
     default_limits,
     default_metrics,
     judge_pairs,
@@ -133,14 +133,14 @@ def _metrics_of(wanted: Sequence[str], base: Comparand, candidate: Comparand, na
     return [metric for metric in wanted if not metric.endswith(BYTES_SUFFIX)] or list(wanted)[:1] or [PRIMARY["train"]]
 
 
-def _pair(name: str, metric: str, base: Comparand, candidate: Comparand, differing: Sequence[Difference]) -> Pair:
+def _pair(name: str, metric: str, base: Comparand, candidate: Comparand, differing: Sequence[Difference]) -> SidePair:
     """One metric of one variant, unpaired; `differing` forbids a ratio."""
     ours, theirs = base.sides.get(name), candidate.sides.get(name)
     refusal = _forbidden(base, candidate, name, metric)
     if refusal is None and differing:
         refusal = without_numbers("not_comparable", disagreement(differing))
     sides = None if refusal is not None or ours is None or theirs is None else (ours, theirs)
-    return Pair(variant=name, metric=metric, interleaving=INTERLEAVING, sides=sides, refusal=refusal)
+    return SidePair(variant=name, metric=metric, interleaving=INTERLEAVING, sides=sides, refusal=refusal)
 
 
 def _forbidden(base: Comparand, candidate: Comparand, name: str, metric: str) -> Comparison | None:

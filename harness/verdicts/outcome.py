@@ -178,7 +178,7 @@ Key = tuple[str, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pair:
+class SidePair:
     """One metric of one variant on both sides, as the sides were paired."""
 
     variant: str
@@ -218,7 +218,7 @@ def matching(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
     return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
 
 
-def judge_pairs(pairs: Iterable[Pair], limits_of: LimitsOf) -> dict[Key, Comparison]:
+def judge_pairs(pairs: Iterable[SidePair], limits_of: LimitsOf) -> dict[Key, Comparison]:
     """The verdict on each pair: memory by its maximum, times as one family that shares the error rate (Holm).
 
     What cannot be computed is invalid, with the reason.
@@ -256,7 +256,7 @@ def judge_pairs(pairs: Iterable[Pair], limits_of: LimitsOf) -> dict[Key, Compari
     )
 
 
-def rows_of(pairs: Iterable[Pair], verdicts: Mapping[Key, Comparison], limits_of: LimitsOf) -> tuple[Compared, ...]:
+def rows_of(pairs: Iterable[SidePair], verdicts: Mapping[Key, Comparison], limits_of: LimitsOf) -> tuple[Compared, ...]:
     """A row a pair, in their order, with its limits and with what was dropped of it."""
     return tuple(
         Compared(

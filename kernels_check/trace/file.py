@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeAlias
 
-Kind: TypeAlias = Literal["kineto", "nsys"]
+RecordingKind: TypeAlias = Literal["kineto", "nsys"]
 
 EXPECTED = "a Kineto/Chrome trace (.json, .json.gz) or an nsys cuda_gpu_kern_sum table (.csv)"
 _HEAD_BYTES = 4096
@@ -104,7 +104,7 @@ class _Unpacked(io.RawIOBase):
 
 
 @contextmanager
-def open_recording(path: Path) -> Iterator[tuple[Recording, Kind]]:
+def open_recording(path: Path) -> Iterator[tuple[Recording, RecordingKind]]:
     """Open ``path`` and tell its kind; failures to read it, also later ones, become a ``TraceError``.
 
     Raises:
@@ -141,7 +141,7 @@ def _damaged(path: Path, recording: Recording | None, what: str) -> str:
     return f"{path}: {what}, after {read}. Copy or export it again; nothing of a damaged file is reported"
 
 
-def _kind(recording: Recording) -> Kind:
+def _kind(recording: Recording) -> RecordingKind:
     head = recording.head()
     if not head:
         raise TraceError(f"{recording.path}: nothing is left after unpacking; expected {EXPECTED}. Record it again")

@@ -10,7 +10,7 @@ from harness import cli
 from harness.commands import profile as commands_profile
 from harness.models.costs.peaks import Peak
 from harness.profile import measure as profiling
-from harness.profile.accounting import IDLE, Span, categories_s, ceilings, step_account, time_of, token_shares
+from harness.profile.accounting import IDLE, TimeSpan, categories_s, ceilings, step_account, time_of, token_shares
 from harness.profile.diagnosis import Finding, diagnose
 from harness.profile.evidence import evidence_of
 from harness.profile.facts import Profile
@@ -114,11 +114,11 @@ def test_the_lines_of_a_step_add_up(profile):
 @pytest.mark.parametrize(
     ("remainder", "explained"),
     [
-        (Span(value=0.001, low=-0.001, high=0.0019), True),
-        (Span(value=0.001, low=-0.001, high=0.003), None),
-        (Span(value=0.003, low=0.0021, high=0.004), False),
-        (Span(value=-0.003, low=-0.004, high=-0.0021), False),
-        (Span(value=0.0019, low=None, high=None), True),
+        (TimeSpan(value=0.001, low=-0.001, high=0.0019), True),
+        (TimeSpan(value=0.001, low=-0.001, high=0.003), None),
+        (TimeSpan(value=0.003, low=0.0021, high=0.004), False),
+        (TimeSpan(value=-0.003, low=-0.004, high=-0.0021), False),
+        (TimeSpan(value=0.0019, low=None, high=None), True),
     ],
 )
 def test_a_step_is_explained_where_the_whole_interval_is_within_the_limit(profile, remainder, explained):

@@ -8,12 +8,12 @@ import pytest
 from harness.stats import compare_trials
 from harness.stats.effect import Spread
 from harness.stats.power import detectable_log_effect, replicates_needed, sd_interval
-from harness.stats.verdict import Rule
+from harness.stats.verdict import VerdictRule
 
 
 def rule(**changes):
     """The default rule, with changes."""
-    return Rule(**{"tolerance": 0.01, "margin": 0.05, "alpha": 0.05, "family": 1} | changes)
+    return VerdictRule(**{"tolerance": 0.01, "margin": 0.05, "alpha": 0.05, "family": 1} | changes)
 
 
 def paired(sd, replicates):

@@ -5,12 +5,12 @@ import math
 
 import pytest
 
-from harness.stats.verdict import Comparison, Rule
+from harness.stats.verdict import Comparison, VerdictRule
 
 
 def rule(**changes):
     """The default rule, with changes."""
-    return Rule(**{"tolerance": 0.01, "margin": 0.05, "alpha": 0.05, "family": 1} | changes)
+    return VerdictRule(**{"tolerance": 0.01, "margin": 0.05, "alpha": 0.05, "family": 1} | changes)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from harness.machine.host import LEAST_ASKED_S, HostWatch
 from harness.machine.neighbours import Neighbours, neighbours_of
-from harness.machine.nvml import CardFacts, Memory, Sample, card_names, open_device
+from harness.machine.nvml import CardFacts, CardSample, Memory, card_names, open_device
 from harness.machine.provenance import Machine, library_version, probe_machine
 from harness.machine.reading import Reading
 from harness.machine.system import SystemFacts, system_facts
@@ -34,7 +34,7 @@ class Card:
     """One look at the first visible device."""
 
     facts: CardFacts
-    sample: Sample
+    sample: CardSample
     memory: Reading[Memory]
     neighbours: Neighbours
     sliced: bool

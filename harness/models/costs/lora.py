@@ -23,7 +23,7 @@ STEP_BYTES = 4
 Python number."""
 BLOCK = 256
 """Elements that share a float32 scale in an 8-bit moment (`Optimizer2State.init_state` of bitsandbytes)."""
-TABLE_BYTES = 256 * 4
+MOMENT_TABLE_BYTES = 256 * 4
 """The values that an 8-bit moment can take; one table for each of the two moments, shared by all tensors."""
 
 
@@ -78,7 +78,7 @@ def optimizer_state_bytes(optimizer: Optimizer, trained: Iterable[tuple[int, int
     if optimizer in ("adamw", "adamw_fused"):
         return sum(2 * elements * size + STEP_BYTES for elements, size in tensors)
     tables = _eight_bit(optimizer) and any(elements >= EIGHT_BIT_FROM_ELEMENTS for elements, _ in tensors)
-    return sum(_moments(optimizer, elements) for elements, _ in tensors) + (2 * TABLE_BYTES if tables else 0)
+    return sum(_moments(optimizer, elements) for elements, _ in tensors) + (2 * MOMENT_TABLE_BYTES if tables else 0)
 
 
 def paged_state_bytes(optimizer: Optimizer, elements: Iterable[int]) -> int:

@@ -8,7 +8,7 @@ QUANTIZATION_BLOCK = 64
 """Weights that share a scale in bitsandbytes' 4-bit types (Dettmers et al. 2023, arXiv 2305.14314, section 3)."""
 NESTED_BLOCK = 256
 """Scales that share a float32 scale under double quantisation (same section)."""
-TABLE_BYTES = 16 * 4
+CODEBOOK_BYTES = 16 * 4
 """The values that 4 bits stand for; each layer has a table of its own."""
 NESTED_BYTES = 256 * 4 + 4
 """Under double quantisation: the values that a scale of 8 bits stands for, and the mean of the scales."""
@@ -39,5 +39,5 @@ def constant_bytes(inputs: int, outputs: int, variant: Variant, *, repacked: boo
         return 4 * outputs
     blocks = -(-inputs * outputs // QUANTIZATION_BLOCK)
     if variant.double_quant and not repacked:
-        return TABLE_BYTES + blocks + 4 * -(-blocks // NESTED_BLOCK) + NESTED_BYTES
-    return TABLE_BYTES + (2 if repacked else 4) * blocks
+        return CODEBOOK_BYTES + blocks + 4 * -(-blocks // NESTED_BLOCK) + NESTED_BYTES
+    return CODEBOOK_BYTES + (2 if repacked else 4) * blocks

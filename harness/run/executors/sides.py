@@ -26,8 +26,8 @@ from harness.machine.repository import run_git
 from harness.run.executors.environments import layered_environment, parse_requirements, site_packages
 from harness.run.executors.host import Host, inspect
 
-Kind = Literal["revision", "interpreter", "requirements"]
-DECLARED: dict[Kind, tuple[str, ...]] = {
+SideKind = Literal["revision", "interpreter", "requirements"]
+DECLARED: dict[SideKind, tuple[str, ...]] = {
     "revision": ("git",),
     "interpreter": ("python", "libraries", "cuda"),
     "requirements": ("libraries", "cuda"),  # another torch may be built for another CUDA
@@ -47,12 +47,12 @@ _REMEDY = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Side:
+class OpenSide:
     """One side of an A/B, ready to be measured."""
 
     spec: str
     """As the user wrote it."""
-    kind: Kind
+    kind: SideKind
     host: Host
     label: str
     """For tables and messages; a revision has its commit in it."""
@@ -68,7 +68,7 @@ def to_stderr(line: str) -> None:
 @contextlib.contextmanager
 def open_side(
     spec: str, *, repository: Path, cache: Path, report: Callable[[str], object] = to_stderr
-) -> Iterator[Side]:
+) -> Iterator[OpenSide]:
     """Make one side ready, and take down at the end what was put up for it.
 
     A path of an executable file goes before a revision, that before a Python found on PATH, and that before
@@ -129,7 +129,7 @@ def _commit(spec: str, repository: Path) -> tuple[str | None, str]:
 
 def _revision(
     spec: str, commit: str, repository: Path, stack: contextlib.ExitStack, report: Callable[[str], object]
-) -> Side:
+) -> OpenSide:
     tree = stack.enter_context(_worktree(commit, repository))
     top = Path(run_git(repository, "rev-parse", "--show-toplevel").stdout.strip()).resolve()
     roots = [tree / folder for folder in _roots(repository.resolve(), top) if (tree / folder).is_dir()]
@@ -147,7 +147,7 @@ def _revision(
     _prove_apart(spec, host, top, tree)
     short = commit[:9]
     label = spec if short.startswith(spec) or commit.startswith(spec) else f"{spec} ({short})"
-    return Side(spec=spec, kind="revision", host=host, label=label, declared=DECLARED["revision"])
+    return OpenSide(spec=spec, kind="revision", host=host, label=label, declared=DECLARED["revision"])
 
 
 @contextlib.contextmanager
@@ -192,7 +192,7 @@ def _prove_apart(spec: str, host: Host, top: Path, tree: Path) -> None:
 # --- an interpreter ---------------------------------------------------------------------------------------------------
 
 
-def _interpreter(spec: str, python: Path, stack: contextlib.ExitStack) -> Side:
+def _interpreter(spec: str, python: Path, stack: contextlib.ExitStack) -> OpenSide:
     """Another Python, given the present harness; what else it has is its own.
 
     PYTHONSAFEPATH keeps the folder that one stands in off its path: its own packages are what is compared.
@@ -212,7 +212,7 @@ def _interpreter(spec: str, python: Path, stack: contextlib.ExitStack) -> Side:
         why = f"Python {facts['python']} without {', '.join(missing)}"
         raise impossible("ab", "side", spec, why, f"Run `{host.python} -m pip install {' '.join(missing)}`.")
     _compile(host, [str(Path(host.path[0]) / package) for package in OWN_PACKAGES])
-    return Side(spec=spec, kind="interpreter", host=host, label=spec, declared=DECLARED["interpreter"])
+    return OpenSide(spec=spec, kind="interpreter", host=host, label=spec, declared=DECLARED["interpreter"])
 
 
 def _own_packages(stack: contextlib.ExitStack) -> str:
@@ -231,7 +231,7 @@ def _own_packages(stack: contextlib.ExitStack) -> str:
 
 def _requirements(
     spec: str, requirements: tuple[str, ...], cache: Path, stack: contextlib.ExitStack, report: Callable[[str], object]
-) -> Side:
+) -> OpenSide:
     python = layered_environment(requirements, cache, report=report)
     host = Host(python=str(python), environment={"PYTHONSAFEPATH": "1"})
     layer = site_packages(python)
@@ -242,7 +242,7 @@ def _requirements(
     _prove(spec, host, dict.fromkeys(names, layer), layer)
     _prove_versions(spec, requirements, facts["packages"])
     label = " ".join(requirements)
-    return Side(spec=spec, kind="requirements", host=host, label=label, declared=DECLARED["requirements"])
+    return OpenSide(spec=spec, kind="requirements", host=host, label=label, declared=DECLARED["requirements"])
 
 
 def _prove_versions(spec: str, requirements: tuple[str, ...], packages: dict[str, str]) -> None:

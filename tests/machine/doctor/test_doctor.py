@@ -13,7 +13,7 @@ from harness import cli
 from harness.machine.doctor import examine, is_fit
 from harness.machine.doctor.survey import OPTIONAL, REQUIRED, Card, Survey
 from harness.machine.neighbours import Neighbours
-from harness.machine.nvml import CardFacts, Memory, Sample
+from harness.machine.nvml import CardFacts, CardSample, Memory
 from harness.machine.reading import Reading, missing
 from harness.machine.system import SystemFacts
 from harness.report.doctor import describe_checks
@@ -38,7 +38,7 @@ FACTS = CardFacts(
     slowdown_temperature_c=given(87.0), ecc=given(True), corrected_errors=given(0), uncorrected_errors=given(0),
     mig=given(False), persistence=given(True), clocks_need_root=given(False),
 )  # fmt: skip
-SAMPLE = Sample(
+SAMPLE = CardSample(
     energy_j=given(5.0), power_w=given(70.0), sm_clock_hz=given(3e8), memory_clock_hz=given(2.6e9),
     temperature_c=given(35.0), temperature_margin_c=given(52.0), events=given(("gpu_idle",)),
     thermal_slowdown_s=given(0.0), power_slowdown_s=given(0.0),
