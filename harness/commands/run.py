@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -183,6 +184,7 @@ def run_report(options: argparse.Namespace) -> int:
     from harness.report.view import encode_run, view_of
 
     run = store.read_run(options.run, store.runs_dir(options.runs_dir))
+    gc.freeze()  # all of it is needed to the end, and looking through a large run for what is not takes seconds
     if run.manifest.sides:
         from harness.commands.ab import show_ab
 

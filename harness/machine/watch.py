@@ -9,6 +9,7 @@ Names are those of `named`: who, what, phase and unit, as in `host_steal_train_s
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -26,6 +27,7 @@ SUBSTITUTED = ("thermal_slowdown_s", "power_slowdown_s", "memory_clock_hz", "tem
 what torch's allocator reserved say nearly the same."""
 
 
+@functools.cache  # a few dozen names, asked for of every trial
 def named(owner: str, what: str, phase: str) -> str:
     """The name under which a value stands in the record: the phase goes before the unit, where there is one."""
     stem, _, unit = what.rpartition("_")
