@@ -86,7 +86,8 @@ def resident_bytes(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> 
 
 
 def resident_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, list[torch.Tensor]]:
-    """What a training step keeps between steps, by kind (`harness.records.memory_account.KINDS`), each storage once.
+    """What a training step keeps between steps, by kind (`harness.records.memory_account.MEMORY_KINDS`), each storage
+    once.
 
     What is neither a linear layer of a block nor trained is told apart by type: embeddings with the output head, norms,
     buffers.
