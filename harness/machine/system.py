@@ -3,6 +3,10 @@
 Each setting here is known to move times by itself: a governor that lets the clock fall between two turns, turbo that
 lasts as long as the heat allows, huge pages that come and go with fragmentation, a process spread over memory nodes, a
 container with a quota that stops every thread for the rest of a period.
+
+A run writes them down once, with those of the card, as one document (`settings`), each with why it is not known: a
+limit of 400 W on a card of 700, an ECC mode or a governor is gone from every log when somebody asks for it. What
+changes from moment to moment (load, free memory, heat) is left to the readings around what is timed.
 """
 
 from __future__ import annotations

@@ -5,6 +5,11 @@ it: no thread polls beside what is timed. What accumulates is a difference; what
 right after the work and before the card has cooled, over as many ends as a trial has turns.
 
 Names are those of `named`: who, what, phase and unit, as in `host_steal_train_s` and `device_sm_clock_min_train_hz`.
+
+Energy is a difference of two readings of the card's own counter. It moves in steps whose period NVML does not document,
+and on A100 and H100 the power sensor looks at a quarter of the time only (Yang, Adamek & Armour, "Part-time Power
+Measurements", 2023, arXiv 2312.02741). A difference over a short stretch is therefore mostly the phase of those clocks,
+and none is given. On a Grace Hopper the counter is that of the whole module, its CPU included.
 """
 
 from __future__ import annotations

@@ -1,4 +1,9 @@
-"""Answers of a trained adapter, one panel a prompt."""
+"""What a trained adapter writes: the answers of a run beside the records' own, before and after training, one panel a
+prompt.
+
+The answers were generated, timed and kept while the run was measured (requests that the model ends itself); here they
+are only decoded, by the tokenizer of the run's model.
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,12 @@
 One value a trial (the median of its samples) and Student's t over trials, because the process and not the sample is
 the unit (Kalibera & Jones 2013). On the log scale, since times and sizes scatter by factors: the centre is the
 geometric mean of the medians, and the interval cannot reach below zero.
+
+Measuring may stop when the intervals are narrow enough, never when they are significant. Looking after every replicate
+and stopping at the first alarm raised the false alarms on identical code from 4.6 to 20.7 %. The width of an interval
+says nothing about where its centre lies, so stopping on it leaves the error rate nearly as it is (Stein 1945; Kelley,
+Maxwell & Rausch 2003 call it accuracy in parameter estimation), if a few replicates are taken in any case: the first
+two or three can agree by luck.
 """
 
 from __future__ import annotations

@@ -1,8 +1,13 @@
 """Student's t and its noncentral companion: the two quantiles that every interval and every power statement rests on.
 
 Student (1908) for the interval; for power the noncentral t, as in Cohen (1988, chapter 2): a test whose statistic has
-the noncentrality `effect / standard error` clears its critical value with a probability that grows with it. A
-percentile bootstrap is not offered: at 3 to 5 replicates it raised 6 to 11 % false alarms where 2.5 % are promised.
+the noncentrality `effect / standard error` clears its critical value with a probability that grows with it. Between
+replicates no bootstrap is used: at 3 to 5 of them its percentile interval raised 6 to 11 % false alarms where 2.5 % are
+promised.
+
+The sign test (Dixon & Mood 1946) asks whether a coin is fair that came up heads that often. The bootstrap resamples the
+turns for the interval of a quantity that several medians of the same turns make up: order statistics give the interval
+of one median, and none of a difference of medians whose samples belong together (Efron 1979).
 """
 
 from __future__ import annotations

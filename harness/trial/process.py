@@ -1,4 +1,4 @@
-"""What a measuring process is told before it measures, the forked trial and the cold interpreter alike."""
+"""What a measuring process is told before it measures, forked or cold, and how it gives memory back."""
 
 from __future__ import annotations
 

@@ -3,6 +3,10 @@
 A file of ours keeps the boundaries between trials beside the raw samples, so it says as much as the run itself. Any
 other file holds the rounds of one process. However many they are, they are one replicate: most of the scatter of a
 duration lies between processes (Kalibera & Jones 2013), so a file like that gives a ratio and never an interval.
+
+pytest-benchmark's files have no field for enough to compare two of them as well as the runs themselves, so ours adds
+it: trial boundaries make the raw samples replicates again, and the control and the failures are written down too,
+because a file in which a failed variant is merely absent would hide it.
 """
 
 from __future__ import annotations
