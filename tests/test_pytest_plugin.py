@@ -455,9 +455,11 @@ def test_a_run_that_broke_off_is_gone_on_with_and_replayed(suite, base):
 
 def test_what_would_change_a_run_that_is_gone_on_with_is_refused(suite, base):
     """By name, before anything is measured."""
-    result = suite(f"--lorameter-resume={base.name}", "--lorameter-model=tiny-llama", "--benchmark-disable")
+    options = ("--lorameter-model=tiny-llama", "--lorameter-allow-disturbed", "--benchmark-disable")
+    result = suite(f"--lorameter-resume={base.name}", *options)
     assert result.ret == pytest.ExitCode.USAGE_ERROR
-    result.stderr.fnmatch_lines(["*--lorameter-model, --benchmark-disable would change the study or the plan*"])
+    names = "--lorameter-model, --lorameter-allow-disturbed, --benchmark-disable"
+    result.stderr.fnmatch_lines([f"*{names} would change the study or the plan*"])
     assert not suite.measured()
 
 

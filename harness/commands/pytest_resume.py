@@ -27,12 +27,10 @@ def load_resumed(config: pytest.Config) -> ResumedRun | None:
     name = config.getoption(OPTION)
     if not name:
         return None
-    given = [
-        f"--lorameter-{one}" for one in SETTLED_OPTIONS if config.getoption(f"--lorameter-{one}", None) is not None
-    ]
-    if config.getoption("benchmark_disable") and not config.getoption("benchmark_enable"):
-        given.append("--benchmark-disable")
-    refuse_settled(OPTION, given)
+    names = [f"--lorameter-{one}" for one in SETTLED_OPTIONS]
+    disabled = config.getoption("benchmark_disable") and not config.getoption("benchmark_enable")
+    settled = {name: config.getoption(name, None) for name in names} | {"--benchmark-disable": disabled}
+    refuse_settled(OPTION, settled)
     study = config.getoption("--lorameter-study")
     if study is not None:
         from harness.studies.study_file import load_study

@@ -104,7 +104,8 @@ def run_resumed(options: argparse.Namespace) -> int:
     from harness.run.runner import find_unsettled
     from harness.studies.study_file import load_study
 
-    refuse_settled("--resume", [f"--{name}" for name in SETTLED_OPTIONS if getattr(options, name) not in (None, [])])
+    settled = {f"--{name}": getattr(options, name.replace("-", "_")) for name in SETTLED_OPTIONS}
+    refuse_settled("--resume", settled)
     runs = store.runs_dir(options.runs_dir)
     study = load_study(options.study).name if options.study else None
     run = read_broken_off(options.resume, runs, study=study)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,17 @@ from harness.verdicts.comparand import differences
 
 SETTLED_OPTIONS = (
     "effort", "replicates", "profile", "model", "data", "variant", "phase", "interleave", "precision",
+    "allow-disturbed",
 )  # fmt: skip
 """Options of either door that make a study and its plan; a run that is gone on with has both."""
 
 
-def refuse_settled(resume: str, given: Sequence[str]) -> None:
-    """Raises `UsageError`, by the name of the option that resumes, for options given that the run has settled."""
+def refuse_settled(resume: str, options: Mapping[str, Any]) -> None:
+    """Raises `UsageError`, by the name of the option that resumes, for options that the run has settled.
+
+    `options` are those of the door by their names, with what was given for each: None, False and [] are nothing.
+    """
+    given = [name for name, value in options.items() if value not in (None, False, [])]
     if given:
         raise UsageError(
             f"{resume}: {', '.join(given)} would change the study or the plan, which the run holds. Leave the option "

@@ -223,6 +223,7 @@ def test_a_dry_run_says_what_is_left(broken_off, capsys):
     ("options", "said"),
     [
         (["--effort", "quick"], "--effort would change the study or the plan"),
+        (["--allow-disturbed"], "--allow-disturbed would change the study or the plan"),
         (["--model", "m", "--variant", "a", "--phase", "train"], "--model, --variant, --phase would change"),
         (["--interleave", "lockstep"], "--interleave"),
         (["lora-or-qlora"], "is of study 'small', not 'lora-or-qlora'"),
