@@ -143,7 +143,7 @@ class _Trial:
         self._say = say
         self._asked = ""
         begun = time.time()
-        self.record: TrialRecord = begin_record(plan, slot, "ok").replaced(started_unix_s=begun, tokens=site.tokens)
+        self.record: TrialRecord = begin_record(slot, "ok").replaced(started_unix_s=begun, tokens=site.tokens)
 
     def conduct(self, rates: list[Rate]) -> None:
         """All of it, in the order in which no measurement is in the way of another."""

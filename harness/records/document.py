@@ -7,14 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from harness.records import codec
+from harness.records.journal import sync_folder
 
 
 def write_document(path: Path, value: Any) -> None:
-    """Write a value as JSON beside `path`, have it on the disk, and put it in the place of what was there."""
+    """Write a value as JSON beside `path`, have it on the disk, and put it in the place of what was there.
+
+    A character that UTF-8 cannot hold becomes "?", as in the files that only grow.
+    """
     text = codec.dumps(value, indent=1) + "\n"
     draft = path.with_suffix(".tmp")
-    with draft.open("w", encoding="utf-8") as file:
+    with draft.open("w", encoding="utf-8", errors="replace") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     draft.replace(path)
+    sync_folder(path.parent)

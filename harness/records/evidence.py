@@ -15,7 +15,6 @@ from typing import Any
 
 from harness.errors import UsageError
 from harness.records import codec, journal
-from harness.records.mirror import Reader
 
 CHECKS = "checks.jsonl"
 HASH_DIGITS = 16
@@ -40,7 +39,6 @@ class EvidenceFile:
         self._path = folder / CHECKS
         self._checks: dict[str, dict[str, Any]] = {}
         self._seen_bytes = 0
-        self._reader = Reader(Evidence)
 
     def add(self, checks: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
         """The hashes of these checks; those that are new are on the disk afterwards.
@@ -56,11 +54,17 @@ class EvidenceFile:
         return tuple(name for name, _ in hashed)
 
     def find(self, hashes: Sequence[str]) -> tuple[dict[str, Any], ...]:
-        """The checks of these hashes. Raises `LostEvidenceError` for one that is not there."""
+        """The checks of these hashes.
+
+        Raises:
+            LostEvidenceError: one is not there.
+            UsageError: the file is there and cannot be read.
+        """
         try:
             return tuple([self._checks[name] for name in hashes])
         except KeyError:
-            self._look()
+            with journal.say_unreadable(self._path):
+                self._look()
         try:
             return tuple([self._checks[name] for name in hashes])
         except KeyError as error:
@@ -80,7 +84,7 @@ class EvidenceFile:
 
     def _keep(self, line: bytes) -> None:
         try:
-            evidence = self._reader.read(line.decode("utf-8", errors="replace"), CHECKS)
+            evidence = codec.from_json(Evidence, codec.parse(line.decode("utf-8", errors="replace")), CHECKS)
         except (codec.NotJsonError, UsageError):
             return
         if evidence.hash == _hash_of(evidence.check):

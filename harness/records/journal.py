@@ -28,7 +28,7 @@ def append(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     if not begun:
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
 
 
 def lines(path: Path) -> Iterator[str]:
@@ -39,14 +39,20 @@ def lines(path: Path) -> Iterator[str]:
     """
     if not path.exists():
         return
+    with say_unreadable(path), path.open(encoding="utf-8", errors="replace") as file:
+        yield from (line for line in file if not line.isspace())
+
+
+@contextlib.contextmanager
+def say_unreadable(path: Path) -> Iterator[None]:
+    """Meanwhile a refusal of the disk to read `path` is a `UsageError` with its remedy."""
     try:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            yield from (line for line in file if not line.isspace())
+        yield
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}. Make it readable, or restore it.") from None
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """A new file is there after a crash only once its folder is on the disk; not every file system can be asked."""
     with contextlib.suppress(OSError):
         number = os.open(folder, os.O_RDONLY)

@@ -1,4 +1,4 @@
-"""What crosses a process or reaches the disk: the request for a trial and the record of it.
+"""What comes back from a process and reaches the disk: the record of a trial, and what it is merged of.
 
 Failure is data: whatever happens to a trial becomes a record with a status, and a sweep goes on. Facts only: samples
 and single values as measured; estimates are computed on demand from these and never stored.
@@ -15,11 +15,12 @@ from typing import Any, Literal
 from harness.errors import UsageError
 
 SCHEMA = 5
-"""Version of everything in this module. 1: first form. 2: requests say what a trial measures, with which instrument
-it is checked and how much work is injected; records name their side of an A/B. 3: requests to the model's own end;
-training that ends before its planned steps, and runs that were gone on with. 4: trials that are measured again because
-of their surroundings. 5: every measuring process is started by one door; a variant's own workload stands beside the
-study and no more in it; on disk a record names the evidence of its checks, which is stored once a run (`evidence`)."""
+"""Version of what crosses to a worker and of what a run has on disk. 1: first form. 2: requests say what a trial
+measures, with which instrument it is checked and how much work is injected; records name their side of an A/B. 3:
+requests to the model's own end; training that ends before its planned steps, and runs that were gone on with. 4:
+trials that are measured again because of their surroundings. 5: every measuring process is started by one door; a
+variant's own workload stands beside the study and no more in it; on disk a record names the evidence of its checks,
+which is stored once a run (`evidence`)."""
 READABLE = (1, 2, 3, 4, 5)
 """Schemas that this version reads from disk: later fields have defaults."""
 

@@ -1,12 +1,12 @@
-"""Metrics and how their values are written: unit, direction, and only the digits that the interval supports.
+"""How values are written: with a unit, in the scale that reads best, and only the digits that the interval supports.
 
-A metric carries its unit and which way is worse, so that a new one needs no new printer and no comparison has to
-know what it compares. Values are in base units everywhere (seconds, bytes, tokens a second); scaling happens here.
+Values are in base units everywhere (seconds, bytes, tokens a second); scaling happens here.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 Unit = Literal["s", "byte", "1/s", "J", "1"]
@@ -80,3 +80,9 @@ def format_duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def first_few(words: Sequence[str], most: int, between: str = ", ") -> str:
+    """The first few words, and how many there are beside them."""
+    more = f"{between.rstrip(', ')} and {len(words) - most} more" if len(words) > most else ""
+    return between.join(words[:most]) + more

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from harness.records.metrics import METRICS
+from harness.records.units import first_few
 from harness.report.table import (
     Cell,
     Document,
@@ -24,6 +25,7 @@ from harness.report.table import (
     write_row,
 )
 from harness.stats import Comparison
+from harness.verdicts.comparand import is_memory
 from harness.verdicts.outcome import Compared, ComparisonReport
 
 HEADS = (
@@ -75,7 +77,7 @@ def metric_of(compared: Compared) -> str:
 def write_compared(compared: Compared) -> Cell:
     """The ratio; of peaks without a bracket, since the largest against the largest has no interval."""
     ratio = compared.comparison.ratio
-    if compared.metric.endswith("_bytes") and ratio is not None:
+    if is_memory(compared.metric) and ratio is not None:
         return Cell(text=f"{ratio:.4g} (largest)", value=ratio, unit="1")
     return write_ratio(compared.comparison)
 
@@ -104,8 +106,7 @@ def _reasons(report: ComparisonReport) -> Iterator[Line]:
     for compared in report.comparisons:
         reasons.setdefault(compared.comparison.reason, []).append(f"{compared.variant}, {metric_of(compared)}")
     for reason, names in reasons.items():
-        shown = "; ".join(names[:NAMED]) + (f"; and {len(names) - NAMED} more" if len(names) > NAMED else "")
-        yield say(f"{shown}: ", Span(text=reason, tone="faint"))
+        yield say(f"{first_few(names, NAMED, '; ')}: ", Span(text=reason, tone="faint"))
 
 
 def _replicates(comparison: Comparison) -> str:

@@ -7,6 +7,7 @@ document, and a new report is drawn by every renderer there is.
 
 from __future__ import annotations
 
+import dataclasses
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -200,10 +201,7 @@ def write_ratio(found: Comparison, *, verdict: str = "") -> Cell:
     """A ratio with its interval, and where asked for the verdict on it; a dash where there is no ratio."""
     if found.ratio is None:
         return Cell(text="–", verdict=verdict)
-    text, interval = split_interval(found.ratio, found.low, found.high, "1")
-    return Cell(
-        text=text, interval=interval, verdict=verdict, value=found.ratio, low=found.low, high=found.high, unit="1"
-    )
+    return dataclasses.replace(write_value(found.ratio, found.low, found.high, "1"), verdict=verdict)
 
 
 def tone_of(verdict: str) -> Tone:

@@ -60,7 +60,7 @@ class Conductor:
         self._entered = self._saved = budget.clock()
         self._saving_s = 0.0
         self._slots = {slot.trial: slot for slot in group.slots}
-        self._records = {slot.trial: begin_record(plan, slot, "ok").replaced(attempt=attempt) for slot in group.slots}
+        self._records = {slot.trial: begin_record(slot, "ok").replaced(attempt=attempt) for slot in group.slots}
         self._begun: dict[str, float] = {}
         self._workers: dict[str, Worker] = {}
         self._requests: dict[str, TrialRequest] = {}

@@ -26,7 +26,7 @@ from harness.studies.study import Study
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
 
-_PHASE_MEASURES: dict[Measure, str] = {
+_PHASE_OF: dict[Measure, str] = {
     "steps": "train",
     "requests": "generate",
     "natural": "generate",
@@ -194,7 +194,7 @@ def measures_of(
     unwanted |= {"natural"} if not study.workload.natural_tokens else set()
     wanted = tuple(
         measure
-        for measure, phase in _PHASE_MEASURES.items()
+        for measure, phase in _PHASE_OF.items()
         if (phase in phases or measure == "steps") and measure not in unwanted
     )
     wanted = (*(measure for measure in wanted if measure != "peaks"), "peaks")

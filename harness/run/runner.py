@@ -69,7 +69,7 @@ def run_plan(
             if slot.trial in untouched:  # what it had when the run broke off is more than nothing
                 ended[slot.trial] = untouched[slot.trial]
             else:
-                keep(begin_record(plan, slot, "not_run"))
+                keep(begin_record(slot, "not_run"))
 
     def in_order() -> tuple[TrialRecord, ...]:
         """The plan's order, in whatever order its trials were measured: a run is gone on with by it."""

@@ -1,4 +1,4 @@
-"""What a worker is asked: what the requests of a run have in common, and what is a trial's own."""
+"""A trial on its way to a worker: what a run's requests have in common, the request, and the record to be filled."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def site_of(workload: Workload, tokens: TokenSummary, device: str) -> Site:
     return Site(device=device, threads=workload.threads, tokens_path=tokens.path, tokens=known)
 
 
-def begin_record(plan: Plan, slot: Slot, status: Status) -> TrialRecord:
+def begin_record(slot: Slot, status: Status) -> TrialRecord:
     """The record of a trial that has nothing yet."""
     return TrialRecord(
         trial=slot.trial,

@@ -15,26 +15,17 @@ from typing import Any
 from harness.errors import UsageError
 from harness.machine.provenance import differing_packages
 from harness.records import codec
-from harness.records.metrics import METRICS, PHASES, PRIMARY
+from harness.records.metrics import METRICS, PRIMARY
 from harness.records.record import Interleaving, Notice
 from harness.records.store import Run
 from harness.stats import Comparison
 from harness.studies.study import Study
-from harness.verdicts.comparand import BYTES_SUFFIX, Difference, Measurements, measurements_of
+from harness.verdicts.comparand import Difference, Measurements, is_memory, measurements_of
+from harness.verdicts.judging import LimitsOf, SidePair, default_limits, default_metrics, judge_pairs, matching, rows_of
 from harness.verdicts.notices import run_notices
-from harness.verdicts.outcome import (
-    ComparisonReport,
-    LimitsOf,
-    SidePair,
-    default_limits,
-    default_metrics,
-    judge_pairs,
-    matching,
-    rows_of,
-    without_numbers,
-)
+from harness.verdicts.outcome import ComparisonReport, without_numbers
 from harness.verdicts.series import Series, compare_series, pairing_of, pairs_of, series_of, without_equivalent
-from harness.verdicts.standing import control_faults, run_faults, say_broken
+from harness.verdicts.standing import control_faults, control_of, phases_of, run_faults, say_broken
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +97,7 @@ def _pairs(run: Run, study: Study, broken: str | None, metrics: Sequence[str]) -
 def _pair(metric: str, sides: tuple[Measurements, Measurements], series: tuple[Series, Series]) -> SidePair:
     """Both sides with the trials of the replicates that both have undisturbed; peaks need no pairs."""
     name, level = sides[0].name, _level(series[0], metric)
-    if metric.endswith(BYTES_SUFFIX):
+    if is_memory(metric):
         return SidePair(variant=name, metric=metric, interleaving=level, sides=sides)
     found = pairs_of(*series, metric)
     base, candidate = (found.base, found.candidate) if found else ([], [])
@@ -125,17 +116,9 @@ def _pair(metric: str, sides: tuple[Measurements, Measurements], series: tuple[S
 
 def compare_base_to_itself(run: Run) -> dict[str, Comparison | None]:
     """The base against itself, by phase; None where it was not measured."""
-    groups = series_of(run.records, "base")
-    found: dict[str, Comparison | None] = {}
-    for phase in PHASES:
-        if phase not in run.manifest.phases:
-            continue
-        found[phase] = None
-        for (name, role), twin in groups.items():
-            if role == "control" and (name, "variant") in groups:
-                family = len(run.manifest.phases)
-                found[phase] = compare_series(groups[name, "variant"], twin, PRIMARY[phase], family=family)
-    return found
+    groups, phases = series_of(run.records, "base"), phases_of(run)
+    twin = next((name for name, role in groups if role == "control"), "")
+    return {phase: control_of(groups, twin, PRIMARY[phase], family=len(phases)) for phase in phases}
 
 
 def attribution_of(run: Run) -> Attribution:
@@ -171,7 +154,7 @@ def _study(run: Run) -> Study:
 
 def _level(series: Series, metric: str) -> Interleaving:
     """How the trials that measured it alternated; peaks come from solo trials."""
-    level = None if metric.endswith(BYTES_SUFFIX) else series.interleaving(metric)
+    level = None if is_memory(metric) else series.interleaving(metric)
     return level or "replicates"
 
 

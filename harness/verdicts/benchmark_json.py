@@ -26,7 +26,7 @@ from harness.records.store import Run
 from harness.stats import Comparison
 from harness.studies.study import Study
 from harness.studies.variant import Variant
-from harness.verdicts.comparand import BYTES_SUFFIX, Comparand, Measurements, comparand_of, fact_differences
+from harness.verdicts.comparand import Comparand, Measurements, comparand_of, fact_differences, is_memory
 from harness.verdicts.series import Series, Trials
 from harness.verdicts.standing import control_faults
 
@@ -144,7 +144,7 @@ def _measured(
     peaks: dict[str, tuple[float, ...]] = {}
     memory = _expect(where, f"{place}.extra_info.memory", info.get("memory", {}), dict)
     for kind, value in memory.items():
-        if kind.endswith(BYTES_SUFFIX):
+        if is_memory(kind):
             peaks[kind] = tuple(_numbers(where, f"{place}.extra_info.memory.{kind}", [value]))
     identity = info.get("variant")
     return Measurements(

@@ -21,7 +21,7 @@ from harness.records.store import Run
 from harness.stats import Comparison, compare_trials, replicates_to_see, sd_interval
 from harness.stats.comparison import effect_of
 from harness.studies.variant import Variant
-from harness.verdicts.outcome import TOLERANCE
+from harness.verdicts.judging import TOLERANCE
 from harness.verdicts.series import Pairs, Series, compare_series, pairs_of, series_of
 
 EFFECTS = (0.01, 0.02, 0.05)

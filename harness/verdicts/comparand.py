@@ -31,6 +31,11 @@ BYTES_SUFFIX = "_bytes"
 """Ends the name of every kind of memory."""
 
 
+def is_memory(metric: str) -> bool:
+    """Whether it is bytes, which are no time."""
+    return metric.endswith(BYTES_SUFFIX)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurements:
     """One variant as one side measured it."""
@@ -50,7 +55,7 @@ class Measurements:
 
     def has(self, metric: str) -> bool:
         """Whether this side measured that metric or kind of memory."""
-        return bool(self.peaks.get(metric) if metric.endswith(BYTES_SUFFIX) else self.trials.get(metric))
+        return bool(self.peaks.get(metric) if is_memory(metric) else self.trials.get(metric))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +115,7 @@ def measurements_of(series: Series, study: Study, run: str) -> Measurements:
     ids = {record.variant for record in series.records}
     if len(ids) > 1:
         faults.append(f"its trials are of {len(ids)} different variants")
-    kinds = dict.fromkeys(kind for record in series.ok for kind in record.memory if kind.endswith(BYTES_SUFFIX))
+    kinds = dict.fromkeys(kind for record in series.ok for kind in record.memory if is_memory(kind))
     return Measurements(
         name=series.name,
         id=series.records[0].variant,

@@ -24,13 +24,13 @@ from harness.verdicts.comparand import (
     Comparand,
     Difference,
     disagreement,
+    is_memory,
     machine_differences,
     unknown_power_limit,
     variant_differences,
 )
-from harness.verdicts.outcome import (
+from harness.verdicts.judging import (
     TOLERANCE,
-    ComparisonReport,
     Key,
     LimitsOf,
     SidePair,
@@ -39,8 +39,8 @@ from harness.verdicts.outcome import (
     judge_pairs,
     matching,
     rows_of,
-    without_numbers,
 )
+from harness.verdicts.outcome import ComparisonReport, without_numbers
 from harness.verdicts.series import without_equivalent
 
 INTERLEAVING: Interleaving = "separate"
@@ -120,7 +120,7 @@ def _wanted(base: Comparand, candidate: Comparand, patterns: Sequence[str], *, a
         return tuple(matching(known, patterns))
     phases = [phase for phase in candidate.phases if base.absent is not None or phase in base.phases]
     # What another project's file measured has no phase.
-    foreign = [metric for metric in known if metric not in METRICS and not metric.endswith(BYTES_SUFFIX)]
+    foreign = [metric for metric in known if metric not in METRICS and not is_memory(metric)]
     return (*default_metrics(phases, known), *foreign)
 
 
@@ -130,7 +130,7 @@ def _metrics_of(wanted: Sequence[str], base: Comparand, candidate: Comparand, na
     found = [metric for metric in wanted if any(side.has(metric) for side in sides)]
     if found or not any(side.broken or not (side.trials or side.peaks) for side in sides):
         return found
-    return [metric for metric in wanted if not metric.endswith(BYTES_SUFFIX)] or list(wanted)[:1] or [PRIMARY["train"]]
+    return [metric for metric in wanted if not is_memory(metric)] or list(wanted)[:1] or [PRIMARY["train"]]
 
 
 def _pair(name: str, metric: str, base: Comparand, candidate: Comparand, differing: Sequence[Difference]) -> SidePair:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from harness.machine.validity import Disturbance, judge
 from harness.records.record import DISTURBED, Failure, Notice, TrialRecord
+from harness.records.units import first_few
 from harness.verdicts.series import occupancy
 
 WHILE = {"train": "training", "generate": "generating"}
@@ -50,9 +51,5 @@ def disturbances(records: Sequence[TrialRecord], *, on_cpu: bool) -> Iterator[No
         past = sorted({record.trial for record, _, other in alike if other.invalid})
         trials = len({record.trial for record, _, _ in alike})
         message = f"{trials} of {len(records)} trials; {worst.trial} while {WHILE[phase]}: {disturbance.message}."
-        message += f" Past the limit: {_some(past)}." if past else ""
+        message += f" Past the limit: {first_few(past, 3)}." if past else ""
         yield Notice(code=code, message=message, remedy=disturbance.remedy)
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

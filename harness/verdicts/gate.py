@@ -26,7 +26,8 @@ from typing import Any, Literal
 
 from harness.errors import EXIT_INCONCLUSIVE, EXIT_NOT_COMPARABLE, EXIT_PASS, UsageError, impossible
 from harness.records import codec
-from harness.verdicts.outcome import ComparisonReport, Limits, default_limits, document, exit_code, worst
+from harness.verdicts.judging import Limits, default_limits
+from harness.verdicts.outcome import ComparisonReport, document, exit_code, worst
 
 
 def _checked(tolerance: float | None, margin: float | None, where: str) -> None:

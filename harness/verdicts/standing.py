@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from harness.records.metrics import PHASES, Phase, primary_metric
 from harness.records.record import TrialRecord
 from harness.records.store import Run
+from harness.records.units import first_few
 from harness.stats import Comparison
 from harness.studies.study import Study
 from harness.verdicts.series import (
@@ -101,10 +102,7 @@ def trial_faults(record: TrialRecord, study: Study) -> Iterator[str]:
 
 def say_broken(run: str, faults: Sequence[str]) -> str | None:
     """The first few faults of a run, and how many there are beside them; None of none."""
-    if not faults:
-        return None
-    more = len(faults) - MOST_FAULTS
-    return f"run {run}: {'; '.join(faults[:MOST_FAULTS])}" + (f"; and {more} more" if more > 0 else "")
+    return f"run {run}: {first_few(faults, MOST_FAULTS, '; ')}" if faults else None
 
 
 def phases_of(run: Run) -> tuple[Phase, ...]:
@@ -144,8 +142,7 @@ def _failures(run: Run) -> Iterator[str]:
 def _missing(run: Run) -> Iterator[str]:
     """Trials of the plan that left no record: the parent was killed, or the run is still going on."""
     if missing := _without_record(run):
-        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-        yield f"{shown}: no record (the run is {run.state})"
+        yield f"{first_few(missing, 3)}: no record (the run is {run.state})"
 
 
 def _without_record(run: Run) -> list[str]:

@@ -198,3 +198,15 @@ def test_a_record_that_is_no_text_is_written(tmp_path):
     writer.append(record(0, BITS | {"reason": "file \udcff"}, log="logs/\udcff.log"))
     (found,) = read(writer.path).records
     assert (found.log, found.checks[0]["reason"]) == ("logs/?.log", "file ?")
+
+
+def test_evidence_that_the_disk_refuses_is_an_error_with_its_remedy(tmp_path, monkeypatch):
+    """Not lost evidence, which would be a damaged record, and no traceback."""
+    hashes = EvidenceFile(tmp_path).add([BITS])
+
+    def refuse(path, *_, **__):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(UsageError, match=r"checks\.jsonl: cannot be read: Permission denied\. Make it readable"):
+        EvidenceFile(tmp_path).find(hashes)

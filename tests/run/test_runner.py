@@ -355,9 +355,9 @@ def test_trials_that_failed_are_not_measured_again(small_study):
     plan = make_plan(small_study)
     first, second, *others = plan.slots
     earlier = [
-        begin_record(plan, first, "oom"),
-        begin_record(plan, second, "interrupted"),
-        *(begin_record(plan, slot, "not_run") for slot in others),
+        begin_record(first, "oom"),
+        begin_record(second, "interrupted"),
+        *(begin_record(slot, "not_run") for slot in others),
     ]
     executor, records, _ = go_on(plan, earlier)
     assert first.trial not in {trial for trial, _ in executor.asked}
@@ -369,7 +369,7 @@ def test_trials_that_failed_are_not_measured_again(small_study):
 def test_an_interruption_of_what_is_gone_on_with_costs_nothing_more(small_study):
     """What a trial had when the run broke off stays its record until it is begun again."""
     plan = make_plan(small_study)
-    had = begin_record(plan, plan.slots[2], "interrupted").replaced(samples={"step_time_s": (0.5,)})
+    had = begin_record(plan.slots[2], "interrupted").replaced(samples={"step_time_s": (0.5,)})
     script = {(plan.slots[0].trial, "turn"): KeyboardInterrupt()}
     _, records, saved = go_on(plan, [had], script=script)
     assert {record.trial: record for record in records}[had.trial] == had

@@ -14,7 +14,7 @@ from harness.cli import main
 from harness.errors import UsageError
 from harness.report.gate import annotation
 from harness.verdicts.gate import LimitRule, Policy, load_policy
-from harness.verdicts.outcome import Limits
+from harness.verdicts.judging import Limits
 
 BASE = {"plain": [0.100, 0.101, 0.099, 0.1005], "nf4": [0.200, 0.201, 0.199, 0.2005]}
 SLOW = BASE | {"nf4": [time * 1.2 for time in BASE["nf4"]]}
