@@ -63,8 +63,8 @@ proof-profile: $(STAMP)
 	$(BIN)/lorameter profile lora-or-qlora:qlora-nf4-r16 --effort standard --try dropout > reports/proof/profile.txt; \
 	status=$$?; cat reports/proof/profile.txt; exit $$status
 
-# The negative controls, the absence of false alarms on real trials (fetch smollm2-135m first), and every rule and
-# comparison of the judges broken in turn (about 20 minutes).
+# The negative controls, the absence of false alarms on real trials (fetch smollm2-135m first), every rule and
+# comparison of the judges broken in turn, and runs drawn at random that must be after a check what they were before.
 proof-kernels: $(STAMP)
 	mkdir -p reports/proof
 	$(BIN)/python -m kernels_check selftest > reports/proof/selftest.txt; \
@@ -73,6 +73,8 @@ proof-kernels: $(STAMP)
 	status=$$?; cat reports/proof/false_alarms.txt; exit $$status
 	$(BIN)/python benchmarks/selftest/mutation.py > reports/proof/mutation.txt; \
 	status=$$?; cat reports/proof/mutation.txt; exit $$status
+	$(BIN)/python benchmarks/selftest/restoration.py --many > reports/proof/restoration.txt; \
+	status=$$?; cat reports/proof/restoration.txt; exit $$status
 
 # Estimates of memory against real trials and published figures (fetch smollm2-135m first; a few minutes).
 proof-memory: $(STAMP)

@@ -21,9 +21,6 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import argparse
-import contextlib
-import gc
-import importlib
 import json
 import sys
 import tempfile
@@ -41,7 +38,7 @@ from harness.studies.protocol import Protocol
 from harness.studies.request import TrialRequest
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
-from harness.trial.zygote import LAZY, PRELOAD
+from harness.trial.zygote import import_libraries
 
 MIB = 2**20
 LIMIT, UNEXPLAINED = 0.10, 0.05
@@ -99,21 +96,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     model = parser.parse_args().model
-    imported()
+    import_libraries()  # a child must find what a trial finds
     measured = measured_table(model)
     print()
     return 0 if published_table() and measured else 1
-
-
-def imported() -> None:
-    """What a zygote imports, and nothing more: a child must find what a trial finds."""
-    for name in PRELOAD:
-        importlib.import_module(name)
-    for name in LAZY:
-        with contextlib.suppress(ImportError):
-            importlib.import_module(name)
-    gc.collect()
-    gc.freeze()
 
 
 def measured_table(model: str) -> bool:

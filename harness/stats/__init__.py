@@ -17,9 +17,9 @@ from harness.stats.drops import KeptPairs, kept_pairs
 from harness.stats.estimate import Estimate, estimate_trials, is_precise, relative_half_width
 from harness.stats.intervals import bootstrap_interval
 from harness.stats.memory import compare_bytes
+from harness.stats.outliers import OutlierLabel, count_outliers, label_outliers
 from harness.stats.power import replicates_to_see, sd_interval
 from harness.stats.quantiles import QuantileEstimate, effective_size, median_interval, percentile
-from harness.stats.samples import OutlierLabel, count_outliers, label_outliers
 from harness.stats.shift import RunWideShift, run_wide_shift
 from harness.stats.trend import Share, explained_share
 from harness.stats.verdict import Comparison, Verdict

@@ -45,9 +45,8 @@ paid for by each trial's load or first step."""
 _PR_SET_PDEATHSIG = 1
 
 
-def zygote(control: socket.socket) -> None:
-    """Import, announce what was imported, then fork and reap on request until the parent goes away."""
-    begin = time.perf_counter()
+def import_libraries() -> None:
+    """All that every trial needs, and nothing more; what was imported is kept from the collector."""
     with _capability_from_nvml():
         for name in PRELOAD:
             importlib.import_module(name)
@@ -58,6 +57,12 @@ def zygote(control: socket.socket) -> None:
             importlib.import_module(name)
     gc.collect()
     gc.freeze()  # the collector would otherwise write to shared pages in every child
+
+
+def zygote(control: socket.socket) -> None:
+    """Import, announce what was imported, then fork and reap on request until the parent goes away."""
+    begin = time.perf_counter()
+    import_libraries()
     import_time_s = time.perf_counter() - begin
     send(control, codec.to_json(_hello(import_time_s)))
     children: set[int] = set()

@@ -7,5 +7,5 @@ import torch
 
 def synchronise() -> None:
     """Wait for the device, where one is in use; never initialises CUDA."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()

@@ -11,6 +11,7 @@ such an object stays as the step left it, and only the slot that held it is put 
 from __future__ import annotations
 
 import array
+import datetime
 import enum
 import random
 import re
@@ -18,6 +19,7 @@ import sys
 import types
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
+from decimal import Decimal
 from functools import cache, partial
 from operator import is_
 from pathlib import PurePath
@@ -41,7 +43,10 @@ _PLAIN: frozenset[type] = frozenset({
     *(torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format),
     *(type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType),
 })  # fmt: skip
-_UNCHANGING = (enum.Enum, PurePath, type, str, bytes, int, float, complex)
+_UNCHANGING = (
+    *(enum.Enum, PurePath, type, str, bytes, int, float, complex, Decimal),
+    *(datetime.date, datetime.time, datetime.timedelta, datetime.tzinfo),
+)
 _CONTAINERS = (dict, list, tuple, set, frozenset, deque)
 _BARE: frozenset[type] = frozenset({*_CONTAINERS, OrderedDict, defaultdict, Counter})
 """Containers that hold nothing beside their items; a subclass may."""
@@ -158,7 +163,7 @@ class Picture:
                     empty.append((name, item))
                 elif id(item) not in held:
                     waiting.append((item, f"{name}.{key}"))
-        slots = {key: getattr(value, key) for key in _slot_names(value) if hasattr(value, key)}
+        slots = {key: getattr(value, key) for key in slot_names(value) if hasattr(value, key)}
         if slots:
             self._undos.append((name, lambda: _set_slots(value, slots)))
             waiting += [(item, f"{name}.{key}") for key, item in slots.items()]
@@ -202,7 +207,7 @@ class Picture:
             if kind is Kind.CONTAINER:
                 waiting += one.values() if isinstance(one, dict) else one
             waiting += getattr(one, "__dict__", {}).values()
-            waiting += [getattr(one, key) for key in _slot_names(one) if hasattr(one, key)]
+            waiting += [getattr(one, key) for key in slot_names(one) if hasattr(one, key)]
         else:
             self._whole |= seen
             return True
@@ -260,6 +265,8 @@ def _kind(of: type) -> Kind:
     if issubclass(of, _CONTAINERS):
         return Kind.CONTAINER
     numpy: Any = sys.modules.get("numpy")
+    if numpy is not None and issubclass(of, (numpy.number, numpy.bool_, numpy.character, numpy.dtype)):
+        return Kind.PLAIN
     arrays = () if numpy is None else (numpy.ndarray, numpy.random.Generator, numpy.random.RandomState)
     if issubclass(of, (torch.Generator, random.Random, bytearray, array.array, *arrays)):
         return Kind.STATEFUL
@@ -297,7 +304,8 @@ def _made_in_c(kind: type) -> bool:
     return isinstance(vars(kind).get("__new__"), types.BuiltinMethodType)
 
 
-def _slot_names(value: Any) -> tuple[str, ...]:
+def slot_names(value: Any) -> tuple[str, ...]:
+    """Names of the slots that the classes of an object declare, private ones as they are stored."""
     kind: Any = type(value)
     return _slots_of(kind)
 
@@ -315,7 +323,7 @@ def _slots_of(of: Any) -> tuple[str, ...]:
 
 
 def _set_slots(value: Any, slots: dict[str, Any]) -> None:
-    for name in _slot_names(value):
+    for name in slot_names(value):
         now = getattr(value, name, slots)
         if name not in slots and now is not slots:
             object.__delattr__(value, name)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernels_check.observation.picture import TRAINERS
+from kernels_check.observation.picture import TRAINERS, slot_names
 
 MOST_LOOKED_AT = 5_000
 """Objects; what trains lies near the step, and a data set would go on for ever."""
@@ -82,11 +82,7 @@ def _held(name: str, value: Any, home: Any) -> Iterator[tuple[str, Any]]:
         attributes = getattr(value, "__dict__", None)
         if isinstance(attributes, dict):
             yield from ((f"{name}.{key}", one) for key, one in _first(attributes.items()) if key not in skipped)
-        for kind in type(value).__mro__:
-            slots = vars(kind).get("__slots__", ())
-            for key in (slots,) if isinstance(slots, str) else slots:
-                if isinstance(vars(kind).get(key), types.MemberDescriptorType) and hasattr(value, key):
-                    yield f"{name}.{key}", getattr(value, key)
+        yield from ((f"{name}.{key}", getattr(value, key)) for key in slot_names(value) if hasattr(value, key))
 
 
 def _covered(value: Any) -> frozenset[str]:

@@ -98,7 +98,7 @@ class TensorCopy:
             return True
         if now.layout == torch.strided and not now.is_quantized:
             freed = now.untyped_storage().nbytes() < self._size_bytes
-            return freed or not torch.equal(_dense(now), self._copy)
+            return freed or not _same_bits(_dense(now), self._copy)
         return not torch.equal(_spread(now), _spread(self._copy))
 
     def restore_changed(self) -> None:
@@ -137,6 +137,11 @@ def size_bytes(tensor: Tensor) -> int:
 def _inner(tensor: Any) -> list[tuple[str, Tensor]]:
     names, _ = tensor.__tensor_flatten__()
     return [(name, part) for name in names if isinstance(part := getattr(tensor, name), Tensor)]
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    """Equal byte by byte: what is not a number equals itself, and zero is not its negative."""
+    return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
 
 
 def _dense(place: Tensor) -> Tensor:

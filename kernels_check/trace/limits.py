@@ -1,9 +1,9 @@
 """What no recorder writes, refused before it costs more than the file is worth.
 
-A parser keeps the path to where it is, so nesting takes memory by the square of its depth; a token that spans the
-parts in which a file is read is looked at again with each of them, and the digits of an integer take time by the square
-of their number. A hundred kilobytes of brackets would take gigabytes, and three megabytes of digits minutes. Real
-traces nest six levels, their longest strings are names of kernels, and their numbers have twenty digits.
+A parser keeps the path to where it is, so nesting takes memory by the square of its depth; a token that spans the parts
+in which a file is read is looked at again with each of them, and the digits of an integer take time by the square of
+their number. So a small file of brackets would take gigabytes, and one of digits minutes. Real traces nest six levels,
+their longest strings are names of kernels, and their numbers have twenty digits.
 """
 
 from __future__ import annotations

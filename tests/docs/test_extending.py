@@ -24,6 +24,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "extending.md"
+RUN = sorted((ROOT / "reports").glob("*_lora-or-qlora"))[-1].name
+"""The committed run that the examples look at: the latest of the default study."""
 NEW = re.compile(r"New file `(?P<path>[^`]+)`:$")
 EDIT = re.compile(r"In `(?P<path>[^`]+)`, (?P<how>after the line|the line) `(?P<line>.+)`(?: becomes)?:$")
 COUNTED = re.compile(r"^\| (?P<what>[^|]+?) +\| +(?P<files>\d+) +\|")
@@ -107,10 +109,6 @@ def test_an_example_does_what_it_says(example, tmp_path):
         printed = done.stdout + done.stderr
         for line in expected:
             assert line.strip() in printed, f"$ {command}\n{printed}\nlacks: {line.strip()}"
-
-
-RUN = next(path.name for path in sorted((ROOT / "reports").glob("*_lora-or-qlora")))
-"""The committed run that the examples look at."""
 
 
 def test_the_page_counts_its_own_files():

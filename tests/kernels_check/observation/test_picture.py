@@ -4,6 +4,8 @@ import random
 import threading
 from collections import OrderedDict, defaultdict, deque
 from dataclasses import dataclass, field
+from datetime import date, timedelta
+from decimal import Decimal
 
 import numpy as np
 import pytest
@@ -113,3 +115,14 @@ def test_a_chain_longer_than_the_stack_is_followed():
     last.next = first
     _restored(first, lambda _: setattr(last, "count", 1))
     assert last.count == 0
+
+
+UNCHANGING = (np.float32(1), np.int64(1), np.bool_(True), np.dtype("int8"), timedelta(1), date(2000, 1, 1), Decimal(1))
+
+
+@pytest.mark.parametrize("beside", UNCHANGING, ids=lambda value: type(value).__name__)
+def test_an_object_that_holds_what_never_changes_comes_back(beside):
+    """A mean that is NumPy's and no float, or a time, leaves no object half."""
+    record = Record(items=[beside])
+    _restored(record, lambda it: setattr(it, "count", 1))
+    assert (record.count, record.items) == (0, [beside])

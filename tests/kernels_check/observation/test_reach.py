@@ -82,3 +82,21 @@ def test_a_variable_that_is_not_bound_yet_is_no_error():
 
     assert _found(step) == []
     later = 1
+
+
+class Private:
+    """A trainer whose model is nobody else's business."""
+
+    __slots__ = ("__model",)
+
+    def __init__(self, model):
+        self.__model = model
+
+    def step(self):
+        return self.__model
+
+
+def test_a_private_slot_is_followed():
+    """By the name under which it is stored."""
+    model = nn.Linear(1, 1)
+    assert any(value is model for _, value in reach(Private(model).step))

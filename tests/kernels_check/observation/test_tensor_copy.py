@@ -130,3 +130,14 @@ def test_weights_and_states_of_torchao_go_on_as_if_never_watched():
         return model, optim.AdamW8bit(trained, lr=1e-2, block_size=64)
 
     assert _losses(run, True, "spy") == _losses(run, False, "spy")
+
+
+def test_a_tensor_is_changed_bit_by_bit():
+    """One that holds no number equals itself, and zero is not its negative."""
+    tensor = torch.tensor([float("nan"), 0.0])
+    copy = TensorCopy(tensor, "t")
+    assert not copy.changed()
+    tensor[1] = -0.0
+    assert copy.changed()
+    copy.restore_changed()
+    assert not torch.signbit(tensor[1])
