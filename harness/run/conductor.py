@@ -155,11 +155,14 @@ class Conductor:
             for slot in launch:
                 self._add(slot.trial, Fragment().failed(lost.status, lost.failure))
             return
-        for slot in launch:
+        log = launch[0].trial  # trials of one process print into one log
+        for slot in launch:  # all of them before any is asked: should it die then, it is a row for each
             self._workers[slot.trial] = worker
             self._add(slot.trial, Fragment(values={"start_latency_s": worker.start_latency_s}))
-            log = launch[0].trial if len(launch) > 1 else slot.trial  # trials of one process print into one log
             self._records[slot.trial] = self._records[slot.trial].replaced(log=f"logs/{log}.log")
+        for slot in launch:
+            if self._records[slot.trial].status != "ok":
+                continue
             place = self._executors[slot.arm].make_place(slot.trial, log)
             request = self._requests[slot.trial] = request_of(self._plan, slot, self._site, place)
             self._ask(slot.trial, "prepare", request=codec.to_json(request))

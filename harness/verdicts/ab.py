@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from harness.errors import UsageError
+from harness.errors import InvalidRunError, UsageError
 from harness.machine.provenance import differing_packages
 from harness.records import codec
 from harness.records.metrics import METRICS, PRIMARY
@@ -58,10 +58,13 @@ def report_of(run: Run, *, metrics: Sequence[str] = (), limits_of: LimitsOf = de
 
     Raises:
         UsageError: a run without sides.
+        InvalidRunError: a run that broke off before anything was measured.
     """
     study, control = _study(run), compare_base_to_itself(run)
     broken = say_broken(run.manifest.run, [*run_faults(run), *control_faults(control.items())])
     pairs = _pairs(run, study, broken, metrics)
+    if broken and not pairs:
+        raise InvalidRunError(f"{broken}. Nothing was measured; measure again.")
     verdicts = judge_pairs(pairs, limits_of)
     if any(result is None or result.verdict != "equivalent" for result in control.values()):
         why = "the base against itself is not equivalent, so the candidate cannot be"

@@ -163,6 +163,18 @@ def test_the_death_of_a_shared_process_is_a_row_for_each_of_its_trials(small_stu
     assert len(executor.workers) == 1
 
 
+def test_a_process_that_dies_while_it_is_told_of_its_trials_is_one_death(small_study):
+    """Those that it had not been told of yet fail for its reason, and are not asked for."""
+    plan = make_plan(small_study)
+    slots = plan.slots[:2]
+    group = Group(replicate=0, launches=(slots,), turns=((slots[0].trial, slots[1].trial),) * 2)
+    shared = dataclasses.replace(plan, groups=(group,))
+    executor, records = conduct(shared, {(slots[0].trial, "prepare"): lost("timeout")})
+    assert [records[slot.trial].status for slot in slots] == ["timeout", "timeout"]
+    assert records[slots[0].trial].failure == records[slots[1].trial].failure
+    assert executor.asked == [(slots[0].trial, "prepare")]
+
+
 def test_trials_that_are_live_together_take_turns(small_study):
     """Two processes in one group alternate in the order that the plan gives."""
     plan = make_plan(small_study)
