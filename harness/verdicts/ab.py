@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from harness.errors import InvalidRunError, UsageError
+from harness.errors import UsageError
 from harness.machine.provenance import differing_packages
 from harness.records import codec
 from harness.records.metrics import METRICS, PRIMARY
@@ -58,13 +58,10 @@ def report_of(run: Run, *, metrics: Sequence[str] = (), limits_of: LimitsOf = de
 
     Raises:
         UsageError: a run without sides.
-        InvalidRunError: a run that broke off before anything was measured.
     """
     study, control = _study(run), compare_base_to_itself(run)
     broken = say_broken(run.manifest.run, [*run_faults(run), *control_faults(control.items())])
     pairs = _pairs(run, study, broken, metrics)
-    if broken and not pairs:
-        raise InvalidRunError(f"{broken}. Nothing was measured; measure again.")
     verdicts = judge_pairs(pairs, limits_of)
     if any(result is None or result.verdict != "equivalent" for result in control.values()):
         why = "the base against itself is not equivalent, so the candidate cannot be"
@@ -80,17 +77,19 @@ def report_of(run: Run, *, metrics: Sequence[str] = (), limits_of: LimitsOf = de
 
 
 def _pairs(run: Run, study: Study, broken: str | None, metrics: Sequence[str]) -> list[SidePair]:
-    """Every metric that is wanted of every variant that either side measured; `broken` forbids all numbers."""
+    """Every metric that is wanted of every variant; `broken` forbids all numbers, also of what has none."""
     groups = [series_of(run.records, side) for side in ("base", "candidate")]
     pairs: list[SidePair] = []
     for variant in study.variants:
         series = [side[variant.name, "variant"] for side in groups if (variant.name, "variant") in side]
+        if not series and not (broken and variant.name in (run.manifest.selection or (variant.name,))):
+            continue
         sides = [measurements_of(one, study, run.manifest.run) for one in series]
         said = [fault for fault in (broken, *(side.broken for side in sides)) if fault]
-        for metric in _wanted(run, sides, metrics) if sides else ():
+        for metric in _wanted(run, sides, metrics):
             if said or len(sides) < 2 or not all(side.has(metric) for side in sides):
                 refusal = without_numbers("invalid", said[0] if said else f"one side has no {metric}")
-                level = _level(series[0], metric)
+                level = _level(series, metric)
                 pairs.append(SidePair(variant=variant.name, metric=metric, interleaving=level, refusal=refusal))
             else:
                 pairs.append(_pair(metric, (sides[0], sides[1]), (series[0], series[1])))
@@ -99,7 +98,7 @@ def _pairs(run: Run, study: Study, broken: str | None, metrics: Sequence[str]) -
 
 def _pair(metric: str, sides: tuple[Measurements, Measurements], series: tuple[Series, Series]) -> SidePair:
     """Both sides with the trials of the replicates that both have undisturbed; peaks need no pairs."""
-    name, level = sides[0].name, _level(series[0], metric)
+    name, level = sides[0].name, _level(series, metric)
     if is_memory(metric):
         return SidePair(variant=name, metric=metric, interleaving=level, sides=sides)
     found = pairs_of(*series, metric)
@@ -155,9 +154,9 @@ def _study(run: Run) -> Study:
     return codec.from_json(Study, run.manifest.study, f"run {run.manifest.run}")
 
 
-def _level(series: Series, metric: str) -> Interleaving:
+def _level(series: Sequence[Series], metric: str) -> Interleaving:
     """How the trials that measured it alternated; peaks come from solo trials."""
-    level = None if is_memory(metric) else series.interleaving(metric)
+    level = series[0].interleaving(metric) if series and not is_memory(metric) else None
     return level or "replicates"
 
 
@@ -167,7 +166,7 @@ def _wanted(run: Run, sides: Sequence[Measurements], patterns: Sequence[str]) ->
     if not patterns:
         return default_metrics(run.manifest.phases, known)
     found = matching(known, patterns)
-    if found or not any(side.broken for side in sides):
+    if found or (sides and not any(side.broken for side in sides)):
         return found
     primary = default_metrics(run.manifest.phases, ())
     return matching(primary, patterns) or primary[:1]  # a failure left nothing; it must not read as no row at all

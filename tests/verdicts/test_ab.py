@@ -12,7 +12,7 @@ import pytest
 
 from harness.cli import main
 from harness.commands.ab import show_ab
-from harness.errors import InvalidRunError, UsageError
+from harness.errors import UsageError
 from harness.records import codec, store
 from harness.records.record import Failure, TrialRecord
 from harness.records.store import Manifest, RunWriter
@@ -268,10 +268,14 @@ def test_a_control_that_was_not_measured_or_died_makes_the_run_invalid(write_ab)
 
 
 def test_a_run_that_measured_nothing_says_why(write_ab, report):
-    """There is no row that could say it, so it is an error with its reason, as between two runs."""
-    run = write_ab({"plain": 1.0}, status="failed", change=lambda record: None)
-    with pytest.raises(InvalidRunError, match=r"status is 'failed'.*Nothing was measured"):
-        report_of(run)
+    """A row for every variant, invalid with the reason, and exit 4; also for metrics that one asked for."""
+    run = write_ab({"plain": 1.0, "nf4": 1.0}, status="failed", change=lambda record: None)
+    for metrics in ((), ("tokens_per_s",)):
+        found = report_of(run, metrics=metrics)
+        assert {row.variant: row.comparison.verdict for row in found.comparisons} == dict.fromkeys(
+            ("plain", "nf4"), "invalid"
+        )
+        assert all("status is 'failed'" in row.comparison.reason for row in found.comparisons)
     assert report()[0] == 4
 
 
