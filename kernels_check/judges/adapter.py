@@ -110,7 +110,7 @@ def judge_dropout(seen: Observation, required: Json) -> Finding:
 def _ran(layer: LoraLayer, seen: Observation) -> bool:
     """Counted calls prove it; in a compiled model, which calls no hook, gradients do."""
     reached = any(name in seen.gradients for name, _ in layer.weights("B"))
-    return not layer.disabled and not layer.merged and (layer.was_called(seen.module_calls) or reached)
+    return not layer.disabled and not layer.merged and (layer.was_called(seen.modules) or reached)
 
 
 def _applied(name: str, part: Any, seen: Observation) -> tuple[float, str]:
@@ -119,9 +119,9 @@ def _applied(name: str, part: Any, seen: Observation) -> tuple[float, str]:
         return 0.0, type(part).__name__
     if not seen.modes.get(name, False):
         return 0.0, f"p={probability} but in eval mode"
-    if seen.module_calls.get(name):
+    if seen.modules.ran(name):
         return probability, "called in train mode"
-    if (seen.profile.compiled_regions or seen.bare) and seen.drew_random:
+    if seen.profile.compiled_regions and seen.drew_random:
         return probability, "compiled, in train mode, and random numbers were drawn"
     return 0.0, f"p={probability} but not called"
 

@@ -1,8 +1,8 @@
 """Which attention really ran, in which precision, under which mask.
 
 ``config._attn_implementation`` is a request. PyTorch's SDPA picks a backend per call from the tensors it is given and
-falls back in silence, so the verdict rests on the inner operators of the profiled step, counted per direction and
-compared with the number of attention layers.
+falls back in silence, so the verdict rests on the inner operators of the watched step, each attributed to the layer
+that called it: every call of every attention layer must have run what is required.
 """
 
 from __future__ import annotations
@@ -11,12 +11,23 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
-from kernels_check.check import DTYPE, Finding, Json, JudgedPath, Requirement, count_values, join_values, name_some
+from kernels_check.check import (
+    DTYPE,
+    Finding,
+    Json,
+    JudgedPath,
+    Requirement,
+    Status,
+    count_values,
+    join_values,
+    name_some,
+)
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from kernels_check.observation.events import AttentionCall
+    from kernels_check.observation.attention_calls import AttentionCall
+    from kernels_check.observation.attention_layers import AttentionLayers
     from kernels_check.observation.observe import Observation
 
 FUSED_ATTENTION = frozenset({"flash", "efficient", "cudnn", "flash_attention_2"})
@@ -27,7 +38,6 @@ _FLOAT32_REMEDY = (
     "run under torch.autocast, or keep norms and embeddings in bfloat16 (prepare_model_for_kbit_training casts them)"
 )
 _MASK_REMEDY = "pass no attention_mask where nothing is padded, and pack records with use_cache=False"
-_ATTENTION_LAYERS = ("full_attention", "sliding_attention", "chunked_attention")
 KERNEL_BACKENDS = {
     "ATT-CUDNN": "cudnn",
     "ATT-FA4": "flash_attention_4",
@@ -40,42 +50,30 @@ KERNEL_BACKENDS = {
 }
 
 
-def attention_layers(model: nn.Module) -> int | None:
-    """Number of softmax-attention layers the model's configuration announces; None where it has none."""
-    config: Any = getattr(model, "config", None)
-    text = getattr(config, "get_text_config", None)
-    config = text() if callable(text) else config
-    kinds = getattr(config, "layer_types", None)
-    if kinds:
-        return sum(kind in _ATTENTION_LAYERS for kind in kinds)
-    count = getattr(config, "num_hidden_layers", None)
-    return count if isinstance(count, int) else None
-
-
 def judge_backend(seen: Observation, required: Json) -> Finding:
     """Judge ``attention.backend``."""
-    calls = seen.profile.attention
-    if not calls:
-        return _from_kernels(seen, required)
-    forward = [call for call in calls if call.direction == "forward"]
-    backward = [call for call in calls if call.direction == "backward"]
+    layers = seen.attention_layers()
+    forward = layers.calls
+    if not forward:
+        return _nothing_of_the_model(layers) or _from_kernels(seen, required)
     first = [call for call in forward if not call.recomputed]
-    layers = attention_layers(seen.model)
-    observed = join_values(call.backend for call in forward)
+    backward = [call for call in seen.profile.attention if call.direction == "backward"]
+    accepted = FUSED_ATTENTION if required == "fused" else {required}
+    astray = [call for call in forward if call.backend not in accepted]
+    good = [name for name in layers.forward if _is_whole(layers, name, accepted if required is not None else None)]
+    observed = join_values([*(call.backend for call in forward), *(["unrecognised"] if layers.unknown else [])])
     reason = (
         f"forward: {count_values(call.backend for call in forward) or 'none'}; "
         f"backward: {count_values(call.backend for call in backward) or 'none'}; "
-        f"{'unknown number of' if layers is None else layers} attention layers; "
-        f"operators {', '.join(sorted({call.op for call in forward}))}"
+        f"{_layers(layers, good, required)}operators {', '.join(sorted({call.op for call in forward}))}"
     )
-    accepted = FUSED_ATTENTION if required == "fused" else {required}
-    astray = [call for call in forward if call.backend not in accepted]
-    complete = bool(first) and (layers is None or len(first) % max(layers, 1) == 0)
+    incomplete = _incomplete(layers, first)
     if required is not None and astray:
-        where = _layers_astray(first, accepted, layers) if complete else ""
-        reason += f"{where}; likely cause: {_cause(seen.model, astray)}"
-    elif not complete:
-        reason += f"; {len(first)} calls cannot come from {layers} layers alone: some ran an attention not recognised"
+        where = name_some(name for name in layers.forward if name not in good)
+        reason += f"; not as required in {where}" if where else ""
+        reason += f"; likely cause: {_cause(seen.model, astray)}"
+    reason += f"; {incomplete}" if incomplete else ""
+    reason += _aside(layers)
     if _cpu_flash(forward) and any(call.mask for call in forward):
         reason += "; on CUDA flash would refuse the explicit mask"
     largest = max((call.head_size or 0 for call in forward), default=0)
@@ -84,38 +82,99 @@ def judge_backend(seen: Observation, required: Json) -> Finding:
             f"; on CUDA flash would refuse the head size {largest} (it takes up to {LARGEST_FLASH_HEAD}), and cuDNN "
             "too: memory-efficient would run, or math where it refuses as well"
         )
-    return Finding(observed=observed, reason=reason, satisfies=not astray and complete, present=bool(forward))
+    return Finding(observed=observed, reason=reason, satisfies=not astray and not incomplete)
 
 
 def judge_dtype(seen: Observation, required: Json) -> Finding:
     """Judge ``attention.dtype``: what the inner operator was given, after any autocast."""
-    forward = [call for call in seen.profile.attention if call.direction == "forward" and call.dtype]
+    layers = seen.attention_layers()
+    forward = layers.calls
     if not forward:
-        return _unseen()
-    dtypes = count_values(str(call.dtype) for call in forward)
-    reason = f"input types of the inner operator: {dtypes}"
-    if any(call.dtype == "float32" for call in forward):
+        return _nothing_of_the_model(layers) or _unseen()
+    dtypes = [call.dtype for call in forward if call.dtype]
+    reason = f"input types of the inner operator: {count_values(dtypes) or 'none that is told'}"
+    if "float32" in dtypes:
         reason += "; flash and cuDNN of CUDA refuse float32"
         grouped = any(call.grouped for call in forward) and not any(call.mask for call in forward)
         reason += ", memory-efficient the grouped key/value heads, so that math would run" if grouped else ""
         reason += f"; where bfloat16 was meant, {_FLOAT32_REMEDY}"
-    return Finding(observed=join_values(str(call.dtype) for call in forward), reason=reason)
+    return _over_calls(layers, dtypes, len(forward) - len(dtypes), required, reason)
 
 
 def judge_mask(seen: Observation, required: Json) -> Finding:
     """Judge ``attention.mask``."""
-    forward = [call for call in seen.profile.attention if call.direction == "forward"]
+    layers = seen.attention_layers()
+    forward = layers.calls
     if not forward:
-        return _unseen()
+        return _nothing_of_the_model(layers) or _unseen()
     masks = [_mask(call) for call in forward]
     reason = f"masks of the inner operator: {count_values(masks)}"
-    if "unknown" in masks:
-        return Finding(observed=join_values(masks), status="unknown", reason=f"{reason}; the operator does not tell")
     if "explicit" in masks:
         reason += f"; {_MASK_REMEDY}"
     if _cpu_flash(forward) and "explicit" in masks:
         reason += "; the CPU's flash accepts an explicit mask, CUDA's would refuse it and another backend run instead"
-    return Finding(observed=join_values(masks), reason=reason)
+    told = [mask for mask in masks if mask != "unknown"]
+    return _over_calls(layers, told, len(masks) - len(told), required, reason)
+
+
+def _over_calls(layers: AttentionLayers, values: list[str], untold: int, required: Json, reason: str) -> Finding:
+    """One property over all calls: what some call does not tell is unknown, unless another already differs."""
+    if untold:
+        reason += f"; {untold} calls do not tell"
+    missing = _incomplete(layers, [call for call in layers.calls if not call.recomputed])
+    reason += f"; {missing}" if missing else ""
+    differs = required is not None and any(value != required for value in values)
+    status: Status | None = "unknown" if (untold or missing) and not differs else None
+    return Finding(observed=join_values(values), status=status, reason=reason + _aside(layers))
+
+
+def _is_whole(layers: AttentionLayers, name: str, accepted: Collection[Json] | None) -> bool:
+    calls = layers.forward[name]
+    return name not in layers.unknown and (accepted is None or all(call.backend in accepted for call in calls))
+
+
+def _layers(layers: AttentionLayers, good: list[str], required: Json) -> str:
+    """How many layers, of how many that are known by name."""
+    total = len(layers.names)
+    if not total:
+        expected = "an unknown number of" if layers.expected is None else layers.expected
+        return f"compiled, so that no layer is told, {expected} attention layers; "
+    beside = f" beside {len(layers.compiled)} calls in compiled code" if layers.compiled else ""
+    return f"{len(good)} of {total} attention layers{' as required' if required is not None else ''}{beside}; "
+
+
+def _incomplete(layers: AttentionLayers, first: list[AttentionCall]) -> str:
+    """Why the calls that are known cannot be all of the model's attention; empty where they are."""
+    if layers.unknown:
+        return (
+            f"{sum(layers.unknown.values())} calls of {len(layers.unknown)} of {len(layers.names)} layers ran no "
+            f"attention that is recognised: {name_some(layers.unknown)}"
+        )
+    if not first:
+        return "no call of the forward pass was seen, only recomputed ones"
+    compiled = sum(not call.recomputed for call in layers.compiled)
+    if compiled and not layers.forward and (not layers.expected or compiled % layers.expected):
+        expected = "an unknown number of" if layers.expected is None else layers.expected
+        return f"{compiled} calls in compiled code cannot come from {expected} layers alone: some are not recognised"
+    return ""
+
+
+def _aside(layers: AttentionLayers) -> str:
+    """What ran beside the model's training and is not judged."""
+    parts = []
+    if layers.aside:
+        parts.append(f"{len(layers.aside)} calls without gradients ({count_values(c.backend for c in layers.aside)})")
+    if layers.elsewhere:
+        backends = count_values(call.backend for call in layers.elsewhere)
+        parts.append(f"{len(layers.elsewhere)} outside the model ({backends}), as of another model or a copy")
+    return f"; not judged: {' and '.join(parts)}" if parts else ""
+
+
+def _nothing_of_the_model(layers: AttentionLayers) -> Finding | None:
+    """All attention of the step was another's: the model itself ran none."""
+    if not layers.elsewhere and not layers.aside:
+        return None
+    return Finding(observed=None, present=False, reason=f"no attention of the model itself was seen{_aside(layers)}")
 
 
 def _mask(call: AttentionCall) -> str:
@@ -156,20 +215,11 @@ def _from_kernels(seen: Observation, required: Json) -> Finding:
     )
 
 
-def _layers_astray(first: list[AttentionCall], accepted: Collection[Json], layers: int | None) -> str:
-    """Name the layers by the order of their calls, unless some were written out, which are listed after the others."""
-    kinds = {call.backend == "eager" for call in first}
-    if not layers or len(kinds) != 1:
-        return ""
-    odd = sorted({index % layers for index, call in enumerate(first) if call.backend not in accepted})
-    return f"; not as required in layers {name_some(map(str, odd))}" if odd else ""
-
-
 def _cause(model: nn.Module, astray: list[AttentionCall]) -> str:
     """Name what in the inputs makes SDPA leave its fast backends (the refusals of torch 2.13)."""
     import torch
 
-    config: Any = getattr(model, "config", None)
+    config: Any = next((part.config for part in model.modules() if hasattr(part, "config")), None)
     implementation = getattr(config, "_attn_implementation", None)
     if all(call.backend == "eager" for call in astray):
         return f"the model was built with attn_implementation={implementation!r}: load it with 'sdpa'"

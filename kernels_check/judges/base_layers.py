@@ -12,14 +12,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from kernels_check.check import (
-    DTYPE,
     FLAG,
     Finding,
     Json,
     JudgedPath,
     Requirement,
     Status,
-    count_values,
     join_values,
     name_some,
 )
@@ -57,42 +55,6 @@ def judge_double_quant(seen: Observation, required: Json) -> Finding:
     stored = seen.storage()
     remedy = f"set bnb_4bit_use_double_quant={required} (the library's default is False)"
     return _over_layers(stored, {name: item.double_quant for name, item in stored.items()}, required, "", remedy)
-
-
-def judge_compute_dtype(seen: Observation, required: Json) -> Finding:
-    """Judge ``base.compute_dtype``: the layers' dtype after their first forward, confirmed by the 4-bit operators."""
-    stored = seen.storage()
-    ran = {call.dtype for call in seen.profile.fourbit if call.dtype}
-    reason = f"4-bit operators were given {join_values(ran)}" if ran else ""
-    remedy = f"set bnb_4bit_compute_dtype=torch.{required} (the library's default is torch.float32)"
-    dtypes = {name: item.compute_dtype for name, item in stored.items()}
-    finding = _over_layers(stored, dtypes, required, reason, remedy)
-    notes = sorted({item.note for item in stored.values() if item.note})
-    all_four_bit = all(item.bits == 4 for item in stored.values())
-    if ran and all_four_bit and not finding.status and join_values(ran) != finding.observed:
-        # Where the layers and the operators disagree, what ran counts.
-        return Finding(observed=join_values(ran), reason=f"{finding.reason}, layers claim {finding.observed}")
-    return Finding(
-        observed=finding.observed,
-        reason="; ".join([finding.reason, *notes]),
-        status=finding.status,
-        present=finding.present,
-        satisfies=finding.satisfies,
-    )
-
-
-def judge_gemm_path(seen: Observation, required: Json) -> Finding:
-    """Judge ``base.gemm_path`` from what ran inside the 4-bit operators of the forward pass."""
-    calls = seen.profile.fourbit
-    stored = seen.storage()
-    if not calls:
-        if any(item.bits == 4 for item in stored.values()):
-            return Finding(observed=None, status="unknown", reason="4-bit weights but no known 4-bit operator ran")
-        return Finding(observed=None, status="not_applicable", present=False, reason="the base is not 4-bit")
-    paths = [call.path for call in calls]
-    kernels = {rule: count for rule, count in seen.profile.kernels.items() if rule.startswith(("BNB-GEMM", "BNB-DEQ"))}
-    reason = f"forward 4-bit products: {count_values(paths)}" + (f"; kernels {kernels}" if kernels else "")
-    return Finding(observed=join_values(paths), reason=reason, status="unknown" if "unknown" in paths else None)
 
 
 def judge_frozen(seen: Observation, required: Json) -> Finding:
@@ -160,13 +122,14 @@ def _over_layers(
 
 _BITS = Requirement(kind="bits", choices=(4, 8, 16, 32))
 _QUANT_TYPE = Requirement(kind="choice", choices=("nf4", "fp4", "int8", "none"))
-_GEMM_PATH = Requirement(kind="choice", choices=("dequantize", "fused", "packed_cpu"))
 
 PATHS: Mapping[str, JudgedPath] = {
     "base.bits": JudgedPath(requirement=_BITS, judge=judge_bits),
     "base.quant_type": JudgedPath(requirement=_QUANT_TYPE, judge=judge_quant_type),
     "base.double_quant": JudgedPath(requirement=FLAG, judge=judge_double_quant),
-    "base.compute_dtype": JudgedPath(requirement=DTYPE, judge=judge_compute_dtype, rests_on=("products",)),
+        requirement=DTYPE, judge=judge_compute_dtype, rests_on=("products",)
+    ),
     "base.frozen": JudgedPath(requirement=FLAG, judge=judge_frozen),
-    "base.gemm_path": JudgedPath(requirement=_GEMM_PATH, judge=judge_gemm_path, rests_on=("product_paths",)),
+        requirement=_GEMM_PATH, judge=judge_gemm_path, rests_on=("product_paths",)
+    ),
 }

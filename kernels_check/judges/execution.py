@@ -21,8 +21,8 @@ def judge_checkpointing(seen: Observation, required: Json) -> Finding:
     forward = [call for call in seen.profile.attention if call.direction == "forward"]
     backward = len(seen.profile.attention) - len(forward)
     first = sum(not call.recomputed for call in forward)
-    called = {layer.name for layer in seen.lora_layers()} & set(seen.module_calls)
-    repeated = called & seen.recomputed
+    called = {layer.name for layer in seen.lora_layers() if seen.modules.ran(layer.name)}
+    repeated = {name for name in called if seen.modules.recomputed(name)}
     if not first and not called:
         return Finding(observed=None, status="unknown", present=False, reason="no layer call was seen in the step")
     ratio = len(forward) / first if first else 1.0
@@ -96,9 +96,9 @@ def judge_compile(seen: Observation, required: Json) -> Finding:
 
 def judge_mode(seen: Observation, required: Json) -> Finding:
     """Judge ``mode`` as the modules had it while the step ran."""
-    names = {True: "train", False: "eval"}
+    names = {True: "train", False: "eval", None: "now train, now eval"}
     modes = [names[training] for training in seen.modes.values()]
-    observed = modes[0] if len(set(modes)) == 1 else "mixed"
+    observed = modes[0] if len(set(modes)) == 1 and modes[0] in ("train", "eval") else "mixed"
     wanted = required if required is not None else max(set(modes), key=modes.count)
     odd = [name or "the model itself" for name, training in seen.modes.items() if names[training] != wanted]
     reason = f"modules: {count_values(modes)}" + (f"; not in {wanted} mode: {name_some(odd)}" if odd else "")

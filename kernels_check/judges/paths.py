@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from kernels_check.check import JudgedPath, Requirement
-from kernels_check.judges import adapter, attention, base_layers, batch, execution, optimizer
+from kernels_check.judges import adapter, attention, base_layers, base_products, batch, execution, optimizer
 
 PATHS: Mapping[str, JudgedPath] = {
     **attention.PATHS,
     **batch.PATHS,
     **base_layers.PATHS,
+    **base_products.PATHS,
     **adapter.PATHS,
     **optimizer.PATHS,
     **execution.PATHS,

@@ -11,12 +11,14 @@ name, and is recognised by that rather than by class.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
 from torch import Tensor, nn
+
+from kernels_check.observation.calls import Calls
 
 _PREFIX = "lora_"
 _EMBEDDING_A = "lora_embedding_A"
@@ -62,15 +64,15 @@ class LoraLayer:
         """Qualified name and module of every active dropout."""
         return self._held_by((_DROPOUT,))
 
-    def was_called(self, calls: Mapping[str, int]) -> bool:
+    def was_called(self, calls: Calls) -> bool:
         """Whether the calls, by name, show that a factor ``A`` ran.
 
         The layer's own call proves its base only, but for an embedding: its factors are bare parameters and call no
         hook.
         """
-        if any(calls.get(name, 0) for name, _ in self._held_by(_FACTORS["A"])):
+        if any(calls.ran(name) for name, _ in self._held_by(_FACTORS["A"])):
             return True
-        return self.name in calls and any(True for _ in self._held_by((_EMBEDDING_A,)))
+        return calls.ran(self.name) and any(True for _ in self._held_by((_EMBEDDING_A,)))
 
     def _held_by(self, holders: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
         for holder in holders:

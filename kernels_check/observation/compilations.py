@@ -13,7 +13,8 @@ are told by place, and a place counts once.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import PurePath
 from traceback import FrameSummary
@@ -58,6 +59,21 @@ def read() -> Compilations:
         return _read(dynamo)
     except (AttributeError, TypeError) as error:
         return Compilations(unreadable=str(error))
+
+
+@contextmanager
+def compiler_held() -> Iterator[None]:
+    """Start no compilation: what is compiled already runs, all else runs eagerly. Nothing to hold where none is loaded.
+
+    A hook or a dispatch mode that a compiler met would be traced into the code, which keeps it for good.
+    """
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    from torch import compiler
+
+    with compiler.set_stance("eager_on_recompile"):
+        yield
 
 
 def forget() -> None:

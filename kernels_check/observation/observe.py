@@ -4,8 +4,10 @@ With the profiler as instrument:
 
 1. A bare call, with nothing attached to the model: it triggers compilation, kernel autotuning and lazy initialisation
    as training would, and moves lora_B off zero (before that the gradient of lora_A is exactly zero).
-2. A call under the profiler, with hooks that count calls of the adapter's modules. Hooks come after the first call so
-   that they are never traced into compiled code, which would keep them for good.
+2. A call under the profiler, with hooks that note the call of every module (see ``calls``). Hooks come after the first
+   call, and no compilation is started beside them, so that they are never traced into compiled code, which would keep
+   them for good. A step that compiles anew in each call is profiled once more without them. Where the step runs a
+   profiler of its own, which would end this one, the spy watches in its place.
 3. A third call only if fewer than two optimizer steps were seen (a gradient scaler skips steps that overflow).
 
 With the spy as instrument one call is enough where the run is warm: hooks and dispatch mode watch it from the start,
@@ -19,11 +21,10 @@ and no compilation is started in it. A second call follows where the first
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +33,12 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from kernels_check.check import Evidence, Instrument
 from kernels_check.observation import compilations
 from kernels_check.observation.adapter_layers import LoraLayer, base_parameters, lora_layers
-from kernels_check.observation.compilations import Compilations
+from kernels_check.observation.attention_layers import AttentionLayers, attention_layers
+from kernels_check.observation.calls import CallRecorder, Calls
+from kernels_check.observation.compilations import Compilations, compiler_held
 from kernels_check.observation.events import StepProfile
 from kernels_check.observation.isolation import IsolationSeen, perturb_records
+from kernels_check.observation.layer_products import LayerProducts, fourbit_layers, products_of
 from kernels_check.observation.padding import PaddingSeen, count_padding
 from kernels_check.observation.recording import entries, profiled
 from kernels_check.observation.snapshot import Snapshot
@@ -87,17 +91,13 @@ class Observation:
     """Parameters that a gradient reached, by name."""
     changed: frozenset[str]
     """Trainable parameters that differ from before the first call."""
-    module_calls: Mapping[str, int]
-    """Calls of LoRA layers and of their parts in the profiled call; empty where the model is compiled."""
-    recomputed: frozenset[str]
-    """LoRA layers that were called inside the backward pass."""
-    modes: Mapping[str, bool]
-    """``training`` of every module while the step ran."""
+    modules: Calls
+    """Calls of the model's modules in the watched call; those of compiled code call no hook."""
+    modes: Mapping[str, bool | None]
+    """``training`` of every module while the step ran; None where it changed."""
     drew_random: bool
     padding: PaddingSeen | None = None
     """Padding in the inputs of the hooked call; None where the model itself was not called with tokens."""
-    bare: bool = False
-    """Whether no hook was there in the call that counts, so that ``module_calls`` says nothing."""
     compilations: Compilations = field(default_factory=Compilations)
     """What torch.compile has on record after the last call."""
     batch: Mapping[str, Any] | None = None
@@ -106,7 +106,8 @@ class Observation:
     @property
     def blind(self) -> Mapping[Evidence, str]:
         """Evidence that the instrument could not collect in this step, with the reason."""
-        if self.bare and self.padding is None:  # a model compiled in place calls no hook of its own
+        compiled_in_place = "" in self.modules.unhooked  # such a model calls no hook of its own
+        if self.profile.blind and self.padding is None and compiled_in_place:
             return {**self.profile.blind, "inputs": "the model is compiled in place and its inputs were not seen"}
         return self.profile.blind
 
@@ -117,6 +118,20 @@ class Observation:
     def base_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters that are no adapter's, by name."""
         return base_parameters(self.model)
+
+    def attention_layers(self) -> AttentionLayers:
+        """The layers in which attention ran or should have."""
+        return attention_layers(self.model, self.modules, self.profile.attention, self.profile.mixing)
+
+    def base_products(self) -> LayerProducts:
+        """The products of every base layer below an adapter, by the name of the layer that carries the adapter."""
+        layers = {layer.name: (f"{layer.name}.base_layer",) for layer in self.lora_layers()}
+        ran = {name: own if self.modules.ran(own[0]) else (name,) for name, own in layers.items()}
+        return products_of(ran, self.model, self.modules, (*self.profile.fourbit, *self.profile.products))
+
+    def fourbit_products(self) -> LayerProducts:
+        """The 4-bit products of every linear layer of the model with a 4-bit weight, by its name."""
+        return products_of(fourbit_layers(self.model), self.model, self.modules, self.profile.fourbit)
 
     def storage(self) -> dict[str, Storage]:
         """How the base layer below each adapter keeps its weight, by the layer's name."""
@@ -133,17 +148,14 @@ class Observation:
 class _Watcher:
     model: nn.Module
     snapshot: Snapshot
-    names: dict[int, list[str]]
-    """Of the adapter's modules, by identity."""
     optimizers: dict[int, Any] = field(default_factory=dict)
     seen: dict[int, OptimizerSeen] = field(default_factory=dict)
     steps: int = 0
     gradients: dict[str, GradientSeen] = field(default_factory=dict)
-    calls: Counter[str] = field(default_factory=Counter)
-    recomputed: set[str] = field(default_factory=set)
+    calls: Calls = field(default_factory=Calls)
     modes: dict[str, bool] = field(default_factory=dict)
+    """Where no hook notes them."""
     modes_noted: bool = False
-    bare: bool = False
     inputs: list[dict[str, Any]] = field(default_factory=list)
     """Token tensors of each call of the model; by reference, so that nothing is computed while it is watched."""
 
@@ -179,9 +191,9 @@ class _Watcher:
             )
 
     def forget(self) -> None:
-        """Drop everything but the copies of what the optimizers held at first: what follows is a bare call."""
-        self.bare = True
-        for noted in (self.optimizers, self.seen, self.gradients, self.calls, self.recomputed, self.modes):
+        """Drop everything but the copies of what the optimizers held at first."""
+        self.calls = Calls()
+        for noted in (self.optimizers, self.seen, self.gradients, self.modes):
             noted.clear()
         self.steps = 0
 
@@ -190,22 +202,13 @@ class _Watcher:
         named = dict(zip(("input_ids", "attention_mask"), args, strict=False)) | kwargs
         self.inputs.append({key: named.get(key) for key in ("input_ids", "attention_mask")})
 
-    def note_call(self, module: nn.Module, inputs: Any) -> None:
-        """Forward hook of the adapter's modules."""
-        self.note_modes()
-        names = self.names[id(module)]
-        self.calls.update(names)
-        if torch._C._current_graph_task_id() != -1:  # a forward call while the autograd engine is running
-            self.recomputed.update(names)
-
 
 def observe(
     model: nn.Module, step: Callable[[], object], snapshot: Snapshot, instrument: Instrument = "profile"
 ) -> Observation:
     """Call ``step`` one to three times; the caller restores ``snapshot`` afterwards."""
     before = digest(model)
-    parts = _adapter_modules(model)
-    watcher = _Watcher(model, snapshot, {id(module): names for module, names in parts})
+    watcher = _Watcher(model, snapshot)
     calls = 0
 
     def call() -> None:
@@ -219,15 +222,15 @@ def observe(
             watcher.note_gradients()
 
     @contextmanager
-    def hooked() -> Iterator[None]:
-        watcher.calls.clear()
+    def hooked(*, marked: bool = False) -> Iterator[CallRecorder]:
         watcher.inputs.clear()
+        recorder = CallRecorder(model, marked=marked)
         with ExitStack() as hooks:  # takes every hook off, also if setting one or taking one off fails
-            for module, _ in parts:
-                hooks.callback(module.register_forward_pre_hook(watcher.note_call).remove)
+            hooks.enter_context(recorder.hooked())
             if model._compiled_call_impl is None:  # compiled in place, it would be compiled again with the hook
                 hooks.callback(model.register_forward_pre_hook(watcher.note_inputs, with_kwargs=True).remove)
-            yield
+            yield recorder
+        watcher.calls = recorder.calls()
 
     with ExitStack() as hooks:
         hooks.callback(register_optimizer_step_pre_hook(watcher.before_update).remove)
@@ -236,8 +239,7 @@ def observe(
             profile = _spied(call, hooked, watcher)
         else:
             call()
-            with hooked():
-                profile = profiled(call)
+            profile = _profiled(call, hooked, watcher)
             while watcher.steps < 2 and calls < MOST_CALLS:
                 call()
     return Observation(
@@ -250,41 +252,56 @@ def observe(
         optimizers=tuple(watcher.seen.values()),
         gradients=watcher.gradients,
         changed=snapshot.changed(),
-        module_calls=watcher.calls,
-        recomputed=frozenset(watcher.recomputed),
-        modes=watcher.modes,
+        modules=watcher.calls,
+        modes=watcher.calls.training() or watcher.modes,
         drew_random=snapshot.random.advanced(),
         padding=count_padding(model, watcher.inputs),
-        bare=watcher.bare,
         compilations=compilations.read(),
     )
 
 
-def _spied(
-    call: Callable[[], None], hooked: Callable[[], AbstractContextManager[None]], watcher: _Watcher
-) -> StepProfile:
-    with hooked(), spied() as spy:
+class _Hooked(Protocol):
+    def __call__(self, *, marked: bool = False) -> AbstractContextManager[CallRecorder]: ...
+
+
+def _profiled(call: Callable[[], None], hooked: _Hooked, watcher: _Watcher) -> StepProfile:
+    with compiler_held(), hooked(marked=True):
+        profile = profiled(call)
+    if profile is None:
+        with hooked() as recorder, spied(recorder) as spy:
+            call()
+        return spy.profile(watcher.model)
+    if profile.compiler_lookups <= profile.compiled_regions:
+        return profile
+    bare = profiled(call)  # some code was not at hand: either it is compiled in each call, or never
+    if bare is None or (bare.compiled_regions, bare.compiler_lookups) == _entered(profile):
+        return profile
+    watcher.calls = Calls()
+    return bare
+
+
+def _entered(profile: StepProfile) -> tuple[int, int]:
+    return profile.compiled_regions, profile.compiler_lookups
+
+
+def _spied(call: Callable[[], None], hooked: _Hooked, watcher: _Watcher) -> StepProfile:
+    with hooked() as recorder, spied(recorder) as spy:
         call()
     if spy.compiled_calls:
         watcher.forget()
-        regions, lookups = entries(call)
+        with compiler_held(), hooked():
+            found = entries(call)
+        if found[1] > found[0]:
+            watcher.forget()
+            found = entries(call)
+        regions, lookups = found
         return replace(spy.profile(watcher.model), compiled_regions=regions, compiler_lookups=lookups)
     if not watcher.steps:
-        with hooked(), spied() as spy:
+        with hooked() as recorder, spied(recorder) as spy:
             call()
     elif any(not gradient.nonzero for gradient in watcher.gradients.values()):
         call()
     return spy.profile(watcher.model)
-
-
-def _adapter_modules(model: nn.Module) -> list[tuple[nn.Module, list[str]]]:
-    """The LoRA layers and their active parts, each once, with its names: layers may share a part."""
-    found: dict[int, tuple[nn.Module, list[str]]] = {}
-    for layer in lora_layers(model):
-        for name, part in ((layer.name, layer.module), *layer.parts()):
-            if isinstance(part, nn.Module):
-                found.setdefault(id(part), (part, []))[1].append(name)
-    return list(found.values())
 
 
 def _describe(optimizer: Any) -> OptimizerSeen:

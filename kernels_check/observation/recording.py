@@ -13,21 +13,32 @@ from typing import Any
 
 import torch
 from torch._C._autograd import DeviceType
+from torch._C._profiler import _ExperimentalConfig
 from torch.profiler import ProfilerActivity, profile
 
+from kernels_check.observation.calls import MARK, number_of
 from kernels_check.observation.device import synchronise
-from kernels_check.observation.events import Operator, StepProfile, compiler_entries, matters, reduce_operators
+from kernels_check.observation.events import StepProfile, compiler_entries, reduce_operators
+from kernels_check.observation.operators import Operator, matters
 
 
-def profiled(call: Callable[[], object]) -> StepProfile:
-    """Call under the profiler, with shapes, and on CUDA with kernels."""
+def profiled(call: Callable[[], object]) -> StepProfile | None:
+    """Call under the profiler, with shapes, in all threads, and on CUDA with kernels.
+
+    Returns:
+        None where nothing was recorded: what was called runs a profiler of its own, which ends this one without a word.
+    """
     activities = [ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(ProfilerActivity.CUDA)
     synchronise()
-    with quiet_kineto(), profile(activities=activities, record_shapes=True) as recorded:
+    everywhere = _ExperimentalConfig(profile_all_threads=True)  # a step may run in a thread of its own
+    options: dict[str, Any] = {"record_shapes": True, "experimental_config": everywhere}
+    with quiet_kineto(), profile(activities=activities, **options) as recorded:
         call()
         synchronise()
+    if not _events(recorded):
+        return None
     operators, kernels = read_operators(recorded)
     return reduce_operators(operators, kernels=kernels)
 
@@ -58,7 +69,8 @@ def read_operators(recorded: profile) -> tuple[list[Operator], list[str]]:
     host, kernels = [], []
     for event in _events(recorded):
         if event.device_type() == DeviceType.CPU:
-            if matters(event.name()) and not _crosses_threads(event):
+            name = event.name()
+            if (matters(name) or name.startswith(MARK)) and not _crosses_threads(event):
                 host.append(event)
         elif event.device_type() == DeviceType.CUDA and not _is_mark(event):
             kernels.append(event.name())
@@ -80,22 +92,26 @@ def _is_mark(event: Any) -> bool:
 
 
 def _nested(events: Iterable[Any]) -> Iterator[Operator]:
-    """Link each event to the innermost one of its thread that encloses it.
+    """Link each event to the innermost one of its thread that encloses it, and to the innermost call of a module.
 
     An operator written in Python is recorded by the dispatcher twice, one record inside the other: the outer is kept.
     """
     order = sorted(events, key=lambda event: (event.start_thread_id(), event.start_ns(), -event.end_ns()))
-    thread, callers = None, list[tuple[int, Operator]]()
+    thread, around = None, list[tuple[int, Operator | None, int | None]]()
     for event in order:
         if event.start_thread_id() != thread:
-            thread, callers = event.start_thread_id(), []
-        while callers and event.end_ns() > callers[-1][0]:
-            callers.pop()
-        parent = callers[-1][1] if callers else None
-        if parent is not None and parent.name == event.name():
+            thread, around = event.start_thread_id(), []
+        while around and event.end_ns() > around[-1][0]:
+            around.pop()
+        _, parent, call = around[-1] if around else (0, None, None)
+        name = event.name()
+        if name.startswith(MARK):
+            around.append((event.end_ns(), parent, number_of(name)))
             continue
-        operator = Operator(event.name(), event.shapes(), event.dtypes(), event.concrete_inputs(), parent)
+        if parent is not None and parent.name == name:
+            continue
+        operator = Operator(name, event.shapes(), event.dtypes(), event.concrete_inputs(), parent, call=call)
         if parent is not None:
             parent.children.append(operator)
-        callers.append((event.end_ns(), operator))
+        around.append((event.end_ns(), operator, call))
         yield operator

@@ -24,19 +24,23 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels_check.check import Evidence
-from kernels_check.observation.events import (
+from kernels_check.observation.calls import CallRecorder
+from kernels_check.observation.compilations import compiler_held
+from kernels_check.observation.events import StepProfile, reduce_operators
+from kernels_check.observation.operators import (
     BACKWARD_ROOT,
+    FOURBIT,
+    MASKING,
     OPTIMIZER_ROOT,
+    PRODUCTS,
+    SOFTMAX,
     UPDATES,
     Operator,
-    StepProfile,
-    reduce_operators,
 )
 from kernels_check.rules import attention_backend
 
 _MATH = "aten::_scaled_dot_product_attention_math"
-_SCORES = frozenset({"aten::_softmax", "aten::_softmax_backward_data", "aten::add"})
-_FOURBIT = frozenset({"bitsandbytes::gemm_4bit", "bitsandbytes::gemv_4bit"})
+_OVER_SCORES = SOFTMAX | MASKING
 _KEYS = {"cpu": torch._C.DispatchKey.CPU, "cuda": torch._C.DispatchKey.CUDA}
 
 _OPERATORS: tuple[Evidence, ...] = ("attention", "update", "products", "product_paths")
@@ -48,30 +52,27 @@ class Spy(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
-    def __init__(self) -> None:
+    def __init__(self, calls: CallRecorder) -> None:
         super().__init__()
+        self._calls = calls
         self.operators: list[Operator] = []
         self.compiled_calls = 0
         self._enclosing: list[Operator] = []
         """Attention functions and 4-bit products being executed, and the optimizer's step."""
-        self._cast: tuple[int, str] = (0, "")
-        """Address and former dtype of the last tensor made by a cast."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Note the operator where it matters and call it."""
         kwargs = kwargs or {}
         name = _name(func)
-        if name in _FOURBIT:
+        if name in FOURBIT:
             return self._look_inside(func, self._note(name, args), args, kwargs)
-        if name == "aten::_to_copy":
-            result = func(*args, **kwargs)
-            self._cast = (result.data_ptr() if result.dim() == 4 else 0, _dtype(args[0]))
-            return result
-        if name in _SCORES:
-            self._note_scores(name, args)
-        elif attention_backend(name) is not None:
+        if attention_backend(name) is not None:
             self._note(name, _inputs(func, args, kwargs))
-        elif self._enclosing and (self._enclosing[-1].name in _FOURBIT or name.startswith(UPDATES)):
+        elif name in PRODUCTS:
+            self._note(name, args)
+        elif name in _OVER_SCORES:
+            self._note_scores(name, args)
+        elif self._enclosing and (self._enclosing[-1].name in FOURBIT or name.startswith(UPDATES)):
             self._note(name, ())
         return func(*args, **kwargs)
 
@@ -107,7 +108,7 @@ class Spy(TorchDispatchMode):
 
     def _note(self, name: str, inputs: Any) -> Operator:
         parent = _surrounding(self._enclosing)
-        operator = Operator(name, parent=parent)
+        operator = Operator(name, parent=parent, call=self._calls.current())
         for value in inputs:
             tensor = isinstance(value, Tensor)
             operator.input_shapes.append(tuple(value.shape) if tensor else ())
@@ -119,18 +120,15 @@ class Spy(TorchDispatchMode):
         return operator
 
     def _note_scores(self, name: str, args: Any) -> None:
-        """Attention written out: a softmax over four dimensions, and the mask added before it."""
-        if not isinstance(args[0], Tensor) or args[0].dim() != 4:
+        """Attention written out: a softmax over three dimensions or more, and the masks laid over such scores."""
+        if not any(isinstance(value, Tensor) and value.dim() >= 3 for value in args):
             return
         if name == "aten::_softmax_backward_data":
             node = torch._C._current_autograd_node()
             if node is not None and attention_backend(node.name()) is not None:
                 self._note(node.name(), args)  # the softmax inside another implementation: its node is the trace
                 return
-        operator = self._note(name, args)
-        address, dtype = self._cast
-        if name == "aten::_softmax" and address == args[0].data_ptr():
-            operator.input_dtypes[0] = dtype  # softmax(dtype=...) casts its input first
+        self._note(name, args)
 
     def _look_inside(self, func: Any, product: Operator, args: Any, kwargs: Any) -> Any:
         """Call the kernel with the mode still active; an ordinary call would hide what the kernel calls."""
@@ -152,17 +150,18 @@ class Spy(TorchDispatchMode):
 
 
 @contextmanager
-def spied() -> Iterator[Spy]:
-    """Watch the operators of the block.
+def spied(calls: CallRecorder) -> Iterator[Spy]:
+    """Watch the operators of the block, each with the call of a module that ``calls`` is at.
 
     No compilation is started inside: a compiler that meets a dispatch mode would give up on that code for good. Code
     that is compiled already may run, or run eagerly; either way its entry is counted.
     """
-    spy = Spy()
+    spy = Spy(calls)
     functional = torch.nn.functional
     original = functional.scaled_dot_product_attention
     with ExitStack() as stack:
-        stack.enter_context(_compiler_held(spy))
+        stack.enter_context(_entries_counted(spy))
+        stack.enter_context(compiler_held())
         for handle in (
             register_optimizer_step_pre_hook(spy.before_update),
             register_optimizer_step_post_hook(spy.after_update),
@@ -175,8 +174,8 @@ def spied() -> Iterator[Spy]:
 
 
 @contextmanager
-def _compiler_held(spy: Spy) -> Iterator[None]:
-    """Count entries into compiled callables and start no compilation."""
+def _entries_counted(spy: Spy) -> Iterator[None]:
+    """Count entries into compiled callables."""
     frames: Any = import_module("torch._dynamo.eval_frame")  # any dispatch mode loads it at its first operator
     original = frames._callback_from_stance
 
@@ -186,8 +185,7 @@ def _compiler_held(spy: Spy) -> Iterator[None]:
 
     frames._callback_from_stance = counted
     try:
-        with torch.compiler.set_stance("eager_on_recompile"):
-            yield
+        yield
     finally:
         frames._callback_from_stance = original
 

@@ -33,6 +33,7 @@ def seen() -> Callable[..., Any]:
     """Observations of which only what matters is given: attention calls, and fields by name."""
     from torch import nn
 
+    from kernels_check.observation.calls import Calls
     from kernels_check.observation.events import StepProfile
     from kernels_check.observation.observe import Observation
     from kernels_check.observation.storage import Digest
@@ -43,7 +44,7 @@ def seen() -> Callable[..., Any]:
         profiled = {"attention": attention, "fourbit": (), "optimizer_ops": {}, "kernels": {}, "unclassified": {}}
         profiled |= {"compiled_regions": 0, "compiler_lookups": 0}
         watched = {"calls": 2, "optimizer_steps": 2, "optimizers": (), "gradients": {}, "changed": frozenset()}
-        watched |= {"module_calls": {}, "recomputed": frozenset(), "modes": {"": True}, "drew_random": False}
+        watched |= {"modules": Calls(), "modes": {"": True}, "drew_random": False}
         watched |= {"model": model or nn.Identity(), "before": nothing, "after": nothing}
         profile = StepProfile(**{key: given.pop(key, value) for key, value in profiled.items()})
         return Observation(profile=profile, **watched | given)

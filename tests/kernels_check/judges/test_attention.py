@@ -4,7 +4,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels_check.judges.attention import judge_backend
-from kernels_check.observation.events import AttentionCall
+from kernels_check.observation.attention_calls import AttentionCall
 
 
 def test_fused_accepts_the_flash_of_the_cpu(training):

@@ -8,7 +8,7 @@ import torch
 
 from kernels_check.judges import attention
 from kernels_check.judges.batch import probe_isolation
-from kernels_check.observation.events import AttentionCall
+from kernels_check.observation.attention_calls import AttentionCall
 
 BARE = torch.nn.Identity()
 FLASH = AttentionCall(

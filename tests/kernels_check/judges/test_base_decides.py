@@ -10,7 +10,7 @@ from kernels_check.judges import base_layers
 from kernels_check.judges.paths import validate
 from kernels_check.observation import storage
 from kernels_check.observation.adapter_layers import lora_layers
-from kernels_check.observation.events import FourbitCall
+from kernels_check.observation.products import Product
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def test_the_operators_overrule_the_layers_on_the_compute_dtype(seen, training):
     run = training()
 
     def judge(of, dtype, required="bfloat16"):
-        call = FourbitCall(op="bitsandbytes::gemm_4bit", path="dequantize", dtype=dtype)
+        call = Product(op="bitsandbytes::gemm_4bit", path="dequantize", dtype=dtype)
         judged = base_layers.judge_compute_dtype(seen(fourbit=(call,), model=of), required)
         return judged.against("base.compute_dtype", required)
 
@@ -158,7 +158,7 @@ def test_an_unknown_four_bit_path_is_unknown(seen, training):
     """So are 4-bit weights of which no product was seen; a float base has none."""
 
     def judge(of, *paths):
-        calls = tuple(FourbitCall(op="bitsandbytes::gemm_4bit", path=path, dtype=None) for path in paths)
+        calls = tuple(Product(op="bitsandbytes::gemm_4bit", path=path, dtype=None) for path in paths)
         judged = base_layers.judge_gemm_path(seen(fourbit=calls, model=of), "dequantize")
         return judged.against("base.gemm_path", "dequantize").status
 

@@ -8,7 +8,7 @@ import torch
 from kernels_check.judges import execution, optimizer
 from kernels_check.observation.adapter_layers import lora_layers
 from kernels_check.observation.compilations import Compilations
-from kernels_check.observation.events import AttentionCall
+from kernels_check.observation.attention_calls import AttentionCall
 from kernels_check.observation.observe import OptimizerSeen
 
 FLASH = AttentionCall(

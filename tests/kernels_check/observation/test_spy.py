@@ -8,7 +8,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels_check
-from kernels_check.observation.events import AttentionCall, FourbitCall, StepProfile
+from kernels_check.observation.attention_calls import AttentionCall
+from kernels_check.observation.events import StepProfile
+from kernels_check.observation.products import Product
 from kernels_check.observation.spy import Spy, _blind, spied
 
 
@@ -189,7 +191,7 @@ def test_what_only_kernels_tell_is_left_out_on_cuda():
     """TF32 always; attention, update and recomputation where no operator of theirs was called."""
     assert set(_blind(_profile(), on_cuda=True, compiled=False)) == {"kernels", "update", "attention"}
     call = AttentionCall(op="aten::_scaled_dot_product_flash_attention", backend="flash", direction="forward")
-    product = FourbitCall(op="bitsandbytes::gemm_4bit", path="unknown", dtype="bfloat16")
+    product = Product(op="bitsandbytes::gemm_4bit", path="unknown", dtype="bfloat16")
     profile = _profile(attention=(call,), optimizer_ops={"aten::_fused_adamw_": 1}, fourbit=(product,))
     assert set(_blind(profile, on_cuda=True, compiled=False)) == {"kernels", "product_paths"}
     assert _blind(_profile(), on_cuda=False, compiled=False) == {}

@@ -1,0 +1,210 @@
+"""The layers of a model in which attention runs, and whether each of their calls ran one that is known.
+
+Which modules are attention layers is read off the step: a module that ran an implementation in it is one, and so is
+what stands where it stands in the other blocks of the model, or is of its class. Of those every call must have run an
+implementation that is known: one that was written by hand, or bypassed, leaves a call without any. A block of another
+kind (a recurrent or convolutional layer of a hybrid, a feed-forward layer in a flat sequence) is told by the model's
+own configuration, by its library, or by doing nothing that mixes tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from kernels_check.observation.attention_calls import AttentionCall
+from kernels_check.observation.calls import Calls
+
+_ATTENTION_KINDS = ("full_attention", "sliding_attention", "chunked_attention", "attention", "hybrid")
+_LIBRARY = "transformers."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionLayers:
+    """The attention of a model over the calls that a claim is about (``Calls.relevant``)."""
+
+    forward: Mapping[str, tuple[AttentionCall, ...]]
+    """Calls of known implementations in the forward pass, recomputed ones included, by the layer's name."""
+    unknown: Mapping[str, int]
+    """Calls of layers in which no known implementation ran, by the layer's name."""
+    compiled: tuple[AttentionCall, ...]
+    """Calls in the forward pass inside compiled code, of which no layer is known."""
+    elsewhere: tuple[AttentionCall, ...]
+    """Calls in the forward pass outside the model: in another model, in a copy, in a function of one's own."""
+    aside: tuple[AttentionCall, ...]
+    """Calls of the model that train nothing: of a reference, an evaluation or a generation inside the step."""
+    expected: int | None = None
+    """Attention layers that the configuration announces, for compiled code."""
+
+    @property
+    def calls(self) -> list[AttentionCall]:
+        """All calls of known implementations that are the model's."""
+        return [*(call for calls in self.forward.values() for call in calls), *self.compiled]
+
+    @property
+    def names(self) -> list[str]:
+        """The layers that are known by name."""
+        return [*self.forward, *(name for name in self.unknown if name not in self.forward)]
+
+
+def attention_layers(
+    model: nn.Module, calls: Calls, attention: Sequence[AttentionCall], mixing: Collection[int] = ()
+) -> AttentionLayers:
+    """Attribute the attention of one step.
+
+    Args:
+        model: the model.
+        calls: of its modules.
+        attention: all calls of the step.
+        mixing: numbers of the module calls that did what attention is written out with (``StepProfile.mixing``).
+    """
+    forward = [call for call in attention if call.direction == "forward"]
+    outside = [call for call in forward if call.call is None]
+    ours = [call for call in forward if call.call is not None and call.call in calls.relevant]
+    ran: dict[str, list[AttentionCall]] = {}
+    for call in ours:
+        ran.setdefault(calls.all[call.call or 0].name, []).append(call)
+    compiled = tuple(call for call in outside if call.compiled)
+    return AttentionLayers(
+        forward={name: tuple(found) for name, found in ran.items()},
+        unknown=_Search(model, calls, ours, mixing).unknown(),
+        compiled=compiled,
+        elsewhere=tuple(call for call in outside if not call.compiled),
+        aside=tuple(call for call in forward if call.call is not None and call.call not in calls.relevant),
+        expected=announced_layers(model) if compiled else None,
+    )
+
+
+def announced_layers(model: nn.Module) -> int | None:
+    """Number of softmax-attention layers the model's configuration announces; None where it has none."""
+    config = _text_config(model)
+    kinds = _kinds(config)
+    if kinds:
+        return sum(kind in _ATTENTION_KINDS for kind in kinds)
+    count = getattr(config, "num_hidden_layers", None)
+    return count if isinstance(count, int) else None
+
+
+def _text_config(model: nn.Module) -> Any:
+    config: Any = next((part.config for part in model.modules() if getattr(part, "config", None) is not None), None)
+    text = getattr(config, "get_text_config", None)
+    return text() if callable(text) else config
+
+
+def _kinds(config: Any) -> list[str]:
+    for name in ("layer_types", "layers_block_type"):
+        kinds = getattr(config, name, None)
+        if isinstance(kinds, list | tuple) and all(isinstance(kind, str) for kind in kinds):
+            return list(kinds)
+    return []
+
+
+@dataclass(slots=True)
+class _Search:
+    """For calls in which attention should have run and no known implementation did."""
+
+    model: nn.Module
+    calls: Calls
+    ours: Sequence[AttentionCall]
+    mixing: Collection[int]
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+    covered: set[int] = field(default_factory=set)
+    """Calls that an implementation ran in, at any depth."""
+
+    def unknown(self) -> dict[str, int]:
+        """Number of such calls by the name of the layer."""
+        if not self.ours:
+            return {}
+        self.modules = dict(self.model.named_modules(remove_duplicate=False))
+        for call in self.ours:
+            self.covered.update(self.calls.enclosing(call.call))
+        found: dict[str, int] = {}
+        for name in self._candidates():
+            missing = [number for number in self.calls.called(name) if number not in self.covered]
+            if missing:
+                found[name] = len(missing)
+        # The outermost says it: what is inside a block that ran no attention ran none either.
+        return {name: count for name, count in found.items() if not _inside_any(name, found)}
+
+    def _candidates(self) -> Iterator[str]:
+        layers = {self.calls.all[call.call or 0].name for call in self.ours}
+        kinds = {type(self.modules[name]) for name in layers if name}
+        slots = {_pattern(name) for name in layers}
+        yield from layers
+        for name, module in self.modules.items():
+            if name in layers:
+                continue
+            if type(module) in kinds or _pattern(name) in slots:
+                beside = [type(self.modules[layer]) for layer in layers if _pattern(layer) == _pattern(name)]
+                if not self._is_of_another_kind(name, beside):
+                    yield name
+        for block, inside in self._blocks(layers):
+            for name in self._siblings(block):
+                if self._must_attend(name, block, inside, layers):
+                    yield name
+
+    def _blocks(self, layers: set[str]) -> Iterator[tuple[str, str]]:
+        """Each numbered block around a layer, and the layer's path within; one of each pattern."""
+        seen = set()
+        for layer in sorted(layers):
+            parts = layer.split(".")
+            for index, part in enumerate(parts[:-1]):
+                block, inside = ".".join(parts[: index + 1]), ".".join(parts[index + 1 :])
+                if part.isdigit() and (_pattern(block), _pattern(inside)) not in seen:
+                    seen.add((_pattern(block), _pattern(inside)))
+                    yield block, inside
+
+    def _siblings(self, block: str) -> Iterator[str]:
+        pattern = _pattern(block)
+        yield from (name for name in self.modules if name != block and _pattern(name) == pattern)
+
+    def _must_attend(self, name: str, block: str, inside: str, layers: set[str]) -> bool:
+        """Whether a block beside one with attention must have had it, too."""
+        if any(layer.startswith(f"{name}.") for layer in layers):
+            return False
+        if self._is_of_another_kind(name, [type(self.modules[block])]):
+            return False
+        slot = self.modules.get(f"{name}.{inside}")
+        if slot is not None and self.calls.ran(f"{name}.{inside}"):
+            return False  # judged by itself
+        if type(self.modules[name]) is type(self.modules[block]) and slot is not None:
+            return True  # the layer is there and was passed by
+        return self._mixes_tokens(name)
+
+    def _is_of_another_kind(self, name: str, beside: Sequence[type]) -> bool:
+        """Whether the configuration or the library says that this is no attention."""
+        kinds = _kinds(_text_config(self.model))
+        for index in (int(part) for part in name.split(".") if part.isdigit()):
+            if index < len(kinds) and self._count_beside(name, index) == len(kinds):
+                return kinds[index] not in _ATTENTION_KINDS
+        kind = type(self.modules[name])
+        return (
+            bool(beside)
+            and kind not in beside
+            and kind.__module__.startswith(_LIBRARY)
+            and all(other.__module__ == kind.__module__ for other in beside)
+        )
+
+    def _count_beside(self, name: str, index: int) -> int:
+        parts = name.split(".")
+        stem = ".".join(parts[: parts.index(str(index))])
+        parent = self.modules.get(stem)
+        return len(list(parent.children())) if parent is not None else 0
+
+    def _mixes_tokens(self, name: str) -> bool:
+        """Whether a block did what attention is written out with."""
+        numbers = set(self.calls.called(name))
+        return any(not numbers.isdisjoint(self.calls.enclosing(number)) for number in self.mixing)
+
+
+def _pattern(name: str) -> str:
+    """A name with its numbers left out: what stands in the same place of another block has the same."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def _inside_any(name: str, others: Mapping[str, int]) -> bool:
+    parts = name.split(".")
+    return any(".".join(parts[:index]) in others for index in range(len(parts)) if ".".join(parts[:index]) != name)

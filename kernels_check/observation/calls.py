@@ -1,0 +1,222 @@
+"""Which module of the model was called, when, and by which other: the address of everything that is seen in a step.
+
+A count of operators says nothing of where they ran: one layer that is called twice hides another that never ran, and a
+teacher's layers hide the student's. So every module of the model is hooked while a step is watched, each call is noted
+with the call that it came from, and each operator carries the call in which it ran (see ``events``). What carries none
+ran outside the model: in another model, in a copy, or in code that torch.compile made, which calls no hook.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+MARK = "lorameter.call#"
+"""How the profiler's record of a module's call begins; the number of the call follows."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModuleCall:
+    """One call of a module of the model."""
+
+    names: tuple[str, ...]
+    """Qualified names; several where the module is held in several places. ``""`` is the model itself."""
+    caller: int | None
+    """Number of the enclosing call; None for an entry into the model."""
+    training: bool
+    """The module's mode at that moment."""
+    with_grad: bool
+    """Whether gradients were being recorded."""
+    in_backward: bool
+    """Whether the autograd engine was running: the module is computed again for it (gradient checkpointing)."""
+    thread: int
+    """Identity of the Python thread."""
+
+    @property
+    def name(self) -> str:
+        """The first of its names."""
+        return self.names[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calls:
+    """All calls of the model's modules in the watched call of the step, in the order in which they began."""
+
+    all: tuple[ModuleCall, ...] = ()
+    unhooked: frozenset[str] = frozenset()
+    """Modules without a hook: compiled in place, or of a kind that takes none."""
+    thread: int | None = None
+    """Identity of the thread that called the step."""
+    modes: tuple[tuple[int, Mapping[str, bool]], ...] = ()
+    """``training`` of every module at each entry into the model, with the number of that call."""
+
+    @cached_property
+    def relevant(self) -> frozenset[int]:
+        """Numbers of the calls that a claim about training is about.
+
+        A reference, an evaluation or a generation inside the step enters the model with gradients off; those calls are
+        left out where any other entry records gradients. A step that records none at all is judged whole.
+        """
+        roots = [self._root(number) for number in range(len(self.all))]
+        trains = {root for root in set(roots) if self.all[root].with_grad or self.all[root].in_backward}
+        return frozenset(number for number, root in enumerate(roots) if not trains or root in trains)
+
+    @cached_property
+    def forward(self) -> tuple[int, ...]:
+        """Numbers of the relevant calls of the forward pass: those that are no recomputation."""
+        return tuple(number for number in sorted(self.relevant) if not self.all[number].in_backward)
+
+    @cached_property
+    def by_name(self) -> dict[str, list[int]]:
+        """Numbers of the relevant calls in either pass, by each of the module's names."""
+        found: dict[str, list[int]] = {}
+        for number in sorted(self.relevant):
+            for name in self.all[number].names:
+                found.setdefault(name, []).append(number)
+        return found
+
+    def called(self, name: str, *, in_backward: bool = False) -> list[int]:
+        """Numbers of the relevant calls of a module in one of the passes."""
+        return [number for number in self.by_name.get(name, ()) if self.all[number].in_backward is in_backward]
+
+    def ran(self, name: str) -> bool:
+        """Whether a module was called in the forward pass."""
+        return bool(self.called(name))
+
+    def recomputed(self, name: str) -> bool:
+        """Whether a module was called in the backward pass."""
+        return bool(self.called(name, in_backward=True))
+
+    def enclosing(self, number: int | None) -> Iterator[int]:
+        """A call and those around it, the innermost first."""
+        while number is not None:
+            yield number
+            number = self.all[number].caller
+
+    def training(self) -> dict[str, bool | None]:
+        """The mode of every module over the relevant calls; None where it changed."""
+        seen: dict[str, set[bool]] = {}
+        for number, modes in self.modes:
+            if number in self.relevant:
+                for name, mode in modes.items():
+                    seen.setdefault(name, set()).add(mode)
+        for name, numbers in self.by_name.items():
+            seen[name] = {self.all[number].training for number in numbers}
+        return {name: next(iter(modes)) if len(modes) == 1 else None for name, modes in seen.items()}
+
+    def in_other_threads(self) -> bool:
+        """Whether the forward pass ran in a thread that is not the one that called the step."""
+        return any(not call.in_backward and call.thread != self.thread for call in self.all)
+
+    def _root(self, number: int) -> int:
+        *_, root = self.enclosing(number)
+        return root
+
+
+@dataclass(slots=True)
+class CallRecorder:
+    """Writes the log; one for each watched call of the step."""
+
+    model: nn.Module
+    marked: bool = False
+    """Whether each call is also marked in the profiler's records."""
+    log: list[ModuleCall] = field(default_factory=list)
+    unhooked: set[str] = field(default_factory=set)
+    modes: list[tuple[int, dict[str, bool]]] = field(default_factory=list)
+    thread: int = field(default_factory=threading.get_ident)
+    _local: threading.local = field(default_factory=threading.local)
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        """Hook every module; all hooks are taken off, also if setting one or taking one off fails."""
+        names: dict[int, list[str]] = {}
+        modules: dict[int, nn.Module] = {}
+        for name, module in self.model.named_modules(remove_duplicate=False):
+            names.setdefault(id(module), []).append(name)
+            modules[id(module)] = module
+        with ExitStack() as hooks:
+            for identity, module in modules.items():
+                self._hook(module, tuple(names[identity]), hooks)
+            yield
+
+    def calls(self) -> Calls:
+        """What was written."""
+        return Calls(
+            all=tuple(self.log),
+            unhooked=frozenset(self.unhooked),
+            thread=self.thread,
+            modes=tuple(self.modes),
+        )
+
+    def current(self) -> int | None:
+        """Number of the innermost call in this thread."""
+        stack = self._stack()
+        return stack[-1][0] if stack else None
+
+    def _hook(self, module: nn.Module, names: tuple[str, ...], hooks: ExitStack) -> None:
+        if module._compiled_call_impl is not None:  # it would be compiled again with the hook
+            self.unhooked.update(names)
+            return
+
+        def enter(module: nn.Module, inputs: Any) -> None:
+            self._enter(module, names)
+
+        def leave(module: nn.Module, inputs: Any, output: Any) -> None:
+            self._leave(module)
+
+        try:
+            hooks.callback(module.register_forward_pre_hook(enter, prepend=True).remove)
+            hooks.callback(module.register_forward_hook(leave, always_call=True).remove)
+        except (RuntimeError, AttributeError, TypeError):  # modules of TorchScript take no such hook
+            self.unhooked.update(names)
+
+    def _enter(self, module: nn.Module, names: tuple[str, ...]) -> None:
+        stack = self._stack()
+        number = len(self.log)
+        self.log.append(
+            ModuleCall(
+                names=names,
+                caller=stack[-1][0] if stack else None,
+                training=module.training,
+                with_grad=torch.is_grad_enabled(),
+                in_backward=torch._C._current_graph_task_id() != -1,
+                thread=threading.get_ident(),
+            )
+        )
+        if not stack and torch._C._current_graph_task_id() == -1:
+            self.modes.append((number, {name: module.training for name, module in self.model.named_modules()}))
+        mark: Any = None
+        if self.marked:
+            mark = torch._C._profiler._RecordFunctionFast(f"{MARK}{number}")
+            mark.__enter__()
+        stack.append((number, module, mark))
+
+    def _leave(self, module: nn.Module) -> None:
+        """Close the call, and those inside it whose end no hook was told of."""
+        stack = self._stack()
+        if not any(entry[1] is module for entry in stack):
+            return
+        while stack:
+            _, closed, mark = stack.pop()
+            if mark is not None:
+                mark.__exit__(None, None, None)
+            if closed is module:
+                return
+
+    def _stack(self) -> list[tuple[int, nn.Module, Any]]:
+        found: list[tuple[int, nn.Module, Any]] | None = getattr(self._local, "stack", None)
+        if found is None:
+            found = self._local.stack = []
+        return found
+
+
+def number_of(mark: str) -> int:
+    """The number of the call that the profiler's record names."""
+    return int(mark.removeprefix(MARK))

@@ -1,0 +1,101 @@
+"""One call on the host as an instrument recorded it, and which of them anything here reads.
+
+An operator's ancestors say when it ran: everything below ``autograd::engine::evaluate_function`` runs in the backward
+pass, so a *forward* operator found there is a recomputation (gradient checkpointing). The call of a module that it
+carries says where (see ``calls``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+from kernels_check.rules import attention_backend
+
+BACKWARD_ROOT = "autograd::engine::evaluate_function"
+OPTIMIZER_ROOT = "Optimizer.step#"
+COMPILED_REGION = "Torch-Compiled Region"
+COMPILER_LOOKUP = "TorchDynamo Cache Lookup"
+UPDATES = ("aten::_fused_", "aten::_foreach_", "aten::addcdiv", "bitsandbytes::optimizer")
+"""How the operators of an optimizer's update begin."""
+SOFTMAX = frozenset({"aten::softmax", "aten::_softmax", "aten::_softmax_backward_data"})
+PRODUCTS = frozenset({
+    *("aten::mm", "aten::addmm", "aten::_addmm_activation", "aten::bmm", "aten::baddbmm", "aten::_int_mm"),
+    *("aten::_scaled_mm", "aten::convolution", "aten::mv", "aten::addmv", "aten::dot", "aten::linear"),
+})  # fmt: skip
+"""Matrix products; ``aten::linear`` is the outer name of one, where autocast has not cast its inputs yet."""
+FOURBIT = frozenset({"bitsandbytes::gemm_4bit", "bitsandbytes::gemv_4bit"})
+MASKING = frozenset({
+    *("aten::add", "aten::add_", "aten::sub", "aten::sub_", "aten::mul", "aten::mul_", "aten::where"),
+    *("aten::masked_fill", "aten::masked_fill_", "aten::minimum", "aten::baddbmm", "aten::tril", "aten::triu"),
+    *("aten::index_put_", "aten::_index_put_impl_"),
+})  # fmt: skip
+"""What a mask is laid over the scores by, where attention is written out."""
+_READ = SOFTMAX | PRODUCTS | FOURBIT | MASKING | {"bitsandbytes::dequantize_4bit", COMPILER_LOOKUP}
+_DTYPES = {"float": "float32", "double": "float64", "c10::BFloat16": "bfloat16", "c10::Half": "float16"}
+
+
+@dataclass(slots=True)
+class Operator:
+    """One call on the host, as an instrument recorded it."""
+
+    name: str
+    input_shapes: list[Any] = field(default_factory=list)
+    input_dtypes: list[str] = field(default_factory=list)
+    """Empty for what is no tensor."""
+    concrete_inputs: list[Any] = field(default_factory=list)
+    """Values of what is no tensor."""
+    parent: Operator | None = None
+    children: list[Operator] = field(default_factory=list)
+    call: int | None = None
+    """Number of the call of a module of the model in which it ran; None outside the model."""
+
+    def shape(self, index: int) -> tuple[int, ...]:
+        """Shape of an input, empty for what is no tensor."""
+        return tuple(self.input_shapes[index]) if index < len(self.input_shapes) else ()
+
+    def dtype(self, index: int) -> str | None:
+        """Dtype of an input."""
+        types = self.input_dtypes
+        return _DTYPES.get(types[index], types[index] or None) if index < len(types) else None
+
+
+@cache
+def matters(name: str) -> bool:
+    """Whether anything here reads an event of this name: a few hundred of the tens of thousands of a step."""
+    prefixes = (BACKWARD_ROOT, OPTIMIZER_ROOT, COMPILED_REGION, *UPDATES)
+    return name in _READ or name.startswith(prefixes) or attention_backend(name) is not None
+
+
+def ancestors(operator: Operator) -> Iterator[Operator]:
+    """Those around it, the innermost first."""
+    while operator.parent is not None:
+        operator = operator.parent
+        yield operator
+
+
+def descendants(operator: Operator) -> Iterator[Operator]:
+    """Those inside it."""
+    for child in operator.children:
+        yield child
+        yield from descendants(child)
+
+
+def in_backward(operator: Operator) -> bool:
+    """Whether it ran in the backward pass."""
+    return any(parent.name.startswith(BACKWARD_ROOT) for parent in ancestors(operator))
+
+
+def in_compiled(operator: Operator) -> bool:
+    """Whether it ran inside code of torch.compile."""
+    return any(parent.name.startswith(COMPILED_REGION) for parent in ancestors(operator))
+
+
+def by_place(operators: Iterable[Operator]) -> dict[tuple[int | None, bool], list[Operator]]:
+    """Operators by the call of a module and the pass in which they ran, in their order."""
+    found: dict[tuple[int | None, bool], list[Operator]] = {}
+    for operator in operators:
+        found.setdefault((operator.call, in_backward(operator)), []).append(operator)
+    return found
