@@ -127,9 +127,5 @@ PATHS: Mapping[str, JudgedPath] = {
     "base.bits": JudgedPath(requirement=_BITS, judge=judge_bits),
     "base.quant_type": JudgedPath(requirement=_QUANT_TYPE, judge=judge_quant_type),
     "base.double_quant": JudgedPath(requirement=FLAG, judge=judge_double_quant),
-        requirement=DTYPE, judge=judge_compute_dtype, rests_on=("products",)
-    ),
     "base.frozen": JudgedPath(requirement=FLAG, judge=judge_frozen),
-        requirement=_GEMM_PATH, judge=judge_gemm_path, rests_on=("product_paths",)
-    ),
 }

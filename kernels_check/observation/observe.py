@@ -106,7 +106,7 @@ class Observation:
     @property
     def blind(self) -> Mapping[Evidence, str]:
         """Evidence that the instrument could not collect in this step, with the reason."""
-        compiled_in_place = "" in self.modules.unhooked  # such a model calls no hook of its own
+        compiled_in_place = "" in self.modules.unhooked  # it calls no hook of its own
         if self.profile.blind and self.padding is None and compiled_in_place:
             return {**self.profile.blind, "inputs": "the model is compiled in place and its inputs were not seen"}
         return self.profile.blind
