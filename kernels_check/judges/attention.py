@@ -113,8 +113,7 @@ def judge_mask(seen: Observation, required: Json) -> Finding:
         reason += f"; {_MASK_REMEDY}"
     if _cpu_flash(forward) and "explicit" in masks:
         reason += "; the CPU's flash accepts an explicit mask, CUDA's would refuse it and another backend run instead"
-    told = [mask for mask in masks if mask != "unknown"]
-    return _over_calls(layers, told, len(masks) - len(told), required, reason)
+    return _over_calls(layers, masks, masks.count("unknown"), required, reason)
 
 
 def _over_calls(layers: AttentionLayers, values: list[str], untold: int, required: Json, reason: str) -> Finding:
@@ -123,7 +122,7 @@ def _over_calls(layers: AttentionLayers, values: list[str], untold: int, require
         reason += f"; {untold} calls do not tell"
     missing = _incomplete(layers, [call for call in layers.calls if not call.recomputed])
     reason += f"; {missing}" if missing else ""
-    differs = required is not None and any(value != required for value in values)
+    differs = required is not None and any(value not in (required, "unknown") for value in values)
     status: Status | None = "unknown" if (untold or missing) and not differs else None
     return Finding(observed=join_values(values), status=status, reason=reason + _aside(layers))
 

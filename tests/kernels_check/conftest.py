@@ -7,7 +7,8 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -30,23 +31,44 @@ def training(instrument: str) -> Callable[..., SmallRun]:
 
 @pytest.fixture
 def seen() -> Callable[..., Any]:
-    """Observations of which only what matters is given: attention calls, and fields by name."""
+    """Observations of which only what matters is given: attention calls, and fields by name.
+
+    Attention that is given no call of a module ran in the model itself.
+    """
     from torch import nn
 
-    from kernels_check.observation.calls import Calls
+    from kernels_check.observation.calls import Calls, ModuleCall
     from kernels_check.observation.events import StepProfile
     from kernels_check.observation.observe import Observation
     from kernels_check.observation.storage import Digest
 
+    entry = ModuleCall(names=("",), caller=None, training=True, with_grad=True, in_backward=False, thread=0)
     nothing = Digest(tensors={}, hashed_bytes=0, total_bytes=0, packed=False)
 
     def observation(*attention: Any, model: nn.Module | None = None, **given: Any) -> Observation:
-        profiled = {"attention": attention, "fourbit": (), "optimizer_ops": {}, "kernels": {}, "unclassified": {}}
+        placed = tuple(
+            dataclasses.replace(call, call=0) if call.direction == "forward" and call.call is None and not call.compiled
+            else call for call in attention
+        )  # fmt: skip
+        profiled = {"attention": placed, "fourbit": (), "optimizer_ops": {}, "kernels": {}, "unclassified": {}}
         profiled |= {"compiled_regions": 0, "compiler_lookups": 0}
         watched = {"calls": 2, "optimizer_steps": 2, "optimizers": (), "gradients": {}, "changed": frozenset()}
-        watched |= {"modules": Calls(), "modes": {"": True}, "drew_random": False}
+        watched |= {"modules": Calls(all=(entry,)), "modes": {"": True}, "drew_random": False}
         watched |= {"model": model or nn.Identity(), "before": nothing, "after": nothing}
         profile = StepProfile(**{key: given.pop(key, value) for key, value in profiled.items()})
         return Observation(profile=profile, **watched | given)
 
     return observation
+
+
+@pytest.fixture
+def entries() -> Callable[..., Any]:
+    """Entries into modules, by their names: one call each, in their order, of the forward or the backward pass."""
+    from kernels_check.observation.calls import Calls, ModuleCall
+
+    def made_of(*names: str, again: Iterable[str] = ()) -> Calls:
+        made = {"caller": None, "training": True, "with_grad": True, "thread": 0}
+        first = [ModuleCall(names=(name,), in_backward=False, **made) for name in names]
+        return Calls(all=(*first, *(ModuleCall(names=(name,), in_backward=True, **made) for name in again)))
+
+    return made_of

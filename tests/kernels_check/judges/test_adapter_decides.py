@@ -71,8 +71,7 @@ def test_dropout_in_compiled_code_takes_random_numbers_as_proof(seen, training):
         return adapter.judge_dropout(seen(model=run.model, modes=modes, **more), 0.05).observed
 
     assert observed(compiled_regions=1, drew_random=True) == 0.05
-    assert observed(bare=True, drew_random=True) == 0.05
-    assert observed(bare=True) == observed(compiled_regions=1) == 0.0
+    assert observed(compiled_regions=1) == 0.0
     assert observed(drew_random=True) == 0.0
     reason = adapter.judge_dropout(seen(model=run.model, modes=modes), 0.05).reason
     assert "but not called" in reason
@@ -118,7 +117,7 @@ def test_a_dtype_without_weights_says_whether_there_is_an_adapter(seen, training
     assert adapter.judge_dtype(seen(model=run.model), None).reason == "no adapter is active"
 
 
-def test_an_adapter_of_an_embedding_is_seen(seen):
+def test_an_adapter_of_an_embedding_is_seen(seen, entries):
     """PEFT keeps its factors as bare parameters, which call no hook: the layer's call counts, and its gradient."""
     import peft
 
@@ -130,17 +129,17 @@ def test_an_adapter_of_an_embedding_is_seen(seen):
         f"{layer.name}.lora_embedding_A.default",
         f"{layer.name}.lora_embedding_B.default",
     ]
-    assert adapter.judge_attached(seen(model=wrapped, module_calls={layer.name: 1}), True).observed is True
+    assert adapter.judge_attached(seen(model=wrapped, modules=entries(layer.name)), True).observed is True
     assert adapter.judge_attached(seen(model=wrapped), True).observed is False
     name = next(name for name, _ in layer.weights("B"))
     gradients = {name: GradientSeen(nonzero=True, finite=True)}
     assert adapter.judge_attached(seen(model=wrapped, gradients=gradients), True).observed is True
 
 
-def test_a_linear_layer_that_is_called_without_its_factor_is_idle(seen, training):
+def test_a_linear_layer_that_is_called_without_its_factor_is_idle(seen, training, entries):
     """The wrapper's call proves the base only."""
     run = training()
     calls = {layer.name: 1 for layer in lora_layers(run.model)}
-    assert adapter.judge_attached(seen(model=run.model, module_calls=calls), True).observed is False
+    assert adapter.judge_attached(seen(model=run.model, modules=entries(*calls)), True).observed is False
     calls |= {name: 1 for layer in lora_layers(run.model) for name, _ in layer.parts() if ".lora_A." in name}
-    assert adapter.judge_attached(seen(model=run.model, module_calls=calls), True).observed is True
+    assert adapter.judge_attached(seen(model=run.model, modules=entries(*calls)), True).observed is True

@@ -11,7 +11,7 @@ def test_fused_accepts_the_flash_of_the_cpu(training):
     """Any implementation that never writes the scores counts as fused; calls are counted per direction."""
     check = training().check("attention.backend", "fused")
     assert (check.status, check.observed) == ("active", "flash")
-    assert "forward: 2 flash; backward: 2 flash; 2 attention layers" in check.reason
+    assert "forward: 2 flash; backward: 2 flash; 2 of 2 attention layers" in check.reason
 
 
 def test_eager_attention_fails_fused(training):
@@ -91,7 +91,8 @@ def test_a_layer_without_known_attention_is_not_overlooked(training):
     layer.forward = lambda hidden_states, **kwargs: (hidden_states, None)
     check = run.check("attention.backend", "flash")
     assert check.status == "fallback"
-    assert "1 calls cannot come from 2 layers" in check.reason
+    assert "1 calls of 1 of 2 layers ran no attention that is recognised" in check.reason
+    assert check.reason.endswith("layers.1.self_attn")
 
 
 def test_an_explicit_padding_mask_is_seen(training):

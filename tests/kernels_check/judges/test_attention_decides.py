@@ -9,6 +9,8 @@ import torch
 from kernels_check.judges import attention
 from kernels_check.judges.batch import probe_isolation
 from kernels_check.observation.attention_calls import AttentionCall
+from kernels_check.observation.attention_layers import announced_layers, attention_layers
+from kernels_check.observation.calls import Calls, ModuleCall
 
 BARE = torch.nn.Identity()
 FLASH = AttentionCall(
@@ -43,56 +45,67 @@ def model(**config):
 def backend(seen):
     """Judge the backend of some calls."""
 
-    def judge(required, *calls, of=BARE):
-        return attention.judge_backend(seen(*calls, model=of), required).against("attention.backend", required)
+    def judge(required, *calls, of=BARE, entered=(), grads=(True, True)):
+        more = {}
+        if entered:  # each name an entry into the model of its own, numbered from 1
+            of = torch.nn.ModuleDict({name: torch.nn.Identity() for name in entered})
+            made = {"caller": None, "training": True, "in_backward": False, "thread": 0}
+            entries = [ModuleCall(names=(n,), with_grad=g, **made) for n, g in zip(entered, grads, strict=True)]
+            more["modules"] = Calls(all=(ModuleCall(names=("",), with_grad=False, **made), *entries))
+        return attention.judge_backend(seen(*calls, model=of, **more), required).against("attention.backend", required)
 
     return judge
 
 
-def but(call, **changes):
-    return dataclasses.replace(call, **changes)
+def but(which, /, **changes):
+    return dataclasses.replace(which, **changes)
 
 
 def test_layers_are_those_with_softmax_attention():
     """Linear attention calls no attention operator; without a configuration the number is unknown."""
     mixed = model(layer_types=["full_attention", "linear_attention", "sliding_attention"], num_hidden_layers=3)
-    assert attention.attention_layers(mixed) == 2
-    assert attention.attention_layers(model(num_hidden_layers=5)) == 5
-    assert attention.attention_layers(BARE) is None
+    assert announced_layers(mixed) == 2
+    assert announced_layers(model(num_hidden_layers=5)) == 5
+    assert announced_layers(torch.nn.Sequential(model(num_hidden_layers=5))) == 5
+    assert announced_layers(BARE) is None
 
 
-def test_a_backend_is_judged_without_a_known_number_of_layers(backend):
-    """Then every call counts, and the reason says that the number is unknown."""
+def test_every_call_counts(backend):
+    """Of the one layer that the model itself is."""
     check = backend("flash", FLASH, FLASH, FLASH)
     assert check.met
-    assert check.reason.startswith("forward: 3 flash; backward: none; unknown number of attention layers")
+    assert check.reason.startswith("forward: 3 flash; backward: none; 1 of 1 attention layers as required;")
     assert not backend("flash", FLASH, MATH).met
 
 
-def test_calls_must_be_a_multiple_of_the_layers(backend):
-    """Three calls cannot be those of two layers, four are two micro-batches; a configuration of none is no division."""
+def test_calls_of_compiled_code_must_be_a_multiple_of_the_layers(backend):
+    """No module is known there. Three calls cannot be those of two layers, four are two micro-batches."""
+    flash = but(FLASH, compiled=True)
     two = model(num_hidden_layers=2)
-    assert backend("flash", *[FLASH] * 4, of=two).met
-    check = backend("flash", *[FLASH] * 3, of=two)
+    assert backend("flash", *[flash] * 4, of=two).met
+    check = backend("flash", *[flash] * 3, of=two)
     assert check.status == "fallback"
-    assert "3 calls cannot come from 2 layers" in check.reason
-    assert backend("flash", FLASH, of=model(num_hidden_layers=0)).met
+    assert "3 calls in compiled code cannot come from 2 layers" in check.reason
+    assert not backend("flash", flash, of=model(num_hidden_layers=0)).met
+    unknown = backend("flash", flash)
+    assert not unknown.met
+    assert "an unknown number of layers" in unknown.reason
+    assert backend("flash", flash, but(flash, recomputed=True), of=model(num_hidden_layers=1)).met
 
 
 def test_recomputed_calls_alone_prove_no_forward_pass(backend):
-    """Nor do they count twice beside the first."""
+    """Nor do they make up for one."""
     again = but(FLASH, recomputed=True)
-    two = model(num_hidden_layers=2)
-    assert not backend("flash", again, again, of=two).met
-    assert backend("flash", FLASH, FLASH, again, again, of=two).met
-    assert not backend("flash", FLASH, again, of=two).met
+    assert "only recomputed ones" in backend("flash", again, again).reason
+    assert not backend("flash", again, again).met
+    assert backend("flash", FLASH, FLASH, again, again).met
 
 
-def test_without_forward_calls_the_backend_is_absent(backend):
+def test_without_forward_calls_the_backend_is_unknown(backend):
     """A backward pass alone has none."""
     check = backend("flash", but(FLASH, direction="backward"))
-    assert check.status == "absent"
-    assert check.reason.startswith("forward: none; backward: 1 flash")
+    assert check.status == "unknown"
+    assert "neither an attention operator nor" in check.reason
 
 
 def test_nothing_required_is_no_fallback(backend):
@@ -115,14 +128,23 @@ def test_what_cuda_would_do_is_said_of_the_cpus_flash_only(backend):
     assert "head size" not in backend("flash", but(ON_CPU, head_size=None)).reason
 
 
-def test_layers_that_went_astray_are_named_by_the_order_of_their_calls(backend):
-    """Unless the order is not known, because some were written out or the number of layers is unknown."""
-    two = model(num_hidden_layers=2)
-    assert "not as required in layers 1;" in backend("flash", FLASH, MATH, FLASH, MATH, of=two).reason
-    assert "not as required" not in backend("flash", FLASH, MATH).reason
-    eager = but(MATH, op="aten::softmax", backend="eager")
-    assert "not as required" not in backend("flash", FLASH, eager, of=two).reason
-    assert "not as required in layers 0, 1;" in backend("flash", eager, eager, of=two).reason
+def test_layers_that_went_astray_are_named(backend):
+    """One wrong call of a layer is enough, and a layer that is right is not named."""
+    check = backend("flash", but(FLASH, call=1), but(MATH, call=2), but(FLASH, call=2), entered=("first", "second"))
+    assert "1 of 2 attention layers as required" in check.reason
+    assert "not as required in second;" in check.reason
+    assert not check.met
+
+
+def test_what_is_not_the_models_is_said_and_not_judged(backend):
+    """A reference without gradients, and another model; where they are all there is, the model ran none."""
+    reference = but(MATH, call=2)
+    other = but(MATH, call=None, compiled=False, direction="forward")
+    check = backend("flash", but(FLASH, call=1), reference, entered=("first", "second"), grads=(True, False))
+    assert check.met
+    assert "not judged: 1 calls without gradients (1 math)" in check.reason
+    assert backend("flash", reference, entered=("first", "second"), grads=(True, False)).status == "absent"
+    assert attention_layers(BARE, Calls(), [other]).elsewhere == (other,)
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from kernels_check.check import name_some
-from kernels_check.judges import base_layers
+from kernels_check.judges import base_layers, base_products
 from kernels_check.judges.paths import validate
 from kernels_check.observation import storage
 from kernels_check.observation.adapter_layers import lora_layers
+from kernels_check.observation.calls import Calls
 from kernels_check.observation.products import Product
 
 
@@ -19,22 +20,54 @@ def instrument():
     return "profile"
 
 
-def test_the_operators_overrule_the_layers_on_the_compute_dtype(seen, training):
-    """What ran counts, where it is 4-bit and known; agreement changes nothing."""
-    run = training()
+@pytest.fixture
+def bases(entries):
+    """One call of each base layer below an adapter, numbered in their order."""
+    return lambda model: entries(*(f"{layer.name}.base_layer" for layer in lora_layers(model)))
 
-    def judge(of, dtype, required="bfloat16"):
-        call = Product(op="bitsandbytes::gemm_4bit", path="dequantize", dtype=dtype)
-        judged = base_layers.judge_compute_dtype(seen(fourbit=(call,), model=of), required)
+
+def product(dtype, call, path="dequantize"):
+    """A 4-bit product of a layer, or one of no layer."""
+    return Product(op="bitsandbytes::gemm_4bit", path=path, dtype=dtype, call=call)
+
+
+def test_the_compute_dtype_is_that_of_each_layers_products(seen, training, bases):
+    """What ran counts, layer by layer: one that differs, one without any, and products of nobody knows whom."""
+    run = training()
+    modules = bases(run.model)
+
+    def judge(*products, required="bfloat16"):
+        judged = base_products.judge_compute_dtype(seen(fourbit=products, model=run.model, modules=modules), required)
         return judged.against("base.compute_dtype", required)
 
-    assert judge(run.model, "bfloat16").met
-    overruled = judge(run.model, "float32")
-    assert (overruled.status, overruled.observed) == ("fallback", "float32")
-    assert "layers claim bfloat16" in overruled.reason
-    assert "layers claim" not in judge(run.model, None).reason
-    mixed = training(unquantised=("lm_head", "layers.1.self_attn.v_proj"))
-    assert "layers claim" not in judge(mixed.model, "float32").reason
+    bf16 = [product("bfloat16", number) for number in range(4)]
+    assert judge(*bf16).reason == "4 of 4 targeted layers: bfloat16, by the products that they called"
+    assert judge(*bf16).met
+    one = judge(*bf16[:3], product("float32", 3))
+    assert (one.status, one.observed) == ("fallback", "bfloat16+float32")
+    assert "3 of 4 targeted layers" in one.reason
+    assert "layers.1.self_attn.v_proj (float32)" in one.reason
+    assert "layers claim bfloat16" in one.reason
+    assert "bnb_4bit_compute_dtype" in one.reason
+    both = judge(*bf16, product("float32", 3))
+    assert both.status == "fallback"
+    missing = judge(*bf16[:3], product("bfloat16", None))
+    assert missing.status == "unknown"
+    assert "cannot tell for base_model.model.model.layers.1.self_attn.v_proj" in missing.reason
+    assert judge(*bf16, required=None).status == "active"
+
+
+def test_products_in_compiled_code_count_where_they_agree(seen, training):
+    """No layer is known there; where they do not agree, nothing is."""
+    run = training()
+    inside = [dataclasses.replace(product(dtype, None), compiled=True) for dtype in ("bfloat16", "float32")]
+
+    def judge(*products):
+        return base_products.judge_compute_dtype(seen(fourbit=products, model=run.model, modules=Calls()), "bfloat16")
+
+    assert judge(inside[0], inside[0]).satisfies
+    assert judge(*inside).status == "unknown"
+    assert judge().status == "unknown"
 
 
 def test_a_four_bit_layer_is_held_to_its_own_size(training):
@@ -90,14 +123,14 @@ def test_int8_needs_the_state_of_its_class():
     assert storage.read_storage(layer).bits == 32
 
 
-def test_the_origin_is_noted_only_where_it_differs(seen, training):
+def test_the_origin_is_noted_only_where_it_differs(training):
     """A base that was loaded in its compute dtype needs no remedy, nor does one that is as required."""
-    judged = base_layers.judge_compute_dtype(seen(model=training().model), "bfloat16")
-    assert "dequantises" not in judged.reason
-    assert "remedy" not in judged.reason
-    assert "remedy" in base_layers.judge_compute_dtype(seen(model=training().model), "float32").reason
+    check = training().check("base.compute_dtype", "bfloat16")
+    assert "dequantises" not in check.reason
+    assert "remedy" not in check.reason
+    assert "remedy" in training().check("base.compute_dtype", "float32").reason
     partly = training(unquantised=("lm_head", "q_proj"))
-    assert "remedy" not in base_layers.judge_bits(seen(model=partly.model), None).reason
+    assert "remedy" not in partly.check("base.bits").reason
 
 
 def test_a_digest_samples_pages_of_large_tensors_only(training, monkeypatch):
@@ -154,19 +187,35 @@ def test_bytes_that_changed_without_repacking_are_no_excuse(seen, training):
     assert "sha256 over all" in judge(before).reason
 
 
-def test_an_unknown_four_bit_path_is_unknown(seen, training):
+def test_an_unknown_four_bit_path_is_unknown(seen, training, bases):
     """So are 4-bit weights of which no product was seen; a float base has none."""
 
     def judge(of, *paths):
-        calls = tuple(Product(op="bitsandbytes::gemm_4bit", path=path, dtype=None) for path in paths)
-        judged = base_layers.judge_gemm_path(seen(fourbit=calls, model=of), "dequantize")
+        calls = tuple(product(None, number, path) for number, path in enumerate(paths))
+        judged = base_products.judge_gemm_path(seen(fourbit=calls, model=of, modules=bases(of)), "dequantize")
         return judged.against("base.gemm_path", "dequantize").status
 
     run = training()
-    assert judge(run.model, "dequantize") == "active"
-    assert judge(run.model, "dequantize", "unknown") == "unknown"
+    assert judge(run.model, *["dequantize"] * 4) == "active"
+    assert judge(run.model, "dequantize", *["unknown"] * 3) == "unknown"
+    assert judge(run.model, "dequantize", "fused", "unknown", "unknown") == "fallback"
+    assert judge(run.model, *["dequantize"] * 3) == "fallback"
     assert judge(run.model) == "unknown"
     assert judge(training(quant=None).model) == "not_applicable"
+
+
+def test_a_layer_that_is_passed_by_is_found(training):
+    """Its own forward or that of what holds it was replaced; the others of its kind ran."""
+    for replaced in ("layers.1.mlp", "layers.1.self_attn.q_proj"):
+        run = training()
+        module = run.model.get_submodule(f"base_model.model.model.{replaced}")
+        width = module.base_layer.out_features if replaced.endswith("q_proj") else None
+        module.forward = lambda x, *a, width=width, **k: x if width is None else x.new_ones(*x.shape[:-1], width)
+        check = run.check("base.gemm_path", "dequantize")
+        assert check.status == "fallback"
+        assert "without one ran" in check.reason
+        assert replaced in check.reason
+    assert training().check("base.gemm_path", "dequantize").met
 
 
 def test_several_values_are_told_apart_from_one(training, seen):

@@ -7,8 +7,8 @@ import torch
 
 from kernels_check.judges import execution, optimizer
 from kernels_check.observation.adapter_layers import lora_layers
-from kernels_check.observation.compilations import Compilations
 from kernels_check.observation.attention_calls import AttentionCall
+from kernels_check.observation.compilations import Compilations
 from kernels_check.observation.observe import OptimizerSeen
 
 FLASH = AttentionCall(
@@ -46,7 +46,7 @@ def but(call, **changes):
 
 
 @pytest.fixture
-def checkpointing(training, seen):
+def checkpointing(training, seen, entries):
     """Judge from the attention calls, and from which adapter layers were called, and called again."""
 
     def judge(calls, *, called=4, repeated=0, required=True, modes=None, flagged=False):
@@ -56,8 +56,7 @@ def checkpointing(training, seen):
         watched = seen(
             *calls,
             model=run.model,
-            module_calls=dict.fromkeys(names[:called], 1),
-            recomputed=frozenset(names[:repeated]),
+            modules=entries(*names[:called], again=names[:repeated]),
             modes=modes or {"": True},
         )
         return execution.judge_checkpointing(watched, required).against("checkpointing", required)

@@ -28,7 +28,7 @@ def test_the_nearest_kept_caller_is_the_parent():
     operators, _ = read_operators(
         _recorded(
             _record("aten::linear", 20, 30),
-            _record("aten::mm", 15, 35),
+            _record("aten::view", 15, 35),
             _record("bitsandbytes::gemm_4bit", 10, 40),
             _record("aten::softmax", 41, 50),
             _record("aten::add", 20, 30, thread=2),

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels_check
 from kernels_check.observation.attention_calls import AttentionCall
+from kernels_check.observation.calls import CallRecorder
 from kernels_check.observation.events import StepProfile
 from kernels_check.observation.products import Product
 from kernels_check.observation.spy import Spy, _blind, spied
@@ -158,7 +159,7 @@ def test_code_that_is_not_compiled_yet_can_still_be(training):
     layer = torch.nn.Linear(4, 4)
     graphs = []
     compiled = torch.compile(layer, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
-    with spied() as spy:
+    with spied(CallRecorder(torch.nn.Identity())) as spy:
         compiled(torch.ones(2, 4))
     assert spy.compiled_calls == 1
     assert graphs == []
@@ -171,7 +172,7 @@ def test_flex_attention_is_seen_and_compiles_afterwards():
     """A higher-order operator passes through the mode; what compiles it inside is held, not spoilt."""
     flex_attention = pytest.importorskip("torch.nn.attention.flex_attention").flex_attention
     query = torch.randn(1, 2, 128, 16)
-    with torch.no_grad(), spied() as spy:
+    with torch.no_grad(), spied(CallRecorder(torch.nn.Identity())) as spy:
         flex_attention(query, query, query)
     assert [call.backend for call in spy.profile(torch.nn.Identity()).attention] == ["flex"]
     assert spy.compiled_calls > 0
@@ -216,7 +217,7 @@ def test_on_a_cpu_missing_operators_stay_unknown():
 def test_arguments_left_at_their_default_are_filled_in():
     """A dispatch mode is not given trailing defaults; a mask passed by keyword is still found."""
     query = torch.randn(1, 2, 8, 16)
-    with Spy() as spy:
+    with Spy(CallRecorder(torch.nn.Identity())) as spy:
         torch.nn.functional.scaled_dot_product_attention(query, query, query, is_causal=True)
         torch.nn.functional.scaled_dot_product_attention(query, query, query, torch.zeros(8, 8))
     calls = spy.profile(torch.nn.Identity()).attention
