@@ -139,7 +139,8 @@ class _Search:
                 continue
             if type(module) in kinds or _pattern(name) in slots:
                 beside = [type(self.modules[layer]) for layer in layers if _pattern(layer) == _pattern(name)]
-                if not self._is_of_another_kind(name, beside):
+                in_sequence = type(module) not in kinds and name.rpartition(".")[2].isdigit()
+                if not self._is_of_another_kind(name, beside) and (not in_sequence or self._mixes_tokens(name)):
                     yield name
         for block, inside in self._blocks(layers):
             for name in self._siblings(block):

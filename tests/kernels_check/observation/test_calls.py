@@ -1,0 +1,116 @@
+"""Every call of a module is noted with the one that it came from, in both passes; nothing is left behind."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from kernels_check.observation.calls import CallRecorder
+
+
+@pytest.fixture
+def instrument():
+    """No instrument is asked."""
+    return "profile"
+
+
+class Layer(nn.Module):
+    """Calls its part, by way of checkpointing where told to."""
+
+    def __init__(self, part, reentrant=None):
+        super().__init__()
+        self.part, self.reentrant = part, reentrant
+
+    def forward(self, x):
+        if self.reentrant is None:
+            return self.part(x)
+        return checkpoint(self.part, x, use_reentrant=self.reentrant)
+
+
+def recorded(model, run):
+    recorder = CallRecorder(model)
+    with recorder.hooked():
+        run(model, torch.randn(2, 4, requires_grad=True))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    return recorder.calls()
+
+
+def train(model, x):
+    model(x).sum().backward()
+
+
+def test_a_call_knows_its_caller():
+    """By number, the innermost first; a module in two places has both names."""
+    shared = nn.Linear(4, 4)
+    calls = recorded(nn.Sequential(Layer(shared), Layer(shared)), train)
+    assert [call.names for call in calls.all] == [("",), ("0",), ("0.part", "1.part"), ("1",), ("0.part", "1.part")]
+    assert [calls.all[number].name for number in calls.enclosing(4)] == ["0.part", "1", ""]
+    assert [call.caller for call in calls.all] == [None, 0, 1, 0, 3]
+    assert calls.called("1.part") == [2, 4]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_what_is_computed_again_is_told_apart(reentrant):
+    """Reentrant checkpointing runs the first forward without gradients: it is the model's training all the same."""
+    calls = recorded(nn.Sequential(Layer(nn.Linear(4, 4), reentrant), Layer(nn.Linear(4, 4))), train)
+    assert calls.recomputed("0.part")
+    assert not calls.recomputed("1.part")
+    assert calls.ran("0.part")
+    assert len(calls.called("0.part")) == len(calls.called("0.part", in_backward=True)) == 1
+    assert len(calls.relevant) == len(calls.all)
+
+
+def test_entries_without_gradients_count_only_where_there_are_no_others():
+    """An evaluation beside the training is left out; an evaluation by itself is what is judged."""
+
+    def both(model, x):
+        with torch.no_grad():
+            model(x)
+        train(model, x)
+
+    def evaluation(model, x):
+        with torch.no_grad():
+            model(x)
+
+    model = nn.Sequential(nn.Linear(4, 4))
+    assert recorded(model, both).forward == (2, 3)
+    assert recorded(model, evaluation).forward == (0, 1)
+
+
+def test_modes_are_those_of_every_call():
+    """None where a module was called in both; what is never called has the mode that it stood in."""
+
+    def changing(model, x):
+        train(model, x)
+        model[0].eval()
+        train(model, x)
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.Identity())
+    model.spare = nn.Linear(4, 4).eval()
+    model.forward = lambda x: model[1](model[0](x))
+    modes = recorded(model, changing).training()
+    assert modes == {"": True, "0": None, "1": True, "spare": False}
+
+
+def test_an_exception_leaves_no_hook_and_no_open_call():
+    """Also one that the model catches: what follows belongs to the caller again."""
+
+    class Careless(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bad, self.good = Layer(None), nn.Linear(4, 4)
+
+        def forward(self, x):
+            try:
+                self.bad(x)
+            except TypeError:
+                return self.good(x)
+
+    calls = recorded(Careless(), train)
+    assert [(call.name, call.caller) for call in calls.all] == [("", None), ("bad", 0), ("good", 0)]
+    model = nn.Sequential(Layer(None))
+    recorder = CallRecorder(model)
+    with pytest.raises(TypeError), recorder.hooked():
+        model(torch.randn(2, 4))
+    assert recorder.current() is None
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
