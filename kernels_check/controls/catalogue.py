@@ -25,7 +25,7 @@ ATTENTION = (
         required="fused",
         sabotage=small(sabotage.force_math),
         twin=small(),
-        words=("forward: 2 math", "not as required in layers 0, 1", "sdpa_kernel"),
+        words=("forward: 2 math", "0 of 2 attention layers as required", "layers.1.self_attn", "sdpa_kernel"),
     ),
     Control(
         name="attention dropout on",
