@@ -94,7 +94,8 @@ def _is_mark(event: Any) -> bool:
 def _nested(events: Iterable[Any]) -> Iterator[Operator]:
     """Link each event to the innermost one of its thread that encloses it, and to the innermost call of a module.
 
-    An operator written in Python is recorded by the dispatcher twice, one record inside the other: the outer is kept.
+    An operator that is written in Python, or that autocast calls anew with other inputs, is recorded twice, one record
+    inside the other: the outer is kept, with the inputs of the inner.
     """
     order = sorted(events, key=lambda event: (event.start_thread_id(), event.start_ns(), -event.end_ns()))
     thread, around = None, list[tuple[int, Operator | None, int | None]]()
@@ -109,6 +110,7 @@ def _nested(events: Iterable[Any]) -> Iterator[Operator]:
             around.append((event.end_ns(), parent, number_of(name)))
             continue
         if parent is not None and parent.name == name:
+            parent.input_shapes, parent.input_dtypes = event.shapes(), event.dtypes()
             continue
         operator = Operator(name, event.shapes(), event.dtypes(), event.concrete_inputs(), parent, call=call)
         if parent is not None:

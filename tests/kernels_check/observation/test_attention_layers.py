@@ -217,6 +217,18 @@ def test_the_precision_of_what_is_written_out_is_that_of_its_products(verified):
     assert not verified(model, "float32", step, "attention.dtype").met
 
 
+@pytest.mark.parametrize("compute", [fused, written_out, written_out_in_three_dimensions])
+def test_autocast_decides_over_the_precision(verified, compute):
+    """Whatever dtype the weights have."""
+
+    def step(model, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(x).float().square().mean()
+        loss.backward()
+
+    assert verified(stack(compute), "bfloat16", step, "attention.dtype").met
+
+
 def test_multihead_attention_of_torch_is_attention(verified):
     """With its weights it is written out, over three dimensions; without them it is fused."""
 
