@@ -1,73 +1,13 @@
-"""Every negative control, as data.
-
-On a CPU the flash of SDPA takes masks, float32 and heads of any size, so that the verdict on the backend stays true
-there. Such controls are judged by the input that CUDA would refuse, and the reason says what CUDA would do.
-"""
+"""Every negative control, as data."""
 
 from __future__ import annotations
 
 from kernels_check.controls import sabotage
 from kernels_check.controls.control import Control, small
+from kernels_check.controls.of_attention import ATTENTION, PRODUCTS
 from kernels_check.controls.on_cuda import CUDA_CONTROLS
 
-ATTENTION = (
-    Control(
-        name="eager attention",
-        path="attention.backend",
-        required="fused",
-        sabotage=small(attention="eager"),
-        twin=small(),
-        words=("forward: 2 eager; backward: 2 eager", "attn_implementation='eager'", "load it with 'sdpa'"),
-    ),
-    Control(
-        name="SDPA forced to math",
-        path="attention.backend",
-        required="fused",
-        sabotage=small(sabotage.force_math),
-        twin=small(),
-        words=("forward: 2 math", "0 of 2 attention layers as required", "layers.1.self_attn", "sdpa_kernel"),
-    ),
-    Control(
-        name="attention dropout on",
-        path="attention.backend",
-        required="fused",
-        sabotage=small(attention_dropout=0.1),
-        twin=small(),
-        words=("forward: 2 math", "attention dropout is on", "attention_dropout=0"),
-    ),
-    Control(
-        name="float32 queries, keys and values",
-        path="attention.dtype",
-        required="bfloat16",
-        sabotage=small(prepare=True),
-        twin=small(sabotage.use_autocast, prepare=True),
-        words=("2 float32", "CUDA refuse float32", "math would run", "prepare_model_for_kbit_training", "autocast"),
-    ),
-    Control(
-        name="a padding mask",
-        path="attention.mask",
-        required="causal",
-        sabotage=small(sabotage.pad_one_token),
-        twin=small(),
-        words=("2 explicit", "CUDA's would refuse", "pass no attention_mask"),
-    ),
-    Control(
-        name="an explicit mask",
-        path="attention.mask",
-        required="causal",
-        sabotage=small(sabotage.pass_additive_mask),
-        twin=small(),
-        words=("2 explicit", "CUDA's would refuse", "pass no attention_mask"),
-    ),
-    Control(
-        name="a head size that flash refuses",
-        path="attention.backend",
-        required="flash",
-        sabotage=small(head_size=288),
-        twin=small(head_size=256),
-        words=("on CUDA flash would refuse the head size 288", "memory-efficient would run"),
-        caught_by="reason",
-    ),
+BATCH = (
     Control(
         name="packed sequences that leak",
         path="packing.isolated",
@@ -269,4 +209,4 @@ EXECUTION = (
     ),
 )
 
-CONTROLS: tuple[Control, ...] = (*ATTENTION, *BASE, *ADAPTER, *EXECUTION, *CUDA_CONTROLS)
+CONTROLS: tuple[Control, ...] = (*ATTENTION, *PRODUCTS, *BATCH, *BASE, *ADAPTER, *EXECUTION, *CUDA_CONTROLS)

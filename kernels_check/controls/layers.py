@@ -1,0 +1,147 @@
+"""Ways to break some layers of a run, or to run something else beside them; and everyday steps that do the latter."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+from kernels_check.controls.small_run import SmallRun, build
+
+
+def accumulate(run: SmallRun) -> None:
+    """Two micro-batches a step."""
+
+    def step() -> None:
+        run.optimizer.zero_grad()
+        for _ in range(2):
+            with run.around():
+                loss = run.model(**run.inputs, labels=run.inputs["input_ids"]).loss
+                loss.backward()
+        run.optimizer.step()
+        run.losses.append(float(loss.detach()))
+
+    _replace_step(run, step)
+
+
+def write_one_layer_by_hand(run: SmallRun) -> None:
+    """As an experiment that was left in: running means over the tokens, which no operator calls attention."""
+    attention = _layers(run)[1].self_attn
+
+    def forward(hidden_states: Any, **_: Any) -> Any:
+        import torch
+
+        values = attention.v_proj(hidden_states).repeat(1, 1, 2)
+        counts = torch.arange(1, values.shape[1] + 1, device=values.device).unsqueeze(-1)
+        return attention.o_proj((values.float().cumsum(1) / counts).to(values.dtype)), None
+
+    attention.forward = forward
+
+
+def wrap(run: SmallRun) -> None:
+    """Hold the model in a module of one's own that has no configuration."""
+    from torch import nn
+
+    class Wrapper(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, **inputs: Any) -> Any:
+            return self.inner(**inputs)
+
+    run.model = Wrapper(run.model)
+
+
+def ask_a_teacher(run: SmallRun) -> None:
+    """A teacher of another depth answers first, without gradients."""
+    teacher = build(quant=None).model
+    blocks = teacher.base_model.model.model.layers
+    blocks.append(copy.deepcopy(blocks[0]))
+    blocks[2].self_attn.layer_idx = 2
+    teacher.config.num_hidden_layers = 3
+    _before_each_step(run, lambda: teacher(**run.inputs, use_cache=False))
+
+
+def train_a_copy(run: SmallRun) -> None:
+    """Another name for the model, and the step keeps the other object."""
+    model = run.model
+    other = copy.deepcopy(model)
+
+    def step() -> None:
+        run.optimizer.zero_grad()
+        other(**run.inputs, labels=run.inputs["input_ids"]).loss.backward()
+        run.optimizer.step()
+
+    _replace_step(run, step)
+
+
+def pass_attention_by(run: SmallRun) -> None:
+    """A block of which only the feed-forward part is left."""
+    block = _layers(run)[1]
+    block.forward = lambda hidden_states, **_: hidden_states + block.mlp(hidden_states)
+
+
+def pass_products_by(run: SmallRun) -> None:
+    """A feed-forward part that hands its input on."""
+    _layers(run)[1].mlp.forward = lambda x: x
+
+
+def evaluate_inside(run: SmallRun) -> None:
+    """An evaluation at the beginning of every step, as callbacks make one."""
+
+    def evaluate() -> None:
+        run.model.eval()
+        run.model(**run.inputs, use_cache=False)
+        run.model.train()
+
+    _before_each_step(run, evaluate)
+
+
+def write_out(run: SmallRun, *, fill: bool = False) -> None:
+    """Attention by products and a softmax, over all tokens."""
+    for block in _layers(run):
+        block.self_attn.forward = _written_out(block.self_attn, fill)
+
+
+def fill_a_mask(run: SmallRun) -> None:
+    """The same, with future tokens filled out."""
+    write_out(run, fill=True)
+
+
+def _written_out(attention: Any, fill: bool) -> Callable[..., Any]:
+    def forward(hidden_states: Any, **_: Any) -> Any:
+        import torch
+
+        shape = (*hidden_states.shape[:-1], -1, attention.head_dim)
+        query = attention.q_proj(hidden_states).view(shape).transpose(1, 2)
+        key, value = (part(hidden_states).view(shape).transpose(1, 2) for part in (attention.k_proj, attention.v_proj))
+        key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], 1) for part in (key, value))
+        scores = query @ key.transpose(-1, -2) * attention.scaling
+        if fill:
+            future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+            scores = scores.masked_fill(future, torch.finfo(scores.dtype).min)
+        return attention.o_proj((scores.softmax(-1) @ value).transpose(1, 2).flatten(2)), None
+
+    return forward
+
+
+def _layers(run: SmallRun) -> Any:
+    return run.model.base_model.model.model.layers
+
+
+def _before_each_step(run: SmallRun, what: Callable[[], object]) -> None:
+    import torch
+
+    original = run.step
+
+    def step() -> None:
+        with torch.no_grad(), run.around():
+            what()
+        original()
+
+    _replace_step(run, step)
+
+
+def _replace_step(run: SmallRun, step: Callable[[], None]) -> None:
+    run.step = step  # type: ignore[method-assign]
