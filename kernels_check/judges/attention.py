@@ -82,7 +82,12 @@ def judge_backend(seen: Observation, required: Json) -> Finding:
             f"; on CUDA flash would refuse the head size {largest} (it takes up to {LARGEST_FLASH_HEAD}), and cuDNN "
             "too: memory-efficient would run, or math where it refuses as well"
         )
-    return Finding(observed=observed, reason=reason, satisfies=not astray and not incomplete)
+    return Finding(
+        observed=observed,
+        reason=reason,
+        status="unknown" if incomplete and not astray and _in_pieces(layers) else None,
+        satisfies=not astray and not incomplete,
+    )
 
 
 def judge_dtype(seen: Observation, required: Json) -> Finding:
@@ -149,13 +154,21 @@ def _incomplete(layers: AttentionLayers, first: list[AttentionCall]) -> str:
             f"{sum(layers.unknown.values())} calls of {len(layers.unknown)} of {len(layers.names)} layers ran no "
             f"attention that is recognised: {name_some(layers.unknown)}"
         )
-    if not first:
+    if not first and not layers.entries and not layers.regions:
         return "no call of the forward pass was seen, only recomputed ones"
-    compiled = sum(not call.recomputed for call in layers.compiled)
-    if compiled and not layers.forward and (not layers.expected or compiled % layers.expected):
+    if any(count != layers.expected for count in (*layers.entries, *layers.regions)):
+        counts = join_values(map(str, (*layers.entries, *layers.regions)))
         expected = "an unknown number of" if layers.expected is None else layers.expected
-        return f"{compiled} calls in compiled code cannot come from {expected} layers alone: some are not recognised"
+        return f"{counts} calls in an entry into compiled code are not those of {expected} attention layers"
     return ""
+
+
+def _in_pieces(layers: AttentionLayers) -> bool:
+    """Whether the calls may be all there and are only not told apart: in regions between which a graph broke."""
+    whole = not layers.unknown and all(count == layers.expected for count in layers.entries)
+    return (
+        whole and bool(layers.expected) and bool(layers.regions) and sum(layers.regions) % (layers.expected or 1) == 0
+    )
 
 
 def _aside(layers: AttentionLayers) -> str:

@@ -24,7 +24,7 @@ from kernels_check.observation.operators import (
     ancestors,
     by_place,
     in_backward,
-    in_compiled,
+    region_of,
 )
 from kernels_check.rules import attention_backend
 
@@ -43,8 +43,8 @@ class AttentionCall:
     """A forward call inside the backward pass."""
     call: int | None = None
     """Number of the call of a module of the model in which it ran; None outside the model."""
-    compiled: bool = False
-    """Whether it ran inside code of torch.compile, where no module is known."""
+    region: int | None = None
+    """Identity of the entry into compiled code that it ran in, where no module is known; None for what ran eagerly."""
     dtype: str | None = None
     mask: bool | None = None
     causal: bool | None = None
@@ -52,6 +52,11 @@ class AttentionCall:
     grouped: bool | None = None
     """Fewer key and value heads than query heads."""
     head_size: int | None = None
+
+    @property
+    def compiled(self) -> bool:
+        """Whether it ran inside code of torch.compile."""
+        return self.region is not None
 
 
 def attention_calls(host: Sequence[Operator]) -> Iterator[AttentionCall]:
@@ -95,7 +100,7 @@ def _written_out(host: Sequence[Operator]) -> Iterator[AttentionCall]:
                 direction="backward" if backward else "forward",
                 recomputed=not backward and backward_pass,
                 call=call,
-                compiled=in_compiled(event),
+                region=region_of(event),
                 dtype=event.dtype(0) if backward else _precision(events, index),
                 mask=any(_masks(other, event.shape(0)) for other in events[begin:index]),
                 causal=False,
@@ -178,7 +183,7 @@ def _named(event: Operator, backend: str) -> AttentionCall:
             direction="forward",
             recomputed=in_backward(event),
             call=event.call,
-            compiled=in_compiled(event),
+            region=region_of(event),
         )
     shapes = event.input_shapes
     mask = _argument(event.name, ("attn_mask", "attn_bias"))
@@ -191,7 +196,7 @@ def _named(event: Operator, backend: str) -> AttentionCall:
         direction="forward",
         recomputed=in_backward(event),
         call=event.call,
-        compiled=in_compiled(event),
+        region=region_of(event),
         dtype=event.dtype(0),
         mask=None if mask is None else mask >= 0 and bool(event.input_dtypes[mask]),
         causal=causal if isinstance(causal, bool) else None,

@@ -9,6 +9,7 @@ own configuration, by its library, or by doing nothing that mixes tokens.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,13 +32,17 @@ class AttentionLayers:
     unknown: Mapping[str, int]
     """Calls of layers in which no known implementation ran, by the layer's name."""
     compiled: tuple[AttentionCall, ...]
-    """Calls in the forward pass inside compiled code, of which no layer is known."""
+    """Calls in the forward pass inside code that was compiled for many layers at once, of which no layer is known."""
     elsewhere: tuple[AttentionCall, ...]
     """Calls in the forward pass outside the model: in another model, in a copy, in a function of one's own."""
     aside: tuple[AttentionCall, ...]
     """Calls of the model that train nothing: of a reference, an evaluation or a generation inside the step."""
     expected: int | None = None
-    """Attention layers that the configuration announces, for compiled code."""
+    """Attention layers that the configuration announces, for such code."""
+    entries: tuple[int, ...] = ()
+    """First calls of an implementation in each call of a module that is such code."""
+    regions: tuple[int, ...] = ()
+    """The same by compiled region, for code that no module of the model was called for."""
 
     @property
     def calls(self) -> list[AttentionCall]:
@@ -62,20 +67,46 @@ def attention_layers(
         mixing: numbers of the module calls that did what attention is written out with (``StepProfile.mixing``).
     """
     forward = [call for call in attention if call.direction == "forward"]
-    outside = [call for call in forward if call.call is None]
-    ours = [call for call in forward if call.call is not None and call.call in calls.relevant]
+    inside = [call for call in forward if call.call is not None and call.call in calls.relevant]
+    blocks = _announced_blocks(model)
+    whole = [call for call in forward if call.compiled and (call.call is None or call in inside)]
+    whole = [call for call in whole if call.call is None or _holds(calls.all[call.call].name, blocks)]
+    ours = [call for call in inside if call not in whole]
     ran: dict[str, list[AttentionCall]] = {}
     for call in ours:
         ran.setdefault(calls.all[call.call or 0].name, []).append(call)
-    compiled = tuple(call for call in outside if call.compiled)
     return AttentionLayers(
         forward={name: tuple(found) for name, found in ran.items()},
         unknown=_Search(model, calls, ours, mixing).unknown(),
-        compiled=compiled,
-        elsewhere=tuple(call for call in outside if not call.compiled),
+        compiled=tuple(whole),
+        elsewhere=tuple(call for call in forward if call.call is None and not call.compiled),
         aside=tuple(call for call in forward if call.call is not None and call.call not in calls.relevant),
-        expected=announced_layers(model) if compiled else None,
+        expected=announced_layers(model) if whole else None,
+        entries=_entries(calls, whole),
+        regions=tuple(Counter(call.region for call in whole if call.call is None and not call.recomputed).values()),
     )
+
+
+def _announced_blocks(model: nn.Module) -> str | None:
+    """Name of the list of as many modules as the configuration announces layers, the largest of them."""
+    count = getattr(_text_config(model), "num_hidden_layers", None)
+    lists = {
+        name: sum(parameter.numel() for parameter in module.parameters())
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) == count
+    }
+    return max(lists, key=lambda name: lists[name], default=None)
+
+
+def _holds(name: str, blocks: str | None) -> bool:
+    """Whether a module holds all the blocks; unless they are known, the model itself does."""
+    return not name or (blocks is not None and f"{blocks}.".startswith(f"{name}."))
+
+
+def _entries(calls: Calls, whole: Sequence[AttentionCall]) -> tuple[int, ...]:
+    first = Counter(call.call for call in whole if call.call is not None and not call.recomputed)
+    entered = {name for number in first for name in calls.all[number].names}
+    return tuple(first[number] for number in sorted({number for name in entered for number in calls.called(name)}))
 
 
 def announced_layers(model: nn.Module) -> int | None:

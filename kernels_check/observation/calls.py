@@ -38,6 +38,8 @@ class ModuleCall:
     """Whether the autograd engine was running: the module is computed again for it (gradient checkpointing)."""
     thread: int
     """Identity of the Python thread."""
+    compiled: bool = False
+    """Whether the module is compiled in place: what it holds calls no hook."""
 
     @property
     def name(self) -> str:
@@ -51,7 +53,7 @@ class Calls:
 
     all: tuple[ModuleCall, ...] = ()
     unhooked: frozenset[str] = frozenset()
-    """Modules without a hook: compiled in place, or of a kind that takes none."""
+    """Modules without a hook of their own: compiled in place, or of a kind that takes none."""
     thread: int | None = None
     """Identity of the thread that called the step."""
     modes: tuple[tuple[int, Mapping[str, bool]], ...] = ()
@@ -161,8 +163,19 @@ class CallRecorder:
         return stack[-1][0] if stack else None
 
     def _hook(self, module: nn.Module, names: tuple[str, ...], hooks: ExitStack) -> None:
-        if module._compiled_call_impl is not None:  # it would be compiled again with the hook
+        original = module._compiled_call_impl
+        if original is not None:  # it would be compiled again with a hook, so what is compiled is called from here
             self.unhooked.update(names)
+
+            def through(*args: Any, **kwargs: Any) -> Any:
+                self._enter(module, names, compiled=True)
+                try:
+                    return original(*args, **kwargs)
+                finally:
+                    self._leave(module)
+
+            module._compiled_call_impl = through
+            hooks.callback(setattr, module, "_compiled_call_impl", original)
             return
 
         def enter(module: nn.Module, inputs: Any) -> None:
@@ -177,7 +190,7 @@ class CallRecorder:
         except (RuntimeError, AttributeError, TypeError):  # modules of TorchScript take no such hook
             self.unhooked.update(names)
 
-    def _enter(self, module: nn.Module, names: tuple[str, ...]) -> None:
+    def _enter(self, module: nn.Module, names: tuple[str, ...], *, compiled: bool = False) -> None:
         stack = self._stack()
         number = len(self.log)
         self.log.append(
@@ -188,6 +201,7 @@ class CallRecorder:
                 with_grad=torch.is_grad_enabled(),
                 in_backward=torch._C._current_graph_task_id() != -1,
                 thread=threading.get_ident(),
+                compiled=compiled,
             )
         )
         if not stack and torch._C._current_graph_task_id() == -1:

@@ -88,9 +88,9 @@ def in_backward(operator: Operator) -> bool:
     return any(parent.name.startswith(BACKWARD_ROOT) for parent in ancestors(operator))
 
 
-def in_compiled(operator: Operator) -> bool:
-    """Whether it ran inside code of torch.compile."""
-    return any(parent.name.startswith(COMPILED_REGION) for parent in ancestors(operator))
+def region_of(operator: Operator) -> int | None:
+    """Identity of the entry into compiled code that it ran in; None for what ran eagerly."""
+    return next((id(parent) for parent in ancestors(operator) if parent.name.startswith(COMPILED_REGION)), None)
 
 
 def by_place(operators: Iterable[Operator]) -> dict[tuple[int | None, bool], list[Operator]]:

@@ -13,7 +13,7 @@ from kernels_check.observation.operators import (
     ancestors,
     descendants,
     in_backward,
-    in_compiled,
+    region_of,
 )
 
 Path = Literal["dequantize", "fused", "packed_cpu", "unknown"]
@@ -70,6 +70,6 @@ def _product(event: Operator, dtype: str | None, path: Path | None) -> Product:
         dtype=dtype,
         path=path,
         call=event.call,
-        compiled=in_compiled(event),
+        compiled=region_of(event) is not None,
         recomputed=in_backward(event),
     )

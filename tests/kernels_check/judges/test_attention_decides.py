@@ -79,18 +79,23 @@ def test_every_call_counts(backend):
 
 
 def test_calls_of_compiled_code_must_be_a_multiple_of_the_layers(backend):
-    """No module is known there. Three calls cannot be those of two layers, four are two micro-batches."""
-    flash = but(FLASH, compiled=True)
+    """No module is known there: each entry must have called as many as the configuration announces."""
+    flash = but(FLASH, region=1)
     two = model(num_hidden_layers=2)
-    assert backend("flash", *[flash] * 4, of=two).met
-    check = backend("flash", *[flash] * 3, of=two)
-    assert check.status == "fallback"
-    assert "3 calls in compiled code cannot come from 2 layers" in check.reason
+    assert backend("flash", flash, flash, of=two).met
+    other = but(flash, region=2)
+    assert backend("flash", flash, flash, other, other, of=two).met
+    assert backend("flash", flash, other, of=two).status == "unknown"  # one entry in pieces, or two without a layer
+    for wrong, status in ((1, "fallback"), (3, "fallback"), (4, "unknown")):
+        check = backend("flash", *[flash] * wrong, of=two)
+        assert check.status == status
+        assert f"{wrong} calls in an entry into compiled code are not those of 2 attention layers" in check.reason
     assert not backend("flash", flash, of=model(num_hidden_layers=0)).met
     unknown = backend("flash", flash)
     assert not unknown.met
-    assert "an unknown number of layers" in unknown.reason
+    assert "an unknown number of attention layers" in unknown.reason
     assert backend("flash", flash, but(flash, recomputed=True), of=model(num_hidden_layers=1)).met
+    assert not backend("flash", but(flash, recomputed=True), of=model(num_hidden_layers=1)).met
 
 
 def test_recomputed_calls_alone_prove_no_forward_pass(backend):
@@ -139,7 +144,7 @@ def test_layers_that_went_astray_are_named(backend):
 def test_what_is_not_the_models_is_said_and_not_judged(backend):
     """A reference without gradients, and another model; where they are all there is, the model ran none."""
     reference = but(MATH, call=2)
-    other = but(MATH, call=None, compiled=False, direction="forward")
+    other = MATH
     check = backend("flash", but(FLASH, call=1), reference, entered=("first", "second"), grads=(True, False))
     assert check.met
     assert "not judged: 1 calls without gradients (1 math)" in check.reason
