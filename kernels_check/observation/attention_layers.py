@@ -77,7 +77,7 @@ def attention_layers(
         ran.setdefault(calls.all[call.call or 0].name, []).append(call)
     return AttentionLayers(
         forward={name: tuple(found) for name, found in ran.items()},
-        unknown=_Search(model, calls, ours, mixing).unknown(),
+        unknown=_Search(model, calls, ours, mixing, blocks).unknown(),
         compiled=tuple(whole),
         elsewhere=tuple(call for call in forward if call.call is None and not call.compiled),
         aside=tuple(call for call in forward if call.call is not None and call.call not in calls.relevant),
@@ -141,6 +141,8 @@ class _Search:
     calls: Calls
     ours: Sequence[AttentionCall]
     mixing: Collection[int]
+    announced: str | None = None
+    """Name of the list of blocks that the configuration announces."""
     modules: dict[str, nn.Module] = field(default_factory=dict)
     covered: set[int] = field(default_factory=set)
     """Calls that an implementation ran in, at any depth."""
@@ -173,6 +175,10 @@ class _Search:
                 in_sequence = type(module) not in kinds and name.rpartition(".")[2].isdigit()
                 if not self._is_of_another_kind(name, beside) and (not in_sequence or self._mixes_tokens(name)):
                     yield name
+        announced = [f"{name}.{index}" for name in filter(None, [self.announced]) for index in self._indices(name)]
+        if not any(layer == name or layer.startswith(f"{name}.") for layer in layers for name in announced):
+            # What attention there was ran beside the blocks: in a head, or in the tower of another modality.
+            yield from (name for name in announced if not self._is_of_another_kind(name, []))
         for block, inside in self._blocks(layers):
             for name in self._siblings(block):
                 if self._must_attend(name, block, inside, layers):
@@ -188,6 +194,9 @@ class _Search:
                 if part.isdigit() and (_pattern(block), _pattern(inside)) not in seen:
                     seen.add((_pattern(block), _pattern(inside)))
                     yield block, inside
+
+    def _indices(self, name: str) -> range:
+        return range(len(list(self.modules[name].children())))
 
     def _siblings(self, block: str) -> Iterator[str]:
         pattern = _pattern(block)

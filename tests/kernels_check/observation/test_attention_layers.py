@@ -288,6 +288,21 @@ def test_a_wrapper_without_a_configuration_is_looked_through(verified, training)
     assert not verified(Wrapper(stack(fused, by_hand))).met
 
 
+def test_attention_beside_the_blocks_makes_nothing_good(training):
+    """All blocks by hand, and a head that attends: the head is not the model."""
+    run = training()
+    for block in run.model.base_model.model.model.layers:
+        block.self_attn.forward = lambda hidden_states, **_: (hidden_states, None)
+    head = Attention(fused)
+    norm = run.model.base_model.model.model.norm
+    norm.extra = head
+    original = norm.forward
+    norm.forward = lambda x: original(x) + head(x.float()[..., :WIDTH]).mean().to(x.dtype)
+    check = run.check("attention.backend", "flash")
+    assert not check.met
+    assert "layers.0" in check.reason
+
+
 def test_pruned_layers_and_other_depths_are_no_alarm(training):
     """What the configuration announces is not asked where the model shows it."""
     run = training()
