@@ -7,6 +7,7 @@ there. Such controls are judged by the input that CUDA would refuse, and the rea
 from __future__ import annotations
 
 from kernels_check.controls import sabotage
+from kernels_check.controls.batches import BATCHES
 from kernels_check.controls.control import Control, small
 from kernels_check.controls.on_cuda import CUDA_CONTROLS
 
@@ -67,33 +68,6 @@ ATTENTION = (
         twin=small(head_size=256),
         words=("on CUDA flash would refuse the head size 288", "memory-efficient would run"),
         caught_by="reason",
-    ),
-    Control(
-        name="packed sequences that leak",
-        path="packing.isolated",
-        required=True,
-        sabotage=small(sabotage.pack),
-        twin=small(sabotage.pack_without_cache),
-        words=("train: changing the first record", "eval: changing the first record", "use_cache=False"),
-        instruments=("profile",),
-    ),
-    Control(
-        name="packed sequences that leak in evaluation only",
-        path="packing.isolated",
-        required=True,
-        sabotage=small(sabotage.checkpoint, sabotage.pack),
-        twin=small(sabotage.checkpoint, sabotage.pack_without_cache),
-        words=("eval: changing the first record", "use_cache=False"),
-        not_words=("train:",),
-        instruments=("profile",),
-    ),
-    Control(
-        name="a batch that is mostly padding",
-        path="padding.share",
-        required=0.5,
-        sabotage=small(sabotage.pad_most),
-        twin=small(sabotage.pad_one_token),
-        words=("70 of 96 positions (73%)", "attention_mask", "sort them by length"),
     ),
 )
 
@@ -269,4 +243,4 @@ EXECUTION = (
     ),
 )
 
-CONTROLS: tuple[Control, ...] = (*ATTENTION, *BASE, *ADAPTER, *EXECUTION, *CUDA_CONTROLS)
+CONTROLS: tuple[Control, ...] = (*ATTENTION, *BATCHES, *BASE, *ADAPTER, *EXECUTION, *CUDA_CONTROLS)
