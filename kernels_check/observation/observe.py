@@ -201,7 +201,6 @@ class _Watcher:
         self.steps = 0
 
 
-
 def observe(
     model: nn.Module, step: Callable[[], object], snapshot: Snapshot, instrument: Instrument = "profile"
 ) -> Observation:
