@@ -113,7 +113,7 @@ class JudgedPath:
     rests_on: tuple[Evidence, ...] = ()
     """Evidence without which it is left out."""
     packed: bool = False
-    """Whether it takes a packed batch: judged by forwards of its own, after the run was restored."""
+    """Whether it is about packed records: judged by forwards of its own, after the run was restored."""
 
 
 def judge_safely(path: str, required: Json, judge: Callable[[], Finding]) -> Check:

@@ -35,7 +35,8 @@ def verify(
             profiler, once or twice under the spy.
         requirements: path to expected value, see ``REQUIREMENTS``. Paths nobody asked for are reported too, with
             ``required`` None.
-        batch: packed inputs of ``model(**batch)`` to probe for isolation; needed by ``packing.isolated``.
+        batch: packed inputs of ``model(**batch)``, to probe isolation in evaluation too. Without it
+            ``packing.isolated`` is judged, where it is required, by the step's own calls as they were made.
         instrument: ``profile`` sees operators, kernels and compiled code, for the price of several steps; ``spy`` sees
             operators only, and how often compiled code is entered, for that of a step (see ``spy``). It is meant for
             the further replicates of a run whose first was profiled.
@@ -53,13 +54,13 @@ def verify(
         RestoreError: something could not be restored; everything else has been. What is restored and what nobody can
             restore, such as a data iterator, is listed in ``observation.restore``.
     """
-    validate(requirements, has_batch=batch is not None or instrument == "spy")
+    validate(requirements)
     if instrument not in INSTRUMENTS:
         raise ValueError(f"instrument {instrument!r} is none of {', '.join(INSTRUMENTS)}")
     with as_found(model, step) as snapshot:
         seen = observe(model, step, snapshot, instrument)
         checks = _judge(seen, requirements, instrument, packed=False)
-    if batch is not None:
+    if batch is not None or any(PATHS[path].packed for path in requirements):
         checks |= _judge(replace(seen, batch=batch), requirements, instrument, packed=True)
     return [checks[path] for path in PATHS if path in checks]
 

@@ -3,39 +3,10 @@
 from __future__ import annotations
 
 from kernels_check.controls import sabotage
+from kernels_check.controls.batches import BATCHES
 from kernels_check.controls.control import Control, small
 from kernels_check.controls.of_attention import ATTENTION, PRODUCTS
 from kernels_check.controls.on_cuda import CUDA_CONTROLS
-
-BATCH = (
-    Control(
-        name="packed sequences that leak",
-        path="packing.isolated",
-        required=True,
-        sabotage=small(sabotage.pack),
-        twin=small(sabotage.pack_without_cache),
-        words=("train: changing the first record", "eval: changing the first record", "use_cache=False"),
-        instruments=("profile",),
-    ),
-    Control(
-        name="packed sequences that leak in evaluation only",
-        path="packing.isolated",
-        required=True,
-        sabotage=small(sabotage.checkpoint, sabotage.pack),
-        twin=small(sabotage.checkpoint, sabotage.pack_without_cache),
-        words=("eval: changing the first record", "use_cache=False"),
-        not_words=("train:",),
-        instruments=("profile",),
-    ),
-    Control(
-        name="a batch that is mostly padding",
-        path="padding.share",
-        required=0.5,
-        sabotage=small(sabotage.pad_most),
-        twin=small(sabotage.pad_one_token),
-        words=("70 of 96 positions (73%)", "attention_mask", "sort them by length"),
-    ),
-)
 
 BASE = (
     Control(
@@ -209,4 +180,4 @@ EXECUTION = (
     ),
 )
 
-CONTROLS: tuple[Control, ...] = (*ATTENTION, *PRODUCTS, *BATCH, *BASE, *ADAPTER, *EXECUTION, *CUDA_CONTROLS)
+CONTROLS: tuple[Control, ...] = (*ATTENTION, *PRODUCTS, *BATCHES, *BASE, *ADAPTER, *EXECUTION, *CUDA_CONTROLS)

@@ -72,15 +72,6 @@ def pad_one_token(run: SmallRun) -> None:
     pad(run, real=run.inputs["input_ids"].shape[1] - 1)
 
 
-def pad_most(run: SmallRun) -> None:
-    """One long record among short ones: all rows are padded but one."""
-    import torch
-
-    ids = run.inputs["input_ids"]
-    run.inputs = {"input_ids": torch.cat([ids, ids.flip(1), ids])}
-    pad(run, real=2)
-
-
 def pass_additive_mask(run: SmallRun) -> None:
     """Build the causal mask by hand, [rows, 1, tokens, tokens], although SDPA knows ``is_causal``."""
     import torch
@@ -89,20 +80,6 @@ def pass_additive_mask(run: SmallRun) -> None:
     dtype = run.model.get_input_embeddings().weight.dtype
     mask = torch.full((tokens, tokens), torch.finfo(dtype).min, dtype=dtype).triu(1)
     run.inputs["attention_mask"] = mask.to(run.inputs["input_ids"].device).expand(rows, 1, tokens, tokens)
-
-
-def pack(run: SmallRun, **more: Any) -> None:
-    """Two records a row, told by positions that restart."""
-    import torch
-
-    positions = torch.tensor([[*range(6), *range(10)], [*range(8), *range(8)]])
-    run.inputs |= {"position_ids": positions.to(run.inputs["input_ids"].device), **more}
-    run.packed = dict(run.inputs)
-
-
-def pack_without_cache(run: SmallRun) -> None:
-    """As it must be: without a cache the mask follows from the positions."""
-    pack(run, use_cache=False)
 
 
 def checkpoint(run: SmallRun) -> None:

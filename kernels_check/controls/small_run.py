@@ -24,6 +24,8 @@ class SmallRun:
     instrument: Any = "profile"
     packed: dict[str, Any] | None = None
     """Packed batch for the isolation probe."""
+    accumulated: list[dict[str, Any]] = field(default_factory=list)
+    """Inputs of forwards before the last, whose gradients are added to its own."""
     around: Callable[[], AbstractContextManager[object]] = nullcontext
     """What every step happens in, such as autocast."""
     losses: list[float] = field(default_factory=list)
@@ -32,8 +34,9 @@ class SmallRun:
         """One forward, backward and optimizer step."""
         with self.around():
             self.optimizer.zero_grad()
-            loss = self.model(**self.inputs, labels=self.inputs["input_ids"]).loss
-            loss.backward()
+            for inputs in (*self.accumulated, self.inputs):
+                loss = self.model(**{"labels": inputs["input_ids"]} | inputs).loss
+                loss.backward()
             self.optimizer.step()
         self.losses.append(float(loss.detach()))
 

@@ -27,7 +27,7 @@ REQUIREMENTS: Mapping[str, Requirement] = {path: judged.requirement for path, ju
 """What each path accepts, in the same order."""
 
 
-def validate(requirements: Mapping[str, object], *, has_batch: bool) -> None:
+def validate(requirements: Mapping[str, object]) -> None:
     """Refuse an unknown path or a value of the wrong kind.
 
     Raises:
@@ -40,6 +40,3 @@ def validate(requirements: Mapping[str, object], *, has_batch: bool) -> None:
         problem = requirement.problem(value)
         if problem is not None:
             raise ValueError(f"requirement {path}={value!r} {problem}")
-    for path in requirements:
-        if PATHS[path].packed and not has_batch:
-            raise ValueError(f"requirement {path} needs a packed batch to perturb: pass verify(..., batch=...)")

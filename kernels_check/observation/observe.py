@@ -37,8 +37,10 @@ from kernels_check.observation.attention_layers import AttentionLayers, attentio
 from kernels_check.observation.calls import CallRecorder, Calls
 from kernels_check.observation.compilations import Compilations, compiler_held
 from kernels_check.observation.events import StepProfile
-from kernels_check.observation.isolation import IsolationSeen, perturb_records
+from kernels_check.observation.inputs import InputLog, ModelCall
+from kernels_check.observation.isolation import IsolationSeen
 from kernels_check.observation.layer_products import LayerProducts, fourbit_layers, products_of
+from kernels_check.observation.packed_step import isolation_of_step
 from kernels_check.observation.padding import PaddingSeen, count_padding
 from kernels_check.observation.recording import entries, profiled
 from kernels_check.observation.snapshot import Snapshot
@@ -96,8 +98,8 @@ class Observation:
     modes: Mapping[str, bool | None]
     """``training`` of every module while the step ran; None where it changed."""
     drew_random: bool
-    padding: PaddingSeen | None = None
-    """Padding in the inputs of the hooked call; None where the model itself was not called with tokens."""
+    model_calls: tuple[ModelCall, ...] = ()
+    """Calls of the model itself in the hooked call; none where it is compiled in place."""
     compilations: Compilations = field(default_factory=Compilations)
     """What torch.compile has on record after the last call."""
     batch: Mapping[str, Any] | None = None
@@ -107,7 +109,7 @@ class Observation:
     def blind(self) -> Mapping[Evidence, str]:
         """Evidence that the instrument could not collect in this step, with the reason."""
         compiled_in_place = "" in self.modules.unhooked  # it calls no hook of its own
-        if self.profile.blind and self.padding is None and compiled_in_place:
+        if self.profile.blind and not self.model_calls and compiled_in_place:
             return {**self.profile.blind, "inputs": "the model is compiled in place and its inputs were not seen"}
         return self.profile.blind
 
@@ -138,10 +140,12 @@ class Observation:
         return {layer.name: read_storage(layer.base) for layer in self.lora_layers()}
 
     def isolation(self) -> IsolationSeen:
-        """Perturb the packed batch by forwards of the model's own, which are left no trace of."""
-        if self.batch is None:
-            raise ValueError("there is no packed batch to perturb")
-        return perturb_records(self.model, self.batch)
+        """Perturb the step's own packed calls, and the batch where there is one, by forwards that leave no trace."""
+        return isolation_of_step(self.model, self.model_calls, self.batch)
+
+    def padding(self) -> PaddingSeen | None:
+        """Padding in the inputs of the model; None where no call of it was seen."""
+        return count_padding(self.model, self.model_calls)
 
 
 @dataclass(slots=True)
@@ -156,8 +160,7 @@ class _Watcher:
     modes: dict[str, bool] = field(default_factory=dict)
     """Where no hook notes them."""
     modes_noted: bool = False
-    inputs: list[dict[str, Any]] = field(default_factory=list)
-    """Token tensors of each call of the model; by reference, so that nothing is computed while it is watched."""
+    inputs: InputLog = field(default_factory=InputLog)
 
     def before_update(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         """Global optimizer hook: the one moment at which gradients are complete and nothing has moved."""
@@ -197,11 +200,6 @@ class _Watcher:
             noted.clear()
         self.steps = 0
 
-    def note_inputs(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """Forward hook of the model itself."""
-        named = dict(zip(("input_ids", "attention_mask"), args, strict=False)) | kwargs
-        self.inputs.append({key: named.get(key) for key in ("input_ids", "attention_mask")})
-
 
 def observe(
     model: nn.Module, step: Callable[[], object], snapshot: Snapshot, instrument: Instrument = "profile"
@@ -223,12 +221,10 @@ def observe(
 
     @contextmanager
     def hooked(*, marked: bool = False) -> Iterator[CallRecorder]:
-        watcher.inputs.clear()
         recorder = CallRecorder(model, marked=marked)
         with ExitStack() as hooks:  # takes every hook off, also if setting one or taking one off fails
             hooks.enter_context(recorder.hooked())
-            if model._compiled_call_impl is None:  # compiled in place, it would be compiled again with the hook
-                hooks.callback(model.register_forward_pre_hook(watcher.note_inputs, with_kwargs=True).remove)
+            watcher.inputs.attach(model, hooks)
             yield recorder
         watcher.calls = recorder.calls()
 
@@ -255,7 +251,7 @@ def observe(
         modules=watcher.calls,
         modes=watcher.calls.training() or watcher.modes,
         drew_random=snapshot.random.advanced(),
-        padding=count_padding(model, watcher.inputs),
+        model_calls=tuple(watcher.inputs.calls),
         compilations=compilations.read(),
     )
 

@@ -74,8 +74,8 @@ def test_paths_nobody_asked_for_are_reported(training):
 def test_a_batch_adds_the_isolation_check(training):
     """The probe's verdict stands among the others, in the contract's order."""
     run = training()
-    batch = {**run.inputs, "position_ids": torch.arange(8).repeat(2, 2), "use_cache": False}
-    checks = run.verify({"packing.isolated": True}, batch=batch)
+    run.inputs |= {"position_ids": torch.arange(8).repeat(2, 2), "use_cache": False}
+    checks = run.verify({"packing.isolated": True}, batch=run.inputs)
     if run.instrument == "spy":  # which leaves the probe's forwards to the profile
         assert [check.path for check in checks] == [path for path in REQUIREMENTS if path != "packing.isolated"]
         return
@@ -83,7 +83,7 @@ def test_a_batch_adds_the_isolation_check(training):
     assert next(check for check in checks if check.path == "packing.isolated").met
 
 
-@pytest.mark.parametrize("requirements", [{"attention.speed": "fast"}, {"base.bits": "4"}, {"packing.isolated": True}])
+@pytest.mark.parametrize("requirements", [{"attention.speed": "fast"}, {"base.bits": "4"}, {"packing.isolated": 1}])
 def test_bad_requirements_are_refused_before_anything_runs(requirements):
     """The step is not called, so nothing is spent or changed."""
     with pytest.raises(ValueError, match=next(iter(requirements))):

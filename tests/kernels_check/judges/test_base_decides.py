@@ -244,4 +244,4 @@ def test_as_many_names_as_are_shown_are_all():
 @pytest.mark.parametrize("share", [0.0, 0, 1.0, 1])
 def test_a_share_may_be_nothing_or_all(share):
     """Both ends belong to the range."""
-    validate({"optimizer.paged_share": share}, has_batch=False)
+    validate({"optimizer.paged_share": share})
