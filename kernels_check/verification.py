@@ -71,8 +71,12 @@ def _judge(
     """Judge the paths that take a packed batch, or those that take none, as far as the instrument could see."""
     checks = {}
     for path, judged in PATHS.items():
-        visible = instrument in judged.instruments and seen.blind.keys().isdisjoint(judged.rests_on)
-        if judged.packed is packed and visible:
-            required = requirements.get(path)
+        if judged.packed is not packed or instrument not in judged.instruments:
+            continue
+        required = requirements.get(path)
+        untold = [seen.untold[evidence] for evidence in judged.rests_on if evidence in seen.untold]
+        if untold:
+            checks[path] = Check(path=path, required=required, observed=None, status="unknown", reason=untold[0])
+        elif seen.blind.keys().isdisjoint(judged.rests_on):
             checks[path] = judge_safely(path, required, partial(judged.judge, seen, required))
     return checks

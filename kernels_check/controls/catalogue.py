@@ -6,6 +6,7 @@ from kernels_check.controls import sabotage
 from kernels_check.controls.batches import BATCHES
 from kernels_check.controls.control import Control, small
 from kernels_check.controls.of_attention import ATTENTION, PRODUCTS
+from kernels_check.controls.of_execution import EXECUTION
 from kernels_check.controls.on_cuda import CUDA_CONTROLS
 
 BASE = (
@@ -116,67 +117,6 @@ ADAPTER = (
         sabotage=small(sabotage.dropout_off),
         twin=small(),
         words=("0 of 4 layers apply dropout 0.05", "p=0.05 but in eval mode", "model.train()"),
-    ),
-)
-
-EXECUTION = (
-    Control(
-        name="model left in eval mode",
-        path="mode",
-        required="train",
-        sabotage=small(sabotage.eval_mode, quant=None),
-        twin=small(quant=None),
-        words=("not in train mode: the model itself", "model.train()"),
-    ),
-    Control(
-        name="checkpointing flag on but inactive",
-        path="checkpointing",
-        required=True,
-        sabotage=small(sabotage.checkpoint, sabotage.eval_mode, quant=None),
-        twin=small(sabotage.checkpoint, quant=None),
-        words=("2 forward calls for 2 layers (1.00 times)", "the flag is on but nothing recomputes in eval"),
-    ),
-    Control(
-        name="a paged optimizer that pages nothing",
-        path="optimizer.paged_share",
-        required=0.4,
-        sabotage=small(make_optimizer=sabotage.paged_adamw),
-        twin=small(make_optimizer=sabotage.half_paged),
-        words=("0 of ", "bytes of optimizer state are paged", "Paged optimizers are not supported on CPU"),
-    ),
-    Control(
-        name="a fused optimizer that fell back",
-        path="optimizer.fused",
-        required=True,
-        sabotage=small(sabotage.lose_fused, make_optimizer=sabotage.fused_adamw),
-        twin=small(make_optimizer=sabotage.fused_adamw),
-        words=("addcdiv", "built with fused=True", "load_state_dict()"),
-    ),
-    Control(
-        name="compile that hit the recompile limit and went eager",
-        path="compile",
-        required=True,
-        sabotage=small(sabotage.reach_recompile_limit),
-        twin=small(sabotage.compile_layers),
-        words=("0 compiled regions", "ran eagerly", "recompile limit", "recompiles refused", "size mismatch"),
-    ),
-    Control(
-        name="compile that breaks the graph",
-        path="compile",
-        required=True,
-        sabotage=small(sabotage.break_graphs),
-        twin=small(sabotage.compile_layers),
-        words=("1 graph breaks (Call to `torch._dynamo.graph_break()` at controls/sabotage.py:",),
-        caught_by="reason",
-    ),
-    Control(
-        name="compile that compiles again for every length",
-        path="compile",
-        required=True,
-        sabotage=small(sabotage.change_lengths),
-        twin=small(sabotage.compile_layers),
-        words=("4 recompiles (forward at llama/modeling_llama.py:", "size mismatch at index 1. expected 16, actual 15"),
-        caught_by="reason",
     ),
 )
 

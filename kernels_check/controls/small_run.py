@@ -29,16 +29,34 @@ class SmallRun:
     around: Callable[[], AbstractContextManager[object]] = nullcontext
     """What every step happens in, such as autocast."""
     losses: list[float] = field(default_factory=list)
+    passes: Callable[[SmallRun], Any] | None = None
+    """What takes the place of one forward and backward pass; gives the loss."""
+    micro_batch: int = 0
+    """Which of several passes is being taken."""
+    by_closure: bool = False
+    """Whether the optimizer's step is given the passes as a closure."""
 
     def step(self) -> None:
         """One forward, backward and optimizer step."""
         with self.around():
-            self.optimizer.zero_grad()
-            for inputs in (*self.accumulated, self.inputs):
-                loss = self.model(**{"labels": inputs["input_ids"]} | inputs).loss
-                loss.backward()
-            self.optimizer.step()
+            if self.by_closure:
+                loss = self.optimizer.step(self.gradients)
+            else:
+                loss = self.gradients()
+                self.optimizer.step()
         self.losses.append(float(loss.detach()))
+
+    def gradients(self) -> Any:
+        """The passes before an update; gives the loss."""
+        self.optimizer.zero_grad()
+        return self.one_pass() if self.passes is None else self.passes(self)
+
+    def one_pass(self) -> Any:
+        """Forward and backward passes over the inputs; gives the last loss."""
+        for inputs in (*self.accumulated, self.inputs):
+            loss = self.model(**{"labels": inputs["input_ids"]} | inputs).loss
+            loss.backward()
+        return loss
 
     def check(self, path: str, required: Any = None, step: Callable[[], object] | None = None) -> Any:
         """Verify one path."""

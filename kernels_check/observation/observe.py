@@ -21,10 +21,12 @@ and no compilation is started in it. A second call follows where the first
 
 from __future__ import annotations
 
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,17 +37,19 @@ from kernels_check.observation import compilations
 from kernels_check.observation.adapter_layers import LoraLayer, base_parameters, lora_layers
 from kernels_check.observation.attention_layers import AttentionLayers, attention_layers
 from kernels_check.observation.calls import CallRecorder, Calls
-from kernels_check.observation.compilations import Compilations, compiler_held
+from kernels_check.observation.compilations import Compilations
+from kernels_check.observation.compiled_blocks import CompiledBlocks, compiled_blocks
 from kernels_check.observation.events import StepProfile
 from kernels_check.observation.inputs import InputLog, ModelCall
+from kernels_check.observation.instruments import watch_by_profile, watch_by_spy
 from kernels_check.observation.isolation import IsolationSeen
 from kernels_check.observation.layer_products import LayerProducts, fourbit_layers, products_of
 from kernels_check.observation.packed_step import isolation_of_step
 from kernels_check.observation.padding import PaddingSeen, count_padding
-from kernels_check.observation.recording import entries, profiled
+from kernels_check.observation.recomputed_blocks import BlockRecomputed, ran_without_gradient, recomputed_blocks
 from kernels_check.observation.snapshot import Snapshot
-from kernels_check.observation.spy import spied
 from kernels_check.observation.storage import Digest, Storage, digest, read_storage
+from kernels_check.observation.updates import GroupSeen, groups_of, operators_on, updated_by, with_gradient
 
 MOST_CALLS = 3
 
@@ -104,6 +108,8 @@ class Observation:
     """What torch.compile has on record after the last call."""
     batch: Mapping[str, Any] | None = None
     """Packed inputs of the model, to be perturbed."""
+    updated: tuple[GroupSeen, ...] = ()
+    """Groups of the optimizers that stepped in the watched call."""
 
     @property
     def blind(self) -> Mapping[Evidence, str]:
@@ -112,6 +118,32 @@ class Observation:
         if self.profile.blind and not self.model_calls and compiled_in_place:
             return {**self.profile.blind, "inputs": "the model is compiled in place and its inputs were not seen"}
         return self.profile.blind
+
+    @property
+    def untold(self) -> Mapping[Evidence, str]:
+        """Evidence that should have been there in this step and was not, with the reason."""
+        return self.profile.untold
+
+    def compiled_blocks(self) -> CompiledBlocks:
+        """The blocks of the model by whether they ran in compiled code."""
+        seen = self.profile.compiler
+        return compiled_blocks(self.model, self.modules, seen.entered, seen.eager, self.gradients)
+
+    def recomputed_blocks(self) -> tuple[BlockRecomputed, ...]:
+        """The blocks of the model that a gradient comes back to, with what was computed again."""
+        return recomputed_blocks(self.model, self.modules)
+
+    def blocks_without_gradient(self) -> tuple[str, ...]:
+        """The blocks of the model that ran and that no gradient comes back to."""
+        return ran_without_gradient(self.model, self.modules)
+
+    def updates(self) -> list[Counter[str]]:
+        """For each of the groups in ``updated``, how many parameters were updated by which kind of operator."""
+        return updated_by(self.updated, self.profile.writes)
+
+    def update_operators(self) -> list[str]:
+        """The operators that wrote any of those parameters."""
+        return operators_on(self.updated, self.profile.writes)
 
     def lora_layers(self) -> list[LoraLayer]:
         """Layers with an adapter, the active where any is."""
@@ -155,6 +187,13 @@ class _Watcher:
     optimizers: dict[int, Any] = field(default_factory=dict)
     seen: dict[int, OptimizerSeen] = field(default_factory=dict)
     steps: int = 0
+    steps_elsewhere: int = 0
+    stepped: list[GroupSeen] = field(default_factory=list)
+    updated: tuple[GroupSeen, ...] = ()
+    """Those of the watched call."""
+    given: dict[int, frozenset[int]] = field(default_factory=dict)
+    """Parameters with a gradient before a step that has not ended, by its optimizer."""
+    thread: int = 0
     gradients: dict[str, GradientSeen] = field(default_factory=dict)
     calls: Calls = field(default_factory=Calls)
     modes: dict[str, bool] = field(default_factory=dict)
@@ -168,11 +207,30 @@ class _Watcher:
         self.optimizers[id(optimizer)] = optimizer
         self.note_modes()
         self.note_gradients()
+        self.given[id(optimizer)] = with_gradient(optimizer)
 
     def after_update(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         """Global optimizer hook: the optimizer's state exists from here on."""
         self.seen[id(optimizer)] = _describe(optimizer)
+        self.stepped += groups_of(optimizer, self.given.pop(id(optimizer), ()))
         self.steps += 1
+        self.steps_elsewhere += threading.get_ident() != self.thread
+
+    def begin(self) -> None:
+        """A call of the step begins."""
+        self.thread = threading.get_ident()
+        self.steps_elsewhere = 0
+        self.stepped.clear()
+        self.modes_noted = False
+
+    def keep(self) -> None:
+        """Take the last call for the watched one."""
+        self.updated = tuple(self.stepped)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every gradient that was seen carries something."""
+        return all(gradient.nonzero for gradient in self.gradients.values())
 
     def note_modes(self) -> None:
         """Record the train/eval modes once a call."""
@@ -212,7 +270,7 @@ def observe(
     def call() -> None:
         nonlocal calls
         calls += 1
-        watcher.modes_noted = False
+        watcher.begin()
         taken = watcher.steps
         step()
         if watcher.steps == taken:
@@ -227,15 +285,16 @@ def observe(
             watcher.inputs.attach(model, hooks)
             yield recorder
         watcher.calls = recorder.calls()
+        watcher.keep()
 
     with ExitStack() as hooks:
         hooks.callback(register_optimizer_step_pre_hook(watcher.before_update).remove)
         hooks.callback(register_optimizer_step_post_hook(watcher.after_update).remove)
         if instrument == "spy":
-            profile = _spied(call, hooked, watcher)
+            profile = watch_by_spy(call, hooked, watcher)
         else:
             call()
-            profile = _profiled(call, hooked, watcher)
+            profile = watch_by_profile(call, hooked, watcher)
             while watcher.steps < 2 and calls < MOST_CALLS:
                 call()
     return Observation(
@@ -253,51 +312,8 @@ def observe(
         drew_random=snapshot.random.advanced(),
         model_calls=tuple(watcher.inputs.calls),
         compilations=compilations.read(),
+        updated=watcher.updated,
     )
-
-
-class _Hooked(Protocol):
-    def __call__(self, *, marked: bool = False) -> AbstractContextManager[CallRecorder]: ...
-
-
-def _profiled(call: Callable[[], None], hooked: _Hooked, watcher: _Watcher) -> StepProfile:
-    with compiler_held(), hooked(marked=True):
-        profile = profiled(call)
-    if profile is None:
-        with hooked() as recorder, spied(recorder) as spy:
-            call()
-        return spy.profile(watcher.model)
-    if profile.compiler_lookups <= profile.compiled_regions:
-        return profile
-    bare = profiled(call)  # some code was not at hand: either it is compiled in each call, or never
-    if bare is None or (bare.compiled_regions, bare.compiler_lookups) == _entered(profile):
-        return profile
-    watcher.calls = Calls()
-    return bare
-
-
-def _entered(profile: StepProfile) -> tuple[int, int]:
-    return profile.compiled_regions, profile.compiler_lookups
-
-
-def _spied(call: Callable[[], None], hooked: _Hooked, watcher: _Watcher) -> StepProfile:
-    with hooked() as recorder, spied(recorder) as spy:
-        call()
-    if spy.compiled_calls:
-        watcher.forget()
-        with compiler_held(), hooked():
-            found = entries(call)
-        if found[1] > found[0]:
-            watcher.forget()
-            found = entries(call)
-        regions, lookups = found
-        return replace(spy.profile(watcher.model), compiled_regions=regions, compiler_lookups=lookups)
-    if not watcher.steps:
-        with hooked() as recorder, spied(recorder) as spy:
-            call()
-    elif any(not gradient.nonzero for gradient in watcher.gradients.values()):
-        call()
-    return spy.profile(watcher.model)
 
 
 def _describe(optimizer: Any) -> OptimizerSeen:

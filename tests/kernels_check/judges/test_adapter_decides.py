@@ -70,8 +70,8 @@ def test_dropout_in_compiled_code_takes_random_numbers_as_proof(seen, training):
     def observed(**more):
         return adapter.judge_dropout(seen(model=run.model, modes=modes, **more), 0.05).observed
 
-    assert observed(compiled_regions=1, drew_random=True) == 0.05
-    assert observed(compiled_regions=1) == 0.0
+    assert observed(regions=1, drew_random=True) == 0.05
+    assert observed(regions=1) == 0.0
     assert observed(drew_random=True) == 0.0
     reason = adapter.judge_dropout(seen(model=run.model, modes=modes), 0.05).reason
     assert "but not called" in reason

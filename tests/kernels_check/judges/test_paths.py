@@ -11,7 +11,9 @@ from kernels_check.judges.paths import PATHS, REQUIREMENTS
 
 JUDGES = (attention, batch, base_layers, base_products, adapter, optimizer, execution)
 LEFT_OUT = {
-    "attention": {"attention.backend", "attention.dtype", "attention.mask", "checkpointing"},
+    "attention": {"attention.backend", "attention.dtype", "attention.mask"},
+    "recomputation": {"checkpointing", "checkpointing.layers"},
+    "compilation": {"compile", "compile.share"},
     "update": {"optimizer.fused"},
     "products": {"base.compute_dtype"},
     "product_paths": {"base.gemm_path"},
