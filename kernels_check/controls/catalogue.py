@@ -75,7 +75,7 @@ ADAPTER = (
         required=True,
         sabotage=small(sabotage.disable_adapter),
         twin=small(),
-        words=("adapters disabled in 4 of 4 layers", "q_proj", "enable_adapter_layers()", "lora_A not executed"),
+        words=("adapters disabled in 4 of 4 layers", "q_proj", "enable_adapter_layers()", "adapter not executed"),
     ),
     Control(
         name="adapter merged",
@@ -91,7 +91,7 @@ ADAPTER = (
         required=True,
         sabotage=small(sabotage.target_nothing),
         twin=small(),
-        words=("no layer carries a LoRA adapter", "target_modules matched no module"),
+        words=("no layer carries an adapter", "target_modules matched no module"),
     ),
     Control(
         name="adapter attached to a module that never runs",
@@ -99,7 +99,7 @@ ADAPTER = (
         required=True,
         sabotage=small(sabotage.target_what_never_runs),
         twin=small(),
-        words=("lora_A not executed in 1 of 1 layers", "spare_head", "the step never calls these modules"),
+        words=("adapter not executed in 1 of 1 layers", "spare_head", "the step never calls these modules with it"),
     ),
     Control(
         name="adapter frozen",
@@ -107,7 +107,7 @@ ADAPTER = (
         required=True,
         sabotage=small(sabotage.freeze_adapter),
         twin=small(),
-        words=("8 of 8 factors frozen", "q_proj.lora_A", "is_trainable=True"),
+        words=("8 of 8 parameters frozen", "q_proj.lora_A", "is_trainable=True"),
     ),
     Control(
         name="dropout silently off",

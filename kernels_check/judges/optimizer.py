@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from kernels_check.check import FLAG, SHARE, Finding, Json, JudgedPath, Requirement, join_values
 
 if TYPE_CHECKING:
-    from kernels_check.observation.observe import Observation, OptimizerSeen
+    from kernels_check.observation.observe import Observation
+    from kernels_check.observation.optimizers import OptimizerSeen
 
 _NO_OPTIMIZER = Finding(observed=None, present=False, reason="no torch.optim.Optimizer stepped in the watched calls")
 
