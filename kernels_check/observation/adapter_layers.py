@@ -82,7 +82,9 @@ def written_by_method(model: nn.Module) -> frozenset[int]:
 def adapter_paths(model: nn.Module) -> frozenset[str]:
     """Qualified names of the attributes that are an adapter's; whatever is held below them is its, too."""
     return frozenset(
-        f"{name}.{holder}" if name else holder for name, module in model.named_modules() for holder in holders_in(module)
+        f"{name}.{holder}" if name else holder
+        for name, module in model.named_modules()
+        for holder in holders_in(module)
     )
 
 
