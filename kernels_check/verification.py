@@ -31,8 +31,8 @@ def verify(
 
     Args:
         model: the model that ``step`` trains, as PEFT returned it.
-        step: does one forward, backward and optimizer step; called two or three times under the
-            profiler, once or twice under the spy.
+        step: does one forward, backward and optimizer step; called twice, and up to eight times where its optimizer
+            steps in some calls only or begins at a learning rate of zero.
         requirements: path to expected value, see ``REQUIREMENTS``. Paths nobody asked for are reported too, with
             ``required`` None.
         batch: packed inputs of ``model(**batch)``, to probe isolation in evaluation too. Without it

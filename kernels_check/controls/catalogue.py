@@ -5,6 +5,7 @@ from __future__ import annotations
 from kernels_check.controls import sabotage
 from kernels_check.controls.batches import BATCHES
 from kernels_check.controls.control import Control, small
+from kernels_check.controls.of_adapter import ADAPTER
 from kernels_check.controls.of_attention import ATTENTION, PRODUCTS
 from kernels_check.controls.of_execution import EXECUTION
 from kernels_check.controls.on_cuda import CUDA_CONTROLS
@@ -66,57 +67,6 @@ BASE = (
         sabotage=small(sabotage.train_a_norm),
         twin=small(),
         words=("require gradients: base_model.model.model.norm.weight", "received a gradient", "tensors changed"),
-    ),
-)
-
-ADAPTER = (
-    Control(
-        name="adapter disabled",
-        path="lora.attached",
-        required=True,
-        sabotage=small(sabotage.disable_adapter),
-        twin=small(),
-        words=("adapters disabled in 4 of 4 layers", "q_proj", "enable_adapter_layers()", "lora_A not executed"),
-    ),
-    Control(
-        name="adapter merged",
-        path="lora.attached",
-        required=True,
-        sabotage=small(sabotage.merge_adapter, quant=None),
-        twin=small(quant=None),
-        words=("merged into the base in 4 of 4 layers", "q_proj", "unmerge_adapter()"),
-    ),
-    Control(
-        name="adapter attached to nothing",
-        path="lora.attached",
-        required=True,
-        sabotage=small(sabotage.target_nothing),
-        twin=small(),
-        words=("no layer carries a LoRA adapter", "target_modules matched no module"),
-    ),
-    Control(
-        name="adapter attached to a module that never runs",
-        path="lora.attached",
-        required=True,
-        sabotage=small(sabotage.target_what_never_runs),
-        twin=small(),
-        words=("lora_A not executed in 1 of 1 layers", "spare_head", "the step never calls these modules"),
-    ),
-    Control(
-        name="adapter frozen",
-        path="lora.learning",
-        required=True,
-        sabotage=small(sabotage.freeze_adapter),
-        twin=small(),
-        words=("8 of 8 factors frozen", "q_proj.lora_A", "is_trainable=True"),
-    ),
-    Control(
-        name="dropout silently off",
-        path="lora.dropout",
-        required=0.05,
-        sabotage=small(sabotage.dropout_off),
-        twin=small(),
-        words=("0 of 4 layers apply dropout 0.05", "p=0.05 but in eval mode", "model.train()"),
     ),
 )
 

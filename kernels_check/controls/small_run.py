@@ -85,6 +85,7 @@ def build(
     targets: Any = ("q_proj", "v_proj"),
     rank: int = 4,
     lora_dropout: float = 0.05,
+    adapter: Callable[[], Any] | None = None,
     make_optimizer: Callable[[Any], Any] | None = None,
     tokens: int = 16,
     instrument: str = "profile",
@@ -105,6 +106,7 @@ def build(
         targets: ``target_modules`` of the adapter.
         rank: of the adapter.
         lora_dropout: of the adapter's input.
+        adapter: makes PEFT's configuration of another adapter; the three above do not count then.
         make_optimizer: from the trainable parameters to the optimizer; AdamW where left out.
         tokens: in each of the two rows.
         instrument: of ``verify``.
@@ -139,8 +141,8 @@ def build(
     if prepare:
         model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     chosen = targets if isinstance(targets, str) else list(targets)
-    adapter = peft.LoraConfig(r=rank, lora_dropout=lora_dropout, target_modules=chosen, task_type="CAUSAL_LM")
-    model = peft.get_peft_model(model, adapter)
+    lora = peft.LoraConfig(r=rank, lora_dropout=lora_dropout, target_modules=chosen, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(model, lora if adapter is None else adapter())
     model.train()
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     make = make_optimizer or (lambda parameters: torch.optim.AdamW(parameters, lr=1e-3))

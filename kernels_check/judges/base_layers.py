@@ -101,7 +101,7 @@ def _over_layers(
 ) -> Finding:
     """Compare one property over all targeted layers and name the exceptions."""
     if not stored:
-        return Finding(observed=None, present=False, reason="no layer carries a LoRA adapter")
+        return Finding(observed=None, present=False, reason="no layer carries an adapter")
     expected = required if required is not None else Counter(values.values()).most_common(1)[0][0]
     distinct = set(values.values())
     observed = distinct.pop() if len(distinct) == 1 else join_values(str(value) for value in values.values())

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 from kernels_check.check import FLAG, SHARE, Finding, Json, JudgedPath, Requirement, join_values, name_some
 
 if TYPE_CHECKING:
-    from kernels_check.observation.observe import Observation, OptimizerSeen
-    from kernels_check.observation.updates import GroupSeen
+    from kernels_check.observation.observe import Observation
+    from kernels_check.observation.optimizers import OptimizerSeen
+    from kernels_check.observation.writes import GroupSeen
 
 _NO_OPTIMIZER = Finding(observed=None, present=False, reason="no torch.optim.Optimizer stepped in the watched calls")
 
@@ -54,7 +55,7 @@ def judge_fused(seen: Observation, required: Json) -> Finding:
     """Judge ``optimizer.fused``: torch's single-kernel update of every parameter that had a gradient."""
     if not seen.optimizers:
         return _no_optimizer(seen)
-    updated = seen.updates()
+    updated = seen.updated_by_kind()
     kinds = sum(updated, Counter[str]())
     total, fused, unseen = kinds.total(), kinds["fused"], kinds[_UNSEEN]
     operators = Counter(seen.update_operators())

@@ -10,13 +10,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from kernels_check.check import JudgedPath, Requirement
-from kernels_check.judges import adapter, attention, base_layers, base_products, batch, execution, optimizer
+from kernels_check.judges import (
+    adapter,
+    attached,
+    attention,
+    base_layers,
+    base_products,
+    batch,
+    execution,
+    learning,
+    optimizer,
+)
 
 PATHS: Mapping[str, JudgedPath] = {
     **attention.PATHS,
     **batch.PATHS,
     **base_layers.PATHS,
     **base_products.PATHS,
+    **attached.PATHS,
+    **learning.PATHS,
     **adapter.PATHS,
     **optimizer.PATHS,
     **execution.PATHS,

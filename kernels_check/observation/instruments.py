@@ -33,19 +33,21 @@ class Watcher(Protocol):
 
     model: nn.Module
     calls: Calls
-    steps: int
     steps_elsewhere: int
     """Optimizer steps of the watched call in other threads."""
 
     @property
-    def complete(self) -> bool:
-        """Whether every gradient that was seen carries something."""
+    def steps(self) -> int:
+        """Optimizer steps so far."""
 
     def forget(self) -> None:
         """Drop what the calls so far have shown."""
 
     def keep(self) -> None:
         """Take the last call for the watched one."""
+
+    def drop_calls(self) -> None:
+        """What the hooks have noted is not what the call that counts shows."""
 
 
 class Hooked(Protocol):
@@ -71,7 +73,7 @@ def watch_by_profile(call: Callable[[], None], hooked: Hooked, watcher: Watcher)
     if bare.compiler.regions <= profile.compiler.regions:  # never, or what was not at hand is the hooks' own code
         return replace(profile, compiler=_counted(profile.compiler, bare.compiler))
     watcher.keep()
-    watcher.calls = Calls()
+    watcher.drop_calls()
     return bare
 
 
@@ -85,11 +87,7 @@ def watch_by_spy(call: Callable[[], None], hooked: Hooked, watcher: Watcher) -> 
         return replace(profile, untold={**profile.untold, "compilation": reason}) if reason else profile
     if not watcher.steps:
         spy = _spied(call, hooked)
-        return _told(spy, watcher)
-    profile = _told(spy, watcher)
-    if not watcher.complete:
-        call()
-    return profile
+    return _told(spy, watcher)
 
 
 def _compiler_seen(call: Callable[[], None], hooked: Hooked, watcher: Watcher) -> tuple[CompilerSeen, str | None]:

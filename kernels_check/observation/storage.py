@@ -115,7 +115,7 @@ def digest(model: nn.Module) -> Digest:
             raw = raw[: raw.numel() // _PAGE_BYTES * _PAGE_BYTES].view(-1, _PAGE_BYTES)[::stride].contiguous()
         hashes[name] = (_short(tensor.dtype), hashlib.sha256(_bytes(raw.cpu())).hexdigest())
         hashed += raw.numel()
-    packed = any(read_storage(layer.base).packed_for_cpu for layer in lora_layers(model))
+    packed = any(read_storage(layer.base).packed_for_cpu for layer in lora_layers(model) if layer.base is not None)
     return Digest(tensors=hashes, hashed_bytes=hashed, total_bytes=total, packed=packed)
 
 
