@@ -92,12 +92,22 @@ def lora_layers(model: nn.Module) -> list[LoraLayer]:
     return [layer for layer in layers if layer.adapters] or layers
 
 
+def adapter_paths(model: nn.Module) -> frozenset[str]:
+    """Qualified names of the attributes that are an adapter's; whatever is held below them is its, too."""
+    return frozenset(
+        f"{name}.{holder}" if name else holder for name, module in model.named_modules() for holder in _holders(module)
+    )
+
+
+def is_below(name: str, paths: frozenset[str]) -> bool:
+    """Whether a qualified name is one of these paths or below one."""
+    return not paths.isdisjoint(_paths_to(name))
+
+
 def adapter_parameters(model: nn.Module) -> frozenset[str]:
     """Names of the parameters that are an adapter's: of any method of PEFT, and copies that are trained beside it."""
-    held = {
-        f"{name}.{holder}" if name else holder for name, module in model.named_modules() for holder in _holders(module)
-    }
-    return frozenset(name for name, _ in model.named_parameters() if not held.isdisjoint(_paths_to(name)))
+    paths = adapter_paths(model)
+    return frozenset(name for name, _ in model.named_parameters() if is_below(name, paths))
 
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

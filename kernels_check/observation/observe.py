@@ -34,8 +34,11 @@ from kernels_check.check import Evidence, Instrument
 from kernels_check.observation import compilations
 from kernels_check.observation.adapter_layers import LoraLayer, base_parameters, lora_layers
 from kernels_check.observation.attention_layers import AttentionLayers, attention_layers
+from kernels_check.observation.base_state import biases_asked_for
 from kernels_check.observation.calls import CallRecorder, Calls
+from kernels_check.observation.census import Census, take_census
 from kernels_check.observation.compilations import Compilations, compiler_held
+from kernels_check.observation.digest import Digest, digest
 from kernels_check.observation.events import StepProfile
 from kernels_check.observation.isolation import IsolationSeen, perturb_records
 from kernels_check.observation.layer_products import LayerProducts, fourbit_layers, products_of
@@ -43,7 +46,7 @@ from kernels_check.observation.padding import PaddingSeen, count_padding
 from kernels_check.observation.recording import entries, profiled
 from kernels_check.observation.snapshot import Snapshot
 from kernels_check.observation.spy import spied
-from kernels_check.observation.storage import Digest, Storage, digest, read_storage
+from kernels_check.observation.storage import Storage, read_wrapped
 
 MOST_CALLS = 3
 
@@ -135,7 +138,15 @@ class Observation:
 
     def storage(self) -> dict[str, Storage]:
         """How the base layer below each adapter keeps its weight, by the layer's name."""
-        return {layer.name: read_storage(layer.base) for layer in self.lora_layers()}
+        return {layer.name: read_wrapped(layer.module) for layer in self.lora_layers()}
+
+    def census(self) -> Census:
+        """How many bytes of the whole base are kept in how many bits."""
+        return take_census(self.model)
+
+    def biases_asked_for(self) -> str | None:
+        """What PEFT was told of the biases of the base, where it was told to train them."""
+        return biases_asked_for(self.model)
 
     def isolation(self) -> IsolationSeen:
         """Perturb the packed batch by forwards of the model's own, which are left no trace of."""
