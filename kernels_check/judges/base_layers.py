@@ -26,6 +26,7 @@ from kernels_check.check import (
 
 if TYPE_CHECKING:
     from kernels_check.observation.census import Census
+    from kernels_check.observation.digest import Change
     from kernels_check.observation.observe import Observation
     from kernels_check.observation.storage import Storage
 
@@ -35,6 +36,14 @@ _BITS_REMEDY = {
     16: "load with dtype=torch.bfloat16 and no quantization_config",
     32: "load with dtype=torch.float32 and no quantization_config",
 }
+_TORN = (
+    "no forward in eval mode on this CPU where weights are gathered anew for each forward, as by FSDP2: call "
+    "model.train(), or set support_avx512bf16_for_cpu=False on every Linear4bit before the first forward"
+)
+# bitsandbytes casts a bias to the compute dtype in the first forward: not trained, but not silent either.
+_CAST = "but for what was cast once by the forward"
+_CACHE = "but for what was made anew by the forward, and not saved with the model"
+_ROUNDED = "but for rounding, since PEFT merges the adapter into nn.MultiheadAttention for each forward and out again"
 
 
 def judge_bits(seen: Observation, required: Json) -> Finding:
@@ -115,39 +124,52 @@ def judge_frozen(seen: Observation, required: Json) -> Finding:
     digest, change = seen.after, seen.after.since(seen.before)
     what = f"every byte of {_size(digest.total_bytes)} in {len(digest.parts)} parts"
     faults, notes = _trained(seen)
-    reason = "an eval forward repacked Linear4bit weights in place (AVX512 layout): bytes cannot be compared"
-    repacked = change.changed and seen.before.packed != digest.packed
+    remedies = (
+        ["requires_grad_(False) on the base, and only the adapter's parameters for the optimizer"] if faults else []
+    )
+    repacked = bool(change.changed) and seen.before.packed != digest.packed
+    if digest.torn:
+        named = name_some(f"{name} ({why})" for name, why in digest.torn.items())
+        faults.append(f"{len(digest.torn)} 4-bit weights do not fit their states: {named}")
+        remedies.append(_TORN)
     if change.changed and not repacked:
         names = name_some(change.changed)
         faults.append(f"{what} compared: {len(change.changed)} changed over {seen.calls} steps: {names}")
-    unknown = [reason] if repacked else []
-    unseen = {**seen.before.unseen, **digest.unseen}
+        if all(digest.is_buffer(name) for name in change.changed):
+            remedies.append("eval() on the layers whose buffers move, such as BatchNorm's statistics")
+    unknown = [
+        "an eval forward repacked Linear4bit weights in place (AVX512 layout): bytes cannot be compared"
+    ] * repacked
+    unknown += _unread(seen, change)
+    notes += [
+        f"{words}: {name_some(names)}" for words, names in ((_CAST, change.cast), (_CACHE, change.caches)) if names
+    ]
+    notes += [f"{_ROUNDED}: {name_some(change.rounded)}"] if change.rounded else []
+    asked = seen.biases_asked_for() if faults else None
+    if asked is not None:
+        remedies = [f"set bias='none', unless the biases are to train: PEFT was asked to by {asked}"]
+    good = [] if faults or unknown else [f"{what} unchanged over {seen.calls} steps, no gradient, not optimised"]
+    told = [f"remedy: {remedy}" for remedy in remedies]
+    return Finding(
+        observed=False if faults else None if unknown else True,
+        reason="; ".join([*good, *faults, *told, *unknown, *notes]),
+        status="unknown" if unknown and not faults else None,
+    )
+
+
+def _unread(seen: Observation, change: Change) -> list[str]:
+    """What of the base could not be compared, so that nobody can say that it is still."""
+    reasons = []
+    unseen = {**seen.before.unseen, **seen.after.unseen}
     if unseen:
         named = name_some(f"{name} ({why})" for name, why in unseen.items())
-        unknown.append(f"the bytes of {len(unseen)} parts could not be read: {named}")
+        reasons.append(f"the bytes of {len(unseen)} parts could not be read: {named}")
     if change.incomparable:
         named = name_some(change.incomparable)
-        unknown.append(f"sharded at one time and whole at the other, so that it cannot be compared: {named}")
+        reasons.append(f"sharded at one time and whole at the other, so that they cannot be compared: {named}")
     if not seen.optimizers and (loose := _loose(seen)):
-        unknown.append(f"no optimizer stepped, so it cannot be told whether one holds {name_some(loose)}, which train")
-    # bitsandbytes casts a bias to the compute dtype in the first forward: not trained, but not silent either.
-    notes += [f"cast once by the forward: {name_some(change.cast)}"] if change.cast else []
-    notes += [f"made anew by the forward, and not saved: {name_some(change.caches)}"] if change.caches else []
-    if faults:
-        asked = seen.biases_asked_for()
-        faults.append(
-            f"PEFT was asked to train biases of the base: {asked} in its configuration"
-            if asked is not None
-            else "remedy: requires_grad_(False) on the base, and only the adapter's parameters for the optimizer"
-        )
-    elif not unknown:
-        faults = [f"{what} unchanged over {seen.calls} steps, no gradient, not optimised"]
-        return Finding(observed=True, reason="; ".join([*faults, *notes]))
-    return Finding(
-        observed=False if faults else None,
-        reason="; ".join([*faults, *unknown, *notes]),
-        status=None if faults else "unknown",
-    )
+        reasons.append(f"no optimizer stepped, so it cannot be told whether one holds what trains: {name_some(loose)}")
+    return reasons
 
 
 def _trained(seen: Observation) -> tuple[list[str], list[str]]:

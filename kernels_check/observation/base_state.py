@@ -18,9 +18,9 @@ from torch.nn.parameter import is_lazy
 from kernels_check.observation.adapter_layers import adapter_paths, is_below
 from kernels_check.observation.tensor_copy import is_wrapper, plain_parts
 
-Kind: TypeAlias = Literal["parameter", "buffer", "cache", "beside"]
-"""``cache``: a buffer that is not saved with the model, since a forward makes it anew. ``beside``: kept in attributes
-of a quantised weight or of its layer."""
+Kind: TypeAlias = Literal["parameter", "merged", "buffer", "cache", "beside"]
+"""``merged``: a parameter that PEFT merges the adapter into and out of in each forward. ``cache``: a buffer that is not
+saved with the model, since a forward makes it anew. ``beside``: kept in attributes of a quantised weight or layer."""
 
 WEIGHTS = ("weight", "original")
 """Names of the weight of a layer; the second in a parametrisation, which unpacks it at each access."""
@@ -48,13 +48,15 @@ class Part:
 def base_state(model: nn.Module) -> Iterator[Part]:
     """Every part of the base; a tensor that several layers share comes once for each."""
     adapter = adapter_paths(model)
+    merged = {id(layer) for module in model.modules() for layer in _merged_layers(module)}
     for name, module in model.named_modules():
         if is_below(name, adapter):
             continue
         prefix = f"{name}." if name else ""
         for key, parameter in module._parameters.items():
             if parameter is not None and not is_below(prefix + key, adapter):
-                yield from _tensor(prefix + key, "parameter", module, parameter)
+                kind: Kind = "merged" if id(module) in merged and key.endswith("weight") else "parameter"
+                yield from _tensor(prefix + key, kind, module, parameter)
         for key, buffer in module._buffers.items():
             if buffer is not None and not is_below(prefix + key, adapter):
                 saved = key not in module._non_persistent_buffers_set
@@ -64,6 +66,15 @@ def base_state(model: nn.Module) -> Iterator[Part]:
                 yield from _tensor(prefix + key, "beside", module, value)
             else:
                 yield _part(prefix + key, "beside", module, str(value))
+
+
+def _merged_layers(module: Any) -> tuple[Any, ...]:
+    """Layers whose products PEFT cannot reach: ``nn.MultiheadAttention``, whose forward calls no layer."""
+    base = vars(module).get("_modules", {}).get("base_layer")
+    if not isinstance(base, nn.MultiheadAttention):
+        return ()
+    projection = base._modules["out_proj"]
+    return (base, getattr(projection, "base_layer", projection))
 
 
 def quant_state(layer: Any, weight: Any) -> Any:

@@ -82,7 +82,7 @@ class _Bits:
         key = _key(part)
         if self._packs and key != "bias":
             return self._packed
-        if part.wrapper is not None or (part.kind == "parameter" and not _plain(part.value)):
+        if part.wrapper is not None or (part.kind in ("parameter", "merged") and not _plain(part.value)):
             if key not in self._known:
                 self._known[key] = read_storage(self._layer, key).bits
             return self._known[key]

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from kernels_check.observation.base_state import Kind, base_state, base_weight, is_packed, quant_state
 from kernels_check.observation.fingerprint import Fingerprinter
+from kernels_check.observation.fourbit import layout_problem
 
+ROUNDINGS = 4
+"""Units in the last place of the largest weight that a few merges and their undoing leave at most; one in the mean."""
 _SHARDED = "DTensor"
 
 
@@ -33,6 +38,8 @@ class Change:
     """Parts that training on this base later depends on."""
     cast: tuple[str, ...] = ()
     """The same values in another type."""
+    rounded: tuple[str, ...] = ()
+    """Weights that PEFT merged the adapter into and out of again, as far as rounding explains the difference."""
     caches: tuple[str, ...] = ()
     """Buffers that are not saved with the model."""
     incomparable: tuple[str, ...] = ()
@@ -52,25 +59,30 @@ class Digest:
     """Tensors of which this process holds a shard."""
     packed: bool
     """Whether a 4-bit weight was in the layout that bitsandbytes makes for a CPU."""
+    torn: Mapping[str, str] = field(default_factory=dict)
+    """4-bit layers whose weight lies otherwise than its state says, with the reason."""
+
+    def is_buffer(self, name: str) -> bool:
+        """Whether a part is one of a buffer."""
+        return name in self.parts and self.parts[name].kind == "buffer"
 
     def since(self, before: Digest) -> Change:
         """What has changed since an earlier digest of the same model."""
         resharded = before.sharded ^ self.sharded
-        changed, cast, caches, incomparable = [], [], [], []
+        found: dict[str, list[str]] = {}
         for name in sorted(before.parts.keys() | self.parts.keys()):
             old, new = before.parts.get(name), self.parts.get(name)
             one = new or old
             if one is None or (old is not None and new is not None and old.fingerprint == new.fingerprint):
                 continue
             if one.owner in resharded:
-                incomparable.append(name)
+                kind = "incomparable"
             elif one.kind == "cache":
-                caches.append(name)
-            elif _is_cast(old, new):
-                cast.append(name)
+                kind = "caches"
             else:
-                changed.append(name)
-        return Change(changed=tuple(changed), cast=tuple(cast), caches=tuple(caches), incomparable=tuple(incomparable))
+                kind = _difference(old, new)
+            found.setdefault(kind, []).append(name)
+        return Change(**{kind: tuple(names) for kind, names in found.items()})
 
 
 def digest(model: nn.Module) -> Digest:
@@ -90,13 +102,22 @@ def digest(model: nn.Module) -> Digest:
             parts[part.name] = Hashed(fingerprint=take(tensor), kind=part.kind, owner=part.owner, tensor=tensor)
         except Exception as error:  # of a kind that nobody has met: unknown, and nothing else is lost
             unseen[part.name] = str(error) or type(error).__name__
+    states = _states(model)
     return Digest(
         parts=parts,
         total_bytes=take.bytes,
         unseen=unseen,
         sharded=frozenset(sharded),
-        packed=any(is_packed(quant_state(layer, base_weight(layer))) for layer in model.modules()),
+        packed=any(is_packed(state) for _, _, _, state in states),
+        torn={name: why for name, *kept in states if (why := layout_problem(*kept)) is not None},
     )
+
+
+def _states(model: nn.Module) -> list[tuple[str, nn.Module, Any, Any]]:
+    """Name, layer, weight and state of every 4-bit weight."""
+    found = ((name, layer, base_weight(layer)) for name, layer in model.named_modules())
+    with_state = ((name, layer, weight, quant_state(layer, weight)) for name, layer, weight in found)
+    return [one for one in with_state if one[2] is not None and one[3] is not None]
 
 
 def _readable(value: Tensor | Exception) -> Tensor:
@@ -107,9 +128,24 @@ def _readable(value: Tensor | Exception) -> Tensor:
     return value.detach()
 
 
-def _is_cast(old: Hashed | None, new: Hashed | None) -> bool:
-    """Whether the later holds the values of the earlier, rounded to a type of its own."""
-    if old is None or new is None or old.tensor is None or new.tensor is None or old.tensor.dtype == new.tensor.dtype:
-        return False
+def _difference(old: Hashed | None, new: Hashed | None) -> str:
+    """Tell what training does to a part from what a forward does to it: a cast, and rounding where PEFT merges."""
+    if old is None or new is None or old.tensor is None or new.tensor is None:
+        return "changed"
     take = Fingerprinter()
-    return take(old.tensor) == old.fingerprint and take(old.tensor.to(new.tensor.dtype)) == new.fingerprint
+    one, other = old.tensor, new.tensor
+    if one.data_ptr() == other.data_ptr() or take(one) != old.fingerprint:  # written to, whatever else
+        return "changed"
+    if one.dtype != other.dtype:
+        return "cast" if take(one.to(other.dtype)) == new.fingerprint else "changed"
+    return "rounded" if old.kind == "merged" and _is_rounded(one, other) else "changed"
+
+
+def _is_rounded(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are as near as some sums and differences of them leave."""
+    if one.shape != other.shape or not one.is_floating_point() or not one.numel():
+        return False
+    exact, eps = one.double(), torch.finfo(one.dtype).eps
+    apart = (exact - other.double()).abs()
+    sizes = exact.abs()
+    return bool(apart.max() <= ROUNDINGS * eps * sizes.max()) and bool(apart.mean() <= eps * sizes.mean())

@@ -18,7 +18,15 @@ _CODES = 16
 
 def four_bit_problem(layer: Any, weight: Tensor, state: Any) -> str | None:
     """Say what of a state contradicts the bytes of the weight, its layer or itself; None where nothing does."""
-    checks = (_of_the_layer, _of_the_bytes, _of_the_scales, _of_the_codes, _of_the_offset, _of_two_states)
+    checks = (
+        _of_the_layer,
+        layout_problem,
+        _of_the_bytes,
+        _of_the_scales,
+        _of_the_codes,
+        _of_the_offset,
+        _of_two_states,
+    )
     return next((problem for check in checks if (problem := check(layer, weight, state)) is not None), None)
 
 
@@ -31,6 +39,22 @@ def _of_the_layer(layer: Any, weight: Tensor, state: Any) -> str | None:
                 return f"quant_state describes {weights} weights, the layer has {math.prod(expected)}"
             if tuple(state.shape) != expected:
                 return f"quant_state is of shape {tuple(state.shape)}, the layer of {expected}"
+    return None
+
+
+def layout_problem(layer: Any, weight: Tensor, state: Any) -> str | None:
+    """Say where a weight lies otherwise than its state says, so that every product with it is wrong.
+
+    bitsandbytes lays a weight out anew for a CPU in a forward in eval mode, and marks the state in place. Where the
+    weight is gathered anew for each forward, as by FSDP2, it is the old layout that comes back, to the new state.
+    """
+    if len(state.shape) != 2 or state.shape[1] <= 2:
+        return None
+    old = weight.dim() == 2 and weight.shape[1] == 1
+    if is_packed(state) and old:
+        return "quant_state is laid out anew for AVX512 and the weight is not: products with it are wrong"
+    if not is_packed(state) and not old:
+        return f"the weight has the layout {tuple(weight.shape)} and quant_state that of one column"
     return None
 
 
