@@ -54,10 +54,11 @@ def judge_bits(seen: Observation, required: Json) -> Finding:
     remedy = _BITS_REMEDY.get(required) if isinstance(required, int) else None
     bits = {name: item.bits for name, item in stored.items()}
     finding = _over_layers(stored, bits, required, reason, remedy)
-    found = {value for value in bits.values() if value is not None}
-    if len(found) != 1:
+    told = Counter(value for value in bits.values() if value is not None)
+    if not told:
         return finding
-    rest = _rest_of_the_base(seen.census(), found.pop())
+    expected = required if isinstance(required, int) else told.most_common(1)[0][0]
+    rest = _rest_of_the_base(seen.census(), expected)
     return replace(finding, reason=f"{finding.reason}; {rest}")
 
 

@@ -109,7 +109,7 @@ def _weights(part: Part, bits: int | None, parts: list[Part]) -> int:
     if part.wrapper is not None:
         if value is not max((one.value for one in parts if one.owner == part.owner), key=_size):
             return 0
-    elif part.kind == "buffer" and _key(part) not in PACKED and not _plain(value):
+    elif part.kind == "buffer" and _key(part) not in (*PACKED, "bias"):
         return 0
     return _size(value) * 8 // bits if bits else value.numel()
 

@@ -18,6 +18,7 @@ from torch import Tensor
 _WORDS = 4096
 """In a row; its weights and a block of rows stay in a cache of the CPU."""
 _ROW_BYTES = _WORDS * 8
+NO_MEMORY = "it has no memory: freed, or of a class that cannot be taken apart"
 _ROWS = {"cpu": 16}
 _ROWS_ON_A_DEVICE = 2048
 _SHIFT = 29
@@ -41,6 +42,8 @@ class Fingerprinter:
         Raises:
             Exception: it cannot be read.
         """
+        if not has_memory(tensor):
+            raise ValueError(NO_MEMORY)
         place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
         if place not in self._taken:
             self._taken[place] = (tensor, self._take(tensor))  # kept alive, so that nothing else comes to lie there
@@ -48,8 +51,6 @@ class Fingerprinter:
         return self._taken[place][1]
 
     def _take(self, tensor: Tensor) -> str:
-        if tensor.numel() and tensor.untyped_storage().nbytes() < _end(tensor):
-            raise ValueError("its storage has been freed")
         raw = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
         hashed = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
         whole = raw.numel() // _ROW_BYTES * _ROW_BYTES if raw.numel() > 2 * _ROW_BYTES else 0
@@ -74,10 +75,17 @@ class Fingerprinter:
         return self._weights[device]
 
 
-def _end(tensor: Tensor) -> int:
-    """Where in its storage the last element ends, in bytes."""
+def has_memory(tensor: Tensor) -> bool:
+    """Whether a tensor's elements lie in memory; reading one that was freed ends the process."""
+    if not tensor.numel():
+        return True
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return int(tensor.storage_offset() + last + 1) * tensor.element_size()
+    end = int(tensor.storage_offset() + last + 1) * tensor.element_size()
+    try:
+        storage = tensor.untyped_storage()
+        return bool(storage.data_ptr()) and storage.nbytes() >= end
+    except RuntimeError:  # a class without any
+        return False
 
 
 def _blocks(rows: Tensor) -> Iterator[Tensor]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from kernels_check.observation.base_state import PACKED, WEIGHTS, beside, is_packed, quant_state
+from kernels_check.observation.fingerprint import NO_MEMORY, has_memory
 from kernels_check.observation.fourbit import four_bit_problem
 from kernels_check.observation.tensor_copy import is_wrapper, plain_parts
 
@@ -100,7 +101,7 @@ def _int8(layer: Any, weight: Tensor) -> Storage:
 
 def _assigned(layer: Any, parameter: str) -> Tensor | None:
     """A weight that is no parameter of the layer, such as one that PEFT put there for the time of a forward."""
-    found = vars(layer).get(parameter)
+    found = getattr(layer, "__dict__", {}).get(parameter)
     return found if isinstance(found, Tensor) else None
 
 
@@ -147,6 +148,8 @@ def _of_tensor(weight: Tensor, otherwise: str) -> Storage:
         weight = weight._local_tensor  # type: ignore[attr-defined]
     if is_wrapper(weight):
         return _made_of_others(weight)
+    if not has_memory(weight):
+        return _unknown(f"{type(weight).__qualname__}: {NO_MEMORY}")
     bits = weight.element_size() * 8
     if weight.dtype in _PLAIN:
         return Storage(bits=bits, quant_type="none", double_quant=False, compute_dtype=_short(weight.dtype))

@@ -117,7 +117,7 @@ def test_what_would_train_with_a_gradient_is_not_frozen(instrument):
 
 def test_without_an_optimizer_nobody_knows_what_it_holds(instrument):
     """A step that accumulates updates nothing."""
-    model, optimizer = _tuned(_with_spare())
+    model, _ = _tuned(_with_spare())
     model.base_model.model.spare.requires_grad_(True)
     inputs = torch.randn(4, 8)
     checks = verify(model, lambda: model(inputs).sum().backward(), {"base.frozen": True}, instrument=instrument)
