@@ -9,6 +9,7 @@ layer in the first forward, and gives a 4-bit weight that was registered anew th
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -49,6 +50,7 @@ def base_state(model: nn.Module) -> Iterator[Part]:
     """Every part of the base; a tensor that several layers share comes once for each."""
     adapter = adapter_paths(model)
     merged = {id(layer) for module in model.modules() for layer in _merged_layers(module)}
+    shards = {place: shard for module in model.modules() for place, shard in _shards(module)}
     for name, module in model.named_modules():
         if is_below(name, adapter):
             continue
@@ -56,7 +58,7 @@ def base_state(model: nn.Module) -> Iterator[Part]:
         for key, parameter in module._parameters.items():
             if parameter is not None and not is_below(prefix + key, adapter):
                 kind: Kind = "merged" if id(module) in merged and key.endswith("weight") else "parameter"
-                yield from _tensor(prefix + key, kind, module, parameter)
+                yield from _tensor(prefix + key, kind, module, shards.get((id(module), key), parameter))
         for key, buffer in module._buffers.items():
             if buffer is not None and not is_below(prefix + key, adapter):
                 saved = key not in module._non_persistent_buffers_set
@@ -66,6 +68,21 @@ def base_state(model: nn.Module) -> Iterator[Part]:
                 yield from _tensor(prefix + key, "beside", module, value)
             else:
                 yield _part(prefix + key, "beside", module, str(value))
+
+
+def _shards(module: Any) -> Iterator[tuple[tuple[int, str], Tensor]]:
+    """What FSDP2 keeps of the parameters of a module, by their place: the whole is there for a forward only.
+
+    A whole that an evaluation has left is of no account: the next step shards first, and trains what was sharded.
+    """
+    with suppress(AttributeError):  # torch calls none of this its interface
+        state = module._get_fsdp_state()
+        groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+        for kept in (one for group in groups if group is not None for one in group.fsdp_params):
+            info = kept._module_info
+            modules, names = [info.module, *info.shared_modules], [info.param_name, *info.shared_param_names]
+            for place, name in zip(modules, names, strict=True):
+                yield (id(place), name), kept.sharded_param
 
 
 def _merged_layers(module: Any) -> tuple[Any, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
 import torch
@@ -89,12 +90,16 @@ def _of_the_codes(layer: Any, weight: Tensor, state: Any) -> str | None:
         return f"quant_state is of {state.quant_type}, the weight of {claimed}"
     if state.code is None or state.code.numel() != _CODES:
         return "quant_state has no code of 16 values"
-    from bitsandbytes.functional import get_4bit_type
-
-    known = get_4bit_type(state.quant_type, device="cpu")
-    if not torch.allclose(state.code.detach().float().cpu(), known.float()):
+    if not torch.allclose(state.code.detach().float().cpu(), _known_code(state.quant_type)):
         return f"the code of quant_state is not that of {state.quant_type}"
     return None
+
+
+@cache
+def _known_code(quant_type: str) -> Tensor:
+    from bitsandbytes.functional import get_4bit_type
+
+    return get_4bit_type(quant_type, device="cpu").float()
 
 
 def _of_the_offset(layer: Any, weight: Tensor, state: Any) -> str | None:

@@ -242,6 +242,17 @@ def test_a_sharded_base_is_read_and_compared(training, alone, quant):
     assert "lm_head.weight._local_tensor" in moved.reason
 
 
+def test_a_base_that_an_evaluation_left_whole_is_compared_by_its_shards(training, alone):
+    """FSDP2 shards the outermost parameters again in the backward pass only."""
+    run = training(quant=None)
+    _shard(run)
+    run.step()
+    with torch.no_grad():
+        run.model(**run.inputs)
+    assert not hasattr(run.model.base_model.model.lm_head.weight, "_local_tensor")
+    assert run.check("base.frozen", True).met
+
+
 def test_sharded_weights_of_which_only_the_state_was_repacked_are_found(training, alone):
     """FSDP2 gathers the old layout for each forward, and bitsandbytes marked the state of the first in place.
 
