@@ -20,13 +20,8 @@ _CODES = 16
 def four_bit_problem(layer: Any, weight: Tensor, state: Any) -> str | None:
     """Say what of a state contradicts the bytes of the weight, its layer or itself; None where nothing does."""
     checks = (
-        _of_the_layer,
-        layout_problem,
-        _of_the_bytes,
-        _of_the_scales,
-        _of_the_codes,
-        _of_the_offset,
-        _of_two_states,
+        *(_of_the_layer, _of_the_bytes, layout_problem),
+        *(_of_the_scales, _of_the_codes, _of_the_offset, _of_two_states),
     )
     return next((problem for check in checks if (problem := check(layer, weight, state)) is not None), None)
 
@@ -99,7 +94,8 @@ def _of_the_codes(layer: Any, weight: Tensor, state: Any) -> str | None:
 def _known_code(quant_type: str) -> Tensor:
     from bitsandbytes.functional import get_4bit_type
 
-    return get_4bit_type(quant_type, device="cpu").float()
+    code: Tensor = get_4bit_type(quant_type, device="cpu")
+    return code.float()
 
 
 def _of_the_offset(layer: Any, weight: Tensor, state: Any) -> str | None:
