@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import ParametrizationList
 
 from kernels_check.observation.adapter_layers import adapter_paths, is_below
 from kernels_check.observation.tensor_copy import is_wrapper, plain_parts
@@ -96,7 +97,7 @@ def _merged_layers(module: Any) -> tuple[Any, ...]:
 
 def quant_state(layer: Any, weight: Any) -> Any:
     """What bitsandbytes keeps of a 4-bit weight: on the weight, else where its layer or parametrisation keeps it."""
-    for holder in (weight, layer, *(layer if isinstance(layer, nn.ModuleList) else ())):
+    for holder in (weight, layer, *(layer if isinstance(layer, ParametrizationList) else ())):
         state = getattr(holder, "quant_state", None)
         if hasattr(state, "absmax"):
             return state

@@ -41,6 +41,12 @@ def test_shared_memory_counts_once():
     assert census.weights_of == {8: 4096}
 
 
+def test_a_list_of_layers_is_no_layer():
+    """What its first layer keeps is that layer's."""
+    census = take_census(nn.ModuleList([_quantised(), _quantised()]))
+    assert census.bytes_of == {4: 2 * FOUR_BIT}
+
+
 def test_what_is_not_saved_is_not_counted_nor_is_an_adapter():
     """A base is what is loaded."""
     base = nn.Sequential(nn.Linear(8, 8, bias=False))
