@@ -36,6 +36,7 @@ _BITS_REMEDY = {
     16: "load with dtype=torch.bfloat16 and no quantization_config",
     32: "load with dtype=torch.float32 and no quantization_config",
 }
+_NO_BASE = "there is no base: every parameter is an adapter's"
 _TORN = (
     "no forward in eval mode on this CPU where weights are gathered anew for each forward, as by FSDP2: call "
     "model.train(), or set support_avx512bf16_for_cpu=False on every Linear4bit before the first forward"
@@ -78,7 +79,7 @@ def judge_bytes_in_4bit(seen: Observation, required: Json) -> Finding:
     census = seen.census()
     total, share, unread = census.bytes_of.total(), census.share(4), census.share(None)
     if not total:
-        return Finding(observed=None, present=False, reason="there is no base: every parameter is an adapter's")
+        return Finding(observed=None, present=False, reason=_NO_BASE)
     weights = f"{census.weight_share(4):.1%} of the weights"
     reason = f"{share:.1%} of the {_size(total)} of the base are 4-bit weights with their scales ({weights})"
     others = census.others(4)
@@ -123,6 +124,8 @@ def judge_double_quant(seen: Observation, required: Json) -> Finding:
 def judge_frozen(seen: Observation, required: Json) -> Finding:
     """Judge ``base.frozen``: no part of the base changes, receives a gradient, or would move with one."""
     digest, change = seen.after, seen.after.since(seen.before)
+    if not digest.parts and not seen.before.parts and not digest.unseen:
+        return Finding(observed=None, present=False, reason=_NO_BASE)
     what = f"every byte of {_size(digest.total_bytes)} in {len(digest.parts)} parts"
     faults, notes = _trained(seen)
     remedies = (

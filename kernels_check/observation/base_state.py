@@ -59,7 +59,10 @@ def base_state(model: nn.Module) -> Iterator[Part]:
         for key, parameter in module._parameters.items():
             if parameter is not None and not is_below(prefix + key, adapter):
                 kind: Kind = "merged" if id(module) in merged and key.endswith("weight") else "parameter"
-                yield from _tensor(prefix + key, kind, module, shards.get((id(module), key), parameter))
+                here = shards.get(
+                    (id(module), key), getattr(parameter, "ds_tensor", parameter)
+                )  # of DeepSpeed's ZeRO-3
+                yield from _tensor(prefix + key, kind, module, here)
         for key, buffer in module._buffers.items():
             if buffer is not None and not is_below(prefix + key, adapter):
                 saved = key not in module._non_persistent_buffers_set

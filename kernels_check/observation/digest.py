@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels_check.observation.base_state import Kind, base_state, base_weight, is_packed, quant_state
-from kernels_check.observation.fingerprint import Fingerprinter
+from kernels_check.observation.fingerprint import Fingerprinter, has_memory
 from kernels_check.observation.fourbit import layout_problem
 
 ROUNDINGS = 4
@@ -101,7 +101,8 @@ def digest(model: nn.Module) -> Digest:
             tensor = _readable(part.value)
             parts[part.name] = Hashed(fingerprint=take(tensor), kind=part.kind, owner=part.owner, tensor=tensor)
         except Exception as error:  # of a kind that nobody has met: unknown, and nothing else is lost
-            unseen[part.name] = str(error) or type(error).__name__
+            if part.kind != "cache":
+                unseen[part.name] = str(error) or type(error).__name__
     states = _states(model)
     return Digest(
         parts=parts,
@@ -134,8 +135,8 @@ def _difference(old: Hashed | None, new: Hashed | None) -> str:
         return "changed"
     take = Fingerprinter()
     one, other = old.tensor, new.tensor
-    if one.data_ptr() == other.data_ptr() or take(one) != old.fingerprint:  # written to, whatever else
-        return "changed"
+    if not has_memory(one) or one.data_ptr() == other.data_ptr() or take(one) != old.fingerprint:
+        return "changed"  # written to, whatever else
     if one.dtype != other.dtype:
         return "cast" if take(one.to(other.dtype)) == new.fingerprint else "changed"
     return "rounded" if old.kind == "merged" and _is_rounded(one, other) else "changed"

@@ -11,6 +11,7 @@ from torch import nn
 
 from kernels_check import verify
 from kernels_check.controls.small_run import SmallRun
+from kernels_check.judges import base_layers
 from kernels_check.observation.adapter_layers import lora_layers
 
 
@@ -275,6 +276,12 @@ def test_sharded_weights_of_which_only_the_state_was_repacked_are_found(training
     assert "support_avx512bf16_for_cpu=False" in checks["base.frozen"].reason
     assert checks["base.bits"].status == "unknown"
     assert "laid out anew for AVX512 and the weight is not" in checks["base.bits"].reason
+
+
+def test_without_a_base_nothing_is_frozen(seen):
+    """Nothing was compared, which proves nothing."""
+    assert base_layers.judge_frozen(seen(), True).against("base.frozen", True).status == "absent"
+    assert base_layers.judge_bytes_in_4bit(seen(), 0.0).against("base.bytes_in_4bit", 0.0).status == "absent"
 
 
 def test_a_copy_of_a_quantised_model_is_sound(training):

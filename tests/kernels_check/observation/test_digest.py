@@ -41,6 +41,16 @@ def test_only_a_cast_is_a_cast():
     assert digest(model).since(before).changed == ("bias",)
 
 
+def test_what_is_gone_has_changed():
+    """Memory that was freed is not read for a comparison."""
+    model = nn.Linear(4, 4, bias=False)
+    before = digest(model)
+    gone = model.weight.data
+    model.weight.data = model.weight.data.bfloat16()
+    gone.untyped_storage().resize_(0)
+    assert digest(model).since(before).changed == ("weight",)
+
+
 def test_a_shard_is_not_compared_with_a_whole():
     """They are different bytes of the same tensor."""
     change = _digest(sharded=("a",), **{"a._local_tensor": _hashed("1")}).since(_digest(a=_hashed("2")))
@@ -128,6 +138,17 @@ def test_a_sparse_parameter_is_compared(layout):
     values = model.weight.detach()
     (values._values() if layout == "to_sparse" else values.values()).mul_(2)
     assert digest(model).since(before).changed == ("weight.values",)
+
+
+def test_a_partition_of_deepspeed_is_what_lies_here():
+    """The parameter itself is empty between two forwards."""
+    model = nn.Linear(4, 4, bias=False)
+    model.weight.ds_tensor = torch.ones(8)
+    model.weight.data = torch.empty(0)
+    before = digest(model)
+    assert before.total_bytes == 32
+    model.weight.ds_tensor[3] += 1
+    assert digest(model).since(before).changed == ("weight",)
 
 
 def test_nothing_of_a_base_is_left_out_and_nothing_of_an_adapter_is_in(training):

@@ -146,6 +146,9 @@ def test_integers_of_other_libraries_are_what_layer_and_bytes_say(layer, bits):
     ("layer", "words"),
     [
         (_integers("qweight", (8, 8)), "does not say of how many bits"),
+        (_integers("qweight", (8, 8), bits=4), "does not say of how many bits"),
+        (_integers("qweight", (8, 8), in_features=8, out_features=64), "does not say of how many bits"),
+        (_layer(Packed(torch.zeros(8, device="meta"), torch.ones(1), (8,))), "holds no bytes here"),
         (_integers("blocks", (8, 8)), "how it keeps its weight is not known"),
         (nn.Linear(2, 2, device="meta"), "meta device"),
         (nn.LazyLinear(2), "no shape yet"),
@@ -154,7 +157,19 @@ def test_integers_of_other_libraries_are_what_layer_and_bytes_say(layer, bits):
         (SimpleNamespace(weight=1), "is not known"),
         (None, "is not known"),
     ],
-    ids=["unsaid", "another name", "meta", "lazy", "4-bit on meta", "4-bit not yet", "no tensor", "no layer"],
+    ids=[
+        "unsaid",
+        "no sizes",
+        "no bits",
+        "parts on meta",
+        "another name",
+        "meta",
+        "lazy",
+        "4-bit on meta",
+        "4-bit not yet",
+        "no tensor",
+        "no layer",
+    ],
 )
 def test_the_unknown_is_unknown(layer, words):
     """With its reason."""
@@ -213,6 +228,22 @@ def test_a_weight_that_was_unpacked_is_a_float():
     layer.weight = nn.Parameter(torch.zeros(64, 128), requires_grad=False)
     stored = read_storage(layer)
     assert (stored.bits, stored.quant_type) == (32, "none")
+
+
+def test_packed_bytes_may_be_stored_as_floats():
+    """As FSDP wants them, in one type with the rest."""
+    layer = fourbit(nn.Linear(128, 64, bias=False), quant_type="nf4")
+    layer.weight.data = layer.weight.data.view(torch.bfloat16)
+    assert read_storage(layer).bits == 4
+
+
+def test_a_weight_may_be_a_plain_attribute():
+    """As PEFT leaves it in the projection of an attention for the time of a forward."""
+    layer = nn.Linear(4, 4)
+    weight = layer.weight.data.bfloat16()
+    del layer.weight
+    layer.weight = weight
+    assert read_storage(layer).bits == 16
 
 
 def test_a_shard_is_read_by_the_state_of_its_layer():
