@@ -233,7 +233,7 @@ def test_a_weight_that_was_unpacked_is_a_float():
 def test_packed_bytes_may_be_stored_as_floats():
     """As FSDP wants them, in one type with the rest."""
     layer = fourbit(nn.Linear(128, 64, bias=False), quant_type="nf4")
-    layer.weight.data = layer.weight.data.view(torch.bfloat16)
+    layer.weight.data = layer.weight.data.view(-1).view(torch.bfloat16).view(-1, 1)
     assert read_storage(layer).bits == 4
 
 
