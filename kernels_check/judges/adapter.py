@@ -14,7 +14,7 @@ from kernels_check.judges.attached import NO_ADAPTER, calls_that_count
 
 if TYPE_CHECKING:
     from kernels_check.observation.adapter_kinds import AdapterLayer
-    from kernels_check.observation.observe import Observation
+    from kernels_check.observation.observation import Observation
 
 
 def judge_dtype(seen: Observation, required: Json) -> Finding:

@@ -15,7 +15,7 @@ from kernels_check.check import FLAG, Finding, Json, JudgedPath, join_values, na
 if TYPE_CHECKING:
     from kernels_check.observation.adapter_calls import LayerCall
     from kernels_check.observation.adapter_kinds import AdapterLayer
-    from kernels_check.observation.observe import Observation
+    from kernels_check.observation.observation import Observation
 
 NO_ADAPTER = "no layer carries an adapter: get_peft_model was not called, or target_modules matched no module"
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from kernels_check.observation.isolation import IsolationSeen
-    from kernels_check.observation.observe import Observation
+    from kernels_check.observation.observation import Observation
 
 _LEAK = (
     "positions tell records apart only without a cache, which is the default, and without a mask of two dimensions: "

@@ -13,7 +13,7 @@ from kernels_check.check import FLAG, SHARE, Finding, Json, JudgedPath, Requirem
 from kernels_check.observation.compilations import Compilations
 
 if TYPE_CHECKING:
-    from kernels_check.observation.observe import Observation
+    from kernels_check.observation.observation import Observation
     from kernels_check.observation.recomputed_blocks import BlockRecomputed
 
 

@@ -16,7 +16,7 @@ from kernels_check.judges.attached import NO_ADAPTER
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from kernels_check.observation.observe import Observation
+    from kernels_check.observation.observation import Observation
     from kernels_check.observation.updates import ParameterUpdates
 
 _LORA_FA = "peft.optimizers.lorafa.LoraFAOptimizer"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from kernels_check.check import FLAG, SHARE, Finding, Json, JudgedPath, Requirement, join_values, name_some
 
 if TYPE_CHECKING:
-    from kernels_check.observation.observe import Observation
+    from kernels_check.observation.observation import Observation
     from kernels_check.observation.optimizers import OptimizerSeen
     from kernels_check.observation.writes import GroupSeen
 

@@ -38,12 +38,12 @@ def seen() -> Callable[..., Any]:
     from torch import nn
 
     from kernels_check.observation.calls import Calls, ModuleCall
+    from kernels_check.observation.digest import Digest
     from kernels_check.observation.events import CompilerSeen, StepProfile
-    from kernels_check.observation.observe import Observation
-    from kernels_check.observation.storage import Digest
+    from kernels_check.observation.observation import Observation
 
     entry = ModuleCall(names=("",), caller=None, training=True, with_grad=True, in_backward=False, thread=0)
-    nothing = Digest(tensors={}, hashed_bytes=0, total_bytes=0, packed=False)
+    nothing = Digest(parts={}, total_bytes=0, unseen={}, sharded=frozenset(), packed=False)
 
     def observation(*attention: Any, model: nn.Module | None = None, **given: Any) -> Observation:
         placed = tuple(

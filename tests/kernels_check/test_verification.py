@@ -144,6 +144,16 @@ def test_importing_the_package_loads_no_torch():
     assert result.stdout.strip() == "[]"
 
 
+def test_the_package_lists_what_it_offers():
+    """Names that are loaded when they are asked for are there before, and `dir` loads nothing."""
+    code = (
+        "import sys, kernels_check as one;"
+        "print(set(one.__all__) <= set(dir(one)), 'verify' in dir(one), 'torch' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "True True False"
+
+
 def test_the_package_stands_alone():
     """No module of it imports the harness."""
     sources = Path(kernels_check.__file__).parent.rglob("*.py")
