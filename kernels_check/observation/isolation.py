@@ -299,7 +299,8 @@ def _unfit(model: nn.Module) -> str | None:
     """Why a model cannot be probed by forwards of this process alone."""
     if any(getattr(getattr(one, "config", None), "is_encoder_decoder", False) is True for one in model.modules()):
         return "an encoder-decoder is told of no records by its inputs, so that packing is not judged"
-    if any(type(one).__name__ in ("DTensor", "FlatParameter") for one in model.parameters()):
+    sharded = any(type(one).__name__ == "FullyShardedDataParallel" for one in model.modules())
+    if sharded or any(type(one).__name__ == "DTensor" or hasattr(one, "ds_id") for one in model.parameters()):
         return (
             "its parameters are sharded over processes, all of which would have to make the same forwards: "
             "probe_isolation(model, batch) before it is sharded"
