@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels_check.check import name_some
-from kernels_check.observation.inputs import ModelCall, find_tokens, training_calls
+from kernels_check.observation.inputs import ModelCall, find_tokens, names_tokens, training_calls
 from kernels_check.observation.perturbation import special_tokens
 from kernels_check.observation.records import PADDING, LayoutError, Records, find_records, hidden_by
 
@@ -51,7 +51,7 @@ def count_padding(model: nn.Module, calls: Sequence[ModelCall]) -> PaddingSeen |
     ends = special_tokens(model, ("pad", "eos", "bos"))
     holders = special_tokens(model) - ends
     told, counts, doubtful, unseen = set[str](), list[tuple[int, int]](), 0, None
-    for call in trained:
+    for call in [one for outer in trained for one in outer.told(names_tokens) or [outer]]:
         counted = _Counted.read(call, ends, holders)
         if counted is None:
             unseen = f"a call of {type(call.module).__name__} was given no tokens of [rows, tokens]"
