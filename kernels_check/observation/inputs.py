@@ -19,6 +19,7 @@ from torch import Tensor, nn
 _WRAPS = ("module", "base_model", "model")
 """Attributes under which a wrapper holds what it wraps: DistributedDataParallel, PEFT, models with a head."""
 _POSITIONAL = ("input_ids", "attention_mask", "position_ids")
+_NO_TOKENS = ("labels", "token_type_ids", "seq_idx", "sequence_ids", "segment_ids", "document_ids")
 _COPIED_ELEMENTS = 2**24
 
 
@@ -86,8 +87,9 @@ def find_tokens(arguments: Mapping[str, Any]) -> tuple[str, Tensor] | None:
         if isinstance(value, Tensor) and value.dim() == dimensions:
             return name, value
     for name, value in arguments.items():  # a model written by hand calls them as it likes
-        if isinstance(value, Tensor) and value.dim() == 2 and value.dtype in (torch.long, torch.int32):
-            return (name, value) if name not in ("labels", *_POSITIONAL) else None
+        numbers = isinstance(value, Tensor) and value.dim() == 2 and value.dtype in (torch.long, torch.int32)
+        if numbers and name not in (*_NO_TOKENS, *_POSITIONAL):
+            return name, value
     return None
 
 

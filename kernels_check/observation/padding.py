@@ -10,8 +10,8 @@ nothing says so may be text (``"!!!"``), and is counted apart.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -51,7 +51,8 @@ def count_padding(model: nn.Module, calls: Sequence[ModelCall]) -> PaddingSeen |
     ends = special_tokens(model, ("pad", "eos", "bos"))
     holders = special_tokens(model) - ends
     told, counts, doubtful, unseen = set[str](), list[tuple[int, int]](), 0, None
-    for call in [one for outer in trained for one in outer.told(names_tokens) or [outer]]:
+    given = [one for outer in trained for one in outer.told(names_tokens) or [outer]]
+    for call in [one for encoded in given for one in (encoded, *_decoded(encoded))]:
         counted = _Counted.read(call, ends, holders)
         if counted is None:
             unseen = f"a call of {type(call.module).__name__} was given no tokens of [rows, tokens]"
@@ -69,6 +70,19 @@ def count_padding(model: nn.Module, calls: Sequence[ModelCall]) -> PaddingSeen |
         by_call=tuple(counts),
         unseen=unseen,
     )
+
+
+def _decoded(call: ModelCall) -> Iterator[ModelCall]:
+    """What an encoder-decoder decodes, which is padded by itself; without its own tokens it is made from the labels."""
+    if not any(
+        getattr(getattr(one, "config", None), "is_encoder_decoder", False) is True for one in call.module.modules()
+    ):
+        return
+    labels, mask = (call.arguments.get(name) for name in ("labels", "decoder_attention_mask"))
+    tokens = call.arguments.get("decoder_input_ids")
+    if isinstance(tokens, Tensor) or isinstance(labels, Tensor):
+        given = {"input_ids": labels if tokens is None else tokens, "labels": labels, "attention_mask": mask}
+        yield replace(call, arguments=given)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

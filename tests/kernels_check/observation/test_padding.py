@@ -140,6 +140,23 @@ def test_every_call_counts(seen):
     assert count_padding(Model(), reference).padded == 4
 
 
+def test_what_is_decoded_counts_as_well():
+    """By its labels, its own tokens or its own mask; -100 at the end of a text is padding but for one."""
+    source = {"input_ids": ids([1, 2, 3, 4]), "attention_mask": torch.ones(1, 4)}
+    model = Model(is_encoder_decoder=True)
+
+    def counted(**decoded):
+        seen = count_padding(model, [ModelCall(module=model, arguments=source | decoded)])
+        return seen.padded, seen.doubtful, seen.tokens
+
+    labels = ids([5, 6, -100, -100, -100, -100])
+    assert counted(labels=labels) == (3, 0, 10)
+    assert counted(labels=labels, decoder_input_ids=ids([0, 5, 6, 0, 0, 0])) == (2, 0, 10)
+    tokens, mask = ids([0, 5, 6, 7, 8, 1]), torch.tensor([[1, 1, 1, 1, 0, 0]])
+    assert counted(decoder_input_ids=tokens, decoder_attention_mask=mask) == (2, 0, 10)
+    assert counted() == (0, 0, 4)
+
+
 def test_no_call_seen_is_unknown_where_it_was_asked(seen):
     """And nothing to report where it was not."""
     assert count_padding(Model(), []) is None
