@@ -24,7 +24,7 @@ def probe_isolation(model: nn.Module, batch: Mapping[str, Any]) -> Check:
     """Check that the records packed in ``batch`` are isolated, in training and in evaluation.
 
     Args:
-        model: called as ``model(**batch)``, some 5 to 9 times a mode: more for more records a row, see ``isolation``.
+        model: called as ``model(**batch)``, some 4 to 8 times a mode: more for more records a row, see ``isolation``.
         batch: ``input_ids`` of [rows, tokens], and ``position_ids`` that restart at each record, or whatever else
             tells the model its records (see ``records``); further entries (such as ``use_cache``) are passed on, labels
             only where the model does not run without.

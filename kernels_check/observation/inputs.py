@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 _WRAPS = ("module", "base_model", "model")
 """Attributes under which a wrapper holds what it wraps: DistributedDataParallel, PEFT, models with a head."""
 _POSITIONAL = ("input_ids", "attention_mask", "position_ids")
+_NO_TOKENS = ("labels", "token_type_ids", "seq_idx", "sequence_ids", "segment_ids", "document_ids")
 _COPIED_ELEMENTS = 2**24
 
 
@@ -35,6 +36,12 @@ class ModelCall:
     """Whether autograd recorded it."""
     autocast: tuple[tuple[str, torch.dtype], ...] = ()
     """Kinds of devices under autocast, each with its dtype."""
+    inside: list[ModelCall] = field(default_factory=list)
+    """Calls that it made of what the module wraps."""
+
+    def told(self, tells: Callable[[Mapping[str, Any]], bool]) -> list[ModelCall]:
+        """This call if its arguments tell something, else those inside that do: wrappers have names of their own."""
+        return [self] if tells(self.arguments) else [one for call in self.inside for one in call.told(tells)]
 
 
 class InputLog:
@@ -42,28 +49,35 @@ class InputLog:
 
     def __init__(self) -> None:
         self.calls: list[ModelCall] = []
-        self._open = 0
+        self._open: list[ModelCall] = []
 
     def attach(self, model: nn.Module, hooks: ExitStack) -> None:
         """Forget earlier calls and keep those to come, until ``hooks`` is closed."""
         self.calls.clear()
-        self._open = 0
+        self._open.clear()
         for module in _reachable(model):
             hooks.callback(module.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
             hooks.callback(module.register_forward_hook(self._end, always_call=True).remove)
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._open += 1
-        if self._open == 1 and torch._C._current_graph_task_id() == -1:  # in a backward pass it is a recomputation
-            self.calls.append(_describe(module, args, kwargs))
+        call = _describe(module, args, kwargs)
+        if torch._C._current_graph_task_id() == -1:  # in a backward pass it is a recomputation
+            (self._open[-1].inside if self._open else self.calls).append(call)
+        self._open.append(call)
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._open -= 1
+        if self._open:  # none if the hook before it failed
+            self._open.pop()
 
 
 def training_calls(calls: Sequence[ModelCall]) -> list[ModelCall]:
     """Those that were trained on: an evaluation or a reference inside the step needs no gradients."""
     return [call for call in calls if call.gradients] or list(calls)
+
+
+def names_tokens(arguments: Mapping[str, Any]) -> bool:
+    """Whether the tokens are called what transformers calls them."""
+    return isinstance(arguments.get("input_ids"), Tensor) or isinstance(arguments.get("inputs_embeds"), Tensor)
 
 
 def find_tokens(arguments: Mapping[str, Any]) -> tuple[str, Tensor] | None:
@@ -73,8 +87,9 @@ def find_tokens(arguments: Mapping[str, Any]) -> tuple[str, Tensor] | None:
         if isinstance(value, Tensor) and value.dim() == dimensions:
             return name, value
     for name, value in arguments.items():  # a model written by hand calls them as it likes
-        if isinstance(value, Tensor) and value.dim() == 2 and value.dtype in (torch.long, torch.int32):
-            return (name, value) if name not in ("labels", *_POSITIONAL) else None
+        numbers = isinstance(value, Tensor) and value.dim() == 2 and value.dtype in (torch.long, torch.int32)
+        if numbers and name not in (*_NO_TOKENS, *_POSITIONAL):
+            return name, value
     return None
 
 

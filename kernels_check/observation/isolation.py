@@ -172,22 +172,23 @@ class _Probe:
             self.notes.append("attention runs both ways inside a record, as it does in this model anyway")
             return []
         place, length = self._records.places()
-        for what, start in (("the last token", length - 1), ("the second half", (length + 1) // 2)):
-            later = (place >= start.clamp(min=1)) & (self._numbers != PADDING)
-            difference = self._difference(later & self._changeable)
-            self._require_effect(later & self._changeable, (difference > 0) & later, f"changing {what}")
-            leaked = (difference > 0) & ~later & (self._numbers != PADDING)
-            if bool(leaked.any()):
-                largest = float(difference[leaked].max())
-                self._exclude_noise(later & self._changeable, leaked, largest)
-                phrase = (
-                    f"changing {what} of every record changed the logits of {int(leaked.sum())} earlier tokens by up "
-                    f"to {largest:.2g}"
-                )
-                if self._causal is None:
-                    raise _UnclearError(f"{phrase}, and the model does not say whether it is causal (can_generate)")
-                return [phrase]
-        return []
+        # Both cuts in one forward: a row that packs has records of either kind.
+        row = torch.arange(self._shape[0], device=self._numbers.device)[:, None]
+        start = torch.where((self._numbers + row) % 2 == 0, length - 1, (length + 1) // 2)
+        later = (place >= start.clamp(min=1)) & (self._numbers != PADDING)
+        difference = self._difference(later & self._changeable)
+        what = "changing the last token or the second half"
+        self._require_effect(later & self._changeable, (difference > 0) & later, what)
+        leaked = (difference > 0) & ~later & (self._numbers != PADDING)
+        if not bool(leaked.any()):
+            return []
+        largest = float(difference[leaked].max())
+        self._exclude_noise(later & self._changeable, leaked, largest)
+        count = int(leaked.sum())
+        phrase = f"{what} of every record changed the logits of {count} earlier tokens by up to {largest:.2g}"
+        if self._causal is None:
+            raise _UnclearError(f"{phrase}, and the model does not say whether it is causal (can_generate)")
+        return [phrase]
 
     def _require_effect(self, changed: Tensor, moved: Tensor, what: str) -> None:
         """Every record that was changed must show it itself, or it would show nowhere else."""
@@ -299,7 +300,8 @@ def _unfit(model: nn.Module) -> str | None:
     """Why a model cannot be probed by forwards of this process alone."""
     if any(getattr(getattr(one, "config", None), "is_encoder_decoder", False) is True for one in model.modules()):
         return "an encoder-decoder is told of no records by its inputs, so that packing is not judged"
-    if any(type(one).__name__ in ("DTensor", "FlatParameter") for one in model.parameters()):
+    sharded = any(type(one).__name__ == "FullyShardedDataParallel" for one in model.modules())
+    if sharded or any(type(one).__name__ == "DTensor" or hasattr(one, "ds_id") for one in model.parameters()):
         return (
             "its parameters are sharded over processes, all of which would have to make the same forwards: "
             "probe_isolation(model, batch) before it is sharded"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels_check.check import name_some
-from kernels_check.observation.inputs import ModelCall, find_tokens, training_calls
+from kernels_check.observation.inputs import ModelCall, find_tokens, names_tokens, training_calls
 from kernels_check.observation.isolation import IsolationSeen, perturb_records
 from kernels_check.observation.records import CUMULATED, PASSED_ON, LayoutError, Records, find_records
 
@@ -39,9 +39,9 @@ def isolation_of_step(
     model: nn.Module, calls: Sequence[ModelCall], batch: Mapping[str, Any] | None = None
 ) -> IsolationSeen:
     """Perturb the packed calls of a step, one of each way of calling, and the batch."""
-    trained = training_calls(calls)
+    trained = [one for call in training_calls(calls) for one in call.told(_packs) or call.told(names_tokens) or [call]]
     packed, problem = _packed_calls(trained, batch)
-    found = [_named(perturb_records(model, [call], records)) for call, records in packed]
+    found = [_named(_perturbed(model, call, records)) for call, records in packed]
     if batch is not None:
         both = _as_calls(model, batch, trained[0] if trained else None)
         found.append(perturb_records(model, both[1:] if packed else both))
@@ -58,6 +58,24 @@ def isolation_of_step(
         note = f"{probed}, the others pack nothing or are called alike"
         joined = replace(joined, notes=(*joined.notes, note))
     return joined
+
+
+def _perturbed(model: nn.Module, call: ModelCall, records: Records) -> IsolationSeen:
+    """Perturb a call, or those inside it where it returns nothing to compare, as a model that returns its loss."""
+    seen = perturb_records(model, [call], records)
+    if seen.unclear is None or seen.leaks:
+        return seen
+    inside = [one for inner in call.inside for one in inner.told(_packs)]
+    found = [perturb_records(model, [one]) for one in inside]
+    return _joined(found) if found and all(one.unclear is None or one.leaks for one in found) else seen
+
+
+def _packs(arguments: Mapping[str, Any]) -> bool:
+    try:
+        records = _records(arguments)
+    except LayoutError:
+        return False
+    return records is not None and records.packed
 
 
 def _as_calls(model: nn.Module, batch: Mapping[str, Any], as_called: ModelCall | None) -> list[ModelCall]:

@@ -10,17 +10,17 @@ nothing says so may be text (``"!!!"``), and is counted apart.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kernels_check.check import name_some
-from kernels_check.observation.inputs import ModelCall, find_tokens, training_calls
+from kernels_check.observation.inputs import ModelCall, find_tokens, names_tokens, training_calls
 from kernels_check.observation.perturbation import special_tokens
-from kernels_check.observation.records import PADDING, LayoutError, Records, allowed, find_records
+from kernels_check.observation.records import PADDING, LayoutError, Records, find_records, hidden_by
 
 _IGNORED = -100
 """The label that no loss is computed for."""
@@ -51,7 +51,8 @@ def count_padding(model: nn.Module, calls: Sequence[ModelCall]) -> PaddingSeen |
     ends = special_tokens(model, ("pad", "eos", "bos"))
     holders = special_tokens(model) - ends
     told, counts, doubtful, unseen = set[str](), list[tuple[int, int]](), 0, None
-    for call in trained:
+    given = [one for outer in trained for one in outer.told(names_tokens) or [outer]]
+    for call in [one for encoded in given for one in (encoded, *_decoded(encoded))]:
         counted = _Counted.read(call, ends, holders)
         if counted is None:
             unseen = f"a call of {type(call.module).__name__} was given no tokens of [rows, tokens]"
@@ -69,6 +70,19 @@ def count_padding(model: nn.Module, calls: Sequence[ModelCall]) -> PaddingSeen |
         by_call=tuple(counts),
         unseen=unseen,
     )
+
+
+def _decoded(call: ModelCall) -> Iterator[ModelCall]:
+    """What an encoder-decoder decodes, which is padded by itself; without its own tokens it is made from the labels."""
+    if not any(
+        getattr(getattr(one, "config", None), "is_encoder_decoder", False) is True for one in call.module.modules()
+    ):
+        return
+    labels, mask = (call.arguments.get(name) for name in ("labels", "decoder_attention_mask"))
+    tokens = call.arguments.get("decoder_input_ids")
+    if isinstance(tokens, Tensor) or isinstance(labels, Tensor):
+        given = {"input_ids": labels if tokens is None else tokens, "labels": labels, "attention_mask": mask}
+        yield replace(call, arguments=given)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +107,7 @@ class _Counted:
         if found is None:
             return None
         rows, length = found[1].shape[:2]
-        hidden = _hidden(call.arguments.get("attention_mask"), rows, length)
+        hidden = hidden_by(call.arguments.get("attention_mask"), rows, length)
         told = {"attention_mask"} if hidden is not None and bool(hidden.any()) else set()
         if found[1].is_floating_point():
             nothing = torch.zeros(rows, length, dtype=torch.bool)
@@ -121,23 +135,6 @@ class _Counted:
         # Where a mask hides anything, it was made for these rows, and what else repeats in them is text.
         doubtful = runs & ~spare & ~padded & ~masked.any()
         return cls(padded=padded, doubtful=doubtful, told=frozenset(told))
-
-
-def _hidden(mask: Any, rows: int, length: int) -> Tensor | None:
-    """Positions that nothing attends to, [rows, tokens]; None where the mask does not fit."""
-    if not isinstance(mask, Tensor):
-        return None
-    if mask.shape == (rows, length):
-        return ~allowed(mask)
-    if mask.dim() != 4 or mask.shape[-1] != length or mask.shape[0] not in (1, rows):
-        return None
-    seen = allowed(mask).any(dim=1)
-    if seen.shape[1] == length:
-        # Rows that see nothing are opened to everything, or their softmax has no value: they hide no one else.
-        opened = seen.all(dim=2, keepdim=True) & ~seen.all(dim=2).all(dim=1)[:, None, None]
-        opened[:, -1] = False  # the last of a causal mask sees everything anyway
-        seen = seen & ~opened
-    return ~seen.any(dim=1).expand(rows, length)
 
 
 def _records(call: ModelCall, rows: int, length: int) -> Records:

@@ -102,6 +102,23 @@ def allowed(mask: Tensor) -> Tensor:
     return mask != 0
 
 
+def hidden_by(mask: Any, rows: int, length: int) -> Tensor | None:
+    """Positions that nothing attends to, [rows, tokens]; None where the mask does not fit."""
+    if not isinstance(mask, Tensor):
+        return None
+    if mask.shape == (rows, length):
+        return ~allowed(mask)
+    if mask.dim() not in (3, 4) or mask.shape[-1] != length or mask.shape[0] not in (1, rows):
+        return None
+    seen = allowed(mask) if mask.dim() == 3 else allowed(mask).any(dim=1)
+    if seen.shape[1] == length:
+        # Rows that see nothing are opened to everything, or their softmax has no value: they hide no one else.
+        opened = seen.all(dim=2, keepdim=True) & ~seen.all(dim=2).all(dim=1)[:, None, None]
+        opened[:, -1] = False  # the last of a causal mask sees everything anyway
+        seen = seen & ~opened
+    return ~seen.any(dim=1).expand(rows, length)
+
+
 _Read = Callable[[str, Tensor, int, int], "Tensor | None"]
 
 
@@ -153,7 +170,9 @@ def _masked(name: str, value: Tensor, rows: int, tokens: int) -> Tensor | None:
     begins = torch.ones(blocks.shape[:2], dtype=torch.bool, device=value.device)
     begins[:, 1:] = ~seen_before
     numbers = begins.cumsum(dim=1) - 1
-    return _rows(name, numbers.masked_fill(~blocks.diagonal(dim1=1, dim2=2), PADDING), rows, tokens)
+    hidden = hidden_by(value, rows, tokens)
+    unseen = ~blocks.diagonal(dim1=1, dim2=2).expand(rows, tokens)
+    return _rows(name, numbers, rows, tokens).masked_fill(unseen if hidden is None else unseen | hidden, PADDING)
 
 
 def _rows(name: str, value: Tensor, rows: int, tokens: int) -> Tensor:

@@ -221,3 +221,13 @@ def test_what_is_missing_is_said(given, said):
     check = probe_isolation(SmallAttention(), packed(4, 4) | given)
     assert check.status == "unknown"
     assert said in check.reason
+
+
+def test_a_model_that_is_sharded_is_unknown():
+    """Its forwards are those of all processes, which need not probe the same."""
+    model = SmallAttention()
+    model.head.weight.ds_id = 0
+    check = probe_isolation(model, packed(4, 4))
+    assert check.status == "unknown"
+    assert "sharded over processes" in check.reason
+    assert "before it is sharded" in check.reason

@@ -148,6 +148,39 @@ def test_positional_arguments_and_a_way_round_the_wrapper(training):
     assert run.check("packing.isolated", True, step).status == "fallback"
 
 
+class _Wrapper(torch.nn.Module):
+    """Calls its inputs what it likes, and returns the loss alone."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, words, places=None, position_ids=None, **more):
+        positions = places if position_ids is None else position_ids
+        return self.model(input_ids=words, position_ids=positions, labels=words, **more).loss
+
+
+@pytest.mark.parametrize("name", ["places", "position_ids"])
+def test_a_wrapper_with_names_of_its_own_is_looked_into(training, name):
+    """What it calls tells tokens and positions, and returns what can be compared."""
+    run = training(quant=None)
+    pack_without_cache(run)
+    wrapper = _Wrapper(run.model)
+
+    def step(**more):
+        run.optimizer.zero_grad()
+        wrapper(run.inputs["input_ids"], **{name: run.inputs["position_ids"]}, **more).backward()
+        run.optimizer.step()
+
+    def judged(**more):
+        checks = kernels_check.verify(wrapper, lambda: step(**more), {"packing.isolated": True, "padding.share": 0.1})
+        return {check.path: check.status for check in checks}
+
+    assert judged(use_cache=False)["packing.isolated"] == "active"
+    assert judged(use_cache=False)["padding.share"] == "active"
+    assert judged(use_cache=True)["packing.isolated"] == "fallback"
+
+
 def test_the_autocast_of_the_step_is_that_of_the_probe(training, monkeypatch):
     """What runs in another precision may run by another path."""
     run = training(quant=None, dtype="float32")

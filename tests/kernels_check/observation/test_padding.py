@@ -4,6 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from kernels_check.judges.batch import judge_padding
@@ -138,6 +140,23 @@ def test_every_call_counts(seen):
     assert count_padding(Model(), reference).padded == 4
 
 
+def test_what_is_decoded_counts_as_well():
+    """By its labels, its own tokens or its own mask; -100 at the end of a text is padding but for one."""
+    source = {"input_ids": ids([1, 2, 3, 4]), "attention_mask": torch.ones(1, 4)}
+    model = Model(is_encoder_decoder=True)
+
+    def counted(**decoded):
+        seen = count_padding(model, [ModelCall(module=model, arguments=source | decoded)])
+        return seen.padded, seen.doubtful, seen.tokens
+
+    labels = ids([5, 6, -100, -100, -100, -100])
+    assert counted(labels=labels) == (3, 0, 10)
+    assert counted(labels=labels, decoder_input_ids=ids([0, 5, 6, 0, 0, 0])) == (2, 0, 10)
+    tokens, mask = ids([0, 5, 6, 7, 8, 1]), torch.tensor([[1, 1, 1, 1, 0, 0]])
+    assert counted(decoder_input_ids=tokens, decoder_attention_mask=mask) == (2, 0, 10)
+    assert counted() == (0, 0, 4)
+
+
 def test_no_call_seen_is_unknown_where_it_was_asked(seen):
     """And nothing to report where it was not."""
     assert count_padding(Model(), []) is None
@@ -166,6 +185,39 @@ def test_the_requirement_is_a_maximum(seen, tokens, required, status):
     assert "of 10 positions" in check.reason
     assert ("sort them by length" in check.reason) is (status == "fallback")
     assert ("7 more repeat one token" in check.reason) is (status == "unknown" or required is None)
+
+
+@given(
+    rows=st.lists(st.tuples(st.integers(2, 8), st.integers(0, 8)), min_size=1, max_size=4),
+    left=st.booleans(),
+    pad=st.sampled_from([PAD, END, 4]),
+    told=st.sets(st.sampled_from(["mask", "labels", "ones"])),
+)
+def test_padding_that_was_put_there_is_found(rows, left, pad, told):
+    """Rows of text, no token of which repeats, padded to one length: surely counted if told, else doubtful."""
+    length = max(text + padding for text, padding in rows)
+    tokens, real = [], []
+    for number, (text, _) in enumerate(rows):
+        words = [20 + number * 10 + place for place in range(text)]
+        filler = [pad] * (length - text)
+        tokens.append([*filler, *words] if left else [*words, *filler])
+        real.append([0] * len(filler) + [1] * text if left else [1] * text + [0] * len(filler))
+    arguments = {"input_ids": torch.tensor(tokens)}
+    hidden = torch.tensor(real) == 0
+    if told & {"mask", "ones"}:
+        arguments["attention_mask"] = torch.tensor(real) if "mask" in told else torch.ones(len(rows), length)
+    if "labels" in told:
+        arguments["labels"] = arguments["input_ids"].masked_fill(hidden, -100)
+    padded, doubtful, total = count(**arguments)
+    truth = int(hidden.sum())
+    spared = sum(length - text > 0 for text, _ in rows)  # a row's token next to its text may be text
+    assert total == len(rows) * length
+    if "mask" in told:
+        assert (padded, doubtful) == (truth, 0)
+    elif pad in (PAD, END) or "labels" in told:
+        assert (padded, doubtful) == (truth - spared, 0)
+    else:
+        assert (padded, doubtful) == (0, truth - spared)
 
 
 def test_positional_inputs_are_read_and_hooks_are_removed(training):

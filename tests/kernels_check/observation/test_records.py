@@ -68,6 +68,15 @@ def test_what_a_mask_hides_is_no_record():
     assert cumulated.numbers.tolist() == [[0, 0, 1, 1, PADDING, PADDING]]
 
 
+def test_rows_of_a_mask_that_were_opened_are_padding():
+    """What sees nothing is made to see everything, or its softmax has no value; nobody else sees it."""
+    mask = torch.ones(1, 1, 6, 6).tril().bool() & torch.tensor([0, 0, 1, 1, 1, 1]).bool()
+    mask[..., 4:, :4] = False
+    for one in (mask, mask | ~mask.any(dim=-1, keepdim=True)):
+        found = find_records({"attention_mask": one}, 1, 6)
+        assert found.numbers.tolist() == [[PADDING, PADDING, 0, 0, 1, 1]]
+
+
 def test_lengths_over_several_rows():
     """They count through the rows, each of which begins anew."""
     assert find_records({"cu_seqlens": torch.tensor([0, 2, 6])}, 2, 3).numbers.tolist() == [[0, 0, 1], [0, 0, 0]]
