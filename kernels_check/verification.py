@@ -48,6 +48,9 @@ def verify(
         is a failure by either instrument, and a path that is missing needs a profile. Left out are
         ``packing.isolated``; ``tf32`` on CUDA; what operators show where the step enters compiled code; on CUDA the
         paths of which no operator was called; and ``padding.share`` of a model compiled in place.
+        What the instrument should have seen and could not is ``unknown``, with the reason: for the spy what ran in a
+        thread of its own; for both what only a profile tells, where the program runs a profiler around this call or
+        inside ``step``. That profiler is left undisturbed, and the spy watches.
 
     Raises:
         ValueError: unknown path or a value of the wrong kind; ``step`` has not been called then.

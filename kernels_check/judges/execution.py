@@ -171,7 +171,9 @@ def _entered(seen: Observation) -> str:
     reason += f"; {len(blocks.compiled)} of {blocks.ran} blocks ran in compiled code"
     reason += f"; eager in part: {name_some(blocks.partly)}" if blocks.partly else ""
     reason += f"; eager: {name_some(blocks.eager)}" if blocks.eager and (blocks.compiled or blocks.partly) else ""
-    reason += f"; {blocks.helpers} regions outside of its blocks, as of a loss" if blocks.helpers else ""
+    if blocks.helpers:
+        known = blocks.compiled or blocks.partly  # then these may be pieces of what holds the blocks
+        reason += f"; {blocks.helpers} regions outside of its blocks{'' if known else ', as of a loss'}"
     return reason
 
 

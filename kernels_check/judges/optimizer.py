@@ -15,7 +15,7 @@ from kernels_check.check import FLAG, SHARE, Finding, Json, JudgedPath, Requirem
 if TYPE_CHECKING:
     from kernels_check.observation.observation import Observation
     from kernels_check.observation.optimizers import OptimizerSeen
-    from kernels_check.observation.writes import GroupSeen
+    from kernels_check.observation.updates import GroupSeen
 
 _NO_OPTIMIZER = Finding(observed=None, present=False, reason="no torch.optim.Optimizer stepped in the watched calls")
 

@@ -22,9 +22,12 @@ def adapter_layers(model: nn.Module) -> list[AdapterLayer]:
     layer. A layer that holds one of them belongs here also if it is inactive in that layer: a layer that was left out
     is a fault. Where no adapter is active at all, every layer counts with everything it holds.
     """
-    found = [layer for name, module in model.named_modules() for layer in layers_at(name, module)]
+    found: list[AdapterLayer] = []
+    named: set[str] = set()
+    for name, module in model.named_modules():
+        found += layers_at(name, module)
+        named.update(named_active(module))
     active = {adapter for layer in found for adapter in layer.adapters}
-    named = {name for module in model.modules() for name in named_active(module)}
     wanted = (active & named) or active
     if not wanted:
         wanted = {adapter for layer in found for adapter in layer.held}

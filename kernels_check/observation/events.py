@@ -19,7 +19,7 @@ from kernels_check.observation.operators import (
     region_of,
 )
 from kernels_check.observation.products import Product, fourbit_products, plain_products
-from kernels_check.observation.writes import Write
+from kernels_check.observation.updates import Write
 from kernels_check.rules import attention_backend, classify
 
 

@@ -19,6 +19,7 @@ from kernels_check.observation.adapter_layers import (
     trained_parameters,
 )
 from kernels_check.observation.adapter_targets import unmatched_names
+from kernels_check.observation.adapter_updates import ParameterUpdates
 from kernels_check.observation.attention_layers import AttentionLayers, attention_layers
 from kernels_check.observation.base_state import biases_asked_for
 from kernels_check.observation.calls import Calls
@@ -36,8 +37,7 @@ from kernels_check.observation.packed_step import isolation_of_step
 from kernels_check.observation.padding import PaddingSeen, count_padding
 from kernels_check.observation.recomputed_blocks import BlockRecomputed, ran_without_gradient, recomputed_blocks
 from kernels_check.observation.storage import Storage, read_wrapped
-from kernels_check.observation.updates import ParameterUpdates
-from kernels_check.observation.writes import GroupSeen, operators_on, updated_by
+from kernels_check.observation.updates import GroupSeen, operators_on, updated_by
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

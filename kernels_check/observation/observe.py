@@ -36,6 +36,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from kernels_check.check import Instrument
 from kernels_check.observation import compilations
 from kernels_check.observation.adapter_calls import AdapterCalls
+from kernels_check.observation.adapter_updates import Updates
 from kernels_check.observation.calls import CallRecorder, Calls
 from kernels_check.observation.digest import digest
 from kernels_check.observation.gradients import Gradients
@@ -43,8 +44,7 @@ from kernels_check.observation.inputs import InputLog
 from kernels_check.observation.instruments import watch_by_profile, watch_by_spy
 from kernels_check.observation.observation import Observation
 from kernels_check.observation.snapshot import Snapshot
-from kernels_check.observation.updates import Updates
-from kernels_check.observation.writes import GroupSeen, groups_of, with_gradient
+from kernels_check.observation.updates import GroupSeen, groups_of, with_gradient
 
 MOST_CALLS = 8
 """Of which a run whose optimizer steps in each call takes two."""

@@ -20,7 +20,7 @@ from kernels_check.observation.calls import MARK, number_of
 from kernels_check.observation.device import synchronise
 from kernels_check.observation.events import CompilerSeen, StepProfile, compiler_seen, reduce_operators
 from kernels_check.observation.operators import Operator, matters
-from kernels_check.observation.writes import recorded_writes
+from kernels_check.observation.updates import recorded_writes
 
 
 def profiled(call: Callable[[], object]) -> StepProfile | None:

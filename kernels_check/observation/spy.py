@@ -36,7 +36,7 @@ from kernels_check.observation.operators import (
     SOFTMAX,
     Operator,
 )
-from kernels_check.observation.writes import Write, write, writes
+from kernels_check.observation.updates import Write, write, writes
 from kernels_check.rules import attention_backend
 
 _MATH = "aten::_scaled_dot_product_attention_math"

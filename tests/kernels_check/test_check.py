@@ -47,7 +47,7 @@ def test_every_path_of_the_contract_is_known():
         *("base.bits", "base.bytes_in_4bit", "base.quant_type"),
         *("base.double_quant", "base.compute_dtype", "base.frozen", "base.gemm_path", "lora.attached", "lora.learning"),
         *("lora.dtype", "lora.dropout", "optimizer.class", "optimizer.fused", "optimizer.paged_share"),
-        *("checkpointing", "tf32", "compile", "mode"),
+        *("checkpointing", "checkpointing.layers", "tf32", "compile", "compile.share", "mode"),
     }
 
 

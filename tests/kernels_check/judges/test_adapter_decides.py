@@ -9,9 +9,9 @@ import torch
 from kernels_check.judges import adapter, attached, learning
 from kernels_check.observation.adapter_calls import LayerCall
 from kernels_check.observation.adapter_layers import adapter_layers
+from kernels_check.observation.adapter_updates import ParameterUpdates
 from kernels_check.observation.gradients import GradientSeen
 from kernels_check.observation.optimizers import OptimizerSeen
-from kernels_check.observation.updates import ParameterUpdates
 
 BARE = torch.nn.Identity()
 ADAMW = OptimizerSeen(
@@ -223,7 +223,7 @@ def test_a_gradient_is_no_proof_where_the_parts_of_other_layers_ran(seen, traini
     finding = attached.judge_attached(seen(model=run.model, adapter_calls=calls, reached=reached), True)
     assert finding.observed is False
     everything = frozenset(name for layer in adapter_layers(run.model) for name, _ in layer.weights())
-    compiled = seen(model=run.model, compiled_regions=1, reached=everything)
+    compiled = seen(model=run.model, regions=1, reached=everything)
     assert attached.judge_attached(compiled, True).observed is True
 
 

@@ -11,7 +11,7 @@ from kernels_check.observation.attention_calls import AttentionCall
 from kernels_check.observation.calls import Calls, ModuleCall
 from kernels_check.observation.compilations import Compilations
 from kernels_check.observation.optimizers import OptimizerSeen
-from kernels_check.observation.writes import GroupSeen, Write
+from kernels_check.observation.updates import GroupSeen, Write
 
 FLASH = AttentionCall(
     op="aten::_scaled_dot_product_flash_attention",

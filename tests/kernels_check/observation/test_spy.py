@@ -13,7 +13,7 @@ from kernels_check.observation.calls import CallRecorder
 from kernels_check.observation.events import StepProfile
 from kernels_check.observation.products import Product
 from kernels_check.observation.spy import Spy, _blind, spied
-from kernels_check.observation.writes import Write
+from kernels_check.observation.updates import Write
 
 
 @pytest.fixture

@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
+from kernels_check.observation.adapter_updates import Updates
 from kernels_check.observation.adapter_values import KeptValue
 from kernels_check.observation.gradients import Gradients
-from kernels_check.observation.updates import Updates
 
 BOTH = ("lora.attached", "lora.learning")
 
