@@ -1,8 +1,8 @@
 """Layers of models that are drawn at random, each of a kind whose truth is known before it runs.
 
-What an attention is follows from how it is written: on a CPU the scaled dot product of torch is its flash kernel, unless
-that is forbidden around the call or the weights are dropped out; a softmax between two products is eager, however many
-dimensions they have; and an attention of elementwise operations is nothing that anybody could recognise.
+What an attention is follows from how it is written: on a CPU the scaled dot product of torch is its flash kernel,
+unless that is forbidden around the call or the weights are dropped out; a softmax between two products is eager, however
+many dimensions they have; and an attention of elementwise operations is nothing that anybody could recognise.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
@@ -70,7 +70,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, how: Attendi
         if how.kind == "math by context":
             around = sdpa_kernel(SDPBackend.MATH)
         with around:
-            return F.scaled_dot_product_attention(
+            return functional.scaled_dot_product_attention(
                 query, key, value, attn_mask=mask, dropout_p=drop, is_causal=how.mask == "causal"
             )
     if how.kind == UNRECOGNISABLE:
@@ -106,7 +106,7 @@ def _weights(scores: Tensor, seen: Tensor, how: Attending) -> Tensor:
         scores = scores + _additive(seen, scores)
     elif how.mask == "filled":
         scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
-    return F.softmax(scores, -1, dtype=torch.float32 if how.upcast else None).to(scores.dtype)
+    return functional.softmax(scores, -1, dtype=torch.float32 if how.upcast else None).to(scores.dtype)
 
 
 class SelfAttention(nn.Module):
@@ -155,7 +155,7 @@ class Mlp(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Transform [rows, length, width]."""
-        return self.down_proj(F.gelu(self.up_proj(hidden)))
+        return self.down_proj(functional.gelu(self.up_proj(hidden)))
 
 
 class Block(nn.Module):
@@ -227,4 +227,9 @@ def registered() -> dict[str, str]:
     functions: dict[str, Callable[..., Any]] = {"drawn_math": by_math, "drawn_hand": by_hand}
     for name, function in functions.items():
         AttentionInterface.register(name, function)
-    return {"flash": "sdpa", "math by context": "drawn_math", "eager in 4 dimensions": "eager", UNRECOGNISABLE: "drawn_hand"}
+    return {
+        "flash": "sdpa",
+        "math by context": "drawn_math",
+        "eager in 4 dimensions": "eager",
+        UNRECOGNISABLE: "drawn_hand",
+    }

@@ -1,19 +1,18 @@
-"""The model of a drawn run: how it attends, how it is stored, what adapts it, what stands around it, and what is true of it.
+"""The model of a drawn run: how it attends, how it is stored, what adapts it, what stands around it; and what is true.
 
 The truth is written down where a choice is made, never read off the model afterwards.
 """
 
 from __future__ import annotations
 
+import copy
 import random
 from dataclasses import dataclass, field
 from typing import Any
 
 import peft
 import torch
-from drawn_layers import (
-    BACKEND, HEADS, KINDS, UNRECOGNISABLE, WIDTH, WORDS, Attending, Decoder, masks_of, registered,
-)  # fmt: skip
+from drawn_layers import BACKEND, HEADS, KINDS, UNRECOGNISABLE, WIDTH, WORDS, Attending, Decoder, masks_of, registered
 from torch import nn
 
 from kernels_check.controls.small_run import fourbit
@@ -68,9 +67,14 @@ class Drawn:
     """Adapted layers by name."""
 
     @property
+    def eight(self) -> bool:
+        """Whether any layer is stored in 8 bits."""
+        return any(stored.bits == 8 for stored in self.stored.values())
+
+    @property
     def small(self) -> bool:
-        """Whether any layer is stored in 4 bits."""
-        return any(stored.bits == 4 for stored in self.stored.values())
+        """Whether any layer is stored in fewer than 16 bits."""
+        return any(stored.bits < 16 for stored in self.stored.values())
 
 
 class Held(nn.Module):
@@ -138,7 +142,7 @@ def _plain(draw: random.Random) -> Drawn:
     upcast = any(BACKEND[how.kind] == "eager" and how.upcast for how in hows) and dtype == "bfloat16"
     drawn = Drawn(model=model, adapted=model, layers=list(model.layers))
     drawn.truths = _attention_truth(kinds, [how.seen_mask for how in hows], dtype, upcast=upcast)
-    drawn.about += ["plain torch", dtype, *(f"attention {kind}" for kind in set(kinds))]
+    drawn.about += ["plain torch", dtype, *(f"attention {kind}" for kind in sorted(set(kinds)))]
     drawn.about += ["mixed attention"] if len({BACKEND[kind] for kind in kinds}) > 1 else []
     return drawn
 
@@ -173,8 +177,6 @@ def _transformers(draw: random.Random) -> Drawn:
     if pruned:
         setattr(inner, stack, getattr(inner, stack)[: len(kinds)])
     layers = list(getattr(inner, stack))
-    import copy
-
     for layer, kind in zip(layers, kinds, strict=True):
         attention = layer.attn if family == "gpt2" else layer.self_attn
         attention.config = copy.copy(attention.config)
@@ -184,8 +186,10 @@ def _transformers(draw: random.Random) -> Drawn:
     if whole == "eager":
         masks = ["explicit"] * len(kinds)
     drawn = Drawn(model=model, adapted=model, layers=layers, style=family)
-    drawn.truths = _attention_truth(kinds, masks, dtype, upcast="eager in 4 dimensions" in kinds and dtype == "bfloat16")
-    drawn.about += [f"transformers {family}", dtype, *(f"attention {kind}" for kind in set(kinds))]
+    drawn.truths = _attention_truth(
+        kinds, masks, dtype, upcast="eager in 4 dimensions" in kinds and dtype == "bfloat16"
+    )
+    drawn.about += [f"transformers {family}", dtype, *(f"attention {kind}" for kind in sorted(set(kinds)))]
     drawn.about += ["mixed attention"] if len({BACKEND[kind] for kind in kinds}) > 1 else []
     drawn.about += ["pruned"] if pruned else []
     return drawn
@@ -259,15 +263,18 @@ WITH_DROPOUT = ("LoRA", "rank-stabilised LoRA", "DoRA", "AdaLoRA")
 
 def _adapt(drawn: Drawn, draw: random.Random) -> None:
     """Give the model an adapter, and break some of them."""
-    small = any(stored.bits < 16 for stored in drawn.stored.values())
     names = list(drawn.stored)
     if draw.random() < 0.5:
         chosen = {name.rpartition(".")[2] for name in names if draw.random() < 0.5}
         names = [name for name in names if name.rpartition(".")[2] in chosen] or names
     square = all(_is_square(drawn.model.get_submodule(name)) for name in names)
-    kinds = list(QUANTISED) if small or drawn.style == "gpt2" else [
-        kind for kind in FLOATING if square or kind not in ("MiSS", "BOFT", "HRA", "OFT")
-    ]
+    kinds = (
+        list(QUANTISED)
+        if drawn.small or drawn.style == "gpt2"
+        else [kind for kind in FLOATING if square or kind not in ("MiSS", "BOFT", "HRA", "OFT")]
+    )
+    if drawn.eight:
+        kinds.remove("DoRA")  # its norms lose the scales of 8-bit layers
     method = draw.choice(["LoRA", "LoRA", draw.choice(kinds)])
     dropout = draw.choice([0.0, 0.05, 0.1])
     options: dict[str, Any] = {"autocast_adapter_dtype": draw.random() < 0.8}
@@ -299,6 +306,10 @@ def _break(drawn: Drawn, draw: random.Random, method: str) -> None:
     if queries and drawn.style == "plain":
         ways.append("bypassed")
     way = draw.choice(ways)
+    if way == "disabled" and len(some) == len(drawn.targets):
+        some.pop()  # with nothing that trains there is no step
+        if not some:
+            return
     if way == "bypassed":
         for name in queries:
             drawn.adapted.base_model.model.get_submodule(name.rpartition(".")[0]).bypassed = True

@@ -1,13 +1,14 @@
 """Training runs drawn at random of which it is known what is true.
 
-Around a drawn model (`drawn_model`): the inputs, the way through an accumulated step, the optimizer, other models beside
-it, recomputation, modes. Two runs of one seed are twins. What a run is may be described in full by
+Around a drawn model (`drawn_model`): the inputs, the way through an accumulated step, the optimizer, other models
+beside it, recomputation, modes. Two runs of one seed are twins. What a run is may be described in full by
 `kernels_check.controls.random_run`, whose attributes it has.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import random
 import threading
 from collections.abc import Callable
@@ -19,7 +20,7 @@ import torch
 from drawn_layers import WORDS, Attending, Decoder
 from drawn_model import PAD, Drawn, Truth, draw_model, true
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 ROWS, LENGTH, STEP = 2, 12, 0.02
 OPERATORS = ("attention.backend", "attention.dtype", "attention.mask", "optimizer.fused", "base.gemm_path")
@@ -107,7 +108,7 @@ class DrawnRun:
         elif layout == "packed":
             starts = sorted(draw.sample(range(2, LENGTH - 1), draw.randint(1, 3)))
             bounds = [0, *starts, LENGTH]
-            places = torch.cat([torch.arange(end - start) for start, end in zip(bounds, bounds[1:], strict=False)])
+            places = torch.cat([torch.arange(end - start) for start, end in itertools.pairwise(bounds)])
             self.inputs["position_ids"] = places.expand(ROWS, -1).clone()
             self.batch = dict(self.inputs)
             trunk = self._trunk()
@@ -140,7 +141,7 @@ class DrawnRun:
     def _draw_modes(self, draw: random.Random) -> None:
         self.model.train()
         self.truths["mode"] = true("train")
-        # one forward of 4-bit layers in eval mode stores them anew on some processors, which is another sabotage
+        # one forward in eval mode stores 4-bit layers anew on some processors, and loses the scales of 8-bit ones
         way = draw.random()
         dropped = self.truths["lora.dropout"]
         if way < 0.06 and not self.drawn.small:
@@ -197,7 +198,11 @@ class DrawnRun:
     def _draw_company(self, draw: random.Random) -> None:
         """Other models beside the one that is verified."""
         self.company = draw.choice(["teacher", "copy", "average", "trained copy"]) if draw.random() < 0.3 else ""
-        if self.company == "trained copy" and draw.random() < 0.5 or self.company == "average" and self.drawn.small:
+        if self.company == "trained copy" and draw.random() < 0.5:
+            self.company = ""
+        if self.company == "average" and self.drawn.small:
+            self.company = ""
+        if self.company != "teacher" and self.drawn.eight:  # cannot be copied
             self.company = ""
         if not self.company:
             return
@@ -268,7 +273,7 @@ class DrawnRun:
             self.about.append("warms up from a rate of 0")
         coarse = any(value.dtype == torch.bfloat16 for value in trainable)
         if coarse and (self.schedule is not None or "Adam" not in name):
-            self.truths["lora.learning"] = _freer(self.truths["lora.learning"])  # updates may round away
+            self.truths["lora.learning"] = true(free={True, False})  # updates may round away
         if self.company == "trained copy":
             self.truths["optimizer.class"] = _freer(self.truths["optimizer.class"])
             self.truths["optimizer.fused"] = true(free={True, False})
@@ -341,12 +346,14 @@ class DrawnRun:
 
     def _loss(self, model: Any) -> Tensor:
         logits = _logits(model(**self.inputs))
-        loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), self.labels[:, 1:].flatten(), ignore_index=-100)
+        loss = functional.cross_entropy(
+            logits[:, :-1].float().flatten(0, 1), self.labels[:, 1:].flatten(), ignore_index=-100
+        )
         other = self.second if self.company == "teacher" else self.average if self.company == "copy" else None
         if other is not None:
             with torch.no_grad():
                 taught = _logits(other(**self.inputs)).float()
-            loss = loss + 0.1 * F.mse_loss(logits.float(), taught)
+            loss = loss + 0.1 * functional.mse_loss(logits.float(), taught)
         return loss
 
 

@@ -10,8 +10,8 @@ drawn. Each is judged by both instruments against requirements that are drawn, t
 - false alarm: one that holds, and is not active, or is left out though the instrument judges it;
 - disagreement: two instruments that both judge and say different things;
 - raised: the check raised;
-- restored: afterwards the run is not to the bit what a twin of the same seed is that was never watched, or its next losses
-  are others.
+- restored: afterwards the run is not to the bit what a twin of the same seed is that was never watched, or its next
+  losses are others.
 
 Exit status 1, with the seeds, if there is one.
 """
@@ -169,7 +169,10 @@ def main(arguments: list[str] | None = None) -> int:
     seeds = range(options.first, options.first + options.many) if options.seed is None else [options.seed]
     kinds, paths, about, faulty = Counter[str](), Counter[str](), Counter[str](), 0
     for seed in seeds:
-        faults, told = examine(seed)
+        try:
+            faults, told = examine(seed)
+        except Exception:
+            faults, told = [f"raised: the run itself: {traceback.format_exc(limit=-3)}"], []
         about.update(dict.fromkeys(told, 1))
         faulty += bool(faults)
         for fault in faults:
