@@ -56,16 +56,21 @@ HEALTHY: dict[str, Any] = {
 
 
 class Attentions(TorchFunctionMode):
-    """Counts attention as it is asked for: scaled dot products, and softmaxes over scores."""
+    """Counts attention as it is asked for: scaled dot products, those that flash refuses, and softmaxes over scores."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.scaled = self.written = 0
+        self.scaled = self.refused = self.written = 0
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Count and call."""
         if function is torch.nn.functional.scaled_dot_product_attention:
             self.scaled += 1
+            try:
+                with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+                    return function(*args, **(kwargs or {}))
+            except RuntimeError:
+                self.refused += 1
         elif function in SOFTMAXES:
             shape = (args[0] if args else kwargs["input"]).shape
             # scores have a row for each query and a column for each key; a router's have none for the heads
@@ -104,7 +109,7 @@ def _called(model: nn.Module, inputs: dict[str, Any]) -> list[str]:
     handles = [
         module.register_forward_hook(lambda *_, name=name: called.setdefault(name))
         for name, module in model.named_modules()
-        if type(module) in (nn.Linear, Conv1D)
+        if isinstance(module, (nn.Linear, Conv1D))
     ]
     with torch.no_grad():
         model(**inputs)
@@ -121,6 +126,8 @@ class Result:
     family: str
     implementation: str
     scaled: int
+    refused: int
+    """Scaled dot products that flash alone cannot do."""
     written: int
     alone: bool
     """Whether a step succeeds on flash alone."""
@@ -134,7 +141,7 @@ class Result:
     def truth(self) -> str | None:
         """The backend of all attention, or None where there is none or several."""
         if self.scaled and not self.written:
-            return "flash" if self.alone else "math"
+            return "flash" if self.alone else "math" if self.refused == self.scaled else None
         return "eager" if self.written and not self.scaled else None
 
 
@@ -163,10 +170,12 @@ def examine(family: Family) -> Result:
         alone = False
     result = Result(
         family=family.name, implementation=str(twin.model.config._attn_implementation), scaled=seen.scaled,
-        written=seen.written, alone=alone, learns=learns,
+        refused=seen.refused, written=seen.written, alone=alone, learns=learns,
     )  # fmt: skip
+    if alone != (seen.refused == 0):
+        result.faults.append(f"{family.name}: flash refused {seen.refused} calls, and the step on flash alone says {alone}")
     for forced in (False, True):
-        truth = "math" if forced and result.truth == "flash" else result.truth
+        truth = "math" if forced and result.scaled and not result.written else result.truth
         for instrument in INSTRUMENTS:
             _judge(result, family, instrument, truth, forced=forced)
     return result
@@ -240,13 +249,13 @@ def main(arguments: list[str] | None = None) -> int:
 def table(results: list[Result]) -> Table:
     """One row a family."""
     drawn = Table(title="What is so, and what is said", title_justify="left", box=box.SIMPLE_HEAD)
-    for heading in ("family", "scaled", "written", "flash alone", "so", "said", "with math alone", "active"):
+    for heading in ("family", "scaled", "refused", "written", "flash alone", "so", "said", "with math alone", "active"):
         drawn.add_column(heading, overflow="fold")
     for one in results:
         plain = {str(one.said.get(instrument)) for instrument in INSTRUMENTS}
         forced = {str(one.said.get(f"{instrument}, math alone")) for instrument in INSTRUMENTS}
         drawn.add_row(
-            one.family, str(one.scaled), str(one.written), "yes" if one.alone else "no", one.truth or "-",
+            one.family, str(one.scaled), str(one.refused), str(one.written), "yes" if one.alone else "no", one.truth or "-",
             " / ".join(sorted(plain)), " / ".join(sorted(forced)), f"{one.active} of {one.required}",
         )  # fmt: skip
     return drawn
