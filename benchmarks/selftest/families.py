@@ -89,9 +89,7 @@ def families() -> Iterator[Family]:
     from transformers.models.auto import modeling_auto
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    mappings = {
-        task: getattr(modeling_auto, task)._model_mapping._model_mapping for task in TASKS
-    }
+    mappings = {task: getattr(modeling_auto, task)._model_mapping._model_mapping for task in TASKS}
     for name in sorted(CONFIG_MAPPING_NAMES):
         for task in TASKS:
             if name in mappings[task]:
@@ -119,7 +117,11 @@ def inputs_of(model: Any) -> dict[str, Tensor]:
     batch = {main: known[main]()}
     if model.config.is_encoder_decoder and "decoder_input_ids" in taken:
         batch["decoder_input_ids"] = known["input_ids"]()
-    if main == "input_ids" and "pixel_values" in taken and not type(model).__name__.endswith("ForConditionalGeneration"):
+    if (
+        main == "input_ids"
+        and "pixel_values" in taken
+        and not type(model).__name__.endswith("ForConditionalGeneration")
+    ):
         batch["pixel_values"] = known["pixel_values"]()
     return batch
 
@@ -135,7 +137,8 @@ def logits_of(output: Any) -> Tensor:
 
 def _channels(config: Any) -> int:
     return next(
-        (one.num_channels for one in (config, getattr(config, "vision_config", None)) if hasattr(one, "num_channels")), 3
+        (one.num_channels for one in (config, getattr(config, "vision_config", None)) if hasattr(one, "num_channels")),
+        3,
     )
 
 
@@ -144,6 +147,7 @@ def _shrunk(kind: Any) -> Any:
     whole = kind()
     names = {*whole.to_dict(), *getattr(kind, "attribute_map", {})}
     given: dict[str, Any] = {name: SMALL[name] for name in names if name in SMALL and _counts(whole, name)}
+    given |= {name: 0.0 for name in names if "layerdrop" in name or "layer_drop" in name}  # or layers come and go
     given = {name: value for name, value in given.items() if getattr(kind, "attribute_map", {}).get(name) not in given}
     for name in getattr(kind, "sub_configs", {}):
         part = getattr(whole, name, None)

@@ -8,7 +8,7 @@ package that is not there is skipped with the reason.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,7 +139,9 @@ METHODS: dict[str, Callable[[], Any]] = {
     "AdaLoRA": lambda: peft.AdaLoraConfig(
         init_r=4, target_r=2, tinit=50, tfinal=50, total_step=200, target_modules=ON, **CAUSAL
     ),
-    "IA3": lambda: peft.IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"], **CAUSAL),
+    "IA3": lambda: peft.IA3Config(
+        target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"], **CAUSAL
+    ),
     "OFT": lambda: peft.OFTConfig(r=0, oft_block_size=16, target_modules=ON, **CAUSAL),
     "BOFT": lambda: peft.BOFTConfig(boft_block_size=8, target_modules=ON, **CAUSAL),
     "HRA": lambda: peft.HRAConfig(r=4, target_modules=ON, **CAUSAL),
@@ -215,8 +217,3 @@ def _selective() -> Twin:
         return CheckpointPolicy.MUST_SAVE if operator in kept else CheckpointPolicy.PREFER_RECOMPUTE
 
     return _recomputing(use_reentrant=False, context_fn=functools.partial(create_selective_checkpoint_contexts, policy))
-
-
-def families() -> Iterator[str]:
-    """Names of the twins."""
-    yield from MAKERS

@@ -223,7 +223,9 @@ def _torchao() -> Twin:
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     model = llama()
-    quantize_(model, Int8WeightOnlyConfig(), lambda module, name: isinstance(module, nn.Linear) and "lm_head" not in name)
+    quantize_(
+        model, Int8WeightOnlyConfig(), lambda module, name: isinstance(module, nn.Linear) and "lm_head" not in name
+    )
     model = adapted(model)
     optimizer = torch.optim.AdamW(trained(model), lr=RATE)
     ids = words()

@@ -8,7 +8,22 @@ from typing import Any
 import peft
 import peft.optimizers
 import torch
-from healthy import LENGTH, PLAIN, RATE, ROWS, RUNNING, WORDS, Twin, adapted, llama, plain, stepping, trained, twin, words
+from healthy import (
+    LENGTH,
+    PLAIN,
+    RATE,
+    ROWS,
+    RUNNING,
+    WORDS,
+    Twin,
+    adapted,
+    llama,
+    plain,
+    stepping,
+    trained,
+    twin,
+    words,
+)
 from torch import nn
 from torch.nn import functional
 

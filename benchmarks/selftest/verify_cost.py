@@ -145,7 +145,9 @@ def main(arguments: list[str] | None = None) -> int:
     exceeded = False
     with tempfile.TemporaryDirectory() as folder:
         codes = (checkout(options.against, Path(folder)), ROOT)
-        print(f"verify now over verify at {options.against}, {options.turns} turns of two processes each; bound {BOUND}")
+        print(
+            f"verify now over verify at {options.against}, {options.turns} turns of two processes each; bound {BOUND}"
+        )
         for run in RUNS:
             turns: list[tuple[dict[str, float], dict[str, float]]] = []
             for turn in range(options.turns):
