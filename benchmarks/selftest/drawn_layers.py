@@ -1,8 +1,8 @@
 """Layers of models that are drawn at random, each of a kind whose truth is known before it runs.
 
-What an attention is follows from how it is written: on a CPU the scaled dot product of torch is its flash kernel,
-unless that is forbidden around the call or the weights are dropped out; a softmax between two products is eager, however
-many dimensions they have; and an attention of elementwise operations is nothing that anybody could recognise.
+What an attention is follows from how it is written. On a CPU the scaled dot product of torch is its flash kernel,
+unless that is forbidden around the call or the weights are dropped out. A softmax between two products is eager,
+however many dimensions they have. An attention of elementwise operations is nothing that anybody could recognise.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ builds it, and its own claims are judged by both instruments while it trains, th
 and float32, NF4 and unquantised, packed and padded, and every variant of the built-in studies as they are fitted to
 this machine. Sequences are short, and nothing is timed. No study brings a model of its own: the models are those named.
 
-Then come the healthy twins, which are not the harness's: methods of PEFT, everyday steps, other people's loops, families
-of transformers in NF4, and runs of two ranks (`healthy`, and beside it). One of these is sick, and must be found.
+Then come the healthy twins, which are not the harness's: methods of PEFT, everyday steps, other people's loops,
+families of transformers in NF4, and runs of two ranks (`healthy`, and beside it). One is sick, and must be found.
 
 A claim that is not active is a false alarm, and so is one that is not judged, unless it is one that the spy leaves to
 the profile. Exit status 1 with the reasons where there is any.
@@ -35,7 +35,7 @@ import healthy_families  # noqa: F401
 import healthy_loops  # noqa: F401
 import healthy_steps  # noqa: F401  its twins enter themselves, as do those of the next
 import torch
-from healthy import MAKERS, Skipped
+from healthy import MAKERS, SkippedError
 from healthy_ranks import RANKED, verified
 from rich import box
 from rich.console import Console
@@ -200,7 +200,7 @@ def judge_twin(name: str) -> Iterator[Verdict]:
     """Build a healthy twin for each instrument, and verify it.
 
     Raises:
-        Skipped: it cannot be built here.
+        SkippedError: it cannot be built here.
     """
     for instrument in INSTRUMENTS:
         run = MAKERS[name]()
@@ -311,7 +311,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(name, file=sys.stderr, flush=True)
         try:
             found = [*(judge_ranks(name) if name in RANKED else judge_twin(name))]
-        except Skipped as reason:
+        except SkippedError as reason:
             skipped.append(f"{name}: {reason}")
         except Exception as error:
             alarms.append(f"{name}: raised {error!r}")

@@ -18,35 +18,34 @@ PARAMETERS = 5_000_000
 """More than this is not small."""
 ROWS, LENGTH, IMAGE, FRAMES = 2, 8, 32, 64
 NUMBERS = (
-    (32, "hidden_size d_model n_embd dim embed_dim hidden_dim embedding_size n_embed projection_dim d_embed emb_dim "
-         "word_embed_proj_dim decoder_hidden_size encoder_hidden_size output_hidden_size out_hidden_size"),
-    (48, "intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim d_ff n_inner d_inner ffn_hidden_size mlp_dim dim_ff "
-         "feed_forward_size shared_expert_intermediate_size moe_intermediate_size"),
-    (2, "num_hidden_layers num_layers n_layer n_layers encoder_layers decoder_layers num_decoder_layers depth num_blocks "
-        "encoder_num_hidden_layers decoder_num_hidden_layers num_attention_heads num_heads n_head n_heads num_kv_heads "
-        "encoder_attention_heads decoder_attention_heads num_key_value_heads decoder_num_attention_heads "
-        "encoder_num_attention_heads num_experts_per_tok num_encoder_layers n_group topk_group n_shared_experts moe_topk "
-        "num_selected_experts num_conv_pos_embedding_groups"),
+    (32, """hidden_size d_model n_embd dim embed_dim hidden_dim embedding_size n_embed projection_dim d_embed emb_dim
+        word_embed_proj_dim decoder_hidden_size encoder_hidden_size output_hidden_size out_hidden_size"""),
+    (48, """intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim d_ff n_inner d_inner ffn_hidden_size mlp_dim
+        dim_ff feed_forward_size shared_expert_intermediate_size moe_intermediate_size"""),
+    (2, """num_hidden_layers num_layers n_layer n_layers encoder_layers decoder_layers num_decoder_layers depth
+        num_blocks encoder_num_hidden_layers decoder_num_hidden_layers num_attention_heads num_heads n_head n_heads
+        num_kv_heads encoder_attention_heads decoder_attention_heads num_key_value_heads decoder_num_attention_heads
+        encoder_num_attention_heads num_experts_per_tok num_encoder_layers n_group topk_group n_shared_experts
+        moe_topk num_selected_experts num_conv_pos_embedding_groups"""),
     (4, "num_experts num_local_experts n_routed_experts moe_num_experts"),
-    (16, "head_dim d_kv kv_channels attention_head_size kv_lora_rank q_lora_rank qk_nope_head_dim v_head_dim rotary_dim "
-         "num_conv_pos_embeddings d_state state_size"),
+    (16, """head_dim d_kv kv_channels attention_head_size kv_lora_rank q_lora_rank qk_nope_head_dim v_head_dim
+        rotary_dim num_conv_pos_embeddings d_state state_size"""),
     (8, "qk_rope_head_dim patch_size"),
     (IMAGE, "image_size img_size"),
     (99, "vocab_size text_vocab_size"),
-    (64, "max_position_embeddings n_positions max_target_positions max_source_positions n_ctx max_seq_len "
-         "max_sequence_length sliding_window"),
+    (64, """max_position_embeddings n_positions max_target_positions max_source_positions n_ctx max_seq_len
+        max_sequence_length sliding_window"""),
 )  # fmt: skip
 SMALL: dict[str, int] = {name: number for number, names in NUMBERS for name in names.split()} | {
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1,
 }  # fmt: skip
-TASKS = (
-    "AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModelForImageClassification",
-    "AutoModelForAudioClassification", "AutoModelForCTC", "AutoModelForSpeechSeq2Seq", "AutoModelForZeroShotImageClassification",
-    "AutoModelForImageTextToText",
-)  # fmt: skip
+TASKS = tuple(f"AutoModelFor{task}" for task in (
+    "CausalLM", "Seq2SeqLM", "MaskedLM", "ImageClassification", "AudioClassification", "CTC", "SpeechSeq2Seq",
+    "ZeroShotImageClassification", "ImageTextToText",
+))  # fmt: skip
 
 
-class Unfit(Exception):
+class UnfitError(Exception):
     """A family that is left out, with the reason."""
 
 
@@ -67,7 +66,7 @@ class Family:
         """A model of random weights.
 
         Raises:
-            Unfit: it cannot be built, or is too large.
+            UnfitError: it cannot be built, or is too large.
         """
         import transformers
 
@@ -77,9 +76,9 @@ class Family:
             with torch.device("meta"):
                 size = sum(value.numel() for value in task.from_config(config).parameters())
         except Exception as error:
-            raise Unfit(f"cannot be built: {_first(error)}") from error
+            raise UnfitError(f"cannot be built: {_first(error)}") from error
         if size > PARAMETERS:
-            raise Unfit(f"{size:,} parameters")
+            raise UnfitError(f"{size:,} parameters")
         torch.manual_seed(seed)
         return task.from_config(self.config(), **options)
 
@@ -101,7 +100,7 @@ def inputs_of(model: Any) -> dict[str, Tensor]:
     """A batch that the model takes, by the names of its forward's arguments.
 
     Raises:
-        Unfit: its input is none that is known.
+        UnfitError: its input is none that is known.
     """
     torch.manual_seed(1)
     known: dict[str, Any] = {
@@ -112,7 +111,7 @@ def inputs_of(model: Any) -> dict[str, Tensor]:
     }
     main = model.main_input_name
     if main not in known:
-        raise Unfit(f"its input is {main}")
+        raise UnfitError(f"its input is {main}")
     taken = inspect.signature(model.forward).parameters
     batch = {main: known[main]()}
     if model.config.is_encoder_decoder and "decoder_input_ids" in taken:
@@ -132,7 +131,7 @@ def logits_of(output: Any) -> Tensor:
         found = getattr(output, name, None)
         if torch.is_tensor(found):
             return found
-    raise Unfit("no logits")
+    raise UnfitError("no logits")
 
 
 def _channels(config: Any) -> int:

@@ -29,7 +29,7 @@ PLAIN: dict[str, Any] = RUNNING | {
 """True of the plain run below."""
 
 
-class Skipped(Exception):
+class SkippedError(Exception):
     """A twin that cannot be built here, with the reason."""
 
 

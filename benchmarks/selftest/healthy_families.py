@@ -7,39 +7,41 @@ from typing import Any
 
 import peft
 import torch
-from families import Unfit, families, inputs_of, logits_of
-from healthy import MAKERS, RATE, RUNNING, Skipped, Twin, trained
+from families import UnfitError, families, inputs_of, logits_of
+from healthy import MAKERS, RATE, RUNNING, SkippedError, Twin, trained
 from torch import nn
 
 from kernels_check.controls.small_run import fourbit
 
-NAMES = """albert apertus arcee bart beit bert biogpt blenderbot bloom camembert clip codegen cohere cohere2 deberta deit
-dinov2 distilbert electra ernie esm exaone4 falcon gemma gemma2 gemma3_text glm glm4 gpt2 gpt_neox gpt_oss gptj granite
-helium hubert idefics3 internlm3 lfm2 llama llama4_text m2m_100 marian mbart mistral mixtral mobilebert modernbert moshi
-mt5 nemotron olmo olmo2 opt paligemma pegasus persimmon phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe roberta segformer siglip
-smollm3 stablelm starcoder2 swin t5 umt5 vit wav2vec2 whisper xglm xlnet""".split()
-"""Known to many people; a name that a version of transformers does not have, or not small, is skipped with the reason."""
+NAMES = """
+    albert apertus arcee bart beit bert biogpt blenderbot bloom camembert clip codegen cohere cohere2 deberta deit dinov2
+    distilbert electra ernie esm exaone4 falcon gemma gemma2 gemma3_text glm glm4 gpt2 gpt_neox gpt_oss gptj granite
+    helium hubert idefics3 internlm3 lfm2 llama llama4_text m2m_100 marian mbart mistral mixtral mobilebert modernbert
+    moshi mt5 nemotron olmo olmo2 opt paligemma pegasus persimmon phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe roberta
+    segformer siglip smollm3 stablelm starcoder2 swin t5 umt5 vit wav2vec2 whisper xglm xlnet
+""".split()
+"""Known to many people; one that a version of transformers does not have, or not small, is skipped with the reason."""
 
 
 def run_of(name: str) -> Twin:
     """A run of one family.
 
     Raises:
-        Skipped: the family is not there, is not small, or has no layer to store in 4 bits.
+        SkippedError: the family is not there, is not small, or has no layer to store in 4 bits.
     """
     family = next((one for one in families() if one.name == name), None)
     if family is None:
-        raise Skipped("this version of transformers has no such family with a task")
+        raise SkippedError("this version of transformers has no such family with a task")
     try:
         model = family.build().train()
         inputs = inputs_of(model)
         learning = _learning(model, inputs)
-    except Unfit as reason:
-        raise Skipped(str(reason)) from reason
+    except UnfitError as reason:
+        raise SkippedError(str(reason)) from reason
     except Exception as error:
-        raise Skipped(f"does not train: {type(error).__name__}: {error}") from error
+        raise SkippedError(f"does not train: {type(error).__name__}: {error}") from error
     if not learning:
-        raise Skipped("no plain linear layer gets a gradient")
+        raise SkippedError("no plain linear layer gets a gradient")
     for name_of_layer in learning:
         linear: Any = model.get_submodule(name_of_layer)
         small = fourbit(linear, quant_type="nf4", compute=torch.float32)

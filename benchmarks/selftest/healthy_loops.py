@@ -1,4 +1,4 @@
-"""Healthy steps of other people's loops: Trainer, Accelerate, TRL, Lightning; each step as it happens inside of them."""
+"""Healthy steps of other people's loops: Trainer, Accelerate, TRL, Lightning; a step as it happens inside of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from healthy import LENGTH, PLAIN, RATE, ROWS, RUNNING, WORDS, Skipped, Twin, adapted, llama, trained, twin, words
+from healthy import LENGTH, PLAIN, RATE, ROWS, RUNNING, WORDS, SkippedError, Twin, adapted, llama, trained, twin, words
 from torch import nn
 
 WRAPPED = {path: value for path, value in PLAIN.items() if path != "optimizer.class"}
@@ -19,10 +19,10 @@ def needs(package: str) -> None:
     """Skip a twin where a package is missing.
 
     Raises:
-        Skipped: it is.
+        SkippedError: it is.
     """
     if importlib.util.find_spec(package) is None:
-        raise Skipped(f"{package} is not installed (pip install 'lorameter[proof]')")
+        raise SkippedError(f"{package} is not installed (pip install 'lorameter[proof]')")
 
 
 def _rows() -> list[dict[str, Any]]:
@@ -49,8 +49,8 @@ def _in_training(trainer: Any, batches: list[Any]) -> Callable[[], None]:
 
 def _arguments(kind: Any, **options: Any) -> Any:
     return kind(
-        output_dir=tempfile.gettempdir(), max_steps=1, per_device_train_batch_size=ROWS, learning_rate=RATE, report_to=[],
-        save_strategy="no", logging_strategy="no", use_cpu=True, disable_tqdm=True, **options,
+        output_dir=tempfile.gettempdir(), max_steps=1, per_device_train_batch_size=ROWS, learning_rate=RATE,
+        report_to=[], save_strategy="no", logging_strategy="no", use_cpu=True, disable_tqdm=True, **options,
     )  # fmt: skip
 
 

@@ -2,10 +2,10 @@
 
     python benchmarks/selftest/oracle.py [--families gpt2 t5 vit]
 
-In the manner of transformers' own dispatch tests: torch refuses a scaled dot product that its backends may not run, so a
-step that succeeds under ``sdpa_kernel(FLASH_ATTENTION)`` alone runs on flash, and one that fails does not. Which products
-of attention there are, through the scaled dot product or written out, is counted by a mode of torch's functions, which
-knows nothing of the check. Of each family and instrument:
+In the manner of transformers' own dispatch tests: torch refuses a scaled dot product that its backends may not run, so
+a step that succeeds under ``sdpa_kernel(FLASH_ATTENTION)`` alone runs on flash, and one that fails does not. Which
+products of attention there are, through the scaled dot product or written out, is counted by a mode of torch's
+functions, which knows nothing of the check. Of each family and instrument:
 
 - flash is said exactly when every attention goes through the scaled dot product and the step succeeds on flash alone;
 - math, exactly when all goes through it in a step to which only math is left;
@@ -35,7 +35,7 @@ from typing import Any
 
 import peft
 import torch
-from families import Family, Unfit, families, inputs_of, logits_of
+from families import Family, UnfitError, families, inputs_of, logits_of
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -86,7 +86,7 @@ class Run:
         self.inputs = inputs_of(model)
         names = _called(model, self.inputs)
         if not names:
-            raise Unfit("no linear layer is called")
+            raise UnfitError("no linear layer is called")
         pattern = "|".join(name.replace(".", r"\.") for name in names)
         torch.manual_seed(2)
         self.model = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_dropout=0.05, target_modules=f"({pattern})"))
@@ -149,16 +149,18 @@ def examine(family: Family) -> Result:
     """Build the family and compare what is said of it.
 
     Raises:
-        Unfit: it is left out.
+        UnfitError: it is left out.
     """
     try:
         twin = Run(family)
         with Attentions() as seen:
             twin.step()
-    except Unfit:
+    except UnfitError:
         raise
     except Exception as error:
-        raise Unfit(f"does not train: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}") from error
+        raise UnfitError(
+            f"does not train: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
+        ) from error
     learns = _learns(twin)
     twin.around = lambda: sdpa_kernel(SDPBackend.FLASH_ATTENTION)
     try:
@@ -243,7 +245,7 @@ def main(arguments: list[str] | None = None) -> int:
         if named is None or family.name in named:
             try:
                 results.append(result := examine(family))
-            except Unfit as reason:
+            except UnfitError as reason:
                 unfit[family.name] = str(reason)
                 continue
             for fault in result.faults:
@@ -268,8 +270,8 @@ def table(results: list[Result]) -> Table:
         plain = {str(one.said.get(instrument)) for instrument in INSTRUMENTS}
         forced = {str(one.said.get(f"{instrument}, math alone")) for instrument in INSTRUMENTS}
         drawn.add_row(
-            one.family, str(one.scaled), str(one.refused), str(one.written), "yes" if one.alone else "no", one.truth or "-",
-            " / ".join(sorted(plain)), " / ".join(sorted(forced)), f"{one.active} of {one.required}",
+            one.family, str(one.scaled), str(one.refused), str(one.written), "yes" if one.alone else "no",
+            one.truth or "-", " / ".join(sorted(plain)), " / ".join(sorted(forced)), f"{one.active} of {one.required}",
         )  # fmt: skip
     return drawn
 

@@ -41,7 +41,7 @@ import kernels_check
 from kernels_check.controls import random_run
 
 FEW = 200
-INSTRUMENTS = ("profile", "spy")
+INSTRUMENTS: tuple[Any, ...] = ("profile", "spy")
 LEFT_TO_A_PROFILE = frozenset({"packing.isolated", "tf32"})
 CANDIDATES: dict[str, tuple[Any, ...]] = {
     "attention.backend": ("flash", "math", "eager", "fused", "efficient"),

@@ -1,11 +1,12 @@
 """What does a check cost, against what it cost at another revision?
 
-    python benchmarks/selftest/verify_cost.py [--against REVISION] [--turns 8]
+    python benchmarks/selftest/verify_cost.py [--against REVISION] [--turns 6]
 
 ``verify`` by each instrument, of a LoRA run of the size of SmolLM2-135M with weights drawn from its configuration, in
 bfloat16 and in NF4. Revisions take turns, each time in a process of its own: first the other, then this one, then the
 other way round. A turn's ratio is that of two processes that followed each other; its estimate is the geometric mean
-with a bootstrap interval. What counts is the processor's time, in one thread, so that other work on the machine does not. The first call in a process pays for imports and is not counted.
+with a bootstrap interval. What counts is the processor's time, in one thread, so that other work on the machine does
+not. The first call in a process pays for imports and is left out.
 
 Exit status 1 if an interval lies above the bound whole.
 """
@@ -93,7 +94,7 @@ def in_process(code: Path, run: str, layers: int) -> dict[str, float]:
     done = subprocess.run(
         [sys.executable, str(Path(__file__)), "--measure", run, "--layers", str(layers)],
         env=os.environ | {"PYTHONPATH": str(code), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False,
+        capture_output=True, text=True, check=False,
     )  # fmt: skip
     if done.returncode:
         raise RuntimeError(f"the process of {code} ended with {done.returncode}: {done.stderr[-2000:]}")
