@@ -15,27 +15,17 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
 from drawn_layers import WORDS, Attending, Decoder
-from drawn_model import PAD, Drawn, Truth, draw_model, true
+from drawn_model import PAD, draw_model
+from drawn_optimizer import draw_optimizers
+from drawn_truth import Drawn, Truth, freer, true
 from torch import Tensor, nn
 from torch.nn import functional
 
-ROWS, LENGTH, STEP = 2, 12, 0.02
+ROWS, LENGTH = 2, 12
 OPERATORS = ("attention.backend", "attention.dtype", "attention.mask", "optimizer.fused", "base.gemm_path")
 """Paths that rest on operators: nobody sees those of another thread."""
-OPTIMIZERS: dict[str, tuple[Callable[[Any], torch.optim.Optimizer], str, bool | None]] = {
-    "AdamW": (lambda given: torch.optim.AdamW(given, lr=STEP), "torch.optim.AdamW", False),
-    "AdamW by fused": (lambda given: torch.optim.AdamW(given, lr=STEP, fused=True), "torch.optim.AdamW", True),
-    "AdamW by foreach": (lambda given: torch.optim.AdamW(given, lr=STEP, foreach=True), "torch.optim.AdamW", False),
-    "Adam by fused": (lambda given: torch.optim.Adam(given, lr=STEP, fused=True), "torch.optim.Adam", True),
-    "SGD": (lambda given: torch.optim.SGD(given, lr=STEP, momentum=0.9), "torch.optim.SGD", False),
-    "SGD by fused": (lambda given: torch.optim.SGD(given, lr=STEP, fused=True), "torch.optim.SGD", True),
-    "Adafactor": (lambda given: torch.optim.Adafactor(given, lr=STEP), "torch.optim.Adafactor", False),
-    "AdamW of bitsandbytes": (lambda given: bnb.optim.AdamW(given, lr=STEP), "bitsandbytes.optim.AdamW", None),
-    "AdamW8bit": (lambda given: bnb.optim.AdamW8bit(given, lr=STEP), "bitsandbytes.optim.AdamW8bit", None),
-}
 
 
 class DrawnRun:
@@ -69,7 +59,7 @@ class DrawnRun:
         self._draw_modes(draw)
         self._draw_recomputation(draw)
         self._draw_company(draw)
-        self._draw_optimizers(draw)
+        draw_optimizers(self, draw)
         self.truths["compile"] = true(False)
         self.warm = draw.randint(0, 2)
         self.about += [f"accumulates {self.accumulate}"] if self.accumulate > 1 else []
@@ -159,7 +149,7 @@ class DrawnRun:
             self.about.append("evaluates inside the step")
             if any("Multihead" in one or "dropout" in one for one in self._kinds()):
                 for path in ("attention.backend", "attention.mask"):  # an answer without gradients goes another way
-                    self.truths[path] = _freer(self.truths[path])
+                    self.truths[path] = freer(self.truths[path])
         if not all(self.modes) and "attention math by dropout" in self.about:
             free = {"flash", "math", "fused"}
             self.truths["attention.backend"] = true(free=free if len(self._kinds()) == 1 else ())
@@ -222,70 +212,12 @@ class DrawnRun:
         """Little is true of a model that nobody calls: how it lies there."""
         lies = ("base.bits", "base.quant_type", "base.double_quant", "base.frozen", "lora.dtype", "base.compute_dtype")
         for path, now in self.truths.items():
-            self.truths[path] = _freer(now) if path in lies else true()
+            self.truths[path] = freer(now) if path in lies else true()
         self.truths["packing.isolated"] = true(free={True, False})
         self.truths["mode"] = true(free={"train", "eval"})
         self.truths["padding.share"] = true(free=self.truths["padding.share"].holds | {0.0})
         self.truths["checkpointing"] = true(free={False})
         self.truths["lora.dropout"] = true(free={0.0, 0.05, 0.1})
-
-    def _draw_optimizers(self, draw: random.Random) -> None:
-        trained = self.average if self.company == "trained copy" else self.model
-        trainable = [one for one in trained.parameters() if one.requires_grad]
-        sick = draw.choice(["no rate", "reset", "left out", "base trains"]) if draw.random() < 0.2 else ""
-        sick = "" if self.company == "trained copy" else sick
-        if sick == "base trains":
-            norms = [value for name, value in trained.named_parameters() if _is_norm(name)]
-            trainable.append(draw.choice(norms).requires_grad_())
-            self.truths["base.frozen"] = true(free={False})
-        given = trainable
-        if draw.random() < 0.2:
-            given = [one for one in trained.parameters() if one.is_floating_point()]
-            self.about.append("the optimizer is given everything")
-        one = draw.choice(trainable)
-        if sick == "left out":
-            given = [value for value in given if value is not one]
-        name = draw.choice(list(OPTIMIZERS))
-        name = "AdamW" if sick == "base trains" or not given else name
-        make, kind, fused = OPTIMIZERS[name]
-        self.truths["optimizer.class"] = true(kind)
-        self.truths["optimizer.fused"] = true(free={True, False}) if fused is None else true(fused)
-        if sick == "left out" and not given:
-            self.optimizers = []
-            self.truths |= dict.fromkeys(("optimizer.class", "optimizer.fused"), true(free={False}))
-        elif draw.random() < 0.1 and len(given) > 1:
-            self._mix_groups(draw, given, {id(value) for value in trainable})
-            name = "mixed groups"
-        else:
-            self.optimizers = [make(given)]
-        self.about.append(f"optimizer {name}")
-        if sick in ("no rate", "reset", "left out"):
-            self.truths["lora.learning"] = true(free={False})
-        if sick == "no rate":
-            for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
-                group["lr"] = 0.0
-        if sick == "reset":
-            kept = one.detach().clone()
-            self.after.append(lambda: one.data.copy_(kept))
-        self.about += [f"sick: {sick}"] if sick else []
-        if not sick and draw.random() < 0.1 and name in OPTIMIZERS and name != "Adafactor":
-            self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizers[0], lambda done: min(1.0, done / 5))
-            self.about.append("warms up from a rate of 0")
-        coarse = any(value.dtype == torch.bfloat16 for value in trainable)
-        if coarse and (self.schedule is not None or "Adam" not in name):
-            self.truths["lora.learning"] = true(free={True, False})  # updates may round away
-        if self.company == "trained copy":
-            self.truths["optimizer.class"] = _freer(self.truths["optimizer.class"])
-            self.truths["optimizer.fused"] = true(free={True, False})
-
-    def _mix_groups(self, draw: random.Random, given: list[Any], trained: set[int]) -> None:
-        """One optimizer with a fused group and one that is not."""
-        cut = draw.randint(1, len(given) - 1)
-        groups = [{"params": given[:cut], "fused": True}, {"params": given[cut:], "fused": False}]
-        self.optimizers = [torch.optim.AdamW(groups, lr=STEP)]
-        self.truths["optimizer.class"] = true("torch.optim.AdamW")
-        has = [any(id(one) in trained for one in group["params"]) for group in groups]
-        self.truths["optimizer.fused"] = true(free={False}) if all(has) else true(has[0])
 
     def step(self) -> float:
         """Forward, backward and an update, in the way that was drawn."""
@@ -359,12 +291,3 @@ class DrawnRun:
 
 def _logits(output: Any) -> Tensor:
     return output if torch.is_tensor(output) else output.logits
-
-
-def _is_norm(name: str) -> bool:
-    return name.endswith("weight") and any(part in name for part in ("norm", "ln_", "before", "between"))
-
-
-def _freer(truth: Truth) -> Truth:
-    """What held may hold, and need not."""
-    return true(free=truth.holds | truth.free, hidden=truth.hidden)

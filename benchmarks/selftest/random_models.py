@@ -34,8 +34,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from drawn_model import Truth
 from drawn_run import DrawnRun
+from drawn_truth import Truth
 
 import kernels_check
 from kernels_check.controls import random_run

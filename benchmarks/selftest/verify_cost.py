@@ -48,7 +48,7 @@ def measure(run: str, layers: int) -> dict[str, float]:
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    import kernels_check
+    import kernels_check  # first: what is wrong with a revision shows before the large libraries are read
     from kernels_check.controls.small_run import fourbit
 
     torch.set_num_threads(1)
@@ -141,6 +141,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--measure", choices=RUNS, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.measure:
+        import kernels_check  # noqa: F401  before the large libraries, so that what is wrong with a revision shows first
+
         print(json.dumps(measure(options.measure, options.layers)))
         return 0
     exceeded = False
