@@ -213,7 +213,9 @@ class DrawnRun:
         lies = ("base.bits", "base.quant_type", "base.double_quant", "base.frozen", "lora.dtype", "base.compute_dtype")
         for path, now in self.truths.items():
             self.truths[path] = freer(now) if path in lies else true()
-        self.truths["packing.isolated"] = true(free={True, False})
+        if self.batch is not None:
+            self.truths["packing.isolated"] = true(free={True, False})
+        self.truths["lora.attached"] = self.truths["lora.learning"] = true(free={False})
         self.truths["mode"] = true(free={"train", "eval"})
         self.truths["padding.share"] = true(free=self.truths["padding.share"].holds | {0.0})
         self.truths["checkpointing"] = true(free={False})
