@@ -24,8 +24,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 ROWS, LENGTH = 2, 12
-OPERATORS = ("attention.backend", "attention.dtype", "attention.mask", "optimizer.fused", "base.gemm_path")
-"""Paths that rest on operators: nobody sees those of another thread."""
+OPERATORS = (
+    "attention.backend", "attention.dtype", "attention.mask", "optimizer.fused", "base.gemm_path", "base.compute_dtype",
+    "lora.learning",
+)  # fmt: skip
+"""Paths that rest on operators or on when they ran: not all of another thread can be seen."""
 
 
 class DrawnRun:
