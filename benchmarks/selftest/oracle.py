@@ -74,7 +74,8 @@ class Attentions(TorchFunctionMode):
         elif function in SOFTMAXES:
             shape = (args[0] if args else kwargs["input"]).shape
             # scores have a row for each query and a column for each key; a router's have none for the heads
-            self.written += len(shape) > 3 or (len(shape) == 3 and shape[-1] == shape[-2])
+            square = len(shape) > 3 or (len(shape) == 3 and shape[-1] == shape[-2])
+            self.written += square and min(shape[-2:]) > 1
         return function(*args, **(kwargs or {}))
 
 
@@ -101,6 +102,16 @@ class Run:
             self.optimizer.zero_grad()
             logits_of(self.model(**self.inputs)).float().pow(2).mean().backward()
             self.optimizer.step()
+
+    def calls_every_adapter(self) -> bool:
+        """Take a step; whether it calls each layer that is adapted."""
+        tuners = [one for one in self.model.modules() if isinstance(one, peft.tuners.tuners_utils.BaseTunerLayer)]
+        called = set[int]()
+        handles = [one.register_forward_hook(lambda module, *_: called.add(id(module))) for one in tuners]
+        self.step()
+        for handle in handles:
+            handle.remove()
+        return all(id(one) in called for one in tuners)
 
 
 def _called(model: nn.Module, inputs: dict[str, Any]) -> list[str]:
@@ -131,6 +142,8 @@ class Result:
     written: int
     alone: bool
     """Whether a step succeeds on flash alone."""
+    attached: bool
+    """Whether every layer that PEFT adapted is called: it makes names of its own of what it is asked to adapt."""
     learns: bool | None
     said: dict[str, Any] = field(default_factory=dict)
     active: int = 0
@@ -154,7 +167,7 @@ def examine(family: Family) -> Result:
     try:
         twin = Run(family)
         with Attentions() as seen:
-            twin.step()
+            attached = twin.calls_every_adapter()
     except UnfitError:
         raise
     except Exception as error:
@@ -170,7 +183,8 @@ def examine(family: Family) -> Result:
         alone = False
     result = Result(
         family=family.name, implementation=str(twin.model.config._attn_implementation), scaled=seen.scaled,
-        refused=seen.refused, written=seen.written, alone=alone, learns=learns,
+        refused=seen.refused, written=seen.written, alone=alone, attached=attached,
+        learns=learns,
     )  # fmt: skip
     if alone != (seen.refused == 0):
         result.faults.append(
@@ -205,7 +219,7 @@ def _judge(result: Result, family: Family, instrument: str, truth: str | None, *
         return
     backend = checks.get("attention.backend")
     result.said[where.removeprefix(f"{family.name}, ")] = backend and backend.observed
-    result.faults += [f"{where}: {fault}" for fault in _faults(required, checks, truth, learns=result.learns)]
+    result.faults += [f"{where}: {fault}" for fault in _faults(result, required, checks, truth)]
     result.required += len(required)
     result.active += sum(checks[path].status == "active" for path in required if path in checks)
 
@@ -215,12 +229,13 @@ def only_math() -> AbstractContextManager[Any]:
     return sdpa_kernel(SDPBackend.MATH)
 
 
-def _faults(
-    required: dict[str, Any], checks: dict[str, Any], truth: str | None, *, learns: bool | None
-) -> Iterator[str]:
+def _faults(result: Result, required: dict[str, Any], checks: dict[str, Any], truth: str | None) -> Iterator[str]:
+    known = {"attention.backend": truth is not None, "lora.learning": result.learns, "lora.attached": result.attached}
+    if not result.attached:
+        known |= {"lora.dropout": None, "lora.learning": result.learns and None}
     for path, value in required.items():
         check = checks.get(path)
-        holds = {"attention.backend": truth is not None, "lora.learning": learns}.get(path, True)
+        holds = known.get(path, True)
         if holds is None:
             continue
         if check is None:
