@@ -39,6 +39,8 @@ NUMBERS = (
 SMALL: dict[str, int] = {name: number for number, names in NUMBERS for name in names.split()} | {
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1,
 }  # fmt: skip
+DROPPED = ("layerdrop", "layer_drop", "drop_path")
+"""Parts of the names of rates at which whole layers are left out, which would make every run another."""
 TASKS = tuple(f"AutoModelFor{task}" for task in (
     "CausalLM", "Seq2SeqLM", "MaskedLM", "ImageClassification", "AudioClassification", "CTC", "SpeechSeq2Seq",
     "ZeroShotImageClassification", "ImageTextToText",
@@ -146,7 +148,7 @@ def _shrunk(kind: Any) -> Any:
     whole = kind()
     names = {*whole.to_dict(), *getattr(kind, "attribute_map", {})}
     given: dict[str, Any] = {name: SMALL[name] for name in names if name in SMALL and _counts(whole, name)}
-    given |= {name: 0.0 for name in names if "layerdrop" in name or "layer_drop" in name}  # or layers come and go
+    given |= {name: 0.0 for name in names if any(part in name for part in DROPPED)}
     given = {name: value for name, value in given.items() if getattr(kind, "attribute_map", {}).get(name) not in given}
     for name in getattr(kind, "sub_configs", {}):
         part = getattr(whole, name, None)

@@ -69,12 +69,13 @@ def run_of(name: str) -> Twin:
 def _learning(model: nn.Module, inputs: dict[str, Any]) -> list[str]:
     """Plain linear layers that a step gives a gradient that is no rounding; the head left out."""
     logits_of(model(**inputs)).float().pow(2).mean().backward()
+    floats = tuple(getattr(model, "_keep_in_fp32_modules", None) or ()) or "none"  # their dtype is read by the family
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     found = [
         name
         for name, module in model.named_modules()
         if type(module) is nn.Linear and module is not head and module.weight.grad is not None
-        and float(module.weight.grad.abs().max()) > 1e-6 and module.weight.numel() >= 64
+        and module.weight.numel() >= 64 and float(module.weight.grad.abs().max()) > 1e-6 and not name.endswith(floats)
     ]  # fmt: skip
     model.zero_grad()
     return found
