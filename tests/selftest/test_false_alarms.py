@@ -118,7 +118,9 @@ def test_there_are_as_many_twins_as_the_proof_needs(program):
     assert count["PEFT"] >= 12
     assert count["family"] >= 40
     assert count["loop"] >= 5
-    assert [name for name, run in module.RANKED.items() if run.sick] == ["ranks: FSDP2, NF4, computes wrong losses"]
+    sick = [name for name, run in module.RANKED.items() if run.sick]
+    assert sick == ["ranks: FSDP2, NF4, left in eval mode, computes wrong losses"]
+    assert len(module.RANKED) >= 6
 
 
 @pytest.mark.parametrize(
