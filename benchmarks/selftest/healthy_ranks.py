@@ -2,8 +2,8 @@
 
 A base in NF4 that FSDP2 has sharded is right in training mode. Left in eval mode on a processor with AVX512_BF16,
 bitsandbytes 0.50 stores its weights anew in the first forward, FSDP2 gathers the old ones for the next, and from the
-second forward on the losses are those of another model, without a word. That run is sick where it is: what is claimed of
-it must not all be active. On other processors it is skipped.
+second forward on the losses are those of another model, without a word. That run is sick: what is claimed of it must
+not all be active. On processors where its losses are right it is skipped.
 """
 
 from __future__ import annotations
