@@ -63,8 +63,11 @@ proof-profile: $(STAMP)
 	$(BIN)/lorameter profile lora-or-qlora:qlora-nf4-r16 --effort standard --try dropout > reports/proof/profile.txt; \
 	status=$$?; cat reports/proof/profile.txt; exit $$status
 
-# The negative controls, the absence of false alarms on real trials (fetch smollm2-135m first), every rule and
-# comparison of the judges broken in turn, and runs drawn at random that must be after a check what they were before.
+# The negative controls; the absence of false alarms on real trials (fetch smollm2-135m first) and on healthy twins, of
+# which some need the extra [proof]; every rule and comparison of the judges broken in turn; runs drawn at random that must
+# be after a check what they were before; models drawn at random of which it is known what is true (half an hour); every
+# small family of transformers against the step on flash alone (a quarter); and what a check costs against an earlier
+# revision (a quarter).
 proof-kernels: $(STAMP)
 	mkdir -p reports/proof
 	$(BIN)/python -m kernels_check selftest > reports/proof/selftest.txt; \
@@ -75,6 +78,12 @@ proof-kernels: $(STAMP)
 	status=$$?; cat reports/proof/mutation.txt; exit $$status
 	$(BIN)/python benchmarks/selftest/restoration.py --many > reports/proof/restoration.txt; \
 	status=$$?; cat reports/proof/restoration.txt; exit $$status
+	$(BIN)/python benchmarks/selftest/random_models.py --many 2000 > reports/proof/random_models.txt; \
+	status=$$?; cat reports/proof/random_models.txt; exit $$status
+	$(BIN)/python benchmarks/selftest/oracle.py > reports/proof/oracle.txt; \
+	status=$$?; cat reports/proof/oracle.txt; exit $$status
+	$(BIN)/python benchmarks/selftest/verify_cost.py > reports/proof/verify_cost.txt; \
+	status=$$?; cat reports/proof/verify_cost.txt; exit $$status
 
 # Estimates of memory against real trials and published figures (fetch smollm2-135m first; a few minutes).
 proof-memory: $(STAMP)
