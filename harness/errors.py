@@ -35,4 +35,10 @@ class InvalidRunError(LorameterError):
 
 def impossible(where: str, key: str, value: object, why: str, remedy: str) -> UsageError:
     """The one shape of a refused value: file or object, key, value, reason, remedy."""
-    return UsageError(f"{where}: {key} = {value!r}: {why}. {remedy}")
+    named = f"{shorten(where)}: {shorten(key)}" if key else shorten(where)
+    return UsageError(f"{named} = {shorten(repr(value))}: {why}. {remedy}")
+
+
+def shorten(text: str, most: int = 300) -> str:
+    """The text, or its beginning and its end: what is named must not bury what is said of it."""
+    return text if len(text) <= most else f"{text[: most // 2]} … {text[-most // 4 :]}"

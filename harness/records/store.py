@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from harness.errors import InvalidRunError, UsageError
-from harness.records import codec, journal
+from harness.records import codec, inputs, journal
 from harness.records.document import write_document
 from harness.records.evidence import EvidenceFile, LostEvidenceError
 from harness.records.locks import alone, is_locked
@@ -159,9 +159,9 @@ def read_run(name: str, folder: Path) -> Run:
     Raises:
         UsageError: no such run, or one written by another schema.
     """
-    path = Path(name) if (Path(name) / "manifest.json").is_file() else folder / name
+    path = Path(name) if inputs.is_file(Path(name) / "manifest.json") else folder / name
     source = path / "manifest.json"
-    if not source.is_file():
+    if not inputs.is_file(source):
         known = ", ".join(run.name for run in list_runs(folder)[-3:]) or "none yet"
         raise UsageError(f"run {name!r}: not found in {folder}. Latest runs: {known}.")
     manifest = read_manifest(path)
@@ -236,11 +236,10 @@ def read_manifest(path: Path) -> Manifest:
     """The manifest of a run directory. Raises `UsageError` if it is damaged or of another schema."""
     source = path / "manifest.json"
     try:
-        text = source.read_text(encoding="utf-8")
-        data = codec.parse(text)
+        data = inputs.read_json(source, inputs.MANIFEST_BYTES)
         require_readable(data, source)
         codec.dumps(data).encode()  # what could not be written again would only fail later
-    except (codec.NotJsonError, UnicodeError, OSError) as error:
+    except (inputs.NotReadableError, codec.NotJsonError, UnicodeError) as error:
         raise UsageError(f"{source}: cannot be read: {error}. Measure again, or restore the file.") from None
     return codec.from_json(Manifest, _lift_workloads(data), source.name)
 
