@@ -34,5 +34,7 @@ def show_gate(result: GateResult, form: str) -> None:
 
 
 def print_json(document: dict[str, Any]) -> None:
-    """One JSON document with its schema, without NaN."""
-    print(json.dumps({"schema": 1, **document}, allow_nan=False, ensure_ascii=False))
+    """One JSON document with its schema, without NaN, in ASCII: any stream holds it, and no terminal obeys it."""
+    from harness.records import codec
+
+    print(json.dumps(codec.to_json({"schema": 1, **document}), allow_nan=False))

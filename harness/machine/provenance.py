@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
+import math
 import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
@@ -211,7 +212,7 @@ def power_limit_w(provenance: Mapping[str, Any], which: str = "power_limit_w") -
     """
     card = provenance.get("settings", {}).get("card")
     limit = card.get(which) if isinstance(card, Mapping) else None
-    return round(limit) if isinstance(limit, int | float) else None
+    return round(limit) if isinstance(limit, int | float) and math.isfinite(limit) else None
 
 
 def library_version(library: str) -> str | None:

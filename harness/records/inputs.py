@@ -102,7 +102,9 @@ def read_toml(path: Path) -> dict[str, Any]:
             raise NotReadableError(f"{shorten(key)} = {value}: a date, and no key takes one. Write it in quotes.")
         if isinstance(value, int) and abs(value) > codec.MOST_INTEGER:
             bits = value.bit_length()
-            raise NotReadableError(f"{shorten(key)}: a whole number of {bits} bits, and 64 are read. Use a smaller one.")
+            raise NotReadableError(
+                f"{shorten(key)}: a whole number of {bits} bits, and 64 are read. Use a smaller one."
+            )
     return data
 
 

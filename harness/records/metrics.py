@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from harness.errors import InvalidRunError
 from harness.records.record import TrialRecord
 from harness.records.units import Unit
 
@@ -41,9 +42,15 @@ class Metric:
     column: Column = ""
 
     def samples_of(self, record: TrialRecord) -> Samples:
-        """Samples of one trial; empty where it has none."""
+        """Samples of one trial; empty where it has none. Raises `InvalidRunError` for a record of none."""
         if self.derive is not None:
-            return self.derive(record)
+            try:
+                return self.derive(record)
+            except (ArithmeticError, LookupError, ValueError) as error:  # of a record that no trial can have left
+                raise InvalidRunError(
+                    f"trial {record.trial}: {self.name} cannot be computed from its record: {error}. Restore "
+                    "trials.jsonl, or measure again."
+                ) from None
         if self.name in record.samples:
             return record.samples[self.name]
         return (record.values[self.name],) if self.name in record.values else ()

@@ -26,6 +26,7 @@ from harness.errors import InvalidRunError, UsageError
 from harness.records import codec, inputs, journal
 from harness.records.document import write_document
 from harness.records.evidence import EvidenceFile, LostEvidenceError
+from harness.records.forms import check_manifest
 from harness.records.locks import alone, is_locked
 from harness.records.record import SCHEMA, Notice, TrialRecord, require_readable
 from harness.records.trial_lines import TrialLines, line_of
@@ -241,7 +242,9 @@ def read_manifest(path: Path) -> Manifest:
         codec.dumps(data).encode()  # what could not be written again would only fail later
     except (inputs.NotReadableError, codec.NotJsonError, UnicodeError) as error:
         raise UsageError(f"{source}: cannot be read: {error}. Measure again, or restore the file.") from None
-    return codec.from_json(Manifest, _lift_workloads(data), source.name)
+    manifest = codec.from_json(Manifest, _lift_workloads(data), source.name)
+    check_manifest(manifest, source.name)
+    return manifest
 
 
 def list_runs(folder: Path) -> list[Path]:

@@ -23,6 +23,7 @@ from harness.run.contenders import Contender, contenders_of, workloads_of
 from harness.studies.study import Study
 from harness.studies.variant import Variant
 from harness.studies.workload import SYNTHETIC, Workload
+from harness.trial.data.records import check_file
 
 ERRS_BY = 0.10
 """How far an estimate of memory may be from the peak: within it nothing is refused, and beyond it nothing is safe."""
@@ -114,6 +115,7 @@ def _check_data(study: Study) -> None:
             f"study {study.name}, [workload]: data = {data!r}: no such file. Give a .jsonl or .jsonl.gz file, a hub "
             f"id, or {SYNTHETIC!r}."
         )
+    check_file(data)
 
 
 def _check_requirements(study: Study, contenders: Sequence[Contender]) -> None:

@@ -94,8 +94,8 @@ class Protocol:
         if self.total_steps > limits.MOST_STEPS:
             raise UsageError(
                 f"protocol: turns = {self.turns}, steps_per_turn = {self.steps_per_turn}, warmup_steps_max = "
-                f"{self.warmup_steps_max}: {self.total_steps} steps a trial, and {limits.MOST_STEPS} are taken at most. "
-                "Use fewer."
+                f"{self.warmup_steps_max}: {self.total_steps} steps a trial, and {limits.MOST_STEPS} at most are "
+                "taken. Use fewer."
             )
         if not self.epochs >= 0:
             raise UsageError(f"protocol: epochs = {self.epochs!r}: cannot be negative. Use 0 or more.")

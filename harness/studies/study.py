@@ -127,7 +127,11 @@ class Study:
     def _place_of(self, key: str) -> tuple[Any, str] | None:
         """The part of the study and its field that a key such as `workload.batch_size` means; None for any other."""
         section, _, name = key.partition(".")
-        owners = {"workload": self.workload, "protocol": self.protocol, "controls": self.variants[0]}
+        owners: dict[str, Workload | Protocol | Variant] = {
+            "workload": self.workload,
+            "protocol": self.protocol,
+            "controls": self.variants[0],
+        }
         owner = owners.get(section)
         known = () if owner is None else [field.name for field in dataclasses.fields(owner)]
         if name not in known:

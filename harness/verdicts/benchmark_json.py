@@ -97,7 +97,7 @@ def _ours(where: str, rows: list[dict[str, Any]], machine: dict[str, Any], data:
         if "trials" not in info:  # another benchmark of the same session, none of ours
             continue
         name, metric = _name(where, index, row, info), info.get("metric")
-        if metric not in METRICS:
+        if not isinstance(metric, str) or metric not in METRICS:
             raise impossible(where, f"benchmarks[{index}].extra_info.metric", metric, "not a metric", "Save it again.")
         phases.append(METRICS[metric].phase)
         side = _measured(where, index, row, info, name, metric, variants.get(name))
