@@ -25,6 +25,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/zizmor --offline --quiet .github
 
 # Longer proofs: the harness measured by itself, real sizes, the statistics, the levels of interleaving, the A/B. Their
 # output is committed under reports/proof/. Two need data that the project does not hold and are skipped without it:

@@ -216,7 +216,7 @@ class Session:
         study = self._study
         if self._disabled:
             study = dataclasses.replace(study, protocol=study.protocol.least())
-        executor, runs = self._executor(), store.runs_dir(self._config.getoption("--lorameter-runs-dir"))
+        executor, runs = self._executor(), store.runs_dir(self._config.getoption("--lorameter-runs-dir"), make=True)
         plan, notices = plan_study(
             study,
             executor.machine(),

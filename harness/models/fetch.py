@@ -121,6 +121,8 @@ def _convert(gguf_file: Path, out: Path) -> None:
 def _verify(target: Path, name: str) -> None:
     try:
         recorded = inputs.read_json(target / PROVENANCE_FILE, inputs.CONFIG_BYTES)["sha256"]
+        if not recorded:
+            raise ValueError("it names no files")
         wrong = [file for file, expected in recorded.items() if _sha256(target / file) != expected]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # whatever is written there
         wrong = [f"{PROVENANCE_FILE} ({error})"]

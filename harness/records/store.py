@@ -85,9 +85,11 @@ class Manifest:
     """"running" also says a manifest whose process was killed; see `Run.live`."""
 
 
-def runs_dir(given: str | None) -> Path:
-    """`--runs-dir`, else $LORAMETER_RUNS, else ./.lorameter/runs; made if missing."""
+def runs_dir(given: str | None, *, make: bool = False) -> Path:
+    """`--runs-dir`, else $LORAMETER_RUNS, else ./.lorameter/runs; made if missing where something will be written."""
     path = Path(given or os.environ.get(ENV_RUNS) or Path(".lorameter") / "runs")
+    if not make:
+        return path
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -249,7 +251,7 @@ def read_manifest(path: Path) -> Manifest:
 
 def list_runs(folder: Path) -> list[Path]:
     """Directories of runs, oldest first."""
-    return sorted(path.parent for path in folder.glob("*/manifest.json")) if folder.is_dir() else []
+    return sorted(path.parent for path in folder.glob("*/manifest.json")) if inputs.is_folder(folder) else []
 
 
 def _lift_workloads(manifest: Any) -> Any:

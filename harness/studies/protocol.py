@@ -90,7 +90,7 @@ class Protocol:
             value = getattr(self, key)
             if value is not None and not value > 0:
                 raise UsageError(f"protocol: {key} = {value!r}: must be positive. Leave it out to set no limit.")
-        limits.check_ranges("protocol", self, {"max_minutes": (0, limits.YEAR_MINUTES)})
+        limits.check_ranges("protocol", self, {"max_minutes": (0, limits.YEAR_MINUTES), "precision": (0, 1)})
         if self.total_steps > limits.MOST_STEPS:
             raise UsageError(
                 f"protocol: turns = {self.turns}, steps_per_turn = {self.steps_per_turn}, warmup_steps_max = "
