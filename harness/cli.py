@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from harness.commands import ab, catalogue, claims, compare, doctor, estimate, profile, run, sample
-from harness.errors import EXIT_INVALID, EXIT_UNEXPECTED, LorameterError
+from harness.errors import EXIT_INVALID, EXIT_UNEXPECTED, LorameterError, redact
 from kernels_check.visible import Parser, tell, tolerate
 
 
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("lorameter: stopped", file=sys.stderr)
         return EXIT_INVALID
     except Exception:
-        tell(traceback.format_exc().rstrip("\n"))
+        tell(redact(traceback.format_exc().rstrip("\n")))
         print("lorameter: unexpected error; this is a defect of lorameter, please report it.", file=sys.stderr)
         return EXIT_UNEXPECTED
 

@@ -7,6 +7,7 @@ to their types here, so that a damaged file is refused by its name wherever it i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -49,6 +50,8 @@ CHECK: Form = {"path": str, "status": str}
 LARGEST = 1e15
 """Of all samples of a trial together: no time in seconds, no size in bytes and no loss comes near it, and what is far
 beyond it adds up to no number."""
+LARGEST_TOKEN = 2**31
+_ANSWER, _NUMBERED = re.compile("answer_|untrained_"), re.compile(r"(answer|untrained)_[0-9]{1,6}")
 _REMEDY = "Restore the file, or measure again."
 
 
@@ -78,9 +81,9 @@ def check_record(record: TrialRecord, where: str) -> None:
     _check_finite(place, {"started_unix_s": record.started_unix_s, "wall_time_s": record.wall_time_s})
     for key, value in record.tokens.items():
         fits = type(value) in (int, float, str, bool, type(None)) or (
-            isinstance(value, list) and all(type(item) is int for item in value)
+            isinstance(value, list) and all(type(item) is int and 0 <= item < LARGEST_TOKEN for item in value)
         )
-        if not fits or (key.startswith(("answer_", "untrained_")) and not isinstance(value, list)):
+        if not fits or (_ANSWER.match(key) and not (isinstance(value, list) and _NUMBERED.fullmatch(key))):
             raise UsageError(f"{place}: tokens.{shorten(key, 60)}: a number, a text or a list of tokens is expected. "
                              f"{_REMEDY}")  # fmt: skip
     check_form(record.tokens, {key: TOKENS[key] for key in ("hash", "real_tokens", "padded_tokens")}, place)

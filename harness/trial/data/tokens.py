@@ -14,11 +14,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -226,18 +225,13 @@ def _whole_prompts(
     return tuple(example for _, example in chosen), {"input_ids": padded, "length": lengths}
 
 
-def main() -> int:
-    """Entry of the tokenising process: a Workload and a folder as JSON on stdin, the summary as JSON on stdout.
-
-    Standard output is for the answer alone: what a library prints meanwhile, or at the end, goes where errors go.
-    """
-    with os.fdopen(os.dup(1), "w", encoding="utf-8") as reply:
-        os.dup2(2, 1)
-        request = json.load(sys.stdin)
-        try:
-            workload = codec.from_json(Workload, request["workload"], "token request")
-            answer = codec.dumps(prepare(workload, Path(request["folder"])))
-        except LorameterError as error:
-            answer = json.dumps({"error": str(error), "exit_code": error.exit_code})
-        reply.write(f"\n{answer}\n")  # a line of its own, whatever was printed while the interpreter started
+def main(reply: TextIO) -> int:
+    """Entry of the tokenising process: a Workload and a folder as JSON on stdin, the summary as JSON in the reply."""
+    request = json.load(sys.stdin)
+    try:
+        workload = codec.from_json(Workload, request["workload"], "token request")
+        answer = codec.dumps(prepare(workload, Path(request["folder"])))
+    except LorameterError as error:
+        answer = json.dumps({"error": str(error), "exit_code": error.exit_code})
+    reply.write(f"\n{answer}\n")  # a line of its own, whatever was printed while the interpreter started
     return 0
