@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kernels_check.visible import tell
+
 if TYPE_CHECKING:
     from harness.verdicts.gate import GateResult
 
@@ -29,8 +31,11 @@ def show_gate(result: GateResult, form: str) -> None:
         sys.stdout.write(gate_annotations(result))
         sys.stdout.flush()
         if summary := os.environ.get(ENV_SUMMARY):
-            with Path(summary).open("a", encoding="utf-8") as file:
-                file.write(gate_markdown(result))
+            try:
+                with Path(summary).open("a", encoding="utf-8") as file:
+                    file.write(gate_markdown(result))
+            except OSError as error:  # the verdict stands without it
+                tell(f"lorameter: ${ENV_SUMMARY} = {summary}: cannot be written: {error.strerror}.")
 
 
 def print_json(document: dict[str, Any]) -> None:
