@@ -88,7 +88,7 @@ class Manifest:
 def runs_dir(given: str | None, *, make: bool = False) -> Path:
     """`--runs-dir`, else $LORAMETER_RUNS, else ./.lorameter/runs; made if missing where something will be written."""
     path = Path(given or os.environ.get(ENV_RUNS) or Path(".lorameter") / "runs")
-    if not make:
+    if not make and (inputs.is_folder(path) or not inputs.is_there(path)):
         return path
     try:
         path.mkdir(parents=True, exist_ok=True)
