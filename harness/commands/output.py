@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kernels_check.visible import tell
+from harness.errors import UsageError
 
 if TYPE_CHECKING:
     from harness.verdicts.gate import GateResult
@@ -34,8 +34,10 @@ def show_gate(result: GateResult, form: str) -> None:
             try:
                 with Path(summary).open("a", encoding="utf-8") as file:
                     file.write(gate_markdown(result))
-            except OSError as error:  # the verdict stands without it
-                tell(f"lorameter: ${ENV_SUMMARY} = {summary}: cannot be written: {error.strerror}.")
+            except OSError as error:  # whoever looks at the summary alone would see no failure: this is no pass
+                raise UsageError(
+                    f"${ENV_SUMMARY} = {summary}: cannot be written: {error.strerror}. Name a file, or unset it."
+                ) from None
 
 
 def print_json(document: dict[str, Any]) -> None:

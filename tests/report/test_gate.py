@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from harness.cli import main
 from harness.report.gate import describe_gate, gate_annotations, gate_markdown
 from harness.report.terminal import text_of
 from harness.verdicts.baselines import read_comparand
@@ -42,13 +41,3 @@ def test_no_format_lets_an_escape_sequence_through(judged):
         assert "\x1b" not in written
         assert "\\x1b" in written
         assert "\r" not in written
-
-
-def test_a_summary_that_cannot_be_written_costs_no_verdict(write_run, monkeypatch, capsys, tmp_path):
-    """It is said, and the gate ends as it would have."""
-    path = str(write_run("mine", {"plain": [1.0] * 5, "nf4": [1.1] * 5}))
-    monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
-    code = main(["gate", path, path, "--format", "github"])
-    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path))
-    assert main(["gate", path, path, "--format", "github"]) == code
-    assert "cannot be written" in capsys.readouterr().err
