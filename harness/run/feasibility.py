@@ -54,7 +54,7 @@ def check_feasible(
     for workload in workloads_of(study, contenders):
         _check_lengths(study.name, workload, shape)
     _check_data(study)
-    _check_requirements(study, contenders)
+    _check_requirements(study)
     unknown = unknown_layers(shape)
     notices: list[Notice] = []
     for variant, workload in {one.variant.name: (one.variant, one.workload) for one in contenders}.values():
@@ -118,12 +118,12 @@ def _check_data(study: Study) -> None:
     check_file(data)
 
 
-def _check_requirements(study: Study, contenders: Sequence[Contender]) -> None:
+def _check_requirements(study: Study) -> None:
     """What kernels_check would refuse in every trial."""
     from kernels_check.judges.paths import validate
 
     try:
-        validate(study.requirements, has_batch=all(one.workload.layout == "packed" for one in contenders))
+        validate(study.requirements)
     except ValueError as error:
         raise UsageError(
             f"study {study.name}, [requirements]: {shorten(str(error), 1000)}. Write a known path in quotes."
