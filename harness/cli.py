@@ -8,32 +8,32 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from harness.commands import ab, catalogue, claims, compare, doctor, estimate, profile, run, sample
-from harness.errors import EXIT_INVALID, EXIT_UNEXPECTED, LorameterError
+from harness.errors import EXIT_INVALID, EXIT_UNEXPECTED, LorameterError, redact
+from kernels_check.visible import Parser, tell, tolerate
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code of the contract (0, 1, 2, 3, 4, 5, 70)."""
+    tolerate(sys.stdout)
     options = parser().parse_args(arguments)
     command: Callable[[argparse.Namespace], int] = options.command
     try:
         return command(options)
     except LorameterError as error:
-        from harness.report.table import make_visible
-
-        print(make_visible(f"lorameter: {error}"), file=sys.stderr)
+        tell(f"lorameter: {error}")
         return error.exit_code
     except KeyboardInterrupt:
         print("lorameter: stopped", file=sys.stderr)
         return EXIT_INVALID
     except Exception:
-        traceback.print_exc()
+        tell(redact(traceback.format_exc().rstrip("\n")))
         print("lorameter: unexpected error; this is a defect of lorameter, please report it.", file=sys.stderr)
         return EXIT_UNEXPECTED
 
 
 def parser() -> argparse.ArgumentParser:
     """All commands and options."""
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="lorameter", description="Measure what a LoRA fine-tuning configuration costs, and how sure that is."
     )
     subparsers = top.add_subparsers(required=True, metavar="COMMAND")

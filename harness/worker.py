@@ -6,6 +6,7 @@ what stands behind the door can move and the door cannot.
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
 
@@ -26,9 +27,12 @@ def main(arguments: list[str]) -> int:
 
         return cold.main(int(rest[0]))
     if what == "tokens":
-        from harness.trial.data import tokens
+        # Standard output is for the answer alone: what a library prints meanwhile, or at the end, goes where errors go.
+        with os.fdopen(os.dup(1), "w", encoding="utf-8") as reply:
+            os.dup2(2, 1)
+            from harness.trial.data import tokens
 
-        return tokens.main()
+            return tokens.main(reply)
     raise SystemExit(f"harness.worker: {what!r} is no process of a trial; known: zygote, cold, tokens")
 
 

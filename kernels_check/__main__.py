@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
+from kernels_check.visible import Parser, tell, tolerate
+
 EXIT_DONE = 0
 EXIT_UNEXPECTED = 70
 
@@ -23,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words in ([], ["--json"]):
         words.insert(0, "probe")
+    tolerate(sys.stdout)
     arguments = _parser().parse_args(words)
     module, _, function = arguments.run.partition(":")
     try:
@@ -31,16 +34,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_DONE
     except Exception:
-        traceback.print_exc()
-        print("kernels_check: unexpected error, see above; please report it with the command", file=sys.stderr)
+        tell(f"{traceback.format_exc()}kernels_check: unexpected error, see above; please report it with the command")
         return EXIT_UNEXPECTED
     return code
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m kernels_check", description="What really ran, not what was asked for."
-    )
+    parser = Parser(prog="python -m kernels_check", description="What really ran, not what was asked for.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_trace(commands)
     _add_rules(commands)
@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_trace(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_trace(commands: argparse._SubParsersAction[Parser]) -> None:
     trace = commands.add_parser(
         "trace", help="judge a recording: a Kineto/Chrome trace or an nsys cuda_gpu_kern_sum CSV"
     )
@@ -58,7 +58,7 @@ def _add_trace(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     trace.set_defaults(run="trace.report:run")
 
 
-def _add_rules(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_rules(commands: argparse._SubParsersAction[Parser]) -> None:
     rules = commands.add_parser("rules", help="the ordered rules by which kernel names are told apart")
     rules.add_argument("--json", action="store_true", help="print one JSON document")
     rules.add_argument(
@@ -67,13 +67,13 @@ def _add_rules(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     rules.set_defaults(run="rules_report:run")
 
 
-def _add_probe(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_probe(commands: argparse._SubParsersAction[Parser]) -> None:
     probe = commands.add_parser("probe", help="which fast paths run on this machine, how exact and how fast (default)")
     probe.add_argument("--json", action="store_true", help="print one JSON document")
     probe.set_defaults(run="probe.probe:run")
 
 
-def _add_selftest(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_selftest(commands: argparse._SubParsersAction[Parser]) -> None:
     selftest = commands.add_parser("selftest", help="run every negative control: broken runs caught, sound ones passed")
     selftest.add_argument("--json", action="store_true", help="print one JSON document")
     selftest.set_defaults(run="controls.selftest:run")

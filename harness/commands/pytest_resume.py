@@ -6,11 +6,11 @@ command line of the session that broke off may be given again with this one opti
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING
 
 from harness.records import store
 from harness.run.resume import SETTLED_OPTIONS, plan_again, read_broken_off, refuse_settled, study_of
+from kernels_check.visible import tell
 
 if TYPE_CHECKING:
     import pytest
@@ -55,7 +55,7 @@ class ResumedRun:
 
         run = self._run
         if run.manifest.status == "complete":
-            print(f"run {run.manifest.run} is complete: nothing is left to be measured.", file=sys.stderr)
+            tell(f"run {run.manifest.run} is complete: nothing is left to be measured.")
             return run
         plan = plan_again(run, executor.facts())
         return measure(plan, runs=run.path.parent, display=display, resume=run.manifest.run)

@@ -355,7 +355,7 @@ def test_a_run_that_is_being_measured_is_refused(broken_off, capsys):
 def test_an_ab_is_refused(broken_off, capsys):
     """Its sides are gone; the message says what is left to do."""
     path = broken_off()
-    change(path, sides={"base": {}, "candidate": {}})
+    change(path, sides={side: {"label": "x", "worker": "y"} for side in ("base", "candidate")})
     assert resume(path) == 2
     assert "an A/B cannot be gone on with" in capsys.readouterr().err
 

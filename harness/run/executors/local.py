@@ -5,6 +5,7 @@ The interpreter is the present one, or that of a `Host`: then two executors side
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -13,7 +14,6 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 from harness.errors import InvalidRunError, UsageError
 from harness.machine import provenance
@@ -204,13 +204,16 @@ class LocalExecutor:
                 )
         except subprocess.TimeoutExpired:
             raise InvalidRunError(f"the tokens took over {TOKENS_TIMEOUT_S:g} s; the log is {log_path}.") from None
-        lines = done.stdout.decode().strip().splitlines()
-        if done.returncode != 0 or not lines:
+        lines = done.stdout.decode(errors="replace").strip().splitlines()
+        answer = None
+        if done.returncode == 0 and lines:
+            with contextlib.suppress(codec.NotJsonError):
+                answer = codec.parse(lines[-1])
+        if not isinstance(answer, dict):
             last = log_path.read_text(errors="replace").strip().splitlines()[-1:]
             raise InvalidRunError(f"the tokens could not be prepared: {' '.join(last)}. The log is {log_path}.")
-        answer: dict[str, Any] = json.loads(lines[-1])
         if "error" in answer:
-            raise UsageError(answer["error"])
+            raise UsageError(str(answer["error"]))
         return codec.from_json(TokenSummary, answer, "summary of the tokens")
 
     def make_place(self, trial: str, log: str) -> Place:
