@@ -145,6 +145,7 @@ class CallRecorder:
     differentiable: set[int] = field(default_factory=set)
     thread: int = field(default_factory=threading.get_ident)
     _local: threading.local = field(default_factory=threading.local)
+    _lock: Any = field(default_factory=threading.Lock)
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
@@ -211,20 +212,20 @@ class CallRecorder:
         context = None
         if not in_backward and not torch.is_grad_enabled() and (caller is None or self.log[caller].with_grad):
             context = _function_context()
-        number = len(self.log)
+        call = ModuleCall(
+            names=names,
+            caller=caller,
+            training=module.training,
+            with_grad=torch.is_grad_enabled() or context is not None,
+            in_backward=in_backward,
+            thread=threading.get_ident(),
+            compiled=compiled,
+        )
+        with self._lock:  # two threads may call the model at once
+            number = len(self.log)
+            self.log.append(call)
         if context is not None and any(context.needs_input_grad):
             self.differentiable.add(number)
-        self.log.append(
-            ModuleCall(
-                names=names,
-                caller=caller,
-                training=module.training,
-                with_grad=torch.is_grad_enabled() or context is not None,
-                in_backward=in_backward,
-                thread=threading.get_ident(),
-                compiled=compiled,
-            )
-        )
         if not stack and not in_backward:
             self.modes.append((number, {name: module.training for name, module in self.model.named_modules()}))
         mark: Any = None
