@@ -246,6 +246,8 @@ class Conductor:
             fragment = self._executors[self._slots[trial].arm].cold_start(self._requests[trial])
         except WorkerLostError as lost:
             return Fragment().failed(lost.status, lost.failure)
+        if fragment.status != "ok":  # it says itself why it has no answer
+            return fragment
         warm, cold = self._records[trial].tokens.get("completion"), fragment.tokens.get("cold_completion")
         if warm is not None and warm != cold:  # it would be the cold start of another model
             message = f"the new interpreter answered {cold} where the trained process had answered {warm}"

@@ -209,6 +209,20 @@ def test_another_cold_answer_is_invalid(small_study):
     assert records[other].status == "ok"
 
 
+@pytest.mark.parametrize("status", ["oom", "crashed"])
+def test_a_cold_start_that_failed_says_why_itself(small_study, status):
+    """Without an answer there is none to compare: its own status, kind and traceback stand in the record."""
+    plan = make_plan(small_study)
+    victim = plan.slots[0].trial
+    failure = Failure(phase="cold", kind="MemoryError", message="no more", traceback="Traceback: its own")
+    script = {
+        (victim, "begin_generate"): Fragment(tokens={"completion": [1, 2]}),
+        (victim, "cold"): Fragment().failed(status, failure),
+    }
+    _, records = conduct(plan, script)
+    assert (records[victim].status, records[victim].failure) == (status, failure)
+
+
 def test_a_failed_cold_start_keeps_the_training(small_study):
     """The last phase can fail on its own; the record says so and has the rest."""
     plan = make_plan(small_study)
