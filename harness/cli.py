@@ -9,26 +9,41 @@ from collections.abc import Callable, Sequence
 
 from harness.commands import ab, catalogue, claims, compare, doctor, estimate, profile, run, sample
 from harness.errors import EXIT_INVALID, EXIT_UNEXPECTED, LorameterError
+from kernels_check.streams import with_streams
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code of the contract (0, 1, 2, 3, 4, 5, 70)."""
+    """Entry point; returns the exit code of the contract (0, 1, 2, 3, 4, 5, 70), or 141 where the reader has left."""
+    return with_streams("lorameter", lambda: _run(arguments))
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     options = parser().parse_args(arguments)
     command: Callable[[argparse.Namespace], int] = options.command
     try:
         return command(options)
     except LorameterError as error:
-        from harness.report.table import make_visible
-
-        print(make_visible(f"lorameter: {error}"), file=sys.stderr)
-        return error.exit_code
+        return _refuse(str(error), error.exit_code)
     except KeyboardInterrupt:
         print("lorameter: stopped", file=sys.stderr)
         return EXIT_INVALID
-    except Exception:
+    except Exception as error:
+        from harness.records.refusals import REMEDIES, words_of
+
+        if isinstance(error, OSError) and error.errno in REMEDIES:
+            return _refuse(f"{words_of(error)}.", EXIT_INVALID)
+        if isinstance(error, MemoryError):
+            return _refuse("out of memory. Free memory, or raise the limit that this process has.", EXIT_INVALID)
         traceback.print_exc()
         print("lorameter: unexpected error; this is a defect of lorameter, please report it.", file=sys.stderr)
         return EXIT_UNEXPECTED
+
+
+def _refuse(message: str, code: int) -> int:
+    from harness.report.table import make_visible
+
+    print(make_visible(f"lorameter: {message}"), file=sys.stderr)
+    return code
 
 
 def parser() -> argparse.ArgumentParser:

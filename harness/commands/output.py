@@ -35,4 +35,5 @@ def show_gate(result: GateResult, form: str) -> None:
 
 def print_json(document: dict[str, Any]) -> None:
     """One JSON document with its schema, without NaN."""
-    print(json.dumps({"schema": 1, **document}, allow_nan=False, ensure_ascii=False))
+    unicode = (sys.stdout.encoding or "").lower().startswith("utf")
+    print(json.dumps({"schema": 1, **document}, allow_nan=False, ensure_ascii=not unicode))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from harness.errors import LorameterError
+from kernels_check.streams import Aside
 
 if TYPE_CHECKING:
     from harness.records.record import TrialRecord
@@ -210,7 +211,7 @@ class Session:
         from harness.run.measure import measure, plan_study
 
         if self._resumed is not None:
-            with LiveDisplay(console_for(sys.stderr)) as display:
+            with LiveDisplay(console_for(Aside(sys.stderr))) as display:
                 return self._resumed.measure(self._executor(), display)
         study = self._study
         if self._disabled:
@@ -225,7 +226,7 @@ class Session:
             interleaving=self._config.getoption("--lorameter-interleave"),
             runs=runs,
         )
-        console = console_for(sys.stderr)
+        console = console_for(Aside(sys.stderr))
         if not self._disabled:
             show(describe_notices(notices), console)
         with LiveDisplay(console) as display:

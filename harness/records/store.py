@@ -22,12 +22,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from harness.errors import InvalidRunError, UsageError
+from harness.errors import UsageError
 from harness.records import codec, journal
 from harness.records.document import write_document
 from harness.records.evidence import EvidenceFile, LostEvidenceError
 from harness.records.locks import alone, is_locked
 from harness.records.record import SCHEMA, Notice, TrialRecord, require_readable
+from harness.records.refusals import say_refused
 from harness.records.trial_lines import TrialLines, line_of
 
 RunStatus = Literal["running", "complete", "interrupted", "failed"]
@@ -35,6 +36,7 @@ RunState = Literal["running", "complete", "interrupted", "failed", "killed"]
 """How a run stands: its status, unless its process has ended without a word."""
 ENV_RUNS = "LORAMETER_RUNS"
 TRIALS = "trials.jsonl"
+MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,21 +104,20 @@ def new_run_id(study: str) -> str:
 
 
 class RunWriter:
-    """Appends to one run. Raises `InvalidRunError` if the disk refuses."""
+    """Appends to one run. Raises `InvalidRunError` if the disk refuses; what it took before stays as it is."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.path = folder / manifest.run
         self._manifest = manifest
-        (self.path / "logs").mkdir(parents=True, exist_ok=True)
+        with self._refusals():
+            (self.path / "logs").mkdir(parents=True, exist_ok=True)
         self._evidence = EvidenceFile(self.path)
         self._write_manifest()
 
     def append(self, record: TrialRecord) -> None:
         """Write one record, its new evidence before it, and wait until the disk has it."""
-        try:
+        with self._refusals():
             journal.append(self.path / TRIALS, line_of(record, self._evidence.add(record.checks)))
-        except OSError as error:
-            raise InvalidRunError(f"run {self._manifest.run}: a record could not be written: {error}.") from error
 
     def finish(self, status: RunStatus, *, stopped: str | None = None, measured: Sequence[str] | None = None) -> None:
         """State how the run ended; `measured` are the trials that belong to it, where it ended before its cap."""
@@ -125,7 +126,19 @@ class RunWriter:
         self._write_manifest()
 
     def _write_manifest(self) -> None:
-        write_document(self.path / "manifest.json", self._manifest)
+        with self._refusals():
+            write_document(self.path / MANIFEST, self._manifest)
+
+    def _refusals(self) -> contextlib.AbstractContextManager[None]:
+        return say_refused(lambda: refusal_of(self.path))
+
+
+def refusal_of(path: Path) -> tuple[str, str]:
+    """What a refusal of the system means to the run of this directory, and what to do once its cause is gone."""
+    if not (path / MANIFEST).is_file():
+        return f"run {path.name} could not begin", ""
+    said = f"run {path.name} ended before its time, and what it had measured is kept"
+    return said, f"go on with: lorameter run --resume {path.name}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,7 +21,8 @@ from harness.machine.provenance import Facts, Machine
 from harness.records import codec, store
 from harness.records.metrics import PHASES
 from harness.records.preparation import Hello, TokenSummary
-from harness.records.record import Notice, Side
+from harness.records.record import Notice, Side, TrialRecord
+from harness.records.refusals import say_refused
 from harness.records.store import Manifest, Run, RunWriter
 from harness.run.budget import Budget
 from harness.run.conductor import Watcher
@@ -29,7 +31,7 @@ from harness.run.executors import Executor, open_executor
 from harness.run.feasibility import check_feasible
 from harness.run.forecast import together_bytes, total_of
 from harness.run.levels import choose_level
-from harness.run.plan import Plan, make_plan
+from harness.run.plan import Plan, Slot, make_plan
 from harness.run.resume import continue_manifest
 from harness.run.runner import Measured, find_unsettled, keep_records, run_plan
 from harness.run.site import Site, site_of
@@ -138,14 +140,16 @@ def measure(
     executors = {arm.name: arm.executor for arm in arms}
     first = arms[0]
     run_id = resume or store.new_run_id(study.name)
+    shown = Shielded(display)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(say_refused(lambda: store.refusal_of(runs / run_id)))
         stack.enter_context(store.writing(runs / run_id))
         earlier = store.read_run(str(runs / run_id), runs) if resume else None  # only now does nobody else write it
         if earlier is not None and earlier.manifest.status == "complete":
             return earlier
         known = () if earlier is None else earlier.records
         groups = find_unsettled(plan, known)
-        display.starting(dataclasses.replace(plan, groups=groups), run_id)
+        shown.starting(dataclasses.replace(plan, groups=groups), run_id)
         for name, executor in executors.items():
             stack.callback(executor.close)
             executor.start(runs / run_id, threads[name])
@@ -180,28 +184,55 @@ def measure(
                 sides=_sides(arms, hellos, there),
             )
         writer = RunWriter(runs, manifest)
-        site = _site(plan, prepared, hellos[first.name].device)
-        status: store.RunStatus = "failed"
-        stopped: str | None = None
-        trials: list[str] | None = None
+        minutes = study.protocol.max_minutes
+        budget = Budget(None if minutes is None else 60 * minutes)
         try:
-            minutes = study.protocol.max_minutes
-            budget = Budget(None if minutes is None else 60 * minutes)
             measured = run_plan(
                 plan,
                 executors,
-                site,
+                _site(plan, prepared, hellos[first.name].device),
                 save=writer.append,
-                watcher=display,
+                watcher=shown,
                 stop=Stopping(plan, budget, earlier=keep_records(groups, known)),
                 budget=budget,
                 earlier=known,
             )
-            status, stopped = _status(measured), measured.stopped
-            trials = [record.trial for record in measured.records]
-        finally:
-            writer.finish(status, stopped=stopped, measured=trials)
+        except BaseException:
+            with contextlib.suppress(InvalidRunError):  # what ended the run is what is to be told
+                writer.finish("failed")
+            raise
+        trials = [record.trial for record in measured.records]
+        writer.finish(_status(measured), stopped=measured.stopped, measured=trials)
     return store.read_run(str(writer.path), runs)
+
+
+class Shielded:
+    """A display that can do no harm: an error in it is told, once, and what it tells of goes on unseen."""
+
+    def __init__(self, display: Display) -> None:
+        self._display: Display | None = display
+
+    def starting(self, plan: Plan, run_id: str) -> None:
+        """As the display's."""
+        self._tell(lambda display: display.starting(plan, run_id))
+
+    def trial_phase(self, slot: Slot, phase: str) -> None:
+        """As the display's."""
+        self._tell(lambda display: display.trial_phase(slot, phase))
+
+    def trial_ended(self, record: TrialRecord) -> None:
+        """As the display's."""
+        self._tell(lambda display: display.trial_ended(record))
+
+    def _tell(self, what: Callable[[Display], None]) -> None:
+        if self._display is None:
+            return
+        try:
+            what(self._display)
+        except (Exception, SystemExit):  # rich leaves the program where nobody reads its console
+            self._display = None
+            with contextlib.suppress(OSError):
+                traceback.print_exc()
 
 
 def _tokens(plan: Plan, prepared: Mapping[Workload, TokenSummary]) -> dict[str, Any]:
