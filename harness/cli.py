@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 from harness.commands import ab, catalogue, claims, compare, doctor, estimate, profile, run, sample
 from harness.errors import EXIT_INVALID, EXIT_UNEXPECTED, LorameterError
+from harness.run.stops import Stops
 from kernels_check.streams import with_streams
 
 
@@ -21,7 +22,8 @@ def _run(arguments: Sequence[str] | None) -> int:
     options = parser().parse_args(arguments)
     command: Callable[[argparse.Namespace], int] = options.command
     try:
-        return command(options)
+        with Stops() as stops, stops.interruptible():
+            return command(options)
     except LorameterError as error:
         return _refuse(str(error), error.exit_code)
     except KeyboardInterrupt:

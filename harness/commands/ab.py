@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.commands.output import FORMATS, print_json, show_gate
-from harness.errors import EXIT_INVALID, EXIT_PASS, UsageError
+from harness.errors import EXIT_INVALID, EXIT_PASS, InvalidRunError, UsageError
 
 if TYPE_CHECKING:
     from harness.records.store import Run
@@ -160,7 +160,6 @@ def run_calibrate(options: argparse.Namespace) -> int:
 
 def calibration_ratio(run: Run, name: str) -> float:
     """The candidate's step time over the base's in a pilot. Raises `InvalidRunError` where it was not measured."""
-    from harness.errors import InvalidRunError
     from harness.records.metrics import PRIMARY
     from harness.verdicts.series import compare_series, series_of
 
@@ -200,7 +199,10 @@ def _measured_here(study: Any, name: str, rows: int, options: argparse.Namespace
         *arms_of("candidate", Host(), (), slowed),
     ]
     with LiveDisplay(errors) as display:
-        return measure(plan, runs=runs, display=display, notices=notices, arms=arms)
+        run = measure(plan, runs=runs, display=display, notices=notices, arms=arms)
+    if run.manifest.status != "complete":  # whoever stopped it does not want the next measurement to begin
+        raise InvalidRunError(f"run {run.manifest.run} was stopped, and a calibration takes all of it. Calibrate anew.")
+    return run
 
 
 def read_study(options: argparse.Namespace, standard: int | None = None) -> Any:

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import json
 import secrets
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +25,7 @@ from harness.records import codec
 from harness.records.activity import ACCOUNTS, ACTIVITY, PEAKS, TRACE, Activity
 from harness.records.memory_account import MEMORY_PHASES, MemoryAccount
 from harness.records.record import Fragment, TrialRecord
+from harness.records.scratch import scratch_folder
 from harness.run.contenders import Contender
 from harness.run.executors import Executor, Place, Worker, WorkerLostError
 from harness.run.feasibility import check_feasible
@@ -86,7 +86,7 @@ def profile_variant(
         has = executor.free_bytes() or machine.device_memory_bytes or machine.memory_bytes
         rates: dict[str, Rate] = {"product": product_rate(variant), "memory": "memory"}
         trial.conduct(list(rates.values()))
-        found = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lorameter-")))
+        found = stack.enter_context(scratch_folder())
 
         def read(kind: Any, name: str) -> Any:
             """What the trial left in its folder."""

@@ -28,6 +28,7 @@ from harness.run.forecast import most_of, together_bytes
 from harness.run.levels import fits
 from harness.run.measure import Arm, Display, measure
 from harness.run.plan import Plan, make_plan
+from harness.run.stops import Stops
 from harness.studies.study import Study
 from harness.studies.variant import Variant
 
@@ -105,11 +106,12 @@ def measure_ab(
         UsageError: a side that cannot be had.
         InvalidRunError: a side whose worker does not start, or speaks another schema.
     """
-    with contextlib.ExitStack() as stack:
+    with Stops() as stops, contextlib.ExitStack() as stack:
         arms: list[Arm] = []
         specs: tuple[tuple[Side, str], ...] = (("base", base), ("candidate", candidate))
         for name, spec in specs:
-            side = stack.enter_context(open_side(spec, repository=repository, cache=cache))
+            with stops.interruptible():
+                side = stack.enter_context(open_side(spec, repository=repository, cache=cache))
             about = {"spec": side.spec, "kind": side.kind, "label": side.label}
             arms += arms_of(name, side.host, side.declared, about)
         return measure(plan, runs=runs, display=display, notices=notices, arms=arms)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shutil
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,6 +37,7 @@ from harness.run.resume import continue_manifest
 from harness.run.runner import Measured, find_unsettled, keep_records, run_plan
 from harness.run.site import Site, site_of
 from harness.run.stopping import Stopping
+from harness.run.stops import Stops
 from harness.studies.study import Study
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
@@ -141,8 +143,9 @@ def measure(
     first = arms[0]
     run_id = resume or store.new_run_id(study.name)
     shown = Shielded(display)
-    with contextlib.ExitStack() as stack:
+    with Stops() as stops, contextlib.ExitStack() as stack:
         stack.enter_context(say_refused(lambda: store.refusal_of(runs / run_id)))
+        stack.enter_context(_leaving_nothing(runs / run_id))
         stack.enter_context(store.writing(runs / run_id))
         earlier = store.read_run(str(runs / run_id), runs) if resume else None  # only now does nobody else write it
         if earlier is not None and earlier.manifest.status == "complete":
@@ -150,15 +153,16 @@ def measure(
         known = () if earlier is None else earlier.records
         groups = find_unsettled(plan, known)
         shown.starting(dataclasses.replace(plan, groups=groups), run_id)
-        for name, executor in executors.items():
-            stack.callback(executor.close)
-            executor.start(runs / run_id, threads[name])
-        # While the workers import:
-        prepared = {workload: first.executor.prepare_tokens(workload) for workload in plan.workloads}
-        tokens = _tokens(plan, prepared)
         variants = [slot.variant for slot in plan.slots]
-        hellos = {name: greet(executor, variants) for name, executor in executors.items()}
-        there = {arm.name: arm.executor.facts() for arm in arms if arm is first or arm.name == arm.side}
+        with stops.interruptible():
+            for name, executor in executors.items():
+                stack.callback(executor.close)
+                executor.start(runs / run_id, threads[name])
+            # While the workers import:
+            prepared = {workload: first.executor.prepare_tokens(workload) for workload in plan.workloads}
+            hellos = {name: greet(executor, variants) for name, executor in executors.items()}
+            there = {arm.name: arm.executor.facts() for arm in arms if arm is first or arm.name == arm.side}
+        tokens = _tokens(plan, prepared)
         facts = provenance.collect(
             study, there[first.name], study.workload.threads, hellos[first.name], plan.own_workloads
         )
@@ -196,6 +200,7 @@ def measure(
                 stop=Stopping(plan, budget, earlier=keep_records(groups, known)),
                 budget=budget,
                 earlier=known,
+                stops=stops,
             )
         except BaseException:
             with contextlib.suppress(InvalidRunError):  # what ended the run is what is to be told
@@ -204,6 +209,17 @@ def measure(
         trials = [record.trial for record in measured.records]
         writer.finish(_status(measured), stopped=measured.stopped, measured=trials)
     return store.read_run(str(writer.path), runs)
+
+
+@contextlib.contextmanager
+def _leaving_nothing(path: Path) -> Iterator[None]:
+    """A run that is stopped before it has begun leaves no folder; of one that ends by an error its logs say why."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not (path / store.MANIFEST).is_file():
+            shutil.rmtree(path, ignore_errors=True)
+        raise
 
 
 class Shielded:

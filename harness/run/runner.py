@@ -20,6 +20,7 @@ from harness.run.conductor import Conductor, Watcher
 from harness.run.executors import Executor
 from harness.run.plan import Group, Plan
 from harness.run.site import Site, begin_record
+from harness.run.stops import Stops
 from harness.verdicts.disturbance import judged
 
 Stop = Callable[[Sequence[TrialRecord]], str | None]
@@ -46,14 +47,17 @@ def run_plan(
     stop: Stop = lambda records: None,
     budget: Budget | None = None,
     earlier: Sequence[TrialRecord] = (),
+    stops: Stops | None = None,
 ) -> Measured:
     """Measure every trial of the plan; each record is saved as soon as its trial has ended.
 
-    On KeyboardInterrupt the trials under way are recorded as `interrupted`, those that never began as `not_run`.
+    On KeyboardInterrupt the trials under way are recorded as `interrupted`, those that never began as `not_run`;
+    `stops` raises it while a group is measured, and not while its records are saved.
+
     Replicates that `stop` makes needless leave no record. `earlier` are the records of a run that is gone on with: what
     they settle is not measured again.
     """
-    budget = budget or Budget()
+    budget, stops = budget or Budget(), stops or Stops()
     remaining = list(find_unsettled(plan, earlier))
     attempts = {group: _attempt(group, earlier) for group in remaining}
     ended = {record.trial: record for record in keep_records(remaining, earlier)}
@@ -87,7 +91,7 @@ def run_plan(
             budget.enter(plan.study, group, [other for other in remaining if other.replicate == group.replicate])
             conductor = Conductor(plan, group, executors, site, watcher, save, budget, attempts[group])
             begin = budget.clock()
-            ended_by = _conduct(conductor)
+            ended_by = _conduct(conductor, stops)
             for record in conductor.records():
                 if record.settled or record.trial not in ended:  # a second attempt that broke off leaves the first
                     keep(record if plan.study.protocol.allow_disturbed else judged(record, on_cpu=on_cpu))
@@ -105,10 +109,11 @@ def run_plan(
     return Measured(records=in_order(), interrupted=ended_by is not None)
 
 
-def _conduct(conductor: Conductor) -> BaseException | None:
+def _conduct(conductor: Conductor, stops: Stops) -> BaseException | None:
     """Measure a group; what ended it before its time, of which its records tell."""
     try:
-        conductor.measure()
+        with stops.interruptible():
+            conductor.measure()
     except KeyboardInterrupt as interrupt:
         conductor.interrupt()
         return interrupt

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +46,28 @@ def command(tmp_path, runs):
         return [sys.executable, str(PRETENDED), stop, *words, "--runs-dir", str(runs)]
 
     return made
+
+
+@pytest.fixture
+def stopped():
+    """A function that starts a command line and gives its process once it has come to where it was to stop."""
+
+    @contextlib.contextmanager
+    def started(words, **options):
+        read, write = os.pipe()
+        environment = os.environ | {"STOPPED": str(write)}
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        process = subprocess.Popen(words, pass_fds=[write], env=environment, **streams | options)
+        os.close(write)
+        try:
+            with os.fdopen(read) as told:
+                assert told.readline() == "stopped\n", process.communicate()
+            yield process
+        finally:
+            process.kill()
+            process.communicate()
+
+    return started
 
 
 @pytest.fixture

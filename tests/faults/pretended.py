@@ -4,12 +4,14 @@
 
 All else is real: the command line, the loop, the files, the locks, the signals. STOP names a trial and a command as
 TRIAL:COMMAND. When that is asked, a line is written to the descriptor that $STOPPED names, and the process waits for
-whatever is done to it; a signal's number after another colon is sent by the process to itself instead. "-": nowhere.
+whatever is done to it; a signal's number after another colon is sent by the process to itself instead, and after
+"files" it can open no more of them. "-" stops nowhere.
 """
 
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -24,6 +26,10 @@ TRIAL, COMMAND, SIGNAL = (*sys.argv[1].split(":"), "", "")[:3]
 def stop(trial: str, command: str) -> None:
     """Wait for what comes, where that was asked for."""
     if (trial, command) != (TRIAL, COMMAND):
+        return
+    if SIGNAL == "files":
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len([*Path("/proc/self/fd").iterdir()]) - 1, most))
         return
     if SIGNAL:
         os.kill(os.getpid(), int(SIGNAL))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
 
 import pytest
 
@@ -12,6 +14,7 @@ from harness.run.executors import Place, WorkerLostError
 from harness.run.plan import Group, make_plan
 from harness.run.runner import run_plan
 from harness.run.site import Site, begin_record
+from harness.run.stops import Stops
 from harness.studies.request import TrialRequest
 
 TRAINING = ["prepare", "build", "verify", "warm_up", "turn", "turn", "finish_training", "save_adapter"]
@@ -192,6 +195,28 @@ def test_an_interrupt_is_recorded_for_every_trial(small_study):
     assert records[plan.slots[0].trial].status == "ok"
     assert records[plan.slots[1].trial].status == "interrupted"
     assert {records[slot.trial].status for slot in plan.slots[2:]} == {"not_run"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_stop_while_a_group_is_saved_loses_none_of_it(small_study, number):
+    """Sent by the process to itself at each record of a group in turn: all of the group is saved as it was measured,
+    and the next one does not begin."""
+    plan = make_plan(small_study, interleaving="lockstep", phases=("train",))
+    together = [slot.trial for slot in plan.groups[0].slots]
+    for sent_at in together:
+        executor, saved = FakeExecutor(), []
+
+        def save(record, sent_at=sent_at, saved=saved):
+            if record.trial == sent_at:
+                os.kill(os.getpid(), number)
+            saved.append(record)
+
+        with Stops() as stops:
+            measured = run_plan(plan, {"": executor}, SITE, save=save, watcher=Quiet(), stops=stops)
+        assert measured.interrupted
+        assert [record.trial for record in saved if record.status == "ok"] == together
+        assert {record.status for record in saved[len(together) :]} == {"not_run"}
+        assert {trial for trial, _ in executor.asked} == set(together)
 
 
 def test_another_cold_answer_is_invalid(small_study):

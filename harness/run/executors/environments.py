@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from harness.errors import UsageError
+from harness.machine.processes import kill_group
 from harness.machine.provenance import LIBRARIES, library_version
 from harness.records.locks import locked
 
@@ -121,7 +122,13 @@ def _run(command: Sequence[str], requirements: Sequence[str], report: Callable[[
     last: collections.deque[str] = collections.deque(maxlen=4)
     environment = {name: value for name, value in os.environ.items() if name not in _PIP_DESTINATIONS}
     with subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        start_new_session=True,
     ) as process:
         assert process.stdout is not None
         try:
@@ -130,7 +137,7 @@ def _run(command: Sequence[str], requirements: Sequence[str], report: Callable[[
                     last.append(line)
                     report(line)
         except BaseException:
-            process.kill()
+            kill_group(process.pid)  # with what builds a package for it
             raise
     if process.returncode:
         raise UsageError(

@@ -5,11 +5,11 @@ The interpreter is the present one, or that of a `Host`: then two executors side
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from harness.machine.provenance import Facts, Machine
 from harness.records import codec
 from harness.records.preparation import Hello, TokenSummary
 from harness.records.record import SCHEMA, Failure, Fragment
+from harness.records.scratch import scratch_folder
 from harness.run.executors import Executor, Place, Worker, WorkerLostError
 from harness.run.executors.forked import silence
 from harness.run.executors.host import Host, describe
@@ -277,12 +278,12 @@ class _Disk:
         self.folder = folder.resolve()
         self.logs = self.folder / "logs"
         self.logs.mkdir(parents=True, exist_ok=True)
-        self._temporary = tempfile.TemporaryDirectory(prefix="lorameter-")
-        self.scratch = Path(self._temporary.name)
+        self._stack = contextlib.ExitStack()
+        self.scratch = self._stack.enter_context(scratch_folder())
 
     def close(self) -> None:
         """Remove what was not to be kept."""
-        self._temporary.cleanup()
+        self._stack.close()
 
 
 def open_executor(*, host: Host | None = None, label: str = "") -> Executor:
