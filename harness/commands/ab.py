@@ -14,6 +14,11 @@ if TYPE_CHECKING:
 
 CALIBRATION_REPLICATES = 24
 """Enough for three gates of 8 that share nothing, and about 4 minutes of the default study on two cores."""
+SETTLED_OPTIONS = (
+    "base", "candidate", "effort", "replicates", "allow-disturbed", "model", "data", "precision", "variant", "phase",
+    "inject-rows",
+)  # fmt: skip
+"""Options that make an A/B; one that is gone on with has them."""
 SIDE_HELP = "a git revision, a Python executable, or requirements such as 'peft==0.20.0'"
 
 
@@ -24,9 +29,10 @@ def add_commands(commands: Any, common: Any) -> None:
         help="measure base and candidate in one job, taking turns",
         description="Measure base and candidate in one job, their processes taking turns, and judge the candidate.",
     )
-    ab.add_argument("study", metavar="STUDY", help="name of a built-in study, or a TOML file")
-    ab.add_argument("--base", metavar="SIDE", required=True, help=SIDE_HELP)
-    ab.add_argument("--candidate", metavar="SIDE", required=True, help=SIDE_HELP)
+    ab.add_argument("study", metavar="STUDY", nargs="?", help="name of a built-in study, or a TOML file")
+    ab.add_argument("--base", metavar="SIDE", help=SIDE_HELP)
+    ab.add_argument("--candidate", metavar="SIDE", help=SIDE_HELP)
+    ab.add_argument("--resume", metavar="RUN", help="go on with an A/B that broke off, by its own study and sides")
     _measuring(ab)
     ab.add_argument("--precision", type=float, metavar="F", help="stop when every interval is within ±F")
     ab.add_argument("--variant", metavar="V", action="append", default=[], help="only this variant; repeatable")
@@ -90,6 +96,12 @@ def run_ab(options: argparse.Namespace) -> int:
     if options.inject_rows < 0:
         raise UsageError(f"--inject-rows = {options.inject_rows}: no amount of work. Use 0 or more.")
     load_policy(options.policy)  # before anything is measured
+    if options.resume:
+        return _go_on(options)
+    for name in ("study", "base", "candidate"):
+        if getattr(options, name) is None:
+            word = name.upper() if name == "study" else f"--{name} SIDE"
+            raise UsageError(f"ab: {word} is missing. Give it, or go on with an A/B that broke off by --resume RUN.")
     study, executor, runs = read_study(options), open_executor(), store.runs_dir(options.runs_dir)
     plan, notices = plan_ab(
         study,
@@ -114,6 +126,13 @@ def run_ab(options: argparse.Namespace) -> int:
             notices=notices,
         )
     return show_ab(run, options)
+
+
+def _go_on(options: argparse.Namespace) -> int:
+    from harness.commands.resume import go_on
+
+    run = go_on(options, SETTLED_OPTIONS, ab=True)
+    return EXIT_PASS if run is None else show_ab(run, options)
 
 
 def run_calibrate(options: argparse.Namespace) -> int:

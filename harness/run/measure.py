@@ -33,7 +33,7 @@ from harness.run.feasibility import check_feasible
 from harness.run.forecast import together_bytes, total_of
 from harness.run.levels import choose_level
 from harness.run.plan import Plan, Slot, make_plan
-from harness.run.resume import continue_manifest
+from harness.run.resume import continue_manifest, is_finished, mend_manifest
 from harness.run.runner import Measured, find_unsettled, keep_records, run_plan
 from harness.run.site import Site, site_of
 from harness.run.stopping import Stopping
@@ -148,10 +148,10 @@ def measure(
         stack.enter_context(_leaving_nothing(runs / run_id))
         stack.enter_context(store.writing(runs / run_id))
         earlier = store.read_run(str(runs / run_id), runs) if resume else None  # only now does nobody else write it
-        if earlier is not None and earlier.manifest.status == "complete":
-            return earlier
         known = () if earlier is None else earlier.records
         groups = find_unsettled(plan, known)
+        if earlier is not None and not groups:
+            return earlier if is_finished(earlier) else _mend(earlier)
         shown.starting(dataclasses.replace(plan, groups=groups), run_id)
         variants = [slot.variant for slot in plan.slots]
         with stops.interruptible():
@@ -207,8 +207,16 @@ def measure(
                 writer.finish("failed")
             raise
         trials = [record.trial for record in measured.records]
-        writer.finish(_status(measured), stopped=measured.stopped, measured=trials)
+        stopped = measured.stopped or (earlier.manifest.stopped if earlier else None)
+        writer.finish(_status(measured), stopped=stopped, measured=trials)
     return store.read_run(str(writer.path), runs)
+
+
+def _mend(run: Run) -> Run:
+    """A run whose trials are all there, as one that is complete."""
+    writer = RunWriter(run.path.parent, mend_manifest(run.manifest))
+    writer.finish("complete", stopped=run.manifest.stopped)
+    return store.read_run(str(run.path), run.path.parent)
 
 
 @contextlib.contextmanager

@@ -60,6 +60,7 @@ def run_plan(
     budget, stops = budget or Budget(), stops or Stops()
     remaining = list(find_unsettled(plan, earlier))
     attempts = {group: _attempt(group, earlier) for group in remaining}
+    last = {group: attempt + plan.study.protocol.retries for group, attempt in attempts.items()}
     ended = {record.trial: record for record in keep_records(remaining, earlier)}
     untouched = {record.trial: record for record in earlier if record.trial not in ended}
 
@@ -98,7 +99,7 @@ def run_plan(
             budget.leave()
             took_s[group] = budget.clock() - begin
             disturbed = any(ended[slot.trial].disturbed for slot in group.slots)
-            if disturbed and attempts[group] < plan.study.protocol.retries:
+            if disturbed and attempts[group] < last[group]:
                 again.append(group)
         between = not again and bool(remaining) and remaining[0].replicate != group.replicate
         if between and ended_by is None and (reason := stop(in_order())):
@@ -132,14 +133,10 @@ def _attempt(group: Group, earlier: Collection[TrialRecord]) -> int:
 
 def find_unsettled(plan: Plan, earlier: Collection[TrialRecord]) -> tuple[Group, ...]:
     """The groups that must be measured, some for the first time and some again: those with a trial that has no end of
-    its own, or one that was disturbed and may be measured again. Trials of one group took turns and are paired, so they
-    are measured again together, and count only if they are of one attempt."""
-    retries = plan.study.protocol.retries
-    settled = {
-        record.trial: record.attempt
-        for record in earlier
-        if record.settled and not (record.disturbed and record.attempt < retries)
-    }
+    its own, or one that was disturbed, however often: whoever goes on with a run hopes for better surroundings. Trials
+    of one group took turns and are paired, so they are measured again together, and count only if they are of one
+    attempt."""
+    settled = {record.trial: record.attempt for record in earlier if record.settled and not record.disturbed}
 
     def is_settled(group: Group) -> bool:
         attempts = {settled.get(slot.trial) for slot in group.slots}
