@@ -10,7 +10,9 @@ from harness.commands.output import FORMATS, print_json, show_gate
 from harness.errors import EXIT_INVALID, EXIT_PASS, InvalidRunError, UsageError
 
 if TYPE_CHECKING:
+    from harness.records.record import Notice
     from harness.records.store import Run
+    from harness.run.plan import Plan
 
 CALIBRATION_REPLICATES = 24
 """Enough for three gates of 8 that share nothing, and about 4 minutes of the default study on two cores."""
@@ -76,6 +78,10 @@ def _measuring(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--allow-disturbed", action="store_true", help="let trials count whose surroundings were past a limit"
     )
+    command.add_argument(
+        "--if-busy", choices=("wait", "refuse", "share"), default="wait",
+        help="beside another measurement on the device: wait for its end (default), end at once, or measure beside it",
+    )  # fmt: skip
     command.add_argument("--model", metavar="M", help="catalogue name, hub id, directory, GGUF file, or random:M")
     command.add_argument("--data", metavar="FILE|ID", help="a .jsonl(.gz) file, a hub id, or synthetic")
 
@@ -88,6 +94,7 @@ def run_ab(options: argparse.Namespace) -> int:
     from harness.report.notices import describe_notices
     from harness.report.terminal import console_for, show
     from harness.run.ab import DEFAULT_PHASES, measure_ab, plan_ab
+    from harness.run.device import hold_device
     from harness.run.executors import open_executor
     from harness.verdicts.gate import load_policy
 
@@ -103,28 +110,35 @@ def run_ab(options: argparse.Namespace) -> int:
             word = name.upper() if name == "study" else f"--{name} SIDE"
             raise UsageError(f"ab: {word} is missing. Give it, or go on with an A/B that broke off by --resume RUN.")
     study, executor, runs = read_study(options), open_executor(), store.runs_dir(options.runs_dir)
-    plan, notices = plan_ab(
-        study,
-        executor.machine(),
-        free_bytes=executor.free_bytes(),
-        select=options.variant,
-        phases=options.phase or DEFAULT_PHASES,
-        injected_rows=options.inject_rows,
-        runs=runs,
-    )
-    errors = console_for(stderr=True)
-    show(describe_notices(notices), errors)
-    with LiveDisplay(errors) as display:
-        run = measure_ab(
-            plan,
-            base=options.base,
-            candidate=options.candidate,
-            repository=Path.cwd(),
-            cache=catalogue.cache_dir(),
+
+    def make() -> tuple[Plan, tuple[Notice, ...]]:
+        return plan_ab(
+            study,
+            executor.machine(),
+            free_bytes=executor.free_bytes(),
+            select=options.variant,
+            phases=options.phase or DEFAULT_PHASES,
+            injected_rows=options.inject_rows,
             runs=runs,
-            display=display,
-            notices=notices,
         )
+
+    plan, notices = make()
+    errors = console_for(stderr=True)
+    with hold_device(executor, options.if_busy) as waited:
+        if waited:
+            plan, notices = make()
+        show(describe_notices(notices), errors)
+        with LiveDisplay(errors) as display:
+            run = measure_ab(
+                plan,
+                base=options.base,
+                candidate=options.candidate,
+                repository=Path.cwd(),
+                cache=catalogue.cache_dir(),
+                runs=runs,
+                display=display,
+                notices=notices,
+            )
     return show_ab(run, options)
 
 
@@ -196,6 +210,7 @@ def _measured_here(study: Any, name: str, rows: int, options: argparse.Namespace
     from harness.report.notices import describe_notices
     from harness.report.terminal import console_for, show
     from harness.run.ab import arms_of, plan_ab
+    from harness.run.device import hold_device
     from harness.run.executors import open_executor
     from harness.run.executors.host import Host
     from harness.run.measure import measure
@@ -217,7 +232,7 @@ def _measured_here(study: Any, name: str, rows: int, options: argparse.Namespace
         *arms_of("base", Host(), (), {"label": "the present interpreter"}),
         *arms_of("candidate", Host(), (), slowed),
     ]
-    with LiveDisplay(errors) as display:
+    with hold_device(executor, options.if_busy), LiveDisplay(errors) as display:
         run = measure(plan, runs=runs, display=display, notices=notices, arms=arms)
     if run.manifest.status != "complete":  # whoever stopped it does not want the next measurement to begin
         raise InvalidRunError(f"run {run.manifest.run} was stopped, and a calibration takes all of it. Calibrate anew.")

@@ -34,6 +34,7 @@ def go_on(options: argparse.Namespace, settled: Sequence[str], *, ab: bool = Fal
     from harness.report.table import say
     from harness.report.terminal import console_for, show
     from harness.run.ab import resume_ab
+    from harness.run.device import hold_device
     from harness.run.executors import open_executor
     from harness.run.measure import measure
     from harness.run.resume import check_place, is_finished, plan_of, read_broken_off, refuse_settled
@@ -63,7 +64,7 @@ def go_on(options: argparse.Namespace, settled: Sequence[str], *, ab: bool = Fal
         else:
             show(tuple(say(trial, indented=False) for trial in left), console_for())
         return None
-    with LiveDisplay(errors) as display:
+    with hold_device(open_executor(), options.if_busy), LiveDisplay(errors) as display:
         if sides:
             return resume_ab(run, plan, repository=Path.cwd(), cache=cache_dir(), display=display)
         return measure(plan, runs=run.path.parent, display=display, resume=name)

@@ -11,8 +11,10 @@ from harness.commands.output import print_json
 from harness.errors import EXIT_INVALID, EXIT_PASS, UsageError
 
 if TYPE_CHECKING:
+    from harness.records.record import Notice
     from harness.records.store import Run
     from harness.report.view import RunView
+    from harness.run.plan import Plan
 
 
 def add_commands(commands: Any, common: Any) -> None:
@@ -36,6 +38,10 @@ def add_commands(commands: Any, common: Any) -> None:
     run.add_argument(
         "--allow-disturbed", action="store_true", help="let trials count whose surroundings were past a limit"
     )
+    run.add_argument(
+        "--if-busy", choices=("wait", "refuse", "share"), default="wait",
+        help="beside another measurement on the device: wait for its end (default), end at once, or measure beside it",
+    )  # fmt: skip
     run.add_argument("--resume", metavar="RUN", help="go on with a run that broke off, by its own study and plan")
     run.add_argument("--dry-run", action="store_true", help="show the plan and what it will take, and measure nothing")
     common(run)
@@ -53,6 +59,7 @@ def run_study(options: argparse.Namespace) -> int:
     from harness.report.live import LiveDisplay
     from harness.report.notices import describe_notices
     from harness.report.terminal import console_for, show
+    from harness.run.device import hold_device
     from harness.run.executors import open_executor
     from harness.run.measure import measure, plan_study
     from harness.studies.study_file import load_study
@@ -74,21 +81,28 @@ def run_study(options: argparse.Namespace) -> int:
         max_minutes=options.max_minutes,
         allow_disturbed=options.allow_disturbed,
     )
-    plan, notices = plan_study(
-        study,
-        machine,
-        free_bytes=executor.free_bytes(),
-        select=options.variant,
-        phases=options.phase or study.protocol.phases,
-        interleaving=options.interleave,
-        runs=runs,
-    )
+
+    def make() -> tuple[Plan, tuple[Notice, ...]]:
+        return plan_study(
+            study,
+            machine,
+            free_bytes=executor.free_bytes(),
+            select=options.variant,
+            phases=options.phase or study.protocol.phases,
+            interleaving=options.interleave,
+            runs=runs,
+        )
+
+    plan, notices = make()
     if options.dry_run:
         return _dry_run(plan, machine, notices, runs, as_json=options.json)
     errors = console_for(stderr=True)
-    show(describe_notices(notices), errors)
-    with LiveDisplay(errors) as display:
-        run = measure(plan, runs=runs, display=display, notices=notices)
+    with hold_device(executor, options.if_busy) as waited:
+        if waited:
+            plan, notices = make()
+        show(describe_notices(notices), errors)
+        with LiveDisplay(errors) as display:
+            run = measure(plan, runs=runs, display=display, notices=notices)
     return _show(run, options)
 
 

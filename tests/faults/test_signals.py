@@ -168,3 +168,26 @@ def test_no_process_outlives_a_run(number, tmp_path, command, temporary, runs):
     _, alive = psutil.wait_procs(children, timeout=60)
     assert not alive
     assert (number == signal.SIGKILL) is bool(list(temporary.iterdir()))
+
+
+# --- two at once ------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_run_on_the_device_is_refused_or_waits(command, stopped, tmp_path):
+    """As asked: exit 4 and nothing measured, or measured when the first has ended; a stop ends the waiting as well."""
+    with stopped(command(stop="r1-a:turn")) as first:
+        words = ["run", str(tmp_path / "small.toml"), "--phase", "train"]
+        refused = subprocess.run(command(*words, "--if-busy", "refuse"), capture_output=True, text=True, check=False)
+        assert refused.returncode == 4
+        assert f"process {first.pid} measures on this device (cpu)" in refused.stderr
+        beside = subprocess.run(command(*words, "--if-busy", "share"), capture_output=True, check=False)
+        assert beside.returncode == 0
+        for stopping in (True, False):
+            with subprocess.Popen(
+                command(*words), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            ) as second:
+                while "waiting for its end" not in (line := second.stderr.readline()):
+                    assert line, "it has not waited"
+                (second if stopping else first).terminate()
+                second.communicate()
+            assert second.returncode == (4 if stopping else 0)

@@ -82,6 +82,10 @@ class LocalExecutor:
         """The present one."""
         return provenance.probe_machine()
 
+    def device_id(self) -> str:
+        """The CPU, all of it, or the card by its own number."""
+        return provenance.device_id()
+
     def free_bytes(self) -> int | None:
         """On its device, or in this container, now."""
         return provenance.free_bytes(self.machine())
