@@ -88,14 +88,24 @@ class Manifest:
 
 def runs_dir(given: str | None) -> Path:
     """`--runs-dir`, else $LORAMETER_RUNS, else ./.lorameter/runs; made if missing."""
-    path = Path(given or os.environ.get(ENV_RUNS) or Path(".lorameter") / "runs")
+    named = given or os.environ.get(ENV_RUNS)
+    path = Path(named or Path(".lorameter") / "runs")
     try:
         path.mkdir(parents=True, exist_ok=True)
+        if not named:
+            _hide_from_git(path.parent)
     except OSError as error:
         raise UsageError(
             f"runs directory {path}: cannot be made: {error.strerror}. Give another with --runs-dir."
         ) from None
     return path
+
+
+def _hide_from_git(folder: Path) -> None:
+    """What is measured in a repository is no change of it, and the next run is not one "with local changes"."""
+    ignored = folder / ".gitignore"
+    if not ignored.exists():
+        ignored.write_text("# made by lorameter\n*\n", encoding="utf-8")
 
 
 def new_run_id(study: str) -> str:
