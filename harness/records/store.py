@@ -22,12 +22,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
+
 from harness.errors import UsageError
 from harness.records import codec, journal
 from harness.records.document import write_document
 from harness.records.evidence import EvidenceFile, LostEvidenceError
 from harness.records.locks import alone, is_locked
-from harness.records.record import SCHEMA, Notice, TrialRecord, require_readable
+from harness.records.record import SCHEMA, SETTLED, Notice, TrialRecord, require_readable
 from harness.records.refusals import say_refused
 from harness.records.trial_lines import TrialLines, line_of
 
@@ -230,6 +232,28 @@ def _measured_again(records: Sequence[TrialRecord]) -> int:
     starts = {(record.trial, record.attempt, record.started_unix_s) for record in records if record.status != "not_run"}
     counts = Counter((trial, attempt) for trial, attempt, _ in starts)
     return len({trial for (trial, _), count in counts.items() if count > 1})
+
+
+class _Ending(msgspec.Struct):
+    """What of a line says how its trial ended."""
+
+    trial: str
+    status: str
+
+
+def count_endings(path: Path) -> Counter[str]:
+    """How the trials of the run in this directory have ended, by status, without all else that their records hold.
+
+    Raises:
+        UsageError: the file is there and cannot be read.
+    """
+    decoder, last = msgspec.json.Decoder(_Ending), dict[str, str]()
+    for line in journal.lines(path / TRIALS):
+        with contextlib.suppress(msgspec.MsgspecError, RecursionError):  # one that is damaged is read_run's to tell of
+            ending = decoder.decode(line)
+            if ending.status in SETTLED or last.get(ending.trial) not in SETTLED:
+                last[ending.trial] = ending.status
+    return Counter(last.values())
 
 
 def is_live(path: Path, manifest: Manifest) -> bool:
