@@ -26,6 +26,7 @@ from harness.records.activity import ACCOUNTS, ACTIVITY, PEAKS, TRACE, Activity
 from harness.records.memory_account import MEMORY_PHASES, MemoryAccount
 from harness.records.record import Fragment, TrialRecord
 from harness.records.scratch import scratch_folder
+from harness.records.store import leaving_nothing
 from harness.run.contenders import Contender
 from harness.run.executors import Executor, Place, Worker, WorkerLostError
 from harness.run.feasibility import check_feasible
@@ -71,6 +72,7 @@ def profile_variant(
     folder = runs / f"{time.strftime('%Y%m%d-%H%M%S')}-profile-{variant.name}-{secrets.token_hex(2)}"
     folder.mkdir(parents=True)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(leaving_nothing(folder, unless=DOCUMENT))
         stack.callback(executor.close)
         executor.start(folder, study.workload.threads)
         say("preparing tokens")

@@ -15,9 +15,10 @@ import contextlib
 import dataclasses
 import os
 import secrets
+import shutil
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -151,6 +152,18 @@ def refusal_of(path: Path) -> tuple[str, str]:
         return f"run {path.name} could not begin", ""
     said = f"run {path.name} ended before its time, and what it had measured is kept"
     return said, f"go on with: lorameter run --resume {path.name}"
+
+
+@contextlib.contextmanager
+def leaving_nothing(folder: Path, *, unless: str) -> Iterator[None]:
+    """What is stopped before it has begun leaves no folder; `unless` is the file that says that it has. Of what ends by
+    an error the logs in it say why."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not (folder / unless).is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import shutil
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -145,7 +144,7 @@ def measure(
     shown = Shielded(display)
     with Stops() as stops, contextlib.ExitStack() as stack:
         stack.enter_context(say_refused(lambda: store.refusal_of(runs / run_id)))
-        stack.enter_context(_leaving_nothing(runs / run_id))
+        stack.enter_context(store.leaving_nothing(runs / run_id, unless=store.MANIFEST))
         stack.enter_context(store.writing(runs / run_id))
         earlier = store.read_run(str(runs / run_id), runs) if resume else None  # only now does nobody else write it
         known = () if earlier is None else earlier.records
@@ -217,17 +216,6 @@ def _mend(run: Run) -> Run:
     writer = RunWriter(run.path.parent, mend_manifest(run.manifest))
     writer.finish("complete", stopped=run.manifest.stopped)
     return store.read_run(str(run.path), run.path.parent)
-
-
-@contextlib.contextmanager
-def _leaving_nothing(path: Path) -> Iterator[None]:
-    """A run that is stopped before it has begun leaves no folder; of one that ends by an error its logs say why."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        if not (path / store.MANIFEST).is_file():
-            shutil.rmtree(path, ignore_errors=True)
-        raise
 
 
 class Shielded:

@@ -43,7 +43,7 @@ def command(tmp_path, runs):
 
     def made(*options, stop="-"):
         words = options or ("run", str(tmp_path / "small.toml"), "--phase", "train", "--interleave", "lockstep")
-        return [sys.executable, str(PRETENDED), stop, *words, "--runs-dir", str(runs)]
+        return ["env", f"STOP_AT={stop}", sys.executable, str(PRETENDED), *words, "--runs-dir", str(runs)]
 
     return made
 

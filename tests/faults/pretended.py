@@ -1,11 +1,11 @@
 """`lorameter` with measuring processes that only pretend, so that a fault of the parent takes a second to inject.
 
-    python pretended.py STOP run study.toml ...
+    STOP_AT=r1-a:turn python pretended.py run study.toml ...
 
-All else is real: the command line, the loop, the files, the locks, the signals. STOP names a trial and a command as
-TRIAL:COMMAND. When that is asked, a line is written to the descriptor that $STOPPED names, and the process waits for
-whatever is done to it; a signal's number after another colon is sent by the process to itself instead, and after
-"files" it can open no more of them. "-" stops nowhere.
+All else is real: the command line, the loop, the files, the locks, the signals. $STOP_AT names a trial and a command.
+When that is asked, a line is written to the descriptor that $STOPPED names, and the process waits for whatever is done
+to it; a signal's number after another colon is sent by the process to itself instead, and after "files" it can open no
+more of them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import harness.run.executors.local as local
 from harness.records.preparation import Hello, TokenSummary
 from harness.records.record import Fragment
 
-TRIAL, COMMAND, SIGNAL = (*sys.argv[1].split(":"), "", "")[:3]
+TRIAL, COMMAND, SIGNAL = (*os.environ.get("STOP_AT", "-").split(":"), "", "")[:3]
 
 
 def stop(trial: str, command: str) -> None:
@@ -85,4 +85,4 @@ if __name__ == "__main__":
     from harness.cli import main
 
     local.LocalExecutor = Pretended
-    sys.exit(main(sys.argv[2:]))
+    sys.exit(main(sys.argv[1:]))

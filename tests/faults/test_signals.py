@@ -6,10 +6,12 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import psutil
 import pytest
 
+PRETENDED = Path(__file__).with_name("pretended.py")
 ASKED = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 
@@ -82,6 +84,60 @@ def test_a_killed_run_leaves_a_folder_and_the_next_one_removes_it(command, stopp
     assert left.is_dir()
     subprocess.run(command(), check=True, capture_output=True)
     assert list(temporary.iterdir()) == [foreign]
+
+
+@pytest.mark.parametrize("number", ASKED)
+def test_a_profile_that_is_told_to_stop_leaves_nothing(number, tmp_path, command, stopped, runs, temporary):
+    """There is no half of one."""
+    with stopped(command("profile", f"{tmp_path / 'small.toml'}:a", stop="r0-a:warm_up")) as process:
+        process.send_signal(number)
+        _, err = process.communicate()
+    assert process.returncode == 4
+    assert err.endswith("lorameter: stopped\n")
+    assert not list(runs.iterdir())
+    assert not list(temporary.iterdir())
+
+
+CONFTEST = """
+import importlib.util, os
+import pytest
+spec = importlib.util.spec_from_file_location("pretended", os.environ["PRETENDED"])
+pretended = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(pretended)
+from harness.pytest_plugin import attach
+
+def pytest_configure(config):
+    pretended.local.LocalExecutor = pretended.Pretended
+    attach(config)
+"""
+BENCHMARK = """
+import pytest
+
+@pytest.mark.lorameter("train")
+def test_train(variant_name, replay):
+    replay()
+"""
+
+
+@pytest.mark.parametrize("number", ASKED)
+def test_a_session_of_pytest_that_is_told_to_stop(
+    number, tmp_path, command, stopped, runs, only_run, temporary, monkeypatch
+):
+    """The other front door: its run is saved and says so, and the session does not pass."""
+    (tmp_path / "conftest.py").write_text(CONFTEST)
+    (tmp_path / "test_small.py").write_text(BENCHMARK)
+    monkeypatch.setenv("PRETENDED", str(PRETENDED))
+    monkeypatch.setenv("STOP_AT", "r1-a:turn")
+    words = [sys.executable, "-m", "pytest", str(tmp_path), f"--lorameter-study={tmp_path / 'small.toml'}"]
+    options = ["--lorameter-interleave=lockstep", f"--lorameter-runs-dir={runs}", "-p", "no:cacheprovider"]
+    with stopped([*words, *options], cwd=tmp_path) as process:
+        process.send_signal(number)
+        out, _ = process.communicate()
+    assert process.returncode == 1, out
+    assert "This run is not complete (interrupted)" in out
+    statuses = {record.trial: record.status for record in only_run().records}
+    assert (statuses["r0-a"], statuses["r1-a"], statuses["r2-a"]) == ("ok", "interrupted", "not_run")
+    assert not list(temporary.iterdir())
 
 
 # --- an A/B -----------------------------------------------------------------------------------------------------------
@@ -158,7 +214,7 @@ def test_an_ab_that_was_killed_is_taken_down_by_the_next(ab, repository, stopped
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_no_process_outlives_a_run(number, tmp_path, command, temporary, runs):
     """Real ones, as soon as they are there: the zygote imports and the tokens are made."""
-    words = [sys.executable, "-m", "harness.cli", *command()[3:]]
+    words = [sys.executable, "-m", "harness.cli", *command()[4:]]
     with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         parent = psutil.Process(process.pid)
         while len(children := parent.children(recursive=True)) < 2:
