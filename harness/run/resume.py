@@ -82,8 +82,22 @@ def read_broken_off(name: str, runs: Path, *, study: str | None = None) -> Run:
 
 def is_resumable(manifest: Manifest) -> bool:
     """Whether a run says all that it takes to go on with it."""
-    sides = manifest.sides
-    return not sides or all("kind" in side and INJECTED in side for side in sides.values())
+    return not manifest.sides or all(_is_told(manifest.sides.get(name)) for name in ("base", "candidate"))
+
+
+def _is_told(side: Any) -> bool:
+    """Whether a manifest says of a side what it takes to put it up again and to see that it is the same."""
+    if not isinstance(side, Mapping) or not isinstance(side.get(INJECTED), int):
+        return False
+    facts, declared = side.get("facts"), side.get("declared")
+    return (
+        isinstance(side.get("kind"), str)
+        and isinstance(side.get("spec"), str)
+        and isinstance(declared, list)
+        and isinstance(facts, Mapping)
+        and isinstance(facts.get("git"), Mapping)
+        and (side["kind"] != "revision" or isinstance(facts["git"].get("commit"), str))
+    )
 
 
 def is_finished(run: Run) -> bool:
@@ -100,7 +114,7 @@ def study_of(run: Run) -> Study:
     """
     study = codec.from_json(Study, run.manifest.study, f"run {run.manifest.run}")
     variants = []
-    for variant, fields in zip(study.variants, run.manifest.study["variants"], strict=True):
+    for variant, fields in zip(study.variants, run.manifest.study.get("variants", ()), strict=True):
         whole: dict[str, Any] = {key: value for key, value in fields.items() if type(value) is int}
         variants.append(dataclasses.replace(variant, **whole))
     return dataclasses.replace(study, variants=tuple(variants))
