@@ -8,9 +8,10 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from harness.commands import ab, catalogue, claims, compare, doctor, estimate, profile, run, sample
-from harness.errors import EXIT_INVALID, EXIT_UNEXPECTED, LorameterError
+from harness.errors import EXIT_INVALID, EXIT_UNEXPECTED, LorameterError, redact
 from harness.run.stops import Stops
 from kernels_check.streams import with_streams
+from kernels_check.visible import Parser, tell
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,7 +26,8 @@ def _run(arguments: Sequence[str] | None) -> int:
         with Stops() as stops, stops.interruptible():
             return command(options)
     except LorameterError as error:
-        return _refuse(str(error), error.exit_code)
+        tell(f"lorameter: {error}")
+        return error.exit_code
     except KeyboardInterrupt:
         print("lorameter: stopped", file=sys.stderr)
         return EXIT_INVALID
@@ -33,24 +35,19 @@ def _run(arguments: Sequence[str] | None) -> int:
         from harness.records.refusals import REMEDIES, words_of
 
         if isinstance(error, OSError) and error.errno in REMEDIES:
-            return _refuse(f"{words_of(error)}.", EXIT_INVALID)
+            tell(f"lorameter: {words_of(error)}.")
+            return EXIT_INVALID
         if isinstance(error, MemoryError):
-            return _refuse("out of memory. Free memory, or raise the limit that this process has.", EXIT_INVALID)
-        traceback.print_exc()
+            tell("lorameter: out of memory. Free memory, or raise the limit that this process has.")
+            return EXIT_INVALID
+        tell(redact(traceback.format_exc().rstrip("\n")))
         print("lorameter: unexpected error; this is a defect of lorameter, please report it.", file=sys.stderr)
         return EXIT_UNEXPECTED
 
 
-def _refuse(message: str, code: int) -> int:
-    from harness.report.table import make_visible
-
-    print(make_visible(f"lorameter: {message}"), file=sys.stderr)
-    return code
-
-
 def parser() -> argparse.ArgumentParser:
     """All commands and options."""
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="lorameter", description="Measure what a LoRA fine-tuning configuration costs, and how sure that is."
     )
     subparsers = top.add_subparsers(required=True, metavar="COMMAND")

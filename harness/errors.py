@@ -6,6 +6,8 @@ Every message follows one pattern: what happened, where, the offending value, an
 
 from __future__ import annotations
 
+import re
+
 EXIT_PASS = 0
 EXIT_REGRESSION = 1
 EXIT_USAGE = 2
@@ -16,9 +18,15 @@ EXIT_UNEXPECTED = 70
 
 
 class LorameterError(Exception):
-    """Something the user can act on; `exit_code` is what the command line returns for it."""
+    """Something the user can act on; `exit_code` is what the command line returns for it.
+
+    A message holds no credentials, whatever it repeats: it is printed, and goes into logs and records.
+    """
 
     exit_code = EXIT_UNEXPECTED
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(redact(message))
 
 
 class UsageError(LorameterError):
@@ -35,4 +43,23 @@ class InvalidRunError(LorameterError):
 
 def impossible(where: str, key: str, value: object, why: str, remedy: str) -> UsageError:
     """The one shape of a refused value: file or object, key, value, reason, remedy."""
-    return UsageError(f"{where}: {key} = {value!r}: {why}. {remedy}")
+    named = f"{shorten(where)}: {shorten(key)}" if key else shorten(where)
+    return UsageError(f"{named} = {shorten(repr(value))}: {why}. {remedy}")
+
+
+_USER = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)[^\s/?#'\"]*@")
+_QUERY = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://[^\s?#'\"]*\?)[^\s#'\"]+")
+
+
+def redact(text: str) -> str:
+    """The text with what may be a credential in its URLs left out: a user with a password or token, and a query.
+
+    Requirements, addresses of indexes, remotes and proxies carry them. Whatever installs or downloads needs them;
+    whoever is told, or reads what was written down, does not.
+    """
+    return _QUERY.sub(r"\1***", _USER.sub(r"\1***@", text)) if "://" in text else text
+
+
+def shorten(text: str, most: int = 300) -> str:
+    """The text, or its beginning and its end: what is named must not bury what is said of it."""
+    return text if len(text) <= most else f"{text[: most // 2]} … {text[-most // 4 :]}"

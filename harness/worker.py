@@ -32,9 +32,12 @@ def main(arguments: list[str]) -> int:
 
         return cold.main(int(rest[0]))
     if what == "tokens":
-        from harness.trial.data import tokens
+        # Standard output is for the answer alone: what a library prints meanwhile, or at the end, goes where errors go.
+        with os.fdopen(os.dup(1), "w", encoding="utf-8") as reply:
+            os.dup2(2, 1)
+            from harness.trial.data import tokens
 
-        return tokens.main()
+            return tokens.main(reply)
     raise SystemExit(f"harness.worker: {what!r} is no process of a trial; known: zygote, cold, tokens")
 
 

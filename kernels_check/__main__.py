@@ -15,6 +15,7 @@ from importlib import import_module
 from pathlib import Path
 
 from kernels_check.streams import with_streams
+from kernels_check.visible import Parser, tell
 
 EXIT_UNEXPECTED = 70
 
@@ -33,16 +34,13 @@ def _run(argv: Sequence[str] | None) -> int:
     try:
         code: int = getattr(import_module(f"kernels_check.{module}"), function)(arguments)
     except Exception:
-        traceback.print_exc()
-        print("kernels_check: unexpected error, see above; please report it with the command", file=sys.stderr)
+        tell(f"{traceback.format_exc()}kernels_check: unexpected error, see above; please report it with the command")
         return EXIT_UNEXPECTED
     return code
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m kernels_check", description="What really ran, not what was asked for."
-    )
+    parser = Parser(prog="python -m kernels_check", description="What really ran, not what was asked for.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_trace(commands)
     _add_rules(commands)
@@ -51,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_trace(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_trace(commands: argparse._SubParsersAction[Parser]) -> None:
     trace = commands.add_parser(
         "trace", help="judge a recording: a Kineto/Chrome trace or an nsys cuda_gpu_kern_sum CSV"
     )
@@ -60,7 +58,7 @@ def _add_trace(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     trace.set_defaults(run="trace.report:run")
 
 
-def _add_rules(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_rules(commands: argparse._SubParsersAction[Parser]) -> None:
     rules = commands.add_parser("rules", help="the ordered rules by which kernel names are told apart")
     rules.add_argument("--json", action="store_true", help="print one JSON document")
     rules.add_argument(
@@ -69,13 +67,13 @@ def _add_rules(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     rules.set_defaults(run="rules_report:run")
 
 
-def _add_probe(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_probe(commands: argparse._SubParsersAction[Parser]) -> None:
     probe = commands.add_parser("probe", help="which fast paths run on this machine, how exact and how fast (default)")
     probe.add_argument("--json", action="store_true", help="print one JSON document")
     probe.set_defaults(run="probe.probe:run")
 
 
-def _add_selftest(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_selftest(commands: argparse._SubParsersAction[Parser]) -> None:
     selftest = commands.add_parser("selftest", help="run every negative control: broken runs caught, sound ones passed")
     selftest.add_argument("--json", action="store_true", help="print one JSON document")
     selftest.set_defaults(run="controls.selftest:run")

@@ -21,9 +21,12 @@ Instrument: TypeAlias = Literal["profile", "spy"]
 """What watches the step; see ``verify``."""
 INSTRUMENTS: tuple[Instrument, ...] = get_args(Instrument)
 
-Evidence: TypeAlias = Literal["attention", "update", "products", "product_paths", "kernels", "inputs"]
-"""What an instrument may be blind to in a step: operators of attention, of the optimizer's update and of 4-bit
-products, what runs inside such a product, kernels, and the inputs of the model."""
+Evidence: TypeAlias = Literal[
+    "attention", "recomputation", "update", "products", "product_paths", "kernels", "inputs", "compilation"
+]
+"""What an instrument may be blind to in a step: operators of attention, what is computed again, operators of the
+optimizer's update and of products, what runs inside a 4-bit product, kernels, the inputs of the model, and which
+compiled code is entered."""
 
 NAMES_SHOWN = 4
 """How many offenders a reason names before it only counts them."""
@@ -113,7 +116,7 @@ class JudgedPath:
     rests_on: tuple[Evidence, ...] = ()
     """Evidence without which it is left out."""
     packed: bool = False
-    """Whether it takes a packed batch: judged by forwards of its own, after the run was restored."""
+    """Whether it is about packed records: judged by forwards of its own, after the run was restored."""
 
 
 def judge_safely(path: str, required: Json, judge: Callable[[], Finding]) -> Check:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Literal, TypeAlias
 
 from kernels_check.rules import GRADES, Rule, load_operator_rules, load_rules, validated_against
+from kernels_check.visible import make_visible, tell
 
 SCHEMA = 1
 EXIT_DONE = 0
@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         _print(versions, rules=not arguments.check)
     for notice in notices:
-        print(f"notice: {notice}", file=sys.stderr)
+        tell(f"notice: {notice}")
     return EXIT_DONE
 
 
@@ -122,5 +122,5 @@ def _print(versions: list[LibraryVersion], *, rules: bool) -> None:
     for heading in ("library", "validated against", "installed", ""):
         table.add_column(heading)
     for one in versions:
-        table.add_row(one.library, one.validated, one.installed or "-", one.standing)
+        table.add_row(one.library, one.validated, make_visible(one.installed or "-"), one.standing)
     console.print(table)

@@ -15,7 +15,8 @@ from torch import nn
 
 from kernels_check.check import INSTRUMENTS, Check, Instrument, Json, judge_safely
 from kernels_check.judges.paths import PATHS, validate
-from kernels_check.observation.observe import Observation, observe
+from kernels_check.observation.observation import Observation
+from kernels_check.observation.observe import observe
 from kernels_check.observation.restore import as_found
 
 
@@ -31,11 +32,12 @@ def verify(
 
     Args:
         model: the model that ``step`` trains, as PEFT returned it.
-        step: does one forward, backward and optimizer step; called two or three times under the
-            profiler, once or twice under the spy.
+        step: does one forward, backward and optimizer step; called twice, and up to eight times where its optimizer
+            steps in some calls only or begins at a learning rate of zero.
         requirements: path to expected value, see ``REQUIREMENTS``. Paths nobody asked for are reported too, with
             ``required`` None.
-        batch: packed inputs of ``model(**batch)`` to probe for isolation; needed by ``packing.isolated``.
+        batch: packed inputs of ``model(**batch)``, to probe isolation in evaluation too. Without it
+            ``packing.isolated`` is judged, where it is required, by the step's own calls as they were made.
         instrument: ``profile`` sees operators, kernels and compiled code, for the price of several steps; ``spy`` sees
             operators only, and how often compiled code is entered, for that of a step (see ``spy``). It is meant for
             the further replicates of a run whose first was profiled.
@@ -46,6 +48,9 @@ def verify(
         is a failure by either instrument, and a path that is missing needs a profile. Left out are
         ``packing.isolated``; ``tf32`` on CUDA; what operators show where the step enters compiled code; on CUDA the
         paths of which no operator was called; and ``padding.share`` of a model compiled in place.
+        What the instrument should have seen and could not is ``unknown``, with the reason: for the spy what ran in a
+        thread of its own; for both what only a profile tells, where the program runs a profiler around this call or
+        inside ``step``. That profiler is left undisturbed, and the spy watches.
 
     Raises:
         ValueError: unknown path or a value of the wrong kind; ``step`` has not been called then.
@@ -53,13 +58,13 @@ def verify(
         RestoreError: something could not be restored; everything else has been. What is restored and what nobody can
             restore, such as a data iterator, is listed in ``observation.restore``.
     """
-    validate(requirements, has_batch=batch is not None or instrument == "spy")
+    validate(requirements)
     if instrument not in INSTRUMENTS:
         raise ValueError(f"instrument {instrument!r} is none of {', '.join(INSTRUMENTS)}")
     with as_found(model, step) as snapshot:
         seen = observe(model, step, snapshot, instrument)
         checks = _judge(seen, requirements, instrument, packed=False)
-    if batch is not None:
+    if batch is not None or any(PATHS[path].packed for path in requirements):
         checks |= _judge(replace(seen, batch=batch), requirements, instrument, packed=True)
     return [checks[path] for path in PATHS if path in checks]
 
@@ -70,8 +75,12 @@ def _judge(
     """Judge the paths that take a packed batch, or those that take none, as far as the instrument could see."""
     checks = {}
     for path, judged in PATHS.items():
-        visible = instrument in judged.instruments and seen.blind.keys().isdisjoint(judged.rests_on)
-        if judged.packed is packed and visible:
-            required = requirements.get(path)
+        if judged.packed is not packed or instrument not in judged.instruments:
+            continue
+        required = requirements.get(path)
+        untold = [seen.untold[evidence] for evidence in judged.rests_on if evidence in seen.untold]
+        if untold:
+            checks[path] = Check(path=path, required=required, observed=None, status="unknown", reason=untold[0])
+        elif seen.blind.keys().isdisjoint(judged.rests_on):
             checks[path] = judge_safely(path, required, partial(judged.judge, seen, required))
     return checks

@@ -160,3 +160,70 @@ def test_a_sweep_of_adapters_runs_on_one_base(swept):
     assert all(record.memory["adapter_bytes"] > 0 for record in solo)
     twins = {record.role: record.samples["train_loss"] for record in timed if record.name == "a"}
     assert twins["variant"] == twins["control"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["run", "lora-or-qlora", "--replicates", "1" + "0" * 20], "replicates = 1000"),
+        (["run", "lora-or-qlora", "--max-minutes", "1e400"], "max_minutes = inf"),
+        (["run", "lora-or-qlora", "--precision", "inf"], "precision = inf"),
+        (["run", "lora-or-qlora", "--model", "x" * 5000], "model"),
+        (["run", "x" * 5000], "not known"),
+        (["estimate", "x" * 5000], "not known"),
+        (["report", "x" * 5000], "not found"),
+        (["compare", "x" * 5000, "y"], "not found"),
+        (["compare", "/dev/zero", "/dev/zero"], "not found"),
+        (["gate", "a", "b", "--policy", "/dev/zero"], "no plain file"),
+        (["gate", "a", "b", "--policy", "/"], "policy /"),
+        (
+            ["ab", "training-step", "--base", "HEAD", "--candidate", "HEAD", "--inject-rows", "1" + "0" * 12],
+            "inject-rows",
+        ),
+        (["calibrate", "--inject-rows", "1" + "0" * 12], "inject-rows"),
+        (["profile", "lora-or-qlora:lora-r16", "--try", "nonsense"], "no finding goes by that name"),
+    ],
+)
+def test_what_no_machine_could_do_is_refused_at_once(capsys, tmp_path, monkeypatch, arguments, word):
+    """Numbers, names and files without bound; before anything is profiled, planned or made."""
+    monkeypatch.setattr("harness.profile.measure.profile_variant", lambda *_, **__: pytest.fail("profiled"))
+    runs = tmp_path / "runs"
+    assert main([*arguments, "--runs-dir", str(runs)]) == 2
+    assert word in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["ab", "training-step", "--base=--", "--candidate", "HEAD"], ["run", "--model=--", "x"],
+     ["run", "x", "--variant=--"], ["calibrate", "--effort", "quick"], ["run", "x", "--replicates", "1e20"],
+     ["run", "x", "--replicates", "9" * 5000]],
+)  # fmt: skip
+def test_what_the_parser_could_not_keep_is_refused(capsys, arguments):
+    """`--option=--` would store an empty list; an effort that can never do is not offered."""
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert "error: argument" in capsys.readouterr().err
+
+
+def test_reading_makes_no_folder(write_run, tmp_path, monkeypatch, capsys):
+    """A report by its path needs no runs directory: none is made, and one that could not be made is no error."""
+    path = write_run("mine", {"plain": [1.0] * 5, "nf4": [1.1] * 5})
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    for arguments in (["report", str(path)], ["claims", str(path)], ["compare", str(path), str(path)], ["list", "runs"],
+                      ["gate", str(path), str(path)], ["estimate", "lora-or-qlora:lora-r16"],
+                      ["run", "training-step", "--dry-run"]):  # fmt: skip
+        assert main(arguments) in (0, 2, 3, 4)
+        assert main([*arguments, "--runs-dir", "/dev/null/runs"]) in (0, 2, 3, 4)
+    assert not list(elsewhere.iterdir())
+    assert main(["run", "training-step", "--runs-dir", "/dev/null/runs"]) == 2
+    assert "cannot be made" in capsys.readouterr().err
+
+
+def test_a_title_with_a_bracket_is_shown_as_it_is(tmp_path, capsys):
+    """It is no markup."""
+    (tmp_path / "mine.toml").write_text("title = 'a [/b] c'\n[[variant]]\nname = 'x'\n")
+    assert main(["run", str(tmp_path / "mine.toml"), "--dry-run", "--runs-dir", str(tmp_path)]) == 0
+    assert "a [/b] c" in capsys.readouterr().out

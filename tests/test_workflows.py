@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -258,3 +259,15 @@ def test_the_own_tests_are_those_of_a_developer():
     offered = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     assert called
     assert set(called) <= set(offered)
+
+
+def test_the_linter_of_workflows_is_a_part_of_lint():
+    """zizmor (permissions, pins, forks, templates) looks at every workflow in `make lint`, which CI runs, and has
+    nothing to say."""
+    recipe = (ROOT / "Makefile").read_text(encoding="utf-8").partition("\nlint:")[2].partition("\n\n")[0]
+    assert "$(BIN)/zizmor --offline --quiet .github" in recipe
+    linter = Path(sys.executable).with_name("zizmor")
+    if not linter.exists():
+        pytest.skip("zizmor is not installed beside this interpreter; `make lint` installs it")
+    done = subprocess.run([linter, "--offline", ROOT / ".github"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout

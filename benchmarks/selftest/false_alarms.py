@@ -1,11 +1,14 @@
 """Does a check ever fail on a run that is what it claims to be? Real trials of the harness, every claim judged.
 
-    python benchmarks/selftest/false_alarms.py [--model tiny-llama smollm2-135m]
+    python benchmarks/selftest/false_alarms.py [--model tiny-llama smollm2-135m] [--twins NAME]
 
 A check that cries wolf is switched off, and then it finds nothing. So each variant below is built as the harness
 builds it, and its own claims are judged by both instruments while it trains, then while it answers a request: bfloat16
 and float32, NF4 and unquantised, packed and padded, and every variant of the built-in studies as they are fitted to
 this machine. Sequences are short, and nothing is timed. No study brings a model of its own: the models are those named.
+
+Then come the healthy twins, which are not the harness's: methods of PEFT, everyday steps, other people's loops,
+families of transformers in NF4, and runs of two ranks (`healthy`, and beside it). One is sick, and must be found.
 
 A claim that is not active is a false alarm, and so is one that is not judged, unless it is one that the spy leaves to
 the profile. Exit status 1 with the reasons where there is any.
@@ -28,7 +31,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import healthy_families  # noqa: F401
+import healthy_loops  # noqa: F401
+import healthy_steps  # noqa: F401  its twins enter themselves, as do those of the next
 import torch
+from healthy import MAKERS, SkippedError
+from healthy_ranks import RANKED, verified
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -188,6 +196,32 @@ def judge(case: Case, folder: Path) -> Iterator[Verdict]:
         yield _verdict(case, "generate", instrument, required, tuple(codec.to_json(check) for check in found))
 
 
+def judge_twin(name: str) -> Iterator[Verdict]:
+    """Build a healthy twin for each instrument, and verify it.
+
+    Raises:
+        SkippedError: it cannot be built here.
+    """
+    for instrument in INSTRUMENTS:
+        run = MAKERS[name]()
+        found = kernels_check.verify(run.model, run.step, run.required, batch=run.batch, instrument=instrument)
+        yield _twin_verdict(name, "-", instrument, run.required, [codec.to_json(check) for check in found])
+
+
+def judge_ranks(name: str) -> Iterator[Verdict]:
+    """Verify a run of two ranks in both."""
+    for instrument in INSTRUMENTS:
+        required, ranks = verified(name, instrument)
+        for rank, checks in enumerate(ranks):
+            yield _twin_verdict(name, f"rank {rank}", instrument, required, checks)
+
+
+def _twin_verdict(name: str, model: str, instrument: str, required: Mapping[str, Any], checks: Any) -> Verdict:
+    return Verdict(
+        case=name, model=model, phase="train", instrument=instrument, required=required, checks=tuple(checks)
+    )
+
+
 def _request(case: Case, instrument: str, tokens: str, folder: Path) -> TrialRequest:
     return TrialRequest(
         trial=f"{case.variant.name}-{instrument}", variant=case.variant, role="variant", replicate=0, seed=0,
@@ -263,18 +297,35 @@ def main(arguments: list[str] | None = None) -> int:
     """Run all cases; 0 without a false alarm, 1 with any."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", nargs="+", default=list(MODELS), metavar="MODEL", help="models, by any name")
-    models = parser.parse_args(arguments).model
+    parser.add_argument("--twins", metavar="NAME", help="only the healthy twins with this in their names")
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    verdicts = []
-    for model in models:
+    verdicts = list[Verdict]()
+    for model in options.model if options.twins is None else ():
         for case in cases(model):
             print(f"{model}, {case.name}", file=sys.stderr, flush=True)
             with tempfile.TemporaryDirectory() as folder:
                 verdicts += judge(case, Path(folder))
+    alarms, skipped = list[str](), list[str]()
+    for name in (name for name in (*MAKERS, *RANKED) if (options.twins or "") in name):
+        print(name, file=sys.stderr, flush=True)
+        try:
+            found = [*(judge_ranks(name) if name in RANKED else judge_twin(name))]
+        except SkippedError as reason:
+            skipped.append(f"{name}: {reason}")
+        except Exception as error:
+            alarms.append(f"{name}: raised {error!r}")
+        else:
+            if name in RANKED and RANKED[name].sick:
+                alarms += [f"{name}, {one.model}, {one.instrument}: not found" for one in found if not one.alarms]
+            else:
+                verdicts += found
     console = Console(width=120, highlight=False)
     console.print(by_case(verdicts))
     console.print(by_path(verdicts))
-    alarms = [alarm for verdict in verdicts for alarm in verdict.alarms]
+    alarms += [alarm for verdict in verdicts for alarm in verdict.alarms]
+    for one in skipped:
+        console.print(Text(f"skipped: {one}"))
     for alarm in alarms:
         console.print(Text(f"false alarm: {alarm}"))
     judged = sum(len(verdict.active) for verdict in verdicts)

@@ -18,6 +18,9 @@ JUDGES = (
     *("judges/adapter", "judges/attention", "judges/base_layers", "judges/batch", "judges/execution"),
     *("judges/optimizer", "judges/paths"),
     *("observation/adapter_layers", "observation/compilations", "observation/isolation", "observation/padding"),
+    *("observation/base_state", "observation/census", "observation/digest", "observation/fourbit"),
+    *("observation/forwards", "observation/inputs", "observation/packed_step", "observation/perturbation"),
+    "observation/records",
     "observation/storage",
 )
 """Modules that judge, and those that decide what a judge is shown; each is called by its last name."""

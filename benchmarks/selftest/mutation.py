@@ -56,9 +56,6 @@ EQUIVALENT: dict[str, str] = {
     "attention._layers_astray: call.backend == 'eager' -> call.backend != 'eager'": (
         "only the number of different answers is read"
     ),
-    "storage.digest: raw.numel() > _PAGE_BYTES -> raw.numel() >= _PAGE_BYTES": (
-        "a tensor of exactly one page is its own first page"
-    ),
 }
 """Mutants that change nothing that can be observed, by their key, each with the reason."""
 

@@ -35,7 +35,7 @@ def add_commands(commands: Any, common: Any) -> None:
     ab.add_argument("--base", metavar="SIDE", help=SIDE_HELP)
     ab.add_argument("--candidate", metavar="SIDE", help=SIDE_HELP)
     ab.add_argument("--resume", metavar="RUN", help="go on with an A/B that broke off, by its own study and sides")
-    _measuring(ab)
+    _measuring(ab, ("quick", "standard", "rigorous"), "3, 8 or 12 replicates; default 8")
     ab.add_argument("--precision", type=float, metavar="F", help="stop when every interval is within ±F")
     ab.add_argument("--variant", metavar="V", action="append", default=[], help="only this variant; repeatable")
     ab.add_argument(
@@ -60,7 +60,7 @@ def add_commands(commands: Any, common: Any) -> None:
         description="Measure identical code and a planted slow-down, and say what the gate can see on this machine.",
     )
     calibrate.add_argument("study", metavar="STUDY", nargs="?", default="training-step", help="default: training-step")
-    _measuring(calibrate)
+    _measuring(calibrate, ("standard", "rigorous"), f"8 or 12 replicates; default {CALIBRATION_REPLICATES}")
     calibrate.add_argument(
         "--variant", metavar="V", action="append", default=[], help="the one variant to measure; default: the reference"
     )
@@ -71,8 +71,8 @@ def add_commands(commands: Any, common: Any) -> None:
     calibrate.set_defaults(command=run_calibrate)
 
 
-def _measuring(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--effort", choices=("quick", "standard", "rigorous"), help="3, 8 or 12 replicates; default 8")
+def _measuring(command: argparse.ArgumentParser, efforts: tuple[str, ...], said: str) -> None:
+    command.add_argument("--effort", choices=efforts, help=said)
     command.add_argument("--replicates", type=int, metavar="N", help="number of replicates, instead of --effort")
     command.add_argument("--max-minutes", type=float, metavar="M", help="drop rounds, of all alike, to end by then")
     command.add_argument(
@@ -96,12 +96,13 @@ def run_ab(options: argparse.Namespace) -> int:
     from harness.run.ab import DEFAULT_PHASES, measure_ab, plan_ab
     from harness.run.device import hold_device
     from harness.run.executors import open_executor
+    from harness.verdicts.calibrate import MOST_ROWS
     from harness.verdicts.gate import load_policy
 
     if options.json and options.format not in (None, "json"):
         raise UsageError(f"--json and --format {options.format} both choose the format. Give one of them.")
-    if options.inject_rows < 0:
-        raise UsageError(f"--inject-rows = {options.inject_rows}: no amount of work. Use 0 or more.")
+    if not 0 <= options.inject_rows <= MOST_ROWS:
+        raise UsageError(f"--inject-rows = {options.inject_rows}: no amount of work. Use 0 to {MOST_ROWS}.")
     load_policy(options.policy)  # before anything is measured
     if options.resume:
         return _go_on(options)
@@ -109,7 +110,7 @@ def run_ab(options: argparse.Namespace) -> int:
         if getattr(options, name) is None:
             word = name.upper() if name == "study" else f"--{name} SIDE"
             raise UsageError(f"ab: {word} is missing. Give it, or go on with an A/B that broke off by --resume RUN.")
-    study, executor, runs = read_study(options), open_executor(), store.runs_dir(options.runs_dir)
+    study, executor, runs = read_study(options), open_executor(), store.runs_dir(options.runs_dir, make=True)
 
     def make() -> tuple[Plan, tuple[Notice, ...]]:
         return plan_ab(
@@ -156,11 +157,13 @@ def run_calibrate(options: argparse.Namespace) -> int:
     from harness.records import codec
     from harness.report.calibration import describe_calibration
     from harness.report.terminal import console_for, show
-    from harness.verdicts.calibrate import LEAST_TO_CALIBRATE, PILOT_ROWS, PLANTED, calibrate, rows_for
+    from harness.verdicts.calibrate import LEAST_TO_CALIBRATE, MOST_ROWS, PILOT_ROWS, PLANTED, calibrate, rows_for
     from harness.verdicts.series import is_difference
 
-    if options.inject_rows is not None and options.inject_rows < 1:
-        raise UsageError(f"--inject-rows = {options.inject_rows}: no amount of work. Use 1 or more, or leave it out.")
+    if options.inject_rows is not None and not 1 <= options.inject_rows <= MOST_ROWS:
+        raise UsageError(
+            f"--inject-rows = {options.inject_rows}: no amount of work. Use 1 to {MOST_ROWS}, or leave it out."
+        )
     if len(options.variant) > 1:
         raise UsageError(
             f"--variant: {', '.join(options.variant)}: a calibration measures one variant. Give one of them."
@@ -215,7 +218,7 @@ def _measured_here(study: Any, name: str, rows: int, options: argparse.Namespace
     from harness.run.executors.host import Host
     from harness.run.measure import measure
 
-    executor, runs = open_executor(), store.runs_dir(options.runs_dir)
+    executor, runs = open_executor(), store.runs_dir(options.runs_dir, make=True)
     plan, notices = plan_ab(
         study,
         executor.machine(),

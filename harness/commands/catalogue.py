@@ -10,6 +10,7 @@ from typing import Any
 
 from harness.commands.output import print_json
 from harness.errors import EXIT_PASS, LorameterError
+from kernels_check.visible import make_visible, tell
 
 
 def add_commands(commands: Any, common: Any) -> None:
@@ -33,8 +34,6 @@ def run_list(options: argparse.Namespace) -> int:
     """Print what there is of a kind."""
     if options.what == "sizes":
         return _list_sizes(options)
-    from harness.report.table import make_visible
-
     rows = _listed(options)
     if options.json:
         print_json({options.what: rows})
@@ -125,11 +124,11 @@ def run_fetch(options: argparse.Namespace) -> int:
     """Get a catalogue model and say where it lies."""
     from harness.models import fetch
 
-    path = fetch.fetch(options.name, report=lambda text: print(text, file=sys.stderr))
+    path = fetch.fetch(options.name, report=tell)
     if options.json:
         print_json({"model": options.name, "path": str(path)})
     else:
-        print(path)
+        print(make_visible(str(path)))
     return EXIT_PASS
 
 

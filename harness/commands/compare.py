@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.commands.output import FORMATS, print_json, show_gate
 from harness.errors import EXIT_PASS, UsageError
+from kernels_check.visible import make_visible
 
 if TYPE_CHECKING:
     from harness.verdicts.comparand import Comparand
@@ -100,7 +101,8 @@ def run_accept(options: argparse.Namespace) -> int:
         print_json({"accepted": codec.to_json(accepted), "replaced": codec.to_json(replaced)})
     else:
         instead = f" in place of {replaced.run}" if replaced else ""
-        print(f"{accepted.run} is the baseline of {accepted.study}, fingerprint {accepted.fingerprint}{instead}")
+        said = f"{accepted.run} is the baseline of {accepted.study}, fingerprint {accepted.fingerprint}{instead}"
+        print(make_visible(said))
     return EXIT_PASS
 
 

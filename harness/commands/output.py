@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.errors import UsageError
+
 if TYPE_CHECKING:
     from harness.verdicts.gate import GateResult
 
@@ -29,11 +31,17 @@ def show_gate(result: GateResult, form: str) -> None:
         sys.stdout.write(gate_annotations(result))
         sys.stdout.flush()
         if summary := os.environ.get(ENV_SUMMARY):
-            with Path(summary).open("a", encoding="utf-8") as file:
-                file.write(gate_markdown(result))
+            try:
+                with Path(summary).open("a", encoding="utf-8") as file:
+                    file.write(gate_markdown(result))
+            except OSError as error:  # whoever looks at the summary alone would see no failure: this is no pass
+                raise UsageError(
+                    f"${ENV_SUMMARY} = {summary}: cannot be written: {error.strerror}. Name a file, or unset it."
+                ) from None
 
 
 def print_json(document: dict[str, Any]) -> None:
-    """One JSON document with its schema, without NaN."""
-    unicode = (sys.stdout.encoding or "").lower().startswith("utf")
-    print(json.dumps({"schema": 1, **document}, allow_nan=False, ensure_ascii=not unicode))
+    """One JSON document with its schema, without NaN, in ASCII: any stream holds it, and no terminal obeys it."""
+    from harness.records import codec
+
+    print(json.dumps(codec.to_json({"schema": 1, **document}), allow_nan=False))

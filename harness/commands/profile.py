@@ -50,7 +50,7 @@ def add_commands(commands: Any, common: Any) -> None:
 def run_profile(options: argparse.Namespace) -> int:
     """Profile, say what was found, and try a remedy where one is asked for."""
     from harness.profile import accounting
-    from harness.profile.diagnosis import diagnose
+    from harness.profile.diagnosis import check_code, diagnose
     from harness.profile.evidence import evidence_of
     from harness.profile.measure import profile_variant
     from harness.profile.remedy import choose_finding
@@ -63,7 +63,9 @@ def run_profile(options: argparse.Namespace) -> int:
     from harness.run.executors import open_executor
     from harness.studies.study_file import load_variant
 
-    executor, runs = open_executor(), store.runs_dir(options.runs_dir)
+    if options.attempt:
+        check_code(options.attempt)
+    executor, runs = open_executor(), store.runs_dir(options.runs_dir, make=True)
     study, variant = load_variant(options.variant, device=executor.machine().kind)
     study = study.with_overrides(model=options.model, data=options.data, effort=options.effort)
     errors = console_for(stderr=True)

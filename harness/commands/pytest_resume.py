@@ -6,7 +6,6 @@ command line of the session that broke off may be given again with this one opti
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING
 
 from harness.errors import UsageError
@@ -20,6 +19,7 @@ from harness.run.resume import (
     refuse_settled,
     study_of,
 )
+from kernels_check.visible import tell
 
 if TYPE_CHECKING:
     import pytest
@@ -70,7 +70,7 @@ class ResumedRun:
 
         run = self._run
         if is_finished(run):
-            print(f"run {run.manifest.run} is complete: nothing is left to be measured.", file=sys.stderr)
+            tell(f"run {run.manifest.run} is complete: nothing is left to be measured.")
             return run
         try:
             check_place(run, executor.facts())
@@ -78,6 +78,6 @@ class ResumedRun:
         except UsageError as refusal:
             if run.manifest.status != "complete":
                 raise
-            print(f"{refusal} What it has is replayed.", file=sys.stderr)  # it came to its end, if not to a good one
+            tell(f"{refusal} What it has is replayed.")  # it came to its end, if not to a good one
             return run
         return measure(plan, runs=run.path.parent, display=display, resume=run.manifest.run)

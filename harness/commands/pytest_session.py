@@ -11,6 +11,7 @@ import pytest
 
 from harness.errors import LorameterError
 from kernels_check.streams import Aside
+from kernels_check.visible import make_visible
 
 if TYPE_CHECKING:
     from harness.records.record import TrialRecord
@@ -218,7 +219,7 @@ class Session:
         study = self._study
         if self._disabled:
             study = dataclasses.replace(study, protocol=study.protocol.least())
-        executor, runs = self._executor(), store.runs_dir(self._config.getoption("--lorameter-runs-dir"))
+        executor, runs = self._executor(), store.runs_dir(self._config.getoption("--lorameter-runs-dir"), make=True)
         plan, notices = plan_study(
             study,
             executor.machine(),
@@ -253,7 +254,7 @@ class _usage_errors:  # noqa: N801 - reads as a statement
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if isinstance(error, LorameterError):
-            raise pytest.UsageError(f"lorameter: {error}") from None
+            raise pytest.UsageError(make_visible(f"lorameter: {error}")) from None
 
 
 def _phase_of(item: pytest.Item) -> str | None:
@@ -267,7 +268,7 @@ def _phase_of(item: pytest.Item) -> str | None:
 
 def _failure(record: TrialRecord, run: Path) -> str:
     why = f" in {record.failure.phase}: {record.failure.message}" if record.failure else ""
-    return f"{record.trial}: {record.status}{why} (log: {run / record.log})"
+    return make_visible(f"{record.trial}: {record.status}{why} (log: {run / record.log})")
 
 
 def _show(reporter: pytest.TerminalReporter, title: str, document: Document) -> None:

@@ -70,7 +70,7 @@ def run_study(options: argparse.Namespace) -> int:
         raise UsageError("run: no study named. Give one, as in `lorameter run lora-or-qlora`, or --resume RUN.")
     if options.effort and options.replicates is not None:
         raise UsageError("--effort and --replicates both set the replicates. Give one of them.")
-    executor, runs = open_executor(), store.runs_dir(options.runs_dir)
+    executor, runs = open_executor(), store.runs_dir(options.runs_dir, make=not options.dry_run)
     machine = executor.machine()
     study = load_study(options.study, profile=options.profile, device=machine.kind).with_overrides(
         model=options.model,

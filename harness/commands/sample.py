@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from harness.commands.output import print_json
-from harness.errors import EXIT_PASS
+from harness.errors import EXIT_PASS, UsageError
 
 
 def add_commands(commands: Any, common: Any) -> None:
@@ -29,6 +29,8 @@ def run_sample(options: argparse.Namespace) -> int:
     from harness.records import codec, store
     from harness.report.sample import read_samples
 
+    if options.count is not None and options.count < 1:
+        raise UsageError(f"--count = {options.count}: no answers to show. Use 1 or more, or leave it out for all.")
     run = store.read_run(options.run, store.runs_dir(options.runs_dir))
     samples = read_samples(run, options.variant, replicate=options.replicate, count=options.count)
     if options.json:

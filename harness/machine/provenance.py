@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
+import math
 import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from typing import Any
 from harness.machine.nvml import Device, open_device
 from harness.machine.repository import git_state
 from harness.machine.system import memory_available_bytes, memory_bytes, settings
-from harness.records import codec
+from harness.records import codec, inputs
 from harness.records.preparation import Hello
 from harness.studies.study import Study
 from harness.studies.workload import Workload
@@ -195,7 +196,7 @@ def _content_of_workloads(common: Workload, own: Mapping[str, Workload]) -> dict
 def _content_of(data: str) -> str:
     """What the data is, whatever its path: the hash of a file, the name of anything else."""
     path = Path(data)
-    if not path.is_file():
+    if not inputs.is_file(path):
         return data
     with path.open("rb") as file:
         return f"{path.name} sha256:{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
@@ -221,7 +222,7 @@ def power_limit_w(provenance: Mapping[str, Any], which: str = "power_limit_w") -
     """
     card = provenance.get("settings", {}).get("card")
     limit = card.get(which) if isinstance(card, Mapping) else None
-    return round(limit) if isinstance(limit, int | float) else None
+    return round(limit) if isinstance(limit, int | float) and math.isfinite(limit) else None
 
 
 def library_version(library: str) -> str | None:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 from harness.errors import UsageError, impossible
+from harness.records import inputs
 
 RANDOM_PREFIX = "random:"
 PROVENANCE_FILE = "lorameter.json"
@@ -147,10 +148,15 @@ class ModelSource:
 def cache_dir() -> Path:
     """$LORAMETER_CACHE, else $XDG_CACHE_HOME/lorameter, else ~/.cache/lorameter; not created here."""
     if own := os.environ.get("LORAMETER_CACHE"):
-        return Path(own).expanduser()
+        return _expand(own)
     if shared := os.environ.get("XDG_CACHE_HOME"):
-        return Path(shared).expanduser() / "lorameter"
-    return Path.home() / ".cache" / "lorameter"
+        return _expand(shared) / "lorameter"
+    return _expand("~/.cache/lorameter")
+
+
+def _expand(path: str) -> Path:
+    """The path with ~ as the home that it stands for, or as it is where there is none."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 that of a Path raises
 
 
 def resolve(model: str) -> ModelSource:
@@ -164,7 +170,7 @@ def resolve(model: str) -> ModelSource:
     name = model.removeprefix(RANDOM_PREFIX)
     if entry := CATALOGUE.get(name):
         source = _resolve_entry(entry, model, random=random)
-    elif (path := Path(name).expanduser()).exists() and name:
+    elif inputs.is_there(path := _expand(name)) and name:
         source = _resolve_path(path, model)
     elif _HUB_ID.fullmatch(name) and path.suffix != ".gguf":
         source = ModelSource(
@@ -190,7 +196,7 @@ def _resolve_entry(entry: Entry, label: str, *, random: bool) -> ModelSource:
         return dataclasses.replace(source, kind="hub", location=entry.hub_id, random=False)
     if entry.package is None:
         return source
-    if (entry.directory / PROVENANCE_FILE).is_file():
+    if inputs.is_file(entry.directory / PROVENANCE_FILE):
         return dataclasses.replace(source, kind="directory", location=str(entry.directory), random=False)
     if random:  # the shape is all that is needed, and it is packaged
         return dataclasses.replace(source, description=f"shape of {entry.description}, random weights")
@@ -204,9 +210,9 @@ def _resolve_entry(entry: Entry, label: str, *, random: bool) -> ModelSource:
 
 
 def _resolve_path(path: Path, label: str) -> ModelSource:
-    where = str(path.resolve())
-    if path.is_dir():
-        if not (path / "config.json").is_file():
+    where = os.path.realpath(path)  # that of a Path raises for a link to itself
+    if inputs.is_folder(path):
+        if not inputs.is_file(path / "config.json"):
             raise impossible(
                 "catalogue",
                 "model",

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from harness.errors import UsageError, impossible
 from harness.models.catalogue import CATALOGUE, PROVENANCE_FILE, Package, unknown_name
+from harness.records import inputs
 from harness.records.locks import locked
 
 PROVENANCE_SCHEMA = 1
@@ -119,9 +120,11 @@ def _convert(gguf_file: Path, out: Path) -> None:
 
 def _verify(target: Path, name: str) -> None:
     try:
-        recorded = json.loads((target / PROVENANCE_FILE).read_text(encoding="utf-8"))["sha256"]
+        recorded = inputs.read_json(target / PROVENANCE_FILE, inputs.CONFIG_BYTES)["sha256"]
+        if not recorded:
+            raise ValueError("it names no files")
         wrong = [file for file, expected in recorded.items() if _sha256(target / file) != expected]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # whatever is written there
         wrong = [f"{PROVENANCE_FILE} ({error})"]
     if wrong:
         raise UsageError(

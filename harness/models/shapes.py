@@ -7,15 +7,15 @@ different names, and leave out what follows from the rest; both are settled here
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.errors import UsageError, impossible
+from harness.errors import UsageError, impossible, shorten
 from harness.models.catalogue import ModelSource, config_file
 from harness.models.families import FAMILIES, Family, Layers
+from harness.records import inputs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,12 +44,21 @@ def shape(source: ModelSource) -> ModelShape:
     """
     if source.kind == "gguf":
         return _gguf_shape(source)
+    config = read_config(source)
+    text = config.get("text_config")
+    return _config_shape(text if isinstance(text, dict) and text else config, source)
+
+
+def read_config(source: ModelSource) -> dict[str, Any]:
+    """The content of a model's config.json. Raises `UsageError` where it cannot be had or read."""
     path = config_file(source)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        config = inputs.read_json(path, inputs.CONFIG_BYTES)
+    except inputs.NotReadableError as error:
         raise impossible("catalogue", "model", source.label, f"{path} cannot be read ({error})", "Repair it.") from None
-    return _config_shape(config.get("text_config") or config, source)
+    if not isinstance(config, dict):
+        raise impossible("catalogue", "model", source.label, f"{path} holds no table", "Repair it.")
+    return config
 
 
 _SYNONYMS: dict[str, tuple[str, ...]] = {
@@ -77,6 +86,19 @@ _GGUF_KEYS: dict[str, tuple[str, ...]] = {
 """The same in GGUF, each after "ARCHITECTURE." (gguf specification, section "LLM")."""
 
 
+_MOST: dict[str, int] = {
+    "hidden_size": 2**20,
+    "intermediate_size": 2**24,
+    "layers": 10_000,
+    "heads": 2**16,
+    "kv_heads": 2**16,
+    "head_dim": 2**16,
+    "vocab_size": 2**26,
+    "context": 2**32,
+}
+"""Far above any model that there is."""
+
+
 def _config_shape(config: Mapping[str, Any], source: ModelSource) -> ModelShape:
     architecture = str(config.get("model_type", "unknown"))
     tied: bool | None = None
@@ -90,20 +112,25 @@ def _config_shape(config: Mapping[str, Any], source: ModelSource) -> ModelShape:
 
 def _gguf_shape(source: ModelSource) -> ModelShape:
     reader = open_gguf(Path(source.location))
-    fields = {name: field for name, field in reader.fields.items() if not name.startswith("tokenizer.")}
-    metadata = {name: field.contents() for name, field in fields.items()}
+    try:
+        fields = {name: field for name, field in reader.fields.items() if not name.startswith("tokenizer.")}
+        metadata = {name: field.contents() for name, field in fields.items()}
+        tensors = {tensor.name: tensor for tensor in reader.tensors}
+        embedded = tensors.get("token_embd.weight")
+        vocabulary = None if embedded is None else int(embedded.shape[-1])
+    except Exception as error:  # as of the reader
+        raise _no_gguf(source.location, error) from None
     architecture = str(metadata.get("general.architecture", "unknown"))
     prefix = f"{architecture}."
     own = {name.removeprefix(prefix): value for name, value in metadata.items() if name.startswith(prefix)}
     values = {key: _first(own, names) for key, names in _GGUF_KEYS.items()}
-    names = {tensor.name: tensor for tensor in reader.tensors}
-    if values["vocab_size"] is None and "token_embd.weight" in names:
-        values["vocab_size"] = int(names["token_embd.weight"].shape[-1])
-    return _complete(values, tied="output.weight" not in names, architecture=architecture, source=source)
+    if values["vocab_size"] is None:
+        values["vocab_size"] = vocabulary
+    return _complete(values, tied="output.weight" not in tensors, architecture=architecture, source=source)
 
 
 def _first(mapping: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
-    return next((value for name in names if isinstance(value := mapping.get(name), int)), None)
+    return next((value for name in names if type(value := mapping.get(name)) is int), None)
 
 
 def _complete(
@@ -121,9 +148,13 @@ def _complete(
             "catalogue",
             "model",
             source.label,
-            f"its configuration (model type {architecture!r}) gives no {', '.join(missing)}",
+            f"its configuration (model type {shorten(architecture, 60)!r}) gives no {', '.join(missing)}",
             "Use a decoder-only language model.",
         )
+    for key, value in known.items():
+        if not 1 <= value <= _MOST[key]:
+            why = f"its configuration gives {shorten(repr(value), 60)} as {key}, and 1 to {_MOST[key]} is expected"
+            raise impossible("catalogue", "model", source.label, why, "Repair it.")
     return ModelShape(**known, tied=tied, architecture=architecture)
 
 
@@ -142,9 +173,12 @@ def open_gguf(path: Path) -> Any:
     try:
         return gguf.GGUFReader(path)
     except Exception as error:  # the reader indexes into the file and raises whatever that ends in
-        raise impossible(
-            "catalogue", "model", str(path), f"not a readable GGUF file ({error})", "Download it again."
-        ) from None
+        raise _no_gguf(str(path), error) from None
+
+
+def _no_gguf(path: str, error: Exception) -> UsageError:
+    why = f"not a readable GGUF file ({shorten(str(error))})"
+    return impossible("catalogue", "model", path, why, "Download it again.")
 
 
 class UnknownLayersError(UsageError):
@@ -167,7 +201,7 @@ def unknown_layers(shape: ModelShape) -> str | None:
     if shape.architecture in FAMILIES:
         return None
     return (
-        f"the linear layers of model type {shape.architecture!r} are not known, only those of "
+        f"the linear layers of model type {shorten(shape.architecture, 60)!r} are not known, only those of "
         f"{', '.join(sorted(FAMILIES))}; add an entry for it to harness/models/families.py"
     )
 

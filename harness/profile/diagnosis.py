@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from harness.errors import UsageError
 from harness.machine.validity import CONTENDED
 from harness.profile.evidence import Evidence
 from harness.records.units import format_bytes, format_value
@@ -275,6 +276,14 @@ RULES: Mapping[str, Callable[[Evidence], Iterator[Finding]]] = {
     "fragmentation": _fragmentation,
 }
 """The rules by the code of what they find."""
+
+
+def check_code(code: str) -> None:
+    """Raises `UsageError` for what no rule finds, before anything is profiled for it."""
+    if code not in RULES:
+        raise UsageError(f"--try {code}: no finding goes by that name. Known: {', '.join(RULES)}.")
+
+
 OF_WHAT_RAN = frozenset(
     ("launch-bound", "dequantisation", "float32-adapter", "float32-compute", "masked-attention", "dropout")
 )

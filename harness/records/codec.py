@@ -13,6 +13,7 @@ import difflib
 import functools
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,13 @@ from typing import Any, TypeVar
 from harness.errors import UsageError, impossible
 
 T = TypeVar("T")
+MOST_DEPTH = 64
+"""Lists and tables in one another. What is read is copied, compared and printed by functions that call themselves."""
+MOST_PARTS = 2_000_000
+"""Lists and tables in one text: an empty one takes thirty times the memory of its text."""
+MOST_INTEGER = 2**63 - 1
+"""Beyond it no count, size, seed or time lies."""
+_MANY_DIGITS = re.compile(r"\d{19}", re.ASCII)
 NAMED = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 """What is no number in JSON, as it is written."""
 
@@ -30,13 +38,41 @@ class NotJsonError(ValueError):
 
 
 def parse(text: str | bytes) -> Any:
-    """Plain data of JSON text. Raises `NotJsonError`, and nothing else, whatever the text is."""
+    """Plain data of JSON text, within bounds. Raises `NotJsonError`, and nothing else, whatever the text is."""
     try:
-        return json.loads(text)
+        text = text if isinstance(text, str) else text.decode("utf-8")
+        parts = text.count("[") + text.count("{")
+        if parts > MOST_PARTS:
+            raise NotJsonError(f"it has more than {MOST_PARTS} lists and tables")
+        data = json.loads(text, parse_int=_number if _MANY_DIGITS.search(text) else None)
+        if parts > MOST_DEPTH:
+            check_depth(data)
+        return data
     except RecursionError:
         raise NotJsonError("it is nested too deeply") from None
     except ValueError as error:  # of a text cut short, of bytes that are no text, of thousands of digits
         raise NotJsonError(str(error).partition(";")[0]) from None
+
+
+def _number(digits: str) -> int | float:
+    """A whole number; beyond the bound as the float that it is to most readers of JSON (RFC 8259, section 6)."""
+    value = int(digits)
+    return value if abs(value) <= MOST_INTEGER else float(digits)
+
+
+def check_depth(data: Any) -> None:
+    """Raises `NotJsonError` for plain data that is nested more deeply than `MOST_DEPTH`."""
+    level = [data] if isinstance(data, (dict, list)) else []
+    for _ in range(MOST_DEPTH):
+        level = [
+            item
+            for value in level
+            for item in (value.values() if isinstance(value, dict) else value)
+            if isinstance(item, (dict, list))
+        ]
+        if not level:
+            return
+    raise NotJsonError("it is nested too deeply")
 
 
 def to_json(value: Any) -> Any:
@@ -155,7 +191,7 @@ def _convert_scalar(hint: Any, data: Any, where: str, path: str) -> Any:
             with contextlib.suppress(OverflowError):  # of a whole number beyond all floats
                 return float(data)
     elif hint is int:
-        if isinstance(data, int) and not isinstance(data, bool):
+        if isinstance(data, int) and not isinstance(data, bool) and abs(data) <= MOST_INTEGER:
             return data
     elif isinstance(hint, type) and isinstance(data, hint):
         return data

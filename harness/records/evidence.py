@@ -15,6 +15,7 @@ from typing import Any
 
 from harness.errors import UsageError
 from harness.records import codec, journal
+from harness.records.forms import check_evidence
 
 CHECKS = "checks.jsonl"
 HASH_DIGITS = 16
@@ -85,6 +86,7 @@ class EvidenceFile:
     def _keep(self, line: bytes) -> None:
         try:
             evidence = codec.from_json(Evidence, codec.parse(line.decode("utf-8", errors="replace")), CHECKS)
+            check_evidence([evidence.check], CHECKS)
         except (codec.NotJsonError, UsageError):
             return
         if evidence.hash == _hash_of(evidence.check):

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from harness.errors import InvalidRunError
 from harness.records.record import TrialRecord
 from harness.records.units import Unit
 
@@ -20,6 +21,8 @@ Column = Literal["", "always", "one workload", "own workloads"]
 """Whether a metric is a column of its phase's table, beside the one that variants are compared by: never · always ·
 where all variants share a workload · where some have one of their own. Losses of different tokens are not set side by
 side, and tokens a second of the timed steps depend on whose records these held."""
+LOSSES = ("warmup_loss", "train_loss", "catch_up_loss")
+"""Samples that hold the loss of each step, in the order of the steps."""
 FINAL_SHARE = 4
 """The final train loss is that of the last quarter of all steps; their number is the same for every trial."""
 
@@ -41,9 +44,15 @@ class Metric:
     column: Column = ""
 
     def samples_of(self, record: TrialRecord) -> Samples:
-        """Samples of one trial; empty where it has none."""
+        """Samples of one trial; empty where it has none. Raises `InvalidRunError` for a record of none."""
         if self.derive is not None:
-            return self.derive(record)
+            try:
+                return self.derive(record)
+            except (ArithmeticError, LookupError, ValueError) as error:  # of a record that no trial can have left
+                raise InvalidRunError(
+                    f"trial {record.trial}: {self.name} cannot be computed from its record: {error}. Restore "
+                    "trials.jsonl, or measure again."
+                ) from None
         if self.name in record.samples:
             return record.samples[self.name]
         return (record.values[self.name],) if self.name in record.values else ()
@@ -87,9 +96,7 @@ def _natural_time_per_token_s(record: TrialRecord) -> Samples:
 def _final_train_loss(record: TrialRecord) -> Samples:
     if "train_loss" not in record.samples:  # a trial that is not there to be timed ends its training early
         return ()
-    losses = tuple(
-        loss for name in ("warmup_loss", "train_loss", "catch_up_loss") for loss in record.samples.get(name, ())
-    )
+    losses = tuple(loss for name in LOSSES for loss in record.samples.get(name, ()))
     return losses[-max(1, len(losses) // FINAL_SHARE) :]
 
 

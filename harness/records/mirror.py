@@ -14,7 +14,7 @@ import functools
 import operator
 import types
 import typing
-from typing import Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import msgspec
 
@@ -25,6 +25,7 @@ T = TypeVar("T")
 MOST_SHARED = 4096
 """Different texts of a field that are kept to be found again; what never comes again must not be held twice."""
 SCALARS = (str, int, float, bool)
+Integer = Annotated[int, msgspec.Meta(ge=-codec.MOST_INTEGER, le=codec.MOST_INTEGER)]
 Number = float | Literal["NaN", "Infinity", "-Infinity"]
 """A float as it may be written (`codec.NAMED`)."""
 
@@ -94,9 +95,8 @@ def _mirror(cls: type) -> _Mirror:
     for field in dataclasses.fields(cls):
         hint = hints[field.name]
         if _is_plain(hint):
-            written = _written(hint)
-            numbers += [field.name] if written != hint else []
-            hint = written
+            numbers += [field.name] if _holds_floats(hint) else []
+            hint = _written(hint)
         elif typing.get_origin(hint) is tuple:
             items[field.name], hint = typing.get_args(hint)[0], tuple[msgspec.Raw, ...]
         else:
@@ -126,11 +126,17 @@ def _is_plain(hint: Any) -> bool:
     return hint in SCALARS
 
 
+def _holds_floats(hint: Any) -> bool:
+    return hint is float or any(map(_holds_floats, typing.get_args(hint)))
+
+
 def _written(hint: Any) -> Any:
-    """A plain type with its floats as they may be written."""
+    """A plain type with its floats as they may be written, and its whole numbers within the codec's bound."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is float:
         return Number
+    if hint is int:
+        return Integer
     if origin in (typing.Union, types.UnionType):
         return functools.reduce(operator.or_, [_written(arg) for arg in args])
     if origin is tuple:

@@ -26,9 +26,10 @@ from typing import Any, Literal
 import msgspec
 
 from harness.errors import UsageError
-from harness.records import codec, journal
+from harness.records import codec, inputs, journal
 from harness.records.document import write_document
 from harness.records.evidence import EvidenceFile, LostEvidenceError
+from harness.records.forms import check_manifest
 from harness.records.locks import alone, is_locked
 from harness.records.record import SCHEMA, SETTLED, Notice, TrialRecord, require_readable
 from harness.records.refusals import say_refused
@@ -89,10 +90,12 @@ class Manifest:
     """"running" also says a manifest whose process was killed; see `Run.live`."""
 
 
-def runs_dir(given: str | None) -> Path:
-    """`--runs-dir`, else $LORAMETER_RUNS, else ./.lorameter/runs; made if missing."""
+def runs_dir(given: str | None, *, make: bool = False) -> Path:
+    """`--runs-dir`, else $LORAMETER_RUNS, else ./.lorameter/runs; made if missing where something will be written."""
     named = given or os.environ.get(ENV_RUNS)
     path = Path(named or Path(".lorameter") / "runs")
+    if not make and (inputs.is_folder(path) or not inputs.is_there(path)):
+        return path
     try:
         path.mkdir(parents=True, exist_ok=True)
         if not named:
@@ -197,9 +200,9 @@ def read_run(name: str, folder: Path) -> Run:
     Raises:
         UsageError: no such run, or one written by another schema.
     """
-    path = Path(name) if (Path(name) / "manifest.json").is_file() else folder / name
+    path = Path(name) if inputs.is_file(Path(name) / "manifest.json") else folder / name
     source = path / "manifest.json"
-    if not source.is_file():
+    if not inputs.is_file(source):
         known = ", ".join(run.name for run in list_runs(folder)[-3:]) or "none yet"
         raise UsageError(f"run {name!r}: not found in {folder}. Latest runs: {known}.")
     manifest = read_manifest(path)
@@ -296,18 +299,19 @@ def read_manifest(path: Path) -> Manifest:
     """The manifest of a run directory. Raises `UsageError` if it is damaged or of another schema."""
     source = path / "manifest.json"
     try:
-        text = source.read_text(encoding="utf-8")
-        data = codec.parse(text)
+        data = inputs.read_json(source, inputs.MANIFEST_BYTES)
         require_readable(data, source)
         codec.dumps(data).encode()  # what could not be written again would only fail later
-    except (codec.NotJsonError, UnicodeError, OSError) as error:
+    except (inputs.NotReadableError, codec.NotJsonError, UnicodeError) as error:
         raise UsageError(f"{source}: cannot be read: {error}. Measure again, or restore the file.") from None
-    return codec.from_json(Manifest, _lift_workloads(data), source.name)
+    manifest = codec.from_json(Manifest, _lift_workloads(data), source.name)
+    check_manifest(manifest, source.name)
+    return manifest
 
 
 def list_runs(folder: Path) -> list[Path]:
     """Directories of runs, oldest first."""
-    return sorted(path.parent for path in folder.glob("*/manifest.json")) if folder.is_dir() else []
+    return sorted(path.parent for path in folder.glob("*/manifest.json")) if inputs.is_folder(folder) else []
 
 
 def _lift_workloads(manifest: Any) -> Any:

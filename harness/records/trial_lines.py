@@ -17,6 +17,7 @@ import msgspec
 
 from harness.records import codec
 from harness.records.evidence import EvidenceFile
+from harness.records.forms import check_evidence, check_record
 from harness.records.mirror import Reader
 from harness.records.record import SCHEMA, TrialRecord, require_readable
 
@@ -55,9 +56,13 @@ class TrialLines:
             UsageError: a record of a schema that is not read, or one that does not keep to its schema.
         """
         if self._schema_of(line) < FIRST_WITH_HASHES:
-            return self._plain.read(line, self._where)
-        written = self._written.read(line, self._where)
-        return _record(TrialRecord, written, self._evidence.find(written.checks))
+            record = self._plain.read(line, self._where)
+            check_evidence(record.checks, self._where)
+        else:
+            written = self._written.read(line, self._where)
+            record = _record(TrialRecord, written, self._evidence.find(written.checks))
+        check_record(record, self._where)
+        return record
 
     def _schema_of(self, line: str) -> int:
         with contextlib.suppress(msgspec.MsgspecError, RecursionError):

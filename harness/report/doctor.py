@@ -31,8 +31,14 @@ def _blocks(checks: Sequence[Check], *, fit: bool) -> Iterator[Block]:
         yield Table(title=title, heads=name_columns("", "", "found", "remedy", left=4), rows=rows)
     counts = Counter(check.standing for check in checks)
     said = ", ".join(f"{counts[standing]} {standing}" for standing in get_args(Grade) if counts[standing])
-    answer = (Span(text="fit to measure", tone="good"),) if fit else _unfit()
+    answer = _fit(counts["bad"]) if fit else _unfit()
     yield say("This machine is ", *answer, f". Checks: {said}.", indented=False)
+
+
+def _fit(bad: int) -> tuple[Span, ...]:
+    if not bad:
+        return (Span(text="fit to measure", tone="good"),)
+    return Span(text="fit to measure, with less precision", tone="warning"), Span(text=": mend what is bad first")
 
 
 def _unfit() -> tuple[Span, Span]:

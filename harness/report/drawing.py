@@ -13,7 +13,8 @@ from rich.panel import Panel as RichPanel
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from harness.report.table import Block, Cell, Line, Panel, Row, Section, Table, Tone, make_visible, tone_of
+from harness.report.table import Block, Cell, Line, Panel, Row, Section, Table, Tone, tone_of
+from kernels_check.visible import make_visible
 
 STYLES: dict[Tone, str] = {
     "plain": "",

@@ -21,8 +21,9 @@ from harness.report.comparison import (
     write_compared,
     write_rows,
 )
-from harness.report.table import Document, Section, Span, make_visible, say
+from harness.report.table import Document, Section, Span, say
 from harness.verdicts.outcome import EXIT_OF, PRECEDENCE
+from kernels_check.visible import make_visible
 
 if TYPE_CHECKING:
     from harness.verdicts.gate import GateResult

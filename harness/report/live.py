@@ -15,9 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from harness.records.record import TrialRecord
 from harness.records.units import format_duration
 from harness.report.drawing import draw_text
-from harness.report.table import make_visible
 from harness.run.plan import Plan, Slot
 from harness.studies.command import COMMANDS
+from kernels_check.visible import make_visible
 
 
 class LiveDisplay:

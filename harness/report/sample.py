@@ -13,9 +13,11 @@ from typing import Any
 
 from harness.errors import UsageError
 from harness.models import catalogue, shapes
+from harness.records import codec
 from harness.records.record import TrialRecord
 from harness.records.store import Run
 from harness.report.table import Document, Panel, Passage, Span, say
+from harness.studies.study import Study
 
 
 def describe_samples(samples: Sequence[Sample], title: str) -> Document:
@@ -64,20 +66,20 @@ def read_samples(run: Run, variant: str, *, replicate: int = 0, count: int | Non
         UsageError: no such variant or replicate, or no answers in the run, with what there is.
     """
     record = _record(run, variant, replicate)
+    workload = codec.from_json(Study, run.manifest.study, f"run {run.manifest.run}").workload
     examples = run.manifest.tokens.get("examples", [])
     prompts = [key.removeprefix("answer_") for key in record.tokens if key.startswith("answer_")]
-    chosen = sorted(map(int, prompts))[:count]
+    chosen = [index for index in sorted(map(int, prompts)) if index < len(examples)][:count]
     if not chosen or not examples:
         raise UsageError(
             f"run {run.manifest.run}: no whole answers were measured. They need natural_tokens in the study's "
             "[workload] and the phase generate."
         )
-    source = catalogue.resolve(run.manifest.study["workload"]["model"])
+    source = catalogue.resolve(workload.model)
     from harness.trial.data.tokenizers import load_tokenizer
 
     tokenizer, _ = load_tokenizer(source, vocab_size=shapes.shape(source).vocab_size)
-    limit = int(run.manifest.study["workload"]["natural_tokens"])
-    return tuple(_sample(record, index, examples[index], tokenizer, limit) for index in chosen)
+    return tuple(_sample(record, index, examples[index], tokenizer, workload.natural_tokens) for index in chosen)
 
 
 def _record(run: Run, variant: str, replicate: int) -> TrialRecord:
@@ -107,7 +109,7 @@ def _sample(record: TrialRecord, index: int, example: dict[str, str], tokenizer:
         untrained=None if untrained is None else _text(tokenizer, untrained),
         trained=_text(tokenizer, trained),
         tokens=len(trained),
-        ended=len(trained) < limit or trained[-1] == tokenizer.eos_token_id,
+        ended=len(trained) < limit or list(trained[-1:]) == [tokenizer.eos_token_id],
     )
 
 

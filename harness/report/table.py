@@ -8,7 +8,6 @@ document, and a new report is drawn by every renderer there is.
 from __future__ import annotations
 
 import dataclasses
-import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -34,8 +33,6 @@ _TONES: Mapping[str, Tone] = {
     "bad": "warning",
     "unfit": "alarm",
 }
-_REORDERING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-"""Marks that reorder the letters around them, so that what is read is not what is there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,24 +204,3 @@ def write_ratio(found: Comparison, *, verdict: str = "") -> Cell:
 def tone_of(verdict: str) -> Tone:
     """The tone of a finding's word; of one that is neither good nor bad, `odd`."""
     return _TONES.get(verdict, "odd")
-
-
-def make_visible(text: str) -> str:
-    """The text with what would act on a terminal written out: control characters but line ends and tabs, marks that
-    reorder letters, and halves of characters, which cannot be written at all.
-
-    Names, messages and answers come from files, models and other programs; an escape sequence among them could retitle
-    the window, or hide a verdict.
-    """
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(_write_out(character) if _acts(character) else character for character in text)
-
-
-def _acts(character: str) -> bool:
-    return character not in "\n\t" and (unicodedata.category(character) in ("Cc", "Cs") or character in _REORDERING)
-
-
-def _write_out(character: str) -> str:
-    code = ord(character)
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"

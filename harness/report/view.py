@@ -204,18 +204,21 @@ def _checks(series: Series) -> str:
     return ", ".join(failed) if failed else f"{paths} of {paths} active"
 
 
+_NAMED = ("device", "device_name", "threads", "python")
+
+
 def _facts(run: Run, study: Study) -> tuple[str, ...]:
     provenance, workload, protocol = run.manifest.provenance, study.workload, study.protocol
-    tokens, git = run.manifest.tokens, provenance["git"]
+    tokens, git = run.manifest.tokens, provenance.get("git", {})
     libraries = ("torch", "transformers", "peft", "bitsandbytes")
-    versions = ", ".join(f"{name} {provenance['libraries'][name]}" for name in libraries)
-    changes = " with local changes" if git["dirty"] else ""
-    commit = f"commit {git['commit'][:10]}{changes}" if git["commit"] else "no repository"
-    plural = "s" if provenance["threads"] != 1 else ""
+    versions = ", ".join(f"{name} {provenance.get('libraries', {}).get(name)}" for name in libraries)
+    changes = " with local changes" if git.get("dirty") else ""
+    commit = f"commit {git['commit'][:10]}{changes}" if git.get("commit") else "no repository"
+    device, name, threads, python = (provenance.get(key, "unknown") for key in _NAMED)
+    plural = "s" if threads != 1 else ""
     return (
-        f"device    {provenance['device_name']} ({provenance['device']}, {provenance['threads']} thread{plural})"
-        f"{_power_limit(provenance)}",
-        f"software  {versions}, Python {provenance['python']}; {commit}",
+        f"device    {name} ({device}, {threads} thread{plural}){_power_limit(provenance)}",
+        f"software  {versions}, Python {python}; {commit}",
         f"workload  {workload.model}; {tokens.get('data', workload.data)}; "
         f"{workload.batch_size} × {workload.sequence_length} tokens a batch, {workload.layout}; "
         f"{workload.prompt_tokens} + {workload.new_tokens} tokens a request",

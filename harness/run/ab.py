@@ -17,7 +17,7 @@ from typing import Any
 from harness.errors import UsageError
 from harness.machine.provenance import Machine
 from harness.models.catalogue import RANDOM_PREFIX
-from harness.records import codec
+from harness.records import codec, inputs
 from harness.records.record import Interleaving, Notice, Side
 from harness.records.store import Run
 from harness.records.units import format_bytes
@@ -168,9 +168,9 @@ def _locate(study: Study) -> Study:
     workload = study.workload
     prefix = RANDOM_PREFIX if workload.model.startswith(RANDOM_PREFIX) else ""
     model = Path(workload.model.removeprefix(prefix))
-    if model.exists():
+    if inputs.is_there(model):
         workload = dataclasses.replace(workload, model=f"{prefix}{model.absolute()}")
-    if Path(workload.data).is_file():
+    if inputs.is_file(workload.data):
         workload = dataclasses.replace(workload, data=str(Path(workload.data).absolute()))
     return dataclasses.replace(study, workload=workload)
 

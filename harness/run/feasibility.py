@@ -9,20 +9,21 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
-from harness.errors import UsageError
+from harness.errors import UsageError, shorten
 from harness.machine.provenance import Machine
 from harness.models import catalogue, shapes
 from harness.models.costs.lora import PAGED_FROM_ELEMENTS, adapter_tensors, paged_state_bytes
 from harness.models.costs.memory import MemoryEstimate, estimate_memory, stored_dtype
 from harness.models.shapes import ModelShape, linear_layers, unknown_layers
+from harness.records import inputs
 from harness.records.record import Notice
 from harness.records.units import format_bytes
 from harness.run.contenders import Contender, contenders_of, workloads_of
 from harness.studies.study import Study
 from harness.studies.variant import Variant
 from harness.studies.workload import SYNTHETIC, Workload
+from harness.trial.data.records import check_file
 
 ERRS_BY = 0.10
 """How far an estimate of memory may be from the peak: within it nothing is refused, and beyond it nothing is safe."""
@@ -53,6 +54,7 @@ def check_feasible(
     for workload in workloads_of(study, contenders):
         _check_lengths(study.name, workload, shape)
     _check_data(study)
+    _check_requirements(study)
     unknown = unknown_layers(shape)
     notices: list[Notice] = []
     for variant, workload in {one.variant.name: (one.variant, one.workload) for one in contenders}.values():
@@ -108,11 +110,24 @@ def _check_lengths(study: str, workload: Workload, shape: ModelShape) -> None:
 def _check_data(study: Study) -> None:
     data = study.workload.data
     looks_like_file = data.endswith((".jsonl", ".json", ".jsonl.gz")) or data.startswith((".", "/", "~"))
-    if data != SYNTHETIC and looks_like_file and not Path(data).is_file():
+    if data != SYNTHETIC and looks_like_file and not inputs.is_file(data):
         raise UsageError(
             f"study {study.name}, [workload]: data = {data!r}: no such file. Give a .jsonl or .jsonl.gz file, a hub "
             f"id, or {SYNTHETIC!r}."
         )
+    check_file(data)
+
+
+def _check_requirements(study: Study) -> None:
+    """What kernels_check would refuse in every trial."""
+    from kernels_check.judges.paths import validate
+
+    try:
+        validate(study.requirements)
+    except ValueError as error:
+        raise UsageError(
+            f"study {study.name}, [requirements]: {shorten(str(error), 1000)}. Write a known path in quotes."
+        ) from None
 
 
 def memory_notices(variant: Variant, expected: MemoryEstimate, machine: Machine, free: int | None) -> Iterator[Notice]:

@@ -22,6 +22,7 @@ from harness.errors import UsageError
 from harness.records.metrics import PHASES
 from harness.records.record import Instrument, Interleaving, Measure, Role, Side
 from harness.run.contenders import CONTROL_SUFFIX, Contender, contenders_of, workloads_of
+from harness.studies import limits
 from harness.studies.study import Study
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
@@ -146,6 +147,7 @@ def make_plan(
     contenders = tuple(contenders) or contenders_of(study)
     checked = check_phases(phases)
     together, alone = measures_of(study, interleaving, checked)
+    _check_size(study, len(contenders))
     arms = {contender: _arm(contender, contenders) for contender in contenders}
     shuffler = random.Random(study.protocol.seed)
     positions = itertools.count()
@@ -176,6 +178,18 @@ def make_plan(
     return Plan(
         study=study, contenders=contenders, phases=checked, interleaving=interleaving, why=why, groups=tuple(groups)
     )
+
+
+def _check_size(study: Study, contenders: int) -> None:
+    """Raises `UsageError` for a plan that would take longer to make, and to read, than anybody waits."""
+    protocol = study.protocol
+    rounds = protocol.turns + protocol.generate_requests + protocol.natural_requests
+    total = contenders * protocol.replicates * rounds
+    if total > limits.MOST_ROUNDS:
+        raise UsageError(
+            f"study {study.name}: {protocol.replicates} replicates of {contenders} trials with {rounds} turns and "
+            f"requests each are {total} in all, and a plan holds {limits.MOST_ROUNDS}. Use fewer of any of them."
+        )
 
 
 def check_phases(phases: Sequence[str]) -> tuple[str, ...]:

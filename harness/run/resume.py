@@ -178,8 +178,8 @@ def _own_workloads(run: Run) -> dict[str, Workload]:
 
 def _hashes(tokens: Mapping[str, Any]) -> dict[str, str]:
     """The hash of a run's tokens, and of those of each variant with a workload of its own, by what they are called."""
-    own = {f"the tokens of {name}": one["hash"] for name, one in tokens.get("own", {}).items()}
-    return {"the tokens": tokens["hash"], **own}
+    own = {f"the tokens of {name}": str(one.get("hash")) for name, one in tokens.get("own", {}).items()}
+    return {"the tokens": str(tokens.get("hash")), **own}
 
 
 def mend_manifest(manifest: Manifest) -> Manifest:
@@ -207,13 +207,13 @@ def continue_manifest(
     """
     now = _hashes(tokens)
     for which, before in _hashes(manifest.tokens).items():
-        if now[which] != before:
+        if now.get(which) != before:
             raise UsageError(
-                f"run {manifest.run}: {which} have the hash {now[which][:12]} now and had {before[:12]}: the data or "
-                "the tokenizer has changed. Restore it, or measure a new run."
+                f"run {manifest.run}: {which} have the hash {str(now.get(which))[:12]} now and had {before[:12]}: "
+                "the data or the tokenizer has changed. Restore it, or measure a new run."
             )
     harness = facts["worker"]["harness"]
-    earlier = [manifest.provenance["worker"]["harness"], *(one.harness for one in manifest.resumed)]
+    earlier = [manifest.provenance.get("worker", {}).get("harness"), *(one.harness for one in manifest.resumed)]
     again = Resumption(unix_s=time.time(), harness=harness, commit=facts["git"]["commit"], max_minutes=max_minutes)
     notices = manifest.notices
     if harness != earlier[-1]:

@@ -13,10 +13,26 @@ from dataclasses import dataclass
 
 from harness.errors import UsageError
 from harness.records.metrics import PHASES, Phase
+from harness.studies import limits
 
 PRECISION_REPLICATES = 40
 """Cap where a precision decides and nothing else is said."""
 EFFORT_REPLICATES: dict[str, int] = {"quick": 3, "standard": 8, "rigorous": 12}
+
+_RANGES: dict[str, limits.Range] = {
+    "replicates": (1, limits.MOST_REPLICATES),
+    "warmup_steps_min": (1, limits.MOST_STEPS),
+    "warmup_steps_max": (-limits.MOST_STEPS, limits.MOST_STEPS),
+    "turns": (1, limits.MOST_ROUNDS),
+    "steps_per_turn": (1, limits.MOST_STEPS),
+    "generate_warmup": (0, 10**6),
+    "generate_requests": (1, limits.MOST_ROUNDS),
+    "natural_requests": (1, limits.MOST_ROUNDS),
+    "peak_replicates": (1, limits.MOST_REPLICATES),
+    "retries": (0, 1000),
+    "seed": (0, limits.MOST_SEED - limits.MOST_REPLICATES),
+    "memory_limit_bytes": (1, 2**62),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,19 +80,7 @@ class Protocol:
     no limit."""
 
     def __post_init__(self) -> None:
-        for key, least in (
-            ("replicates", 1),
-            ("warmup_steps_min", 1),
-            ("turns", 1),
-            ("steps_per_turn", 1),
-            ("generate_warmup", 0),
-            ("generate_requests", 1),
-            ("natural_requests", 1),
-            ("peak_replicates", 1),
-            ("retries", 0),
-        ):
-            if getattr(self, key) < least:
-                raise UsageError(f"protocol: {key} = {getattr(self, key)!r}: too small. Use {least} or more.")
+        limits.check_ranges("protocol", self, _RANGES)
         if self.warmup_steps_max < self.warmup_steps_min:
             raise UsageError(
                 f"protocol: warmup_steps_max = {self.warmup_steps_max}: below warmup_steps_min = "
@@ -86,12 +90,20 @@ class Protocol:
             value = getattr(self, key)
             if value is not None and not value > 0:
                 raise UsageError(f"protocol: {key} = {value!r}: must be positive. Leave it out to set no limit.")
+        limits.check_ranges("protocol", self, {"max_minutes": (0, limits.YEAR_MINUTES), "precision": (0, 1)})
+        if self.total_steps > limits.MOST_STEPS:
+            raise UsageError(
+                f"protocol: turns = {self.turns}, steps_per_turn = {self.steps_per_turn}, warmup_steps_max = "
+                f"{self.warmup_steps_max}: {self.total_steps} steps a trial, and {limits.MOST_STEPS} at most are "
+                "taken. Use fewer."
+            )
         if not self.epochs >= 0:
             raise UsageError(f"protocol: epochs = {self.epochs!r}: cannot be negative. Use 0 or more.")
         if not self.phases:
             raise UsageError(f"protocol: phases = []: nothing to measure. Name some of {', '.join(PHASES)}.")
         if not self.step_timeout_s > 0:
             raise UsageError(f"protocol: step_timeout_s = {self.step_timeout_s}: must be positive. Use seconds.")
+        limits.check_ranges("protocol", self, {"step_timeout_s": (0, limits.WEEK_S), "epochs": (0, 10**6)})
 
     @property
     def total_steps(self) -> int:

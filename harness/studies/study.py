@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any
 
 from harness.errors import UsageError
+from harness.studies import limits
 from harness.studies.claim import LINEAR, Claim
 from harness.studies.protocol import PRECISION_REPLICATES, Protocol
 from harness.studies.variant import Variant
@@ -40,7 +42,10 @@ class Study:
     """Values of the study as written that a profile or an option has replaced, by field: `workload.batch_size`."""
 
     def __post_init__(self) -> None:
+        limits.check_name("study", self.name)
         names = [variant.name for variant in self.variants]
+        if len(names) > limits.MOST_VARIANTS:
+            raise UsageError(f"study {self.name}: {len(names)} variants. Use {limits.MOST_VARIANTS} or fewer.")
         if not names:
             raise UsageError(f"study {self.name}: no variants. Add [axes] or [[variant]].")
         for name in names:
@@ -48,16 +53,15 @@ class Study:
                 raise UsageError(
                     f"study {self.name}: variant name {name!r}: the A/A control is named so. Choose another."
                 )
-            if not name or any(character in name for character in " /\\[]:"):
-                raise UsageError(
-                    f"study {self.name}: variant name {name!r}: a name is part of test ids and file names. "
-                    "Use letters, digits, '-', '_', '.', '='."
-                )
-        doubles = {name for name in names if names.count(name) > 1}
+            limits.check_name(f"study {self.name}: variant name", name, " /\\[]:")
+        doubles = {name for name, count in Counter(names).items() if count > 1}
         if doubles:
             raise UsageError(f"study {self.name}: variant name {min(doubles)!r} is used twice. Rename one.")
         if self.reference not in names:
             raise UsageError(f"study {self.name}: reference = {self.reference!r}: {unknown(self.reference, names)}")
+        for key in self.replaced:
+            if self._place_of(key) is None:
+                raise UsageError(f"study {self.name}: replaced = {key!r}: no field of it. Take it out.")
         self._check_claims()
 
     def check_distinct(self, own_workloads: Mapping[str, Workload] | None = None) -> None:
@@ -74,19 +78,20 @@ class Study:
                 )
 
     def _check_claims(self) -> None:
-        ids = [claim.id for claim in self.claims]
+        ids = Counter(claim.id for claim in self.claims)
+        levels = {axis: self.levels(axis) for axis in dict.fromkeys(axis for one in self.claims for axis in one.axes)}
         for claim in self.claims:
             where = f"study {self.name}, claim {claim.id!r}"
-            if ids.count(claim.id) > 1:
+            if ids[claim.id] > 1:
                 raise UsageError(f"{where}: the id is used twice. Rename one.")
             for axis in claim.axes:
-                if len(self.levels(axis)) < 2:
+                if len(levels[axis]) < 2:
                     raise UsageError(
                         f"{where}: axis = {axis!r}: fewer than two variants differ from {self.reference!r} in this "
                         "alone. Name a field of the variants that the study sweeps."
                     )
             for part in claim.parts:
-                known = [level for level, _ in self.levels(part.axis)]
+                known = [level for level, _ in levels[part.axis]]
                 if part.rule in LINEAR and part.scale == "log" and min(known) <= 0:
                     raise UsageError(
                         f'{where}: axis = {part.axis!r}: level {min(known):g} has no logarithm. Write scale = "linear".'
@@ -113,12 +118,25 @@ class Study:
         """What differs from the study as written, a line each."""
         lines = []
         for key, was in self.replaced.items():
-            section, _, name = key.partition(".")
-            owner = {"workload": self.workload, "protocol": self.protocol}.get(section, self.variant(self.reference))
+            owner, name = self._place_of(key) or (self, key)
             now = getattr(owner, name)
             if now != was:
                 lines.append(f"{key} = {_shown(now)} in place of {_shown(was)}")
         return tuple(lines)
+
+    def _place_of(self, key: str) -> tuple[Any, str] | None:
+        """The part of the study and its field that a key such as `workload.batch_size` means; None for any other."""
+        section, _, name = key.partition(".")
+        owners: dict[str, Workload | Protocol | Variant] = {
+            "workload": self.workload,
+            "protocol": self.protocol,
+            "controls": self.variants[0],
+        }
+        owner = owners.get(section)
+        known = () if owner is None else [field.name for field in dataclasses.fields(owner)]
+        if name not in known:
+            return None
+        return (self.variant(self.reference) if section == "controls" else owner), name
 
     def variant(self, name: str) -> Variant:
         """The variant of that name; `UsageError` with the nearest names otherwise."""

@@ -22,14 +22,15 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import tomllib
+import math
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from harness.errors import UsageError, impossible
-from harness.records import codec
+from harness.records import codec, inputs
+from harness.studies import limits
 from harness.studies.claim import Claim
 from harness.studies.protocol import Protocol
 from harness.studies.study import Study, unknown
@@ -78,7 +79,7 @@ def load_variant(spec: str, *, profile: str | None = None, device: str = "") -> 
     Raises:
         UsageError: no such study or variant, or a study of several and none named.
     """
-    named = ":" in spec and not Path(spec).is_file()  # a file may have a colon in its name
+    named = ":" in spec and not inputs.is_file(spec)  # a file may have a colon in its name
     study_name, _, name = spec.rpartition(":") if named else (spec, "", "")
     study = load_study(study_name, profile=profile, device=device)
     if named:
@@ -93,21 +94,21 @@ def _read(name_or_path: str, seen: tuple[str, ...]) -> tuple[Path, dict[str, Any
     """The file and its content, with what it extends filled in."""
     known = builtin_studies()
     path = known.get(name_or_path, Path(name_or_path))
-    if not path.is_file():
+    if not inputs.is_file(path):
         raise UsageError(
             f"study {name_or_path!r}: {unknown(name_or_path, list(known))} A path to a .toml file works too."
         )
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path.name}: not a TOML file: {error}. Mend the line named.") from None
+        data = inputs.read_toml(path)
+    except inputs.NotReadableError as error:
+        raise UsageError(f"{path.name}: {error}") from None
     for key in data:
         if key not in _KEYS:
             raise impossible(path.name, key, data[key], "unknown key", unknown(key, _KEYS))
     base = data.pop("extends", None)
     if base is None:
         return path, data
-    if base not in known or base in seen:
+    if not isinstance(base, str) or base not in known or base in seen:
         why = "it extends itself" if base in seen else unknown(str(base), list(known))
         raise impossible(path.name, "extends", base, why, "Name a built-in study.")
     merged = _read(base, (*seen, base))[1]
@@ -155,6 +156,12 @@ def _choose_profile(where: str, profiles: Any, asked: str | None, device: str) -
                 raise impossible(
                     f"{where}, [profile.{name}]", key, table[key], "unknown key", unknown(key, _PROFILE_KEYS),
                 )  # fmt: skip
+        for key in ("devices", "notes"):
+            codec.from_json(tuple[str, ...], table.get(key, []), f"{where}, [profile.{name}], {key}")
+        for section in _SECTIONS:
+            if not isinstance(table.get(section, {}), Mapping):
+                remedy = f"Write {section}.KEY = VALUE."
+                raise impossible(f"{where}, [profile.{name}]", section, table[section], "a table is expected", remedy)
     if asked is not None:
         if asked not in profiles:
             known = unknown(asked, list(profiles)) if profiles else "this study has none."
@@ -246,6 +253,11 @@ def _variants(where: str, data: Mapping[str, Any]) -> tuple[Variant, ...]:
                     f"{where}, [{table}]", key, values, "a list of values is expected", "Write it as [ ... ]."
                 )
     rows = _swept(where, controls, sweeps, str(data.get("reference", "centre"))) if sweeps else listed
+    if math.prod(map(len, axes.values())) > limits.MOST_VARIANTS:
+        raise UsageError(
+            f"{where}, [axes]: {math.prod(map(len, axes.values()))} combinations. "
+            f"Use {limits.MOST_VARIANTS} variants or fewer."
+        )
     if axes:
         rows = [
             {"name": "-".join(f"{key}={_label(value)}" for key, value in zip(axes, values, strict=True))}

@@ -13,8 +13,9 @@ import hashlib
 from dataclasses import dataclass, field
 from typing import Literal
 
-from harness.errors import UsageError
+from harness.errors import UsageError, shorten
 from harness.records import codec
+from harness.studies import limits
 
 DType = Literal["float32", "bfloat16", "float16"]
 Quantization = Literal["none", "int8", "nf4", "fp4"]
@@ -31,6 +32,15 @@ ADAPTER_FIELDS = frozenset(
     ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora", "init_lora_weights")
 )
 """Fields in which variants on one base may differ: they belong to the adapter, and the base never learns of them."""
+
+_RANGES: dict[str, limits.Range] = {
+    "r": (1, 2**16),
+    "lora_alpha": (0, limits.LARGEST_FLOAT),
+    "learning_rate": (0, limits.LARGEST_FLOAT),
+    "weight_decay": (0, limits.LARGEST_FLOAT),
+    "max_grad_norm": (0, limits.LARGEST_FLOAT),
+    "gradient_accumulation": (1, 10**6),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,10 +150,17 @@ class Variant:
                 'Set dtype to "bfloat16".',
             ),
         )
+        label = f"variant {shorten(self.name, 60)!r}" if self.name else "variant"
         for holds, key, why, remedy in checks:
             if not holds:
-                label = f"variant {self.name!r}: " if self.name else ""
-                raise UsageError(f"{label}{key} = {getattr(self, key)!r}: {why}. {remedy}")
+                raise UsageError(f"{f'{label}: ' if self.name else ''}{key} = {getattr(self, key)!r}: {why}. {remedy}")
+        limits.check_ranges(label, self, _RANGES)
+        if len(self.target_modules) > 1000:
+            raise UsageError(f"{label}: target_modules: {len(self.target_modules)} names. Use 1000 or fewer.")
+        for module in self.target_modules:
+            limits.check_word(label, "target_modules", module)
+            if not module:
+                raise UsageError(f"{label}: target_modules = {list(self.target_modules)}: an empty name. Remove it.")
 
     def _compute_type(self) -> str:
         return self.autocast or self.dtype

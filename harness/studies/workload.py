@@ -10,12 +10,27 @@ from dataclasses import dataclass
 from typing import Literal
 
 from harness.errors import UsageError
+from harness.studies import limits
 
 Layout = Literal["packed", "padded"]
 PromptFormat = Literal["answer-instruction", "write-instruction"]
 
 SYNTHETIC = "synthetic"
 """Name of the embedded data source: seeded instruction records, no download."""
+
+_RANGES: dict[str, limits.Range] = {
+    "sequence_length": (8, 2**24),
+    "batch_size": (1, 2**20),
+    "train_sequences": (1, limits.MOST_TOKENS),
+    "held_out_records": (1, 10**6),
+    "held_out_sequences": (1, limits.MOST_TOKENS),
+    "data_seed": (0, limits.MOST_SEED),
+    "prompt_tokens": (1, 2**24),
+    "new_tokens": (2, 2**24),
+    "natural_tokens": (0, 2**24),
+    "natural_prompt_tokens": (1, 2**24),
+    "threads": (1, 4096),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,19 +66,15 @@ class Workload:
     """CPU threads of a trial. Two on two cores collapse under contention, so one unless the study is about threads."""
 
     def __post_init__(self) -> None:
-        for key, least in (
-            ("sequence_length", 8),
-            ("batch_size", 1),
-            ("train_sequences", 1),
-            ("held_out_records", 1),
-            ("held_out_sequences", 1),
-            ("prompt_tokens", 1),
-            ("new_tokens", 2),
-            ("natural_tokens", 0),
-            ("natural_prompt_tokens", 1),
-            ("threads", 1),
-        ):
-            if getattr(self, key) < least:
-                raise UsageError(f"workload: {key} = {getattr(self, key)!r}: too small. Use {least} or more.")
+        limits.check_ranges("workload", self, _RANGES)
+        for key, sequences in (("train", self.train_sequences), ("held_out", self.held_out_sequences)):
+            if sequences * self.sequence_length > limits.MOST_TOKENS:
+                raise UsageError(
+                    f"workload: {key}_sequences = {sequences}, sequence_length = {self.sequence_length}: "
+                    f"{sequences * self.sequence_length} tokens, and {limits.MOST_TOKENS} are prepared at most. "
+                    "Use fewer."
+                )
         if not self.model:
             raise UsageError("workload: model = '': no model named. `lorameter list models` shows the catalogue.")
+        limits.check_word("workload", "model", self.model)
+        limits.check_word("workload", "data", self.data)

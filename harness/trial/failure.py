@@ -5,16 +5,17 @@ from __future__ import annotations
 import sys
 import traceback
 
+from harness.errors import redact
 from harness.records.record import Failure, Fragment, Status
 
 
 def failure_of(error: BaseException, phase: str) -> Fragment:
     """A fragment for an exception: `oom` when memory ran out, else `crashed`, with the traceback."""
-    text = traceback.format_exc()
+    text = redact(traceback.format_exc())
     sys.stderr.write(text)
     sys.stderr.flush()
     status: Status = "oom" if _is_out_of_memory(error) else "crashed"
-    message = str(error).splitlines()[0] if str(error) else type(error).__name__
+    message = redact(str(error)).splitlines()[0] if str(error) else type(error).__name__
     return Fragment().failed(status, Failure(phase=phase, kind=type(error).__name__, message=message, traceback=text))
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from harness.errors import UsageError
+from harness.errors import InvalidRunError, UsageError
 from harness.machine.provenance import differing_packages
 from harness.records import codec
 from harness.records.metrics import METRICS, PRIMARY
@@ -133,7 +133,7 @@ def attribution_of(run: Run) -> Attribution:
         ours, theirs = base.get((variant.name, "variant")), candidate.get((variant.name, "variant"))
         for metric in METRICS if ours and theirs else ():
             comparison = None
-            with contextlib.suppress(ValueError):  # samples without a ratio, such as a loss of zero, cost no verdict
+            with contextlib.suppress(InvalidRunError):  # samples without a ratio, as a loss of zero, cost no verdict
                 comparison = compare_series(ours, theirs, metric)  # type: ignore[arg-type]
             if comparison is not None:
                 parts.append(Part(variant=variant.name, metric=metric, comparison=comparison))

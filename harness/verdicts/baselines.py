@@ -6,13 +6,12 @@ slow-down that comes in small steps. Accepting is a decision, and a run that is 
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from harness.errors import InvalidRunError, UsageError
-from harness.records import codec, store
+from harness.records import codec, inputs, store
 from harness.records.document import write_document
 from harness.studies.study import Study
 from harness.verdicts.comparand import Comparand, comparand_of
@@ -51,11 +50,11 @@ class Baselines:
 def read_baselines(runs: Path) -> Baselines:
     """What was accepted in this runs directory. Raises `UsageError` for a damaged file."""
     path = runs / FILE
-    if not path.is_file():
+    if not inputs.is_there(path):
         return Baselines()
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        data = inputs.read_json(path, inputs.CONFIG_BYTES)
+    except inputs.NotReadableError as error:
         raise UsageError(f"{path}: cannot be read: {error}. Restore it, or remove it and accept again.") from None
     read = codec.from_json(Baselines, data, str(path))
     if read.schema != 1:
@@ -125,13 +124,13 @@ def read_comparand(name: str, runs: Path) -> Comparand:
     Raises:
         UsageError: none of these, or one that cannot be read.
     """
-    if Path(name).is_file():
+    if inputs.is_file(name):
         from harness.verdicts.benchmark_json import read_benchmark_json
 
         return read_benchmark_json(Path(name))
     try:
         return comparand_of(store.read_run(name, runs))
     except UsageError as error:
-        if (runs / name).is_dir() or Path(name).exists():
+        if inputs.is_folder(runs / name) or inputs.is_there(name):
             raise
         raise UsageError(f"{error} A pytest-benchmark .json file works too; there is none at {name!r}.") from None

@@ -11,7 +11,6 @@ because a file in which a failed variant is merely absent would hide it.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Iterator, Mapping
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import UsageError, impossible
-from harness.records import codec
+from harness.records import codec, inputs
 from harness.records.metrics import METRICS
 from harness.records.record import Notice
 from harness.records.store import Run
@@ -43,8 +42,8 @@ def read_benchmark_json(path: Path) -> Comparand:
         UsageError: not JSON, or not of pytest-benchmark's shape; file, key and value are named.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        data = inputs.read_json(path, inputs.BENCHMARK_BYTES)
+    except inputs.NotReadableError as error:
         raise UsageError(
             f"{path}: cannot be read as JSON: {error}. Give a file that pytest-benchmark wrote, or a run."
         ) from None
@@ -98,7 +97,7 @@ def _ours(where: str, rows: list[dict[str, Any]], machine: dict[str, Any], data:
         if "trials" not in info:  # another benchmark of the same session, none of ours
             continue
         name, metric = _name(where, index, row, info), info.get("metric")
-        if metric not in METRICS:
+        if not isinstance(metric, str) or metric not in METRICS:
             raise impossible(where, f"benchmarks[{index}].extra_info.metric", metric, "not a metric", "Save it again.")
         phases.append(METRICS[metric].phase)
         side = _measured(where, index, row, info, name, metric, variants.get(name))

@@ -18,14 +18,13 @@ fails, a gated metric that nothing measured fails, and an open question fails un
 from __future__ import annotations
 
 import fnmatch
-import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from harness.errors import EXIT_INCONCLUSIVE, EXIT_NOT_COMPARABLE, EXIT_PASS, UsageError, impossible
-from harness.records import codec
+from harness.records import codec, inputs
 from harness.verdicts.judging import Limits, default_limits
 from harness.verdicts.outcome import ComparisonReport, document, exit_code, worst
 
@@ -106,11 +105,9 @@ def load_policy(path: str | None) -> Policy:
     if path is None:
         return Policy()
     try:
-        data = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"policy {path}: cannot be read: {error.strerror}. Give a TOML file.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UsageError(f"policy {path}: not a TOML file: {error}. Mend the line named.") from None
+        data = inputs.read_toml(Path(path))
+    except inputs.NotReadableError as error:
+        raise UsageError(f"policy {path}: {error}") from None
     return codec.from_json(Policy, data, path)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from harness.records.metrics import PHASE_TITLES, Phase
+from harness.records.metrics import LOSSES, PHASE_TITLES, Phase
 from harness.records.record import Notice, TrialRecord
 from harness.records.store import Run
 from harness.records.units import format_ratio
@@ -41,6 +41,7 @@ def run_notices(run: Run, study: Study, controls: Mapping[str, Comparison]) -> I
     yield from _outliers(ok)
     yield from _warmup(ok)
     yield from _drift(ok)
+    yield from _constant_loss(ok)
     yield from _cut_short(ok)
     yield from _measured_again(run)
     yield from _disturbed(run)
@@ -124,6 +125,31 @@ def _drift(ok: list[TrialRecord]) -> Iterator[Notice]:
             f"timed, {changing[0]} among them.",
             remedy="Trials that took turns drifted together and are compared turn by turn; look at clocks and heat if "
             "it is one variant only.",
+        )
+
+
+LEAST_STEPS_FOR_A_CONSTANT = 3
+"""Steps whose losses tell: fewer can be alike by chance where there are few numbers, as in 16 bits."""
+
+
+def _constant_loss(ok: list[TrialRecord]) -> Iterator[Notice]:
+    """Trials whose loss is the same to the last bit in every step after the first, though the batches differ.
+
+    A rate so high that the first step drives the layers into saturation looks like this where what they saturate to is
+    a number, and is a diverged run as much as one whose loss is none.
+    """
+    stuck: list[TrialRecord] = []
+    for record in ok:
+        losses = [loss for name in LOSSES for loss in record.samples.get(name, ())][1:]
+        if len(losses) >= LEAST_STEPS_FOR_A_CONSTANT and len(set(losses)) == 1:
+            stuck.append(record)
+    if stuck:
+        names = ", ".join(dict.fromkeys(record.name for record in stuck))
+        yield Notice(
+            code="loss-constant",
+            message=f"the loss of {len(stuck)} of {len(ok)} trials ({names}) is the same to the last bit in every step "
+            "after the first, on batches that differ: they learned nothing.",
+            remedy="Lower learning_rate or lora_alpha, or set max_grad_norm; believe their times, and no loss.",
         )
 
 

@@ -11,10 +11,12 @@ ranked.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from harness.errors import InvalidRunError
 from harness.records.metrics import METRICS, Samples, samples_of
 from harness.records.record import Interleaving, Role, Side, TrialRecord
 from harness.stats import (
@@ -81,17 +83,28 @@ class Series:
         A cold start is one value a process, of no known shape: its median, with the interval of its order statistics.
         """
         trials = self.trials(metric)
-        if trials and METRICS[metric].phase == "cold":
-            return median_interval([sample for trial in trials for sample in trial])
-        return estimate_trials(trials) if trials else None
+        with _named(self.name, metric):
+            if trials and METRICS[metric].phase == "cold":
+                return median_interval([sample for trial in trials for sample in trial])
+            return estimate_trials(trials) if trials else None
 
     def percentile(self, metric: str, q: float) -> QuantileEstimate | None:
         """The quantile `q` of a metric's samples, if their effective number supports it; None without samples."""
         trials = self.trials(metric)
         if not trials:
             return None
-        effective = sum(effective_size(trial) for trial in trials)
-        return percentile([sample for trial in trials for sample in trial], q, effective_size=effective)
+        with _named(self.name, metric):
+            effective = sum(effective_size(trial) for trial in trials)
+            return percentile([sample for trial in trials for sample in trial], q, effective_size=effective)
+
+
+@contextlib.contextmanager
+def _named(name: str, metric: str) -> Iterator[None]:
+    """Meanwhile what the statistics refuse is an `InvalidRunError` that says of which numbers."""
+    try:
+        yield
+    except ValueError as error:
+        raise InvalidRunError(f"{metric} of {name}: no number can be had from its samples: {error}.") from None
 
 
 Groups = Mapping[tuple[str, Role], Series]
@@ -167,9 +180,10 @@ def compare_series(base: Series, candidate: Series, metric: str, *, family: int 
     pairs = pairs_of(base, candidate, metric)
     if pairs is None:
         return None
-    found = compare_trials(
-        oriented(pairs.base, metric), oriented(pairs.candidate, metric), pairing=pairs.pairing, family=family
-    )
+    with _named(candidate.name, metric):
+        found = compare_trials(
+            oriented(pairs.base, metric), oriented(pairs.candidate, metric), pairing=pairs.pairing, family=family
+        )
     return with_drops(found, pairs.drops)
 
 
@@ -184,10 +198,11 @@ def compare_to_reference(base: Series, candidates: Sequence[Series], metric: str
     """Every candidate against the base, by name, with one error rate for all of them (Holm)."""
     pairs = {candidate.name: pairs_of(base, candidate, metric) for candidate in candidates}
     found = {name: pair for name, pair in pairs.items() if pair is not None}
-    compared = compare_family(
-        {name: (oriented(pair.base, metric), oriented(pair.candidate, metric)) for name, pair in found.items()},
-        pairing=pairing_of(base, metric),
-    )
+    with _named(base.name, metric):
+        compared = compare_family(
+            {name: (oriented(pair.base, metric), oriented(pair.candidate, metric)) for name, pair in found.items()},
+            pairing=pairing_of(base, metric),
+        )
     return {name: with_drops(one, found[name].drops) for name, one in compared.items()}
 
 

@@ -28,8 +28,9 @@ class Control:
     """All of them stand in the reason."""
     not_words: tuple[str, ...] = ()
     """None of them does."""
-    caught_by: Literal["status", "reason"] = "status"
-    """``reason``: what was required did run, and the reason warns of what comes with it or of what CUDA would do."""
+    caught_by: Literal["status", "reason", "unknown"] = "status"
+    """``reason``: what was required did run, and the reason warns of what comes with it or of what CUDA would do.
+    ``unknown``: the evidence contradicts itself, and the reason says where."""
     instruments: tuple[Instrument, ...] = INSTRUMENTS
     """Those that can see it."""
     needs_cuda: str | None = None
@@ -91,6 +92,8 @@ def _faults(control: Control, broken: Check, sound: Check) -> list[str]:
     """Everything that a control promises and that does not hold."""
     faults = []
     if control.caught_by == "status" and broken.status not in ("fallback", "absent"):
+        faults.append(f"the sabotage is {broken.status}")
+    if control.caught_by == "unknown" and broken.status != "unknown":
         faults.append(f"the sabotage is {broken.status}")
     if control.caught_by == "reason" and not broken.met:
         faults.append(f"the sabotage is {broken.status}, although what was required ran")

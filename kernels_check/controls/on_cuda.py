@@ -5,7 +5,7 @@ Each is the CUDA side of one that a CPU can only judge by its inputs.
 
 from __future__ import annotations
 
-from kernels_check.controls import sabotage
+from kernels_check.controls import sabotage, sabotage_execution
 from kernels_check.controls.control import Control, small
 
 CUDA_CONTROLS = (
@@ -40,8 +40,8 @@ CUDA_CONTROLS = (
         name="CUDA: paged state of tensors that are too small",
         path="optimizer.paged_share",
         required=0.4,
-        sabotage=small(make_optimizer=sabotage.paged_adamw, device="cuda"),
-        twin=small(make_optimizer=sabotage.paged_adamw, rank=1024, device="cuda"),
+        sabotage=small(make_optimizer=sabotage_execution.paged_adamw, device="cuda"),
+        twin=small(make_optimizer=sabotage_execution.paged_adamw, rank=1024, device="cuda"),
         words=("state of tensors below 100000 elements is never paged",),
         needs_cuda="managed memory is CUDA's",
     ),

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 from kernels_check.controls.small_run import PAD_TOKEN, SmallRun, autocast, only_math
-from kernels_check.observation import compilations
 from kernels_check.observation.adapter_layers import adapter_parameters
 
 
@@ -72,15 +71,6 @@ def pad_one_token(run: SmallRun) -> None:
     pad(run, real=run.inputs["input_ids"].shape[1] - 1)
 
 
-def pad_most(run: SmallRun) -> None:
-    """One long record among short ones: all rows are padded but one."""
-    import torch
-
-    ids = run.inputs["input_ids"]
-    run.inputs = {"input_ids": torch.cat([ids, ids.flip(1), ids])}
-    pad(run, real=2)
-
-
 def pass_additive_mask(run: SmallRun) -> None:
     """Build the causal mask by hand, [rows, 1, tokens, tokens], although SDPA knows ``is_causal``."""
     import torch
@@ -89,20 +79,6 @@ def pass_additive_mask(run: SmallRun) -> None:
     dtype = run.model.get_input_embeddings().weight.dtype
     mask = torch.full((tokens, tokens), torch.finfo(dtype).min, dtype=dtype).triu(1)
     run.inputs["attention_mask"] = mask.to(run.inputs["input_ids"].device).expand(rows, 1, tokens, tokens)
-
-
-def pack(run: SmallRun, **more: Any) -> None:
-    """Two records a row, told by positions that restart."""
-    import torch
-
-    positions = torch.tensor([[*range(6), *range(10)], [*range(8), *range(8)]])
-    run.inputs |= {"position_ids": positions.to(run.inputs["input_ids"].device), **more}
-    run.packed = dict(run.inputs)
-
-
-def pack_without_cache(run: SmallRun) -> None:
-    """As it must be: without a cache the mask follows from the positions."""
-    pack(run, use_cache=False)
 
 
 def checkpoint(run: SmallRun) -> None:
@@ -185,92 +161,3 @@ def _new_optimizer(run: SmallRun) -> None:
     import torch
 
     run.optimizer = torch.optim.AdamW([value for value in run.model.parameters() if value.requires_grad], lr=1e-3)
-
-
-def fused_adamw(parameters: Any) -> Any:
-    """Build torch's AdamW in one kernel."""
-    import torch
-
-    return torch.optim.AdamW(parameters, lr=1e-3, fused=True)
-
-
-def paged_adamw(parameters: Any) -> Any:
-    """Build the AdamW of bitsandbytes whose state may leave the GPU."""
-    import bitsandbytes as bnb
-
-    return bnb.optim.PagedAdamW32bit(parameters, lr=1e-3)
-
-
-def lose_fused(run: SmallRun) -> None:
-    """Resume from a checkpoint whose optimizer was not fused: its groups' switch is loaded with its moments."""
-    import torch
-
-    run.step()
-    parameters = [value for group in run.optimizer.param_groups for value in group["params"]]
-    plain = torch.optim.AdamW([value.detach().clone() for value in parameters], lr=1e-3)
-    run.optimizer.load_state_dict(plain.state_dict())
-
-
-def compile_layers(run: SmallRun) -> None:
-    """Compile the feed-forward layers; enough for a region to be entered."""
-    import torch
-
-    compilations.forget()  # the code of these layers is shared by all models of the process
-    for layer in _feed_forward(run):
-        layer.forward = torch.compile(layer.forward, backend="eager", dynamic=False)
-    run.step()
-
-
-def _feed_forward(run: SmallRun) -> list[Any]:
-    return [module for name, module in run.model.named_modules() if name.endswith(".mlp")]
-
-
-def break_graphs(run: SmallRun) -> None:
-    """Leave something in the compiled code that no graph can hold, as a message would be."""
-    import torch
-
-    def broken(forward: Any) -> Any:
-        def with_break(hidden: Any) -> Any:
-            hidden = hidden * 1
-            torch._dynamo.graph_break()
-            return forward(hidden)
-
-        return with_break
-
-    for layer in _feed_forward(run):
-        layer.forward = broken(layer.forward)
-    compile_layers(run)
-
-
-def change_lengths(run: SmallRun) -> None:
-    """Let every batch have another length, which is another graph."""
-    compile_layers(run)
-    ids = run.inputs["input_ids"]
-    for tokens in (15, 14, 13, 12):
-        run.inputs = {"input_ids": ids[:, :tokens]}
-        run.step()
-
-
-def reach_recompile_limit(run: SmallRun) -> None:
-    """Change lengths until the compiler gives up."""
-    from torch._dynamo import config
-
-    with config.patch(recompile_limit=1):
-        change_lengths(run)
-
-
-def half_paged(parameters: Any) -> Any:
-    """Build an AdamW that marks half its state as bitsandbytes marks paged tensors.
-
-    It stands in for a paged optimizer, which a CPU, having no managed memory, cannot run.
-    """
-    import torch
-
-    class HalfPaged(torch.optim.AdamW):
-        def step(self, closure: Any = None) -> Any:
-            result = super().step(closure)
-            for state in self.state.values():
-                state["exp_avg"].is_paged = True
-            return result
-
-    return HalfPaged(parameters, lr=1e-3)

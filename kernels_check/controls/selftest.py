@@ -18,6 +18,7 @@ from typing import Any
 
 from kernels_check.check import Check
 from kernels_check.controls.control import Control, Outcome, run_control
+from kernels_check.visible import make_visible
 
 SCHEMA = 1
 EXIT_FAILED = 4
@@ -86,11 +87,13 @@ def show(outcomes: Sequence[Outcome]) -> None:
         for outcome in outcomes:
             if outcome.held is held:
                 line = f"{label}: {outcome.control}, {outcome.instrument}: {outcome.fault}"
-                console.print(line, markup=False, highlight=False)
+                console.print(make_visible(line), markup=False, highlight=False)
     total = counts(outcomes)
     line = f"{total['held']} hold, {total['failed']} failed, {total['skipped']} skipped"
     console.print(line, markup=False, highlight=False)
 
 
 def _seen(check: Check | None) -> str:
-    return "–" if check is None else f"{check.status} ({check.observed})"
+    from rich.markup import escape
+
+    return "–" if check is None else escape(make_visible(f"{check.status} ({check.observed})"))

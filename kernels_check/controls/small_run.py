@@ -24,18 +24,39 @@ class SmallRun:
     instrument: Any = "profile"
     packed: dict[str, Any] | None = None
     """Packed batch for the isolation probe."""
+    accumulated: list[dict[str, Any]] = field(default_factory=list)
+    """Inputs of forwards before the last, whose gradients are added to its own."""
     around: Callable[[], AbstractContextManager[object]] = nullcontext
     """What every step happens in, such as autocast."""
     losses: list[float] = field(default_factory=list)
+    passes: Callable[[SmallRun], Any] | None = None
+    """What takes the place of one forward and backward pass; gives the loss."""
+    micro_batch: int = 0
+    """Which of several passes is being taken."""
+    by_closure: bool = False
+    """Whether the optimizer's step is given the passes as a closure."""
 
     def step(self) -> None:
         """One forward, backward and optimizer step."""
         with self.around():
-            self.optimizer.zero_grad()
-            loss = self.model(**self.inputs, labels=self.inputs["input_ids"]).loss
-            loss.backward()
-            self.optimizer.step()
+            if self.by_closure:
+                loss = self.optimizer.step(self.gradients)
+            else:
+                loss = self.gradients()
+                self.optimizer.step()
         self.losses.append(float(loss.detach()))
+
+    def gradients(self) -> Any:
+        """The passes before an update; gives the loss."""
+        self.optimizer.zero_grad()
+        return self.one_pass() if self.passes is None else self.passes(self)
+
+    def one_pass(self) -> Any:
+        """Forward and backward passes over the inputs; gives the last loss."""
+        for inputs in (*self.accumulated, self.inputs):
+            loss = self.model(**{"labels": inputs["input_ids"]} | inputs).loss
+            loss.backward()
+        return loss
 
     def check(self, path: str, required: Any = None, step: Callable[[], object] | None = None) -> Any:
         """Verify one path."""
@@ -64,6 +85,7 @@ def build(
     targets: Any = ("q_proj", "v_proj"),
     rank: int = 4,
     lora_dropout: float = 0.05,
+    adapter: Callable[[], Any] | None = None,
     make_optimizer: Callable[[Any], Any] | None = None,
     tokens: int = 16,
     instrument: str = "profile",
@@ -84,6 +106,7 @@ def build(
         targets: ``target_modules`` of the adapter.
         rank: of the adapter.
         lora_dropout: of the adapter's input.
+        adapter: makes PEFT's configuration of another adapter; the three above do not count then.
         make_optimizer: from the trainable parameters to the optimizer; AdamW where left out.
         tokens: in each of the two rows.
         instrument: of ``verify``.
@@ -118,8 +141,8 @@ def build(
     if prepare:
         model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     chosen = targets if isinstance(targets, str) else list(targets)
-    adapter = peft.LoraConfig(r=rank, lora_dropout=lora_dropout, target_modules=chosen, task_type="CAUSAL_LM")
-    model = peft.get_peft_model(model, adapter)
+    lora = peft.LoraConfig(r=rank, lora_dropout=lora_dropout, target_modules=chosen, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(model, lora if adapter is None else adapter())
     model.train()
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     make = make_optimizer or (lambda parameters: torch.optim.AdamW(parameters, lr=1e-3))

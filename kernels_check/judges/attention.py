@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from kernels_check.observation.attention_calls import AttentionCall
     from kernels_check.observation.attention_layers import AttentionLayers
-    from kernels_check.observation.observe import Observation
+    from kernels_check.observation.observation import Observation
 
 FUSED_ATTENTION = frozenset({"flash", "efficient", "cudnn", "flash_attention_2"})
 """Backends that never write the score matrix to memory; what the requirement ``fused`` stands for."""

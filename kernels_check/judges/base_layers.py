@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from kernels_check.check import (
     FLAG,
+    SHARE,
     Finding,
     Json,
     JudgedPath,
@@ -23,8 +25,10 @@ from kernels_check.check import (
 )
 
 if TYPE_CHECKING:
-    from kernels_check.observation.observe import Observation
-    from kernels_check.observation.storage import Digest, Storage
+    from kernels_check.observation.census import Census
+    from kernels_check.observation.digest import Change
+    from kernels_check.observation.observation import Observation
+    from kernels_check.observation.storage import Storage
 
 _BITS_REMEDY = {
     4: "load with quantization_config=BitsAndBytesConfig(load_in_4bit=True) and keep targets out of its skip list",
@@ -32,6 +36,15 @@ _BITS_REMEDY = {
     16: "load with dtype=torch.bfloat16 and no quantization_config",
     32: "load with dtype=torch.float32 and no quantization_config",
 }
+_NO_BASE = "there is no base: every parameter is an adapter's"
+_TORN = (
+    "no forward in eval mode on this CPU where weights are gathered anew for each forward, as by FSDP2: call "
+    "model.train(), or set support_avx512bf16_for_cpu=False on every Linear4bit before the first forward"
+)
+# bitsandbytes casts a bias to the compute dtype in the first forward: not trained, but not silent either.
+_CAST = "but for what was cast once by the forward"
+_CACHE = "but for what was made anew by the forward, and not saved with the model"
+_ROUNDED = "but for rounding, since PEFT merges the adapter into nn.MultiheadAttention for each forward and out again"
 
 
 def judge_bits(seen: Observation, required: Json) -> Finding:
@@ -40,7 +53,58 @@ def judge_bits(seen: Observation, required: Json) -> Finding:
     density = [item.bits_per_weight for item in stored.values() if item.bits_per_weight is not None]
     reason = f"{sum(density) / len(density):.3f} bits a weight with scales in {len(density)} layers" if density else ""
     remedy = _BITS_REMEDY.get(required) if isinstance(required, int) else None
-    return _over_layers(stored, {name: item.bits for name, item in stored.items()}, required, reason, remedy)
+    bits = {name: item.bits for name, item in stored.items()}
+    finding = _over_layers(stored, bits, required, reason, remedy)
+    told = Counter(value for value in bits.values() if value is not None)
+    if not told:
+        return finding
+    expected = required if isinstance(required, int) else told.most_common(1)[0][0]
+    rest = _rest_of_the_base(seen.census(), expected)
+    return replace(finding, reason=f"{finding.reason}; {rest}")
+
+
+def _rest_of_the_base(census: Census, bits: int) -> str:
+    """Say how much of the base is not as its targeted layers are."""
+    others = census.others(bits)
+    if not others:
+        return f"so is the whole base of {_size(census.bytes_of.total())}"
+    return f"of the whole base {1 - census.share(bits):.1%} of the bytes are not in {bits} bits: {_largest(others)}"
+
+
+def judge_bytes_in_4bit(seen: Observation, required: Json) -> Finding:
+    """Judge ``base.bytes_in_4bit``, a minimum: the share of all bytes of the base, as stored, that are 4-bit weights.
+
+    Scales count as bytes of their weights. What cannot be read may be either.
+    """
+    census = seen.census()
+    total, share, unread = census.bytes_of.total(), census.share(4), census.share(None)
+    if not total:
+        return Finding(observed=None, present=False, reason=_NO_BASE)
+    weights = f"{census.weight_share(4):.1%} of the weights"
+    reason = f"{share:.1%} of the {_size(total)} of the base are 4-bit weights with their scales ({weights})"
+    others = census.others(4)
+    reason += f"; the largest that are not: {_largest(others)}" if others else ""
+    reason += f"; {unread:.1%} could not be read and may be either" if unread else ""
+    minimum = float(required) if isinstance(required, int | float) else 0.0
+    undecided = share < minimum <= share + unread
+    return Finding(
+        observed=round(share, 6),
+        reason=reason,
+        status="unknown" if undecided else None,
+        satisfies=share >= minimum,
+        present=share > 0,
+    )
+
+
+def _largest(others: list[tuple[str, int]]) -> str:
+    """Name the two largest; what is said of a base is long enough."""
+    rest = f" and {len(others) - 2} more" if len(others) > 2 else ""
+    return ", ".join(f"{name} {_size(size)}" for name, size in others[:2]) + rest
+
+
+def _size(size: int) -> str:
+    scale, unit = next((pair for pair in ((2**30, "GiB"), (2**20, "MiB")) if size >= pair[0]), (2**10, "KiB"))
+    return f"{size / scale:.1f} {unit}"
 
 
 def judge_quant_type(seen: Observation, required: Json) -> Finding:
@@ -58,42 +122,89 @@ def judge_double_quant(seen: Observation, required: Json) -> Finding:
 
 
 def judge_frozen(seen: Observation, required: Json) -> Finding:
-    """Judge ``base.frozen``: nothing trains, receives a gradient, is given to the optimizer, or changes its bytes."""
-    base, before, after = seen.base_parameters(), seen.before, seen.after
+    """Judge ``base.frozen``: no part of the base changes, receives a gradient, or would move with one."""
+    digest, change = seen.after, seen.after.since(seen.before)
+    if not digest.parts and not seen.before.parts and not digest.unseen:
+        return Finding(observed=None, present=False, reason=_NO_BASE)
+    what = f"every byte of {_size(digest.total_bytes)} in {len(digest.parts)} parts"
+    faults, notes = _trained(seen)
+    remedies = (
+        ["requires_grad_(False) on the base, and only the adapter's parameters for the optimizer"] if faults else []
+    )
+    repacked = bool(change.changed) and seen.before.packed != digest.packed
+    if digest.torn:
+        named = name_some(f"{name} ({why})" for name, why in digest.torn.items())
+        faults.append(f"{len(digest.torn)} 4-bit weights do not fit their states: {named}")
+        remedies.append(_TORN)
+    if change.changed and not repacked:
+        names = name_some(change.changed)
+        faults.append(f"{what} compared: {len(change.changed)} changed over {seen.calls} steps: {names}")
+        if all(digest.is_buffer(name) for name in change.changed):
+            remedies.append("eval() on the layers whose buffers move, such as BatchNorm's statistics")
+    unknown = [
+        "an eval forward repacked Linear4bit weights in place (AVX512 layout): bytes cannot be compared"
+    ] * repacked
+    unknown += _unread(seen, change)
+    notes += [
+        f"{words}: {name_some(names)}" for words, names in ((_CAST, change.cast), (_CACHE, change.caches)) if names
+    ]
+    notes += [f"{_ROUNDED}: {name_some(change.rounded)}"] if change.rounded else []
+    asked = seen.biases_asked_for() if faults else None
+    if asked is not None:
+        remedies = [f"set bias='none', unless the biases are to train: PEFT was asked to by {asked}"]
+    good = [] if faults or unknown else [f"{what} unchanged over {seen.calls} steps, no gradient, not optimised"]
+    told = [f"remedy: {remedy}" for remedy in remedies]
+    return Finding(
+        observed=False if faults else None if unknown else True,
+        reason="; ".join([*good, *faults, *told, *unknown, *notes]),
+        status="unknown" if unknown and not faults else None,
+    )
+
+
+def _unread(seen: Observation, change: Change) -> list[str]:
+    """What of the base could not be compared, so that nobody can say that it is still."""
+    reasons = []
+    unseen = {**seen.before.unseen, **seen.after.unseen}
+    if unseen:
+        named = name_some(f"{name} ({why})" for name, why in unseen.items())
+        reasons.append(f"the bytes of {len(unseen)} parts could not be read: {named}")
+    if change.incomparable:
+        named = name_some(change.incomparable)
+        reasons.append(f"sharded at one time and whole at the other, so that they cannot be compared: {named}")
+    if not seen.optimizers and (loose := _loose(seen)):
+        reasons.append(f"no optimizer stepped, so it cannot be told whether one holds what trains: {name_some(loose)}")
+    return reasons
+
+
+def _trained(seen: Observation) -> tuple[list[str], list[str]]:
+    """What trains of the base or would, and what only looks like it: an optimizer skips what has no gradient."""
+    base = seen.base_parameters()
     updated = {identity for optimizer in seen.optimizers for identity in optimizer.parameters}
-    faults = []
-    for problem, names in (
-        ("require gradients", [name for name, value in base.items() if value.requires_grad]),
-        ("received a gradient", [name for name in base if name in seen.gradients]),
-        ("are given to the optimizer", [name for name, value in base.items() if id(value) in updated]),
-    ):
-        if names:
-            faults.append(f"{len(names)} base parameters {problem}: {name_some(names)}")
-    part = "all" if after.hashed_bytes == after.total_bytes else f"an even sample of {after.hashed_bytes / 2**20:.2f}"
-    what = f"sha256 over {part} of {after.total_bytes / 2**20:.1f} MiB"
-    changed, recast = _compare(before, after)
-    if changed and before.packed != after.packed:
-        reason = "an eval forward repacked Linear4bit weights in place (AVX512 layout): bytes cannot be compared"
-        return Finding(observed=None, status="unknown", reason="; ".join([*faults, reason]))
-    if changed:
-        faults.append(f"{what}: {len(changed)} tensors changed over {seen.calls} steps: {name_some(changed)}")
-    good = f"{what} unchanged over {seen.calls} steps, no gradient, not optimised"
-    # bitsandbytes casts a bias to the compute dtype in the first forward: not trained, but not silent either.
-    note = f"; cast once by the forward: {name_some(recast)}" if recast else ""
-    remedy = "; remedy: requires_grad_(False) on the base, and only the adapter's parameters for the optimizer"
-    return Finding(observed=not faults, reason=("; ".join(faults) + remedy if faults else good) + note)
+    given = {name for name, value in base.items() if id(value) in updated}
+    reached = [name for name in base if name in seen.gradients]
+    train = [name for name, value in base.items() if value.requires_grad and (name in given or name in seen.gradients)]
+    problems = (
+        ("require gradients", train),
+        ("received a gradient", reached),
+        ("are given to the optimizer", [name for name in train if name in given]),
+    )
+    faults = [f"{len(names)} base parameters {problem}: {name_some(names)}" for problem, names in problems if names]
+    idle = given - {*train, *reached}
+    notes = [f"{len(idle)} frozen base parameters are given to the optimizer, which skips them"] if idle else []
+    loose = _loose(seen)
+    if loose and seen.optimizers:
+        notes.append(f"no gradient reached and no optimizer holds, though they require gradients: {name_some(loose)}")
+    return faults, notes
 
 
-def _compare(before: Digest, after: Digest) -> tuple[list[str], list[str]]:
-    """Names of the tensors whose bytes changed, and of those that changed with their dtype."""
-    changed: list[str] = []
-    recast: list[str] = []
-    for name in sorted(before.tensors.keys() | after.tensors.keys()):
-        old, new = before.tensors.get(name), after.tensors.get(name)
-        if old != new:
-            same_type = old is None or new is None or old[0] == new[0]
-            (changed if same_type else recast).append(name)
-    return changed, recast
+def _loose(seen: Observation) -> list[str]:
+    """Base parameters that require gradients, that none reached, and that no optimizer seen holds."""
+    updated = {identity for optimizer in seen.optimizers for identity in optimizer.parameters}
+    return [
+        name
+        for name, value in seen.base_parameters().items()
+        if value.requires_grad and id(value) not in updated and name not in seen.gradients
+    ]
 
 
 def _over_layers(
@@ -101,7 +212,7 @@ def _over_layers(
 ) -> Finding:
     """Compare one property over all targeted layers and name the exceptions."""
     if not stored:
-        return Finding(observed=None, present=False, reason="no layer carries a LoRA adapter")
+        return Finding(observed=None, present=False, reason="no layer carries an adapter")
     expected = required if required is not None else Counter(values.values()).most_common(1)[0][0]
     distinct = set(values.values())
     observed = distinct.pop() if len(distinct) == 1 else join_values(str(value) for value in values.values())
@@ -125,6 +236,7 @@ _QUANT_TYPE = Requirement(kind="choice", choices=("nf4", "fp4", "int8", "none"))
 
 PATHS: Mapping[str, JudgedPath] = {
     "base.bits": JudgedPath(requirement=_BITS, judge=judge_bits),
+    "base.bytes_in_4bit": JudgedPath(requirement=SHARE, judge=judge_bytes_in_4bit),
     "base.quant_type": JudgedPath(requirement=_QUANT_TYPE, judge=judge_quant_type),
     "base.double_quant": JudgedPath(requirement=FLAG, judge=judge_double_quant),
     "base.frozen": JudgedPath(requirement=FLAG, judge=judge_frozen),

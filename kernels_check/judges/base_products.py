@@ -22,7 +22,7 @@ from kernels_check.check import (
 
 if TYPE_CHECKING:
     from kernels_check.observation.layer_products import LayerProducts
-    from kernels_check.observation.observe import Observation
+    from kernels_check.observation.observation import Observation
 
 
 def judge_compute_dtype(seen: Observation, required: Json) -> Finding:

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from kernels_check.check import FLAG, SHARE, Check, Finding, Json, JudgedPath, judge_safely
+from kernels_check.check import FLAG, SHARE, Check, Finding, Json, JudgedPath, Status, judge_safely
 
 if TYPE_CHECKING:
     from torch import nn
 
     from kernels_check.observation.isolation import IsolationSeen
-    from kernels_check.observation.observe import Observation
+    from kernels_check.observation.observation import Observation
 
-_LEAK = "default use_cache builds a cache and skips packed detection: pass use_cache=False and no attention_mask"
+_LEAK = (
+    "positions tell records apart only without a cache, which is the default, and without a mask of two dimensions: "
+    "pass use_cache=False and no attention_mask, or a mask of blocks to a model whose mask knows no positions (OPT)"
+)
 _PADDED = "pack the records into full rows, or sort them by length"
 
 
@@ -21,16 +24,17 @@ def probe_isolation(model: nn.Module, batch: Mapping[str, Any]) -> Check:
     """Check that the records packed in ``batch`` are isolated, in training and in evaluation.
 
     Args:
-        model: called as ``model(**batch)``, twice unchanged and twice perturbed per mode.
-        batch: ``input_ids`` and ``position_ids``, both [rows, tokens], the latter restarting at each record; further
-            entries (such as ``use_cache``) are passed on, labels are not.
+        model: called as ``model(**batch)``, some 4 to 8 times a mode: more for more records a row, see ``isolation``.
+        batch: ``input_ids`` of [rows, tokens], and ``position_ids`` that restart at each record, or whatever else
+            tells the model its records (see ``records``); further entries (such as ``use_cache``) are passed on, labels
+            only where the model does not run without.
 
     Returns:
         The check of ``packing.isolated`` against True. Parameters, modes and random numbers are left as found.
     """
-    from kernels_check.observation.isolation import perturb_records
+    from kernels_check.observation.packed_step import isolation_of_batch
 
-    return judge_safely("packing.isolated", True, lambda: _judge_leaks(perturb_records(model, batch)))
+    return judge_safely("packing.isolated", True, lambda: _judge_leaks(isolation_of_batch(model, batch)))
 
 
 def judge_isolation(seen: Observation, required: Json) -> Finding:
@@ -39,30 +43,34 @@ def judge_isolation(seen: Observation, required: Json) -> Finding:
 
 
 def _judge_leaks(seen: IsolationSeen) -> Finding:
+    if seen.leaks:
+        return Finding(observed=False, reason="; ".join([*seen.leaks, _LEAK, *seen.notes]))
     if seen.unclear is not None:
         return Finding(observed=None, status="unknown", present=seen.packed, reason=seen.unclear)
-    if seen.leaks:
-        return Finding(observed=False, reason="; ".join([*seen.leaks, _LEAK]))
-    reason = f"{seen.records} records: perturbations changed no other logit, in train and in eval"
-    return Finding(observed=True, reason=reason)
+    modes = " and ".join(f"in {mode}" for mode in seen.probed)
+    reason = f"{seen.records} records: perturbations changed no other logit, {modes}"
+    return Finding(observed=True, reason="; ".join([reason, *seen.notes]))
 
 
 def judge_padding(seen: Observation, required: Json) -> Finding:
-    """Judge ``padding.share``, a maximum."""
-    padding = seen.padding
-    if padding is None:
-        reason = "no call of the model itself with input_ids of [rows, tokens] was seen"
-        return Finding(observed=None, present=False, status="not_applicable", reason=reason)
-    share = padding.padded / padding.tokens
-    reason = f"{padding.padded} of {padding.tokens} positions ({share:.0%}) are padding, told by {padding.by}"
+    """Judge ``padding.share``, a maximum: by what is surely padding it must not be exceeded, nor by what may be."""
+    from kernels_check.observation.padding import describe
+
+    padding = seen.padding()
+    if padding is None or not padding.tokens:
+        missing = "no call of the model itself was seen" if padding is None else padding.unseen
+        return Finding(
+            observed=None, present=False, status=None if required is None else "unknown", reason=f"{missing}"
+        )
+    share, most_there_is = (count / padding.tokens for count in (padding.padded, padding.padded + padding.doubtful))
     most = float(required) if isinstance(required, int | float) else 1.0
-    if padding.by.startswith("nothing"):
-        return Finding(observed=None, present=False, status=None if required is None else "unknown", reason=reason)
-    return Finding(
-        observed=round(share, 4),
-        reason=reason if share <= most else f"{reason}: {_PADDED}",
-        satisfies=share <= most,
-    )
+    reasons = [describe(padding), *([padding.unseen] if padding.unseen is not None else [])]
+    if share > most:
+        return Finding(observed=round(share, 4), reason="; ".join([*reasons, _PADDED]), satisfies=False)
+    if padding.unseen is not None or most_there_is > most:
+        status: Status | None = None if required is None else "unknown"
+        return Finding(observed=round(share, 4), status=status, reason="; ".join(reasons))
+    return Finding(observed=round(share, 4), reason="; ".join(reasons), satisfies=True)
 
 
 PATHS: Mapping[str, JudgedPath] = {

@@ -9,32 +9,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from kernels_check.check import FLAG, Finding, Json, JudgedPath, Requirement, count_values, name_some
+from kernels_check.check import FLAG, SHARE, Finding, Json, JudgedPath, Requirement, count_values, name_some
 from kernels_check.observation.compilations import Compilations
 
 if TYPE_CHECKING:
-    from kernels_check.observation.observe import Observation
+    from kernels_check.observation.observation import Observation
+    from kernels_check.observation.recomputed_blocks import BlockRecomputed
 
 
 def judge_checkpointing(seen: Observation, required: Json) -> Finding:
-    """Judge ``checkpointing``: forward work found inside the backward pass."""
-    forward = [call for call in seen.profile.attention if call.direction == "forward"]
-    backward = len(seen.profile.attention) - len(forward)
-    first = sum(not call.recomputed for call in forward)
-    called = {layer.name for layer in seen.lora_layers() if seen.modules.ran(layer.name)}
-    repeated = {name for name in called if seen.modules.recomputed(name)}
-    if not first and not called:
-        return Finding(observed=None, status="unknown", present=False, reason="no layer call was seen in the step")
-    ratio = len(forward) / first if first else 1.0
-    reason = (
-        f"attention: {len(forward)} forward calls for {first} layers ({ratio:.2f} times), {backward} backward; "
-        f"{len(repeated)} of {len(called)} adapter layers called again in the backward pass"
-    )
-    if ratio == 1.0 and repeated:
-        reason += "; a selective policy keeps the attention and recomputes the rest"
-    complete = ratio >= 2.0 or (ratio == 1.0 and bool(called) and repeated == called)
-    happened = ratio > 1.0 or bool(repeated)
-    if required is True and not complete and (happened or _flagged(seen.model)):
+    """Judge ``checkpointing``: every block that a gradient comes back to is computed again, at each of its calls."""
+    judged = _recomputed(seen)
+    if isinstance(judged, Finding):
+        return judged
+    share, happened, reason = judged
+    if required is True and share < 1.0 and (happened or _flagged(seen.model)):
         modes = "eval" if not any(seen.modes.values()) else "train"
         if happened:
             cause = "only part of the layers recompute: look for a layer whose gradient_checkpointing is off"
@@ -42,6 +31,67 @@ def judge_checkpointing(seen: Observation, required: Json) -> Finding:
             cause = f"the flag is on but nothing recomputes in {modes} mode; transformers does so in train mode only"
         return Finding(observed=happened, status="fallback", reason=f"{reason}; {cause}", present=happened)
     return Finding(observed=happened, reason=reason, present=happened)
+
+
+def judge_checkpointed_layers(seen: Observation, required: Json) -> Finding:
+    """Judge ``checkpointing.layers``, a minimum: the share of those blocks."""
+    judged = _recomputed(seen)
+    if isinstance(judged, Finding):
+        return judged
+    share, _, reason = judged
+    minimum = float(required) if isinstance(required, int | float) else 0.0
+    return Finding(observed=round(share, 6), reason=reason, satisfies=share >= minimum, present=share > 0)
+
+
+def _recomputed(seen: Observation) -> Finding | tuple[float, bool, str]:
+    """The share of the blocks that are recomputed, whether anything is, and the words for it."""
+    compiled = seen.compiled_blocks().compiled if seen.profile.compiled_regions else ()
+    blocks = seen.recomputed_blocks()
+    by_calls = [block for block in blocks if block.name not in compiled or block.again]
+    hidden = len(set(compiled).difference(block.name for block in by_calls))
+    again, shown = _compiled_again(seen)
+    if not blocks and not hidden:
+        idle = seen.blocks_without_gradient()
+        if not idle:
+            reason = "no layer call was seen in the step"
+            return Finding(observed=None, status="unknown", present=False, reason=reason)
+        return 0.0, False, f"no gradient comes back to the {len(idle)} blocks that ran: nothing is to be recomputed"
+    if hidden and again is None:
+        return Finding(observed=None, status="unknown", present=False, reason=shown)
+    whole = [block for block in by_calls if block.whole]
+    total = len(by_calls) + hidden
+    share = (len(whole) + hidden * (again or 0.0)) / total
+    happened = any(block.again for block in by_calls) or bool(hidden and again)
+    reason = f"{len(whole)} of {len(by_calls)} blocks computed again in the backward pass"
+    missing = [_missing(block) for block in by_calls if not block.whole]
+    reason += f", without {name_some(missing)}" if missing and happened else ""
+    partly = [block for block in whole if block.repeated < block.modules]
+    if partly:
+        reason += "; called again: " + name_some(
+            f"{block.repeated} of {block.modules} modules of {block.name}" for block in partly
+        )
+    idle = seen.blocks_without_gradient()
+    reason += f"; {len(idle)} further blocks take no gradient, so that nothing is kept for them" if idle else ""
+    reason += f"; {shown}" if hidden else ""
+    return share, happened, reason
+
+
+def _missing(block: BlockRecomputed) -> str:
+    if block.split:
+        return f"{block.name} without {name_some(block.split)}"
+    return f"{block.name} ({block.again} of {block.calls} calls)" if block.again else block.name
+
+
+def _compiled_again(seen: Observation) -> tuple[float | None, str]:
+    """Of blocks in compiled code, where no call is seen, how many times the attention ran again; None if unknown."""
+    calls = [call for call in seen.profile.attention if call.direction == "forward" and call.compiled]
+    first = sum(not call.recomputed for call in calls)
+    if not first:
+        return None, "the blocks ran in compiled code, which calls no hook, and no attention in it was seen"
+    share = min(1.0, (len(calls) - first) / first)
+    if not share and _flagged(seen.model):
+        return None, "the blocks ran in compiled code, which may keep the attention and recompute the rest"
+    return share, f"in compiled code, told by its attention: {len(calls)} forward calls for {first} layers"
 
 
 def _flagged(model: Any) -> bool:
@@ -76,22 +126,78 @@ def _tf32_flag() -> str:
 
 
 def judge_compile(seen: Observation, required: Json) -> Finding:
-    """Judge ``compile``: regions entered in the watched step; breaks and recompiles are named and fail nothing."""
-    regions, lookups, past = seen.profile.compiled_regions, seen.profile.compiler_lookups, seen.compilations
-    reason = f"{regions} compiled regions entered, {lookups} compiler cache look-ups"
-    if lookups and (not regions or (lookups > regions and (past.refused or not past.complete))):
-        reason += (
-            f": {'part of ' if regions else ''}the code ran eagerly, because the recompile limit was reached or "
-            "compilation is disabled; pad to few lengths, mark the sizes dynamic, or raise "
-            f"torch._dynamo.config.recompile_limit; {past}"
-        )
-        return Finding(observed="in part" if regions else False, reason=reason)
+    """Judge ``compile``: all blocks in compiled code; breaks and recompiles are named and fail nothing."""
+    regions, past = seen.profile.compiled_regions, seen.compilations
+    blocks = seen.compiled_blocks()
+    reason = _entered(seen)
+    untold = _untold(seen)
+    if untold is not None:
+        return Finding(observed=None, status="unknown", reason=f"{reason}; {untold}")
+    whole = bool(blocks.compiled) and not blocks.not_whole
+    observed: Json = whole or ("in part" if blocks.compiled or blocks.partly else False)
+    if not whole:
+        eagerly = _eagerly(seen)
+        reason += eagerly
+        present = bool(blocks.regions or eagerly)
+    else:
+        present = True
     if regions or past != Compilations():
         reason += f"; {past}"
-    if regions and past.unreadable is not None:
-        return Finding(observed=None, status="unknown", reason=reason)
-    observed: Json = f"in pieces: {name_some(past.breaks, '; ')}" if regions and past.breaks else regions > 0
-    return Finding(observed=observed, reason=reason, present=regions > 0, satisfies=(regions > 0) is required)
+    if whole and past.breaks:
+        observed = f"in pieces: {name_some(past.breaks, '; ')}"
+    satisfies = whole if required is True else not blocks.regions
+    return Finding(observed=observed, reason=reason, present=present, satisfies=satisfies)
+
+
+def judge_compiled_share(seen: Observation, required: Json) -> Finding:
+    """Judge ``compile.share``, a minimum: the share of the blocks that ran in compiled code."""
+    blocks = seen.compiled_blocks()
+    reason = _entered(seen)
+    untold = _untold(seen) or ("no block of the model was seen to run" if not blocks.ran else None)
+    if untold is not None:
+        return Finding(observed=None, status="unknown", present=False, reason=f"{reason}; {untold}")
+    share = len(blocks.compiled) / blocks.ran
+    minimum = float(required) if isinstance(required, int | float) else 0.0
+    reason += _eagerly(seen) if share < 1.0 else ""
+    return Finding(observed=round(share, 6), reason=reason, satisfies=share >= minimum, present=share > 0)
+
+
+def _entered(seen: Observation) -> str:
+    """How many regions were entered, and by how many blocks of how many."""
+    regions, lookups, blocks = seen.profile.compiled_regions, seen.profile.compiler_lookups, seen.compiled_blocks()
+    reason = f"{regions} compiled regions entered, {lookups} compiler cache look-ups"
+    if not regions:
+        return reason
+    reason += f"; {len(blocks.compiled)} of {blocks.ran} blocks ran in compiled code"
+    reason += f"; eager in part: {name_some(blocks.partly)}" if blocks.partly else ""
+    reason += f"; eager: {name_some(blocks.eager)}" if blocks.eager and (blocks.compiled or blocks.partly) else ""
+    if blocks.helpers:
+        known = blocks.compiled or blocks.partly  # then these may be pieces of what holds the blocks
+        reason += f"; {blocks.helpers} regions outside of its blocks{'' if known else ', as of a loss'}"
+    return reason
+
+
+def _untold(seen: Observation) -> str | None:
+    """Why what was entered does not tell which blocks ran in it."""
+    if not seen.profile.compiled_regions:
+        return None
+    if seen.compilations.unreadable is not None:
+        return str(seen.compilations)
+    if not seen.modules.taken:
+        return "the step compiles anew in each call, so that no module could be watched beside it"
+    return None
+
+
+def _eagerly(seen: Observation) -> str:
+    """Why code that was to be compiled ran eagerly; empty where none was."""
+    regions, lookups, past = seen.profile.compiled_regions, seen.profile.compiler_lookups, seen.compilations
+    if not lookups or (regions and (lookups <= regions or (past.complete and not past.refused))):
+        return ""
+    return (
+        f": {'part of ' if regions else ''}the code ran eagerly, because the recompile limit was reached or "
+        "compilation is disabled; pad to few lengths, mark the sizes dynamic, or raise "
+        f"torch._dynamo.config.recompile_limit{'' if regions else f'; {past}'}"
+    )
 
 
 def judge_mode(seen: Observation, required: Json) -> Finding:
@@ -107,8 +213,10 @@ def judge_mode(seen: Observation, required: Json) -> Finding:
 
 
 PATHS: Mapping[str, JudgedPath] = {
-    "checkpointing": JudgedPath(requirement=FLAG, judge=judge_checkpointing, rests_on=("attention",)),
+    "checkpointing": JudgedPath(requirement=FLAG, judge=judge_checkpointing, rests_on=("recomputation",)),
+    "checkpointing.layers": JudgedPath(requirement=SHARE, judge=judge_checkpointed_layers, rests_on=("recomputation",)),
     "tf32": JudgedPath(requirement=FLAG, judge=judge_tf32, rests_on=("kernels",)),
-    "compile": JudgedPath(requirement=FLAG, judge=judge_compile),
+    "compile": JudgedPath(requirement=FLAG, judge=judge_compile, rests_on=("compilation",)),
+    "compile.share": JudgedPath(requirement=SHARE, judge=judge_compiled_share, rests_on=("compilation",)),
     "mode": JudgedPath(requirement=Requirement(kind="choice", choices=("train", "eval")), judge=judge_mode),
 }

@@ -6,15 +6,20 @@ while the flag stays true. Only the state tensors themselves tell.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from kernels_check.check import FLAG, SHARE, Finding, Json, JudgedPath, Requirement, join_values
+from kernels_check.check import FLAG, SHARE, Finding, Json, JudgedPath, Requirement, join_values, name_some
 
 if TYPE_CHECKING:
-    from kernels_check.observation.observe import Observation, OptimizerSeen
+    from kernels_check.observation.observation import Observation
+    from kernels_check.observation.optimizers import OptimizerSeen
+    from kernels_check.observation.updates import GroupSeen
 
 _NO_OPTIMIZER = Finding(observed=None, present=False, reason="no torch.optim.Optimizer stepped in the watched calls")
+
+_UNSEEN = "unseen"
 
 _FUSED_LOST = (
     "asked for and lost: load_state_dict() brings back the switch of the groups that were saved, "
@@ -25,7 +30,7 @@ _FUSED_LOST = (
 def judge_class(seen: Observation, required: Json) -> Finding:
     """Judge ``optimizer.class`` by the rule of ``is_class``."""
     if not seen.optimizers:
-        return _NO_OPTIMIZER
+        return _no_optimizer(seen)
     observed = join_values(optimizer.classes[0] for optimizer in seen.optimizers)
     matches = all(is_class(optimizer.classes, str(required)) for optimizer in seen.optimizers)
     reason = f"{observed} stepped {seen.optimizer_steps} times in {seen.calls} calls"
@@ -47,41 +52,67 @@ def is_class(classes: tuple[str, ...], required: str) -> bool:
 
 
 def judge_fused(seen: Observation, required: Json) -> Finding:
-    """Judge ``optimizer.fused``: torch's single-kernel update, against one kernel per operation or per tensor."""
+    """Judge ``optimizer.fused``: torch's single-kernel update of every parameter that had a gradient."""
     if not seen.optimizers:
-        return _NO_OPTIMIZER
-    operators = seen.profile.optimizer_ops
-    observed = _implementation(operators)
-    wished = join_values(str(optimizer.fused_requested) for optimizer in seen.optimizers)
+        return _no_optimizer(seen)
+    updated = seen.updated_by_kind()
+    kinds = sum(updated, Counter[str]())
+    total, fused, unseen = kinds.total(), kinds["fused"], kinds[_UNSEEN]
+    operators = Counter(seen.update_operators())
     counts = ", ".join(f"{count} {name}" for name, count in sorted(operators.items())) or "no update operator"
-    reason = f"{counts} in one step; optimizers were built with fused={wished}"
-    if observed == "bitsandbytes":
+    wished = join_values(str(optimizer.fused_requested) for optimizer in seen.optimizers)
+    reason = f"{fused} of {total} parameters updated by fused kernels; {counts} in one step; "
+    reason += f"optimizers were built with fused={wished}"
+    if not total or unseen == total:
+        return Finding(observed=None, status="unknown", reason=f"{reason}; {_why_unseen(seen, total)}")
+    observed = join_values(kind for kind in kinds if kind != _UNSEEN)
+    if unseen:
+        reason += f"; of {unseen} parameters no update was seen"
+    if kinds["bitsandbytes"] and kinds["bitsandbytes"] + fused == total:
         reason += "; bitsandbytes has kernels of its own"
         return Finding(observed=observed, status="not_applicable", reason=reason)
-    if not operators and seen.profile.compiled_regions:
-        return Finding(observed=None, status="unknown", reason=f"{reason}; the update may be compiled")
-    if required is True and observed != "fused":
-        asked = any(seen_by.fused_requested for seen_by in seen.optimizers)
-        reason += f"; {_FUSED_LOST if asked else 'build it with fused=True'}"
-    return Finding(observed=observed, reason=reason, satisfies=(observed == "fused") == required)
+    others = [group for group, counted in zip(seen.updated, updated, strict=True) if counted.total() > counted["fused"]]
+    if fused and others:
+        reason += f"; not by fused kernels: {name_some(f'group {one.index} of {one.optimizer}' for one in others)}"
+    if required is True and fused < total:
+        reason += f"; {_remedy(others)}"
+    decided = fused if required is False else total - fused - unseen
+    if unseen and not decided:
+        return Finding(observed=observed, status="unknown", reason=reason)
+    return Finding(observed=observed, reason=reason, satisfies=(fused == total) if required is True else not fused)
 
 
-def _implementation(operators: Iterable[str]) -> str:
-    names = list(operators)
-    for prefix, implementation in (
-        ("bitsandbytes::", "bitsandbytes"),
-        ("aten::_fused_", "fused"),
-        ("aten::_foreach_", "foreach"),  # the fused update counts its steps with a foreach too: tested after it
-    ):
-        if any(name.startswith(prefix) for name in names):
-            return implementation
-    return "loop"
+def _remedy(groups: Sequence[GroupSeen]) -> str:
+    without = sorted({group.optimizer for group in groups if not group.has_fused})
+    if without:
+        return f"{', '.join(without)} has no fused version: choose torch's AdamW, Adam, SGD or Adagrad with fused=True"
+    return _FUSED_LOST if any(group.built_with for group in groups) else "build it with fused=True"
+
+
+def _why_unseen(seen: Observation, total: int) -> str:
+    """Why no operator of an update was seen, although an optimizer stepped."""
+    if not seen.updated:
+        return "no optimizer stepped in the watched call"
+    if not total:
+        return "no parameter had a gradient, so that there was nothing to update"
+    if seen.profile.compiled_regions:
+        return "the update may be compiled"
+    names = join_values(group.optimizer for group in seen.updated)
+    return f"{names} wrote no parameter by an operator: it calls kernels of its own, or updates in another way"
+
+
+def _no_optimizer(seen: Observation) -> Finding:
+    """Nothing stepped that could be judged; that parameters moved all the same makes it unknown."""
+    if not seen.changed:
+        return _NO_OPTIMIZER
+    reason = f"{_NO_OPTIMIZER.reason}, and yet {len(seen.changed)} parameters changed: by an optimizer of another kind?"
+    return Finding(observed=None, status="unknown", present=False, reason=reason)
 
 
 def judge_paged_share(seen: Observation, required: Json) -> Finding:
     """Judge ``optimizer.paged_share``, a minimum, by bytes of state."""
     if not seen.optimizers:
-        return _NO_OPTIMIZER
+        return _no_optimizer(seen)
     total = sum(optimizer.state_bytes for optimizer in seen.optimizers)
     paged = sum(optimizer.paged_bytes for optimizer in seen.optimizers)
     share = paged / total if total else 0.0

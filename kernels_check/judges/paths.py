@@ -10,13 +10,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from kernels_check.check import JudgedPath, Requirement
-from kernels_check.judges import adapter, attention, base_layers, base_products, batch, execution, optimizer
+from kernels_check.judges import (
+    adapter,
+    attached,
+    attention,
+    base_layers,
+    base_products,
+    batch,
+    execution,
+    learning,
+    optimizer,
+)
 
 PATHS: Mapping[str, JudgedPath] = {
     **attention.PATHS,
     **batch.PATHS,
     **base_layers.PATHS,
     **base_products.PATHS,
+    **attached.PATHS,
+    **learning.PATHS,
     **adapter.PATHS,
     **optimizer.PATHS,
     **execution.PATHS,
@@ -27,7 +39,7 @@ REQUIREMENTS: Mapping[str, Requirement] = {path: judged.requirement for path, ju
 """What each path accepts, in the same order."""
 
 
-def validate(requirements: Mapping[str, object], *, has_batch: bool) -> None:
+def validate(requirements: Mapping[str, object]) -> None:
     """Refuse an unknown path or a value of the wrong kind.
 
     Raises:
@@ -40,6 +52,3 @@ def validate(requirements: Mapping[str, object], *, has_batch: bool) -> None:
         problem = requirement.problem(value)
         if problem is not None:
             raise ValueError(f"requirement {path}={value!r} {problem}")
-    for path in requirements:
-        if PATHS[path].packed and not has_batch:
-            raise ValueError(f"requirement {path} needs a packed batch to perturb: pass verify(..., batch=...)")

@@ -8,11 +8,13 @@ ran outside the model: in another model, in a copy, or in code that torch.compil
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import FrameType
 from typing import Any
 
 import torch
@@ -33,7 +35,8 @@ class ModuleCall:
     training: bool
     """The module's mode at that moment."""
     with_grad: bool
-    """Whether gradients were being recorded."""
+    """Whether gradients were being recorded, by autograd or by the autograd function that it ran in: a checkpoint of
+    the reentrant kind switches them off and computes the module again."""
     in_backward: bool
     """Whether the autograd engine was running: the module is computed again for it (gradient checkpointing)."""
     thread: int
@@ -58,6 +61,8 @@ class Calls:
     """Identity of the thread that called the step."""
     modes: tuple[tuple[int, Mapping[str, bool]], ...] = ()
     """``training`` of every module at each entry into the model, with the number of that call."""
+    differentiable: frozenset[int] = frozenset()
+    """Numbers of the calls of the forward pass whose results a gradient can come back to."""
 
     @cached_property
     def relevant(self) -> frozenset[int]:
@@ -113,9 +118,14 @@ class Calls:
             seen[name] = {self.all[number].training for number in numbers}
         return {name: next(iter(modes)) if len(modes) == 1 else None for name, modes in seen.items()}
 
+    @property
+    def taken(self) -> bool:
+        """Whether there is a log at all: of a step that compiles anew in each call there is none."""
+        return self.thread is not None
+
     def in_other_threads(self) -> bool:
         """Whether the forward pass ran in a thread that is not the one that called the step."""
-        return any(not call.in_backward and call.thread != self.thread for call in self.all)
+        return any(self.all[number].thread != self.thread for number in self.forward)
 
     def _root(self, number: int) -> int:
         *_, root = self.enclosing(number)
@@ -132,6 +142,7 @@ class CallRecorder:
     log: list[ModuleCall] = field(default_factory=list)
     unhooked: set[str] = field(default_factory=set)
     modes: list[tuple[int, dict[str, bool]]] = field(default_factory=list)
+    differentiable: set[int] = field(default_factory=set)
     thread: int = field(default_factory=threading.get_ident)
     _local: threading.local = field(default_factory=threading.local)
 
@@ -155,6 +166,7 @@ class CallRecorder:
             unhooked=frozenset(self.unhooked),
             thread=self.thread,
             modes=tuple(self.modes),
+            differentiable=frozenset(self.differentiable),
         )
 
     def current(self) -> int | None:
@@ -169,10 +181,12 @@ class CallRecorder:
 
             def through(*args: Any, **kwargs: Any) -> Any:
                 self._enter(module, names, compiled=True)
+                output = None
                 try:
-                    return original(*args, **kwargs)
+                    output = original(*args, **kwargs)
+                    return output
                 finally:
-                    self._leave(module)
+                    self._leave(module, output)
 
             module._compiled_call_impl = through
             hooks.callback(setattr, module, "_compiled_call_impl", original)
@@ -182,7 +196,7 @@ class CallRecorder:
             self._enter(module, names)
 
         def leave(module: nn.Module, inputs: Any, output: Any) -> None:
-            self._leave(module)
+            self._leave(module, output)
 
         try:
             hooks.callback(module.register_forward_pre_hook(enter, prepend=True).remove)
@@ -192,19 +206,26 @@ class CallRecorder:
 
     def _enter(self, module: nn.Module, names: tuple[str, ...], *, compiled: bool = False) -> None:
         stack = self._stack()
+        in_backward = torch._C._current_graph_task_id() != -1
+        caller = stack[-1][0] if stack else None
+        context = None
+        if not in_backward and not torch.is_grad_enabled() and (caller is None or self.log[caller].with_grad):
+            context = _function_context()
         number = len(self.log)
+        if context is not None and any(context.needs_input_grad):
+            self.differentiable.add(number)
         self.log.append(
             ModuleCall(
                 names=names,
-                caller=stack[-1][0] if stack else None,
+                caller=caller,
                 training=module.training,
-                with_grad=torch.is_grad_enabled(),
-                in_backward=torch._C._current_graph_task_id() != -1,
+                with_grad=torch.is_grad_enabled() or context is not None,
+                in_backward=in_backward,
                 thread=threading.get_ident(),
                 compiled=compiled,
             )
         )
-        if not stack and torch._C._current_graph_task_id() == -1:
+        if not stack and not in_backward:
             self.modes.append((number, {name: module.training for name, module in self.model.named_modules()}))
         mark: Any = None
         if self.marked:
@@ -212,16 +233,18 @@ class CallRecorder:
             mark.__enter__()
         stack.append((number, module, mark))
 
-    def _leave(self, module: nn.Module) -> None:
+    def _leave(self, module: nn.Module, output: Any) -> None:
         """Close the call, and those inside it whose end no hook was told of."""
         stack = self._stack()
         if not any(entry[1] is module for entry in stack):
             return
         while stack:
-            _, closed, mark = stack.pop()
+            number, closed, mark = stack.pop()
             if mark is not None:
                 mark.__exit__(None, None, None)
             if closed is module:
+                if torch.is_grad_enabled() and _requires_grad(output):
+                    self.differentiable.add(number)
                 return
 
     def _stack(self) -> list[tuple[int, nn.Module, Any]]:
@@ -229,6 +252,31 @@ class CallRecorder:
         if found is None:
             found = self._local.stack = []
         return found
+
+
+def _requires_grad(output: Any) -> bool:
+    if isinstance(output, torch.Tensor):
+        return output.requires_grad
+    if isinstance(output, Mapping):
+        return any(map(_requires_grad, output.values()))
+    if isinstance(output, list | tuple):
+        return any(map(_requires_grad, output))
+    return hasattr(output, "__dict__") and any(
+        isinstance(one, torch.Tensor) and one.requires_grad for one in vars(output).values()
+    )
+
+
+def _function_context() -> Any:
+    """The context of the autograd function whose forward is running in this thread, if one is."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "forward" and code.co_varnames[:1] == ("ctx",):
+            context = frame.f_locals["ctx"]
+            if isinstance(context, torch.autograd.function.FunctionCtx):
+                return context
+        frame = frame.f_back
+    return None
 
 
 def number_of(mark: str) -> int:

@@ -18,8 +18,6 @@ BACKWARD_ROOT = "autograd::engine::evaluate_function"
 OPTIMIZER_ROOT = "Optimizer.step#"
 COMPILED_REGION = "Torch-Compiled Region"
 COMPILER_LOOKUP = "TorchDynamo Cache Lookup"
-UPDATES = ("aten::_fused_", "aten::_foreach_", "aten::addcdiv", "bitsandbytes::optimizer")
-"""How the operators of an optimizer's update begin."""
 SOFTMAX = frozenset({"aten::softmax", "aten::_softmax", "aten::_softmax_backward_data"})
 PRODUCTS = frozenset({
     *("aten::mm", "aten::addmm", "aten::_addmm_activation", "aten::bmm", "aten::baddbmm", "aten::_int_mm"),
@@ -65,7 +63,7 @@ class Operator:
 @cache
 def matters(name: str) -> bool:
     """Whether anything here reads an event of this name: a few hundred of the tens of thousands of a step."""
-    prefixes = (BACKWARD_ROOT, OPTIMIZER_ROOT, COMPILED_REGION, *UPDATES)
+    prefixes = (BACKWARD_ROOT, OPTIMIZER_ROOT, COMPILED_REGION)
     return name in _READ or name.startswith(prefixes) or attention_backend(name) is not None
 
 

@@ -1,58 +1,214 @@
 """How much of a batch is padding, which costs as much time as tokens do and teaches nothing.
 
 Tokens a second, read off a batch that is mostly padding, are a number about the padding. No operator shows it: the
-mask that reaches attention has been expanded, and has no meaning of its own. So the inputs of the model are read.
+mask that reaches attention has been expanded, and has no meaning of its own. So the inputs of the model are read, and
+none of them alone is believed: a mask of ones may lie over padded rows, and the token that pads need not be the one in
+the configuration. What a mask hides is padding. So is a run of one token at either end of a record, if anything says
+so: labels of -100 all over it, positions that stand still, or a configuration that names the token. A run of which
+nothing says so may be text (``"!!!"``), and is counted apart.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from kernels_check.check import name_some
+from kernels_check.observation.inputs import ModelCall, find_tokens, names_tokens, training_calls
+from kernels_check.observation.perturbation import special_tokens
+from kernels_check.observation.records import PADDING, LayoutError, Records, find_records, hidden_by
+
+_IGNORED = -100
+"""The label that no loss is computed for."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PaddingSeen:
-    """Padding in the inputs of one call of the step."""
+    """Padding in the inputs of the calls of one step."""
 
     tokens: int
     padded: int
-    by: str
-    """What told: the attention mask, or the padding token at the ends of the rows."""
+    """Positions that are padding by all that is known."""
+    doubtful: int = 0
+    """Further positions in runs of one token at the end of a record, of which nothing says what they are."""
+    by: tuple[str, ...] = ()
+    """What told."""
+    by_call: tuple[tuple[int, int], ...] = ()
+    """Padded positions and all positions of each call."""
+    unseen: str | None = None
+    """Why the tokens of a call could not be read."""
 
 
-def count_padding(model: nn.Module, calls: Sequence[Mapping[str, Any]]) -> PaddingSeen | None:
-    """Count padded positions over the calls of the model in one step; None where no call had ``input_ids``.
-
-    A two-dimensional ``attention_mask`` tells. Without one, as with packed rows, the padding tokens at either end of
-    a row count, but for one each: the padding token is often the end token as well.
-    """
-    config: Any = getattr(model, "config", None)
-    pad = getattr(config, "pad_token_id", None)
-    tokens = padded = 0
-    told: set[str] = set()
-    for call in calls:
-        ids, mask = call.get("input_ids"), call.get("attention_mask")
-        if not isinstance(ids, Tensor) or ids.dim() != 2:
-            continue
-        tokens += ids.numel()
-        if isinstance(mask, Tensor) and mask.shape == ids.shape:
-            padded += int(mask.eq(0).sum())
-            told.add("attention_mask")
-        elif isinstance(pad, int):
-            padded += sum(_run(rows) for rows in (ids.eq(pad), ids.eq(pad).flip(1)))
-            told.add(f"runs of token {pad} at the ends of the rows")
-        else:
-            told.add("nothing: neither attention_mask nor pad_token_id is there")
-    if not tokens:
+def count_padding(model: nn.Module, calls: Sequence[ModelCall]) -> PaddingSeen | None:
+    """Count padded positions over the calls that were trained on; None where no call was seen."""
+    trained = training_calls(calls)
+    if not trained:
         return None
-    return PaddingSeen(tokens=tokens, padded=padded, by=" and ".join(sorted(told)))
+    ends = special_tokens(model, ("pad", "eos", "bos"))
+    holders = special_tokens(model) - ends
+    told, counts, doubtful, unseen = set[str](), list[tuple[int, int]](), 0, None
+    given = [one for outer in trained for one in outer.told(names_tokens) or [outer]]
+    for call in [one for encoded in given for one in (encoded, *_decoded(encoded))]:
+        counted = _Counted.read(call, ends, holders)
+        if counted is None:
+            unseen = f"a call of {type(call.module).__name__} was given no tokens of [rows, tokens]"
+            continue
+        if counted.unseen is not None:
+            unseen = counted.unseen
+        counts.append((int(counted.padded.sum()), counted.padded.numel()))
+        doubtful += int(counted.doubtful.sum())
+        told |= counted.told
+    return PaddingSeen(
+        tokens=sum(total for _, total in counts),
+        padded=sum(padded for padded, _ in counts),
+        doubtful=doubtful,
+        by=tuple(sorted(told)),
+        by_call=tuple(counts),
+        unseen=unseen,
+    )
 
 
-def _run(marked: Tensor) -> int:
-    """Marked positions in a row from the left, one less in each row that has any."""
-    lengths = marked.to(torch.long).cumprod(dim=1).sum(dim=1)
-    return int((lengths - 1).clamp(min=0).sum())
+def _decoded(call: ModelCall) -> Iterator[ModelCall]:
+    """What an encoder-decoder decodes, which is padded by itself; without its own tokens it is made from the labels."""
+    if not any(
+        getattr(getattr(one, "config", None), "is_encoder_decoder", False) is True for one in call.module.modules()
+    ):
+        return
+    labels, mask = (call.arguments.get(name) for name in ("labels", "decoder_attention_mask"))
+    tokens = call.arguments.get("decoder_input_ids")
+    if isinstance(tokens, Tensor) or isinstance(labels, Tensor):
+        given = {"input_ids": labels if tokens is None else tokens, "labels": labels, "attention_mask": mask}
+        yield replace(call, arguments=given)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Counted:
+    """The padding of one call, [rows, tokens]."""
+
+    padded: Tensor
+    doubtful: Tensor
+    told: frozenset[str]
+    unseen: str | None = None
+
+    @classmethod
+    def read(cls, call: ModelCall, special: frozenset[int], holders: frozenset[int]) -> _Counted | None:
+        """Count one call; None where it had no tokens.
+
+        Args:
+            call: of the model.
+            special: tokens that end texts or pad.
+            holders: tokens that repeat for another reason, such as the places of an image.
+        """
+        found = find_tokens(call.arguments)
+        if found is None:
+            return None
+        rows, length = found[1].shape[:2]
+        hidden = hidden_by(call.arguments.get("attention_mask"), rows, length)
+        told = {"attention_mask"} if hidden is not None and bool(hidden.any()) else set()
+        if found[1].is_floating_point():
+            nothing = torch.zeros(rows, length, dtype=torch.bool)
+            unseen = None
+            if not told:  # a mask of ones may lie over anything
+                unseen = (
+                    f"{found[0]} of {list(found[1].shape)} hides the tokens, and no attention_mask tells any padding"
+                )
+            return cls(
+                padded=nothing if hidden is None else hidden, doubtful=nothing, told=frozenset(told), unseen=unseen
+            )
+        ids = found[1]
+        masked = torch.zeros_like(ids, dtype=torch.bool) if hidden is None else hidden.to(ids.device)
+        runs, spare = _end_runs(ids, _records(call, rows, length).numbers.to(ids.device))
+        runs &= ~_among(ids, holders)
+        ignored = _ignored(call.arguments.get("labels"), runs, spare)
+        still = runs & _standing(call.arguments.get("position_ids"), ids)
+        named = runs & ~spare & _among(ids, special)
+        by_mask = runs & ~spare & torch.isin(ids, ids[masked].unique())
+        for what, where in (("labels of -100", ignored), ("positions that stand still", still)):
+            told |= {what} if bool((where & ~masked).any()) else set()
+        for token in ids[(named | by_mask) & ~masked].unique().tolist():
+            told.add(f"runs of token {token} at the ends of the records")
+        padded = masked | ignored | still | named | by_mask
+        # Where a mask hides anything, it was made for these rows, and what else repeats in them is text.
+        doubtful = runs & ~spare & ~padded & ~masked.any()
+        return cls(padded=padded, doubtful=doubtful, told=frozenset(told))
+
+
+def _records(call: ModelCall, rows: int, length: int) -> Records:
+    """The records, or each row as one where nothing tells."""
+    try:
+        found = find_records(call.arguments, rows, length)
+    except LayoutError:
+        found = None
+    tokens = find_tokens(call.arguments)
+    device = None if tokens is None else tokens[1].device
+    if found is None:
+        return Records(numbers=torch.zeros(rows, length, dtype=torch.long, device=device), by="rows")
+    return found
+
+
+def _among(ids: Tensor, tokens: frozenset[int]) -> Tensor:
+    return torch.isin(ids, torch.tensor(sorted(tokens), dtype=ids.dtype, device=ids.device))
+
+
+def _end_runs(ids: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens that repeat one another up to an end of their record, and of each such run the one that may be text.
+
+    Padding is often done with the token that ends a text, so the one next to the text is spared; a run of one is none.
+    """
+    head, head_inner = _leading_runs(ids, numbers)
+    tail, tail_inner = (one.flip(1) for one in _leading_runs(ids.flip(1), numbers.flip(1)))
+    whole = head & tail  # one token over and over: its last is spared, as if padding came before it
+    return (head | tail) & (numbers != PADDING), (head_inner & ~whole) | (tail_inner & ~whole) | (head_inner & whole)
+
+
+def _leading_runs(ids: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens of two or more equal ones from the beginning of their record, and of those the last."""
+    same, begins = torch.zeros_like(ids, dtype=torch.bool), torch.ones_like(ids, dtype=torch.bool)
+    begins[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
+    same[:, 1:] = (ids[:, 1:] == ids[:, :-1]) & ~begins[:, 1:]
+    index = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    start = torch.where(begins, index, 0).cummax(dim=1).values
+    broken = torch.where(~same & ~begins, index, -1).cummax(dim=1).values
+    leading = broken < start  # nothing else has come since the record began
+    follows = torch.zeros_like(leading)
+    follows[:, :-1] = leading[:, 1:] & same[:, 1:]
+    run = leading & (same | follows)
+    return run, run & ~follows
+
+
+def _ignored(labels: Any, runs: Tensor, spare: Tensor) -> Tensor:
+    """Runs without a label, all of them but the one that may be text, while others have one."""
+    if not isinstance(labels, Tensor) or labels.shape != runs.shape or not bool((labels != _IGNORED).any()):
+        return torch.zeros_like(runs)
+    return runs & ~spare & labels.eq(_IGNORED).to(runs.device)
+
+
+def _standing(positions: Any, ids: Tensor) -> Tensor:
+    """Where a position is that of the token before or after it."""
+    if not isinstance(positions, Tensor) or positions.dim() not in (1, 2) or positions.shape[-1] != ids.shape[1]:
+        return torch.zeros_like(ids, dtype=torch.bool)
+    rows = (positions.unsqueeze(0) if positions.dim() == 1 else positions).expand_as(ids).to(ids.device)
+    still = torch.zeros_like(ids, dtype=torch.bool)
+    equal = rows[:, 1:] == rows[:, :-1]
+    still[:, 1:] |= equal
+    still[:, :-1] |= equal
+    return still
+
+
+def describe(padding: PaddingSeen) -> str:
+    """Both numbers, what told, and the calls where they differ."""
+    share = padding.padded / padding.tokens if padding.tokens else 0.0
+    by = f", told by {' and '.join(padding.by)}" if padding.by else ""
+    text = f"{padding.padded} of {padding.tokens} positions ({share:.0%}) are padding{by}"
+    if len(set(padding.by_call)) > 1:
+        text += f" (by call: {name_some(f'{padded} of {total}' for padded, total in padding.by_call)})"
+    if padding.doubtful:
+        text += (
+            f"; {padding.doubtful} more repeat one token up to the end of a record, of which neither mask, labels nor "
+            "configuration say whether they are text"
+        )
+    return text

@@ -18,8 +18,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from kernels_check.observation.calls import MARK, number_of
 from kernels_check.observation.device import synchronise
-from kernels_check.observation.events import StepProfile, compiler_entries, reduce_operators
+from kernels_check.observation.events import CompilerSeen, StepProfile, compiler_seen, reduce_operators
 from kernels_check.observation.operators import Operator, matters
+from kernels_check.observation.updates import recorded_writes
 
 
 def profiled(call: Callable[[], object]) -> StepProfile | None:
@@ -32,22 +33,36 @@ def profiled(call: Callable[[], object]) -> StepProfile | None:
     if torch.cuda.is_available():
         activities.append(ProfilerActivity.CUDA)
     synchronise()
-    everywhere = _ExperimentalConfig(profile_all_threads=True)  # a step may run in a thread of its own
-    options: dict[str, Any] = {"record_shapes": True, "experimental_config": everywhere}
-    with quiet_kineto(), profile(activities=activities, **options) as recorded:
+    with quiet_kineto(), profile(activities=activities, record_shapes=True, **_everywhere()) as recorded:
         call()
         synchronise()
     if not _events(recorded):
         return None
     operators, kernels = read_operators(recorded)
-    return reduce_operators(operators, kernels=kernels)
+    results: Any = recorded.profiler
+    writes = recorded_writes(results.kineto_results.experimental_event_tree(), MARK)
+    return reduce_operators(operators, kernels=kernels, writes=writes)
 
 
-def entries(call: Callable[[], object]) -> tuple[int, int]:
-    """Call and count the ``compiler_entries``, for a fraction of what a profile costs: names on the host alone."""
-    with quiet_kineto(), profile(activities=[ProfilerActivity.CPU]) as recorded:
+def entries(call: Callable[[], object]) -> CompilerSeen | None:
+    """Call and see what it enters, for a fraction of what a profile costs: names on the host alone.
+
+    Returns:
+        None where nothing was recorded, as for ``profiled``.
+    """
+    with quiet_kineto(), profile(activities=[ProfilerActivity.CPU], **_everywhere()) as recorded:
         call()
-    return compiler_entries(event.name() for event in _events(recorded))
+    return compiler_seen(read_operators(recorded)[0]) if _events(recorded) else None
+
+
+def is_recording() -> bool:
+    """Whether a profiler runs already, which another would end."""
+    return bool(torch.autograd.profiler._is_profiler_enabled) or torch._C._autograd._profiler_enabled()
+
+
+def _everywhere() -> dict[str, Any]:
+    """A step may run in a thread of its own."""
+    return {"experimental_config": _ExperimentalConfig(profile_all_threads=True)}
 
 
 @contextmanager

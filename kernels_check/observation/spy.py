@@ -34,16 +34,16 @@ from kernels_check.observation.operators import (
     OPTIMIZER_ROOT,
     PRODUCTS,
     SOFTMAX,
-    UPDATES,
     Operator,
 )
+from kernels_check.observation.updates import Write, write, writes
 from kernels_check.rules import attention_backend
 
 _MATH = "aten::_scaled_dot_product_attention_math"
 _OVER_SCORES = SOFTMAX | MASKING
 _KEYS = {"cpu": torch._C.DispatchKey.CPU, "cuda": torch._C.DispatchKey.CUDA}
 
-_OPERATORS: tuple[Evidence, ...] = ("attention", "update", "products", "product_paths")
+_OPERATORS: tuple[Evidence, ...] = ("attention", "recomputation", "update", "products", "product_paths")
 _COMPILED = "the step enters code of torch.compile, whose operators a dispatch mode does not see"
 
 
@@ -56,6 +56,7 @@ class Spy(TorchDispatchMode):
         super().__init__()
         self._calls = calls
         self.operators: list[Operator] = []
+        self.writes: list[Write] = []
         self.compiled_calls = 0
         self._enclosing: list[Operator] = []
         """Attention functions and 4-bit products being executed, and the optimizer's step."""
@@ -64,6 +65,8 @@ class Spy(TorchDispatchMode):
         """Note the operator where it matters and call it."""
         kwargs = kwargs or {}
         name = _name(func)
+        if self._enclosing and self._enclosing[-1].name == OPTIMIZER_ROOT and writes(name) and self._updates():
+            self.writes.append(write(name, args))
         if name in FOURBIT:
             return self._look_inside(func, self._note(name, args), args, kwargs)
         if attention_backend(name) is not None:
@@ -72,7 +75,7 @@ class Spy(TorchDispatchMode):
             self._note(name, args)
         elif name in _OVER_SCORES:
             self._note_scores(name, args)
-        elif self._enclosing and (self._enclosing[-1].name in FOURBIT or name.startswith(UPDATES)):
+        elif self._enclosing and self._enclosing[-1].name in FOURBIT:
             self._note(name, ())
         return func(*args, **kwargs)
 
@@ -91,8 +94,10 @@ class Spy(TorchDispatchMode):
                 return original(query, key, value, attn_mask, dropout_p, is_causal, **options)
             finally:
                 self._enclosing.remove(outer)
-                inside = {attention_backend(operator.name) for operator in self.operators[first:]}
-                if inside <= {None, "math"}:
+                inside = self.operators[first:]
+                if not any(map(_attends, inside)):  # none ran here: a selective checkpoint gives back what it kept
+                    del self.operators[first - 1]
+                elif {attention_backend(operator.name) for operator in inside} <= {None, "math"}:
                     outer.name = _MATH
                     outer.input_dtypes[:3] = [_autocast(tensor) for tensor in (query, key, value)]
 
@@ -105,6 +110,10 @@ class Spy(TorchDispatchMode):
     def after_update(self, *_: Any) -> None:
         """Optimizer hook."""
         self._enclosing.pop()
+
+    def _updates(self) -> bool:
+        """Whether what runs now is the optimizer's own, and not the forward or backward pass of its closure."""
+        return torch._C._current_graph_task_id() == -1 and self._calls.current() is None
 
     def _note(self, name: str, inputs: Any) -> Operator:
         parent = _surrounding(self._enclosing)
@@ -145,7 +154,7 @@ class Spy(TorchDispatchMode):
     def profile(self, model: nn.Module) -> StepProfile:
         """Reduce what was seen as the profiler's events are."""
         on_cuda = any(parameter.is_cuda for parameter in model.parameters())
-        seen = reduce_operators(self.operators, on_cuda=on_cuda)
+        seen = reduce_operators(self.operators, on_cuda=on_cuda, writes=self.writes)
         return replace(seen, blind=_blind(seen, on_cuda=on_cuda, compiled=self.compiled_calls > 0))
 
 
@@ -201,7 +210,7 @@ def _blind(seen: StepProfile, *, on_cuda: bool, compiled: bool) -> dict[Evidence
         blind["attention"] = (
             "no attention operator was called: a CUDA graph or a library without operators, only kernels tell"
         )
-    if not seen.optimizer_ops:
+    if not seen.writes:
         blind["update"] = "no update operator was called, only kernels tell"
     if any(call.path == "unknown" for call in seen.fourbit):
         blind["product_paths"] = "the inside of a 4-bit product was not seen, only kernels tell"
@@ -217,6 +226,11 @@ def _surrounding(enclosing: list[Operator]) -> Operator | None:
     while caller is not None and caller.name != BACKWARD_ROOT:
         caller = caller.parent
     return inner if caller is not None else Operator(BACKWARD_ROOT, parent=inner)
+
+
+def _attends(operator: Operator) -> bool:
+    """Whether it is attention, or what math is made of."""
+    return attention_backend(operator.name) is not None or operator.name in SOFTMAX or operator.name in PRODUCTS
 
 
 def _inputs(func: Any, args: Any, kwargs: Any) -> list[Any]:

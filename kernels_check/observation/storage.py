@@ -1,28 +1,28 @@
-"""What lies in the tensors of a base layer, and whether it has changed."""
+"""What lies in the tensors of a base layer.
+
+What a layer or a tensor says of itself proves nothing: a quantised tensor of torchao calls itself bfloat16. So bits are
+counted from the bytes that are there. Whatever cannot be read is unknown, with the reason.
+"""
 
 from __future__ import annotations
 
-import ctypes
-import hashlib
 import math
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from kernels_check.observation.adapter_layers import base_parameters, lora_layers
-from kernels_check.observation.tensor_copy import plain_parts
-
-HASHED_BYTES = 64 * 2**20
-"""How much of the base is hashed; larger bases are sampled in evenly spaced pages."""
-_PAGE_BYTES = 4096
-
+from kernels_check.observation.base_state import PACKED, WEIGHTS, beside, is_packed, quant_state
+from kernels_check.observation.fingerprint import NO_MEMORY, has_memory
+from kernels_check.observation.fourbit import four_bit_problem
+from kernels_check.observation.tensor_copy import is_wrapper, plain_parts
 
 _ORIGIN = "that is the dtype the base was loaded in, load it with dtype=torch.bfloat16"
-_NESTED_BLOCK = 256
-"""Block size of the second quantisation, fixed by bitsandbytes."""
+_INT8_NOTE = "computes in int8 with a float16 epilogue on CUDA, by dequantising on a CPU"
+_PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_SAYS_BITS = ("bits", "w_bit", "nbits")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,105 +41,168 @@ class Storage:
     note: str | None = None
 
 
-def read_storage(layer: Any) -> Storage:
-    """Read the storage of one base layer from its tensors."""
-    weight = getattr(layer, "weight", None)
-    if not isinstance(weight, Tensor):
-        return Storage(bits=None, problem=f"{type(layer).__name__} has no weight tensor this version knows")
+def read_storage(layer: Any, parameter: str = "weight") -> Storage:
+    """Read the storage of one base layer from its tensors; never raises.
+
+    Args:
+        layer: the layer.
+        parameter: which of its parameters.
+    """
+    try:
+        return _read(layer, parameter)
+    except Exception as error:
+        return _unknown(f"{type(layer).__name__}.{parameter} cannot be read: {type(error).__name__}: {error}")
+
+
+def read_wrapped(wrapper: Any) -> Storage:
+    """Read the storage of what a layer of PEFT's wraps: a layer, or one parameter of a layer."""
+    layer = wrapper
+    while hasattr(layer, "base_layer"):  # one that wraps a parameter may be wrapped for the next
+        layer = layer.base_layer
+    return read_storage(layer, getattr(wrapper, "parameter_name", None) or "weight")
+
+
+def _read(layer: Any, parameter: str) -> Storage:
+    unpacks = getattr(layer, "parametrizations", {})
+    if parameter in unpacks:  # asking for the parameter itself would unpack it
+        return _read(unpacks[parameter], "original")
+    weight = getattr(layer, "_parameters", {}).get(parameter)
+    weight = getattr(layer, "_buffers", {}).get(parameter) if weight is None else weight
+    if weight is None and parameter == "weight" and isinstance(layer, nn.MultiheadAttention):
+        return _attention(layer)
+    if weight is None and parameter in WEIGHTS:
+        weight = _assigned(layer, parameter)
+    if weight is None:
+        return _named_otherwise(layer, parameter)
+    if is_lazy(weight):
+        return _unknown(f"{type(layer).__name__}.{parameter} has no shape yet: call the model once before")
+    state = quant_state(layer, weight) if parameter in WEIGHTS else None
+    if state is not None and not _is_unpacked(weight, state):
+        return _four_bit(layer, weight, state)
     if type(weight).__name__ == "Params4bit":
-        return _four_bit(layer, weight)
-    if weight.dtype == torch.int8 and hasattr(layer, "state"):
-        note = "computes in int8 with a float16 epilogue on CUDA, by dequantising on a CPU"
-        return Storage(bits=8, quant_type="int8", double_quant=False, note=note)
-    if weight.is_floating_point():
-        bits = weight.element_size() * 8
+        return _unknown("Params4bit without quant_state: not quantised")
+    if weight.is_meta:
+        return _unknown(f"{type(layer).__name__}.{parameter} lies on the meta device: its bytes are elsewhere")
+    if hasattr(weight, "SCB"):
+        return _int8(layer, weight)
+    return _of_tensor(weight, f"{type(layer).__name__} with {_short(weight.dtype)} weights is not known")
+
+
+def _int8(layer: Any, weight: Tensor) -> Storage:
+    """LLM.int8 of bitsandbytes: a scale a row, which the first forward hands from the weight to the layer."""
+    if weight.dtype != torch.int8:
+        return _of_tensor(weight, f"Int8Params of {_short(weight.dtype)} are not known")
+    scales = next((part for key, part in beside(layer) if key == "SCB"), None)
+    if scales is None or scales.numel() != weight.shape[0]:
+        found = "no scales" if scales is None else f"{scales.numel()} scales"
+        return _unknown(f"{found} for {weight.shape[0]} rows of int8")
+    return Storage(bits=8, quant_type="int8", double_quant=False, note=_INT8_NOTE)
+
+
+def _assigned(layer: Any, parameter: str) -> Tensor | None:
+    """A weight that is no parameter of the layer, such as one that PEFT put there for the time of a forward."""
+    found = getattr(layer, "__dict__", {}).get(parameter)
+    return found if isinstance(found, Tensor) else None
+
+
+def _is_unpacked(weight: Tensor, state: Any) -> bool:
+    return weight.is_floating_point() and tuple(weight.shape) == tuple(state.shape)
+
+
+def _attention(layer: nn.MultiheadAttention) -> Storage:
+    """Its projections of queries, keys and values, which are parameters without layers."""
+    names = [name for name in ("in_proj_weight", "q_proj_weight") if layer._parameters.get(name) is not None]
+    if names:
+        return _read(layer, names[0])
+    found = vars(layer).get("in_proj_weight")
+    if isinstance(found, Tensor):
+        return _of_tensor(found, "MultiheadAttention is not known")
+    return _unknown("MultiheadAttention without projections")
+
+
+def _named_otherwise(layer: Any, parameter: str) -> Storage:
+    """A layer that packs its weight in integers under a name of its own."""
+    held = {**getattr(layer, "_parameters", {}), **getattr(layer, "_buffers", {})}
+    name = next((name for name in PACKED if held.get(name) is not None), None)
+    if name is None:
+        return _unknown(f"{type(layer).__name__} has no tensor {parameter!r}: how it keeps its weight is not known")
+    packed = held[name]
+    facts = vars(layer) | (layer.meta if isinstance(getattr(layer, "meta", None), dict) else {})
+    bits = next((int(facts[key]) for key in _SAYS_BITS if isinstance(facts.get(key), int)), None)
+    inputs = facts.get("in_features", facts.get("infeatures"))
+    outputs = facts.get("out_features", facts.get("outfeatures"))
+    if inputs is None and "shape" in facts:
+        inputs, outputs = math.prod(facts["shape"]), 1
+    kind = f"{type(layer).__name__}.{name}"
+    if bits is None or inputs is None or outputs is None:
+        return _unknown(f"{kind} holds integers, but the layer does not say of how many bits and weights")
+    stored = 8 * packed.numel() * packed.element_size()
+    if not bits * inputs * outputs <= stored < (bits + 1) * inputs * outputs:
+        return _unknown(f"{kind} holds {stored} bits, but {bits} for each of {inputs} x {outputs} weights are claimed")
+    return Storage(bits=bits, quant_type=type(layer).__name__, double_quant=False)
+
+
+def _of_tensor(weight: Tensor, otherwise: str) -> Storage:
+    """A plain tensor, a shard of one, or one made of a packed tensor and its scales."""
+    while type(weight).__name__ == "DTensor":
+        weight = weight._local_tensor  # type: ignore[attr-defined]
+    if is_wrapper(weight):
+        return _made_of_others(weight)
+    if not has_memory(weight):
+        return _unknown(f"{type(weight).__qualname__}: {NO_MEMORY}")
+    bits = weight.element_size() * 8
+    if weight.dtype in _PLAIN:
         return Storage(bits=bits, quant_type="none", double_quant=False, compute_dtype=_short(weight.dtype))
-    return Storage(bits=None, problem=f"{type(layer).__name__} with {_short(weight.dtype)} weights is not known")
+    if weight.is_floating_point():
+        return Storage(bits=bits, quant_type=_short(weight.dtype), double_quant=False)
+    return _unknown(otherwise)
 
 
-def _four_bit(layer: Any, weight: Any) -> Storage:
-    state = getattr(weight, "quant_state", None) or getattr(layer, "quant_state", None)
-    if state is None:
-        return Storage(bits=None, problem="Params4bit without quant_state: not quantised")
+def _made_of_others(weight: Tensor) -> Storage:
+    """A tensor of torchao's kind: what it calls its dtype is what it unpacks to."""
+    parts = [part for _, part in plain_parts(weight)]
+    kind = f"{type(weight).__module__}.{type(weight).__qualname__}"
+    if not parts or not weight.numel() or any(part.is_meta for part in parts):
+        return _unknown(f"{kind} holds no bytes here")
+    main = max(parts, key=lambda part: part.numel() * part.element_size())
+    bits, rest = divmod(8 * main.numel() * main.element_size(), weight.numel())
+    if rest or bits > 8 * weight.element_size() or (bits not in (4, 8) and main.dtype not in _PLAIN):
+        return _unknown(f"{kind}: its largest part holds {bits} bits and {rest} over for {weight.numel()} weights")
+    if main.dtype in _PLAIN:
+        return Storage(bits=bits, quant_type="none", double_quant=False, compute_dtype=_short(main.dtype))
+    stored = sum(part.numel() * part.element_size() for part in parts)
+    return Storage(
+        bits=bits,
+        quant_type=_short(main.dtype) if main.is_floating_point() else f"int{bits}",
+        double_quant=False,
+        compute_dtype=_short(weight.dtype),
+        bits_per_weight=8 * stored / weight.numel(),
+        note=f"packed by {kind}",
+    )
+
+
+def _four_bit(layer: Any, weight: Tensor, state: Any) -> Storage:
+    packed, nested = is_packed(state), bool(state.nested)
     weights, stored = math.prod(state.shape), weight.numel() * weight.element_size()
-    packed = bool(getattr(state, "packing_format_for_cpu", False))
-    nested = bool(state.nested)
-    blocks = math.ceil(weights / state.blocksize)
     scales = state.absmax.numel() * state.absmax.element_size()
-    expected = blocks * (2 if packed else 1 if nested else 4)
     if nested:
         scales += state.state2.absmax.numel() * state.state2.absmax.element_size()
-        expected += math.ceil(blocks / _NESTED_BLOCK) * 4
-    problem = None
-    if weights != layer.in_features * layer.out_features:
-        problem = f"quant_state describes {weights} weights, the layer has {layer.in_features * layer.out_features}"
-    elif stored != math.ceil(weights / 2):
-        problem = f"{stored} bytes for {weights} weights, 4-bit takes {math.ceil(weights / 2)}"
-    elif scales != expected or (nested and state.absmax.dtype != torch.uint8):
-        problem = f"{scales} bytes of {_short(state.absmax.dtype)} scales, expected {expected}"
-    compute = torch.bfloat16 if packed else layer.compute_dtype
+    problem = four_bit_problem(layer, weight, state)
+    compute = torch.bfloat16 if packed else getattr(layer, "compute_dtype", state.dtype)
     return Storage(
         bits=None if problem else 4,
         quant_type=state.quant_type,
         double_quant=None if packed else nested,
         compute_dtype=None if compute is None else _short(compute),
-        bits_per_weight=8 * (stored + scales) / weights,
+        bits_per_weight=8 * (stored + scales) / weights if weights else None,
         packed_for_cpu=packed,
         problem=problem,
         note=f"backward dequantises to {_short(state.dtype)} first: {_ORIGIN}" if state.dtype != compute else None,
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Digest:
-    """A fingerprint of the base weights' raw bytes."""
-
-    tensors: Mapping[str, tuple[str, str]]
-    """dtype and sha256 of every tensor, by name."""
-    hashed_bytes: int
-    total_bytes: int
-    packed: bool
-    """Whether any 4-bit weight was in the packed CPU layout."""
-
-
-def digest(model: nn.Module) -> Digest:
-    """Hash the base: parameters that are no adapter's, and the scales of quantised ones."""
-    parts = (part for name, tensor in _base_tensors(model) for part in plain_parts(tensor, name))
-    tensors = {name: tensor.detach() for name, tensor in parts}
-    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    stride = math.ceil(total / HASHED_BYTES) or 1
-    hashes, hashed = {}, 0
-    for name, tensor in tensors.items():
-        raw = tensor.contiguous().reshape(-1).view(torch.uint8)
-        if stride > 1 and raw.numel() > _PAGE_BYTES:
-            raw = raw[: raw.numel() // _PAGE_BYTES * _PAGE_BYTES].view(-1, _PAGE_BYTES)[::stride].contiguous()
-        hashes[name] = (_short(tensor.dtype), hashlib.sha256(_bytes(raw.cpu())).hexdigest())
-        hashed += raw.numel()
-    packed = any(read_storage(layer.base).packed_for_cpu for layer in lora_layers(model))
-    return Digest(tensors=hashes, hashed_bytes=hashed, total_bytes=total, packed=packed)
-
-
-def _bytes(raw: Tensor) -> bytes:
-    """Not by way of numpy: memory that it has seen can never be resized again, which some trainers do."""
-    return ctypes.string_at(raw.data_ptr(), raw.numel()) if raw.numel() else b""
-
-
-def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for name, parameter in base_parameters(model).items():
-        if not parameter.is_meta:
-            yield name, parameter.data
-    for name, module in model.named_modules():
-        # The scales of LLM.int8 move from the weight to the module in the first forward. A layer that wraps another
-        # shows the weight of the other as its own, and not where the scales have moved to.
-        weight, moved = module._parameters.get("weight"), getattr(getattr(module, "state", None), "SCB", None)
-        state = getattr(weight, "quant_state", None) or getattr(module, "quant_state", None)
-        for label, scales in (
-            ("absmax", getattr(state, "absmax", None)),
-            ("nested_absmax", getattr(getattr(state, "state2", None), "absmax", None)),
-            ("SCB", getattr(weight, "SCB", None) if moved is None else moved),
-        ):
-            if isinstance(scales, Tensor):
-                yield f"{name}.{label}", scales
+def _unknown(problem: str) -> Storage:
+    return Storage(bits=None, problem=problem)
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+_COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
+
 
 def plain_parts(tensor: Tensor, name: str = "") -> Iterator[tuple[str, Tensor]]:
     """The tensors without structure that one is made of, each with its name; a plain one is its own only part."""
@@ -25,6 +27,11 @@ def plain_parts(tensor: Tensor, name: str = "") -> Iterator[tuple[str, Tensor]]:
     elif tensor.layout == torch.sparse_coo:
         yield f"{name}.indices", tensor.detach()._indices()
         yield f"{name}.values", tensor.detach()._values()
+    elif tensor.layout in _COMPRESSED:
+        rows = tensor.layout in (torch.sparse_csr, torch.sparse_bsr)
+        yield f"{name}.compressed_indices", tensor.detach().crow_indices() if rows else tensor.detach().ccol_indices()
+        yield f"{name}.plain_indices", tensor.detach().col_indices() if rows else tensor.detach().row_indices()
+        yield f"{name}.values", tensor.detach().values()
     else:
         yield name, tensor
 

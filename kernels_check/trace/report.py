@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Iterable, Mapping
 
 from kernels_check.trace.file import TraceError
 from kernels_check.trace.read import read_trace
 from kernels_check.trace.summary import BackendUse, KernelSummary, Use
+from kernels_check.visible import make_visible, tell
 
 EXIT_DONE = 0
 EXIT_BAD_INPUT = 2
@@ -22,21 +22,21 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         summary = read_trace(arguments.file)
     except TraceError as error:
-        print(f"kernels_check: {error}", file=sys.stderr)
+        tell(f"kernels_check: {error}")
         return EXIT_BAD_INPUT
     if arguments.json:
         print(json.dumps(summary.to_json(), allow_nan=False))
     else:
         _print(summary)
     for notice in summary.notices:
-        print(f"notice: {notice}", file=sys.stderr)
+        tell(f"notice: {notice}")
     return EXIT_DONE
 
 
 def _print(summary: KernelSummary) -> None:
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     console = Console(highlight=False)
     what = "kernel launches" if summary.device == "gpu" else "operator calls"
@@ -60,8 +60,14 @@ def _print(summary: KernelSummary) -> None:
         if proven:
             printed.add_column("by name", overflow="fold")
         for name, use in rows.items():
-            cells = [escape(name), f"{use.calls:,}", f"{use.time_ms:,.3f}", f"{use.time_share:.1%}"]
-            printed.add_row(*cells, *([", ".join(_evidence(use))] if proven else []))
+            cells: list[Text | str] = [
+                Text(make_visible(name)),
+                f"{use.calls:,}",
+                f"{use.time_ms:,.3f}",
+                f"{use.time_share:.1%}",
+            ]
+            cells += [", ".join(_evidence(use))] if proven else []
+            printed.add_row(*cells)
         console.print(printed)
 
     table("Attention", summary.attention.backends, "calls are launches")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from harness.cli import main
+from harness.models import catalogue
 
 STEPS = {"plain": [0.1, 0.1], "nf4": [0.2, 0.2]}
 DEEP = 100_000
@@ -23,7 +25,7 @@ def edited(text, **changes):
     (lambda text: "[" * DEEP, "nested too deeply"), (lambda text: '{"schema": ' * DEEP, "nested too deeply"),
     (lambda text: text.replace('"study": {', '"study": {"a": ' + "[" * 900 + "]" * 900 + ","), "nested too deeply"),
     (lambda text: text.replace('"seed": 0', '"seed": ' + "9" * 5000), "Exceeds the limit (4300 digits)"),
-    (lambda text: text.replace('"created_unix_s": 1.0', '"created_unix_s": ' + "9" * 400), "float is expected"),
+    (lambda text: text.replace('"created_unix_s": 1.0', '"created_unix_s": ' + "9" * 400), "created_unix_s = inf"),
     (lambda text: edited(text, schema=[[]]), "schema [[]]"),
     (lambda text: edited(text, schema=True), "schema = True: int is expected"),
     (lambda text: edited(text, study={}), "study.title is missing"), (lambda text: edited(text, study=3), "study = 3"),
@@ -62,3 +64,16 @@ def test_a_manifest_that_is_no_file_or_no_text_hides_no_other_run(write_run, cap
     found = [line.split("  ")[:2] for line in capsys.readouterr().out.splitlines()]
     assert found[-1] == ["whole", "complete"]
     assert {status for _, status in found[:-1]} == {"damaged"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"hidden_act": "nonsense"}, {"rope_theta": "x"}, {"num_attention_heads": 7}, {"model_type": "nope"}],
+    ids=str,
+)
+def test_a_configuration_that_makes_no_model_is_refused(change, tmp_path, capsys):
+    """Whatever transformers raises for it: the model is named, and what it could not take."""
+    config = json.loads((Path(catalogue.__file__).parent / "tiny-llama.json").read_text()) | change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(["list", "sizes", "training-step", "--model", str(tmp_path)]) == 2
+    assert str(tmp_path) in capsys.readouterr().err

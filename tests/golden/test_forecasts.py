@@ -34,7 +34,7 @@ def test_what_a_measurement_would_take(line, form, lorameter, holds, internals, 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize("name", PROFILES)
-@pytest.mark.parametrize("attempt", ["", " --try no-such-finding"], ids=["seen", "tried"])
+@pytest.mark.parametrize("attempt", ["", " --try oversubscription"], ids=["seen", "tried"])
 def test_what_a_profile_shows(name, attempt, form, lorameter, holds, internals, monkeypatch):
     """The account of a step, ceilings and findings of stored facts are those that were kept."""
     internals.on_the_constructed_machine(monkeypatch)

@@ -36,6 +36,7 @@ LINES = (
     "calibrate --inject-rows 0 --runs-dir runs",
     "estimate lora-or-qlora --runs-dir runs",
     "profile no-such-study:variant --runs-dir runs",
+    "profile lora-or-qlora:qlora-nf4-r16 --try no-such-finding --runs-dir runs",
     "model fetch no-such-model",
 )
 MISUSED = ("", "no-such-command", "report", "list no-such-thing", "gate sound slower --format html", "report a b")

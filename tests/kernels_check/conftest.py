@@ -38,22 +38,24 @@ def seen() -> Callable[..., Any]:
     from torch import nn
 
     from kernels_check.observation.calls import Calls, ModuleCall
-    from kernels_check.observation.events import StepProfile
-    from kernels_check.observation.observe import Observation
-    from kernels_check.observation.storage import Digest
+    from kernels_check.observation.digest import Digest
+    from kernels_check.observation.events import CompilerSeen, StepProfile
+    from kernels_check.observation.observation import Observation
 
     entry = ModuleCall(names=("",), caller=None, training=True, with_grad=True, in_backward=False, thread=0)
-    nothing = Digest(tensors={}, hashed_bytes=0, total_bytes=0, packed=False)
+    nothing = Digest(parts={}, total_bytes=0, unseen={}, sharded=frozenset(), packed=False)
 
     def observation(*attention: Any, model: nn.Module | None = None, **given: Any) -> Observation:
         placed = tuple(
             dataclasses.replace(call, call=0) if call.direction == "forward" and call.call is None and not call.compiled
             else call for call in attention
         )  # fmt: skip
-        profiled = {"attention": placed, "fourbit": (), "optimizer_ops": {}, "kernels": {}, "unclassified": {}}
-        profiled |= {"compiled_regions": 0, "compiler_lookups": 0}
+        compiler = {"entered": (), "regions": len(given.get("entered", ())), "lookups": 0, "eager": frozenset()}
+        compiler = CompilerSeen(**{key: given.pop(key, value) for key, value in compiler.items()})
+        profiled = {"attention": placed, "fourbit": (), "writes": (), "kernels": {}, "unclassified": {}}
+        profiled |= {"compiler": compiler}
         watched = {"calls": 2, "optimizer_steps": 2, "optimizers": (), "gradients": {}, "changed": frozenset()}
-        watched |= {"modules": Calls(all=(entry,)), "modes": {"": True}, "drew_random": False}
+        watched |= {"modules": Calls(all=(entry,), thread=0), "modes": {"": True}, "drew_random": False}
         watched |= {"model": model or nn.Identity(), "before": nothing, "after": nothing}
         profile = StepProfile(**{key: given.pop(key, value) for key, value in profiled.items()})
         return Observation(profile=profile, **watched | given)

@@ -30,31 +30,24 @@ from kernels_check.judges.paths import REQUIREMENTS, validate
 def test_a_value_of_the_wrong_kind_is_refused_by_name(path, value):
     """The message names the path and the value."""
     with pytest.raises(ValueError, match=path) as caught:
-        validate({path: value}, has_batch=False)
+        validate({path: value})
     assert repr(value) in str(caught.value)
 
 
 def test_an_unknown_path_is_refused_with_the_known_ones():
     """A typing error cannot silently require nothing."""
     with pytest.raises(ValueError, match=r"attention\.backened.*attention\.backend"):
-        validate({"attention.backened": "flash"}, has_batch=False)
-
-
-def test_isolation_cannot_be_required_without_a_batch():
-    """There is nothing to perturb otherwise."""
-    with pytest.raises(ValueError, match=r"packing\.isolated.*batch"):
-        validate({"packing.isolated": True}, has_batch=False)
-    validate({"packing.isolated": True}, has_batch=True)
+        validate({"attention.backened": "flash"})
 
 
 def test_every_path_of_the_contract_is_known():
     """Other programs rely on these names."""
     assert set(REQUIREMENTS) == {
         *("attention.backend", "attention.dtype", "attention.mask", "packing.isolated", "padding.share"),
-        *("base.bits", "base.quant_type"),
+        *("base.bits", "base.bytes_in_4bit", "base.quant_type"),
         *("base.double_quant", "base.compute_dtype", "base.frozen", "base.gemm_path", "lora.attached", "lora.learning"),
         *("lora.dtype", "lora.dropout", "optimizer.class", "optimizer.fused", "optimizer.paged_share"),
-        *("checkpointing", "tf32", "compile", "mode"),
+        *("checkpointing", "checkpointing.layers", "tf32", "compile", "compile.share", "mode"),
     }
 
 

@@ -10,6 +10,7 @@ import pytest
 from harness.errors import UsageError
 from harness.models import catalogue, shapes
 from harness.models.catalogue import CATALOGUE
+from harness.models.costs.memory import stored_dtype
 from harness.models.families import FAMILIES
 from harness.models.shapes import ModelShape
 
@@ -202,3 +203,48 @@ def test_no_heavy_import():
     )
     root = Path(catalogue.__file__).parents[2]
     subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"max_position_embeddings": 0}, "0 as context"),
+        ({"max_position_embeddings": -5}, "-5 as context"),
+        ({"num_hidden_layers": 10**12}, "as layers, and 1 to 10000"),
+        ({"num_hidden_layers": 0}, "0 as layers"),
+        ({"hidden_size": 2**40}, "as hidden_size"),
+        ({"vocab_size": True}, "gives no vocab_size"),
+        ({"num_attention_heads": 10**6, "head_dim": None}, "as head"),
+        ({"head_dim": -1}, "-1 as head_dim"),
+        ({"text_config": []}, ""),
+        ({"model_type": ["x"]}, ""),
+    ],
+    ids=str,
+)
+def test_dimensions_of_no_model_are_refused(change, words, tmp_path):
+    """By what they are called, with their value and what is expected: nobody is told to use 0 or fewer tokens."""
+    config = json.loads((Path(catalogue.__file__).parent / "tiny-llama.json").read_text()) | change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    source = catalogue.resolve(str(tmp_path))
+    if not words:
+        assert shapes.shape(source).layers > 0
+        return
+    with pytest.raises(UsageError, match=words):
+        shapes.shape(source)
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "3", "[" * 5000, "{", "1" * 5000])
+def test_a_configuration_that_is_no_table_is_refused(content, tmp_path):
+    """By its file, for the shape and for the type of its weights."""
+    (tmp_path / "config.json").write_text(content)
+    source = catalogue.resolve(str(tmp_path))
+    for read in (shapes.shape, stored_dtype):
+        with pytest.raises(UsageError, match=r"config\.json"):
+            read(source)
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-that-name/x", "x" * 5000, "é" * 300, "\x00", "a\x00b/c"])
+def test_a_name_that_no_file_can_have_is_refused(name):
+    """As any other that nothing goes by."""
+    with pytest.raises(UsageError, match="model"):
+        catalogue.resolve(name)

@@ -21,8 +21,9 @@ from harness.records.trial_lines import WrittenRecord
 ROOT = Path(__file__).parents[2]
 patient = settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 names = st.text(max_size=4)
+integers = st.integers(-codec.MOST_INTEGER, codec.MOST_INTEGER)
 plain = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | names,
+    st.none() | st.booleans() | integers | st.floats(allow_nan=False, allow_infinity=False) | names,
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(names, inner, max_size=2),
     max_leaves=4,
 )
@@ -31,7 +32,7 @@ numbers = st.dictionaries(names, st.floats(), max_size=2)
 common: dict[str, Any] = {
     "samples": st.dictionaries(names, st.lists(st.floats(), max_size=4).map(tuple), max_size=2),
     "values": numbers,
-    "memory": st.dictionaries(names, st.integers(), max_size=2),
+    "memory": st.dictionaries(names, integers, max_size=2),
     "notices": st.lists(st.builds(Notice, code=names, message=names, remedy=names), max_size=2).map(tuple),
     "tokens": tables,
     "failure": st.none() | st.builds(Failure, phase=names, kind=names, message=names),
@@ -44,12 +45,12 @@ of_trial: dict[str, Any] = {
     "variant": names,
     "role": st.sampled_from(("variant", "control")),
     "replicate": st.integers(0, 9),
-    "position": st.integers(),
+    "position": integers,
     "interleaving": st.sampled_from(("lockstep", "replicates")),
-    "seed": st.integers(),
+    "seed": integers,
     "started_unix_s": st.floats(),
     "wall_time_s": st.floats(),
-    "turn_lengths": st.lists(st.integers(), max_size=3).map(tuple),
+    "turn_lengths": st.lists(integers, max_size=3).map(tuple),
 }
 checks = st.lists(tables, max_size=3).map(tuple)
 instances = st.one_of(
@@ -63,7 +64,7 @@ instances = st.one_of(
         phases=st.lists(names, max_size=2).map(tuple),
         interleaving=names,
         order=st.lists(names, max_size=3).map(tuple),
-        seed=st.integers(),
+        seed=integers,
         created_unix_s=st.floats(),
         provenance=tables,
         fingerprint=names,

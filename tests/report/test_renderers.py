@@ -7,8 +7,9 @@ import html
 import io
 from html.parser import HTMLParser
 
-from harness.report.table import Line, Panel, Section, Table, make_visible, tone_of
+from harness.report.table import Line, Panel, Section, Table, tone_of
 from harness.report.terminal import text_of
+from kernels_check.visible import make_visible
 
 
 def as_html(document):

@@ -71,3 +71,21 @@ def test_the_command_prints_all_four_texts_and_one_document(run, capsys):
     document = json.loads(capsys.readouterr().out)
     assert document["schema"] == 1
     assert [sample["trained"] for sample in document["samples"]] == ["Two?"]
+
+
+@pytest.mark.parametrize("count", ["0", "-1"])
+def test_a_count_of_none_is_refused_and_blames_no_run(count, capsys):
+    """Before any run is looked for."""
+    assert main(["sample", "no-such-run", "plain", "--count", count]) == 2
+    assert f"--count = {count}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "tokens", [{"answer_x": [1]}, {"answer_0": [-1]}, {"answer_0": [2**40]}, {"answer_9": [65]}, {"answer_0": []}]
+)
+def test_answers_that_nobody_gave_are_no_traceback(tokens, run, capsys):
+    """A key that is no number, tokens that no vocabulary has, an answer to no prompt, one of no tokens."""
+    trials = run.path / "trials.jsonl"
+    lines = [json.loads(line) for line in trials.read_text().splitlines()]
+    trials.write_text("".join(json.dumps(line | {"tokens": tokens}) + "\n" for line in lines))
+    assert main(["sample", str(run.path), "plain"]) in (0, 2)

@@ -13,7 +13,6 @@ from harness.report.table import (
     Cell,
     Span,
     list_sections,
-    make_visible,
     name_columns,
     say,
     tone_of,
@@ -23,6 +22,7 @@ from harness.report.table import (
 )
 from harness.stats import compare_trials
 from harness.verdicts.outcome import EXIT_OF, without_numbers
+from kernels_check.visible import make_visible
 
 
 @pytest.mark.parametrize("ends", [(0.048, 0.052), (None, None)])

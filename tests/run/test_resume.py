@@ -355,7 +355,7 @@ def test_a_run_that_is_being_measured_is_refused(broken_off, capsys):
 def test_an_ab_that_does_not_say_what_its_sides_were_is_refused(broken_off, capsys):
     """As those of earlier versions; the message says what is left to do."""
     path = broken_off()
-    change(path, sides={"base": {}, "candidate": {}})
+    change(path, sides={side: {"label": "x", "worker": "y"} for side in ("base", "candidate")})
     assert resume(path) == 2
     assert "it does not say what its sides were" in capsys.readouterr().err
 

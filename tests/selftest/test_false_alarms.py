@@ -1,12 +1,38 @@
-"""The program that looks for false alarms, on verdicts that are made up and on one real trial."""
+"""The program that looks for false alarms, on verdicts that are made up, on one real trial and on healthy twins."""
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+SELFTEST = Path(__file__).parents[2] / "benchmarks" / "selftest"
+
+
+def healthy_twins():
+    """Names of the healthy twins that are quick: all but families, loops and runs of two ranks."""
+    text = "".join((SELFTEST / f"{name}.py").read_text() for name in ("healthy", "healthy_steps"))
+    return re.findall(r'^    "([^"\n]+)": lambda', text, re.MULTILINE), re.findall(
+        r'^@twin\("(.+)"\)$', text, re.MULTILINE
+    )
+
+
+METHODS, STEPS = healthy_twins()
+
 
 @pytest.fixture
-def verdict(program):
-    """The module, and a function that makes the verdict of an instrument on one claim of four bits."""
+def without_twins(program, monkeypatch):
+    """The program, which knows no healthy twins."""
     module = program("false_alarms")
+    monkeypatch.setattr(module, "MAKERS", {})
+    monkeypatch.setattr(module, "RANKED", {})
+    return module
+
+
+@pytest.fixture
+def verdict(without_twins):
+    """The module, and a function that makes the verdict of an instrument on one claim of four bits."""
+    module = without_twins
 
     def make(*, status="active", required=4, instrument="profile", path="base.bits", judged=True):
         check = {"path": path, "required": required, "status": status, "reason": "as made up"}
@@ -76,3 +102,62 @@ def test_a_real_trial_raises_no_alarm(program, tmp_path, layout, only):
     ]  # fmt: skip
     assert [alarm for one in verdicts for alarm in one.alarms] == []
     assert {only, "base.double_quant", "lora.learning"} <= set(verdicts[0].active)
+
+
+@pytest.mark.parametrize("name", [*(f"PEFT: {method}" for method in METHODS), *STEPS])
+def test_a_healthy_twin_raises_no_alarm(program, name):
+    """Methods of PEFT and everyday steps: both instruments find all that is claimed active."""
+    module = program("false_alarms")
+    assert [alarm for one in module.judge_twin(name) for alarm in one.alarms] == []
+
+
+def test_there_are_as_many_twins_as_the_proof_needs(program):
+    """Twelve methods of PEFT, forty families, five loops of others, and runs of two ranks of which one is sick."""
+    module = program("false_alarms")
+    count = {kind: sum(name.startswith(kind) for name in module.MAKERS) for kind in ("PEFT", "family", "loop")}
+    assert count["PEFT"] >= 12
+    assert count["family"] >= 40
+    assert count["loop"] >= 5
+    sick = [name for name, run in module.RANKED.items() if run.sick]
+    assert sick == ["ranks: FSDP2, NF4, left in eval mode, computes wrong losses"]
+    assert len(module.RANKED) >= 6
+
+
+@pytest.mark.parametrize(
+    ("found", "sick", "status", "said"),
+    [
+        (["active"], False, 0, "holds: no false alarm in 1 judged claims"),
+        (["fallback"], False, 1, "false alarm: rank 0, run, train, spy: base.bits: 4 is claimed"),
+        (["fallback"], True, 0, "holds"),
+        (["active"], True, 1, "false alarm: run, rank 0, spy: not found"),
+        (["fallback", "active"], True, 1, "not found"),
+        (ValueError("broken"), False, 1, "false alarm: run: raised ValueError('broken')"),
+    ],
+)
+def test_twins_are_judged_by_what_they_are(without_twins, monkeypatch, capsys, found, sick, status, said):
+    """A healthy one must raise no alarm; a sick one must, in every rank; one that raises is an alarm."""
+    module = without_twins
+
+    def judge(name):
+        if isinstance(found, Exception):
+            raise found
+        for one in found:
+            check = {"path": "base.bits", "required": 4, "status": one, "reason": "as made up"}
+            yield module._twin_verdict(name, "rank 0", "spy", {"base.bits": 4}, [check])
+
+    monkeypatch.setattr(module, "RANKED", {"run": SimpleNamespace(sick=sick)})
+    monkeypatch.setattr(module, "judge_ranks", judge)
+    assert module.main(["--twins", "run"]) == status
+    assert said in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_twin_that_cannot_be_built_is_skipped_with_the_reason(without_twins, monkeypatch, capsys):
+    """What needs a package that is not there is no alarm, and is said."""
+    module = without_twins
+
+    def make():
+        raise module.SkippedError("nothing_like_it is not installed")
+
+    monkeypatch.setattr(module, "MAKERS", {"loop": make})
+    assert module.main(["--twins", "loop"]) == 0
+    assert "skipped: loop: nothing_like_it is not installed" in capsys.readouterr().out

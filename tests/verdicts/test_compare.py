@@ -388,7 +388,8 @@ def test_phases_that_only_one_side_has_are_said(write_run, compare):
 def test_an_ab_run_is_no_side(write_run, compare):
     """It holds both sides; comparing one of them with something else is not what it was measured for."""
     manifest = write_run("b", BASE) / "manifest.json"
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"sides": {"base": {"label": "x"}}}))
+    sides = {side: {"label": "x", "worker": "y"} for side in ("base", "candidate")}
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"sides": sides}))
     code, text = compare(write_run("a", BASE), "b")
     assert code == 2
     assert "lorameter report b" in text

@@ -102,7 +102,7 @@ def test_an_exception_inside_is_never_a_pass(gate, monkeypatch):
 def test_a_summary_that_cannot_be_written_is_never_a_pass(gate, monkeypatch, tmp_path):
     """A folder stands where the summary should go."""
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path))
-    assert gate(BASE, "inconclusive = 'pass'", "--format", "github")[0] == 70
+    assert gate(BASE, "inconclusive = 'pass'", "--format", "github")[0] == 2
 
 
 def test_json_is_the_comparison_and_what_came_of_it(gate):

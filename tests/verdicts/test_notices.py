@@ -74,3 +74,27 @@ def test_a_line_cut_short_and_one_without_its_evidence_are_told_apart(notices):
     )
     assert "damaged-lines" not in notices(damaged_lines=2, without_evidence=2)
     assert "evidence-lost" not in notices(damaged_lines=1)
+
+
+def test_a_loss_that_stays_the_same_to_the_last_bit_is_said(notices):
+    """A rate so high that the first step saturates the layers may leave a finite loss, the same on every batch."""
+
+    def stuck(record):
+        if record.name != "nf4":
+            return record
+        return record.replaced(samples=record.samples | {"warmup_loss": (5.5, 4.25), "train_loss": (4.25,) * 3})
+
+    said = notices(stuck)["loss-constant"]
+    assert "3 of 9 trials (nf4)" in said.message
+    assert "learning_rate" in said.remedy
+
+
+def test_a_loss_that_moves_is_not_said_to_be_constant(notices):
+    """By a bit, or of too few steps to tell, or of none."""
+
+    def moving(record):
+        moved = {"train_loss": (4.25, 4.25, 4.25, 4.250000000000001)}
+        return record.replaced(samples=record.samples | (moved if record.name == "nf4" else {"train_loss": (2.0, 2.0)}))
+
+    assert "loss-constant" not in notices(moving)
+    assert "loss-constant" not in notices(lambda record: record.replaced(samples={"step_time_s": (1.0,) * 3}))

@@ -56,12 +56,21 @@ def disturbances(found: Survey) -> Iterator[Check]:
     """What others do to this machine now."""
     load, cpus, watched = found.system.load, found.system.cpus, found.host["watched_s"]
     busy = load.value is not None and load.value > BUSY * cpus
+    stalled = found.host.get("cpu_stall_s")
+    waits = stalled is None or stalled / watched > CONTENDED  # a load lags a minute behind; what is waited for does not
+    taken = load.value is not None and load.value > cpus and waits
     remedy = "Stop other work; if it must stay, measure more replicates and trust only what took turns."
     yield Check(
         about="spoils",
         name="load",
-        standing="bad" if busy else "good" if load.known else "note",
-        found=say(load, lambda value: f"{value:.2f} on {cpus} CPUs (above {BUSY * cpus:g} others are at work)"),
+        standing="unfit" if taken else "bad" if busy else "good" if load.known else "note",
+        found=say(
+            load,
+            lambda value: (
+                f"{value:.2f} on {cpus} CPUs (above {BUSY * cpus:g} others are at work, above {cpus:g} they "
+                "leave none free)"
+            ),
+        ),
         remedy=remedy if busy else "",
     )
     for name, counter, limit, what, remedy in DISTURBANCES:

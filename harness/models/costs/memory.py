@@ -12,14 +12,13 @@ they are for one thread, glibc and the CPU builds of torch.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 
-from harness.models.catalogue import ModelSource, config_file
+from harness.models.catalogue import ModelSource
 from harness.models.costs.activations import Activations
 from harness.models.costs.lora import adapter_parameters, adapter_tensors, optimizer_state_bytes, paged_state_bytes
 from harness.models.costs.storage import constant_bytes, weight_bytes, width
-from harness.models.shapes import ModelShape, linear_widths
+from harness.models.shapes import ModelShape, linear_widths, read_config
 from harness.records.memory_account import MemoryPhase, in_order
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
@@ -111,7 +110,7 @@ def stored_dtype(source: ModelSource) -> str | None:
     """Type of the checkpoint's weights as its configuration names it; None where they are not mapped from a file."""
     if source.random or source.kind not in ("directory", "hub"):
         return None
-    config = json.loads(config_file(source).read_text(encoding="utf-8"))
+    config = read_config(source)
     told = config.get("dtype") or config.get("torch_dtype")
     return str(told) if told else None
 

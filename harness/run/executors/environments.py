@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from harness.errors import UsageError
+from harness.errors import UsageError, redact
 from harness.machine.processes import kill_group
 from harness.machine.provenance import LIBRARIES, library_version
 from harness.records.locks import alone, locked
@@ -133,7 +133,11 @@ def _build(requirements: Sequence[str], out: Path, report: Callable[[str], objec
     (site_packages(python) / _LAYER_FILE).write_text("".join(lines), encoding="utf-8")
     pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "--progress-bar", "off"]
     _run([*pip, *requirements], requirements, report)
-    description = {"requirements": list(requirements), "python": sys.version, "executable": sys.executable}
+    description = {
+        "requirements": [redact(each) for each in requirements],
+        "python": sys.version,
+        "executable": sys.executable,
+    }
     (out / DESCRIPTION_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 

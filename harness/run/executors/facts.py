@@ -22,7 +22,7 @@ def packages() -> "dict[str, str]":
     for distribution in importlib.metadata.distributions():
         name = distribution.metadata["Name"]
         if name:  # a half-removed distribution has no name
-            found.setdefault(re.sub(r"[-_.]+", "-", name).lower(), distribution.version + _commit(distribution))
+            found.setdefault(re.sub(r"[-_.]+", "-", name).lower(), str(distribution.version) + _commit(distribution))
     return dict(sorted(found.items()))
 
 
@@ -30,7 +30,7 @@ def _commit(distribution: importlib.metadata.Distribution) -> str:
     try:
         source = json.loads(distribution.read_text("direct_url.json") or "{}")
         return " (commit {})".format(source["vcs_info"]["commit_id"][:12])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):  # whatever was written there
         return ""
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,10 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harness.errors import impossible
+from harness.errors import UsageError, impossible
 from harness.machine.provenance import LIBRARIES, cuda_of
 from harness.machine.repository import git_state
+from harness.records import codec
 
+_VERSION = re.compile(r"\d+\.\d+", re.ASCII)
 ANSWER_TIMEOUT_S = 120.0
 """Reading the metadata of 100 distributions takes 0.1 s; a cold network disk can make it a minute."""
 
@@ -70,16 +73,26 @@ def inspect(host: Host, modules: Sequence[str] = ()) -> dict[str, Any]:
             timeout=ANSWER_TIMEOUT_S,
             check=False,
         )
-        answer = json.loads(done.stdout.strip().splitlines()[-1]) if done.returncode == 0 else None
     except (OSError, subprocess.TimeoutExpired) as error:
         raise impossible("interpreter", "python", host.python, f"it does not answer: {error}", _REMEDY) from None
-    except (ValueError, IndexError):
-        answer = None
-    if not isinstance(answer, dict) or "packages" not in answer:
+    answer = read_answer(done.stdout) if done.returncode == 0 else None
+    if answer is None:
         said = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()
         why = f"no Python that can be asked what it has installed; it said: {said[-1 if 'Traceback' in said[0] else 0]}"
         raise impossible("interpreter", "python", host.python, why, _REMEDY)
     return answer
+
+
+def read_answer(printed: str) -> dict[str, Any] | None:
+    """What an interpreter says of itself: the last line of what it printed; None where that says something else."""
+    try:
+        answer: dict[str, Any] = codec.parse(printed.strip().splitlines()[-1])
+        codec.from_json(dict[str, str], answer["packages"], "packages")
+        codec.from_json(dict[str, str | None], answer["origins"], "origins")
+        known = _VERSION.match(answer["python"]) and isinstance(answer["executable"], str)
+    except (LookupError, TypeError, codec.NotJsonError, UsageError):
+        return None
+    return answer if known else None
 
 
 def describe(host: Host) -> dict[str, Any]:

@@ -232,12 +232,15 @@ class LocalExecutor:
                     raise InvalidRunError(over) from None
                 raise
         lines = said.decode(errors="replace").strip().splitlines()
-        if process.returncode != 0 or not lines:
+        answer = None
+        if process.returncode == 0 and lines:
+            with contextlib.suppress(codec.NotJsonError):
+                answer = codec.parse(lines[-1])
+        if not isinstance(answer, dict):
             last = log_path.read_text(errors="replace").strip().splitlines()[-1:]
             raise InvalidRunError(f"the tokens could not be prepared: {' '.join(last)}. The log is {log_path}.")
-        answer: dict[str, Any] = json.loads(lines[-1])
         if "error" in answer:
-            raise UsageError(answer["error"])
+            raise UsageError(str(answer["error"]))
         return codec.from_json(TokenSummary, answer, "summary of the tokens")
 
     def make_place(self, trial: str, log: str) -> Place:

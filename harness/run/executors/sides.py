@@ -20,11 +20,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from harness.errors import UsageError, impossible
+from harness.errors import UsageError, impossible, redact
 from harness.machine.repository import run_git
+from harness.records import inputs
 from harness.records.scratch import PREFIX, is_abandoned, scratch_folder
 from harness.run.executors.environments import layered_environment, parse_requirements, site_packages
 from harness.run.executors.host import Host, inspect
+from kernels_check.visible import tell
 
 SideKind = Literal["revision", "interpreter", "requirements"]
 DECLARED: dict[SideKind, tuple[str, ...]] = {
@@ -51,7 +53,7 @@ class OpenSide:
     """One side of an A/B, ready to be measured."""
 
     spec: str
-    """As the user wrote it."""
+    """As the user wrote it, less what may be a credential: it goes into the record, as the label does."""
     kind: SideKind
     host: Host
     label: str
@@ -59,15 +61,14 @@ class OpenSide:
     declared: tuple[str, ...]
     """Fields of the provenance in which this side is meant to differ from the other."""
 
-
-def to_stderr(line: str) -> None:
-    """Progress goes to standard error: standard output may be a JSON document."""
-    print(line, file=sys.stderr, flush=True)
+    def __post_init__(self) -> None:
+        for name in ("spec", "label"):
+            object.__setattr__(self, name, redact(getattr(self, name)))
 
 
 @contextlib.contextmanager
 def open_side(
-    spec: str, *, repository: Path, cache: Path, report: Callable[[str], object] = to_stderr
+    spec: str, *, repository: Path, cache: Path, report: Callable[[str], object] = tell
 ) -> Iterator[OpenSide]:
     """Make one side ready, and take down at the end what was put up for it.
 
@@ -78,36 +79,40 @@ def open_side(
         spec: a revision, a Python executable, or requirements in one string.
         repository: a folder in the repository whose revisions can be named.
         cache: lorameter's cache directory, for the environments of requirements.
-        report: told, one line each, what takes long.
+        report: told, one line each, what takes long; standard error if left out, as output may be a document.
 
     Raises:
         UsageError: nothing goes by that name, it lacks a library that a trial needs, or it would not be what runs.
     """
-    if not spec.strip():
-        raise impossible("ab", "side", spec, "empty", _REMEDY)
+    if not spec.strip() or "\0" in spec:
+        raise impossible("ab", "side", spec, "no word that anything goes by", _REMEDY)
+
+    def tell_all(line: str) -> None:
+        report(redact(line))  # pip and git repeat the addresses that they were given
+
     with contextlib.ExitStack() as stack:
         if _is_executable_path(spec):
             yield _interpreter(spec, Path(spec).absolute(), stack)
             return
         commit, refusal = _commit(spec, repository)
         if commit is not None:
-            yield _revision(spec, commit, repository, stack, report)
+            yield _revision(spec, commit, repository, stack, tell_all)
         elif _PYTHON_NAME.fullmatch(spec) and (found := shutil.which(spec)):
             yield _interpreter(spec, Path(found).absolute(), stack)
         elif requirements := parse_requirements(spec):
-            yield _requirements(spec, requirements, cache, stack, report)
+            yield _requirements(spec, requirements, cache, stack, tell_all)
         else:
             raise impossible("ab", "side", spec, _unknown(spec, repository, refusal), _REMEDY)
 
 
 def _is_executable_path(spec: str) -> bool:
-    return os.sep in spec and Path(spec).is_file() and os.access(spec, os.X_OK)
+    return os.sep in spec and inputs.is_file(spec) and os.access(spec, os.X_OK)
 
 
 def _unknown(spec: str, repository: Path, refusal: str) -> str:
     """Everything that was tried, for the message."""
-    if os.sep in spec and Path(spec).exists():
-        path = "it exists but is a folder" if Path(spec).is_dir() else "the file is not executable"
+    if os.sep in spec and inputs.is_there(spec):
+        path = "it exists but is a folder" if inputs.is_folder(spec) else "the file is not executable"
     else:
         path = "no executable file of that path" if os.sep in spec else "no Python of that name on PATH"
     return (

@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import AutoHfQuantizer, HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from harness.errors import impossible
+from harness.errors import LorameterError, impossible, shorten
 from harness.models import catalogue
 from harness.models.catalogue import ModelSource
 from harness.studies.variant import Variant
@@ -60,10 +60,16 @@ def empty_model(source: ModelSource, variant: Variant) -> transformers.PreTraine
     """The architecture on the meta device, unquantised: every shape and type of the base, and no storage.
 
     Raises:
-        UsageError: its configuration cannot be had.
+        UsageError: its configuration cannot be had, or transformers makes no model of it.
     """
-    with torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(_architecture(source), dtype=_dtype(variant.dtype))
+    try:
+        with torch.device("meta"):
+            return transformers.AutoModelForCausalLM.from_config(_architecture(source), dtype=_dtype(variant.dtype))
+    except LorameterError:
+        raise
+    except Exception as error:  # which exception depends on the value that its class could not take
+        why = f"transformers makes no model of its configuration ({type(error).__name__}: {shorten(str(error))})"
+        raise impossible("models", "model", source.label, why, "Mend its config.json, or name another model.") from None
 
 
 def quantize_linears(model: transformers.PreTrainedModel, variant: Variant, device: str) -> None:

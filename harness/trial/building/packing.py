@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 
+from kernels_check.observation.restore import Modes
+from kernels_check.observation.stored_layout import without_repacking
+
 
 def linear4bit_layers(model: Any) -> list[Any]:
     """All bitsandbytes 4-bit layers of a model."""
@@ -38,16 +41,10 @@ def evaluating(model: Any) -> Iterator[None]:
 
     Every Dropout must be off, or a dropout sweep's losses are biased.
     """
-    modes = {module: module.training for module in model.modules()}
-    layers = [(layer, layer.support_avx512bf16_for_cpu) for layer in linear4bit_layers(model)]
+    modes = Modes(model)
     model.eval()
-    for layer, _ in layers:
-        layer.support_avx512bf16_for_cpu = False
     try:
-        with torch.no_grad():
+        with without_repacking(model), torch.no_grad():
             yield
     finally:
-        for layer, packs in layers:
-            layer.support_avx512bf16_for_cpu = packs
-        for module, mode in modes.items():
-            module.training = mode
+        modes.restore()

@@ -14,12 +14,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import random
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,12 +27,12 @@ from harness.models import catalogue, shapes
 from harness.records import codec
 from harness.records.preparation import Example, TokenSummary
 from harness.studies.workload import SYNTHETIC, PromptFormat, Workload
-from harness.trial.data.synthetic import Record, synthetic_records
+from harness.trial.data.records import read_records
+from harness.trial.data.synthetic import Record
 from harness.trial.data.tokenizers import load_tokenizer
 
 IGNORED = -100
 """The label that torch.nn.functional.cross_entropy leaves out."""
-COLUMNS = ("instruction", "context", "response")
 
 
 def prepare(workload: Workload, folder: Path) -> TokenSummary:
@@ -96,42 +94,6 @@ def hash_tensors(tensors: dict[str, NDArray[np.int64]]) -> str:
         digest.update(f"{name}{tensors[name].shape}{tensors[name].dtype}".encode())
         digest.update(np.ascontiguousarray(tensors[name]).tobytes())
     return digest.hexdigest()
-
-
-def read_records(workload: Workload) -> tuple[Iterator[Record], str]:
-    """The records of a workload in an order fixed by `data_seed`, and what they are in words.
-
-    Raises:
-        UsageError: a file or data set that cannot be read or lacks a column.
-    """
-    if workload.data == SYNTHETIC:
-        label = f"synthetic instruction records, seed {workload.data_seed}"
-        return synthetic_records(workload.data_seed), label
-    import datasets
-
-    datasets.disable_progress_bars()
-    path = Path(workload.data)
-    try:
-        if path.suffix in (".jsonl", ".json") or path.name.endswith(".jsonl.gz"):
-            with tempfile.TemporaryDirectory() as cache:
-                table = datasets.load_dataset("json", data_files=str(path), split="train", cache_dir=cache)
-                rows = table.to_list()
-            label = path.name
-        else:
-            rows = datasets.load_dataset(workload.data, split="train").to_list()
-            label = workload.data
-    except Exception as error:
-        raise UsageError(
-            f"data {workload.data!r}: cannot be read: {type(error).__name__}: {str(error).splitlines()[0]}. Give a "
-            ".jsonl or .jsonl.gz file, a hub id that this machine can reach, or 'synthetic'."
-        ) from error
-    missing = [column for column in COLUMNS if not rows or column not in rows[0]]
-    if missing:
-        raise UsageError(
-            f"data {workload.data!r}: no column {missing[0]!r}. Records need instruction, context and response."
-        )
-    random.Random(workload.data_seed).shuffle(rows)
-    return iter(rows), f"{label}, {len(rows)} records"
 
 
 class _Tokens:
@@ -263,12 +225,13 @@ def _whole_prompts(
     return tuple(example for _, example in chosen), {"input_ids": padded, "length": lengths}
 
 
-def main() -> int:
-    """Entry of the tokenising process: a Workload and a folder as JSON on stdin, the summary as JSON on stdout."""
+def main(reply: TextIO) -> int:
+    """Entry of the tokenising process: a Workload and a folder as JSON on stdin, the summary as JSON in the reply."""
     request = json.load(sys.stdin)
     try:
         workload = codec.from_json(Workload, request["workload"], "token request")
-        print(codec.dumps(prepare(workload, Path(request["folder"]))))
+        answer = codec.dumps(prepare(workload, Path(request["folder"])))
     except LorameterError as error:
-        print(json.dumps({"error": str(error), "exit_code": error.exit_code}))
+        answer = json.dumps({"error": str(error), "exit_code": error.exit_code})
+    reply.write(f"\n{answer}\n")  # a line of its own, whatever was printed while the interpreter started
     return 0

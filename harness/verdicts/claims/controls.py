@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from harness.errors import InvalidRunError
 from harness.records.metrics import METRICS, PHASES, PRIMARY
 from harness.records.units import format_ratio
 from harness.stats import Comparison
@@ -39,7 +40,7 @@ def controls_of(groups: Groups, study: Study, phases: Sequence[str]) -> Controls
 def _against_itself(ours: Series, twin: Series, metric: str, family: int) -> Comparison | None:
     try:
         return compare_series(ours, twin, metric, family=family)
-    except ValueError:  # values without a logarithm have no ratio, and what is claimed of them is not judged
+    except InvalidRunError:  # values without a logarithm have no ratio, and what is claimed of them is not judged
         return None
 
 

@@ -130,7 +130,7 @@ def test_kernels_alone_prove_a_backend(seen):
 
 def test_no_evidence_is_unknown_not_active(seen):
     """A compiled step may hide its attention entirely."""
-    finding = judge_backend(seen(compiled_regions=1), "fused")
+    finding = judge_backend(seen(regions=1), "fused")
     assert finding.against("attention.backend", "fused").status == "unknown"
     assert "compiled" in finding.reason
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import kernels_check
+from kernels_check.controls import sabotage_execution
 from kernels_check.observation import compilations
 
 
@@ -17,11 +18,11 @@ def _checkpointed(run, **options):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_repeats_every_forward(training, reentrant):
-    """Two forward attention calls a layer, with either implementation; the backend check is not confused by it."""
+    """Every layer is called again, with either implementation; the backend check is not confused by it."""
     run = _checkpointed(training(), use_reentrant=reentrant)
     check = run.check("checkpointing", True)
     assert check.met
-    assert "4 forward calls for 2 layers (2.00 times), 2 backward" in check.reason
+    assert check.reason.startswith("2 of 2 blocks computed again in the backward pass")
     assert run.check("attention.backend", "flash").met
 
 
@@ -53,7 +54,9 @@ def test_partial_checkpointing_is_named(training):
     check = run.check("checkpointing", True)
     assert (check.status, check.observed) == ("fallback", True)
     assert "only part of the layers" in check.reason
-    assert "1.50 times" in check.reason
+    assert "1 of 2 blocks computed again in the backward pass, without base_model.model.model.layers.1" in check.reason
+    assert run.check("checkpointing.layers", 0.5).met
+    assert run.check("checkpointing.layers", 0.6).status == "fallback"
 
 
 def test_eval_mode_is_named(training):
@@ -172,8 +175,9 @@ def test_a_compiled_model_that_runs_eagerly_in_part_is_caught(compiled):
         check = compiled(
             layer, 3, 4, forward=lambda value: doubled(layer(value)).sum() + shifted(layer(value[:3])).sum()
         )
-    assert (check.status, check.observed) == ("fallback", "in part")
-    assert "1 compiled regions entered, 2 compiler cache look-ups: part of the code ran eagerly" in check.reason
+    assert (check.status, check.observed) == ("fallback", False)
+    assert "1 compiled regions entered, 2 compiler cache look-ups; 0 of 1 blocks ran in compiled code" in check.reason
+    assert "part of the code ran eagerly" in check.reason
 
 
 def test_a_break_is_named_and_compiled_all_the_same(compiled):
@@ -181,7 +185,10 @@ def test_a_break_is_named_and_compiled_all_the_same(compiled):
     check = compiled(_Broken(4, 4), 3)
     assert check.met
     assert check.observed.startswith("in pieces: Call to `torch._dynamo.graph_break()` at judges/test_execution")
-    assert check.reason.startswith("2 compiled regions entered, 2 compiler cache look-ups; in this process so far 1 ")
+    assert check.reason.startswith(
+        "2 compiled regions entered, 2 compiler cache look-ups; 1 of 1 blocks ran in compiled"
+    )
+    assert "in this process so far 1 graph breaks" in check.reason
     assert compiled(_Broken(4, 4), 3, required=False).status == "fallback"
 
 
@@ -198,3 +205,51 @@ def test_one_graph_compiled_once_is_all_there_is(compiled):
     check = compiled(torch.nn.Linear(4, 4), 3, 3)
     assert (check.met, check.observed) == (True, True)
     assert check.reason.endswith("in this process so far 0 graph breaks, 0 recompiles")
+
+
+def test_a_layer_whose_mode_changes_between_micro_batches_is_found(training):
+    """Every call counts, and not the first."""
+    run = training(quant=None)
+    sabotage_execution.two_passes(run)
+    assert run.check("mode", "train").met
+    sabotage_execution.forget_a_layer(run)
+    check = run.check("mode", "train")
+    assert (check.status, check.observed) == ("fallback", "mixed")
+    assert "layers.1.self_attn" in check.reason
+
+
+def test_an_evaluation_or_a_generation_inside_the_step_is_no_alarm(training):
+    """Neither records gradients, and neither is what is trained."""
+    run = training(quant=None)
+
+    def step():
+        run.step()
+        run.model.eval()
+        with torch.no_grad():
+            run.model(**run.inputs)
+        run.model.generate(run.inputs["input_ids"][:, :3], max_new_tokens=2, do_sample=False)
+        run.model.train()
+
+    requirements = {"mode": "train", "lora.dropout": 0.05, "checkpointing": False, "attention.mask": "causal"}
+    checks = run.verify(requirements, step)
+    assert [(check.path, check.reason) for check in checks if check.required is not None and not check.met] == []
+
+
+@pytest.mark.parametrize("kind", ["one_layer", "feed_forward", "loss"])
+def test_compiled_in_part_is_not_compiled(training, kind):
+    """One layer of two, a part of each, or a helper beside the model."""
+    run = training(quant=None)
+    getattr(sabotage_execution, f"compile_{kind}")(run)
+    check = run.check("compile", True)
+    compilations.forget()
+    assert (check.status, check.observed) == (("absent", False) if kind == "loss" else ("fallback", "in part"))
+
+
+def test_a_compiled_helper_is_no_compiled_model(training):
+    """Where none is wanted, a loss of one's own may be compiled all the same."""
+    run = training(quant=None)
+    sabotage_execution.compile_loss(run)
+    check = run.check("compile", False)
+    compilations.forget()
+    assert check.met
+    assert "1 regions outside of its blocks, as of a loss" in check.reason

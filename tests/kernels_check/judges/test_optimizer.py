@@ -103,4 +103,144 @@ def test_no_optimizer_is_absent(training):
         run.model(**run.inputs, labels=run.inputs["input_ids"]).loss.backward()
 
     assert run.check("optimizer.class", "torch.optim.AdamW", step).status == "absent"
-    assert run.check("lora.learning", True, step).status == "fallback"
+    check = run.check("lora.learning", True, step)
+    assert check.status == "unknown"
+    assert "no torch.optim.Optimizer stepped in 8 calls" in check.reason
+    assert "current_gradient_accumulation_steps" in check.reason
+
+
+def _split(parameters, **second):
+    values = list(parameters)
+    return torch.optim.AdamW([{"params": values[:3], "fused": True}, {"params": values[3:], **second}], lr=1e-3)
+
+
+def test_a_fused_group_beside_one_that_is_not_is_caught(training):
+    """The parameters are counted, and the group is named."""
+    check = training(make_optimizer=lambda given: _split(given, fused=False)).check("optimizer.fused", True)
+    assert (check.status, check.observed) == ("fallback", "fused+loop")
+    assert "3 of 8 parameters updated by fused kernels" in check.reason
+    assert "not by fused kernels: group 1 of AdamW" in check.reason
+    assert training(make_optimizer=lambda given: _split(given, fused=True)).check("optimizer.fused", True).met
+
+
+def test_each_of_two_optimizers_counts(training):
+    """One fused, one that loops; a sound pair passes."""
+    for fused in (True, False):
+        run = training(quant=None)
+        values = [value for value in run.model.parameters() if value.requires_grad]
+        run.optimizer = torch.optim.AdamW(values[:4], fused=True)
+        other = torch.optim.SGD(values[4:], lr=1e-3, fused=fused)
+
+        def step(run=run, other=other):
+            run.step()
+            other.step()
+
+        check = run.check("optimizer.fused", True, step)
+        assert check.met is fused, check.reason
+        assert ("group 0 of SGD" in check.reason) is not fused
+
+
+@pytest.mark.parametrize("kind", ["AdamW", "Adam", "SGD", "Adagrad"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_every_optimizer_with_a_fused_version_is_told(training, kind, fused):
+    """A loop of plain SGD has no operator of its own, and is seen by what it writes."""
+    make = getattr(torch.optim, kind)
+    run = training(quant=None, make_optimizer=lambda given: make(given, lr=1e-3, fused=True if fused else None))
+    check = run.check("optimizer.fused", fused)
+    assert (check.met, check.observed) == (True, "fused" if fused else "loop")
+
+
+@pytest.mark.parametrize("kind", ["Adafactor", "Muon", "RMSprop"])
+def test_what_has_no_fused_version_is_named(training, kind):
+    """Nothing can switch it on."""
+    make = getattr(torch.optim, kind)
+    check = training(quant=None, make_optimizer=lambda given: make(given, lr=1e-3)).check("optimizer.fused", True)
+    assert (check.status, check.observed) == ("fallback", "loop")
+    assert f"{kind} has no fused version" in check.reason
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_closure_is_no_update(training, fused):
+    """Its forward and backward, and the clipping in it, run inside the optimizer's step."""
+    run = training(make_optimizer=lambda given: torch.optim.AdamW(given, lr=1e-3, fused=fused))
+
+    def passes(run):
+        loss = run.one_pass()
+        torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0, foreach=True)
+        return loss
+
+    run.passes, run.by_closure = passes, True
+    check = run.check("optimizer.fused", fused)
+    assert (check.met, check.observed) == (True, "fused" if fused else "loop"), check.reason
+
+
+def test_a_gradient_scaler_and_a_wrapper_change_nothing(training):
+    """Each hands on to the optimizer that it was given."""
+    accelerate = pytest.importorskip("accelerate")
+    run = training(quant=None, make_optimizer=lambda given: torch.optim.AdamW(given, lr=1e-3, fused=True))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    wrapped = accelerate.Accelerator(cpu=True).prepare_optimizer(run.optimizer)
+
+    def scaled():
+        run.optimizer.zero_grad()
+        scaler.scale(run.model(**run.inputs, labels=run.inputs["input_ids"]).loss).backward()
+        scaler.step(run.optimizer)
+        scaler.update()
+
+    def accelerated():
+        run.gradients()
+        wrapped.step()
+
+    for step in (scaled, accelerated):
+        check = run.check("optimizer.fused", True, step)
+        assert check.met, check.reason
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_an_update_that_nobody_announces_is_unknown(training):
+    """By hand, or by an optimizer of another kind: neither fused nor a loop can be told."""
+    run = training(quant=None)
+    values = [value for value in run.model.parameters() if value.requires_grad]
+
+    def step():
+        run.gradients()
+        with torch.no_grad():
+            for value in values:
+                value -= 0.1 * value.grad
+
+    for path, required in {"optimizer.fused": False, "optimizer.class": "torch.optim.SGD"}.items():
+        check = run.check(path, required, step)
+        assert (check.status, check.observed) == ("unknown", None)
+        assert "8 parameters changed" in check.reason
+
+
+def test_a_step_without_gradients_updates_nothing(training):
+    """Then no operator tells how it would."""
+    run = training(quant=None)
+
+    def step():
+        with torch.no_grad():
+            run.model(**run.inputs)
+        run.optimizer.zero_grad()
+        run.optimizer.step()
+
+    check = run.check("optimizer.fused", False, step)
+    assert (check.status, check.observed) == ("unknown", None)
+    assert "no parameter had a gradient" in check.reason
+
+
+def test_an_update_by_kernels_of_a_library_is_unknown(training):
+    """An optimizer that writes in a way that no operator shows."""
+
+    class Foreign(torch.optim.Optimizer):
+        def __init__(self, given):
+            super().__init__(given, {})
+
+        def step(self, closure=None):
+            for value in self.param_groups[0]["params"]:
+                value.detach().numpy()[...] -= 0.001
+
+    run = training(quant=None, prepare=True, dtype="float32", make_optimizer=Foreign)
+    check = run.check("optimizer.fused", False)
+    assert (check.status, check.observed) == ("unknown", None)
+    assert "Foreign wrote no parameter by an operator" in check.reason

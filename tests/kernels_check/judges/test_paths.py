@@ -6,12 +6,24 @@ import sys
 import pytest
 
 from kernels_check.check import INSTRUMENTS
-from kernels_check.judges import adapter, attention, base_layers, base_products, batch, execution, optimizer
+from kernels_check.judges import (
+    adapter,
+    attached,
+    attention,
+    base_layers,
+    base_products,
+    batch,
+    execution,
+    learning,
+    optimizer,
+)
 from kernels_check.judges.paths import PATHS, REQUIREMENTS
 
-JUDGES = (attention, batch, base_layers, base_products, adapter, optimizer, execution)
+JUDGES = (attention, batch, base_layers, base_products, attached, learning, adapter, optimizer, execution)
 LEFT_OUT = {
-    "attention": {"attention.backend", "attention.dtype", "attention.mask", "checkpointing"},
+    "attention": {"attention.backend", "attention.dtype", "attention.mask"},
+    "recomputation": {"checkpointing", "checkpointing.layers"},
+    "compilation": {"compile", "compile.share"},
     "update": {"optimizer.fused"},
     "products": {"base.compute_dtype"},
     "product_paths": {"base.gemm_path"},

@@ -4,12 +4,14 @@ import dataclasses
 
 import pytest
 import torch
+from torch import nn
 
 from kernels_check.judges import execution, optimizer
-from kernels_check.observation.adapter_layers import lora_layers
 from kernels_check.observation.attention_calls import AttentionCall
+from kernels_check.observation.calls import Calls, ModuleCall
 from kernels_check.observation.compilations import Compilations
-from kernels_check.observation.observe import OptimizerSeen
+from kernels_check.observation.optimizers import OptimizerSeen
+from kernels_check.observation.updates import GroupSeen, Write
 
 FLASH = AttentionCall(
     op="aten::_scaled_dot_product_flash_attention",
@@ -22,7 +24,6 @@ FLASH = AttentionCall(
     grouped=False,
     head_size=64,
 )
-AGAIN = dataclasses.replace(FLASH, recomputed=True)
 ADAMW = OptimizerSeen(
     classes=("torch.optim.adamw.AdamW",),
     learning_rates=(1e-3,),
@@ -45,23 +46,45 @@ def but(call, **changes):
     return dataclasses.replace(call, **changes)
 
 
-@pytest.fixture
-def checkpointing(training, seen, entries):
-    """Judge from the attention calls, and from which adapter layers were called, and called again."""
+class Block(nn.Module):
+    """A block of two layers of weights."""
 
-    def judge(calls, *, called=4, repeated=0, required=True, modes=None, flagged=False):
-        run = training(targets="all-linear")
-        names = [layer.name for layer in lora_layers(run.model)]
-        run.model.is_activation_checkpointing = flagged
-        watched = seen(
-            *calls,
-            model=run.model,
-            modules=entries(*names[:called], again=names[:repeated]),
-            modes=modes or {"": True},
-        )
-        return execution.judge_checkpointing(watched, required).against("checkpointing", required)
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(2, 2), nn.Linear(2, 2)
 
-    return judge
+
+class Stack(nn.Module):
+    """Two blocks and a head."""
+
+    is_activation_checkpointing = False
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(Block() for _ in range(2))
+        self.head = nn.Linear(2, 2)
+
+
+def log(*called, again=(), thread=0):
+    """Calls by name, each inside the nearest of those before it; a gradient comes back to all."""
+    made, last = [], {}
+    for name, in_backward in [*((name, False) for name in called), *((name, True) for name in again)]:
+        around = [last[one] for one in last if one == "" or name.startswith(f"{one}.")] if not in_backward else []
+        if not in_backward:
+            last[name] = len(made)
+        caller = max((one for one in around if made[one].names != (name,)), default=None)
+        entry = {"names": (name,), "caller": caller, "training": True, "with_grad": True, "thread": thread}
+        made.append(ModuleCall(in_backward=in_backward, **entry))
+    forward = frozenset(number for number, call in enumerate(made) if not call.in_backward)
+    return Calls(all=tuple(made), thread=0, differentiable=forward)
+
+
+def parts(*blocks):
+    return [name for block in blocks for name in (block, f"{block}.first", f"{block}.second")]
+
+
+ZERO, ONE = "layers.0", "layers.1"
+BOTH = ["", *parts(ZERO, ONE), "head"]
 
 
 @pytest.mark.parametrize(
@@ -86,41 +109,72 @@ def test_tf32_is_told_by_kernels(seen, monkeypatch, kernels, observed, status, w
 BREAK = Compilations(breaks=("here",))
 REFUSED = Compilations(refused=("guard",))
 UNREADABLE = Compilations(unreadable="no record")
+GRADIENTS = {"layers.0.first.weight": None, "layers.1.first.weight": None}
 
 
 @pytest.mark.parametrize(
-    ("regions", "lookups", "past", "observed", "wanted", "unwanted", "words"),
+    ("called", "entered", "gradients", "observed", "share", "wanted", "unwanted", "words"),
     [
-        (2, 2, Compilations(), True, "active", "fallback", "look-ups; in this process so far 0 graph breaks"),
-        (
-            2,
-            2,
-            BREAK,
-            "in pieces: here",
-            "active",
-            "fallback",
-            "look-ups; in this process so far 1 graph breaks (here)",
-        ),
-        (2, 2, REFUSED, True, "active", "fallback", "1 recompiles refused (guard)"),
-        (2, 2, UNREADABLE, None, "unknown", "unknown", "cannot be told: no record"),
-        (0, 0, Compilations(), False, "absent", "active", "0 compiler cache look-ups"),
-        (0, 0, BREAK, False, "absent", "active", "1 graph breaks (here)"),
-        (0, 0, UNREADABLE, False, "absent", "active", "cannot be told: no record"),
-        (0, 3, Compilations(), False, "fallback", "active", "look-ups: the code ran eagerly"),
-        (0, 3, REFUSED, False, "fallback", "active", "look-ups: the code ran eagerly"),
-        (2, 3, REFUSED, "in part", "fallback", "fallback", "look-ups: part of the code ran eagerly"),
-        (2, 3, Compilations(complete=False), "in part", "fallback", "fallback", "part of the code ran eagerly"),
-        (2, 2, Compilations(complete=False), True, "active", "fallback", "in this process so far at least 0 graph"),
-        (2, 3, Compilations(), True, "active", "fallback", "look-ups; in this process so far 0 graph breaks"),
+        ([], [None], GRADIENTS, True, 1.0, "active", "fallback", "2 of 2 blocks ran in compiled code"),
+        ([""], [0], GRADIENTS, True, 1.0, "active", "fallback", "2 of 2 blocks"),
+        (["", ZERO, ONE, "head"], [1, 2], {}, True, 1.0, "active", "fallback", "2 of 2 blocks"),
+        (["", "head"], [0, 0], GRADIENTS, True, 1.0, "active", "fallback", "2 of 2 blocks"),
+        (["", ZERO, *parts(ONE), "head"], [1], {}, "in part", 0.5, "fallback", "fallback", "eager: layers.1"),
+        (["", *parts(ONE), "head"], [0], GRADIENTS, "in part", 0.5, "fallback", "fallback", "eager: layers.1"),
+        (["", *parts(ZERO), ONE, "head"], [2, 4], {}, "in part", 0.5, "fallback", "fallback", "in part: layers.0"),
+        (BOTH, [None], {}, False, 0.0, "absent", "active", "1 regions outside of its blocks, as of a loss"),
+        (BOTH, [0], {}, False, 0.0, "absent", "active", "1 regions outside"),
+        (BOTH, [7], {}, False, 0.0, "fallback", "fallback", "0 of 2 blocks"),
+        (BOTH, [], {}, False, 0.0, "absent", "active", "0 compiled regions entered"),
     ],
 )
-def test_compile_is_told_by_regions(seen, regions, lookups, past, observed, wanted, unwanted, words):
-    """A look-up without a region is code that went back to eager; breaks and recompiles are told beside it."""
-    watched = seen(compiled_regions=regions, compiler_lookups=lookups, compilations=past)
+def test_compile_is_told_by_blocks(seen, called, entered, gradients, observed, share, wanted, unwanted, words):
+    """Every block, in whatever way it was compiled; a loss of its own is none."""
+    watched = seen(model=Stack(), modules=log(*called), entered=tuple(entered), gradients=gradients)
     for required, status in ((True, wanted), (False, unwanted)):
         judged = execution.judge_compile(watched, required)
-        assert (judged.observed, judged.against("compile", required).status) == (observed, status)
+        assert (judged.observed, judged.against("compile", required).status) == (observed, status), judged.reason
         assert words in judged.reason
+    least = execution.judge_compiled_share(watched, 0.5)
+    assert (least.observed, least.satisfies) == (share, share >= 0.5)
+
+
+@pytest.mark.parametrize(
+    ("regions", "lookups", "past", "observed", "wanted", "words"),
+    [
+        (2, 2, BREAK, "in pieces: here", "active", "2 look-ups; 2 of 2 blocks"),
+        (2, 2, REFUSED, True, "active", "1 recompiles refused (guard)"),
+        (2, 2, UNREADABLE, None, "unknown", "cannot be told: no record"),
+        (2, 2, Compilations(complete=False), True, "active", "in this process so far at least 0 graph"),
+        (0, 0, UNREADABLE, False, "absent", "cannot be told: no record"),
+        (0, 3, Compilations(), False, "fallback", "look-ups: the code ran eagerly"),
+        (0, 3, REFUSED, False, "fallback", "look-ups: the code ran eagerly"),
+    ],
+)
+def test_breaks_and_refusals_are_told_beside_the_blocks(seen, regions, lookups, past, observed, wanted, words):
+    """A look-up without a region is code that went back to eager."""
+    called = ["", ZERO, ONE, "head"] if regions else BOTH
+    entered = (1, 2) if regions else ()
+    watched = seen(model=Stack(), modules=log(*called), entered=entered, lookups=lookups, compilations=past)
+    judged = execution.judge_compile(watched, True)
+    assert (judged.observed, judged.against("compile", True).status) == (observed, wanted), judged.reason
+    assert words.replace("2 look-ups", "2 compiler cache look-ups") in judged.reason
+
+
+@pytest.mark.parametrize("judge", [execution.judge_compile, execution.judge_compiled_share])
+def test_a_step_that_compiles_anew_in_each_call_is_unknown(seen, judge):
+    """Nothing was hooked beside it, so that no block can be told from a helper."""
+    judged = judge(seen(model=Stack(), modules=Calls(), entered=(None,), lookups=1), True)
+    assert judged.status == "unknown"
+    assert "compiles anew" in judged.reason
+
+
+def test_why_a_part_ran_eagerly_is_said(seen):
+    """A refused recompilation, as far as there is one."""
+    watched = seen(model=Stack(), modules=log("", ZERO, *parts(ONE), "head"), entered=(1,), lookups=2)
+    assert "ran eagerly, because" not in execution.judge_compile(watched, True).reason
+    watched = dataclasses.replace(watched, compilations=REFUSED)
+    assert "part of the code ran eagerly, because" in execution.judge_compile(watched, True).reason
 
 
 def test_of_a_step_without_a_compiler_nothing_is_said_of_one(seen):
@@ -140,58 +194,167 @@ def test_modes_are_named_where_something_was_asked(seen):
 
 
 @pytest.mark.parametrize(
-    ("calls", "called", "repeated", "status", "words"),
+    ("called", "again", "status", "observed", "share", "words"),
     [
-        ((), 0, 0, "unknown", "no layer call was seen"),
-        ((), 4, 4, "active", "0 forward calls"),
-        ((), 4, 0, "absent", "0 of 4 adapter layers"),
-        ((FLASH,), 0, 0, "absent", "1 forward calls for 1 layers (1.00 times)"),
-        ((FLASH, AGAIN), 0, 0, "active", "(2.00 times)"),
-        ((FLASH, FLASH, AGAIN), 0, 0, "fallback", "only part of the layers recompute"),
-        ((FLASH,), 4, 3, "fallback", "only part of the layers recompute"),
-        ((FLASH,), 4, 4, "active", "a selective policy keeps the attention"),
-        ((FLASH, AGAIN, AGAIN), 4, 4, "active", "(3.00 times)"),
+        (BOTH, [], "absent", False, 0.0, "0 of 2 blocks computed again"),
+        (BOTH, parts(ZERO, ONE), "active", True, 1.0, "2 of 2 blocks"),
+        (
+            BOTH,
+            parts(ZERO),
+            "fallback",
+            True,
+            0.5,
+            "1 of 2 blocks computed again in the backward pass, without layers.1",
+        ),
+        (BOTH, [f"{ZERO}.second", f"{ONE}.second"], "active", True, 1.0, "1 of 2 modules of layers.0"),
+        ([*BOTH, *BOTH], parts(ZERO, ONE), "fallback", True, 0.0, "layers.0 (1 of 2 calls)"),
+        ([*BOTH, *BOTH], parts(ZERO, ONE, ZERO, ONE), "active", True, 1.0, "2 of 2 blocks"),
+        ([*BOTH, *BOTH], parts(ZERO, ZERO, ONE), "fallback", True, 0.5, "layers.1 (1 of 2 calls)"),
+        ([""], [], "unknown", None, None, "no layer call was seen"),
     ],
 )
-def test_checkpointing_is_told_by_what_ran_again(checkpointing, training, calls, called, repeated, status, words):
-    """Attention where it is recomputed, adapter layers where a policy keeps it; a part is not all."""
-    check = checkpointing(calls, called=called, repeated=repeated)
-    assert check.status == status, check.reason
-    assert words in check.reason
-    assert ("selective" in check.reason) is (len(calls) < 2 and repeated > 0)
+def test_checkpointing_is_told_by_blocks(seen, called, again, status, observed, share, words):
+    """All of them at every call, be it in part; half of the calls are not all."""
+    watched = seen(model=Stack(), modules=log(*called, again=again))
+    judged = execution.judge_checkpointing(watched, True)
+    assert (judged.observed, judged.against("checkpointing", True).status) == (observed, status), judged.reason
+    assert words in judged.reason
+    assert execution.judge_checkpointed_layers(watched, 0.5).observed == share
 
 
-def test_a_flag_that_does_nothing_is_named_with_the_mode(checkpointing, training):
-    """In train mode as in eval mode; not where nothing, or the opposite, was required."""
-    assert "recomputes in train mode" in checkpointing((FLASH,), flagged=True).reason
-    sleeping = checkpointing((FLASH,), flagged=True, modes={"": False})
-    assert (sleeping.status, "recomputes in eval mode" in sleeping.reason) == ("fallback", True)
-    assert checkpointing((FLASH,), flagged=True, required=False).status == "active"
-    assert checkpointing((FLASH, AGAIN), flagged=True).status == "active"
-    assert "2 backward" in checkpointing((FLASH, *[but(FLASH, direction="backward")] * 2)).reason
+def test_blocks_without_a_gradient_are_not_counted(seen):
+    """Nothing is kept for them, so that there is nothing to recompute; without any other it is none at all."""
+    calls = log(*BOTH, again=parts(ONE))
+    only = frozenset(number for number in calls.differentiable if ZERO not in calls.all[number].name)
+    judged = execution.judge_checkpointing(
+        seen(model=Stack(), modules=dataclasses.replace(calls, differentiable=only)), True
+    )
+    assert judged.observed is True
+    assert "1 of 1 blocks" in judged.reason
+    assert "1 further blocks take no gradient" in judged.reason
+    nothing = seen(model=Stack(), modules=dataclasses.replace(log(*BOTH), differentiable=frozenset()))
+    assert "nothing is to be recomputed" in execution.judge_checkpointing(nothing, True).reason
+
+
+FIRST = but(FLASH, region=1)
+AGAIN = but(FIRST, recomputed=True)
 
 
 @pytest.mark.parametrize(
-    ("operators", "regions", "requested", "required", "status", "words", "absent"),
+    ("attention", "flagged", "status", "share", "words"),
     [
-        ({"aten::_fused_adamw_": 1}, 0, True, True, "active", "1 aten::_fused_adamw_", "build it"),
-        ({"aten::_foreach_add_": 1}, 0, None, True, "fallback", "build it with fused=True", "lost"),
-        ({"aten::_foreach_add_": 1}, 0, True, True, "fallback", "asked for and lost", "build it"),
-        ({"aten::addcdiv_": 4}, 0, None, False, "active", "4 aten::addcdiv_", "build it"),
-        ({}, 0, None, False, "active", "no update operator", "compiled"),
-        ({}, 1, None, True, "unknown", "may be compiled", "build it"),
-        ({"aten::addcdiv_": 4}, 1, None, True, "fallback", "4 aten::addcdiv_", "may be compiled"),
-        ({"bitsandbytes::optimizer_update_32bit": 1}, 0, None, True, "not_applicable", "kernels of its own", "build"),
+        ([FIRST, AGAIN], False, "active", 1.0, "2 forward calls for 1 layers"),
+        ([FIRST, FIRST, AGAIN], False, "fallback", 0.5, "3 forward calls for 2 layers"),
+        ([FIRST], False, "absent", 0.0, "1 forward calls"),
+        ([FIRST], True, "unknown", None, "may keep the attention"),
+        ([], False, "unknown", None, "no attention in it was seen"),
     ],
 )
-def test_fused_is_told_by_operators(seen, operators, regions, requested, required, status, words, absent):
-    """None of them may be compiled away; what was asked for and lost has a remedy of its own."""
-    stepped = dataclasses.replace(ADAMW, fused_requested=requested)
-    watched = seen(optimizer_ops=operators, compiled_regions=regions, optimizers=(stepped,))
+def test_in_compiled_code_checkpointing_is_told_by_attention(seen, attention, flagged, status, share, words):
+    """No call is seen there; where attention does not tell, it is unknown."""
+    model = Stack()
+    model.is_activation_checkpointing = flagged
+    watched = seen(*attention, model=model, modules=log(""), entered=(0,), gradients=GRADIENTS)
+    judged = execution.judge_checkpointing(watched, True)
+    assert judged.against("checkpointing", True).status == status, judged.reason
+    assert words in judged.reason
+    assert execution.judge_checkpointed_layers(watched, 0.5).observed == share
+
+
+def test_a_flag_that_does_nothing_is_named_with_the_mode(seen):
+    """In train mode as in eval mode; not where nothing, or the opposite, was required."""
+
+    def judge(required=True, again=(), modes=None):
+        model = Stack()
+        model.is_activation_checkpointing = True
+        watched = seen(model=model, modules=log(*BOTH, again=again), modes=modes or {"": True})
+        return execution.judge_checkpointing(watched, required).against("checkpointing", required)
+
+    assert "recomputes in train mode" in judge().reason
+    sleeping = judge(modes={"": False})
+    assert (sleeping.status, "recomputes in eval mode" in sleeping.reason) == ("fallback", True)
+    assert judge(required=False).status == "active"
+    assert judge(again=parts(ZERO, ONE)).status == "active"
+
+
+PLAIN = {"optimizer": "AdamW", "index": 0, "has_fused": True, "built_with": False}
+FUSED, FOREACH, LOOP, LIBRARY = (
+    "aten::_fused_adamw_",
+    "aten::_foreach_addcdiv_",
+    "aten::addcdiv_",
+    "bitsandbytes::optimizer_x",
+)
+
+
+def wrote(op, *addresses):
+    return Write(op=op, tensors=tuple((address, 0) for address in addresses))
+
+
+def group(*addresses, **changes):
+    return GroupSeen(parameters=tuple((address, 0) for address in addresses), **PLAIN | changes)
+
+
+@pytest.mark.parametrize(
+    ("writes", "groups", "required", "status", "words", "absent"),
+    [
+        ([wrote(FUSED, 1, 2)], [group(1, 2)], True, "active", "2 of 2 parameters updated by fused", "build it"),
+        ([wrote(FUSED, 1, 2)], [group(1, 2)], False, "fallback", "2 of 2", "build it"),
+        (
+            [wrote(FUSED, 1), wrote(LOOP, 2)],
+            [group(1), group(2, index=1)],
+            True,
+            "fallback",
+            "group 1 of AdamW",
+            "lost",
+        ),
+        ([wrote(FUSED, 1), wrote(LOOP, 2)], [group(1), group(2, index=1)], False, "fallback", "1 of 2", "build it"),
+        ([wrote(FUSED, 1)], [group(1, 2)], True, "unknown", "of 1 parameters no update was seen", "lost"),
+        ([wrote(FUSED, 1)], [group(1, 2)], False, "fallback", "1 of 2", "build it"),
+        ([wrote(FUSED, 1), wrote(LOOP, 2)], [group(1, 2, 3)], True, "fallback", "1 of 3", "lost"),
+        ([wrote(FOREACH, 1, 2)], [group(1, 2)], True, "fallback", "build it with fused=True", "lost"),
+        ([wrote(FOREACH, 1, 2)], [group(1, 2, built_with=True)], True, "fallback", "asked for and lost", "build it"),
+        (
+            [wrote(LOOP, 1)],
+            [group(1, optimizer="Muon", has_fused=False)],
+            True,
+            "fallback",
+            "no fused version",
+            "build it",
+        ),
+        ([wrote(LOOP, 1), wrote(LOOP, 2)], [group(1, 2)], False, "active", "2 aten::addcdiv_", "build it"),
+        ([wrote(LOOP, 1)], [group(1, 2)], False, "unknown", "of 1 parameters no update was seen", "build it"),
+        ([], [group(1)], True, "unknown", "wrote no parameter by an operator", "build it"),
+        ([], [group(1)], False, "unknown", "no update operator", "build it"),
+        ([], [group()], False, "unknown", "no parameter had a gradient", "build it"),
+        ([], [], False, "unknown", "no optimizer stepped in the watched call", "build it"),
+        ([wrote("aten::_foreach_mul_", 8)], [group(1)], False, "unknown", "no update operator", "foreach"),
+        ([wrote(LIBRARY, 1)], [group(1)], True, "not_applicable", "kernels of its own", "build it"),
+        ([wrote(LIBRARY, 1), wrote(LOOP, 2)], [group(1), group(2)], True, "fallback", "0 of 2", "lost"),
+    ],
+)
+def test_fused_is_told_by_parameters(seen, writes, groups, required, status, words, absent):
+    """Each by what wrote it; what was lost has a remedy of its own, and so has what has no such version."""
+    watched = seen(writes=tuple(writes), updated=tuple(groups), optimizers=(ADAMW,))
     check = optimizer.judge_fused(watched, required).against("optimizer.fused", required)
-    assert check.status == status
+    assert check.status == status, check.reason
     assert words in check.reason
     assert absent not in check.reason
+
+
+def test_an_update_without_operators_may_be_compiled(seen):
+    """Compiled code was entered, so that is the likely cause."""
+    watched = seen(updated=(group(1),), optimizers=(ADAMW,), entered=(None,))
+    judged = optimizer.judge_fused(watched, False)
+    assert (judged.status, "may be compiled" in judged.reason) == ("unknown", True)
+
+
+def test_parameters_that_moved_without_an_optimizer_are_unknown(seen):
+    """Something else than a torch.optim.Optimizer updated them; where nothing moved there was none."""
+    watched = seen(changed=frozenset({"layers.0.first.weight"}))
+    for judge in (optimizer.judge_class, optimizer.judge_fused, optimizer.judge_paged_share):
+        judged = judge(watched, None)
+        assert judged.status == "unknown"
+        assert "1 parameters changed" in judged.reason
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import peft
 import pytest
 import torch
 
-from kernels_check.observation.adapter_layers import adapter_parameters, base_parameters, lora_layers
+from kernels_check.observation.adapter_layers import adapter_layers, adapter_parameters, base_parameters
 
 ADAPTERS = {
     "default": {"r": 4, "lora_dropout": 0.05, "target_modules": ["q_proj", "v_proj"]},
@@ -49,12 +49,12 @@ def _requirements(name):
 def test_each_adapter_in_turn_is_active_throughout(shared, name):
     """Its own rank, dropout and targets are what is found; the inactive ones are no fault of it."""
     run = shared(name)
-    assert len(lora_layers(run.model)) == LAYERS[name]
+    assert len(adapter_layers(run.model)) == LAYERS[name]
     checks = {check.path: check for check in run.verify(_requirements(name))}
     failed = [(path, checks[path].reason) for path in _requirements(name) if not checks[path].met]
     assert failed == []
     assert f"adapter {name} enabled, unmerged and executed in {LAYERS[name]} layers" in checks["lora.attached"].reason
-    assert f"all {2 * LAYERS[name]} factors" in checks["lora.learning"].reason
+    assert f"{2 * LAYERS[name]} of {2 * LAYERS[name]} trainable parameters" in checks["lora.learning"].reason
 
 
 def test_verifying_one_leaves_the_others_untouched(shared):
@@ -100,7 +100,7 @@ def test_a_frozen_adapter_is_caught_among_several(shared, name):
         value.requires_grad_(f".{other}." in parameter or parameter.endswith("norm.weight"))
     check = run.check("lora.learning", True)
     assert (check.status, check.observed) == ("fallback", False)
-    assert f"{2 * LAYERS[name]} of {2 * LAYERS[name]} factors frozen" in check.reason
+    assert f"{2 * LAYERS[name]} of {2 * LAYERS[name]} parameters frozen" in check.reason
 
 
 def test_the_optimizer_of_another_adapter_is_caught(shared):
@@ -109,7 +109,7 @@ def test_the_optimizer_of_another_adapter_is_caught(shared):
     run.optimizer = run.optimizers["default"]
     check = run.check("lora.learning", True)
     assert check.status == "fallback"
-    assert "4 of 4 factors not given to the optimizer" in check.reason
+    assert "4 of 4 parameters not given to the optimizer" in check.reason
 
 
 def test_one_optimizer_for_all_adapters_keeps_the_state_of_the_inactive(shared):

@@ -6,6 +6,7 @@ import torch
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from kernels_check.observation.events import CompilerSeen
 from kernels_check.observation.recording import entries, profiled, read_operators
 
 
@@ -69,9 +70,10 @@ def test_entries_are_those_of_a_profile():
     compiled = torch.compile(torch.nn.ReLU(), backend="eager")
     compiled(torch.ones(2))
     seen = profiled(lambda: compiled(torch.ones(2)))
-    assert entries(lambda: compiled(torch.ones(2))) == (seen.compiled_regions, seen.compiler_lookups) == (1, 1)
+    assert entries(lambda: compiled(torch.ones(2))) == seen.compiler
+    assert (seen.compiler.entered, seen.compiled_regions, seen.compiler_lookups) == ((None,), 1, 1)
     torch._dynamo.reset()
-    assert entries(lambda: torch.ones(2) + 1) == (0, 0)
+    assert entries(lambda: torch.ones(2) + 1) == CompilerSeen()
 
 
 def test_a_real_recording_carries_shapes_and_types():

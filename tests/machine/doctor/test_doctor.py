@@ -17,7 +17,7 @@ from harness.machine.nvml import CardFacts, CardSample, Memory
 from harness.machine.reading import Reading, missing
 from harness.machine.system import SystemFacts
 from harness.report.doctor import describe_checks
-from harness.report.terminal import show
+from harness.report.terminal import show, text_of
 
 GIB = 2**30
 
@@ -117,6 +117,29 @@ def test_what_would_spoil_a_measurement_on_the_host(found, name, standing, chang
     assert check.standing == standing
     assert check.remedy
     assert is_fit(examine(one)) is (standing != "unfit")
+
+
+@pytest.mark.parametrize(
+    ("load", "stalled_s", "standing"),
+    [(3.5, 0.0, "bad"), (4.0, 0.9, "bad"), (15.2, 0.9, "unfit"), (15.2, None, "unfit"), (15.2, 0.0, "bad")],
+)
+def test_a_machine_that_others_have_is_unfit(found, load, stalled_s, standing):
+    """A load above all CPUs leaves none free; one that lags behind work that has ended is not waited for by anybody."""
+    watched = {name: value for name, value in found.host.items() if name != "cpu_stall_s"}
+    if stalled_s is not None:
+        watched["cpu_stall_s"] = stalled_s * found.host["watched_s"]
+    one = dataclasses.replace(found, system=dataclasses.replace(SYSTEM, load=given(load), cpus=4), host=watched)
+    assert by_name(one)["load"].standing == standing
+    assert is_fit(examine(one)) is (standing != "unfit")
+
+
+@pytest.mark.parametrize(
+    ("load", "words"), [(0.1, "is fit to measure. Checks"), (3.5, "with less precision: mend what is bad")]
+)
+def test_a_bad_check_is_part_of_the_answer(found, load, words):
+    """The last line is read alone."""
+    checks = examine(dataclasses.replace(found, system=dataclasses.replace(SYSTEM, load=given(load), cpus=4)))
+    assert words in text_of(describe_checks(checks, fit=is_fit(checks)), width=200, coloured=False)
 
 
 @pytest.mark.parametrize(

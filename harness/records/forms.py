@@ -1,0 +1,132 @@
+"""The form of what a run keeps as plain tables, held against it when it is read.
+
+Provenance, tokens, sides and the evidence of checks are written by rooms above this one and kept as they are, so that a
+reader of another version finds what was there. Whoever reads a run still rests on a few of their keys. These are held
+to their types here, so that a damaged file is refused by its name wherever it is read; one that is missing is unknown.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from harness.errors import UsageError, shorten
+from harness.records import codec
+
+if TYPE_CHECKING:
+    from harness.records.record import TrialRecord
+    from harness.records.store import Manifest
+
+Form = Mapping[str, Any]
+"""The type of each key that is rested on, or the form of the table below it."""
+
+GIT: Form = {"commit": str | None, "dirty": bool | None}
+PROVENANCE: Form = {
+    "device": str,
+    "device_name": str,
+    "threads": int,
+    "python": str,
+    "libraries": dict[str, str | None],
+    "settings": dict[str, Any],
+    "git": GIT,
+    "worker": {"harness": str | None},
+}
+SIDE: Form = {
+    "label": str,
+    "worker": str,
+    "facts": {"packages": dict[str, str], "python": str, "cuda": str | None, "git": GIT},
+}
+TOKENS: Form = {
+    "hash": str,
+    "data": str,
+    "real_tokens": int,
+    "padded_tokens": int,
+    "synthetic": bool,
+    "tokenizer_substituted": bool,
+    "examples": tuple[dict[str, str], ...],
+}
+CHECK: Form = {"path": str, "status": str}
+LARGEST = 1e15
+"""Of all samples of a trial together: no time in seconds, no size in bytes and no loss comes near it, and what is far
+beyond it adds up to no number."""
+LARGEST_TOKEN = 2**31
+_ANSWER, _NUMBERED = re.compile("answer_|untrained_"), re.compile(r"(answer|untrained)_[0-9]{1,6}")
+_REMEDY = "Restore the file, or measure again."
+
+
+def check_manifest(manifest: Manifest, where: str) -> None:
+    """Raises `UsageError` for a manifest whose tables have not the form that readers rest on."""
+    check_form(manifest.provenance, PROVENANCE, f"{where}, provenance")
+    check_form(manifest.tokens, TOKENS, f"{where}, tokens")
+    own = codec.from_json(dict[str, dict[str, Any]], manifest.tokens.get("own", {}), f"{where}, tokens, own")
+    for name, tokens in own.items():
+        check_form(tokens, TOKENS, f"{where}, tokens, own, {name}")
+    for example in manifest.tokens.get("examples", ()):
+        _require(example, ("prompt", "reference"), f"{where}, tokens, examples")
+    if manifest.sides:
+        _require(manifest.sides, ("base", "candidate"), f"{where}, sides")
+    for name, side in manifest.sides.items():
+        place = f"{where}, sides, {name}"
+        side = codec.from_json(dict[str, Any], side, place)
+        check_form({**side, "facts": side.get("facts") or {}}, SIDE, place)
+        _require(side, ("label", "worker"), place)
+    _check_finite(where, {"created_unix_s": manifest.created_unix_s})
+    _check_finite(where, {f"resumed[{n}].unix_s": one.unix_s for n, one in enumerate(manifest.resumed)})
+
+
+def check_record(record: TrialRecord, where: str) -> None:
+    """Raises `UsageError` for a record whose numbers or tables no trial could have left."""
+    place = f"{where}, trial {shorten(record.trial, 60)}"
+    _check_finite(place, {"started_unix_s": record.started_unix_s, "wall_time_s": record.wall_time_s})
+    for key, value in record.tokens.items():
+        fits = type(value) in (int, float, str, bool, type(None)) or (
+            isinstance(value, list) and all(type(item) is int and 0 <= item < LARGEST_TOKEN for item in value)
+        )
+        if not fits or (_ANSWER.match(key) and not (isinstance(value, list) and _NUMBERED.fullmatch(key))):
+            raise UsageError(f"{place}: tokens.{shorten(key, 60)}: a number, a text or a list of tokens is expected. "
+                             f"{_REMEDY}")  # fmt: skip
+    check_form(record.tokens, {key: TOKENS[key] for key in ("hash", "real_tokens", "padded_tokens")}, place)
+    if record.status != "ok":
+        return
+    for key, samples in record.samples.items():
+        if not sum(map(abs, samples)) <= LARGEST:
+            _refuse(place, f"samples.{key}", samples)
+    if not sum(map(abs, record.values.values())) <= LARGEST:
+        _refuse(place, "values", record.values)
+
+
+def check_evidence(checks: Iterable[Mapping[str, Any]], where: str) -> None:
+    """Raises `UsageError` for the finding of a check that does not say what was looked at and what was found."""
+    for check in checks:
+        _require(check, ("path", "status", "required"), where)
+        check_form(check, CHECK, where)
+
+
+def check_form(table: Mapping[str, Any], form: Form, where: str) -> None:
+    """Raises `UsageError` for a key of the form whose value is of another type."""
+    for key, kind in form.items():
+        if key not in table:
+            continue
+        if isinstance(kind, Mapping):
+            below = codec.from_json(dict[str, Any], table[key], f"{where}, {key}")
+            check_form(below, kind, f"{where}, {key}")
+        else:
+            codec.from_json(kind, table[key], f"{where}, {key}")
+
+
+def _require(table: Mapping[str, Any], keys: Iterable[str], where: str) -> None:
+    for key in keys:
+        if key not in table:
+            raise UsageError(f"{shorten(where)}: {key} is missing. {_REMEDY}")
+
+
+def _check_finite(where: str, numbers: Mapping[str, float]) -> None:
+    for key, value in numbers.items():
+        if not -LARGEST <= value <= LARGEST:
+            _refuse(where, key, value)
+
+
+def _refuse(where: str, key: str, value: object) -> NoReturn:
+    said = value if isinstance(value, float) else "what adds up to no number"
+    raise UsageError(f"{shorten(where)}: {shorten(key, 60)} = {said}: a number is expected. {_REMEDY}")

@@ -1,0 +1,267 @@
+"""Ways to lose an adapter without a word: around the step, inside it, or between two of them.
+
+Each has a healthy twin among these that does something like it and trains all the same: a reference inside the step, a
+projection after it, a warm-up, a closure.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+from kernels_check.controls.small_run import SmallRun
+from kernels_check.observation.adapter_layers import adapter_layers
+
+
+def _loss(run: SmallRun, model: Any = None) -> Any:
+    return (run.model if model is None else model)(**run.inputs, labels=run.inputs["input_ids"]).loss
+
+
+def _replace_step(run: SmallRun, step: Callable[[], object]) -> None:
+    run.step = step  # type: ignore[assignment,method-assign]
+
+
+def _trained(run: SmallRun) -> list[tuple[str, Any]]:
+    return [(name, value) for name, value in run.model.named_parameters() if value.requires_grad]
+
+
+def _half(run: SmallRun) -> list[Any]:
+    layers = [layer.module for layer in adapter_layers(run.model)]
+    return layers[: len(layers) // 2]
+
+
+def _optimise(run: SmallRun, groups: Any, rate: float = 1e-3) -> None:
+    import torch
+
+    run.optimizer = torch.optim.AdamW(groups, lr=rate)
+
+
+def _train_a_norm(run: SmallRun) -> None:
+    """Keep the loss differentiable where the adapter gives no gradient."""
+    norm = next(value for name, value in run.model.named_parameters() if name.endswith("model.norm.weight"))
+    norm.requires_grad_(True)
+    run.optimizer.add_param_group({"params": [norm]})
+
+
+def disable_in_the_step(run: SmallRun) -> None:
+    """Leave `disable_adapter()` around the training forward, after steps that were sound."""
+    from torch.nn.utils import clip_grad_norm_
+
+    run.step()
+    run.step()
+    _train_a_norm(run)
+
+    def step() -> None:
+        with run.model.disable_adapter():
+            _loss(run).backward()
+        clip_grad_norm_(run.model.parameters(), 1.0)
+        run.optimizer.step()
+
+    _replace_step(run, step)
+
+
+def ask_a_reference(run: SmallRun) -> None:
+    """Disable the adapter for a reference inside the step, as preference training does."""
+    import torch
+
+    sound = run.step
+
+    def step() -> None:
+        with torch.no_grad(), run.model.disable_adapter():
+            run.model(**run.inputs)
+        sound()
+
+    _replace_step(run, step)
+
+
+def rest_half_in_the_step(run: SmallRun) -> None:
+    """Deactivate half the layers for the time of the step only."""
+    sound, resting = run.step, _half(run)
+
+    def step() -> None:
+        for layer in resting:
+            layer.set_adapter([])
+        sound()
+        for layer in resting:
+            layer.set_adapter("default")
+
+    _replace_step(run, step)
+
+
+def ask_another_adapter(run: SmallRun) -> None:
+    """Switch to a second adapter for a reference inside the step, and back."""
+    import peft
+    import torch
+
+    run.model.add_adapter("reference", peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    run.model.set_adapter("default")
+    sound = run.step
+
+    def step() -> None:
+        run.model.set_adapter("reference")
+        with torch.no_grad():
+            run.model(**run.inputs)
+        run.model.set_adapter("default")
+        sound()
+
+    _replace_step(run, step)
+
+
+def pass_by_half(run: SmallRun) -> None:
+    """Call what half the layers wrap in their place, as a patched forward would."""
+    for layer in _half(run):
+        layer.forward = layer.base_layer.forward
+
+
+def train_a_copy(run: SmallRun) -> None:
+    """Train a deep copy, and look at the model."""
+    run.step()
+    twin = copy.deepcopy(run.model)
+    own = [value for value in twin.parameters() if value.requires_grad]
+    _optimise(run, own)
+
+    def step() -> None:
+        run.optimizer.zero_grad()
+        _loss(run, twin).backward()
+        run.optimizer.step()
+
+    _replace_step(run, step)
+
+
+def reload_every_step(run: SmallRun) -> None:
+    """Load the adapter's state before every step."""
+    import torch
+
+    run.step()
+    kept = {name: value.detach().clone() for name, value in _trained(run)}
+    sound = run.step
+
+    def step() -> None:
+        with torch.no_grad():
+            for name, value in _trained(run):
+                value.copy_(kept[name])
+        sound()
+
+    _replace_step(run, step)
+
+
+def zero_every_step(run: SmallRun) -> None:
+    """Set lora_B to zero after every step."""
+    sound = run.step
+
+    def step() -> None:
+        sound()
+        for name, value in _trained(run):
+            if ".lora_B." in name:
+                value.data.zero_()
+
+    _replace_step(run, step)
+
+
+def clamp_after_every_step(run: SmallRun) -> None:
+    """Keep the weights within bounds, which moves few of them."""
+    import torch
+
+    sound = run.step
+
+    def step() -> None:
+        sound()
+        with torch.no_grad():
+            for _, value in _trained(run):
+                value.clamp_(-0.08, 0.08)
+
+    _replace_step(run, step)
+
+
+def rest_lora_a(run: SmallRun) -> None:
+    """Give the group of lora_A a learning rate of zero."""
+    first = [value for name, value in _trained(run) if ".lora_A." in name]
+    second = [value for name, value in _trained(run) if ".lora_B." in name]
+    _optimise(run, [{"params": first, "lr": 0.0}, {"params": second}])
+
+
+def warm_up_from_zero(run: SmallRun) -> None:
+    """Let the learning rate rise from zero, with an adapter that has never stepped."""
+    from torch.optim.lr_scheduler import LambdaLR
+
+    sound, scheduler = run.step, LambdaLR(run.optimizer, lambda step: min(1.0, step / 10))
+
+    def step() -> None:
+        sound()
+        scheduler.step()
+
+    _replace_step(run, step)
+
+
+def narrow(run: SmallRun, rate: float = 1e-3) -> None:
+    """Keep the adapter in bfloat16."""
+    import torch
+
+    for _, value in _trained(run):
+        value.data = value.data.to(torch.bfloat16)
+    _optimise(run, [value for _, value in _trained(run)], rate)
+
+
+def narrow_with_a_small_rate(run: SmallRun) -> None:
+    """Keep the adapter in bfloat16, with a rate below what its digits can hold."""
+    narrow(run, 1e-7)
+
+
+def optimise_factors_only(run: SmallRun) -> None:
+    """Collect what to train by the names of the factors, as many scripts do."""
+    _optimise(run, [value for name, value in _trained(run) if ".lora_A." in name or ".lora_B." in name])
+
+
+def zero_gradients_before_the_update(run: SmallRun) -> None:
+    """Zero the gradients in the wrong place; the update is left with weight decay."""
+    run.step()
+    run.step()
+
+    def step() -> None:
+        _loss(run).backward()
+        run.optimizer.zero_grad(set_to_none=False)
+        run.optimizer.state.clear()
+        run.optimizer.step()
+
+    _replace_step(run, step)
+
+
+def step_with_a_closure(run: SmallRun) -> None:
+    """Hand the optimizer a closure that computes the gradients, as Lightning does."""
+
+    def closure() -> Any:
+        run.optimizer.zero_grad()
+        loss = _loss(run)
+        loss.backward()
+        return loss
+
+    _replace_step(run, lambda: run.optimizer.step(closure=closure))
+
+
+def prompt() -> Any:
+    """Virtual tokens before the input."""
+    import peft
+
+    return peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+
+
+def ia3() -> Any:
+    """Factors on keys and values."""
+    import peft
+
+    return peft.IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj", "v_proj"], feedforward_modules=[])
+
+
+def dora() -> Any:
+    """LoRA with a magnitude of its own."""
+    import peft
+
+    return peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", use_dora=True)
+
+
+def with_a_head() -> Any:
+    """LoRA, and a copy of the head that is trained whole."""
+    import peft
+
+    return peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", modules_to_save=["lm_head"])

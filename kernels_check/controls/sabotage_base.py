@@ -1,0 +1,137 @@
+"""Ways to break the base of a run after it was built, each beside what it leaves sound."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from kernels_check.controls.small_run import SmallRun
+from kernels_check.observation.adapter_layers import lora_layers
+
+
+def after_each_step(run: SmallRun, change: Callable[[], object]) -> None:
+    """Do something at the end of every update."""
+    run.optimizer.register_step_post_hook(lambda *_: change())
+
+
+def normalise_batches(run: SmallRun) -> None:
+    """Put a norm of batches at the end, as vision towers have them, and leave it in train mode with the rest."""
+    from torch import Tensor, nn
+
+    class Normalised(nn.Module):
+        def __init__(self, norm: nn.Module) -> None:
+            super().__init__()
+            self.norm, self.statistics = norm, nn.BatchNorm1d(128, affine=False)
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            hidden = self.norm(hidden)
+            normalised: Tensor = self.statistics(hidden.float().transpose(1, 2)).transpose(1, 2)
+            return normalised.to(hidden.dtype)
+
+    body = run.model.base_model.model.model
+    body.norm = Normalised(body.norm)
+
+
+def normalise_as_loaded(run: SmallRun) -> None:
+    """As ``normalise_batches``, with the statistics that were loaded."""
+    normalise_batches(run)
+    run.model.base_model.model.model.norm.statistics.eval()
+
+
+def hold_a_large_table(run: SmallRun) -> None:
+    """Give the base 64 MiB more."""
+    import torch
+
+    table = torch.nn.Embedding(2**15, 2**10, dtype=torch.bfloat16, _weight=torch.zeros(2**15, 2**10).bfloat16())
+    run.model.base_model.model.table = table.requires_grad_(False)
+
+
+def change_one_row(run: SmallRun) -> None:
+    """Write to one row of it in each step, past autograd."""
+    hold_a_large_table(run)
+    after_each_step(run, lambda: run.model.base_model.model.table.weight.data[3].add_(1))
+
+
+def drift_offset(run: SmallRun) -> None:
+    """Move the number that all scales of a weight are relative to."""
+    layer = lora_layers(run.model)[1].base
+    after_each_step(run, lambda: layer.weight.quant_state.offset.add_(1e-3))
+
+
+def int8(linear: Any) -> Any:
+    """The LLM.int8 layer of a linear layer."""
+    import bitsandbytes as bnb
+
+    layer = bnb.nn.Linear8bitLt(linear.in_features, linear.out_features, bias=False, has_fp16_weights=False)
+    layer.weight = bnb.nn.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
+    return layer.to(linear.weight.device)
+
+
+def drift_int8_scales(run: SmallRun) -> None:
+    """Move the scales, which the first forward has handed to the layer."""
+    layer = lora_layers(run.model)[0].base
+    after_each_step(run, lambda: layer.state.SCB.add_(1))
+
+
+def optimise_everything(run: SmallRun) -> None:
+    """Give the optimizer all parameters, as many scripts do."""
+    import torch
+
+    run.optimizer = torch.optim.AdamW(run.model.parameters(), lr=1e-3)
+
+
+def decay_everything(run: SmallRun) -> None:
+    """Let it decay them, too."""
+    import torch
+
+    optimise_everything(run)
+
+    def decay() -> None:
+        with torch.no_grad():
+            for value in run.model.parameters():
+                value.mul_(0.99)
+
+    after_each_step(run, decay)
+
+
+def add_biases(run: SmallRun, bias: str = "none") -> None:
+    """Give the targets biases, and attach the adapter anew."""
+    import peft
+    import torch
+
+    base = run.model.unload()
+    for layer in base.model.layers:
+        for target in (layer.self_attn.q_proj, layer.self_attn.v_proj):
+            zeros = torch.zeros(target.out_features, dtype=target.weight.dtype)
+            target.bias = torch.nn.Parameter(zeros.to(target.weight.device), requires_grad=False)
+    run.model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], bias=bias)).train()
+    run.optimizer = torch.optim.AdamW([value for value in run.model.parameters() if value.requires_grad], lr=1e-3)
+
+
+def train_biases(run: SmallRun) -> None:
+    """Ask PEFT to train the biases of the targets."""
+    add_biases(run, "lora_only")
+
+
+def add_experts(run: SmallRun) -> Any:
+    """Give the base experts whose weights are one parameter, which no quantisation of linear layers reaches."""
+    import torch
+    from torch import nn
+
+    experts = nn.Module()
+    experts.gate_up_proj = nn.Parameter(torch.randn(4, 128, 128).bfloat16(), requires_grad=False)
+    run.model.base_model.model.experts = experts
+    return experts
+
+
+def add_quantised_experts(run: SmallRun) -> None:
+    """As ``add_experts``, quantised by a parametrisation."""
+    from bitsandbytes.nn.parametrize import replace_parameter_4bit
+
+    replace_parameter_4bit(add_experts(run), "gate_up_proj", quant_type="nf4")
+
+
+def take_scales_of_another(run: SmallRun) -> None:
+    """Mix up two layers of one shape, as a loader that gets its keys wrong."""
+    first, second = (layer.base for layer in lora_layers(run.model) if layer.name.endswith("q_proj"))
+    first.weight.quant_state = second.weight.quant_state

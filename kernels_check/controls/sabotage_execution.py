@@ -1,0 +1,237 @@
+"""Ways to break how a run is executed: compiled, recomputed, updated; each says what a user would have done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from kernels_check.controls.small_run import SmallRun
+from kernels_check.observation import compilations
+
+
+def fused_adamw(parameters: Any) -> Any:
+    """Build torch's AdamW in one kernel."""
+    import torch
+
+    return torch.optim.AdamW(parameters, lr=1e-3, fused=True)
+
+
+def paged_adamw(parameters: Any) -> Any:
+    """Build the AdamW of bitsandbytes whose state may leave the GPU."""
+    import bitsandbytes as bnb
+
+    return bnb.optim.PagedAdamW32bit(parameters, lr=1e-3)
+
+
+def lose_fused(run: SmallRun) -> None:
+    """Resume from a checkpoint whose optimizer was not fused: its groups' switch is loaded with its moments."""
+    import torch
+
+    run.step()
+    parameters = [value for group in run.optimizer.param_groups for value in group["params"]]
+    plain = torch.optim.AdamW([value.detach().clone() for value in parameters], lr=1e-3)
+    run.optimizer.load_state_dict(plain.state_dict())
+
+
+def compile_layers(run: SmallRun) -> None:
+    """Compile the decoder layers one by one, as a training of many layers does to compile once."""
+    compile_some(run, *decoder_layers(run))
+
+
+def compile_some(run: SmallRun, *modules: Any) -> None:
+    """Compile the code of these modules, and take a step."""
+    import torch
+
+    compilations.forget()  # the code of these layers is shared by all models of the process
+    run.inputs["use_cache"] = False  # a cache that fills up is another graph in every layer, and so are inputs that
+    run.model.enable_input_require_grads()  # require no gradient
+    for module in modules:
+        module.forward = torch.compile(module.forward, backend="eager", dynamic=False)
+    run.step()
+
+
+def compile_one_layer(run: SmallRun) -> None:
+    """Stop after the first."""
+    compile_some(run, decoder_layers(run)[0])
+
+
+def compile_feed_forward(run: SmallRun) -> None:
+    """Leave the attention to run eagerly."""
+    compile_some(run, *(layer.mlp for layer in decoder_layers(run)))
+
+
+def compile_loss(run: SmallRun) -> None:
+    """Compile a loss of one's own, and nothing of the model."""
+    import torch
+
+    compilations.forget()
+
+    @torch.compile(backend="eager", dynamic=False)
+    def loss_of(logits: Any) -> Any:
+        return logits.float().logsumexp(-1).mean()
+
+    def passes(run: SmallRun) -> Any:
+        loss = loss_of(run.model(**run.inputs).logits)
+        loss.backward()
+        return loss
+
+    run.passes = passes
+    run.step()
+
+
+def decoder_layers(run: SmallRun) -> list[Any]:
+    """The layers of the model, from the first."""
+    return [module for module in run.model.modules() if type(module).__name__ == "LlamaDecoderLayer"]
+
+
+def break_graphs(run: SmallRun) -> None:
+    """Leave something in the compiled code that no graph can hold, as a message would be."""
+    import torch
+
+    def broken(forward: Any) -> Any:
+        def with_break(hidden: Any) -> Any:
+            hidden = hidden * 1
+            torch._dynamo.graph_break()
+            return forward(hidden)
+
+        return with_break
+
+    for layer in decoder_layers(run):
+        layer.mlp.forward = broken(layer.mlp.forward)
+    compile_layers(run)
+
+
+def change_lengths(run: SmallRun) -> None:
+    """Let every batch have another length, which is another graph."""
+    compile_layers(run)
+    ids = run.inputs["input_ids"]
+    for tokens in (15, 14):
+        run.inputs = {**run.inputs, "input_ids": ids[:, :tokens]}
+        run.step()
+
+
+def reach_recompile_limit(run: SmallRun) -> None:
+    """Change lengths until the compiler gives up."""
+    from torch._dynamo import config
+
+    with config.patch(recompile_limit=1):
+        change_lengths(run)
+
+
+def half_paged(parameters: Any) -> Any:
+    """Build an AdamW that marks half its state as bitsandbytes marks paged tensors.
+
+    It stands in for a paged optimizer, which a CPU, having no managed memory, cannot run.
+    """
+    import torch
+
+    class HalfPaged(torch.optim.AdamW):
+        def step(self, closure: Any = None) -> Any:
+            result = super().step(closure)
+            for state in self.state.values():
+                state["exp_avg"].is_paged = True
+            return result
+
+    return HalfPaged(parameters, lr=1e-3)
+
+
+def checkpoint_layers(run: SmallRun, choose: Callable[[int, int], bool], part: str = "", **options: Any) -> None:
+    """Recompute by hand: where ``choose`` says so of the layer and of the micro-batch, a part of it or all."""
+    from torch.utils.checkpoint import checkpoint
+
+    def recomputing(original: Callable[..., Any], place: int) -> Callable[..., Any]:
+        def forward(*given: Any, **named: Any) -> Any:
+            if not choose(place, run.micro_batch):
+                return original(*given, **named)
+            return checkpoint(original, *given, **{"use_reentrant": False, **options}, **named)
+
+        return forward
+
+    run.inputs["use_cache"] = False  # a cache would be filled twice
+    for place, layer in enumerate(decoder_layers(run)):
+        module = getattr(layer, part) if part else layer
+        module.forward = recomputing(module.forward, place)
+
+
+def keep_attention(run: SmallRun) -> None:
+    """Recompute selectively: all but the attention, which costs most to compute again and least to keep."""
+    from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+    def policy(context: Any, operator: Any, *given: Any, **named: Any) -> CheckpointPolicy:
+        kept = "scaled_dot_product" in str(operator)
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    checkpoint_layers(run, lambda *_: True, context_fn=partial(create_selective_checkpoint_contexts, policy))
+
+
+def two_passes(run: SmallRun) -> None:
+    """Accumulate the gradients of two micro-batches."""
+
+    def passes(run: SmallRun) -> Any:
+        for run.micro_batch in range(2):
+            loss = run.one_pass()
+        return loss
+
+    run.passes = passes
+
+
+def forget_a_layer(run: SmallRun) -> None:
+    """Put a layer into evaluation between two micro-batches, and back after them."""
+
+    def passes(run: SmallRun) -> Any:
+        layer = decoder_layers(run)[1].self_attn
+        run.one_pass()
+        layer.eval()
+        loss = run.one_pass()
+        layer.train()
+        return loss
+
+    run.passes = passes
+
+
+def evaluate_inside(run: SmallRun) -> None:
+    """Evaluate and generate inside the step, with gradients off."""
+    import torch
+
+    def passes(run: SmallRun) -> Any:
+        loss = run.one_pass()
+        run.model.eval()
+        with torch.no_grad():
+            run.model(**run.inputs)
+        run.model.train()
+        return loss
+
+    run.passes = passes
+
+
+def half_fused(parameters: Any) -> Any:
+    """Give the switch to the first group alone."""
+    import torch
+
+    values = list(parameters)
+    groups = [{"params": values[:4], "fused": True}, {"params": values[4:], "fused": False}]
+    return torch.optim.AdamW(groups, lr=1e-3)
+
+
+def clip_in_closure(run: SmallRun) -> None:
+    """Hand forward, backward and clipping to the optimizer's step, as Lightning does."""
+    import torch
+
+    def passes(run: SmallRun) -> Any:
+        loss = run.one_pass()
+        torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0, foreach=True)
+        return loss
+
+    run.passes, run.by_closure = passes, True
+
+
+def record_inside(run: SmallRun) -> None:
+    """Leave a profiler of one's own around the passes of the step."""
+    import torch
+
+    def passes(run: SmallRun) -> Any:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+            return run.one_pass()
+
+    run.passes = passes

@@ -1,0 +1,166 @@
+"""What was seen of a step, for the judges."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from kernels_check.check import Evidence
+from kernels_check.observation.adapter_calls import LayerCall
+from kernels_check.observation.adapter_kinds import AdapterLayer
+from kernels_check.observation.adapter_layers import (
+    adapter_layers,
+    base_parameters,
+    token_parameters,
+    trained_parameters,
+)
+from kernels_check.observation.adapter_targets import unmatched_names
+from kernels_check.observation.adapter_updates import ParameterUpdates
+from kernels_check.observation.attention_layers import AttentionLayers, attention_layers
+from kernels_check.observation.base_state import biases_asked_for
+from kernels_check.observation.calls import Calls
+from kernels_check.observation.census import Census, take_census
+from kernels_check.observation.compilations import Compilations
+from kernels_check.observation.compiled_blocks import CompiledBlocks, compiled_blocks
+from kernels_check.observation.digest import Digest
+from kernels_check.observation.events import StepProfile
+from kernels_check.observation.gradients import GradientSeen
+from kernels_check.observation.inputs import ModelCall
+from kernels_check.observation.isolation import IsolationSeen
+from kernels_check.observation.layer_products import LayerProducts, fourbit_layers, products_of
+from kernels_check.observation.optimizers import OptimizerSeen
+from kernels_check.observation.packed_step import isolation_of_step
+from kernels_check.observation.padding import PaddingSeen, count_padding
+from kernels_check.observation.recomputed_blocks import BlockRecomputed, ran_without_gradient, recomputed_blocks
+from kernels_check.observation.storage import Storage, read_wrapped
+from kernels_check.observation.updates import GroupSeen, operators_on, updated_by
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observation:
+    """Everything seen over the watched calls of the step; the methods read the model as it is when they are called."""
+
+    model: nn.Module
+    before: Digest
+    """The base before the first call."""
+    after: Digest
+    """The base after the last."""
+    profile: StepProfile
+    calls: int
+    optimizer_steps: int
+    optimizers: tuple[OptimizerSeen, ...]
+    gradients: Mapping[str, GradientSeen]
+    """Parameters that a gradient reached in the watched calls, by name; what lay there before does not count."""
+    changed: frozenset[str]
+    """Trainable parameters that differ from before the first call."""
+    modules: Calls
+    """Calls of the model's modules in the watched call; those of compiled code call no hook."""
+    modes: Mapping[str, bool | None]
+    """``training`` of every module while the step ran; None where it changed."""
+    drew_random: bool
+    reached: frozenset[str] = frozenset()
+    """Parameters that a gradient reached in the call that counts."""
+    updates: Mapping[str, ParameterUpdates] = field(default_factory=dict)
+    """What became of each parameter of the adapter that has to learn, by name."""
+    adapter_calls: Mapping[str, Sequence[LayerCall]] = field(default_factory=dict)
+    """Calls of the adapter's layers in the call that counts, by the layer's name; what is compiled notes none."""
+    model_calls: tuple[ModelCall, ...] = ()
+    """Calls of the model itself in the hooked call; none where it is compiled in place."""
+    compilations: Compilations = field(default_factory=Compilations)
+    """What torch.compile has on record after the last call."""
+    batch: Mapping[str, Any] | None = None
+    """Packed inputs of the model, to be perturbed."""
+    updated: tuple[GroupSeen, ...] = ()
+    """Groups of the optimizers that stepped in the watched call."""
+
+    @property
+    def blind(self) -> Mapping[Evidence, str]:
+        """Evidence that the instrument could not collect in this step, with the reason."""
+        compiled_in_place = "" in self.modules.unhooked  # it calls no hook of its own
+        if self.profile.blind and not self.model_calls and compiled_in_place:
+            return {**self.profile.blind, "inputs": "the model is compiled in place and its inputs were not seen"}
+        return self.profile.blind
+
+    @property
+    def untold(self) -> Mapping[Evidence, str]:
+        """Evidence that should have been there in this step and was not, with the reason."""
+        return self.profile.untold
+
+    def compiled_blocks(self) -> CompiledBlocks:
+        """The blocks of the model by whether they ran in compiled code."""
+        seen = self.profile.compiler
+        return compiled_blocks(self.model, self.modules, seen.entered, seen.eager, self.gradients)
+
+    def recomputed_blocks(self) -> tuple[BlockRecomputed, ...]:
+        """The blocks of the model that a gradient comes back to, with what was computed again."""
+        return recomputed_blocks(self.model, self.modules)
+
+    def blocks_without_gradient(self) -> tuple[str, ...]:
+        """The blocks of the model that ran and that no gradient comes back to."""
+        return ran_without_gradient(self.model, self.modules)
+
+    def updated_by_kind(self) -> list[Counter[str]]:
+        """For each of the groups in ``updated``, how many parameters were updated by which kind of operator."""
+        return updated_by(self.updated, self.profile.writes)
+
+    def update_operators(self) -> list[str]:
+        """The operators that wrote any of those parameters."""
+        return operators_on(self.updated, self.profile.writes)
+
+    def lora_layers(self) -> list[AdapterLayer]:
+        """Places with an adapter that is in use."""
+        return adapter_layers(self.model)
+
+    def trained_parameters(self) -> dict[str, Tensor]:
+        """Parameters of the adapter that have to learn, by name."""
+        return trained_parameters(self.model, self.lora_layers())
+
+    def token_parameters(self) -> frozenset[str]:
+        """Parameters of the adapter that only some tokens of the vocabulary use, by name."""
+        return token_parameters(self.model)
+
+    def unmatched_names(self) -> list[str]:
+        """Names that the adapter's configuration asks for and that matched nothing."""
+        return unmatched_names(self.model)
+
+    def base_parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters that are no adapter's, by name."""
+        return base_parameters(self.model)
+
+    def attention_layers(self) -> AttentionLayers:
+        """The layers in which attention ran or should have."""
+        return attention_layers(self.model, self.modules, self.profile.attention, self.profile.mixing)
+
+    def base_products(self) -> LayerProducts:
+        """The products of every base layer below an adapter, by the name of the layer that carries the adapter."""
+        layers = {layer.name: (f"{layer.name}.base_layer",) for layer in self.lora_layers() if layer.base is not None}
+        ran = {name: own if self.modules.ran(own[0]) else (name,) for name, own in layers.items()}
+        return products_of(ran, self.model, self.modules, (*self.profile.fourbit, *self.profile.products))
+
+    def fourbit_products(self) -> LayerProducts:
+        """The 4-bit products of every linear layer of the model with a 4-bit weight, by its name."""
+        return products_of(fourbit_layers(self.model), self.model, self.modules, self.profile.fourbit)
+
+    def storage(self) -> dict[str, Storage]:
+        """How the base layer below each adapter keeps its weight, by the layer's name."""
+        return {layer.name: read_wrapped(layer.module) for layer in self.lora_layers() if layer.base is not None}
+
+    def census(self) -> Census:
+        """How many bytes of the whole base are kept in how many bits."""
+        return take_census(self.model)
+
+    def biases_asked_for(self) -> str | None:
+        """What PEFT was told of the biases of the base, where it was told to train them."""
+        return biases_asked_for(self.model)
+
+    def isolation(self) -> IsolationSeen:
+        """Perturb the step's own packed calls, and the batch where there is one, by forwards that leave no trace."""
+        return isolation_of_step(self.model, self.model_calls, self.batch)
+
+    def padding(self) -> PaddingSeen | None:
+        """Padding in the inputs of the model; None where no call of it was seen."""
+        return count_padding(self.model, self.model_calls)

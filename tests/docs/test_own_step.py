@@ -1,0 +1,40 @@
+"""What the page on steps of one's own shows is what its code prints, on the libraries that are installed."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "own_step.md"
+MARK = "-- the next block --"
+
+
+def blocks():
+    """Code, and the lines that it is said to print; none where nothing is said."""
+    found, lines = [], iter(PAGE.read_text(encoding="utf-8").splitlines())
+    for line in lines:
+        if line in ("```python", "```text"):
+            block = []
+            for inner in lines:
+                if inner == "```":
+                    break
+                block.append(inner)
+            if line == "```python":
+                found.append(("\n".join(block), []))
+            else:
+                found[-1][1].extend(block)
+    return found
+
+
+def test_the_page_prints_what_it_says():
+    """All of it in one process of its own, since Accelerate keeps the state of its process."""
+    shown = blocks()
+    assert sum(bool(printed) for _, printed in shown) >= 4
+    script = f"\nprint({MARK!r})\n".join(code for code, _ in shown)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    printed = [part.strip().splitlines() for part in done.stdout.split(MARK)]
+    for (code, expected), lines in zip(shown, printed, strict=True):
+        assert not [line for line in expected if line not in lines], (code, lines)

@@ -1,0 +1,294 @@
+"""A frozen base is one that no step moves; what only looks like training is said and no fault."""
+
+import copy
+
+import peft
+import pytest
+import torch
+import torch.distributed as dist
+from peft.optimizers import create_lorafa_optimizer
+from torch import nn
+
+from kernels_check import verify
+from kernels_check.controls.small_run import SmallRun
+from kernels_check.judges import base_layers
+from kernels_check.observation.adapter_layers import lora_layers
+
+
+def _tuned(base, *, optimizer=torch.optim.AdamW, everything=False, **options):
+    """A model with an adapter on its first layer, and its optimizer."""
+    torch.manual_seed(3)
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, **{"target_modules": ["0"], **options})).train()
+    given = [value for value in model.parameters() if everything or value.requires_grad]
+    return model, optimizer(given, lr=1e-2)
+
+
+def _judged(model, optimizer, instrument, *, inputs=None, also=lambda: None, path="base.frozen", required=True):
+    inputs = torch.randn(4, 8) if inputs is None else inputs
+
+    def step():
+        optimizer.zero_grad()
+        found = model(inputs)
+        (found[0] if isinstance(found, tuple) else found).pow(2).mean().backward()
+        optimizer.step()
+        also()
+
+    return next(check for check in verify(model, step, {path: required}, instrument=instrument) if check.path == path)
+
+
+def _with_spare(**options):
+    """A base with a layer that no forward calls."""
+    base = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
+    base.spare = nn.Linear(8, 8, **options)
+    base.forward = lambda inputs: base[1](base[0](inputs))
+    return base
+
+
+def _norm():
+    return nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+
+
+def test_statistics_of_a_norm_are_part_of_the_base(instrument):
+    """In train mode every forward moves them, whatever is frozen; in eval mode none does."""
+    moving = _judged(*_tuned(_norm()), instrument)
+    assert moving.status == "fallback"
+    assert "3 changed" in moving.reason
+    assert "1.running_mean" in moving.reason
+    assert "eval() on the layers whose buffers move" in moving.reason
+    model, optimizer = _tuned(_norm())
+    model.base_model.model[1].eval()
+    assert _judged(model, optimizer, instrument).met
+
+
+class Remembers(nn.Module):
+    """Keeps something of its last input."""
+
+    def __init__(self, *, saved):
+        super().__init__()
+        self.register_buffer("last", torch.zeros(8), persistent=saved)
+
+    def forward(self, hidden):
+        """What it is given."""
+        self.last = hidden.detach().mean(0)
+        return hidden
+
+
+def test_a_buffer_that_is_not_saved_is_no_base(instrument):
+    """A forward makes it anew, as positions of rotary embeddings are; one that is saved counts."""
+    made_anew = _judged(*_tuned(nn.Sequential(nn.Linear(8, 8), Remembers(saved=False))), instrument)
+    assert made_anew.met
+    assert "made anew by the forward, and not saved with the model: base_model.model.1.last" in made_anew.reason
+    assert not _judged(*_tuned(nn.Sequential(nn.Linear(8, 8), Remembers(saved=True))), instrument).met
+
+
+def test_a_frozen_parameter_may_be_given_to_the_optimizer(instrument):
+    """``AdamW(model.parameters())`` skips what has no gradient, and decays nothing of it."""
+    check = _judged(*_tuned(_norm()[::2], everything=True), instrument)
+    assert check.met
+    assert "4 frozen base parameters are given to the optimizer, which skips them" in check.reason
+
+
+def test_an_optimizer_that_moves_what_has_no_gradient_is_seen(instrument):
+    """Whatever the flags say, the bytes do not."""
+
+    class Decays(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step(closure)
+            with torch.no_grad():
+                for value in self.param_groups[0]["params"]:
+                    value.mul_(0.999)
+
+    check = _judged(*_tuned(_norm()[::2], everything=True, optimizer=Decays), instrument)
+    assert check.status == "fallback"
+    assert "4 changed" in check.reason
+
+
+def test_what_would_train_with_a_gradient_is_not_frozen(instrument):
+    """Such as an expert that no token of these steps was sent to; held by no optimizer, it cannot move."""
+    model, optimizer = _tuned(_with_spare())
+    model.base_model.model.spare.requires_grad_(True)
+    idle = _judged(model, optimizer, instrument)
+    assert idle.met
+    assert "though they require gradients: base_model.model.spare.weight" in idle.reason
+    optimizer.add_param_group({"params": list(model.base_model.model.spare.parameters())})
+    waiting = _judged(model, optimizer, instrument)
+    assert waiting.status == "fallback"
+    assert "2 base parameters require gradients" in waiting.reason
+
+
+def test_without_an_optimizer_nobody_knows_what_it_holds(instrument):
+    """A step that accumulates updates nothing."""
+    model, _ = _tuned(_with_spare())
+    model.base_model.model.spare.requires_grad_(True)
+    inputs = torch.randn(4, 8)
+    checks = verify(model, lambda: model(inputs).sum().backward(), {"base.frozen": True}, instrument=instrument)
+    check = next(check for check in checks if check.path == "base.frozen")
+    assert check.status == "unknown", check.reason
+    assert "no optimizer stepped" in check.reason
+    assert "spare.weight" in check.reason
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_that_peft_was_asked_to_train_are_named_by_the_setting(instrument, bias):
+    """The base is then not frozen, and that is what was asked for."""
+    check = _judged(*_tuned(_norm()[::2], bias=bias), instrument)
+    assert check.status == "fallback"
+    assert f"PEFT was asked to by bias={bias!r}" in check.reason
+    assert "base_layer.bias" in check.reason
+
+
+def test_what_is_trained_on_purpose_beside_the_adapter_is_the_adapters(instrument):
+    """A copy by ``modules_to_save``."""
+    assert _judged(*_tuned(_norm()[::2], modules_to_save=["1"]), instrument).met
+
+
+def test_lora_fa_is_healthy(training):
+    """PEFT's optimizer keeps A fixed and takes all parameters of the model."""
+    run = training()
+    run.optimizer = create_lorafa_optimizer(run.model, r=4, lora_alpha=8, lr=1e-3)
+    check = run.check("base.frozen", True)
+    assert check.met, check.reason
+
+
+class Attends(nn.Module):
+    """An attention whose projections of queries, keys and values are no layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, hidden):
+        """Attend, and project."""
+        return self.head(self.attention(hidden, hidden, hidden)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapter_merged_for_each_forward_leaves_rounding(instrument, dtype):
+    """PEFT reaches ``nn.MultiheadAttention`` in no other way; what is more than rounding is training."""
+    inputs = torch.randn(2, 3, 8, dtype=dtype)
+    model, optimizer = _tuned(Attends().to(dtype), target_modules=["attention"])
+    check = _judged(model, optimizer, instrument, inputs=inputs)
+    assert check.met, check.reason
+    assert "but for rounding, since PEFT merges" in check.reason
+    model, optimizer = _tuned(Attends().to(dtype), target_modules=["attention"])
+
+    def drift():
+        model.base_model.model.attention.base_layer.in_proj_weight.data += 1e-2
+
+    assert _judged(model, optimizer, instrument, inputs=inputs, also=drift).status == "fallback"
+    assert _judged(model, optimizer, instrument, inputs=inputs, path="base.bits", required=16).observed == (
+        16 if dtype == torch.bfloat16 else 32
+    )
+
+
+@pytest.mark.parametrize("part", ["offset", "absmax"])
+def test_a_state_that_moves_is_a_base_that_moves(training, part):
+    """The bytes of the weight stay what they are."""
+    run = training()
+
+    def step():
+        run.step()
+        state = lora_layers(run.model)[2].base.weight.quant_state
+        state.offset.add_(1e-4) if part == "offset" else state.absmax.add_(1)
+
+    check = run.check("base.frozen", True, step)
+    assert check.status == "fallback"
+    assert f"q_proj.base_layer.quant_state.{part}" in check.reason
+
+
+def test_what_lies_on_no_device_is_unknown(instrument):
+    """As layers that are kept on a disk between two forwards."""
+    check = _judged(*_tuned(_with_spare(device="meta")), instrument)
+    assert check.status == "unknown"
+    assert "the bytes of 2 parts could not be read: base_model.model.spare.weight" in check.reason
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A process group of one process."""
+    dist.init_process_group("gloo", rank=0, world_size=1, init_method=f"file://{tmp_path}/meeting")
+    yield
+    dist.destroy_process_group()
+
+
+def _shard(run: SmallRun) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (1,))
+    for layer in run.model.base_model.model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(run.model, mesh=mesh)
+    run.optimizer = torch.optim.AdamW([value for value in run.model.parameters() if value.requires_grad], lr=1e-3)
+
+
+@pytest.mark.parametrize("quant", ["nf4", None])
+def test_a_sharded_base_is_read_and_compared(training, alone, quant):
+    """The local shards of FSDP2's parameters; a 4-bit weight's state is then with its layer."""
+    run = training(quant=quant)
+    _shard(run)
+    run.step()
+    bits = 4 if quant else 16
+    checks = {check.path: check for check in run.verify({"base.bits": bits, "base.frozen": True})}
+    assert checks["base.bits"].met, checks["base.bits"].reason
+    assert checks["base.frozen"].met, checks["base.frozen"].reason
+
+    def step():
+        run.step()
+        run.model.base_model.model.lm_head.weight.data._local_tensor[5, 3] += 1
+
+    moved = run.check("base.frozen", True, step)
+    assert moved.status == "fallback"
+    assert "lm_head.weight._local_tensor" in moved.reason
+
+
+def test_a_base_that_an_evaluation_left_whole_is_compared_by_its_shards(training, alone):
+    """FSDP2 shards the outermost parameters again in the backward pass only."""
+    run = training(quant=None)
+    _shard(run)
+    run.step()
+    with torch.no_grad():
+        run.model(**run.inputs)
+    assert not hasattr(run.model.base_model.model.lm_head.weight, "_local_tensor")
+    assert run.check("base.frozen", True).met
+
+
+def test_sharded_weights_of_which_only_the_state_was_repacked_are_found(training, alone):
+    """FSDP2 gathers the old layout for each forward, and bitsandbytes marked the state of the first in place.
+
+    From the second forward on the losses are those of another model.
+    """
+    runs = [training(dtype="float32", compute="float32", lora_dropout=0.0) for _ in range(2)]
+    if not lora_layers(runs[0].model)[0].base.support_avx512bf16_for_cpu:
+        pytest.skip("this CPU has no AVX512_BF16, so bitsandbytes does not repack")
+    _shard(runs[1])
+    for run in runs:
+        run.model.eval()
+        run.optimizer.param_groups[0]["lr"] = 0.0
+        run.step()
+        run.step()
+    assert runs[0].losses[0] == pytest.approx(runs[1].losses[0], rel=1e-3)
+    assert runs[0].losses[1] != pytest.approx(runs[1].losses[1], rel=1e-5)
+    checks = {check.path: check for check in runs[1].verify({"base.bits": 4, "base.frozen": True})}
+    assert checks["base.frozen"].status == "fallback"
+    assert "do not fit their states" in checks["base.frozen"].reason
+    assert "support_avx512bf16_for_cpu=False" in checks["base.frozen"].reason
+    assert checks["base.bits"].status == "unknown"
+    assert "laid out anew for AVX512 and the weight is not" in checks["base.bits"].reason
+
+
+def test_without_a_base_nothing_is_frozen(seen):
+    """Nothing was compared, which proves nothing."""
+    assert base_layers.judge_frozen(seen(), True).against("base.frozen", True).status == "absent"
+    assert base_layers.judge_bytes_in_4bit(seen(), 0.0).against("base.bytes_in_4bit", 0.0).status == "absent"
+
+
+def test_a_copy_of_a_quantised_model_is_sound(training):
+    """Weight and layer hold states of their own then, which agree."""
+    run = training()
+    run.model = copy.deepcopy(run.model)
+    run.optimizer = torch.optim.AdamW([value for value in run.model.parameters() if value.requires_grad], lr=1e-3)
+    checks = {check.path: check for check in run.verify({"base.bits": 4, "base.frozen": True})}
+    assert checks["base.bits"].met, checks["base.bits"].reason
+    assert checks["base.frozen"].met, checks["base.frozen"].reason

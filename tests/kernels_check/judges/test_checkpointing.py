@@ -1,0 +1,249 @@
+"""What is recomputed is told block by block, in whatever way it was switched on; both instruments agree."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    checkpoint_sequential,
+    create_selective_checkpoint_contexts,
+)
+
+import kernels_check
+
+WIDTH = 8
+
+
+class Attention(nn.Module):
+    """Causal attention of one head."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, hidden):
+        parts = (part.unsqueeze(1) for part in self.mix(hidden).chunk(3, -1))
+        return self.out(nn.functional.scaled_dot_product_attention(*parts, is_causal=True).squeeze(1))
+
+
+class Block(nn.Module):
+    """A block that is recomputed in the way that is said."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way, self.attention = way, Attention()
+        self.mlp = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH))
+
+    def forward(self, hidden):
+        if self.way == "function inside":
+            return checkpoint(self.inner, hidden, use_reentrant=False)
+        return self.inner(hidden)
+
+    def inner(self, hidden):
+        attention = (
+            partial(checkpoint, self.attention, use_reentrant=False) if self.way == "attention" else self.attention
+        )
+        mlp = (
+            partial(checkpoint, self.mlp, use_reentrant=self.way == "reentrant mlp") if "mlp" in self.way else self.mlp
+        )
+        hidden = hidden + attention(hidden)
+        return hidden + mlp(hidden)
+
+
+def keep_attention(context, operator, *given, **named):
+    kept = "scaled_dot_product" in str(operator)
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+OPTIONS = {
+    "all": {"use_reentrant": False},
+    "to the end": {"use_reentrant": False, "early_stop": False},
+    "reentrant": {"use_reentrant": True},
+    "selective": {"use_reentrant": False, "context_fn": partial(create_selective_checkpoint_contexts, keep_attention)},
+}
+
+
+class Model(nn.Module):
+    """Blocks between an embedding and a head; ``every`` says of which micro-batches they are recomputed."""
+
+    def __init__(self, *ways, every=1):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(5, WIDTH), nn.Linear(WIDTH, 5)
+        self.layers = nn.ModuleList(Block(way) for way in ways)
+        self.entries, self.every = 0, every
+
+    def forward(self, ids):
+        self.entries += 1
+        hidden, way = self.embed(ids), self.layers[0].way
+        if way == "sequential":
+            return self.head(checkpoint_sequential(list(self.layers), 2, hidden, use_reentrant=False))
+        if way == "one function":
+            return self.head(checkpoint(self.through, hidden, use_reentrant=False))
+        for layer in self.layers:
+            chosen = layer.way in OPTIONS and self.entries % self.every == 0
+            hidden = checkpoint(layer, hidden, **OPTIONS[layer.way]) if chosen else layer(hidden)
+        return self.head(hidden)
+
+    def through(self, hidden):
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return hidden
+
+
+class Parallel(nn.Module):
+    """A wrapper in the manner of DistributedDataParallel."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *given):
+        return self.module(*given)
+
+
+@pytest.fixture
+def judge(instrument):
+    """Checks of a step of as many micro-batches as given, by path."""
+
+    def judged(model, *, passes=1, entry=None, aside=lambda: None):
+        entry = entry or model
+        optimizer = torch.optim.SGD([value for value in model.parameters() if value.requires_grad], lr=0.1)
+        ids = torch.randint(5, (2, 4))
+
+        def step():
+            optimizer.zero_grad()
+            aside()
+            for _ in range(passes):
+                entry(ids).sum().backward()
+            optimizer.step()
+
+        required = {"checkpointing": True, "checkpointing.layers": 0.5, "attention.backend": "flash", "mode": "train"}
+        return {check.path: check for check in kernels_check.verify(model, step, required, instrument=instrument)}
+
+    return judged
+
+
+WAYS = [*OPTIONS, "mlp", "reentrant mlp", "attention", "function inside", "one function"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_of_recomputing_is_seen(judge, way):
+    """All of a block or a part of it, by either implementation, selectively, or several blocks as one function."""
+    checks = judge(Model(way, way), passes=2)
+    assert checks["checkpointing"].met, checks["checkpointing"].reason
+    assert checks["checkpointing.layers"].observed == 1.0
+    assert "2 of 2 blocks computed again" in checks["checkpointing"].reason
+    assert checks["attention.backend"].met, checks["attention.backend"].reason
+
+
+@pytest.mark.parametrize(("way", "part"), [("mlp", "4 of 7"), ("attention", "3 of 7")])
+def test_a_part_of_each_block_is_named(judge, way, part):
+    """How many of its modules were called again."""
+    assert f"called again: {part} modules of layers.0" in judge(Model(way, way))["checkpointing"].reason
+
+
+@pytest.mark.parametrize("way", WAYS[:-1])
+def test_one_block_of_two_is_not_all(judge, way):
+    """Whichever way, the other is named."""
+    checks = judge(Model("none", way))
+    assert (checks["checkpointing"].status, checks["checkpointing"].observed) == ("fallback", True)
+    assert "1 of 2 blocks computed again in the backward pass, without layers.0" in checks["checkpointing"].reason
+    assert checks["checkpointing.layers"].observed == 0.5
+
+
+@pytest.mark.parametrize("way", ["all", "reentrant"])
+def test_one_micro_batch_of_two_is_not_all(judge, way):
+    """Half of the calls keep what they computed."""
+    checks = judge(Model(way, way, every=2), passes=2)
+    assert checks["checkpointing"].status == "fallback"
+    assert "layers.0 (1 of 2 calls)" in checks["checkpointing"].reason
+    assert checks["checkpointing.layers"].observed == 0.0
+
+
+def test_the_last_segment_of_a_sequence_is_not_recomputed(judge):
+    """``checkpoint_sequential`` runs it as it is."""
+    checks = judge(Model("sequential", "none", "none", "none"))
+    assert (checks["checkpointing"].status, checks["checkpointing.layers"].observed) == ("fallback", 0.5)
+
+
+def test_nothing_recomputed_is_absent(judge):
+    """Also beside an evaluation with gradients off."""
+    model = Model("none", "none")
+
+    def evaluate():
+        model.eval()
+        with torch.no_grad():
+            model(torch.zeros(1, 2, dtype=torch.long))
+        model.train()
+
+    checks = judge(model, aside=evaluate)
+    assert (checks["checkpointing"].status, checks["checkpointing.layers"].observed) == ("absent", 0.0)
+    assert checks["mode"].met, checks["mode"].reason
+
+
+@pytest.mark.parametrize("way", ["all", "reentrant"])
+def test_an_evaluation_inside_the_step_is_not_counted(judge, way):
+    """Its calls take no gradient, so that nothing of them is to be computed again."""
+    model = Model(way, way)
+    model.embed.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
+
+    def evaluate():
+        with torch.no_grad():
+            model(torch.zeros(1, 2, dtype=torch.long))
+
+    check = judge(model, aside=evaluate)["checkpointing"]
+    assert check.met, check.reason
+
+
+def test_blocks_that_take_no_gradient_need_no_recomputation(judge):
+    """Frozen blocks at the front keep nothing."""
+    model = Model("none", "all")
+    model.embed.requires_grad_(False)
+    model.layers[0].requires_grad_(False)
+    check = judge(model)["checkpointing"]
+    assert check.met, check.reason
+    assert "1 further blocks take no gradient" in check.reason
+
+
+def test_a_wrapper_changes_nothing(judge):
+    """The blocks are found below it."""
+    assert "2 of 2 blocks" in judge(Parallel(Model("all", "all")))["checkpointing"].reason
+    assert judge(Parallel(Model("all", "none")))["checkpointing"].status == "fallback"
+
+
+def test_the_whole_model_recomputed_by_a_reentrant_function(judge):
+    """It is entered with gradients off, and is trained all the same."""
+    model = Model("none", "none")
+    start = torch.zeros(2, 4, WIDTH, requires_grad=True)
+    checks = judge(model, entry=lambda _: model.head(checkpoint(model.through, start, use_reentrant=True)))
+    assert checks["checkpointing"].met, checks["checkpointing"].reason
+    assert checks["attention.backend"].met, checks["attention.backend"].reason
+
+
+class Experts(nn.Module):
+    """A block with members of its own, of which those with an even place are recomputed."""
+
+    way = "none"
+
+    def __init__(self, every):
+        super().__init__()
+        self.experts, self.every = nn.ModuleList(Block("none") for _ in range(2)), every
+
+    def forward(self, hidden):
+        for place, expert in enumerate(self.experts):
+            again = place % self.every == 0
+            hidden = checkpoint(expert, hidden, use_reentrant=False) if again else expert(hidden)
+        return hidden
+
+
+@pytest.mark.parametrize(("every", "status"), [(1, "active"), (2, "fallback")])
+def test_the_members_of_a_block_are_all_or_none(judge, every, status):
+    """A stage of which one block of two is recomputed is not recomputed."""
+    model = Model("none")
+    model.layers = nn.ModuleList(Experts(every) for _ in range(2))
+    check = judge(model)["checkpointing"]
+    assert check.status == status, check.reason
+    assert ("layers.0 without layers.0.experts.1" in check.reason) is (every == 2)

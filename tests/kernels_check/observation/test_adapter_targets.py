@@ -1,0 +1,72 @@
+"""Each name that is asked for must match something; what PEFT adds by itself is not asked for."""
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, LlamaConfig
+
+from kernels_check.observation.adapter_targets import unmatched_names
+
+SIZES = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 4}
+
+
+@pytest.fixture
+def instrument():
+    """Nothing is watched."""
+    return "profile"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("options", "missing"),
+    [
+        ({"target_modules": ["q_proj", "v_proj"]}, []),
+        ({"target_modules": ["q_proj", "qurey"]}, ["target_modules 'qurey'"]),
+        ({"target_modules": ["self_attn.q_proj", "mlp.q_proj"]}, ["target_modules 'mlp.q_proj'"]),
+        ({"target_modules": r".*\.(q|k)_proj"}, []),
+        ({"target_modules": "all-linear"}, []),
+        ({}, []),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [1]}, []),
+        ({"target_modules": ["q_proj", "k_proj"], "exclude_modules": ["k_proj"]}, ["target_modules 'k_proj'"]),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, []),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_haed"]}, ["modules_to_save 'lm_haed'"]),
+        ({"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [1]}}, []),
+        ({"target_modules": ["q_proj"], "trainable_token_indices": [1]}, []),
+        ({"target_modules": ["q_proj"], "target_parameters": ["up_proj.weight"]}, []),
+        (
+            {"target_modules": ["q_proj"], "target_parameters": ["up_proj.weight", "up_proj.weigth"]},
+            ["target_parameters 'up_proj.weigth'"],
+        ),
+    ],
+)
+def test_a_name_that_matches_nothing_is_found(training, options, missing):
+    """One name among others that match, of every field that holds names."""
+    run = training(quant=None, adapter=lambda: peft.LoraConfig(r=2, task_type="CAUSAL_LM", **options))
+    assert unmatched_names(run.model) == missing
+
+
+def test_the_head_of_a_task_is_asked_for_by_nobody():
+    """PEFT lists two names for it, of which a model has one."""
+    base = AutoModelForSequenceClassification.from_config(LlamaConfig(num_labels=2, pad_token_id=0, **SIZES))
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS"))
+    assert set(model.peft_config["default"].modules_to_save) == {"classifier", "score"}
+    assert unmatched_names(model) == []
+
+
+def test_only_adapters_in_use_are_asked(training):
+    """An adapter that rests may have been misspelt without harm."""
+    run = training(quant=None)
+    run.model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["o_proj", "qurey"], task_type="CAUSAL_LM"))
+    run.model.set_adapter("default")
+    assert unmatched_names(run.model) == []
+    run.model.set_adapter("other")
+    assert unmatched_names(run.model) == ["target_modules 'qurey'"]
+
+
+def test_an_adapter_without_a_peft_model_is_asked_too():
+    """`inject_adapter_in_model` leaves the configuration on the model; a prompt has no targets."""
+    base = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    model = peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["0", "7"]), base)
+    assert unmatched_names(model) == ["target_modules '7'"]
+    assert unmatched_names(torch.nn.Linear(2, 2)) == []

@@ -1,0 +1,344 @@
+"""What everyday training code does to an adapter is learning; what undoes it is not."""
+
+import peft
+import pytest
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+from kernels_check.observation.adapter_updates import Updates
+from kernels_check.observation.adapter_values import KeptValue
+from kernels_check.observation.gradients import Gradients
+
+BOTH = ("lora.attached", "lora.learning")
+
+
+def loss(run):
+    return run.model(**run.inputs, labels=run.inputs["input_ids"]).loss
+
+
+def trained(run):
+    return {name: value for name, value in run.model.named_parameters() if value.requires_grad}
+
+
+def judged(run, step=None):
+    checks = {check.path: check for check in run.verify(dict.fromkeys(BOTH, True), step)}
+    return checks["lora.learning"]
+
+
+def counted(step, calls):
+    def call():
+        calls.append(1)
+        step()
+
+    return call
+
+
+def accumulate(run, every, after=lambda: None):
+    done = []
+
+    def step():
+        loss(run).backward()
+        done.append(1)
+        if len(done) % every == 0:
+            run.optimizer.step()
+            after()
+            run.optimizer.zero_grad()
+
+    return step
+
+
+def warm_up(run):
+    return LambdaLR(run.optimizer, lambda step: min(1.0, step / 10)).step
+
+
+def in_closure(run, keep):
+    def closure():
+        if not keep:
+            run.optimizer.zero_grad()
+        found = loss(run)
+        found.backward()
+        return found
+
+    def step():
+        run.optimizer.step(closure)
+        if keep:
+            run.optimizer.zero_grad()
+
+    return step
+
+
+def in_backward(run):
+    optimizers = {id(value): torch.optim.AdamW([value], lr=1e-3) for value in trained(run).values()}
+
+    def update(value):
+        optimizers[id(value)].step()
+        optimizers[id(value)].zero_grad()
+
+    for value in trained(run).values():
+        value.register_post_accumulate_grad_hook(update)
+    return lambda: loss(run).backward()
+
+
+def scaled(run):
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+
+    def step():
+        run.optimizer.zero_grad()
+        scaler.scale(loss(run)).backward()
+        scaler.step(run.optimizer)
+        scaler.update()
+
+    return step
+
+
+def growing(run):
+    values = list(trained(run).values())
+    run.optimizer, rest = torch.optim.AdamW(values[:5], lr=1e-3), values[5:]
+
+    def step():
+        run.step()
+        if rest:
+            run.optimizer.add_param_group({"params": [rest.pop()]})
+
+    return step
+
+
+def all_parameters(run):
+    run.optimizer = torch.optim.AdamW(run.model.parameters(), lr=1e-3)
+    return run.step
+
+
+def lora_fa(run):
+    from peft.optimizers import create_lorafa_optimizer
+
+    run.optimizer = create_lorafa_optimizer(run.model, r=4, lora_alpha=8, lr=1e-3)
+    return run.step
+
+
+def lora_plus(run):
+    from peft.optimizers import create_loraplus_optimizer
+
+    kind = torch.optim.AdamW
+    run.optimizer = create_loraplus_optimizer(run.model, optimizer_cls=kind, lr=1e-3, loraplus_lr_ratio=16)
+    return run.step
+
+
+def lbfgs(run):
+    run.optimizer = torch.optim.LBFGS(list(trained(run).values()), lr=1e-2, max_iter=3)
+    return in_closure(run, keep=False)
+
+
+def sgd(run):
+    run.optimizer = torch.optim.SGD(list(trained(run).values()), lr=1e-3)
+    return run.step
+
+
+def by_hand(run):
+    def step():
+        values = list(trained(run).values())
+        for value, gradient in zip(values, torch.autograd.grad(loss(run), values), strict=True):
+            value.grad = gradient
+        run.optimizer.step()
+
+    return step
+
+
+def two_batches(run):
+    def step():
+        run.optimizer.zero_grad()
+        loss(run).backward()
+        loss(run).backward()
+        run.optimizer.step()
+
+    return step
+
+
+def normalise(run):
+    def step():
+        run.step()
+        with torch.no_grad():
+            for name, value in trained(run).items():
+                if ".lora_A." in name:
+                    value.div_(value.norm(dim=1, keepdim=True))
+
+    return step
+
+
+HEALTHY = {
+    "AdamW of everything": (all_parameters, 2),
+    "LoRA-FA": (lora_fa, 2),
+    "LoRA+": (lora_plus, 2),
+    "LBFGS": (lbfgs, 2),
+    "a small step of SGD": (sgd, 2),
+    "a closure that zeroes first": (lambda run: in_closure(run, keep=False), 2),
+    "a closure that does not": (lambda run: in_closure(run, keep=True), 2),
+    "optimizers in the backward pass": (in_backward, 2),
+    "a gradient scaler": (scaled, 2),
+    "gradients put there by hand": (by_hand, 2),
+    "two batches a step": (two_batches, 2),
+    "accumulation over two calls": (lambda run: accumulate(run, 2), 4),
+    "warm-up from zero": (lambda run: accumulate(run, 1, warm_up(run)), 3),
+    "warm-up and accumulation": (lambda run: accumulate(run, 2, warm_up(run)), 6),
+    "groups that grow": (growing, 5),
+    "weights that are normalised after each step": (normalise, 4),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", HEALTHY)
+def test_everyday_code_learns(training, name):
+    """In as many calls as it takes to see it, two where the optimizer steps in each."""
+    run, calls = training(lora_dropout=0.0), []
+    build, expected = HEALTHY[name]
+    check = judged(run, counted(build(run), calls))
+    assert check.met, check.reason
+    assert len(calls) == expected
+
+
+def writes(write, *, last=False):
+    def build(run):
+        kept = {name: value.detach().clone() for name, value in trained(run).items()}
+
+        def back():
+            for name, value in trained(run).items():
+                write(name, value, kept[name])
+
+        def step():
+            if not last:
+                back()
+            run.step()
+            if last:
+                back()
+
+        return step
+
+    return build
+
+
+@torch.no_grad()
+def reload(name, value, kept):
+    value.copy_(kept)
+
+
+def reload_data(name, value, kept):
+    value.data.copy_(kept)
+
+
+def zero_b(name, value, kept):
+    if ".lora_B." in name:
+        value.data.zero_()
+
+
+@pytest.mark.parametrize("warm", [0, 2])
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("write", [reload, reload_data, zero_b])
+def test_what_undoes_an_update_is_found(training, write, last, warm):
+    """A state reloaded or a factor zeroed, before or after the step, by autograd's leave or behind its back."""
+    run = training()
+    for _ in range(warm):
+        run.step()
+    check = judged(run, writes(write, last=last)(run))
+    assert check.status == "fallback", check.reason
+    assert "lost what an update had written" in check.reason
+
+
+def test_a_state_that_is_reloaded_every_other_step_is_found(training):
+    """The first update alone may be a projection's."""
+    run, done = training(), []
+    run.step()
+    kept = {name: value.detach().clone() for name, value in trained(run).items()}
+
+    def step():
+        done.append(1)
+        if len(done) % 2 == 0:
+            for name, value in trained(run).items():
+                value.data.copy_(kept[name])
+        run.step()
+
+    assert "lost what an update had written" in judged(run, step).reason
+
+
+def test_an_optimizer_of_another_kind_is_unknown(training):
+    """Something changes the adapter, and it is not torch's."""
+    run = training()
+
+    def step():
+        run.model.zero_grad()
+        loss(run).backward()
+        with torch.no_grad():
+            for value in trained(run).values():
+                value.sub_(1e-2 * value.grad.sign())
+
+    check = judged(run, step)
+    assert check.status == "unknown"
+    assert "an optimizer of another kind" in check.reason
+
+
+def test_master_weights_that_are_copied_back_are_unknown(training):
+    """The optimizer that steps was given copies."""
+    run = training()
+    masters = {name: value.detach().clone().requires_grad_() for name, value in trained(run).items()}
+    optimizer = torch.optim.AdamW(masters.values(), lr=1e-3)
+
+    def step():
+        run.model.zero_grad()
+        loss(run).backward()
+        for name, value in trained(run).items():
+            masters[name].grad = value.grad.clone()
+        optimizer.step()
+        with torch.no_grad():
+            for name, value in trained(run).items():
+                value.copy_(masters[name])
+
+    check = judged(run, step)
+    assert check.status == "unknown"
+    assert "copy of master weights" in check.reason
+
+
+def test_a_gradient_that_is_dropped_before_the_update_is_found(training):
+    """It was produced, and the optimizer got none."""
+    run = training()
+    run.step()
+    run.step()
+
+    def step():
+        loss(run).backward()
+        run.optimizer.zero_grad()
+        run.optimizer.step()
+
+    check = judged(run, step)
+    assert check.status == "fallback"
+    assert "gradient gone or zero when the update was to use it" in check.reason
+
+
+def test_ranks_that_adalora_takes_away_are_no_loss(training):
+    """The method itself writes between updates."""
+    adapter = peft.AdaLoraConfig(
+        **{"init_r": 4, "target_r": 2, "total_step": 100, "tinit": 0, "tfinal": 90, "deltaT": 1},
+        target_modules=["q_proj", "v_proj"],
+        task_type="CAUSAL_LM",
+    )
+    run, done = training(quant=None, dtype="float32", adapter=lambda: adapter), []
+
+    def step():
+        run.step()
+        done.append(1)
+        run.model.base_model.update_and_allocate(len(done))
+
+    check = judged(run, step)
+    assert check.met, check.reason
+
+
+def test_a_value_that_cannot_be_compared_leaves_the_step_alone(monkeypatch):
+    """It is unknown of that parameter."""
+    layer = torch.nn.Module()
+    layer.base_layer = torch.nn.Linear(2, 2).requires_grad_(False)
+    layer.lora_A = torch.nn.Parameter(torch.ones(2, 2))
+    optimizer = torch.optim.SGD([layer.lora_A], lr=0.1)
+    updates = Updates(layer, Gradients(layer))
+    updates.begin()
+    monkeypatch.setattr(KeptValue, "settle", lambda self: 1 / 0)
+    updates.before(optimizer, (optimizer,), {})
+    updates.after(optimizer, (optimizer,), {})
+    assert updates.parameters["lora_A"].unreadable == "ZeroDivisionError: division by zero"
+    assert updates.parameters["lora_A"].updates == 1

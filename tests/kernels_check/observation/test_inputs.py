@@ -1,0 +1,99 @@
+"""The calls of a model are kept as they were made, each once, by the names of its arguments."""
+
+from contextlib import ExitStack
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from kernels_check.controls.small_attention import SmallAttention, packed
+from kernels_check.observation.inputs import InputLog, find_tokens, training_calls
+
+BATCH = packed(3, 3)
+
+
+class Outer(nn.Module):
+    """Holds a model as wrappers do."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args, **kwargs):
+        return self.model(*args, **kwargs)
+
+
+def logged(model, step):
+    log = InputLog()
+    with ExitStack() as hooks:
+        log.attach(model, hooks)
+        step()
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+    return log.calls
+
+
+def test_positional_arguments_get_the_names_of_what_takes_them():
+    """Also where a wrapper passes on whatever it is given."""
+    model = Outer(SmallAttention())
+    (call,) = logged(model, lambda: model(BATCH["input_ids"], BATCH["position_ids"]))
+    assert list(call.arguments) == ["input_ids", "position_ids"]
+    assert [list(inner.arguments) for inner in call.inside] == [["input_ids", "position_ids"]]
+    assert call.module is model
+
+
+def test_a_call_past_the_wrapper_is_kept():
+    """By the module that was called."""
+    model = Outer(SmallAttention())
+    (call,) = logged(model, lambda: model.model(**BATCH))
+    assert call.module is model.model
+
+
+def test_what_a_backward_pass_computes_again_is_no_call():
+    """Checkpointing calls the model twice for one batch."""
+    model = SmallAttention()
+
+    def step():
+        checkpoint(
+            lambda ids: model(ids, BATCH["position_ids"]).logits, BATCH["input_ids"], use_reentrant=False
+        ).sum().backward()
+
+    assert len(logged(model, step)) == 1
+
+
+def test_a_call_that_raises_does_not_hide_those_after_it():
+    """It has ended, however it ended."""
+    model = SmallAttention()
+
+    def step():
+        with pytest.raises(AttributeError):
+            model(BATCH["input_ids"])
+        model(**BATCH)
+
+    assert len(logged(model, step)) == 2
+
+
+def test_the_state_of_a_call_is_kept():
+    """Mode, gradients and autocast; training is what gradients were recorded for."""
+    model = SmallAttention()
+
+    def step():
+        model(**BATCH)
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            model.eval()(**BATCH)
+
+    first, second = calls = logged(model, step)
+    assert (first.training, first.gradients, first.autocast) == (True, True, ())
+    assert (second.training, second.gradients, second.autocast) == (False, False, (("cpu", torch.bfloat16),))
+    assert training_calls(calls) == [first]
+    assert training_calls([second]) == [second]
+
+
+def test_tokens_are_found_by_name_or_by_what_they_are():
+    """Labels, masks and positions are none."""
+    ids = BATCH["input_ids"]
+    assert find_tokens({"words": ids})[0] == "words"
+    assert find_tokens({"inputs_embeds": torch.ones(1, 6, 4)})[0] == "inputs_embeds"
+    assert find_tokens({"labels": ids, "segment_ids": ids, "words": ids})[0] == "words"
+    assert find_tokens({"labels": ids, "attention_mask": ids}) is None
+    assert find_tokens({"input_ids": ids[0]}) is None

@@ -1,0 +1,141 @@
+"""What an instrument cannot see is said to be unknown: other threads, and profilers of the program's own."""
+
+import threading
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import kernels_check
+from kernels_check.observation.recording import is_recording
+
+OPERATORS = ("attention.backend", "attention.dtype", "attention.mask", "base.compute_dtype", "base.gemm_path")
+
+
+@pytest.fixture
+def instrument():
+    """Each test says which."""
+    return "profile"
+
+
+def _fused(parameters):
+    return torch.optim.AdamW(parameters, lr=1e-3, fused=True)
+
+
+def _by_path(run, step=None, **required):
+    return {
+        check.path: check
+        for check in run.verify({key.replace("_", "."): value for key, value in required.items()}, step)
+    }
+
+
+def _in_thread(call):
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+
+
+def _recorder():
+    return profile(activities=[ProfilerActivity.CPU])
+
+
+def test_a_step_in_a_thread_is_unknown_to_the_spy(training):
+    """Its operators are not seen; the profile sees all threads, and what needs no operator is judged by either."""
+    run = training(targets="all-linear", make_optimizer=_fused)
+    verdicts = {}
+    for run.instrument in ("profile", "spy"):
+        verdicts[run.instrument] = _by_path(run, lambda: _in_thread(run.step), attention_backend="flash")
+    spied, profiled = verdicts["spy"], verdicts["profile"]
+    for path in (*OPERATORS, "optimizer.fused"):
+        assert (spied[path].status, spied[path].observed) == ("unknown", None)
+        assert "ran in a thread of its own" in spied[path].reason
+        assert profiled[path].status == "active", profiled[path].reason
+    for path in ("checkpointing", "mode", "lora.attached", "compile", "optimizer.class"):
+        assert (spied[path].status, spied[path].observed) == (profiled[path].status, profiled[path].observed)
+
+
+def test_only_what_ran_elsewhere_is_unknown(training):
+    """An update in a thread leaves the forward pass told."""
+    run = training(make_optimizer=_fused, instrument="spy")
+
+    def step():
+        run.gradients()
+        _in_thread(run.optimizer.step)
+
+    checks = _by_path(run, step)
+    assert checks["attention.backend"].status == "active"
+    assert (checks["optimizer.fused"].status, "the update ran in a thread" in checks["optimizer.fused"].reason) == (
+        "unknown",
+        True,
+    )
+
+
+def test_threads_that_call_no_module_do_not_matter(training):
+    """As those that load data or write logs."""
+    run = training(make_optimizer=_fused, instrument="spy")
+
+    def step():
+        _in_thread(lambda: torch.ones(3).softmax(0))
+        run.step()
+
+    assert {check.status for path, check in _by_path(run, step).items() if path in OPERATORS[:3]} == {"active"}
+
+
+@pytest.mark.parametrize("name", ["profile", "spy"])
+def test_a_profiler_inside_the_step_keeps_its_events(training, name):
+    """The spy watches in its place, and says the same of a sound step and of one that is not."""
+    recorded = []
+    for sound in (True, False):
+        run = training(instrument=name, make_optimizer=_fused if sound else None)
+
+        def passes(run):
+            with _recorder() as own:
+                loss = run.one_pass()
+            recorded.append(own)
+            return loss
+
+        run.passes = passes
+        checks = _by_path(run, optimizer_fused=True, attention_backend="flash", compile=False)
+        assert checks["optimizer.fused"].met is sound, checks["optimizer.fused"].reason
+        assert checks["attention.backend"].met
+        assert checks["compile"].met
+    assert all(any(event.name == "aten::mm" for event in own.events()) for own in recorded)
+
+
+@pytest.mark.parametrize("name", ["profile", "spy"])
+def test_a_profiler_around_the_check_keeps_its_events(training, name):
+    """No other is started beside it."""
+    run = training(instrument=name, make_optimizer=_fused)
+    with _recorder() as own:
+        assert is_recording()
+        checks = _by_path(run, optimizer_fused=True, attention_backend="flash")
+        torch.ones(4).cumsum(0)
+    assert not is_recording()
+    assert checks["optimizer.fused"].met
+    assert checks["attention.backend"].met
+    names = {event.name for event in own.events()}
+    assert {"aten::mm", "aten::cumsum", "aten::_fused_adamw_"} <= names
+
+
+@pytest.mark.parametrize("name", ["profile", "spy"])
+@pytest.mark.parametrize("around", [True, False])
+def test_compiled_code_beside_a_profiler_is_unknown(name, around):
+    """Which code is entered is told by names that only a profiler of ours records."""
+    layer = torch.nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    forward = torch.compile(layer, backend="eager", dynamic=False)
+
+    def step():
+        optimizer.zero_grad()
+        with nullcontext() if around else _recorder():
+            forward(torch.ones(2, 4)).sum().backward()
+        optimizer.step()
+
+    step()
+    with _recorder() if around else nullcontext():
+        found = kernels_check.verify(layer, step, {"compile": True}, instrument=name)
+    torch._dynamo.reset()
+    check = next(check for check in found if check.path == "compile")
+    assert (check.status, check.observed) == ("unknown", None)
+    assert "profiler" in check.reason

@@ -1,0 +1,151 @@
+"""Every method of PEFT is judged as LoRA is: what is healthy is active by both instruments, what is left out is not."""
+
+import peft
+import pytest
+import torch
+
+TASK = {"task_type": "CAUSAL_LM"}
+TARGETS = {"target_modules": ["q_proj", "v_proj"], **TASK}
+PROMPT = {"num_virtual_tokens": 4, **TASK}
+METHODS = {
+    "DoRA": lambda: peft.LoraConfig(r=4, use_dora=True, **TARGETS),
+    "modules_to_save": lambda: peft.LoraConfig(r=4, modules_to_save=["lm_head"], **TARGETS),
+    "tokens": lambda: peft.LoraConfig(r=4, trainable_token_indices={"embed_tokens": [*range(1, 96)]}, **TARGETS),
+    "embedding": lambda: peft.LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"], **TASK),
+    "AdaLoRA": lambda: peft.AdaLoraConfig(init_r=4, target_r=2, total_step=100, tinit=1, tfinal=10, **TARGETS),
+    "VeRA": lambda: peft.VeraConfig(r=4, **TARGETS),
+    "IA3": lambda: peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], **TASK),
+    "LoHa": lambda: peft.LoHaConfig(r=4, **TARGETS),
+    "LoKr": lambda: peft.LoKrConfig(r=4, **TARGETS),
+    "OFT": lambda: peft.OFTConfig(r=0, oft_block_size=8, use_cayley_neumann=False, **TARGETS),
+    "BOFT": lambda: peft.BOFTConfig(boft_block_size=8, **TARGETS),
+    "HRA": lambda: peft.HRAConfig(r=4, **TARGETS),
+    "FourierFT": lambda: peft.FourierFTConfig(n_frequency=40, **TARGETS),
+    "VBLoRA": lambda: peft.VBLoRAConfig(r=2, num_vectors=8, vector_length=32, topk=2, **TARGETS),
+    "LN tuning": lambda: peft.LNTuningConfig(target_modules=["input_layernorm", "norm"], **TASK),
+    "MiSS": lambda: peft.MissConfig(r=4, **TARGETS),
+    "RandLora": lambda: peft.RandLoraConfig(r=4, **TARGETS),
+    "SHiRA": lambda: peft.ShiraConfig(r=2, **TARGETS),
+    "C3A": lambda: peft.C3AConfig(block_size=32, **TARGETS),
+    "adaption prompt": lambda: peft.AdaptionPromptConfig(adapter_layers=2, adapter_len=4, **TASK),
+    "prompt tuning": lambda: peft.PromptTuningConfig(**PROMPT),
+    "prefix tuning": lambda: peft.PrefixTuningConfig(**PROMPT),
+    "p-tuning": lambda: peft.PromptEncoderConfig(encoder_hidden_size=16, **PROMPT),
+}
+KINDS = ("DoRA", "modules_to_save", "VeRA", "IA3", "LoHa", "VBLoRA", "adaption prompt", "prompt tuning")
+"""One of each way in which an adapter is held."""
+PATHS = ("lora.attached", "lora.learning", "lora.dtype", "base.frozen")
+
+
+@pytest.fixture
+def tuned(training):
+    """A small run of a method, on float weights."""
+
+    def made(method):
+        heads = {"targets": ()} if method == "adaption prompt" else {}
+        run = training(quant=None, dtype="float32", adapter=METHODS[method], **heads)
+        run.inputs["input_ids"] = torch.arange(1, 33).reshape(2, 16)
+        return run
+
+    return made
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("method", METHODS)
+def test_a_healthy_run_is_active(tuned, method):
+    """Attached, learning, in its dtype, on a base that is frozen, in the two calls that LoRA takes."""
+    run = tuned(method)
+    required = {"lora.attached": True, "lora.learning": True, "lora.dtype": "float32", "base.frozen": True}
+    checks = {check.path: check for check in run.verify(required)}
+    assert [(path, checks[path].reason) for path in PATHS if not checks[path].met] == []
+    trained = sum(value.requires_grad for value in run.model.parameters())
+    assert f"{trained} of {trained} trainable parameters" in checks["lora.learning"].reason
+    assert len(run.losses) == 2
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("method", KINDS)
+def test_what_no_optimizer_is_given_is_named(tuned, method):
+    """Whatever the method calls it: half of what it trains is left out."""
+    run = tuned(method)
+    trained = [value for value in run.model.parameters() if value.requires_grad]
+    kept = trained[len(trained) // 2 + len(trained) % 2 :]
+    run.optimizer = torch.optim.AdamW(kept or [torch.nn.Parameter(torch.ones(1))], lr=1e-3)
+    left_out = len(trained) - len(kept)
+    check = run.check("lora.learning", True)
+    assert check.status == "fallback", check.reason
+    assert f"{left_out} of {len(trained)} parameters not given to the optimizer" in check.reason
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("method", KINDS)
+def test_an_adapter_that_is_disabled_in_the_step_is_caught(tuned, method):
+    """For the time of the forward only, which no flag shows before or after."""
+    run = tuned(method)
+    run.step()
+    norm = next(value for name, value in run.model.named_parameters() if name.endswith("model.norm.weight"))
+    norm.requires_grad_(True)
+
+    def step():
+        with run.model.disable_adapter():
+            run.model(**run.inputs, labels=run.inputs["input_ids"]).loss.backward()
+        run.optimizer.step()
+
+    checks = {check.path: check for check in run.verify({"lora.attached": True, "lora.learning": True}, step)}
+    assert checks["lora.attached"].status == "fallback", checks["lora.attached"].reason
+    assert checks["lora.learning"].status == "fallback", checks["lora.learning"].reason
+    assert "adapters disabled" in checks["lora.attached"].reason or method == "adaption prompt"
+
+
+def test_tokens_that_no_batch_holds_are_unknown(training):
+    """Their zero gradient is no fault of the adapter, and no proof that it learns."""
+    adapter = peft.LoraConfig(r=4, trainable_token_indices={"embed_tokens": [90, 91]}, **TARGETS)
+    run = training(quant=None, adapter=lambda: adapter)
+    run.inputs["input_ids"] = torch.arange(1, 33).reshape(2, 16)
+    check = run.check("lora.learning", True)
+    assert check.status == "unknown"
+    assert "none of their tokens was in the batches" in check.reason
+
+
+@pytest.mark.parametrize("shared", ["lora_A", "nothing"])
+def test_layers_that_share_a_factor_are_told_apart(training, shared):
+    """The factor's calls are counted for the layer in whose call it ran, and its hooks come off."""
+    run = training(quant=None, targets=("q_proj",))
+    first, second = (module for module in run.model.modules() if hasattr(module, "lora_A"))
+    if shared == "lora_A":
+        second.lora_A["default"] = first.lora_A["default"]
+    run.optimizer = torch.optim.AdamW([value for value in run.model.parameters() if value.requires_grad], lr=1e-3)
+    requirements = {"lora.attached": True, "lora.learning": True}
+    sound = {check.path: check for check in run.verify(requirements)}
+    assert sound["lora.attached"].met, sound["lora.attached"].reason
+    assert sound["lora.learning"].met, sound["lora.learning"].reason
+    second.forward = second.base_layer.forward
+    broken = {check.path: check for check in run.verify(requirements)}
+    assert "adapter not executed in 1 of 2 layers" in broken["lora.attached"].reason
+    assert broken["lora.learning"].status == "fallback"
+    for module in run.model.modules():
+        assert not module._forward_pre_hooks
+        assert not module._forward_hooks
+    for parameter in run.model.parameters():
+        assert not parameter._backward_hooks
+
+
+def test_experts_that_are_adapted_as_parameters_are_judged(instrument):
+    """PEFT never calls the factors of `target_parameters`: gradients show that they ran."""
+    from transformers import AutoModelForCausalLM, MixtralConfig
+
+    from kernels_check.controls.small_run import SmallRun
+
+    torch.manual_seed(7)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = MixtralConfig(vocab_size=96, num_key_value_heads=2, num_local_experts=4, **sizes)
+    for name, status in (("mlp.experts.down_proj", "active"), ("mlp.experts.dwon_proj", "fallback")):
+        targets = ["mlp.experts.gate_up_proj", name]
+        adapter = peft.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=targets, **TASK)
+        model = peft.get_peft_model(AutoModelForCausalLM.from_config(config), adapter).train()
+        optimizer = torch.optim.AdamW([value for value in model.parameters() if value.requires_grad], lr=1e-3)
+        inputs = {"input_ids": torch.arange(1, 33).reshape(2, 16)}
+        run = SmallRun(model=model, optimizer=optimizer, inputs=inputs, instrument=instrument)
+        checks = {check.path: check for check in run.verify({"lora.attached": True, "lora.learning": True})}
+        assert checks["lora.attached"].status == status, checks["lora.attached"].reason
+        assert checks["lora.learning"].met, checks["lora.learning"].reason

@@ -1,0 +1,137 @@
+"""A run that was damaged is refused by its name wherever it is read, and stops nothing that is about other runs."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from harness.cli import main
+from harness.errors import LorameterError, UsageError
+from harness.records.store import read_run
+from harness.run.forecast import measured_peaks
+from harness.studies.workload import Workload
+
+DEEP = "[" * 700 + "]" * 700
+DAMAGES = {
+    "null": "null",
+    "a list": "[]",
+    "deep": f'{{"schema": 5, "study": {DEEP}}}',
+    "deeper": "[" * 100_000,
+    "digits": '{"schema": 5, "seed": 1' + "0" * 5000 + "}",
+    "schema": '{"schema": {"a": 1}}',
+}
+
+
+@pytest.fixture
+def path(write_run):
+    """A sound run."""
+    return write_run("mine", {"plain": [1.0] * 5, "nf4": [1.1] * 5})
+
+
+@pytest.mark.parametrize("content", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_manifest_stops_nothing_else(content, path, write_run, machine, capsys, small_study):
+    """Not the list, not an estimate, not a forecast; the run itself is refused."""
+    write_run("other", {"plain": [1.0] * 5, "nf4": [1.1] * 5}, peak=2**20)
+    (path / "manifest.json").write_text(content)
+    with pytest.raises(UsageError, match=r"manifest\.json"):
+        read_run("mine", path.parent)
+    assert main(["list", "runs", "--runs-dir", str(path.parent)]) == 0
+    assert "mine  damaged" in capsys.readouterr().out
+    assert main(["estimate", "lora-or-qlora:lora-r16", "--runs-dir", str(path.parent)]) == 0
+    assert main(["run", "lora-or-qlora", "--dry-run", "--runs-dir", str(path.parent)]) == 0
+    assert measured_peaks(small_study.workload, machine, path.parent, "host_peak_train_bytes")
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("provenance", "git"), 3),
+        (("provenance", "git", "dirty"), "x"),
+        (("provenance", "git", "commit"), 7),
+        (("provenance", "libraries"), []),
+        (("provenance", "threads"), None),
+        (("provenance", "settings"), "x"),
+        (("provenance", "worker"), 1),
+        (("tokens",), {"hash": 3}),
+        (("tokens",), {"own": {"plain": 3}}),
+        (("tokens",), {"examples": [{"prompt": "x"}]}),
+        (("sides",), {"base": {"label": "x", "worker": "y"}}),
+        (("sides",), {"base": 3, "candidate": 4}),
+        (("study", "replaced"), {"workload.no": 1}),
+        (("study", "replaced"), {"x": 1}),
+        (("created_unix_s",), "NaN"),
+        (("seed",), 2**70),
+    ],
+    ids=str,
+)
+def test_a_table_of_another_form_is_refused(place, value, path, capsys):
+    """With the key, exit code 2, for every command that reads the run."""
+    document = json.loads((path / "manifest.json").read_text())
+    table = document
+    for key in place[:-1]:
+        table = table[key]
+    table[place[-1]] = value
+    (path / "manifest.json").write_text(json.dumps(document))
+    for command in ("report", "claims", "accept"):
+        assert main([command, "mine", "--runs-dir", str(path.parent)]) == 2
+        assert place[-1] in capsys.readouterr().err
+
+
+def test_what_is_not_known_of_a_machine_is_said_so(path, capsys):
+    """A manifest without its provenance is read; what is missing is unknown."""
+    document = json.loads((path / "manifest.json").read_text())
+    document["provenance"] = {}
+    (path / "manifest.json").write_text(json.dumps(document))
+    assert main(["report", "mine", "--runs-dir", str(path.parent)]) == 0
+    assert "unknown" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"wall_time_s": "NaN"},
+        {"started_unix_s": "Infinity"},
+        {"samples": {"step_time_s": [1.0, "Infinity"]}},
+        {"samples": {"step_time_s": [1e308] * 3}},
+        {"samples": {"step_time_s": [0.0, 1.0, 2.0]}},
+        {"samples": {"step_time_s": [1.0, 2.0]}},
+        {"values": {"threads": "NaN"}},
+        {"tokens": {"answer_0": "x"}},
+        {"tokens": {"hash": 3}},
+        {"tokens": {"x": {"y": 1}}},
+        {"tokens": {"real_tokens": "x"}},
+        {"memory": {"host_peak_train_bytes": 2**80}},
+    ],
+    ids=str,
+)
+def test_a_record_that_no_trial_could_leave_is_refused(change, path):
+    """By its trial; or, where only a comparison shows it, as a run that is not valid. Never by a traceback."""
+    lines = [json.loads(line) for line in (path / "trials.jsonl").read_text().splitlines()]
+    lines[0] |= change
+    (path / "trials.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main(["report", "mine", "--runs-dir", str(path.parent)]) in (2, 4)
+    assert measured_peaks(Workload(), None, path.parent / "none", "x") == {}  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "check", [{}, {"path": 3, "status": "active", "required": 1}, {"path": "x", "status": []}, {"a": 1}]
+)
+def test_evidence_that_says_nothing_is_lost(check, path):
+    """A line of checks.jsonl without what was looked at and what was found is no evidence; its trials do not count."""
+    from harness.records.evidence import EvidenceFile
+
+    trials = path / "trials.jsonl"
+    hashes = EvidenceFile(path).add([check])
+    lines = [json.loads(line) | {"checks": list(hashes)} for line in trials.read_text().splitlines()]
+    trials.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = read_run("mine", path.parent)
+    assert run.records == ()
+    assert run.without_evidence == len(lines)
+
+
+def test_two_names_for_long_are_no_error(tmp_path):
+    """A name that no file can have is a run that is not there, or a folder without runs."""
+    with pytest.raises(LorameterError, match="not found"):
+        read_run("x" * 5000, tmp_path)
+    assert main(["list", "runs", "--runs-dir", "x" * 5000]) == 0

@@ -1,0 +1,282 @@
+"""Text from outside acts on no terminal, and credentials in it are repeated nowhere: every door, every rendering."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from harness.cli import main
+from harness.errors import InvalidRunError, UsageError, redact
+from harness.records import codec
+from harness.records.record import Notice
+from harness.records.store import read_manifest
+from harness.report.attribution import describe_attribution
+from harness.report.gate import annotation, gate_annotations, gate_markdown
+from harness.report.live import LiveDisplay
+from harness.report.terminal import console_for, text_of
+from harness.run.executors import sides
+from harness.run.executors.environments import DESCRIPTION_FILE, layered_environment, parse_requirements
+from harness.run.executors.host import Host
+from harness.run.executors.sides import OpenSide
+from harness.trial.failure import failure_of
+from harness.verdicts.ab import attribution_document, attribution_of, report_of
+from harness.verdicts.gate import Policy, gate_document, judge
+from kernels_check.__main__ import main as check_kernels
+from kernels_check.visible import make_visible
+
+ESCAPE = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202egnp"
+SECRET = "hunter2"
+URLS = (
+    f"https://user:{SECRET}@example.org/peft-1.0-py3-none-any.whl",
+    f"git+https://{SECRET}@example.org/peft.git",
+    f"git+ssh://git:{SECRET}@example.org/peft.git@v1",
+    f"https://user:p@{SECRET}@example.org/peft.whl",
+    f"https://example.org/peft.whl?sig={SECRET}&t=1",
+    f"http://{SECRET}:{SECRET}@proxy:3128",
+)
+
+
+def acts(text: str) -> bool:
+    return make_visible(text) != text
+
+
+@pytest.mark.parametrize("url", URLS)
+def test_a_credential_in_an_address_is_left_out(url):
+    """Users, passwords, tokens and queries; host and path stay, so that one knows what is meant."""
+    assert SECRET not in redact(f"could not reach {url}: refused")
+    assert redact(url).split("@")[-1].split("?")[0] == url.split("@")[-1].split("?")[0] or "ssh" in url
+    for kind in (UsageError, InvalidRunError):
+        assert SECRET not in str(kind(f"side {url!r}: no"))
+
+
+def test_what_is_no_address_stays():
+    """A requirement, a decorated name, an address without a user."""
+    for text in ("peft==0.20.0 torch>=2", "a@b.c", "https://example.org/x#egg=peft", "peft @ file:///tmp/peft.whl"):
+        assert redact(text) == text
+
+
+@pytest.mark.parametrize("url", URLS[:5])
+def test_a_side_holds_no_credential(url, write_run, capsys):
+    """Neither the manifest nor what is drawn of it: text, document, Markdown, annotations."""
+    (requirement,) = parse_requirements(f"peft @ {url}")
+    side = OpenSide(spec=f"peft @ {url}", kind="requirements", host=Host(), label=requirement, declared=())
+    assert SECRET not in side.spec + side.label
+    path = write_run("ab", {"plain": [1.0] * 5, "nf4": [1.0] * 5})
+    manifest = read_manifest(path)
+    told = {"label": side.label, "spec": side.spec, "kind": side.kind, "worker": "1", "facts": {"packages": {}}}
+    document = codec.to_json(manifest) | {"sides": {"base": told, "candidate": told}}
+    (path / "manifest.json").write_text(json.dumps(document))
+    assert main(["report", str(path)]) in (0, 4, 5)
+    assert main(["report", str(path), "--json"]) in (0, 4, 5)
+    assert SECRET not in "".join(capsys.readouterr()) + (path / "manifest.json").read_text()
+
+
+def test_what_installs_gets_the_credential_and_what_is_told_does_not(tmp_path, monkeypatch, capsys):
+    """pip is given the address as it is; progress, the description in the cache and a failure's message are not."""
+    requirement = f"peft@ {URLS[0]}"
+    seen: list[list[str]] = []
+
+    def run(command, requirements, report):
+        seen.append(list(command))
+        report(f"Collecting {requirement}")
+        if "pip" in command:
+            raise UsageError(f"ab: an environment with {requirement} could not be made")
+
+    monkeypatch.setattr("harness.run.executors.environments._run", run)
+    monkeypatch.setattr("harness.run.executors.environments.site_packages", lambda python: tmp_path)
+    monkeypatch.setattr(sides, "_commit", lambda spec, repository: (None, "no"))
+    with (
+        pytest.raises(UsageError) as caught,
+        sides.open_side(f"peft @ {URLS[0]}", repository=tmp_path, cache=tmp_path / "cache"),
+    ):
+        pass
+    assert any(SECRET in word for word in seen[-1])
+    shown = "".join(capsys.readouterr())
+    assert "example.org" in shown
+    assert SECRET not in shown + str(caught.value)
+
+
+def test_the_description_of_an_environment_holds_no_credential(tmp_path, monkeypatch):
+    """The cache is kept, and may be shared."""
+    monkeypatch.setattr("harness.run.executors.environments._run", lambda *_: (tmp_path / "cache").mkdir(exist_ok=True))
+    monkeypatch.setattr("harness.run.executors.environments.site_packages", lambda python: tmp_path)
+
+    def made(requirements, out, report):
+        out.mkdir(parents=True)
+        return real(requirements, out, report)
+
+    from harness.run.executors import environments
+
+    real = environments._build
+    monkeypatch.setattr(environments, "_build", made)
+    layered_environment([f"peft@ {URLS[0]}"], tmp_path / "cache", report=lambda line: None)
+    (description,) = (tmp_path / "cache").rglob(DESCRIPTION_FILE)
+    assert "example.org" in description.read_text()
+    assert SECRET not in description.read_text()
+
+
+def test_an_exception_of_a_trial_holds_no_credential(capsys):
+    """It is written to the log and into the record."""
+    try:
+        raise RuntimeError(f"cannot reach {URLS[5]}")
+    except RuntimeError as error:
+        failure = failure_of(error, "build").failure
+    assert failure is not None
+    assert SECRET not in failure.message + failure.traceback + capsys.readouterr().err
+
+
+# --- terminals --------------------------------------------------------------------------------------------------------
+
+
+def hostile_run(write_run, *, sides_too=False):
+    """A run in which everything that others wrote holds an escape sequence."""
+    path = write_run(
+        "hostile",
+        {"plain": [1.0] * 5, "nf4": [1.1] * 5},
+        change=lambda record: record.replaced(
+            notices=(Notice(code=f"n{ESCAPE}", message=f"m{ESCAPE}", remedy=f"r{ESCAPE}"),),
+            log=f"logs/{ESCAPE}",
+        ),
+    )
+    document = codec.to_json(read_manifest(path))
+    document["study"] |= {"title": f"a [/b] c {ESCAPE}", "notes": [f"note {ESCAPE}"]}
+    document |= {"run": f"hostile{ESCAPE}", "stopped": f"why {ESCAPE}", "why": ESCAPE}
+    document["provenance"] |= {"device_name": f"card [/x] {ESCAPE}"}
+    document["tokens"] = {"data": f"file{ESCAPE}.jsonl"}
+    if sides_too:
+        side = {"label": f"[/b]{ESCAPE}", "worker": ESCAPE, "facts": {"packages": {f"p{ESCAPE}": "1"}}}
+        document["sides"] = {"base": side, "candidate": side | {"facts": {"packages": {}}}}
+    (path / "manifest.json").write_text(json.dumps(document))
+    return path
+
+
+@pytest.mark.parametrize("line", ["report {}", "claims {}", "compare {} {}", "gate {} {}", "list runs", "accept {}"])
+@pytest.mark.parametrize("form", ["", " --json"])
+def test_no_command_shows_it_raw(line, form, write_run, capsys):
+    """Titles, notices, notes, names of runs, devices and files; on standard output and on standard error."""
+    path = hostile_run(write_run)
+    words = [word.replace("{}", str(path)) for word in (line + form).split()]
+    assert main([*words, "--runs-dir", str(path.parent)]) in (0, 1, 2, 3, 4, 5)
+    out, errors = capsys.readouterr()
+    assert not acts(out)
+    assert not acts(errors)
+
+
+@pytest.mark.parametrize("form", ["text", "markdown", "github", "json"])
+def test_no_form_of_a_gate_shows_it_raw(form, write_run, capsys):
+    """Whatever a job's log or summary is given."""
+    path = hostile_run(write_run)
+    assert main(["gate", str(path), str(path), "--format", form]) in (0, 3, 4)
+    assert not acts("".join(capsys.readouterr()))
+    assert not acts(annotation("error", ESCAPE, f"{ESCAPE}\n::error::x"))
+
+
+def test_no_form_of_an_ab_shows_it_raw(write_run):
+    """Labels of sides and names of packages."""
+    from harness.records.store import read_run
+
+    path = hostile_run(write_run, sides_too=True)
+    run = read_run(str(path), path.parent)
+    result = judge(report_of(run), Policy())
+    shown = text_of(describe_attribution(attribution_of(run), run), width=100, coloured=False)
+    shown += gate_markdown(result) + gate_annotations(result)
+    assert not acts(shown)
+    json.dumps(gate_document(result) | {"attribution": attribution_document(run)})
+
+
+@pytest.mark.parametrize(
+    "line",
+    [["report", ESCAPE], [ESCAPE], ["run", f"--{ESCAPE}"], ["run", ESCAPE], ["list", ESCAPE], ["report", "x", ESCAPE],
+     ["run", "lora-or-qlora", "--model", ESCAPE], ["model", "fetch", ESCAPE],
+     ["run", "x", "--runs-dir", f"/dev/null/{ESCAPE}"]],
+)  # fmt: skip
+def test_no_refusal_shows_it_raw(line, capsys, tmp_path, monkeypatch):
+    """Neither ours nor argparse's, which repeat what was typed; scripts type what files are called."""
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = main(line)
+    except SystemExit as ended:
+        code = ended.code
+    assert code == 2
+    errors = capsys.readouterr().err
+    assert errors
+    assert not acts(errors)
+
+
+@pytest.mark.parametrize("arguments", [["trace", ESCAPE], [ESCAPE], ["trace", "x", ESCAPE]])
+def test_kernels_check_shows_it_raw_neither(arguments, capsys):
+    """Its refusals and argparse's."""
+    try:
+        code = check_kernels(arguments)
+    except SystemExit as ended:
+        code = ended.code
+    assert code == 2
+    assert not acts(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_a_recording_shows_it_raw_neither(form, tmp_path, capsys):
+    """Names of kernels come from whoever made the recording, and are no markup either."""
+    path = tmp_path / "kernels.json"
+    events = [
+        {"ph": "X", "cat": "kernel", "name": f"[/b] {ESCAPE}", "ts": n, "dur": 1, "args": {"stream": 7, "device": 0}}
+        for n in range(3)
+    ]
+    path.write_text(json.dumps({"traceEvents": events}))
+    assert check_kernels(["trace", str(path), *form]) == 0
+    assert not acts("".join(capsys.readouterr()))
+
+
+def test_an_unexpected_error_is_shown_visibly(monkeypatch, capsys):
+    """Its traceback repeats what it was about."""
+
+    def broken(*_, **__):
+        raise RuntimeError(f"constructed {ESCAPE} {URLS[0]}")
+
+    monkeypatch.setattr("harness.records.store.list_runs", broken)
+    assert main(["list", "runs"]) == 70
+    shown = capsys.readouterr().err
+    assert "constructed" in shown
+    assert not acts(shown)
+    assert SECRET not in shown
+
+
+def test_the_live_display_shows_it_visibly(small_study):
+    """A failure's message, as it happens."""
+    from harness.records.record import Failure, TrialRecord
+
+    out = io.StringIO()
+    failed = TrialRecord(
+        trial=f"r0{ESCAPE}", status="crashed", name="plain", variant="x", role="variant", replicate=0, position=0,
+        interleaving="replicates", seed=0, started_unix_s=1.0, wall_time_s=1.0,
+        failure=Failure(phase="build", kind="X", message=f"[/b] {ESCAPE}"),
+    )  # fmt: skip
+    with LiveDisplay(console_for(out)) as display:
+        display.trial_ended(failed)
+    assert "crashed" in out.getvalue()
+    assert not acts(out.getvalue())
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_a_stream_of_another_encoding_is_no_error(write_run, form):
+    """An ASCII terminal, and a path that is no UTF-8: what cannot be held is written out."""
+    path = write_run("plain", {"plain": [1.0] * 5, "nf4": [1.1] * 5})
+    odd = os.fsdecode(os.fsencode(path.parent) + b"/\xff")
+    path.rename(odd)
+    document = json.loads((open(f"{odd}/manifest.json")).read())  # noqa: PTH123, SIM115
+    document["study"]["title"] = "× Größe → €"
+    with open(f"{odd}/manifest.json", "w") as file:  # noqa: PTH123
+        json.dump(document, file)
+    done = subprocess.run(
+        [sys.executable, "-m", "harness.cli", "report", odd, *form, "--runs-dir", str(path.parent)],
+        capture_output=True, check=False, env=os.environ | {"PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert done.returncode in (0, 4), done.stderr
+    assert done.stdout.isascii()
+    if form:
+        assert json.loads(done.stdout)["title"] == "× Größe → €"

@@ -1,0 +1,53 @@
+"""The answer of the tokenising process: what a library prints is none, and one that is none is said."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from harness.errors import InvalidRunError
+from harness.run.executors.local import LocalExecutor
+
+
+@pytest.mark.parametrize("where", ["sitecustomize", "tokenizers"])
+def test_what_a_library_prints_is_no_answer(where, tmp_path, monkeypatch, small_study):
+    """At the start, when it is imported, and at the very end: it goes to the log, and the tokens are prepared."""
+    noisy = tmp_path / "path"
+    noisy.mkdir()
+    noise = (
+        "import atexit, os, sys\nprint('noise', end='')\nos.write(1, b'loud')\n"
+        "if 'harness.worker' in sys.orig_argv: atexit.register(lambda: (print('[]'), os.write(1, b'bye\\n')))\n"
+    )
+    if where == "sitecustomize":
+        (noisy / "sitecustomize.py").write_text(noise)
+    else:
+        (noisy / "sitecustomize.py").write_text(
+            "import sys\nclass Noisy:\n    def find_spec(self, name, path=None, target=None):\n"
+            f"        if name == 'tokenizers':\n            exec({noise!r}, {{}})\nsys.meta_path.insert(0, Noisy())\n"
+        )
+    monkeypatch.setenv("PYTHONPATH", f"{noisy}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    local = LocalExecutor()
+    local.start(tmp_path, 1)
+    try:
+        assert local.prepare_tokens(small_study.workload).synthetic
+    finally:
+        local.close()
+    assert "loud" in (tmp_path / "logs" / "tokens.log").read_text() or where == "sitecustomize"
+
+
+def test_an_answer_that_is_none_is_said_with_its_log(tmp_path, monkeypatch, small_study):
+    """A process that ends well and says something else."""
+    noisy = tmp_path / "path"
+    noisy.mkdir()
+    (noisy / "sitecustomize.py").write_text(
+        "import os, sys\nif sys.orig_argv[-1] == 'tokens': print('all is well', flush=True); os._exit(0)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{noisy}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    local = LocalExecutor()
+    local.start(tmp_path, 1)
+    try:
+        with pytest.raises(InvalidRunError, match="could not be prepared"):
+            local.prepare_tokens(small_study.workload)
+    finally:
+        local.close()

@@ -1,0 +1,112 @@
+"""What a study asks for has bounds: a slip of the hand is refused by its key, its value and the remedy."""
+
+from __future__ import annotations
+
+import pytest
+
+from harness.errors import UsageError
+from harness.run.contenders import contenders_of
+from harness.run.feasibility import check_feasible
+from harness.run.plan import make_plan
+from harness.studies.limits import NAME_BYTES
+from harness.studies.study_file import load_study
+
+ONE = "[[variant]]\nname = 'x'\n"
+
+
+def refused(tmp_path, text, name="mine.toml"):
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(UsageError) as caught:
+        load_study(str(path), device="cpu")
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("protocol", "replicates", "100000000000000000"),
+        ("protocol", "turns", "100000000000"),
+        ("protocol", "steps_per_turn", "100000000000"),
+        ("protocol", "generate_requests", "100000000000"),
+        ("protocol", "step_timeout_s", "1e300"),
+        ("protocol", "step_timeout_s", "nan"),
+        ("protocol", "max_minutes", "inf"),
+        ("protocol", "epochs", "1e300"),
+        ("protocol", "precision", "inf"),
+        ("protocol", "memory_limit_bytes", "0"),
+        ("protocol", "seed", "-1"),
+        ("workload", "sequence_length", "100000000000"),
+        ("workload", "train_sequences", "100000000000"),
+        ("workload", "batch_size", "100000000000"),
+        ("workload", "data_seed", "-1"),
+        ("workload", "threads", "1000000"),
+        ("workload", "model", "'a\tb'"),
+        ("controls", "r", "100000000000"),
+        ("controls", "learning_rate", "inf"),
+        ("controls", "lora_alpha", "inf"),
+        ("controls", "gradient_accumulation", "100000000000"),
+        ("controls", "target_modules", "['']"),
+    ],
+)
+def test_a_value_beyond_any_machine_is_refused(tmp_path, section, key, value):
+    """By its file, its key and its value, before anything of that size is made."""
+    said = refused(tmp_path, f"[{section}]\n{key} = {value}\n{ONE}")
+    assert "mine.toml" in said
+    assert key in said
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[axes]\n" + "".join(f"k{n} = [1, 2, 3, 4, 5, 6, 7, 8]\n" for n in range(12)), "68719476736 combinations"),
+        ("[sweeps]\nr = [" + ", ".join(map(str, range(16, 1100))) + "]\n[controls]\nr = 16", "1084 variants"),
+        (f"[[variant]]\nname = '{'x' * 300}'", "300 bytes long"),
+        (f"[[variant]]\nname = '{'é' * 100}'", "200 bytes long"),
+        ('[[variant]]\nname = "a\\u001b[2J"', "variant name"),
+        ('[[variant]]\nname = "a\\nb"', "variant name"),
+        ("extends = [1]\n" + ONE, "extends"),
+        (f"[profile.a]\nnotes = 3\n{ONE}", "[profile.a], notes = 3"),
+        (f"[profile.a]\ndevices = 5\n{ONE}", "[profile.a], devices = 5"),
+        (f"[profile.a]\nprotocol = 5\n{ONE}", "protocol = 5: a table is expected"),
+        (f"[requirements]\nx = 2020-01-01\n{ONE}", "requirements.x = 2020-01-01: a date"),
+    ],
+    ids=lambda value: value[:24],
+)
+def test_what_would_break_later_is_refused_when_it_is_read(tmp_path, text, words):
+    """Names that no file can have, variants without number, tables that are none, a date."""
+    assert words in refused(tmp_path, text)
+
+
+def test_a_file_whose_name_cannot_name_a_run_is_refused(tmp_path):
+    """The name of a study is part of the folder of each of its runs."""
+    assert "bytes long" in refused(tmp_path, ONE, name=f"{'s' * 200}.toml")
+    path = tmp_path / f"{'s' * NAME_BYTES}.toml"
+    path.write_text(ONE)
+    assert load_study(str(path)).variants
+
+
+def test_a_plan_has_a_bound(tmp_path):
+    """Each number may be large alone; all of them together are refused before the plan is made."""
+    path = tmp_path / "mine.toml"
+    path.write_text(f"[protocol]\nreplicates = 10000\nturns = 10000\n{ONE}")
+    study = load_study(str(path))
+    with pytest.raises(UsageError, match="a plan holds 2000000"):
+        make_plan(study, contenders=contenders_of(study))
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("'no.such.path' = true", "unknown requirement"),
+        ("'lora.attached' = 3", "must be true or false"),
+        ("attention.backend = 'fused'", "unknown requirement 'attention'"),
+    ],
+)
+def test_a_requirement_that_no_trial_could_check_is_refused(tmp_path, machine, line, words):
+    """It would be refused in every trial."""
+    path = tmp_path / "mine.toml"
+    path.write_text(f"[requirements]\n{line}\n{ONE}")
+    with pytest.raises(UsageError, match=words) as caught:
+        check_feasible(load_study(str(path)), machine)
+    assert "[requirements]" in str(caught.value)

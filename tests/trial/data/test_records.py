@@ -1,0 +1,80 @@
+"""Records are looked at when they are read: one that cannot serve is refused with its file and line."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+
+import pytest
+
+from harness.errors import UsageError
+from harness.studies.workload import Workload
+from harness.trial.data.records import check_file, read_records
+
+GOOD = {"instruction": "say it", "context": "", "response": "it"}
+
+
+def read(path):
+    records, label = read_records(Workload(data=str(path)))
+    return list(records), label
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ([""], "no records are in it"),
+        (
+            [json.dumps(GOOD), json.dumps({**GOOD, "instruction": None})],
+            "line 2: instruction = null: a text is expected",
+        ),
+        ([json.dumps({**GOOD, "response": None})], "line 1: response = null"),
+        ([json.dumps(GOOD), "", json.dumps({**GOOD, "response": 3})], "line 3: response = 3"),
+        ([json.dumps({**GOOD, "context": ["x"]})], "line 1: context ="),
+        ([json.dumps({"instruction": "a", "context": ""})], "line 1: no column 'response'"),
+        (["null"], "line 1: None: a table"),
+        ([json.dumps([GOOD])], "line 1"),
+        ([json.dumps(GOOD), "{"], "line 2: cannot be read as JSON"),
+        ([json.dumps({**GOOD, "response": "\ud800"})], "line 1: response ="),
+        (["[" * 5000], "line 1: cannot be read as JSON: it is nested too deeply"),
+    ],
+    ids=lambda value: str(value)[-30:],
+)
+@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz"])
+def test_a_record_that_cannot_serve_is_named(tmp_path, lines, words, ending):
+    """An empty file, a text that is none, a line that is no record."""
+    path = tmp_path / f"mine{ending}"
+    content = "\n".join(lines).encode()
+    path.write_bytes(gzip.compress(content) if ending.endswith("gz") else content)
+    with pytest.raises(UsageError) as caught:
+        read(path)
+    assert words in str(caught.value)
+    assert path.name in str(caught.value)
+    with pytest.raises(UsageError):  # and so before anything is started
+        check_file(str(path))
+
+
+def test_a_record_needs_no_context(tmp_path):
+    """One without is read as one with an empty text, and a list of records as their lines."""
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps([GOOD, {**GOOD, "context": None}]))
+    found, label = read(path)
+    assert found == [GOOD, GOOD]
+    assert label == "mine.json, 2 records"
+
+
+@pytest.mark.parametrize("kind", ["missing", "folder", "pipe", "cut", "bomb"])
+def test_a_file_that_is_none_is_not_waited_for(tmp_path, kind, monkeypatch):
+    """A pipe, a folder, a gzip file cut short, or one that unpacks without end."""
+    monkeypatch.setattr("harness.trial.data.records.FILE_BYTES", 1 << 20)
+    path = tmp_path / "mine.jsonl.gz"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "cut":
+        path.write_bytes(gzip.compress(json.dumps(GOOD).encode() * 100)[:-10])
+    elif kind == "bomb":
+        path.write_bytes(gzip.compress((json.dumps(GOOD).encode() + b"\n") * 40_000))
+    with pytest.raises(UsageError, match=r"mine\.jsonl\.gz"):
+        read(path)
