@@ -9,23 +9,37 @@ from collections.abc import Callable, Sequence
 
 from harness.commands import ab, catalogue, claims, compare, doctor, estimate, profile, run, sample
 from harness.errors import EXIT_INVALID, EXIT_UNEXPECTED, LorameterError, redact
-from kernels_check.visible import Parser, tell, tolerate
+from harness.run.stops import Stops
+from kernels_check.streams import with_streams
+from kernels_check.visible import Parser, tell
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code of the contract (0, 1, 2, 3, 4, 5, 70)."""
-    tolerate(sys.stdout)
+    """Entry point; returns the exit code of the contract (0, 1, 2, 3, 4, 5, 70), or 141 where the reader has left."""
+    return with_streams("lorameter", lambda: _run(arguments))
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     options = parser().parse_args(arguments)
     command: Callable[[argparse.Namespace], int] = options.command
     try:
-        return command(options)
+        with Stops() as stops, stops.interruptible():
+            return command(options)
     except LorameterError as error:
         tell(f"lorameter: {error}")
         return error.exit_code
     except KeyboardInterrupt:
         print("lorameter: stopped", file=sys.stderr)
         return EXIT_INVALID
-    except Exception:
+    except Exception as error:
+        from harness.records.refusals import REMEDIES, words_of
+
+        if isinstance(error, OSError) and error.errno in REMEDIES:
+            tell(f"lorameter: {words_of(error)}.")
+            return EXIT_INVALID
+        if isinstance(error, MemoryError):
+            tell("lorameter: out of memory. Free memory, or raise the limit that this process has.")
+            return EXIT_INVALID
         tell(redact(traceback.format_exc().rstrip("\n")))
         print("lorameter: unexpected error; this is a defect of lorameter, please report it.", file=sys.stderr)
         return EXIT_UNEXPECTED

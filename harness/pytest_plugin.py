@@ -32,6 +32,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--lorameter-allow-disturbed", action="store_true", help="let trials count whose surroundings were past a limit"
     )
+    group.addoption(
+        "--lorameter-if-busy", choices=("wait", "refuse", "share"), default="wait",
+        help="beside another measurement on the device: wait for its end (default), end at once, or measure beside it",
+    )  # fmt: skip
     group.addoption("--lorameter-resume", metavar="RUN", help="go on with a run that broke off, and replay all of it")
     group.addoption("--lorameter-base", metavar="RUN", help="gate: a run, a saved .json, or the word baseline")
     group.addoption("--lorameter-policy", metavar="FILE", help="policy of the gate, as for lorameter gate")

@@ -10,9 +10,14 @@ import os
 import socket
 import sys
 
+from harness.machine.processes import PARENT, end_with_parent
+
 
 def main(arguments: list[str]) -> int:
-    """Become the process that is named, on the descriptor that it is given."""
+    """Become the process that is named, on the descriptor that it is given. It ends with the process that started it,
+    and not only when its imports, its downloads or its answer have come to their end."""
+    if parent := os.environ.get(PARENT):
+        end_with_parent(int(parent))
     what, *rest = arguments
     if what.isdigit():  # as harnesses before schema 5 ask for a zygote: they get its schema, and refuse it by name
         what, rest = "zygote", arguments

@@ -1,38 +1,38 @@
 """``python -m kernels_check``: each subcommand is one function in a module of its own, imported only when it runs.
 
-Exit codes are those of the lorameter commands: 0 done, 2 usage or bad input, 4 a check that failed, 70 unexpected.
+Exit codes are those of the lorameter commands: 0 done, 2 usage or bad input, 4 a check that failed, 70 unexpected, 141
+where the reader of the result has gone away.
 Standard output carries the result (with ``--json`` exactly one document), standard error everything else.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-from kernels_check.visible import Parser, tell, tolerate
+from kernels_check.streams import with_streams
+from kernels_check.visible import Parser, tell
 
-EXIT_DONE = 0
 EXIT_UNEXPECTED = 70
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand and return its exit code."""
+    return with_streams("kernels_check", lambda: _run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words in ([], ["--json"]):
         words.insert(0, "probe")
-    tolerate(sys.stdout)
     arguments = _parser().parse_args(words)
     module, _, function = arguments.run.partition(":")
     try:
         code: int = getattr(import_module(f"kernels_check.{module}"), function)(arguments)
-    except BrokenPipeError:  # the reader (`| head`) has seen enough; nothing may be written at exit either
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_DONE
     except Exception:
         tell(f"{traceback.format_exc()}kernels_check: unexpected error, see above; please report it with the command")
         return EXIT_UNEXPECTED

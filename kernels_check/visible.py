@@ -8,10 +8,9 @@ cannot be written at all.
 from __future__ import annotations
 
 import argparse
-import io
 import sys
 import unicodedata
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
 _REORDERING = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 """Marks that reorder the letters around them, so that what is read is not what is there."""
@@ -29,13 +28,6 @@ def make_visible(text: str) -> str:
 def tell(text: str) -> None:
     """A line on standard error, made visible."""
     print(make_visible(text), file=sys.stderr, flush=True)
-
-
-def tolerate(*streams: TextIO) -> None:
-    """Have streams of another encoding than Unicode write out what they cannot hold, in place of an exception."""
-    for stream in streams:
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
 
 
 class Parser(argparse.ArgumentParser):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from harness.studies.workload import Workload
 pytest_plugins = ["pytester"]
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two OpenMP threads on two cores collapse under contention
+os.environ["LORAMETER_LOCKS"] = tempfile.mkdtemp(prefix="locks-")  # of this process: the other one measures as well
 os.environ.pop("PYTEST_XDIST_WORKER", None)  # a pytest that a test starts would take itself for a part of this one
 
 

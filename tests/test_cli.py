@@ -50,6 +50,22 @@ def test_errors_and_lists_act_on_no_terminal(capsys, tmp_path):
     assert "\x1b" not in shown
 
 
+@pytest.mark.parametrize(("failing", "said"), [
+    (lambda record: record, "complete  small"),
+    (lambda record: record.replaced(status="crashed"), "complete, none of 6 trials ok  small"),
+    (lambda record: record.replaced(status="oom" if record.replicate else "ok"), "complete, 3 of 6 trials ok  small"),
+])  # fmt: skip
+def test_a_list_of_runs_says_how_many_trials_are_ok(write_run, capsys, failing, said):
+    """A run of which every trial crashed has come to its end, and is not to be taken for one that can be used."""
+    path = write_run("20260101-000000-small-0000", {"plain": (1.0, 1.0), "nf4": (1.0, 1.0)}, change=failing)
+    assert main(["list", "runs", "--runs-dir", str(path.parent)]) == 0
+    assert capsys.readouterr().out == f"20260101-000000-small-0000  {said}\n"
+    assert main(["list", "runs", "--json", "--runs-dir", str(path.parent)]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["runs"]
+    assert row["status"] == "complete"
+    assert sum(row["trials"].values()) == 6
+
+
 def test_a_dry_run_shows_order_time_memory_and_disk(capsys, tmp_path):
     """And starts nothing: no run directory is made."""
     assert main(["run", "lora-or-qlora", "--dry-run", "--runs-dir", str(tmp_path)]) == 0

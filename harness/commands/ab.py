@@ -7,13 +7,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.commands.output import FORMATS, print_json, show_gate
-from harness.errors import EXIT_INVALID, EXIT_PASS, UsageError
+from harness.errors import EXIT_INVALID, EXIT_PASS, InvalidRunError, UsageError
 
 if TYPE_CHECKING:
+    from harness.records.record import Notice
     from harness.records.store import Run
+    from harness.run.plan import Plan
 
 CALIBRATION_REPLICATES = 24
 """Enough for three gates of 8 that share nothing, and about 4 minutes of the default study on two cores."""
+SETTLED_OPTIONS = (
+    "base", "candidate", "effort", "replicates", "allow-disturbed", "model", "data", "precision", "variant", "phase",
+    "inject-rows",
+)  # fmt: skip
+"""Options that make an A/B; one that is gone on with has them."""
 SIDE_HELP = "a git revision, a Python executable, or requirements such as 'peft==0.20.0'"
 
 
@@ -24,9 +31,10 @@ def add_commands(commands: Any, common: Any) -> None:
         help="measure base and candidate in one job, taking turns",
         description="Measure base and candidate in one job, their processes taking turns, and judge the candidate.",
     )
-    ab.add_argument("study", metavar="STUDY", help="name of a built-in study, or a TOML file")
-    ab.add_argument("--base", metavar="SIDE", required=True, help=SIDE_HELP)
-    ab.add_argument("--candidate", metavar="SIDE", required=True, help=SIDE_HELP)
+    ab.add_argument("study", metavar="STUDY", nargs="?", help="name of a built-in study, or a TOML file")
+    ab.add_argument("--base", metavar="SIDE", help=SIDE_HELP)
+    ab.add_argument("--candidate", metavar="SIDE", help=SIDE_HELP)
+    ab.add_argument("--resume", metavar="RUN", help="go on with an A/B that broke off, by its own study and sides")
     _measuring(ab, ("quick", "standard", "rigorous"), "3, 8 or 12 replicates; default 8")
     ab.add_argument("--precision", type=float, metavar="F", help="stop when every interval is within ±F")
     ab.add_argument("--variant", metavar="V", action="append", default=[], help="only this variant; repeatable")
@@ -70,6 +78,10 @@ def _measuring(command: argparse.ArgumentParser, efforts: tuple[str, ...], said:
     command.add_argument(
         "--allow-disturbed", action="store_true", help="let trials count whose surroundings were past a limit"
     )
+    command.add_argument(
+        "--if-busy", choices=("wait", "refuse", "share"), default="wait",
+        help="beside another measurement on the device: wait for its end (default), end at once, or measure beside it",
+    )  # fmt: skip
     command.add_argument("--model", metavar="M", help="catalogue name, hub id, directory, GGUF file, or random:M")
     command.add_argument("--data", metavar="FILE|ID", help="a .jsonl(.gz) file, a hub id, or synthetic")
 
@@ -82,6 +94,7 @@ def run_ab(options: argparse.Namespace) -> int:
     from harness.report.notices import describe_notices
     from harness.report.terminal import console_for, show
     from harness.run.ab import DEFAULT_PHASES, measure_ab, plan_ab
+    from harness.run.device import hold_device
     from harness.run.executors import open_executor
     from harness.verdicts.calibrate import MOST_ROWS
     from harness.verdicts.gate import load_policy
@@ -91,30 +104,50 @@ def run_ab(options: argparse.Namespace) -> int:
     if not 0 <= options.inject_rows <= MOST_ROWS:
         raise UsageError(f"--inject-rows = {options.inject_rows}: no amount of work. Use 0 to {MOST_ROWS}.")
     load_policy(options.policy)  # before anything is measured
+    if options.resume:
+        return _go_on(options)
+    for name in ("study", "base", "candidate"):
+        if getattr(options, name) is None:
+            word = name.upper() if name == "study" else f"--{name} SIDE"
+            raise UsageError(f"ab: {word} is missing. Give it, or go on with an A/B that broke off by --resume RUN.")
     study, executor, runs = read_study(options), open_executor(), store.runs_dir(options.runs_dir, make=True)
-    plan, notices = plan_ab(
-        study,
-        executor.machine(),
-        free_bytes=executor.free_bytes(),
-        select=options.variant,
-        phases=options.phase or DEFAULT_PHASES,
-        injected_rows=options.inject_rows,
-        runs=runs,
-    )
-    errors = console_for(stderr=True)
-    show(describe_notices(notices), errors)
-    with LiveDisplay(errors) as display:
-        run = measure_ab(
-            plan,
-            base=options.base,
-            candidate=options.candidate,
-            repository=Path.cwd(),
-            cache=catalogue.cache_dir(),
+
+    def make() -> tuple[Plan, tuple[Notice, ...]]:
+        return plan_ab(
+            study,
+            executor.machine(),
+            free_bytes=executor.free_bytes(),
+            select=options.variant,
+            phases=options.phase or DEFAULT_PHASES,
+            injected_rows=options.inject_rows,
             runs=runs,
-            display=display,
-            notices=notices,
         )
+
+    plan, notices = make()
+    errors = console_for(stderr=True)
+    with hold_device(executor, options.if_busy) as waited:
+        if waited:
+            plan, notices = make()
+        show(describe_notices(notices), errors)
+        with LiveDisplay(errors) as display:
+            run = measure_ab(
+                plan,
+                base=options.base,
+                candidate=options.candidate,
+                repository=Path.cwd(),
+                cache=catalogue.cache_dir(),
+                runs=runs,
+                display=display,
+                notices=notices,
+            )
     return show_ab(run, options)
+
+
+def _go_on(options: argparse.Namespace) -> int:
+    from harness.commands.resume import go_on
+
+    run = go_on(options, SETTLED_OPTIONS, ab=True)
+    return EXIT_PASS if run is None else show_ab(run, options)
 
 
 def run_calibrate(options: argparse.Namespace) -> int:
@@ -163,7 +196,6 @@ def run_calibrate(options: argparse.Namespace) -> int:
 
 def calibration_ratio(run: Run, name: str) -> float:
     """The candidate's step time over the base's in a pilot. Raises `InvalidRunError` where it was not measured."""
-    from harness.errors import InvalidRunError
     from harness.records.metrics import PRIMARY
     from harness.verdicts.series import compare_series, series_of
 
@@ -181,6 +213,7 @@ def _measured_here(study: Any, name: str, rows: int, options: argparse.Namespace
     from harness.report.notices import describe_notices
     from harness.report.terminal import console_for, show
     from harness.run.ab import arms_of, plan_ab
+    from harness.run.device import hold_device
     from harness.run.executors import open_executor
     from harness.run.executors.host import Host
     from harness.run.measure import measure
@@ -202,8 +235,11 @@ def _measured_here(study: Any, name: str, rows: int, options: argparse.Namespace
         *arms_of("base", Host(), (), {"label": "the present interpreter"}),
         *arms_of("candidate", Host(), (), slowed),
     ]
-    with LiveDisplay(errors) as display:
-        return measure(plan, runs=runs, display=display, notices=notices, arms=arms)
+    with hold_device(executor, options.if_busy), LiveDisplay(errors) as display:
+        run = measure(plan, runs=runs, display=display, notices=notices, arms=arms)
+    if run.manifest.status != "complete":  # whoever stopped it does not want the next measurement to begin
+        raise InvalidRunError(f"run {run.manifest.run} was stopped, and a calibration takes all of it. Calibrate anew.")
+    return run
 
 
 def read_study(options: argparse.Namespace, standard: int | None = None) -> Any:

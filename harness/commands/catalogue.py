@@ -39,7 +39,8 @@ def run_list(options: argparse.Namespace) -> int:
         print_json({options.what: rows})
         return EXIT_PASS
     for row in rows:
-        print(make_visible("  ".join(str(value) for value in row.values())))
+        words = _say_trials(row) if "trials" in row else row
+        print(make_visible("  ".join(str(value) for value in words.values())))
     if not rows:
         print(f"no {options.what}", file=sys.stderr)
     return EXIT_PASS
@@ -99,14 +100,24 @@ def _run_row(path: Path) -> dict[str, Any]:
     from harness.records import store
 
     try:
-        manifest = store.read_manifest(path)
+        manifest, counts = store.read_manifest(path), store.count_endings(path)
     except UsageError as error:  # one damaged run must not hide the others
         return {"run": path.name, "status": "damaged", "title": str(error)}
     title = manifest.study.get("title")
     if not isinstance(title, str):
         missing = f"{path / 'manifest.json'}: study.title is missing. Measure again, or restore the file."
         return {"run": path.name, "status": "damaged", "title": missing}
-    return {"run": manifest.run, "status": store.state_of(path, manifest), "title": title}
+    left = len(manifest.order) - counts.total()
+    trials = dict(sorted(counts.items())) | ({"no record": left} if left > 0 else {})
+    return {"run": manifest.run, "status": store.state_of(path, manifest), "trials": trials, "title": title}
+
+
+def _say_trials(row: dict[str, Any]) -> dict[str, Any]:
+    """The row for a reader: a run whose trials are not all ok is told from one whose trials are."""
+    trials: dict[str, int] = row["trials"]
+    ok, all_of_them = trials.get("ok", 0), sum(trials.values())
+    short = "" if ok == all_of_them else f", {ok or 'none'} of {all_of_them} trials ok"
+    return {"run": row["run"], "status": f"{row['status']}{short}", "title": row["title"]}
 
 
 def run_fetch(options: argparse.Namespace) -> int:

@@ -39,6 +39,10 @@ def add_commands(commands: Any, common: Any) -> None:
         help="measure the remedy of a finding beside the present variant; default: of the most expensive",
     )
     profile.add_argument("--effort", choices=("quick", "standard", "rigorous"), help="of --try: 3, 8 or 12 replicates")
+    profile.add_argument(
+        "--if-busy", choices=("wait", "refuse", "share"), default="wait",
+        help="beside another measurement on the device: wait for its end (default), end at once, or measure beside it",
+    )  # fmt: skip
     common(profile)
     profile.set_defaults(command=run_profile)
 
@@ -55,6 +59,7 @@ def run_profile(options: argparse.Namespace) -> int:
     from harness.report.table import Span, say
     from harness.report.terminal import console_for, show
     from harness.report.tried import describe_tried
+    from harness.run.device import hold_device
     from harness.run.executors import open_executor
     from harness.studies.study_file import load_variant
 
@@ -68,7 +73,8 @@ def run_profile(options: argparse.Namespace) -> int:
     def tell(text: str) -> None:
         show((say(Span(text=text, tone="faint"), indented=False),), errors)
 
-    profile, folder = profile_variant(study, variant, executor, runs=runs, say=tell)
+    with hold_device(executor, options.if_busy):
+        profile, folder = profile_variant(study, variant, executor, runs=runs, say=tell)
     step = accounting.step_account(profile)
     tokens, found = accounting.token_shares(profile), accounting.ceilings(profile, step.step)
     findings = diagnose(evidence_of(profile, step, tokens, found))
@@ -78,7 +84,9 @@ def run_profile(options: argparse.Namespace) -> int:
     tried = None
     try:
         if options.attempt is not None:
-            tried = _try(study, variant, choose_finding(findings, options.attempt or None), executor, runs)
+            finding = choose_finding(findings, options.attempt or None)
+            with hold_device(executor, options.if_busy):
+                tried = _try(study, variant, finding, executor, runs)
     finally:  # what cannot be tried must not cost what was seen
         if options.json:
             print_json(

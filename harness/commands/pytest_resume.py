@@ -8,8 +8,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from harness.errors import UsageError
 from harness.records import store
-from harness.run.resume import SETTLED_OPTIONS, plan_again, read_broken_off, refuse_settled, study_of
+from harness.run.resume import (
+    SETTLED_OPTIONS,
+    check_place,
+    is_finished,
+    plan_of,
+    read_broken_off,
+    refuse_settled,
+    study_of,
+)
 from kernels_check.visible import tell
 
 if TYPE_CHECKING:
@@ -36,7 +45,10 @@ def load_resumed(config: pytest.Config) -> ResumedRun | None:
         from harness.studies.study_file import load_study
 
         study = load_study(study).name
-    return ResumedRun(read_broken_off(name, store.runs_dir(config.getoption("--lorameter-runs-dir")), study=study))
+    run = read_broken_off(name, store.runs_dir(config.getoption("--lorameter-runs-dir")), study=study)
+    if run.manifest.sides:
+        raise UsageError(f"{OPTION}: run {run.manifest.run} is an A/B. Go on with: lorameter run --resume {name}")
+    return ResumedRun(run)
 
 
 class ResumedRun:
@@ -50,12 +62,22 @@ class ResumedRun:
         """Names of those that the run measures."""
 
     def measure(self, executor: Executor, display: Display) -> Run:
-        """What is left of the run; one that is complete is given back. Raises `UsageError` and `InvalidRunError`."""
+        """What is left of the run; one of which nothing is, or not here, is given back as it is.
+
+        Raises `UsageError` and `InvalidRunError`.
+        """
         from harness.run.measure import measure
 
         run = self._run
-        if run.manifest.status == "complete":
+        if is_finished(run):
             tell(f"run {run.manifest.run} is complete: nothing is left to be measured.")
             return run
-        plan = plan_again(run, executor.facts())
+        try:
+            check_place(run, executor.facts())
+            plan = plan_of(run)
+        except UsageError as refusal:
+            if run.manifest.status != "complete":
+                raise
+            tell(f"{refusal} What it has is replayed.")  # it came to its end, if not to a good one
+            return run
         return measure(plan, runs=run.path.parent, display=display, resume=run.manifest.run)

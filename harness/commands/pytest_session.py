@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from harness.errors import LorameterError
+from kernels_check.streams import Aside
 from kernels_check.visible import make_visible
 
 if TYPE_CHECKING:
@@ -208,10 +209,12 @@ class Session:
         from harness.report.live import LiveDisplay
         from harness.report.notices import describe_notices
         from harness.report.terminal import console_for, show
+        from harness.run.device import hold_device
         from harness.run.measure import measure, plan_study
 
+        held = hold_device(self._executor(), self._config.getoption("--lorameter-if-busy"))
         if self._resumed is not None:
-            with LiveDisplay(console_for(sys.stderr)) as display:
+            with held, LiveDisplay(console_for(Aside(sys.stderr))) as display:
                 return self._resumed.measure(self._executor(), display)
         study = self._study
         if self._disabled:
@@ -226,10 +229,10 @@ class Session:
             interleaving=self._config.getoption("--lorameter-interleave"),
             runs=runs,
         )
-        console = console_for(sys.stderr)
+        console = console_for(Aside(sys.stderr))
         if not self._disabled:
             show(describe_notices(notices), console)
-        with LiveDisplay(console) as display:
+        with held, LiveDisplay(console) as display:
             return measure(plan, runs=runs, display=display, notices=notices)
 
     def _executor(self) -> Executor:

@@ -11,8 +11,10 @@ from harness.commands.output import print_json
 from harness.errors import EXIT_INVALID, EXIT_PASS, UsageError
 
 if TYPE_CHECKING:
+    from harness.records.record import Notice
     from harness.records.store import Run
     from harness.report.view import RunView
+    from harness.run.plan import Plan
 
 
 def add_commands(commands: Any, common: Any) -> None:
@@ -36,6 +38,10 @@ def add_commands(commands: Any, common: Any) -> None:
     run.add_argument(
         "--allow-disturbed", action="store_true", help="let trials count whose surroundings were past a limit"
     )
+    run.add_argument(
+        "--if-busy", choices=("wait", "refuse", "share"), default="wait",
+        help="beside another measurement on the device: wait for its end (default), end at once, or measure beside it",
+    )  # fmt: skip
     run.add_argument("--resume", metavar="RUN", help="go on with a run that broke off, by its own study and plan")
     run.add_argument("--dry-run", action="store_true", help="show the plan and what it will take, and measure nothing")
     common(run)
@@ -53,6 +59,7 @@ def run_study(options: argparse.Namespace) -> int:
     from harness.report.live import LiveDisplay
     from harness.report.notices import describe_notices
     from harness.report.terminal import console_for, show
+    from harness.run.device import hold_device
     from harness.run.executors import open_executor
     from harness.run.measure import measure, plan_study
     from harness.studies.study_file import load_study
@@ -74,59 +81,43 @@ def run_study(options: argparse.Namespace) -> int:
         max_minutes=options.max_minutes,
         allow_disturbed=options.allow_disturbed,
     )
-    plan, notices = plan_study(
-        study,
-        machine,
-        free_bytes=executor.free_bytes(),
-        select=options.variant,
-        phases=options.phase or study.protocol.phases,
-        interleaving=options.interleave,
-        runs=runs,
-    )
+
+    def make() -> tuple[Plan, tuple[Notice, ...]]:
+        return plan_study(
+            study,
+            machine,
+            free_bytes=executor.free_bytes(),
+            select=options.variant,
+            phases=options.phase or study.protocol.phases,
+            interleaving=options.interleave,
+            runs=runs,
+        )
+
+    plan, notices = make()
     if options.dry_run:
         return _dry_run(plan, machine, notices, runs, as_json=options.json)
     errors = console_for(stderr=True)
-    show(describe_notices(notices), errors)
-    with LiveDisplay(errors) as display:
-        run = measure(plan, runs=runs, display=display, notices=notices)
+    with hold_device(executor, options.if_busy) as waited:
+        if waited:
+            plan, notices = make()
+        show(describe_notices(notices), errors)
+        with LiveDisplay(errors) as display:
+            run = measure(plan, runs=runs, display=display, notices=notices)
     return _show(run, options)
 
 
 def run_resumed(options: argparse.Namespace) -> int:
-    """Go on with a run that broke off; one that is complete is shown."""
-    from harness.records import store
-    from harness.report.live import LiveDisplay
-    from harness.report.table import say
-    from harness.report.terminal import console_for, show
-    from harness.run.executors import open_executor
-    from harness.run.measure import measure
-    from harness.run.resume import SETTLED_OPTIONS, plan_again, read_broken_off, refuse_settled
-    from harness.run.runner import find_unsettled
-    from harness.studies.study_file import load_study
+    """Go on with a run, and show it as the command that began it does."""
+    from harness.commands.resume import go_on
+    from harness.run.resume import SETTLED_OPTIONS
 
-    settled = {f"--{name}": getattr(options, name.replace("-", "_")) for name in SETTLED_OPTIONS}
-    refuse_settled("--resume", settled)
-    runs = store.runs_dir(options.runs_dir)
-    study = load_study(options.study).name if options.study else None
-    run = read_broken_off(options.resume, runs, study=study)
-    errors = console_for(stderr=True)
-    if run.manifest.status == "complete":
-        said = f"run {run.manifest.run} is complete: nothing is left to be measured."
-        show((say(said, indented=False),), errors)
-        return _show(run, options)
-    plan = plan_again(run, open_executor().facts(), max_minutes=options.max_minutes)
-    left = [slot.trial for group in find_unsettled(plan, run.records) for slot in group.slots]
-    kept = f"{len(plan.slots) - len(left)} of {len(plan.slots)} trials are kept"
-    said = f"run {run.manifest.run}: {kept}, {len(left)} are left to be measured."
-    show((say(said, indented=False),), errors)
-    if options.dry_run:
-        if options.json:
-            print_json({"run": run.manifest.run, "order": left, "interleaving": plan.interleaving})
-        else:
-            show(tuple(say(trial, indented=False) for trial in left), console_for())
+    run = go_on(options, SETTLED_OPTIONS)
+    if run is None:
         return EXIT_PASS
-    with LiveDisplay(errors) as display:
-        run = measure(plan, runs=run.path.parent, display=display, resume=run.manifest.run)
+    if run.manifest.sides:
+        from harness.commands.ab import show_ab
+
+        return show_ab(run, options)
     return _show(run, options)
 
 

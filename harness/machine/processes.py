@@ -1,10 +1,16 @@
-"""Ending processes: the parent ends a worker that is silent, the zygote ends its children when it goes away."""
+"""Ending processes: the parent ends a worker that is silent, the zygote ends its children when it goes away, and a
+measuring process ends with its parent, whatever becomes of that."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
+
+PARENT = "LORAMETER_PARENT"
+"""The variable that tells a measuring process who started it."""
+_PR_SET_PDEATHSIG = 1
 
 
 def kill_group(pid: int) -> None:
@@ -12,3 +18,25 @@ def kill_group(pid: int) -> None:
     for kill in (os.killpg, os.kill):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             kill(pid, signal.SIGKILL)
+
+
+def end_with_parent(parent: int) -> None:
+    """From now on the kernel kills this process when `parent` ends, and now if it has ended already: between a fork
+    and this call nobody would have noticed."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def outlive_parent() -> None:
+    """What `end_with_parent` asked for is off again: this process sees the end of its parent by itself."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, 0, 0, 0, 0)
+
+
+def exit_words(code: int | None) -> str:
+    """How a process ended, in words."""
+    if code is None:
+        return "an unknown status"
+    if code < 0:
+        return f"signal {-code} ({signal.Signals(-code).name})"
+    return f"exit code {code}"

@@ -92,6 +92,16 @@ def probe_machine() -> Machine:
     )
 
 
+def device_id() -> str:
+    """What a worker measures on here: "cpu", or the UUID of its card; its name where that is not told."""
+    if _torch_cuda():
+        with _first_gpu() as gpu:
+            if gpu is not None:
+                facts = gpu.facts()
+                return facts.uuid.value or facts.name.value or "gpu"
+    return "cpu"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
     """What is to be said of where trials run: the machine, how it is set up, and what is installed there."""

@@ -17,12 +17,22 @@ STATE_TIMEOUT_S = 10.0
 
 
 def run_git(folder: Path, *arguments: str, timeout_s: float | None = None) -> subprocess.CompletedProcess[str]:
-    """What git says in a folder. Code 127 and the reason where it cannot be run or does not end within `timeout_s`."""
+    """What git says in a folder. Code 127 and the reason where it cannot be run or does not end within `timeout_s`.
+
+    A Ctrl-C in the terminal is for its parent, which may need git to take down what git put up.
+    """
     environment = {name: value for name, value in os.environ.items() if name not in _POINTERS}
     command = ["git", "-C", str(folder), *arguments]
     try:
         return subprocess.run(
-            command, capture_output=True, text=True, errors="replace", env=environment, timeout=timeout_s, check=False
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            env=environment,
+            timeout=timeout_s,
+            check=False,
+            start_new_session=True,
         )
     except OSError as error:
         return subprocess.CompletedProcess(command, 127, "", f"git cannot be run: {error.strerror}")

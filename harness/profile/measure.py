@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import json
 import secrets
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +25,8 @@ from harness.records import codec
 from harness.records.activity import ACCOUNTS, ACTIVITY, PEAKS, TRACE, Activity
 from harness.records.memory_account import MEMORY_PHASES, MemoryAccount
 from harness.records.record import Fragment, TrialRecord
+from harness.records.scratch import scratch_folder
+from harness.records.store import leaving_nothing
 from harness.run.contenders import Contender
 from harness.run.executors import Executor, Place, Worker, WorkerLostError
 from harness.run.feasibility import check_feasible
@@ -71,6 +72,7 @@ def profile_variant(
     folder = runs / f"{time.strftime('%Y%m%d-%H%M%S')}-profile-{variant.name}-{secrets.token_hex(2)}"
     folder.mkdir(parents=True)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(leaving_nothing(folder, unless=DOCUMENT))
         stack.callback(executor.close)
         executor.start(folder, study.workload.threads)
         say("preparing tokens")
@@ -86,7 +88,7 @@ def profile_variant(
         has = executor.free_bytes() or machine.device_memory_bytes or machine.memory_bytes
         rates: dict[str, Rate] = {"product": product_rate(variant), "memory": "memory"}
         trial.conduct(list(rates.values()))
-        found = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lorameter-")))
+        found = stack.enter_context(scratch_folder())
 
         def read(kind: Any, name: str) -> Any:
             """What the trial left in its folder."""

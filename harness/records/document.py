@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,21 @@ def write_document(path: Path, value: Any) -> None:
     """Write a value as JSON beside `path`, have it on the disk, and put it in the place of what was there.
 
     A character that UTF-8 cannot hold becomes "?", as in the files that only grow.
+
+    Raises:
+        OSError: the disk refuses; what was there is there.
     """
     text = codec.dumps(value, indent=1) + "\n"
     draft = path.with_suffix(".tmp")
-    with draft.open("w", encoding="utf-8", errors="replace") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
+    try:
+        with draft.open("w", encoding="utf-8", errors="replace") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            draft.unlink()
+        error.filename = str(path)
+        raise
     sync_folder(path.parent)

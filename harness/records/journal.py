@@ -16,17 +16,24 @@ def append(path: Path, text: str) -> None:
     A character that UTF-8 cannot hold (half a surrogate pair, as in the name of a file that is no text) becomes "?".
 
     Raises:
-        OSError: the disk refuses.
+        OSError: the disk refuses; the file is as it was.
     """
-    with path.open("a+b") as file:
+    with path.open("a+b", buffering=0) as file:
         begun = file.seek(0, os.SEEK_END)
+        data = text.encode("utf-8", errors="replace")
         if begun:
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
-                file.write(b"\n")
-        file.write(text.encode("utf-8", errors="replace"))
-        file.flush()
-        os.fsync(file.fileno())
+                data = b"\n" + data
+        try:
+            while data:  # of what does not fit any more a part may be taken
+                data = data[file.write(data) :]
+            os.fsync(file.fileno())
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                file.truncate(begun)
+            error.filename = str(path)
+            raise
     if not begun:
         sync_folder(path.parent)
 

@@ -15,20 +15,24 @@ import contextlib
 import dataclasses
 import os
 import secrets
+import shutil
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from harness.errors import InvalidRunError, UsageError
+import msgspec
+
+from harness.errors import UsageError
 from harness.records import codec, inputs, journal
 from harness.records.document import write_document
 from harness.records.evidence import EvidenceFile, LostEvidenceError
 from harness.records.forms import check_manifest
 from harness.records.locks import alone, is_locked
-from harness.records.record import SCHEMA, Notice, TrialRecord, require_readable
+from harness.records.record import SCHEMA, SETTLED, Notice, TrialRecord, require_readable
+from harness.records.refusals import say_refused
 from harness.records.trial_lines import TrialLines, line_of
 
 RunStatus = Literal["running", "complete", "interrupted", "failed"]
@@ -36,6 +40,7 @@ RunState = Literal["running", "complete", "interrupted", "failed", "killed"]
 """How a run stands: its status, unless its process has ended without a word."""
 ENV_RUNS = "LORAMETER_RUNS"
 TRIALS = "trials.jsonl"
+MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,16 +92,26 @@ class Manifest:
 
 def runs_dir(given: str | None, *, make: bool = False) -> Path:
     """`--runs-dir`, else $LORAMETER_RUNS, else ./.lorameter/runs; made if missing where something will be written."""
-    path = Path(given or os.environ.get(ENV_RUNS) or Path(".lorameter") / "runs")
+    named = given or os.environ.get(ENV_RUNS)
+    path = Path(named or Path(".lorameter") / "runs")
     if not make and (inputs.is_folder(path) or not inputs.is_there(path)):
         return path
     try:
         path.mkdir(parents=True, exist_ok=True)
+        if not named:
+            _hide_from_git(path.parent)
     except OSError as error:
         raise UsageError(
             f"runs directory {path}: cannot be made: {error.strerror}. Give another with --runs-dir."
         ) from None
     return path
+
+
+def _hide_from_git(folder: Path) -> None:
+    """What is measured in a repository is no change of it, and the next run is not one "with local changes"."""
+    ignored = folder / ".gitignore"
+    if not ignored.exists():
+        ignored.write_text("# made by lorameter\n*\n", encoding="utf-8")
 
 
 def new_run_id(study: str) -> str:
@@ -105,21 +120,20 @@ def new_run_id(study: str) -> str:
 
 
 class RunWriter:
-    """Appends to one run. Raises `InvalidRunError` if the disk refuses."""
+    """Appends to one run. Raises `InvalidRunError` if the disk refuses; what it took before stays as it is."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.path = folder / manifest.run
         self._manifest = manifest
-        (self.path / "logs").mkdir(parents=True, exist_ok=True)
+        with self._refusals():
+            (self.path / "logs").mkdir(parents=True, exist_ok=True)
         self._evidence = EvidenceFile(self.path)
         self._write_manifest()
 
     def append(self, record: TrialRecord) -> None:
         """Write one record, its new evidence before it, and wait until the disk has it."""
-        try:
+        with self._refusals():
             journal.append(self.path / TRIALS, line_of(record, self._evidence.add(record.checks)))
-        except OSError as error:
-            raise InvalidRunError(f"run {self._manifest.run}: a record could not be written: {error}.") from error
 
     def finish(self, status: RunStatus, *, stopped: str | None = None, measured: Sequence[str] | None = None) -> None:
         """State how the run ended; `measured` are the trials that belong to it, where it ended before its cap."""
@@ -128,7 +142,31 @@ class RunWriter:
         self._write_manifest()
 
     def _write_manifest(self) -> None:
-        write_document(self.path / "manifest.json", self._manifest)
+        with self._refusals():
+            write_document(self.path / MANIFEST, self._manifest)
+
+    def _refusals(self) -> contextlib.AbstractContextManager[None]:
+        return say_refused(lambda: refusal_of(self.path))
+
+
+def refusal_of(path: Path) -> tuple[str, str]:
+    """What a refusal of the system means to the run of this directory, and what to do once its cause is gone."""
+    if not (path / MANIFEST).is_file():
+        return f"run {path.name} could not begin", ""
+    said = f"run {path.name} ended before its time, and what it had measured is kept"
+    return said, f"go on with: lorameter run --resume {path.name}"
+
+
+@contextlib.contextmanager
+def leaving_nothing(folder: Path, *, unless: str) -> Iterator[None]:
+    """What is stopped before it has begun leaves no folder; `unless` is the file that says that it has. Of what ends by
+    an error the logs in it say why."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not (folder / unless).is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,6 +248,28 @@ def _measured_again(records: Sequence[TrialRecord]) -> int:
     starts = {(record.trial, record.attempt, record.started_unix_s) for record in records if record.status != "not_run"}
     counts = Counter((trial, attempt) for trial, attempt, _ in starts)
     return len({trial for (trial, _), count in counts.items() if count > 1})
+
+
+class _Ending(msgspec.Struct):
+    """What of a line says how its trial ended."""
+
+    trial: str
+    status: str
+
+
+def count_endings(path: Path) -> Counter[str]:
+    """How the trials of the run in this directory have ended, by status, without all else that their records hold.
+
+    Raises:
+        UsageError: the file is there and cannot be read.
+    """
+    decoder, last = msgspec.json.Decoder(_Ending), dict[str, str]()
+    for line in journal.lines(path / TRIALS):
+        with contextlib.suppress(msgspec.MsgspecError, RecursionError):  # one that is damaged is read_run's to tell of
+            ending = decoder.decode(line)
+            if ending.status in SETTLED or last.get(ending.trial) not in SETTLED:
+                last[ending.trial] = ending.status
+    return Counter(last.values())
 
 
 def is_live(path: Path, manifest: Manifest) -> bool:

@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 
 from harness.records.store import Run
+from harness.run.resume import is_resumable
 
 _WORDS = {
     "running": "under way: a process is measuring it",
@@ -22,7 +23,7 @@ def standing(run: Run) -> tuple[str, ...]:
     if run.state != "complete":
         ended, planned = sum(record.settled for record in run.records), len(manifest.order)
         said = f"status    {_WORDS[run.state]}; {ended} of {planned} trials have come to their end"
-        resumable = run.state != "running" and not manifest.sides
+        resumable = run.state != "running" and is_resumable(manifest)
         lines.append(f"{said}. Go on with: lorameter run --resume {manifest.run}" if resumable else said)
     if manifest.resumed:
         times = ", ".join(time.strftime("%Y-%m-%d %H:%M", time.localtime(one.unix_s)) for one in manifest.resumed)

@@ -10,28 +10,33 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from harness.errors import UsageError
 from harness.machine.provenance import Machine
 from harness.models.catalogue import RANDOM_PREFIX
-from harness.records import inputs
+from harness.records import codec, inputs
 from harness.records.record import Interleaving, Notice, Side
 from harness.records.store import Run
 from harness.records.units import format_bytes
-from harness.run.contenders import CONTROL_SUFFIX, Contender
+from harness.run.contenders import CONTROL_SUFFIX, sides_of
 from harness.run.executors import open_executor
 from harness.run.executors.host import Host
-from harness.run.executors.sides import open_side
+from harness.run.executors.sides import OpenSide, open_side
 from harness.run.feasibility import check_feasible
 from harness.run.forecast import most_of, together_bytes
 from harness.run.levels import fits
 from harness.run.measure import Arm, Display, measure
 from harness.run.plan import Plan, make_plan
+from harness.run.resume import INJECTED, check_place
+from harness.run.stops import Stops
 from harness.studies.study import Study
 from harness.studies.variant import Variant
+from harness.verdicts.comparand import differences
 
+SIDES: tuple[Side, ...] = ("base", "candidate")
 DEFAULT_PHASES = ("train", "generate")
 """A cold start is mostly the imports of either side and takes seconds a trial, so it is measured when asked for."""
 
@@ -68,17 +73,6 @@ def plan_ab(
     return make_plan(study, contenders=contenders, phases=phases, interleaving=level, why=why), notices
 
 
-def sides_of(study: Study, variants: Sequence[Variant], *, injected_rows: int = 0) -> tuple[Contender, ...]:
-    """Each variant on both sides, and one of them on the base once more."""
-    controlled = next((variant for variant in variants if variant.name == study.reference), variants[0])
-    found: list[Contender] = []
-    for variant in variants:
-        base = Contender(variant=variant, side="base", workload=study.workload)
-        found += [base, dataclasses.replace(base, side="candidate", injected_rows=injected_rows)]
-        found += [dataclasses.replace(base, role="control")] if variant is controlled else []
-    return tuple(found)
-
-
 def measure_ab(
     plan: Plan,
     *,
@@ -106,14 +100,67 @@ def measure_ab(
         UsageError: a side that cannot be had.
         InvalidRunError: a side whose worker does not start, or speaks another schema.
     """
-    with contextlib.ExitStack() as stack:
+    with _open_sides({"base": base, "candidate": candidate}, repository, cache) as sides:
         arms: list[Arm] = []
-        specs: tuple[tuple[Side, str], ...] = (("base", base), ("candidate", candidate))
-        for name, spec in specs:
-            side = stack.enter_context(open_side(spec, repository=repository, cache=cache))
+        for name, side in sides.items():
             about = {"spec": side.spec, "kind": side.kind, "label": side.label}
-            arms += arms_of(name, side.host, side.declared, about)
+            rows = {slot.contender.injected_rows for slot in plan.slots if slot.side == name}
+            arms += arms_of(name, side.host, side.declared, about | {INJECTED: max(rows)})
         return measure(plan, runs=runs, display=display, notices=notices, arms=arms)
+
+
+def resume_ab(run: Run, plan: Plan, *, repository: Path, cache: Path, display: Display) -> Run:
+    """Go on with an A/B that broke off: its sides are put up again as they were, and only what is missing is measured.
+
+    Args:
+        run: from `harness.run.resume.read_broken_off`.
+        plan: its own.
+        repository: a folder in the repository whose revisions it compares.
+        cache: where environments of requirements are kept.
+        display: shows what is going on.
+
+    Raises:
+        UsageError: another machine, a side that cannot be had any more, or is another now.
+        InvalidRunError: a side whose worker does not start.
+    """
+    before = run.manifest.sides
+    with _open_sides({name: _spec_again(before[name]) for name in SIDES}, repository, cache) as sides:
+        arms: list[Arm] = []
+        for name, side in sides.items():
+            made = arms_of(name, side.host, side.declared, before[name])
+            _check_unchanged(run, name, made[0].executor.facts().host or {})
+            arms += made
+        check_place(run, arms[0].executor.facts())
+        return measure(plan, runs=run.path.parent, display=display, arms=arms, resume=run.manifest.run)
+
+
+@contextlib.contextmanager
+def _open_sides(specs: Mapping[Side, str], repository: Path, cache: Path) -> Iterator[dict[Side, OpenSide]]:
+    """Both sides, made ready; taken down at the end, whatever that is."""
+    with Stops() as stops, contextlib.ExitStack() as stack:
+        sides: dict[Side, OpenSide] = {}
+        for name, spec in specs.items():
+            with stops.interruptible():
+                sides[name] = stack.enter_context(open_side(spec, repository=repository, cache=cache))
+        yield sides
+
+
+def _spec_again(side: Mapping[str, Any]) -> str:
+    """The word that names the same side again; a branch may have moved since, its commit has not."""
+    return str(side["facts"]["git"]["commit"] if side["kind"] == "revision" else side["spec"])
+
+
+def _check_unchanged(run: Run, name: Side, now: Mapping[str, Any]) -> None:
+    """Raises `UsageError` where a side is not what it was: trials of one run are compared without asking."""
+    side = run.manifest.sides[name]
+    fields = ("python", "libraries", "cuda", "packages", *(("git",) if side["kind"] == "revision" else ()))
+    was, found = ({field: facts.get(field) for field in fields} for facts in (side["facts"], codec.to_json(now)))
+    if was != found:
+        said = "; ".join(f"{one.field}: {one.base!r} then, {one.candidate!r} now" for one in differences(was, found))
+        raise UsageError(
+            f"run {run.manifest.run}: it cannot be gone on with, because its {name} would be of two kinds: {said}. "
+            "Restore what it was, or measure a new A/B."
+        )
 
 
 def _locate(study: Study) -> Study:

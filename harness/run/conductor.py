@@ -62,6 +62,8 @@ class Conductor:
         self._slots = {slot.trial: slot for slot in group.slots}
         self._records = {slot.trial: begin_record(slot, "ok").replaced(attempt=attempt) for slot in group.slots}
         self._begun: dict[str, float] = {}
+        self._ended: set[str] = set()
+        """Trials of which nothing is left to be measured."""
         self._workers: dict[str, Worker] = {}
         self._requests: dict[str, TrialRequest] = {}
         self._timeout = plan.study.protocol.step_timeout_s
@@ -92,9 +94,12 @@ class Conductor:
         finally:
             for worker in set(self._workers.values()):
                 worker.close()
-        for trial in self._live("cold"):  # all processes have ended: nothing shares the device with a cold start
+        cold = self._live("cold")
+        self._ended = set(self._records) - set(cold)
+        for trial in cold:  # all processes have ended: nothing shares the device with a cold start
             self._watcher.trial_phase(self._slots[trial], "cold")
             self._add(trial, self._cold(trial))
+            self._ended.add(trial)
         for slot in self._group.slots:
             self._executors[slot.arm].clear_place(slot.trial)
 
@@ -129,18 +134,18 @@ class Conductor:
 
     def interrupt(self) -> None:
         """Mark what was under way."""
-        for trial, record in self._records.items():
-            status: Status = "interrupted" if trial in self._begun else "not_run"
-            if record.status == "ok":
-                failure = Failure(phase="run", kind="Interrupted", message="stopped by the user")
-                self._add(trial, Fragment().failed(status, failure))
+        self._break_off("Interrupted", "stopped by the user")
 
     def abandon(self, error: Exception) -> None:
         """Mark what was under way when the parent itself failed, for which no trial is to blame."""
-        for trial, record in self._records.items():
-            if record.status == "ok":
-                failure = Failure(phase="run", kind=type(error).__name__, message=f"the parent failed: {error}")
-                self._add(trial, Fragment().failed("interrupted", failure))
+        self._break_off(type(error).__name__, f"the parent failed: {error}")
+
+    def _break_off(self, kind: str, message: str) -> None:
+        """What has not come to its end was interrupted, or not run if it had not begun."""
+        for trial in self._live():
+            if trial not in self._ended:
+                status: Status = "interrupted" if trial in self._begun else "not_run"
+                self._add(trial, Fragment().failed(status, Failure(phase="run", kind=kind, message=message)))
 
     def records(self) -> Iterable[TrialRecord]:
         """The group's records in the order of the plan."""
@@ -155,6 +160,10 @@ class Conductor:
             for slot in launch:
                 self._add(slot.trial, Fragment().failed(lost.status, lost.failure))
             return
+        except BaseException:  # there is no process, so these have not begun
+            for slot in launch:
+                del self._begun[slot.trial]
+            raise
         log = launch[0].trial  # trials of one process print into one log
         for slot in launch:  # all of them before any is asked: should it die then, it is a row for each
             self._workers[slot.trial] = worker
@@ -246,6 +255,8 @@ class Conductor:
             fragment = self._executors[self._slots[trial].arm].cold_start(self._requests[trial])
         except WorkerLostError as lost:
             return Fragment().failed(lost.status, lost.failure)
+        if fragment.status != "ok":  # it says itself why it has no answer
+            return fragment
         warm, cold = self._records[trial].tokens.get("completion"), fragment.tokens.get("cold_completion")
         if warm is not None and warm != cold:  # it would be the cold start of another model
             message = f"the new interpreter answered {cold} where the trained process had answered {warm}"

@@ -7,6 +7,7 @@ workload of its own, with the same records of the same model in other batches, a
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -70,6 +71,17 @@ def contenders_of(
 
     measured = [contender(variant) for variant in study.variants if variant.name in chosen]
     return (*measured, contender(study.variant(study.reference), "control"))
+
+
+def sides_of(study: Study, variants: Sequence[Variant], *, injected_rows: int = 0) -> tuple[Contender, ...]:
+    """Each variant on both sides, and one of them on the base once more."""
+    controlled = next((variant for variant in variants if variant.name == study.reference), variants[0])
+    found: list[Contender] = []
+    for variant in variants:
+        base = Contender(variant=variant, side="base", workload=study.workload)
+        found += [base, dataclasses.replace(base, side="candidate", injected_rows=injected_rows)]
+        found += [dataclasses.replace(base, role="control")] if variant is controlled else []
+    return tuple(found)
 
 
 def _check_own(study: Study, own: Mapping[str, Workload]) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,7 +21,8 @@ from harness.machine.provenance import Facts, Machine
 from harness.records import codec, store
 from harness.records.metrics import PHASES
 from harness.records.preparation import Hello, TokenSummary
-from harness.records.record import Notice, Side
+from harness.records.record import Notice, Side, TrialRecord
+from harness.records.refusals import say_refused
 from harness.records.store import Manifest, Run, RunWriter
 from harness.run.budget import Budget
 from harness.run.conductor import Watcher
@@ -29,11 +31,12 @@ from harness.run.executors import Executor, open_executor
 from harness.run.feasibility import check_feasible
 from harness.run.forecast import together_bytes, total_of
 from harness.run.levels import choose_level
-from harness.run.plan import Plan, make_plan
-from harness.run.resume import continue_manifest
+from harness.run.plan import Plan, Slot, make_plan
+from harness.run.resume import continue_manifest, is_finished, mend_manifest
 from harness.run.runner import Measured, find_unsettled, keep_records, run_plan
 from harness.run.site import Site, site_of
 from harness.run.stopping import Stopping
+from harness.run.stops import Stops
 from harness.studies.study import Study
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
@@ -138,23 +141,27 @@ def measure(
     executors = {arm.name: arm.executor for arm in arms}
     first = arms[0]
     run_id = resume or store.new_run_id(study.name)
-    with contextlib.ExitStack() as stack:
+    shown = Shielded(display)
+    with Stops() as stops, contextlib.ExitStack() as stack:
+        stack.enter_context(say_refused(lambda: store.refusal_of(runs / run_id)))
+        stack.enter_context(store.leaving_nothing(runs / run_id, unless=store.MANIFEST))
         stack.enter_context(store.writing(runs / run_id))
         earlier = store.read_run(str(runs / run_id), runs) if resume else None  # only now does nobody else write it
-        if earlier is not None and earlier.manifest.status == "complete":
-            return earlier
         known = () if earlier is None else earlier.records
         groups = find_unsettled(plan, known)
-        display.starting(dataclasses.replace(plan, groups=groups), run_id)
-        for name, executor in executors.items():
-            stack.callback(executor.close)
-            executor.start(runs / run_id, threads[name])
-        # While the workers import:
-        prepared = {workload: first.executor.prepare_tokens(workload) for workload in plan.workloads}
-        tokens = _tokens(plan, prepared)
+        if earlier is not None and not groups:
+            return earlier if is_finished(earlier) else _mend(earlier)
+        shown.starting(dataclasses.replace(plan, groups=groups), run_id)
         variants = [slot.variant for slot in plan.slots]
-        hellos = {name: greet(executor, variants) for name, executor in executors.items()}
-        there = {arm.name: arm.executor.facts() for arm in arms if arm is first or arm.name == arm.side}
+        with stops.interruptible():
+            for name, executor in executors.items():
+                stack.callback(executor.close)
+                executor.start(runs / run_id, threads[name])
+            # While the workers import:
+            prepared = {workload: first.executor.prepare_tokens(workload) for workload in plan.workloads}
+            hellos = {name: greet(executor, variants) for name, executor in executors.items()}
+            there = {arm.name: arm.executor.facts() for arm in arms if arm is first or arm.name == arm.side}
+        tokens = _tokens(plan, prepared)
         facts = provenance.collect(
             study, there[first.name], study.workload.threads, hellos[first.name], plan.own_workloads
         )
@@ -180,28 +187,64 @@ def measure(
                 sides=_sides(arms, hellos, there),
             )
         writer = RunWriter(runs, manifest)
-        site = _site(plan, prepared, hellos[first.name].device)
-        status: store.RunStatus = "failed"
-        stopped: str | None = None
-        trials: list[str] | None = None
+        minutes = study.protocol.max_minutes
+        budget = Budget(None if minutes is None else 60 * minutes)
         try:
-            minutes = study.protocol.max_minutes
-            budget = Budget(None if minutes is None else 60 * minutes)
             measured = run_plan(
                 plan,
                 executors,
-                site,
+                _site(plan, prepared, hellos[first.name].device),
                 save=writer.append,
-                watcher=display,
+                watcher=shown,
                 stop=Stopping(plan, budget, earlier=keep_records(groups, known)),
                 budget=budget,
                 earlier=known,
+                stops=stops,
             )
-            status, stopped = _status(measured), measured.stopped
-            trials = [record.trial for record in measured.records]
-        finally:
-            writer.finish(status, stopped=stopped, measured=trials)
+        except BaseException:
+            with contextlib.suppress(InvalidRunError):  # what ended the run is what is to be told
+                writer.finish("failed")
+            raise
+        trials = [record.trial for record in measured.records]
+        stopped = measured.stopped or (earlier.manifest.stopped if earlier else None)
+        writer.finish(_status(measured), stopped=stopped, measured=trials)
     return store.read_run(str(writer.path), runs)
+
+
+def _mend(run: Run) -> Run:
+    """A run whose trials are all there, as one that is complete."""
+    writer = RunWriter(run.path.parent, mend_manifest(run.manifest))
+    writer.finish("complete", stopped=run.manifest.stopped)
+    return store.read_run(str(run.path), run.path.parent)
+
+
+class Shielded:
+    """A display that can do no harm: an error in it is told, once, and what it tells of goes on unseen."""
+
+    def __init__(self, display: Display) -> None:
+        self._display: Display | None = display
+
+    def starting(self, plan: Plan, run_id: str) -> None:
+        """As the display's."""
+        self._tell(lambda display: display.starting(plan, run_id))
+
+    def trial_phase(self, slot: Slot, phase: str) -> None:
+        """As the display's."""
+        self._tell(lambda display: display.trial_phase(slot, phase))
+
+    def trial_ended(self, record: TrialRecord) -> None:
+        """As the display's."""
+        self._tell(lambda display: display.trial_ended(record))
+
+    def _tell(self, what: Callable[[Display], None]) -> None:
+        if self._display is None:
+            return
+        try:
+            what(self._display)
+        except (Exception, SystemExit):  # rich leaves the program where nobody reads its console
+            self._display = None
+            with contextlib.suppress(OSError):
+                traceback.print_exc()
 
 
 def _tokens(plan: Plan, prepared: Mapping[Workload, TokenSummary]) -> dict[str, Any]:

@@ -17,15 +17,18 @@ from typing import Any
 from harness.errors import UsageError
 from harness.machine import provenance
 from harness.machine.provenance import Facts
+from harness.machine.repository import git_state
 from harness.records import codec, store
 from harness.records.record import Notice
 from harness.records.store import Manifest, Resumption, Run
-from harness.run.contenders import contenders_of
+from harness.run.contenders import contenders_of, sides_of
 from harness.run.plan import Plan, make_plan
 from harness.studies.study import Study
 from harness.studies.workload import Workload
 from harness.verdicts.comparand import differences
 
+INJECTED = "injected_rows"
+"""What the manifest of an A/B says of each side's extra work (`Contender.injected_rows`)."""
 SETTLED_OPTIONS = (
     "effort", "replicates", "profile", "model", "data", "variant", "phase", "interleave", "precision",
     "allow-disturbed",
@@ -36,7 +39,7 @@ SETTLED_OPTIONS = (
 def refuse_settled(resume: str, options: Mapping[str, Any]) -> None:
     """Raises `UsageError`, by the name of the option that resumes, for options that the run has settled.
 
-    `options` are those of the door by their names, with what was given for each: None, False and [] are nothing.
+    `options` are those of the door by their names, with what was given for each: None, False, 0 and [] are nothing.
     """
     given = [name for name, value in options.items() if value not in (None, False, [])]
     if given:
@@ -47,7 +50,7 @@ def refuse_settled(resume: str, options: Mapping[str, Any]) -> None:
 
 
 def read_broken_off(name: str, runs: Path, *, study: str | None = None) -> Run:
-    """The run to go on with, by id or directory; one that is complete is given back as it is.
+    """The run to go on with, by id or directory; one of which nothing is left (`is_finished`) as well.
 
     Args:
         name: a run id, or a run directory.
@@ -64,10 +67,11 @@ def read_broken_off(name: str, runs: Path, *, study: str | None = None) -> Run:
             f"run {manifest.run} is of study {manifest.study.get('name')!r}, not {study!r}. Leave the study out: the "
             "run holds its own."
         )
-    if manifest.sides:
+    if not is_resumable(manifest):
         raise UsageError(
-            f"run {manifest.run}: an A/B cannot be gone on with, because its sides were taken down when it broke off. "
-            f"Measure it again; what there is, `lorameter report {manifest.run}` shows."
+            f"run {manifest.run}: it does not say what its sides were, as calibrations and A/Bs of earlier versions do "
+            f"not, so they cannot be put up again. Measure it again; what there is, `lorameter report {manifest.run}` "
+            "shows."
         )
     if run.live:
         raise UsageError(store.refusal_while_live(run.path))
@@ -76,42 +80,91 @@ def read_broken_off(name: str, runs: Path, *, study: str | None = None) -> Run:
     return run
 
 
+def is_resumable(manifest: Manifest) -> bool:
+    """Whether a run says all that it takes to go on with it."""
+    return not manifest.sides or all(_is_told(manifest.sides.get(name)) for name in ("base", "candidate"))
+
+
+def _is_told(side: Any) -> bool:
+    """Whether a manifest says of a side what it takes to put it up again and to see that it is the same."""
+    if not isinstance(side, Mapping) or not isinstance(side.get(INJECTED), int):
+        return False
+    facts, declared = side.get("facts"), side.get("declared")
+    return (
+        isinstance(side.get("kind"), str)
+        and isinstance(side.get("spec"), str)
+        and isinstance(declared, list)
+        and isinstance(facts, Mapping)
+        and isinstance(facts.get("git"), Mapping)
+        and (side["kind"] != "revision" or isinstance(facts["git"].get("commit"), str))
+    )
+
+
+def is_finished(run: Run) -> bool:
+    """Whether nothing is left of a run that could still be measured: each of its trials has come to its own end, none
+    in surroundings that make it invalid, and no line of the file is lost."""
+    settled = {record.trial for record in run.records if record.settled and not record.disturbed}
+    return run.manifest.status == "complete" and not run.damaged_lines and settled >= set(run.manifest.order)
+
+
 def study_of(run: Run) -> Study:
-    """The study as the run's manifest holds it."""
-    return codec.from_json(Study, run.manifest.study, f"run {run.manifest.run}")
+    """The study as the run's manifest holds it, its variants with the ids that they had.
+
+    An id is of a variant as it is written, and a whole number in place of a fraction is written otherwise.
+    """
+    study = codec.from_json(Study, run.manifest.study, f"run {run.manifest.run}")
+    variants = []
+    for variant, fields in zip(study.variants, run.manifest.study.get("variants", ()), strict=True):
+        whole: dict[str, Any] = {key: value for key, value in fields.items() if type(value) is int}
+        variants.append(dataclasses.replace(variant, **whole))
+    return dataclasses.replace(study, variants=tuple(variants))
 
 
-def plan_again(run: Run, facts: Facts, *, max_minutes: float | None = None) -> Plan:
-    """The plan of a run as it was made, on the machine on which it was made.
+def check_place(run: Run, facts: Facts) -> None:
+    """Raises `UsageError` where the trials of a run would be of two kinds: on another machine or with other libraries.
 
-    Args:
-        run: the run.
-        facts: of the present one.
-        max_minutes: a limit in place of the study's; either counts from now on.
-
-    Raises:
-        UsageError: another machine or other libraries, or a plan that comes out otherwise in this version.
+    `facts` are those of the present one; of the base for an A/B, whose declared fields may be what they are.
     """
     manifest, study = run.manifest, study_of(run)
-    own = codec.from_json(dict[str, Workload], manifest.own_workloads, f"run {manifest.run}")
-    here = provenance.collect(study, facts, study.workload.threads, own_workloads=own)
-    before = provenance.comparable(manifest.provenance)
-    unknown = () if provenance.POWER_LIMIT in before else (provenance.POWER_LIMIT,)  # it was not recorded then
-    if provenance.fingerprint(here, without=unknown) != manifest.fingerprint:
-        before, now = codec.to_json(before), codec.to_json(provenance.comparable(here, without=unknown))
+    here = provenance.collect(study, facts, study.workload.threads, own_workloads=_own_workloads(run))
+    without = [name for side in manifest.sides.values() for name in side["declared"]]
+    before = provenance.comparable(manifest.provenance, without=without)
+    if provenance.POWER_LIMIT not in before:  # it was not recorded then
+        without.append(provenance.POWER_LIMIT)
+    if provenance.fingerprint(here, without=without) != manifest.fingerprint:
+        before, now = codec.to_json(before), codec.to_json(provenance.comparable(here, without=without))
         said = "; ".join(f"{one.field}: {one.base!r} then, {one.candidate!r} now" for one in differences(before, now))
         raise UsageError(
             f"run {manifest.run}: it cannot be gone on with here, because its trials would be of two kinds: {said}. "
             "Go on where it began and with what was installed there, or measure a new run."
         )
+
+
+def plan_of(run: Run, *, max_minutes: float | None = None) -> Plan:
+    """The plan of a run as it was made; `max_minutes` is a limit in place of the study's, and either counts from now.
+
+    Raises:
+        UsageError: a plan that comes out otherwise in this version.
+    """
+    manifest, study = run.manifest, study_of(run)
+    if manifest.sides:
+        variants = [study.variant(name) for name in manifest.selection]
+        contenders = sides_of(study, variants, injected_rows=manifest.sides["candidate"][INJECTED])
+    else:
+        contenders = contenders_of(study, manifest.selection, _own_workloads(run))
     plan = make_plan(
         study,
-        contenders=contenders_of(study, manifest.selection, own),
+        contenders=contenders,
         phases=manifest.phases,
         interleaving=manifest.interleaving,  # type: ignore[arg-type]
         why=manifest.why,
     )
-    if run.manifest.status != "complete" and tuple(slot.trial for slot in plan.slots) != manifest.order:
+    if manifest.status == "complete":  # replicates that turned out needless are no more part of it
+        order = set(manifest.order)
+        plan = dataclasses.replace(
+            plan, groups=tuple(group for group in plan.groups if {slot.trial for slot in group.slots} <= order)
+        )
+    if tuple(slot.trial for slot in plan.slots) != manifest.order:
         raise UsageError(
             f"run {manifest.run}: this version of lorameter plans other trials than the one that began it. "
             "Go on with that version, or measure a new run."
@@ -119,10 +172,23 @@ def plan_again(run: Run, facts: Facts, *, max_minutes: float | None = None) -> P
     return dataclasses.replace(plan, study=study.with_overrides(max_minutes=max_minutes))
 
 
+def _own_workloads(run: Run) -> dict[str, Workload]:
+    return codec.from_json(dict[str, Workload], run.manifest.own_workloads, f"run {run.manifest.run}")
+
+
 def _hashes(tokens: Mapping[str, Any]) -> dict[str, str]:
     """The hash of a run's tokens, and of those of each variant with a workload of its own, by what they are called."""
     own = {f"the tokens of {name}": str(one.get("hash")) for name, one in tokens.get("own", {}).items()}
     return {"the tokens": str(tokens.get("hash")), **own}
+
+
+def mend_manifest(manifest: Manifest) -> Manifest:
+    """The manifest of a run that was gone on with although nothing had to be measured: a line that was lost told of
+    what other lines have, or its process was killed when all had been written."""
+    again = Resumption(
+        unix_s=time.time(), harness=provenance.harness_identity(), commit=git_state(Path.cwd())["commit"]
+    )
+    return dataclasses.replace(manifest, status="running", resumed=(*manifest.resumed, again))
 
 
 def continue_manifest(

@@ -20,6 +20,7 @@ from harness.run.conductor import Conductor, Watcher
 from harness.run.executors import Executor
 from harness.run.plan import Group, Plan
 from harness.run.site import Site, begin_record
+from harness.run.stops import Stops
 from harness.verdicts.disturbance import judged
 
 Stop = Callable[[Sequence[TrialRecord]], str | None]
@@ -46,16 +47,20 @@ def run_plan(
     stop: Stop = lambda records: None,
     budget: Budget | None = None,
     earlier: Sequence[TrialRecord] = (),
+    stops: Stops | None = None,
 ) -> Measured:
     """Measure every trial of the plan; each record is saved as soon as its trial has ended.
 
-    On KeyboardInterrupt the trials under way are recorded as `interrupted`, those that never began as `not_run`.
+    On KeyboardInterrupt the trials under way are recorded as `interrupted`, those that never began as `not_run`;
+    `stops` raises it while a group is measured, and not while its records are saved.
+
     Replicates that `stop` makes needless leave no record. `earlier` are the records of a run that is gone on with: what
     they settle is not measured again.
     """
-    budget = budget or Budget()
+    budget, stops = budget or Budget(), stops or Stops()
     remaining = list(find_unsettled(plan, earlier))
     attempts = {group: _attempt(group, earlier) for group in remaining}
+    last = {group: attempt + plan.study.protocol.retries for group, attempt in attempts.items()}
     ended = {record.trial: record for record in keep_records(remaining, earlier)}
     untouched = {record.trial: record for record in earlier if record.trial not in ended}
 
@@ -87,14 +92,14 @@ def run_plan(
             budget.enter(plan.study, group, [other for other in remaining if other.replicate == group.replicate])
             conductor = Conductor(plan, group, executors, site, watcher, save, budget, attempts[group])
             begin = budget.clock()
-            ended_by = _conduct(conductor)
+            ended_by = _conduct(conductor, stops)
             for record in conductor.records():
                 if record.settled or record.trial not in ended:  # a second attempt that broke off leaves the first
                     keep(record if plan.study.protocol.allow_disturbed else judged(record, on_cpu=on_cpu))
             budget.leave()
             took_s[group] = budget.clock() - begin
             disturbed = any(ended[slot.trial].disturbed for slot in group.slots)
-            if disturbed and attempts[group] < plan.study.protocol.retries:
+            if disturbed and attempts[group] < last[group]:
                 again.append(group)
         between = not again and bool(remaining) and remaining[0].replicate != group.replicate
         if between and ended_by is None and (reason := stop(in_order())):
@@ -105,10 +110,11 @@ def run_plan(
     return Measured(records=in_order(), interrupted=ended_by is not None)
 
 
-def _conduct(conductor: Conductor) -> BaseException | None:
+def _conduct(conductor: Conductor, stops: Stops) -> BaseException | None:
     """Measure a group; what ended it before its time, of which its records tell."""
     try:
-        conductor.measure()
+        with stops.interruptible():
+            conductor.measure()
     except KeyboardInterrupt as interrupt:
         conductor.interrupt()
         return interrupt
@@ -127,14 +133,10 @@ def _attempt(group: Group, earlier: Collection[TrialRecord]) -> int:
 
 def find_unsettled(plan: Plan, earlier: Collection[TrialRecord]) -> tuple[Group, ...]:
     """The groups that must be measured, some for the first time and some again: those with a trial that has no end of
-    its own, or one that was disturbed and may be measured again. Trials of one group took turns and are paired, so they
-    are measured again together, and count only if they are of one attempt."""
-    retries = plan.study.protocol.retries
-    settled = {
-        record.trial: record.attempt
-        for record in earlier
-        if record.settled and not (record.disturbed and record.attempt < retries)
-    }
+    its own, or one that was disturbed, however often: whoever goes on with a run hopes for better surroundings. Trials
+    of one group took turns and are paired, so they are measured again together, and count only if they are of one
+    attempt."""
+    settled = {record.trial: record.attempt for record in earlier if record.settled and not record.disturbed}
 
     def is_settled(group: Group) -> bool:
         attempts = {settled.get(slot.trial) for slot in group.slots}

@@ -130,7 +130,12 @@ class Protocol:
             turns=1,
             steps_per_turn=1,
             epochs=0.0,
+            peak_replicates=1,
             generate_warmup=0,
             generate_requests=1,
+            natural_requests=1,
+            retries=0,
             allow_disturbed=True,
+            precision=None,
+            max_minutes=None,
         )

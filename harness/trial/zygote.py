@@ -16,7 +16,6 @@ import gc
 import importlib
 import json
 import os
-import signal
 import socket
 import sys
 import time
@@ -27,7 +26,7 @@ from typing import Any, NoReturn
 
 from harness.errors import InvalidRunError
 from harness.machine.nvml import compute_capability
-from harness.machine.processes import kill_group
+from harness.machine.processes import end_with_parent, kill_group, outlive_parent
 from harness.machine.provenance import harness_identity
 from harness.models.families import FAMILIES
 from harness.records import codec
@@ -42,7 +41,6 @@ LAZY = (
 )
 """Submodules that the libraries load at first use, beside PEFT's (`harness.trial.building.lora`), which would else be
 paid for by each trial's load or first step."""
-_PR_SET_PDEATHSIG = 1
 
 
 def import_libraries() -> None:
@@ -65,6 +63,7 @@ def zygote(control: socket.socket) -> None:
     import_libraries()
     import_time_s = time.perf_counter() - begin
     send(control, codec.to_json(_hello(import_time_s)))
+    outlive_parent()  # from here on its hanging up is heard, and there may be children to be ended first
     children: set[int] = set()
     try:
         while True:
@@ -175,9 +174,7 @@ def _child(descriptor: int, control: socket.socket, parent: int) -> NoReturn:
     code = 1
     try:
         control.close()
-        _die_with_parent()
-        if os.getppid() != parent:  # it died before the line above
-            os._exit(code)
+        end_with_parent(parent)
         os.setsid()
         with socket.socket(fileno=descriptor) as connection:
             serve(connection)
@@ -217,7 +214,3 @@ def _hello(import_time_s: float) -> Hello:
         torch=torch.__version__,
         lacks=_lacks_cuda(),
     )
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

@@ -51,14 +51,14 @@ def run_notices(run: Run, study: Study, controls: Mapping[str, Comparison]) -> I
         yield Notice(
             code="damaged-lines",
             message=f"{cut_short} lines of trials.jsonl are cut short; their trials count as not run.",
-            remedy="Measure again.",
+            remedy=f"Have what they told of measured again: lorameter run --resume {run.manifest.run}",
         )
     if run.without_evidence:
         yield Notice(
             code="evidence-lost",
             message=f"{run.without_evidence} lines of trials.jsonl name checks that checks.jsonl does not hold; their "
             "trials count as not run.",
-            remedy="Restore checks.jsonl, or measure again.",
+            remedy=f"Restore checks.jsonl, or have them measured again: lorameter run --resume {run.manifest.run}",
         )
 
 

@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import subprocess
 
 import pytest
 
 from harness.errors import UsageError
+from harness.machine.repository import git_state
 from harness.records import store
 from harness.records.record import DISTURBED, SCHEMA, Failure, TrialRecord
 from harness.records.store import Manifest, RunWriter
@@ -89,10 +91,30 @@ def test_an_unknown_run_names_the_latest(tmp_path):
 def test_where_runs_live(tmp_path, monkeypatch):
     """The option wins over the environment, which wins over the folder one stands in."""
     monkeypatch.chdir(tmp_path)
-    assert store.runs_dir(None).resolve() == (tmp_path / ".lorameter" / "runs").resolve()
+    assert store.runs_dir(None, make=True).resolve() == (tmp_path / ".lorameter" / "runs").resolve()
     monkeypatch.setenv(store.ENV_RUNS, str(tmp_path / "env"))
-    assert store.runs_dir(None) == tmp_path / "env"
+    assert store.runs_dir(None, make=True) == tmp_path / "env"
     assert store.runs_dir(str(tmp_path / "given")) == tmp_path / "given"
+
+
+def test_runs_are_no_change_of_the_repository_that_they_lie_in(tmp_path, monkeypatch):
+    """The folder that is made by default hides itself from git; one that is named is its owner's."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv(store.ENV_RUNS, raising=False)
+    git = ("git", "-c", "user.name=T", "-c", "user.email=t@example.org")
+    subprocess.run([*git, "init", "--quiet"], check=True)
+    subprocess.run([*git, "commit", "--quiet", "--allow-empty", "--message", "first"], check=True)
+    RunWriter(store.runs_dir(None, make=True), manifest())
+    assert git_state(tmp_path)["dirty"] is False
+    (tmp_path / ".lorameter" / ".gitignore").write_text("mine\n")
+    store.runs_dir(None, make=True)
+    assert (tmp_path / ".lorameter" / ".gitignore").read_text() == "mine\n"
+    assert [
+        path.name
+        for path in store.runs_dir(str(tmp_path / "given"), make=True).parent.iterdir()
+        if path.name == "given"
+    ]
+    assert not (tmp_path / ".gitignore").exists()
 
 
 def test_the_last_record_of_a_trial_counts(tmp_path):

@@ -437,6 +437,100 @@ def test_calibrate_ignores_no_option(fake, repository, study_file, lorameter, op
     assert fake.made == []
 
 
+# --- one that broke off -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def broken_off(fake, repository, study_file, lorameter):
+    """A function that measures an A/B and puts it back to where it was after its first replicates."""
+
+    def make(*options, records=9):
+        words = ("--base", "fast", "--candidate", "main", "--phase", "train", *options, "--json")
+        _, document = lorameter("ab", study_file, *words)
+        path = Path(document["path"])
+        lines = (path / "trials.jsonl").read_text().splitlines(keepends=True)
+        (path / "trials.jsonl").write_text("".join(lines[:records]))
+        manifest = json.loads((path / "manifest.json").read_text())
+        (path / "manifest.json").write_text(json.dumps(manifest | {"status": "interrupted"}))
+        fake.made.clear()
+        return document
+
+    return make
+
+
+@pytest.mark.parametrize("door", ["run", "ab"])
+def test_an_ab_that_broke_off_is_gone_on_with(broken_off, fake, repository, lorameter, door):
+    """By either door, with the commits that its words named then: the verdict is that of the whole."""
+    before = broken_off()
+    git(repository, "commit", "--quiet", "--allow-empty", "--message", "main has moved")
+    code, document = lorameter(door, "--resume", before["run"], "--json")
+    assert (code, document["exit"]) == (before["exit"], before["exit"])
+    assert [row["ratio"] for row in document["comparisons"]] == [row["ratio"] for row in before["comparisons"]]
+    assert [executor.label for executor in fake.made] == ["base", "control", "candidate"]
+    run = store.read_run(document["run"], Path(document["path"]).parent)
+    assert tuple(record.trial for record in run.records) == run.manifest.order
+    assert (run.state, len(run.manifest.resumed)) == ("complete", 1)
+    assert len(git(repository, "worktree", "list").splitlines()) == 1
+
+
+def test_planted_work_is_planted_again(broken_off, lorameter):
+    """The rest of the candidate's trials has as much of it as the first ones."""
+    before = broken_off("--inject-rows", "50")
+    assert before["exit"] == 1
+    code, document = lorameter("ab", "--resume", before["run"], "--json")
+    assert code == 1
+    assert document["comparisons"][0]["ratio"] == pytest.approx(before["comparisons"][0]["ratio"])
+
+
+def test_sides_that_are_others_now_are_refused(broken_off, fake, lorameter, tmp_path):
+    """A package of another version: by its name, with both, and nothing is measured."""
+    before = broken_off()
+    source = Path(before["path"]) / "manifest.json"
+    manifest = json.loads(source.read_text())
+    manifest["sides"]["candidate"]["facts"]["packages"]["peft"] = "0.1"
+    source.write_text(json.dumps(manifest))
+    code, said = lorameter("ab", "--resume", before["run"])
+    assert code == 2
+    assert "its candidate would be of two kinds: packages.peft: '0.1' then" in said
+    assert fake.asked == [] or fake.made == []
+
+
+@pytest.mark.parametrize(("options", "said"), [
+    (["--base", "slow"], "--base would change"),
+    (["--inject-rows", "3"], "--inject-rows would change"),
+    (["--effort", "quick"], "--effort would change"),
+    (["lora-or-qlora"], "is of study 'small'"),
+])  # fmt: skip
+def test_what_an_ab_has_settled_cannot_be_given_anew(broken_off, fake, lorameter, options, said):
+    """As with a run."""
+    before = broken_off()
+    code, text = lorameter("ab", *options, "--resume", before["run"])
+    assert code == 2
+    assert said in text
+    assert fake.made == []
+
+
+def test_what_is_left_of_an_ab_is_said_without_its_sides(broken_off, fake, lorameter):
+    """A dry run puts nothing up."""
+    before = broken_off(records=5)
+    code, document = lorameter("run", "--resume", before["run"], "--dry-run", "--json")
+    assert code == 0
+    assert len(document["order"]) > 20
+    assert fake.made == []
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["ab"], "ab: STUDY is missing"),
+    (["ab", "training-step", "--base", "main"], "ab: --candidate SIDE is missing"),
+])  # fmt: skip
+def test_without_a_study_or_a_side_there_is_no_ab(lorameter, words, said):
+    """The message names what is missing, and the other way."""
+    code, text = lorameter(*words)
+    assert code == 2
+    assert said in text
+    assert "--resume RUN" in text
+
+
 # --- the whole of it --------------------------------------------------------------------------------------------------
 
 PRECEDENCE = (("invalid", 4), ("regressed", 1), ("not_comparable", 5), ("no_baseline", 5), ("inconclusive", 3))

@@ -19,7 +19,6 @@ import harness.run.executors.local
 import harness.run.measure
 from harness.cli import main
 from harness.errors import UsageError
-from harness.machine.provenance import read_facts
 from harness.records import store
 from harness.records.preparation import Hello, TokenSummary
 from harness.records.record import SCHEMA, UNDER_WAY, Fragment
@@ -149,6 +148,7 @@ def test_what_is_missing_is_measured_and_nothing_else(broken_off, capsys):
     assert run.manifest.status == "complete"
     assert (path / "trials.jsonl").read_bytes().startswith(before)
     assert tuple(record.trial for record in run.records) == run.manifest.order
+    assert len({(record.name, record.variant) for record in run.records}) == 3, "a variant has one id before and after"
     assert {record.trial for record in run.records[:6]}.isdisjoint(Executor.asked)
     (again,) = run.manifest.resumed
     assert again.unix_s > run.manifest.created_unix_s
@@ -352,12 +352,66 @@ def test_a_run_that_is_being_measured_is_refused(broken_off, capsys):
     assert not Executor.asked
 
 
-def test_an_ab_is_refused(broken_off, capsys):
-    """Its sides are gone; the message says what is left to do."""
+def test_an_ab_that_does_not_say_what_its_sides_were_is_refused(broken_off, capsys):
+    """As those of earlier versions; the message says what is left to do."""
     path = broken_off()
     change(path, sides={side: {"label": "x", "worker": "y"} for side in ("base", "candidate")})
     assert resume(path) == 2
-    assert "an A/B cannot be gone on with" in capsys.readouterr().err
+    assert "it does not say what its sides were" in capsys.readouterr().err
+
+
+def test_a_complete_run_that_has_lost_a_line_is_mended(broken_off, capsys):
+    """What the line told of is measured again, with all that took turns with it, and the run is valid."""
+    path = broken_off(21)
+    change(path, status="complete")
+    lines = (path / "trials.jsonl").read_text().splitlines(keepends=True)
+    lines[4] = lines[4][:40] + "\n"
+    (path / "trials.jsonl").write_text("".join(lines))
+    assert main(["report", path.name, "--runs-dir", str(path.parent)]) == 4
+    assert f"lorameter run --resume {path.name}" in " ".join(capsys.readouterr().out.split())
+    assert resume(path) == 0
+    run = store.read_run(path.name, path.parent)
+    assert (run.state, run.damaged_lines, len(run.records)) == ("complete", 0, 21)
+    assert len(set(Executor.asked)) == 1
+
+
+def test_a_lost_line_of_which_nothing_is_missing_is_mended_without_measuring(broken_off):
+    """It told of a trial that was measured again later: nothing is started, and the run is valid."""
+    path = broken_off(21)
+    change(path, status="complete")
+    with (path / "trials.jsonl").open("a") as file:
+        file.write('{"schema": 5, "tri')
+    assert main(["report", path.name, "--runs-dir", str(path.parent)]) == 4
+    assert resume(path) == 0
+    assert not Executor.asked
+    assert store.read_run(path.name, path.parent).state == "complete"
+
+
+def test_a_complete_run_that_stopped_early_is_not_made_longer(broken_off):
+    """Replicates that turned out needless stay so, and so does the reason."""
+    path = broken_off(14)
+    manifest = store.read_manifest(path)
+    change(path, status="complete", order=manifest.order[:14], stopped="precise enough")
+    lines = (path / "trials.jsonl").read_text().splitlines(keepends=True)
+    (path / "trials.jsonl").write_text("".join(lines[:-1]))
+    assert resume(path) == 0
+    run = store.read_run(path.name, path.parent)
+    assert (run.state, run.manifest.stopped, len(run.records)) == ("complete", "precise enough", 14)
+    assert set(Executor.asked) == {manifest.order[13]}
+
+
+def test_a_complete_run_with_disturbed_trials_is_gone_on_with(broken_off):
+    """However often they were measured: the surroundings may be better now."""
+    path = broken_off(21)
+    lines = [json.loads(line) for line in (path / "trials.jsonl").read_text().splitlines()]
+    failure = {"phase": "train", "kind": "Disturbed", "message": "it was hot", "traceback": ""}
+    lines[-1] |= {"status": "invalid", "failure": failure, "attempt": 2}
+    (path / "trials.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    change(path, status="complete")
+    assert resume(path) == 0
+    run = store.read_run(path.name, path.parent)
+    assert set(Executor.asked) == {lines[-1]["trial"]}
+    assert (run.state, run.records[-1].status, run.records[-1].attempt) == ("complete", "ok", 3)
 
 
 def test_a_renamed_directory_is_refused(broken_off, capsys):
@@ -392,11 +446,11 @@ def test_an_interruption_and_another_resumption(broken_off, monkeypatch):
 
 def test_a_run_completed_by_another_process_meanwhile_is_given_back(broken_off, machine):
     """Between reading and locking a second process may have ended it."""
-    from harness.run.resume import plan_again, read_broken_off
+    from harness.run.resume import plan_of, read_broken_off
 
     path = broken_off()
     run = read_broken_off(path.name, path.parent)
-    plan = plan_again(run, read_facts(machine))
+    plan = plan_of(run)
     resume(path)
     Executor.asked = ()
     again = harness.run.measure.measure(plan, runs=path.parent, display=None, resume=path.name)

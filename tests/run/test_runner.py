@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
 
 import pytest
 
@@ -12,6 +14,7 @@ from harness.run.executors import Place, WorkerLostError
 from harness.run.plan import Group, make_plan
 from harness.run.runner import run_plan
 from harness.run.site import Site, begin_record
+from harness.run.stops import Stops
 from harness.studies.request import TrialRequest
 
 TRAINING = ["prepare", "build", "verify", "warm_up", "turn", "turn", "finish_training", "save_adapter"]
@@ -194,6 +197,28 @@ def test_an_interrupt_is_recorded_for_every_trial(small_study):
     assert {records[slot.trial].status for slot in plan.slots[2:]} == {"not_run"}
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_stop_while_a_group_is_saved_loses_none_of_it(small_study, number):
+    """Sent by the process to itself at each record of a group in turn: all of the group is saved as it was measured,
+    and the next one does not begin."""
+    plan = make_plan(small_study, interleaving="lockstep", phases=("train",))
+    together = [slot.trial for slot in plan.groups[0].slots]
+    for sent_at in together:
+        executor, saved = FakeExecutor(), []
+
+        def save(record, sent_at=sent_at, saved=saved):
+            if record.trial == sent_at:
+                os.kill(os.getpid(), number)
+            saved.append(record)
+
+        with Stops() as stops:
+            measured = run_plan(plan, {"": executor}, SITE, save=save, watcher=Quiet(), stops=stops)
+        assert measured.interrupted
+        assert [record.trial for record in saved if record.status == "ok"] == together
+        assert {record.status for record in saved[len(together) :]} == {"not_run"}
+        assert {trial for trial, _ in executor.asked} == set(together)
+
+
 def test_another_cold_answer_is_invalid(small_study):
     """The same adapter and prompt must give the same tokens, or what was loaded is not what was trained."""
     plan = make_plan(small_study)
@@ -207,6 +232,20 @@ def test_another_cold_answer_is_invalid(small_study):
     _, records = conduct(plan, script)
     assert (records[victim].status, records[victim].failure.kind) == ("invalid", "OtherCompletion")
     assert records[other].status == "ok"
+
+
+@pytest.mark.parametrize("status", ["oom", "crashed"])
+def test_a_cold_start_that_failed_says_why_itself(small_study, status):
+    """Without an answer there is none to compare: its own status, kind and traceback stand in the record."""
+    plan = make_plan(small_study)
+    victim = plan.slots[0].trial
+    failure = Failure(phase="cold", kind="MemoryError", message="no more", traceback="Traceback: its own")
+    script = {
+        (victim, "begin_generate"): Fragment(tokens={"completion": [1, 2]}),
+        (victim, "cold"): Fragment().failed(status, failure),
+    }
+    _, records = conduct(plan, script)
+    assert (records[victim].status, records[victim].failure) == (status, failure)
 
 
 def test_a_failed_cold_start_keeps_the_training(small_study):

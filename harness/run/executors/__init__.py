@@ -69,6 +69,9 @@ class Executor(Protocol):
     def machine(self) -> Machine:
         """The machine as far as it can be known without touching its device."""
 
+    def device_id(self) -> str:
+        """What is measured on: the same for two executors whose measurements would disturb each other."""
+
     def free_bytes(self) -> int | None:
         """Memory that processes could take there on the measuring device now; None where it cannot be known."""
 

@@ -16,10 +16,13 @@ class Channel:
         self._connection = connection
         self._buffer = b""
         self.closed_by_peer = False
+        self.asked = False
+        """Whether something was said that has not been answered yet: the other end is at work, or silent."""
 
     def send(self, message: dict[str, Any], attached: socket.socket | None = None) -> None:
         """One line to the other end, with a socket for it to keep; raises nothing if that end is gone."""
         data = (json.dumps(message, allow_nan=False) + "\n").encode()
+        self.asked = True
         try:
             if attached is None:
                 self._connection.sendall(data)
@@ -31,9 +34,10 @@ class Channel:
     def receive(self, timeout_s: float) -> dict[str, Any] | None:
         """The next message, or None when the peer is gone (`closed_by_peer`) or silent."""
         deadline = time.monotonic() + timeout_s
+        waiting = select.poll()  # select() knows no descriptor above 1023
+        waiting.register(self._connection, select.POLLIN)
         while b"\n" not in self._buffer:
-            readable, _, _ = select.select([self._connection], [], [], max(0.0, deadline - time.monotonic()))
-            if not readable:
+            if not waiting.poll(1000 * max(0.0, deadline - time.monotonic())):
                 return None
             try:
                 data = self._connection.recv(1 << 20)
@@ -45,6 +49,7 @@ class Channel:
             self._buffer += data
         line, self._buffer = self._buffer.split(b"\n", 1)
         message: dict[str, Any] = json.loads(line)
+        self.asked = False
         return message
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ the same present environment; like the models in the cache it is whole or absent
 from __future__ import annotations
 
 import collections
+import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -19,15 +20,19 @@ import shutil
 import site
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from harness.errors import UsageError, redact
+from harness.machine.processes import kill_group
 from harness.machine.provenance import LIBRARIES, library_version
-from harness.records.locks import locked
+from harness.records.locks import alone, locked
 
 DESCRIPTION_FILE = "lorameter.json"
 """What the layer was made of; written last."""
+UNUSED_DAYS = 30
+"""A layer that no A/B has asked for in this time is removed by the next one that asks for any."""
 _LAYER_FILE = "_lorameter_layer.pth"
 _PIP_DESTINATIONS = ("PIP_TARGET", "PIP_PREFIX", "PIP_USER", "PIP_ROOT", "PYTHONPATH", "PYTHONHOME")
 """Variables that would have pip install, or look, somewhere else than in the layer."""
@@ -79,7 +84,23 @@ def layered_environment(requirements: Sequence[str], cache: Path, *, report: Cal
                 partial.rename(target)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
+        (target / DESCRIPTION_FILE).touch()  # when it was used last
+    _remove_unused(target.parent)
     return target / "bin" / "python"
+
+
+def _remove_unused(folder: Path) -> None:
+    """Remove layers that nobody has asked for in a long time; each is hundreds of megabytes, and can be made anew."""
+    for description in folder.glob(f"*/{DESCRIPTION_FILE}"):
+        with contextlib.suppress(OSError, UsageError):  # another process has it, or removes it as well
+            if _is_unused(description):
+                with alone(description.parent, "in use"):
+                    if _is_unused(description):
+                        shutil.rmtree(description.parent)
+
+
+def _is_unused(description: Path) -> bool:
+    return time.time() - description.stat().st_mtime > UNUSED_DAYS * 24 * 3600
 
 
 def site_packages(python: Path) -> Path:
@@ -125,7 +146,13 @@ def _run(command: Sequence[str], requirements: Sequence[str], report: Callable[[
     last: collections.deque[str] = collections.deque(maxlen=4)
     environment = {name: value for name, value in os.environ.items() if name not in _PIP_DESTINATIONS}
     with subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        start_new_session=True,
     ) as process:
         assert process.stdout is not None
         try:
@@ -134,7 +161,7 @@ def _run(command: Sequence[str], requirements: Sequence[str], report: Callable[[
                     last.append(line)
                     report(line)
         except BaseException:
-            process.kill()
+            kill_group(process.pid)  # with what builds a package for it
             raise
     if process.returncode:
         raise UsageError(

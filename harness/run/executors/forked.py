@@ -5,9 +5,9 @@ from __future__ import annotations
 import signal
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from harness.machine.processes import kill_group
+from harness.machine.processes import exit_words, kill_group
 from harness.records import codec
 from harness.records.record import Failure, Fragment
 from harness.run.executors import WorkerLostError
@@ -15,41 +15,68 @@ from harness.run.executors.channel import Channel
 
 START_TIMEOUT_S = 180.0
 """Importing takes 3 to 5 s on a quiet machine; a cold disk and a busy one can make it a minute."""
+END_TIMEOUT_S = 10.0
+"""A process that is at rest ends as soon as its parent hangs up."""
+
+
+class Mother(Protocol):
+    """The process that forked this one."""
+
+    @property
+    def lives(self) -> bool:
+        """Whether it runs; its children die with it."""
+
+    def reap(self, pid: int) -> int | None:
+        """The exit status of a child that was told to end."""
+
+    def last_words(self) -> str:
+        """How it ended."""
 
 
 class ForkedWorker:
     """A forked process; implements `Worker`."""
 
-    def __init__(self, pid: int, channel: Channel, control: Channel) -> None:
+    def __init__(self, pid: int, channel: Channel, mother: Mother) -> None:
         self.pid = pid
         self.channel = channel
         self.start_latency_s = float("nan")
-        self._control = control
+        self._mother = mother
         self._reaped = False
+
+    def greet(self, asked_monotonic_s: float) -> None:
+        """Wait for its first word, which says when it began. Raises `WorkerLostError`."""
+        hello = self.channel.receive(START_TIMEOUT_S)
+        if hello is None:
+            raise self._lost("start", START_TIMEOUT_S)
+        self.start_latency_s = float(hello["started_monotonic_s"]) - asked_monotonic_s
 
     def ask(self, command: str, trial: str, timeout_s: float, **arguments: Any) -> Fragment:
         """Send a command and block until its answer, the process's death, or `timeout_s`."""
         self.channel.send({"do": command, "trial": trial, **arguments})
         answer = self.channel.receive(timeout_s)
         if answer is None:
-            raise self.lost(command, timeout_s)
+            raise self._lost(command, timeout_s)
         return codec.from_json(Fragment, answer, f"answer to {command}")
 
-    def lost(self, phase: str, timeout_s: float) -> WorkerLostError:
+    def _lost(self, phase: str, timeout_s: float) -> WorkerLostError:
         """What became of a process that did not answer: killed for silence, or dead by itself."""
         silent = not self.channel.closed_by_peer
         code = self._reap()
         if silent:
             return WorkerLostError("timeout", silence(phase, timeout_s))
+        if code is None and not self._mother.lives:
+            message = f"{self._mother.last_words()}, and the trial's process with it, during {phase}"
+            return WorkerLostError("crashed", Failure(phase=phase, kind="ProcessDied", message=message))
         message = f"the trial's process ended with {exit_words(code)} during {phase}"
         if code == -signal.SIGKILL:
             message += ": killed from outside, or by the kernel for want of memory (see dmesg)"
         return WorkerLostError("crashed", Failure(phase=phase, kind="ProcessDied", message=message))
 
     def close(self) -> None:
-        """Close the connection, which ends the child's loop, and reap it."""
+        """Close the connection, which ends the child's loop, and reap it; one that is at work is killed."""
+        at_rest = not self.channel.asked
         self.channel.close()
-        self._reap(grace_s=10.0)
+        self._reap(grace_s=END_TIMEOUT_S if at_rest else 0.0)
 
     def _reap(self, grace_s: float = 0.0) -> int | None:
         if self._reaped:
@@ -58,10 +85,10 @@ class ForkedWorker:
         deadline = time.monotonic() + grace_s
         while grace_s and time.monotonic() < deadline and _runs(self.pid):
             time.sleep(0.01)
+        if not self._mother.lives:  # it has died with it, and its number may be another's
+            return None
         kill_group(self.pid)
-        self._control.send({"do": "reap", "pid": self.pid})
-        answer = self._control.receive(START_TIMEOUT_S)
-        return None if answer is None else answer.get("status")
+        return self._mother.reap(self.pid)
 
 
 def _runs(pid: int) -> bool:
@@ -77,12 +104,3 @@ def silence(phase: str, timeout_s: float) -> Failure:
     """What is said of a process that gave no answer in time."""
     message = f"no answer within {timeout_s:g} s during {phase}; it was killed. Raise step_timeout_s if it was at work"
     return Failure(phase=phase, kind="Silent", message=message)
-
-
-def exit_words(code: int | None) -> str:
-    """How a process ended, in words."""
-    if code is None:
-        return "an unknown status"
-    if code < 0:
-        return f"signal {-code} ({signal.Signals(-code).name})"
-    return f"exit code {code}"

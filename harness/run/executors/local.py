@@ -9,27 +9,30 @@ import contextlib
 import json
 import os
 import shutil
-import socket
 import subprocess
-import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from harness.errors import InvalidRunError, UsageError
 from harness.machine import provenance
+from harness.machine.processes import PARENT, exit_words, kill_group
 from harness.machine.provenance import Facts, Machine
 from harness.records import codec
 from harness.records.preparation import Hello, TokenSummary
 from harness.records.record import SCHEMA, Failure, Fragment
+from harness.records.scratch import scratch_folder
 from harness.run.executors import Executor, Place, Worker, WorkerLostError
-from harness.run.executors.channel import Channel
-from harness.run.executors.forked import START_TIMEOUT_S, ForkedWorker, exit_words, silence
+from harness.run.executors.forked import silence
 from harness.run.executors.host import Host, describe
+from harness.run.executors.zygote import Zygote, ZygoteLostError
 from harness.studies.request import TrialRequest
 from harness.studies.workload import Workload
 
 TOKENS_TIMEOUT_S = 3600.0
 """A data set is downloaded in this time or not at all."""
+MOST_SAID = 8000
+"""Characters of what a cold interpreter printed before it died that its record keeps; the log has all."""
 
 
 def worker_environment(threads: int, host: Host | None = None) -> dict[str, str]:
@@ -49,6 +52,7 @@ def worker_environment(threads: int, host: Host | None = None) -> dict[str, str]
         "TEARDOWN_CUPTI": "1",  # else the profiler of the check goes on slowing down the launches that are timed later
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+        PARENT: str(os.getpid()),
     }
     return (host or Host()).variables(os.environ) | fixed
 
@@ -58,7 +62,8 @@ _OLD_DOOR = "invalid literal for int() with base 10: 'zygote'"
 
 
 class LocalExecutor:
-    """Implements `Executor` with one zygote. Raises `InvalidRunError` when the zygote cannot be started.
+    """Implements `Executor` with one zygote, and another where that has died. Raises `InvalidRunError` when none can be
+    started.
 
     `label` names the side of an A/B, in the messages and in the names of the logs (`zygote-base.log`), so that two
     executors can share a folder.
@@ -70,12 +75,16 @@ class LocalExecutor:
         self._suffix = f"-{label}" if label else ""
         self._threads = 1
         self._disk: _Disk | None = None
-        self._process: subprocess.Popen[bytes] | None = None
-        self._control: Channel | None = None
+        self._zygote: Zygote | None = None
+        self._hello: Hello | None = None
 
     def machine(self) -> Machine:
         """The present one."""
         return provenance.probe_machine()
+
+    def device_id(self) -> str:
+        """The CPU, all of it, or the card by its own number."""
+        return provenance.device_id()
 
     def free_bytes(self) -> int | None:
         """On its device, or in this container, now."""
@@ -89,25 +98,28 @@ class LocalExecutor:
         """Start the zygote, which begins to import."""
         self._threads = threads
         self._disk = _Disk(folder)
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        with theirs:
-            self._process = self._spawn("zygote", theirs.fileno(), self._zygote_log)
-        self._control = Channel(ours)
+        self._zygote = self._new_zygote()
+
+    def _new_zygote(self) -> Zygote:
+        return Zygote(lambda descriptor: self._spawn("zygote", descriptor, self._zygote_log))
 
     def _spawn(
-        self, what: str, descriptor: int, log: Path, *, stdin: int = subprocess.DEVNULL
+        self, what: str, descriptor: int | None, log: Path, *, threads: int | None = None, **streams: int
     ) -> subprocess.Popen[bytes]:
-        """Start a measuring process of the host that answers on a descriptor and prints into a log."""
+        """Start a measuring process of the host, which answers on a descriptor or on its stdout and prints into a log.
+
+        It has a session of its own: what a terminal sends to all of its processes is heard by the parent alone.
+        """
+        arguments, passed = ([], []) if descriptor is None else ([str(descriptor)], [descriptor])
         with log.open("ab") as file:
+            ends: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file, **streams}
             return subprocess.Popen(
-                self._host.command("harness.worker", what, str(descriptor)),
-                pass_fds=[descriptor],
-                env=worker_environment(self._threads, self._host),
+                self._host.command("harness.worker", what, *arguments),
+                pass_fds=passed,
+                env=worker_environment(threads or self._threads, self._host),
                 cwd=self._host.cwd,
-                stdin=stdin,
-                stdout=file,
-                stderr=file,
                 start_new_session=True,
+                **ends,
             )
 
     @property
@@ -116,11 +128,15 @@ class LocalExecutor:
 
     def hello(self) -> Hello:
         """Wait until the zygote has imported. Raises `InvalidRunError`, also when it speaks another schema."""
-        hello = self._required_control().receive(START_TIMEOUT_S)
+        self._hello = self._greet(self._required_zygote())
+        return self._hello
+
+    def _greet(self, zygote: Zygote) -> Hello:
+        hello = zygote.greet()
         if hello is None:
-            log = self._zygote_log
-            self.close()
-            last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["it printed nothing"]
+            log, ending = self._zygote_log, zygote.last_words()
+            zygote.close()
+            last = log.read_text(errors="replace").strip().splitlines()[-1:] or [f"it printed nothing; {ending}"]
             if _OLD_DOOR in last[0]:
                 raise InvalidRunError(self._refusal("a schema before 5", "unknown"))
             raise InvalidRunError(
@@ -139,48 +155,64 @@ class LocalExecutor:
         )
 
     def launch(self) -> Worker:
-        """Fork a worker from the zygote."""
-        control = self._required_control()
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        begin = time.monotonic()
-        with theirs:
-            control.send({"do": "fork"}, theirs)
-        answer = control.receive(START_TIMEOUT_S)
-        if answer is None or "pid" not in answer:
-            ours.close()
-            message = (answer or {}).get("error", f"the zygote is gone; its log is {self._zygote_log.name}")
-            raise WorkerLostError("crashed", Failure(phase="start", kind="CannotFork", message=message))
-        worker = ForkedWorker(int(answer["pid"]), Channel(ours), control)
-        hello = worker.channel.receive(START_TIMEOUT_S)
-        if hello is None:
-            raise worker.lost("start", START_TIMEOUT_S)
-        worker.start_latency_s = float(hello["started_monotonic_s"]) - begin
-        return worker
+        """Fork a worker from the zygote; from a new one where that has died since.
+
+        Raises `InvalidRunError` if there is no other to be had: nothing more can be measured here.
+        """
+        zygote = self._required_zygote()
+        try:
+            return zygote.fork()
+        except ZygoteLostError as lost:
+            self._replace(zygote, lost)
+        try:
+            return self._required_zygote().fork()
+        except ZygoteLostError as again:
+            raise InvalidRunError(
+                f"{self._whose}: {again}, as the one before it. Its log is {self._zygote_log}."
+            ) from None
+
+    def _replace(self, lost: Zygote, why: ZygoteLostError) -> None:
+        """Another zygote in place of one that is gone; trials of one run must not be of two harnesses."""
+        lost.close()
+        self._zygote = zygote = self._new_zygote()
+        try:
+            hello = self._greet(zygote)
+        except InvalidRunError as error:
+            raise InvalidRunError(f"{self._whose}: {why}, and no other could be started: {error}") from None
+        before = self._hello or hello
+        if (hello.harness, hello.device, hello.torch) != (before.harness, before.device, before.torch):
+            raise InvalidRunError(
+                f"{self._whose}: {why}, and another would be another program: harness {before.harness}, torch "
+                f"{before.torch}, {before.device} then; {hello.harness}, {hello.torch}, {hello.device} now."
+            )
 
     def cold_start(self, request: TrialRequest) -> Fragment:
         """A new interpreter that loads the saved adapter; its output goes to the trial's log."""
+        log, timeout = Path(request.log_path), request.protocol.step_timeout_s
+        printed = log.stat().st_size if log.is_file() else 0
         read, write = os.pipe()
         with open(read, encoding="utf-8") as reply:  # noqa: PTH123
             begin = time.monotonic()
-            process = self._spawn("cold", write, Path(request.log_path), stdin=subprocess.PIPE)
-            os.close(write)
+            try:
+                process = self._spawn("cold", write, log, stdin=subprocess.PIPE)
+            finally:
+                os.close(write)
             message = json.dumps({"request": codec.to_json(request), "spawned_monotonic_s": begin})
-            timeout = request.protocol.step_timeout_s
             try:
                 process.communicate(message.encode(), timeout=timeout)
-            except subprocess.TimeoutExpired:
-                process.kill()
+            except BaseException as error:
+                kill_group(process.pid)
                 process.wait()
-                raise WorkerLostError("timeout", silence("cold", timeout)) from None
-            except BaseException:
-                process.kill()
-                process.wait()
+                if isinstance(error, subprocess.TimeoutExpired):
+                    raise WorkerLostError("timeout", silence("cold", timeout)) from None
                 raise
             text = reply.read()
         if process.returncode != 0 or not text:
-            lines = Path(request.log_path).read_text(errors="replace").strip().splitlines()[-1:]
-            message = f"the cold interpreter ended with {exit_words(process.returncode)}: {' '.join(lines)}"
-            raise WorkerLostError("crashed", Failure(phase="cold", kind="ColdStartFailed", message=message))
+            said = log.read_bytes()[printed:].decode(errors="replace").strip()
+            last = said.splitlines()[-1:] or ["it printed nothing"]
+            message = f"the cold interpreter ended with {exit_words(process.returncode)}: {last[0]}"
+            failure = Failure(phase="cold", kind="ColdStartFailed", message=message, traceback=said[-MOST_SAID:])
+            raise WorkerLostError("crashed", failure)
         return codec.from_json(Fragment, json.loads(text), "cold start")
 
     def prepare_tokens(self, workload: Workload, *, keep: bool = True) -> TokenSummary:
@@ -190,23 +222,18 @@ class LocalExecutor:
             {"workload": codec.to_json(workload), "folder": str(disk.folder if keep else disk.scratch)}
         )
         log_path = disk.logs / f"tokens{self._suffix}.log"
-        try:
-            with log_path.open("ab") as log:
-                done = subprocess.run(
-                    self._host.command("harness.worker", "tokens"),
-                    input=request.encode(),
-                    stdout=subprocess.PIPE,
-                    stderr=log,
-                    env=worker_environment(1, self._host),
-                    cwd=self._host.cwd,
-                    check=False,
-                    timeout=TOKENS_TIMEOUT_S,
-                )
-        except subprocess.TimeoutExpired:
-            raise InvalidRunError(f"the tokens took over {TOKENS_TIMEOUT_S:g} s; the log is {log_path}.") from None
-        lines = done.stdout.decode(errors="replace").strip().splitlines()
+        with self._spawn("tokens", None, log_path, threads=1, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+            try:
+                said, _ = process.communicate(request.encode(), timeout=TOKENS_TIMEOUT_S)
+            except BaseException as error:
+                kill_group(process.pid)
+                if isinstance(error, subprocess.TimeoutExpired):
+                    over = f"the tokens took over {TOKENS_TIMEOUT_S:g} s; the log is {log_path}."
+                    raise InvalidRunError(over) from None
+                raise
+        lines = said.decode(errors="replace").strip().splitlines()
         answer = None
-        if done.returncode == 0 and lines:
+        if process.returncode == 0 and lines:
             with contextlib.suppress(codec.NotJsonError):
                 answer = codec.parse(lines[-1])
         if not isinstance(answer, dict):
@@ -233,16 +260,9 @@ class LocalExecutor:
 
     def close(self) -> None:
         """End the zygote; its children die with it."""
-        if self._control is not None:
-            self._control.close()
-            self._control = None
-        if self._process is not None:
-            try:
-                self._process.wait(10)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
-            self._process = None
+        if self._zygote is not None:
+            self._zygote.close()
+            self._zygote = None
         if self._disk is not None:
             self._disk.close()
             self._disk = None
@@ -252,10 +272,10 @@ class LocalExecutor:
             raise InvalidRunError("the worker is not started. Call start() first.")
         return self._disk
 
-    def _required_control(self) -> Channel:
-        if self._control is None:
+    def _required_zygote(self) -> Zygote:
+        if self._zygote is None:
             raise InvalidRunError("the worker is not started. Call start() first.")
-        return self._control
+        return self._zygote
 
 
 class _Disk:
@@ -265,12 +285,12 @@ class _Disk:
         self.folder = folder.resolve()
         self.logs = self.folder / "logs"
         self.logs.mkdir(parents=True, exist_ok=True)
-        self._temporary = tempfile.TemporaryDirectory(prefix="lorameter-")
-        self.scratch = Path(self._temporary.name)
+        self._stack = contextlib.ExitStack()
+        self.scratch = self._stack.enter_context(scratch_folder())
 
     def close(self) -> None:
         """Remove what was not to be kept."""
-        self._temporary.cleanup()
+        self._stack.close()
 
 
 def open_executor(*, host: Host | None = None, label: str = "") -> Executor:

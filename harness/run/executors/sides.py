@@ -15,7 +15,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Any, Literal
 from harness.errors import UsageError, impossible, redact
 from harness.machine.repository import run_git
 from harness.records import inputs
+from harness.records.scratch import PREFIX, is_abandoned, scratch_folder
 from harness.run.executors.environments import layered_environment, parse_requirements, site_packages
 from harness.run.executors.host import Host, inspect
 from kernels_check.visible import tell
@@ -158,8 +158,9 @@ def _revision(
 @contextlib.contextmanager
 def _worktree(commit: str, repository: Path) -> Iterator[Path]:
     """A checkout of a commit in a folder of its own. No hook of the repository runs; submodules stay empty."""
-    with tempfile.TemporaryDirectory(prefix="lorameter-") as folder:
-        tree = Path(folder).resolve() / commit[:12]
+    _remove_abandoned(repository)
+    with scratch_folder() as folder:
+        tree = folder / commit[:12]
         quiet = ("-c", f"core.hooksPath={os.devnull}", "-c", "advice.detachedHead=false")
         try:
             done = run_git(repository, *quiet, "worktree", "add", "--detach", "--quiet", str(tree), commit)
@@ -168,7 +169,18 @@ def _worktree(commit: str, repository: Path) -> Iterator[Path]:
                 raise impossible("ab", "side", commit, why, "Check free disk space and `git worktree list`.")
             yield tree
         finally:
-            run_git(repository, "worktree", "remove", "--force", str(tree))
+            # Twice: of one that was killed while it was being made git thinks that it is still in use.
+            run_git(repository, "worktree", "remove", "--force", "--force", str(tree))
+
+
+def _remove_abandoned(repository: Path) -> None:
+    """Take down the worktrees of A/Bs that were killed; those of others, and of A/Bs under way, stay."""
+    listed = run_git(repository, "worktree", "list", "--porcelain", "-z").stdout.split("\0")
+    for tree in (Path(line.removeprefix("worktree ")) for line in listed if line.startswith("worktree ")):
+        folder = tree.parent
+        if folder.name.startswith(PREFIX) and (not folder.exists() or is_abandoned(folder)):
+            run_git(repository, "worktree", "remove", "--force", "--force", str(tree))
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _roots(repository: Path, top: Path) -> list[Path]:
@@ -222,7 +234,8 @@ def _interpreter(spec: str, python: Path, stack: contextlib.ExitStack) -> OpenSi
 
 def _own_packages(stack: contextlib.ExitStack) -> str:
     """A folder that holds the present harness and nothing else of the present environment."""
-    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lorameter-")))
+    folder = stack.enter_context(scratch_folder()) / "packages"
+    folder.mkdir()
     for package in OWN_PACKAGES:
         found = importlib.util.find_spec(package)
         if found is None or found.origin is None:

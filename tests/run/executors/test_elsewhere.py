@@ -39,6 +39,9 @@ class Elsewhere:
             python="3.14.1",
         )
 
+    def device_id(self):
+        return "the card in another building"
+
     def free_bytes(self):
         return self.free
 
@@ -119,7 +122,15 @@ def elsewhere(tmp_path, monkeypatch):
     def asked(*_, **__):
         raise AssertionError("the parent's own machine was asked")
 
-    for name in ("probe_machine", "free_bytes", "free_device_memory", "settings", "library_version", "git_state"):
+    for name in (
+        "probe_machine",
+        "free_bytes",
+        "free_device_memory",
+        "device_id",
+        "settings",
+        "library_version",
+        "git_state",
+    ):
         monkeypatch.setattr(provenance, name, asked)
     return open_executor("elsewhere")
 

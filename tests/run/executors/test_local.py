@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import signal
 import threading
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from harness.errors import InvalidRunError
 from harness.records.record import DISTURBED, Failure
 from harness.run.executors.forked import ForkedWorker
 from harness.run.executors.local import LocalExecutor
@@ -22,17 +24,19 @@ from harness.trial import zygote
 
 
 class Quiet:
-    """A watcher that can act when a trial enters a phase."""
+    """A watcher that can act when a trial enters a phase, and when it has ended."""
 
-    def __init__(self, act=None):
+    def __init__(self, act=None, at_end=None):
         self.act = act
+        self.at_end = at_end
 
     def trial_phase(self, slot, phase):
         if self.act:
             self.act(slot, phase)
 
     def trial_ended(self, record):
-        pass
+        if self.at_end:
+            self.at_end(record)
 
 
 SERVED = {
@@ -77,7 +81,7 @@ def measure(study, executor, *, phases=("train",), watcher=None):
 
 
 def children_of(executor):
-    return psutil.Process(executor._process.pid).children()
+    return psutil.Process(executor._zygote.pid).children()
 
 
 def variant(study, **changes):
@@ -138,6 +142,62 @@ def test_a_killed_trial_is_a_row(executor, small_study):
     assert {r.status for t, r in records.items() if t != "r0-nf4"} == {"ok"}
 
 
+def test_a_dead_zygote_costs_the_trial_under_way_and_no_other(executor, small_study):
+    """Ended by TERM between two trials and killed in the middle of one: another is started each time."""
+    first, second, third = (slot.trial for slot in make_plan(small_study, phases=("train",)).slots[:3])
+
+    def between(record):
+        if record.trial == first:
+            os.kill(executor._zygote.pid, signal.SIGTERM)
+
+    def under_way(slot, phase):
+        if slot.trial == second and phase == "finish_training":
+            os.kill(executor._zygote.pid, signal.SIGKILL)
+
+    records = measure(small_study, executor, watcher=Quiet(under_way, between))
+    assert {trial: record.status for trial, record in records.items()} == {first: "ok", second: "crashed", third: "ok"}
+    assert "the zygote ended with signal 9 (SIGKILL)" in records[second].failure.message
+    assert records[second].samples["step_time_s"]
+
+
+def test_without_another_zygote_what_never_began_is_not_run(small_study, tmp_path, monkeypatch):
+    """The run ends there with the reason, and its rest can be gone on with: no trial is to blame."""
+    broken = tmp_path / "path" / "transformers"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text("raise ImportError('broken on purpose')")
+    local, saved = LocalExecutor(), []
+
+    def ruin(record):
+        if record.status == "ok":
+            monkeypatch.setenv("PYTHONPATH", str(broken.parent))
+            os.kill(local._zygote.pid, signal.SIGHUP)
+
+    try:
+        local.start(tmp_path, 1)
+        local.hello()
+        plan = make_plan(small_study, phases=("train",))
+        site = site_of(small_study.workload, local.prepare_tokens(small_study.workload), "cpu")
+        with pytest.raises(InvalidRunError, match=r"signal 1 \(SIGHUP\), and no other .* broken on purpose"):
+            run_plan(plan, {"": local}, site, save=saved.append, watcher=Quiet(at_end=ruin))
+    finally:
+        local.close()
+    assert [record.status for record in saved] == ["ok", *["not_run"] * (len(plan.slots) - 1)]
+
+
+def test_a_cold_start_that_fails_says_so_itself(executor, small_study):
+    """Without its adapter it has an exception and no answer: crashed, with its own traceback."""
+
+    def spoil(slot, phase):
+        if phase == "cold" and slot.trial == "r0-nf4":
+            shutil.rmtree(executor._disk.scratch / slot.trial / "adapter")
+
+    study = dataclasses.replace(small_study, variants=small_study.variants[1:], reference="nf4")
+    failed = measure(study, executor, phases=("train", "generate", "cold"), watcher=Quiet(spoil))["r0-nf4"]
+    assert failed.status == "crashed"
+    assert "Traceback" in failed.failure.traceback
+    assert failed.samples["request_time_s"]
+
+
 def test_a_hanging_trial_is_killed_and_a_row(executor, small_study, monkeypatch):
     """A stopped process answers nothing: timeout after the limit, and the process is gone.
 
@@ -167,7 +227,7 @@ def test_a_hanging_trial_is_killed_and_a_row(executor, small_study, monkeypatch)
 
 def test_running_out_of_memory_is_a_row(executor, small_study, folder):
     """An address-space limit that the process's own size nearly fills: oom, with the traceback in record and log."""
-    limit = psutil.Process(executor._process.pid).memory_info().vms + 64 * 2**20
+    limit = psutil.Process(executor._zygote.pid).memory_info().vms + 64 * 2**20
     protocol = dataclasses.replace(small_study.protocol, memory_limit_bytes=limit)
     workload = dataclasses.replace(small_study.workload, batch_size=64, sequence_length=512, train_sequences=64)
     records = measure(dataclasses.replace(small_study, protocol=protocol, workload=workload), executor)
@@ -239,7 +299,7 @@ def test_a_warm_zygote_has_one_thread_to_fork_with(executor):
     worker = executor.launch()
     worker.close()
     assert not children_of(executor)
-    assert psutil.Process(executor._process.pid).num_threads() == 1
+    assert psutil.Process(executor._zygote.pid).num_threads() == 1
 
 
 def test_a_zygote_with_threads_refuses_to_fork():
@@ -273,8 +333,6 @@ def test_the_files_of_a_trial_lie_where_the_executor_says(executor, tmp_path):
 
 def test_an_executor_answers_for_its_machine_before_it_is_started():
     """A plan is made from what it says, and where nothing was started nothing can be asked of a worker."""
-    from harness.errors import InvalidRunError
-
     local = LocalExecutor()
     assert local.machine() == local.facts().machine
     assert 0 < local.free_bytes() <= local.machine().memory_bytes or local.machine().device == "cuda"
@@ -290,7 +348,7 @@ def test_trials_die_with_their_parent(tmp_path):
     local.start(tmp_path, 1)
     local.hello()
     worker = local.launch()
-    local._process.kill()
+    os.kill(local._zygote.pid, signal.SIGKILL)
     deadline = time.monotonic() + 60
     while psutil.pid_exists(worker.pid) and time.monotonic() < deadline:
         if psutil.Process(worker.pid).status() == psutil.STATUS_ZOMBIE:
@@ -303,8 +361,6 @@ def test_trials_die_with_their_parent(tmp_path):
 
 def test_a_worker_that_cannot_import_is_an_error_with_its_log(tmp_path, monkeypatch):
     """No silent retry: the error names what the worker printed and where its log is."""
-    from harness.errors import InvalidRunError
-
     broken = tmp_path / "path" / "transformers"
     broken.mkdir(parents=True)
     (broken / "__init__.py").write_text("raise ImportError('broken on purpose')")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import os
 import site
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,13 @@ import pytest
 import harness
 from harness.errors import UsageError
 from harness.machine.provenance import differing_packages, harness_identity
-from harness.run.executors.environments import layered_environment, parse_requirements
+from harness.records.locks import alone
+from harness.run.executors.environments import (
+    DESCRIPTION_FILE,
+    UNUSED_DAYS,
+    layered_environment,
+    parse_requirements,
+)
 from harness.run.executors.host import describe, inspect
 from harness.run.executors.local import LocalExecutor
 from harness.run.executors.sides import OWN_PACKAGES, open_side
@@ -396,6 +404,22 @@ def test_an_environment_is_made_once(index, cache):
     lines = []
     layered_environment([OLD_PACKAGING], cache, report=lines.append)
     assert lines == []
+
+
+def test_environments_that_nobody_uses_are_removed(index, cache):
+    """Those that no A/B has asked for in a month; not one that another process makes or takes down now."""
+    python = layered_environment([OLD_PACKAGING], cache, report=silent)
+    long_ago = time.time() - (UNUSED_DAYS + 1) * 24 * 3600
+    old, held, young = (cache / "environments" / name for name in ("old", "held", "young"))
+    for layer in (old, held, young):
+        layer.mkdir()
+        (layer / DESCRIPTION_FILE).touch()
+    for layer in (old, held, python.parents[1]):
+        os.utime(layer / DESCRIPTION_FILE, (long_ago, long_ago))
+    with alone(held, "somebody else's"):
+        assert layered_environment([OLD_PACKAGING], cache, report=silent) == python
+    assert python.is_file()
+    assert [layer.is_dir() for layer in (old, held, young)] == [False, True, True]
 
 
 def test_a_failed_install_is_an_error_and_leaves_nothing(opened, tmp_path):

@@ -1,0 +1,70 @@
+"""What `--resume` of `run` and `ab` does: say what a run has and lacks, and have the rest measured."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from harness.commands.output import print_json
+from harness.errors import UsageError
+
+if TYPE_CHECKING:
+    from harness.records.store import Run
+
+
+def go_on(options: argparse.Namespace, settled: Sequence[str], *, ab: bool = False) -> Run | None:
+    """Go on with a run that broke off, lost lines or was disturbed; one of which nothing is left is given back.
+
+    Args:
+        options: of the command; the run in `resume`.
+        settled: names of those of its options that the run has settled, and that may not be given.
+        ab: whether the run must be an A/B.
+
+    Returns:
+        The run as it is then; None where it was only asked what is left (`--dry-run`).
+
+    Raises:
+        UsageError, InvalidRunError: it cannot be gone on with, here or at all.
+    """
+    from harness.models.catalogue import cache_dir
+    from harness.records import store
+    from harness.report.live import LiveDisplay
+    from harness.report.table import say
+    from harness.report.terminal import console_for, show
+    from harness.run.ab import resume_ab
+    from harness.run.device import hold_device
+    from harness.run.executors import open_executor
+    from harness.run.measure import measure
+    from harness.run.resume import check_place, is_finished, plan_of, read_broken_off, refuse_settled
+    from harness.run.runner import find_unsettled
+    from harness.studies.study_file import load_study
+
+    refuse_settled("--resume", {f"--{name}": getattr(options, name.replace("-", "_")) for name in settled})
+    runs = store.runs_dir(options.runs_dir)
+    study = load_study(options.study).name if options.study else None
+    run = read_broken_off(options.resume, runs, study=study)
+    name, sides = run.manifest.run, run.manifest.sides
+    if ab and not sides:
+        raise UsageError(f"run {name} is no A/B. Go on with: lorameter run --resume {name}")
+    errors = console_for(stderr=True)
+    if is_finished(run):
+        show((say(f"run {name} is complete: nothing is left to be measured.", indented=False),), errors)
+        return run
+    if not sides:  # those of an A/B are asked when they are there again
+        check_place(run, open_executor().facts())
+    plan = plan_of(run, max_minutes=options.max_minutes)
+    left = [slot.trial for group in find_unsettled(plan, run.records) for slot in group.slots]
+    kept = f"{len(plan.slots) - len(left)} of {len(plan.slots)} trials are kept"
+    show((say(f"run {name}: {kept}, {len(left)} are left to be measured.", indented=False),), errors)
+    if getattr(options, "dry_run", False):
+        if options.json:
+            print_json({"run": name, "order": left, "interleaving": plan.interleaving})
+        else:
+            show(tuple(say(trial, indented=False) for trial in left), console_for())
+        return None
+    with hold_device(open_executor(), options.if_busy), LiveDisplay(errors) as display:
+        if sides:
+            return resume_ab(run, plan, repository=Path.cwd(), cache=cache_dir(), display=display)
+        return measure(plan, runs=run.path.parent, display=display, resume=name)

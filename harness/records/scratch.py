@@ -1,0 +1,55 @@
+"""Temporary folders of this program, and what its killed processes have left of theirs.
+
+A folder holds a file that its process keeps locked as long as it lives, however it ends: whoever makes a folder removes
+those of the dead first. One without that file is nobody's, or is being made, and is left alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+PREFIX = "lorameter-"
+OWNER = ".owner"
+"""The file that is locked. It gets this name when it is."""
+
+
+@contextlib.contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A new temporary folder, removed at the end, by its resolved path. Raises `OSError` where none can be made."""
+    remove_abandoned()
+    folder = Path(tempfile.mkdtemp(prefix=PREFIX)).resolve()
+    try:
+        draft = folder / f"{OWNER}.new"
+        with draft.open("w") as owner:
+            with contextlib.suppress(OSError):  # a disk without locks: nobody can tell then, and it stays if it is left
+                fcntl.flock(owner, fcntl.LOCK_EX)
+                draft.rename(folder / OWNER)
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def is_abandoned(folder: Path) -> bool:
+    """Whether the process that made this temporary folder of ours has died without removing it."""
+    try:
+        with (folder / OWNER).open("r+") as owner:
+            fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # somebody has it, or it is not ours
+        return False
+    return True
+
+
+def remove_abandoned() -> None:
+    """Remove what dead processes of this user have left where temporary folders are made now."""
+    with contextlib.suppress(OSError):
+        for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+            with contextlib.suppress(OSError):  # another process removes it at the same time
+                made = folder.lstat()
+                if made.st_uid == os.getuid() and folder.is_dir() and not folder.is_symlink() and is_abandoned(folder):
+                    shutil.rmtree(folder, ignore_errors=True)

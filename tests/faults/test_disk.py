@@ -1,0 +1,157 @@
+"""What the system refuses: a full or read-only disk, the size of files, descriptors. What was measured before is kept,
+the message names what was refused and what to do, the exit code is that of a machine that cannot measure."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from harness.errors import InvalidRunError
+from harness.records import journal, store
+from harness.records.document import write_document
+
+
+def limited(**limits):
+    """To be run in the process between fork and exec: `limited(FSIZE=4096)`."""
+
+    def limit():
+        for name, most in limits.items():
+            resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))
+
+    return limit
+
+
+def test_a_limit_of_file_sizes_keeps_what_fitted(command, only_run, resumed):
+    """The records reach the limit in the middle of the run: whole lines only, exit 4, and it is gone on with."""
+    done = subprocess.run(command(), preexec_fn=limited(FSIZE=8_000), capture_output=True, text=True, check=False)
+    assert done.returncode == 4, done.stderr
+    assert "had measured is kept" in done.stderr
+    assert (
+        "File too large. Raise the limit of file sizes (ulimit -f), then go on with: lorameter run --resume"
+        in done.stderr
+    )
+    assert "Traceback" not in done.stderr
+    run = only_run()
+    assert (run.state, run.damaged_lines) == ("failed", 0)
+    assert {record.replicate for record in run.records if record.settled} > {0}
+    first = [record for record in run.records if record.replicate == 0]
+    whole = resumed()
+    assert (whole.state, len(whole.records)) == ("complete", len(run.manifest.order))
+    assert [record for record in whole.records if record.replicate == 0] == first
+
+
+def test_no_more_descriptors_are_a_refusal(command, only_run, resumed):
+    """From the middle of a trial on none can be opened: what had been saved is kept, and it is gone on with."""
+    done = subprocess.run(command(stop="r1-a:turn:files"), capture_output=True, text=True, check=False)
+    assert done.returncode == 4, done.stderr
+    assert (
+        "Too many open files. Raise the limit of open files (ulimit -n), then go on with: lorameter run" in done.stderr
+    )
+    assert "Traceback" not in done.stderr
+    kept = [record for record in only_run().records if record.settled]
+    assert {record.replicate for record in kept} == {0}
+    assert resumed().state == "complete"
+
+
+def test_a_full_disk_leaves_whole_lines(tmp_path):
+    """/dev/full behind the file: the refusal names it, and a file that took a part of a line is as it was."""
+    (tmp_path / "trials.jsonl").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: .*trials\.jsonl") as refused:
+        journal.append(tmp_path / "trials.jsonl", "line\n")
+    assert refused.value.errno == errno.ENOSPC
+
+
+def test_a_line_that_does_not_fit_leaves_no_part_of_itself(tmp_path):
+    """The system takes what fits and then refuses; the file ends with the line before."""
+    code = (
+        "import sys; from pathlib import Path; from harness.records import journal\n"
+        "path = Path(sys.argv[1])\njournal.append(path, 'x' * 99 + '\\n')\n"
+        "try: journal.append(path, 'y' * 99 + '\\n')\nexcept OSError as error: print(error.errno)"
+    )
+    words = ["python", "-c", code, str(tmp_path / "trials.jsonl")]
+    done = subprocess.run(words, preexec_fn=limited(FSIZE=150), capture_output=True, text=True, check=True)
+    assert int(done.stdout) == errno.EFBIG
+    assert (tmp_path / "trials.jsonl").read_text() == "x" * 99 + "\n"
+
+
+def test_a_document_that_cannot_be_written_leaves_the_one_before(tmp_path):
+    """The draft in its place is a link to a full device; neither it nor half of anything is left."""
+    write_document(tmp_path / "a.json", {"a": 1})
+    (tmp_path / "a.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        write_document(tmp_path / "a.json", {"a": 2})
+    assert '"a": 1' in (tmp_path / "a.json").read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_run_directory_that_is_deleted_under_way_is_said(command, runs, stopped):
+    """By somebody else: what cannot be written any more is named, and it is no defect."""
+    with stopped(command(stop="r1-a:turn")) as process:
+        (path,) = store.list_runs(runs)
+        shutil.rmtree(path)
+        process.terminate()
+        _, said = process.communicate()
+    assert process.returncode == 4
+    assert f"{path / 'trials.jsonl'}: No such file or directory" in said
+    assert "Traceback" not in said
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(command, runs):
+    """A file stands where the runs should."""
+    runs.write_text("")
+    done = subprocess.run(command(), capture_output=True, text=True, check=False)
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False)
+    assert "cannot be made" in done.stderr
+
+
+@pytest.fixture
+def small_disk(tmp_path, runs):
+    """A disk of 256 KiB where the runs are; a test that cannot mount one is skipped."""
+    runs.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(runs)]
+    if os.geteuid() or subprocess.run(words, capture_output=True, check=False).returncode:
+        pytest.skip("a small disk takes the right to mount one")
+    yield runs
+    subprocess.run(["umount", "--lazy", str(runs)], check=True)
+
+
+def test_a_full_disk_keeps_what_fitted(command, small_disk, only_run, resumed):
+    """A real one, full but for some pages: exit 4 with the remedy; with space it is gone on with."""
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(b"x" * (256 - 16) * 1024)
+    done = subprocess.run(command(), capture_output=True, text=True, check=False)
+    assert done.returncode == 4, done.stderr
+    assert "No space left on device. Free space there, then go on with: lorameter run --resume" in done.stderr
+    run = only_run()
+    assert run.damaged_lines == 0
+    ballast.unlink()
+    assert resumed().state == "complete"
+
+
+def test_a_disk_that_cannot_be_written_from_the_start_is_a_refusal(command, small_disk):
+    """Before anything was measured, so there is nothing to go on with."""
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    done = subprocess.run(command(), capture_output=True, text=True, check=False)
+    assert done.returncode == 4, done.stderr
+    assert "could not begin" in done.stderr
+    assert done.stderr.endswith("Read-only file system. Choose a folder that can be written.\n")
+
+
+def test_a_refusal_names_the_run_only_where_there_is_one(tmp_path):
+    """Before its manifest is there nothing can be gone on with."""
+    manifest = store.Manifest(
+        run="r", study={}, phases=("train",), interleaving="replicates", order=(), seed=0, created_unix_s=1.0,
+        provenance={}, fingerprint="f",
+    )  # fmt: skip
+    (tmp_path / "r").mkdir()
+    Path(tmp_path / "r" / "manifest.tmp").symlink_to("/dev/full")
+    with pytest.raises(
+        InvalidRunError, match=r"run r could not begin: .*No space left on device\. Free space there\.$"
+    ):
+        store.RunWriter(tmp_path, manifest)

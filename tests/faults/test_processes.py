@@ -1,0 +1,110 @@
+"""Measuring processes that die: each death is a row or an error with its reason, and nothing else is lost by it.
+
+What becomes of a trial whose own process or whose zygote dies is in tests/run/executors/test_local.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+
+import pytest
+
+from harness.errors import InvalidRunError
+from harness.run.executors import WorkerLostError
+from harness.run.executors.local import LocalExecutor, _Disk
+from harness.run.plan import make_plan
+from harness.run.site import Site, request_of
+
+DEADLY = [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGSEGV]
+
+
+@pytest.fixture
+def executor(tmp_path):
+    """One whose zygote is not needed."""
+    local = LocalExecutor()
+    local._disk = _Disk(tmp_path)
+    yield local
+    local.close()
+
+
+@pytest.fixture
+def doomed(executor, monkeypatch):
+    """A function that has the next process of a kind killed as soon as it is there."""
+
+    def doom(kind, number):
+        spawn = LocalExecutor._spawn
+
+        def spawn_and_kill(self, what, *arguments, **options):
+            process = spawn(self, what, *arguments, **options)
+            if what == kind:
+                os.kill(process.pid, number)
+            return process
+
+        monkeypatch.setattr(LocalExecutor, "_spawn", spawn_and_kill)
+
+    return doom
+
+
+@pytest.fixture
+def request_cold(executor, small_study):
+    """The request of a trial that has been trained."""
+    plan = make_plan(small_study)
+    slot = plan.slots[0]
+    site = Site(device="cpu", threads=1, tokens_path="t", tokens={"hash": "h"})
+    return request_of(plan, slot, site, executor.make_place(slot.trial, slot.trial))
+
+
+@pytest.mark.parametrize("number", DEADLY)
+def test_a_cold_interpreter_that_is_killed_is_a_row(executor, doomed, request_cold, number):
+    """Crashed, with the signal by its name."""
+    doomed("cold", number)
+    with pytest.raises(WorkerLostError, match=number.name) as lost:
+        executor.cold_start(request_cold)
+    assert (lost.value.status, lost.value.failure.kind) == ("crashed", "ColdStartFailed")
+
+
+def test_a_cold_interpreter_that_cannot_import_leaves_its_traceback(executor, request_cold, monkeypatch, tmp_path):
+    """What it printed before it died stands in the record; what was in the log before does not."""
+    (tmp_path / "torch.py").write_text("raise ImportError('broken on purpose')")
+    (tmp_path / "logs" / f"{request_cold.trial}.log").write_text("Traceback: of somebody else\n")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    try:
+        fragment = executor.cold_start(request_cold)
+        status, failure = fragment.status, fragment.failure
+    except WorkerLostError as lost:
+        status, failure = lost.status, lost.failure
+    assert status == "crashed"
+    assert "broken on purpose" in failure.message
+    assert "Traceback (most recent call last)" in failure.traceback
+    assert "somebody else" not in failure.traceback
+
+
+def test_a_cold_interpreter_without_memory_is_out_of_it(executor, request_cold):
+    """A limit below what the libraries need: its own status, with its traceback, and not another answer."""
+    protocol = dataclasses.replace(request_cold.protocol, memory_limit_bytes=2**20)
+    fragment = executor.cold_start(dataclasses.replace(request_cold, protocol=protocol))
+    assert fragment.status in ("oom", "crashed")  # whichever library meets the limit says so in its own words
+    assert "Traceback" in fragment.failure.traceback
+
+
+@pytest.mark.parametrize("number", DEADLY)
+def test_a_token_process_that_is_killed_ends_the_run_before_it_begins(executor, doomed, small_study, number):
+    """Nothing was measured; the message names the log."""
+    doomed("tokens", number)
+    with pytest.raises(InvalidRunError, match=r"tokens could not be prepared.*tokens\.log"):
+        executor.prepare_tokens(small_study.workload)
+
+
+@pytest.mark.parametrize("number", DEADLY)
+def test_a_zygote_that_is_killed_while_it_imports_ends_the_run_before_it_begins(doomed, tmp_path, number):
+    """Nothing was measured; the message names the signal and the log."""
+    doomed("zygote", number)
+    local = LocalExecutor()
+    local.start(tmp_path, 1)
+    try:
+        with pytest.raises(InvalidRunError, match=rf"did not start: .*{number.name}.*zygote\.log"):
+            local.hello()
+    finally:
+        local.close()

@@ -1,0 +1,249 @@
+"""Every way of telling a measurement to stop, at every place: a row for each trial, nothing finished is lost, nothing
+is left behind, the exit code is 4, and it can be gone on with."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+PRETENDED = Path(__file__).with_name("pretended.py")
+ASKED = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+
+
+@pytest.fixture(autouse=True)
+def temporary(tmp_path, monkeypatch):
+    """A folder of this test's own for temporary files, in which nothing may be left."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("number", ASKED)
+@pytest.mark.parametrize("place", ["r0-a:prepare", "r1-a:turn", "r1-b-solo:cold", "r2-b-solo:save_adapter"])
+def test_a_run_that_is_told_to_stop(number, place, tmp_path, command, stopped, only_run, resumed, temporary):
+    """Before, in and after its turns, and in a cold start."""
+    words = ["run", str(tmp_path / "small.toml"), "--phase", "train", "--phase", "cold", "--interleave", "lockstep"]
+    with stopped(command(*words, stop=place)) as process:
+        process.send_signal(number)
+        out, err = process.communicate()
+    assert process.returncode == 4
+    assert "This run is not complete (interrupted)" in out
+    assert "Traceback" not in err
+    run = only_run()
+    statuses = {record.trial: record.status for record in run.records}
+    assert list(statuses) == list(run.manifest.order)
+    assert statuses[place.partition(":")[0]] == "interrupted"
+    assert {record.status for record in run.records} <= {"ok", "interrupted", "not_run"}
+    earlier = [record for record in run.records if record.replicate < int(place[1])]
+    assert {record.status for record in earlier} <= {"ok"}
+    assert not list(temporary.iterdir())
+    whole = resumed()
+    assert {record.status for record in whole.records} == {"ok"}
+    assert whole.records[: len(earlier)] == tuple(earlier)
+
+
+@pytest.mark.parametrize("number", ASKED)
+def test_a_run_that_is_stopped_before_it_has_begun_leaves_nothing(number, command, stopped, runs, temporary):
+    """While its workers start: no folder of a run, and no word of a defect."""
+    with stopped(command(stop=":start")) as process:
+        process.send_signal(number)
+        _, err = process.communicate()
+    assert process.returncode == 4
+    assert err.endswith("lorameter: stopped\n")
+    assert not list(runs.iterdir())
+    assert not list(temporary.iterdir())
+
+
+def test_what_nohup_ignores_ends_nothing(command, stopped, only_run):
+    """HUP was ignored from the start, as under nohup: the run waits on, until it is told otherwise."""
+    ignore = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)  # noqa: E731
+    with stopped(command(stop="r1-a:turn"), preexec_fn=ignore) as process:
+        process.send_signal(signal.SIGHUP)
+        assert "r1-a" not in {record.trial for record in only_run().records}
+        process.terminate()
+        process.communicate()
+    assert process.returncode == 4
+
+
+def test_a_killed_run_leaves_a_folder_and_the_next_one_removes_it(command, stopped, temporary):
+    """KILL lets nothing be taken down; a folder of a live process, and one that is not ours, stay."""
+    foreign = temporary / "lorameter-somebody's"
+    foreign.mkdir()
+    with stopped(command(stop="r1-a:turn")) as process:
+        (left,) = set(temporary.iterdir()) - {foreign}
+        subprocess.run(command(), check=True, capture_output=True)
+        assert left.is_dir(), "its process lives"
+        process.kill()
+        process.communicate()
+    assert left.is_dir()
+    subprocess.run(command(), check=True, capture_output=True)
+    assert list(temporary.iterdir()) == [foreign]
+
+
+@pytest.mark.parametrize("number", ASKED)
+def test_a_profile_that_is_told_to_stop_leaves_nothing(number, tmp_path, command, stopped, runs, temporary):
+    """There is no half of one."""
+    with stopped(command("profile", f"{tmp_path / 'small.toml'}:a", stop="r0-a:warm_up")) as process:
+        process.send_signal(number)
+        _, err = process.communicate()
+    assert process.returncode == 4
+    assert err.endswith("lorameter: stopped\n")
+    assert not list(runs.iterdir())
+    assert not list(temporary.iterdir())
+
+
+CONFTEST = """
+import importlib.util, os
+import pytest
+spec = importlib.util.spec_from_file_location("pretended", os.environ["PRETENDED"])
+pretended = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(pretended)
+from harness.pytest_plugin import attach
+
+def pytest_configure(config):
+    pretended.local.LocalExecutor = pretended.Pretended
+    attach(config)
+"""
+BENCHMARK = """
+import pytest
+
+@pytest.mark.lorameter("train")
+def test_train(variant_name, replay):
+    replay()
+"""
+
+
+@pytest.mark.parametrize("number", ASKED)
+def test_a_session_of_pytest_that_is_told_to_stop(
+    number, tmp_path, command, stopped, runs, only_run, temporary, monkeypatch
+):
+    """The other front door: its run is saved and says so, and the session does not pass."""
+    (tmp_path / "conftest.py").write_text(CONFTEST)
+    (tmp_path / "test_small.py").write_text(BENCHMARK)
+    monkeypatch.setenv("PRETENDED", str(PRETENDED))
+    monkeypatch.setenv("STOP_AT", "r1-a:turn")
+    words = [sys.executable, "-m", "pytest", str(tmp_path), f"--lorameter-study={tmp_path / 'small.toml'}"]
+    options = ["--lorameter-interleave=lockstep", f"--lorameter-runs-dir={runs}", "-p", "no:cacheprovider"]
+    with stopped([*words, *options], cwd=tmp_path) as process:
+        process.send_signal(number)
+        out, _ = process.communicate()
+    assert process.returncode == 1, out
+    assert "This run is not complete (interrupted)" in out
+    statuses = {record.trial: record.status for record in only_run().records}
+    assert (statuses["r0-a"], statuses["r1-a"], statuses["r2-a"]) == ("ok", "interrupted", "not_run")
+    assert not list(temporary.iterdir())
+
+
+# --- an A/B -----------------------------------------------------------------------------------------------------------
+
+
+def git(folder, *arguments):
+    who = ("-c", "user.name=Test", "-c", "user.email=test@example.org")
+    done = subprocess.run(["git", "-C", str(folder), *who, *arguments], check=True, capture_output=True, text=True)
+    return done.stdout.splitlines()
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """Two commits of a package that is not lorameter, and the folder that one stands in."""
+    folder = tmp_path / "repository"
+    (folder / "gadget").mkdir(parents=True)
+    git(folder, "init", "--quiet", "--initial-branch=main")
+    for value in (1, 2):
+        (folder / "gadget" / "__init__.py").write_text(f"VALUE = {value}\n")
+        git(folder, "add", ".")
+        git(folder, "commit", "--quiet", "--message", str(value))
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def ab(tmp_path, command):
+    """A function that makes the command line of an A/B of the two commits."""
+
+    def made(stop="-"):
+        sides = ("--base", "HEAD~1", "--candidate", "HEAD", "--phase", "train", "--replicates", "2", "--variant", "a")
+        return command("ab", str(tmp_path / "small.toml"), *sides, stop=stop)
+
+    return made
+
+
+@pytest.mark.parametrize("number", ASKED)
+def test_an_ab_that_is_told_to_stop_takes_its_sides_down(number, ab, repository, stopped, temporary, only_run):
+    """Two worktrees and all of its folders are gone, and what was measured is there."""
+    with stopped(ab(stop="r1-a-base:turn")) as process:
+        assert len(git(repository, "worktree", "list")) == 3
+        process.send_signal(number)
+        process.send_signal(signal.SIGINT)  # whoever is impatient costs nothing
+        process.communicate()
+    assert process.returncode == 4
+    assert len(git(repository, "worktree", "list")) == 1
+    assert not list(temporary.iterdir())
+    records = only_run().records
+    assert {record.status for record in records if record.replicate == 0} == {"ok"}
+    assert next(record.status for record in records if record.trial == "r1-a-base") == "interrupted"
+
+
+def test_an_ab_that_was_killed_is_taken_down_by_the_next(ab, repository, stopped, temporary):
+    """Its worktrees and no others: that of a user who keeps one, and those of an A/B under way."""
+    git(repository, "worktree", "add", "--quiet", "--detach", str(temporary.parent / "mine"))
+    with stopped(ab(stop="r1-a-base:turn")) as process:
+        process.kill()
+        process.communicate()
+    assert len(git(repository, "worktree", "list")) == 4
+    with stopped(ab(stop="r1-a-base:turn")) as process:
+        assert len(git(repository, "worktree", "list")) == 4
+        done = subprocess.run(ab(), check=False, capture_output=True)
+        assert done.returncode in (0, 3)
+        assert len(git(repository, "worktree", "list")) == 4
+        process.terminate()
+        process.communicate()
+    assert len(git(repository, "worktree", "list")) == 2
+    assert not list(temporary.iterdir())
+
+
+# --- real processes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_no_process_outlives_a_run(number, tmp_path, command, temporary, runs):
+    """Real ones, as soon as they are there: the zygote imports and the tokens are made."""
+    words = [sys.executable, "-m", "harness.cli", *command()[4:]]
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        parent = psutil.Process(process.pid)
+        while len(children := parent.children(recursive=True)) < 2:
+            assert process.poll() is None
+        process.send_signal(number)
+    assert process.returncode == (-9 if number == signal.SIGKILL else 4)
+    _, alive = psutil.wait_procs(children, timeout=60)
+    assert not alive
+    assert (number == signal.SIGKILL) is bool(list(temporary.iterdir()))
+
+
+# --- two at once ------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_run_on_the_device_is_refused_or_waits(command, stopped, tmp_path):
+    """As asked: exit 4 and nothing measured, or measured when the first has ended; a stop ends the waiting as well."""
+    with stopped(command(stop="r1-a:turn")) as first:
+        words = ["run", str(tmp_path / "small.toml"), "--phase", "train"]
+        refused = subprocess.run(command(*words, "--if-busy", "refuse"), capture_output=True, text=True, check=False)
+        assert refused.returncode == 4
+        assert f"process {first.pid} measures on this device (cpu)" in refused.stderr
+        beside = subprocess.run(command(*words, "--if-busy", "share"), capture_output=True, check=False)
+        assert beside.returncode == 0
+        for stopping in (True, False):
+            with subprocess.Popen(
+                command(*words), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            ) as second:
+                while "waiting for its end" not in (line := second.stderr.readline()):
+                    assert line, "it has not waited"
+                (second if stopping else first).terminate()
+                second.communicate()
+            assert second.returncode == (4 if stopping else 0)

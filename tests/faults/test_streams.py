@@ -1,0 +1,145 @@
+"""Readers that go away, and outputs that cannot be written: what was measured is there, and no code is a verdict."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import kernels_check.__main__
+from harness.cli import main
+from harness.run.measure import Shielded
+from kernels_check.streams import EXIT_CLOSED_PIPE
+
+RUNS = Path(__file__).parents[1] / "golden" / "runs"
+
+
+@pytest.fixture
+def closed_pipe():
+    """The writing end of a pipe that nobody reads any more."""
+    read, write = os.pipe()
+    os.close(read)
+    yield write
+    os.close(write)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "list studies", "list models --json", "list runs", "report sound", "report sound --json", "claims swept",
+        "compare sound slower", "compare sound slower --json", "gate sound slower", "gate sound slower --format github",
+        "gate sound slower --format markdown", "estimate lora-or-qlora:lora-r16",
+    ],
+)  # fmt: skip
+def test_a_reader_that_has_seen_enough_ends_a_command_as_it_ends_others(line, closed_pipe, monkeypatch, capsys):
+    """The code of SIGPIPE, whatever the verdict would have been, and not a word."""
+    words = line.split()
+    words += ["--runs-dir", str(RUNS)]
+    with open(closed_pipe, "w", closefd=False) as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert main(words) == EXIT_CLOSED_PIPE == 128 + 13
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("words", [["rules"], ["rules", "--json"]])
+def test_so_it_ends_the_other_program(words, closed_pipe, monkeypatch, capsys):
+    """`python -m kernels_check` as `lorameter`; its tables, too."""
+    with open(closed_pipe, "w", closefd=False) as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert kernels_check.__main__.main(words) == EXIT_CLOSED_PIPE
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "program", [["harness.cli", "list", "models"], ["kernels_check", "rules"], ["harness.cli", "--help"]]
+)
+def test_the_end_of_the_process_adds_nothing(program, closed_pipe):
+    """What the interpreter still has in a buffer when it ends does not become its own complaint and 120."""
+    done = subprocess.run([sys.executable, "-m", *program], stdout=closed_pipe, stderr=subprocess.PIPE, check=False)
+    assert (done.returncode, done.stderr) == (EXIT_CLOSED_PIPE, b"")
+
+
+@pytest.mark.parametrize("program", [["harness.cli", "list", "models"], ["kernels_check", "rules"]])
+def test_a_full_disk_behind_the_output_is_said(program):
+    """One line and the code of what this machine could not do; no defect, no verdict."""
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", *program], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.returncode == 4
+    assert done.stderr.endswith("standard output cannot be written: No space left on device.\n")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("closing", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_streams_that_are_closed_from_the_start_lead_nowhere(closing, tmp_path, command, only_run):
+    """And no file takes their numbers: what was measured is whole and nothing was printed into it."""
+    line = " ".join(f"'{word}'" for word in command())
+    done = subprocess.run(f"{line} {closing}", shell=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0
+    run = only_run()
+    assert (run.state, run.damaged_lines, {record.status for record in run.records}) == ("complete", 0, {"ok"})
+
+
+@pytest.mark.parametrize("ends", ["stdout", "stderr", "both"])
+def test_a_measurement_whose_reader_has_gone_goes_on(ends, command, closed_pipe, only_run):
+    """Every trial is measured and saved; without its asides it ends as with them, without its report as others do."""
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    streams |= dict.fromkeys(("stdout", "stderr") if ends == "both" else (ends,), closed_pipe)
+    done = subprocess.run(command(), check=False, **streams)
+    assert done.returncode == (0 if ends == "stderr" else EXIT_CLOSED_PIPE)
+    run = only_run()
+    assert (run.state, {record.status for record in run.records}) == ("complete", {"ok"})
+    assert len(run.records) == len(run.manifest.order)
+
+
+def test_a_terminal_that_is_closed_loses_nothing(command, only_run):
+    """The asides go to a terminal whose other end closes before the first of them is written: reading and writing fail
+    there with EIO, and the display that draws on it is silent."""
+    master, slave = os.openpty()
+    with subprocess.Popen(command(), stdout=subprocess.PIPE, stderr=slave) as process:
+        os.close(slave)
+        os.close(master)
+        process.communicate()
+    assert process.returncode == 0
+    assert only_run().state == "complete"
+
+
+@pytest.mark.parametrize(
+    "error", [BrokenPipeError(), SystemExit(1), ValueError("I/O operation on closed file"), KeyError()]
+)
+def test_a_display_raises_nothing_into_the_loop(error):
+    """Whatever goes wrong in it: it is asked once and no more."""
+
+    class Broken:
+        asked = 0
+
+        def trial_phase(self, slot, phase):
+            Broken.asked += 1
+            raise error
+
+        starting = trial_ended = trial_phase
+
+    shielded = Shielded(Broken())
+    shielded.starting(None, "")
+    shielded.trial_phase(None, "")
+    shielded.trial_ended(None)
+    assert Broken.asked == 1
+
+
+def test_an_output_that_knows_ascii_only_shows_all_text(tmp_path):
+    """Other characters are escaped; one JSON document stays one."""
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0"}
+    for words in (["report", "sound"], ["compare", "sound", "slower", "--json"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "harness.cli", *words, "--runs-dir", str(RUNS)],
+            env=environment, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode in (0, 1)
+        assert done.stdout.isascii()
+        assert "Traceback" not in done.stderr
+        assert words[-1] != "--json" or json.loads(done.stdout)["schema"] == 1

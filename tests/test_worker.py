@@ -1,0 +1,57 @@
+"""The door of every measuring process: what comes through it ends with the process that started it."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+
+import psutil
+import pytest
+
+from harness.run.executors.local import worker_environment
+
+STARTER = """
+import os, subprocess, sys
+from harness.run.executors.local import worker_environment
+what, descriptor = sys.argv[1], int(sys.argv[2])
+child = subprocess.Popen(
+    [sys.executable, "-m", "harness.worker", what, str(descriptor)],
+    pass_fds=[descriptor], stdin=descriptor, env=worker_environment(1), start_new_session=True,
+)
+print(child.pid, flush=True)
+child.wait()
+"""
+"""Starts a measuring process as an executor does, and is there to be killed."""
+
+
+@pytest.mark.parametrize("what", ["zygote", "cold", "tokens"])
+def test_a_measuring_process_ends_with_its_parent(what):
+    """Killed without a word, while the child imports or waits; the connection stays open in this process, so its end
+    is not what the child sees."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with ours:
+        with theirs:
+            command = [sys.executable, "-c", STARTER, what, str(theirs.fileno())]
+            starter = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdout=subprocess.PIPE, text=True)
+        with starter:
+            child = psutil.Process(int(starter.stdout.readline()))
+            starter.kill()
+        _, alive = psutil.wait_procs([child], timeout=60)
+        assert not alive
+        ours.setblocking(False)
+        assert not ours.recv(1 << 16), "it came to its end by itself"
+
+
+def test_a_measuring_process_whose_parent_is_gone_does_not_begin():
+    """It died between the fork and the first instruction, when nothing was watched yet."""
+    environment = worker_environment(1) | {"LORAMETER_PARENT": str(os.getppid())}
+    done = subprocess.run(
+        [sys.executable, "-m", "harness.worker", "tokens"],
+        env=environment,
+        input=b"{}",
+        capture_output=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (1, b"", b"")
