@@ -77,7 +77,7 @@ def test_a_killed_run_leaves_a_folder_and_the_next_one_removes_it(command, stopp
     foreign.mkdir()
     with stopped(command(stop="r1-a:turn")) as process:
         (left,) = set(temporary.iterdir()) - {foreign}
-        subprocess.run(command(), check=True, capture_output=True)
+        subprocess.run([*command(), "--if-busy", "share"], check=True, capture_output=True)
         assert left.is_dir(), "its process lives"
         process.kill()
         process.communicate()
@@ -199,7 +199,7 @@ def test_an_ab_that_was_killed_is_taken_down_by_the_next(ab, repository, stopped
     assert len(git(repository, "worktree", "list")) == 4
     with stopped(ab(stop="r1-a-base:turn")) as process:
         assert len(git(repository, "worktree", "list")) == 4
-        done = subprocess.run(ab(), check=False, capture_output=True)
+        done = subprocess.run([*ab(), "--if-busy", "share"], check=False, capture_output=True)
         assert done.returncode in (0, 3)
         assert len(git(repository, "worktree", "list")) == 4
         process.terminate()
