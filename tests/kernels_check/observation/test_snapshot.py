@@ -353,13 +353,19 @@ def test_an_object_that_cannot_be_copied_whole_is_left(trained):
 
 
 def test_switches_of_the_process_stay_as_the_step_set_them(trained):
-    """Control: the default dtype is the process's, not the model's."""
+    """Control: how cuDNN chooses is the process's, not the model's."""
     model, _, step = trained
+    before = torch.backends.cudnn.benchmark
+
+    def switching():
+        step()
+        torch.backends.cudnn.benchmark = not before
+
     try:
-        verify(model, lambda: (step(), torch.set_default_dtype(torch.float64)), {}, instrument="spy")
-        assert torch.get_default_dtype() == torch.float64
+        verify(model, switching, {}, instrument="spy")
+        assert torch.backends.cudnn.benchmark is not before
     finally:
-        torch.set_default_dtype(torch.float32)
+        torch.backends.cudnn.benchmark = before
 
 
 def test_weights_packed_by_an_evaluation_step_are_unpacked_again(training):
