@@ -40,7 +40,7 @@ from harness.run.executors.environments import parse_requirements
 from harness.run.executors.host import read_answer
 from harness.run.forecast import measured_peaks
 from harness.run.measure import plan_study
-from harness.run.resume import plan_again, read_broken_off
+from harness.run.resume import check_place, plan_of, read_broken_off
 from harness.studies.study import Study
 from harness.studies.study_file import load_study, load_variant
 from harness.studies.workload import Workload
@@ -251,13 +251,18 @@ def readers_of_run(runs: Path) -> Iterator[Callable[[], str]]:
     yield lambda: printed(lambda: print_json(encode_run(view_of(run))))
     yield lambda: show(describe_claims(judge_claims(run)))
     yield lambda: _against(read_comparand("it", runs))
-    yield lambda: str(len(plan_again(read_broken_off("it", runs, study=None), _facts()).slots))
+    yield lambda: _gone_on_with(read_broken_off("it", runs, study=None))
 
     def sample() -> str:
         study = codec.from_json(Study, run.manifest.study, "it")
         return "".join(one.trained for one in read_samples(run, study.variants[0].name))[:0]
 
     yield sample
+
+
+def _gone_on_with(run) -> str:
+    check_place(run, _facts())
+    return str(len(plan_of(run).slots))
 
 
 @cache
