@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from harness.errors import InvalidRunError
 from harness.records.metrics import METRICS
 from harness.records.record import TrialRecord
 from harness.stats import compare_trials
@@ -177,7 +178,7 @@ def test_a_value_of_zero_has_no_ratio_in_either_direction():
     )
     for one in other.records:
         one.samples["turn_real_tokens"] = (0.0, 0.0)
-    with pytest.raises(ValueError, match="above zero"):
+    with pytest.raises(InvalidRunError, match="tokens_per_s of b: .* above zero"):
         compare_series(base, other, "tokens_per_s")
 
 
