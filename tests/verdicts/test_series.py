@@ -178,7 +178,7 @@ def test_a_value_of_zero_has_no_ratio_in_either_direction():
     )
     for one in other.records:
         one.samples["turn_real_tokens"] = (0.0, 0.0)
-    with pytest.raises(InvalidRunError, match="tokens_per_s of b: .* above zero"):
+    with pytest.raises(InvalidRunError, match=r"tokens_per_s of b: .* above zero"):
         compare_series(base, other, "tokens_per_s")
 
 
