@@ -12,7 +12,6 @@ import collections
 import contextlib
 import hashlib
 import importlib.metadata
-import importlib.util
 import json
 import os
 import re
@@ -22,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 from harness.errors import UsageError, redact
@@ -125,7 +125,9 @@ def _present_folders() -> list[str]:
 def _build(requirements: Sequence[str], out: Path, report: Callable[[str], object]) -> None:
     """Make the environment in `out`. It is run by its path only, so renaming it afterwards does no harm."""
     report(f"making an environment with {' '.join(requirements)}")
-    shared_pip = ["--without-pip"] if importlib.util.find_spec("pip") else []
+    # Asked of the path alone: the finder that setuptools installs takes a question about pip for an import of pip, and
+    # withdraws its distutils from this process for good. Whoever imports setuptools afterwards then fails.
+    shared_pip = ["--without-pip"] if PathFinder.find_spec("pip", _present_folders()) else []
     _run([sys.executable, "-m", "venv", *shared_pip, str(out)], requirements, lambda line: None)
     python = out / "bin" / "python"
     # addsitedir, unlike a line with a path, processes the .pth files there: editable installs go on working.

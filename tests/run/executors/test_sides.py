@@ -406,6 +406,20 @@ def test_an_environment_is_made_once(index, cache):
     assert lines == []
 
 
+def test_this_process_can_build_extensions_afterwards(tmp_path):
+    """Asking Python's finders about pip has setuptools give up its distutils for good; torch's extensions need it."""
+    code = (
+        "import pathlib, sys\n"
+        "from harness.run.executors import environments\n"
+        "environments._run = lambda *_: None\n"
+        "environments.site_packages = lambda python: pathlib.Path(sys.argv[1])\n"
+        "environments._build(['packaging'], pathlib.Path(sys.argv[1]), print)\n"
+        "import torch.utils.cpp_extension\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 def test_environments_that_nobody_uses_are_removed(index, cache):
     """Those that no A/B has asked for in a month; not one that another process makes or takes down now."""
     python = layered_environment([OLD_PACKAGING], cache, report=silent)
