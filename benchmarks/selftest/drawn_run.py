@@ -8,7 +8,6 @@ beside it, recomputation, modes. Two runs of one seed are twins. What a run is m
 from __future__ import annotations
 
 import copy
-import itertools
 import random
 import threading
 from collections.abc import Callable
@@ -16,14 +15,14 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from drawn_layers import WORDS, Attending, Decoder
-from drawn_model import PAD, draw_model
+from drawn_inputs import draw_inputs
+from drawn_layers import Attending, Decoder
+from drawn_model import draw_model
 from drawn_optimizer import draw_optimizers
 from drawn_truth import Drawn, Truth, freer, true
 from torch import Tensor, nn
 from torch.nn import functional
 
-ROWS, LENGTH = 2, 12
 OPERATORS = (
     "attention.backend", "attention.dtype", "attention.mask", "optimizer.fused", "base.gemm_path", "base.compute_dtype",
     "lora.learning",
@@ -48,6 +47,8 @@ class DrawnRun:
         self.second: Any = None
         self.average: Any = None
         self.schedule: Any = None
+        self.inputs: dict[str, Tensor] = {}
+        self.labels: Any = None
         self.batch: dict[str, Any] | None = None
         self.accumulate = draw.choice([1, 1, 2, 3])
         self.modes = [True] * self.accumulate
@@ -57,7 +58,7 @@ class DrawnRun:
         self.by_closure, self.in_thread = draw.random() < 0.1, draw.random() < 0.03
         self.after: list[Callable[[], None]] = []
         """What is done to the run behind each update."""
-        self._draw_inputs(draw)
+        draw_inputs(self, draw)
         self._draw_precision(draw)
         self._draw_modes(draw)
         self._draw_recomputation(draw)
@@ -75,49 +76,6 @@ class DrawnRun:
     @property
     def _blocks(self) -> bool:
         return self.drawn.style == "plain"
-
-    def _draw_inputs(self, draw: random.Random) -> None:
-        """Whole rows, padded rows, or records packed into a row."""
-        self.inputs: dict[str, Tensor] = {"input_ids": torch.randint(3, WORDS, (ROWS, LENGTH))}
-        self.labels = self.inputs["input_ids"].clone()
-        layout = draw.choice(["whole", "padded", "padded"]) if draw.random() < 0.4 else "whole"
-        if self._blocks and draw.random() < 0.3:
-            layout = "packed"
-        hidden = self._blocks
-        self.truths["padding.share"] = true(0.0, hidden=hidden or self.drawn.held)
-        if layout == "padded":
-            cut = draw.randint(1, LENGTH // 2)
-            mask = torch.ones(ROWS, LENGTH, dtype=torch.long)
-            mask[0, LENGTH - cut :] = 0
-            self.inputs["input_ids"][0, LENGTH - cut :] = PAD
-            self.labels[0, LENGTH - cut :] = -100
-            share = cut / (ROWS * LENGTH)
-            honest = draw.random() < 0.8
-            self.inputs["attention_mask"] = mask if honest else torch.ones_like(mask)
-            self.truths["padding.share"] = true(share, hidden=not honest or hidden)
-            self.about.append("padded" if honest else "padded under a mask of ones")
-            if not self._blocks and honest and not any("elementwise" in one for one in self.about):
-                self.truths["attention.mask"] = true("explicit")
-        elif layout == "packed":
-            starts = sorted(draw.sample(range(2, LENGTH - 1), draw.randint(1, 3)))
-            bounds = [0, *starts, LENGTH]
-            places = torch.cat([torch.arange(end - start) for start, end in itertools.pairwise(bounds)])
-            self.inputs["position_ids"] = places.expand(ROWS, -1).clone()
-            self.batch = dict(self.inputs)
-            trunk = self._trunk()
-            hows = [layer.attention.how for layer in self.drawn.layers]
-            masked = all(how.seen_mask == "explicit" for how in hows)
-            if draw.random() < 0.4:
-                trunk.merges = draw.randint(1, len(starts))
-            certain = not any("dropout" in how.kind for how in hows)
-            isolated = masked and trunk.merges is None
-            self.truths["packing.isolated"] = true(isolated, hidden=not certain)
-            if not masked:  # a single layer that does not mask lets records through, if its own mixing is large enough
-                self.truths["packing.isolated"] = true(False, hidden=True)
-            self.about.append("packed" if isolated else "packed, a boundary lost")
-
-    def _trunk(self) -> Any:
-        return next(module for module in self.model.modules() if isinstance(module, Decoder))
 
     def _draw_precision(self, draw: random.Random) -> None:
         self.around: Callable[[], AbstractContextManager[Any]] = nullcontext

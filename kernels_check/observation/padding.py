@@ -5,7 +5,7 @@ mask that reaches attention has been expanded, and has no meaning of its own. So
 none of them alone is believed: a mask of ones may lie over padded rows, and the token that pads need not be the one in
 the configuration. What a mask hides is padding. So is a run of one token at either end of a record, if anything says
 so: labels of -100 all over it, positions that stand still, or a configuration that names the token. A run of which
-nothing says so may be text (``"!!!"``), and is counted apart.
+nothing says so may be text (``"!!!"``), and is counted apart; so is a single token there that is named as padding.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class PaddingSeen:
     padded: int
     """Positions that are padding by all that is known."""
     doubtful: int = 0
-    """Further positions in runs of one token at the end of a record, of which nothing says what they are."""
+    """Further positions at the end of a record, in runs of one token or of a token that pads, which may be text."""
     by: tuple[str, ...] = ()
     """What told."""
     by_call: tuple[tuple[int, int], ...] = ()
@@ -48,12 +48,11 @@ def count_padding(model: nn.Module, calls: Sequence[ModelCall]) -> PaddingSeen |
     trained = training_calls(calls)
     if not trained:
         return None
-    ends = special_tokens(model, ("pad", "eos", "bos"))
-    holders = special_tokens(model) - ends
+    named = _Named.by(model)
     told, counts, doubtful, unseen = set[str](), list[tuple[int, int]](), 0, None
     given = [one for outer in trained for one in outer.told(names_tokens) or [outer]]
     for call in [one for encoded in given for one in (encoded, *_decoded(encoded))]:
-        counted = _Counted.read(call, ends, holders)
+        counted = _Counted.read(call, named)
         if counted is None:
             unseen = f"a call of {type(call.module).__name__} was given no tokens of [rows, tokens]"
             continue
@@ -86,6 +85,25 @@ def _decoded(call: ModelCall) -> Iterator[ModelCall]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class _Named:
+    """Tokens that the configuration names."""
+
+    ends: frozenset[int]
+    """They end texts, begin them, or pad."""
+    pads: frozenset[int]
+    """They pad, and are named for nothing else."""
+    holders: frozenset[int]
+    """They repeat for another reason, such as the places of an image."""
+
+    @classmethod
+    def by(cls, model: nn.Module) -> _Named:
+        """Read the configurations of a model."""
+        ends = special_tokens(model, ("pad", "eos", "bos"))
+        others = special_tokens(model, but=("pad",))
+        return cls(ends=ends, pads=ends - others, holders=others - ends)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Counted:
     """The padding of one call, [rows, tokens]."""
 
@@ -95,14 +113,8 @@ class _Counted:
     unseen: str | None = None
 
     @classmethod
-    def read(cls, call: ModelCall, special: frozenset[int], holders: frozenset[int]) -> _Counted | None:
-        """Count one call; None where it had no tokens.
-
-        Args:
-            call: of the model.
-            special: tokens that end texts or pad.
-            holders: tokens that repeat for another reason, such as the places of an image.
-        """
+    def read(cls, call: ModelCall, tokens: _Named) -> _Counted | None:
+        """Count one call; None where it had no tokens."""
         found = find_tokens(call.arguments)
         if found is None:
             return None
@@ -121,11 +133,12 @@ class _Counted:
             )
         ids = found[1]
         masked = torch.zeros_like(ids, dtype=torch.bool) if hidden is None else hidden.to(ids.device)
-        runs, spare = _end_runs(ids, _records(call, rows, length).numbers.to(ids.device))
-        runs &= ~_among(ids, holders)
+        numbers = _records(call, rows, length).numbers.to(ids.device)
+        runs, spare = _end_runs(ids, numbers)
+        runs &= ~_among(ids, tokens.holders)
         ignored = _ignored(call.arguments.get("labels"), runs, spare)
-        still = runs & _standing(call.arguments.get("position_ids"), ids)
-        named = runs & ~spare & _among(ids, special)
+        still = runs & _standing(call.arguments.get("position_ids"), numbers)
+        named = runs & ~spare & _among(ids, tokens.ends)
         by_mask = runs & ~spare & torch.isin(ids, ids[masked].unique())
         for what, where in (("labels of -100", ignored), ("positions that stand still", still)):
             told |= {what} if bool((where & ~masked).any()) else set()
@@ -133,7 +146,9 @@ class _Counted:
             told.add(f"runs of token {token} at the ends of the records")
         padded = masked | ignored | still | named | by_mask
         # Where a mask hides anything, it was made for these rows, and what else repeats in them is text.
-        doubtful = runs & ~spare & ~padded & ~masked.any()
+        # The last before the text, too, and one alone: what is named as nothing but padding hardly is a word.
+        nothing_else = (runs | _ends(numbers)) & _among(ids, tokens.pads)
+        doubtful = ((runs & ~spare) | nothing_else) & ~padded & ~masked.any()
         return cls(padded=padded, doubtful=doubtful, told=frozenset(told))
 
 
@@ -165,6 +180,13 @@ def _end_runs(ids: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
     return (head | tail) & (numbers != PADDING), (head_inner & ~whole) | (tail_inner & ~whole) | (head_inner & whole)
 
 
+def _ends(numbers: Tensor) -> Tensor:
+    """The first and the last token of each record."""
+    ends = torch.ones_like(numbers, dtype=torch.bool)
+    ends[:, 1:-1] = (numbers[:, 1:-1] != numbers[:, :-2]) | (numbers[:, 1:-1] != numbers[:, 2:])
+    return ends & (numbers != PADDING)
+
+
 def _leading_runs(ids: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens of two or more equal ones from the beginning of their record, and of those the last."""
     same, begins = torch.zeros_like(ids, dtype=torch.bool), torch.ones_like(ids, dtype=torch.bool)
@@ -187,13 +209,13 @@ def _ignored(labels: Any, runs: Tensor, spare: Tensor) -> Tensor:
     return runs & ~spare & labels.eq(_IGNORED).to(runs.device)
 
 
-def _standing(positions: Any, ids: Tensor) -> Tensor:
-    """Where a position is that of the token before or after it."""
-    if not isinstance(positions, Tensor) or positions.dim() not in (1, 2) or positions.shape[-1] != ids.shape[1]:
-        return torch.zeros_like(ids, dtype=torch.bool)
-    rows = (positions.unsqueeze(0) if positions.dim() == 1 else positions).expand_as(ids).to(ids.device)
-    still = torch.zeros_like(ids, dtype=torch.bool)
-    equal = rows[:, 1:] == rows[:, :-1]
+def _standing(positions: Any, numbers: Tensor) -> Tensor:
+    """Where a position is that of the token before or after it in the same record: each record begins at the same."""
+    still = torch.zeros_like(numbers, dtype=torch.bool)
+    if not isinstance(positions, Tensor) or positions.dim() not in (1, 2) or positions.shape[-1] != numbers.shape[1]:
+        return still
+    rows = (positions.unsqueeze(0) if positions.dim() == 1 else positions).expand_as(numbers).to(numbers.device)
+    equal = (rows[:, 1:] == rows[:, :-1]) & (numbers[:, 1:] == numbers[:, :-1])
     still[:, 1:] |= equal
     still[:, :-1] |= equal
     return still
@@ -208,7 +230,7 @@ def describe(padding: PaddingSeen) -> str:
         text += f" (by call: {name_some(f'{padded} of {total}' for padded, total in padding.by_call)})"
     if padding.doubtful:
         text += (
-            f"; {padding.doubtful} more repeat one token up to the end of a record, of which neither mask, labels nor "
-            "configuration say whether they are text"
+            f"; {padding.doubtful} more at the ends of records repeat one token, or are one that pads, and nothing says "
+            "whether they are text"
         )
     return text

@@ -34,12 +34,12 @@ def other_tokens(tokens: Tensor, model: nn.Module) -> tuple[Tensor, Tensor]:
     return known[following], changeable
 
 
-def special_tokens(model: nn.Module, kinds: tuple[str, ...] = ("",)) -> frozenset[int]:
-    """Ids that the model's configurations name, of some kinds (``pad``, ``eos``) or of all."""
+def special_tokens(model: nn.Module, kinds: tuple[str, ...] = ("",), *, but: tuple[str, ...] = ()) -> frozenset[int]:
+    """Ids that the model's configurations name, of some kinds (``pad``, ``eos``) or of all but some."""
     found: set[int] = set()
     for config in _configs(model):
         for name, value in vars(config).items():
-            if name.endswith(("_token_id", "_token_index")) and name.startswith(kinds):
+            if name.endswith(("_token_id", "_token_index")) and name.startswith(kinds) and not name.startswith(but):
                 found.update(one for one in (value if isinstance(value, list | tuple) else [value]) if _is_id(one))
     return frozenset(found)
 
