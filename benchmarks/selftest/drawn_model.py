@@ -11,10 +11,9 @@ from typing import Any
 
 from drawn_adapter import adapt
 from drawn_layers import BACKEND, HEADS, KINDS, UNRECOGNISABLE, WIDTH, WORDS, Attending, Decoder, masks_of, registered
-from drawn_truth import DTYPES, Drawn, Stored, Truth, true
+from drawn_storage import quantise
+from drawn_truth import DTYPES, Drawn, Truth, true
 from torch import nn
-
-from kernels_check.controls.small_run import fourbit
 
 PAD = 0
 
@@ -35,7 +34,7 @@ class Held(nn.Module):
 def draw_model(draw: random.Random) -> Drawn:
     """Build a model: a plain one of torch, or one of transformers."""
     drawn = _plain(draw) if draw.random() < 0.7 else _transformers(draw)
-    _quantise(drawn, draw)
+    quantise(drawn, draw)
     adapt(drawn, draw)
     name = draw.choice([None, None, "inner", "lora_model", "base_model", "adapter.lora_A"])
     if name is not None:
@@ -135,46 +134,3 @@ def _transformers(draw: random.Random) -> Drawn:
     drawn.about += ["mixed attention"] if len({BACKEND[kind] for kind in kinds}) > 1 else []
     drawn.about += ["pruned"] if pruned else []
     return drawn
-
-
-def _linears(model: nn.Module) -> dict[str, nn.Module]:
-    """Linear layers of the blocks, by name; those that adapters leave alone are left out."""
-    from transformers.pytorch_utils import Conv1D
-
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if type(module) in (nn.Linear, Conv1D) and "lm_head" not in name
-    }
-
-
-def _quantise(drawn: Drawn, draw: random.Random) -> None:
-    """Store linear layers in fewer bits: all, or all but some."""
-    import bitsandbytes as bnb
-
-    dtype = next(name for name in DTYPES if name in drawn.about)
-    how = draw.choice(["none", "none", "nf4", "nf4", "fp4", "int8"])
-    linears = _linears(drawn.model)
-    whole = Stored(bits=32 if dtype == "float32" else 16, compute=dtype)
-    drawn.stored = dict.fromkeys(linears, whole)
-    if how == "none":
-        return
-    rows = [name for name, linear in linears.items() if type(linear) is nn.Linear]
-    skipped = {name for name in rows if draw.random() < 0.3} if draw.random() < 0.4 else set()
-    double, compute = draw.random() < 0.5, draw.choice(list(DTYPES))
-    for name in sorted(set(rows) - skipped):
-        linear: Any = linears[name]
-        small: Any
-        if how == "int8":
-            small = bnb.nn.Linear8bitLt(
-                linear.in_features, linear.out_features, linear.bias is not None, has_fp16_weights=False
-            )
-            small.weight = bnb.nn.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
-            drawn.stored[name] = Stored(bits=8, quant="int8", compute=None)
-        else:
-            small = fourbit(linear, quant_type=how, double=double, compute=DTYPES[compute])
-            drawn.stored[name] = Stored(bits=4, quant=how, double=double, compute=compute)
-        small.bias = linear.bias
-        parent, _, last = name.rpartition(".")
-        setattr(drawn.model.get_submodule(parent), last, small.to("cpu"))
-    drawn.about += [how, *(["some layers skipped by the quantiser"] if skipped else [])]

@@ -19,7 +19,7 @@ from drawn_inputs import draw_inputs
 from drawn_layers import Attending, Decoder
 from drawn_model import draw_model
 from drawn_optimizer import draw_optimizers
-from drawn_truth import Drawn, Truth, freer, true
+from drawn_truth import Drawn, Truth, at_least, freer, true
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -65,6 +65,7 @@ class DrawnRun:
         self._draw_company(draw)
         draw_optimizers(self, draw)
         self.truths["compile"] = true(False)
+        self.truths["compile.share"] = true(free={0.0}) if self.company == "trained copy" else at_least(0.0)
         self.warm = draw.randint(0, 2)
         self.about += [f"accumulates {self.accumulate}"] if self.accumulate > 1 else []
         if self.in_thread:
@@ -119,7 +120,7 @@ class DrawnRun:
         return [one for one in self.about if one.startswith("attention ")]
 
     def _draw_recomputation(self, draw: random.Random) -> None:
-        self.truths["checkpointing"] = true(False)
+        self.truths["checkpointing"], self.truths["checkpointing.layers"] = true(False), at_least(0.0)
         number = len(self.drawn.layers)
         if draw.random() < 0.65:
             return
@@ -128,22 +129,26 @@ class DrawnRun:
             self.drawn.adapted.base_model.model.gradient_checkpointing_enable({"use_reentrant": draw.random() < 0.5})
             self.drawn.adapted.base_model.model.enable_input_require_grads()
             # transformers recomputes in training mode alone
-            self.truths["checkpointing"] = true(self.modes[0]) if len(set(self.modes)) == 1 else true()
+            always = len(set(self.modes)) == 1
+            self.truths["checkpointing"] = true(self.modes[0]) if always else true()
+            self.truths["checkpointing.layers"] = at_least(float(all(self.modes)))
             return
         way = draw.choice(["all", "some", "mlp", "half"])
         reentrant = draw.random() < 0.3
         for place, layer in enumerate(self.drawn.layers):
             layer.reentrant = reentrant
             layer.recomputes = {"some": "all" if place == 0 else "none", "half": "all"}.get(way, way)
-        self.truths["checkpointing"] = true(True)
+        self.truths["checkpointing"], self.truths["checkpointing.layers"] = true(True), at_least(1.0)
         if way == "mlp":
             self.truths["checkpointing"] = true(free={True})
+            self.truths["checkpointing.layers"] = at_least(0.0, 1.0)
         elif way == "some" and number > 1:
             self.truths["checkpointing"] = true()
+            self.truths["checkpointing.layers"] = at_least(1 / number)
         elif way == "half" and self.accumulate > 1:
             self.recomputes = ["all" if place else "none" for place in range(self.accumulate)]
             self.recomputes_half = True
-            self.truths["checkpointing"] = true()
+            self.truths["checkpointing"], self.truths["checkpointing.layers"] = true(), at_least(0.0)
         self.about.append(f"recomputes {way}")
 
     def _draw_company(self, draw: random.Random) -> None:
@@ -171,7 +176,7 @@ class DrawnRun:
 
     def _nobody_calls(self) -> None:
         """Little is true of a model that nobody calls: how it lies there."""
-        lies = ("base.bits", "base.quant_type", "base.double_quant", "base.frozen", "lora.dtype", "base.compute_dtype")
+        lies = {path for path in self.truths if path.startswith("base.") and path != "base.gemm_path"} | {"lora.dtype"}
         for path, now in self.truths.items():
             self.truths[path] = freer(now) if path in lies else true()
         if self.batch is not None:
@@ -179,7 +184,7 @@ class DrawnRun:
         self.truths["lora.attached"] = self.truths["lora.learning"] = true(free={False})
         self.truths["mode"] = true(free={"train", "eval"})
         self.truths["padding.share"] = true(free=self.truths["padding.share"].holds | {0.0})
-        self.truths["checkpointing"] = true(free={False})
+        self.truths["checkpointing"], self.truths["checkpointing.layers"] = true(free={False}), true(free={0.0})
         self.truths["lora.dropout"] = true(free={0.0, 0.05, 0.1})
 
     def step(self) -> float:

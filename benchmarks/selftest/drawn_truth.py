@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+"""What may be required of a path whose requirement is the least share."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +27,12 @@ class Truth:
 def true(*holds: Any, free: Any = (), hidden: bool = False) -> Truth:
     """Truth of a path for which these requirements hold."""
     return Truth(holds=frozenset(holds), free=frozenset(free), hidden=hidden)
+
+
+def at_least(share: float, most: float | None = None) -> Truth:
+    """Truth of a path that requires a share of at least so much; between the two, the words do not say."""
+    most = share if most is None else most
+    return true(*(one for one in SHARES if one <= share), free=[one for one in SHARES if share < one <= most])
 
 
 def freer(truth: Truth) -> Truth:

@@ -35,7 +35,7 @@ from typing import Any
 
 import torch
 from drawn_run import DrawnRun
-from drawn_truth import Truth
+from drawn_truth import SHARES, Truth
 
 import kernels_check
 from kernels_check.controls import random_run
@@ -50,6 +50,7 @@ CANDIDATES: dict[str, tuple[Any, ...]] = {
     "packing.isolated": (True, False),
     "padding.share": (0.0,),
     "base.bits": (4, 8, 16, 32),
+    "base.bytes_in_4bit": SHARES,
     "base.quant_type": ("nf4", "fp4", "int8", "none"),
     "base.double_quant": (True, False),
     "base.compute_dtype": ("float32", "bfloat16"),
@@ -62,7 +63,9 @@ CANDIDATES: dict[str, tuple[Any, ...]] = {
     "optimizer.class": ("torch.optim.AdamW", "torch.optim.Adam", "torch.optim.SGD"),
     "optimizer.fused": (True, False),
     "checkpointing": (True, False),
+    "checkpointing.layers": SHARES,
     "compile": (True, False),
+    "compile.share": SHARES,
     "mode": ("train", "eval"),
 }
 """What may be required of each path."""

@@ -230,7 +230,7 @@ def describe(padding: PaddingSeen) -> str:
         text += f" (by call: {name_some(f'{padded} of {total}' for padded, total in padding.by_call)})"
     if padding.doubtful:
         text += (
-            f"; {padding.doubtful} more at the ends of records repeat one token, or are one that pads, and nothing says "
-            "whether they are text"
+            f"; {padding.doubtful} more at the ends of records repeat one token, or are one that pads, and nothing "
+            "says whether they are text"
         )
     return text
