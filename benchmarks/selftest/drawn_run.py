@@ -110,11 +110,15 @@ class DrawnRun:
             self.evaluates = True
             self.about.append("evaluates inside the step")
             if any("Multihead" in one or "dropout" in one for one in self._kinds()):
-                for path in ("attention.backend", "attention.mask"):  # an answer without gradients goes another way
-                    self.truths[path] = freer(self.truths[path])
+                self._answers_otherwise()
         if not all(self.modes) and "attention math by dropout" in self.about:
             free = {"flash", "math", "fused"}
             self.truths["attention.backend"] = true(free=free if len(self._kinds()) == 1 else ())
+
+    def _answers_otherwise(self) -> None:
+        """An answer of nn.MultiheadAttention without gradients goes another way, which has no name."""
+        for path in ("attention.backend", "attention.dtype", "attention.mask"):
+            self.truths[path] = freer(self.truths[path])
 
     def _kinds(self) -> list[str]:
         return [one for one in self.about if one.startswith("attention ")]
@@ -135,6 +139,8 @@ class DrawnRun:
             return
         way = draw.choice(["all", "some", "mlp", "half"])
         reentrant = draw.random() < 0.3
+        if reentrant and not all(self.modes) and any("Multihead" in one for one in self._kinds()):
+            self._answers_otherwise()  # a checkpoint of the reentrant kind switches gradients off
         for place, layer in enumerate(self.drawn.layers):
             layer.reentrant = reentrant
             layer.recomputes = {"some": "all" if place == 0 else "none", "half": "all"}.get(way, way)

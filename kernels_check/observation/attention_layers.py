@@ -4,13 +4,13 @@ Which modules are attention layers is read off the step: a module that ran an im
 what stands where it stands in the other blocks of the model, or is of its class. Of those every call must have run an
 implementation that is known: one that was written by hand, or bypassed, leaves a call without any. A block of another
 kind (a recurrent or convolutional layer of a hybrid, a feed-forward layer in a flat sequence) is told by the model's
-own configuration, by its library, or by doing nothing that mixes tokens.
+own configuration, by its library, or by letting no token see another in a way that is not known (see ``mixing``).
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,7 +56,11 @@ class AttentionLayers:
 
 
 def attention_layers(
-    model: nn.Module, calls: Calls, attention: Sequence[AttentionCall], mixing: Collection[int] = ()
+    model: nn.Module,
+    calls: Calls,
+    attention: Sequence[AttentionCall],
+    mixing: Collection[int] = (),
+    asked: Callable[[Collection[str]], Collection[str]] = frozenset,
 ) -> AttentionLayers:
     """Attribute the attention of one step.
 
@@ -65,6 +69,7 @@ def attention_layers(
         calls: of its modules.
         attention: all calls of the step.
         mixing: numbers of the module calls that did what attention is written out with (``StepProfile.mixing``).
+        asked: tells which of some modules mix tokens for all that; unless they can be asked, all may.
     """
     forward = [call for call in attention if call.direction == "forward"]
     inside = [call for call in forward if call.call is not None and call.call in calls.relevant]
@@ -77,7 +82,7 @@ def attention_layers(
         ran.setdefault(calls.all[call.call or 0].name, []).append(call)
     return AttentionLayers(
         forward={name: tuple(found) for name, found in ran.items()},
-        unknown=_Search(model, calls, ours, mixing, blocks).unknown(),
+        unknown=_Search(model, calls, ours, mixing, asked, blocks).unknown(),
         compiled=tuple(whole),
         elsewhere=tuple(call for call in forward if call.call is None and not call.compiled),
         aside=tuple(call for call in forward if call.call is not None and call.call not in calls.relevant),
@@ -141,6 +146,7 @@ class _Search:
     calls: Calls
     ours: Sequence[AttentionCall]
     mixing: Collection[int]
+    asked: Callable[[Collection[str]], Collection[str]]
     announced: str | None = None
     """Name of the list of blocks that the configuration announces."""
     modules: dict[str, nn.Module] = field(default_factory=dict)
@@ -155,34 +161,39 @@ class _Search:
         for call in self.ours:
             self.covered.update(self.calls.enclosing(call.call))
         found: dict[str, int] = {}
-        for name in self._candidates():
+        doubtful = dict[str, int]()
+        for name, sure in self._candidates():
             missing = [number for number in self.calls.called(name) if number not in self.covered]
             if missing:
-                found[name] = len(missing)
+                (found if sure else doubtful)[name] = len(missing)
+        doubtful = {name: count for name, count in doubtful.items() if name not in found}
+        if doubtful:
+            found |= {name: doubtful[name] for name in self.asked(doubtful.keys())}
         # The outermost says it: what is inside a block that ran no attention ran none either.
         return {name: count for name, count in found.items() if not _inside_any(name, found)}
 
-    def _candidates(self) -> Iterator[str]:
+    def _candidates(self) -> Iterator[tuple[str, bool]]:
+        """Modules in which attention should have run, and whether it is sure of them; else only if they mix tokens."""
         layers = {self.calls.all[call.call or 0].name for call in self.ours}
         kinds = {type(self.modules[name]) for name in layers if name}
         slots = {_pattern(name) for name in layers}
-        yield from layers
+        yield from ((name, True) for name in layers)
         for name, module in self.modules.items():
             if name in layers:
                 continue
             if type(module) in kinds or _pattern(name) in slots:
                 beside = [type(self.modules[layer]) for layer in layers if _pattern(layer) == _pattern(name)]
                 in_sequence = type(module) not in kinds and name.rpartition(".")[2].isdigit()
-                if not self._is_of_another_kind(name, beside) and (not in_sequence or self._mixes_tokens(name)):
-                    yield name
+                if not self._is_of_another_kind(name, beside):
+                    yield name, not in_sequence or self._mixes_tokens(name)
         announced = [f"{name}.{index}" for name in filter(None, [self.announced]) for index in self._indices(name)]
         if not any(layer == name or layer.startswith(f"{name}.") for layer in layers for name in announced):
             # What attention there was ran beside the blocks: in a head, or in the tower of another modality.
-            yield from (name for name in announced if not self._is_of_another_kind(name, []))
+            yield from ((name, True) for name in announced if not self._is_of_another_kind(name, []))
         for block, inside in self._blocks(layers):
             for name in self._siblings(block):
-                if self._must_attend(name, block, inside, layers):
-                    yield name
+                if self._may_have_to_attend(name, block, inside, layers):
+                    yield name, self._passes_by(name, block, inside) or self._mixes_tokens(name)
 
     def _blocks(self, layers: set[str]) -> Iterator[tuple[str, str]]:
         """Each numbered block around a layer, and the layer's path within; one of each pattern."""
@@ -202,18 +213,17 @@ class _Search:
         pattern = _pattern(block)
         yield from (name for name in self.modules if name != block and _pattern(name) == pattern)
 
-    def _must_attend(self, name: str, block: str, inside: str, layers: set[str]) -> bool:
-        """Whether a block beside one with attention must have had it, too."""
+    def _may_have_to_attend(self, name: str, block: str, inside: str, layers: set[str]) -> bool:
+        """Whether a block beside one with attention may have had to attend, too."""
         if any(layer.startswith(f"{name}.") for layer in layers):
             return False
         if self._is_of_another_kind(name, [type(self.modules[block])]):
             return False
-        slot = self.modules.get(f"{name}.{inside}")
-        if slot is not None and self.calls.ran(f"{name}.{inside}"):
-            return False  # judged by itself
-        if type(self.modules[name]) is type(self.modules[block]) and slot is not None:
-            return True  # the layer is there and was passed by
-        return self._mixes_tokens(name)
+        return not self.calls.ran(f"{name}.{inside}")  # what ran in the place of attention is judged by itself
+
+    def _passes_by(self, name: str, block: str, inside: str) -> bool:
+        """Whether a block of the same kind has the layer and did not call it."""
+        return type(self.modules[name]) is type(self.modules[block]) and f"{name}.{inside}" in self.modules
 
     def _is_of_another_kind(self, name: str, beside: Sequence[type]) -> bool:
         """Whether the configuration or the library says that this is no attention."""

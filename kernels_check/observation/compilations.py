@@ -62,8 +62,10 @@ def read() -> Compilations:
 
 
 @contextmanager
-def compiler_held() -> Iterator[None]:
+def compiler_held(stance: str = "eager_on_recompile") -> Iterator[None]:
     """Start no compilation: what is compiled already runs, all else runs eagerly. Nothing to hold where none is loaded.
+
+    Under ``force_eager`` what is compiled runs eagerly, too.
 
     A hook or a dispatch mode that a compiler met would be traced into the code, which keeps it for good.
     """
@@ -72,7 +74,7 @@ def compiler_held() -> Iterator[None]:
         return
     from torch import compiler
 
-    with compiler.set_stance("eager_on_recompile"):
+    with compiler.set_stance(stance):
         yield
 
 

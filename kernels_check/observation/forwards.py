@@ -80,6 +80,10 @@ class Forwards:
             )
         return found
 
+    def again(self) -> None:
+        """Make the call as it was made, whatever comes of it."""
+        self._run(self._call.arguments)
+
     def noise(self, shape: tuple[int, int]) -> str:
         """Where two forwards of the same inputs first part: a module by name, or words to that effect."""
         first, second = self._outputs({}, shape), self._outputs({}, shape)
@@ -109,14 +113,14 @@ class Forwards:
     def _run(self, arguments: Mapping[str, Any]) -> Any:
         self._generators.restore()
         # What fills up as it is read, such as a cache, is used once.
-        fresh = {name: _fresh(value) for name, value in arguments.items()}
+        given = {name: fresh(value) for name, value in arguments.items()}
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(self._call.gradients))
             for kind in ("cpu", "cuda"):
                 dtype = dict(self._call.autocast).get(kind)
                 if dtype is not None or torch.is_autocast_enabled(kind):
                     stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=dtype is not None))
-            return self.module(**fresh)
+            return self.module(**given)
 
 
 @contextmanager
@@ -190,7 +194,14 @@ def _shapes(output: Any) -> str:
     return f"tensors of {name_some(found)}" if found else f"a {type(output).__name__} without tensors"
 
 
-def _fresh(value: Any) -> Any:
+def is_sharded(model: nn.Module) -> bool:
+    """Whether its parameters lie in several processes, all of which would have to make the same forwards."""
+    fully = any(type(one).__name__ == "FullyShardedDataParallel" for one in model.modules())
+    return fully or any(type(one).__name__ == "DTensor" or hasattr(one, "ds_id") for one in model.parameters())
+
+
+def fresh(value: Any) -> Any:
+    """What fills up as it is read, such as a cache, as it is now; all else itself."""
     if not hasattr(value, "get_seq_length"):
         return value
     return copy.deepcopy(value)

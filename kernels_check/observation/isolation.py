@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels_check.check import name_some
-from kernels_check.observation.forwards import ForwardError, Forwards, by_row
+from kernels_check.observation.forwards import ForwardError, Forwards, by_row, is_sharded
 from kernels_check.observation.inputs import ModelCall, find_tokens
 from kernels_check.observation.perturbation import largest_difference, other_tokens, three_of
 from kernels_check.observation.records import PADDING, PASSED_ON, LayoutError, Records, find_records
@@ -300,8 +300,7 @@ def _unfit(model: nn.Module) -> str | None:
     """Why a model cannot be probed by forwards of this process alone."""
     if any(getattr(getattr(one, "config", None), "is_encoder_decoder", False) is True for one in model.modules()):
         return "an encoder-decoder is told of no records by its inputs, so that packing is not judged"
-    sharded = any(type(one).__name__ == "FullyShardedDataParallel" for one in model.modules())
-    if sharded or any(type(one).__name__ == "DTensor" or hasattr(one, "ds_id") for one in model.parameters()):
+    if is_sharded(model):
         return (
             "its parameters are sharded over processes, all of which would have to make the same forwards: "
             "probe_isolation(model, batch) before it is sharded"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ from kernels_check.observation.gradients import GradientSeen
 from kernels_check.observation.inputs import ModelCall
 from kernels_check.observation.isolation import IsolationSeen
 from kernels_check.observation.layer_products import LayerProducts, fourbit_layers, products_of
+from kernels_check.observation.mixing import mixing_modules
 from kernels_check.observation.optimizers import OptimizerSeen
 from kernels_check.observation.packed_step import isolation_of_step
 from kernels_check.observation.padding import PaddingSeen, count_padding
@@ -40,7 +42,7 @@ from kernels_check.observation.storage import Storage, read_wrapped
 from kernels_check.observation.updates import GroupSeen, operators_on, updated_by
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Observation:
     """Everything seen over the watched calls of the step; the methods read the model as it is when they are called."""
 
@@ -132,8 +134,13 @@ class Observation:
         return base_parameters(self.model)
 
     def attention_layers(self) -> AttentionLayers:
-        """The layers in which attention ran or should have."""
-        return attention_layers(self.model, self.modules, self.profile.attention, self.profile.mixing)
+        """The layers in which attention ran or should have; found once, as it may take forwards."""
+        return self._attention_layers
+
+    @cached_property
+    def _attention_layers(self) -> AttentionLayers:
+        asked = partial(mixing_modules, self.model, self.model_calls)
+        return attention_layers(self.model, self.modules, self.profile.attention, self.profile.mixing, asked)
 
     def base_products(self) -> LayerProducts:
         """The products of every base layer below an adapter, by the name of the layer that carries the adapter."""

@@ -175,6 +175,55 @@ def test_a_flat_sequence_of_layers_is_no_alarm(verified):
     assert not verified(nn.Sequential(Attention(fused), Other(without_a_mask))).met
 
 
+def test_what_is_written_by_hand_beside_a_layer_deeper_in_its_block_is_found(verified):
+    """No module of the other block has the class or the place of the one that attends: its tokens see each other."""
+
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+
+        def forward(self, x):
+            return x + self.inner(x, x, x, need_weights=False)[0]
+
+    check = verified(Model(Block(Around()), Block(Other(by_hand))))
+    assert (check.status, check.observed) == ("fallback", "flash+unrecognised")
+    assert "layers.1" in check.reason
+    assert verified(Model(Block(Around()), Block(Around()), Block(Feed()))).met
+
+
+def test_what_a_block_does_by_hand_in_its_own_forward_is_found(verified):
+    """Without any module for it."""
+
+    class Bare(Feed):
+        def forward(self, x):
+            return super().forward(x + by_hand(x, x, x))
+
+    assert verified(Model(Block(Attention(fused)), Feed())).met
+    assert not verified(Model(Block(Attention(fused)), Bare())).met
+    assert not verified(nn.Sequential(Attention(fused), Feed(), Bare())).met
+
+
+def test_blocks_that_mix_tokens_in_a_known_way_are_no_alarm(verified):
+    """Convolutions, recurrences and norms over tokens between layers with attention, and a pooling behind them."""
+
+    class Through(nn.Module):
+        def __init__(self, inner, function):
+            super().__init__()
+            self.inner, self.function = inner, function
+
+        def forward(self, x):
+            return x + self.function(self.inner, x)
+
+    known = [
+        Through(nn.Conv1d(WIDTH, WIDTH, 3, padding=1), lambda conv, x: conv(x.mT).mT),
+        Through(nn.GRU(WIDTH, WIDTH, batch_first=True), lambda one, x: one(x)[0]),
+        Through(nn.BatchNorm1d(WIDTH), lambda norm, x: norm(x.mT).mT),
+    ]
+    assert verified(Model(*(Block(Attention(fused)), *known))).met
+    assert verified(nn.Sequential(nn.Linear(WIDTH, WIDTH), Attention(fused), *known, nn.Flatten(1))).met
+
+
 def test_layers_of_different_kinds_are_named(verified):
     """A mix is a mix."""
     check = verified(stack(fused, forced_to_math, written_out))
