@@ -10,8 +10,9 @@ from __future__ import annotations
 import copy
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,11 +24,15 @@ from drawn_truth import Drawn, Truth, at_least, freer, true
 from torch import Tensor, nn
 from torch.nn import functional
 
+from kernels_check.observation.compilations import forget
+
 OPERATORS = (
     "attention.backend", "attention.dtype", "attention.mask", "optimizer.fused", "base.gemm_path", "base.compute_dtype",
     "lora.learning",
 )  # fmt: skip
 """Paths that rest on operators or on when they ran: not all of another thread can be seen."""
+IN_COMPILED = (*OPERATORS, "lora.dropout", "lora.attached", "checkpointing", "checkpointing.layers")
+"""Paths that rest on calls inside of blocks, too: compiled code calls no hook, and the spy leaves it to a profile."""
 
 
 class DrawnRun:
@@ -70,9 +75,12 @@ class DrawnRun:
         self.about += [f"accumulates {self.accumulate}"] if self.accumulate > 1 else []
         if self.in_thread:
             self.about.append("in a thread")
-            for path in OPERATORS:
-                now = self.truths[path]
-                self.truths[path] = Truth(holds=now.holds, free=now.free, hidden=True)
+            self._hide(OPERATORS)
+        self._draw_compilation(draw)
+
+    def _hide(self, paths: Iterable[str]) -> None:
+        for path in paths:
+            self.truths[path] = replace(self.truths[path], hidden=True)
 
     @property
     def _blocks(self) -> bool:
@@ -156,6 +164,23 @@ class DrawnRun:
             self.recomputes_half = True
             self.truths["checkpointing"], self.truths["checkpointing.layers"] = true(), at_least(0.0)
         self.about.append(f"recomputes {way}")
+
+    def _draw_compilation(self, draw: random.Random) -> None:
+        """Compile blocks in place, each whole; nothing is compiled where code is known to break in pieces."""
+        whole = self._blocks and not self.drawn.small and not {"DoRA", "packed", "recomputes"} & {*self.about}
+        whole &= not (self.company or self.in_thread or self.evaluates or self.batch) and all(self.modes)
+        if not whole or not {"LoRA", "rank-stabilised LoRA"} & {*self.about} or draw.random() > 0.6:
+            return
+        forget()  # runs of one class share the compiler's limit of recompilations
+        layers = self.drawn.layers
+        chosen = layers if draw.random() < 0.5 else [layer for layer in layers if draw.random() < 0.5]
+        for layer in chosen:
+            layer.compile(backend="eager", fullgraph=True)
+        self.truths["compile"] = true(len(chosen) == len(layers)) if len(chosen) in (0, len(layers)) else true()
+        self.truths["compile.share"] = at_least(len(chosen) / len(layers))
+        if chosen:
+            self._hide(IN_COMPILED)
+            self.about.append("compiled" if len(chosen) == len(layers) else "compiled in part")
 
     def _draw_company(self, draw: random.Random) -> None:
         """Other models beside the one that is verified."""
