@@ -84,6 +84,20 @@ def test_requirements_are_drawn_from_what_can_be_required(models, seed):
     assert [path for path, value in required.items() if kernels_check.REQUIREMENTS[path].problem(value)] == []
 
 
+def test_a_share_is_required_as_a_minimum(program):
+    """Up to what is surely there it holds, beyond what may be there it does not."""
+    truth = program("drawn_truth").at_least(0.3, 0.5)
+    assert truth.holds == {0.0, 0.05, 0.1, 0.2, 0.3}
+    assert truth.free == {0.4, 0.5}
+
+
+def test_bytes_in_four_bits_are_counted_by_hand(program):
+    """64 x 32 weights: half a byte each, scales for 64, and tables that may count or not."""
+    four_bits = program("drawn_storage")._four_bits
+    assert four_bits(2048, double=False) == (1024 + 128, 1024 + 128 + 64)
+    assert four_bits(2048, double=True) == (1024 + 32 + 4 + 4, 1024 + 32 + 4 + 4 + 64 + 1024)
+
+
 def test_a_fault_is_an_exit_status_and_names_its_seed(models, monkeypatch, capsys):
     """Exit 1 with seed, fault and features; exit 0 without any; a run that raises is a fault, too."""
     monkeypatch.setattr(models, "examine", lambda seed: ([f"spy: wrong: mode {seed}"] if seed == 3 else [], ["drawn"]))
