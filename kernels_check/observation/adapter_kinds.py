@@ -12,7 +12,7 @@ it keeps the wrapped layer as ``base_layer`` beside ``lora_A`` and ``lora_B``, w
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -171,6 +171,18 @@ def layers_at(name: str, module: nn.Module) -> Iterator[AdapterLayer]:
                 path = f"{name}._cached_adapters.{adapter}.{place}"
                 trains = tuple(one._parameters)
                 yield AdapterLayer(name=path, module=one, held=("",), trains=trains, shelved=True)
+
+
+def in_use(model: nn.Module, found: Iterable[AdapterLayer]) -> frozenset[str]:
+    """Adapters in use at the places found in a model.
+
+    They are those that the tuner calls active as far as a layer agrees, else those that are active in any layer, else
+    all.
+    """
+    found = list(found)
+    named = {adapter for module in model.modules() for adapter in named_active(module)}
+    active = {adapter for layer in found for adapter in layer.adapters}
+    return frozenset((active & named) or active or {adapter for layer in found for adapter in layer.held})
 
 
 def holders_in(module: nn.Module) -> Iterator[str]:
