@@ -192,7 +192,8 @@ def holders_in(module: nn.Module) -> Iterator[str]:
         yield from getattr(module, "adapter_layer_names", ())
         yield from getattr(module, "other_param_names", ())
     elif "tuner" in roles:
-        yield from (name for name in (*module._modules, *module._parameters) if name != "model")
+        own = (name for name, held in module._modules.items() if name != "model" and not _wraps_the_model(held))
+        yield from (*own, *module._parameters)
     elif "attention" in roles:
         yield from module._parameters
     elif "model" in roles:
@@ -212,6 +213,11 @@ def named_active(module: nn.Module) -> tuple[str, ...]:
 def is_tuner(module: nn.Module) -> bool:
     """Whether a module is what PEFT wraps a model in."""
     return "tuner" in roles_of(module)
+
+
+def _wraps_the_model(held: nn.Module | None) -> bool:
+    """X-LoRA holds a tuner of LoRA, and the model in it."""
+    return held is not None and is_tuner(held)
 
 
 def _own_holders(module: nn.Module) -> Iterator[str]:

@@ -12,7 +12,7 @@ from itertools import accumulate
 from torch import Tensor, nn
 
 from kernels_check.observation.adapter_biases import biases_of_adapters
-from kernels_check.observation.adapter_kinds import AdapterLayer, holders_in, in_use, is_tuner, layers_at
+from kernels_check.observation.adapter_kinds import AdapterLayer, holders_in, in_use, is_a, is_tuner, layers_at
 from kernels_check.observation.tensor_copy import is_wrapper, plain_parts
 
 
@@ -42,11 +42,11 @@ def trained_parameters(model: nn.Module, layers: list[AdapterLayer]) -> dict[str
     for name, value in model.named_parameters():
         if name in own and value.requires_grad and id(value) not in resting:
             trained.setdefault(name, value)
-    left_alone = _frozen_by_design(model)
+    left_alone, unread = _frozen_by_design(model), _never_read(model)
     return {
         name: value
         for name, value in trained.items()
-        if (value.requires_grad or id(value) not in left_alone) and _is_here(value)
+        if (value.requires_grad or id(value) not in left_alone) and id(value) not in unread and _is_here(value)
     }
 
 
@@ -128,6 +128,21 @@ def _frozen_by_design(model: nn.Module) -> set[int]:
         if configuration is not None and not getattr(configuration, "use_trainable_adapters", True):
             frozen |= {id(value) for value in module.parameters()}
     return frozen
+
+
+def _never_read(model: nn.Module) -> set[int]:
+    """Parameters that a method makes and no forward reads.
+
+    ShadowPEFT carries a state from layer to layer and drops what the last of them has made of it.
+    """
+    tuners = (module for module in model.modules() if is_a(module, "peft.tuners.shadow.model", "ShadowModel"))
+    last = [layer for tuner in tuners for layer in vars(tuner).get("_boundary_layers", ())[-1:]]
+    return {
+        id(value)
+        for layer in last
+        for holder in ("shadow_update_transform", "shadow_update_gate")
+        for value in layer.get_submodule(holder).parameters()
+    }
 
 
 def _paths_to(name: str) -> Iterator[str]:
