@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from kernels_check.controls import astray, layers, other_models, sabotage_adapter
+from kernels_check.controls import astray, layers, other_models, sabotage, sabotage_adapter
 from kernels_check.controls.control import Control, changed, small
 
 EVERYDAY = (
@@ -160,5 +160,21 @@ EVERYDAY = (
         words=("ran in a thread of its own",),
         caught_by="unknown",
         instruments=("spy",),
+    ),
+    Control(
+        name="attention written out, with its softmax through float32",
+        path="attention.backend",
+        required="fused",
+        sabotage=small(layers.write_out_through_float),
+        twin=small(layers.import_by_name),
+        words=("0 of 2 attention layers as required", "eager"),
+    ),
+    Control(
+        name="SDPA by a name bound at import, forced to math",
+        path="attention.backend",
+        required="fused",
+        sabotage=small(layers.import_by_name, sabotage.force_math),
+        twin=small(layers.import_by_name),
+        words=("0 of 2 attention layers as required", "2 math"),
     ),
 )
