@@ -33,6 +33,7 @@ from typing import Any
 
 import healthy_families  # noqa: F401
 import healthy_loops  # noqa: F401
+import healthy_methods  # noqa: F401
 import healthy_steps  # noqa: F401  its twins enter themselves, as do those of the next
 import torch
 from healthy import MAKERS, SkippedError

@@ -1,8 +1,8 @@
 """Healthy runs: everyday training code, of which every claim is true.
 
-Each is a `Twin` of something that could be mistaken for a fault: a method of PEFT that is not LoRA, an optimizer that
-is given frozen parameters, a warm-up that begins at a rate of 0, another model's calls inside the step. What needs a
-package that is not there is skipped with the reason.
+Each is a `Twin` of something that could be mistaken for a fault: an optimizer that is given frozen parameters, a
+warm-up that begins at a rate of 0, another model's calls inside the step. What needs a package that is not there is
+skipped with the reason.
 """
 
 from __future__ import annotations
@@ -111,59 +111,6 @@ def plain(model: Any = None, make: Any = None, **required: Any) -> Twin:
     optimizer = (make or (lambda given: torch.optim.AdamW(given, lr=RATE)))(trained(model))
     asked = {path: value for path, value in (PLAIN | required).items() if value is not None}
     return Twin(model=model, step=stepping(model, optimizer), required=asked)
-
-
-def _method(config: Callable[[], Any]) -> Twin:
-    torch.manual_seed(4)
-    model = peft.get_peft_model(llama(), config()).train()
-    return plain(model, **{"base.bits": None, "base.quant_type": None, "attention.backend": None})
-
-
-ON = ["q_proj", "v_proj"]
-CAUSAL: dict[str, Any] = {"task_type": "CAUSAL_LM"}
-METHODS: dict[str, Callable[[], Any]] = {
-    "LoRA": lambda: peft.LoraConfig(r=4, target_modules=ON, **CAUSAL),
-    "LoRA of all linear layers": lambda: peft.LoraConfig(r=4, target_modules="all-linear", **CAUSAL),
-    "rank-stabilised LoRA": lambda: peft.LoraConfig(r=4, target_modules=ON, use_rslora=True, **CAUSAL),
-    "DoRA": lambda: peft.LoraConfig(r=4, target_modules=ON, use_dora=True, **CAUSAL),
-    "PiSSA": lambda: peft.LoraConfig(r=4, target_modules=ON, init_lora_weights="pissa", **CAUSAL),
-    "LoRA with biases of B": lambda: peft.LoraConfig(r=4, target_modules=ON, lora_bias=True, **CAUSAL),
-    "LoRA and the whole head": lambda: peft.LoraConfig(r=4, target_modules=ON, modules_to_save=["lm_head"], **CAUSAL),
-    "LoRA of one layer": lambda: peft.LoraConfig(r=4, target_modules=ON, layers_to_transform=[1], **CAUSAL),
-    "LoRA of embeddings": lambda: peft.LoraConfig(r=4, target_modules=["embed_tokens", *ON], **CAUSAL),
-    "LoRA and trainable tokens": lambda: peft.LoraConfig(
-        r=4, target_modules=ON, trainable_token_indices=words().unique().tolist(), **CAUSAL
-    ),
-    "LoHa": lambda: peft.LoHaConfig(r=4, target_modules=ON, **CAUSAL),
-    "LoKr": lambda: peft.LoKrConfig(r=4, target_modules=ON, **CAUSAL),
-    "AdaLoRA": lambda: peft.AdaLoraConfig(
-        init_r=4, target_r=2, tinit=50, tfinal=50, total_step=200, target_modules=ON, **CAUSAL
-    ),
-    "IA3": lambda: peft.IA3Config(
-        target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"], **CAUSAL
-    ),
-    "OFT": lambda: peft.OFTConfig(r=0, oft_block_size=16, target_modules=ON, **CAUSAL),
-    "BOFT": lambda: peft.BOFTConfig(boft_block_size=8, target_modules=ON, **CAUSAL),
-    "HRA": lambda: peft.HRAConfig(r=4, target_modules=ON, **CAUSAL),
-    "VeRA": lambda: peft.VeraConfig(r=8, target_modules=ON, **CAUSAL),
-    "RandLoRA": lambda: peft.RandLoraConfig(r=8, target_modules=ON, **CAUSAL),
-    "VB-LoRA": lambda: peft.VBLoRAConfig(r=4, num_vectors=12, vector_length=32, target_modules=ON, **CAUSAL),
-    "FourierFT": lambda: peft.FourierFTConfig(n_frequency=32, target_modules=ON, **CAUSAL),
-    "WaveFT": lambda: peft.WaveFTConfig(n_frequency=32, target_modules=ON, **CAUSAL),
-    "C3A": lambda: peft.C3AConfig(block_size=16, target_modules=ON, **CAUSAL),
-    "SHiRA": lambda: peft.ShiraConfig(r=4, target_modules=ON, **CAUSAL),
-    "MiSS": lambda: peft.MissConfig(r=4, target_modules=ON, **CAUSAL),
-    "RoAd": lambda: peft.RoadConfig(group_size=16, target_modules=ON, **CAUSAL),
-    "DeLoRA": lambda: peft.DeloraConfig(r=4, target_modules=ON, **CAUSAL),
-    "LN tuning": lambda: peft.LNTuningConfig(target_modules=["input_layernorm"], **CAUSAL),
-    "trainable tokens": lambda: peft.TrainableTokensConfig(token_indices=words().unique().tolist(), **CAUSAL),
-    "prompt tuning": lambda: peft.PromptTuningConfig(num_virtual_tokens=3, **CAUSAL),
-    "p-tuning": lambda: peft.PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=16, **CAUSAL),
-    "prefix tuning": lambda: peft.PrefixTuningConfig(num_virtual_tokens=3, **CAUSAL),
-}
-"""Adapters of PEFT by method, of the tiny Llama."""
-for _name, _config in METHODS.items():
-    MAKERS[f"PEFT: {_name}"] = functools.partial(_method, _config)
 
 
 @twin("quantised: NF4 in bfloat16, with a paged optimizer's plain sibling")

@@ -198,6 +198,21 @@ def _preference() -> Twin:
     return Twin(model=model, step=step, required=PLAIN)
 
 
+@twin("base: its biases train with the adapter, as PEFT was asked to")
+def _biases() -> Twin:
+    model = adapted(llama(attention_bias=True, mlp_bias=True), bias="all")
+    return plain(model, make=lambda given: torch.optim.AdamW(given, lr=RATE, fused=True), **{"optimizer.fused": True})
+
+
+@twin("base: biases of its 4-bit layers train with the adapter")
+def _biases_of_layers() -> Twin:
+    base = llama(quant="nf4", dtype=torch.bfloat16)
+    for layer in base.model.layers:
+        for linear in (layer.self_attn.q_proj, layer.self_attn.v_proj):
+            linear.bias = nn.Parameter(torch.zeros(linear.out_features), requires_grad=False)
+    return plain(adapted(base, bias="lora_only"), **{"base.bits": 4, "base.quant_type": "nf4"})
+
+
 @twin("base: pruned, its configuration says more layers")
 def _pruned() -> Twin:
     model = llama(4)

@@ -6,8 +6,18 @@ from kernels_check.controls.batches import BATCHES
 from kernels_check.controls.control import Control
 from kernels_check.controls.of_adapter import ADAPTER
 from kernels_check.controls.of_attention import ATTENTION, PRODUCTS
+from kernels_check.controls.of_everyday_code import EVERYDAY
 from kernels_check.controls.of_execution import EXECUTION
 from kernels_check.controls.of_the_base import BASE
 from kernels_check.controls.on_cuda import CUDA_CONTROLS
 
-CONTROLS: tuple[Control, ...] = (*ATTENTION, *PRODUCTS, *BATCHES, *BASE, *ADAPTER, *EXECUTION, *CUDA_CONTROLS)
+CONTROLS: tuple[Control, ...] = (
+    *ATTENTION,
+    *PRODUCTS,
+    *BATCHES,
+    *BASE,
+    *ADAPTER,
+    *EXECUTION,
+    *EVERYDAY,
+    *CUDA_CONTROLS,
+)

@@ -55,11 +55,16 @@ class Outcome:
 
 def small(*changes: Callable[[SmallRun], object], **options: Any) -> Build:
     """A recipe: build a small run with ``options``, then apply the ``changes`` in order."""
-    return partial(_changed, changes, options)
+    return changed(partial(build, **options), *changes)
 
 
-def _changed(changes: tuple[Callable[[SmallRun], object], ...], options: dict[str, Any]) -> SmallRun:
-    run = build(**options)
+def changed(make: Build, *changes: Callable[[SmallRun], object]) -> Build:
+    """A recipe: make a run, then apply the ``changes`` in order."""
+    return partial(_changed, make, changes)
+
+
+def _changed(make: Build, changes: tuple[Callable[[SmallRun], object], ...]) -> SmallRun:
+    run = make()
     for change in changes:
         change(run)
     return run

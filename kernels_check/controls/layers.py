@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from kernels_check.controls.small_run import SmallRun, build
@@ -98,10 +99,12 @@ def evaluate_inside(run: SmallRun) -> None:
     _before_each_step(run, evaluate)
 
 
-def write_out(run: SmallRun, *, fill: bool = False) -> None:
+def write_out(run: SmallRun, *, fill: bool = False, through_float: bool = False) -> None:
     """Attention by products and a softmax, over all tokens."""
     for block in _layers(run):
-        block.self_attn.forward = _written_out(block.self_attn, fill)
+        block.self_attn.forward = _by_hand(
+            block.self_attn, partial(_written_out, fill=fill, through_float=through_float)
+        )
 
 
 def fill_a_mask(run: SmallRun) -> None:
@@ -109,21 +112,40 @@ def fill_a_mask(run: SmallRun) -> None:
     write_out(run, fill=True)
 
 
-def _written_out(attention: Any, fill: bool) -> Callable[..., Any]:
-    def forward(hidden_states: Any, **_: Any) -> Any:
-        import torch
+def write_out_through_float(run: SmallRun) -> None:
+    """The same, with the softmax in float32, as most models that write it out do."""
+    write_out(run, through_float=True)
 
+
+def import_by_name(run: SmallRun) -> None:
+    """Call SDPA by a name that was bound at import, which nothing that is put in its place later reaches."""
+    from torch.nn.functional import scaled_dot_product_attention
+
+    for block in _layers(run):
+        causal = partial(scaled_dot_product_attention, is_causal=True)
+        block.self_attn.forward = _by_hand(block.self_attn, causal)
+
+
+def _by_hand(attention: Any, attend: Callable[[Any, Any, Any], Any]) -> Callable[..., Any]:
+    def forward(hidden_states: Any, **_: Any) -> Any:
         shape = (*hidden_states.shape[:-1], -1, attention.head_dim)
         query = attention.q_proj(hidden_states).view(shape).transpose(1, 2)
         key, value = (part(hidden_states).view(shape).transpose(1, 2) for part in (attention.k_proj, attention.v_proj))
         key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], 1) for part in (key, value))
-        scores = query @ key.transpose(-1, -2) * attention.scaling
-        if fill:
-            future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-            scores = scores.masked_fill(future, torch.finfo(scores.dtype).min)
-        return attention.o_proj((scores.softmax(-1) @ value).transpose(1, 2).flatten(2)), None
+        return attention.o_proj(attend(query, key, value).transpose(1, 2).flatten(2)), None
 
     return forward
+
+
+def _written_out(query: Any, key: Any, value: Any, *, fill: bool, through_float: bool) -> Any:
+    import torch
+
+    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+    if fill:
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(future, torch.finfo(scores.dtype).min)
+    weights = scores.float().softmax(-1).to(value.dtype) if through_float else scores.softmax(-1)
+    return weights @ value
 
 
 def _layers(run: SmallRun) -> Any:

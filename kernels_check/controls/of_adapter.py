@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kernels_check.controls import astray, sabotage
+from kernels_check.controls import astray, sabotage, sabotage_base
 from kernels_check.controls.control import Control, small
 
 ADAPTER = (
@@ -157,6 +157,14 @@ ADAPTER = (
         sabotage=small(astray.optimise_factors_only, adapter=astray.with_a_head),
         twin=small(adapter=astray.with_a_head),
         words=("1 of 9 parameters not given to the optimizer", "modules_to_save"),
+    ),
+    Control(
+        name="biases that PEFT was asked to train left out of the optimizer",
+        path="lora.learning",
+        required=True,
+        sabotage=small(sabotage_base.forget_biases, quant=None),
+        twin=small(sabotage_base.train_biases, quant=None),
+        words=("4 of 12 parameters not given to the optimizer", "q_proj.base_layer.bias"),
     ),
     Control(
         name="gradients thrown away before the update, which only decays",

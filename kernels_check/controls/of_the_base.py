@@ -104,12 +104,12 @@ BASE = (
         words=("changed over 2 steps", "embed_tokens.weight", "frozen base parameters are given to the optimizer"),
     ),
     Control(
-        name="a base trained through its biases, as PEFT was asked to",
+        name="biases that PEFT was asked to train with an adapter that is no longer in use",
         path="base.frozen",
         required=True,
-        sabotage=small(sabotage_base.train_biases, quant=None),
-        twin=small(sabotage_base.add_biases, quant=None),
-        words=("require gradients", "q_proj.base_layer.bias", "PEFT was asked to by bias='lora_only'"),
+        sabotage=small(sabotage_base.train_biases_of_another, quant=None),
+        twin=small(sabotage_base.train_biases, quant=None),
+        words=("4 base parameters require gradients", "q_proj.base_layer.bias", "given to the optimizer"),
     ),
     Control(
         name="experts left in bfloat16 below 4-bit layers",

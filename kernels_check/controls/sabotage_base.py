@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from kernels_check.controls.small_run import SmallRun
-from kernels_check.observation.adapter_layers import lora_layers
+from kernels_check.observation.adapter_layers import adapter_layers
 
 
 def after_each_step(run: SmallRun, change: Callable[[], object]) -> None:
@@ -54,7 +54,7 @@ def change_one_row(run: SmallRun) -> None:
 
 def drift_offset(run: SmallRun) -> None:
     """Move the number that all scales of a weight are relative to."""
-    layer = lora_layers(run.model)[1].base
+    layer = adapter_layers(run.model)[1].base
     after_each_step(run, lambda: layer.weight.quant_state.offset.add_(1e-3))
 
 
@@ -69,7 +69,7 @@ def int8(linear: Any) -> Any:
 
 def drift_int8_scales(run: SmallRun) -> None:
     """Move the scales, which the first forward has handed to the layer."""
-    layer = lora_layers(run.model)[0].base
+    layer = adapter_layers(run.model)[0].base
     after_each_step(run, lambda: layer.state.SCB.add_(1))
 
 
@@ -109,8 +109,27 @@ def add_biases(run: SmallRun, bias: str = "none") -> None:
 
 
 def train_biases(run: SmallRun) -> None:
-    """Ask PEFT to train the biases of the targets."""
+    """Ask PEFT to train the biases of the targets with the adapter."""
     add_biases(run, "lora_only")
+
+
+def train_biases_of_another(run: SmallRun) -> None:
+    """Go on with an adapter that asks for no biases; PEFT leaves those of the first one trainable."""
+    import peft
+    import torch
+
+    train_biases(run)
+    run.model.add_adapter("second", peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    run.model.set_adapter("second")
+    run.optimizer = torch.optim.AdamW([value for value in run.model.parameters() if value.requires_grad], lr=1e-3)
+
+
+def forget_biases(run: SmallRun) -> None:
+    """Ask PEFT to train biases, and give the optimizer what is called LoRA's."""
+    import torch
+
+    train_biases(run)
+    run.optimizer = torch.optim.AdamW([value for name, value in run.model.named_parameters() if "lora_" in name])
 
 
 def add_experts(run: SmallRun) -> Any:
@@ -133,5 +152,5 @@ def add_quantised_experts(run: SmallRun) -> None:
 
 def take_scales_of_another(run: SmallRun) -> None:
     """Mix up two layers of one shape, as a loader that gets its keys wrong."""
-    first, second = (layer.base for layer in lora_layers(run.model) if layer.name.endswith("q_proj"))
+    first, second = (layer.base for layer in adapter_layers(run.model) if layer.name.endswith("q_proj"))
     first.weight.quant_state = second.weight.quant_state

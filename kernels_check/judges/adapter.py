@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def judge_dtype(seen: Observation, required: Json) -> Finding:
     """Judge ``lora.dtype``; copies of parts of the base that are trained beside the adapter keep the base's."""
-    layers = seen.lora_layers()
+    layers = seen.adapter_layers()
     if not layers:
         return Finding(observed=None, present=False, reason=NO_ADAPTER)
     copies = [layer for layer in layers if layer.copied]
@@ -40,7 +40,7 @@ def _dtypes(layers: Iterable[AdapterLayer]) -> list[str]:
 
 def judge_dropout(seen: Observation, required: Json) -> Finding:
     """Judge ``lora.dropout``: the probability that was really applied, not the configured one."""
-    layers = [layer for layer in seen.lora_layers() if not layer.copied]
+    layers = [layer for layer in seen.adapter_layers() if not layer.copied]
     if not layers:
         return Finding(observed=None, present=False, reason=NO_ADAPTER)
     unseen = [f"{name}={probability}" for layer in layers for name, probability in layer.unseen_dropouts()]

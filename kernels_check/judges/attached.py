@@ -32,7 +32,7 @@ _UNSEEN = "called, but the adapter is of bare parameters, which leave no trace w
 
 def judge_attached(seen: Observation, required: Json) -> Finding:
     """Judge ``lora.attached``: present, active, enabled, not merged, and executed, wherever it was asked for."""
-    layers = seen.lora_layers()
+    layers = seen.adapter_layers()
     if not layers:
         return Finding(observed=False, present=False, reason=NO_ADAPTER)
     states = _states(layers, seen)

@@ -149,9 +149,7 @@ def judge_frozen(seen: Observation, required: Json) -> Finding:
         f"{words}: {name_some(names)}" for words, names in ((_CAST, change.cast), (_CACHE, change.caches)) if names
     ]
     notes += [f"{_ROUNDED}: {name_some(change.rounded)}"] if change.rounded else []
-    asked = seen.biases_asked_for() if faults else None
-    if asked is not None:
-        remedies = [f"set bias='none', unless the biases are to train: PEFT was asked to by {asked}"]
+    notes += _biases(seen)
     good = [] if faults or unknown else [f"{what} unchanged over {seen.calls} steps, no gradient, not optimised"]
     told = [f"remedy: {remedy}" for remedy in remedies]
     return Finding(
@@ -159,6 +157,13 @@ def judge_frozen(seen: Observation, required: Json) -> Finding:
         reason="; ".join([*good, *faults, *told, *unknown, *notes]),
         status="unknown" if unknown and not faults else None,
     )
+
+
+def _biases(seen: Observation) -> list[str]:
+    """What of the base nobody asks to stay as it is, since PEFT was asked to train it."""
+    found = seen.biases_of_adapters()
+    settings = join_values(set(found.values()))
+    return [f"{len(found)} biases train with the adapter, as PEFT was asked to by {settings}"] if found else []
 
 
 def _unread(seen: Observation, change: Change) -> list[str]:

@@ -31,7 +31,7 @@ _NO_STEP = (
 
 def judge_learning(seen: Observation, required: Json) -> Finding:
     """Judge ``lora.learning``."""
-    if not seen.lora_layers():
+    if not seen.adapter_layers():
         return Finding(observed=False, present=False, reason=NO_ADAPTER)
     everything = seen.trained_parameters()
     frozen = [name for name, value in everything.items() if not value.requires_grad]

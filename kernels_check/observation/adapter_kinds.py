@@ -12,7 +12,7 @@ it keeps the wrapped layer as ``base_layer`` beside ``lora_A`` and ``lora_B``, w
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -173,6 +173,18 @@ def layers_at(name: str, module: nn.Module) -> Iterator[AdapterLayer]:
                 yield AdapterLayer(name=path, module=one, held=("",), trains=trains, shelved=True)
 
 
+def in_use(model: nn.Module, found: Iterable[AdapterLayer]) -> frozenset[str]:
+    """Adapters in use at the places found in a model.
+
+    They are those that the tuner calls active as far as a layer agrees, else those that are active in any layer, else
+    all.
+    """
+    found = list(found)
+    named = {adapter for module in model.modules() for adapter in named_active(module)}
+    active = {adapter for layer in found for adapter in layer.adapters}
+    return frozenset((active & named) or active or {adapter for layer in found for adapter in layer.held})
+
+
 def holders_in(module: nn.Module) -> Iterator[str]:
     """Attributes of one module that are an adapter's."""
     roles = roles_of(module)
@@ -180,7 +192,8 @@ def holders_in(module: nn.Module) -> Iterator[str]:
         yield from getattr(module, "adapter_layer_names", ())
         yield from getattr(module, "other_param_names", ())
     elif "tuner" in roles:
-        yield from (name for name in (*module._modules, *module._parameters) if name != "model")
+        own = (name for name, held in module._modules.items() if name != "model" and not _wraps_the_model(held))
+        yield from (*own, *module._parameters)
     elif "attention" in roles:
         yield from module._parameters
     elif "model" in roles:
@@ -200,6 +213,11 @@ def named_active(module: nn.Module) -> tuple[str, ...]:
 def is_tuner(module: nn.Module) -> bool:
     """Whether a module is what PEFT wraps a model in."""
     return "tuner" in roles_of(module)
+
+
+def _wraps_the_model(held: nn.Module | None) -> bool:
+    """X-LoRA holds a tuner of LoRA, and the model in it."""
+    return held is not None and is_tuner(held)
 
 
 def _own_holders(module: nn.Module) -> Iterator[str]:

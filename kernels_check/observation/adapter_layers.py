@@ -6,56 +6,54 @@ that.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from itertools import accumulate
 
 from torch import Tensor, nn
 
-from kernels_check.observation.adapter_kinds import AdapterLayer, holders_in, is_tuner, layers_at, named_active
+from kernels_check.observation.adapter_biases import biases_of_adapters
+from kernels_check.observation.adapter_kinds import AdapterLayer, holders_in, in_use, is_a, is_tuner, layers_at
 from kernels_check.observation.tensor_copy import is_wrapper, plain_parts
 
 
 def adapter_layers(model: nn.Module) -> list[AdapterLayer]:
-    """Every place at which an adapter that is in use acts.
+    """Every place at which an adapter that is in use (``in_use``) acts.
 
-    In use are the adapters that the tuner calls active as far as a layer agrees, else those that are active in any
-    layer. A layer that holds one of them belongs here also if it is inactive in that layer: a layer that was left out
-    is a fault. Where no adapter is active at all, every layer counts with everything it holds.
+    A layer that holds one of them belongs here also if it is inactive in that layer: a layer that was left out is a
+    fault. Where no adapter is active at all, every layer counts with everything it holds.
     """
-    found: list[AdapterLayer] = []
-    named: set[str] = set()
-    for name, module in model.named_modules():
-        found += layers_at(name, module)
-        named.update(named_active(module))
-    active = {adapter for layer in found for adapter in layer.adapters}
-    wanted = (active & named) or active
-    if not wanted:
-        wanted = {adapter for layer in found for adapter in layer.held}
+    found = [layer for name, module in model.named_modules() for layer in layers_at(name, module)]
+    wanted = in_use(model, found)
     layers = [_restrict(layer, wanted) for layer in found]
     return [layer for layer in layers if layer.held]
-
-
-lora_layers = adapter_layers
 
 
 def trained_parameters(model: nn.Module, layers: list[AdapterLayer]) -> dict[str, Tensor]:
     """Parameters that have to learn, by their name in the model, each once: layers may share one.
 
-    Those that the methods in use train, and whatever else of the adapter requires a gradient.
+    Those that the methods in use train, biases of the base that they were asked for, and whatever else of the adapter
+    requires a gradient.
     """
     names = {id(value): name for name, value in model.named_parameters()}
     trained = {names.get(id(value), name): value for layer in layers for name, value in layer.weights()}
+    trained |= {names.get(id(value), name): value for name, value in _biases(model)}
     own = adapter_parameters(model)
     resting = {id(value) for layer in _resting(model, layers) for _, value in layer.weights()}
     for name, value in model.named_parameters():
         if name in own and value.requires_grad and id(value) not in resting:
             trained.setdefault(name, value)
-    left_alone = _frozen_by_design(model)
+    left_alone, unread = _frozen_by_design(model), _never_read(model)
     return {
         name: value
         for name, value in trained.items()
-        if (value.requires_grad or id(value) not in left_alone) and _is_here(value)
+        if (value.requires_grad or id(value) not in left_alone) and id(value) not in unread and _is_here(value)
     }
+
+
+def _biases(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name in biases_of_adapters(model):
+        place, _, key = name.rpartition(".")
+        yield name, getattr(model.get_submodule(place), key)
 
 
 def _is_here(value: Tensor) -> bool:
@@ -83,12 +81,13 @@ def written_by_method(model: nn.Module) -> frozenset[int]:
 
 
 def adapter_paths(model: nn.Module) -> frozenset[str]:
-    """Qualified names of the attributes that are an adapter's; whatever is held below them is its, too."""
-    return frozenset(
+    """Qualified names of what is an adapter's: attributes, with whatever they hold, and biases of the base."""
+    held = (
         f"{name}.{holder}" if name else holder
         for name, module in model.named_modules()
         for holder in holders_in(module)
     )
+    return frozenset([*held, *biases_of_adapters(model)])
 
 
 def is_below(name: str, paths: frozenset[str]) -> bool:
@@ -97,7 +96,7 @@ def is_below(name: str, paths: frozenset[str]) -> bool:
 
 
 def adapter_parameters(model: nn.Module) -> frozenset[str]:
-    """Names of the parameters that are an adapter's: of any method of PEFT, and copies that are trained beside it."""
+    """Names of the parameters that are an adapter's: of any method of PEFT, and what is trained beside it."""
     paths = adapter_paths(model)
     return frozenset(name for name, _ in model.named_parameters() if is_below(name, paths))
 
@@ -108,7 +107,7 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: value for name, value in model.named_parameters() if name not in adapter}
 
 
-def _restrict(layer: AdapterLayer, wanted: set[str]) -> AdapterLayer:
+def _restrict(layer: AdapterLayer, wanted: Collection[str]) -> AdapterLayer:
     held = tuple(name for name in layer.held if name in wanted or name == "")
     return AdapterLayer(**{key: getattr(layer, key) for key in AdapterLayer.__slots__} | {"held": held})
 
@@ -129,6 +128,21 @@ def _frozen_by_design(model: nn.Module) -> set[int]:
         if configuration is not None and not getattr(configuration, "use_trainable_adapters", True):
             frozen |= {id(value) for value in module.parameters()}
     return frozen
+
+
+def _never_read(model: nn.Module) -> set[int]:
+    """Parameters that a method makes and no forward reads.
+
+    ShadowPEFT carries a state from layer to layer and drops what the last of them has made of it.
+    """
+    tuners = (module for module in model.modules() if is_a(module, "peft.tuners.shadow.model", "ShadowModel"))
+    last = [layer for tuner in tuners for layer in vars(tuner).get("_boundary_layers", ())[-1:]]
+    return {
+        id(value)
+        for layer in last
+        for holder in ("shadow_update_transform", "shadow_update_gate")
+        for value in layer.get_submodule(holder).parameters()
+    }
 
 
 def _paths_to(name: str) -> Iterator[str]:

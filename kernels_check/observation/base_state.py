@@ -113,17 +113,6 @@ def base_weight(layer: Any) -> Any:
     return next((held[name] for name in WEIGHTS if held.get(name) is not None), None)
 
 
-def biases_asked_for(model: nn.Module) -> str | None:
-    """The setting by which PEFT trains biases of the base, such as ``bias='all'``; None where it trains none."""
-    configs = [config for module in model.modules() for config in _configs(module)]
-    return next((f"bias={asked!r}" for config in configs if (asked := getattr(config, "bias", "none")) != "none"), None)
-
-
-def _configs(module: Any) -> list[Any]:
-    held = vars(module).get("peft_config")
-    return list(held.values()) if isinstance(held, dict) else []
-
-
 def is_packed(state: Any) -> bool:
     """Whether bitsandbytes has laid out a 4-bit weight anew for a CPU."""
     return bool(getattr(state, "packing_format_for_cpu", False))

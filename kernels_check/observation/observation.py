@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from kernels_check.check import Evidence
+from kernels_check.observation.adapter_biases import biases_of_adapters
 from kernels_check.observation.adapter_calls import LayerCall
 from kernels_check.observation.adapter_kinds import AdapterLayer
 from kernels_check.observation.adapter_layers import (
@@ -22,7 +23,6 @@ from kernels_check.observation.adapter_layers import (
 from kernels_check.observation.adapter_targets import unmatched_names
 from kernels_check.observation.adapter_updates import ParameterUpdates
 from kernels_check.observation.attention_layers import AttentionLayers, attention_layers
-from kernels_check.observation.base_state import biases_asked_for
 from kernels_check.observation.calls import Calls
 from kernels_check.observation.census import Census, take_census
 from kernels_check.observation.compilations import Compilations
@@ -113,13 +113,13 @@ class Observation:
         """The operators that wrote any of those parameters."""
         return operators_on(self.updated, self.profile.writes)
 
-    def lora_layers(self) -> list[AdapterLayer]:
+    def adapter_layers(self) -> list[AdapterLayer]:
         """Places with an adapter that is in use."""
         return adapter_layers(self.model)
 
     def trained_parameters(self) -> dict[str, Tensor]:
         """Parameters of the adapter that have to learn, by name."""
-        return trained_parameters(self.model, self.lora_layers())
+        return trained_parameters(self.model, self.adapter_layers())
 
     def token_parameters(self) -> frozenset[str]:
         """Parameters of the adapter that only some tokens of the vocabulary use, by name."""
@@ -144,7 +144,8 @@ class Observation:
 
     def base_products(self) -> LayerProducts:
         """The products of every base layer below an adapter, by the name of the layer that carries the adapter."""
-        layers = {layer.name: (f"{layer.name}.base_layer",) for layer in self.lora_layers() if layer.base is not None}
+        wrapped = [layer.name for layer in self.adapter_layers() if layer.base is not None]
+        layers = {name: (f"{name}.base_layer",) for name in wrapped}
         ran = {name: own if self.modules.ran(own[0]) else (name,) for name, own in layers.items()}
         return products_of(ran, self.model, self.modules, (*self.profile.fourbit, *self.profile.products))
 
@@ -154,15 +155,15 @@ class Observation:
 
     def storage(self) -> dict[str, Storage]:
         """How the base layer below each adapter keeps its weight, by the layer's name."""
-        return {layer.name: read_wrapped(layer.module) for layer in self.lora_layers() if layer.base is not None}
+        return {layer.name: read_wrapped(layer.module) for layer in self.adapter_layers() if layer.base is not None}
 
     def census(self) -> Census:
         """How many bytes of the whole base are kept in how many bits."""
         return take_census(self.model)
 
-    def biases_asked_for(self) -> str | None:
-        """What PEFT was told of the biases of the base, where it was told to train them."""
-        return biases_asked_for(self.model)
+    def biases_of_adapters(self) -> Mapping[str, str]:
+        """Biases of the base that train as a part of the adapter, by name, with what PEFT was asked."""
+        return biases_of_adapters(self.model)
 
     def isolation(self) -> IsolationSeen:
         """Perturb the step's own packed calls, and the batch where there is one, by forwards that leave no trace."""

@@ -9,7 +9,7 @@ from kernels_check.check import name_some
 from kernels_check.judges import base_layers, base_products
 from kernels_check.judges.paths import validate
 from kernels_check.observation import storage
-from kernels_check.observation.adapter_layers import lora_layers
+from kernels_check.observation.adapter_layers import adapter_layers
 from kernels_check.observation.calls import Calls
 from kernels_check.observation.digest import digest
 from kernels_check.observation.products import Product
@@ -24,7 +24,7 @@ def instrument():
 @pytest.fixture
 def bases(entries):
     """One call of each base layer below an adapter, numbered in their order."""
-    return lambda model: entries(*(f"{layer.name}.base_layer" for layer in lora_layers(model)))
+    return lambda model: entries(*(f"{layer.name}.base_layer" for layer in adapter_layers(model)))
 
 
 def product(dtype, call, path="dequantize"):
@@ -73,21 +73,21 @@ def test_products_in_compiled_code_count_where_they_agree(seen, training):
 
 def test_a_four_bit_layer_is_held_to_its_own_size(training):
     """A state of another layer, and scales that do not fit, prove nothing."""
-    layer = lora_layers(training().model)[0].base
+    layer = adapter_layers(training().model)[0].base
     layer.out_features *= 2
     assert "quant_state describes" in storage.read_storage(layer).problem
-    layer = lora_layers(training(double=False).model)[0].base
+    layer = adapter_layers(training(double=False).model)[0].base
     state = layer.weight.quant_state
     state.absmax = state.absmax[:-1]
     assert "bytes of float32 scales" in storage.read_storage(layer).problem
-    nested = lora_layers(training().model)[0].base
+    nested = adapter_layers(training().model)[0].base
     nested.weight.quant_state.absmax = nested.weight.quant_state.absmax.view(torch.int8)
     assert "bytes of int8 scales" in storage.read_storage(nested).problem
 
 
 def test_a_state_kept_by_the_layer_counts(training):
     """bitsandbytes moves it there when a parameter is recreated; without any the weight is not quantised."""
-    layer = lora_layers(training().model)[0].base
+    layer = adapter_layers(training().model)[0].base
     layer.quant_state, layer.weight.quant_state = layer.weight.quant_state, None
     assert storage.read_storage(layer).bits == 4
     layer.quant_state = None
@@ -178,7 +178,7 @@ def test_several_values_are_told_apart_from_one(training, seen):
     """And a layer that cannot be read is named by its problem, beside those that differ."""
     run = training(unquantised=("lm_head", "layers.1.self_attn.v_proj"))
     assert base_layers.judge_bits(seen(model=run.model), 4).observed == "16+4"
-    first = lora_layers(run.model)[0].base
+    first = adapter_layers(run.model)[0].base
     first.weight.quant_state = None
     first.quant_state = None
     check = base_layers.judge_bits(seen(model=run.model), 4).against("base.bits", 4)
@@ -186,8 +186,8 @@ def test_several_values_are_told_apart_from_one(training, seen):
     assert "cannot tell for" in check.reason
     assert "not quantised" in check.reason
     second = training()
-    lora_layers(second.model)[0].base.weight.quant_state = None
-    lora_layers(second.model)[0].base.quant_state = None
+    adapter_layers(second.model)[0].base.weight.quant_state = None
+    adapter_layers(second.model)[0].base.quant_state = None
     assert base_layers.judge_bits(seen(model=second.model), 4).against("base.bits", 4).status == "unknown"
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from kernels_check import verify
 from kernels_check.controls.small_run import SmallRun
 from kernels_check.judges import base_layers
-from kernels_check.observation.adapter_layers import lora_layers
+from kernels_check.observation.adapter_layers import adapter_layers
 
 
 def _tuned(base, *, optimizer=torch.optim.AdamW, everything=False, **options):
@@ -46,6 +46,13 @@ def _with_spare(**options):
 
 def _norm():
     return nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+
+
+def _frozen_norm():
+    """Its statistics do not move."""
+    base = _norm()
+    base[1].track_running_stats, base[1].running_mean, base[1].running_var = False, None, None
+    return base
 
 
 def test_statistics_of_a_norm_are_part_of_the_base(instrument):
@@ -128,12 +135,32 @@ def test_without_an_optimizer_nobody_knows_what_it_holds(instrument):
     assert "spare.weight" in check.reason
 
 
-@pytest.mark.parametrize("bias", ["all", "lora_only"])
-def test_biases_that_peft_was_asked_to_train_are_named_by_the_setting(instrument, bias):
-    """The base is then not frozen, and that is what was asked for."""
-    check = _judged(*_tuned(_norm()[::2], bias=bias), instrument)
+@pytest.mark.parametrize(("bias", "count"), [("all", 3), ("lora_only", 1)])
+def test_biases_that_peft_was_asked_to_train_are_the_adapters(instrument, bias, count):
+    """The base beside them is frozen, and the reason says what trains."""
+    check = _judged(*_tuned(_frozen_norm(), bias=bias), instrument)
+    assert check.met, check.reason
+    assert f"{count} biases train with the adapter, as PEFT was asked to by bias={bias!r}" in check.reason
+
+
+def test_a_weight_that_trains_beside_asked_for_biases_is_still_found(instrument):
+    """Only biases were asked for."""
+    model, _ = _tuned(_frozen_norm(), bias="all")
+    model.base_model.model[1].weight.requires_grad_(True)
+    optimizer = torch.optim.AdamW([value for value in model.parameters() if value.requires_grad], lr=1e-2)
+    check = _judged(model, optimizer, instrument)
     assert check.status == "fallback"
-    assert f"PEFT was asked to by bias={bias!r}" in check.reason
+    assert "1 base parameters require gradients: base_model.model.1.weight" in check.reason
+
+
+def test_biases_of_an_adapter_that_was_put_aside_are_the_bases(instrument):
+    """PEFT leaves them trainable when another adapter takes its place, which nobody asked for."""
+    model, _ = _tuned(_frozen_norm(), bias="lora_only")
+    model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["0"]))
+    model.set_adapter("second")
+    optimizer = torch.optim.AdamW([value for value in model.parameters() if value.requires_grad], lr=1e-2)
+    check = _judged(model, optimizer, instrument)
+    assert check.status == "fallback"
     assert "base_layer.bias" in check.reason
 
 
@@ -189,7 +216,7 @@ def test_a_state_that_moves_is_a_base_that_moves(training, part):
 
     def step():
         run.step()
-        state = lora_layers(run.model)[2].base.weight.quant_state
+        state = adapter_layers(run.model)[2].base.weight.quant_state
         state.offset.add_(1e-4) if part == "offset" else state.absmax.add_(1)
 
     check = run.check("base.frozen", True, step)
@@ -260,7 +287,7 @@ def test_sharded_weights_of_which_only_the_state_was_repacked_are_found(training
     From the second forward on the losses are those of another model.
     """
     runs = [training(dtype="float32", compute="float32", lora_dropout=0.0) for _ in range(2)]
-    if not lora_layers(runs[0].model)[0].base.support_avx512bf16_for_cpu:
+    if not adapter_layers(runs[0].model)[0].base.support_avx512bf16_for_cpu:
         pytest.skip("this CPU has no AVX512_BF16, so bitsandbytes does not repack")
     _shard(runs[1])
     for run in runs:

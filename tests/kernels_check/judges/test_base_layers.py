@@ -6,12 +6,12 @@ import torch
 from bitsandbytes.functional import _convert_weight_packed_for_cpu
 
 from kernels_check.judges import base_layers
-from kernels_check.observation.adapter_layers import lora_layers
+from kernels_check.observation.adapter_layers import adapter_layers
 from kernels_check.observation.storage import read_storage
 
 
 def _bases(run):
-    return [layer.base for layer in lora_layers(run.model)]
+    return [layer.base for layer in adapter_layers(run.model)]
 
 
 def test_bits_per_weight_tell_double_quantisation(training):

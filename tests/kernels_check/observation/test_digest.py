@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from kernels_check.observation.adapter_layers import lora_layers
+from kernels_check.observation.adapter_layers import adapter_layers
 from kernels_check.observation.digest import Digest, Hashed, digest
 
 
@@ -75,7 +75,7 @@ STATE = {
 def test_every_part_of_a_quantised_weights_state_counts(training, part):
     """In each of them lies what the weight is when it is unpacked."""
     run = training()
-    layer = lora_layers(run.model)[1]
+    layer = adapter_layers(run.model)[1]
     before = digest(run.model)
     STATE[part](layer.base.weight.quant_state)
     assert digest(run.model).since(before).changed == (f"{layer.name}.base_layer.quant_state.{part}",)
@@ -86,7 +86,7 @@ def test_a_state_has_one_name_wherever_it_is_kept(training, holder):
     """On the parameter or on its layer."""
     run = training()
     before = digest(run.model)
-    for layer in lora_layers(run.model):
+    for layer in adapter_layers(run.model):
         (layer.base if holder == "weight" else layer.base.weight).quant_state = None
     assert digest(run.model).since(before).changed == ()
 

@@ -1,0 +1,143 @@
+"""Small runs of models of other shapes than the Llama of ``small_run``, and what goes wrong in a part of them.
+
+An encoder and a decoder whose layers attend twice, a tower for images, experts adapted as parameters, and the attention
+of torch itself, whose forward calls no layer: each was once counted wrongly, by what a Llama has.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from kernels_check.controls.small_run import SmallRun
+
+_LORA: dict[str, Any] = {"r": 4, "lora_dropout": 0.0}
+_SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def encoder_decoder() -> SmallRun:
+    """Bart of two layers in each half: six of attention, of which two attend to the encoder's output."""
+    import torch
+    from transformers import AutoModelForSeq2SeqLM, BartConfig
+
+    torch.manual_seed(7)
+    halves = {
+        f"{half}_{what}": size
+        for half in ("encoder", "decoder")
+        for what, size in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 48))
+    }
+    config = BartConfig(vocab_size=96, d_model=32, max_position_embeddings=64, **halves)
+    ids = torch.randint(3, 96, (2, 12))
+    return _run(AutoModelForSeq2SeqLM.from_config(config), {"input_ids": ids, "labels": ids})
+
+
+def vision() -> SmallRun:
+    """A vision transformer of two layers."""
+    import torch
+    from transformers import AutoModelForImageClassification, ViTConfig
+
+    torch.manual_seed(7)
+    config = ViTConfig(image_size=32, patch_size=8, num_labels=3, **_SIZES)
+    inputs = {"pixel_values": torch.randn(2, 3, 32, 32), "labels": torch.tensor([0, 1])}
+    return _run(AutoModelForImageClassification.from_config(config), inputs)
+
+
+def experts(*, misspelt: bool = False) -> SmallRun:
+    """Mixtral, whose experts are adapted as parameters."""
+    import torch
+    from transformers import AutoModelForCausalLM, MixtralConfig
+
+    torch.manual_seed(7)
+    config = MixtralConfig(vocab_size=96, num_key_value_heads=2, num_local_experts=4, **_SIZES)
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.dwon_proj" if misspelt else "mlp.experts.down_proj"]
+    ids = torch.arange(1, 33).reshape(2, 16)
+    model = AutoModelForCausalLM.from_config(config)
+    return _run(model, {"input_ids": ids, "labels": ids}, targets=["q_proj"], target_parameters=names)
+
+
+def multihead() -> SmallRun:
+    """The attention of torch, into whose weights PEFT merges the adapter for each forward."""
+    import torch
+    from torch import nn
+
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
+            self.head = nn.Linear(16, 3)
+
+        def forward(self, hidden: Any) -> Any:
+            return self.head(self.attention(hidden, hidden, hidden, need_weights=False)[0])
+
+    torch.manual_seed(7)
+    run = _run(Attends(), {"hidden": torch.randn(2, 6, 16)}, targets=["attention"])
+
+    def passes(run: SmallRun) -> Any:
+        loss = run.model(**run.inputs).pow(2).mean()
+        loss.backward()
+        return loss
+
+    run.passes = passes
+    return run
+
+
+def attend_eagerly(run: SmallRun, name: str) -> None:
+    """Let the last attention of this name run otherwise than the rest."""
+    attention = [module for path, module in run.model.named_modules() if path.endswith(name)][-1]
+    attention.config = copy.copy(attention.config)
+    attention.config._attn_implementation = "eager"
+
+
+def cross_attend_eagerly(run: SmallRun) -> None:
+    """The attention of the decoder's last layer to the encoder."""
+    attend_eagerly(run, "encoder_attn")
+
+
+def look_eagerly(run: SmallRun) -> None:
+    """The attention of the last layer."""
+    attend_eagerly(run, "attention")
+
+
+def prune(run: SmallRun) -> None:
+    """Take a layer out, and leave the configuration as it is."""
+    import torch
+
+    model = run.model.base_model.model.model
+    model.layers = model.layers[:1]
+    run.optimizer = torch.optim.AdamW([value for value in run.model.parameters() if value.requires_grad], lr=1e-3)
+
+
+def prune_and_attend_eagerly(run: SmallRun) -> None:
+    """And let the layer that is left run otherwise than it was loaded."""
+    prune(run)
+    attend_eagerly(run, "self_attn")
+
+
+def drift_projections(run: SmallRun) -> None:
+    """Move what projects queries, keys and values a little after every step."""
+    import torch
+
+    weight = next(value for name, value in run.model.named_parameters() if name.endswith("in_proj_weight"))
+    sound = run.step
+
+    def step() -> None:
+        sound()
+        with torch.no_grad():
+            weight.add_(0.01)
+
+    run.step = step  # type: ignore[method-assign]
+
+
+def _run(model: Any, inputs: dict[str, Any], *, targets: Any = ("q_proj", "v_proj"), **options: Any) -> SmallRun:
+    import peft
+    import torch
+
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=list(targets), **_LORA, **options)).train()
+    optimizer = torch.optim.AdamW([value for value in adapted.parameters() if value.requires_grad], lr=1e-2)
+
+    def passes(run: SmallRun) -> Any:
+        loss = run.model(**run.inputs).loss
+        loss.backward()
+        return loss
+
+    return SmallRun(model=adapted, optimizer=optimizer, inputs=inputs, passes=passes)
