@@ -166,12 +166,14 @@ class Breaker:
     def trial_ended(self, record: TrialRecord) -> None:
         """After its record was saved: its process is gone, and nothing is under way."""
         self.parent.append(Seen.of(os.getpid()))
-        zygote = psutil.Process(self._zygote())
-        if zygote.is_running() and zygote.status() != psutil.STATUS_ZOMBIE:
-            self.zygotes.append(Seen.of(zygote.pid))
-            if record.position % (BETWEEN * SLOTS) == SLOTS // 2:
-                zygote.kill()
-                self.between += 1
+        try:
+            seen = Seen.of(self._zygote())
+        except (psutil.NoSuchProcess, psutil.ZombieProcess):  # it has died with the trial
+            return
+        self.zygotes.append(seen)
+        if record.position % (BETWEEN * SLOTS) == SLOTS // 2:
+            os.kill(seen.pid, signal.SIGKILL)
+            self.between += 1
 
     def _zygote(self) -> int:
         assert self.executor._zygote is not None
@@ -268,6 +270,8 @@ def main(arguments: list[str]) -> int:
     print(f"zygotes killed between trials: {breaker.between}")
     print(f"rows: {', '.join(f'{status} {count}' for status, count in sorted(statuses.items()))}")
     wrong += what_grew(breaker)
+    if len(breaker.parent) != len(plan.slots):
+        wrong.append(f"{len(breaker.parent)} trials were looked at of {len(plan.slots)}")
     for reason in wrong:
         print(f"wrong: {reason}")
     print("holds: every row is right, nothing grew" if not wrong else f"{len(wrong)} wrong")
