@@ -111,6 +111,7 @@ class Pretended(local.LocalExecutor):
         """One process that is none."""
 
         start_latency_s = 0.01
+        prefix = ""
 
         def ask(self, command, trial, timeout_s, **arguments) -> Fragment:
             try:
@@ -118,6 +119,11 @@ class Pretended(local.LocalExecutor):
             except RuntimeError as error:
                 with contextlib.redirect_stderr(io.StringIO()):  # a trial's own goes into its log
                     return failure_of(error, command)
+            if command == "merge":
+                self.prefix = "merged_"
+            if command == "request":
+                names = ("request_time_s", "first_token_time_s", "time_per_output_token_s")
+                return Fragment(samples={self.prefix + name: (0.1,) for name in names})
             if command != "turn":
                 return Fragment()
             counts = {"turn_real_tokens": (64.0,), "turn_sequences": (2.0,), "train_loss": (2.0,)}

@@ -128,7 +128,7 @@ def test_a_disk_that_is_made_read_only_under_way(command, runs, tiny_disk, stopp
     assert resumed().state == "complete"
 
 
-@pytest.mark.parametrize("place", ["r1-a:prepare", "r1-a:turn", "r1-b-solo:cold"])
+@pytest.mark.parametrize("place", half(["r1-a:prepare", "r1-a:turn", "r1-b-solo:cold"], ["r1-a:turn"]))
 def test_no_more_memory_in_the_parent(place, tmp_path, command, only_run, resumed):
     """From there on it can have none, and what it has is taken up: it says so, and keeps what it had saved."""
     words = ["run", str(tmp_path / "small.toml"), "--phase", "train", "--phase", "cold", "--interleave", "lockstep"]
@@ -142,7 +142,7 @@ def test_no_more_memory_in_the_parent(place, tmp_path, command, only_run, resume
 # --- in a measuring process -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command_word", ["build", "turn", "save_adapter"])
+@pytest.mark.parametrize("command_word", half(["build", "turn", "save_adapter"], ["save_adapter"]))
 def test_what_is_refused_to_a_trial_is_no_trials_fault(command_word, tmp_path, command, only_run, resumed):
     """The next trial would meet it as well: the run ends there, with the trial and the remedy named, nothing is called
     crashed, and with room it is whole."""
