@@ -43,7 +43,10 @@ def measured(executor, small_study, monkeypatch):
 
     def measure(deed, *, at_work, target, phases=("train", "generate"), step_timeout_s=120.0):
         names = {f"v{number}": phase for number, phase in enumerate(PHASES)}
-        variants = tuple(dataclasses.replace(small_study.variants[0], name=name) for name in ("ref", *names))
+        variants = tuple(
+            dataclasses.replace(small_study.variants[0], name=name, r=4 + number)
+            for number, name in enumerate(("ref", *names))
+        )
         protocol = dataclasses.replace(
             small_study.protocol, replicates=1, turns=1, peak_replicates=1, step_timeout_s=step_timeout_s
         )
