@@ -1,7 +1,8 @@
 """Standard streams whose other end can go away, for every program of this distribution.
 
-Standard error carries asides. Somebody who no longer reads them (a closed terminal, a full disk) must not end what they
-tell of, which may have measured for hours: what cannot be written there is dropped.
+Standard error carries asides. Somebody who no longer reads them (a closed terminal, a full disk, a pager that was left
+alone) must neither end nor hold up what they tell of, which may have measured for hours: what cannot be written there
+is dropped.
 
 Standard output carries the result. A reader that has seen enough (`| head -1`) ends a program as it ends others: at
 once, without a word, with the exit code that a shell gives to one that was killed by SIGPIPE. Where the result cannot
@@ -13,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import select
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -79,8 +81,28 @@ class _Stream:
             os.close(nowhere)
 
 
+PATIENCE_S = 10.0
+"""Who reads asides may pause for as long; longer, and he is taken for one that has left."""
+
+
 class Aside(_Stream):
     """A stream that takes whatever can be written, and drops the rest."""
+
+    def _try(self, action: Callable[[], object]) -> None:
+        if self._is_read():
+            super()._try(action)
+        else:
+            self._silence()
+
+    def _is_read(self) -> bool:
+        """Whether there is room for more, now or soon. What has no file behind it always has."""
+        try:
+            number = self._stream.fileno()
+        except (OSError, ValueError, AttributeError):
+            return True
+        waiting = select.poll()
+        waiting.register(number, select.POLLOUT)
+        return bool(waiting.poll(1000 * PATIENCE_S))
 
     def _lost(self, error: OSError) -> None:
         """Nobody is told."""

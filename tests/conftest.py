@@ -9,6 +9,7 @@ import signal
 import tempfile
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from harness.machine.provenance import Machine
@@ -23,6 +24,12 @@ pytest_plugins = ["pytester"]
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two OpenMP threads on two cores collapse under contention
 os.environ["LORAMETER_LOCKS"] = tempfile.mkdtemp(prefix="locks-")  # of this process: the other one measures as well
 os.environ.pop("PYTEST_XDIST_WORKER", None)  # a pytest that a test starts would take itself for a part of this one
+
+# How long an example takes is the machine's affair, and beside other work it is long.
+hypothesis.settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("any machine")
 
 
 def pytest_collection_modifyitems(items):

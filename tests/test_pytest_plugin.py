@@ -227,16 +227,32 @@ def test_collecting_measures_nothing(suite):
     assert not suite.measured()
 
 
-def test_disable_measures_the_least_and_reports_nothing(suite):
-    """One replicate, one step, no table of either kind."""
-    result = suite("--benchmark-disable")
-    result.assert_outcomes(passed=6)
-    (run,) = (suite.path / ".lorameter" / "runs").iterdir()
-    records = [json.loads(line) for line in (run / "trials.jsonl").read_text().splitlines()]
-    timed = [record for record in records if "step_time_s" in record["samples"]]
-    assert len(timed) == 3
-    assert all(len(record["samples"]["step_time_s"]) == 1 for record in timed)
+def test_disable_measures_nothing_and_stores_nothing(suite):
+    """Each test runs up to its replay and is skipped there, for nothing that it could replay was seen; that is said."""
+    result = suite("--benchmark-disable", "--benchmark-save=none", "-rs")
+    result.assert_outcomes(skipped=6)
+    result.stdout.fnmatch_lines(["lorameter: --benchmark-disable: nothing*", "SKIPPED*--benchmark-disable: nothing*"])
+    assert "warning" not in result.stdout.str()
     assert "Training" not in result.stdout.str()
+    assert not suite.measured()
+    assert not (suite.path / ".lorameter").exists()
+    assert not [*(suite.path / ".benchmarks").rglob("*.json")]
+
+
+def test_disable_still_refuses_what_could_not_be_measured(suite):
+    """A study that this machine cannot run, as without the option."""
+    (suite.path / "small.toml").write_text(STUDY.replace('quantization = "nf4"', 'attention = "flash_attention_2"'))
+    result = suite("--benchmark-disable")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert not suite.measured()
+
+
+def test_disable_goes_on_with_nothing(suite, base):
+    """A run that broke off stays as it is."""
+    before = (base / "trials.jsonl").read_bytes()
+    (base / "manifest.json").write_text((base / "manifest.json").read_text().replace('"complete"', '"interrupted"'))
+    suite("--benchmark-disable", f"--lorameter-resume={base.name}").assert_outcomes(skipped=6)
+    assert (base / "trials.jsonl").read_bytes() == before
 
 
 def test_json_and_histogram_are_written(suite):
@@ -455,10 +471,10 @@ def test_a_run_that_broke_off_is_gone_on_with_and_replayed(suite, base):
 
 def test_what_would_change_a_run_that_is_gone_on_with_is_refused(suite, base):
     """By name, before anything is measured."""
-    options = ("--lorameter-model=tiny-llama", "--lorameter-allow-disturbed", "--benchmark-disable")
+    options = ("--lorameter-model=tiny-llama", "--lorameter-allow-disturbed")
     result = suite(f"--lorameter-resume={base.name}", *options)
     assert result.ret == pytest.ExitCode.USAGE_ERROR
-    names = "--lorameter-model, --lorameter-allow-disturbed, --benchmark-disable"
+    names = "--lorameter-model, --lorameter-allow-disturbed"
     result.stderr.fnmatch_lines([f"*{names} would change the study or the plan*"])
     assert not suite.measured()
 

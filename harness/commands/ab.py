@@ -21,6 +21,7 @@ SETTLED_OPTIONS = (
     "inject-rows",
 )  # fmt: skip
 """Options that make an A/B; one that is gone on with has them."""
+CALIBRATED_STUDY = "training-step"
 SIDE_HELP = "a git revision, a Python executable, or requirements such as 'peft==0.20.0'"
 
 
@@ -59,7 +60,7 @@ def add_commands(commands: Any, common: Any) -> None:
         help="this machine's own false-alarm rate and power",
         description="Measure identical code and a planted slow-down, and say what the gate can see on this machine.",
     )
-    calibrate.add_argument("study", metavar="STUDY", nargs="?", default="training-step", help="default: training-step")
+    calibrate.add_argument("study", metavar="STUDY", nargs="?", help=f"default: {CALIBRATED_STUDY}")
     _measuring(calibrate, ("standard", "rigorous"), f"8 or 12 replicates; default {CALIBRATION_REPLICATES}")
     calibrate.add_argument(
         "--variant", metavar="V", action="append", default=[], help="the one variant to measure; default: the reference"
@@ -67,6 +68,7 @@ def add_commands(commands: Any, common: Any) -> None:
     calibrate.add_argument(
         "--inject-rows", type=int, metavar="N", help="rows of extra work a layer; default: sized by a pilot for 5 %%"
     )
+    calibrate.add_argument("--resume", metavar="RUN", help="go on with a calibration that broke off")
     common(calibrate)
     calibrate.set_defaults(command=run_calibrate)
 
@@ -154,12 +156,11 @@ def run_calibrate(options: argparse.Namespace) -> int:
     """Size the slow-down by a pilot, measure, print what the gate can see here."""
     import dataclasses
 
-    from harness.records import codec
-    from harness.report.calibration import describe_calibration
-    from harness.report.terminal import console_for, show
-    from harness.verdicts.calibrate import LEAST_TO_CALIBRATE, MOST_ROWS, PILOT_ROWS, PLANTED, calibrate, rows_for
-    from harness.verdicts.series import is_difference
+    from harness.verdicts.calibrate import LEAST_TO_CALIBRATE, MOST_ROWS, PILOT_ROWS, PLANTED, rows_for
 
+    if options.resume:
+        return _calibrate_on(options)
+    options.study = options.study or CALIBRATED_STUDY
     if options.inject_rows is not None and not 1 <= options.inject_rows <= MOST_ROWS:
         raise UsageError(
             f"--inject-rows = {options.inject_rows}: no amount of work. Use 1 to {MOST_ROWS}, or leave it out."
@@ -180,18 +181,57 @@ def run_calibrate(options: argparse.Namespace) -> int:
     rows = options.inject_rows
     if rows is None:
         pilot = dataclasses.replace(study, protocol=dataclasses.replace(study.protocol, replicates=3))
-        seen = [
-            calibration_ratio(_measured_here(pilot, variant.name, count, options), variant.name) for count in PILOT_ROWS
-        ]
+        seen = []
+        for count in PILOT_ROWS:
+            run = _measured_here(pilot, variant.name, count, options)
+            _require_whole(run, "it sizes the slow-down of a calibration. Calibrate anew")
+            seen.append(calibration_ratio(run, variant.name))
         rows = rows_for(PLANTED, *seen)
-    run = _measured_here(study, variant.name, rows, options)
-    result = calibrate(run, variant)
+    return _show_calibration(_measured_here(study, variant.name, rows, options), options)
+
+
+def _calibrate_on(options: argparse.Namespace) -> int:
+    """Go on with a calibration that broke off; one of which nothing is left is shown as it is."""
+    from harness.commands.resume import go_on
+    from harness.records import store
+    from harness.run.resume import is_calibration, study_of
+    from harness.verdicts.calibrate import LEAST_TO_CALIBRATE
+
+    run = store.read_run(options.resume, store.runs_dir(options.runs_dir))
+    name = run.manifest.run
+    if not is_calibration(run.manifest):
+        raise UsageError(f"run {name} is no calibration. Go on with: lorameter run --resume {name}")
+    if study_of(run).protocol.replicates < LEAST_TO_CALIBRATE:
+        raise UsageError(f"run {name} sized the slow-down of a calibration, and is none itself. Calibrate anew.")
+    whole = go_on(options, [one for one in SETTLED_OPTIONS if hasattr(options, one.replace("-", "_"))], ab=True)
+    assert whole is not None  # that is the answer to --dry-run, which there is none of here
+    return _show_calibration(whole, options)
+
+
+def _require_whole(run: Run, then: str) -> None:
+    """Raises `InvalidRunError` where a run was stopped: whoever did that does not want the next one to begin."""
+    if run.manifest.status != "complete":
+        raise InvalidRunError(f"run {run.manifest.run} was stopped, and what it had measured is kept: {then}.")
+
+
+def _show_calibration(run: Run, options: argparse.Namespace) -> int:
+    """Print what the gate can see, as this run shows; the exit code says whether the machine measures anything now."""
+    from harness.records import codec
+    from harness.report.calibration import describe_calibration
+    from harness.report.terminal import console_for, show
+    from harness.run.resume import INJECTED, study_of
+    from harness.verdicts.calibrate import calibrate
+    from harness.verdicts.series import is_difference
+
+    name = run.manifest.run
+    _require_whole(run, f"go on with: lorameter calibrate --resume {name}")
+    result = calibrate(run, study_of(run).variant(run.manifest.selection[0]))
+    rows = run.manifest.sides["candidate"][INJECTED]
     if options.json:
         print_json({"calibration": codec.to_json(result), "inject_rows": rows})
     else:
         show(describe_calibration(result, rows), console_for())
-    fit = run.manifest.status == "complete" and not is_difference(result.identical)
-    return EXIT_PASS if fit else EXIT_INVALID  # identical code that differs says that this machine measures nothing now
+    return EXIT_INVALID if is_difference(result.identical) else EXIT_PASS  # of identical code
 
 
 def calibration_ratio(run: Run, name: str) -> float:
@@ -212,10 +252,9 @@ def _measured_here(study: Any, name: str, rows: int, options: argparse.Namespace
     from harness.report.live import LiveDisplay
     from harness.report.notices import describe_notices
     from harness.report.terminal import console_for, show
-    from harness.run.ab import arms_of, plan_ab
+    from harness.run.ab import arms_of_present, plan_ab
     from harness.run.device import hold_device
     from harness.run.executors import open_executor
-    from harness.run.executors.host import Host
     from harness.run.measure import measure
 
     executor, runs = open_executor(), store.runs_dir(options.runs_dir, make=True)
@@ -230,16 +269,8 @@ def _measured_here(study: Any, name: str, rows: int, options: argparse.Namespace
     )
     errors = console_for(stderr=True)
     show(describe_notices(notices), errors)
-    slowed = {"label": f"the same with {rows} rows of extra work"}
-    arms = [
-        *arms_of("base", Host(), (), {"label": "the present interpreter"}),
-        *arms_of("candidate", Host(), (), slowed),
-    ]
     with hold_device(executor, options.if_busy), LiveDisplay(errors) as display:
-        run = measure(plan, runs=runs, display=display, notices=notices, arms=arms)
-    if run.manifest.status != "complete":  # whoever stopped it does not want the next measurement to begin
-        raise InvalidRunError(f"run {run.manifest.run} was stopped, and a calibration takes all of it. Calibrate anew.")
-    return run
+        return measure(plan, runs=runs, display=display, notices=notices, arms=arms_of_present(rows))
 
 
 def read_study(options: argparse.Namespace, standard: int | None = None) -> Any:

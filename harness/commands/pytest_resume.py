@@ -37,9 +37,7 @@ def load_resumed(config: pytest.Config) -> ResumedRun | None:
     if not name:
         return None
     names = [f"--lorameter-{one}" for one in SETTLED_OPTIONS]
-    disabled = config.getoption("benchmark_disable") and not config.getoption("benchmark_enable")
-    settled = {name: config.getoption(name, None) for name in names} | {"--benchmark-disable": disabled}
-    refuse_settled(OPTION, settled)
+    refuse_settled(OPTION, {name: config.getoption(name, None) for name in names})
     study = config.getoption("--lorameter-study")
     if study is not None:
         from harness.studies.study_file import load_study

@@ -14,16 +14,18 @@ from kernels_check.streams import Aside
 from kernels_check.visible import make_visible
 
 if TYPE_CHECKING:
-    from harness.records.record import TrialRecord
+    from harness.records.record import Notice, TrialRecord
     from harness.records.store import Run
     from harness.report.table import Document
     from harness.run.executors import Executor
+    from harness.run.plan import Plan
     from harness.studies.study import Study
     from harness.verdicts.gate import GateResult
 
 
 PLUGIN = "lorameter-session"
 DEFAULT_STUDY = "lora-or-qlora"
+NOTHING_MEASURED = "--benchmark-disable: nothing was measured, so nothing was stored and nothing can be replayed"
 
 
 class ReplayClock:
@@ -82,7 +84,8 @@ class Session:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> None:
-        """Measure what the selected tests need, once, before the first of them runs."""
+        """Measure what the selected tests need, once, before the first of them runs; with --benchmark-disable only see
+        whether it could be."""
         items = [(item, phase) for item in session.items if (phase := _phase_of(item))]
         collecting = self._config.option.collectonly or session.testsfailed
         if not items or self._skipped or collecting:
@@ -94,7 +97,11 @@ class Session:
                 facts = self._provenance()
                 self._gate.prepare(self._study, comparable(facts), fingerprint(facts))
             names = [str(item.callspec.params["variant_name"]) for item, _ in items]  # type: ignore[attr-defined]
-            self._run = self._measure(names, {phase for _, phase in items})
+            phases = {phase for _, phase in items}
+            if not self._disabled:
+                self._run = self._measure(names, phases)
+            elif self._resumed is None:
+                self._plan(names, phases, make=False)
 
     @pytest.fixture
     def replay(self, request: pytest.FixtureRequest, variant_name: str) -> Callable[[], None]:
@@ -108,6 +115,9 @@ class Session:
             from harness.verdicts.benchmark_json import extra_info
             from harness.verdicts.series import series_of
 
+            if self._disabled:
+                benchmark(_nothing)  # its fixture would warn that nobody has used it
+                pytest.skip(NOTHING_MEASURED)
             if self._run is None or phase is None:
                 pytest.fail("nothing was measured for this test; is it marked with lorameter(phase)?", pytrace=False)
             series = series_of(self._run.records)[variant_name, "variant"]
@@ -130,7 +140,9 @@ class Session:
         if isinstance(self._judged, str):
             terminalreporter.section("lorameter gate")
             terminalreporter.write(self._judged, flush=True)
-        if self._run is None or self._disabled:
+        if self._disabled:
+            terminalreporter.write_line(f"lorameter: {NOTHING_MEASURED}")
+        if self._run is None:
             return
         from harness.report.gate import describe_gate
         from harness.report.run import describe_run
@@ -148,7 +160,7 @@ class Session:
             passed = not isinstance(self._judged, str) and self._judged.passed
             if not passed and session.exitstatus == pytest.ExitCode.OK:
                 session.exitstatus = pytest.ExitCode.TESTS_FAILED
-        if self._run is None or self._disabled:
+        if self._run is None:
             return
         from harness.verdicts.standing import standing_of
 
@@ -203,25 +215,31 @@ class Session:
         )
 
     def _measure(self, names: list[str], phases: set[str]) -> Run:
-        import dataclasses
-
-        from harness.records import store
         from harness.report.live import LiveDisplay
         from harness.report.notices import describe_notices
         from harness.report.terminal import console_for, show
         from harness.run.device import hold_device
-        from harness.run.measure import measure, plan_study
+        from harness.run.measure import measure
 
+        console = console_for(Aside(sys.stderr))
         held = hold_device(self._executor(), self._config.getoption("--lorameter-if-busy"))
         if self._resumed is not None:
-            with held, LiveDisplay(console_for(Aside(sys.stderr))) as display:
+            with held, LiveDisplay(console) as display:
                 return self._resumed.measure(self._executor(), display)
-        study = self._study
-        if self._disabled:
-            study = dataclasses.replace(study, protocol=study.protocol.least())
-        executor, runs = self._executor(), store.runs_dir(self._config.getoption("--lorameter-runs-dir"), make=True)
+        plan, notices, runs = self._plan(names, phases, make=True)
+        show(describe_notices(notices), console)
+        with held, LiveDisplay(console) as display:
+            return measure(plan, runs=runs, display=display, notices=notices)
+
+    def _plan(self, names: list[str], phases: set[str], *, make: bool) -> tuple[Plan, tuple[Notice, ...], Path]:
+        """What the tests need, and the folder of runs, to be made or not. Raises `UsageError` for what cannot be
+        measured here."""
+        from harness.records import store
+        from harness.run.measure import plan_study
+
+        executor, runs = self._executor(), store.runs_dir(self._config.getoption("--lorameter-runs-dir"), make=make)
         plan, notices = plan_study(
-            study,
+            self._study,
             executor.machine(),
             free_bytes=executor.free_bytes(),
             select=names,
@@ -229,11 +247,7 @@ class Session:
             interleaving=self._config.getoption("--lorameter-interleave"),
             runs=runs,
         )
-        console = console_for(Aside(sys.stderr))
-        if not self._disabled:
-            show(describe_notices(notices), console)
-        with held, LiveDisplay(console) as display:
-            return measure(plan, runs=runs, display=display, notices=notices)
+        return plan, notices, runs
 
     def _executor(self) -> Executor:
         from harness.run.executors import open_executor

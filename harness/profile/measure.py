@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,10 +22,12 @@ from harness.models.costs.peaks import Peak, Rate, stated_peak
 from harness.profile.facts import Profile
 from harness.records import codec
 from harness.records.activity import ACCOUNTS, ACTIVITY, PEAKS, TRACE, Activity
+from harness.records.document import write_document
 from harness.records.memory_account import MEMORY_PHASES, MemoryAccount
 from harness.records.record import Fragment, TrialRecord
+from harness.records.refusals import say_refused
 from harness.records.scratch import scratch_folder
-from harness.records.store import leaving_nothing
+from harness.records.store import leaving_nothing, new_run_id
 from harness.run.contenders import Contender
 from harness.run.executors import Executor, Place, Worker, WorkerLostError
 from harness.run.feasibility import check_feasible
@@ -69,7 +70,7 @@ def profile_variant(
     notices = check_feasible(study, machine, [contender], free_bytes=executor.free_bytes())
     plan = make_plan(study, contenders=[contender], phases=("train", "generate"))
     slot = plan.slots[0]
-    folder = runs / f"{time.strftime('%Y%m%d-%H%M%S')}-profile-{variant.name}-{secrets.token_hex(2)}"
+    folder = runs / new_run_id(f"profile-{variant.name}", runs)
     folder.mkdir(parents=True)
     with contextlib.ExitStack() as stack:
         stack.enter_context(leaving_nothing(folder, unless=DOCUMENT))
@@ -115,8 +116,9 @@ def profile_variant(
             measured_peaks=measured,
             estimates=_estimates(variant, study.workload, machine.device),
         )
-        executor.fetch(slot.trial, TRACE, folder)
-    (folder / DOCUMENT).write_text(codec.dumps(profile, indent=1) + "\n", encoding="utf-8")
+        with say_refused(lambda: (f"profile {folder.name} could not be written", "profile anew")):
+            executor.fetch(slot.trial, TRACE, folder)
+            write_document(folder / DOCUMENT, profile)
     return profile, folder
 
 
@@ -144,8 +146,8 @@ class _Trial:
         self._worker = worker
         self._say = say
         self._asked = ""
-        begun = time.time()
-        self.record: TrialRecord = begin_record(slot, "ok").replaced(started_unix_s=begun, tokens=site.tokens)
+        self._begin = time.monotonic()
+        self.record: TrialRecord = begin_record(slot, "ok").replaced(started_unix_s=time.time(), tokens=site.tokens)
 
     def conduct(self, rates: list[Rate]) -> None:
         """All of it, in the order in which no measurement is in the way of another."""
@@ -163,7 +165,7 @@ class _Trial:
         self._ask("account", phase="generate")
         self._ask("peak", rates=rates)
         self._ask("activity")
-        self.record = self.record.replaced(wall_time_s=time.time() - self.record.started_unix_s)
+        self.record = self.record.replaced(wall_time_s=time.monotonic() - self._begin)
 
     def _ask(self, command: str, **arguments: Any) -> Fragment:
         if command != self._asked:
@@ -177,7 +179,7 @@ class _Trial:
         self.record = self.record.merged(fragment)
         if fragment.status != "ok":
             failure = fragment.failure
-            said = f"{failure.kind}: {failure.message}" if failure else "it says nothing"
+            said = f"{failure.kind}: {failure.message.removesuffix('.')}" if failure else "it says nothing"
             raise InvalidRunError(
                 f"{request.variant.name}: {fragment.status} in {command}: {said}. The log is {request.log_path}."
             )

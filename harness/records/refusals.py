@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 from collections.abc import Callable, Iterator
 
 from harness.errors import InvalidRunError
@@ -30,6 +31,14 @@ REMEDIES = {
     errno.ENOENT: "Restore what was there, and leave it alone while something is measured",
 }
 """What to do about it, by the error's number."""
+OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EMFILE, errno.ENFILE)
+"""Those that a trial meets through no fault of its own, and that the next trial meets as well."""
+REFUSED = "Refused"
+"""Kind of the failure of a trial that one of them broke off."""
+
+
+class RefusedError(Exception):
+    """The system has refused something to a measuring process; the message says what, and what to do about it."""
 
 
 def words_of(error: OSError) -> str:
@@ -38,13 +47,34 @@ def words_of(error: OSError) -> str:
     return f"{what}. {REMEDIES.get(error.errno or 0, 'Check the disk')}"
 
 
+def refusal_in(error: BaseException | None) -> str | None:
+    """The words of a refusal that is no fault of the trial that met it; None for any other error.
+
+    Libraries wrap what the system says: in an exception that was raised from it, or in one of their own that repeats
+    its words (safetensors: "I/O error: No space left on device (os error 28)").
+    """
+    while error is not None:
+        number = error.errno if isinstance(error, OSError) else None
+        said = str(error)
+        for one in OF_THE_MACHINE:
+            if number == one and isinstance(error, OSError):
+                return words_of(error)
+            if f"{os.strerror(one)} (os error {one})" in said:
+                return words_of(OSError(one, os.strerror(one)))
+        error = error.__cause__ or error.__context__
+    return None
+
+
 @contextlib.contextmanager
 def say_refused(told: Callable[[], tuple[str, str]]) -> Iterator[None]:
     """Meanwhile a refusal of the system is an `InvalidRunError`. `told` is asked then what it put an end to, and what
     to do once its cause is gone ("" for nothing)."""
     try:
         yield
-    except (OSError, MemoryError) as error:
-        said = words_of(error) if isinstance(error, OSError) else "this process ran out of memory. Free memory"
+    except (OSError, MemoryError, RefusedError) as error:
+        if isinstance(error, RefusedError):
+            said = str(error)
+        else:
+            said = words_of(error) if isinstance(error, OSError) else "this process ran out of memory. Free memory"
         where, then = told()
         raise InvalidRunError(f"{where}: {said}{', then ' if then else ''}{then}.") from error

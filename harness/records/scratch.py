@@ -14,6 +14,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from harness.errors import InvalidRunError
+
 PREFIX = "lorameter-"
 OWNER = ".owner"
 """The file that is locked. It gets this name when it is."""
@@ -21,9 +23,17 @@ OWNER = ".owner"
 
 @contextlib.contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """A new temporary folder, removed at the end, by its resolved path. Raises `OSError` where none can be made."""
+    """A new temporary folder, removed at the end, by its resolved path.
+
+    Raises:
+        InvalidRunError: no folder for temporary files can be written.
+        OSError: the one that is there refuses.
+    """
     remove_abandoned()
-    folder = Path(tempfile.mkdtemp(prefix=PREFIX)).resolve()
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=PREFIX)).resolve()
+    except FileNotFoundError as error:  # the words of tempfile, with all folders that it has tried
+        raise InvalidRunError(f"{error.strerror}. Free space in one of them, or name another with TMPDIR.") from None
     try:
         draft = folder / f"{OWNER}.new"
         with draft.open("w") as owner:

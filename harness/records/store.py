@@ -114,9 +114,11 @@ def _hide_from_git(folder: Path) -> None:
         ignored.write_text("# made by lorameter\n*\n", encoding="utf-8")
 
 
-def new_run_id(study: str) -> str:
-    """Sortable by time, unique: 20260131-093000-study-a1b2."""
-    return f"{time.strftime('%Y%m%d-%H%M%S')}-{study}-{secrets.token_hex(2)}"
+def new_run_id(name: str, folder: Path) -> str:
+    """Sortable by time and of nothing that is in the folder, whatever the clock says: 20260131-093000-study-a1b2."""
+    while inputs.is_there(folder / (run := f"{time.strftime('%Y%m%d-%H%M%S')}-{name}-{secrets.token_hex(2)}")):
+        pass
+    return run
 
 
 class RunWriter:

@@ -30,7 +30,7 @@ from harness.run.forecast import most_of, together_bytes
 from harness.run.levels import fits
 from harness.run.measure import Arm, Display, measure
 from harness.run.plan import Plan, make_plan
-from harness.run.resume import INJECTED, check_place
+from harness.run.resume import INJECTED, PRESENT, check_place, is_calibration
 from harness.run.stops import Stops
 from harness.studies.study import Study
 from harness.studies.variant import Variant
@@ -124,8 +124,12 @@ def resume_ab(run: Run, plan: Plan, *, repository: Path, cache: Path, display: D
         InvalidRunError: a side whose worker does not start.
     """
     before = run.manifest.sides
+    if is_calibration(run.manifest):
+        arms = [arm for name in SIDES for arm in arms_of(name, Host(), (), before[name])]
+        check_place(run, arms[0].executor.facts())
+        return measure(plan, runs=run.path.parent, display=display, arms=arms, resume=run.manifest.run)
     with _open_sides({name: _spec_again(before[name]) for name in SIDES}, repository, cache) as sides:
-        arms: list[Arm] = []
+        arms = []
         for name, side in sides.items():
             made = arms_of(name, side.host, side.declared, before[name])
             _check_unchanged(run, name, made[0].executor.facts().host or {})
@@ -187,6 +191,13 @@ def arms_of(
         Arm(name=name, side=side, executor=open_executor(host=host, label=name), declared=declared, about=about)
         for name in names
     ]
+
+
+def arms_of_present(injected_rows: int) -> list[Arm]:
+    """Both sides of a calibration: the present interpreter, and the same with extra work in the adapters."""
+    same = {"spec": "", "kind": PRESENT, "label": "the present interpreter", INJECTED: 0}
+    slowed = same | {"label": f"the same with {injected_rows} rows of extra work", INJECTED: injected_rows}
+    return [*arms_of("base", Host(), (), same), *arms_of("candidate", Host(), (), slowed)]
 
 
 def _level(

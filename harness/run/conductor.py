@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from harness.records import codec
 from harness.records.record import UNDER_WAY, Failure, Fragment, Measure, Status, TrialRecord
+from harness.records.refusals import REFUSED, RefusedError
 from harness.run.budget import Budget
 from harness.run.executors import Executor, Worker, WorkerLostError
 from harness.run.plan import Group, Plan, Slot
@@ -61,7 +62,8 @@ class Conductor:
         self._saving_s = 0.0
         self._slots = {slot.trial: slot for slot in group.slots}
         self._records = {slot.trial: begin_record(slot, "ok").replaced(attempt=attempt) for slot in group.slots}
-        self._begun: dict[str, float] = {}
+        self._begun: dict[str, tuple[float, float]] = {}
+        """When each trial began: by the calendar, and by the clock that nobody sets."""
         self._ended: set[str] = set()
         """Trials of which nothing is left to be measured."""
         self._workers: dict[str, Worker] = {}
@@ -98,7 +100,9 @@ class Conductor:
         self._ended = set(self._records) - set(cold)
         for trial in cold:  # all processes have ended: nothing shares the device with a cold start
             self._watcher.trial_phase(self._slots[trial], "cold")
-            self._add(trial, self._cold(trial))
+            fragment = self._cold(trial)
+            self._add(trial, fragment)
+            self._raise_refused(trial, fragment)
             self._ended.add(trial)
         for slot in self._group.slots:
             self._executors[slot.arm].clear_place(slot.trial)
@@ -153,7 +157,7 @@ class Conductor:
 
     def _launch(self, launch: tuple[Slot, ...]) -> None:
         for slot in launch:
-            self._begun[slot.trial] = time.time()
+            self._begun[slot.trial] = time.time(), time.monotonic()
         try:
             worker = self._executors[launch[0].arm].launch()
         except WorkerLostError as lost:
@@ -249,6 +253,12 @@ class Conductor:
                     self._add(other, Fragment().failed(lost.status, lost.failure))
             return
         self._add(trial, fragment, turn=arguments["steps"] if COMMANDS[command] is ROUNDS["steps"] else None)
+        self._raise_refused(trial, fragment)
+
+    def _raise_refused(self, trial: str, fragment: Fragment) -> None:
+        """What the system refuses to this trial it would refuse to the next ones, and none of them is to blame."""
+        if fragment.failure is not None and fragment.failure.kind == REFUSED:
+            raise RefusedError(f"{trial} in {fragment.failure.phase}: {fragment.failure.message}")
 
     def _cold(self, trial: str) -> Fragment:
         try:
@@ -267,7 +277,8 @@ class Conductor:
         record = self._records[trial].merged(fragment)
         changes: dict[str, Any] = {"tokens": record.tokens | self._site.of(self._slots[trial].workload).tokens}
         if trial in self._begun:
-            changes |= {"started_unix_s": self._begun[trial], "wall_time_s": time.time() - self._begun[trial]}
+            started_unix_s, begin = self._begun[trial]
+            changes |= {"started_unix_s": started_unix_s, "wall_time_s": time.monotonic() - begin}
         if turn is not None:
             changes["turn_lengths"] = (*record.turn_lengths, len(fragment.samples.get("step_time_s", ())))
         self._records[trial] = record.replaced(**changes)

@@ -19,6 +19,7 @@ from harness.models.costs.lora import adapter_parameters
 from harness.models.costs.memory import CUDA_CONTEXT_BYTES, estimate_memory, stored_dtype
 from harness.models.shapes import ModelShape, linear_widths, unknown_layers
 from harness.records import codec, store
+from harness.records.durations import measuring_time_s
 from harness.run.plan import Group, Plan
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
@@ -177,13 +178,10 @@ def _earlier_run_s(plan: Plan, machine: Machine, runs: Path) -> tuple[float, str
             and manifest.interleaving == plan.interleaving
             and manifest.phases == plan.phases
             and manifest.status == "complete"
-            and not manifest.resumed  # its pause is no time that measuring takes
         )
         replicates = {record.replicate for record in run.records}
         if same and replicates:
-            ends = [record.started_unix_s + record.wall_time_s for record in run.records]
-            begin = min(record.started_unix_s for record in run.records)
-            return (max(ends) - begin) / len(replicates), path.name
+            return measuring_time_s(run.records) / len(replicates), path.name
     return None
 
 

@@ -140,7 +140,7 @@ def measure(
     arms = arms or [Arm(name=name, executor=open_executor(label=name)) for name in threads]
     executors = {arm.name: arm.executor for arm in arms}
     first = arms[0]
-    run_id = resume or store.new_run_id(study.name)
+    run_id = resume or store.new_run_id(study.name, runs)
     shown = Shielded(display)
     with Stops() as stops, contextlib.ExitStack() as stack:
         stack.enter_context(say_refused(lambda: store.refusal_of(runs / run_id)))

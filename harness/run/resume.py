@@ -29,6 +29,8 @@ from harness.verdicts.comparand import differences
 
 INJECTED = "injected_rows"
 """What the manifest of an A/B says of each side's extra work (`Contender.injected_rows`)."""
+PRESENT = "present"
+"""Kind of a side that is the interpreter which measures, as both of a calibration are: the run's own facts are its."""
 SETTLED_OPTIONS = (
     "effort", "replicates", "profile", "model", "data", "variant", "phase", "interleave", "precision",
     "allow-disturbed",
@@ -69,9 +71,8 @@ def read_broken_off(name: str, runs: Path, *, study: str | None = None) -> Run:
         )
     if not is_resumable(manifest):
         raise UsageError(
-            f"run {manifest.run}: it does not say what its sides were, as calibrations and A/Bs of earlier versions do "
-            f"not, so they cannot be put up again. Measure it again; what there is, `lorameter report {manifest.run}` "
-            "shows."
+            f"run {manifest.run}: it does not say what its sides were, as those of earlier versions do not, so they "
+            f"cannot be put up again. Measure it again; what there is, `lorameter report {manifest.run}` shows."
         )
     if run.live:
         raise UsageError(store.refusal_while_live(run.path))
@@ -90,6 +91,8 @@ def _is_told(side: Any) -> bool:
     if not isinstance(side, Mapping) or not isinstance(side.get(INJECTED), int):
         return False
     facts, declared = side.get("facts"), side.get("declared")
+    if side.get("kind") == PRESENT:
+        return isinstance(declared, list)
     return (
         isinstance(side.get("kind"), str)
         and isinstance(side.get("spec"), str)
@@ -98,6 +101,12 @@ def _is_told(side: Any) -> bool:
         and isinstance(facts.get("git"), Mapping)
         and (side["kind"] != "revision" or isinstance(facts["git"].get("commit"), str))
     )
+
+
+def is_calibration(manifest: Manifest) -> bool:
+    """Whether a run is an A/B of the interpreter that measured it with itself."""
+    sides = [manifest.sides.get(name) for name in ("base", "candidate")]
+    return is_resumable(manifest) and all(isinstance(side, Mapping) and side.get("kind") == PRESENT for side in sides)
 
 
 def is_finished(run: Run) -> bool:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from harness.errors import InvalidRunError
+from harness.records.durations import measuring_time_s
 from harness.records.metrics import PRIMARY, Phase
 from harness.records.store import Run
 from harness.stats import Comparison, compare_trials, replicates_to_see, sd_interval
@@ -109,7 +110,7 @@ def calibrate(run: Run, variant: Variant, phase: Phase = "train") -> Calibration
     assert identical is not None and planted is not None  # noqa: PT018 - _pairs has looked
     sd = _sd(same)
     sd_low, sd_high = sd_interval(sd, len(same.base) - 1)
-    seconds = _seconds_per_replicate(run)
+    seconds = measuring_time_s(run.records) / len({record.replicate for record in run.records})
     return Calibration(
         run=run.manifest.run,
         device=str(run.manifest.provenance.get("device_name", "")),
@@ -188,14 +189,6 @@ def _sd(pairs: Pairs) -> float:
     spread = effect_of(pairs.base, pairs.candidate, pairs.pairing).spread
     assert spread is not None  # `_pairs` has seen to the replicates
     return spread.sd
-
-
-def _seconds_per_replicate(run: Run) -> float:
-    """Wall time from the first trial's start to the last one's end, a replicate."""
-    records = [record for record in run.records if record.started_unix_s > 0]
-    begin = min(record.started_unix_s for record in records)
-    end = max(record.started_unix_s + record.wall_time_s for record in records)
-    return (end - begin) / len({record.replicate for record in records})
 
 
 def planned_effects(calibration: Calibration) -> Sequence[str]:

@@ -30,6 +30,50 @@ r = 8
 """
 
 
+CONFTEST = """
+import importlib.util, os
+import pytest
+spec = importlib.util.spec_from_file_location("pretended", os.environ["PRETENDED"])
+pretended = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(pretended)
+from harness.pytest_plugin import attach
+
+def pytest_configure(config):
+    pretended.local.LocalExecutor = pretended.Pretended
+    attach(config)
+"""
+BENCHMARK = """
+import pytest
+
+@pytest.mark.lorameter("train")
+def test_train(variant_name, replay):
+    replay()
+"""
+
+
+def pytest_collection_modifyitems(config, items):
+    """The long half is left out unless its marker asks for it: `make proof-faults`."""
+    if "faults" not in config.option.markexpr:
+        long = [item for item in items if item.get_closest_marker("faults")]
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if item not in long]
+
+
+@pytest.fixture(autouse=True)
+def temporary(tmp_path, monkeypatch):
+    """A folder of this test's own for temporary files, in which nothing may be left."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def no_bytecode(monkeypatch):
+    """Python leaves a part of a module's bytecode where it may not write all of it, and cannot be started again."""
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+
+
 @pytest.fixture
 def runs(tmp_path):
     """Where this test's runs are written."""
@@ -85,11 +129,63 @@ def only_run(runs):
 def resumed(command, only_run):
     """A function that goes on with the one run, and says what became of it."""
 
-    def go_on():
+    def go_on(*verdicts):
         done = subprocess.run(
             command("run", "--resume", only_run().manifest.run, "--json"), capture_output=True, text=True, check=False
         )
-        assert done.returncode == 0, done.stderr
+        assert done.returncode in (0, *verdicts), done.stderr
         return only_run()
 
     return go_on
+
+
+@pytest.fixture
+def session(tmp_path, runs, command, monkeypatch):
+    """A function that makes the command line of a session of pytest over the same study, to be run in `tmp_path`."""
+    (tmp_path / "conftest.py").write_text(CONFTEST)
+    (tmp_path / "test_small.py").write_text(BENCHMARK)
+    monkeypatch.setenv("PRETENDED", str(PRETENDED))
+
+    def made(*options, stop="-"):
+        words = [sys.executable, "-m", "pytest", str(tmp_path), f"--lorameter-study={tmp_path / 'small.toml'}"]
+        ours = ["--lorameter-interleave=lockstep", f"--lorameter-runs-dir={runs}", "-p", "no:cacheprovider"]
+        return ["env", f"STOP_AT={stop}", *words, *ours, *options]
+
+    return made
+
+
+@pytest.fixture
+def git():
+    """A function that runs git in a folder; the lines that it prints."""
+
+    def run(folder, *arguments):
+        who = ("-c", "user.name=Test", "-c", "user.email=test@example.org")
+        done = subprocess.run(["git", "-C", str(folder), *who, *arguments], check=True, capture_output=True, text=True)
+        return done.stdout.splitlines()
+
+    return run
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch, git):
+    """Two commits of a package that is not lorameter, and the folder that one stands in."""
+    folder = tmp_path / "repository"
+    (folder / "gadget").mkdir(parents=True)
+    git(folder, "init", "--quiet", "--initial-branch=main")
+    for value in (1, 2):
+        (folder / "gadget" / "__init__.py").write_text(f"VALUE = {value}\n")
+        git(folder, "add", ".")
+        git(folder, "commit", "--quiet", "--message", str(value))
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def ab(tmp_path, command):
+    """A function that makes the command line of an A/B of the two commits."""
+
+    def made(stop="-"):
+        sides = ("--base", "HEAD~1", "--candidate", "HEAD", "--phase", "train", "--replicates", "2", "--variant", "a")
+        return command("ab", str(tmp_path / "small.toml"), *sides, stop=stop)
+
+    return made

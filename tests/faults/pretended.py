@@ -4,39 +4,82 @@
 
 All else is real: the command line, the loop, the files, the locks, the signals. $STOP_AT names a trial and a command.
 When that is asked, a line is written to the descriptor that $STOPPED names, and the process waits for whatever is done
-to it; a signal's number after another colon is sent by the process to itself instead, and after "files" it can open no
-more of them.
+to it; with USR1 it goes on. What stands after another colon is done by the process to itself instead: a signal's number
+is sent, after "files" it can open no more of them, after "memory" it has next to none left, after "clock" that clock is
+another by so many seconds (r1-a:turn:clock:-3600), and "full" is what a trial says whose disk is full.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import io
+import mmap
 import os
 import resource
 import signal
 import sys
+import time
 from pathlib import Path
 
 import harness.run.executors.local as local
 from harness.records.preparation import Hello, TokenSummary
 from harness.records.record import Fragment
+from harness.trial.failure import failure_of
 
-TRIAL, COMMAND, SIGNAL = (*os.environ.get("STOP_AT", "-").split(":"), "", "")[:3]
+TRIAL, COMMAND, DEED, ARGUMENT = (*os.environ.get("STOP_AT", "-").split(":"), "", "", "")[:4]
+
+
+STOPPED: list[str] = []
+"""It waits once only: most commands come again."""
 
 
 def stop(trial: str, command: str) -> None:
-    """Wait for what comes, where that was asked for."""
+    """Wait for what comes, or do what was asked for."""
     if (trial, command) != (TRIAL, COMMAND):
         return
-    if SIGNAL == "files":
-        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (len([*Path("/proc/self/fd").iterdir()]) - 1, most))
+    if DEED:
+        DEEDS.get(DEED, lambda: os.kill(os.getpid(), int(DEED)))()
         return
-    if SIGNAL:
-        os.kill(os.getpid(), int(SIGNAL))
+    if STOPPED:
         return
+    STOPPED.append(command)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # it is kept until it is waited for
     os.write(int(os.environ["STOPPED"]), b"stopped\n")
-    while True:
-        signal.pause()
+    signal.sigwaitinfo({signal.SIGUSR1})
+
+
+def take_files() -> None:
+    """No more of them can be opened."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len([*Path("/proc/self/fd").iterdir()]) - 1, most))
+
+
+def take_memory() -> None:
+    """No more can be had, and what the allocators still have of it is taken as well."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * mmap.PAGESIZE, resource.RLIM_INFINITY))
+    for size in (1 << 20, 1 << 16, 1 << 12, 500):
+        try:
+            while True:
+                BALLAST.append(bytearray(size))
+        except MemoryError:
+            pass
+
+
+def set_clock() -> None:
+    """That of the calendar; nobody sets the other one."""
+    time.time = lambda: CALENDAR() + float(ARGUMENT)
+
+
+def fill() -> None:
+    """As a library says that it could not write: the system's words in an exception of its own."""
+    raise RuntimeError(f"Error while serializing: I/O error: No space left on device (os error {errno.ENOSPC})")
+
+
+CALENDAR = time.time
+BALLAST: list[bytearray] = []
+DEEDS = {"files": take_files, "memory": take_memory, "clock": set_clock, "full": fill}
 
 
 class Pretended(local.LocalExecutor):
@@ -68,9 +111,19 @@ class Pretended(local.LocalExecutor):
         """One process that is none."""
 
         start_latency_s = 0.01
+        prefix = ""
 
         def ask(self, command, trial, timeout_s, **arguments) -> Fragment:
-            stop(trial, command)
+            try:
+                stop(trial, command)
+            except RuntimeError as error:
+                with contextlib.redirect_stderr(io.StringIO()):  # a trial's own goes into its log
+                    return failure_of(error, command)
+            if command == "merge":
+                self.prefix = "merged_"
+            if command == "request":
+                names = ("request_time_s", "first_token_time_s", "time_per_output_token_s")
+                return Fragment(samples={self.prefix + name: (0.1,) for name in names})
             if command != "turn":
                 return Fragment()
             counts = {"turn_real_tokens": (64.0,), "turn_sequences": (2.0,), "train_loss": (2.0,)}

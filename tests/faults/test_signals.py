@@ -6,22 +6,11 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import psutil
 import pytest
 
-PRETENDED = Path(__file__).with_name("pretended.py")
 ASKED = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
-
-
-@pytest.fixture(autouse=True)
-def temporary(tmp_path, monkeypatch):
-    """A folder of this test's own for temporary files, in which nothing may be left."""
-    folder = tmp_path / "temporary"
-    folder.mkdir()
-    monkeypatch.setenv("TMPDIR", str(folder))
-    return folder
 
 
 @pytest.mark.parametrize("number", ASKED)
@@ -98,39 +87,10 @@ def test_a_profile_that_is_told_to_stop_leaves_nothing(number, tmp_path, command
     assert not list(temporary.iterdir())
 
 
-CONFTEST = """
-import importlib.util, os
-import pytest
-spec = importlib.util.spec_from_file_location("pretended", os.environ["PRETENDED"])
-pretended = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(pretended)
-from harness.pytest_plugin import attach
-
-def pytest_configure(config):
-    pretended.local.LocalExecutor = pretended.Pretended
-    attach(config)
-"""
-BENCHMARK = """
-import pytest
-
-@pytest.mark.lorameter("train")
-def test_train(variant_name, replay):
-    replay()
-"""
-
-
 @pytest.mark.parametrize("number", ASKED)
-def test_a_session_of_pytest_that_is_told_to_stop(
-    number, tmp_path, command, stopped, runs, only_run, temporary, monkeypatch
-):
+def test_a_session_of_pytest_that_is_told_to_stop(number, tmp_path, session, stopped, only_run, temporary):
     """The other front door: its run is saved and says so, and the session does not pass."""
-    (tmp_path / "conftest.py").write_text(CONFTEST)
-    (tmp_path / "test_small.py").write_text(BENCHMARK)
-    monkeypatch.setenv("PRETENDED", str(PRETENDED))
-    monkeypatch.setenv("STOP_AT", "r1-a:turn")
-    words = [sys.executable, "-m", "pytest", str(tmp_path), f"--lorameter-study={tmp_path / 'small.toml'}"]
-    options = ["--lorameter-interleave=lockstep", f"--lorameter-runs-dir={runs}", "-p", "no:cacheprovider"]
-    with stopped([*words, *options], cwd=tmp_path) as process:
+    with stopped(session(stop="r1-a:turn"), cwd=tmp_path) as process:
         process.send_signal(number)
         out, _ = process.communicate()
     assert process.returncode == 1, out
@@ -143,39 +103,8 @@ def test_a_session_of_pytest_that_is_told_to_stop(
 # --- an A/B -----------------------------------------------------------------------------------------------------------
 
 
-def git(folder, *arguments):
-    who = ("-c", "user.name=Test", "-c", "user.email=test@example.org")
-    done = subprocess.run(["git", "-C", str(folder), *who, *arguments], check=True, capture_output=True, text=True)
-    return done.stdout.splitlines()
-
-
-@pytest.fixture
-def repository(tmp_path, monkeypatch):
-    """Two commits of a package that is not lorameter, and the folder that one stands in."""
-    folder = tmp_path / "repository"
-    (folder / "gadget").mkdir(parents=True)
-    git(folder, "init", "--quiet", "--initial-branch=main")
-    for value in (1, 2):
-        (folder / "gadget" / "__init__.py").write_text(f"VALUE = {value}\n")
-        git(folder, "add", ".")
-        git(folder, "commit", "--quiet", "--message", str(value))
-    monkeypatch.chdir(folder)
-    return folder
-
-
-@pytest.fixture
-def ab(tmp_path, command):
-    """A function that makes the command line of an A/B of the two commits."""
-
-    def made(stop="-"):
-        sides = ("--base", "HEAD~1", "--candidate", "HEAD", "--phase", "train", "--replicates", "2", "--variant", "a")
-        return command("ab", str(tmp_path / "small.toml"), *sides, stop=stop)
-
-    return made
-
-
 @pytest.mark.parametrize("number", ASKED)
-def test_an_ab_that_is_told_to_stop_takes_its_sides_down(number, ab, repository, stopped, temporary, only_run):
+def test_an_ab_that_is_told_to_stop_takes_its_sides_down(number, ab, repository, git, stopped, temporary, only_run):
     """Two worktrees and all of its folders are gone, and what was measured is there."""
     with stopped(ab(stop="r1-a-base:turn")) as process:
         assert len(git(repository, "worktree", "list")) == 3
@@ -190,7 +119,7 @@ def test_an_ab_that_is_told_to_stop_takes_its_sides_down(number, ab, repository,
     assert next(record.status for record in records if record.trial == "r1-a-base") == "interrupted"
 
 
-def test_an_ab_that_was_killed_is_taken_down_by_the_next(ab, repository, stopped, temporary):
+def test_an_ab_that_was_killed_is_taken_down_by_the_next(ab, repository, git, stopped, temporary):
     """Its worktrees and no others: that of a user who keeps one, and those of an A/B under way."""
     git(repository, "worktree", "add", "--quiet", "--detach", str(temporary.parent / "mine"))
     with stopped(ab(stop="r1-a-base:turn")) as process:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 import kernels_check.__main__
+import kernels_check.streams
 from harness.cli import main
 from harness.run.measure import Shielded
-from kernels_check.streams import EXIT_CLOSED_PIPE
+from kernels_check.streams import EXIT_CLOSED_PIPE, Aside
 
 RUNS = Path(__file__).parents[1] / "golden" / "runs"
 
@@ -143,3 +148,76 @@ def test_an_output_that_knows_ascii_only_shows_all_text(tmp_path):
         assert done.stdout.isascii()
         assert "Traceback" not in done.stderr
         assert words[-1] != "--json" or json.loads(done.stdout)["schema"] == 1
+
+
+@pytest.fixture
+def unread():
+    """The ends of a pipe as small as can be, with so much in it already that nobody has read."""
+    read, write = os.pipe()
+    fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
+    os.write(write, b"x" * 4000)
+    yield read, write
+    for end in (read, write):
+        with contextlib.suppress(OSError):
+            os.close(end)
+
+
+@pytest.mark.parametrize("end", ["stdout", "stderr"])
+def test_a_reader_that_is_slow_misses_nothing(end, command, only_run, unread):
+    """Who reads at last has all of it, and what waited for him has measured everything."""
+    read, write = unread
+    other = {"stdout": "stderr", "stderr": "stdout"}[end]
+    with subprocess.Popen(command(), **{end: write, other: subprocess.DEVNULL}) as process:
+        os.close(write)
+        wait_until_it_waits(process.pid)
+        with os.fdopen(os.dup(read), "rb") as reader:
+            said = reader.read()
+    assert process.returncode == 0
+    run = only_run()
+    assert (run.state, {record.status for record in run.records}) == ("complete", {"ok"})
+    assert (b"Training" if end == "stdout" else b"] r2-") in said
+
+
+def wait_until_it_waits(pid):
+    """Return when the process sleeps because of a full pipe."""
+    while not any(name in Path(f"/proc/{pid}/wchan").read_text() for name in ("pipe_w", "poll")):
+        time.sleep(0.05)
+
+
+def test_asides_that_nobody_reads_are_dropped(unread, monkeypatch):
+    """After some patience, and for good: the second one waits no more."""
+    monkeypatch.setattr(kernels_check.streams, "PATIENCE_S", 0.2)
+    read, write = unread
+    with os.fdopen(os.dup(write), "w") as stream:
+        aside = Aside(stream)
+        begin = time.monotonic()
+        for _ in range(1000):
+            aside.write("to nobody\n" * 10)
+            aside.flush()
+        assert time.monotonic() - begin >= 0.2
+    os.close(write)
+    with os.fdopen(os.dup(read), "rb") as reader:
+        assert reader.read() == b"x" * 4000
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("number", [None, signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_measurement_waits_for_nobody(number, command, only_run, resumed, stopped):
+    """Its asides go into a pipe that is full from the middle of the run on: it ends in time, whole or as it is told."""
+    read, write = os.pipe()
+    with stopped(command(stop="r1-a:turn"), stdout=subprocess.DEVNULL, stderr=write) as process:
+        os.close(write)
+        full = os.open(f"/proc/self/fd/{read}", os.O_WRONLY | os.O_NONBLOCK)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(full, b"x" * 4096)
+        process.send_signal(signal.SIGUSR1)
+        wait_until_it_waits(process.pid)
+        if number is not None:
+            process.send_signal(number)
+        process.wait(60)
+    os.close(read)
+    os.close(full)
+    assert process.returncode == (0 if number is None else 4)
+    assert only_run().damaged_lines == 0
+    assert resumed().state == "complete"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -529,6 +530,92 @@ def test_without_a_study_or_a_side_there_is_no_ab(lorameter, words, said):
     assert code == 2
     assert said in text
     assert "--resume RUN" in text
+
+
+@pytest.fixture
+def calibration(fake, repository, study_file, lorameter, tmp_path):
+    """A calibration that broke off after its first replicates, and the document that it had come to without that."""
+    _, document = lorameter("calibrate", study_file, "--replicates", "9", "--inject-rows", "50", "--json")
+    (path,) = store.list_runs(tmp_path / "runs")
+    lines = (path / "trials.jsonl").read_text().splitlines(keepends=True)
+    (path / "trials.jsonl").write_text("".join(lines[:9]))
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps(manifest | {"status": "interrupted"}))
+    fake.made.clear()
+    return path.name, document
+
+
+def test_a_calibration_that_broke_off_is_gone_on_with(calibration, fake, lorameter):
+    """What it had measured counts: its rates and prices are those of the whole, and its work is planted again."""
+    name, before = calibration
+    code, document = lorameter("calibrate", "--resume", name, "--json")
+    assert code == 0
+    assert [executor.label for executor in fake.made] == ["base", "control", "candidate"]
+    assert document["inject_rows"] == 50
+    fake.made.clear()
+    assert lorameter("calibrate", "--resume", name, "--json") == (0, document), "nothing is left, and it says the same"
+    assert fake.made == []
+    for found in (before, document):
+        del found["calibration"]["seconds_per_replicate"], found["calibration"]["prices"]
+    assert document == before
+
+
+def test_a_calibration_can_be_gone_on_with_as_the_ab_that_it_is(calibration, lorameter):
+    """By the door that its own messages name where a disk was full; the planted slow-down is its verdict."""
+    name, _ = calibration
+    code, document = lorameter("run", "--resume", name, "--json")
+    assert (code, document["comparisons"][0]["verdict"]) == (1, "regressed")
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["--replicates", "12"], "--replicates would change"),
+    (["--inject-rows", "12"], "--inject-rows would change"),
+    (["lora-or-qlora"], "is of study 'small'"),
+])  # fmt: skip
+def test_what_a_calibration_has_settled_cannot_be_given_anew(calibration, fake, lorameter, words, said):
+    """As with a run."""
+    code, text = lorameter("calibrate", *words, "--resume", calibration[0])
+    assert code == 2
+    assert said in text
+    assert fake.made == []
+
+
+def test_what_is_no_calibration_is_not_gone_on_with_as_one(broken_off, lorameter):
+    """The message names the door."""
+    name = broken_off()["run"]
+    code, text = lorameter("calibrate", "--resume", name)
+    assert (code, f"lorameter run --resume {name}" in text) == (2, True)
+
+
+def test_a_pilot_is_no_calibration(calibration, lorameter, tmp_path):
+    """It has too few replicates to draw from."""
+    source = tmp_path / "runs" / calibration[0] / "manifest.json"
+    manifest = json.loads(source.read_text())
+    manifest["study"]["protocol"]["replicates"] = 3
+    source.write_text(json.dumps(manifest))
+    code, text = lorameter("calibrate", "--resume", calibration[0])
+    assert (code, "sized the slow-down of a calibration" in text) == (2, True)
+
+
+@pytest.mark.parametrize(("rows", "said"), [
+    (["--inject-rows", "50"], "go on with: lorameter calibrate --resume"),
+    ([], "it sizes the slow-down of a calibration. Calibrate anew"),
+])  # fmt: skip
+def test_a_calibration_that_is_stopped_says_so(fake, repository, study_file, lorameter, monkeypatch, rows, said):
+    """With what is kept of its run, or its pilot's, by name; nothing more begins."""
+    ask = FakeWorker.ask
+
+    def stopped(self, command, trial, *arguments, **others):
+        if trial.startswith("r1") and command == "turn":
+            signal.raise_signal(signal.SIGTERM)
+        return ask(self, command, trial, *arguments, **others)
+
+    monkeypatch.setattr(FakeWorker, "ask", stopped)
+    code, text = lorameter("calibrate", study_file, "--replicates", "9", *rows)
+    assert code == 4
+    assert "was stopped, and what it had measured is kept" in text
+    assert said in text
+    assert len(fake.made) == 3
 
 
 # --- the whole of it --------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -20,7 +21,7 @@ import site
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.machinery import PathFinder
 from pathlib import Path
 
@@ -89,12 +90,23 @@ def layered_environment(requirements: Sequence[str], cache: Path, *, report: Cal
     return target / "bin" / "python"
 
 
+@contextlib.contextmanager
+def in_use(python: Path) -> Iterator[None]:
+    """Meanwhile nobody removes the layer of this interpreter, however old it looks: by a clock that is wrong, or in an
+    A/B that takes weeks."""
+    with (python.parents[1] / DESCRIPTION_FILE).open("rb") as file:
+        with contextlib.suppress(OSError):  # a disk without locks
+            fcntl.flock(file, fcntl.LOCK_SH)
+        yield
+
+
 def _remove_unused(folder: Path) -> None:
     """Remove layers that nobody has asked for in a long time; each is hundreds of megabytes, and can be made anew."""
     for description in folder.glob(f"*/{DESCRIPTION_FILE}"):
         with contextlib.suppress(OSError, UsageError):  # another process has it, or removes it as well
             if _is_unused(description):
-                with alone(description.parent, "in use"):
+                with alone(description.parent, "being made"), description.open("rb") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     if _is_unused(description):
                         shutil.rmtree(description.parent)
 

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from harness.errors import InvalidRunError, UsageError
+from harness.errors import EXIT_INVALID, InvalidRunError, UsageError
 from harness.machine import provenance
 from harness.machine.processes import PARENT, exit_words, kill_group
 from harness.machine.provenance import Facts, Machine
@@ -240,7 +240,8 @@ class LocalExecutor:
             last = log_path.read_text(errors="replace").strip().splitlines()[-1:]
             raise InvalidRunError(f"the tokens could not be prepared: {' '.join(last)}. The log is {log_path}.")
         if "error" in answer:
-            raise UsageError(str(answer["error"]))
+            refused = InvalidRunError if answer.get("exit_code") == EXIT_INVALID else UsageError
+            raise refused(str(answer["error"]))
         return codec.from_json(TokenSummary, answer, "summary of the tokens")
 
     def make_place(self, trial: str, log: str) -> Place:
@@ -251,8 +252,12 @@ class LocalExecutor:
         return Place(scratch=str(scratch), log_path=str(disk.logs / f"{log}.log"))
 
     def fetch(self, trial: str, name: str, folder: Path) -> Path:
-        """Moved: nothing else of the trial needs it."""
-        return Path(shutil.move(self._required_disk().scratch / trial / name, folder / name))
+        """Moved: nothing else of the trial needs it. Where it does not fit, no part of it is left."""
+        try:
+            return Path(shutil.move(self._required_disk().scratch / trial / name, folder / name))
+        except OSError:
+            (folder / name).unlink(missing_ok=True)
+            raise
 
     def clear_place(self, trial: str) -> None:
         """Adapters and compile caches of a long run would fill the disk."""

@@ -24,7 +24,7 @@ from harness.errors import UsageError, impossible, redact
 from harness.machine.repository import run_git
 from harness.records import inputs
 from harness.records.scratch import PREFIX, is_abandoned, scratch_folder
-from harness.run.executors.environments import layered_environment, parse_requirements, site_packages
+from harness.run.executors.environments import in_use, layered_environment, parse_requirements, site_packages
 from harness.run.executors.host import Host, inspect
 from kernels_check.visible import tell
 
@@ -251,6 +251,7 @@ def _requirements(
     spec: str, requirements: tuple[str, ...], cache: Path, stack: contextlib.ExitStack, report: Callable[[str], object]
 ) -> OpenSide:
     python = layered_environment(requirements, cache, report=report)
+    stack.enter_context(in_use(python))
     host = Host(python=str(python), environment={"PYTHONSAFEPATH": "1"})
     layer = site_packages(python)
     names = _modules(layer)
@@ -288,7 +289,7 @@ def _modules(folder: Path) -> list[str]:
 
 def _compile(host: Host, folders: list[str]) -> None:
     """Write bytecode once: the first process to import a fresh checkout would else pay for it, on one side only."""
-    command = [*host.command("compileall"), "-qq", *folders]
+    command = [host.python, "-c", Path(__file__).with_name("bytecode.py").read_text(encoding="utf-8"), *folders]
     subprocess.run(command, env=host.variables(os.environ), stdin=subprocess.DEVNULL, capture_output=True, check=False)
 
 

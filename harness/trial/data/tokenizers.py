@@ -34,7 +34,9 @@ def load_tokenizer(source: ModelSource, *, vocab_size: int) -> tuple[transformer
         return _byte_tokenizer(source, vocab_size), False
     try:
         tokenizer = _tokenizer_of_files(source)
-    except (OSError, ValueError) as error:
+    except Exception as error:
+        if source.kind != "hub" and not isinstance(error, OSError | ValueError):
+            raise  # of a hub's connection that is cut each transport has its own exception
         if source.random:
             return _byte_tokenizer(source, vocab_size), True
         if source.kind == "hub":

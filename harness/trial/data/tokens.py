@@ -22,10 +22,11 @@ from typing import Any, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.errors import LorameterError, UsageError
+from harness.errors import EXIT_INVALID, LorameterError, UsageError
 from harness.models import catalogue, shapes
 from harness.records import codec
 from harness.records.preparation import Example, TokenSummary
+from harness.records.refusals import refusal_in
 from harness.studies.workload import SYNTHETIC, PromptFormat, Workload
 from harness.trial.data.records import read_records
 from harness.trial.data.synthetic import Record
@@ -233,5 +234,10 @@ def main(reply: TextIO) -> int:
         answer = codec.dumps(prepare(workload, Path(request["folder"])))
     except LorameterError as error:
         answer = json.dumps({"error": str(error), "exit_code": error.exit_code})
+    except Exception as error:
+        refusal = refusal_in(error)
+        if refusal is None:
+            raise
+        answer = json.dumps({"error": f"the tokens could not be prepared: {refusal}.", "exit_code": EXIT_INVALID})
     reply.write(f"\n{answer}\n")  # a line of its own, whatever was printed while the interpreter started
     return 0

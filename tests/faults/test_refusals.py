@@ -1,0 +1,259 @@
+"""What the system refuses wherever it may: each write on a disk that becomes full, little memory, a disk that is made
+read-only under way, temporary files without room, other documents than a run's. Nothing that was measured is lost, the
+message names what was refused, the exit code is that of a machine that cannot measure, and with room it is gone on."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from harness.errors import InvalidRunError
+from harness.records import store
+from harness.records.refusals import OF_THE_MACHINE, REFUSED
+from harness.run.executors.local import LocalExecutor, _Disk
+from harness.trial.failure import failure_of
+
+KIB = 1024
+
+
+def limited(most):
+    """To be run in the process between fork and exec: no file may become larger than so many bytes."""
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+
+
+def check_kept(run, code, err):
+    """A run that was refused something: whole lines, no defect, no verdict."""
+    assert code == 4, err
+    assert "Traceback" not in err
+    assert "defect" not in err
+    assert run is None or run.damaged_lines == 0
+
+
+@pytest.fixture
+def begun(runs):
+    """A function that reads the run if there is one: a fault at its first write leaves none."""
+
+    def read():
+        found = store.list_runs(runs)
+        return store.read_run(found[0].name, runs) if found else None
+
+    return read
+
+
+SIZES = [0, 100, 1_000, 2_000, 3_000, 5_000, 7_500, 9_000, 12_000]
+QUICK_SIZES = [0, 3_000]
+SPACES = [0, 4, 8, 12, 16, 20, 24, 32]
+QUICK_SPACES = [4, 24]
+VERDICTS = (1, 3)
+"""Codes of an A/B that was measured; of so few replicates none is decided."""
+
+
+def half(long, quick):
+    """All values, those that are not quick marked for the long half."""
+    return [pytest.param(one, marks=() if one in quick else pytest.mark.faults) for one in long]
+
+
+@pytest.mark.parametrize("most", half(SIZES, QUICK_SIZES))
+def test_a_limit_of_file_sizes_at_each_write(most, command, begun, resumed):
+    """Manifest, records, evidence, summary: whichever is the first that does not fit."""
+    done = subprocess.run(command(), preexec_fn=limited(most), capture_output=True, text=True, check=False)
+    run = begun()
+    check_kept(run, done.returncode, done.stderr)
+    said = "File too large. Raise the limit of file sizes (ulimit -f)"
+    assert (said if most else "No usable temporary directory found") in done.stderr
+    if run is not None:
+        kept = [record for record in run.records if record.settled]
+        whole = resumed()
+        assert (whole.state, len(whole.records)) == ("complete", len(run.manifest.order))
+        if run.state != "complete":
+            assert [record for record in whole.records if record in kept] == kept
+
+
+@pytest.fixture
+def tiny_disk(tmp_path):
+    """A function that mounts a disk of 256 KiB with so many free; a test that cannot is skipped."""
+    mounted = []
+
+    def mount(folder, free_kib):
+        folder.mkdir(exist_ok=True)
+        words = ["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(folder)]
+        if os.geteuid() or subprocess.run(words, capture_output=True, check=False).returncode:
+            pytest.skip("a small disk takes the right to mount one")
+        mounted.append(folder)
+        (folder / "ballast").write_bytes(b"x" * (256 - free_kib) * KIB)
+        return folder / "ballast"
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("free_kib", half(SPACES, QUICK_SPACES))
+def test_a_disk_that_becomes_full_at_each_write(free_kib, command, runs, tiny_disk, begun, resumed):
+    """Wherever it does: what fitted is whole, and with room the rest is measured."""
+    ballast = tiny_disk(runs, free_kib)
+    done = subprocess.run(command(), capture_output=True, text=True, check=False)
+    run = begun()
+    check_kept(run, done.returncode, done.stderr)
+    assert "No space left on device. Free space there" in done.stderr
+    ballast.unlink()
+    if run is not None:
+        kept = [record for record in run.records if record.settled]
+        whole = resumed()
+        assert whole.state == "complete"
+        assert [record for record in whole.records if record in kept] == kept
+
+
+def test_a_disk_that_is_made_read_only_under_way(command, runs, tiny_disk, stopped, only_run, resumed):
+    """By somebody else, or by a kernel that has seen it fail."""
+    tiny_disk(runs, 200).unlink()
+    with stopped(command(stop="r1-a:turn")) as process:
+        subprocess.run(["mount", "--bind", str(runs), str(runs)], check=True)
+        subprocess.run(["mount", "-o", "remount,bind,ro", str(runs)], check=True)
+        process.send_signal(signal.SIGUSR1)
+        _, err = process.communicate()
+    check_kept(only_run(), process.returncode, err)
+    assert "Read-only file system. Choose a folder that can be written, then go on with: lorameter run --resume" in err
+    assert {record.replicate for record in only_run().records if record.settled} == {0}
+    subprocess.run(["umount", str(runs)], check=True)
+    assert resumed().state == "complete"
+
+
+@pytest.mark.parametrize("place", half(["r1-a:prepare", "r1-a:turn", "r1-b-solo:cold"], ["r1-a:turn"]))
+def test_no_more_memory_in_the_parent(place, tmp_path, command, only_run, resumed):
+    """From there on it can have none, and what it has is taken up: it says so, and keeps what it had saved."""
+    words = ["run", str(tmp_path / "small.toml"), "--phase", "train", "--phase", "cold", "--interleave", "lockstep"]
+    done = subprocess.run(command(*words, stop=f"{place}:memory"), capture_output=True, text=True, check=False)
+    check_kept(only_run(), done.returncode, done.stderr)
+    assert "memory" in done.stderr
+    assert {record.replicate for record in only_run().records if record.settled} >= {0}
+    assert resumed().state == "complete"
+
+
+# --- in a measuring process -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command_word", half(["build", "turn", "save_adapter"], ["save_adapter"]))
+def test_what_is_refused_to_a_trial_is_no_trials_fault(command_word, tmp_path, command, only_run, resumed):
+    """The next trial would meet it as well: the run ends there, with the trial and the remedy named, nothing is called
+    crashed, and with room it is whole."""
+    words = ["run", str(tmp_path / "small.toml"), "--phase", "train", "--phase", "cold", "--interleave", "lockstep"]
+    trial = "r1-a" if command_word != "save_adapter" else "r1-a-solo"
+    done = subprocess.run(
+        command(*words, stop=f"{trial}:{command_word}:full"), capture_output=True, text=True, check=False
+    )
+    run = only_run()
+    check_kept(run, done.returncode, done.stderr)
+    said = f"{trial} in {command_word}: No space left on device. Free space there, then go on with: lorameter run --res"
+    assert said in done.stderr
+    record = next(one for one in run.records if one.trial == trial)
+    assert (record.status, record.failure.kind) == ("interrupted", REFUSED)
+    assert "Traceback" in record.failure.traceback
+    assert {record.status for record in run.records} <= {"ok", "interrupted", "not_run"}
+    assert {record.status for record in resumed().records} == {"ok"}
+
+
+@pytest.mark.parametrize("number", OF_THE_MACHINE)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_refusal_is_known_in_whatever_wraps_it(number, wrapped):
+    """As the system raises it, or as the cause of a library's own error."""
+    try:
+        try:
+            raise OSError(number, os.strerror(number), "/somewhere")
+        except OSError as error:
+            if not wrapped:
+                raise
+            raise RuntimeError("could not save") from error
+    except Exception as error:
+        fragment = failure_of(error, "save_adapter")
+    assert (fragment.status, fragment.failure.kind) == ("interrupted", REFUSED)
+    assert f"/somewhere: {os.strerror(number)}. " in fragment.failure.message
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.EACCES, errno.EINVAL])
+def test_what_is_a_trials_own_stays_its_own(number):
+    """A file that is missing, or may not be read, is missing to this trial."""
+    assert failure_of(OSError(number, os.strerror(number), "/somewhere"), "build").status == "crashed"
+
+
+def test_a_log_that_cannot_be_written_hides_no_traceback(monkeypatch):
+    """It stands in the record; the process does not die of what it could not print."""
+    with contextlib.suppress(OSError), Path("/dev/full").open("w") as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        try:
+            raise ValueError("broken on purpose")
+        except ValueError as error:
+            fragment = failure_of(error, "build")
+    assert fragment.status == "crashed"
+    assert "ValueError: broken on purpose" in fragment.failure.traceback
+
+
+def test_tokens_that_do_not_fit_are_no_bad_input(tmp_path, small_study, tiny_disk):
+    """The tokenising process is real and its disk full: a machine that cannot measure (4), with what was refused."""
+    local = LocalExecutor()
+    local._disk = _Disk(tmp_path)
+    try:
+        tiny_disk(local._disk.scratch, 0)
+        with pytest.raises(InvalidRunError, match=r"tokens could not be prepared: .*No space left on device\. Free"):
+            local.prepare_tokens(small_study.workload, keep=False)
+    finally:
+        local.close()
+
+
+# --- other documents --------------------------------------------------------------------------------------------------
+
+
+def test_a_baseline_that_cannot_be_written_leaves_the_one_before(command, runs, only_run, tmp_path):
+    """`accept` under a limit that its document does not fit into: the accepted run is the one that it was."""
+    assert subprocess.run(command(), capture_output=True, check=False).returncode == 0
+    words = [sys.executable, "-m", "harness.cli", "accept", only_run().manifest.run, "--runs-dir", str(runs)]
+    assert subprocess.run(words, capture_output=True, check=False).returncode == 0
+    before = (runs / "baselines.json").read_bytes()
+    done = subprocess.run(words, preexec_fn=limited(10), capture_output=True, text=True, check=False)
+    assert (done.returncode, "File too large. Raise" in done.stderr) == (4, True), done.stderr
+    assert "Traceback" not in done.stderr
+    assert (runs / "baselines.json").read_bytes() == before
+    assert not list(runs.glob("*.tmp"))
+
+
+def test_a_baseline_on_a_full_disk_is_refused(command, runs, only_run, tiny_disk):
+    """No room at all, and none for its lock."""
+    tiny_disk(runs, 200)
+    assert subprocess.run(command(), capture_output=True, check=False).returncode == 0
+    (runs / "more").write_bytes(b"x" * (shutil.disk_usage(runs).free // (4 * KIB)) * 4 * KIB)
+    words = [sys.executable, "-m", "harness.cli", "accept", only_run().manifest.run, "--runs-dir", str(runs)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert (done.returncode, "No space left on device. Free space there" in done.stderr) == (4, True), done.stderr
+    assert not (runs / "baselines.json").exists()
+
+
+@pytest.mark.parametrize("most", half([5_000, 20_000, 30_000, 40_000], [30_000]))
+def test_an_ab_keeps_what_fitted(most, command, tmp_path, begun, resumed, temporary):
+    """As a run: exit 4 and whole lines, both of its sides are taken down, and it is gone on with."""
+    sides = ("--base", sys.executable, "--candidate", sys.executable, "--phase", "train", "--replicates", "12")
+    words = command("ab", str(tmp_path / "small.toml"), *sides, "--variant", "a")
+    done = subprocess.run(words, preexec_fn=limited(most), capture_output=True, text=True, check=False)
+    check_kept(begun(), done.returncode, done.stderr)
+    assert not list(temporary.iterdir())
+    if begun() is not None:
+        assert "go on with: lorameter run --resume" in done.stderr
+        assert resumed(*VERDICTS).state == "complete"
+
+
+def test_what_pytest_cannot_save_is_in_the_run(session, only_run, tmp_path):
+    """pytest-benchmark's own file does not fit: the session does not pass, and the run that it measured is whole."""
+    (tmp_path / "full.json").symlink_to("/dev/full")
+    done = subprocess.run(
+        session(f"--benchmark-json={tmp_path / 'full.json'}"), capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert done.returncode not in (0, 5), done.stdout
+    assert only_run().state == "complete"
