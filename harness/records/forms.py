@@ -51,6 +51,8 @@ LARGEST = 1e15
 """Of all samples of a trial together: no time in seconds, no size in bytes and no loss comes near it, and what is far
 beyond it adds up to no number."""
 LARGEST_TOKEN = 2**31
+ALIKE = (("natural_tokens", "natural_request_time_s"),)
+"""Samples of which the second has one for each of the first."""
 _ANSWER, _NUMBERED = re.compile("answer_|untrained_"), re.compile(r"(answer|untrained)_[0-9]{1,6}")
 _REMEDY = "Restore the file, or measure again."
 
@@ -89,11 +91,24 @@ def check_record(record: TrialRecord, where: str) -> None:
     check_form(record.tokens, {key: TOKENS[key] for key in ("hash", "real_tokens", "padded_tokens")}, place)
     if record.status != "ok":
         return
+    for key, other in ALIKE:
+        if key in record.samples and len(record.samples[key]) != len(record.samples.get(other, ())):
+            raise UsageError(f"{shorten(place)}: samples.{key} and samples.{other}: as many are expected. {_REMEDY}")
     for key, samples in record.samples.items():
         if not sum(map(abs, samples)) <= LARGEST:
             _refuse(place, f"samples.{key}", samples)
     if not sum(map(abs, record.values.values())) <= LARGEST:
         _refuse(place, "values", record.values)
+
+
+def flaw_of(record: TrialRecord) -> str | None:
+    """Why a record that was just measured could not be read again; None where nothing is wrong with it."""
+    try:
+        check_record(record, "record")
+        check_evidence(record.checks, f"record, trial {shorten(record.trial, 60)}")
+    except UsageError as error:
+        return str(error).removesuffix(f" {_REMEDY}")
+    return None
 
 
 def check_evidence(checks: Iterable[Mapping[str, Any]], where: str) -> None:

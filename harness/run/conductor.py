@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 from harness.records import codec
+from harness.records.forms import flaw_of
 from harness.records.record import UNDER_WAY, Failure, Fragment, Measure, Status, TrialRecord
 from harness.run.budget import Budget
 from harness.run.executors import Executor, Worker, WorkerLostError
@@ -270,4 +271,8 @@ class Conductor:
             changes |= {"started_unix_s": self._begun[trial], "wall_time_s": time.time() - self._begun[trial]}
         if turn is not None:
             changes["turn_lengths"] = (*record.turn_lengths, len(fragment.samples.get("step_time_s", ())))
-        self._records[trial] = record.replaced(**changes)
+        record = record.replaced(**changes)
+        if flaw := flaw_of(record):  # no reader would take it, and with it the whole run
+            failure = Failure(phase="record", kind="Unreadable", message=flaw)
+            record = self._records[trial].merged(Fragment().failed("invalid", failure))
+        self._records[trial] = record

@@ -14,12 +14,13 @@ def failure_of(error: BaseException, phase: str) -> Fragment:
     text = redact(traceback.format_exc())
     sys.stderr.write(text)
     sys.stderr.flush()
-    status: Status = "oom" if _is_out_of_memory(error) else "crashed"
+    status: Status = "oom" if is_out_of_memory(error) else "crashed"
     message = redact(str(error)).splitlines()[0] if str(error) else type(error).__name__
     return Fragment().failed(status, Failure(phase=phase, kind=type(error).__name__, message=message, traceback=text))
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, of the device or of the machine."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     text = str(error)  # torch's CPU allocator raises a plain RuntimeError

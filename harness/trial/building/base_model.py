@@ -28,11 +28,12 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import AutoHfQuantizer, HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from harness.errors import LorameterError, impossible, shorten
+from harness.errors import LorameterError, impossible, said_by
 from harness.models import catalogue
 from harness.models.catalogue import ModelSource
 from harness.studies.variant import Variant
 from harness.trial.data.tokenizers import gguf_tokenizer
+from harness.trial.failure import is_out_of_memory
 
 
 def load_base(source: ModelSource, variant: Variant, *, device: str, seed: int) -> transformers.PreTrainedModel:
@@ -68,7 +69,7 @@ def empty_model(source: ModelSource, variant: Variant) -> transformers.PreTraine
     except LorameterError:
         raise
     except Exception as error:  # which exception depends on the value that its class could not take
-        why = f"transformers makes no model of its configuration ({type(error).__name__}: {shorten(str(error))})"
+        why = f"transformers makes no model of its configuration ({said_by(error)})"
         raise impossible("models", "model", source.label, why, "Mend its config.json, or name another model.") from None
 
 
@@ -131,12 +132,13 @@ def _from_files(source: ModelSource, variant: Variant, device: str) -> transform
             device_map={"": device},
             **options,
         )
-    except OSError as error:
-        if hub:
+    except Exception as error:  # which exception depends on what is wrong with its files
+        if isinstance(error, LorameterError) or is_out_of_memory(error):
+            raise
+        if hub and isinstance(error, OSError):
             raise catalogue.hub_failure(source, error) from None
-        raise impossible(
-            "models", "model", source.label, f"its files cannot be loaded ({error})", "Save the model again."
-        ) from None
+        why = f"its files cannot be loaded ({said_by(error)})"
+        raise impossible("models", "model", source.label, why, "Save the model again.") from None
 
 
 def _refuse_quantised(config: transformers.PretrainedConfig, source: ModelSource) -> None:

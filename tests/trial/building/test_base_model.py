@@ -301,6 +301,26 @@ def test_a_directory_without_weights_is_a_usage_error(directory):
         load(name.removeprefix("random:"))
 
 
+@pytest.mark.parametrize("content", [b"", b"x" * 64, b"\xff" * 64, b"\x02" + b"\0" * 7 + b"{}"], ids=len)
+def test_damaged_weights_are_a_usage_error(content, directory):
+    """Of safetensors, which raises errors of its own: no file, no header, a header without end, none of the tensors."""
+    name = directory().removeprefix("random:")
+    (Path(name) / "model.safetensors").write_bytes(content)
+    with pytest.raises(UsageError, match="files cannot be loaded"):
+        load(name)
+
+
+def test_memory_that_runs_out_is_no_fault_of_the_files(directory, monkeypatch):
+    """The trial is out of memory then, and its model is not damaged."""
+
+    def full(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(models.transformers.AutoModelForCausalLM, "from_pretrained", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        load(directory().removeprefix("random:"))
+
+
 def test_an_unreachable_hub_is_a_usage_error(monkeypatch):
     """A hub model that is not in the hub's cache fails at once with the ways out."""
     monkeypatch.setattr(catalogue, "hub_is_reachable", lambda: False)
