@@ -14,6 +14,7 @@ import contextlib
 import errno
 import os
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -32,7 +33,7 @@ class OutputLostError(BaseException):
         """Whether its reader has gone away."""
 
 
-class _Stream:
+class _Stream(ABC):
     """A text stream as it was given, but for what happens where it cannot be written."""
 
     def __init__(self, stream: Any) -> None:
@@ -68,8 +69,9 @@ class _Stream:
             self._silence()
             self._lost(error)
 
+    @abstractmethod
     def _lost(self, error: OSError) -> None:
-        raise NotImplementedError
+        """What is done where it cannot be written."""
 
     def _silence(self) -> None:
         """What is still in a buffer goes nowhere: the interpreter writes it out at its end, and would end with 120."""
