@@ -60,6 +60,12 @@ def redact(text: str) -> str:
     return _QUERY.sub(r"\1***", _USER.sub(r"\1***@", text)) if "://" in text else text
 
 
+def said_by(error: BaseException, most: int = 300) -> str:
+    """What an error of a library's says, in a line; its type where it says nothing, or nothing without it."""
+    line = next(iter(str(error).strip().splitlines()), "")
+    return shorten(f"{type(error).__name__}: {line}" if len(line.split()) < 2 else line, most)
+
+
 def shorten(text: str, most: int = 300) -> str:
     """The text, or its beginning and its end: what is named must not bury what is said of it."""
     return text if len(text) <= most else f"{text[: most // 2]} … {text[-most // 4 :]}"

@@ -16,7 +16,10 @@ from __future__ import annotations
 
 import pytest
 
+from harness.commands.options import add_options
 from harness.commands.pytest_session import DEFAULT_STUDY, PLUGIN, Session
+
+PREFIX = "--lorameter-"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -27,15 +30,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--lorameter-model", metavar="M", help="model in place of the study's")
     group.addoption("--lorameter-data", metavar="FILE|ID", help="data in place of the study's")
     group.addoption("--lorameter-effort", choices=("quick", "standard", "rigorous"), help="3, 8 or 12 replicates")
-    group.addoption("--lorameter-replicates", type=int, metavar="N", help="number of replicates, instead of the effort")
+    add_options(group.addoption, "replicates", prefix=PREFIX)
     group.addoption("--lorameter-interleave", metavar="L", help="shared-base, lockstep or replicates; default: finest")
-    group.addoption(
-        "--lorameter-allow-disturbed", action="store_true", help="let trials count whose surroundings were past a limit"
-    )
-    group.addoption(
-        "--lorameter-if-busy", choices=("wait", "refuse", "share"), default="wait",
-        help="beside another measurement on the device: wait for its end (default), end at once, or measure beside it",
-    )  # fmt: skip
+    add_options(group.addoption, "allow-disturbed", "if-busy", prefix=PREFIX)
     group.addoption("--lorameter-resume", metavar="RUN", help="go on with a run that broke off, and replay all of it")
     group.addoption("--lorameter-base", metavar="RUN", help="gate: a run, a saved .json, or the word baseline")
     group.addoption("--lorameter-policy", metavar="FILE", help="policy of the gate, as for lorameter gate")
@@ -51,6 +48,9 @@ def attach(config: pytest.Config) -> None:
     """Turn the suite of the calling conftest into a lorameter suite; call it from `pytest_configure`."""
     if config.pluginmanager.has_plugin(PLUGIN):
         return
+    for name, value in vars(config.option).items():
+        if name.startswith("lorameter_") and value == []:  # what argparse makes of --option=--
+            raise pytest.UsageError(f"argument --{name.replace('_', '-')}: '--' is no value of it")
     if config.getoption("benchmark_cprofile", None):
         raise pytest.UsageError(
             "--benchmark-cprofile: the tests replay recorded samples, so there is nothing of theirs to profile. "

@@ -16,6 +16,7 @@ import errno
 import os
 import select
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -34,7 +35,7 @@ class OutputLostError(BaseException):
         """Whether its reader has gone away."""
 
 
-class _Stream:
+class _Stream(ABC):
     """A text stream as it was given, but for what happens where it cannot be written."""
 
     def __init__(self, stream: Any) -> None:
@@ -70,8 +71,9 @@ class _Stream:
             self._silence()
             self._lost(error)
 
+    @abstractmethod
     def _lost(self, error: OSError) -> None:
-        raise NotImplementedError
+        """What is done where it cannot be written."""
 
     def _silence(self) -> None:
         """What is still in a buffer goes nowhere: the interpreter writes it out at its end, and would end with 120."""

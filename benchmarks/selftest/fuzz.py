@@ -31,9 +31,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-import hostile_doors
 import hostile_lines
-from hostile_doors import DOORS, REFUSALS, Door
+from hostile_door import REFUSALS, Door
+from hostile_doors import DOORS
+
+from kernels_check.visible import make_visible
 
 MOST_S = 10.0
 MOST_BYTES = 1 << 30
@@ -64,7 +66,7 @@ def input_of(door: Door, seeds: Sequence[bytes], number: int, seed: int) -> byte
 
 def acts_on_terminal(text: str) -> str | None:
     """The first character of a text that acts on a terminal; None where none does."""
-    return next((character for character in text if hostile_doors.make_visible(character) != character), None)
+    return next((character for character in text if make_visible(character) != character), None)
 
 
 def try_input(door: Door, content: bytes) -> str:
@@ -74,7 +76,7 @@ def try_input(door: Door, content: bytes) -> str:
             shown = door.enter(Path(folder), content)
             word = "read"
         except REFUSALS as error:
-            shown, word = hostile_doors.make_visible(str(error)), "refused"
+            shown, word = make_visible(str(error)), "refused"
         except TooLongError:
             return f"more than {MOST_S:g} s"
         except MemoryError:
@@ -114,6 +116,8 @@ def in_process(numbers: Sequence[int], attempt: Callable[[int], str]) -> Iterato
         status = 1
         try:
             limit_process()
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, 1)  # what libraries print by themselves is no part of the counts
             with os.fdopen(write, "w", buffering=1, encoding="utf-8", errors="replace") as reply:
                 for number in numbers:
                     begin = time.monotonic()
@@ -163,8 +167,7 @@ def fuzz_door(door: Door, count: int, seed: int, keep: Path | None) -> Outcome:
 def fuzz_lines(count: int, seed: int) -> Outcome:
     """So many command lines, in a copy of the constructed runs and files."""
     outcome = Outcome()
-    with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
-        hostile_lines.stand_in(Path(folder))
+    with hostile_lines.stand_in():
         for begin in range(0, count, BATCH):
             numbers = range(begin, min(begin + BATCH, count))
             for number, said, seconds in in_process(numbers, lambda n: hostile_lines.try_line(n, seed)):
@@ -185,8 +188,7 @@ def replay(corpus: Path) -> Outcome:
     for number, said, seconds in in_process(range(len(files)), file):
         _count(outcome, number, str(files[number].relative_to(corpus)), said, seconds)
     lines = [json.loads(line) for line in (corpus / "lines.jsonl").read_text(encoding="utf-8").splitlines()]
-    with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
-        hostile_lines.stand_in(Path(folder))
+    with hostile_lines.stand_in():
         for number, said, seconds in in_process(range(len(lines)), lambda n: hostile_lines.try_words(lines[n])):
             _count(outcome, number, repr(lines[number]), said, seconds)
     return outcome
@@ -212,7 +214,7 @@ def report(name: str, outcome: Outcome) -> None:
     kinds = Counter(said.split(": '")[0][:120] for _, said in outcome.failed)
     for kind, times in kinds.most_common(40):
         number, said = next(one for one in outcome.failed if one[1].startswith(kind))
-        print(f"    {times:5} × {hostile_doors.make_visible(said)[:260]} (number {number})", flush=True)
+        print(f"    {times:5} × {make_visible(said)[:260]} (number {number})", flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,110 +1,31 @@
-"""Where input comes in: each door takes one file, and does with it all that the commands do but measure.
-
-A door answers with the text that it would show, which must not act on a terminal. What it may raise is a refusal.
-"""
+"""Where input comes in: all doors, and those of what people write and record."""
 
 from __future__ import annotations
 
-import dataclasses
-import io
-import shutil
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import redirect_stderr, redirect_stdout, suppress
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import hostile
+import hostile_machine
+import hostile_models
+import hostile_runs
 import hostile_seeds
 from hostile import Mutator
-from hostile_seeds import GOLDEN
+from hostile_door import FREE_BYTES, MACHINE, Door, Enter, RefusedError, printed, show
 
-from harness.commands.catalogue import _run_row
 from harness.commands.output import print_json
 from harness.errors import LorameterError, redact
-from harness.machine.provenance import Machine
-from harness.models import catalogue, shapes
-from harness.models.costs.memory import estimate_memory, stored_dtype
-from harness.records import codec, store
-from harness.records.evidence import CHECKS
-from harness.report.claims import describe_claims
-from harness.report.comparison import describe_comparison
+from harness.records import codec
 from harness.report.gate import describe_gate, gate_annotations, gate_markdown
 from harness.report.plan import describe_plan
-from harness.report.run import describe_run
-from harness.report.sample import read_samples
-from harness.report.table import Document
-from harness.report.terminal import text_of
-from harness.report.view import encode_run, view_of
 from harness.run.executors.environments import parse_requirements
-from harness.run.executors.host import read_answer
-from harness.run.forecast import measured_peaks
 from harness.run.measure import plan_study
-from harness.run.resume import check_place, plan_of, read_broken_off
-from harness.studies.study import Study
 from harness.studies.study_file import load_study, load_variant
 from harness.studies.workload import Workload
-from harness.verdicts.ab import attribution_document, report_of
-from harness.verdicts.baselines import read_base, read_comparand
-from harness.verdicts.claims import judge_claims
 from harness.verdicts.compare import compare
 from harness.verdicts.gate import gate_document, judge, load_policy
-from harness.verdicts.outcome import document
-from kernels_check.trace.file import TraceError
 from kernels_check.visible import make_visible
-
-
-class RefusedError(Exception):
-    """A refusal that a door gives as an exit code or as None; its message is what was shown."""
-
-
-REFUSALS = (LorameterError, TraceError, RefusedError)
-MACHINE = Machine(
-    device="cpu", device_name="Test CPU", device_memory_bytes=None, driver=None, cuda=None, cpu_model="Test CPU",
-    cpus=2, memory_bytes=64 * 2**30, avx512_bf16=False, kernel="6.0", python="3.11.0",
-)  # fmt: skip
-FREE_BYTES = 48 * 2**30
-
-
-Enter = Callable[[Path, bytes], str]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Door:
-    """One kind of input."""
-
-    name: str
-    seeds: Callable[[], list[bytes]]
-    spoil: Mutator
-    enter: Enter
-    """Puts the content into an empty folder and reads it; answers with what would be shown."""
-    share: int
-    """Of a hundred inputs."""
-
-
-def show(report: Document) -> str:
-    """A report as a terminal would be sent it."""
-    return text_of(report, width=100, coloured=False)
-
-
-def printed(action: Callable[[], object]) -> str:
-    """What an action prints, on either stream."""
-    out, errors = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(errors):
-        action()
-    return out.getvalue() + errors.getvalue()
-
-
-def try_each(actions: Iterable[Callable[[], str]]) -> str:
-    """What several readers of one thing show: each may refuse it for itself, and the message is shown then."""
-    shown = []
-    for action in actions:
-        try:
-            shown.append(action())
-        except REFUSALS as error:
-            shown.append(make_visible(str(error)))
-    return "\n".join(shown)
-
 
 # --- what people write ------------------------------------------------------------------------------------------------
 
@@ -128,19 +49,13 @@ def _enter_policy(folder: Path, content: bytes) -> str:
     path = folder / "policy.toml"
     path.write_bytes(content)
     policy = load_policy(str(path))
-    base, candidate = _sides()
+    base, candidate = hostile_runs.sides()
     report = compare(base, candidate, metrics=policy.metrics, limits_of=policy.limits_of)
     result = judge(report, policy)
     return "".join(
         (show(describe_gate(result)), gate_markdown(result), gate_annotations(result),
          printed(lambda: print_json(gate_document(result))))
     )  # fmt: skip
-
-
-@cache
-def _sides() -> tuple[object, object]:
-    runs = GOLDEN / "runs"
-    return read_comparand("sound", runs), read_comparand("slower", runs)
 
 
 def _enter_requirements(folder: Path, content: bytes) -> str:
@@ -152,148 +67,26 @@ def _enter_requirements(folder: Path, content: bytes) -> str:
     return make_visible(shown)
 
 
-def _enter_answer(folder: Path, content: bytes) -> str:
-    answer = read_answer(content.decode("utf-8", errors="replace"))
-    if answer is None:
-        raise RefusedError
-    return make_visible(" ".join((answer["python"], answer["executable"], *answer["packages"])))
-
-
 def _enter_records(folder: Path, content: bytes) -> str:
+    return _read_records(folder / "records.jsonl", content)
+
+
+def _enter_packed_records(folder: Path, content: bytes) -> str:
+    return _read_records(folder / "records.jsonl.gz", content)
+
+
+def _enter_listed_records(folder: Path, content: bytes) -> str:
+    return _read_records(folder / "records.json", content)
+
+
+def _read_records(path: Path, content: bytes) -> str:
     from harness.trial.data.records import read_records
 
-    path = folder / "records.jsonl"
     path.write_bytes(content)
     records, label = read_records(Workload(data=str(path)))
     for record in records:
         assert all(isinstance(record[column], str) for column in ("instruction", "context", "response"))
     return make_visible(label)
-
-
-# --- models -----------------------------------------------------------------------------------------------------------
-
-
-def _enter_config(folder: Path, content: bytes) -> str:
-    (folder / "config.json").write_bytes(content)
-    return _look_at_model(str(folder))
-
-
-def _enter_gguf(folder: Path, content: bytes) -> str:
-    path = folder / "model.gguf"
-    path.write_bytes(content)
-    return _look_at_model(str(path))
-
-
-def _look_at_model(model: str) -> str:
-    source = catalogue.resolve(model)
-    shape = shapes.shape(source)
-    study = load_study("training-step", device="cpu").with_overrides(model=f"random:{model}")
-    stored = stored_dtype(source)
-    if shapes.unknown_layers(shape) is None:
-        for phase in ("train", "generate"):
-            for device in ("cpu", "cuda"):
-                codec.dumps(
-                    estimate_memory(
-                        study.variants[0],
-                        study.workload,
-                        shape,
-                        phase=phase,
-                        device=device,
-                        stored=stored,
-                    )
-                )
-    plan, notices = plan_study(study, MACHINE, free_bytes=FREE_BYTES)
-    return make_visible(" ".join(notice.message for notice in notices)) + plan.why
-
-
-# --- runs -------------------------------------------------------------------------------------------------------------
-
-
-def _enter_manifest(folder: Path, content: bytes) -> str:
-    return _enter_run(folder, content, "manifest.json")
-
-
-def _enter_trials(folder: Path, content: bytes) -> str:
-    return _enter_run(folder, content, "trials.jsonl")
-
-
-def _enter_checks(folder: Path, content: bytes) -> str:
-    return _enter_run(folder, content, "checks.jsonl")
-
-
-def _enter_run(folder: Path, content: bytes, name: str) -> str:
-    """The content in the place of one file of a sound run; the first line of the content names which run."""
-    which, _, content = content.partition(b"\n")
-    source = GOLDEN / "runs" / which.decode("ascii", errors="replace")
-    path = folder / "it"
-    shutil.copytree(source if source.is_dir() else GOLDEN / "runs" / "sound", path)
-    (path / name).write_bytes(content)
-    if name == CHECKS:
-        (path / "trials.jsonl").write_bytes(hostile_seeds.written_anew()[1])
-    return try_each(readers_of_run(folder))
-
-
-def readers_of_run(runs: Path) -> Iterator[Callable[[], str]]:
-    """Everything that reads a run. That of other runs must not be stopped by it at all."""
-
-    def look() -> None:
-        measured_peaks(Workload(), MACHINE, runs, "host_peak_train_bytes")
-        _run_row(runs / "it")
-
-    yield lambda: printed(look)
-    run = store.read_run("it", runs)
-    if run.manifest.sides:
-        yield lambda: show(describe_comparison(report_of(run)))
-        yield lambda: printed(lambda: print_json(document(report_of(run))))
-        yield lambda: printed(lambda: print_json(attribution_document(run)))
-        return
-    yield lambda: show(describe_run(view_of(run)))
-    yield lambda: printed(lambda: print_json(encode_run(view_of(run))))
-    yield lambda: show(describe_claims(judge_claims(run)))
-    yield lambda: _against(read_comparand("it", runs))
-    yield lambda: _gone_on_with(read_broken_off("it", runs, study=None))
-
-    def sample() -> str:
-        study = codec.from_json(Study, run.manifest.study, "it")
-        return "".join(one.trained for one in read_samples(run, study.variants[0].name))[:0]
-
-    yield sample
-
-
-def _gone_on_with(run) -> str:
-    check_place(run, _facts())
-    return str(len(plan_of(run).slots))
-
-
-@cache
-def _facts():
-    from harness.machine.provenance import read_facts
-
-    return read_facts(MACHINE)
-
-
-def _against(candidate: object) -> str:
-    base = dataclasses.replace(_sides()[0], sides=_sides()[0].sides)
-    report = compare(base, candidate, force=True)
-    result = judge(report, load_policy(None))
-    return "".join(
-        (show(describe_gate(result)), gate_markdown(result), gate_annotations(result),
-         printed(lambda: print_json(gate_document(result))))
-    )  # fmt: skip
-
-
-def _enter_baselines(folder: Path, content: bytes) -> str:
-    (folder / "baselines.json").write_bytes(content)
-    shutil.copytree(GOLDEN / "runs" / "sound", folder / "sound")
-    candidate = _sides()[0]
-    base = read_base("baseline", folder, fingerprint=candidate.fingerprint, study=candidate.study)
-    return make_visible(str(base.absent or base.name))
-
-
-def _enter_benchmark(folder: Path, content: bytes) -> str:
-    path = folder / "saved.json"
-    path.write_bytes(content)
-    return _against(read_comparand(str(path), folder))
 
 
 def _enter_recording(folder: Path, content: bytes) -> str:
@@ -317,35 +110,35 @@ def _enter_recording(folder: Path, content: bytes) -> str:
 # --- all of them -----------------------------------------------------------------------------------------------------
 
 _TOML, _JSON, _LINES, _BYTES = hostile.spoil_toml, hostile.spoil_json, hostile.spoil_lines, hostile.spoil_bytes
+_OF_RUN, _LINES_OF_RUN = hostile_seeds.keep_head(_JSON), hostile_seeds.keep_head(_LINES)
 _POLICIES, _SAVED = ("strict.toml", "lenient.toml"), ("sound.json", "foreign.json")
-_KINETO = ("kernels.json", "operators.json")
+_KINETO, _NSYS = hostile_seeds.files("kernels.json", "operators.json"), hostile_seeds.files("kernels.csv")
 _ROWS: tuple[tuple[str, int, Mutator, Callable[[], list[bytes]], Enter], ...] = (
     ("study", 16, _TOML, hostile_seeds.studies, _enter_study),
     ("policy", 8, _TOML, hostile_seeds.files(*_POLICIES), _enter_policy),
     ("requirements", 8, hostile.spoil_words, lambda: [b"peft==0.19.1"], _enter_requirements),
-    ("interpreter", 4, _JSON, hostile_seeds.answers, _enter_answer),
-    ("records", 12, _LINES, hostile_seeds.records, _enter_records),
-    ("config", 12, _JSON, hostile_seeds.configs, _enter_config),
-    ("gguf", 4, _BYTES, hostile_seeds.ggufs, _enter_gguf),
-    (
-        "manifest",
-        8,
-        hostile_seeds.keep_head(_JSON),
-        hostile_seeds.of_runs("manifest.json"),
-        _enter_manifest,
-    ),
-    (
-        "trials",
-        6,
-        hostile_seeds.keep_head(_LINES),
-        hostile_seeds.of_runs("trials.jsonl"),
-        _enter_trials,
-    ),
-    ("checks", 2, hostile_seeds.keep_head(_LINES), hostile_seeds.checks, _enter_checks),
-    ("baselines", 4, _JSON, hostile_seeds.baselines, _enter_baselines),
-    ("benchmark", 6, _JSON, hostile_seeds.files(*_SAVED), _enter_benchmark),
-    ("kineto", 6, _JSON, hostile_seeds.files(*_KINETO), _enter_recording),
-    ("nsys", 4, hostile.spoil_table, hostile_seeds.files("kernels.csv"), _enter_recording),
+    ("interpreter", 4, _JSON, hostile_machine.answers, hostile_machine.enter_answer),
+    ("kernel", 4, hostile_machine.spoil_kernel, hostile_machine.kernels, hostile_machine.enter_kernel),
+    ("variable", 2, hostile_machine.spoil_list, hostile_machine.lists, hostile_machine.enter_variable),
+    ("records", 8, _LINES, hostile_seeds.records, _enter_records),
+    ("records-packed", 4, hostile.packed(_LINES), hostile_seeds.records, _enter_packed_records),
+    ("records-listed", 4, _JSON, hostile_seeds.listed_records, _enter_listed_records),
+    ("config", 10, _JSON, hostile_models.configs, hostile_models.enter_config),
+    ("gguf", 4, _BYTES, hostile_models.ggufs, hostile_models.enter_gguf),
+    ("tokenizer", 3, _LINES, hostile_models.tokenizer_files, hostile_models.enter_tokenizer),
+    ("weights", 2, hostile_models.spoil_weights, hostile_models.weights, hostile_models.enter_weights),
+    ("cache", 2, _JSON, hostile_models.places_in_cache, hostile_models.enter_cache),
+    ("manifest", 8, _OF_RUN, hostile_seeds.of_runs("manifest.json"), hostile_runs.enter_manifest),
+    ("trials", 6, _LINES_OF_RUN, hostile_seeds.of_runs("trials.jsonl"), hostile_runs.enter_trials),
+    ("checks", 2, _LINES_OF_RUN, hostile_seeds.checks, hostile_runs.enter_checks),
+    ("answer", 3, _JSON, hostile_runs.answers_of_trials, hostile_runs.enter_answer),
+    ("baselines", 4, _JSON, hostile_seeds.baselines, hostile_runs.enter_baselines),
+    ("benchmark", 6, _JSON, hostile_seeds.files(*_SAVED), hostile_runs.enter_benchmark),
+    ("compared", 2, _JSON, hostile_seeds.files(*_SAVED), hostile_runs.enter_compared),
+    ("kineto", 5, _JSON, _KINETO, _enter_recording),
+    ("kineto-packed", 2, hostile.packed(_JSON), _KINETO, _enter_recording),
+    ("nsys", 3, hostile.spoil_table, _NSYS, _enter_recording),
+    ("nsys-packed", 1, hostile.packed(hostile.spoil_table), _NSYS, _enter_recording),
 )
 DOORS: dict[str, Door] = {
     name: Door(name=name, share=share, spoil=spoil, seeds=seeds, enter=enter)

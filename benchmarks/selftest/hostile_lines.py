@@ -1,26 +1,41 @@
 """Command lines that nobody should be able to do harm with: any command, any options, good and odd values.
 
-They go through `harness.cli.main` in a folder with constructed runs and files. Nothing is measured, downloaded or
-installed: what would begin with that ends with a refusal of its own.
+They go through the entry points of `lorameter`, of `python -m kernels_check` and of pytest, in a folder with
+constructed runs and files. Nothing is measured, downloaded or installed: what would begin with that ends with a refusal
+of its own. A line may begin with variables of the environment, as a shell's does; `PWD=gone` is a folder that has been
+removed.
 """
 
 from __future__ import annotations
 
+import functools
+import gzip
 import io
+import itertools
 import json
 import os
 import random
+import re
 import shutil
-from contextlib import redirect_stderr, redirect_stdout
+import tempfile
+from collections.abc import Iterator
+from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn
+from unittest import mock
+
+import hostile_models
+import pytest
 
 from harness import cli
 from harness.errors import InvalidRunError
+from kernels_check.__main__ import main as of_kernels
 from kernels_check.visible import make_visible
 
 GOLDEN = Path(__file__).parents[2] / "tests" / "golden"
-CODES = (0, 1, 2, 3, 4, 5)
+CODES = {"pytest": (0, 1, 2, 4, 5)}
+"""Exit codes that are documented, where they are not those of lorameter; 3 is pytest's word for a defect."""
+OF_LORAMETER = (0, 1, 2, 3, 4, 5)
 VALUES = (
     "sound", "slower", "ab", "swept", "diverged", "schema-1", "missing-key", "cut-manifest", "damaged/wrong-type",
     "runs/sound", "files/foreign.json", "files/sound.json", "files/not-json.json", "files/strict.toml",
@@ -33,8 +48,21 @@ VALUES = (
     "\x9b31m", "a [/b] c", "[red]x", "\udcff.toml", "\n", "\u202egnp", "%s", "{0}", "files", "runs", "damaged",
     "none", "files/kernels.json", "shared-base", "lockstep", "replicates", "quick", "standard", "rigorous", "train",
     "generate", "cold", "text", "json", "markdown", "github", "models", "studies", "variants", "sizes",
+    "wait", "refuse", "share", "pipe", "loop", "a-study.toml/", "data.jsonl", "data.jsonl.gz", "model", "model.gguf",
+    "smollm2-135m", "GPU-0", "local", "harness.run.executors.local", "suite", "files/kernels.csv", "kernels.json.gz",
 )  # fmt: skip
-_STUDY = ("--model", "--data", "--variant", "--phase", "--replicates", "--effort", "--max-minutes", "--allow-disturbed")
+_STUDY = (
+    "--model", "--data", "--variant", "--phase", "--replicates", "--effort", "--max-minutes", "--allow-disturbed",
+    "--if-busy",
+)  # fmt: skip
+_OF_PYTEST = (
+    "study", "profile", "model", "data", "effort", "replicates", "interleave", "allow-disturbed", "if-busy", "resume",
+    "base", "policy", "runs-dir",
+)  # fmt: skip
+VARIABLES = (
+    "LORAMETER_RUNS", "LORAMETER_CACHE", "LORAMETER_EXECUTOR", "LORAMETER_LOCKS", "GITHUB_STEP_SUMMARY", "HOME",
+    "XDG_CACHE_HOME", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "COLUMNS", "LINES", "TERM", "PWD",
+)  # fmt: skip
 COMMANDS: dict[str, tuple[int, tuple[str, ...]]] = {
     "run": (1, (*_STUDY, "--profile", "--interleave", "--precision", "--resume", "--dry-run")),
     "report": (1, ()),
@@ -42,22 +70,33 @@ COMMANDS: dict[str, tuple[int, tuple[str, ...]]] = {
     "compare": (2, ("--metric", "--all-metrics", "--force")),
     "gate": (2, ("--policy", "--format")),
     "accept": (1, ()),
-    "ab": (1, (*_STUDY, "--base", "--candidate", "--precision", "--policy", "--format", "--inject-rows")),
+    "ab": (1, (*_STUDY, "--base", "--candidate", "--precision", "--policy", "--format", "--inject-rows", "--resume")),
     "calibrate": (1, (*_STUDY, "--inject-rows")),
     "estimate": (1, ("--model", "--data")),
-    "profile": (1, ("--model", "--data", "--try", "--effort")),
+    "profile": (1, ("--model", "--data", "--try", "--effort", "--if-busy")),
     "sample": (2, ("--replicate", "--count")),
     "claims": (1, ()),
+    "doctor": (0, ()),
+    "model": (2, ()),
+    "kernels_check": (2, ("--check", "--json")),
+    "pytest": (
+        1,
+        (*(f"--lorameter-{name}" for name in _OF_PYTEST), "--benchmark-disable", "--benchmark-skip", "--collect-only"),
+    ),
 }
 """How many places each command has, and its options; a few that it has not."""
 SOUND: dict[str, tuple[str, ...]] = {
     "run": ("lora-or-qlora",), "ab": ("training-step",), "estimate": ("lora-or-qlora:lora-r16",),
     "profile": ("lora-or-qlora:lora-r16",), "report": ("sound",), "claims": ("swept",), "calibrate": ("training-step",),
     "list": ("sizes", "training-step"), "sample": ("swept", "r=16"), "compare": ("sound", "slower"),
-    "gate": ("sound", "slower"), "accept": ("sound",),
+    "gate": ("sound", "slower"), "accept": ("sound",), "doctor": (), "model": ("fetch", "smollm2-135m"),
+    "kernels_check": ("trace", "files/kernels.json"), "pytest": ("suite",),
 }  # fmt: skip
 """Places that can be read."""
-FLAGS = ("--allow-disturbed", "--dry-run", "--all-metrics", "--force", "--json")
+FLAGS = (
+    "--allow-disturbed", "--dry-run", "--all-metrics", "--force", "--json", "--check", "--lorameter-allow-disturbed",
+    "--benchmark-disable", "--benchmark-skip", "--collect-only",
+)  # fmt: skip
 
 
 def line_of(number: int, seed: int) -> list[str]:
@@ -69,7 +108,7 @@ def line_of(number: int, seed: int) -> list[str]:
     if source.random() < 0.6:
         words = list(SOUND[command])
     chosen = source.sample(options, min(len(options), source.randint(0, 3)))
-    if command == "ab":
+    if command == "ab" and "--resume" not in chosen:
         chosen = list(dict.fromkeys(("--base", "--candidate", *chosen)))
     for option in chosen:
         if option in FLAGS:
@@ -80,22 +119,61 @@ def line_of(number: int, seed: int) -> list[str]:
             words += [option, source.choice(VALUES)]
     if command == "run" and source.random() < 0.7:
         words.append("--dry-run")
+    variables = [f"{source.choice(VARIABLES)}={source.choice(VALUES)}"] if source.random() < 0.15 else []
+    if command in ("kernels_check", "pytest"):
+        return [*variables, command, *words]
     if source.random() < 0.3:
         words.append("--json")
-    return [command, *words, "--runs-dir", source.choice(("runs", "runs", "runs", "damaged", source.choice(VALUES)))]
+    runs = source.choice(("runs", "runs", "runs", "damaged", source.choice(VALUES)))
+    return [*variables, command, *words, *(("--runs-dir", runs) if source.random() < 0.9 else ())]
 
 
-def stand_in(folder: Path) -> None:
-    """Fill a folder, go there, and put a refusal in the place of all that measures, downloads or installs."""
+@contextmanager
+def stand_in() -> Iterator[None]:
+    """Meanwhile in a folder that is filled, with a refusal in the place of all that measures, downloads or installs."""
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as name, chdir(name):
+        folder = Path(name)
+        _fill(folder)
+        with mock.patch.dict(os.environ, {"LORAMETER_CACHE": str(folder / "cache"), "COLUMNS": "160"}):
+            os.environ.pop("PYTEST_ADDOPTS", None)
+            _refuse_to_measure()
+            with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+                pytest.main(["suite"])  # what it loads is loaded before the processes are forked
+            yield
+
+
+def _fill(folder: Path) -> None:
     for name in ("runs", "damaged", "files"):
         shutil.copytree(GOLDEN / name, folder / name)
-    os.chdir(folder)
-    os.environ |= {"LORAMETER_CACHE": str(folder / "cache"), "COLUMNS": "160"}
+    os.mkfifo(folder / "pipe")
+    (folder / "loop").symlink_to("loop")
+    (folder / "a-study.toml").mkdir()
+    records = "".join(
+        json.dumps({"instruction": f"say {n}", "context": "", "response": "x " * 90}) + "\n" for n in range(600)
+    )
+    (folder / "data.jsonl").write_text(records)
+    (folder / "data.jsonl.gz").write_bytes(gzip.compress(records.encode()))
+    (folder / "kernels.json.gz").write_bytes(gzip.compress((folder / "files" / "kernels.json").read_bytes()))
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_bytes(hostile_models.configs()[0])
+    (folder / "model.gguf").write_bytes(hostile_models.ggufs()[0])
+    cached = folder / "cache" / "models" / hostile_models.CACHED
+    cached.mkdir(parents=True)
+    (cached / "lorameter.json").write_bytes(hostile_models.places_in_cache()[0])
+    suite = folder / "suite"
+    suite.mkdir()
+    (suite / "conftest.py").write_text("from harness.pytest_plugin import attach as pytest_configure\n")
+    (suite / "pytest.ini").write_text("[pytest]\naddopts = -p no:cacheprovider -p no:xdist -q\n")
+    body = "import pytest\n\n@pytest.mark.lorameter('train')\ndef test_train(replay):\n    replay()\n"
+    (suite / "test_suite.py").write_text(body)
 
+
+def _refuse_to_measure() -> None:
     def begun(*_: Any, **__: Any) -> NoReturn:
         raise InvalidRunError("begun")
 
     from harness.commands import ab, profile, run  # noqa: F401 loaded before the processes are forked
+    from harness.machine import doctor
     from harness.models import fetch
     from harness.profile import measure as profiling
     from harness.run import ab as sides
@@ -106,7 +184,34 @@ def stand_in(folder: Path) -> None:
     profiling.profile_variant = begun
     fetch._build = begun  # type: ignore[assignment]
     opened._revision = opened._requirements = opened._interpreter = begun  # type: ignore[assignment]
+    doctor.survey = functools.partial(doctor.survey, look_s=0.01)  # type: ignore[assignment]
     import harness.trial.building.sizes  # noqa: F401
+    import kernels_check.trace.report  # noqa: F401
+
+
+_VARIABLE = re.compile(r"[A-Z_]+=")
+
+
+@contextmanager
+def _surroundings(variables: list[str]) -> Iterator[None]:
+    """Meanwhile with these variables; with PWD in a folder that is not there any more."""
+    given = dict(variable.partition("=")[::2] for variable in variables)
+    with mock.patch.dict(os.environ, given):
+        if "PWD" not in given:
+            yield
+            return
+        with tempfile.TemporaryDirectory(prefix="fuzz-") as gone, chdir(gone):
+            os.rmdir(gone)  # noqa: PTH106 as it is named
+            yield
+            os.mkdir(gone)  # noqa: PTH102 for who removes it
+
+
+def _enter(line: list[str]) -> int:
+    if line and line[0] == "kernels_check":
+        return of_kernels(line[1:])
+    if line and line[0] == "pytest":
+        return int(pytest.main(line[1:]))
+    return cli.main(line)
 
 
 def try_line(number: int, seed: int) -> str:
@@ -117,24 +222,28 @@ def try_line(number: int, seed: int) -> str:
 def try_words(line: list[str]) -> str:
     """`read`, `refused`, or what went wrong in a line."""
     out, errors = io.StringIO(), io.StringIO()
+    given = list(itertools.takewhile(_VARIABLE.match, line))
+    line = line[len(given) :]
     try:
-        with redirect_stdout(out), redirect_stderr(errors):
-            code = cli.main(line)
+        with _surroundings(given), redirect_stdout(out), redirect_stderr(errors):
+            code = _enter(line)
     except SystemExit as ended:  # argparse's own
         code = int(ended.code or 0) if isinstance(ended.code, int) else 1
         if code not in (0, 2):
             return f"SystemExit {ended.code!r}"
     except Exception as error:
         return f"{type(error).__name__}: {error}"
-    if code not in CODES:
-        said = errors.getvalue().strip().splitlines()
-        return f"exit code {code}: {' | '.join(said[-4:-1])}"
+    if code not in CODES.get(line[0] if line else "", OF_LORAMETER):
+        said = (errors.getvalue() or out.getvalue()).strip().splitlines()
+        return f"exit code {code}: {' | '.join(said[-4:])}"
     shown = out.getvalue() + errors.getvalue()
+    if line and line[0] == "pytest":  # what pytest repeats of its own words is its own affair
+        shown = "\n".join(one for one in shown.splitlines() if "lorameter:" in one)
     if raw := next((character for character in shown if make_visible(character) != character), None):
         return f"shows {raw!r} raw"
     if "Traceback" in errors.getvalue():
         return "a traceback"
-    if "--json" in line and code != 2 and out.getvalue().strip():
+    if "--json" in line and line[0] != "pytest" and code != 2 and out.getvalue().strip():
         try:
             json.loads(out.getvalue())
         except ValueError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import struct
 import tempfile
 from collections.abc import Callable
 from functools import cache
@@ -60,47 +59,15 @@ def keep_head(spoil: Mutator) -> Mutator:
     return spoilt
 
 
-def configs() -> list[bytes]:
-    """The configurations of the catalogue."""
-    return [path.read_bytes() for path in sorted((ROOT / "harness" / "models").glob("*.json"))]
-
-
-def ggufs() -> list[bytes]:
-    """The smallest file of a model."""
-
-    def text(value: str) -> bytes:
-        return struct.pack("<Q", len(value)) + value.encode()
-
-    def pair(key: str, value: int | str) -> bytes:
-        return text(key) + (
-            struct.pack("<I", 8) + text(value) if isinstance(value, str) else struct.pack("<II", 4, value)
-        )
-
-    about: dict[str, int | str] = {
-        "general.architecture": "llama", "llama.embedding_length": 64, "llama.feed_forward_length": 128,
-        "llama.block_count": 2, "llama.attention.head_count": 4, "llama.vocab_size": 300, "llama.context_length": 256,
-    }  # fmt: skip
-    head = b"GGUF" + struct.pack("<IQQ", 3, 1, len(about))
-    tensor = text("token_embd.weight") + struct.pack("<IQQIQ", 2, 64, 300, 0, 0)
-    body = head + b"".join(pair(key, value) for key, value in about.items()) + tensor
-    return [body + b"\0" * (-len(body) % 32) + b"\0" * (64 * 300 * 4)]
-
-
-def answers() -> list[bytes]:
-    """What an interpreter says of itself."""
-    answer = {
-        "python": "3.11.7",
-        "executable": "/bin/python",
-        "packages": {"torch": "2.13"},
-        "origins": {"torch": None},
-    }
-    return [json.dumps(answer).encode()]
-
-
 def records() -> list[bytes]:
     """A few records."""
     rows = [{"instruction": f"say {n}", "context": "", "response": f"it is {n}"} for n in range(6)]
     return ["\n".join(map(json.dumps, rows)).encode()]
+
+
+def listed_records() -> list[bytes]:
+    """The same as one list."""
+    return [b"[" + b",".join(records()[0].splitlines()) + b"]"]
 
 
 def baselines() -> list[bytes]:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.commands.options import add_options
 from harness.commands.output import FORMATS, print_json, show_gate
 from harness.errors import EXIT_INVALID, EXIT_PASS, InvalidRunError, UsageError
 
@@ -38,7 +39,7 @@ def add_commands(commands: Any, common: Any) -> None:
     ab.add_argument("--resume", metavar="RUN", help="go on with an A/B that broke off, by its own study and sides")
     _measuring(ab, ("quick", "standard", "rigorous"), "3, 8 or 12 replicates; default 8")
     ab.add_argument("--precision", type=float, metavar="F", help="stop when every interval is within ±F")
-    ab.add_argument("--variant", metavar="V", action="append", default=[], help="only this variant; repeatable")
+    add_options(ab.add_argument, "variant")
     ab.add_argument(
         "--phase", choices=("train", "generate", "cold"), action="append", default=[],
         help="what to measure, repeatable; default: train and generate",
@@ -75,17 +76,7 @@ def add_commands(commands: Any, common: Any) -> None:
 
 def _measuring(command: argparse.ArgumentParser, efforts: tuple[str, ...], said: str) -> None:
     command.add_argument("--effort", choices=efforts, help=said)
-    command.add_argument("--replicates", type=int, metavar="N", help="number of replicates, instead of --effort")
-    command.add_argument("--max-minutes", type=float, metavar="M", help="drop rounds, of all alike, to end by then")
-    command.add_argument(
-        "--allow-disturbed", action="store_true", help="let trials count whose surroundings were past a limit"
-    )
-    command.add_argument(
-        "--if-busy", choices=("wait", "refuse", "share"), default="wait",
-        help="beside another measurement on the device: wait for its end (default), end at once, or measure beside it",
-    )  # fmt: skip
-    command.add_argument("--model", metavar="M", help="catalogue name, hub id, directory, GGUF file, or random:M")
-    command.add_argument("--data", metavar="FILE|ID", help="a .jsonl(.gz) file, a hub id, or synthetic")
+    add_options(command.add_argument, "replicates", "max-minutes", "allow-disturbed", "if-busy", "model", "data")
 
 
 def run_ab(options: argparse.Namespace) -> int:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.commands.options import add_options
 from harness.commands.output import print_json
 from harness.errors import EXIT_INCONCLUSIVE, EXIT_INVALID, EXIT_PASS
 
@@ -28,8 +29,7 @@ def add_commands(commands: Any, common: Any) -> None:
         description="Take a variant's step apart: phases, what ran in them, memory, ceilings, and what to try.",
     )
     profile.add_argument("variant", metavar="VARIANT", help="STUDY:NAME, or a TOML file with one variant")
-    profile.add_argument("--model", metavar="M", help="catalogue name, hub id, directory, GGUF file, or random:M")
-    profile.add_argument("--data", metavar="FILE|ID", help="a .jsonl(.gz) file, a hub id, or synthetic")
+    add_options(profile.add_argument, "model", "data")
     profile.add_argument(
         "--try",
         dest="attempt",
@@ -39,10 +39,7 @@ def add_commands(commands: Any, common: Any) -> None:
         help="measure the remedy of a finding beside the present variant; default: of the most expensive",
     )
     profile.add_argument("--effort", choices=("quick", "standard", "rigorous"), help="of --try: 3, 8 or 12 replicates")
-    profile.add_argument(
-        "--if-busy", choices=("wait", "refuse", "share"), default="wait",
-        help="beside another measurement on the device: wait for its end (default), end at once, or measure beside it",
-    )  # fmt: skip
+    add_options(profile.add_argument, "if-busy")
     common(profile)
     profile.set_defaults(command=run_profile)
 

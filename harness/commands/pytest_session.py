@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from harness.errors import LorameterError
+from harness.errors import LorameterError, UsageError
 from kernels_check.streams import Aside
 from kernels_check.visible import make_visible
 
@@ -179,13 +179,11 @@ class Session:
         """Refuse to set unlike machines, libraries or workloads beside each other, and name what differs."""
         from harness.verdicts.benchmark_json import unlike
 
-        theirs = compared_benchmark["machine_info"].get("lorameter")
-        if theirs is None:
-            raise pytest.UsageError("--benchmark-compare: the saved run was not written by lorameter. Compare another.")
-        if different := unlike(self._study, machine_info["lorameter"], theirs, compared_benchmark["benchmarks"]):
-            raise pytest.UsageError(
-                f"--benchmark-compare: not comparable: {'; '.join(different)}. Measure the base again on this machine."
-            )
+        option = "--benchmark-compare"
+        with _usage_errors():
+            if different := unlike(self._study, machine_info["lorameter"], compared_benchmark, option):
+                said = f"{option}: not comparable: {'; '.join(different)}."
+                raise UsageError(f"{said} Measure the base again on this machine.")
 
     def pytest_benchmark_update_json(self, benchmarks: list[Any], output_json: dict[str, Any]) -> None:
         """`--benchmark-save` alone drops the durations; raw samples are always kept."""

@@ -7,6 +7,7 @@ import gc
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.commands.options import add_options
 from harness.commands.output import print_json
 from harness.errors import EXIT_INVALID, EXIT_PASS, UsageError
 
@@ -22,11 +23,9 @@ def add_commands(commands: Any, common: Any) -> None:
     run = commands.add_parser("run", help="measure a study", description="Measure a study and print its report.")
     run.add_argument("study", metavar="STUDY", nargs="?", help="name of a built-in study, or a TOML file")
     run.add_argument("--effort", choices=("quick", "standard", "rigorous"), help="3, 8 or 12 replicates")
-    run.add_argument("--replicates", type=int, metavar="N", help="number of replicates, instead of --effort")
+    add_options(run.add_argument, "replicates")
     run.add_argument("--profile", metavar="P", help="a profile of the study; default: the one of this machine")
-    run.add_argument("--model", metavar="M", help="catalogue name, hub id, directory, GGUF file, or random:M")
-    run.add_argument("--data", metavar="FILE|ID", help="a .jsonl(.gz) file, a hub id, or synthetic")
-    run.add_argument("--variant", metavar="V", action="append", default=[], help="only this variant; repeatable")
+    add_options(run.add_argument, "model", "data", "variant")
     run.add_argument(
         "--phase", choices=("train", "generate", "cold"), action="append", default=[], help="only this; repeatable"
     )
@@ -34,14 +33,7 @@ def add_commands(commands: Any, common: Any) -> None:
         "--interleave", metavar="L", help="shared-base, lockstep or replicates; default: the finest possible"
     )
     run.add_argument("--precision", type=float, metavar="F", help="stop when every interval is within ±F of its ratio")
-    run.add_argument("--max-minutes", type=float, metavar="M", help="drop rounds, of all alike, to end by then")
-    run.add_argument(
-        "--allow-disturbed", action="store_true", help="let trials count whose surroundings were past a limit"
-    )
-    run.add_argument(
-        "--if-busy", choices=("wait", "refuse", "share"), default="wait",
-        help="beside another measurement on the device: wait for its end (default), end at once, or measure beside it",
-    )  # fmt: skip
+    add_options(run.add_argument, "max-minutes", "allow-disturbed", "if-busy")
     run.add_argument("--resume", metavar="RUN", help="go on with a run that broke off, by its own study and plan")
     run.add_argument("--dry-run", action="store_true", help="show the plan and what it will take, and measure nothing")
     common(run)

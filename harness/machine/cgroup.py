@@ -6,10 +6,11 @@ of them for its rest (Documentation/scheduler/sched-bwc.rst of the kernel), so a
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.machine.reading import Reading, missing, read_file
+from harness.machine.reading import Reading, count_of, missing, read_file
 
 UNCOUNTED = "no cgroup of this process counts what a quota withheld"
 _UNLIMITED = "no cgroup limits the memory of this process"
@@ -28,14 +29,19 @@ class CpuTime:
 
 def cpu_quota(root: Path) -> Reading[float]:
     """CPUs' worth of time that the tightest cgroup on the way up grants; missing where none sets a limit."""
-    limits: list[float] = []
-    for folder in _folders(root, "cpu", _membership(root)):
-        for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
-            texts = [read_file(folder / name, str.split, _ABSENT).value for name in names]
-            words = [word for text in texts if text is not None for word in text]
-            if len(words) == 2 and words[0] not in ("max", "-1"):
-                limits.append(int(words[0]) / int(words[1]))
+    folders = _folders(root, "cpu", _membership(root))
+    limits = [limit for folder in folders if (limit := _cpu_limit(folder)) is not None]
     return Reading(value=min(limits)) if limits else missing("no cgroup limits the CPU time of this process")
+
+
+def _cpu_limit(folder: Path) -> float | None:
+    """Of either version, which writes quota and period into one file or two; "max" and -1 are no limit."""
+    both = read_file(folder / "cpu.max", lambda text: [count_of(word) for word in text.split()], _ABSENT).value
+    if both is None:
+        names = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+        found = [read_file(folder / name, count_of, _ABSENT).value for name in names]
+        both = [number for number in found if number is not None]
+    return both[0] / both[1] if len(both) == 2 and both[0] >= 0 and both[1] > 0 else None
 
 
 class CpuTimes:
@@ -90,7 +96,7 @@ def memory_left(root: Path) -> Reading[int]:
             ("memory.current", "inactive_file"),
             ("memory.usage_in_bytes", "total_inactive_file"),
         ):
-            used = read_file(folder / usage, int, _ABSENT).value
+            used = read_file(folder / usage, count_of, _ABSENT).value
             if most is not None and used is not None:
                 left.append(max(0, most - used + fields.get(cached, 0)))
     return Reading(value=min(left)) if left else missing(_UNLIMITED)
@@ -102,7 +108,7 @@ def _memory_folders(root: Path) -> list[Path]:
 
 def _memory_limit(folder: Path) -> int | None:
     """Of either version; "max" is no number and no limit."""
-    limits = [read_file(folder / name, int, _ABSENT).value for name in ("memory.max", "memory.limit_in_bytes")]
+    limits = [read_file(folder / name, count_of, _ABSENT).value for name in ("memory.max", "memory.limit_in_bytes")]
     return next((limit for limit in limits if limit is not None), None)
 
 
@@ -120,11 +126,11 @@ def _used_s(fields: dict[str, int], usage: Path) -> Reading[float]:
 
 
 def _nanoseconds(text: str) -> float:
-    return int(text) / 1e9
+    return count_of(text) / 1e9
 
 
 def _fields(text: str) -> dict[str, int]:
-    return {name: int(value) for name, value in (line.split() for line in text.splitlines())}
+    return {name: count_of(value) for name, value in (line.split() for line in text.splitlines())}
 
 
 def _membership(root: Path) -> str:
@@ -142,10 +148,10 @@ def _folders(root: Path, controller: str, membership: str) -> list[Path]:
     A container sees its own cgroup as the root of a hierarchy, under a name that is not there; the root stands last.
     """
     folders: list[Path] = []
-    for line in membership.splitlines():
-        _, controllers, name = line.split(":", 2)
+    lines = (line.split(":", 2) for line in membership.splitlines())
+    for _, controllers, name in (parts for parts in lines if len(parts) == 3):
         if controllers == "" or controller in controllers.split(","):
             top = _top(root, controllers and controller)
             own = top / name.strip("/")
             folders += [folder for folder in (own, *own.parents) if folder == top or top in folder.parents]
-    return [folder for folder in folders if folder.is_dir()]
+    return [folder for folder in folders if os.path.isdir(folder)]  # noqa: PTH112 that of a Path raises for a long name

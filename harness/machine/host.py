@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.machine.cgroup import CpuTime, CpuTimes
-from harness.machine.reading import Reading, missing, read_file
+from harness.machine.reading import Reading, count_of, missing, read_file
 
 ROOT = Path("/")
 NO_PRESSURE = "the kernel keeps no pressure stall information (CONFIG_PSI, or psi=1 on its command line)"
@@ -207,7 +207,7 @@ class _Differences:
 
 
 def _some_s(text: str) -> float:
-    return int(text.split("some", 1)[1].split("total=", 1)[1].split()[0]) / 1e6
+    return count_of(text.split("some", 1)[1].split("total=", 1)[1].split()[0]) / 1e6
 
 
 def _cpu_times(text: str, cpus: set[int]) -> tuple[float, float]:
@@ -215,10 +215,11 @@ def _cpu_times(text: str, cpus: set[int]) -> tuple[float, float]:
 
     Busy is user, nice, system, irq and softirq; guests are in user already. The lines of the CPUs stand first.
     """
+    ours = {f"cpu{cpu}" for cpu in cpus}
     ticks = [
-        [int(field) for field in fields[1:9]]
+        [count_of(field) for field in fields[1:9]]
         for fields in (line.split() for line in text.partition("\nintr")[0].splitlines())
-        if fields[0][3:].isdecimal() and int(fields[0][3:]) in cpus
+        if fields and fields[0] in ours
     ]
     if not ticks:
         raise ValueError("none of the CPUs of this process")
@@ -229,7 +230,7 @@ def _cpu_times(text: str, cpus: set[int]) -> tuple[float, float]:
 
 def _swapped(text: str) -> tuple[float, float]:
     """Bytes that came in and went out; the file counts pages, between a hundred other things."""
-    came, went = (int(text.partition(f"\n{name} ")[2].partition("\n")[0]) for name in ("pswpin", "pswpout"))
+    came, went = (count_of(text.partition(f"\n{name} ")[2].partition("\n")[0]) for name in ("pswpin", "pswpout"))
     page = os.sysconf("SC_PAGE_SIZE")
     return float(came * page), float(went * page)
 
@@ -239,7 +240,7 @@ def _clock(root: Path, cpus: set[int]) -> Reading[float]:
     speeds: list[float] = []
     for cpu in sorted(cpus):
         file = root / f"sys/devices/system/cpu/cpu{cpu}/cpufreq/scaling_cur_freq"
-        speed = read_file(file, lambda text: int(text) * 1e3, NO_FREQUENCY)
+        speed = read_file(file, lambda text: count_of(text) * 1e3, NO_FREQUENCY)
         if speed.value is None:
             return speed
         speeds.append(speed.value)

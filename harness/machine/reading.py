@@ -7,6 +7,7 @@ to print 0 J, and an exception would cost a measurement for the sake of its surr
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ V = TypeVar("V")
 V_co = TypeVar("V_co", covariant=True)
 W = TypeVar("W")
 _CHUNK = 2**16
+LARGEST = 2**64
+"""Of what the kernel counts, and writes as a limit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,9 +69,20 @@ def read_file(path: Path, convert: Callable[[str], V], without: str) -> Reading[
     except OSError as error:
         return missing(f"{path} cannot be read: {error.strerror}")
     try:
-        return Reading(value=convert(text))
-    except (ValueError, LookupError):
+        value = convert(text)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError("no number")
+        return Reading(value=value)
+    except (ValueError, LookupError, ArithmeticError):
         return missing(f"{path} says {text[:60]!r}, which is not understood")
+
+
+def count_of(text: str) -> int:
+    """A whole number of the kernel's. Raises ValueError for what is none, or beyond what it counts to."""
+    count = int(text)
+    if abs(count) > LARGEST:
+        raise ValueError("beyond what is counted")
+    return count
 
 
 def _content(path: Path) -> str:

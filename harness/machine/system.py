@@ -22,7 +22,7 @@ from harness.machine.cgroup import cpu_quota, memory_left, memory_limit
 from harness.machine.host import NO_FREQUENCY, ROOT, HostWatch, load_average
 from harness.machine.neighbours import FIRST_PID_NAMESPACE
 from harness.machine.nvml import open_device
-from harness.machine.reading import Reading, missing, read_file, unavailable
+from harness.machine.reading import Reading, count_of, missing, read_file, unavailable
 
 _CPU = "sys/devices/system/cpu"
 _CONTAINERS = ("docker", "kubepods", "containerd", "libpod", "lxc", "crio")
@@ -95,17 +95,15 @@ def _turbo(root: Path) -> Reading[bool]:
 def _nodes(root: Path, cpus: set[int]) -> Reading[int]:
     folder = root / "sys/devices/system/node"
     nodes = sorted(folder.glob("node[0-9]*"))
-    used = [node for node in nodes if cpus & (read_file(node / "cpulist", _list, "not there").value or set())]
+    used = [node for node in nodes if read_file(node / "cpulist", lambda text: _lists(text, cpus), "not there").value]
     return Reading(value=len(used)) if used else missing("the kernel tells of no memory nodes")
 
 
-def _list(text: str) -> set[int]:
-    """CPUs of a list such as 0-3,8 (cpuset(7))."""
-    found: set[int] = set()
-    for part in filter(None, text.strip().split(",")):
-        first, _, last = part.partition("-")
-        found |= set(range(int(first), int(last or first) + 1))
-    return found
+def _lists(text: str, cpus: set[int]) -> bool:
+    """Whether a list such as 0-3,8 (cpuset(7)) holds one of these CPUs."""
+    parts = (part.partition("-") for part in text.strip().split(",") if part)
+    spans = [range(count_of(first), count_of(last or first) + 1) for first, _, last in parts]
+    return any(cpu in span for cpu in cpus for span in spans)
 
 
 def _meminfo(root: Path, pick: Callable[[dict[str, int]], int]) -> Reading[int]:
@@ -113,7 +111,7 @@ def _meminfo(root: Path, pick: Callable[[dict[str, int]], int]) -> Reading[int]:
 
     def picked(text: str) -> int:
         fields = (line.partition(":") for line in text.splitlines())
-        return pick({name: int(value.split()[0]) * 1024 for name, _, value in fields})
+        return pick({name: count_of(value.split()[0]) * 1024 for name, _, value in fields})
 
     return read_file(root / "proc/meminfo", picked, "there is no /proc/meminfo")
 

@@ -15,6 +15,7 @@ VARIABLE = "CUDA_VISIBLE_DEVICES"
 ORDER_VARIABLE = "CUDA_DEVICE_ORDER"
 BUS_ORDER = "PCI_BUS_ID"
 
+_INDEX = re.compile(r"[0-9]{1,9}")
 _UUID = re.compile(r"(GPU|MIG)-[0-9A-Za-z]")
 
 
@@ -28,7 +29,7 @@ def visible_devices(environment: Mapping[str, str]) -> tuple[int | str, ...] | N
         return None
     entries: list[int | str] = []
     for entry in (part.strip() for part in listed.split(",")):
-        if entry.isdecimal():
+        if _INDEX.fullmatch(entry):
             entries.append(int(entry))
         elif _UUID.match(entry):
             entries.append(entry)

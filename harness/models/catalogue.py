@@ -210,7 +210,12 @@ def _resolve_entry(entry: Entry, label: str, *, random: bool) -> ModelSource:
 
 
 def _resolve_path(path: Path, label: str) -> ModelSource:
-    where = os.path.realpath(path)  # that of a Path raises for a link to itself
+    try:
+        where = os.path.realpath(path)  # that of a Path raises for a link to itself
+    except OSError as error:  # the folder that one stands in has been removed
+        raise impossible(
+            "catalogue", "model", label, f"cannot be found: {error.strerror}", "Give a whole path."
+        ) from None
     if inputs.is_folder(path):
         if not inputs.is_file(path / "config.json"):
             raise impossible(

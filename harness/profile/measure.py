@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +19,7 @@ from harness.models.costs.ceiling import product_rate
 from harness.models.costs.memory import estimate_memory, stored_dtype
 from harness.models.costs.peaks import Peak, Rate, stated_peak
 from harness.profile.facts import Profile
-from harness.records import codec
+from harness.records import codec, inputs
 from harness.records.activity import ACCOUNTS, ACTIVITY, PEAKS, TRACE, Activity
 from harness.records.document import write_document
 from harness.records.memory_account import MEMORY_PHASES, MemoryAccount
@@ -93,8 +92,11 @@ def profile_variant(
 
         def read(kind: Any, name: str) -> Any:
             """What the trial left in its folder."""
-            text = executor.fetch(slot.trial, name, found).read_text(encoding="utf-8")
-            return codec.from_json(kind, json.loads(text), name)
+            try:
+                data = inputs.read_json(executor.fetch(slot.trial, name, found), inputs.MANIFEST_BYTES)
+            except inputs.NotReadableError as error:
+                raise InvalidRunError(f"{variant.name}: {name}: cannot be read: {error}. Profile again.") from None
+            return codec.from_json(kind, data, name)
 
         by_rate = read(dict[str, Peak], PEAKS)
         measured = {name: by_rate[rate] for name, rate in rates.items() if rate in by_rate}

@@ -48,9 +48,10 @@ TOKENS: Form = {
 }
 CHECK: Form = {"path": str, "status": str}
 LARGEST = 1e15
-"""Of all samples of a trial together: no time in seconds, no size in bytes and no loss comes near it, and what is far
-beyond it adds up to no number."""
+"""No time in seconds, no size in bytes and no loss comes near it, and what is far beyond it adds up to no number."""
 LARGEST_TOKEN = 2**31
+ALIKE = (("natural_tokens", "natural_request_time_s"),)
+"""Samples of which the second has one for each of the first."""
 _ANSWER, _NUMBERED = re.compile("answer_|untrained_"), re.compile(r"(answer|untrained)_[0-9]{1,6}")
 _REMEDY = "Restore the file, or measure again."
 
@@ -75,32 +76,69 @@ def check_manifest(manifest: Manifest, where: str) -> None:
     _check_finite(where, {f"resumed[{n}].unix_s": one.unix_s for n, one in enumerate(manifest.resumed)})
 
 
-def check_record(record: TrialRecord, where: str) -> None:
-    """Raises `UsageError` for a record whose numbers or tables no trial could have left."""
-    place = f"{where}, trial {shorten(record.trial, 60)}"
-    _check_finite(place, {"started_unix_s": record.started_unix_s, "wall_time_s": record.wall_time_s})
-    for key, value in record.tokens.items():
+def check_record(record: TrialRecord, where: str, held: bool = False) -> None:
+    """Raises `UsageError` for a record whose numbers or tables no trial could have left.
+
+    Args:
+        record: of a trial.
+        where: names its source.
+        held: whether its numbers are within `LARGEST` and its tokens were checked when they were read.
+    """
+    if not held:
+        place = _place_of(record, where)
+        _check_finite(place, {"started_unix_s": record.started_unix_s, "wall_time_s": record.wall_time_s})
+        check_tokens(record.tokens, place)
+    if record.status != "ok":
+        return
+    for key, other in ALIKE:
+        if key in record.samples and len(record.samples[key]) != len(record.samples.get(other, ())):
+            place = shorten(_place_of(record, where))
+            raise UsageError(f"{place}: samples.{key} and samples.{other}: as many are expected. {_REMEDY}")
+    if held:
+        return
+    for key, samples in record.samples.items():
+        if not all(-LARGEST <= sample <= LARGEST for sample in samples):
+            _refuse(place, f"samples.{key}", samples)
+    if not all(-LARGEST <= value <= LARGEST for value in record.values.values()):
+        _refuse(place, "values", record.values)
+
+
+def _place_of(record: TrialRecord, where: str) -> str:
+    return f"{where}, trial {shorten(record.trial, 60)}"
+
+
+def check_tokens(tokens: Mapping[str, Any], where: str) -> None:
+    """Raises `UsageError` for what is said of the tokens of a trial and is neither a number, a text nor tokens."""
+    for key, value in tokens.items():
         fits = type(value) in (int, float, str, bool, type(None)) or (
             isinstance(value, list) and all(type(item) is int and 0 <= item < LARGEST_TOKEN for item in value)
         )
         if not fits or (_ANSWER.match(key) and not (isinstance(value, list) and _NUMBERED.fullmatch(key))):
-            raise UsageError(f"{place}: tokens.{shorten(key, 60)}: a number, a text or a list of tokens is expected. "
+            raise UsageError(f"{where}: tokens.{shorten(key, 60)}: a number, a text or a list of tokens is expected. "
                              f"{_REMEDY}")  # fmt: skip
-    check_form(record.tokens, {key: TOKENS[key] for key in ("hash", "real_tokens", "padded_tokens")}, place)
-    if record.status != "ok":
-        return
-    for key, samples in record.samples.items():
-        if not sum(map(abs, samples)) <= LARGEST:
-            _refuse(place, f"samples.{key}", samples)
-    if not sum(map(abs, record.values.values())) <= LARGEST:
-        _refuse(place, "values", record.values)
+    check_form(tokens, {key: TOKENS[key] for key in ("hash", "real_tokens", "padded_tokens")}, where)
+
+
+def flaw_of(record: TrialRecord) -> str | None:
+    """Why a record that was just measured could not be read again; None where nothing is wrong with it."""
+    try:
+        check_record(record, "record")
+        check_evidence(record.checks, f"record, trial {shorten(record.trial, 60)}")
+    except UsageError as error:
+        return str(error).removesuffix(f" {_REMEDY}")
+    return None
 
 
 def check_evidence(checks: Iterable[Mapping[str, Any]], where: str) -> None:
     """Raises `UsageError` for the finding of a check that does not say what was looked at and what was found."""
     for check in checks:
-        _require(check, ("path", "status", "required"), where)
-        check_form(check, CHECK, where)
+        check_finding(check, where)
+
+
+def check_finding(check: Mapping[str, Any], where: str) -> None:
+    """The same of one check."""
+    _require(check, ("path", "status", "required"), where)
+    check_form(check, CHECK, where)
 
 
 def check_form(table: Mapping[str, Any], form: Form, where: str) -> None:

@@ -5,6 +5,10 @@ parsing them. So of each dataclass a struct is made that has its fields and refu
 numbers and words; what is nested or of any type stays text, is read by the codec, and is read once where it comes
 again: the evidence of checks is most of a record and nearly the same in all of them. What msgspec refuses is read from
 its beginning by the codec, which gives the value or the better error.
+
+What the codec does not ask (`harness.records.forms`) is held on the same way: numbers by the struct, which refuses what
+is beyond all that is measured, and what is left as text when it is read. Only what the codec had to read, or a text in
+which a number has a name, is looked at once more as a whole.
 """
 
 from __future__ import annotations
@@ -14,27 +18,44 @@ import functools
 import operator
 import types
 import typing
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import msgspec
 
 from harness.errors import UsageError
 from harness.records import codec
+from harness.records.forms import LARGEST
 
 T = TypeVar("T")
 MOST_SHARED = 4096
 """Different texts of a field that are kept to be found again; what never comes again must not be held twice."""
 SCALARS = (str, int, float, bool)
 Integer = Annotated[int, msgspec.Meta(ge=-codec.MOST_INTEGER, le=codec.MOST_INTEGER)]
-Number = float | Literal["NaN", "Infinity", "-Infinity"]
-"""A float as it may be written (`codec.NAMED`)."""
+Number = Annotated[float, msgspec.Meta(ge=-LARGEST, le=LARGEST)] | Literal["NaN", "Infinity", "-Infinity"]
+"""A float as it may be written (`codec.NAMED`), as far as it may be one that was measured."""
+Whole = Callable[[T, str, bool], None]
+"""Holds an instance against its form, with a name of its source; whether its numbers are within `LARGEST` and its parts
+were held already."""
 
 
 class Reader(Generic[T]):
-    """Reads texts of one dataclass as `codec.from_json` would. Equal parts are one object, which nobody may change."""
+    """Reads texts of one dataclass as `codec.from_json` would. Equal parts are one object, which nobody may change.
 
-    def __init__(self, cls: type[T]) -> None:
-        self._cls = cls
+    Args:
+        cls: the dataclass.
+        whole: raises `UsageError` for an instance that has not its form.
+        parts: the same for a part that is left as text, or an item of one, by the name of its field; asked once for
+            each different text.
+    """
+
+    def __init__(
+        self,
+        cls: type[T],
+        whole: Whole[T] = lambda instance, where, held: None,
+        parts: Mapping[str, Callable[[Any, str], None]] = types.MappingProxyType({}),
+    ) -> None:
+        self._cls, self._whole, self._forms = cls, whole, parts
         self._mirror = _mirror(typing.cast(type, cls))
         self._decoder = msgspec.json.Decoder(self._mirror.struct)
         self._shared: dict[str, dict[bytes, Any]] = {name: {} for name in self._mirror.parts | self._mirror.items}
@@ -49,11 +70,14 @@ class Reader(Generic[T]):
         try:
             return self._read(text)
         except (msgspec.MsgspecError, ValueError, RecursionError, UsageError):
-            return codec.from_json(self._cls, codec.parse(text), where)
+            instance = codec.from_json(self._cls, codec.parse(text), where)
+            self._whole(instance, where, False)
+            return instance
 
     def _read(self, text: str) -> T:
         values = msgspec.structs.asdict(self._decoder.decode(text))
-        if '"NaN"' in text or 'Infinity"' in text or "\\" in text:  # or one of them written with an escape
+        named = '"NaN"' in text or 'Infinity"' in text or "\\" in text  # or one of them written with an escape
+        if named:
             for name in self._mirror.numbers:
                 values[name] = _named(values[name])
         for name, hint in self._mirror.parts.items():
@@ -62,7 +86,9 @@ class Reader(Generic[T]):
         for name, hint in self._mirror.items.items():
             if values[name]:
                 values[name] = tuple([self._part(name, hint, item) for item in values[name]])
-        return self._cls(**values)
+        instance = self._cls(**values)
+        self._whole(instance, "", not named)
+        return instance
 
     def _part(self, name: str, hint: Any, raw: msgspec.Raw) -> Any:
         text, shared = bytes(raw), self._shared[name]
@@ -70,6 +96,8 @@ class Reader(Generic[T]):
             return shared[text]
         except KeyError:
             part = codec.from_json(hint, codec.parse(text), name)
+            if name in self._forms:
+                self._forms[name](part, name)
             if len(shared) < MOST_SHARED:
                 shared[text] = part
             return part

@@ -17,7 +17,7 @@ import msgspec
 
 from harness.records import codec
 from harness.records.evidence import EvidenceFile
-from harness.records.forms import check_evidence, check_record
+from harness.records.forms import check_evidence, check_finding, check_record, check_tokens
 from harness.records.mirror import Reader
 from harness.records.record import SCHEMA, TrialRecord, require_readable
 
@@ -45,7 +45,11 @@ class TrialLines:
     def __init__(self, evidence: EvidenceFile, source: Path, where: str) -> None:
         self._evidence, self._source, self._where = evidence, source, where
         self._head = msgspec.json.Decoder(_Head)
-        self._plain, self._written = Reader(TrialRecord), Reader(WrittenRecord)
+        parts = {"tokens": check_tokens, "checks": check_finding}
+        self._plain, self._written = (
+            Reader(TrialRecord, _check_plain, parts),
+            Reader(WrittenRecord, check_record, parts),
+        )
 
     def read(self, line: str) -> TrialRecord:
         """The record of a line, with its evidence.
@@ -56,13 +60,9 @@ class TrialLines:
             UsageError: a record of a schema that is not read, or one that does not keep to its schema.
         """
         if self._schema_of(line) < FIRST_WITH_HASHES:
-            record = self._plain.read(line, self._where)
-            check_evidence(record.checks, self._where)
-        else:
-            written = self._written.read(line, self._where)
-            record = _record(TrialRecord, written, self._evidence.find(written.checks))
-        check_record(record, self._where)
-        return record
+            return self._plain.read(line, self._where)
+        written = self._written.read(line, self._where)
+        return _record(TrialRecord, written, self._evidence.find(written.checks))
 
     def _schema_of(self, line: str) -> int:
         with contextlib.suppress(msgspec.MsgspecError, RecursionError):
@@ -70,6 +70,13 @@ class TrialLines:
             require_readable({"schema": schema}, self._source)
             return schema
         return require_readable(codec.parse(line), self._source)
+
+
+def _check_plain(record: TrialRecord, where: str, held: bool) -> None:
+    """A record with its evidence in it."""
+    if not held:
+        check_evidence(record.checks, where)
+    check_record(record, where, held)
 
 
 def line_of(record: TrialRecord, hashes: Sequence[str]) -> str:

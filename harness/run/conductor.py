@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 from harness.records import codec
+from harness.records.forms import flaw_of
 from harness.records.record import UNDER_WAY, Failure, Fragment, Measure, Status, TrialRecord
 from harness.records.refusals import REFUSED, RefusedError
 from harness.run.budget import Budget
@@ -281,4 +282,8 @@ class Conductor:
             changes |= {"started_unix_s": started_unix_s, "wall_time_s": time.monotonic() - begin}
         if turn is not None:
             changes["turn_lengths"] = (*record.turn_lengths, len(fragment.samples.get("step_time_s", ())))
-        self._records[trial] = record.replaced(**changes)
+        record = record.replaced(**changes)
+        if flaw := flaw_of(record):  # no reader would take it, and with it the whole run
+            failure = Failure(phase="record", kind="Unreadable", message=flaw)
+            record = self._records[trial].merged(Fragment().failed("invalid", failure))
+        self._records[trial] = record

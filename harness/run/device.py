@@ -20,7 +20,6 @@ from harness.errors import InvalidRunError
 from harness.run.executors import Executor
 
 IfBusy = Literal["wait", "refuse", "share"]
-IF_BUSY: tuple[IfBusy, ...] = ("wait", "refuse", "share")
 """What to do beside another measurement: begin when it has ended · end at once · measure beside it."""
 ENV_LOCKS = "LORAMETER_LOCKS"
 SHARED_FOLDER = Path("/tmp")

@@ -21,12 +21,13 @@ def failure_of(error: BaseException, phase: str) -> Fragment:
     if refusal := refusal_in(error):
         failure = Failure(phase=phase, kind=REFUSED, message=redact(refusal), traceback=text)
         return Fragment().failed("interrupted", failure)
-    status: Status = "oom" if _is_out_of_memory(error) else "crashed"
+    status: Status = "oom" if is_out_of_memory(error) else "crashed"
     message = redact(str(error)).splitlines()[0] if str(error) else type(error).__name__
     return Fragment().failed(status, Failure(phase=phase, kind=type(error).__name__, message=message, traceback=text))
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, of the device or of the machine."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     text = str(error)  # torch's CPU allocator raises a plain RuntimeError

@@ -279,17 +279,36 @@ def extra_info(run: Run, series: Series, phase: str, metric: str) -> dict[str, A
     }
 
 
-def unlike(study: Study, ours: dict[str, Any], theirs: dict[str, Any], benchmarks: list[dict[str, Any]]) -> list[str]:
-    """What differs between this session and a saved file, as far as two runs must agree to stand beside each other."""
+def unlike(study: Study, ours: dict[str, Any], saved: dict[str, Any], where: str) -> list[str]:
+    """What differs between this session and a saved file, as far as two runs must agree to stand beside each other.
+
+    Args:
+        study: of this session.
+        ours: what must agree of this session (`provenance.comparable`).
+        saved: the content of the file.
+        where: names the file in errors.
+
+    Raises:
+        UsageError: it was not written by lorameter, or has not the shape of what was.
+    """
+    try:
+        codec.check_depth(saved)  # it was read by pytest-benchmark
+    except codec.NotJsonError as error:
+        raise UsageError(f"{where}: {error}. Compare another.") from None
+    theirs = _expect(where, "machine_info", saved.get("machine_info"), dict).get("lorameter")
+    if theirs is None:
+        raise UsageError(f"{where}: the saved run was not written by lorameter. Compare another.")
+    theirs = _expect(where, "machine_info.lorameter", theirs, dict)
     different = [
         f"{difference.field}: {difference.base!r} saved, {difference.candidate!r} now"
         for difference in fact_differences(codec.to_json(theirs), codec.to_json(ours))
     ]
     variants = {variant.name: variant.id for variant in study.variants}
-    for bench in benchmarks:
-        name, saved = bench.get("param"), bench["extra_info"].get("variant")
-        if name in variants and saved != variants[name]:
-            different.append(f"variant {name}: {saved} saved, {variants[name]} now")
+    for index, entry in enumerate(_expect(where, "benchmarks", saved.get("benchmarks"), list)):
+        bench = _expect(where, f"benchmarks[{index}]", entry, dict)
+        name, measured = bench.get("param"), _info(where, bench).get("variant")
+        if isinstance(name, str) and name in variants and measured != variants[name]:
+            different.append(f"variant {name}: {measured} saved, {variants[name]} now")
     return different
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import io
 import os
+import stat
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -112,7 +113,9 @@ def open_recording(path: Path) -> Iterator[tuple[Recording, RecordingKind]]:
     """
     recording = None
     try:
-        with path.open("rb") as raw:
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as raw:  # noqa: PTH123 a descriptor
+            if not stat.S_ISREG(os.fstat(raw.fileno()).st_mode):  # it may never begin, or never end
+                raise TraceError(f"{path}: is no plain file; expected {EXPECTED}. Write it to one")
             start = raw.read(_HEAD_BYTES)
             raw.seek(0)
             if not start:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from harness.machine.reading import Reading, missing, read_file
+from harness.machine.reading import Reading, count_of, missing, read_file
 
 
 def test_a_reading_has_a_value_or_a_reason():
@@ -31,3 +31,18 @@ def test_a_file_is_read_or_said_to_be_missing(tmp_path):
     path.write_text("many\n")
     assert "says 'many" in read_file(path, int, "no such counter").reason
     assert "Is a directory" in read_file(tmp_path, int, "no such counter").reason
+
+
+@pytest.mark.parametrize("text", ["9" * 400, "9" * 5000, "1e999", "nan", "-inf", ""])
+def test_what_is_no_number_is_missing(text, tmp_path):
+    """Nor is a number that no kernel counts to."""
+    path = tmp_path / "counter"
+    path.write_text(text)
+    assert "which is not understood" in read_file(path, count_of, "no such counter").reason
+    assert "which is not understood" in read_file(path, float, "no such counter").reason or text.isdigit()
+
+
+def test_what_has_no_quotient_is_missing(tmp_path):
+    """A conversion may divide."""
+    (tmp_path / "counter").write_text("0")
+    assert "which is not understood" in read_file(tmp_path / "counter", lambda text: 1 / int(text), "none").reason

@@ -13,7 +13,7 @@ from harness.machine.visible import counts_along_the_bus, visible_devices
     [
         ("0", (0,)), ("2,1", (2, 1)), ("0,2,-1,1", (0, 2)), ("", ()), ("-1", ()), ("none", ()), ("0,0", ()),
         ("GPU-8932f937,1", ("GPU-8932f937", 1)), ("MIG-GPU-8932f937/1/0", ("MIG-GPU-8932f937/1/0",)),
-        (" 3 , 4", (3, 4)), ("GPU-", ()),
+        (" 3 , 4", (3, 4)), ("GPU-", ()), ("0," + "9" * 5000, (0,)), ("\u0661", ()),
     ],
 )  # fmt: skip
 def test_the_list_ends_at_the_first_entry_that_is_no_device(listed, devices):

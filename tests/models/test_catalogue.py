@@ -127,3 +127,13 @@ def test_a_directory_without_a_configuration_is_no_model(tmp_path):
     """A directory must hold a config.json to be named as a model."""
     with pytest.raises(UsageError, match=r"no config\.json"):
         catalogue.resolve(str(tmp_path))
+
+
+def test_a_folder_that_was_removed_holds_no_model(tmp_path, monkeypatch):
+    """One may still stand in it."""
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(UsageError, match=r"model = '\.'"):
+        catalogue.resolve(".")

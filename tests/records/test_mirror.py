@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from harness.errors import UsageError
 from harness.records import codec
+from harness.records.forms import check_record, check_tokens
 from harness.records.mirror import MOST_SHARED, Reader
 from harness.records.record import Failure, Fragment, Notice, TrialRecord
 from harness.records.store import Manifest, Resumption
@@ -93,6 +94,13 @@ def slowly(cls: type, text: str) -> Any:
     return codec.from_json(cls, codec.parse(text), "here")
 
 
+def slowly_held(cls: type, text: str) -> Any:
+    """The same, and then held to the form of a record."""
+    value = slowly(cls, text)
+    check_record(value, "here")
+    return value
+
+
 def as_the_codec(cls: type, text: str, reader: Reader[Any] | None = None) -> None:
     assert told((reader or Reader(cls)).read, text, "here") == told(slowly, cls, text)
 
@@ -128,6 +136,26 @@ def test_one_odd_value_is_read_or_refused_as_the_codec_does(value, data):
     else:
         at[path[-1]] = data.draw(st.sampled_from(ODD))
     as_the_codec(type(value), json.dumps(tree, ensure_ascii=data.draw(st.booleans())))
+
+
+@patient
+@given(st.builds(WrittenRecord, **common, **of_trial), st.data())
+def test_what_no_trial_could_leave_is_refused_as_if_it_were_asked_of_each(value, data):
+    """Numbers beyond all bounds, tokens that are none: by the struct, the part, or the codec, in the same words."""
+    tree = json.loads(codec.dumps(value))
+    numbers = st.sampled_from(("NaN", "-Infinity", 1e15, 1.1e15, -1e16, 1e308, 10**18, 2.5))
+    for key, drawn in (
+        ("samples", st.dictionaries(st.sampled_from(("a", "natural_tokens")), st.lists(numbers, max_size=2))),
+        ("values", st.dictionaries(names, numbers, max_size=2)),
+        ("tokens", st.dictionaries(st.sampled_from(("hash", "answer_0", "answer_x", "x")), st.sampled_from(ODD))),
+        ("wall_time_s", numbers),
+    ):
+        if data.draw(st.booleans()):
+            tree[key] = data.draw(drawn)
+    text = json.dumps(tree)
+    reader = Reader(WrittenRecord, check_record, {"tokens": check_tokens})
+    for _ in range(2):
+        assert told(reader.read, text, "here") == told(slowly_held, WrittenRecord, text)
 
 
 @patient

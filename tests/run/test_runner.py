@@ -8,7 +8,9 @@ import signal
 
 import pytest
 
+from harness.records.evidence import EvidenceFile
 from harness.records.record import Failure, Fragment
+from harness.records.trial_lines import TrialLines, line_of
 from harness.run.budget import Budget
 from harness.run.executors import Place, WorkerLostError
 from harness.run.plan import Group, make_plan
@@ -246,6 +248,29 @@ def test_a_cold_start_that_failed_says_why_itself(small_study, status):
     }
     _, records = conduct(plan, script)
     assert (records[victim].status, records[victim].failure) == (status, failure)
+
+
+@pytest.mark.parametrize(
+    "fragment",
+    [
+        Fragment(samples={"catch_up_loss": (3e38, 3e38)}),
+        Fragment(values={"held_out_loss": float("nan")}),
+        Fragment(tokens={"answer_0": "words"}),
+        Fragment(checks=({"path": "x"},)),
+    ],
+    ids=["a loss beyond all", "no number", "an answer of words", "a check of nothing"],
+)
+def test_what_could_not_be_read_again_is_invalid(small_study, fragment, tmp_path):
+    """It costs its trial, by name; one such record would cost the whole run, as no reader takes it."""
+    plan = make_plan(small_study)
+    victim = plan.slots[1].trial
+    _, records = conduct(plan, {(victim, "finish_training"): fragment})
+    assert (records[victim].status, records[victim].failure.kind) == ("invalid", "Unreadable")
+    assert victim in records[victim].failure.message
+    assert records[victim].samples["step_time_s"] == (0.5,) * 4
+    assert {record.status for trial, record in records.items() if trial != victim} == {"ok"}
+    lines = TrialLines(EvidenceFile(tmp_path), tmp_path, "run")
+    assert lines.read(line_of(records[victim], ())).failure == records[victim].failure
 
 
 def test_a_failed_cold_start_keeps_the_training(small_study):

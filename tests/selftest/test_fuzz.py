@@ -16,9 +16,10 @@ ROOT = Path(__file__).parents[2]
 PROGRAM = ROOT / "benchmarks" / "selftest" / "fuzz.py"
 CORPUS = ROOT / "tests" / "corpus"
 DOORS = (
-    "study policy requirements interpreter records config gguf manifest trials checks baselines benchmark kineto nsys"
+    "study policy requirements interpreter kernel variable records records-packed records-listed config gguf tokenizer "
+    "weights cache manifest trials checks answer baselines benchmark compared kineto kineto-packed nsys nsys-packed"
 ).split()
-SLOW = ("manifest", "trials", "checks", "benchmark", "gguf")
+SLOW = ("manifest", "trials", "checks", "benchmark", "gguf", "kernel", "tokenizer", "weights", "answer")
 """Doors that do so much with an input that a few have to do."""
 
 

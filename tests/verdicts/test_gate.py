@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 
 import pytest
 from hypothesis import given
@@ -102,6 +103,13 @@ def test_an_exception_inside_is_never_a_pass(gate, monkeypatch):
 def test_a_summary_that_cannot_be_written_is_never_a_pass(gate, monkeypatch, tmp_path):
     """A folder stands where the summary should go."""
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path))
+    assert gate(BASE, "inconclusive = 'pass'", "--format", "github")[0] == 2
+
+
+def test_a_summary_that_nobody_reads_is_not_waited_for(gate, monkeypatch, tmp_path):
+    """A pipe without a reader would hold the gate for ever."""
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "pipe"))
     assert gate(BASE, "inconclusive = 'pass'", "--format", "github")[0] == 2
 
 

@@ -8,6 +8,13 @@ import socket
 import time
 from typing import Any
 
+from harness.errors import shorten
+from harness.records import codec
+
+
+class GarbledError(Exception):
+    """What came is no message: something else than the other end's loop has written into its socket."""
+
 
 class Channel:
     """JSON lines over a socket; receiving blocks in the kernel until a line, the end, or a timeout."""
@@ -32,7 +39,11 @@ class Channel:
             self.closed_by_peer = True
 
     def receive(self, timeout_s: float) -> dict[str, Any] | None:
-        """The next message, or None when the peer is gone (`closed_by_peer`) or silent."""
+        """The next message, or None when the peer is gone (`closed_by_peer`) or silent.
+
+        Raises:
+            GarbledError: it is none, and nothing more that comes can be trusted.
+        """
         deadline = time.monotonic() + timeout_s
         waiting = select.poll()  # select() knows no descriptor above 1023
         waiting.register(self._connection, select.POLLIN)
@@ -48,7 +59,12 @@ class Channel:
                 return None
             self._buffer += data
         line, self._buffer = self._buffer.split(b"\n", 1)
-        message: dict[str, Any] = json.loads(line)
+        try:
+            message = codec.parse(line)
+        except codec.NotJsonError as error:
+            raise GarbledError(f"{shorten(repr(line), 60)} is no message: {error}") from None
+        if not isinstance(message, dict):
+            raise GarbledError(f"{shorten(repr(line), 60)} is no message")
         self.asked = False
         return message
 

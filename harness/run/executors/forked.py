@@ -7,11 +7,12 @@ import time
 from pathlib import Path
 from typing import Any, Protocol
 
+from harness.errors import UsageError
 from harness.machine.processes import exit_words, kill_group
 from harness.records import codec
 from harness.records.record import Failure, Fragment
 from harness.run.executors import WorkerLostError
-from harness.run.executors.channel import Channel
+from harness.run.executors.channel import Channel, GarbledError
 
 START_TIMEOUT_S = 180.0
 """Importing takes 3 to 5 s on a quiet machine; a cold disk and a busy one can make it a minute."""
@@ -45,18 +46,35 @@ class ForkedWorker:
 
     def greet(self, asked_monotonic_s: float) -> None:
         """Wait for its first word, which says when it began. Raises `WorkerLostError`."""
-        hello = self.channel.receive(START_TIMEOUT_S)
-        if hello is None:
-            raise self._lost("start", START_TIMEOUT_S)
-        self.start_latency_s = float(hello["started_monotonic_s"]) - asked_monotonic_s
+        hello = self._receive("start", START_TIMEOUT_S)
+        began = hello.get("started_monotonic_s")
+        if not isinstance(began, float):
+            raise self._garbled("start", "its first word does not say when it began")
+        self.start_latency_s = began - asked_monotonic_s
 
     def ask(self, command: str, trial: str, timeout_s: float, **arguments: Any) -> Fragment:
         """Send a command and block until its answer, the process's death, or `timeout_s`."""
         self.channel.send({"do": command, "trial": trial, **arguments})
-        answer = self.channel.receive(timeout_s)
+        answer = self._receive(command, timeout_s)
+        try:
+            return codec.from_json(Fragment, answer, f"answer to {command}")
+        except UsageError as error:
+            raise self._garbled(command, str(error)) from None
+
+    def _receive(self, phase: str, timeout_s: float) -> dict[str, Any]:
+        try:
+            answer = self.channel.receive(timeout_s)
+        except GarbledError as error:
+            raise self._garbled(phase, str(error)) from None
         if answer is None:
-            raise self._lost(command, timeout_s)
-        return codec.from_json(Fragment, answer, f"answer to {command}")
+            raise self._lost(phase, timeout_s)
+        return answer
+
+    def _garbled(self, phase: str, why: str) -> WorkerLostError:
+        """It lives, and nothing that it says can be trusted: something else writes where only its loop may."""
+        self._reap()
+        message = f"the trial's process gave no answer that can be read, and was killed: {why}"
+        return WorkerLostError("crashed", Failure(phase=phase, kind="Garbled", message=message))
 
     def _lost(self, phase: str, timeout_s: float) -> WorkerLostError:
         """What became of a process that did not answer: killed for silence, or dead by itself."""

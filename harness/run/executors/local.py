@@ -191,7 +191,7 @@ class LocalExecutor:
         log, timeout = Path(request.log_path), request.protocol.step_timeout_s
         printed = log.stat().st_size if log.is_file() else 0
         read, write = os.pipe()
-        with open(read, encoding="utf-8") as reply:  # noqa: PTH123
+        with open(read, encoding="utf-8", errors="replace") as reply:  # noqa: PTH123
             begin = time.monotonic()
             try:
                 process = self._spawn("cold", write, log, stdin=subprocess.PIPE)
@@ -213,7 +213,11 @@ class LocalExecutor:
             message = f"the cold interpreter ended with {exit_words(process.returncode)}: {last[0]}"
             failure = Failure(phase="cold", kind="ColdStartFailed", message=message, traceback=said[-MOST_SAID:])
             raise WorkerLostError("crashed", failure)
-        return codec.from_json(Fragment, json.loads(text), "cold start")
+        try:
+            return codec.from_json(Fragment, codec.parse(text), "cold start")
+        except (codec.NotJsonError, UsageError) as error:
+            message = f"the cold interpreter gave no answer that can be read: {error}"
+            raise WorkerLostError("crashed", Failure(phase="cold", kind="Garbled", message=message)) from None
 
     def prepare_tokens(self, workload: Workload, *, keep: bool = True) -> TokenSummary:
         """Tokenise in a process of its own."""

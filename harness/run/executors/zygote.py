@@ -16,7 +16,7 @@ from typing import Any
 from harness.machine.processes import exit_words
 from harness.records.record import Failure
 from harness.run.executors import WorkerLostError
-from harness.run.executors.channel import Channel
+from harness.run.executors.channel import Channel, GarbledError
 from harness.run.executors.forked import START_TIMEOUT_S, ForkedWorker
 
 END_TIMEOUT_S = 10.0
@@ -51,7 +51,7 @@ class Zygote:
 
     def greet(self) -> dict[str, Any] | None:
         """Wait until it has imported; None if it does not come to that."""
-        hello = self._control.receive(START_TIMEOUT_S)
+        hello = self._receive()
         self._greeted = hello is not None
         return hello
 
@@ -68,21 +68,32 @@ class Zygote:
             begin = time.monotonic()
             with theirs:
                 self._control.send({"do": "fork"}, theirs)
-            answer = self._control.receive(START_TIMEOUT_S)
+            answer = self._receive()
             if answer is None:
                 raise ZygoteLostError(self.last_words())
-            if "pid" not in answer:  # no trial is to blame, and none has begun
-                raise WorkerLostError("not_run", Failure(phase="start", kind="CannotFork", message=answer["error"]))
+            pid = answer.get("pid")
+            if not isinstance(pid, int):  # no trial is to blame, and none has begun
+                message = str(answer.get("error", "the zygote does not say why"))
+                raise WorkerLostError("not_run", Failure(phase="start", kind="CannotFork", message=message))
             stack.pop_all()
-        worker = ForkedWorker(int(answer["pid"]), Channel(ours), self)
+        worker = ForkedWorker(pid, Channel(ours), self)
         worker.greet(begin)
         return worker
 
     def reap(self, pid: int) -> int | None:
         """The exit status of a child that was told to end; None where it cannot be known."""
         self._control.send({"do": "reap", "pid": pid})
-        answer = self._control.receive(START_TIMEOUT_S)
-        return None if answer is None else answer.get("status")
+        status = (self._receive() or {}).get("status")
+        return status if isinstance(status, int) else None
+
+    def _receive(self) -> dict[str, Any] | None:
+        """Its next word; None where it is gone, silent, or says what is none."""
+        try:
+            return self._control.receive(START_TIMEOUT_S)
+        except GarbledError:
+            self._process.kill()  # whatever it says next may belong to another question
+            self._process.wait(END_TIMEOUT_S)
+            return None
 
     def last_words(self) -> str:
         """How it ended, or that it is silent."""

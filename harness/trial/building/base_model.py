@@ -28,11 +28,12 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import AutoHfQuantizer, HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from harness.errors import LorameterError, impossible, shorten
+from harness.errors import LorameterError, impossible, said_by, shorten
 from harness.models import catalogue
 from harness.models.catalogue import ModelSource
 from harness.studies.variant import Variant
 from harness.trial.data.tokenizers import gguf_tokenizer
+from harness.trial.failure import is_out_of_memory
 
 
 def load_base(source: ModelSource, variant: Variant, *, device: str, seed: int) -> transformers.PreTrainedModel:
@@ -45,7 +46,7 @@ def load_base(source: ModelSource, variant: Variant, *, device: str, seed: int) 
         seed: of random weights; not read otherwise. The global random state is left as it was.
 
     Raises:
-        UsageError: the files cannot be had, or hold a checkpoint that is quantised already.
+        UsageError: the files cannot be had or loaded, lack weights, or hold a checkpoint that is quantised already.
     """
     if source.random:
         return _random_model(source, variant, device, seed)
@@ -68,7 +69,7 @@ def empty_model(source: ModelSource, variant: Variant) -> transformers.PreTraine
     except LorameterError:
         raise
     except Exception as error:  # which exception depends on the value that its class could not take
-        why = f"transformers makes no model of its configuration ({type(error).__name__}: {shorten(str(error))})"
+        why = f"transformers makes no model of its configuration ({said_by(error)})"
         raise impossible("models", "model", source.label, why, "Mend its config.json, or name another model.") from None
 
 
@@ -119,10 +120,11 @@ def _bnb_config(variant: Variant) -> transformers.BitsAndBytesConfig | None:
 def _from_files(source: ModelSource, variant: Variant, device: str) -> transformers.PreTrainedModel:
     hub = source.kind == "hub"
     options: dict[str, Any] = {"local_files_only": not hub or not catalogue.hub_is_reachable()}
-    try:
+    with _refusals(source.label, hub=source if hub else None):
         config = transformers.AutoConfig.from_pretrained(source.location, **options)
         _refuse_quantised(config, source)
-        return transformers.AutoModelForCausalLM.from_pretrained(
+        return _whole(
+            source.label,
             source.location,
             config=config,
             dtype=_dtype(variant.dtype),
@@ -131,12 +133,33 @@ def _from_files(source: ModelSource, variant: Variant, device: str) -> transform
             device_map={"": device},
             **options,
         )
-    except OSError as error:
-        if hub:
-            raise catalogue.hub_failure(source, error) from None
-        raise impossible(
-            "models", "model", source.label, f"its files cannot be loaded ({error})", "Save the model again."
-        ) from None
+
+
+def _whole(label: str, location: str | Path, **options: Any) -> transformers.PreTrainedModel:
+    """A model of files. Raises `UsageError` where they lack a weight, which transformers draws at random instead."""
+    model, found = transformers.AutoModelForCausalLM.from_pretrained(location, output_loading_info=True, **options)
+    if lacking := sorted(found["missing_keys"]):
+        why = f"its files lack {len(lacking)} of its weights, {shorten(lacking[0], 60)} among them"
+        raise impossible("models", "model", label, why, _REMEDY)
+    loaded: transformers.PreTrainedModel = model
+    return loaded
+
+
+@contextmanager
+def _refusals(label: str, hub: ModelSource | None = None) -> Iterator[None]:
+    """Meanwhile whatever the libraries raise over files is a `UsageError`, but for memory that has run out."""
+    try:
+        yield
+    except Exception as error:  # which exception depends on what is wrong with its files
+        if isinstance(error, LorameterError) or is_out_of_memory(error):
+            raise
+        if hub is not None and isinstance(error, OSError):
+            raise catalogue.hub_failure(hub, error) from None
+        why = f"its files cannot be loaded ({said_by(error)})"
+        raise impossible("models", "model", label, why, _REMEDY) from None
+
+
+_REMEDY = "Save the model again."
 
 
 def _refuse_quantised(config: transformers.PretrainedConfig, source: ModelSource) -> None:
@@ -159,9 +182,10 @@ def _from_gguf(location: str, attention: str, dtype: torch.dtype) -> transformer
     options: dict[str, Any] = {}
     if hasattr(transformers, "GgufConfig"):  # else packed blocks run in kernels of their own where those are installed
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=dtype, attn_implementation=attention, **options
-    )
+    with _refusals(location):
+        model = _whole(
+            location, path.parent, gguf_file=path.name, dtype=dtype, attn_implementation=attention, **options
+        )
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         quantizer.remove_quantization_config(model)

@@ -7,11 +7,12 @@ bitsandbytes or accelerate, nor `harness.trial.building.base_model`, which does.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 import transformers
 
-from harness.errors import impossible
+from harness.errors import impossible, said_by
 from harness.models import catalogue, shapes
 from harness.models.catalogue import ModelSource
 
@@ -34,15 +35,18 @@ def load_tokenizer(source: ModelSource, *, vocab_size: int) -> tuple[transformer
         return _byte_tokenizer(source, vocab_size), False
     try:
         tokenizer = _tokenizer_of_files(source)
-    except Exception as error:
-        if source.kind != "hub" and not isinstance(error, OSError | ValueError):
-            raise  # of a hub's connection that is cut each transport has its own exception
+        _try_out(tokenizer)
+    except Exception as error:  # which exception depends on the key of its files that the libraries could not take
         if source.random:
             return _byte_tokenizer(source, vocab_size), True
         if source.kind == "hub":
             raise catalogue.hub_failure(source, error) from None
         raise impossible(
-            "models", "model", source.label, f"its tokenizer cannot be loaded ({error})", "Save one beside the weights."
+            "models",
+            "model",
+            source.label,
+            f"its tokenizer cannot be loaded ({said_by(error)})",
+            "Save one beside the weights.",
         ) from None
     if tokenizer.vocab_size > vocab_size:
         raise impossible(
@@ -55,6 +59,14 @@ def load_tokenizer(source: ModelSource, *, vocab_size: int) -> tuple[transformer
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= vocab_size:  # Llama-2's <pad> is beyond its table
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer, False
+
+
+def _try_out(tokenizer: Any) -> None:
+    """Raises whatever a tokenizer of damaged files ends in, or ValueError: it is asked for all that is needed of it."""
+    ids = [*tokenizer("A b.", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    ids += [one for one in (tokenizer.bos_token_id, tokenizer.pad_token_id) if one is not None]
+    if not all(type(one) is int for one in ids):
+        raise ValueError("its tokens are no numbers")
 
 
 def gguf_tokenizer(path: Path) -> transformers.PreTrainedTokenizerBase:

@@ -86,6 +86,8 @@ def test_a_path_that_cannot_be_read_is_refused(tmp_path):
     """Missing, a directory, without permission."""
     assert "there is no such file" in refusal(tmp_path / "missing.json")
     assert "is a directory" in refusal(tmp_path)
+    os.mkfifo(tmp_path / "pipe")  # that nobody writes into
+    assert "is no plain file" in refusal(tmp_path / "pipe")
     if os.geteuid() != 0:
         path = tmp_path / "secret.json"
         path.write_bytes(TRACE)

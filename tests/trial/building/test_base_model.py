@@ -13,6 +13,7 @@ import bitsandbytes as bnb
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from harness.errors import UsageError
 from harness.models import catalogue, fetch, shapes
@@ -299,6 +300,40 @@ def test_a_directory_without_weights_is_a_usage_error(directory):
     name = directory()
     with pytest.raises(UsageError, match="files cannot be loaded"):
         load(name.removeprefix("random:"))
+
+
+@pytest.mark.parametrize("content", [b"", b"x" * 64, b"\xff" * 64], ids=len)
+def test_damaged_weights_are_a_usage_error(content, directory):
+    """Of safetensors, which raises errors of its own: no content, no header, a header without end."""
+    name = directory().removeprefix("random:")
+    (Path(name) / "model.safetensors").write_bytes(content)
+    with pytest.raises(UsageError, match="files cannot be loaded"):
+        load(name)
+
+
+def test_weights_that_are_not_there_are_not_drawn(directory):
+    """transformers would warn, draw them at random and go on: another model would be measured than was named."""
+    name = directory().removeprefix("random:")
+    (Path(name) / "model.safetensors").write_bytes(b"\x02" + b"\0" * 7 + b"{}")
+    with pytest.raises(UsageError, match=r"files lack \d+ of its weights"):
+        load(name)
+    load(directory(), Variant()).save_pretrained(name)
+    weights = load_file(Path(name) / "model.safetensors")
+    del weights["model.layers.0.mlp.up_proj.weight"]
+    save_file(weights, Path(name) / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UsageError, match=r"files lack 1 of its weights, model\.layers\.0\.mlp\.up_proj\.weight"):
+        load(name)
+
+
+def test_memory_that_runs_out_is_no_fault_of_the_files(directory, monkeypatch):
+    """The trial is out of memory then, and its model is not damaged."""
+
+    def full(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(models.transformers.AutoModelForCausalLM, "from_pretrained", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        load(directory().removeprefix("random:"))
 
 
 def test_an_unreachable_hub_is_a_usage_error(monkeypatch):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -76,6 +77,29 @@ def test_a_tokenizer_without_a_vocabulary_is_none(family, tmp_path):
     assert tokenizer("ab").input_ids == [97, 98]
     with pytest.raises(UsageError, match="tokenizer cannot be loaded"):
         load_tokenizer(catalogue.resolve(str(tmp_path)), vocab_size=320)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", "[" * 100_000),
+        ("tokenizer.json", "{}"),
+        ("tokenizer.json", "null"),
+        ("tokenizer.json", ""),
+        ("tokenizer_config.json", '{"eos_token": 3}'),
+        ("tokenizer_config.json", '{"bos_token_id": "x"}'),
+        ("tokenizer_config.json", "[]"),
+        ("tokenizer_config.json", '{"tokenizer_class": ["x"]}'),
+    ],
+)
+def test_damaged_files_are_refused_by_name(name, content, converted, tmp_path):
+    """Whatever the library raises over them; bytes stand in where the weights are random."""
+    folder = tmp_path / "model"
+    shutil.copytree(converted, folder)
+    (folder / name).write_text(content)
+    with pytest.raises(UsageError, match="its tokenizer cannot be loaded"):
+        load_tokenizer(catalogue.resolve(str(folder)), vocab_size=320)
+    assert load_tokenizer(catalogue.resolve(f"random:{folder}"), vocab_size=320)[1]
 
 
 def test_vocabularies_must_fit(converted, words):

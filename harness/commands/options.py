@@ -1,0 +1,29 @@
+"""Options that several commands have, each said once, so that they cannot come to differ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+OPTIONS: Mapping[str, Mapping[str, Any]] = {
+    "replicates": {"type": int, "metavar": "N", "help": "number of replicates, instead of {prefix}effort"},
+    "model": {"metavar": "M", "help": "catalogue name, hub id, directory, GGUF file, or random:M"},
+    "data": {"metavar": "FILE|ID", "help": "a .jsonl(.gz) file, a hub id, or synthetic"},
+    "variant": {"metavar": "V", "action": "append", "default": [], "help": "only this variant; repeatable"},
+    "max-minutes": {"type": float, "metavar": "M", "help": "drop rounds, of all alike, to end by then"},
+    "allow-disturbed": {"action": "store_true", "help": "let trials count whose surroundings were past a limit"},
+    "if-busy": {
+        "choices": ("wait", "refuse", "share"),
+        "default": "wait",
+        "help": "beside another measurement on the device: wait for its end (default), end at once, or measure beside "
+        "it",
+    },
+}
+"""What a parser is told of each, by its name."""
+
+
+def add_options(add: Callable[..., object], *names: str, prefix: str = "--") -> None:
+    """Add options of these names; `add` is `add_argument` of argparse or `addoption` of pytest."""
+    for name in names:
+        told = dict(OPTIONS[name])
+        add(f"{prefix}{name}", **told | {"help": told["help"].format(prefix=prefix)})

@@ -1,0 +1,38 @@
+"""Options that several commands have are the same in all of them."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import pytest
+
+from harness.cli import parser
+from harness.commands.options import OPTIONS
+from harness.run.device import IfBusy
+
+SHARED = ("model", "data", "if-busy")
+
+
+def told(command, name):
+    """What a command says of an option."""
+    (commands,) = (action for action in parser()._actions if action.choices)
+    found = commands.choices[command]._option_string_actions[f"--{name}"]
+    return found.metavar, found.choices, found.default, found.help
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_commands_that_measure_say_the_same_of_an_option(name):
+    """By one table."""
+    assert len({told(command, name) for command in ("run", "ab", "calibrate", "profile")}) == 1
+
+
+def test_what_can_be_done_beside_another_measurement():
+    """The words of the option are those that the lock knows."""
+    assert OPTIONS["if-busy"]["choices"] == get_args(IfBusy)
+
+
+def test_pytest_has_them_under_its_own_names(pytester):
+    """With the words of the command line."""
+    shown = " ".join(pytester.runpytest_subprocess("--help").stdout.str().split())
+    assert "--lorameter-if-busy={wait,refuse,share}" in shown
+    assert "number of replicates, instead of --lorameter-effort" in shown
