@@ -72,6 +72,8 @@ def check_manifest(manifest: Manifest, where: str) -> None:
         side = codec.from_json(dict[str, Any], side, place)
         check_form({**side, "facts": side.get("facts") or {}}, SIDE, place)
         _require(side, ("label", "worker"), place)
+        if side.get("facts"):
+            _require(side["facts"], ("packages",), f"{place}, facts")
     _check_finite(where, {"created_unix_s": manifest.created_unix_s})
     _check_finite(where, {f"resumed[{n}].unix_s": one.unix_s for n, one in enumerate(manifest.resumed)})
 

@@ -225,10 +225,10 @@ def test_the_compute_capability_is_told_without_cuda(nvml):
 def test_the_doctor_looks_at_the_card(nvml, answers, code, name, standing):
     """From the command down to the driver's interface, with the exit code."""
     lines = """
-        import contextlib, dataclasses, io
+        import contextlib, dataclasses, importlib, io
         from harness.cli import main
-        from harness.machine.doctor import survey as looking
         from harness.machine.reading import Reading
+        looking = importlib.import_module("harness.machine.doctor.survey")
         found = dataclasses.replace(looking.system_facts(), load=Reading(value=0.0))  # whatever else is at work
         looking.system_facts = lambda: found
         with contextlib.redirect_stdout(io.StringIO()) as out:
