@@ -241,6 +241,8 @@ class Shielded:
             return
         try:
             what(self._display)
+        except MemoryError:  # the loop has no more of it either, and says so
+            self._display = None
         except (Exception, SystemExit):  # rich leaves the program where nobody reads its console
             self._display = None
             with contextlib.suppress(OSError):

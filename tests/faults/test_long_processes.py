@@ -77,7 +77,8 @@ def measured(executor, small_study, monkeypatch):
             trial_phase = trial_ended = staticmethod(lambda *_: None)
 
         found = run_plan(plan, {"": executor}, site, save=lambda record: None, watcher=Quiet())
-        assert not psutil.Process(executor._zygote.pid).children()
+        ours = psutil.Process().children(recursive=True)
+        assert all(process.pid == executor._zygote.pid for process in ours), "no trial's process is left"
         return {names.get(record.name, "ref"): record for record in found.records}
 
     return measure
