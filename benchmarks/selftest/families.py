@@ -39,6 +39,10 @@ NUMBERS = (
 SMALL: dict[str, int] = {name: number for number, names in NUMBERS for name in names.split()} | {
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1,
 }  # fmt: skip
+FILLED_IN = ("num_key_value_heads", "vocab_size")
+"""Numbers that some configurations leave open, and their models need."""
+PER_STAGE = ("num_attention_heads", "num_heads")
+"""Numbers that some configurations give for each stage of a model."""
 DROPPED = ("layerdrop", "layer_drop", "drop_path")
 """Parts of the names of rates at which whole layers are left out, which would make every run another."""
 TASKS = tuple(f"AutoModelFor{task}" for task in (
@@ -62,7 +66,9 @@ class Family:
         """Its configuration, with small numbers."""
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-        return _shrunk(CONFIG_MAPPING[self.name])
+        config = _shrunk(CONFIG_MAPPING[self.name])
+        config.architectures = config.architectures or []  # None stops the choice among several classes for a task
+        return config
 
     def build(self, seed: int = 0, **options: Any) -> Any:
         """A model of random weights.
@@ -148,6 +154,11 @@ def _shrunk(kind: Any) -> Any:
     whole = kind()
     names = {*whole.to_dict(), *getattr(kind, "attribute_map", {})}
     given: dict[str, Any] = {name: SMALL[name] for name in names if name in SMALL and _counts(whole, name)}
+    held = {name: getattr(whole, name, None) for name in names if name in PER_STAGE}
+    stages = {name: [SMALL[name]] * len(each) for name, each in held.items() if isinstance(each, list | tuple)}
+    given |= stages
+    if stages and "window_size" in names:
+        given["window_size"] = 1  # as many patches as the last stage of a Swin is left with
     given |= {name: 0.0 for name in names if any(part in name for part in DROPPED)}
     given = {name: value for name, value in given.items() if getattr(kind, "attribute_map", {}).get(name) not in given}
     for name in getattr(kind, "sub_configs", {}):
@@ -159,7 +170,8 @@ def _shrunk(kind: Any) -> Any:
 
 def _counts(config: Any, name: str) -> bool:
     value = getattr(config, name, None)
-    return name.endswith("token_id") or (isinstance(value, int) and not isinstance(value, bool))
+    number = isinstance(value, int) and not isinstance(value, bool)
+    return number or name.endswith("token_id") or (value is None and name in FILLED_IN)
 
 
 def _first(error: BaseException) -> str:
