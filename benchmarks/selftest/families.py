@@ -41,8 +41,6 @@ SMALL: dict[str, int] = {name: number for number, names in NUMBERS for name in n
 }  # fmt: skip
 FILLED_IN = ("num_key_value_heads", "vocab_size")
 """Numbers that some configurations leave open, and their models need."""
-PER_STAGE = ("num_attention_heads", "num_heads")
-"""Numbers that some configurations give for each stage of a model."""
 DROPPED = ("layerdrop", "layer_drop", "drop_path")
 """Parts of the names of rates at which whole layers are left out, which would make every run another."""
 TASKS = tuple(f"AutoModelFor{task}" for task in (
@@ -154,11 +152,6 @@ def _shrunk(kind: Any) -> Any:
     whole = kind()
     names = {*whole.to_dict(), *getattr(kind, "attribute_map", {})}
     given: dict[str, Any] = {name: SMALL[name] for name in names if name in SMALL and _counts(whole, name)}
-    held = {name: getattr(whole, name, None) for name in names if name in PER_STAGE}
-    stages = {name: [SMALL[name]] * len(each) for name, each in held.items() if isinstance(each, list | tuple)}
-    given |= stages
-    if stages and "window_size" in names:
-        given["window_size"] = 1  # as many patches as the last stage of a Swin is left with
     given |= {name: 0.0 for name in names if any(part in name for part in DROPPED)}
     given = {name: value for name, value in given.items() if getattr(kind, "attribute_map", {}).get(name) not in given}
     for name in getattr(kind, "sub_configs", {}):

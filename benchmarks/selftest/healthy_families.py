@@ -19,7 +19,7 @@ NAMES = """
     dinov2 distilbert electra ernie esm exaone4 falcon gemma gemma2 gemma3_text glm glm4 gpt2 gpt_neox gpt_oss gptj
     granite helium hubert idefics3 internlm3 lfm2 llama llama4_text m2m_100 marian mbart mistral mixtral mobilebert
     modernbert moshi mt5 nemotron olmo olmo2 opt paligemma pegasus persimmon phi phi3 qwen2 qwen2_moe qwen3
-    qwen3_moe roberta segformer siglip smollm3 stablelm starcoder2 swin t5 umt5 vit wav2vec2 whisper xglm xlnet
+    qwen3_moe roberta segformer siglip smollm3 stablelm starcoder2 t5 umt5 vit wav2vec2 whisper xglm xlnet
 """.split()
 """Known to many people; one that a version of transformers does not have, or not small, is skipped with the reason."""
 
