@@ -39,6 +39,8 @@ NUMBERS = (
 SMALL: dict[str, int] = {name: number for number, names in NUMBERS for name in names.split()} | {
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1,
 }  # fmt: skip
+FILLED_IN = ("num_key_value_heads", "vocab_size")
+"""Numbers that some configurations leave open, and their models need."""
 DROPPED = ("layerdrop", "layer_drop", "drop_path")
 """Parts of the names of rates at which whole layers are left out, which would make every run another."""
 TASKS = tuple(f"AutoModelFor{task}" for task in (
@@ -62,7 +64,9 @@ class Family:
         """Its configuration, with small numbers."""
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-        return _shrunk(CONFIG_MAPPING[self.name])
+        config = _shrunk(CONFIG_MAPPING[self.name])
+        config.architectures = config.architectures or []  # None stops the choice among several classes for a task
+        return config
 
     def build(self, seed: int = 0, **options: Any) -> Any:
         """A model of random weights.
@@ -159,7 +163,8 @@ def _shrunk(kind: Any) -> Any:
 
 def _counts(config: Any, name: str) -> bool:
     value = getattr(config, name, None)
-    return name.endswith("token_id") or (isinstance(value, int) and not isinstance(value, bool))
+    number = isinstance(value, int) and not isinstance(value, bool)
+    return number or name.endswith("token_id") or (value is None and name in FILLED_IN)
 
 
 def _first(error: BaseException) -> str:

@@ -10,6 +10,7 @@ import torch
 from families import UnfitError, families, inputs_of, logits_of
 from healthy import MAKERS, RATE, RUNNING, SkippedError, Twin, trained
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from kernels_check.controls.small_run import fourbit
 
@@ -18,7 +19,7 @@ NAMES = """
     dinov2 distilbert electra ernie esm exaone4 falcon gemma gemma2 gemma3_text glm glm4 gpt2 gpt_neox gpt_oss gptj
     granite helium hubert idefics3 internlm3 lfm2 llama llama4_text m2m_100 marian mbart mistral mixtral mobilebert
     modernbert moshi mt5 nemotron olmo olmo2 opt paligemma pegasus persimmon phi phi3 qwen2 qwen2_moe qwen3
-    qwen3_moe roberta segformer siglip smollm3 stablelm starcoder2 swin t5 umt5 vit wav2vec2 whisper xglm xlnet
+    qwen3_moe roberta segformer siglip smollm3 stablelm starcoder2 t5 umt5 vit wav2vec2 whisper xglm xlnet
 """.split()
 """Known to many people; one that a version of transformers does not have, or not small, is skipped with the reason."""
 
@@ -41,9 +42,9 @@ def run_of(name: str) -> Twin:
     except Exception as error:
         raise SkippedError(f"does not train: {type(error).__name__}: {error}") from error
     if not learning:
-        raise SkippedError("no plain linear layer gets a gradient")
+        raise SkippedError("no linear layer gets a gradient")
     for name_of_layer in learning:
-        linear: Any = model.get_submodule(name_of_layer)
+        linear = _as_linear(model.get_submodule(name_of_layer))
         small = fourbit(linear, quant_type="nf4", compute=torch.float32)
         small.bias = linear.bias
         parent, _, last = name_of_layer.rpartition(".")
@@ -67,18 +68,33 @@ def run_of(name: str) -> Twin:
 
 
 def _learning(model: nn.Module, inputs: dict[str, Any]) -> list[str]:
-    """Plain linear layers that a step gives a gradient that is no rounding; the head left out."""
+    """Linear layers that a step gives a gradient that is no rounding; the head left out."""
     logits_of(model(**inputs)).float().pow(2).mean().backward()
     floats = tuple(getattr(model, "_keep_in_fp32_modules", None) or ()) or "none"  # their dtype is read by the family
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     found = [
         name
         for name, module in model.named_modules()
-        if type(module) is nn.Linear and module is not head and module.weight.grad is not None
+        if _is_linear(module) and module is not head and module.weight.grad is not None
         and module.weight.numel() >= 64 and float(module.weight.grad.abs().max()) > 1e-6 and not name.endswith(floats)
     ]  # fmt: skip
     model.zero_grad()
     return found
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """As transformers finds what it stores in 4 bits; torch's own subclasses are read by other code than their own."""
+    own = type(module) is nn.Linear or type(module).__module__.startswith("transformers.")
+    return own and isinstance(module, nn.Linear | Conv1D)
+
+
+def _as_linear(module: Any) -> Any:
+    """GPT-2 keeps its weights the other way round."""
+    if not isinstance(module, Conv1D):
+        return module
+    linear = nn.Linear(*module.weight.shape)
+    linear.weight, linear.bias = nn.Parameter(module.weight.detach().T.contiguous()), module.bias
+    return linear
 
 
 for _name in NAMES:

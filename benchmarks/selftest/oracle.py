@@ -145,6 +145,8 @@ class Result:
     attached: bool
     """Whether every layer that PEFT adapted is called: it makes names of its own of what it is asked to adapt."""
     learns: bool | None
+    still: bool = True
+    """Whether nothing of the base moves in a forward, as the statistics of a batch norm do."""
     said: dict[str, Any] = field(default_factory=dict)
     active: int = 0
     required: int = 0
@@ -181,10 +183,12 @@ def examine(family: Family) -> Result:
         alone = True
     except RuntimeError:
         alone = False
+    norms = (one for one in twin.model.modules() if isinstance(one, nn.modules.batchnorm._BatchNorm))
+    still = not any(norm.training and norm.track_running_stats for norm in norms)
     result = Result(
         family=family.name, implementation=str(twin.model.config._attn_implementation), scaled=seen.scaled,
         refused=seen.refused, written=seen.written, alone=alone, attached=attached,
-        learns=learns,
+        still=still, learns=learns,
     )  # fmt: skip
     if alone != (seen.refused == 0):
         result.faults.append(
@@ -231,6 +235,7 @@ def only_math() -> AbstractContextManager[Any]:
 
 def _faults(result: Result, required: dict[str, Any], checks: dict[str, Any], truth: str | None) -> Iterator[str]:
     known = {"attention.backend": truth is not None, "lora.learning": result.learns, "lora.attached": result.attached}
+    known |= {"base.frozen": result.still}
     if not result.attached:
         known |= {"lora.dropout": None, "lora.learning": result.learns and None}
     for path, value in required.items():
