@@ -76,7 +76,8 @@ def _break(drawn: Drawn, draw: random.Random, method: str) -> None:
     if queries and drawn.style == "plain":
         ways.append("bypassed")
     way = draw.choice(ways)
-    if way == "disabled" and len(some) == len(drawn.targets):
+    passes = way == "merged" and drawn.style == "plain"  # its hidden states want a gradient anyway
+    if way != "bypassed" and not passes and len(some) == len(drawn.targets):
         some.pop()  # with nothing that trains there is no step
         if not some:
             return
