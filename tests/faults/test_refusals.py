@@ -49,9 +49,16 @@ def begun(runs):
     return read
 
 
-SIZES = [0, 100, 1_000, 2_000, 3_000, 5_000, 7_500, 9_000, 12_000]
+def whole_replicates(run):
+    """Records of replicates that came to their end; what took turns with a trial that did not is measured again."""
+    lacking = set(run.manifest.order) - {record.trial for record in run.records if record.settled}
+    broken = {trial.partition("-")[0] for trial in lacking}
+    return [record for record in run.records if f"r{record.replicate}" not in broken]
+
+
+SIZES = [0, 100, 1_000, 2_000, 3_000, 5_000, 7_500]
 QUICK_SIZES = [0, 3_000]
-SPACES = [0, 4, 8, 12, 16, 20, 24, 32]
+SPACES = [0, 4, 8, 12, 16, 20, 24]
 QUICK_SPACES = [4, 24]
 VERDICTS = (1, 3)
 """Codes of an A/B that was measured; of so few replicates none is decided."""
@@ -71,7 +78,7 @@ def test_a_limit_of_file_sizes_at_each_write(most, command, begun, resumed):
     said = "File too large. Raise the limit of file sizes (ulimit -f)"
     assert (said if most else "No usable temporary directory found") in done.stderr
     if run is not None:
-        kept = [record for record in run.records if record.settled]
+        kept = whole_replicates(run)
         whole = resumed()
         assert (whole.state, len(whole.records)) == ("complete", len(run.manifest.order))
         if run.state != "complete":
@@ -107,7 +114,7 @@ def test_a_disk_that_becomes_full_at_each_write(free_kib, command, runs, tiny_di
     assert "No space left on device. Free space there" in done.stderr
     ballast.unlink()
     if run is not None:
-        kept = [record for record in run.records if record.settled]
+        kept = whole_replicates(run)
         whole = resumed()
         assert whole.state == "complete"
         assert [record for record in whole.records if record in kept] == kept
