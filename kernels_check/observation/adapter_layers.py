@@ -12,6 +12,7 @@ from itertools import accumulate
 from torch import Tensor, nn
 
 from kernels_check.observation.adapter_kinds import AdapterLayer, holders_in, is_tuner, layers_at, named_active
+from kernels_check.observation.module_tree import every_module, named_modules, named_parameters
 from kernels_check.observation.tensor_copy import is_wrapper, plain_parts
 
 
@@ -24,7 +25,7 @@ def adapter_layers(model: nn.Module) -> list[AdapterLayer]:
     """
     found: list[AdapterLayer] = []
     named: set[str] = set()
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         found += layers_at(name, module)
         named.update(named_active(module))
     active = {adapter for layer in found for adapter in layer.adapters}
@@ -43,11 +44,11 @@ def trained_parameters(model: nn.Module, layers: list[AdapterLayer]) -> dict[str
 
     Those that the methods in use train, and whatever else of the adapter requires a gradient.
     """
-    names = {id(value): name for name, value in model.named_parameters()}
+    names = {id(value): name for name, value in named_parameters(model)}
     trained = {names.get(id(value), name): value for layer in layers for name, value in layer.weights()}
     own = adapter_parameters(model)
     resting = {id(value) for layer in _resting(model, layers) for _, value in layer.weights()}
-    for name, value in model.named_parameters():
+    for name, value in named_parameters(model):
         if name in own and value.requires_grad and id(value) not in resting:
             trained.setdefault(name, value)
     left_alone = _frozen_by_design(model)
@@ -68,13 +69,13 @@ def token_parameters(model: nn.Module) -> frozenset[str]:
     held = {
         id(value) for layer in adapter_layers(model) if "token_indices" in layer.others for _, value in layer.weights()
     }
-    return frozenset(name for name, value in model.named_parameters() if id(value) in held)
+    return frozenset(name for name, value in named_parameters(model) if id(value) in held)
 
 
 def written_by_method(model: nn.Module) -> frozenset[int]:
     """Parameters that a method itself writes to between updates: AdaLoRA sets the ranks that it takes away to zero."""
     written: set[int] = set()
-    for module in model.modules():
+    for module in every_module(model):
         if "rankallocator" in vars(module) and is_tuner(module):
             for layer in module.modules():
                 held = layer._modules.get("lora_E")
@@ -85,9 +86,7 @@ def written_by_method(model: nn.Module) -> frozenset[int]:
 def adapter_paths(model: nn.Module) -> frozenset[str]:
     """Qualified names of the attributes that are an adapter's; whatever is held below them is its, too."""
     return frozenset(
-        f"{name}.{holder}" if name else holder
-        for name, module in model.named_modules()
-        for holder in holders_in(module)
+        f"{name}.{holder}" if name else holder for name, module in named_modules(model) for holder in holders_in(module)
     )
 
 
@@ -99,13 +98,13 @@ def is_below(name: str, paths: frozenset[str]) -> bool:
 def adapter_parameters(model: nn.Module) -> frozenset[str]:
     """Names of the parameters that are an adapter's: of any method of PEFT, and copies that are trained beside it."""
     paths = adapter_paths(model)
-    return frozenset(name for name, _ in model.named_parameters() if is_below(name, paths))
+    return frozenset(name for name, _ in named_parameters(model) if is_below(name, paths))
 
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Every other parameter, by name."""
     adapter = adapter_parameters(model)
-    return {name: value for name, value in model.named_parameters() if name not in adapter}
+    return {name: value for name, value in named_parameters(model) if name not in adapter}
 
 
 def _restrict(layer: AdapterLayer, wanted: set[str]) -> AdapterLayer:
@@ -116,7 +115,7 @@ def _restrict(layer: AdapterLayer, wanted: set[str]) -> AdapterLayer:
 def _resting(model: nn.Module, layers: list[AdapterLayer]) -> Iterator[AdapterLayer]:
     """The same places with the adapters that are not in use."""
     used = {layer.name: set(layer.held) for layer in layers}
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         for layer in layers_at(name, module):
             yield _restrict(layer, {adapter for adapter in layer.held if adapter not in used.get(layer.name, set())})
 
@@ -124,7 +123,7 @@ def _resting(model: nn.Module, layers: list[AdapterLayer]) -> Iterator[AdapterLa
 def _frozen_by_design(model: nn.Module) -> set[int]:
     """Parameters of methods that freeze the layers they build on: X-LoRA trains a router over frozen adapters."""
     frozen: set[int] = set()
-    for module in model.modules():
+    for module in every_module(model):
         configuration = vars(module).get("xlora_config")
         if configuration is not None and not getattr(configuration, "use_trainable_adapters", True):
             frozen |= {id(value) for value in module.parameters()}
