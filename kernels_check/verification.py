@@ -15,6 +15,7 @@ from torch import nn
 
 from kernels_check.check import INSTRUMENTS, Check, Instrument, Json, judge_safely
 from kernels_check.judges.paths import PATHS, validate
+from kernels_check.observation.garbage import uncollected
 from kernels_check.observation.observation import Observation
 from kernels_check.observation.observe import observe
 from kernels_check.observation.restore import as_found
@@ -63,7 +64,8 @@ def verify(
         raise ValueError(f"instrument {instrument!r} is none of {', '.join(INSTRUMENTS)}")
     with as_found(model, step) as snapshot:
         seen = observe(model, step, snapshot, instrument)
-        checks = _judge(seen, requirements, instrument, packed=False)
+        with uncollected():
+            checks = _judge(seen, requirements, instrument, packed=False)
     if batch is not None or any(PATHS[path].packed for path in requirements):
         checks |= _judge(replace(seen, batch=batch), requirements, instrument, packed=True)
     return [checks[path] for path in PATHS if path in checks]

@@ -15,13 +15,17 @@ from typing import Any
 RULES = "kernel_rules.json"
 JUDGES = (
     *("check", "verification"),
-    *("judges/adapter", "judges/attention", "judges/base_layers", "judges/batch", "judges/execution"),
-    *("judges/optimizer", "judges/paths"),
-    *("observation/adapter_layers", "observation/compilations", "observation/isolation", "observation/padding"),
-    *("observation/base_state", "observation/census", "observation/digest", "observation/fourbit"),
-    *("observation/forwards", "observation/inputs", "observation/packed_step", "observation/perturbation"),
-    "observation/records",
-    "observation/storage",
+    *("judges/adapter", "judges/attached", "judges/attention", "judges/base_layers", "judges/base_products"),
+    *("judges/batch", "judges/execution", "judges/learning", "judges/optimizer", "judges/paths"),
+    *("observation/adapter_calls", "observation/adapter_kinds", "observation/adapter_layers"),
+    *("observation/adapter_targets", "observation/adapter_updates", "observation/adapter_values"),
+    *("observation/attention_calls", "observation/attention_layers", "observation/base_state", "observation/blocks"),
+    *("observation/calls", "observation/census", "observation/compilations", "observation/compiled_blocks"),
+    *("observation/digest", "observation/fourbit", "observation/forwards", "observation/gradients"),
+    *("observation/inputs", "observation/isolation", "observation/layer_products", "observation/optimizers"),
+    *("observation/packed_step", "observation/padding", "observation/perturbation", "observation/products"),
+    *("observation/recomputed_blocks", "observation/records", "observation/storage", "observation/stored_layout"),
+    "observation/updates",
 )
 """Modules that judge, and those that decide what a judge is shown; each is called by its last name."""
 NEGATED = {

@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from kernels_check.observation.adapter_kinds import holders_in, in_use, is_a, is_tuner, layers_at, roles_of
+from kernels_check.observation.module_tree import every_module, named_modules, named_parameters
 
 
 def biases_of_adapters(model: nn.Module) -> dict[str, str]:
@@ -24,12 +25,13 @@ def biases_of_adapters(model: nn.Module) -> dict[str, str]:
 
     A tensor that several modules share has a name for each.
     """
-    asked = {id(bias): f"bias={setting!r}" for holder in model.modules() for setting, bias in _asked_of(holder, model)}
+    holders = every_module(model)
+    asked = {id(bias): f"bias={setting!r}" for holder in holders for setting, bias in _asked_of(holder, model)}
     if not asked:
         return {}
     return {
         f"{name}.{key}" if name else key: asked[id(value)]
-        for name, module in model.named_modules()
+        for name, module in named_modules(model)
         for key, value in (*module._parameters.items(), *module._buffers.items())  # GPTQ keeps a bias as a buffer
         if id(value) in asked
     }
@@ -44,7 +46,7 @@ def _asked_of(holder: Any, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     if all(setting == "none" for setting in settings.values()):
         return
     wrapped = holder._modules["model"] if is_tuner(holder) else holder
-    used = in_use(model, (layer for name, module in wrapped.named_modules() for layer in layers_at(name, module)))
+    used = in_use(model, (layer for name, module in named_modules(wrapped) for layer in layers_at(name, module)))
     for adapter, setting in settings.items():
         if adapter in used and setting == "all":
             yield from ((setting, bias) for bias in _every(wrapped, mixed=_is_mixed(holder)))
@@ -54,7 +56,7 @@ def _asked_of(holder: Any, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _every(wrapped: nn.Module, *, mixed: bool) -> Iterator[Tensor]:
     apart = tuple(_apart(wrapped))
-    for name, value in wrapped.named_parameters():
+    for name, value in named_parameters(wrapped):
         is_bias = "bias" in name if mixed else name.rpartition(".")[2] == "bias"
         if is_bias and not name.startswith(apart):
             yield value
@@ -62,7 +64,7 @@ def _every(wrapped: nn.Module, *, mixed: bool) -> Iterator[Tensor]:
 
 def _apart(wrapped: nn.Module) -> Iterator[str]:
     """Beginnings of the names of what is an adapter's in any case, or stays frozen behind its copy."""
-    for name, module in wrapped.named_modules():
+    for name, module in named_modules(wrapped):
         prefix = f"{name}." if name else ""
         yield from (f"{prefix}{held}" for held in holders_in(module))
         if "copy" in roles_of(module):
@@ -70,7 +72,7 @@ def _apart(wrapped: nn.Module) -> Iterator[str]:
 
 
 def _of_layers(wrapped: nn.Module) -> Iterator[Tensor]:
-    for module in wrapped.modules():
+    for module in every_module(wrapped):
         roles = roles_of(module)
         bias = getattr(module, "bias", None) if "layer" in roles and "copy" not in roles else None
         if isinstance(bias, Tensor):

@@ -60,7 +60,7 @@ class AdapterCalls:
                 for name, part in layer.parts():
                     parts.setdefault(id(part), (part, {}))[1][layer.name] = name
             for part, names in parts.values():
-                hooks.callback(part.register_forward_pre_hook(partial(self._note_part, names)).remove)
+                hooks.push(part.register_forward_pre_hook(partial(self._note_part, names)))
             yield
 
     def forget(self) -> None:
@@ -72,8 +72,8 @@ class AdapterCalls:
         if layer.module._compiled_call_impl is not None:  # compiled in place, it would be compiled again with the hook
             return
         entered = layer.module.register_forward_pre_hook(partial(self._enter, layer))
-        hooks.callback(entered.remove)
-        hooks.callback(layer.module.register_forward_hook(self._leave, always_call=True).remove)
+        hooks.push(entered)
+        hooks.push(layer.module.register_forward_hook(self._leave, always_call=True))
 
     def _enter(self, layer: AdapterLayer, module: nn.Module, inputs: Any) -> None:
         call = LayerCall(

@@ -19,6 +19,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from kernels_check.observation.module_tree import every_module
+
 _PREFIX = "lora_"
 """Of the attributes of a class of one's own."""
 _FACTORS = ("lora_A", "lora_embedding_A")
@@ -180,7 +182,7 @@ def in_use(model: nn.Module, found: Iterable[AdapterLayer]) -> frozenset[str]:
     all.
     """
     found = list(found)
-    named = {adapter for module in model.modules() for adapter in named_active(module)}
+    named = {adapter for module in every_module(model) for adapter in named_active(module)}
     active = {adapter for layer in found for adapter in layer.adapters}
     return frozenset((active & named) or active or {adapter for layer in found for adapter in layer.held})
 

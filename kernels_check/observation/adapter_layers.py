@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kernels_check.observation.adapter_biases import biases_of_adapters
 from kernels_check.observation.adapter_kinds import AdapterLayer, holders_in, in_use, is_a, is_tuner, layers_at
+from kernels_check.observation.module_tree import every_module, named_modules, named_parameters
 from kernels_check.observation.tensor_copy import is_wrapper, plain_parts
 
 
@@ -22,7 +23,7 @@ def adapter_layers(model: nn.Module) -> list[AdapterLayer]:
     A layer that holds one of them belongs here also if it is inactive in that layer: a layer that was left out is a
     fault. Where no adapter is active at all, every layer counts with everything it holds.
     """
-    found = [layer for name, module in model.named_modules() for layer in layers_at(name, module)]
+    found = [layer for name, module in named_modules(model) for layer in layers_at(name, module)]
     wanted = in_use(model, found)
     layers = [_restrict(layer, wanted) for layer in found]
     return [layer for layer in layers if layer.held]
@@ -34,12 +35,12 @@ def trained_parameters(model: nn.Module, layers: list[AdapterLayer]) -> dict[str
     Those that the methods in use train, biases of the base that they were asked for, and whatever else of the adapter
     requires a gradient.
     """
-    names = {id(value): name for name, value in model.named_parameters()}
+    names = {id(value): name for name, value in named_parameters(model)}
     trained = {names.get(id(value), name): value for layer in layers for name, value in layer.weights()}
     trained |= {names.get(id(value), name): value for name, value in _biases(model)}
     own = adapter_parameters(model)
     resting = {id(value) for layer in _resting(model, layers) for _, value in layer.weights()}
-    for name, value in model.named_parameters():
+    for name, value in named_parameters(model):
         if name in own and value.requires_grad and id(value) not in resting:
             trained.setdefault(name, value)
     left_alone, unread = _frozen_by_design(model), _never_read(model)
@@ -66,13 +67,13 @@ def token_parameters(model: nn.Module) -> frozenset[str]:
     held = {
         id(value) for layer in adapter_layers(model) if "token_indices" in layer.others for _, value in layer.weights()
     }
-    return frozenset(name for name, value in model.named_parameters() if id(value) in held)
+    return frozenset(name for name, value in named_parameters(model) if id(value) in held)
 
 
 def written_by_method(model: nn.Module) -> frozenset[int]:
     """Parameters that a method itself writes to between updates: AdaLoRA sets the ranks that it takes away to zero."""
     written: set[int] = set()
-    for module in model.modules():
+    for module in every_module(model):
         if "rankallocator" in vars(module) and is_tuner(module):
             for layer in module.modules():
                 held = layer._modules.get("lora_E")
@@ -83,9 +84,7 @@ def written_by_method(model: nn.Module) -> frozenset[int]:
 def adapter_paths(model: nn.Module) -> frozenset[str]:
     """Qualified names of what is an adapter's: attributes, with whatever they hold, and biases of the base."""
     held = (
-        f"{name}.{holder}" if name else holder
-        for name, module in model.named_modules()
-        for holder in holders_in(module)
+        f"{name}.{holder}" if name else holder for name, module in named_modules(model) for holder in holders_in(module)
     )
     return frozenset([*held, *biases_of_adapters(model)])
 
@@ -98,13 +97,13 @@ def is_below(name: str, paths: frozenset[str]) -> bool:
 def adapter_parameters(model: nn.Module) -> frozenset[str]:
     """Names of the parameters that are an adapter's: of any method of PEFT, and what is trained beside it."""
     paths = adapter_paths(model)
-    return frozenset(name for name, _ in model.named_parameters() if is_below(name, paths))
+    return frozenset(name for name, _ in named_parameters(model) if is_below(name, paths))
 
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Every other parameter, by name."""
     adapter = adapter_parameters(model)
-    return {name: value for name, value in model.named_parameters() if name not in adapter}
+    return {name: value for name, value in named_parameters(model) if name not in adapter}
 
 
 def _restrict(layer: AdapterLayer, wanted: Collection[str]) -> AdapterLayer:
@@ -115,7 +114,7 @@ def _restrict(layer: AdapterLayer, wanted: Collection[str]) -> AdapterLayer:
 def _resting(model: nn.Module, layers: list[AdapterLayer]) -> Iterator[AdapterLayer]:
     """The same places with the adapters that are not in use."""
     used = {layer.name: set(layer.held) for layer in layers}
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         for layer in layers_at(name, module):
             yield _restrict(layer, {adapter for adapter in layer.held if adapter not in used.get(layer.name, set())})
 
@@ -123,7 +122,7 @@ def _resting(model: nn.Module, layers: list[AdapterLayer]) -> Iterator[AdapterLa
 def _frozen_by_design(model: nn.Module) -> set[int]:
     """Parameters of methods that freeze the layers they build on: X-LoRA trains a router over frozen adapters."""
     frozen: set[int] = set()
-    for module in model.modules():
+    for module in every_module(model):
         configuration = vars(module).get("xlora_config")
         if configuration is not None and not getattr(configuration, "use_trainable_adapters", True):
             frozen |= {id(value) for value in module.parameters()}

@@ -14,6 +14,7 @@ from torch import nn
 
 from kernels_check.observation.adapter_kinds import AdapterLayer, is_a
 from kernels_check.observation.adapter_layers import adapter_layers
+from kernels_check.observation.module_tree import named_modules
 
 _HEADS = frozenset({"classifier", "score", "qa_outputs"})
 """Names that PEFT adds to ``modules_to_save`` by itself for a task, of which a model has one."""
@@ -30,7 +31,7 @@ def unmatched_names(model: nn.Module) -> list[str]:
     used = {adapter for layer in layers for adapter in layer.held}
     seen: set[int] = set()
     missing: dict[str, None] = {}
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         configurations = vars(module).get("peft_config")
         if not isinstance(configurations, dict) or id(configurations) in seen:
             continue

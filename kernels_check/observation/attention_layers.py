@@ -18,6 +18,7 @@ from torch import nn
 
 from kernels_check.observation.attention_calls import AttentionCall
 from kernels_check.observation.calls import Calls
+from kernels_check.observation.module_tree import every_module, named_modules
 
 _ATTENTION_KINDS = ("full_attention", "sliding_attention", "chunked_attention", "attention", "hybrid")
 _LIBRARY = "transformers."
@@ -97,7 +98,7 @@ def _announced_blocks(model: nn.Module) -> str | None:
     count = getattr(_text_config(model), "num_hidden_layers", None)
     lists = {
         name: sum(parameter.numel() for parameter in module.parameters())
-        for name, module in model.named_modules()
+        for name, module in named_modules(model)
         if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) == count
     }
     return max(lists, key=lambda name: lists[name], default=None)
@@ -125,7 +126,7 @@ def announced_layers(model: nn.Module) -> int | None:
 
 
 def _text_config(model: nn.Module) -> Any:
-    config: Any = next((part.config for part in model.modules() if getattr(part, "config", None) is not None), None)
+    config: Any = next((part.config for part in every_module(model) if getattr(part, "config", None) is not None), None)
     text = getattr(config, "get_text_config", None)
     return text() if callable(text) else config
 
@@ -157,7 +158,7 @@ class _Search:
         """Number of such calls by the name of the layer."""
         if not self.ours:
             return {}
-        self.modules = dict(self.model.named_modules(remove_duplicate=False))
+        self.modules = dict(named_modules(self.model, remove_duplicate=False))
         for call in self.ours:
             self.covered.update(self.calls.enclosing(call.call))
         found: dict[str, int] = {}

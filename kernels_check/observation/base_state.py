@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from kernels_check.observation.adapter_layers import adapter_paths, is_below
+from kernels_check.observation.module_tree import named_modules
 from kernels_check.observation.tensor_copy import is_wrapper, plain_parts
 
 Kind: TypeAlias = Literal["parameter", "merged", "buffer", "cache", "beside"]
@@ -50,9 +51,10 @@ class Part:
 def base_state(model: nn.Module) -> Iterator[Part]:
     """Every part of the base; a tensor that several layers share comes once for each."""
     adapter = adapter_paths(model)
-    merged = {id(layer) for module in model.modules() for layer in _merged_layers(module)}
-    shards = {place: shard for module in model.modules() for place, shard in _shards(module)}
-    for name, module in model.named_modules():
+    modules = list(named_modules(model))
+    merged = {id(layer) for _, module in modules for layer in _merged_layers(module)}
+    shards = {place: shard for _, module in modules for place, shard in _shards(module)}
+    for name, module in modules:
         if is_below(name, adapter):
             continue
         prefix = f"{name}." if name else ""
@@ -79,6 +81,8 @@ def _shards(module: Any) -> Iterator[tuple[tuple[int, str], Tensor]]:
 
     A whole that an evaluation has left is of no account: the next step shards first, and trains what was sharded.
     """
+    if not hasattr(type(module), "_get_fsdp_state"):  # asked of a module, it takes as long as all the rest
+        return
     with suppress(AttributeError):  # torch calls none of this its interface
         state = module._get_fsdp_state()
         groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]

@@ -11,13 +11,15 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from kernels_check.observation.module_tree import named_modules
+
 
 def block_names(model: nn.Module) -> tuple[str, ...]:
     """Qualified names of the blocks, in the order in which the model holds them."""
     lists = [items for items in _lists(model, "") if _of_blocks(items)] or list(_lists(model, ""))
     named = {id(item): name for items in reversed(lists) for name, item in reversed(items)}
     if not named:
-        named = {id(module): name for name, module in model.named_modules() if _own_parameters(module)}
+        named = {id(module): name for name, module in named_modules(model) if _own_parameters(module)}
         inside = tuple(f"{name}." if name else "" for name in named.values())
         return tuple(name for name in named.values() if not any(name != one and name.startswith(one) for one in inside))
     return tuple(reversed(named.values()))

@@ -13,12 +13,14 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import nn
+
+from kernels_check.observation.module_tree import named_modules
 
 MARK = "lorameter.call#"
 """How the profiler's record of a module's call begins; the number of the call follows."""
@@ -152,7 +154,7 @@ class CallRecorder:
         """Hook every module; all hooks are taken off, also if setting one or taking one off fails."""
         names: dict[int, list[str]] = {}
         modules: dict[int, nn.Module] = {}
-        for name, module in self.model.named_modules(remove_duplicate=False):
+        for name, module in named_modules(self.model, remove_duplicate=False):
             names.setdefault(id(module), []).append(name)
             modules[id(module)] = module
         with ExitStack() as hooks:
@@ -193,17 +195,19 @@ class CallRecorder:
             hooks.callback(setattr, module, "_compiled_call_impl", original)
             return
 
-        def enter(module: nn.Module, inputs: Any) -> None:
-            self._enter(module, names)
-
-        def leave(module: nn.Module, inputs: Any, output: Any) -> None:
-            self._leave(module, output)
-
         try:
-            hooks.callback(module.register_forward_pre_hook(enter, prepend=True).remove)
-            hooks.callback(module.register_forward_hook(leave, always_call=True).remove)
+            hooks.push(module.register_forward_pre_hook(partial(self._begun, names), prepend=True))
+            hooks.push(module.register_forward_hook(self._ended, always_call=True))
         except (RuntimeError, AttributeError, TypeError):  # modules of TorchScript take no such hook
             self.unhooked.update(names)
+
+    def _begun(self, names: tuple[str, ...], module: nn.Module, inputs: Any) -> None:
+        """Forward pre-hook."""
+        self._enter(module, names)
+
+    def _ended(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        """Forward hook."""
+        self._leave(module, output)
 
     def _enter(self, module: nn.Module, names: tuple[str, ...], *, compiled: bool = False) -> None:
         stack = self._stack()
@@ -227,7 +231,7 @@ class CallRecorder:
         if context is not None and any(context.needs_input_grad):
             self.differentiable.add(number)
         if not stack and not in_backward:
-            self.modes.append((number, {name: module.training for name, module in self.model.named_modules()}))
+            self.modes.append((number, {name: module.training for name, module in named_modules(self.model)}))
         mark: Any = None
         if self.marked:
             mark = torch._C._profiler._RecordFunctionFast(f"{MARK}{number}")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from kernels_check.observation.base_state import Kind, base_state, base_weight, is_packed, quant_state
 from kernels_check.observation.fingerprint import Fingerprinter, has_memory
 from kernels_check.observation.fourbit import layout_problem
+from kernels_check.observation.module_tree import named_modules
 
 ROUNDINGS = 4
 """Units in the last place of the largest weight that a few merges and their undoing leave at most; one in the mean."""
@@ -116,7 +117,7 @@ def digest(model: nn.Module) -> Digest:
 
 def _states(model: nn.Module) -> list[tuple[str, nn.Module, Any, Any]]:
     """Name, layer, weight and state of every 4-bit weight."""
-    found = ((name, layer, base_weight(layer)) for name, layer in model.named_modules())
+    found = ((name, layer, base_weight(layer)) for name, layer in named_modules(model))
     with_state = ((name, layer, weight, quant_state(layer, weight)) for name, layer, weight in found)
     return [one for one in with_state if one[2] is not None and one[3] is not None]
 

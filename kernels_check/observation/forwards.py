@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from kernels_check.check import name_some
 from kernels_check.observation.inputs import ModelCall, unwrapped
+from kernels_check.observation.module_tree import every_module
 from kernels_check.observation.random_state import RandomState
 from kernels_check.observation.stored_layout import without_repacking
 
@@ -129,7 +130,7 @@ def by_row(model: nn.Module, training: bool) -> Iterator[None]:
     model.train(training)
     one_by_one = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)
     thresholds = []
-    for module in model.modules():
+    for module in every_module(model):
         if isinstance(module, one_by_one):
             module.eval()
         state = getattr(module, "state", None)
@@ -151,7 +152,7 @@ class _Generators:
     def __init__(self, model: nn.Module) -> None:
         self._common = RandomState()
         numpy = sys.modules.get("numpy.random")
-        held = [value for module in model.modules() for value in vars(module).values()]
+        held = [value for module in every_module(model) for value in vars(module).values()]
         self._torch = [(one, one.get_state()) for one in held if isinstance(one, torch.Generator)]
         self._python = [(one, one.getstate()) for one in held if isinstance(one, random.Random)]
         kinds: Any = () if numpy is None else (numpy.Generator,)

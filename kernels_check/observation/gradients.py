@@ -19,7 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from kernels_check.observation.adapter_layers import adapter_parameters
+from kernels_check.observation.module_tree import every_parameter, named_parameters
 from kernels_check.observation.tensor_copy import is_wrapper, plain_parts
+
+_EXACT = (torch.float32, torch.bfloat16, torch.float16)
+"""Types whose largest magnitude needs no wider one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,18 +62,18 @@ class Gradients:
         """Hook every parameter that trains or is an adapter's; all hooks are off afterwards, whatever raised."""
         own = adapter_parameters(self.model)
         with ExitStack() as hooks:
-            for name, parameter in self.model.named_parameters():
+            for name, parameter in named_parameters(self.model):
                 if parameter.requires_grad or (name in own and parameter.is_floating_point()):
                     hooks.callback(_take_off, parameter, parameter._backward_hooks)
                     _hook(hooks, parameter, partial(self._arrive, parameter))
                     if is_wrapper(parameter):
                         told = parameter.register_post_accumulate_grad_hook(self._written)
-                        hooks.callback(told.remove)
+                        hooks.push(told)
             yield
 
     def begin_call(self) -> None:
         """Note what lies there before a call."""
-        self._at_first = {id(parameter): parameter.grad for parameter in self.model.parameters()}
+        self._at_first = {id(parameter): parameter.grad for parameter in every_parameter(self.model)}
         self.arrived.clear()
 
     def end_call(self) -> None:
@@ -79,7 +83,7 @@ class Gradients:
 
     def note_by_hand(self) -> None:
         """Count a gradient that no hook saw and that is another than before the call."""
-        for parameter in self.model.parameters():
+        for parameter in every_parameter(self.model):
             if id(parameter) in self.arrived or parameter.grad is None or not self._at_first:
                 continue
             if parameter.grad is not self._at_first.get(id(parameter)):
@@ -88,12 +92,12 @@ class Gradients:
 
     def reached(self) -> frozenset[str]:
         """Names of the parameters that a gradient reached in the last call."""
-        return frozenset(name for name, value in self.model.named_parameters() if id(value) in self.arrived)
+        return frozenset(name for name, value in named_parameters(self.model) if id(value) in self.arrived)
 
     def seen(self) -> Mapping[str, GradientSeen]:
         """What reached each parameter, by name."""
         found = {}
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in named_parameters(self.model):
             key = id(parameter)
             if key not in self._sizes and key not in self._unread:
                 continue
@@ -141,6 +145,9 @@ def largest(gradient: Tensor) -> Tensor | None:
     """
     with torch.no_grad():
         gradient = gradient.detach()
+        plain = type(gradient) is Tensor and gradient.layout == torch.strided and gradient.numel()
+        if plain and gradient.dtype in _EXACT:  # in one operator, since there are hundreds in each backward pass
+            return torch.linalg.vector_norm(gradient, float("inf"))
         if gradient.layout == torch.sparse_coo:
             values: list[Tensor] = [gradient.coalesce().values()]
         elif gradient.layout != torch.strided:
@@ -160,7 +167,7 @@ def _hook(hooks: ExitStack, parameter: Tensor, noted: Any) -> None:
         if frozen:
             parameter.requires_grad_(True)
         try:
-            hooks.callback(parameter.register_hook(noted).remove)
+            hooks.push(parameter.register_hook(noted))
         finally:
             if frozen:
                 parameter.requires_grad_(False)

@@ -56,8 +56,8 @@ class InputLog:
         self.calls.clear()
         self._open.clear()
         for module in _reachable(model):
-            hooks.callback(module.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
-            hooks.callback(module.register_forward_hook(self._end, always_call=True).remove)
+            hooks.push(module.register_forward_pre_hook(self._begin, with_kwargs=True))
+            hooks.push(module.register_forward_hook(self._end, always_call=True))
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = _describe(module, args, kwargs)

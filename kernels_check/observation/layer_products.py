@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from kernels_check.observation.calls import Calls
+from kernels_check.observation.module_tree import named_modules
 from kernels_check.observation.products import Product
 
 
@@ -84,7 +85,7 @@ def fourbit_layers(model: nn.Module) -> dict[str, tuple[str, ...]]:
     """Linear layers of the model whose own weight is a 4-bit one, each by its name."""
     return {
         name: (name,)
-        for name, module in model.named_modules()
+        for name, module in named_modules(model)
         if isinstance(module, nn.Linear) and type(module._parameters.get("weight")).__name__ == "Params4bit"
     }
 

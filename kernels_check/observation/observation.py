@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
-from typing import Any
+from functools import partial, wraps
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -41,10 +41,25 @@ from kernels_check.observation.recomputed_blocks import BlockRecomputed, ran_wit
 from kernels_check.observation.storage import Storage, read_wrapped
 from kernels_check.observation.updates import GroupSeen, operators_on, updated_by
 
+_T = TypeVar("_T")
+
+
+def _once(read: Callable[[Observation], _T]) -> Callable[[Observation], _T]:
+    """A reading of the model that is taken when it is first asked for, and kept: a dozen judges ask for the same."""
+
+    @wraps(read)
+    def kept(seen: Observation) -> _T:
+        if read.__name__ not in seen.readings:
+            seen.readings[read.__name__] = read(seen)
+        found: _T = seen.readings[read.__name__]
+        return found
+
+    return kept
+
 
 @dataclass(frozen=True, kw_only=True)
 class Observation:
-    """Everything seen over the watched calls of the step; the methods read the model as it is when they are called."""
+    """Everything seen over the watched calls of the step; the methods read the model as it is when first asked."""
 
     model: nn.Module
     before: Digest
@@ -78,6 +93,8 @@ class Observation:
     """Packed inputs of the model, to be perturbed."""
     updated: tuple[GroupSeen, ...] = ()
     """Groups of the optimizers that stepped in the watched call."""
+    readings: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
+    """What the methods have read of the model, by their names; whoever replaces a field reads anew."""
 
     @property
     def blind(self) -> Mapping[Evidence, str]:
@@ -92,56 +109,64 @@ class Observation:
         """Evidence that should have been there in this step and was not, with the reason."""
         return self.profile.untold
 
+    @_once
     def compiled_blocks(self) -> CompiledBlocks:
         """The blocks of the model by whether they ran in compiled code."""
         seen = self.profile.compiler
         return compiled_blocks(self.model, self.modules, seen.entered, seen.eager, self.gradients)
 
+    @_once
     def recomputed_blocks(self) -> tuple[BlockRecomputed, ...]:
         """The blocks of the model that a gradient comes back to, with what was computed again."""
         return recomputed_blocks(self.model, self.modules)
 
+    @_once
     def blocks_without_gradient(self) -> tuple[str, ...]:
         """The blocks of the model that ran and that no gradient comes back to."""
         return ran_without_gradient(self.model, self.modules)
 
+    @_once
     def updated_by_kind(self) -> list[Counter[str]]:
         """For each of the groups in ``updated``, how many parameters were updated by which kind of operator."""
         return updated_by(self.updated, self.profile.writes)
 
+    @_once
     def update_operators(self) -> list[str]:
         """The operators that wrote any of those parameters."""
         return operators_on(self.updated, self.profile.writes)
 
+    @_once
     def adapter_layers(self) -> list[AdapterLayer]:
         """Places with an adapter that is in use."""
         return adapter_layers(self.model)
 
+    @_once
     def trained_parameters(self) -> dict[str, Tensor]:
         """Parameters of the adapter that have to learn, by name."""
         return trained_parameters(self.model, self.adapter_layers())
 
+    @_once
     def token_parameters(self) -> frozenset[str]:
         """Parameters of the adapter that only some tokens of the vocabulary use, by name."""
         return token_parameters(self.model)
 
+    @_once
     def unmatched_names(self) -> list[str]:
         """Names that the adapter's configuration asks for and that matched nothing."""
         return unmatched_names(self.model)
 
+    @_once
     def base_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters that are no adapter's, by name."""
         return base_parameters(self.model)
 
+    @_once
     def attention_layers(self) -> AttentionLayers:
-        """The layers in which attention ran or should have; found once, as it may take forwards."""
-        return self._attention_layers
-
-    @cached_property
-    def _attention_layers(self) -> AttentionLayers:
+        """The layers in which attention ran or should have; it may take forwards."""
         asked = partial(mixing_modules, self.model, self.model_calls)
         return attention_layers(self.model, self.modules, self.profile.attention, self.profile.mixing, asked)
 
+    @_once
     def base_products(self) -> LayerProducts:
         """The products of every base layer below an adapter, by the name of the layer that carries the adapter."""
         wrapped = [layer.name for layer in self.adapter_layers() if layer.base is not None]
@@ -149,18 +174,22 @@ class Observation:
         ran = {name: own if self.modules.ran(own[0]) else (name,) for name, own in layers.items()}
         return products_of(ran, self.model, self.modules, (*self.profile.fourbit, *self.profile.products))
 
+    @_once
     def fourbit_products(self) -> LayerProducts:
         """The 4-bit products of every linear layer of the model with a 4-bit weight, by its name."""
         return products_of(fourbit_layers(self.model), self.model, self.modules, self.profile.fourbit)
 
+    @_once
     def storage(self) -> dict[str, Storage]:
         """How the base layer below each adapter keeps its weight, by the layer's name."""
         return {layer.name: read_wrapped(layer.module) for layer in self.adapter_layers() if layer.base is not None}
 
+    @_once
     def census(self) -> Census:
         """How many bytes of the whole base are kept in how many bits."""
         return take_census(self.model)
 
+    @_once
     def biases_of_adapters(self) -> Mapping[str, str]:
         """Biases of the base that train as a part of the adapter, by name, with what PEFT was asked."""
         return biases_of_adapters(self.model)
@@ -169,6 +198,7 @@ class Observation:
         """Perturb the step's own packed calls, and the batch where there is one, by forwards that leave no trace."""
         return isolation_of_step(self.model, self.model_calls, self.batch)
 
+    @_once
     def padding(self) -> PaddingSeen | None:
         """Padding in the inputs of the model; None where no call of it was seen."""
         return count_padding(self.model, self.model_calls)

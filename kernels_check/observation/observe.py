@@ -39,11 +39,14 @@ from kernels_check.observation.adapter_calls import AdapterCalls
 from kernels_check.observation.adapter_updates import Updates
 from kernels_check.observation.calls import CallRecorder, Calls
 from kernels_check.observation.digest import digest
+from kernels_check.observation.garbage import uncollected
 from kernels_check.observation.gradients import Gradients
 from kernels_check.observation.inputs import InputLog
 from kernels_check.observation.instruments import watch_by_profile, watch_by_spy
+from kernels_check.observation.module_tree import named_modules
 from kernels_check.observation.observation import Observation
 from kernels_check.observation.snapshot import Snapshot
+from kernels_check.observation.spy import unseen
 from kernels_check.observation.updates import GroupSeen, groups_of, with_gradient
 
 MOST_CALLS = 8
@@ -73,14 +76,16 @@ class _Watcher:
 
     def before_update(self, optimizer: Any, args: Any, kwargs: Any) -> Any:
         """Global optimizer hook."""
-        self.snapshot.watch(optimizer)
-        self.note_modes()
-        self.given[id(optimizer)] = with_gradient(optimizer)
-        return self.updates.before(optimizer, args, kwargs)
+        with unseen():
+            self.snapshot.watch(optimizer)
+            self.note_modes()
+            self.given[id(optimizer)] = with_gradient(optimizer)
+            return self.updates.before(optimizer, args, kwargs)
 
     def after_update(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         """Global optimizer hook."""
-        self.updates.after(optimizer, args, kwargs)
+        with unseen():
+            self.updates.after(optimizer, args, kwargs)
         self.stepped += groups_of(optimizer, self.given.pop(id(optimizer), ()))
         self.steps_elsewhere += threading.get_ident() != self.thread
 
@@ -109,7 +114,7 @@ class _Watcher:
         """Record the train/eval modes once a call."""
         if not self.modes_noted:
             self.modes_noted = True
-            self.modes = {name: module.training for name, module in self.model.named_modules()}
+            self.modes = {name: module.training for name, module in named_modules(self.model)}
 
     def forget(self) -> None:
         """Drop everything but the copies of what the optimizers held at first."""
@@ -145,9 +150,10 @@ def observe(
     def hooked(*, marked: bool = False) -> Iterator[CallRecorder]:
         recorder = CallRecorder(model, marked=marked)
         with ExitStack() as hooks:  # takes every hook off, also if setting one or taking one off fails
-            hooks.enter_context(recorder.hooked())
-            watcher.inputs.attach(model, hooks)
-            hooks.enter_context(watcher.adapter.watched())
+            with uncollected():
+                hooks.enter_context(recorder.hooked())
+                watcher.inputs.attach(model, hooks)
+                hooks.enter_context(watcher.adapter.watched())
             yield recorder
         watcher.calls = recorder.calls()
         watcher.keep()
@@ -155,8 +161,8 @@ def observe(
     with ExitStack() as hooks:
         updates.begin()
         hooks.enter_context(gradients.watched())
-        hooks.callback(register_optimizer_step_pre_hook(watcher.before_update).remove)
-        hooks.callback(register_optimizer_step_post_hook(watcher.after_update).remove)
+        hooks.push(register_optimizer_step_pre_hook(watcher.before_update))
+        hooks.push(register_optimizer_step_post_hook(watcher.after_update))
         if instrument == "spy":
             profile = watch_by_spy(call, hooked, watcher)
         else:

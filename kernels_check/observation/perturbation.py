@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kernels_check.observation.module_tree import every_module
+
 _SLICE = 2**24
 """Elements that are compared at a time, so that a large vocabulary does not take their memory twice."""
 
@@ -75,8 +77,8 @@ def _is_id(value: Any) -> bool:
 def _configs(model: nn.Module) -> Iterator[Any]:
     """Of the model, of what it wraps, and of their parts, such as the text of a vision model."""
     seen: set[int] = set()
-    waiting = [getattr(module, "config", None) for module in model.modules()]
-    waiting += [getattr(module, "generation_config", None) for module in model.modules()]
+    modules = list(every_module(model))
+    waiting = [getattr(module, name, None) for name in ("config", "generation_config") for module in modules]
     while waiting:
         config = waiting.pop()
         if hasattr(config, "__dict__") and id(config) not in seen:

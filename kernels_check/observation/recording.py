@@ -19,6 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from kernels_check.observation.calls import MARK, number_of
 from kernels_check.observation.device import synchronise
 from kernels_check.observation.events import CompilerSeen, StepProfile, compiler_seen, reduce_operators
+from kernels_check.observation.garbage import uncollected
 from kernels_check.observation.operators import Operator, matters
 from kernels_check.observation.updates import recorded_writes
 
@@ -38,10 +39,11 @@ def profiled(call: Callable[[], object]) -> StepProfile | None:
         synchronise()
     if not _events(recorded):
         return None
-    operators, kernels = read_operators(recorded)
-    results: Any = recorded.profiler
-    writes = recorded_writes(results.kineto_results.experimental_event_tree(), MARK)
-    return reduce_operators(operators, kernels=kernels, writes=writes)
+    with uncollected():
+        operators, kernels = read_operators(recorded)
+        results: Any = recorded.profiler
+        writes = recorded_writes(results.kineto_results.experimental_event_tree(), MARK)
+        return reduce_operators(operators, kernels=kernels, writes=writes)
 
 
 def entries(call: Callable[[], object]) -> CompilerSeen | None:

@@ -26,6 +26,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from kernels_check.observation.garbage import uncollected
+from kernels_check.observation.module_tree import every_module
 from kernels_check.observation.snapshot import RestoreError, Snapshot
 
 
@@ -33,7 +35,7 @@ class Modes:
     """The train/eval mode of every module."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._modes = [(module, module.training) for module in model.modules()]
+        self._modes = [(module, module.training) for module in every_module(model)]
 
     def restore(self) -> None:
         """Set every module back, one by one: ``model.train()`` would lose a mixture."""
@@ -50,7 +52,8 @@ def as_found(model: nn.Module, step: Callable[[], object] | None = None) -> Iter
         RestoreError: not everything could be put back.
         BaseException: whatever the block raised, with notes on what could not be put back.
     """
-    snapshot = Snapshot(model, step)
+    with uncollected():
+        snapshot = Snapshot(model, step)
     try:
         yield snapshot
     except BaseException as error:

@@ -20,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from kernels_check.check import name_some
 from kernels_check.observation.device import synchronise
+from kernels_check.observation.module_tree import named_modules
 from kernels_check.observation.picture import TRAINERS, Picture, Undo
 from kernels_check.observation.random_state import RandomState
 from kernels_check.observation.reach import reach
@@ -96,7 +97,7 @@ class Snapshot:
         return {name: self._copies[id(value)] for name, value in parameters if value.requires_grad}
 
     def _new_modules(self, model: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:
-        named = model.named_modules(prefix=prefix)
+        named = named_modules(model, prefix)
         new = [(name, module) for name, module in named if id(module) not in self._modules]
         self._modules |= {id(module): module for _, module in new}
         return new

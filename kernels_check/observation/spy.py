@@ -15,18 +15,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from enum import Enum, auto
+from functools import cache
 from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode, _pop_mode_temporarily
 
 from kernels_check.check import Evidence
 from kernels_check.observation.calls import CallRecorder
 from kernels_check.observation.compilations import compiler_held
 from kernels_check.observation.events import StepProfile, reduce_operators
+from kernels_check.observation.module_tree import every_parameter
 from kernels_check.observation.operators import (
     BACKWARD_ROOT,
     FOURBIT,
@@ -47,10 +50,25 @@ _OPERATORS: tuple[Evidence, ...] = ("attention", "recomputation", "update", "pro
 _COMPILED = "the step enters code of torch.compile, whose operators a dispatch mode does not see"
 
 
+class _Role(Enum):
+    """What the spy does with an operator."""
+
+    FOURBIT = auto()
+    ATTENTION = auto()
+    PRODUCT = auto()
+    OVER_SCORES = auto()
+    OTHER = auto()
+
+
 class Spy(TorchDispatchMode):
     """Keeps the operators that tell something; use ``spied``."""
 
     supports_higher_order_operators = True
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Torch would wrap the method below twice against being compiled, and nothing is compiled in ``spied``."""
+        return False
 
     def __init__(self, calls: CallRecorder) -> None:
         super().__init__()
@@ -64,18 +82,19 @@ class Spy(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Note the operator where it matters and call it."""
         kwargs = kwargs or {}
-        name = _name(func)
-        if self._enclosing and self._enclosing[-1].name == OPTIMIZER_ROOT and writes(name) and self._updates():
+        name, role, writing = _KNOWN.get(func) or _known(func)
+        enclosing = self._enclosing[-1].name if self._enclosing else ""
+        if writing and enclosing == OPTIMIZER_ROOT and self._updates():
             self.writes.append(write(name, args))
-        if name in FOURBIT:
+        if role is _Role.FOURBIT:
             return self._look_inside(func, self._note(name, args), args, kwargs)
-        if attention_backend(name) is not None:
+        if role is _Role.ATTENTION:
             self._note(name, _inputs(func, args, kwargs))
-        elif name in PRODUCTS:
+        elif role is _Role.PRODUCT:
             self._note(name, args)
-        elif name in _OVER_SCORES:
+        elif role is _Role.OVER_SCORES:
             self._note_scores(name, args)
-        elif self._enclosing and self._enclosing[-1].name in FOURBIT:
+        elif enclosing in FOURBIT:
             self._note(name, ())
         return func(*args, **kwargs)
 
@@ -121,7 +140,7 @@ class Spy(TorchDispatchMode):
         for value in inputs:
             tensor = isinstance(value, Tensor)
             operator.input_shapes.append(tuple(value.shape) if tensor else ())
-            operator.input_dtypes.append(_dtype(value))
+            operator.input_dtypes.append(_short(value.dtype) if tensor else "")
             operator.concrete_inputs.append(None if tensor else value)
         if parent is not None:
             parent.children.append(operator)
@@ -153,7 +172,7 @@ class Spy(TorchDispatchMode):
 
     def profile(self, model: nn.Module) -> StepProfile:
         """Reduce what was seen as the profiler's events are."""
-        on_cuda = any(parameter.is_cuda for parameter in model.parameters())
+        on_cuda = any(parameter.is_cuda for parameter in every_parameter(model))
         seen = reduce_operators(self.operators, on_cuda=on_cuda, writes=self.writes)
         return replace(seen, blind=_blind(seen, on_cuda=on_cuda, compiled=self.compiled_calls > 0))
 
@@ -175,11 +194,21 @@ def spied(calls: CallRecorder) -> Iterator[Spy]:
             register_optimizer_step_pre_hook(spy.before_update),
             register_optimizer_step_post_hook(spy.after_update),
         ):
-            stack.callback(handle.remove)
+            stack.push(handle)
         functional.scaled_dot_product_attention = spy.attention_function(original)
         stack.callback(setattr, functional, "scaled_dot_product_attention", original)
         stack.enter_context(spy)
         yield spy
+
+
+@contextmanager
+def unseen() -> Iterator[None]:
+    """Let a spy see nothing of the block, which is the check's own work: what it sees takes several times as long."""
+    if isinstance(_get_current_dispatch_mode(), Spy):
+        with _pop_mode_temporarily():
+            yield
+    else:
+        yield
 
 
 @contextmanager
@@ -242,19 +271,34 @@ def _inputs(func: Any, args: Any, kwargs: Any) -> list[Any]:
     return [*args, *(kwargs.get(argument.name, argument.default_value) for argument in rest)]
 
 
-_NAMES: dict[Any, str] = {}
+_KNOWN: dict[Any, tuple[str, _Role, bool]] = {}
+"""Name and role of each operator that was met, and whether it writes what it is given: asked once, not in each call."""
 
 
-def _name(func: Any) -> str:
-    name = _NAMES.get(func)
-    if name is None:
-        schema = getattr(func, "_schema", None)
-        name = _NAMES[func] = schema.name if schema is not None else str(func.name())
-    return name
+def _known(func: Any) -> tuple[str, _Role, bool]:
+    schema = getattr(func, "_schema", None)
+    name: str = schema.name if schema is not None else str(func.name())
+    _KNOWN[func] = found = (name, _role_of(name), writes(name))
+    return found
+
+
+def _role_of(name: str) -> _Role:
+    if name in FOURBIT:
+        return _Role.FOURBIT
+    if attention_backend(name) is not None:
+        return _Role.ATTENTION
+    if name in PRODUCTS:
+        return _Role.PRODUCT
+    return _Role.OVER_SCORES if name in _OVER_SCORES else _Role.OTHER
+
+
+@cache
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _dtype(value: Any) -> str:
-    return str(value.dtype).removeprefix("torch.") if isinstance(value, Tensor) else ""
+    return _short(value.dtype) if isinstance(value, Tensor) else ""
 
 
 def _autocast(tensor: Tensor) -> str:

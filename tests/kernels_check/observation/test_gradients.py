@@ -181,9 +181,10 @@ def test_the_largest_magnitude(gradient, size):
     assert float(largest(gradient)) == size
 
 
-def test_what_is_not_a_number_is_not_finite():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_what_is_not_a_number_is_not_finite(dtype):
     """It would compare with nothing."""
-    assert not float(largest(torch.tensor([1.0, float("nan")]))) < float("inf")
+    assert not float(largest(torch.tensor([1.0, float("nan"), 2.0], dtype=dtype))) < float("inf")
 
 
 def test_an_embedding_with_sparse_gradients_is_seen():

@@ -12,7 +12,7 @@ from kernels_check.observation.attention_calls import AttentionCall
 from kernels_check.observation.calls import CallRecorder
 from kernels_check.observation.events import StepProfile
 from kernels_check.observation.products import Product
-from kernels_check.observation.spy import Spy, _blind, spied
+from kernels_check.observation.spy import Spy, _blind, spied, unseen
 from kernels_check.observation.updates import Write
 
 
@@ -223,3 +223,14 @@ def test_an_unknown_instrument_is_refused():
     """Before anything runs, with the known ones."""
     with pytest.raises(ValueError, match="'trace' is none of profile, spy"):
         kernels_check.verify(torch.nn.Linear(2, 2), pytest.fail, {}, instrument="trace")
+
+
+def test_own_work_of_the_check_is_not_seen():
+    """Inside ``unseen`` a spy that is the innermost mode is off, and on again afterwards."""
+    left = torch.ones(2, 2)
+    with spied(CallRecorder(torch.nn.Identity())) as spy:
+        left.mm(left)
+        with unseen():
+            left.mm(left)
+        left.mm(left)
+    assert [operator.name for operator in spy.operators] == ["aten::mm"] * 2
