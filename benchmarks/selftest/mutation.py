@@ -1,6 +1,6 @@
 """Break one rule or one comparison of kernels_check at a time: does a test fail?
 
-    python benchmarks/selftest/mutation.py [--jobs 2] [--only attention] [--list]
+    python benchmarks/selftest/mutation.py [--jobs 2] [--only attention] [--list] [--keep FILE]
 
 A check that no test depends on can be wrong without anybody noticing. Three kinds of mutants are made:
 
@@ -12,6 +12,9 @@ A check that no test depends on can be wrong without anybody noticing. Three kin
 Nothing is changed in place: each job has a copy of the package and its tests in a temporary folder. A first pass over
 the tests notes which function each test enters; a mutant is given to the tests that enter its function, the module's
 own first, up to the first failure. Libraries are imported once, in the process that forks a child a mutant.
+
+It takes hours. With ``--keep`` each verdict is written as it falls, and a later call with the same file goes on where
+an earlier one was stopped: only what was found on the same package and the same tests, to the byte, is taken over.
 
 Exit status 1 if a mutant survives that is not listed in EQUIVALENT with its reason.
 """
@@ -25,6 +28,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import argparse
 import ast
+import hashlib
 import json
 import shutil
 import signal
@@ -68,6 +72,41 @@ class Coverage:
     entered: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     """Tests by ``module.function``."""
     failed: list[str] = field(default_factory=list)
+
+
+class Kept:
+    """Verdicts and the first pass of earlier calls on the same tree, in a file that is added to."""
+
+    def __init__(self, file: Path | None, folder: Path) -> None:
+        self._file = file
+        self._tree = _hash_of(folder)
+        self.coverage: dict[str, Any] | None = None
+        self.verdicts: dict[str, str] = {}
+        self.seconds = 0.0
+        """Of the calls before."""
+        whole = file.read_text().rpartition("\n")[0] if file is not None and file.exists() else ""
+        if file is not None and whole:
+            file.write_text(whole + "\n")  # without a line that an end by force has left half
+        for entry in map(json.loads, whole.splitlines()):
+            if entry.pop("tree") == self._tree:
+                self.coverage = entry.get("coverage", self.coverage)
+                self.verdicts |= entry.get("verdicts", {})
+                self.seconds += entry.get("seconds", 0.0)
+
+    def add(self, **entry: Any) -> None:
+        """Write what was found; whole, or nothing of it."""
+        if self._file is not None:
+            with self._file.open("a") as file:
+                file.write(json.dumps({"tree": self._tree, **entry}) + "\n")
+
+
+def _hash_of(folder: Path) -> str:
+    files = sorted(path for part in (PACKAGE, TESTS) for path in (folder / part).rglob("*") if path.is_file())
+    hashed = hashlib.sha256()
+    for path in files:
+        content = path.read_bytes()
+        hashed.update(f"{path.relative_to(folder)} {len(content)}\n".encode() + content)
+    return hashed.hexdigest()
 
 
 class Recorder:
@@ -147,8 +186,16 @@ def run_tests(arguments: list[str], *plugins: Any) -> int:
     return int(pytest.main([*options, *arguments], plugins=list(plugins)))
 
 
-def first_pass(folder: Path) -> Coverage:
-    """Run every test once, unmutated."""
+def first_pass(folder: Path, kept: Kept) -> Coverage:
+    """Run every test once, unmutated, unless that has been done."""
+    found = kept.coverage or _run_first_pass(folder)
+    if kept.coverage is None and not found["failed"]:
+        kept.add(coverage=found)
+    entered = {name: set(tests) for name, tests in found["entered"].items()}
+    return Coverage(seconds=found["seconds"], entered=entered, failed=found["failed"])
+
+
+def _run_first_pass(folder: Path) -> dict[str, Any]:
 
     def work() -> int:
         recorder = Recorder(folder / PACKAGE)
@@ -161,11 +208,10 @@ def first_pass(folder: Path) -> Coverage:
 
     os.waitpid(in_child(folder, work), 0)
     try:
-        found = json.loads((folder / "coverage.json").read_text())
+        found: dict[str, Any] = json.loads((folder / "coverage.json").read_text())
     except FileNotFoundError:
         raise SystemExit((folder / "output.txt").read_text()) from None
-    entered = {name: set(tests) for name, tests in found["entered"].items()}
-    return Coverage(seconds=found["seconds"], entered=entered, failed=found["failed"])
+    return found
 
 
 def tests_of(mutant: Mutant, coverage: Coverage) -> list[str]:
@@ -182,12 +228,13 @@ def tests_of(mutant: Mutant, coverage: Coverage) -> list[str]:
     return first[:FOR_EQUIVALENTS] if mutant.key in EQUIVALENT else first
 
 
-def judge_mutants(mutants: list[Mutant], coverage: Coverage, folders: list[Path]) -> dict[str, str]:
+def judge_mutants(mutants: list[Mutant], coverage: Coverage, folders: list[Path], kept: Kept) -> dict[str, str]:
     """Run each mutant in a free folder; returns ``killed``, ``survived``, ``hung`` or ``untested`` by key."""
-    verdicts: dict[str, str] = {}
+    verdicts = {mutant.key: kept.verdicts[mutant.key] for mutant in mutants if mutant.key in kept.verdicts}
     running: dict[int, tuple[Mutant, Path, float]] = {}
     sound: dict[str, str] = {}
-    free, waiting = list(folders), list(reversed(mutants))
+    free, waiting = list(folders), [mutant for mutant in reversed(mutants) if mutant.key not in verdicts]
+    last = time.monotonic()
     while waiting or running:
         while waiting and free:
             mutant, folder = waiting.pop(), free.pop()
@@ -208,6 +255,8 @@ def judge_mutants(mutants: list[Mutant], coverage: Coverage, folders: list[Path]
             verdicts.setdefault(mutant.key, "survived" if survived else "killed")
             (folder / PACKAGE / mutant.file).write_text(sound.pop(mutant.key))
             free.append(folder)
+            kept.add(verdicts={mutant.key: verdicts[mutant.key]}, seconds=time.monotonic() - last)
+            last = time.monotonic()
             print(f"{len(verdicts)}/{len(mutants)} {verdicts[mutant.key]}: {mutant.key}", file=sys.stderr)
         elif not child:
             for late, (mutant, _, begin) in running.items():
@@ -222,6 +271,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--only", metavar="FILE", help=f"one of {', '.join(ONLY)}")
+    parser.add_argument("--keep", type=Path, metavar="FILE", help="where verdicts are kept, and taken from")
     parser.add_argument("--list", action="store_true", help="print the mutants and run nothing")
     arguments = parser.parse_args()
     if arguments.only not in (None, *ONLY):
@@ -239,13 +289,14 @@ def main() -> int:
         import torch._dynamo  # noqa: F401
         from transformers import LlamaForCausalLM  # noqa: F401
 
-        coverage = first_pass(folders[0])
+        kept = Kept(arguments.keep, folders[0])
+        coverage = first_pass(folders[0], kept)
         if coverage.failed:
             print("fail without any mutation:", *coverage.failed, sep="\n  ")
             return 1
         print(f"{len(coverage.seconds)} tests in {sum(coverage.seconds.values()):.0f} s", file=sys.stderr)
-        verdicts = judge_mutants(mutants, coverage, folders)
-    return report(verdicts, time.monotonic() - begin)
+        verdicts = judge_mutants(mutants, coverage, folders, kept)
+    return report(verdicts, kept.seconds + time.monotonic() - begin)
 
 
 def report(verdicts: dict[str, str], seconds: float) -> int:

@@ -147,7 +147,8 @@ def largest(gradient: Tensor) -> Tensor | None:
         gradient = gradient.detach()
         plain = type(gradient) is Tensor and gradient.layout == torch.strided and gradient.numel()
         if plain and gradient.dtype in _EXACT:  # in one operator, since there are hundreds in each backward pass
-            return torch.linalg.vector_norm(gradient, float("inf"))
+            peak: Tensor = torch.linalg.vector_norm(gradient, float("inf"))
+            return peak
         if gradient.layout == torch.sparse_coo:
             values: list[Tensor] = [gradient.coalesce().values()]
         elif gradient.layout != torch.strided:
