@@ -83,7 +83,7 @@ def _measuring(command: argparse.ArgumentParser, efforts: tuple[str, ...], said:
         help="beside another measurement on the device: wait for its end (default), end at once, or measure beside it",
     )  # fmt: skip
     command.add_argument("--model", metavar="M", help="catalogue name, hub id, directory, GGUF file, or random:M")
-    command.add_argument("--data", metavar="FILE|ID", help="a .jsonl(.gz) file, a hub id, or synthetic")
+    command.add_argument("--data", metavar="FILE|ID", help="a file, a folder, a hub id, or synthetic")
 
 
 def run_ab(options: argparse.Namespace) -> int:

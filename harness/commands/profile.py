@@ -29,7 +29,7 @@ def add_commands(commands: Any, common: Any) -> None:
     )
     profile.add_argument("variant", metavar="VARIANT", help="STUDY:NAME, or a TOML file with one variant")
     profile.add_argument("--model", metavar="M", help="catalogue name, hub id, directory, GGUF file, or random:M")
-    profile.add_argument("--data", metavar="FILE|ID", help="a .jsonl(.gz) file, a hub id, or synthetic")
+    profile.add_argument("--data", metavar="FILE|ID", help="a file, a folder, a hub id, or synthetic")
     profile.add_argument(
         "--try",
         dest="attempt",

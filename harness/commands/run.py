@@ -25,7 +25,7 @@ def add_commands(commands: Any, common: Any) -> None:
     run.add_argument("--replicates", type=int, metavar="N", help="number of replicates, instead of --effort")
     run.add_argument("--profile", metavar="P", help="a profile of the study; default: the one of this machine")
     run.add_argument("--model", metavar="M", help="catalogue name, hub id, directory, GGUF file, or random:M")
-    run.add_argument("--data", metavar="FILE|ID", help="a .jsonl(.gz) file, a hub id, or synthetic")
+    run.add_argument("--data", metavar="FILE|ID", help="a file, a folder, a hub id, or synthetic")
     run.add_argument("--variant", metavar="V", action="append", default=[], help="only this variant; repeatable")
     run.add_argument(
         "--phase", choices=("train", "generate", "cold"), action="append", default=[], help="only this; repeatable"
@@ -146,8 +146,13 @@ def _show(run: Run, options: argparse.Namespace) -> int:
 
 def _dry_run(plan: Any, machine: Any, notices: Any, runs: Path, *, as_json: bool) -> int:
     from harness.run.forecast import forecast
+    from harness.studies.data_source import SYNTHETIC
+    from harness.studies.workload import LOSSES
+    from harness.trial.data.records import look_into
 
     expected = forecast(plan, machine, runs)
+    workload = plan.study.workload
+    data = None if workload.data == SYNTHETIC else f"{look_into(workload)}; {LOSSES[workload.loss]}"
     if as_json:
         print_json(
             {
@@ -160,13 +165,14 @@ def _dry_run(plan: Any, machine: Any, notices: Any, runs: Path, *, as_json: bool
                 "memory_bytes": expected.memory_bytes,
                 "disk_bytes": expected.disk_bytes,
                 **({"unknown": expected.unknown} if expected.unknown else {}),
+                **({"data": data} if data else {}),
             }
         )
         return EXIT_PASS
     from harness.report.plan import describe_plan
     from harness.report.terminal import console_for, show
 
-    show(describe_plan(plan, expected, machine, notices), console_for())
+    show(describe_plan(plan, expected, machine, notices, data), console_for())
     return EXIT_PASS
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from harness.errors import UsageError
 from harness.studies.workload import Workload
-from harness.trial.data.records import check_file, read_records
+from harness.trial.data.records import look_into, read_records
 
 GOOD = {"instruction": "say it", "context": "", "response": "it"}
 
@@ -51,7 +51,7 @@ def test_a_record_that_cannot_serve_is_named(tmp_path, lines, words, ending):
     assert words in str(caught.value)
     assert path.name in str(caught.value)
     with pytest.raises(UsageError):  # and so before anything is started
-        check_file(str(path))
+        look_into(Workload(data=str(path)))
 
 
 def test_a_record_needs_no_context(tmp_path):
@@ -60,13 +60,14 @@ def test_a_record_needs_no_context(tmp_path):
     path.write_text(json.dumps([GOOD, {**GOOD, "context": None}]))
     found, label = read(path)
     assert found == [GOOD, GOOD]
-    assert label == "mine.json, 2 records"
+    assert label == "mine.json, 2 records of instruction/context/response"
+    assert look_into(Workload(data=str(path))) == label
 
 
 @pytest.mark.parametrize("kind", ["missing", "folder", "pipe", "cut", "bomb"])
 def test_a_file_that_is_none_is_not_waited_for(tmp_path, kind, monkeypatch):
     """A pipe, a folder, a gzip file cut short, or one that unpacks without end."""
-    monkeypatch.setattr("harness.trial.data.records.FILE_BYTES", 1 << 20)
+    monkeypatch.setattr("harness.trial.data.files.FILE_BYTES", 1 << 20)
     path = tmp_path / "mine.jsonl.gz"
     if kind == "folder":
         path.mkdir()
