@@ -52,7 +52,7 @@ class Workload:
     """Columns of the data that have other names than those that are recognised."""
     loss: Loss = field(default="all", metadata=codec.LATER)
     """"all" takes the loss over all tokens of a record but the first; "answer" over what the model is to answer, with
-    the token that ends it, and nothing of the prompt. The tokens that are trained on are the same."""
+    the token that ends it, and nothing of the prompt; sequences without a token of an answer are left out."""
     prompt_format: PromptFormat = "answer-instruction"
     sequence_length: int = 128
     batch_size: int = 4

@@ -241,7 +241,7 @@ def _parquet(path: Path, where: str) -> Table:
 
     def read(file: IO[bytes]) -> Any:
         try:
-            return parquet.ParquetFile(file)
+            return parquet.ParquetFile(file, page_checksum_verification=True)
         except wrong as error:
             raise UsageError(f"{where}: no Parquet file: {said_by(error)}. Restore it, or name its kind.") from None
 

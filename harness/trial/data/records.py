@@ -70,6 +70,11 @@ def look_into(workload: Workload) -> str:
             return f"{source.label}, records of {form.title}; the first {count} were looked at"
     if not count:
         raise _empty(workload)
+    if count <= workload.held_out_records:
+        raise UsageError(
+            f"data {workload.data!r}: {count} records, and held_out_records = {workload.held_out_records}: none is "
+            "left to train on. Hold out fewer, or use more data."
+        )
     return f"{source.label}, {count} records of {form.title}"
 
 

@@ -61,7 +61,27 @@ def test_a_record_needs_no_context(tmp_path):
     found, label = read(path)
     assert found == [GOOD, GOOD]
     assert label == "mine.json, 2 records of instruction/context/response"
-    assert look_into(Workload(data=str(path))) == label
+    assert look_into(Workload(data=str(path), held_out_records=1)) == label
+
+
+def test_what_is_held_out_is_not_all(tmp_path):
+    """Or nothing is left to train on."""
+    path = tmp_path / "mine.jsonl"
+    path.write_text("\n".join([json.dumps(GOOD)] * 16))
+    with pytest.raises(UsageError, match="16 records, and held_out_records = 16: none is left to train on"):
+        look_into(Workload(data=str(path)))
+    assert look_into(Workload(data=str(path), held_out_records=15)).startswith("mine.jsonl, 16 records")
+
+
+def test_of_a_large_file_the_first_records_are_looked_at(tmp_path, monkeypatch):
+    """Which is said; what is wrong behind them is found when it is read."""
+    monkeypatch.setattr("harness.trial.data.records.LOOKED_AT", 1000)
+    path = tmp_path / "mine.jsonl"
+    path.write_text("\n".join([json.dumps(GOOD)] * 500 + ["{"]))
+    words = "mine.jsonl, records of instruction/context/response; the first 126 were looked at"
+    assert look_into(Workload(data=str(path))) == words
+    with pytest.raises(UsageError, match="line 501: cannot be read as JSON"):
+        read(path)
 
 
 @pytest.mark.parametrize("kind", ["missing", "folder", "pipe", "cut", "bomb"])
