@@ -113,3 +113,27 @@ def test_columns_are_mapped_in_every_kind(write, tmp_path):
     found.append(read(saved(tmp_path / "set", rows), columns=Columns(instruction="question", response="answer")))
     assert all(records == found[0][0] for records, _ in found)
     assert found[0][1] == "x.jsonl, 3 records of question as instruction, answer as response"
+
+
+def test_a_data_set_of_the_hub_is_asked_for_by_configuration_and_split(monkeypatch):
+    """It is read like a saved one; what the library says of one that cannot be had is said."""
+    asked = []
+
+    def load_dataset(name, config, *, split):
+        asked.append((name, config, split))
+        if name == "owner/gone":
+            raise ConnectionError("Couldn't reach it.\nat all")
+        return datasets.Dataset.from_list([{"messages": CHAT}] * 40)
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    assert (
+        look_into(Workload(data="owner/name:main"))
+        == "owner/name:main[train] of the hub, looked into when it is fetched"
+    )
+    assert asked == []
+    assert read("owner/name:main[test]")[1] == "owner/name:main[test], 40 records of messages"
+    with pytest.raises(
+        UsageError, match=r"data 'owner/gone': cannot be read: ConnectionError: Couldn't reach it\. Give"
+    ):
+        read("owner/gone")
+    assert asked == [("owner/name", "main", "test"), ("owner/gone", None, "train")]
