@@ -97,7 +97,7 @@ CHAT = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "c
         ("x.txt", "one\ntwo", {"loss": "answer"}, "loss = 'answer': text has no answer"),
         ("x.txt", "one\ntwo", {"natural_tokens": 8}, "natural_tokens = 8: text has no prompts"),
         ("x.jsonl", CHAT, {"prompt_format": "write-instruction"}, "'write-instruction': it is for instructions"),
-        ("x.jsonl", CHAT, {"columns": Columns(messages="talks")}, r"line 1: no column 'talks'.*There are messages"),
+        ("x.jsonl", CHAT, {"columns": Columns(messages="talks")}, r"line 1: no column 'talks'.*There are 'messages'"),
         ("x.jsonl", "", {}, "no records are in it"),
     ],
 )

@@ -43,8 +43,8 @@ class Table:
     Of JSON the names are those of the first record. Rows raise `UsageError` for what cannot be read, with its place.
     """
 
-    names: tuple[str, ...]
-    """None of a file without a record."""
+    names: tuple[str, ...] | None
+    """None where there is not one record."""
     place: str
     """Where the names stand."""
     rows: Callable[[Sequence[str]], Iterator[Placed]]
@@ -114,7 +114,7 @@ def _plain_text(path: Path, where: str) -> Table:
     def rows(_: Sequence[str]) -> Iterator[Placed]:
         with _open(path, where) as file:
             for place, line in _texts(file, where):
-                if not line.isspace():
+                if line.strip():
                     yield place, {"text": line.rstrip("\r\n")}
 
     return Table(names=("text",), place=where, rows=rows)
@@ -172,7 +172,7 @@ def _listed(content: bytes, where: str) -> list[Any]:
 
 def _records_of_lines(file: BinaryIO, where: str, remedy: str) -> Iterator[Placed]:
     for place, line in _texts(file, where):
-        if line.isspace():
+        if not line.strip():
             continue
         try:
             yield place, codec.parse(line, once=True)
@@ -185,7 +185,10 @@ _LISTED = " A list of records lies in a file whose name ends in .json."
 
 
 def _json_table(rows: Callable[[Sequence[str]], Iterator[Placed]]) -> Table:
-    place, first = next(rows(()), ("", {}))
+    placed = next(rows(()), None)
+    if placed is None:
+        return Table(names=None, place="", rows=rows)
+    place, first = placed
     if not isinstance(first, dict):
         raise no_record(place, first)
     return Table(names=tuple(first), place=place, rows=rows)
@@ -229,7 +232,7 @@ def _csv(path: Path, where: str) -> Table:
 
     place, names = next(cells(), (where, []))
     _check_names(names, place)
-    return Table(names=tuple(names), place=place, rows=rows)
+    return Table(names=tuple(names) or None, place=place, rows=rows)
 
 
 def _parquet(path: Path, where: str) -> Table:
@@ -273,7 +276,7 @@ def _parquet(path: Path, where: str) -> Table:
     if unpacked > FILE_BYTES:
         raise UsageError(f"{where}: more than {FILE_BYTES >> 30} GiB unpacked. Use a part of it.")
     _check_names(names, where)
-    return Table(names=names if holds else (), place=where, rows=rows)
+    return Table(names=names if holds else None, place=where, rows=rows)
 
 
 @contextlib.contextmanager

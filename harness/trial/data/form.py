@@ -117,7 +117,7 @@ def _mapped(names: Sequence[str], columns: Columns, place: str) -> Form:
 
 
 def _there_are(names: Sequence[str]) -> str:
-    return f"There are {shorten(', '.join(map(str, names)), 200)}."
+    return f"There are {shorten(', '.join(map(repr, names)), 200) or 'none'}."
 
 
 def _quoted(name: str) -> str:

@@ -83,7 +83,7 @@ def _open(source: DataSource, workload: Workload) -> tuple[Form, Iterator[AnyRec
     form: Form | None = None
     tables: list[tuple[str, Table]] = []
     for where, table in _tables(source, f"data {shorten(repr(workload.data))}"):
-        if not table.names:
+        if table.names is None:
             continue
         found = recognise(table.names, workload.columns, table.place)
         if form is not None and found != form:

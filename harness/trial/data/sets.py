@@ -14,7 +14,7 @@ from harness.trial.data.files import ROWS, Placed, Table, said_by
 def open_saved(source: DataSource, where: str) -> Table:
     """A folder of save_to_disk, or one split of it. Raises `UsageError` where it cannot be read."""
     if not source.files:
-        return Table(names=(), place=where, rows=lambda _: iter(()))
+        return Table(names=None, place=where, rows=lambda _: iter(()))
     datasets = _library()
     folder = Path(source.name) / source.split
     try:
@@ -55,4 +55,4 @@ def _table(found: Any, where: str) -> Table:
             for number, values in enumerate(zip(*(batch[name] for name in columns), strict=True), begin + 1):
                 yield f"{where}, row {number}", dict(zip(columns, values, strict=True))
 
-    return Table(names=tuple(found.column_names) if len(found) else (), place=where, rows=rows)
+    return Table(names=tuple(found.column_names) if len(found) else None, place=where, rows=rows)

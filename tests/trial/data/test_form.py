@@ -32,7 +32,7 @@ def test_columns_that_people_have_are_recognised(names, title, parts):
 @pytest.mark.parametrize(
     ("names", "words"),
     [
-        ("question answer", "no columns that are known. There are question, answer"),
+        ("question answer", "no columns that are known. There are 'question', 'answer'"),
         ("instruction context", "no column 'response'"),
         ("instruction input", "no column 'output'"),
         ("prompt", "no column 'completion'"),
@@ -58,7 +58,7 @@ def test_columns_of_other_names_are_mapped():
     form = recognise(["q", "a"], Columns(prompt="q", completion="a"), "data")
     assert form.record({"q": "x", "a": "y"}, "data") == {"prompt": "x", "completion": "y"}
     for columns in (Columns(prompt="q"), Columns(prompt="q", completion="b"), Columns(messages="m")):
-        with pytest.raises(UsageError, match=r"no column .*There are q, a\. Mend \[workload\] columns"):
+        with pytest.raises(UsageError, match=r"no column .*There are 'q', 'a'\. Mend \[workload\] columns"):
             recognise(["q", "a"], columns, "data")
     with pytest.raises(UsageError, match="no column 'c', which the study's columns name as context"):
         recognise(["q", "a"], Columns(instruction="q", response="a", context="c"), "data")

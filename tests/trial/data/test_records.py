@@ -24,6 +24,7 @@ def read(path):
     ("lines", "words"),
     [
         ([""], "no records are in it"),
+        (["{}", json.dumps(GOOD)], "line 1: no columns that are known. There are none"),
         (
             [json.dumps(GOOD), json.dumps({**GOOD, "instruction": None})],
             "line 2: instruction = null: a text is expected",
