@@ -103,8 +103,8 @@ def recognise(names: Sequence[str], columns: Columns, place: str) -> Form:
 
 
 def _mapped(names: Sequence[str], columns: Columns, place: str) -> Form:
-    found = {}
-    for part in columns.family or ():
+    family, found = columns.family or (), {}
+    for part in family:
         column = columns.given.get(part, part)
         if column in names:
             found[part] = column
@@ -113,7 +113,7 @@ def _mapped(names: Sequence[str], columns: Columns, place: str) -> Form:
             raise UsageError(
                 f"{place}: no column {_quoted(column)}, {said}. {_there_are(names)} Mend [workload] columns."
             )
-    return Form(columns=found)
+    return Form(columns=found, lacks=OPTIONAL if OPTIONAL in family and OPTIONAL not in found else "")
 
 
 def _there_are(names: Sequence[str]) -> str:

@@ -55,6 +55,9 @@ def test_columns_of_other_names_are_mapped():
     form = recognise("question response context extra".split(), Columns(instruction="question"), "data")
     assert form.columns == {"instruction": "question", "context": "context", "response": "response"}
     assert form.title == "question as instruction, context as context, response as response"
+    form = recognise(["question", "answer"], Columns(instruction="question", response="answer"), "data")
+    with pytest.raises(UsageError, match="line 2: it has 'context', and the first record has none"):
+        form.record({"question": "x", "answer": "y", "context": "z"}, "line 2")
     form = recognise(["q", "a"], Columns(prompt="q", completion="a"), "data")
     assert form.record({"q": "x", "a": "y"}, "data") == {"prompt": "x", "completion": "y"}
     for columns in (Columns(prompt="q"), Columns(prompt="q", completion="b"), Columns(messages="m")):
