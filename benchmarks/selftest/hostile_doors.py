@@ -80,12 +80,14 @@ def _enter_listed_records(folder: Path, content: bytes) -> str:
 
 
 def _read_records(path: Path, content: bytes) -> str:
+    from harness.trial.data.messages import Conversation
     from harness.trial.data.records import read_records
 
     path.write_bytes(content)
     records, label = read_records(Workload(data=str(path)))
     for record in records:
-        assert all(isinstance(record[column], str) for column in ("instruction", "context", "response"))
+        texts = [one.content for one in record.messages] if isinstance(record, Conversation) else record.values()
+        assert all(isinstance(text, str) for text in texts)
     return make_visible(label)
 
 

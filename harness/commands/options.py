@@ -8,7 +8,7 @@ from typing import Any
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "replicates": {"type": int, "metavar": "N", "help": "number of replicates, instead of {prefix}effort"},
     "model": {"metavar": "M", "help": "catalogue name, hub id, directory, GGUF file, or random:M"},
-    "data": {"metavar": "FILE|ID", "help": "a .jsonl(.gz) file, a hub id, or synthetic"},
+    "data": {"metavar": "FILE|ID", "help": "a file, a folder, a hub id, or synthetic"},
     "variant": {"metavar": "V", "action": "append", "default": [], "help": "only this variant; repeatable"},
     "max-minutes": {"type": float, "metavar": "M", "help": "drop rounds, of all alike, to end by then"},
     "allow-disturbed": {"action": "store_true", "help": "let trials count whose surroundings were past a limit"},

@@ -138,8 +138,13 @@ def _show(run: Run, options: argparse.Namespace) -> int:
 
 def _dry_run(plan: Any, machine: Any, notices: Any, runs: Path, *, as_json: bool) -> int:
     from harness.run.forecast import forecast
+    from harness.studies.data_source import SYNTHETIC
+    from harness.studies.workload import LOSSES
+    from harness.trial.data.records import look_into
 
     expected = forecast(plan, machine, runs)
+    workload = plan.study.workload
+    data = None if workload.data == SYNTHETIC else f"{look_into(workload)}; {LOSSES[workload.loss]}"
     if as_json:
         print_json(
             {
@@ -152,13 +157,14 @@ def _dry_run(plan: Any, machine: Any, notices: Any, runs: Path, *, as_json: bool
                 "memory_bytes": expected.memory_bytes,
                 "disk_bytes": expected.disk_bytes,
                 **({"unknown": expected.unknown} if expected.unknown else {}),
+                **({"data": data} if data else {}),
             }
         )
         return EXIT_PASS
     from harness.report.plan import describe_plan
     from harness.report.terminal import console_for, show
 
-    show(describe_plan(plan, expected, machine, notices), console_for())
+    show(describe_plan(plan, expected, machine, notices, data), console_for())
     return EXIT_PASS
 
 

@@ -18,11 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from harness.errors import UsageError
 from harness.machine.nvml import Device, open_device
 from harness.machine.repository import git_state
 from harness.machine.system import memory_available_bytes, memory_bytes, settings
-from harness.records import codec, inputs
+from harness.records import codec
 from harness.records.preparation import Hello
+from harness.studies import data_source
 from harness.studies.study import Study
 from harness.studies.workload import Workload
 
@@ -194,12 +196,22 @@ def _content_of_workloads(common: Workload, own: Mapping[str, Workload]) -> dict
 
 
 def _content_of(data: str) -> str:
-    """What the data is, whatever its path: the hash of a file, the name of anything else."""
-    path = Path(data)
-    if not inputs.is_file(path):
+    """What the data is, whatever its path: the hash of a file, or of those of a folder; the name of anything else."""
+    try:
+        source = data_source.resolve(data)
+    except UsageError:  # which is for whoever reads it to say
         return data
+    if not source.files:
+        return data
+    digests = [_digest_of(path) for path in source.files]
+    if source.kind == "file":
+        return f"{source.label} sha256:{digests[0][:16]}"
+    return f"{source.label} sha256:{hashlib.sha256(' '.join(digests).encode()).hexdigest()[:16]}"
+
+
+def _digest_of(path: Path) -> str:
     with path.open("rb") as file:
-        return f"{path.name} sha256:{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def comparable(provenance: Mapping[str, Any], without: Sequence[str] = ()) -> dict[str, Any]:

@@ -77,6 +77,8 @@ def profile_variant(
         executor.start(folder, study.workload.threads)
         say("preparing tokens")
         tokens = executor.prepare_tokens(study.workload, keep=False)
+        if not tokens.synthetic:
+            say(f"data {tokens.data}")
         site = site_of(study.workload, tokens, greet(executor, [variant]).device)
         try:
             worker = executor.launch()

@@ -19,7 +19,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-from harness.errors import UsageError, impossible
+from harness.errors import UsageError, impossible, shorten
 
 T = TypeVar("T")
 MOST_DEPTH = 64
@@ -31,20 +31,25 @@ MOST_INTEGER = 2**63 - 1
 _MANY_DIGITS = re.compile(r"\d{19}", re.ASCII)
 NAMED = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 """What is no number in JSON, as it is written."""
+LATER: Mapping[str, bool] = types.MappingProxyType({"later": True})
+"""Metadata of a field that came when there was already something written: it is left out where it has its default. So
+what was written before keeps its hashes, and a revision that does not know the field reads what does without it."""
 
 
 class NotJsonError(ValueError):
     """A text that is no JSON, or none that can be held: cut short, nested too deeply, a number without end."""
 
 
-def parse(text: str | bytes) -> Any:
-    """Plain data of JSON text, within bounds. Raises `NotJsonError`, and nothing else, whatever the text is."""
+def parse(text: str | bytes, *, once: bool = False) -> Any:
+    """Plain data of JSON text, within bounds; `once` refuses a table that says a key twice, of which readers of JSON
+    take one or the other. Raises `NotJsonError`, and nothing else, whatever the text is."""
     try:
         text = text if isinstance(text, str) else text.decode("utf-8")
         parts = text.count("[") + text.count("{")
         if parts > MOST_PARTS:
             raise NotJsonError(f"it has more than {MOST_PARTS} lists and tables")
-        data = json.loads(text, parse_int=_number if _MANY_DIGITS.search(text) else None)
+        numbers = _number if _MANY_DIGITS.search(text) else None
+        data = json.loads(text, parse_int=numbers, object_pairs_hook=_table if once else None)
         if parts > MOST_DEPTH:
             check_depth(data)
         return data
@@ -52,6 +57,14 @@ def parse(text: str | bytes) -> Any:
         raise NotJsonError("it is nested too deeply") from None
     except ValueError as error:  # of a text cut short, of bytes that are no text, of thousands of digits
         raise NotJsonError(str(error).partition(";")[0]) from None
+
+
+def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise NotJsonError(f"it says {shorten(repr(max(keys, key=keys.count)), 60)} twice")
+    return table
 
 
 def _number(digits: str) -> int | float:
@@ -76,13 +89,18 @@ def check_depth(data: Any) -> None:
 
 
 def to_json(value: Any) -> Any:
-    """Plain JSON data of a dataclass instance (tuples become lists); non-finite floats become their names.
+    """Plain JSON data of a dataclass instance (tuples become lists); non-finite floats become their names, and a field
+    marked `LATER` is left out where it has its default.
 
     JSON has no NaN or infinity, and a diverged loss must not make a record unreadable, so they are written as the
     strings "NaN", "Infinity" and "-Infinity", which `from_json` turns back into floats where a float is due.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {
+            field.name: to_json(getattr(value, field.name))
+            for field in dataclasses.fields(value)
+            if "later" not in field.metadata or getattr(value, field.name) != field.default
+        }
     if isinstance(value, Mapping):
         return {str(key): to_json(item) for key, item in value.items()}
     if isinstance(value, str):

@@ -42,6 +42,8 @@ TOKENS: Form = {
     "data": str,
     "real_tokens": int,
     "padded_tokens": int,
+    "loss_tokens": int,
+    "without_loss": int,
     "synthetic": bool,
     "tokenizer_substituted": bool,
     "examples": tuple[dict[str, str], ...],

@@ -5,8 +5,9 @@ Both cross from a measuring process to its parent, and parts of both stand in th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from harness.records import codec
 from harness.records.record import SCHEMA
 
 
@@ -51,5 +52,9 @@ class TokenSummary:
     padded_tokens: int
     """Padding in one epoch of the training stream."""
     records: int
+    loss_tokens: int | None = field(default=None, metadata=codec.LATER)
+    """Tokens that the loss is taken over in one epoch of the training stream; None is not counted."""
+    without_loss: int = field(default=0, metadata=codec.LATER)
+    """Sequences that were left out because no token of an answer is in them."""
     examples: tuple[Example, ...] = ()
     """The whole prompts, in the order of their numbers."""

@@ -60,6 +60,10 @@ class LiveDisplay:
         self._show()
         self._line(f"run {run_id}: {self._total} trials, {self._replicates} replicates; starting the worker")
 
+    def tokens_prepared(self, data: str) -> None:
+        """Say what is trained on."""
+        self._line(f"data {make_visible(data)}")
+
     def trial_phase(self, slot: Slot, phase: str) -> None:
         """Show the trial's new phase."""
         words = (

@@ -13,12 +13,15 @@ from harness.run.forecast import Forecast
 from harness.run.plan import Plan
 
 
-def describe_plan(plan: Plan, expected: Forecast, machine: Machine, notices: Sequence[Notice]) -> Document:
-    """A line a replicate, the level and why, time, memory and disk."""
+def describe_plan(
+    plan: Plan, expected: Forecast, machine: Machine, notices: Sequence[Notice], data: str | None = None
+) -> Document:
+    """A line a replicate, the level and why, time, memory and disk, and what `data` somebody gave was recognised as."""
     size = f": {len(plan.slots)} trials on {machine.device_name}"
     return (
         say(Span(text=plan.study.title, tone="strong"), size, indented=False),
         *say_each(_lines(plan, expected)),
+        *say_each([f"data    {data}"] if data else []),
         *describe_notices(notices),
     )
 

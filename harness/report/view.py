@@ -7,6 +7,7 @@ number without its interval; a trial that is not ok is named with its status and
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from harness.report.progress import replicates_said, standing
 from harness.report.table import Cell, write_ratio, write_value
 from harness.stats import Comparison
 from harness.studies.study import Study
-from harness.studies.workload import Workload
+from harness.studies.workload import LOSSES, Workload
 from harness.verdicts.notices import notices_of
 from harness.verdicts.series import Groups, Series, series_of
 from harness.verdicts.standing import Standing, ratios_of, standing_of
@@ -220,7 +221,8 @@ def _facts(run: Run, study: Study) -> tuple[str, ...]:
         f"device    {name} ({device}, {threads} thread{plural}){_power_limit(provenance)}",
         f"software  {versions}, Python {python}; {commit}",
         f"workload  {workload.model}; {tokens.get('data', workload.data)}; "
-        f"{workload.batch_size} × {workload.sequence_length} tokens a batch, {workload.layout}; "
+        f"{workload.batch_size} × {workload.sequence_length} tokens a batch, {workload.layout}"
+        f"{'' if workload.loss == 'all' else f', {LOSSES[workload.loss]}'}; "
         f"{workload.prompt_tokens} + {workload.new_tokens} tokens a request",
         f"tokens    {_tokens(tokens)}",
         *_own_workloads(run, study),
@@ -242,16 +244,18 @@ def _power_limit(provenance: Mapping[str, Any]) -> str:
 
 def _tokens(tokens: Mapping[str, Any]) -> str:
     real, padded = tokens.get("real_tokens", 0), tokens.get("padded_tokens", 0)
-    return f"{real} real and {padded} padded in an epoch, hash {str(tokens.get('hash', ''))[:12]}"
+    loss = f", loss over {tokens['loss_tokens']}" if "loss_tokens" in tokens else ""
+    loss += f" ({tokens['without_loss']} sequences without a label left out)" if tokens.get("without_loss") else ""
+    return f"{real} real and {padded} padded in an epoch{loss}, hash {str(tokens.get('hash', ''))[:12]}"
 
 
 def _own_workloads(run: Run, study: Study) -> Iterator[str]:
     """What variants are measured on that are not measured on the study's workload."""
-    common, tokens = codec.to_json(study.workload), run.manifest.tokens.get("own", {})
+    tokens = run.manifest.tokens.get("own", {})
     found = codec.from_json(dict[str, Workload], run.manifest.own_workloads, f"run {run.manifest.run}")
     for name, workload in found.items():
-        own = codec.to_json(workload)
-        changes = ", ".join(f"{key} = {own[key]}" for key in own if own[key] != common[key])
+        pairs = ((field.name, getattr(workload, field.name)) for field in dataclasses.fields(workload))
+        changes = ", ".join(f"{key} = {value}" for key, value in pairs if value != getattr(study.workload, key))
         yield f"own       {name} has {changes}; {_tokens(tokens.get(name, {}))}"
 
 

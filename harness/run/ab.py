@@ -32,6 +32,7 @@ from harness.run.measure import Arm, Display, measure
 from harness.run.plan import Plan, make_plan
 from harness.run.resume import INJECTED, PRESENT, check_place, is_calibration
 from harness.run.stops import Stops
+from harness.studies.data_source import make_absolute
 from harness.studies.study import Study
 from harness.studies.variant import Variant
 from harness.verdicts.comparand import differences
@@ -174,8 +175,7 @@ def _locate(study: Study) -> Study:
     model = Path(workload.model.removeprefix(prefix))
     if inputs.is_there(model):
         workload = dataclasses.replace(workload, model=f"{prefix}{model.absolute()}")
-    if inputs.is_file(workload.data):
-        workload = dataclasses.replace(workload, data=str(Path(workload.data).absolute()))
+    workload = dataclasses.replace(workload, data=make_absolute(workload.data))
     return dataclasses.replace(study, workload=workload)
 
 

@@ -16,14 +16,13 @@ from harness.models import catalogue, shapes
 from harness.models.costs.lora import PAGED_FROM_ELEMENTS, adapter_tensors, paged_state_bytes
 from harness.models.costs.memory import MemoryEstimate, estimate_memory, stored_dtype
 from harness.models.shapes import ModelShape, linear_layers, unknown_layers
-from harness.records import inputs
 from harness.records.record import Notice
 from harness.records.units import format_bytes
 from harness.run.contenders import Contender, contenders_of, workloads_of
 from harness.studies.study import Study
 from harness.studies.variant import Variant
-from harness.studies.workload import SYNTHETIC, Workload
-from harness.trial.data.records import check_file
+from harness.studies.workload import Workload
+from harness.trial.data.records import look_into
 
 ERRS_BY = 0.10
 """How far an estimate of memory may be from the peak: within it nothing is refused, and beyond it nothing is safe."""
@@ -53,7 +52,7 @@ def check_feasible(
     contenders = contenders or contenders_of(study)
     for workload in workloads_of(study, contenders):
         _check_lengths(study.name, workload, shape)
-    _check_data(study)
+    look_into(study.workload)
     _check_requirements(study)
     unknown = unknown_layers(shape)
     notices: list[Notice] = []
@@ -105,17 +104,6 @@ def _check_lengths(study: str, workload: Workload, shape: ModelShape) -> None:
                 f"study {study}, [workload]: {key} = {length}: longer than the context of {workload.model}, "
                 f"{shape.context} tokens. Use {shape.context} or fewer."
             )
-
-
-def _check_data(study: Study) -> None:
-    data = study.workload.data
-    looks_like_file = data.endswith((".jsonl", ".json", ".jsonl.gz")) or data.startswith((".", "/", "~"))
-    if data != SYNTHETIC and looks_like_file and not inputs.is_file(data):
-        raise UsageError(
-            f"study {study.name}, [workload]: data = {data!r}: no such file. Give a .jsonl or .jsonl.gz file, a hub "
-            f"id, or {SYNTHETIC!r}."
-        )
-    check_file(data)
 
 
 def _check_requirements(study: Study) -> None:

@@ -48,6 +48,9 @@ class Display(Watcher, Protocol):
     def starting(self, plan: Plan, run_id: str) -> None:
         """The worker is being started."""
 
+    def tokens_prepared(self, data: str) -> None:
+        """What the data that somebody gave was recognised as."""
+
 
 def plan_study(
     study: Study,
@@ -159,6 +162,8 @@ def measure(
                 executor.start(runs / run_id, threads[name])
             # While the workers import:
             prepared = {workload: first.executor.prepare_tokens(workload) for workload in plan.workloads}
+            if not prepared[study.workload].synthetic:
+                shown.tokens_prepared(prepared[study.workload].data)
             hellos = {name: greet(executor, variants) for name, executor in executors.items()}
             there = {arm.name: arm.executor.facts() for arm in arms if arm is first or arm.name == arm.side}
         tokens = _tokens(plan, prepared)
@@ -227,6 +232,10 @@ class Shielded:
     def starting(self, plan: Plan, run_id: str) -> None:
         """As the display's."""
         self._tell(lambda display: display.starting(plan, run_id))
+
+    def tokens_prepared(self, data: str) -> None:
+        """As the display's."""
+        self._tell(lambda display: display.tokens_prepared(data))
 
     def trial_phase(self, slot: Slot, phase: str) -> None:
         """As the display's."""

@@ -6,17 +6,20 @@ where the workload itself is in question has a variant one of its own (`harness.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from harness.errors import UsageError
+from harness.records import codec
 from harness.studies import limits
+from harness.studies.columns import Columns
+from harness.studies.data_source import SYNTHETIC
 
 Layout = Literal["packed", "padded"]
+Loss = Literal["all", "answer"]
+LOSSES: dict[Loss, str] = {"all": "loss on all tokens", "answer": "loss on the answers alone"}
+"""In words."""
 PromptFormat = Literal["answer-instruction", "write-instruction"]
-
-SYNTHETIC = "synthetic"
-"""Name of the embedded data source: seeded instruction records, no download."""
 
 _RANGES: dict[str, limits.Range] = {
     "sequence_length": (8, 2**24),
@@ -43,7 +46,13 @@ class Workload:
     model: str = "tiny-llama"
     """Catalogue name, hub id, directory, GGUF file, or "random:" followed by any of these."""
     data: str = SYNTHETIC
-    """"synthetic", a path to .jsonl or .jsonl.gz, or a hub id such as databricks/databricks-dolly-15k."""
+    """"synthetic", a file, a folder, or a hub id such as databricks/databricks-dolly-15k; what of these can be read and
+    how a configuration and a split are named stands in `harness.studies.data_source`."""
+    columns: Columns = field(default=Columns(), metadata=codec.LATER)
+    """Columns of the data that have other names than those that are recognised."""
+    loss: Loss = field(default="all", metadata=codec.LATER)
+    """"all" takes the loss over all tokens of a record but the first; "answer" over what the model is to answer, with
+    the token that ends it, and nothing of the prompt; sequences without a token of an answer are left out."""
     prompt_format: PromptFormat = "answer-instruction"
     sequence_length: int = 128
     batch_size: int = 4

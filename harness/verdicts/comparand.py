@@ -24,6 +24,7 @@ from harness.records.store import Run
 from harness.stats import Comparison
 from harness.studies.study import Study
 from harness.studies.variant import Variant
+from harness.studies.workload import Workload
 from harness.verdicts.series import Series, Trials, series_of
 from harness.verdicts.standing import say_broken, standing_of, trial_faults
 
@@ -141,9 +142,21 @@ def machine_differences(base: Comparand, candidate: Comparand) -> list[Differenc
 
 def fact_differences(base: Mapping[str, Any], candidate: Mapping[str, Any]) -> list[Difference]:
     """Facts of machine, libraries and workload that differ. A power limit that one side did not record differs from
-    nothing: it was not recorded at first, and such runs stay comparable. `unknown_power_limit` says so."""
-    found = differences(base, candidate)
+    nothing: it was not recorded at first, and such runs stay comparable. `unknown_power_limit` says so. A field of the
+    workload that one side does not write has its default there."""
+    found = [one if None not in (one.base, one.candidate) else _told(one) for one in differences(base, candidate)]
     return [one for one in found if one.field != POWER_LIMIT or None not in (one.base, one.candidate)]
+
+
+def _told(difference: Difference) -> Difference:
+    """The same with the default in place of what is not written of a workload while it has it (`codec.LATER`)."""
+    section, _, name = difference.field.rpartition(".")
+    later = {one.name: one.default for one in dataclasses.fields(Workload) if "later" in one.metadata}
+    if section != "workload" or name not in later:
+        return difference
+    given = {"base": difference.base, "candidate": difference.candidate}
+    told = {side: codec.to_json(later[name]) if value is None else value for side, value in given.items()}
+    return dataclasses.replace(difference, **told)
 
 
 def unknown_power_limit(base: Comparand, candidate: Comparand) -> Notice | None:

@@ -159,7 +159,7 @@ def test_what_is_not_known_is_refused(plan, options, word):
 def test_paths_of_the_workload_are_absolute(plan, small_study, tmp_path, monkeypatch):
     """A relative one would be another file in the worktree that a revision runs in; names stay names."""
     monkeypatch.chdir(tmp_path)
-    Path("records.jsonl").write_text(json.dumps({"instruction": "a", "context": "", "response": "b"}))
+    Path("records.jsonl").write_text("\n".join([json.dumps({"instruction": "a", "context": "", "response": "b"})] * 9))
     workload = dataclasses.replace(small_study.workload, data="records.jsonl")
     made = plan(study=dataclasses.replace(small_study, workload=workload))
     assert made.study.workload.data == str(tmp_path / "records.jsonl")

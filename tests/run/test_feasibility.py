@@ -1,12 +1,16 @@
 """What cannot work is refused before any model is loaded."""
 
 import dataclasses
+import shutil
+from pathlib import Path
 
 import pytest
 
 from harness.errors import UsageError
+from harness.models import shapes
 from harness.run.contenders import contenders_of
 from harness.run.feasibility import check_feasible
+from harness.studies.columns import Columns
 
 
 def with_variant(study, **changes):
@@ -80,3 +84,44 @@ def test_what_merely_surprises_is_a_notice(small_study, machine):
     codes = {n.code for n in check_feasible(with_variant(small_study, r=8, optimizer="paged_adamw_32bit"), machine)}
     assert "nothing-to-page" in codes
     assert {n.code for n in check_feasible(small_study, machine)} == {"random-weights"}
+
+
+CHAT = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "changes", "words"),
+    [
+        ("x.jsonl", '{"text": "a"}\n{"text": null}', {}, "line 2: text = null"),
+        ("x.csv", "prompt,completion\na,b\nc\n", {}, "line 3: 1 cells"),
+        ("x.txt", "one\ntwo", {"loss": "answer"}, "loss = 'answer': text has no answer"),
+        ("x.txt", "one\ntwo", {"natural_tokens": 8}, "natural_tokens = 8: text has no prompts"),
+        ("x.jsonl", CHAT, {"prompt_format": "write-instruction"}, "'write-instruction': it is for instructions"),
+        ("x.jsonl", CHAT, {"columns": Columns(messages="talks")}, r"line 1: no column 'talks'.*There are 'messages'"),
+        ("x.jsonl", "", {}, "no records are in it"),
+    ],
+)
+def test_data_is_looked_into_before_anything_is_loaded(small_study, machine, tmp_path, name, content, changes, words):
+    """What a run would end at is said with its line, whatever the file is."""
+    (tmp_path / name).write_text(content)
+    study = with_workload(small_study, data=str(tmp_path / name), **changes)
+    with pytest.raises(UsageError, match=words):
+        check_feasible(study, machine)
+
+
+def test_conversations_need_a_chat_template(small_study, machine, tmp_path):
+    """Told from the files of the model, which is not loaded; any place for one will do."""
+    folder, data = tmp_path / "model", tmp_path / "x.jsonl"
+    folder.mkdir()
+    shutil.copy(Path(shapes.__file__).with_name("tiny-llama.json"), folder / "config.json")
+    data.write_text(CHAT * 9)
+    (folder / "tokenizer_config.json").write_text('{"chat_template": null}')
+    study = with_workload(small_study, model=str(folder), data=str(data))
+    with pytest.raises(UsageError, match=r"its tokenizer has no chat template.*Instruct.*chat_template\.jinja beside"):
+        check_feasible(study, machine)
+    check_feasible(with_workload(study, model=f"random:{folder}"), machine)
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    check_feasible(study, machine)
+    (folder / "chat_template.jinja").unlink()
+    (folder / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
+    check_feasible(study, machine)

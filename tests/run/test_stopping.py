@@ -210,6 +210,9 @@ class Silent:
     def starting(self, plan, run_id):
         pass
 
+    def tokens_prepared(self, data):
+        pass
+
     def trial_phase(self, slot, phase):
         pass
 

@@ -18,6 +18,7 @@ from harness.stats import Comparison
 from harness.studies.variant import Variant
 from harness.verdicts import outcome as verdicts
 from harness.verdicts.benchmark_json import read_benchmark_json
+from harness.verdicts.comparand import fact_differences
 
 BASE = {"plain": [0.100, 0.101, 0.099, 0.1005], "nf4": [0.200, 0.201, 0.199, 0.2005]}
 
@@ -724,3 +725,17 @@ def test_the_text_shows_rows_reasons_and_control(write_run, tmp_path, capsys):
     text = capsys.readouterr().out
     for word in ("b against a", "nf4", "step time", "regressed", "lies wholly above", "control of train"):
         assert word in text
+
+
+def test_what_a_workload_does_not_write_is_told_as_its_default():
+    """Two runs of different labels are not compared, and it is said which labels both had."""
+    base = {"workload": {"model": "m"}}
+    changed = {"workload": {"model": "m", "loss": "answer", "columns": {"text": "body"}}}
+    told = [str(one) for one in fact_differences(base, changed)]
+    assert told == [
+        "workload.loss: 'all' in the base, 'answer' in the candidate",
+        "workload.columns: {} in the base, {'text': 'body'} in the candidate",
+    ]
+    assert "'answer' in the base, 'all' in the candidate" in str(fact_differences(changed, base)[0])
+    (model,) = fact_differences({"workload": {}}, base)
+    assert str(model) == "workload.model: None in the base, 'm' in the candidate"

@@ -1,146 +1,142 @@
-"""Instruction records: read from a file or the hub in an order fixed by the seed, and each held against its form.
-
-A record that lacks its text would be trained on as the word "None", or end the run in a traceback long after it was
-read. So each is looked at when it is read, and one that cannot serve is refused with its line.
-"""
+"""Records of a workload: read in an order fixed by the seed, recognised, and each held against its form."""
 
 from __future__ import annotations
 
-import contextlib
-import gzip
+import itertools
 import random
-import zlib
-from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import Any, BinaryIO
+from collections.abc import Iterator
 
 from harness.errors import UsageError, shorten
-from harness.records import codec, inputs
-from harness.studies.workload import SYNTHETIC, Workload
-from harness.trial.data.synthetic import Record, synthetic_records
+from harness.models import catalogue
+from harness.models.chat_template import has_chat_template, no_chat_template
+from harness.studies.data_source import DataSource, resolve
+from harness.studies.workload import Workload
+from harness.trial.data.encoding import AnyRecord
+from harness.trial.data.files import Placed, Table, open_table
+from harness.trial.data.form import SAID, Form, recognise
+from harness.trial.data.messages import Conversation
+from harness.trial.data.sets import open_hub, open_saved
+from harness.trial.data.synthetic import synthetic_records
 
-COLUMNS = ("instruction", "context", "response")
-EMPTY = ("context",)
-"""Columns that need not hold a text: a record without one has none."""
-LINE_BYTES = 16 << 20
-FILE_BYTES = 4 << 30
-"""Of what a file unpacks to; its records are held in memory to be shuffled."""
-CHECKED_BYTES = 32 << 20
-_ENDINGS = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
-_REMEDY = "Give a .jsonl or .jsonl.gz file, a hub id that this machine can reach, or 'synthetic'."
+LOOKED_AT = 32 << 20
+"""Characters of records that are looked at before anything is started: more would take seconds."""
+TEXT_CHARACTERS = 4 << 30
+"""Of all records together, which are held in memory to be shuffled."""
 
 
-def read_records(workload: Workload) -> tuple[Iterator[Record], str]:
+def read_records(workload: Workload) -> tuple[Iterator[AnyRecord], str]:
     """The records of a workload in an order fixed by `data_seed`, and what they are in words.
 
     Raises:
-        UsageError: a file or data set that cannot be read, is empty, or holds a record without a text that it needs;
-            the file and the line are named.
+        UsageError: data that cannot be read, is empty, or holds a record without a text that it needs or that this
+            workload cannot use; the file and the line are named.
     """
-    if workload.data == SYNTHETIC:
+    source = resolve(workload.data)
+    if source.kind == "synthetic":
         return synthetic_records(workload.data_seed), f"synthetic instruction records, seed {workload.data_seed}"
-    where = f"data {workload.data!r}"
-    path = Path(workload.data)
-    if path.name.endswith(_ENDINGS):
-        records, label = list(_of_file(path, where)), path.name
-    else:
-        records, label = list(_of_hub(workload.data, where)), workload.data
-    if not records:
-        raise UsageError(f"{where}: no records are in it. Records need {', '.join(COLUMNS)}.")
-    random.Random(workload.data_seed).shuffle(records)
-    return iter(records), f"{label}, {len(records)} records"
-
-
-def check_file(data: str) -> None:
-    """Raises `UsageError` for a file of records that `read_records` would refuse; looks at no other data, nor at a file
-    so large that it would take seconds."""
-    path = Path(data)
-    if path.name.endswith(_ENDINGS) and inputs.is_file(path) and path.stat().st_size <= CHECKED_BYTES:
-        read_records(Workload(data=data))
-
-
-def _of_file(path: Path, where: str) -> Iterator[Record]:
-    """One record a line; or, in a file that begins with a bracket, a list of them."""
-    try:
-        with _open(path) as file:
-            whole = not path.name.endswith((".jsonl", ".jsonl.gz")) and file.peek(1)[:1] == b"["  # type: ignore[attr-defined]
-            if whole:
-                listed = codec.parse(_bounded(file.read(inputs.BENCHMARK_BYTES + 1), inputs.BENCHMARK_BYTES))
-                yield from _checked(((f"{where}, record {n}", one) for n, one in enumerate(listed, 1)))
-                return
-            yield from _checked(_lines(file, where))
-    except (OSError, EOFError, zlib.error) as error:
-        said = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
-        raise UsageError(f"{where}: cannot be read: {said}. {_REMEDY}") from None
-    except codec.NotJsonError as error:
-        raise UsageError(f"{where}: cannot be read: {error}. {_REMEDY}") from None
-
-
-@contextlib.contextmanager
-def _open(path: Path) -> Iterator[BinaryIO]:
-    if not inputs.is_file(path):  # what is no plain file may never begin, or never end
-        raise FileNotFoundError(2, "there is no such file" if not inputs.is_there(path) else "it is no plain file")
-    with gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as file:
-        yield file  # type: ignore[misc]  # a gzip file reads as any other
-
-
-def _lines(file: BinaryIO, where: str) -> Iterator[tuple[str, Any]]:
-    """Where each line stands, and its content; blank ones are passed over."""
-    read = number = 0
-    while line := file.readline(LINE_BYTES + 1):
-        number, read = number + 1, read + len(line)
-        place = f"{where}, line {number}"
-        if read > FILE_BYTES:
-            raise UsageError(f"{place}: more than {FILE_BYTES >> 30} GiB. Use a part of it.")
-        if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")
-        if line.isspace() or not line:
-            continue
-        try:
-            yield place, codec.parse(_bounded(line, LINE_BYTES))
-        except codec.NotJsonError as error:
-            raise UsageError(f"{place}: cannot be read as JSON: {error}. Mend it, or take the line out.") from None
-
-
-def _bounded(content: bytes, most: int) -> bytes:
-    if len(content) > most:
-        raise codec.NotJsonError(f"it has more than {most >> 20} MiB")
-    return content
-
-
-def _of_hub(name: str, where: str) -> Iterator[Record]:
-    import datasets
-
-    datasets.disable_progress_bars()
-    try:
-        rows = datasets.load_dataset(name, split="train").to_list()
-    except Exception as error:  # which exception depends on the library beneath
-        said = next(iter(str(error).splitlines()), "")
-        raise UsageError(f"{where}: cannot be read: {type(error).__name__}: {said}. {_REMEDY}") from error
-    yield from _checked((f"{where}, record {number}", row) for number, row in enumerate(rows, 1))
-
-
-def _checked(found: Iterable[tuple[str, Any]]) -> Iterator[Record]:
-    """The records as texts. Raises `UsageError` for one that is none, with its place."""
-    for place, row in found:
-        if not isinstance(row, dict):
+    form, found = _open(source, workload)
+    records = []
+    read = 0
+    for record in found:
+        records.append(record)
+        read += _characters(record)
+        if read > TEXT_CHARACTERS:
             raise UsageError(
-                f"{place}: {shorten(repr(row), 60)}: a table of {', '.join(COLUMNS)} is expected. Mend it."
+                f"data {workload.data!r}: more than {TEXT_CHARACTERS >> 30} GiB of text. Use a part of it."
             )
-        record: Record = {}
-        for column in COLUMNS:
-            if column not in row:
-                raise UsageError(f"{place}: no column {column!r}. Records need instruction, context and response.")
-            text = row[column]
-            if text is None and column in EMPTY:
-                text = ""
-            if not isinstance(text, str) or (not text.isascii() and not _is_text(text)):
-                said = "null" if text is None else shorten(repr(text), 60)
-                raise UsageError(f"{place}: {column} = {said}: a text is expected. Mend it, or take the record out.")
-            record[column] = text
-        yield record
+    if not records:
+        raise _empty(workload)
+    random.Random(workload.data_seed).shuffle(records)
+    return iter(records), f"{source.label}, {len(records)} records of {form.title}"
 
 
-def _is_text(text: str) -> bool:
-    """Whether UTF-8 can hold it, as halves of characters cannot be."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
+def look_into(workload: Workload) -> str:
+    """What the data is in words, from its first records, without anything being loaded; of a data set of the hub only
+    which it is.
+
+    Raises:
+        UsageError: data that `read_records` would refuse, as far as it is looked at.
+    """
+    source = resolve(workload.data)
+    if source.kind == "synthetic":
+        return f"synthetic instruction records, seed {workload.data_seed}"
+    if source.kind == "hub":
+        return f"{source.label} of the hub, looked into when it is fetched"
+    form, found = _open(source, workload)
+    count = read = 0
+    for record in found:
+        count, read = count + 1, read + _characters(record)
+        if read > LOOKED_AT:
+            return f"{source.label}, records of {form.title}; the first {count} were looked at"
+    if not count:
+        raise _empty(workload)
+    if count <= workload.held_out_records:
+        raise UsageError(
+            f"data {workload.data!r}: {count} records, and held_out_records = {workload.held_out_records}: none is "
+            "left to train on. Hold out fewer, or use more data."
+        )
+    return f"{source.label}, {count} records of {form.title}"
+
+
+def _open(source: DataSource, workload: Workload) -> tuple[Form, Iterator[AnyRecord]]:
+    """The form of the records, and they themselves, file by file."""
+    form: Form | None = None
+    tables: list[tuple[str, Table]] = []
+    for where, table in _tables(source, f"data {shorten(repr(workload.data))}"):
+        if table.names is None:
+            continue
+        found = recognise(table.names, workload.columns, table.place)
+        if form is not None and found != form:
+            raise UsageError(f"{where}: {found.title}, and {tables[0][0]} has {form.title}. Part them.")
+        form = found
+        tables.append((where, table))
+    if form is None:
+        raise _empty(workload)
+    _check_use(form, workload)
+    rows = itertools.chain.from_iterable(table.rows(tuple(form.columns.values())) for _, table in tables)
+    return form, _records(form, rows)
+
+
+def _records(form: Form, rows: Iterator[Placed]) -> Iterator[AnyRecord]:
+    return (form.record(row, place) for place, row in rows)
+
+
+def _tables(source: DataSource, where: str) -> Iterator[tuple[str, Table]]:
+    if source.kind == "hub":
+        yield where, open_hub(source, where)
+    elif source.kind == "saved":
+        yield where, open_saved(source, where)
+    else:
+        for path in source.files:
+            place = f"{where}, {path.name}" if source.kind == "folder" else where
+            yield place, open_table(path, place)
+
+
+def _check_use(form: Form, workload: Workload) -> None:
+    """Raises `UsageError` for what a workload asks of records that have it not."""
+    if not form.has_prompt and workload.loss == "answer":
+        raise UsageError(
+            f"workload: loss = 'answer': {form.title} has no answer to tell from a prompt. Use loss = \"all\"."
+        )
+    if not form.has_prompt and workload.natural_tokens:
+        raise UsageError(
+            f"workload: natural_tokens = {workload.natural_tokens}: {form.title} has no prompts that a model could "
+            "answer. Use natural_tokens = 0."
+        )
+    if "instruction" not in form.columns and workload.prompt_format != "answer-instruction":
+        raise UsageError(
+            f"workload: prompt_format = {workload.prompt_format!r}: it is for instructions with responses, and the "
+            f"data has {form.title}. Leave it out."
+        )
+    if form.is_chat and has_chat_template(catalogue.resolve(workload.model)) is False:
+        raise no_chat_template(workload.model)
+
+
+def _characters(record: AnyRecord) -> int:
+    if isinstance(record, Conversation):
+        return sum(len(message.content) for message in record.messages)
+    return sum(map(len, record.values()))
+
+
+def _empty(workload: Workload) -> UsageError:
+    return UsageError(f"data {workload.data!r}: no records are in it. Known are records of {SAID}.")

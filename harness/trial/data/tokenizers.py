@@ -19,6 +19,13 @@ from harness.models.catalogue import ModelSource
 BYTE_TOKENS = 256
 BYTE_VOCABULARY = BYTE_TOKENS + 3
 """The bytes, then begin, end and padding."""
+BYTE_CHAT = (
+    "{{ bos_token }}{% for message in messages %}### {{ message.role | capitalize }}\n"
+    "{% if message.role == 'assistant' %}{% generation %}{{ message.content + eos_token }}{% endgeneration %}"
+    "{% else %}{{ message.content }}{% endif %}\n\n{% endfor %}"
+    "{% if add_generation_prompt %}### Assistant\n{% endif %}"
+)
+"""How conversations are written in bytes."""
 
 
 def load_tokenizer(source: ModelSource, *, vocab_size: int) -> tuple[transformers.PreTrainedTokenizerBase, bool]:
@@ -108,7 +115,11 @@ def _byte_tokenizer(source: ModelSource, vocab_size: int) -> transformers.PreTra
     backend.decoder = tokenizers.decoders.ByteLevel()
     backend.add_special_tokens(["<s>", "</s>", "<pad>"])
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+        tokenizer_object=backend,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        chat_template=BYTE_CHAT,
     )
 
 

@@ -17,7 +17,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,13 +27,15 @@ from harness.models import catalogue, shapes
 from harness.records import codec
 from harness.records.preparation import Example, TokenSummary
 from harness.records.refusals import refusal_in
-from harness.studies.workload import SYNTHETIC, PromptFormat, Workload
+from harness.studies.data_source import SYNTHETIC
+from harness.studies.workload import Workload
+from harness.trial.data.encoding import IGNORED, AnyRecord, Encoder
 from harness.trial.data.records import read_records
-from harness.trial.data.synthetic import Record
 from harness.trial.data.tokenizers import load_tokenizer
 
-IGNORED = -100
-"""The label that torch.nn.functional.cross_entropy leaves out."""
+WASTED = 10
+"""So many sequences without a label are passed over for each that is wanted, and 1000 at least: synthetic records have
+no end, and none of them may be short enough."""
 
 
 def prepare(workload: Workload, folder: Path) -> TokenSummary:
@@ -52,15 +54,22 @@ def prepare(workload: Workload, folder: Path) -> TokenSummary:
     tokenizer, substituted = load_tokenizer(source, vocab_size=shapes.shape(source).vocab_size)
     records, label = read_records(workload)
     held_out = list(itertools.islice(records, workload.held_out_records))
-    tokens = _Tokens(tokenizer, workload.prompt_format)
+    tokens = Encoder(tokenizer, workload)
 
-    train = _sequences(records, tokens, workload, workload.train_sequences)
-    if not train:
+    train, passed_over = _sequences(records, tokens, workload, workload.train_sequences)
+    if not train and not passed_over:
         raise UsageError(
             f"data {workload.data!r}: not enough records for one sequence of {workload.sequence_length} tokens beside "
             f"{workload.held_out_records} held-out records. Use a shorter sequence_length or more data."
         )
-    test = _sequences(iter(held_out), tokens, workload, workload.held_out_sequences, partial=True)
+    test, _ = _sequences(iter(held_out), tokens, workload, workload.held_out_sequences, partial=True)
+    for which, rows in (("training", train), ("held-out", test)):
+        if not rows:
+            raise UsageError(
+                f"workload: sequence_length = {workload.sequence_length}, loss = {workload.loss!r}: no {which} "
+                "sequence holds a token of an answer. Use a longer sequence_length, more held_out_records, or "
+                'loss = "all".'
+            )
     prompts = _prompts(held_out, tokens, workload.prompt_tokens)
     tensors = {f"train.{key}": value for key, value in _stack(train).items()}
     tensors |= {f"held_out.{key}": value for key, value in _stack(test).items()}
@@ -84,6 +93,8 @@ def prepare(workload: Workload, folder: Path) -> TokenSummary:
         real_tokens=int(mask.sum()),
         padded_tokens=int(mask.size - mask.sum()),
         records=tokens.records,
+        loss_tokens=int((tensors["train.labels"] != IGNORED).sum()),
+        without_loss=passed_over,
         examples=examples,
     )
 
@@ -97,88 +108,60 @@ def hash_tensors(tensors: dict[str, NDArray[np.int64]]) -> str:
     return digest.hexdigest()
 
 
-class _Tokens:
-    """Records to token ids; counts the records used."""
-
-    def __init__(self, tokenizer: Any, prompt_format: PromptFormat) -> None:
-        self._tokenizer = tokenizer
-        self._format = prompt_format
-        self.pad = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
-        self.records = 0
-
-    def __call__(self, record: Record) -> list[int]:
-        self.records += 1
-        prompt, target = prompt_and_target(record, self._format)
-        return [*self._encode(prompt + target), int(self._tokenizer.eos_token_id)]
-
-    def prompt(self, record: Record) -> list[int]:
-        prompt, target = prompt_and_target(record, self._format)
-        return self._encode(prompt + target)
-
-    def example(self, record: Record) -> tuple[list[int], Example]:
-        """The prompt alone, as ids and as text beside its reference."""
-        prompt, target = prompt_and_target(record, self._format)
-        return self._encode(prompt), Example(prompt=prompt, reference=target)
-
-    def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        start = self._tokenizer.bos_token_id
-        return [int(start), *ids] if start is not None else ids
-
-
-def prompt_and_target(record: Record, prompt_format: PromptFormat) -> tuple[str, str]:
-    """The text given to the model and the text it learns to continue with."""
-    if prompt_format == "write-instruction":
-        prompt = (
-            "### Task\nWrite the instruction that the input below answers.\n\n"
-            f"### Input\n{record['response']}\n\n### Instruction\n"
-        )
-        return prompt, record["instruction"]
-    context = f"### Context\n{record['context']}\n\n" if record.get("context") else ""
-    return f"### Instruction\n{record['instruction']}\n\n{context}### Response\n", record["response"]
-
-
 Row = dict[str, list[int]]
 
 
 def _sequences(
-    records: Iterator[Record], tokens: _Tokens, workload: Workload, wanted: int, *, partial: bool = False
-) -> list[Row]:
+    records: Iterator[AnyRecord], tokens: Encoder, workload: Workload, wanted: int, *, partial: bool = False
+) -> tuple[list[Row], int]:
+    """As many sequences as are wanted and can be had, and how many were passed over for having no label at all: the
+    mean loss of a batch of such would be 0/0."""
     rows = _packed(records, tokens, workload.sequence_length, partial=partial)
     if workload.layout == "padded":
-        rows = (_padded(tokens(record), tokens.pad, workload.sequence_length) for record in records)
-    return list(itertools.islice(rows, wanted))
+        rows = (_padded(*tokens.labelled(record), tokens.pad, workload.sequence_length) for record in records)
+    taken: list[Row] = []
+    passed_over = 0
+    while len(taken) < wanted and passed_over < max(1000, WASTED * wanted):
+        row = next(rows, None)
+        if row is None:
+            break
+        if any(label != IGNORED for label in row["labels"]):
+            taken.append(row)
+        else:
+            passed_over += 1
+    return taken, passed_over
 
 
-def _packed(records: Iterable[Record], tokens: _Tokens, length: int, *, partial: bool) -> Iterator[Row]:
+def _packed(records: Iterable[AnyRecord], tokens: Encoder, length: int, *, partial: bool) -> Iterator[Row]:
     row: Row = _empty()
     for record in records:
-        ids = tokens(record)
+        ids, labels = tokens.labelled(record)
         while ids:
-            piece, ids = ids[: length - len(row["input_ids"])], ids[length - len(row["input_ids"]) :]
+            room = length - len(row["input_ids"])
+            piece, ids = ids[:room], ids[room:]
+            learnt, labels = labels[:room], labels[room:]
             row["input_ids"] += piece
             row["position_ids"] += range(len(piece))
-            row["labels"] += [IGNORED, *piece[1:]]
+            row["labels"] += [IGNORED, *learnt[1:]]
             row["attention_mask"] += [1] * len(piece)
             if len(row["input_ids"]) == length:
                 yield row
                 row = _empty()
     if partial and row["input_ids"]:
         used = len(row["input_ids"])
-        filled = _padded(row["input_ids"], tokens.pad, length)
+        filled = _padded(row["input_ids"], row["labels"], tokens.pad, length)
         # The padding is one more isolated record without a loss, so that the row stays packed.
         filled["position_ids"] = row["position_ids"] + list(range(length - used))
-        filled["labels"][:used] = row["labels"]
         yield filled
 
 
-def _padded(ids: list[int], pad: int, length: int) -> Row:
-    ids = ids[:length]
+def _padded(ids: list[int], labels: list[int], pad: int, length: int) -> Row:
+    ids, labels = ids[:length], labels[:length]
     gap = length - len(ids)
     return {
         "input_ids": ids + [pad] * gap,
         "position_ids": list(range(length)),
-        "labels": [IGNORED, *ids[1:]] + [IGNORED] * gap,
+        "labels": [IGNORED, *labels[1:]] + [IGNORED] * gap,
         "attention_mask": [1] * len(ids) + [0] * gap,
     }
 
@@ -191,9 +174,9 @@ def _stack(rows: list[Row]) -> dict[str, NDArray[np.int64]]:
     return {key: np.array([row[key] for row in rows], dtype=np.int64) for key in rows[0]}
 
 
-def _prompts(records: list[Record], tokens: _Tokens, length: int) -> NDArray[np.int64]:
+def _prompts(records: list[AnyRecord], tokens: Encoder, length: int) -> NDArray[np.int64]:
     """Fixed-length prompts: the beginnings of held-out records that are long enough, else of all of them joined."""
-    encoded = [tokens.prompt(record) for record in records]
+    encoded = [tokens.whole(record) for record in records]
     prompts = [ids[:length] for ids in encoded if len(ids) >= length]
     joined = list(itertools.chain.from_iterable(encoded))
     if not prompts and len(joined) >= length:
@@ -211,7 +194,7 @@ WHOLE_PROMPTS = 32
 
 
 def _whole_prompts(
-    records: list[Record], tokens: _Tokens, workload: Workload
+    records: list[AnyRecord], tokens: Encoder, workload: Workload
 ) -> tuple[tuple[Example, ...], dict[str, NDArray[np.int64]]]:
     """Prompts of the first held-out records that are short enough, padded at the end, with their lengths."""
     encoded = [tokens.example(record) for record in records]

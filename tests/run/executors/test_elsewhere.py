@@ -104,6 +104,9 @@ class Silent:
     def starting(self, plan, run_id):
         pass
 
+    def tokens_prepared(self, data):
+        pass
+
     def trial_phase(self, slot, phase):
         pass
 

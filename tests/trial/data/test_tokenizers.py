@@ -11,6 +11,7 @@ import pytest
 
 from harness.errors import UsageError
 from harness.models import catalogue
+from harness.models.chat_template import has_chat_template
 from harness.trial.data.tokenizers import BYTE_VOCABULARY, load_tokenizer
 
 LLAMA = {"model_type": "llama", "vocab_size": 320}
@@ -130,3 +131,12 @@ def test_gguf_tokenizer_survives_conversion(gguf_file, converted, words):
         ids.append(tokenizer("tab", add_special_tokens=False).input_ids)
     assert ids[0] == ids[1]
     assert min(ids[0]) > 2
+
+
+def test_a_gguf_file_says_itself_whether_it_has_a_chat_template(gguf_file):
+    """Before anything is loaded; this one has none, and with random weights bytes may stand in for its tokenizer."""
+    source = catalogue.resolve(str(gguf_file))
+    assert has_chat_template(source) is False
+    assert has_chat_template(dataclasses.replace(source, random=True)) is None
+    assert has_chat_template(catalogue.resolve("tiny-llama")) is True
+    assert has_chat_template(catalogue.resolve("llama2-7b")) is None

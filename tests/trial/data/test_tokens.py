@@ -13,9 +13,10 @@ from safetensors.numpy import load_file
 from harness.errors import UsageError
 from harness.models import catalogue, shapes
 from harness.studies.workload import Workload
+from harness.trial.data.encoding import IGNORED, prompt_and_target
 from harness.trial.data.synthetic import synthetic_records
 from harness.trial.data.tokenizers import load_tokenizer
-from harness.trial.data.tokens import IGNORED, hash_tensors, prepare, prompt_and_target
+from harness.trial.data.tokens import hash_tensors, prepare
 
 SMALL = Workload(sequence_length=64, train_sequences=12, held_out_records=6, held_out_sequences=4, prompt_tokens=8)
 
@@ -50,6 +51,104 @@ def test_the_hash_is_that_of_the_content(tmp_path):
     assert prepare(SMALL, tmp_path).hash == first.hash == hash_tensors(load_file(first.path))
     for change in ({"data_seed": 1}, {"prompt_format": "write-instruction"}, {"sequence_length": 32}):
         assert prepare(dataclasses.replace(SMALL, **change), tmp_path).hash != first.hash
+
+
+def test_the_loss_is_over_answers_alone_where_the_study_says_so(tmp_path):
+    """The same tokens in the same rows, packed or padded; labels only on what a record answers, and counted."""
+    for layout in ("packed", "padded"):
+        workload = dataclasses.replace(SMALL, layout=layout, sequence_length=128)
+        every = prepare(workload, tmp_path)
+        answers = prepare(dataclasses.replace(workload, loss="answer"), tmp_path)
+        ours, theirs = load_file(every.path), load_file(answers.path)
+        if not answers.without_loss:
+            for key in ("input_ids", "position_ids", "attention_mask"):
+                assert (ours[f"train.{key}"] == theirs[f"train.{key}"]).all()
+        assert answers.hash != every.hash
+        for tensors, summary in ((ours, every), (theirs, answers)):
+            labels = tensors["train.labels"]
+            assert summary.loss_tokens == (labels != IGNORED).sum()
+            assert (labels[tensors["train.position_ids"] == 0] == IGNORED).all()
+            assert ((labels == IGNORED) | (labels == tensors["train.input_ids"])).all()
+            assert (labels != IGNORED).any(axis=1).all()
+        assert 0 < answers.loss_tokens < every.loss_tokens < every.real_tokens
+
+
+def test_labels_of_packed_answers_are_those_of_the_records_alone(tmp_path):
+    """Also of an answer that goes on in the next row: a piece of a record has the labels of the record, but for its
+    first token."""
+    workload = dataclasses.replace(SMALL, loss="answer", train_sequences=10_000, data=str(tmp_path / "mine.jsonl"))
+    rows = [
+        {"prompt": f"{'p' * (7 * number % 90)}>", "completion": "c" * (11 * number % 70 + 1)} for number in range(60)
+    ]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    tensors = load_file(prepare(workload, tmp_path).path)
+    ids, labels, positions = (tensors[f"train.{key}"] for key in ("input_ids", "labels", "position_ids"))
+    begins, answers = positions == 0, (ids == ord("c")) | (ids == 257)
+    assert ((ids == 256) <= begins).all()
+    assert (begins & answers).any(), "no piece of an answer begins a row"
+    assert ((labels != IGNORED) == (answers & ~begins)).all()
+
+
+def test_sequences_without_an_answer_are_left_out_and_counted(tmp_path):
+    """The mean loss of a batch of such is 0/0. Where none has one, that is refused, also of records without an end."""
+    path = tmp_path / "mine.jsonl"
+    rows = [{"prompt": "p" * length, "completion": "answer"} for length in (300, 5, 400, 10, 500, 20, 8, 9)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    workload = dataclasses.replace(SMALL, data=str(path), loss="answer", held_out_records=3)
+    for layout, seed in (("packed", 1), ("padded", 1)):
+        summary = prepare(dataclasses.replace(workload, layout=layout, data_seed=seed), tmp_path)
+        labels = load_file(summary.path)["train.labels"]
+        assert summary.without_loss > 0
+        assert (labels != IGNORED).any(axis=1).all()
+        assert summary.train_sequences == len(labels)
+    path.write_text("\n".join(json.dumps({"prompt": "p" * 400, "completion": "a"}) for _ in range(30)))
+    for unlucky in (
+        dataclasses.replace(workload, layout="padded"),
+        dataclasses.replace(SMALL, layout="padded", sequence_length=16, loss="answer", prompt_tokens=8),
+    ):
+        with pytest.raises(UsageError, match="loss = 'answer': no training sequence holds a token of an answer"):
+            prepare(unlucky, tmp_path)
+
+
+def test_what_it_was_before_it_still_is(tmp_path):
+    """The tokens of a workload that says nothing new, by their hash, to the bit."""
+    hashes = {
+        "packed": "a335d233800abdcdbb8e826fbd55b4c597cfee78b933391833e864c60f1a43b0",
+        "padded": "4ac4ec63171b41a0ebad6a0b35a24c0b98957f341dcf43280f59fe5901aa182f",
+    }
+    for layout, expected in hashes.items():
+        assert prepare(dataclasses.replace(SMALL, layout=layout), tmp_path).hash == expected
+
+
+CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "answer"}]
+FORMS = {
+    "dolly": {"instruction": "a", "context": "b", "response": "answer"},
+    "alpaca": {"instruction": "a", "input": "b", "output": "answer"},
+    "completion": {"prompt": "a", "completion": "answer"},
+    "messages": {"messages": CHAT},
+    "sharegpt": {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "answer"}]},
+    "text": {"text": "answer"},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("loss", ["all", "answer"])
+def test_every_form_is_trained_on(tmp_path, form, loss):
+    """And said; only the loss on answers of plain text, which has none, is refused."""
+    path = tmp_path / "mine.jsonl"
+    path.write_text("\n".join([json.dumps(FORMS[form])] * 60))
+    workload = dataclasses.replace(SMALL, data=str(path), loss=loss, natural_tokens=0 if form == "text" else 4)
+    if (form, loss) == ("text", "answer"):
+        with pytest.raises(UsageError, match="loss = 'answer': text has no answer"):
+            prepare(workload, tmp_path)
+        return
+    summary = prepare(workload, tmp_path)
+    assert summary.data == f"mine.jsonl, 60 records of {'/'.join(FORMS[form])}"
+    labels = load_file(summary.path)["train.labels"]
+    text = bytes(int(label) for label in labels.flatten() if 0 <= label < 256).decode()
+    assert "answer" in text
+    assert ("nstruction" in text or "a\n" in text or "aanswer" in text) == (loss == "all" and form != "text")
+    assert all(example.reference == "answer" for example in summary.examples)
 
 
 def test_held_out_records_are_not_trained_on(tmp_path):
@@ -98,7 +197,7 @@ def test_the_real_data_set_is_read(dolly, tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ('{"instruction": "a", "response": "b"}', "no column 'context'"),
+        ('{"instruction": "a", "context": "b"}', "no column 'response'"),
         ("not json", "cannot be read"),
         ('{"instruction": "a", "context": "", "response": "b"}', "not enough records"),
     ],

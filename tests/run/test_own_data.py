@@ -1,0 +1,110 @@
+"""A study on somebody's own data, from its plan to its report."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from harness.cli import main
+from harness.records import codec, store
+from harness.records.forms import check_manifest
+from harness.report.view import view_of
+from harness.run.ab import _locate
+
+STUDY = """
+title = "own"
+
+[workload]
+model = "tiny-llama"
+data = "chats.jsonl"
+loss = "answer"
+sequence_length = 64
+batch_size = 2
+train_sequences = 16
+held_out_records = 4
+held_out_sequences = 2
+prompt_tokens = 8
+new_tokens = 4
+
+[protocol]
+replicates = 1
+warmup_steps_min = 1
+warmup_steps_max = 2
+turns = 2
+steps_per_turn = 2
+phases = ["train"]
+step_timeout_s = 120
+allow_disturbed = true
+
+[[variant]]
+name = "plain"
+r = 4
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """One with a study and its data, in which the commands are given."""
+    turns = [
+        [{"role": "user", "content": f"say {number}"}, {"role": "assistant", "content": f"{number}!"}]
+        for number in range(60)
+    ]
+    (tmp_path / "chats.jsonl").write_text("\n".join(json.dumps({"messages": one}) for one in turns))
+    (tmp_path / "own.toml").write_text(STUDY)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_plan_says_what_the_data_is(folder, capsys):
+    """As text and as JSON; of records of this program's own it says nothing."""
+    words = "chats.jsonl, 60 records of messages; loss on the answers alone"
+    assert main(["run", "own.toml", "--dry-run", "--runs-dir", "runs"]) == 0
+    assert f"data    {words}" in capsys.readouterr().out
+    assert main(["run", "own.toml", "--dry-run", "--json", "--runs-dir", "runs"]) == 0
+    assert json.loads(capsys.readouterr().out)["data"] == words
+    assert main(["run", "own.toml", "--dry-run", "--json", "--data", "synthetic", "--runs-dir", "runs"]) == 0
+    assert "data" not in json.loads(capsys.readouterr().out)
+
+
+def test_a_run_says_what_it_was_trained_on(folder, capsys):
+    """Under way, in its manifest, and in its report, with the tokens that the loss is over."""
+    assert main(["run", "own.toml", "--runs-dir", "runs"]) == 0
+    printed = capsys.readouterr()
+    assert "data chats.jsonl, 60 records of messages" in printed.err
+    run = store.read_run(str(store.list_runs(folder / "runs")[0]), folder / "runs")
+    tokens = run.manifest.tokens
+    assert tokens["data"] == "chats.jsonl, 60 records of messages"
+    assert 0 < tokens["loss_tokens"] < tokens["real_tokens"]
+    assert run.manifest.provenance["workload"]["loss"] == "answer"
+    assert run.manifest.provenance["workload"]["data"].startswith("chats.jsonl sha256:")
+    assert all(record.status == "ok" for record in run.records)
+    assert "packed, loss on the answers alone" in printed.out
+    assert f"loss over {tokens['loss_tokens']}" in printed.out
+
+
+def test_the_lines_of_a_report_without_what_came_later_are_as_before(write_run):
+    """A run that was measured before labels were counted shows no count, and has no key for it."""
+    path = write_run("old", {"plain": (1.0,)})
+    run = store.read_run(str(path), path.parent)
+    facts = "\n".join(view_of(run).facts)
+    assert "loss" not in facts
+    assert not {"loss", "columns"} & set(run.manifest.study["workload"])
+    counted = dataclasses.replace(run.manifest, tokens={"real_tokens": 9, "loss_tokens": 5, "without_loss": 2})
+    check_manifest(counted, "here")
+    facts = "\n".join(view_of(dataclasses.replace(run, manifest=counted)).facts)
+    assert "9 real and 0 padded in an epoch, loss over 5 (2 sequences without a label left out)" in facts
+
+
+def test_an_ab_finds_a_folder_from_everywhere(folder, small_study):
+    """A revision runs in another folder; what is of the hub stays as it is."""
+    (folder / "set").mkdir()
+    for data, there in (("set[test]", f"{folder}/set[test]"), ("owner/name[test]", "owner/name[test]")):
+        workload = dataclasses.replace(small_study.workload, data=data)
+        assert _locate(dataclasses.replace(small_study, workload=workload)).workload.data == there
+
+
+def test_a_revision_that_does_not_know_the_new_fields_reads_the_rest(small_study):
+    """What is sent to its processes holds none of them while they have their defaults."""
+    assert not {"loss", "columns"} & set(codec.to_json(small_study)["workload"])

@@ -1,0 +1,101 @@
+"""Columns and the loss are fields of a workload that nothing shows of where they have their defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from harness.errors import UsageError
+from harness.machine import provenance
+from harness.records import codec
+from harness.studies.columns import Columns
+from harness.studies.study_file import load_study
+from harness.studies.workload import Workload
+
+STUDY = """
+[workload]
+loss = "answer"
+columns = { instruction = "question", response = "answer" }
+
+[[variant]]
+name = "plain"
+"""
+
+
+def test_a_study_names_columns_and_the_loss(tmp_path):
+    """They go into the workload, through JSON and back, and can be hashed like the rest of it."""
+    path = tmp_path / "mine.toml"
+    path.write_text(STUDY)
+    workload = load_study(str(path)).workload
+    assert workload.columns.given == {"instruction": "question", "response": "answer"}
+    data = codec.to_json(workload)
+    assert (data["loss"], data["columns"]) == ("answer", {"instruction": "question", "response": "answer"})
+    assert codec.from_json(Workload, data, "here") == workload
+    assert len({workload, codec.from_json(Workload, data, "here"), Workload()}) == 2
+
+
+def test_what_has_its_default_is_not_written():
+    """So ids of what was measured before, and revisions that do not know the fields, stay as they are."""
+    known = {
+        "model", "data", "prompt_format", "sequence_length", "batch_size", "layout", "train_sequences",
+        "held_out_records", "held_out_sequences", "data_seed", "prompt_tokens", "new_tokens", "natural_tokens",
+        "natural_prompt_tokens", "threads",
+    }  # fmt: skip
+    assert set(codec.to_json(Workload())) == known
+    assert set(codec.to_json(Workload(loss="answer"))) == known | {"loss"}
+
+
+def test_the_loss_and_the_columns_are_part_of_what_is_compared(small_study):
+    """Two runs with other labels are not the same workload."""
+
+    def fingerprint(**changes):
+        study = dataclasses.replace(small_study, workload=dataclasses.replace(small_study.workload, **changes))
+        facts = {"workload": provenance._content_of_workloads(study.workload, {})}
+        return provenance.fingerprint(facts)
+
+    changed = ({}, {"loss": "answer"}, {"columns": Columns(text="body")}, {"columns": Columns(text="title")})
+    assert len({fingerprint(**changes) for changes in changed}) == 4
+    assert fingerprint() == fingerprint(loss="all", columns=Columns())
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        ({"instruction": "a", "prompt": "b"}, "instruction = 'a', prompt = 'b': parts of different records"),
+        ({"text": "a", "response": "b"}, "parts of different records"),
+        ({"prompt": "a", "completion": "a"}, "'a' plays two parts"),
+        ({"text": ""}, "text = '': no column named"),
+        ({"text": "a\nb"}, "control characters"),
+        ({"question": "a"}, "columns.question = 'a': unknown key"),
+        ({"text": 3}, "columns.text = 3: str is expected"),
+        ("question", "columns = 'question': a table is expected"),
+    ],
+)
+def test_columns_that_make_no_record_are_refused(columns, words):
+    """When the study is read."""
+    with pytest.raises(UsageError, match=words):
+        codec.from_json(Workload, {"columns": columns}, "here")
+
+
+def test_a_loss_on_something_else_is_refused():
+    """With the words that are known."""
+    with pytest.raises(UsageError, match=r"loss = 'prompt': not one of the known values. Use one of all, answer"):
+        codec.from_json(Workload, {"loss": "prompt"}, "here")
+
+
+def test_a_folder_is_what_its_files_hold(tmp_path):
+    """Under any path; another split, or one byte more, is other data."""
+    contents = {}
+    for name, train in (("a", "x"), ("b", "x"), ("c", "y")):
+        folder = tmp_path / name / "mine"
+        folder.mkdir(parents=True)
+        (folder / "train.txt").write_text(train)
+        (folder / "test.txt").write_text("z")
+        contents[name] = provenance._content_of(str(folder))
+        contents[f"{name}[test]"] = provenance._content_of(f"{folder}[test]")
+    assert contents["a"] == contents["b"] != contents["c"]
+    assert contents["a"].startswith("mine[train] sha256:")
+    assert contents["a[test]"] == contents["c[test]"] != contents["a"]
+    assert provenance._content_of(str(tmp_path / "a" / "mine" / "test.txt")).startswith("test.txt sha256:")
+    assert provenance._content_of("no such thing") == "no such thing"

@@ -1,0 +1,130 @@
+"""What a workload's data names is told from the name and from what lies there, without opening any of it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from harness.errors import UsageError
+from harness.studies.data_source import make_absolute, resolve
+
+
+@pytest.mark.parametrize(
+    ("data", "name", "config", "split"),
+    [
+        ("databricks/databricks-dolly-15k", "databricks/databricks-dolly-15k", "", "train"),
+        ("openai/gsm8k:main", "openai/gsm8k", "main", "train"),
+        ("openai/gsm8k:main[test]", "openai/gsm8k", "main", "test"),
+        ("owner/name[dev]", "owner/name", "", "dev"),
+    ],
+)
+def test_a_hub_id_may_have_a_configuration_and_a_split(data, name, config, split):
+    """In one spelling, which its label has too."""
+    source = resolve(data)
+    assert (source.kind, source.name, source.config, source.split) == ("hub", name, config, split)
+    assert source.label == f"{data}{'' if '[' in data else '[train]'}"
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ("./nothing.jsonl", "no such file or folder"),
+        ("nothing.csv.gz", "no such file or folder"),
+        ("/nowhere/at/all", "no such file or folder"),
+        ("~", "no such file or folder"),
+        ("nothing", "no such file or folder, and no id of the hub"),
+        ("a/b/c", "no id of the hub"),
+        ("owner/name[train:100]", "no id of the hub"),
+        ("owner/name:", "no id of the hub"),
+        ("", "no id of the hub"),
+    ],
+)
+def test_a_name_of_nothing_is_refused(data, words, tmp_path, monkeypatch):
+    """With all that it could be."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=words) as caught:
+        resolve(data)
+    assert "owner/name:config[split]" in str(caught.value)
+
+
+def test_what_is_there_goes_before_the_hub(tmp_path, monkeypatch):
+    """Also a file whose own name ends in brackets; a pipe is no file, and a file has no splits."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    Path("owner/name/a.jsonl").touch()
+    Path("b.txt").touch()
+    Path("notes.md").touch()
+    os.mkfifo("pipe.jsonl")
+    assert resolve("owner/name").kind == "folder"
+    assert resolve("owner/name/a.jsonl").files == (Path("owner/name/a.jsonl"),)
+    (tmp_path / "x[train]").mkdir()
+    Path("x[train]/c.csv").touch()
+    assert (resolve("x[train]").name, resolve("x[train]").split) == ("x[train]", "")
+    for data, words in (
+        ("b.txt[train]", "a file has no splits"),
+        ("notes.md", "a file of no known kind"),
+        ("pipe.jsonl", "no plain file"),
+        ("owner", "no file in it is of a known kind"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            resolve(data)
+
+
+@pytest.mark.parametrize(
+    ("names", "asked", "taken"),
+    [
+        ("a.jsonl b.jsonl", "", "a.jsonl b.jsonl"),
+        ("train.jsonl test.jsonl extra.jsonl", "", "train.jsonl"),
+        ("my.train.jsonl.gz my.test.jsonl.gz", "", "my.train.jsonl.gz"),
+        ("train-00000-of-00002.parquet train-00001-of-00002.parquet validation-00000-of-00001.parquet", "validation",
+         "validation-00000-of-00001.parquet"),
+        ("test.csv", "", "test.csv"),
+        ("contest.csv trains.csv", "", "contest.csv trains.csv"),
+        ("train.jsonl test.csv", "", "train.jsonl"),
+    ],
+)  # fmt: skip
+def test_files_say_their_split_in_their_names(names, asked, taken, tmp_path):
+    """As a word of it; "train" is taken where there is one."""
+    for name in names.split():
+        (tmp_path / name).touch()
+    source = resolve(f"{tmp_path}[{asked}]" if asked else str(tmp_path))
+    assert [path.name for path in source.files] == taken.split()
+
+
+@pytest.mark.parametrize(
+    ("names", "asked", "words"),
+    [
+        ("test.jsonl dev.jsonl", "", "the splits dev, test. Name one"),
+        ("test.jsonl other.jsonl", "", "files of test and others are in it"),
+        ("train.jsonl", "test", "no split 'test'. There are train"),
+        ("a.jsonl", "test", "no split 'test'. There is none"),
+        ("a.jsonl b.csv", "", r"different kinds are in it: \.csv, \.jsonl"),
+        ("notes.md", "", "no file in it is of a known kind"),
+    ],
+)
+def test_a_folder_that_could_be_read_in_two_ways_is_refused(names, asked, words, tmp_path):
+    """What would be trained on by chance is asked for."""
+    for name in names.split():
+        (tmp_path / name).touch()
+    with pytest.raises(UsageError, match=words):
+        resolve(f"{tmp_path}[{asked}]" if asked else str(tmp_path))
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"splits": "train"}', '{"splits": ["../x"]}', '{"splits": []}'])
+def test_a_list_of_splits_that_is_none_is_refused(content, tmp_path):
+    """Nor may it name a folder elsewhere."""
+    (tmp_path / "dataset_dict.json").write_text(content)
+    with pytest.raises(UsageError, match=r"dataset_dict.json|it has no split"):
+        resolve(str(tmp_path))
+
+
+def test_a_name_is_made_absolute_with_its_split(tmp_path, monkeypatch):
+    """What is not there stays as it is."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    assert make_absolute("folder") == str(tmp_path / "folder")
+    assert make_absolute("folder[test]") == f"{tmp_path / 'folder'}[test]"
+    for data in ("synthetic", "owner/name:config[test]", "./nothing.jsonl"):
+        assert make_absolute(data) == data

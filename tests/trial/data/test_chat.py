@@ -1,0 +1,126 @@
+"""Conversations are written by the tokenizer's template, and the assistant's part is found exactly or not at all."""
+
+from __future__ import annotations
+
+import pytest
+
+from harness.errors import UsageError
+from harness.trial.data.chat import ChatTemplate
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+"""As most models write it: nothing marks what the assistant says."""
+TURNS = (
+    ("system", "be kind"),
+    ("user", "Größe?"),
+    ("assistant", " 3 m "),
+    ("user", "user"),
+    ("assistant", "assistant"),
+)
+MARKED = (
+    "{% for m in messages %}[{{ m['role'] }}]{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }};"
+    "{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
+)
+THINKING = (  # as Qwen3: the last answer gets a block of its own, and earlier ones lose theirs
+    "{% for m in messages %}<{{ m['role'] }}>{% if m['role'] == 'assistant' and loop.last %}<think></think>{% endif %}"
+    "{{ m['content'] }}</>\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+STRICT = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "<{{ m['role'] }}>{{ m['content'] | trim }}</>\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+WITHOUT_TOOLS = "{% for m in messages if m['role'] != 'tool' %}<{{ m['role'] }}>{{ m['content'] }}</>{% endfor %}"
+UNASKED = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+"""Without a word for the prompt of a generation, and without a token that ends a turn."""
+
+
+def answers(tokenizer, template, conversation):
+    tokenizer.chat_template = template
+    chat = ChatTemplate(tokenizer, "mine")
+    text = chat.text(conversation)
+    return [text[begin:end] for begin, end in chat.answers(conversation, text)]
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (CHATML, [" 3 m <|im_end|>", "assistant<|im_end|>"]),
+        (MARKED, [" 3 m ;", "assistant;"]),
+        (UNASKED, [" 3 m \n", "assistant\n"]),
+        (STRICT.replace("== 'system'", "== 'never'"), ["3 m</>", "assistant</>"]),
+    ],
+    ids=["found", "marked", "without a prompt", "stripped"],
+)
+def test_answers_are_what_the_assistant_says_and_what_ends_it(tokenizer, chat, template, expected):
+    """Of every turn, and nothing of the header before it, which may hold the same word, nor the space behind it."""
+    assert answers(tokenizer, template, chat(*TURNS)) == expected
+
+
+def test_marks_and_beginnings_agree(tokenizer, chat):
+    """Where a template can be read both ways."""
+    marked = CHATML.replace(
+        "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}",
+        "{{ '<|im_start|>' + message['role'] + '\\n' }}{% if message['role'] == 'assistant' %}{% generation %}"
+        "{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}{{ message['content'] + '<|im_end|>' }}"
+        "{% endif %}{{ '\\n' }}",
+    )
+    assert "generation" in marked.replace("add_generation_prompt", "")
+    assert answers(tokenizer, marked, chat(*TURNS)) == answers(tokenizer, CHATML, chat(*TURNS))
+
+
+def test_a_turn_that_is_written_differently_later_is_refused(tokenizer, chat):
+    """The prefix property does not hold: which tokens the model would have said cannot be told. One turn alone can."""
+    with pytest.raises(
+        UsageError, match=r"line 7: the chat template of mine writes message 3 differently.*loss = \"all\""
+    ):
+        answers(tokenizer, THINKING, chat(*TURNS))
+    assert answers(tokenizer, THINKING, chat(("user", "a"), ("assistant", "b"))) == ["b</>"]
+    tokenizer.chat_template = THINKING
+    assert ChatTemplate(tokenizer, "mine").text(chat(*TURNS)).endswith("<think></think>assistant</>\n")
+
+
+@pytest.mark.parametrize(
+    ("template", "turns", "words"),
+    [
+        (STRICT, TURNS, "does not take it: System role not supported"),
+        (WITHOUT_TOOLS, (("user", "a"), ("tool", "xyz"), ("assistant", "b")), r"does not write message 2 \(tool\) as"),
+        (CHATML.replace("{% endfor", "{{ nothing.at.all }}{% endfor"), TURNS, "does not take it: 'nothing' is"),
+        (CHATML.replace("{% endfor %}", ""), TURNS, "does not take it: "),
+        (MARKED.replace("== 'assistant'", "== 'nobody'"), TURNS, "does not mark answer 1"),
+    ],
+)  # fmt: skip
+def test_what_a_template_does_not_take_is_refused(tokenizer, chat, template, turns, words):
+    """By the record's place, and in the template's own words; nothing is left out in silence."""
+    with pytest.raises(UsageError, match=f"line 7: the chat template of mine {words}"):
+        answers(tokenizer, template, chat(*turns))
+
+
+def test_a_tokenizer_without_a_template_is_refused(tokenizer):
+    """With what to do."""
+    for template in (None, {"tool_use": CHATML}):
+        tokenizer.chat_template = template
+        with pytest.raises(UsageError, match=r"model 'mine': its tokenizer has no chat template.*chat_template\.jinja"):
+            ChatTemplate(tokenizer, "mine")
+
+
+def test_a_template_is_told_one_day(tokenizer, chat):
+    """Or the tokens of two runs would differ by the day."""
+    dated = "  {% if strftime_now is defined %}\n{{ strftime_now('%d %b %Y') }}{% endif %}\n" + CHATML
+    for begin in ("", "\n"):
+        tokenizer.chat_template = begin + dated
+        found = ChatTemplate(tokenizer, "mine").text(chat(*TURNS))
+        tokenizer.chat_template = begin + dated.replace("strftime_now('%d %b %Y')", "'01 Jan 2026'")
+        assert found == ChatTemplate(tokenizer, "mine").text(chat(*TURNS))
+        assert found.startswith(f"{begin}01 Jan 2026<|im_start|>")
+
+
+def test_a_prompt_ends_where_the_model_goes_on(tokenizer, chat):
+    """Before the last answer; what stands behind that is no part of it."""
+    tokenizer.chat_template = CHATML
+    template = ChatTemplate(tokenizer, "mine")
+    prompt, answer = template.prompt(chat(("user", "a"), ("assistant", "b"), ("user", "c")))
+    assert (prompt, answer) == ("<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n", "b")
+    with pytest.raises(UsageError, match="line 7: the assistant begins"):
+        template.prompt(chat(("assistant", "b")))

@@ -1,0 +1,109 @@
+"""Records to tokens and labels: the tokens are the same whatever the loss is taken over."""
+
+from __future__ import annotations
+
+import pytest
+
+from harness.errors import UsageError
+from harness.models import catalogue, shapes
+from harness.studies.workload import Workload
+from harness.trial.data.encoding import IGNORED, Encoder, mark_tokens
+from harness.trial.data.tokenizers import load_tokenizer
+
+RECORDS = {
+    "dolly": ({"instruction": "ask", "context": "ctx", "response": "it is é so"}, "it is é so"),
+    "completion": ({"prompt": "What is", "completion": " it now"}, " it now"),
+    "joined": ({"prompt": "pre", "completion": "fix"}, "fix"),
+    "empty": ({"prompt": "a", "completion": ""}, ""),
+}
+
+
+def encode(tokenizer, record, **changes):
+    return Encoder(tokenizer, Workload(**changes)).labelled(record)
+
+
+def learnt(labels):
+    return [label for label in labels if label != IGNORED]
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_the_answer_has_labels_and_the_prompt_has_none(tokenizer, name):
+    """To the byte, with the token that ends it; with a loss on all every token but the first of a text has one."""
+    record, answer = RECORDS[name]
+    ids, labels = encode(tokenizer, record, loss="answer")
+    assert tokenizer.decode(learnt(labels)) == f"{answer}</s>"
+    assert labels[-len(learnt(labels)) :] == learnt(labels)
+    every, learns = encode(tokenizer, record)
+    assert every == ids == [ids[0], *learns[1:]]
+    assert Encoder(tokenizer, Workload()).whole(record) == ids[:-1]
+
+
+def test_writing_the_instruction_is_an_answer_too(tokenizer):
+    """Which is what the other format of prompts asks for."""
+    _, labels = encode(tokenizer, RECORDS["dolly"][0], loss="answer", prompt_format="write-instruction")
+    assert tokenizer.decode(learnt(labels)) == "ask</s>"
+
+
+def test_conversations_have_the_tokens_of_their_template(tokenizer, chat):
+    """Nothing is put before or behind what it writes."""
+    said = chat(("user", "a"), ("assistant", "bcd"), ("user", "e"), ("assistant", "f"))
+    ids, labels = encode(tokenizer, said, loss="answer")
+    assert ids == encode(tokenizer, said)[0] == tokenizer.apply_chat_template(
+        [{"role": one.role, "content": one.content} for one in said.messages], return_dict=False
+    )  # fmt: skip
+    assert tokenizer.decode(learnt(labels)) == "bcd</s>f</s>"
+    prompt, example = Encoder(tokenizer, Workload()).example(said)
+    assert ids[: len(prompt)] == prompt
+    assert (example.reference, tokenizer.decode(prompt)) == ("f", example.prompt)
+
+
+def test_a_token_with_a_character_of_the_answer_is_the_answers():
+    """Also one that begins in the prompt; several tokens of one character are all of them."""
+    offsets = [(0, 0), (0, 2), (2, 5), (5, 6), (5, 6), (6, 8), (8, 9), (9, 9)]
+    assert mark_tokens(offsets, [(3, 6), (8, 9)]) == [False, False, True, True, True, False, True, False]
+    assert mark_tokens(offsets, []) == [False] * 8
+    assert mark_tokens(offsets, [(4, 4)]) == [False] * 8
+
+
+def test_a_tokenizer_that_knows_no_characters_is_refused(tokenizer):
+    """Those of pure Python; a loss on all needs none."""
+
+    class Slow:
+        bos_token_id, eos_token_id, pad_token_id = 1, 2, 2
+
+        def __call__(self, text, *, add_special_tokens, return_offsets_mapping=False):
+            if return_offsets_mapping:
+                raise NotImplementedError
+            return {"input_ids": [5, 6]}
+
+    record = RECORDS["completion"][0]
+    assert encode(Slow(), record) == ([1, 5, 6, 2], [IGNORED, 5, 6, 2])
+    with pytest.raises(UsageError, match="loss = 'answer': the tokenizer of tiny-llama does not tell"):
+        encode(Slow(), record, loss="answer")
+
+
+@pytest.mark.network_model
+def test_a_real_tokenizer_and_its_template(chat):
+    """SmolLM2's, which merges words and marks nothing: answers to the token, in every form."""
+    try:
+        source = catalogue.resolve("smollm2-135m")
+    except UsageError as error:
+        pytest.skip(str(error))
+    tokenizer, _ = load_tokenizer(source, vocab_size=shapes.shape(source).vocab_size)
+    said = chat(
+        ("system", "be kind"),
+        ("user", "你好 ok?"),
+        ("assistant", " hi 👋 there"),
+        ("user", "on"),
+        ("assistant", "ok\n"),
+    )
+    ids, labels = encode(tokenizer, said, loss="answer", model="smollm2-135m")
+    assert tokenizer.decode(learnt(labels)) == " hi 👋 there<|im_end|>ok\n<|im_end|>"
+    assert ids == encode(tokenizer, said, model="smollm2-135m")[0]
+    assert tokenizer.decode(ids) == tokenizer.apply_chat_template(
+        [{"role": one.role, "content": one.content} for one in said.messages], tokenize=False
+    )
+    for record, answer in RECORDS.values():
+        ids, labels = encode(tokenizer, record, loss="answer", model="smollm2-135m")
+        assert tokenizer.decode(learnt(labels)).endswith(f"{answer}<|im_end|>")
+        assert ids == encode(tokenizer, record, model="smollm2-135m")[0]

@@ -1,0 +1,139 @@
+"""Folders that `datasets` saved, folders with files in them, and what in them cannot serve."""
+
+from __future__ import annotations
+
+import datasets
+import pytest
+
+from harness.errors import UsageError
+from harness.studies.columns import Columns
+from harness.studies.workload import Workload
+from harness.trial.data.records import look_into, read_records
+
+datasets.disable_progress_bars()
+ROWS = [{"prompt": f"p{number}", "completion": "c", "score": number} for number in range(600)]
+CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+def saved(path, rows):
+    datasets.Dataset.from_list(rows).save_to_disk(path)
+    return str(path)
+
+
+def read(data, **changes):
+    found, label = read_records(Workload(data=data, **changes))
+    return list(found), label
+
+
+def test_a_saved_data_set_is_read_whole(tmp_path):
+    """In several shards and with its order changed; only the columns that are trained on."""
+    data = datasets.Dataset.from_list(ROWS).shuffle(seed=1).select(range(500))
+    data.save_to_disk(tmp_path / "mine", num_shards=3)
+    records, label = read(str(tmp_path / "mine"))
+    assert label == "mine, 500 records of prompt/completion" == look_into(Workload(data=str(tmp_path / "mine")))
+    expected = [{"prompt": row["prompt"], "completion": row["completion"]} for row in data]
+    assert sorted(map(str, records)) == sorted(map(str, expected))
+
+
+def test_a_split_is_named_in_brackets(tmp_path):
+    """ "train" where none is; the only one where there is but one."""
+    path = tmp_path / "mine"
+    kinds = {"train": ROWS[:5], "test": ROWS[5:8]}
+    datasets.DatasetDict({name: datasets.Dataset.from_list(rows) for name, rows in kinds.items()}).save_to_disk(path)
+    assert read(str(path))[1] == "mine[train], 5 records of prompt/completion"
+    assert read(f"{path}[test]")[1] == "mine[test], 3 records of prompt/completion"
+    datasets.DatasetDict(dev=datasets.Dataset.from_list(ROWS[:2])).save_to_disk(tmp_path / "other")
+    assert read(str(tmp_path / "other"))[1] == "other[dev], 2 records of prompt/completion"
+
+
+def test_conversations_of_a_saved_data_set(tmp_path):
+    """Nested columns come as they were."""
+    path = saved(tmp_path / "chats", [{"messages": CHAT, "id": 1}] * 3)
+    records, label = read(path)
+    assert label == "chats, 3 records of messages"
+    assert [one.role for one in records[0].messages] == ["user", "assistant"]
+
+
+@pytest.mark.parametrize("harm", ["cut", "gone", "null", "number", "empty"])
+def test_a_saved_data_set_that_cannot_serve_is_refused(tmp_path, harm):
+    """By its row where a row is at fault."""
+    rows = [dict(row) for row in ROWS[:300]]
+    if harm == "null":
+        rows[270]["completion"] = None
+    if harm == "number":
+        rows = [row | {"prompt": 3} for row in rows]
+    path = saved(tmp_path / "mine", rows)
+    arrow = next((tmp_path / "mine").glob("*.arrow"))
+    if harm == "cut":
+        arrow.write_bytes(arrow.read_bytes()[:700])
+    if harm == "gone":
+        arrow.unlink()
+    if harm == "empty":
+        path = saved(tmp_path / "none", ROWS[:1])
+        datasets.load_from_disk(path).select([]).save_to_disk(tmp_path / "empty")
+        path = str(tmp_path / "empty")
+    words = {
+        "cut": "cannot be read: .*Save it again", "gone": "no records are in it",
+        "null": "row 271: completion = null", "number": "row 1: prompt = 3", "empty": "no records are in it",
+    }  # fmt: skip
+    for look in (read, lambda data: look_into(Workload(data=data))):
+        with pytest.raises(UsageError, match=words[harm]):
+            look(path)
+
+
+def test_a_folder_of_files_is_one_data_set(write, tmp_path):
+    """Of the files of the split, in the order of their names; others beside them are left alone."""
+    for part in (1, 0):
+        write(f"train-{part}.jsonl.gz", ROWS[2 * part : 2 * part + 2])
+    write("test.jsonl", ROWS[:1])
+    (tmp_path / "README.md").write_text("about it")
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    assert read(str(tmp_path))[1].endswith("[train], 4 records of prompt/completion")
+    assert read(f"{tmp_path}[test]")[1].endswith("[test], 1 records of prompt/completion")
+
+
+def test_files_of_a_folder_that_differ_are_refused(write, tmp_path):
+    """And a fault in one of them is said with its name and line."""
+    write("a.jsonl", ROWS[:2])
+    bad = write("b.jsonl", [ROWS[0], {"prompt": "a", "completion": None}])
+    with pytest.raises(UsageError, match=r"b\.jsonl, line 2: completion = null"):
+        read(str(tmp_path))
+    bad.write_text('{"text": "a"}')
+    with pytest.raises(UsageError, match=r"b\.jsonl: text, and .*a\.jsonl has prompt/completion"):
+        read(str(tmp_path))
+    bad.write_text("")
+    assert read(str(tmp_path))[1].endswith("2 records of prompt/completion")
+
+
+def test_columns_are_mapped_in_every_kind(write, tmp_path):
+    """The same three records, whatever they lie in."""
+    rows = [{"question": f"q{number}", "answer": "a", "id": str(number)} for number in range(3)]
+    paths = [write(f"x{kind}", rows) for kind in (".jsonl", ".json", ".csv", ".parquet", ".csv.gz")]
+    found = [read(str(path), columns=Columns(instruction="question", response="answer")) for path in paths]
+    found.append(read(saved(tmp_path / "set", rows), columns=Columns(instruction="question", response="answer")))
+    assert all(records == found[0][0] for records, _ in found)
+    assert found[0][1] == "x.jsonl, 3 records of question as instruction, answer as response"
+
+
+def test_a_data_set_of_the_hub_is_asked_for_by_configuration_and_split(monkeypatch):
+    """It is read like a saved one; what the library says of one that cannot be had is said."""
+    asked = []
+
+    def load_dataset(name, config, *, split):
+        asked.append((name, config, split))
+        if name == "owner/gone":
+            raise ConnectionError("Couldn't reach it.\nat all")
+        return datasets.Dataset.from_list([{"messages": CHAT}] * 40)
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    assert (
+        look_into(Workload(data="owner/name:main"))
+        == "owner/name:main[train] of the hub, looked into when it is fetched"
+    )
+    assert asked == []
+    assert read("owner/name:main[test]")[1] == "owner/name:main[test], 40 records of messages"
+    with pytest.raises(
+        UsageError, match=r"data 'owner/gone': cannot be read: ConnectionError: Couldn't reach it\. Give"
+    ):
+        read("owner/gone")
+    assert asked == [("owner/name", "main", "test"), ("owner/gone", None, "train")]
