@@ -65,7 +65,7 @@ GOOD_LINE = b'{"text": "a"}\n'
         ("x.jsonl", GOOD_LINE + b'\xef\xbb\xbf{"text": "a"}', "line 2: cannot be read as JSON"),
         ("x.jsonl", GOOD_LINE + b'{"text": "caf\xe9"}', "line 2: byte 0xe9 at position 14 is no UTF-8"),
         ("x.jsonl", '{"text": "a"}'.encode("utf-16"), "line 1: it is UTF-16. Save the file as UTF-8"),
-        ("x.jsonl", gzip.compress(GOOD_LINE), r"line 1: it is packed by gzip. Let its name end in \.gz"),
+        ("x.jsonl", gzip.compress(GOOD_LINE, mtime=0), r"line 1: it is packed by gzip. Let its name end in \.gz"),
         ("x.jsonl", b'[{"text": "a"}]', r"line 1: .*a table of columns is expected.* ends in \.json"),
         ("x.jsonl", b'[\n{"text": "a"}]', r"line 1: cannot be read as JSON.* ends in \.json"),
         ("x.jsonl.gz", GOOD_LINE, "line 1: cannot be read: Not a gzipped file"),
@@ -82,7 +82,7 @@ GOOD_LINE = b'{"text": "a"}\n'
         ("x.parquet", b"PAR1 and nothing behind it", "no Parquet file"),
         ("x.parquet", b"", "no Parquet file"),
         ("x.parquet.gz", b"PAR1", "cannot be read: Not a gzipped file"),
-        ("x.parquet.gz", gzip.compress(b"PAR1"), "no Parquet file"),
+        ("x.parquet.gz", gzip.compress(b"PAR1", mtime=0), "no Parquet file"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said_with_its_place(tmp_path, name, content, words):
