@@ -43,13 +43,17 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def a_hangup_reaches_what_is_started():
-    """Under `nohup` all that is started would ignore the hang-ups that tests send; a handler is not inherited."""
-    before = signal.getsignal(signal.SIGHUP)
-    if before is signal.SIG_IGN:
-        signal.signal(signal.SIGHUP, lambda *_: None)
+def signals_reach_what_is_started():
+    """A shell has what it starts in the background ignore INT, `nohup` HUP, and every process that a test starts would
+    inherit that, to which tests send them; a handler is not inherited."""
+    ignored = {
+        number: signal.signal(number, handler)
+        for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, lambda *_: None))
+        if signal.getsignal(number) is signal.SIG_IGN
+    }
     yield
-    signal.signal(signal.SIGHUP, before)
+    for number, before in ignored.items():
+        signal.signal(number, before)
 
 
 @pytest.fixture(scope="module", autouse=True)
