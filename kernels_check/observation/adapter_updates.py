@@ -16,11 +16,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from kernels_check.observation.adapter_layers import adapter_layers, trained_parameters, written_by_method
+from kernels_check.observation.adapter_layers import trained_parameters, written_by_method
 from kernels_check.observation.adapter_values import KeptValue
 from kernels_check.observation.gradients import Gradients, largest
+from kernels_check.observation.module_tree import Model
 from kernels_check.observation.optimizers import OptimizerSeen, describe, rate_of
 
 LEAST_UPDATES = 2
@@ -70,7 +71,6 @@ class ParameterUpdates:
 class Updates:
     """Watches every optimizer that steps, by hooks that torch calls for all of them."""
 
-    model: nn.Module
     gradients: Gradients
     steps: int = 0
     optimizers: dict[int, OptimizerSeen] = field(default_factory=dict)
@@ -83,13 +83,13 @@ class Updates:
     _before_call: tuple[int, int] = (0, 0)
     """Updates, and parameters that had learnt, before the last call."""
 
-    def begin(self) -> None:
+    def begin(self, model: Model) -> None:
         """Take the values from which the first update starts."""
-        for name, tensor in trained_parameters(self.model, adapter_layers(self.model)).items():
+        for name, tensor in trained_parameters(model).items():
             if not tensor.is_meta:
                 self._names[id(tensor)] = name
                 self._values[id(tensor)] = KeptValue(tensor)
-        self._by_method = written_by_method(self.model)
+        self._by_method = written_by_method(model)
         self._blank()
 
     def begin_call(self) -> None:

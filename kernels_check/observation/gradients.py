@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels_check.observation.adapter_layers import adapter_parameters
-from kernels_check.observation.module_tree import every_parameter, named_parameters
+from kernels_check.observation.module_tree import ModelTree, every_parameter, named_parameters
 from kernels_check.observation.tensor_copy import is_wrapper, plain_parts
 
 _EXACT = (torch.float32, torch.bfloat16, torch.float16)
@@ -58,11 +58,16 @@ class Gradients:
     _unread: set[int] = field(default_factory=set)
 
     @contextmanager
-    def watched(self) -> Iterator[None]:
-        """Hook every parameter that trains or is an adapter's; all hooks are off afterwards, whatever raised."""
-        own = adapter_parameters(self.model)
+    def watched(self, tree: ModelTree | None = None) -> Iterator[None]:
+        """Hook every parameter that trains or is an adapter's; all hooks are off afterwards, whatever raised.
+
+        Args:
+            tree: of the model as it is, where that was read already.
+        """
+        model = tree or self.model
+        own = adapter_parameters(model)
         with ExitStack() as hooks:
-            for name, parameter in named_parameters(self.model):
+            for name, parameter in named_parameters(model):
                 if parameter.requires_grad or (name in own and parameter.is_floating_point()):
                     hooks.callback(_take_off, parameter, parameter._backward_hooks)
                     _hook(hooks, parameter, partial(self._arrive, parameter))

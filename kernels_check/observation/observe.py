@@ -43,7 +43,7 @@ from kernels_check.observation.garbage import uncollected
 from kernels_check.observation.gradients import Gradients
 from kernels_check.observation.inputs import InputLog
 from kernels_check.observation.instruments import watch_by_profile, watch_by_spy
-from kernels_check.observation.module_tree import named_modules
+from kernels_check.observation.module_tree import ModelTree, named_modules
 from kernels_check.observation.observation import Observation
 from kernels_check.observation.snapshot import Snapshot
 from kernels_check.observation.spy import unseen
@@ -60,7 +60,6 @@ class _Watcher:
     gradients: Gradients
     updates: Updates
     adapter: AdapterCalls
-    reached: frozenset[str] = frozenset()
     steps_elsewhere: int = 0
     stepped: list[GroupSeen] = field(default_factory=list)
     updated: tuple[GroupSeen, ...] = ()
@@ -128,9 +127,11 @@ def observe(
     model: nn.Module, step: Callable[[], object], snapshot: Snapshot, instrument: Instrument = "profile"
 ) -> Observation:
     """Call ``step`` a few times; the caller restores ``snapshot`` afterwards."""
-    before = digest(model)
+    with uncollected():
+        tree = ModelTree.of(model)
+        before = digest(tree)
     gradients = Gradients(model)
-    updates = Updates(model, gradients)
+    updates = Updates(gradients)
     watcher = _Watcher(model, snapshot, gradients, updates, AdapterCalls(model))
     calls = 0
 
@@ -144,7 +145,6 @@ def observe(
         gradients.end_call()
         updates.end_call()
         watcher.note_modes()
-        watcher.reached = gradients.reached()
 
     @contextmanager
     def hooked(*, marked: bool = False) -> Iterator[CallRecorder]:
@@ -159,8 +159,10 @@ def observe(
         watcher.keep()
 
     with ExitStack() as hooks:
-        updates.begin()
-        hooks.enter_context(gradients.watched())
+        with uncollected():
+            updates.begin(tree)
+            hooks.enter_context(gradients.watched(tree))
+            del tree  # what the step makes of the model is read anew
         hooks.push(register_optimizer_step_pre_hook(watcher.before_update))
         hooks.push(register_optimizer_step_post_hook(watcher.after_update))
         if instrument == "spy":
@@ -168,13 +170,15 @@ def observe(
         else:
             call()
             profile = watch_by_profile(call, hooked, watcher)
-        reached = watcher.reached
+        reached = gradients.reached()
         while calls < MOST_CALLS and updates.pending():
             call()
+    with uncollected():
+        after = digest(model, before)
     return Observation(
         model=model,
         before=before,
-        after=digest(model),
+        after=after,
         profile=profile,
         calls=calls,
         optimizer_steps=updates.steps,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernels_check.observation.module_tree import every_module
+from kernels_check.observation.module_tree import attribute, every_module
 
 _SLICE = 2**24
 """Elements that are compared at a time, so that a large vocabulary does not take their memory twice."""
@@ -78,7 +78,7 @@ def _configs(model: nn.Module) -> Iterator[Any]:
     """Of the model, of what it wraps, and of their parts, such as the text of a vision model."""
     seen: set[int] = set()
     modules = list(every_module(model))
-    waiting = [getattr(module, name, None) for name in ("config", "generation_config") for module in modules]
+    waiting = [attribute(module, name) for name in ("config", "generation_config") for module in modules]
     while waiting:
         config = waiting.pop()
         if hasattr(config, "__dict__") and id(config) not in seen:

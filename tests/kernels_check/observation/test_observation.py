@@ -12,9 +12,9 @@ def test_a_reading_is_taken_once_and_anew_for_a_replaced_observation(seen, monke
     taken = []
     monkeypatch.setattr(observation, "adapter_layers", lambda model: taken.append(model) or [])
     one = seen()
-    assert one.lora_layers() is one.lora_layers()
+    assert one.adapter_layers() is one.adapter_layers()
     assert len(taken) == 1
-    dataclasses.replace(one, batch={}).lora_layers()
+    dataclasses.replace(one, batch={}).adapter_layers()
     assert len(taken) == 2
 
 
