@@ -148,12 +148,13 @@ def largest(gradient: Tensor) -> Tensor | None:
 
     It is zero where all are, infinite or not a number where any is.
     """
-    with torch.no_grad():
-        gradient = gradient.detach()
-        plain = type(gradient) is Tensor and gradient.layout == torch.strided and gradient.numel()
-        if plain and gradient.dtype in _EXACT:  # in one operator, since there are hundreds in each backward pass
+    plain = type(gradient) is Tensor and gradient.layout == torch.strided and gradient.numel()
+    if plain and gradient.dtype in _EXACT:  # in one operator that nobody watches: there are hundreds in a backward pass
+        with torch.no_grad(), torch._C._DisableTorchDispatch():
             peak: Tensor = torch.linalg.vector_norm(gradient, float("inf"))
             return peak
+    with torch.no_grad():
+        gradient = gradient.detach()
         if gradient.layout == torch.sparse_coo:
             values: list[Tensor] = [gradient.coalesce().values()]
         elif gradient.layout != torch.strided:

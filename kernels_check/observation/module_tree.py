@@ -61,8 +61,10 @@ def attribute(module: nn.Module, name: str) -> Any:
     kind: Any = type(module)
     if kind.__getattr__ is not nn.Module.__getattr__ or hasattr(kind, name):
         return getattr(module, name, None)
-    held = (vars(module), module._parameters, module._buffers, module._modules)
-    return next((one[name] for one in held if name in one), None)
+    for held in (vars(module), module._parameters, module._buffers, module._modules):
+        if name in held:
+            return held[name]
+    return None
 
 
 def named_modules(model: Model, prefix: str = "", *, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:

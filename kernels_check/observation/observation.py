@@ -92,6 +92,8 @@ class Observation:
     """What torch.compile has on record after the last call."""
     batch: Mapping[str, Any] | None = None
     """Packed inputs of the model, to be perturbed."""
+    left: ModelTree | None = None
+    """The model as the last call left it; None where it has been restored since."""
     updated: tuple[GroupSeen, ...] = ()
     """Groups of the optimizers that stepped in the watched call."""
     readings: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
@@ -139,7 +141,7 @@ class Observation:
     @_once
     def tree(self) -> ModelTree:
         """Modules and parameters."""
-        return ModelTree.of(self.model)
+        return self.left or ModelTree.of(self.model)
 
     @_once
     def adapter_layers(self) -> list[AdapterLayer]:

@@ -128,8 +128,8 @@ def observe(
 ) -> Observation:
     """Call ``step`` a few times; the caller restores ``snapshot`` afterwards."""
     with uncollected():
-        tree = ModelTree.of(model)
-        before = digest(tree)
+        found = ModelTree.of(model)  # what a step makes of it is read anew
+        before = digest(found)
     gradients = Gradients(model)
     updates = Updates(gradients)
     watcher = _Watcher(model, snapshot, gradients, updates, AdapterCalls(model))
@@ -153,16 +153,15 @@ def observe(
             with uncollected():
                 hooks.enter_context(recorder.hooked())
                 watcher.inputs.attach(model, hooks)
-                hooks.enter_context(watcher.adapter.watched())
+                hooks.enter_context(watcher.adapter.watched(None if calls else found))
             yield recorder
         watcher.calls = recorder.calls()
         watcher.keep()
 
     with ExitStack() as hooks:
         with uncollected():
-            updates.begin(tree)
-            hooks.enter_context(gradients.watched(tree))
-            del tree  # what the step makes of the model is read anew
+            updates.begin(found)
+            hooks.enter_context(gradients.watched(found))
         hooks.push(register_optimizer_step_pre_hook(watcher.before_update))
         hooks.push(register_optimizer_step_post_hook(watcher.after_update))
         if instrument == "spy":
@@ -174,9 +173,11 @@ def observe(
         while calls < MOST_CALLS and updates.pending():
             call()
     with uncollected():
-        after = digest(model, before)
+        left = ModelTree.of(model)
+        after = digest(left, before)
     return Observation(
         model=model,
+        left=left,
         before=before,
         after=after,
         profile=profile,

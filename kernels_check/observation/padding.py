@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from kernels_check.check import name_some
 from kernels_check.observation.inputs import ModelCall, find_tokens, names_tokens, training_calls
 from kernels_check.observation.module_tree import attribute, every_module
-from kernels_check.observation.perturbation import special_tokens
+from kernels_check.observation.perturbation import configurations, special_tokens
 from kernels_check.observation.records import PADDING, LayoutError, Records, find_records, hidden_by
 
 _IGNORED = -100
@@ -99,8 +99,9 @@ class _Named:
     @classmethod
     def by(cls, model: nn.Module) -> _Named:
         """Read the configurations of a model."""
-        ends = special_tokens(model, ("pad", "eos", "bos"))
-        others = special_tokens(model, but=("pad",))
+        named = list(configurations(model))
+        ends = special_tokens(named, ("pad", "eos", "bos"))
+        others = special_tokens(named, but=("pad",))
         return cls(ends=ends, pads=ends - others, holders=others - ends)
 
 
