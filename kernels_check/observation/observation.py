@@ -126,7 +126,7 @@ class Observation:
     @_once
     def blocks_without_gradient(self) -> tuple[str, ...]:
         """The blocks of the model that ran and that no gradient comes back to."""
-        return ran_without_gradient(self.model, self.modules)
+        return ran_without_gradient(self.model, self.modules, self.recomputed_blocks())
 
     @_once
     def updated_by_kind(self) -> list[Counter[str]]:
