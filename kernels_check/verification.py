@@ -67,7 +67,7 @@ def verify(
         with uncollected():
             checks = _judge(seen, requirements, instrument, packed=False)
     if batch is not None or any(PATHS[path].packed for path in requirements):
-        checks |= _judge(replace(seen, batch=batch), requirements, instrument, packed=True)
+        checks |= _judge(replace(seen, batch=batch, left=None), requirements, instrument, packed=True)
     return [checks[path] for path in PATHS if path in checks]
 
 

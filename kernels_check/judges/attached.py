@@ -62,7 +62,7 @@ def _describe(layer: AdapterLayer, problem: str) -> str:
 
 def _states(layers: Sequence[AdapterLayer], seen: Observation) -> dict[str, set[str]]:
     """What is wrong with each layer, by its name."""
-    names = {id(value): name for name, value in seen.model.named_parameters()}
+    names = {id(value): name for name, value in seen.tree().parameters}
     called = {layer.name: calls_that_count(seen.adapter_calls.get(layer.name, ())) for layer in layers}
     weights = {layer.name: {id(value) for _, value in layer.weights()} for layer in layers}
     owners = Counter(key for held in weights.values() for key in held)

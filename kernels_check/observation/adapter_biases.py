@@ -17,10 +17,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from kernels_check.observation.adapter_kinds import holders_in, in_use, is_a, is_tuner, layers_at, roles_of
-from kernels_check.observation.module_tree import every_module, named_modules, named_parameters
+from kernels_check.observation.module_tree import ModelTree, every_module, named_modules, named_parameters, reading
 
 
-def biases_of_adapters(model: nn.Module) -> dict[str, str]:
+@reading
+def biases_of_adapters(model: ModelTree) -> dict[str, str]:
     """The biases of the base that an adapter in use trains: qualified name, and what PEFT was asked, ``bias='all'``.
 
     A tensor that several modules share has a name for each.
@@ -37,7 +38,7 @@ def biases_of_adapters(model: nn.Module) -> dict[str, str]:
     }
 
 
-def _asked_of(holder: Any, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _asked_of(holder: Any, model: ModelTree) -> Iterator[tuple[str, Tensor]]:
     """Settings, and the tensors they mean, of a tuner, or of a model in which PEFT has left only its layers."""
     configurations = vars(holder).get("peft_config")
     if not isinstance(configurations, dict):

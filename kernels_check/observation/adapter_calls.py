@@ -19,6 +19,7 @@ from torch import nn
 
 from kernels_check.observation.adapter_kinds import AdapterLayer, active_in, is_disabled
 from kernels_check.observation.adapter_layers import adapter_layers
+from kernels_check.observation.module_tree import ModelTree
 
 
 @dataclass(slots=True, kw_only=True)
@@ -49,10 +50,14 @@ class AdapterCalls:
     """The layers that a thread is in, outermost first."""
 
     @contextmanager
-    def watched(self) -> Iterator[None]:
-        """Hook every layer and part; all hooks are off afterwards, whatever raised."""
+    def watched(self, tree: ModelTree | None = None) -> Iterator[None]:
+        """Hook every layer and part; all hooks are off afterwards, whatever raised.
+
+        Args:
+            tree: of the model as it is, where that was read already.
+        """
         self.forget()
-        found = adapter_layers(self.model)
+        found = adapter_layers(tree or self.model)
         with ExitStack() as hooks:
             parts: dict[int, tuple[nn.Module, dict[str, str]]] = {}
             for layer in found:

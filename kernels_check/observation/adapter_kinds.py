@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kernels_check.observation.module_tree import every_module
+from kernels_check.observation.module_tree import Model, every_module
 
 _PREFIX = "lora_"
 """Of the attributes of a class of one's own."""
@@ -175,7 +175,7 @@ def layers_at(name: str, module: nn.Module) -> Iterator[AdapterLayer]:
                 yield AdapterLayer(name=path, module=one, held=("",), trains=trains, shelved=True)
 
 
-def in_use(model: nn.Module, found: Iterable[AdapterLayer]) -> frozenset[str]:
+def in_use(model: Model, found: Iterable[AdapterLayer]) -> frozenset[str]:
     """Adapters in use at the places found in a model.
 
     They are those that the tuner calls active as far as a layer agrees, else those that are active in any layer, else

@@ -14,14 +14,14 @@ from torch import nn
 
 from kernels_check.observation.adapter_kinds import AdapterLayer, is_a
 from kernels_check.observation.adapter_layers import adapter_layers
-from kernels_check.observation.module_tree import named_modules
+from kernels_check.observation.module_tree import Model, named_modules
 
 _HEADS = frozenset({"classifier", "score", "qa_outputs"})
 """Names that PEFT adds to ``modules_to_save`` by itself for a task, of which a model has one."""
 _TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
-def unmatched_names(model: nn.Module) -> list[str]:
+def unmatched_names(model: Model) -> list[str]:
     """Each name that was asked for an adapter in use and matched nothing, as ``target_modules 'qurey'``.
 
     Raises:

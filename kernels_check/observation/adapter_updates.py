@@ -11,16 +11,15 @@ when the closure returns.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from kernels_check.observation.adapter_layers import adapter_layers, trained_parameters, written_by_method
+from kernels_check.observation.adapter_layers import trained_parameters, written_by_method
 from kernels_check.observation.adapter_values import KeptValue
 from kernels_check.observation.gradients import Gradients, largest
+from kernels_check.observation.module_tree import Model
 from kernels_check.observation.optimizers import OptimizerSeen, describe, rate_of
 
 LEAST_UPDATES = 2
@@ -70,7 +69,6 @@ class ParameterUpdates:
 class Updates:
     """Watches every optimizer that steps, by hooks that torch calls for all of them."""
 
-    model: nn.Module
     gradients: Gradients
     steps: int = 0
     optimizers: dict[int, OptimizerSeen] = field(default_factory=dict)
@@ -83,13 +81,13 @@ class Updates:
     _before_call: tuple[int, int] = (0, 0)
     """Updates, and parameters that had learnt, before the last call."""
 
-    def begin(self) -> None:
+    def begin(self, model: Model) -> None:
         """Take the values from which the first update starts."""
-        for name, tensor in trained_parameters(self.model, adapter_layers(self.model)).items():
+        for name, tensor in trained_parameters(model).items():
             if not tensor.is_meta:
                 self._names[id(tensor)] = name
                 self._values[id(tensor)] = KeptValue(tensor)
-        self._by_method = written_by_method(self.model)
+        self._by_method = written_by_method(model)
         self._blank()
 
     def begin_call(self) -> None:
@@ -181,12 +179,19 @@ class Updates:
         """Count what an update has changed since the values were looked at."""
         moved = False
         for key, rate in self._given(optimizer).items():
-            with self._reading(key) as seen:
-                moved = self._count(key, rate, seen) or moved
+            moved = self._count(key, rate) or moved
         self.gradients.moved += moved
 
-    def _count(self, key: int, rate: float, seen: ParameterUpdates) -> bool:
-        value, fed = self._values[key], key in self._fed
+    def _count(self, key: int, rate: float) -> bool:
+        """Count an update of one parameter; one that cannot be read is no fault of the step, which goes on."""
+        seen = self.parameters[self._names[key]]
+        try:
+            return self._counted(self._values[key], rate, seen, fed=key in self._fed)
+        except Exception as error:
+            seen.unreadable = f"{type(error).__name__}: {error}"
+            return False
+
+    def _counted(self, value: KeptValue, rate: float, seen: ParameterUpdates, *, fed: bool) -> bool:
         if not value.settle():
             if fed and rate:
                 faint = value.is_faint(rate)
@@ -202,21 +207,16 @@ class Updates:
 
     def _compare(self, key: int) -> None:
         """Count what has been written since the last update."""
-        with self._reading(key) as seen:
-            written, undone = self._values[key].written()
-            if key not in self._by_method:
-                seen.written += written
-                if undone:
-                    seen.losses.append(seen.updates)
-
-    @contextmanager
-    def _reading(self, key: int) -> Iterator[ParameterUpdates]:
-        """What is counted of a parameter; one that cannot be read is no fault of the step, which goes on."""
         seen = self.parameters[self._names[key]]
         try:
-            yield seen
+            written, undone = self._values[key].written()
         except Exception as error:
             seen.unreadable = f"{type(error).__name__}: {error}"
+            return
+        if key not in self._by_method:
+            seen.written += written
+            if undone:
+                seen.losses.append(seen.updates)
 
 
 def _is_nonzero(gradient: Tensor) -> bool:

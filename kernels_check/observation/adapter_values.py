@@ -23,11 +23,9 @@ class KeptValue:
     """
 
     tensor: Tensor
-    distance: float = 0.0
-    """How far the last update moved it; zero once something else wrote to it."""
     _parts: list[Tensor] = field(default_factory=list)
-    _moved: list[Tensor] = field(default_factory=list)
-    """Which elements the last update moved."""
+    _before: list[Tensor] = field(default_factory=list)
+    """The value from which the last update started; none once something else wrote to it."""
     _version: int = 0
 
     def __post_init__(self) -> None:
@@ -37,11 +35,9 @@ class KeptValue:
     def settle(self) -> bool:
         """Take in what an update wrote; say whether it wrote anything new."""
         parts = _parts(self.tensor)
-        distance = self._distance(parts)
-        if distance is None:
+        if self._is_kept(parts):
             return False
-        self._moved = [now != then for now, then in zip(parts, self._parts, strict=True)]
-        self._keep(parts, distance)
+        self._keep(parts, self._parts)
         return True
 
     def written(self) -> tuple[bool, bool]:
@@ -50,20 +46,14 @@ class KeptValue:
         What projects the weights after an update (a clamp, a norm) moves few of them, or all of them by less.
         """
         parts = _parts(self.tensor)
-        distance = self._distance(parts)
-        if distance is None:
+        if self._is_kept(parts):
             touched = _version(self.tensor) != self._version
             self._version = _version(self.tensor)
             return touched, False
-        undone = False
-        if 0 < self.distance <= distance * (1 + 1e-6):
-            moved = sum(int(changed.sum()) for changed in self._moved)
-            triples = zip(parts, self._parts, self._moved, strict=True)
-            undone = sum(int(((now == then) & changed).sum()) for now, then, changed in triples) < moved / 2
-        self._keep(parts, 0.0)
+        undone = bool(self._before) and self._undoes(parts)
+        self._keep(parts, [])
         return True, undone
 
-    @torch.no_grad()
     def is_faint(self, rate: float) -> bool:
         """Whether an update in proportion to the gradient is too small for float32 to show."""
         gradient = self.tensor.grad
@@ -73,30 +63,44 @@ class KeptValue:
         greatest = max((float(part.abs().max()) for part in self._parts if part.numel()), default=0.0)
         return rate * float(size) < torch.finfo(self.tensor.dtype).eps * greatest
 
-    @torch.no_grad()
     def is_stuck(self) -> bool:
         """Whether the last update left nearly all that had a gradient as it was, as a narrow dtype may."""
         gradient = self.tensor.grad
         if self.tensor.dtype not in _NARROW or gradient is None or gradient.layout != torch.strided:
             return False
-        pairs = [(one != 0, moved) for one, moved in zip(_parts(gradient), self._moved, strict=True)]
+        pairs = [(one != 0, moved) for one, moved in zip(_parts(gradient), self._moved(), strict=True)]
         given = sum(int(has.sum()) for has, _ in pairs)
         return sum(int((has & ~moved).sum()) for has, moved in pairs) > STUCK_SHARE * given
 
-    @torch.no_grad()
-    def _distance(self, parts: list[Tensor]) -> float | None:
-        """How far a value is from the last known one; None where they are the same."""
-        pairs = [(now, then) for now, then in zip(parts, self._parts, strict=True) if not torch.equal(now, then)]
-        if not pairs:
-            return None
-        total: float = sum(float((now.double() - then.double()).square().sum()) for now, then in pairs) ** 0.5
-        return total
+    def _is_kept(self, parts: list[Tensor]) -> bool:
+        """Whether a value is the last known one."""
+        return all(torch.equal(now, then) for now, then in zip(parts, self._parts, strict=True))
 
-    @torch.no_grad()
-    def _keep(self, parts: list[Tensor], distance: float) -> None:
-        for kept, part in zip(self._parts, parts, strict=True):
-            kept.copy_(part)
-        self._version, self.distance = _version(self.tensor), distance
+    def _keep(self, parts: list[Tensor], before: list[Tensor]) -> None:
+        pairs = zip(parts, self._parts, strict=True)
+        self._parts = [torch.empty_like(kept).copy_(part) for part, kept in pairs]
+        self._version, self._before = _version(self.tensor), before
+
+    def _moved(self) -> list[Tensor]:
+        """Which elements the last update moved."""
+        return [now != then for now, then in zip(self._parts, self._before, strict=True)]
+
+    def _undoes(self, parts: list[Tensor]) -> bool:
+        """Whether a value is as far from the last known one as the update had moved that, and in other places."""
+        if not 0 < _distance(self._parts, self._before) <= _distance(parts, self._parts) * (1 + 1e-6):
+            return False
+        moved = self._moved()
+        left = zip(parts, self._parts, moved, strict=True)
+        return (
+            sum(int(((now == then) & one).sum()) for now, then, one in left) < sum(int(one.sum()) for one in moved) / 2
+        )
+
+
+def _distance(one: list[Tensor], other: list[Tensor]) -> float:
+    """How far two values are apart; parts that are the same may be infinite."""
+    pairs = [(now, then) for now, then in zip(one, other, strict=True) if not torch.equal(now, then)]
+    total: float = sum(float((now.double() - then.double()).square().sum()) for now, then in pairs) ** 0.5
+    return total
 
 
 def _parts(tensor: Tensor) -> list[Tensor]:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
-from kernels_check.observation.adapter_layers import adapter_paths, is_below
-from kernels_check.observation.module_tree import named_modules
+from kernels_check.observation.adapter_layers import adapters_of
+from kernels_check.observation.module_tree import Model, ModelTree
 from kernels_check.observation.tensor_copy import is_wrapper, plain_parts
 
 Kind: TypeAlias = Literal["parameter", "merged", "buffer", "cache", "beside"]
@@ -48,25 +48,25 @@ class Part:
     """The last where its tensor cannot be taken apart."""
 
 
-def base_state(model: nn.Module) -> Iterator[Part]:
+def base_state(model: Model) -> Iterator[Part]:
     """Every part of the base; a tensor that several layers share comes once for each."""
-    adapter = adapter_paths(model)
-    modules = list(named_modules(model))
+    tree = ModelTree.of(model)
+    adapter, modules = adapters_of(tree), tree.modules
     merged = {id(layer) for _, module in modules for layer in _merged_layers(module)}
     shards = {place: shard for _, module in modules for place, shard in _shards(module)}
     for name, module in modules:
-        if is_below(name, adapter):
+        if adapter[name]:
             continue
         prefix = f"{name}." if name else ""
         for key, parameter in module._parameters.items():
-            if parameter is not None and not is_below(prefix + key, adapter):
+            if parameter is not None and not adapter[prefix + key]:
                 kind: Kind = "merged" if id(module) in merged and key.endswith("weight") else "parameter"
                 here = shards.get(
                     (id(module), key), getattr(parameter, "ds_tensor", parameter)
                 )  # of DeepSpeed's ZeRO-3
                 yield from _tensor(prefix + key, kind, module, here)
         for key, buffer in module._buffers.items():
-            if buffer is not None and not is_below(prefix + key, adapter):
+            if buffer is not None and not adapter[prefix + key]:
                 saved = key not in module._non_persistent_buffers_set
                 yield from _tensor(prefix + key, "buffer" if saved else "cache", module, buffer)
         for key, value in beside(module):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from kernels_check.observation.base_state import PACKED, WEIGHTS, Part, base_state
+from kernels_check.observation.module_tree import Model
 from kernels_check.observation.storage import read_storage
 
 _PLACE = re.compile(r"\.\d+(?=\.)")
@@ -39,7 +40,7 @@ class Census:
         return [(name, size) for (found, name), size in self.largest.most_common() if found != bits]
 
 
-def take_census(model: nn.Module) -> Census:
+def take_census(model: Model) -> Census:
     """Count a base: whatever it saves, by the layer that holds it."""
     census = Census()
     layers: dict[int, list[Part]] = {}

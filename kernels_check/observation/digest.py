@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kernels_check.observation.base_state import Kind, base_state, base_weight, is_packed, quant_state
 from kernels_check.observation.fingerprint import Fingerprinter, has_memory
 from kernels_check.observation.fourbit import layout_problem
-from kernels_check.observation.module_tree import named_modules
+from kernels_check.observation.module_tree import Model, ModelTree
 
 ROUNDINGS = 4
 """Units in the last place of the largest weight that a few merges and their undoing leave at most; one in the mean."""
@@ -86,13 +86,19 @@ class Digest:
         return Change(**{kind: tuple(names) for kind, names in found.items()})
 
 
-def digest(model: nn.Module) -> Digest:
-    """Fingerprint the base of a model: each part that ``base_state`` names."""
-    take = Fingerprinter()
+def digest(model: Model, before: Digest | None = None) -> Digest:
+    """Fingerprint the base of a model: each part that ``base_state`` names.
+
+    Args:
+        model: the model.
+        before: an earlier digest of it; what has moved since to another kind of device is read where it lay then.
+    """
+    tree, take = ModelTree.of(model), Fingerprinter()
+    earlier: Mapping[str, Hashed] = before.parts if before is not None else {}
     parts: dict[str, Hashed] = {}
     unseen: dict[str, str] = {}
     sharded = set()
-    for part in base_state(model):
+    for part in base_state(tree):
         if part.wrapper == _SHARDED:
             sharded.add(part.owner)
         if isinstance(part.value, str):
@@ -100,11 +106,12 @@ def digest(model: nn.Module) -> Digest:
             continue
         try:
             tensor = _readable(part.value)
-            parts[part.name] = Hashed(fingerprint=take(tensor), kind=part.kind, owner=part.owner, tensor=tensor)
+            taken = take(_where_it_lay(tensor, earlier.get(part.name)))
+            parts[part.name] = Hashed(fingerprint=taken, kind=part.kind, owner=part.owner, tensor=tensor)
         except Exception as error:  # of a kind that nobody has met: unknown, and nothing else is lost
             if part.kind != "cache":
                 unseen[part.name] = str(error) or type(error).__name__
-    states = _states(model)
+    states = _states(tree)
     return Digest(
         parts=parts,
         total_bytes=take.bytes,
@@ -115,11 +122,12 @@ def digest(model: nn.Module) -> Digest:
     )
 
 
-def _states(model: nn.Module) -> list[tuple[str, nn.Module, Any, Any]]:
+def _states(tree: ModelTree) -> list[tuple[str, nn.Module, Any, Any]]:
     """Name, layer, weight and state of every 4-bit weight."""
-    found = ((name, layer, base_weight(layer)) for name, layer in named_modules(model))
-    with_state = ((name, layer, weight, quant_state(layer, weight)) for name, layer, weight in found)
-    return [one for one in with_state if one[2] is not None and one[3] is not None]
+    found = ((name, layer, base_weight(layer)) for name, layer in tree.modules)
+    with_weight = (one for one in found if one[2] is not None)
+    with_state = ((name, layer, weight, quant_state(layer, weight)) for name, layer, weight in with_weight)
+    return [one for one in with_state if one[3] is not None]
 
 
 def _readable(value: Tensor | Exception) -> Tensor:
@@ -128,6 +136,12 @@ def _readable(value: Tensor | Exception) -> Tensor:
     if value.is_meta:
         raise ValueError("it lies on the meta device")
     return value.detach()
+
+
+def _where_it_lay(tensor: Tensor, before: Hashed | None) -> Tensor:
+    """The tensor on the kind of device on which it was read before."""
+    then = before.tensor if before is not None else None
+    return tensor if then is None or then.device.type == tensor.device.type else tensor.to(then.device)
 
 
 def _difference(old: Hashed | None, new: Hashed | None) -> str:

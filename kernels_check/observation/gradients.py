@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels_check.observation.adapter_layers import adapter_parameters
-from kernels_check.observation.module_tree import every_parameter, named_parameters
+from kernels_check.observation.module_tree import ModelTree, every_parameter, named_parameters
 from kernels_check.observation.tensor_copy import is_wrapper, plain_parts
 
 _EXACT = (torch.float32, torch.bfloat16, torch.float16)
@@ -58,11 +58,16 @@ class Gradients:
     _unread: set[int] = field(default_factory=set)
 
     @contextmanager
-    def watched(self) -> Iterator[None]:
-        """Hook every parameter that trains or is an adapter's; all hooks are off afterwards, whatever raised."""
-        own = adapter_parameters(self.model)
+    def watched(self, tree: ModelTree | None = None) -> Iterator[None]:
+        """Hook every parameter that trains or is an adapter's; all hooks are off afterwards, whatever raised.
+
+        Args:
+            tree: of the model as it is, where that was read already.
+        """
+        model = tree or self.model
+        own = adapter_parameters(model)
         with ExitStack() as hooks:
-            for name, parameter in named_parameters(self.model):
+            for name, parameter in named_parameters(model):
                 if parameter.requires_grad or (name in own and parameter.is_floating_point()):
                     hooks.callback(_take_off, parameter, parameter._backward_hooks)
                     _hook(hooks, parameter, partial(self._arrive, parameter))
@@ -143,12 +148,13 @@ def largest(gradient: Tensor) -> Tensor | None:
 
     It is zero where all are, infinite or not a number where any is.
     """
-    with torch.no_grad():
-        gradient = gradient.detach()
-        plain = type(gradient) is Tensor and gradient.layout == torch.strided and gradient.numel()
-        if plain and gradient.dtype in _EXACT:  # in one operator, since there are hundreds in each backward pass
+    plain = type(gradient) is Tensor and gradient.layout == torch.strided and gradient.numel()
+    if plain and gradient.dtype in _EXACT:  # in one operator that nobody watches: there are hundreds in a backward pass
+        with torch.no_grad(), torch._C._DisableTorchDispatch():
             peak: Tensor = torch.linalg.vector_norm(gradient, float("inf"))
             return peak
+    with torch.no_grad():
+        gradient = gradient.detach()
         if gradient.layout == torch.sparse_coo:
             values: list[Tensor] = [gradient.coalesce().values()]
         elif gradient.layout != torch.strided:

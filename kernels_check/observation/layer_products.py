@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from kernels_check.observation.calls import Calls
-from kernels_check.observation.module_tree import named_modules
+from kernels_check.observation.module_tree import Model, named_modules
 from kernels_check.observation.products import Product
 
 
@@ -81,7 +81,7 @@ def products_of(
     )
 
 
-def fourbit_layers(model: nn.Module) -> dict[str, tuple[str, ...]]:
+def fourbit_layers(model: Model) -> dict[str, tuple[str, ...]]:
     """Linear layers of the model whose own weight is a 4-bit one, each by its name."""
     return {
         name: (name,)

@@ -34,6 +34,7 @@ from kernels_check.observation.inputs import ModelCall
 from kernels_check.observation.isolation import IsolationSeen
 from kernels_check.observation.layer_products import LayerProducts, fourbit_layers, products_of
 from kernels_check.observation.mixing import mixing_modules
+from kernels_check.observation.module_tree import ModelTree
 from kernels_check.observation.optimizers import OptimizerSeen
 from kernels_check.observation.packed_step import isolation_of_step
 from kernels_check.observation.padding import PaddingSeen, count_padding
@@ -91,6 +92,8 @@ class Observation:
     """What torch.compile has on record after the last call."""
     batch: Mapping[str, Any] | None = None
     """Packed inputs of the model, to be perturbed."""
+    left: ModelTree | None = None
+    """The model as the last call left it; None where it has been restored since."""
     updated: tuple[GroupSeen, ...] = ()
     """Groups of the optimizers that stepped in the watched call."""
     readings: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
@@ -123,7 +126,7 @@ class Observation:
     @_once
     def blocks_without_gradient(self) -> tuple[str, ...]:
         """The blocks of the model that ran and that no gradient comes back to."""
-        return ran_without_gradient(self.model, self.modules)
+        return ran_without_gradient(self.model, self.modules, self.recomputed_blocks())
 
     @_once
     def updated_by_kind(self) -> list[Counter[str]]:
@@ -136,29 +139,34 @@ class Observation:
         return operators_on(self.updated, self.profile.writes)
 
     @_once
+    def tree(self) -> ModelTree:
+        """Modules and parameters."""
+        return self.left or ModelTree.of(self.model)
+
+    @_once
     def adapter_layers(self) -> list[AdapterLayer]:
         """Places with an adapter that is in use."""
-        return adapter_layers(self.model)
+        return adapter_layers(self.tree())
 
     @_once
     def trained_parameters(self) -> dict[str, Tensor]:
         """Parameters of the adapter that have to learn, by name."""
-        return trained_parameters(self.model, self.adapter_layers())
+        return trained_parameters(self.tree())
 
     @_once
     def token_parameters(self) -> frozenset[str]:
         """Parameters of the adapter that only some tokens of the vocabulary use, by name."""
-        return token_parameters(self.model)
+        return token_parameters(self.tree())
 
     @_once
     def unmatched_names(self) -> list[str]:
         """Names that the adapter's configuration asks for and that matched nothing."""
-        return unmatched_names(self.model)
+        return unmatched_names(self.tree())
 
     @_once
     def base_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters that are no adapter's, by name."""
-        return base_parameters(self.model)
+        return base_parameters(self.tree())
 
     @_once
     def attention_layers(self) -> AttentionLayers:
@@ -177,7 +185,7 @@ class Observation:
     @_once
     def fourbit_products(self) -> LayerProducts:
         """The 4-bit products of every linear layer of the model with a 4-bit weight, by its name."""
-        return products_of(fourbit_layers(self.model), self.model, self.modules, self.profile.fourbit)
+        return products_of(fourbit_layers(self.tree()), self.model, self.modules, self.profile.fourbit)
 
     @_once
     def storage(self) -> dict[str, Storage]:
@@ -187,12 +195,12 @@ class Observation:
     @_once
     def census(self) -> Census:
         """How many bytes of the whole base are kept in how many bits."""
-        return take_census(self.model)
+        return take_census(self.tree())
 
     @_once
     def biases_of_adapters(self) -> Mapping[str, str]:
         """Biases of the base that train as a part of the adapter, by name, with what PEFT was asked."""
-        return biases_of_adapters(self.model)
+        return biases_of_adapters(self.tree())
 
     def isolation(self) -> IsolationSeen:
         """Perturb the step's own packed calls, and the batch where there is one, by forwards that leave no trace."""

@@ -43,7 +43,7 @@ from kernels_check.observation.garbage import uncollected
 from kernels_check.observation.gradients import Gradients
 from kernels_check.observation.inputs import InputLog
 from kernels_check.observation.instruments import watch_by_profile, watch_by_spy
-from kernels_check.observation.module_tree import named_modules
+from kernels_check.observation.module_tree import ModelTree, named_modules
 from kernels_check.observation.observation import Observation
 from kernels_check.observation.snapshot import Snapshot
 from kernels_check.observation.spy import unseen
@@ -60,7 +60,6 @@ class _Watcher:
     gradients: Gradients
     updates: Updates
     adapter: AdapterCalls
-    reached: frozenset[str] = frozenset()
     steps_elsewhere: int = 0
     stepped: list[GroupSeen] = field(default_factory=list)
     updated: tuple[GroupSeen, ...] = ()
@@ -128,9 +127,11 @@ def observe(
     model: nn.Module, step: Callable[[], object], snapshot: Snapshot, instrument: Instrument = "profile"
 ) -> Observation:
     """Call ``step`` a few times; the caller restores ``snapshot`` afterwards."""
-    before = digest(model)
+    with uncollected():
+        found = ModelTree.of(model)  # what a step makes of it is read anew
+        before = digest(found)
     gradients = Gradients(model)
-    updates = Updates(model, gradients)
+    updates = Updates(gradients)
     watcher = _Watcher(model, snapshot, gradients, updates, AdapterCalls(model))
     calls = 0
 
@@ -144,7 +145,6 @@ def observe(
         gradients.end_call()
         updates.end_call()
         watcher.note_modes()
-        watcher.reached = gradients.reached()
 
     @contextmanager
     def hooked(*, marked: bool = False) -> Iterator[CallRecorder]:
@@ -153,14 +153,15 @@ def observe(
             with uncollected():
                 hooks.enter_context(recorder.hooked())
                 watcher.inputs.attach(model, hooks)
-                hooks.enter_context(watcher.adapter.watched())
+                hooks.enter_context(watcher.adapter.watched(None if calls else found))
             yield recorder
         watcher.calls = recorder.calls()
         watcher.keep()
 
     with ExitStack() as hooks:
-        updates.begin()
-        hooks.enter_context(gradients.watched())
+        with uncollected():
+            updates.begin(found)
+            hooks.enter_context(gradients.watched(found))
         hooks.push(register_optimizer_step_pre_hook(watcher.before_update))
         hooks.push(register_optimizer_step_post_hook(watcher.after_update))
         if instrument == "spy":
@@ -168,13 +169,17 @@ def observe(
         else:
             call()
             profile = watch_by_profile(call, hooked, watcher)
-        reached = watcher.reached
+        reached = gradients.reached()
         while calls < MOST_CALLS and updates.pending():
             call()
+    with uncollected():
+        left = ModelTree.of(model)
+        after = digest(left, before)
     return Observation(
         model=model,
+        left=left,
         before=before,
-        after=digest(model),
+        after=after,
         profile=profile,
         calls=calls,
         optimizer_steps=updates.steps,

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from kernels_check.check import name_some
 from kernels_check.observation.inputs import ModelCall, find_tokens, names_tokens, training_calls
-from kernels_check.observation.perturbation import special_tokens
+from kernels_check.observation.module_tree import attribute, every_module
+from kernels_check.observation.perturbation import configurations, special_tokens
 from kernels_check.observation.records import PADDING, LayoutError, Records, find_records, hidden_by
 
 _IGNORED = -100
@@ -74,7 +75,7 @@ def count_padding(model: nn.Module, calls: Sequence[ModelCall]) -> PaddingSeen |
 def _decoded(call: ModelCall) -> Iterator[ModelCall]:
     """What an encoder-decoder decodes, which is padded by itself; without its own tokens it is made from the labels."""
     if not any(
-        getattr(getattr(one, "config", None), "is_encoder_decoder", False) is True for one in call.module.modules()
+        getattr(attribute(one, "config"), "is_encoder_decoder", False) is True for one in every_module(call.module)
     ):
         return
     labels, mask = (call.arguments.get(name) for name in ("labels", "decoder_attention_mask"))
@@ -98,8 +99,9 @@ class _Named:
     @classmethod
     def by(cls, model: nn.Module) -> _Named:
         """Read the configurations of a model."""
-        ends = special_tokens(model, ("pad", "eos", "bos"))
-        others = special_tokens(model, but=("pad",))
+        named = list(configurations(model))
+        ends = special_tokens(named, ("pad", "eos", "bos"))
+        others = special_tokens(named, but=("pad",))
         return cls(ends=ends, pads=ends - others, holders=others - ends)
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kernels_check.observation.module_tree import every_module
+from kernels_check.observation.module_tree import Model, attribute, every_module
 
 _SLICE = 2**24
 """Elements that are compared at a time, so that a large vocabulary does not take their memory twice."""
@@ -27,7 +27,7 @@ def other_tokens(tokens: Tensor, model: nn.Module) -> tuple[Tensor, Tensor]:
     if tokens.is_floating_point():
         rolled = tokens.roll(1, -1)
         return rolled, (rolled != tokens).any(dim=-1)
-    special = torch.tensor(sorted(special_tokens(model)), dtype=tokens.dtype, device=tokens.device)
+    special = torch.tensor(sorted(special_tokens(configurations(model))), dtype=tokens.dtype, device=tokens.device)
     changeable = ~torch.isin(tokens, special)
     known = tokens[changeable].unique()
     if known.numel() < 2:  # one token over and over: its neighbour must do
@@ -36,10 +36,12 @@ def other_tokens(tokens: Tensor, model: nn.Module) -> tuple[Tensor, Tensor]:
     return known[following], changeable
 
 
-def special_tokens(model: nn.Module, kinds: tuple[str, ...] = ("",), *, but: tuple[str, ...] = ()) -> frozenset[int]:
-    """Ids that the model's configurations name, of some kinds (``pad``, ``eos``) or of all but some."""
+def special_tokens(
+    configs: Iterable[Any], kinds: tuple[str, ...] = ("",), *, but: tuple[str, ...] = ()
+) -> frozenset[int]:
+    """Ids that configurations name, of some kinds (``pad``, ``eos``) or of all but some."""
     found: set[int] = set()
-    for config in _configs(model):
+    for config in configs:
         for name, value in vars(config).items():
             if name.endswith(("_token_id", "_token_index")) and name.startswith(kinds) and not name.startswith(but):
                 found.update(one for one in (value if isinstance(value, list | tuple) else [value]) if _is_id(one))
@@ -74,11 +76,11 @@ def _is_id(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _configs(model: nn.Module) -> Iterator[Any]:
+def configurations(model: Model) -> Iterator[Any]:
     """Of the model, of what it wraps, and of their parts, such as the text of a vision model."""
     seen: set[int] = set()
     modules = list(every_module(model))
-    waiting = [getattr(module, name, None) for name in ("config", "generation_config") for module in modules]
+    waiting = [attribute(module, name) for name in ("config", "generation_config") for module in modules]
     while waiting:
         config = waiting.pop()
         if hasattr(config, "__dict__") and id(config) not in seen:

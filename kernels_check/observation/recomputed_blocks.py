@@ -51,10 +51,10 @@ def recomputed_blocks(model: nn.Module, calls: Calls) -> tuple[BlockRecomputed, 
     return tuple(seen.judge(name, lists_inside(model, name)) for name in names if seen.needing(name))
 
 
-def ran_without_gradient(model: nn.Module, calls: Calls) -> tuple[str, ...]:
-    """Blocks that were called and to which no gradient comes back: there is nothing to recompute in them."""
-    judged = {block.name for block in recomputed_blocks(model, calls)}
-    return tuple(name for name in block_names(model) if calls.ran(name) and name not in judged)
+def ran_without_gradient(model: nn.Module, calls: Calls, judged: Iterable[BlockRecomputed]) -> tuple[str, ...]:
+    """Blocks that were called and are none of ``recomputed_blocks``: there is nothing to recompute in them."""
+    known = {block.name for block in judged}
+    return tuple(name for name in block_names(model) if calls.ran(name) and name not in known)
 
 
 @dataclass(slots=True)

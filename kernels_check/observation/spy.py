@@ -60,6 +60,9 @@ class _Role(Enum):
     OTHER = auto()
 
 
+_OTHER = _Role.OTHER
+
+
 class Spy(TorchDispatchMode):
     """Keeps the operators that tell something; use ``spied``."""
 
@@ -83,6 +86,8 @@ class Spy(TorchDispatchMode):
         """Note the operator where it matters and call it."""
         kwargs = kwargs or {}
         name, role, writing = _KNOWN.get(func) or _known(func)
+        if role is _OTHER and not self._enclosing:  # most of them: views, casts, sums
+            return func(*args, **kwargs)
         enclosing = self._enclosing[-1].name if self._enclosing else ""
         if writing and enclosing == OPTIMIZER_ROOT and self._updates():
             self.writes.append(write(name, args))
@@ -136,12 +141,15 @@ class Spy(TorchDispatchMode):
 
     def _note(self, name: str, inputs: Any) -> Operator:
         parent = _surrounding(self._enclosing)
-        operator = Operator(name, parent=parent, call=self._calls.current())
+        shapes: list[Any] = []
+        dtypes: list[str] = []
+        concrete: list[Any] = []
         for value in inputs:
             tensor = isinstance(value, Tensor)
-            operator.input_shapes.append(tuple(value.shape) if tensor else ())
-            operator.input_dtypes.append(_short(value.dtype) if tensor else "")
-            operator.concrete_inputs.append(None if tensor else value)
+            shapes.append(tuple(value.shape) if tensor else ())
+            dtypes.append(_short(value.dtype) if tensor else "")
+            concrete.append(None if tensor else value)
+        operator = Operator(name, shapes, dtypes, concrete, parent, call=self._calls.current())
         if parent is not None:
             parent.children.append(operator)
         self.operators.append(operator)

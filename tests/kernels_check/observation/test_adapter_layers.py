@@ -6,7 +6,7 @@ import peft
 import pytest
 import torch
 
-from kernels_check.observation.adapter_layers import adapter_layers, adapter_parameters, base_parameters
+from kernels_check.observation.adapter_layers import Below, adapter_layers, adapter_parameters, base_parameters
 
 ADAPTERS = {
     "default": {"r": 4, "lora_dropout": 0.05, "target_modules": ["q_proj", "v_proj"]},
@@ -211,3 +211,11 @@ def test_a_factor_of_a_class_of_ones_own_is_an_adapters():
     own = {"own.lora_scale", "own.lora_A.default.weight", "own.lora_A.default.bias"}
     assert adapter_parameters(model) == own
     assert base_parameters(model).keys() == {"own.base_layer.weight", "own.base_layer.bias", "lora_head.weight"}
+
+
+def test_what_is_below_a_path_is_told_by_whole_names():
+    """Also where a name holds a dot that is no step, and never by the beginning of a word."""
+    below = Below(["a.lora", "b"])
+    assert [name for name in ("a", "a.lora", "a.lora.x.y", "a.lora_x", "b.c", "bc", "") if below[name]] == [
+        *("a.lora", "a.lora.x.y", "b.c"),
+    ]

@@ -166,3 +166,17 @@ def test_buffers_of_an_adapter_are_no_base():
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(nn.Sequential(nn.Linear(8, 8)), peft.VeraConfig(r=2, target_modules=["0"]))
     assert all(name.endswith(("base_layer.weight", "base_layer.bias")) for name in digest(model).parts)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="takes two kinds of device")
+@pytest.mark.parametrize("back", [False, True])
+def test_what_only_moved_to_another_device_has_not_changed(back):
+    """It is read where it lay before, since each kind of device has fingerprints of its own."""
+    places = ("cuda", "cpu") if back else ("cpu", "cuda")
+    model = nn.Linear(300, 300).to(places[0])
+    before = digest(model)
+    model.to(places[1])
+    assert digest(model, before).since(before).changed == ()
+    with torch.no_grad():
+        model.weight[7, 7] += 1
+    assert digest(model, before).since(before).changed == ("weight",)

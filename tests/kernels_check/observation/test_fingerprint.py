@@ -20,42 +20,44 @@ CHANGES = {
 }
 
 
-def _take(tensor):
-    return Fingerprinter()(tensor)
+@pytest.fixture(params=[False, True], ids=["read", "folded"])
+def take(request):
+    """A fingerprint in each of the ways: as on the CPU, and as on another device."""
+    return lambda tensor: Fingerprinter(folds=lambda device: request.param)(tensor)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_change_that_follows_a_rule_is_seen(change, dtype):
+def test_a_change_that_follows_a_rule_is_seen(change, dtype, take):
     """As an exclusive or of the words, or a plain sum, would not see most of these."""
     value = (torch.randn(20, COLUMNS, generator=torch.Generator().manual_seed(1)) * 20).to(dtype)
     changed = CHANGES[change](value).contiguous()
-    assert _take(changed) != _take(value)
+    assert take(changed) != take(value)
 
 
 @pytest.mark.parametrize("place", [0, 1, 32_767, 32_768, 98_303, 98_304, 98_308])
 @pytest.mark.parametrize("bit", [0, 7])
-def test_one_bit_is_seen_anywhere(place, bit):
+def test_one_bit_is_seen_anywhere(place, bit, take):
     """In the first row and the last, and in what is left over after whole rows."""
     value = torch.randint(256, (3 * 32_768 + 5,), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
-    before = _take(value)
+    before = take(value)
     value[place] ^= 1 << bit
-    assert _take(value) != before
+    assert take(value) != before
 
 
-def test_the_elements_are_read_in_their_order():
+def test_the_elements_are_read_in_their_order(take):
     """Not as they lie in memory, nor by where their memory begins."""
     value = torch.randn(300, 400)
-    assert _take(value.t()) == _take(value.t().contiguous())
+    assert take(value.t()) == take(value.t().contiguous())
     raw = torch.randint(256, (100_003,), dtype=torch.uint8)
-    assert _take(raw[1:]) == _take(raw[1:].clone())
-    assert _take(value) != _take(value.double())
+    assert take(raw[1:]) == take(raw[1:].clone())
+    assert take(value) != take(value.double())
 
 
 @pytest.mark.parametrize("value", [torch.zeros(0), torch.tensor(1.5), torch.ones(3, dtype=torch.complex64).conj()])
-def test_odd_tensors_have_one(value):
+def test_odd_tensors_have_one(value, take):
     """Empty, without a dimension, conjugated in name only."""
-    assert _take(value) == _take(value.clone())
+    assert take(value) == take(value.clone())
 
 
 def test_shared_memory_is_read_once():
@@ -66,9 +68,9 @@ def test_shared_memory_is_read_once():
     assert take.bytes == 400
 
 
-def test_freed_memory_is_not_read():
+def test_freed_memory_is_not_read(take):
     """As a sharded parameter's whole is between two forwards."""
     value = torch.ones(10)
     value.untyped_storage().resize_(0)
     with pytest.raises(ValueError, match="freed"):
-        _take(value)
+        take(value)

@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from kernels_check.observation.module_tree import every_module, every_parameter, named_modules, named_parameters
+from kernels_check.observation.module_tree import (
+    ModelTree,
+    attribute,
+    every_module,
+    every_parameter,
+    named_modules,
+    named_parameters,
+    reading,
+)
 
 
 def tree() -> nn.Module:
@@ -52,3 +60,56 @@ def test_modules_of_torchscript_are_walked():
     model = torch.jit.script(nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.ReLU(), nn.Linear(2, 1))))
     assert [name for name, _ in named_modules(model)] == [name for name, _ in model.named_modules()]
     assert [name for name, _ in named_parameters(model)] == [name for name, _ in model.named_parameters()]
+
+
+def test_a_tree_stays_as_the_model_was_when_it_was_read():
+    """It gives what the model gave then, and to itself nothing anew."""
+    model = tree()
+    read = ModelTree.of(model)
+    then = list(named_modules(model)), list(named_parameters(model))
+    model.late = nn.Linear(2, 2)
+    assert (list(named_modules(read)), list(named_parameters(read))) == then
+    assert ModelTree.of(read) is read
+    assert len(list(named_modules(model))) == len(then[0]) + 1
+
+
+def test_a_reading_is_taken_of_a_tree_once_and_of_a_model_each_time():
+    """What is asked of a model is asked of it as it is now."""
+    taken = []
+
+    @reading
+    def count(of):
+        taken.append(of.model)
+        return len(of.modules)
+
+    model = tree()
+    read = ModelTree.of(model)
+    assert count(read) == count(read) == count(model)
+    assert len(taken) == 2
+    model.late = nn.Linear(2, 2)
+    assert count(model) == count(read) + 1
+
+
+class _Forwarding(nn.Module):
+    """Answers for what it wraps."""
+
+    def __getattr__(self, name):
+        return "forwarded" if name == "config" else super().__getattr__(name)
+
+
+class _Property(nn.Module):
+    @property
+    def config(self):
+        return "computed"
+
+
+def test_an_attribute_is_what_getattr_gives():
+    """Of an instance, a class, a property, a wrapper, and of what torch keeps in dictionaries of its own."""
+    held = nn.Module()
+    held.config = nn.Linear(1, 1)
+    plain = nn.Module()
+    plain.config = 3
+    buffered = nn.Module()
+    buffered.register_buffer("config", None)
+    for module in (held, plain, buffered, _Forwarding(), _Property(), nn.Module()):
+        assert attribute(module, "config") is getattr(module, "config", None)
