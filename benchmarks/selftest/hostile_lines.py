@@ -28,7 +28,7 @@ import hostile_models
 import pytest
 
 from harness import cli
-from harness.errors import InvalidRunError
+from harness.errors import EXIT_INVALID, InvalidRunError
 from kernels_check.__main__ import main as of_kernels
 from kernels_check.visible import make_visible
 
@@ -179,11 +179,14 @@ def _refuse_to_measure() -> None:
     from harness.run import ab as sides
     from harness.run import measure
     from harness.run.executors import sides as opened
+    from kernels_check.controls import selftest
+    from kernels_check.probe import probe
 
     measure.measure = sides.measure = begun  # type: ignore[assignment]
     profiling.profile_variant = begun
     fetch._build = begun  # type: ignore[assignment]
     opened._revision = opened._requirements = opened._interpreter = begun  # type: ignore[assignment]
+    probe.run = selftest.run = lambda _: EXIT_INVALID  # they compile and train
     doctor.survey = functools.partial(doctor.survey, look_s=0.01)  # type: ignore[assignment]
     import harness.trial.building.sizes  # noqa: F401
     import kernels_check.trace.report  # noqa: F401
