@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from unittest import mock
 
 import hostile_lines
 from hostile_door import REFUSALS, Door
@@ -71,7 +72,7 @@ def acts_on_terminal(text: str) -> str | None:
 
 def try_input(door: Door, content: bytes) -> str:
     """`read`, `refused`, or what went wrong in a line."""
-    with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as folder, mock.patch.dict(os.environ):  # a door sets variables
         try:
             shown = door.enter(Path(folder), content)
             word = "read"
