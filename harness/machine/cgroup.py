@@ -153,5 +153,5 @@ def _folders(root: Path, controller: str, membership: str) -> list[Path]:
         if controllers == "" or controller in controllers.split(","):
             top = _top(root, controllers and controller)
             own = top / name.strip("/")
-            folders += [folder for folder in (own, *own.parents) if folder == top or top in folder.parents]
+            folders += [own, *own.parents][: len(own.parts) - len(top.parts) + 1]
     return [folder for folder in folders if os.path.isdir(folder)]  # noqa: PTH112 that of a Path raises for a long name
