@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -73,19 +74,24 @@ def find_records(arguments: Mapping[str, Any], rows: int, tokens: int) -> Record
     return told
 
 
-def record_numbers(positions: Tensor) -> Tensor:
+def record_numbers(positions: Tensor, ids: Tensor | None = None) -> Tensor:
     """Number the records of each row from 0; a record starts wherever the position does not continue.
 
-    A position that is repeated over and over, as padding has it, is one filler and not a record a token.
+    A position that is repeated over and over, as padding has it, is one filler and not a record a token; where tokens
+    are known, as long as they are repeated, too.
 
     Args:
         positions: position ids, [rows, tokens].
+        ids: the tokens, of the same shape.
     """
     begins = torch.ones_like(positions, dtype=torch.bool)
     begins[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
     alone = begins.clone()
     alone[:, :-1] &= begins[:, 1:]
-    begins[:, 1:] &= ~(alone[:, 1:] & alone[:, :-1] & (positions[:, 1:] == positions[:, :-1]))
+    repeated = alone[:, 1:] & alone[:, :-1] & (positions[:, 1:] == positions[:, :-1])
+    if ids is not None:
+        repeated &= ids[:, 1:] == ids[:, :-1]
+    begins[:, 1:] &= ~repeated
     return begins.cumsum(dim=1) - 1
 
 
@@ -125,7 +131,8 @@ _Read = Callable[[str, Tensor, int, int], "Tensor | None"]
 def _sources(arguments: Mapping[str, Any]) -> Iterable[tuple[str, Tensor, _Read]]:
     readers: list[tuple[str, _Read]] = [(name, _numbered) for name in NUMBERED]
     readers += [(name, _cumulated) for name in CUMULATED]
-    readers += [("position_ids", _positioned), ("attention_mask", _masked)]
+    positioned = partial(_positioned, ids=arguments.get("input_ids"))
+    readers += [("position_ids", positioned), ("attention_mask", _masked)]
     for name, read in readers:
         value = arguments.get(name)
         if isinstance(value, Mapping):  # a mask for each kind of layer
@@ -149,7 +156,7 @@ def _cumulated(name: str, value: Tensor, rows: int, tokens: int) -> Tensor:
     return torch.where(inside.reshape(rows, tokens), by_row - by_row[:, :1], PADDING)
 
 
-def _positioned(name: str, value: Tensor, rows: int, tokens: int) -> Tensor:
+def _positioned(name: str, value: Tensor, rows: int, tokens: int, *, ids: Any) -> Tensor:
     if value.dim() == 3 and value.shape[0] == 3:  # time, height and width of images: they jump, and restart at zero
         restarts = value.eq(0).all(dim=0)
         restarts[:, 1:] &= value[:, :, :-1].ne(0).any(dim=0)
@@ -157,7 +164,8 @@ def _positioned(name: str, value: Tensor, rows: int, tokens: int) -> Tensor:
         return _rows(name, restarts.cumsum(dim=1) - 1, rows, tokens)
     if value.dim() == 3:
         value = value[0]  # the first plane is that of the text
-    return record_numbers(_rows(name, value, rows, tokens))
+    known = ids if isinstance(ids, Tensor) and ids.shape == (rows, tokens) else None
+    return record_numbers(_rows(name, value, rows, tokens), known)
 
 
 def _masked(name: str, value: Tensor, rows: int, tokens: int) -> Tensor | None:

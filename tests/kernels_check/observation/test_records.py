@@ -21,6 +21,13 @@ def test_a_position_over_and_over_is_one_filler():
     assert record_numbers(positions).tolist() == [[0, 0, 1, 1, 2, 2, 2], [0, 0, 0, 1, 1, 1, 2]]
 
 
+def test_records_of_one_token_each_are_no_filler():
+    """They stand at the same place like padding, and are other words; where the same word stands, nothing can tell."""
+    given = {"position_ids": torch.tensor([[0, 1, 0, 0, 0, 1]] * 2)}
+    given["input_ids"] = torch.tensor([[7, 8, 29, 58, 7, 8], [7, 8, 3, 3, 7, 8]])
+    assert find_records(given, 2, 6).numbers.tolist() == [[0, 0, 1, 2, 3, 3], [0, 0, 1, 1, 2, 2]]
+
+
 def _blocks(numbers):
     return (torch.tensor(numbers)[:, :, None] == torch.tensor(numbers)[:, None, :]).tril()[:, None]
 
