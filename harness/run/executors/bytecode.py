@@ -28,5 +28,6 @@ def write(folder: Path) -> None:
                 bytecode.unlink()
 
 
-for each in sys.argv[1:]:
-    write(Path(each))
+if __name__ == "__main__":
+    for each in sys.argv[1:]:
+        write(Path(each))
