@@ -11,7 +11,8 @@ A check that no test depends on can be wrong without anybody noticing. Three kin
 
 Nothing is changed in place: each job has a copy of the package and its tests in a temporary folder. A first pass over
 the tests notes which function each test enters; a mutant is given to the tests that enter its function, the module's
-own first, up to the first failure. Libraries are imported once, in the process that forks a child a mutant.
+own first, up to the first failure. Libraries are imported once, in the process that forks a child a mutant, and what
+is not changed is compiled once.
 
 It takes hours. With ``--keep`` each verdict is written as it falls, and a later call with the same file goes on where
 an earlier one was stopped: only what was found on the same package and the same tests, to the byte, is taken over.
@@ -50,10 +51,13 @@ DECIDE = "_decides.py"
 """How the files end that judge constructed evidence: quick, and the first to notice."""
 ELSEWHERE = ("probe/*", "test_selftest.py", "trace/*")
 """Tests of the probe, of the self-test and of how recordings are read: nothing that is changed here is theirs."""
+WATCHED = (TESTS, *(f"--ignore-glob=*/{name}" for name in ELSEWHERE))
 ONLY = (*(Path(module).name for module in JUDGES), Path(RULES).stem)
 """Names of what ``--only`` chooses."""
 FOR_EQUIVALENTS = 60
 """Tests that a mutant known as equivalent is given; it would survive all of them, which takes the longest."""
+FIRST = 20
+"""Tests that a mutant is given before the rest of them are so much as collected."""
 PER_MUTANT_S = 150
 """A mutant that takes longer hangs, which is noticed too."""
 EQUIVALENT: dict[str, str] = {
@@ -161,6 +165,20 @@ def copy_of_the_tree(folder: Path) -> Path:
     return folder
 
 
+def compile_once(folder: Path) -> None:
+    """Have everything there compiled, the tests as pytest rewrites them: a mutant is left one file to compile.
+
+    Python and pytest tell by a file's time and size whether what was compiled is its own, so whoever changes a file and
+    puts it back has to put back its time, and nothing may be compiled for a mutant.
+    """
+
+    def work() -> int:
+        sys.dont_write_bytecode = False
+        return run_tests(["--collect-only", *WATCHED])
+
+    os.waitpid(in_child(folder, work), 0)
+
+
 def in_child(folder: Path, work: Callable[[], int]) -> int:
     """Fork; the child imports the package from ``folder`` and does the work in silence. Returns its process id."""
     child = os.fork()
@@ -199,7 +217,7 @@ def _run_first_pass(folder: Path) -> dict[str, Any]:
 
     def work() -> int:
         recorder = Recorder(folder / PACKAGE)
-        code = run_tests([TESTS, *(f"--ignore-glob=*/{name}" for name in ELSEWHERE)], recorder)
+        code = run_tests([*WATCHED], recorder)
         found = recorder.coverage
         entered = {name: sorted(tests) for name, tests in found.entered.items()}
         result = {"seconds": found.seconds, "entered": entered, "failed": found.failed}
@@ -228,11 +246,17 @@ def tests_of(mutant: Mutant, coverage: Coverage) -> list[str]:
     return first[:FOR_EQUIVALENTS] if mutant.key in EQUIVALENT else first
 
 
+def survives(tests: list[str]) -> int:
+    """Give the tests to a mutant, the first few before the others; returns how pytest ended."""
+    few, others = tests[:FIRST], tests[FIRST:]
+    return run_tests(["-x", *few]) or (run_tests(["-x", *others]) if others else 0)
+
+
 def judge_mutants(mutants: list[Mutant], coverage: Coverage, folders: list[Path], kept: Kept) -> dict[str, str]:
     """Run each mutant in a free folder; returns ``killed``, ``survived``, ``hung`` or ``untested`` by key."""
     verdicts = {mutant.key: kept.verdicts[mutant.key] for mutant in mutants if mutant.key in kept.verdicts}
     running: dict[int, tuple[Mutant, Path, float]] = {}
-    sound: dict[str, str] = {}
+    sound: dict[str, tuple[bytes, os.stat_result]] = {}
     free, waiting = list(folders), [mutant for mutant in reversed(mutants) if mutant.key not in verdicts]
     last = time.monotonic()
     while waiting or running:
@@ -244,16 +268,18 @@ def judge_mutants(mutants: list[Mutant], coverage: Coverage, folders: list[Path]
                 free.append(folder)
                 continue
             file = folder / PACKAGE / mutant.file
-            sound[mutant.key] = file.read_text()
+            sound[mutant.key] = file.read_bytes(), file.stat()
             file.write_text(mutant.text)
-            child = in_child(folder, lambda tests=tests: run_tests(["-x", *tests]))
+            child = in_child(folder, lambda tests=tests: survives(tests))
             running[child] = mutant, folder, time.monotonic()
         child, status = os.waitpid(-1, os.WNOHANG)
         if child in running:
             mutant, folder, _ = running.pop(child)
             survived = os.waitstatus_to_exitcode(status) == 0
             verdicts.setdefault(mutant.key, "survived" if survived else "killed")
-            (folder / PACKAGE / mutant.file).write_text(sound.pop(mutant.key))
+            file, (content, was) = folder / PACKAGE / mutant.file, sound.pop(mutant.key)
+            file.write_bytes(content)
+            os.utime(file, ns=(was.st_atime_ns, was.st_mtime_ns))
             free.append(folder)
             kept.add(verdicts={mutant.key: verdicts[mutant.key]}, seconds=time.monotonic() - last)
             last = time.monotonic()
@@ -278,18 +304,20 @@ def main() -> int:
         parser.error(f"no module is called {arguments.only!r}; known: {', '.join(ONLY)}")
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="mutation-") as temporary:
-        folders = [copy_of_the_tree(Path(temporary) / str(number)) for number in range(arguments.jobs)]
+        folders = [copy_of_the_tree(Path(temporary) / "0")]
         mutants = all_mutants(folders[0] / PACKAGE, folders[0] / TESTS / "trace_names.json", arguments.only)
         if arguments.list:
             print("\n".join(mutant.key for mutant in mutants))
             return 0
-        sys.dont_write_bytecode = True  # a mutant as long as its original, of the same second, would be taken for it
+        sys.dont_write_bytecode = True
         import bitsandbytes  # noqa: F401 - children are forked with the libraries loaded
         import peft  # noqa: F401
         import torch._dynamo  # noqa: F401
         from transformers import LlamaForCausalLM  # noqa: F401
 
         kept = Kept(arguments.keep, folders[0])
+        compile_once(folders[0])
+        folders += [shutil.copytree(folders[0], Path(temporary) / str(job)) for job in range(1, arguments.jobs)]
         coverage = first_pass(folders[0], kept)
         if coverage.failed:
             print("fail without any mutation:", *coverage.failed, sep="\n  ")

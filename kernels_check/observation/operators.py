@@ -7,8 +7,8 @@ carries says where (see ``calls``).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -40,15 +40,22 @@ class Operator:
     """One call on the host, as an instrument recorded it."""
 
     name: str
-    input_shapes: list[Any] = field(default_factory=list)
-    input_dtypes: list[str] = field(default_factory=list)
+    input_shapes: Sequence[Any] = ()
+    input_dtypes: Sequence[str] = ()
     """Empty for what is no tensor."""
-    concrete_inputs: list[Any] = field(default_factory=list)
+    concrete_inputs: Sequence[Any] = ()
     """Values of what is no tensor."""
     parent: Operator | None = None
-    children: list[Operator] = field(default_factory=list)
+    children: Sequence[Operator] = ()
+    """Most of the thousands of a step have none: a list for each would set off the garbage collector."""
     call: int | None = None
     """Number of the call of a module of the model in which it ran; None outside the model."""
+
+    def add_child(self, child: Operator) -> None:
+        """Note what was called inside it."""
+        if not isinstance(self.children, list):
+            self.children = []
+        self.children.append(child)
 
     def shape(self, index: int) -> tuple[int, ...]:
         """Shape of an input, empty for what is no tensor."""

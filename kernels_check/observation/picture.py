@@ -78,14 +78,29 @@ class _Kinds(dict[type, Kind]):
         return kind
 
 
+class _Columns:
+    """Rows kept by column: forty thousand tuples would make the garbage collector walk all of a process."""
+
+    def __init__(self) -> None:
+        self._columns: tuple[list[Any], ...] = ()
+
+    def add(self, *row: Any) -> None:
+        self._columns = self._columns or tuple([] for _ in row)
+        for column, value in zip(self._columns, row, strict=True):
+            column.append(value)
+
+    def rows(self) -> Iterator[tuple[Any, ...]]:
+        return zip(*self._columns, strict=True)
+
+
 class Picture:
     """The slots of what was added, as they were then."""
 
     def __init__(self) -> None:
         self._held: dict[int, Any] = {}
-        self._dictionaries: list[tuple[str, dict[Any, Any], dict[Any, Any]]] = []
+        self._dictionaries = _Columns()
         """Those of a thousand modules are the most of all that is kept, and hardly one changes."""
-        self._empty: list[tuple[str, Any]] = []
+        self._empty = _Columns()
         """Containers that held nothing, such as the dozen places for hooks of every module."""
         self._undos: list[Undo] = []
         self._open: dict[int, Any] = {}
@@ -111,10 +126,10 @@ class Picture:
     def add_names(self, value: dict[Any, Any], name: str) -> None:
         """Keep which object is under which key, and nothing of the objects."""
         if not value:
-            self._empty.append((name, value))
+            self._empty.add(name, value)
         elif id(value) not in self._held:
             self._held[id(value)] = value
-            self._dictionaries.append((name, value, dict(value)))
+            self._dictionaries.add(name, value, dict(value))
 
     def add_slots(self, value: Any, name: str, found: Callable[[Any, str], None]) -> None:
         """Keep the attributes of an object, whatever they are; those that cannot be entered are kept by reference."""
@@ -133,7 +148,7 @@ class Picture:
         elif kind is Kind.CONTAINER:
             self._held[id(value)] = value
             if isinstance(value, dict):
-                self._dictionaries.append((name, value, dict(value)))
+                self._dictionaries.add(name, value, dict(value))
             elif (undo := _container(value)) is not None:
                 self._undos.append((name, undo))
             kinds, plain = self._kinds, Kind.PLAIN
@@ -153,14 +168,14 @@ class Picture:
         attributes = getattr(value, "__dict__", None)
         if isinstance(attributes, dict):
             self._held[id(attributes)] = attributes
-            self._dictionaries.append((name, attributes, dict(attributes)))
+            self._dictionaries.add(name, attributes, dict(attributes))
             kinds, held, empty, plain, container = self._kinds, self._held, self._empty, Kind.PLAIN, Kind.CONTAINER
             for key, item in attributes.items():
                 kind = kinds[type(item)]
                 if kind is plain:
                     continue
                 if kind is container and not item and type(item) in _EMPTIED:
-                    empty.append((name, item))
+                    empty.add(name, item)
                 elif id(item) not in held:
                     waiting.append((item, f"{name}.{key}"))
         slots = {key: getattr(value, key) for key in slot_names(value) if hasattr(value, key)}
@@ -174,10 +189,10 @@ class Picture:
 
     def undos(self) -> Iterator[Undo]:
         """How to put back what differs, in any order."""
-        for name, empty in self._empty:
+        for name, empty in self._empty.rows():
             if empty:
                 yield name, empty.clear
-        for name, value, kept in self._dictionaries:
+        for name, value, kept in self._dictionaries.rows():
             if not _same(value, kept):
                 yield name, partial(_fill_dictionary, value, kept)
         yield from self._undos

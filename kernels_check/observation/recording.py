@@ -131,6 +131,6 @@ def _nested(events: Iterable[Any]) -> Iterator[Operator]:
             continue
         operator = Operator(name, event.shapes(), event.dtypes(), event.concrete_inputs(), parent, call=call)
         if parent is not None:
-            parent.children.append(operator)
+            parent.add_child(operator)
         around.append((event.end_ns(), operator, call))
         yield operator

@@ -38,6 +38,7 @@ from kernels_check.observation.operators import (
     PRODUCTS,
     SOFTMAX,
     Operator,
+    ancestors,
 )
 from kernels_check.observation.updates import Write, write, writes
 from kernels_check.rules import attention_backend
@@ -81,6 +82,8 @@ class Spy(TorchDispatchMode):
         self.compiled_calls = 0
         self._enclosing: list[Operator] = []
         """Attention functions and 4-bit products being executed, and the optimizer's step."""
+        self._backward: Operator | None = None
+        """The backward pass, as what was called in it last knows it."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Note the operator where it matters and call it."""
@@ -123,24 +126,36 @@ class Spy(TorchDispatchMode):
                     del self.operators[first - 1]
                 elif {attention_backend(operator.name) for operator in inside} <= {None, "math"}:
                     outer.name = _MATH
-                    outer.input_dtypes[:3] = [_autocast(tensor) for tensor in (query, key, value)]
+                    dtypes = (_autocast(tensor) for tensor in (query, key, value))
+                    outer.input_dtypes = (*dtypes, *outer.input_dtypes[3:])
 
         return scaled_dot_product_attention
 
     def before_update(self, *_: Any) -> None:
         """Optimizer hook: what follows belongs to the update."""
-        self._enclosing.append(Operator(OPTIMIZER_ROOT, parent=_surrounding(self._enclosing)))
+        self._enclosing.append(Operator(OPTIMIZER_ROOT, parent=self._surrounding()))
 
     def after_update(self, *_: Any) -> None:
         """Optimizer hook."""
         self._enclosing.pop()
+
+    def _surrounding(self) -> Operator | None:
+        """The innermost known caller, with the backward pass between where it began before that."""
+        inner = self._enclosing[-1] if self._enclosing else None
+        if torch._C._current_graph_task_id() == -1:
+            return inner
+        if any(caller.name == BACKWARD_ROOT for caller in (() if inner is None else (inner, *ancestors(inner)))):
+            return inner
+        if self._backward is None or self._backward.parent is not inner:
+            self._backward = Operator(BACKWARD_ROOT, parent=inner)
+        return self._backward
 
     def _updates(self) -> bool:
         """Whether what runs now is the optimizer's own, and not the forward or backward pass of its closure."""
         return torch._C._current_graph_task_id() == -1 and self._calls.current() is None
 
     def _note(self, name: str, inputs: Any) -> Operator:
-        parent = _surrounding(self._enclosing)
+        parent = self._surrounding()
         shapes: list[Any] = []
         dtypes: list[str] = []
         concrete: list[Any] = []
@@ -149,9 +164,10 @@ class Spy(TorchDispatchMode):
             shapes.append(tuple(value.shape) if tensor else ())
             dtypes.append(_short(value.dtype) if tensor else "")
             concrete.append(None if tensor else value)
-        operator = Operator(name, shapes, dtypes, concrete, parent, call=self._calls.current())
+        kept = tuple(shapes), tuple(dtypes), tuple(concrete)  # of which the garbage collector takes no notice
+        operator = Operator(name, *kept, parent, call=self._calls.current())
         if parent is not None:
-            parent.children.append(operator)
+            parent.add_child(operator)
         self.operators.append(operator)
         return operator
 
@@ -252,17 +268,6 @@ def _blind(seen: StepProfile, *, on_cuda: bool, compiled: bool) -> dict[Evidence
     if any(call.path == "unknown" for call in seen.fourbit):
         blind["product_paths"] = "the inside of a 4-bit product was not seen, only kernels tell"
     return blind
-
-
-def _surrounding(enclosing: list[Operator]) -> Operator | None:
-    """The innermost known caller, with the backward pass between where it began before that."""
-    inner = enclosing[-1] if enclosing else None
-    if torch._C._current_graph_task_id() == -1:
-        return inner
-    caller = inner
-    while caller is not None and caller.name != BACKWARD_ROOT:
-        caller = caller.parent
-    return inner if caller is not None else Operator(BACKWARD_ROOT, parent=inner)
 
 
 def _attends(operator: Operator) -> bool:
