@@ -1,0 +1,86 @@
+"""Who follows a training that somebody else runs is told of each step, and says what comes next.
+
+Steps come from different sources: the callbacks of a Trainer, a loop that says where its steps are, or what lies between
+two updates of an optimizer. Followers differ as well: one writes down what it is told, one waits for its turn beside
+other scripts. The two meet here. A step's time begins when the follower lets go of it and ends when the step has ended
+on the device, so that whatever a follower does, or waits for, is in no step's time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+Source = Literal["trainer", "loop", "optimizer"]
+"""Where steps are seen: transformers' Trainer · a loop that names its steps · between two updates of an optimizer."""
+Phase = Literal["train", "evaluate", "save"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Training:
+    """What is known of a training that stands before its first step."""
+
+    source: Source
+    model: Any
+    """An ``nn.Module``; None where the source does not see it."""
+    planned_steps: int | None
+    trainable_parameters: int | None
+    total_parameters: int | None
+    accumulation: int | None
+    """Forward and backward passes in a step."""
+    rank: int = 0
+    ranks: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReading:
+    """What one step showed; None for what this source cannot see."""
+
+    number: int
+    """From 1."""
+    step_time_s: float
+    """From the follower's release to the step's end on the device; the wait for data is in it."""
+    cpu_time_s: float
+    """Of all threads of the process, meanwhile."""
+    data_time_s: float | None = None
+    forward_time_s: float | None = None
+    backward_time_s: float | None = None
+    optimizer_time_s: float | None = None
+    sequences: int | None = None
+    real_tokens: int | None = None
+    """Tokens that are no padding."""
+    padded_tokens: int | None = None
+    """All positions of the batch, padding included."""
+    loss_tokens: int | None = None
+    """Tokens that the loss is over."""
+    loss: float | None = None
+    gradient_norm: float | None = None
+    checks: tuple[Any, ...] | None = None
+    """What ``kernels_check`` found; None unless it watched this step."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Next:
+    """What a follower wants of the step to come."""
+
+    go_on: bool = True
+    """False: no further step; the training is asked to end as if it had come to its own end."""
+    watch: Mapping[str, Any] | None = None
+    """What ``kernels_check`` is to require of it; None: not watched, and ``{}``: watched, nothing required."""
+
+
+class Follower(Protocol):
+    """Follows one training; it may block in ``begin`` and ``step``, which is in no step's time."""
+
+    def begin(self, training: Training) -> Next:
+        """The training stands before its first step."""
+
+    def step(self, reading: StepReading) -> Next:
+        """A step has ended."""
+
+    def phase(self, phase: Phase) -> None:
+        """From here on the training does this."""
+
+    def end(self, error: BaseException | None) -> None:
+        """The training has come to its end, by itself or by an error."""
