@@ -1,6 +1,6 @@
 """Who follows a training that somebody else runs is told of each step, and says what comes next.
 
-Steps come from different sources: the callbacks of a Trainer, a loop that says where its steps are, or what lies between
+Steps come from different sources: the callbacks of a Trainer, a loop that names its steps, or what lies between
 two updates of an optimizer. Followers differ as well: one writes down what it is told, one waits for its turn beside
 other scripts. The two meet here. A step's time begins when the follower lets go of it and ends when the step has ended
 on the device, so that whatever a follower does, or waits for, is in no step's time.
