@@ -80,10 +80,11 @@ def _states(layers: Sequence[AdapterLayer], seen: Observation) -> dict[str, set[
     states = {}
     for layer in layers:
         calls = called[layer.name]
-        inside = any(layer.name.startswith(f"{other.name}.") for other in layers if other is not layer)
         state = _as_it_is(layer) if not calls else _as_called(calls)
         # A gradient may come from a penalty on the weights: where the parts of other layers ran, those of this must.
-        by_gradient = reached[layer.name] and (type(layer.module) not in kinds or (not calls and (compiled or inside)))
+        by_gradient = reached[layer.name] and (
+            type(layer.module) not in kinds or (not calls and (compiled or _is_inside(layer, layers)))
+        )
         if state & {_INACTIVE, _DISABLED, _MERGED}:
             state |= {_IDLE}
         elif not ran[layer.name] and not by_gradient:
@@ -92,6 +93,11 @@ def _states(layers: Sequence[AdapterLayer], seen: Observation) -> dict[str, set[
             state |= {_UNSEEN if bare and not (trains and seen.reached) else _IDLE}
         states[layer.name] = state
     return states
+
+
+def _is_inside(layer: AdapterLayer, layers: Iterable[AdapterLayer]) -> bool:
+    """Whether it lies in the place of another adapter."""
+    return any(layer.name.startswith(f"{other.name}.") for other in layers if other is not layer)
 
 
 def calls_that_count(calls: Iterable[LayerCall]) -> list[LayerCall]:
