@@ -91,7 +91,7 @@ def _states(layers: Sequence[AdapterLayer], seen: Observation) -> dict[str, set[
         elif not ran[layer.name] and not by_gradient:
             bare = bool(calls) and not any(True for _ in layer.factors())
             trains = any(value.requires_grad for _, value in layer.weights())
-            aside = not calls and _parts_ran(layer, seen.adapter_calls.get(layer.name, ()))
+            aside = _parts_ran(layer, seen.adapter_calls.get(layer.name, ()))
             state |= {_UNSEEN if bare and not (trains and seen.reached) else _ASIDE if aside else _IDLE}
         states[layer.name] = state
     return states
