@@ -16,6 +16,7 @@ from torch import nn
 from kernels_check.check import INSTRUMENTS, Check, Instrument, Json
 from kernels_check.judges.paths import PATHS, validate
 from kernels_check.observation.garbage import uncollected
+from kernels_check.observation.instruments import AROUND, INSIDE
 from kernels_check.observation.natural import COMPILED_MEANWHILE, NaturalSteps
 from kernels_check.observation.observation import Observation
 from kernels_check.verification import judge_all
@@ -43,6 +44,10 @@ WITHOUT_MODULES = frozenset({
     *("lora.learning", "optimizer.class", "optimizer.fused", "optimizer.paged_share", "tf32"),
 })  # fmt: skip
 """Paths that rest on no call of a module, so that they are judged where those could not be watched."""
+
+IN_THE_WAY = (COMPILED_MEANWHILE, INSIDE, AROUND)
+"""What may be in the way of any path that rests on operators or on calls of modules, and of none of them in a step that
+compiles nothing and runs no profiler."""
 
 _NOTHING_RAN = "the model was not called while it was watched, and no gradient reached it"
 
@@ -177,7 +182,7 @@ class Watch:
             why = FURTHER_STEPS[check.path] if seen.optimizer_steps else _NO_UPDATE
         elif check.path == "base.frozen" and check.observed is True and seen.calls == 1 and _is_merged_and_back(seen):
             why = FURTHER_STEPS[check.path]
-        if why is None or check.status == "unknown":
+        if why is None:
             return check
         return replace(check, observed=None, status="unknown", reason=f"{why}; so far: {check.reason}")
 
