@@ -35,13 +35,14 @@ FURTHER_STEPS: Mapping[str, str] = {
 
 _NO_UPDATE = "no optimizer stepped in what was watched: let the watch stand around all that one update accumulates"
 AN_UPDATE: Mapping[str, str] = dict.fromkeys(
-    ("optimizer.class", "optimizer.fused", "optimizer.paged_share"), _NO_UPDATE
+    ("optimizer.class", "optimizer.fused", "optimizer.paged_share", "embedding.trained", "norms.trained"), _NO_UPDATE
 )
 """Paths that a step without an update does not decide."""
 
 WITHOUT_MODULES = frozenset({
     *("base.bits", "base.bytes_in_4bit", "base.quant_type", "base.double_quant", "base.frozen", "lora.dtype"),
     *("lora.learning", "optimizer.class", "optimizer.fused", "optimizer.paged_share", "tf32"),
+    *("embedding.trained", "norms.trained"),
 })  # fmt: skip
 """Paths that rest on no call of a module, so that they are judged where those could not be watched."""
 

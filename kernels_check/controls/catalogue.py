@@ -9,6 +9,7 @@ from kernels_check.controls.of_attention import ATTENTION, PRODUCTS
 from kernels_check.controls.of_everyday_code import EVERYDAY
 from kernels_check.controls.of_execution import EXECUTION
 from kernels_check.controls.of_the_base import BASE
+from kernels_check.controls.of_trained_parts import TRAINED_PARTS
 from kernels_check.controls.on_cuda import CUDA_CONTROLS
 
 CONTROLS: tuple[Control, ...] = (
@@ -17,6 +18,7 @@ CONTROLS: tuple[Control, ...] = (
     *BATCHES,
     *BASE,
     *ADAPTER,
+    *TRAINED_PARTS,
     *EXECUTION,
     *EVERYDAY,
     *CUDA_CONTROLS,

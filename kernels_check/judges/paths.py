@@ -20,6 +20,7 @@ from kernels_check.judges import (
     execution,
     learning,
     optimizer,
+    trained_parts,
 )
 
 PATHS: Mapping[str, JudgedPath] = {
@@ -30,6 +31,7 @@ PATHS: Mapping[str, JudgedPath] = {
     **attached.PATHS,
     **learning.PATHS,
     **adapter.PATHS,
+    **trained_parts.PATHS,
     **optimizer.PATHS,
     **execution.PATHS,
 }

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from kernels_check.check import Evidence
+from kernels_check.observation import trained_parts
 from kernels_check.observation.adapter_biases import biases_of_adapters
 from kernels_check.observation.adapter_calls import LayerCall
 from kernels_check.observation.adapter_kinds import AdapterLayer
@@ -41,6 +42,7 @@ from kernels_check.observation.packed_step import isolation_of_step
 from kernels_check.observation.padding import PaddingSeen, count_padding
 from kernels_check.observation.recomputed_blocks import BlockRecomputed, ran_without_gradient, recomputed_blocks
 from kernels_check.observation.storage import Storage, read_wrapped
+from kernels_check.observation.trained_parts import PartSeen
 from kernels_check.observation.updates import GroupSeen, operators_on, updated_by
 
 _T = TypeVar("_T")
@@ -208,6 +210,22 @@ class Observation:
     def biases_of_adapters(self) -> Mapping[str, str]:
         """Biases of the base that train as a part of the adapter, by name, with what PEFT was asked."""
         return biases_of_adapters(self.tree())
+
+    @_once
+    def embeddings(self) -> list[PartSeen]:
+        """The input and output embedding, with what became of their parameters."""
+        return self._fates(trained_parts.embeddings(self.tree()))
+
+    @_once
+    def norms(self) -> list[PartSeen]:
+        """Every norm with parameters, with what became of them."""
+        return self._fates(trained_parts.norms(self.tree()))
+
+    def _fates(self, places: Mapping[str, list[Tensor]]) -> list[PartSeen]:
+        reached = self.gradients.keys()
+        return trained_parts.fates_of(
+            places, self.tree(), changed=self.changed, reached=reached, optimizers=self.optimizers
+        )
 
     def isolation(self) -> IsolationSeen:
         """Perturb the step's own packed calls, and the batch where there is one, by forwards that leave no trace."""

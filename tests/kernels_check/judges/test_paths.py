@@ -16,10 +16,11 @@ from kernels_check.judges import (
     execution,
     learning,
     optimizer,
+    trained_parts,
 )
 from kernels_check.judges.paths import PATHS, REQUIREMENTS
 
-JUDGES = (attention, batch, base_layers, base_products, attached, learning, adapter, optimizer, execution)
+JUDGES = (attention, batch, base_layers, base_products, attached, learning, adapter, optimizer, execution, trained_parts)
 LEFT_OUT = {
     "attention": {"attention.backend", "attention.dtype", "attention.mask"},
     "recomputation": {"checkpointing", "checkpointing.layers"},
