@@ -20,7 +20,10 @@ from kernels_check.judges import (
 )
 from kernels_check.judges.paths import PATHS, REQUIREMENTS
 
-JUDGES = (attention, batch, base_layers, base_products, attached, learning, adapter, optimizer, execution, trained_parts)
+JUDGES = (
+    *(attention, batch, base_layers, base_products, attached),
+    *(learning, adapter, trained_parts, optimizer, execution),
+)
 LEFT_OUT = {
     "attention": {"attention.backend", "attention.dtype", "attention.mask"},
     "recomputation": {"checkpointing", "checkpointing.layers"},
