@@ -17,6 +17,7 @@ from kernels_check.check import INSTRUMENTS, Check, Instrument, Json
 from kernels_check.judges.paths import PATHS, validate
 from kernels_check.observation.garbage import uncollected
 from kernels_check.observation.instruments import AROUND, INSIDE
+from kernels_check.observation.instruments_beside import TOLD_BY_A_PROFILE
 from kernels_check.observation.natural import COMPILED_MEANWHILE, NaturalSteps
 from kernels_check.observation.observation import Observation
 from kernels_check.verification import judge_all
@@ -46,7 +47,7 @@ WITHOUT_MODULES = frozenset({
 })  # fmt: skip
 """Paths that rest on no call of a module, so that they are judged where those could not be watched."""
 
-IN_THE_WAY = (COMPILED_MEANWHILE, INSIDE, AROUND)
+IN_THE_WAY = (COMPILED_MEANWHILE, INSIDE, AROUND, TOLD_BY_A_PROFILE)
 """What may be in the way of any path that rests on operators or on calls of modules, and of none of them in a step that
 compiles nothing and runs no profiler."""
 

@@ -19,6 +19,7 @@ from kernels_check.judges import (
     batch,
     execution,
     learning,
+    loss,
     optimizer,
     trained_parts,
 )
@@ -26,6 +27,7 @@ from kernels_check.judges import (
 PATHS: Mapping[str, JudgedPath] = {
     **attention.PATHS,
     **batch.PATHS,
+    **loss.PATHS,
     **base_layers.PATHS,
     **base_products.PATHS,
     **attached.PATHS,

@@ -25,7 +25,7 @@ from kernels_check.observation.shield import Shielding
 from kernels_check.observation.spy import Spy
 from kernels_check.observation.spy_beside import spied_beside
 
-_BY_NAME_ONLY = "the spy does not see which compiled code is entered: take a profile"
+TOLD_BY_A_PROFILE = "the spy does not see which compiled code is entered: take a profile"
 _INPUTS: Evidence = "inputs"
 """Seen by hooks, whatever the instrument."""
 
@@ -84,7 +84,7 @@ class _BySpy:
         if self._spy is None:
             raise RuntimeError("the spy was not opened")
         seen = told(self._spy, watcher)
-        untold: dict[Evidence, str] = {"compilation": _BY_NAME_ONLY} if self._spy.compiled_calls else {}
+        untold: dict[Evidence, str] = {"compilation": TOLD_BY_A_PROFILE} if self._spy.compiled_calls else {}
         if self._in_place_of is not None:
             return stand_in(seen, self._in_place_of, untold)
         return replace(seen, untold={**seen.untold, **untold})

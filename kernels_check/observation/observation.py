@@ -35,6 +35,7 @@ from kernels_check.observation.gradients import GradientSeen
 from kernels_check.observation.inputs import ModelCall
 from kernels_check.observation.isolation import IsolationSeen
 from kernels_check.observation.layer_products import LayerProducts, fourbit_layers, products_of
+from kernels_check.observation.loss_tokens import LossSeen, loss_of_step
 from kernels_check.observation.mixing import mixing_modules
 from kernels_check.observation.module_tree import ModelTree
 from kernels_check.observation.optimizers import OptimizerSeen
@@ -212,6 +213,11 @@ class Observation:
     def biases_of_adapters(self) -> Mapping[str, str]:
         """Biases of the base that train as a part of the adapter, by name, with what PEFT was asked."""
         return biases_of_adapters(self.tree())
+
+    @_once
+    def loss(self) -> LossSeen:
+        """Over which tokens the loss is, and how much they weigh."""
+        return loss_of_step(self.model, self.model_calls)
 
     @_once
     def embeddings(self) -> list[PartSeen]:

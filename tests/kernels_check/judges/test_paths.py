@@ -15,13 +15,14 @@ from kernels_check.judges import (
     batch,
     execution,
     learning,
+    loss,
     optimizer,
     trained_parts,
 )
 from kernels_check.judges.paths import PATHS, REQUIREMENTS
 
 JUDGES = (
-    *(attention, batch, base_layers, base_products, attached),
+    *(attention, batch, loss, base_layers, base_products, attached),
     *(learning, adapter, trained_parts, optimizer, execution),
 )
 LEFT_OUT = {
@@ -32,7 +33,7 @@ LEFT_OUT = {
     "products": {"base.compute_dtype"},
     "product_paths": {"base.gemm_path"},
     "kernels": {"tf32"},
-    "inputs": {"padding.share"},
+    "inputs": {"padding.share", "loss.tokens"},
 }
 
 
