@@ -18,6 +18,7 @@ from kernels_check.judges import (
     base_products,
     batch,
     execution,
+    fused,
     learning,
     loss,
     optimizer,
@@ -36,6 +37,7 @@ PATHS: Mapping[str, JudgedPath] = {
     **trained_parts.PATHS,
     **optimizer.PATHS,
     **execution.PATHS,
+    **fused.PATHS,
 }
 """Every path, in the order in which checks are reported."""
 

@@ -43,6 +43,7 @@ from kernels_check.observation.packed_step import isolation_of_step
 from kernels_check.observation.padding import PaddingSeen, count_padding
 from kernels_check.observation.recomputed_blocks import BlockRecomputed, ran_without_gradient, recomputed_blocks
 from kernels_check.observation.storage import Storage, read_wrapped, storage_in
+from kernels_check.observation.swapped import Place, swapped_places
 from kernels_check.observation.trained_parts import PartSeen
 from kernels_check.observation.updates import GroupSeen, operators_on, updated_by
 
@@ -213,6 +214,11 @@ class Observation:
     def biases_of_adapters(self) -> Mapping[str, str]:
         """Biases of the base that train as a part of the adapter, by name, with what PEFT was asked."""
         return biases_of_adapters(self.tree())
+
+    @_once
+    def swapped(self) -> list[Place]:
+        """Where fused kernels of other libraries may stand, and what is bound there."""
+        return swapped_places(self.tree(), self.modules)
 
     @_once
     def loss(self) -> LossSeen:
