@@ -62,6 +62,9 @@ FOR_EQUIVALENTS = 60
 """Tests that a mutant known as equivalent is given; it would survive all of them, which takes the longest."""
 FIRST = 20
 """Tests that a mutant is given before the rest of them are so much as collected."""
+LIKELIEST = 60
+"""Tests that every mutant is given before those that live on are given all: of a survivor that takes minutes."""
+LIVES = "lives"
 PER_TEST_S = 60
 """A test that takes longer hangs, by which a mutant is noticed too; tests take a few seconds at most."""
 PER_MUTANT_S = 1800
@@ -89,7 +92,7 @@ class Verdict:
     """What became of one mutant."""
 
     word: str
-    """``killed``, ``survived``, ``hung`` or ``untested``."""
+    """``killed``, ``survived``, ``hung`` or ``untested``; ``lives`` until all its tests have been asked."""
     by: str = ""
     """The test that failed first."""
     test_hash: str = ""
@@ -328,18 +331,34 @@ def _function(key: str) -> str:
 
 
 def judge_mutants(mutants: list[Mutant], coverage: Coverage, folders: list[Path], kept: Kept) -> dict[str, Verdict]:
-    """Run each mutant in a free folder; returns the verdicts by key."""
+    """Run each mutant in a free folder, those that the likeliest tests leave alive once more by all; by key."""
+    first = run_mutants(mutants, coverage, folders, kept, most=LIKELIEST)
+    living = [mutant for mutant in mutants if first[mutant.key].word == LIVES]
+    print(
+        f"{len(living)} live on after the likeliest tests:", *(one.key for one in living), sep="\n  ", file=sys.stderr
+    )
+    kept.verdicts = {key: verdict for key, verdict in first.items() if verdict.word != LIVES}
+    return first | run_mutants(living, coverage, folders, kept)
+
+
+def run_mutants(
+    mutants: list[Mutant], coverage: Coverage, folders: list[Path], kept: Kept, most: int | None = None
+) -> dict[str, Verdict]:
+    """Run each mutant that has no verdict yet by at most so many tests."""
     verdicts = {mutant.key: kept.verdicts[mutant.key] for mutant in mutants if mutant.key in kept.verdicts}
     killers = Killers(verdicts.items())
     running: dict[int, tuple[Mutant, Path, float]] = {}
     sound: dict[str, tuple[bytes, os.stat_result]] = {}
+    alive: dict[str, str] = {}
     free, waiting = list(folders), [mutant for mutant in reversed(mutants) if mutant.key not in verdicts]
     last = time.monotonic()
     gc.freeze()  # what was imported is no garbage, and pytest looks for some at each end
     while waiting or running:
         while waiting and free:
             mutant, folder = waiting.pop(), free.pop()
-            tests = killers.first(mutant.key, tests_of(mutant, coverage))
+            every = killers.first(mutant.key, tests_of(mutant, coverage))
+            tests = every[:most]
+            alive[mutant.key] = LIVES if len(tests) < len(every) else "survived"
             if not tests:
                 verdicts[mutant.key] = Verdict(word="untested")
                 free.append(folder)
@@ -357,7 +376,7 @@ def judge_mutants(mutants: list[Mutant], coverage: Coverage, folders: list[Path]
             os.utime(file, ns=(was.st_atime_ns, was.st_mtime_ns))
             if mutant.key not in verdicts:
                 by = (folder / FAILURE).read_text() if (folder / FAILURE).exists() else ""
-                word = "survived" if os.waitstatus_to_exitcode(status) == 0 else "killed"
+                word = alive[mutant.key] if os.waitstatus_to_exitcode(status) == 0 else "killed"
                 verdicts[mutant.key] = Verdict(word=word, by=by, test_hash=kept.hash_of_test(by))
                 killers.add(mutant.key, by)
             free.append(folder)
