@@ -55,6 +55,8 @@ class StepReading:
     loss_tokens: int | None = None
     """Tokens that the loss is over."""
     loss: float | None = None
+    loss_dtype: str | None = None
+    """As torch names it, without `torch.`: of the loss that the backward pass began with."""
     gradient_norm: float | None = None
     checks: tuple[Any, ...] | None = None
     """What ``kernels_check`` found; None unless it watched this step."""

@@ -59,8 +59,13 @@ class Metric:
 
 
 def _tokens_per_s(record: TrialRecord) -> Samples:
-    seconds = sum(record.samples.get("step_time_s", ()))
-    return (sum(record.samples["turn_real_tokens"]) / seconds,) if seconds else ()
+    return _rate(record, "turn_real_tokens")
+
+
+def _rate(record: TrialRecord, counted: str) -> Samples:
+    """What the turns held over the time of their steps; nothing where that was not counted, as in some scripts."""
+    seconds, counts = sum(record.samples.get("step_time_s", ())), record.samples.get(counted, ())
+    return (sum(counts) / seconds,) if seconds and counts else ()
 
 
 def _time_per_real_token_s(record: TrialRecord) -> Samples:
@@ -79,8 +84,7 @@ def _time_per_real_token_s(record: TrialRecord) -> Samples:
 
 
 def _samples_per_s(record: TrialRecord) -> Samples:
-    seconds = sum(record.samples.get("step_time_s", ()))
-    return (sum(record.samples["turn_sequences"]) / seconds,) if seconds else ()
+    return _rate(record, "turn_sequences")
 
 
 def _output_tokens_per_s(record: TrialRecord) -> Samples:

@@ -20,6 +20,7 @@ from harness.records.record import Notice
 from harness.records.store import Run
 from harness.records.units import format_bytes
 from harness.report.progress import replicates_said, standing
+from harness.report.scripts import describe_scripts
 from harness.report.table import Cell, write_ratio, write_value
 from harness.stats import Comparison
 from harness.studies.study import Study
@@ -217,14 +218,21 @@ def _facts(run: Run, study: Study) -> tuple[str, ...]:
     commit = f"commit {git['commit'][:10]}{changes}" if git.get("commit") else "no repository"
     device, name, threads, python = (provenance.get(key, "unknown") for key in _NAMED)
     plural = "s" if threads != 1 else ""
+    of_what = (
+        [*describe_scripts(run, study)]
+        if study.of_scripts
+        else [
+            f"workload  {workload.model}; {tokens.get('data', workload.data)}; "
+            f"{workload.batch_size} × {workload.sequence_length} tokens a batch, {workload.layout}"
+            f"{'' if workload.loss == 'all' else f', {LOSSES[workload.loss]}'}; "
+            f"{workload.prompt_tokens} + {workload.new_tokens} tokens a request",
+            f"tokens    {_tokens(tokens)}",
+        ]
+    )
     return (
         f"device    {name} ({device}, {threads} thread{plural}){_power_limit(provenance)}",
         f"software  {versions}, Python {python}; {commit}",
-        f"workload  {workload.model}; {tokens.get('data', workload.data)}; "
-        f"{workload.batch_size} × {workload.sequence_length} tokens a batch, {workload.layout}"
-        f"{'' if workload.loss == 'all' else f', {LOSSES[workload.loss]}'}; "
-        f"{workload.prompt_tokens} + {workload.new_tokens} tokens a request",
-        f"tokens    {_tokens(tokens)}",
+        *of_what,
         *_own_workloads(run, study),
         f"plan      {replicates_said(run)}, {protocol.turns * protocol.steps_per_turn} timed steps a trial, "
         f"order seed {run.manifest.seed}",

@@ -47,6 +47,9 @@ def check_feasible(
     Raises:
         UsageError: naming study, variant, key, value and remedy.
     """
+    if study.of_scripts:
+        _check_requirements(study)
+        return ()
     source = catalogue.resolve(study.workload.model)
     shape, stored = shapes.shape(source), stored_dtype(source)
     contenders = contenders or contenders_of(study)

@@ -27,7 +27,7 @@ from harness.records.store import Manifest, Run, RunWriter
 from harness.run.budget import Budget
 from harness.run.conductor import Watcher
 from harness.run.contenders import contenders_of, variants_of, workloads_of
-from harness.run.executors import Executor, open_executor
+from harness.run.executors import SCRIPTS, Executor, open_executor
 from harness.run.feasibility import check_feasible
 from harness.run.forecast import together_bytes, total_of
 from harness.run.levels import choose_level
@@ -140,7 +140,8 @@ def measure(
     """
     study = plan.study
     threads = {slot.arm: slot.workload.threads for slot in plan.slots}
-    arms = arms or [Arm(name=name, executor=open_executor(label=name)) for name in threads]
+    kind = SCRIPTS if study.of_scripts else None
+    arms = arms or [Arm(name=name, executor=open_executor(kind, label=name)) for name in threads]
     executors = {arm.name: arm.executor for arm in arms}
     first = arms[0]
     run_id = resume or store.new_run_id(study.name, runs)

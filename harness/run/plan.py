@@ -204,6 +204,8 @@ def measures_of(
     study: Study, interleaving: Interleaving, phases: Sequence[str]
 ) -> tuple[tuple[Measure, ...], tuple[Measure, ...]]:
     """What the trials that take turns measure, and what solo trials beside them measure."""
+    if study.of_scripts:  # each has a process and an allocator of its own, whatever is live beside it
+        return ("steps", "peaks"), ()
     unwanted = {"merged"} if not study.protocol.merged else set()
     unwanted |= {"natural"} if not study.workload.natural_tokens else set()
     wanted = tuple(
