@@ -23,6 +23,8 @@ where all variants share a workload · where some have one of their own. Losses 
 side, and tokens a second of the timed steps depend on whose records these held."""
 LOSSES = ("warmup_loss", "train_loss", "catch_up_loss")
 """Samples that hold the loss of each step, in the order of the steps."""
+SCRIPT_TOKENS = ("warmup_real_tokens", "step_real_tokens", "catch_up_real_tokens")
+"""The same for the real tokens of each step of a script."""
 FINAL_SHARE = 4
 """The final train loss is that of the last quarter of all steps; their number is the same for every trial."""
 
@@ -75,12 +77,19 @@ def _time_per_real_token_s(record: TrialRecord) -> Samples:
     lengths of a few records into the number, and those of others in a trial whose warm-up was longer.
     """
     times = record.samples.get("step_time_s", ())
+    if counts := real_tokens_of_steps(record):  # of a script, whose epoch is not known: the mean of all its steps
+        return tuple(seconds * len(counts) / sum(counts) for seconds in times) if sum(counts) else ()
     real, padded = record.tokens.get("real_tokens", 0), record.tokens.get("padded_tokens", 0)
     positions = sum(sum(record.samples.get(f"turn_{kind}_tokens", ())) for kind in ("real", "padded"))
     if not times or not real or not positions:
         return ()
     tokens = positions / len(times) * real / (real + padded)
     return tuple(seconds / tokens for seconds in times)
+
+
+def real_tokens_of_steps(record: TrialRecord) -> Samples:
+    """Real tokens in each step that a script took, in their order; () where they were not seen."""
+    return tuple(count for name in SCRIPT_TOKENS for count in record.samples.get(name, ()))
 
 
 def _samples_per_s(record: TrialRecord) -> Samples:

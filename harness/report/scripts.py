@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from harness.records.record import TrialRecord
 from harness.records.store import Run
+from harness.studies.script import SIDE
 from harness.studies.study import Study
 from harness.studies.variant import Variant
 
@@ -15,7 +16,7 @@ SOURCES = {"trainer": "a Trainer", "loop": "a loop that names its steps", "optim
 
 def describe_scripts(run: Run, study: Study) -> Iterator[str]:
     """A line for each command; of an A/B of commands one for each side."""
-    sides = {name: side for name, side in run.manifest.sides.items() if side.get("kind") == "command"}
+    sides = {name: side for name, side in run.manifest.sides.items() if side.get("kind") == SIDE}
     for variant in study.variants:
         for side in sides or {"": {}}:
             records = [one for one in run.records if one.name == variant.name and (not side or one.side == side)]

@@ -26,6 +26,7 @@ from harness.stats import Comparison
 from harness.studies.study import Study
 from harness.studies.workload import LOSSES, Workload
 from harness.verdicts.notices import notices_of
+from harness.verdicts.sameness import sides_of_run
 from harness.verdicts.series import Groups, Series, series_of
 from harness.verdicts.standing import Standing, ratios_of, standing_of
 
@@ -116,6 +117,8 @@ def _table(phase: Phase, run: Run, study: Study, groups: Groups, stands: Standin
     names = [variant.name for variant in study.variants if (variant.name, "variant") in groups]
     shown = [groups[(name, "variant")] for name in names]
     asked = columns_of(phase, own_workloads=bool(run.manifest.own_workloads))
+    if study.of_scripts and any(sides.tokens_differ for sides in sides_of_run(run, study).values()):
+        asked += ("time_per_real_token_s",)
     columns = tuple(column for column in asked if any(series.trials(column) for series in shown))
     tails = [_tail(series, metric) for series in shown] if phase == "generate" else []
     tailed = any(tail is not None for tail in tails)

@@ -20,8 +20,7 @@ def timed_samples(readings: Sequence[StepReading]) -> dict[str, tuple[float, ...
     }
     for name in PARTS:
         samples |= _known(name, [getattr(one, name) for one in readings])
-    samples |= _known("train_loss", [one.loss for one in readings])
-    return samples | counts_of(readings)
+    return samples | untimed_samples("train_loss", "step_real_tokens", readings) | counts_of(readings)
 
 
 def counts_of(readings: Sequence[StepReading]) -> dict[str, tuple[float, ...]]:
@@ -36,9 +35,9 @@ def counts_of(readings: Sequence[StepReading]) -> dict[str, tuple[float, ...]]:
     return found
 
 
-def losses_of(name: str, readings: Sequence[StepReading]) -> dict[str, tuple[float, ...]]:
-    """The losses of steps that are not timed."""
-    return _known(name, [one.loss for one in readings])
+def untimed_samples(losses: str, tokens: str, readings: Sequence[StepReading]) -> dict[str, tuple[float, ...]]:
+    """Losses and real tokens a step, by these names: of timed and of all other steps alike."""
+    return _known(losses, [one.loss for one in readings]) | _known(tokens, [one.real_tokens for one in readings])
 
 
 def judge_losses(fragment: Fragment, readings: Sequence[StepReading]) -> Fragment:

@@ -7,6 +7,7 @@ command means where one stands, that of a side of an A/B, or that of the variant
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import socket
 import sys
@@ -22,7 +23,7 @@ from harness.run.executors.disk import Disk
 from harness.run.executors.host import Host, describe, inspect
 from harness.run.executors.script_process import ScriptProcess
 from harness.run.executors.script_worker import ScriptWorker
-from harness.run.executors.workplace import Snapshot, copy_snapshot, take_snapshot, variables_of, words_of
+from harness.run.executors.workplace import copy_snapshot, folder_of, take_snapshot, variables_of, words_of
 from harness.studies.request import TrialRequest
 from harness.studies.script import OWN
 from harness.studies.variant import Variant
@@ -65,8 +66,9 @@ class ScriptExecutor:
         self._python: str | None = None
         self._threads = 1
         self._disk: Disk | None = None
-        self._snapshots: dict[Path, Snapshot] = {}
-        self._sockets = 0
+        self._snapshots: dict[Path, Path] = {}
+        self._homes: dict[str, Path] = {}
+        """The folder that a trial's process has to itself."""
 
     def machine(self) -> Machine:
         """The present one."""
@@ -120,6 +122,8 @@ class ScriptExecutor:
     def clear_place(self, trial: str) -> None:
         """What the script wrote goes with its trial."""
         self._required_disk().clear(trial)
+        if (home := self._homes.pop(trial, None)) is not None:
+            shutil.rmtree(home, ignore_errors=True)
 
     def launch(self) -> Worker:
         """A worker whose process is started when it is told which trial it is."""
@@ -144,35 +148,30 @@ class ScriptExecutor:
         host = self._host or Host()
         return Host(python=self._python, path=host.path, cwd=host.cwd, environment=host.environment)
 
-    def snapshot(self, variant: Variant) -> Snapshot:
+    def _snapshot(self, variant: Variant) -> Path:
         """The folder of a variant's command as it was when it was first asked for. Raises `UsageError`."""
-        disk, folder = self._required_disk(), self._folder(variant)
+        disk, folder = self._required_disk(), folder_of(variant, Path(self._interpreter.cwd or Path.cwd()))
         if folder not in self._snapshots:
             into = disk.scratch / f"snapshot-{len(self._snapshots)}"
             self._snapshots[folder] = take_snapshot(folder, into)
         return self._snapshots[folder]
 
-    def _folder(self, variant: Variant) -> Path:
-        folder = Path(self._interpreter.cwd or Path.cwd()) / variant.cwd
-        if not folder.is_dir():
-            raise UsageError(f"variant {variant.name!r}: cwd = {variant.cwd!r}: no folder {folder}. Mend the path.")
-        return folder.resolve()
-
     def _start_trial(self, request: TrialRequest) -> ScriptProcess:
         disk, variant, host = self._required_disk(), request.variant, self._interpreter
-        scratch = Path(request.scratch)
-        folder = copy_snapshot(self.snapshot(variant), scratch / "work")
-        self._sockets += 1
-        socket_path = str(disk.scratch / f"t{self._sockets}")
+        # By chance and of one length: how long the paths in an environment are moves what lies in memory beside it, and
+        # with the names of the trials it would do so on one side in every replicate (Mytkowicz et al., ASPLOS 2009).
+        home = self._homes[request.trial] = disk.scratch / secrets.token_hex(4)
+        folder = copy_snapshot(self._snapshot(variant), home / "work")
+        socket_path = str(home / "turns")
         variables = variables_of(
             variant,
             host.variables(os.environ),
-            scratch=scratch,
+            scratch=home,
             threads=self._threads,
             port=_free_port(),
             socket=socket_path,
         )
-        words = words_of(variant, variant.python or host.python, variables, folder)
+        words = words_of(variant, host.python, variables, folder)
         return ScriptProcess(words, variables, folder=folder, log=Path(request.log_path), socket_path=socket_path)
 
     def _required_disk(self) -> Disk:

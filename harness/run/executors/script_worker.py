@@ -23,7 +23,7 @@ from harness.records import codec
 from harness.records.record import Failure, Fragment, Notice
 from harness.run.executors import WorkerLostError
 from harness.run.executors.channel import GarbledError
-from harness.run.executors.readings import judge_losses, losses_of, timed_samples
+from harness.run.executors.readings import judge_losses, timed_samples, untimed_samples
 from harness.run.executors.script_process import ScriptProcess
 from harness.run.executors.script_talk import Begun, EndedError, Script
 from harness.run.executors.script_watch import ScriptWatch
@@ -32,6 +32,8 @@ from harness.studies.request import TrialRequest
 
 STEADY_WINDOW = 3
 """Steps that must show no more downward trend before a warm-up ends, as in every trial."""
+WARMUP = ("warmup_loss", "warmup_real_tokens")
+"""Samples of the steps before the timed ones."""
 BEFORE_WARMUP = 2
 """The first step, and the one that may be watched."""
 
@@ -51,7 +53,6 @@ class ScriptWorker:
         self._begun: Begun | None = None
         self._watch: ScriptWatch | None = None
         self._timeout_s = 0.0
-        self._tokens = {"real_tokens": 0, "padded_tokens": 0}
 
     def ask(self, command: str, trial: str, timeout_s: float, **arguments: Any) -> Fragment:
         """Carry out a command. Raises `WorkerLostError` where the process says what nobody understands."""
@@ -99,13 +100,15 @@ class ScriptWorker:
                 "longer (it is stopped when it has taken them), or ask for fewer turns in [protocol].",
             )
         self._watch = ScriptWatch(begun.cuda)
+        loading = _peak_of(begun.pid)
         _reset_peak(begun.pid)
         names = ("threads", "trainable_parameters", "total_parameters", "accumulation", "ranks")
         values = {name: float(value) for name in names if (value := getattr(begun, name)) is not None}
         tokens: dict[str, Any] = {"source": begun.source}
         if begun.trainable_dtypes:
             tokens["trainable_dtype"] = ", ".join(sorted(begun.trainable_dtypes))
-        return Fragment(values=values | {"ready_time_s": ready_time_s}, tokens=tokens)
+        memory = {} if loading is None else {"host_peak_load_bytes": loading}
+        return Fragment(values=values | {"ready_time_s": ready_time_s}, tokens=tokens, memory=memory)
 
     def _do_verify(self) -> Fragment:
         first, required = self._take(1), self._asked.requirements
@@ -116,7 +119,7 @@ class ScriptWorker:
             Fragment(
                 checks=checks,
                 values={"first_step_time_s": first[0].step_time_s},
-                samples=losses_of("warmup_loss", taken),
+                samples=untimed_samples(*WARMUP, taken),
                 tokens={"loss_dtype": first[0].loss_dtype} if first[0].loss_dtype else {},
             ),
             taken,
@@ -133,7 +136,7 @@ class ScriptWorker:
             if len(times) >= protocol.warmup_steps_min and is_steady(times, STEADY_WINDOW):
                 break
         fragment = Fragment(
-            samples={"warmup_step_time_s": tuple(times), **losses_of("warmup_loss", taken)},
+            samples={"warmup_step_time_s": tuple(times), **untimed_samples(*WARMUP, taken)},
             values={"warmup_steady": float(is_steady(times, STEADY_WINDOW))},
         )
         return judge_losses(fragment, taken)
@@ -142,11 +145,7 @@ class ScriptWorker:
         watch = self._watch or ScriptWatch(False)
         watch.begin()
         taken = self._take(steps)
-        around, samples = watch.end(), timed_samples(taken)
-        for key in self._tokens:
-            self._tokens[key] += int(sum(samples.get(f"turn_{key}", ())))
-        tokens: dict[str, Any] = dict(self._tokens) if "turn_padded_tokens" in samples else {}
-        return judge_losses(Fragment(samples=samples, values=around, tokens=tokens), taken)
+        return judge_losses(Fragment(samples=timed_samples(taken), values=watch.end()), taken)
 
     def _do_finish_training(self, steps: int | None = None) -> Fragment:
         last = BEFORE_WARMUP - 1 + (self._asked.protocol.total_steps if steps is None else steps)
@@ -167,7 +166,8 @@ class ScriptWorker:
         self._kill()
         values = {"training_steps": float(self._script.steps)}
         values |= {} if steps is None else {"training_steps_planned": float(self._asked.protocol.total_steps + 1)}
-        fragment = Fragment(samples=losses_of("catch_up_loss", taken), values=values, memory=memory, notices=notices)
+        samples = untimed_samples("catch_up_loss", "catch_up_real_tokens", taken)
+        fragment = Fragment(samples=samples, values=values, memory=memory, notices=notices)
         return judge_losses(fragment, taken)
 
     def _do_close(self) -> Fragment:

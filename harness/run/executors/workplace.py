@@ -17,8 +17,8 @@ import re
 import shutil
 import stat
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path, PurePath
+from typing import Literal
 
 from harness.attach import apart
 from harness.attach.child import environment
@@ -60,63 +60,68 @@ _WRITING = re.compile(r"--?(output|save|log|checkpoint|export|result)[\w-]*(dir|
 _PYTHON = re.compile(r"python(\d+(\.\d+)?t?)?")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Snapshot:
-    """A folder as it was when the run began."""
-
-    path: Path
-    linked: tuple[str, ...] = ()
-    """Files that are too large to be copied: relative paths."""
+How = Literal["folder", "copy", "link", "large"]
+"""What becomes of an entry of a script's folder: made anew · copied · linked, because it is only read · linked, because
+it is too large to be copied."""
 
 
-def take_snapshot(folder: Path, into: Path) -> Snapshot:
-    """Copy a folder by the rules above.
+def take_snapshot(folder: Path, into: Path) -> Path:
+    """Copy a folder by the rules above; returns the copy.
 
     Raises:
         UsageError: it holds more than can be copied for each process.
     """
-    linked: list[str] = []
-    files, size = 0, 0
-    for source, target in _walk(folder, into):
-        mode = source.lstat().st_mode
-        if stat.S_ISLNK(mode):
-            target.symlink_to(source.resolve())
-        elif stat.S_ISDIR(mode):
-            if source.name in LINKED or (source / "pyvenv.cfg").is_file():
-                target.symlink_to(source.absolute())
-            else:
-                target.mkdir(parents=True, exist_ok=True)
-        elif stat.S_ISREG(mode):
-            if source.stat().st_size > LARGE_BYTES:
-                target.symlink_to(source.absolute())
-                linked.append(str(source.relative_to(folder)))
-                continue
-            files, size = files + 1, size + source.stat().st_size
-            if files > MOST_FILES or size > MOST_BYTES:
-                raise UsageError(
-                    f"cwd = {str(folder)!r}: more than {MOST_FILES} files or {format_bytes(MOST_BYTES)} below it, and "
-                    "each process works in a copy. Name the script's own folder as cwd, with the data beside it."
-                )
+    into.mkdir(parents=True)
+    for source, how in _walk(folder):
+        target = into / source.relative_to(folder)
+        if how == "folder":
+            target.mkdir()
+        elif how == "copy":
             shutil.copy2(source, target)
-    return Snapshot(path=into, linked=tuple(linked))
-
-
-def _walk(folder: Path, into: Path) -> Iterator[tuple[Path, Path]]:
-    """Each entry with the place of its copy, folders before what is in them; nothing below what is linked."""
-    into.mkdir(parents=True, exist_ok=True)
-    for entry in sorted(folder.iterdir()):
-        if entry.name in LEFT_OUT:
-            continue
-        target = into / entry.name
-        yield entry, target
-        if target.is_dir() and not target.is_symlink():
-            yield from _walk(entry, target)
-
-
-def copy_snapshot(snapshot: Snapshot, into: Path) -> Path:
-    """A process's own copy; returns its folder."""
-    shutil.copytree(snapshot.path, into, symlinks=True, dirs_exist_ok=True)
+        else:
+            target.symlink_to(source.resolve())
     return into
+
+
+def _walk(folder: Path) -> Iterator[tuple[Path, How]]:
+    """Each entry with what becomes of it, folders before what is in them; nothing below what is linked.
+
+    Raises:
+        UsageError: it holds more than can be copied.
+    """
+    files, size, folders = 0, 0, [folder]
+    while folders:
+        for entry in sorted(folders.pop().iterdir()):
+            mode = entry.lstat().st_mode
+            if entry.name in LEFT_OUT or not (stat.S_ISLNK(mode) or stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
+                continue
+            if stat.S_ISDIR(mode) and entry.name not in LINKED and not (entry / "pyvenv.cfg").is_file():
+                folders.append(entry)
+                yield entry, "folder"
+            elif stat.S_ISREG(mode) and entry.stat().st_size <= LARGE_BYTES:
+                files, size = files + 1, size + entry.stat().st_size
+                if files > MOST_FILES or size > MOST_BYTES:
+                    raise UsageError(
+                        f"cwd = {str(folder)!r}: over {MOST_FILES} files or {format_bytes(MOST_BYTES)} below it, and "
+                        "each process works in a copy. Name the script's own folder as cwd, and move data out of it."
+                    )
+                yield entry, "copy"
+            else:
+                yield entry, "large" if stat.S_ISREG(mode) else "link"
+
+
+def copy_snapshot(snapshot: Path, into: Path) -> Path:
+    """A process's own copy; returns its folder."""
+    shutil.copytree(snapshot, into, symlinks=True, dirs_exist_ok=True)
+    return into
+
+
+def folder_of(variant: Variant, stood_in: Path) -> Path:
+    """The folder of a variant's command. Raises `UsageError` where there is none."""
+    folder = stood_in / variant.cwd
+    if not folder.is_dir():
+        raise UsageError(f"variant {variant.name!r}: cwd = {variant.cwd!r}: no folder {folder}. Mend the path.")
+    return folder.resolve()
 
 
 def variables_of(
@@ -153,8 +158,12 @@ def words_of(variant: Variant, python: str, variables: Mapping[str, str], folder
     """
     where = f"variant {variant.name!r}: command = {variant.command!r}"
     words = split_command(f"variant {variant.name!r}", variant.command)
+    if variant.python and not os.access(variant.python, os.X_OK):
+        raise UsageError(
+            f"variant {variant.name!r}: python = {variant.python!r}: no executable file. Name ENVIRONMENT/bin/python."
+        )
     if _PYTHON.fullmatch(words[0]):
-        words[0] = python
+        words[0] = variant.python or python
     elif (found := _which(words[0], variables, folder)) is not None:
         words[0] = found
     else:
@@ -173,14 +182,20 @@ def _which(word: str, variables: Mapping[str, str], folder: Path) -> str | None:
     return shutil.which(word, path=variables.get("PATH"))
 
 
-def shared_notices(variant: Variant, snapshot: Snapshot) -> Iterator[Notice]:
-    """What of this script cannot be kept apart, as far as its folder and its command tell."""
-    words = split_command(variant.name, variant.command)
-    if snapshot.linked:
+def shared_notices(variant: Variant, stood_in: Path) -> Iterator[Notice]:
+    """What of this script cannot be kept apart, as far as its folder and its command tell.
+
+    Raises:
+        UsageError: no such folder, program or script, or a folder that holds too much.
+    """
+    folder = folder_of(variant, stood_in)
+    words = words_of(variant, "python", os.environ, folder)
+    large = [str(entry.relative_to(folder)) for entry, how in _walk(folder) if how == "large"]
+    if large:
         yield Notice(
             code="files-shared",
-            message=f"{variant.name}: {len(snapshot.linked)} files of its folder are larger than "
-            f"{format_bytes(LARGE_BYTES)} and are not copied: {first_few(snapshot.linked, 3)}. A script that writes "
+            message=f"{variant.name}: {len(large)} files of its folder are larger than "
+            f"{format_bytes(LARGE_BYTES)} and are not copied: {first_few(large, 3)}. A script that writes "
             "into one of them writes into the original.",
             remedy="Nothing to do where it only reads them; else move them out of its folder.",
         )
