@@ -58,7 +58,7 @@ class Attachment:
             if self._pid == os.getpid() and self._follower is not None:
                 self._tell_of_another(training)
             return None
-        if training.rank and make is None and ENV_FOLLOWER in os.environ:
+        if training.rank and os.environ.get(ENV_FOLLOWER, DEFAULT_FOLLOWER) != DEFAULT_FOLLOWER:
             return None  # it follows what rank 0 shows
         self._pid, self._source = os.getpid(), source
         shield = Shield()

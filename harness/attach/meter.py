@@ -22,6 +22,7 @@ from harness.attach.follower import Follower
 from harness.attach.loop import LoopSource
 from harness.attach.trainer import TrainerSource
 from harness.attach.variables import DEFAULT_FOLLOWER, ENV_FOLLOWER
+from harness.records.store import ENV_RUNS
 
 Batch = TypeVar("Batch")
 
@@ -47,7 +48,8 @@ class Meter(TrainerCallback):
             report: whether the report is printed when the training has ended.
             log: whether a Trainer's trackers are told, under names that begin with "lorameter/".
         """
-        self._runs_dir = runs_dir
+        named = runs_dir or os.environ.get(ENV_RUNS)
+        self._runs_dir = None if named is None else Path(named).absolute()  # a script may change its folder
         self._require = dict(require or {})
         self._report = report
         written = os.environ.get(ENV_FOLLOWER, DEFAULT_FOLLOWER) == DEFAULT_FOLLOWER

@@ -43,8 +43,6 @@ class Steps:
         self.ended = False
         """Whether the training has come to its end."""
         self._begun_s = self._begun_cpu_s = 0.0
-        self.conventions: tuple[str, ...] = ()
-        """How the tokens of the last batch were counted, in words."""
 
     def run(self, call: Callable[..., Any], *args: Any) -> Any:
         """What a call of the source's own returns, shielded as everything here; None where it fails."""
@@ -74,9 +72,7 @@ class Steps:
             self._shield.run(self._batch, batch)
 
     def _batch(self, batch: Any) -> None:
-        tokens = count_tokens(batch)
-        self._batches.append(tokens)
-        self.conventions = tokens.conventions
+        self._batches.append(count_tokens(batch))
 
     @contextlib.contextmanager
     def during(self, part: Part) -> Iterator[None]:
@@ -156,7 +152,9 @@ class Steps:
             padded_tokens=_sum([one.padded for one in self._batches]),
             loss_tokens=_sum([one.loss for one in self._batches]),
             loss=_number(self._losses),
+            loss_dtype=_dtype_of(self._losses),
             gradient_norm=None if self._gradient_norm is None else float(self._gradient_norm),
+            conventions=self._batches[-1].conventions if self._batches else (),
             checks=checks,
         )
 
@@ -226,3 +224,7 @@ def _sum(counts: list[Count | None] | list[int | None]) -> int | None:
 
 def _number(losses: list[Any]) -> float | None:
     return sum(float(loss) for loss in losses) if losses else None
+
+
+def _dtype_of(losses: list[Any]) -> str | None:
+    return str(losses[-1].dtype).removeprefix("torch.") if losses and isinstance(losses[-1], torch.Tensor) else None

@@ -61,13 +61,26 @@ class Metric:
 
 
 def _tokens_per_s(record: TrialRecord) -> Samples:
-    return _rate(record, "turn_real_tokens")
+    return _per_second(record, "turn_real_tokens")
 
 
-def _rate(record: TrialRecord, counted: str) -> Samples:
-    """What the turns held over the time of their steps; nothing where that was not counted, as in some scripts."""
+def _per_second(record: TrialRecord, counted: str) -> Samples:
+    """Of a script they may not be seen."""
     seconds, counts = sum(record.samples.get("step_time_s", ())), record.samples.get(counted, ())
     return (sum(counts) / seconds,) if seconds and counts else ()
+
+
+def _padded_tokens_per_s(record: TrialRecord) -> Samples:
+    """Of all positions, padding included; nothing where there is no padding, and it is the same number."""
+    padding = _per_second(record, "turn_padded_tokens")
+    return (padding[0] + _tokens_per_s(record)[0],) if padding and padding[0] else ()
+
+
+def _mfu(record: TrialRecord) -> Samples:
+    """FLOPs that a step needs over its time and what the device could do at best, where both are known."""
+    needs, best = record.values.get("model_flops_per_step"), record.values.get("peak_flops_per_s")
+    times = record.samples.get("step_time_s", ())
+    return tuple(needs / (time_s * best) for time_s in times) if needs and best else ()
 
 
 def _time_per_real_token_s(record: TrialRecord) -> Samples:
@@ -93,7 +106,7 @@ def real_tokens_of_steps(record: TrialRecord) -> Samples:
 
 
 def _samples_per_s(record: TrialRecord) -> Samples:
-    return _rate(record, "turn_sequences")
+    return _per_second(record, "turn_sequences")
 
 
 def _output_tokens_per_s(record: TrialRecord) -> Samples:
@@ -128,6 +141,11 @@ METRICS: dict[str, Metric] = {
     for metric in (
         Metric(name="step_time_s", title="step time", unit="s", phase="train", column="own workloads"),
         Metric(name="step_cpu_time_s", title="step CPU time", unit="s", phase="train"),
+        # Parts of a script's step, where its source sees them.
+        Metric(name="data_time_s", title="wait for data", unit="s", phase="train", column="always"),
+        Metric(name="forward_time_s", title="forward", unit="s", phase="train", column="always"),
+        Metric(name="backward_time_s", title="backward", unit="s", phase="train", column="always"),
+        Metric(name="optimizer_time_s", title="optimizer", unit="s", phase="train", column="always"),
         Metric(
             name="tokens_per_s",
             title="real tokens/s",
@@ -136,6 +154,23 @@ METRICS: dict[str, Metric] = {
             higher_is_better=True,
             derive=_tokens_per_s,
             column="one workload",
+        ),
+        Metric(
+            name="padded_tokens_per_s",
+            title="tokens/s with padding",
+            unit="1/s",
+            phase="train",
+            higher_is_better=True,
+            derive=_padded_tokens_per_s,
+        ),
+        Metric(
+            name="mfu",
+            title="MFU",
+            unit="1",
+            phase="train",
+            higher_is_better=True,
+            derive=_mfu,
+            column="always",
         ),
         Metric(
             name="time_per_real_token_s",
@@ -152,6 +187,7 @@ METRICS: dict[str, Metric] = {
             higher_is_better=True,
             derive=_samples_per_s,
         ),
+        Metric(name="gradient_norm", title="gradient norm", unit="1", phase="train"),
         Metric(name="first_step_time_s", title="first step", unit="s", phase="train"),
         Metric(
             name="energy_per_step_j",

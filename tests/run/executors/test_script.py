@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
 from pathlib import Path
 
@@ -164,7 +163,7 @@ def test_no_process_is_left(run):
         if folder.name.isdigit():
             try:
                 words = (folder / "cmdline").read_bytes().split(b"\0")
-                here = os.readlink(folder / "cwd")
+                here = str((folder / "cwd").readlink())
             except OSError:
                 continue
             if b"scripted.py" in words and here.startswith(str(run.path.parents[1])):
