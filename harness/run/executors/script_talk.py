@@ -159,8 +159,8 @@ class Script:
 
     def _silent(self, waited_s: float) -> EndedError:
         message = (
-            f"the script took no step within {waited_s:g} s after {self.steps}, and was killed. Raise step_timeout_s if "
-            "it was at work"
+            f"the script took no step within {waited_s:g} s after {self.steps}, and was killed. Raise step_timeout_s if"
+            " it was at work"
         )
         return EndedError("timeout", "Silent", message, self.said())
 
