@@ -1,4 +1,4 @@
-"""Where a script works: what is copied, linked and left out, what its environment says, and what cannot be kept apart."""
+"""Where a script works: what is copied, linked or left out, what its environment says, what cannot be kept apart."""
 
 from __future__ import annotations
 
