@@ -23,6 +23,8 @@ where all variants share a workload · where some have one of their own. Losses 
 side, and tokens a second of the timed steps depend on whose records these held."""
 LOSSES = ("warmup_loss", "train_loss", "catch_up_loss")
 """Samples that hold the loss of each step, in the order of the steps."""
+SCRIPT_TOKENS = ("warmup_real_tokens", "step_real_tokens", "catch_up_real_tokens")
+"""The same for the real tokens of each step of a script."""
 FINAL_SHARE = 4
 """The final train loss is that of the last quarter of all steps; their number is the same for every trial."""
 
@@ -59,18 +61,18 @@ class Metric:
 
 
 def _tokens_per_s(record: TrialRecord) -> Samples:
-    return _per_second(record, "turn_real_tokens")
+    return _rate(record, "turn_real_tokens")
 
 
-def _per_second(record: TrialRecord, counted: str) -> Samples:
-    """Of a script they may not be seen."""
+def _rate(record: TrialRecord, counted: str) -> Samples:
+    """What the turns held over the time of their steps; nothing where that was not counted, as in some scripts."""
     seconds, counts = sum(record.samples.get("step_time_s", ())), record.samples.get(counted, ())
     return (sum(counts) / seconds,) if seconds and counts else ()
 
 
 def _padded_tokens_per_s(record: TrialRecord) -> Samples:
     """Of all positions, padding included; nothing where there is no padding, and it is the same number."""
-    padding = _per_second(record, "turn_padded_tokens")
+    padding = _rate(record, "turn_padded_tokens")
     return (padding[0] + _tokens_per_s(record)[0],) if padding and padding[0] else ()
 
 
@@ -88,6 +90,8 @@ def _time_per_real_token_s(record: TrialRecord) -> Samples:
     lengths of a few records into the number, and those of others in a trial whose warm-up was longer.
     """
     times = record.samples.get("step_time_s", ())
+    if counts := real_tokens_of_steps(record):  # of a script, whose epoch is not known: the mean of all its steps
+        return tuple(seconds * len(counts) / sum(counts) for seconds in times) if sum(counts) else ()
     real, padded = record.tokens.get("real_tokens", 0), record.tokens.get("padded_tokens", 0)
     positions = sum(sum(record.samples.get(f"turn_{kind}_tokens", ())) for kind in ("real", "padded"))
     if not times or not real or not positions:
@@ -96,8 +100,13 @@ def _time_per_real_token_s(record: TrialRecord) -> Samples:
     return tuple(seconds / tokens for seconds in times)
 
 
+def real_tokens_of_steps(record: TrialRecord) -> Samples:
+    """Real tokens in each step that a script took, in their order; () where they were not seen."""
+    return tuple(count for name in SCRIPT_TOKENS for count in record.samples.get(name, ()))
+
+
 def _samples_per_s(record: TrialRecord) -> Samples:
-    return _per_second(record, "turn_sequences")
+    return _rate(record, "turn_sequences")
 
 
 def _output_tokens_per_s(record: TrialRecord) -> Samples:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 FIELDS = ("command", "cwd", "env", "python")
 """Fields of a variant that belong to its command."""
+SIDE = "command"
+"""Kind of a side of an A/B that is a command of its own: the two differ in nothing else."""
 OWN = "script"
 """Model and data of a workload that its scripts bring themselves."""
 
