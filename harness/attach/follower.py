@@ -56,7 +56,7 @@ class StepReading:
     """Tokens that the loss is over."""
     loss: float | None = None
     loss_dtype: str | None = None
-    """As in "float32": of the loss tensor that the backward pass began with."""
+    """As torch names it, without `torch.`: of the loss that the backward pass began with."""
     gradient_norm: float | None = None
     conventions: tuple[str, ...] = ()
     """How its tokens were counted, in words."""

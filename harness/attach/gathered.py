@@ -28,6 +28,8 @@ _SAMPLES: Mapping[str, str] = {
     "gradient_norm": "gradient_norm",
     "turn_sequences": "sequences",
     "turn_real_tokens": "real_tokens",
+    "step_real_tokens": "real_tokens",
+    "turn_loss_tokens": "loss_tokens",
 }
 """Samples of a record by the field of a reading that they hold, one a timed step."""
 
@@ -90,6 +92,7 @@ class Gathered:
         found["warmup_step_time_s"] = tuple(one.step_time_s for one in self._warm)
         early = [*([] if self._first is None else [self._first]), *self._warm]
         found["warmup_loss"] = _all(early, "loss")
+        found["warmup_real_tokens"] = _all(early, "real_tokens")
         return {name: samples for name, samples in found.items() if samples}
 
     def values(self) -> dict[str, float]:

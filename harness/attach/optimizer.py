@@ -1,12 +1,16 @@
 """The steps of a loop that nobody announces: what lies between two updates of an optimizer.
 
 torch calls hooks of a process around the step of every optimizer. The training is known once the first update is done,
-so the first step is seen by nobody. The first optimizer that updates marks the steps; another one that updates within
-them, as in adversarial training or inside an optimizer that wraps it, is part of the step.
+so the first step is seen by nobody. The optimizer that did it marks the steps from then on; another one that updates
+within them, as in adversarial training or inside an optimizer that wraps it, is part of the step.
+
+A step ends when the call of its update returns, and not in a hook of it: there torch goes through the hooks, and a
+check that puts up or takes down its own would end the training.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -28,49 +32,46 @@ class StopTraining(SystemExit):
 
 
 class OptimizerSource:
-    """Sees the steps of the first optimizer that updates, through the global hooks of torch."""
+    """Sees the steps of the first optimizer that updates."""
 
     def __init__(self, make: Callable[[], Follower] | None = None) -> None:
         self._make = make
         self._steps: Steps | None = None
         self._sight: Sight | None = None
         self._optimizer: Any = None
-        self._inside = 0
+        self._original: Callable[..., Any] | None = None
+        """The optimizer's `step` as it was found."""
         self._aside = False
 
-    def before(self, optimizer: Any) -> None:
-        """An optimizer is about to update."""
-        if optimizer is self._optimizer and self._steps is not None:
-            self._inside += 1
-            if self._inside == 1:
-                self._steps.start("optimizer")
+    def updated(self, optimizer: Any) -> None:
+        """An optimizer of this process has updated; the hook of all of them. Raises `StopTraining`."""
+        if self._optimizer is None and not self._aside and not this_process().occupied:
+            self._begin(optimizer)
 
-    def after(self, optimizer: Any) -> None:
-        """It has updated. Raises `StopTraining` where the follower wants no further step."""
-        if self._optimizer is None:
-            if not self._aside and not this_process().occupied:
-                self._begin(optimizer)
-            return
-        if optimizer is not self._optimizer:
-            return
-        self._inside -= 1
-        if self._inside > 0 or self._steps is None or not self._steps.up:
-            return
-        self._steps.stop("optimizer")
+    def _step(self, *args: Any, **kwargs: Any) -> Any:
+        """In place of the optimizer's own. Raises `StopTraining` where the follower wants no further step."""
+        original, steps = self._original, self._steps
+        assert original is not None
+        if steps is None or not steps.up or torch.compiler.is_compiling():
+            return original(*args, **kwargs)
+        with steps.during("optimizer"):
+            found = original(*args, **kwargs)
         if self._sight is not None:
-            self._steps.run(self._sight.tell_loss)
-        self._steps.end_step()
-        if not self._steps.go_on:
+            steps.run(self._sight.tell_loss)
+        steps.end_step()
+        if not steps.go_on:
             self.end()
             raise StopTraining
-        self._steps.open_step()
+        steps.open_step()
+        return found
 
     def _begin(self, optimizer: Any) -> None:
         self._steps = Shield().run(self._follow, optimizer)
         if self._steps is None:
             self._aside = True
             return
-        self._optimizer = optimizer
+        self._optimizer, self._original = optimizer, optimizer.step
+        optimizer.step = functools.wraps(optimizer.step)(functools.partial(self._step))
         if not self._steps.go_on:
             self.end()
             raise StopTraining

@@ -40,6 +40,8 @@ class Steps:
         self._phase: Phase = "train"
         self._watching = contextlib.ExitStack()
         self._watch: Any = None
+        """What looks on, and has, if anything did: of steps in a row it is the same."""
+        self._open = False
         self.ended = False
         """Whether the training has come to its end."""
         self._begun_s = self._begun_cpu_s = 0.0
@@ -104,8 +106,13 @@ class Steps:
         self._shield.run(self._open_step)
 
     def _open_step(self) -> None:
-        if self._next.watch is not None and self._watch is None:
-            self._watch = watch_step(self._watching, self._training.model, self._next.watch)
+        if self._next.watch is None or self._open:
+            return
+        if self._watch is None:
+            self._watch = make_watch(self._training.model, self._next.watch)
+        if self._watch is not None:
+            self._open = True
+            self._watching.enter_context(self._watch)
 
     def restart(self) -> None:
         """Whatever was before belongs to no step: the clock of the next one starts now."""
@@ -159,11 +166,12 @@ class Steps:
         )
 
     def _close_watch(self) -> tuple[Any, ...] | None:
-        watch, self._watch = self._watch, None
-        if watch is None:
+        if not self._open:
+            self._watch = None
             return None
+        self._open = False
         self._watching.close()
-        return tuple(watch.checks)
+        return tuple(self._watch.checks)
 
     def _release(self) -> None:
         self._parts.forget()
@@ -193,7 +201,7 @@ class Steps:
             self._shield.run(self._end, error)
 
     def _end(self, error: BaseException | None) -> None:
-        self._watching.close()
+        self._watching.__exit__(*((None, None, None) if error is None else (type(error), error, error.__traceback__)))
         self._follower.end(error)
 
     def _failed(self, error: Exception) -> None:
@@ -206,14 +214,11 @@ class Steps:
         self._follower.end(failure)
 
 
-def watch_step(stack: contextlib.ExitStack, model: Any, requirements: Mapping[str, Any]) -> Any:
-    """Have kernels_check look on until the stack is closed; None where it cannot."""
-    import kernels_check
+def make_watch(model: Any, requirements: Mapping[str, Any]) -> Any:
+    """What looks on at a step by kernels_check; None where there is no model to look at."""
+    from kernels_check import watch
 
-    watch = getattr(kernels_check, "watch", None)
-    if watch is None or model is None:
-        return None
-    return stack.enter_context(watch(model, dict(requirements)))
+    return watch(model, dict(requirements)) if isinstance(model, torch.nn.Module) else None
 
 
 def _sum(counts: list[Count | None] | list[int | None]) -> int | None:

@@ -1,8 +1,8 @@
 """The follower that writes down what it is told: a script's training as a run of lorameter on disk.
 
-It asks for one step to be watched, the first after the warm-up, and for nothing else. What it does itself it does
-between steps, where no step's time is: a look at the machine where a stretch of training begins and ends, and from time
-to time what there is so far on the disk.
+It asks for one step to be watched, the first after the warm-up, and for the next one where that left something unknown.
+What it does itself it does between steps, where no step's time is: a look at the machine where a stretch of training
+begins and ends, and from time to time what there is so far on the disk.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ CHECKPOINT_S = 30.0
 CHECKPOINT_SHARE = 0.1
 """A record of a training under way is written no more often than this, and in no more than this share of its time
 anew: what they take on the disk grows with its logarithm."""
+MOST_WATCHED = 2
+"""Steps that are watched: what a change of weights becomes shows in the step after it."""
 REPORT_TIMEOUT_S = 120.0
 
 
@@ -72,6 +74,7 @@ class Writer:
         self._memory: dict[str, int] = {}
         self._notices: list[Notice] = []
         self._checks: tuple[dict[str, Any], ...] | None = None
+        self._watched = 0
         self._watching = False
         self._values: dict[str, float] = {}
 
@@ -105,15 +108,23 @@ class Writer:
             return Next()
         if self._ranks is not None:
             self._ranks.add(reading)
-        if reading.checks is not None and self._checks is None:
+        if reading.checks is not None:
+            self._watched += 1
             self._checks = tuple(codec.to_json(check) for check in reading.checks)
         was_warm = self._gathered.warm
         self._gathered.add(reading)
-        if self._gathered.warm and not was_warm:
+        if self._gathered.warm and (not was_warm or self._watch_again(reading)):
             return Next(watch=self._require)
         if was_warm:
             self._look(reading)
         return Next()
+
+    def _watch_again(self, reading: StepReading) -> bool:
+        """Whether a second step in a row may tell what the first did not."""
+        from kernels_check.watching import FURTHER_STEPS
+
+        unknown = {check.path for check in reading.checks or () if check.status == "unknown"}
+        return bool(unknown & set(FURTHER_STEPS)) and self._watched < MOST_WATCHED
 
     def _look(self, reading: StepReading) -> None:
         """Read the machine before the first timed step; keep what there is from time to time."""
@@ -212,8 +223,8 @@ class Writer:
     def _notes(self) -> tuple[str, ...]:
         """What a reader must know of how the numbers were had."""
         source = self._training.source if self._training is not None else "loop"
-        peaks = say_peaks(self._memory)
-        return (SEEN_BY[source], *self._gathered.conventions, *([peaks] if peaks else []))
+        notes = (SEEN_BY[source], *self._gathered.conventions, say_peaks(self._memory), say_seen(self._checks))
+        return tuple(note for note in notes if note)
 
     def _path(self) -> Path:
         """The directory of the run."""
@@ -228,6 +239,16 @@ SEEN_BY = {
     "loop": "steps are those that the loop names",
     "optimizer": "steps lie between two updates of the optimizer; the first update is before the first step",
 }
+
+
+def say_seen(checks: Sequence[Mapping[str, Any]] | None) -> str:
+    """What the watched step was seen to run, whatever was required of it."""
+    if checks is None:
+        return "no step was watched"
+    found = [f"{one['path']} {one['observed']}" for one in checks if one["observed"] is not None]
+    return (
+        f"seen in a step after the warm-up: {', '.join(found)}" if found else "a step was watched, and nothing was seen"
+    )
 
 
 def say_peaks(memory: Mapping[str, int]) -> str:

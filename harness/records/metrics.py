@@ -61,18 +61,18 @@ class Metric:
 
 
 def _tokens_per_s(record: TrialRecord) -> Samples:
-    return _per_second(record, "turn_real_tokens")
+    return _rate(record, "turn_real_tokens")
 
 
-def _per_second(record: TrialRecord, counted: str) -> Samples:
-    """Of a script they may not be seen."""
+def _rate(record: TrialRecord, counted: str) -> Samples:
+    """What the turns held over the time of their steps; nothing where that was not counted, as in some scripts."""
     seconds, counts = sum(record.samples.get("step_time_s", ())), record.samples.get(counted, ())
     return (sum(counts) / seconds,) if seconds and counts else ()
 
 
 def _padded_tokens_per_s(record: TrialRecord) -> Samples:
     """Of all positions, padding included; nothing where there is no padding, and it is the same number."""
-    padding = _per_second(record, "turn_padded_tokens")
+    padding = _rate(record, "turn_padded_tokens")
     return (padding[0] + _tokens_per_s(record)[0],) if padding and padding[0] else ()
 
 
@@ -106,7 +106,7 @@ def real_tokens_of_steps(record: TrialRecord) -> Samples:
 
 
 def _samples_per_s(record: TrialRecord) -> Samples:
-    return _per_second(record, "turn_sequences")
+    return _rate(record, "turn_sequences")
 
 
 def _output_tokens_per_s(record: TrialRecord) -> Samples:

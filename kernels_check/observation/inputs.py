@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kernels_check.observation.shield import Shielding, unshielded
+
 _WRAPS = ("module", "base_model", "model")
 """Attributes under which a wrapper holds what it wraps: DistributedDataParallel, PEFT, models with a head."""
 _POSITIONAL = ("input_ids", "attention_mask", "position_ids")
@@ -45,10 +47,15 @@ class ModelCall:
 
 
 class InputLog:
-    """Hooks that keep the calls of a model."""
+    """Hooks that keep the calls of a model.
 
-    def __init__(self) -> None:
+    Args:
+        shield: what hooks are wrapped in.
+    """
+
+    def __init__(self, shield: Shielding = unshielded) -> None:
         self.calls: list[ModelCall] = []
+        self._shield = shield
         self._open: list[ModelCall] = []
 
     def attach(self, model: nn.Module, hooks: ExitStack) -> None:
@@ -56,8 +63,8 @@ class InputLog:
         self.calls.clear()
         self._open.clear()
         for module in _reachable(model):
-            hooks.push(module.register_forward_pre_hook(self._begin, with_kwargs=True))
-            hooks.push(module.register_forward_hook(self._end, always_call=True))
+            hooks.push(module.register_forward_pre_hook(self._shield(self._begin), with_kwargs=True))
+            hooks.push(module.register_forward_hook(self._shield(self._end), always_call=True))
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = _describe(module, args, kwargs)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial, wraps
+from functools import wraps
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -96,6 +97,8 @@ class Observation:
     """The model as the last call left it; None where it has been restored since."""
     updated: tuple[GroupSeen, ...] = ()
     """Groups of the optimizers that stepped in the watched call."""
+    undone: Callable[[], AbstractContextManager[object]] = nullcontext
+    """What forwards stand in that are made to answer a question, where nobody restores the model afterwards."""
     readings: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
     """What the methods have read of the model, by their names; whoever replaces a field reads anew."""
 
@@ -171,7 +174,11 @@ class Observation:
     @_once
     def attention_layers(self) -> AttentionLayers:
         """The layers in which attention ran or should have; it may take forwards."""
-        asked = partial(mixing_modules, self.model, self.model_calls)
+
+        def asked(names: Collection[str]) -> frozenset[str]:
+            with self.undone():
+                return mixing_modules(self.model, self.model_calls, names)
+
         return attention_layers(self.model, self.modules, self.profile.attention, self.profile.mixing, asked)
 
     @_once
@@ -204,7 +211,8 @@ class Observation:
 
     def isolation(self) -> IsolationSeen:
         """Perturb the step's own packed calls, and the batch where there is one, by forwards that leave no trace."""
-        return isolation_of_step(self.model, self.model_calls, self.batch)
+        with self.undone():
+            return isolation_of_step(self.model, self.model_calls, self.batch)
 
     @_once
     def padding(self) -> PaddingSeen | None:

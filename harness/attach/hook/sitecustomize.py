@@ -103,16 +103,10 @@ def attach_optimizers(module: Any) -> None:
 
     def after(optimizer: Any, args: Any, kwargs: Any) -> None:
         if not source:
-            made = attempt(lambda: ours("harness.attach.optimizer").OptimizerSource())
-            source.append(made)
+            source.append(attempt(lambda: ours("harness.attach.optimizer").OptimizerSource()))
         if source[0] is not None:
-            source[0].after(optimizer)
+            source[0].updated(optimizer)
 
-    def before(optimizer: Any, args: Any, kwargs: Any) -> None:
-        if source and source[0] is not None:
-            source[0].before(optimizer)
-
-    module.register_optimizer_step_pre_hook(before)
     module.register_optimizer_step_post_hook(after)
 
 

@@ -21,7 +21,8 @@ TRAINER = """
     from peft import LoraConfig, get_peft_model
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, vocab_size=64
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        vocab_size=64,
     ))
     model = get_peft_model(model, LoraConfig(r=int(sys.argv[1]), target_modules="all-linear", task_type="CAUSAL_LM"))
     rows = torch.randint(0, 64, (600, 16), generator=torch.Generator().manual_seed(1))
