@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +75,7 @@ class Session:
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         """Give each test its clock and its phase as the group of its table; no test of what a resumed run, or a script,
         has not."""
-        phases = self._study.protocol.phases if self._study.of_scripts else None
+        phases: Collection[str] | None = self._study.protocol.phases if self._study.of_scripts else None
         if self._resumed is not None:
             phases = self._resumed.phases
         if phases is not None:
