@@ -15,17 +15,46 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from harness.attach.turns import SOCKET
 from harness.machine.processes import kill_group
 from harness.run.executors.channel import Channel
+from harness.run.stops import SIGNALS
 
 LOOK_S = 0.05
 """How often a process that has not spoken yet is looked at: it is loading, and nothing is timed."""
 END_TIMEOUT_S = 10.0
 """A process whose connection has closed ends in this time, or is killed."""
 _PR_SET_PDEATHSIG = 1
+
+
+def _start(words: Sequence[str], variables: Mapping[str, str], folder: Path, log: IO[bytes]) -> subprocess.Popen[bytes]:
+    """A process in a session of its own, which ends with its parent whatever becomes of that.
+
+    What a signal's handler raises while Python forks is lost: it meets the functions that are called after a fork, whose
+    errors are ignored. So signals that stop a run wait until the process is there.
+    """
+    libc = ctypes.CDLL(None)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+    def prepare() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    try:
+        return subprocess.Popen(
+            list(words),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=dict(variables),
+            cwd=folder,
+            start_new_session=True,
+            preexec_fn=prepare,
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class ScriptProcess:
@@ -51,19 +80,9 @@ class ScriptProcess:
             stack.callback(self._listener.close)
             self._listener.bind(socket_path)
             self._listener.listen(8)
-            libc = ctypes.CDLL(None)
             with log.open("ab") as file:
                 self.begun_monotonic_s = time.monotonic()
-                self._process = subprocess.Popen(
-                    list(words),
-                    stdin=subprocess.DEVNULL,
-                    stdout=file,
-                    stderr=file,
-                    env=dict(variables),
-                    cwd=folder,
-                    start_new_session=True,
-                    preexec_fn=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0),
-                )
+                self._process = _start(words, variables, folder, file)
             stack.pop_all()
 
     @property
