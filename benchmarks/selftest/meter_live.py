@@ -4,8 +4,8 @@ Three processes run one script: alone, alone again, and with the hook and its wr
 two steps, and says how long it was from the turn's begin to the next wait, on the wall and on its CPUs, so that all
 that the meter does in a step and between two is in it. The order is shuffled in each round; the difference of a round
 is paired, and its median stands with a 95 % interval by ranks (binomial). Alone against alone says what no difference
-looks like. It wants a machine without other work: the meter asks the kernel for its CPU time once a step, and where work
-waits for a CPU a system call is where a process loses it.
+looks like. It wants a machine without other work: the meter asks the kernel for its CPU time once a step, and where
+work waits for a CPU a system call is where a process loses it.
 
     python benchmarks/selftest/meter_live.py [--rounds N] [--model DIRECTORY]
 """

@@ -1,8 +1,8 @@
 """What a step of a script needs of its device, where the shape of its model is known: the numerator of MFU.
 
 The counts are those of a variant (`harness.models.costs.flops`), taken from the model at hand: its configuration gives
-the shape, its adapter the ranks and targets. A model without an adapter trains all its weights, which takes 6 N. Pairs of a
-query and a key are those of rows of the mean real length, so a few too few where lengths differ.
+the shape, its adapter the ranks and targets. A model without an adapter trains all its weights, which takes 6 N. Pairs
+of a query and a key are those of rows of the mean real length, so a few too few where lengths differ.
 """
 
 from __future__ import annotations
