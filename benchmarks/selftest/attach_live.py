@@ -156,7 +156,8 @@ def say(one: Try) -> str:
     others = ", ".join(f"{metric} {verdict}" for metric, verdict in one.verdicts.items() if metric != "step_time_s")
     return (
         f"  {one.part:<9} {one.number:>2}  {format_ratio(one.ratio, one.low, one.high):<24} {one.verdict:<12} exit "
-        f"{one.exit_code}, control {one.control}, {one.interleaving}, least {share} of a CPU, {one.seconds:.0f} s; {others}"
+        f"{one.exit_code}, control {one.control}, {one.interleaving}, least {share} of a CPU, "
+        f"{one.seconds:.0f} s; {others}"
     )
 
 

@@ -14,13 +14,13 @@ options = options.parse_args()
 class Model(nn.Module):
     """Predicts the next of 128 letters from each."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.embedded = nn.Embedding(128, options.width)
         self.layers = nn.Sequential(nn.Linear(options.width, 4 * options.width), nn.GELU())
         self.head = nn.Linear(4 * options.width, 128)
 
-    def forward(self, input_ids):
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Scores of the next letter, (rows, positions, 128)."""
         return self.head(self.layers(self.embedded(input_ids)))
 

@@ -82,6 +82,11 @@ class RunFile:
         """The name of the one trial."""
         return f"r0-{self.variant.name}"
 
+    @property
+    def device_name(self) -> str:
+        """As the provenance names it."""
+        return str(self._manifest.provenance["device_name"])
+
     def record(self, **measured: Any) -> TrialRecord:
         """The record of the trial with what was measured; `status` and `failure` among it."""
         return TrialRecord(

@@ -30,7 +30,8 @@ class Shield:
     """Calls what is ours, in the process that made it and until the first error. Not shared between threads."""
 
     def __init__(self) -> None:
-        self._pid = os.getpid()
+        self._forked = False
+        os.register_at_fork(after_in_child=self._in_fork)  # asked for in every step, and getpid is a system call
         self.error: Exception | None = None
         """What made the meter stand aside."""
         self.on_error: Callable[[Exception], None] = _nothing
@@ -39,7 +40,10 @@ class Shield:
     @property
     def up(self) -> bool:
         """Whether what is ours is still called: not after an error, and not in a fork of the process."""
-        return self.error is None and os.getpid() == self._pid
+        return self.error is None and not self._forked
+
+    def _in_fork(self) -> None:
+        self._forked = True
 
     def run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
         """What the call returns; None where it is not called any more, or fails."""

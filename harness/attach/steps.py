@@ -9,6 +9,7 @@ own (evaluation, saving), is in no step's time.
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -19,6 +20,9 @@ from harness.attach.follower import Follower, Next, Phase, StepReading, Training
 from harness.attach.parts import Part, Parts
 from harness.attach.shield import NotFollowedError, Shield
 from harness.attach.tokens import Count, Tokens, count_tokens
+
+A_MOMENT_S = 1e-3
+"""What a follower takes that only writes something down."""
 
 
 class Steps:
@@ -120,13 +124,14 @@ class Steps:
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
-        """The block is the meter's own work inside a step, and in no step's time."""
-        wall, cpu = time.perf_counter(), time.process_time()
+        """The block is the meter's own work inside a step, and in no step's time; it computes and does not wait."""
+        begun = time.perf_counter()
         try:
             yield
         finally:
-            self._begun_s += time.perf_counter() - wall
-            self._begun_cpu_s += time.process_time() - cpu
+            spent = time.perf_counter() - begun
+            self._begun_s += spent
+            self._begun_cpu_s += spent
 
     def end_step(self) -> StepReading | None:
         """The step is over; this may wait as long as the follower does. Returns what it showed, None where nothing is
@@ -136,12 +141,13 @@ class Steps:
     def _end_step(self) -> StepReading:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        wall, cpu = time.perf_counter() - self._begun_s, time.process_time() - self._begun_cpu_s
+        ended_s, ended_cpu_s = time.perf_counter(), time.process_time()
+        wall, cpu = ended_s - self._begun_s, ended_cpu_s - self._begun_cpu_s
         checks = self._close_watch()
         self._number += 1
         reading = self._reading(wall, cpu, checks)
         self._next = self._follower.step(reading)
-        self._release()
+        self._release(ended_s, ended_cpu_s)
         return reading
 
     def _reading(self, wall_s: float, cpu_s: float, checks: tuple[Any, ...] | None) -> StepReading:
@@ -173,10 +179,15 @@ class Steps:
         self._watching.close()
         return tuple(self._watch.checks)
 
-    def _release(self) -> None:
+    def _release(self, seen_s: float = -math.inf, seen_cpu_s: float = 0.0) -> None:
+        """The next step begins. The CPU time that was `seen` a moment ago, at `seen_s`, is taken for that of now: some
+        kernels take as long to tell it as a small part of a step."""
         self._parts.forget()
         self._batches, self._losses, self._gradient_norm = [], [], None
-        self._begun_cpu_s, self._begun_s = time.process_time(), time.perf_counter()
+        now = time.perf_counter()
+        spent = now - seen_s
+        self._begun_cpu_s = seen_cpu_s + spent if spent < A_MOMENT_S else time.process_time()
+        self._begun_s = now
 
     def phase(self, phase: Phase) -> None:
         """From here on the training does this; when it trains again, the clock of the next step starts."""

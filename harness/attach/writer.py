@@ -28,6 +28,7 @@ from harness.attach.ranks import RankFile, Ranks
 from harness.attach.run_file import RunFile
 from harness.attach.shield import say
 from harness.attach.variables import COMMAND, REQUIRE, RUN
+from harness.attach.work import work_of
 from harness.machine.watch import Watch
 from harness.records import codec, store
 from harness.records.record import Failure, Notice
@@ -194,6 +195,7 @@ class Writer:
         if self._gathered.steps > MOST_TIMED:
             self._notices.append(_not_kept(self._gathered.steps))
         measured = self._measured()
+        measured["values"] |= work_of(self._training, self._gathered, self._file.device_name)
         if self._ranks is not None:
             measured["samples"] = self._ranks.slowest(measured["samples"], self._notices)
         record = self._file.record(

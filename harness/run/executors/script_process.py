@@ -32,8 +32,8 @@ _PR_SET_PDEATHSIG = 1
 def _start(words: Sequence[str], variables: Mapping[str, str], folder: Path, log: IO[bytes]) -> subprocess.Popen[bytes]:
     """A process in a session of its own, which ends with its parent whatever becomes of that.
 
-    What a signal's handler raises while Python forks is lost: it meets the functions that are called after a fork, whose
-    errors are ignored. So signals that stop a run wait until the process is there.
+    What a signal's handler raises while Python forks is lost: it meets the functions that are called after a fork,
+    whose errors are ignored. So signals that stop a run wait until the process is there.
     """
     libc = ctypes.CDLL(None)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
