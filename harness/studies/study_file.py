@@ -78,11 +78,16 @@ def load_variant(spec: str, *, profile: str | None = None, device: str = "") -> 
     STUDY is a built-in name or a TOML file; `profile` and `device` choose its profile, as in `load_study`.
 
     Raises:
-        UsageError: no such study or variant, or a study of several and none named.
+        UsageError: no such study or variant, a study of several and none named, or one of commands.
     """
     named = ":" in spec and not inputs.is_file(spec)  # a file may have a colon in its name
     study_name, _, name = spec.rpartition(":") if named else (spec, "", "")
     study = load_study(study_name, profile=profile, device=device)
+    if study.of_scripts:
+        raise UsageError(
+            f"variant {spec!r}: it is a command, and its model is its script's: there is nothing to work out, or to "
+            "take apart, without starting it. Measure it with `lorameter run` or `lorameter ab`."
+        )
     if named:
         return study, study.variant(name)
     if len(study.variants) > 1:

@@ -159,7 +159,9 @@ def sameness_notices(run: Run, study: Study) -> Iterator[Notice]:
 
 def _tokens(name: str, sides: Sides) -> Iterator[Notice]:
     means, batches = sides.tokens_a_step, _batches(sides)
-    held = "; ".join(f"{one} {words}" for one, words in zip(sides.names, batches, strict=True))
+    held = "; ".join(
+        f"{one} {words}" for one, words in zip(sides.names, batches, strict=False)
+    )  # none are known at times
     if means is not None and sides.tokens_differ:
         yield Notice(
             code="tokens-differ",

@@ -121,8 +121,8 @@ class Script:
             return EndedError(
                 "invalid",
                 "EndedEarly",
-                f"the training ended by itself after {self.steps} steps, in a turn of {asked}; more are measured. "
-                "Have the script train longer (it is stopped when it has taken them), or ask for fewer turns.",
+                f"the script's first training ended by itself after {self.steps} steps, and more are measured. Have it "
+                "train longer (it is stopped when it has taken them), or ask for fewer turns in [protocol].",
             )
         message = f"{error} in step {self.steps + 1}: {told.get('message', '')}"
         said = f"{error}: {told.get('message', '')}"
@@ -133,7 +133,8 @@ class Script:
             return self._died()
         code = self.process.ended()
         if code is None:
-            return self._silent(timeout_s, "came to no training: it hangs, or does not train")
+            message = f"the script came to no training within {timeout_s:g} s and was killed: it hangs, or loads longer"
+            return EndedError("timeout", "Silent", f"{message}. Raise step_timeout_s if it was at work", self.said())
         said = self.said()
         if code == 0:
             return EndedError(
@@ -156,8 +157,11 @@ class Script:
             message += ": killed from outside, or by the kernel for want of memory (see dmesg)"
         return EndedError(_status_of(last), "ProcessDied", message, said)
 
-    def _silent(self, waited_s: float, what: str = "took no step") -> EndedError:
-        message = f"the script {what} within {waited_s:g} s; it was killed. Raise step_timeout_s if it was at work"
+    def _silent(self, waited_s: float) -> EndedError:
+        message = (
+            f"the script took no step within {waited_s:g} s after {self.steps}, and was killed. Raise step_timeout_s if"
+            " it was at work"
+        )
         return EndedError("timeout", "Silent", message, self.said())
 
 
