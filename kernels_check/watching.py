@@ -16,6 +16,8 @@ from torch import nn
 from kernels_check.check import INSTRUMENTS, Check, Instrument, Json
 from kernels_check.judges.paths import PATHS, validate
 from kernels_check.observation.garbage import uncollected
+from kernels_check.observation.instruments import AROUND, INSIDE
+from kernels_check.observation.instruments_beside import TOLD_BY_A_PROFILE
 from kernels_check.observation.natural import COMPILED_MEANWHILE, NaturalSteps
 from kernels_check.observation.observation import Observation
 from kernels_check.verification import judge_all
@@ -34,15 +36,20 @@ FURTHER_STEPS: Mapping[str, str] = {
 
 _NO_UPDATE = "no optimizer stepped in what was watched: let the watch stand around all that one update accumulates"
 AN_UPDATE: Mapping[str, str] = dict.fromkeys(
-    ("optimizer.class", "optimizer.fused", "optimizer.paged_share"), _NO_UPDATE
+    ("optimizer.class", "optimizer.fused", "optimizer.paged_share", "embedding.trained", "norms.trained"), _NO_UPDATE
 )
 """Paths that a step without an update does not decide."""
 
 WITHOUT_MODULES = frozenset({
     *("base.bits", "base.bytes_in_4bit", "base.quant_type", "base.double_quant", "base.frozen", "lora.dtype"),
     *("lora.learning", "optimizer.class", "optimizer.fused", "optimizer.paged_share", "tf32"),
+    *("embedding.trained", "norms.trained"),
 })  # fmt: skip
 """Paths that rest on no call of a module, so that they are judged where those could not be watched."""
+
+IN_THE_WAY = (COMPILED_MEANWHILE, INSIDE, AROUND, TOLD_BY_A_PROFILE)
+"""What may be in the way of any path that rests on operators or on calls of modules, and of none of them in a step that
+compiles nothing and runs no profiler."""
 
 _NOTHING_RAN = "the model was not called while it was watched, and no gradient reached it"
 
@@ -177,7 +184,7 @@ class Watch:
             why = FURTHER_STEPS[check.path] if seen.optimizer_steps else _NO_UPDATE
         elif check.path == "base.frozen" and check.observed is True and seen.calls == 1 and _is_merged_and_back(seen):
             why = FURTHER_STEPS[check.path]
-        if why is None or check.status == "unknown":
+        if why is None:
             return check
         return replace(check, observed=None, status="unknown", reason=f"{why}; so far: {check.reason}")
 

@@ -19,13 +19,13 @@ from kernels_check.check import Evidence, Instrument
 from kernels_check.observation.calls import CallRecorder
 from kernels_check.observation.events import StepProfile, reduce_operators
 from kernels_check.observation.instruments import AROUND, INSIDE, Watcher, stand_in, told
-from kernels_check.observation.module_tree import Model, every_module, every_parameter
+from kernels_check.observation.module_tree import Model, every_module
 from kernels_check.observation.recording import Recording, is_recording
 from kernels_check.observation.shield import Shielding
-from kernels_check.observation.spy import Spy, blind_to
+from kernels_check.observation.spy import Spy
 from kernels_check.observation.spy_beside import spied_beside
 
-_BY_NAME_ONLY = "the spy does not see which compiled code is entered: take a profile"
+TOLD_BY_A_PROFILE = "the spy does not see which compiled code is entered: take a profile"
 _INPUTS: Evidence = "inputs"
 """Seen by hooks, whatever the instrument."""
 
@@ -84,7 +84,7 @@ class _BySpy:
         if self._spy is None:
             raise RuntimeError("the spy was not opened")
         seen = told(self._spy, watcher)
-        untold: dict[Evidence, str] = {"compilation": _BY_NAME_ONLY} if self._spy.compiled_calls else {}
+        untold: dict[Evidence, str] = {"compilation": TOLD_BY_A_PROFILE} if self._spy.compiled_calls else {}
         if self._in_place_of is not None:
             return stand_in(seen, self._in_place_of, untold)
         return replace(seen, untold={**seen.untold, **untold})
@@ -100,9 +100,9 @@ class _ByNames:
         return self._recording.opened()
 
     def told(self, watcher: Watcher) -> StepProfile:
-        nothing = reduce_operators([])
-        on_cuda = any(parameter.is_cuda for parameter in every_parameter(watcher.model))
-        seen = replace(nothing, blind=blind_to(nothing, on_cuda=on_cuda, compiled=True))
+        spy = Spy(CallRecorder(watcher.model))
+        spy.compiled_calls = 1
+        seen = spy.profile(watcher.model)  # of one that was never on: what it is blind to beside compiled code
         if not self._recording.lasted:
             return replace(seen, untold={"compilation": INSIDE})
         return replace(seen, compiler=self._recording.entered())

@@ -198,7 +198,7 @@ class Spy(TorchDispatchMode):
         """Reduce what was seen as the profiler's events are."""
         on_cuda = any(parameter.is_cuda for parameter in every_parameter(model))
         seen = reduce_operators(self.operators, on_cuda=on_cuda, writes=self.writes)
-        return replace(seen, blind=blind_to(seen, on_cuda=on_cuda, compiled=self.compiled_calls > 0))
+        return replace(seen, blind=_blind(seen, on_cuda=on_cuda, compiled=self.compiled_calls > 0))
 
 
 @contextmanager
@@ -252,7 +252,7 @@ def _entries_counted(spy: Spy) -> Iterator[None]:
         frames._callback_from_stance = original
 
 
-def blind_to(seen: StepProfile, *, on_cuda: bool, compiled: bool) -> dict[Evidence, str]:
+def _blind(seen: StepProfile, *, on_cuda: bool, compiled: bool) -> dict[Evidence, str]:
     """Evidence that a profile could have of this step and these operators are not, with the reason."""
     blind: dict[Evidence, str] = {"kernels": "only a profile records them"} if on_cuda else {}
     if compiled:
