@@ -26,7 +26,7 @@ def train(steps):
         torch.nn.functional.cross_entropy(model(ids).flatten(0, 1), ids.flatten()).backward()
         optimizer.step()
         optimizer.zero_grad()
-train(20)
+train(30)
 print("trained")
 """
 

@@ -33,7 +33,7 @@ def wrap(tmp_path):
 @pytest.mark.faults
 @pytest.mark.parametrize(
     ("name", "tokens", "least"),
-    [("trainer_lora.py", 256, 8), ("accelerate_loop.py", 256, 10), ("torch_loop.py", 128, 20)],
+    [("trainer_lora.py", 256, 8), ("accelerate_loop.py", 256, 5), ("torch_loop.py", 128, 20)],
 )
 def test_an_example_becomes_a_run(wrap, name, tokens, least):
     """A Trainer with accumulation, evaluation and saving, a loop of Accelerate, and a plain one."""
