@@ -92,7 +92,7 @@ ADAPTER = (
         required=True,
         sabotage=small(astray.train_a_copy_and_evaluate),
         twin=small(astray.evaluate_inside),
-        words=("adapter executed without gradients only, as in an evaluation in 4 of 4 layers",),
+        words=("adapter executed in an evaluation only, which trains nothing, in 4 of 4 layers",),
     ),
     Control(
         name="adapter passed by in half the layers but for an evaluation",
@@ -100,7 +100,7 @@ ADAPTER = (
         required=True,
         sabotage=small(astray.pass_by_half_and_evaluate),
         twin=small(astray.evaluate_inside),
-        words=("as in an evaluation in 2 of 4 layers", "layers.0.self_attn.q_proj"),
+        words=("executed in an evaluation only, which trains nothing, in 2 of 4 layers", "layers.0.self_attn.q_proj"),
     ),
     Control(
         name="a misspelt target",

@@ -26,7 +26,7 @@ _REMEDIES = {
     _MERGED: "call unmerge_adapter()",
 }
 _IDLE = "adapter not executed"
-_ASIDE = "adapter executed without gradients only, as in an evaluation"
+_ASIDE = "adapter executed in an evaluation only, which trains nothing,"
 _PARTLY = "part of the calls with gradients skipped the adapter"
 _UNSEEN = "called, but the adapter is of bare parameters, which leave no trace where no gradient reaches them"
 
@@ -103,13 +103,14 @@ def _is_inside(layer: AdapterLayer, layers: Iterable[AdapterLayer]) -> bool:
 
 
 def calls_that_count(layer: AdapterLayer, seen: Observation) -> list[LayerCall]:
-    """Calls of a layer with gradients: a reference or an evaluation inside the step is none of training's.
+    """Calls of a layer in training, with gradients where there are any: a reference or an evaluation is none of its.
 
     A step that trains nothing, such as an answer, has no others.
     """
     everything = seen.adapter_calls.get(layer.name, [])
-    trains = seen.optimizer_steps or any(call.with_gradients for calls in seen.adapter_calls.values() for call in calls)
-    return [call for call in everything if call.with_gradients or not trains]
+    trains = seen.optimizer_steps or any(not call.aside for calls in seen.adapter_calls.values() for call in calls)
+    counted = [call for call in everything if not (trains and call.aside)]
+    return [call for call in counted if call.with_gradients] or counted
 
 
 def _as_it_is(layer: AdapterLayer) -> set[str]:

@@ -8,7 +8,7 @@ without gradients, such as those of a reference or of an evaluation inside the s
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,7 +19,6 @@ from torch import nn
 
 from kernels_check.observation.adapter_kinds import AdapterLayer, active_in, is_disabled
 from kernels_check.observation.adapter_layers import adapter_layers
-from kernels_check.observation.calls import function_context
 from kernels_check.observation.module_tree import ModelTree
 from kernels_check.observation.shield import Shielding, unshielded
 
@@ -32,6 +31,8 @@ class LayerCall:
     disabled: bool
     merged: bool
     with_gradients: bool
+    aside: bool = False
+    """Whether the whole entry into the model records no gradients, as an evaluation or a reference does."""
     ran: dict[str, float] = field(default_factory=dict)
     """Parts that ran in it, by name; of a dropout the probability by which it dropped, which is 0 in evaluation."""
 
@@ -50,17 +51,20 @@ class AdapterCalls:
     """What hooks are wrapped in."""
     layers: dict[str, list[LayerCall]] = field(default_factory=dict)
     """The calls of each layer, by its name."""
+    _in_training: Callable[[], bool] = lambda: True
     _entered: dict[int, list[tuple[str, LayerCall]]] = field(default_factory=dict)
     """The layers that a thread is in, outermost first."""
 
     @contextmanager
-    def watched(self, tree: ModelTree | None = None) -> Iterator[None]:
+    def watched(self, tree: ModelTree | None = None, in_training: Callable[[], bool] = lambda: True) -> Iterator[None]:
         """Hook every layer and part; all hooks are off afterwards, whatever raised.
 
         Args:
             tree: of the model as it is, where that was read already.
+            in_training: whether the entry into the model that a thread is in is one of training's.
         """
         self.forget()
+        self._in_training = in_training
         found = adapter_layers(tree or self.model)
         with ExitStack() as hooks:
             parts: dict[int, tuple[nn.Module, dict[str, str]]] = {}
@@ -89,7 +93,8 @@ class AdapterCalls:
             active=tuple(name for name in layer.held if name in active_in(module, layer.held)),
             disabled=is_disabled(module),
             merged=bool(layer.merged),
-            with_gradients=torch.is_grad_enabled() or function_context() is not None,
+            with_gradients=torch.is_grad_enabled(),
+            aside=not self._in_training(),
         )
         self.layers.setdefault(layer.name, []).append(call)
         self._entered.setdefault(threading.get_ident(), []).append((layer.name, call))

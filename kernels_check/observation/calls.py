@@ -175,6 +175,12 @@ class CallRecorder:
             differentiable=frozenset(self.differentiable),
         )
 
+    def in_training(self) -> bool:
+        """Whether the entry into the model that this thread is in records gradients, or computes again for them."""
+        stack = self._stack()
+        entry = self.log[stack[0][0]] if stack else None
+        return entry is None or entry.with_grad or entry.in_backward
+
     def break_off(self) -> None:
         """Close the calls of this thread that are under way: no hook will be told of their end."""
         stack = self._stack()
@@ -227,7 +233,7 @@ class CallRecorder:
         caller = stack[-1][0] if stack else None
         context = None
         if not in_backward and not torch.is_grad_enabled() and (caller is None or self.log[caller].with_grad):
-            context = function_context()
+            context = _function_context()
         call = ModuleCall(
             names=names,
             caller=caller,
@@ -283,7 +289,7 @@ def _requires_grad(output: Any) -> bool:
     )
 
 
-def function_context() -> Any:
+def _function_context() -> Any:
     """The context of the autograd function whose forward is running in this thread, if one is."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:

@@ -91,7 +91,7 @@ class StepWatcher:
             with uncollected():
                 hooks.enter_context(recorder.hooked())
                 self.inputs.attach(self.model, hooks)
-                hooks.enter_context(self.adapter.watched(tree))
+                hooks.enter_context(self.adapter.watched(tree, recorder.in_training))
             yield recorder
         self.calls = recorder.calls()
         self.keep()

@@ -283,7 +283,7 @@ def test_a_profiler_around_that_ends_in_the_watch_is_no_error(training):
     assert all(check.met for check in watched.checks if check.required is not None), watched.checks
 
 
-@pytest.mark.parametrize("place", ["whole", "layers"])
+@pytest.mark.parametrize(("instrument", "place"), [("profile", "whole"), ("spy", "layers")])
 def test_compiled_code_is_compiled_as_if_never_watched(instrument, place):
     """No hook is in it, nothing is compiled or broken for a hook; the first step is unknown, the second told."""
 
