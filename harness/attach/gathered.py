@@ -102,11 +102,11 @@ class Gathered:
             found["first_step_time_s"] = self._first.step_time_s
         return found | ({"warmup_steady": float(self.steady)} if self.warm else {})
 
-    def tokens(self) -> dict[str, Any]:
-        """Of all timed steps: real ones, and padding."""
-        samples = self.samples()
-        counts = {kind: samples.get(f"turn_{kind}_tokens", ()) for kind in ("real", "padded")}
-        return {f"{kind}_tokens": int(sum(found)) for kind, found in counts.items() if found}
+
+def tokens_in(samples: Mapping[str, tuple[float, ...]]) -> dict[str, Any]:
+    """What the record of a trial says of its tokens: real ones and padding, of all timed steps."""
+    counts = {kind: samples.get(f"turn_{kind}_tokens", ()) for kind in ("real", "padded")}
+    return {f"{kind}_tokens": int(sum(found)) for kind, found in counts.items() if found}
 
 
 def _all(readings: list[StepReading], field: str) -> tuple[float, ...]:

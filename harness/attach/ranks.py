@@ -85,6 +85,8 @@ class Ranks:
         for key in ("step_time_s",):
             own = zip(timed, samples.get(key, ()), strict=True)
             found[key] = tuple(max([time_s, *(one.step_time_s[n - 1] for one in others)]) for n, time_s in own)
+        for key in ("warmup_real_tokens", "step_real_tokens", "turn_loss_tokens"):  # of this rank alone
+            found.pop(key, None)
         missing = self._ranks - 1 - len(others)
         if missing:
             notices.append(_unseen(missing, self._ranks))
@@ -104,6 +106,8 @@ class Ranks:
         if {"turn_real_tokens", "turn_padded_tokens"} <= found.keys():
             pairs = zip(found["turn_padded_tokens"], found["turn_real_tokens"], strict=True)
             found["turn_padded_tokens"] = tuple(all_ - real for all_, real in pairs)
+        if "turn_real_tokens" in found:
+            found["step_real_tokens"] = found["turn_real_tokens"]
         return found
 
     def _read(self) -> list[RankTimes]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import traceback
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
@@ -58,8 +57,6 @@ class Shield:
     def _stand_aside(self, error: Exception) -> None:
         self.error = error
         say(f"the meter has failed and stands aside; the training goes on without it: {said_by(error)}")
-        if os.environ.get("LORAMETER_DEBUG"):
-            say(traceback.format_exc())
         with contextlib.suppress(Exception):
             self.on_error(error)
 

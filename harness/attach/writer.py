@@ -22,7 +22,7 @@ from harness.attach.command import own_command
 from harness.attach.endings import ending_of
 from harness.attach.energy import Energy
 from harness.attach.follower import Next, Phase, StepReading, Training
-from harness.attach.gathered import MOST_TIMED, Gathered
+from harness.attach.gathered import MOST_TIMED, Gathered, tokens_in
 from harness.attach.identity import device_of
 from harness.attach.ranks import RankFile, Ranks
 from harness.attach.run_file import RunFile
@@ -173,12 +173,13 @@ class Writer:
             for name in ("trainable_parameters", "total_parameters", "accumulation", "ranks"):
                 count = getattr(training, name)
                 values |= {name: float(count)} if count is not None else {}
+        samples = gathered.samples()
         return {
-            "samples": gathered.samples(),
+            "samples": samples,
             "turn_lengths": (1,) * gathered.timed,
             "values": values | {"threads": float(torch.get_num_threads())},
             "memory": dict(self._memory),
-            "tokens": gathered.tokens(),
+            "tokens": tokens_in(samples),
         }
 
     def end(self, error: BaseException | None) -> None:
@@ -198,6 +199,7 @@ class Writer:
         measured["values"] |= work_of(self._training, self._gathered, self._file.device_name)
         if self._ranks is not None:
             measured["samples"] = self._ranks.slowest(measured["samples"], self._notices)
+            measured["tokens"] = tokens_in(measured["samples"])
         record = self._file.record(
             status=status, failure=failure, checks=self._checks or (), notices=tuple(self._notices), **measured
         )
