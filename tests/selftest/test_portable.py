@@ -1,4 +1,4 @@
-"""The program that runs the tests as other CPUs would: what it counts, what it keeps, and what it will not call passed."""
+"""The tests run as other CPUs would run them: what is counted, what is kept, and what is not called passed."""
 
 import os
 import subprocess
