@@ -60,12 +60,12 @@ def left_in(folder):
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize(("free_kib", "broken"), [(4, None), (200, "r0-a-solo"), (400, "r0-b-solo")])
+@pytest.mark.parametrize(("free_kib", "broken"), [(200, "r0-a"), (400, "r0-b")])
 def test_a_full_disk_of_temporary_files_under_a_training_process(
-    free_kib, broken, study, ended, tiny_disk, temporary, runs, only_run
+    free_kib, broken, study, ended, tiny_disk, temporary, only_run
 ):
-    """Whether it is the tokens, the first adapter or a later one that finds no room: exit 4 with what and where, what
-    was measured is kept, nothing is called crashed, and with room the rest is measured."""
+    """Whether the first adapter finds no room or a later one: exit 4 with what and where, what was measured before it is
+    kept, nothing is called crashed, and with room the rest is measured."""
     ballast = tiny_disk(temporary, free_kib, of_kib=1024)
     words = ("run", study, "--phase", "train", "--phase", "cold", "--interleave", "replicates")
     done = ended(*words)
@@ -73,9 +73,6 @@ def test_a_full_disk_of_temporary_files_under_a_training_process(
     assert "No space left on device. Free space there" in " ".join(done.stderr.split())
     assert left_in(temporary) == {"ballast"}
     ballast.unlink()
-    if broken is None:
-        assert not list(runs.glob("*/trials.jsonl"))
-        return
     run = only_run()
     assert (run.state, run.damaged_lines) == ("failed", 0)
     record = next(one for one in run.records if one.trial == broken)
