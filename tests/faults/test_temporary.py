@@ -64,7 +64,7 @@ def left_in(folder):
 def test_a_full_disk_of_temporary_files_under_a_training_process(
     free_kib, broken, study, ended, tiny_disk, temporary, only_run
 ):
-    """Whether the first adapter finds no room or a later one: exit 4 with what and where, what was measured before it is
+    """Whether the first adapter finds no room or a later one: exit 4 with what and where, what was measured before is
     kept, nothing is called crashed, and with room the rest is measured."""
     ballast = tiny_disk(temporary, free_kib, of_kib=1024)
     words = ("run", study, "--phase", "train", "--phase", "cold", "--interleave", "replicates")
