@@ -83,6 +83,8 @@ def _mix_groups(run: Any, draw: random.Random, given: list[Any], trained: set[in
     run.truths["optimizer.class"] = true("torch.optim.AdamW")
     has = [any(id(one) in trained for one in group["params"]) for group in groups]
     run.truths["optimizer.fused"] = true(free={False}) if all(has) else true(has[0])
+    if "adapters merged" in run.about:  # no gradient reaches those, whatever they ask for
+        run.truths["optimizer.fused"] = true(free={True, False})
 
 
 def _is_norm(name: str) -> bool:

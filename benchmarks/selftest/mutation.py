@@ -58,8 +58,10 @@ FOR_EQUIVALENTS = 60
 """Tests that a mutant known as equivalent is given; it would survive all of them, which takes the longest."""
 FIRST = 20
 """Tests that a mutant is given before the rest of them are so much as collected."""
-PER_MUTANT_S = 150
-"""A mutant that takes longer hangs, which is noticed too."""
+PER_TEST_S = 60
+"""A test that takes longer hangs, by which a mutant is noticed too; tests take a few seconds at most."""
+PER_MUTANT_S = 1800
+"""After which a mutant is taken to hang where no test can be ended: all tests together take less."""
 EQUIVALENT: dict[str, str] = {
     "attention._layers_astray: call.backend == 'eager' -> call.backend != 'eager'": (
         "only the number of different answers is read"
@@ -201,6 +203,7 @@ def in_child(folder: Path, work: Callable[[], int]) -> int:
 def run_tests(arguments: list[str], *plugins: Any) -> int:
     """Run pytest in this process: what only a GPU can run, and the harness's plugin, left out."""
     options = ["-q", "--no-header", "-p", "no:cacheprovider", "-p", "no:lorameter", "-m", "not gpu"]
+    options += [f"--timeout={PER_TEST_S}"]
     return int(pytest.main([*options, *arguments], plugins=list(plugins)))
 
 

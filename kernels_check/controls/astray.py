@@ -129,6 +129,50 @@ def train_a_copy(run: SmallRun) -> None:
     _replace_step(run, step)
 
 
+def train_a_copy_and_evaluate(run: SmallRun) -> None:
+    """Train a deep copy, and evaluate the model in each step."""
+    train_a_copy(run)
+    evaluate_inside(run)
+
+
+def pass_by_half_and_evaluate(run: SmallRun) -> None:
+    """Call what half the layers wrap in their place, but for the evaluation that each step ends with."""
+    patched = [(layer, layer.forward) for layer in _half(run)]
+    pass_by_half(run)
+    passed = [(layer, layer.forward) for layer, _ in patched]
+    sound = run.step
+
+    def step() -> None:
+        sound()
+        for layer, forward in patched:
+            layer.forward = forward
+        _evaluate(run)
+        for layer, forward in passed:
+            layer.forward = forward
+
+    _replace_step(run, step)
+
+
+def evaluate_inside(run: SmallRun) -> None:
+    """End each step with an evaluation of the model."""
+    sound = run.step
+
+    def step() -> None:
+        sound()
+        _evaluate(run)
+
+    _replace_step(run, step)
+
+
+def _evaluate(run: SmallRun) -> None:
+    import torch
+
+    run.model.eval()
+    with torch.no_grad():
+        _loss(run, run.model)
+    run.model.train()
+
+
 def reload_every_step(run: SmallRun) -> None:
     """Load the adapter's state before every step."""
     import torch

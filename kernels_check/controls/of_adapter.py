@@ -87,6 +87,22 @@ ADAPTER = (
         words=("adapter not executed in 4 of 4 layers", "the step never calls these modules with it"),
     ),
     Control(
+        name="a copy of the model trained beside an evaluation of the model",
+        path="lora.attached",
+        required=True,
+        sabotage=small(astray.train_a_copy_and_evaluate),
+        twin=small(astray.evaluate_inside),
+        words=("adapter executed without gradients only, as in an evaluation in 4 of 4 layers",),
+    ),
+    Control(
+        name="adapter passed by in half the layers but for an evaluation",
+        path="lora.attached",
+        required=True,
+        sabotage=small(astray.pass_by_half_and_evaluate),
+        twin=small(astray.evaluate_inside),
+        words=("as in an evaluation in 2 of 4 layers", "layers.0.self_attn.q_proj"),
+    ),
+    Control(
         name="a misspelt target",
         path="lora.attached",
         required=True,

@@ -68,7 +68,7 @@ def judge_dropout(seen: Observation, required: Json) -> Finding:
 
 
 def _applied(name: str, part: Any, layer: AdapterLayer, seen: Observation) -> tuple[float, str]:
-    calls = [call for call in calls_that_count(seen.adapter_calls.get(layer.name, ())) if name in call.ran]
+    calls = [call for call in calls_that_count(layer, seen) if name in call.ran]
     probability = float(getattr(part, "p", 0.0))
     dropped = [call.ran[name] for call in calls]
     if len(set(dropped)) > 1:

@@ -26,6 +26,7 @@ _REMEDIES = {
     _MERGED: "call unmerge_adapter()",
 }
 _IDLE = "adapter not executed"
+_ASIDE = "adapter executed without gradients only, as in an evaluation"
 _PARTLY = "part of the calls with gradients skipped the adapter"
 _UNSEEN = "called, but the adapter is of bare parameters, which leave no trace where no gradient reaches them"
 
@@ -38,7 +39,7 @@ def judge_attached(seen: Observation, required: Json) -> Finding:
     states = _states(layers, seen)
     faults: list[str] = []
     doubts: list[str] = []
-    for problem in (_INACTIVE, _DISABLED, _MERGED, _IDLE, _PARTLY, _UNSEEN):
+    for problem in (_INACTIVE, _DISABLED, _MERGED, _IDLE, _ASIDE, _PARTLY, _UNSEEN):
         names = [_describe(layer, problem) for layer in layers if problem in states[layer.name]]
         if names:
             remedy = f" ({_REMEDIES[problem]})" if problem in _REMEDIES else ""
@@ -63,7 +64,7 @@ def _describe(layer: AdapterLayer, problem: str) -> str:
 def _states(layers: Sequence[AdapterLayer], seen: Observation) -> dict[str, set[str]]:
     """What is wrong with each layer, by its name."""
     names = {id(value): name for name, value in seen.tree().parameters}
-    called = {layer.name: calls_that_count(seen.adapter_calls.get(layer.name, ())) for layer in layers}
+    called = {layer.name: calls_that_count(layer, seen) for layer in layers}
     weights = {layer.name: {id(value) for _, value in layer.weights()} for layer in layers}
     owners = Counter(key for held in weights.values() for key in held)
     # What layers share proves nothing of one of them, unless a layer has nothing else and was called.
@@ -80,24 +81,35 @@ def _states(layers: Sequence[AdapterLayer], seen: Observation) -> dict[str, set[
     states = {}
     for layer in layers:
         calls = called[layer.name]
-        inside = any(layer.name.startswith(f"{other.name}.") for other in layers if other is not layer)
         state = _as_it_is(layer) if not calls else _as_called(calls)
         # A gradient may come from a penalty on the weights: where the parts of other layers ran, those of this must.
-        by_gradient = reached[layer.name] and (type(layer.module) not in kinds or (not calls and (compiled or inside)))
+        by_gradient = reached[layer.name] and (
+            type(layer.module) not in kinds or (not calls and (compiled or _is_inside(layer, layers)))
+        )
         if state & {_INACTIVE, _DISABLED, _MERGED}:
             state |= {_IDLE}
         elif not ran[layer.name] and not by_gradient:
             bare = bool(calls) and not any(True for _ in layer.factors())
             trains = any(value.requires_grad for _, value in layer.weights())
-            state |= {_UNSEEN if bare and not (trains and seen.reached) else _IDLE}
+            aside = _parts_ran(layer, seen.adapter_calls.get(layer.name, ()))
+            state |= {_UNSEEN if bare and not (trains and seen.reached) else _ASIDE if aside else _IDLE}
         states[layer.name] = state
     return states
 
 
-def calls_that_count(calls: Iterable[LayerCall]) -> list[LayerCall]:
-    """Calls with gradients where there are any: a reference or an evaluation inside the step is none of training's."""
-    everything = list(calls)
-    return [call for call in everything if call.with_gradients] or everything
+def _is_inside(layer: AdapterLayer, layers: Iterable[AdapterLayer]) -> bool:
+    """Whether it lies in the place of another adapter."""
+    return any(layer.name.startswith(f"{other.name}.") for other in layers if other is not layer)
+
+
+def calls_that_count(layer: AdapterLayer, seen: Observation) -> list[LayerCall]:
+    """Calls of a layer with gradients: a reference or an evaluation inside the step is none of training's.
+
+    A step that trains nothing, such as an answer, has no others.
+    """
+    everything = seen.adapter_calls.get(layer.name, [])
+    trains = seen.optimizer_steps or any(call.with_gradients for calls in seen.adapter_calls.values() for call in calls)
+    return [call for call in everything if call.with_gradients or not trains]
 
 
 def _as_it_is(layer: AdapterLayer) -> set[str]:

@@ -19,6 +19,7 @@ from torch import nn
 
 from kernels_check.observation.adapter_kinds import AdapterLayer, active_in, is_disabled
 from kernels_check.observation.adapter_layers import adapter_layers
+from kernels_check.observation.calls import function_context
 from kernels_check.observation.module_tree import ModelTree
 
 
@@ -85,7 +86,7 @@ class AdapterCalls:
             active=tuple(name for name in layer.held if name in active_in(module, layer.held)),
             disabled=is_disabled(module),
             merged=bool(layer.merged),
-            with_gradients=torch.is_grad_enabled(),
+            with_gradients=torch.is_grad_enabled() or function_context() is not None,
         )
         self.layers.setdefault(layer.name, []).append(call)
         self._entered.setdefault(threading.get_ident(), []).append((layer.name, call))

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kernels_check.observation.module_tree import Model, every_module
+from kernels_check.observation.module_tree import Model, every_module, named_parameters
 
 _PREFIX = "lora_"
 """Of the attributes of a class of one's own."""
@@ -74,7 +74,7 @@ class AdapterLayer:
     def factors(self) -> Iterator[tuple[str, nn.Module]]:
         """Those parts that hold what is trained."""
         for name, part in self._held_by(self.trains):
-            if isinstance(part, nn.Module) and any(True for _ in part.parameters()):
+            if isinstance(part, nn.Module) and any(True for _ in named_parameters(part)):
                 yield name, part
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -94,7 +94,7 @@ class AdapterLayer:
                 if holder in frozen.get(adapter, ()):
                     continue
                 if isinstance(part, nn.Module):
-                    yield from part.named_parameters(prefix=name)
+                    yield from named_parameters(part, name)
                 elif isinstance(part, Tensor):
                     yield name, part
 

@@ -215,7 +215,7 @@ class CallRecorder:
         caller = stack[-1][0] if stack else None
         context = None
         if not in_backward and not torch.is_grad_enabled() and (caller is None or self.log[caller].with_grad):
-            context = _function_context()
+            context = function_context()
         call = ModuleCall(
             names=names,
             caller=caller,
@@ -271,7 +271,7 @@ def _requires_grad(output: Any) -> bool:
     )
 
 
-def _function_context() -> Any:
+def function_context() -> Any:
     """The context of the autograd function whose forward is running in this thread, if one is."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from kernels_check.observation.base_state import PACKED, WEIGHTS, Part, base_state
-from kernels_check.observation.module_tree import Model
-from kernels_check.observation.storage import read_storage
+from kernels_check.observation.module_tree import Model, ModelTree
+from kernels_check.observation.storage import storage_in
 
 _PLACE = re.compile(r"\.\d+(?=\.)")
 """The number of a layer or of an expert."""
@@ -44,17 +44,18 @@ def take_census(model: Model) -> Census:
     """Count a base: whatever it saves, by the layer that holds it."""
     census = Census()
     layers: dict[int, list[Part]] = {}
-    for part in base_state(model):
+    tree = ModelTree.of(model)
+    for part in base_state(tree):
         if part.kind != "cache":
             layers.setdefault(id(part.layer), []).append(part)
     seen: set[object] = set()
     for parts in layers.values():
-        _count(census, parts, seen)
+        _count(census, parts, seen, tree)
     return census
 
 
-def _count(census: Census, parts: list[Part], seen: set[object]) -> None:
-    bits_of = _Bits(parts)
+def _count(census: Census, parts: list[Part], seen: set[object], tree: ModelTree) -> None:
+    bits_of = _Bits(parts, tree)
     for part in parts:
         if not isinstance(part.value, Tensor):
             continue
@@ -72,21 +73,18 @@ def _count(census: Census, parts: list[Part], seen: set[object]) -> None:
 class _Bits:
     """In how many bits each part of one layer is kept, found out once for each of its weights."""
 
-    def __init__(self, parts: list[Part]) -> None:
-        self._layer = parts[0].layer
+    def __init__(self, parts: list[Part], tree: ModelTree) -> None:
+        self._tree, self._layer = tree, parts[0].layer
         packs = any(part.kind == "beside" or _key(part) in PACKED for part in parts)
-        self._packed = read_storage(self._layer, _weight_name(self._layer)).bits if packs else None
+        self._packed = storage_in(tree, self._layer, _weight_name(self._layer)).bits if packs else None
         self._packs = packs
-        self._known: dict[str, int | None] = {}
 
     def __getitem__(self, part: Part) -> int | None:
         key = _key(part)
         if self._packs and key != "bias":
             return self._packed
         if part.wrapper is not None or (part.kind in ("parameter", "merged") and not _plain(part.value)):
-            if key not in self._known:
-                self._known[key] = read_storage(self._layer, key).bits
-            return self._known[key]
+            return storage_in(self._tree, self._layer, key).bits
         return part.value.element_size() * 8 if isinstance(part.value, Tensor) else None
 
 

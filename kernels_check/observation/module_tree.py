@@ -100,9 +100,11 @@ def every_module(model: Model) -> Iterator[nn.Module]:
     return (module for _, module in named_modules(model))
 
 
-def named_parameters(model: Model) -> Iterator[tuple[str, nn.Parameter]]:
-    """Every parameter once, by the first of its names."""
-    return iter(model.parameters) if isinstance(model, ModelTree) else _parameters(named_modules(model))
+def named_parameters(model: Model, prefix: str = "") -> Iterator[tuple[str, nn.Parameter]]:
+    """Every parameter once, by the first of its names, which begins with ``prefix``."""
+    if isinstance(model, ModelTree) and not prefix:
+        return iter(model.parameters)
+    return _parameters(named_modules(model, prefix))
 
 
 def _parameters(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Parameter]]:

@@ -39,7 +39,7 @@ from kernels_check.observation.optimizers import OptimizerSeen
 from kernels_check.observation.packed_step import isolation_of_step
 from kernels_check.observation.padding import PaddingSeen, count_padding
 from kernels_check.observation.recomputed_blocks import BlockRecomputed, ran_without_gradient, recomputed_blocks
-from kernels_check.observation.storage import Storage, read_wrapped
+from kernels_check.observation.storage import Storage, read_wrapped, storage_in
 from kernels_check.observation.updates import GroupSeen, operators_on, updated_by
 
 _T = TypeVar("_T")
@@ -190,7 +190,9 @@ class Observation:
     @_once
     def storage(self) -> dict[str, Storage]:
         """How the base layer below each adapter keeps its weight, by the layer's name."""
-        return {layer.name: read_wrapped(layer.module) for layer in self.adapter_layers() if layer.base is not None}
+        read = partial(storage_in, self.tree())
+        wrapped = (layer for layer in self.adapter_layers() if layer.base is not None)
+        return {layer.name: read_wrapped(layer.module, read) for layer in wrapped}
 
     @_once
     def census(self) -> Census:

@@ -7,6 +7,7 @@ counted from the bytes that are there. Whatever cannot be read is unknown, with 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.nn.parameter import is_lazy
 from kernels_check.observation.base_state import PACKED, WEIGHTS, beside, is_packed, quant_state
 from kernels_check.observation.fingerprint import NO_MEMORY, has_memory
 from kernels_check.observation.fourbit import four_bit_problem
+from kernels_check.observation.module_tree import ModelTree
 from kernels_check.observation.tensor_copy import is_wrapper, plain_parts
 
 _ORIGIN = "that is the dtype the base was loaded in, load it with dtype=torch.bfloat16"
@@ -54,12 +56,21 @@ def read_storage(layer: Any, parameter: str = "weight") -> Storage:
         return _unknown(f"{type(layer).__name__}.{parameter} cannot be read: {type(error).__name__}: {error}")
 
 
-def read_wrapped(wrapper: Any) -> Storage:
+def storage_in(tree: ModelTree, layer: nn.Module, parameter: str = "weight") -> Storage:
+    """The same of a layer of a model that was read, which several ask for."""
+    known: dict[tuple[int, str], Storage] = tree.readings.setdefault(storage_in.__qualname__, {})
+    key = id(layer), parameter
+    if key not in known:
+        known[key] = read_storage(layer, parameter)
+    return known[key]
+
+
+def read_wrapped(wrapper: Any, read: Callable[[Any, str], Storage] = read_storage) -> Storage:
     """Read the storage of what a layer of PEFT's wraps: a layer, or one parameter of a layer."""
     layer = wrapper
     while hasattr(layer, "base_layer"):  # one that wraps a parameter may be wrapped for the next
         layer = layer.base_layer
-    return read_storage(layer, getattr(wrapper, "parameter_name", None) or "weight")
+    return read(layer, getattr(wrapper, "parameter_name", None) or "weight")
 
 
 def _read(layer: Any, parameter: str) -> Storage:
