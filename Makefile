@@ -107,8 +107,9 @@ proof-fuzz: $(STAMP)
 	status=$$?; cat reports/proof/fuzz.txt; exit $$status
 
 # The long half of the fault matrix (tests/faults/README.md): each signal at each phase of each door and to each process, a
-# disk that is full at each write, every kind of broken hub (about half an hour); and five hundred trials, a third of
-# them broken (a quarter). What needs the right to mount a disk is skipped without it.
+# disk that is full at each write, in a cache, under a training process and a profile, every kind of broken hub and index
+# (about three quarters of an hour); and five hundred trials, a third of them broken (a quarter). What needs the right to
+# mount a disk is skipped without it.
 proof-faults: $(STAMP)
 	mkdir -p reports/proof
 	$(BIN)/pytest tests/faults -m faults -q --no-header -rs > reports/proof/faults.txt; \
