@@ -66,7 +66,7 @@ def measured(executor, small_study, monkeypatch):
                 answer = worker.channel.receive(timeout_s)
                 if answer is None:
                     raise worker._lost(command, timeout_s)
-                raise AssertionError("it has answered")
+                return ask(worker, command, trial, timeout_s, **arguments)  # its answer was quicker: it is at rest now
             deed(pid)
             return ask(worker, command, trial, timeout_s, **arguments)
 
