@@ -46,7 +46,7 @@ def ended(runs):
 
     def run(*words):
         command = [sys.executable, "-m", "harness.cli", *map(str, words), "--runs-dir", str(runs)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert not psutil.Process().children(recursive=True)
         assert "Traceback" not in done.stderr, done.stderr
         return done
