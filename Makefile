@@ -64,15 +64,17 @@ proof-profile: $(STAMP)
 	$(BIN)/lorameter profile lora-or-qlora:qlora-nf4-r16 --effort standard --try dropout > reports/proof/profile.txt; \
 	status=$$?; cat reports/proof/profile.txt; exit $$status
 
-# The negative controls; the absence of false alarms on real trials (fetch smollm2-135m first) and on healthy twins, of
-# which some need the extra [proof]; every rule and comparison of the judges broken in turn (hours; what was stopped goes
-# on where it was); runs drawn at random that must be after a check what they were before; models drawn at random of
-# which it is known what is true (half an hour); every small family of transformers against the step on flash alone (a
-# quarter); and what a check costs against an earlier revision (a quarter).
+# The negative controls, verified and watched; the absence of false alarms on real trials (fetch smollm2-135m first) and
+# on healthy twins, of which some need the extra [proof]; every rule and comparison of the judges broken in turn (hours;
+# what was stopped goes on where it was); runs drawn at random that must be after a check what they were before; models
+# drawn at random of which it is known what is true (half an hour); every small family of transformers against the step
+# on flash alone (a quarter); and what a check costs against an earlier revision (a quarter).
 proof-kernels: $(STAMP)
 	mkdir -p reports/proof
 	$(BIN)/python -m kernels_check selftest > reports/proof/selftest.txt; \
 	status=$$?; cat reports/proof/selftest.txt; exit $$status
+	$(BIN)/pytest tests/kernels_check/test_watch_agrees.py -m selftest -q --no-header > reports/proof/watch_agrees.txt; \
+	status=$$?; cat reports/proof/watch_agrees.txt; exit $$status
 	$(BIN)/python benchmarks/selftest/false_alarms.py > reports/proof/false_alarms.txt; \
 	status=$$?; cat reports/proof/false_alarms.txt; exit $$status
 	$(BIN)/python benchmarks/selftest/mutation.py --keep $(VENV)/mutation.jsonl > reports/proof/mutation.txt; \

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from kernels_check.trace.read import read_trace
     from kernels_check.trace.summary import KernelSummary
     from kernels_check.verification import verify
+    from kernels_check.watching import Watch, watch
 
 __all__ = [
     "REQUIREMENTS",
@@ -27,10 +28,12 @@ __all__ = [
     "Requirement",
     "Rule",
     "TraceError",
+    "Watch",
     "classify",
     "probe_isolation",
     "read_trace",
     "verify",
+    "watch",
 ]
 
 _HOME = {
@@ -45,6 +48,8 @@ _HOME = {
     "probe_isolation": "judges.batch",
     "read_trace": "trace.read",
     "verify": "verification",
+    "Watch": "watching",
+    "watch": "watching",
 }
 
 

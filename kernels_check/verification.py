@@ -65,13 +65,13 @@ def verify(
     with as_found(model, step) as snapshot:
         seen = observe(model, step, snapshot, instrument)
         with uncollected():
-            checks = _judge(seen, requirements, instrument, packed=False)
+            checks = judge_all(seen, requirements, instrument, packed=False)
     if batch is not None or any(PATHS[path].packed for path in requirements):
-        checks |= _judge(replace(seen, batch=batch, left=None), requirements, instrument, packed=True)
+        checks |= judge_all(replace(seen, batch=batch, left=None), requirements, instrument, packed=True)
     return [checks[path] for path in PATHS if path in checks]
 
 
-def _judge(
+def judge_all(
     seen: Observation, requirements: Mapping[str, Json], instrument: Instrument, *, packed: bool
 ) -> dict[str, Check]:
     """Judge the paths that take a packed batch, or those that take none, as far as the instrument could see."""

@@ -10,12 +10,13 @@ A check that no test depends on can be wrong without anybody noticing. Three kin
   dropped.
 
 Nothing is changed in place: each job has a copy of the package and its tests in a temporary folder. A first pass over
-the tests notes which function each test enters; a mutant is given to the tests that enter its function, the module's
-own first, up to the first failure. Libraries are imported once, in the process that forks a child a mutant, and what
-is not changed is compiled once.
+the tests notes which function each test enters; a mutant is given to the tests that enter its function up to the first
+failure, first those that have noticed another one nearby, then the module's own. Libraries are imported once, in the
+process that forks a child a mutant, and what is not changed is compiled once.
 
 It takes hours. With ``--keep`` each verdict is written as it falls, and a later call with the same file goes on where
-an earlier one was stopped: only what was found on the same package and the same tests, to the byte, is taken over.
+an earlier one was stopped: only what was found on the same package, to the byte, is taken over, and of that what no
+change of a test can have made otherwise.
 
 Exit status 1 if a mutant survives that is not listed in EQUIVALENT with its reason.
 """
@@ -29,6 +30,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import argparse
 import ast
+import gc
 import hashlib
 import json
 import shutil
@@ -37,8 +39,9 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +55,16 @@ DECIDE = "_decides.py"
 ELSEWHERE = ("probe/*", "test_selftest.py", "trace/*")
 """Tests of the probe, of the self-test and of how recordings are read: nothing that is changed here is theirs."""
 WATCHED = (TESTS, *(f"--ignore-glob=*/{name}" for name in ELSEWHERE))
+FAILURE = "first_failure.txt"
 ONLY = (*(Path(module).name for module in JUDGES), Path(RULES).stem)
 """Names of what ``--only`` chooses."""
 FOR_EQUIVALENTS = 60
 """Tests that a mutant known as equivalent is given; it would survive all of them, which takes the longest."""
 FIRST = 20
 """Tests that a mutant is given before the rest of them are so much as collected."""
+LIKELIEST = 60
+"""Tests that every mutant is given before those that live on are given all: of a survivor that takes minutes."""
+LIVES = "lives"
 PER_TEST_S = 60
 """A test that takes longer hangs, by which a mutant is noticed too; tests take a few seconds at most."""
 PER_MUTANT_S = 1800
@@ -80,39 +87,81 @@ class Coverage:
     failed: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What became of one mutant."""
+
+    word: str
+    """``killed``, ``survived``, ``hung`` or ``untested``; ``lives`` until all its tests have been asked."""
+    by: str = ""
+    """The test that failed first."""
+    test_hash: str = ""
+    """Of the file of that test."""
+
+
 class Kept:
-    """Verdicts and the first pass of earlier calls on the same tree, in a file that is added to."""
+    """Verdicts and the first pass of earlier calls on the same package, in a file that is added to.
+
+    A mutant that was killed stays so as long as the test that did it is there, whatever tests have come since. All else
+    is found anew where any test has changed.
+    """
 
     def __init__(self, file: Path | None, folder: Path) -> None:
         self._file = file
-        self._tree = _hash_of(folder)
+        self._folder = folder
+        settings = [*(folder / TESTS).rglob("conftest.py"), *(folder / PACKAGE).rglob("*")]
+        self._package = _hash_of(folder, settings)
+        self._tests = _hash_of(folder, (folder / TESTS).rglob("*"))
         self.coverage: dict[str, Any] | None = None
-        self.verdicts: dict[str, str] = {}
+        self.verdicts: dict[str, Verdict] = {}
         self.seconds = 0.0
         """Of the calls before."""
         whole = file.read_text().rpartition("\n")[0] if file is not None and file.exists() else ""
         if file is not None and whole:
             file.write_text(whole + "\n")  # without a line that an end by force has left half
         for entry in map(json.loads, whole.splitlines()):
-            if entry.pop("tree") == self._tree:
-                self.coverage = entry.get("coverage", self.coverage)
-                self.verdicts |= entry.get("verdicts", {})
-                self.seconds += entry.get("seconds", 0.0)
+            if entry.pop("package") == self._package:
+                self._take(entry, same=entry.pop("tests") == self._tests)
+
+    def _take(self, entry: dict[str, Any], *, same: bool) -> None:
+        self.seconds += entry.get("seconds", 0.0)
+        if same:
+            self.coverage = entry.get("coverage", self.coverage)
+        for key, told in entry.get("verdicts", {}).items():
+            verdict = Verdict(**told)
+            if same or (verdict.word == "killed" and verdict.test_hash == self.hash_of_test(verdict.by)):
+                self.verdicts[key] = verdict
+
+    def hash_of_test(self, test: str) -> str:
+        """Of the file that a test lies in; empty where there is none."""
+        file = self._folder / test.partition("::")[0]
+        return _hash_of(self._folder, [file]) if test and file.is_file() else ""
 
     def add(self, **entry: Any) -> None:
         """Write what was found; whole, or nothing of it."""
         if self._file is not None:
             with self._file.open("a") as file:
-                file.write(json.dumps({"tree": self._tree, **entry}) + "\n")
+                file.write(json.dumps({"package": self._package, "tests": self._tests, **entry}) + "\n")
 
 
-def _hash_of(folder: Path) -> str:
-    files = sorted(path for part in (PACKAGE, TESTS) for path in (folder / part).rglob("*") if path.is_file())
+def _hash_of(folder: Path, files: Iterable[Path]) -> str:
     hashed = hashlib.sha256()
-    for path in files:
+    for path in sorted(path for path in files if path.is_file() and "__pycache__" not in path.parts):
         content = path.read_bytes()
         hashed.update(f"{path.relative_to(folder)} {len(content)}\n".encode() + content)
     return hashed.hexdigest()
+
+
+class FirstFailure:
+    """Notes which test failed first, in a file."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """The call of a test, or what it needs, has ended."""
+        if report.failed and not self._file.exists():
+            self._file.write_text(report.nodeid)
 
 
 class Recorder:
@@ -249,47 +298,96 @@ def tests_of(mutant: Mutant, coverage: Coverage) -> list[str]:
     return first[:FOR_EQUIVALENTS] if mutant.key in EQUIVALENT else first
 
 
-def survives(tests: list[str]) -> int:
+def survives(tests: list[str], failure: Path) -> int:
     """Give the tests to a mutant, the first few before the others; returns how pytest ended."""
-    few, others = tests[:FIRST], tests[FIRST:]
-    return run_tests(["-x", *few]) or (run_tests(["-x", *others]) if others else 0)
+    failure.unlink(missing_ok=True)
+    few, others, first = tests[:FIRST], tests[FIRST:], FirstFailure(failure)
+    return run_tests(["-x", *few], first) or (run_tests(["-x", *others], first) if others else 0)
 
 
-def judge_mutants(mutants: list[Mutant], coverage: Coverage, folders: list[Path], kept: Kept) -> dict[str, str]:
-    """Run each mutant in a free folder; returns ``killed``, ``survived``, ``hung`` or ``untested`` by key."""
+class Killers:
+    """Tests that have killed a mutant, the latest first: they are the likeliest to notice the next one beside it."""
+
+    def __init__(self, known: Iterable[tuple[str, Verdict]]) -> None:
+        self._by: dict[str, list[str]] = defaultdict(list)
+        for key, verdict in known:
+            self.add(key, verdict.by)
+
+    def add(self, key: str, test: str) -> None:
+        """A test has killed a mutant."""
+        for place in (_function(key), _function(key).partition(".")[0]) if test else ():
+            self._by[place] = [test, *(one for one in self._by[place] if one != test)]
+
+    def first(self, key: str, tests: list[str]) -> list[str]:
+        """The tests, those first that killed in the same function, and then in the same module."""
+        asked = set(tests)
+        own = [one for one in self._by[_function(key)] if one in asked]
+        near = [one for one in self._by[_function(key).partition(".")[0]] if one in asked and one not in own][:FIRST]
+        return [*own, *near, *(one for one in tests if one not in {*own, *near})]
+
+
+def _function(key: str) -> str:
+    return key.partition(":")[0]
+
+
+def judge_mutants(mutants: list[Mutant], coverage: Coverage, folders: list[Path], kept: Kept) -> dict[str, Verdict]:
+    """Run each mutant in a free folder, those that the likeliest tests leave alive once more by all; by key."""
+    first = run_mutants(mutants, coverage, folders, kept, most=LIKELIEST)
+    living = [mutant for mutant in mutants if first[mutant.key].word == LIVES]
+    print(
+        f"{len(living)} live on after the likeliest tests:", *(one.key for one in living), sep="\n  ", file=sys.stderr
+    )
+    kept.verdicts = {key: verdict for key, verdict in first.items() if verdict.word != LIVES}
+    return first | run_mutants(living, coverage, folders, kept)
+
+
+def run_mutants(
+    mutants: list[Mutant], coverage: Coverage, folders: list[Path], kept: Kept, most: int | None = None
+) -> dict[str, Verdict]:
+    """Run each mutant that has no verdict yet by at most so many tests."""
     verdicts = {mutant.key: kept.verdicts[mutant.key] for mutant in mutants if mutant.key in kept.verdicts}
+    killers = Killers(verdicts.items())
     running: dict[int, tuple[Mutant, Path, float]] = {}
     sound: dict[str, tuple[bytes, os.stat_result]] = {}
+    alive: dict[str, str] = {}
     free, waiting = list(folders), [mutant for mutant in reversed(mutants) if mutant.key not in verdicts]
     last = time.monotonic()
+    gc.freeze()  # what was imported is no garbage, and pytest looks for some at each end
     while waiting or running:
         while waiting and free:
             mutant, folder = waiting.pop(), free.pop()
-            tests = tests_of(mutant, coverage)
+            every = killers.first(mutant.key, tests_of(mutant, coverage))
+            tests = every[:most]
+            alive[mutant.key] = LIVES if len(tests) < len(every) else "survived"
             if not tests:
-                verdicts[mutant.key] = "untested"
+                verdicts[mutant.key] = Verdict(word="untested")
                 free.append(folder)
                 continue
             file = folder / PACKAGE / mutant.file
             sound[mutant.key] = file.read_bytes(), file.stat()
             file.write_text(mutant.text)
-            child = in_child(folder, lambda tests=tests: survives(tests))
+            child = in_child(folder, partial(survives, tests, folder / FAILURE))
             running[child] = mutant, folder, time.monotonic()
         child, status = os.waitpid(-1, os.WNOHANG)
         if child in running:
             mutant, folder, _ = running.pop(child)
-            survived = os.waitstatus_to_exitcode(status) == 0
-            verdicts.setdefault(mutant.key, "survived" if survived else "killed")
             file, (content, was) = folder / PACKAGE / mutant.file, sound.pop(mutant.key)
             file.write_bytes(content)
             os.utime(file, ns=(was.st_atime_ns, was.st_mtime_ns))
+            if mutant.key not in verdicts:
+                by = (folder / FAILURE).read_text() if (folder / FAILURE).exists() else ""
+                word = alive[mutant.key] if os.waitstatus_to_exitcode(status) == 0 else "killed"
+                verdicts[mutant.key] = Verdict(word=word, by=by, test_hash=kept.hash_of_test(by))
+                killers.add(mutant.key, by)
             free.append(folder)
-            kept.add(verdicts={mutant.key: verdicts[mutant.key]}, seconds=time.monotonic() - last)
+            verdict = verdicts[mutant.key]
+            kept.add(verdicts={mutant.key: asdict(verdict)}, seconds=time.monotonic() - last)
             last = time.monotonic()
-            print(f"{len(verdicts)}/{len(mutants)} {verdicts[mutant.key]}: {mutant.key}", file=sys.stderr)
+            print(f"{len(verdicts)}/{len(mutants)} {verdict.word}: {mutant.key}", file=sys.stderr)
         elif not child:
             for late, (mutant, _, begin) in running.items():
-                if time.monotonic() - begin > PER_MUTANT_S and verdicts.setdefault(mutant.key, "hung") == "hung":
+                if time.monotonic() - begin > PER_MUTANT_S and mutant.key not in verdicts:
+                    verdicts[mutant.key] = Verdict(word="hung")
                     os.killpg(late, signal.SIGKILL)
             time.sleep(0.02)
     return verdicts
@@ -327,7 +425,8 @@ def main() -> int:
             return 1
         print(f"{len(coverage.seconds)} tests in {sum(coverage.seconds.values()):.0f} s", file=sys.stderr)
         verdicts = judge_mutants(mutants, coverage, folders, kept)
-    return report(verdicts, kept.seconds + time.monotonic() - begin)
+    words = {key: verdict.word for key, verdict in verdicts.items()}
+    return report(words, kept.seconds + time.monotonic() - begin)
 
 
 def report(verdicts: dict[str, str], seconds: float) -> int:

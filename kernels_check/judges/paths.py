@@ -18,20 +18,26 @@ from kernels_check.judges import (
     base_products,
     batch,
     execution,
+    fused,
     learning,
+    loss,
     optimizer,
+    trained_parts,
 )
 
 PATHS: Mapping[str, JudgedPath] = {
     **attention.PATHS,
     **batch.PATHS,
+    **loss.PATHS,
     **base_layers.PATHS,
     **base_products.PATHS,
     **attached.PATHS,
     **learning.PATHS,
     **adapter.PATHS,
+    **trained_parts.PATHS,
     **optimizer.PATHS,
     **execution.PATHS,
+    **fused.PATHS,
 }
 """Every path, in the order in which checks are reported."""
 

@@ -21,6 +21,7 @@ from kernels_check.observation.adapter_kinds import AdapterLayer, active_in, is_
 from kernels_check.observation.adapter_layers import adapter_layers
 from kernels_check.observation.calls import function_context
 from kernels_check.observation.module_tree import ModelTree
+from kernels_check.observation.shield import Shielding, unshielded
 
 
 @dataclass(slots=True, kw_only=True)
@@ -45,6 +46,8 @@ class AdapterCalls:
     """Hooks on the layers of a model's adapters and on their parts, and what they noted."""
 
     model: nn.Module
+    shield: Shielding = unshielded
+    """What hooks are wrapped in."""
     layers: dict[str, list[LayerCall]] = field(default_factory=dict)
     """The calls of each layer, by its name."""
     _entered: dict[int, list[tuple[str, LayerCall]]] = field(default_factory=dict)
@@ -66,7 +69,7 @@ class AdapterCalls:
                 for name, part in layer.parts():
                     parts.setdefault(id(part), (part, {}))[1][layer.name] = name
             for part, names in parts.values():
-                hooks.push(part.register_forward_pre_hook(partial(self._note_part, names)))
+                hooks.push(part.register_forward_pre_hook(self.shield(partial(self._note_part, names))))
             yield
 
     def forget(self) -> None:
@@ -77,9 +80,9 @@ class AdapterCalls:
     def _hook_layer(self, hooks: ExitStack, layer: AdapterLayer) -> None:
         if layer.module._compiled_call_impl is not None:  # compiled in place, it would be compiled again with the hook
             return
-        entered = layer.module.register_forward_pre_hook(partial(self._enter, layer))
+        entered = layer.module.register_forward_pre_hook(self.shield(partial(self._enter, layer)))
         hooks.push(entered)
-        hooks.push(layer.module.register_forward_hook(self._leave, always_call=True))
+        hooks.push(layer.module.register_forward_hook(self.shield(self._leave), always_call=True))
 
     def _enter(self, layer: AdapterLayer, module: nn.Module, inputs: Any) -> None:
         call = LayerCall(

@@ -90,6 +90,13 @@ class Updates:
         self._by_method = written_by_method(model)
         self._blank()
 
+    def goes_on(self, model: Model) -> bool:
+        """Whether the same parameters are there, as the last call left them: nothing has updated them unseen."""
+        here = {id(tensor): name for name, tensor in trained_parameters(model).items() if not tensor.is_meta}
+        return here == self._names and all(
+            key in self._by_method or value.is_last() for key, value in self._values.items()
+        )
+
     def begin_call(self) -> None:
         """Note what had been seen before a call."""
         self._before_call = self.steps, self._learnt()

@@ -32,6 +32,10 @@ class KeptValue:
         self._parts = [part.clone() for part in _parts(self.tensor)]
         self._version = _version(self.tensor)
 
+    def is_last(self) -> bool:
+        """Whether it is what it was when it was last looked at."""
+        return self._is_kept(_parts(self.tensor))
+
     def settle(self) -> bool:
         """Take in what an update wrote; say whether it wrote anything new."""
         parts = _parts(self.tensor)

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from kernels_check.observation.module_tree import named_modules
+from kernels_check.observation.shield import Shielding, unshielded
 
 MARK = "lorameter.call#"
 """How the profiler's record of a module's call begins; the number of the call follows."""
@@ -146,6 +147,8 @@ class CallRecorder:
     modes: list[tuple[int, dict[str, bool]]] = field(default_factory=list)
     differentiable: set[int] = field(default_factory=set)
     thread: int = field(default_factory=threading.get_ident)
+    shield: Shielding = unshielded
+    """What hooks are wrapped in."""
     _local: threading.local = field(default_factory=threading.local)
     _lock: Any = field(default_factory=threading.Lock)
 
@@ -172,6 +175,14 @@ class CallRecorder:
             differentiable=frozenset(self.differentiable),
         )
 
+    def break_off(self) -> None:
+        """Close the calls of this thread that are under way: no hook will be told of their end."""
+        stack = self._stack()
+        while stack:
+            *_, mark = stack.pop()
+            if mark is not None:
+                mark.__exit__(None, None, None)
+
     def current(self) -> int | None:
         """Number of the innermost call in this thread."""
         stack = self._stack()
@@ -181,23 +192,24 @@ class CallRecorder:
         original = module._compiled_call_impl
         if original is not None:  # it would be compiled again with a hook, so what is compiled is called from here
             self.unhooked.update(names)
+            enter, leave = self.shield(self._enter), self.shield(self._leave)
 
             def through(*args: Any, **kwargs: Any) -> Any:
-                self._enter(module, names, compiled=True)
+                enter(module, names, compiled=True)
                 output = None
                 try:
                     output = original(*args, **kwargs)
                     return output
                 finally:
-                    self._leave(module, output)
+                    leave(module, output)
 
             module._compiled_call_impl = through
             hooks.callback(setattr, module, "_compiled_call_impl", original)
             return
 
         try:
-            hooks.push(module.register_forward_pre_hook(partial(self._begun, names), prepend=True))
-            hooks.push(module.register_forward_hook(self._ended, always_call=True))
+            hooks.push(module.register_forward_pre_hook(self.shield(partial(self._begun, names)), prepend=True))
+            hooks.push(module.register_forward_hook(self.shield(self._ended), always_call=True))
         except (RuntimeError, AttributeError, TypeError):  # modules of TorchScript take no such hook
             self.unhooked.update(names)
 

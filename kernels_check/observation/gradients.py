@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from kernels_check.observation.adapter_layers import adapter_parameters
 from kernels_check.observation.module_tree import ModelTree, every_parameter, named_parameters
+from kernels_check.observation.shield import Shielding, unshielded
 from kernels_check.observation.tensor_copy import is_wrapper, plain_parts
 
 _EXACT = (torch.float32, torch.bfloat16, torch.float16)
@@ -43,6 +44,8 @@ class Gradients:
     """Hooks on the parameters of a model, and what they saw."""
 
     model: nn.Module
+    shield: Shielding = unshielded
+    """What hooks are wrapped in."""
     moved: int = 0
     """Updates that have moved something of the adapter; kept by who watches those."""
     arrived: set[int] = field(default_factory=set)
@@ -70,9 +73,9 @@ class Gradients:
             for name, parameter in named_parameters(model):
                 if parameter.requires_grad or (name in own and parameter.is_floating_point()):
                     hooks.callback(_take_off, parameter, parameter._backward_hooks)
-                    _hook(hooks, parameter, partial(self._arrive, parameter))
+                    _hook(hooks, parameter, self.shield(partial(self._arrive, parameter)))
                     if is_wrapper(parameter):
-                        told = parameter.register_post_accumulate_grad_hook(self._written)
+                        told = parameter.register_post_accumulate_grad_hook(self.shield(self._written))
                         hooks.push(told)
             yield
 

@@ -11,10 +11,13 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from kernels_check.observation.shield import Shielding, unshielded
 
 _WRAPS = ("module", "base_model", "model")
 """Attributes under which a wrapper holds what it wraps: DistributedDataParallel, PEFT, models with a head."""
@@ -38,6 +41,8 @@ class ModelCall:
     """Kinds of devices under autocast, each with its dtype."""
     inside: list[ModelCall] = field(default_factory=list)
     """Calls that it made of what the module wraps."""
+    loss_gradients: list[Tensor] = field(default_factory=list)
+    """What reached the loss that it returned, in each backward pass; of a call outside of all others."""
 
     def told(self, tells: Callable[[Mapping[str, Any]], bool]) -> list[ModelCall]:
         """This call if its arguments tell something, else those inside that do: wrappers have names of their own."""
@@ -45,19 +50,26 @@ class ModelCall:
 
 
 class InputLog:
-    """Hooks that keep the calls of a model."""
+    """Hooks that keep the calls of a model.
 
-    def __init__(self) -> None:
+    Args:
+        shield: what hooks are wrapped in.
+    """
+
+    def __init__(self, shield: Shielding = unshielded) -> None:
         self.calls: list[ModelCall] = []
+        self._shield = shield
+        self._hooks: ExitStack | None = None
         self._open: list[ModelCall] = []
 
     def attach(self, model: nn.Module, hooks: ExitStack) -> None:
         """Forget earlier calls and keep those to come, until ``hooks`` is closed."""
         self.calls.clear()
         self._open.clear()
+        self._hooks = hooks
         for module in _reachable(model):
-            hooks.push(module.register_forward_pre_hook(self._begin, with_kwargs=True))
-            hooks.push(module.register_forward_hook(self._end, always_call=True))
+            hooks.push(module.register_forward_pre_hook(self._shield(self._begin), with_kwargs=True))
+            hooks.push(module.register_forward_hook(self._shield(self._end), always_call=True))
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = _describe(module, args, kwargs)
@@ -66,8 +78,13 @@ class InputLog:
         self._open.append(call)
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._open:  # none if the hook before it failed
-            self._open.pop()
+        if not self._open:  # none if the hook before it failed
+            return
+        call = self._open.pop()
+        loss = _loss(output)
+        if not self._open and self._hooks is not None and loss is not None and loss.requires_grad:
+            handle = loss.register_hook(self._shield(partial(_keep, call)))
+            self._hooks.push(handle)
 
 
 def training_calls(calls: Sequence[ModelCall]) -> list[ModelCall]:
@@ -136,6 +153,18 @@ def _positional_names(module: nn.Module) -> Sequence[str]:
             if not any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
                 return [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
     return _POSITIONAL
+
+
+def _loss(output: Any) -> Tensor | None:
+    """The loss that a model returned; models that return tuples put it first."""
+    found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if found is None and isinstance(output, tuple) and output:
+        found = output[0]
+    return found if isinstance(found, Tensor) and found.numel() == 1 else None
+
+
+def _keep(call: ModelCall, gradient: Tensor) -> None:
+    call.loss_gradients.append(gradient.detach())
 
 
 def _kept(value: Any) -> Any:

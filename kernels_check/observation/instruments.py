@@ -8,7 +8,7 @@ mode is of one thread (those of the autograd engine take the caller's over).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Protocol
@@ -24,8 +24,8 @@ from kernels_check.observation.spy import Spy, spied
 
 _IN_MODEL: tuple[Evidence, ...] = ("attention", "products", "product_paths")
 _ELSEWHERE = "ran in a thread of its own, whose operators the spy does not see: take a profile"
-_AROUND = "a profiler of the program runs around this check, which another would end"
-_INSIDE = "the step runs a profiler of its own, which ends any other"
+AROUND = "a profiler of the program runs around this check, which another would end"
+INSIDE = "the step runs a profiler of its own, which ends any other"
 
 
 class Watcher(Protocol):
@@ -60,11 +60,11 @@ class Hooked(Protocol):
 def watch_by_profile(call: Callable[[], None], hooked: Hooked, watcher: Watcher) -> StepProfile:
     """Call once under the profiler, or by the spy where a profiler of the program is in the way."""
     if is_recording():
-        return _in_place_of_a_profile(call, hooked, watcher, _AROUND)
+        return _in_place_of_a_profile(call, hooked, watcher, AROUND)
     with compiler_held(), hooked(marked=True):
         profile = profiled(call)
     if profile is None:
-        return _in_place_of_a_profile(call, hooked, watcher, _INSIDE)
+        return _in_place_of_a_profile(call, hooked, watcher, INSIDE)
     if profile.compiler.lookups <= profile.compiler.regions:
         return profile
     bare = profiled(call)  # some code was not at hand: either it is compiled in each call, or never
@@ -83,11 +83,11 @@ def watch_by_spy(call: Callable[[], None], hooked: Hooked, watcher: Watcher) -> 
     if spy.compiled_calls:
         watcher.forget()
         compiler, reason = _compiler_seen(call, hooked, watcher)
-        profile = replace(_told(spy, watcher), compiler=compiler)
+        profile = replace(told(spy, watcher), compiler=compiler)
         return replace(profile, untold={**profile.untold, "compilation": reason}) if reason else profile
     if not watcher.steps:
         spy = _spied(call, hooked)
-    return _told(spy, watcher)
+    return told(spy, watcher)
 
 
 def _compiler_seen(call: Callable[[], None], hooked: Hooked, watcher: Watcher) -> tuple[CompilerSeen, str | None]:
@@ -95,11 +95,11 @@ def _compiler_seen(call: Callable[[], None], hooked: Hooked, watcher: Watcher) -
     if is_recording():
         with compiler_held(), hooked():
             call()
-        return CompilerSeen(), _AROUND
+        return CompilerSeen(), AROUND
     with compiler_held(), hooked(marked=True):
         found = entries(call)
     if found is None:
-        return CompilerSeen(), _INSIDE
+        return CompilerSeen(), INSIDE
     if found.lookups <= found.regions:
         return found, None
     held, calls = found, watcher.calls
@@ -123,9 +123,7 @@ def _in_place_of_a_profile(call: Callable[[], None], hooked: Hooked, watcher: Wa
         with compiler_held(), hooked():
             call()
         compiler["compilation"] = reason
-    profile = _told(spy, watcher)
-    hidden = {evidence: f"{why}; {reason}" for evidence, why in profile.blind.items()}
-    return replace(profile, blind={}, untold={**hidden, **profile.untold, **compiler})
+    return stand_in(told(spy, watcher), reason, compiler)
 
 
 def _spied(call: Callable[[], None], hooked: Hooked) -> Spy:
@@ -134,7 +132,19 @@ def _spied(call: Callable[[], None], hooked: Hooked) -> Spy:
     return spy
 
 
-def _told(spy: Spy, watcher: Watcher) -> StepProfile:
+def stand_in(spied: StepProfile, reason: str, untold: Mapping[Evidence, str]) -> StepProfile:
+    """What a spy saw in place of a profile: what it is blind to should have been told, and is not.
+
+    Args:
+        spied: what it saw.
+        reason: why there is no profile.
+        untold: what else is not told.
+    """
+    hidden = {evidence: f"{why}; {reason}" for evidence, why in spied.blind.items()}
+    return replace(spied, blind={}, untold={**hidden, **spied.untold, **untold})
+
+
+def told(spy: Spy, watcher: Watcher) -> StepProfile:
     """What the spy saw, without that of other threads."""
     untold: dict[Evidence, str] = {}
     if watcher.calls.in_other_threads():

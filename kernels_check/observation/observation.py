@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial, wraps
 from typing import Any, TypeVar
@@ -11,6 +12,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from kernels_check.check import Evidence
+from kernels_check.observation import trained_parts
 from kernels_check.observation.adapter_biases import biases_of_adapters
 from kernels_check.observation.adapter_calls import LayerCall
 from kernels_check.observation.adapter_kinds import AdapterLayer
@@ -33,6 +35,7 @@ from kernels_check.observation.gradients import GradientSeen
 from kernels_check.observation.inputs import ModelCall
 from kernels_check.observation.isolation import IsolationSeen
 from kernels_check.observation.layer_products import LayerProducts, fourbit_layers, products_of
+from kernels_check.observation.loss_tokens import LossSeen, loss_of_step
 from kernels_check.observation.mixing import mixing_modules
 from kernels_check.observation.module_tree import ModelTree
 from kernels_check.observation.optimizers import OptimizerSeen
@@ -40,6 +43,8 @@ from kernels_check.observation.packed_step import isolation_of_step
 from kernels_check.observation.padding import PaddingSeen, count_padding
 from kernels_check.observation.recomputed_blocks import BlockRecomputed, ran_without_gradient, recomputed_blocks
 from kernels_check.observation.storage import Storage, read_wrapped, storage_in
+from kernels_check.observation.swapped import Place, swapped_places
+from kernels_check.observation.trained_parts import PartSeen
 from kernels_check.observation.updates import GroupSeen, operators_on, updated_by
 
 _T = TypeVar("_T")
@@ -96,6 +101,8 @@ class Observation:
     """The model as the last call left it; None where it has been restored since."""
     updated: tuple[GroupSeen, ...] = ()
     """Groups of the optimizers that stepped in the watched call."""
+    undone: Callable[[], AbstractContextManager[object]] = nullcontext
+    """What forwards stand in that are made to answer a question, where nobody restores the model afterwards."""
     readings: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
     """What the methods have read of the model, by their names; whoever replaces a field reads anew."""
 
@@ -171,7 +178,11 @@ class Observation:
     @_once
     def attention_layers(self) -> AttentionLayers:
         """The layers in which attention ran or should have; it may take forwards."""
-        asked = partial(mixing_modules, self.model, self.model_calls)
+
+        def asked(names: Collection[str]) -> frozenset[str]:
+            with self.undone():
+                return mixing_modules(self.model, self.model_calls, names)
+
         return attention_layers(self.model, self.modules, self.profile.attention, self.profile.mixing, asked)
 
     @_once
@@ -204,9 +215,36 @@ class Observation:
         """Biases of the base that train as a part of the adapter, by name, with what PEFT was asked."""
         return biases_of_adapters(self.tree())
 
+    @_once
+    def swapped(self) -> list[Place]:
+        """Where fused kernels of other libraries may stand, and what is bound there."""
+        return swapped_places(self.tree(), self.modules)
+
+    @_once
+    def loss(self) -> LossSeen:
+        """Over which tokens the loss is, and how much they weigh."""
+        return loss_of_step(self.model, self.model_calls)
+
+    @_once
+    def embeddings(self) -> list[PartSeen]:
+        """The input and output embedding, with what became of their parameters."""
+        return self._fates(trained_parts.embeddings(self.tree()))
+
+    @_once
+    def norms(self) -> list[PartSeen]:
+        """Every norm with parameters, with what became of them."""
+        return self._fates(trained_parts.norms(self.tree()))
+
+    def _fates(self, places: Mapping[str, list[Tensor]]) -> list[PartSeen]:
+        reached = self.gradients.keys()
+        return trained_parts.fates_of(
+            places, self.tree(), changed=self.changed, reached=reached, optimizers=self.optimizers
+        )
+
     def isolation(self) -> IsolationSeen:
         """Perturb the step's own packed calls, and the batch where there is one, by forwards that leave no trace."""
-        return isolation_of_step(self.model, self.model_calls, self.batch)
+        with self.undone():
+            return isolation_of_step(self.model, self.model_calls, self.batch)
 
     @_once
     def padding(self) -> PaddingSeen | None:

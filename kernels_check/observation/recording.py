@@ -21,6 +21,7 @@ from kernels_check.observation.device import synchronise
 from kernels_check.observation.events import CompilerSeen, StepProfile, compiler_seen, reduce_operators
 from kernels_check.observation.garbage import uncollected
 from kernels_check.observation.operators import Operator, matters
+from kernels_check.observation.replaced import replaced
 from kernels_check.observation.updates import recorded_writes
 
 
@@ -40,10 +41,61 @@ def profiled(call: Callable[[], object]) -> StepProfile | None:
     if not _events(recorded):
         return None
     with uncollected():
-        operators, kernels = read_operators(recorded)
-        results: Any = recorded.profiler
-        writes = recorded_writes(results.kineto_results.experimental_event_tree(), MARK)
-        return reduce_operators(operators, kernels=kernels, writes=writes)
+        return _reduced(recorded)
+
+
+class Recording:
+    """A profile around what its opener does not call: between two moments of a program.
+
+    Args:
+        names_alone: record what runs on the host by name, without shapes or kernels, for a fraction of the price.
+    """
+
+    def __init__(self, *, names_alone: bool = False) -> None:
+        activities = [ProfilerActivity.CPU]
+        if torch.cuda.is_available() and not names_alone:
+            activities.append(ProfilerActivity.CUDA)
+        self._profile = profile(activities=activities, record_shapes=not names_alone, **_everywhere())
+        self._another = False
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Record until the end of the block; a profiler that the program starts meanwhile ends this one, and goes on.
+
+        Stopping this one then would end that of the program and take what it has recorded, so that it is let be.
+        """
+        with replaced(torch.autograd.profiler, "_enable_profiler", self._noticing):
+            with quiet_kineto():
+                self._profile.start()
+            self._another = False
+            try:
+                yield
+            finally:
+                if self.lasted:
+                    with quiet_kineto():
+                        synchronise()
+                        self._profile.stop()
+
+    @property
+    def lasted(self) -> bool:
+        """Whether nobody has started another since; after the block whether it has anything to tell."""
+        return not self._another and (is_recording() or bool(_events(self._profile)))
+
+    def operators(self) -> StepProfile:
+        """What was recorded, where it ``lasted``."""
+        with uncollected():
+            return _reduced(self._profile)
+
+    def entered(self) -> CompilerSeen:
+        """Which compiled code was entered."""
+        return compiler_seen(read_operators(self._profile)[0])
+
+    def _noticing(self, enable: Callable[..., Any]) -> Callable[..., Any]:
+        def noticed(*args: Any, **kwargs: Any) -> Any:
+            self._another = True
+            return enable(*args, **kwargs)
+
+        return noticed
 
 
 def entries(call: Callable[[], object]) -> CompilerSeen | None:
@@ -55,6 +107,13 @@ def entries(call: Callable[[], object]) -> CompilerSeen | None:
     with quiet_kineto(), profile(activities=[ProfilerActivity.CPU], **_everywhere()) as recorded:
         call()
     return compiler_seen(read_operators(recorded)[0]) if _events(recorded) else None
+
+
+def _reduced(recorded: profile) -> StepProfile:
+    operators, kernels = read_operators(recorded)
+    results: Any = recorded.profiler
+    writes = recorded_writes(results.kineto_results.experimental_event_tree(), MARK)
+    return reduce_operators(operators, kernels=kernels, writes=writes)
 
 
 def is_recording() -> bool:

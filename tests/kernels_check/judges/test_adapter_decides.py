@@ -288,3 +288,5 @@ def test_a_dropout_that_no_module_holds_is_unknown(seen):
         assert finding.status == status
     assert finding.against("lora.dropout", 0.1).status == "absent"
     assert "1 of 1 layers have no dropout" in finding.reason
+    alone = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), peft.LoraConfig(target_modules=["0"]))
+    assert adapter.judge_dtype(seen(model=alone), "float32").reason == "adapter weights: 2 float32"

@@ -14,21 +14,27 @@ from kernels_check.judges import (
     base_products,
     batch,
     execution,
+    fused,
     learning,
+    loss,
     optimizer,
+    trained_parts,
 )
 from kernels_check.judges.paths import PATHS, REQUIREMENTS
 
-JUDGES = (attention, batch, base_layers, base_products, attached, learning, adapter, optimizer, execution)
+JUDGES = (
+    *(attention, batch, loss, base_layers, base_products, attached),
+    *(learning, adapter, trained_parts, optimizer, execution, fused),
+)
 LEFT_OUT = {
     "attention": {"attention.backend", "attention.dtype", "attention.mask"},
     "recomputation": {"checkpointing", "checkpointing.layers"},
-    "compilation": {"compile", "compile.share"},
+    "compilation": {"compile", "compile.share", "fused.kernels"},
     "update": {"optimizer.fused"},
     "products": {"base.compute_dtype"},
     "product_paths": {"base.gemm_path"},
     "kernels": {"tf32"},
-    "inputs": {"padding.share"},
+    "inputs": {"padding.share", "loss.tokens"},
 }
 
 

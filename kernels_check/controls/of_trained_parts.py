@@ -1,0 +1,79 @@
+"""Controls of what is trained beside an adapter: embeddings and norms."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from kernels_check.controls import astray
+from kernels_check.controls.control import Control, small
+from kernels_check.controls.small_run import SmallRun
+
+
+def with_embeddings() -> Any:
+    """LoRA, and copies of both embeddings that are trained whole, as for new tokens."""
+    import peft
+
+    return peft.LoraConfig(
+        r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", modules_to_save=["embed_tokens", "lm_head"]
+    )
+
+
+def train_norms(run: SmallRun, *, only: str = "norm.weight", forgotten: bool = False, rate: float = 0.01) -> None:
+    """Let norms train, and give them to the optimizer or forget to.
+
+    Args:
+        run: to be changed.
+        only: ends of the names of those that train.
+        forgotten: whether the optimizer is left as it was.
+        rate: their learning rate.
+    """
+    norms = [value for name, value in run.model.named_parameters() if name.endswith(only)]
+    for value in norms:
+        value.requires_grad_(True)
+    if not forgotten:
+        run.optimizer.add_param_group({"params": norms, "lr": rate})
+
+
+TRAINED_PARTS: tuple[Control, ...] = (
+    Control(
+        name="embeddings that are saved with the adapter and left out of the optimizer",
+        path="embedding.trained",
+        required=True,
+        sabotage=small(astray.optimise_factors_only, adapter=with_embeddings),
+        twin=small(adapter=with_embeddings),
+        words=("0 of 2 embeddings updated", "modules_to_save", "not given to an optimizer"),
+    ),
+    Control(
+        name="a head that trains where the embeddings were to stay",
+        path="embedding.trained",
+        required=False,
+        sabotage=small(adapter=astray.with_a_head),
+        twin=small(),
+        words=("1 of 2 embeddings updated", "embed_tokens.weight (frozen)"),
+    ),
+    Control(
+        name="norms that require gradients and are left out of the optimizer",
+        path="norms.trained",
+        required=True,
+        sabotage=small(partial(train_norms, forgotten=True), quant=None, dtype="float32"),
+        twin=small(train_norms, quant=None, dtype="float32"),
+        words=("0 of 5 norms updated", "not given to an optimizer"),
+    ),
+    Control(
+        name="one norm of five that trains",
+        path="norms.trained",
+        required=True,
+        sabotage=small(partial(train_norms, only="model.norm.weight"), quant=None, dtype="float32"),
+        twin=small(train_norms, quant=None, dtype="float32"),
+        words=("1 of 5 norms updated", "input_layernorm.weight (frozen)"),
+    ),
+    Control(
+        name="updates of norms that bfloat16 rounds away",
+        path="norms.trained",
+        required=True,
+        sabotage=small(partial(train_norms, rate=1e-5), quant=None),
+        twin=small(partial(train_norms, rate=1e-5), quant=None, dtype="float32"),
+        words=("0 of 5 norms updated", "rounded away: keep it in float32"),
+    ),
+)

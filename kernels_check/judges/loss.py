@@ -1,0 +1,58 @@
+"""Whether every token that a step trains on weighs the same, however the batch was cut into passes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from kernels_check.check import FLAG, Finding, Json, JudgedPath, Status, name_some
+
+if TYPE_CHECKING:
+    from kernels_check.observation.loss_tokens import LossPass
+    from kernels_check.observation.observation import Observation
+
+_MEAN_OF_MEANS = (
+    "a mean of means: pass num_items_in_batch, the tokens of the whole batch, to each forward, or weigh each loss by "
+    "its share of them"
+)
+_SUM_OF_MEANS = "a sum of means, as where the loss is not divided by the number of passes, and gradients as much larger"
+_NO_TOKENS = "a mean over no tokens is not a number: leave such rows out"
+
+
+def judge_tokens(seen: Observation, required: Json) -> Finding:
+    """Judge ``loss.tokens``: the tokens of all passes of a step weigh the same, and add up to one mean."""
+    loss = seen.loss()
+    if loss.unseen is not None:
+        status: Status | None = None if required is None else "unknown"
+        return Finding(observed=None, present=False, status=status, reason=loss.unseen)
+    passes = loss.passes
+    counts = [one.tokens for one in passes]
+    positions = sum(one.positions for one in passes)
+    reason = f"the loss is over {sum(counts)} of {positions} tokens"
+    reason += f", in {len(passes)} passes of {name_some(map(str, counts))}" if len(passes) > 1 else ""
+    faults = _faults(passes)
+    good = "each weighs the same" if len(passes) > 1 else "in one pass"
+    return Finding(observed=not faults, reason="; ".join([reason, *(faults or [good])]))
+
+
+def _faults(passes: Sequence[LossPass]) -> list[str]:
+    empty = [one for one in passes if not one.tokens and not one.told]
+    if empty:
+        return [f"{len(empty)} of {len(passes)} passes have none: {_NO_TOKENS}"]
+    weights = [one.weight for one in passes if one.tokens]
+    tolerance = max(one.tolerance for one in passes)
+    if not weights or len(passes) == 1:
+        return []
+    least, most = min(weights), max(weights)
+    if most - least > tolerance * max(abs(least), abs(most)):
+        ratio = f"{most / least:.3g} times as much as others" if least > 0 else f"{most:.3g}, others {least:.3g}"
+        return [f"some weigh {ratio}: {_MEAN_OF_MEANS}"]
+    total = sum(one.weight * one.tokens for one in passes)
+    if abs(total - len(passes)) <= tolerance * len(passes):
+        return [f"their weights add up to {len(passes)} and not to 1: {_SUM_OF_MEANS}"]
+    return []
+
+
+PATHS: Mapping[str, JudgedPath] = {
+    "loss.tokens": JudgedPath(requirement=FLAG, judge=judge_tokens, rests_on=("inputs",)),
+}

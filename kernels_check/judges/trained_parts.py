@@ -1,0 +1,56 @@
+"""Whether embeddings and norms are trained, which some recipes need and others must not do.
+
+A new token means nothing until the embedding trains; a base that several adapters are to share must keep its own. Flags
+do not tell: what is trained is what has changed by the steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from kernels_check.check import FLAG, Finding, Json, JudgedPath, count_values, name_some
+
+if TYPE_CHECKING:
+    from kernels_check.observation.observation import Observation
+    from kernels_check.observation.trained_parts import PartSeen
+
+_ROUNDED = "what had a gradient and a rate and is unchanged was rounded away: keep it in float32"
+
+
+def judge_embeddings(seen: Observation, required: Json) -> Finding:
+    """Judge ``embedding.trained``: the input and the output embedding, tied ones once."""
+    return _judge(seen, seen.embeddings(), "embeddings", required)
+
+
+def judge_norms(seen: Observation, required: Json) -> Finding:
+    """Judge ``norms.trained``: every norm with parameters."""
+    return _judge(seen, seen.norms(), "norms", required)
+
+
+def _judge(seen: Observation, parts: Sequence[PartSeen], what: str, required: Json) -> Finding:
+    """True where all are updated, False where none is, else how many of how many."""
+    if not parts:
+        return Finding(observed=None, present=False, reason=f"the model has no {what} with parameters that are known")
+    fates = {name: fate for part in parts for name, fate in part.fates.items()}
+    updated = [part.name for part in parts if part.updated]
+    partly = any(fate == "updated" for fate in fates.values())
+    reason = f"{len(updated)} of {len(parts)} {what} updated, in {seen.optimizer_steps} updates"
+    others = [f"{name} ({fate})" for name, fate in fates.items() if fate != "updated"]
+    reason += f"; parameters: {count_values(fates.values())}" if others else ""
+    reason += f"; not updated: {name_some(others)}" if others else ""
+    if "unchanged" in fates.values():
+        reason += f"; {_ROUNDED}"
+    live = any(fate not in ("updated", "frozen") for fate in fates.values())
+    if live and (not seen.optimizer_steps or "given a rate of 0" in fates.values()):
+        why = "the learning rate is 0" if seen.optimizer_steps else "no torch.optim.Optimizer stepped"
+        return Finding(observed=None, status="unknown", present=partly, reason=f"{reason}; {why}")
+    whole = len(updated) == len(parts)
+    observed: Json = whole or (f"{len(updated)} of {len(parts)}" if partly else False)
+    return Finding(observed=observed, reason=reason, present=partly, satisfies=whole if required else not partly)
+
+
+PATHS: Mapping[str, JudgedPath] = {
+    "embedding.trained": JudgedPath(requirement=FLAG, judge=judge_embeddings),
+    "norms.trained": JudgedPath(requirement=FLAG, judge=judge_norms),
+}

@@ -1,0 +1,117 @@
+"""The instruments beside a step that takes place by itself: opened before it and closed after it, once.
+
+Which one is at work is settled before the step, which cannot be taken again: the spy where a profiler of the program
+runs already; names on the host alone where the spy is asked for and the model holds compiled code, into which it would
+not follow (see ``spy_beside``). What then turns out to be in the way leaves its evidence untold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from typing import Any, Protocol, get_args
+
+import torch
+from torch import nn
+
+from kernels_check.check import Evidence, Instrument
+from kernels_check.observation.calls import CallRecorder
+from kernels_check.observation.events import StepProfile, reduce_operators
+from kernels_check.observation.instruments import AROUND, INSIDE, Watcher, stand_in, told
+from kernels_check.observation.module_tree import Model, every_module
+from kernels_check.observation.recording import Recording, is_recording
+from kernels_check.observation.shield import Shielding
+from kernels_check.observation.spy import Spy
+from kernels_check.observation.spy_beside import spied_beside
+
+TOLD_BY_A_PROFILE = "the spy does not see which compiled code is entered: take a profile"
+_INPUTS: Evidence = "inputs"
+"""Seen by hooks, whatever the instrument."""
+
+
+class Beside(Protocol):
+    """One instrument for one step."""
+
+    marks: bool
+    """Whether its records name the calls of modules."""
+
+    def opened(self, calls: CallRecorder, shield: Shielding) -> AbstractContextManager[object]:
+        """Look on until the end of the block."""
+
+    def told(self, watcher: Watcher) -> StepProfile:
+        """What it has to tell afterwards."""
+
+
+def choose(instrument: Instrument, model: Model) -> Beside:
+    """The instrument for the step that comes next."""
+    if is_recording():
+        return _BySpy(in_place_of=AROUND if instrument == "profile" else None)
+    if instrument == "profile":
+        return _ByProfile()
+    return _ByNames() if any(map(_is_compiled, every_module(model))) else _BySpy()
+
+
+class _ByProfile:
+    marks = True
+
+    def __init__(self) -> None:
+        self._recording = Recording()
+
+    def opened(self, calls: CallRecorder, shield: Shielding) -> AbstractContextManager[object]:
+        return self._recording.opened()
+
+    def told(self, watcher: Watcher) -> StepProfile:
+        if self._recording.lasted:
+            return self._recording.operators()
+        evidence: tuple[Evidence, ...] = get_args(Evidence)
+        return replace(reduce_operators([]), untold={one: INSIDE for one in evidence if one != _INPUTS})
+
+
+class _BySpy:
+    marks = False
+
+    def __init__(self, *, in_place_of: str | None = None) -> None:
+        self._in_place_of = in_place_of
+        self._spy: Spy | None = None
+
+    @contextmanager
+    def opened(self, calls: CallRecorder, shield: Shielding) -> Iterator[None]:
+        with spied_beside(calls, shield) as self._spy:
+            yield
+
+    def told(self, watcher: Watcher) -> StepProfile:
+        if self._spy is None:
+            raise RuntimeError("the spy was not opened")
+        seen = told(self._spy, watcher)
+        untold: dict[Evidence, str] = {"compilation": TOLD_BY_A_PROFILE} if self._spy.compiled_calls else {}
+        if self._in_place_of is not None:
+            return stand_in(seen, self._in_place_of, untold)
+        return replace(seen, untold={**seen.untold, **untold})
+
+
+class _ByNames:
+    marks = True
+
+    def __init__(self) -> None:
+        self._recording = Recording(names_alone=True)
+
+    def opened(self, calls: CallRecorder, shield: Shielding) -> AbstractContextManager[object]:
+        return self._recording.opened()
+
+    def told(self, watcher: Watcher) -> StepProfile:
+        spy = Spy(CallRecorder(watcher.model))
+        spy.compiled_calls = 1
+        seen = spy.profile(watcher.model)  # of one that was never on: what it is blind to beside compiled code
+        if not self._recording.lasted:
+            return replace(seen, untold={"compilation": INSIDE})
+        return replace(seen, compiler=self._recording.entered())
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    forward: Callable[..., Any] | None = getattr(module, "forward", None)
+    return (
+        module._compiled_call_impl is not None
+        or hasattr(forward, "_torchdynamo_orig_callable")
+        or isinstance(module, torch._dynamo.OptimizedModule)
+    )

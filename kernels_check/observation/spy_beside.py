@@ -1,0 +1,72 @@
+"""The spy beside a step that takes place by itself: it must change nothing of it, and be gone afterwards.
+
+A dispatch mode is noticed by one thing that a step may do: enter code of torch.compile, which then fails its guards and
+is run eagerly, or is given up for good. So the spy leaves for the rest of the step just before any is entered. And a
+mode is taken off the stack wherever it lies there: what was put on it later stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+
+from kernels_check.observation.calls import CallRecorder
+from kernels_check.observation.replaced import replaced
+from kernels_check.observation.shield import Shielding
+from kernels_check.observation.spy import Spy
+
+_BEFORE_ENTRY = "_is_skip_guard_eval_unsafe_stance"
+"""What Dynamo asks on the way into compiled code, before it looks at which modes are active."""
+
+
+@contextmanager
+def spied_beside(calls: CallRecorder, shield: Shielding) -> Iterator[Spy]:
+    """Watch the operators of the block as ``spied`` does, as long as no compiled code is entered."""
+    spy = Spy(calls)
+    with ExitStack() as stack:
+        there = stack.enter_context(ExitStack())
+
+        def entered(ask: Callable[..., Any]) -> Callable[..., Any]:
+            def counted(*args: Any, **kwargs: Any) -> Any:
+                spy.compiled_calls += 1
+                there.close()
+                return ask(*args, **kwargs)
+
+            return counted
+
+        frames = import_module("torch._dynamo.eval_frame")  # any dispatch mode loads it at its first operator
+        stack.enter_context(replaced(frames, _BEFORE_ENTRY, entered))
+        there.push(register_optimizer_step_pre_hook(shield(spy.before_update)))
+        there.push(register_optimizer_step_post_hook(shield(spy.after_update)))
+        there.enter_context(replaced(torch.nn.functional, "scaled_dot_product_attention", spy.attention_function))
+        there.callback(_leave, spy)
+        TorchDispatchMode.__enter__(spy)
+        yield spy
+
+
+class _LeftSpy(Spy):
+    """A spy that nobody could take off, since another thread has it: it sees nothing any more."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call the operator."""
+        return func(*args, **(kwargs or {}))
+
+
+def _leave(mode: Spy) -> None:
+    """Take a mode off this thread's stack, and leave those above it there."""
+    stack = _get_current_dispatch_mode_stack()
+    place = next((index for index, one in enumerate(stack) if one is mode), None)
+    if place is None:
+        mode.__class__ = _LeftSpy
+        return
+    above = stack[place + 1 :]
+    for one in (*reversed(above), mode):
+        TorchDispatchMode.__exit__(one, None, None, None)
+    for one in above:
+        TorchDispatchMode.__enter__(one)

@@ -1,0 +1,109 @@
+"""Fused kernels count where they are bound and called; evidence is constructed, as the real ones take a GPU."""
+
+import pytest
+import torch
+
+from kernels_check.controls.of_fused_kernels import bind_norms, bind_one_norm
+from kernels_check.judges.fused import judge_fused
+from kernels_check.observation.calls import Calls
+from kernels_check.observation.swapped import Place
+
+
+@pytest.fixture
+def instrument():
+    """What is bound is read off the model."""
+    return "spy"
+
+
+def _place(kind="rms_norm", library="liger_kernel", *, called=True, hidden=False, name="norm"):
+    return Place(kind=kind, name=name, library=library, called=called, hidden=hidden)
+
+
+def _judge(seen, required, *places, **given):
+    observation = seen(**given)
+    observation.readings["swapped"] = list(places)
+    return judge_fused(observation, required).against("fused.kernels", required)
+
+
+def test_what_is_bound_nowhere_is_counted(training):
+    """Each kind with its places; nobody asked for any."""
+    check = training().check("fused.kernels")
+    assert (check.status, check.observed) == ("not_applicable", None)
+    assert check.reason == "loss 0 of 1, rope 0 of 2, qkv 0 of 2, o 0 of 2, mlp 0 of 2, rms_norm 0 of 5"
+
+
+def test_a_kind_that_is_whole_is_named(training):
+    """And one that is not is only counted."""
+    run = training()
+    bind_norms(run)
+    check = run.check("fused.kernels", "rms_norm")
+    assert (check.status, check.observed) == ("active", "rms_norm")
+    assert "no kernel was recorded to confirm it" in check.reason
+    assert run.check("fused.kernels", "rms_norm+mlp").status == "fallback"
+    one = training()
+    bind_one_norm(one)
+    assert one.check("fused.kernels", "rms_norm").status == "fallback"
+
+
+def test_rope_is_told_by_the_function_that_attention_names(training, monkeypatch):
+    """As Liger swaps it in the module of the model's code."""
+    from transformers.models.llama import modeling_llama
+
+    own = modeling_llama.apply_rotary_pos_emb
+
+    def rotary(*args, **kwargs):
+        return own(*args, **kwargs)
+
+    rotary.__module__ = "liger_kernel.transformers.rope"
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", rotary)
+    check = training().check("fused.kernels", "rope")
+    assert check.met, check.reason
+    assert "rope 2 of 2 of liger_kernel" in check.reason
+
+
+def test_a_profile_without_its_kernels_contradicts(seen):
+    """Constructed: bound and called, and other kernels were launched."""
+    without = _judge(seen, "rms_norm", _place(), kernels={"GEMM-BF16": 4})
+    assert (without.status, without.observed) == ("absent", None)
+    assert "no kernel of liger_kernel was launched" in without.reason
+    assert _judge(seen, "rms_norm", _place(), kernels={"LIGER": 4}).met
+    unknown_rule = _judge(seen, "rms_norm", _place(library="apex"), kernels={"GEMM-BF16": 4})
+    assert unknown_rule.met, unknown_rule.reason
+
+
+@pytest.mark.parametrize(
+    ("places", "required", "status"),
+    [
+        ([_place(), _place(called=False)], "rms_norm", "fallback"),
+        ([_place(), _place(library=None)], "rms_norm", "fallback"),
+        ([_place(called=False)], "rms_norm", "absent"),
+        ([_place(hidden=True, called=False)], "rms_norm", "unknown"),
+        ([_place(), _place("mlp", hidden=True, called=False)], "rms_norm", "active"),
+        ([_place()], "rms_norm+rope", "fallback"),
+        ([_place()], "rmsnorm", "fallback"),
+        ([], "rms_norm", "absent"),
+    ],
+)
+def test_places_decide(seen, places, required, status):
+    """All places of each kind that was named, and a kind that is misspelt is met by nothing."""
+    assert _judge(seen, required, *places).status == status
+
+
+def test_what_was_not_called_beside_compiled_code_is_unknown(seen):
+    """A function that was compiled calls no hook of what it calls."""
+    assert _judge(seen, "rms_norm", _place(called=False), regions=1).status == "unknown"
+    assert _judge(seen, "rms_norm", _place(), regions=1).status == "active"
+
+
+def test_calls_below_compiled_code_are_hidden():
+    """Its modules call no hook."""
+    from kernels_check.observation.module_tree import ModelTree
+    from kernels_check.observation.swapped import swapped_places
+
+    class RMSNorm(torch.nn.Module):
+        def forward(self, x):
+            return x
+
+    model = torch.nn.Sequential(RMSNorm(), torch.nn.Sequential(RMSNorm()))
+    found = swapped_places(ModelTree.of(model), Calls(unhooked=frozenset({"1"}), thread=0))
+    assert [(place.name, place.hidden) for place in found] == [("0", False), ("1.0", True)]

@@ -1,0 +1,97 @@
+"""Embeddings and norms count as trained where an optimizer has changed what stands in their place."""
+
+import peft
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import kernels_check
+from kernels_check.controls.of_trained_parts import train_norms, with_embeddings
+from kernels_check.controls.small_run import SmallRun
+
+
+@pytest.fixture
+def instrument():
+    """What is judged here rests on no operator."""
+    return "spy"
+
+
+def _whole(*, tied, rate=1e-3):
+    """Every parameter of a model without an adapter, tied or not."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 48, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, tie_word_embeddings=tied))
+    inputs = {"input_ids": torch.randint(1, 48, (2, 8))}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
+    return SmallRun(model=model, optimizer=optimizer, inputs=inputs, instrument="spy")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings_that_share_a_weight_count_once(tied):
+    """Without an adapter, too."""
+    check = _whole(tied=tied).check("embedding.trained", True)
+    assert check.met
+    assert check.reason.startswith("1 of 1" if tied else "2 of 2")
+
+
+def test_frozen_parts_are_not_trained(training):
+    """LoRA alone trains neither; required to be so, that is met, and reported as not applicable where nobody asked."""
+    run = training()
+    checks = {check.path: check for check in run.verify({"embedding.trained": False})}
+    assert checks["embedding.trained"].met
+    assert (checks["norms.trained"].status, checks["norms.trained"].observed) == ("not_applicable", False)
+    assert "0 of 5 norms updated" in checks["norms.trained"].reason
+
+
+def test_part_of_them_is_said_as_a_count(training):
+    """As neither requirement is met by it."""
+    for required in (True, False):
+        run = training(quant=None, dtype="float32")
+        train_norms(run, only="input_layernorm.weight")
+        check = run.check("norms.trained", required)
+        assert (check.status, check.observed) == ("fallback", "2 of 5")
+
+
+def test_copies_that_train_stand_for_what_they_replace(training):
+    """The originals below them stay frozen by design."""
+    run = training(adapter=with_embeddings)
+    check = run.check("embedding.trained", True)
+    assert check.met
+    assert check.reason.startswith("2 of 2 embeddings updated")
+    tuning = peft.LNTuningConfig(target_modules=["input_layernorm"], task_type="CAUSAL_LM")
+    norms = training(quant=None, dtype="float32", adapter=lambda: tuning)
+    assert norms.check("norms.trained").observed == "2 of 5"
+
+
+def test_factors_beside_an_embedding_train_it(training):
+    """LoRA on an embedding changes what it gives."""
+    lora = peft.LoraConfig(target_modules=["embed_tokens"], task_type="CAUSAL_LM")
+    check = training(quant=None, adapter=lambda: lora).check("embedding.trained")
+    assert check.observed == "1 of 2"
+
+
+def test_a_rate_of_zero_tells_nothing():
+    """Nor does a step without an optimizer; what is frozen is known all the same."""
+    check = _whole(tied=True, rate=0.0).check("embedding.trained", True)
+    assert (check.status, check.observed) == ("unknown", None)
+    assert "the learning rate is 0" in check.reason
+    run = _whole(tied=True)
+    run.optimizer.step = lambda: None
+    assert "no torch.optim.Optimizer stepped" in run.check("embedding.trained", False).reason
+    run.model.requires_grad_(False)
+    run.model.model.layers.requires_grad_(True)
+    assert run.check("embedding.trained", False).met
+
+
+def test_a_model_without_them_says_so():
+    """It is no failure of training."""
+    model = torch.nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def step():
+        model(torch.ones(2, 4)).sum().backward()
+        optimizer.step()
+
+    checks = {check.path: check for check in kernels_check.verify(model, step, {"norms.trained": True})}
+    assert checks["norms.trained"].status == "absent"
+    assert "no norms with parameters" in checks["norms.trained"].reason

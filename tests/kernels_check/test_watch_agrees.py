@@ -1,0 +1,87 @@
+"""What a natural step shows is what verify says of it, or unknown where one step cannot tell: by every control."""
+
+import pytest
+
+from kernels_check import watch
+from kernels_check.check import INSTRUMENTS
+from kernels_check.controls.catalogue import CONTROLS
+from kernels_check.observation import compilations
+from kernels_check.observation.observe import MOST_CALLS
+from kernels_check.watching import AN_UPDATE, FURTHER_STEPS, IN_THE_WAY
+
+HERE = [control for control in CONTROLS if control.needs_cuda is None]
+CAUGHT = {"status": ("fallback", "absent"), "unknown": ("unknown",), "reason": ("active",)}
+
+
+def _some():
+    """Of each path one control, in turn by a profile and by the spy where that can see it."""
+    first = {control.path: control for control in reversed(HERE)}
+    return [(one, one.instruments[place % len(one.instruments)]) for place, one in enumerate(first.values())]
+
+
+SOME = _some()
+REST = [(control, name) for control in HERE for name in control.instruments if (control, name) not in SOME]
+
+
+def _ids(pairs):
+    return [f"{control.name}-{name}" for control, name in pairs]
+
+
+def _after_each_step(build, control, instrument):
+    """The check after each watched step: two, and more while it takes them, up to those that verify takes."""
+    run = build()
+    watched = watch(run.model, {control.path: control.required}, instrument=instrument, batch=run.packed)
+    found = []
+    while len(found) < 2 or (found[-1].status == "unknown" and _waits(found[-1]) and len(found) < MOST_CALLS):
+        with watched:
+            run.step()
+        found.append(next(check for check in watched.checks if check.path == control.path))
+    return found
+
+
+def _waits(check):
+    return any(
+        reason in check.reason for reason in (*FURTHER_STEPS.values(), *AN_UPDATE.values(), "watch a later step")
+    )
+
+
+def _agrees(check, control, statuses):
+    """As promised of verify, with the same reason; or unknown, by a path that the watch lists."""
+    if check.status in statuses:
+        return True
+    listed = (FURTHER_STEPS.get(control.path), AN_UPDATE.get(control.path), *IN_THE_WAY)
+    return check.status == "unknown" and any(reason is not None and reason in check.reason for reason in listed)
+
+
+def _try(control, instrument):
+    try:
+        for build, statuses in ((control.sabotage, CAUGHT[control.caught_by]), (control.twin, ("active",))):
+            found = _after_each_step(build, control, instrument)
+            for check in found:
+                assert _agrees(check, control, statuses), check
+            last = found[-1]
+            if build is control.sabotage and last.status != "unknown":
+                assert all(word in last.reason for word in control.words), last
+    finally:
+        compilations.forget()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("control", "instrument"), SOME, ids=_ids(SOME))
+def test_one_control_of_each_path_agrees(control, instrument):
+    """After one watched step, and after as many as it takes."""
+    _try(control, instrument)
+
+
+@pytest.mark.selftest
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("control", "instrument"), REST, ids=_ids(REST))
+def test_every_other_control_agrees(control, instrument):
+    """The rest of them."""
+    _try(control, instrument)
+
+
+def test_every_control_is_tried():
+    """By each instrument that can see it."""
+    assert len(SOME) + len(REST) == sum(len(control.instruments) for control in HERE)
+    assert set(INSTRUMENTS) == {name for _, name in SOME}

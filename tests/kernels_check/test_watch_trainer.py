@@ -1,0 +1,127 @@
+"""Watched from the callbacks of a real Trainer, and in a loop of Accelerate: opened in one place, closed in another."""
+
+from contextlib import ExitStack
+
+import peft
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+import kernels_check
+from kernels_check.observation.recording import is_recording
+
+WANTED = {
+    **{"attention.backend": "flash", "attention.mask": "causal", "base.frozen": True, "lora.attached": True},
+    **{"lora.learning": True, "optimizer.class": "torch.optim.AdamW", "checkpointing": True, "mode": "train"},
+}
+ROWS = [{"input_ids": row, "labels": row.clone()} for row in torch.randint(3, 96, (12, 16))]
+
+
+def _adapted():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, max_position_embeddings=64, pad_token_id=0))
+    lora = peft.LoraConfig(target_modules=["q_proj", "v_proj"], lora_dropout=0.1, task_type="CAUSAL_LM")
+    return peft.get_peft_model(model, lora)
+
+
+class Look(TrainerCallback):
+    """Watches each step from its first micro-batch to its update."""
+
+    def __init__(self, model, instrument):
+        self.watched = kernels_check.watch(model, WANTED, instrument=instrument)
+        self.open = ExitStack()
+        self.found = []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.open.enter_context(self.watched)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.open.close()
+        self.found.append({check.path: check for check in self.watched.checks})
+
+
+def _trainer(tmp_path, model, callbacks, **options):
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        max_steps=3,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        logging_steps=1,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        gradient_checkpointing=True,
+        seed=7,
+    )
+    return Trainer(model=model, args=arguments, train_dataset=ROWS, callbacks=callbacks, **options)
+
+
+def _hooks(model):
+    return [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
+
+
+def _losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_a_trainer_trains_as_if_never_watched_and_its_steps_are_told(tmp_path, instrument):
+    """Losses and weights to the bit; from the second step on every requirement is met, before it all but learning."""
+    plain, model = _adapted(), _adapted()
+    unwatched = _trainer(tmp_path, plain, [])
+    unwatched.train()
+    look = Look(model, instrument)
+    trainer = _trainer(tmp_path, model, [look])
+    trainer.train()
+    assert _losses(trainer) == _losses(unwatched)
+    assert all(map(torch.equal, model.state_dict().values(), plain.state_dict().values()))
+    assert len(look.found) == 3
+    unmet = [{path for path in WANTED if not found[path].met} for found in look.found]
+    assert unmet == [{"lora.learning"}, set(), set()], [found["lora.learning"].reason for found in look.found]
+    assert _hooks(model) == _hooks(plain)
+
+
+def test_a_training_that_breaks_off_is_closed_by_whoever_opened(tmp_path, instrument):
+    """The Trainer calls no callback then; the stack is closed outside, the error is the training's own."""
+
+    class Broken(Trainer):
+        def training_step(self, *args, **kwargs):
+            super().training_step(*args, **kwargs)
+            raise OSError("the data ended")
+
+    model = _adapted()
+    before = torch.nn.functional.scaled_dot_product_attention
+    look = Look(model, instrument)
+    trainer = _trainer(tmp_path, model, [look])
+    trainer.__class__ = Broken
+    with pytest.raises(OSError, match="the data ended"), look.open:
+        trainer.train()
+    assert {check.status for check in look.watched.checks} == {"unknown"}
+    assert "the step raised OSError" in look.watched.checks[0].reason
+    assert torch.nn.functional.scaled_dot_product_attention is before
+    assert not is_recording()
+    assert sum(_hooks(model)) == 1, "that of checkpointing, on the embeddings"
+
+
+def test_a_loop_of_accelerate(instrument):
+    """The model is the one inside; the block holds all that is accumulated."""
+    from accelerate import Accelerator
+
+    batches = [
+        {name: torch.stack([row[name] for row in ROWS[start : start + 2]]) for name in ROWS[0]} for start in (0, 2)
+    ]
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=len(batches))
+    model = _adapted()
+    optimizer = torch.optim.AdamW([value for value in model.parameters() if value.requires_grad], lr=1e-3)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    required = {path: value for path, value in WANTED.items() if path != "checkpointing"}
+    watched = kernels_check.watch(accelerator.unwrap_model(model), required, instrument=instrument)
+    for _ in range(2):
+        with watched:
+            for batch in batches:
+                with accelerator.accumulate(model):
+                    accelerator.backward(model(**batch).loss)
+                    optimizer.step()
+                    optimizer.zero_grad()
+    assert [check.reason for check in watched.checks if check.required is not None and not check.met] == []
