@@ -24,6 +24,7 @@ warmup_steps_min = 1
 warmup_steps_max = 2
 turns = 2
 generate_requests = 1
+allow_disturbed = true
 [[variant]]
 name = "a"
 r = 4
