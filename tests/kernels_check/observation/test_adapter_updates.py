@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from kernels_check.observation.adapter_updates import Updates
+from kernels_check.observation.adapter_updates import LEAST_UPDATES, ParameterUpdates, Updates
 from kernels_check.observation.adapter_values import KeptValue
 from kernels_check.observation.gradients import Gradients
 
@@ -342,3 +342,23 @@ def test_a_value_that_cannot_be_compared_leaves_the_step_alone(monkeypatch):
     updates.after(optimizer, (optimizer,), {})
     assert updates.parameters["lora_A"].unreadable == "ZeroDivisionError: division by zero"
     assert updates.parameters["lora_A"].updates == 1
+
+
+def test_only_what_is_updated_can_rest():
+    """A parameter that no optimizer was given has no learning rate of zero: it has none."""
+    assert ParameterUpdates(updates=3, rate=0.0).resting
+    assert not ParameterUpdates(updates=3, rate=1e-3).resting
+    assert not ParameterUpdates(updates=0, rate=0.0).resting
+
+
+def test_another_call_is_waited_for_only_where_it_may_tell():
+    """Without a step until something else has written; where none was given the adapter, for two."""
+    updates = Updates(Gradients(torch.nn.Linear(2, 2)))
+    updates.parameters = {"lora_A": ParameterUpdates()}
+    assert updates.pending()
+    updates.parameters["lora_A"].written = 1
+    assert not updates.pending()
+    updates.steps = LEAST_UPDATES - 1
+    assert updates.pending()
+    updates.steps = LEAST_UPDATES
+    assert not updates.pending()
