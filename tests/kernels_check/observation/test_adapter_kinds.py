@@ -109,7 +109,7 @@ def test_the_tuner_says_which_adapter_is_in_use_where_layers_disagree():
     """A layer in which another one was left active is a fault, and that one is not what trains."""
     model = model_of(lora())
     model.add_adapter("other", lora())
-    layers = [layer for layer in adapter_layers(model)]
+    layers = adapter_layers(model)
     assert in_use(model, layers) == {"default"}
     layers[0].module.set_adapter("other")
     found = [place for name, module in model.named_modules() for place in layers_at(name, module)]
