@@ -245,8 +245,13 @@ def test_the_two_largest_others_are_named_and_the_rest_counted(judge_share):
 
 @pytest.mark.parametrize(
     ("size", "words"),
-    [(2**10, "1.0 KiB"), (2**20 - 2**10, "1023.0 KiB"), (2**20, "1.0 MiB"), (2**30 - 2**20, "1023.0 MiB")]
-    + [(2**30, "1.0 GiB")],
+    [
+        (2**10, "1.0 KiB"),
+        (2**20 - 2**10, "1023.0 KiB"),
+        (2**20, "1.0 MiB"),
+        (2**30 - 2**20, "1023.0 MiB"),
+        (2**30, "1.0 GiB"),
+    ],
 )
 def test_a_size_is_told_in_the_largest_unit_that_it_fills(judge_share, size, words):
     """From one of it on."""
