@@ -85,25 +85,6 @@ def test_a_limit_of_file_sizes_at_each_write(most, command, begun, resumed):
             assert [record for record in whole.records if record in kept] == kept
 
 
-@pytest.fixture
-def tiny_disk(tmp_path):
-    """A function that mounts a disk of 256 KiB with so many free; a test that cannot is skipped."""
-    mounted = []
-
-    def mount(folder, free_kib):
-        folder.mkdir(exist_ok=True)
-        words = ["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(folder)]
-        if os.geteuid() or subprocess.run(words, capture_output=True, check=False).returncode:
-            pytest.skip("a small disk takes the right to mount one")
-        mounted.append(folder)
-        (folder / "ballast").write_bytes(b"x" * (256 - free_kib) * KIB)
-        return folder / "ballast"
-
-    yield mount
-    for folder in mounted:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
 @pytest.mark.parametrize("free_kib", half(SPACES, QUICK_SPACES))
 def test_a_disk_that_becomes_full_at_each_write(free_kib, command, runs, tiny_disk, begun, resumed):
     """Wherever it does: what fitted is whole, and with room the rest is measured."""
