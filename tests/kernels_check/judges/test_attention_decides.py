@@ -172,6 +172,18 @@ def test_the_cause_is_what_the_inputs_show(backend, call, words, absent):
     assert absent not in reason
 
 
+def test_what_is_written_out_in_spite_of_the_configuration_is_not_put_down_to_it(backend):
+    """A model that was loaded with 'sdpa' is not told to be: some of its layers do not ask for it."""
+    for implementation, words, absent in (
+        ("sdpa", "need_weights=False", "load it with"),
+        ("eager", "load it with 'sdpa'", "need_weights"),
+    ):
+        built = model(_attn_implementation=implementation)
+        reason = backend("flash", FLASH, but(MATH, backend="eager"), of=built).reason
+        assert words in reason
+        assert absent not in reason
+
+
 def test_float32_is_a_cause_on_cuda(backend, monkeypatch):
     """With or without grouped heads; bfloat16 is none."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
