@@ -7,7 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from harness.commands import ab, catalogue, claims, compare, doctor, estimate, profile, run, sample
+from harness.commands import ab, catalogue, claims, compare, doctor, estimate, profile, run, sample, wrap
 from harness.errors import EXIT_INVALID, EXIT_UNEXPECTED, LorameterError, redact
 from harness.run.stops import Stops
 from kernels_check.streams import with_streams
@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     )
     subparsers = top.add_subparsers(required=True, metavar="COMMAND")
 
-    for command in (run, catalogue, compare, ab, doctor, estimate, profile, sample, claims):
+    for command in (run, catalogue, compare, ab, wrap, doctor, estimate, profile, sample, claims):
         command.add_commands(subparsers, _common)
     return top
 

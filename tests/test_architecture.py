@@ -126,8 +126,9 @@ def test_modules_are_one_idea(path):
 
 
 def test_a_room_holds_nothing_but_its_name():
-    """The `__init__` of a room is a docstring, or every command pays for what it imports."""
-    for room in set(ORDER) - {"errors", "stats"}:
+    """The `__init__` of a room is a docstring, or every command pays for what it imports; what scripts import of attach
+    is loaded when it is asked for."""
+    for room in set(ORDER) - {"errors", "stats", "attach"}:
         path = ROOT / "harness" / room / "__init__.py"
         assert [type(node).__name__ for node in ast.parse(path.read_text()).body] == ["Expr"], room
 

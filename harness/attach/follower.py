@@ -55,7 +55,11 @@ class StepReading:
     loss_tokens: int | None = None
     """Tokens that the loss is over."""
     loss: float | None = None
+    loss_dtype: str | None = None
+    """As torch names it, without `torch.`: of the loss that the backward pass began with."""
     gradient_norm: float | None = None
+    conventions: tuple[str, ...] = ()
+    """How its tokens were counted, in words."""
     checks: tuple[Any, ...] | None = None
     """What ``kernels_check`` found; None unless it watched this step."""
 

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.commands.ab_scripts import add_script_options, study_of_options
 from harness.commands.options import add_options
 from harness.commands.output import FORMATS, print_json, show_gate
 from harness.errors import EXIT_INVALID, EXIT_PASS, InvalidRunError, UsageError
@@ -19,7 +20,7 @@ CALIBRATION_REPLICATES = 24
 """Enough for three gates of 8 that share nothing, and about 4 minutes of the default study on two cores."""
 SETTLED_OPTIONS = (
     "base", "candidate", "effort", "replicates", "allow-disturbed", "model", "data", "precision", "variant", "phase",
-    "inject-rows",
+    "inject-rows", "base-command", "candidate-command", "script", "cwd", "steps",
 )  # fmt: skip
 """Options that make an A/B; one that is gone on with has them."""
 CALIBRATED_STUDY = "training-step"
@@ -36,6 +37,7 @@ def add_commands(commands: Any, common: Any) -> None:
     ab.add_argument("study", metavar="STUDY", nargs="?", help="name of a built-in study, or a TOML file")
     ab.add_argument("--base", metavar="SIDE", help=SIDE_HELP)
     ab.add_argument("--candidate", metavar="SIDE", help=SIDE_HELP)
+    add_script_options(ab)
     ab.add_argument("--resume", metavar="RUN", help="go on with an A/B that broke off, by its own study and sides")
     _measuring(ab, ("quick", "standard", "rigorous"), "3, 8 or 12 replicates; default 8")
     ab.add_argument("--precision", type=float, metavar="F", help="stop when every interval is within ±F")
@@ -81,12 +83,11 @@ def _measuring(command: argparse.ArgumentParser, efforts: tuple[str, ...], said:
 
 def run_ab(options: argparse.Namespace) -> int:
     """Measure, print, and end with the exit code of the verdicts under the policy."""
-    from harness.models import catalogue
     from harness.records import store
     from harness.report.live import LiveDisplay
     from harness.report.notices import describe_notices
     from harness.report.terminal import console_for, show
-    from harness.run.ab import DEFAULT_PHASES, measure_ab, plan_ab
+    from harness.run.ab import DEFAULT_PHASES, plan_ab
     from harness.run.device import hold_device
     from harness.run.executors import open_executor
     from harness.verdicts.calibrate import MOST_ROWS
@@ -99,11 +100,13 @@ def run_ab(options: argparse.Namespace) -> int:
     load_policy(options.policy)  # before anything is measured
     if options.resume:
         return _go_on(options)
-    for name in ("study", "base", "candidate"):
+    given = study_of_options(options)
+    for name in () if given and given[1] else ("base", "candidate") if given else ("study", "base", "candidate"):
         if getattr(options, name) is None:
             word = name.upper() if name == "study" else f"--{name} SIDE"
             raise UsageError(f"ab: {word} is missing. Give it, or go on with an A/B that broke off by --resume RUN.")
-    study, executor, runs = read_study(options), open_executor(), store.runs_dir(options.runs_dir, make=True)
+    study, command = read_study(options, of=given[0] if given else None), given[1] if given else ""
+    executor, runs = open_executor(), store.runs_dir(options.runs_dir, make=True)
 
     def make() -> tuple[Plan, tuple[Notice, ...]]:
         return plan_ab(
@@ -111,8 +114,9 @@ def run_ab(options: argparse.Namespace) -> int:
             executor.machine(),
             free_bytes=executor.free_bytes(),
             select=options.variant,
-            phases=options.phase or DEFAULT_PHASES,
+            phases=options.phase or (study.protocol.phases if study.of_scripts else DEFAULT_PHASES),
             injected_rows=options.inject_rows,
+            command=command,
             runs=runs,
         )
 
@@ -123,17 +127,30 @@ def run_ab(options: argparse.Namespace) -> int:
             plan, notices = make()
         show(describe_notices(notices), errors)
         with LiveDisplay(errors) as display:
-            run = measure_ab(
-                plan,
-                base=options.base,
-                candidate=options.candidate,
-                repository=Path.cwd(),
-                cache=catalogue.cache_dir(),
-                runs=runs,
-                display=display,
-                notices=notices,
-            )
+            run = _measured(plan, notices, runs, display, options, of_commands=bool(command))
     return show_ab(run, options)
+
+
+def _measured(
+    plan: Plan, notices: Any, runs: Path, display: Any, options: argparse.Namespace, *, of_commands: bool
+) -> Run:
+    """The plan as measured on its sides: those that the options name, or its two commands."""
+    from harness.models import catalogue
+    from harness.run.ab import arms_of_commands, measure_ab
+    from harness.run.measure import measure
+
+    if of_commands:
+        return measure(plan, runs=runs, display=display, notices=notices, arms=arms_of_commands(plan))
+    return measure_ab(
+        plan,
+        base=options.base,
+        candidate=options.candidate,
+        repository=Path.cwd(),
+        cache=catalogue.cache_dir(),
+        runs=runs,
+        display=display,
+        notices=notices,
+    )
 
 
 def _go_on(options: argparse.Namespace) -> int:
@@ -264,8 +281,9 @@ def _measured_here(study: Any, name: str, rows: int, options: argparse.Namespace
         return measure(plan, runs=runs, display=display, notices=notices, arms=arms_of_present(rows))
 
 
-def read_study(options: argparse.Namespace, standard: int | None = None) -> Any:
-    """The study with the options' changes; 8 replicates, or `standard`, unless something else is asked for."""
+def read_study(options: argparse.Namespace, standard: int | None = None, of: Any = None) -> Any:
+    """The study that is named, or `of`, with the options' changes; 8 replicates, or `standard`, unless something else
+    is asked for."""
     from harness.run.executors import open_executor
     from harness.studies.study_file import load_study
 
@@ -273,7 +291,8 @@ def read_study(options: argparse.Namespace, standard: int | None = None) -> Any:
         raise UsageError("--effort and --replicates both set the replicates. Give one of them.")
     precision = getattr(options, "precision", None)
     decided = options.effort or options.replicates is not None or precision is not None
-    return load_study(options.study, device=open_executor().machine().kind).with_overrides(
+    study = of if of is not None else load_study(options.study, device=open_executor().machine().kind)
+    return study.with_overrides(
         model=options.model,
         data=options.data,
         effort=options.effort or (None if decided or standard else "standard"),
@@ -290,7 +309,8 @@ def show_ab(run: Run, options: argparse.Namespace) -> int:
     from harness.verdicts.gate import gate_document, judge, load_policy
 
     policy = load_policy(getattr(options, "policy", None))
-    result = judge(report_of(run, metrics=policy.metrics, limits_of=policy.limits_of), policy)
+    agree = policy.losses == "agree"
+    result = judge(report_of(run, metrics=policy.metrics, limits_of=policy.limits_of, losses=agree), policy)
     form = "json" if options.json else getattr(options, "format", None) or "text"
     if form == "json":
         about = {"run": run.manifest.run, "path": str(run.path), "interleaving": run.manifest.interleaving}

@@ -72,6 +72,8 @@ def _list_sizes(options: argparse.Namespace) -> int:
     from harness.studies.study_file import load_study
 
     study = load_study(_study_named(options)).with_overrides(model=options.model)
+    if study.of_scripts:
+        raise _usage(f"list sizes: the variants of {study.name} are commands, whose models are their scripts'.")
     from harness.trial.building.sizes import sizes_of_study  # loads torch, so only for a study that can be read
 
     model, sizes = study.workload.model, sizes_of_study(study)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,9 +73,13 @@ class Session:
             metafunc.parametrize("variant_name", names)
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Give each test its clock and its phase as the group of its table; no test of what a resumed run has not."""
+        """Give each test its clock and its phase as the group of its table; no test of what a resumed run, or a script,
+        has not."""
+        phases: Collection[str] | None = self._study.protocol.phases if self._study.of_scripts else None
         if self._resumed is not None:
-            lacking = [item for item in items if _phase_of(item) not in (None, *self._resumed.phases)]
+            phases = self._resumed.phases
+        if phases is not None:
+            lacking = [item for item in items if _phase_of(item) not in (None, *phases)]
             self._config.hook.pytest_deselected(items=lacking)
             items[:] = [item for item in items if item not in lacking]
         for item in items:

@@ -13,6 +13,9 @@ from harness.errors import UsageError
 if TYPE_CHECKING:
     from harness.records.store import Run
 
+SHOWN = {"script": "command"}
+"""Options by the name under which they are kept, where that is another."""
+
 
 def go_on(options: argparse.Namespace, settled: Sequence[str], *, ab: bool = False) -> Run | None:
     """Go on with a run that broke off, lost lines or was disturbed; one of which nothing is left is given back.
@@ -41,7 +44,8 @@ def go_on(options: argparse.Namespace, settled: Sequence[str], *, ab: bool = Fal
     from harness.run.runner import find_unsettled
     from harness.studies.study_file import load_study
 
-    refuse_settled("--resume", {f"--{name}": getattr(options, name.replace("-", "_")) for name in settled})
+    given = {f"--{SHOWN.get(name, name)}": getattr(options, name.replace("-", "_")) for name in settled}
+    refuse_settled("--resume", given)
     runs = store.runs_dir(options.runs_dir)
     study = load_study(options.study).name if options.study else None
     run = read_broken_off(options.resume, runs, study=study)

@@ -139,12 +139,14 @@ def _show(run: Run, options: argparse.Namespace) -> int:
 def _dry_run(plan: Any, machine: Any, notices: Any, runs: Path, *, as_json: bool) -> int:
     from harness.run.forecast import forecast
     from harness.studies.data_source import SYNTHETIC
+    from harness.studies.script import OWN
     from harness.studies.workload import LOSSES
     from harness.trial.data.records import look_into
 
     expected = forecast(plan, machine, runs)
     workload = plan.study.workload
-    data = None if workload.data == SYNTHETIC else f"{look_into(workload)}; {LOSSES[workload.loss]}"
+    own = workload.data in (SYNTHETIC, OWN)
+    data = None if own else f"{look_into(workload)}; {LOSSES[workload.loss]}"
     if as_json:
         print_json(
             {

@@ -25,6 +25,7 @@ from harness.machine.system import memory_available_bytes, memory_bytes, setting
 from harness.records import codec
 from harness.records.preparation import Hello
 from harness.studies import data_source
+from harness.studies.script import OWN
 from harness.studies.study import Study
 from harness.studies.workload import Workload
 
@@ -197,6 +198,8 @@ def _content_of_workloads(common: Workload, own: Mapping[str, Workload]) -> dict
 
 def _content_of(data: str) -> str:
     """What the data is, whatever its path: the hash of a file, or of those of a folder; the name of anything else."""
+    if data == OWN:
+        return data
     try:
         source = data_source.resolve(data)
     except UsageError:  # which is for whoever reads it to say

@@ -49,6 +49,19 @@ def shape(source: ModelSource) -> ModelShape:
     return _config_shape(text if isinstance(text, dict) and text else config, source)
 
 
+def shape_of_config(config: Mapping[str, Any], label: str) -> ModelShape:
+    """The dimensions in a configuration that is at hand, as of a model that is loaded; `label` names it in errors.
+
+    Raises:
+        UsageError: it describes no decoder-only model.
+    """
+    source = ModelSource(
+        label=label, kind="config", location="", random=False, description=label, tokenizer="byte"
+    )  # fmt: skip
+    text = config.get("text_config")
+    return _config_shape(text if isinstance(text, Mapping) and text else config, source)
+
+
 def read_config(source: ModelSource) -> dict[str, Any]:
     """The content of a model's config.json. Raises `UsageError` where it cannot be had or read."""
     path = config_file(source)

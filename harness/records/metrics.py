@@ -23,6 +23,8 @@ where all variants share a workload · where some have one of their own. Losses 
 side, and tokens a second of the timed steps depend on whose records these held."""
 LOSSES = ("warmup_loss", "train_loss", "catch_up_loss")
 """Samples that hold the loss of each step, in the order of the steps."""
+SCRIPT_TOKENS = ("warmup_real_tokens", "step_real_tokens", "catch_up_real_tokens")
+"""The same for the real tokens of each step of a script."""
 FINAL_SHARE = 4
 """The final train loss is that of the last quarter of all steps; their number is the same for every trial."""
 
@@ -59,8 +61,26 @@ class Metric:
 
 
 def _tokens_per_s(record: TrialRecord) -> Samples:
-    seconds = sum(record.samples.get("step_time_s", ()))
-    return (sum(record.samples["turn_real_tokens"]) / seconds,) if seconds else ()
+    return _rate(record, "turn_real_tokens")
+
+
+def _rate(record: TrialRecord, counted: str) -> Samples:
+    """What the turns held over the time of their steps; nothing where that was not counted, as in some scripts."""
+    seconds, counts = sum(record.samples.get("step_time_s", ())), record.samples.get(counted, ())
+    return (sum(counts) / seconds,) if seconds and counts else ()
+
+
+def _padded_tokens_per_s(record: TrialRecord) -> Samples:
+    """Of all positions, padding included; nothing where there is no padding, and it is the same number."""
+    padding = _rate(record, "turn_padded_tokens")
+    return (padding[0] + _tokens_per_s(record)[0],) if padding and padding[0] else ()
+
+
+def _mfu(record: TrialRecord) -> Samples:
+    """FLOPs that a step needs over its time and what the device could do at best, where both are known."""
+    needs, best = record.values.get("model_flops_per_step"), record.values.get("peak_flops_per_s")
+    times = record.samples.get("step_time_s", ())
+    return tuple(needs / (time_s * best) for time_s in times) if needs and best else ()
 
 
 def _time_per_real_token_s(record: TrialRecord) -> Samples:
@@ -70,6 +90,8 @@ def _time_per_real_token_s(record: TrialRecord) -> Samples:
     lengths of a few records into the number, and those of others in a trial whose warm-up was longer.
     """
     times = record.samples.get("step_time_s", ())
+    if counts := real_tokens_of_steps(record):  # of a script, whose epoch is not known: the mean of all its steps
+        return tuple(seconds * len(counts) / sum(counts) for seconds in times) if sum(counts) else ()
     real, padded = record.tokens.get("real_tokens", 0), record.tokens.get("padded_tokens", 0)
     positions = sum(sum(record.samples.get(f"turn_{kind}_tokens", ())) for kind in ("real", "padded"))
     if not times or not real or not positions:
@@ -78,9 +100,13 @@ def _time_per_real_token_s(record: TrialRecord) -> Samples:
     return tuple(seconds / tokens for seconds in times)
 
 
+def real_tokens_of_steps(record: TrialRecord) -> Samples:
+    """Real tokens in each step that a script took, in their order; () where they were not seen."""
+    return tuple(count for name in SCRIPT_TOKENS for count in record.samples.get(name, ()))
+
+
 def _samples_per_s(record: TrialRecord) -> Samples:
-    seconds = sum(record.samples.get("step_time_s", ()))
-    return (sum(record.samples["turn_sequences"]) / seconds,) if seconds else ()
+    return _rate(record, "turn_sequences")
 
 
 def _output_tokens_per_s(record: TrialRecord) -> Samples:
@@ -115,6 +141,11 @@ METRICS: dict[str, Metric] = {
     for metric in (
         Metric(name="step_time_s", title="step time", unit="s", phase="train", column="own workloads"),
         Metric(name="step_cpu_time_s", title="step CPU time", unit="s", phase="train"),
+        # Parts of a script's step, where its source sees them.
+        Metric(name="data_time_s", title="wait for data", unit="s", phase="train", column="always"),
+        Metric(name="forward_time_s", title="forward", unit="s", phase="train", column="always"),
+        Metric(name="backward_time_s", title="backward", unit="s", phase="train", column="always"),
+        Metric(name="optimizer_time_s", title="optimizer", unit="s", phase="train", column="always"),
         Metric(
             name="tokens_per_s",
             title="real tokens/s",
@@ -123,6 +154,23 @@ METRICS: dict[str, Metric] = {
             higher_is_better=True,
             derive=_tokens_per_s,
             column="one workload",
+        ),
+        Metric(
+            name="padded_tokens_per_s",
+            title="tokens/s with padding",
+            unit="1/s",
+            phase="train",
+            higher_is_better=True,
+            derive=_padded_tokens_per_s,
+        ),
+        Metric(
+            name="mfu",
+            title="MFU",
+            unit="1",
+            phase="train",
+            higher_is_better=True,
+            derive=_mfu,
+            column="always",
         ),
         Metric(
             name="time_per_real_token_s",
@@ -139,6 +187,7 @@ METRICS: dict[str, Metric] = {
             higher_is_better=True,
             derive=_samples_per_s,
         ),
+        Metric(name="gradient_norm", title="gradient norm", unit="1", phase="train"),
         Metric(name="first_step_time_s", title="first step", unit="s", phase="train"),
         Metric(
             name="energy_per_step_j",

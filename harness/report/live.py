@@ -7,12 +7,13 @@ while a step is timed is work beside the measurement. Without a terminal one lin
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from harness.records.record import TrialRecord
+from harness.records.record import Notice, TrialRecord
 from harness.records.units import format_duration
 from harness.report.drawing import draw_text
 from harness.run.plan import Plan, Slot
@@ -63,6 +64,12 @@ class LiveDisplay:
     def tokens_prepared(self, data: str) -> None:
         """Say what is trained on."""
         self._line(f"data {make_visible(data)}")
+
+    def rehearsed(self, plan: Plan, notices: Sequence[Notice]) -> None:
+        """Say at which level the scripts will be measured, and what is to be known of them."""
+        self._console.print(draw_text(f"level {plan.interleaving}: {plan.why}"))
+        for notice in notices:
+            self._console.print(draw_text(make_visible(f"{notice.code}: {notice.message} {notice.remedy}")))
 
     def trial_phase(self, slot: Slot, phase: str) -> None:
         """Show the trial's new phase."""

@@ -20,11 +20,13 @@ from harness.records.record import Notice
 from harness.records.store import Run
 from harness.records.units import format_bytes
 from harness.report.progress import replicates_said, standing
+from harness.report.scripts import describe_scripts
 from harness.report.table import Cell, write_ratio, write_value
 from harness.stats import Comparison
 from harness.studies.study import Study
 from harness.studies.workload import LOSSES, Workload
 from harness.verdicts.notices import notices_of
+from harness.verdicts.sameness import sides_of_run
 from harness.verdicts.series import Groups, Series, series_of
 from harness.verdicts.standing import Standing, ratios_of, standing_of
 
@@ -115,6 +117,8 @@ def _table(phase: Phase, run: Run, study: Study, groups: Groups, stands: Standin
     names = [variant.name for variant in study.variants if (variant.name, "variant") in groups]
     shown = [groups[(name, "variant")] for name in names]
     asked = columns_of(phase, own_workloads=bool(run.manifest.own_workloads))
+    if study.of_scripts and any(sides.tokens_differ for sides in sides_of_run(run, study).values()):
+        asked += ("time_per_real_token_s",)
     columns = tuple(column for column in asked if any(series.trials(column) for series in shown))
     tails = [_tail(series, metric) for series in shown] if phase == "generate" else []
     tailed = any(tail is not None for tail in tails)
@@ -217,14 +221,21 @@ def _facts(run: Run, study: Study) -> tuple[str, ...]:
     commit = f"commit {git['commit'][:10]}{changes}" if git.get("commit") else "no repository"
     device, name, threads, python = (provenance.get(key, "unknown") for key in _NAMED)
     plural = "s" if threads != 1 else ""
+    of_what = (
+        [*describe_scripts(run, study)]
+        if study.of_scripts
+        else [
+            f"workload  {workload.model}; {tokens.get('data', workload.data)}; "
+            f"{workload.batch_size} × {workload.sequence_length} tokens a batch, {workload.layout}"
+            f"{'' if workload.loss == 'all' else f', {LOSSES[workload.loss]}'}; "
+            f"{workload.prompt_tokens} + {workload.new_tokens} tokens a request",
+            f"tokens    {_tokens(tokens)}",
+        ]
+    )
     return (
         f"device    {name} ({device}, {threads} thread{plural}){_power_limit(provenance)}",
         f"software  {versions}, Python {python}; {commit}",
-        f"workload  {workload.model}; {tokens.get('data', workload.data)}; "
-        f"{workload.batch_size} × {workload.sequence_length} tokens a batch, {workload.layout}"
-        f"{'' if workload.loss == 'all' else f', {LOSSES[workload.loss]}'}; "
-        f"{workload.prompt_tokens} + {workload.new_tokens} tokens a request",
-        f"tokens    {_tokens(tokens)}",
+        *of_what,
         *_own_workloads(run, study),
         f"plan      {replicates_said(run)}, {protocol.turns * protocol.steps_per_turn} timed steps a trial, "
         f"order seed {run.manifest.seed}",

@@ -21,20 +21,21 @@ from harness.records import codec, inputs
 from harness.records.record import Interleaving, Notice, Side
 from harness.records.store import Run
 from harness.records.units import format_bytes
-from harness.run.contenders import CONTROL_SUFFIX, sides_of
+from harness.run.contenders import CONTROL_SUFFIX, Contender, sides_of
 from harness.run.executors import open_executor
 from harness.run.executors.host import Host
 from harness.run.executors.sides import OpenSide, open_side
 from harness.run.feasibility import check_feasible
 from harness.run.forecast import most_of, together_bytes
 from harness.run.levels import fits
-from harness.run.measure import Arm, Display, measure
+from harness.run.measure import Arm, Display, executor_of, measure
 from harness.run.plan import Plan, make_plan
-from harness.run.resume import INJECTED, PRESENT, check_place, is_calibration
+from harness.run.rehearsal import REHEARSED
+from harness.run.resume import INJECTED, PRESENT, check_place, is_calibration, of_commands
 from harness.run.stops import Stops
 from harness.studies.data_source import make_absolute
+from harness.studies.script import SIDE
 from harness.studies.study import Study
-from harness.studies.variant import Variant
 from harness.verdicts.comparand import differences
 
 SIDES: tuple[Side, ...] = ("base", "candidate")
@@ -50,6 +51,7 @@ def plan_ab(
     select: Sequence[str] = (),
     phases: Sequence[str] = DEFAULT_PHASES,
     injected_rows: int = 0,
+    command: str = "",
     runs: Path | None = None,
 ) -> tuple[Plan, tuple[Notice, ...]]:
     """Base, candidate and the base once more, for each variant in each replicate, in an order shuffled by the seed.
@@ -61,17 +63,23 @@ def plan_ab(
         select: names of variants; empty for all. The reference carries the control, or the first that is selected.
         phases: "train", "generate", "cold"; training always runs.
         injected_rows: extra work in the candidate's adapters (`trial.building.injection`); 0 in an honest A/B.
+        command: the candidate's, where two scripts are compared.
         runs: folder of earlier runs, whose measured peaks say what fits together.
 
     Raises:
         UsageError: an unknown variant or phase, or a study that this machine cannot run.
     """
-    study = _locate(study)
+    if injected_rows and study.of_scripts:
+        raise UsageError(
+            f"study {study.name}: extra work goes into adapters of lorameter's own, and a script has none of them."
+        )
+    study = study if study.of_scripts else _locate(study)
     variants = [study.variant(name) for name in dict.fromkeys(select)] or list(study.variants)
-    contenders = sides_of(study, variants, injected_rows=injected_rows)
+    contenders = sides_of(study, variants, injected_rows=injected_rows, command=command)
     notices = check_feasible(study, machine, contenders, free_bytes=free_bytes)
-    level, why = _level(variants, study, machine, free_bytes, runs)
-    return make_plan(study, contenders=contenders, phases=phases, interleaving=level, why=why), notices
+    level, why, provisional = _level(contenders, study, machine, free_bytes, runs)
+    plan = make_plan(study, contenders=contenders, phases=phases, interleaving=level, why=why, provisional=provisional)
+    return plan, notices
 
 
 def measure_ab(
@@ -106,8 +114,19 @@ def measure_ab(
         for name, side in sides.items():
             about = {"spec": side.spec, "kind": side.kind, "label": side.label}
             rows = {slot.contender.injected_rows for slot in plan.slots if slot.side == name}
-            arms += arms_of(name, side.host, side.declared, about | {INJECTED: max(rows)})
+            kind = executor_of(plan.study)
+            arms += arms_of(name, side.host, side.declared, about | {INJECTED: max(rows)}, kind)
         return measure(plan, runs=runs, display=display, notices=notices, arms=arms)
+
+
+def arms_of_commands(plan: Plan) -> list[Arm]:
+    """The sides of an A/B of two commands: nothing but the command differs between them."""
+    arms: list[Arm] = []
+    for name in SIDES:
+        command = next(one.variant.command for one in plan.contenders if one.side == name)
+        about = {"spec": command, "kind": SIDE, "label": command, INJECTED: 0}
+        arms += arms_of(name, None, (), about, executor_of(plan.study))
+    return arms
 
 
 def resume_ab(run: Run, plan: Plan, *, repository: Path, cache: Path, display: Display) -> Run:
@@ -125,6 +144,10 @@ def resume_ab(run: Run, plan: Plan, *, repository: Path, cache: Path, display: D
         InvalidRunError: a side whose worker does not start.
     """
     before = run.manifest.sides
+    if of_commands(run.manifest):
+        arms = arms_of_commands(plan)
+        check_place(run, arms[0].executor.facts())
+        return measure(plan, runs=run.path.parent, display=display, arms=arms, resume=run.manifest.run)
     if is_calibration(run.manifest):
         arms = [arm for name in SIDES for arm in arms_of(name, Host(), (), before[name])]
         check_place(run, arms[0].executor.facts())
@@ -132,7 +155,7 @@ def resume_ab(run: Run, plan: Plan, *, repository: Path, cache: Path, display: D
     with _open_sides({name: _spec_again(before[name]) for name in SIDES}, repository, cache) as sides:
         arms = []
         for name, side in sides.items():
-            made = arms_of(name, side.host, side.declared, before[name])
+            made = arms_of(name, side.host, side.declared, before[name], executor_of(plan.study))
             _check_unchanged(run, name, made[0].executor.facts().host or {})
             arms += made
         check_place(run, arms[0].executor.facts())
@@ -181,14 +204,15 @@ def _locate(study: Study) -> Study:
 
 def arms_of(
     side: Side,
-    host: Host,
+    host: Host | None,
     declared: tuple[str, ...],
     about: Mapping[str, Any],
+    kind: str | None = None,
 ) -> list[Arm]:
     """Where one side is measured; the base has a second executor for its control (see `Arm` for the reason)."""
     names = [side, CONTROL_SUFFIX] if side == "base" else [side]
     return [
-        Arm(name=name, side=side, executor=open_executor(host=host, label=name), declared=declared, about=about)
+        Arm(name=name, side=side, executor=open_executor(kind, host=host, label=name), declared=declared, about=about)
         for name in names
     ]
 
@@ -201,13 +225,16 @@ def arms_of_present(injected_rows: int) -> list[Arm]:
 
 
 def _level(
-    variants: Sequence[Variant], study: Study, machine: Machine, free: int | None, runs: Path | None
-) -> tuple[Interleaving, str]:
-    """Lockstep if three live processes of the largest variant fit."""
+    contenders: Sequence[Contender], study: Study, machine: Machine, free: int | None, runs: Path | None
+) -> tuple[Interleaving, str, bool]:
+    """Lockstep if three live processes of the largest variant fit; and whether a rehearsal is to show that."""
+    variants = {one.variant.id: one.variant for one in contenders}.values()
     needed = most_of(together_bytes([variant] * 3, study.workload, machine, runs) for variant in variants)
     if free is None:
-        return "replicates", "how much memory is free cannot be known"
+        return "replicates", "how much memory is free cannot be known", False
+    if needed is None and study.of_scripts:
+        return "lockstep", REHEARSED, True
     if needed is None:
-        return "replicates", "how much memory three live processes need cannot be known"
+        return "replicates", "how much memory three live processes need cannot be known", False
     sizes = f"three live processes need about {format_bytes(needed)} of {format_bytes(free)} free"
-    return ("lockstep" if fits(needed, free) else "replicates"), sizes
+    return ("lockstep" if fits(needed, free) else "replicates"), sizes, False

@@ -73,13 +73,17 @@ def contenders_of(
     return (*measured, contender(study.variant(study.reference), "control"))
 
 
-def sides_of(study: Study, variants: Sequence[Variant], *, injected_rows: int = 0) -> tuple[Contender, ...]:
-    """Each variant on both sides, and one of them on the base once more."""
+def sides_of(
+    study: Study, variants: Sequence[Variant], *, injected_rows: int = 0, command: str = ""
+) -> tuple[Contender, ...]:
+    """Each variant on both sides, and one of them on the base once more; `command` is the candidate's in place of the
+    variants' own, where two scripts are the sides."""
     controlled = next((variant for variant in variants if variant.name == study.reference), variants[0])
     found: list[Contender] = []
     for variant in variants:
         base = Contender(variant=variant, side="base", workload=study.workload)
-        found += [base, dataclasses.replace(base, side="candidate", injected_rows=injected_rows)]
+        other = dataclasses.replace(variant, command=command) if command else variant
+        found += [base, dataclasses.replace(base, side="candidate", variant=other, injected_rows=injected_rows)]
         found += [dataclasses.replace(base, role="control")] if variant is controlled else []
     return tuple(found)
 

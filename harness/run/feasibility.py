@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from harness.errors import UsageError, shorten
 from harness.machine.provenance import Machine
@@ -19,6 +20,7 @@ from harness.models.shapes import ModelShape, linear_layers, unknown_layers
 from harness.records.record import Notice
 from harness.records.units import format_bytes
 from harness.run.contenders import Contender, contenders_of, workloads_of
+from harness.run.executors.workplace import shared_notices
 from harness.studies.study import Study
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
@@ -47,6 +49,10 @@ def check_feasible(
     Raises:
         UsageError: naming study, variant, key, value and remedy.
     """
+    if study.of_scripts:
+        _check_requirements(study)
+        commands = {one.variant.id: one.variant for one in contenders or contenders_of(study)}
+        return tuple(notice for one in commands.values() for notice in shared_notices(one, Path.cwd()))
     source = catalogue.resolve(study.workload.model)
     shape, stored = shapes.shape(source), stored_dtype(source)
     contenders = contenders or contenders_of(study)

@@ -21,6 +21,7 @@ from harness.models.shapes import ModelShape, linear_widths, unknown_layers
 from harness.records import codec, store
 from harness.records.durations import measuring_time_s
 from harness.run.plan import Group, Plan
+from harness.studies.script import OWN
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
 
@@ -32,6 +33,7 @@ CHECK_STEPS = 6
 """Steps that the first step, the check and the held-out losses are worth."""
 RUNS_LOOKED_AT = 20
 """Runs that are searched for measured peaks."""
+OF_SCRIPTS = "it is the scripts' own"
 LAYER_OVERHEAD_S = 3e-3
 """Python and dispatch for one layer's forward and backward on a CPU, measured."""
 
@@ -50,6 +52,11 @@ class Forecast:
 
 def forecast(plan: Plan, machine: Machine, runs: Path) -> Forecast:
     """Expected wall time, memory of what is live together at most (with its processes) and disk of a run."""
+    if plan.study.of_scripts:
+        earlier = _earlier_run_s(plan, machine, runs)
+        seconds = None if earlier is None else earlier[0] * plan.study.protocol.replicates
+        basis = "no earlier run of these scripts" if earlier is None else f"replicates of run {earlier[1]}"
+        return Forecast(time_s=seconds, basis=basis, memory_bytes=None, disk_bytes=None, unknown=OF_SCRIPTS)
     shape = shapes.shape(catalogue.resolve(plan.study.workload.model))
     unknown = unknown_layers(shape)
     workload = plan.study.workload
@@ -100,11 +107,11 @@ def needed_bytes(
 ) -> dict[str, int | None]:
     """Expected memory of a process of each variant, by name: the peak of an earlier run where there is one, else the
     estimate, None where the model's layers are not known; on a GPU device memory."""
+    if workload.model == OWN:
+        return {variant.name: _measured_script(variant, workload, machine, runs) for variant in variants}
     source = catalogue.resolve(workload.model)
     shape, stored, device = shapes.shape(source), stored_dtype(source), machine.device
-    kind, extra = "host_peak_train_bytes", 0
-    if device == "cuda":
-        kind, extra = "device_peak_reserved_train_bytes", CUDA_CONTEXT_BYTES
+    kind, extra = _kind_of_peak(device)
     measured = {} if runs is None else measured_peaks(workload, machine, runs, kind)
 
     def need(variant: Variant) -> int | None:
@@ -116,6 +123,21 @@ def needed_bytes(
         return estimate_memory(variant, workload, shape, device=device, stored=stored).needed_bytes
 
     return {variant.name: need(variant) for variant in variants}
+
+
+def _measured_script(variant: Variant, workload: Workload, machine: Machine, runs: Path | None) -> int | None:
+    """What an earlier run of the same command took; None without one."""
+    kind, extra = _kind_of_peak(machine.device)
+    peaks = {} if runs is None else measured_peaks(workload, machine, runs, kind)
+    peak = peaks.get(variant.id)
+    return None if peak is None else peak + extra
+
+
+def _kind_of_peak(device: str) -> tuple[str, int]:
+    """The name of the peak that says what a process took, and what it took beside it."""
+    if device == "cuda":
+        return "device_peak_reserved_train_bytes", CUDA_CONTEXT_BYTES
+    return "host_peak_train_bytes", 0
 
 
 def measured_peaks(workload: Workload, machine: Machine, runs: Path, kind: str) -> dict[str, int]:

@@ -73,6 +73,8 @@ def shared_base_obstacle(variants: Sequence[Variant]) -> str | None:
     first = variants[0]
     for variant in variants:
         label = variant.name or variant.id
+        if variant.command:
+            return f"{label} is a command, which has a model of its own"
         if variant.rewrites_base:
             return f"{label}: init_lora_weights = {variant.init_lora_weights!r} rewrites the base"
         if variant.bias != "none":

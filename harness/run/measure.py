@@ -27,11 +27,12 @@ from harness.records.store import Manifest, Run, RunWriter
 from harness.run.budget import Budget
 from harness.run.conductor import Watcher
 from harness.run.contenders import contenders_of, variants_of, workloads_of
-from harness.run.executors import Executor, open_executor
+from harness.run.executors import SCRIPTS, Executor, open_executor
 from harness.run.feasibility import check_feasible
 from harness.run.forecast import together_bytes, total_of
 from harness.run.levels import choose_level
 from harness.run.plan import Plan, Slot, make_plan
+from harness.run.rehearsal import REHEARSED, rehearse
 from harness.run.resume import continue_manifest, is_finished, mend_manifest
 from harness.run.runner import Measured, find_unsettled, keep_records, run_plan
 from harness.run.site import Site, site_of
@@ -50,6 +51,9 @@ class Display(Watcher, Protocol):
 
     def tokens_prepared(self, data: str) -> None:
         """What the data that somebody gave was recognised as."""
+
+    def rehearsed(self, plan: Plan, notices: Sequence[Notice]) -> None:
+        """The scripts of a plan have been rehearsed: the level that follows, and what is to be known of them."""
 
 
 def plan_study(
@@ -81,17 +85,22 @@ def plan_study(
     contenders = contenders_of(study, select, own_workloads)
     workloads = workloads_of(study, contenders)
     notices = check_feasible(study, machine, contenders, free_bytes=free_bytes)
+    together = total_of(
+        together_bytes([one.variant for one in contenders if one.workload == workload], workload, machine, runs)
+        for workload in workloads
+    )
     level, why = choose_level(
         variants_of(contenders),
-        together_bytes=total_of(
-            together_bytes([one.variant for one in contenders if one.workload == workload], workload, machine, runs)
-            for workload in workloads
-        ),
+        together_bytes=together,
         free_bytes=free_bytes,
         asked=interleaving,
         workloads=len(workloads),
     )
-    return make_plan(study, contenders=contenders, phases=phases, interleaving=level, why=why), notices
+    provisional = study.of_scripts and interleaving is None and None is together is not free_bytes
+    if provisional:
+        level, why = "lockstep", REHEARSED
+    plan = make_plan(study, contenders=contenders, phases=phases, interleaving=level, why=why, provisional=provisional)
+    return plan, notices
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +121,11 @@ class Arm:
     """Fields of the provenance in which this side is meant to differ."""
     about: Mapping[str, Any] = field(default_factory=dict)
     """What the manifest says of the side beside its facts."""
+
+
+def executor_of(study: Study) -> str | None:
+    """The executor that a study's variants take; None for the one of the environment."""
+    return SCRIPTS if study.of_scripts else None
 
 
 def measure(
@@ -140,7 +154,7 @@ def measure(
     """
     study = plan.study
     threads = {slot.arm: slot.workload.threads for slot in plan.slots}
-    arms = arms or [Arm(name=name, executor=open_executor(label=name)) for name in threads]
+    arms = arms or [Arm(name=name, executor=open_executor(executor_of(study), label=name)) for name in threads]
     executors = {arm.name: arm.executor for arm in arms}
     first = arms[0]
     run_id = resume or store.new_run_id(study.name, runs)
@@ -162,10 +176,16 @@ def measure(
                 executor.start(runs / run_id, threads[name])
             # While the workers import:
             prepared = {workload: first.executor.prepare_tokens(workload) for workload in plan.workloads}
-            if not prepared[study.workload].synthetic:
+            if not (prepared[study.workload].synthetic or study.of_scripts):
                 shown.tokens_prepared(prepared[study.workload].data)
             hellos = {name: greet(executor, variants) for name, executor in executors.items()}
             there = {arm.name: arm.executor.facts() for arm in arms if arm is first or arm.name == arm.side}
+        site = _site(plan, prepared, hellos[first.name].device)
+        if plan.provisional:
+            with stops.interruptible():
+                plan, told = rehearse(plan, executors, site, shown)
+            shown.rehearsed(plan, told)
+            groups, notices = plan.groups, (*notices, *told)
         tokens = _tokens(plan, prepared)
         facts = provenance.collect(
             study, there[first.name], study.workload.threads, hellos[first.name], plan.own_workloads
@@ -198,7 +218,7 @@ def measure(
             measured = run_plan(
                 plan,
                 executors,
-                _site(plan, prepared, hellos[first.name].device),
+                site,
                 save=writer.append,
                 watcher=shown,
                 stop=Stopping(plan, budget, earlier=keep_records(groups, known)),
@@ -236,6 +256,10 @@ class Shielded:
     def tokens_prepared(self, data: str) -> None:
         """As the display's."""
         self._tell(lambda display: display.tokens_prepared(data))
+
+    def rehearsed(self, plan: Plan, notices: Sequence[Notice]) -> None:
+        """As the display's."""
+        self._tell(lambda display: display.rehearsed(plan, notices))
 
     def trial_phase(self, slot: Slot, phase: str) -> None:
         """As the display's."""

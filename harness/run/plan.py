@@ -105,6 +105,8 @@ class Plan:
     why: str
     """Why this level of interleaving."""
     groups: tuple[Group, ...]
+    provisional: bool = False
+    """Whether its level is still to be settled by a rehearsal of its scripts (`harness.run.rehearsal`)."""
 
     @property
     def workloads(self) -> tuple[Workload, ...]:
@@ -130,6 +132,7 @@ def make_plan(
     phases: Sequence[str] = PHASES,
     interleaving: Interleaving = "replicates",
     why: str = "asked for",
+    provisional: bool = False,
 ) -> Plan:
     """Replicates × contenders, shuffled inside each replicate by `protocol.seed`.
 
@@ -140,12 +143,18 @@ def make_plan(
         phases: "train", "generate", "cold"; training always runs, since the others need its adapter.
         interleaving: the level of alternation (`harness.run.levels` picks one).
         why: the reason for that level, for the report.
+        provisional: whether a rehearsal settles the level.
 
     Raises:
         UsageError: an unknown phase.
     """
     contenders = tuple(contenders) or contenders_of(study)
     checked = check_phases(phases)
+    if study.of_scripts and checked != ("train",):
+        raise UsageError(
+            f"study {study.name}: phases {', '.join(checked)}: its variants are commands, of which training is "
+            "measured and nothing else. Leave the phase out."
+        )
     together, alone = measures_of(study, interleaving, checked)
     _check_size(study, len(contenders))
     arms = {contender: _arm(contender, contenders) for contender in contenders}
@@ -176,7 +185,13 @@ def make_plan(
                     solo = slot(one, replicate, "replicates", alone)
                     groups.append(Group(replicate=replicate, launches=((solo,),), requests=_solo_requests(study, solo)))
     return Plan(
-        study=study, contenders=contenders, phases=checked, interleaving=interleaving, why=why, groups=tuple(groups)
+        study=study,
+        contenders=contenders,
+        phases=checked,
+        interleaving=interleaving,
+        why=why,
+        groups=tuple(groups),
+        provisional=provisional,
     )
 
 
@@ -204,6 +219,8 @@ def measures_of(
     study: Study, interleaving: Interleaving, phases: Sequence[str]
 ) -> tuple[tuple[Measure, ...], tuple[Measure, ...]]:
     """What the trials that take turns measure, and what solo trials beside them measure."""
+    if study.of_scripts:  # each has a process and an allocator of its own, whatever is live beside it
+        return ("steps", "peaks"), ()
     unwanted = {"merged"} if not study.protocol.merged else set()
     unwanted |= {"natural"} if not study.workload.natural_tokens else set()
     wanted = tuple(

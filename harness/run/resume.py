@@ -23,6 +23,7 @@ from harness.records.record import Notice
 from harness.records.store import Manifest, Resumption, Run
 from harness.run.contenders import contenders_of, sides_of
 from harness.run.plan import Plan, make_plan
+from harness.studies.script import SIDE
 from harness.studies.study import Study
 from harness.studies.workload import Workload
 from harness.verdicts.comparand import differences
@@ -93,6 +94,8 @@ def _is_told(side: Any) -> bool:
     facts, declared = side.get("facts"), side.get("declared")
     if side.get("kind") == PRESENT:
         return isinstance(declared, list)
+    if side.get("kind") == SIDE:
+        return isinstance(declared, list) and isinstance(side.get("spec"), str)
     return (
         isinstance(side.get("kind"), str)
         and isinstance(side.get("spec"), str)
@@ -107,6 +110,12 @@ def is_calibration(manifest: Manifest) -> bool:
     """Whether a run is an A/B of the interpreter that measured it with itself."""
     sides = [manifest.sides.get(name) for name in ("base", "candidate")]
     return is_resumable(manifest) and all(isinstance(side, Mapping) and side.get("kind") == PRESENT for side in sides)
+
+
+def of_commands(manifest: Manifest) -> bool:
+    """Whether a run is an A/B of two commands."""
+    sides = [manifest.sides.get(name) for name in ("base", "candidate")]
+    return all(isinstance(side, Mapping) and side.get("kind") == SIDE for side in sides)
 
 
 def is_finished(run: Run) -> bool:
@@ -158,7 +167,9 @@ def plan_of(run: Run, *, max_minutes: float | None = None) -> Plan:
     manifest, study = run.manifest, study_of(run)
     if manifest.sides:
         variants = [study.variant(name) for name in manifest.selection]
-        contenders = sides_of(study, variants, injected_rows=manifest.sides["candidate"][INJECTED])
+        side = manifest.sides["candidate"]
+        command = side["spec"] if of_commands(manifest) else ""
+        contenders = sides_of(study, variants, injected_rows=side[INJECTED], command=command)
     else:
         contenders = contenders_of(study, manifest.selection, _own_workloads(run))
     plan = make_plan(

@@ -11,6 +11,7 @@ from harness.records.record import Status, TrialRecord
 from harness.run.executors import Place
 from harness.run.plan import Plan, Slot
 from harness.studies.request import TrialRequest
+from harness.studies.script import OWN
 from harness.studies.workload import Workload
 
 
@@ -32,6 +33,8 @@ class Site:
 
 def site_of(workload: Workload, tokens: TokenSummary, device: str) -> Site:
     """The site of trials that are measured on one workload."""
+    if workload.data == OWN:  # its trials say what they saw
+        return Site(device=device, threads=workload.threads, tokens_path=tokens.path, tokens={})
     known = {"hash": tokens.hash, "real_tokens": tokens.real_tokens, "padded_tokens": tokens.padded_tokens}
     return Site(device=device, threads=workload.threads, tokens_path=tokens.path, tokens=known)
 

@@ -17,6 +17,7 @@ from harness.errors import UsageError
 from harness.studies import limits
 from harness.studies.claim import LINEAR, Claim
 from harness.studies.protocol import PRECISION_REPLICATES, Protocol
+from harness.studies.script import check_scripts
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
 
@@ -62,7 +63,14 @@ class Study:
         for key in self.replaced:
             if self._place_of(key) is None:
                 raise UsageError(f"study {self.name}: replaced = {key!r}: no field of it. Take it out.")
+        if any(variant.command for variant in self.variants):
+            check_scripts(self)
         self._check_claims()
+
+    @property
+    def of_scripts(self) -> bool:
+        """Whether its variants are commands, which bring model, data and training themselves."""
+        return bool(self.variants[0].command)
 
     def check_distinct(self, own_workloads: Mapping[str, Workload] | None = None) -> None:
         """Raises `UsageError` where two variants are the same configuration on the same workload; `own_workloads` are

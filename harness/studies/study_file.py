@@ -10,7 +10,7 @@ notes = ["..."]                 # what a reader of the results must know and no 
 [controls]                      # fields of Variant, equal for all
 [axes]                          # field = [values]: every combination is a variant
 [sweeps]                        # field = [values]: one field at a time, all else as in the controls
-[[variant]]                     # or variants one by one: name and what differs from the controls
+[[variant]]                     # or variants one by one: name and what differs from the controls; or name and command
 [requirements]                  # paths of kernels_check that the study demands beside what the variants imply
 [[claim]]                       # see harness.studies.claim
 [profile.NAME]                  # any of the above but the variants, for one kind of machine
@@ -33,6 +33,7 @@ from harness.records import codec, inputs
 from harness.studies import limits
 from harness.studies.claim import Claim
 from harness.studies.protocol import Protocol
+from harness.studies.script import OWN
 from harness.studies.study import Study, unknown
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
@@ -77,11 +78,16 @@ def load_variant(spec: str, *, profile: str | None = None, device: str = "") -> 
     STUDY is a built-in name or a TOML file; `profile` and `device` choose its profile, as in `load_study`.
 
     Raises:
-        UsageError: no such study or variant, or a study of several and none named.
+        UsageError: no such study or variant, a study of several and none named, or one of commands.
     """
     named = ":" in spec and not inputs.is_file(spec)  # a file may have a colon in its name
     study_name, _, name = spec.rpartition(":") if named else (spec, "", "")
     study = load_study(study_name, profile=profile, device=device)
+    if study.of_scripts:
+        raise UsageError(
+            f"variant {spec!r}: it is a command, and its model is its script's: there is nothing to work out, or to "
+            "take apart, without starting it. Measure it with `lorameter run` or `lorameter ab`."
+        )
     if named:
         return study, study.variant(name)
     if len(study.variants) > 1:
@@ -206,6 +212,7 @@ def _replaced(written: Study, fitted: Study) -> dict[str, Any]:
 def _parse(path: Path, data: Mapping[str, Any]) -> Study:
     where = path.name
     variants = _variants(where, data)
+    data = _of_scripts(data) if variants and variants[0].command else data
     reference = data.get("reference", variants[0].name if variants else "")
     fields: dict[str, Any] = {"title": data.get("title", path.stem), "reference": reference}
     for key, kind in (("title", str), ("reference", str), ("allow_fallback", bool), ("requirements", dict)):
@@ -227,6 +234,12 @@ def _parse(path: Path, data: Mapping[str, Any]) -> Study:
     except UsageError as error:
         raise error if str(error).startswith(where) else UsageError(f"{where}: {error}") from None
     return study
+
+
+def _of_scripts(data: Mapping[str, Any]) -> dict[str, Any]:
+    """What a study of commands need not say: that model and data are the scripts', and that training is measured."""
+    said = {"workload": {"model": OWN, "data": OWN}, "protocol": {"phases": ["train"]}}
+    return _merged(said, data)
 
 
 def _claims(where: str, listed: Any) -> list[Claim]:

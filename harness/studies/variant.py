@@ -15,7 +15,7 @@ from typing import Literal
 
 from harness.errors import UsageError, shorten
 from harness.records import codec
-from harness.studies import limits
+from harness.studies import limits, script
 
 DType = Literal["float32", "bfloat16", "float16"]
 Quantization = Literal["none", "int8", "nf4", "fp4"]
@@ -94,6 +94,15 @@ class Variant:
     """Gradient norm above which gradients are scaled down; 0 leaves them alone."""
     gradient_accumulation: int = 1
 
+    command: str = field(default="", metadata=codec.LATER)
+    """A training script in place of all above, as one would start it, but without a shell: `python train.py --r 64`."""
+    cwd: str = field(default="", metadata=codec.LATER)
+    """Folder that the command is run in; the one that one stands in if left out."""
+    env: dict[str, str] = field(default_factory=dict, hash=False, metadata=codec.LATER)
+    """Variables that the command has beside those of the environment. They are written into the run."""
+    python: str = field(default="", metadata=codec.LATER)
+    """Interpreter in place of the command's `python`; its folder comes first on the command's PATH."""
+
     def __post_init__(self) -> None:
         checks: tuple[tuple[bool, str, str, str], ...] = (
             (self.r >= 1, "r", "a rank is a positive number of columns", "Use 1 or more; 8 to 64 are usual."),
@@ -154,6 +163,7 @@ class Variant:
         for holds, key, why, remedy in checks:
             if not holds:
                 raise UsageError(f"{f'{label}: ' if self.name else ''}{key} = {getattr(self, key)!r}: {why}. {remedy}")
+        script.check_script(label, self)
         limits.check_ranges(label, self, _RANGES)
         if len(self.target_modules) > 1000:
             raise UsageError(f"{label}: target_modules: {len(self.target_modules)} names. Use 1000 or fewer.")

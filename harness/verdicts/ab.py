@@ -19,11 +19,13 @@ from harness.records.metrics import METRICS, PRIMARY
 from harness.records.record import Interleaving, Notice
 from harness.records.store import Run
 from harness.stats import Comparison
+from harness.studies.script import SIDE
 from harness.studies.study import Study
 from harness.verdicts.comparand import Difference, Measurements, is_memory, measurements_of
 from harness.verdicts.judging import LimitsOf, SidePair, default_limits, default_metrics, judge_pairs, matching, rows_of
 from harness.verdicts.notices import run_notices
 from harness.verdicts.outcome import ComparisonReport, without_numbers
+from harness.verdicts.sameness import losses_of_run, sides_of_run
 from harness.verdicts.series import Series, compare_series, pairing_of, pairs_of, series_of, without_equivalent
 from harness.verdicts.standing import control_faults, control_of, phases_of, run_faults, say_broken
 
@@ -48,13 +50,16 @@ class Attribution:
     parts: tuple[Part, ...]
 
 
-def report_of(run: Run, *, metrics: Sequence[str] = (), limits_of: LimitsOf = default_limits) -> ComparisonReport:
+def report_of(
+    run: Run, *, metrics: Sequence[str] = (), limits_of: LimitsOf = default_limits, losses: bool = False
+) -> ComparisonReport:
     """The verdicts of an A/B run.
 
     Args:
         run: a run with two sides.
         metrics: names or patterns to judge; empty for the primary metric of each phase and the peaks of memory.
         limits_of: tolerance and margin by variant and metric.
+        losses: whether those of both sides are to be compared; those of scripts always are.
 
     Raises:
         UsageError: a run without sides.
@@ -73,6 +78,7 @@ def report_of(run: Run, *, metrics: Sequence[str] = (), limits_of: LimitsOf = de
         comparisons=rows_of(pairs, verdicts, limits_of),
         control=control,
         notices=tuple(dict.fromkeys(_notices(run, study, control))),
+        losses=losses_of_run(run, study) if losses or study.of_scripts else {},
     )
 
 
@@ -80,13 +86,15 @@ def _pairs(run: Run, study: Study, broken: str | None, metrics: Sequence[str]) -
     """Every metric that is wanted of every variant; `broken` forbids all numbers, also of what has none."""
     groups = [series_of(run.records, side) for side in ("base", "candidate")]
     pairs: list[SidePair] = []
+    compared = sides_of_run(run, study) if study.of_scripts else {}
     for variant in study.variants:
         series = [side[variant.name, "variant"] for side in groups if (variant.name, "variant") in side]
         if not series and not (broken and variant.name in (run.manifest.selection or (variant.name,))):
             continue
         sides = [measurements_of(one, study, run.manifest.run) for one in series]
         said = [fault for fault in (broken, *(side.broken for side in sides)) if fault]
-        for metric in _wanted(run, sides, metrics):
+        differ = variant.name in compared and compared[variant.name].tokens_differ
+        for metric in _wanted(run, sides, metrics, tokens_differ=differ):
             if said or len(sides) < 2 or not all(side.has(metric) for side in sides):
                 refusal = without_numbers("invalid", said[0] if said else f"one side has no {metric}")
                 level = _level(series, metric)
@@ -160,11 +168,14 @@ def _level(series: Sequence[Series], metric: str) -> Interleaving:
     return level or "replicates"
 
 
-def _wanted(run: Run, sides: Sequence[Measurements], patterns: Sequence[str]) -> list[str]:
+def _wanted(run: Run, sides: Sequence[Measurements], patterns: Sequence[str], *, tokens_differ: bool) -> list[str]:
+    """The metrics to judge; where a step of one side holds more tokens than one of the other, the time per real token
+    is one of them."""
     known = [metric for metric in METRICS if any(side.has(metric) for side in sides)]
     known += sorted({kind for side in sides for kind in side.peaks})
+    per_token = ["time_per_real_token_s"] if tokens_differ and "time_per_real_token_s" in known else []
     if not patterns:
-        return default_metrics(run.manifest.phases, known)
+        return default_metrics(run.manifest.phases, known) + per_token
     found = matching(known, patterns)
     if found or (sides and not any(side.broken for side in sides)):
         return found
@@ -189,6 +200,8 @@ def _notices(run: Run, study: Study, control: Mapping[str, Comparison | None]) -
 def _alike(run: Run) -> bool:
     """Whether nothing is known to differ: a mistyped side would come out as `equivalent`."""
     sides = [run.manifest.sides[side] for side in ("base", "candidate")]
+    if sides[0].get("kind") == SIDE:  # whatever else there is, is the same on purpose
+        return bool(sides[0].get("spec") == sides[1].get("spec"))
     facts = [side.get("facts") for side in sides]
     return facts[0] == facts[1] and sides[0].get("worker") == sides[1].get("worker") and facts[0] is not None
 

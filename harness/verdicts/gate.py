@@ -5,6 +5,7 @@ tolerance = 0.01                 # of times and of peaks
 margin = 0.05
 metrics = ["step_time_s", "*peak*"]   # gated; the primary metric of each phase and the peaks if left out
 required = ["nf4-*"]             # variants that must have been compared
+losses = "agree"                 # those of both sides of an A/B must; "any" if left out
 
 [[limit]]                        # the last one that matches wins, key by key
 variant = "nf4-*"
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,6 +62,7 @@ class Policy:
     margin: float | None = None
     metrics: tuple[str, ...] = ()
     required: tuple[str, ...] = ()
+    losses: Literal["any", "agree"] = field(default="any", metadata=codec.LATER)
     limit: tuple[LimitRule, ...] = ()
 
     def __post_init__(self) -> None:
@@ -134,6 +136,12 @@ def _unmet(report: ComparisonReport, policy: Policy) -> Iterator[str]:
                 yield f"{key} = {pattern!r} of the policy: nothing of that name was compared"
     if not report.comparisons:
         yield "nothing was compared"
+    if policy.losses == "agree":
+        for name, losses in report.losses.items():
+            if losses.found != "agree":
+                yield f"losses = 'agree' of the policy: {name}: {losses.found}: {losses.reason}"
+        if not report.losses:
+            yield "losses = 'agree' of the policy: no losses were compared, which is done in an A/B"
 
 
 def gate_document(result: GateResult) -> dict[str, Any]:

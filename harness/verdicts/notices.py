@@ -14,6 +14,7 @@ from harness.records.units import format_ratio
 from harness.stats import Comparison, count_outliers, drifts
 from harness.studies.study import Study
 from harness.verdicts.disturbance import disturbances
+from harness.verdicts.sameness import sameness_notices
 from harness.verdicts.series import OCCUPANCY_FLOOR, is_difference, occupancy
 
 DRIFT = 0.05
@@ -33,6 +34,7 @@ def run_notices(run: Run, study: Study, controls: Mapping[str, Comparison]) -> I
     """Notices of a run; `controls` are the A/A comparisons by the title of their phase."""
     ok = [record for record in run.records if record.status == "ok"]
     yield from _data(run, study)
+    yield from sameness_notices(run, study)
     on_cpu = run.manifest.provenance.get("device") == "cpu"
     if on_cpu:  # on a GPU the host may rightly wait
         yield from _contention(ok)

@@ -25,6 +25,7 @@ from harness.records import codec
 from harness.records.record import Interleaving, Notice
 from harness.stats import Comparison, Verdict
 from harness.verdicts.comparand import Difference
+from harness.verdicts.sameness import Losses, encode_losses
 
 SCHEMA = 1
 """Version of the JSON document of a comparison. 1: first form."""
@@ -80,6 +81,8 @@ class ComparisonReport:
     """By phase, the candidate's reference against itself; empty where no control is known."""
     differing: tuple[Difference, ...] = ()
     notices: tuple[Notice, ...] = ()
+    losses: Mapping[str, Losses] = dataclasses.field(default_factory=dict)
+    """Whether the losses of both sides agree, by variant; empty where nobody has looked."""
 
 
 def without_numbers(verdict: Verdict, reason: str) -> Comparison:
@@ -120,6 +123,7 @@ def document(report: ComparisonReport) -> dict[str, Any]:
         "control": {phase: codec.to_json(control) for phase, control in report.control.items()},
         "differing": [codec.to_json(difference) for difference in report.differing],
         "notices": [codec.to_json(notice) for notice in report.notices],
+        **({"losses": encode_losses(report.losses)} if report.losses else {}),
     }
 
 

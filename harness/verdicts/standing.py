@@ -59,13 +59,20 @@ def standing_of(run: Run, study: Study) -> Standing:
     controls = {
         phase: control_of(groups, study.reference, metric, family=len(primary)) for phase, metric in primary.items()
     }
+    asked = () if followed_alone(run, study) else controls.items()
     return Standing(
         run=run.manifest.run,
         primary=primary,
         controls=controls,
         failures=(*_failures(run), *_missing(run)),
-        faults=(*run_faults(run), *control_faults(controls.items())),
+        faults=(*run_faults(run), *control_faults(asked)),
     )
+
+
+def followed_alone(run: Run, study: Study) -> bool:
+    """Whether it is the run of one training that was followed where it took place: there is no second one to be its
+    control, and nobody has planned one."""
+    return study.of_scripts and len(run.manifest.order) == 1 and not run.manifest.sides
 
 
 def run_faults(run: Run) -> Iterator[str]:

@@ -14,7 +14,8 @@ import time
 import pytest
 
 from harness.errors import UsageError
-from harness.run.executors.local import LocalExecutor, _Disk
+from harness.run.executors.disk import Disk
+from harness.run.executors.local import LocalExecutor
 from harness.run.plan import make_plan
 from harness.run.runner import run_plan
 from harness.run.site import site_of
@@ -159,7 +160,7 @@ def test_a_tokenizer_that_is_not_whole_is_refused(how, broken, small_study, tmp_
     """By the tokenising process, which is real: the model is named, and nothing is measured."""
     workload = dataclasses.replace(small_study.workload, model=str(broken("tokenizer.json", how)))
     local = LocalExecutor()
-    local._disk = _Disk(tmp_path)
+    local._disk = Disk(tmp_path)
     try:
         with pytest.raises(UsageError, match=r"its tokenizer cannot be loaded"):
             local.prepare_tokens(workload)

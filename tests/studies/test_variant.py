@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from harness.errors import UsageError
+from harness.studies import script
 from harness.studies.variant import Variant
 
 
@@ -52,7 +53,7 @@ def test_every_field_that_is_read_changes_the_identity():
         "tf32": True, "compile": True, "optimizer": "adamw", "learning_rate": 1e-3, "schedule": "linear",
         "warmup_ratio": 0.1, "weight_decay": 0.1, "max_grad_norm": 0.0, "gradient_accumulation": 2,
     }  # fmt: skip
-    assert set(others) == {field.name for field in dataclasses.fields(Variant)} - {"name"}
+    assert set(others) == {field.name for field in dataclasses.fields(Variant)} - {"name", *script.FIELDS}
     ids = {dataclasses.replace(base, **{key: value}).id for key, value in others.items()} | {base.id}
     assert len(ids) == len(others) + 1
 

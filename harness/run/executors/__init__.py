@@ -26,8 +26,10 @@ from harness.studies.workload import Workload
 if TYPE_CHECKING:
     from harness.run.executors.host import Host
 
-EXECUTORS = {"local": "harness.run.executors.local"}
+EXECUTORS = {"local": "harness.run.executors.local", "script": "harness.run.executors.script"}
 """The module of each executor, by its name."""
+SCRIPTS = "script"
+"""The one for variants that are commands."""
 ENV_EXECUTOR = "LORAMETER_EXECUTOR"
 
 

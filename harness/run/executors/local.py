@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -21,8 +20,8 @@ from harness.machine.provenance import Facts, Machine
 from harness.records import codec
 from harness.records.preparation import Hello, TokenSummary
 from harness.records.record import SCHEMA, Failure, Fragment
-from harness.records.scratch import scratch_folder
 from harness.run.executors import Executor, Place, Worker, WorkerLostError
+from harness.run.executors.disk import Disk
 from harness.run.executors.forked import silence
 from harness.run.executors.host import Host, describe
 from harness.run.executors.zygote import Zygote, ZygoteLostError
@@ -74,7 +73,7 @@ class LocalExecutor:
         self._whose = f"the worker of {label!r}" if label else "the worker"
         self._suffix = f"-{label}" if label else ""
         self._threads = 1
-        self._disk: _Disk | None = None
+        self._disk: Disk | None = None
         self._zygote: Zygote | None = None
         self._hello: Hello | None = None
 
@@ -97,7 +96,7 @@ class LocalExecutor:
     def start(self, folder: Path, threads: int) -> None:
         """Start the zygote, which begins to import."""
         self._threads = threads
-        self._disk = _Disk(folder)
+        self._disk = Disk(folder)
         self._zygote = self._new_zygote()
 
     def _new_zygote(self) -> Zygote:
@@ -250,22 +249,15 @@ class LocalExecutor:
 
     def make_place(self, trial: str, log: str) -> Place:
         """In a temporary folder of this executor; the log lies with the run from the start."""
-        disk = self._required_disk()
-        scratch = disk.scratch / trial
-        scratch.mkdir(parents=True, exist_ok=True)
-        return Place(scratch=str(scratch), log_path=str(disk.logs / f"{log}.log"))
+        return self._required_disk().make_place(trial, log)
 
     def fetch(self, trial: str, name: str, folder: Path) -> Path:
         """Moved: nothing else of the trial needs it. Where it does not fit, no part of it is left."""
-        try:
-            return Path(shutil.move(self._required_disk().scratch / trial / name, folder / name))
-        except OSError:
-            (folder / name).unlink(missing_ok=True)
-            raise
+        return self._required_disk().fetch(trial, name, folder)
 
     def clear_place(self, trial: str) -> None:
         """Adapters and compile caches of a long run would fill the disk."""
-        shutil.rmtree(self._required_disk().scratch / trial, ignore_errors=True)
+        self._required_disk().clear(trial)
 
     def close(self) -> None:
         """End the zygote; its children die with it."""
@@ -276,7 +268,7 @@ class LocalExecutor:
             self._disk.close()
             self._disk = None
 
-    def _required_disk(self) -> _Disk:
+    def _required_disk(self) -> Disk:
         if self._disk is None:
             raise InvalidRunError("the worker is not started. Call start() first.")
         return self._disk
@@ -285,21 +277,6 @@ class LocalExecutor:
         if self._zygote is None:
             raise InvalidRunError("the worker is not started. Call start() first.")
         return self._zygote
-
-
-class _Disk:
-    """Where a run's files lie, by absolute paths: a host may run in another folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder.resolve()
-        self.logs = self.folder / "logs"
-        self.logs.mkdir(parents=True, exist_ok=True)
-        self._stack = contextlib.ExitStack()
-        self.scratch = self._stack.enter_context(scratch_folder())
-
-    def close(self) -> None:
-        """Remove what was not to be kept."""
-        self._stack.close()
 
 
 def open_executor(*, host: Host | None = None, label: str = "") -> Executor:

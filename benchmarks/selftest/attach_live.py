@@ -1,0 +1,198 @@
+"""Does an A/B of two scripts keep its word on this machine? Forty of each kind, as a user starts them.
+
+- a script against itself: at most five of forty call a difference, and as many while a process for each CPU does
+  nothing but compute;
+- a script against one whose step has 104 pieces of work in place of 100: called slower in at least 36 of 40. Where
+  other work runs on the machine this is not promised, and the occupancy of every try is printed.
+
+    python benchmarks/selftest/attach_live.py [--tries N] [--part identical loaded planted] [--keep FILE]
+
+Every try is kept in FILE as soon as it has ended, and is not made again by a later call with the same file. Prints
+every try, and ends with 1 where the word was not kept. It takes about two hours and wants the machine to itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness.machine.provenance import probe_machine
+from harness.records.units import format_ratio
+
+SCRIPT = Path(__file__).with_name("attach_script.py")
+PIECES, PLANTED = 100, 104
+PARTS = ("identical", "loaded", "planted")
+FALSE_ALARMS, FOUND = 5 / 40, 36 / 40
+REPLICATES, STEPS = 8, 40
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Try:
+    """One A/B of two scripts."""
+
+    part: str
+    number: int
+    verdict: str
+    """On the time of a step."""
+    verdicts: dict[str, str]
+    """On everything that was judged."""
+    ratio: float | None
+    low: float | None
+    high: float | None
+    control: str
+    interleaving: str
+    exit_code: int
+    notices: tuple[str, ...]
+    occupancy: float | None
+    """CPU time over wall time of the timed steps, the lowest of all trials."""
+    seconds: float
+
+    @property
+    def alarmed(self) -> bool:
+        """Whether a difference was called, either way, by whatever was judged, or the run came out as invalid."""
+        return self.exit_code not in (0, 3) or any(one in ("regressed", "improved") for one in self.verdicts.values())
+
+
+@contextlib.contextmanager
+def hogs() -> Iterator[None]:
+    """A process for each CPU that only computes."""
+    processes = [
+        subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(len(os.sched_getaffinity(0)))
+    ]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def attempt(part: str, number: int, folder: Path) -> Try:
+    """One try, in a folder that holds the script."""
+    candidate = PLANTED if part == "planted" else PIECES
+    commands = [shlex.join(["python", SCRIPT.name, "--pieces", str(pieces)]) for pieces in (PIECES, candidate)]
+    command = [
+        sys.executable, "-m", "harness.cli", "ab", "--base-command", commands[0], "--candidate-command", commands[1],
+        "--replicates", str(REPLICATES), "--steps", str(STEPS), "--runs-dir", str(folder / "runs"), "--json",
+    ]  # fmt: skip
+    root = str(Path(__file__).parents[2])
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
+    begin = time.monotonic()
+    with hogs() if part == "loaded" else contextlib.nullcontext():
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, cwd=folder, env=os.environ | {"PYTHONPATH": path}
+        )
+    seconds = time.monotonic() - begin
+    if not done.stdout.strip():
+        raise SystemExit(f"{' '.join(command)} ended with {done.returncode}: {done.stderr[-2000:]}")
+    document = json.loads(done.stdout)
+    step = next(row for row in document["comparisons"] if row["metric"] == "step_time_s")
+    return Try(
+        part=part,
+        number=number,
+        verdict=step["verdict"],
+        verdicts={row["metric"]: row["verdict"] for row in document["comparisons"]},
+        ratio=step["ratio"],
+        low=step["low"],
+        high=step["high"],
+        control=(document["control"]["train"] or {}).get("verdict", "not measured"),
+        interleaving=document["interleaving"],
+        exit_code=done.returncode,
+        notices=tuple(notice["code"] for notice in document["notices"]),
+        occupancy=occupancy(Path(document["path"])),
+        seconds=seconds,
+    )
+
+
+def occupancy(run: Path) -> float | None:
+    """The lowest share of a CPU that a trial of the run had while it was timed."""
+    shares = []
+    for line in (run / "trials.jsonl").read_text(encoding="utf-8").splitlines():
+        samples = json.loads(line)["samples"]
+        if wall := sum(samples.get("step_time_s", ())):
+            shares.append(sum(samples["step_cpu_time_s"]) / wall)
+    return min(shares, default=None)
+
+
+def read_tries(path: Path) -> list[Try]:
+    """Those that an earlier call has kept."""
+    if not path.is_file():
+        return []
+    kept = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    return [Try(**{**one, "notices": tuple(one["notices"])}) for one in kept]
+
+
+def broken_promises(tries: list[Try]) -> list[str]:
+    """What was promised and not kept; more or fewer tries than forty scale the promises."""
+    found = []
+    for part in dict.fromkeys(one.part for one in tries):
+        group = [one for one in tries if one.part == part]
+        if part == "planted":
+            slower = sum(one.verdict == "regressed" for one in group)
+            if slower < FOUND * len(group):
+                found.append(f"planted: found in {slower} of {len(group)}, promised 36 of 40")
+        else:
+            alarms = sum(one.alarmed for one in group)
+            if alarms > FALSE_ALARMS * len(group):
+                found.append(f"{part}: {alarms} of {len(group)} call a difference, promised 5 of 40 at most")
+    return found
+
+
+def say(one: Try) -> str:
+    """A line of the report."""
+    share = "unknown" if one.occupancy is None else f"{one.occupancy:.0%}"
+    others = ", ".join(f"{metric} {verdict}" for metric, verdict in one.verdicts.items() if metric != "step_time_s")
+    return (
+        f"  {one.part:<9} {one.number:>2}  {format_ratio(one.ratio, one.low, one.high):<24} {one.verdict:<12} exit "
+        f"{one.exit_code}, control {one.control}, {one.interleaving}, least {share} of a CPU, "
+        f"{one.seconds:.0f} s; {others}"
+    )
+
+
+def main() -> int:
+    """Make what is missing, print all, and say whether the word was kept."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tries", type=int, default=40)
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--keep", type=Path, default=Path("attach.jsonl"))
+    options = parser.parse_args()
+    tries = read_tries(options.keep)
+    made = {(one.part, one.number) for one in tries}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        (folder / SCRIPT.name).write_bytes(SCRIPT.read_bytes())
+        for number in range(options.tries):  # all kinds in turn: a call that is stopped leaves as many of each
+            for part in options.part:
+                if (part, number) not in made:
+                    tries.append(attempt(part, number, folder))
+                    with options.keep.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(dataclasses.asdict(tries[-1])) + "\n")
+                    print(say(tries[-1]), file=sys.stderr, flush=True)
+    tries = [one for one in tries if one.part in options.part and one.number < options.tries]
+    machine = probe_machine()
+    print(f"{machine.cpu_model}, {machine.cpus} CPUs, {machine.kernel}; Python {machine.python}")
+    print(f"{REPLICATES} replicates of {STEPS} timed steps, {PIECES} against {PLANTED} pieces of work where planted\n")
+    for part in options.part:
+        group = sorted((one for one in tries if one.part == part), key=lambda one: one.number)
+        counts = Counter(one.verdict for one in group)
+        print(f"{part}: {', '.join(f'{count} {verdict}' for verdict, count in counts.most_common())}")
+        print("\n".join(map(say, group)) + "\n")
+    broken = broken_promises(tries)
+    print("\n".join(broken) if broken else "every promise was kept")
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,50 @@
+"""The command that a process runs, as it is written down: without what may be a credential."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import PurePath
+
+from harness.errors import UsageError, redact
+from harness.studies.protocol import Protocol
+from harness.studies.script_study import study_of_command
+from harness.studies.study import Study
+
+_SECRET = re.compile(r"token$|secret|password|api[-_]?key|access[-_]?key", re.IGNORECASE)
+HIDDEN = "***"
+
+
+def write_command(words: Sequence[str]) -> str:
+    """The words as one line; what follows an option that sounds like a credential is left out."""
+    shown: list[str] = []
+    secret = False
+    for word in words:
+        name, equals, _ = word.partition("=")
+        if secret and not word.startswith("-"):
+            shown.append(HIDDEN)
+        elif word.startswith("-") and equals and _SECRET.search(name):
+            shown.append(f"{name}={HIDDEN}")
+        else:
+            shown.append(redact(word))
+        secret = word.startswith("-") and not equals and bool(_SECRET.search(word))
+    return shlex.join(shown)
+
+
+def own_command() -> str:
+    """The command line of this process."""
+    program, *words = sys.orig_argv or [sys.executable]
+    return write_command([PurePath(program).name, *words])
+
+
+def study_of(command: str, *, threads: int, protocol: Protocol, requirements: dict[str, object]) -> Study:
+    """The study of a command that runs already. A line that no study could hold (a program text behind `-c`) is written
+    as its program alone."""
+    for line in (command, shlex.join(shlex.split(command)[:1])):
+        try:
+            return study_of_command(line, threads=threads, protocol=protocol, requirements=requirements)
+        except UsageError as error:
+            refused = error
+    raise refused

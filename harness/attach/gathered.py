@@ -1,0 +1,115 @@
+"""What a script's steps add up to: warm-up, the one that was watched, and the timed ones, as samples of a trial.
+
+Every step of a training is told, and which of them count is decided as for any trial: the first is a number of its own,
+the warm-up ends when the steps are steady, a step that a check looked on at has no time, and the rest is timed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from harness.attach.follower import StepReading
+from harness.stats import is_steady
+from harness.studies.protocol import Protocol
+
+STEADY_WINDOW = 3
+MOST_TIMED = 10_000
+"""Timed steps that are kept: a record is read whole, and the later steps of a long training say no more."""
+_SAMPLES: Mapping[str, str] = {
+    "step_time_s": "step_time_s",
+    "step_cpu_time_s": "cpu_time_s",
+    "data_time_s": "data_time_s",
+    "forward_time_s": "forward_time_s",
+    "backward_time_s": "backward_time_s",
+    "optimizer_time_s": "optimizer_time_s",
+    "train_loss": "loss",
+    "gradient_norm": "gradient_norm",
+    "turn_sequences": "sequences",
+    "turn_real_tokens": "real_tokens",
+    "step_real_tokens": "real_tokens",
+    "turn_loss_tokens": "loss_tokens",
+}
+"""Samples of a record by the field of a reading that they hold, one a timed step."""
+
+
+class Gathered:
+    """The steps of one training."""
+
+    def __init__(self, planned_steps: int | None) -> None:
+        """`planned_steps`: of the training; a warm-up takes no more than a third of them."""
+        protocol = Protocol()
+        self._least = protocol.warmup_steps_min
+        most = protocol.warmup_steps_max
+        self._most = most if planned_steps is None else max(self._least, min(most, planned_steps // 3))
+        self._first: StepReading | None = None
+        self._warm: list[StepReading] = []
+        self._timed: list[StepReading] = []
+        self.steady = False
+        self.warm = False
+        """Whether the warm-up is over."""
+        self.steps = 0
+        """All steps."""
+        self.conventions: tuple[str, ...] = ()
+        """How tokens were counted, in words."""
+        self.not_finite: StepReading | None = None
+        """The first step whose loss was no number."""
+
+    def add(self, reading: StepReading) -> None:
+        """One more step."""
+        self.steps += 1
+        self.conventions = tuple(dict.fromkeys((*self.conventions, *reading.conventions)))
+        if self.not_finite is None and reading.loss is not None and not math.isfinite(reading.loss):
+            self.not_finite = reading
+        if reading.checks is not None:
+            return
+        if self._first is None:
+            self._first = reading
+        elif not self.warm:
+            self._warm.append(reading)
+            self._look()
+        elif len(self._timed) < MOST_TIMED:
+            self._timed.append(reading)
+
+    def _look(self) -> None:
+        times = [one.step_time_s for one in self._warm]
+        if len(times) >= self._least:
+            self.steady = is_steady(times, STEADY_WINDOW)
+            self.warm = self.steady or len(times) >= self._most
+
+    @property
+    def timed(self) -> int:
+        """Steps that are timed."""
+        return len(self._timed)
+
+    def samples(self) -> dict[str, tuple[float, ...]]:
+        """As of a trial's record; what was not seen in every step is left out."""
+        found = {name: _all(self._timed, field) for name, field in _SAMPLES.items()}
+        padded, real = _all(self._timed, "padded_tokens"), found["turn_real_tokens"]
+        if len(padded) == len(real):
+            found["turn_padded_tokens"] = tuple(all_ - own for all_, own in zip(padded, real, strict=True))
+        found["warmup_step_time_s"] = tuple(one.step_time_s for one in self._warm)
+        early = [*([] if self._first is None else [self._first]), *self._warm]
+        found["warmup_loss"] = _all(early, "loss")
+        found["warmup_real_tokens"] = _all(early, "real_tokens")
+        return {name: samples for name, samples in found.items() if samples}
+
+    def values(self) -> dict[str, float]:
+        """As of a trial's record."""
+        found = {"training_steps": float(self.steps)}
+        if self._first is not None:
+            found["first_step_time_s"] = self._first.step_time_s
+        return found | ({"warmup_steady": float(self.steady)} if self.warm else {})
+
+
+def tokens_in(samples: Mapping[str, tuple[float, ...]]) -> dict[str, Any]:
+    """What the record of a trial says of its tokens: real ones and padding, of all timed steps."""
+    counts = {kind: samples.get(f"turn_{kind}_tokens", ()) for kind in ("real", "padded")}
+    return {f"{kind}_tokens": int(sum(found)) for kind, found in counts.items() if found}
+
+
+def _all(readings: list[StepReading], field: str) -> tuple[float, ...]:
+    """A field of all of them; none where one did not show it."""
+    found = [getattr(reading, field) for reading in readings]
+    return () if None in found else tuple(float(one) for one in found)

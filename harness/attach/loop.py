@@ -1,0 +1,143 @@
+"""The steps of a loop that names them: `for batch in steps(loader)`, or `with step()`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from harness.attach.attachment import this_process
+from harness.attach.follower import Follower, Phase, Training
+from harness.attach.identity import count_parameters, device_of, rank_of
+from harness.attach.optimizer import StopTraining
+from harness.attach.shield import Shield
+from harness.attach.sight import Sight
+from harness.attach.steps import Steps
+
+Batch = TypeVar("Batch")
+
+
+class LoopSource:
+    """Sees the steps of one loop."""
+
+    def __init__(self, model: Any, make: Callable[[], Follower] | None) -> None:
+        self._model = model
+        self._make = make
+        self._steps: Steps | None = None
+        self._sight: Sight | None = None
+        self._handles: list[Any] = []
+        self._begun = False
+        self._given_loss = False
+
+    def steps(self, batches: Iterable[Batch], accumulation: int) -> Iterator[Batch]:
+        """The batches; `accumulation` of them are a step, and what is left over at the end is none."""
+        steps = self._begin(accumulation, counts=False)
+        if steps is None or not steps.go_on:
+            if steps is None:
+                yield from batches
+            return
+        iterator, taken = iter(batches), 0
+        steps.restart()
+        while True:
+            with steps.during("data"):
+                batch = next(iterator, _END)
+            if batch is _END:
+                break
+            steps.batch(batch)
+            if taken == 0:
+                steps.open_step()
+            yield batch  # type: ignore[misc]
+            taken = (taken + 1) % accumulation
+            if taken == 0 and not self._end_step(steps):
+                return
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        """The block is a step; what lies between two of them is in none. Raises `StopTraining` where the follower
+        wants no further one; a block that fails is no step."""
+        steps = self._begin(None, counts=True)
+        if steps is None:
+            yield
+            return
+        if not steps.go_on:
+            self.end(None)
+            raise StopTraining
+        steps.restart()
+        steps.open_step()
+        yield
+        self._end_step(steps)
+
+    @contextlib.contextmanager
+    def phase(self, phase: Phase) -> Iterator[None]:
+        """The block does this and no training; it is in no step's time."""
+        if self._steps is not None:
+            self._steps.phase(phase)
+        try:
+            yield
+        finally:
+            if self._steps is not None:
+                self._steps.phase("train")
+
+    def loss(self, loss: Any) -> None:
+        """A part of the step's loss, in place of what the model shows of it."""
+        if self._steps is not None:
+            self._given_loss = True
+            self._steps.loss(loss)
+
+    def end(self, error: BaseException | None) -> None:
+        """The training has come to its end."""
+        while self._handles:
+            self._handles.pop().remove()
+        if self._sight is not None:
+            self._sight.end()
+        if self._steps is not None:
+            self._steps.end(error)
+
+    def _begin(self, accumulation: int | None, *, counts: bool) -> Steps | None:
+        """The steps of this training, which begins with the first call; `counts`: nobody else sees its batches."""
+        if self._begun:
+            return self._steps
+        self._begun = True
+        self._steps = Shield().run(self._follow, accumulation, counts)
+        return self._steps
+
+    def _follow(self, accumulation: int | None, counts: bool) -> Steps | None:
+        rank, ranks = rank_of()
+        trainable, total = count_parameters(self._model)
+        training = Training(
+            source="loop",
+            model=self._model,
+            planned_steps=None,
+            trainable_parameters=trainable,
+            total_parameters=total,
+            accumulation=accumulation,
+            rank=rank,
+            ranks=ranks,
+        )
+        steps = this_process().begin(self, training, device_of(self._model), self._make)
+        if steps is not None:
+            model = self._model if isinstance(self._model, torch.nn.Module) else None
+            self._sight = Sight(model, steps, batches=counts)
+            self._see_updates(steps)
+        return steps
+
+    def _see_updates(self, steps: Steps) -> None:
+        """Every optimizer's update within a step is a part of it."""
+        self._handles = [
+            register_optimizer_step_pre_hook(lambda *_: steps.start("optimizer")),
+            register_optimizer_step_post_hook(lambda *_: steps.stop("optimizer")),
+        ]
+
+    def _end_step(self, steps: Steps) -> bool:
+        """Whether there is to be another."""
+        if self._sight is not None and not self._given_loss:
+            steps.run(self._sight.tell_loss)
+        self._given_loss = False
+        steps.end_step()
+        return steps.go_on
+
+
+_END = object()

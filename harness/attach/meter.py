@@ -1,0 +1,145 @@
+"""The meter that a script imports: a callback of transformers' Trainer, and the same for any loop.
+
+    trainer = Trainer(..., callbacks=[Meter()])                  for batch in Meter(model).steps(loader):
+
+What it measures becomes a run on disk, as `lorameter run` leaves one, and its report is printed at the end. A training
+that is wrapped (`lorameter wrap`), or that takes turns with others, is told to those in its place.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+from transformers import TrainerCallback
+
+from harness.attach.attachment import named_follower
+from harness.attach.follower import Follower
+from harness.attach.loop import LoopSource
+from harness.attach.trainer import TrainerSource
+from harness.attach.variables import DEFAULT_FOLLOWER, ENV_FOLLOWER
+from harness.records.store import ENV_RUNS
+
+Batch = TypeVar("Batch")
+
+
+class Meter(TrainerCallback):
+    """Follows one training of this process, the first that begins; changes nothing of it, and fails by itself only."""
+
+    def __init__(
+        self,
+        model: Any = None,
+        *,
+        runs_dir: str | Path | None = None,
+        require: Mapping[str, Any] | None = None,
+        report: bool = True,
+        log: bool = True,
+    ) -> None:
+        """Nothing is measured before the training begins.
+
+        Args:
+            model: of a loop: the module that is called; what is not given is not seen (a Trainer gives its own).
+            runs_dir: where the run is written; None: $LORAMETER_RUNS, else ./.lorameter/runs.
+            require: paths of kernels_check that a step must have, which is looked at after the warm-up.
+            report: whether the report is printed when the training has ended.
+            log: whether a Trainer's trackers are told, under names that begin with "lorameter/".
+        """
+        named = runs_dir or os.environ.get(ENV_RUNS)
+        self._runs_dir = None if named is None else Path(named).absolute()  # a script may change its folder
+        self._require = dict(require or {})
+        self._report = report
+        written = os.environ.get(ENV_FOLLOWER, DEFAULT_FOLLOWER) == DEFAULT_FOLLOWER
+        self._trainer = TrainerSource(self._make, log=log and written)
+        self._loop = LoopSource(model, self._make)
+
+    def _make(self) -> Follower:
+        if os.environ.get(ENV_FOLLOWER):
+            return named_follower()
+        from harness.attach.writer import Writer
+
+        return Writer(runs_dir=self._runs_dir, require=self._require, report=self._report)
+
+    def steps(self, batches: Iterable[Batch], *, accumulation: int = 1) -> Iterator[Batch]:
+        """The batches of a loader, for a loop that updates once every `accumulation` of them: that is a step.
+
+        The wait for a batch is measured apart. It may be called again, as once an epoch.
+        """
+        return self._loop.steps(batches, accumulation)
+
+    def step(self) -> AbstractContextManager[None]:
+        """The block is one step."""
+        return self._loop.step()
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """The block evaluates: it is in no step's time, and its peak of memory is one of its own."""
+        return self._loop.phase("evaluate")
+
+    def saving(self) -> AbstractContextManager[None]:
+        """The block saves: as `evaluating`."""
+        return self._loop.phase("save")
+
+    def loss(self, loss: Any) -> None:
+        """The loss of the step under way, or a part of it; what a model returns as `loss` is seen by itself."""
+        self._loop.loss(loss)
+
+    def end(self, error: BaseException | None = None) -> None:
+        """The training of a loop has ended; else it ends with the process."""
+        self._loop.end(error)
+
+    def __enter__(self) -> Meter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.end(error)
+
+    # The events of a Trainer.
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Everything is set up, and no batch has been fetched."""
+        self._trainer.begin(args, state, kwargs.get("model"))
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The batches of a step are there."""
+        self._trainer.step_begins()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Gradients are there and clipped."""
+        self._trainer.optimizer_begins()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The weights are updated."""
+        self._trainer.optimizer_ends()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A step is over."""
+        self._trainer.step_ends(control)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """An epoch is over, after which the Trainer may evaluate or save."""
+        self._trainer.between(control)
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A batch of an evaluation is done."""
+        self._trainer.evaluating()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """An evaluation is over."""
+        self._trainer.evaluated(args, control)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Saving is over."""
+        self._trainer.saved()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """The Trainer has logged."""
+        self._trainer.logged(logs)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Training has come to its end."""
+        self._trainer.ends()

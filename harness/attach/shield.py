@@ -1,0 +1,73 @@
+"""What is ours inside somebody else's training can do it no harm.
+
+An error of ours is told once, on the standard error that the process was started with, and from then on nothing of ours
+is called any more. The training goes on as if it had never been followed, and whoever follows it learns that it was not
+followed to its end, so that the run is unknown and no pass. What is no `Exception` is somebody's wish to end the
+process, and goes through.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+from harness.errors import redact, said_by
+from kernels_check.visible import make_visible
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class NotFollowedError(Exception):
+    """The training was not followed to its end, for a reason of the meter's own."""
+
+
+class Shield:
+    """Calls what is ours, in the process that made it and until the first error. Not shared between threads."""
+
+    def __init__(self) -> None:
+        self._forked = False
+        os.register_at_fork(after_in_child=self._in_fork)  # asked for in every step, and getpid is a system call
+        self.error: Exception | None = None
+        """What made the meter stand aside."""
+        self.on_error: Callable[[Exception], None] = _nothing
+        """Is called once, after the error was told."""
+
+    @property
+    def up(self) -> bool:
+        """Whether what is ours is still called: not after an error, and not in a fork of the process."""
+        return self.error is None and not self._forked
+
+    def _in_fork(self) -> None:
+        self._forked = True
+
+    def run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+        """What the call returns; None where it is not called any more, or fails."""
+        if not self.up:
+            return None
+        try:
+            return call(*args, **kwargs)
+        except Exception as error:
+            self._stand_aside(error)
+            return None
+
+    def _stand_aside(self, error: Exception) -> None:
+        self.error = error
+        say(f"the meter has failed and stands aside; the training goes on without it: {said_by(error)}")
+        with contextlib.suppress(Exception):
+            self.on_error(error)
+
+
+def _nothing(error: Exception) -> None:
+    """For a shield that nobody waits for."""
+
+
+def say(text: str) -> None:
+    """A line on the standard error that the process was started with, whatever the script has put in its place."""
+    stream = sys.__stderr__
+    with contextlib.suppress(Exception):
+        if stream is not None:
+            print(make_visible(f"lorameter: {redact(text)}"), file=stream, flush=True)

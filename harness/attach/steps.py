@@ -1,0 +1,246 @@
+"""A training as its source sees it, told to its follower step by step.
+
+The source says what happens (a batch came, a part begins, a loss is there, the step is over); here it becomes the
+reading of a step. The clock of a step runs from the follower's release to the step's end on the device, for which the
+device is waited for once. What the meter itself does at the end of a step, and what the script does in phases of their
+own (evaluation, saving), is in no step's time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from harness.attach.follower import Follower, Next, Phase, StepReading, Training
+from harness.attach.parts import Part, Parts
+from harness.attach.shield import NotFollowedError, Shield
+from harness.attach.tokens import Count, Tokens, count_tokens
+
+A_MOMENT_S = 1e-3
+"""What a follower takes that only writes something down."""
+
+
+class Steps:
+    """Tells one follower of one training. Every call is shielded: it raises nothing of ours, and nothing at all once
+    something of ours has failed."""
+
+    def __init__(self, follower: Follower, training: Training, device: torch.device, shield: Shield) -> None:
+        self._follower = follower
+        self._training = training
+        self._device = device
+        self._shield = shield
+        shield.on_error = self._failed
+        self._parts = Parts(device)
+        self._number = 0
+        self._batches: list[Tokens] = []
+        self._losses: list[Any] = []
+        self._gradient_norm: Any = None
+        self._next = Next()
+        self._phase: Phase = "train"
+        self._watching = contextlib.ExitStack()
+        self._watch: Any = None
+        """What looks on, and has, if anything did: of steps in a row it is the same."""
+        self._open = False
+        self.ended = False
+        """Whether the training has come to its end."""
+        self._begun_s = self._begun_cpu_s = 0.0
+
+    def run(self, call: Callable[..., Any], *args: Any) -> Any:
+        """What a call of the source's own returns, shielded as everything here; None where it fails."""
+        return self._shield.run(call, *args)
+
+    @property
+    def up(self) -> bool:
+        """Whether the training is followed: it has begun, has not ended, and nothing of ours has failed."""
+        return self._shield.up and not self.ended
+
+    @property
+    def go_on(self) -> bool:
+        """Whether the follower wants another step."""
+        return self._next.go_on
+
+    def begin(self) -> None:
+        """The training stands before its first step."""
+        self._shield.run(self._begin)
+
+    def _begin(self) -> None:
+        self._next = self._follower.begin(self._training)
+        self._release()
+
+    def batch(self, batch: Any) -> None:
+        """The step computes this batch, before it is moved or changed."""
+        with self.aside():
+            self._shield.run(self._batch, batch)
+
+    def _batch(self, batch: Any) -> None:
+        self._batches.append(count_tokens(batch))
+
+    @contextlib.contextmanager
+    def during(self, part: Part) -> Iterator[None]:
+        """The block is a part of the step."""
+        self.start(part)
+        try:
+            yield
+        finally:
+            self.stop(part)
+
+    def start(self, part: Part) -> None:
+        """A part of the step begins."""
+        self._shield.run(self._parts.begin, part)
+
+    def stop(self, part: Part) -> None:
+        """It has ended."""
+        self._shield.run(self._parts.end, part)
+
+    def loss(self, loss: Any) -> None:
+        """A part of the step's loss; the parts add up. A tensor is read when the step has ended."""
+        self._losses.append(loss.detach() if isinstance(loss, torch.Tensor) else loss)
+
+    def gradient_norm(self, norm: Any) -> None:
+        """The norm of the gradients that the step updates by."""
+        self._gradient_norm = norm.detach() if isinstance(norm, torch.Tensor) else norm
+
+    def open_step(self) -> None:
+        """The step's work begins, its data is there; where a check was asked for, it looks on from here."""
+        self._shield.run(self._open_step)
+
+    def _open_step(self) -> None:
+        if self._next.watch is None or self._open:
+            return
+        if self._watch is None:
+            self._watch = make_watch(self._training.model, self._next.watch)
+        if self._watch is not None:
+            self._open = True
+            self._watching.enter_context(self._watch)
+
+    def restart(self) -> None:
+        """Whatever was before belongs to no step: the clock of the next one starts now."""
+        self._shield.run(self._release)
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """The block is the meter's own work inside a step, and in no step's time; it computes and does not wait."""
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - begun
+            self._begun_s += spent
+            self._begun_cpu_s += spent
+
+    def end_step(self) -> StepReading | None:
+        """The step is over; this may wait as long as the follower does. Returns what it showed, None where nothing is
+        followed any more."""
+        return self._shield.run(self._end_step) if self.up else None
+
+    def _end_step(self) -> StepReading:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        ended_s, ended_cpu_s = time.perf_counter(), time.process_time()
+        wall, cpu = ended_s - self._begun_s, ended_cpu_s - self._begun_cpu_s
+        checks = self._close_watch()
+        self._number += 1
+        reading = self._reading(wall, cpu, checks)
+        self._next = self._follower.step(reading)
+        self._release(ended_s, ended_cpu_s)
+        return reading
+
+    def _reading(self, wall_s: float, cpu_s: float, checks: tuple[Any, ...] | None) -> StepReading:
+        parts = self._parts.take()
+        return StepReading(
+            number=self._number,
+            step_time_s=wall_s,
+            cpu_time_s=cpu_s,
+            data_time_s=parts.get("data"),
+            forward_time_s=parts.get("forward"),
+            backward_time_s=parts.get("backward"),
+            optimizer_time_s=parts.get("optimizer"),
+            sequences=_sum([one.sequences for one in self._batches]),
+            real_tokens=_sum([one.real for one in self._batches]),
+            padded_tokens=_sum([one.padded for one in self._batches]),
+            loss_tokens=_sum([one.loss for one in self._batches]),
+            loss=_number(self._losses),
+            loss_dtype=_dtype_of(self._losses),
+            gradient_norm=None if self._gradient_norm is None else float(self._gradient_norm),
+            conventions=self._batches[-1].conventions if self._batches else (),
+            checks=checks,
+        )
+
+    def _close_watch(self) -> tuple[Any, ...] | None:
+        if not self._open:
+            self._watch = None
+            return None
+        self._open = False
+        self._watching.close()
+        return tuple(self._watch.checks)
+
+    def _release(self, seen_s: float = -math.inf, seen_cpu_s: float = 0.0) -> None:
+        """The next step begins. The CPU time that was `seen` a moment ago, at `seen_s`, is taken for that of now: some
+        kernels take as long to tell it as a small part of a step."""
+        self._parts.forget()
+        self._batches, self._losses, self._gradient_norm = [], [], None
+        now = time.perf_counter()
+        spent = now - seen_s
+        self._begun_cpu_s = seen_cpu_s + spent if spent < A_MOMENT_S else time.process_time()
+        self._begun_s = now
+
+    def phase(self, phase: Phase) -> None:
+        """From here on the training does this; when it trains again, the clock of the next step starts."""
+        if phase != self._phase:
+            self._shield.run(self._enter, phase)
+
+    def _enter(self, phase: Phase) -> None:
+        self._phase = phase
+        self._follower.phase(phase)
+        if phase == "train":
+            self._release()
+
+    @property
+    def trains(self) -> bool:
+        """Whether it is in no phase of its own."""
+        return self._phase == "train"
+
+    def end(self, error: BaseException | None) -> None:
+        """The training has come to its end; later calls do nothing."""
+        if not self.ended:
+            self.ended = True
+            self._shield.run(self._end, error)
+
+    def _end(self, error: BaseException | None) -> None:
+        self._watching.__exit__(*((None, None, None) if error is None else (type(error), error, error.__traceback__)))
+        self._follower.end(error)
+
+    def _failed(self, error: Exception) -> None:
+        """Something of ours has failed: the follower learns that it saw no whole training. The training itself goes
+        on, so it has not ended."""
+        with contextlib.suppress(Exception):
+            self._watching.close()
+        failure = NotFollowedError(f"the meter failed after {self._number} steps: {type(error).__name__}: {error}")
+        failure.__cause__ = error
+        self._follower.end(failure)
+
+
+def make_watch(model: Any, requirements: Mapping[str, Any]) -> Any:
+    """What looks on at a step by kernels_check; None where there is no model to look at."""
+    from kernels_check import watch
+
+    return watch(model, dict(requirements)) if isinstance(model, torch.nn.Module) else None
+
+
+def _sum(counts: list[Count | None] | list[int | None]) -> int | None:
+    """None where one of them was not seen, or there is none."""
+    known = [count for count in counts if count is not None]
+    return sum(int(count) for count in known) if counts and len(known) == len(counts) else None
+
+
+def _number(losses: list[Any]) -> float | None:
+    return sum(float(loss) for loss in losses) if losses else None
+
+
+def _dtype_of(losses: list[Any]) -> str | None:
+    return str(losses[-1].dtype).removeprefix("torch.") if losses and isinstance(losses[-1], torch.Tensor) else None

@@ -1,0 +1,17 @@
+"""Variables by which a process learns that its training is followed. Read by the hook as well, which knows them by
+themselves because it imports nothing until there is a training."""
+
+ENV_FOLLOWER = "LORAMETER_FOLLOWER"
+"""Names what follows the first training of the process: `package.module:callable`."""
+DEFAULT_FOLLOWER = "harness.attach.writer:Writer"
+"""Writes a run."""
+AFTER_IMPORT = "LORAMETER_AFTER_IMPORT"
+"""What to call when a module has been imported: `module=package.module:function`, several with commas between."""
+SEEN = "LORAMETER_SEEN"
+"""A file that the hook makes when an interpreter has loaded it."""
+RUN = "LORAMETER_RUN"
+"""The directory of the run that the first training of the command is written to."""
+REQUIRE = "LORAMETER_REQUIRE"
+"""JSON of the paths of kernels_check that a step must have."""
+COMMAND = "LORAMETER_COMMAND"
+"""The command as it was typed."""

@@ -1,0 +1,62 @@
+"""What a step of a script needs of its device, where the shape of its model is known: the numerator of MFU.
+
+The counts are those of a variant (`harness.models.costs.flops`), taken from the model at hand: its configuration gives
+the shape, its adapter the ranks and targets. A model without an adapter trains all its weights, which takes 6 N. Pairs
+of a query and a key are those of rows of the mean real length, so a few too few where lengths differ.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from harness.attach.follower import Training
+from harness.attach.gathered import Gathered
+from harness.errors import LorameterError
+from harness.models.costs.flops import StepTokens, six_n, training_flops
+from harness.models.costs.peaks import Rate, stated_peak
+from harness.models.shapes import ModelShape, shape_of_config
+from harness.studies.variant import Variant
+
+RATES: dict[str, Rate] = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
+
+
+def work_of(training: Training, gathered: Gathered, device_name: str) -> dict[str, float]:
+    """`model_flops_per_step`, the mean over the timed steps, and `peak_flops_per_s` of a device that is listed.
+
+    Empty where the shape of the model, its adapter or its tokens are not known.
+    """
+    samples = gathered.samples()
+    real, rows = samples.get("turn_real_tokens", ()), samples.get("turn_sequences", ())
+    model = getattr(training.model, "module", training.model)  # inside what distributes it
+    config = getattr(model, "config", None)
+    if not real or not rows or config is None:
+        return {}
+    positions, mean_rows = sum(real) / len(real), sum(rows) / len(rows)
+    mean = positions / mean_rows
+    passes = training.accumulation or 1
+    tokens = StepTokens(positions=round(positions), pairs=round(mean_rows * mean * (mean + 1) / 2), passes=passes)
+    try:
+        shape = shape_of_config(config.to_dict(), getattr(config, "name_or_path", "") or "the model")
+        flops = _flops(shape, model, tokens)
+    except (LorameterError, AttributeError, TypeError):
+        return {}
+    peak = stated_peak(device_name, _rate_of(model))
+    return {"model_flops_per_step": float(flops)} | ({} if peak is None else {"peak_flops_per_s": peak.per_s})
+
+
+def _flops(shape: ModelShape, model: Any, tokens: StepTokens) -> int:
+    adapters = getattr(model, "peft_config", None)
+    if not adapters:
+        return six_n(shape, tokens)
+    adapter = adapters.get(getattr(model, "active_adapter", "default")) or next(iter(adapters.values()))
+    targets = adapter.target_modules
+    names = (targets,) if isinstance(targets, str) else tuple(sorted(targets))
+    variant = Variant(r=adapter.r, target_modules=names, use_dora=bool(getattr(adapter, "use_dora", False)))
+    return training_flops(shape, variant, tokens).model
+
+
+def _rate_of(model: Any) -> Rate:
+    """The type that most products run in: what a 4-bit base multiplies in, else that of the weights."""
+    computes = getattr(getattr(model.config, "quantization_config", None), "bnb_4bit_compute_dtype", None)
+    named = str(computes or getattr(model, "dtype", "float32")).removeprefix("torch.")
+    return RATES.get(named, "float32")

@@ -1,0 +1,175 @@
+"""A command that is run as it is while the training in it is followed, seen from outside of it.
+
+The follower in the training process writes the run. What it cannot write is how that process ended where it was killed
+or left without a word; whoever started it sees that, and writes it then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from harness.attach.child import environment
+from harness.attach.shield import say
+from harness.attach.variables import COMMAND, REQUIRE, RUN
+from harness.errors import UsageError
+from harness.machine.processes import exit_words
+from harness.records import store
+from harness.records.record import UNDER_WAY, Failure, Notice, Status, TrialRecord
+from harness.records.store import RunWriter
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Signals by which somebody ends a program."""
+FROM_TERMINAL = (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
+"""Those that a terminal sends to all of its processes, so that the command has them already."""
+PASSED_ON = (*STOPPING, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT)
+
+
+def run_command(words: Sequence[str], path: Path, *, command: str, require: Mapping[str, Any]) -> int:
+    """Run a command with the hook in it, and wait for its end.
+
+    Args:
+        words: program and arguments; they are started as they are.
+        path: of the run that its training is written to; not made here.
+        command: how it is written down.
+        require: paths of kernels_check that its watched step must have.
+
+    Returns:
+        Its exit code; 128 and the number of the signal that ended it.
+
+    Raises:
+        UsageError: there is no such program.
+    """
+    variables = {RUN: str(path), COMMAND: command, REQUIRE: json.dumps(dict(require))}
+    variables_of_child = environment(os.environ, seen=_seen(path), variables=variables)
+    try:
+        process = subprocess.Popen(list(words), env=variables_of_child)
+    except OSError as error:
+        raise UsageError(
+            f"wrap: {words[0]}: {error.strerror}. Write the command as it runs without lorameter."
+        ) from None
+    with _passing_on(process):
+        code = process.wait()
+    return code if code >= 0 else 128 - code
+
+
+def _seen(path: Path) -> Path:
+    return path.with_name(f".{path.name}.seen")
+
+
+@contextlib.contextmanager
+def _passing_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Meanwhile signals to this process are the command's."""
+
+    def pass_on(number: int, frame: object) -> None:
+        if number not in FROM_TERMINAL or not _in_terminal():
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(number)
+
+    before = {number: signal.getsignal(number) for number in PASSED_ON}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, pass_on)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is not None:
+                signal.signal(number, handler)
+
+
+def _in_terminal() -> bool:
+    """Whether this process is in the foreground of a terminal, which then tells the command by itself."""
+    try:
+        terminal = os.open("/dev/tty", os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        return os.tcgetpgrp(terminal) == os.getpgrp()
+    except OSError:
+        return False
+    finally:
+        os.close(terminal)
+
+
+def settle(path: Path, code: int, *, required: bool) -> bool:
+    """Write what the training process could not, and say what there is to say.
+
+    Args:
+        path: of the run.
+        code: how the command ended.
+        required: whether something was required of it.
+
+    Returns:
+        Whether there is no valid trial.
+    """
+    seen = _seen(path)
+    loaded = seen.exists()
+    seen.unlink(missing_ok=True)
+    shutil.rmtree(path.with_name(f".{path.name}.ranks"), ignore_errors=True)
+    if not (path / store.MANIFEST).is_file():
+        shutil.rmtree(path, ignore_errors=True)
+        say(_why_nothing(code, loaded))
+        return True
+    manifest = store.read_manifest(path)
+    if store.is_live(path, manifest):
+        say(f"run {path.name}: a process of the command is still training; its run goes on")
+        return required
+    run = store.read_run(str(path), path.parent)
+    (record,) = run.records[-1:] or (None,)
+    if record is not None and manifest.status == "running":
+        record = _ended(record, code)
+        writer = RunWriter(path.parent, manifest)
+        writer.append(record)
+        writer.finish("complete" if record.settled else "interrupted")
+    elif record is not None and record.status == "ok" and code:
+        record = record.replaced(notices=(*record.notices, _exit_notice(code)))
+        writer = RunWriter(path.parent, manifest)
+        writer.append(record)
+        writer.finish(manifest.status)
+    return record is None or record.status != "ok"
+
+
+def _why_nothing(code: int, loaded: bool) -> str:
+    if not loaded:
+        return (
+            "nothing was measured: no Python of the command has loaded the hook. It must start a Python that reads "
+            "PYTHONPATH (not -I, -E or -S, and not in a container of its own)"
+        )
+    said = "with a Trainer or an optimizer of torch"
+    if code:
+        return f"nothing was measured: the command ended with {_exit_words(code)} before a training began, {said}"
+    return f"nothing was measured: the command has ended and no training began, {said}"
+
+
+def _exit_words(code: int) -> str:
+    return exit_words(128 - code) if code > 128 and code - 128 in set(signal.Signals) else exit_words(code)
+
+
+def _ended(record: TrialRecord, code: int) -> TrialRecord:
+    """The record of a training whose process ended without a word."""
+    if record.failure is not None and record.failure.kind != UNDER_WAY:
+        return record
+    stopped = code - 128 in STOPPING
+    message = f"the command ended with {_exit_words(code)} before its training did"
+    if code == 128 + signal.SIGKILL:
+        message += ": killed from outside, or by the kernel for want of memory (see dmesg)"
+    status: Status = "interrupted" if stopped else "crashed"
+    failure = Failure(phase="train", kind="Interrupted" if stopped else "ProcessDied", message=message)
+    return dataclasses.replace(record, status=status, failure=failure)
+
+
+def _exit_notice(code: int) -> Notice:
+    return Notice(
+        code="exit-code",
+        message=f"the command ended with {_exit_words(code)} after its training had ended well.",
+        remedy="What was measured is whole; look at what the script does afterwards.",
+    )

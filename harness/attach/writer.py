@@ -1,0 +1,302 @@
+"""The follower that writes down what it is told: a script's training as a run of lorameter on disk.
+
+It asks for one step to be watched, the first after the warm-up, and for the next one where that left something unknown.
+What it does itself it does between steps, where no step's time is: a look at the machine where a stretch of training
+begins and ends, and from time to time what there is so far on the disk.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from harness.attach.command import own_command
+from harness.attach.endings import ending_of
+from harness.attach.energy import Energy
+from harness.attach.follower import Next, Phase, StepReading, Training
+from harness.attach.gathered import MOST_TIMED, Gathered, tokens_in
+from harness.attach.identity import device_of
+from harness.attach.ranks import RankFile, Ranks
+from harness.attach.run_file import RunFile
+from harness.attach.shield import say
+from harness.attach.variables import COMMAND, REQUIRE, RUN
+from harness.attach.work import work_of
+from harness.machine.watch import Watch
+from harness.records import codec, store
+from harness.records.record import Failure, Notice
+from harness.records.units import format_bytes
+from harness.studies.script import name_of_command
+from harness.trial.memory import MemoryGauge
+
+CHECKPOINT_S = 30.0
+CHECKPOINT_SHARE = 0.1
+"""A record of a training under way is written no more often than this, and in no more than this share of its time
+anew: what they take on the disk grows with its logarithm."""
+MOST_WATCHED = 2
+"""Steps that are watched: what a change of weights becomes shows in the step after it."""
+REPORT_TIMEOUT_S = 120.0
+
+
+class Writer:
+    """A `Follower` that writes a run. Without arguments it does what the environment says, as of a wrapped command."""
+
+    def __init__(
+        self,
+        *,
+        runs_dir: str | Path | None = None,
+        require: Mapping[str, Any] | None = None,
+        report: bool | None = None,
+    ) -> None:
+        """Nothing is written before the training begins.
+
+        Args:
+            runs_dir: where the run is written; None: where the environment says.
+            require: paths of kernels_check that the watched step must have; None: what the environment says.
+            report: whether the report is printed at the end; None: unless whoever started the process does it.
+        """
+        named = os.environ.get(RUN)
+        self._named = Path(named) if named else None
+        self._runs_dir = None if runs_dir is None else Path(runs_dir)
+        self._require = dict(json.loads(os.environ.get(REQUIRE, "{}")) if require is None else require)
+        self._report = self._named is None if report is None else report
+        self._training: Training | None = None
+        self._file: RunFile | None = None
+        self._rank: RankFile | None = None
+        self._ranks: Ranks | None = None
+        self._phase: Phase = "train"
+        self._memory: dict[str, int] = {}
+        self._notices: list[Notice] = []
+        self._checks: tuple[dict[str, Any], ...] | None = None
+        self._watched = 0
+        self._watching = False
+        self._values: dict[str, float] = {}
+
+    def begin(self, training: Training) -> Next:
+        """Claim the run; a second training of the same process is noted and no more."""
+        if self._training is not None:
+            self._notices.append(_second_training(training))
+            return Next()
+        self._training = training
+        self._gathered = Gathered(training.planned_steps)
+        path = self._path()
+        if training.rank:
+            self._rank = RankFile(path, training)
+            return Next()
+        device = _device_of(training)
+        if training.ranks > 1:
+            self._ranks = Ranks(path, training.ranks)
+        self._file = RunFile(path, command=_command(), device=device, requirements=self._require)
+        self._gauge, self._watch, self._energy = MemoryGauge(device), Watch("train", device), Energy(device)
+        self._begun_s = self._kept_s = time.monotonic()
+        self._file.keep()
+        self._gauge.begin()
+        return Next()
+
+    def step(self, reading: StepReading) -> Next:
+        """One more step; the first after the warm-up is watched."""
+        if self._rank is not None:
+            self._rank.add(reading)
+            return Next()
+        if self._file is None:
+            return Next()
+        if self._ranks is not None:
+            self._ranks.add(reading)
+        if reading.checks is not None:
+            self._watched += 1
+            self._checks = tuple(codec.to_json(check) for check in reading.checks)
+        was_warm = self._gathered.warm
+        self._gathered.add(reading)
+        if self._gathered.warm and (not was_warm or self._watch_again(reading)):
+            return Next(watch=self._require)
+        if was_warm:
+            self._look(reading)
+        return Next()
+
+    def _watch_again(self, reading: StepReading) -> bool:
+        """Whether a second step in a row may tell what the first did not."""
+        from kernels_check.watching import FURTHER_STEPS
+
+        unknown = {check.path for check in reading.checks or () if check.status == "unknown"}
+        return bool(unknown & set(FURTHER_STEPS)) and self._watched < MOST_WATCHED
+
+    def _look(self, reading: StepReading) -> None:
+        """Read the machine before the first timed step; keep what there is from time to time."""
+        if not self._watching:
+            self._begin_stretch()
+        elif reading.checks is None:
+            self._energy.step(reading)
+        now = time.monotonic()
+        if now - self._kept_s >= max(CHECKPOINT_S, CHECKPOINT_SHARE * (now - self._begun_s)) and self._file:
+            self._file.keep(**self._measured())
+            self._kept_s = now
+
+    def _begin_stretch(self) -> None:
+        self._watching = True
+        self._watch.begin()
+        self._energy.begin()
+
+    def _end_stretch(self) -> None:
+        if self._watching:
+            self._watching = False
+            self._energy.end()
+            self._values |= self._watch.end()
+
+    def phase(self, phase: Phase) -> None:
+        """Peaks of memory are those of a phase; evaluation and saving are in no stretch of training."""
+        if self._file is None:
+            return
+        if phase != "train":
+            self._end_stretch()
+        self._take_peaks()
+        self._phase = phase
+        if phase == "train" and self._gathered.timed:
+            self._begin_stretch()
+
+    def _take_peaks(self) -> None:
+        for name, size in self._gauge.peaks(self._phase).items():
+            self._memory[name] = max(size, self._memory.get(name, 0))
+        self._gauge.begin()
+
+    def _measured(self) -> dict[str, Any]:
+        """What goes into the record, so far."""
+        training, gathered = self._training, self._gathered
+        values = self._values | gathered.values() | self._energy.values()
+        if training is not None:
+            for name in ("trainable_parameters", "total_parameters", "accumulation", "ranks"):
+                count = getattr(training, name)
+                values |= {name: float(count)} if count is not None else {}
+        samples = gathered.samples()
+        return {
+            "samples": samples,
+            "turn_lengths": (1,) * gathered.timed,
+            "values": values | {"threads": float(torch.get_num_threads())},
+            "memory": dict(self._memory),
+            "tokens": tokens_in(samples),
+        }
+
+    def end(self, error: BaseException | None) -> None:
+        """Write the last record, and print the report."""
+        if self._rank is not None:
+            self._rank.finish()
+        if self._file is None or self._training is None:
+            return
+        self._end_stretch()
+        self._take_peaks()
+        status, failure = ending_of(error, self._gathered, self._phase)
+        if status == "ok" and (lacking := self._lacking()):
+            status, failure = "invalid", lacking
+        if self._gathered.steps > MOST_TIMED:
+            self._notices.append(_not_kept(self._gathered.steps))
+        measured = self._measured()
+        measured["values"] |= work_of(self._training, self._gathered, self._file.device_name)
+        if self._ranks is not None:
+            measured["samples"] = self._ranks.slowest(measured["samples"], self._notices)
+            measured["tokens"] = tokens_in(measured["samples"])
+        record = self._file.record(
+            status=status, failure=failure, checks=self._checks or (), notices=tuple(self._notices), **measured
+        )
+        self._file.finish(record, timed=self._gathered.timed, notes=self._notes(), notices=())
+        if self._report:
+            print_report(self._file.path)
+        else:
+            say(f"run {self._file.path.name} is written")
+
+    def _lacking(self) -> Failure | None:
+        """The failure of a training without a path that is required, or of which that was not seen."""
+        if not self._require:
+            return None
+        if self._checks is None:
+            message = "no step was watched, so whether it has what is required is not known: " + ", ".join(
+                self._require
+            )
+            return Failure(phase="verify", kind="RequiredPathNotSeen", message=message)
+        failed = [check for check in self._checks if check["required"] is not None and check["status"] != "active"]
+        if not failed:
+            return None
+        said = "; ".join(f"{one['path']}: required {one['required']!r}, {one['reason']}" for one in failed)
+        return Failure(phase="verify", kind="RequiredPathNotActive", message=said)
+
+    def _notes(self) -> tuple[str, ...]:
+        """What a reader must know of how the numbers were had."""
+        source = self._training.source if self._training is not None else "loop"
+        notes = (SEEN_BY[source], *self._gathered.conventions, say_peaks(self._memory), say_seen(self._checks))
+        return tuple(note for note in notes if note)
+
+    def _path(self) -> Path:
+        """The directory of the run."""
+        if self._named is not None:
+            return self._named
+        runs = store.runs_dir(None if self._runs_dir is None else str(self._runs_dir), make=True).absolute()
+        return runs / store.new_run_id(name_of_command(_command()), runs)
+
+
+SEEN_BY = {
+    "trainer": "steps are the Trainer's: from the end of one to the end of the next, evaluation and saving apart",
+    "loop": "steps are those that the loop names",
+    "optimizer": "steps lie between two updates of the optimizer; the first update is before the first step",
+}
+
+
+def say_seen(checks: Sequence[Mapping[str, Any]] | None) -> str:
+    """What the watched step was seen to run, whatever was required of it."""
+    if checks is None:
+        return "no step was watched"
+    found = [f"{one['path']} {one['observed']}" for one in checks if one["observed"] is not None]
+    return (
+        f"seen in a step after the warm-up: {', '.join(found)}" if found else "a step was watched, and nothing was seen"
+    )
+
+
+def say_peaks(memory: Mapping[str, int]) -> str:
+    """The peak of each phase in words, where there is more than training."""
+    where = "device_peak_allocated" if "device_peak_allocated_train_bytes" in memory else "host_peak"
+    words = {"train": "training", "evaluate": "evaluating", "save": "saving"}
+    found = [
+        f"{word} {format_bytes(memory[name])}"
+        for phase, word in words.items()
+        if (name := f"{where}_{phase}_bytes") in memory
+    ]
+    return f"peak memory while {', '.join(found)} ({where.split('_')[0]})" if len(found) > 1 else ""
+
+
+def print_report(path: Path) -> None:
+    """Print the report of a run, by a process of its own."""
+    root = str(Path(__file__).parents[2])
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
+    command = [sys.executable, "-m", "harness.cli", "report", str(path)]
+    subprocess.run(command, env=variables, check=False, timeout=REPORT_TIMEOUT_S)
+
+
+def _command() -> str:
+    return os.environ.get(COMMAND) or own_command()
+
+
+def _device_of(training: Training) -> str:
+    if training.model is None:
+        return "cuda" if torch.cuda.is_available() and torch.cuda.is_initialized() else "cpu"
+    return str(device_of(training.model))
+
+
+def _second_training(training: Training) -> Notice:
+    return Notice(
+        code="second-training",
+        message=f"a second training began in the same process (seen by its {training.source}); the first one is what "
+        "was measured.",
+        remedy="Measure each training in a process of its own.",
+    )
+
+
+def _not_kept(steps: int) -> Notice:
+    return Notice(
+        code="later-steps",
+        message=f"the training had {steps} steps; its first {MOST_TIMED} timed ones are kept.",
+        remedy="Nothing is wrong; later steps are in the script's own log.",
+    )

@@ -1,0 +1,192 @@
+"""Trials that are scripts: each is started as its command says, held before its first step, and let take its turns.
+
+There is no zygote: a script imports what it imports, and that is its own affair. The interpreter is the one that the
+command means where one stands, that of a side of an A/B, or that of the variant.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import socket
+import sys
+from pathlib import Path
+
+from harness.errors import InvalidRunError, UsageError
+from harness.machine import provenance
+from harness.machine.provenance import Facts, Machine
+from harness.records.preparation import Hello, TokenSummary
+from harness.records.record import Failure, Fragment
+from harness.run.executors import Executor, Place, Worker, WorkerLostError
+from harness.run.executors.disk import Disk
+from harness.run.executors.host import Host, describe, inspect
+from harness.run.executors.script_process import ScriptProcess
+from harness.run.executors.script_worker import ScriptWorker
+from harness.run.executors.workplace import copy_snapshot, folder_of, take_snapshot, variables_of, words_of
+from harness.studies.request import TrialRequest
+from harness.studies.script import OWN
+from harness.studies.variant import Variant
+from harness.studies.workload import Workload
+
+TOKENS = TokenSummary(
+    path="",
+    hash=OWN,
+    data="what the scripts themselves read",
+    synthetic=False,
+    tokenizer_substituted=False,
+    train_sequences=0,
+    real_tokens=0,
+    padded_tokens=0,
+    records=0,
+)
+"""What is known of the tokens of scripts before they run."""
+
+
+def python_of(host: Host | None) -> str:
+    """What the word python means: the interpreter of a side, else the one on PATH, as it would where one stands; the
+    present one where that has no torch."""
+    if host is not None and host.python != sys.executable:
+        return host.python
+    found = shutil.which("python") or shutil.which("python3")
+    if found is None or Path(found).resolve() == Path(sys.executable).resolve():
+        return sys.executable
+    try:
+        return found if inspect(Host(python=found), ["torch"])["origins"]["torch"] else sys.executable
+    except UsageError:  # it does not answer
+        return sys.executable
+
+
+class ScriptExecutor:
+    """Implements `Executor`; `label` names the side of an A/B in the names of folders."""
+
+    def __init__(self, *, host: Host | None = None, label: str = "") -> None:
+        self._host = host
+        self._label = label
+        self._python: str | None = None
+        self._threads = 1
+        self._disk: Disk | None = None
+        self._snapshots: dict[Path, Path] = {}
+        self._homes: dict[str, Path] = {}
+        """The folder that a trial's process has to itself."""
+
+    def machine(self) -> Machine:
+        """The present one."""
+        return provenance.probe_machine()
+
+    def device_id(self) -> str:
+        """The CPU, all of it, or the card by its own number."""
+        return provenance.device_id()
+
+    def free_bytes(self) -> int | None:
+        """On its device, or in this container, now."""
+        return provenance.free_bytes(self.machine())
+
+    def facts(self) -> Facts:
+        """Of the machine, and of the interpreter if that is not the present one. Raises `UsageError`."""
+        return provenance.read_facts(
+            self.machine(), None if self._interpreter == Host() else describe(self._interpreter)
+        )
+
+    def start(self, folder: Path, threads: int) -> None:
+        """Nothing is started before a trial is."""
+        self._threads = threads
+        self._disk = Disk(folder)
+
+    def hello(self) -> Hello:
+        """What is known without a worker; a script says itself what it computes on, when it has begun."""
+        machine = self.machine()
+        torch = provenance.library_version("torch")
+        if self._interpreter != Host():
+            torch = describe(self._interpreter)["libraries"].get("torch")
+        return Hello(
+            harness=provenance.harness_identity(),
+            pid=os.getpid(),
+            import_time_s=0.0,
+            device=machine.device,
+            torch=torch or "unknown",
+        )
+
+    def prepare_tokens(self, workload: Workload, *, keep: bool = True) -> TokenSummary:
+        """Nothing: what is trained on is the script's."""
+        return TOKENS
+
+    def make_place(self, trial: str, log: str) -> Place:
+        """In a temporary folder of this executor; the log lies with the run from the start."""
+        return self._required_disk().make_place(trial, log)
+
+    def fetch(self, trial: str, name: str, folder: Path) -> Path:
+        """Moved: nothing else of the trial needs it."""
+        return self._required_disk().fetch(trial, name, folder)
+
+    def clear_place(self, trial: str) -> None:
+        """What the script wrote goes with its trial."""
+        self._required_disk().clear(trial)
+        if (home := self._homes.pop(trial, None)) is not None:
+            shutil.rmtree(home, ignore_errors=True)
+
+    def launch(self) -> Worker:
+        """A worker whose process is started when it is told which trial it is."""
+        return ScriptWorker(self._start_trial)
+
+    def cold_start(self, request: TrialRequest) -> Fragment:
+        """Scripts have none."""
+        message = "a script saves no adapter that could be loaded again"
+        raise WorkerLostError("not_run", Failure(phase="cold", kind="NotOfScripts", message=message))
+
+    def close(self) -> None:
+        """Remove all copies."""
+        if self._disk is not None:
+            self._disk.close()
+            self._disk = None
+
+    @property
+    def _interpreter(self) -> Host:
+        """Where the word python leads, with the paths of the side."""
+        if self._python is None:
+            self._python = python_of(self._host)
+        host = self._host or Host()
+        return Host(python=self._python, path=host.path, cwd=host.cwd, environment=host.environment)
+
+    def _snapshot(self, variant: Variant) -> Path:
+        """The folder of a variant's command as it was when it was first asked for. Raises `UsageError`."""
+        disk, folder = self._required_disk(), folder_of(variant, Path(self._interpreter.cwd or Path.cwd()))
+        if folder not in self._snapshots:
+            into = disk.scratch / f"snapshot-{len(self._snapshots)}"
+            self._snapshots[folder] = take_snapshot(folder, into)
+        return self._snapshots[folder]
+
+    def _start_trial(self, request: TrialRequest) -> ScriptProcess:
+        disk, variant, host = self._required_disk(), request.variant, self._interpreter
+        # By chance and of one length: how long the paths in an environment are moves what lies in memory beside it, and
+        # with the names of the trials it would do so on one side in every replicate (Mytkowicz et al., ASPLOS 2009).
+        home = self._homes[request.trial] = disk.scratch / secrets.token_hex(4)
+        folder = copy_snapshot(self._snapshot(variant), home / "work")
+        socket_path = str(home / "turns")
+        variables = variables_of(
+            variant,
+            host.variables(os.environ),
+            scratch=home,
+            threads=self._threads,
+            port=_free_port(),
+            socket=socket_path,
+        )
+        words = words_of(variant, host.python, variables, folder)
+        return ScriptProcess(words, variables, folder=folder, log=Path(request.log_path), socket_path=socket_path)
+
+    def _required_disk(self) -> Disk:
+        if self._disk is None:
+            raise InvalidRunError("the executor is not started. Call start() first.")
+        return self._disk
+
+
+def _free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def open_executor(*, host: Host | None = None, label: str = "") -> Executor:
+    """What `harness.run.executors.open_executor` asks of its module."""
+    return ScriptExecutor(host=host, label=label)

@@ -1,0 +1,168 @@
+"""A script's process and all that it starts, as its parent sees them: started, heard, silent, dead, ended.
+
+A launcher starts others in sessions of their own, so the group of the first process is not all. Every process that
+belongs to the trial has the path of its socket in its environment, and that is what they are found by at the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from harness.attach.turns import SOCKET
+from harness.machine.processes import kill_group
+from harness.run.executors.channel import Channel
+from harness.run.stops import SIGNALS
+
+LOOK_S = 0.05
+"""How often a process that has not spoken yet is looked at: it is loading, and nothing is timed."""
+END_TIMEOUT_S = 10.0
+"""A process whose connection has closed ends in this time, or is killed."""
+_PR_SET_PDEATHSIG = 1
+
+
+def _start(words: Sequence[str], variables: Mapping[str, str], folder: Path, log: IO[bytes]) -> subprocess.Popen[bytes]:
+    """A process in a session of its own, which ends with its parent whatever becomes of that.
+
+    What a signal's handler raises while Python forks is lost: it meets the functions that are called after a fork,
+    whose errors are ignored. So signals that stop a run wait until the process is there.
+    """
+    libc = ctypes.CDLL(None)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+    def prepare() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    try:
+        return subprocess.Popen(
+            list(words),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=dict(variables),
+            cwd=folder,
+            start_new_session=True,
+            preexec_fn=prepare,
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class ScriptProcess:
+    """One start of a script, listened to on a socket."""
+
+    def __init__(
+        self, words: Sequence[str], variables: Mapping[str, str], *, folder: Path, log: Path, socket_path: str
+    ) -> None:
+        """Start it. Raises OSError where the system does not.
+
+        Args:
+            words: of its command, the program resolved.
+            variables: its environment; the socket's path is in it.
+            folder: it works in.
+            log: what it prints is appended to.
+            socket_path: where it will be heard.
+        """
+        self._marker = f"{SOCKET}={socket_path}".encode()
+        self._path = socket_path
+        self._channel: Channel | None = None
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._listener.close)
+            self._listener.bind(socket_path)
+            self._listener.listen(8)
+            with log.open("ab") as file:
+                self.begun_monotonic_s = time.monotonic()
+                self._process = _start(words, variables, folder, file)
+            stack.pop_all()
+
+    @property
+    def closed(self) -> bool:
+        """Whether the process that spoke has hung up."""
+        return self._channel is not None and self._channel.closed_by_peer
+
+    def age_s(self) -> float:
+        """Seconds since it was started."""
+        return time.monotonic() - self.begun_monotonic_s
+
+    def first_word(self, timeout_s: float) -> dict[str, Any] | None:
+        """Wait until it speaks; None where it has ended before that, or is silent for so long (`ended` tells which).
+
+        Raises:
+            GarbledError: what it says is no message.
+        """
+        deadline = time.monotonic() + timeout_s
+        self._listener.settimeout(LOOK_S)
+        while time.monotonic() < deadline:
+            try:
+                connection, _ = self._listener.accept()
+            except TimeoutError:
+                if self._process.poll() is not None and not self._lives():
+                    return None
+                continue
+            connection.settimeout(None)
+            self._channel = Channel(connection)
+            return self._channel.receive(max(LOOK_S, deadline - time.monotonic()))
+        return None
+
+    def tell(self, message: dict[str, Any]) -> None:
+        """Say something to it; nothing is raised where it is gone."""
+        if self._channel is None:
+            raise RuntimeError("nobody has spoken yet, so there is nobody to be told")
+        self._channel.send(message)
+
+    def hear(self, timeout_s: float) -> dict[str, Any] | None:
+        """Its next word; None where it is gone (`closed`) or silent. Raises `GarbledError`."""
+        if self._channel is None:
+            raise RuntimeError("nobody has spoken yet, so there is nobody to be heard")
+        return self._channel.receive(timeout_s)
+
+    def ended(self, grace_s: float = 0.0) -> int | None:
+        """Its exit code, waited for so long; None where it runs."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self._process.wait(grace_s) if grace_s else self._process.poll()
+        return None
+
+    def kill(self) -> None:
+        """End it and whatever it has started, wherever that is."""
+        kill_group(self._process.pid)
+        for _ in range(5):  # what is being started while it is looked for
+            others = self._others()
+            for pid in others:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGKILL)
+            if not others:
+                break
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(END_TIMEOUT_S)
+
+    def close(self) -> None:
+        """Kill it, and no more of this conversation."""
+        self.kill()
+        if self._channel is not None:
+            self._channel.close()
+        self._listener.close()
+        Path(self._path).unlink(missing_ok=True)
+
+    def _lives(self) -> bool:
+        """Whether something of the trial runs, although what was started has ended: a launcher that went ahead."""
+        return bool(self._others())
+
+    def _others(self) -> list[int]:
+        """Processes of this trial but the first, by the socket in their environment."""
+        found = []
+        for folder in Path("/proc").iterdir():
+            if folder.name.isdigit() and int(folder.name) != self._process.pid:
+                with contextlib.suppress(OSError):  # it has ended, or is another user's
+                    if self._marker in (folder / "environ").read_bytes().split(b"\0"):
+                        found.append(int(folder.name))
+        return found

@@ -1,0 +1,229 @@
+"""Where a measured script works: a copy of its folder for each process, and nowhere to publish.
+
+Several processes of one script are live at a time, each is started anew in every replicate, and each is ended in the
+middle. In the folder that one stands in they would write over each other's output and over what a training before them
+has left. So the folder is copied once when the run begins, and each process works in a copy of that copy, which goes
+when its trial has ended. All processes of a run thus have the same files, whatever is edited meanwhile.
+
+Not copied are files too large for that (they are linked, and said), environments and repositories (linked), and what
+tools keep for themselves. What a script writes by an absolute path is out of reach of this; what of it can be read from
+its command is said before the start.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePath
+from typing import Literal
+
+from harness.attach import apart
+from harness.attach.child import environment
+from harness.attach.turns import SOCKET
+from harness.errors import UsageError
+from harness.records.record import Notice
+from harness.records.units import first_few, format_bytes
+from harness.studies.script import split_command
+from harness.studies.variant import Variant
+
+LARGE_BYTES = 64 * 2**20
+"""A larger file is data or weights, which are read; it is linked."""
+MOST_BYTES = 2**30
+"""Copied for each process. Whoever has more beside the script has a folder of data there."""
+MOST_FILES = 50_000
+LINKED = (".git", ".hg", ".svn", "node_modules", ".venv", "venv")
+"""Folders that a script reads at most."""
+LEFT_OUT = ("__pycache__", ".lorameter", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".ipynb_checkpoints", "wandb")
+FOLLOWER = "harness.attach.turns:Turns"
+
+_QUIET: Mapping[str, str] = {
+    "WANDB_MODE": "disabled",
+    "WANDB_DISABLED": "true",
+    "COMET_MODE": "disabled",
+    "DISABLE_MLFLOW_INTEGRATION": "TRUE",
+    "NEPTUNE_MODE": "debug",
+    "SWANLAB_MODE": "disabled",
+    "CLEARML_OFFLINE_MODE": "1",
+    "DVC_STUDIO_OFFLINE": "true",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "DO_NOT_TRACK": "1",
+    "PYTHONDONTWRITEBYTECODE": "1",  # the modules beside a script that is named by an absolute path lie there
+}
+"""What trackers are told by their own variables; those that Trainer calls are turned off in its arguments as well."""
+_PORTS = ("MASTER_PORT", "PET_MASTER_PORT")
+_PORT_OPTIONS = ("--main_process_port", "--main-process-port", "--master_port", "--master-port", "--rdzv_endpoint")
+_WRITING = re.compile(r"--?(output|save|log|checkpoint|export|result)[\w-]*(dir|path|folder|file)?|-o")
+_PYTHON = re.compile(r"python(\d+(\.\d+)?t?)?")
+
+
+How = Literal["folder", "copy", "link", "large"]
+"""What becomes of an entry of a script's folder: made anew · copied · linked, because it is only read · linked, because
+it is too large to be copied."""
+
+
+def take_snapshot(folder: Path, into: Path) -> Path:
+    """Copy a folder by the rules above; returns the copy.
+
+    Raises:
+        UsageError: it holds more than can be copied for each process.
+    """
+    into.mkdir(parents=True)
+    for source, how in _walk(folder):
+        target = into / source.relative_to(folder)
+        if how == "folder":
+            target.mkdir()
+        elif how == "copy":
+            shutil.copy2(source, target)
+        else:
+            target.symlink_to(source.resolve())
+    return into
+
+
+def _walk(folder: Path) -> Iterator[tuple[Path, How]]:
+    """Each entry with what becomes of it, folders before what is in them; nothing below what is linked.
+
+    Raises:
+        UsageError: it holds more than can be copied.
+    """
+    files, size, folders = 0, 0, [folder]
+    while folders:
+        for entry in sorted(folders.pop().iterdir()):
+            mode = entry.lstat().st_mode
+            if entry.name in LEFT_OUT or not (stat.S_ISLNK(mode) or stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
+                continue
+            if stat.S_ISDIR(mode) and entry.name not in LINKED and not (entry / "pyvenv.cfg").is_file():
+                folders.append(entry)
+                yield entry, "folder"
+            elif stat.S_ISREG(mode) and entry.stat().st_size <= LARGE_BYTES:
+                files, size = files + 1, size + entry.stat().st_size
+                if files > MOST_FILES or size > MOST_BYTES:
+                    raise UsageError(
+                        f"cwd = {str(folder)!r}: over {MOST_FILES} files or {format_bytes(MOST_BYTES)} below it, and "
+                        "each process works in a copy. Name the script's own folder as cwd, and move data out of it."
+                    )
+                yield entry, "copy"
+            else:
+                yield entry, "large" if stat.S_ISREG(mode) else "link"
+
+
+def copy_snapshot(snapshot: Path, into: Path) -> Path:
+    """A process's own copy; returns its folder."""
+    shutil.copytree(snapshot, into, symlinks=True, dirs_exist_ok=True)
+    return into
+
+
+def folder_of(variant: Variant, stood_in: Path) -> Path:
+    """The folder of a variant's command. Raises `UsageError` where there is none."""
+    folder = stood_in / variant.cwd
+    if not folder.is_dir():
+        raise UsageError(f"variant {variant.name!r}: cwd = {variant.cwd!r}: no folder {folder}. Mend the path.")
+    return folder.resolve()
+
+
+def variables_of(
+    variant: Variant, inherited: Mapping[str, str], *, scratch: Path, threads: int, port: int, socket: str
+) -> dict[str, str]:
+    """The environment of a script's process: what it would have, silenced, with caches and a port of its own.
+
+    Args:
+        variant: its `env` goes before all but what the harness itself needs.
+        inherited: of the side that it runs on.
+        scratch: its folder, for caches.
+        threads: of the CPU, unless the user's environment or the variant says otherwise.
+        port: free, for what its ranks meet at.
+        socket: where it waits for its turns.
+    """
+    own = {
+        "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor"),
+        "TRITON_CACHE_DIR": str(scratch / "triton"),
+        "MLFLOW_TRACKING_URI": f"file://{scratch}/mlflow",
+        "TENSORBOARD_LOGGING_DIR": str(scratch / "tensorboard"),
+    } | dict.fromkeys(_PORTS, str(port))
+    limits = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if name not in inherited}
+    given = {**inherited, **limits, **_QUIET, **own, **variant.env}
+    if variant.python:
+        given["PATH"] = os.pathsep.join([str(PurePath(variant.python).parent), given.get("PATH", "")])
+    return environment(given, follower=FOLLOWER, after_import=apart.after_import(), variables={SOCKET: socket})
+
+
+def words_of(variant: Variant, python: str, variables: Mapping[str, str], folder: Path) -> list[str]:
+    """The command's words with its program resolved; `python` is what the word python means.
+
+    Raises:
+        UsageError: no such program, or no such script.
+    """
+    where = f"variant {variant.name!r}: command = {variant.command!r}"
+    words = split_command(f"variant {variant.name!r}", variant.command)
+    if variant.python and not os.access(variant.python, os.X_OK):
+        raise UsageError(
+            f"variant {variant.name!r}: python = {variant.python!r}: no executable file. Name ENVIRONMENT/bin/python."
+        )
+    if _PYTHON.fullmatch(words[0]):
+        words[0] = variant.python or python
+    elif (found := _which(words[0], variables, folder)) is not None:
+        words[0] = found
+    else:
+        raise UsageError(f"{where}: no program {words[0]!r} on PATH. Install it, or write its path.")
+    if _PYTHON.fullmatch(PurePath(words[0]).name):
+        script = next((word for word in words[1:] if not word.startswith("-")), None)
+        if script is not None and script == words[1] and not (folder / script).exists():
+            raise UsageError(f"{where}: no file {script!r} in {folder}. Name its folder as cwd, or mend the path.")
+    return words
+
+
+def _which(word: str, variables: Mapping[str, str], folder: Path) -> str | None:
+    if os.sep in word and not PurePath(word).is_absolute():
+        path = folder / word
+        return str(path) if path.is_file() and os.access(path, os.X_OK) else None
+    return shutil.which(word, path=variables.get("PATH"))
+
+
+def shared_notices(variant: Variant, stood_in: Path) -> Iterator[Notice]:
+    """What of this script cannot be kept apart, as far as its folder and its command tell.
+
+    Raises:
+        UsageError: no such folder, program or script, or a folder that holds too much.
+    """
+    folder = folder_of(variant, stood_in)
+    words = words_of(variant, "python", os.environ, folder)
+    large = [str(entry.relative_to(folder)) for entry, how in _walk(folder) if how == "large"]
+    if large:
+        yield Notice(
+            code="files-shared",
+            message=f"{variant.name}: {len(large)} files of its folder are larger than "
+            f"{format_bytes(LARGE_BYTES)} and are not copied: {first_few(large, 3)}. A script that writes "
+            "into one of them writes into the original.",
+            remedy="Nothing to do where it only reads them; else move them out of its folder.",
+        )
+    outside = [word for option, word in _options(words) if _WRITING.fullmatch(option) and _leaves(word)]
+    if outside:
+        yield Notice(
+            code="writes-outside",
+            message=f"{variant.name}: {first_few(outside, 3)} lies outside of its folder, and all of its processes "
+            "write there. Trainer saves and reports nothing while it is measured; what the script writes by itself "
+            "before its training ends is not held back.",
+            remedy="Give the script a relative path: it then writes into a copy that is thrown away.",
+        )
+    ports = [f"{option} {word}" for option, word in _options(words) if option in _PORT_OPTIONS and word != "0"]
+    if ports:
+        yield Notice(
+            code="port-shared",
+            message=f"{variant.name}: {first_few(ports, 3)} is the same for all of its processes, and they are live "
+            "at the same time.",
+            remedy="Leave the port out, as each process has its own in MASTER_PORT; or use --interleave replicates.",
+        )
+
+
+def _options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        option, equals, value = word.partition("=")
+        if option.startswith("-"):
+            yield option, value if equals else following
+
+
+def _leaves(word: str) -> bool:
+    return PurePath(word).is_absolute() or word.startswith(("..", "~"))

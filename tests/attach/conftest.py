@@ -1,0 +1,150 @@
+"""Small trainings, and a follower that writes down what it is told."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from harness.attach.attachment import this_process
+from harness.attach.child import environment
+from harness.attach.follower import Next
+
+ROOT = Path(__file__).parents[2]
+
+
+class Listener:
+    """Keeps what it is told; `answers` are what it wants after the begin and after each step, then nothing special."""
+
+    def __init__(self, *answers):
+        self.answers = list(answers)
+        self.trainings, self.readings, self.phases, self.ends = [], [], [], []
+
+    def _next(self):
+        return self.answers.pop(0) if self.answers else Next()
+
+    def begin(self, training):
+        self.trainings.append(training)
+        return self._next()
+
+    def step(self, reading):
+        self.readings.append(reading)
+        return self._next()
+
+    def phase(self, phase):
+        self.phases.append(phase)
+
+    def end(self, error):
+        self.ends.append(error)
+
+
+@pytest.fixture
+def unattached():
+    """A process that follows nothing yet, whatever other tests did in it."""
+    this_process.cache_clear()
+    yield
+    this_process.cache_clear()
+
+
+@pytest.fixture
+def listener_class():
+    return Listener
+
+
+@pytest.fixture
+def listener():
+    return Listener()
+
+
+@pytest.fixture(scope="module")
+def make_model():
+    """A function that makes the same llama of two layers with an adapter each time."""
+    return tiny_model
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """Rows of 16 tokens, half of them padded from the twelfth on and without a label on the first four."""
+    torch.manual_seed(0)
+    ids = torch.randint(3, 96, (64, 16))
+    made = []
+    for place, row in enumerate(ids):
+        mask, labels = torch.ones(16, dtype=torch.long), row.clone()
+        labels[:4] = -100
+        if place % 2:
+            mask[12:] = 0
+            labels[12:] = -100
+        made.append({"input_ids": row, "attention_mask": mask, "labels": labels})
+    return made
+
+
+def tiny_model():
+    import peft
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = LlamaConfig(**sizes, num_attention_heads=4, max_position_embeddings=64, pad_token_id=0)
+    return peft.get_peft_model(
+        LlamaForCausalLM(config), peft.LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    )
+
+
+FOLLOWER = '''
+import json, os
+from harness.attach.follower import Next
+
+class Follower:
+    """Writes a line for each thing that it is told."""
+
+    def __init__(self):
+        self.stop_after = int(os.environ.get("STOP_AFTER", "0"))
+        self.file = open(os.environ["TOLD"], "a")
+
+    def tell(self, what, **more):
+        self.file.write(json.dumps({"what": what, "pid": os.getpid(), **more}) + "\\n")
+        self.file.flush()
+
+    def begin(self, training):
+        self.tell("begin", source=training.source, planned=training.planned_steps, rank=training.rank,
+                  trainable=training.trainable_parameters, ranks=training.ranks, model=type(training.model).__name__)
+        return Next()
+
+    def step(self, reading):
+        self.tell("step", **{name: getattr(reading, name) for name in reading.__slots__})
+        return Next(go_on=reading.number != self.stop_after)
+
+    def phase(self, phase):
+        self.tell("phase", phase=phase)
+
+    def end(self, error):
+        self.tell("end", error=None if error is None else f"{type(error).__name__}: {error}")
+'''
+
+
+@pytest.fixture
+def wrapped(tmp_path):
+    """A function that runs a command with the hook in it and returns what was done and what its follower was told."""
+    import json
+
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "listening.py").write_text(FOLLOWER)
+
+    def run(*command, timeout=240, python_path="", **variables):
+        told = tmp_path / "told.jsonl"
+        told.unlink(missing_ok=True)
+        path = os.pathsep.join(filter(None, [python_path, str(tmp_path / "site")]))
+        inherited = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(
+            [sys.executable if word == "python" else word for word in command],
+            env=environment(inherited, follower="listening:Follower", variables={"TOLD": str(told), **variables}),
+            cwd=tmp_path, capture_output=True, text=True, timeout=timeout, check=False,
+        )  # fmt: skip
+        lines = [json.loads(line) for line in told.read_text().splitlines()] if told.exists() else []
+        return done, lines
+
+    return run

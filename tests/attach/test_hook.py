@@ -1,0 +1,212 @@
+"""The hook in a child: attached where there is a training, and nowhere else."""
+
+import sys
+import textwrap
+
+import pytest
+
+LOOP = """
+    import torch
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Embedding(32, 8), torch.nn.Linear(8, 32))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    def train(steps):
+        for _ in range(steps):
+            ids = torch.randint(0, 32, (2, 6))
+            loss = torch.nn.functional.cross_entropy(model(ids).flatten(0, 1), ids.flatten())
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss.item()
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    """A function that writes a script and returns its name."""
+
+    def write(text, name="train.py", loop=LOOP):
+        (tmp_path / name).write_text(textwrap.dedent(loop) + textwrap.dedent(text))
+        return name
+
+    return write
+
+
+def test_what_lies_between_two_updates_is_a_step(wrapped, script):
+    """Of a loop without a Trainer: all but the first, with tokens, parts and loss; its output and end are its own."""
+    done, told = wrapped("python", script("print('loss', train(4)); import sys; sys.exit(3)"))
+    assert (done.returncode, done.stdout[:5], done.stderr) == (3, "loss ", "")
+    assert [one["what"] for one in told] == ["begin", "step", "step", "step", "end"]
+    assert (told[0]["source"], told[0]["model"], told[0]["trainable"]) == ("optimizer", "Sequential", 32 * 8 + 9 * 32)
+    step = told[2]
+    assert (step["sequences"], step["padded_tokens"], step["real_tokens"]) == (2, 12, 12)
+    assert float(done.stdout.split()[1]) == pytest.approx(told[3]["loss"])
+    parts = [step[f"{part}_time_s"] for part in ("forward", "backward", "optimizer")]
+    assert all(part > 0 for part in parts)
+    assert sum(parts) < step["step_time_s"]
+    assert told[-1]["error"] is None
+
+
+@pytest.mark.faults
+def test_a_loop_that_is_to_end_ends_as_by_itself(wrapped, script):
+    """With exit code 0, whatever it would have done afterwards."""
+    done, told = wrapped("python", script("train(50); print('after')"), STOP_AFTER="3")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert [one["what"] for one in told] == ["begin", "step", "step", "step", "end"]
+
+
+@pytest.mark.faults
+def test_an_error_is_the_scripts_own(wrapped, script):
+    """It is printed as without the hook, and the follower learns it."""
+    done, told = wrapped("python", script("train(3); raise ValueError('mine')"))
+    assert done.returncode == 1
+    assert done.stderr.rstrip().endswith("ValueError: mine")
+    assert told[-1] == {"what": "end", "pid": told[0]["pid"], "error": "ValueError: mine"}
+
+
+def test_a_script_that_never_trains_is_left_alone(wrapped, script):
+    """Nothing of lorameter is imported in it."""
+    text = "import transformers; print(len(transformers.__version__) > 0)"
+    done, told = wrapped(
+        "python", script(f"{text}\nimport sys; print([name for name in sys.modules if 'harness' in name])")
+    )
+    assert done.returncode == 0
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert told == []
+
+
+@pytest.mark.faults
+def test_data_workers_and_forks_are_not_followed(wrapped, script):
+    """Spawned workers import the script, forks inherit a training, one that trains itself does it unseen."""
+    text = """
+        import os
+        class Rows(torch.utils.data.Dataset):
+            def __len__(self): return 8
+            def __getitem__(self, place): return torch.tensor([place])
+        if __name__ == "__main__":
+            for context in ("spawn", "fork"):
+                loader = torch.utils.data.DataLoader(Rows(), num_workers=1, multiprocessing_context=context)
+                assert len(list(loader)) == 8
+            train(3)
+            child = os.fork()
+            if not child:
+                train(5)
+                raise SystemExit(0)
+            assert os.waitpid(child, 0)[1] == 0
+            train(1)
+    """
+    done, told = wrapped("python", script(text))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [one["what"] for one in told] == ["begin", "step", "step", "step", "end"]
+    assert len({one["pid"] for one in told}) == 1
+
+
+@pytest.mark.faults
+def test_a_script_may_change_its_folder_and_its_streams(wrapped, script):
+    """What is followed does not rest on either."""
+    text = """
+        import os, sys, io
+        os.chdir("/")
+        sys.stdout, sys.stderr = io.StringIO(), io.StringIO()
+        train(3)
+        sys.__stdout__.write("done")
+    """
+    done, told = wrapped("python", script(text))
+    assert (done.returncode, done.stdout) == (0, "done")
+    assert [one["what"] for one in told] == ["begin", "step", "step", "end"]
+
+
+def test_the_users_own_sitecustomize_is_imported(wrapped, script, tmp_path):
+    """And stands under its name; the folder of the hook is not on the path."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "sitecustomize.py").write_text("import builtins; builtins.MINE = True\n")
+    text = "import sys, sitecustomize; print(MINE, sitecustomize.__file__, [p for p in sys.path if 'attach' in p])"
+    done, _ = wrapped("python", script(text, loop=""), python_path=str(tmp_path / "mine"))
+    assert done.stdout.split() == ["True", str(tmp_path / "mine" / "sitecustomize.py"), "[]"], done.stderr
+
+
+@pytest.mark.faults
+def test_a_package_of_the_scripts_own_with_our_name_is_its_own(wrapped, script, tmp_path):
+    """The training goes on unseen, and that is said."""
+    (tmp_path / "harness").mkdir()
+    (tmp_path / "harness" / "__init__.py").write_text("MINE = 1\n")
+    done, told = wrapped("python", script("train(3); import harness; print(harness.MINE)"))
+    assert (done.returncode, done.stdout) == (0, "1\n")
+    assert "the script has a package 'harness' of its own" in done.stderr
+    assert told == []
+
+
+def test_what_was_asked_for_is_called_after_an_import(wrapped, script, tmp_path):
+    """Once, with the module; an error in it is told and does no harm."""
+    (tmp_path / "site" / "asked.py").write_text("def call(module):\n    print('after', module.__name__)\n    1 / 0\n")
+    done, _ = wrapped(
+        "python", script("import wave, wave; print(wave.open)", loop=""), LORAMETER_AFTER_IMPORT="wave=asked:call"
+    )  # fmt: skip
+    assert done.stdout.count("after wave") == 1
+    assert "ZeroDivisionError" in done.stderr
+    assert done.returncode == 0
+
+
+TRAINER = """
+    import sys, inspect
+    import transformers
+    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+    sizes = dict(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    rows = [{"input_ids": torch.arange(8), "labels": torch.arange(8)} for _ in range(32)]
+    class Own(Trainer):
+        pass
+    arguments = TrainingArguments(output_dir="out", use_cpu=True, max_steps=3, report_to=[], save_strategy="no",
+                                  disable_tqdm=True, per_device_train_batch_size=2)
+    assert "model" in inspect.signature(Trainer.__init__).parameters
+    assert "def __init__" in inspect.getsource(Trainer.__init__) and "attach" not in inspect.getsource(Trainer.__init__)
+    Own(LlamaForCausalLM(LlamaConfig(**sizes)), arguments, train_dataset=rows).train()
+"""
+
+
+def test_a_trainer_is_followed_and_not_its_optimizer(wrapped, script):
+    """Whoever looks at its class finds what is there without the hook."""
+    done, told = wrapped("python", script(TRAINER))
+    assert done.returncode == 0, done.stderr
+    assert [one["what"] for one in told] == ["begin", "step", "step", "step", "end"]
+    assert (told[0]["source"], told[0]["planned"]) == ("trainer", 3)
+    assert "another training" not in done.stderr
+
+
+@pytest.mark.faults
+def test_a_trainer_whose_process_ends_early_has_no_end(wrapped, script):
+    """Which is no error of the script's, and not the end of its training."""
+    stop = "class Stop(transformers.TrainerCallback):\n    def on_step_end(self, *a, **k): sys.exit(0)\n"
+    text = textwrap.dedent(TRAINER).replace("train_dataset=rows)", "train_dataset=rows, callbacks=[Stop()])")
+    text = text.replace("class Own", stop + "class Own")
+    done, told = wrapped("python", script(text))
+    assert done.returncode == 0, done.stderr
+    assert told[-1]["error"] == "UnendedError: the process has ended before its training did"
+
+
+@pytest.mark.faults
+def test_ranks_are_told_by_rank_0(wrapped, script):
+    """Of two processes under torchrun, which is in no training itself."""
+    text = """
+        import torch.distributed as dist
+        dist.init_process_group("gloo")
+        model = torch.nn.parallel.DistributedDataParallel(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        train(3)
+        dist.destroy_process_group()
+    """
+    done, told = wrapped(
+        "python", "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--rdzv-backend=c10d",
+        "--rdzv-endpoint=localhost:0", script(text),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert [one["what"] for one in told] == ["begin", "step", "step", "end"]
+    assert (told[0]["rank"], told[0]["ranks"], told[0]["model"]) == (0, 2, "DistributedDataParallel")
+
+
+@pytest.mark.faults
+def test_a_console_script_passes_the_hook_on(wrapped, script):
+    """`accelerate launch` starts the script in a process of its own; it is in no training itself."""
+    program = str(__import__("pathlib").Path(sys.executable).with_name("accelerate"))
+    done, told = wrapped(program, "launch", "--cpu", "--num_processes", "1", script("train(3)"))
+    assert done.returncode == 0, done.stderr
+    assert [one["what"] for one in told] == ["begin", "step", "step", "end"]

@@ -1,0 +1,144 @@
+"""A loop that names its steps."""
+
+import time
+
+import pytest
+import torch
+
+from harness.attach.follower import Next
+from harness.attach.meter import Meter
+from harness.attach.optimizer import StopTraining
+
+
+@pytest.fixture
+def parts(make_model, rows):
+    """A model, its optimizer and its batches of two rows."""
+    model = make_model()
+    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-3)
+    batches = [
+        {key: torch.stack([one[key] for one in rows[start : start + 2]]) for key in rows[0]}
+        for start in range(0, 12, 2)
+    ]
+    return model, optimizer, batches
+
+
+def meter_of(listener, model):
+    meter = Meter(model)
+    meter._loop._make = lambda: listener
+    return meter
+
+
+def update(optimizer):
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.usefixtures("unattached")
+def test_each_batch_is_a_step(listener, parts):
+    """With its tokens, its parts and the loss that the model returns; a second epoch goes on counting."""
+    model, optimizer, batches = parts
+    losses = []
+    with meter_of(listener, model) as meter:
+        for _ in range(2):
+            for batch in meter.steps(batches):
+                loss = model(**batch).loss
+                loss.backward()
+                update(optimizer)
+                losses.append(loss.item())
+    assert [one.number for one in listener.readings] == list(range(1, 13))
+    for reading, loss in zip(listener.readings, losses, strict=True):
+        assert (reading.sequences, reading.padded_tokens, reading.real_tokens) == (2, 32, 28)
+        assert reading.loss == pytest.approx(loss)
+        parts = [reading.data_time_s, reading.forward_time_s, reading.backward_time_s, reading.optimizer_time_s]
+        assert all(part > 0 for part in parts)
+        assert sum(parts) < reading.step_time_s
+    assert listener.ends == [None]
+    assert not model._forward_hooks
+    assert not hasattr(torch.autograd.backward, "__wrapped__")
+
+
+@pytest.mark.usefixtures("unattached")
+def test_accumulated_batches_are_one_step(listener, parts):
+    """The loss is the mean of its passes; batches that are left over are no step."""
+    model, optimizer, batches = parts
+    with meter_of(listener, model) as meter:
+        for place, batch in enumerate(meter.steps(batches, accumulation=4)):
+            (model(**batch).loss / 4).backward()
+            if place % 4 == 3:
+                update(optimizer)
+    (reading,) = listener.readings
+    assert reading.sequences == 8
+    assert 3 < reading.loss < 6
+
+
+@pytest.mark.usefixtures("unattached")
+def test_what_lies_between_two_blocks_is_in_no_step(listener, parts):
+    """A step that is a block holds what is in the block, and sees its batch in the model's pass."""
+    model, optimizer, batches = parts
+    with meter_of(listener, model) as meter:
+        for batch in batches[:3]:
+            time.sleep(0.3)
+            with meter.step():
+                model(**batch).loss.backward()
+                update(optimizer)
+    assert [one.padded_tokens for one in listener.readings] == [32, 32, 32]
+    assert max(one.step_time_s for one in listener.readings[1:]) < 0.3
+    assert all(one.data_time_s is None for one in listener.readings)
+
+
+@pytest.mark.usefixtures("unattached")
+def test_an_evaluation_is_a_phase(listener, parts):
+    """Its passes are no part of a step, and its time is in none."""
+    model, optimizer, batches = parts
+    with meter_of(listener, model) as meter:
+        for batch in meter.steps(batches[:3]):
+            model(**batch).loss.backward()
+            update(optimizer)
+            with meter.evaluating(), torch.no_grad():
+                model(**batches[3])
+                time.sleep(0.3)
+    assert listener.phases == ["evaluate", "train"] * 3
+    assert all(one.sequences in (2, None) for one in listener.readings)
+
+
+@pytest.mark.usefixtures("unattached")
+def test_the_follower_ends_a_loop(listener_class, parts):
+    """The loader ends; a block of its own is refused with the end of the script."""
+    model, _, batches = parts
+    listener = listener_class(Next(), Next(), Next(go_on=False))
+    meter = meter_of(listener, model)
+    assert len(list(meter.steps(batches))) == 2
+    assert list(meter.steps(batches)) == []
+    with pytest.raises(StopTraining) as stopped, meter.step():
+        raise AssertionError("no step was to begin")
+    assert stopped.value.code == 0
+    assert listener.ends == [None]
+
+
+@pytest.mark.usefixtures("unattached")
+def test_an_error_of_the_loop_ends_the_following_with_it(listener, parts):
+    """It goes on to whoever waits for it."""
+    model, _, batches = parts
+
+    def train():
+        with meter_of(listener, model) as meter:
+            for _ in meter.steps(batches):
+                raise ValueError("mine")
+
+    with pytest.raises(ValueError, match="mine"):
+        train()
+    (error,) = listener.ends
+    assert str(error) == "mine"
+    assert listener.readings == []
+
+
+@pytest.mark.usefixtures("unattached")
+def test_a_loss_of_ones_own_is_taken(listener, parts):
+    """In place of the model's."""
+    model, optimizer, batches = parts
+    with meter_of(listener, model) as meter:
+        for batch in meter.steps(batches[:2]):
+            model(**batch).loss.backward()
+            meter.loss(torch.tensor(7.0))
+            update(optimizer)
+    assert [one.loss for one in listener.readings] == [7.0, 7.0]

@@ -1,0 +1,58 @@
+"""What counts as a token, by what a batch says."""
+
+import pytest
+import torch
+
+from harness.attach.tokens import AS_GIVEN, BY_ALL, BY_MASK, BY_POSITIONS, SHIFTED, count_tokens
+
+
+def counts(batch):
+    found = count_tokens(batch)
+    return found.sequences, found.padded, *(None if one is None else int(one) for one in (found.real, found.loss))
+
+
+IDS = torch.arange(12).reshape(2, 6)
+MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]])
+LABELS = torch.tensor([[5, 5, 5, 5, 5, 5], [-100, 5, 5, -100, -100, -100]])
+
+
+def test_a_mask_says_what_is_real():
+    """And labels what the loss is over, the first of each row not being predicted."""
+    assert counts({"input_ids": IDS, "attention_mask": MASK, "labels": LABELS}) == (2, 12, 9, 7)
+    assert count_tokens({"input_ids": IDS, "attention_mask": MASK, "labels": LABELS}).conventions == (BY_MASK, SHIFTED)
+
+
+def test_a_packed_row_ends_where_its_records_do():
+    """Positions of zero without a label at the end of a row are filler; a record's own zero is not."""
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2], [0, 1, 2, 0, 0, 0]])
+    labels = torch.tensor([[-100, 5, 5, -100, 5, 5], [-100, 5, 5, -100, -100, -100]])
+    batch = {"input_ids": IDS, "position_ids": positions, "labels": labels}
+    assert counts(batch) == (2, 12, 9, 6)
+    assert count_tokens(batch).conventions == (BY_POSITIONS, SHIFTED)
+
+
+def test_without_either_all_is_real():
+    """As a loop over raw blocks has it; a tuple's first tensor of whole numbers is taken for tokens."""
+    assert counts({"input_ids": IDS}) == (2, 12, 12, None)
+    assert counts((IDS, IDS)) == (2, 12, 12, None)
+    assert count_tokens((IDS,)).conventions == (BY_ALL,)
+
+
+def test_labels_of_another_shape_are_counted_as_they_are():
+    """Those of a classification, and those that were shifted before."""
+    assert counts({"input_ids": IDS, "labels": torch.tensor([1, -100])})[3] == 1
+    shifted = {"input_ids": IDS, "labels": LABELS, "shift_labels": LABELS}
+    assert counts(shifted)[3] == 8
+    assert AS_GIVEN in count_tokens(shifted).conventions
+
+
+def test_embeddings_stand_for_tokens():
+    """Of a model that is given vectors."""
+    assert counts({"inputs_embeds": torch.zeros(2, 6, 8), "attention_mask": MASK}) == (2, 12, 9, None)
+
+
+@pytest.mark.parametrize("batch", [None, 3, [], {}, "text", {"pixels": "none"}, (torch.zeros(2, 3),), [{}]])
+def test_of_anything_else_nothing_is_counted(batch):
+    """And nothing is guessed."""
+    found = count_tokens(batch)
+    assert (found.padded, found.real, found.loss, found.conventions) == (None, None, None, ())

@@ -1,0 +1,78 @@
+"""What a step of a script needs of its device: constructed, as no device with a stated peak is needed to count."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from harness.attach.follower import StepReading, Training
+from harness.attach.gathered import Gathered
+from harness.attach.work import work_of
+from harness.models.costs.flops import StepTokens, six_n, training_flops
+from harness.models.shapes import shape_of_config
+from harness.records.metrics import samples_of
+from harness.records.record import TrialRecord
+from harness.studies.variant import Variant
+
+H100 = "NVIDIA H100 80GB HBM3"
+
+
+@pytest.fixture
+def gathered():
+    """Steps of two rows with ten real tokens each."""
+    found = Gathered(None)
+    for number in range(1, 21):
+        found.add(StepReading(
+            number=number, step_time_s=0.1, cpu_time_s=0.1, sequences=2, real_tokens=20, padded_tokens=32
+        ))  # fmt: skip
+    return found
+
+
+def training(model):
+    return Training(
+        source="trainer", model=model, planned_steps=None, trainable_parameters=1, total_parameters=1, accumulation=1
+    )
+
+
+TOKENS = StepTokens(positions=20, pairs=110, passes=1)
+
+
+def test_an_adapter_is_counted_as_that_of_a_variant(make_model, gathered):
+    """By the shape, ranks and targets of the model at hand; the peak is that of the type it multiplies in."""
+    model = make_model()
+    shape = shape_of_config(model.config.to_dict(), "model")
+    values = work_of(training(model), gathered, H100)
+    variant = Variant(r=8, target_modules=("q_proj", "v_proj"))
+    assert values["model_flops_per_step"] == training_flops(shape, variant, TOKENS).model
+    assert values["peak_flops_per_s"] == pytest.approx(66.9e12)
+    assert work_of(training(model.to(torch.bfloat16)), gathered, H100)["peak_flops_per_s"] == pytest.approx(989.4e12)
+
+
+def test_a_model_without_an_adapter_trains_all(make_model, gathered):
+    """6 N; inside what distributes it, too."""
+    model = make_model().get_base_model()
+    del model.peft_config
+    shape = shape_of_config(model.config.to_dict(), "model")
+    wrapped = torch.nn.Module()
+    wrapped.module = model
+    assert work_of(training(wrapped), gathered, H100)["model_flops_per_step"] == six_n(shape, TOKENS)
+
+
+def test_what_is_not_known_is_left_out(make_model, gathered):
+    """A device that is not listed, a model without a configuration, steps whose tokens nobody saw."""
+    assert "peak_flops_per_s" not in work_of(training(make_model()), gathered, "Test CPU")
+    assert work_of(training(torch.nn.Linear(2, 2)), gathered, H100) == {}
+    unseen = Gathered(None)
+    unseen.add(StepReading(number=1, step_time_s=0.1, cpu_time_s=0.1))
+    assert work_of(training(make_model()), unseen, H100) == {}
+
+
+def test_mfu_follows_from_both():
+    """Of each step; nothing where one is missing."""
+    record = TrialRecord(
+        trial="r0-x", status="ok", name="x", variant="v", role="variant", replicate=0, position=0,
+        interleaving="replicates", seed=0, started_unix_s=0.0, wall_time_s=1.0, samples={"step_time_s": (0.5, 1.0)},
+        values={"model_flops_per_step": 1e12, "peak_flops_per_s": 1e13},
+    )  # fmt: skip
+    assert samples_of(record, "mfu") == (0.2, 0.1)
+    assert samples_of(dataclasses.replace(record, values={}), "mfu") == ()

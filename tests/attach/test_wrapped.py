@@ -1,0 +1,159 @@
+"""`lorameter wrap`: a command as it is, and what becomes of the training in it, however it ends."""
+
+import os
+import signal
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from harness.attach import wrapped
+from harness.cli import main
+from harness.commands.wrap import read_requirements
+from harness.errors import UsageError
+from harness.records import store
+
+LOOP = """
+import os, signal, sys, time
+import torch
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Embedding(32, 8), torch.nn.Linear(8, 32))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+def train(steps):
+    for _ in range(steps):
+        ids = torch.randint(0, 32, (2, 6))
+        torch.nn.functional.cross_entropy(model(ids).flatten(0, 1), ids.flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+train(30)
+print("trained")
+"""
+
+
+@pytest.fixture
+def wrap(tmp_path, monkeypatch):
+    """A function that wraps a script of this text; returns the exit code and the run, None where there is none."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+    def run(text, *options, python=(sys.executable,)):
+        (tmp_path / "train.py").write_text(textwrap.dedent(text))
+        code = main(["wrap", "--runs-dir", "runs", *options, "--", *python, "train.py"])
+        (path, *_) = [*store.list_runs(tmp_path / "runs"), None]
+        assert not [one for one in (tmp_path / "runs").iterdir() if one.name.startswith(".")]
+        return code, None if path is None else store.read_run(str(path), path.parent)
+
+    return run
+
+
+def test_a_command_is_as_it_is_and_its_training_a_run(wrap, capfd):
+    """Its output and exit code are its own; that code is noted beside what was measured; the report goes to stderr."""
+    code, run = wrap(LOOP + "sys.exit(3)\n", "--require", "base.frozen=false", "mode=train")
+    (record,) = run.records
+    assert (code, run.state, record.status, record.name) == (3, "complete", "ok", "train")
+    assert len(record.samples["step_time_s"]) >= 5
+    assert {check["path"]: check["status"] for check in record.checks}["mode"] == "active"
+    assert [notice.code for notice in record.notices] == ["exit-code"]
+    told = capfd.readouterr()
+    assert told.out == "trained\n"
+    assert "real tokens/s" in told.err
+    assert "steps lie between two updates" in told.err
+
+
+def test_a_signal_passes_on_and_what_was_measured_is_kept(wrap):
+    """The command ends by it, and the run says so."""
+    text = LOOP + "os.kill(os.getppid(), signal.SIGTERM)\ntime.sleep(60)\n"
+    code, run = wrap(text, "--no-report")
+    (record,) = run.records
+    assert code == 128 + signal.SIGTERM
+    assert (run.state, record.status) == ("interrupted", "interrupted")
+    assert "SIGTERM" in record.failure.message
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("end", "code", "status", "said"),
+    [
+        ("raise ValueError('mine')", 1, "crashed", "mine"),
+        ("os._exit(7)", 7, "crashed", "exit code 7"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", 137, "crashed", "SIGKILL"),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", 139, "crashed", "SIGSEGV"),
+        ("signal.raise_signal(signal.SIGINT)", 130, "interrupted", "stopped"),
+        ("raise torch.OutOfMemoryError('CUDA out of memory')", 1, "oom", "out of memory"),
+        ("ids = model[1].weight.data.fill_(float('nan')); train(3)", 0, "invalid", "the loss is nan"),
+    ],
+    ids=["crash", "exit", "kill", "segfault", "ctrl-c", "memory", "nan"],
+)
+def test_however_a_training_ends_it_is_a_row(wrap, end, code, status, said):
+    """With its reason, the command's own exit code, and the steps until then."""
+    found, run = wrap(LOOP + end + "\n", "--no-report")
+    (record,) = run.records
+    assert (found, record.status, run.state != "running") == (code, status, True)
+    assert said in record.failure.message
+
+
+def test_a_crash_before_training_leaves_no_run(wrap, capfd):
+    """Nor does a command that trains nothing; why is said, and the exit code is the command's."""
+    assert wrap("raise SystemExit(5)") == (5, None)
+    assert "ended with exit code 5 before a training began" in capfd.readouterr().err
+    assert wrap("print('nothing')") == (0, None)
+    told = capfd.readouterr()
+    assert told.out == "nothing\n"
+    assert "nothing was measured: the command has ended and no training began" in told.err
+
+
+def test_a_python_that_reads_no_path_is_said(wrap, capfd):
+    """The hook was loaded by nobody."""
+    assert wrap("print('alone')", python=(sys.executable, "-I")) == (0, None)
+    assert "no Python of the command has loaded the hook" in capfd.readouterr().err
+
+
+def test_what_is_required_and_not_there_is_exit_code_4(wrap):
+    """Where the command's own is 0; a run that never was is not what was required."""
+    assert wrap("print('nothing')", "--require", "base.bits=4") == (4, None)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [("base.bits", "PATH=VALUE is expected"), ("no.such=1", "not known"), ("base.bits=seven", "must be one of")],
+)
+def test_a_requirement_that_cannot_be_is_refused(given, said):
+    """Before anything is started."""
+    with pytest.raises(UsageError, match=said):
+        read_requirements([given])
+    assert read_requirements(["base.bits=4", "lora.learning=True", "attention.backend=flash"]) == {
+        "base.bits": 4, "lora.learning": True, "attention.backend": "flash",
+    }  # fmt: skip
+
+
+def test_a_command_that_there_is_not_is_refused(tmp_path, capsys):
+    """As is none at all."""
+    assert main(["wrap", "--runs-dir", str(tmp_path), "--", "no-such-program"]) == 2
+    assert main(["wrap", "--runs-dir", str(tmp_path)]) == 2
+    told = capsys.readouterr().err
+    assert "no-such-program: No such file or directory" in told
+    assert "no command. Write it behind --" in told
+
+
+def test_signals_of_a_terminal_are_not_sent_twice(monkeypatch):
+    """The command has them already; all others, and those of a parent without a terminal, are passed on."""
+    sent = []
+
+    class Process:
+        def send_signal(self, number):
+            sent.append(number)
+
+    for in_terminal in (True, False):
+        monkeypatch.setattr(wrapped, "_in_terminal", lambda there=in_terminal: there)
+        with wrapped._passing_on(Process()):
+            for number in (signal.SIGINT, signal.SIGUSR1):
+                os.kill(os.getpid(), number)
+    assert sent == [signal.SIGUSR1, signal.SIGINT, signal.SIGUSR1]
+
+
+def test_the_hook_is_where_it_is_said_to_be():
+    """It ships with the package."""
+    from harness.attach.child import HOOK
+
+    assert (Path(HOOK) / "sitecustomize.py").is_file()

@@ -1,0 +1,233 @@
+"""A script's training as a run on disk."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from harness.attach.command import write_command
+from harness.attach.follower import StepReading, Training
+from harness.attach.variables import COMMAND, RUN
+from harness.attach.writer import Writer
+from harness.records import store
+from kernels_check import Check
+
+
+def training(**changes):
+    plain = Training(
+        source="loop", model=torch.nn.Linear(2, 2), planned_steps=None, trainable_parameters=6, total_parameters=6,
+        accumulation=2,
+    )  # fmt: skip
+    return dataclasses.replace(plain, **changes)
+
+
+def reading(number, time_s=0.1, **more):
+    plain = {"sequences": 2, "real_tokens": 24, "padded_tokens": 32, "loss": 2.0, "forward_time_s": 0.04}
+    return StepReading(number=number, step_time_s=time_s, cpu_time_s=time_s, **plain | more)
+
+
+CHECKS = (
+    Check(path="base.bits", required=4, observed=4, status="active", reason="4 bits"),
+    Check(path="base.frozen", required=None, observed=True, status="active", reason="unchanged"),
+)
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """A function that has a writer told of a training, and returns the run, the writer and its answers."""
+    monkeypatch.setenv(COMMAND, "python train.py --r 8")
+    names = iter(range(100))
+
+    def tell(readings, *, error=None, end=True, require=None, facts=None):
+        path = tmp_path / "runs" / f"run-{next(names)}"
+        monkeypatch.setenv(RUN, str(path))
+        writer = Writer(require=require or {})
+        answers = [writer.begin(facts or training())]
+        answers += [writer.step(one) for one in readings]
+        if end:
+            writer.end(error)
+        return store.read_run(str(path), path.parent), writer, answers
+
+    return tell
+
+
+def steps(count, *, watched=CHECKS, **more):
+    """Steps of which the seventh is watched: one, a warm-up of five or six, the check, and the rest."""
+    return [reading(n, checks=watched if n == 8 else None, **more) for n in range(1, count + 1)]
+
+
+def test_steps_become_the_samples_of_a_trial(write):
+    """The first is a value, six are the warm-up, one is watched and has no time, the rest is timed."""
+    run, _, answers = write(steps(20))
+    (record,) = run.records
+    assert (run.state, record.status, record.name, record.trial) == ("complete", "ok", "train", "r0-train")
+    assert [index for index, answer in enumerate(answers) if answer.watch is not None] == [7]
+    assert all(answer.go_on for answer in answers)
+    assert record.values["first_step_time_s"] == 0.1
+    assert len(record.samples["warmup_step_time_s"]) == 6
+    assert record.samples["step_time_s"] == (0.1,) * 12
+    assert record.samples["turn_padded_tokens"] == (8.0,) * 12
+    assert record.samples["forward_time_s"] == (0.04,) * 12
+    assert "data_time_s" not in record.samples
+    assert record.turn_lengths == (1,) * 12
+    assert (record.values["training_steps"], record.values["accumulation"]) == (20.0, 2.0)
+    assert [check["path"] for check in record.checks] == ["base.bits", "base.frozen"]
+    assert record.memory["host_peak_train_bytes"] > 0
+    assert run.manifest.study["variants"][0]["command"] == "python train.py --r 8"
+    assert run.manifest.study["protocol"]["turns"] == 12
+
+
+def test_what_was_counted_and_seen_is_said(write):
+    """In the notes of the report: where steps lie, how tokens count, what a step ran."""
+    run, _, _ = write(steps(12, conventions=("by mask",)))
+    notes = run.manifest.study["notes"]
+    assert "by mask" in notes
+    assert any("base.bits 4" in note and "base.frozen True" in note for note in notes)
+
+
+def test_a_step_without_what_is_required_makes_the_trial_invalid(write):
+    """And so does one that nobody watched: what was not seen is no pass."""
+    lacking = (dataclasses.replace(CHECKS[0], observed=16, status="fallback", reason="16 bits"),)
+    run, _, _ = write(steps(12, watched=lacking), require={"base.bits": 4})
+    assert (run.records[0].status, run.records[0].failure.kind) == ("invalid", "RequiredPathNotActive")
+    run, _, _ = write(steps(12, watched=None), require={"base.bits": 4})
+    assert (run.records[0].status, run.records[0].failure.kind) == ("invalid", "RequiredPathNotSeen")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "kind"),
+    [
+        (ValueError("mine"), "crashed", "ValueError"),
+        (KeyboardInterrupt(), "interrupted", "Interrupted"),
+        (RuntimeError("CUDA out of memory."), "oom", "RuntimeError"),
+        (OSError(28, "No space left on device"), "interrupted", "Refused"),
+    ],
+)
+def test_an_error_ends_the_trial_with_what_was_measured(write, error, status, kind):
+    """Its steps are kept, and its traceback is in the log."""
+    run, _, _ = write(steps(15), error=error)
+    (record,) = run.records
+    assert (record.status, record.failure.kind) == (status, kind)
+    assert len(record.samples["step_time_s"]) == 7
+
+
+def test_a_loss_that_is_no_number_makes_the_trial_invalid(write):
+    """With the step in which it was."""
+    told = steps(15)
+    told[9] = dataclasses.replace(told[9], loss=float("nan"))
+    run, _, _ = write(told)
+    (record,) = run.records
+    assert (record.status, record.failure.kind) == ("invalid", "LossNotFinite")
+    assert "step 10" in record.failure.message
+
+
+def test_a_training_that_is_too_short_has_no_result(write):
+    """All of it was warm-up."""
+    run, _, _ = write(steps(4))
+    assert (run.records[0].status, run.records[0].failure.kind) == ("invalid", "NothingTimed")
+
+
+def test_a_planned_training_warms_up_for_a_third_of_it(write):
+    """Or nothing of a short one would be timed."""
+    falling = [reading(n, time_s=1 / n) for n in range(1, 10)]
+    run, _, _ = write(falling, facts=training(planned_steps=9))
+    assert len(run.records[0].samples["warmup_step_time_s"]) == 3
+    assert len(run.records[0].samples["step_time_s"]) == 5
+
+
+def test_phases_have_peaks_of_their_own(write, tmp_path, monkeypatch):
+    """Evaluation and saving beside training."""
+    path = tmp_path / "phases"
+    monkeypatch.setenv(RUN, str(path))
+    writer = Writer(require={})
+    writer.begin(training())
+    for one in steps(12):
+        writer.step(one)
+    for phase in ("evaluate", "save", "train"):
+        writer.phase(phase)
+    writer.end(None)
+    run = store.read_run(str(path), path.parent)
+    kinds = {name for name in run.records[0].memory if name.startswith("host_peak")}
+    assert kinds == {"host_peak_train_bytes", "host_peak_evaluate_bytes", "host_peak_save_bytes"}
+    assert any("while training" in note and "evaluating" in note for note in run.manifest.study["notes"])
+
+
+def test_a_process_that_is_killed_leaves_a_run_that_began(write):
+    """Its one record says that it was under way."""
+    run, writer, _ = write(steps(5), end=False)
+    assert (run.state, run.records[0].status, run.records[0].failure.kind) == ("running", "interrupted", "UnderWay")
+    writer.end(None)
+
+
+def test_a_second_process_of_a_command_is_not_followed(write, monkeypatch):
+    """The directory of the run is claimed by the first."""
+    run, _, _ = write(steps(12))
+    monkeypatch.setenv(RUN, str(run.path))
+    with pytest.raises(Exception, match="another process of this command is followed"):
+        Writer(require={}).begin(training())
+
+
+def test_a_second_training_is_noted(write, tmp_path, monkeypatch):
+    """In the same process: the first is what was measured."""
+    path = tmp_path / "second"
+    monkeypatch.setenv(RUN, str(path))
+    writer = Writer(require={})
+    writer.begin(training())
+    for one in steps(12):
+        writer.step(one)
+    writer.begin(training(source="trainer"))
+    writer.end(None)
+    (record,) = store.read_run(str(path), path.parent).records
+    assert [notice.code for notice in record.notices] == ["second-training"]
+
+
+def test_of_ranks_the_slowest_counts(write, tmp_path, monkeypatch):
+    """Step by step; tokens are those of all, and a rank that left nothing is named."""
+    path = tmp_path / "ranks"
+    monkeypatch.setenv(RUN, str(path))
+    first, other = Writer(require={}), Writer(require={})
+    first.begin(training(ranks=2))
+    other.begin(training(ranks=2, rank=1))
+    for number, (one, two) in enumerate(zip(steps(12), steps(12, time_s=0.1), strict=True)):
+        first.step(one)
+        other.step(dataclasses.replace(two, step_time_s=0.3 if number == 10 else 0.05))
+    other.end(None)
+    first.end(None)
+    (record,) = store.read_run(str(path), path.parent).records
+    assert record.samples["step_time_s"] == (0.1, 0.1, 0.3, 0.1)
+    assert record.samples["turn_real_tokens"] == (48.0,) * 4
+    assert record.samples["turn_padded_tokens"] == (16.0,) * 4
+    assert record.samples["step_real_tokens"] == (48.0,) * 4
+    assert record.tokens == {"real_tokens": 192, "padded_tokens": 64}
+    assert not record.notices
+    assert not [one for one in tmp_path.iterdir() if one.name.startswith(".")]
+
+
+def test_credentials_of_a_command_are_not_written():
+    """Behind options that sound so, and in addresses."""
+    words = [
+        "python",
+        "train.py",
+        "--hub_token",
+        "hf_abc",
+        "--wandb-api-key=xyz",
+        "https://me:pw@host/x",
+        "--tokens",
+        "5",
+    ]
+    written = write_command(words)
+    assert not [secret for secret in ("hf_abc", "xyz", "pw@") if secret in written]
+    assert "--tokens 5" in written
+
+
+def test_a_record_is_read_as_that_of_any_trial(write):
+    """By the report as by a comparison of two runs."""
+    from harness.report.view import encode_run, view_of
+
+    run, _, _ = write(steps(20))
+    view = view_of(run)
+    assert view.valid
+    (row,) = encode_run(view)["tables"][0]["rows"]
+    assert row["cells"][1].startswith("100 ms")
+    assert json.dumps(encode_run(view))

@@ -1,0 +1,208 @@
+"""Scripts in lockstep: real processes that take turns, and every way in which one of them can end."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import pytest
+
+from harness.machine.provenance import probe_machine
+from harness.run.executors.script import ScriptExecutor
+from harness.run.measure import measure, plan_study
+from harness.studies.protocol import Protocol
+from harness.studies.script import script_workload
+from harness.studies.study import Study
+from harness.studies.variant import Variant
+
+SCRIPT = Path(__file__).parents[1] / "scripted.py"
+PROTOCOL = Protocol(phases=("train",), replicates=1, warmup_steps_max=9, turns=3, step_timeout_s=120.0, retries=0)
+NEEDED = 2 + 3 + 3 * 2
+"""Steps that are measured at least: two, the shortest warm-up, the turns."""
+ALL_STEPS = 2 + 9 + 3 * 2
+"""After the longest warm-up; one whose steps are steady from the start has some of them to catch up."""
+
+
+class Quiet:
+    """A display that keeps what it is told of a rehearsal."""
+
+    def __init__(self):
+        self.level = ""
+        self.notices = ()
+
+    def starting(self, plan, run_id):
+        pass
+
+    def tokens_prepared(self, data):
+        pass
+
+    def rehearsed(self, plan, notices):
+        self.level, self.notices = plan.interleaving, notices
+
+    def trial_phase(self, slot, phase):
+        pass
+
+    def trial_ended(self, record):
+        pass
+
+
+def study_of(commands, protocol=PROTOCOL, **fields):
+    variants = tuple(Variant(name=name, command=command) for name, command in commands.items())
+    return Study(
+        name="scripts", title="scripts", workload=script_workload(), protocol=protocol, variants=variants,
+        reference=variants[0].name, **fields,
+    )  # fmt: skip
+
+
+def measured(study, folder, display=None, interleaving="lockstep"):
+    """The study as measured in a folder that holds the script."""
+    shutil.copy(SCRIPT, folder / "scripted.py")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("MARK", str(folder / "mark"))
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))
+        plan, notices = plan_study(
+            study, probe_machine(), free_bytes=2**40, phases=("train",), interleaving=interleaving, runs=folder / "runs"
+        )
+        return measure(plan, runs=folder / "runs", display=display or Quiet(), notices=notices)
+
+
+FAULTS = {
+    "plain": ("ok", ""),
+    "crash-before": ("crashed", "the script ended with exit code 1 before it trained: ValueError: no such data set"),
+    "exit-code": ("crashed", "exit code 3 before it trained: bad configuration"),
+    "never": ("invalid", "exit code 0 and trained nothing"),
+    "crash": ("crashed", "RuntimeError in step 6: the tensor does not fit"),
+    "oom": ("oom", "MemoryError in step 6: no room for 2 GiB"),
+    "kill": ("crashed", "signal 9 (SIGKILL)) after 5 steps"),
+    "exit": ("crashed", "exit code 7) after 5 steps: bye"),
+    "nan": ("invalid", "the loss is nan in step 6"),
+    "few": ("invalid", f"ended by itself after {NEEDED - 1} steps, and more are measured"),
+    "planned": ("invalid", f"the script trains 4 steps, and at least {NEEDED} are measured"),
+    "nested": ("invalid", "a second training began in the same process"),
+    "garbled": ("crashed", "no answer that can be read"),
+    "fork": ("ok", ""),
+    "chdir": ("ok", ""),
+    "stdout": ("ok", ""),
+    "unstoppable": ("ok", ""),
+    "late": ("ok", ""),
+}
+"""How a trial ends, and what is said of it."""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """All of them in one group, as one replicate of a study."""
+    folder = tmp_path_factory.mktemp("scripts")
+    counts = {"few": f"plain {NEEDED - 1}", "planned": "planned 4", "late": f"plain {ALL_STEPS - 1}"}
+    study = study_of({how: f"python scripted.py {counts.get(how, how)}" for how in FAULTS})
+    return measured(study, folder)
+
+
+@pytest.fixture(scope="module")
+def records(run):
+    return {record.name: record for record in run.records if record.role == "variant"}
+
+
+@pytest.mark.parametrize("how", FAULTS)
+def test_each_ends_as_a_row_with_its_reason(records, how):
+    """Whatever becomes of one script, the others of its group go on, and it has a record that says why."""
+    status, said = FAULTS[how]
+    record = records[how]
+    assert record.status == status, record.failure
+    assert said in (record.failure.message if record.failure else "")
+    assert (record.failure is None) == (status == "ok")
+
+
+def test_what_is_measured_is_what_any_trial_measures(records):
+    """Steps in turns after a warm-up, all trials to the same step, tokens and losses a step, peaks, parameters."""
+    record = records["plain"]
+    assert record.turn_lengths == (2, 2, 2)
+    assert len(record.samples["step_time_s"]) == len(record.samples["train_loss"]) == 6
+    assert record.values["training_steps"] == ALL_STEPS
+    losses = [loss for name in ("warmup_loss", "train_loss", "catch_up_loss") for loss in record.samples[name]]
+    assert losses == pytest.approx([2.0 / number**0.1 for number in range(1, ALL_STEPS + 1)])
+    assert record.samples["turn_real_tokens"] == (400.0, 400.0, 400.0)
+    assert record.samples["turn_padded_tokens"] == (0.0, 0.0, 0.0)
+    assert record.values["trainable_parameters"] == 32
+    assert 2**20 < record.memory["host_peak_train_bytes"] < 2**32
+    assert record.tokens["loss_dtype"] == "float32"
+
+
+def test_nothing_follows_the_training(run, records):
+    """It is ended at its last step: what the script would have done next has not been done, and its copy is gone."""
+    folder = run.path.parents[1]
+    assert not (folder / "mark").exists()
+    assert not (folder / "came").exists()
+    assert sorted(path.name for path in folder.iterdir()) == ["runs", "scripted.py"]
+
+
+def test_one_that_cannot_be_stopped_is_killed_and_said(records):
+    """Its steps had been taken, so they count."""
+    codes = {notice.code: notice.message for notice in records["unstoppable"].notices}
+    assert "took another step" in codes["not-stopped"]
+    assert not records["plain"].notices
+
+
+def test_one_that_ends_after_its_turns_counts_and_is_said(records):
+    """The timed steps are all there; the last of those for the losses are not."""
+    (notice,) = records["late"].notices
+    assert (notice.code, records["late"].values["training_steps"]) == ("ended-early", ALL_STEPS - 1)
+
+
+def test_a_fork_is_not_followed(records):
+    """The step that it tells of is in no record."""
+    assert max(records["fork"].samples["step_time_s"]) < 9.0
+
+
+def test_no_process_is_left(run):
+    """Neither a script nor what it has started."""
+    left = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                words = (folder / "cmdline").read_bytes().split(b"\0")
+                here = str((folder / "cwd").readlink())
+            except OSError:
+                continue
+            if b"scripted.py" in words and here.startswith(str(run.path.parents[1])):
+                left.append(words)
+    assert not left
+
+
+def test_order_seeds_and_commands_are_recorded(run):
+    """The manifest holds what it takes to start the scripts again, in the order in which they were measured."""
+    assert {one["command"] for one in run.manifest.study["variants"]} >= {"python scripted.py crash"}
+    assert len(run.manifest.order) == len(FAULTS) + 1
+    assert run.manifest.interleaving == "lockstep"
+
+
+def test_one_that_hangs_is_killed(tmp_path):
+    """Before its training and in it, each after the silence that the protocol allows."""
+    protocol = dataclasses.replace(PROTOCOL, step_timeout_s=2.0)
+    run = measured(
+        study_of({how: f"python scripted.py {how}" for how in ("plain", "hang-before", "hang")}, protocol), tmp_path
+    )
+    hung = [record for record in run.records if record.name != "plain"]
+    assert [record.status for record in hung] == ["timeout", "timeout"]
+    assert all("was killed" in record.failure.message for record in hung)
+
+
+def test_a_rehearsal_settles_the_level(tmp_path):
+    """What the scripts take when each is tried alone says whether they fit; what it saw is told before the start."""
+    study = study_of({"plain": "python scripted.py plain", "crash": "python scripted.py crash-before"})
+    display = Quiet()
+    run = measured(study, tmp_path, display, interleaving=None)
+    assert run.manifest.interleaving == display.level == "lockstep"
+    assert "live together they took" in run.manifest.why
+    assert [notice.code for notice in display.notices] == ["rehearsal-failed"]
+    assert "no such data set" in display.notices[0].message
+    assert {record.name: record.status for record in run.records} == {"plain": "ok", "crash": "crashed"}
+
+
+def test_without_memory_they_are_measured_one_after_the_other(tmp_path, monkeypatch):
+    """The level is the finest that the memory allows."""
+    monkeypatch.setattr(ScriptExecutor, "free_bytes", lambda self: 2**20)
+    run = measured(study_of({"plain": "python scripted.py plain"}), tmp_path, interleaving=None)
+    assert (run.manifest.interleaving, [one.status for one in run.records]) == ("replicates", ["ok", "ok"])

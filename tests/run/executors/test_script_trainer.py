@@ -1,0 +1,101 @@
+"""Unmodified scripts as users write them, in lockstep: transformers' Trainer with LoRA, and a plain loop of torch."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from unittest.mock import Mock
+
+import pytest
+
+from harness.machine.provenance import probe_machine
+from harness.run.measure import measure, plan_study
+from harness.studies.protocol import Protocol
+from harness.studies.script import script_workload
+from harness.studies.study import Study
+from harness.studies.variant import Variant
+
+TRAINER = """
+    import sys, torch
+    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+    from peft import LoraConfig, get_peft_model
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        vocab_size=64,
+    ))
+    model = get_peft_model(model, LoraConfig(r=int(sys.argv[1]), target_modules="all-linear", task_type="CAUSAL_LM"))
+    rows = torch.randint(0, 64, (600, 16), generator=torch.Generator().manual_seed(1))
+    data = [{"input_ids": row, "labels": row} for row in rows]
+    arguments = TrainingArguments(
+        "out", per_device_train_batch_size=2, max_steps=300, save_strategy="steps", save_steps=2, push_to_hub=True,
+        report_to=["tensorboard"], logging_steps=1, use_cpu=True,
+    )
+    trainer = Trainer(model, arguments, train_dataset=data)
+    trainer.train()
+    trainer.save_model("OUT")
+    open("MARK", "w").write("saved")
+"""
+LOOP = """
+    import torch
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Embedding(64, 32), torch.nn.Linear(32, 64))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for number in range(300):
+        ids = torch.randint(0, 64, (2, 16))
+        loss = torch.nn.functional.cross_entropy(model(ids).flatten(0, 1), ids.flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    open("MARK", "w").write("after")
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """One replicate of the three, which took turns step by step."""
+    folder = tmp_path_factory.mktemp("project")
+    for name, text in (("trainer.py", TRAINER), ("loop.py", LOOP)):
+        out = {"OUT": str(folder / "model"), "MARK": str(folder / "mark")}
+        text = textwrap.dedent(text)
+        for word, path in out.items():
+            text = text.replace(word, path)
+        (folder / name).write_text(text)
+    commands = {"r4": "python trainer.py 4", "loop": "python loop.py"}
+    variants = tuple(Variant(name=name, command=command) for name, command in commands.items())
+    protocol = Protocol(phases=("train",), replicates=1, warmup_steps_max=4, turns=3, retries=0, allow_disturbed=True)
+    study = Study(
+        name="real", title="real", workload=script_workload(), protocol=protocol, variants=variants, reference="r4"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        plan, notices = plan_study(study, probe_machine(), free_bytes=2**40, phases=("train",), interleaving="lockstep")
+        return measure(plan, runs=folder / "runs", display=Mock(), notices=notices)
+
+
+def test_both_are_measured_step_by_step(run):
+    """In turns of two steps each, after their warm-up, with their losses and the parameters that they train."""
+    assert {record.trial: record.failure for record in run.records} == {
+        "r0-r4": None, "r0-r4-control": None, "r0-loop": None,
+    }  # fmt: skip
+    by_name = {record.trial: record for record in run.records}
+    for record in run.records:
+        assert record.turn_lengths == (2, 2, 2)
+        assert record.values["training_steps"] == 2 + 4 + 6
+        assert all(math.isfinite(loss) for loss in record.samples["train_loss"])
+        assert all(0 < time < 60 for time in record.samples["step_time_s"])
+    assert by_name["r0-r4"].tokens["source"] == "trainer"
+    assert by_name["r0-r4"].samples["turn_real_tokens"] == (2 * 2 * 16.0,) * 3
+    assert by_name["r0-loop"].tokens["source"] == "optimizer"
+
+
+def test_the_same_script_twice_trains_the_same(run):
+    """Held, stopped and let go again, it has the losses that it has by itself, to the bit."""
+    ours, twin = (next(one for one in run.records if one.trial == name) for name in ("r0-r4", "r0-r4-control"))
+    assert ours.samples["warmup_loss"] == twin.samples["warmup_loss"]
+    assert ours.samples["train_loss"] == twin.samples["train_loss"]
+
+
+def test_nothing_is_written_where_the_script_lies(run):
+    """No checkpoint, no log of a tracker, no repository, and nothing of what it would do after its training."""
+    assert sorted(path.name for path in run.path.parents[1].iterdir()) == ["loop.py", "runs", "trainer.py"]

@@ -1,0 +1,98 @@
+"""A training script that has steps and no model: it speaks to its parent as a real one does, starts at once, and goes
+wrong in the way that its first word says."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from harness.attach.follower import StepReading, Training
+from harness.attach.turns import Turns
+
+HOW, STEPS = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 10_000
+FAULTY = 6
+"""The step in which a fault occurs: in the warm-up."""
+
+
+def fault(number):
+    """What happens in a step."""
+    if number == FAULTY:
+        if HOW == "crash":
+            raise RuntimeError("the tensor does not fit")
+        if HOW == "oom":
+            raise MemoryError("no room for 2 GiB")
+        if HOW == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if HOW == "exit":
+            print("bye")
+            os._exit(7)
+        if HOW == "hang":
+            time.sleep(600)
+        if HOW == "fork" and os.fork() == 0:
+            TURNS.step(StepReading(number=99, step_time_s=9.0, cpu_time_s=9.0))
+            os._exit(0)
+        if HOW == "chdir":
+            Path("below").mkdir()
+            os.chdir("below")
+        if HOW == "stdout":
+            sys.stdout.close()
+        if HOW == "garbled":
+            TURNS._connection.sendall(b"what is this\n")
+
+
+def train(steps, planned=None):
+    """One training."""
+    TOTAL["trained"] += 1
+    follow = TURNS.begin(
+        Training(
+            source="loop",
+            model=None,
+            planned_steps=planned,
+            trainable_parameters=64 if HOW == "wide" else 32,
+            total_parameters=1000,
+            accumulation=2 if HOW == "accumulated" else 1,
+        )
+    )
+    number = 0
+    while number < steps and (follow.go_on or HOW == "unstoppable"):
+        number += 1
+        fault(number)
+        loss = float("nan") if HOW == "nan" and number == FAULTY else 2.0 / number ** (0.1 if HOW != "worse" else 0.05)
+        follow = TURNS.step(
+            StepReading(
+                number=number,
+                step_time_s=2e-3 if HOW == "slow" else 1e-3,
+                cpu_time_s=1e-3,
+                loss=loss,
+                loss_dtype="bfloat16" if HOW == "half" else "float32",
+                sequences=2,
+                real_tokens=150 if HOW == "short-rows" else 200,
+                padded_tokens=200,
+                loss_tokens=100,
+            )
+        )
+
+
+TOTAL = {"trained": 0}
+TURNS = Turns()
+Path("came").write_text("here")  # into the copy of its folder
+if HOW == "crash-before":
+    raise ValueError("no such data set")
+if HOW == "exit-code":
+    print("bad configuration", file=sys.stderr)
+    sys.exit(3)
+if HOW == "hang-before":
+    time.sleep(600)
+if HOW == "never":
+    sys.exit(0)
+if HOW == "nested":
+    TURNS.begin(Training(source="loop", model=None, planned_steps=None, trainable_parameters=1, total_parameters=1,
+                         accumulation=1))  # fmt: skip
+try:
+    train(STEPS, STEPS if HOW == "planned" else None)
+except BaseException as error:
+    TURNS.end(error)
+    raise
+TURNS.end(None)
+Path(os.environ["MARK"]).write_text("it went on after its training")

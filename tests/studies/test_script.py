@@ -1,0 +1,122 @@
+"""Variants that are commands: what they say, what they refuse, and that all others are what they were."""
+
+from __future__ import annotations
+
+import pytest
+
+from harness.errors import UsageError
+from harness.records import codec
+from harness.studies.script import name_of_command, split_command
+from harness.studies.script_study import study_of_command
+from harness.studies.study import Study
+from harness.studies.study_file import load_study
+from harness.studies.variant import Variant
+
+TOML = """
+[[variant]]
+name = "plain"
+command = "python train.py"
+
+[[variant]]
+name = "liger"
+command = "python train.py --use_liger_kernel 'a b'"
+cwd = "/data/project"
+env = { OMP_NUM_THREADS = "2" }
+python = "/opt/venv/bin/python"
+"""
+
+
+def write(folder, text):
+    path = folder / "scripts.toml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_a_study_of_commands_needs_nothing_else(tmp_path):
+    """Model, data and phases are filled in, the rest is what a study has."""
+    study = load_study(write(tmp_path, TOML))
+    assert study.of_scripts
+    assert study.protocol.phases == ("train",)
+    assert study.workload.model == study.workload.data == "script"
+    assert study.variant("liger").env == {"OMP_NUM_THREADS": "2"}
+    assert codec.from_json(Study, codec.to_json(study), "manifest") == study
+
+
+def test_a_variant_without_a_command_is_written_as_before():
+    """No field of commands is written, so ids and hashes of runs that are on disk stay."""
+    assert not {"command", "cwd", "env", "python"} & set(codec.to_json(Variant()))
+    assert Variant().id == "702ec6b9c3f5"
+
+
+def test_commands_are_told_apart_by_all_that_they_say():
+    """Another argument, folder, variable or interpreter is another variant; another name is not."""
+    one = Variant(name="a", command="python train.py")
+    others = [
+        Variant(name="b", command="python train.py --r 64"),
+        Variant(command="python train.py", cwd="/x"),
+        Variant(command="python train.py", env={"A": "1"}),
+        Variant(command="python train.py", python="/x/python"),
+    ]
+    assert len({variant.id for variant in (one, *others)}) == 5
+    assert Variant(name="c", command="python train.py").id == one.id
+    assert one.differences(others[2]) == ("env",)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"command": "python train.py", "r": 8}, "r = 8: the variant is a command"),
+        ({"cwd": "/x"}, "cwd = '/x': only a variant that is a command has it"),
+        ({"command": "python 'train.py"}, "Close the quote"),
+        ({"command": "  "}, "no program in it"),
+        ({"command": "cd x && python train.py"}, "'&&' is for a shell"),
+        ({"command": "CUDA_VISIBLE_DEVICES=1 python train.py"}, "env = "),
+        ({"command": "python t.py", "env": {"A B": "1"}}, "env.A B"),
+        ({"command": "python t.py", "env": {"HF_TOKEN": "hf_x"}}, "written into the run"),
+        ({"command": "x" * 5000}, "too long"),
+    ],
+)
+def test_a_command_that_cannot_be_is_refused(fields, said):
+    """Each with the key and the remedy, before anything is started."""
+    with pytest.raises(UsageError, match="variant 'one': ") as refused:
+        Variant(name="one", **fields)
+    assert said in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (TOML + '\n[[variant]]\nname = "other"\nr = 8\n', "'other' has no command and others have one"),
+        (TOML + "\n[workload]\nbatch_size = 8\n", "batch_size = 8: the variants are commands"),
+        (TOML + '\n[protocol]\nphases = ["train", "cold"]\n', "of which training is measured and nothing else"),
+        (TOML + "\n[protocol]\nepochs = 1.0\n", "whose data is not known"),
+        (TOML.replace('"liger"', '"plain"'), "used twice"),
+        (TOML + "\n[controls]\nr = 8\n", "r = 8: the variant is a command"),
+    ],
+)
+def test_a_study_of_commands_refuses_what_only_its_scripts_could_do(tmp_path, text, said):
+    """File and key are named."""
+    with pytest.raises(UsageError, match=r"scripts\.toml") as refused:
+        load_study(write(tmp_path, text))
+    assert said in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        ("python train.py --r 64", "train"),
+        ("accelerate launch src/fine_tune.py", "fine_tune"),
+        ("trl sft --model x", "trl"),
+        ("python -m axolotl.cli.train config.yml", "axolotl.cli.train"),
+        ("/opt/venv/bin/python3.12 'my script.py'", "my-script"),
+    ],
+)
+def test_a_command_is_named_by_its_script(command, name):
+    """The name is fit for a file's."""
+    assert name_of_command(command) == name
+    assert study_of_command(command).variants[0].name == name
+
+
+def test_the_words_of_a_command_are_those_of_a_shell():
+    """Quotes group, and are no part of a word."""
+    assert split_command("x", "python t.py --name 'a b' \"c\"") == ["python", "t.py", "--name", "a b", "c"]
