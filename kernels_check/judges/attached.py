@@ -52,13 +52,17 @@ def judge_attached(seen: Observation, required: Json) -> Finding:
         faults.append(f"asked for and matched nothing: {name_some(missing)} (mend the name, or leave it out)")
     adapters = join_values(name for layer in layers for name in layer.held if name)
     good = f"adapter {adapters or 'of a class of its own'} enabled, unmerged and executed in {len(layers)} layers"
+    left = seen.layers_left_to_experts()
+    if left:
+        good += f"; {len(left)} layers of names that PEFT takes for experts have none: {name_some(left)}"
     if doubts and not faults:
         return Finding(observed=None, status="unknown", reason="; ".join(doubts))
     return Finding(observed=not faults, reason="; ".join([*faults, *doubts]) or good)
 
 
 def _describe(layer: AdapterLayer, problem: str) -> str:
-    return f"{layer.name} {layer.merged}" if problem == _MERGED else layer.name or "the model itself"
+    name = layer.name or "the model itself"
+    return f"{name} ({', '.join(layer.merged)})" if problem == _MERGED and layer.merged else name
 
 
 def _states(layers: Sequence[AdapterLayer], seen: Observation) -> dict[str, set[str]]:

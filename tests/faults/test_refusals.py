@@ -19,7 +19,8 @@ import pytest
 from harness.errors import InvalidRunError
 from harness.records import store
 from harness.records.refusals import OF_THE_MACHINE, REFUSED
-from harness.run.executors.local import LocalExecutor, _Disk
+from harness.run.executors.disk import Disk
+from harness.run.executors.local import LocalExecutor
 from harness.trial.failure import failure_of
 
 KIB = 1024
@@ -188,7 +189,7 @@ def test_a_log_that_cannot_be_written_hides_no_traceback(monkeypatch):
 def test_tokens_that_do_not_fit_are_no_bad_input(tmp_path, small_study, tiny_disk):
     """The tokenising process is real and its disk full: a machine that cannot measure (4), with what was refused."""
     local = LocalExecutor()
-    local._disk = _Disk(tmp_path)
+    local._disk = Disk(tmp_path)
     try:
         tiny_disk(local._disk.scratch, 0)
         with pytest.raises(InvalidRunError, match=r"tokens could not be prepared: .*No space left on device\. Free"):
