@@ -73,6 +73,8 @@ EQUIVALENT: dict[str, str] = {
     "attention._layers_astray: call.backend == 'eager' -> call.backend != 'eager'": (
         "only the number of different answers is read"
     ),
+    "mixing._masks: size > 1 -> size >= 1": "a single position has none beside it: the module is called in vain",
+    "mixing.mixes: main.dim() > 2 -> main.dim() >= 2": "of two dimensions the second is the last: it is asked twice",
 }
 """Mutants that change nothing that can be observed, by their key, each with the reason."""
 

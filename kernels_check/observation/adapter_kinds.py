@@ -194,13 +194,14 @@ def holders_in(module: nn.Module) -> Iterator[str]:
         yield from getattr(module, "adapter_layer_names", ())
         yield from getattr(module, "other_param_names", ())
     elif "tuner" in roles:
-        own = (name for name, held in module._modules.items() if name != "model" and not _wraps_the_model(held))
+        # X-LoRA holds a tuner of LoRA, and the model in it.
+        own = (name for name, held in module._modules.items() if name != "model" and not is_tuner(held))
         yield from (*own, *module._parameters)
     elif "attention" in roles:
         yield from module._parameters
     elif "model" in roles:
         yield "prompt_encoder"
-    if "base_layer" in module._modules and _is_own_lora(module):  # also where a class of one's own lists nothing
+    if _is_own_lora(module):  # also where a class of one's own lists nothing
         yield from _own_holders(module)
 
 
@@ -212,14 +213,9 @@ def named_active(module: nn.Module) -> tuple[str, ...]:
     return (active,) if isinstance(active, str) else tuple(active) if isinstance(active, list | tuple) else ()
 
 
-def is_tuner(module: nn.Module) -> bool:
+def is_tuner(module: object) -> bool:
     """Whether a module is what PEFT wraps a model in."""
     return "tuner" in roles_of(module)
-
-
-def _wraps_the_model(held: nn.Module | None) -> bool:
-    """X-LoRA holds a tuner of LoRA, and the model in it."""
-    return held is not None and is_tuner(held)
 
 
 def _own_holders(module: nn.Module) -> Iterator[str]:
@@ -227,8 +223,9 @@ def _own_holders(module: nn.Module) -> Iterator[str]:
 
 
 def _is_own_lora(module: nn.Module) -> bool:
-    held = {**module._modules, **module._parameters}
-    return "base_layer" in held and any(holder in held for holder in _FACTORS)
+    if "base_layer" not in module._modules:
+        return False
+    return any(holder in {**module._modules, **module._parameters} for holder in _FACTORS)
 
 
 _ROLES = (
@@ -241,7 +238,7 @@ _ROLES = (
 )
 
 
-def roles_of(module: nn.Module) -> frozenset[str]:
+def roles_of(module: object) -> frozenset[str]:
     """What a module is to an adapter; asked of its class, since an instance may answer for what it wraps."""
     kind: Any = type(module)
     return _roles(kind)

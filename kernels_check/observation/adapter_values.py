@@ -91,7 +91,7 @@ class KeptValue:
 
     def _undoes(self, parts: list[Tensor]) -> bool:
         """Whether a value is as far from the last known one as the update had moved that, and in other places."""
-        if not 0 < _distance(self._parts, self._before) <= _distance(parts, self._parts) * (1 + 1e-6):
+        if not _distance(self._parts, self._before) <= _distance(parts, self._parts) * (1 + 1e-6):
             return False
         moved = self._moved()
         left = zip(parts, self._parts, moved, strict=True)

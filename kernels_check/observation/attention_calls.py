@@ -187,9 +187,9 @@ def _named(event: Operator, backend: str) -> AttentionCall:
         )
     shapes = event.input_shapes
     mask = _argument(event.name, ("attn_mask", "attn_bias"))
-    causal = _value(event, _argument(event.name, ("is_causal", "causal")))
-    dropout = _value(event, _argument(event.name, ("dropout_p", "p_dropout")))
-    four_dimensional = event.name.startswith("aten::_scaled") and all(len(shape) == 4 for shape in shapes[:2])
+    causal = _at(event.concrete_inputs, _argument(event.name, ("is_causal", "causal")))
+    dropout = _at(event.concrete_inputs, _argument(event.name, ("dropout_p", "p_dropout")))
+    four_dimensional = event.name.startswith("aten::_scaled") and [len(shape) for shape in shapes[:2]] == [4, 4]
     return AttentionCall(
         op=event.name,
         backend=backend,
@@ -198,7 +198,7 @@ def _named(event: Operator, backend: str) -> AttentionCall:
         call=event.call,
         region=region_of(event),
         dtype=event.dtype(0),
-        mask=None if mask is None else mask >= 0 and bool(event.input_dtypes[mask]),
+        mask=None if mask is None else bool(_at(event.input_dtypes, mask)),
         causal=causal if isinstance(causal, bool) else None,
         dropout=float(dropout) if isinstance(dropout, int | float) else None,
         grouped=shapes[0][1] != shapes[1][1] if four_dimensional else None,
@@ -217,7 +217,7 @@ def _argument(op: str, names: tuple[str, ...]) -> int | None:
     return next((index for index, argument in enumerate(arguments) if argument.name in names), -1)
 
 
-def _value(event: Operator, index: int | None) -> Any:
-    if index is None or not 0 <= index < len(event.concrete_inputs):
-        return None
-    return event.concrete_inputs[index]
+def _at(values: Sequence[Any], index: int | None) -> Any:
+    """What was recorded of an argument; None where nothing was, or where no such argument is known."""
+    recorded: dict[int | None, Any] = dict(enumerate(values))
+    return recorded.get(index)

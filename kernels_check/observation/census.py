@@ -97,7 +97,7 @@ def _key(part: Part) -> str:
 
 
 def _plain(value: object) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point() and value.element_size() > 1
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _weights(part: Part, bits: int | None, parts: list[Part]) -> int:

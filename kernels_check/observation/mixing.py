@@ -3,8 +3,8 @@
 Attention that is written out in operations of single elements leaves no operator that tells. What it does tells: a
 module that mixes tokens changes what it returns for tokens whose own input is as it was. So the step's call of the
 model is made once more, and each module in question is called again at its place, with every second position changed,
-and with the first half: whichever way attention runs, and however far, one of the two reaches beyond itself. Equality
-is exact, as each row of a matrix product depends on its own input only.
+with the others, and with either half: whichever way attention runs, and however far, one of them reaches beyond itself.
+Equality is exact, as each row of a matrix product depends on its own input only.
 
 Convolutions, recurrences, poolings and norms over tokens mix them, too, and are no attention: they are told by their
 functions, and give what they gave before while tokens are changed. Which dimension has the features is not known, so a
@@ -201,12 +201,12 @@ def _returns(tensor: Tensor, positions: Sequence[int], features: int | None) -> 
 
 
 def _masks(positions: Sequence[int], device: torch.device) -> Iterator[Tensor]:
-    """Every second position, and the first half, along each dimension."""
+    """Every second position, the first half, and what each of the two leaves, along each dimension."""
     for dimension, size in enumerate(positions):
         places = torch.arange(size, device=device)
-        for chosen in (places % 2 == 0, places < (size + 1) // 2) if size > 1 else ():
+        for chosen in ((places % 2).bool(), places < (size + 1) // 2) if size > 1 else ():
             shape = [-1 if one == dimension else 1 for one in range(len(positions))]
-            yield chosen.view(shape).expand(*positions)
+            yield from (one.view(shape).expand(*positions) for one in (~chosen, chosen))
 
 
 def _changed(leaf: Tensor, mask: Tensor, features: int | None) -> Tensor:

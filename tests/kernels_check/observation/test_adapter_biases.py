@@ -57,6 +57,20 @@ def test_a_model_in_which_only_layers_were_put_is_asked_as_well():
     assert biases_of_adapters(model) == dict.fromkeys(("0.base_layer.bias", "2.base_layer.bias"), "bias='lora_only'")
 
 
+def test_a_model_with_adapters_of_several_methods_is_asked_as_peft_does():
+    """It takes whatever has ``bias`` in its name, and nothing else of the base."""
+    base = _base()
+    base.offset = nn.Parameter(torch.zeros(2))
+    base.bias_of_all = nn.Parameter(torch.zeros(2))
+    model = peft.PeftMixedModel(base, _config("all"))
+    found = biases_of_adapters(model)
+    assert {name.rpartition("model.")[2] for name in found} == {
+        *("0.base_layer.bias", "1.bias", "2.base_layer.bias", "3.bias", "bias_of_all"),
+    }
+    trained = {name for name, value in model.named_parameters() if value.requires_grad}
+    assert {name for name in trained if "lora_" not in name} == found.keys()
+
+
 def test_only_the_adapter_in_use_asks():
     """One that was put aside trains nothing."""
     model = peft.get_peft_model(_base(), _config("all"))

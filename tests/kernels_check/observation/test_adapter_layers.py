@@ -5,8 +5,16 @@ import copy
 import peft
 import pytest
 import torch
+from torch.testing._internal.two_tensor import TwoTensor
 
-from kernels_check.observation.adapter_layers import Below, adapter_layers, adapter_parameters, base_parameters
+from kernels_check.observation.adapter_layers import (
+    Below,
+    adapter_layers,
+    adapter_parameters,
+    base_parameters,
+    trained_parameters,
+    written_by_method,
+)
 
 ADAPTERS = {
     "default": {"r": 4, "lora_dropout": 0.05, "target_modules": ["q_proj", "v_proj"]},
@@ -219,3 +227,47 @@ def test_what_is_below_a_path_is_told_by_whole_names():
     assert [name for name in ("a", "a.lora", "a.lora.x.y", "a.lora_x", "b.c", "bc", "") if below[name]] == [
         *("a.lora", "a.lora.x.y", "b.c"),
     ]
+
+
+def _layers(config):
+    torch.manual_seed(0)
+    return peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)), config)
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_adapters_that_xlora_freezes_need_not_learn(trainable):
+    """Over frozen adapters only its router has to; where they train, or another froze them, they have to."""
+    model = _layers(peft.LoraConfig(r=2, target_modules=["0", "1"]))
+    for value in model.parameters():
+        value.requires_grad_(False)
+    assert len(trained_parameters(model)) == 4
+    model.base_model.xlora_config = peft.XLoraConfig(hidden_size=4, adapters={}, use_trainable_adapters=trainable)
+    assert len(trained_parameters(model)) == (4 if trainable else 0)
+    model.base_model.model[0].lora_A["default"].weight.requires_grad_(True)
+    assert len(trained_parameters(model)) == (4 if trainable else 1)
+
+
+def test_only_adalora_is_allowed_to_write_between_updates():
+    """To its own values: an attribute of that name on another module excuses nothing."""
+    sizes = {"init_r": 2, "target_r": 1, "total_step": 100, "tinit": 10, "tfinal": 10}
+    model = _layers(peft.AdaLoraConfig(target_modules=["0", "1"], **sizes))
+    values = {id(value) for name, value in model.named_parameters() if ".lora_E." in name}
+    assert len(values) == 2
+    assert written_by_method(model) == values
+    other = torch.nn.Module()
+    other.rankallocator, other.lora_E = "none", torch.nn.ParameterDict({"default": torch.zeros(2, 1)})
+    assert written_by_method(other) == frozenset()
+    lora = _layers(peft.LoraConfig(r=2, target_modules=["0"]))
+    lora.base_model.model[0].lora_E = other.lora_E
+    assert written_by_method(lora) == frozenset()
+
+
+@pytest.mark.parametrize("rows", [2, 0])
+def test_a_factor_of_which_nothing_lies_here_has_not_to_learn(rows):
+    """A rank of several may hold no row of a small factor that is sharded; a plain one is always here."""
+    model = _layers(peft.LoraConfig(r=2, target_modules=["0"]))
+    layer = model.base_model.model[0]
+    layer.lora_A["default"].weight = torch.nn.Parameter(TwoTensor(torch.zeros(rows, 4), torch.zeros(rows, 4)))
+    layer.lora_B["default"].weight = torch.nn.Parameter(torch.zeros(4, rows))
+    names = {name.rpartition("model.")[2] for name in trained_parameters(model)}
+    assert names == ({"0.lora_A.default.weight"} if rows else set()) | {"0.lora_B.default.weight"}

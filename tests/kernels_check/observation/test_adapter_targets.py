@@ -3,7 +3,14 @@
 import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, DeepseekV3Config, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    DeepseekV3Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PhiConfig,
+)
 
 from kernels_check.observation.adapter_targets import layers_left_to_experts, unmatched_names
 
@@ -125,3 +132,45 @@ def test_an_adapter_without_a_peft_model_is_asked_too():
     model = peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["0", "7"]), base)
     assert unmatched_names(model) == ["target_modules '7'"]
     assert unmatched_names(torch.nn.Linear(2, 2)) == []
+
+
+class Projections(torch.nn.Module):
+    """A model of a type that PEFT knows, with one of the layers it would choose."""
+
+    def __init__(self):
+        super().__init__()
+        self.config, self.q_proj = PhiConfig(), torch.nn.Linear(4, 4)
+
+
+def test_what_peft_chose_by_the_type_of_the_model_was_asked_for_by_nobody():
+    """Its table lists four names, of which this model has one; the same names misspelt were asked for."""
+    model = peft.get_peft_model(Projections(), peft.LoraConfig(r=2))
+    chosen = model.peft_config["default"].target_modules
+    assert len(chosen) > 1
+    assert unmatched_names(model) == []
+    model.peft_config["default"].target_modules = [*chosen, "qurey"]
+    assert "target_modules 'qurey'" in unmatched_names(model)
+
+
+@pytest.mark.parametrize("asked", ["all-linear", frozenset({"0"})])
+def test_what_asks_for_no_single_name_needs_any_layer(asked):
+    """The word for every linear layer, and collections that PEFT's matching does not take."""
+    model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), peft.LoraConfig(r=2, target_modules=["0"]))
+    model.peft_config["default"].target_modules = asked
+    assert unmatched_names(model) == []
+
+
+@pytest.mark.parametrize("inject", [False, True])
+def test_a_pattern_is_asked_of_the_names_that_peft_matched(inject):
+    """Those within the model that was wrapped: of a model that keeps its layers in one called ``model``, with that."""
+    base = LlamaForCausalLM(LlamaConfig(**SIZES))
+    config = peft.LoraConfig(r=2, target_modules=r"model\.layers\.\d\.self_attn\.q_proj")
+    model = peft.inject_adapter_in_model(config, base) if inject else peft.get_peft_model(base, config)
+    assert unmatched_names(model) == []
+
+
+def test_the_head_of_a_task_is_asked_for_where_the_task_is_another():
+    """PEFT adds it for classification alone: by any other it was asked for by name."""
+    base = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    config = peft.LoraConfig(r=2, target_modules=["0"], modules_to_save=["score"], task_type="FEATURE_EXTRACTION")
+    assert unmatched_names(peft.inject_adapter_in_model(config, base)) == ["modules_to_save 'score'"]

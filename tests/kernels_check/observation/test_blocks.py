@@ -44,6 +44,7 @@ def blocks(count):
         (nn.Sequential(model(layers=blocks(2)), nn.Linear(2, 2)), ("0.layers.0", "0.layers.1")),
         (model(stages=nn.ModuleList(model(layers=blocks(2)) for _ in range(2))), ("stages.0", "stages.1")),
         (nn.ReLU(), ()),
+        (model(layers=nn.ModuleList([Block(), nn.Identity(), Block()])), ("layers.0", "layers.2")),
     ],
 )
 def test_blocks_are_found(built, names):

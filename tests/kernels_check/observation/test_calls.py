@@ -114,3 +114,63 @@ def test_an_exception_leaves_no_hook_and_no_open_call():
         model(torch.randn(2, 4))
     assert recorder.current() is None
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+class Answer:
+    """What a module may return that is no tensor and no container."""
+
+    def __init__(self, logits):
+        self.logits, self.count = logits, 3
+
+
+class Answering(nn.Module):
+    """Returns what it is told to."""
+
+    def __init__(self, answer):
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, x):
+        return self.answer(x)
+
+
+@pytest.mark.parametrize(
+    ("answer", "comes_back"),
+    [
+        (Answer, True),
+        (lambda x: Answer(x.detach()), False),
+        (lambda x: [{"logits": x}], True),
+        (lambda x: 3, False),
+        (lambda x: None, False),
+    ],
+)
+def test_a_gradient_comes_back_to_what_holds_a_tensor_that_asks_for_it(answer, comes_back):
+    """Also to an object that keeps it in an attribute, and not to every object."""
+    calls = recorded(Answering(answer), lambda model, x: model(x))
+    assert calls.differentiable == (frozenset({0}) if comes_back else frozenset())
+
+
+def test_a_checkpoint_in_an_evaluation_trains_nothing():
+    """The function that it runs in would switch gradients off, had not the evaluation done so."""
+
+    def evaluate(model, x):
+        with torch.no_grad():
+            model(x)
+
+    calls = recorded(nn.Sequential(Layer(nn.Linear(4, 4), True)), evaluate)
+    assert [call.with_grad for call in calls.all] == [False, False, False]
+    assert calls.differentiable == frozenset()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_modes_are_read_at_each_entry_into_the_model(reentrant):
+    """Neither at a call inside one, nor where the backward pass computes a part of it again."""
+
+    def twice(model, x):
+        train(model, x)
+        train(model.eval(), x)
+
+    calls = recorded(nn.Sequential(Layer(nn.Linear(4, 4), reentrant)), twice)
+    entries = [number for number, call in enumerate(calls.all) if call.names == ("",)]
+    assert [number for number, _ in calls.modes] == entries
+    assert [modes["0.part"] for _, modes in calls.modes] == [True, False]

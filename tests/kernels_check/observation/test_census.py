@@ -78,6 +78,52 @@ def test_packed_integers_count_with_all_that_belongs_to_them():
     assert census.weights_of[4] == 64 * 32
 
 
+def test_integers_that_nothing_explains_may_be_of_any_bits():
+    """As a parameter, whose weights they may pack; counters and masks are what they are, and so is float8."""
+    layer = nn.Module()
+    layer.weight = nn.Parameter(torch.zeros(64, 64, dtype=torch.int8), requires_grad=False)
+    layer.small = nn.Parameter(torch.zeros(32).to(torch.float8_e4m3fn), requires_grad=False)
+    layer.register_buffer("positions", torch.arange(16))
+    layer.register_buffer("mask", torch.ones(5, dtype=torch.bool))
+    assert take_census(layer).bytes_of == {None: 64 * 64, 8: 32 + 5, 64: 16 * 8}
+
+
+class Packed(torch.Tensor):
+    """A tensor that calls itself float32 and keeps integers and their scales, as those of torchao do."""
+
+    @staticmethod
+    def __new__(cls, integers, scales):
+        return torch.Tensor._make_wrapper_subclass(cls, integers.shape, dtype=torch.float32)
+
+    def __init__(self, integers, scales):
+        self.integers, self.scales = integers, scales
+
+    def __tensor_flatten__(self):
+        return ["integers", "scales"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner, context, size, stride):
+        return Packed(**inner)
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        """Detaching is all that it can do."""
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].integers, args[0].scales)
+        raise NotImplementedError(str(function))
+
+
+def test_a_tensor_that_is_made_of_others_counts_with_its_scales():
+    """In the bits of its integers, of which there are as many as weights; what lies beside it counts by itself."""
+    layer = nn.Module()
+    integers = torch.zeros(16, 8, dtype=torch.int8)
+    layer.weight = nn.Parameter(Packed(integers, torch.ones(16, 1)), requires_grad=False)
+    layer.other = nn.Parameter(torch.zeros(100))
+    census = take_census(layer)
+    assert census.bytes_of == {8: 16 * 8 + 16 * 4, 32: 400}
+    assert census.weights_of == {8: 16 * 8, 32: 100}
+
+
 class Experts(nn.Module):
     """Experts whose weights are one parameter, which bitsandbytes does not quantise with the linear layers."""
 

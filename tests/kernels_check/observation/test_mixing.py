@@ -68,6 +68,9 @@ ATTENDING = {
     "windowed": seeing(1),
     "dilated": seeing(2),
     "first token alone": seeing(None),
+    "dilated, to those that come": Layer(
+        lambda x, up: x + up(x.roll(-2, 1)) * (torch.arange(TOKENS) < TOKENS - 2)[:, None], nn.Linear(WIDTH, WIDTH)
+    ),
     "tokens in front": lambda x: by_hand(x.transpose(0, 1).contiguous()).transpose(0, 1),
     "behind a projection": Layer(lambda x, up: by_hand(up(x)), nn.Linear(WIDTH, WIDTH)),
     "with dropout": lambda x: functional.dropout(by_hand(x), 0.2),
@@ -98,6 +101,7 @@ ALONE = {
     "channels in front": Layer(lambda x, conv: x + conv(x.transpose(1, 2)).transpose(1, 2), nn.Conv1d(WIDTH, WIDTH, 1)),
     "nothing": lambda x: None,
     "identity": nn.Identity(),
+    "a loss for each row beside": lambda x: (x, x.pow(2).mean((1, 2))),
 }
 
 
@@ -117,6 +121,62 @@ def test_what_works_on_each_token_or_mixes_in_a_known_way_is_none(kind, training
     layer = ALONE[kind]
     layer = layer if isinstance(layer, nn.Module) else Layer(layer)
     assert not mixes(Model(layer).train(training), training=training)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "pairs"),
+    [
+        (2, [(0, 1)]),
+        (2, [(1, 0)]),
+        (3, [(2, 0)]),
+        (4, [(1, 0), (3, 2)]),
+        (4, [(0, 1), (2, 3)]),
+    ],
+)
+def test_few_tokens_that_see_few_others_are_found(tokens, pairs):
+    """The first of two that sees the second, the last of three that sees the first, and windows of two."""
+
+    def layer(x, up):
+        seen = torch.zeros_like(x)
+        for one, other in pairs:
+            seen[:, one] = up(x[:, other])
+        return x + seen
+
+    x = torch.randn(1, tokens, WIDTH)
+    assert mixes(Model(Layer(layer, nn.Linear(WIDTH, WIDTH))), x)
+    assert not mixes(Model(Layer(lambda x, up: x + up(x), nn.Linear(WIDTH, WIDTH))), x)
+
+
+class Given(nn.Module):
+    """A layer that is given other things before the states."""
+
+    def __init__(self, layer, *before):
+        super().__init__()
+        self.layer, self.before = layer, before
+
+    def forward(self, x):
+        return self.layer(*self.before, x)
+
+
+@pytest.mark.parametrize("before", [torch.arange(TOKENS).expand(2, -1), torch.ones(WIDTH)])
+def test_the_states_are_changed_whatever_stands_before_them(before):
+    """Numbers of positions, or a vector of scales: the tokens are what has more dimensions and is no number."""
+    assert mixes(Given(Layer(lambda before, x: by_hand(x)), before))
+    assert not mixes(Given(Layer(lambda before, x: 2 * x), before))
+
+
+def test_what_is_no_tensor_is_passed_on():
+    """A number, a flag, nothing, and a tensor without dimensions are no tokens."""
+    given = 0.5, True, None, torch.tensor(2.0)
+    assert not mixes(Given(Layer(lambda factor, flag, nothing, scale, x: x * factor * scale), *given))
+    assert not mixes(Given(Layer(lambda *given: given[-1]), *given), torch.tensor(1.0))
+
+
+def test_a_matrix_that_rows_are_multiplied_by_is_no_other_sequence():
+    """Without a dimension for the sequences, as in a router over a table of experts."""
+    rows, table = torch.randn(TOKENS, WIDTH), torch.randn(3, WIDTH)
+    assert not mixes(Given(Layer(lambda table, x: x @ table.T), table), rows)
+    assert not mixes(Model(Layer(lambda x, table: x @ table.T), table), rows)
 
 
 def test_an_image_with_its_channels_in_front():
