@@ -58,6 +58,7 @@ def test_a_group_names_what_had_a_gradient():
     first.grad = torch.ones(2)
     (seen,) = groups_of(optimizer, {id(dropped)})
     assert seen.parameters == (identity(first), identity(dropped))
+    assert (seen.has_fused, groups_of(torch.optim.Rprop([first]))[0].has_fused) == (True, False)
     assert with_gradient(optimizer) == {id(first)}
 
 
