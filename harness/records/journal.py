@@ -39,14 +39,17 @@ def append(path: Path, text: str) -> None:
 
 
 def lines(path: Path) -> Iterator[str]:
-    """The lines of a file that are not blank, none where there is no file; bytes that are no text read as U+FFFD.
+    """The lines of a file that are not blank, none where there is no file.
+
+    Bytes that are no text read as "\\xff", which stands in no JSON: nobody wrote them, so the line is damaged, and must
+    not be read with something else in their place.
 
     Raises:
         UsageError: the file is there and cannot be read.
     """
     if not path.exists():
         return
-    with say_unreadable(path), path.open(encoding="utf-8", errors="replace") as file:
+    with say_unreadable(path), path.open(encoding="utf-8", errors="backslashreplace") as file:
         yield from (line for line in file if not line.isspace())
 
 

@@ -54,14 +54,21 @@ def refusal_in(error: BaseException | None) -> str | None:
     its words (safetensors: "I/O error: No space left on device (os error 28)").
     """
     while error is not None:
-        number = error.errno if isinstance(error, OSError) else None
-        said = str(error)
-        for one in OF_THE_MACHINE:
-            if number == one and isinstance(error, OSError):
-                return words_of(error)
-            if f"{os.strerror(one)} (os error {one})" in said:
-                return words_of(OSError(one, os.strerror(one)))
+        if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
+            return words_of(error)
+        if said := refusal_said(str(error)):
+            return said
         error = error.__cause__ or error.__context__
+    return None
+
+
+def refusal_said(text: str) -> str | None:
+    """The words of a refusal that a library or another program repeats in its own, as Rust or Python say it; None if
+    the text holds none."""
+    for one in OF_THE_MACHINE:
+        words = os.strerror(one)
+        if f"{words} (os error {one})" in text or f"[Errno {one}] {words}" in text:
+            return words_of(OSError(one, words))
     return None
 
 

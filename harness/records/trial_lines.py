@@ -55,7 +55,7 @@ class TrialLines:
         """The record of a line, with its evidence.
 
         Raises:
-            codec.NotJsonError: the line was cut short.
+            codec.NotJsonError: the line was cut short, or is no record but what is left of one.
             LostEvidenceError: what its checks name is not in checks.jsonl.
             UsageError: a record of a schema that is not read, or one that does not keep to its schema.
         """
@@ -69,7 +69,9 @@ class TrialLines:
             schema = self._head.decode(line).schema
             require_readable({"schema": schema}, self._source)
             return schema
-        return require_readable(codec.parse(line), self._source)
+        if not isinstance(data := codec.parse(line), dict):  # "5}" has lost its beginning, and so may "5" have
+            raise codec.NotJsonError("it is no table")
+        return require_readable(data, self._source)
 
 
 def _check_plain(record: TrialRecord, where: str, held: bool) -> None:

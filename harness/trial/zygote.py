@@ -16,6 +16,7 @@ import gc
 import importlib
 import json
 import os
+import signal
 import socket
 import sys
 import time
@@ -176,6 +177,9 @@ def _child(descriptor: int, control: socket.socket, parent: int) -> NoReturn:
         control.close()
         end_with_parent(parent)
         os.setsid()
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it stays ignored where it is
+            # As an exception it would close the connection first, and the parent would take its own kill for the end.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
         with socket.socket(fileno=descriptor) as connection:
             serve(connection)
         code = 0

@@ -1,7 +1,8 @@
 """Small runs of models of other shapes than the Llama of ``small_run``, and what goes wrong in a part of them.
 
-An encoder and a decoder whose layers attend twice, a tower for images, experts adapted as parameters, and the attention
-of torch itself, whose forward calls no layer: each was once counted wrongly, by what a Llama has.
+An encoder and a decoder whose layers attend twice, a tower for images, experts adapted as parameters, dense layers of
+a type of model that has experts, blocks in parts or called by their forward, and the attention of torch itself, whose
+forward calls no layer: each was once counted wrongly, by what a Llama has.
 """
 
 from __future__ import annotations
@@ -55,6 +56,42 @@ def experts(*, misspelt: bool = False) -> SmallRun:
     return _run(model, {"input_ids": ids, "labels": ids}, targets=["q_proj"], target_parameters=names)
 
 
+def dense(*, of_experts: bool = False) -> SmallRun:
+    """DeepSeek-V3 of dense layers alone; PEFT takes some names of their layers for those of experts."""
+    import torch
+    from transformers import AutoModelForCausalLM, DeepseekV3Config
+
+    torch.manual_seed(7)
+    heads = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    config = DeepseekV3Config(vocab_size=96, num_key_value_heads=4, first_k_dense_replace=2, **_SIZES, **heads)
+    ids = torch.arange(1, 33).reshape(2, 16)
+    targets = ["q_a_proj", "kv_b_proj", *(["down_proj"] if of_experts else [])]
+    return _run(AutoModelForCausalLM.from_config(config), {"input_ids": ids, "labels": ids}, targets=targets)
+
+
+def in_parts() -> SmallRun:
+    """XLM, which holds the attention and the feed-forward layers of its blocks in two lists."""
+    import torch
+    from transformers import AutoModelForMaskedLM, XLMConfig
+
+    torch.manual_seed(7)
+    model = AutoModelForMaskedLM.from_config(XLMConfig(vocab_size=96, emb_dim=32, n_layers=2, n_heads=4))
+    ids = torch.arange(5, 37).reshape(2, 16)
+    return _run(model, {"input_ids": ids, "labels": ids}, targets=["q_lin", "v_lin"])
+
+
+def called_by_forward() -> SmallRun:
+    """SqueezeBERT, which calls the forward of its blocks directly, adapted in its head."""
+    import torch
+    from transformers import AutoModelForMaskedLM, SqueezeBertConfig
+
+    torch.manual_seed(7)
+    config = SqueezeBertConfig(vocab_size=96, embedding_size=32, max_position_embeddings=64, **_SIZES)
+    ids = torch.arange(1, 33).reshape(2, 16)
+    inputs = {"input_ids": ids, "labels": ids}
+    return _run(AutoModelForMaskedLM.from_config(config), inputs, targets=["transform.dense"])
+
+
 def multihead() -> SmallRun:
     """The attention of torch, into whose weights PEFT merges the adapter for each forward."""
     import torch
@@ -96,6 +133,31 @@ def cross_attend_eagerly(run: SmallRun) -> None:
 def look_eagerly(run: SmallRun) -> None:
     """The attention of the last layer."""
     attend_eagerly(run, "attention")
+
+
+def mix_in_the_feed_forward(run: SmallRun) -> None:
+    """Running means over the tokens in the last feed-forward layer, by hand."""
+    feed = run.model.base_model.model.transformer.ffns[-1]
+    sound = feed.forward
+
+    def forward(hidden: Any) -> Any:
+        import torch
+
+        counts = torch.arange(1, hidden.shape[1] + 1).unsqueeze(-1)
+        return sound(hidden.cumsum(1) / counts)
+
+    feed.forward = forward
+
+
+def recompute_by_forward(run: SmallRun) -> None:
+    """Checkpointing of every block, to which a gradient comes back."""
+    from functools import partial
+
+    from torch.utils.checkpoint import checkpoint
+
+    run.model.enable_input_require_grads()
+    for block in run.model.base_model.model.transformer.encoder.layers:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def prune(run: SmallRun) -> None:

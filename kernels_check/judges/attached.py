@@ -58,7 +58,8 @@ def judge_attached(seen: Observation, required: Json) -> Finding:
 
 
 def _describe(layer: AdapterLayer, problem: str) -> str:
-    return f"{layer.name} {layer.merged}" if problem == _MERGED else layer.name or "the model itself"
+    name = layer.name or "the model itself"
+    return f"{name} ({', '.join(layer.merged)})" if problem == _MERGED and layer.merged else name
 
 
 def _states(layers: Sequence[AdapterLayer], seen: Observation) -> dict[str, set[str]]:

@@ -234,7 +234,13 @@ def _cause(model: nn.Module, astray: list[AttentionCall]) -> str:
     config: Any = next((part.config for part in model.modules() if hasattr(part, "config")), None)
     implementation = getattr(config, "_attn_implementation", None)
     if all(call.backend == "eager" for call in astray):
-        return f"the model was built with attn_implementation={implementation!r}: load it with 'sdpa'"
+        if implementation in (None, "eager"):
+            return f"the model was built with attn_implementation={implementation!r}: load it with 'sdpa'"
+        return (
+            f"the model was built with attn_implementation={implementation!r}, and they write attention out all the "
+            "same: by a setting of their own, or as torch's nn.MultiheadAttention does unless it is called with "
+            "need_weights=False"
+        )
     causes = []
     if any(call.dropout for call in astray):
         causes.append(

@@ -145,10 +145,7 @@ def _update_faults(judged: Mapping[str, Tensor], seen: Observation) -> tuple[lis
         judged,
         ("changed outside of every optimizer that was seen, such as by a copy of master weights", elsewhere),
         ("not there when the step began", [name for name in live if name not in known]),
-        (
-            "not comparable with what they were before",
-            [name for name in live if name in known and known[name].unreadable],
-        ),
+        ("not comparable with what they were before", unreadable),
     )
     if all_rest:
         doubts.append(

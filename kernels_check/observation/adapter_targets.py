@@ -2,12 +2,18 @@
 
 PEFT refuses a list of targets of which none matches. Of a list of which one matches it takes that one and is silent
 about the rest: ``["q_proj", "qurey"]`` trains half of what was asked for. Each name is asked of PEFT's own matching.
+
+Of a type of models whose experts transformers 5 holds in one parameter, PEFT turns the names of their projections into
+names of that parameter, in the configuration itself: ``down_proj`` leaves ``target_modules`` for ``target_parameters``.
+Where such a model has no experts its linear layers of that name are left without an adapter, in silence; where it has
+no such layers either, "all-linear" has added names that nobody asked for.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import suppress
 from typing import Any
 
 from torch import nn
@@ -57,6 +63,9 @@ class _Places:
         self.parameters = {
             f"{_bare(name)}.{layer.module.parameter_name}" for layer, name in near if _adapts_parameter(layer.module)
         }
+        self.words = {name.rpartition(".")[2] for name, _ in named_modules(module)}
+        """The last words of the names of all modules."""
+        self.of_experts = _names_of_experts(inner if self.tuner is not None else module)
 
 
 def _unmatched(configuration: Any, places: _Places) -> Iterator[str]:
@@ -66,9 +75,7 @@ def _unmatched(configuration: Any, places: _Places) -> Iterator[str]:
     for name in _asked(configuration, "feedforward_modules"):
         if not any(_ends_with(place, name) for place in places.modules):
             yield f"feedforward_modules {name!r}"
-    for name in _asked(configuration, "target_parameters"):
-        if not any(_ends_with(place, name) for place in places.parameters):
-            yield f"target_parameters {name!r}"
+    yield from _unmatched_parameters(_asked(configuration, "target_parameters"), places)
     copies = _asked(configuration, "modules_to_save")
     task = str(getattr(configuration, "task_type", ""))
     added = _HEADS if any(one in task for one in _TASKS) else frozenset()
@@ -80,6 +87,33 @@ def _unmatched(configuration: Any, places: _Places) -> Iterator[str]:
     for name in tokens if isinstance(tokens, dict) else ():
         if not any(place.endswith(name) for place in places.copies):
             yield f"trainable_token_indices {name!r}"
+
+
+def _unmatched_parameters(asked: Collection[str], places: _Places) -> Iterator[str]:
+    """Names of parameters; of those that PEFT has made of others, only where somebody asked for what is there."""
+    by_all_linear = bool(places.of_experts) and places.of_experts.keys() <= set(asked)
+    for name in asked:
+        if any(_ends_with(place, name) for place in places.parameters):
+            continue
+        layers = sorted(places.of_experts.get(name, frozenset()) & places.words)
+        if layers:
+            made = " and ".join(map(repr, layers))
+            yield f"target_modules {made} (PEFT makes target_parameters {name!r} of it in models of this type)"
+        elif not (by_all_linear and name in places.of_experts):
+            yield f"target_parameters {name!r}"
+
+
+def _names_of_experts(model: Any) -> dict[str, frozenset[str]]:
+    """The parameters of experts in a type of models, with the names of layers that PEFT turns into them."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    with suppress(ImportError, AttributeError):  # of transformers 4, and of what PEFT does not call its interface
+        from peft.utils import transformers_weight_conversion as conversion
+
+        pattern = conversion._MODEL_TO_CONVERSION_PATTERN.get(kind)
+        if conversion._MOE_FUSED_TARGETS.get(pattern):
+            table = conversion._MOE_TARGET_MODULE_MAPPING.get(pattern, {})
+            return {new: frozenset(old for old in table if table[old] == new) for new in table.values()}
+    return {}
 
 
 def _asked(configuration: Any, field: str) -> list[str]:

@@ -189,12 +189,29 @@ class _Search:
                     yield name, not in_sequence or self._mixes_tokens(name)
         announced = [f"{name}.{index}" for name in filter(None, [self.announced]) for index in self._indices(name)]
         if not any(layer == name or layer.startswith(f"{name}.") for layer in layers for name in announced):
-            # What attention there was ran beside the blocks: in a head, or in the tower of another modality.
-            yield from ((name, True) for name in announced if not self._is_of_another_kind(name, []))
+            # What attention there was ran beside the blocks: in a head, or in the tower of another modality. But where
+            # a model holds the parts of its blocks in lists of their own, as XLM does, it may be the other part.
+            parted = self._is_in_a_list_beside(layers)
+            for name in announced:
+                if not self._is_of_another_kind(name, []):
+                    yield name, not parted or self._mixes_tokens(name)
         for block, inside in self._blocks(layers):
             for name in self._siblings(block):
                 if self._may_have_to_attend(name, block, inside, layers):
                     yield name, self._passes_by(name, block, inside) or self._mixes_tokens(name)
+
+    def _is_in_a_list_beside(self, layers: Collection[str]) -> bool:
+        """Whether a layer lies in a list of as many modules as the announced one, beside it."""
+        if not self.announced:
+            return False
+        parent, _, own = self.announced.rpartition(".")
+        count = len(self._indices(self.announced))
+        beside = (
+            f"{parent}.{key}".lstrip(".")
+            for key, module in self.modules[parent].named_children()
+            if key != own and isinstance(module, nn.ModuleList | nn.Sequential) and len(module) == count
+        )
+        return any(layer.startswith(f"{name}.") for name in beside for layer in layers)
 
     def _blocks(self, layers: set[str]) -> Iterator[tuple[str, str]]:
         """Each numbered block around a layer, and the layer's path within; one of each pattern."""

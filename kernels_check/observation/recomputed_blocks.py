@@ -52,9 +52,14 @@ def recomputed_blocks(model: nn.Module, calls: Calls) -> tuple[BlockRecomputed, 
 
 
 def ran_without_gradient(model: nn.Module, calls: Calls, judged: Iterable[BlockRecomputed]) -> tuple[str, ...]:
-    """Blocks that were called and are none of ``recomputed_blocks``: there is nothing to recompute in them."""
+    """Blocks that ran and are none of ``recomputed_blocks``: there is nothing to recompute in them.
+
+    A block whose ``forward`` is called directly, as in SqueezeBERT, calls no hook: the modules in it tell that it ran.
+    """
     known = {block.name for block in judged}
-    return tuple(name for name in block_names(model) if calls.ran(name) and name not in known)
+    names = block_names(model)
+    ran = {block_of(name, frozenset(names)) for number in calls.forward for name in calls.all[number].names}
+    return tuple(name for name in names if name in ran and name not in known)
 
 
 @dataclass(slots=True)

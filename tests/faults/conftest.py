@@ -80,6 +80,26 @@ def runs(tmp_path):
 
 
 @pytest.fixture
+def tiny_disk():
+    """A function that mounts a small disk with so many KiB free and gives the file that takes the rest of it; a test
+    that cannot mount one is skipped."""
+    mounted = []
+
+    def mount(folder, free_kib, of_kib=256):
+        folder.mkdir(parents=True, exist_ok=True)
+        words = ["mount", "-t", "tmpfs", "-o", f"size={of_kib}k", "none", str(folder)]
+        if os.geteuid() or subprocess.run(words, capture_output=True, check=False).returncode:
+            pytest.skip("a small disk takes the right to mount one")
+        mounted.append(folder)
+        (folder / "ballast").write_bytes(b"x" * (of_kib - free_kib) * 1024)
+        return folder / "ballast"
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.fixture
 def command(tmp_path, runs):
     """A function that makes the command line of a measurement whose processes pretend."""
     (tmp_path / "small.toml").write_text(STUDY)

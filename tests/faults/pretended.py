@@ -25,6 +25,7 @@ from pathlib import Path
 import harness.run.executors.local as local
 from harness.records.preparation import Hello, TokenSummary
 from harness.records.record import Fragment
+from harness.run.executors.disk import Disk
 from harness.trial.failure import failure_of
 
 TRIAL, COMMAND, DEED, ARGUMENT = (*os.environ.get("STOP_AT", "-").split(":"), "", "", "")[:4]
@@ -88,7 +89,7 @@ class Pretended(local.LocalExecutor):
     start_latency_s = 0.01
 
     def start(self, folder: Path, threads: int) -> None:
-        self._disk = local._Disk(folder)
+        self._disk = Disk(folder)
         stop("", "start")
 
     def hello(self) -> Hello:

@@ -7,6 +7,7 @@ import dataclasses
 import os
 import signal
 import threading
+import time
 
 import psutil
 import pytest
@@ -35,6 +36,19 @@ def executor(tmp_path_factory):
     local.hello()
     yield local
     local.close()
+
+
+def wait_for_end(pid, timeout_s=120.0):
+    """Until a process has gone, or only whoever inherited it has not looked after it yet."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        try:
+            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+                return
+        except psutil.NoSuchProcess:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"process {pid} has not ended in {timeout_s:g} s")
 
 
 @pytest.fixture
@@ -66,8 +80,10 @@ def measured(executor, small_study, monkeypatch):
                 answer = worker.channel.receive(timeout_s)
                 if answer is None:
                     raise worker._lost(command, timeout_s)
-                raise AssertionError("it has answered")
-            deed(pid)
+            else:
+                deed(pid)
+            if target == "zygote":  # which gives back a gigabyte before the kernel ends its children
+                wait_for_end(worker.pid)
             return ask(worker, command, trial, timeout_s, **arguments)
 
         monkeypatch.setattr(ForkedWorker, "ask", ask_and_break)

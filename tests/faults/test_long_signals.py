@@ -14,8 +14,9 @@ pytestmark = pytest.mark.faults
 ASKED = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 DEADLY = [signal.SIGKILL, signal.SIGSEGV]
 TRAINING = ["prepare", "build", "verify", "warm_up", "turn", "finish_training"]
-SERVING = ["begin_generate", "request", "end_generate", "merge"]
-ENDING = ["save_adapter", "cold"]
+SERVING = ["begin_generate", "request", "merge"]
+ALONE = ["end_generate", "save_adapter", "cold"]
+"""What is asked of a trial that has a process of its own."""
 PROFILED = ["prepare", "build", "verify", "warm_up", "finish_training", "account", "profile", "request", "peak"]
 
 
@@ -36,10 +37,10 @@ def check_resumed(before, whole):
 
 
 @pytest.mark.parametrize("number", [*ASKED, *DEADLY])
-@pytest.mark.parametrize("phase", [*TRAINING, *SERVING, *ENDING])
+@pytest.mark.parametrize("phase", [*TRAINING, *SERVING, *ALONE])
 def test_a_run(number, phase, tmp_path, command, stopped, only_run, resumed, temporary):
     """In its second replicate: the first is kept whatever comes, the rest is measured by `--resume`."""
-    trial = "r1-a-solo" if phase in ENDING else "r1-a"
+    trial = "r1-a-solo" if phase in ALONE else "r1-a"
     phases = ("--phase", "train", "--phase", "generate", "--phase", "cold")
     words = ["run", str(tmp_path / "small.toml"), *phases, "--interleave", "lockstep"]
     with stopped(command(*words, stop=f"{trial}:{phase}")) as process:

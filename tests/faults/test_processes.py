@@ -13,7 +13,8 @@ import pytest
 
 from harness.errors import InvalidRunError
 from harness.run.executors import WorkerLostError
-from harness.run.executors.local import LocalExecutor, _Disk
+from harness.run.executors.disk import Disk
+from harness.run.executors.local import LocalExecutor
 from harness.run.plan import make_plan
 from harness.run.site import Site, request_of
 
@@ -24,7 +25,7 @@ DEADLY = [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGSEGV]
 def executor(tmp_path):
     """One whose zygote is not needed."""
     local = LocalExecutor()
-    local._disk = _Disk(tmp_path)
+    local._disk = Disk(tmp_path)
     yield local
     local.close()
 

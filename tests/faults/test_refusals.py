@@ -19,7 +19,8 @@ import pytest
 from harness.errors import InvalidRunError
 from harness.records import store
 from harness.records.refusals import OF_THE_MACHINE, REFUSED
-from harness.run.executors.local import LocalExecutor, _Disk
+from harness.run.executors.disk import Disk
+from harness.run.executors.local import LocalExecutor
 from harness.trial.failure import failure_of
 
 KIB = 1024
@@ -83,25 +84,6 @@ def test_a_limit_of_file_sizes_at_each_write(most, command, begun, resumed):
         assert (whole.state, len(whole.records)) == ("complete", len(run.manifest.order))
         if run.state != "complete":
             assert [record for record in whole.records if record in kept] == kept
-
-
-@pytest.fixture
-def tiny_disk(tmp_path):
-    """A function that mounts a disk of 256 KiB with so many free; a test that cannot is skipped."""
-    mounted = []
-
-    def mount(folder, free_kib):
-        folder.mkdir(exist_ok=True)
-        words = ["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(folder)]
-        if os.geteuid() or subprocess.run(words, capture_output=True, check=False).returncode:
-            pytest.skip("a small disk takes the right to mount one")
-        mounted.append(folder)
-        (folder / "ballast").write_bytes(b"x" * (256 - free_kib) * KIB)
-        return folder / "ballast"
-
-    yield mount
-    for folder in mounted:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 @pytest.mark.parametrize("free_kib", half(SPACES, QUICK_SPACES))
@@ -207,7 +189,7 @@ def test_a_log_that_cannot_be_written_hides_no_traceback(monkeypatch):
 def test_tokens_that_do_not_fit_are_no_bad_input(tmp_path, small_study, tiny_disk):
     """The tokenising process is real and its disk full: a machine that cannot measure (4), with what was refused."""
     local = LocalExecutor()
-    local._disk = _Disk(tmp_path)
+    local._disk = Disk(tmp_path)
     try:
         tiny_disk(local._disk.scratch, 0)
         with pytest.raises(InvalidRunError, match=r"tokens could not be prepared: .*No space left on device\. Free"):

@@ -2,7 +2,7 @@
 
 import pytest
 
-FAMILIES = ("bart", "clip", "gemma2", "gpt2", "mixtral")
+FAMILIES = ("bart", "beam", "clip", "gemma2", "gpt2", "ibert", "mixtral", "siglip", "squeezebert", "xlm")
 
 
 @pytest.fixture
@@ -23,19 +23,48 @@ def result(oracle, **given):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_is_said_of_a_family_is_so(oracle, name):
-    """Encoder-decoders, vision, experts, and each of the backends that a CPU has: nothing is at fault."""
+    """Encoder-decoders, vision, experts or names of such, observers, and each backend of a CPU: nothing is at fault."""
     assert oracle.examine(family(oracle, name)).faults == []
 
 
 def test_the_oracle_knows_each_backend(oracle):
-    """Of a scaled dot product, one with dropout, and one written out, without looking at the check."""
+    """Of a scaled dot product, with dropout, written out, or torch's own in a head, without looking at the check."""
     truths = {}
-    for name in ("llama", "gpt2", "gemma2"):
+    for name in ("llama", "gpt2", "gemma2", "siglip"):
         run = oracle.Run(family(oracle, name))
         with oracle.Attentions() as seen:
             run.step()
         truths[name] = (seen.scaled, seen.refused, seen.written)
-    assert truths == {"llama": (2, 0, 0), "gpt2": (2, 2, 0), "gemma2": (0, 0, 2)}
+    assert truths == {"llama": (2, 0, 0), "gpt2": (2, 2, 0), "gemma2": (0, 0, 2), "siglip": (2, 0, 1)}
+
+
+@pytest.mark.parametrize(("weights", "counted"), [(True, (0, 0, 1)), (False, (1, 0, 0))])
+def test_the_oracle_knows_how_torchs_own_attention_is_done(oracle, weights, counted):
+    """With the weights of attention it is written out; without them it is a scaled dot product."""
+    import torch
+
+    layer, hidden = torch.nn.MultiheadAttention(8, 2, batch_first=True), torch.randn(2, 3, 8)
+    with oracle.Attentions() as seen:
+        layer(hidden, hidden, hidden, need_weights=weights)
+    assert (seen.scaled, seen.refused, seen.written) == counted
+
+
+@pytest.mark.parametrize(("name", "still"), [("llama", True), ("granite_speech", True), ("ibert", False)])
+def test_the_oracle_knows_what_of_the_base_moves(oracle, name, still):
+    """Observers of a quantised model move; a batch norm only where it is called, as one for sound is not by text."""
+    run = oracle.Run(family(oracle, name))
+    before = run.base()
+    run.step()
+    after = run.base()
+    assert before.keys() == after.keys()
+    assert all(oracle._same(before[one], after[one]) for one in before) is still
+
+
+def test_the_oracle_knows_what_was_asked_for_and_left_out(oracle):
+    """PEFT takes dense layers for experts by their names; in a model that has experts, by right."""
+    left = {name: oracle.Run(family(oracle, name)).lost for name in ("llama", "mixtral", "beam")}
+    assert left["llama"] == left["mixtral"] == []
+    assert "model.layers.1.mlp.down_proj" in left["beam"]
 
 
 @pytest.mark.parametrize(

@@ -25,10 +25,11 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib.machinery import PathFinder
 from pathlib import Path
 
-from harness.errors import UsageError, redact
+from harness.errors import InvalidRunError, UsageError, redact
 from harness.machine.processes import kill_group
 from harness.machine.provenance import LIBRARIES, library_version
 from harness.records.locks import alone, locked
+from harness.records.refusals import refusal_said
 
 DESCRIPTION_FILE = "lorameter.json"
 """What the layer was made of; written last."""
@@ -73,6 +74,7 @@ def layered_environment(requirements: Sequence[str], cache: Path, *, report: Cal
 
     Raises:
         UsageError: the environment cannot be made, or pip fails; with pip's last lines.
+        InvalidRunError: because of what the system refuses, as where the disk is full.
     """
     target = (cache / "environments" / _key(requirements)).absolute()
     with locked(target, "waiting for another process that is making the same environment", report):
@@ -177,6 +179,11 @@ def _run(command: Sequence[str], requirements: Sequence[str], report: Callable[[
         except BaseException:
             kill_group(process.pid)  # with what builds a package for it
             raise
+    if process.returncode and (refusal := refusal_said("\n".join(last))):
+        raise InvalidRunError(
+            f"ab: an environment with {' '.join(requirements)} could not be made: {refusal}, or where temporary files "
+            "are made (TMPDIR). Nothing was kept."
+        )
     if process.returncode:
         raise UsageError(
             f"ab: an environment with {' '.join(requirements)} could not be made: {' / '.join(last) or 'no message'}. "

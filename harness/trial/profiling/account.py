@@ -111,6 +111,7 @@ def _watched(
     hooks = watch_cache(model, live)
     give_back_free()  # else what earlier steps have left on the heap would serve this one, and its own peak not show
     gauge.begin()
+    looked(live.bytes)  # the peak so far is no operator's: what is given back from here on must not pass for one's own
     try:
         with live.watching(trained, compiled=compiled):
             call()

@@ -13,7 +13,10 @@ border.
 from __future__ import annotations
 
 import contextlib
+import gzip
 import math
+import os
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -192,9 +195,27 @@ def profiled(bordered: BorderedStep, device: str, folder: Path) -> Activity:
                 times.append(lap.time_s)
             if number < steps:  # the session must still be open when it is read
                 recorded.step()
-    recorded.export_chrome_trace(str(folder / TRACE))
+    _export(recorded, folder / TRACE)
     results = recorded.profiler.kineto_results if recorded.profiler is not None else None
     return activity_of(() if results is None else results.events(), tuple(times), device)
+
+
+def _export(recorded: profile, path: Path) -> None:
+    """Write a recording to `path`, packed. By itself torch would write it unpacked among temporary files first.
+
+    Raises:
+        OSError: the disk refuses. The profiler only leaves its draft unfinished then, so the disk is asked why.
+    """
+    plain = path.with_suffix("")
+    recorded.export_chrome_trace(str(plain))
+    if not plain.is_file():
+        with Path(f"{plain}.tmp").open("ab", buffering=0) as draft:
+            draft.write(bytes(2**20))
+            os.fsync(draft.fileno())
+        raise RuntimeError(f"the profiler has not written {plain}, and does not say why")
+    with plain.open("rb") as read, gzip.open(path, "wb") as packed:
+        shutil.copyfileobj(read, packed)
+    plain.unlink()
 
 
 def useful_tokens(stream: TokenStream, rows: int) -> dict[str, float]:

@@ -10,6 +10,7 @@ from kernels_check.judges import adapter, attached, learning
 from kernels_check.observation.adapter_calls import LayerCall
 from kernels_check.observation.adapter_layers import adapter_layers
 from kernels_check.observation.adapter_updates import ParameterUpdates
+from kernels_check.observation.calls import Calls
 from kernels_check.observation.gradients import GradientSeen
 from kernels_check.observation.optimizers import OptimizerSeen
 
@@ -290,3 +291,162 @@ def test_a_dropout_that_no_module_holds_is_unknown(seen):
     assert "1 of 1 layers have no dropout" in finding.reason
     alone = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), peft.LoraConfig(target_modules=["0"]))
     assert adapter.judge_dtype(seen(model=alone), "float32").reason == "adapter weights: 2 float32"
+
+
+def test_dropout_in_evaluation_is_none_whether_it_was_called_or_not(seen, training):
+    """Random numbers in compiled code are not those of a dropout that is off; one that ran as off was off then."""
+    run = training()
+    calls = called(run.model)
+    off = {name: [dataclasses.replace(one, ran=dict.fromkeys(one.ran, 0.0)) for one in calls[name]] for name in calls}
+    switched_back = adapter.judge_dropout(seen(model=run.model, adapter_calls=off, regions=1, drew_random=True), 0.05)
+    run.model.eval()
+    uncalled = adapter.judge_dropout(seen(model=run.model, regions=1, drew_random=True), 0.05)
+    for finding in (switched_back, uncalled):
+        assert (finding.observed, finding.satisfies) == (0.0, False)
+        assert "p=0.05 but in eval mode" in finding.reason
+        assert "call model.train() before the step" in finding.reason
+
+
+def test_an_evaluation_is_no_training(seen, training):
+    """Where an optimizer stepped, or another layer was called in training; an answer trains nothing and counts."""
+    run = training()
+    calls = called(run.model)
+    evaluated = called(run.model, aside=True, with_gradients=False)
+    first = next(iter(calls))
+
+    def judge(calls, steps):
+        return attached.judge_attached(seen(model=run.model, adapter_calls=calls, optimizer_steps=steps), True)
+
+    for alone, steps, layers in ((evaluated, 1, 4), (calls | {first: evaluated[first]}, 0, 1)):
+        finding = judge(alone, steps)
+        assert finding.observed is False
+        assert f"adapter executed in an evaluation only, which trains nothing, in {layers} of 4" in finding.reason
+    assert judge(evaluated, 0).observed is True
+    assert judge({name: [*evaluated[name], *calls[name]] for name in calls}, 1).observed is True
+
+
+def test_a_call_below_no_grad_in_training_counts_where_it_is_all_there_is(seen, training):
+    """The layers under a part that needs no gradient ran all the same."""
+    run = training()
+    calls = called(run.model, with_gradients=False)
+    assert attached.judge_attached(seen(model=run.model, adapter_calls=calls), True).observed is True
+
+
+def test_the_adapters_that_are_merged_are_named(seen, training):
+    """Beside their layer, where they are merged still; of one that was merged in the call only, the layer."""
+    run = training()
+    first = adapter_layers(run.model)[0]
+    in_the_call = called(run.model) | {first.name: [dataclasses.replace(CALL, merged=True)]}
+    reason = attached.judge_attached(seen(model=run.model, adapter_calls=in_the_call), True).reason
+    assert f"1 of 4 layers: {first.name} (call unmerge_adapter())" in reason
+    first.module.merged_adapters.append("default")
+    reason = attached.judge_attached(seen(model=run.model), True).reason
+    assert f"1 of 4 layers: {first.name} (default) (call unmerge_adapter())" in reason
+    assert "(default)" not in reason.partition("adapter not executed")[2]
+
+
+@pytest.mark.parametrize(
+    ("unhooked", "regions", "observed"), [((), 0, False), (("model.layers",), 0, True), ((), 1, True)]
+)
+def test_a_gradient_is_proof_of_a_layer_that_compiled_code_may_have_run(seen, training, unhooked, regions, observed):
+    """It calls no hook there; where it was called and skipped its parts, a penalty is the likelier cause."""
+    run = training()
+    calls = called(run.model)
+    first = adapter_layers(run.model)[0]
+    watched = {
+        "model": run.model,
+        "reached": frozenset(name for name, _ in first.weights()),
+        "modules": Calls(unhooked=frozenset(unhooked)),
+        "regions": regions,
+    }
+    silent = {name: calls[name] for name in calls if name != first.name}
+    assert attached.judge_attached(seen(adapter_calls=silent, **watched), True).observed is observed
+    bypassed = silent | {first.name: [dataclasses.replace(CALL, ran={})]}
+    assert attached.judge_attached(seen(adapter_calls=bypassed, **watched), True).observed is False
+
+
+def own_lora(base):
+    """A LoRA layer of a class of one's own."""
+    holder = torch.nn.Module()
+    holder.lora_A, holder.base_layer = torch.nn.Linear(4, 2), base
+    return holder
+
+
+def test_a_gradient_is_proof_of_a_layer_inside_another(seen):
+    """What wraps it may read its weights and never call it; of one beside the others it is none."""
+    model = torch.nn.Sequential(own_lora(own_lora(torch.nn.Linear(4, 4))), own_lora(torch.nn.Linear(4, 4)))
+    outer, inner, beside = adapter_layers(model)
+    assert inner.name.startswith(f"{outer.name}.")
+    reached = frozenset(name for layer in (outer, inner, beside) for name, _ in layer.weights())
+
+    def judge(*ran):
+        calls = {layer.name: [dataclasses.replace(CALL, ran={f"{layer.name}.lora_A": 0.0})] for layer in ran}
+        return attached.judge_attached(seen(model=model, adapter_calls=calls, reached=reached), True)
+
+    assert judge(outer, beside).observed is True
+    idle = judge(outer)
+    assert (idle.observed, f"in 1 of 3 layers: {beside.name}" in idle.reason) == (False, True)
+
+
+def test_the_adapter_that_ran_is_named(seen, training):
+    """By its name, unless its class gives it none."""
+    run = training()
+    finding = attached.judge_attached(seen(model=run.model, adapter_calls=called(run.model)), True)
+    assert finding.reason == "adapter default enabled, unmerged and executed in 4 layers"
+    model = torch.nn.Sequential(own_lora(torch.nn.Linear(4, 4)))
+    finding = attached.judge_attached(seen(model=model, adapter_calls=called(model)), True)
+    assert finding.reason == "adapter of a class of its own enabled, unmerged and executed in 1 layers"
+
+
+def test_what_lora_fa_freezes_is_not_asked_to_learn(seen, training):
+    """It is said of how many; the same without its optimizer is a fault, with the remedy, which no other fault has."""
+    run = training()
+    weights = dict(pair for layer in adapter_layers(run.model) for pair in layer.weights())
+    frozen = [name for name in weights if "lora_A" in name]
+    for name in frozen:
+        weights[name].requires_grad_(False)
+    learning_half = [name for name in weights if name not in frozen]
+
+    def judge(kind, learnt=LEARNT):
+        stepped = dataclasses.replace(ADAMW, classes=(kind,), parameters=frozenset(map(id, weights.values())))
+        watched = {"gradients": dict.fromkeys(learning_half, GOOD), "updates": dict.fromkeys(learning_half, learnt)}
+        return learning.judge_learning(seen(model=run.model, optimizers=(stepped,), **watched), True)
+
+    lora_fa = "peft.optimizers.lorafa.LoraFAOptimizer"
+    assert judge(lora_fa).observed is True
+    assert judge(lora_fa).reason.startswith("gradients reached 4 of 8 trainable parameters and updates moved all")
+    assert judge(lora_fa).reason.endswith("; 4 of 8 kept frozen by LoRA-FA")
+    other = judge("torch.optim.adamw.AdamW")
+    assert (other.observed, "4 of 8 parameters frozen: " in other.reason) == (False, True)
+    assert "load the adapter with is_trainable=True" in other.reason
+    unmoved = judge(lora_fa, dataclasses.replace(LEARNT, moved=0, learnt=0))
+    assert (unmoved.observed, "is_trainable" in unmoved.reason) == (False, False)
+
+
+def test_a_value_that_cannot_be_compared_is_unknown_and_no_fault(judge):
+    """Nothing was counted of it, which is not that nothing moved."""
+    check = judge(update=ParameterUpdates(updates=2, unreadable="RuntimeError: no memory", rate=1e-3))
+    assert check.status == "unknown"
+    assert check.reason.startswith("1 of 8 parameters not comparable with what they were before")
+    assert ";" not in check.reason
+
+
+def test_a_thousandth_of_the_highest_rate_is_comparable_still(judge):
+    """A gradient too small to show is an excuse there, and below it the rate is the cause."""
+    faint = {"updates": 2, "fed": 2, "faint": 1}
+    assert judge(update=ParameterUpdates(**faint, rate=1e-3 * 1e-3)).status == "active"
+    assert judge(update=ParameterUpdates(**faint, rate=0.99e-6)).status == "fallback"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"stuck": 2, "learnt": 0, "moved": 0}, "they round away in float32"),
+        ({"fed": 0, "learnt": 0, "moved": 0}, "gradient gone or zero when the update was to use it"),
+    ],
+)
+def test_what_did_not_move_is_told_once_with_its_cause(judge, changes, words):
+    """Not again as merely unchanged."""
+    reason = judge(update=dataclasses.replace(LEARNT, **changes)).reason
+    assert words in reason
+    assert "unchanged by updates" not in reason

@@ -172,6 +172,18 @@ def test_the_cause_is_what_the_inputs_show(backend, call, words, absent):
     assert absent not in reason
 
 
+def test_what_is_written_out_in_spite_of_the_configuration_is_not_put_down_to_it(backend):
+    """A model that was loaded with 'sdpa' is not told to be: some of its layers do not ask for it."""
+    for implementation, words, absent in (
+        ("sdpa", "need_weights=False", "load it with"),
+        ("eager", "load it with 'sdpa'", "need_weights"),
+    ):
+        built = model(_attn_implementation=implementation)
+        reason = backend("flash", FLASH, but(MATH, backend="eager"), of=built).reason
+        assert words in reason
+        assert absent not in reason
+
+
 def test_float32_is_a_cause_on_cuda(backend, monkeypatch):
     """With or without grouped heads; bfloat16 is none."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -261,3 +273,64 @@ def test_a_row_of_one_record_is_watched_and_not_perturbed(training):
     check = probe_isolation(run.model, batch)
     assert check.status == "unknown"
     assert "changing one row of the batch changes the logits of another" in check.reason
+
+
+def test_of_compiled_code_the_announced_layers_are_told(backend):
+    """As many as the configuration says, or that it says nothing."""
+    flash = but(FLASH, region=1)
+    words = "compiled, so that no layer is told, {} attention layers; "
+    assert words.format(2) in backend("flash", flash, flash, of=model(num_hidden_layers=2)).reason
+    assert words.format("an unknown number of") in backend("flash", flash).reason
+
+
+def test_code_in_pieces_is_no_excuse_for_an_entry_that_lacks_a_layer(backend):
+    """Where each entry into the model has all layers, and other code ran in pieces, it cannot be told."""
+    inside, pieces = but(FLASH, region=1, call=0), [but(FLASH, region=2), but(FLASH, region=3)]
+    two = model(num_hidden_layers=2)
+    assert backend("flash", inside, inside, *pieces, of=two).status == "unknown"
+    lacking = backend("flash", inside, *pieces, of=two)
+    assert lacking.status == "fallback"
+    assert "1 calls in an entry into compiled code are not those of 2 attention layers" in lacking.reason
+
+
+def test_code_in_pieces_is_no_excuse_for_a_layer_without_attention(seen):
+    """A layer that is known to have run none is a fault, whatever else was compiled."""
+    of = torch.nn.ModuleDict({"first": torch.nn.Identity(), "second": torch.nn.Identity()})
+    of.config = SimpleNamespace(num_hidden_layers=2)
+    made = {"caller": None, "training": True, "with_grad": True, "in_backward": False, "thread": 0}
+    modules = Calls(all=tuple(ModuleCall(names=(name,), **made) for name in ("first", "second")))
+    pieces = [but(FLASH, region=2), but(FLASH, region=3)]
+    judged = attention.judge_backend(seen(but(FLASH, call=0), *pieces, model=of, modules=modules), "flash")
+    assert judged.against("attention.backend", "flash").status == "fallback"
+    assert "1 calls of 1 of 2 layers ran no attention that is recognised: second" in judged.reason
+
+
+@pytest.mark.parametrize(
+    ("required", "status"), [(None, "unknown"), ("explicit", "unknown"), ("causal", "fallback"), ("none", "fallback")]
+)
+def test_what_one_call_does_not_tell_is_unknown_unless_another_differs(seen, required, status):
+    """As required so far is no verdict; one that is otherwise is."""
+    calls = but(FLASH, mask=True), but(FLASH, mask=None, causal=False)
+    judged = attention.judge_mask(seen(*calls), required)
+    assert judged.against("attention.mask", required).status == status
+    assert "1 calls do not tell" in judged.reason
+
+
+def test_the_dtypes_are_counted_as_far_as_they_are_told(seen):
+    """Each with the number of its calls, or that none is."""
+    told = attention.judge_dtype(seen(FLASH, FLASH, but(FLASH, dtype="float16")), None)
+    assert told.reason == "input types of the inner operator: 2 bfloat16, 1 float16"
+    untold = attention.judge_dtype(seen(but(FLASH, dtype=None)), None)
+    assert untold.reason == "input types of the inner operator: none that is told; 1 calls do not tell"
+
+
+@pytest.mark.parametrize("judge", [attention.judge_dtype, attention.judge_mask])
+def test_without_attention_of_the_model_its_inputs_are_unknown_or_absent(seen, judge):
+    """None was seen, or none but another model's: then the model ran none."""
+    assert judge(seen(), None).reason == "no attention operator in the profiled step"
+    assert judge(seen(), None).status == "unknown"
+    made = {"names": ("",), "caller": None, "training": True, "in_backward": False, "thread": 0}
+    modules = Calls(all=(ModuleCall(with_grad=False, **made), ModuleCall(with_grad=True, **made)))
+    evaluated = judge(seen(but(FLASH, call=0), modules=modules), None)
+    assert (evaluated.status, evaluated.present) == (None, False)
+    assert "no attention of the model itself was seen; not judged: 1 calls without gradients" in evaluated.reason

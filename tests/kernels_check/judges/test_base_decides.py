@@ -10,9 +10,14 @@ from kernels_check.judges import base_layers, base_products
 from kernels_check.judges.paths import validate
 from kernels_check.observation import storage
 from kernels_check.observation.adapter_layers import adapter_layers
-from kernels_check.observation.calls import Calls
+from kernels_check.observation.calls import Calls, ModuleCall
+from kernels_check.observation.census import Census
 from kernels_check.observation.digest import digest
+from kernels_check.observation.gradients import GradientSeen
+from kernels_check.observation.optimizers import OptimizerSeen
 from kernels_check.observation.products import Product
+
+FORWARD = ModuleCall(names=("",), caller=None, training=True, with_grad=True, in_backward=False, thread=0)
 
 
 @pytest.fixture
@@ -201,3 +206,132 @@ def test_as_many_names_as_are_shown_are_all():
 def test_a_share_may_be_nothing_or_all(share):
     """Both ends belong to the range."""
     validate({"optimizer.paged_share": share})
+
+
+def census_of(*sizes, unread=0):
+    """A base of a 4-bit part, of others by their sizes, and of what could not be read."""
+    census = Census()
+    for bits, name, size in [(4, "q", 64), (None, "odd", unread), *((16, f"n{n}", one) for n, one in enumerate(sizes))]:
+        census.bytes_of[bits] += size
+        census.weights_of[bits] += size
+        census.largest[bits, name] += size
+    census.largest = +census.largest
+    return census
+
+
+@pytest.fixture
+def judge_share(seen):
+    """Judge the share of 4-bit bytes of a base that was counted so."""
+
+    def judge(census, minimum):
+        watched = seen()
+        watched.readings["census"] = census
+        return base_layers.judge_bytes_in_4bit(watched, minimum).against("base.bytes_in_4bit", minimum)
+
+    return judge
+
+
+@pytest.mark.parametrize(("minimum", "status"), [(0.25, "active"), (0.5, "unknown"), (0.51, "fallback")])
+def test_what_cannot_be_read_may_be_in_4_bits_or_not(judge_share, minimum, status):
+    """A share that is reached only with all of it may be reached; above that it is not."""
+    assert judge_share(census_of(128, unread=64), minimum).status == status
+
+
+def test_the_two_largest_others_are_named_and_the_rest_counted(judge_share):
+    """And no rest where there is none."""
+    assert judge_share(census_of(30, 20), 1.0).reason.endswith("the largest that are not: n0 0.0 KiB, n1 0.0 KiB")
+    assert judge_share(census_of(30, 20, 10), 1.0).reason.endswith("n1 0.0 KiB and 1 more")
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [
+        (2**10, "1.0 KiB"),
+        (2**20 - 2**10, "1023.0 KiB"),
+        (2**20, "1.0 MiB"),
+        (2**30 - 2**20, "1023.0 MiB"),
+        (2**30, "1.0 GiB"),
+    ],
+)
+def test_a_size_is_told_in_the_largest_unit_that_it_fills(judge_share, size, words):
+    """From one of it on."""
+    assert f"n0 {words}" in judge_share(census_of(size), 1.0).reason
+
+
+@pytest.fixture
+def judge_frozen(seen):
+    """Judge whether a float layer under a LoRA of one's own is frozen, by what requires gradients and is optimised."""
+
+    def judge(*, requires, given, reached=False, stepped=True, **more):
+        layer = torch.nn.Module()
+        layer.base_layer, layer.lora_A = torch.nn.Linear(4, 4, bias=False), torch.nn.Linear(4, 2)
+        model = torch.nn.Sequential(layer)
+        weight = layer.base_layer.weight.requires_grad_(requires)
+        parameters = frozenset({id(weight)} if given else {0})
+        optimizer = OptimizerSeen(
+            classes=("torch.optim.adamw.AdamW",), learning_rates=(1e-3,), parameters=parameters, state_bytes=0,
+            paged_bytes=0, claims_paged=False, fused_requested=None, on_cpu=True,
+        )  # fmt: skip
+        before = digest(model)
+        watched = {"optimizers": (optimizer,) if stepped else (), "before": before, "after": before, **more}
+        gradients = {"0.base_layer.weight": GradientSeen(nonzero=True, finite=True)} if reached else {}
+        return base_layers.judge_frozen(seen(model=model, gradients=gradients, **watched), True)
+
+    return judge
+
+
+def test_a_base_that_an_optimizer_holds_or_a_gradient_reaches_is_not_frozen(judge_frozen):
+    """Either is enough where it requires gradients; what requires none is skipped, and said."""
+    for given, reached in ((True, False), (False, True), (True, True)):
+        finding = judge_frozen(requires=True, given=given, reached=reached)
+        assert finding.observed is False
+        assert finding.reason.startswith("1 base parameters require gradients: 0.base_layer.weight")
+        assert ("are given to the optimizer" in finding.reason) is given
+        assert ("received a gradient" in finding.reason) is reached
+        assert "unchanged over" not in finding.reason
+    idle = judge_frozen(requires=False, given=True)
+    assert idle.observed is True
+    assert "unchanged over 2 steps, no gradient, not optimised; 1 frozen base parameters are given to" in idle.reason
+
+
+def test_a_base_that_requires_gradients_to_no_effect_is_noted(judge_frozen):
+    """Where an optimizer stepped without it; where none did, one may hold it and it is unknown."""
+    loose = judge_frozen(requires=True, given=False)
+    assert (loose.observed, loose.status) == (True, None)
+    assert "no gradient reached and no optimizer holds, though they require gradients: 0.base" in loose.reason
+    unseen = judge_frozen(requires=True, given=False, stepped=False)
+    assert (unseen.observed, unseen.status) == (None, "unknown")
+    assert unseen.reason == (
+        "no optimizer stepped, so it cannot be told whether one holds what trains: 0.base_layer.weight"
+    )
+    sound = judge_frozen(requires=False, given=False)
+    assert (sound.observed, "though they require gradients" in sound.reason) == (True, False)
+
+
+def test_the_remedy_is_for_what_was_asked(seen, training):
+    """Nothing is to be mended where nothing was required."""
+    run = training(unquantised=("lm_head", "layers.1.self_attn.v_proj"))
+    assert "; remedy: load with quantization_config" in base_layers.judge_bits(seen(model=run.model), 4).reason
+    assert "exceptions: " in base_layers.judge_bits(seen(model=run.model), None).reason
+    for judge in (base_layers.judge_bits, base_layers.judge_quant_type, base_layers.judge_double_quant):
+        assert "remedy" not in judge(seen(model=run.model), None).reason
+
+
+def test_where_no_compute_dtype_is_required_the_others_are_told_from_most(seen, training, bases):
+    """Layers that called no product are no majority."""
+    run = training()
+    one = [product("float32", 0), *(product("bfloat16", number) for number in (1, 2))]
+    watched = seen(fourbit=tuple(one), model=run.model, modules=bases(run.model))
+    reason = base_products.judge_compute_dtype(watched, None).reason
+    assert reason.startswith("2 of 4 targeted layers: bfloat16, by the products that they called; exceptions: ")
+    unseen = seen(model=run.model, modules=bases(run.model))
+    assert base_products.judge_compute_dtype(unseen, None).reason.startswith("0 of 4 targeted layers: None")
+
+
+def test_four_bit_layers_without_an_adapter_count(seen, training):
+    """A 4-bit base none of whose products was seen is unknown, wherever the adapter is and whatever calls a hook."""
+    run = training(targets=("lm_head",))
+    called = Calls(all=(FORWARD, dataclasses.replace(FORWARD, names=("base_model.model.model.layers.0.mlp.up_proj",))))
+    for modules in (called, Calls()):
+        judged = base_products.judge_gemm_path(seen(model=run.model, modules=modules), "dequantize")
+        assert (judged.status, judged.reason) == ("unknown", "4-bit weights but no known 4-bit operator ran")

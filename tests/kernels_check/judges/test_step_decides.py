@@ -383,3 +383,103 @@ def test_without_an_optimizer_nothing_is_judged_of_it(seen):
     for judged in (optimizer.judge_fused(seen(), True), optimizer.judge_paged_share(seen(), 0.5)):
         assert judged.against("optimizer.fused", True).status == "absent"
         assert "no torch.optim.Optimizer stepped" in judged.reason
+
+
+def test_what_is_recomputed_is_not_named_where_nothing_is_missing(seen):
+    """Blocks that lack it are named where others have it, and modules where not all of a block ran again."""
+    for again, words in (([], "0 of 2 blocks computed again"), (parts(ZERO, ONE), "2 of 2 blocks computed again")):
+        judged = execution.judge_checkpointing(seen(model=Stack(), modules=log(*BOTH, again=again)), None)
+        assert judged.reason == f"{words} in the backward pass"
+    half = seen(model=Stack(), modules=log(*BOTH, again=[*parts(ZERO), f"{ONE}.second"]))
+    reason = execution.judge_checkpointing(half, None).reason
+    assert reason == "2 of 2 blocks computed again in the backward pass; called again: 1 of 2 modules of layers.1"
+
+
+@pytest.mark.parametrize(("again", "status"), [((), "absent"), ((ZERO,), "fallback"), ((ZERO, ONE), "active")])
+def test_a_share_of_nothing_is_absent(seen, again, status):
+    """Some recomputation, less than is required, is there all the same."""
+    watched = seen(model=Stack(), modules=log(*BOTH, again=parts(*again)))
+    judged = execution.judge_checkpointed_layers(watched, 1.0)
+    assert judged.against("checkpointing.layers", 1.0).status == status
+
+
+@pytest.mark.parametrize("attention", [[FIRST, but(AGAIN, direction="backward")], [FIRST, FLASH], [FIRST]])
+def test_only_forward_calls_in_compiled_code_tell_of_its_recomputation(seen, attention):
+    """The backward of attention is no second forward, nor is attention that ran eagerly beside it."""
+    watched = seen(*attention, model=Stack(), modules=log(""), entered=(0,), gradients=GRADIENTS)
+    judged = execution.judge_checkpointing(watched, True)
+    assert judged.observed is False
+    assert judged.reason.endswith("told by its attention: 1 forward calls for 1 layers")
+
+
+@pytest.mark.parametrize(
+    ("called", "entered", "status"),
+    [
+        (BOTH, (), "absent"),
+        (["", ZERO, *parts(ONE), "head"], (1,), "fallback"),
+        (["", ZERO, ONE, "head"], (1, 2), "active"),
+    ],
+)
+def test_a_compiled_share_of_nothing_is_absent(seen, called, entered, status):
+    """Less than is required is there all the same."""
+    watched = seen(model=Stack(), modules=log(*called), entered=entered)
+    judged = execution.judge_compiled_share(watched, 1.0)
+    assert judged.against("compile.share", 1.0).status == status
+
+
+def test_a_share_says_why_blocks_ran_eagerly_where_some_did(seen):
+    """A refusal of something else is none of theirs, and one entry for each look-up is none at all."""
+
+    def reason(called, entered, lookups):
+        more = {"entered": entered, "lookups": lookups, "compilations": REFUSED}
+        return execution.judge_compiled_share(seen(model=Stack(), modules=log(*called), **more), 1.0).reason
+
+    half, whole = ["", ZERO, *parts(ONE), "head"], ["", ZERO, ONE, "head"]
+    words = "part of the code ran eagerly, because"
+    assert words in reason(half, (1,), 2)
+    assert words not in reason(half, (1,), 1)
+    assert words not in reason(whole, (1, 2), 3)
+
+
+@pytest.mark.parametrize(
+    ("called", "entered", "words"),
+    [
+        (["", ZERO, ONE, "head"], (1, 2), "2 of 2 blocks ran in compiled code"),
+        (BOTH, (None,), "0 of 2 blocks ran in compiled code; 1 regions outside of its blocks, as of a loss"),
+        (
+            ["", ZERO, ONE, "head"],
+            (1, 2, None),
+            "2 of 2 blocks ran in compiled code; 1 regions outside of its blocks",
+        ),
+        (
+            ["", *parts(ZERO), *parts(ONE), "head"],
+            (2, 5, None),
+            "0 of 2 blocks ran in compiled code; eager in part: layers.0, layers.1; 1 regions outside of its blocks",
+        ),
+        (
+            ["", *parts(ZERO), *parts(ONE), "head"],
+            (2,),
+            "0 of 2 blocks ran in compiled code; eager in part: layers.0; eager: layers.1",
+        ),
+    ],
+)
+def test_eager_blocks_are_named_beside_those_that_are_compiled(seen, called, entered, words):
+    """In whole or in part, and not where there are none; regions beside them may be pieces of what holds the blocks."""
+    judged = execution.judge_compiled_share(seen(model=Stack(), modules=log(*called), entered=entered), None)
+    assert judged.reason == f"{len(entered)} compiled regions entered, 0 compiler cache look-ups; {words}"
+
+
+@pytest.mark.parametrize(
+    ("writes", "named"),
+    [
+        ([wrote(FUSED, 1), wrote(LOOP, 2)], "; not by fused kernels: group 1 of AdamW"),
+        ([wrote(FUSED, 1), wrote(FUSED, 2)], None),
+        ([wrote(LOOP, 1), wrote(LOOP, 2)], None),
+    ],
+)
+def test_groups_are_named_where_some_are_fused_and_some_are_not(seen, writes, named):
+    """Those that are not, and none where all are alike."""
+    watched = seen(writes=tuple(writes), updated=(group(1), group(2, index=1)), optimizers=(ADAMW,))
+    reason = optimizer.judge_fused(watched, None).reason
+    assert ("not by fused kernels" in reason) is (named is not None)
+    assert named is None or reason.endswith(named)

@@ -3,7 +3,7 @@
 import peft
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, DeepseekV3Config, LlamaConfig
 
 from kernels_check.observation.adapter_targets import unmatched_names
 
@@ -52,6 +52,50 @@ def test_the_head_of_a_task_is_asked_for_by_nobody():
     model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS"))
     assert set(model.peft_config["default"].modules_to_save) == {"classifier", "score"}
     assert unmatched_names(model) == []
+
+
+ATTENTION = ["q_a_proj", "kv_b_proj"]
+LOST = [
+    f"target_modules {asked} (PEFT makes target_parameters {made!r} of it in models of this type)"
+    for asked, made in (("'down_proj'", "down_proj"), ("'gate_proj' and 'up_proj'", "gate_up_proj"))
+]
+
+
+def deepseek(dense, **options):
+    """Of two layers, as many dense as given; the others have experts."""
+    sizes = {"moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2}
+    sizes |= {"topk_group": 2, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
+    config = DeepseekV3Config(first_k_dense_replace=dense, v_head_dim=8, **SIZES, **sizes)
+    base = AutoModelForCausalLM.from_config(config)
+    if dense > 2:  # nothing there is of a name of experts
+        for layer in base.model.layers:
+            layer.mlp = torch.nn.Identity()
+    return peft.get_peft_model(base, peft.LoraConfig(r=2, **options))
+
+
+@pytest.mark.parametrize(
+    ("dense", "options", "missing"),
+    [
+        (1, {"target_modules": [*ATTENTION, "gate_proj", "up_proj", "down_proj"]}, []),
+        (1, {"target_modules": "all-linear"}, []),
+        (2, {"target_modules": ATTENTION}, []),
+        (2, {"target_modules": [*ATTENTION, "down_proj"]}, LOST[:1]),
+        (2, {"target_modules": [*ATTENTION, "gate_proj", "up_proj", "down_proj"]}, LOST),
+        (2, {"target_modules": r".*(q_a_proj|mlp\.(gate|up|down)_proj)"}, LOST),
+        (2, {"target_modules": "all-linear"}, LOST),
+        (3, {"target_modules": "all-linear"}, []),
+        (3, {"target_modules": [*ATTENTION, "down_proj"]}, ["target_parameters 'down_proj'"]),
+        (
+            1,
+            {"target_modules": ATTENTION, "target_parameters": ["dwon_proj", "down_proj"]},
+            ["target_parameters 'dwon_proj'"],
+        ),
+        (3, {"target_modules": "all-linear", "target_parameters": ["dwon_proj"]}, ["target_parameters 'dwon_proj'"]),
+    ],
+)
+def test_what_peft_takes_for_experts_is_asked_for_only_where_somebody_did(dense, options, missing):
+    """Dense layers lose their adapter to experts that a model has not; names that "all-linear" adds are nobody's."""
+    assert unmatched_names(deepseek(dense, **options)) == missing
 
 
 def test_only_adapters_in_use_are_asked(training):

@@ -1,6 +1,7 @@
 """Attention is attributed to the layers of the model that is judged; every layer must have run what is required."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -350,6 +351,48 @@ def test_attention_beside_the_blocks_makes_nothing_good(training):
     check = run.check("attention.backend", "flash")
     assert not check.met
     assert "layers.0" in check.reason
+
+
+class Parts(nn.Module):
+    """Blocks whose parts lie in lists of their own, as those of XLM and FlauBERT do."""
+
+    def __init__(self, computed, feeds):
+        super().__init__()
+        self.config = SimpleNamespace(num_hidden_layers=len(feeds))
+        self.attentions = nn.ModuleList(map(Attention, computed))
+        self.ffns = nn.ModuleList(feeds)
+
+    def forward(self, x):
+        for attention, feed in zip(self.attentions, self.ffns, strict=True):
+            x = feed(attention(x))
+        return x
+
+
+class Wide(Feed):
+    """As large as it takes for its list to be the largest; what it does to tokens beside is given."""
+
+    def __init__(self, beside=None):
+        super().__init__()
+        self.gate, self.down, self.rest = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.beside = beside
+
+    def forward(self, x):
+        hidden = super().forward(x) * self.gate(x).sigmoid()
+        return self.down(hidden) + self.rest(hidden) + (0 if self.beside is None else self.beside(x, x, x))
+
+
+def test_parts_of_blocks_in_lists_of_their_own_are_no_alarm(verified):
+    """The list that is taken for the blocks holds no attention; one of its members that mixes tokens is found."""
+    assert verified(Parts([fused, fused], [Wide(), Wide()])).met
+    for broken, name in (
+        (Parts([fused, by_hand], [Wide(), Wide()]), "attentions.1"),
+        (Parts([fused, fused], [Wide(), Wide(by_hand)]), "ffns.1"),
+    ):
+        check = verified(broken)
+        assert (check.status, check.observed) == ("fallback", "flash+unrecognised")
+        assert check.reason.endswith(
+            f"1 calls of 1 of {2 + name.startswith('f')} layers ran no attention that is recognised: {name}"
+        )
 
 
 def test_pruned_layers_and_other_depths_are_no_alarm(training):

@@ -48,40 +48,39 @@ SERVED = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """That of the runs of this module; their logs lie in it."""
-    return tmp_path_factory.mktemp("run")
-
-
-@pytest.fixture(scope="module")
-def executor(folder):
-    """One zygote for all tests of this module; its start is what costs."""
-    local = LocalExecutor()
-    local.start(folder, 1)
-    local.hello()
-    yield local
-    local.close()
-
-
-@pytest.fixture(scope="module")
-def served(executor, small_study):
+def served(measure, small_study):
     """The records of one run of all phases; each of its cold starts imports for seconds, so it is made once."""
     more = (dataclasses.replace(small_study.variants[0], name=name, **changes) for name, changes in SERVED.items())
     study = dataclasses.replace(small_study, variants=(*small_study.variants, *more))
-    return measure(study, executor, phases=("train", "generate", "cold"))
+    return measure(study, phases=("train", "generate", "cold"))
 
 
-def measure(study, executor, *, phases=("train",), watcher=None):
-    protocol = dataclasses.replace(study.protocol, replicates=1)
-    plan = make_plan(dataclasses.replace(study, protocol=protocol), phases=phases)
-    tokens = executor.prepare_tokens(study.workload)
-    site = site_of(study.workload, tokens, "cpu")
-    measured = run_plan(plan, {"": executor}, site, save=lambda record: None, watcher=watcher or Quiet())
-    return {record.trial: record for record in measured.records}
+@pytest.fixture(scope="module")
+def measure(executor, tokens_of):
+    """A function that measures one replicate of a study, or some trials of one by name; their records by trial."""
+
+    def run(study, *, phases=("train",), watcher=None, only=None):
+        protocol = dataclasses.replace(study.protocol, replicates=1)
+        plan = make_plan(dataclasses.replace(study, protocol=protocol), phases=phases)
+        groups = (group for group in plan.groups if only is None or {slot.trial for slot in group.slots} <= {*only})
+        plan = dataclasses.replace(plan, groups=tuple(groups))
+        site = site_of(study.workload, tokens_of(study.workload), "cpu")
+        measured = run_plan(plan, {"": executor}, site, save=lambda record: None, watcher=watcher or Quiet())
+        return {record.trial: record for record in measured.records}
+
+    return run
 
 
 def children_of(executor):
     return psutil.Process(executor._zygote.pid).children()
+
+
+def is_there(process):
+    """Whether a process has not ended; whoever has inherited it may not have looked after it yet."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def variant(study, **changes):
@@ -127,7 +126,7 @@ def test_the_cold_model_is_the_trained_one(served, name):
     assert record.tokens["completion"] == record.tokens["cold_completion"]
 
 
-def test_a_killed_trial_is_a_row(executor, small_study):
+def test_a_killed_trial_is_a_row(measure, executor, small_study):
     """SIGKILL in the middle of the turns: crashed, with the signal named and the earlier turns kept."""
 
     def kill(slot, phase):
@@ -135,15 +134,17 @@ def test_a_killed_trial_is_a_row(executor, small_study):
             for child in children_of(executor):
                 child.kill()
 
-    records = measure(small_study, executor, watcher=Quiet(kill))
+    records = measure(small_study, watcher=Quiet(kill))
     assert records["r0-nf4"].status == "crashed"
     assert "SIGKILL" in records["r0-nf4"].failure.message
     assert records["r0-nf4"].samples["step_time_s"]
     assert {r.status for t, r in records.items() if t != "r0-nf4"} == {"ok"}
 
 
-def test_a_dead_zygote_costs_the_trial_under_way_and_no_other(executor, small_study):
-    """Ended by TERM between two trials and killed in the middle of one: another is started each time."""
+def test_a_dead_zygote_costs_the_trial_under_way_and_no_other(measure, executor, small_study):
+    """Ended by TERM between two trials and killed in the middle of one: another is started each time. The trial under
+    way dies with its zygote."""
+    orphans = []
     first, second, third = (slot.trial for slot in make_plan(small_study, phases=("train",)).slots[:3])
 
     def between(record):
@@ -152,12 +153,18 @@ def test_a_dead_zygote_costs_the_trial_under_way_and_no_other(executor, small_st
 
     def under_way(slot, phase):
         if slot.trial == second and phase == "finish_training":
+            orphans.extend(children_of(executor))
             os.kill(executor._zygote.pid, signal.SIGKILL)
 
-    records = measure(small_study, executor, watcher=Quiet(under_way, between))
+    records = measure(small_study, watcher=Quiet(under_way, between))
     assert {trial: record.status for trial, record in records.items()} == {first: "ok", second: "crashed", third: "ok"}
     assert "the zygote ended with signal 9 (SIGKILL)" in records[second].failure.message
     assert records[second].samples["step_time_s"]
+    (orphan,) = orphans
+    deadline = time.monotonic() + 60
+    while is_there(orphan) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_there(orphan)
 
 
 def test_without_another_zygote_what_never_began_is_not_run(small_study, tmp_path, monkeypatch):
@@ -184,7 +191,7 @@ def test_without_another_zygote_what_never_began_is_not_run(small_study, tmp_pat
     assert [record.status for record in saved] == ["ok", *["not_run"] * (len(plan.slots) - 1)]
 
 
-def test_a_cold_start_that_fails_says_so_itself(executor, small_study):
+def test_a_cold_start_that_fails_says_so_itself(measure, executor, small_study):
     """Without its adapter it has an exception and no answer: crashed, with its own traceback."""
 
     def spoil(slot, phase):
@@ -192,13 +199,13 @@ def test_a_cold_start_that_fails_says_so_itself(executor, small_study):
             shutil.rmtree(executor._disk.scratch / slot.trial / "adapter")
 
     study = dataclasses.replace(small_study, variants=small_study.variants[1:], reference="nf4")
-    failed = measure(study, executor, phases=("train", "generate", "cold"), watcher=Quiet(spoil))["r0-nf4"]
+    failed = measure(study, phases=("train", "generate", "cold"), watcher=Quiet(spoil), only=["r0-nf4"])["r0-nf4"]
     assert failed.status == "crashed"
     assert "Traceback" in failed.failure.traceback
     assert failed.samples["request_time_s"]
 
 
-def test_a_hanging_trial_is_killed_and_a_row(executor, small_study, monkeypatch):
+def test_a_hanging_trial_is_killed_and_a_row(measure, executor, small_study, monkeypatch):
     """A stopped process answers nothing: timeout after the limit, and the process is gone.
 
     The limit is the protocol's, and is short for the stopped process alone: no other must keep it on a busy machine.
@@ -217,7 +224,7 @@ def test_a_hanging_trial_is_killed_and_a_row(executor, small_study, monkeypatch)
             for child in children_of(executor):
                 os.kill(child.pid, signal.SIGSTOP)
 
-    records = measure(small_study, executor, watcher=Quiet(stop))
+    records = measure(small_study, watcher=Quiet(stop))
     assert limits == {small_study.protocol.step_timeout_s}
     assert records["r0-nf4"].status == "timeout"
     assert "0.5 s" in records["r0-nf4"].failure.message
@@ -225,22 +232,22 @@ def test_a_hanging_trial_is_killed_and_a_row(executor, small_study, monkeypatch)
     assert not children_of(executor)
 
 
-def test_running_out_of_memory_is_a_row(executor, small_study, folder):
+def test_running_out_of_memory_is_a_row(measure, executor, small_study, folder):
     """An address-space limit that the process's own size nearly fills: oom, with the traceback in record and log."""
     limit = psutil.Process(executor._zygote.pid).memory_info().vms + 64 * 2**20
     protocol = dataclasses.replace(small_study.protocol, memory_limit_bytes=limit)
     workload = dataclasses.replace(small_study.workload, batch_size=64, sequence_length=512, train_sequences=64)
-    records = measure(dataclasses.replace(small_study, protocol=protocol, workload=workload), executor)
+    records = measure(dataclasses.replace(small_study, protocol=protocol, workload=workload))
     assert {record.status for record in records.values()} == {"oom"}
     record = records["r0-plain"]
     assert "Traceback" in record.failure.traceback
     assert "Traceback" in (folder / record.log).read_text()
 
 
-def test_an_exception_is_a_row(executor, small_study, folder):
+def test_an_exception_is_a_row(measure, small_study, folder):
     """Targets that match no module: crashed, with PEFT's own words, while the reference is measured."""
     study = variant(small_study, target_modules=("no_such_module",))
-    records = measure(study, executor)
+    records = measure(study)
     assert records["r0-bad"].status == "crashed"
     assert "no_such_module" in records["r0-bad"].failure.message
     assert records["r0-bad"].failure.phase == "build"
@@ -248,29 +255,29 @@ def test_an_exception_is_a_row(executor, small_study, folder):
     assert records["r0-plain"].status == "ok"
 
 
-def test_a_loss_that_is_not_finite_is_a_row(executor, small_study):
+def test_a_loss_that_is_not_finite_is_a_row(measure, small_study):
     """A learning rate that diverges: invalid, naming the step, before anything is ranked."""
     study = variant(small_study, learning_rate=1e30, lora_alpha=10**12, max_grad_norm=0.0)
-    records = measure(study, executor)
+    records = measure(study, only=["r0-bad"])
     assert records["r0-bad"].status == "invalid"
     assert records["r0-bad"].failure.kind == "LossNotFinite"
     assert "learning_rate" in records["r0-bad"].failure.message
 
 
-def test_a_claim_that_does_not_hold_is_a_row(executor, small_study):
+def test_a_claim_that_does_not_hold_is_a_row(measure, small_study):
     """A paged optimizer pages nothing on a CPU: invalid, and measured only where the study allows it."""
     study = variant(small_study, r=512, optimizer="paged_adamw_32bit")  # large enough for bitsandbytes to page it
-    refused = measure(study, executor)["r0-bad"]
+    refused = measure(study, only=["r0-bad"])["r0-bad"]
     assert refused.status == "invalid"
     assert "optimizer.paged_share" in refused.failure.message
     assert "step_time_s" not in refused.samples
-    allowed = measure(dataclasses.replace(study, allow_fallback=True), executor)["r0-bad"]
+    allowed = measure(dataclasses.replace(study, allow_fallback=True), only=["r0-bad"])["r0-bad"]
     assert allowed.status == "ok"
     assert any(notice.code == "fallback-allowed" for notice in allowed.notices)
     assert allowed.memory["paged_optimizer_state_bytes"] == 0
 
 
-def test_a_disturbed_trial_is_measured_again_by_a_fresh_process(executor, small_study, monkeypatch):
+def test_a_disturbed_trial_is_measured_again_by_a_fresh_process(measure, executor, small_study, monkeypatch):
     """The judgement is planted, the processes are real: the second is the first over again, to the bit."""
     seen = []
 
@@ -283,7 +290,7 @@ def test_a_disturbed_trial_is_measured_again_by_a_fresh_process(executor, small_
     monkeypatch.setattr("harness.run.runner.judged", judged)
     protocol = dataclasses.replace(small_study.protocol, allow_disturbed=False)
     study = dataclasses.replace(small_study, variants=small_study.variants[:1], protocol=protocol)
-    records = measure(study, executor)
+    records = measure(study)
     assert [(record.role, record.attempt) for record in seen if record.role == "variant"] == [
         ("variant", 0), ("variant", 1)
     ]  # fmt: skip
@@ -340,23 +347,6 @@ def test_an_executor_answers_for_its_machine_before_it_is_started():
         with pytest.raises(InvalidRunError, match="not started"):
             ask()
     local.close()
-
-
-def test_trials_die_with_their_parent(tmp_path):
-    """When the zygote goes away, so does the trial under way."""
-    local = LocalExecutor()
-    local.start(tmp_path, 1)
-    local.hello()
-    worker = local.launch()
-    os.kill(local._zygote.pid, signal.SIGKILL)
-    deadline = time.monotonic() + 60
-    while psutil.pid_exists(worker.pid) and time.monotonic() < deadline:
-        if psutil.Process(worker.pid).status() == psutil.STATUS_ZOMBIE:
-            break
-        time.sleep(0.05)
-    gone = not psutil.pid_exists(worker.pid) or psutil.Process(worker.pid).status() == psutil.STATUS_ZOMBIE
-    local.close()
-    assert gone
 
 
 def test_a_worker_that_cannot_import_is_an_error_with_its_log(tmp_path, monkeypatch):

@@ -5,10 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 import psutil
-import pytest
 
 from harness.records import codec
-from harness.run.executors.local import LocalExecutor
 from harness.run.plan import make_plan
 from harness.run.runner import run_plan
 from harness.run.site import request_of, site_of
@@ -27,19 +25,9 @@ class Quiet:
         pass
 
 
-@pytest.fixture(scope="module")
-def executor(tmp_path_factory):
-    """One zygote for all tests of this module."""
-    local = LocalExecutor()
-    local.start(tmp_path_factory.mktemp("logs"), 1)
-    local.hello()
-    yield local
-    local.close()
-
-
-def test_a_waiting_process_uses_no_cpu(small_study, executor):
+def test_a_waiting_process_uses_no_cpu(small_study, executor, tokens_of):
     """While one side of a lockstep takes its steps, the other blocks on its socket."""
-    site = site_of(small_study.workload, executor.prepare_tokens(small_study.workload), "cpu")
+    site = site_of(small_study.workload, tokens_of(small_study.workload), "cpu")
     plan = make_plan(small_study, interleaving="lockstep", phases=["train"])
     workers = {}
     for slot in plan.groups[0].slots[:2]:
@@ -57,7 +45,7 @@ def test_a_waiting_process_uses_no_cpu(small_study, executor):
     assert spent[idle] <= 0.01  # one tick of the kernel's clock
 
 
-def test_a_trial_that_fails_leaves_its_neighbours_on_the_base_alone(small_study, executor):
+def test_a_trial_that_fails_leaves_its_neighbours_on_the_base_alone(small_study, executor, tokens_of):
     """A diverging adapter is a row of its own; the others go on, bit-equal to a run without it."""
     wild = dataclasses.replace(RANKS[1], name="wild", learning_rate=1e30, lora_alpha=10**12, max_grad_norm=0)
     losses = {}
@@ -65,7 +53,7 @@ def test_a_trial_that_fails_leaves_its_neighbours_on_the_base_alone(small_study,
     for name, variants in (("with", (RANKS[0], wild)), ("without", RANKS)):
         study = dataclasses.replace(small_study, variants=variants, reference="r4", protocol=protocol)
         plan = make_plan(study, interleaving="shared-base", phases=["train"])
-        site = site_of(study.workload, executor.prepare_tokens(study.workload), "cpu")
+        site = site_of(study.workload, tokens_of(study.workload), "cpu")
         records = run_plan(plan, {"": executor}, site, save=lambda record: None, watcher=Quiet()).records
         statuses = {record.name: record.status for record in records}
         assert statuses["r4"] == "ok"

@@ -109,6 +109,24 @@ def test_a_step_of_known_size_is_explained_on_the_host():
     assert abs(found.unexplained_bytes) < 0.05 * 3 * size
 
 
+def test_what_goes_before_the_first_operator_is_no_operators():
+    """256 MiB of the process are given back as the call begins, by it or by the kernel: the crest is where it was."""
+    wide, size = nn.Linear(1, 1, bias=False), 16 * 2**20
+    optimizer = torch.optim.SGD(wide.parameters())
+    held = [[bytearray(b"x" * 2**28)] for _ in range(2)]  # the call is taken twice
+
+    def step(*, releasing=True):
+        if releasing:
+            held.pop().clear()
+        (torch.ones(size // 4) * wide.weight.view(1)).sum().backward()
+
+    step(releasing=False)
+    optimizer.zero_grad()
+    found = account(wide, optimizer, step, birth=take_birth(), device="cpu")
+    assert not held
+    assert found.kinds["activations"] >= size
+
+
 def test_what_nobody_counts_stays_unexplained():
     """48 MiB that no tensor holds are found in no kind; the same step without them is explained."""
     wide, hoard = nn.Linear(1, 1, bias=False), []

@@ -1,0 +1,86 @@
+"""Records that are not what was written: a disk, a crash or an editor has changed them since. The report does not pass
+and says how many, what is whole counts, and `--resume` measures what was told of in them, and no more."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from harness.records.store import TRIALS
+
+STUDY_TRIALS = 9
+"""Three of each of two variants and of the control."""
+
+
+@pytest.fixture
+def whole(command, only_run):
+    """A run that is complete, and its lines."""
+    done = subprocess.run(command(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    run = only_run()
+    return run, (run.path / TRIALS).read_bytes().splitlines(keepends=True)
+
+
+@pytest.fixture
+def reported(runs):
+    """A function that asks for the report of a run, as JSON is not asked for: what people read."""
+
+    def report(name):
+        words = [sys.executable, "-m", "harness.cli", "report", name, "--runs-dir", str(runs)]
+        return subprocess.run(words, capture_output=True, text=True, check=False)
+
+    return report
+
+
+def zeros(line):
+    """What a power failure leaves of a page that was promised and never written."""
+    return b"\0" * (len(line) - 1) + b"\n"
+
+
+def flipped(line):
+    """One bit of the last byte before the end: what should close the record does not."""
+    return line[:-2] + bytes([line[-2] ^ 1]) + b"\n"
+
+
+def no_text(line):
+    """Bytes that no text has, in the middle."""
+    middle = len(line) // 2
+    return line[:middle] + b"\xff\xfe" + line[middle + 2 :]
+
+
+def swallowed(line):
+    """It has lost its end and its line's, so that the next one stands behind it."""
+    return line[: len(line) // 2]
+
+
+CORRUPTED = {
+    zeros: 1, flipped: 1, no_text: 1, swallowed: 1, lambda line: line[:40] + b"\n": 1, lambda line: b"null\n": 1,
+    lambda line: b"[" * 100_000 + b"\n": 1, lambda line: line[:-1].replace(b"{", b"{{", 1) + b"\n": 1,
+}  # fmt: skip
+NAMES = ["zeros", "flipped", "no-text", "swallowed", "cut", "null", "nested", "doubled"]
+"""What is done to a line, and how many are damaged then."""
+
+
+@pytest.mark.parametrize(("spoil", "damaged"), CORRUPTED.items(), ids=NAMES)
+def test_records_that_are_corrupt_are_measured_again(spoil, damaged, whole, reported, only_run, resumed):
+    """One of the middle: told of with exit 4, its neighbours are as they were, and it is measured again with what took
+    turns with it."""
+    run, lines = whole
+    assert len(lines) > STUDY_TRIALS
+    place = next(i for i, line in enumerate(lines) if b'"r1-b"' in line and b'"status":"ok"' in line.replace(b" ", b""))
+    (run.path / TRIALS).write_bytes(b"".join((*lines[:place], spoil(lines[place]), *lines[place + 1 :])))
+    done = reported(run.manifest.run)
+    assert (done.returncode, "Traceback" in done.stderr) == (4, False), done.stdout + done.stderr
+    assert "damaged" in done.stdout
+    found = only_run()
+    assert found.damaged_lines == damaged
+    before = {record.trial: record for record in run.records}
+    assert all(before[record.trial] == record for record in found.records)
+    mended = resumed()
+    assert (mended.state, mended.damaged_lines, len(mended.records)) == ("complete", 0, len(run.records))
+    again = {record.trial for record in mended.records if record != before[record.trial]}
+    assert again
+    assert {trial.partition("-")[0] for trial in again} == {"r1"}
+    assert reported(run.manifest.run).returncode == 0
