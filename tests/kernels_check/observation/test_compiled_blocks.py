@@ -56,12 +56,12 @@ def test_a_region_of_a_reference_is_none_of_the_step():
     assert sort(logged, None).helpers == 1
 
 
-@pytest.mark.parametrize(
-    ("eager", "partly"), [((), ()), ((1,), (ZERO,)), ((2,), (ZERO,)), ((4,), (ZERO,)), ((5,), ())]
-)
+@pytest.mark.parametrize(("eager", "partly"), [((), ()), ((1,), (ZERO,)), ((2,), (ZERO,)), ((4,), (ZERO,)), ((5,), ())])
 def test_a_block_is_compiled_in_part_where_anything_in_it_ran_outside(eager, partly):
-    """Products or attention in any of its calls; what calls others computes by them, and what has no weights nothing."""
-    logged = calls(("", None), (ZERO, 0), (f"{ZERO}.first", 1), (f"{ZERO}.scale", 1), (f"{ZERO}.scale.act", 3), (ONE, 0))
+    """Products or attention in any of its calls; what calls others computes by them, and an activation has no weights."""
+    logged = calls(
+        ("", None), (ZERO, 0), (f"{ZERO}.first", 1), (f"{ZERO}.scale", 1), (f"{ZERO}.scale.act", 3), (ONE, 0)
+    )
     found = sort(logged, 2, eager=eager)
     assert (found.partly, found.compiled, found.eager) == (partly, () if partly else (ZERO,), (ONE,))
 
@@ -99,7 +99,9 @@ def test_a_silent_block_is_compiled_where_a_region_was_entered_around_it(logged,
 )
 def test_a_frozen_silent_block_goes_with_those_beside_it(regions, trains, compiled):
     """No gradient can show it: a region around it, and its neighbours compiled; blocks of another list say nothing."""
-    logged = calls(("", None), (ZERO, 0), ("vision.0", 0), ("vision.0.first", 2), ("vision.1", 0), ("vision.1.first", 4))
+    logged = calls(
+        ("", None), (ZERO, 0), ("vision.0", 0), ("vision.0.first", 2), ("vision.1", 0), ("vision.1.first", 4)
+    )
     found = sort(logged, *regions, trains=trains)
     assert (found.compiled, "vision.0" in found.eager, ZERO in found.eager) == (compiled, True, ZERO not in compiled)
 

@@ -147,7 +147,9 @@ def test_noise_is_placed_in_a_module():
 
 def test_outliers_are_those_of_a_row_while_rows_are_compared():
     """bitsandbytes picks them over the batch above a threshold; what another library calls so is left alone."""
-    model = nn.Sequential(bnb.nn.Linear8bitLt(4, 4, has_fp16_weights=False, threshold=6.0), nn.Dropout(), nn.Linear(2, 2))
+    model = nn.Sequential(
+        bnb.nn.Linear8bitLt(4, 4, has_fp16_weights=False, threshold=6.0), nn.Dropout(), nn.Linear(2, 2)
+    )
     model[2].state = SimpleNamespace(threshold=3.0)
     with by_row(model, training=True):
         assert (model[0].state.threshold, model[2].state.threshold) == (0.0, 3.0)

@@ -135,7 +135,9 @@ class Loss(torch.nn.Module):
         return SimpleNamespace(loss=torch.ones(()))
 
 
-@pytest.mark.parametrize(("inside", "status"), [((), False), ((Model,), True), ((Loss,), False), ((Model, Loss), False)])
+@pytest.mark.parametrize(
+    ("inside", "status"), [((), False), ((Model,), True), ((Loss,), False), ((Model, Loss), False)]
+)
 def test_a_call_that_returns_its_loss_is_judged_by_all_inside_it(inside, status):
     """Where each of them can be; else by its own reason."""
     inner = [ModelCall(module=made(), arguments=TOKENS) for made in inside]

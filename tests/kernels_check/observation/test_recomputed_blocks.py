@@ -36,7 +36,7 @@ class Stack(nn.Module):
 
 
 def calls(*made, again=(), without=()):
-    """Calls by name and caller, and names of those of the backward pass; ``without`` are numbers no gradient reaches."""
+    """Calls by name and caller, and names of those of the backward pass; ``without``: no gradient comes to them."""
     entry = {"training": True, "with_grad": True, "thread": 0}
     every = [ModuleCall(names=(name,), caller=caller, in_backward=False, **entry) for name, caller in made]
     differentiable = frozenset(range(len(every))) - set(without)
