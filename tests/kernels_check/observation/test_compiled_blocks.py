@@ -58,7 +58,7 @@ def test_a_region_of_a_reference_is_none_of_the_step():
 
 @pytest.mark.parametrize(("eager", "partly"), [((), ()), ((1,), (ZERO,)), ((2,), (ZERO,)), ((4,), (ZERO,)), ((5,), ())])
 def test_a_block_is_compiled_in_part_where_anything_in_it_ran_outside(eager, partly):
-    """Products or attention in any of its calls; what calls others computes by them, and an activation has no weights."""
+    """Products or attention in any of its calls; what calls others computes by them; an activation has no weights."""
     logged = calls(
         ("", None), (ZERO, 0), (f"{ZERO}.first", 1), (f"{ZERO}.scale", 1), (f"{ZERO}.scale.act", 3), (ONE, 0)
     )
