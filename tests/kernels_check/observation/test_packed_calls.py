@@ -156,3 +156,12 @@ def test_a_call_that_tells_one_record_is_looked_into_for_more():
     outer = ModelCall(module=model, arguments=TOKENS | ALONE, inside=[inner])
     seen = isolation_of_step(model, [outer])
     assert (seen.unclear, seen.records) == (None, 2)
+
+
+def test_a_call_that_can_be_compared_is_judged_by_itself():
+    """Whatever the calls inside it show when they are made alone."""
+    leaking = SmallAttention(lambda allowed, numbers: torch.ones_like(allowed).tril())
+    inner = ModelCall(module=leaking, arguments=TOKENS)
+    outer = ModelCall(module=Model(), arguments=TOKENS, inside=[inner])
+    seen = isolation_of_step(outer.module, [outer])
+    assert (seen.unclear, seen.leaks) == (None, ())
