@@ -10,8 +10,9 @@ functions, which knows nothing of the check. Of each family and instrument:
 - flash is said exactly when every attention goes through the scaled dot product and the step succeeds on flash alone;
 - math, exactly when all goes through it in a step to which only math is left;
 - eager, exactly when every attention is written out;
-- and whatever else is required of a healthy LoRA run is active: attached, frozen, stored, learning (exactly when a step
-  of a twin changes every factor), stepped, in its mode.
+- and whatever else is required of a healthy LoRA run is active: stored, stepped, in its mode; attached, exactly when
+  PEFT adapts what it is asked to and a step calls it; frozen, exactly when two steps of a twin leave what is saved of
+  the base as it is; learning, exactly when a step of the twin changes every factor.
 
 Exit status 1, with the reasons, if anything is not so.
 """

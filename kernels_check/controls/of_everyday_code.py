@@ -52,6 +52,15 @@ EVERYDAY = (
         words=("asked for and matched nothing: target_modules 'down_proj' (PEFT makes target_parameters",),
     ),
     Control(
+        name="dense layers and shared experts that PEFT leaves to the experts beside them",
+        path="lora.attached",
+        required=True,
+        sabotage=partial(other_models.dense, layers=1, of_experts=True),
+        twin=partial(other_models.dense, layers=1),
+        words=("2 layers of names that PEFT takes for experts have none", "layers.0.mlp.down_proj"),
+        caught_by="reason",
+    ),
+    Control(
         name="a feed-forward layer that mixes tokens by hand, of blocks held in parts",
         path="attention.backend",
         required="eager",

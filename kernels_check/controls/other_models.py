@@ -56,14 +56,27 @@ def experts(*, misspelt: bool = False) -> SmallRun:
     return _run(model, {"input_ids": ids, "labels": ids}, targets=["q_proj"], target_parameters=names)
 
 
-def dense(*, of_experts: bool = False) -> SmallRun:
-    """DeepSeek-V3 of dense layers alone; PEFT takes some names of their layers for those of experts."""
+def dense(*, layers: int = 2, of_experts: bool = False) -> SmallRun:
+    """DeepSeek-V3 of dense layers, and experts after them where those are less than two.
+
+    Args:
+        layers: that are dense.
+        of_experts: whether it is adapted by a name of its dense layers, too, that PEFT takes for that of experts.
+    """
     import torch
     from transformers import AutoModelForCausalLM, DeepseekV3Config
 
     torch.manual_seed(7)
+    experts = {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 2,
+        "moe_intermediate_size": 16,
+    }
     heads = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
-    config = DeepseekV3Config(vocab_size=96, num_key_value_heads=4, first_k_dense_replace=2, **_SIZES, **heads)
+    sizes = {"vocab_size": 96, "num_key_value_heads": 4, "first_k_dense_replace": layers}
+    config = DeepseekV3Config(**sizes, **_SIZES, **experts, **heads)
     ids = torch.arange(1, 33).reshape(2, 16)
     targets = ["q_a_proj", "kv_b_proj", *(["down_proj"] if of_experts else [])]
     return _run(AutoModelForCausalLM.from_config(config), {"input_ids": ids, "labels": ids}, targets=targets)

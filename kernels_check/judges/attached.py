@@ -52,6 +52,9 @@ def judge_attached(seen: Observation, required: Json) -> Finding:
         faults.append(f"asked for and matched nothing: {name_some(missing)} (mend the name, or leave it out)")
     adapters = join_values(name for layer in layers for name in layer.held if name)
     good = f"adapter {adapters or 'of a class of its own'} enabled, unmerged and executed in {len(layers)} layers"
+    left = seen.layers_left_to_experts()
+    if left:
+        good += f"; {len(left)} layers of names that PEFT takes for experts have none: {name_some(left)}"
     if doubts and not faults:
         return Finding(observed=None, status="unknown", reason="; ".join(doubts))
     return Finding(observed=not faults, reason="; ".join([*faults, *doubts]) or good)

@@ -33,20 +33,35 @@ def unmatched_names(model: Model) -> list[str]:
     Raises:
         Exception: of PEFT, where its matching cannot be asked; nothing is known then.
     """
+    return list(dict.fromkeys(name for used in _in_use(model) for name in _unmatched(*used)))
+
+
+def layers_left_to_experts(model: Model) -> list[str]:
+    """Layers without an adapter of a name that PEFT has made a parameter of experts of, which carries one.
+
+    Such are the dense layers and the shared experts of a DeepSeek. PEFT keeps no trace of whether they were asked for.
+    """
+    left = dict[str, None]()
+    for configuration, places in _in_use(model):
+        for name in _asked(configuration, "target_parameters"):
+            if any(_ends_with(place, name) for place in places.parameters):
+                words = places.of_experts.get(name, frozenset())
+                left |= dict.fromkeys(bare for bare in places.bare if bare.rpartition(".")[2] in words)
+    return list(left)
+
+
+def _in_use(model: Model) -> Iterator[tuple[Any, _Places]]:
+    """The configuration of each adapter in use, and where adapters are in the model that it was given to."""
     layers = adapter_layers(model)
     used = {adapter for layer in layers for adapter in layer.held}
     seen: set[int] = set()
-    missing: dict[str, None] = {}
     for path, module in named_modules(model):
         configurations = vars(module).get("peft_config")
         if not isinstance(configurations, dict) or id(configurations) in seen:
             continue
         seen.add(id(configurations))
         places = _Places(path, module, layers)
-        for adapter, configuration in configurations.items():
-            if adapter in used:
-                missing |= dict.fromkeys(_unmatched(configuration, places))
-    return list(missing)
+        yield from ((one, places) for adapter, one in configurations.items() if adapter in used)
 
 
 class _Places:
@@ -63,9 +78,11 @@ class _Places:
         self.parameters = {
             f"{_bare(name)}.{layer.module.parameter_name}" for layer, name in near if _adapts_parameter(layer.module)
         }
-        self.words = {name.rpartition(".")[2] for name, _ in named_modules(module)}
-        """The last words of the names of all modules."""
         self.of_experts = _names_of_experts(inner if self.tuner is not None else module)
+        adapted = tuple(f"{layer.name}." for layer, _ in near)
+        named = (name for name, _ in named_modules(module, path)) if self.of_experts else ()
+        self.bare = [name for name in named if not f"{name}.".startswith(adapted)]
+        """Modules that are neither adapted nor part of what is; looked for only where there may be experts."""
 
 
 def _unmatched(configuration: Any, places: _Places) -> Iterator[str]:
@@ -91,11 +108,12 @@ def _unmatched(configuration: Any, places: _Places) -> Iterator[str]:
 
 def _unmatched_parameters(asked: Collection[str], places: _Places) -> Iterator[str]:
     """Names of parameters; of those that PEFT has made of others, only where somebody asked for what is there."""
+    words = {name.rpartition(".")[2] for name in places.bare}
     by_all_linear = bool(places.of_experts) and places.of_experts.keys() <= set(asked)
     for name in asked:
         if any(_ends_with(place, name) for place in places.parameters):
             continue
-        layers = sorted(places.of_experts.get(name, frozenset()) & places.words)
+        layers = sorted(places.of_experts.get(name, frozenset()) & words)
         if layers:
             made = " and ".join(map(repr, layers))
             yield f"target_modules {made} (PEFT makes target_parameters {name!r} of it in models of this type)"

@@ -22,7 +22,7 @@ from kernels_check.observation.adapter_layers import (
     token_parameters,
     trained_parameters,
 )
-from kernels_check.observation.adapter_targets import unmatched_names
+from kernels_check.observation.adapter_targets import layers_left_to_experts, unmatched_names
 from kernels_check.observation.adapter_updates import ParameterUpdates
 from kernels_check.observation.attention_layers import AttentionLayers, attention_layers
 from kernels_check.observation.calls import Calls
@@ -169,6 +169,11 @@ class Observation:
     def unmatched_names(self) -> list[str]:
         """Names that the adapter's configuration asks for and that matched nothing."""
         return unmatched_names(self.tree())
+
+    @_once
+    def layers_left_to_experts(self) -> list[str]:
+        """Layers without an adapter of a name that PEFT has made a parameter of experts of."""
+        return layers_left_to_experts(self.tree())
 
     @_once
     def base_parameters(self) -> dict[str, nn.Parameter]:

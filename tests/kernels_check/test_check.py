@@ -48,6 +48,7 @@ def test_every_path_of_the_contract_is_known():
         *("base.double_quant", "base.compute_dtype", "base.frozen", "base.gemm_path", "lora.attached", "lora.learning"),
         *("lora.dtype", "lora.dropout", "optimizer.class", "optimizer.fused", "optimizer.paged_share"),
         *("checkpointing", "checkpointing.layers", "tf32", "compile", "compile.share", "mode"),
+        *("embedding.trained", "norms.trained", "loss.tokens", "fused.kernels"),
     }
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, DeepseekV3Config, LlamaConfig
 
-from kernels_check.observation.adapter_targets import unmatched_names
+from kernels_check.observation.adapter_targets import layers_left_to_experts, unmatched_names
 
 SIZES = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 4}
@@ -96,6 +96,17 @@ def deepseek(dense, **options):
 def test_what_peft_takes_for_experts_is_asked_for_only_where_somebody_did(dense, options, missing):
     """Dense layers lose their adapter to experts that a model has not; names that "all-linear" adds are nobody's."""
     assert unmatched_names(deepseek(dense, **options)) == missing
+
+
+def test_layers_that_are_left_to_experts_are_named():
+    """The dense layer and the shared expert of a model whose experts are adapted; none where nobody asked for these."""
+    asked = [*ATTENTION, "down_proj"]
+    assert layers_left_to_experts(deepseek(1, target_modules=asked)) == [
+        "base_model.model.model.layers.0.mlp.down_proj",
+        "base_model.model.model.layers.1.mlp.shared_experts.down_proj",
+    ]
+    assert layers_left_to_experts(deepseek(1, target_modules=ATTENTION)) == []
+    assert layers_left_to_experts(deepseek(2, target_modules=asked)) == []
 
 
 def test_only_adapters_in_use_are_asked(training):
