@@ -75,6 +75,9 @@ EQUIVALENT: dict[str, str] = {
     ),
     "mixing._masks: size > 1 -> size >= 1": "a single position has none beside it: the module is called in vain",
     "mixing.mixes: main.dim() > 2 -> main.dim() >= 2": "of two dimensions the second is the last: it is asked twice",
+    "padding._leading_runs: broken < start -> broken <= start": (
+        "the token that begins a record breaks no run, so that the two places are never the same"
+    ),
 }
 """Mutants that change nothing that can be observed, by their key, each with the reason."""
 

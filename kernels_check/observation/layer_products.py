@@ -59,9 +59,8 @@ def products_of(
     products = list(products)
     within: dict[int, list[Product]] = {}
     for product in products:
-        if product.call is not None and product.call in calls.relevant:
-            for number in calls.enclosing(product.call):
-                within.setdefault(number, []).append(product)
+        for number in calls.enclosing(product.call):  # what is not relevant is nobody's below: by_name leaves it out
+            within.setdefault(number, []).append(product)
     by_layer: dict[str, tuple[Product, ...]] = {}
     without, idle = [], []
     for layer, modules in layers.items():

@@ -135,7 +135,7 @@ class _Counted:
             )
         ids = found[1]
         masked = torch.zeros_like(ids, dtype=torch.bool) if hidden is None else hidden.to(ids.device)
-        numbers = _records(call, rows, length).numbers.to(ids.device)
+        numbers = _records(call, ids).numbers.to(ids.device)
         runs, spare = _end_runs(ids, numbers)
         runs &= ~_among(ids, tokens.holders)
         ignored = _ignored(call.arguments.get("labels"), runs, spare)
@@ -154,17 +154,14 @@ class _Counted:
         return cls(padded=padded, doubtful=doubtful, told=frozenset(told))
 
 
-def _records(call: ModelCall, rows: int, length: int) -> Records:
+def _records(call: ModelCall, ids: Tensor) -> Records:
     """The records, or each row as one where nothing tells."""
+    rows, length = ids.shape
     try:
         found = find_records(call.arguments, rows, length)
     except LayoutError:
         found = None
-    tokens = find_tokens(call.arguments)
-    device = None if tokens is None else tokens[1].device
-    if found is None:
-        return Records(numbers=torch.zeros(rows, length, dtype=torch.long, device=device), by="rows")
-    return found
+    return found or Records(numbers=torch.zeros_like(ids, dtype=torch.long), by="rows")
 
 
 def _among(ids: Tensor, tokens: frozenset[int]) -> Tensor:

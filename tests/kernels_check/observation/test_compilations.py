@@ -173,3 +173,19 @@ def test_the_record_reads_as_a_sentence():
         "in this process so far 2 graph breaks (a; b), 1 recompiles (c), 1 functions left uncompiled (d), "
         "1 recompiles refused (e); TORCH_LOGS=graph_breaks,recompiles shows each as it happens"
     )
+
+
+def test_a_compiler_that_is_held_compiles_nothing():
+    """What is called then runs eagerly; afterwards it is compiled as ever."""
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    function = torch.compile(lambda value: value + 1, backend=backend)
+    with compilations.compiler_held("force_eager"):
+        function(torch.ones(2))
+    assert not compiled
+    function(torch.ones(2))
+    assert len(compiled) == 1

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from kernels_check.controls.small_run import fourbit
 from kernels_check.observation.adapter_layers import adapter_layers
 from kernels_check.observation.digest import Digest, Hashed, digest
 
@@ -49,6 +50,76 @@ def test_what_is_gone_has_changed():
     model.weight.data = model.weight.data.bfloat16()
     gone.untyped_storage().resize_(0)
     assert digest(model).since(before).changed == ("weight",)
+
+
+EPS = torch.finfo(torch.float32).eps
+
+
+def _apart(count, units):
+    """Ones, of which the first few differ by so many units in the last place."""
+    other = torch.ones(64)
+    other[:count] += units * EPS
+    return torch.ones(64), other
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "kind", "rounded"),
+    [
+        (*_apart(1, 4), "merged", True),
+        (*_apart(64, 1), "merged", True),
+        (*_apart(1, 5), "merged", False),
+        (*_apart(64, 2), "merged", False),
+        (*_apart(1, 4), "parameter", False),
+        (torch.ones(2), torch.ones(1, 2), "merged", False),
+        (torch.ones(2).long(), torch.ones(2).long(), "merged", False),
+        (torch.ones(0), torch.ones(0), "merged", False),
+    ],
+)
+def test_only_what_a_merge_leaves_is_rounded(one, other, kind, rounded):
+    """Of a weight that was merged: four units of the largest at most, and one in the mean."""
+    before = _digest(a=_hashed(digest(_holding(one)).parts["a"].fingerprint, kind=kind, tensor=one))
+    change = _digest(a=_hashed("other", kind=kind, tensor=other)).since(before)
+    assert (change.rounded, change.changed) == ((("a",), ()) if rounded else ((), ("a",)))
+
+
+def _holding(value):
+    model = nn.Module()
+    model.a = nn.Parameter(value, requires_grad=False)
+    return model
+
+
+def test_what_was_written_in_place_has_changed():
+    """Its memory, compared with itself, would be the same, and memory that was reused is no witness."""
+    weight = torch.ones(64)
+    before = _digest(a=_hashed(digest(_holding(weight)).parts["a"].fingerprint, kind="merged", tensor=weight))
+    weight += 1
+    assert _digest(a=_hashed("other", kind="merged", tensor=weight)).since(before).changed == ("a",)
+    assert _digest(a=_hashed("other", kind="merged", tensor=weight.clone())).since(before).changed == ("a",)
+
+
+def test_a_part_is_read_where_it_lay_before():
+    """On that kind of device; where nothing lay anywhere, where it is."""
+    model = nn.Linear(2, 2)
+    meta = {"weight": Hashed(fingerprint="1", tensor=torch.ones(2, 2, device="meta")), "bias": Hashed(fingerprint="2")}
+    found = digest(model, _digest(**meta))
+    assert (set(found.unseen), found.parts.keys()) == ({"weight"}, {"bias"})
+
+
+def test_a_torn_layer_is_named():
+    """Its weight lies otherwise than its state says; one that is whole is not."""
+    model = nn.Sequential(fourbit(nn.Linear(64, 64, bias=False), quant_type="nf4"), nn.Linear(2, 2), nn.ReLU())
+    found = digest(model)
+    assert (found.torn, found.packed, found.sharded) == ({}, False, frozenset())
+    model[0].weight.quant_state.packing_format_for_cpu = True
+    found = digest(model)
+    assert (found.torn.keys(), found.packed) == ({"0"}, True)
+    assert "laid out anew for AVX512" in found.torn["0"]
+
+
+def test_a_buffer_is_told_by_its_name():
+    """What is not there is none."""
+    found = _digest(a=_hashed("1", kind="buffer"), b=_hashed("1"))
+    assert [found.is_buffer(name) for name in "abc"] == [True, False, False]
 
 
 def test_a_shard_is_not_compared_with_a_whole():

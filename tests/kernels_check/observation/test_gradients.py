@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels_check.observation.gradients import Gradients, largest
 
@@ -100,12 +101,16 @@ def test_a_parameter_that_trains_only_inside_the_step_is_seen():
     layer = torch.nn.Module()
     layer.base_layer = torch.nn.Linear(2, 2)
     layer.lora_A = torch.nn.Parameter(torch.ones(2, 2), requires_grad=False)
+    layer.base_layer.requires_grad_(False)
 
     def call():
+        assert layer.base_layer.weight._backward_hooks is None
         layer.lora_A.requires_grad_(True)
         layer.lora_A.sum().backward()
 
-    assert watch(layer, call).seen()["lora_A"].nonzero
+    seen = watch(layer, call).seen()["lora_A"]
+    assert seen.nonzero
+    assert seen.produced
 
 
 def test_an_optimizer_in_the_backward_pass_takes_nothing_away(model):
@@ -193,3 +198,40 @@ def test_an_embedding_with_sparse_gradients_is_seen():
     rows, signs = torch.tensor([1, 1]), torch.tensor([[1.0], [-1.0]])
     assert watch(model, lambda: model(rows).sum().backward()).seen()["weight"].nonzero
     assert not watch(model, lambda: (model(rows) * signs).sum().backward()).seen()["weight"].nonzero
+
+
+def test_a_hook_that_the_step_sets_stays(model):
+    """Whoever set it takes it off."""
+    watch(model, lambda: model[1].weight.register_hook(lambda gradient: None))
+    assert len(model[1].weight._backward_hooks) == 1
+
+
+def test_a_gradient_that_is_told_of_after_it_was_written_counts(model):
+    """As that of a shard; one that an optimizer has dropped by then arrived all the same."""
+    gradients = Gradients(model)
+    gradients._written(model[0].weight)
+    model[1].weight.grad = None
+    gradients._written(model[1].weight)
+    assert gradients.seen().keys() == {"0.weight"}
+    assert gradients.reached() == {"0.weight", "1.weight"}
+
+
+class Watching(TorchDispatchMode):
+    """Keeps every operator."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_nobody_sees_a_plain_gradient_being_read(dtype):
+    """There are hundreds in a backward pass, and who watches it would slow each down."""
+    gradient = torch.ones(2, dtype=dtype)
+    with Watching() as watching:
+        largest(gradient)
+    assert not watching.seen

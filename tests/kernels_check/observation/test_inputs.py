@@ -8,7 +8,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels_check.controls.small_attention import SmallAttention, packed
-from kernels_check.observation.inputs import InputLog, find_tokens, training_calls
+from kernels_check.observation import inputs
+from kernels_check.observation.inputs import InputLog, find_tokens, names_tokens, training_calls
 
 BATCH = packed(3, 3)
 
@@ -97,3 +98,45 @@ def test_tokens_are_found_by_name_or_by_what_they_are():
     assert find_tokens({"labels": ids, "segment_ids": ids, "words": ids})[0] == "words"
     assert find_tokens({"labels": ids, "attention_mask": ids}) is None
     assert find_tokens({"input_ids": ids[0]}) is None
+
+
+def test_tokens_go_by_the_names_of_transformers():
+    """Either of them; anything else is a name of the model's own."""
+    assert names_tokens({"input_ids": BATCH["input_ids"]})
+    assert names_tokens({"inputs_embeds": torch.ones(1, 6, 4), "input_ids": None})
+    assert not names_tokens({"words": BATCH["input_ids"]})
+
+
+def test_a_compiled_forward_gets_no_hooks_inside():
+    """They would be compiled with it."""
+    model = Outer(SmallAttention())
+    model.forward = torch.compile(model.forward, backend="eager")
+    with ExitStack() as hooks:
+        InputLog().attach(model, hooks)
+        assert (len(model._forward_hooks), len(model.model._forward_hooks)) == (1, 0)
+
+
+class Anything(nn.Module):
+    """Takes what it is given."""
+
+    def forward(self, **given):
+        """Nothing is computed."""
+
+
+@pytest.mark.parametrize(
+    ("value", "copied"),
+    [
+        (torch.ones(2, 3), True),
+        (torch.ones(6), True),
+        (torch.ones(7), False),
+        (torch.ones(1, 2, 3), False),
+        (torch.ones(2, 3, requires_grad=True), False),
+    ],
+)
+def test_what_tells_tokens_is_copied_as_it_was(monkeypatch, value, copied):
+    """Small and of two dimensions; features and what gradients go to would take their memory twice."""
+    monkeypatch.setattr(inputs, "_COPIED_ELEMENTS", 6)
+    model = Anything()
+    (call,) = logged(model, lambda: model(value=value))
+    assert (call.arguments["value"] is not value) is copied
+    assert torch.equal(call.arguments["value"], value)

@@ -8,7 +8,8 @@ from torch import nn
 
 from kernels_check import probe_isolation
 from kernels_check.controls.small_attention import WIDTH, SmallAttention, packed
-from kernels_check.observation.isolation import separating_sets
+from kernels_check.observation.inputs import ModelCall
+from kernels_check.observation.isolation import perturb_records, separating_sets
 
 
 @pytest.mark.parametrize("count", [2, 3, 4, 6, 7, 20, 21, 71, 300])
@@ -231,3 +232,105 @@ def test_a_model_that_is_sharded_is_unknown():
     assert check.status == "unknown"
     assert "sharded over processes" in check.reason
     assert "before it is sharded" in check.reason
+
+
+@pytest.mark.parametrize(("count", "forwards"), [(2, 2), (3, 3), (6, 4), (7, 5), (70, 8)])
+def test_no_forward_is_made_in_vain(count, forwards):
+    """As many subsets of half of them as there are records."""
+    assert max(max(one) for one in separating_sets(count)) + 1 == forwards
+
+
+class Exact(nn.Module):
+    """Adds to the logits of the last two tokens what it is told, so that differences are whole numbers.
+
+    Args:
+        batch: what it is given unchanged.
+        own: added if any token of those before it in its row is another.
+        others: added if any in another row is.
+    """
+
+    def __init__(self, batch, *, own, others=0.0):
+        super().__init__()
+        self.register_buffer("first", batch["input_ids"][0])
+        self.own, self.others, self.is_causal = own, others, True
+
+    def forward(self, input_ids, position_ids):
+        """Logits of [rows, tokens, 50]."""
+        logits = nn.functional.one_hot(input_ids, 50).float()
+        own = (input_ids != self.first)[:, :-2].any(dim=1)
+        others = torch.stack([own[torch.arange(len(own)) != row].any() for row in range(len(own))])
+        logits[:, -2:, 0] += (self.own * own + self.others * others)[:, None]
+        return logits
+
+
+def test_ten_times_what_crosses_rows_is_not_beyond_it():
+    """Both numbers are said; a little more is a leak."""
+    batch = packed(2, 2)
+    check = probe_isolation(Exact(batch, own=10.0, others=1.0), batch)
+    assert check.status == "unknown"
+    assert "another by up to 1, which no attention does" in check.reason
+    assert "a change of 10 inside a row" in check.reason
+    assert probe_isolation(Exact(batch, own=10.5, others=1.0), batch).status == "fallback"
+
+
+def test_of_leaks_alike_the_first_is_named():
+    """The third record sees both before it."""
+    batch = packed(2, 2, 2)
+    assert "changing the first record of row 0" in probe_isolation(Exact(batch, own=1.0), batch).reason
+
+
+def test_a_row_of_one_record_need_show_nothing():
+    """It packs nothing, so that nothing is proved by it."""
+    batch = packed(4, 4, rows=2)
+    batch["position_ids"][1] = torch.arange(8)
+    deaf = SmallAttention(after=lambda hidden: hidden * torch.tensor([1.0, 0.0])[: len(hidden), None, None])
+    deaf.is_causal = False
+    assert probe_isolation(deaf, batch).met
+
+
+@pytest.mark.parametrize(
+    ("silent", "said"),
+    [(slice(0, 4), "changing a record did not"), (slice(3, 4), "changing the last token or the second half did not")],
+)
+def test_what_does_not_change_its_own_logits_proves_nothing(silent, said):
+    """A record, or the part of it that is changed."""
+
+    def after(hidden):
+        hidden = hidden.clone()
+        hidden[:, silent] = 0
+        return hidden
+
+    check = probe_isolation(SmallAttention(after=after), packed(4, 4))
+    assert check.status == "unknown"
+    assert f"{said} even change its own logits (record 1 of row 0)" in check.reason
+
+
+@pytest.mark.parametrize(("token", "ahead"), [(0, 5), (8, 9)])
+def test_what_a_token_sees_ahead_of_it_is_found(token, ahead):
+    """The last of one record, and of the next what lies beyond its half."""
+
+    def sees(allowed, numbers):
+        allowed = allowed.clone()
+        allowed[:, token, ahead] = True
+        return allowed
+
+    check = probe_isolation(SmallAttention(sees), packed(6, 6))
+    assert check.status == "fallback"
+    assert "earlier tokens" in check.reason
+
+
+def test_an_argument_that_is_none_is_the_same_for_all_rows():
+    """What crosses rows is seen all the same."""
+    batch = packed(4, 4, 4) | {"inputs_embeds": None}
+    check = probe_isolation(SmallAttention(after=_quantised_over_the_batch), batch)
+    assert check.status == "unknown"
+    assert "changes the logits of another" in check.reason
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"), [({"words": torch.ones(3)}, "(words [3])"), ({"words": 3}, "(no tensors)")]
+)
+def test_arguments_without_tokens_are_named(arguments, said):
+    """With their shapes."""
+    model = SmallAttention()
+    assert said in perturb_records(model, [ModelCall(module=model, arguments=arguments)]).unclear

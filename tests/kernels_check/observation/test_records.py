@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels_check.observation.records import PADDING, LayoutError, allowed, find_records, record_numbers
+from kernels_check.observation.records import PADDING, LayoutError, allowed, find_records, hidden_by, record_numbers
 
 POSITIONS = torch.tensor([[0, 1, 2, 0, 1, 0]])
 NUMBERS = [[0, 0, 0, 1, 1, 2]]
@@ -39,6 +39,7 @@ def _blocks(numbers):
         ("position_ids", POSITIONS[0]),
         ("position_ids", POSITIONS.expand(4, 1, 6)),
         ("position_ids", POSITIONS.expand(3, 1, 6)),
+        ("position_ids", torch.cat([POSITIONS[None], torch.full((3, 1, 6), 5)])),
         ("seq_idx", torch.tensor([[4, 4, 4, 7, 7, 4]])),
         ("cu_seq_lens_q", torch.tensor([0, 3, 5, 6])),
         ("cu_seqlens", torch.tensor([3, 5, 6], dtype=torch.int32)),
@@ -96,6 +97,7 @@ def test_lengths_over_several_rows():
         ({"seq_idx": torch.ones(3, 6)}, r"seq_idx of \[3, 6\]"),
         ({"cu_seqlens": torch.tensor([0, 13])}, r"cu_seqlens ends at \[13\], and there are 2 x 6 tokens"),
         ({"cu_seqlens": torch.tensor([])}, "cu_seqlens ends at"),
+        ({"cu_seqlens": torch.tensor([0, 4, 2])}, r"cu_seqlens ends at \[2\]"),
     ],
 )
 def test_what_does_not_fit_is_refused(given, said):
@@ -104,7 +106,37 @@ def test_what_does_not_fit_is_refused(given, said):
         find_records(given, 2, 6)
 
 
-@pytest.mark.parametrize("mask", [[1.0, 0.0], [True, False], [1, 0], [0.0, -1e4], [0.0, float("-inf")]])
+@pytest.mark.parametrize("mask", [[1.0, 0.0], [True, False], [1, 0], [0.0, -1e4], [0.0, -1.0], [0.0, float("-inf")]])
 def test_masks_of_all_kinds(mask):
     """Ones and zeros, or what is added to the scores."""
     assert allowed(torch.tensor(mask)).tolist() == [True, False]
+
+
+def test_places_of_an_image_begin_no_record():
+    """Time stands still over it, and height and width jump; only where all three are zero does a record begin."""
+    planes = torch.tensor([[[0, 1, 1, 1, 1, 3]], [[0, 1, 1, 2, 2, 3]], [[0, 1, 2, 1, 2, 3]]])
+    assert find_records({"position_ids": planes}, 1, 6).numbers.tolist() == [[0] * 6]
+
+
+def test_each_row_has_positions_of_its_own():
+    """Three rows are no three planes."""
+    positions = torch.tensor([[0, 1, 2, 3], [0, 1, 0, 1], [0, 0, 1, 2]])
+    numbers = find_records({"position_ids": positions}, 3, 4).numbers
+    assert numbers.tolist() == [[0, 0, 0, 0], [0, 0, 1, 1], [0, 1, 1, 1]]
+
+
+def test_a_record_of_no_tokens_is_none():
+    """Lengths may be padded with the last."""
+    assert find_records({"cu_seqlens": torch.tensor([0, 3, 3, 6, 6])}, 1, 6).numbers.tolist() == [[0, 0, 0, 1, 1, 1]]
+
+
+@pytest.mark.parametrize("mask", [torch.ones(1, 6, dtype=torch.long), torch.ones(1, 1, 1, 6), torch.ones(1, 1, 6, 5)])
+def test_a_mask_without_records_tells_none(mask):
+    """Ones count none, and what is no square has no blocks."""
+    assert find_records({"attention_mask": mask}, 1, 6) is None
+
+
+@pytest.mark.parametrize("shape", [(6,), (1, 5), (1, 6, 5), (3, 6, 6), (3, 1, 6, 6), (1, 1, 1, 6, 6)])
+def test_a_mask_that_does_not_fit_hides_nothing(shape):
+    """By its dimensions, its rows or its tokens."""
+    assert hidden_by(torch.zeros(shape, dtype=torch.bool), 2, 6) is None

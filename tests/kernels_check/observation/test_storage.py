@@ -1,5 +1,6 @@
 """Bits are counted from the bytes that are there; what cannot be read is unknown, with the reason."""
 
+import copy
 from types import SimpleNamespace
 
 import bitsandbytes as bnb
@@ -10,7 +11,9 @@ from bitsandbytes.nn.parametrize import replace_parameter_4bit
 from torch import nn
 
 from kernels_check.controls.small_run import fourbit
-from kernels_check.observation.storage import read_storage, read_wrapped
+from kernels_check.observation.fourbit import layout_problem
+from kernels_check.observation.module_tree import ModelTree
+from kernels_check.observation.storage import read_storage, read_wrapped, storage_in
 
 
 def _quantised(dtype=torch.float32):
@@ -272,6 +275,12 @@ LIES = {
     "laid out anew for AVX512 and the weight is not": lambda layer: setattr(
         layer.weight.quant_state, "packing_format_for_cpu", True
     ),
+    "4097 bytes for 8192 weights": lambda layer: setattr(
+        layer.weight, "data", torch.cat([layer.weight.data, layer.weight.data[:1]])
+    ),
+    "the offset of the scales is tensor": lambda layer: setattr(
+        layer.weight.quant_state, "offset", layer.weight.quant_state.offset.repeat(2)
+    ),
     "the weight has the layout": lambda layer: setattr(layer.weight, "data", layer.weight.data.view(64, 64)),
 }
 
@@ -300,3 +309,93 @@ def test_a_sound_state_has_no_problem(double, weights):
     elif weights == "ascending":
         value.copy_(torch.linspace(-1, 1, value.numel()).view_as(value))
     assert read_storage(fourbit(linear, quant_type="nf4", double=double)).problem is None
+
+
+@pytest.mark.parametrize("other", [copy.copy, lambda state: None])
+def test_a_layer_need_not_hold_the_state_of_its_weight_itself(other):
+    """A copy says the same, and none says nothing."""
+    layer = _quantised()
+    layer.quant_state = other(layer.weight.quant_state)
+    assert read_storage(layer).problem is None
+
+
+@pytest.mark.parametrize(
+    ("shape", "weight", "packed", "words"),
+    [
+        ((4, 4), (8, 1), True, "and the weight is not"),
+        ((4, 4), (4, 2), True, None),
+        ((4, 4), (8, 1), False, None),
+        ((4, 4), (8,), False, "the weight has the layout (8,)"),
+        ((4, 3), (6, 1), True, "and the weight is not"),
+        ((4, 2), (4, 1), True, None),
+        ((2, 4, 4), (16, 1), True, None),
+    ],
+)
+def test_a_layout_is_told_from_another_where_they_differ(shape, weight, packed, words):
+    """Rows of one byte look the same in both, and only what has two dimensions is ever laid out anew."""
+    state = SimpleNamespace(shape=torch.Size(shape), packing_format_for_cpu=packed)
+    problem = layout_problem(None, torch.zeros(weight, dtype=torch.uint8), state)
+    assert (problem is None) if words is None else words in problem
+
+
+@pytest.mark.parametrize(
+    ("scales", "words"), [(None, "no scales for 4 rows of int8"), (3, "3 scales for 4 rows of int8"), (4, None)]
+)
+def test_int8_takes_a_scale_a_row(scales, words):
+    """Wherever it is kept; without them the integers are no weights."""
+    layer = bnb.nn.Linear8bitLt(8, 4, bias=False, has_fp16_weights=False)
+    layer.weight = bnb.nn.Int8Params(torch.randn(4, 8), requires_grad=False, has_fp16_weights=False)
+    layer.to("cpu")
+    layer.weight.SCB = None if scales is None else torch.ones(scales)
+    stored = read_storage(layer)
+    assert (stored.bits, stored.problem) == ((8, None) if words is None else (None, words))
+
+
+def test_int8_that_was_not_quantised_yet_is_what_it_is():
+    """Its class says nothing of its bytes."""
+    assert read_storage(bnb.nn.Linear8bitLt(8, 4, bias=False, has_fp16_weights=False)).bits == 32
+
+
+@pytest.mark.parametrize(("words", "bits"), [(320, None), (319, 4), (256, 4), (255, None)])
+def test_integers_may_be_stored_with_less_than_a_bit_more(words, bits):
+    """What a library pads; what a layer calls its shape is not asked where it says its sizes."""
+    layer = _integers("qweight", (words,), bits=4, in_features=64, out_features=32, shape=(1, 1))
+    assert read_storage(layer).bits == bits
+
+
+@pytest.mark.parametrize(
+    ("data", "shape", "bits"),
+    [
+        (torch.zeros(8, 8), (8, 8), 32),
+        (torch.zeros(8, 8, dtype=torch.float64), (8, 8), None),
+        (torch.zeros(8, 8).bfloat16(), (8, 8), 16),
+        (torch.zeros(4, 8), (8, 8), 16),
+        (torch.zeros(4, dtype=torch.uint8), (3,), None),
+        (torch.zeros(16, 8, dtype=torch.uint8), (8, 8), None),
+    ],
+)
+def test_parts_are_believed_as_far_as_they_fit(data, shape, bits):
+    """In whole bits, no more than what it calls itself would take, and of integers four or eight."""
+    stored = read_storage(_layer(Packed(data, torch.ones(0), shape)))
+    assert stored.bits == bits
+    assert (stored.problem is None) is (bits is not None)
+
+
+def test_a_type_that_backward_passes_go_through_is_noted():
+    """Where it is another than that of the products."""
+    layer = _quantised()
+    layer.compute_dtype = torch.bfloat16
+    stored = read_storage(layer)
+    assert (stored.compute_dtype, "dequantises to float32 first" in stored.note) == ("bfloat16", True)
+    layer.compute_dtype = torch.float32
+    assert read_storage(layer).note is None
+    layer.compute_dtype = None
+    assert read_storage(layer).compute_dtype is None
+
+
+def test_a_layer_that_several_ask_for_is_read_once():
+    """Each of its parameters by itself."""
+    model = nn.Linear(4, 4)
+    tree = ModelTree.of(model)
+    assert storage_in(tree, model) is storage_in(tree, model)
+    assert storage_in(tree, model, "bias") is not storage_in(tree, model)
