@@ -16,7 +16,8 @@ RULES = "kernel_rules.json"
 JUDGES = (
     *("check", "verification"),
     *("judges/adapter", "judges/attached", "judges/attention", "judges/base_layers", "judges/base_products"),
-    *("judges/batch", "judges/execution", "judges/learning", "judges/optimizer", "judges/paths"),
+    *("judges/batch", "judges/execution", "judges/fused", "judges/learning", "judges/loss", "judges/optimizer"),
+    *("judges/paths", "judges/trained"),
     *("observation/adapter_biases", "observation/adapter_calls", "observation/adapter_kinds"),
     *("observation/adapter_layers", "observation/events", "observation/mixing", "observation/operators"),
     *("observation/adapter_targets", "observation/adapter_updates", "observation/adapter_values"),
@@ -26,7 +27,7 @@ JUDGES = (
     *("observation/inputs", "observation/isolation", "observation/layer_products", "observation/optimizers"),
     *("observation/packed_step", "observation/padding", "observation/perturbation", "observation/products"),
     *("observation/recomputed_blocks", "observation/records", "observation/storage", "observation/stored_layout"),
-    "observation/updates",
+    *("observation/loss_tokens", "observation/swapped", "observation/trained_parts", "observation/updates"),
 )
 """Modules that judge, and those that decide what a judge is shown; each is called by its last name."""
 NEGATED = {

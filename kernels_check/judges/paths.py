@@ -22,7 +22,7 @@ from kernels_check.judges import (
     learning,
     loss,
     optimizer,
-    trained_parts,
+    trained,
 )
 
 PATHS: Mapping[str, JudgedPath] = {
@@ -34,7 +34,7 @@ PATHS: Mapping[str, JudgedPath] = {
     **attached.PATHS,
     **learning.PATHS,
     **adapter.PATHS,
-    **trained_parts.PATHS,
+    **trained.PATHS,
     **optimizer.PATHS,
     **execution.PATHS,
     **fused.PATHS,

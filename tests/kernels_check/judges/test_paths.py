@@ -18,13 +18,13 @@ from kernels_check.judges import (
     learning,
     loss,
     optimizer,
-    trained_parts,
+    trained,
 )
 from kernels_check.judges.paths import PATHS, REQUIREMENTS
 
 JUDGES = (
     *(attention, batch, loss, base_layers, base_products, attached),
-    *(learning, adapter, trained_parts, optimizer, execution, fused),
+    *(learning, adapter, trained, optimizer, execution, fused),
 )
 LEFT_OUT = {
     "attention": {"attention.backend", "attention.dtype", "attention.mask"},
