@@ -176,5 +176,6 @@ def _free_port() -> int:
 
 
 def open_executor(*, host: Host | None = None, label: str = "") -> Executor:
-    """What `harness.run.executors.open_executor` asks of its module."""
+    """What `harness.run.executors.open_executor` asks of its module. No file of a script's is named by its side, so the
+    label is not needed."""
     return ScriptExecutor(host=host)
