@@ -48,7 +48,13 @@ def impossible(where: str, key: str, value: object, why: str, remedy: str) -> Us
 
 
 _USER = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)[^\s/?#'\"]*@")
+_SECRET = re.compile(r"token$|secret|passw|api[-_]?key|access[-_]?key|credential", re.IGNORECASE)
 _QUERY = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://[^\s?#'\"]*\?)[^\s#'\"]+")
+
+
+def sounds_secret(name: str) -> bool:
+    """Whether a variable or an option of this name holds a credential, as far as names tell."""
+    return _SECRET.search(name) is not None
 
 
 def redact(text: str) -> str:

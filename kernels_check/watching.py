@@ -175,7 +175,6 @@ class Watch:
     def _decided(self, check: Check, seen: Observation) -> Check:
         """The check, or why one step of this kind does not decide it."""
         why = None
-        why = None
         if self._steps.compiled and check.path not in WITHOUT_MODULES:
             return replace(check, observed=None, status="unknown", reason=COMPILED_MEANWHILE)
         if check.path in AN_UPDATE and not seen.optimizer_steps:

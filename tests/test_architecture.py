@@ -101,13 +101,14 @@ def test_rooms_point_down(package, rank):
     assert not up, "\n".join(up)
 
 
-def test_what_judges_knows_nothing_of_what_measures():
-    """verdicts and trial lie beside each other, whatever the order says."""
+@pytest.mark.parametrize("room", ["verdicts", "attach"])
+def test_nobody_but_those_who_measure_knows_the_trial(room):
+    """What judges, and what runs in somebody else's process, lie beside it, whatever the order says."""
     assert not [
         f"{name} imports {other}"
         for name, others in arrows("harness").items()
         for other in others
-        if (room_of_name(name), room_of_name(other)) == ("verdicts", "trial")
+        if (room_of_name(name), room_of_name(other)) == (room, "trial")
     ]
 
 

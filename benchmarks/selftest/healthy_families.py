@@ -9,7 +9,7 @@ import peft
 import torch
 from families import UnfitError, families, inputs_of, logits_of
 from healthy import MAKERS, RATE, RUNNING, SkippedError, Twin, trained
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from kernels_check.controls.small_run import fourbit
@@ -68,14 +68,23 @@ def run_of(name: str) -> Twin:
 
 
 def _learning(model: nn.Module, inputs: dict[str, Any]) -> list[str]:
-    """Linear layers that a step gives a gradient that is no rounding; the head left out."""
+    """Linear layers that a step gives a gradient that is no rounding; the head left out, and routers that are linear
+    layers by their class and return scores beside the product."""
+    plain: set[nn.Module] = set()
+    watched = [
+        module.register_forward_hook(lambda layer, _, output: plain.add(layer) if isinstance(output, Tensor) else None)
+        for module in model.modules()
+        if _is_linear(module)
+    ]
     logits_of(model(**inputs)).float().pow(2).mean().backward()
+    for handle in watched:
+        handle.remove()
     floats = tuple(getattr(model, "_keep_in_fp32_modules", None) or ()) or "none"  # their dtype is read by the family
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     found = [
         name
         for name, module in model.named_modules()
-        if _is_linear(module) and module is not head and module.weight.grad is not None
+        if module in plain and module is not head and module.weight.grad is not None
         and module.weight.numel() >= 64 and float(module.weight.grad.abs().max()) > 1e-6 and not name.endswith(floats)
     ]  # fmt: skip
     model.zero_grad()

@@ -18,11 +18,11 @@ from rich.table import Table
 
 from harness.machine.cgroup import CpuTimes
 from harness.machine.host import ROOT, HostWatch, host_counters, pressure_s
+from harness.machine.memory import MemoryGauge
 from harness.machine.neighbours import neighbours_of
 from harness.machine.nvml import Device, open_device
 from harness.machine.watch import DeviceWatch
 from harness.trial.clock import Stopwatch
-from harness.trial.memory import MemoryGauge
 
 
 def cost(call: Callable[[], object], readings: int) -> tuple[float, float, float]:

@@ -24,7 +24,7 @@ DOLLY = Path(os.environ.get("LORAMETER_DOLLY", "databricks-dolly-15k.jsonl.gz"))
 BUILD_7B = """
 import json
 from harness.models import catalogue
-from harness.trial.memory import MemoryGauge, host_bytes
+from harness.machine.memory import MemoryGauge, host_bytes
 from harness.trial.building.base_model import load_base
 from harness.studies.variant import Variant
 gauge = MemoryGauge("cpu")

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import PurePath
 
-from harness.errors import UsageError, redact
+from harness.errors import UsageError, redact, sounds_secret
 from harness.studies.protocol import Protocol
 from harness.studies.script_study import study_of_command
 from harness.studies.study import Study
 
-_SECRET = re.compile(r"token$|secret|password|api[-_]?key|access[-_]?key", re.IGNORECASE)
 HIDDEN = "***"
 
 
@@ -25,11 +23,11 @@ def write_command(words: Sequence[str]) -> str:
         name, equals, _ = word.partition("=")
         if secret and not word.startswith("-"):
             shown.append(HIDDEN)
-        elif word.startswith("-") and equals and _SECRET.search(name):
+        elif word.startswith("-") and equals and sounds_secret(name):
             shown.append(f"{name}={HIDDEN}")
         else:
             shown.append(redact(word))
-        secret = word.startswith("-") and not equals and bool(_SECRET.search(word))
+        secret = word.startswith("-") and not equals and sounds_secret(word)
     return shlex.join(shown)
 
 

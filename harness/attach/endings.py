@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import traceback
 
+from harness.attach.follower import StepReading
 from harness.attach.gathered import Gathered
 from harness.attach.shield import NotFollowedError
 from harness.errors import redact, said_by
 from harness.records.record import Failure, Status
-from harness.records.refusals import REFUSED, refusal_in
-from harness.trial.failure import is_out_of_memory
+from harness.records.refusals import REFUSED, is_out_of_memory, refusal_in
 
 Ending = tuple[Status, Failure | None]
 
@@ -19,9 +19,7 @@ def ending_of(error: BaseException | None, gathered: Gathered, phase: str) -> En
     if error is not None:
         return _of_error(error, phase)
     if gathered.not_finite is not None:
-        step, loss = gathered.not_finite.number, gathered.not_finite.loss
-        message = f"the loss is {loss} in step {step}; a diverged run has no result. Lower the learning rate, or clip."
-        return "invalid", Failure(phase="train", kind="LossNotFinite", message=message)
+        return "invalid", loss_not_finite(gathered.not_finite)
     if not gathered.timed:
         message = (
             f"the training ended after {gathered.steps} steps, all of them its first, its warm-up or one that was "
@@ -31,10 +29,19 @@ def ending_of(error: BaseException | None, gathered: Gathered, phase: str) -> En
     return "ok", None
 
 
+def loss_not_finite(reading: StepReading) -> Failure:
+    """The failure of a training in which a step's loss is no number."""
+    message = (
+        f"the loss is {reading.loss} in step {reading.number}; a diverged run has no result. Lower the script's "
+        "learning rate, or let it clip its gradients."
+    )
+    return Failure(phase="train", kind="LossNotFinite", message=message)
+
+
 def _of_error(error: BaseException, phase: str) -> Ending:
     told = redact("".join(traceback.format_exception(error)))
     message = redact(said_by(error))
-    if isinstance(error, NotFollowedError) and type(error) is NotFollowedError:
+    if type(error) is NotFollowedError:
         return "invalid", Failure(phase=phase, kind="NotFollowed", message=message, traceback=told)
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", Failure(phase=phase, kind="Interrupted", message="stopped by the user")

@@ -11,27 +11,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from harness.attach.follower import StepReading
+from harness.attach.samples import timed_samples, untimed_samples
 from harness.stats import is_steady
 from harness.studies.protocol import Protocol
 
-STEADY_WINDOW = 3
 MOST_TIMED = 10_000
 """Timed steps that are kept: a record is read whole, and the later steps of a long training say no more."""
-_SAMPLES: Mapping[str, str] = {
-    "step_time_s": "step_time_s",
-    "step_cpu_time_s": "cpu_time_s",
-    "data_time_s": "data_time_s",
-    "forward_time_s": "forward_time_s",
-    "backward_time_s": "backward_time_s",
-    "optimizer_time_s": "optimizer_time_s",
-    "train_loss": "loss",
-    "gradient_norm": "gradient_norm",
-    "turn_sequences": "sequences",
-    "turn_real_tokens": "real_tokens",
-    "step_real_tokens": "real_tokens",
-    "turn_loss_tokens": "loss_tokens",
-}
-"""Samples of a record by the field of a reading that they hold, one a timed step."""
 
 
 class Gathered:
@@ -75,7 +60,7 @@ class Gathered:
     def _look(self) -> None:
         times = [one.step_time_s for one in self._warm]
         if len(times) >= self._least:
-            self.steady = is_steady(times, STEADY_WINDOW)
+            self.steady = is_steady(times)
             self.warm = self.steady or len(times) >= self._most
 
     @property
@@ -84,16 +69,11 @@ class Gathered:
         return len(self._timed)
 
     def samples(self) -> dict[str, tuple[float, ...]]:
-        """As of a trial's record; what was not seen in every step is left out."""
-        found = {name: _all(self._timed, field) for name, field in _SAMPLES.items()}
-        padded, real = _all(self._timed, "padded_tokens"), found["turn_real_tokens"]
-        if len(padded) == len(real):
-            found["turn_padded_tokens"] = tuple(all_ - own for all_, own in zip(padded, real, strict=True))
-        found["warmup_step_time_s"] = tuple(one.step_time_s for one in self._warm)
+        """As of a trial's record, each timed step a turn of its own."""
         early = [*([] if self._first is None else [self._first]), *self._warm]
-        found["warmup_loss"] = _all(early, "loss")
-        found["warmup_real_tokens"] = _all(early, "real_tokens")
-        return {name: samples for name, samples in found.items() if samples}
+        found = timed_samples([(reading,) for reading in self._timed])
+        found |= untimed_samples("warmup_loss", "warmup_real_tokens", early)
+        return found | ({"warmup_step_time_s": tuple(one.step_time_s for one in self._warm)} if self._warm else {})
 
     def values(self) -> dict[str, float]:
         """As of a trial's record."""
@@ -107,9 +87,3 @@ def tokens_in(samples: Mapping[str, tuple[float, ...]]) -> dict[str, Any]:
     """What the record of a trial says of its tokens: real ones and padding, of all timed steps."""
     counts = {kind: samples.get(f"turn_{kind}_tokens", ()) for kind in ("real", "padded")}
     return {f"{kind}_tokens": int(sum(found)) for kind, found in counts.items() if found}
-
-
-def _all(readings: list[StepReading], field: str) -> tuple[float, ...]:
-    """A field of all of them; none where one did not show it."""
-    found = [getattr(reading, field) for reading in readings]
-    return () if None in found else tuple(float(one) for one in found)

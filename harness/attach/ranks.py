@@ -82,9 +82,8 @@ class Ranks:
         numbers = [one.number for one in self._own if one.checks is None]
         timed = numbers[len(numbers) - len(samples.get("step_time_s", ())) :]
         found = dict(samples)
-        for key in ("step_time_s",):
-            own = zip(timed, samples.get(key, ()), strict=True)
-            found[key] = tuple(max([time_s, *(one.step_time_s[n - 1] for one in others)]) for n, time_s in own)
+        own = zip(timed, samples.get("step_time_s", ()), strict=True)
+        found["step_time_s"] = tuple(max([time_s, *(one.step_time_s[n - 1] for one in others)]) for n, time_s in own)
         for key in ("warmup_real_tokens", "step_real_tokens", "turn_loss_tokens"):  # of this rank alone
             found.pop(key, None)
         missing = self._ranks - 1 - len(others)

@@ -8,7 +8,7 @@ child   {"begin": {...}}                         it stands before its first step
 parent  {"do": "go", "steps": n, "watch": {...}} it takes so many steps; the first of them is watched, or none
 child   {"steps": [{...}, ...]}                  it has taken them, and waits
 parent  {"do": "peaks"}
-child   {"peaks": {...}}                         bytes of the device since the first step, by kind, and waits
+child   {"peaks": {...}}                         peaks of memory since the first step, by kind, and waits
 parent  {"do": "end"}                            no further step
 child   {"end": {...}, "steps": [...]}           the training has ended, by an error or not, asked or not, and waits
 child   {"fault": "..."}                         it did what ends a trial, and waits
@@ -28,6 +28,7 @@ import traceback
 from typing import Any, NoReturn
 
 from harness.attach.follower import Next, Phase, StepReading, Training
+from harness.machine.memory import MemoryGauge, host_bytes
 from harness.records import codec
 
 SOCKET = "LORAMETER_TURNS"
@@ -57,8 +58,10 @@ class Turns:
         if self._connection is not None:
             self._stop_at("a second training began in the same process while the first had not ended")
         self._connect()
-        _reset_peaks()
-        self._tell({"begin": _facts_of(training)})
+        facts = _facts_of(training)
+        self._gauge = MemoryGauge("cuda" if facts["cuda"] else "cpu")
+        self._tell({"begin": facts | {"memory": {"host_peak_load_bytes": host_bytes("VmHWM")}}})
+        self._gauge.begin()
         return self._wait()
 
     def step(self, reading: StepReading) -> Next:
@@ -95,7 +98,7 @@ class Turns:
             if asked["do"] == "end":
                 self._last = True
                 return Next(go_on=False)
-            self._tell({"peaks": _peaks()})
+            self._tell({"peaks": self._gauge.peaks("train")})
 
     def _stop_at(self, fault: str) -> NoReturn:
         self._tell({"fault": fault})
@@ -168,21 +171,3 @@ def _error(error: BaseException) -> dict[str, Any]:
     message = str(error).strip().splitlines()
     said = message[0] if message else type(error).__name__
     return {"error": type(error).__name__, "message": said, "traceback": text[-MOST_TRACEBACK:]}
-
-
-def _reset_peaks() -> None:
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.reset_peak_memory_stats()
-
-
-def _peaks() -> dict[str, int]:
-    """Bytes of the device's allocator since the training began; nothing where no device was used."""
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
-        return {}
-    stats = torch.cuda.memory_stats()
-    return {
-        f"device_peak_{kind}_train_bytes": int(stats[f"{kind}_bytes.all.peak"])
-        for kind in ("allocated", "active", "reserved")
-    }

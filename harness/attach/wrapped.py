@@ -144,10 +144,10 @@ def _why_nothing(code: int, loaded: bool) -> str:
             "nothing was measured: no Python of the command has loaded the hook. It must start a Python that reads "
             "PYTHONPATH (not -I, -E or -S, and not in a container of its own)"
         )
-    said = "with a Trainer or an optimizer of torch"
+    said = "no Trainer and no optimizer of torch had begun to train"
     if code:
-        return f"nothing was measured: the command ended with {_exit_words(code)} before a training began, {said}"
-    return f"nothing was measured: the command has ended and no training began, {said}"
+        return f"nothing was measured: the command ended with {_exit_words(code)}, and {said}"
+    return f"nothing was measured: the command has ended, and {said}"
 
 
 def _exit_words(code: int) -> str:

@@ -29,17 +29,15 @@ from harness.attach.run_file import RunFile
 from harness.attach.shield import say
 from harness.attach.variables import COMMAND, REQUIRE, RUN
 from harness.attach.work import work_of
+from harness.machine.memory import MemoryGauge
 from harness.machine.watch import Watch
 from harness.records import codec, store
-from harness.records.record import Failure, Notice
+from harness.records.checkpoints import checkpoint_is_due
+from harness.records.record import Notice
+from harness.records.required import lacking
 from harness.records.units import format_bytes
 from harness.studies.script import name_of_command
-from harness.trial.memory import MemoryGauge
 
-CHECKPOINT_S = 30.0
-CHECKPOINT_SHARE = 0.1
-"""A record of a training under way is written no more often than this, and in no more than this share of its time
-anew: what they take on the disk grows with its logarithm."""
 MOST_WATCHED = 2
 """Steps that are watched: what a change of weights becomes shows in the step after it."""
 REPORT_TIMEOUT_S = 120.0
@@ -134,7 +132,7 @@ class Writer:
         elif reading.checks is None:
             self._energy.step(reading)
         now = time.monotonic()
-        if now - self._kept_s >= max(CHECKPOINT_S, CHECKPOINT_SHARE * (now - self._begun_s)) and self._file:
+        if self._file and checkpoint_is_due(now, begun_s=self._begun_s, saved_s=self._kept_s):
             self._file.keep(**self._measured())
             self._kept_s = now
 
@@ -191,8 +189,8 @@ class Writer:
         self._end_stretch()
         self._take_peaks()
         status, failure = ending_of(error, self._gathered, self._phase)
-        if status == "ok" and (lacking := self._lacking()):
-            status, failure = "invalid", lacking
+        if status == "ok" and (failure_of_checks := lacking(self._checks or (), self._require)):
+            status, failure = "invalid", failure_of_checks
         if self._gathered.steps > MOST_TIMED:
             self._notices.append(_not_kept(self._gathered.steps))
         measured = self._measured()
@@ -208,21 +206,6 @@ class Writer:
             print_report(self._file.path)
         else:
             say(f"run {self._file.path.name} is written")
-
-    def _lacking(self) -> Failure | None:
-        """The failure of a training without a path that is required, or of which that was not seen."""
-        if not self._require:
-            return None
-        if self._checks is None:
-            message = "no step was watched, so whether it has what is required is not known: " + ", ".join(
-                self._require
-            )
-            return Failure(phase="verify", kind="RequiredPathNotSeen", message=message)
-        failed = [check for check in self._checks if check["required"] is not None and check["status"] != "active"]
-        if not failed:
-            return None
-        said = "; ".join(f"{one['path']}: required {one['required']!r}, {one['reason']}" for one in failed)
-        return Failure(phase="verify", kind="RequiredPathNotActive", message=said)
 
     def _notes(self) -> tuple[str, ...]:
         """What a reader must know of how the numbers were had."""

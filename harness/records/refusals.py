@@ -33,6 +33,7 @@ REMEDIES = {
 """What to do about it, by the error's number."""
 OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EMFILE, errno.ENFILE)
 """Those that a trial meets through no fault of its own, and that the next trial meets as well."""
+_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "OutOfMemoryError", "MemoryError", "std::bad_alloc")
 REFUSED = "Refused"
 """Kind of the failure of a trial that one of them broke off."""
 
@@ -70,6 +71,18 @@ def refusal_said(text: str) -> str | None:
         if f"{words} (os error {one})" in text or f"[Errno {one}] {words}" in text:
             return words_of(OSError(one, words))
     return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, of the device or of the machine."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and says_out_of_memory(str(error))  # as torch's allocator for the CPU raises
+
+
+def says_out_of_memory(text: str) -> bool:
+    """Whether the last words of a program say so."""
+    return any(words in text for words in _OUT_OF_MEMORY)
 
 
 @contextlib.contextmanager

@@ -203,7 +203,7 @@ def _checks(series: Series) -> str:
         if check["required"] is not None
     ]
     if not required:
-        return "not checked"
+        return "nothing required" if any(record.checks for record in series.records) else "not checked"
     failed = sorted({f"{path} {status}" for path, status in required if status != "active"})
     paths = len({path for path, _ in required})
     return ", ".join(failed) if failed else f"{paths} of {paths} active"

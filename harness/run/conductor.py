@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 from harness.records import codec
+from harness.records.checkpoints import checkpoint_is_due
 from harness.records.forms import flaw_of
 from harness.records.record import UNDER_WAY, Failure, Fragment, Measure, Status, TrialRecord
 from harness.records.refusals import REFUSED, RefusedError
@@ -20,12 +21,6 @@ from harness.run.plan import Group, Plan, Slot
 from harness.run.site import Site, begin_record, request_of
 from harness.studies.command import COMMANDS, ROUNDS, Command, RoundKind
 from harness.studies.request import TrialRequest
-
-CHECKPOINT_S = 30.0
-"""Records of trials under way are saved no more often than this: a sync costs milliseconds, and shorter groups are
-repeated at little cost."""
-CHECKPOINT_SHARE = 0.1
-"""And no more often than in this share of the group's time: what they take on the disk grows with its logarithm."""
 
 
 class Watcher(Protocol):
@@ -229,7 +224,7 @@ class Conductor:
         The evidence of the checks is left out: it is half of a record, and the record at the end has it.
         """
         now = self._budget.clock()
-        if now - self._saved < max(CHECKPOINT_S, CHECKPOINT_SHARE * (now - self._entered)):
+        if not checkpoint_is_due(now, begun_s=self._entered, saved_s=self._saved):
             return
         begin = time.monotonic()
         failure = Failure(phase=command, kind=UNDER_WAY, message=f"under way when this was written, after {command}")

@@ -16,7 +16,11 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-def is_steady(samples: Sequence[float], window: int, *, tolerance: float = 0.02) -> bool:
+WINDOW = 3
+"""Steps that must show no more downward trend before a warm-up ends."""
+
+
+def is_steady(samples: Sequence[float], window: int = WINDOW, *, tolerance: float = 0.02) -> bool:
     """Whether to stop warming up: the last `window` steps are no longer faster than the `window` before them.
 
     True when the median log time of the last `window` steps is at most `tolerance` (a fraction) below that of the

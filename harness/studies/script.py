@@ -13,7 +13,7 @@ import shlex
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
-from harness.errors import UsageError, shorten
+from harness.errors import UsageError, shorten, sounds_secret
 from harness.studies import limits
 from harness.studies.workload import Workload
 
@@ -31,8 +31,8 @@ OWN = "script"
 _SHELL = ("&&", "||", "|", ";", "&", ">", ">>", "<", "2>", "2>&1")
 _ASSIGNMENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=.*")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_CREDENTIAL = re.compile(r"TOKEN$|SECRET|PASSWORD|API_KEY|ACCESS_KEY", re.IGNORECASE)
-_PYTHON = re.compile(r"python(\d+(\.\d+)?t?)?")
+PYTHON = re.compile(r"python(\d+(\.\d+)?t?)?")
+"""Names of an interpreter."""
 
 
 def check_script(label: str, variant: Variant) -> None:
@@ -57,7 +57,7 @@ def check_script(label: str, variant: Variant) -> None:
     for name, value in variant.env.items():
         if not _VARIABLE.fullmatch(name) or "\0" in value:
             raise UsageError(f"{label}: env.{shorten(name, 60)}: no variable can be called or be that. Mend the name.")
-        if _CREDENTIAL.search(name):
+        if sounds_secret(name):
             raise UsageError(
                 f"{label}: env.{name}: a credential, and what stands here is written into the run. Set it where "
                 "lorameter is started: scripts inherit it."
@@ -133,6 +133,6 @@ def name_of_command(command: str) -> str:
     named = [PurePath(word).stem for word in words if word.endswith(".py")]
     if not named and "-m" in words[1:-1]:
         named = [words[words.index("-m") + 1]]
-    program = next((word for word in words if not _PYTHON.fullmatch(PurePath(word).name)), words[0])
+    program = next((word for word in words if not PYTHON.fullmatch(PurePath(word).name)), words[0])
     name = re.sub(r"[^A-Za-z0-9._=-]+", "-", named[0] if named else PurePath(program).name).strip("-")
     return name[: limits.NAME_BYTES] or "command"

@@ -20,8 +20,10 @@ import torch
 
 import kernels_check
 from harness.errors import LorameterError
+from harness.machine.memory import MemoryGauge, host_bytes
 from harness.records import codec
-from harness.records.record import Failure, Fragment, Notice
+from harness.records.record import Failure, Fragment
+from harness.records.required import judge_required
 from harness.stats import is_steady
 from harness.studies.command import COMMANDS, words_of
 from harness.studies.request import TrialRequest
@@ -33,13 +35,10 @@ from harness.trial.building.shared import Seat, SharedBase
 from harness.trial.clock import Lap, Stopwatch
 from harness.trial.data.stream import TokenStream
 from harness.trial.inference.server import Server
-from harness.trial.memory import MemoryGauge, host_bytes, resident_bytes
+from harness.trial.memory import resident_bytes
 from harness.trial.process import release_unused
 from harness.trial.step import TrainStep
 from harness.trial.surroundings import Surroundings
-
-STEADY_WINDOW = 3
-"""Steps that must show no more downward trend before a warm-up ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,22 +129,11 @@ class Trial:
         seconds = time.perf_counter() - begin
         stream.restore(position)
         trainee.schedule.load_state_dict(schedule)
-        failed = [check for check in checks if check.required is not None and not check.met]
         fragment = Fragment(checks=tuple(codec.to_json(check) for check in checks), values={"verify_time_s": seconds})
         diverged = self._judged(fragment, [float(loss) for loss in losses])
         if diverged.status != "ok":  # explains every check that failed with it
             return diverged
-        if not failed:
-            return fragment
-        said = "; ".join(f"{check.path}: required {check.required!r}, {check.reason}" for check in failed)
-        if request.allow_fallback:
-            notice = Notice(
-                code="fallback-allowed",
-                message=f"{request.variant.name}: measured although not what it claims: {said}",
-                remedy="Rank it under what really ran, or set allow_fallback = false in the study.",
-            )
-            return fragment.with_notice(notice)
-        return fragment.failed("invalid", Failure(phase="verify", kind="RequiredPathNotActive", message=said))
+        return judge_required(fragment, required, name=request.variant.name, allow_fallback=request.allow_fallback)
 
     def warm_up(self) -> Fragment:
         """Steps until their times are steady, or the cap; all are kept, none is timed for the result.
@@ -161,11 +149,11 @@ class Trial:
             loss, lap = self._take_step()
             times.append(lap.time_s)
             losses.append(loss)
-            if len(times) >= protocol.warmup_steps_min and is_steady(times, STEADY_WINDOW):
+            if len(times) >= protocol.warmup_steps_min and is_steady(times):
                 break
         fragment = Fragment(
             samples={"warmup_step_time_s": tuple(times), "warmup_loss": tuple(losses)},
-            values={"warmup_steady": float(is_steady(times, STEADY_WINDOW))} if self._timed else {},
+            values={"warmup_steady": float(is_steady(times))} if self._timed else {},
         )
         return self._judged(fragment, losses)
 

@@ -96,11 +96,13 @@ def test_however_a_training_ends_it_is_a_row(wrap, end, code, status, said):
 def test_a_crash_before_training_leaves_no_run(wrap, capfd):
     """Nor does a command that trains nothing; why is said, and the exit code is the command's."""
     assert wrap("raise SystemExit(5)") == (5, None)
-    assert "ended with exit code 5 before a training began" in capfd.readouterr().err
+    assert (
+        "ended with exit code 5, and no Trainer and no optimizer of torch had begun to train" in capfd.readouterr().err
+    )
     assert wrap("print('nothing')") == (0, None)
     told = capfd.readouterr()
     assert told.out == "nothing\n"
-    assert "nothing was measured: the command has ended and no training began" in told.err
+    assert "nothing was measured: the command has ended, and no Trainer" in told.err
 
 
 def test_a_python_that_reads_no_path_is_said(wrap, capfd):

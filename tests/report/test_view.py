@@ -298,3 +298,17 @@ def test_the_level_and_its_reason_are_on_the_page(small_study, tmp_path):
     text = text_of(view_of(dataclasses.replace(run, manifest=manifest)))
     assert "lockstep: they fit together; peaks, cold starts and what needs its own base: solo trials" in text
     assert "stopped   precise after 5 replicates" in text
+
+
+def test_a_step_that_was_watched_is_not_called_unchecked(small_study, tmp_path):
+    """Nothing may have been required of it; of one that nobody watched there is nothing."""
+    run = run_of(small_study, tmp_path, steps={"plain": QUIET, "nf4": QUIET}, control=QUIET)
+    for checks, said in (
+        (
+            ({"path": "base.bits", "required": None, "observed": 4, "status": "active", "reason": ""},),
+            "nothing required",
+        ),
+        ((), "not checked"),
+    ):
+        seen = dataclasses.replace(run, records=tuple(record.replaced(checks=checks) for record in run.records))
+        assert said in text_of(view_of(seen), width=300)

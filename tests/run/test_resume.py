@@ -479,7 +479,7 @@ def test_an_unknown_run_is_named(runs, machine):
 
 
 IMPATIENT = (
-    "import harness.run.conductor as c; c.CHECKPOINT_S = 0.0; "
+    "import harness.records.checkpoints as c; c.CHECKPOINT_S = 0.0; "
     "import sys; from harness.cli import main; sys.exit(main())"
 )
 """The command line, but what is under way is saved however short it is."""

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from harness.machine.memory import MemoryGauge, host_bytes
 from harness.trial.clock import Stopwatch
-from harness.trial.memory import MemoryGauge, host_bytes, resident_bytes
+from harness.trial.memory import resident_bytes
 
 
 def test_the_clock_tells_waiting_from_working():

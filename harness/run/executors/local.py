@@ -16,13 +16,14 @@ from typing import Any
 from harness.errors import EXIT_INVALID, InvalidRunError, UsageError
 from harness.machine import provenance
 from harness.machine.processes import PARENT, exit_words, kill_group
-from harness.machine.provenance import Facts, Machine
+from harness.machine.provenance import Facts
 from harness.records import codec
 from harness.records.preparation import Hello, TokenSummary
 from harness.records.record import SCHEMA, Failure, Fragment
 from harness.run.executors import Executor, Place, Worker, WorkerLostError
 from harness.run.executors.disk import Disk
 from harness.run.executors.forked import silence
+from harness.run.executors.here import Here
 from harness.run.executors.host import Host, describe
 from harness.run.executors.zygote import Zygote, ZygoteLostError
 from harness.studies.request import TrialRequest
@@ -60,7 +61,7 @@ _OLD_DOOR = "invalid literal for int() with base 10: 'zygote'"
 """What the door of a harness before schema 5 says, whose only process was the zygote."""
 
 
-class LocalExecutor:
+class LocalExecutor(Here):
     """Implements `Executor` with one zygote, and another where that has died. Raises `InvalidRunError` when none can be
     started.
 
@@ -76,18 +77,6 @@ class LocalExecutor:
         self._disk: Disk | None = None
         self._zygote: Zygote | None = None
         self._hello: Hello | None = None
-
-    def machine(self) -> Machine:
-        """The present one."""
-        return provenance.probe_machine()
-
-    def device_id(self) -> str:
-        """The CPU, all of it, or the card by its own number."""
-        return provenance.device_id()
-
-    def free_bytes(self) -> int | None:
-        """On its device, or in this container, now."""
-        return provenance.free_bytes(self.machine())
 
     def facts(self) -> Facts:
         """Of the present machine, and of the host if that is another. Raises `UsageError` if it does not answer."""

@@ -15,11 +15,12 @@ from pathlib import Path
 
 from harness.errors import InvalidRunError, UsageError
 from harness.machine import provenance
-from harness.machine.provenance import Facts, Machine
+from harness.machine.provenance import Facts
 from harness.records.preparation import Hello, TokenSummary
 from harness.records.record import Failure, Fragment
 from harness.run.executors import Executor, Place, Worker, WorkerLostError
 from harness.run.executors.disk import Disk
+from harness.run.executors.here import Here
 from harness.run.executors.host import Host, describe, inspect
 from harness.run.executors.script_process import ScriptProcess
 from harness.run.executors.script_worker import ScriptWorker
@@ -57,30 +58,17 @@ def python_of(host: Host | None) -> str:
         return sys.executable
 
 
-class ScriptExecutor:
-    """Implements `Executor`; `label` names the side of an A/B in the names of folders."""
+class ScriptExecutor(Here):
+    """Implements `Executor`."""
 
-    def __init__(self, *, host: Host | None = None, label: str = "") -> None:
+    def __init__(self, *, host: Host | None = None) -> None:
         self._host = host
-        self._label = label
         self._python: str | None = None
         self._threads = 1
         self._disk: Disk | None = None
         self._snapshots: dict[Path, Path] = {}
         self._homes: dict[str, Path] = {}
         """The folder that a trial's process has to itself."""
-
-    def machine(self) -> Machine:
-        """The present one."""
-        return provenance.probe_machine()
-
-    def device_id(self) -> str:
-        """The CPU, all of it, or the card by its own number."""
-        return provenance.device_id()
-
-    def free_bytes(self) -> int | None:
-        """On its device, or in this container, now."""
-        return provenance.free_bytes(self.machine())
 
     def facts(self) -> Facts:
         """Of the machine, and of the interpreter if that is not the present one. Raises `UsageError`."""
@@ -188,5 +176,6 @@ def _free_port() -> int:
 
 
 def open_executor(*, host: Host | None = None, label: str = "") -> Executor:
-    """What `harness.run.executors.open_executor` asks of its module."""
-    return ScriptExecutor(host=host, label=label)
+    """What `harness.run.executors.open_executor` asks of its module. No file of a script's is named by its side, so the
+    label is not needed."""
+    return ScriptExecutor(host=host)

@@ -15,13 +15,13 @@ from harness.attach.follower import StepReading
 from harness.machine.processes import exit_words
 from harness.records import codec
 from harness.records.record import Status
+from harness.records.refusals import says_out_of_memory
 from harness.run.executors.script_process import END_TIMEOUT_S, ScriptProcess
 
 STOP_TIMEOUT_S = 60.0
 """A training that was told to take no further step ends in this time, or is ended by force, which is said."""
 MOST_SAID = 8000
 """Characters of what a script printed before it died that its record keeps; the log has all."""
-_OUT_OF_MEMORY = ("OutOfMemoryError", "out of memory", "can't allocate memory", "MemoryError", "std::bad_alloc")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +41,8 @@ class Begun:
     torch: str | None = None
     cuda: bool = False
     """Whether it computes on a card."""
+    memory: dict[str, int] = field(default_factory=dict)
+    """Peaks until then, by their names in a record."""
 
 
 class EndedError(Exception):
@@ -86,7 +88,7 @@ class Script:
         return read
 
     def peaks(self, timeout_s: float) -> dict[str, int]:
-        """Bytes of its device since its first step, by kind."""
+        """Bytes since its first step, by their names in a record."""
         self.process.tell({"do": "peaks"})
         return codec.from_json(dict[str, int], self._hear(timeout_s).get("peaks"), "peaks of the script")
 
@@ -171,4 +173,4 @@ def _last_line(said: str) -> str:
 
 
 def _status_of(said: str) -> Status:
-    return "oom" if any(words in said for words in _OUT_OF_MEMORY) else "crashed"
+    return "oom" if says_out_of_memory(said) else "crashed"

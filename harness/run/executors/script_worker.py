@@ -12,26 +12,26 @@ do next was not asked for.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from harness.attach.endings import loss_not_finite
 from harness.attach.follower import StepReading
+from harness.attach.samples import timed_samples, untimed_samples
 from harness.errors import UsageError
 from harness.records import codec
 from harness.records.record import Failure, Fragment, Notice
+from harness.records.required import judge_required
 from harness.run.executors import WorkerLostError
 from harness.run.executors.channel import GarbledError
-from harness.run.executors.readings import judge_losses, timed_samples, untimed_samples
 from harness.run.executors.script_process import ScriptProcess
 from harness.run.executors.script_talk import Begun, EndedError, Script
 from harness.run.executors.script_watch import ScriptWatch
 from harness.stats import is_steady
 from harness.studies.request import TrialRequest
 
-STEADY_WINDOW = 3
-"""Steps that must show no more downward trend before a warm-up ends, as in every trial."""
 WARMUP = ("warmup_loss", "warmup_real_tokens")
 """Samples of the steps before the timed ones."""
 BEFORE_WARMUP = 2
@@ -63,7 +63,7 @@ class ScriptWorker:
         except EndedError as ended:
             self._kill()
             failure = Failure(phase=command, kind=ended.kind, message=ended.message, traceback=ended.traceback)
-            partial = timed_samples(ended.partial) if command == "turn" and ended.partial else {}
+            partial = timed_samples([ended.partial]) if command == "turn" and ended.partial else {}
             return Fragment(samples=partial).failed(ended.status, failure)
         except (GarbledError, UsageError) as error:
             self._kill()
@@ -100,15 +100,12 @@ class ScriptWorker:
                 "longer (it is stopped when it has taken them), or ask for fewer turns in [protocol].",
             )
         self._watch = ScriptWatch(begun.cuda)
-        loading = _peak_of(begun.pid)
-        _reset_peak(begun.pid)
         names = ("threads", "trainable_parameters", "total_parameters", "accumulation", "ranks")
         values = {name: float(value) for name in names if (value := getattr(begun, name)) is not None}
         tokens: dict[str, Any] = {"source": begun.source}
         if begun.trainable_dtypes:
             tokens["trainable_dtype"] = ", ".join(sorted(begun.trainable_dtypes))
-        memory = {} if loading is None else {"host_peak_load_bytes": loading}
-        return Fragment(values=values | {"ready_time_s": ready_time_s}, tokens=tokens, memory=memory)
+        return Fragment(values=values | {"ready_time_s": ready_time_s}, tokens=tokens, memory=begun.memory)
 
     def _do_verify(self) -> Fragment:
         first, required = self._take(1), self._asked.requirements
@@ -124,7 +121,10 @@ class ScriptWorker:
             ),
             taken,
         )
-        return fragment if fragment.status != "ok" else self._judge_checks(fragment)
+        if fragment.status != "ok":
+            return fragment
+        name, allowed = self._asked.variant.name, self._asked.allow_fallback
+        return judge_required(fragment, required, name=name, allow_fallback=allowed)
 
     def _do_warm_up(self) -> Fragment:
         protocol = self._asked.protocol
@@ -133,11 +133,11 @@ class ScriptWorker:
         while len(times) < self._warmup_steps_max():
             taken += self._take(1)
             times.append(taken[-1].step_time_s)
-            if len(times) >= protocol.warmup_steps_min and is_steady(times, STEADY_WINDOW):
+            if len(times) >= protocol.warmup_steps_min and is_steady(times):
                 break
         fragment = Fragment(
             samples={"warmup_step_time_s": tuple(times), **untimed_samples(*WARMUP, taken)},
-            values={"warmup_steady": float(is_steady(times, STEADY_WINDOW))},
+            values={"warmup_steady": float(is_steady(times))},
         )
         return judge_losses(fragment, taken)
 
@@ -145,7 +145,7 @@ class ScriptWorker:
         watch = self._watch or ScriptWatch(False)
         watch.begin()
         taken = self._take(steps)
-        return judge_losses(Fragment(samples=timed_samples(taken), values=watch.end()), taken)
+        return judge_losses(Fragment(samples=timed_samples([taken]), values=watch.end()), taken)
 
     def _do_finish_training(self, steps: int | None = None) -> Fragment:
         last = BEFORE_WARMUP - 1 + (self._asked.protocol.total_steps if steps is None else steps)
@@ -157,7 +157,7 @@ class ScriptWorker:
         try:
             while self._script.steps < last:
                 taken += self._take(1)
-            memory = self._peaks()
+            memory = self._script.peaks(self._timeout_s)
             notices = self._stopped(self._script.stop())
         except EndedError as ended:
             if ended.kind != "EndedEarly":
@@ -203,32 +203,6 @@ class ScriptWorker:
         left = None if planned is None else planned - BEFORE_WARMUP - protocol.turns * protocol.steps_per_turn
         return protocol.warmup_steps_max if left is None else min(protocol.warmup_steps_max, left)
 
-    def _peaks(self) -> dict[str, int]:
-        device = self._script.peaks(self._timeout_s)
-        host = _peak_of(self._begun.pid) if self._begun is not None else None
-        return device | ({} if host is None else {"host_peak_train_bytes": host})
-
-    def _judge_checks(self, fragment: Fragment) -> Fragment:
-        """Invalid where a path that the study requires was not seen to run; what was not looked at did not."""
-        required = self._asked.requirements
-        seen = {str(check["path"]): check for check in fragment.checks}
-        failed = [
-            f"{path}: required {value!r}, " + str(seen[path].get("reason") if path in seen else "no step was watched")
-            for path, value in required.items()
-            if path not in seen or seen[path].get("status") != "active"
-        ]
-        if not failed:
-            return fragment
-        said = "; ".join(failed)
-        if self._asked.allow_fallback:
-            notice = Notice(
-                code="fallback-allowed",
-                message=f"{self._asked.variant.name}: measured although not what is required: {said}",
-                remedy="Rank it under what really ran, or set allow_fallback = false in the study.",
-            )
-            return fragment.with_notice(notice)
-        return fragment.failed("invalid", Failure(phase="verify", kind="RequiredPathNotActive", message=said))
-
     def _ended_early(self) -> Notice:
         return Notice(
             code="ended-early",
@@ -249,15 +223,9 @@ class ScriptWorker:
         return (notice,)
 
 
-def _reset_peak(pid: int) -> None:
-    with contextlib.suppress(OSError):  # a kernel without it: then the peak is that of the loading as well
-        Path(f"/proc/{pid}/clear_refs").write_text("5")
-
-
-def _peak_of(pid: int) -> int | None:
-    """VmHWM: the peak of the resident set since it was reset; None where the process is gone."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return None
+def judge_losses(fragment: Fragment, readings: Sequence[StepReading]) -> Fragment:
+    """The fragment, as that of an invalid trial where a loss is not finite."""
+    for reading in readings:
+        if reading.loss is not None and not math.isfinite(reading.loss):
+            return fragment.failed("invalid", loss_not_finite(reading))
+    return fragment

@@ -26,7 +26,7 @@ from harness.attach.turns import SOCKET
 from harness.errors import UsageError
 from harness.records.record import Notice
 from harness.records.units import first_few, format_bytes
-from harness.studies.script import split_command
+from harness.studies.script import PYTHON, split_command
 from harness.studies.variant import Variant
 
 LARGE_BYTES = 64 * 2**20
@@ -57,8 +57,6 @@ _QUIET: Mapping[str, str] = {
 _PORTS = ("MASTER_PORT", "PET_MASTER_PORT")
 _PORT_OPTIONS = ("--main_process_port", "--main-process-port", "--master_port", "--master-port", "--rdzv_endpoint")
 _WRITING = re.compile(r"--?(output|save|log|checkpoint|export|result)[\w-]*(dir|path|folder|file)?|-o")
-_PYTHON = re.compile(r"python(\d+(\.\d+)?t?)?")
-
 
 How = Literal["folder", "copy", "link", "large"]
 """What becomes of an entry of a script's folder: made anew · copied · linked, because it is only read · linked, because
@@ -162,13 +160,13 @@ def words_of(variant: Variant, python: str, variables: Mapping[str, str], folder
         raise UsageError(
             f"variant {variant.name!r}: python = {variant.python!r}: no executable file. Name ENVIRONMENT/bin/python."
         )
-    if _PYTHON.fullmatch(words[0]):
+    if PYTHON.fullmatch(words[0]):
         words[0] = variant.python or python
     elif (found := _which(words[0], variables, folder)) is not None:
         words[0] = found
     else:
         raise UsageError(f"{where}: no program {words[0]!r} on PATH. Install it, or write its path.")
-    if _PYTHON.fullmatch(PurePath(words[0]).name):
+    if PYTHON.fullmatch(PurePath(words[0]).name):
         script = next((word for word in words[1:] if not word.startswith("-")), None)
         if script is not None and script == words[1] and not (folder / script).exists():
             raise UsageError(f"{where}: no file {script!r} in {folder}. Name its folder as cwd, or mend the path.")

@@ -31,9 +31,9 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from harness.errors import LorameterError, impossible, said_by, shorten
 from harness.models import catalogue
 from harness.models.catalogue import ModelSource
+from harness.records.refusals import is_out_of_memory
 from harness.studies.variant import Variant
 from harness.trial.data.tokenizers import gguf_tokenizer
-from harness.trial.failure import is_out_of_memory
 
 
 def load_base(source: ModelSource, variant: Variant, *, device: str, seed: int) -> transformers.PreTrainedModel:

@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
+from harness.machine.memory import MemoryGauge, host_bytes
 from harness.records.memory_account import MemoryAccount, MemoryPhase, in_order
-from harness.trial.memory import MemoryGauge, host_bytes, resident_tensors, storage_bytes
+from harness.trial.memory import resident_tensors, storage_bytes
 from harness.trial.process import give_back_free, resident_now
 from harness.trial.profiling.live import LiveTensors
 from harness.trial.profiling.pages import Pages, read_pages

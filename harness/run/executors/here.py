@@ -1,0 +1,22 @@
+"""What an executor that measures on the present machine answers for it."""
+
+from __future__ import annotations
+
+from harness.machine import provenance
+from harness.machine.provenance import Machine
+
+
+class Here:
+    """The part of `Executor` that knows the machine."""
+
+    def machine(self) -> Machine:
+        """The present one."""
+        return provenance.probe_machine()
+
+    def device_id(self) -> str:
+        """The CPU, all of it, or the card by its own number."""
+        return provenance.device_id()
+
+    def free_bytes(self) -> int | None:
+        """On its device, or in this container, now."""
+        return provenance.free_bytes(self.machine())
