@@ -150,9 +150,11 @@ def cases(model: str) -> Iterator[Case]:
             requirements=PADDED if layout == "padded" else {},
         )  # fmt: skip
     seen = set()
-    machine = probe_machine().kind
+    machine = probe_machine()
     for name in builtin_studies():
-        study = load_study(name, device=machine)
+        study = load_study(name, device=machine.kind)
+        if study.engine is not None and study.engine.obstacle(machine.device):
+            continue
         own = study.workload
         workload = own if model == own.model else dataclasses.replace(own, model=model, **SHORT)
         for variant in study.variants:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.commands.options import add_options
 from harness.commands.output import print_json
+from harness.commands.run_scripts import SCRIPT_OPTIONS, add_script_options, study_of_options
 from harness.errors import EXIT_INVALID, EXIT_PASS, UsageError
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def add_commands(commands: Any, common: Any) -> None:
     )
     run.add_argument("--precision", type=float, metavar="F", help="stop when every interval is within ±F of its ratio")
     add_options(run.add_argument, "max-minutes", "allow-disturbed", "if-busy")
+    add_script_options(run)
     run.add_argument("--resume", metavar="RUN", help="go on with a run that broke off, by its own study and plan")
     run.add_argument("--dry-run", action="store_true", help="show the plan and what it will take, and measure nothing")
     common(run)
@@ -54,7 +56,6 @@ def run_study(options: argparse.Namespace) -> int:
     from harness.run.device import hold_device
     from harness.run.executors import open_executor
     from harness.run.measure import measure, plan_study
-    from harness.studies.study_file import load_study
 
     if options.resume:
         return run_resumed(options)
@@ -64,7 +65,7 @@ def run_study(options: argparse.Namespace) -> int:
         raise UsageError("--effort and --replicates both set the replicates. Give one of them.")
     executor, runs = open_executor(), store.runs_dir(options.runs_dir, make=not options.dry_run)
     machine = executor.machine()
-    study = load_study(options.study, profile=options.profile, device=machine.kind).with_overrides(
+    study = study_of_options(options, machine.kind).with_overrides(
         model=options.model,
         data=options.data,
         effort=options.effort,
@@ -83,6 +84,7 @@ def run_study(options: argparse.Namespace) -> int:
             phases=options.phase or study.protocol.phases,
             interleaving=options.interleave,
             runs=runs,
+            shown_only=options.dry_run,
         )
 
     plan, notices = make()
@@ -103,7 +105,7 @@ def run_resumed(options: argparse.Namespace) -> int:
     from harness.commands.resume import go_on
     from harness.run.resume import SETTLED_OPTIONS
 
-    run = go_on(options, SETTLED_OPTIONS)
+    run = go_on(options, (*SETTLED_OPTIONS, *SCRIPT_OPTIONS))
     if run is None:
         return EXIT_PASS
     if run.manifest.sides:
@@ -137,13 +139,17 @@ def _show(run: Run, options: argparse.Namespace) -> int:
 
 
 def _dry_run(plan: Any, machine: Any, notices: Any, runs: Path, *, as_json: bool) -> int:
-    from harness.run.forecast import forecast
+    from harness.run.feasibility import NOT_HERE
+    from harness.run.forecast import Forecast, forecast
     from harness.studies.data_source import SYNTHETIC
     from harness.studies.script import OWN
     from harness.studies.workload import LOSSES
     from harness.trial.data.records import look_into
 
     expected = forecast(plan, machine, runs)
+    if any(notice.code == NOT_HERE for notice in notices):  # what it would take on another machine is not known here
+        why = "it cannot be measured on this machine"
+        expected = Forecast(time_s=None, basis=why, memory_bytes=None, disk_bytes=expected.disk_bytes, unknown=why)
     workload = plan.study.workload
     own = workload.data in (SYNTHETIC, OWN)
     data = None if own else f"{look_into(workload)}; {LOSSES[workload.loss]}"

@@ -14,7 +14,7 @@ import math
 import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,8 @@ LIBRARIES = (
     "numpy",
     "lorameter",
 )
+OF_ENGINES = ("liger-kernel",)
+"""Distributions of engines, beside those: a run of the engine's study says the version, and no other run does."""
 FINGERPRINT = ("device", "device_name", "driver", "cuda", "cpu_model", "threads", "python", "libraries", "workload")
 """Fields of the provenance that must agree for two runs to be compared."""
 POWER_LIMIT = "power_limit_w"
@@ -118,6 +120,8 @@ class Facts:
     host: dict[str, Any] | None = None
     """What another interpreter than the present one says of itself (`executors.host.describe`), in place of the same
     names here; None for the present one."""
+    of_engines: dict[str, str | None] = field(default_factory=dict)
+    """Versions of `OF_ENGINES` in the present interpreter."""
 
 
 def read_facts(machine: Machine, host: dict[str, Any] | None = None) -> Facts:
@@ -128,6 +132,7 @@ def read_facts(machine: Machine, host: dict[str, Any] | None = None) -> Facts:
         libraries={name: library_version(name) for name in LIBRARIES},
         git=git_state(Path.cwd()),
         host=host,
+        of_engines={name: library_version(name) for name in OF_ENGINES},
     )
 
 
@@ -153,7 +158,17 @@ def collect(
         "git": facts.git,
         "worker": {key: getattr(hello, key, None) for key in ("device", "torch", "import_time_s", "harness")},
         **(facts.host or {}),
+        **_engine(study, facts),
     }
+
+
+def _engine(study: Study, facts: Facts) -> dict[str, Any]:
+    """The version of what a study's engine comes with, where no other field has it."""
+    package = "" if study.engine is None else study.engine.package
+    if not package or package in LIBRARIES:
+        return {}
+    known: Mapping[str, Any] = facts.of_engines if facts.host is None else facts.host.get("packages", {})
+    return {"engine": {package: known.get(package)}}
 
 
 def harness_identity() -> str:

@@ -45,6 +45,7 @@ def describe_claims(report: ClaimsReport) -> Document:
     return (
         Section(title=report.title, lines=say_each([_held(report)]), apart=False),
         *describe_verdicts(report),
+        *list_sections({"Machine and versions": tuple(_place(report))}),
         *list_sections({"Differs from the study as written": report.deviations, "Notes": report.notes}),
         *([] if report.valid else [say(failed, indented=False, apart=True)]),
     )
@@ -58,6 +59,13 @@ def describe_verdicts(report: ClaimsReport) -> Document:
     return (
         Table(title="Claims", heads=_HEADS, rows=rows, notes=(legend,), apart=True),
         *list_sections({control: tuple(_controls(report)), "Length of the answers": tuple(_answers(report))}),
+        *list_sections(
+            {
+                "Proof (what kernels_check saw)": tuple(_proof(report)),
+                "Differs beside the engine": report.engine.differs if report.engine else (),
+                "Sources": tuple(_sources(report)),
+            }
+        ),
     )
 
 
@@ -105,6 +113,32 @@ def _answers(report: ClaimsReport) -> Iterator[str]:
                 f"the number of tokens explains {_share(share)} of the variance of request time between {of} "
                 f"({share.replicates} replicates, {share.points} points)"
             )
+
+
+def _proof(report: ClaimsReport) -> Iterator[str]:
+    """A line for each path that must show that the engine ran in its variant and there alone."""
+    for one in report.engine.proof if report.engine else ():
+        yield f"{one.path}: {one.found} ({one.reason})"
+
+
+def _sources(report: ClaimsReport) -> Iterator[str]:
+    """Each page once, with the claims that it makes."""
+    pages: dict[str, list[str]] = {}
+    for claim in report.claims:
+        if claim.source:
+            pages.setdefault(claim.source, []).append(claim.id)
+    for page, ids in pages.items():
+        yield f"{', '.join(ids)}: {page}"
+
+
+def _place(report: ClaimsReport) -> Iterator[str]:
+    """Where an engine was tried, and with what; a run's own report says so at its head."""
+    if report.engine is None:
+        return
+    yield report.engine.machine
+    yield ", ".join(f"{name} {version}" for name, version in report.engine.versions.items() if version)
+    for name, command in report.engine.commands.items():
+        yield f"{name}: {command}"
 
 
 def _share(share: Share) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from harness.machine.provenance import power_limit_w
 from harness.records import codec
-from harness.records.metrics import METRICS, PEAKS, PHASE_TITLES, Phase, columns_of
+from harness.records.metrics import BIRTH, METRICS, PEAKS, PHASE_TITLES, Phase, columns_of
 from harness.records.record import Notice
 from harness.records.store import Run
 from harness.records.units import format_bytes
@@ -32,7 +32,6 @@ from harness.verdicts.standing import Standing, ratios_of, standing_of
 
 TAIL = 0.95
 """The high percentile of warm requests that is shown where the samples support it."""
-BIRTH = "host_baseline_bytes"
 """What a trial's process holds before it does anything."""
 
 

@@ -73,6 +73,11 @@ def plan_ab(
         raise UsageError(
             f"study {study.name}: extra work goes into adapters of lorameter's own, and a script has none of them."
         )
+    if study.own_workloads:
+        raise UsageError(
+            f"study {study.name}: its variants differ in what they are trained on, and an A/B compares two sides of "
+            f"one variant on one workload. Measure it with `lorameter run {study.name}`."
+        )
     study = study if study.of_scripts else _locate(study)
     variants = [study.variant(name) for name in dict.fromkeys(select)] or list(study.variants)
     contenders = sides_of(study, variants, injected_rows=injected_rows, command=command)

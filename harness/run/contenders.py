@@ -55,12 +55,12 @@ def contenders_of(
     Args:
         study: its variants and the workload on which they meet.
         select: names of variants; empty for all.
-        own_workloads: workloads of variants that are not measured on the study's, by name.
+        own_workloads: workloads of variants that are not measured on the study's, by name; the study's own if left out.
 
     Raises:
         UsageError: an unknown variant, a workload of another model or data, or two variants that are one.
     """
-    own = own_workloads or {}
+    own = study.own_workloads if own_workloads is None else own_workloads
     _check_own(study, own)
     study.check_distinct(own)
     chosen = {study.variant(name).name for name in select} or {variant.name for variant in study.variants}

@@ -28,12 +28,19 @@ from harness.trial.data.records import look_into
 
 ERRS_BY = 0.10
 """How far an estimate of memory may be from the peak: within it nothing is refused, and beyond it nothing is safe."""
+NOT_HERE = "needs-gpu"
+"""Code of the notice of a plan that is only shown: its engine needs another device than there is."""
 NF4_BLOCK = 64
 """Elements per quantisation block, bitsandbytes' default."""
 
 
 def check_feasible(
-    study: Study, machine: Machine, contenders: Sequence[Contender] = (), *, free_bytes: int | None = None
+    study: Study,
+    machine: Machine,
+    contenders: Sequence[Contender] = (),
+    *,
+    free_bytes: int | None = None,
+    shown_only: bool = False,
 ) -> tuple[Notice, ...]:
     """Refuse a study that this model or machine cannot run.
 
@@ -42,6 +49,7 @@ def check_feasible(
         machine: where.
         contenders: those selected; all if left out.
         free_bytes: memory that is free there now; None where it is not known.
+        shown_only: whether the plan is only looked at: that an engine needs another device is then a notice.
 
     Returns:
         Notices for what runs but should be known.
@@ -49,10 +57,11 @@ def check_feasible(
     Raises:
         UsageError: naming study, variant, key, value and remedy.
     """
+    elsewhere = _check_engine(study, machine, shown_only)
     if study.of_scripts:
         _check_requirements(study)
         commands = {one.variant.id: one.variant for one in contenders or contenders_of(study)}
-        return tuple(notice for one in commands.values() for notice in shared_notices(one, Path.cwd()))
+        return (*elsewhere, *(notice for one in commands.values() for notice in shared_notices(one, Path.cwd())))
     source = catalogue.resolve(study.workload.model)
     shape, stored = shapes.shape(source), stored_dtype(source)
     contenders = contenders or contenders_of(study)
@@ -60,11 +69,14 @@ def check_feasible(
         _check_lengths(study.name, workload, shape)
     look_into(study.workload)
     _check_requirements(study)
+    if elsewhere:
+        return elsewhere
     unknown = unknown_layers(shape)
     notices: list[Notice] = []
     for variant, workload in {one.variant.name: (one.variant, one.workload) for one in contenders}.values():
         where = f"study {study.name}, variant {variant.name!r}"
         _check_attention(where, variant, machine)
+        _check_liger(where, variant, machine)
         if variant.tf32 and machine.device == "cpu":
             raise UsageError(f"{where}: tf32 = True: a CPU has no TF32. Leave it out here.")
         notices += _paged_notices(variant, machine, shape)
@@ -87,6 +99,15 @@ def check_feasible(
             )
         )
     return tuple(notices)
+
+
+def _check_engine(study: Study, machine: Machine, shown_only: bool) -> tuple[Notice, ...]:
+    """Refuses a study of an engine that needs another device; where the plan is only shown, a notice says so."""
+    obstacle = "" if study.engine is None else study.engine.obstacle(machine.device)
+    if obstacle and not shown_only:
+        raise UsageError(f"study {study.name}: {obstacle}.")
+    remedy = f"lorameter run {study.name} there; nothing of this plan would be measured here."
+    return (Notice(code=NOT_HERE, message=f"{obstacle}.", remedy=remedy),) if obstacle else ()
 
 
 def layers_notice(model: str, unknown: str) -> Notice:
@@ -174,6 +195,18 @@ def _check_attention(where: str, variant: Variant, machine: Machine) -> None:
         raise UsageError(
             f"{where}: attention = 'flash_attention_2': the package flash-attn is not installed. "
             'Run pip install "lorameter[flash-attn]", or use attention = "sdpa".'
+        )
+
+
+def _check_liger(where: str, variant: Variant, machine: Machine) -> None:
+    if variant.liger_kernel and machine.device == "cpu":
+        raise UsageError(
+            f"{where}: liger_kernel = True: its kernels are Triton's, which need a GPU, and this machine measures on "
+            "the CPU. Leave it out here."
+        )
+    if variant.liger_kernel and importlib.util.find_spec("liger_kernel") is None:
+        raise UsageError(
+            f"{where}: liger_kernel = True: the package liger-kernel is not installed. Run pip install liger-kernel."
         )
 
 

@@ -81,6 +81,8 @@ def shared_base_obstacle(variants: Sequence[Variant]) -> str | None:
             return f"{label}: bias = {variant.bias!r} trains the base's own biases"
         if variant.compile:
             return f"{label}: compile = True would recompile for every adapter, and fall back at its limit"
+        if variant.liger_kernel:
+            return f"{label}: liger_kernel = True swaps functions of the architecture for the whole process"
         differing = sorted(set(variant.differences(first)) - ADAPTER_FIELDS)
         if differing:
             return f"{label} differs from {first.name or first.id} in {', '.join(differing)}"

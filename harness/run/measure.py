@@ -66,6 +66,7 @@ def plan_study(
     interleaving: str | None = None,
     runs: Path | None = None,
     own_workloads: Mapping[str, Workload] | None = None,
+    shown_only: bool = False,
 ) -> tuple[Plan, tuple[Notice, ...]]:
     """The plan of a study on this machine, at the finest level that its variants and the memory allow.
 
@@ -77,14 +78,15 @@ def plan_study(
         phases: what to measure of them.
         interleaving: a level to use instead.
         runs: folder of earlier runs, whose measured peaks say what fits together.
-        own_workloads: workloads of variants that are not measured on the study's, by name.
+        own_workloads: workloads of variants that are not measured on the study's, by name; the study's own if left out.
+        shown_only: whether the plan is only looked at: that an engine needs another device is then a notice.
 
     Raises:
         UsageError: anything that cannot work.
     """
     contenders = contenders_of(study, select, own_workloads)
     workloads = workloads_of(study, contenders)
-    notices = check_feasible(study, machine, contenders, free_bytes=free_bytes)
+    notices = check_feasible(study, machine, contenders, free_bytes=free_bytes, shown_only=shown_only)
     together = total_of(
         together_bytes([one.variant for one in contenders if one.workload == workload], workload, machine, runs)
         for workload in workloads

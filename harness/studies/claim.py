@@ -7,7 +7,8 @@ original = "3.48 s at alpha 16, 2.56 s at alpha 256"        # what the source pu
 parts = [{ rule = "trend-down", axis = "lora_alpha", metric = "request_time_s" }]
 
 A claim is the conjunction of its parts: supported if every part is, refuted if one part is. `harness.verdicts.claims`
-judges.
+judges. The axis `engine` has two levels, the reference and the variant that has the study's engine
+(`harness.studies.engine`); three rules are about it alone.
 """
 
 from __future__ import annotations
@@ -16,25 +17,33 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from harness.errors import UsageError
+from harness.records import codec
 from harness.records.metrics import METRICS
 
+ENGINE = "engine"
+"""The axis of a study's engine."""
+PEAK = "peak_memory"
+"""The peak of memory in training: of the device's allocator, or of a process on a CPU; for "lowers"."""
+
 Rule = Literal[
-    "trend-up", "trend-down", "no-trend", "equal", "differs", "highest", "lowest", "best", "largest-effect", "rises"
-]
+    "trend-up", "trend-down", "no-trend", "equal", "differs", "highest", "lowest", "best", "largest-effect", "rises",
+    "faster", "lowers", "costs-at-most",
+]  # fmt: skip
 """trend-up, trend-down: the metric rises (falls) along the axis by more than the tolerance from the first level to the
 last, by a straight line through all levels · no-trend: that line changes by no more than the margin · equal: all levels
 lie within the margin of each other · differs: the two `levels` differ by more than the tolerance · highest, lowest: the
 one level of `levels` is above (below) every other by more than the tolerance · best: the one level of `levels` has the
 lowest weighted sum of log `metrics` of all levels · largest-effect: the line changes more along `axis` than along each
 axis of `against`, in either direction · rises: a counted quantity (parameters, bytes) is larger at every level than at
-the one before, exactly.
+the one before, exactly · faster: with the engine as much is done in less time, more than 1 + `by` times as fast ·
+lowers: the metric falls by more than the share `by` · costs-at-most: the metric rises by no more than the share `by`.
 
-A rule has one limit, the tolerance of an effect or the margin of an equality, and its negation is what lies on the
-limit's other side. So "differs" is refuted where two levels are within the tolerance, not within the margin: a real
-difference of 3 % would else be refuted by few replicates and supported by many."""
+A rule has one limit, the tolerance of an effect, the margin of an equality or what was promised, and its negation is
+what lies on the limit's other side. So "differs" is refuted where two levels are within the tolerance, not within the
+margin: a real difference of 3 % would else be refuted by few replicates and supported by many."""
 
 _LEVELS: dict[Rule, int] = {"differs": 2, "highest": 1, "lowest": 1, "best": 1}
-_LIMITED: dict[Rule, Literal["tolerance", "margin"]] = {
+_LIMITED: dict[Rule, Literal["tolerance", "margin", "by"]] = {
     "trend-up": "tolerance",
     "trend-down": "tolerance",
     "differs": "tolerance",
@@ -42,7 +51,12 @@ _LIMITED: dict[Rule, Literal["tolerance", "margin"]] = {
     "lowest": "tolerance",
     "no-trend": "margin",
     "equal": "margin",
+    "faster": "by",
+    "lowers": "by",
+    "costs-at-most": "by",
 }
+OF_ENGINES: tuple[Rule, ...] = ("faster", "lowers", "costs-at-most")
+"""Rules that compare the variant with the engine with the reference."""
 LINEAR: tuple[Rule, ...] = ("trend-up", "trend-down", "no-trend", "equal", "largest-effect")
 """Rules that lay a line through the levels ("equal" for its estimate), and so use the scale."""
 COUNTED = ("trainable_parameters", "adapter_bytes", "optimizer_state_bytes")
@@ -70,6 +84,9 @@ class Part:
     """Smallest effect worth the word, a fraction; of no use to "no-trend", "equal" and what has no limit."""
     margin: float = 0.05
     """Within it two things count as equal, a fraction; for "no-trend" and "equal"."""
+    by: float = field(default=0.01, metadata=codec.LATER)
+    """What is promised of an engine, a fraction: 0.2 is 1.2 times as fast, a metric that falls to 0.8, or one that
+    rises to 1.2 at most. A promise without a figure takes what is worth the word, 1 %."""
 
     def __post_init__(self) -> None:
         where = f"claim part {self.rule!r} on {self.axis!r}"
@@ -84,7 +101,7 @@ class Part:
             raise UsageError(f"{where}: against = {list(self.against)}: needed by 'largest-effect', and by it only.")
         if self.axis in self.against:
             raise UsageError(f"{where}: against = {list(self.against)}: holds the axis itself. Leave it out.")
-        known = COUNTED if self.rule == "rises" else tuple(METRICS)
+        known = COUNTED if self.rule == "rises" else (*METRICS, *([PEAK] if self.rule == "lowers" else []))
         for name in self.metrics or (self.metric,):
             if name not in known:
                 raise UsageError(f"{where}: metric {name!r}: not known for this rule. Known: {', '.join(known)}.")
@@ -93,11 +110,25 @@ class Part:
                 f"{where}: tolerance = {self.tolerance}, margin = {self.margin}: 0 <= tolerance <= margin < 1 expected."
             )
 
+        self._check_engine(where)
+
+    def _check_engine(self, where: str) -> None:
+        if self.rule not in OF_ENGINES:
+            return
+        if self.axis != ENGINE:
+            raise UsageError(f'{where}: the rule is about an engine. Write axis = "{ENGINE}".')
+        if self.rule == "faster" and (METRICS[self.metric].unit != "s" or METRICS[self.metric].higher_is_better):
+            raise UsageError(f"{where}: metric {self.metric!r}: no time. Name one, such as step_time_s.")
+        if not 0 < self.by < (1 if self.rule == "lowers" else 1000):
+            raise UsageError(
+                f"{where}: by = {self.by}: no share that can be promised. 0.2 is 20 %; nothing falls by 1 or more."
+            )
+
     @property
     def limit(self) -> tuple[str, float]:
         """What the rule's limit is called and its value, a fraction; "" and 0 for rules without one."""
         name = _LIMITED.get(self.rule)
-        return (name, self.tolerance if name == "tolerance" else self.margin) if name else ("", 0.0)
+        return (name, float(getattr(self, name))) if name else ("", 0.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,6 +142,8 @@ class Claim:
     """What the source of the claim published."""
     pretrained: bool = False
     """Whether it says nothing of a model with random weights (a loss)."""
+    source: str = field(default="", metadata=codec.LATER)
+    """The page that says so, and the day on which it was read."""
 
     def __post_init__(self) -> None:
         if not self.id or not self.says or not self.parts:

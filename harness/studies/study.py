@@ -14,8 +14,10 @@ from pathlib import PurePath
 from typing import Any
 
 from harness.errors import UsageError
+from harness.records import codec
 from harness.studies import limits
-from harness.studies.claim import LINEAR, Claim
+from harness.studies.claim import ENGINE, LINEAR, Claim
+from harness.studies.engine import Engine
 from harness.studies.protocol import PRECISION_REPLICATES, Protocol
 from harness.studies.script import check_scripts
 from harness.studies.variant import Variant
@@ -41,6 +43,8 @@ class Study:
     """Name of the profile that fitted the study to a machine."""
     replaced: dict[str, Any] = field(default_factory=dict)
     """Values of the study as written that a profile or an option has replaced, by field: `workload.batch_size`."""
+    engine: Engine | None = field(default=None, metadata=codec.LATER)
+    """Whose promises it is about, where it is about an engine's."""
 
     def __post_init__(self) -> None:
         limits.check_name("study", self.name)
@@ -65,6 +69,7 @@ class Study:
                 raise UsageError(f"study {self.name}: replaced = {key!r}: no field of it. Take it out.")
         if any(variant.command for variant in self.variants):
             check_scripts(self)
+        self._check_engine()
         self._check_claims()
 
     @property
@@ -72,10 +77,19 @@ class Study:
         """Whether its variants are commands, which bring model, data and training themselves."""
         return bool(self.variants[0].command)
 
+    @property
+    def own_workloads(self) -> dict[str, Workload]:
+        """Workloads of variants that are not measured on the study's, by name: that of the engine, where it is one of
+        the workload."""
+        if self.engine is None or not self.engine.workload:
+            return {}
+        return {self.engine.variant: self.engine.workload_of(self.workload)}
+
     def check_distinct(self, own_workloads: Mapping[str, Workload] | None = None) -> None:
         """Raises `UsageError` where two variants are the same configuration on the same workload; `own_workloads` are
-        those of variants that are not measured on the study's, by name."""
-        own, by_content = own_workloads or {}, dict[tuple[str, Workload], str]()
+        those of variants that are not measured on the study's, by name, the study's own if left out."""
+        own = self.own_workloads if own_workloads is None else own_workloads
+        by_content = dict[tuple[str, Workload], str]()
         for variant in self.variants:
             content = (variant.id, own.get(variant.name, self.workload))
             same = by_content.setdefault(content, variant.name)
@@ -85,6 +99,23 @@ class Study:
                     "configuration. Remove one; the harness adds an A/A control by itself."
                 )
 
+    def _check_engine(self) -> None:
+        if self.engine is None:
+            return
+        where = f"study {self.name}, [engine]"
+        if self.engine.variant not in [variant.name for variant in self.variants]:
+            raise UsageError(
+                f"{where}: variant = {self.engine.variant!r}: "
+                f"{unknown(self.engine.variant, [variant.name for variant in self.variants])}"
+            )
+        if self.engine.variant == self.reference:
+            raise UsageError(
+                f"{where}: variant = {self.engine.variant!r}: the reference. Name the one with the engine."
+            )
+        if self.engine.workload and self.of_scripts:
+            raise UsageError(f"{where}: workload: the variants are commands, whose batches are theirs. Leave it out.")
+        self.engine.workload_of(self.workload)
+
     def _check_claims(self) -> None:
         ids = Counter(claim.id for claim in self.claims)
         levels = {axis: self.levels(axis) for axis in dict.fromkeys(axis for one in self.claims for axis in one.axes)}
@@ -93,6 +124,8 @@ class Study:
             if ids[claim.id] > 1:
                 raise UsageError(f"{where}: the id is used twice. Rename one.")
             for axis in claim.axes:
+                if axis == ENGINE and self.engine is None:
+                    raise UsageError(f"{where}: axis = {axis!r}: the study names no engine. Add [engine].")
                 if len(levels[axis]) < 2:
                     raise UsageError(
                         f"{where}: axis = {axis!r}: fewer than two variants differ from {self.reference!r} in this "
@@ -112,7 +145,10 @@ class Study:
                         )
 
     def levels(self, axis: str) -> tuple[tuple[float, str], ...]:
-        """The values of one field, ascending, with the variant that has each and else equals the reference."""
+        """The values of one field, ascending, with the variant that has each and else equals the reference; of the
+        engine 0 and 1."""
+        if axis == ENGINE:
+            return () if self.engine is None else ((0.0, self.reference), (1.0, self.engine.variant))
         centre = self.variant(self.reference)
         found = [
             (float(getattr(variant, axis)), variant.name)

@@ -13,6 +13,7 @@ notes = ["..."]                 # what a reader of the results must know and no 
 [[variant]]                     # or variants one by one: name and what differs from the controls; or name and command
 [requirements]                  # paths of kernels_check that the study demands beside what the variants imply
 [[claim]]                       # see harness.studies.claim
+[engine]                        # whose promises the claims are, see harness.studies.engine
 [profile.NAME]                  # any of the above but the variants, for one kind of machine
 devices = ["A100"]              # a device whose name holds one of these takes this profile; "cpu" is any CPU
 workload.model = "random:"      # the study's own model, whichever that is, with random weights
@@ -32,6 +33,7 @@ from harness.errors import UsageError, impossible
 from harness.records import codec, inputs
 from harness.studies import limits
 from harness.studies.claim import Claim
+from harness.studies.engine import Engine
 from harness.studies.protocol import Protocol
 from harness.studies.script import OWN
 from harness.studies.study import Study, unknown
@@ -40,7 +42,9 @@ from harness.studies.workload import Workload
 
 _LISTS = ("axes", "sweeps", "variant")
 _SECTIONS = ("workload", "protocol", "controls", "requirements")
-_KEYS = ("title", "extends", "reference", "allow_fallback", "notes", *_SECTIONS, *_LISTS, "claim", "profile")
+_KEYS = ("title", "extends", "reference", "allow_fallback", "notes", *_SECTIONS, *_LISTS, "claim", "engine", "profile")
+_OF_VARIANTS = (*_LISTS, "claim", "engine", "reference")
+"""What speaks of variants, and does not outlive those that a study puts in their place."""
 _PROFILE_KEYS = ("devices", "allow_fallback", "notes", *_SECTIONS)
 _OWN_RANDOM = "random:"
 
@@ -88,12 +92,12 @@ def load_variant(spec: str, *, profile: str | None = None, device: str = "") -> 
             f"variant {spec!r}: it is a command, and its model is its script's: there is nothing to work out, or to "
             "take apart, without starting it. Measure it with `lorameter run` or `lorameter ab`."
         )
-    if named:
-        return study, study.variant(name)
-    if len(study.variants) > 1:
+    if not named and len(study.variants) > 1:
         names = ", ".join(variant.name for variant in study.variants)
         raise UsageError(f"variant {spec!r}: the study has several: {names}. Name one, as in {spec}:{study.reference}.")
-    return study, study.variants[0]
+    variant = study.variant(name) if named else study.variants[0]
+    own = study.own_workloads.get(variant.name)
+    return (study if own is None else dataclasses.replace(study, workload=own)), variant
 
 
 def _read(name_or_path: str, seen: tuple[str, ...]) -> tuple[Path, dict[str, Any]]:
@@ -119,7 +123,7 @@ def _read(name_or_path: str, seen: tuple[str, ...]) -> tuple[Path, dict[str, Any
         raise impossible(path.name, "extends", base, why, "Name a built-in study.")
     merged = _read(base, (*seen, base))[1]
     if any(key in data for key in _LISTS):
-        merged = {key: value for key, value in merged.items() if key not in (*_LISTS, "claim", "reference")}
+        merged = {key: value for key, value in merged.items() if key not in _OF_VARIANTS}
     return path, _merged(_yielding(merged, data), data)
 
 
@@ -228,6 +232,7 @@ def _parse(path: Path, data: Mapping[str, Any]) -> Study:
             variants=variants,
             claims=tuple(_claims(where, data.get("claim", []))),
             notes=codec.from_json(tuple[str, ...], data.get("notes", []), f"{where}, notes"),
+            engine=codec.from_json(Engine, data["engine"], f"{where}, [engine]") if "engine" in data else None,
             **fields,
         )
         study.check_distinct()

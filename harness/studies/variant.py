@@ -83,6 +83,9 @@ class Variant:
     """Autocast type of the forward pass; None runs without autocast."""
     tf32: bool = False
     compile: bool = False
+    liger_kernel: bool = field(default=False, metadata=codec.LATER)
+    """Patch the base with the Triton kernels of liger-kernel, all that it has for the architecture (Hsu et al. 2024,
+    arXiv 2410.10989)."""
 
     optimizer: Optimizer = "adamw_fused"
     learning_rate: float = 2e-4

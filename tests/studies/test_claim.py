@@ -3,7 +3,7 @@
 import pytest
 
 from harness.errors import UsageError
-from harness.studies.claim import RULES, Part
+from harness.studies.claim import OF_ENGINES, RULES, Part
 from harness.studies.study_file import load_study
 
 STUDY = """
@@ -64,10 +64,11 @@ def test_a_part_that_makes_one_is_read(parts_of):
 
 
 def test_every_rule_has_one_limit_or_none():
-    """The tolerance of an effect, the margin of an equality, nothing where more is more and less is less."""
+    """The tolerance of an effect, the margin of an equality, what is promised of an engine, nothing where more is more
+    and less is less."""
     made = {
         rule: Part(
-            rule=rule, axis="r",
+            rule=rule, axis="engine" if rule in OF_ENGINES else "r", by=0.2,
             metric={"best": "", "rises": "adapter_bytes"}.get(rule, "step_time_s"),
             metrics={"step_time_s": 1.0} if rule == "best" else {},
             levels={"differs": (1.0, 2.0), "highest": (1.0,), "lowest": (1.0,), "best": (1.0,)}.get(rule, ()),
@@ -77,4 +78,5 @@ def test_every_rule_has_one_limit_or_none():
     }  # fmt: skip
     assert {rule for rule, limit in made.items() if limit == ("margin", 0.05)} == {"no-trend", "equal"}
     assert {rule for rule, limit in made.items() if limit == ("", 0.0)} == {"best", "largest-effect", "rises"}
-    assert set(made.values()) == {("tolerance", 0.01), ("margin", 0.05), ("", 0.0)}
+    assert {rule for rule, limit in made.items() if limit == ("by", 0.2)} == {"faster", "lowers", "costs-at-most"}
+    assert set(made.values()) == {("tolerance", 0.01), ("margin", 0.05), ("by", 0.2), ("", 0.0)}

@@ -15,6 +15,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from transformers import get_scheduler
+from transformers.integrations.liger import apply_liger_kernel
 
 from harness.models import catalogue
 from harness.studies.request import TrialRequest
@@ -63,6 +64,8 @@ def build(request: TrialRequest, *, steps: int, shared: SharedBase) -> Trainee:
     def load(adapter: str) -> Any:
         source = catalogue.resolve(request.workload.model)
         base = load_base(source, variant, device=request.device, seed=request.workload.data_seed)
+        if variant.liger_kernel:
+            apply_liger_kernel(base, None)  # before the adapter: it swaps the forwards of the model's own classes
         seed_everything(request.seed)
         return attach(base, variant, adapter)
 

@@ -19,6 +19,10 @@ _OPTIMIZER = {
 }
 
 
+LIGER_KINDS = "rms_norm+mlp+loss"
+"""What Liger swaps in every architecture that it knows; the rotary embedding it leaves to some."""
+
+
 def paged_share(trained_shapes: tuple[int, ...], *, eight_bit: bool) -> float:
     """Share of Adam's state that bitsandbytes pages, by bytes: the two moments of each tensor that is large enough.
 
@@ -72,6 +76,8 @@ def requirements_of(variant: Variant, trained_shapes: tuple[int, ...], *, packed
         required["tf32"] = True
     if variant.compile:
         required["compile"] = True
+    if variant.liger_kernel:
+        required["fused.kernels"] = LIGER_KINDS
     if packed:
         required["packing.isolated"] = True
     return required

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from harness.errors import UsageError
@@ -21,10 +21,12 @@ from harness.records import codec
 from harness.records.store import Run
 from harness.stats import step_down
 from harness.stats.statement import Conclusion
-from harness.studies.claim import Claim, Part
+from harness.studies.claim import ENGINE, PEAK, Claim, Part
 from harness.studies.study import Study
 from harness.verdicts.claims.answers import Answers, answers_of
 from harness.verdicts.claims.controls import Controls, controls_of, doubt, doubt_of_equality, failed, metrics_of
+from harness.verdicts.claims.engines import EngineShown, check_comparable, engine_of
+from harness.verdicts.claims.peaks import judge_peaks
 from harness.verdicts.claims.questions import Question, question_of
 from harness.verdicts.claims.reasons import ratio_of, reason_of
 from harness.verdicts.claims.values import NotJudgedError, counts
@@ -52,6 +54,8 @@ class PartResult:
     tolerance: float | None = None
     """None where the rule has none."""
     margin: float | None = None
+    by: float | None = field(default=None, metadata=codec.LATER)
+    """What was promised of an engine."""
     replicates: int = 0
     """With every level; 0 where the part was not judged."""
     left_out: int = 0
@@ -68,6 +72,7 @@ class ClaimResult:
     original: str
     verdict: Judgement
     parts: tuple[PartResult, ...]
+    source: str = field(default="", metadata=codec.LATER)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +92,8 @@ class ClaimsReport:
     deviations: tuple[str, ...]
     notes: tuple[str, ...]
     answers: Answers
+    engine: EngineShown | None = field(default=None, metadata=codec.LATER)
+    """Of a study about an engine: what it takes to show the verdicts to somebody else."""
 
     @property
     def valid(self) -> bool:
@@ -110,7 +117,8 @@ def judge_claims(run: Run) -> ClaimsReport:
         )
     groups = series_of(run.records)
     controls = controls_of(groups, study, run.manifest.phases)
-    results = _judge_parts(run, study, groups, controls)
+    engine = engine_of(run, study, groups)
+    results = _judge_parts(run, study, groups, controls, engine)
     ok = [record for record in run.records if record.status == "ok"]
     statuses = [record.status for record in run.records]
     return ClaimsReport(
@@ -127,10 +135,13 @@ def judge_claims(run: Run) -> ClaimsReport:
         deviations=study.deviations,
         notes=study.notes,
         answers=answers_of(groups),
+        engine=engine,
     )
 
 
-def _judge_parts(run: Run, study: Study, groups: Groups, controls: Controls) -> dict[PartKey, PartResult]:
+def _judge_parts(
+    run: Run, study: Study, groups: Groups, controls: Controls, engine: EngineShown | None
+) -> dict[PartKey, PartResult]:
     planned = {trial.partition("-")[2].removesuffix("-solo") for trial in run.manifest.order}
     random_weights = any(notice.code == "random-weights" for notice in run.manifest.notices)
     results: dict[PartKey, PartResult] = {}
@@ -141,8 +152,12 @@ def _judge_parts(run: Run, study: Study, groups: Groups, controls: Controls) -> 
             try:
                 if claim.pretrained and random_weights:
                     raise NotJudgedError("random weights: losses and answers say nothing. Measure a pretrained model.")
+                if engine is not None and part.axis == ENGINE:
+                    check_comparable(part, run, study, engine)
                 if part.rule == "rises":
                     results[key] = _rises(part, groups, study, planned)
+                elif part.metric == PEAK:
+                    results[key] = _peaks(part, groups, study)
                 else:
                     questions[key] = question_of(part, groups, study, planned)
             except NotJudgedError as error:
@@ -189,6 +204,13 @@ def _rises(part: Part, groups: Groups, study: Study, planned: set[str]) -> PartR
     return _result(part, "supported" if rises else "refuted", f"{part.metric}: {said}", replicates=replicates)
 
 
+def _peaks(part: Part, groups: Groups, study: Study) -> PartResult:
+    found = judge_peaks(part, groups, study)
+    result = _result(part, found.verdict, found.reason, replicates=found.replicates)
+    about = " / ".join(name for _, name in reversed(study.levels(part.axis)))
+    return dataclasses.replace(result, about=about, ratio=found.ratio, low=found.low, high=found.high)
+
+
 def _result(part: Part, verdict: Judgement, reason: str, *, replicates: int = 0, left_out: int = 0) -> PartResult:
     name, limit = part.limit
     return PartResult(
@@ -200,6 +222,7 @@ def _result(part: Part, verdict: Judgement, reason: str, *, replicates: int = 0,
         left_out=left_out,
         tolerance=limit if name == "tolerance" else None,
         margin=limit if name == "margin" else None,
+        by=limit if name == "by" else None,
         reason=reason,
     )
 
@@ -211,6 +234,7 @@ def _claim(claim: Claim, parts: Sequence[PartResult]) -> ClaimResult:
         original=claim.original,
         verdict=conjunction([part.verdict for part in parts]),
         parts=tuple(parts),
+        source=claim.source,
     )
 
 

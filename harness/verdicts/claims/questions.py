@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from harness.records.metrics import METRICS
 from harness.stats.statement import Conclusion, beyond, opposite, within
 from harness.stats.trend import Scale, leads, line_change, pair_differences, pairs, scores, sizes
-from harness.studies.claim import Part
+from harness.studies.claim import OF_ENGINES, Part
 from harness.studies.study import Study
 from harness.verdicts.claims.values import AxisLogs, axis_logs, common
 from harness.verdicts.series import Groups
@@ -25,8 +25,8 @@ class Question:
     """One part of a claim, ready to be judged at any level."""
 
     part: Part
-    asks: Literal["beyond", "within", "outside"]
-    """Whether the contrasts are beyond the part's limit, all within it, or not within it."""
+    asks: Literal["beyond", "within", "outside", "not beyond"]
+    """Whether the contrasts are beyond the part's limit, all within it, not within it, or not beyond it."""
     contrasts: NDArray[float64]
     """Logs of ratios, replicates × contrasts."""
     sign: int
@@ -41,11 +41,17 @@ class Question:
 
     def judged(self, family: int) -> Conclusion:
         """The conclusion, as one of so many statements that share the error rate."""
-        limit = math.log1p(self.part.limit[1])
-        if self.asks == "beyond":
-            return beyond(self.contrasts, limit, family=family)
+        limit = log_limit(self.part)
+        if self.asks in ("beyond", "not beyond"):
+            found = beyond(self.contrasts, limit, family=family)
+            return found if self.asks == "beyond" else opposite(found)
         found = within(self.contrasts, limit, family=family)
         return found if self.asks == "within" else opposite(found)
+
+
+def log_limit(part: Part) -> float:
+    """The limit of a part as the log of a ratio, above zero."""
+    return -math.log1p(-part.by) if part.rule == "lowers" else math.log1p(part.limit[1])
 
 
 def question_of(part: Part, groups: Groups, study: Study, planned: Collection[str]) -> Question:
@@ -60,6 +66,8 @@ def question_of(part: Part, groups: Groups, study: Study, planned: Collection[st
         return _trend(part, table)
     if part.rule == "equal":
         return _equal(part, table)
+    if part.rule in OF_ENGINES:
+        return _promised(part, table, study)
     return _differs(part, table) if part.rule == "differs" else _extreme(part, table, spoken(part.metric))
 
 
@@ -106,6 +114,27 @@ def _differs(part: Part, table: AxisLogs) -> Question:
         sign=1,
         about=(f"{high:g} / {low:g}",),
         says=(f"from {part.axis} {low:g} to {high:g} {spoken(part.metric)} changes by",),
+        left_out=table.left_out,
+    )
+
+
+def _promised(part: Part, table: AxisLogs, study: Study) -> Question:
+    """The variant with the engine over the reference; of a time that is to be shorter the speed, which is promised."""
+    (_, without), (_, name) = study.levels(part.axis)
+    change = table.logs[:, 1] - table.logs[:, 0]
+    title = spoken(part.metric)
+    faster = part.rule == "faster"
+    sign = -1 if part.rule == "lowers" else 1
+    says = f"the speed of {name} over that of {without}, by {title}, is" if faster else (
+        f"{title} of {name} over that of {without} is"
+    )  # fmt: skip
+    return Question(
+        part=part,
+        asks="not beyond" if part.rule == "costs-at-most" else "beyond",
+        contrasts=(-change if faster else sign * change)[:, None],
+        sign=sign,
+        about=(f"speed, {name} / {without}" if faster else f"{name} / {without}",),
+        says=(says,),
         left_out=table.left_out,
     )
 

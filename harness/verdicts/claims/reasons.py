@@ -68,6 +68,24 @@ _WORDS: dict[Rule, _Words] = {
         equal="it differs from no other by more than {limit}",
         open="open whether it is below every other by more than {limit}",
     ),
+    "faster": _Words(
+        supported="more than {limit} faster",
+        refuted="not more than {limit} faster",
+        equal="not more than {limit} faster",
+        open="open whether that is more than {limit} faster",
+    ),
+    "lowers": _Words(
+        supported="a fall of more than {limit}",
+        refuted="no fall of more than {limit}",
+        equal="no change of more than {limit}",
+        open="open whether that is a fall of more than {limit}",
+    ),
+    "costs-at-most": _Words(
+        supported="a rise of {limit} at most",
+        refuted="a rise of more than {limit}",
+        equal="no change of more than {limit}",
+        open="open whether that is a rise of more than {limit}",
+    ),
     "best": _Words(
         supported="below every other",
         refuted="not below that one",

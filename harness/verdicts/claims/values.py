@@ -13,10 +13,11 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from harness.records.metrics import METRICS, samples_of
+from harness.records.metrics import METRICS, OF_SCRIPTS, samples_of
 from harness.records.record import TrialRecord
 from harness.stats.effect import log_ratios
 from harness.stats.samples import checked_trials
+from harness.studies.claim import ENGINE
 from harness.studies.study import Study
 from harness.verdicts.series import Groups, pairing_of
 
@@ -129,7 +130,8 @@ def _check_count(count: int, axis: str, levels: Sequence[tuple[float, str]], gro
         series = groups[name, "variant"]
         if not series.ok:
             statuses = ", ".join(sorted({record.status for record in series.records}))
-            raise NotJudgedError(f"{axis} {level:g}: no trial is ok ({statuses}). See the report of the run.")
+            said = name if axis == ENGINE else f"{axis} {level:g}"
+            raise NotJudgedError(f"{said}: no trial is ok ({statuses}). See the report of the run.")
     raise NotJudgedError(_too_few(count))
 
 
@@ -143,7 +145,7 @@ def _check_selected(axis: str, levels: Sequence[tuple[float, str]], groups: Grou
     absent = [(level, name) for level, name in levels if (name, "variant") not in groups]
     if not absent:
         return
-    said = ", ".join(f"{level:g}" for level, _ in absent)
+    said = ", ".join(name if axis == ENGINE else f"{level:g}" for level, name in absent)
     if all(name in planned for _, name in absent):
         raise NotJudgedError(f"{axis} {said}: not measured yet. Measure on.")
     raise NotJudgedError(
@@ -153,6 +155,8 @@ def _check_selected(axis: str, levels: Sequence[tuple[float, str]], groups: Grou
 
 def _unmeasured(metric: str, study: Study) -> str:
     known = METRICS[metric]
+    if metric in OF_SCRIPTS and not study.of_scripts:
+        return f"{known.title}: seen in scripts alone. Measure one: --command 'python train.py ...'."
     if metric.startswith("natural") and not study.workload.natural_tokens:
         return f"{known.title}: not measured, as natural_tokens is 0. Set it in the study's [workload]."
     return f"{known.title}: not measured in this run. Measure with the phase {known.phase}."

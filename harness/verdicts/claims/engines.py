@@ -1,0 +1,87 @@
+"""What belongs to a verdict on an engine beside its numbers: the machine, the versions, and the proof that it ran.
+
+And what must hold before there is a verdict: that it ran where it was to run and not where it was not, and that what is
+compared did the same work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from harness.records.metrics import METRICS
+from harness.records.store import Run
+from harness.studies.claim import PEAK, Part
+from harness.studies.study import Study
+from harness.verdicts.claims.proof import Shown, obstacle_of, proof_of
+from harness.verdicts.claims.values import NotJudgedError
+from harness.verdicts.sameness import sameness_notices, sides_of_run
+from harness.verdicts.series import Groups
+
+_PER_TOKEN = ("time_per_real_token_s", "tokens_per_s")
+"""Metrics that are compared between steps that hold different numbers of tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineShown:
+    """Whose promises were judged, where, with what, and what kernels_check saw of it."""
+
+    title: str
+    variant: str
+    reference: str
+    commands: Mapping[str, str]
+    """Of scripts: by variant what was started."""
+    machine: str
+    versions: Mapping[str, str | None]
+    """None for what is not installed."""
+    proof: tuple[Shown, ...]
+    differs: tuple[str, ...]
+    """What the two do not have in common beside the engine, of scripts."""
+
+
+def engine_of(run: Run, study: Study, groups: Groups) -> EngineShown | None:
+    """What is to be shown of a run's engine; None for a study that is about none."""
+    if study.engine is None:
+        return None
+    variants = [study.variant(study.reference), study.variant(study.engine.variant)]
+    return EngineShown(
+        title=study.engine.title,
+        variant=study.engine.variant,
+        reference=study.reference,
+        commands={one.name: one.command for one in variants if one.command},
+        machine=_machine(run.manifest.provenance),
+        versions=_versions(run.manifest.provenance),
+        proof=proof_of(groups, study),
+        differs=tuple(notice.message for notice in sameness_notices(run, study)),
+    )
+
+
+def check_comparable(part: Part, run: Run, study: Study, engine: EngineShown) -> None:
+    """Raises `NotJudgedError` where a part says nothing of the engine: it did not run in the one variant alone, or a
+    step of the two does not hold the same."""
+    if obstacle := obstacle_of(engine.proof, study):
+        raise NotJudgedError(obstacle)
+    if part.metric == PEAK or part.metric in _PER_TOKEN:
+        return
+    sides = sides_of_run(run, study).get(engine.variant)
+    if run.manifest.own_workloads or (study.of_scripts and sides is not None and sides.tokens_differ):
+        raise NotJudgedError(
+            f"a step of {engine.variant} holds another number of tokens than one of {engine.reference}, so their "
+            f"{METRICS[part.metric].title} says nothing. Give both the same batch."
+        )
+
+
+def _machine(provenance: Mapping[str, Any]) -> str:
+    """Device, threads and driver, as far as they are known."""
+    name, device, threads = (provenance.get(key, "unknown") for key in ("device_name", "device", "threads"))
+    said = f"{name} ({device}, {threads} thread{'' if threads == 1 else 's'} a process)"
+    return said + (f", driver {provenance['driver']}" if provenance.get("driver") else "")
+
+
+def _versions(provenance: Mapping[str, Any]) -> dict[str, str | None]:
+    """Python, the libraries, and what the engine comes with."""
+    found = {"python": provenance.get("python"), **provenance.get("libraries", {}), **provenance.get("engine", {})}
+    if cuda := provenance.get("cuda"):
+        found["cuda"] = cuda
+    return found
