@@ -54,9 +54,12 @@ proof-levels proof-ab: proof-%: $(STAMP)
 	status=$$?; cat reports/proof/$*.txt; exit $$status
 
 # Two scripts in lockstep: a script against itself, alone and beside load, and against one with 4 % more work, forty times
-# each (two hours on a machine to itself; what was stopped goes on where it was).
+# each (two hours on a machine to itself; what was stopped goes on where it was). Before them the studies about engines
+# that need no GPU, on a small model and on a script (a quarter of an hour).
 proof-attach: $(STAMP)
 	mkdir -p reports/proof
+	$(BIN)/pytest benchmarks/selftest/test_engines.py -m selftest -q --no-header -rs > reports/proof/engines.txt; \
+	status=$$?; cat reports/proof/engines.txt; exit $$status
 	$(BIN)/python benchmarks/selftest/attach_live.py --keep $(VENV)/attach.jsonl > reports/proof/attach.txt; \
 	status=$$?; cat reports/proof/attach.txt; exit $$status
 

@@ -40,7 +40,7 @@ LIBRARIES = (
     "numpy",
     "lorameter",
 )
-OF_ENGINES = ("liger-kernel",)
+OF_ENGINES = ("liger-kernel", "unsloth", "axolotl")
 """Distributions of engines, beside those: a run of the engine's study says the version, and no other run does."""
 FINGERPRINT = ("device", "device_name", "driver", "cuda", "cpu_model", "threads", "python", "libraries", "workload")
 """Fields of the provenance that must agree for two runs to be compared."""
@@ -167,8 +167,9 @@ def _engine(study: Study, facts: Facts) -> dict[str, Any]:
     package = "" if study.engine is None else study.engine.package
     if not package or package in LIBRARIES:
         return {}
-    known: Mapping[str, Any] = facts.of_engines if facts.host is None else facts.host.get("packages", {})
-    return {"engine": {package: known.get(package)}}
+    if facts.host is not None:
+        return {"engine": {package: facts.host.get("packages", {}).get(package)}}
+    return {"engine": {package: facts.of_engines[package]}} if package in facts.of_engines else {}
 
 
 def harness_identity() -> str:

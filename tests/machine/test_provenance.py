@@ -11,6 +11,7 @@ import pytest
 
 from harness.machine.provenance import FINGERPRINT, collect, comparable, fingerprint, power_limit_w, read_facts
 from harness.records import codec
+from harness.studies.engine import Engine
 
 CARD = {"power_limit_w": 500.4, "default_power_limit_w": 700.0}
 
@@ -62,6 +63,24 @@ def test_a_variants_own_workload_is_part_of_the_fingerprint(small_study, machine
     assert both["workload"] == alone["workload"] | {"own": {"b": codec.to_json(own)}}
     assert "own" not in alone["workload"]
     assert fingerprint(both) != fingerprint(alone)
+
+
+def test_the_version_of_an_engine_is_said_by_its_study_alone(small_study, machine):
+    """Beside the libraries, and in no fingerprint; what nobody looked for is not said to be missing."""
+    engine = Engine(title="Liger", variant="nf4", proof={"fused.kernels": "any"}, package="liger-kernel")
+    facts = dataclasses.replace(read_facts(machine), of_engines={"liger-kernel": "0.8.5"})
+
+    def told(package, facts=facts):
+        named = dataclasses.replace(engine, package=package)
+        return collect(dataclasses.replace(small_study, engine=named), facts, 1)
+
+    assert told("liger-kernel")["engine"] == {"liger-kernel": "0.8.5"}
+    assert fingerprint(told("liger-kernel")) == fingerprint(collect(small_study, facts, 1))
+    assert "engine" not in told("torch")
+    assert "engine" not in told("something-else")
+    elsewhere = dataclasses.replace(facts, host={"packages": {"something-else": "1.0"}})
+    assert told("something-else", elsewhere)["engine"] == {"something-else": "1.0"}
+    assert told("liger-kernel", elsewhere)["engine"] == {"liger-kernel": None}
 
 
 def test_the_power_limit_is_part_of_the_fingerprint_of_a_card(on_card):

@@ -11,6 +11,7 @@ from harness.records import store
 from harness.report.claims import describe_claims
 from harness.report.terminal import console_for, show
 from harness.studies.claim import Claim, Part
+from harness.studies.engine import Engine
 from harness.studies.study_file import builtin_studies, load_study
 from harness.studies.variant import Variant
 from harness.verdicts.claims import judge_claims
@@ -145,6 +146,27 @@ def test_the_length_of_answers_is_told(write_run, study, tmp_path):
     out = io.StringIO()
     show(describe_claims(judge_claims(run)), console_for(out))
     assert "the number of tokens explains 100.000 [100.000, 100.000] % of the variance" in out.getvalue()
+
+
+def test_a_verdict_on_an_engine_can_be_shown(claims, study):
+    """Machine, versions, what was seen of it, and the page, below the promise and its verdict."""
+    promise = Part(rule="faster", axis="engine", metric="step_time_s", by=0.2)
+    engine = Engine(title="the compiler", variant="r8", proof={"compile": True})
+    one = Claim(id="speed", says="20 % faster", parts=(promise,), source="https://example.org, read 2026-11-26")
+
+    def watched(record):
+        check = {"path": "compile", "required": None, "observed": record.name == "r8", "status": "active", "reason": ""}
+        return record.replaced(checks=(check,))
+
+    asked = dataclasses.replace(study, claims=(one,), engine=engine)
+    code, text = claims(study=asked, steps={"plain": [1.3] * 3, "r8": [1.0] * 3}, change=watched)
+    flat = " ".join(text.replace("│", " ").split())
+    for words in (
+        "speed, r8 / plain", "supported", "more than 20 % faster", "Machine and versions", "compile: active (yes in r8",
+        "speed: https://example.org, read 2026-11-26", "thread a process)",
+    ):  # fmt: skip
+        assert words in flat
+    assert code == 0
 
 
 def test_claims_of_built_in_studies_load():

@@ -1,6 +1,8 @@
 """What cannot work is refused before any model is loaded."""
 
 import dataclasses
+import importlib.util
+import re
 import shutil
 from pathlib import Path
 
@@ -11,6 +13,8 @@ from harness.models import shapes
 from harness.run.contenders import contenders_of
 from harness.run.feasibility import check_feasible
 from harness.studies.columns import Columns
+from harness.studies.engine_command import study_of_engine
+from harness.studies.study_file import load_study
 
 
 def with_variant(study, **changes):
@@ -39,6 +43,28 @@ def test_attention_that_this_device_lacks_is_refused(small_study, machine, atten
         check_feasible(with_variant(small_study, attention=attention), machine)
     for word in ("small", "'plain'", f"attention = '{attention}'", "CPU", "sdpa"):
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["liger-kernel", "flash-attention"])
+def test_an_engine_that_needs_a_gpu_is_refused_on_a_cpu(machine, name):
+    """In one sentence, of a script as well; a plan that is only shown says so in a notice."""
+    study = load_study(name)
+    script = study_of_engine(study, "python train.py {--flag}", cwd=str(Path(__file__).parent))
+    for one in (study, script):
+        with pytest.raises(UsageError) as caught:
+            check_feasible(one, machine)
+        assert re.fullmatch(rf"study {name}: [^.]* runs on a GPU only [^.]*\.", str(caught.value))
+    assert [one.code for one in check_feasible(study, machine, shown_only=True)] == ["needs-gpu"]
+
+
+def test_patched_kernels_are_refused_where_there_are_none(small_study, machine):
+    """On a CPU, and where the package is not installed."""
+    study = with_variant(small_study, liger_kernel=True)
+    with pytest.raises(UsageError, match="need a GPU, and this machine measures on the CPU"):
+        check_feasible(study, machine)
+    if importlib.util.find_spec("liger_kernel") is None:
+        with pytest.raises(UsageError, match="pip install liger-kernel"):
+            check_feasible(study, dataclasses.replace(machine, device="cuda", device_memory_bytes=2**34))
 
 
 def test_a_width_that_blocks_do_not_divide_is_refused(small_study, machine, tmp_path):

@@ -51,6 +51,7 @@ def test_variants_on_different_workloads_take_turns_in_processes_of_their_own():
         ({"bias": "all"}, "biases"),
         ({"bias": "lora_only"}, "biases"),
         ({"compile": True}, "recompile"),
+        ({"liger_kernel": True}, "whole process"),
         ({"attention": "eager"}, "attention"),
         ({"optimizer": "adamw"}, "optimizer"),
         ({"dtype": "float32"}, "dtype"),

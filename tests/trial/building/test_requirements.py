@@ -18,6 +18,13 @@ def test_a_variant_requires_what_it_says():
     assert required["packing.isolated"] is True
 
 
+def test_patched_kernels_must_have_run():
+    """Norms, feed-forward parts and the loss; a variant without them requires nothing of the kind."""
+    required = requirements_of(Variant(liger_kernel=True), (1000,), packed=True)
+    assert required["fused.kernels"] == "rms_norm+mlp+loss"
+    assert "fused.kernels" not in requirements_of(Variant(), (1000,), packed=True)
+
+
 def test_what_a_variant_does_not_say_is_not_required():
     """An unquantised base has no quantisation constants, padded data nothing to isolate."""
     required = requirements_of(Variant(optimizer="adamw"), (1000,), packed=False)

@@ -44,11 +44,11 @@ def make_run(small_study):
 
     def make(
         claims, factors=(), *, replicates=6, noise=0.002, control=1.0, change=lambda record: record, status="complete",
-        level="shared-base", notices=(), phases=("train", "generate"), select=None,
+        level="shared-base", notices=(), phases=("train", "generate"), select=None, engine=None, provenance=None,
     ):  # fmt: skip
         study = dataclasses.replace(
             small_study, variants=VARIANTS, reference="centre", claims=tuple(claims), notes=("a note",),
-            replaced={"workload.model": "another"},
+            replaced={"workload.model": "another"}, engine=engine,
         )  # fmt: skip
         members = [(variant, "variant") for variant in VARIANTS if select is None or variant.name in select]
         members.append((VARIANTS[0], "control"))
@@ -73,7 +73,7 @@ def make_run(small_study):
         order = tuple(record.trial for record in records)
         manifest = Manifest(
             run="made", study=codec.to_json(study), phases=phases, interleaving=level, order=order, seed=0,
-            created_unix_s=1.0, provenance={"device": "cpu"}, fingerprint="f", status=status,
+            created_unix_s=1.0, provenance=provenance or {"device": "cpu"}, fingerprint="f", status=status,
             notices=tuple(Notice(code=code, message="", remedy="") for code in notices),
         )  # fmt: skip
         kept = tuple(changed for record in records if (changed := change(record)) is not None)

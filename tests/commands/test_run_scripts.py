@@ -1,0 +1,95 @@
+"""`lorameter run ENGINE --command`: what it takes, what it refuses, and a whole run of two scripts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from harness import cli
+
+SCRIPT = Path(__file__).parents[1] / "run" / "scripted.py"
+COMMAND = "python scripted.py {slow|plain}"
+
+
+@pytest.fixture
+def lorameter(tmp_path, monkeypatch, capsys):
+    """The command line, in a folder that holds the script."""
+    shutil.copy(SCRIPT, tmp_path / "scripted.py")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LORAMETER_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("MARK", str(tmp_path / "mark"))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+
+    def run(*words):
+        code = cli.main(list(words))
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["compile", "--command", "python scripted.py plain"], "no braces, so nothing differs"),
+        (["compile", "--command", "python scripted.py {"], "a brace is open"),
+        (["compile", "--command", "python scripted.py {}"], "an empty brace"),
+        (["training-step", "--command", COMMAND], "it claims nothing of an engine"),
+        (["--command", COMMAND], "no study named"),
+        (["compile", "--command", COMMAND, "--model", "tiny-llama"], "model = 'tiny-llama'"),
+        (["compile", "--command", COMMAND, "--variant", "eager"], "--variant: both are needed"),
+        (["compile", "--command", COMMAND, "--profile", "cpu"], "--profile cpu: a script has none"),
+        (["compile", "--command", COMMAND, "--phase", "cold"], "training is measured"),
+        (["compile", "--command", COMMAND, "--steps", "3"], "Use an even number"),
+        (["compile", "--command", "python other.py {--flag}"], "no file 'other.py'"),
+        (["compile", "--command", COMMAND, "--cwd", "missing"], "no folder"),
+        (["compile", "--steps", "4"], "--steps: it belongs to --command"),
+        (["compile", "--cwd", "."], "--cwd: it belongs to --command"),
+        (["liger-kernel", "--command", COMMAND], "Liger Kernel runs on a GPU only"),
+        (["flash-attention"], "FlashAttention runs on a GPU only"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_started(lorameter, words, said, monkeypatch):
+    """With exit code 2, what is wrong and the remedy; on a machine without a GPU."""
+    monkeypatch.setattr("harness.machine.provenance._torch_cuda", lambda: None)
+    code, out, err = lorameter("run", *words)
+    assert (code, out) == (2, "")
+    assert said in err
+
+
+def test_the_plan_of_what_needs_a_gpu_is_shown(lorameter, monkeypatch):
+    """And what it would take is said to be unknown here."""
+    monkeypatch.setattr("harness.machine.provenance._torch_cuda", lambda: None)
+    code, out, _ = lorameter("run", "liger-kernel", "--command", COMMAND, "--dry-run")
+    assert code == 0
+    for words in ("plain-control", "needs-gpu", "time    unknown (it cannot be measured on this machine)"):
+        assert words in out
+    code, out, _ = lorameter("run", "flash-attention", "--dry-run", "--json")
+    assert (code, json.loads(out)["time_s"], json.loads(out)["memory_bytes"]) == (0, None, None)
+
+
+def test_two_scripts_are_asked_what_a_study_claims(lorameter, tmp_path):
+    """Two commands in lockstep; twice as fast is seen, and believed of nothing that nobody saw run."""
+    words = ("--replicates", "2", "--steps", "4", "--interleave", "lockstep", "--allow-disturbed", "--json")
+    code, out, _ = lorameter("run", "compile", "--command", COMMAND, *words)
+    run = json.loads(out)["run"]
+    assert (code, json.loads(out)["trials"]) == (0, {"ok": 6})
+    manifest = json.loads((tmp_path / "runs" / run / "manifest.json").read_text())
+    assert [one["command"] for one in manifest["study"]["variants"]] == [
+        "python scripted.py slow", "python scripted.py plain",
+    ]  # fmt: skip
+    assert manifest["interleaving"] == "lockstep"
+    code, out, _ = lorameter("claims", run, "--json")
+    found = json.loads(out)
+    assert (code, {one["verdict"] for one in found["claims"]}) == (0, {"not judged"})
+    assert found["engine"]["commands"] == {"eager": "python scripted.py slow", "compiled": "python scripted.py plain"}
+    (shown,) = found["engine"]["proof"]
+    assert (shown["path"], shown["found"]) == ("compile", "unknown")
+    code, out, _ = lorameter("report", run)
+    assert code == 0
+    assert "whether torch.compile ran is unknown" in " ".join(out.replace("│", " ").split())
+    code, out, err = lorameter("run", "--resume", run, "--steps", "8")
+    assert (code, "--steps would change the study" in err) == (2, True)

@@ -1,0 +1,94 @@
+"""docs/engines.md is executed: its refusals are printed, its studies are read, and its script is judged."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from harness.cli import main, parser
+from harness.studies.study_file import builtin_studies, load_study
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "engines.md"
+FILE = re.compile(r"^`(?P<name>[\w.-]+)`:\n\n```\w+\n(?P<content>.*?)^```$", re.DOTALL | re.MULTILINE)
+QUICK = ("--replicates", "1", "--steps", "2", "--interleave", "lockstep", "--allow-disturbed", "--json")
+
+
+def blocks(kind):
+    """The text of each block of a kind."""
+    return [part.split("\n```", 1)[0] for part in PAGE.read_text(encoding="utf-8").split(f"```{kind}\n")[1:]]
+
+
+def typed():
+    """Each command of a shell, as its words, without what is said of it."""
+    lines = (line.partition(" #")[0] for block in blocks("sh") for line in block.splitlines())
+    return [shlex.split(line)[1:] for line in lines]
+
+
+@pytest.fixture
+def page(tmp_path, monkeypatch):
+    """A folder that holds the page's files, in which one stands."""
+    for found in FILE.finditer(PAGE.read_text(encoding="utf-8")):
+        (tmp_path / found["name"]).write_text(found["content"], encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("COLUMNS", "400")
+    return tmp_path
+
+
+def test_its_commands_print_what_stands_below_them(page, monkeypatch, capsys):
+    """On a machine without a GPU."""
+    monkeypatch.setattr("harness.machine.provenance._torch_cuda", lambda: None)
+    lines = [line for block in blocks("console") for line in block.splitlines()]
+    assert sum(line.startswith("$ ") for line in lines) == 6
+    printed = ""
+    for line in lines:
+        if line.startswith("$ lorameter "):
+            main([*shlex.split(line)[2:], "--runs-dir", "runs"])
+            said = capsys.readouterr()
+            printed = said.out + said.err
+        else:
+            assert line in printed
+
+
+def test_its_commands_are_known():
+    """Each as it is typed, and each ready study in its table."""
+    assert len(typed()) == 6
+    for words in typed():
+        parser().parse_args(words)
+    table = re.findall(r"^\| `([\w-]+)` \|", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    ready = [name for name in builtin_studies() if load_study(name).engine is not None]
+    assert sorted(table) == ready
+
+
+@pytest.mark.parametrize(("name", "title"), [("unsloth", "Unsloth"), ("axolotl", "Axolotl's LoRA kernels")])
+def test_its_studies_of_other_trainers_are_read(page, name, title):
+    """Two commands, promises with their pages, and a refusal where there is no GPU."""
+    study = load_study(f"{name}.toml")
+    assert study.of_scripts
+    assert study.engine.obstacle("cpu").startswith(f"{title} runs on a GPU only")
+    assert all("read 2026-" in claim.source for claim in study.claims)
+
+
+def test_its_script_is_measured(page, capsys):
+    """Real processes with a small llama: the engine was seen in one of them alone; one replicate gives no verdict."""
+    words = next(words for words in typed() if "python train.py {--gradient_checkpointing}" in words)
+    assert main([*words, "--runs-dir", "runs", *QUICK]) == 0
+    run = json.loads(capsys.readouterr().out)
+    assert run["trials"] == {"ok": 3}
+    main(["claims", run["run"], "--runs-dir", "runs", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    (shown,) = found["engine"]["proof"]
+    assert (shown["path"], shown["found"], shown["with_engine"], shown["without"]) == (
+        "checkpointing", "active", True, False,
+    )  # fmt: skip
+    for claim in found["claims"]:
+        assert claim["verdict"] == "not judged"
+        assert claim["parts"][0]["reason"].startswith(("1 replicate: ", "peak memory: 1 replicate "))
+    assert found["engine"]["versions"]["torch"]
+    assert found["engine"]["commands"]["checkpointed"] == "python train.py --gradient_checkpointing"

@@ -1,0 +1,194 @@
+"""Studies about engines: what they say, what is refused, and a script with its difference in braces."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from harness.errors import UsageError
+from harness.records import codec
+from harness.studies.claim import ENGINE
+from harness.studies.engine import Engine
+from harness.studies.engine_command import split_braces, study_of_engine
+from harness.studies.study import Study
+from harness.studies.study_file import builtin_studies, load_study, load_variant
+
+ENGINES = ("compile", "flash-attention", "fused-optimizer", "gradient-checkpointing", "liger-kernel", "packing")
+TOML = """
+[engine]
+title = "the compiler"
+variant = "compiled"
+ENGINE
+[engine.proof]
+compile = true
+[[variant]]
+name = "eager"
+[[variant]]
+name = "compiled"
+compile = true
+[[claim]]
+id = "1"
+says = "faster"
+parts = [{ PART }]
+"""
+PART = 'rule = "faster", axis = "engine", metric = "step_time_s"'
+
+
+@pytest.fixture
+def read(tmp_path):
+    """A function that reads a study of an engine."""
+
+    def read(engine="", part=PART, text=TOML):
+        path = tmp_path / "mine.toml"
+        path.write_text(text.replace("ENGINE", engine).replace("PART", part))
+        return load_study(str(path))
+
+    return read
+
+
+@pytest.mark.parametrize(
+    ("command", "without", "with_it"),
+    [
+        ("python train.py {--flag}", "python train.py", "python train.py --flag"),
+        ("python train.py {--a 1} -x {--b 2}", "python train.py -x", "python train.py --a 1 -x --b 2"),
+        ("python train.py --optim {one|two}", "python train.py --optim one", "python train.py --optim two"),
+        ("python train.py --set {{a}} {--f}", "python train.py --set '{a}'", "python train.py --set '{a}' --f"),
+        ("python t.py {--json '{{\"a\": 1}}'}", "python t.py", "python t.py --json '{\"a\": 1}'"),
+        ("python 'my train.py' {--flag}", "python 'my train.py'", "python 'my train.py' --flag"),
+        ("python {train|faster}.py", "python train.py", "python faster.py"),
+    ],
+)
+def test_braces_are_the_difference(command, without, with_it):
+    """Several of them together, two alternatives, words in quotes, and braces of the script's own."""
+    assert split_braces(command) == (without, with_it)
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("python train.py", ["no braces", "'python train.py {--flag}'"]),
+        ("python train.py {}", ["an empty brace"]),
+        ("python train.py {  }", ["an empty brace"]),
+        ("python train.py {--flag", ["a brace is open. Close it"]),
+        ("python train.py --flag}", ["closed that was not open"]),
+        ("python train.py {--a {--b}}", ["open inside another"]),
+        ("python train.py {--flag}}", ["a brace is open. Close it"]),
+        ("python train.py {a|}", ["not two alternatives", "{without|with}"]),
+        ("python train.py {a|b|c}", ["not two alternatives"]),
+        ("python train.py {a|a}", ["the same with the braces and without"]),
+        ("python train.py 'x {--flag}", ["Close the quote"]),
+        ("python train.py | tee {log}", ["for a shell"]),
+        ("{python train.py}", ["no program in it"]),
+        ("", ["no braces"]),
+    ],
+)
+def test_what_makes_no_two_commands_is_refused(command, words):
+    """With the command and what to write instead."""
+    with pytest.raises(UsageError) as caught:
+        split_braces(command)
+    for word in ["--command", *words]:
+        assert word in str(caught.value)
+
+
+def test_a_script_takes_the_place_of_both_variants(read):
+    """Names, claims and engine stay; model, data and requirements are the script's."""
+    study = study_of_engine(read(), "python train.py {--compile}", cwd="/data")
+    assert [(one.name, one.command, one.cwd) for one in study.variants] == [
+        ("eager", "python train.py", "/data"), ("compiled", "python train.py --compile", "/data"),
+    ]  # fmt: skip
+    assert (study.reference, study.workload.model, study.protocol.phases) == ("eager", "script", ("train",))
+    assert study.claims == read().claims
+    assert codec.from_json(Study, codec.to_json(study), "manifest") == study
+
+
+def test_an_engine_of_the_workload_leaves_it_to_the_script():
+    """What packs in the catalogue is the layout, and of a script its own flag."""
+    study = load_study("packing")
+    assert study.own_workloads["packed"].layout == "packed" != study.workload.layout
+    assert load_variant("packing:packed")[0].workload.layout == "packed"
+    assert load_variant("packing:padded")[0].workload.layout == "padded"
+    assert study.with_overrides(model="smollm2-135m").own_workloads["packed"].model == "smollm2-135m"
+    scripts = study_of_engine(study, "python train.py {--packing}")
+    assert scripts.own_workloads == {}
+
+
+def test_a_study_without_an_engine_has_nothing_to_ask_a_script():
+    """With the studies that have, and the command for two scripts."""
+    for name in ("training-step", "llama2-lora-parameters"):
+        with pytest.raises(UsageError, match=r"it claims nothing of an engine.*lorameter ab"):
+            study_of_engine(load_study(name), "python train.py {--flag}")
+
+
+def test_a_study_without_an_engine_is_written_as_before():
+    """No new key, so that manifests and hashes of runs on disk stay."""
+    written = codec.to_json(load_study("llama2-lora-parameters"))
+    assert "engine" not in written
+    assert not {"source"} & {key for claim in written["claims"] for key in claim}
+    assert not {"by"} & {key for claim in written["claims"] for part in claim["parts"] for key in part}
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"engine": 'flags = "-x"'}, ["[engine]", "flags", "Did you mean flag?"]),
+        ({"engine": 'needs = "tpu"'}, ["needs", "'tpu'"]),
+        ({"part": PART.replace("engine", "r")}, ["the rule is about an engine", 'axis = "engine"']),
+        ({"part": PART.replace("step_time_s", "tokens_per_s")}, ["no time"]),
+        ({"part": PART.replace("step_time_s", "peak_memory")}, ["'peak_memory': not known for this rule"]),
+        ({"part": PART.replace("faster", "lowers") + ", by = 1.0"}, ["by = 1.0"]),
+        ({"part": PART + ", by = 0.0"}, ["by = 0.0"]),
+        ({"text": TOML.replace('"compiled"\nENGINE', '"compild"')}, ["'compild'", "Did you mean 'compiled'?"]),
+        ({"text": TOML.replace('"compiled"\nENGINE', '"eager"')}, ["'eager'", "the reference"]),
+        ({"text": TOML.replace("compile = true\n[[", "compile = false\n[[", 1)}, ["compile = False", '"not false"']),
+        ({"text": TOML.replace("compile = true\n[[", "[[", 1)}, ["nothing would show that the engine runs"]),
+        ({"text": TOML[TOML.index("[[variant]]") :]}, ["axis = 'engine'", "Add [engine]"]),
+        ({"engine": 'workload = { model = "smollm2-135m" }'}, ["another model or other data"]),
+        ({"engine": "workload = { batchsize = 3 }"}, ["[engine.workload]", "batchsize", "batch_size"]),
+    ],
+)
+def test_an_engine_that_cannot_be_is_refused(read, given, words):
+    """With the file, what is wrong in it, and what to write."""
+    with pytest.raises(UsageError) as caught:
+        read(**given)
+    for word in ["mine.toml", *words]:
+        assert word in str(caught.value)
+
+
+def test_an_engine_does_not_outlive_its_variants(tmp_path):
+    """A study that extends another keeps its engine with the variants, and neither without the other."""
+    path = tmp_path / "mine.toml"
+    path.write_text('extends = "compile"\n[workload]\nbatch_size = 1\n')
+    assert load_study(str(path)).engine == load_study("compile").engine
+    path.write_text('extends = "compile"\n[axes]\nr = [8, 16]\n')
+    assert load_study(str(path)).engine is None
+
+
+def test_a_device_that_an_engine_needs():
+    """Nothing is said where it is there, or where any will do."""
+    engine = Engine(title="X", variant="x", proof={"compile": True}, needs="cuda")
+    assert engine.obstacle("cuda") == dataclasses.replace(engine, needs="").obstacle("cpu") == ""
+    assert engine.obstacle("cpu").startswith("X runs on a GPU only and this machine measures on the CPU")
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_ready_study_has_its_promises_from_a_page(name):
+    """Every claim names an address and the day on which it was read, and is about the engine alone."""
+    study = load_study(name)
+    assert study.engine is not None
+    assert study.protocol.phases == ("train",)
+    for claim in study.claims:
+        assert claim.source.startswith("https://")
+        assert "read 2026-" in claim.source
+        assert claim.original
+        assert {part.axis for part in claim.parts} == {ENGINE}
+    found = [one for one in builtin_studies() if load_study(one).engine is not None]
+    assert found == list(ENGINES)
+
+
+def test_what_a_ready_study_demands_as_proof_can_be_seen():
+    """Each path is one of kernels_check's."""
+    from kernels_check.judges.paths import REQUIREMENTS
+
+    for name in ENGINES:
+        assert set(load_study(name).engine.proof) <= set(REQUIREMENTS)
