@@ -6,7 +6,7 @@ compared did the same work.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +53,7 @@ def engine_of(run: Run, study: Study, groups: Groups) -> EngineShown | None:
         machine=_machine(run.manifest.provenance),
         versions=_versions(run.manifest.provenance),
         proof=proof_of(groups, study),
-        differs=tuple(notice.message for notice in sameness_notices(run, study)),
+        differs=tuple(_differing(run, study)),
     )
 
 
@@ -62,14 +62,24 @@ def check_comparable(part: Part, run: Run, study: Study, engine: EngineShown) ->
     step of the two does not hold the same."""
     if obstacle := obstacle_of(engine.proof, study):
         raise NotJudgedError(obstacle)
-    if part.metric == PEAK or part.metric in _PER_TOKEN:
+    if part.metric in _PER_TOKEN:
         return
     sides = sides_of_run(run, study).get(engine.variant)
     if run.manifest.own_workloads or (study.of_scripts and sides is not None and sides.tokens_differ):
         raise NotJudgedError(
             f"a step of {engine.variant} holds another number of tokens than one of {engine.reference}, so their "
-            f"{METRICS[part.metric].title} says nothing. Give both the same batch."
+            f"{'peak memory' if part.metric == PEAK else METRICS[part.metric].title} says nothing. Give both the same "
+            "batch, and a seed to what draws it."
         )
+
+
+def _differing(run: Run, study: Study) -> Iterator[str]:
+    """What two scripts do not have in common, and whether that could be seen."""
+    yield from (notice.message for notice in sameness_notices(run, study))
+    sides = sides_of_run(run, study) if study.of_scripts else {}
+    for name, both in sides.items():
+        if both.pairs and both.tokens_a_step is None:
+            yield f"{name}: how many tokens a step holds was not seen, so whether both do the same work is not known."
 
 
 def _machine(provenance: Mapping[str, Any]) -> str:

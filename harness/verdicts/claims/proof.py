@@ -7,7 +7,7 @@ asked first. What it could not see is unknown, and proves nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -119,11 +119,12 @@ def obstacle_of(proof: Sequence[Shown], study: Study) -> str:
         said = f"whether {study.engine.title} ran is unknown by {against.path}"
     else:
         said = f"{study.engine.title} was not seen to run in {study.engine.variant} and there alone, by {against.path}"
-    return f"{said} ({against.reason}). {_REMEDIES[against.found]}"
+    return f"{said} ({against.reason}). {_remedy(against)}"
 
 
-_REMEDIES: Mapping[Found, str] = {
-    "active": "",
-    "absent": "Mend what turns it on, and measure again.",
-    "unknown": "Measure again with a step that kernels_check can watch.",
-}
+def _remedy(against: Shown) -> str:
+    if against.found == "unknown":
+        return "Measure again with a step that kernels_check can watch."
+    if against.wanted != SAFE and against.with_engine is not None and against.with_engine == against.without:
+        return "Where the reference has it as well, turn it off there; a command says so in braces: {off|on}."
+    return "Mend what turns it on, and measure again."
