@@ -133,7 +133,9 @@ class Trial:
         diverged = self._judged(fragment, [float(loss) for loss in losses])
         if diverged.status != "ok":  # explains every check that failed with it
             return diverged
-        return judge_required(fragment, required, name=request.variant.name, allow_fallback=request.allow_fallback)
+        # What only a profile tells is no row of a step under the spy: the replicate that was profiled judged it.
+        judged = {check.path: check.required for check in checks if check.required is not None}
+        return judge_required(fragment, judged, name=request.variant.name, allow_fallback=request.allow_fallback)
 
     def warm_up(self) -> Fragment:
         """Steps until their times are steady, or the cap; all are kept, none is timed for the result.
