@@ -10,6 +10,7 @@ import contextlib
 import os
 import signal
 import socket
+import struct
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -47,6 +48,12 @@ def _start(words: Sequence[str], variables: Mapping[str, str], folder: Path, log
             start_new_session=True,
             preexec_fn=prepare,
         )
+
+
+def _user_of(connection: socket.socket) -> int:
+    """Whose process is at the other end, by the kernel's word (unix(7), SO_PEERCRED: pid, uid and gid)."""
+    _, user, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return int(user)
 
 
 class ScriptProcess:
@@ -99,6 +106,9 @@ class ScriptProcess:
             except TimeoutError:
                 if self._process.poll() is not None and not self._lives():
                     return None
+                continue
+            if _user_of(connection) != os.geteuid():  # a name that lies in no folder has no permissions
+                connection.close()
                 continue
             connection.settimeout(None)
             self._channel = Channel(connection)
