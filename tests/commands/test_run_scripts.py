@@ -60,6 +60,13 @@ def test_what_cannot_be_is_refused_before_anything_is_started(lorameter, words, 
     assert said in err
 
 
+def test_an_engine_of_the_workload_has_no_sides(lorameter):
+    """An A/B measures one variant on one workload, twice."""
+    for words in (("ab", "packing", "--base", "HEAD", "--candidate", "HEAD"), ("calibrate", "packing")):
+        code, _, err = lorameter(*words)
+        assert (code, "Measure it with `lorameter run packing`" in err) == (2, True)
+
+
 def test_the_plan_of_what_needs_a_gpu_is_shown(lorameter, monkeypatch):
     """And what it would take is said to be unknown here."""
     monkeypatch.setattr("harness.machine.provenance._torch_cuda", lambda: None)

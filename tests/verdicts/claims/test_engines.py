@@ -8,6 +8,11 @@ import pytest
 
 from harness.records import codec
 from harness.studies.engine import Engine
+from harness.studies.protocol import Protocol
+from harness.studies.script import script_workload
+from harness.studies.study import Study
+from harness.studies.variant import Variant
+from harness.studies.workload import Workload
 from harness.verdicts.claims import document, judge_claims
 
 COMPILED = Engine(title="the compiler", variant="r16", proof={"compile": True})
@@ -195,6 +200,61 @@ def test_what_only_scripts_have_is_not_judged_of_the_catalogue(judged):
     """A part of a step that nobody told apart."""
     found = part_of(judged({"rule": "faster", "axis": "engine", "metric": "optimizer_time_s"}))
     assert (found.verdict, "seen in scripts alone" in found.reason) == ("not judged", True)
+
+
+def of_scripts(run):
+    """The run as one of two scripts: the same records under names that are commands."""
+    study = codec.from_json(Study, run.manifest.study, "made")
+    scripts = dataclasses.replace(
+        study, workload=script_workload(), protocol=Protocol(phases=("train",)), reference="centre", replaced={},
+        variants=(Variant(name="centre", command="python a.py"), Variant(name="r16", command="python b.py")),
+    )  # fmt: skip
+    return dataclasses.replace(run, manifest=dataclasses.replace(run.manifest, study=codec.to_json(scripts)))
+
+
+@pytest.mark.parametrize(
+    ("held", "metric", "verdict", "differs"),
+    [
+        ((100.0, 100.0), "step_time_s", "supported", ""),
+        ((100.0, 200.0), "step_time_s", "not judged", "a step holds 100.0 real tokens in centre and 200.0 in r16"),
+        ((100.0, 200.0), "peak_memory", "not judged", "real tokens"),
+        ((100.0, 200.0), "time_per_real_token_s", "supported", "real tokens"),
+        (None, "step_time_s", "supported", "how many tokens a step holds was not seen"),
+    ],
+)
+def test_steps_of_scripts_that_hold_other_tokens_are_not_set_beside_each_other(
+    make_run, claim, held, metric, verdict, differs
+):
+    """By their time or their peak; a token's time is judged, and what nobody could count is said."""
+
+    def change(record):
+        seen = watched()(record.replaced(values={"trainable_parameters": 8000.0}))
+        count = held and held[record.name == "r16"]
+        return seen if held is None else seen.replaced(samples=seen.samples | {"step_real_tokens": (count,) * 9})
+
+    part = {"rule": "lowers", "by": 0.2} if metric == "peak_memory" else FASTER
+    run = make_run([claim(part | {"axis": "engine", "metric": metric})], {"r16": 0.5}, engine=COMPILED, change=change)
+    report = judge_claims(of_scripts(run))
+    assert part_of(report).verdict == verdict
+    assert ("another number of tokens" in part_of(report).reason) == (verdict == "not judged")
+    assert report.engine.commands == {"centre": "python a.py", "r16": "python b.py"}
+    assert (differs in " ".join(report.engine.differs)) if differs else not report.engine.differs
+
+
+def test_steps_of_a_workload_of_ones_own_are_judged_by_the_token(make_run, claim):
+    """As of scripts: packed and padded steps have no time in common."""
+    run = make_run([claim(FASTER)], {"r16": 0.5}, engine=COMPILED, change=watched())
+    own = {"r16": codec.to_json(Workload(layout="padded"))}
+    report = judge_claims(dataclasses.replace(run, manifest=dataclasses.replace(run.manifest, own_workloads=own)))
+    assert part_of(report).verdict == "not judged"
+    assert "another number of tokens" in part_of(report).reason
+
+
+def test_a_reference_that_has_the_engine_as_well_is_told_how_to_be_without(judged):
+    """As a trainer that turns it on by default."""
+    found = part_of(judged(FASTER, {"r16": 1.0}, change=watched(True, True)))
+    assert found.verdict == "not judged"
+    assert "turn it off there; a command says so in braces: {off|on}." in found.reason
 
 
 def test_a_control_that_failed_forbids_a_verdict(judged):
