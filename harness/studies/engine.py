@@ -4,7 +4,7 @@ title = "Liger Kernel"            # what it is called
 variant = "liger"                 # the variant that has it; the reference is the one without
 needs = "cuda"                    # a device without which there is nothing to measure; left out where there is none
 package = "liger-kernel"          # the distribution whose version belongs to a result
-flag = "--use_liger_kernel"       # what a training script is often given for it, for messages
+flag = "{--use_liger_kernel}"     # what a training script is often given for it, in braces, for messages
 
 [engine.workload]                 # what the variant trains on differs in, where the engine is one of the workload
 [engine.proof]                    # paths of kernels_check, and what each must show where the engine runs
@@ -75,6 +75,11 @@ class Engine:
         if (changed.model, changed.data) != (workload.model, workload.data):
             raise UsageError("[engine.workload]: another model or other data. Leave them as they are in [workload].")
         return changed
+
+    @property
+    def example(self) -> str:
+        """A script with it and without it, as one would ask for it."""
+        return f"'python train.py {self.flag or '{--flag}'}'"
 
     def without_workload(self) -> Engine:
         """The engine where the variants are commands: what they train on is theirs."""

@@ -22,8 +22,8 @@ _LABEL = "--command"
 _ALTERNATIVE = "|"
 
 
-def split_braces(command: str) -> tuple[str, str]:
-    """The command without what stands in braces, and with it; each a line of words.
+def split_braces(command: str, example: str = "'python train.py {--flag}'") -> tuple[str, str]:
+    """The command without what stands in braces, and with it; each a line of words. `example` is for refusals.
 
     Raises:
         UsageError: no braces, one that is open, empty or inside another, or nothing that a command could be.
@@ -47,7 +47,7 @@ def split_braces(command: str) -> tuple[str, str]:
         elif letter == "}":
             if group is None:
                 raise _refused(command, "a brace is closed that was not open", "Open it, or write }} for a brace")
-            off, on = _alternatives(command, "".join(group))
+            off, on = _alternatives(command, "".join(group), example)
             without.append(off)
             with_it.append(on)
             group, groups = None, groups + 1
@@ -57,20 +57,17 @@ def split_braces(command: str) -> tuple[str, str]:
     if group is not None:
         raise _refused(command, "a brace is open", "Close it, or write {{ for a brace")
     if not groups:
-        raise _refused(command, "no braces, so nothing differs", f"Put what turns the engine on in braces: {_EXAMPLE}")
+        raise _refused(command, "no braces, so nothing differs", f"Put what turns the engine on in braces: {example}")
     off, on = (shlex.join(split_command(_LABEL, "".join(text))) for text in (without, with_it))
     if off == on:
-        raise _refused(command, "the same with the braces and without", f"Put a difference there: {_EXAMPLE}")
+        raise _refused(command, "the same with the braces and without", f"Put a difference there: {example}")
     return off, on
 
 
-_EXAMPLE = "'python train.py {--flag}'"
-
-
-def _alternatives(command: str, text: str) -> tuple[str, str]:
+def _alternatives(command: str, text: str, example: str) -> tuple[str, str]:
     """What stands there without the engine and with it."""
     if not text.strip():
-        raise _refused(command, "an empty brace", f"Write what turns the engine on: {_EXAMPLE}")
+        raise _refused(command, "an empty brace", f"Write what turns the engine on: {example}")
     off, bar, on = text.partition(_ALTERNATIVE)
     if not bar:
         return "", text
@@ -106,7 +103,7 @@ def study_of_engine(study: Study, command: str, *, cwd: str = "") -> Study:
         UsageError: a study of no engine, or a command that cannot be two.
     """
     engine = engine_of(study)
-    off, on = split_braces(command)
+    off, on = split_braces(command, engine.example)
     return Study(
         name=study.name,
         title=f"{study.title}: {command}",

@@ -102,6 +102,20 @@ def test_a_script_takes_the_place_of_both_variants(read):
     assert codec.from_json(Study, codec.to_json(study), "manifest") == study
 
 
+def test_a_refusal_shows_what_is_usual_for_the_engine():
+    """With its own flag; one that is written anew gets one in general."""
+    for name, example in (
+        ("liger-kernel", "'python train.py {--use_liger_kernel}'"),
+        ("fused-optimizer", "'python train.py --optim {adamw_torch|adamw_torch_fused}'"),
+    ):
+        with pytest.raises(UsageError) as caught:
+            study_of_engine(load_study(name), "python train.py")
+        assert example in str(caught.value)
+        without, with_it = split_braces(example.strip("'"))
+        assert without != with_it
+    assert Engine(title="X", variant="x", proof={"compile": True}).example == "'python train.py {--flag}'"
+
+
 def test_an_engine_of_the_workload_leaves_it_to_the_script():
     """What packs in the catalogue is the layout, and of a script its own flag."""
     study = load_study("packing")

@@ -80,6 +80,8 @@ def _look(name: str, records: Sequence[TrialRecord], path: str) -> _Seen:
 def _shown(path: str, wanted: Any, ours: _Seen, theirs: _Seen) -> Shown:
     parts = [ours] if wanted == SAFE else [ours, theirs]
     unclear = [one.unclear for one in parts if one.unclear]
+    if wanted == SAFE and not unclear and not any(isinstance(value, bool) for value in ours.values):
+        unclear = [f"{ours.name}: neither true nor false was seen"]
     said = "; ".join(unclear) or ", ".join(f"{_word(one.value)} in {one.name}" for one in (ours, theirs) if one.values)
     found: Found = "unknown" if unclear else "active" if _holds(wanted, ours.values, theirs.values) else "absent"
     return Shown(path=path, wanted=wanted, found=found, with_engine=ours.value, without=theirs.value, reason=said)
@@ -91,12 +93,12 @@ def _holds(wanted: Any, ours: Sequence[Any], theirs: Sequence[Any]) -> bool:
     if wanted == ANY:
         return all(ours) and not any(theirs)
     if wanted == LESS:
-        return _least_of(ours, max) < _least_of(theirs, min)
+        return _extreme_of(ours, max) < _extreme_of(theirs, min)
     named = (str(one).split("+") for one in theirs)
     return all(one == wanted for one in ours) and not any(str(wanted) in words for words in named)
 
 
-def _least_of(values: Sequence[Any], pick: Any) -> float:
+def _extreme_of(values: Sequence[Any], pick: Any) -> float:
     """The largest or the smallest of shares; one that is none has no order, and `nan` is less than nothing."""
     numbers = [float(one) for one in values if isinstance(one, int | float) and not isinstance(one, bool)]
     return float(pick(numbers)) if len(numbers) == len(values) else float("nan")

@@ -164,6 +164,12 @@ def test_what_is_not_won_fairly_is_not_judged(judged, isolated, verdict):
     assert part_of(report).verdict == "supported"
     assert [one.found for one in report.engine.proof] == ["active", "unknown"]
 
+    def nothing(record):
+        return record.replaced(checks=(*watched()(record).checks, check(None, "packing.isolated", "not_applicable")))
+
+    report = judged(FASTER, {"r16": 0.5}, engine=engine, change=nothing)
+    assert [one.found for one in report.engine.proof] == ["active", "unknown"]
+
 
 @pytest.mark.parametrize(
     ("kind", "ours", "theirs", "twin", "verdict", "words"),
