@@ -71,7 +71,7 @@ def _look(name: str, records: Sequence[TrialRecord], path: str) -> _Seen:
     checks = [check for record in records for check in record.checks if check.get("path") == path]
     unclear = [check for check in checks if check.get("status") == "unknown"]
     if not checks:
-        return _Seen(name=name, values=(), unclear=f"{name}: no step was watched for it")
+        return _Seen(name=name, values=(), unclear=f"{name}: nothing that was watched tells it")
     if unclear:
         return _Seen(name=name, values=(), unclear=f"{name}: {unclear[0].get('reason')}")
     return _Seen(name=name, values=tuple(check.get("observed") for check in checks), unclear="")
