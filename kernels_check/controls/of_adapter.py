@@ -87,6 +87,14 @@ ADAPTER = (
         words=("adapter not executed in 4 of 4 layers", "the step never calls these modules with it"),
     ),
     Control(
+        name="a copy made in the step trained in the model's place",
+        path="lora.attached",
+        required=True,
+        sabotage=small(astray.train_copies_made_in_the_step, quant=None),
+        twin=small(astray.copy_and_save_in_the_step, quant=None),
+        words=("adapter not executed in 4 of 4 layers", "the step never calls these modules with it"),
+    ),
+    Control(
         name="a copy of the model trained beside an evaluation of the model",
         path="lora.attached",
         required=True,

@@ -20,7 +20,7 @@ from torch import nn
 from kernels_check.observation.adapter_kinds import AdapterLayer, active_in, is_disabled
 from kernels_check.observation.adapter_layers import adapter_layers
 from kernels_check.observation.module_tree import ModelTree
-from kernels_check.observation.shield import Shielding, unshielded
+from kernels_check.observation.shield import ModuleHook, Shielding, unshielded
 
 
 @dataclass(slots=True, kw_only=True)
@@ -73,7 +73,8 @@ class AdapterCalls:
                 for name, part in layer.parts():
                     parts.setdefault(id(part), (part, {}))[1][layer.name] = name
             for part, names in parts.values():
-                hooks.push(part.register_forward_pre_hook(self.shield(partial(self._note_part, names))))
+                noted = ModuleHook(part, self.shield(partial(self._note_part, names)))
+                hooks.push(part.register_forward_pre_hook(noted))
             yield
 
     def forget(self) -> None:
@@ -84,9 +85,10 @@ class AdapterCalls:
     def _hook_layer(self, hooks: ExitStack, layer: AdapterLayer) -> None:
         if layer.module._compiled_call_impl is not None:  # compiled in place, it would be compiled again with the hook
             return
-        entered = layer.module.register_forward_pre_hook(self.shield(partial(self._enter, layer)))
-        hooks.push(entered)
-        hooks.push(layer.module.register_forward_hook(self.shield(self._leave), always_call=True))
+        entered = ModuleHook(layer.module, self.shield(partial(self._enter, layer)))
+        left = ModuleHook(layer.module, self.shield(self._leave))
+        hooks.push(layer.module.register_forward_pre_hook(entered))
+        hooks.push(layer.module.register_forward_hook(left, always_call=True))
 
     def _enter(self, layer: AdapterLayer, module: nn.Module, inputs: Any) -> None:
         call = LayerCall(

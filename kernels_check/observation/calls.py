@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from kernels_check.observation.module_tree import named_modules
-from kernels_check.observation.shield import Shielding, unshielded
+from kernels_check.observation.shield import ModuleHook, Shielding, unshielded
 
 MARK = "lorameter.call#"
 """How the profiler's record of a module's call begins; the number of the call follows."""
@@ -214,8 +214,9 @@ class CallRecorder:
             return
 
         try:
-            hooks.push(module.register_forward_pre_hook(self.shield(partial(self._begun, names)), prepend=True))
-            hooks.push(module.register_forward_hook(self.shield(self._ended), always_call=True))
+            begun = ModuleHook(module, self.shield(partial(self._begun, names)))
+            hooks.push(module.register_forward_pre_hook(begun, prepend=True))
+            hooks.push(module.register_forward_hook(ModuleHook(module, self.shield(self._ended)), always_call=True))
         except (RuntimeError, AttributeError, TypeError):  # modules of TorchScript take no such hook
             self.unhooked.update(names)
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernels_check.observation.shield import Shielding, unshielded
+from kernels_check.observation.shield import ModuleHook, Shielding, unshielded
 
 _WRAPS = ("module", "base_model", "model")
 """Attributes under which a wrapper holds what it wraps: DistributedDataParallel, PEFT, models with a head."""
@@ -68,8 +68,9 @@ class InputLog:
         self._open.clear()
         self._hooks = hooks
         for module in _reachable(model):
-            hooks.push(module.register_forward_pre_hook(self._shield(self._begin), with_kwargs=True))
-            hooks.push(module.register_forward_hook(self._shield(self._end), always_call=True))
+            begun, ended = (ModuleHook(module, self._shield(hook)) for hook in (self._begin, self._end))
+            hooks.push(module.register_forward_pre_hook(begun, with_kwargs=True))
+            hooks.push(module.register_forward_hook(ended, always_call=True))
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = _describe(module, args, kwargs)

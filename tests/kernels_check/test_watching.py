@@ -1,6 +1,7 @@
 """A watched step comes out as if nobody had looked, and what it showed is told; also when it fails."""
 
 import copy
+import io
 import weakref
 from contextlib import ExitStack
 
@@ -147,6 +148,23 @@ def test_an_error_of_the_step_goes_through(training, instrument):
     with watched:
         run.step()
     assert all(check.met for check in watched.checks if check.required is not None)
+
+
+def test_a_model_is_copied_and_saved_while_it_is_watched(training, instrument):
+    """As for a checkpoint or an average; what a copy does later is nothing of the model's."""
+    run = training(quant=None)
+    before = _traces(run.model)
+    with kernels_check.watch(run.model, WANTED, instrument=instrument) as watched:
+        average = copy.deepcopy(run.model)
+        run.step()
+        torch.save(run.model, io.BytesIO())
+    assert all(check.met for check in watched.checks if check.required is not None), watched.checks
+    assert _traces(run.model) == before
+    torch.save(copy.deepcopy(average), io.BytesIO())
+    with kernels_check.watch(run.model, WANTED, instrument=instrument) as watched:
+        average(**run.inputs, labels=run.inputs["input_ids"]).loss.backward()
+    assert {check.status for check in watched.checks} == {"unknown"}
+    assert "the model was not called" in watched.checks[0].reason
 
 
 def test_requirements_that_are_not_met_raise_nothing(training, instrument):
