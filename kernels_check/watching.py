@@ -177,15 +177,22 @@ class Watch:
         why = None
         if self._steps.compiled and check.path not in WITHOUT_MODULES:
             return replace(check, observed=None, status="unknown", reason=COMPILED_MEANWHILE)
-        if check.path in AN_UPDATE and not seen.optimizer_steps:
-            why = AN_UPDATE[check.path]
-        elif check.path == "lora.learning" and self._steps.undecided:
-            why = FURTHER_STEPS[check.path] if seen.optimizer_steps else _NO_UPDATE
-        elif check.path == "base.frozen" and check.observed is True and seen.calls == 1 and _is_merged_and_back(seen):
+        if self._takes_an_update(check) and not seen.updated:  # what stepped in an earlier block is none of this one's
+            why = AN_UPDATE.get(check.path, _NO_UPDATE)
+        elif self._may_show_more(check, seen):
             why = FURTHER_STEPS[check.path]
         if why is None:
             return check
         return replace(check, observed=None, status="unknown", reason=f"{why}; so far: {check.reason}")
+
+    def _takes_an_update(self, check: Check) -> bool:
+        learns = check.path == "lora.learning" and (check.observed is True or self._steps.undecided)
+        return learns or check.path in AN_UPDATE
+
+    def _may_show_more(self, check: Check, seen: Observation) -> bool:
+        if check.path == "lora.learning":
+            return self._steps.undecided
+        return check.path == "base.frozen" and check.observed is True and seen.calls == 1 and _is_merged_and_back(seen)
 
     def _asks_for_records(self) -> bool:
         return self._batch is not None or any(PATHS[path].packed for path in self._requirements)

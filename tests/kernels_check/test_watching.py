@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 import kernels_check
+from kernels_check.controls.sabotage_adapter import freeze_lora_a
 from kernels_check.controls.small_run import build
 from kernels_check.judges.paths import REQUIREMENTS
 from kernels_check.observation import calls, compilations, natural
@@ -213,6 +214,32 @@ def test_an_accumulation_is_watched_whole_or_said_to_be_half(training, instrumen
     with watched:
         run.step()
     assert all(check.met for check in watched.checks if check.required is not None), watched.checks
+
+
+def test_what_stepped_in_an_earlier_block_is_none_of_this_one(training, instrument):
+    """Neither the optimizer of the block before nor what its update made is told again; what is wrong still is."""
+    run = training()
+    required = {"optimizer.class": "torch.optim.AdamW", "norms.trained": False, "lora.learning": True}
+    watched = kernels_check.watch(run.model, required, instrument=instrument)
+
+    def half():
+        with watched:
+            run.model(**run.inputs, labels=run.inputs["input_ids"]).loss.backward()
+        return {path: _by_path(watched)[path] for path in required}
+
+    with watched:
+        run.step()
+    assert _by_path(watched)["optimizer.class"].met
+    assert {check.status for check in half().values()} == {"unknown"}
+    assert all("all that one update accumulates" in check.reason for check in half().values())
+    with watched:
+        run.step()
+    assert all(_by_path(watched)[path].met for path in required), watched.checks
+    decided = half()
+    assert {check.status for check in decided.values()} == {"unknown"}
+    assert "all that one update accumulates" in decided["lora.learning"].reason
+    freeze_lora_a(run)
+    assert half()["lora.learning"].status == "fallback"
 
 
 def test_blocks_need_not_end_in_the_order_of_their_beginning(training):
