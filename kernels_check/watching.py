@@ -34,7 +34,10 @@ FURTHER_STEPS: Mapping[str, str] = {
 }
 """Paths that one natural step does not decide, as long as another may show more, with what to do."""
 
-_NO_UPDATE = "no optimizer stepped in what was watched: let the watch stand around all that one update accumulates"
+_NO_UPDATE = (
+    "no optimizer that holds the model's parameters stepped in what was watched: let the watch stand around all that "
+    "one update accumulates"
+)
 AN_UPDATE: Mapping[str, str] = dict.fromkeys(
     ("optimizer.class", "optimizer.fused", "optimizer.paged_share", "embedding.trained", "norms.trained"), _NO_UPDATE
 )

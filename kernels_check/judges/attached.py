@@ -112,7 +112,11 @@ def calls_that_count(layer: AdapterLayer, seen: Observation) -> list[LayerCall]:
     A step that trains nothing, such as an answer, has no others.
     """
     everything = seen.adapter_calls.get(layer.name, [])
-    trains = seen.optimizer_steps or any(not call.aside for calls in seen.adapter_calls.values() for call in calls)
+    trains = (
+        seen.optimizer_steps
+        or seen.other_optimizers
+        or any(not call.aside for calls in seen.adapter_calls.values() for call in calls)
+    )
     counted = [call for call in everything if not (trains and call.aside)]
     return [call for call in counted if call.with_gradients] or counted
 

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from kernels_check.observation.optimizers import OptimizerSeen
     from kernels_check.observation.updates import GroupSeen
 
-_NO_OPTIMIZER = Finding(observed=None, present=False, reason="no torch.optim.Optimizer stepped in the watched calls")
-
 _UNSEEN = "unseen"
 
 _FUSED_LOST = (
@@ -101,11 +99,21 @@ def _why_unseen(seen: Observation, total: int) -> str:
     return f"{names} wrote no parameter by an operator: it calls kernels of its own, or updates in another way"
 
 
+def who_stepped(seen: Observation) -> str:
+    """What stepped, where no optimizer that holds parameters of the model did."""
+    if not seen.other_optimizers:
+        return f"no torch.optim.Optimizer stepped in {seen.calls} calls"
+    names = join_values(seen.other_optimizers)
+    return f"{names} stepped and holds no parameter of the model, but those of another, or a copy of master weights"
+
+
 def _no_optimizer(seen: Observation) -> Finding:
-    """Nothing stepped that could be judged; that parameters moved all the same makes it unknown."""
-    if not seen.changed:
-        return _NO_OPTIMIZER
-    reason = f"{_NO_OPTIMIZER.reason}, and yet {len(seen.changed)} parameters changed: by an optimizer of another kind?"
+    """Nothing stepped that could be judged; what may have updated the model all the same makes it unknown."""
+    reason = who_stepped(seen)
+    if seen.changed:
+        reason += f"; {len(seen.changed)} parameters changed all the same: by an optimizer of another kind?"
+    elif not seen.other_optimizers:
+        return Finding(observed=None, present=False, reason=reason)
     return Finding(observed=None, status="unknown", present=False, reason=reason)
 
 

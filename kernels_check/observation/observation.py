@@ -75,6 +75,7 @@ class Observation:
     profile: StepProfile
     calls: int
     optimizer_steps: int
+    """By optimizers that hold parameters of the model."""
     optimizers: tuple[OptimizerSeen, ...]
     gradients: Mapping[str, GradientSeen]
     """Parameters that a gradient reached in the watched calls, by name; what lay there before does not count."""
@@ -101,6 +102,9 @@ class Observation:
     """The model as the last call left it; None where it has been restored since."""
     updated: tuple[GroupSeen, ...] = ()
     """Groups of the optimizers that stepped in the watched call."""
+    other_optimizers: tuple[str, ...] = ()
+    """Classes of optimizers that stepped in any of the calls and hold no parameter of the model: they are another
+    model's, or hold copies of this one's, as master weights are."""
     undone: Callable[[], AbstractContextManager[object]] = nullcontext
     """What forwards stand in that are made to answer a question, where nobody restores the model afterwards."""
     readings: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
