@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -43,6 +43,8 @@ class ModelCall:
     """Calls that it made of what the module wraps."""
     loss_gradients: list[Tensor] = field(default_factory=list)
     """What reached the loss that it returned, in each backward pass; of a call outside of all others."""
+    number: int | None = None
+    """Of the call in the log of all calls, where there is one."""
 
     def told(self, tells: Callable[[Mapping[str, Any]], bool]) -> list[ModelCall]:
         """This call if its arguments tell something, else those inside that do: wrappers have names of their own."""
@@ -61,9 +63,17 @@ class InputLog:
         self._shield = shield
         self._hooks: ExitStack | None = None
         self._open: list[ModelCall] = []
+        self._current: Callable[[], int | None] = lambda: None
 
-    def attach(self, model: nn.Module, hooks: ExitStack) -> None:
-        """Forget earlier calls and keep those to come, until ``hooks`` is closed."""
+    def attach(self, model: nn.Module, hooks: ExitStack, current: Callable[[], int | None] = lambda: None) -> None:
+        """Forget earlier calls and keep those to come, until ``hooks`` is closed.
+
+        Args:
+            model: whose calls are kept.
+            hooks: that take the hooks off.
+            current: gives the number of the call that has just begun in the log of all calls.
+        """
+        self._current = current
         self.calls.clear()
         self._open.clear()
         self._hooks = hooks
@@ -72,8 +82,12 @@ class InputLog:
             hooks.push(module.register_forward_pre_hook(begun, with_kwargs=True))
             hooks.push(module.register_forward_hook(ended, always_call=True))
 
+    def drop(self, failed: Set[int]) -> None:
+        """Drop the calls of these numbers, which came to nothing."""
+        self.calls[:] = [_without(call, failed) for call in self.calls if call.number not in failed]
+
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        call = _describe(module, args, kwargs)
+        call = replace(_describe(module, args, kwargs), number=self._current())
         if torch._C._current_graph_task_id() == -1:  # in a backward pass it is a recomputation
             (self._open[-1].inside if self._open else self.calls).append(call)
         self._open.append(call)
@@ -86,6 +100,11 @@ class InputLog:
         if not self._open and self._hooks is not None and loss is not None and loss.requires_grad:
             handle = loss.register_hook(self._shield(partial(_keep, call)))
             self._hooks.push(handle)
+
+
+def _without(call: ModelCall, failed: Set[int]) -> ModelCall:
+    call.inside[:] = [_without(one, failed) for one in call.inside if one.number not in failed]
+    return call
 
 
 def training_calls(calls: Sequence[ModelCall]) -> list[ModelCall]:

@@ -93,10 +93,12 @@ class StepWatcher:
         with ExitStack() as hooks:
             with uncollected():
                 hooks.enter_context(recorder.hooked())
-                self.inputs.attach(self.model, hooks)
-                hooks.enter_context(self.adapter.watched(tree, recorder.in_training))
+                self.inputs.attach(self.model, hooks, recorder.current)
+                hooks.enter_context(self.adapter.watched(tree, recorder))
             yield recorder
         self.calls = recorder.calls()
+        self.adapter.drop(self.calls.failed)
+        self.inputs.drop(self.calls.failed)
         self.keep()
 
     def begin_call(self) -> None:

@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 import kernels_check
+from kernels_check.controls.layers import take_again
 from kernels_check.controls.sabotage_adapter import freeze_lora_a
 from kernels_check.controls.small_run import build
 from kernels_check.judges.paths import REQUIREMENTS
@@ -166,6 +167,17 @@ def test_a_model_is_copied_and_saved_while_it_is_watched(training, instrument):
         average(**run.inputs, labels=run.inputs["input_ids"]).loss.backward()
     assert {check.status for check in watched.checks} == {"unknown"}
     assert "the model was not called" in watched.checks[0].reason
+
+
+def test_a_pass_that_failed_and_was_taken_again_counts_once(training, instrument):
+    """Its loss and its attention are none of the step's."""
+    run = training(quant=None)
+    take_again(run)
+    required = {"loss.tokens": True, "lora.attached": True, "attention.backend": "flash"}
+    with kernels_check.watch(run.model, required, instrument=instrument) as watched:
+        run.step()
+    assert all(_by_path(watched)[path].met for path in required), watched.checks
+    assert "forward: 2 flash; backward: 2 flash; 2 of 2" in _by_path(watched)["attention.backend"].reason
 
 
 def test_requirements_that_are_not_met_raise_nothing(training, instrument):
