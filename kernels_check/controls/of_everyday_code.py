@@ -201,7 +201,11 @@ EVERYDAY = (
         required="flash",
         sabotage=small(partial(layers.take_again, then=only_math)),
         twin=small(partial(layers.take_again, first=only_math)),
-        words=("0 of 2 attention layers as required", "forward: 2 math"),
+        words=(
+            "0 of 2 attention layers as required",
+            "forward: 2 math",
+            "not judged: 2 in passes that failed (2 flash)",
+        ),
     ),
     Control(
         name="attention written out, with its softmax through float32",
