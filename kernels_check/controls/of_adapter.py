@@ -103,6 +103,15 @@ ADAPTER = (
         words=("adapter executed in an evaluation only, which trains nothing, in 4 of 4 layers",),
     ),
     Control(
+        name="gradients of a copy put there by hand, beside an evaluation of the model",
+        path="lora.attached",
+        required=True,
+        sabotage=small(astray.train_copies_made_in_the_step, astray.evaluate_inside, quant=None),
+        twin=small(astray.copy_and_save_in_the_step, astray.evaluate_inside, quant=None),
+        words=("adapter executed without gradients", "in 4 of 4 layers", "or of a copy of the model was not seen"),
+        caught_by="unknown",
+    ),
+    Control(
         name="adapter passed by in half the layers but for an evaluation",
         path="lora.attached",
         required=True,
