@@ -173,7 +173,13 @@ class Watch:
             by_forwards = replace(seen, batch=self._batch, left=None)
             checks |= judge_all(by_forwards, self._requirements, self._instrument, packed=True)
         decided = (self._decided(checks[path], seen) for path in PATHS if path in checks)
-        return tuple(decided)
+        return tuple(map(self._with_what_is_left, decided))
+
+    def _with_what_is_left(self, check: Check) -> Check:
+        """The check, with what of its instrument is still in place."""
+        if self._steps.left is None or not PATHS[check.path].rests_on:
+            return check
+        return replace(check, reason=f"{check.reason}; {self._steps.left}")
 
     def _decided(self, check: Check, seen: Observation) -> Check:
         """The check, or why one step of this kind does not decide it."""

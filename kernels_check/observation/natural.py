@@ -67,6 +67,11 @@ class NaturalSteps:
         return self._shield.fault
 
     @property
+    def left(self) -> str | None:
+        """What of the instrument is still in place after the last step, and until when."""
+        return None if self._beside is None else self._beside.left
+
+    @property
     def steps(self) -> int:
         """Steps that are told of together, the last included."""
         return 0 if self._watcher is None else self._watcher.begun

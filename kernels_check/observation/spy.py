@@ -80,6 +80,8 @@ class Spy(TorchDispatchMode):
         self.operators: list[Operator] = []
         self.writes: list[Write] = []
         self.compiled_calls = 0
+        self.left_behind = False
+        """Whether it was taken off in another thread than the one that it is in."""
         self._enclosing: list[Operator] = []
         """Attention functions and 4-bit products being executed, and the optimizer's step."""
         self._backward: Operator | None = None

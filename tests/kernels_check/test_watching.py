@@ -2,6 +2,8 @@
 
 import copy
 import io
+import sys
+import threading
 import weakref
 from contextlib import ExitStack
 
@@ -16,6 +18,7 @@ from kernels_check.controls.sabotage_adapter import freeze_lora_a
 from kernels_check.controls.small_run import build
 from kernels_check.judges.paths import REQUIREMENTS
 from kernels_check.observation import calls, compilations, natural
+from kernels_check.observation.instruments_beside import LEFT_BEHIND
 from kernels_check.observation.recording import is_recording
 
 WANTED = {"attention.backend": "flash", "base.frozen": True, "mode": "train", "lora.attached": True}
@@ -284,6 +287,77 @@ def test_blocks_need_not_end_in_the_order_of_their_beginning(training):
     assert _traces(run.model) == before
     for watched in (first, second):
         assert all(check.met for check in watched.checks if check.required is not None), watched.checks
+
+
+def _close_elsewhere(watched):
+    thread = threading.Thread(target=watched.__exit__, args=(None, None, None))
+    thread.start()
+    thread.join()
+
+
+def test_a_block_that_another_thread_closes_leaves_the_spy_no_longer_than_to_the_next_operator(training):
+    """A mode can be taken off by its own thread alone, which the checks say; what a program put above it stays."""
+
+    class Counting(TorchDispatchMode):
+        seen = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            Counting.seen += 1
+            return func(*args, **(kwargs or {}))
+
+    run = training(instrument="spy")
+    before = _traces(run.model)
+    watched = kernels_check.watch(run.model, WANTED, instrument="spy")
+    watched.__enter__()
+    run.step()
+    _close_elsewhere(watched)
+    assert all(check.met for check in watched.checks if check.required is not None), watched.checks
+    reasons = {path: check.reason.endswith(LEFT_BEHIND) for path, check in _by_path(watched).items()}
+    assert (reasons["attention.backend"], reasons["base.frozen"]) == (True, False)
+    with Counting() as mode:
+        torch.ones(2).sum()
+        torch.ones(2).sum()
+        assert _get_current_dispatch_mode_stack() == [mode]
+    assert Counting.seen == 4
+    assert sys.getprofile() is None
+    assert _traces(run.model) == before
+    with watched:
+        run.step()
+    assert not any(check.reason.endswith(LEFT_BEHIND) for check in watched.checks)
+
+
+def test_a_spy_that_was_left_disturbs_no_profiler_of_the_program(training):
+    """It waits for the operators after that; nor does an operator of another thread take it off, which cannot."""
+    run = training(instrument="spy")
+    before = _traces(run.model)
+    watched = kernels_check.watch(run.model, WANTED, instrument="spy")
+    watched.__enter__()
+    run.step()
+    _close_elsewhere(watched)
+    called = []
+    sys.setprofile(lambda *event: called.append(event))
+    try:
+        torch.ones(2)
+        ours = sys.getprofile()
+    finally:
+        sys.setprofile(None)
+    assert called
+    assert ours.__name__ == "<lambda>"
+    left = _get_current_dispatch_mode_stack()
+    assert len(left) == 1
+
+    def in_another():
+        with left[0]:
+            torch.ones(2)
+            profilers.append(sys.getprofile())
+
+    profilers = []
+    thread = threading.Thread(target=in_another)
+    thread.start()
+    thread.join()
+    assert profilers == [None]
+    torch.ones(2)
+    assert _traces(run.model) == before
 
 
 def _recorder():
