@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -22,6 +22,7 @@ from torch import nn
 
 from kernels_check.observation.broken_calls import BrokenCalls, Output, outputs_of
 from kernels_check.observation.module_tree import named_modules
+from kernels_check.observation.replaced import replaced
 from kernels_check.observation.shield import ModuleHook, Shielding, unshielded
 
 MARK = "lorameter.call#"
@@ -217,22 +218,10 @@ class CallRecorder:
         return stack[-1].number if stack else None
 
     def _hook(self, module: nn.Module, names: tuple[str, ...], hooks: ExitStack) -> None:
-        original = module._compiled_call_impl
-        if original is not None:  # it would be compiled again with a hook, so what is compiled is called from here
+        if module._compiled_call_impl is not None:
+            # It would be compiled again with a hook, so what is compiled is called from here.
             self.unhooked.update(names)
-            enter, leave = self.shield(self._enter), self.shield(self._leave)
-
-            def through(*args: Any, **kwargs: Any) -> Any:
-                enter(module, names, compiled=True)
-                output = None
-                try:
-                    output = original(*args, **kwargs)
-                    return output
-                finally:
-                    leave(module, output)
-
-            module._compiled_call_impl = through
-            hooks.callback(setattr, module, "_compiled_call_impl", original)
+            hooks.enter_context(replaced(module, "_compiled_call_impl", partial(self._around, module, names)))
             return
 
         try:
@@ -241,6 +230,21 @@ class CallRecorder:
             hooks.push(module.register_forward_hook(ModuleHook(module, self.shield(self._ended)), always_call=True))
         except (RuntimeError, AttributeError, TypeError):  # modules of TorchScript take no such hook
             self.unhooked.update(names)
+
+    def _around(self, module: nn.Module, names: tuple[str, ...], original: Callable[..., Any]) -> Callable[..., Any]:
+        """What calls a module that is compiled in place."""
+        enter, leave = self.shield(self._enter), self.shield(self._leave)
+
+        def through(*args: Any, **kwargs: Any) -> Any:
+            enter(module, names, compiled=True)
+            output = None
+            try:
+                output = original(*args, **kwargs)
+                return output
+            finally:
+                leave(module, output)
+
+        return through
 
     def _begun(self, names: tuple[str, ...], module: nn.Module, inputs: Any) -> None:
         """Forward pre-hook."""
