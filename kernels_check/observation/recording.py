@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from kernels_check.observation.events import CompilerSeen, StepProfile, compiler
 from kernels_check.observation.garbage import uncollected
 from kernels_check.observation.operators import Operator, matters
 from kernels_check.observation.replaced import replaced
-from kernels_check.observation.updates import recorded_writes
+from kernels_check.observation.updates import is_hidden_by_a_mode, recorded_writes
 
 
 def profiled(call: Callable[[], object]) -> StepProfile | None:
@@ -112,8 +113,9 @@ def entries(call: Callable[[], object]) -> CompilerSeen | None:
 def _reduced(recorded: profile) -> StepProfile:
     operators, kernels = read_operators(recorded)
     results: Any = recorded.profiler
-    writes = recorded_writes(results.kineto_results.experimental_event_tree(), MARK)
-    return reduce_operators(operators, kernels=kernels, writes=writes)
+    roots = results.kineto_results.experimental_event_tree()
+    seen = reduce_operators(operators, kernels=kernels, writes=recorded_writes(roots, MARK))
+    return replace(seen, writes_hidden=is_hidden_by_a_mode(roots, MARK))
 
 
 def is_recording() -> bool:

@@ -3,6 +3,7 @@
 import bitsandbytes as bnb
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import kernels_check
 from kernels_check.judges.optimizer import is_class
@@ -283,3 +284,21 @@ def test_an_update_by_kernels_of_a_library_is_unknown(training):
     check = run.check("optimizer.fused", False)
     assert (check.status, check.observed) == ("unknown", None)
     assert "Foreign wrote no parameter by an operator" in check.reason
+
+
+def test_a_dispatch_mode_of_the_program_is_named_where_it_hides_the_update(training):
+    """The spy sees below it; a profile does not, and says why."""
+    run = training(quant=None)
+
+    def step():
+        with FlopCounterMode(display=False):
+            run.step()
+
+    check = run.check("optimizer.fused", False, step)
+    if run.instrument == "spy":
+        assert check.met
+    else:
+        assert (check.status, check.observed) == ("unknown", None)
+        assert "a dispatch mode of the program, as one that counts FLOPs, was active" in check.reason
+        assert "wrote no parameter by an operator" not in check.reason
+    assert run.check("optimizer.fused", False).met
