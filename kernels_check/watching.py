@@ -16,8 +16,6 @@ from torch import nn
 from kernels_check.check import INSTRUMENTS, Check, Instrument, Json
 from kernels_check.judges.paths import PATHS, validate
 from kernels_check.observation.garbage import uncollected
-from kernels_check.observation.instruments import AROUND, INSIDE
-from kernels_check.observation.instruments_beside import TOLD_BY_A_PROFILE
 from kernels_check.observation.natural import COMPILED_MEANWHILE, NaturalSteps
 from kernels_check.observation.observation import Observation
 from kernels_check.verification import judge_all
@@ -49,10 +47,6 @@ WITHOUT_MODULES = frozenset({
     *("embedding.trained", "norms.trained"),
 })  # fmt: skip
 """Paths that rest on no call of a module, so that they are judged where those could not be watched."""
-
-IN_THE_WAY = (COMPILED_MEANWHILE, INSIDE, AROUND, TOLD_BY_A_PROFILE)
-"""What may be in the way of any path that rests on operators or on calls of modules, and of none of them in a step that
-compiles nothing and runs no profiler."""
 
 _NOTHING_RAN = "the model was not called while it was watched, and no gradient reached it"
 

@@ -6,10 +6,16 @@ from kernels_check import watch
 from kernels_check.check import INSTRUMENTS
 from kernels_check.controls.catalogue import CONTROLS
 from kernels_check.observation import compilations
+from kernels_check.observation.instruments import AROUND, INSIDE
+from kernels_check.observation.instruments_beside import TOLD_BY_A_PROFILE
+from kernels_check.observation.natural import COMPILED_MEANWHILE
 from kernels_check.observation.observe import MOST_CALLS
-from kernels_check.watching import AN_UPDATE, FURTHER_STEPS, IN_THE_WAY
+from kernels_check.watching import AN_UPDATE, FURTHER_STEPS
 
 HERE = [control for control in CONTROLS if control.needs_cuda is None]
+IN_THE_WAY = (COMPILED_MEANWHILE, INSIDE, AROUND, TOLD_BY_A_PROFILE)
+"""What may be in the way of any path that rests on operators or on calls of modules, and of none of them in a step that
+compiles nothing and runs no profiler."""
 CAUGHT = {"status": ("fallback", "absent"), "unknown": ("unknown",), "reason": ("active",)}
 
 
