@@ -22,12 +22,12 @@ from kernels_check.observation.instruments import AROUND, INSIDE, Watcher, stand
 from kernels_check.observation.module_tree import Model, every_module
 from kernels_check.observation.recording import Recording, is_recording
 from kernels_check.observation.shield import Shielding
-from kernels_check.observation.spy import Spy
+from kernels_check.observation.spy import Spy, blind_to, is_on_cuda
 from kernels_check.observation.spy_beside import spied_beside
 
 TOLD_BY_A_PROFILE = "the spy does not see which compiled code is entered: take a profile"
 LEFT_BEHIND = (
-    "closed in another thread: the spy goes off the stack of the one that opened it at the next operator there"
+    "the spy was taken off by another thread than that which it is in, and leaves it at the next operator there"
 )
 _INPUTS: Evidence = "inputs"
 """Seen by hooks, whatever the instrument."""
@@ -113,9 +113,8 @@ class _ByNames:
         return self._recording.opened()
 
     def told(self, watcher: Watcher) -> StepProfile:
-        spy = Spy(CallRecorder(watcher.model))
-        spy.compiled_calls = 1
-        seen = spy.profile(watcher.model)  # of one that was never on: what it is blind to beside compiled code
+        nothing = reduce_operators([])
+        seen = replace(nothing, blind=blind_to(nothing, on_cuda=is_on_cuda(watcher.model), compiled=True))
         if not self._recording.lasted:
             return replace(seen, untold={"compilation": INSIDE})
         return replace(seen, compiler=self._recording.entered())

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -22,10 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from kernels_check.observation.calls import CallRecorder
 from kernels_check.observation.replaced import replaced
 from kernels_check.observation.shield import Shielding
-from kernels_check.observation.spy import Spy
-
-_BEFORE_ENTRY = "_is_skip_guard_eval_unsafe_stance"
-"""What Dynamo asks on the way into compiled code, before it looks at which modes are active."""
+from kernels_check.observation.spy import Spy, entries_counted
 
 
 @contextmanager
@@ -34,17 +30,7 @@ def spied_beside(calls: CallRecorder, shield: Shielding) -> Iterator[Spy]:
     spy = Spy(calls)
     with ExitStack() as stack:
         there = stack.enter_context(ExitStack())
-
-        def entered(ask: Callable[..., Any]) -> Callable[..., Any]:
-            def counted(*args: Any, **kwargs: Any) -> Any:
-                spy.compiled_calls += 1
-                there.close()
-                return ask(*args, **kwargs)
-
-            return counted
-
-        frames = import_module("torch._dynamo.eval_frame")  # any dispatch mode loads it at its first operator
-        stack.enter_context(replaced(frames, _BEFORE_ENTRY, entered))
+        stack.enter_context(entries_counted(spy, there.close))
         there.push(register_optimizer_step_pre_hook(shield(spy.before_update)))
         there.push(register_optimizer_step_post_hook(shield(spy.after_update)))
         there.enter_context(replaced(torch.nn.functional, "scaled_dot_product_attention", spy.attention_function))
