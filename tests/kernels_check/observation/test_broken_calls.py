@@ -113,6 +113,25 @@ def test_only_the_part_that_failed_is_dropped():
     assert [watcher.calls.all[number].name for number in sorted(watcher.calls.failed)] == ["1"]
 
 
+def test_a_call_inside_a_wrapper_that_failed_is_no_call_of_the_wrapper():
+    """Which called what it wraps once more."""
+
+    class Wrapper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = nn.Sequential(nn.Linear(4, 4), Failing(1))
+
+        def forward(self, x):
+            try:
+                return self.model(x)
+            except MemoryError:
+                return self.model(x)
+
+    watcher = _watched(Wrapper(), lambda model, x: model(x).sum().backward())
+    assert [call.number for call in watcher.inputs.calls] == [0]
+    assert [call.number for call in watcher.inputs.calls[0].inside] == [4]
+
+
 def test_where_all_failed_nothing_counts():
     """Nor does the evaluation beside it, which trains nothing."""
 

@@ -7,6 +7,7 @@ import pickle
 import torch
 from torch import nn
 
+from kernels_check.observation import compilations
 from kernels_check.observation.calls import CallRecorder
 from kernels_check.observation.shield import ModuleHook, Shield
 from kernels_check.observation.watcher import StepWatcher
@@ -50,6 +51,17 @@ def test_calls_of_copies_are_no_calls_of_the_model():
     assert [list(call.ran) for call in watcher.adapter.layers["0"]] == [["0.lora_A"]]
     assert len(watcher.inputs.calls) == 1
     assert not any(one._forward_hooks or one._forward_pre_hooks for one in model.modules())
+
+
+def test_a_copy_is_compiled_whole():
+    """Nothing in it breaks the graph."""
+    model = nn.Sequential(Layer())
+    with CallRecorder(model).hooked():
+        made = copy.deepcopy(model)
+    try:
+        assert torch.compile(made, backend="eager", fullgraph=True)(torch.ones(1, 4)).shape == (1, 4)
+    finally:
+        compilations.forget()
 
 
 def test_replicas_of_data_parallel_are_the_model():
