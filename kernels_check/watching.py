@@ -20,34 +20,10 @@ from kernels_check.observation.natural import COMPILED_MEANWHILE, NaturalSteps
 from kernels_check.observation.observation import Observation
 from kernels_check.verification import judge_all
 
-FURTHER_STEPS: Mapping[str, str] = {
-    "lora.learning": (
-        "one step does not show whether its update is kept, nor what learns once lora_B has left zero: let the same "
-        "watch stand around the next step, too"
-    ),
-    "base.frozen": (
-        "PEFT merges the adapter into nn.MultiheadAttention for each forward and out again, so that some changes show "
-        "in the step after: let the same watch stand around that, too"
-    ),
-}
-"""Paths that one natural step does not decide, as long as another may show more, with what to do."""
-
-_NO_UPDATE = (
+NO_UPDATE = (
     "no optimizer that holds the model's parameters stepped in what was watched: let the watch stand around all that "
     "one update accumulates"
 )
-AN_UPDATE: Mapping[str, str] = dict.fromkeys(
-    ("optimizer.class", "optimizer.fused", "optimizer.paged_share", "embedding.trained", "norms.trained"), _NO_UPDATE
-)
-"""Paths that a step without an update does not decide."""
-
-WITHOUT_MODULES = frozenset({
-    *("base.bits", "base.bytes_in_4bit", "base.quant_type", "base.double_quant", "base.frozen", "lora.dtype"),
-    *("lora.learning", "optimizer.class", "optimizer.fused", "optimizer.paged_share", "tf32"),
-    *("embedding.trained", "norms.trained"),
-})  # fmt: skip
-"""Paths that rest on no call of a module, so that they are judged where those could not be watched."""
-
 _NOTHING_RAN = "the model was not called while it was watched, and no gradient reached it"
 
 
@@ -178,19 +154,20 @@ class Watch:
     def _decided(self, check: Check, seen: Observation) -> Check:
         """The check, or why one step of this kind does not decide it."""
         why = None
-        if self._steps.compiled and check.path not in WITHOUT_MODULES:
+        if self._steps.compiled and PATHS[check.path].by_modules:
             return replace(check, observed=None, status="unknown", reason=COMPILED_MEANWHILE)
         if self._takes_an_update(check) and not seen.updated:  # what stepped in an earlier block is none of this one's
-            why = AN_UPDATE.get(check.path, _NO_UPDATE)
+            why = NO_UPDATE
         elif self._may_show_more(check, seen):
-            why = FURTHER_STEPS[check.path]
+            why = PATHS[check.path].further_steps
         if why is None:
             return check
         return replace(check, observed=None, status="unknown", reason=f"{why}; so far: {check.reason}")
 
     def _takes_an_update(self, check: Check) -> bool:
-        learns = check.path == "lora.learning" and (check.observed is True or self._steps.undecided)
-        return learns or check.path in AN_UPDATE
+        if check.path == "lora.learning" and check.observed is not True and not self._steps.undecided:
+            return False  # what an earlier step has found wrong is wrong still
+        return PATHS[check.path].takes_update
 
     def _may_show_more(self, check: Check, seen: Observation) -> bool:
         if check.path == "lora.learning":

@@ -87,6 +87,6 @@ def _applied(name: str, part: Any, layer: AdapterLayer, seen: Observation) -> tu
 
 
 PATHS: Mapping[str, JudgedPath] = {
-    "lora.dtype": JudgedPath(requirement=DTYPE, judge=judge_dtype),
+    "lora.dtype": JudgedPath(requirement=DTYPE, judge=judge_dtype, by_modules=False),
     "lora.dropout": JudgedPath(requirement=SHARE, judge=judge_dropout),
 }

@@ -163,4 +163,15 @@ def _count(judged: Mapping[str, Tensor], *groups: tuple[str, list[str]]) -> list
     return [f"{len(names)} of {len(judged)} parameters {words}: {name_some(names)}" for words, names in groups if names]
 
 
-PATHS: Mapping[str, JudgedPath] = {"lora.learning": JudgedPath(requirement=FLAG, judge=judge_learning)}
+PATHS: Mapping[str, JudgedPath] = {
+    "lora.learning": JudgedPath(
+        requirement=FLAG,
+        judge=judge_learning,
+        by_modules=False,
+        takes_update=True,
+        further_steps=(
+            "one step does not show whether its update is kept, nor what learns once lora_B has left zero: let the "
+            "same watch stand around the next step, too"
+        ),
+    )
+}

@@ -143,7 +143,13 @@ def _paging_refused(optimizer: OptimizerSeen) -> bool:
 
 
 PATHS: Mapping[str, JudgedPath] = {
-    "optimizer.class": JudgedPath(requirement=Requirement(kind="text"), judge=judge_class),
-    "optimizer.fused": JudgedPath(requirement=FLAG, judge=judge_fused, rests_on=("update",)),
-    "optimizer.paged_share": JudgedPath(requirement=SHARE, judge=judge_paged_share),
+    "optimizer.class": JudgedPath(
+        requirement=Requirement(kind="text"), judge=judge_class, by_modules=False, takes_update=True
+    ),
+    "optimizer.fused": JudgedPath(
+        requirement=FLAG, judge=judge_fused, rests_on=("update",), by_modules=False, takes_update=True
+    ),
+    "optimizer.paged_share": JudgedPath(
+        requirement=SHARE, judge=judge_paged_share, by_modules=False, takes_update=True
+    ),
 }

@@ -51,6 +51,6 @@ def _judge(seen: Observation, parts: Sequence[PartSeen], what: str, required: Js
 
 
 PATHS: Mapping[str, JudgedPath] = {
-    "embedding.trained": JudgedPath(requirement=FLAG, judge=judge_embeddings),
-    "norms.trained": JudgedPath(requirement=FLAG, judge=judge_norms),
+    "embedding.trained": JudgedPath(requirement=FLAG, judge=judge_embeddings, by_modules=False, takes_update=True),
+    "norms.trained": JudgedPath(requirement=FLAG, judge=judge_norms, by_modules=False, takes_update=True),
 }
