@@ -240,11 +240,11 @@ class Observation:
         """Every norm with parameters, with what became of them."""
         return self._fates(trained_parts.norms(self.tree()))
 
-    def _fates(self, places: Mapping[str, list[Tensor]]) -> list[PartSeen]:
-        reached = self.gradients.keys()
-        return trained_parts.fates_of(
-            places, self.tree(), changed=self.changed, reached=reached, optimizers=self.optimizers
+    def _fates(self, places: Mapping[str, trained_parts.Place]) -> list[PartSeen]:
+        shown = trained_parts.TrainingSeen(
+            changed=self.changed, gradients=self.gradients, updates=self.updates, optimizers=self.optimizers
         )
+        return trained_parts.fates_of(places, self.tree(), shown)
 
     def isolation(self) -> IsolationSeen:
         """Perturb the step's own packed calls, and the batch where there is one, by forwards that leave no trace."""
