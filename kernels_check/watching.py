@@ -6,7 +6,7 @@ out to the bit as if nobody had looked. What one step cannot tell is unknown, wi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
@@ -20,8 +20,13 @@ from kernels_check.observation.instruments import AROUND, INSIDE
 from kernels_check.observation.instruments_beside import TOLD_BY_A_PROFILE
 from kernels_check.observation.natural import COMPILED_MEANWHILE, NaturalSteps
 from kernels_check.observation.observation import Observation
+from kernels_check.observation.trained_parts import PartSeen
 from kernels_check.verification import judge_all
 
+_PARTS: Mapping[str, Callable[[Observation], list[PartSeen]]] = {
+    "embedding.trained": Observation.embeddings,
+    "norms.trained": Observation.norms,
+}
 FURTHER_STEPS: Mapping[str, str] = {
     "lora.learning": (
         "one step does not show whether its update is kept, nor what learns once lora_B has left zero: let the same "
@@ -30,6 +35,11 @@ FURTHER_STEPS: Mapping[str, str] = {
     "base.frozen": (
         "PEFT merges the adapter into nn.MultiheadAttention for each forward and out again, so that some changes show "
         "in the step after: let the same watch stand around that, too"
+    ),
+    **dict.fromkeys(
+        _PARTS,
+        "a gradient of zero does not show what learns once the factor beside has left zero: let the same watch stand "
+        "around the next step, too",
     ),
 }
 """Paths that one natural step does not decide, as long as another may show more, with what to do."""
@@ -181,11 +191,17 @@ class Watch:
             why = AN_UPDATE[check.path]
         elif check.path == "lora.learning" and self._steps.undecided:
             why = FURTHER_STEPS[check.path] if seen.optimizer_steps else _NO_UPDATE
-        elif check.path == "base.frozen" and check.observed is True and seen.calls == 1 and _is_merged_and_back(seen):
+        elif self._may_show_more(check, seen):
             why = FURTHER_STEPS[check.path]
         if why is None:
             return check
         return replace(check, observed=None, status="unknown", reason=f"{why}; so far: {check.reason}")
+
+    def _may_show_more(self, check: Check, seen: Observation) -> bool:
+        if check.path == "base.frozen":
+            return check.observed is True and seen.calls == 1 and _is_merged_and_back(seen)
+        parts = _PARTS.get(check.path)
+        return parts is not None and self._steps.undecided and any(part.open for part in parts(seen))
 
     def _asks_for_records(self) -> bool:
         return self._batch is not None or any(PATHS[path].packed for path in self._requirements)

@@ -1,5 +1,7 @@
 """Embeddings and norms count as trained where an optimizer has changed what stands in their place."""
 
+from functools import partial
+
 import peft
 import pytest
 import torch
@@ -116,6 +118,23 @@ def test_tokens_are_counted(seen):
     """Where a few train alone."""
     assert "; part 0: 3 of 96 tokens" in _judge(seen, True, "updated", tokens=(3, 96)).reason
     assert "tokens" not in _judge(seen, True, "updated").reason
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.01])
+def test_factors_beside_an_embedding_take_two_watched_steps(training, decay):
+    """As one of them has no gradient before the other has left zero, whatever decay moves; frozen ones take one."""
+    lora = peft.LoraConfig(target_modules=["embed_tokens", "lm_head"], task_type="CAUSAL_LM")
+    adamw = partial(torch.optim.AdamW, lr=1e-3, weight_decay=decay)
+    run = training(quant=None, dtype="float32", adapter=lambda: lora, make_optimizer=adamw)
+    watched = kernels_check.watch(run.model, {"embedding.trained": True}, instrument="spy")
+    found = []
+    for _ in range(2):
+        with watched:
+            run.step()
+        checks = {check.path: check for check in watched.checks}
+        found.append(checks["embedding.trained"].status)
+        assert checks["norms.trained"].observed is False
+    assert found == ["unknown", "active"]
 
 
 def test_a_rate_of_zero_tells_nothing():
