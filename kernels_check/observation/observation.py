@@ -223,7 +223,7 @@ class Observation:
     @_once
     def swapped(self) -> list[Place]:
         """Where fused kernels of other libraries may stand, and what is bound there."""
-        return swapped_places(self.tree(), self.modules)
+        return swapped_places(self.tree(), self.modules, self.model_calls)
 
     @_once
     def loss(self) -> LossSeen:
