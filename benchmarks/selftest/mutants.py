@@ -22,6 +22,7 @@ JUDGES = (
     *("observation/adapter_layers", "observation/events", "observation/mixing", "observation/operators"),
     *("observation/adapter_targets", "observation/adapter_updates", "observation/adapter_values"),
     *("observation/attention_calls", "observation/attention_layers", "observation/base_state", "observation/blocks"),
+    *("observation/backward_passes", "observation/cross_entropies"),
     *("observation/calls", "observation/census", "observation/compilations", "observation/compiled_blocks"),
     *("observation/digest", "observation/fourbit", "observation/forwards", "observation/gradients"),
     *("observation/inputs", "observation/isolation", "observation/layer_products", "observation/optimizers"),

@@ -228,7 +228,7 @@ class Observation:
     @_once
     def loss(self) -> LossSeen:
         """Over which tokens the loss is, and how much they weigh."""
-        return loss_of_step(self.model, self.model_calls)
+        return loss_of_step(self.model_calls)
 
     @_once
     def embeddings(self) -> list[PartSeen]:

@@ -181,11 +181,15 @@ class StepWatcher:
             self.before_first_update(optimizer)
             self.note_modes()
             self.given[id(optimizer)] = with_gradient(optimizer)
+            if self.inputs.backwards is not None:
+                self.inputs.backwards.update_begins(optimizer)
             return self.updates.before(optimizer, args, kwargs)
 
     def _after_update(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         """Global optimizer hook."""
         with unseen():
             self.updates.after(optimizer, args, kwargs)
+            if self.inputs.backwards is not None:
+                self.inputs.backwards.update_ends(optimizer)
         self.stepped += groups_of(optimizer, self.given.pop(id(optimizer), ()))
         self.steps_elsewhere += threading.get_ident() != self.thread
