@@ -105,8 +105,7 @@ def _read(operator: Any) -> CrossEntropy | str:
     kept = operator._raw_saved_target
     if kept.unpack_hook is not None:  # to ask for it would compute again, or fetch, what the backward pass asks for
         return "what the loss is over was put away until the backward pass, as by a checkpoint or by offloading"
-    ignored = operator._saved_ignore_index
-    ignored = ignored - _WRAP if ignored >= _SIGN else ignored
+    ignored = (operator._saved_ignore_index + _SIGN) % _WRAP - _SIGN
     with unseen(), torch.no_grad():
         tokens = (kept.data != ignored).sum()
     return CrossEntropy(tokens=tokens, mean=operator._saved_reduction == _MEAN)

@@ -112,6 +112,15 @@ def test_without_an_update_only_what_is_frozen_is_known(seen):
     assert _judge(seen, True, "without gradient", steps=0).status == "unknown"
     assert _judge(seen, True, "without gradient", steps=1).status == "absent"
     assert _judge(seen, False, "frozen", steps=0).met
+    assert _judge(seen, False, "updated", "frozen", steps=0).status == "fallback"
+
+
+def test_what_was_not_updated_is_named(seen):
+    """With what became of it, and a remedy where it was rounded away."""
+    assert _judge(seen, True, "updated").reason == "1 of 1 norms updated, in 1 updates"
+    frozen = "1 of 2 norms updated, in 1 updates; parameters: 1 updated, 1 frozen; not updated: p1 (frozen)"
+    assert _judge(seen, True, "updated", "frozen").reason == frozen
+    assert _judge(seen, True, "unchanged").reason.endswith("keep it in float32")
 
 
 def test_tokens_are_counted(seen):

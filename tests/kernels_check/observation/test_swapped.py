@@ -112,6 +112,30 @@ def test_rotary_embeddings_are_told_by_the_function_that_is_called(monkeypatch):
     assert _libraries(Plain())["rope"].library is None
 
 
+def fused_norm(*args):
+    """Stands for what a library has put into the module of a model's code."""
+    return args
+
+
+def test_another_function_of_a_library_is_no_rotary_embedding(monkeypatch):
+    """Though the forward calls it."""
+
+    class Normed(Plain):
+        def forward(self, hidden):
+            return fused_norm(rotary_of_ours(hidden))
+
+    monkeypatch.setitem(globals(), "fused_norm", _from("liger_kernel.transformers.rms_norm"))
+    assert _libraries(Normed())["rope"].library is None
+
+
+@pytest.mark.parametrize("missing", ["q_proj", "k_proj"])
+def test_what_lacks_a_projection_is_no_attention(missing):
+    """It has no place for any of the three kinds."""
+    module = Plain()
+    delattr(module, missing)
+    assert _libraries(module) == {}
+
+
 def test_a_class_that_builds_on_a_norm_is_a_place_of_one():
     """Whatever it is called."""
     scaled = type("Scaled", (torch.nn.RMSNorm,), {})
