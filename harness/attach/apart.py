@@ -40,6 +40,8 @@ def quiet_arguments(module: ModuleType) -> None:
     complete = arguments.__post_init__
 
     def quietened(self: Any) -> None:
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            self.metric_for_best_model = "loss"  # as transformers takes it from that; a script may stop early by it
         for name, value in QUIET.items():
             setattr(self, name, value)
         complete(self)

@@ -82,10 +82,10 @@ class Attachment:
         if self.steps is None or self._pid != os.getpid():
             return
         error = getattr(sys, "last_value", None)  # what the interpreter has just printed
-        self.steps.end(error if isinstance(error, BaseException) else self._source_end())
+        self.steps.end(error if isinstance(error, BaseException) else self._source_end(), seen=False)
 
     def _source_end(self) -> BaseException | None:
-        """What the source says of a training that nobody ended."""
+        """What the source says of a training that nobody ended; one that knows no end of its own says nothing."""
         unended: Any = getattr(self._source, "unended", None)
         return None if unended is None else unended()
 

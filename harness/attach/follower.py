@@ -9,7 +9,7 @@ on the device, so that whatever a follower does, or waits for, is in no step's t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 Source = Literal["trainer", "loop", "optimizer"]
@@ -31,6 +31,8 @@ class Training:
     """Forward and backward passes in a step."""
     rank: int = 0
     ranks: int = 1
+    required: Mapping[str, Any] = field(default_factory=dict)
+    """Paths of kernels_check that the script itself says a step must have."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,5 +88,5 @@ class Follower(Protocol):
     def phase(self, phase: Phase) -> None:
         """From here on the training does this."""
 
-    def end(self, error: BaseException | None) -> None:
-        """The training has come to its end, by itself or by an error."""
+    def end(self, error: BaseException | None, *, seen: bool = True) -> None:
+        """The training has come to its end, by itself or by an error; unless it was `seen`, only the process has."""

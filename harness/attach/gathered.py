@@ -68,6 +68,11 @@ class Gathered:
         """Steps that are timed."""
         return len(self._timed)
 
+    @property
+    def timed_numbers(self) -> tuple[int, ...]:
+        """Which steps these are, from 1."""
+        return tuple(reading.number for reading in self._timed)
+
     def samples(self) -> dict[str, tuple[float, ...]]:
         """As of a trial's record, each timed step a turn of its own."""
         early = [*([] if self._first is None else [self._first]), *self._warm]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -23,9 +23,12 @@ Batch = TypeVar("Batch")
 class LoopSource:
     """Sees the steps of one loop."""
 
-    def __init__(self, model: Any, make: Callable[[], Follower] | None) -> None:
+    def __init__(
+        self, model: Any, make: Callable[[], Follower] | None, required: Mapping[str, Any] | None = None
+    ) -> None:
         self._model = model
         self._make = make
+        self._required = dict(required or {})
         self._steps: Steps | None = None
         self._sight: Sight | None = None
         self._handles: list[Any] = []
@@ -116,6 +119,7 @@ class LoopSource:
             accumulation=accumulation,
             rank=rank,
             ranks=ranks,
+            required=self._required,
         )
         steps = this_process().begin(self, training, device_of(self._model), self._make)
         if steps is not None:

@@ -50,18 +50,18 @@ class Meter(TrainerCallback):
         """
         named = runs_dir or os.environ.get(ENV_RUNS)
         self._runs_dir = None if named is None else Path(named).absolute()  # a script may change its folder
-        self._require = dict(require or {})
+        required = dict(require or {})
         self._report = report
         written = os.environ.get(ENV_FOLLOWER, DEFAULT_FOLLOWER) == DEFAULT_FOLLOWER
-        self._trainer = TrainerSource(self._make, log=log and written)
-        self._loop = LoopSource(model, self._make)
+        self._trainer = TrainerSource(self._make, log=log and written, required=required)
+        self._loop = LoopSource(model, self._make, required)
 
     def _make(self) -> Follower:
         if os.environ.get(ENV_FOLLOWER):
             return named_follower()
         from harness.attach.writer import Writer
 
-        return Writer(runs_dir=self._runs_dir, require=self._require, report=self._report)
+        return Writer(runs_dir=self._runs_dir, report=self._report)
 
     def steps(self, batches: Iterable[Batch], *, accumulation: int = 1) -> Iterator[Batch]:
         """The batches of a loader, for a loop that updates once every `accumulation` of them: that is a step.

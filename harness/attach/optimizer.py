@@ -23,6 +23,10 @@ from harness.attach.shield import Shield
 from harness.attach.sight import Sight, find_root
 from harness.attach.steps import Steps
 
+OTHERS_TO_TAKE_OVER = 3
+"""Updates of other optimizers in a row after which the first one is taken to be given up: two in turn are a training of
+two, as an adversarial one."""
+
 
 class StopTraining(SystemExit):
     """No further step is wanted, and the loop is not ours to leave: the script ends here as by `sys.exit(0)`."""
@@ -32,30 +36,65 @@ class StopTraining(SystemExit):
 
 
 class OptimizerSource:
-    """Sees the steps of the first optimizer that updates."""
+    """Sees the steps of the first optimizer that updates; of another one, where that updates no more."""
 
     def __init__(self, make: Callable[[], Follower] | None = None) -> None:
         self._make = make
         self._steps: Steps | None = None
         self._sight: Sight | None = None
         self._optimizer: Any = None
-        self._original: Callable[..., Any] | None = None
-        """The optimizer's `step` as it was found."""
+        self._updating: _Wrapped | None = None
+        """The optimizer's `step`."""
+        self._scaling: _Wrapped | None = None
+        """A scaler's `step`, which calls that of an optimizer, or one that a library puts there for as long."""
+        self._inside = 0
+        """Calls of ours that are under way."""
+        self._updated = False
+        """Whether the update of a step is done, and its call has not returned."""
+        self._others = 0
+        """Updates of other optimizers since the last one."""
         self._aside = False
 
     def updated(self, optimizer: Any) -> None:
         """An optimizer of this process has updated; the hook of all of them. Raises `StopTraining`."""
-        if self._optimizer is None and not self._aside and not this_process().occupied:
-            self._begin(optimizer)
+        if self._optimizer is None:
+            if not self._aside and not this_process().occupied:
+                self._begin(optimizer)
+        elif optimizer is self._optimizer:
+            self._others, self._updated = 0, True
+            if not self._inside and self._updating is not None:  # somebody has put another `step` there
+                self._updating.put()
+        else:
+            self._others += 1
+            if self._others >= OTHERS_TO_TAKE_OVER:
+                self._mark(optimizer)
 
-    def _step(self, *args: Any, **kwargs: Any) -> Any:
-        """In place of the optimizer's own. Raises `StopTraining` where the follower wants no further step."""
-        original, steps = self._original, self._steps
-        assert original is not None
-        if steps is None or not steps.up or torch.compiler.is_compiling():
+    def _mark(self, optimizer: Any) -> None:
+        """This one marks the steps from now on."""
+        if self._updating is not None:
+            self._updating.take_off()
+        self._others, self._updated, self._optimizer = 0, False, optimizer
+        self._updating = _Wrapped(optimizer, "step", self._call)
+        self._updating.put()
+
+    def _call(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """In place of an update. The step has ended when the outermost one returns. Raises `StopTraining` where the
+        follower wants no further step."""
+        steps = self._steps
+        if steps is None or not steps.up or self._inside or torch.compiler.is_compiling():
             return original(*args, **kwargs)
-        with steps.during("optimizer"):
-            found = original(*args, **kwargs)
+        self._inside += 1
+        try:
+            with steps.during("optimizer"):
+                found = original(*args, **kwargs)
+        finally:
+            self._inside -= 1
+        if self._updated:  # a scaler leaves one out where a gradient is not finite
+            self._updated = False
+            self._end_step(steps)
+        return found
+
+    def _end_step(self, steps: Steps) -> None:
         if self._sight is not None:
             steps.run(self._sight.tell_loss)
         steps.end_step()
@@ -63,20 +102,23 @@ class OptimizerSource:
             self.end()
             raise StopTraining
         steps.open_step()
-        return found
 
     def _begin(self, optimizer: Any) -> None:
         self._steps = Shield().run(self._follow, optimizer)
         if self._steps is None:
             self._aside = True
             return
-        self._optimizer, self._original = optimizer, optimizer.step
-        optimizer.step = functools.wraps(optimizer.step)(functools.partial(self._step))
+        self._mark(optimizer)
+        self._scaling = _Wrapped(torch.amp.GradScaler, "step", self._scaled)
+        self._scaling.put()
         if not self._steps.go_on:
             self.end()
             raise StopTraining
         self._steps.restart()
         self._steps.open_step()
+
+    def _scaled(self, original: Callable[..., Any], scaler: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._call(functools.partial(original, scaler), *args, **kwargs)
 
     def _follow(self, optimizer: Any) -> Steps | None:
         parameters = [one for group in optimizer.param_groups for one in group["params"]]
@@ -101,11 +143,39 @@ class OptimizerSource:
 
     def end(self) -> None:
         """Nothing more is followed."""
+        for wrapped in (self._updating, self._scaling):
+            if wrapped is not None:
+                wrapped.take_off()
         if self._sight is not None:
             self._sight.end()
         if self._steps is not None:
             self._steps.end(None)
 
-    def unended(self) -> BaseException | None:
-        """What is said of a training that nobody ended: a loop like this has no end but that of its process."""
-        return None
+
+class _Wrapped:
+    """A method of an object, or of a class, that something is called in place of."""
+
+    def __init__(self, holder: Any, name: str, call: Callable[..., Any]) -> None:
+        self._holder, self._name, self._call = holder, name, call
+        self._ours: Any = None
+        self._was: Any = None
+
+    def put(self) -> None:
+        """Put it there, around what is there now."""
+        original = getattr(self._holder, self._name)
+
+        @functools.wraps(original)
+        def called(*args: Any, **kwargs: Any) -> Any:
+            return self._call(original, *args, **kwargs)
+
+        self._was, self._ours = vars(self._holder).get(self._name), called
+        setattr(self._holder, self._name, called)
+
+    def take_off(self) -> None:
+        """What was there is there again; what somebody has put in place of ours since stays."""
+        if self._ours is None or vars(self._holder).get(self._name) is not self._ours:
+            return
+        if self._was is None:
+            delattr(self._holder, self._name)
+        else:
+            setattr(self._holder, self._name, self._was)

@@ -18,23 +18,36 @@ Part = Literal["data", "forward", "backward", "optimizer"]
 
 
 class Parts:
-    """Times of the parts of the step under way, each the sum over its occurrences."""
+    """Times of the parts of the step under way, each the sum over its occurrences. A part that begins inside another,
+    as the passes of a closure do inside its optimizer's update, is none of that one's time."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
         self._seconds: dict[Part, float] = {}
         self._events: dict[Part, list[tuple[Any, Any]]] = {}
-        self._open: dict[Part, Any] = {}
+        self._open: list[tuple[Part, Any]] = []
+        """Parts under way, the innermost last, and when each began or went on."""
 
     def begin(self, part: Part) -> None:
         """The part begins."""
-        self._open[part] = self._mark(part)
+        if self._open:
+            self._close()
+        self._open.append((part, self._mark(part)))
 
     def end(self, part: Part) -> None:
-        """It has ended; nothing where it did not begin."""
-        begun = self._open.pop(part, None)
-        if begun is None:
+        """It has ended, with all that is inside it; nothing where it did not begin."""
+        if not any(one == part for one, _ in self._open):
             return
+        self._close()
+        while self._open.pop()[0] != part:
+            pass
+        if self._open:
+            outer, _ = self._open[-1]
+            self._open[-1] = outer, self._mark(outer)
+
+    def _close(self) -> None:
+        """The innermost part has been under way until now."""
+        part, begun = self._open[-1]
         ended = self._mark(part)
         if isinstance(begun, float):
             self._seconds[part] = self._seconds.get(part, 0.0) + ended - begun
@@ -67,4 +80,4 @@ class Parts:
 
     def forget(self) -> None:
         """What was seen belongs to no step."""
-        self._seconds, self._events, self._open = {}, {}, {}
+        self._seconds, self._events, self._open = {}, {}, []

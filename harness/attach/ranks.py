@@ -10,10 +10,12 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from harness.attach.follower import StepReading, Training
+from harness.attach.gathered import MOST_TIMED
 from harness.attach.variables import RUN
 from harness.records import codec, inputs
 from harness.records.document import write_document
@@ -22,6 +24,8 @@ from harness.records.record import Notice
 WAIT_S = 10.0
 """How long rank 0 waits for the files of the others, which end at the same time."""
 MOST_BYTES = 64 << 20
+MOST_KEPT = 2 * MOST_TIMED
+"""Steps of which a rank keeps anything: the timed ones are among the first (`gathered.MOST_TIMED`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +57,8 @@ class RankFile:
 
     def add(self, reading: StepReading) -> None:
         """One more step."""
-        self._readings.append(reading)
+        if len(self._readings) < MOST_KEPT:
+            self._readings.append(reading)
 
     def finish(self) -> None:
         """The training has ended, or nothing more of it is seen."""
@@ -70,17 +75,23 @@ class Ranks:
 
     def add(self, reading: StepReading) -> None:
         """One more step of rank 0."""
-        self._own.append(reading)
+        if len(self._own) < MOST_KEPT:
+            self._own.append(reading)
 
-    def slowest(self, samples: dict[str, tuple[float, ...]], notices: list[Notice]) -> dict[str, tuple[float, ...]]:
+    def slowest(
+        self, samples: dict[str, tuple[float, ...]], timed: Sequence[int], notices: list[Notice]
+    ) -> dict[str, tuple[float, ...]]:
         """The samples of rank 0 with each step's time that of its slowest rank, and its tokens those of all ranks.
 
         Ranks that left no file are named in a notice, and tokens are left out, since theirs are not known.
+
+        Args:
+            samples: of rank 0.
+            timed: numbers of the steps that they are of.
+            notices: told of ranks that were not seen.
         """
         others = self._read()
         shutil.rmtree(self._folder, ignore_errors=True)
-        numbers = [one.number for one in self._own if one.checks is None]
-        timed = numbers[len(numbers) - len(samples.get("step_time_s", ())) :]
         found = dict(samples)
         own = zip(timed, samples.get("step_time_s", ()), strict=True)
         found["step_time_s"] = tuple(max([time_s, *(one.step_time_s[n - 1] for one in others)]) for n, time_s in own)
@@ -92,7 +103,7 @@ class Ranks:
             return {key: value for key, value in found.items() if not key.startswith("turn_")}
         return found | self._all_tokens(timed, others)
 
-    def _all_tokens(self, timed: list[int], others: list[RankTimes]) -> dict[str, tuple[float, ...]]:
+    def _all_tokens(self, timed: Sequence[int], others: list[RankTimes]) -> dict[str, tuple[float, ...]]:
         every = [_times_of(0, self._own), *others]
         found: dict[str, tuple[float, ...]] = {}
         counts = {

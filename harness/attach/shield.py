@@ -56,7 +56,10 @@ class Shield:
 
     def _stand_aside(self, error: Exception) -> None:
         self.error = error
-        say(f"the meter has failed and stands aside; the training goes on without it: {said_by(error)}")
+        if isinstance(error, NotFollowedError):
+            say(f"this training is not followed: {said_by(error)}")
+        else:
+            say(f"the meter has failed and stands aside; the training goes on without it: {said_by(error)}")
         with contextlib.suppress(Exception):
             self.on_error(error)
 

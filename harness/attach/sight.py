@@ -32,6 +32,8 @@ class Sight:
         """
         self._steps = steps
         self._batches = batches
+        self._given: list[torch.Tensor | None] = []
+        """What the model was given in this step, by its first tensor."""
         self._losses: list[torch.Tensor] = []
         self._roots: list[torch.Tensor] = []
         self._scaled = model is not None and _has_scaler()
@@ -50,8 +52,16 @@ class Sight:
             return
         if self._batches:
             fields = dict(zip(self._names, args, strict=False)) | kwargs
-            self._steps.batch(fields if {"input_ids", "inputs_embeds"} & set(fields) else args or fields)
+            self._count(fields if {"input_ids", "inputs_embeds"} & set(fields) else args or fields)
         self._steps.start("forward")
+
+    def _count(self, batch: Any) -> None:
+        """Each batch once a step, however often the model is given it: that is no more data."""
+        values = list(batch.values() if isinstance(batch, Mapping) else batch)
+        first = next((value for value in values if isinstance(value, torch.Tensor)), None)
+        if not any(first is one for one in self._given):
+            self._given.append(first)
+            self._steps.batch(batch)
 
     def _leave(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not self._looks(module):
@@ -83,7 +93,7 @@ class Sight:
         """The step is about to end. Its loss: as the model gave it in the mean of its passes, else that of which the
         gradient was taken, their sum; unknown where a scaler multiplies it."""
         losses, roots = self._losses, self._roots
-        self._losses, self._roots = [], []
+        self._losses, self._roots, self._given = [], [], []
         if losses:
             for loss in losses:
                 self._steps.loss(loss / len(losses))

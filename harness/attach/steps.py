@@ -200,20 +200,15 @@ class Steps:
         if phase == "train":
             self._release()
 
-    @property
-    def trains(self) -> bool:
-        """Whether it is in no phase of its own."""
-        return self._phase == "train"
-
-    def end(self, error: BaseException | None) -> None:
-        """The training has come to its end; later calls do nothing."""
+    def end(self, error: BaseException | None, *, seen: bool = True) -> None:
+        """The training has come to its end, as its source has `seen`, or its process has; later calls do nothing."""
         if not self.ended:
             self.ended = True
-            self._shield.run(self._end, error)
+            self._shield.run(self._end, error, seen)
 
-    def _end(self, error: BaseException | None) -> None:
+    def _end(self, error: BaseException | None, seen: bool) -> None:
         self._watching.__exit__(*((None, None, None) if error is None else (type(error), error, error.__traceback__)))
-        self._follower.end(error)
+        self._follower.end(error, seen=seen)
 
     def _failed(self, error: Exception) -> None:
         """Something of ours has failed: the follower learns that it saw no whole training. The training itself goes
@@ -226,10 +221,16 @@ class Steps:
 
 
 def make_watch(model: Any, requirements: Mapping[str, Any]) -> Any:
-    """What looks on at a step by kernels_check; None where there is no model to look at."""
+    """What looks on at a step by kernels_check; None where there is no model to look at.
+
+    On a CPU it is the spy: a profiler would leave a thread behind, for which a fork of the process waits at its end.
+    """
     from kernels_check import watch
 
-    return watch(model, dict(requirements)) if isinstance(model, torch.nn.Module) else None
+    if not isinstance(model, torch.nn.Module):
+        return None
+    on_card = any(parameter.is_cuda for parameter in model.parameters())
+    return watch(model, dict(requirements), instrument="profile" if on_card else "spy")
 
 
 def _sum(counts: list[Count | None] | list[int | None]) -> int | None:

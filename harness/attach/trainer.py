@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from harness.attach.attachment import UnendedError, this_process
@@ -30,15 +30,23 @@ TIMED = ("get_batch_samples", "training_step", "compute_loss", "_get_grad_norm")
 class TrainerSource:
     """Sees the steps of one Trainer; its methods are those of a `TrainerCallback` that it answers."""
 
-    def __init__(self, make: Callable[[], Follower] | None = None, *, log: bool = True) -> None:
+    def __init__(
+        self,
+        make: Callable[[], Follower] | None = None,
+        *,
+        log: bool = True,
+        required: Mapping[str, Any] | None = None,
+    ) -> None:
         """Nothing is attached yet.
 
         Args:
             make: makes the follower; None: the one that the environment names.
             log: whether what is measured goes through `trainer.log`.
+            required: paths of kernels_check that a step must have.
         """
         self._make = make
         self._log = log
+        self._required = dict(required or {})
         self._steps: Steps | None = None
         self._trainer: Any = None
         self._since: list[StepReading] = []
@@ -64,6 +72,7 @@ class TrainerSource:
             accumulation=args.gradient_accumulation_steps,
             rank=rank,
             ranks=ranks,
+            required=self._required,
         )
         steps = this_process().begin(self, training, device_of(model), self._make)
         if steps is not None:

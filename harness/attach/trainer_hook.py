@@ -10,4 +10,4 @@ from harness.attach.meter import Meter
 def add_meter(trainer: Any) -> None:
     """Add a meter, unless the script has given it one."""
     if not any(isinstance(callback, Meter) for callback in trainer.callback_handler.callbacks):
-        trainer.add_callback(Meter())
+        trainer.add_callback(Meter(log=False))  # its log is the script's own

@@ -1,7 +1,7 @@
 """A follower that takes turns: it holds its training until a parent lets it take some steps, and tells what they were.
 
 Other scripts of the same replicate are held meanwhile, so that one computes at a time and whatever slows the machine
-slows all of them alike. The two ends speak lines of JSON over a Unix socket, whose path is in the environment: a path
+slows all of them alike. The two ends speak lines of JSON over a Unix socket, whose name is in the environment: a name
 goes through every launcher, which an open descriptor would not.
 
 child   {"begin": {...}}                         it stands before its first step, and waits
@@ -32,11 +32,17 @@ from harness.machine.memory import MemoryGauge, host_bytes
 from harness.records import codec
 
 SOCKET = "LORAMETER_TURNS"
-"""The variable that holds the path of the parent's socket."""
+"""The variable that holds the name of the parent's socket: of those that lie in no folder, whose path might be too
+long (`address`)."""
 EXIT_ORPHAN = 75
 """How a process ends whose parent is gone."""
 MOST_TRACEBACK = 8000
 """Characters of a traceback that are told; the trial's log has all."""
+
+
+def address(named: str) -> str:
+    """The address of a socket by its name, of Linux's abstract ones, which begin with a byte that no variable holds."""
+    return "\0" + named.removeprefix("@")
 
 
 class Turns:
@@ -81,7 +87,7 @@ class Turns:
     def phase(self, phase: Phase) -> None:
         """What lies between steps is in none of them, and nobody waits for it."""
 
-    def end(self, error: BaseException | None) -> None:
+    def end(self, error: BaseException | None, *, seen: bool = True) -> None:
         """Say how the training has ended, and never come back."""
         if os.getpid() != self._pid or self._connection is None:
             return
@@ -115,7 +121,7 @@ class Turns:
     def _connect(self) -> None:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            connection.connect(os.environ[SOCKET])
+            connection.connect(address(os.environ[SOCKET]))
         except (OSError, KeyError):
             os._exit(EXIT_ORPHAN)
         self._connection = connection
@@ -159,9 +165,9 @@ def _facts_of(training: Training) -> dict[str, Any]:
         "total_parameters": training.total_parameters,
         "trainable_dtypes": dtypes,
         "accumulation": training.accumulation,
+        "required": dict(training.required),
         "ranks": training.ranks,
         "threads": None if torch is None else torch.get_num_threads(),
-        "torch": None if torch is None else str(torch.__version__),
         "cuda": bool(torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized()),
     }
 

@@ -19,9 +19,9 @@ from typing import Any
 
 from harness.attach.child import environment
 from harness.attach.shield import say
-from harness.attach.variables import COMMAND, REQUIRE, RUN
+from harness.attach.variables import COMMAND, REQUIRE, RUN, UNSEEN_END
 from harness.errors import UsageError
-from harness.machine.processes import exit_words
+from harness.machine.processes import exit_words, held_back
 from harness.records import store
 from harness.records.record import UNDER_WAY, Failure, Notice, Status, TrialRecord
 from harness.records.store import RunWriter
@@ -50,13 +50,15 @@ def run_command(words: Sequence[str], path: Path, *, command: str, require: Mapp
     """
     variables = {RUN: str(path), COMMAND: command, REQUIRE: json.dumps(dict(require))}
     variables_of_child = environment(os.environ, seen=_seen(path), variables=variables)
-    try:
-        process = subprocess.Popen(list(words), env=variables_of_child)
-    except OSError as error:
-        raise UsageError(
-            f"wrap: {words[0]}: {error.strerror}. Write the command as it runs without lorameter."
-        ) from None
-    with _passing_on(process):
+    with contextlib.ExitStack() as stack:
+        with held_back(PASSED_ON) as let_through:  # one that came now would end this process alone
+            try:
+                process = subprocess.Popen(list(words), env=variables_of_child, preexec_fn=let_through)
+            except OSError as error:
+                raise UsageError(
+                    f"wrap: {words[0]}: {error.strerror}. Write the command as it runs without lorameter."
+                ) from None
+            stack.enter_context(_passing_on(process))
         code = process.wait()
     return code if code >= 0 else 128 - code
 
@@ -131,7 +133,10 @@ def settle(path: Path, code: int, *, required: bool) -> bool:
         writer.append(record)
         writer.finish("complete" if record.settled else "interrupted")
     elif record is not None and record.status == "ok" and code:
-        record = record.replaced(notices=(*record.notices, _exit_notice(code)))
+        if record.values.get(UNSEEN_END):
+            record = dataclasses.replace(record, status="crashed", failure=_unseen_end(code))
+        else:
+            record = record.replaced(notices=(*record.notices, _exit_notice(code)))
         writer = RunWriter(path.parent, manifest)
         writer.append(record)
         writer.finish(manifest.status)
@@ -165,6 +170,13 @@ def _ended(record: TrialRecord, code: int) -> TrialRecord:
     status: Status = "interrupted" if stopped else "crashed"
     failure = Failure(phase="train", kind="Interrupted" if stopped else "ProcessDied", message=message)
     return dataclasses.replace(record, status=status, failure=failure)
+
+
+def _unseen_end(code: int) -> Failure:
+    message = (
+        f"the command ended with {_exit_words(code)}, and nobody saw its training end: it may have been broken off"
+    )
+    return Failure(phase="train", kind="ProcessDied", message=message)
 
 
 def _exit_notice(code: int) -> Notice:

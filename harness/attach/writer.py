@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +25,20 @@ from harness.attach.energy import Energy
 from harness.attach.follower import Next, Phase, StepReading, Training
 from harness.attach.gathered import MOST_TIMED, Gathered, tokens_in
 from harness.attach.identity import device_of
+from harness.attach.notes import SEEN_BY, not_kept, say_peaks, say_seen, second_training
 from harness.attach.ranks import RankFile, Ranks
 from harness.attach.run_file import RunFile
 from harness.attach.shield import say
-from harness.attach.variables import COMMAND, REQUIRE, RUN
+from harness.attach.variables import COMMAND, REQUIRE, RUN, UNSEEN_END
 from harness.attach.work import work_of
+from harness.errors import said_by
 from harness.machine.memory import MemoryGauge
 from harness.machine.watch import Watch
 from harness.records import codec, store
 from harness.records.checkpoints import checkpoint_is_due
 from harness.records.record import Notice
 from harness.records.required import lacking
-from harness.records.units import format_bytes
-from harness.studies.script import name_of_command
+from harness.studies.script import name_of_words
 
 MOST_WATCHED = 2
 """Steps that are watched: what a change of weights becomes shows in the step after it."""
@@ -80,9 +82,10 @@ class Writer:
     def begin(self, training: Training) -> Next:
         """Claim the run; a second training of the same process is noted and no more."""
         if self._training is not None:
-            self._notices.append(_second_training(training))
+            self._notices.append(second_training(training))
             return Next()
         self._training = training
+        self._require |= training.required
         self._gathered = Gathered(training.planned_steps)
         path = self._path()
         if training.rank:
@@ -180,7 +183,7 @@ class Writer:
             "tokens": tokens_in(samples),
         }
 
-    def end(self, error: BaseException | None) -> None:
+    def end(self, error: BaseException | None, *, seen: bool = True) -> None:
         """Write the last record, and print the report."""
         if self._rank is not None:
             self._rank.finish()
@@ -192,20 +195,22 @@ class Writer:
         if status == "ok" and (failure_of_checks := lacking(self._checks or (), self._require)):
             status, failure = "invalid", failure_of_checks
         if self._gathered.steps > MOST_TIMED:
-            self._notices.append(_not_kept(self._gathered.steps))
+            self._notices.append(not_kept(self._gathered.steps))
         measured = self._measured()
+        measured["values"] |= {} if seen else {UNSEEN_END: 1.0}
         measured["values"] |= work_of(self._training, self._gathered, self._file.device_name)
         if self._ranks is not None:
-            measured["samples"] = self._ranks.slowest(measured["samples"], self._notices)
+            measured["samples"] = self._ranks.slowest(measured["samples"], self._gathered.timed_numbers, self._notices)
             measured["tokens"] = tokens_in(measured["samples"])
         record = self._file.record(
             status=status, failure=failure, checks=self._checks or (), notices=tuple(self._notices), **measured
         )
         self._file.finish(record, timed=self._gathered.timed, notes=self._notes(), notices=())
+        path, self._file = self._file.path, None  # whatever fails from here on, the run is whole
         if self._report:
-            print_report(self._file.path)
+            print_report(path)
         else:
-            say(f"run {self._file.path.name} is written")
+            say(f"run {path.name} is written")
 
     def _notes(self) -> tuple[str, ...]:
         """What a reader must know of how the numbers were had."""
@@ -218,36 +223,7 @@ class Writer:
         if self._named is not None:
             return self._named
         runs = store.runs_dir(None if self._runs_dir is None else str(self._runs_dir), make=True).absolute()
-        return runs / store.new_run_id(name_of_command(_command()), runs)
-
-
-SEEN_BY = {
-    "trainer": "steps are the Trainer's: from the end of one to the end of the next, evaluation and saving apart",
-    "loop": "steps are those that the loop names",
-    "optimizer": "steps lie between two updates of the optimizer; the first update is before the first step",
-}
-
-
-def say_seen(checks: Sequence[Mapping[str, Any]] | None) -> str:
-    """What the watched step was seen to run, whatever was required of it."""
-    if checks is None:
-        return "no step was watched"
-    found = [f"{one['path']} {one['observed']}" for one in checks if one["observed"] is not None]
-    return (
-        f"seen in a step after the warm-up: {', '.join(found)}" if found else "a step was watched, and nothing was seen"
-    )
-
-
-def say_peaks(memory: Mapping[str, int]) -> str:
-    """The peak of each phase in words, where there is more than training."""
-    where = "device_peak_allocated" if "device_peak_allocated_train_bytes" in memory else "host_peak"
-    words = {"train": "training", "evaluate": "evaluating", "save": "saving"}
-    found = [
-        f"{word} {format_bytes(memory[name])}"
-        for phase, word in words.items()
-        if (name := f"{where}_{phase}_bytes") in memory
-    ]
-    return f"peak memory while {', '.join(found)} ({where.split('_')[0]})" if len(found) > 1 else ""
+        return runs / store.new_run_id(name_of_words(shlex.split(_command())), runs)
 
 
 def print_report(path: Path) -> None:
@@ -255,7 +231,10 @@ def print_report(path: Path) -> None:
     root = str(Path(__file__).parents[2])
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
     command = [sys.executable, "-m", "harness.cli", "report", str(path)]
-    subprocess.run(command, env=variables, check=False, timeout=REPORT_TIMEOUT_S)
+    try:
+        subprocess.run(command, env=variables, check=False, timeout=REPORT_TIMEOUT_S)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        say(f"run {path.name} is written, and its report was not printed: {said_by(error)}")
 
 
 def _command() -> str:
@@ -266,20 +245,3 @@ def _device_of(training: Training) -> str:
     if training.model is None:
         return "cuda" if torch.cuda.is_available() and torch.cuda.is_initialized() else "cpu"
     return str(device_of(training.model))
-
-
-def _second_training(training: Training) -> Notice:
-    return Notice(
-        code="second-training",
-        message=f"a second training began in the same process (seen by its {training.source}); the first one is what "
-        "was measured.",
-        remedy="Measure each training in a process of its own.",
-    )
-
-
-def _not_kept(steps: int) -> Notice:
-    return Notice(
-        code="later-steps",
-        message=f"the training had {steps} steps; its first {MOST_TIMED} timed ones are kept.",
-        remedy="Nothing is wrong; later steps are in the script's own log.",
-    )

@@ -39,7 +39,7 @@ def run_wrap(options: argparse.Namespace) -> int:
     from harness.attach.command import write_command
     from harness.attach.wrapped import run_command, settle
     from harness.records import store
-    from harness.studies.script import name_of_command
+    from harness.studies.script import name_of_words
 
     words = options.words[1:] if options.words[:1] == ["--"] else options.words
     if not words:
@@ -47,7 +47,7 @@ def run_wrap(options: argparse.Namespace) -> int:
     require = read_requirements(options.require)
     runs = store.runs_dir(options.runs_dir, make=True).absolute()
     command = write_command(words)
-    path = runs / store.new_run_id(name_of_command(command), runs)
+    path = runs / store.new_run_id(name_of_words(words), runs)
     code = run_command(words, path, command=command, require=require)
     invalid = settle(path, code, required=bool(require))
     if not options.no_report and (path / store.MANIFEST).is_file():

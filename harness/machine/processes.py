@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import os
 import signal
+from collections.abc import Callable, Iterable, Iterator
 
 PARENT = "LORAMETER_PARENT"
 """The variable that tells a measuring process who started it."""
@@ -31,6 +32,24 @@ def end_with_parent(parent: int) -> None:
 def outlive_parent() -> None:
     """What `end_with_parent` asked for is off again: this process sees the end of its parent by itself."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, 0, 0, 0, 0)
+
+
+@contextlib.contextmanager
+def held_back(signals: Iterable[signal.Signals]) -> Iterator[Callable[[], None]]:
+    """Meanwhile these signals wait. Gives what a child is to call before it becomes its program, for which they do not.
+
+    What a signal's handler raises while Python forks is lost: it meets the functions that are called after a fork,
+    whose errors are ignored.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield lambda: _set_mask(before)
+    finally:
+        _set_mask(before)
+
+
+def _set_mask(blocked: Iterable[int]) -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def exit_words(code: int | None) -> str:

@@ -50,7 +50,7 @@ def _table(table: PhaseTable) -> Table:
         heads=name_columns(*table.heads),
         rows=tuple(Row(cells=row.cells, strong=row.reference) for row in table.rows),
         stacked=True,
-        notes=(_control(table), *([say(table.note)] if table.note else [])),
+        notes=(*([] if table.alone else [_control(table)]), *([say(table.note)] if table.note else [])),
         apart=True,
     )
 

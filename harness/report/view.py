@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from harness.machine.provenance import power_limit_w
@@ -28,7 +28,7 @@ from harness.studies.workload import LOSSES, Workload
 from harness.verdicts.notices import notices_of
 from harness.verdicts.sameness import sides_of_run
 from harness.verdicts.series import Groups, Series, series_of
-from harness.verdicts.standing import Standing, ratios_of, standing_of
+from harness.verdicts.standing import Standing, followed_alone, ratios_of, standing_of
 
 TAIL = 0.95
 """The high percentile of warm requests that is shown where the samples support it."""
@@ -58,6 +58,8 @@ class PhaseTable:
     """The reference against itself measured twice."""
     note: str = ""
     """What a reader of the peaks must know; empty where there is nothing."""
+    alone: bool = field(default=False, metadata=codec.LATER)
+    """Whether there is nothing that could be compared: one training, which was followed where it took place."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,14 +124,17 @@ def _table(phase: Phase, run: Run, study: Study, groups: Groups, stands: Standin
     columns = tuple(column for column in asked if any(series.trials(column) for series in shown))
     tails = [_tail(series, metric) for series in shown] if phase == "generate" else []
     tailed = any(tail is not None for tail in tails)
-    heads = ("variant", METRICS[metric].title, f"× {study.reference}", *(METRICS[name].title for name in columns))
+    alone = followed_alone(run, study)
+    heads: tuple[str, ...] = ("variant", METRICS[metric].title, *([] if alone else [f"× {study.reference}"]))
+    heads += tuple(METRICS[name].title for name in columns)
     heads += (f"p{100 * TAIL:g}",) if tailed else ()
     heads += (*(("peak memory",) if PEAKS[phase] else ()), "checks")
     ratios = ratios_of(groups, study, metric, control)
     rows = []
     for index, (name, series) in enumerate(zip(names, shown, strict=True)):
         ratio, reference = ratios.get(name), name == study.reference
-        cells = [Cell(text=name), _estimate(series, metric), _ratio(ratio, is_reference=reference)]
+        cells = [Cell(text=name), _estimate(series, metric)]
+        cells += [] if alone else [_ratio(ratio, is_reference=reference)]
         cells += [_estimate(series, column) for column in columns]
         cells += [tails[index] or Cell(text="not supported")] if tailed else []
         cells += [_peak(series, phase)] if PEAKS[phase] else []
@@ -142,6 +147,7 @@ def _table(phase: Phase, run: Run, study: Study, groups: Groups, stands: Standin
         rows=tuple(rows),
         control=control,
         note=_at_birth(shown, phase),
+        alone=alone,
     )
 
 

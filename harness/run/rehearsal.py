@@ -111,7 +111,7 @@ def _notices(seen: Iterable[Rehearsed]) -> Iterator[Notice]:
         if failure is not None:
             yield Notice(
                 code="rehearsal-failed",
-                message=f"{one.name}: {one.record.status} in {failure.phase}: {failure.message}.",
+                message=f"{one.name}: {one.record.status} in {failure.phase}: {failure.message.rstrip('.')}.",
                 remedy=f"Its log is logs/{one.record.trial}.log in the run; mend the script or the command.",
             )
         for notice in one.record.notices:

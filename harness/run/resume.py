@@ -27,6 +27,7 @@ from harness.studies.script import SIDE
 from harness.studies.study import Study
 from harness.studies.workload import Workload
 from harness.verdicts.comparand import differences
+from harness.verdicts.standing import followed_alone
 
 INJECTED = "injected_rows"
 """What the manifest of an A/B says of each side's extra work (`Contender.injected_rows`)."""
@@ -69,6 +70,11 @@ def read_broken_off(name: str, runs: Path, *, study: str | None = None) -> Run:
         raise UsageError(
             f"run {manifest.run} is of study {manifest.study.get('name')!r}, not {study!r}. Leave the study out: the "
             "run holds its own."
+        )
+    if followed_alone(run, codec.from_json(Study, manifest.study, f"run {manifest.run}")):
+        raise UsageError(
+            f"run {manifest.run}: it is of a training that was followed while it ran, which cannot be gone on with. "
+            "Run it again."
         )
     if not is_resumable(manifest):
         raise UsageError(

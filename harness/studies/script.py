@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import shlex
+from collections.abc import Sequence
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
@@ -129,7 +130,11 @@ def split_command(label: str, command: str) -> list[str]:
 
 def name_of_command(command: str) -> str:
     """A name for what a command runs: the script's without its ending, a module's, or the program's."""
-    words = split_command("command", command)
+    return name_of_words(split_command("command", command))
+
+
+def name_of_words(words: Sequence[str]) -> str:
+    """The same of words that nobody has to take apart."""
     named = [PurePath(word).stem for word in words if word.endswith(".py")]
     if not named and "-m" in words[1:-1]:
         named = [words[words.index("-m") + 1]]

@@ -16,12 +16,9 @@ def study_of_command(
     *,
     name: str = "",
     cwd: str = "",
-    env: Mapping[str, str] | None = None,
-    python: str = "",
     threads: int = 1,
     protocol: Protocol | None = None,
     requirements: Mapping[str, Any] | None = None,
-    allow_fallback: bool = False,
 ) -> Study:
     """A study with one variant, which is the command.
 
@@ -29,19 +26,16 @@ def study_of_command(
         command: as one would type it (`shlex.join` of its words).
         name: of the variant and of the study; that of the script if left out.
         cwd: folder that it is run in; "" for the one that one stands in.
-        env: variables beside those of the environment; credentials are refused.
-        python: interpreter in place of the command's.
         threads: of each process on the CPU.
         protocol: how it is measured; of a run that measured one script from its beginning to its end: one replicate,
             and in `turns` its timed steps, one a turn.
         requirements: paths of kernels_check that its step must have.
-        allow_fallback: let a trial count that lacks them.
 
     Raises:
         UsageError: no command, or one that takes a shell.
     """
     name = name or name_of_command(command)
-    variant = Variant(name=name, command=command, cwd=cwd, env=dict(env or {}), python=python)
+    variant = Variant(name=name, command=command, cwd=cwd)
     return Study(
         name=name,
         title=command,
@@ -49,6 +43,5 @@ def study_of_command(
         protocol=protocol or Protocol(phases=("train",)),
         variants=(variant,),
         reference=name,
-        allow_fallback=allow_fallback,
         requirements=dict(requirements or {}),
     )

@@ -127,7 +127,7 @@ def compare_losses(sides: Sides) -> Losses:
     if is_difference(first) or is_difference(trend):
         return Losses(found="differ", reason=said + unknown)
     if trend.verdict == "equivalent":
-        return Losses(found="agree", reason=said + unknown)
+        return Losses(found="unknown" if unknown else "agree", reason=said + unknown)
     return Losses(found="unknown", reason=f"{said}: {trend.reason}")
 
 

@@ -38,7 +38,7 @@ class Listener:
     def phase(self, phase):
         self.phases.append(phase)
 
-    def end(self, error):
+    def end(self, error, *, seen=True):
         self.ends.append(error)
 
 
@@ -121,7 +121,7 @@ class Follower:
     def phase(self, phase):
         self.tell("phase", phase=phase)
 
-    def end(self, error):
+    def end(self, error, *, seen=True):
         self.tell("end", error=None if error is None else f"{type(error).__name__}: {error}")
 '''
 

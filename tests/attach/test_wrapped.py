@@ -48,17 +48,39 @@ def wrap(tmp_path, monkeypatch):
 
 
 def test_a_command_is_as_it_is_and_its_training_a_run(wrap, capfd):
-    """Its output and exit code are its own; that code is noted beside what was measured; the report goes to stderr."""
-    code, run = wrap(LOOP + "sys.exit(3)\n", "--require", "base.frozen=false", "mode=train")
+    """Its output is its own; the report goes to stderr."""
+    code, run = wrap(LOOP, "--require", "base.frozen=false", "mode=train")
     (record,) = run.records
-    assert (code, run.state, record.status, record.name) == (3, "complete", "ok", "train")
+    assert (code, run.state, record.status, record.name) == (0, "complete", "ok", "train")
     assert len(record.samples["step_time_s"]) >= 5
     assert {check["path"]: check["status"] for check in record.checks}["mode"] == "active"
-    assert [notice.code for notice in record.notices] == ["exit-code"]
+    assert not record.notices
     told = capfd.readouterr()
     assert told.out == "trained\n"
     assert "real tokens/s" in told.err
     assert "steps lie between two updates" in told.err
+
+
+def test_an_exit_code_beside_an_end_that_was_seen_is_noted(wrap):
+    """The training had ended before, so what was measured stands; the exit code is the command's."""
+    text = LOOP.replace(
+        "train(30)",
+        "from harness.attach import Meter\nwith Meter(model) as meter:\n    for _ in meter.steps(range(30)): train(1)",
+    )
+    code, run = wrap(text + "sys.exit(3)\n", "--no-report")
+    (record,) = run.records
+    assert (code, record.status, record.failure) == (3, "ok", None)
+    assert [notice.code for notice in record.notices] == ["exit-code"]
+
+
+def test_an_exit_code_where_nobody_saw_the_end_is_no_pass(wrap, capfd):
+    """A loop that only its optimizer shows may have been broken off; what was measured is kept."""
+    code, run = wrap(LOOP + "sys.exit(3)\n")
+    (record,) = run.records
+    assert (code, record.status, record.failure.kind) == (3, "crashed", "ProcessDied")
+    assert "exit code 3, and nobody saw its training end" in record.failure.message
+    assert len(record.samples["step_time_s"]) >= 5
+    assert "Trials without a result" in capfd.readouterr().err
 
 
 def test_a_signal_passes_on_and_what_was_measured_is_kept(wrap):

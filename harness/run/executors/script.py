@@ -50,7 +50,7 @@ def python_of(host: Host | None) -> str:
     if host is not None and host.python != sys.executable:
         return host.python
     found = shutil.which("python") or shutil.which("python3")
-    if found is None or Path(found).resolve() == Path(sys.executable).resolve():
+    if found is None or Path(found).absolute() == Path(sys.executable).absolute():  # their links may meet
         return sys.executable
     try:
         return found if inspect(Host(python=found), ["torch"])["origins"]["torch"] else sys.executable
@@ -150,17 +150,17 @@ class ScriptExecutor(Here):
         # with the names of the trials it would do so on one side in every replicate (Mytkowicz et al., ASPLOS 2009).
         home = self._homes[request.trial] = disk.scratch / secrets.token_hex(4)
         folder = copy_snapshot(self._snapshot(variant), home / "work")
-        socket_path = str(home / "turns")
+        turns = f"@lorameter-{secrets.token_hex(8)}"
         variables = variables_of(
             variant,
             host.variables(os.environ),
             scratch=home,
             threads=self._threads,
             port=_free_port(),
-            socket=socket_path,
+            socket=turns,
         )
         words = words_of(variant, host.python, variables, folder)
-        return ScriptProcess(words, variables, folder=folder, log=Path(request.log_path), socket_path=socket_path)
+        return ScriptProcess(words, variables, folder=folder, log=Path(request.log_path), turns=turns)
 
     def _required_disk(self) -> Disk:
         if self._disk is None:

@@ -1,24 +1,24 @@
 """A script's process and all that it starts, as its parent sees them: started, heard, silent, dead, ended.
 
 A launcher starts others in sessions of their own, so the group of the first process is not all. Every process that
-belongs to the trial has the path of its socket in its environment, and that is what they are found by at the end.
+belongs to the trial has the name of its socket in its environment, and that is what they are found by at the end.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import socket
+import struct
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from harness.attach.turns import SOCKET
-from harness.machine.processes import kill_group
+from harness.attach.turns import SOCKET, address
+from harness.machine.processes import end_with_parent, held_back, kill_group
 from harness.run.executors.channel import Channel
 from harness.run.stops import SIGNALS
 
@@ -26,23 +26,18 @@ LOOK_S = 0.05
 """How often a process that has not spoken yet is looked at: it is loading, and nothing is timed."""
 END_TIMEOUT_S = 10.0
 """A process whose connection has closed ends in this time, or is killed."""
-_PR_SET_PDEATHSIG = 1
 
 
 def _start(words: Sequence[str], variables: Mapping[str, str], folder: Path, log: IO[bytes]) -> subprocess.Popen[bytes]:
-    """A process in a session of its own, which ends with its parent whatever becomes of that.
+    """A process in a session of its own, which ends with its parent whatever becomes of that. Signals that stop a run
+    wait until it is there."""
+    parent = os.getpid()
+    with held_back(SIGNALS) as let_through:
 
-    What a signal's handler raises while Python forks is lost: it meets the functions that are called after a fork,
-    whose errors are ignored. So signals that stop a run wait until the process is there.
-    """
-    libc = ctypes.CDLL(None)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        def prepare() -> None:
+            end_with_parent(parent)
+            let_through()
 
-    def prepare() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-    try:
         return subprocess.Popen(
             list(words),
             stdin=subprocess.DEVNULL,
@@ -53,32 +48,35 @@ def _start(words: Sequence[str], variables: Mapping[str, str], folder: Path, log
             start_new_session=True,
             preexec_fn=prepare,
         )
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _user_of(connection: socket.socket) -> int:
+    """Whose process is at the other end, by the kernel's word (unix(7), SO_PEERCRED: pid, uid and gid)."""
+    _, user, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return int(user)
 
 
 class ScriptProcess:
     """One start of a script, listened to on a socket."""
 
     def __init__(
-        self, words: Sequence[str], variables: Mapping[str, str], *, folder: Path, log: Path, socket_path: str
+        self, words: Sequence[str], variables: Mapping[str, str], *, folder: Path, log: Path, turns: str
     ) -> None:
         """Start it. Raises OSError where the system does not.
 
         Args:
             words: of its command, the program resolved.
-            variables: its environment; the socket's path is in it.
+            variables: its environment; the socket's name is in it.
             folder: it works in.
             log: what it prints is appended to.
-            socket_path: where it will be heard.
+            turns: name of the socket where it will be heard (`harness.attach.turns.address`).
         """
-        self._marker = f"{SOCKET}={socket_path}".encode()
-        self._path = socket_path
+        self._marker = f"{SOCKET}={turns}".encode()
         self._channel: Channel | None = None
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         with contextlib.ExitStack() as stack:
             stack.callback(self._listener.close)
-            self._listener.bind(socket_path)
+            self._listener.bind(address(turns))
             self._listener.listen(8)
             with log.open("ab") as file:
                 self.begun_monotonic_s = time.monotonic()
@@ -108,6 +106,9 @@ class ScriptProcess:
             except TimeoutError:
                 if self._process.poll() is not None and not self._lives():
                     return None
+                continue
+            if _user_of(connection) != os.geteuid():  # a name that lies in no folder has no permissions
+                connection.close()
                 continue
             connection.settimeout(None)
             self._channel = Channel(connection)
@@ -151,7 +152,6 @@ class ScriptProcess:
         if self._channel is not None:
             self._channel.close()
         self._listener.close()
-        Path(self._path).unlink(missing_ok=True)
 
     def _lives(self) -> bool:
         """Whether something of the trial runs, although what was started has ended: a launcher that went ahead."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.attach.follower import StepReading
+from harness.errors import redact
 from harness.machine.processes import exit_words
 from harness.records import codec
 from harness.records.record import Status
@@ -36,9 +37,10 @@ class Begun:
     trainable_dtypes: dict[str, int] = field(default_factory=dict)
     """Number of trainable parameters by their type."""
     accumulation: int | None = None
+    required: dict[str, Any] = field(default_factory=dict)
+    """What the script itself says that a step must have."""
     ranks: int = 1
     threads: int | None = None
-    torch: str | None = None
     cuda: bool = False
     """Whether it computes on a card."""
     memory: dict[str, int] = field(default_factory=dict)
@@ -49,9 +51,9 @@ class EndedError(Exception):
     """A script's trial is over before it had taken its steps."""
 
     def __init__(self, status: Status, kind: str, message: str, traceback: str = "") -> None:
-        super().__init__(message)
+        super().__init__(redact(message))
         self.status: Status = status
-        self.kind, self.message, self.traceback = kind, message, traceback
+        self.kind, self.message, self.traceback = kind, redact(message), redact(traceback)
         self.partial: list[StepReading] = []
         """Steps that it had taken of those that were asked."""
 

@@ -108,7 +108,7 @@ class ScriptWorker:
         return Fragment(values=values | {"ready_time_s": ready_time_s}, tokens=tokens, memory=begun.memory)
 
     def _do_verify(self) -> Fragment:
-        first, required = self._take(1), self._asked.requirements
+        first, required = self._take(1), {**self._asked.requirements, **self._own_required}
         looked_at = bool(required) or self._asked.instrument == "profile"
         taken = [*first, *self._take(1, watch=required if looked_at else None)]
         checks = tuple(codec.to_json(check) for one in taken for check in one.checks or ())
@@ -188,6 +188,10 @@ class ScriptWorker:
         if self._parts is None:
             raise EndedError("crashed", "NotStarted", "the trial was asked to run before it was prepared")
         return self._parts
+
+    @property
+    def _own_required(self) -> dict[str, Any]:
+        return {} if self._begun is None else self._begun.required
 
     def _take(self, steps: int, watch: dict[str, Any] | None = None) -> list[StepReading]:
         return self._script.take(steps, self._timeout_s, watch=watch)

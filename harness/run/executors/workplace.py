@@ -55,12 +55,12 @@ _QUIET: Mapping[str, str] = {
 }
 """What trackers are told by their own variables; those that Trainer calls are turned off in its arguments as well."""
 _PORTS = ("MASTER_PORT", "PET_MASTER_PORT")
-_PORT_OPTIONS = ("--main_process_port", "--main-process-port", "--master_port", "--master-port", "--rdzv_endpoint")
-_WRITING = re.compile(r"--?(output|save|log|checkpoint|export|result)[\w-]*(dir|path|folder|file)?|-o")
+_PORT_OPTIONS = ("--main_process_port", "--master_port", "--rdzv_endpoint")
+_WRITING = re.compile(r"(-{0,2}|[\w.]*\.)(out|save|log|checkpoint|ckpt|export|result|run)[\w.-]*|-o")
 
-How = Literal["folder", "copy", "link", "large"]
+How = Literal["folder", "copy", "link", "large", "within", "outside"]
 """What becomes of an entry of a script's folder: made anew · copied · linked, because it is only read · linked, because
-it is too large to be copied."""
+it is too large to be copied · a link to what is copied as well · a link that leads out of the folder."""
 
 
 def take_snapshot(folder: Path, into: Path) -> Path:
@@ -76,6 +76,8 @@ def take_snapshot(folder: Path, into: Path) -> Path:
             target.mkdir()
         elif how == "copy":
             shutil.copy2(source, target)
+        elif how == "within":
+            target.symlink_to(os.path.relpath(source.resolve(), source.parent.resolve()))
         else:
             target.symlink_to(source.resolve())
     return into
@@ -104,6 +106,8 @@ def _walk(folder: Path) -> Iterator[tuple[Path, How]]:
                         "each process works in a copy. Name the script's own folder as cwd, and move data out of it."
                     )
                 yield entry, "copy"
+            elif stat.S_ISLNK(mode):
+                yield entry, "within" if entry.resolve().is_relative_to(folder.resolve()) else "outside"
             else:
                 yield entry, "large" if stat.S_ISREG(mode) else "link"
 
@@ -133,7 +137,7 @@ def variables_of(
         scratch: its folder, for caches.
         threads: of the CPU, unless the user's environment or the variant says otherwise.
         port: free, for what its ranks meet at.
-        socket: where it waits for its turns.
+        socket: name of that where it waits for its turns.
     """
     own = {
         "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor"),
@@ -197,6 +201,14 @@ def shared_notices(variant: Variant, stood_in: Path) -> Iterator[Notice]:
             "into one of them writes into the original.",
             remedy="Nothing to do where it only reads them; else move them out of its folder.",
         )
+    links = [str(entry.relative_to(folder)) for entry, how in _walk(folder) if how == "outside"]
+    if links:
+        yield Notice(
+            code="links-shared",
+            message=f"{variant.name}: {len(links)} links of its folder lead out of it: {first_few(links, 3)}. What is "
+            "there is not copied: a script that writes into it writes into the original.",
+            remedy="Nothing to do where it only reads there; else give the script another folder to write into.",
+        )
     outside = [word for option, word in _options(words) if _WRITING.fullmatch(option) and _leaves(word)]
     if outside:
         yield Notice(
@@ -206,7 +218,8 @@ def shared_notices(variant: Variant, stood_in: Path) -> Iterator[Notice]:
             "before its training ends is not held back.",
             remedy="Give the script a relative path: it then writes into a copy that is thrown away.",
         )
-    ports = [f"{option} {word}" for option, word in _options(words) if option in _PORT_OPTIONS and word != "0"]
+    given = _options(words)
+    ports = [f"{option} {word}" for option, word in given if _with_underscores(option) in _PORT_OPTIONS and word != "0"]
     if ports:
         yield Notice(
             code="port-shared",
@@ -219,8 +232,12 @@ def shared_notices(variant: Variant, stood_in: Path) -> Iterator[Notice]:
 def _options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
     for word, following in zip(words, [*words[1:], ""], strict=True):
         option, equals, value = word.partition("=")
-        if option.startswith("-"):
+        if option.startswith("-") or equals:  # Hydra's have no dashes
             yield option, value if equals else following
+
+
+def _with_underscores(option: str) -> str:
+    return "--" + option.removeprefix("--").replace("-", "_")
 
 
 def _leaves(word: str) -> bool:
