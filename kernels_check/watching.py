@@ -6,7 +6,7 @@ out to the bit as if nobody had looked. What one step cannot tell is unknown, wi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
@@ -18,8 +18,13 @@ from kernels_check.judges.paths import PATHS, validate
 from kernels_check.observation.garbage import uncollected
 from kernels_check.observation.natural import COMPILED_MEANWHILE, NaturalSteps
 from kernels_check.observation.observation import Observation
+from kernels_check.observation.trained_parts import PartSeen
 from kernels_check.verification import judge_all
 
+_PARTS: Mapping[str, Callable[[Observation], list[PartSeen]]] = {
+    "embedding.trained": Observation.embeddings,
+    "norms.trained": Observation.norms,
+}
 NO_UPDATE = (
     "no optimizer that holds the model's parameters stepped in what was watched: let the watch stand around all that "
     "one update accumulates"
@@ -172,7 +177,10 @@ class Watch:
     def _may_show_more(self, check: Check, seen: Observation) -> bool:
         if check.path == "lora.learning":
             return self._steps.undecided
-        return check.path == "base.frozen" and check.observed is True and seen.calls == 1 and _is_merged_and_back(seen)
+        if check.path == "base.frozen":
+            return check.observed is True and seen.calls == 1 and _is_merged_and_back(seen)
+        parts = _PARTS.get(check.path)
+        return parts is not None and self._steps.undecided and any(part.open for part in parts(seen))
 
     def _asks_for_records(self) -> bool:
         return self._batch is not None or any(PATHS[path].packed for path in self._requirements)

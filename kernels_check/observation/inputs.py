@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kernels_check.observation.backward_passes import BackwardPasses
+from kernels_check.observation.cross_entropies import LossMade, read_loss
 from kernels_check.observation.shield import ModuleHook, Shielding, unshielded
 
 _WRAPS = ("module", "base_model", "model")
@@ -43,6 +45,8 @@ class ModelCall:
     """Calls that it made of what the module wraps."""
     loss_gradients: list[Tensor] = field(default_factory=list)
     """What reached the loss that it returned, in each backward pass; of a call outside of all others."""
+    losses: list[LossMade] = field(default_factory=list)
+    """How that loss was made; none where it has no gradient."""
     number: int | None = None
     """Of the call in the log of all calls, where there is one."""
 
@@ -62,6 +66,8 @@ class InputLog:
         self.calls: list[ModelCall] = []
         self._shield = shield
         self._hooks: ExitStack | None = None
+        self.backwards: BackwardPasses | None = None
+        """What went back from these calls; None before any."""
         self._open: list[ModelCall] = []
         self._current: Callable[[], int | None] = lambda: None
 
@@ -77,6 +83,7 @@ class InputLog:
         self.calls.clear()
         self._open.clear()
         self._hooks = hooks
+        self.backwards = BackwardPasses(model)
         for module in _reachable(model):
             begun, ended = (ModuleHook(module, self._shield(hook)) for hook in (self._begin, self._end))
             hooks.push(module.register_forward_pre_hook(begun, with_kwargs=True))
@@ -97,9 +104,10 @@ class InputLog:
             return
         call = self._open.pop()
         loss = _loss(output)
-        if not self._open and self._hooks is not None and loss is not None and loss.requires_grad:
-            handle = loss.register_hook(self._shield(partial(_keep, call)))
-            self._hooks.push(handle)
+        hooks, backwards = self._hooks, self.backwards
+        if not self._open and hooks is not None and backwards is not None and loss is not None and loss.requires_grad:
+            hooks.push(loss.register_hook(self._shield(partial(_keep, call))))
+            call.losses.append(read_loss(loss, backwards, hooks, self._shield))
 
 
 def _without(call: ModelCall, failed: Set[int]) -> ModelCall:

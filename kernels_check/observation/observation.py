@@ -227,12 +227,12 @@ class Observation:
     @_once
     def swapped(self) -> list[Place]:
         """Where fused kernels of other libraries may stand, and what is bound there."""
-        return swapped_places(self.tree(), self.modules)
+        return swapped_places(self.tree(), self.modules, self.model_calls)
 
     @_once
     def loss(self) -> LossSeen:
         """Over which tokens the loss is, and how much they weigh."""
-        return loss_of_step(self.model, self.model_calls)
+        return loss_of_step(self.model_calls)
 
     @_once
     def embeddings(self) -> list[PartSeen]:
@@ -244,11 +244,11 @@ class Observation:
         """Every norm with parameters, with what became of them."""
         return self._fates(trained_parts.norms(self.tree()))
 
-    def _fates(self, places: Mapping[str, list[Tensor]]) -> list[PartSeen]:
-        reached = self.gradients.keys()
-        return trained_parts.fates_of(
-            places, self.tree(), changed=self.changed, reached=reached, optimizers=self.optimizers
+    def _fates(self, places: Mapping[str, trained_parts.Place]) -> list[PartSeen]:
+        shown = trained_parts.TrainingSeen(
+            changed=self.changed, gradients=self.gradients, updates=self.updates, optimizers=self.optimizers
         )
+        return trained_parts.fates_of(places, self.tree(), shown)
 
     def isolation(self) -> IsolationSeen:
         """Perturb the step's own packed calls, and the batch where there is one, by forwards that leave no trace."""

@@ -190,6 +190,8 @@ class StepWatcher:
                 return None
             self.note_modes()
             self.given[id(optimizer)] = with_gradient(optimizer)
+            if self.inputs.backwards is not None:
+                self.inputs.backwards.update_begins(optimizer)
             return self.updates.before(optimizer, args, kwargs)
 
     def _after_update(self, optimizer: Any, args: Any, kwargs: Any) -> None:
@@ -199,6 +201,8 @@ class StepWatcher:
                 self.others.append(class_names(optimizer)[0])
                 return
             self.updates.after(optimizer, args, kwargs)
+            if self.inputs.backwards is not None:
+                self.inputs.backwards.update_ends(optimizer)
         self.stepped += groups_of(optimizer, self.given.pop(id(optimizer), ()))
         self.steps_elsewhere += threading.get_ident() != self.thread
 
