@@ -115,7 +115,7 @@ EVERYDAY = (
         required=True,
         sabotage=small(sabotage_adapter.train_a_copy_after_steps),
         twin=small(),
-        words=("8 of 8 parameters without gradient", "AdamW stepped and holds no parameter of the model"),
+        words=("8 of 8 parameters without gradient", "not given to the optimizer"),
     ),
     Control(
         name="half the layers inactive while the step runs",

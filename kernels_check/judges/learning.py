@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from kernels_check.check import FLAG, Finding, Json, JudgedPath, name_some
 from kernels_check.judges.attached import NO_ADAPTER
-from kernels_check.judges.optimizer import who_stepped
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,7 +41,7 @@ def judge_learning(seen: Observation, required: Json) -> Finding:
         return Finding(observed=False, reason="0 parameters of the adapter are trainable: no adapter is active")
     note = f"; {len(by_optimizer)} of {len(everything)} kept frozen by LoRA-FA" if by_optimizer else ""
     faults, doubts = _gradient_faults(judged, seen)
-    if not seen.optimizer_steps:
+    if not seen.optimizer_steps and not seen.other_optimizers:
         return _without_optimizer(judged, faults, seen)
     more = _update_faults(judged, seen)
     faults, doubts = [*faults, *more[0]], [*doubts, *more[1]]
@@ -94,16 +93,16 @@ def _gradient_faults(judged: Mapping[str, Tensor], seen: Observation) -> tuple[l
 
 def _without_optimizer(judged: Mapping[str, Tensor], faults: list[str], seen: Observation) -> Finding:
     changed = [name for name in judged if name in seen.changed]
-    reason = who_stepped(seen)
+    reason = f"no torch.optim.Optimizer stepped in {seen.calls} calls"
     if faults:
         return Finding(observed=False, reason="; ".join([*faults, reason]))
     if changed:
         reason += (
-            f"; {len(changed)} of {len(judged)} parameters changed all the same: an optimizer of another kind, whose "
+            f", although {len(changed)} of {len(judged)} parameters changed: an optimizer of another kind, whose "
             "updates cannot be told from other writing"
         )
         return Finding(observed=None, status="unknown", reason=reason)
-    return Finding(observed=None, status="unknown", reason=reason if seen.other_optimizers else f"{reason}: {_NO_STEP}")
+    return Finding(observed=None, status="unknown", reason=f"{reason}: {_NO_STEP}")
 
 
 def _update_faults(judged: Mapping[str, Tensor], seen: Observation) -> tuple[list[str], list[str]]:

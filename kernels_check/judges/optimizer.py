@@ -104,7 +104,7 @@ def _why_unseen(seen: Observation, total: int) -> str:
     return f"{names} wrote no parameter by an operator: it calls kernels of its own, or updates in another way"
 
 
-def who_stepped(seen: Observation) -> str:
+def _who_stepped(seen: Observation) -> str:
     """What stepped, where no optimizer that holds parameters of the model did."""
     if not seen.other_optimizers:
         return f"no torch.optim.Optimizer stepped in {seen.calls} calls"
@@ -114,7 +114,7 @@ def who_stepped(seen: Observation) -> str:
 
 def _no_optimizer(seen: Observation) -> Finding:
     """Nothing stepped that could be judged; what may have updated the model all the same makes it unknown."""
-    reason = who_stepped(seen)
+    reason = _who_stepped(seen)
     if seen.changed:
         reason += f"; {len(seen.changed)} parameters changed all the same: by an optimizer of another kind?"
     elif not seen.other_optimizers:

@@ -499,3 +499,10 @@ def test_what_did_not_move_is_told_once_with_its_cause(judge, changes, words):
     reason = judge(update=dataclasses.replace(LEARNT, **changes)).reason
     assert words in reason
     assert "unchanged by updates" not in reason
+
+
+def test_where_only_an_optimizer_of_other_parameters_stepped_the_adapters_were_given_to_none(judge):
+    """Which is a fault, as no update at all is none."""
+    other = judge(steps=0, other_optimizers=("mine.Masters",))
+    assert (other.status, other.reason.startswith("8 of 8 parameters not given to the optimizer")) == ("fallback", True)
+    assert judge(steps=0).status == "unknown"

@@ -136,11 +136,12 @@ def test_where_no_other_optimizer_steps_nothing_is_known_of_the_update(training)
     """It may hold a copy of master weights, or be another model's: no proof, and not said to be none."""
     run = training(quant=None)
     required = {"optimizer.class": "torch.optim.AdamW", "optimizer.fused": True, "optimizer.paged_share": 0.0}
-    checks = run.verify(required | {"lora.learning": True}, _beside(run, own=False))
-    for check in (check for check in checks if check.required is not None):
-        assert check.status == "unknown"
-        assert check.reason.startswith("torch.optim.adamw.AdamW stepped and holds no parameter of the model")
-        assert "sync_gradients" not in check.reason
+    checks = {check.path: check for check in run.verify(required, _beside(run, own=False))}
+    for path in required:
+        assert checks[path].status == "unknown"
+        assert checks[path].reason.startswith("torch.optim.adamw.AdamW stepped and holds no parameter of the model")
+    assert checks["lora.learning"].observed is False
+    assert "8 of 8 parameters not given to the optimizer" in checks["lora.learning"].reason
     watched = kernels_check.watch(run.model, required, instrument=run.instrument)
     with watched:
         _beside(run, own=False)()
