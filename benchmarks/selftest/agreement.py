@@ -56,21 +56,9 @@ def read_twice(model: str, steps: int, folder: Path) -> tuple[float, float]:
 def against(way: str, chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """What an A/B says of the time of a step by this loop, against that of the trial's."""
     commands = [f"python {LOOPS.name} {one} --model {chosen.model}" for one in ("trial", way)]
-    document = json.loads(
-        ask(
-            "ab",
-            "--base-command",
-            commands[0],
-            "--candidate-command",
-            commands[1],
-            "--replicates",
-            str(chosen.replicates),
-            "--steps",
-            str(chosen.steps),
-            "--json",
-            folder=folder,
-        )  # fmt: skip
-    )
+    sides = ("--base-command", commands[0], "--candidate-command", commands[1])
+    size = ("--replicates", str(chosen.replicates), "--steps", str(chosen.steps))
+    document = json.loads(ask("ab", *sides, *size, "--json", folder=folder))
     row: dict[str, Any] = next(one for one in document["comparisons"] if one["metric"] == "step_time_s")
     return row | {"losses": document["losses"]["agreement_loops"]["found"]}
 
