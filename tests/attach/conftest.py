@@ -22,7 +22,7 @@ class Listener:
 
     def __init__(self, *answers):
         self.answers = list(answers)
-        self.trainings, self.readings, self.phases, self.ends = [], [], [], []
+        self.trainings, self.readings, self.phases, self.ends, self.seen = [], [], [], [], []
 
     def _next(self):
         return self.answers.pop(0) if self.answers else Next()
@@ -40,6 +40,7 @@ class Listener:
 
     def end(self, error, *, seen=True):
         self.ends.append(error)
+        self.seen.append(seen)
 
 
 @pytest.fixture

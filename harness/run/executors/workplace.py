@@ -84,7 +84,7 @@ def take_snapshot(folder: Path, into: Path) -> Path:
 
 
 def _led_to(entry: Path) -> Path:
-    """Where links lead in the end; links that lead in a circle lead to one of them, and `Path.resolve` refuses these."""
+    """Where links lead in the end; of a circle, which `Path.resolve` refuses, to one of its own."""
     return Path(os.path.realpath(entry))
 
 
