@@ -52,7 +52,7 @@ def _start(words: Sequence[str], variables: Mapping[str, str], folder: Path, log
 
 def _user_of(connection: socket.socket) -> int:
     """Whose process is at the other end, by the kernel's word (unix(7), SO_PEERCRED: pid, uid and gid)."""
-    _, user, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    _, user, _ = struct.unpack("iII", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     return int(user)
 
 
