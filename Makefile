@@ -129,7 +129,7 @@ proof-fuzz: $(STAMP)
 # mount a disk is skipped without it.
 proof-faults: $(STAMP)
 	mkdir -p reports/proof
-	$(BIN)/pytest tests/faults -m faults -q --no-header -rs > reports/proof/faults.txt; \
+	$(BIN)/pytest tests -m faults -q --no-header -rs > reports/proof/faults.txt; \
 	status=$$?; cat reports/proof/faults.txt; exit $$status
 	$(BIN)/python benchmarks/selftest/soak.py > reports/proof/soak.txt; \
 	status=$$?; cat reports/proof/soak.txt; exit $$status
