@@ -128,6 +128,12 @@ def test_a_crash_before_training_leaves_no_run(wrap, capfd):
     assert "nothing was measured: the command has ended, and no Trainer" in told.err
 
 
+def test_words_that_a_shell_would_take_are_the_commands_own(tmp_path):
+    """There is none, so they are handed on as they are."""
+    asked = ["sh", "-c", 'test "$1$2$3" = ">it\'sA=1" && exit 3', "sh", ">", "it's", "A=1"]
+    assert main(["wrap", "--runs-dir", str(tmp_path), "--", *asked]) == 3
+
+
 def test_a_python_that_reads_no_path_is_said(wrap, capfd):
     """The hook was loaded by nobody."""
     assert wrap("print('alone')", python=(sys.executable, "-I")) == (0, None)

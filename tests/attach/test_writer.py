@@ -264,6 +264,19 @@ def test_of_ranks_the_slowest_counts(write, tmp_path, monkeypatch):
     assert not [one for one in tmp_path.iterdir() if one.name.startswith(".")]
 
 
+def test_a_command_that_no_study_could_hold_is_followed(tmp_path, monkeypatch):
+    """The run is named by its words, and what is written down of it is its program."""
+    monkeypatch.delenv(RUN, raising=False)
+    monkeypatch.setenv(COMMAND, write_command(["python", "train.py", ">", "it's"]))
+    writer = Writer(runs_dir=tmp_path, require={}, report=False)
+    for tell, told in ((writer.begin, training()), *((writer.step, one) for one in steps(12)), (writer.end, None)):
+        tell(told)
+    (path,) = store.list_runs(tmp_path)
+    run = store.read_run(str(path), tmp_path)
+    assert (path.name.split("-")[2], run.records[0].status) == ("train", "ok")
+    assert run.manifest.study["variants"][0]["command"] == "python"
+
+
 def test_credentials_of_a_command_are_not_written():
     """Behind options that sound so, and in addresses."""
     words = [
