@@ -85,7 +85,7 @@ class Writer:
             self._notices.append(second_training(training))
             return Next()
         self._training = training
-        self._require |= training.required
+        self._require = {**training.required, **self._require}  # who has started the command asks for more
         self._gathered = Gathered(training.planned_steps)
         path = self._path()
         if training.rank:
