@@ -70,6 +70,8 @@ proof-meter: $(STAMP)
 	{ $(BIN)/python benchmarks/selftest/meter_live.py && \
 	$(BIN)/python benchmarks/selftest/meter_live.py --rounds 60 --model "$${LORAMETER_CACHE:-$$HOME/.cache/lorameter}/models/smollm2-135m"; \
 	} > reports/proof/meter.txt; status=$$?; cat reports/proof/meter.txt; exit $$status
+	$(BIN)/python benchmarks/selftest/agreement.py > reports/proof/agreement.txt; \
+	status=$$?; cat reports/proof/agreement.txt; exit $$status
 
 # A step taken apart, and the remedy of a finding measured beside it; whether profiles explain a step and its memory, and
 # their rules find what was planted (fetch smollm2-135m first; about six minutes); what each meter takes.

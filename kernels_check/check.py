@@ -117,6 +117,12 @@ class JudgedPath:
     """Evidence without which it is left out."""
     packed: bool = False
     """Whether it is about packed records: judged by forwards of its own, after the run was restored."""
+    by_modules: bool = True
+    """Whether it rests on calls of modules, so that it cannot be judged where those could not be watched."""
+    takes_update: bool = False
+    """Whether a natural step without an update does not decide it."""
+    further_steps: str | None = None
+    """Why one natural step may not decide it although another may show more, and what to do."""
 
 
 def judge_safely(path: str, required: Json, judge: Callable[[], Finding]) -> Check:

@@ -6,7 +6,7 @@ out to the bit as if nobody had looked. What one step cannot tell is unknown, wi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
@@ -16,41 +16,19 @@ from torch import nn
 from kernels_check.check import INSTRUMENTS, Check, Instrument, Json
 from kernels_check.judges.paths import PATHS, validate
 from kernels_check.observation.garbage import uncollected
-from kernels_check.observation.instruments import AROUND, INSIDE
-from kernels_check.observation.instruments_beside import TOLD_BY_A_PROFILE
 from kernels_check.observation.natural import COMPILED_MEANWHILE, NaturalSteps
 from kernels_check.observation.observation import Observation
+from kernels_check.observation.trained_parts import PartSeen
 from kernels_check.verification import judge_all
 
-FURTHER_STEPS: Mapping[str, str] = {
-    "lora.learning": (
-        "one step does not show whether its update is kept, nor what learns once lora_B has left zero: let the same "
-        "watch stand around the next step, too"
-    ),
-    "base.frozen": (
-        "PEFT merges the adapter into nn.MultiheadAttention for each forward and out again, so that some changes show "
-        "in the step after: let the same watch stand around that, too"
-    ),
+_PARTS: Mapping[str, Callable[[Observation], list[PartSeen]]] = {
+    "embedding.trained": Observation.embeddings,
+    "norms.trained": Observation.norms,
 }
-"""Paths that one natural step does not decide, as long as another may show more, with what to do."""
-
-_NO_UPDATE = "no optimizer stepped in what was watched: let the watch stand around all that one update accumulates"
-AN_UPDATE: Mapping[str, str] = dict.fromkeys(
-    ("optimizer.class", "optimizer.fused", "optimizer.paged_share", "embedding.trained", "norms.trained"), _NO_UPDATE
+NO_UPDATE = (
+    "no optimizer that holds the model's parameters stepped in what was watched: let the watch stand around all that "
+    "one update accumulates"
 )
-"""Paths that a step without an update does not decide."""
-
-WITHOUT_MODULES = frozenset({
-    *("base.bits", "base.bytes_in_4bit", "base.quant_type", "base.double_quant", "base.frozen", "lora.dtype"),
-    *("lora.learning", "optimizer.class", "optimizer.fused", "optimizer.paged_share", "tf32"),
-    *("embedding.trained", "norms.trained"),
-})  # fmt: skip
-"""Paths that rest on no call of a module, so that they are judged where those could not be watched."""
-
-IN_THE_WAY = (COMPILED_MEANWHILE, INSIDE, AROUND, TOLD_BY_A_PROFILE)
-"""What may be in the way of any path that rests on operators or on calls of modules, and of none of them in a step that
-compiles nothing and runs no profiler."""
-
 _NOTHING_RAN = "the model was not called while it was watched, and no gradient reached it"
 
 
@@ -170,22 +148,39 @@ class Watch:
             by_forwards = replace(seen, batch=self._batch, left=None)
             checks |= judge_all(by_forwards, self._requirements, self._instrument, packed=True)
         decided = (self._decided(checks[path], seen) for path in PATHS if path in checks)
-        return tuple(decided)
+        return tuple(map(self._with_what_is_left, decided))
+
+    def _with_what_is_left(self, check: Check) -> Check:
+        """The check, with what of its instrument is still in place."""
+        if self._steps.left is None or not PATHS[check.path].rests_on:
+            return check
+        return replace(check, reason=f"{check.reason}; {self._steps.left}")
 
     def _decided(self, check: Check, seen: Observation) -> Check:
         """The check, or why one step of this kind does not decide it."""
         why = None
-        if self._steps.compiled and check.path not in WITHOUT_MODULES:
+        if self._steps.compiled and PATHS[check.path].by_modules:
             return replace(check, observed=None, status="unknown", reason=COMPILED_MEANWHILE)
-        if check.path in AN_UPDATE and not seen.optimizer_steps:
-            why = AN_UPDATE[check.path]
-        elif check.path == "lora.learning" and self._steps.undecided:
-            why = FURTHER_STEPS[check.path] if seen.optimizer_steps else _NO_UPDATE
-        elif check.path == "base.frozen" and check.observed is True and seen.calls == 1 and _is_merged_and_back(seen):
-            why = FURTHER_STEPS[check.path]
+        if self._takes_an_update(check) and not seen.updated:  # what stepped in an earlier block is none of this one's
+            why = NO_UPDATE
+        elif self._may_show_more(check, seen):
+            why = PATHS[check.path].further_steps
         if why is None:
             return check
         return replace(check, observed=None, status="unknown", reason=f"{why}; so far: {check.reason}")
+
+    def _takes_an_update(self, check: Check) -> bool:
+        if check.path == "lora.learning" and check.observed is not True and not self._steps.undecided:
+            return False  # what an earlier step has found wrong is wrong still
+        return PATHS[check.path].takes_update
+
+    def _may_show_more(self, check: Check, seen: Observation) -> bool:
+        if check.path == "lora.learning":
+            return self._steps.undecided
+        if check.path == "base.frozen":
+            return check.observed is True and seen.calls == 1 and _is_merged_and_back(seen)
+        parts = _PARTS.get(check.path)
+        return parts is not None and self._steps.undecided and any(part.open for part in parts(seen))
 
     def _asks_for_records(self) -> bool:
         return self._batch is not None or any(PATHS[path].packed for path in self._requirements)

@@ -10,6 +10,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -501,3 +502,31 @@ def test_the_real_thing(suite, monkeypatch):
         recorded = [records[t["trial"]]["samples"][info["metric"]] for t in info["trials"]]
         assert entry["stats"]["data"] == [sample for samples in recorded for sample in samples]
         assert {check["status"] for check in info["checks"] if check["required"] is not None} == {"active"}
+
+
+def test_commands_are_benchmarks_like_any_other(suite, monkeypatch):
+    """Real processes that take turns: saved, compared with, and a slower script fails the session by its name."""
+    monkeypatch.setenv("REAL", "1")
+    monkeypatch.setenv("MARK", str(suite.path / "mark"))
+    shutil.copy(Path(__file__).parent / "run" / "scripted.py", suite.path)
+    protocol = "[protocol]\nreplicates = 2\nturns = 2\nwarmup_steps_max = 4\nallow_disturbed = true\n"
+    variant = '[[variant]]\nname = "{0}"\ncommand = "python scripted.py {0}"\n'
+    (suite.path / "small.toml").write_text(protocol + "".join(variant.format(name) for name in ("plain", "slow")))
+    (suite.path / "open.toml").write_text("inconclusive = 'pass'\n")
+    first = suite("--benchmark-save=first", "--lorameter-runs-dir=runs")
+    first.assert_outcomes(passed=2)
+    by_name = {entry["name"]: entry for entry in saved(suite, "*first")["benchmarks"]}
+    assert by_name["test_train_step[slow]"]["stats"]["data"] == [2e-3] * 8
+    assert (
+        by_name["test_train_step[slow]"]["stats"]["median"] == 2 * by_name["test_train_step[plain]"]["stats"]["median"]
+    )
+    again = suite("--benchmark-compare=0001", "--lorameter-runs-dir=runs")
+    again.assert_outcomes(passed=2)
+    again.stdout.fnmatch_lines(["*test_train_step?slow? (0001_first)*", "*test_train_step?slow? (NOW)*"])
+    script = suite.path / "scripted.py"
+    script.write_text(script.read_text().replace('2e-3 if HOW == "slow"', '3e-3 if HOW == "slow"'))
+    base = by_name["test_train_step[slow]"]["extra_info"]["run"]
+    slower = suite(f"--lorameter-base={base}", "--lorameter-policy=open.toml", "--lorameter-runs-dir=runs")
+    assert slower.ret == pytest.ExitCode.TESTS_FAILED
+    slower.stdout.fnmatch_lines(["*slow*step time*regressed*", "Gate failed (exit 1)*1 regressed*"])
+    assert not (suite.path / "mark").exists()

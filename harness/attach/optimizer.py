@@ -11,6 +11,8 @@ check that puts up or takes down its own would end the training.
 from __future__ import annotations
 
 import functools
+import types
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -24,8 +26,8 @@ from harness.attach.sight import Sight, find_root
 from harness.attach.steps import Steps
 
 OTHERS_TO_TAKE_OVER = 3
-"""Updates of other optimizers in a row after which the first one is taken to be given up: two in turn are a training of
-two, as an adversarial one."""
+"""Updates of another optimizer without one of the first after which the first is taken to be given up: two in turn are
+a training of two, as an adversarial one, and one for each parameter is a training of them all."""
 
 
 class StopTraining(SystemExit):
@@ -51,8 +53,8 @@ class OptimizerSource:
         """Calls of ours that are under way."""
         self._updated = False
         """Whether the update of a step is done, and its call has not returned."""
-        self._others = 0
-        """Updates of other optimizers since the last one."""
+        self._others: Counter[int] = Counter()
+        """Updates of each other optimizer since the last one."""
         self._aside = False
 
     def updated(self, optimizer: Any) -> None:
@@ -61,19 +63,31 @@ class OptimizerSource:
             if not self._aside and not this_process().occupied:
                 self._begin(optimizer)
         elif optimizer is self._optimizer:
-            self._others, self._updated = 0, True
+            self._others.clear()
+            self._updated = bool(self._inside)
             if not self._inside and self._updating is not None:  # somebody has put another `step` there
                 self._updating.put()
         else:
-            self._others += 1
-            if self._others >= OTHERS_TO_TAKE_OVER:
-                self._mark(optimizer)
+            self._others[id(optimizer)] += 1
+            if self._others[id(optimizer)] >= OTHERS_TO_TAKE_OVER:
+                self._take_over(optimizer)
+
+    def _take_over(self, optimizer: Any) -> None:
+        """What was computed since the first one's last update is no step."""
+        steps = self._steps
+        if steps is None or not steps.up:
+            return
+        self._mark(optimizer)
+        if self._sight is not None:
+            self._sight.forget()
+        steps.restart()
 
     def _mark(self, optimizer: Any) -> None:
         """This one marks the steps from now on."""
         if self._updating is not None:
             self._updating.take_off()
-        self._others, self._updated, self._optimizer = 0, False, optimizer
+        self._others.clear()
+        self._updated, self._optimizer = False, optimizer
         self._updating = _Wrapped(optimizer, "step", self._call)
         self._updating.put()
 
@@ -153,7 +167,8 @@ class OptimizerSource:
 
 
 class _Wrapped:
-    """A method of an object, or of a class, that something is called in place of."""
+    """A method of an object, or of a class, that something is called in place of. It is a method still, since others
+    take it apart (torch's schedulers do)."""
 
     def __init__(self, holder: Any, name: str, call: Callable[..., Any]) -> None:
         self._holder, self._name, self._call = holder, name, call
@@ -164,12 +179,15 @@ class _Wrapped:
         """Put it there, around what is there now."""
         original = getattr(self._holder, self._name)
 
+        bound = not isinstance(self._holder, type)
+
         @functools.wraps(original)
         def called(*args: Any, **kwargs: Any) -> Any:
-            return self._call(original, *args, **kwargs)
+            return self._call(original, *args[1 if bound else 0 :], **kwargs)
 
-        self._was, self._ours = vars(self._holder).get(self._name), called
-        setattr(self._holder, self._name, called)
+        self._was = vars(self._holder).get(self._name)
+        self._ours = types.MethodType(called, self._holder) if bound else called
+        setattr(self._holder, self._name, self._ours)
 
     def take_off(self) -> None:
         """What was there is there again; what somebody has put in place of ours since stays."""

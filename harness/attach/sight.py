@@ -11,6 +11,7 @@ import contextlib
 import functools
 import gc
 import inspect
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -32,8 +33,8 @@ class Sight:
         """
         self._steps = steps
         self._batches = batches
-        self._given: list[torch.Tensor | None] = []
-        """What the model was given in this step, by its first tensor."""
+        self._given: list[weakref.ref[torch.Tensor]] = []
+        """What the model was given in this step, by its first tensor, which nobody keeps for that."""
         self._losses: list[torch.Tensor] = []
         self._roots: list[torch.Tensor] = []
         self._scaled = model is not None and _has_scaler()
@@ -59,8 +60,8 @@ class Sight:
         """Each batch once a step, however often the model is given it: that is no more data."""
         values = list(batch.values() if isinstance(batch, Mapping) else batch)
         first = next((value for value in values if isinstance(value, torch.Tensor)), None)
-        if not any(first is one for one in self._given):
-            self._given.append(first)
+        if first is None or not any(first is one() for one in self._given):
+            self._given += [] if first is None else [weakref.ref(first)]
             self._steps.batch(batch)
 
     def _leave(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -93,13 +94,17 @@ class Sight:
         """The step is about to end. Its loss: as the model gave it in the mean of its passes, else that of which the
         gradient was taken, their sum; unknown where a scaler multiplies it."""
         losses, roots = self._losses, self._roots
-        self._losses, self._roots, self._given = [], [], []
+        self.forget()
         if losses:
             for loss in losses:
                 self._steps.loss(loss / len(losses))
         elif roots and not self._scaled:
             for root in roots:
                 self._steps.loss(root)
+
+    def forget(self) -> None:
+        """What was seen belongs to no step."""
+        self._losses, self._roots, self._given = [], [], []
 
     def end(self) -> None:
         """It no longer looks; what somebody has put in place of ours since stays."""

@@ -13,7 +13,7 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from harness.attach.child import environment
 from harness.attach.shield import say
 from harness.attach.variables import COMMAND, REQUIRE, RUN, UNSEEN_END
 from harness.errors import UsageError
-from harness.machine.processes import exit_words, held_back
+from harness.machine.processes import exit_words
 from harness.records import store
 from harness.records.record import UNDER_WAY, Failure, Notice, Status, TrialRecord
 from harness.records.store import RunWriter
@@ -50,15 +50,14 @@ def run_command(words: Sequence[str], path: Path, *, command: str, require: Mapp
     """
     variables = {RUN: str(path), COMMAND: command, REQUIRE: json.dumps(dict(require))}
     variables_of_child = environment(os.environ, seen=_seen(path), variables=variables)
-    with contextlib.ExitStack() as stack:
-        with held_back(PASSED_ON) as let_through:  # one that came now would end this process alone
-            try:
-                process = subprocess.Popen(list(words), env=variables_of_child, preexec_fn=let_through)
-            except OSError as error:
-                raise UsageError(
-                    f"wrap: {words[0]}: {error.strerror}. Write the command as it runs without lorameter."
-                ) from None
-            stack.enter_context(_passing_on(process))
+    with _passing_on() as pass_on_to:  # also what comes before the command is there: it would end this process alone
+        try:
+            process = subprocess.Popen(list(words), env=variables_of_child)
+        except OSError as error:
+            raise UsageError(
+                f"wrap: {words[0]}: {error.strerror}. Write the command as it runs without lorameter."
+            ) from None
+        pass_on_to(process)
         code = process.wait()
     return code if code >= 0 else 128 - code
 
@@ -68,20 +67,33 @@ def _seen(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _passing_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Meanwhile signals to this process are the command's."""
+def _passing_on() -> Iterator[Callable[[subprocess.Popen[bytes]], None]]:
+    """Meanwhile signals to this process are the command's, as soon as it is told which process that is; what has come
+    until then is sent to it then, also by a terminal, which knew of no command yet."""
+    command: list[subprocess.Popen[bytes]] = []
+    came: list[int] = []
+
+    def send(number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            command[0].send_signal(number)
 
     def pass_on(number: int, frame: object) -> None:
-        if number not in FROM_TERMINAL or not _in_terminal():
-            with contextlib.suppress(ProcessLookupError):
-                process.send_signal(number)
+        if not command:
+            came.append(number)
+        elif number not in FROM_TERMINAL or not _in_terminal():
+            send(number)
+
+    def begin(process: subprocess.Popen[bytes]) -> None:
+        command.append(process)
+        for number in came:
+            send(number)
 
     before = {number: signal.getsignal(number) for number in PASSED_ON}
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:
             signal.signal(number, pass_on)
     try:
-        yield
+        yield begin
     finally:
         for number, handler in before.items():
             if handler is not None:

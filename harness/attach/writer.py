@@ -85,7 +85,7 @@ class Writer:
             self._notices.append(second_training(training))
             return Next()
         self._training = training
-        self._require |= training.required
+        self._require = {**training.required, **self._require}  # who has started the command asks for more
         self._gathered = Gathered(training.planned_steps)
         path = self._path()
         if training.rank:
@@ -123,10 +123,11 @@ class Writer:
 
     def _watch_again(self, reading: StepReading) -> bool:
         """Whether a second step in a row may tell what the first did not."""
-        from kernels_check.watching import FURTHER_STEPS
+        from kernels_check.judges.paths import PATHS
 
         unknown = {check.path for check in reading.checks or () if check.status == "unknown"}
-        return bool(unknown & set(FURTHER_STEPS)) and self._watched < MOST_WATCHED
+        further = {path for path, judged in PATHS.items() if judged.further_steps}
+        return bool(unknown & further) and self._watched < MOST_WATCHED
 
     def _look(self, reading: StepReading) -> None:
         """Read the machine before the first timed step; keep what there is from time to time."""

@@ -7,7 +7,9 @@ import contextlib
 import ctypes
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator
+import threading
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 PARENT = "LORAMETER_PARENT"
 """The variable that tells a measuring process who started it."""
@@ -35,21 +37,28 @@ def outlive_parent() -> None:
 
 
 @contextlib.contextmanager
-def held_back(signals: Iterable[signal.Signals]) -> Iterator[Callable[[], None]]:
-    """Meanwhile these signals wait. Gives what a child is to call before it becomes its program, for which they do not.
+def held_back(signals: Iterable[signal.Signals]) -> Iterator[None]:
+    """Meanwhile these signals wait; they come when the block has ended.
 
     What a signal's handler raises while Python forks is lost: it meets the functions that are called after a fork,
-    whose errors are ignored.
+    whose errors are ignored. Blocking the signals would not do: in a process of several threads, as numpy makes one,
+    another thread takes them, and their handlers run in the main one all the same. So they have another handler.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    came: list[int] = []
+    before: dict[signal.Signals, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in signals:
+            found = signal.getsignal(number)
+            if found not in (signal.SIG_IGN, None):  # None: not from Python, and not to be put back by it
+                before[number] = found
+                signal.signal(number, lambda told, frame: came.append(told))
     try:
-        yield lambda: _set_mask(before)
+        yield
     finally:
-        _set_mask(before)
-
-
-def _set_mask(blocked: Iterable[int]) -> None:
-    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for told in came:
+            signal.raise_signal(told)
 
 
 def exit_words(code: int | None) -> str:

@@ -246,7 +246,7 @@ def _facts(run: Run, study: Study) -> tuple[str, ...]:
         f"order seed {run.manifest.seed}",
         f"level     {run.manifest.interleaving}{_level(run)}",
         *([f"stopped   {run.manifest.stopped}"] if run.manifest.stopped else []),
-        *standing(run),
+        *standing(run, study),
     )
 
 

@@ -129,6 +129,38 @@ def train_a_copy(run: SmallRun) -> None:
     _replace_step(run, step)
 
 
+def train_copies_made_in_the_step(run: SmallRun) -> None:
+    """Copy the model in each step, train the copy, and take its gradients for the model's."""
+
+    def step() -> None:
+        twin = copy.deepcopy(run.model)
+        run.optimizer.zero_grad()
+        _loss(run, twin).backward()
+        for own, its in zip(run.model.parameters(), twin.parameters(), strict=True):
+            own.grad = its.grad
+        run.optimizer.step()
+
+    _replace_step(run, step)
+
+
+def copy_and_save_in_the_step(run: SmallRun) -> None:
+    """Copy and save the model in each step, for a reference that answers first and a checkpoint."""
+    import io
+
+    import torch
+
+    sound = run.step
+
+    def step() -> None:
+        reference = copy.deepcopy(run.model)
+        with torch.no_grad():
+            reference(**run.inputs)
+        sound()
+        torch.save(run.model, io.BytesIO())
+
+    _replace_step(run, step)
+
+
 def train_a_copy_and_evaluate(run: SmallRun) -> None:
     """Train a deep copy, and evaluate the model in each step."""
     train_a_copy(run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -23,6 +24,26 @@ def accumulate(run: SmallRun) -> None:
         run.losses.append(float(loss.detach()))
 
     _replace_step(run, step)
+
+
+def take_again(run: SmallRun, *, first: Callable[[], Any] = nullcontext, then: Callable[[], Any] = nullcontext) -> None:
+    """Let the first pass of each step fail behind its last block, and take it again."""
+    failing: list[bool] = []
+
+    def fail(*_: object) -> None:
+        if failing:
+            failing.pop()
+            raise MemoryError("no more of it")
+
+    def passes(run: SmallRun) -> Any:
+        failing.append(True)
+        with suppress(MemoryError), first():
+            run.one_pass()
+        with then():
+            return run.one_pass()
+
+    run.model.get_base_model().lm_head.register_forward_pre_hook(fail)
+    run.passes = passes
 
 
 def write_one_layer_by_hand(run: SmallRun) -> None:

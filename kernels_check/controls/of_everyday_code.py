@@ -9,6 +9,7 @@ from functools import partial
 
 from kernels_check.controls import astray, layers, other_models, sabotage, sabotage_adapter
 from kernels_check.controls.control import Control, changed, small
+from kernels_check.controls.small_run import only_math
 
 EVERYDAY = (
     Control(
@@ -193,6 +194,18 @@ EVERYDAY = (
         words=("ran in a thread of its own",),
         caught_by="unknown",
         instruments=("spy",),
+    ),
+    Control(
+        name="a pass that failed and was taken again by math",
+        path="attention.backend",
+        required="flash",
+        sabotage=small(partial(layers.take_again, then=only_math)),
+        twin=small(partial(layers.take_again, first=only_math)),
+        words=(
+            "0 of 2 attention layers as required",
+            "forward: 2 math",
+            "not judged: 2 in passes that failed (2 flash)",
+        ),
     ),
     Control(
         name="attention written out, with its softmax through float32",

@@ -26,6 +26,15 @@ EXECUTION = (
         words=("0 of 2 blocks computed again", "the flag is on but nothing recomputes in eval"),
     ),
     Control(
+        name="the update of another model alone",
+        path="optimizer.class",
+        required="torch.optim.AdamW",
+        sabotage=small(partial(execution.train_another_model, by="AdamW", alone=True)),
+        twin=small(execution.train_another_model),
+        words=("torch.optim.adamw.AdamW stepped and holds no parameter of the model",),
+        caught_by="unknown",
+    ),
+    Control(
         name="a paged optimizer that pages nothing",
         path="optimizer.paged_share",
         required=0.4,

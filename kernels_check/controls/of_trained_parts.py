@@ -19,6 +19,48 @@ def with_embeddings() -> Any:
     )
 
 
+def with_tokens() -> Any:
+    """LoRA, and a few tokens of the vocabulary that are trained alone, as for new ones."""
+    import peft
+
+    return peft.LoraConfig(
+        r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", trainable_token_indices=[1, 2, 3]
+    )
+
+
+def read_the_tokens(run: SmallRun) -> None:
+    """Let the batch hold each of the tokens that are trained."""
+    run.inputs["input_ids"][0, :3] = run.inputs["input_ids"].new_tensor([1, 2, 3])
+
+
+def train_the_embedding(run: SmallRun, *, masked: bool = False) -> None:
+    """Let both embeddings train, with weight decay.
+
+    Args:
+        run: to be changed.
+        masked: whether a hook multiplies their gradients by zero, as a mask of tokens does that matches none.
+    """
+    weights = [run.model.get_input_embeddings().weight, run.model.get_output_embeddings().weight]
+    for weight in weights:
+        weight.requires_grad_(True)
+        if masked:
+            weight.register_hook(lambda gradient: gradient * 0)
+    run.optimizer.add_param_group({"params": weights, "lr": 0.01, "weight_decay": 0.1})
+
+
+def rename_the_norm(run: SmallRun, *, train: bool = True) -> None:
+    """Give the last norm a class of one's own, whose name says nothing of norms.
+
+    Args:
+        run: to be changed.
+        train: whether its weight trains, too.
+    """
+    norm = run.model.get_base_model().model.norm
+    norm.__class__ = type("Scaled", (type(norm),), {})
+    if train:
+        train_norms(run, only="model.norm.weight")
+
+
 def train_norms(run: SmallRun, *, only: str = "norm.weight", forgotten: bool = False, rate: float = 0.01) -> None:
     """Let norms train, and give them to the optimizer or forget to.
 
@@ -75,5 +117,29 @@ TRAINED_PARTS: tuple[Control, ...] = (
         sabotage=small(partial(train_norms, rate=1e-5), quant=None),
         twin=small(partial(train_norms, rate=1e-5), quant=None, dtype="float32"),
         words=("0 of 5 norms updated", "rounded away: keep it in float32"),
+    ),
+    Control(
+        name="tokens that train where the embeddings were to stay",
+        path="embedding.trained",
+        required=False,
+        sabotage=small(read_the_tokens, adapter=with_tokens),
+        twin=small(read_the_tokens),
+        words=("1 of 2 embeddings updated", "3 of 96 tokens", "lm_head.weight (frozen)"),
+    ),
+    Control(
+        name="embeddings that nothing but weight decay moves",
+        path="embedding.trained",
+        required=True,
+        sabotage=small(partial(train_the_embedding, masked=True), quant=None, dtype="float32"),
+        twin=small(train_the_embedding, quant=None, dtype="float32"),
+        words=("0 of 2 embeddings updated", "moved without a gradient"),
+    ),
+    Control(
+        name="a norm of one's own class that trains where the norms were to stay",
+        path="norms.trained",
+        required=False,
+        sabotage=small(rename_the_norm, quant=None, dtype="float32"),
+        twin=small(partial(rename_the_norm, train=False), quant=None, dtype="float32"),
+        words=("1 of 5 norms updated", "input_layernorm.weight (frozen)"),
     ),
 )

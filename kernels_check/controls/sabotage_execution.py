@@ -235,3 +235,22 @@ def record_inside(run: SmallRun) -> None:
             return run.one_pass()
 
     run.passes = passes
+
+
+def train_another_model(run: SmallRun, *, by: str = "SGD", alone: bool = False) -> None:
+    """Update another model in each step, by an optimizer of torch; alone: and leave this one's update to nobody."""
+    import torch
+
+    other = torch.nn.Linear(4, 4)
+    optimizer = getattr(torch.optim, by)(other.parameters(), lr=1e-3)
+    sound = run.step
+
+    def step() -> None:
+        if alone:
+            run.gradients()
+        else:
+            sound()
+        other(torch.ones(1, 4)).sum().backward()
+        optimizer.step()
+
+    run.step = step  # type: ignore[method-assign]

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from kernels_check.check import DTYPE, SHARE, Finding, Json, JudgedPath, count_values, join_values, name_some
-from kernels_check.judges.attached import NO_ADAPTER, calls_that_count
+from kernels_check.judges.attached import BY_HAND, NO_ADAPTER, calls_that_count, is_trained_by_hand
 
 if TYPE_CHECKING:
     from kernels_check.observation.adapter_kinds import AdapterLayer
@@ -43,6 +43,8 @@ def judge_dropout(seen: Observation, required: Json) -> Finding:
     layers = [layer for layer in seen.adapter_layers() if not layer.copied]
     if not layers:
         return Finding(observed=None, present=False, reason=NO_ADAPTER)
+    if is_trained_by_hand(seen):
+        return Finding(observed=None, status="unknown", reason=BY_HAND)
     unseen = [f"{name}={probability}" for layer in layers for name, probability in layer.unseen_dropouts()]
     if unseen:
         reason = f"drawn inside the method's product, where nothing shows it: {name_some(unseen)}"
@@ -85,6 +87,6 @@ def _applied(name: str, part: Any, layer: AdapterLayer, seen: Observation) -> tu
 
 
 PATHS: Mapping[str, JudgedPath] = {
-    "lora.dtype": JudgedPath(requirement=DTYPE, judge=judge_dtype),
+    "lora.dtype": JudgedPath(requirement=DTYPE, judge=judge_dtype, by_modules=False),
     "lora.dropout": JudgedPath(requirement=SHARE, judge=judge_dropout),
 }

@@ -27,6 +27,11 @@ _REMEDIES = {
 }
 _IDLE = "adapter not executed"
 _ASIDE = "adapter executed in an evaluation only, which trains nothing,"
+_BY_HAND = "adapter executed without gradients, and the update took some that were put there by hand,"
+BY_HAND = (
+    "no forward of the model recorded gradients, and the update took some that were put there by hand: whether those "
+    "come of these forwards, as in zeroth-order training, or of a copy of the model was not seen"
+)
 _PARTLY = "part of the calls with gradients skipped the adapter"
 _UNSEEN = "called, but the adapter is of bare parameters, which leave no trace where no gradient reaches them"
 
@@ -39,12 +44,14 @@ def judge_attached(seen: Observation, required: Json) -> Finding:
     states = _states(layers, seen)
     faults: list[str] = []
     doubts: list[str] = []
-    for problem in (_INACTIVE, _DISABLED, _MERGED, _IDLE, _ASIDE, _PARTLY, _UNSEEN):
+    for problem in (_INACTIVE, _DISABLED, _MERGED, _IDLE, _ASIDE, _BY_HAND, _PARTLY, _UNSEEN):
         names = [_describe(layer, problem) for layer in layers if problem in states[layer.name]]
         if names:
             remedy = f" ({_REMEDIES[problem]})" if problem in _REMEDIES else ""
             words = f"{problem} in {len(names)} of {len(layers)} layers: {name_some(names)}{remedy}"
-            (doubts if problem in (_PARTLY, _UNSEEN) else faults).append(words)
+            (doubts if problem in (_BY_HAND, _PARTLY, _UNSEEN) else faults).append(words)
+    if any(_BY_HAND in state for state in states.values()):
+        doubts.append(BY_HAND)
     if len(faults) == 1 and faults[0].startswith(_IDLE):
         faults.append("the step never calls these modules with it: choose target_modules that it does")
     missing = seen.unmatched_names()
@@ -96,7 +103,8 @@ def _states(layers: Sequence[AdapterLayer], seen: Observation) -> dict[str, set[
             bare = bool(calls) and not any(True for _ in layer.factors())
             trains = any(value.requires_grad for _, value in layer.weights())
             aside = _parts_ran(layer, seen.adapter_calls.get(layer.name, ()))
-            state |= {_UNSEEN if bare and not (trains and seen.reached) else _ASIDE if aside else _IDLE}
+            unseen = bare and not (trains and seen.reached)
+            state |= {_UNSEEN if unseen else _IDLE if not aside else _BY_HAND if is_trained_by_hand(seen) else _ASIDE}
         states[layer.name] = state
     return states
 
@@ -112,9 +120,19 @@ def calls_that_count(layer: AdapterLayer, seen: Observation) -> list[LayerCall]:
     A step that trains nothing, such as an answer, has no others.
     """
     everything = seen.adapter_calls.get(layer.name, [])
-    trains = seen.optimizer_steps or any(not call.aside for calls in seen.adapter_calls.values() for call in calls)
+    trains = seen.optimizer_steps or seen.other_optimizers or _records_gradients(seen)
     counted = [call for call in everything if not (trains and call.aside)]
     return [call for call in counted if call.with_gradients] or counted
+
+
+def is_trained_by_hand(seen: Observation) -> bool:
+    """Whether an update took gradients that none of the forwards through the adapter can have given."""
+    by_hand = any(not gradient.produced for gradient in seen.gradients.values())
+    return bool(seen.optimizer_steps and by_hand and any(seen.adapter_calls.values())) and not _records_gradients(seen)
+
+
+def _records_gradients(seen: Observation) -> bool:
+    return any(not call.aside for calls in seen.adapter_calls.values() for call in calls)
 
 
 def _as_it_is(layer: AdapterLayer) -> set[str]:

@@ -176,6 +176,8 @@ def _aside(layers: AttentionLayers) -> str:
     parts = []
     if layers.aside:
         parts.append(f"{len(layers.aside)} calls without gradients ({count_values(c.backend for c in layers.aside)})")
+    if layers.failed:
+        parts.append(f"{len(layers.failed)} in passes that failed ({count_values(c.backend for c in layers.failed)})")
     if layers.elsewhere:
         backends = count_values(call.backend for call in layers.elsewhere)
         parts.append(f"{len(layers.elsewhere)} outside the model ({backends}), as of another model or a copy")
@@ -184,7 +186,7 @@ def _aside(layers: AttentionLayers) -> str:
 
 def _nothing_of_the_model(layers: AttentionLayers) -> Finding | None:
     """All attention of the step was another's: the model itself ran none."""
-    if not layers.elsewhere and not layers.aside:
+    if not (layers.elsewhere or layers.aside or layers.failed):
         return None
     return Finding(observed=None, present=False, reason=f"no attention of the model itself was seen{_aside(layers)}")
 

@@ -240,9 +240,17 @@ _BITS = Requirement(kind="bits", choices=(4, 8, 16, 32))
 _QUANT_TYPE = Requirement(kind="choice", choices=("nf4", "fp4", "int8", "none"))
 
 PATHS: Mapping[str, JudgedPath] = {
-    "base.bits": JudgedPath(requirement=_BITS, judge=judge_bits),
-    "base.bytes_in_4bit": JudgedPath(requirement=SHARE, judge=judge_bytes_in_4bit),
-    "base.quant_type": JudgedPath(requirement=_QUANT_TYPE, judge=judge_quant_type),
-    "base.double_quant": JudgedPath(requirement=FLAG, judge=judge_double_quant),
-    "base.frozen": JudgedPath(requirement=FLAG, judge=judge_frozen),
+    "base.bits": JudgedPath(requirement=_BITS, judge=judge_bits, by_modules=False),
+    "base.bytes_in_4bit": JudgedPath(requirement=SHARE, judge=judge_bytes_in_4bit, by_modules=False),
+    "base.quant_type": JudgedPath(requirement=_QUANT_TYPE, judge=judge_quant_type, by_modules=False),
+    "base.double_quant": JudgedPath(requirement=FLAG, judge=judge_double_quant, by_modules=False),
+    "base.frozen": JudgedPath(
+        requirement=FLAG,
+        judge=judge_frozen,
+        by_modules=False,
+        further_steps=(
+            "PEFT merges the adapter into nn.MultiheadAttention for each forward and out again, so that some changes "
+            "show in the step after: let the same watch stand around that, too"
+        ),
+    ),
 }

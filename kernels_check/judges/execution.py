@@ -215,7 +215,7 @@ def judge_mode(seen: Observation, required: Json) -> Finding:
 PATHS: Mapping[str, JudgedPath] = {
     "checkpointing": JudgedPath(requirement=FLAG, judge=judge_checkpointing, rests_on=("recomputation",)),
     "checkpointing.layers": JudgedPath(requirement=SHARE, judge=judge_checkpointed_layers, rests_on=("recomputation",)),
-    "tf32": JudgedPath(requirement=FLAG, judge=judge_tf32, rests_on=("kernels",)),
+    "tf32": JudgedPath(requirement=FLAG, judge=judge_tf32, rests_on=("kernels",), by_modules=False),
     "compile": JudgedPath(requirement=FLAG, judge=judge_compile, rests_on=("compilation",)),
     "compile.share": JudgedPath(requirement=SHARE, judge=judge_compiled_share, rests_on=("compilation",)),
     "mode": JudgedPath(requirement=Requirement(kind="choice", choices=("train", "eval")), judge=judge_mode),

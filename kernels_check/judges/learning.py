@@ -41,7 +41,7 @@ def judge_learning(seen: Observation, required: Json) -> Finding:
         return Finding(observed=False, reason="0 parameters of the adapter are trainable: no adapter is active")
     note = f"; {len(by_optimizer)} of {len(everything)} kept frozen by LoRA-FA" if by_optimizer else ""
     faults, doubts = _gradient_faults(judged, seen)
-    if not seen.optimizer_steps:
+    if not seen.optimizer_steps and not seen.other_optimizers:
         return _without_optimizer(judged, faults, seen)
     more = _update_faults(judged, seen)
     faults, doubts = [*faults, *more[0]], [*doubts, *more[1]]
@@ -162,4 +162,15 @@ def _count(judged: Mapping[str, Tensor], *groups: tuple[str, list[str]]) -> list
     return [f"{len(names)} of {len(judged)} parameters {words}: {name_some(names)}" for words, names in groups if names]
 
 
-PATHS: Mapping[str, JudgedPath] = {"lora.learning": JudgedPath(requirement=FLAG, judge=judge_learning)}
+PATHS: Mapping[str, JudgedPath] = {
+    "lora.learning": JudgedPath(
+        requirement=FLAG,
+        judge=judge_learning,
+        by_modules=False,
+        takes_update=True,
+        further_steps=(
+            "one step does not show whether its update is kept, nor what learns once lora_B has left zero: let the "
+            "same watch stand around the next step, too"
+        ),
+    )
+}

@@ -20,7 +20,10 @@ _NO_TOKENS = "a mean over no tokens is not a number: leave such rows out"
 
 
 def judge_tokens(seen: Observation, required: Json) -> Finding:
-    """Judge ``loss.tokens``: the tokens of all passes of a step weigh the same, and add up to one mean."""
+    """Judge ``loss.tokens``: the tokens of all passes that feed one update weigh the same, and are no sum of means.
+
+    What their weights add up to is said and not judged, unless it is the number of passes: a loss may be scaled.
+    """
     loss = seen.loss()
     if loss.unseen is not None:
         status: Status | None = None if required is None else "unknown"
@@ -30,13 +33,26 @@ def judge_tokens(seen: Observation, required: Json) -> Finding:
     positions = sum(one.positions for one in passes)
     reason = f"the loss is over {sum(counts)} of {positions} tokens"
     reason += f", in {len(passes)} passes of {name_some(map(str, counts))}" if len(passes) > 1 else ""
-    faults = _faults(passes)
-    good = "each weighs the same" if len(passes) > 1 else "in one pass"
-    return Finding(observed=not faults, reason="; ".join([reason, *(faults or [good])]))
+    sums = [[one for one in passes if one.sum == number] for number in sorted({one.sum for one in passes})]
+    reason += f", for {len(sums)} updates or evaluations" if len(sums) > 1 else ""
+    faults = list(dict.fromkeys(fault for together in sums for fault in _faults(together)))
+    return Finding(observed=not faults, reason="; ".join([reason, *(faults or [_praise(sums)])]))
+
+
+def _praise(sums: Sequence[Sequence[LossPass]]) -> str:
+    if all(len(together) == 1 for together in sums):
+        return "in one pass" if len(sums) == 1 else "each in one pass"
+    totals = dict.fromkeys(f"{_total(together):.3g}" for together in sums)
+    return f"each weighs the same, and all together {name_some(totals)}"
+
+
+def _total(passes: Sequence[LossPass]) -> float:
+    return sum(one.weight * one.tokens for one in passes)
 
 
 def _faults(passes: Sequence[LossPass]) -> list[str]:
-    empty = [one for one in passes if not one.tokens and not one.told]
+    """What is wrong with the passes that feed one update."""
+    empty = [one for one in passes if not one.tokens and one.mean]
     if empty:
         return [f"{len(empty)} of {len(passes)} passes have none: {_NO_TOKENS}"]
     weights = [one.weight for one in passes if one.tokens]
@@ -47,8 +63,7 @@ def _faults(passes: Sequence[LossPass]) -> list[str]:
     if most - least > tolerance * max(abs(least), abs(most)):
         ratio = f"{most / least:.3g} times as much as others" if least > 0 else f"{most:.3g}, others {least:.3g}"
         return [f"some weigh {ratio}: {_MEAN_OF_MEANS}"]
-    total = sum(one.weight * one.tokens for one in passes)
-    if abs(total - len(passes)) <= tolerance * len(passes):
+    if abs(_total(passes) - len(passes)) <= tolerance * len(passes):
         return [f"their weights add up to {len(passes)} and not to 1: {_SUM_OF_MEANS}"]
     return []
 

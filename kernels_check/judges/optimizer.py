@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from kernels_check.observation.optimizers import OptimizerSeen
     from kernels_check.observation.updates import GroupSeen
 
-_NO_OPTIMIZER = Finding(observed=None, present=False, reason="no torch.optim.Optimizer stepped in the watched calls")
-
 _UNSEEN = "unseen"
 
 _FUSED_LOST = (
@@ -95,17 +93,32 @@ def _why_unseen(seen: Observation, total: int) -> str:
         return "no optimizer stepped in the watched call"
     if not total:
         return "no parameter had a gradient, so that there was nothing to update"
+    if seen.profile.writes_hidden:
+        return (
+            "a dispatch mode of the program, as one that counts FLOPs, was active around the update: a profile records "
+            "nothing inside an optimizer's step then, which the spy sees"
+        )
     if seen.profile.compiled_regions:
         return "the update may be compiled"
     names = join_values(group.optimizer for group in seen.updated)
     return f"{names} wrote no parameter by an operator: it calls kernels of its own, or updates in another way"
 
 
+def _who_stepped(seen: Observation) -> str:
+    """What stepped, where no optimizer that holds parameters of the model did."""
+    if not seen.other_optimizers:
+        return f"no torch.optim.Optimizer stepped in {seen.calls} calls"
+    names = join_values(seen.other_optimizers)
+    return f"{names} stepped and holds no parameter of the model, but those of another, or a copy of master weights"
+
+
 def _no_optimizer(seen: Observation) -> Finding:
-    """Nothing stepped that could be judged; that parameters moved all the same makes it unknown."""
-    if not seen.changed:
-        return _NO_OPTIMIZER
-    reason = f"{_NO_OPTIMIZER.reason}, and yet {len(seen.changed)} parameters changed: by an optimizer of another kind?"
+    """Nothing stepped that could be judged; what may have updated the model all the same makes it unknown."""
+    reason = _who_stepped(seen)
+    if seen.changed:
+        reason += f"; {len(seen.changed)} parameters changed all the same: by an optimizer of another kind?"
+    elif not seen.other_optimizers:
+        return Finding(observed=None, present=False, reason=reason)
     return Finding(observed=None, status="unknown", present=False, reason=reason)
 
 
@@ -130,7 +143,13 @@ def _paging_refused(optimizer: OptimizerSeen) -> bool:
 
 
 PATHS: Mapping[str, JudgedPath] = {
-    "optimizer.class": JudgedPath(requirement=Requirement(kind="text"), judge=judge_class),
-    "optimizer.fused": JudgedPath(requirement=FLAG, judge=judge_fused, rests_on=("update",)),
-    "optimizer.paged_share": JudgedPath(requirement=SHARE, judge=judge_paged_share),
+    "optimizer.class": JudgedPath(
+        requirement=Requirement(kind="text"), judge=judge_class, by_modules=False, takes_update=True
+    ),
+    "optimizer.fused": JudgedPath(
+        requirement=FLAG, judge=judge_fused, rests_on=("update",), by_modules=False, takes_update=True
+    ),
+    "optimizer.paged_share": JudgedPath(
+        requirement=SHARE, judge=judge_paged_share, by_modules=False, takes_update=True
+    ),
 }

@@ -8,7 +8,7 @@ without gradients, such as those of a reference or of an evaluation inside the s
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,8 +19,9 @@ from torch import nn
 
 from kernels_check.observation.adapter_kinds import AdapterLayer, active_in, is_disabled
 from kernels_check.observation.adapter_layers import adapter_layers
+from kernels_check.observation.calls import CallRecorder
 from kernels_check.observation.module_tree import ModelTree
-from kernels_check.observation.shield import Shielding, unshielded
+from kernels_check.observation.shield import ModuleHook, Shielding, unshielded
 
 
 @dataclass(slots=True, kw_only=True)
@@ -33,6 +34,8 @@ class LayerCall:
     with_gradients: bool
     aside: bool = False
     """Whether the whole entry into the model records no gradients, as an evaluation or a reference does."""
+    number: int | None = None
+    """Of the call in the log of all calls, where there is one."""
     ran: dict[str, float] = field(default_factory=dict)
     """Parts that ran in it, by name; of a dropout the probability by which it dropped, which is 0 in evaluation."""
 
@@ -51,20 +54,20 @@ class AdapterCalls:
     """What hooks are wrapped in."""
     layers: dict[str, list[LayerCall]] = field(default_factory=dict)
     """The calls of each layer, by its name."""
-    _in_training: Callable[[], bool] = lambda: True
+    _log: CallRecorder | None = None
     _entered: dict[int, list[tuple[str, LayerCall]]] = field(default_factory=dict)
     """The layers that a thread is in, outermost first."""
 
     @contextmanager
-    def watched(self, tree: ModelTree | None = None, in_training: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    def watched(self, tree: ModelTree | None = None, log: CallRecorder | None = None) -> Iterator[None]:
         """Hook every layer and part; all hooks are off afterwards, whatever raised.
 
         Args:
             tree: of the model as it is, where that was read already.
-            in_training: whether the entry into the model that a thread is in is one of training's.
+            log: of all calls, which hooks the same modules.
         """
         self.forget()
-        self._in_training = in_training
+        self._log = log
         found = adapter_layers(tree or self.model)
         with ExitStack() as hooks:
             parts: dict[int, tuple[nn.Module, dict[str, str]]] = {}
@@ -73,7 +76,8 @@ class AdapterCalls:
                 for name, part in layer.parts():
                     parts.setdefault(id(part), (part, {}))[1][layer.name] = name
             for part, names in parts.values():
-                hooks.push(part.register_forward_pre_hook(self.shield(partial(self._note_part, names))))
+                noted = ModuleHook(part, self.shield(partial(self._note_part, names)))
+                hooks.push(part.register_forward_pre_hook(noted))
             yield
 
     def forget(self) -> None:
@@ -81,12 +85,18 @@ class AdapterCalls:
         self.layers.clear()
         self._entered.clear()
 
+    def drop(self, failed: Set[int]) -> None:
+        """Drop the calls of these numbers, which came to nothing."""
+        for name, calls in self.layers.items():
+            self.layers[name] = [call for call in calls if call.number not in failed]
+
     def _hook_layer(self, hooks: ExitStack, layer: AdapterLayer) -> None:
         if layer.module._compiled_call_impl is not None:  # compiled in place, it would be compiled again with the hook
             return
-        entered = layer.module.register_forward_pre_hook(self.shield(partial(self._enter, layer)))
-        hooks.push(entered)
-        hooks.push(layer.module.register_forward_hook(self.shield(self._leave), always_call=True))
+        entered = ModuleHook(layer.module, self.shield(partial(self._enter, layer)))
+        left = ModuleHook(layer.module, self.shield(self._leave))
+        hooks.push(layer.module.register_forward_pre_hook(entered))
+        hooks.push(layer.module.register_forward_hook(left, always_call=True))
 
     def _enter(self, layer: AdapterLayer, module: nn.Module, inputs: Any) -> None:
         call = LayerCall(
@@ -94,7 +104,8 @@ class AdapterCalls:
             disabled=is_disabled(module),
             merged=bool(layer.merged),
             with_gradients=torch.is_grad_enabled(),
-            aside=not self._in_training(),
+            aside=self._log is not None and not self._log.in_training(),
+            number=None if self._log is None else self._log.current(),
         )
         self.layers.setdefault(layer.name, []).append(call)
         self._entered.setdefault(threading.get_ident(), []).append((layer.name, call))

@@ -38,6 +38,8 @@ class AttentionLayers:
     """Calls in the forward pass outside the model: in another model, in a copy, in a function of one's own."""
     aside: tuple[AttentionCall, ...]
     """Calls of the model that train nothing: of a reference, an evaluation or a generation inside the step."""
+    failed: tuple[AttentionCall, ...] = ()
+    """Calls of the model that raised and came to nothing, or that lie in one."""
     expected: int | None = None
     """Attention layers that the configuration announces, for such code."""
     entries: tuple[int, ...] = ()
@@ -86,7 +88,10 @@ def attention_layers(
         unknown=_Search(model, calls, ours, mixing, asked, blocks).unknown(),
         compiled=tuple(whole),
         elsewhere=tuple(call for call in forward if call.call is None and not call.compiled),
-        aside=tuple(call for call in forward if call.call is not None and call.call not in calls.relevant),
+        aside=tuple(
+            call for call in forward if call.call is not None and call.call not in calls.relevant | calls.failed
+        ),
+        failed=tuple(call for call in forward if call.call in calls.failed),
         expected=announced_layers(model) if whole else None,
         entries=_entries(calls, whole),
         regions=tuple(Counter(call.region for call in whole if call.call is None and not call.recomputed).values()),

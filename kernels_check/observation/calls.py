@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -20,8 +20,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from kernels_check.observation.broken_calls import BrokenCalls, Output, outputs_of
 from kernels_check.observation.module_tree import named_modules
-from kernels_check.observation.shield import Shielding, unshielded
+from kernels_check.observation.replaced import replaced
+from kernels_check.observation.shield import ModuleHook, Shielding, unshielded
 
 MARK = "lorameter.call#"
 """How the profiler's record of a module's call begins; the number of the call follows."""
@@ -66,17 +68,21 @@ class Calls:
     """``training`` of every module at each entry into the model, with the number of that call."""
     differentiable: frozenset[int] = frozenset()
     """Numbers of the calls of the forward pass whose results a gradient can come back to."""
+    failed: frozenset[int] = frozenset()
+    """Numbers of the calls of the forward pass that raised and came to nothing, and of those inside them."""
 
     @cached_property
     def relevant(self) -> frozenset[int]:
         """Numbers of the calls that a claim about training is about.
 
         A reference, an evaluation or a generation inside the step enters the model with gradients off; those calls are
-        left out where any other entry records gradients. A step that records none at all is judged whole.
+        left out where any other entry records gradients, and so is what ``failed``. A step that records none at all is
+        judged whole.
         """
         roots = [self._root(number) for number in range(len(self.all))]
         trains = {root for root in set(roots) if self.all[root].with_grad or self.all[root].in_backward}
-        return frozenset(number for number, root in enumerate(roots) if not trains or root in trains)
+        counted = frozenset(number for number, root in enumerate(roots) if not trains or root in trains)
+        return counted - self.failed
 
     @cached_property
     def forward(self) -> tuple[int, ...]:
@@ -136,6 +142,19 @@ class Calls:
 
 
 @dataclass(slots=True)
+class _Open:
+    """A call that is under way."""
+
+    number: int
+    module: nn.Module
+    mark: Any
+    handled: BaseException | None
+    """The exception that was being handled when it began."""
+    outputs: list[Output] = field(default_factory=list)
+    """What was returned inside it."""
+
+
+@dataclass(slots=True)
 class CallRecorder:
     """Writes the log; one for each watched call of the step."""
 
@@ -149,8 +168,12 @@ class CallRecorder:
     thread: int = field(default_factory=threading.get_ident)
     shield: Shielding = unshielded
     """What hooks are wrapped in."""
+    broken: BrokenCalls = field(init=False)
     _local: threading.local = field(default_factory=threading.local)
     _lock: Any = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self.broken = BrokenCalls(self.shield)
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
@@ -161,6 +184,7 @@ class CallRecorder:
             names.setdefault(id(module), []).append(name)
             modules[id(module)] = module
         with ExitStack() as hooks:
+            hooks.callback(self.broken.close)
             for identity, module in modules.items():
                 self._hook(module, tuple(names[identity]), hooks)
             yield
@@ -173,51 +197,54 @@ class CallRecorder:
             thread=self.thread,
             modes=tuple(self.modes),
             differentiable=frozenset(self.differentiable),
+            failed=self.broken.failed({number: call.caller for number, call in enumerate(self.log)}),
         )
 
     def in_training(self) -> bool:
         """Whether the entry into the model that this thread is in records gradients, or computes again for them."""
         stack = self._stack()
-        entry = self.log[stack[0][0]] if stack else None
+        entry = self.log[stack[0].number] if stack else None
         return entry is None or entry.with_grad or entry.in_backward
 
     def break_off(self) -> None:
         """Close the calls of this thread that are under way: no hook will be told of their end."""
         stack = self._stack()
         while stack:
-            *_, mark = stack.pop()
-            if mark is not None:
-                mark.__exit__(None, None, None)
+            _end_mark(stack.pop())
 
     def current(self) -> int | None:
         """Number of the innermost call in this thread."""
         stack = self._stack()
-        return stack[-1][0] if stack else None
+        return stack[-1].number if stack else None
 
     def _hook(self, module: nn.Module, names: tuple[str, ...], hooks: ExitStack) -> None:
-        original = module._compiled_call_impl
-        if original is not None:  # it would be compiled again with a hook, so what is compiled is called from here
+        if module._compiled_call_impl is not None:
+            # It would be compiled again with a hook, so what is compiled is called from here.
             self.unhooked.update(names)
-            enter, leave = self.shield(self._enter), self.shield(self._leave)
-
-            def through(*args: Any, **kwargs: Any) -> Any:
-                enter(module, names, compiled=True)
-                output = None
-                try:
-                    output = original(*args, **kwargs)
-                    return output
-                finally:
-                    leave(module, output)
-
-            module._compiled_call_impl = through
-            hooks.callback(setattr, module, "_compiled_call_impl", original)
+            hooks.enter_context(replaced(module, "_compiled_call_impl", partial(self._around, module, names)))
             return
 
         try:
-            hooks.push(module.register_forward_pre_hook(self.shield(partial(self._begun, names)), prepend=True))
-            hooks.push(module.register_forward_hook(self.shield(self._ended), always_call=True))
+            begun = ModuleHook(module, self.shield(partial(self._begun, names)))
+            hooks.push(module.register_forward_pre_hook(begun, prepend=True))
+            hooks.push(module.register_forward_hook(ModuleHook(module, self.shield(self._ended)), always_call=True))
         except (RuntimeError, AttributeError, TypeError):  # modules of TorchScript take no such hook
             self.unhooked.update(names)
+
+    def _around(self, module: nn.Module, names: tuple[str, ...], original: Callable[..., Any]) -> Callable[..., Any]:
+        """What calls a module that is compiled in place."""
+        enter, leave = self.shield(self._enter), self.shield(self._leave)
+
+        def through(*args: Any, **kwargs: Any) -> Any:
+            enter(module, names, compiled=True)
+            output = None
+            try:
+                output = original(*args, **kwargs)
+                return output
+            finally:
+                leave(module, output)
+
+        return through
 
     def _begun(self, names: tuple[str, ...], module: nn.Module, inputs: Any) -> None:
         """Forward pre-hook."""
@@ -230,7 +257,7 @@ class CallRecorder:
     def _enter(self, module: nn.Module, names: tuple[str, ...], *, compiled: bool = False) -> None:
         stack = self._stack()
         in_backward = torch._C._current_graph_task_id() != -1
-        caller = stack[-1][0] if stack else None
+        caller = stack[-1].number if stack else None
         context = None
         if not in_backward and not torch.is_grad_enabled() and (caller is None or self.log[caller].with_grad):
             context = _function_context()
@@ -254,39 +281,43 @@ class CallRecorder:
         if self.marked:
             mark = torch._C._profiler._RecordFunctionFast(f"{MARK}{number}")
             mark.__enter__()
-        stack.append((number, module, mark))
+        stack.append(_Open(number, module, mark, sys.exc_info()[1]))
 
     def _leave(self, module: nn.Module, output: Any) -> None:
         """Close the call, and those inside it whose end no hook was told of."""
         stack = self._stack()
-        if not any(entry[1] is module for entry in stack):
+        if not any(entry.module is module for entry in stack):
             return
         while stack:
-            number, closed, mark = stack.pop()
-            if mark is not None:
-                mark.__exit__(None, None, None)
-            if closed is module:
-                if torch.is_grad_enabled() and _requires_grad(output):
-                    self.differentiable.add(number)
+            closed = stack.pop()
+            _end_mark(closed)
+            if closed.module is module:
+                self._note_output(closed, output)
+            if stack:
+                stack[-1].outputs += closed.outputs
+            if closed.module is module:
                 return
 
-    def _stack(self) -> list[tuple[int, nn.Module, Any]]:
-        found: list[tuple[int, nn.Module, Any]] | None = getattr(self._local, "stack", None)
+    def _note_output(self, closed: _Open, output: Any) -> None:
+        """Note what a call gave back, if only an exception."""
+        returned = tuple(outputs_of(closed.number, output)) if torch.is_grad_enabled() else ()
+        closed.outputs += returned
+        if returned:
+            self.differentiable.add(closed.number)
+        raised = sys.exc_info()[1] is not closed.handled
+        if raised and not self.log[closed.number].in_backward:
+            self.broken.add(closed.number, closed.outputs)
+
+    def _stack(self) -> list[_Open]:
+        found: list[_Open] | None = getattr(self._local, "stack", None)
         if found is None:
             found = self._local.stack = []
         return found
 
 
-def _requires_grad(output: Any) -> bool:
-    if isinstance(output, torch.Tensor):
-        return output.requires_grad
-    if isinstance(output, Mapping):
-        return any(map(_requires_grad, output.values()))
-    if isinstance(output, list | tuple):
-        return any(map(_requires_grad, output))
-    return hasattr(output, "__dict__") and any(
-        isinstance(one, torch.Tensor) and one.requires_grad for one in vars(output).values()
-    )
+def _end_mark(closed: _Open) -> None:
+    if closed.mark is not None:
+        closed.mark.__exit__(None, None, None)
 
 
 def _function_context() -> Any:

@@ -50,6 +50,8 @@ class StepProfile:
     """Numbers of the module calls of the forward pass with a batched product, or a softmax of at least 3 dimensions."""
     writes: tuple[Write, ...] = ()
     """What wrote tensors inside the steps of optimizers."""
+    writes_hidden: bool = False
+    """Whether a dispatch mode of the program hid what optimizers wrote."""
     kernels: Mapping[str, int]
     """Launches of each kernel rule (see ``rules``); empty without CUDA."""
     unclassified: Mapping[str, int]

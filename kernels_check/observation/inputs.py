@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kernels_check.observation.shield import Shielding, unshielded
+from kernels_check.observation.backward_passes import BackwardPasses
+from kernels_check.observation.cross_entropies import LossMade, read_loss
+from kernels_check.observation.shield import ModuleHook, Shielding, unshielded
 
 _WRAPS = ("module", "base_model", "model")
 """Attributes under which a wrapper holds what it wraps: DistributedDataParallel, PEFT, models with a head."""
@@ -43,6 +45,10 @@ class ModelCall:
     """Calls that it made of what the module wraps."""
     loss_gradients: list[Tensor] = field(default_factory=list)
     """What reached the loss that it returned, in each backward pass; of a call outside of all others."""
+    losses: list[LossMade] = field(default_factory=list)
+    """How that loss was made; none where it has no gradient."""
+    number: int | None = None
+    """Of the call in the log of all calls, where there is one."""
 
     def told(self, tells: Callable[[Mapping[str, Any]], bool]) -> list[ModelCall]:
         """This call if its arguments tell something, else those inside that do: wrappers have names of their own."""
@@ -60,19 +66,35 @@ class InputLog:
         self.calls: list[ModelCall] = []
         self._shield = shield
         self._hooks: ExitStack | None = None
+        self.backwards: BackwardPasses | None = None
+        """What went back from these calls; None before any."""
         self._open: list[ModelCall] = []
+        self._current: Callable[[], int | None] = lambda: None
 
-    def attach(self, model: nn.Module, hooks: ExitStack) -> None:
-        """Forget earlier calls and keep those to come, until ``hooks`` is closed."""
+    def attach(self, model: nn.Module, hooks: ExitStack, current: Callable[[], int | None] = lambda: None) -> None:
+        """Forget earlier calls and keep those to come, until ``hooks`` is closed.
+
+        Args:
+            model: whose calls are kept.
+            hooks: that take the hooks off.
+            current: gives the number of the call that has just begun in the log of all calls.
+        """
+        self._current = current
         self.calls.clear()
         self._open.clear()
         self._hooks = hooks
+        self.backwards = BackwardPasses(model)
         for module in _reachable(model):
-            hooks.push(module.register_forward_pre_hook(self._shield(self._begin), with_kwargs=True))
-            hooks.push(module.register_forward_hook(self._shield(self._end), always_call=True))
+            begun, ended = (ModuleHook(module, self._shield(hook)) for hook in (self._begin, self._end))
+            hooks.push(module.register_forward_pre_hook(begun, with_kwargs=True))
+            hooks.push(module.register_forward_hook(ended, always_call=True))
+
+    def drop(self, failed: Set[int]) -> None:
+        """Drop the calls of these numbers, which came to nothing."""
+        self.calls[:] = [_without(call, failed) for call in self.calls if call.number not in failed]
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        call = _describe(module, args, kwargs)
+        call = replace(_describe(module, args, kwargs), number=self._current())
         if torch._C._current_graph_task_id() == -1:  # in a backward pass it is a recomputation
             (self._open[-1].inside if self._open else self.calls).append(call)
         self._open.append(call)
@@ -82,9 +104,15 @@ class InputLog:
             return
         call = self._open.pop()
         loss = _loss(output)
-        if not self._open and self._hooks is not None and loss is not None and loss.requires_grad:
-            handle = loss.register_hook(self._shield(partial(_keep, call)))
-            self._hooks.push(handle)
+        hooks, backwards = self._hooks, self.backwards
+        if not self._open and hooks is not None and backwards is not None and loss is not None and loss.requires_grad:
+            hooks.push(loss.register_hook(self._shield(partial(_keep, call))))
+            call.losses.append(read_loss(loss, backwards, hooks, self._shield))
+
+
+def _without(call: ModelCall, failed: Set[int]) -> ModelCall:
+    call.inside[:] = [_without(one, failed) for one in call.inside if one.number not in failed]
+    return call
 
 
 def training_calls(calls: Sequence[ModelCall]) -> list[ModelCall]:

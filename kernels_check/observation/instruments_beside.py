@@ -22,10 +22,13 @@ from kernels_check.observation.instruments import AROUND, INSIDE, Watcher, stand
 from kernels_check.observation.module_tree import Model, every_module
 from kernels_check.observation.recording import Recording, is_recording
 from kernels_check.observation.shield import Shielding
-from kernels_check.observation.spy import Spy
+from kernels_check.observation.spy import Spy, blind_to, is_on_cuda
 from kernels_check.observation.spy_beside import spied_beside
 
 TOLD_BY_A_PROFILE = "the spy does not see which compiled code is entered: take a profile"
+LEFT_BEHIND = (
+    "the spy was taken off by another thread than that which it is in, and leaves it at the next operator there"
+)
 _INPUTS: Evidence = "inputs"
 """Seen by hooks, whatever the instrument."""
 
@@ -42,6 +45,10 @@ class Beside(Protocol):
     def told(self, watcher: Watcher) -> StepProfile:
         """What it has to tell afterwards."""
 
+    @property
+    def left(self) -> str | None:
+        """What of it is still in place, and until when."""
+
 
 def choose(instrument: Instrument, model: Model) -> Beside:
     """The instrument for the step that comes next."""
@@ -54,6 +61,7 @@ def choose(instrument: Instrument, model: Model) -> Beside:
 
 class _ByProfile:
     marks = True
+    left = None
 
     def __init__(self) -> None:
         self._recording = Recording()
@@ -75,6 +83,10 @@ class _BySpy:
         self._in_place_of = in_place_of
         self._spy: Spy | None = None
 
+    @property
+    def left(self) -> str | None:
+        return LEFT_BEHIND if self._spy is not None and self._spy.left_behind else None
+
     @contextmanager
     def opened(self, calls: CallRecorder, shield: Shielding) -> Iterator[None]:
         with spied_beside(calls, shield) as self._spy:
@@ -92,6 +104,7 @@ class _BySpy:
 
 class _ByNames:
     marks = True
+    left = None
 
     def __init__(self) -> None:
         self._recording = Recording(names_alone=True)
@@ -100,9 +113,8 @@ class _ByNames:
         return self._recording.opened()
 
     def told(self, watcher: Watcher) -> StepProfile:
-        spy = Spy(CallRecorder(watcher.model))
-        spy.compiled_calls = 1
-        seen = spy.profile(watcher.model)  # of one that was never on: what it is blind to beside compiled code
+        nothing = reduce_operators([])
+        seen = replace(nothing, blind=blind_to(nothing, on_cuda=is_on_cuda(watcher.model), compiled=True))
         if not self._recording.lasted:
             return replace(seen, untold={"compilation": INSIDE})
         return replace(seen, compiler=self._recording.entered())

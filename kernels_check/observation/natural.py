@@ -67,20 +67,15 @@ class NaturalSteps:
         return self._shield.fault
 
     @property
-    def steps(self) -> int:
-        """Steps that are told of together, the last included."""
-        return 0 if self._watcher is None else self._watcher.begun
+    def left(self) -> str | None:
+        """What of the instrument is still in place after the last step, and until when."""
+        return None if self._beside is None else self._beside.left
 
     @property
     def undecided(self) -> bool:
         """Whether a further step may show what these did not."""
         watcher = self._watcher
         return watcher is not None and watcher.begun < MOST_CALLS and watcher.updates.pending()
-
-    @property
-    def optimizer_steps(self) -> int:
-        """Updates that were seen in these steps."""
-        return 0 if self._watcher is None else self._watcher.steps
 
     def begin(self) -> None:
         """Look on from here.

@@ -75,6 +75,7 @@ class Observation:
     profile: StepProfile
     calls: int
     optimizer_steps: int
+    """By optimizers that hold parameters of the model."""
     optimizers: tuple[OptimizerSeen, ...]
     gradients: Mapping[str, GradientSeen]
     """Parameters that a gradient reached in the watched calls, by name; what lay there before does not count."""
@@ -101,6 +102,9 @@ class Observation:
     """The model as the last call left it; None where it has been restored since."""
     updated: tuple[GroupSeen, ...] = ()
     """Groups of the optimizers that stepped in the watched call."""
+    other_optimizers: tuple[str, ...] = ()
+    """Classes of optimizers that stepped in any of the calls and hold no parameter of the model: they are another
+    model's, or hold copies of this one's, as master weights are."""
     undone: Callable[[], AbstractContextManager[object]] = nullcontext
     """What forwards stand in that are made to answer a question, where nobody restores the model afterwards."""
     readings: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
@@ -223,12 +227,12 @@ class Observation:
     @_once
     def swapped(self) -> list[Place]:
         """Where fused kernels of other libraries may stand, and what is bound there."""
-        return swapped_places(self.tree(), self.modules)
+        return swapped_places(self.tree(), self.modules, self.model_calls)
 
     @_once
     def loss(self) -> LossSeen:
         """Over which tokens the loss is, and how much they weigh."""
-        return loss_of_step(self.model, self.model_calls)
+        return loss_of_step(self.model_calls)
 
     @_once
     def embeddings(self) -> list[PartSeen]:
@@ -240,11 +244,11 @@ class Observation:
         """Every norm with parameters, with what became of them."""
         return self._fates(trained_parts.norms(self.tree()))
 
-    def _fates(self, places: Mapping[str, list[Tensor]]) -> list[PartSeen]:
-        reached = self.gradients.keys()
-        return trained_parts.fates_of(
-            places, self.tree(), changed=self.changed, reached=reached, optimizers=self.optimizers
+    def _fates(self, places: Mapping[str, trained_parts.Place]) -> list[PartSeen]:
+        shown = trained_parts.TrainingSeen(
+            changed=self.changed, gradients=self.gradients, updates=self.updates, optimizers=self.optimizers
         )
+        return trained_parts.fates_of(places, self.tree(), shown)
 
     def isolation(self) -> IsolationSeen:
         """Perturb the step's own packed calls, and the batch where there is one, by forwards that leave no trace."""

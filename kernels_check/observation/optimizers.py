@@ -33,7 +33,7 @@ def describe(optimizer: Any) -> OptimizerSeen:
     tensors = {id(value): value for state in optimizer.state.values() for value in _tensors(state)}.values()
     size = {id(value): value.numel() * value.element_size() for value in tensors}
     return OptimizerSeen(
-        classes=tuple(f"{kind.__module__}.{kind.__qualname__}" for kind in type(optimizer).__mro__),
+        classes=class_names(optimizer),
         learning_rates=tuple(rate_of(group) for group in optimizer.param_groups),
         parameters=frozenset(map(id, parameters)),
         state_bytes=sum(size.values()),
@@ -42,6 +42,11 @@ def describe(optimizer: Any) -> OptimizerSeen:
         fused_requested=optimizer.defaults.get("fused"),
         on_cpu=all(value.device.type == "cpu" for value in parameters),
     )
+
+
+def class_names(optimizer: Any) -> tuple[str, ...]:
+    """Qualified names of its class and every base class, the class first."""
+    return tuple(f"{kind.__module__}.{kind.__qualname__}" for kind in type(optimizer).__mro__)
 
 
 def rate_of(group: Any) -> float:

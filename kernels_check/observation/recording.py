@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from kernels_check.observation.events import CompilerSeen, StepProfile, compiler
 from kernels_check.observation.garbage import uncollected
 from kernels_check.observation.operators import Operator, matters
 from kernels_check.observation.replaced import replaced
-from kernels_check.observation.updates import recorded_writes
+from kernels_check.observation.updates import is_hidden_by_a_mode, recorded_writes
 
 
 def profiled(call: Callable[[], object]) -> StepProfile | None:
@@ -31,21 +32,23 @@ def profiled(call: Callable[[], object]) -> StepProfile | None:
     Returns:
         None where nothing was recorded: what was called runs a profiler of its own, which ends this one without a word.
     """
-    activities = [ProfilerActivity.CPU]
-    if torch.cuda.is_available():
-        activities.append(ProfilerActivity.CUDA)
     synchronise()
-    with quiet_kineto(), profile(activities=activities, record_shapes=True, **_everywhere()) as recorded:
-        call()
-        synchronise()
-    if not _events(recorded):
-        return None
-    with uncollected():
-        return _reduced(recorded)
+    recording = _recorded(call, Recording())
+    return recording.operators() if recording.lasted else None
+
+
+def entries(call: Callable[[], object]) -> CompilerSeen | None:
+    """Call and see what it enters, for a fraction of what a profile costs: names on the host alone.
+
+    Returns:
+        None where nothing was recorded, as for ``profiled``.
+    """
+    recording = _recorded(call, Recording(names_alone=True))
+    return recording.entered() if recording.lasted else None
 
 
 class Recording:
-    """A profile around what its opener does not call: between two moments of a program.
+    """A profile between two moments of a program, such as those around a call.
 
     Args:
         names_alone: record what runs on the host by name, without shapes or kernels, for a fraction of the price.
@@ -98,22 +101,18 @@ class Recording:
         return noticed
 
 
-def entries(call: Callable[[], object]) -> CompilerSeen | None:
-    """Call and see what it enters, for a fraction of what a profile costs: names on the host alone.
-
-    Returns:
-        None where nothing was recorded, as for ``profiled``.
-    """
-    with quiet_kineto(), profile(activities=[ProfilerActivity.CPU], **_everywhere()) as recorded:
+def _recorded(call: Callable[[], object], recording: Recording) -> Recording:
+    with recording.opened():
         call()
-    return compiler_seen(read_operators(recorded)[0]) if _events(recorded) else None
+    return recording
 
 
 def _reduced(recorded: profile) -> StepProfile:
     operators, kernels = read_operators(recorded)
     results: Any = recorded.profiler
-    writes = recorded_writes(results.kineto_results.experimental_event_tree(), MARK)
-    return reduce_operators(operators, kernels=kernels, writes=writes)
+    roots = results.kineto_results.experimental_event_tree()
+    seen = reduce_operators(operators, kernels=kernels, writes=recorded_writes(roots, MARK))
+    return replace(seen, writes_hidden=is_hidden_by_a_mode(roots, MARK))
 
 
 def is_recording() -> bool:

@@ -40,6 +40,7 @@ from kernels_check.observation.operators import (
     Operator,
     ancestors,
 )
+from kernels_check.observation.replaced import replaced
 from kernels_check.observation.updates import Write, write, writes
 from kernels_check.rules import attention_backend
 
@@ -47,6 +48,8 @@ _MATH = "aten::_scaled_dot_product_attention_math"
 _OVER_SCORES = SOFTMAX | MASKING
 _KEYS = {"cpu": torch._C.DispatchKey.CPU, "cuda": torch._C.DispatchKey.CUDA}
 
+_BEFORE_ENTRY = "_is_skip_guard_eval_unsafe_stance"
+"""What Dynamo asks on the way into compiled code, before it looks at which modes are active."""
 _OPERATORS: tuple[Evidence, ...] = ("attention", "recomputation", "update", "products", "product_paths")
 _COMPILED = "the step enters code of torch.compile, whose operators a dispatch mode does not see"
 
@@ -80,6 +83,8 @@ class Spy(TorchDispatchMode):
         self.operators: list[Operator] = []
         self.writes: list[Write] = []
         self.compiled_calls = 0
+        self.left_behind = False
+        """Whether it was taken off in another thread than the one that it is in."""
         self._enclosing: list[Operator] = []
         """Attention functions and 4-bit products being executed, and the optimizer's step."""
         self._backward: Operator | None = None
@@ -196,9 +201,9 @@ class Spy(TorchDispatchMode):
 
     def profile(self, model: nn.Module) -> StepProfile:
         """Reduce what was seen as the profiler's events are."""
-        on_cuda = any(parameter.is_cuda for parameter in every_parameter(model))
+        on_cuda = is_on_cuda(model)
         seen = reduce_operators(self.operators, on_cuda=on_cuda, writes=self.writes)
-        return replace(seen, blind=_blind(seen, on_cuda=on_cuda, compiled=self.compiled_calls > 0))
+        return replace(seen, blind=blind_to(seen, on_cuda=on_cuda, compiled=self.compiled_calls > 0))
 
 
 @contextmanager
@@ -209,18 +214,15 @@ def spied(calls: CallRecorder) -> Iterator[Spy]:
     that is compiled already may run, or run eagerly; either way its entry is counted.
     """
     spy = Spy(calls)
-    functional = torch.nn.functional
-    original = functional.scaled_dot_product_attention
     with ExitStack() as stack:
-        stack.enter_context(_entries_counted(spy))
+        stack.enter_context(entries_counted(spy))
         stack.enter_context(compiler_held())
         for handle in (
             register_optimizer_step_pre_hook(spy.before_update),
             register_optimizer_step_post_hook(spy.after_update),
         ):
             stack.push(handle)
-        functional.scaled_dot_product_attention = spy.attention_function(original)
-        stack.callback(setattr, functional, "scaled_dot_product_attention", original)
+        stack.enter_context(replaced(torch.nn.functional, "scaled_dot_product_attention", spy.attention_function))
         stack.enter_context(spy)
         yield spy
 
@@ -236,23 +238,33 @@ def unseen() -> Iterator[None]:
 
 
 @contextmanager
-def _entries_counted(spy: Spy) -> Iterator[None]:
-    """Count entries into compiled callables."""
-    frames: Any = import_module("torch._dynamo.eval_frame")  # any dispatch mode loads it at its first operator
-    original = frames._callback_from_stance
+def entries_counted(spy: Spy, before: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """Count entries into code of torch.compile.
 
-    def counted(callback: Any) -> Any:
-        spy.compiled_calls += callable(callback)
-        return original(callback)
+    Args:
+        spy: that keeps the count.
+        before: called on the way into each, when nothing has been asked of the modes that are active.
+    """
 
-    frames._callback_from_stance = counted
-    try:
+    def entered(ask: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            spy.compiled_calls += 1
+            before()
+            return ask(*args, **kwargs)
+
+        return counted
+
+    frames = import_module("torch._dynamo.eval_frame")  # any dispatch mode loads it at its first operator
+    with replaced(frames, _BEFORE_ENTRY, entered):
         yield
-    finally:
-        frames._callback_from_stance = original
 
 
-def _blind(seen: StepProfile, *, on_cuda: bool, compiled: bool) -> dict[Evidence, str]:
+def is_on_cuda(model: nn.Module) -> bool:
+    """Whether any parameter is: then kernels run that no spy sees."""
+    return any(parameter.is_cuda for parameter in every_parameter(model))
+
+
+def blind_to(seen: StepProfile, *, on_cuda: bool, compiled: bool) -> dict[Evidence, str]:
     """Evidence that a profile could have of this step and these operators are not, with the reason."""
     blind: dict[Evidence, str] = {"kernels": "only a profile records them"} if on_cuda else {}
     if compiled:

@@ -2,14 +2,16 @@
 
 A dispatch mode is noticed by one thing that a step may do: enter code of torch.compile, which then fails its guards and
 is run eagerly, or is given up for good. So the spy leaves for the rest of the step just before any is entered. And a
-mode is taken off the stack wherever it lies there: what was put on it later stays.
+mode is taken off the stack wherever it lies there: what was put on it later stays. Each thread has a stack of its own,
+so that a block that another thread closes leaves the spy behind until the next operator in the thread that opened it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import sys
+import threading
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -19,10 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from kernels_check.observation.calls import CallRecorder
 from kernels_check.observation.replaced import replaced
 from kernels_check.observation.shield import Shielding
-from kernels_check.observation.spy import Spy
-
-_BEFORE_ENTRY = "_is_skip_guard_eval_unsafe_stance"
-"""What Dynamo asks on the way into compiled code, before it looks at which modes are active."""
+from kernels_check.observation.spy import Spy, entries_counted
 
 
 @contextmanager
@@ -31,17 +30,7 @@ def spied_beside(calls: CallRecorder, shield: Shielding) -> Iterator[Spy]:
     spy = Spy(calls)
     with ExitStack() as stack:
         there = stack.enter_context(ExitStack())
-
-        def entered(ask: Callable[..., Any]) -> Callable[..., Any]:
-            def counted(*args: Any, **kwargs: Any) -> Any:
-                spy.compiled_calls += 1
-                there.close()
-                return ask(*args, **kwargs)
-
-            return counted
-
-        frames = import_module("torch._dynamo.eval_frame")  # any dispatch mode loads it at its first operator
-        stack.enter_context(replaced(frames, _BEFORE_ENTRY, entered))
+        stack.enter_context(entries_counted(spy, there.close))
         there.push(register_optimizer_step_pre_hook(shield(spy.before_update)))
         there.push(register_optimizer_step_post_hook(shield(spy.after_update)))
         there.enter_context(replaced(torch.nn.functional, "scaled_dot_product_attention", spy.attention_function))
@@ -51,11 +40,23 @@ def spied_beside(calls: CallRecorder, shield: Shielding) -> Iterator[Spy]:
 
 
 class _LeftSpy(Spy):
-    """A spy that nobody could take off, since another thread has it: it sees nothing any more."""
+    """A spy on the stack of the thread that opened it, closed by another, which cannot reach that: it sees nothing.
+
+    Torch puts a mode back when its dispatch returns, so that it cannot take itself off in one. So at the next operator
+    of its thread it has the interpreter call it once more, right after that.
+    """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the operator."""
+        if threading.get_ident() == self._calls.thread and sys.getprofile() is None:
+            sys.setprofile(self._go)
         return func(*args, **(kwargs or {}))
+
+    def _go(self, *_: object) -> None:
+        """What the interpreter calls as a profiler of this thread; until the operator has returned it is too early."""
+        if self in _get_current_dispatch_mode_stack():
+            sys.setprofile(None)
+            _leave(self)
 
 
 def _leave(mode: Spy) -> None:
@@ -63,6 +64,7 @@ def _leave(mode: Spy) -> None:
     stack = _get_current_dispatch_mode_stack()
     place = next((index for index, one in enumerate(stack) if one is mode), None)
     if place is None:
+        mode.left_behind = True
         mode.__class__ = _LeftSpy
         return
     above = stack[place + 1 :]

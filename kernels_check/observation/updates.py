@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kernels_check.observation.operators import BACKWARD_ROOT, OPTIMIZER_ROOT
+from kernels_check.observation.operators import BACKWARD_ROOT, DISPATCH_MODE, OPTIMIZER_ROOT
 
 LIBRARY_UPDATE = "bitsandbytes::optimizer"
 KINDS = (("aten::_fused_", "fused"), ("aten::_foreach_", "foreach"), (LIBRARY_UPDATE, "bitsandbytes"))
@@ -80,6 +80,24 @@ def recorded_writes(roots: Iterable[Any], mark: str) -> Iterator[Write]:
             yield from _inside(event, mark)
         elif _is_range(event, mark):
             yield from recorded_writes(event.children, mark)
+
+
+def is_hidden_by_a_mode(roots: Iterable[Any], mark: str) -> bool:
+    """Whether a profile shows nothing inside an optimizer's step, since a dispatch mode was active around it.
+
+    The operator that opens the step's range is given to the mode as any other, and the record of that ends the range.
+
+    Args:
+        roots: as for ``recorded_writes``.
+        mark: likewise.
+    """
+    for event in roots:
+        given = event.name == DISPATCH_MODE
+        if given and any(one.name.startswith(OPTIMIZER_ROOT) for one in event.children):
+            return True
+        if (given or _is_range(event, mark)) and is_hidden_by_a_mode(event.children, mark):
+            return True
+    return False
 
 
 def groups_of(optimizer: Any, before: Collection[int] = ()) -> tuple[GroupSeen, ...]:

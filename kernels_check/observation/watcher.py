@@ -24,8 +24,9 @@ from kernels_check.observation.events import StepProfile
 from kernels_check.observation.garbage import uncollected
 from kernels_check.observation.gradients import Gradients
 from kernels_check.observation.inputs import InputLog
-from kernels_check.observation.module_tree import ModelTree, named_modules
+from kernels_check.observation.module_tree import ModelTree, every_parameter, named_modules
 from kernels_check.observation.observation import Observation
+from kernels_check.observation.optimizers import class_names
 from kernels_check.observation.shield import Shielding, unshielded
 from kernels_check.observation.spy import unseen
 from kernels_check.observation.updates import GroupSeen, groups_of, with_gradient
@@ -43,6 +44,8 @@ class StepWatcher:
     gradients: Gradients = field(init=False)
     updates: Updates = field(init=False)
     adapter: AdapterCalls = field(init=False)
+    others: list[str] = field(default_factory=list)
+    """Classes of the optimizers that stepped and hold no parameter of the model."""
     steps_elsewhere: int = 0
     stepped: list[GroupSeen] = field(default_factory=list)
     updated: tuple[GroupSeen, ...] = ()
@@ -90,10 +93,12 @@ class StepWatcher:
         with ExitStack() as hooks:
             with uncollected():
                 hooks.enter_context(recorder.hooked())
-                self.inputs.attach(self.model, hooks)
-                hooks.enter_context(self.adapter.watched(tree, recorder.in_training))
+                self.inputs.attach(self.model, hooks, recorder.current)
+                hooks.enter_context(self.adapter.watched(tree, recorder))
             yield recorder
         self.calls = recorder.calls()
+        self.adapter.drop(self.calls.failed)
+        self.inputs.drop(self.calls.failed)
         self.keep()
 
     def begin_call(self) -> None:
@@ -136,6 +141,7 @@ class StepWatcher:
         """Drop everything but the copies of what the optimizers held at first."""
         self.calls = Calls()
         self.modes.clear()
+        self.others.clear()
         for watch in (self.gradients, self.updates, self.adapter):
             watch.forget()
 
@@ -172,6 +178,7 @@ class StepWatcher:
             adapter_calls=self.adapter.layers,
             compilations=compilations.read(),
             updated=self.updated,
+            other_optimizers=tuple(dict.fromkeys(self.others)),
             undone=undone,
         )
 
@@ -179,13 +186,27 @@ class StepWatcher:
         """Global optimizer hook."""
         with unseen():
             self.before_first_update(optimizer)
+            if not self._is_of_the_model(optimizer):
+                return None
             self.note_modes()
             self.given[id(optimizer)] = with_gradient(optimizer)
+            if self.inputs.backwards is not None:
+                self.inputs.backwards.update_begins(optimizer)
             return self.updates.before(optimizer, args, kwargs)
 
     def _after_update(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         """Global optimizer hook."""
         with unseen():
+            if not self._is_of_the_model(optimizer):
+                self.others.append(class_names(optimizer)[0])
+                return
             self.updates.after(optimizer, args, kwargs)
+            if self.inputs.backwards is not None:
+                self.inputs.backwards.update_ends(optimizer)
         self.stepped += groups_of(optimizer, self.given.pop(id(optimizer), ()))
         self.steps_elsewhere += threading.get_ident() != self.thread
+
+    def _is_of_the_model(self, optimizer: Any) -> bool:
+        """Whether it holds a parameter of the model; torch calls the hooks for those of any other model, too."""
+        own = set(map(id, every_parameter(self.model)))
+        return any(id(value) in own for group in optimizer.param_groups for value in group["params"])

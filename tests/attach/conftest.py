@@ -22,7 +22,7 @@ class Listener:
 
     def __init__(self, *answers):
         self.answers = list(answers)
-        self.trainings, self.readings, self.phases, self.ends = [], [], [], []
+        self.trainings, self.readings, self.phases, self.ends, self.seen = [], [], [], [], []
 
     def _next(self):
         return self.answers.pop(0) if self.answers else Next()
@@ -40,6 +40,7 @@ class Listener:
 
     def end(self, error, *, seen=True):
         self.ends.append(error)
+        self.seen.append(seen)
 
 
 @pytest.fixture
@@ -103,6 +104,7 @@ class Follower:
 
     def __init__(self):
         self.stop_after = int(os.environ.get("STOP_AFTER", "0"))
+        self.watch_after = int(os.environ.get("WATCH_AFTER", "0"))
         self.file = open(os.environ["TOLD"], "a")
 
     def tell(self, what, **more):
@@ -115,8 +117,9 @@ class Follower:
         return Next()
 
     def step(self, reading):
-        self.tell("step", **{name: getattr(reading, name) for name in reading.__slots__})
-        return Next(go_on=reading.number != self.stop_after)
+        found = {name: getattr(reading, name) for name in reading.__slots__}
+        self.tell("step", **found | {"checks": None if reading.checks is None else len(reading.checks)})
+        return Next(go_on=reading.number != self.stop_after, watch={} if reading.number == self.watch_after else None)
 
     def phase(self, phase):
         self.tell("phase", phase=phase)

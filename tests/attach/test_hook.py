@@ -102,6 +102,31 @@ def test_data_workers_and_forks_are_not_followed(wrapped, script):
 
 
 @pytest.mark.faults
+def test_what_forks_after_a_watched_step_comes_to_its_end(wrapped, script):
+    """Data workers, and a child that ends by itself: what looks on at a step on a CPU leaves no thread behind, for
+    which it would wait."""
+    text = """
+        import os
+        class Rows(torch.utils.data.Dataset):
+            def __len__(self): return 4
+            def __getitem__(self, place): return torch.tensor([place])
+        train(5)
+        loader = torch.utils.data.DataLoader(Rows(), num_workers=1, multiprocessing_context="fork")
+        print(sum(int(rows.sum()) for rows in loader))
+        child = os.fork()
+        if not child:
+            raise SystemExit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        train(2)
+    """
+    done, told = wrapped("python", script(text), WATCH_AFTER="2", timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "6\n", "")
+    steps = [one["checks"] for one in told if one["what"] == "step"]
+    assert steps[2] > 10
+    assert steps[:2] + steps[3:] == [None] * 5
+
+
+@pytest.mark.faults
 def test_a_script_may_change_its_folder_and_its_streams(wrapped, script):
     """What is followed does not rest on either."""
     text = """

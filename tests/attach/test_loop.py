@@ -22,8 +22,8 @@ def parts(make_model, rows):
     return model, optimizer, batches
 
 
-def meter_of(listener, model):
-    meter = Meter(model)
+def meter_of(listener, model, **more):
+    meter = Meter(model, **more)
     meter._loop._make = lambda: listener
     return meter
 
@@ -142,3 +142,12 @@ def test_a_loss_of_ones_own_is_taken(listener, parts):
             meter.loss(torch.tensor(7.0))
             update(optimizer)
     assert [one.loss for one in listener.readings] == [7.0, 7.0]
+
+
+@pytest.mark.usefixtures("unattached")
+def test_what_the_script_requires_reaches_whoever_follows(listener, parts):
+    """Whoever that is, before the first step."""
+    model, _, batches = parts
+    with meter_of(listener, model, require={"base.bits": 4}) as meter:
+        next(meter.steps(batches))
+    assert listener.trainings[0].required == {"base.bits": 4}

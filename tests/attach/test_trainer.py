@@ -1,13 +1,16 @@
 """The steps of transformers' Trainer, as its meter tells them."""
 
+import sys
 import time
 
 import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from harness.attach.attachment import UnendedError, this_process
 from harness.attach.follower import Next
 from harness.attach.meter import Meter
+from harness.attach.trainer_hook import add_meter
 
 
 def arguments(folder, **more):
@@ -22,8 +25,8 @@ def arguments(folder, **more):
 def followed(make_model, rows, tmp_path):
     """A function that trains, followed by a listener, and returns the Trainer."""
 
-    def train(listener, *, trainer=Trainer, callbacks=(), **more):
-        meter = Meter()
+    def train(listener, *, trainer=Trainer, callbacks=(), require=None, **more):
+        meter = Meter(require=require)
         meter._trainer._make = lambda: listener
         made = trainer(
             model=make_model(), args=arguments(tmp_path, **more), train_dataset=rows, eval_dataset=rows[:4],
@@ -129,6 +132,45 @@ def test_what_is_measured_goes_through_the_trainers_log(listener, followed):
     assert len([logs for logs in seen if "loss" in logs]) == len(ours) == 2
     assert all(logs["lorameter/step_time_s"] > 0 and logs["lorameter/real_tokens_per_s"] > 0 for logs in ours)
     assert not [logs for logs in ours if "loss" in logs]
+
+
+@pytest.mark.usefixtures("unattached")
+def test_a_trainer_that_was_given_no_meter_logs_its_own_alone(listener, make_model, rows, tmp_path):
+    """The meter of a wrapped script measures, and its trackers are told nothing of it; one of its own is left alone."""
+    trainer = Trainer(model=make_model(), args=arguments(tmp_path), train_dataset=rows)
+    add_meter(trainer)
+    add_meter(trainer)
+    (meter,) = (one for one in trainer.callback_handler.callbacks if isinstance(one, Meter))
+    meter._trainer._make = lambda: listener
+    trainer.train()
+    assert len(listener.readings) == 4
+    assert len([entry for entry in trainer.state.log_history if "loss" in entry]) == 2
+    assert not [key for entry in trainer.state.log_history for key in entry if key.startswith("lorameter/")]
+
+
+@pytest.mark.usefixtures("unattached")
+def test_a_process_that_ends_inside_a_training_has_seen_no_end(listener, followed, monkeypatch):
+    """As by `sys.exit(0)` in a callback: no error of the script's, and not the end of its training."""
+
+    class Leave(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            sys.exit(0)
+
+    monkeypatch.delattr(sys, "last_value", raising=False)
+    with pytest.raises(SystemExit):
+        followed(listener, callbacks=[Leave()])
+    assert listener.ends == []
+    this_process()._end_with_process()
+    (error,) = listener.ends
+    assert isinstance(error, UnendedError)
+    assert listener.seen == [False]
+
+
+@pytest.mark.usefixtures("unattached")
+def test_what_the_script_requires_reaches_whoever_follows(listener, followed):
+    """Whoever that is."""
+    followed(listener, require={"base.bits": 4}, max_steps=1)
+    assert listener.trainings[0].required == {"base.bits": 4}
 
 
 @pytest.mark.usefixtures("unattached")

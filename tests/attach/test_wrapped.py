@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -127,6 +128,12 @@ def test_a_crash_before_training_leaves_no_run(wrap, capfd):
     assert "nothing was measured: the command has ended, and no Trainer" in told.err
 
 
+def test_words_that_a_shell_would_take_are_the_commands_own(tmp_path):
+    """There is none, so they are handed on as they are."""
+    asked = ["sh", "-c", 'test "$1$2$3" = ">it\'sA=1" && exit 3', "sh", ">", "it's", "A=1"]
+    assert main(["wrap", "--runs-dir", str(tmp_path), "--", *asked]) == 3
+
+
 def test_a_python_that_reads_no_path_is_said(wrap, capfd):
     """The hook was loaded by nobody."""
     assert wrap("print('alone')", python=(sys.executable, "-I")) == (0, None)
@@ -170,10 +177,31 @@ def test_signals_of_a_terminal_are_not_sent_twice(monkeypatch):
 
     for in_terminal in (True, False):
         monkeypatch.setattr(wrapped, "_in_terminal", lambda there=in_terminal: there)
-        with wrapped._passing_on(Process()):
+        with wrapped._passing_on() as pass_on_to:
+            pass_on_to(Process())
             for number in (signal.SIGINT, signal.SIGUSR1):
                 os.kill(os.getpid(), number)
     assert sent == [signal.SIGUSR1, signal.SIGINT, signal.SIGUSR1]
+
+
+def test_a_signal_while_the_command_starts_is_the_commands(tmp_path, monkeypatch):
+    """This process does not end alone, whatever it would do by itself and whatever a terminal sends to whom."""
+    plain, ours = subprocess.Popen, []
+
+    def told(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGHUP)
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(subprocess, "Popen", told)
+    monkeypatch.setattr(wrapped, "_in_terminal", lambda: True)
+    before = signal.signal(signal.SIGHUP, lambda *_: ours.append(1))
+    try:
+        code = wrapped.run_command(["sleep", "60"], tmp_path / "run", command="sleep 60", require={})
+        assert (code, ours) == (128 + signal.SIGHUP, [])
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert ours == [1]
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_the_hook_is_where_it_is_said_to_be():

@@ -2,13 +2,16 @@
 
 import dataclasses
 import json
+import subprocess
 
 import pytest
 import torch
 
+from harness.attach.attachment import UnendedError
 from harness.attach.command import write_command
 from harness.attach.follower import StepReading, Training
 from harness.attach.variables import COMMAND, RUN
+from harness.attach.wrapped import settle
 from harness.attach.writer import Writer
 from harness.records import store
 from kernels_check import Check
@@ -93,6 +96,63 @@ def test_a_step_without_what_is_required_makes_the_trial_invalid(write):
     assert (run.records[0].status, run.records[0].failure.kind) == ("invalid", "RequiredPathNotActive")
     run, _, _ = write(steps(12, watched=None), require={"base.bits": 4})
     assert (run.records[0].status, run.records[0].failure.kind) == ("invalid", "RequiredPathNotSeen")
+
+
+def test_what_the_script_itself_requires_makes_the_trial_invalid_as_well(write):
+    """The watched step is asked for it; where whoever started the command asks for another value, that one counts."""
+    lacking = (dataclasses.replace(CHECKS[0], observed=16, status="fallback", reason="16 bits"),)
+    run, _, answers = write(steps(12, watched=lacking), facts=training(required={"base.bits": 4}))
+    assert (run.records[0].status, run.records[0].failure.kind) == ("invalid", "RequiredPathNotActive")
+    assert [answer.watch for answer in answers if answer.watch is not None] == [{"base.bits": 4}]
+    assert run.manifest.study["requirements"] == {"base.bits": 4}
+    both = training(required={"base.bits": 16, "base.frozen": True})
+    _, _, answers = write(steps(12), facts=both, require={"base.bits": 4})
+    assert answers[7].watch == {"base.bits": 4, "base.frozen": True}
+
+
+@pytest.mark.parametrize("source", ["optimizer", "trainer"])
+@pytest.mark.parametrize("code", [0, 3])
+def test_an_end_that_nobody_saw_rests_on_the_exit_code(write, source, code):
+    """A Trainer that did not come to its end is broken off whatever the code; a loop that nobody announced may have
+    been left as planned, unless the code says otherwise."""
+    run, writer, _ = write(steps(12), end=False, facts=training(source=source))
+    error = UnendedError("the process has ended before its training did") if source == "trainer" else None
+    writer.end(error, seen=False)
+    assert settle(run.path, code, required=False) == bool(code or error)
+    (record,) = store.read_run(str(run.path), run.path.parent).records
+    kind = "UnendedError" if error else "ProcessDied"
+    assert (record.status, record.failure and record.failure.kind) == (
+        ("crashed", kind) if code or error else ("ok", None)
+    )
+    assert record.values["ended_unseen"] == 1.0
+    assert len(record.samples["step_time_s"]) == 4
+    assert not record.notices
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_an_end_that_was_seen_stands_whatever_the_exit_code(write, code):
+    """The code is noted beside what was measured."""
+    run, _, _ = write(steps(12))
+    assert not settle(run.path, code, required=False)
+    (record,) = store.read_run(str(run.path), run.path.parent).records
+    assert (record.status, "ended_unseen" in record.values) == ("ok", False)
+    assert [notice.code for notice in record.notices] == (["exit-code"] if code else [])
+
+
+@pytest.mark.parametrize("error", [OSError(12, "Cannot allocate memory"), subprocess.TimeoutExpired("report", 120.0)])
+def test_a_report_that_is_not_printed_is_said_and_the_run_is_whole(write, monkeypatch, capfd, error):
+    """It is a process of its own, and there may be no room for one."""
+
+    def fail(*_, **__):
+        raise error
+
+    run, writer, _ = write(steps(12), end=False)
+    writer._report = True
+    monkeypatch.setattr(subprocess, "run", fail)
+    writer.end(None)
+    found = store.read_run(str(run.path), run.path.parent)
+    assert (found.state, found.records[0].status) == ("complete", "ok")
+    assert f"run {run.path.name} is written, and its report was not printed: " in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -202,6 +262,19 @@ def test_of_ranks_the_slowest_counts(write, tmp_path, monkeypatch):
     assert record.tokens == {"real_tokens": 192, "padded_tokens": 64}
     assert not record.notices
     assert not [one for one in tmp_path.iterdir() if one.name.startswith(".")]
+
+
+def test_a_command_that_no_study_could_hold_is_followed(tmp_path, monkeypatch):
+    """The run is named by its words, and what is written down of it is its program."""
+    monkeypatch.delenv(RUN, raising=False)
+    monkeypatch.setenv(COMMAND, write_command(["python", "train.py", ">", "it's"]))
+    writer = Writer(runs_dir=tmp_path, require={}, report=False)
+    for tell, told in ((writer.begin, training()), *((writer.step, one) for one in steps(12)), (writer.end, None)):
+        tell(told)
+    (path,) = store.list_runs(tmp_path)
+    run = store.read_run(str(path), tmp_path)
+    assert (path.name.split("-")[2], run.records[0].status) == ("train", "ok")
+    assert run.manifest.study["variants"][0]["command"] == "python"
 
 
 def test_credentials_of_a_command_are_not_written():

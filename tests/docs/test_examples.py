@@ -1,7 +1,10 @@
-"""The example scripts, unmodified, wrapped as a user would."""
+"""The example scripts as users have them: wrapped, with a meter in two lines, and two of them taking turns."""
 
 import importlib.util
+import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,18 +17,57 @@ from harness.records import store
 ROOT = Path(__file__).parents[2]
 
 
+EXAMPLES = ROOT / "docs" / "examples"
+TWO_LINES = {
+    "trainer_lora.py": ("eval_dataset=rows[:8])", "eval_dataset=rows[:8], callbacks=[Meter()])"),
+    "accelerate_loop.py": ("in loader:", "in Meter(model).steps(loader, accumulation=2):"),
+    "torch_loop.py": ("in range(options.steps):", "in Meter(model).steps(range(options.steps)):"),
+    "sft_qlora.py": ("    model=model,\n", "    model=model,\n    callbacks=[Meter()],\n"),
+}
+"""What becomes of a line of each when a meter is put in; the other line imports it."""
+
+
+def start(*words, folder):
+    """A process of ours in a folder of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *words]
+    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=900)
+
+
+def only_run(folder):
+    (path,) = store.list_runs(folder)
+    return store.read_run(str(path), path.parent)
+
+
+def with_meter(name, folder):
+    """The example with a meter in it."""
+    text, (line, metered) = (EXAMPLES / name).read_text(encoding="utf-8"), TWO_LINES[name]
+    assert text.count(line) == 1
+    (folder / name).write_text(text.replace(line, metered).replace("import torch\n", IMPORT, 1))
+    return folder / name
+
+
+IMPORT = "import torch\nfrom harness.attach import Meter\n"
+
+
+@pytest.fixture
+def sft_words(dolly):
+    """What the example of TRL is called with; skips where something of it is missing."""
+    model = cache_dir() / "models" / "smollm2-135m"
+    if not model.is_dir() or importlib.util.find_spec("trl") is None:
+        pytest.skip("needs trl, and the model in the cache: lorameter model fetch smollm2-135m")
+    return ["--model", str(model), "--data", str(dolly)]
+
+
 @pytest.fixture
 def wrap(tmp_path):
     """A function that wraps an example in a process of its own, and returns what was done and the run."""
 
     def run(name, *words, require=()):
-        command = [sys.executable, "-m", "harness.cli", "wrap", "--no-report", "--runs-dir", str(tmp_path / "runs")]
+        command = ["-m", "harness.cli", "wrap", "--no-report", "--runs-dir", str(tmp_path / "runs")]
         command += ["--require", *require] if require else []
-        command += ["--", sys.executable, str(ROOT / "docs" / "examples" / name), *words]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=900)
-        (path,) = store.list_runs(tmp_path / "runs")
-        return done, store.read_run(str(path), path.parent)
+        done = start(*command, "--", sys.executable, str(EXAMPLES / name), *words, folder=tmp_path)
+        return done, only_run(tmp_path / "runs")
 
     return run
 
@@ -50,16 +92,86 @@ def test_an_example_becomes_a_run(wrap, name, tokens, least):
     assert record.checks
 
 
-@pytest.mark.network_model
-def test_qlora_of_a_real_model_by_trl(wrap, dolly, tmp_path):
-    """Its base is held in 4 bits, which is required and seen."""
-    model = cache_dir() / "models" / "smollm2-135m"
-    if not model.is_dir() or importlib.util.find_spec("trl") is None:
-        pytest.skip("needs trl, and the model in the cache: lorameter model fetch smollm2-135m")
-    done, run = wrap(
-        "sft_qlora.py", "--model", str(model), "--data", str(dolly), "--steps", "20", require=["base.bits=4"]
+@pytest.mark.faults
+@pytest.mark.parametrize("name", ["trainer_lora.py", "accelerate_loop.py", "torch_loop.py"])
+def test_a_meter_in_two_lines_of_an_example_sees_what_wrapping_it_sees(wrap, tmp_path, name):
+    """As many steps of the same tokens and losses, and its report at the end."""
+    done = start(with_meter(name, tmp_path), folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Training" in done.stdout
+    (metered,) = only_run(tmp_path / ".lorameter" / "runs").records
+    done, run = wrap(name)
+    (wrapped,) = run.records
+    assert (metered.status, wrapped.status) == ("ok", "ok"), (metered.failure, wrapped.failure)
+    first = 0 if name == "trainer_lora.py" else 1  # the first update tells an optimizer's follower of the training
+
+    def losses_of(record):
+        kept = ("first_loss", "warmup_loss", "train_loss")
+        return [loss for key in kept for loss in record.samples.get(key, ())]
+
+    ours, theirs = losses_of(metered), losses_of(wrapped)
+    assert len(ours) >= len(theirs) - 1
+    assert ours[first : first + 4] == pytest.approx(theirs[:4], rel=1e-6)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("name", "base", "candidate", "differ"),
+    [
+        ("trainer_lora.py", "--r 4", "--r 16", {"trains-other-parameters"}),
+        ("accelerate_loop.py", "", "", set()),
+        ("torch_loop.py", "--width 64", "--width 256", {"trains-other-parameters"}),
+    ],
+)
+def test_two_of_an_example_take_turns(tmp_path, name, base, candidate, differ):
+    """In lockstep, to the end of their steps; what they do not do alike is said."""
+    shutil.copy(EXAMPLES / name, tmp_path)
+    commands = [f"python {name} --steps 400 {options}".strip() for options in (base, candidate)]
+    done = start(
+        "-m", "harness.cli", "ab", "--base-command", commands[0], "--candidate-command", commands[1], "--replicates",
+        "2", "--steps", "4", "--allow-disturbed", "--runs-dir", "runs", "--json", folder=tmp_path,
     )  # fmt: skip
+    found = json.loads(done.stdout)
+    statuses = [record.status for record in only_run(tmp_path / "runs").records]
+    assert (found["interleaving"], statuses) == ("lockstep", ["ok"] * 6), done.stderr
+    (row,) = [one for one in found["comparisons"] if one["metric"] == "step_time_s"]
+    assert row["low"] < row["ratio"] < row["high"]
+    said = {notice["code"] for notice in found["notices"]}
+    assert said & {"trains-other-parameters", "tokens-differ", "batch-differs", "loss-dtype-differs"} == differ
+    assert differ or found["losses"][name.removesuffix(".py")]["found"] == "agree"  # the same script, to the bit
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, "runs"])
+
+
+@pytest.mark.network_model
+def test_qlora_of_a_real_model_by_trl(wrap, sft_words):
+    """Its base is held in 4 bits, which is required and seen."""
+    done, run = wrap("sft_qlora.py", *sft_words, "--steps", "20", require=["base.bits=4"])
     assert done.returncode == 0, done.stderr
     (record,) = run.records
     assert record.status == "ok", record.failure
     assert record.values["trainable_parameters"] < record.values["total_parameters"] / 10
+
+
+@pytest.mark.network_model
+def test_a_meter_in_two_lines_of_trl(sft_words, tmp_path):
+    """Of the same script; what it measures goes where the Trainer logs."""
+    done = start(with_meter("sft_qlora.py", tmp_path), *sft_words, "--steps", "20", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (record,) = only_run(tmp_path / ".lorameter" / "runs").records
+    assert record.status == "ok", record.failure
+    assert "lorameter/step_time_s" in done.stdout
+
+
+@pytest.mark.network_model
+def test_qlora_and_lora_of_trl_take_turns(sft_words, tmp_path):
+    """The same records, one base in 4 bits and one in 16: both are proved, and the losses are set side by side."""
+    shutil.copy(EXAMPLES / "sft_qlora.py", tmp_path)
+    command = shlex.join(["python", "sft_qlora.py", *sft_words, "--steps", "400"])
+    done = start(
+        "-m", "harness.cli", "ab", "--base-command", command, "--candidate-command", f"{command} --bits 16",
+        "--replicates", "2", "--steps", "4", "--allow-disturbed", "--runs-dir", "runs", "--json", folder=tmp_path,
+    )  # fmt: skip
+    found = json.loads(done.stdout)
+    statuses = [record.status for record in only_run(tmp_path / "runs").records]
+    assert (found["interleaving"], statuses) == ("lockstep", ["ok"] * 6), done.stderr
+    assert found["losses"]["sft_qlora"]["found"] in ("agree", "differ", "unknown")

@@ -5,11 +5,18 @@ import pytest
 from kernels_check import watch
 from kernels_check.check import INSTRUMENTS
 from kernels_check.controls.catalogue import CONTROLS
+from kernels_check.judges.paths import PATHS
 from kernels_check.observation import compilations
+from kernels_check.observation.instruments import AROUND, INSIDE
+from kernels_check.observation.instruments_beside import TOLD_BY_A_PROFILE
+from kernels_check.observation.natural import COMPILED_MEANWHILE
 from kernels_check.observation.observe import MOST_CALLS
-from kernels_check.watching import AN_UPDATE, FURTHER_STEPS, IN_THE_WAY
+from kernels_check.watching import NO_UPDATE
 
 HERE = [control for control in CONTROLS if control.needs_cuda is None]
+IN_THE_WAY = (COMPILED_MEANWHILE, INSIDE, AROUND, TOLD_BY_A_PROFILE)
+"""What may be in the way of any path that rests on operators or on calls of modules, and of none of them in a step that
+compiles nothing and runs no profiler."""
 CAUGHT = {"status": ("fallback", "absent"), "unknown": ("unknown",), "reason": ("active",)}
 
 
@@ -40,16 +47,16 @@ def _after_each_step(build, control, instrument):
 
 
 def _waits(check):
-    return any(
-        reason in check.reason for reason in (*FURTHER_STEPS.values(), *AN_UPDATE.values(), "watch a later step")
-    )
+    further = PATHS[check.path].further_steps
+    return any(reason in check.reason for reason in (further, NO_UPDATE, "watch a later step") if reason is not None)
 
 
 def _agrees(check, control, statuses):
     """As promised of verify, with the same reason; or unknown, by a path that the watch lists."""
     if check.status in statuses:
         return True
-    listed = (FURTHER_STEPS.get(control.path), AN_UPDATE.get(control.path), *IN_THE_WAY)
+    judged = PATHS[control.path]
+    listed = (judged.further_steps, NO_UPDATE if judged.takes_update else None, *IN_THE_WAY)
     return check.status == "unknown" and any(reason is not None and reason in check.reason for reason in listed)
 
 

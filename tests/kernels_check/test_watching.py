@@ -1,6 +1,9 @@
 """A watched step comes out as if nobody had looked, and what it showed is told; also when it fails."""
 
 import copy
+import io
+import sys
+import threading
 import weakref
 from contextlib import ExitStack
 
@@ -10,9 +13,12 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 import kernels_check
+from kernels_check.controls.layers import take_again
+from kernels_check.controls.sabotage_adapter import freeze_lora_a
 from kernels_check.controls.small_run import build
 from kernels_check.judges.paths import REQUIREMENTS
 from kernels_check.observation import calls, compilations, natural
+from kernels_check.observation.instruments_beside import LEFT_BEHIND
 from kernels_check.observation.recording import is_recording
 
 WANTED = {"attention.backend": "flash", "base.frozen": True, "mode": "train", "lora.attached": True}
@@ -149,6 +155,36 @@ def test_an_error_of_the_step_goes_through(training, instrument):
     assert all(check.met for check in watched.checks if check.required is not None)
 
 
+def test_a_model_is_copied_and_saved_while_it_is_watched(training, instrument):
+    """As for a checkpoint or an average; what a copy does later is nothing of the model's."""
+    run = training(quant=None)
+    before = _traces(run.model)
+    with kernels_check.watch(run.model, WANTED, instrument=instrument) as watched:
+        average = copy.deepcopy(run.model)
+        run.step()
+        torch.save(run.model, io.BytesIO())
+    assert all(check.met for check in watched.checks if check.required is not None), watched.checks
+    assert _traces(run.model) == before
+    torch.save(copy.deepcopy(average), io.BytesIO())
+    with kernels_check.watch(run.model, WANTED, instrument=instrument) as watched:
+        average(**run.inputs, labels=run.inputs["input_ids"]).loss.backward()
+    assert {check.status for check in watched.checks} == {"unknown"}
+    assert "the model was not called" in watched.checks[0].reason
+
+
+def test_a_pass_that_failed_and_was_taken_again_counts_once(training, instrument):
+    """Its loss and its attention are none of the step's."""
+    run = training(quant=None)
+    take_again(run)
+    required = {"loss.tokens": True, "lora.attached": True, "attention.backend": "flash"}
+    with kernels_check.watch(run.model, required, instrument=instrument) as watched:
+        run.step()
+    assert all(_by_path(watched)[path].met for path in required), watched.checks
+    reason = _by_path(watched)["attention.backend"].reason
+    assert reason.startswith("forward: 2 flash; backward: 2 flash; 2 of 2 attention layers")
+    assert reason.endswith("; not judged: 2 in passes that failed (2 flash)")
+
+
 def test_requirements_that_are_not_met_raise_nothing(training, instrument):
     """The checks say it, with verify's words."""
     run = training(attention="eager")
@@ -197,6 +233,32 @@ def test_an_accumulation_is_watched_whole_or_said_to_be_half(training, instrumen
     assert all(check.met for check in watched.checks if check.required is not None), watched.checks
 
 
+def test_what_stepped_in_an_earlier_block_is_none_of_this_one(training, instrument):
+    """Neither the optimizer of the block before nor what its update made is told again; what is wrong still is."""
+    run = training()
+    required = {"optimizer.class": "torch.optim.AdamW", "norms.trained": False, "lora.learning": True}
+    watched = kernels_check.watch(run.model, required, instrument=instrument)
+
+    def half():
+        with watched:
+            run.model(**run.inputs, labels=run.inputs["input_ids"]).loss.backward()
+        return {path: _by_path(watched)[path] for path in required}
+
+    with watched:
+        run.step()
+    assert _by_path(watched)["optimizer.class"].met
+    assert {check.status for check in half().values()} == {"unknown"}
+    assert all("all that one update accumulates" in check.reason for check in half().values())
+    with watched:
+        run.step()
+    assert all(_by_path(watched)[path].met for path in required), watched.checks
+    decided = half()
+    assert {check.status for check in decided.values()} == {"unknown"}
+    assert "all that one update accumulates" in decided["lora.learning"].reason
+    freeze_lora_a(run)
+    assert half()["lora.learning"].status == "fallback"
+
+
 def test_blocks_need_not_end_in_the_order_of_their_beginning(training):
     """Two watches and a mode of the program, closed crosswise, are all gone, and each saw its step."""
 
@@ -225,6 +287,77 @@ def test_blocks_need_not_end_in_the_order_of_their_beginning(training):
     assert _traces(run.model) == before
     for watched in (first, second):
         assert all(check.met for check in watched.checks if check.required is not None), watched.checks
+
+
+def _close_elsewhere(watched):
+    thread = threading.Thread(target=watched.__exit__, args=(None, None, None))
+    thread.start()
+    thread.join()
+
+
+def test_a_block_that_another_thread_closes_leaves_the_spy_no_longer_than_to_the_next_operator(training):
+    """A mode can be taken off by its own thread alone, which the checks say; what a program put above it stays."""
+
+    class Counting(TorchDispatchMode):
+        seen = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            Counting.seen += 1
+            return func(*args, **(kwargs or {}))
+
+    run = training(instrument="spy")
+    before = _traces(run.model)
+    watched = kernels_check.watch(run.model, WANTED, instrument="spy")
+    watched.__enter__()
+    run.step()
+    _close_elsewhere(watched)
+    assert all(check.met for check in watched.checks if check.required is not None), watched.checks
+    reasons = {path: check.reason.endswith(LEFT_BEHIND) for path, check in _by_path(watched).items()}
+    assert (reasons["attention.backend"], reasons["base.frozen"]) == (True, False)
+    with Counting() as mode:
+        torch.ones(2).sum()
+        torch.ones(2).sum()
+        assert _get_current_dispatch_mode_stack() == [mode]
+    assert Counting.seen == 4
+    assert sys.getprofile() is None
+    assert _traces(run.model) == before
+    with watched:
+        run.step()
+    assert not any(check.reason.endswith(LEFT_BEHIND) for check in watched.checks)
+
+
+def test_a_spy_that_was_left_disturbs_no_profiler_of_the_program(training):
+    """It waits for the operators after that; nor does an operator of another thread take it off, which cannot."""
+    run = training(instrument="spy")
+    before = _traces(run.model)
+    watched = kernels_check.watch(run.model, WANTED, instrument="spy")
+    watched.__enter__()
+    run.step()
+    _close_elsewhere(watched)
+    called = []
+    sys.setprofile(lambda *event: called.append(event))
+    try:
+        torch.ones(2)
+        ours = sys.getprofile()
+    finally:
+        sys.setprofile(None)
+    assert called
+    assert ours.__name__ == "<lambda>"
+    left = _get_current_dispatch_mode_stack()
+    assert len(left) == 1
+
+    def in_another():
+        with left[0]:
+            torch.ones(2)
+            profilers.append(sys.getprofile())
+
+    profilers = []
+    thread = threading.Thread(target=in_another)
+    thread.start()
+    thread.join()
+    assert profilers == [None]
+    torch.ones(2)
+    assert _traces(run.model) == before
 
 
 def _recorder():

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 
 import pytest
 from rich.console import Console
 
+from harness.cli import main
 from harness.records import codec
 from harness.records.record import Failure, Notice, TrialRecord
 from harness.records.store import Manifest, Run
@@ -15,6 +17,7 @@ from harness.report.live import LiveDisplay
 from harness.report.run import describe_run
 from harness.report.terminal import console_for, show
 from harness.report.view import view_of
+from harness.studies.script_study import study_of_command
 
 
 def run_of(study, tmp_path, *, steps, control=None, statuses=None, occupancy=1.0, damaged=0):
@@ -312,3 +315,51 @@ def test_a_step_that_was_watched_is_not_called_unchecked(small_study, tmp_path):
     ):
         seen = dataclasses.replace(run, records=tuple(record.replaced(checks=checks) for record in run.records))
         assert said in text_of(view_of(seen), width=300)
+
+
+def report_of(path, capsys, code=0):
+    """A run as the command shows it, and as the data that it gives to programs."""
+    told = []
+    for options in ([], ["--json"]):
+        assert main(["report", str(path), *options]) == code
+        told.append(capsys.readouterr().out)
+    return told[0], json.loads(told[1])
+
+
+def test_a_training_that_was_followed_has_nothing_to_be_compared_with(write_run, capsys):
+    """No column of ratios, no word of a control; and it is valid without one."""
+    study = study_of_command("python train.py")
+    text, data = report_of(write_run("followed", {"train": [0.1]}, study=study, control=None), capsys)
+    (table,) = data["tables"]
+    assert (table["alone"], table["control"], data["valid"]) == (True, None, True)
+    assert not [head for head in table["heads"] if "×" in head]
+    assert len(table["heads"]) == len(table["rows"][0]["cells"])
+    assert "control" not in text
+    assert "×" not in text
+    assert "This run" not in text
+
+
+def test_a_study_with_a_reference_has_its_ratios_and_its_control(write_run, capsys):
+    """Also one of scripts, and also where it measured one of them alone."""
+    study = study_of_command("python train.py")
+    for name, options in (("plain", {}), ("train", {"study": study})):
+        text, data = report_of(write_run("compared", {name: [0.1] * 3}, **options), capsys)
+        (table,) = data["tables"]
+        assert table["heads"][2] == f"× {name}"
+        assert "alone" not in table
+        assert "control (the reference measured twice)" in text
+    text, data = report_of(write_run("lacking", {"train": [0.1] * 3}, study=study, control=None), capsys, 4)
+    assert "control: not measured" in text
+    assert not data["valid"]
+
+
+def test_a_followed_training_that_broke_off_is_not_gone_on_with(write_run, capsys):
+    """How it stands is said; how to go on would be refused."""
+    study = study_of_command("python train.py")
+    path = write_run("broken", {"train": [0.1]}, study=study, control=None, status="interrupted")
+    text, _ = report_of(path, capsys, 4)
+    assert "stopped by the user; 1 of 1 trials have come to their end" in text
+    assert "resume" not in text
+    assert main(["run", "--resume", "broken", "--runs-dir", str(path.parent)]) == 2
+    said = capsys.readouterr().err
+    assert "run broken: it is of a training that was followed while it ran, which cannot be gone on with" in said

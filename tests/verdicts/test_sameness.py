@@ -107,6 +107,16 @@ def test_what_was_not_seen_is_unknown():
     assert "is not known" in losses({"tokens": None}, {"tokens": None, "losses": (4.0,) * 6}).reason
 
 
+@pytest.mark.parametrize("unseen", [0, 1, 2])
+def test_losses_on_tokens_that_were_not_seen_do_not_agree(unseen):
+    """Equal losses of which nobody knows what they are of: unknown, as long as one side was not seen."""
+    sides = [{"tokens": None} if place < unseen else {} for place in (0, 1)]
+    found = losses(*sides)
+    assert found.found == ("unknown" if unseen else "agree")
+    assert ("whether both see the same tokens is not known" in found.reason) == bool(unseen)
+    assert losses(sides[0], sides[1] | {"losses": (9.0,) * 6}).found == "differ"
+
+
 def report(found):
     return ComparisonReport(base="a", candidate="b", comparisons=(), losses=found)
 

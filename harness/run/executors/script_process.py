@@ -31,28 +31,29 @@ END_TIMEOUT_S = 10.0
 def _start(words: Sequence[str], variables: Mapping[str, str], folder: Path, log: IO[bytes]) -> subprocess.Popen[bytes]:
     """A process in a session of its own, which ends with its parent whatever becomes of that. Signals that stop a run
     wait until it is there."""
-    parent = os.getpid()
-    with held_back(SIGNALS) as let_through:
-
-        def prepare() -> None:
-            end_with_parent(parent)
-            let_through()
-
-        return subprocess.Popen(
-            list(words),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            env=dict(variables),
-            cwd=folder,
-            start_new_session=True,
-            preexec_fn=prepare,
-        )
+    parent, process = os.getpid(), None
+    try:
+        with held_back(SIGNALS):
+            process = subprocess.Popen(
+                list(words),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=dict(variables),
+                cwd=folder,
+                start_new_session=True,
+                preexec_fn=lambda: end_with_parent(parent),
+            )
+    except BaseException:
+        if process is not None:  # and nobody will hear of it
+            kill_group(process.pid)
+        raise
+    return process
 
 
 def _user_of(connection: socket.socket) -> int:
     """Whose process is at the other end, by the kernel's word (unix(7), SO_PEERCRED: pid, uid and gid)."""
-    _, user, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    _, user, _ = struct.unpack("iII", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     return int(user)
 
 

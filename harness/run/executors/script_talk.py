@@ -103,8 +103,8 @@ class Script:
             return f"its training had not ended after {STOP_TIMEOUT_S:g} s" if ended.status == "timeout" else ""
         told = answer.get("end") or {}
         if told.get("error"):
-            return f"{told['error']}: {told.get('message', '')}"
-        return str(answer.get("fault", ""))
+            return redact(f"{told['error']}: {told.get('message', '')}")
+        return redact(str(answer.get("fault", "")))
 
     def said(self) -> str:
         """What it has printed, its end."""

@@ -108,7 +108,7 @@ class ScriptWorker:
         return Fragment(values=values | {"ready_time_s": ready_time_s}, tokens=tokens, memory=begun.memory)
 
     def _do_verify(self) -> Fragment:
-        first, required = self._take(1), {**self._asked.requirements, **self._own_required}
+        first, required = self._take(1), {**self._own_required, **self._asked.requirements}
         looked_at = bool(required) or self._asked.instrument == "profile"
         taken = [*first, *self._take(1, watch=required if looked_at else None)]
         checks = tuple(codec.to_json(check) for one in taken for check in one.checks or ())

@@ -56,7 +56,7 @@ _QUIET: Mapping[str, str] = {
 """What trackers are told by their own variables; those that Trainer calls are turned off in its arguments as well."""
 _PORTS = ("MASTER_PORT", "PET_MASTER_PORT")
 _PORT_OPTIONS = ("--main_process_port", "--master_port", "--rdzv_endpoint")
-_WRITING = re.compile(r"(-{0,2}|[\w.]*\.)(out|save|log|checkpoint|ckpt|export|result|run)[\w.-]*|-o")
+_WRITING = re.compile(r"[-+]{0,2}([\w.-]*\.)?(out|save|log|checkpoint|ckpt|export|result|run)[\w.-]*|-o")
 
 How = Literal["folder", "copy", "link", "large", "within", "outside"]
 """What becomes of an entry of a script's folder: made anew · copied · linked, because it is only read · linked, because
@@ -77,10 +77,15 @@ def take_snapshot(folder: Path, into: Path) -> Path:
         elif how == "copy":
             shutil.copy2(source, target)
         elif how == "within":
-            target.symlink_to(os.path.relpath(source.resolve(), source.parent.resolve()))
+            target.symlink_to(os.path.relpath(_led_to(source), _led_to(source.parent)))
         else:
-            target.symlink_to(source.resolve())
+            target.symlink_to(_led_to(source))
     return into
+
+
+def _led_to(entry: Path) -> Path:
+    """Where links lead in the end; of a circle, which `Path.resolve` refuses, to one of its own."""
+    return Path(os.path.realpath(entry))
 
 
 def _walk(folder: Path) -> Iterator[tuple[Path, How]]:
@@ -107,7 +112,7 @@ def _walk(folder: Path) -> Iterator[tuple[Path, How]]:
                     )
                 yield entry, "copy"
             elif stat.S_ISLNK(mode):
-                yield entry, "within" if entry.resolve().is_relative_to(folder.resolve()) else "outside"
+                yield entry, "within" if _led_to(entry).is_relative_to(_led_to(folder)) else "outside"
             else:
                 yield entry, "large" if stat.S_ISREG(mode) else "link"
 
@@ -219,7 +224,7 @@ def shared_notices(variant: Variant, stood_in: Path) -> Iterator[Notice]:
             remedy="Give the script a relative path: it then writes into a copy that is thrown away.",
         )
     given = _options(words)
-    ports = [f"{option} {word}" for option, word in given if _with_underscores(option) in _PORT_OPTIONS and word != "0"]
+    ports = [f"{option} {word}" for option, word in given if _with_underscores(option) in _PORT_OPTIONS and _port(word)]
     if ports:
         yield Notice(
             code="port-shared",
@@ -238,6 +243,11 @@ def _options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 def _with_underscores(option: str) -> str:
     return "--" + option.removeprefix("--").replace("-", "_")
+
+
+def _port(word: str) -> bool:
+    """Whether it names a port, and not 0, for which the system finds one."""
+    return word.rpartition(":")[2] != "0"
 
 
 def _leaves(word: str) -> bool:

@@ -129,3 +129,28 @@ def test_only_active_adapters_are_judged(training):
     assert {layer.name.rpartition(".")[2] for layer in adapter_layers(run.model)} == {"q_proj", "v_proj"}
     assert run.check("lora.learning", True).met
     assert "adapter default enabled" in run.check("lora.attached", True).reason
+
+
+def test_zeroth_order_training_is_not_taken_for_an_evaluation(training):
+    """Two forwards without gradients tell the loss on either side, and the gradients are put there by hand."""
+    run = training(quant=None)
+    trained = [value for value in run.model.parameters() if value.requires_grad]
+
+    def move(directions, far):
+        for value, direction in zip(trained, directions, strict=True):
+            value.data.add_(direction, alpha=far)
+
+    def step():
+        directions, losses = [torch.randn_like(value) for value in trained], []
+        for far in (1e-3, -2e-3):
+            move(directions, far)
+            with torch.no_grad():
+                losses.append(run.model(**run.inputs, labels=run.inputs["input_ids"]).loss)
+        move(directions, 1e-3)
+        for value, direction in zip(trained, directions, strict=True):
+            value.grad = direction * (losses[0] - losses[1]) / 2e-3
+        run.optimizer.step()
+
+    checks = {check.path: check for check in run.verify({"lora.attached": True, "lora.dropout": 0.05}, step)}
+    assert [checks[path].status for path in ("lora.attached", "lora.dropout")] == ["unknown", "unknown"]
+    assert "as in zeroth-order training" in checks["lora.attached"].reason

@@ -325,6 +325,55 @@ def test_an_evaluation_is_no_training(seen, training):
     assert judge({name: [*evaluated[name], *calls[name]] for name in calls}, 1).observed is True
 
 
+def test_where_another_models_optimizer_stepped_an_evaluation_is_no_training(seen, training):
+    """It may hold copies of this model's weights."""
+    run = training()
+    evaluated = called(run.model, aside=True, with_gradients=False)
+    watched = {"model": run.model, "adapter_calls": evaluated, "optimizer_steps": 0}
+    assert attached.judge_attached(seen(**watched, other_optimizers=("mine.Masters",)), True).observed is False
+    assert attached.judge_attached(seen(**watched), True).observed is True
+
+
+@pytest.mark.parametrize(
+    ("changes", "status"),
+    [
+        ({}, "unknown"),
+        ({"optimizer_steps": 0}, "active"),
+        ({"gradients": {"a": GOOD}}, "fallback"),
+        ({"gradients": {}}, "fallback"),
+        ({"adapter_calls": {"q_proj": []}}, "fallback"),
+    ],
+)
+def test_gradients_put_there_by_hand_beside_evaluations_leave_it_unknown(seen, training, changes, status):
+    """Zeroth-order training looks like this, and so does a copy that is trained; neither is an adapter not executed."""
+    run = training()
+    watched = {
+        "model": run.model,
+        "adapter_calls": called(run.model, aside=True, with_gradients=False),
+        "gradients": {"a": GOOD, "b": dataclasses.replace(GOOD, produced=False)},
+        "optimizer_steps": 1,
+    }
+    check = attached.judge_attached(seen(**watched | changes), True).against("lora.attached", True)
+    assert check.status == status
+    assert ("zeroth-order" in check.reason) is (status == "unknown")
+    dropped = adapter.judge_dropout(seen(**watched | changes), 0.05).against("lora.dropout", 0.05)
+    assert (dropped.status == "unknown") is (status == "unknown")
+    assert (dropped.reason == attached.BY_HAND) is (status == "unknown")
+
+
+def test_gradients_put_there_by_hand_are_no_doubt_beside_a_forward_that_records_some(seen, training):
+    """Nor of a layer that none of the forwards ran."""
+    run = training()
+    by_hand = {"a": dataclasses.replace(GOOD, produced=False)}
+    sound, evaluated = called(run.model), called(run.model, aside=True, with_gradients=False)
+    watched = {"model": run.model, "gradients": by_hand, "optimizer_steps": 1}
+    assert attached.judge_attached(seen(**watched, adapter_calls=sound), True).observed is True
+    first = next(iter(evaluated))
+    finding = attached.judge_attached(seen(**watched, adapter_calls=evaluated | {first: []}), True)
+    assert (finding.observed, finding.status) == (False, None)
+    assert finding.reason.startswith(f"adapter not executed in 1 of 4 layers: {first}")
+
+
 def test_a_call_below_no_grad_in_training_counts_where_it_is_all_there_is(seen, training):
     """The layers under a part that needs no gradient ran all the same."""
     run = training()
@@ -450,3 +499,10 @@ def test_what_did_not_move_is_told_once_with_its_cause(judge, changes, words):
     reason = judge(update=dataclasses.replace(LEARNT, **changes)).reason
     assert words in reason
     assert "unchanged by updates" not in reason
+
+
+def test_where_only_an_optimizer_of_other_parameters_stepped_the_adapters_were_given_to_none(judge):
+    """Which is a fault, as no update at all is none."""
+    other = judge(steps=0, other_optimizers=("mine.Masters",))
+    assert (other.status, other.reason.startswith("8 of 8 parameters not given to the optimizer")) == ("fallback", True)
+    assert judge(steps=0).status == "unknown"

@@ -324,6 +324,19 @@ def test_the_dtypes_are_counted_as_far_as_they_are_told(seen):
     assert untold.reason == "input types of the inner operator: none that is told; 1 calls do not tell"
 
 
+@pytest.mark.parametrize("judge", [attention.judge_backend, attention.judge_dtype, attention.judge_mask])
+def test_attention_of_a_pass_that_failed_is_said_and_not_judged(seen, judge):
+    """Where that is all there is, the model ran none."""
+    made = {"names": ("",), "caller": None, "training": True, "in_backward": False, "thread": 0, "with_grad": True}
+    modules = Calls(all=(ModuleCall(**made), ModuleCall(**made)), failed=frozenset({0}))
+    failed, sound = but(MATH, call=0, dtype="float32", mask=True), but(FLASH, call=1)
+    alone = judge(seen(failed, modules=modules), None)
+    assert (alone.observed, alone.present) == (None, False)
+    assert alone.reason.endswith("; not judged: 1 in passes that failed (1 math)")
+    assert judge(seen(failed, sound, modules=modules), None).observed == judge(seen(FLASH), None).observed
+    assert "failed" not in judge(seen(FLASH), None).reason
+
+
 @pytest.mark.parametrize("judge", [attention.judge_dtype, attention.judge_mask])
 def test_without_attention_of_the_model_its_inputs_are_unknown_or_absent(seen, judge):
     """None was seen, or none but another model's: then the model ran none."""

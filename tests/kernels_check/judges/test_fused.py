@@ -105,5 +105,5 @@ def test_calls_below_compiled_code_are_hidden():
             return x
 
     model = torch.nn.Sequential(RMSNorm(), torch.nn.Sequential(RMSNorm()))
-    found = swapped_places(ModelTree.of(model), Calls(unhooked=frozenset({"1"}), thread=0))
+    found = swapped_places(ModelTree.of(model), Calls(unhooked=frozenset({"1"}), thread=0), ())
     assert [(place.name, place.hidden) for place in found] == [("0", False), ("1.0", True)]

@@ -16,10 +16,10 @@ def instrument():
     return "spy"
 
 
-def _passes(*counts, weights=None, tolerance=1e-3, told=False):
+def _passes(*counts, weights=None, tolerance=1e-3, mean=True, sums=None):
     weights = weights or [1 / sum(counts)] * len(counts)
-    made = zip(counts, weights, strict=True)
-    passes = (LossPass(tokens=n, positions=64, weight=w, tolerance=tolerance, told=told) for n, w in made)
+    made = zip(counts, weights, sums or [0] * len(counts), strict=True)
+    passes = (LossPass(tokens=n, positions=64, weight=w, tolerance=tolerance, mean=mean, sum=s) for n, w, s in made)
     return SimpleNamespace(loss=lambda: LossSeen(passes=tuple(passes)))
 
 
@@ -34,8 +34,22 @@ def _passes(*counts, weights=None, tolerance=1e-3, told=False):
         (_passes(20, 20, weights=[1 / 20, 1 / 20]), False, "add up to 2"),
         (_passes(20, 20, weights=[1024 / 40, 1024 / 40]), True, "each weighs the same"),
         (_passes(30, 0, weights=[1 / 30, 0.0]), False, "1 of 2 passes have none"),
-        (_passes(30, 0, weights=[1 / 30, 0.0], told=True), True, "each weighs the same"),
+        (_passes(30, 0, weights=[1 / 30, 0.0], mean=False), True, "each weighs the same"),
+        (_passes(0, weights=[0.0]), False, "1 of 1 passes have none"),
+        (_passes(0, 0, weights=[0.0, 0.0], mean=False), True, "each weighs the same"),
         (_passes(30, 10, weights=[0.0, 0.1]), False, "0.1, others 0"),
+        (_passes(30, 10, weights=[-0.1, -0.1]), True, "all together -4"),
+        (_passes(20, 20, weights=[0.5 / 40, 0.5 / 40]), True, "each weighs the same, and all together 0.5"),
+        (_passes(20, 20, weights=[1 / 20 * 1.0011] * 2), True, "each weighs the same, and all together 2"),
+        (_passes(20, 20, weights=[1 / 20 * 1.0009] * 2), False, "add up to 2"),
+        (_passes(8, 8, weights=[1.0, 0.875], tolerance=0.125), True, "each weighs the same"),
+        (_passes(8, 8, weights=[1.0, 0.875], tolerance=0.124), False, "1.14 times as much"),
+        (_passes(16, 16, weights=[1 / 8, 1 / 8], tolerance=1.0), False, "add up to 2"),
+        (_passes(30, 30, weights=[1 / 30] * 2, sums=[0, 1]), True, "of 30, 30, for 2 updates or evaluations; each in"),
+        (_passes(30, 10, weights=[1 / 30, 1 / 10], sums=[0, 1]), True, "each in one pass"),
+        (_passes(30, 10, 30, weights=[0.5 / 30, 0.5 / 10, 1 / 30], sums=[0, 0, 1]), False, "3 times as much"),
+        (_passes(30, 20, 20, weights=[1 / 30, 1 / 20, 1 / 20], sums=[0, 1, 1]), False, "add up to 2"),
+        (_passes(20, 20, 20, weights=[1 / 20, 1 / 40, 1 / 40], sums=[0, 1, 1]), True, "all together 1"),
     ],
 )
 def test_what_weights_say(seen, observed, words):
@@ -94,14 +108,81 @@ def test_an_evaluation_inside_the_step_is_no_pass(training):
         return train(run)
 
     run.passes = passes
-    assert "in 2 passes of 24, 8" in run.check("loss.tokens", True).reason
+    reason = run.check("loss.tokens", True).reason
+    assert "in 2 passes of 24, 8; each weighs the same, and all together 1" in reason
 
 
 def test_a_loss_of_an_unknown_kind_is_not_counted(training):
-    """Whether it shifts is not guessed."""
+    """What it does with the labels is not guessed."""
     run = training()
     inner = run.model.get_base_model()
     inner.loss_function = lambda logits, labels, vocab_size, **_: logits.float().square().mean()
     check = run.check("loss.tokens", True)
     assert check.status == "unknown"
-    assert "<lambda>" in check.reason
+    assert "holds no cross entropy that can be read" in check.reason
+
+
+def test_a_loss_of_a_known_name_is_read_all_the_same(training):
+    """Whatever it is called: a sum that the program divides by the tokens of all passes weighs each the same."""
+    run = training()
+
+    def ForCausalLMLoss(logits, labels, **_):  # noqa: N802
+        flat = logits[:, :-1].flatten(0, 1).float()
+        return torch.nn.functional.cross_entropy(flat, labels[:, 1:].flatten(), reduction="sum") / 32
+
+    run.model.get_base_model().loss_function = ForCausalLMLoss
+    accumulate(run, divided=False)
+    check = run.check("loss.tokens", True)
+    assert check.met, check.reason
+    assert check.reason.endswith("in 2 passes of 24, 8; each weighs the same, and all together 1")
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+def test_a_pass_whose_gradients_are_cleared_leaves_the_next_in_doubt(training, to_none):
+    """It may have served to find a point, or its gradients may lie elsewhere until the update."""
+    run = training()
+
+    def passes(run):
+        for _ in range(2):
+            run.optimizer.zero_grad(set_to_none=to_none)
+            loss = run.model(**run.inputs, labels=run.inputs["input_ids"]).loss
+            loss.backward()
+        return loss
+
+    run.passes = passes
+    check = run.check("loss.tokens", True)
+    assert check.status == "unknown"
+    assert "gone before the next" in check.reason
+
+
+def test_two_losses_that_go_back_at_once_are_two_passes_of_one_sum(training):
+    """In whichever order autograd takes them."""
+    run = training()
+
+    def passes(run):
+        losses = [run.model(**run.inputs, labels=run.inputs["input_ids"]).loss for _ in range(2)]
+        loss = sum(losses) / 2
+        loss.backward()
+        return loss
+
+    run.passes = passes
+    check = run.check("loss.tokens", True)
+    assert check.reason.endswith("in 2 passes of 30, 30; each weighs the same, and all together 1")
+
+
+def test_an_optimizer_of_another_model_is_no_update(training):
+    """A mean of means stays one."""
+    run = training()
+    accumulate(run)
+    other = torch.nn.Linear(2, 2)
+    beside = torch.optim.SGD(other.parameters(), lr=0.1)
+    train = run.model.forward
+
+    def forward(*args, **kwargs):
+        beside.step()
+        return train(*args, **kwargs)
+
+    run.model.forward = forward
+    check = run.check("loss.tokens", True)
+    assert (check.status, check.observed) == ("fallback", False)
+    assert "in 2 passes of 24, 8" in check.reason

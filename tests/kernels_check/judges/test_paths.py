@@ -56,6 +56,16 @@ def test_what_rests_on_evidence_is_left_out_without_it(evidence):
     assert {path for path, judged in PATHS.items() if evidence in judged.rests_on} == LEFT_OUT[evidence]
 
 
+def test_what_rests_on_no_call_of_a_module_is_judged_where_those_could_not_be_watched():
+    """Storage, values before and after, and the optimizer; nothing else is."""
+    storage = {f"base.{one}" for one in ("bits", "bytes_in_4bit", "quant_type", "double_quant", "frozen")}
+    optimizers = {f"optimizer.{one}" for one in ("class", "fused", "paged_share")}
+    values = {"lora.dtype", "lora.learning", "embedding.trained", "norms.trained", "tf32"}
+    assert {path for path, judged in PATHS.items() if not judged.by_modules} == storage | optimizers | values
+    updated = {"lora.learning", "embedding.trained", "norms.trained"}
+    assert {path for path, judged in PATHS.items() if judged.takes_update} == optimizers | updated
+
+
 def test_only_isolation_takes_a_batch_and_a_profile():
     """Its forwards are left to the profile; all others are judged by either instrument."""
     assert [path for path, judged in PATHS.items() if judged.packed] == ["packing.isolated"]

@@ -1,5 +1,7 @@
 """Embeddings and norms count as trained where an optimizer has changed what stands in their place."""
 
+from functools import partial
+
 import peft
 import pytest
 import torch
@@ -8,6 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import kernels_check
 from kernels_check.controls.of_trained_parts import train_norms, with_embeddings
 from kernels_check.controls.small_run import SmallRun
+from kernels_check.judges.trained import judge_norms
+from kernels_check.observation.trained_parts import PartSeen
 
 
 @pytest.fixture
@@ -68,6 +72,78 @@ def test_factors_beside_an_embedding_train_it(training):
     lora = peft.LoraConfig(target_modules=["embed_tokens"], task_type="CAUSAL_LM")
     check = training(quant=None, adapter=lambda: lora).check("embedding.trained")
     assert check.observed == "1 of 2"
+
+
+def _parts(*fates, tokens=None):
+    return [
+        PartSeen(name=f"part {place}", fates={f"p{place}": fate}, tokens=tokens) for place, fate in enumerate(fates)
+    ]
+
+
+def _judge(seen, required, *fates, tokens=None, steps=1):
+    observation = seen(optimizer_steps=steps)
+    observation.readings["norms"] = _parts(*fates, tokens=tokens)
+    return judge_norms(observation, required).against("norms.trained", required)
+
+
+@pytest.mark.parametrize(
+    ("fates", "trained", "kept"),
+    [
+        (["updated", "updated"], "active", "fallback"),
+        (["updated", "frozen"], "fallback", "fallback"),
+        (["frozen", "frozen"], "absent", "active"),
+        (["unchanged"], "absent", "active"),
+        (["gradient zero"], "absent", "active"),
+        (["moved without a gradient"], "absent", "absent"),
+        (["undone after an update"], "absent", "absent"),
+        (["given a rate of 0"], "unknown", "unknown"),
+        (["changed, no gradient seen"], "unknown", "unknown"),
+        (["none of its tokens in the batches", "frozen"], "unknown", "unknown"),
+    ],
+)
+def test_what_became_of_parts_decides(seen, fates, trained, kept):
+    """What decay has moved has neither been trained nor kept."""
+    assert _judge(seen, True, *fates).status == trained
+    assert _judge(seen, False, *fates).status == kept
+
+
+def test_without_an_update_only_what_is_frozen_is_known(seen):
+    """What was updated in other ways than by an optimizer, too."""
+    assert _judge(seen, True, "without gradient", steps=0).status == "unknown"
+    assert _judge(seen, True, "without gradient", steps=1).status == "absent"
+    assert _judge(seen, False, "frozen", steps=0).met
+    assert _judge(seen, False, "updated", "frozen", steps=0).status == "fallback"
+
+
+def test_what_was_not_updated_is_named(seen):
+    """With what became of it, and a remedy where it was rounded away."""
+    assert _judge(seen, True, "updated").reason == "1 of 1 norms updated, in 1 updates"
+    frozen = "1 of 2 norms updated, in 1 updates; parameters: 1 updated, 1 frozen; not updated: p1 (frozen)"
+    assert _judge(seen, True, "updated", "frozen").reason == frozen
+    assert _judge(seen, True, "unchanged").reason.endswith("keep it in float32")
+
+
+def test_tokens_are_counted(seen):
+    """Where a few train alone."""
+    assert "; part 0: 3 of 96 tokens" in _judge(seen, True, "updated", tokens=(3, 96)).reason
+    assert "tokens" not in _judge(seen, True, "updated").reason
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.01])
+def test_factors_beside_an_embedding_take_two_watched_steps(training, decay):
+    """As one of them has no gradient before the other has left zero, whatever decay moves; frozen ones take one."""
+    lora = peft.LoraConfig(target_modules=["embed_tokens", "lm_head"], task_type="CAUSAL_LM")
+    adamw = partial(torch.optim.AdamW, lr=1e-3, weight_decay=decay)
+    run = training(quant=None, dtype="float32", adapter=lambda: lora, make_optimizer=adamw)
+    watched = kernels_check.watch(run.model, {"embedding.trained": True}, instrument="spy")
+    found = []
+    for _ in range(2):
+        with watched:
+            run.step()
+        checks = {check.path: check for check in watched.checks}
+        found.append(checks["embedding.trained"].status)
+        assert checks["norms.trained"].observed is False
+    assert found == ["unknown", "active"]
 
 
 def test_a_rate_of_zero_tells_nothing():

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from kernels_check.observation.adapter_calls import AdapterCalls
+from kernels_check.observation.calls import CallRecorder
 
 
 class Layer(nn.Module):
@@ -44,3 +45,15 @@ def test_a_dropout_drops_by_its_probability_in_training_alone(training):
     with calls.watched():
         model(torch.ones(1, 4))
     assert calls.layers[""][0].ran["lora_drop"] == (0.5 if training else 0.0)
+
+
+def test_a_call_is_aside_where_the_whole_entry_records_no_gradients():
+    """By the log of all calls; without one none is, and each has its number there."""
+    model = nn.Sequential(Layer(nn.Linear(4, 4), nn.Linear(4, 4)))
+    log, calls, alone = CallRecorder(model), AdapterCalls(model), AdapterCalls(model)
+    with log.hooked(), calls.watched(log=log), alone.watched():
+        with torch.no_grad():
+            model(torch.ones(1, 4))
+        model(torch.ones(1, 4))
+    assert [(call.aside, call.number) for call in calls.layers["0"]] == [(True, 1), (False, 6)]
+    assert [(call.aside, call.number) for call in alone.layers["0"]] == [(False, None), (False, None)]

@@ -1,10 +1,13 @@
 """Every call of a module is noted with the one that it came from, in both passes; nothing is left behind."""
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from kernels_check.observation import compilations
 from kernels_check.observation.calls import CallRecorder
 
 
@@ -174,3 +177,56 @@ def test_modes_are_read_at_each_entry_into_the_model(reentrant):
     entries = [number for number, call in enumerate(calls.all) if call.names == ("",)]
     assert [number for number, _ in calls.modes] == entries
     assert [modes["0.part"] for _, modes in calls.modes] == [True, False]
+
+
+@pytest.fixture
+def compiled():
+    """A layer that is compiled in place, beside one that is not."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[0].compile(backend="eager")
+    yield model
+    compilations.forget()
+
+
+def test_what_calls_a_compiled_module_is_taken_off_in_any_order(compiled):
+    """Two records of the same module that end crosswise each have their calls, and leave what was there."""
+    before = compiled[0]._compiled_call_impl
+    first, second = ExitStack(), ExitStack()
+    recorders = [CallRecorder(compiled) for _ in range(2)]
+    for stack, recorder in zip((first, second), recorders, strict=True):
+        stack.enter_context(recorder.hooked())
+    x = torch.ones(1, 4)
+    compiled(x)
+    first.close()
+    compiled(x)
+    second.close()
+    assert compiled[0]._compiled_call_impl is before
+    compiled(x)
+    names = [[call.name for call in recorder.calls().all] for recorder in recorders]
+    assert names == [["", "0", "1"], ["", "0", "1"] * 2]
+    assert [call.compiled for call in recorders[0].calls().all] == [False, True, False]
+    assert [recorder.calls().unhooked for recorder in recorders] == [frozenset({"0"})] * 2
+    assert [recorder.current() for recorder in recorders] == [None, None]
+
+
+def test_what_the_program_compiles_meanwhile_stays(compiled):
+    """Also where it takes the compilation back."""
+    with CallRecorder(compiled).hooked():
+        compiled[0].compile(backend="eager", dynamic=True)
+        own = compiled[0]._compiled_call_impl
+    assert compiled[0]._compiled_call_impl is own
+    with CallRecorder(compiled).hooked():
+        compiled[0]._compiled_call_impl = None
+    assert compiled[0]._compiled_call_impl is None
+
+
+def test_a_compiled_module_that_raises_is_left_again(compiled):
+    """The call that it was in is the caller's no more, and came to nothing."""
+    recorder = CallRecorder(compiled)
+    with recorder.hooked():
+        with pytest.raises(Exception, match="mat1 and mat2"):
+            compiled[0](torch.ones(1, 3))
+        assert recorder.current() is None
+        compiled[0](torch.ones(1, 4))
+    assert [call.name for call in recorder.calls().all] == ["0", "0"]
+    assert recorder.calls().failed == frozenset({0})

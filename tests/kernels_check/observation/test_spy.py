@@ -12,7 +12,7 @@ from kernels_check.observation.attention_calls import AttentionCall
 from kernels_check.observation.calls import CallRecorder
 from kernels_check.observation.events import StepProfile
 from kernels_check.observation.products import Product
-from kernels_check.observation.spy import Spy, _blind, spied, unseen
+from kernels_check.observation.spy import Spy, blind_to, spied, unseen
 from kernels_check.observation.updates import Write
 
 
@@ -185,12 +185,12 @@ def test_a_step_without_compiled_code_proves_that(training):
 
 def test_what_only_kernels_tell_is_left_out_on_cuda():
     """TF32 always; attention, update and recomputation where no operator of theirs was called."""
-    assert set(_blind(_profile(), on_cuda=True, compiled=False)) == {"kernels", "update", "attention"}
+    assert set(blind_to(_profile(), on_cuda=True, compiled=False)) == {"kernels", "update", "attention"}
     call = AttentionCall(op="aten::_scaled_dot_product_flash_attention", backend="flash", direction="forward")
     product = Product(op="bitsandbytes::gemm_4bit", path="unknown", dtype="bfloat16")
     profile = _profile(attention=(call,), writes=(Write(op="aten::_fused_adamw_", tensors=()),), fourbit=(product,))
-    assert set(_blind(profile, on_cuda=True, compiled=False)) == {"kernels", "product_paths"}
-    assert _blind(_profile(), on_cuda=False, compiled=False) == {}
+    assert set(blind_to(profile, on_cuda=True, compiled=False)) == {"kernels", "product_paths"}
+    assert blind_to(_profile(), on_cuda=False, compiled=False) == {}
 
 
 def test_on_a_cpu_missing_operators_stay_unknown():

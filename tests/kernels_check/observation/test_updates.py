@@ -13,6 +13,7 @@ from kernels_check.observation.updates import (
     Write,
     groups_of,
     identity,
+    is_hidden_by_a_mode,
     operators_on,
     recorded_writes,
     updated_by,
@@ -116,3 +117,24 @@ def test_writes_are_read_off_the_optimizers_step():
         Write(op="aten::_fused_adamw_", tensors=((1, 10), (2, 0))),
         Write(op="bitsandbytes::optimizer_update", tensors=((4, 40), (0, 50))),
     ]
+
+
+@pytest.mark.parametrize(
+    ("wraps", "hidden"),
+    [
+        ((), False),
+        (("PythonDispatchMode",), True),
+        (("PythonDispatchMode", "PythonDispatchMode"), True),
+        (("my range", "PythonDispatchMode"), True),
+        (("PythonDispatchMode", "my range"), False),
+        (("aten::linear", "PythonDispatchMode"), False),
+        ((f"{MARK}3", "PythonDispatchMode"), False),
+    ],
+)
+def test_a_mode_hides_what_is_inside_the_step_that_it_was_told_of(wraps, hidden):
+    """Below other modes and in the program's ranges; what is told of something else hides nothing."""
+    made = event("Optimizer.step#AdamW.step", scope="USER_SCOPE")
+    for name in reversed(wraps):
+        scope = "FUNCTION" if name in ("PythonDispatchMode", "aten::linear") else "USER_SCOPE"
+        made = event(name, event("aten::add"), made, scope=scope)
+    assert is_hidden_by_a_mode([event("aten::add"), made], MARK) is hidden

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
 from harness.machine.provenance import probe_machine
-from harness.run.executors.script import ScriptExecutor
+from harness.run.executors.host import Host
+from harness.run.executors.script import ScriptExecutor, python_of
 from harness.run.measure import measure, plan_study
 from harness.studies.protocol import Protocol
 from harness.studies.script import script_workload
@@ -66,6 +68,27 @@ def measured(study, folder, display=None, interleaving="lockstep"):
             study, probe_machine(), free_bytes=2**40, phases=("train",), interleaving=interleaving, runs=folder / "runs"
         )
         return measure(plan, runs=folder / "runs", display=display or Quiet(), notices=notices)
+
+
+@pytest.mark.parametrize("torch", [True, False])
+def test_an_environment_is_told_from_the_python_that_it_is_made_of(tmp_path, monkeypatch, torch):
+    """Their links meet in one file. One without torch is not what a training script means."""
+    real = Path(sys.executable).resolve()
+    for name in ("base", "env"):
+        (tmp_path / name / "bin").mkdir(parents=True)
+        (tmp_path / name / "bin" / "python").symlink_to(real)
+    (tmp_path / "env" / "pyvenv.cfg").write_text(f"home = {real.parent}\n")
+    packages = tmp_path / "env" / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
+    packages.mkdir(parents=True)
+    if torch:
+        (packages / "torch.py").write_text("")
+    theirs, ours = (str(tmp_path / name / "bin" / "python") for name in ("env", "base"))
+    monkeypatch.setattr(sys, "executable", ours)
+    monkeypatch.setenv("PATH", str(Path(theirs).parent))
+    assert python_of(None) == (theirs if torch else ours)
+    monkeypatch.setenv("PATH", str(Path(ours).parent))
+    assert python_of(None) == ours
+    assert python_of(Host(python=theirs)) == theirs
 
 
 FAULTS = {

@@ -64,6 +64,85 @@ def test_large_files_are_linked_and_said(project, tmp_path, monkeypatch):
     assert "data/rows.jsonl" in codes["files-shared"]
 
 
+LINKS = {
+    "to-file": "data/rows.jsonl",
+    "to-folder": "data",
+    "data/up": "../train.py",
+    "data/self": "..",
+    "self": ".",
+    "by-a-link": "to-folder/rows.jsonl",
+    "dangling": "not/yet.txt",
+    "loop-a": "loop-b",
+    "loop-b": "loop-a",
+    "loop-self": "loop-self",
+    "absolute": "{folder}/data",
+    "away": "../elsewhere",
+    "away-dangling": "../missing/file.txt",
+    "away-by-a-link": "away/kept.txt",
+    "parent": "..",
+}
+AWAY = ("away", "away-by-a-link", "away-dangling", "parent")
+
+
+@pytest.fixture
+def linked(project):
+    """The same with links of every kind in it, and a folder beside it."""
+    (project.parent / "elsewhere").mkdir()
+    (project.parent / "elsewhere" / "kept.txt").write_text("kept")
+    for name, target in LINKS.items():
+        (project / name).symlink_to(target.format(folder=project))
+    return project
+
+
+def contents(folder):
+    """Every entry below a folder and what it holds; a link is no more than where it leads."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink():
+            found[str(path)] = str(path.readlink())
+        elif path.is_file():
+            found[str(path)] = path.read_text()
+    return found
+
+
+def test_a_link_within_the_folder_leads_into_the_copy(linked, tmp_path):
+    """Whatever is written through it is thrown away with the copy; loops and links to nothing stay what they are."""
+    before = contents(linked)
+    copy = copy_snapshot(take_snapshot(linked, tmp_path / "snapshot"), tmp_path / "work")
+    for name in LINKS:
+        assert (copy / name).is_symlink()
+        assert (copy / name).readlink().is_absolute() == (name in AWAY), name
+    for name in ("to-file", "by-a-link", "data/up", "data/self/train.py", "self/train.py", "absolute/rows.jsonl"):
+        (copy / name).write_text("by the script")
+        assert (copy / name).resolve().is_relative_to(copy.resolve())
+    (copy / "not").mkdir()
+    (copy / "dangling").write_text("made")
+    (copy / "to-folder" / "new.txt").write_text("made")
+    assert (copy / "not" / "yet.txt").read_text() == "made"
+    assert (copy / "data" / "new.txt").exists()
+    for name in ("loop-a", "loop-b", "loop-self"):
+        with pytest.raises(OSError, match="symbolic links"):
+            (copy / name).open()
+    assert contents(linked) == before
+
+
+def test_a_link_that_leads_outside_is_shared_and_said(linked, tmp_path):
+    """Also where nothing is there yet; those that stay within are not named."""
+    copy = take_snapshot(linked, tmp_path / "snapshot")
+    assert (copy / "away" / "kept.txt").read_text() == (copy / "away-by-a-link").read_text() == "kept"
+    (notice,) = shared_notices(Variant(name="a", command="python train.py"), linked)
+    assert notice.code == "links-shared"
+    assert "4 links of its folder lead out of it: away, away-by-a-link, away-dangling and 1 more" in notice.message
+
+
+def test_a_folder_that_is_itself_a_link_is_followed(linked, tmp_path):
+    """What is within it is within it by either name."""
+    (tmp_path / "named").symlink_to(linked)
+    copy = take_snapshot(tmp_path / "named", tmp_path / "snapshot")
+    assert not (copy / "absolute").readlink().is_absolute()
+    assert (copy / "absolute" / "rows.jsonl").resolve().is_relative_to(copy.resolve())
+
+
 def test_a_folder_that_holds_too_much_is_refused(project, monkeypatch):
     """Before anything is copied, with the remedy."""
     monkeypatch.setattr(workplace, "MOST_FILES", 2)
@@ -76,9 +155,21 @@ def test_a_folder_that_holds_too_much_is_refused(project, monkeypatch):
     [
         ("python train.py --output_dir /data/out", "writes-outside"),
         ("python train.py --save-path=../models", "writes-outside"),
+        ("python train.py --save_dir=/data/out", "writes-outside"),
+        ("python train.py --trainer.output_dir /data/out", "writes-outside"),
+        ("python train.py trainer.output_dir=/data/out", "writes-outside"),
+        ("python train.py +trainer.output_dir=/data/out", "writes-outside"),
+        ("python train.py hydra.run.dir=/data/out", "writes-outside"),
+        ("python train.py output_dir=~/out", "writes-outside"),
+        ("python train.py -o ../out", "writes-outside"),
         ("accelerate launch --main_process_port 29500 train.py", "port-shared"),
+        ("accelerate launch --main-process-port 29500 train.py", "port-shared"),
+        ("accelerate launch --rdzv-endpoint=localhost:29400 train.py", "port-shared"),
         ("python train.py --output_dir out --data /data/rows.jsonl", None),
         ("accelerate launch --main_process_port 0 train.py", None),
+        ("accelerate launch --rdzv-endpoint=localhost:0 train.py", None),
+        ("python train.py --log_level info --save_steps 10 run_name=x --output_dir", None),
+        ("python train.py trainer.output_dir=out data.path=/data/rows.jsonl --lr=1e-3", None),
     ],
 )
 def test_what_cannot_be_kept_apart_is_said_before_the_start(project, command, code):

@@ -1,0 +1,100 @@
+"""Does the time of a step in somebody's script agree with that of the same training in a trial of lorameter's own?
+
+The same model, optimizer and batches are trained by lorameter's loop, by a plain one, and by transformers' Trainer
+(`agreement_loops.py`), and followed from outside as any script is. What the follower reads of the trial is set against
+what the trial records of the same steps, and the loops take turns step by step against the trial's. Ratios of medians
+come without an interval, those of turns with theirs.
+
+    python benchmarks/selftest/agreement.py [--model MODEL] [--replicates N] [--steps N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from harness.machine.provenance import probe_machine
+from harness.records import store
+
+ROOT = Path(__file__).parents[2]
+LOOPS = Path(__file__).with_name("agreement_loops.py")
+
+
+def ask(*words: str, folder: Path) -> str:
+    """What lorameter prints."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    variables = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "harness.cli", *words, "--runs-dir", str(folder / "runs")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder, env=variables)
+    if done.returncode not in (0, 1, 3):
+        raise SystemExit(f"{' '.join(words)} ended with {done.returncode}: {done.stderr[-2000:]}")
+    return done.stdout
+
+
+def read_twice(model: str, steps: int, folder: Path) -> tuple[float, float]:
+    """Median step times of one training in seconds: as the follower reads them, as the trial records them."""
+    told = folder / "told.json"
+    command = [sys.executable, LOOPS.name, "trial", "--model", model, "--steps", str(steps), "--told", str(told)]
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    variables = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    wrap = [sys.executable, "-m", "harness.cli", "wrap", "--no-report", "--runs-dir", str(folder / "one"), "--"]
+    subprocess.run([*wrap, *command], check=True, cwd=folder, env=variables, capture_output=True)
+    (run,) = store.list_runs(folder / "one")
+    (record,) = store.read_run(str(run), run.parent).records
+    followed = record.samples["step_time_s"]
+    recorded = json.loads(told.read_text(encoding="utf-8"))[-len(followed) :]
+    return statistics.median(followed[-len(recorded) :]), statistics.median(recorded)
+
+
+def against(way: str, chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """What an A/B says of the time of a step by this loop, against that of the trial's."""
+    commands = [f"python {LOOPS.name} {one} --model {chosen.model}" for one in ("trial", way)]
+    sides = ("--base-command", commands[0], "--candidate-command", commands[1])
+    size = ("--replicates", str(chosen.replicates), "--steps", str(chosen.steps))
+    document = json.loads(ask("ab", *sides, *size, "--json", folder=folder))
+    row: dict[str, Any] = next(one for one in document["comparisons"] if one["metric"] == "step_time_s")
+    return row | {"losses": document["losses"]["agreement_loops"]["found"]}
+
+
+def main() -> None:
+    """Measure, and print."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--model", default="tiny-llama", help="of the catalogue")
+    options.add_argument("--replicates", type=int, default=6)
+    options.add_argument("--steps", type=int, default=40)
+    chosen = options.parse_args()
+    machine = probe_machine()
+    print(f"{machine.device_name}, torch {torch_version()}, one thread; {chosen.model}, NF4, LoRA of rank 16")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        (folder / LOOPS.name).write_text(LOOPS.read_text(encoding="utf-8"), encoding="utf-8")
+        followed, recorded = read_twice(chosen.model, 5 * chosen.steps, folder)
+        print(
+            f"one trial, read twice: {recorded * 1e3:.3f} ms as it records its steps, {followed * 1e3:.3f} ms as they "
+            f"are followed from outside: {followed / recorded:.4f}"
+        )
+        for way in ("loop", "trainer"):
+            row = against(way, chosen, folder)
+            print(
+                f"{way} over trial, both followed, in {row['interleaving']}: {row['ratio']:.4f} "
+                f"[{row['low']:.4f}, {row['high']:.4f}] ({chosen.replicates} replicates of {chosen.steps} steps); "
+                f"losses: {row['losses']}"
+            )
+
+
+def torch_version() -> str:
+    """Of the interpreter that measures."""
+    from importlib.metadata import version
+
+    return version("torch")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""The parts of a step, by a clock of the test's own."""
+
+import pytest
+import torch
+
+from harness.attach import parts as module
+from harness.attach.parts import Parts
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The time as a list of one number, to be moved by hand."""
+    now = [0.0]
+    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
+    return now
+
+
+@pytest.fixture
+def parts():
+    return Parts(torch.device("cpu"))
+
+
+def play(parts, clock, *events):
+    """Each event a second after the one before: + begins a part and - ends it."""
+    for event in events:
+        clock[0] += 1.0
+        (parts.begin if event[0] == "+" else parts.end)(event[1:])
+
+
+@pytest.mark.parametrize(
+    ("events", "found"),
+    [
+        (["+forward", "-forward", "+backward", "-backward"], {"forward": 1.0, "backward": 1.0}),
+        (["+forward", "-forward", "+forward", "-forward"], {"forward": 2.0}),
+        (
+            ["+optimizer", "+forward", "-forward", "+backward", "-backward", "-optimizer"],
+            {"optimizer": 3.0, "forward": 1.0, "backward": 1.0},
+        ),
+        (["+optimizer", "+optimizer", "-optimizer", "-optimizer"], {"optimizer": 3.0}),
+        (["+optimizer", "+backward", "-optimizer", "+forward", "-forward"],
+         {"optimizer": 1.0, "backward": 1.0, "forward": 1.0}),
+        (["+backward", "-backward", "-backward", "-optimizer"], {"backward": 1.0}),
+        (["+forward", "-forward", "+backward"], {"forward": 1.0}),
+    ],
+    ids=["in turn", "twice", "a closure", "one in itself", "an end left out", "an end too many", "none"],
+)  # fmt: skip
+def test_each_moment_is_that_of_the_innermost_part(parts, clock, events, found):
+    """However they lie in one another, and whatever end is missing: no time is counted twice."""
+    play(parts, clock, *events)
+    assert parts.take() == found
+
+
+def test_a_part_that_never_ended_is_not_in_the_next_step(parts, clock):
+    """What is taken, or forgotten, begins anew."""
+    for leave in (parts.take, parts.forget):
+        play(parts, clock, "+backward")
+        leave()
+        play(parts, clock, "-backward", "+forward", "-forward")
+        assert parts.take() == {"forward": 1.0}
+
+
+def test_a_part_that_fails_has_ended(parts, clock):
+    """As a pass that runs out of memory."""
+
+    def fail():
+        with parts.during("forward"):
+            clock[0] += 1.0
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        fail()
+    clock[0] += 5.0
+    assert parts.take() == {"forward": 1.0}

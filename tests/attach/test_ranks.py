@@ -1,0 +1,86 @@
+"""Several ranks: of each timed step the slowest counts, wherever it lies among all steps."""
+
+import dataclasses
+import os
+
+import pytest
+import torch
+
+from harness.attach import gathered, ranks
+from harness.attach.follower import StepReading, Training
+from harness.attach.ranks import folder_of
+from harness.attach.variables import RUN
+from harness.attach.writer import Writer
+from harness.records import store
+from kernels_check import Check
+
+CHECK = Check(path="mode", required=None, observed="train", status="active", reason="seen")
+WATCHED = 8
+"""One step, a warm-up of six, and this one."""
+
+
+@pytest.fixture
+def told(tmp_path, monkeypatch):
+    """A function that has rank 0 and rank 1 told of as many steps, and gives the record; a step takes rank 0 its number
+    and rank 1 a hundred times that where it is even."""
+    monkeypatch.setenv(RUN, str(tmp_path / "run"))
+    monkeypatch.setattr(ranks, "WAIT_S", 0.2)
+
+    def tell(steps, *, other=None, watched=(WATCHED,)):
+        training = Training(
+            source="loop", model=torch.nn.Linear(2, 2), planned_steps=None, trainable_parameters=6,
+            total_parameters=6, accumulation=1, ranks=2,
+        )  # fmt: skip
+        writers = [Writer(require={}), Writer(require={})]
+        for rank, writer in enumerate(writers):
+            writer.begin(dataclasses.replace(training, rank=rank))
+            for number in range(1, (steps if other is None or not rank else other) + 1):
+                time_s = number * (100.0 if rank and not number % 2 else 1.0) if number > WATCHED else 1.0
+                checks = (CHECK,) if number in watched and not rank else None
+                writer.step(StepReading(
+                    number=number, step_time_s=time_s, cpu_time_s=0.0, checks=checks, sequences=1,
+                    real_tokens=number * (rank + 1), padded_tokens=3 * number,
+                ))  # fmt: skip
+        writers[1].end(None)
+        writers[0].end(None)
+        (record,) = store.read_run(str(tmp_path / "run"), tmp_path).records
+        return record
+
+    return tell
+
+
+@pytest.mark.parametrize("watched", [(8,), (8, 9), (8, 10)])
+def test_first_warm_up_and_watched_steps_are_left_out_of_both(told, watched):
+    """What a timed step is of the one it is of the other, by its number."""
+    timed = [number for number in range(WATCHED + 1, 14) if number not in watched]
+    record = told(13, watched=watched)
+    assert record.samples["step_time_s"] == tuple(n * (1.0 if n % 2 else 100.0) for n in timed)
+    assert record.samples["turn_real_tokens"] == tuple(3.0 * n for n in timed)
+    assert record.samples["turn_sequences"] == (2.0,) * len(timed)
+
+
+def test_of_a_long_training_the_first_timed_steps_are_compared(told, monkeypatch):
+    """More steps than are kept, timed or of any kind, move none of them."""
+    monkeypatch.setattr(gathered, "MOST_TIMED", 3)
+    monkeypatch.setattr(ranks, "MOST_KEPT", 12)
+    record = told(40)
+    assert record.samples["step_time_s"] == (9.0, 1000.0, 11.0)
+    assert record.samples["turn_real_tokens"] == (27.0, 30.0, 33.0)
+    assert not record.notices
+
+
+def test_a_rank_that_saw_fewer_steps_was_not_seen(told):
+    """Its times are those of other steps, maybe; it is named, and tokens of all are not known."""
+    record = told(12, other=11)
+    assert [notice.code for notice in record.notices] == ["rank-unseen"]
+    assert record.samples["step_time_s"] == (9.0, 10.0, 11.0, 12.0)
+    assert not [name for name in record.samples if name.startswith("turn_")]
+
+
+def test_where_ranks_meet_is_known_without_a_word(tmp_path, monkeypatch):
+    """By the run of a wrapped command, else by their launcher and its port."""
+    monkeypatch.setenv(RUN, "x")
+    assert folder_of(tmp_path / "run") == tmp_path / ".run.ranks"
+    monkeypatch.delenv(RUN)
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    assert folder_of(tmp_path / "run").name == f".ranks-{os.getppid()}-29500"

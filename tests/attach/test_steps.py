@@ -1,0 +1,49 @@
+"""A training told step by step: what looks on at one, and what it costs the process."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from harness.attach.follower import Next, Training
+from harness.attach.shield import Shield
+from harness.attach.steps import Steps, make_watch
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Embedding(16, 4), torch.nn.Linear(4, 16))
+
+
+def test_on_a_cpu_the_spy_looks_on(model):
+    """Without a model nobody does."""
+    assert make_watch(model, {"mode": "train"})._instrument == "spy"
+    assert make_watch(None, {}) is None
+
+
+def threads():
+    """Of this process, as the kernel counts them."""
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
+def test_a_watched_step_leaves_no_thread_behind(model, listener_class):
+    """A fork of the process would wait for it at its end. The step that was asked for is judged, no other."""
+    listener = listener_class(Next(), Next(watch={"mode": "train"}))
+    training = Training(
+        source="loop", model=model, planned_steps=None, trainable_parameters=1, total_parameters=1, accumulation=1
+    )
+    steps = Steps(listener, training, torch.device("cpu"), Shield())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    steps.begin()
+    before = threads()
+    for _ in range(3):
+        steps.open_step()
+        model(torch.randint(0, 16, (2, 5))).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        steps.end_step()
+    assert threads() <= before
+    assert [reading.checks is not None for reading in listener.readings] == [False, True, False]
+    (mode,) = (check for check in listener.readings[1].checks if check.path == "mode")
+    assert (mode.status, mode.observed) == ("active", "train")

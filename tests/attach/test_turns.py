@@ -1,0 +1,48 @@
+"""The end of a conversation that a script's process holds: what it says before its first step, and what it is told."""
+
+import json
+import secrets
+import socket
+import threading
+
+import pytest
+import torch
+
+from harness.attach.follower import Next, Training
+from harness.attach.turns import SOCKET, Turns, address
+
+
+@pytest.fixture
+def parent(monkeypatch):
+    """Listens where a child finds it by its environment."""
+    name = f"@lorameter-test-{secrets.token_hex(8)}"
+    monkeypatch.setenv(SOCKET, name)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(address(name))
+        listener.listen(1)
+        listener.settimeout(30)
+        yield listener
+
+
+def test_what_the_script_requires_is_said_before_its_first_step(parent):
+    """And what the step is watched for is what it is told to."""
+    training = Training(
+        source="loop", model=torch.nn.Linear(2, 2), planned_steps=None, trainable_parameters=6, total_parameters=6,
+        accumulation=1, required={"base.bits": 4},
+    )  # fmt: skip
+    found = []
+    child = threading.Thread(target=lambda: found.append(Turns().begin(training)), daemon=True)
+    child.start()
+    connection, _ = parent.accept()
+    with connection, connection.makefile("rw") as lines:
+        begun = json.loads(lines.readline())["begin"]
+        lines.write(json.dumps({"do": "go", "steps": 1, "watch": begun["required"]}) + "\n")
+        lines.flush()
+        child.join(30)
+    assert begun["trainable_dtypes"] == {"float32": 6}
+    assert found == [Next(watch={"base.bits": 4})]
+
+
+def test_a_socket_lies_in_no_folder():
+    """Its name is that of the variable, and the first byte says where it lies (unix(7), abstract)."""
+    assert address("@lorameter-1") == "\0lorameter-1"

@@ -1,0 +1,84 @@
+"""A training that was followed where it took place is a run like any other to every command that reads runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from harness import cli
+
+EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "torch_loop.py"
+
+
+@pytest.fixture(scope="module")
+def followed(tmp_path_factory):
+    """A folder with two runs of the same script, which was wrapped twice, and their names."""
+    folder = tmp_path_factory.mktemp("followed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("OMP_NUM_THREADS", "1")
+        for _ in range(2):
+            command = ["wrap", "--no-report", "--runs-dir", "runs", "--", sys.executable, str(EXAMPLE)]
+            assert cli.main(command) == 0
+    return folder, sorted(path.name for path in (folder / "runs").iterdir())
+
+
+@pytest.fixture
+def lorameter(followed, monkeypatch, capsys):
+    """The command line, among these runs; gives exit code, standard output and standard error."""
+    folder, _ = followed
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("LORAMETER_RUNS", str(folder / "runs"))
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*words):
+        code = cli.main(list(words))
+        told = capsys.readouterr()
+        return code, told.out, told.err
+
+    return run
+
+
+def test_it_is_reported_and_listed(lorameter, followed):
+    """As text and as data; nothing is compared with anything."""
+    _, (first, second) = followed
+    code, text, _ = lorameter("report", first)
+    assert (code, "steps lie between two updates" in text, "control" in text) == (0, True, False)
+    code, document, _ = lorameter("report", first, "--json")
+    assert (code, json.loads(document)["run"]) == (0, first)
+    _, listed, _ = lorameter("list", "runs")
+    assert all(name in listed for name in (first, second))
+
+
+def test_two_of_them_are_compared_and_neither_is_called_equal(lorameter, followed):
+    """One process on each side says nothing of the next process, and what would is said."""
+    _, (first, second) = followed
+    code, out, _ = lorameter("compare", first, second, "--json")
+    found = json.loads(out)
+    (row,) = [one for one in found["comparisons"] if one["metric"] == "step_time_s"]
+    assert (code, row["verdict"], row["low"]) == (3, "inconclusive", None)
+    assert "one replicate gives no interval" in row["reason"]
+
+
+def test_one_of_them_is_accepted_and_gates_the_other(lorameter, followed, tmp_path):
+    """What is open fails, or passes where a policy lets it; a slower one is found by what is exact."""
+    _, (first, second) = followed
+    assert lorameter("accept", first)[0] == 0
+    code, out, _ = lorameter("gate", "baseline", second)
+    assert (code, "inconclusive" in out) == (3, True)
+    policy = tmp_path / "policy.toml"
+    policy.write_text("inconclusive = 'pass'\n")
+    code, out, _ = lorameter("gate", "baseline", second, "--policy", str(policy))
+    assert code in (0, 1)  # peak memory of two processes is what it is
+    assert "step time" in out
+
+
+def test_it_cannot_be_gone_on_with(lorameter, followed):
+    """Its training has ended."""
+    _, (first, _) = followed
+    code, out, error = lorameter("run", "--resume", first)
+    assert (code, out) == (2, "")
+    assert "a training that was followed while it ran, which cannot be gone on with. Run it again." in error

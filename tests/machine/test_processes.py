@@ -1,0 +1,71 @@
+"""Signals that wait for a block to end, and how a process has ended in words."""
+
+import os
+import signal
+import threading
+
+import pytest
+
+from harness.machine.processes import exit_words, held_back
+
+
+@pytest.fixture
+def met():
+    """What a handler of SIGUSR1 was told."""
+    told = []
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: told.append(number))
+    yield told
+    signal.signal(signal.SIGUSR1, before)
+
+
+@pytest.mark.parametrize("threads", [0, 1])
+def test_a_signal_waits_for_the_end_of_the_block(met, threads):
+    """However many threads could take it, and also where the block fails."""
+    over = threading.Event()
+    others = [threading.Thread(target=over.wait) for _ in range(threads)]
+    for other in others:
+        other.start()
+
+    def fail():
+        with held_back([signal.SIGUSR1]):
+            os.kill(os.getpid(), signal.SIGUSR1)
+            over.wait(0.05)
+            raise ZeroDivisionError(f"so far {met}")
+
+    try:
+        with pytest.raises(ZeroDivisionError, match=r"so far \[\]"):
+            fail()
+    finally:
+        over.set()
+        for other in others:
+            other.join()
+    assert met == [signal.SIGUSR1]
+
+
+def test_a_signal_that_is_ignored_stays_ignored(met):
+    """As HUP under nohup; what a child inherits of it is the same."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    with held_back([signal.SIGUSR1]):
+        assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN
+        os.kill(os.getpid(), signal.SIGUSR1)
+    assert met == []
+
+
+def test_another_thread_holds_nothing_back(met):
+    """It has no handlers to change."""
+
+    def hold():
+        with held_back([signal.SIGUSR1]):
+            pass
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    thread.join()
+    assert met == []
+
+
+def test_how_a_process_ended_is_said():
+    """By a code, by a signal, or nobody knows."""
+    assert exit_words(3) == "exit code 3"
+    assert exit_words(-9) == "signal 9 (SIGKILL)"
+    assert exit_words(None) == "an unknown status"

@@ -1,0 +1,158 @@
+"""A script's process and its socket: where it lies, who may speak on it, and what a signal meanwhile does."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import socket
+import struct
+import subprocess
+import tempfile
+import threading
+import time
+import types
+
+import pytest
+
+from harness.attach.turns import SOCKET, address
+from harness.run.executors import script_process
+from harness.run.executors.script import ScriptExecutor
+from harness.run.executors.script_process import ScriptProcess
+from harness.studies.variant import Variant
+
+SPEAKING = f"""
+import json, os, socket, time
+with socket.socket(socket.AF_UNIX) as connection:
+    connection.connect("\\0" + os.environ[{SOCKET!r}][1:])
+    connection.sendall(json.dumps({{"pid": os.getpid()}}).encode() + b"\\n")
+    time.sleep(60)
+"""
+"""What speaks as a follower would, without what it takes to import one."""
+
+
+@pytest.fixture
+def start(tmp_path):
+    """A function that starts a command, listened to on a socket of this name."""
+    started = []
+
+    def started_with(*words, turns=""):
+        turns = turns or f"@lorameter-test-{secrets.token_hex(8)}"
+        variables = {**os.environ, SOCKET: turns}
+        started.append(ScriptProcess(words, variables, folder=tmp_path, log=tmp_path / "log", turns=turns))
+        return started[-1]
+
+    yield started_with
+    for one in started:
+        one.close()
+
+
+def speak(turns, word):
+    """Connect as a process of one's own does, and say something."""
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(address(turns))
+    connection.sendall(json.dumps({"word": word}).encode() + b"\n")
+    return connection
+
+
+def test_who_connects_is_known_to_the_kernel():
+    """By user; the process is this one."""
+    one, other = socket.socketpair()
+    with one, other:
+        assert script_process._user_of(one) == os.geteuid()
+    theirs = types.SimpleNamespace(getsockopt=lambda *_: struct.pack("iII", 1, 4_294_967_294, 100))
+    assert script_process._user_of(theirs) == 4_294_967_294
+
+
+def test_another_users_connection_is_refused_and_the_next_is_heard(start, monkeypatch):
+    """A name that lies in no folder is open to all who know it."""
+    users = iter([os.geteuid() + 1, os.geteuid()])
+    monkeypatch.setattr(script_process, "_user_of", lambda connection: next(users))
+    turns = "@lorameter-test-" + secrets.token_hex(8)
+    process = start("sleep", "60", turns=turns)
+    with speak(turns, "theirs") as theirs, speak(turns, "ours"):
+        assert process.first_word(30) == {"word": "ours"}
+        with pytest.raises(ConnectionResetError):
+            theirs.recv(1)
+
+
+def test_nobody_but_another_user_is_nobody(start, monkeypatch):
+    """What it says is not taken for the script's, which ends before it has spoken."""
+    monkeypatch.setattr(script_process, "_user_of", lambda connection: os.geteuid() + 1)
+    turns = "@lorameter-test-" + secrets.token_hex(8)
+    process = start("true", turns=turns)
+    with speak(turns, "theirs"):
+        assert process.first_word(30) is None
+    assert process.ended(10) == 0
+
+
+def test_a_temporary_folder_may_have_a_path_of_any_length(tmp_path, monkeypatch):
+    """That of a socket may have 107 bytes, so it lies in no folder."""
+    deep = tmp_path / ("deep" * 40)
+    deep.mkdir()
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "train.py").write_text(SPEAKING)
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    monkeypatch.chdir(project)
+    monkeypatch.setenv("PATH", "/nowhere")  # no other python
+    executor = ScriptExecutor()
+    executor.start(tmp_path / "run", 1)
+    try:
+        place = executor.make_place("r0-a", "r0-a")
+        assert len(place.scratch) > 160
+        asked = types.SimpleNamespace(
+            trial="r0-a", variant=Variant(name="a", command="python train.py"), log_path=place.log_path
+        )
+        process = executor._start_trial(asked)
+        try:
+            assert process.first_word(60)["pid"] == process._process.pid
+        finally:
+            process.close()
+    finally:
+        executor.close()
+
+
+@pytest.fixture
+def another_thread():
+    """One that takes signals, which a process of numpy's has."""
+    over = threading.Event()
+    thread = threading.Thread(target=over.wait)
+    thread.start()
+    yield
+    over.set()
+    thread.join()
+
+
+@pytest.mark.usefixtures("another_thread")
+def test_a_signal_that_stops_a_run_waits_for_a_start(start, monkeypatch):
+    """What its handler raises while Python forks would be lost. What was started is nobody's then, and is killed."""
+    plain, met = subprocess.Popen, []
+
+    def stopped(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.05)  # the other thread may be the one that is interrupted
+        met.append(plain(*args, **kwargs))
+        return met[0]
+
+    def stop(number, frame):
+        met.append("stops")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess, "Popen", stopped)
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            start("sleep", "60")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert met[1:] == ["stops"]
+    assert met[0].wait(10) == -signal.SIGKILL
+
+
+def test_what_is_started_holds_no_signal_back(start, tmp_path):
+    """Else it could not be stopped."""
+    process = start("grep", "SigBlk", "/proc/self/status")
+    assert process.ended(30) == 0
+    assert int((tmp_path / "log").read_text().split()[1], 16) == 0
