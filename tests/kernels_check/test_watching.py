@@ -295,6 +295,16 @@ def _close_elsewhere(watched):
     thread.join()
 
 
+@pytest.fixture
+def unprofiled():
+    """Whoever runs the tests may profile them, and a spy that was left waits while a program does."""
+    before = sys.getprofile()
+    sys.setprofile(None)
+    yield
+    sys.setprofile(before)
+
+
+@pytest.mark.usefixtures("unprofiled")
 def test_a_block_that_another_thread_closes_leaves_the_spy_no_longer_than_to_the_next_operator(training):
     """A mode can be taken off by its own thread alone, which the checks say; what a program put above it stays."""
 
@@ -326,6 +336,7 @@ def test_a_block_that_another_thread_closes_leaves_the_spy_no_longer_than_to_the
     assert not any(check.reason.endswith(LEFT_BEHIND) for check in watched.checks)
 
 
+@pytest.mark.usefixtures("unprofiled")
 def test_a_spy_that_was_left_disturbs_no_profiler_of_the_program(training):
     """It waits for the operators after that; nor does an operator of another thread take it off, which cannot."""
     run = training(instrument="spy")
