@@ -73,6 +73,9 @@ EQUIVALENT: dict[str, str] = {
     "attention._layers_astray: call.backend == 'eager' -> call.backend != 'eager'": (
         "only the number of different answers is read"
     ),
+    "mixing._masks: places < (size + 1) // 2 -> places >= (size + 1) // 2": (
+        "each half is asked, the other one first: one that sees the other is enough"
+    ),
     "mixing._masks: size > 1 -> size >= 1": "a single position has none beside it: the module is called in vain",
     "mixing.mixes: main.dim() > 2 -> main.dim() >= 2": "of two dimensions the second is the last: it is asked twice",
     "padding._leading_runs: broken < start -> broken <= start": (
