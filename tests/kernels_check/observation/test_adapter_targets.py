@@ -4,6 +4,7 @@ import peft
 import pytest
 import torch
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     DeepseekV3Config,
@@ -68,12 +69,15 @@ LOST = [
 ]
 
 
-def deepseek(dense, **options):
-    """Of two layers, as many dense as given; the others have experts."""
+def deepseek_config(dense):
     sizes = {"moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2}
     sizes |= {"topk_group": 2, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
-    config = DeepseekV3Config(first_k_dense_replace=dense, v_head_dim=8, **SIZES, **sizes)
-    base = AutoModelForCausalLM.from_config(config)
+    return DeepseekV3Config(first_k_dense_replace=dense, v_head_dim=8, **SIZES, **sizes)
+
+
+def deepseek(dense, **options):
+    """Of two layers, as many dense as given; the others have experts."""
+    base = AutoModelForCausalLM.from_config(deepseek_config(dense))
     if dense > 2:  # nothing there is of a name of experts
         for layer in base.model.layers:
             layer.mlp = torch.nn.Identity()
@@ -114,6 +118,19 @@ def test_layers_that_are_left_to_experts_are_named():
     ]
     assert layers_left_to_experts(deepseek(1, target_modules=ATTENTION)) == []
     assert layers_left_to_experts(deepseek(2, target_modules=asked)) == []
+
+
+def test_a_model_that_adapters_were_put_into_is_asked_as_one_that_was_wrapped():
+    """As libraries do that wrap nothing and keep the configurations at the model itself."""
+    config = peft.LoraConfig(r=2, target_modules=["q_a_proj"], target_parameters=["down_proj"])
+    found = []
+    for dense in (1, 2):
+        base = AutoModel.from_config(deepseek_config(dense))
+        peft.inject_adapter_in_model(config, base)
+        base.peft_config = {"default": config}
+        found.append((unmatched_names(base), layers_left_to_experts(base)))
+    left = ["layers.0.mlp.down_proj", "layers.1.mlp.shared_experts.down_proj"]
+    assert found == [([], left), (LOST[:1], [])]
 
 
 def test_only_adapters_in_use_are_asked(training):

@@ -1,6 +1,7 @@
 """The calls of a model are kept as they were made, each once, by the names of its arguments."""
 
 from contextlib import ExitStack
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -41,6 +42,41 @@ def test_positional_arguments_get_the_names_of_what_takes_them():
     assert list(call.arguments) == ["input_ids", "position_ids"]
     assert [list(inner.arguments) for inner in call.inside] == [["input_ids", "position_ids"]]
     assert call.module is model
+
+
+@pytest.mark.parametrize("answer", ["tuple", "dict", "attribute"])
+def test_the_loss_that_a_model_returns_is_looked_into(answer):
+    """First in a tuple, or by its name; numbers that are none are passed over."""
+
+    class Scored(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scores = nn.Linear(4, 5)
+
+        def forward(self, rows, labels):
+            scores = self.scores(rows)
+            loss = nn.functional.cross_entropy(scores, labels)
+            if answer == "tuple":
+                return loss, scores
+            return {"loss": loss, "scores": scores} if answer == "dict" else Answer(scores, loss)
+
+    model = Scored()
+
+    def step():
+        answered = model(torch.ones(3, 4), labels=torch.tensor([0, 1, -100]))
+        loss = answered["loss"] if answer == "dict" else answered[answer != "tuple"]
+        loss.backward()
+
+    (call,) = logged(model, step)
+    (loss,) = call.losses
+    assert [int(part.tokens) for part in loss.parts] == [2]
+
+
+class Answer(NamedTuple):
+    """A tuple whose first is not the loss."""
+
+    scores: torch.Tensor
+    loss: torch.Tensor
 
 
 def test_a_call_past_the_wrapper_is_kept():
