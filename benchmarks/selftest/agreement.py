@@ -20,7 +20,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from harness.machine.provenance import probe_machine
+from harness.machine.provenance import origin_of
 from harness.records import store
 
 ROOT = Path(__file__).parents[2]
@@ -70,8 +70,8 @@ def main() -> None:
     options.add_argument("--replicates", type=int, default=6)
     options.add_argument("--steps", type=int, default=40)
     chosen = options.parse_args()
-    machine = probe_machine()
-    print(f"{machine.device_name}, torch {torch_version()}, one thread; {chosen.model}, NF4, LoRA of rank 16")
+    print(origin_of(ROOT))
+    print(f"{chosen.model}, NF4, LoRA of rank 16, one thread")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         (folder / LOOPS.name).write_text(LOOPS.read_text(encoding="utf-8"), encoding="utf-8")
@@ -87,13 +87,6 @@ def main() -> None:
                 f"[{row['low']:.4f}, {row['high']:.4f}] ({chosen.replicates} replicates of {chosen.steps} steps); "
                 f"losses: {row['losses']}"
             )
-
-
-def torch_version() -> str:
-    """Of the interpreter that measures."""
-    from importlib.metadata import version
-
-    return version("torch")
 
 
 if __name__ == "__main__":

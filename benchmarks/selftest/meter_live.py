@@ -24,6 +24,7 @@ from scipy import stats
 
 from harness.attach.child import environment
 from harness.attach.variables import COMMAND, RUN
+from harness.machine.provenance import origin_of
 
 ROOT = Path(__file__).parents[2]
 LIMIT_S, LIMIT_SHARE = 100e-6, 0.005
@@ -124,6 +125,7 @@ def main() -> int:
             arm.process.kill()
             arm.process.wait()
         written = (folder / "runs" / "run" / "manifest.json").is_file()
+    print(origin_of(ROOT))
     print(f"{chosen.model}: {chosen.rounds} rounds, run written: {written}")
     for title, kind in (("wall", "times"), ("CPU", "cpu_times")):
         times = {name: getattr(arm, kind)[WARM_UP:] for name, arm in arms.items()}

@@ -145,8 +145,11 @@ def main(arguments: list[str] | None = None) -> int:
 
         print(json.dumps(measure(options.measure, options.layers)))
         return 0
+    from harness.machine.provenance import origin_of  # which a process that measures does without
+
     exceeded = False
     with tempfile.TemporaryDirectory() as folder:
+        print(origin_of(ROOT))
         codes = (checkout(options.against, Path(folder)), ROOT)
         print(
             f"verify now over verify at {options.against}, {options.turns} turns of two processes each; bound {BOUND}"

@@ -97,6 +97,18 @@ def probe_machine() -> Machine:
     )
 
 
+def origin_of(folder: Path) -> str:
+    """Machine, libraries and the commit of a folder in a line, for the head of figures that are printed."""
+    machine, git = probe_machine(), git_state(folder)
+    names = ("torch", "transformers", "peft", "bitsandbytes")
+    versions = ", ".join(f"{name} {library_version(name)}" for name in names)
+    return (
+        f"machine: {machine.device_name}, {machine.cpus} CPUs, {machine.memory_bytes / 2**30:.0f} GiB, "
+        f"{machine.device}; Python {machine.python}, {versions}; commit {str(git['commit'])[:10]}"
+        f"{' with local changes' if git['dirty'] else ''}"
+    )
+
+
 def device_id() -> str:
     """What a worker measures on here: "cpu", or the UUID of its card; its name where that is not told."""
     if _torch_cuda():
