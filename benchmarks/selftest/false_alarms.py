@@ -22,6 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import sys
@@ -313,7 +314,8 @@ def main(arguments: list[str] | None = None) -> int:
     for name in (name for name in (*MAKERS, *RANKED) if (options.twins or "") in name):
         print(name, file=sys.stderr, flush=True)
         try:
-            found = [*(judge_ranks(name) if name in RANKED else judge_twin(name))]
+            with contextlib.redirect_stdout(sys.stderr):  # a Trainer prints what it logs
+                found = [*(judge_ranks(name) if name in RANKED else judge_twin(name))]
         except SkippedError as reason:
             skipped.append(f"{name}: {reason}")
         except Exception as error:
