@@ -73,6 +73,11 @@ WHILE_GENERATING = ("attention.backend", "attention.dtype", "base.bits", "base.q
 """Claims of a variant that hold for its requests too."""
 NEEDS_A_PROFILE = frozenset({"packing.isolated", "tf32"})
 """What the spy leaves to the profile in an eager step."""
+SHOWN_BY_OPERATORS = frozenset({
+    *("attention.backend", "attention.dtype", "attention.mask", "base.gemm_path", "checkpointing"),
+    *("checkpointing.layers", "optimizer.fused"),
+})  # fmt: skip
+"""And what besides where the step enters compiled code, whose operators a dispatch mode does not see."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +102,9 @@ class Verdict:
     required: Mapping[str, Any]
     checks: tuple[Mapping[str, Any], ...]
 
+    def _is_left_to_a_profile(self, path: str) -> bool:
+        return path in NEEDS_A_PROFILE or bool(self.required.get("compile") and path in SHOWN_BY_OPERATORS)
+
     @property
     def active(self) -> list[str]:
         """Required paths that are active, against the value that the variant claims."""
@@ -118,7 +126,7 @@ class Verdict:
         said = []
         for path, value in self.required.items():
             check = self._judged.get(path)
-            if check is None and not (self.instrument == "spy" and path in NEEDS_A_PROFILE):
+            if check is None and not (self.instrument == "spy" and self._is_left_to_a_profile(path)):
                 said.append(f"{where}: {path}: {value!r} is claimed and was not judged")
             elif check is not None and path not in self.active:
                 verdict = f"judged against {check['required']!r}, {check['status']}: {check['reason']}"

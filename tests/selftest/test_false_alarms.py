@@ -45,6 +45,26 @@ def verdict(without_twins):
 
 
 @pytest.mark.parametrize(
+    ("path", "instrument", "compiled", "alarms"),
+    [
+        ("optimizer.fused", "spy", True, 0),
+        ("optimizer.fused", "spy", False, 1),
+        ("optimizer.fused", "profile", True, 1),
+        ("base.bits", "spy", True, 1),
+    ],
+)
+def test_the_spy_leaves_the_operators_of_compiled_code_to_a_profile(verdict, path, instrument, compiled, alarms):
+    """And nothing else, nor where nothing is compiled."""
+    module, _ = verdict
+    met = {"path": "compile", "required": compiled, "status": "active", "reason": "as made up"}
+    one = module.Verdict(
+        case="case", model="model", phase="train", instrument=instrument, required={path: True, "compile": compiled},
+        checks=(met,),
+    )  # fmt: skip
+    assert len(one.alarms) == alarms
+
+
+@pytest.mark.parametrize(
     ("given", "reason"),
     [
         ({"status": "fallback"}, "base.bits: 4 is claimed, judged against 4, fallback: as made up"),
