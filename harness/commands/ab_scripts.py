@@ -35,7 +35,7 @@ def study_of_options(options: argparse.Namespace) -> tuple[Study, str] | None:
         UsageError: half of what it takes, or two ways of saying it.
     """
     from harness.studies.protocol import Protocol
-    from harness.studies.script import name_of_command, split_command
+    from harness.studies.script import name_of_command, split_command, time_steps
     from harness.studies.script_study import study_of_command
 
     base, candidate, one = options.base_command, options.candidate_command, options.script
@@ -66,9 +66,7 @@ def study_of_options(options: argparse.Namespace) -> tuple[Study, str] | None:
     if candidate is not None:
         split_command("--candidate-command", candidate)
     steps = 16 if options.steps is None else options.steps
-    if steps < 2 or steps % 2:
-        raise UsageError(f"--steps = {steps}: two steps are timed in a turn. Use an even number, 2 or more.")
-    protocol = Protocol(phases=("train",), turns=steps // 2, steps_per_turn=2)
+    protocol = time_steps(Protocol(phases=("train",)), steps)
     command = one if one is not None else base
     study = study_of_command(command, name=name_of_command(command), cwd=options.cwd or "", protocol=protocol)
     if candidate is not None:

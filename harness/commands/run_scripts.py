@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
 SCRIPT_OPTIONS = ("script", "cwd", "steps")
 """Names under which the options are kept; a run that is gone on with has settled them."""
-STEPS_PER_TURN = 2
 
 
 def add_script_options(parser: Any) -> None:
@@ -35,6 +34,7 @@ def study_of_options(options: argparse.Namespace, device: str) -> Study:
         UsageError: no such study, or a command that makes none.
     """
     from harness.studies.engine_command import study_of_engine
+    from harness.studies.script import time_steps
     from harness.studies.study_file import load_study
 
     if options.script is None:
@@ -49,8 +49,4 @@ def study_of_options(options: argparse.Namespace, device: str) -> Study:
     study = study_of_engine(load_study(options.study), options.script, cwd=options.cwd or "")
     if options.steps is None:
         return study
-    if options.steps < STEPS_PER_TURN or options.steps % STEPS_PER_TURN:
-        raise UsageError(f"--steps = {options.steps}: two steps are timed in a turn. Use an even number, 2 or more.")
-    turns = options.steps // STEPS_PER_TURN
-    protocol = dataclasses.replace(study.protocol, turns=turns, steps_per_turn=STEPS_PER_TURN)
-    return dataclasses.replace(study, protocol=protocol)
+    return dataclasses.replace(study, protocol=time_steps(study.protocol, options.steps))

@@ -21,8 +21,9 @@ def lacking(checks: Iterable[Mapping[str, Any]], required: Mapping[str, Any]) ->
     }
     if not failed:
         return None
+    unseen = "no row of the watched step is about it" if seen else "no step was watched"
     said = "; ".join(
-        f"{path}: required {value!r}, {seen[path].get('reason') if path in seen else 'no step was watched'}"
+        f"{path}: required {value!r}, {seen[path].get('reason') if path in seen else unseen}"
         for path, value in failed.items()
     )
     kind = "RequiredPathNotSeen" if seen.keys().isdisjoint(failed) else "RequiredPathNotActive"

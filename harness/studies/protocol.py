@@ -35,6 +35,9 @@ _RANGES: dict[str, limits.Range] = {
 }
 
 
+STEPS_PER_TURN = 2
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Protocol:
     """Replicates, warm-up, timed turns and limits. Raises `UsageError` for values that measure nothing."""
@@ -44,7 +47,7 @@ class Protocol:
     warmup_steps_max: int = 12
     turns: int = 8
     """Timed turns of a trial in the training phase."""
-    steps_per_turn: int = 2
+    steps_per_turn: int = STEPS_PER_TURN
     epochs: float = 0.0
     """Train every trial for at least so many epochs: what the timed turns leave of them follows untimed, for the
     losses. 0 ends the training with the timed turns."""

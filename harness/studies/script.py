@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from harness.errors import UsageError, shorten, sounds_secret
 from harness.studies import limits
+from harness.studies.protocol import STEPS_PER_TURN, Protocol
 from harness.studies.workload import Workload
 
 if TYPE_CHECKING:
@@ -98,6 +99,17 @@ def check_scripts(study: Study) -> None:
             f"{where}, [protocol]: epochs = {study.protocol.epochs:g}: the variants are commands, whose data is not "
             "known. Set turns and steps_per_turn."
         )
+
+
+def time_steps(protocol: Protocol, steps: int) -> Protocol:
+    """The protocol with so many timed steps of each process, in turns as long as they are by default.
+
+    Raises:
+        UsageError: no whole number of turns.
+    """
+    if steps < STEPS_PER_TURN or steps % STEPS_PER_TURN:
+        raise UsageError(f"--steps = {steps}: two steps are timed in a turn. Use an even number, 2 or more.")
+    return dataclasses.replace(protocol, turns=steps // STEPS_PER_TURN, steps_per_turn=STEPS_PER_TURN)
 
 
 def split_command(label: str, command: str) -> list[str]:

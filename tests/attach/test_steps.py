@@ -19,6 +19,7 @@ def model():
 def test_on_a_cpu_the_spy_looks_on(model):
     """Without a model nobody does."""
     assert make_watch(model, {"mode": "train"})._instrument == "spy"
+    assert make_watch(model, {"packing.isolated": True})._instrument == "profile"  # which the spy cannot tell
     assert make_watch(None, {}) is None
 
 

@@ -3,32 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 
-from harness import cli
-
 SCRIPT = Path(__file__).parents[1] / "run" / "scripted.py"
 FAST, SLOW = "python scripted.py plain", "python scripted.py slow"
-
-
-@pytest.fixture
-def lorameter(tmp_path, monkeypatch, capsys):
-    """The command line, in a folder that holds the script."""
-    shutil.copy(SCRIPT, tmp_path / "scripted.py")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LORAMETER_RUNS", str(tmp_path / "runs"))
-    monkeypatch.setenv("MARK", str(tmp_path / "mark"))
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
-
-    def run(*words):
-        code = cli.main(list(words))
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return run
 
 
 @pytest.mark.parametrize(
@@ -51,41 +31,41 @@ def lorameter(tmp_path, monkeypatch, capsys):
         (["lora-or-qlora", "--base", "HEAD", "--candidate", "HEAD", "--cwd", "."], "--cwd: it belongs to"),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_is_started(lorameter, words, said):
+def test_what_cannot_be_is_refused_before_anything_is_started(scripted, words, said):
     """With exit code 2, the option and the remedy."""
-    code, out, err = lorameter("ab", *words)
+    code, out, err = scripted("ab", *words)
     assert (code, out) == (2, "")
     assert said in err
 
 
-def test_two_commands_are_compared(lorameter, tmp_path):
+def test_two_commands_are_compared(scripted, tmp_path):
     """The slower one is a regression, by turns in lockstep; report, JSON and policy read it like any other."""
     words = ("ab", "--base-command", FAST, "--candidate-command", SLOW, "--replicates", "3", "--steps", "4")
-    code, out, _ = lorameter(*words, "--allow-disturbed", "--json")
+    code, out, _ = scripted(*words, "--allow-disturbed", "--json")
     found = json.loads(out)
     (row,) = [one for one in found["comparisons"] if one["metric"] == "step_time_s"]
     assert (code, row["verdict"], row["ratio"], row["interleaving"]) == (1, "regressed", pytest.approx(2.0), "lockstep")
     assert (found["base"], found["candidate"]) == (FAST, SLOW)
     assert found["control"]["train"]["verdict"] == "equivalent"
     assert found["losses"]["scripted"]["found"] == "agree"
-    again, shown, _ = lorameter("report", found["run"])
+    again, shown, _ = scripted("report", found["run"])
     assert again == 1
     assert SLOW in shown
     assert not (tmp_path / "mark").exists()
 
 
-def test_a_gate_can_demand_that_the_losses_agree(lorameter, tmp_path):
+def test_a_gate_can_demand_that_the_losses_agree(scripted, tmp_path):
     """One script that learns less than the other is said, and does not pass, however fast it is."""
     policy = tmp_path / "policy.toml"
     policy.write_text('losses = "agree"\n')
     words = ("--replicates", "2", "--steps", "4", "--allow-disturbed", "--policy", str(policy))
-    code, out, _ = lorameter("ab", "--base-command", FAST, "--candidate-command", "python scripted.py worse", *words)
+    code, out, _ = scripted("ab", "--base-command", FAST, "--candidate-command", "python scripted.py worse", *words)
     assert code == 5
     assert "loss-differs" in out
     assert "losses = 'agree' of the policy" in out
 
 
-def test_one_command_on_two_sides(lorameter, tmp_path):
+def test_one_command_on_two_sides(scripted, tmp_path):
     """Two revisions of a script are one line; each process has the files of its own."""
     import subprocess
 
@@ -98,6 +78,6 @@ def test_one_command_on_two_sides(lorameter, tmp_path):
     Path("scripted.py").write_text(SCRIPT.read_text().replace("else 1e-3,", "else 3e-3,"))
     git("commit", "-qam", "slow")
     words = ("--base", "HEAD~1", "--candidate", "HEAD", "--replicates", "2", "--steps", "4", "--allow-disturbed")
-    _, out, err = lorameter("ab", "--command", FAST, *words, "--json")
+    _, out, err = scripted("ab", "--command", FAST, *words, "--json")
     (row,) = [one for one in json.loads(out)["comparisons"] if one["metric"] == "step_time_s"]
     assert row["ratio"] == pytest.approx(3.0), err

@@ -3,32 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 
-from harness import cli
-
 SCRIPT = Path(__file__).parents[1] / "run" / "scripted.py"
 COMMAND = "python scripted.py {slow|plain}"
-
-
-@pytest.fixture
-def lorameter(tmp_path, monkeypatch, capsys):
-    """The command line, in a folder that holds the script."""
-    shutil.copy(SCRIPT, tmp_path / "scripted.py")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LORAMETER_RUNS", str(tmp_path / "runs"))
-    monkeypatch.setenv("MARK", str(tmp_path / "mark"))
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
-
-    def run(*words):
-        code = cli.main(list(words))
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return run
 
 
 @pytest.mark.parametrize(
@@ -52,36 +32,36 @@ def lorameter(tmp_path, monkeypatch, capsys):
         (["flash-attention"], "FlashAttention runs on a GPU only"),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_is_started(lorameter, words, said, monkeypatch):
+def test_what_cannot_be_is_refused_before_anything_is_started(scripted, words, said, monkeypatch):
     """With exit code 2, what is wrong and the remedy; on a machine without a GPU."""
     monkeypatch.setattr("harness.machine.provenance._torch_cuda", lambda: None)
-    code, out, err = lorameter("run", *words)
+    code, out, err = scripted("run", *words)
     assert (code, out) == (2, "")
     assert said in err
 
 
-def test_an_engine_of_the_workload_has_no_sides(lorameter):
+def test_an_engine_of_the_workload_has_no_sides(scripted):
     """An A/B measures one variant on one workload, twice."""
     for words in (("ab", "packing", "--base", "HEAD", "--candidate", "HEAD"), ("calibrate", "packing")):
-        code, _, err = lorameter(*words)
+        code, _, err = scripted(*words)
         assert (code, "Measure it with `lorameter run packing`" in err) == (2, True)
 
 
-def test_the_plan_of_what_needs_a_gpu_is_shown(lorameter, monkeypatch):
+def test_the_plan_of_what_needs_a_gpu_is_shown(scripted, monkeypatch):
     """And what it would take is said to be unknown here."""
     monkeypatch.setattr("harness.machine.provenance._torch_cuda", lambda: None)
-    code, out, _ = lorameter("run", "liger-kernel", "--command", COMMAND, "--dry-run")
+    code, out, _ = scripted("run", "liger-kernel", "--command", COMMAND, "--dry-run")
     assert code == 0
     for words in ("plain-control", "needs-gpu", "time    unknown (it cannot be measured on this machine)"):
         assert words in out
-    code, out, _ = lorameter("run", "flash-attention", "--dry-run", "--json")
+    code, out, _ = scripted("run", "flash-attention", "--dry-run", "--json")
     assert (code, json.loads(out)["time_s"], json.loads(out)["memory_bytes"]) == (0, None, None)
 
 
-def test_two_scripts_are_asked_what_a_study_claims(lorameter, tmp_path):
+def test_two_scripts_are_asked_what_a_study_claims(scripted, tmp_path):
     """Two commands in lockstep; twice as fast is seen, and believed of nothing that nobody saw run."""
     words = ("--replicates", "2", "--steps", "4", "--interleave", "lockstep", "--allow-disturbed", "--json")
-    code, out, _ = lorameter("run", "compile", "--command", COMMAND, *words)
+    code, out, _ = scripted("run", "compile", "--command", COMMAND, *words)
     run = json.loads(out)["run"]
     assert (code, json.loads(out)["trials"]) == (0, {"ok": 6})
     manifest = json.loads((tmp_path / "runs" / run / "manifest.json").read_text())
@@ -89,14 +69,14 @@ def test_two_scripts_are_asked_what_a_study_claims(lorameter, tmp_path):
         "python scripted.py slow", "python scripted.py plain",
     ]  # fmt: skip
     assert manifest["interleaving"] == "lockstep"
-    code, out, _ = lorameter("claims", run, "--json")
+    code, out, _ = scripted("claims", run, "--json")
     found = json.loads(out)
     assert (code, {one["verdict"] for one in found["claims"]}) == (0, {"not judged"})
     assert found["engine"]["commands"] == {"eager": "python scripted.py slow", "compiled": "python scripted.py plain"}
     (shown,) = found["engine"]["proof"]
     assert (shown["path"], shown["found"]) == ("compile", "unknown")
-    code, out, _ = lorameter("report", run)
+    code, out, _ = scripted("report", run)
     assert code == 0
     assert "whether torch.compile ran is unknown" in " ".join(out.replace("│", " ").split())
-    code, out, err = lorameter("run", "--resume", run, "--steps", "8")
+    code, out, err = scripted("run", "--resume", run, "--steps", "8")
     assert (code, "--steps would change the study" in err) == (2, True)

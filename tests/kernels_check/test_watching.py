@@ -259,15 +259,20 @@ def test_what_stepped_in_an_earlier_block_is_none_of_this_one(training, instrume
     assert half()["lora.learning"].status == "fallback"
 
 
+class Counting(TorchDispatchMode):
+    """A mode of the program's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen += 1
+        return func(*args, **(kwargs or {}))
+
+
 def test_blocks_need_not_end_in_the_order_of_their_beginning(training):
     """Two watches and a mode of the program, closed crosswise, are all gone, and each saw its step."""
-
-    class Counting(TorchDispatchMode):
-        seen = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            Counting.seen += 1
-            return func(*args, **(kwargs or {}))
 
     run = training(instrument="spy")
     before = _traces(run.model)
@@ -283,7 +288,7 @@ def test_blocks_need_not_end_in_the_order_of_their_beginning(training):
     two.close()
     assert _get_current_dispatch_mode_stack() == [mode]
     mode.__exit__(None, None, None)
-    assert Counting.seen > 100
+    assert mode.seen > 100
     assert _traces(run.model) == before
     for watched in (first, second):
         assert all(check.met for check in watched.checks if check.required is not None), watched.checks
@@ -308,13 +313,6 @@ def unprofiled():
 def test_a_block_that_another_thread_closes_leaves_the_spy_no_longer_than_to_the_next_operator(training):
     """A mode can be taken off by its own thread alone, which the checks say; what a program put above it stays."""
 
-    class Counting(TorchDispatchMode):
-        seen = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            Counting.seen += 1
-            return func(*args, **(kwargs or {}))
-
     run = training(instrument="spy")
     before = _traces(run.model)
     watched = kernels_check.watch(run.model, WANTED, instrument="spy")
@@ -328,7 +326,7 @@ def test_a_block_that_another_thread_closes_leaves_the_spy_no_longer_than_to_the
         torch.ones(2).sum()
         torch.ones(2).sum()
         assert _get_current_dispatch_mode_stack() == [mode]
-    assert Counting.seen == 4
+    assert mode.seen == 4
     assert sys.getprofile() is None
     assert _traces(run.model) == before
     with watched:

@@ -1,0 +1,29 @@
+"""The command line, in a folder that holds a script which has steps and no model."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from harness import cli
+
+TESTS = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def scripted(tmp_path, monkeypatch, capsys):
+    """A function that takes the words of a command; gives exit code, standard output and standard error."""
+    shutil.copy(TESTS / "run" / "scripted.py", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LORAMETER_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("MARK", str(tmp_path / "mark"))
+    monkeypatch.setenv("PYTHONPATH", str(TESTS.parent))
+
+    def run(*words):
+        code = cli.main(list(words))
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run
