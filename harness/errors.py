@@ -49,12 +49,16 @@ def impossible(where: str, key: str, value: object, why: str, remedy: str) -> Us
 
 _USER = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)[^\s/?#'\"]*@")
 _SECRET = re.compile(r"token$|secret|passw|api[-_]?key|access[-_]?key|credential", re.IGNORECASE)
+_NO_SECRET = re.compile(r"(pad|eos|bos|unk|sep|cls|mask|stop|image|new|max|min)[-_]?token$", re.IGNORECASE)
+"""Tokens of a vocabulary, which options of training scripts name as well."""
+HIDDEN = "***"
+"""Stands where a credential stood."""
 _QUERY = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://[^\s?#'\"]*\?)[^\s#'\"]+")
 
 
 def sounds_secret(name: str) -> bool:
     """Whether a variable or an option of this name holds a credential, as far as names tell."""
-    return _SECRET.search(name) is not None
+    return _SECRET.search(name) is not None and _NO_SECRET.search(name) is None
 
 
 def redact(text: str) -> str:

@@ -7,23 +7,21 @@ import sys
 from collections.abc import Sequence
 from pathlib import PurePath
 
-from harness.errors import UsageError, redact, sounds_secret
+from harness.errors import HIDDEN, UsageError, redact, sounds_secret
 from harness.studies.protocol import Protocol
 from harness.studies.script_study import study_of_command
 from harness.studies.study import Study
 
-HIDDEN = "***"
-
 
 def write_command(words: Sequence[str]) -> str:
-    """The words as one line; what follows an option that sounds like a credential is left out."""
+    """The words as one line; what an option or a name that sounds like a credential is given is left out."""
     shown: list[str] = []
     secret = False
     for word in words:
         name, equals, _ = word.partition("=")
         if secret and not word.startswith("-"):
             shown.append(HIDDEN)
-        elif word.startswith("-") and equals and sounds_secret(name):
+        elif equals and sounds_secret(name):
             shown.append(f"{name}={HIDDEN}")
         else:
             shown.append(redact(word))

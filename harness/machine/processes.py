@@ -57,8 +57,9 @@ def held_back(signals: Iterable[signal.Signals]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        for told in came:
-            signal.raise_signal(told)
+        with contextlib.ExitStack() as stack:  # what the handler of one raises does not lose the others
+            for told in reversed(came):
+                stack.callback(signal.raise_signal, told)
 
 
 def exit_words(code: int | None) -> str:

@@ -13,6 +13,7 @@ import importlib.util
 import math
 import os
 import platform
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,8 +41,6 @@ LIBRARIES = (
     "numpy",
     "lorameter",
 )
-OF_ENGINES = ("liger-kernel", "unsloth", "axolotl")
-"""Distributions of engines, beside those: a run of the engine's study says the version, and no other run does."""
 FINGERPRINT = ("device", "device_name", "driver", "cuda", "cpu_model", "threads", "python", "libraries", "workload")
 """Fields of the provenance that must agree for two runs to be compared."""
 POWER_LIMIT = "power_limit_w"
@@ -132,8 +131,8 @@ class Facts:
     host: dict[str, Any] | None = None
     """What another interpreter than the present one says of itself (`executors.host.describe`), in place of the same
     names here; None for the present one."""
-    of_engines: dict[str, str | None] = field(default_factory=dict)
-    """Versions of `OF_ENGINES` in the present interpreter."""
+    packages: dict[str, str] = field(default_factory=dict)
+    """All distributions of the present interpreter, with their versions."""
 
 
 def read_facts(machine: Machine, host: dict[str, Any] | None = None) -> Facts:
@@ -144,7 +143,7 @@ def read_facts(machine: Machine, host: dict[str, Any] | None = None) -> Facts:
         libraries={name: library_version(name) for name in LIBRARIES},
         git=git_state(Path.cwd()),
         host=host,
-        of_engines={name: library_version(name) for name in OF_ENGINES},
+        packages={_normal(one.name): one.version for one in importlib.metadata.distributions() if one.name},
     )
 
 
@@ -179,9 +178,13 @@ def _engine(study: Study, facts: Facts) -> dict[str, Any]:
     package = "" if study.engine is None else study.engine.package
     if not package or package in LIBRARIES:
         return {}
-    if facts.host is not None:
-        return {"engine": {package: facts.host.get("packages", {}).get(package)}}
-    return {"engine": {package: facts.of_engines[package]}} if package in facts.of_engines else {}
+    packages: Mapping[str, str] = facts.packages if facts.host is None else facts.host.get("packages", {})
+    return {"engine": {package: packages.get(_normal(package))}}
+
+
+def _normal(distribution: str) -> str:
+    """A distribution's name as others are compared with it (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", distribution).lower()
 
 
 def harness_identity() -> str:

@@ -134,8 +134,8 @@ def _check_lengths(study: str, workload: Workload, shape: ModelShape) -> None:
 
 
 def _check_requirements(study: Study) -> None:
-    """What kernels_check would refuse in every trial."""
-    from kernels_check.judges.paths import validate
+    """What kernels_check would refuse in every trial, or never tells."""
+    from kernels_check.judges.paths import PATHS, validate
 
     try:
         validate(study.requirements)
@@ -143,6 +143,12 @@ def _check_requirements(study: Study) -> None:
         raise UsageError(
             f"study {study.name}, [requirements]: {shorten(str(error), 1000)}. Write a known path in quotes."
         ) from None
+    for path in study.engine.proof if study.engine is not None else ():
+        if path not in PATHS:
+            raise UsageError(
+                f"study {study.name}, [engine.proof]: {shorten(path, 60)}: no path of kernels_check, so nothing would "
+                f"prove that the engine runs. Known: {', '.join(PATHS)}."
+            )
 
 
 def memory_notices(variant: Variant, expected: MemoryEstimate, machine: Machine, free: int | None) -> Iterator[Notice]:

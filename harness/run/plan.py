@@ -177,7 +177,7 @@ def make_plan(
 
     for replicate in range(study.protocol.replicates):
         for panel in _panels(contenders, shuffler):
-            orders = _orders(panel, alone, shuffler)
+            orders = _orders(panel, alone, shuffler, twin=study.claims_peaks)
             live = [slot(one, replicate, interleaving, together) for one in next(orders)]
             groups += _group_slots(live, study, shuffler)
             if _has_solo(study, alone, replicate):
@@ -249,22 +249,25 @@ def _panels(contenders: Sequence[Contender], shuffler: random.Random) -> list[li
     return shuffler.sample(list(by_variant.values()), len(by_variant))
 
 
-def _orders(panel: Sequence[Contender], alone: Sequence[Measure], shuffler: random.Random) -> Iterator[list[Contender]]:
-    """The order in which those who are compared come, and then that of their solo trials.
+def _orders(
+    panel: Sequence[Contender], alone: Sequence[Measure], shuffler: random.Random, *, twin: bool
+) -> Iterator[list[Contender]]:
+    """The order in which those who are compared come, and then that of their solo trials, the control's among them
+    where a `twin` is needed for peaks.
 
     Each is drawn when it is asked for, and what a seed draws stays as it is: a run is gone on with by making its plan
     again. In a study the order of the turns is shuffled on; that of sides is drawn for each by itself.
     """
     if panel[0].side:
         yield shuffler.sample(panel, len(panel))
-        solo = _solo_members(panel, alone)
+        solo = _solo_members(panel, alone, twin=twin)
         yield shuffler.sample(solo, len(solo))
         return
     order = list(panel)
     shuffler.shuffle(order)
     yield list(order)
     shuffler.shuffle(order)
-    yield _solo_members(order, alone)
+    yield _solo_members(order, alone, twin=twin)
 
 
 def _has_solo(study: Study, alone: Sequence[Measure], replicate: int) -> bool:
@@ -272,9 +275,9 @@ def _has_solo(study: Study, alone: Sequence[Measure], replicate: int) -> bool:
     return bool(alone) and (set(alone) != {"peaks"} or replicate < study.protocol.peak_replicates)
 
 
-def _solo_members(contenders: Sequence[Contender], alone: Sequence[Measure]) -> list[Contender]:
-    """Who has solo trials; peaks are compared by their maximum, which takes no control."""
-    return [one for one in contenders if one.role == "variant" or set(alone) != {"peaks"}]
+def _solo_members(contenders: Sequence[Contender], alone: Sequence[Measure], *, twin: bool) -> list[Contender]:
+    """Who has solo trials; peaks are compared by their maximum, which takes no control, and a claim about them does."""
+    return [one for one in contenders if one.role == "variant" or twin or set(alone) != {"peaks"}]
 
 
 def _group_slots(slots: Sequence[Slot], study: Study, shuffler: random.Random) -> list[Group]:

@@ -28,7 +28,7 @@ from harness.studies.workload import Workload
 ANY = "any"
 """Proof of a path that says what there is of a thing: some of it with the engine, none without."""
 LESS = "less"
-"""Proof of a share: below what it is without the engine."""
+"""Proof of a share: below half of what it is without the engine."""
 SAFE = "not false"
 """Proof that nothing is won unfairly: refuted where the path is seen to be false, and no obstacle where nobody could
 see it."""

@@ -28,6 +28,8 @@ def split_braces(command: str, example: str = "'python train.py {--flag}'") -> t
     Raises:
         UsageError: no braces, one that is open, empty or inside another, or nothing that a command could be.
     """
+    if "{{{" in command or "}}}" in command:
+        raise _refused(command, "three braces in a row can be read in two ways", "Put a blank between them")
     without: list[str] = []
     with_it: list[str] = []
     group: list[str] | None = None
@@ -43,6 +45,8 @@ def split_braces(command: str, example: str = "'python train.py {--flag}'") -> t
         if letter == "{":
             if group is not None:
                 raise _refused(command, "a brace is open inside another", "Close the first, or write {{ for a brace")
+            if command[place - 2 : place - 1] == "$" or command[place : place + 1] in ("'", '"'):
+                raise _refused(command, "a brace that is a shell's or the script's own", "Double those: {{ and }}")
             group = []
         elif letter == "}":
             if group is None:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
-from harness.errors import UsageError, shorten, sounds_secret
+from harness.errors import HIDDEN, UsageError, shorten, sounds_secret
 from harness.studies import limits
 from harness.studies.protocol import STEPS_PER_TURN, Protocol
 from harness.studies.workload import Workload
@@ -53,7 +53,7 @@ def check_script(label: str, variant: Variant) -> None:
                 f"{label}: {field.name} = {getattr(variant, field.name)!r}: the variant is a command, and its script "
                 "says what is trained. Give it to the script as an argument, and take it out here."
             )
-    split_command(label, variant.command)
+    _refuse_credentials(label, split_command(label, variant.command))
     for key in ("cwd", "python"):
         limits.check_word(label, key, getattr(variant, key))
     for name, value in variant.env.items():
@@ -99,6 +99,18 @@ def check_scripts(study: Study) -> None:
             f"{where}, [protocol]: epochs = {study.protocol.epochs:g}: the variants are commands, whose data is not "
             "known. Set turns and steps_per_turn."
         )
+
+
+def _refuse_credentials(label: str, words: Sequence[str]) -> None:
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        name, equals, value = word.partition("=")
+        if (equals or name.startswith("-")) and sounds_secret(name):
+            given = value if equals else following
+            if given not in ("", HIDDEN) and not given.startswith("-"):
+                raise UsageError(
+                    f"{label}: {shorten(name, 60)} reads like a credential, and a command is written into the run. "
+                    "Leave it out: scripts inherit the credentials of your environment, as HF_TOKEN."
+                )
 
 
 def time_steps(protocol: Protocol, steps: int) -> Protocol:

@@ -16,7 +16,7 @@ from typing import Any
 from harness.errors import UsageError
 from harness.records import codec
 from harness.studies import limits
-from harness.studies.claim import ENGINE, LINEAR, Claim
+from harness.studies.claim import ENGINE, LINEAR, PEAK, Claim
 from harness.studies.engine import Engine
 from harness.studies.protocol import PRECISION_REPLICATES, Protocol
 from harness.studies.script import check_scripts
@@ -71,6 +71,11 @@ class Study:
             check_scripts(self)
         self._check_engine()
         self._check_claims()
+
+    @property
+    def claims_peaks(self) -> bool:
+        """Whether a claim is about peak memory."""
+        return any(part.metric == PEAK for claim in self.claims for part in claim.parts)
 
     @property
     def of_scripts(self) -> bool:

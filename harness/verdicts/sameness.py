@@ -25,6 +25,8 @@ TOLERANCE = 0.01
 """Difference of a mean number of tokens, or of a loss, that is worth a word."""
 MARGIN = 0.02
 """Within it losses are the same: kernels that compute the same in another order move a loss of 16 bits by less."""
+OTHER_PARAMETERS, LOSS_DIFFERS = "trains-other-parameters", "loss-differs"
+"""Codes of notices that say that two scripts are not the same training."""
 Found = Literal["agree", "differ", "unknown"]
 
 
@@ -144,17 +146,23 @@ def sameness_notices(run: Run, study: Study) -> Iterator[Notice]:
     if not study.of_scripts:
         return
     for name, sides in sides_of_run(run, study).items():
-        if sides.pairs:
-            yield from _tokens(name, sides)
-            yield from _parameters(name, sides)
-            yield from _dtypes(name, sides)
-            losses = compare_losses(sides)
-            if losses.found == "differ":
-                yield Notice(
-                    code="loss-differs",
-                    message=f"{name}: the losses differ: {losses.reason}.",
-                    remedy="Find out why before believing the time: it is not that of the same training.",
-                )
+        yield from notices_of_sides(name, sides)
+
+
+def notices_of_sides(name: str, sides: Sides) -> Iterator[Notice]:
+    """The same of two scripts by themselves."""
+    if not sides.pairs:
+        return
+    yield from _tokens(name, sides)
+    yield from _parameters(name, sides)
+    yield from _dtypes(name, sides)
+    losses = compare_losses(sides)
+    if losses.found == "differ":
+        yield Notice(
+            code=LOSS_DIFFERS,
+            message=f"{name}: the losses differ: {losses.reason}.",
+            remedy="Find out why before believing the time: it is not that of the same training.",
+        )
 
 
 def _tokens(name: str, sides: Sides) -> Iterator[Notice]:
@@ -197,7 +205,7 @@ def _parameters(name: str, sides: Sides) -> Iterator[Notice]:
         numbers = [f"{count:,.0f}" for count in counts] if counts else ["an unknown number", "an unknown number"]
         words = [f" ({kind})" for kind in types] if types else ["", ""]
         yield Notice(
-            code="trains-other-parameters",
+            code=OTHER_PARAMETERS,
             message=f"{name}: {numbers[0]} parameters{words[0]} are trained in {sides.names[0]}, and "
             f"{numbers[1]}{words[1]} in {sides.names[1]}.",
             remedy="Give both the same adapter, unless this is what is compared.",

@@ -42,6 +42,26 @@ def test_a_signal_waits_for_the_end_of_the_block(met, threads):
     assert met == [signal.SIGUSR1]
 
 
+def test_what_one_handler_raises_loses_no_other_signal(met):
+    """Both came while nobody could take them."""
+
+    def stop(*_):
+        raise InterruptedError("stop")
+
+    def send_both():
+        with held_back([signal.SIGUSR1, signal.SIGUSR2]):
+            os.kill(os.getpid(), signal.SIGUSR2)
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    before = signal.signal(signal.SIGUSR2, stop)
+    try:
+        with pytest.raises(InterruptedError, match="stop"):
+            send_both()
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert met == [signal.SIGUSR1]
+
+
 def test_a_signal_that_is_ignored_stays_ignored(met):
     """As HUP under nohup; what a child inherits of it is the same."""
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)

@@ -68,7 +68,7 @@ def test_a_variants_own_workload_is_part_of_the_fingerprint(small_study, machine
 def test_the_version_of_an_engine_is_said_by_its_study_alone(small_study, machine):
     """Beside the libraries, and in no fingerprint; what nobody looked for is not said to be missing."""
     engine = Engine(title="Liger", variant="nf4", proof={"fused.kernels": "any"}, package="liger-kernel")
-    facts = dataclasses.replace(read_facts(machine), of_engines={"liger-kernel": "0.8.5"})
+    facts = dataclasses.replace(read_facts(machine), packages={"liger-kernel": "0.8.5"})
 
     def told(package, facts=facts):
         named = dataclasses.replace(engine, package=package)
@@ -77,7 +77,8 @@ def test_the_version_of_an_engine_is_said_by_its_study_alone(small_study, machin
     assert told("liger-kernel")["engine"] == {"liger-kernel": "0.8.5"}
     assert fingerprint(told("liger-kernel")) == fingerprint(collect(small_study, facts, 1))
     assert "engine" not in told("torch")
-    assert "engine" not in told("something-else")
+    assert told("Liger_Kernel")["engine"] == {"Liger_Kernel": "0.8.5"}
+    assert told("something-else")["engine"] == {"something-else": None}
     elsewhere = dataclasses.replace(facts, host={"packages": {"something-else": "1.0"}})
     assert told("something-else", elsewhere)["engine"] == {"something-else": "1.0"}
     assert told("liger-kernel", elsewhere)["engine"] == {"liger-kernel": None}

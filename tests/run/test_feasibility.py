@@ -13,6 +13,7 @@ from harness.models import shapes
 from harness.run.contenders import contenders_of
 from harness.run.feasibility import check_feasible
 from harness.studies.columns import Columns
+from harness.studies.engine import Engine
 from harness.studies.engine_command import study_of_engine
 from harness.studies.study_file import load_study
 
@@ -151,3 +152,10 @@ def test_conversations_need_a_chat_template(small_study, machine, tmp_path):
     (folder / "chat_template.jinja").unlink()
     (folder / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
     check_feasible(study, machine)
+
+
+def test_a_proof_that_nothing_tells_is_refused(small_study, machine):
+    """Before anything is measured, with what there is."""
+    engine = Engine(title="packing", variant="nf4", proof={"padding.shar": "less"})
+    with pytest.raises(UsageError, match=r"padding.shar: no path of kernels_check.*padding.share"):
+        check_feasible(dataclasses.replace(small_study, engine=engine), machine)

@@ -7,6 +7,8 @@ import pytest
 
 from harness.errors import UsageError
 from harness.run.plan import make_plan
+from harness.studies.claim import Claim, Part
+from harness.studies.engine import Engine
 
 
 def test_every_replicate_holds_every_variant_and_the_control_once(small_study):
@@ -107,6 +109,14 @@ def test_peaks_alone_take_few_solo_trials_and_no_control(small_study):
         if "peaks" in s.measures
     ]
     assert {(s.replicate, s.role, s.instrument) for s in solo} == {(0, "variant", "spy")}
+    part = Part(rule="lowers", axis="engine", metric="peak_memory", by=0.2)
+    claims = (Claim(id="memory", says="less", parts=(part,)),)
+    engine = Engine(title="NF4", variant="nf4", proof={"base.bits": "4"})
+    asked = make_plan(
+        dataclasses.replace(study, engine=engine, claims=claims), phases=["train"], interleaving="lockstep"
+    )
+    with_twin = [s.role for s in asked.slots if s.measures == ("peaks",)]
+    assert sorted(with_twin) == ["control", "variant", "variant"], "a promise is held against the reference's own range"
     cold = [s for s in make_plan(study, interleaving="lockstep").slots if "cold" in s.measures]
     assert {(s.replicate, s.role) for s in cold} == {(r, role) for r in range(3) for role in ("variant", "control")}
 

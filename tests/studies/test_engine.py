@@ -80,6 +80,9 @@ def test_braces_are_the_difference(command, without, with_it):
         ("python train.py 'x {--flag}", ["Close the quote"]),
         ("python train.py | tee {log}", ["for a shell"]),
         ("{python train.py}", ["no program in it"]),
+        ("""python train.py --cfg '{"r": 8}' {--flag}""", ["the script's own", "{{ and }}"]),
+        ("python train.py --out ${HOME}/out {--flag}", ["a shell's"]),
+        ("python train.py {{{--flag}}}", ["three braces in a row", "a blank between them"]),
         ("", ["no braces"]),
     ],
 )

@@ -92,8 +92,18 @@ def _walk(folder: Path) -> Iterator[tuple[Path, How]]:
     """Each entry with what becomes of it, folders before what is in them; nothing below what is linked.
 
     Raises:
-        UsageError: it holds more than can be copied.
+        UsageError: it holds more than can be copied, or what cannot be read.
     """
+    try:
+        yield from _entries(folder)
+    except OSError as error:
+        raise UsageError(
+            f"cwd = {str(folder)!r}: {error.filename}: {error.strerror}, and each process works in a copy. Make it "
+            "readable, or name the script's own folder as cwd."
+        ) from None
+
+
+def _entries(folder: Path) -> Iterator[tuple[Path, How]]:
     files, size, folders = 0, 0, [folder]
     while folders:
         for entry in sorted(folders.pop().iterdir()):
@@ -112,9 +122,14 @@ def _walk(folder: Path) -> Iterator[tuple[Path, How]]:
                     )
                 yield entry, "copy"
             elif stat.S_ISLNK(mode):
-                yield entry, "within" if _led_to(entry).is_relative_to(_led_to(folder)) else "outside"
+                yield entry, "within" if _is_copied(_led_to(entry), _led_to(folder)) else "outside"
             else:
                 yield entry, "large" if stat.S_ISREG(mode) else "link"
+
+
+def _is_copied(target: Path, folder: Path) -> bool:
+    """Whether what a link leads to is in the copy as well."""
+    return target.is_relative_to(folder) and not set(LEFT_OUT) & set(target.relative_to(folder).parts)
 
 
 def copy_snapshot(snapshot: Path, into: Path) -> Path:

@@ -16,11 +16,12 @@ from harness.studies.claim import PEAK, Part
 from harness.studies.study import Study
 from harness.verdicts.claims.proof import Shown, obstacle_of, proof_of
 from harness.verdicts.claims.values import NotJudgedError
-from harness.verdicts.sameness import sameness_notices, sides_of_run
+from harness.verdicts.sameness import LOSS_DIFFERS, OTHER_PARAMETERS, Sides, notices_of_sides, sides_of_run
 from harness.verdicts.series import Groups
 
 _PER_TOKEN = ("time_per_real_token_s", "tokens_per_s")
 """Metrics that are compared between steps that hold different numbers of tokens."""
+_UNSEEN = "how many tokens a step holds was not seen, so whether both do the same work is not known"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +54,7 @@ def engine_of(run: Run, study: Study, groups: Groups) -> EngineShown | None:
         machine=_machine(run.manifest.provenance),
         versions=_versions(run.manifest.provenance),
         proof=proof_of(groups, study),
-        differs=tuple(_differing(run, study)),
+        differs=tuple(_differing(study.engine.variant, _sides(run, study))),
     )
 
 
@@ -62,24 +63,56 @@ def check_comparable(part: Part, run: Run, study: Study, engine: EngineShown) ->
     step of the two does not hold the same."""
     if obstacle := obstacle_of(engine.proof, study):
         raise NotJudgedError(obstacle)
+    if run.manifest.own_workloads and part.metric not in _PER_TOKEN:
+        raise NotJudgedError(_other_tokens(part, study))
+    if (sides := _sides(run, study)) is not None:
+        _check_scripts(part, study, sides)
+
+
+def _sides(run: Run, study: Study) -> Sides | None:
+    """Two scripts, as far as both were measured; None where the variants are none."""
+    if not study.of_scripts or study.engine is None:
+        return None
+    found = sides_of_run(run, study).get(study.engine.variant)
+    return found if found is not None and found.pairs else None
+
+
+def _check_scripts(part: Part, study: Study, sides: Sides) -> None:
+    """Two scripts must be the same training, of which nobody knows more than was seen."""
+    assert study.engine is not None
+    other = [
+        notice.message
+        for notice in notices_of_sides(study.engine.variant, sides)
+        if notice.code in (OTHER_PARAMETERS, LOSS_DIFFERS)
+    ]
+    if other:
+        raise NotJudgedError(f"they are not the same training: {other[0]} Give both the same one but for the engine.")
+    if sides.tokens is None:
+        raise NotJudgedError(
+            f"{_UNSEEN}. Give the model "
+            "its input_ids and labels, or measure with `lorameter ab`, which judges the time alone."
+        )
     if part.metric in _PER_TOKEN:
         return
-    sides = sides_of_run(run, study).get(engine.variant)
-    if run.manifest.own_workloads or (study.of_scripts and sides is not None and sides.tokens_differ):
-        raise NotJudgedError(
-            f"a step of {engine.variant} holds another number of tokens than one of {engine.reference}, so their "
-            f"{'peak memory' if part.metric == PEAK else METRICS[part.metric].title} says nothing. Give both the same "
-            "batch, and a seed to what draws it."
-        )
+    if sides.tokens_differ or (part.metric == PEAK and not sides.same_tokens):
+        raise NotJudgedError(_other_tokens(part, study))
 
 
-def _differing(run: Run, study: Study) -> Iterator[str]:
+def _other_tokens(part: Part, study: Study) -> str:
+    assert study.engine is not None
+    title = "peak memory" if part.metric == PEAK else METRICS[part.metric].title
+    return (
+        f"a step of {study.engine.variant} holds another number of tokens than one of {study.reference}, so their "
+        f"{title} says nothing. Give both the same batch, and a seed to what draws it."
+    )
+
+
+def _differing(variant: str, sides: Sides | None) -> Iterator[str]:
     """What two scripts do not have in common, and whether that could be seen."""
-    yield from (notice.message for notice in sameness_notices(run, study))
-    sides = sides_of_run(run, study) if study.of_scripts else {}
-    for name, both in sides.items():
-        if both.pairs and both.tokens_a_step is None:
-            yield f"{name}: how many tokens a step holds was not seen, so whether both do the same work is not known."
+    if sides is not None:
+        yield from (notice.message for notice in notices_of_sides(variant, sides))
+        if sides.tokens is None:
+            yield f"{variant}: {_UNSEEN}."
 
 
 def _machine(provenance: Mapping[str, Any]) -> str:

@@ -64,6 +64,11 @@ def judge_peaks(part: Part, groups: Groups, study: Study) -> PeakFinding:
         f"{'device' if on_device else 'resident'} peak {_sizes(ours.values())} in {names[0]}, "
         f"{_sizes(theirs.values())} in {names[1]}, ×{format_ratio(ratio, low, high)} by the range of the replicates"
     )
+    if not on_device and not control:
+        raise NotJudgedError(
+            f"{said}: the reference was not measured twice, so how far a resident peak is from itself is not known. "
+            "Measure it with its control."
+        )
     least, share = 1 - part.by, f"{100 * part.by:.3g} %"
     verdict: Literal["supported", "refuted", "inconclusive"]
     if high < least:

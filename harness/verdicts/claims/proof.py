@@ -17,6 +17,9 @@ from harness.studies.study import Study
 from harness.verdicts.series import Groups
 
 Found = Literal["active", "absent", "unknown"]
+LEAST_FALL = 0.5
+"""A share must fall below so much of what it is without the engine: steps are watched one by one, and batches that are
+drawn anew differ by chance."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,9 +96,10 @@ def _holds(wanted: Any, ours: Sequence[Any], theirs: Sequence[Any]) -> bool:
     if wanted == ANY:
         return all(ours) and not any(theirs)
     if wanted == LESS:
-        return _extreme_of(ours, max) < _extreme_of(theirs, min)
+        return _extreme_of(ours, max) < LEAST_FALL * _extreme_of(theirs, min)
     named = (str(one).split("+") for one in theirs)
-    return all(one == wanted for one in ours) and not any(str(wanted) in words for words in named)
+    ran = all(type(one) is type(wanted) and one == wanted for one in ours)  # a share of 1.0 is not yes
+    return ran and not any(str(wanted) in words for words in named)
 
 
 def _extreme_of(values: Sequence[Any], pick: Any) -> float:

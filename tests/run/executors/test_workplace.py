@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -133,6 +134,27 @@ def test_a_link_that_leads_outside_is_shared_and_said(linked, tmp_path):
     (notice,) = shared_notices(Variant(name="a", command="python train.py"), linked)
     assert notice.code == "links-shared"
     assert "4 links of its folder lead out of it: away, away-by-a-link, away-dangling and 1 more" in notice.message
+
+
+def test_a_link_to_what_is_left_out_leads_to_the_original(project, tmp_path):
+    """It would lead to nothing in the copy, so it is shared and said."""
+    (project / "wandb").mkdir()
+    (project / "wandb" / "last.txt").write_text("kept")
+    (project / "last").symlink_to("wandb/last.txt")
+    assert (take_snapshot(project, tmp_path / "snapshot") / "last").read_text() == "kept"
+    (notice,) = shared_notices(Variant(name="a", command="python train.py"), project)
+    assert (notice.code, "lead out of it: last" in notice.message) == ("links-shared", True)
+
+
+def test_a_folder_that_cannot_be_read_is_refused(project, tmp_path, monkeypatch):
+    """By its name, with what to do."""
+
+    def iterdir(path):
+        raise PermissionError(13, "Permission denied", str(path / "secret"))
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    with pytest.raises(UsageError, match=r"secret: Permission denied.*Make it readable"):
+        take_snapshot(project, tmp_path / "snapshot")
 
 
 def test_a_folder_that_is_itself_a_link_is_followed(linked, tmp_path):
