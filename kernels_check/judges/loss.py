@@ -22,7 +22,8 @@ _NO_TOKENS = "a mean over no tokens is not a number: leave such rows out"
 def judge_tokens(seen: Observation, required: Json) -> Finding:
     """Judge ``loss.tokens``: the tokens of all passes that feed one update weigh the same, and are no sum of means.
 
-    What their weights add up to is said and not judged, unless it is the number of passes: a loss may be scaled.
+    What their weights add up to is said and not judged, unless it is the number of passes, each a mean: a loss may be
+    scaled, as by a GradScaler, and what is multiplied hides what was not divided.
     """
     loss = seen.loss()
     if loss.unseen is not None:
@@ -63,7 +64,7 @@ def _faults(passes: Sequence[LossPass]) -> list[str]:
     if most - least > tolerance * max(abs(least), abs(most)):
         ratio = f"{most / least:.3g} times as much as others" if least > 0 else f"{most:.3g}, others {least:.3g}"
         return [f"some weigh {ratio}: {_MEAN_OF_MEANS}"]
-    if abs(_total(passes) - len(passes)) <= tolerance * len(passes):
+    if all(one.mean for one in passes) and abs(_total(passes) - len(passes)) <= tolerance * len(passes):
         return [f"their weights add up to {len(passes)} and not to 1: {_SUM_OF_MEANS}"]
     return []
 

@@ -32,6 +32,9 @@ class BackwardPass:
     lying: Sequence[Tensor] = ()
     """Largest magnitudes of what lay in the gradients as it began, left on their devices."""
 
+    unread: bool = False
+    """Whether something lay there that could not be read."""
+
     @property
     def anew(self) -> bool:
         """Whether nothing lay there."""
@@ -60,8 +63,10 @@ class BackwardPasses:
         task = torch._C._current_graph_task_id()
         if self._last is None or self._last.task != task:
             with unseen(), torch.no_grad():
-                lying = [size for value in self._trained.values() if (size := _size(value.grad)) is not None]
-            self._last = BackwardPass(task=task, after_update=self._updated, in_update=self._updating > 0, lying=lying)
+                lying, unread = _sizes([value.grad for value in self._trained.values()])
+            self._last = BackwardPass(
+                task=task, after_update=self._updated, in_update=self._updating > 0, lying=lying, unread=unread
+            )
             self._updated = False
         return self._last
 
@@ -88,6 +93,8 @@ def sums_of(passes: Iterable[tuple[BackwardPass, bool]]) -> dict[BackwardPass, i
     number, given = 0, False
     for one, gives in passes:
         if given:
+            if one.unread:
+                return "what lay in the gradients when a pass began could not be read"
             if one.anew and not one.after_update and not one.in_update:
                 return (
                     "the gradients of an earlier pass were gone before the next, with no update between them: it is "
@@ -101,5 +108,14 @@ def sums_of(passes: Iterable[tuple[BackwardPass, bool]]) -> dict[BackwardPass, i
     return sums
 
 
-def _size(gradient: Tensor | None) -> Tensor | None:
-    return None if gradient is None else largest(gradient)
+def _sizes(gradients: Iterable[Tensor | None]) -> tuple[list[Tensor], bool]:
+    """How large each is that is there, and whether one could not be read."""
+    found, unread = [], False
+    for gradient in gradients:
+        try:
+            size = None if gradient is None else largest(gradient)
+        except Exception:  # an exception here would be the step's
+            unread = True
+        else:
+            found += [] if size is None else [size]
+    return found, unread

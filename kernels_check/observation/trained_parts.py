@@ -96,9 +96,13 @@ def embeddings(tree: ModelTree) -> dict[str, Place]:
 def norms(tree: ModelTree) -> dict[str, Place]:
     """What stands for every norm that has parameters, by the name of the module.
 
-    The names of its classes tell a norm: those of a library or of one's own build on one that is called so.
+    The names of its classes tell a norm: those of a library or of one's own build on one that is called so. A head that
+    normalises its weight first is called so, too, and is a linear layer.
     """
-    return _places(tree, lambda module: bool(module._parameters) and _is_norm(type(module)))
+    return _places(
+        tree,
+        lambda module: bool(module._parameters) and not isinstance(module, nn.Linear) and _is_norm(type(module)),
+    )
 
 
 def fates_of(places: Mapping[str, Place], tree: ModelTree, evidence: TrainingSeen) -> list[PartSeen]:

@@ -32,6 +32,7 @@ def _passes(*counts, weights=None, tolerance=1e-3, mean=True, sums=None):
         (_passes(30, 10, weights=[0.025, 0.0251]), False, "1 times as much"),
         (_passes(30, 10, weights=[0.025, 0.0251], tolerance=2e-2), True, "each weighs the same"),
         (_passes(20, 20, weights=[1 / 20, 1 / 20]), False, "add up to 2"),
+        (_passes(20, 20, weights=[1 / 20, 1 / 20], mean=False), True, "all together 2"),
         (_passes(20, 20, weights=[1024 / 40, 1024 / 40]), True, "each weighs the same"),
         (_passes(30, 0, weights=[1 / 30, 0.0]), False, "1 of 2 passes have none"),
         (_passes(30, 0, weights=[1 / 30, 0.0], mean=False), True, "each weighs the same"),

@@ -136,6 +136,27 @@ def test_an_update_that_ends_without_a_beginning_is_none_under_way():
     assert passes.current().in_update
 
 
+class Unreadable(torch.Tensor):
+    """A gradient of a library that knows no norm."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if "norm" in getattr(func, "__name__", ""):
+            raise RuntimeError("no norm")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_a_gradient_that_cannot_be_read_is_no_error_of_the_step():
+    """What lies there is unknown, so which passes add up is, too; one pass alone needs it not."""
+    model = torch.nn.Linear(2, 1, bias=False)
+    model.weight.grad = torch.zeros(1, 2).as_subclass(Unreadable)
+    found = BackwardPasses(model).current()
+    assert found.unread
+    assert _sums(found) == [0]
+    assert "could not be read" in _sums(_pass(1), found)
+    assert _sums(_pass(1), found, gives=[False, True]) == [0, 0]
+
+
 def test_parameters_that_do_not_train_are_not_asked():
     """What lies in their gradients is nobody's."""
     model = torch.nn.Linear(2, 1)

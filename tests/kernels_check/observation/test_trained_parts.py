@@ -146,5 +146,6 @@ def test_a_copy_of_one_of_two_tied_embeddings_parts_them():
 def test_a_class_that_builds_on_a_norm_is_one():
     """Whatever it is called; a norm without parameters has nothing to train."""
     affine = type("Affine", (torch.nn.LayerNorm,), {})
-    model = torch.nn.Sequential(affine(4), torch.nn.LayerNorm(4, elementwise_affine=False), torch.nn.Linear(4, 4))
-    assert list(norms(ModelTree.of(model))) == ["0"]
+    head = type("NormHead", (torch.nn.Linear,), {})
+    parts = (affine(4), torch.nn.LayerNorm(4, elementwise_affine=False), torch.nn.Linear(4, 4), head(4, 4))
+    assert list(norms(ModelTree.of(torch.nn.Sequential(*parts)))) == ["0"], "a head that is called so is none"
