@@ -7,7 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from harness.commands import ab, catalogue, claims, compare, doctor, estimate, profile, run, sample, wrap
+from harness.commands import ab, catalogue, claims, compare, doctor, estimate, profile, report, run, sample, wrap
 from harness.errors import EXIT_INVALID, EXIT_UNEXPECTED, LorameterError, redact
 from harness.run.stops import Stops
 from kernels_check.streams import with_streams
@@ -52,9 +52,23 @@ def parser() -> argparse.ArgumentParser:
     )
     subparsers = top.add_subparsers(required=True, metavar="COMMAND")
 
-    for command in (run, catalogue, compare, ab, wrap, doctor, estimate, profile, sample, claims):
+    top.add_argument("--version", action=_Version, nargs=0, help="print the version and end")
+    for command in (run, report, catalogue, compare, ab, wrap, doctor, estimate, profile, sample, claims):
         command.add_commands(subparsers, _common)
     return top
+
+
+class _Version(argparse.Action):
+    """Prints the version of the distribution, which is looked up only where it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            print(f"lorameter {version('lorameter')}")
+        except PackageNotFoundError:
+            print("lorameter, version unknown: it is not installed as a distribution")
+        parser.exit()
 
 
 def _common(command: argparse.ArgumentParser) -> None:

@@ -111,7 +111,7 @@ def _try(study: Study, variant: Variant, finding: Finding, executor: Executor, r
     """Measure the present variant and the suggested one, as any two."""
     from harness.profile.remedy import judge_remedy, make_pair
     from harness.report.live import LiveDisplay
-    from harness.report.notices import describe_notices
+    from harness.report.notices import tell_notices
     from harness.report.terminal import console_for, show
     from harness.run.measure import measure, plan_study
 
@@ -125,7 +125,7 @@ def _try(study: Study, variant: Variant, finding: Finding, executor: Executor, r
         own_workloads=pair.own_workloads,
     )
     errors = console_for(stderr=True)
-    show(describe_notices(notices), errors)
+    show(tell_notices(notices), errors)
     with LiveDisplay(errors) as display:
         run = measure(plan, runs=runs, display=display, notices=notices)
     return judge_remedy(run, finding)

@@ -218,7 +218,7 @@ class Session:
 
     def _measure(self, names: list[str], phases: set[str]) -> Run:
         from harness.report.live import LiveDisplay
-        from harness.report.notices import describe_notices
+        from harness.report.notices import tell_notices
         from harness.report.terminal import console_for, show
         from harness.run.device import hold_device
         from harness.run.measure import measure
@@ -229,7 +229,7 @@ class Session:
             with held, LiveDisplay(console) as display:
                 return self._resumed.measure(self._executor(), display)
         plan, notices, runs = self._plan(names, phases, make=True)
-        show(describe_notices(notices), console)
+        show(tell_notices(notices), console)
         with held, LiveDisplay(console) as display:
             return measure(plan, runs=runs, display=display, notices=notices)
 

@@ -46,6 +46,8 @@ class Metric:
     is_loss: bool = False
     """Whether it says nothing without the number of steps that were trained."""
     column: Column = ""
+    of_trial: Literal["median", "mean"] = "median"
+    """What a trial's one value is of its steps: a rate is what was done in all of them over all of their time."""
 
     def samples_of(self, record: TrialRecord) -> Samples:
         """Samples of one trial; empty where it has none. Raises `InvalidRunError` for a record of none."""
@@ -155,6 +157,7 @@ METRICS: dict[str, Metric] = {
             phase="train",
             higher_is_better=True,
             derive=_tokens_per_s,
+            of_trial="mean",
             column="one workload",
         ),
         Metric(
@@ -164,6 +167,7 @@ METRICS: dict[str, Metric] = {
             phase="train",
             higher_is_better=True,
             derive=_padded_tokens_per_s,
+            of_trial="mean",
         ),
         Metric(
             name="mfu",
@@ -188,6 +192,7 @@ METRICS: dict[str, Metric] = {
             phase="train",
             higher_is_better=True,
             derive=_samples_per_s,
+            of_trial="mean",
         ),
         Metric(name="gradient_norm", title="gradient norm", unit="1", phase="train"),
         Metric(name="first_step_time_s", title="first step", unit="s", phase="train"),
@@ -197,6 +202,7 @@ METRICS: dict[str, Metric] = {
             unit="J",
             phase="train",
             derive=_energy_per("energy_steps"),
+            of_trial="mean",
         ),
         Metric(
             name="energy_per_token_j",
@@ -204,6 +210,7 @@ METRICS: dict[str, Metric] = {
             unit="J",
             phase="train",
             derive=_energy_per("energy_tokens"),
+            of_trial="mean",
         ),
         Metric(
             name="train_loss",

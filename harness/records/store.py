@@ -83,6 +83,8 @@ class Manifest:
     """What was known of the study before it ran."""
     sides: dict[str, Any] = field(default_factory=dict)
     """For an A/B: what stands on either side, and with which versions."""
+    policy: dict[str, Any] = field(default_factory=dict, metadata=codec.LATER)
+    """For an A/B: the policy that it was measured to be judged by; empty for the defaults."""
     stopped: str | None = None
     """Why the run ended before the replicates of its plan were used up."""
     resumed: tuple[Resumption, ...] = ()

@@ -21,15 +21,16 @@ def console_for(file: object | None = None, *, stderr: bool = False) -> Console:
     return console
 
 
-def show(document: Document, console: Console) -> None:
-    """Print a report."""
+def show(document: Document, console: Console, *, verbose: bool = False) -> None:
+    """Print a report; `verbose` says in full what is said in a line."""
     for block in document:
-        for drawn in draw_block(block):
+        for drawn in draw_block(block, console, verbose=verbose):
             console.print(drawn)
 
 
-def text_of(document: Document, *, width: int, coloured: bool) -> str:
+def text_of(document: Document, *, width: int, coloured: bool, verbose: bool = False) -> str:
     """A report as the text that a terminal would be sent."""
     text = io.StringIO()
-    show(document, Console(file=text, force_terminal=coloured, width=width, highlight=False))
+    console = Console(file=text, force_terminal=coloured, width=width, highlight=False)
+    show(document, console, verbose=verbose)
     return text.getvalue()

@@ -97,6 +97,7 @@ def measure_ab(
     runs: Path,
     display: Display,
     notices: tuple[Notice, ...] = (),
+    policy: Mapping[str, Any] | None = None,
 ) -> Run:
     """Make both sides ready, measure, and take them down.
 
@@ -109,6 +110,7 @@ def measure_ab(
         runs: where the run is written.
         display: shows what is going on.
         notices: what was known before.
+        policy: what it will be judged by, as JSON data; the manifest keeps it.
 
     Raises:
         UsageError: a side that cannot be had.
@@ -121,7 +123,7 @@ def measure_ab(
             rows = {slot.contender.injected_rows for slot in plan.slots if slot.side == name}
             kind = executor_of(plan.study)
             arms += arms_of(name, side.host, side.declared, about | {INJECTED: max(rows)}, kind)
-        return measure(plan, runs=runs, display=display, notices=notices, arms=arms)
+        return measure(plan, runs=runs, display=display, notices=notices, arms=arms, policy=policy)
 
 
 def arms_of_commands(plan: Plan) -> list[Arm]:

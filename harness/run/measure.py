@@ -138,6 +138,7 @@ def measure(
     notices: tuple[Notice, ...] = (),
     arms: Sequence[Arm] = (),
     resume: str | None = None,
+    policy: Mapping[str, Any] | None = None,
 ) -> Run:
     """Measure a plan into a run directory and read it back. The first arm prepares the tokens of all.
 
@@ -149,6 +150,7 @@ def measure(
         arms: where trials are measured, on one machine; those that the plan names, of the present interpreter, if left
             out.
         resume: id of a run of this plan (`harness.run.resume`) to go on with; None for a new one.
+        policy: what it will be judged by, as JSON data; the manifest keeps it.
 
     Raises:
         UsageError: data that cannot be read, or a run to go on with that another process writes or whose tokens differ.
@@ -212,6 +214,7 @@ def measure(
                 tokens=tokens,
                 notices=notices,
                 sides=_sides(arms, hellos, there),
+                policy=dict(policy or {}),
             )
         writer = RunWriter(runs, manifest)
         minutes = study.protocol.max_minutes

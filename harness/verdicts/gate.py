@@ -26,6 +26,7 @@ from typing import Any, Literal
 
 from harness.errors import EXIT_INCONCLUSIVE, EXIT_NOT_COMPARABLE, EXIT_PASS, UsageError, impossible
 from harness.records import codec, inputs
+from harness.records.store import Run
 from harness.verdicts.judging import Limits, default_limits
 from harness.verdicts.outcome import ComparisonReport, document, exit_code, worst
 
@@ -111,6 +112,11 @@ def load_policy(path: str | None) -> Policy:
     except inputs.NotReadableError as error:
         raise UsageError(f"policy {path}: {error}") from None
     return codec.from_json(Policy, data, path)
+
+
+def kept_policy(run: Run) -> Policy:
+    """The policy that an A/B run was measured to be judged by; the defaults where it says none."""
+    return codec.from_json(Policy, run.manifest.policy, f"run {run.manifest.run}: policy")
 
 
 def judge(report: ComparisonReport, policy: Policy) -> GateResult:
