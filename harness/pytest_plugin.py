@@ -36,6 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--lorameter-resume", metavar="RUN", help="go on with a run that broke off, and replay all of it")
     group.addoption("--lorameter-base", metavar="RUN", help="gate: a run, a saved .json, or the word baseline")
     group.addoption("--lorameter-policy", metavar="FILE", help="policy of the gate, as for lorameter gate")
+    add_options(group.addoption, "html", prefix=PREFIX)
     group.addoption("--lorameter-runs-dir", metavar="DIR", help="where runs live")
 
 

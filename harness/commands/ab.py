@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from harness.commands.ab_scripts import add_script_options, study_of_options
 from harness.commands.options import add_options
 from harness.commands.output import form_of, print_json, show_document
+from harness.commands.page import check_page, save_page
 from harness.errors import EXIT_INVALID, EXIT_PASS, InvalidRunError, UsageError
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def add_commands(commands: Any, common: Any) -> None:
         "--phase", choices=("train", "generate", "cold"), action="append", default=[],
         help="what to measure, repeatable; default: train and generate",
     )  # fmt: skip
-    add_options(ab.add_argument, "policy", "format", "markdown", "verbose")
+    add_options(ab.add_argument, "policy", "format", "markdown", "html", "verbose")
     ab.add_argument(
         "--inject-rows",
         type=int,
@@ -96,6 +97,7 @@ def run_ab(options: argparse.Namespace) -> int:
     from harness.verdicts.gate import load_policy
 
     form_of(options)
+    check_page(options.html)
     if not 0 <= options.inject_rows <= MOST_ROWS:
         raise UsageError(f"--inject-rows = {options.inject_rows}: no amount of work. Use 0 to {MOST_ROWS}.")
     policy = load_policy(options.policy)  # before anything is measured
@@ -342,15 +344,23 @@ def show_ab(
     result = judge(whole, policy)
     shown = tuple(filter(keep, whole.comparisons))
     result = dataclasses.replace(result, report=dataclasses.replace(whole, comparisons=shown))
+    from harness.report.attribution import describe_attribution
+    from harness.report.compared_figures import figures_of_comparison
+    from harness.report.gate import describe_gate
+
+    said = describe_gate(result, ab=True) + describe_attribution(attribution_of(run), run)
+    save_page(
+        getattr(options, "html", None),
+        said,
+        f"{run.manifest.study['title']}: A/B",
+        figures=figures_of_comparison(result.report),
+    )
     if form == "json":
         about = {"run": run.manifest.run, "path": str(run.path), "interleaving": run.manifest.interleaving}
         print_json({**gate_document(result), **about, "attribution": attribution_document(run)})
         return result.exit_code
     from harness.report.annotations import gate_annotations
-    from harness.report.attribution import describe_attribution
-    from harness.report.gate import describe_gate
 
-    document = describe_gate(result, ab=True) + describe_attribution(attribution_of(run), run)
     verbose = getattr(options, "verbose", False)
-    show_document(document, form, annotations=lambda: gate_annotations(result), verbose=verbose)
+    show_document(said, form, annotations=lambda: gate_annotations(result), verbose=verbose)
     return result.exit_code

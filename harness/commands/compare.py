@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.commands.options import add_options
 from harness.commands.output import form_of, print_json, show_document
+from harness.commands.page import check_page, save_page
 from harness.errors import EXIT_PASS, UsageError
 from kernels_check.visible import make_visible
 
@@ -23,7 +24,7 @@ def add_commands(commands: Any, common: Any) -> None:
     add_options(compare.add_argument, "metric")
     compare.add_argument("--all-metrics", action="store_true", help="everything that was measured")
     compare.add_argument("--force", action="store_true", help="show ratios of sides that are not comparable")
-    add_options(compare.add_argument, "policy", "format", "markdown", "verbose")
+    add_options(compare.add_argument, "policy", "format", "markdown", "html", "verbose")
     common(compare)
     compare.set_defaults(command=run_compare)
 
@@ -31,7 +32,7 @@ def add_commands(commands: Any, common: Any) -> None:
         "gate", help="pass or fail a comparison by a policy", description="Pass or fail a comparison by a policy file."
     )
     _sides(gate)
-    add_options(gate.add_argument, "metric", "policy", "format", "markdown", "verbose")
+    add_options(gate.add_argument, "metric", "policy", "format", "markdown", "html", "verbose")
     common(gate)
     gate.set_defaults(command=run_gate)
 
@@ -63,6 +64,7 @@ def run_compare(options: argparse.Namespace) -> int:
     if options.metric and options.all_metrics:
         raise UsageError("--metric and --all-metrics both choose the metrics. Give one of them.")
     form, policy = form_of(options), load_policy(options.policy)
+    check_page(options.html)
     if options.candidate is None:
         return _of_ab(options)
     base, candidate = _read(options)
@@ -74,14 +76,17 @@ def run_compare(options: argparse.Namespace) -> int:
         limits_of=policy.limits_of,
         force=options.force,
     )
+    from harness.report.compared_figures import figures_of_comparison
+    from harness.report.comparison import describe_comparison, title_of
+
+    said = describe_comparison(report)
     if form == "json":
         print_json(document(report))
     else:
         from harness.report.annotations import comparison_annotations
-        from harness.report.comparison import describe_comparison
 
-        said = describe_comparison(report)
         show_document(said, form, annotations=lambda: comparison_annotations(report), verbose=options.verbose)
+    save_page(options.html, said, title_of(report), figures=figures_of_comparison(report))
     return exit_code(report.comparisons)
 
 
@@ -93,19 +98,24 @@ def run_gate(options: argparse.Namespace) -> int:
     from harness.verdicts.gate import gate_document, judge, load_policy
 
     form, policy = form_of(options), load_policy(options.policy)
+    check_page(options.html)
     if options.candidate is None:
         return _of_ab(options)
     policy = dataclasses.replace(policy, metrics=tuple(options.metric) or policy.metrics)
     base, candidate = _read(options)
     report = compare(base, candidate, metrics=policy.metrics, limits_of=policy.limits_of)
     result = judge(report, policy)
+    from harness.report.compared_figures import figures_of_comparison
+    from harness.report.comparison import title_of
+    from harness.report.gate import describe_gate
+
+    said = describe_gate(result)
+    save_page(options.html, said, title_of(report), figures=figures_of_comparison(report))
     if form == "json":
         print_json(gate_document(result))
     else:
         from harness.report.annotations import gate_annotations
-        from harness.report.gate import describe_gate
 
-        said = describe_gate(result)
         show_document(said, form, annotations=lambda: gate_annotations(result), verbose=options.verbose)
     return result.exit_code
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from harness.commands.page import check_page, save_run_page
 from harness.errors import LorameterError, UsageError
 from kernels_check.streams import Aside
 from kernels_check.visible import make_visible
@@ -59,7 +60,9 @@ class Session:
         self._disabled = bool(config.getoption("benchmark_disable")) and not config.getoption("benchmark_enable")
         self._skipped = bool(config.getoption("benchmark_skip")) and not config.getoption("benchmark_only")
         self._judged: GateResult | str | None = None
+        self._html: str | None = config.getoption("--lorameter-html")
         with _usage_errors():
+            check_page(self._html)
             self._resumed = load_resumed(config)
             self._study = self._load()
             self._gate = load_gate(config, measures=not (self._disabled or self._skipped))
@@ -152,7 +155,11 @@ class Session:
         from harness.report.run import describe_run
         from harness.report.view import view_of
 
-        _show(terminalreporter, "lorameter", describe_run(view_of(self._run)))
+        view = view_of(self._run)
+        said = describe_run(view)
+        _show(terminalreporter, "lorameter", said)
+        with _usage_errors():
+            save_run_page(self._html, self._run, view, said)
         if self._judged is not None and not isinstance(self._judged, str):
             _show(terminalreporter, "lorameter gate", describe_gate(self._judged))
 

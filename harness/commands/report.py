@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.commands.options import add_options
 from harness.commands.output import form_of, print_json, show_document
+from harness.commands.page import check_page, save_run_page
 from harness.errors import EXIT_INVALID, EXIT_PASS, UsageError
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def add_commands(commands: Any, common: Any) -> None:
     report.add_argument("--variant", metavar="V", action="append", default=[], help="only this one; repeatable")
     report.add_argument("--phase", choices=PHASE_WORDS, action="append", default=[], help="only this one; repeatable")
     report.add_argument("--sort", choices=SORT_WORDS, default="study", help="the order of the variants")
-    add_options(report.add_argument, "policy", "format", "markdown", "verbose")
+    add_options(report.add_argument, "policy", "format", "markdown", "html", "verbose")
     common(report)
     report.set_defaults(command=run_report)
 
@@ -40,6 +41,7 @@ def run_report(options: argparse.Namespace) -> int:
     from harness.report.view import encode_run, view_of
 
     form = form_of(options)
+    check_page(options.html)
     run = store.read_run(options.run, store.runs_dir(options.runs_dir))
     gc.freeze()  # all of it is needed to the end, and looking through a large run for what is not takes seconds
     if run.manifest.sides:
@@ -51,6 +53,7 @@ def run_report(options: argparse.Namespace) -> int:
         print_json(encode_run(view))
     else:
         show_report(run, view, form, verbose=options.verbose)
+    save_run_page(options.html, run, view, document_of(run, view))
     return EXIT_PASS if view.valid else EXIT_INVALID
 
 

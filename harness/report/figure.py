@@ -21,6 +21,12 @@ class Axis:
     unit: Unit = "1"
     line_at: float | None = None
     """A value that all others are read against, as 1 is of ratios."""
+    named: tuple[tuple[float, str], ...] = ()
+    """Values that are named beside it, and by what; () leaves that to the renderer."""
+    log: bool = False
+    """Whether it is laid out by the logarithm, as values are that double; they are above 0."""
+    span: tuple[float, float] | None = None
+    """Its ends; None is what its values need."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

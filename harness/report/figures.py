@@ -1,4 +1,4 @@
-"""The figures of a run: ratios, sweeps, losses, memory, cold starts, loss against cost, raw samples, checks.
+"""The figures of a run beside its charts: ratios, losses, memory, cold starts, loss against cost, raw samples, checks.
 
 Each is left out where a run holds nothing for it. Every number of a figure is one that the terminal's report or the
 records have; nothing is smoothed.
@@ -6,12 +6,11 @@ records have; nothing is smoothed.
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from harness.records import codec
-from harness.records.metrics import BIRTH, LOSSES, METRICS, PEAKS, PHASE_TITLES
+from harness.records.metrics import BIRTH, LOSSES, METRICS, PEAKS
 from harness.records.record import TrialRecord
 from harness.records.store import Run
 from harness.records.units import format_bytes, format_value
@@ -31,18 +30,14 @@ from harness.report.figure import (
     Spot,
     Stretch,
 )
+from harness.report.phase_table import PhaseTable
 from harness.report.table import Cell, Row, Table, name_columns, write_row, write_value
-from harness.report.view import PhaseTable, RunView
+from harness.report.view import RunView
 from harness.studies.study import Study
-from harness.studies.variant import Variant
 from harness.verdicts.series import Series, series_of
 
 Shown = Mapping[str, Series]
 """The trials of each variant, in the order of the study."""
-LEAST_SWEPT = 3
-"""Values of a field that make a sweep of it."""
-SWEPT = ("r", "lora_alpha", "lora_dropout", "learning_rate", "gradient_accumulation", "weight_decay")
-"""Fields that are numbers in an order."""
 HELD = {
     "base_weight_bytes": "base weights",
     "quantization_state_bytes": "quantisation constants",
@@ -69,7 +64,7 @@ def figures_of_run(run: Run, view: RunView) -> tuple[Figure, ...]:
     return tuple(
         figure
         for figures in (
-            map(_ratios, view.tables), _sweeps(study, view), [_losses(shown)], [_memory(shown)], [_cold(shown)],
+            map(_ratios, view.tables), [_losses(shown)], [_memory(shown)], [_cold(shown)],
             [_front(shown)], [_samples(run)], [checks_matrix(shown)],
         )
         for figure in figures
@@ -82,62 +77,18 @@ def _ratios(table: PhaseTable) -> Figure | None:
     if not found:
         return None
     reference = next((row.name for row in table.rows if row.reference), "the reference")
+    metric = METRICS[table.metric].title if table.metric in METRICS else table.metric
     marks = tuple(
         Mark(name=name, value=one.ratio, low=one.low, high=one.high, verdict=one.verdict)
         for name, one in found
         if one.ratio is not None
     )
-    axis = Axis(title=f"{table.heads[1]} × {reference}; right of 1 is worse", line_at=1.0)
+    axis = Axis(title=f"{metric} × {reference}; right of 1 is worse", line_at=1.0)
     return Figure(
-        title=f"{PHASE_TITLES[table.phase]}: ratios to {reference}",
+        title=f"{table.title}: ratios to {reference}",
         says="A dot is the ratio of a variant to the reference, the line through it the interval in which it lies.",
         drawing=Intervals(axis=axis, marks=marks),
         table=_of_marks("variant", axis, marks),
-    )
-
-
-def _sweeps(study: Study, view: RunView) -> Iterator[Figure]:
-    """A curve of the ratio over each field that variants differ in alone."""
-    for table in view.tables:
-        ratios = {row.name: row.ratio for row in table.rows if row.ratio is not None and row.ratio.ratio is not None}
-        for name in SWEPT:
-            for members in _swept(study, name):
-                places = [(float(getattr(one, name)), one.name) for one in members]
-                known = [(x, label) for x, label in places if label in ratios or label == study.reference]
-                if len(known) >= LEAST_SWEPT:
-                    yield _sweep(name, sorted(known), ratios, table, study.reference)
-
-
-def _swept(study: Study, name: str) -> Iterator[list[Variant]]:
-    """Variants that are alike but for one field."""
-    alike: dict[Variant, list[Variant]] = {}
-    for one in study.variants:
-        key = dataclasses.replace(one, name="", **{name: getattr(Variant(), name)})
-        alike.setdefault(key, []).append(one)
-    for members in alike.values():
-        if len({getattr(one, name) for one in members}) >= LEAST_SWEPT:
-            yield members
-
-
-def _sweep(name: str, places: Sequence[tuple[float, str]], ratios: Mapping[str, object], table: PhaseTable,
-           reference: str) -> Figure:  # fmt: skip
-    points, band, rows = [], [], []
-    for x, label in places:
-        found = ratios.get(label)
-        value, low, high = (getattr(found, part, 1.0) for part in ("ratio", "low", "high"))  # the reference is 1
-        points.append((x, value))
-        if low is not None and high is not None:
-            band.append((x, low, high))
-        rows.append(write_row(Cell(text=f"{x:g}", value=x), label, write_value(value, low, high, "1")))
-    return Figure(
-        title=f"{PHASE_TITLES[table.phase]} over {name}",
-        says=f"The ratio to {reference}, which is 1, over {name}; the band is its interval at each value measured.",
-        drawing=Curves(
-            across=Axis(title=name),
-            up=Axis(title=f"{table.heads[1]} × {reference}", line_at=1.0),
-            curves=(Curve(name=name, points=tuple(points), band=tuple(band)),),
-        ),
-        table=Table(heads=name_columns(name, "variant", "ratio"), rows=tuple(rows)),
     )
 
 
@@ -157,7 +108,7 @@ def _losses(shown: Shown) -> Figure | None:
     if not curves:
         return None
     return Figure(
-        title="Losses",
+        title="Losses of all variants",
         says="The training loss by step, the mean over replicates; the band is from the lowest to the highest of them.",
         drawing=Curves(across=Axis(title="step"), up=Axis(title="training loss"), curves=tuple(curves)),
         table=Table(heads=name_columns("variant", "replicates", "steps", "first", "last"), rows=tuple(rows)),

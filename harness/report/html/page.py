@@ -21,9 +21,9 @@ from markupsafe import Markup
 
 from harness.errors import UsageError
 from harness.report.figure import Figure
-from harness.report.html.pictures import draw
+from harness.report.html.pictures import draw, draw_chart
 from harness.report.html.svg import series_class
-from harness.report.table import Document, tone_of
+from harness.report.table import Cell, Chart, Document, Table, name_columns, tone_of, write_row, write_value
 from kernels_check.visible import make_visible
 
 
@@ -44,7 +44,8 @@ def write_html(
     return _environment().get_template("page").render(
         title=title, document=document, figures=figures, again=again, series={make_visible(name) for name in series},
         names=[(make_visible(name), series_class(number)) for name, number in series.items()],
-        pictures=[Markup(draw(figure, series)) for figure in figures],  # made of escaped XML
+        pictures=[Markup(draw(one.drawing, one.title, one.says, series)) for one in figures],  # made of escaped XML
+        chart=lambda chart, above: Markup(draw_chart(chart, above, series)),
         style=Markup(style), style_hash=_hash(style), script=Markup(script), script_hash=_hash(script),
     )  # fmt: skip
 
@@ -69,12 +70,21 @@ def save_html(page: str, path: str | Path) -> Path:
     return target
 
 
+def numbers_of(chart: Chart) -> Table:
+    """The points of a chart as a table."""
+    rows = (
+        write_row(Cell(text=f"{point.x:g}", value=point.x), write_value(point.y, point.low, point.high, chart.unit))
+        for point in chart.points
+    )
+    return Table(title=chart.title, heads=name_columns("at", "value", left=0), rows=tuple(rows))
+
+
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.DictLoader({"page": _file("page.html.jinja")}), autoescape=True, undefined=jinja2.StrictUndefined,
         finalize=_finalize,
     )  # fmt: skip
-    environment.globals |= {"tone_of": tone_of, "kind_of": lambda block: type(block).__name__}
+    environment.globals |= {"tone_of": tone_of, "numbers_of": numbers_of, "kind_of": lambda block: type(block).__name__}
     return environment
 
 

@@ -8,7 +8,20 @@ from itertools import pairwise
 from xml.etree.ElementTree import Element, SubElement, tostring
 
 from harness.records.units import Unit, format_interval, format_value
-from harness.report.figure import Bar, Bars, Curves, Figure, Front, Intervals, Mark, Matrix, Samples, Spot
+from harness.report.figure import (
+    Axis,
+    Bar,
+    Bars,
+    Curve,
+    Curves,
+    Drawing,
+    Front,
+    Intervals,
+    Mark,
+    Matrix,
+    Samples,
+    Spot,
+)
 from harness.report.html.raster import picture_of
 from harness.report.html.scale import Scale, finite, scale_for
 from harness.report.html.svg import (
@@ -30,6 +43,7 @@ from harness.report.html.svg import (
     whisker,
     write,
 )
+from harness.report.table import Chart
 from kernels_check.visible import make_visible
 
 Series = Mapping[str, int]
@@ -38,21 +52,46 @@ MOST_ROWS = 120
 """Rows that a picture has at most; the table below it has all."""
 MOST_DOTS = 20_000
 """Samples that are drawn one by one; more are a picture of their own, some kilobytes in place of megabytes."""
+MOST_TICKS = 12
+"""Names below a chart that still stand apart."""
 FEW_POINTS = 12
 """Points of a curve that are marked one by one."""
 
 
-def draw(figure: Figure, series: Series) -> str:
-    """The SVG of a figure; empty for a matrix, which is a table."""
-    drawing = figure.drawing
+def draw(drawing: Drawing, title: str, says: str, series: Series) -> str:
+    """The SVG of a drawing, called by its title and described by what it says; empty for a matrix, which is a table."""
     if isinstance(drawing, Matrix):
         return ""
     svg = _picture(drawing, series)
-    for place, (tag, text) in enumerate((("title", figure.title), ("desc", figure.says))):
+    for place, (tag, text) in enumerate((("title", title), ("desc", says))):
         element = Element(tag)
         element.text = make_visible(text)
         svg.insert(place, element)
     return tostring(svg, encoding="unicode")
+
+
+def draw_chart(chart: Chart, above: str, series: Series) -> str:
+    """The SVG of a chart that stands with others below a title."""
+    points = chart.points
+    drawing = Curves(
+        across=Axis(title=chart.title, named=chart.ticks[:MOST_TICKS], log=chart.log),
+        up=Axis(title=above, unit=chart.unit, span=chart.span),
+        curves=(
+            Curve(
+                name=chart.title,
+                points=tuple((point.x, point.y) for point in points),
+                band=tuple(
+                    (one.x, one.y if one.low is None else one.low, one.y if one.high is None else one.high)
+                    for one in points
+                )
+                if any(point.low is not None for point in points)
+                else (),
+            ),
+        ),
+    )
+    return draw(
+        drawing, f"{above}: {chart.title}", f"{len(points)} values, with their intervals where they have any.", series
+    )
 
 
 @functools.singledispatch

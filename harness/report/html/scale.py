@@ -15,21 +15,28 @@ TICKS = 5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scale:
-    """A straight map of values to pixels."""
+    """A map of values to pixels, straight or by the logarithm."""
 
     low: float
     high: float
     begin: float
     end: float
     unit: Unit
+    log: bool = False
+    named: tuple[tuple[float, str], ...] = ()
 
     def place(self, value: float) -> float:
         """Where a value is drawn; what lies outside is drawn at the border."""
-        share = (min(max(value, self.low), self.high) - self.low) / (self.high - self.low)
-        return self.begin + share * (self.end - self.begin)
+        low, high, at = (
+            math.log(one) if self.log else one for one in (self.low, self.high, min(max(value, self.low), self.high))
+        )
+        return self.begin + (at - low) / (high - low) * (self.end - self.begin)
 
     def ticks(self) -> list[tuple[float, str]]:
-        """Round values within the scale, each with how it is written: all in one unit, with as many decimals."""
+        """Values within the scale, each with how it is written: those that have names, else round ones, all in one unit
+        and with as many decimals."""
+        if self.named:
+            return [(value, text) for value, text in self.named if self.low <= value <= self.high]
         factor, symbol = scale_of(max(abs(self.low), abs(self.high)), self.unit)
         step = round_step((self.high - self.low) / factor / TICKS)
         places = max(0, -math.floor(math.log10(step) + 1e-9))
@@ -47,13 +54,17 @@ def round_step(least: float) -> float:
 def scale_for(axis: Axis, values: Iterable[float], begin: float, end: float, *, from_zero: bool = False) -> Scale:
     """A scale that holds all values and the axis' line, with a little room around them."""
     found = finite([*values, *([] if axis.line_at is None else [axis.line_at])])
-    low, high = (min(found), max(found)) if found else (0.0, 1.0)
-    if from_zero:
-        low, high = min(0.0, low), max(0.0, high)
-    room = 0.04 * (high - low) or 0.04 * abs(high) or 1.0
+    low, high = axis.span or ((min(found), max(found)) if found else (0.0, 1.0))
+    if axis.log:
+        room = (high / low) ** 0.04 if high > low else 1.1
+        ends = low / room, high * room
+    else:
+        low = min(0.0, low) if from_zero else low
+        room = 0.04 * (high - low) or 0.04 * abs(high) or 1.0
+        ends = low if from_zero else low - room, high + room
     return Scale(
-        low=low if from_zero and low == 0 else low - room, high=high + room, begin=begin, end=end, unit=axis.unit
-    )
+        low=ends[0], high=ends[1], begin=begin, end=end, unit=axis.unit, log=axis.log, named=axis.named
+    )  # fmt: skip
 
 
 def finite(values: Iterable[float | None]) -> Sequence[float]:
