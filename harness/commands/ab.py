@@ -349,12 +349,8 @@ def show_ab(
     from harness.report.gate import describe_gate
 
     said = describe_gate(result, ab=True) + describe_attribution(attribution_of(run), run)
-    save_page(
-        getattr(options, "html", None),
-        said,
-        f"{run.manifest.study['title']}: A/B",
-        figures=figures_of_comparison(result.report),
-    )
+    title, figures = f"{run.manifest.study['title']}: A/B", figures_of_comparison(result.report)
+    save_page(getattr(options, "html", None), said, title, figures=figures)
     if form == "json":
         about = {"run": run.manifest.run, "path": str(run.path), "interleaving": run.manifest.interleaving}
         print_json({**gate_document(result), **about, "attribution": attribution_document(run)})

@@ -77,7 +77,7 @@ def run_compare(options: argparse.Namespace) -> int:
         force=options.force,
     )
     from harness.report.compared_figures import figures_of_comparison
-    from harness.report.comparison import describe_comparison, title_of
+    from harness.report.comparison import describe_comparison, title_of_report
 
     said = describe_comparison(report)
     if form == "json":
@@ -86,7 +86,7 @@ def run_compare(options: argparse.Namespace) -> int:
         from harness.report.annotations import comparison_annotations
 
         show_document(said, form, annotations=lambda: comparison_annotations(report), verbose=options.verbose)
-    save_page(options.html, said, title_of(report), figures=figures_of_comparison(report))
+    save_page(options.html, said, title_of_report(report), figures=figures_of_comparison(report))
     return exit_code(report.comparisons)
 
 
@@ -106,11 +106,11 @@ def run_gate(options: argparse.Namespace) -> int:
     report = compare(base, candidate, metrics=policy.metrics, limits_of=policy.limits_of)
     result = judge(report, policy)
     from harness.report.compared_figures import figures_of_comparison
-    from harness.report.comparison import title_of
+    from harness.report.comparison import title_of_report
     from harness.report.gate import describe_gate
 
     said = describe_gate(result)
-    save_page(options.html, said, title_of(report), figures=figures_of_comparison(report))
+    save_page(options.html, said, title_of_report(report), figures=figures_of_comparison(report))
     if form == "json":
         print_json(gate_document(result))
     else:

@@ -19,9 +19,8 @@ def how_to_repeat(run: Run) -> str:
 
 def _lines(run: Run) -> Iterator[str]:
     manifest, provenance = run.manifest, run.manifest.provenance
-    known = {
-        name: version for name, version in provenance.get("libraries", {}).items() if name in LIBRARIES and version
-    }
+    libraries = provenance.get("libraries", {})
+    known = {name: libraries[name] for name in LIBRARIES if libraries.get(name)}
     python, git = provenance.get("python", "unknown"), provenance.get("git", {})
     yield f"# Python {python}; {_revision(git)}; seed {manifest.seed}"
     if known:

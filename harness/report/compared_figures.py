@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from harness.records.metrics import METRICS, PHASE_TITLES
-from harness.report.comparison import metric_of
 from harness.report.figure import Axis, Figure, Intervals, Mark
 from harness.report.table import Table, name_columns, write_ratio, write_row
+from harness.report.words import title_of_ratio
 from harness.verdicts.outcome import Compared, ComparisonReport
 
 
@@ -14,24 +14,23 @@ def figures_of_comparison(report: ComparisonReport) -> tuple[Figure, ...]:
     by_phase: dict[str, list[Compared]] = {}
     for compared in report.comparisons:
         if compared.comparison.ratio is not None:
-            known = compared.metric in METRICS
-            by_phase.setdefault(PHASE_TITLES[METRICS[compared.metric].phase] if known else "Others", []).append(
-                compared
-            )
+            known = METRICS.get(compared.metric)
+            by_phase.setdefault("Others" if known is None else PHASE_TITLES[known.phase], []).append(compared)
     return tuple(_figure(title, found) for title, found in by_phase.items())
 
 
 def _figure(title: str, found: list[Compared]) -> Figure:
     marks = tuple(
         Mark(
-            name=f"{one.variant}, {metric_of(one)}", value=one.comparison.ratio, low=one.comparison.low,
+            name=f"{one.variant}, {title_of_ratio(one.metric)}", value=one.comparison.ratio, low=one.comparison.low,
             high=one.comparison.high, verdict=one.verdict,
         )
         for one in found
         if one.comparison.ratio is not None
     )  # fmt: skip
     rows = tuple(
-        write_row(one.variant, metric_of(one), write_ratio(one.comparison, verdict=one.verdict)) for one in found
+        write_row(one.variant, title_of_ratio(one.metric), write_ratio(one.comparison, verdict=one.verdict))
+        for one in found
     )
     return Figure(
         title=f"{title}: candidate / base",

@@ -1,4 +1,4 @@
-"""Reports as a page: complete without scripts, closed to the world, escaped, and its pictures say what its tables say."""
+"""Reports as a page: complete without scripts, closed to the world, escaped, drawn as their tables say."""
 
 from __future__ import annotations
 
@@ -83,7 +83,8 @@ def test_nothing_is_loaded_from_elsewhere(committed):
     """No address but those of the page itself and of pictures inside it; no style and no handler in an attribute."""
     found = Page(committed[3]).attributes
     for tag, name, value in found:
-        assert name != "style" and not name.startswith("on"), (tag, name)
+        assert name != "style", tag
+        assert not name.startswith("on"), (tag, name)
         if name in ("src", "href", "action", "data", "srcset", "poster"):
             assert value.startswith(("#", "data:image/png;base64,")), (tag, name, value[:80])
     assert not {"link", "iframe", "object", "embed", "form", "base"} & set(Page(committed[3]).tags)
@@ -97,7 +98,7 @@ def test_the_policy_allows_the_page_and_nothing_else(committed):
         (text,) = re.findall(f"<{tag}>(.*?)</{tag}>", committed[3], re.DOTALL)
         digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
         assert f"{directive} 'sha256-{digest}'" in policy
-    assert "unsafe" not in policy and "http" not in policy
+    assert not re.search("unsafe|http", policy)
 
 
 def test_links_lead_somewhere_and_ids_are_of_one(committed):
@@ -105,7 +106,8 @@ def test_links_lead_somewhere_and_ids_are_of_one(committed):
     page = Page(committed[3])
     assert len(page.ids) == len(set(page.ids))
     links = [value[1:] for tag, name, value in page.attributes if tag == "a" and name == "href"]
-    assert links and set(links) <= set(page.ids)
+    assert links
+    assert set(links) <= set(page.ids)
 
 
 def test_a_committed_run_fits_into_half_a_megabyte(committed):
@@ -146,8 +148,8 @@ def test_the_numbers_of_ratios_are_those_of_the_report(committed):
     """No figure computes a verdict or a ratio of its own."""
     shown = {(row.name, row.ratio.ratio, row.ratio.low, row.ratio.high)
              for table in committed[1].tables for row in table.rows if row.ratio is not None}  # fmt: skip
-    drawn = {(mark.name, mark.value, mark.low, mark.high)
-             for figure in committed[2] if isinstance(figure.drawing, Intervals) for mark in figure.drawing.marks}  # fmt: skip
+    ratios = [figure.drawing for figure in committed[2] if isinstance(figure.drawing, Intervals)]
+    drawn = {(mark.name, mark.value, mark.low, mark.high) for drawing in ratios for mark in drawing.marks}
     assert drawn
     assert drawn <= shown
 
@@ -276,7 +278,7 @@ def test_ticks_are_round_few_and_inside(low, factor, unit):
 # --- the commands -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("line", ["report {}", "compare {} {}", "gate {} {}", "claims {}"])
+@pytest.mark.parametrize("line", ["report {}", "compare {} {}", "gate {} {}"])
 def test_commands_write_a_page(line, write_run, tmp_path, capsys):
     """Beside what they print, with the exit code of what they found."""
     path, page = write_run("r", {"plain": [1.0] * 5, "nf4": [1.1] * 5}), tmp_path / "page.html"
@@ -290,8 +292,17 @@ def test_commands_write_a_page(line, write_run, tmp_path, capsys):
     assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
 
 
+def test_claims_are_a_page(tmp_path, capsys):
+    """Of the study that this project began with."""
+    (path,) = [path for path in COMMITTED if "llama2" in path.name]
+    assert main(["claims", str(path), "--html", str(tmp_path / "page.html")]) == 0
+    said = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "refuted" in capsys.readouterr().out
+    assert "refuted" in said
+
+
 @pytest.mark.parametrize(
-    "line", ["report {}", "ab training-step --base HEAD --candidate HEAD", "profile lora-or-qlora"]
+    "line", ["report {}", "ab training-step --base HEAD --candidate HEAD", "profile lora-or-qlora:lora-r16"]
 )
 def test_a_page_that_cannot_be_written_is_refused_first(line, write_run, tmp_path, capsys):
     """Before anything is measured; the file is named."""
