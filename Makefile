@@ -114,8 +114,8 @@ proof-memory: $(STAMP)
 	$(BIN)/python benchmarks/selftest/estimate.py > reports/proof/estimate.txt; \
 	status=$$?; cat reports/proof/estimate.txt; exit $$status
 
-# Time and memory of reading a run of a hundred thousand trials, and of its report (a few minutes, 1 GB in a temporary
-# folder).
+# Time and memory of reading a run of a hundred thousand trials, of its report, and of its comparison to another (a few
+# minutes, 1 GB in a temporary folder).
 proof-reading: $(STAMP)
 	mkdir -p reports/proof
 	$(BIN)/python benchmarks/selftest/reading.py > reports/proof/reading.txt; \
