@@ -53,6 +53,10 @@ MOST_MEMORY = 4.0
 MOST_REPORT_S = 3.0
 MOST_LARGE_REPORT_S = 30.0
 """Reports of the many variants, and of the many trials; their comparisons, too."""
+MOST_PAGE_S = 10.0
+MOST_PAGE_BYTES = 3_000_000
+MOST_TRIALS_OF_A_PAGE = 10_000
+"""Of the page of the many variants; of more trials nobody opens one."""
 
 
 @dataclass(frozen=True)
@@ -208,15 +212,22 @@ def judge(path: Path, what: str, most_s: float, say: Callable[[str], None]) -> I
         f"memory grew by {read.grown_bytes / MIB:.0f} MiB, {ratio:.2f} times the files (at most {MOST_MEMORY:g})"
     )
     costs = {
-        "report": command_apart(path, "report", str(path)),
-        "compare": command_apart(path, "compare", str(path), str(copy_run(path))),
+        "report": (command_apart(path, "report", str(path)), most_s),
+        "compare": (command_apart(path, "compare", str(path), str(copy_run(path))), most_s),
     }
-    for command, cost in costs.items():
-        say(f"  lorameter {command}: {cost.cpu_s:.2f} s of CPU ({cost.wall_s:.2f} s passed; at most {most_s:g})")
+    page = path.with_suffix(".html")
+    if trials <= MOST_TRIALS_OF_A_PAGE:
+        costs["report --html"] = command_apart(path, "report", str(path), "--html", str(page)), MOST_PAGE_S
+    for command, (cost, most) in costs.items():
+        say(f"  lorameter {command}: {cost.cpu_s:.2f} s of CPU ({cost.wall_s:.2f} s passed; at most {most:g})")
+    size = page.stat().st_size if page.exists() else 0
+    if size:
+        say(f"  the page has {size / 1e6:.2f} MB (at most {MOST_PAGE_BYTES / 1e6:g})")
     for took, most, thing in (
         (read.cpu_s, MOST_READING_S, "seconds to read"),
         (ratio, MOST_MEMORY, "times its size in memory"),
-        *((cost.cpu_s, most_s, f"seconds to {command}") for command, cost in costs.items()),
+        (size, MOST_PAGE_BYTES, "bytes of a page"),
+        *((cost.cpu_s, most, f"seconds to {command}") for command, (cost, most) in costs.items()),
     ):
         if took > most:
             yield f"{what}: {took:.2f} {thing}, at most {most:g} allowed"
