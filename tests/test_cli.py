@@ -30,10 +30,10 @@ def test_lists_are_json_on_request(capsys, tmp_path):
     for what, known in (("studies", "lora-or-qlora"), ("models", "tiny-llama")):
         assert main(["list", what, "--json"]) == 0
         document = json.loads(capsys.readouterr().out)
-        assert document["schema"] == 1
+        assert document["schema"] == 2
         assert known in [row["name"] for row in document[what]]
     assert main(["list", "runs", "--json", "--runs-dir", str(tmp_path)]) == 0
-    assert json.loads(capsys.readouterr().out) == {"schema": 1, "runs": []}
+    assert json.loads(capsys.readouterr().out) == {"schema": 2, "runs": []}
     assert main(["list", "variants", "lora-or-qlora"]) == 0
     assert "quantization=nf4" in capsys.readouterr().out
 
@@ -136,7 +136,7 @@ def test_a_run_prints_one_json_document(swept, capsys):
     """A real run of two small variants: status, trials and control on stdout, progress on stderr, exit code 0."""
     done, runs = swept
     document = json.loads(done.stdout)
-    assert document["schema"] == 1
+    assert document["schema"] == 2
     assert document["trials"] == {"ok": 3 + 3}  # taking turns on one base, and solo
     assert (document["status"], done.returncode) == ("ok", 0)
     assert set(document["control"]) == {"train", "generate", "cold"}

@@ -300,8 +300,9 @@ def _show(reporter: pytest.TerminalReporter, title: str, document: Document) -> 
 
     screen = reporter._tw
     width = screen.fullwidth if screen.hasmarkup else PIPED_WIDTH
+    verbose = not screen.hasmarkup or reporter.config.option.verbose > 0
     reporter.section(title)
-    reporter.write(text_of(document, width=width, coloured=screen.hasmarkup))
+    reporter.write(text_of(document, width=width, coloured=screen.hasmarkup, verbose=verbose))
 
 
 def _nothing() -> None:

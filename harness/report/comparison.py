@@ -53,7 +53,7 @@ def describe_comparison(report: ComparisonReport, *, ab: bool = False) -> Docume
     one job."""
     lines = tuple(list_findings(report, ab=ab))
     more = lines[MOST_FINDINGS:]
-    folded = Fold(summary=say(Span(text=f"and {len(more)} more: --verbose", tone="faint")), lines=more)
+    folded = Fold(summary=say(Span(text=f"and {len(more)} more", tone="faint")), lines=more)
     return (
         Section(title=title_of_report(report), lines=lines[:MOST_FINDINGS], apart=False),
         *([folded] if more else []),
@@ -162,4 +162,4 @@ def _statistics(report: ComparisonReport) -> Iterator[Block]:
     if lines:
         count = f"{len(report.comparisons)} verdicts rest" if len(report.comparisons) > 1 else "the verdict rests"
         yield Section(title="Statistics")
-        yield Fold(summary=say(Span(text=f"what {count} on: --verbose", tone="faint")), lines=lines)
+        yield Fold(summary=say(Span(text=f"what {count} on", tone="faint")), lines=lines)

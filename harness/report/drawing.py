@@ -43,12 +43,12 @@ STYLES: dict[Tone, str] = {
     "strong": "bold",
     "faint": "dim",
     "good": "color(33)",
-    "note": "color(37)",
+    "note": "color(30)",
     "warning": "color(136)",
     "bad": "color(166)",
     "alarm": "bold color(161)",
     "odd": "color(97)",
-    "command": "color(37)",
+    "command": "color(30)",
 }
 _INDENT = "  "
 _CHART_WIDTH = 38

@@ -21,7 +21,7 @@ COMMENT_CHARACTERS = 65_536
 """Of a comment, and of the body of an issue."""
 _CHART_WIDTH = 80
 _MARKUP = re.compile(r"([\\`*_{}\[\]<>#|~$!])")
-_LIST = re.compile(r"^(\d+)([.)])|^([-+=])")
+_LIST = re.compile(r"^(\d*)([.)+-])(?=\s|$)|^()([-=]+)$")
 _ADDRESS = re.compile(r"\b(https?|ftp)(:)//|\b(www)(\.)", re.IGNORECASE)
 _BREAK = "<!-- -->"
 """Shows as nothing, and keeps apart what would be a mention or a link together."""
@@ -53,7 +53,7 @@ def markdown_of(document: Document, *, most: int = COMMENT_CHARACTERS) -> str:
 def escape(text: str) -> str:
     """Outside text as text: on one line, starting nothing."""
     text = _MARKUP.sub(r"\\\1", make_visible(" ".join(text.split())).replace("&", "&amp;"))
-    text = _LIST.sub(lambda found: f"{found[1]}\\{found[2]}" if found[1] else f"\\{found[3]}", text)
+    text = _LIST.sub(lambda found: f"{found[1] or ''}\\{found[2] or found[4]}", text)
     text = _ADDRESS.sub(lambda found: f"{found[1] or found[3]}{_BREAK}{found[0][len(found[1] or found[3]) :]}", text)
     return text.replace("@", f"@{_BREAK}")
 

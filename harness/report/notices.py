@@ -17,7 +17,7 @@ def describe_notices(notices: Sequence[Notice]) -> Document:
     for notice in notices:
         kinds.setdefault(notice.code, []).append(notice)
     folds: list[Block] = [_fold(alike) for alike in kinds.values()]
-    return (Section(title="Notices", beside=" (in full: --verbose)"), *folds) if folds else ()
+    return (Section(title="Notices"), *folds) if folds else ()
 
 
 def tell_notices(notices: Sequence[Notice]) -> Document:

@@ -200,7 +200,7 @@ def _statistics(view: RunView) -> Iterator[Block]:
         about = title_of_ratio(table.metric)
         lines += [say(f"{about}, {name}: ", Span(text=one.reason, tone="faint")) for name, one in found]
     if lines and not all(table.alone for table in view.tables):
-        count = f"{len(lines)} comparisons" if len(lines) > 1 else "the comparison"
-        summary = say(Span(text=f"what {count} rest{'s' if len(lines) == 1 else ''} on: --verbose", tone="faint"))
+        count = f"{len(lines)} comparisons rest" if len(lines) > 1 else "the comparison rests"
+        summary = say(Span(text=f"what {count} on", tone="faint"))
         yield Section(title="Statistics")
         yield Fold(summary=summary, lines=tuple(lines))

@@ -61,7 +61,7 @@ def test_a_slower_variant_is_a_regression(write_run, compare):
         "replicates", "replicates_needed", "mde80",
     }  # fmt: skip
     assert (row["interleaving"], row["tolerance"], row["margin"], row["replicates"]) == ("separate", 0.01, 0.05, 4)
-    assert document["schema"] == 1
+    assert document["schema"] == 2
     assert document["control"]["train"]["verdict"] == "equivalent"
 
 
