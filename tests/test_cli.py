@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
 import subprocess
 import sys
 
 import pytest
 
-from harness.cli import main
+from harness.cli import EXAMPLES, commands_of, main, parser
 from harness.records import store
 
 
@@ -227,3 +229,35 @@ def test_a_title_with_a_bracket_is_shown_as_it_is(tmp_path, capsys):
     (tmp_path / "mine.toml").write_text("title = 'a [/b] c'\n[[variant]]\nname = 'x'\n")
     assert main(["run", str(tmp_path / "mine.toml"), "--dry-run", "--runs-dir", str(tmp_path)]) == 0
     assert "a [/b] c" in capsys.readouterr().out
+
+
+def test_every_command_ends_its_help_with_an_example_that_it_takes():
+    """None is missing, none is of a command that is gone, and each can be typed as it stands."""
+    top = parser()
+    named = dict(commands_of(top))
+    assert set(named) == set(EXAMPLES)
+    for name, command in named.items():
+        assert EXAMPLES[name] in " ".join(command.format_help().split())
+        words = shlex.split(EXAMPLES[name].partition(" > ")[0])
+        assert words[0] == "lorameter"
+        assert words[1 : 1 + len(name.split())] == name.split() or name == "model"
+        top.parse_args(words[1:])
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_a_shell_is_told_every_command(shell, capsys):
+    """A script for each shell, with all commands."""
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    for name in EXAMPLES:
+        assert name.split()[0] in script
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash on this machine")
+def test_bash_completes_by_it(tmp_path, capsys):
+    """Asked in a real shell."""
+    main(["completion", "bash"])
+    (tmp_path / "completion").write_text(capsys.readouterr().out)
+    asked = "source completion; COMP_WORDS=(lorameter rep); COMP_CWORD=1; _shtab_lorameter; echo ${COMPREPLY[@]}"
+    done = subprocess.run(["bash", "-c", asked], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["report"]
