@@ -41,7 +41,7 @@ EXAMPLES = {
     "doctor": "lorameter doctor",
     "estimate": "lorameter estimate lora-or-qlora:qlora-nf4-r16 --model llama2-7b",
     "profile": "lorameter profile lora-or-qlora:qlora-nf4-r16 --try",
-    "sample": "lorameter sample 20261120-101500-lora-or-qlora-3f2a",
+    "sample": "lorameter sample 20261120-101500-lora-or-qlora-3f2a qlora-nf4-r16",
     "claims": "lorameter claims 20261120-101500-llama2-lora-parameters-e40e",
     "completion": "lorameter completion bash > ~/.local/share/bash-completion/completions/lorameter",
 }
