@@ -28,22 +28,22 @@ from kernels_check.visible import Parser, tell
 
 EXAMPLES = {
     "run": "lorameter run lora-or-qlora --effort quick",
-    "report": "lorameter report 20261120-101500-lora-or-qlora-3f2a --html report.html",
+    "report": "lorameter report 20261120-101500-mine-3f2a --html report.html",
     "list": "lorameter list runs",
     "model": "lorameter model fetch smollm2-135m",
     "model fetch": "lorameter model fetch smollm2-135m",
-    "compare": "lorameter compare baseline 20261120-101500-lora-or-qlora-3f2a",
-    "gate": "lorameter gate baseline 20261120-101500-lora-or-qlora-3f2a --policy gate.toml --format github",
-    "accept": "lorameter accept 20261120-101500-lora-or-qlora-3f2a",
-    "ab": "lorameter ab training-step --base peft==0.19.0 --candidate peft==0.20.0",
+    "compare": "lorameter compare baseline 20261120-101500-mine-3f2a",
+    "gate": "lorameter gate baseline 20261120-101500-mine-3f2a --format github",
+    "accept": "lorameter accept 20261120-101500-mine-3f2a",
+    "ab": "lorameter ab training-step --base main --candidate HEAD",
     "calibrate": "lorameter calibrate --effort standard",
     "wrap": "lorameter wrap -- python train.py --r 64",
     "doctor": "lorameter doctor",
     "estimate": "lorameter estimate lora-or-qlora:qlora-nf4-r16 --model llama2-7b",
     "profile": "lorameter profile lora-or-qlora:qlora-nf4-r16 --try",
-    "sample": "lorameter sample 20261120-101500-lora-or-qlora-3f2a qlora-nf4-r16",
-    "claims": "lorameter claims 20261120-101500-llama2-lora-parameters-e40e",
-    "completion": "lorameter completion bash > ~/.local/share/bash-completion/completions/lorameter",
+    "sample": "lorameter sample 20261120-101500-mine-3f2a qlora-nf4-r16",
+    "claims": "lorameter claims 20261120-101500-mine-3f2a",
+    "completion": "lorameter completion bash > lorameter.bash",
 }
 """What stands at the end of each command's help; runs are named as they are listed."""
 

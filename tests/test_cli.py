@@ -231,13 +231,14 @@ def test_a_title_with_a_bracket_is_shown_as_it_is(tmp_path, capsys):
     assert "a [/b] c" in capsys.readouterr().out
 
 
-def test_every_command_ends_its_help_with_an_example_that_it_takes():
+def test_every_command_ends_its_help_with_an_example_that_it_takes(monkeypatch):
     """None is missing, none is of a command that is gone, and each can be typed as it stands."""
+    monkeypatch.setenv("COLUMNS", "80")
     top = parser()
     named = dict(commands_of(top))
     assert set(named) == set(EXAMPLES)
     for name, command in named.items():
-        assert EXAMPLES[name] in " ".join(command.format_help().split())
+        assert f"\nexample: {EXAMPLES[name]}\n" in command.format_help(), "on one line, as it is copied"
         words = shlex.split(EXAMPLES[name].partition(" > ")[0])
         assert words[0] == "lorameter"
         assert words[1 : 1 + len(name.split())] == name.split() or name == "model"
