@@ -104,7 +104,7 @@ def run_resumed(options: argparse.Namespace) -> int:
     if run is None:
         return EXIT_PASS
     if run.manifest.sides:
-        from harness.commands.ab import show_ab
+        from harness.commands.ab_report import show_ab
 
         return show_ab(run, options)
     return _show(run, options)

@@ -11,7 +11,7 @@ import random
 import pytest
 
 from harness.cli import main
-from harness.commands.ab import show_ab
+from harness.commands.ab_report import show_ab
 from harness.errors import UsageError
 from harness.records import codec, store
 from harness.records.record import Failure, TrialRecord
