@@ -32,8 +32,7 @@ def add_commands(commands: Any, common: Any) -> None:
     run.add_argument(
         "--interleave", metavar="L", help="shared-base, lockstep or replicates; default: the finest possible"
     )
-    run.add_argument("--precision", type=float, metavar="F", help="stop when every interval is within ±F of its ratio")
-    add_options(run.add_argument, "max-minutes", "allow-disturbed", "if-busy")
+    add_options(run.add_argument, "precision", "max-minutes", "allow-disturbed", "if-busy")
     add_script_options(run)
     run.add_argument("--resume", metavar="RUN", help="go on with a run that broke off, by its own study and plan")
     run.add_argument("--dry-run", action="store_true", help="show the plan and what it will take, and measure nothing")

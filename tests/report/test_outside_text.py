@@ -15,8 +15,8 @@ from harness.errors import InvalidRunError, UsageError, redact
 from harness.records import codec
 from harness.records.record import Notice
 from harness.records.store import read_manifest
-from harness.report.attribution import describe_attribution
 from harness.report.annotations import annotation, gate_annotations
+from harness.report.attribution import describe_attribution
 from harness.report.gate import describe_gate
 from harness.report.live import LiveDisplay
 from harness.report.markdown import markdown_of
