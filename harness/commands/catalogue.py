@@ -15,8 +15,10 @@ from kernels_check.visible import make_visible, tell
 
 def add_commands(commands: Any, common: Any) -> None:
     """The parsers of these commands; `common` adds the options that every command has."""
-    listing = commands.add_parser("list", help="list studies, variants and what they train, models or runs")
-    listing.add_argument("what", choices=("studies", "variants", "sizes", "models", "runs"))
+    listing = commands.add_parser(
+        "list", help="list studies, variants and what they train, models, runs, or the keys of files"
+    )
+    listing.add_argument("what", choices=("studies", "variants", "sizes", "models", "runs", "keys"))
     listing.add_argument("study", nargs="?", metavar="STUDY", help="the study whose variants or sizes to list")
     listing.add_argument("--model", metavar="M", help="sizes on another model; its shape is enough")
     common(listing)
@@ -34,6 +36,8 @@ def run_list(options: argparse.Namespace) -> int:
     """Print what there is of a kind."""
     if options.what == "sizes":
         return _list_sizes(options)
+    if options.what == "keys":
+        return _list_keys(options)
     rows = _listed(options)
     if options.json:
         print_json({options.what: rows})
@@ -43,6 +47,16 @@ def run_list(options: argparse.Namespace) -> int:
         print(make_visible("  ".join(str(value) for value in words.values())))
     if not rows:
         print(f"no {options.what}", file=sys.stderr)
+    return EXIT_PASS
+
+
+def _list_keys(options: argparse.Namespace) -> int:
+    """Every key of studies and policies, as Markdown."""
+    from harness.commands.reference import write_reference
+
+    if options.json:
+        raise _usage("list keys: a page of Markdown, which has no --json. Leave it out.")
+    sys.stdout.write(write_reference())
     return EXIT_PASS
 
 

@@ -68,9 +68,11 @@ class Part:
     """One testable statement. Raises `UsageError` where the rule and the rest do not go together."""
 
     rule: Rule
+    """What is stated, see below."""
     axis: str
     """Field of Variant; its levels are the variants that differ from the reference in this field only."""
     metric: str = ""
+    """Name of what is measured; of a quantity that is counted for "rises"."""
     metrics: dict[str, float] = field(default_factory=dict)
     """For "best": weight of each metric; 1 and 1 say that one per cent of either counts the same."""
     levels: tuple[float, ...] = ()
@@ -136,8 +138,11 @@ class Claim:
     """A sentence and the parts that it stands on."""
 
     id: str
+    """What it is called in the report."""
     says: str
+    """The sentence."""
     parts: tuple[Part, ...]
+    """All of them must hold."""
     original: str = ""
     """What the source of the claim published."""
     pretrained: bool = False
