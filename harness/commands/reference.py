@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import itertools
 import textwrap
 import types
 import typing
@@ -95,10 +96,9 @@ def _doc_of(module: types.ModuleType, name: str) -> str:
 
 def _below(body: list[ast.stmt]) -> dict[str, str]:
     found = {}
-    for one, following in zip(body, body[1:], strict=False):
-        named = (
-            one.target if isinstance(one, ast.AnnAssign) else one.targets[0] if isinstance(one, ast.Assign) else None
-        )
+    for one, following in itertools.pairwise(body):
+        named: ast.expr | None = one.target if isinstance(one, ast.AnnAssign) else None
+        named = one.targets[0] if isinstance(one, ast.Assign) else named
         text = following.value if isinstance(following, ast.Expr) else None
         if isinstance(named, ast.Name) and isinstance(text, ast.Constant) and isinstance(text.value, str):
             found[named.id] = text.value
@@ -139,6 +139,42 @@ def _toml(value: Any) -> str:
     if isinstance(value, str):
         return f'"{value}"'
     return f"[{', '.join(map(_toml, value))}]" if isinstance(value, tuple) else str(value)
+
+
+def write_documents() -> str:
+    """The page of the JSON documents: what each command prints, and what that is made of."""
+    from harness.commands import documents
+
+    lines = ["# What `--json` prints", "", "Made by `lorameter list documents` from the types in "
+             "`harness/commands/documents.py`; `--json` after it prints them as JSON Schema.", ""]  # fmt: skip
+    lines += [inspect.cleandoc(documents.__doc__ or "").partition("\n\n")[2], "", f"The schema is {documents.SCHEMA}."]
+    for title, classes in (("documents", documents.DOCUMENTS), ("parts", documents.PARTS)):
+        for cls in classes:
+            lines += ["", f"## {cls.__name__}", "", inspect.cleandoc(cls.__doc__ or ""), ""]
+            lines += _fields(cls, inherited=title == "parts")
+    return "\n".join(lines) + "\n"
+
+
+def _fields(cls: Any, *, inherited: bool) -> Iterator[str]:
+    """A row of each field that a document does not have from the one that it is built on."""
+    docs, hints = documents_of(cls), typing.get_type_hints(cls)
+    names = [name for name in cls.__struct_fields__ if inherited or name in cls.__annotations__]
+    yield "| key | value | |"
+    yield "|---|---|---|"
+    for name in names:
+        said = " ".join(docs.get(name, "").split())
+        yield f"| `{name}` | {_cell(_json_kind(hints[name]))} | {_cell(said)} |"
+
+
+def _json_kind(hint: Any) -> str:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join("null" if one is type(None) else _json_kind(one) for one in args)
+    if origin is list:
+        return f"list of {_json_kind(args[0])}"
+    if origin is dict:
+        return f"table of {_json_kind(args[1])}"
+    return _KINDS.get(hint) or f"{hint.__name__}"
 
 
 def _cell(text: str) -> str:
