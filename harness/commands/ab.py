@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.commands.ab_report import show_ab
 from harness.commands.ab_scripts import add_script_options, study_of_options
 from harness.commands.options import add_options
-from harness.commands.output import form_of, print_json, show_document
+from harness.commands.output import form_of, print_json
 from harness.errors import EXIT_INVALID, EXIT_PASS, InvalidRunError, UsageError
 
 if TYPE_CHECKING:
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from harness.records.store import Run
     from harness.run.plan import Plan
     from harness.verdicts.gate import Policy
-    from harness.verdicts.outcome import Compared
 
 CALIBRATION_REPLICATES = 24
 """Enough for three gates of 8 that share nothing, and about 4 minutes of the default study on two cores."""
@@ -311,45 +310,3 @@ def read_study(options: argparse.Namespace, standard: int | None = None, of: Any
         max_minutes=options.max_minutes,
         allow_disturbed=options.allow_disturbed,
     )
-
-
-def show_ab(
-    run: Run,
-    options: argparse.Namespace,
-    *,
-    metrics: Sequence[str] = (),
-    keep: Callable[[Compared], bool] = lambda compared: True,
-) -> int:
-    """Print an A/B run in the format asked for; the exit code is that of its verdicts under the policy, which is the
-    one that it was measured for unless another is given.
-
-    Args:
-        run: a run with two sides.
-        options: format and policy.
-        metrics: what to judge in place of the metrics of the policy.
-        keep: which comparisons are shown; the exit code is that of all.
-    """
-    import dataclasses
-
-    from harness.verdicts.ab import attribution_document, attribution_of, report_of
-    from harness.verdicts.gate import gate_document, judge, kept_policy, load_policy
-
-    form, given = form_of(options), getattr(options, "policy", None)
-    policy = load_policy(given) if given else kept_policy(run)
-    policy = dataclasses.replace(policy, metrics=tuple(metrics) or policy.metrics)
-    whole = report_of(run, metrics=policy.metrics, limits_of=policy.limits_of, losses=policy.losses == "agree")
-    result = judge(whole, policy)
-    shown = tuple(filter(keep, whole.comparisons))
-    result = dataclasses.replace(result, report=dataclasses.replace(whole, comparisons=shown))
-    if form == "json":
-        about = {"run": run.manifest.run, "path": str(run.path), "interleaving": run.manifest.interleaving}
-        print_json({**gate_document(result), **about, "attribution": attribution_document(run)})
-        return result.exit_code
-    from harness.report.annotations import gate_annotations
-    from harness.report.attribution import describe_attribution
-    from harness.report.gate import describe_gate
-
-    document = describe_gate(result, ab=True) + describe_attribution(attribution_of(run), run)
-    verbose = getattr(options, "verbose", False)
-    show_document(document, form, annotations=lambda: gate_annotations(result), verbose=verbose)
-    return result.exit_code

@@ -112,7 +112,7 @@ def run_gate(options: argparse.Namespace) -> int:
 
 def _of_ab(options: argparse.Namespace) -> int:
     """The comparison that one run holds. Raises `UsageError` for a run that has one side."""
-    from harness.commands.ab import show_ab
+    from harness.commands.ab_report import show_ab
     from harness.records import store
 
     run = store.read_run(options.base, store.runs_dir(options.runs_dir))

@@ -1,8 +1,8 @@
 """The JSON documents of the commands, as types: what `--json` prints, which `docs/json.md` lists.
 
-Numbers are in base units, which their names end in: `_s` seconds, `_bytes`, `_j` joules, `_per_s`; a name without one of
-these is a ratio, a count or a share. None of them is NaN. Schema 2 has numbers (`values`, `metric`) beside the cells that
-schema 1 held as text alone; nothing of schema 1 is missing in it.
+Numbers are in base units, which their names end in: `_s` seconds, `_bytes`, `_j` joules, `_per_s`; a name without one
+of these is a ratio, a count or a share. None of them is NaN. Schema 2 has numbers (`values`, `metric`) beside the cells
+that schema 1 held as text alone; nothing of schema 1 is missing in it.
 """
 
 from __future__ import annotations

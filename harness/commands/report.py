@@ -43,7 +43,7 @@ def run_report(options: argparse.Namespace) -> int:
     run = store.read_run(options.run, store.runs_dir(options.runs_dir))
     gc.freeze()  # all of it is needed to the end, and looking through a large run for what is not takes seconds
     if run.manifest.sides:
-        from harness.commands.ab import show_ab
+        from harness.commands.ab_report import show_ab
 
         return show_ab(run, options, metrics=options.metric, keep=_filter(options, run))
     view = view_of(run, _asked(options))

@@ -49,6 +49,7 @@ def run_study(options: argparse.Namespace) -> int:
     from harness.report.terminal import console_for, show
     from harness.run.device import hold_device
     from harness.run.executors import open_executor
+    from harness.run.forecast import forecast
     from harness.run.measure import measure, plan_study
 
     if options.resume:
@@ -89,7 +90,9 @@ def run_study(options: argparse.Namespace) -> int:
         if waited:
             plan, notices = make()
         show(tell_notices(notices), errors)
-        with LiveDisplay(errors) as display:
+        expected = forecast(plan, machine, runs)
+        shown = LiveDisplay(errors, device=machine.device_name, expected_s=expected.time_s, basis=expected.basis)
+        with shown as display:
             run = measure(plan, runs=runs, display=display, notices=notices)
     return _show(run, options)
 
@@ -103,7 +106,7 @@ def run_resumed(options: argparse.Namespace) -> int:
     if run is None:
         return EXIT_PASS
     if run.manifest.sides:
-        from harness.commands.ab import show_ab
+        from harness.commands.ab_report import show_ab
 
         return show_ab(run, options)
     return _show(run, options)

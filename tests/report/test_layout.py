@@ -9,7 +9,7 @@ from rich.cells import cell_len
 from harness.report.layout import GAP, Column, fit, glue, measure, unglue
 
 COLUMNS = st.builds(
-    lambda least, good, natural, rank: Column(least=least, good=least + good, natural=least + good + natural, rank=rank),
+    lambda least, good, more, rank: Column(least=least, good=least + good, natural=least + good + more, rank=rank),
     st.integers(1, 30), st.integers(0, 20), st.integers(0, 60), st.integers(0, 4),
 )  # fmt: skip
 
