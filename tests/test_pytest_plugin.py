@@ -488,6 +488,36 @@ def test_a_project_that_does_not_attach_is_left_alone(pytester):
     assert "lorameter" not in json.loads((pytester.path / "out.json").read_text())["machine_info"]
 
 
+def test_a_suite_that_forgot_to_attach_is_told_how(pytester):
+    """Beside pytest's own words for a fixture that it does not find; another project's missing fixture is its own."""
+    pytester.makeini("[pytest]\nmarkers = lorameter(phase): a phase")
+    pytester.makepyfile(TESTS + "\ndef test_of_others(replay): pass\n")
+    result = pytester.runpytest_subprocess(*LEAN)
+    result.assert_outcomes(errors=4)
+    assert result.stdout.str().count("from harness.pytest_plugin import attach") == 3
+
+
+def test_a_dry_run_shows_the_plan_and_measures_nothing(suite):
+    """Order, level, time, memory and disk; each test says why it is skipped, and options of the plan count."""
+    result = suite("--lorameter-dry-run", "--lorameter-replicates=2", "-rs")
+    result.assert_outcomes(skipped=6)
+    result.stdout.fnmatch_lines(["*lorameter plan*", "*replicate 2: *", "*level * *", "*time * *", "*memory * *"])
+    result.stdout.fnmatch_lines(["SKIPPED*--lorameter-dry-run: *nothing was measured"])
+    assert "replicate 3" not in result.stdout.str()
+    assert not suite.measured()
+    assert not (suite.path / ".lorameter").exists()
+    refused = suite("--lorameter-dry-run", "--lorameter-base=some-run")
+    assert refused.ret == pytest.ExitCode.USAGE_ERROR
+
+
+def test_precision_and_minutes_are_those_of_the_command_line(suite):
+    """Both reach the protocol of the run that is measured."""
+    suite("--lorameter-precision=0.2", "--lorameter-max-minutes=30", "-k", "train").assert_outcomes(passed=2)
+    (manifest,) = suite.path.glob(".lorameter/runs/*/manifest.json")
+    protocol = json.loads(manifest.read_text())["study"]["protocol"]
+    assert (protocol["precision"], protocol["max_minutes"]) == (0.2, 30.0)
+
+
 def test_the_real_thing(suite, monkeypatch):
     """The same suite on real processes: two variants trained, checked, served and saved."""
     monkeypatch.setenv("REAL", "1")

@@ -43,8 +43,7 @@ def add_commands(commands: Any, common: Any) -> None:
     add_script_options(ab)
     ab.add_argument("--resume", metavar="RUN", help="go on with an A/B that broke off, by its own study and sides")
     _measuring(ab, ("quick", "standard", "rigorous"), "3, 8 or 12 replicates; default 8")
-    ab.add_argument("--precision", type=float, metavar="F", help="stop when every interval is within ±F")
-    add_options(ab.add_argument, "variant")
+    add_options(ab.add_argument, "precision", "variant")
     ab.add_argument(
         "--phase", choices=("train", "generate", "cold"), action="append", default=[],
         help="what to measure, repeatable; default: train and generate",

@@ -1,4 +1,4 @@
-"""The report of an A/B, whoever asks for it: the command that has measured it, or one that shows what is stored."""
+"""What the commands do that show an A/B run: `ab` itself, and `report`, `compare` and `gate` of a stored one."""
 
 from __future__ import annotations
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 PLUGIN = "lorameter-session"
 DEFAULT_STUDY = "lora-or-qlora"
+DRY = "--lorameter-dry-run: the plan is shown at the end, and nothing was measured"
 NOTHING_MEASURED = "--benchmark-disable: nothing was measured, so nothing was stored and nothing can be replayed"
 
 
@@ -61,11 +62,13 @@ class Session:
         self._skipped = bool(config.getoption("benchmark_skip")) and not config.getoption("benchmark_only")
         self._judged: GateResult | str | None = None
         self._html: str | None = config.getoption("--lorameter-html")
+        self._dry = bool(config.getoption("--lorameter-dry-run"))
+        self._planned: Document | None = None
         with _usage_errors():
             check_page(self._html)
             self._resumed = load_resumed(config)
             self._study = self._load()
-            self._gate = load_gate(config, measures=not (self._disabled or self._skipped))
+            self._gate = load_gate(config, measures=not (self._disabled or self._skipped or self._dry))
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """A test for each variant of the study."""
@@ -105,7 +108,9 @@ class Session:
                 self._gate.prepare(self._study, comparable(facts), fingerprint(facts))
             names = [str(item.callspec.params["variant_name"]) for item, _ in items]  # type: ignore[attr-defined]
             phases = {phase for _, phase in items}
-            if not self._disabled:
+            if self._dry:
+                self._planned = self._foresee(names, phases)
+            elif not self._disabled:
                 self._run = self._measure(names, phases)
             elif self._resumed is None:
                 self._plan(names, phases, make=False)
@@ -113,6 +118,8 @@ class Session:
     @pytest.fixture
     def replay(self, request: pytest.FixtureRequest, variant_name: str) -> Callable[[], None]:
         """Hand this test's recorded samples to pytest-benchmark; fails where a trial has no result."""
+        if self._dry:
+            pytest.skip(DRY)
         benchmark = request.getfixturevalue("benchmark")
         phase = _phase_of(request.node)
         marker = request.node.get_closest_marker("benchmark")
@@ -147,6 +154,8 @@ class Session:
         if isinstance(self._judged, str):
             terminalreporter.section("lorameter gate")
             terminalreporter.write(self._judged, flush=True)
+        if self._planned is not None:
+            _show(terminalreporter, "lorameter plan", self._planned)
         if self._disabled:
             terminalreporter.write_line(f"lorameter: {NOTHING_MEASURED}")
         if self._run is None:
@@ -220,6 +229,8 @@ class Session:
             data=option("--lorameter-data"),
             effort=option("--lorameter-effort"),
             replicates=option("--lorameter-replicates"),
+            precision=option("--lorameter-precision"),
+            max_minutes=option("--lorameter-max-minutes"),
             allow_disturbed=option("--lorameter-allow-disturbed"),
         )
 
@@ -239,6 +250,17 @@ class Session:
         show(tell_notices(notices), console)
         with held, LiveDisplay(console) as display:
             return measure(plan, runs=runs, display=display, notices=notices)
+
+    def _foresee(self, names: list[str], phases: set[str]) -> Document:
+        """The plan of the session and what it will take. Raises `UsageError` for what cannot be measured here."""
+        from harness.report.plan import describe_plan
+        from harness.run.forecast import forecast
+
+        if self._resumed is not None:
+            raise UsageError("--lorameter-dry-run: a run that is gone on with has its plan. Leave one of the two out.")
+        plan, notices, runs = self._plan(names, phases, make=False)
+        machine = self._executor().machine()
+        return describe_plan(plan, forecast(plan, machine, runs), machine, notices)
 
     def _plan(self, names: list[str], phases: set[str], *, make: bool) -> tuple[Plan, tuple[Notice, ...], Path]:
         """What the tests need, and the folder of runs, to be made or not. Raises `UsageError` for what cannot be

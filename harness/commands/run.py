@@ -32,8 +32,7 @@ def add_commands(commands: Any, common: Any) -> None:
     run.add_argument(
         "--interleave", metavar="L", help="shared-base, lockstep or replicates; default: the finest possible"
     )
-    run.add_argument("--precision", type=float, metavar="F", help="stop when every interval is within ±F of its ratio")
-    add_options(run.add_argument, "max-minutes", "allow-disturbed", "if-busy")
+    add_options(run.add_argument, "precision", "max-minutes", "allow-disturbed", "if-busy")
     add_script_options(run)
     run.add_argument("--resume", metavar="RUN", help="go on with a run that broke off, by its own study and plan")
     run.add_argument("--dry-run", action="store_true", help="show the plan and what it will take, and measure nothing")
@@ -50,6 +49,7 @@ def run_study(options: argparse.Namespace) -> int:
     from harness.report.terminal import console_for, show
     from harness.run.device import hold_device
     from harness.run.executors import open_executor
+    from harness.run.forecast import forecast
     from harness.run.measure import measure, plan_study
 
     if options.resume:
@@ -90,7 +90,9 @@ def run_study(options: argparse.Namespace) -> int:
         if waited:
             plan, notices = make()
         show(tell_notices(notices), errors)
-        with LiveDisplay(errors) as display:
+        expected = forecast(plan, machine, runs)
+        shown = LiveDisplay(errors, device=machine.device_name, expected_s=expected.time_s, basis=expected.basis)
+        with shown as display:
             run = measure(plan, runs=runs, display=display, notices=notices)
     return _show(run, options)
 

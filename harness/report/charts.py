@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from harness.records.metrics import LOSSES, METRICS, Phase
 from harness.report.phase_table import PhaseTable
 from harness.report.table import Chart, Gallery, Point, say
+from harness.studies.claim import is_number
 from harness.studies.study import Study
 from harness.studies.variant import Variant
 from harness.verdicts.series import Groups, Series
@@ -29,7 +30,7 @@ def with_charts(table: PhaseTable, study: Study, groups: Groups) -> PhaseTable:
 
 
 def _sweeps(table: PhaseTable, study: Study, groups: Groups) -> Iterator[Gallery]:
-    swept = {axis: levels for axis in _axes(study) if len(levels := study.levels(axis)) >= LEAST_LEVELS}
+    swept = {axis: levels for axis in _axes(study) if len(levels := _numbers(study, axis)) >= LEAST_LEVELS}
     ratios = {row.name: row.ratio for row in table.rows}
     charts = []
     for axis, levels in swept.items():
@@ -67,6 +68,11 @@ def _on_one_scale(charts: Sequence[Chart]) -> Iterator[Chart]:
 def _chart(axis: str, points: Sequence[Point]) -> Chart:
     ticks = tuple((point.x, f"{point.x:g}") for point in points)
     return Chart(title=axis, points=tuple(points), ticks=ticks, log=bool(points) and points[0].x > 0)
+
+
+def _numbers(study: Study, axis: str) -> list[tuple[float, str]]:
+    """The levels of a field that are numbers, with their variants."""
+    return [(float(level), name) for level, name in study.levels(axis) if is_number(level)]
 
 
 def _axes(study: Study) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -163,7 +164,7 @@ def measure(
     first = arms[0]
     run_id = resume or store.new_run_id(study.name, runs)
     shown = Shielded(display)
-    with Stops() as stops, contextlib.ExitStack() as stack:
+    with Stops(patient=_is_watched()) as stops, contextlib.ExitStack() as stack:
         stack.enter_context(say_refused(lambda: store.refusal_of(runs / run_id)))
         stack.enter_context(store.leaving_nothing(runs / run_id, unless=store.MANIFEST))
         stack.enter_context(store.writing(runs / run_id))
@@ -239,6 +240,11 @@ def measure(
         stopped = measured.stopped or (earlier.manifest.stopped if earlier else None)
         writer.finish(_status(measured), stopped=stopped, measured=trials)
     return store.read_run(str(writer.path), runs)
+
+
+def _is_watched() -> bool:
+    """Whether somebody sits at a terminal, who is told of a Ctrl-C and can say it again."""
+    return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stderr))
 
 
 def _mend(run: Run) -> Run:

@@ -39,13 +39,17 @@ class Engine:
     """Whose promises a study judges. Raises `UsageError` for what cannot be."""
 
     title: str
+    """What it is called."""
     variant: str
     """The variant that has it."""
     proof: dict[str, Any]
     """Path of kernels_check to what it must show: true, a word, or one of "any", "less" and "not false"."""
     needs: Literal["", "cuda"] = ""
+    """A device without which there is nothing to measure."""
     package: str = ""
+    """Distribution whose version belongs to a result."""
     flag: str = ""
+    """What a training script is often given for it, in braces, for messages."""
     workload: dict[str, Any] = field(default_factory=dict)
     """Fields of the workload that the variant has a value of its own for."""
 

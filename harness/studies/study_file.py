@@ -3,6 +3,7 @@
 title = "..."
 extends = "..."                 # a built-in study; what this file says replaces what that one and its profiles say
 reference = "lora-r16"          # the variant that ratios are taken against; the first one if left out
+allow_fallback = false          # true: a required path that did not run is a notice, and the trial counts
 notes = ["..."]                 # what a reader of the results must know and no field says
 
 [workload]                      # fields of Workload

@@ -54,15 +54,21 @@ class Workload:
     """"all" takes the loss over all tokens of a record but the first; "answer" over what the model is to answer, with
     the token that ends it, and nothing of the prompt; sequences without a token of an answer are left out."""
     prompt_format: PromptFormat = "answer-instruction"
+    """Words around an instruction in records that are no chat."""
     sequence_length: int = 128
+    """Tokens of a sequence."""
     batch_size: int = 4
+    """Sequences of a step."""
     layout: Layout = "packed"
     """"packed" fills sequences with whole records one after the other, isolated; "padded" is one record a sequence."""
     train_sequences: int = 256
     """Sequences in one epoch; the stream starts again when they are used up."""
     held_out_records: int = 16
+    """Records that are not trained on, of which prompts and the held-out loss are made."""
     held_out_sequences: int = 8
+    """Sequences of the held-out loss, at most."""
     data_seed: int = 20
+    """Seeds synthetic records, and which records are held out."""
     prompt_tokens: int = 32
     """Length of the inference prompt, cut from held-out records."""
     new_tokens: int = 32

@@ -42,9 +42,13 @@ class LimitRule:
     """Limits for what two glob patterns match; what is None stays as it was."""
 
     variant: str = "*"
+    """Pattern of names of variants."""
     metric: str = "*"
+    """Pattern of metrics and kinds of memory."""
     tolerance: float | None = None
+    """Smallest slow-down, or growth of a peak, worth an alarm."""
     margin: float | None = None
+    """Within it two things count as equal."""
 
     def __post_init__(self) -> None:
         _checked(self.tolerance, self.margin, f"limit of {self.variant!r}, {self.metric!r}")
@@ -59,12 +63,19 @@ class Policy:
     """What passes. Raises `UsageError` for a limit that makes no sense."""
 
     inconclusive: Literal["fail", "pass"] = "fail"
+    """What an open question counts as."""
     tolerance: float | None = None
+    """Smallest slow-down, or growth of a peak, worth an alarm; 0.01 if left out."""
     margin: float | None = None
+    """Within it two things count as equal; 0.05 if left out."""
     metrics: tuple[str, ...] = ()
+    """Names or patterns of what is gated; the primary metric of each phase and the peaks if left out."""
     required: tuple[str, ...] = ()
+    """Patterns of variants of which one at least must have been compared."""
     losses: Literal["any", "agree"] = field(default="any", metadata=codec.LATER)
+    """Whether the losses of both sides of an A/B must agree."""
     limit: tuple[LimitRule, ...] = ()
+    """Limits of their own for some variants and metrics."""
 
     def __post_init__(self) -> None:
         _checked(self.tolerance, self.margin, "policy")

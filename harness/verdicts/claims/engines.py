@@ -12,7 +12,7 @@ from typing import Any
 
 from harness.records.metrics import METRICS
 from harness.records.store import Run
-from harness.studies.claim import PEAK, Part
+from harness.studies.claim import Part
 from harness.studies.study import Study
 from harness.verdicts.claims.proof import Shown, obstacle_of, proof_of
 from harness.verdicts.claims.values import NotJudgedError
@@ -94,13 +94,13 @@ def _check_scripts(part: Part, study: Study, sides: Sides) -> None:
         )
     if part.metric in _PER_TOKEN:
         return
-    if sides.tokens_differ or (part.metric == PEAK and not sides.same_tokens):
+    if sides.tokens_differ or (part.of_memory and not sides.same_tokens):
         raise NotJudgedError(_other_tokens(part, study))
 
 
 def _other_tokens(part: Part, study: Study) -> str:
     assert study.engine is not None
-    title = "peak memory" if part.metric == PEAK else METRICS[part.metric].title
+    title = "peak memory" if part.of_memory else METRICS[part.metric].title
     return (
         f"a step of {study.engine.variant} holds another number of tokens than one of {study.reference}, so their "
         f"{title} says nothing. Give both the same batch, and a seed to what draws it."
