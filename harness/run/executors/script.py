@@ -6,6 +6,7 @@ command means where one stands, that of a side of an A/B, or that of the variant
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import secrets
 import shutil
@@ -44,10 +45,20 @@ TOKENS = TokenSummary(
 """What is known of the tokens of scripts before they run."""
 
 
+SAFE_PATH = "PYTHONSAFEPATH"
+"""Keeps the folder that one stands in off the path where the interpreter of a side is asked what it has. In front of a
+script's path is its own folder, as where it is started by hand."""
+
+
+def is_named(host: Host) -> bool:
+    """Whether a side names an interpreter, or requirements that became one, and no revision, which has its folder."""
+    return host != Host() and host.cwd is None
+
+
 def python_of(host: Host | None) -> str:
     """What the word python means: the interpreter of a side, else the one on PATH, as it would where one stands; the
     present one where that has no torch."""
-    if host is not None and host.python != sys.executable:
+    if host is not None and is_named(host):
         return host.python
     found = shutil.which("python") or shutil.which("python3")
     if found is None or Path(found).absolute() == Path(sys.executable).absolute():  # their links may meet
@@ -151,15 +162,18 @@ class ScriptExecutor(Here):
         home = self._homes[request.trial] = disk.scratch / secrets.token_hex(4)
         folder = copy_snapshot(self._snapshot(variant), home / "work")
         turns = f"@lorameter-{secrets.token_hex(8)}"
+        side = host.python if self._host is not None and is_named(self._host) else ""
+        environment = {name: value for name, value in host.environment.items() if name != SAFE_PATH}
         variables = variables_of(
             variant,
-            host.variables(os.environ),
+            dataclasses.replace(host, environment=environment).variables(os.environ),
             scratch=home,
             threads=self._threads,
             port=_free_port(),
             socket=turns,
+            side=side,
         )
-        words = words_of(variant, host.python, variables, folder)
+        words = words_of(variant, host.python, variables, folder, side=side)
         return ScriptProcess(words, variables, folder=folder, log=Path(request.log_path), turns=turns)
 
     def _required_disk(self) -> Disk:

@@ -54,6 +54,7 @@ _QUIET: Mapping[str, str] = {
     "PYTHONDONTWRITEBYTECODE": "1",  # the modules beside a script that is named by an absolute path lie there
 }
 """What trackers are told by their own variables; those that Trainer calls are turned off in its arguments as well."""
+_LONGEST_LINE = 4096
 _PORTS = ("MASTER_PORT", "PET_MASTER_PORT")
 _PORT_OPTIONS = ("--main_process_port", "--master_port", "--rdzv_endpoint")
 _WRITING = re.compile(r"[-+]{0,2}([\w.-]*\.)?(out|save|log|checkpoint|ckpt|export|result|run)[\w.-]*|-o")
@@ -147,7 +148,14 @@ def folder_of(variant: Variant, stood_in: Path) -> Path:
 
 
 def variables_of(
-    variant: Variant, inherited: Mapping[str, str], *, scratch: Path, threads: int, port: int, socket: str
+    variant: Variant,
+    inherited: Mapping[str, str],
+    *,
+    scratch: Path,
+    threads: int,
+    port: int,
+    socket: str,
+    side: str = "",
 ) -> dict[str, str]:
     """The environment of a script's process: what it would have, silenced, with caches and a port of its own.
 
@@ -158,6 +166,7 @@ def variables_of(
         threads: of the CPU, unless the user's environment or the variant says otherwise.
         port: free, for what its ranks meet at.
         socket: name of that where it waits for its turns.
+        side: the interpreter that a side of an A/B names; "" for none.
     """
     own = {
         "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor"),
@@ -167,13 +176,14 @@ def variables_of(
     } | dict.fromkeys(_PORTS, str(port))
     limits = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if name not in inherited}
     given = {**inherited, **limits, **_QUIET, **own, **variant.env}
-    if variant.python:
-        given["PATH"] = os.pathsep.join([str(PurePath(variant.python).parent), given.get("PATH", "")])
+    if in_front := variant.python or side:
+        given["PATH"] = os.pathsep.join([str(PurePath(in_front).parent), given.get("PATH", "")])
     return environment(given, follower=FOLLOWER, after_import=apart.after_import(), variables={SOCKET: socket})
 
 
-def words_of(variant: Variant, python: str, variables: Mapping[str, str], folder: Path) -> list[str]:
-    """The command's words with its program resolved; `python` is what the word python means.
+def words_of(variant: Variant, python: str, variables: Mapping[str, str], folder: Path, *, side: str = "") -> list[str]:
+    """The command's words with its program resolved; `python` is what the word python means, and `side` the interpreter
+    that a side of an A/B names, in which a launcher runs that is somebody else's.
 
     Raises:
         UsageError: no such program, or no such script.
@@ -187,7 +197,7 @@ def words_of(variant: Variant, python: str, variables: Mapping[str, str], folder
     if PYTHON.fullmatch(words[0]):
         words[0] = variant.python or python
     elif (found := _which(words[0], variables, folder)) is not None:
-        words[0] = found
+        words[:1] = [side, found] if side and _is_of_another(found, side) else [found]
     else:
         raise UsageError(f"{where}: no program {words[0]!r} on PATH. Install it, or write its path.")
     if PYTHON.fullmatch(PurePath(words[0]).name):
@@ -195,6 +205,30 @@ def words_of(variant: Variant, python: str, variables: Mapping[str, str], folder
         if script is not None and script == words[1] and not (folder / script).exists():
             raise UsageError(f"{where}: no file {script!r} in {folder}. Name its folder as cwd, or mend the path.")
     return words
+
+
+def _is_of_another(program: str, side: str) -> bool:
+    """Whether a program is a script of Python that another environment has installed: its first line would start that
+    one's interpreter. pip writes it in two lines of a shell where the path is long or has blanks."""
+    if PurePath(program).parent == PurePath(side).parent:
+        return False
+    try:
+        with Path(program).open("rb") as file:
+            first, second = file.readline(_LONGEST_LINE), file.readline(_LONGEST_LINE)
+    except OSError:
+        return False
+    return first.startswith(b"#!") and (b"python" in first or second.startswith(b"'''exec'"))
+
+
+def check_side(variant: Variant) -> None:
+    """Raises `UsageError` for a command that brings an interpreter of its own: a side of an A/B could put no other in
+    its place, and both sides would be the same."""
+    program = split_command(f"variant {variant.name!r}", variant.command)[0]
+    if variant.python or (os.sep in program and PYTHON.fullmatch(PurePath(program).name)):
+        raise UsageError(
+            f"variant {variant.name!r}: {variant.python or program}: it runs in this interpreter on both sides. Write "
+            "python in its place, which is that of the side."
+        )
 
 
 def _which(word: str, variables: Mapping[str, str], folder: Path) -> str | None:

@@ -10,7 +10,14 @@ import pytest
 
 from harness.errors import UsageError
 from harness.run.executors import workplace
-from harness.run.executors.workplace import copy_snapshot, shared_notices, take_snapshot, variables_of, words_of
+from harness.run.executors.workplace import (
+    check_side,
+    copy_snapshot,
+    shared_notices,
+    take_snapshot,
+    variables_of,
+    words_of,
+)
 from harness.studies.variant import Variant
 
 
@@ -227,3 +234,40 @@ def test_the_word_python_is_the_interpreter_that_is_meant(project):
             words_of(Variant(name="a", command=command), "/side/python", {"PATH": "/nowhere"}, project)
     with pytest.raises(UsageError, match="no folder"):
         list(shared_notices(Variant(name="a", command="python train.py", cwd="missing"), project))
+
+
+@pytest.mark.parametrize(
+    ("lines", "of_python"),
+    [
+        ("#!/other/bin/python3\nprint()\n", True),
+        ("#!/bin/sh\n'''exec' \"/a long path/bin/python\" \"$0\" \"$@\"\n' '''\n", True),
+        ("#!/bin/sh\nexec python $@\n", False),
+        ("\x7fELF python", False),
+    ],
+)
+def test_a_launcher_of_another_environment_runs_in_the_interpreter_of_the_side(tmp_path, lines, of_python):
+    """Its first line would start that one's. What is no script of Python is left to find the side's on PATH."""
+    for name in ("side", "other"):
+        (tmp_path / name).mkdir()
+    launcher, side = tmp_path / "other" / "launch", str(tmp_path / "side" / "python")
+    launcher.write_text(lines)
+    launcher.chmod(0o755)
+    variant = Variant(name="a", command="launch train.py")
+    found = variables_of(
+        variant, {"PATH": str(launcher.parent)}, scratch=tmp_path, threads=1, port=5, socket="/s", side=side
+    )
+    words = words_of(variant, side, found, tmp_path, side=side)
+    assert words == [*([side] if of_python else []), str(launcher), "train.py"]
+    assert words_of(variant, "/python", found, tmp_path) == [str(launcher), "train.py"]
+    own = launcher.rename(tmp_path / "side" / "launch")
+    assert words_of(variant, side, found, tmp_path, side=side) == [str(own), "train.py"]
+
+
+def test_a_command_that_brings_its_own_interpreter_leaves_a_side_no_room(project):
+    """Both sides would be the same; the word python is that of the side."""
+    own = {"command": "env/bin/python3 train.py"}, {"command": "python t.py", "python": "/p/python"}
+    for fields in own:
+        with pytest.raises(UsageError, match="runs in this interpreter on both sides"):
+            check_side(Variant(name="a", **fields))
+    for command in ("python train.py", "accelerate launch train.py", "./train.sh"):
+        check_side(Variant(name="a", command=command))
