@@ -28,6 +28,7 @@ from harness.studies.workload import LOSSES, Workload
 from harness.verdicts.notices import notices_of
 from harness.verdicts.sameness import sides_of_run
 from harness.verdicts.series import Groups, Series, series_of
+from harness.verdicts.software import say_threads, versions_of
 from harness.verdicts.standing import Standing, followed_alone, ratios_of, standing_of
 
 TAIL = 0.95
@@ -214,18 +215,15 @@ def _checks(series: Series) -> str:
     return ", ".join(failed) if failed else f"{paths} of {paths} active"
 
 
-_NAMED = ("device", "device_name", "threads", "python")
-
-
 def _facts(run: Run, study: Study) -> tuple[str, ...]:
     provenance, workload, protocol = run.manifest.provenance, study.workload, study.protocol
     tokens, git = run.manifest.tokens, provenance.get("git", {})
     libraries = ("torch", "transformers", "peft", "bitsandbytes")
-    versions = ", ".join(f"{name} {provenance.get('libraries', {}).get(name)}" for name in libraries)
+    told = versions_of(provenance, run.records)
+    versions = ", ".join(f"{name} {told.get(name)}" for name in libraries)
     changes = " with local changes" if git.get("dirty") else ""
     commit = f"commit {git['commit'][:10]}{changes}" if git.get("commit") else "no repository"
-    device, name, threads, python = (provenance.get(key, "unknown") for key in _NAMED)
-    plural = "s" if threads != 1 else ""
+    device, name = (provenance.get(key, "unknown") for key in ("device", "device_name"))
     of_what = (
         [*describe_scripts(run, study)]
         if study.of_scripts
@@ -238,8 +236,8 @@ def _facts(run: Run, study: Study) -> tuple[str, ...]:
         ]
     )
     return (
-        f"device    {name} ({device}, {threads} thread{plural}){_power_limit(provenance)}",
-        f"software  {versions}, Python {python}; {commit}",
+        f"device    {name} ({device}, {say_threads(provenance, run.records)}){_power_limit(provenance)}",
+        f"software  {versions}, Python {told['python'] or 'unknown'}; {commit}",
         *of_what,
         *_own_workloads(run, study),
         f"plan      {replicates_said(run)}, {protocol.turns * protocol.steps_per_turn} timed steps a trial, "

@@ -45,6 +45,8 @@ class Begun:
     """Whether it computes on a card."""
     memory: dict[str, int] = field(default_factory=dict)
     """Peaks until then, by their names in a record."""
+    software: dict[str, str] = field(default_factory=dict)
+    """Versions of its packages, and of its `python` and `cuda`."""
 
 
 class EndedError(Exception):
