@@ -46,6 +46,8 @@ class Metric:
     is_loss: bool = False
     """Whether it says nothing without the number of steps that were trained."""
     column: Column = ""
+    per_token: bool = False
+    """Whether it compares steps that hold different numbers of real tokens."""
 
     def samples_of(self, record: TrialRecord) -> Samples:
         """Samples of one trial; empty where it has none. Raises `InvalidRunError` for a record of none."""
@@ -156,6 +158,7 @@ METRICS: dict[str, Metric] = {
             higher_is_better=True,
             derive=_tokens_per_s,
             column="one workload",
+            per_token=True,
         ),
         Metric(
             name="padded_tokens_per_s",
@@ -180,6 +183,7 @@ METRICS: dict[str, Metric] = {
             unit="s",
             phase="train",
             derive=_time_per_real_token_s,
+            per_token=True,
         ),
         Metric(
             name="samples_per_s",
@@ -204,6 +208,7 @@ METRICS: dict[str, Metric] = {
             unit="J",
             phase="train",
             derive=_energy_per("energy_tokens"),
+            per_token=True,
         ),
         Metric(
             name="train_loss",

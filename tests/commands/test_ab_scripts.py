@@ -29,7 +29,10 @@ FAST, SLOW = "python scripted.py plain", "python scripted.py slow"
         (["--base-command", FAST, "--candidate-command", SLOW, "--model", "tiny-llama"], "model = 'tiny-llama'"),
         (["--base-command", FAST, "--candidate-command", SLOW, "--phase", "cold"], "training is measured"),
         (["--base-command", FAST, "--candidate-command", SLOW, "--inject-rows", "8"], "--inject-rows"),
-        (["--base-command", FAST, "--candidate-command", SLOW, "--steps", "3"], "Use an even number"),
+        (
+            ["--base-command", FAST, "--candidate-command", SLOW, "--steps", "3"],
+            "2 steps are timed in a turn. Use a multiple of 2, 2 or more.",
+        ),
         (["--base-command", FAST, "--candidate-command", "python scripted.py 'x"], "Close the quote"),
         (["--base-command", FAST, "--candidate-command", "python other.py"], "no file 'other.py'"),
         (["--base-command", FAST, "--candidate-command", SLOW, "--cwd", "missing"], "no folder"),

@@ -24,7 +24,10 @@ COMMAND = "python scripted.py {slow|plain}"
         (["compile", "--command", COMMAND, "--variant", "eager"], "--variant: both are needed"),
         (["compile", "--command", COMMAND, "--profile", "cpu"], "--profile cpu: a script has none"),
         (["compile", "--command", COMMAND, "--phase", "cold"], "training is measured"),
-        (["compile", "--command", COMMAND, "--steps", "3"], "Use an even number"),
+        (
+            ["compile", "--command", COMMAND, "--steps", "3"],
+            "2 steps are timed in a turn. Use a multiple of 2, 2 or more.",
+        ),
         (["compile", "--command", "python other.py {--flag}"], "no file 'other.py'"),
         (["compile", "--command", COMMAND, "--cwd", "missing"], "no folder"),
         (["compile", "--steps", "4"], "--steps: it belongs to --command"),

@@ -105,7 +105,7 @@ def attach_optimizers(module: Any) -> None:
         if not source:
             source.append(attempt(lambda: ours("harness.attach.optimizer").OptimizerSource()))
         if source[0] is not None:
-            source[0].updated(optimizer)
+            source[0].see_update(optimizer)
 
     module.register_optimizer_step_post_hook(after)
 

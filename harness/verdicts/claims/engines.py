@@ -21,8 +21,6 @@ from harness.verdicts.sameness import LOSS_DIFFERS, OTHER_PARAMETERS, Sides, not
 from harness.verdicts.series import Groups
 from harness.verdicts.software import say_threads, versions_of
 
-_PER_TOKEN = ("time_per_real_token_s", "tokens_per_s")
-"""Metrics that are compared between steps that hold different numbers of tokens."""
 _UNSEEN = "how many tokens a step holds was not seen, so whether both do the same work is not known"
 
 
@@ -67,7 +65,7 @@ def check_comparable(part: Part, run: Run, study: Study, engine: EngineShown) ->
     step of the two does not hold the same."""
     if obstacle := obstacle_of(engine.proof, study):
         raise NotJudgedError(obstacle)
-    if run.manifest.own_workloads and part.metric not in _PER_TOKEN:
+    if run.manifest.own_workloads and not _is_per_token(part):
         raise NotJudgedError(_other_tokens(part, study))
     if (sides := _sides(run, study)) is not None:
         _check_scripts(part, study, sides)
@@ -96,10 +94,14 @@ def _check_scripts(part: Part, study: Study, sides: Sides) -> None:
             f"{_UNSEEN}. Give the model "
             "its input_ids and labels, or measure with `lorameter ab`, which judges the time alone."
         )
-    if part.metric in _PER_TOKEN:
+    if _is_per_token(part):
         return
     if sides.tokens_differ or (part.metric == PEAK and not sides.same_tokens):
         raise NotJudgedError(_other_tokens(part, study))
+
+
+def _is_per_token(part: Part) -> bool:
+    return part.metric in METRICS and METRICS[part.metric].per_token  # a peak of memory is none of them
 
 
 def _other_tokens(part: Part, study: Study) -> str:
