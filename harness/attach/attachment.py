@@ -68,6 +68,8 @@ class Attachment:
         self._follower = follower
         self.steps = Steps(follower, training, device, shield)
         atexit.register(self._end_with_process)
+        if os.environ.get(ENV_FOLLOWER, DEFAULT_FOLLOWER) == DEFAULT_FOLLOWER:
+            self._see_exit()  # whoever lets a training take turns sees by itself that its process is gone
         self.steps.begin()
         return self.steps
 
@@ -83,6 +85,21 @@ class Attachment:
             return
         error = getattr(sys, "last_value", None)  # what the interpreter has just printed
         self.steps.end(error if isinstance(error, BaseException) else self._source_end(), seen=False)
+
+    def _see_exit(self) -> None:
+        """`os._exit` leaves out what is registered for the end of a process. Scripts call it where a library would
+        abort there, and their training is as whole as any."""
+        module: Any = os
+        leave = module._exit
+
+        @functools.wraps(leave)
+        def end_and_leave(status: int) -> None:
+            try:
+                self._end_with_process()
+            finally:
+                leave(status)
+
+        module._exit = end_and_leave
 
     def _source_end(self) -> BaseException | None:
         """What the source says of a training that nobody ended; one that knows no end of its own says nothing."""
