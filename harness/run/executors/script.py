@@ -28,7 +28,6 @@ from harness.run.executors.script_worker import ScriptWorker
 from harness.run.executors.workplace import copy_snapshot, folder_of, take_snapshot, variables_of, words_of
 from harness.studies.request import TrialRequest
 from harness.studies.script import OWN
-from harness.studies.variant import Variant
 from harness.studies.workload import Workload
 
 TOKENS = TokenSummary(
@@ -147,9 +146,9 @@ class ScriptExecutor(Here):
         host = self._host or Host()
         return Host(python=self._python, path=host.path, cwd=host.cwd, environment=host.environment)
 
-    def _snapshot(self, variant: Variant) -> Path:
-        """The folder of a variant's command as it was when it was first asked for. Raises `UsageError`."""
-        disk, folder = self._required_disk(), folder_of(variant, Path(self._interpreter.cwd or Path.cwd()))
+    def _snapshot(self, folder: Path) -> Path:
+        """The folder of a command as it was when it was first asked for. Raises `UsageError`."""
+        disk = self._required_disk()
         if folder not in self._snapshots:
             into = disk.scratch / f"snapshot-{len(self._snapshots)}"
             self._snapshots[folder] = take_snapshot(folder, into)
@@ -160,7 +159,8 @@ class ScriptExecutor(Here):
         # By chance and of one length: how long the paths in an environment are moves what lies in memory beside it, and
         # with the names of the trials it would do so on one side in every replicate (Mytkowicz et al., ASPLOS 2009).
         home = self._homes[request.trial] = disk.scratch / secrets.token_hex(4)
-        folder = copy_snapshot(self._snapshot(variant), home / "work")
+        origin = folder_of(variant, Path(host.cwd or Path.cwd()))
+        folder = copy_snapshot(self._snapshot(origin), home / "work")
         turns = f"@lorameter-{secrets.token_hex(8)}"
         side = host.python if self._host is not None and is_named(self._host) else ""
         environment = {name: value for name, value in host.environment.items() if name != SAFE_PATH}
@@ -173,7 +173,7 @@ class ScriptExecutor(Here):
             socket=turns,
             side=side,
         )
-        words = words_of(variant, host.python, variables, folder, side=side)
+        words = words_of(variant, host.python, variables, folder, origin=origin, side=side)
         return ScriptProcess(words, variables, folder=folder, log=Path(request.log_path), turns=turns)
 
     def _required_disk(self) -> Disk:
