@@ -126,6 +126,9 @@ class Turns:
         except (OSError, KeyError):
             os._exit(EXIT_ORPHAN)
         self._connection = connection
+        os.register_at_fork(
+            after_in_child=connection.close
+        )  # a fork that lives on would hide that this process is gone
 
     def _tell(self, message: dict[str, Any]) -> None:
         try:

@@ -180,7 +180,9 @@ def variables_of(
     given = {**inherited, **limits, **_QUIET, **own, **variant.env}
     if in_front := variant.python or side:
         given["PATH"] = os.pathsep.join([str(PurePath(in_front).parent), given.get("PATH", "")])
-    return environment(given, follower=FOLLOWER, after_import=apart.after_import(), variables={SOCKET: socket})
+    return environment(
+        given, follower=FOLLOWER, after_import=apart.after_import(), seen=scratch / "seen", variables={SOCKET: socket}
+    )
 
 
 def words_of(
