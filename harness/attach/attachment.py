@@ -31,6 +31,8 @@ class Attachment:
         self._source: object = None
         self._follower: Follower | None = None
         self.steps: Steps | None = None
+        self._told = False
+        """Whether it was told of another training."""
 
     @property
     def occupied(self) -> bool:
@@ -74,7 +76,11 @@ class Attachment:
         return self.steps
 
     def _tell_of_another(self, training: Training) -> None:
-        """A second training: it is not followed, and who follows the first learns of it as of any that begins."""
+        """A second training: it is not followed, and who follows the first learns of it as of any that begins. It is
+        told once, since its optimizer shows it as well where a Trainer has."""
+        if self._told:
+            return
+        self._told = True
         say(f"another training of this script (seen by its {training.source}) is not followed: the first one is")
         if self._follower is not None:
             Shield().run(self._follower.begin, training)
