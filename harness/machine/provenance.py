@@ -13,7 +13,6 @@ import importlib.util
 import math
 import os
 import platform
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 from harness.errors import UsageError
 from harness.machine.nvml import Device, open_device
 from harness.machine.repository import git_state
+from harness.machine.software import installed_packages, normal_name
 from harness.machine.system import memory_available_bytes, memory_bytes, settings
 from harness.records import codec
 from harness.records.preparation import Hello
@@ -143,7 +143,7 @@ def read_facts(machine: Machine, host: dict[str, Any] | None = None) -> Facts:
         libraries={name: library_version(name) for name in LIBRARIES},
         git=git_state(Path.cwd()),
         host=host,
-        packages={_normal(one.name): one.version for one in importlib.metadata.distributions() if one.name},
+        packages=installed_packages(),
     )
 
 
@@ -179,12 +179,7 @@ def _engine(study: Study, facts: Facts) -> dict[str, Any]:
     if not package or package in LIBRARIES:
         return {}
     packages: Mapping[str, str] = facts.packages if facts.host is None else facts.host.get("packages", {})
-    return {"engine": {package: packages.get(_normal(package))}}
-
-
-def _normal(distribution: str) -> str:
-    """A distribution's name as others are compared with it (PEP 503)."""
-    return re.sub(r"[-_.]+", "-", distribution).lower()
+    return {"engine": {package: packages.get(normal_name(package))}}
 
 
 def harness_identity() -> str:

@@ -48,6 +48,8 @@ class Metric:
     column: Column = ""
     of_trial: Literal["median", "mean"] = "median"
     """What a trial's one value is of its steps: a rate is what was done in all of them over all of their time."""
+    per_token: bool = False
+    """Whether it compares steps that hold different numbers of real tokens."""
 
     def samples_of(self, record: TrialRecord) -> Samples:
         """Samples of one trial; empty where it has none. Raises `InvalidRunError` for a record of none."""
@@ -159,6 +161,7 @@ METRICS: dict[str, Metric] = {
             derive=_tokens_per_s,
             of_trial="mean",
             column="one workload",
+            per_token=True,
         ),
         Metric(
             name="padded_tokens_per_s",
@@ -184,6 +187,7 @@ METRICS: dict[str, Metric] = {
             unit="s",
             phase="train",
             derive=_time_per_real_token_s,
+            per_token=True,
         ),
         Metric(
             name="samples_per_s",
@@ -211,6 +215,7 @@ METRICS: dict[str, Metric] = {
             phase="train",
             derive=_energy_per("energy_tokens"),
             of_trial="mean",
+            per_token=True,
         ),
         Metric(
             name="train_loss",

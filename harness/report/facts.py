@@ -14,20 +14,18 @@ from harness.report.scripts import describe_scripts
 from harness.report.table import Line, say
 from harness.studies.study import Study
 from harness.studies.workload import LOSSES, Workload
-
-_NAMED = ("device", "device_name", "threads", "python")
-
+from harness.verdicts.software import say_threads, versions_of
 
 def facts_of(run: Run, study: Study) -> tuple[Line, ...]:
     """The facts of a run, each with its lead."""
     provenance, workload, protocol = run.manifest.provenance, study.workload, study.protocol
     tokens, git = run.manifest.tokens, provenance.get("git", {})
     libraries = ("torch", "transformers", "peft", "bitsandbytes")
-    versions = ", ".join(f"{name} {provenance.get('libraries', {}).get(name)}" for name in libraries)
+    told = versions_of(provenance, run.records)
+    versions = ", ".join(f"{name} {told.get(name)}" for name in libraries)
     changes = " with local changes" if git.get("dirty") else ""
     commit = f"commit {git['commit'][:10]}{changes}" if git.get("commit") else "no repository"
-    device, name, threads, python = (provenance.get(key, "unknown") for key in _NAMED)
-    plural = "s" if threads != 1 else ""
+    device, name = (provenance.get(key, "unknown") for key in ("device", "device_name"))
     of_what = (
         [*describe_scripts(run, study)]
         if study.of_scripts
@@ -43,8 +41,8 @@ def facts_of(run: Run, study: Study) -> tuple[Line, ...]:
         ]
     )
     return (
-        say(f"{name} ({device}, {threads} thread{plural}){_power_limit(provenance)}", lead="device"),
-        say(f"{versions}, Python {python}; {commit}", lead="software"),
+        say(f"{name} ({device}, {say_threads(provenance, run.records)}){_power_limit(provenance)}", lead="device"),
+        say(f"{versions}, Python {told['python'] or 'unknown'}; {commit}", lead="software"),
         *of_what,
         *_own_workloads(run, study),
         say(

@@ -25,6 +25,7 @@ from harness.run.contenders import CONTROL_SUFFIX, Contender, sides_of
 from harness.run.executors import open_executor
 from harness.run.executors.host import Host
 from harness.run.executors.sides import OpenSide, open_side
+from harness.run.executors.workplace import check_side
 from harness.run.feasibility import check_feasible
 from harness.run.forecast import most_of, together_bytes
 from harness.run.levels import fits
@@ -113,10 +114,13 @@ def measure_ab(
         policy: what it will be judged by, as JSON data; the manifest keeps it.
 
     Raises:
-        UsageError: a side that cannot be had.
+        UsageError: a side that cannot be had, or that a command leaves no room for.
         InvalidRunError: a side whose worker does not start, or speaks another schema.
     """
     with _open_sides({"base": base, "candidate": candidate}, repository, cache) as sides:
+        if plan.study.of_scripts and any(side.kind != "revision" for side in sides.values()):
+            for contender in plan.contenders:
+                check_side(contender.variant)
         arms: list[Arm] = []
         for name, side in sides.items():
             about = {"spec": side.spec, "kind": side.kind, "label": side.label}

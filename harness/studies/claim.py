@@ -21,10 +21,11 @@ parts = [
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-from harness.errors import UsageError
+from harness.errors import UsageError, impossible
 from harness.records import codec
 from harness.records.metrics import METRICS
 
@@ -72,6 +73,7 @@ _LIMITED: dict[Rule, Literal["tolerance", "margin", "by"]] = {
 OF_PAIRS: tuple[Rule, ...] = ("faster", "lowers", "costs-at-most")
 """Rules that compare two levels: the variant with the engine with the reference, or the second of `levels` with the
 first."""
+RULES: tuple[Rule, ...] = get_args(Rule)
 LINEAR: tuple[Rule, ...] = ("trend-up", "trend-down", "no-trend", "equal", "largest-effect")
 """Rules that lay a line through the levels ("equal" for its estimate), and so use the scale."""
 COUNTED = ("trainable_parameters", "adapter_bytes", "optimizer_state_bytes")
@@ -99,9 +101,9 @@ class Part:
     """How far apart levels are: by their logarithm or by their value. The axes of `against` go by their logarithm where
     all their levels are above zero."""
     tolerance: float = 0.01
-    """Smallest effect worth the word, a fraction; of no use to "no-trend", "equal" and what has no limit."""
+    """Smallest effect worth the word, a fraction; of "trend-up", "trend-down", "differs", "highest" and "lowest"."""
     margin: float = 0.05
-    """Within it two things count as equal, a fraction; for "no-trend" and "equal"."""
+    """Within it two things count as equal, a fraction; of "no-trend" and "equal"."""
     by: float = field(default=0.01, metadata=codec.LATER)
     """What is promised of an engine or a pair, a fraction: 0.2 is 1.2 times as fast, a metric that falls to 0.8, or one
     that rises to 1.2 at most. A promise without a figure takes what is worth the word, 1 %."""
@@ -130,11 +132,9 @@ class Part:
         for name in self.metrics or (self.metric,):
             if name not in known and not (of_memory and name.endswith("_bytes")):
                 raise UsageError(f"{where}: metric {name!r}: not known for this rule. Known: {', '.join(known)}.")
-        if not 0 <= self.tolerance <= self.margin < 1:
-            raise UsageError(
-                f"{where}: tolerance = {self.tolerance}, margin = {self.margin}: 0 <= tolerance <= margin < 1 expected."
-            )
-
+        name, limit = self.limit
+        if name in ("tolerance", "margin") and not 0 <= limit < 1:
+            raise UsageError(f"{where}: {name} = {limit}: 0 <= {name} < 1 expected.")
         self._check_pair(where)
 
     @property
@@ -157,6 +157,18 @@ class Part:
         """What the rule's limit is called and its value, a fraction; "" and 0 for rules without one."""
         name = _LIMITED.get(self.rule)
         return (name, float(getattr(self, name))) if name else ("", 0.0)
+
+
+def check_limits(part: Mapping[str, Any], where: str) -> None:
+    """Raises `UsageError` for a limit that is written of a part and is not its rule's: it would decide nothing, however
+    strict it reads. In a record of a study all of them stand, with what they are where nobody wrote one."""
+    rule = part.get("rule")
+    own = _LIMITED.get(rule) if rule in RULES else None
+    for name in dict.fromkeys(_LIMITED.values()) if rule in RULES else ():
+        if name in part and name != own:
+            has, remedy = (f"its limit is {own!r}", f"Write {own} = ..., or ") if own else ("it has no limit", "")
+            why = f"rule {rule!r} does not go by it: {has}"
+            raise impossible(where, name, part[name], why, f"{remedy}leave it out.".capitalize())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,9 +196,6 @@ class Claim:
     def axes(self) -> tuple[str, ...]:
         """Every axis that the claim speaks of."""
         return tuple(dict.fromkeys(axis for part in self.parts for axis in (part.axis, *part.against)))
-
-
-RULES: tuple[Rule, ...] = get_args(Rule)
 
 
 def say_level(level: Level) -> str:

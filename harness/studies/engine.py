@@ -15,7 +15,6 @@ ignores would otherwise refute a promise that nobody has tried.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -84,10 +83,6 @@ class Engine:
     def example(self) -> str:
         """A script with it and without it, as one would ask for it."""
         return f"'python train.py {self.flag or '{--flag}'}'"
-
-    def without_workload(self) -> Engine:
-        """The engine where the variants are commands: what they train on is theirs."""
-        return dataclasses.replace(self, workload={})
 
     def obstacle(self, device: str) -> str:
         """Why there is nothing to measure on a device ("cpu" or "cuda"); empty where there is."""

@@ -33,7 +33,7 @@ from typing import Any
 from harness.errors import UsageError, impossible
 from harness.records import codec, inputs
 from harness.studies import limits
-from harness.studies.claim import Claim
+from harness.studies.claim import Claim, check_limits
 from harness.studies.engine import Engine
 from harness.studies.protocol import Protocol
 from harness.studies.script import OWN
@@ -251,7 +251,15 @@ def _of_scripts(data: Mapping[str, Any]) -> dict[str, Any]:
 def _claims(where: str, listed: Any) -> list[Claim]:
     if not isinstance(listed, list):
         raise impossible(where, "claim", listed, "a list of tables is expected", "Write [[claim]].")
-    return [codec.from_json(Claim, one, f"{where}, claim number {index + 1}") for index, one in enumerate(listed)]
+    return [_claim(f"{where}, claim number {index + 1}", one) for index, one in enumerate(listed)]
+
+
+def _claim(where: str, written: Any) -> Claim:
+    parts = written.get("parts") if isinstance(written, Mapping) else None
+    for part in parts if isinstance(parts, list) else ():
+        if isinstance(part, Mapping):
+            check_limits(part, where)
+    return codec.from_json(Claim, written, where)
 
 
 def _variants(where: str, data: Mapping[str, Any]) -> tuple[Variant, ...]:

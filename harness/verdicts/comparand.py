@@ -26,6 +26,7 @@ from harness.studies.study import Study
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
 from harness.verdicts.series import Series, Trials, series_of
+from harness.verdicts.software import facts_of
 from harness.verdicts.standing import say_broken, standing_of, trial_faults
 
 BYTES_SUFFIX = "_bytes"
@@ -100,7 +101,7 @@ def comparand_of(run: Run) -> Comparand:
     return Comparand(
         name=run.manifest.run,
         sides=sides,
-        facts=codec.to_json(provenance.comparable(run.manifest.provenance)),
+        facts=codec.to_json(provenance.comparable(facts_of(run.manifest.provenance, run.records))),
         fingerprint=run.manifest.fingerprint,
         study=study.name,
         phases=run.manifest.phases,

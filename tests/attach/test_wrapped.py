@@ -116,6 +116,15 @@ def test_however_a_training_ends_it_is_a_row(wrap, end, code, status, said):
     assert said in record.failure.message
 
 
+@pytest.mark.parametrize(("code", "status"), [(0, "ok"), (7, "crashed")])
+def test_a_process_that_leaves_by_itself_keeps_its_training(wrap, code, status):
+    """As scripts do whose libraries abort at the end of a process: it rests on the exit code, as any unseen end."""
+    found, run = wrap(LOOP + f"sys.stdout.flush(); os._exit({code})\n", "--no-report")
+    (record,) = run.records
+    assert (found, run.state, record.status) == (code, "complete", status)
+    assert len(record.samples["step_time_s"]) >= 5
+
+
 def test_a_crash_before_training_leaves_no_run(wrap, capfd):
     """Nor does a command that trains nothing; why is said, and the exit code is the command's."""
     assert wrap("raise SystemExit(5)") == (5, None)

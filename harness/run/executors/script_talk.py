@@ -45,6 +45,8 @@ class Begun:
     """Whether it computes on a card."""
     memory: dict[str, int] = field(default_factory=dict)
     """Peaks until then, by their names in a record."""
+    software: dict[str, str] = field(default_factory=dict)
+    """Versions of its packages, and of its `python` and `cuda`."""
 
 
 class EndedError(Exception):
@@ -136,10 +138,18 @@ class Script:
         if self.process.closed:
             return self._died()
         code = self.process.ended()
+        said = self.said()
+        if not self.process.hooked and code in (None, 0):
+            return EndedError(
+                "invalid",
+                "NotHooked",
+                "no Python of the command has loaded the hook, so nothing of its training could be seen. It must start "
+                "a Python that reads PYTHONPATH (not -I, -E or -S, and not in a container of its own).",
+                said,
+            )
         if code is None:
             message = f"the script came to no training within {timeout_s:g} s and was killed: it hangs, or loads longer"
-            return EndedError("timeout", "Silent", f"{message}. Raise step_timeout_s if it was at work", self.said())
-        said = self.said()
+            return EndedError("timeout", "Silent", f"{message}. Raise step_timeout_s if it was at work", said)
         if code == 0:
             return EndedError(
                 "invalid",

@@ -105,7 +105,8 @@ class ScriptWorker:
         tokens: dict[str, Any] = {"source": begun.source}
         if begun.trainable_dtypes:
             tokens["trainable_dtype"] = ", ".join(sorted(begun.trainable_dtypes))
-        return Fragment(values=values | {"ready_time_s": ready_time_s}, tokens=tokens, memory=begun.memory)
+        values["ready_time_s"] = ready_time_s
+        return Fragment(values=values, tokens=tokens, memory=begun.memory, software=begun.software)
 
     def _do_verify(self) -> Fragment:
         first, required = self._take(1), {**self._own_required, **self._asked.requirements}
