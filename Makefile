@@ -11,7 +11,8 @@ bench: $(STAMP)
 	$(BIN)/pytest benchmarks/ --benchmark-save=$(NAME)
 
 # Two processes, each file in one of them, so that what a file shares is made once. In the order of the tree: its first
-# files start real processes and take longest.
+# files start real processes and take longest. LORAMETER_TRACES names a folder with recordings of GPU runs (of torch.profiler
+# or nsys), each of which is judged as its own sums say; without it that test is skipped.
 test: $(STAMP)
 	$(BIN)/pytest tests/ -n 2 --dist loadfile --no-loadscope-reorder
 

@@ -264,3 +264,13 @@ def _paged_notices(variant: Variant, machine: Machine, shape: ModelShape) -> Ite
             "study allows the fallback.",
             remedy='Use optimizer = "adamw_fused" here, or allow_fallback = true to measure what really runs.',
         )
+    else:
+        tensors = len(adapter_tensors(variant, shape)) if known else None
+        yield Notice(
+            code="paged-on-card",
+            message=f"{variant.name}: {variant.optimizer} waits for the device after each of its "
+            f"{'tensors' if tensors is None else f'{tensors} tensors'}, in every step, and its paged state lies in "
+            "managed memory, which no figure of the allocator holds.",
+            remedy="Lay no more of its step time to paging than a run with adamw_fused leaves, and add "
+            "`paged_optimizer_state_bytes` to its peaks.",
+        )

@@ -15,7 +15,7 @@ from harness.studies import limits
 from harness.studies.columns import Columns
 from harness.studies.data_source import SYNTHETIC
 
-Layout = Literal["packed", "padded"]
+Layout = Literal["packed", "padded", "joined"]
 Loss = Literal["all", "answer"]
 LOSSES: dict[Loss, str] = {"all": "loss on all tokens", "answer": "loss on the answers alone"}
 """In words."""
@@ -60,7 +60,9 @@ class Workload:
     batch_size: int = 4
     """Sequences of a step."""
     layout: Layout = "packed"
-    """"packed" fills sequences with whole records one after the other, isolated; "padded" is one record a sequence."""
+    """"packed" fills sequences with whole records one after the other, isolated; "padded" is one record a sequence;
+    "joined" fills sequences with records that see each other, as in pretraining, so that attention is plainly causal
+    and is given no mask."""
     train_sequences: int = 256
     """Sequences in one epoch; the stream starts again when they are used up."""
     held_out_records: int = 16

@@ -16,7 +16,7 @@ from typing import Any
 
 from harness.errors import UsageError
 from harness.machine import provenance
-from harness.machine.provenance import POWER_LIMIT
+from harness.machine.provenance import LATER, POWER_LIMIT
 from harness.records import codec
 from harness.records.metrics import METRICS
 from harness.records.record import Notice
@@ -142,11 +142,12 @@ def machine_differences(base: Comparand, candidate: Comparand) -> list[Differenc
 
 
 def fact_differences(base: Mapping[str, Any], candidate: Mapping[str, Any]) -> list[Difference]:
-    """Facts of machine, libraries and workload that differ. A power limit that one side did not record differs from
-    nothing: it was not recorded at first, and such runs stay comparable. `unknown_power_limit` says so. A field of the
-    workload that one side does not write has its default there."""
+    """Facts of machine, libraries and workload that differ. A power limit, or what steers a card's choice of kernels,
+    that one side did not record differs from nothing: neither was recorded at first, and such runs stay comparable.
+    `unknown_power_limit` says so of the limit. A field of the workload that one side does not write has its default
+    there."""
     found = [one if None not in (one.base, one.candidate) else _told(one) for one in differences(base, candidate)]
-    return [one for one in found if one.field != POWER_LIMIT or None not in (one.base, one.candidate)]
+    return [one for one in found if one.field not in LATER or None not in (one.base, one.candidate)]
 
 
 def _told(difference: Difference) -> Difference:

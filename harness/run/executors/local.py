@@ -34,14 +34,21 @@ TOKENS_TIMEOUT_S = 3600.0
 MOST_SAID = 8000
 """Characters of what a cold interpreter printed before it died that its record keeps; the log has all."""
 
+ARROW = "JE_ARROW_MALLOC_CONF"
+"""What the jemalloc inside pyarrow reads when it is loaded."""
+
 
 def worker_environment(threads: int, host: Host | None = None) -> dict[str, str]:
     """The environment of every measuring process of a host.
 
-    One BLAS thread in the zygote keeps forking safe; one OpenMP thread on a CPU because two collapse under
-    contention; no tokenizer threads; CUDA counted through NVML, which does not initialise the device.
+    One BLAS thread in the zygote keeps forking safe, and none of pyarrow's allocator, which scikit-learn brings in
+    through pandas wherever a library imports it; one OpenMP thread on a CPU because two collapse under contention; no
+    tokenizer threads; CUDA counted through NVML, which does not initialise the device.
     """
+    inherited = (host or Host()).variables(os.environ)
+    arrow = filter(None, [inherited.get(ARROW), "background_thread:false"])  # of two the last counts
     fixed = {
+        ARROW: ",".join(arrow),
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
         "OPENBLAS_NUM_THREADS": "1",
@@ -54,7 +61,7 @@ def worker_environment(threads: int, host: Host | None = None) -> dict[str, str]
         "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
         PARENT: str(os.getpid()),
     }
-    return (host or Host()).variables(os.environ) | fixed
+    return inherited | fixed
 
 
 _OLD_DOOR = "invalid literal for int() with base 10: 'zygote'"

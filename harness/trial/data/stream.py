@@ -14,9 +14,15 @@ import torch
 from safetensors.torch import load_file
 
 from harness.studies.variant import Variant
-from harness.studies.workload import Workload
+from harness.studies.workload import Layout, Workload
 
 Batch = dict[str, torch.Tensor]
+_KEYS: dict[Layout, tuple[str, ...]] = {
+    "packed": ("input_ids", "labels", "position_ids"),
+    "padded": ("input_ids", "labels", "attention_mask"),
+    "joined": ("input_ids", "labels"),
+}
+"""What a model is given of a batch."""
 
 
 class TokenStream:
@@ -26,7 +32,7 @@ class TokenStream:
         self._tensors = load_file(path)
         self._workload = workload
         self._device = device
-        self._joined = workload.layout == "packed" and variant.attention == "flash_attention_2"
+        self._in_one_row = workload.layout == "packed" and variant.attention == "flash_attention_2"
         self._next = 0
         self.real_tokens = 0
         """Real tokens handed out for training so far."""
@@ -94,9 +100,7 @@ class TokenStream:
         return int(self._tensors["natural.length"].shape[0])
 
     def _batch(self, split: str, rows: list[int]) -> Batch:
-        keys = ["input_ids", "labels"]
-        keys.append("position_ids" if self._workload.layout == "packed" else "attention_mask")
-        batch = {key: self._tensors[f"{split}.{key}"][rows] for key in keys}
-        if self._joined:
+        batch = {key: self._tensors[f"{split}.{key}"][rows] for key in _KEYS[self._workload.layout]}
+        if self._in_one_row:
             batch = {key: value.reshape(1, -1) for key, value in batch.items()}
         return {key: value.to(self._device, non_blocking=True) for key, value in batch.items()}
