@@ -7,7 +7,21 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from harness.commands import ab, catalogue, claims, compare, doctor, estimate, profile, run, sample, wrap
+from harness.commands import (
+    ab,
+    catalogue,
+    claims,
+    compare,
+    doctor,
+    estimate,
+    export,
+    history,
+    housekeeping,
+    profile,
+    run,
+    sample,
+    wrap,
+)
 from harness.errors import EXIT_INVALID, EXIT_UNEXPECTED, LorameterError, redact
 from harness.run.stops import Stops
 from kernels_check.streams import with_streams
@@ -52,7 +66,8 @@ def parser() -> argparse.ArgumentParser:
     )
     subparsers = top.add_subparsers(required=True, metavar="COMMAND")
 
-    for command in (run, catalogue, compare, ab, wrap, doctor, estimate, profile, sample, claims):
+    measuring = (run, ab, wrap, doctor, estimate, profile)
+    for command in (*measuring, catalogue, compare, sample, claims, export, history, housekeeping):
         command.add_commands(subparsers, _common)
     return top
 
