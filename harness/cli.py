@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 from harness.commands import (
     ab,
+    bisect,
     catalogue,
     claims,
     compare,
@@ -66,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
     )
     subparsers = top.add_subparsers(required=True, metavar="COMMAND")
 
-    measuring = (run, ab, wrap, doctor, estimate, profile)
+    measuring = (run, ab, bisect, wrap, doctor, estimate, profile)
     for command in (*measuring, catalogue, compare, sample, claims, export, history, housekeeping):
         command.add_commands(subparsers, _common)
     return top

@@ -3,8 +3,8 @@
     python benchmarks/selftest/history.py FOLDER [--years N]
 
 FOLDER holds the recorded noise (processes.csv.gz and its two companions). A year has 365 nights, three changes of
-fingerprint at random, and changes of 3, 5 and 10 %, up or down, at random nights. A night's value is that of its run; how
-the nights scatter is drawn from the recorded processes (two arms of identical code, their medians after warm-up),
+fingerprint at random, and changes of 3, 5 and 10 %, up or down, at random nights. A night's value is that of its run;
+how the nights scatter is drawn from the recorded processes (two arms of identical code, their medians after warm-up),
 scaled to a standard deviation of 2 %, from a normal distribution of the same size, and from the processes as they were
 recorded, which scatter by 27 % (37 % in the ratio of two). Every night the line so far is looked at, as a user would.
 
@@ -46,8 +46,8 @@ LEAST_FOUND = {0.10: 0.90, 0.05: 0.60}
 MOST_FALSE = 1 / 200
 
 CAPTION = (
-    "in time: reported on the third night at the latest. in the end: reported on the last night of its line. covers: of "
-    "those, how many intervals hold the true size. seen: what the lines said themselves, in the median, that three "
+    "in time: reported on the third night at the latest. in the end: reported on the last night of its line. covers: "
+    "of those, how many intervals hold the true size. seen: what the lines said themselves, in the median, that three "
     "nights would show with 80 % power."
 )
 

@@ -13,6 +13,7 @@ from harness.report.table import (
     Block,
     Cell,
     Document,
+    Head,
     Line,
     Row,
     Section,
@@ -32,6 +33,8 @@ from harness.verdicts.comparand import Difference
 STEPS = "▁▂▃▄▅▆▇█"
 WIDEST = 60
 """Characters of a drawn line; of more runs several share one."""
+LEVELS = (*name_columns("from", "to", "runs", "level", left=2), Head(text="with"))
+RUNS = (*name_columns("when", "run", "value", "replicates", left=2), Head(text="commit"), Head(text="versions"))
 SHOWN = 4
 """Differences that are spelt out."""
 
@@ -50,7 +53,7 @@ def describe_history(history: History, *, every_run: bool = False) -> Document:
 def _track(track: Track, *, every_run: bool) -> Iterator[Block]:
     title = METRICS[track.metric].title if track.metric in METRICS else track.metric
     yield Section(title=f"{title} of {track.variant}", beside=f"  study {track.study}", lines=tuple(_drawn(track)))
-    yield Table(heads=name_columns("from", "to", "runs", "level", "with"), rows=tuple(_levels(track)), apart=True)
+    yield Table(heads=LEVELS, rows=tuple(_levels(track)), apart=True)
     for change in track.breaks:
         yield from _break(change)
     for line in track.lines:
@@ -59,7 +62,7 @@ def _track(track: Track, *, every_run: bool) -> Iterator[Block]:
         yield _silence(line, track)
     if every_run:
         yield Table(
-            heads=name_columns("when", "run", "value", "replicates", "commit", "versions", left=2),
+            heads=RUNS,
             rows=tuple(_run(moment, track) for line in track.lines for moment in line.moments),
             apart=True,
         )

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.errors import LorameterError
+from harness.errors import LorameterError, UsageError
 from harness.records import codec, inputs, store
 from harness.records.evidence import CHECKS
 from harness.records.packed import list_packed
@@ -105,8 +105,15 @@ class Index:
 
     def runs(self) -> tuple[IndexedRun, ...]:
         """All runs, those that cannot be read included, by the names of their folders."""
-        rows = self._connection.execute("SELECT * FROM runs ORDER BY folder").fetchall()
-        return tuple(self._run(row) for row in rows)
+        return tuple(self._run(row) for row in self._ask("SELECT * FROM runs ORDER BY folder"))
+
+    def _ask(self, question: str, *values: Any) -> list[sqlite3.Row]:
+        try:
+            return self._connection.execute(question, values).fetchall()
+        except sqlite3.Error as error:
+            raise UsageError(
+                f"{self._runs / FILE}: cannot be read: {error}. Remove it; it is made anew from the runs."
+            ) from None
 
     def _run(self, row: sqlite3.Row) -> IndexedRun:
         if row["error"] is not None:
@@ -156,12 +163,12 @@ class Index:
 
     def metrics(self) -> tuple[str, ...]:
         """What there are estimates of."""
-        return tuple(row[0] for row in self._connection.execute("SELECT DISTINCT metric FROM points ORDER BY metric"))
+        return tuple(row[0] for row in self._ask("SELECT DISTINCT metric FROM points ORDER BY metric"))
 
     def facts(self, folder: str) -> dict[str, Any]:
         """What is known of where and with what a run was measured, for telling what changed."""
-        row = self._connection.execute("SELECT facts FROM runs WHERE folder = ?", (folder,)).fetchone()
-        return {} if row is None or row[0] is None else dict(json.loads(row[0]))
+        rows = self._ask("SELECT facts FROM runs WHERE folder = ?", folder)
+        return {} if not rows or rows[0][0] is None else dict(json.loads(rows[0][0]))
 
 
 @contextlib.contextmanager
@@ -194,9 +201,10 @@ def _connect(runs: Path, *, rebuild: bool) -> sqlite3.Connection:
             connection = sqlite3.connect(path, timeout=_BUSY_S)
             connection.row_factory = sqlite3.Row
             found = connection.execute("PRAGMA user_version").fetchone()[0]
-            if found == VERSION:
+            tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+            if found == VERSION and tables == {"runs", "points"}:
                 return connection
-            if found == 0 and not connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+            if found == 0 and not tables:
                 _create(connection)
                 return connection
             connection.close()

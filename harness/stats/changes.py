@@ -32,7 +32,10 @@ if TYPE_CHECKING:
 LEAST_POINTS = 10
 """Fewer say nothing of their own scatter."""
 LEAST_SEGMENT = 3
-"""A level is one from so many values on: one or two that lie off are outliers, and no change."""
+"""A level is one from so many values on."""
+WINDOW, FARTHEST = 5, 3.0
+"""A value farther from the median of so many neighbours, itself among them, than so many standard deviations counts as
+one that lies there: a night beside other work must not make a level, and three nights of a new one are a majority."""
 PENALTY, PER_LOG, OF_FEW = 5.5, 1.5, 30.0
 """A change must gain `PENALTY` squared standard deviations; `PER_LOG` more for each unit of the log of the number of
 values, among which chance has to choose; and `OF_FEW` more, divided by that number."""
@@ -40,6 +43,8 @@ ALPHA = 0.05
 POWER_Z = 0.8416
 """Standard deviations above a limit at which it is passed with 80 % power."""
 _NORMAL_QUARTILE = 0.6745
+_ROUNDING = 1e-9
+"""A change that gains less than this part of all squares is none."""
 _TRIMMED, _OF_TRIMMED = 0.1, 1.13
 """Share of the largest squared differences that are left out, and what that takes from the rest of normal ones."""
 
@@ -95,8 +100,9 @@ def find_changes(logs: Sequence[float]) -> Course:
     if values.size < LEAST_POINTS:
         few = [_level(values, 0, values.size, None, 0)] if values.size else []
         return Course(levels=tuple(few), changes=(), scatter=None, detectable=None)
-    needed = penalty_of(values.size)
-    ends = divide(values, needed * _guess_scatter(values) ** 2)
+    needed, guess = penalty_of(values.size), _guess_scatter(values)
+    values = _without_outliers(values, guess)
+    ends = divide(values, needed * guess**2)
     scatter = _scatter_around(values, ends)
     ends = divide(values, needed * scatter**2)
     scatter, df = _scatter_around(values, ends), values.size - len(ends)
@@ -119,7 +125,7 @@ def penalty_of(count: int) -> float:
 def divide(values: NDArray[float64], penalty: float, least: int = LEAST_SEGMENT) -> tuple[int, ...]:
     """The ends of the levels with the least sum of squares plus `penalty` a change, none shorter than `least`.
 
-    The last end is the number of values. Of values that are all alike there is one level.
+    The last end is the number of values. Where there is no scatter at all, only what rounding does is no change.
     """
     import numpy as np
 
@@ -127,15 +133,19 @@ def divide(values: NDArray[float64], penalty: float, least: int = LEAST_SEGMENT)
     centred = values - values.mean()  # squares of what lies far off would round the small differences away
     sums = np.concatenate([[0.0], np.cumsum(centred)])
     squares = np.concatenate([[0.0], np.cumsum(centred**2)])
-    best = np.full(count + 1, np.inf)  # of the first so many values
-    best[0] = -penalty
+    penalty = max(penalty, _ROUNDING * float(squares[-1]))
+    lengths = np.arange(count, -1, -1.0)  # of what begins at each place, to the last of all
+    before = np.full(count + 1, np.inf)  # the least cost of what ends at a place, less the squares up to there
+    before[0] = -penalty
     came_from = np.zeros(count + 1, dtype=int)
     for end in range(least, count + 1):
-        begins = np.concatenate([[0], np.arange(least, end - least + 1)])
-        within = squares[end] - squares[begins] - (sums[end] - sums[begins]) ** 2 / (end - begins)
-        costs = best[begins] + np.maximum(within, 0.0) + penalty
-        found = int(costs.argmin())
-        best[end], came_from[end] = costs[found], begins[found]
+        begins = end - least + 1
+        gained = sums[end] - sums[:begins]
+        gained *= gained
+        gained /= lengths[count - end : count - end + begins]
+        costs = before[:begins] - gained
+        came_from[end] = found = int(costs.argmin())
+        before[end] = costs[found] + penalty
     ends = [count]
     while (begin := int(came_from[ends[-1]])) > 0:
         ends.append(begin)
@@ -150,6 +160,15 @@ def _guess_scatter(values: NDArray[float64]) -> float:
     kept = differences[: differences.size - max(1, math.ceil(_TRIMMED * differences.size))]
     by_median = float(np.median(differences)) / _NORMAL_QUARTILE
     return max(by_median, _OF_TRIMMED * math.sqrt(float((kept**2).mean()))) / math.sqrt(2)
+
+
+def _without_outliers(values: NDArray[float64], scatter: float) -> NDArray[float64]:
+    import numpy as np
+
+    places = np.arange(values.size)
+    first = np.clip(places - WINDOW // 2, 0, values.size - WINDOW)
+    medians = np.median(np.lib.stride_tricks.sliding_window_view(values, WINDOW)[first], axis=1)
+    return np.clip(values, medians - FARTHEST * scatter, medians + FARTHEST * scatter)
 
 
 def _scatter_around(values: NDArray[float64], ends: Sequence[int]) -> float:

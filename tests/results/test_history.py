@@ -21,7 +21,7 @@ DAY_S = 86400.0
 
 @pytest.fixture
 def nightly(write_run, small_study):
-    """A function that writes a run a night: `levels` are the true step times, `facts` what differs from night to night."""
+    """A function that writes a run a night: `levels` are true step times, `facts` what differs from night to night."""
     study = dataclasses.replace(small_study, name="training-step")
     rng = random.Random(4)
 

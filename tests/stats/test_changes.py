@@ -65,12 +65,15 @@ def test_fewer_than_ten_say_nothing():
     assert find_changes([]).levels == ()
 
 
-def test_one_or_two_nights_that_lie_off_are_no_change():
-    """A level is one from three on."""
-    for off in (1, 2):
-        values = noise(40, seed=8)
-        values[20 : 20 + off] += 0.2
-        assert not find_changes(values).changes
+@pytest.mark.parametrize("place", [0, 7, 20, 38, 39])
+def test_a_night_that_lies_far_off_is_no_change(place):
+    """However far, and wherever in the line; the level beside it is hardly moved."""
+    values = noise(40, seed=8)
+    level = find_changes(values).levels[0].mean
+    values[place] += 3.0
+    course = find_changes(values)
+    assert not course.changes
+    assert course.levels[0].mean == pytest.approx(level, abs=0.01)
 
 
 def test_values_that_are_all_alike_are_one_level():
@@ -78,6 +81,15 @@ def test_values_that_are_all_alike_are_one_level():
     course = find_changes([1.5] * 20)
     assert (course.changes, course.scatter) == ((), 0.0)
     assert [(level.low, level.mean, level.high) for level in course.levels] == [(1.5, 1.5, 1.5)]
+    assert not find_changes([0.1] * 33).changes
+
+
+def test_a_step_of_values_that_do_not_scatter_is_found():
+    """As of bytes: the same in every run, and others from one on."""
+    course = find_changes([20.0] * 15 + [20.1] * 4)
+    (change,) = course.changes
+    assert (change.first, change.low, change.high) == (15, pytest.approx(0.1), pytest.approx(0.1))
+    assert course.detectable == pytest.approx(0.0, abs=1e-12)
 
 
 def test_noise_without_a_change_gives_few_false_ones():
