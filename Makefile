@@ -151,7 +151,7 @@ proof-portable: $(STAMP)
 proof-history: $(STAMP)
 	mkdir -p reports/proof
 	if test -z "$(LORAMETER_NOISE)"; then echo "recorded noise: skipped, LORAMETER_NOISE is not set"; else \
-	$(BIN)/python benchmarks/selftest/history.py "$(LORAMETER_NOISE)" > reports/proof/history.txt; \
+	$(BIN)/python benchmarks/selftest/history.py "$(LORAMETER_NOISE)" --keep $(VENV)/history.jsonl > reports/proof/history.txt; \
 	status=$$?; cat reports/proof/history.txt; exit $$status; fi
 	$(BIN)/python benchmarks/selftest/index_cost.py > reports/proof/index.txt; \
 	status=$$?; cat reports/proof/index.txt; exit $$status

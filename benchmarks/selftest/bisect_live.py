@@ -1,6 +1,6 @@
 """Does `lorameter bisect` find a commit that made it 10 % slower among sixteen, in at most five comparisons?
 
-    python benchmarks/selftest/bisect_live.py [--tries N] [--rows N] [--replicates N]
+    python benchmarks/selftest/bisect_live.py [--tries N ...] [--rows N] [--replicates N]
 
 A clone of this repository gets sixteen commits in a row, one of which, drawn at random, adds real work to every adapted
 layer of every trial (`harness.trial.building.injection`); the others change a text. How much work is 10 % is measured
@@ -124,7 +124,9 @@ def broken(number: int, one: Try) -> Iterator[str]:
 def main(arguments: list[str]) -> int:
     """Size the slow-down, plant it, search, judge."""
     parser = argparse.ArgumentParser(description="Whether a planted commit is found.")
-    parser.add_argument("--tries", type=int, default=3, help="searches (default: %(default)s)")
+    parser.add_argument(
+        "--tries", type=int, nargs="+", default=[1, 2, 3], help="seeds, a search each (default: %(default)s)"
+    )
     parser.add_argument("--rows", type=int, help="rows of extra work (default: measured for 10 %%)")
     parser.add_argument("--replicates", type=int, default=5, help="of each comparison (default: %(default)s)")
     options = parser.parse_args(arguments)
@@ -133,7 +135,7 @@ def main(arguments: list[str]) -> int:
         rows = options.rows or size_rows(Path(runs), options.replicates)
     print(f"planted: {rows} rows of extra work in each adapted layer, about {PLANTED:.0%}", flush=True)
     reasons: list[str] = []
-    for number in range(1, options.tries + 1):
+    for number in options.tries:
         one = attempt(number, rows, options.replicates)
         size = "no ratio" if one.ratio is None else f"× {one.ratio:.3f} [{one.low:.3f}, {one.high:.3f}]"
         right = "the planted commit" if one.found == one.culprit else one.found
@@ -142,7 +144,7 @@ def main(arguments: list[str]) -> int:
     for reason in reasons:
         print(f"does not hold: {reason}")
     if not reasons:
-        print(f"holds: found in each of {options.tries}, in at most {MOST_COMPARISONS} comparisons")
+        print(f"holds: found in each of {len(options.tries)}, in at most {MOST_COMPARISONS} comparisons")
     return 1 if reasons else 0
 
 

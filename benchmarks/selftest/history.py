@@ -1,6 +1,6 @@
 """Does a history find what made it slower, and how often does it cry wolf? Constructed years of nightly runs.
 
-    python benchmarks/selftest/history.py FOLDER [--years N]
+    python benchmarks/selftest/history.py FOLDER [--years N] [--keep FILE]
 
 FOLDER holds the recorded noise (processes.csv.gz and its two companions). A year has 365 nights, three changes of
 fingerprint at random, and changes of 3, 5 and 10 %, up or down, at random nights. A night's value is that of its run;
@@ -17,6 +17,9 @@ false change, whatever the scatter.
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import hashlib
+import json
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -31,6 +34,7 @@ from rich.console import Console
 from rich.table import Table
 
 from harness.machine.provenance import origin_of
+from harness.stats import changes
 from harness.stats.changes import LEAST_POINTS, find_changes
 
 NIGHTS, BREAKS = 365, 3
@@ -72,11 +76,11 @@ class Year:
 
 @dataclass
 class Count:
-    """What many years came to."""
+    """What years came to."""
 
     years: int = 0
-    in_time: dict[float, int] = field(default_factory=lambda: dict.fromkeys(SIZES, 0))
-    in_the_end: dict[float, int] = field(default_factory=lambda: dict.fromkeys(SIZES, 0))
+    in_time: dict[str, int] = field(default_factory=lambda: dict.fromkeys(map(str, SIZES), 0))
+    in_the_end: dict[str, int] = field(default_factory=lambda: dict.fromkeys(map(str, SIZES), 0))
     covered: int = 0
     false: int = 0
     detectable: list[float] = field(default_factory=list)
@@ -86,6 +90,16 @@ class Count:
     def nights(self) -> int:
         """All nights."""
         return self.years * NIGHTS
+
+    def add(self, other: Count) -> None:
+        """Both together."""
+        self.years += other.years
+        for size in self.in_time:
+            self.in_time[size] += other.in_time[size]
+            self.in_the_end[size] += other.in_the_end[size]
+        self.covered += other.covered
+        self.false += other.false
+        self.detectable += other.detectable
 
 
 def draw_year(rng: np.random.Generator, draw: Draw) -> Year:
@@ -107,9 +121,9 @@ def draw_year(rng: np.random.Generator, draw: Draw) -> Year:
     return Year(values=values, breaks=breaks, planted=planted)
 
 
-def judge_year(year: Year, count: Count) -> None:
+def judge_year(year: Year) -> Count:
     """Look every night, as far as the line then reached."""
-    count.years += 1
+    count = Count(years=1)
     for first, end in year.lines():
         planted = {place - first: log for place, log in year.planted.items() if first <= place < end}
         found: set[int] = set()
@@ -126,10 +140,11 @@ def judge_year(year: Year, count: Count) -> None:
         count.false += len(false)
         count.detectable += [] if course.detectable is None else [math.expm1(course.detectable)]
         for place, log in planted.items():
-            size = min(SIZES, key=lambda one: abs(math.log1p(one) - abs(log)))
+            size = str(min(SIZES, key=lambda one: abs(math.log1p(one) - abs(log))))
             count.in_time[size] += place in found
             count.in_the_end[size] += place in last
             count.covered += place in last and last[place].low <= log <= last[place].high
+    return count
 
 
 def scatters(folder: Path) -> dict[str, Draw]:
@@ -163,7 +178,7 @@ def table(counts: dict[str, Count]) -> Table:
     for head in ("nights scatter", *heads, "covers", "nights for\na false one", "seen"):
         result.add_column(head, justify="left" if head.startswith("nights scatter") else "right")
     for name, count in counts.items():
-        shares = [found[size] / count.years for found in (count.in_time, count.in_the_end) for size in SIZES]
+        shares = [found[str(size)] / count.years for found in (count.in_time, count.in_the_end) for size in SIZES]
         ended = sum(count.in_the_end.values())
         result.add_row(
             name, *(f"{100 * share:.0f}" for share in shares), f"{100 * count.covered / ended:.0f}" if ended else "–",
@@ -179,11 +194,25 @@ def broken(counts: dict[str, Count]) -> Iterator[str]:
         if count.false > MOST_FALSE * count.nights:
             yield f"{name}: {count.false} false changes in {count.nights} nights, more than one in {1 / MOST_FALSE:g}"
         for size, least in LEAST_FOUND.items() if place < 2 else ():  # the third is not of this size
-            share = count.in_time[size] / count.years
+            share = count.in_time[str(size)] / count.years
             if share < least:
                 yield f"{name}: {100 * size:g} % is found in time in {share:.1%}, below {least:.0%}"
         if place == 2 and float(np.median(count.detectable)) < SIZES[-1]:
             yield f"{name}: the lines say that they would see {SIZES[-1]:.0%}, and they do not"
+
+
+def identity() -> str:
+    """What the years were judged by: these two files."""
+    files = (Path(__file__), Path(changes.__file__ or ""))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+
+
+def kept(path: Path | None) -> dict[tuple[int, int], Count]:
+    """Years that were judged before, by the same method."""
+    if path is None or not path.is_file():
+        return {}
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return {(one["kind"], one["year"]): Count(**one["count"]) for one in lines if one["method"] == identity()}
 
 
 def main(arguments: list[str]) -> int:
@@ -191,6 +220,9 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description="What a history finds in constructed years, and what it invents.")
     parser.add_argument("folder", type=Path, help="the recorded noise")
     parser.add_argument("--years", type=int, default=200, help="constructed years a row (default: %(default)s)")
+    parser.add_argument(
+        "--keep", type=Path, help="a file with the years that were judged; one that was stopped goes on"
+    )
     options = parser.parse_args(arguments)
     if options.years < 1:
         parser.error("--years: construct at least one")
@@ -200,11 +232,18 @@ def main(arguments: list[str]) -> int:
     except (OSError, EOFError, KeyError, ValueError) as error:
         print(f"{options.folder}: cannot use this recording: {error}", file=sys.stderr)
         return 2
+    judged = kept(options.keep)
     counts: dict[str, Count] = {}
     for number, (name, draw) in enumerate(kinds.items()):
-        rng, counts[name] = np.random.default_rng([number, options.years]), Count()
-        for _ in range(options.years):
-            judge_year(draw_year(rng, draw), counts[name])
+        counts[name] = Count()
+        for place in range(options.years):
+            if (number, place) not in judged:
+                judged[number, place] = judge_year(draw_year(np.random.default_rng([number, place]), draw))
+                if options.keep:
+                    line = {"kind": number, "year": place, "count": dataclasses.asdict(judged[number, place])}
+                    with options.keep.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps({"method": identity(), **line}) + "\n")
+            counts[name].add(judged[number, place])
     console.print(origin_of(Path(__file__).parent), markup=False, soft_wrap=True)
     console.print(table(counts))
     reasons = list(broken(counts))

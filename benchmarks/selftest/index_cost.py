@@ -38,33 +38,40 @@ TEMPLATE = ROOT / "reports" / "2026-11-25_amd-epyc-2cpu_lora-or-qlora"
 VARIANT = "qlora-nf4-r16"
 MOST_MAKING_S, MOST_ASKING_S = 30.0, 0.2
 NIGHT_SD, PLANTED = 0.02, 0.10
+DRAWS = 40
 BREAKS = (0.3, 0.6)
 """Where torch changes, and then the one commit, as shares of all nights."""
 CULPRIT = 0.8
 
 
 def write_runs(folder: Path, count: int) -> None:
-    """So many nights."""
+    """So many nights; what their trials hold is one of `DRAWS`, fast or slow."""
     given = store.read_run(str(TEMPLATE), TEMPLATE.parent)
     evidence = EvidenceFile(folder)
     names = {record.trial: evidence.add(record.checks) for record in given.records}
     checks, rng = (folder / "checks.jsonl").read_bytes(), random.Random(1)
     (folder / "checks.jsonl").unlink()
+    draws = [math.exp(rng.gauss(0.0, NIGHT_SD)) for _ in range(DRAWS)]
+    trials = {slow: [_trials(given, names, draw * (1 + PLANTED * slow)) for draw in draws] for slow in (False, True)}
     base = codec.to_json(given.manifest)
     for night in range(count):
         path = folder / f"night-{night:04d}"
         path.mkdir()
         (path / "checks.jsonl").write_bytes(checks)
-        moved = math.exp(rng.gauss(0.0, NIGHT_SD)) * (1 + PLANTED if night >= CULPRIT * count else 1.0)
-        lines = []
-        for record in given.records:
-            samples = {
-                name: tuple(moved * value for value in values) if name.endswith("_time_s") else values
-                for name, values in record.samples.items()
-            }
-            lines.append(line_of(record.replaced(samples=samples, checks=()), names[record.trial]))
-        (path / store.TRIALS).write_text("".join(lines), encoding="utf-8")
+        (path / store.TRIALS).write_text(rng.choice(trials[night >= CULPRIT * count]), encoding="utf-8")
         (path / store.MANIFEST).write_text(codec.dumps(_manifest(base, path.name, night, count)), encoding="utf-8")
+
+
+def _trials(given: store.Run, names: dict[str, tuple[str, ...]], moved: float) -> str:
+    """All lines of a run, its times moved by a factor."""
+    lines = []
+    for record in given.records:
+        samples = {
+            name: tuple(moved * value for value in values) if name.endswith("_time_s") else values
+            for name, values in record.samples.items()
+        }
+        lines.append(line_of(record.replaced(samples=samples, checks=()), names[record.trial]))
+    return "".join(lines)
 
 
 def _manifest(base: dict[str, Any], name: str, night: int, count: int) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def describe_history(history: History, *, every_run: bool = False) -> Document:
 def _track(track: Track, *, every_run: bool) -> Iterator[Block]:
     title = METRICS[track.metric].title if track.metric in METRICS else track.metric
     yield Section(title=f"{title} of {track.variant}", beside=f"  study {track.study}", lines=tuple(_drawn(track)))
-    yield Table(heads=LEVELS, rows=tuple(_levels(track)), apart=True)
+    yield Table(heads=LEVELS, rows=tuple(_levels(track)), stacked=True, apart=True)
     for change in track.breaks:
         yield from _break(change)
     for line in track.lines:
@@ -142,7 +142,8 @@ def _silence(line: Course, track: Track) -> Line:
             Span(text=f"fingerprint {line.fingerprint}: ", tone="faint"),
             f"{counting} runs that count; changes are looked for from {LEAST_POINTS} on{gaps}",
         )
-    found = "no change found" if not line.suspicions else f"{len(line.suspicions)} changes suspected"
+    count = len(line.suspicions)
+    found = f"{count} change{'s' * (count > 1)} suspected" if count else "no change found"
     return say(
         Span(text=f"fingerprint {line.fingerprint}: ", tone="faint"),
         f"{found}; runs scatter by {100 * line.scatter:.2g} % around their level, and only a change of "

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from harness.errors import LorameterError
 from harness.records import store
+from harness.records.packed import list_packed
 from harness.results.columns import TABLES, Kind, TableName, Values
 from harness.results.rows import rows_of
 
@@ -60,7 +61,7 @@ def load(run: str | Path, runs_dir: str | Path | None = None) -> Frames:
 
 
 def load_all(folder: str | Path | None = None) -> Frames:
-    """The tables of all runs in a folder, below each other, oldest run first.
+    """The tables of all runs in a folder, below each other, by the names of their folders; then those that are packed.
 
     A run that cannot be read is left out, with a warning, and stands with the reason in `unreadable`: it must not hide
     the others.
@@ -70,7 +71,8 @@ def load_all(folder: str | Path | None = None) -> Frames:
     """
     found: list[dict[TableName, list[Values]]] = []
     unreadable: dict[str, str] = {}
-    for path in store.list_runs(_folder(folder)):
+    runs = _folder(folder)
+    for path in (*store.list_runs(runs), *list_packed(runs)):
         try:
             found.append(rows_of(store.read_run(str(path), path.parent)))
         except LorameterError as error:

@@ -192,7 +192,7 @@ def open_index(runs: Path, *, rebuild: bool = False) -> Iterator[Index]:
 def _connect(runs: Path, *, rebuild: bool) -> sqlite3.Connection:
     """A connection to the file, with the tables of this version in it; to memory where there can be none."""
     path = runs / FILE
-    if not inputs.is_folder(runs):
+    if not (store.list_runs(runs) or list_packed(runs)) and not inputs.is_there(path):  # a folder of somebody else's
         return _in_memory()
     for again in (rebuild, True):
         try:

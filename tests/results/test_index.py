@@ -137,6 +137,12 @@ def test_a_folder_that_may_not_be_written_is_indexed_in_memory(runs, monkeypatch
     assert held(runs / "none") == ((), ())
 
 
+def test_a_folder_without_runs_gets_no_index(tmp_path):
+    """It may be anybody's."""
+    assert held(tmp_path) == ((), ())
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_packed_run_in_the_folder_is_one_of_them(runs):
     """With what it holds."""
     pack("one", runs, runs / "sent.lorameter.zip")

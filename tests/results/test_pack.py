@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import harness
 from harness import cli
 from harness.commands import housekeeping
 from harness.errors import UsageError
@@ -167,6 +168,13 @@ def test_what_somebody_sent_may_be_anything(change, tmp_path, monkeypatch):
     with pytest.raises(UsageError):
         store.read_run(str(path), tmp_path)
     assert not list(tmp_path.parent.glob("manifest.json"))
+
+
+def test_a_packed_run_in_a_folder_is_loaded_with_the_others(tmp_path):
+    """By its name, or with all that lie there."""
+    pack("sound", RUNS, tmp_path / "sound.lorameter.zip")
+    one, every = harness.load(tmp_path / "sound.lorameter.zip"), harness.load_all(tmp_path)
+    assert len(one.trials) == len(every.trials) == len(harness.load("sound", RUNS).trials)
 
 
 def test_the_words_of_the_command_are_those_of_the_packer():
