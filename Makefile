@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 NAME   ?= bench
 STAMP  := $(VENV)/.installed
 
-.PHONY: bench test lint study proof proof-harness proof-models proof-statistics proof-levels proof-ab proof-attach proof-meter proof-profile proof-kernels proof-memory proof-reading proof-fuzz proof-faults proof-portable proof-gpu clean
+.PHONY: bench test lint study proof proof-harness proof-models proof-statistics proof-levels proof-ab proof-attach proof-meter proof-profile proof-kernels proof-memory proof-reading proof-fuzz proof-faults proof-portable proof-history proof-gpu clean
 
 bench: $(STAMP)
 	$(BIN)/pytest benchmarks/ --benchmark-save=$(NAME)
@@ -32,7 +32,7 @@ lint: $(STAMP)
 # output is committed under reports/proof/. Two need data that the project does not hold and are skipped without it:
 # LORAMETER_DOLLY names databricks-dolly-15k.jsonl.gz, LORAMETER_NOISE a folder with the recorded noise
 # (lockstep.csv.gz, one_process.csv.gz, processes.csv.gz). proof-ab takes an hour and wants the machine to itself.
-proof: proof-harness proof-models proof-statistics proof-levels proof-ab proof-attach proof-meter proof-profile proof-kernels proof-memory proof-reading proof-fuzz proof-faults proof-portable proof-gpu
+proof: proof-harness proof-models proof-statistics proof-levels proof-ab proof-attach proof-meter proof-profile proof-kernels proof-memory proof-reading proof-fuzz proof-faults proof-portable proof-history proof-gpu
 
 proof-harness proof-models: proof-%: $(STAMP)
 	mkdir -p reports/proof
@@ -146,6 +146,18 @@ proof-portable: $(STAMP)
 	mkdir -p reports/proof
 	$(BIN)/python benchmarks/selftest/portable.py --keep $(VENV)/portable.jsonl > reports/proof/portable.txt; \
 	status=$$?; cat reports/proof/portable.txt; exit $$status
+
+# What a history finds in constructed years with the recorded noise, and what it invents (ten minutes); the index of a
+# thousand runs; and a planted commit among sixteen, looked for three times (a quarter of an hour on a machine to itself).
+proof-history: $(STAMP)
+	mkdir -p reports/proof
+	if test -z "$(LORAMETER_NOISE)"; then echo "recorded noise: skipped, LORAMETER_NOISE is not set"; else \
+	$(BIN)/python benchmarks/selftest/history.py "$(LORAMETER_NOISE)" --keep $(VENV)/history.jsonl > reports/proof/history.txt; \
+	status=$$?; cat reports/proof/history.txt; exit $$status; fi
+	$(BIN)/python benchmarks/selftest/index_cost.py > reports/proof/index.txt; \
+	status=$$?; cat reports/proof/index.txt; exit $$status
+	$(BIN)/python benchmarks/selftest/bisect_live.py > reports/proof/bisect.txt; \
+	status=$$?; cat reports/proof/bisect.txt; exit $$status
 
 # What needs a card: meters against each other, what really ran, steps after a check, and the default study with
 # Llama-2-7B (random weights), whose report is written under reports/. Skipped with the reason where there is none.

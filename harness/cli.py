@@ -9,12 +9,16 @@ from collections.abc import Callable, Iterator, Sequence
 
 from harness.commands import (
     ab,
+    bisect,
     catalogue,
     claims,
     compare,
     completion,
     doctor,
     estimate,
+    export,
+    history,
+    housekeeping,
     profile,
     report,
     run,
@@ -43,6 +47,11 @@ EXAMPLES = {
     "profile": "lorameter profile lora-or-qlora:qlora-nf4-r16 --try",
     "sample": "lorameter sample 20261120-101500-mine-3f2a qlora-nf4-r16",
     "claims": "lorameter claims 20261120-101500-mine-3f2a",
+    "export": "lorameter export 20261120-101500-mine-3f2a --format parquet",
+    "history": "lorameter history step_time_s --study training-step",
+    "bisect": "lorameter bisect training-step --good v0.1.0 --bad HEAD",
+    "prune": "lorameter prune --keep 20 --dry-run",
+    "pack": "lorameter pack 20261120-101500-mine-3f2a",
     "completion": "lorameter completion bash > lorameter.bash",
 }
 """What stands at the end of each command's help; runs are named as they are listed."""
@@ -87,7 +96,9 @@ def parser() -> argparse.ArgumentParser:
     subparsers = top.add_subparsers(required=True, metavar="COMMAND")
 
     top.add_argument("--version", action=_Version, nargs=0, help="print the version and end")
-    for module in (run, report, catalogue, compare, ab, wrap, doctor, estimate, profile, sample, claims, completion):
+    measuring = (run, ab, bisect, wrap, doctor, estimate, profile)
+    showing = (report, catalogue, compare, sample, claims, export, history, housekeeping, completion)
+    for module in (*measuring, *showing):
         module.add_commands(subparsers, _common)
     subparsers.choices["completion"].set_defaults(top=top)
     for name, command in commands_of(top):

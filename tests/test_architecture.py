@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ORDER = "errors stats records studies models machine trial attach verdicts run profile report commands".split()
+ORDER = "errors stats records studies models machine trial attach verdicts results run profile report commands".split()
 """The rooms, from the ground up."""
 DOORS = ("cli", "pytest_plugin", "worker")
 RANK = {room: place for place, room in enumerate(ORDER)} | dict.fromkeys(DOORS, len(ORDER))

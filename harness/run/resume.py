@@ -19,6 +19,7 @@ from harness.machine import provenance
 from harness.machine.provenance import Facts
 from harness.machine.repository import git_state
 from harness.records import codec, store
+from harness.records.packed import is_packed
 from harness.records.record import Notice
 from harness.records.store import Manifest, Resumption, Run
 from harness.run.contenders import contenders_of, sides_of
@@ -83,6 +84,8 @@ def read_broken_off(name: str, runs: Path, *, study: str | None = None) -> Run:
         )
     if run.live:
         raise UsageError(store.refusal_while_live(run.path))
+    if is_packed(run.path):
+        raise UsageError(f"{run.path}: it is packed, and has no folder to write to. Go on where it was measured.")
     if run.path.resolve().name != manifest.run:
         raise UsageError(f"{run.path}: holds run {manifest.run}. Give the directory that name again.")
     return run
