@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 NAME   ?= bench
 STAMP  := $(VENV)/.installed
 
-.PHONY: bench test lint study proof proof-harness proof-models proof-statistics proof-levels proof-ab proof-attach proof-meter proof-profile proof-kernels proof-memory proof-reading proof-fuzz proof-faults proof-portable proof-gpu clean
+.PHONY: bench test lint study proof proof-harness proof-models proof-statistics proof-levels proof-ab proof-attach proof-meter proof-profile proof-kernels proof-memory proof-reading proof-fuzz proof-faults proof-portable proof-gpu gpu gpu-pack gpu-take clean
 
 bench: $(STAMP)
 	$(BIN)/pytest benchmarks/ --benchmark-save=$(NAME)
@@ -146,11 +146,23 @@ proof-portable: $(STAMP)
 	$(BIN)/python benchmarks/selftest/portable.py --keep $(VENV)/portable.jsonl > reports/proof/portable.txt; \
 	status=$$?; cat reports/proof/portable.txt; exit $$status
 
-# What needs a card: meters against each other, what really ran, steps after a check, and the default study with
-# Llama-2-7B (random weights), whose report is written under reports/. Skipped with the reason where there is none.
+# Everything that only a card can say, in steps that go on where they were stopped; the report is written under reports/,
+# with the device in its name, and docs/gpu.md anew. Without a card all steps are rehearsed. GPU_OPTIONS: --minutes,
+# --only, --again, --list. Where `make gpu-pack` has laid what a machine without a network lacks, nothing is installed.
+gpu: $(if $(wildcard .gpu/site),,$(STAMP))
+	$(if $(wildcard .gpu/site),$(PYTHON),$(BIN)/python) -m benchmarks.gpu $(GPU_OPTIONS)
+
+# What travels to such a machine, in .gpu; what a call there has handed back, laid where the next one goes on.
+gpu-pack: $(STAMP)
+	$(BIN)/python -m benchmarks.gpu.pack $(GPU_OPTIONS)
+
+gpu-take: $(STAMP)
+	$(BIN)/python -m benchmarks.gpu.pack --take $(FILE)
+
+# The rehearsal's output, which says what no card has confirmed yet; with a card, what it says.
 proof-gpu: $(STAMP)
 	mkdir -p reports/proof
-	$(BIN)/pytest tests/ -m gpu -q --no-header -rs > reports/proof/gpu.txt; \
+	$(BIN)/python -m benchmarks.gpu > reports/proof/gpu.txt; \
 	status=$$?; cat reports/proof/gpu.txt; exit $$status
 
 $(STAMP): pyproject.toml
