@@ -153,11 +153,15 @@ def test_a_run_prints_one_json_document(swept, capsys):
 def test_a_sweep_of_adapters_runs_on_one_base(swept):
     """From study to records: one process and one load a replicate, solo trials for what needs a process alone."""
     done, runs = swept
-    records = store.read_run(json.loads(done.stdout)["run"], runs).records
+    run = store.read_run(json.loads(done.stdout)["run"], runs)
+    records = run.records
     timed = [record for record in records if "step_time_s" in record.samples]
     solo = [record for record in records if record.trial.endswith("-solo")]
     assert len(timed) == len(solo) == 3
     assert sum(record.values["base_loads"] for record in timed) == 1
+    assert [(base.conversions, base.quantisations) for base in run.manifest.bases] == [(1, 0)]
+    assert not any(record.values["base_conversions"] for record in records)
+    assert all(record.values["cold_base_conversions"] == 1 for record in solo)  # as a user's
     assert all(record.interleaving == "shared-base" and not record.memory for record in timed)
     assert all({"merged_request_time_s", "cold_start_time_s"} <= set(record.samples) for record in solo)
     assert all(record.memory["adapter_bytes"] > 0 for record in solo)

@@ -21,7 +21,7 @@ import os
 from pathlib import Path
 import harness.run.executors.local
 from harness.pytest_plugin import attach
-from harness.records.preparation import Hello, TokenSummary
+from harness.records.preparation import BaseSummary, Hello, TokenSummary
 from harness.records.record import Failure, Fragment
 from harness.run.executors import Place
 from harness.run.executors.local import LocalExecutor
@@ -65,6 +65,8 @@ class Executor(LocalExecutor):
     def clear_place(self, trial): pass
     def hello(self):
         return Hello(harness="1.0", pid=1, import_time_s=1.0, device="cpu", torch="0")
+    def prepare_base(self, request):
+        return BaseSummary(path="b", hash="b" * 64, base="b", bytes=1, conversions=0, quantisations=0, seconds=0.0)
     def prepare_tokens(self, workload, *, keep=True):
         return TokenSummary(path="t", hash="abc", data="synthetic", synthetic=True, real_tokens=1, padded_tokens=0,
                             tokenizer_substituted=False, train_sequences=1, records=1)

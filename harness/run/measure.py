@@ -25,6 +25,7 @@ from harness.records.preparation import Hello, TokenSummary
 from harness.records.record import Notice, Side, TrialRecord
 from harness.records.refusals import say_refused
 from harness.records.store import Manifest, Run, RunWriter
+from harness.run.bases import prepare_bases
 from harness.run.budget import Budget
 from harness.run.conductor import Watcher
 from harness.run.contenders import contenders_of, variants_of, workloads_of
@@ -185,7 +186,10 @@ def measure(
                 shown.tokens_prepared(prepared[study.workload].data)
             hellos = {name: greet(executor, variants) for name, executor in executors.items()}
             there = {arm.name: arm.executor.facts() for arm in arms if arm is first or arm.name == arm.side}
-        site = _site(plan, prepared, hellos[first.name].device)
+            device = hellos[first.name].device
+            bases = prepare_bases(dataclasses.replace(plan, groups=groups), executors, device, shown)
+        site = dataclasses.replace(_site(plan, prepared, device), bases=bases.folders)
+        notices = (*notices, *bases.notices)
         if plan.provisional:
             with stops.interruptible():
                 plan, told = rehearse(plan, executors, site, shown)
@@ -198,6 +202,11 @@ def measure(
         declared = sorted({name for arm in arms for name in arm.declared})
         if earlier is not None:
             manifest = continue_manifest(earlier.manifest, facts, tokens, study.protocol.max_minutes)
+            manifest = dataclasses.replace(
+                manifest,
+                bases=(*manifest.bases, *bases.summaries),
+                notices=tuple(dict.fromkeys((*manifest.notices, *bases.notices))),
+            )
         else:
             manifest = Manifest(
                 run=run_id,
@@ -213,6 +222,7 @@ def measure(
                 provenance=facts,
                 fingerprint=provenance.fingerprint(facts, without=declared),
                 tokens=tokens,
+                bases=bases.summaries,
                 notices=notices,
                 sides=_sides(arms, hellos, there),
                 policy=dict(policy or {}),

@@ -49,11 +49,16 @@ def release_unused(device: str) -> None:
 def prepare_process(request: TrialRequest) -> None:
     """Apply the request's limits to this process, and silence what would log inside the timed window."""
     logging.getLogger(INT8_LOGGER).setLevel(logging.ERROR)
-    if request.device == "cpu":
-        torch.set_num_threads(request.threads)
-        limit = request.protocol.memory_limit_bytes
-        if limit is not None:
-            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    limit_threads(request.device, request.threads)
+    limit = request.protocol.memory_limit_bytes
+    if request.device == "cpu" and limit is not None:
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def limit_threads(device: str, threads: int) -> None:
+    """Compute with so many threads on a CPU."""
+    if device == "cpu":
+        torch.set_num_threads(threads)
 
 
 _STATM = Path("/proc/self/statm")

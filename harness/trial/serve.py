@@ -14,7 +14,7 @@ from typing import Any
 
 from harness.records import codec
 from harness.records.record import Fragment
-from harness.studies.request import TrialRequest
+from harness.studies.request import BaseRequest, TrialRequest
 from harness.trial.failure import failure_of
 
 
@@ -42,9 +42,21 @@ def _answer(command: dict[str, Any], trials: dict[str, Any]) -> Fragment:
             shared = next((other.shared for other in trials.values()), None) or SharedBase()
             trials[trial] = (_profiled_trial() if command.get("profiled") else Trial)(request, shared)
             return Fragment()
+        if phase == "base":
+            return _prepared(codec.from_json(BaseRequest, command["request"], "base request"))
         return trials[trial].run(phase, **command)  # type: ignore[no-any-return]
     except Exception as error:
         return failure_of(error, phase)
+
+
+def _prepared(request: BaseRequest) -> Fragment:
+    """A base that every process of the run will map, made by this one, which then ends."""
+    from harness.trial.building.prepared import prepare
+    from harness.trial.process import limit_threads
+
+    _log_to(Path(request.log_path))
+    limit_threads(request.device, request.threads)
+    return Fragment(tokens={"base": codec.to_json(prepare(request))})
 
 
 def _profiled_trial() -> Any:

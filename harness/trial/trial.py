@@ -89,7 +89,7 @@ class Trial:
         baseline, started = host_bytes("VmRSS"), start_device(request.device)
         if self._alone:
             self._gauge.begin()
-        loads, begin = self.shared.loads, time.perf_counter()
+        loads, conversions, begin = self.shared.loads, self.shared.conversions, time.perf_counter()
         stream = TokenStream(Path(request.tokens_path), request.workload, request.variant, request.device)
         per_step = request.workload.batch_size * request.variant.gradient_accumulation
         self._total_steps = protocol.all_steps(stream.sequences, per_step)
@@ -104,7 +104,11 @@ class Trial:
         with self._parts.seat.taken():
             memory = {"host_baseline_bytes": baseline} | self._gauge.peaks("load") if self._alone else {}
             loss, lap = self._take_step()
-            values = {"threads": float(request.threads), "base_loads": float(self.shared.loads - loads)}
+            values = {
+                "threads": float(request.threads),
+                "base_loads": float(self.shared.loads - loads),
+                "base_conversions": float(self.shared.conversions - conversions),
+            }
             if self._alone:
                 values |= {"load_time_s": load_time, "first_step_time_s": lap.time_s, **started}
             if self._timed and not request.variant.rewrites_base:

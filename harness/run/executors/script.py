@@ -17,7 +17,7 @@ from pathlib import Path
 from harness.errors import InvalidRunError, UsageError
 from harness.machine import provenance
 from harness.machine.provenance import Facts
-from harness.records.preparation import Hello, TokenSummary
+from harness.records.preparation import BaseSummary, Hello, TokenSummary
 from harness.records.record import Failure, Fragment
 from harness.run.executors import Executor, Place, Worker, WorkerLostError
 from harness.run.executors.disk import Disk
@@ -26,7 +26,7 @@ from harness.run.executors.host import Host, describe, inspect
 from harness.run.executors.script_process import ScriptProcess
 from harness.run.executors.script_worker import ScriptWorker
 from harness.run.executors.workplace import copy_snapshot, folder_of, take_snapshot, variables_of, words_of
-from harness.studies.request import TrialRequest
+from harness.studies.request import BaseRequest, TrialRequest
 from harness.studies.script import OWN
 from harness.studies.workload import Workload
 
@@ -108,6 +108,11 @@ class ScriptExecutor(Here):
     def prepare_tokens(self, workload: Workload, *, keep: bool = True) -> TokenSummary:
         """Nothing: what is trained on is the script's."""
         return TOKENS
+
+    def prepare_base(self, request: BaseRequest) -> BaseSummary:
+        """Scripts have none."""
+        message = "a script loads its model itself"
+        raise WorkerLostError("not_run", Failure(phase="base", kind="NotOfScripts", message=message))
 
     def make_place(self, trial: str, log: str) -> Place:
         """In a temporary folder of this executor; the log lies with the run from the start."""

@@ -17,12 +17,11 @@ import torch
 from transformers import get_scheduler
 from transformers.integrations.liger import apply_liger_kernel
 
-from harness.models import catalogue
 from harness.studies.request import TrialRequest
 from harness.studies.variant import Variant
-from harness.trial.building.base_model import load_base
 from harness.trial.building.injection import inject_work
 from harness.trial.building.lora import attach, attach_beside
+from harness.trial.building.prepared import base_of
 from harness.trial.building.shared import SharedBase
 
 
@@ -51,7 +50,7 @@ def seed_everything(seed: int) -> None:
 
 
 def build(request: TrialRequest, *, steps: int, shared: SharedBase) -> Trainee:
-    """Load the base if this process has none yet, attach the adapter, make the optimizer.
+    """Take the base if this process has none yet, attach the adapter, make the optimizer.
 
     Args:
         request: variant, workload, device and seed.
@@ -62,8 +61,8 @@ def build(request: TrialRequest, *, steps: int, shared: SharedBase) -> Trainee:
     set_precision(variant)
 
     def load(adapter: str) -> Any:
-        source = catalogue.resolve(request.workload.model)
-        base = load_base(source, variant, device=request.device, seed=request.workload.data_seed)
+        base, made = base_of(request)
+        shared.conversions += made
         if variant.liger_kernel:
             apply_liger_kernel(base, None)  # before the adapter: it swaps the forwards of the model's own classes
         seed_everything(request.seed)
