@@ -103,7 +103,7 @@ def _time_per_real_token_s(record: TrialRecord) -> Samples:
 
 
 def _scaling_efficiency(record: TrialRecord) -> Samples:
-    """The step of one rank over that of several and their number, turn by turn; 1 is the whole of what they could do."""
+    """The step of one rank over that of several and their number, turn by turn; 1 is the most they can be."""
     ranks, one = record.values.get("ranks", 0.0), record.samples.get("one_rank_step_time_s", ())
     pairs = zip(one, record.samples.get("step_time_s", ()), strict=False)
     return tuple(alone / (ranks * together) for alone, together in pairs) if ranks else ()

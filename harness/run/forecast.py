@@ -106,8 +106,8 @@ def together_bytes(members: Sequence[Variant], workload: Workload, machine: Mach
 def needed_bytes(
     variants: Iterable[Variant], workload: Workload, machine: Machine, runs: Path | None
 ) -> dict[str, int | None]:
-    """Expected memory of a trial's processes on a device, of each variant by name: the peak of an earlier run where there is one, else the
-    estimate, None where the model's layers are not known; on a GPU device memory."""
+    """Expected memory of a trial's processes on a device, of each variant by name: the peak of an earlier run where
+    there is one, else the estimate, None where the model's layers are not known; on a GPU device memory."""
     if workload.model == OWN:
         return {variant.name: _measured_script(variant, workload, machine, runs) for variant in variants}
     source = catalogue.resolve(workload.model)

@@ -1,4 +1,4 @@
-"""What one rank says of a few steps of a training of several: facts as data, which are judged beside those of all others.
+"""What one rank says of a few steps of a training of several: facts as data, to be judged beside those of all others.
 
 Every rank observes at the same time, since what it looks at are collective steps. Nothing here exchanges anything of
 its own but the whole of a sharded tensor. A gradient before and after its exchange would be gigabytes beside each
@@ -25,7 +25,7 @@ from kernels_check.observation.restore import as_found
 from kernels_check.ranks.activity import Share, share_of
 
 REPEATS = 4
-"""How often the same batch is put through forward and backward: weights that are gathered wrongly are right at first."""
+"""How often the same batch goes through forward and backward: weights gathered wrongly are right at first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

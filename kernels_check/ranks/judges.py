@@ -1,4 +1,4 @@
-"""What the facts of all ranks say of each other: whether they are one training, and whether each holds its part of it."""
+"""What the facts of all ranks say of each other: whether they are one training, and whether each holds its part."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ fault that this is there for moves them by 3e-4 and more."""
 
 NF4_BY_FSDP2 = (
     "FSDP2 gathers 4-bit weights anew for each forward, and bitsandbytes registers them anew inside it "
-    "(fix_4bit_weight_quant_state_from_module): what it then does to them, as in eval mode on a CPU with AVX512_BF16, is "
-    "lost to the next gathering, but not to their state, and another model computes. "
+    "(fix_4bit_weight_quant_state_from_module): what it then does to them, as in eval mode on a CPU with AVX512_BF16, "
+    "is lost to the next gathering, but not to their state, and another model computes. "
     'Write repair = "quant_state" in [workload], which sets the quantisation state on the weight that stands there, or '
     'use strategy = "ddp"'
 )

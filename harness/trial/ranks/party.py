@@ -32,7 +32,7 @@ class Party:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         distributed.init_process_group(
             "nccl" if cuda else "gloo",
-            store=distributed.FileStore(str(folder / "ranks"), self.ranks),
+            init_method=(folder / "ranks").as_uri(),
             rank=self.rank,
             world_size=self.ranks,
             timeout=datetime.timedelta(seconds=max(1.0, PATIENCE * timeout_s)),

@@ -30,7 +30,6 @@ from kernels_check.ranks.activity import Share
 from kernels_check.ranks.facts import Gradient, RankFacts, observe_rank
 from kernels_check.ranks.judges import Strategy, judge_ranks, merge_checks
 
-
 _ISOLATED = "packing.isolated"
 
 

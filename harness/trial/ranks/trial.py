@@ -266,7 +266,7 @@ _OWN = re.compile(r"rank([0-9]+)_own_step_time_s")
 def _left_out(variant: str, failure: Failure) -> Notice:
     return Notice(
         code="one-rank-failed",
-        message=f"{variant}: one rank alone could not train beside the others, so there is no scaling efficiency and no "
-        f"loss to compare with: {shorten(failure.message)}",
+        message=f"{variant}: one rank alone could not train beside the others, so there is no scaling efficiency and "
+        f"no loss to compare with: {shorten(failure.message)}",
         remedy="Write scaling = false in [workload] where the model does not fit one device.",
     )
