@@ -62,6 +62,8 @@ class RankFacts:
     gradients: dict[str, Gradient] = field(default_factory=dict)
     repeated: tuple[float, ...] = ()
     """Losses of the same batch with the same random numbers, between which nothing is updated."""
+    base_losses: tuple[float, ...] = ()
+    """Of one batch by the base alone: before the ranks shared it, as it is found, and after each of some steps."""
     activity: Share | None = None
     """How a profiled step was spent."""
 
@@ -72,7 +74,9 @@ def observe_rank(
     update: Callable[[], object],
     rewind: Callable[[], object],
     meet: Callable[[], object],
+    base_loss: Callable[[], float],
     *,
+    before: float,
     whole: Iterable[Tensor],
     rank: int,
     ranks: int,
@@ -85,6 +89,8 @@ def observe_rank(
         update: clips, lets the optimizer step, and drops the gradients.
         rewind: has the next call of `gradients` take the batch that the first one takes.
         meet: waits until every rank is there.
+        base_loss: the loss of a batch that is always the same, without the adapter and without a gradient.
+        before: the same before the model was shared among ranks, as it was loaded.
         whole: the token ids of each sequence of that batch on all ranks together, shape (tokens,).
         rank: of this process.
         ranks: how many there are.
@@ -99,7 +105,7 @@ def observe_rank(
         update()
 
     with as_found(model, step) as snapshot, _told_of_updates(snapshot.watch):
-        random, repeated = RandomState(), []
+        random, repeated, base_losses = RandomState(), [], [before, base_loss()]
         for _ in range(REPEATS):
             rewind()
             random.restore()
@@ -113,8 +119,10 @@ def observe_rank(
         base = {name: _bytes(parameter) for name, parameter in model.named_parameters() if not parameter.requires_grad}
         four_bit = _four_bit(model)
         update()
+        base_losses.append(base_loss())
         adapter = {name: _digest(_whole(parameter)) for name, parameter in _trained(model)}
         activity = share_of(step, meet)
+        base_losses.append(base_loss())
     return RankFacts(
         rank=rank,
         ranks=ranks,
@@ -125,6 +133,7 @@ def observe_rank(
         adapter=adapter,
         gradients=exchanged,
         repeated=tuple(repeated),
+        base_losses=tuple(base_losses),
         activity=activity,
     )
 
@@ -132,7 +141,10 @@ def observe_rank(
 @contextmanager
 def _told_of_updates(watch: Callable[[Optimizer], object]) -> Iterator[None]:
     """Meanwhile `watch` is called before each update: what it changes is kept from then."""
-    handle = register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: watch(optimizer))
+    def tell(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        watch(optimizer)
+
+    handle = register_optimizer_step_pre_hook(tell)
     try:
         yield
     finally:

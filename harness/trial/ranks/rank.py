@@ -17,15 +17,17 @@ import torch
 import kernels_check
 from harness.records.record import Fragment
 from harness.studies.request import TrialRequest
+from harness.trial.building import lora
 from harness.trial.building.build import Trainee, build
 from harness.trial.building.shared import SharedBase
 from harness.trial.clock import Lap
 from harness.trial.data.stream import TokenStream
 from harness.trial.ranks.party import Party
 from harness.trial.ranks.strategies import distribute, exchanging, shard_again
-from harness.trial.step import TrainStep
+from harness.trial.step import TrainStep, loss_of
 from harness.trial.trial import Trial
 from kernels_check.check import Check
+from kernels_check.observation.stored_layout import without_repacking
 from kernels_check.ranks.activity import Share
 from kernels_check.ranks.facts import Gradient, RankFacts, observe_rank
 from kernels_check.ranks.judges import Strategy, judge_ranks, merge_checks
@@ -65,6 +67,7 @@ class RankTrial(Trial):
         super().__init__(request, SharedBase())
         self._party = party
         self._isolation: Check | None = None
+        self._base_loss_whole = float("nan")
         self._laps: list[list[float]] = []
         """Of each step since the last turn began: the time of every rank in it, in seconds."""
 
@@ -101,11 +104,23 @@ class RankTrial(Trial):
         self._opened = TokenStream(path, workload, variant, request.device, rank=party.rank, ranks=party.ranks)
         return self._opened
 
+    def _base_loss(self, forward: Any, model: Any) -> float:
+        """Of the first batch by the base alone, in the mode of training, and with nothing rearranged for it."""
+        position = self._opened.position()
+        self._opened.restore((0, *position[1:]))
+        batch = self._opened.take()
+        self._opened.restore(position)
+        autocast = self._request.variant.autocast
+        cast_to = getattr(torch, autocast) if autocast else None
+        with torch.no_grad(), without_repacking(model), lora.without_adapter(model):
+            return float(loss_of(forward, batch, device=self._request.device, autocast=cast_to))
+
     def _build_trainee(self) -> Trainee:
         request = self._request
         workload = request.workload
 
         def together(model: Any) -> Any:
+            self._base_loss_whole = self._base_loss(model, model)
             packed = self._opened.packed_batch() if workload.strategy == "fsdp2" else None
             if packed is not None and request.instrument == "profile":
                 inputs = {key: value for key, value in packed.items() if key != "labels"} | {"use_cache": False}
@@ -143,6 +158,8 @@ class RankTrial(Trial):
             step.update,
             lambda: stream.restore(position),
             self._party.barrier,
+            lambda: self._base_loss(trainee.forward, trainee.model),
+            before=self._base_loss_whole,
             whole=stream.upcoming(self._request.variant.gradient_accumulation),
             rank=self._party.rank,
             ranks=self._party.ranks,

@@ -21,7 +21,7 @@ def fact(rank, **changes):
     """A healthy rank of two, by DDP."""
     facts = RankFacts(
         rank=rank, ranks=2, rows=ROWS[2 * rank : 2 * rank + 2], whole=ROWS, base={"w": (100, 100), "n": (1, 1)},
-        adapter={"a": "same"}, gradients={"a": gradient((3.0, 5.0)[rank], 4.0)}, repeated=(5.0, 5.0, 5.0, 5.0),
+        adapter={"a": "same"}, gradients={"a": gradient((3.0, 5.0)[rank], 4.0)}, repeated=(5.0, 5.0, 5.0, 5.0), base_losses=(6.0,) * 4,
     )  # fmt: skip
     return dataclasses.replace(facts, **changes)
 
@@ -129,13 +129,15 @@ def test_a_sharded_base_in_4_bits_passes():
 
 def test_a_loss_that_moves_with_nothing_updated_is_a_fault_with_its_known_cause():
     """The cause is told where the base is in 4 bits and sharded, and nowhere else."""
-    moved = {"repeated": (4.93485, 4.93347, 4.90823, 4.87422)}
+    moved = {"base_losses": (4.93485, 4.93347, 4.90823, 4.87422)}
     sharded = fact(1, base=HALF, four_bit={"w": 200}, **moved)
     check = judged(fact(0), sharded, strategy="fsdp2")["ranks.steady"]
-    assert "rank 1: the same batch has a loss of 4.93485, 4.93347" in check.reason
+    assert "rank 1: silently wrong from the second forward on" in check.reason
+    assert "is 4.93485, 4.93347" in check.reason
     assert 'repair = "quant_state"' in check.reason
     assert "quant_state" not in judged(fact(0), fact(1, **moved))["ranks.steady"].reason
-    assert not judged(fact(0), fact(1, repeated=(5.0, float("nan"))))["ranks.steady"].met
+    for losses in ("repeated", "base_losses"):
+        assert not judged(fact(0), fact(1, **{losses: (5.0, float("nan"))}))["ranks.steady"].met
 
 
 def check(observed, status, *, required=4, path="base.bits"):

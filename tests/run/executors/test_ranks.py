@@ -31,14 +31,9 @@ class Watcher:
 @pytest.fixture(scope="module")
 def measure(executor, tokens_of, small_study):
     """A function that measures one replicate of the plain variant, by two ranks, in lockstep with its control."""
-    study = dataclasses.replace(
-        small_study,
-        workload=dataclasses.replace(small_study.workload, ranks=2, strategy="ddp"),
-        protocol=dataclasses.replace(
-            small_study.protocol, replicates=1, turns=3, phases=("train",), step_timeout_s=300
-        ),
-        variants=small_study.variants[:1],
-    )
+    workload = dataclasses.replace(small_study.workload, ranks=2, strategy="ddp")
+    protocol = dataclasses.replace(small_study.protocol, replicates=1, turns=3, phases=("train",), step_timeout_s=300)
+    study = dataclasses.replace(small_study, workload=workload, protocol=protocol, variants=small_study.variants[:1])
 
     def run(watcher):
         plan = make_plan(study, phases=("train",), interleaving="lockstep")

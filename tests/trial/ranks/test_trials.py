@@ -126,7 +126,7 @@ def test_nf4_that_fsdp2_gathers_wrongly_is_refused_with_the_reason_and_the_repai
     check = check_of(record, "ranks.steady")
     assert record.status == "invalid"
     assert check["status"] == "fallback"
-    assert "silently wrong from the second on" in check["reason"]
+    assert "silently wrong from the second forward on" in check["reason"]
     assert "fix_4bit_weight_quant_state_from_module" in check["reason"]
     assert 'repair = "quant_state"' in check["reason"]
     assert check_of(sick["in eval mode, repaired"][0], "ranks.steady")["status"] == "active"
