@@ -2,9 +2,9 @@
 
     python benchmarks/selftest/ranks_live.py [--model M] [--replicates N]
 
-For each strategy one run of a study of two variants by two ranks, each trial beside one rank alone on the same batches.
-The table shows how far apart the losses were at most (`ranks.losses`), every other check of the ranks, scaling efficiency
-with its interval over replicates, and the shares of communication. Ends with 1 where a check does not hold.
+For each strategy one run of a study of two variants by two ranks, each trial beside one rank alone on the same
+batches. The table shows how far apart the losses were at most (`ranks.losses`), every other check of the ranks, scaling
+efficiency with its interval over replicates, and the shares of communication. Ends with 1 where a check does not hold.
 """
 
 from __future__ import annotations

@@ -141,6 +141,7 @@ def observe_rank(
 @contextmanager
 def _told_of_updates(watch: Callable[[Optimizer], object]) -> Iterator[None]:
     """Meanwhile `watch` is called before each update: what it changes is kept from then."""
+
     def tell(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         watch(optimizer)
 

@@ -199,9 +199,11 @@ def _failure(
     silent = [member for member in members if member.code is None and member not in answers]
     bad = [(member, answer) for member, answer in answers.items() if answer.failure is not None]
     own = [(member, answer) for member, answer in bad if answer.failure and not _waited(answer.failure)]
+    same = len(own) == len(members) and len({answer.failure and answer.failure.message for _, answer in own}) == 1
     for member, answer in sorted(own, key=lambda pair: pair[1].status != "oom"):
         assert answer.failure is not None
-        failure = dataclasses.replace(answer.failure, message=f"{member.name}: {answer.failure.message}")
+        whose = "" if same else f"{member.name}: "  # what all say is of all of them
+        failure = dataclasses.replace(answer.failure, message=f"{whose}{answer.failure.message}")
         return dataclasses.replace(_ended(answer.status, failure), checks=answer.checks, values=answer.values)
     if died:
         who = died[0]

@@ -21,7 +21,8 @@ def fact(rank, **changes):
     """A healthy rank of two, by DDP."""
     facts = RankFacts(
         rank=rank, ranks=2, rows=ROWS[2 * rank : 2 * rank + 2], whole=ROWS, base={"w": (100, 100), "n": (1, 1)},
-        adapter={"a": "same"}, gradients={"a": gradient((3.0, 5.0)[rank], 4.0)}, repeated=(5.0, 5.0, 5.0, 5.0), base_losses=(6.0,) * 4,
+        adapter={"a": "same"}, gradients={"a": gradient((3.0, 5.0)[rank], 4.0)}, repeated=(5.0,) * 4,
+        base_losses=(6.0,) * 4,
     )  # fmt: skip
     return dataclasses.replace(facts, **changes)
 
