@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 NAME   ?= bench
 STAMP  := $(VENV)/.installed
 
-.PHONY: bench test lint study proof proof-harness proof-models proof-statistics proof-levels proof-ab proof-attach proof-meter proof-profile proof-kernels proof-memory proof-reading proof-fuzz proof-faults proof-portable proof-history proof-lower-bound test-lower-bound proof-gpu gpu gpu-pack gpu-take clean
+.PHONY: bench test lint study proof proof-harness proof-models proof-statistics proof-levels proof-ab proof-attach proof-meter proof-profile proof-kernels proof-memory proof-reading proof-fuzz proof-faults proof-portable proof-history proof-lower-bound test-lower-bound proof-ranks proof-gpu gpu gpu-pack gpu-take clean
 
 bench: $(STAMP)
 	$(BIN)/pytest benchmarks/ --benchmark-save=$(NAME)
@@ -32,7 +32,7 @@ lint: $(STAMP)
 # output is committed under reports/proof/. Two need data that the project does not hold and are skipped without it:
 # LORAMETER_DOLLY names databricks-dolly-15k.jsonl.gz, LORAMETER_NOISE a folder with the recorded noise
 # (lockstep.csv.gz, one_process.csv.gz, processes.csv.gz). proof-ab takes an hour and wants the machine to itself.
-proof: proof-harness proof-models proof-statistics proof-levels proof-ab proof-attach proof-meter proof-profile proof-kernels proof-memory proof-reading proof-fuzz proof-faults proof-portable proof-history proof-lower-bound proof-gpu
+proof: proof-harness proof-models proof-statistics proof-levels proof-ab proof-attach proof-meter proof-profile proof-kernels proof-memory proof-reading proof-fuzz proof-faults proof-portable proof-history proof-lower-bound proof-ranks proof-gpu
 
 proof-harness proof-models: proof-%: $(STAMP)
 	mkdir -p reports/proof
@@ -189,6 +189,14 @@ proof-gpu: $(STAMP)
 	mkdir -p reports/proof
 	$(BIN)/python -m benchmarks.gpu > reports/proof/gpu.txt; \
 	status=$$?; cat reports/proof/gpu.txt; exit $$status
+
+# Two ranks over gloo on this CPU: that they train what one rank trains, by DDP and FSDP2, with LoRA and QLoRA, on a tiny
+# model and on one of 135M with random weights. Half an hour on two cores.
+proof-ranks: $(STAMP)
+	mkdir -p reports/proof
+	for model in tiny-llama random:smollm2-135m; do \
+	$(BIN)/python benchmarks/selftest/ranks_live.py --model $$model || exit $$?; done > reports/proof/ranks.txt; \
+	status=$$?; cat reports/proof/ranks.txt; exit $$status
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lorameter needs Python 3.11 or newer")'

@@ -115,7 +115,7 @@ def run_ab(options: argparse.Namespace) -> int:
             executor.machine(),
             free_bytes=executor.free_bytes(),
             select=options.variant,
-            phases=options.phase or (study.protocol.phases if study.of_scripts else DEFAULT_PHASES),
+            phases=options.phase or (study.protocol.phases if study.trains_only else DEFAULT_PHASES),
             injected_rows=options.inject_rows,
             command=command,
             runs=runs,

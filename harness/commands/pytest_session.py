@@ -79,9 +79,9 @@ class Session:
             metafunc.parametrize("variant_name", names)
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Give each test its clock and its phase as the group of its table; no test of what a resumed run, or a script,
-        has not."""
-        phases: Collection[str] | None = self._study.protocol.phases if self._study.of_scripts else None
+        """Give each test its clock and its phase as the group of its table; no test of what a resumed run, a script
+        or several ranks have not."""
+        phases: Collection[str] | None = self._study.protocol.phases if self._study.trains_only else None
         if self._resumed is not None:
             phases = self._resumed.phases
         if phases is not None:

@@ -106,6 +106,13 @@ def _time_per_real_token_s(record: TrialRecord) -> Samples:
     return tuple(seconds / tokens for seconds in times)
 
 
+def _scaling_efficiency(record: TrialRecord) -> Samples:
+    """The step of one rank over that of several and their number, turn by turn; 1 is the most they can be."""
+    ranks, one = record.values.get("ranks", 0.0), record.samples.get("one_rank_step_time_s", ())
+    pairs = zip(one, record.samples.get("step_time_s", ()), strict=False)
+    return tuple(alone / (ranks * together) for alone, together in pairs) if ranks else ()
+
+
 def real_tokens_of_steps(record: TrialRecord) -> Samples:
     """Real tokens in each step that a script took, in their order; () where they were not seen."""
     return tuple(count for name in SCRIPT_TOKENS for count in record.samples.get(name, ()))
@@ -198,6 +205,18 @@ METRICS: dict[str, Metric] = {
             derive=_samples_per_s,
             of_trial="mean",
         ),
+        # Of several ranks: beside one rank alone on the same batches, and of profiled steps.
+        Metric(
+            name="scaling_efficiency",
+            title="scaling efficiency",
+            unit="1",
+            phase="train",
+            higher_is_better=True,
+            derive=_scaling_efficiency,
+            column="always",
+        ),
+        Metric(name="communication_share", title="communication", unit="1", phase="train", column="always"),
+        Metric(name="rank_imbalance", title="imbalance of ranks", unit="1", phase="train"),
         Metric(name="gradient_norm", title="gradient norm", unit="1", phase="train"),
         Metric(name="first_step_time_s", title="first step", unit="s", phase="train"),
         Metric(

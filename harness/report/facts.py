@@ -32,7 +32,7 @@ def facts_of(run: Run, study: Study) -> tuple[Line, ...]:
         else [
             say(
                 f"{workload.model}; {tokens.get('data', workload.data)}; "
-                f"{workload.batch_size} × {workload.sequence_length} tokens a batch, {workload.layout}"
+                f"{workload.batch_size} × {workload.sequence_length} tokens a batch, {workload.layout}{_ranks_of(workload)}"
                 f"{'' if workload.loss == 'all' else f', {LOSSES[workload.loss]}'}; "
                 f"{workload.prompt_tokens} + {workload.new_tokens} tokens a request",
                 lead="workload",
@@ -86,3 +86,11 @@ def _level(run: Run) -> str:
     why = f": {run.manifest.why}" if run.manifest.why else ""
     solo = any(record.interleaving != run.manifest.interleaving for record in run.records)
     return f"{why}; peaks, cold starts and what needs its own base: solo trials" if solo else why
+
+
+def _ranks_of(workload: Workload) -> str:
+    """Who shares a batch, where more than one rank does."""
+    if workload.ranks == 1:
+        return ""
+    mended = f", bitsandbytes mended: {workload.repair}" if workload.repair else ""
+    return f", by {workload.ranks} ranks ({workload.strategy}{mended})"

@@ -99,6 +99,7 @@ def plan_study(
         free_bytes=free_bytes,
         asked=interleaving,
         workloads=len(workloads),
+        ranks=max(workload.ranks for workload in workloads),
     )
     provisional = study.of_scripts and interleaving is None and None is together is not free_bytes
     if provisional:

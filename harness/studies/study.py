@@ -83,6 +83,11 @@ class Study:
         return bool(self.variants[0].command)
 
     @property
+    def trains_only(self) -> bool:
+        """Whether training is all that is measured of its variants: of commands, and of several ranks."""
+        return self.of_scripts or self.workload.ranks > 1
+
+    @property
     def own_workloads(self) -> dict[str, Workload]:
         """Workloads of variants that are not measured on the study's, by name: that of the engine, where it is one of
         the workload."""

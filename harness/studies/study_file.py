@@ -217,7 +217,7 @@ def _replaced(written: Study, fitted: Study) -> dict[str, Any]:
 def _parse(path: Path, data: Mapping[str, Any]) -> Study:
     where = path.name
     variants = _variants(where, data)
-    data = _of_scripts(data) if variants and variants[0].command else data
+    data = _of_scripts(data) if variants and variants[0].command else _of_ranks(data)
     reference = data.get("reference", variants[0].name if variants else "")
     fields: dict[str, Any] = {"title": data.get("title", path.stem), "reference": reference}
     for key, kind in (("title", str), ("reference", str), ("allow_fallback", bool), ("requirements", dict)):
@@ -246,6 +246,13 @@ def _of_scripts(data: Mapping[str, Any]) -> dict[str, Any]:
     """What a study of commands need not say: that model and data are the scripts', and that training is measured."""
     said = {"workload": {"model": OWN, "data": OWN}, "protocol": {"phases": ["train"]}}
     return _merged(said, data)
+
+
+def _of_ranks(data: Mapping[str, Any]) -> dict[str, Any]:
+    """What a study of several ranks need not say: that training is measured."""
+    workload = data.get("workload")
+    several = isinstance(workload, Mapping) and workload.get("ranks", 1) != 1
+    return _merged({"protocol": {"phases": ["train"]}}, data) if several else dict(data)
 
 
 def _claims(where: str, listed: Any) -> list[Claim]:

@@ -20,6 +20,8 @@ Loss = Literal["all", "answer"]
 LOSSES: dict[Loss, str] = {"all": "loss on all tokens", "answer": "loss on the answers alone"}
 """In words."""
 PromptFormat = Literal["answer-instruction", "write-instruction"]
+Strategy = Literal["", "ddp", "fsdp2"]
+Repair = Literal["", "quant_state"]
 
 _RANGES: dict[str, limits.Range] = {
     "sequence_length": (8, 2**24),
@@ -33,6 +35,7 @@ _RANGES: dict[str, limits.Range] = {
     "natural_tokens": (0, 2**24),
     "natural_prompt_tokens": (1, 2**24),
     "threads": (1, 4096),
+    "ranks": (1, 64),
 }
 
 
@@ -80,7 +83,18 @@ class Workload:
     natural_prompt_tokens: int = 128
     """Such requests are put whole: held-out records with longer prompts are left out."""
     threads: int = 1
-    """CPU threads of a trial. Two on two cores collapse under contention, so one unless the study is about threads."""
+    """CPU threads of a trial, of each of its ranks. Two on two cores collapse under contention, so one unless the study
+    is about threads."""
+    ranks: int = field(default=1, metadata=codec.LATER)
+    """Processes that train together in one trial, each on its part of every batch: `batch_size` is that of all."""
+    strategy: Strategy = field(default="", metadata=codec.LATER)
+    """How ranks train together: "ddp", each with the whole model, or "fsdp2", which shards it."""
+    repair: Repair = field(default="", metadata=codec.LATER)
+    """What is mended in the libraries for it. "quant_state": 4-bit weights that FSDP2 has sharded keep their
+    quantisation state (`harness.trial.ranks.strategies`), without which they are refused as wrong."""
+    scaling: bool = field(default=True, metadata=codec.LATER)
+    """Whether one rank alone takes turns with the ranks of a trial, on the same batches: what scaling efficiency and
+    losses are measured against. It needs a device that holds the whole model."""
 
     def __post_init__(self) -> None:
         limits.check_ranges("workload", self, _RANGES)
@@ -91,7 +105,32 @@ class Workload:
                     f"{sequences * self.sequence_length} tokens, and {limits.MOST_TOKENS} are prepared at most. "
                     "Use fewer."
                 )
+        self._check_ranks()
         if not self.model:
             raise UsageError("workload: model = '': no model named. `lorameter list models` shows the catalogue.")
         limits.check_word("workload", "model", self.model)
         limits.check_word("workload", "data", self.data)
+
+    def _check_ranks(self) -> None:
+        if self.ranks == 1:
+            for key in ("strategy", "repair"):
+                if getattr(self, key):
+                    raise UsageError(
+                        f"workload: {key} = {getattr(self, key)!r}: there is one rank. Set ranks, or leave it out."
+                    )
+            return
+        if not self.strategy:
+            raise UsageError(
+                f'workload: ranks = {self.ranks}: how they train together is not said. Write strategy = "ddp" or '
+                '"fsdp2".'
+            )
+        if self.batch_size % self.ranks:
+            raise UsageError(
+                f"workload: batch_size = {self.batch_size}, ranks = {self.ranks}: the batch is that of all ranks and "
+                "does not divide among them. Use a multiple."
+            )
+        if self.repair and self.strategy != "fsdp2":
+            raise UsageError(
+                f'workload: repair = {self.repair!r}: it is for strategy = "fsdp2", and this is {self.strategy!r}. '
+                "Leave it out."
+            )

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -40,6 +40,7 @@ from harness.trial.memory import resident_bytes
 from harness.trial.process import release_unused, start_device
 from harness.trial.step import TrainStep
 from harness.trial.surroundings import Surroundings
+from kernels_check.check import Check
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,16 +91,16 @@ class Trial:
         if self._alone:
             self._gauge.begin()
         loads, conversions, begin = self.shared.loads, self.shared.conversions, time.perf_counter()
-        stream = TokenStream(Path(request.tokens_path), request.workload, request.variant, request.device)
+        stream = self._open_stream()
         per_step = request.workload.batch_size * request.variant.gradient_accumulation
         self._total_steps = protocol.all_steps(stream.sequences, per_step)
-        trainee = build(request, steps=self._total_steps, shared=self.shared)
+        trainee = self._build_trainee()
         load_time = time.perf_counter() - begin
         if request.variant.rewrites_base:
             lora.save_initial(trainee.model, self._initial)
         if request.interleaving == "shared-base":
             self.shared.remember()
-        step = TrainStep(trainee, stream, request.variant, request.device)
+        step = self._make_step(trainee, stream)
         self._parts = _Parts(trainee, step, stream, Seat(trainee.model, trainee.adapter))
         with self._parts.seat.taken():
             memory = {"host_baseline_bytes": baseline} | self._gauge.peaks("load") if self._alone else {}
@@ -127,20 +128,36 @@ class Trial:
         batch = None if packed is None else step.inputs(packed)
         losses: list[torch.Tensor] = []
         begin = time.perf_counter()
-        checks = kernels_check.verify(
-            trainee.model, lambda: losses.append(step()), required, batch=batch, instrument=request.instrument
-        )
+        checks, values = self._check(lambda: losses.append(step()), required, batch)
         release_unused(request.device)
         seconds = time.perf_counter() - begin
         stream.restore(position)
         trainee.schedule.load_state_dict(schedule)
-        fragment = Fragment(checks=tuple(codec.to_json(check) for check in checks), values={"verify_time_s": seconds})
+        found = tuple(codec.to_json(check) for check in checks)
+        fragment = Fragment(checks=found, values={"verify_time_s": seconds, **values})
         diverged = self._judged(fragment, [float(loss) for loss in losses])
         if diverged.status != "ok":  # explains every check that failed with it
             return diverged
         # What only a profile tells is no row of a step under the spy: the replicate that was profiled judged it.
         judged = {check.path: check.required for check in checks if check.required is not None}
         return judge_required(fragment, judged, name=request.variant.name, allow_fallback=request.allow_fallback)
+
+    def _check(
+        self, step: Callable[[], None], required: Mapping[str, Any], batch: Mapping[str, Any] | None
+    ) -> tuple[Sequence[Check], Mapping[str, float]]:
+        """What is found of a step, which is left without a trace, and values that come with it."""
+        model, instrument = self._built.trainee.model, self._request.instrument
+        return kernels_check.verify(model, step, required, batch=batch, instrument=instrument), {}
+
+    def _open_stream(self) -> TokenStream:
+        request = self._request
+        return TokenStream(Path(request.tokens_path), request.workload, request.variant, request.device)
+
+    def _build_trainee(self) -> Trainee:
+        return build(self._request, steps=self._total_steps, shared=self.shared)
+
+    def _make_step(self, trainee: Trainee, stream: TokenStream) -> TrainStep:
+        return TrainStep(trainee, stream, self._request.variant, self._request.device)
 
     def warm_up(self) -> Fragment:
         """Steps until their times are steady, or the cap; all are kept, none is timed for the result.

@@ -33,7 +33,8 @@ from harness.machine.provenance import harness_identity
 from harness.models.families import FAMILIES
 from harness.records import codec
 from harness.records.preparation import Hello
-from harness.trial.serve import send, serve
+from harness.trial.lines import send
+from harness.trial.serve import serve
 
 PRELOAD = ("torch", "transformers", "peft", "bitsandbytes", "harness.trial.trial")
 """What every trial needs; imported once by the zygote."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -42,6 +43,10 @@ class Trainee:
         return tuple(p for p in self.model.parameters() if p.requires_grad)
 
 
+_APART = 1_000_003
+"""Between the seeds of two ranks: no replicate has so many."""
+
+
 def seed_everything(seed: int) -> None:
     """Seed python, numpy and torch on every device."""
     random.seed(seed)
@@ -49,13 +54,22 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def build(request: TrialRequest, *, steps: int, shared: SharedBase) -> Trainee:
+def build(
+    request: TrialRequest,
+    *,
+    steps: int,
+    shared: SharedBase,
+    distribute: Callable[[Any], Any] | None = None,
+    rank: int = 0,
+) -> Trainee:
     """Take the base if this process has none yet, attach the adapter, make the optimizer.
 
     Args:
         request: variant, workload, device and seed.
         steps: optimizer steps that the schedule must span.
         shared: the base of this process, and the trials that are on it already.
+        distribute: has the model train together with those of other ranks; returns what is called in its place.
+        rank: of this process among those, each of which draws its own dropout.
     """
     variant = request.variant
     set_precision(variant)
@@ -76,15 +90,15 @@ def build(request: TrialRequest, *, steps: int, shared: SharedBase) -> Trainee:
     if request.injected_rows:
         inject_work(model, request.injected_rows)
     model.train()
+    forward = model if distribute is None else distribute(model)  # before the optimizer: a shard is another parameter
     optimizer = make_optimizer(model, variant)
     schedule = get_scheduler(
         variant.schedule, optimizer, num_warmup_steps=round(variant.warmup_ratio * steps), num_training_steps=steps
     )
-    forward = model
     if variant.compile:
         _own_caches(Path(request.scratch))
         forward = torch.compile(model)
-    seed_everything(request.seed + 1)
+    seed_everything(request.seed + 1 + rank * _APART)
     return Trainee(model, forward, optimizer, schedule, adapter)
 
 
