@@ -15,7 +15,6 @@ from typing import Any
 from harness.errors import shorten
 from harness.records import codec
 
-
 LINE_BYTES = 256 << 20
 """Of one message; the largest that a trial sends, an account of its memory, has a few MiB."""
 PIECE_BYTES = 1 << 20
