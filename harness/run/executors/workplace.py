@@ -6,8 +6,8 @@ has left. So the folder is copied once when the run begins, and each process wor
 when its trial has ended. All processes of a run thus have the same files, whatever is edited meanwhile.
 
 Not copied are files too large for that (they are linked, and said), environments and repositories (linked), what
-tools keep for themselves, and the temporary folders that this is copied into, which TMPDIR may put here. What a script writes by an absolute path is out of reach of this; what of it can be read from
-its command is said before the start.
+tools keep for themselves, and the temporary folders that this is copied into, which TMPDIR may put here. What a script
+writes by an absolute path is out of reach of this; what of it can be read from its command is said before the start.
 """
 
 from __future__ import annotations
