@@ -213,6 +213,12 @@ def test_what_the_parser_could_not_keep_is_refused(capsys, arguments):
     assert "error: argument" in capsys.readouterr().err
 
 
+def test_words_of_another_program_are_its_own(tmp_path, capfd):
+    """Behind `--` nothing is refused that lorameter could not keep."""
+    assert main(["wrap", "--runs-dir", str(tmp_path), "--", "echo", "--sep=--", "--", "-x=--"]) == 0
+    assert capfd.readouterr().out == "--sep=-- -- -x=--\n"
+
+
 def test_reading_makes_no_folder(write_run, tmp_path, monkeypatch, capsys):
     """A report by its path needs no runs directory: none is made, and one that could not be made is no error."""
     path = write_run("mine", {"plain": [1.0] * 5, "nf4": [1.1] * 5})

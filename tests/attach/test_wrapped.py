@@ -156,7 +156,14 @@ def test_what_is_required_and_not_there_is_exit_code_4(wrap):
 
 @pytest.mark.parametrize(
     ("given", "said"),
-    [("base.bits", "PATH=VALUE is expected"), ("no.such=1", "not known"), ("base.bits=seven", "must be one of")],
+    [
+        ("base.bits", "PATH=VALUE is expected"),
+        ("no.such=1", "not known"),
+        ("base.bits=seven", "must be one of"),
+        ("base.bits=" + "9" * 5000, "must be one of"),
+        ("base.bits=" + "[" * 100_000, "must be one of"),
+        ("base.bits=NaN", "must be one of"),
+    ],
 )
 def test_a_requirement_that_cannot_be_is_refused(given, said):
     """Before anything is started."""

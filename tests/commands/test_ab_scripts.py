@@ -36,6 +36,9 @@ FAST, SLOW = "python scripted.py plain", "python scripted.py slow"
         (["--base-command", FAST, "--candidate-command", "python scripted.py 'x"], "Close the quote"),
         (["--base-command", FAST, "--candidate-command", "python other.py"], "no file 'other.py'"),
         (["--base-command", FAST, "--candidate-command", SLOW, "--cwd", "missing"], "no folder"),
+        (["--base-command", FAST, "--candidate-command", SLOW, "--cwd", "x" * 260], "no folder"),
+        (["--base-command", FAST, "--candidate-command", "python " + "x" * 260], "no file"),
+        (["--base-command", FAST, "--candidate-command", "./" + "x" * 260], "no program"),
         (["lora-or-qlora", "--base", "HEAD", "--candidate", "HEAD", "--cwd", "."], "--cwd: it belongs to"),
     ],
 )

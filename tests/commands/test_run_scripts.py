@@ -30,6 +30,8 @@ COMMAND = "python scripted.py {slow|plain}"
         ),
         (["compile", "--command", "python other.py {--flag}"], "no file 'other.py'"),
         (["compile", "--command", COMMAND, "--cwd", "missing"], "no folder"),
+        (["compile", "--command", COMMAND, "--cwd", "x" * 260], "no folder"),
+        (["compile", "--command", "python " + "x" * 260 + " {--flag}"], "no file"),
         (["compile", "--steps", "4"], "--steps: it belongs to --command"),
         (["compile", "--cwd", "."], "--cwd: it belongs to --command"),
         (["liger-kernel", "--command", COMMAND], "Liger Kernel runs on a GPU only"),

@@ -27,8 +27,9 @@ from harness.records.required import judge_required
 from harness.run.executors import WorkerLostError
 from harness.run.executors.channel import GarbledError
 from harness.run.executors.script_process import ScriptProcess
-from harness.run.executors.script_talk import Begun, EndedError, Script
+from harness.run.executors.script_talk import EndedError, Script
 from harness.run.executors.script_watch import ScriptWatch
+from harness.run.executors.script_words import Begun
 from harness.stats import is_steady
 from harness.studies.request import TrialRequest
 

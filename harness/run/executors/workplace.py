@@ -5,9 +5,9 @@ middle. In the folder that one stands in they would write over each other's outp
 has left. So the folder is copied once when the run begins, and each process works in a copy of that copy, which goes
 when its trial has ended. All processes of a run thus have the same files, whatever is edited meanwhile.
 
-Not copied are files too large for that (they are linked, and said), environments and repositories (linked), and what
-tools keep for themselves. What a script writes by an absolute path is out of reach of this; what of it can be read from
-its command is said before the start.
+Not copied are files too large for that (they are linked, and said), environments and repositories (linked), what
+tools keep for themselves, and the temporary folders that this is copied into, which TMPDIR may put here. What a script
+writes by an absolute path is out of reach of this; what of it can be read from its command is said before the start.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from typing import Literal
 from harness.attach import apart
 from harness.attach.child import environment
 from harness.attach.turns import SOCKET
-from harness.errors import UsageError
+from harness.errors import UsageError, shorten
+from harness.records import inputs
 from harness.records.record import Notice
+from harness.records.scratch import is_scratch
 from harness.records.units import first_few, format_bytes
 from harness.studies.script import PYTHON, split_command
 from harness.studies.variant import Variant
@@ -73,7 +75,7 @@ def take_snapshot(folder: Path, into: Path) -> Path:
         UsageError: it holds more than can be copied for each process.
     """
     into.mkdir(parents=True)
-    for source, how in _walk(folder):
+    for source, how in _walk(folder, into):
         target = into / source.relative_to(folder)
         if how == "folder":
             target.mkdir()
@@ -91,14 +93,15 @@ def _led_to(entry: Path) -> Path:
     return Path(os.path.realpath(entry))
 
 
-def _walk(folder: Path) -> Iterator[tuple[Path, How]]:
-    """Each entry with what becomes of it, folders before what is in them; nothing below what is linked.
+def _walk(folder: Path, into: Path | None = None) -> Iterator[tuple[Path, How]]:
+    """Each entry with what becomes of it, folders before what is in them; nothing below what is linked, and not the
+    copy itself.
 
     Raises:
         UsageError: it holds more than can be copied, or what cannot be read.
     """
     try:
-        yield from _entries(folder)
+        yield from _entries(folder, into)
     except OSError as error:
         raise UsageError(
             f"cwd = {str(folder)!r}: {error.filename}: {error.strerror}, and each process works in a copy. Make it "
@@ -106,12 +109,14 @@ def _walk(folder: Path) -> Iterator[tuple[Path, How]]:
         ) from None
 
 
-def _entries(folder: Path) -> Iterator[tuple[Path, How]]:
+def _entries(folder: Path, into: Path | None) -> Iterator[tuple[Path, How]]:
     files, size, folders = 0, 0, [folder]
     while folders:
         for entry in sorted(folders.pop().iterdir()):
             mode = entry.lstat().st_mode
             if entry.name in LEFT_OUT or not (stat.S_ISLNK(mode) or stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
+                continue
+            if stat.S_ISDIR(mode) and (entry == into or is_scratch(entry)):
                 continue
             if stat.S_ISDIR(mode) and entry.name not in LINKED and not (entry / "pyvenv.cfg").is_file():
                 folders.append(entry)
@@ -144,8 +149,9 @@ def copy_snapshot(snapshot: Path, into: Path) -> Path:
 def folder_of(variant: Variant, stood_in: Path) -> Path:
     """The folder of a variant's command. Raises `UsageError` where there is none."""
     folder = stood_in / variant.cwd
-    if not folder.is_dir():
-        raise UsageError(f"variant {variant.name!r}: cwd = {variant.cwd!r}: no folder {folder}. Mend the path.")
+    if not inputs.is_folder(folder):
+        said = f"cwd = {shorten(repr(variant.cwd))}: no folder {shorten(str(folder))}"
+        raise UsageError(f"variant {variant.name!r}: {said}. Mend the path.")
     return folder.resolve()
 
 
@@ -201,7 +207,7 @@ def words_of(
     Raises:
         UsageError: no such program, or no such script.
     """
-    where = f"variant {variant.name!r}: command = {variant.command!r}"
+    where = f"variant {variant.name!r}: command = {shorten(repr(variant.command))}"
     words = _lead_out(split_command(f"variant {variant.name!r}", variant.command), origin)
     if variant.python and not os.access(variant.python, os.X_OK):
         raise UsageError(
@@ -212,11 +218,13 @@ def words_of(
     elif (found := _which(words[0], variables, folder)) is not None:
         words[:1] = [side, found] if side and _is_of_another(found, side) else [found]
     else:
-        raise UsageError(f"{where}: no program {words[0]!r} on PATH. Install it, or write its path.")
+        raise UsageError(f"{where}: no program {shorten(repr(words[0]))} on PATH. Install it, or write its path.")
     if PYTHON.fullmatch(PurePath(words[0]).name):
         script = next((word for word in words[1:] if not word.startswith("-")), None)
-        if script is not None and script == words[1] and not (folder / script).exists():
-            raise UsageError(f"{where}: no file {script!r} in {folder}. Name its folder as cwd, or mend the path.")
+        if script is not None and script == words[1] and not inputs.is_there(folder / script):
+            raise UsageError(
+                f"{where}: no file {shorten(repr(script))} in {folder}. Name its folder as cwd, or mend the path."
+            )
     return words
 
 
@@ -259,7 +267,7 @@ def check_side(variant: Variant) -> None:
 def _which(word: str, variables: Mapping[str, str], folder: Path) -> str | None:
     if os.sep in word and not PurePath(word).is_absolute():
         path = folder / word
-        return str(path) if path.is_file() and os.access(path, os.X_OK) else None
+        return str(path) if inputs.is_file(path) and os.access(path, os.X_OK) else None
     return shutil.which(word, path=variables.get("PATH"))
 
 

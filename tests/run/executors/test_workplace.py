@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from harness.errors import UsageError
+from harness.records.scratch import scratch_folder
 from harness.run.executors import workplace
 from harness.run.executors.workplace import (
     check_side,
@@ -59,6 +60,17 @@ def test_what_is_only_read_is_linked_and_what_tools_keep_is_left_out(project, tm
     assert (copy / ".git").is_symlink()
     assert (copy / "env").is_symlink()
     assert sorted(path.name for path in copy.iterdir()) == [".git", "data", "env", "link", "out", "train.py"]
+
+
+def test_a_copy_is_no_part_of_what_is_copied(project, monkeypatch):
+    """Where TMPDIR lies in the folder, neither this run's temporary folder nor another's is copied into itself."""
+    monkeypatch.setattr("tempfile.tempdir", str(project))
+    with scratch_folder() as other, scratch_folder() as scratch:
+        copy = take_snapshot(project, scratch / "snapshot-0")
+        assert not {other.name, scratch.name} & {path.name for path in copy.iterdir()}
+        assert (copy / "train.py").is_file()
+    beside = take_snapshot(project, project / "beside")
+    assert "beside" not in {path.name for path in beside.iterdir()}
 
 
 def test_large_files_are_linked_and_said(project, tmp_path, monkeypatch):
