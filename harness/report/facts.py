@@ -16,6 +16,7 @@ from harness.studies.study import Study
 from harness.studies.workload import LOSSES, Workload
 from harness.verdicts.software import say_threads, versions_of
 
+
 def facts_of(run: Run, study: Study) -> tuple[Line, ...]:
     """The facts of a run, each with its lead."""
     provenance, workload, protocol = run.manifest.provenance, study.workload, study.protocol
@@ -32,8 +33,8 @@ def facts_of(run: Run, study: Study) -> tuple[Line, ...]:
         else [
             say(
                 f"{workload.model}; {tokens.get('data', workload.data)}; "
-                f"{workload.batch_size} × {workload.sequence_length} tokens a batch, {workload.layout}{_ranks_of(workload)}"
-                f"{'' if workload.loss == 'all' else f', {LOSSES[workload.loss]}'}; "
+                f"{workload.batch_size} × {workload.sequence_length} tokens a batch, {workload.layout}"
+                f"{_ranks_of(workload)}{'' if workload.loss == 'all' else f', {LOSSES[workload.loss]}'}; "
                 f"{workload.prompt_tokens} + {workload.new_tokens} tokens a request",
                 lead="workload",
             ),

@@ -90,9 +90,9 @@ class RankTrial(Trial):
         }
         return dataclasses.replace(fragment, samples=samples)
 
-    def _take_step(self) -> tuple[float, Lap]:
+    def _take_step(self, meanwhile: Callable[[], object] | None = None) -> tuple[float, Lap]:
         self._party.barrier()
-        loss, lap = super()._take_step()
+        loss, lap = super()._take_step(meanwhile)
         every = self._party.gather([lap.time_s, lap.cpu_time_s, loss])
         self._laps.append([time_s for time_s, _, _ in every])
         slowest = max(every)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from harness.records.metrics import BIRTH, PEAKS
-from harness.records.record import TrialRecord
+from harness.records.record import Role, TrialRecord
 from harness.records.units import format_bytes, format_ratio
 from harness.studies.claim import PEAK, Part
 from harness.studies.study import Study
@@ -48,7 +48,7 @@ def judge_peaks(part: Part, groups: Groups, study: Study) -> PeakFinding:
     """
     names = tuple(reversed(pair_of(part, study)))
     sides = [groups[name, "variant"].ok if (name, "variant") in groups else () for name in names]
-    roles = ("variant", "control")
+    roles: tuple[Role, ...] = ("variant", "control")
     itself, twin = (groups[study.reference, role].ok if (study.reference, role) in groups else () for role in roles)
     on_device = any(_DEVICE in record.memory for side in sides for record in side)
     kind = part.metric if part.metric != PEAK else _DEVICE if on_device else _HOST
