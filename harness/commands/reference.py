@@ -144,10 +144,11 @@ def _toml(value: Any) -> str:
 def write_documents() -> str:
     """The page of the JSON documents: what each command prints, and what that is made of."""
     from harness.commands import documents
+    from harness.commands.output import SCHEMA
 
     lines = ["# What `--json` prints", "", "Made by `lorameter list documents` from the types in "
              "`harness/commands/documents.py`; `--json` after it prints them as JSON Schema.", ""]  # fmt: skip
-    lines += [inspect.cleandoc(documents.__doc__ or "").partition("\n\n")[2], "", f"The schema is {documents.SCHEMA}."]
+    lines += [inspect.cleandoc(documents.__doc__ or "").partition("\n\n")[2], "", f"The schema is {SCHEMA}."]
     for title, classes in (("documents", documents.DOCUMENTS), ("parts", documents.PARTS)):
         for cls in classes:
             lines += ["", f"## {cls.__name__}", "", inspect.cleandoc(cls.__doc__ or ""), ""]
