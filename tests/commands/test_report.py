@@ -168,6 +168,20 @@ def test_every_report_is_markdown_and_annotations(told, line, monkeypatch, tmp_p
     assert ("::error" in annotations) is (code not in (0,)) or line == "claims swept"
 
 
+def test_several_ab_runs_are_one_table(told):
+    """Studies by changes of versions: a row a metric, a column a change, each cell with its own verdict."""
+    code, document = told("report", "ab", "ab-improved", "ab-unsure", "--json")
+    assert code == document["exit"] == 1
+    assert {row["run"] for row in document["matrix"]} == {"ab", "ab-improved", "ab-unsure"}
+    single = told("report", "ab", "--json")[1]["comparisons"]
+    assert [row["ratio"] for row in document["matrix"] if row["run"] == "ab"] == [row["ratio"] for row in single]
+    text = told("report", "ab", "ab-improved", "ab-unsure")[1]
+    assert "Studies by changes of versions" in text
+    assert "regressed" in text
+    assert told("report", "ab", "ab-improved", "--markdown")[1].count("| --- |") == 1
+    assert told("report", "ab", "sound")[0] == 2
+
+
 def test_the_version_is_said(capsys):
     """And nothing else happens."""
     with pytest.raises(SystemExit) as left:
