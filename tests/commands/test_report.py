@@ -178,7 +178,7 @@ def test_several_ab_runs_are_one_table(told):
     text = told("report", "ab", "ab-improved", "ab-unsure")[1]
     assert "Studies by changes of versions" in text
     assert "regressed" in text
-    assert told("report", "ab", "ab-improved", "--markdown")[1].count("| --- |") == 1
+    assert told("report", "ab", "ab-improved", "--markdown")[1].count("\n| --- |") == 1
     assert told("report", "ab", "sound")[0] == 2
 
 
