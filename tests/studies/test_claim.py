@@ -3,7 +3,7 @@
 import pytest
 
 from harness.errors import UsageError
-from harness.studies.claim import OF_ENGINES, RULES, Part
+from harness.studies.claim import OF_PAIRS, RULES, Part
 from harness.studies.study_file import load_study
 
 STUDY = """
@@ -68,7 +68,7 @@ def test_every_rule_has_one_limit_or_none():
     and less is less."""
     made = {
         rule: Part(
-            rule=rule, axis="engine" if rule in OF_ENGINES else "r", by=0.2,
+            rule=rule, axis="engine" if rule in OF_PAIRS else "r", by=0.2,
             metric={"best": "", "rises": "adapter_bytes"}.get(rule, "step_time_s"),
             metrics={"step_time_s": 1.0} if rule == "best" else {},
             levels={"differs": (1.0, 2.0), "highest": (1.0,), "lowest": (1.0,), "best": (1.0,)}.get(rule, ()),
