@@ -43,13 +43,12 @@ def add_commands(commands: Any, common: Any) -> None:
 
 def run_study(options: argparse.Namespace) -> int:
     """Measure a study and print its report; the exit code says whether the run is valid."""
+    from harness.commands.display import display_of
     from harness.records import store
-    from harness.report.live import LiveDisplay
     from harness.report.notices import tell_notices
     from harness.report.terminal import console_for, show
     from harness.run.device import hold_device
     from harness.run.executors import open_executor
-    from harness.run.forecast import forecast
     from harness.run.measure import measure, plan_study
 
     if options.resume:
@@ -90,9 +89,7 @@ def run_study(options: argparse.Namespace) -> int:
         if waited:
             plan, notices = make()
         show(tell_notices(notices), errors)
-        expected = forecast(plan, machine, runs)
-        shown = LiveDisplay(errors, device=machine.device_name, expected_s=expected.time_s, basis=expected.basis)
-        with shown as display:
+        with display_of(plan, machine, runs, errors) as display:
             run = measure(plan, runs=runs, display=display, notices=notices)
     return _show(run, options)
 

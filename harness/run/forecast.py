@@ -7,6 +7,7 @@ counted (`harness.models.costs.memory`).
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -190,22 +191,19 @@ def _time(plan: Plan, machine: Machine, shape: ModelShape, runs: Path) -> tuple[
 def _earlier_run_s(plan: Plan, machine: Machine, runs: Path) -> tuple[float, str] | None:
     """Seconds a replicate in the latest run of the same study, level and phases on the same machine."""
     for path in reversed(store.list_runs(runs)):
-        try:
-            run = store.read_run(str(path), runs)
-        except LorameterError:
-            continue
-        manifest = run.manifest
-        same = (
-            manifest.provenance.get("device_name") == machine.device_name
-            and manifest.study == codec.to_json(plan.study)
-            and manifest.own_workloads == codec.to_json(plan.own_workloads)
-            and manifest.interleaving == plan.interleaving
-            and manifest.phases == plan.phases
-            and manifest.status == "complete"
-        )
-        replicates = {record.replicate for record in run.records}
-        if same and replicates:
-            return measuring_time_s(run.records) / len(replicates), path.name
+        with contextlib.suppress(LorameterError):
+            manifest = store.read_manifest(path)  # a run of another study is not read for nothing
+            same = (
+                manifest.provenance.get("device_name") == machine.device_name
+                and manifest.study == codec.to_json(plan.study)
+                and manifest.own_workloads == codec.to_json(plan.own_workloads)
+                and manifest.interleaving == plan.interleaving
+                and manifest.phases == plan.phases
+                and manifest.status == "complete"
+            )
+            records = store.read_run(str(path), runs).records if same else ()
+            if replicates := {record.replicate for record in records}:
+                return measuring_time_s(records) / len(replicates), path.name
     return None
 
 

@@ -23,7 +23,7 @@ def test_json_is_one_document_with_both_phases(capsys, tmp_path):
     """Kinds add up to the total; without an earlier run nothing is measured."""
     assert main(["estimate", SPEC, "--model", "random:llama2-7b", "--json", "--runs-dir", str(tmp_path)]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert (told["schema"], told["variant"], told["model"]) == (1, "qlora-nf4-r16", "random:llama2-7b")
+    assert (told["schema"], told["variant"], told["model"]) == (2, "qlora-nf4-r16", "random:llama2-7b")
     for phase in ("train", "generate"):
         assert sum(told[phase]["kinds"].values()) == told[phase]["total_bytes"] > 3e9
         assert told[phase]["measured_bytes"] is told[phase]["error"] is None

@@ -23,6 +23,7 @@ from harness.verdicts.claims.values import LEAST_SHARED, NotJudgedError, pair_of
 from harness.verdicts.series import Groups
 
 _DEVICE, _HOST = PEAKS["train"]
+_ROLES: tuple[Role, ...] = ("variant", "control")
 Verdict = Literal["supported", "refuted", "inconclusive"]
 
 
@@ -62,7 +63,7 @@ def judge_peaks(part: Part, groups: Groups, study: Study) -> PeakFinding:
             f"{title}: {counted} measured it on both sides: a claim is never judged from fewer than "
             f"{LEAST_SHARED}. Measure on, or again with --replicates 5."
         )
-    control, reference = _peaks(twin, kind), _peaks(itself, kind)
+    control, reference = (_peaks(one.ok, kind) if one is not None else {} for one in (twin, itself))
     ratio = max(ours[one] for one in both) / max(theirs[one] for one in both)
     low, high = _range(ours, theirs, both, _apart(control, reference))
     what = f"{'device' if on_device else 'resident'} peak" if part.metric == PEAK else kind
