@@ -155,7 +155,7 @@ proof-history: $(STAMP)
 	status=$$?; cat reports/proof/history.txt; exit $$status; fi
 	$(BIN)/python benchmarks/selftest/index_cost.py > reports/proof/index.txt; \
 	status=$$?; cat reports/proof/index.txt; exit $$status
-	$(BIN)/python benchmarks/selftest/bisect_live.py > reports/proof/bisect.txt; \
+	$(BIN)/python benchmarks/selftest/bisect_live.py --keep $(VENV)/bisect > reports/proof/bisect.txt; \
 	status=$$?; cat reports/proof/bisect.txt; exit $$status
 
 # What needs a card: meters against each other, what really ran, steps after a check, and the default study with
