@@ -21,7 +21,7 @@ from harness.results.pack import PRIVATE, pack
 from harness.results.rows import rows_of
 
 RUNS = Path(__file__).parents[1] / "golden" / "runs"
-HOST = "rack7-node12"
+HOST, CARD = "rack7-node12", "GPU-8f9a1c2e-0b4d-4c11-9e7a-2f3b4c5d6e7f"
 
 
 def content(path):
@@ -70,6 +70,7 @@ def private(write_run, monkeypatch, tmp_path):
     manifest = store.read_manifest(path)
     manifest.tokens.update(examples=[{"prompt": "Dear diary,", "reference": "I was"}], data="mine.jsonl, 4 records")
     manifest.study["workload"]["model"] = "/srv/private/llama"
+    manifest.provenance["settings"] = {"card": {"uuid": CARD}}
     manifest.provenance["packages"] = {"nvidia-cublas-cu12": "12.4.5.8"}
     write_document(path / "manifest.json", manifest)
     monkeypatch.chdir(tmp_path)
@@ -78,7 +79,7 @@ def private(write_run, monkeypatch, tmp_path):
 
 SECRETS = {
     "paths": ("/home/ada", "secret-project", "/srv/private", "~/notes", "../up", "data/mine"),
-    "hosts": (HOST, "10.20.30.40", "ada.lovelace", "internal"),
+    "hosts": (HOST, CARD, "10.20.30.40", "ada.lovelace", "internal"),
     "texts": ("Dear diary", "answer_0", "untrained_0", "completion"),
 }
 
