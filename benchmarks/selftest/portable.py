@@ -183,17 +183,15 @@ def environment_of(setting: Setting) -> dict[str, str]:
     return variables
 
 
-def try_setting(setting: Setting, root: Path) -> Found:
-    """Run the tests of a setting once, if it is in force."""
+def try_setting(setting: Setting, root: Path, *, python: str = sys.executable) -> Found:
+    """Run the tests of a setting once with an interpreter, if it is in force there."""
     environment = environment_of(setting)
-    asked = subprocess.run(
-        [sys.executable, "-c", setting.probe], env=environment, capture_output=True, text=True, check=False
-    )
+    asked = subprocess.run([python, "-c", setting.probe], env=environment, capture_output=True, text=True, check=False)
     if asked.returncode:
         return Found(reason=f"not in force on this machine: {_last_line(asked.stderr)}")
     with tempfile.TemporaryDirectory(prefix="portable-") as folder, busy(setting.loops):
         report = Path(folder) / "report.xml"
-        words = [sys.executable, "-m", "pytest", *setting.tests, *OPTIONS, "-q", "--no-header", f"--junitxml={report}"]
+        words = [python, "-m", "pytest", *setting.tests, *OPTIONS, "-q", "--no-header", f"--junitxml={report}"]
         begin, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
         try:
             done = subprocess.run(

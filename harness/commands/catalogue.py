@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 
 def add_commands(commands: Any, common: Any) -> None:
     """The parsers of these commands; `common` adds the options that every command has."""
-    listing = commands.add_parser("list", help="list studies, variants and what they train, models or runs")
-    listing.add_argument("what", choices=("studies", "variants", "sizes", "models", "runs"))
+    listing = commands.add_parser(
+        "list", help="list studies, variants and what they train, models, runs; keys of files, JSON documents"
+    )
+    listing.add_argument("what", choices=("studies", "variants", "sizes", "models", "runs", "keys", "documents"))
     listing.add_argument("study", nargs="?", metavar="STUDY", help="the study whose variants or sizes to list")
     listing.add_argument("--model", metavar="M", help="sizes on another model; its shape is enough")
     common(listing)
@@ -38,6 +40,8 @@ def run_list(options: argparse.Namespace) -> int:
     """Print what there is of a kind."""
     if options.what == "sizes":
         return _list_sizes(options)
+    if options.what in ("keys", "documents"):
+        return _list_reference(options)
     rows = _listed(options)
     if options.json:
         print_json({options.what: rows})
@@ -52,6 +56,20 @@ def run_list(options: argparse.Namespace) -> int:
     else:
         for row in rows:
             print(make_visible("  ".join(str(value) for value in row.values())))
+    return EXIT_PASS
+
+
+def _list_reference(options: argparse.Namespace) -> int:
+    """Every key of studies and policies, or of the documents of `--json`, as Markdown; of documents as JSON Schema."""
+    from harness.commands.documents import json_schema
+    from harness.commands.reference import write_documents, write_reference
+
+    if options.json and options.what == "keys":
+        raise _usage("list keys: a page of Markdown, which has no --json. Leave it out.")
+    if options.json:
+        print_json({"json_schema": json_schema()})
+    else:
+        sys.stdout.write(write_reference() if options.what == "keys" else write_documents())
     return EXIT_PASS
 
 

@@ -32,6 +32,7 @@ from harness.records.evidence import EvidenceFile, LostEvidenceError
 from harness.records.forms import check_manifest
 from harness.records.locks import alone, is_locked
 from harness.records.packed import is_packed, unpacked
+from harness.records.preparation import BaseSummary
 from harness.records.record import SCHEMA, SETTLED, Notice, TrialRecord, require_readable
 from harness.records.refusals import say_refused
 from harness.records.trial_lines import TrialLines, line_of
@@ -80,10 +81,14 @@ class Manifest:
     fingerprint: str
     """Hash of the provenance fields that must agree for two runs to be compared."""
     tokens: dict[str, Any] = field(default_factory=dict)
+    bases: tuple[BaseSummary, ...] = field(default=(), metadata=codec.LATER)
+    """What the trials stand on, prepared once; of each time that the run was gone on with."""
     notices: tuple[Notice, ...] = ()
     """What was known of the study before it ran."""
     sides: dict[str, Any] = field(default_factory=dict)
     """For an A/B: what stands on either side, and with which versions."""
+    policy: dict[str, Any] = field(default_factory=dict, metadata=codec.LATER)
+    """For an A/B: the policy that it was measured to be judged by; empty for the defaults."""
     stopped: str | None = None
     """Why the run ended before the replicates of its plan were used up."""
     resumed: tuple[Resumption, ...] = ()

@@ -53,7 +53,7 @@ def describe_history(history: History, *, every_run: bool = False) -> Document:
 def _track(track: Track, *, every_run: bool) -> Iterator[Block]:
     title = METRICS[track.metric].title if track.metric in METRICS else track.metric
     yield Section(title=f"{title} of {track.variant}", beside=f"  study {track.study}", lines=tuple(_drawn(track)))
-    yield Table(heads=LEVELS, rows=tuple(_levels(track)), stacked=True, apart=True)
+    yield Table(heads=LEVELS, rows=tuple(_levels(track)), apart=True)
     for change in track.breaks:
         yield from _break(change)
     for line in track.lines:

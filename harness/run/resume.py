@@ -156,8 +156,7 @@ def check_place(run: Run, facts: Facts) -> None:
     here = provenance.collect(study, facts, study.workload.threads, own_workloads=_own_workloads(run))
     without = [name for side in manifest.sides.values() for name in side["declared"]]
     before = provenance.comparable(manifest.provenance, without=without)
-    if provenance.POWER_LIMIT not in before:  # it was not recorded then
-        without.append(provenance.POWER_LIMIT)
+    without += [name for name in provenance.LATER if name not in before]  # it was not recorded then
     if provenance.fingerprint(here, without=without) != manifest.fingerprint:
         before, now = codec.to_json(before), codec.to_json(provenance.comparable(here, without=without))
         said = "; ".join(f"{one.field}: {one.base!r} then, {one.candidate!r} now" for one in differences(before, now))

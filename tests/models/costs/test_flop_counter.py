@@ -3,7 +3,8 @@
 It knows aten's products and the fused attentions of CUDA, and passes over what it does not know without a word. Missing
 are the CPU's flash attention and bitsandbytes' products of quantised weights, the inside of which a dispatch mode does
 not see; their formulas are here. The backward of a 4-bit layer needs none: it dequantises and calls aten's own product,
-as int8 does both ways on a CPU.
+as int8 does both ways on a CPU. Taken out are products that sum over nothing: older transformers write the angles
+of rotary embeddings, positions times frequencies, as one.
 
 Counted is what an operator is given: attention over every pair of a row, whatever its mask. The operators of the
 flash-attn package are not known here, nor is what happens inside code of torch.compile: such a step counts short.
@@ -59,11 +60,22 @@ Shape = Sequence[int]
 
 
 def _attention(query: Shape, key: Shape, value: Shape, *args: Any, **kwargs: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))
+    return int(sdpa_flop_count(query, _each_head(key, query), _each_head(value, query)))
 
 
 def _attention_backward(gradient: Shape, query: Shape, key: Shape, value: Shape, *args: Any, **kwargs: Any) -> int:
-    return int(sdpa_backward_flop_count(gradient, query, key, value))
+    return int(sdpa_backward_flop_count(gradient, query, _each_head(key, query), _each_head(value, query)))
+
+
+def _each_head(shape: Shape, query: Shape) -> Shape:
+    """Keys or values (rows, heads, length, width) as each head of the query meets them; torch 2.11 counts no
+    others."""
+    return (shape[0], query[1], *shape[2:])
+
+
+def _batched_product(left: Shape, right: Shape, *args: Any, **kwargs: Any) -> int:
+    """(b, m, k) by (b, k, n); one that sums over a single term is an outer product, which is no matrix product."""
+    return 2 * prod(left) * right[2] if left[2] > 1 else 0
 
 
 def _packed_product(inputs: Shape, packed: Shape, weight: Sequence[int], *args: Any, **kwargs: Any) -> int:
@@ -82,6 +94,7 @@ def _mixed_product(inputs: Shape, quantised: Shape, weight: Shape, *args: Any, *
 
 
 _FORMULAS: Mapping[tuple[str, str], Callable[..., int]] = {
+    ("aten", "bmm"): _batched_product,
     ("aten", "_scaled_dot_product_flash_attention_for_cpu"): _attention,
     ("aten", "_scaled_dot_product_flash_attention_for_cpu_backward"): _attention_backward,
     ("bitsandbytes", "gemm_4bit"): _packed_product,

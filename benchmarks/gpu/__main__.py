@@ -1,0 +1,39 @@
+"""``python -m benchmarks.gpu``: the campaign, wherever its libraries come from.
+
+What was packed for a machine without a network lies in a folder of the checkout (`benchmarks.gpu.pack`). It has to be
+on the path before anything of the harness is imported, here as in every process that is started from here.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+SITE = ROOT / ".gpu" / "site"
+
+
+def variables_of(environment: Mapping[str, str], site: Path = SITE) -> dict[str, str]:
+    """The variables of the steps' processes; with a packed folder nothing is looked for on a network."""
+    variables = {**environment, "PYTHONUNBUFFERED": "1"}
+    paths = [str(ROOT)]
+    if site.is_dir():
+        paths.insert(0, str(site))
+        variables |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    variables["PYTHONPATH"] = os.pathsep.join(filter(None, (*paths, variables.get("PYTHONPATH", ""))))
+    return variables
+
+
+def main() -> int:
+    """Put what was packed on the path, then go on."""
+    if SITE.is_dir():
+        sys.path.insert(0, str(SITE))
+    from benchmarks.gpu import campaign
+
+    return campaign.main(variables_of(os.environ))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

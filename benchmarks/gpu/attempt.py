@@ -1,0 +1,69 @@
+"""One attempt at a step: its process, what it wrote, and the clock that ends it.
+
+A process that is out of time is told so as by Ctrl-C, upon which a run saves what it has and a pytest writes what has
+passed; only one that does not heed it is killed, with all that it has started.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+GRACE_S = 25.0
+"""Time to save what was measured, and to end."""
+LONGEST_SAID = 300
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """How a process ended."""
+
+    code: int | None
+    """None where the clock ended it."""
+    took_s: float
+    said: str
+    """The last line of its standard error; of its output where it wrote none there."""
+
+
+def attempt(
+    words: Sequence[str], *, limit_s: float, outputs: Path, name: str, folder: Path, variables: Mapping[str, str]
+) -> Ended:
+    """Run a command to its end or to its limit; what it writes lies in `outputs`, as NAME.out and NAME.err."""
+    outputs.mkdir(parents=True, exist_ok=True)
+    written = {stream: outputs / f"{name}.{stream}" for stream in ("out", "err")}
+    begun = time.monotonic()
+    with written["out"].open("wb") as out, written["err"].open("wb") as err:
+        process = subprocess.Popen(
+            words, cwd=folder, env=dict(variables), stdin=subprocess.DEVNULL, stdout=out, stderr=err,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            code: int | None = process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            _end(process)
+    said = next((line for stream in ("err", "out") if (line := _last_line(written[stream]))), "")
+    return Ended(code=code, took_s=time.monotonic() - begun, said=said)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Nothing of it is left afterwards; without a word where it has ended by itself."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_S)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _last_line(path: Path) -> str:
+    lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return lines[-1].strip()[:LONGEST_SAID] if lines else ""

@@ -1,0 +1,180 @@
+"""The campaign on a card: one command that asks everything, goes on where it was stopped, and says what is true.
+
+    make gpu                                  all steps that are left; without a card, a rehearsal of all
+    make gpu GPU_OPTIONS='--minutes 9.5'      no longer than that, for machines that are lent by the call
+    make gpu GPU_OPTIONS='--again study'      have a step done again (`all` for every one)
+
+What has been done lies in a folder (--state, default .gpu/state); the report under reports/, with the device in its
+name; and docs/gpu.md is written anew. Where $OUT names a folder, all of it is also packed into OUT/campaign.tar.gz, so
+that a machine which keeps nothing can hand it back; `python -m benchmarks.gpu.pack` sends it there.
+
+Exit code 0: all steps are done and no claim is refuted (without a card: all were rehearsed) · 3: steps are left, call
+again · 4: a step failed or a claim is refuted · 2: the state is another device's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from benchmarks.gpu import page, report
+from benchmarks.gpu.attempt import GRACE_S, Ended, attempt
+from benchmarks.gpu.claims import CLAIMS
+from benchmarks.gpu.evidence import Evidence, newest_run
+from benchmarks.gpu.journal import MOST_ATTEMPTS, Entry, Journal, OtherMachineError, Outcome, hash_of_sources
+from benchmarks.gpu.pack import pack_results
+from benchmarks.gpu.steps import STEPS, Step, command
+from harness.machine.provenance import device_id, origin_of, probe_machine
+
+ROOT = Path(__file__).parents[2]
+STATE = ROOT / ".gpu" / "state"
+REPORT_S = 20.0
+"""What must be left of a call for judging and writing."""
+REHEARSAL_S = 300.0
+"""Limit of a rehearsed step: on a machine without a card nothing is measured, but libraries are imported."""
+EXIT_LEFT, EXIT_FAILED, EXIT_OTHER = 3, 4, 2
+ALL = "all"
+
+
+def spent_s(step: Step, journal: Journal) -> float:
+    """Seconds that attempts at a step have taken so far."""
+    return sum(entry.took_s for entry in journal.attempts(step.name))
+
+
+def is_left(step: Step, journal: Journal) -> bool:
+    """Whether a step is to be begun, or gone on with: one that failed, or has had its time, is not."""
+    last = journal.last(step.name)
+    if last is None:
+        return True
+    if last.outcome != "stopped":
+        return False
+    if step.resumes:
+        return step.total_s - spent_s(step, journal) >= step.least_s
+    return len(journal.attempts(step.name)) < MOST_ATTEMPTS
+
+
+def next_step(steps: Sequence[Step], journal: Journal, left_s: float, tried: set[str]) -> Step | None:
+    """The first step that is left, was not tried in this call, and fits in what is left of it; None if none does."""
+    fits = (one for one in steps if one.name not in tried and is_left(one, journal) and one.least_s + GRACE_S <= left_s)
+    return next(fits, None)
+
+
+def go_on(
+    steps: Sequence[Step],
+    journal: Journal,
+    *,
+    left_s: Callable[[], float],
+    run: Callable[[Step, float], Ended],
+    about: Callable[[Step, Ended], Entry],
+    say: Callable[[str], None],
+) -> None:
+    """Take the steps that are left, one after the other, as long as there is time; each is kept when it has ended."""
+    tried: set[str] = set()
+    while (step := next_step(steps, journal, left_s(), tried)) is not None:
+        tried.add(step.name)
+        limit_s = min(step.limit_s, left_s() - GRACE_S)
+        if step.resumes:
+            limit_s = min(limit_s, step.total_s - spent_s(step, journal))
+        say(f"{step.name}: {step.asks} (at most {limit_s:.0f} s)")
+        entry = about(step, run(step, limit_s))
+        journal.add(entry)
+        said = f": {entry.said}" if entry.outcome in ("failed", "stopped") and entry.said else ""
+        say(f"  {entry.outcome} after {entry.took_s:.0f} s{said}")
+
+
+def main(variables: Mapping[str, str], arguments: list[str] | None = None) -> int:
+    """Go on with the campaign, or rehearse it; `variables` are those of the steps' processes."""
+    options = _options(arguments)
+    if options.list:
+        for one in STEPS:
+            print(f"{one.name:22} {one.limit_s:5.0f} s  {one.asks}")
+        return 0
+    begin = time.monotonic()
+    machine, state = probe_machine(), Path(options.state)
+    rehearsing = machine.device != "cuda"
+    if rehearsing:
+        state = state.with_name("rehearsal")
+    try:
+        journal = Journal(state, machine.device_name)
+    except OtherMachineError as error:
+        print(f"campaign: {error}", file=sys.stderr)
+        return EXIT_OTHER
+    everything = rehearsing or ALL in options.again
+    journal.forget([one.name for one in STEPS] if everything else options.again)
+    unit, sources = device_id(), hash_of_sources(ROOT)
+    chosen = [one for one in STEPS if not options.only or one.name in options.only]
+
+    def left_s() -> float:
+        return options.minutes * 60 - (time.monotonic() - begin) - REPORT_S
+
+    def run(step: Step, limit_s: float) -> Ended:
+        last = journal.last(step.name)
+        stopped = last is not None and last.outcome == "stopped" and bool(step.resumes)
+        words = command(
+            step, python=sys.executable, state=state, rehearsing=rehearsing,
+            going_on_with=newest_run(step.name, state) if stopped else None,
+        )  # fmt: skip
+        limit_s = max(limit_s, REHEARSAL_S) if rehearsing else limit_s
+        return attempt(
+            words, limit_s=limit_s, outputs=state / "outputs", name=step.name, folder=ROOT, variables=variables
+        )
+
+    def about(step: Step, ended: Ended) -> Entry:
+        return Entry(
+            step=step.name, outcome=_outcome(step, ended, rehearsing=rehearsing), code=ended.code, took_s=ended.took_s,
+            begun_unix_s=time.time() - ended.took_s, device=machine.device_name, unit=unit, sources=sources,
+            said=ended.said,
+        )  # fmt: skip
+
+    go_on(
+        chosen, journal, left_s=left_s, run=run, about=about, say=lambda text: print(text, file=sys.stderr, flush=True)
+    )
+    decisions = report.decide(CLAIMS, Evidence(state, journal), rehearsed=rehearsing)
+    campaign = report.Campaign(
+        machine=machine, origin=origin_of(ROOT), rehearsed=rehearsing, steps=STEPS, journal=journal,
+        decisions=decisions,
+    )  # fmt: skip
+    print(report.text(campaign), end="")
+    if not rehearsing:
+        print(f"written to {report.write(campaign, page.REPORTS, state)}", file=sys.stderr)
+        page.rewrite(CLAIMS)
+    if out := os.environ.get("OUT"):
+        print(f"packed into {pack_results(Path(out), state, page.REPORTS, page.PAGE)}", file=sys.stderr)
+    return exit_code(chosen, journal, [decision.verdict for _, decision in decisions])
+
+
+def exit_code(steps: Sequence[Step], journal: Journal, verdicts: Sequence[str]) -> int:
+    """What became of it all: a failure is said before what is left."""
+    if "refuted" in verdicts or any(last.outcome == "failed" for one in steps if (last := journal.last(one.name))):
+        return EXIT_FAILED
+    left = [one.name for one in steps if is_left(one, journal)]
+    if left:
+        print(f"{len(left)} steps are left ({', '.join(left)}): the same command goes on with them", file=sys.stderr)
+    return EXIT_LEFT if left else 0
+
+
+def _outcome(step: Step, ended: Ended, *, rehearsing: bool) -> Outcome:
+    if ended.code is None:
+        return "stopped"
+    if ended.code not in ((0,) if rehearsing and step.rehearsal else step.answers):
+        return "failed"
+    return "rehearsed" if rehearsing else "done"
+
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = [one.name for one in STEPS]
+    parser.add_argument(
+        "--minutes", type=float, default=float("inf"), metavar="M", help="of this call; default: no limit"
+    )
+    parser.add_argument("--only", action="append", default=[], metavar="STEP", choices=names)
+    parser.add_argument("--again", action="append", default=[], metavar="STEP", choices=[*names, ALL])
+    parser.add_argument("--state", default=str(STATE), metavar="DIR")
+    parser.add_argument("--list", action="store_true", help="print the steps with their limits, and do nothing")
+    return parser.parse_args(arguments)

@@ -1,0 +1,87 @@
+"""A claim that the documentation makes about GPUs, and how one is decided: confirmed, refuted, or not.
+
+Each names the sentence that makes it, so that a claim cannot outlive its sentence: a test looks for it there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from benchmarks.gpu.evidence import Evidence, NotSeenError
+
+Verdict = Literal["confirmed", "refuted", "not decided"]
+VERDICTS: tuple[Verdict, ...] = ("confirmed", "refuted", "not decided")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """A verdict with what it rests on."""
+
+    verdict: Verdict
+    evidence: str
+
+
+Judge = Callable[[Evidence], Decision]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    """What is said of a card, where, and who decides."""
+
+    name: str
+    says: str
+    file: str
+    """The file that says so, from the root of the repository."""
+    quote: str
+    """Its words there, whatever the line breaks."""
+    judge: Judge
+
+    def decide(self, evidence: Evidence) -> Decision:
+        """Judge by what there is; what is not there decides nothing."""
+        try:
+            return self.judge(evidence)
+        except NotSeenError as error:
+            return Decision(verdict="not decided", evidence=str(error))
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            # A document of another form than expected is no evidence, and the other claims are judged all the same.
+            return Decision(verdict="not decided", evidence=f"cannot be read: {type(error).__name__}: {error}")
+
+
+def decided(holds: bool, evidence: str) -> Decision:
+    """Confirmed if it holds, else refuted."""
+    return Decision(verdict="confirmed" if holds else "refuted", evidence=evidence)
+
+
+def undecided(why: str) -> Decision:
+    """Neither."""
+    return Decision(verdict="not decided", evidence=why)
+
+
+def by_tests(*names: str, needed: int | None = None) -> Judge:
+    """Refuted by any of these tests that failed; confirmed if all that could be run passed, and as many as needed.
+
+    Args:
+        names: `FILE::NAME`, with all cases of one that is parametrised.
+        needed: how many must have passed; None for at least one of each name.
+    """
+
+    def judge(evidence: Evidence) -> Decision:
+        found = {name: evidence.tests(name) for name in names}
+        cases = {case: told for group in found.values() for case, told in group.items()}
+        failed = [f"{case}: {told.why}" for case, told in cases.items() if told.outcome == "failed"]
+        if failed:
+            return decided(False, "; ".join(failed))
+        passed = [case for case, told in cases.items() if told.outcome == "passed"]
+        skipped = "; ".join(sorted({told.why for told in cases.values() if told.outcome == "skipped"}))
+        enough = (
+            all(any(told.outcome == "passed" for told in group.values()) for group in found.values())
+            if needed is None
+            else len(passed) >= needed
+        )
+        if not enough:
+            return undecided(f"skipped: {skipped}")
+        return decided(True, f"{len(passed)} tests passed" + (f"; skipped: {skipped}" if skipped else ""))
+
+    return judge

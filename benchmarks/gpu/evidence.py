@@ -1,0 +1,137 @@
+"""What the steps have left, read for those who judge: facts, test results, documents and runs.
+
+Nothing is believed that is not there: what a step did not come to say is missing with the reason, and a claim that
+rests on it is not decided.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from benchmarks.gpu.journal import Journal
+from benchmarks.gpu.steps import runs_of
+from harness.errors import LorameterError
+from harness.records import store
+from harness.records.store import Run
+
+
+class NotSeenError(Exception):
+    """What a claim rests on is not there; the message says why."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tested:
+    """What became of a test: passed, failed or skipped, and the first line of why."""
+
+    outcome: str
+    why: str = ""
+
+
+class Evidence:
+    """Everything that a campaign has found so far. Every method raises `NotSeenError` for what is not there."""
+
+    def __init__(self, state: Path, journal: Journal) -> None:
+        self._state = state
+        self._journal = journal
+
+    def fact(self, name: str) -> dict[str, Any]:
+        """One fact of the probe."""
+        found = self._facts.get(name)
+        if found is None:
+            raise NotSeenError(f"the probe says nothing of {name} ({self._standing('probe')})")
+        for key in ("error", "skipped"):
+            if key in found:
+                raise NotSeenError(f"the probe of {name}: {found[key]}")
+        return found
+
+    def tests(self, *names: str) -> dict[str, Tested]:
+        """Tests by `FILE::NAME`, with all cases of one that is parametrised."""
+        found: dict[str, Tested] = {}
+        for name in names:
+            cases = {case: told for case, told in self._tests.items() if case == name or case.startswith(f"{name}[")}
+            if not cases:
+                raise NotSeenError(f"{name} has not been run")
+            found |= cases
+        return found
+
+    def document(self, step: str) -> dict[str, Any]:
+        """The JSON document that a step printed."""
+        text = self._text(step)
+        try:
+            found = json.loads(text)
+        except ValueError:
+            raise NotSeenError(f"{step}: no document ({self._standing(step)})") from None
+        if not isinstance(found, dict):
+            raise NotSeenError(f"{step}: what it printed is no document")
+        return found
+
+    def run(self, step: str) -> Run:
+        """The newest run of a step, which may have been stopped."""
+        run = newest_run(step, self._state)
+        if run is None:
+            raise NotSeenError(f"{step}: no run ({self._standing(step)})")
+        try:
+            return store.read_run(run, runs_of(step, self._state))
+        except LorameterError as error:
+            raise NotSeenError(f"{step}: {error}") from None
+
+    @cached_property
+    def _facts(self) -> dict[str, dict[str, Any]]:
+        return {fact["fact"]: fact for fact in self._lines("probe") if "fact" in fact}
+
+    def _lines(self, step: str) -> Iterator[dict[str, Any]]:
+        if self._journal.last(step) is None:
+            return
+        for line in self._text(step).splitlines():
+            if line.startswith("{"):
+                yield json.loads(line)
+
+    @cached_property
+    def _tests(self) -> dict[str, Tested]:
+        found: dict[str, Tested] = {}
+        for path in sorted((self._state / "outputs").glob("tests-*.xml")):
+            if self._journal.last(path.stem) is not None:
+                found |= read_tests(path)
+        return found
+
+    def _text(self, step: str) -> str:
+        path = self._state / "outputs" / f"{step}.out"
+        if self._journal.last(step) is None or not path.exists():
+            raise NotSeenError(f"{step}: {self._standing(step)}")
+        return path.read_text(encoding="utf-8", errors="replace")
+
+    def _standing(self, step: str) -> str:
+        last = self._journal.last(step)
+        if last is None:
+            return "not begun"
+        return f"{last.outcome}: {last.said}" if last.said and last.outcome != "done" else last.outcome
+
+
+def newest_run(step: str, state: Path) -> str | None:
+    """The id of the run that a step began last; None where it has none."""
+    folder = runs_of(step, state)
+    runs = sorted(path.parent.name for path in folder.glob(f"*/{store.MANIFEST}")) if folder.is_dir() else []
+    return runs[-1] if runs else None
+
+
+def read_tests(path: Path) -> dict[str, Tested]:
+    """Tests by `FILE::NAME` of what pytest wrote; a test that broke in its fixture has failed."""
+    found = {}
+    for case in ElementTree.parse(path).iter("testcase"):
+        file = str(case.get("classname", "")).replace(".", "/") + ".py"
+        told = Tested(outcome="passed")
+        for kind, outcome in (("skipped", "skipped"), ("error", "failed"), ("failure", "failed")):
+            if (said := case.find(kind)) is not None:
+                told = Tested(outcome=outcome, why=_first_line(said))
+        found[f"{file}::{case.get('name')}"] = told
+    return found
+
+
+def _first_line(said: ElementTree.Element) -> str:
+    return (said.get("message") or said.text or "").strip().partition("\n")[0][:200]

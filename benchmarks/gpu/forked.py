@@ -1,0 +1,85 @@
+"""A zygote as the harness makes one, looked at: its threads, whether it may fork, and what its child can do.
+
+A process of its own, since a process that has begun to use the device can no longer show it. Prints one JSON document.
+
+    python -m benchmarks.gpu.forked
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from harness.trial import zygote
+
+
+def main() -> int:
+    """Import what a zygote imports, fork as it forks, and tell what the child told."""
+    begin = time.perf_counter()
+    zygote.import_libraries()
+    found: dict[str, Any] = {"import_s": time.perf_counter() - begin, "threads": threads()}
+    found["refuses_to_fork"] = zygote._cannot_fork()
+    found["lacks"] = zygote._lacks_cuda()
+    begin = time.perf_counter()
+    found["child"] = told_by_child()
+    found["child_s"] = time.perf_counter() - begin
+    print(json.dumps(found))
+    return 0
+
+
+def threads() -> list[str]:
+    """Names of this process's threads."""
+    return sorted((path / "comm").read_text().strip() for path in Path("/proc/self/task").iterdir())
+
+
+def told_by_child() -> dict[str, Any]:
+    """What a forked child finds of the device and of NVML."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(reader)
+        try:
+            told = in_child()
+        except BaseException as error:
+            traceback.print_exc()
+            told = {"error": f"{type(error).__name__}: {error}"}
+        os.write(writer, json.dumps(told).encode())
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as answers:
+        text = answers.read()
+    os.waitpid(pid, 0)
+    return dict(json.loads(text)) if text else {"error": "the child died without a word"}
+
+
+def in_child() -> dict[str, Any]:
+    """The first use of the device and every counter of NVML, each a value or the reason for having none."""
+    import torch
+
+    from harness.machine.nvml import open_device
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    begin = time.perf_counter()
+    total = torch.ones(8, device=device).sum().item()
+    told: dict[str, Any] = {"device": device, "sum": total, "device_start_s": time.perf_counter() - begin}
+    opened = open_device()
+    if opened.value is None:
+        return told | {"nvml": opened.reason}
+    sample, facts = opened.value.sample(), opened.value.facts()
+    readings = {
+        name: getattr(group, name) for group in (sample, facts) for name in group.__dataclass_fields__ if name != "uuid"
+    }
+    opened.value.close()
+    return told | {
+        "known": {name: one.value for name, one in readings.items() if one.known},
+        "missing": {name: one.reason for name, one in readings.items() if not one.known},
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,166 @@
+"""What travels to a machine with a card and no network, and what comes back from it.
+
+    python -m benchmarks.gpu.pack                     fills .gpu/site, beside which .gpu/state travels: carry .gpu
+    python -m benchmarks.gpu.pack --take FILE         lays what a call has handed back where the next call finds it
+
+There, in the root of the checkout: `make gpu GPU_OPTIONS='--minutes 9.5'`, or where there is no make
+`python3 -m benchmarks.gpu --minutes 9.5`.
+Here, after each call: `--take` its campaign.tar.gz, and call again until no step is left.
+
+Packages are those of `carried.txt`, as wheels of the other machine's Python; of bitsandbytes only the libraries for
+its CUDA and for CPUs. The project itself is the checkout, with metadata beside it, since nothing builds it there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import tomllib
+import zipfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
+
+ROOT = Path(__file__).parents[2]
+PACKED = ROOT / ".gpu"
+CARRIED = Path(__file__).with_name("carried.txt")
+ASSUMED = frozenset(
+    "torch transformers accelerate safetensors tokenizers numpy scipy pandas pyarrow pytest pytest-benchmark "
+    "pytest-timeout hypothesis psutil nvidia-ml-py filelock rich threadpoolctl packaging".split()
+)
+"""What an image with torch, transformers and pytest holds: scikit-learn beside them, and what all of these need."""
+PLATFORMS = (
+    *(f"manylinux_2_{minor}_x86_64" for minor in (28, 27, 24, 17)),
+    "manylinux2014_x86_64",
+    "manylinux1_x86_64",
+)
+MIB = 2**20
+MOST_MIB = 64
+"""Of a checkout with what is carried beside it, where machines are lent by the call."""
+MOST_PACKED_BYTES = 8 * MIB
+"""Of one file that comes back; tokens and long recordings are larger, and are made again."""
+TAKEN = (".gpu/state/", "reports/", "docs/gpu.md")
+"""What is taken of an archive: nothing else of a checkout can be written by it."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Pack, or take back."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--python-version", default="3.12", metavar="V", help="of the other machine; default: 3.12")
+    parser.add_argument("--cuda", default="130", metavar="V", help="that its torch is built for; default: 130")
+    parser.add_argument("--take", type=Path, metavar="FILE", help="campaign.tar.gz of a call")
+    options = parser.parse_args(arguments)
+    if options.take:
+        print(*take(options.take, ROOT), sep="\n")
+        return 0
+    pack(PACKED, python_version=options.python_version, cuda=options.cuda)
+    tree, packed = size_of(tracked(ROOT)), size_of(PACKED.rglob("*"))
+    print(f"checkout {tree / MIB:.1f} MiB + .gpu {packed / MIB:.1f} MiB, of {MOST_MIB} MiB a call")
+    if tree + packed > MOST_MIB * MIB:
+        print("pack: that is more than travels in a call: remove what is not needed", file=sys.stderr)
+        return 1
+    return 0
+
+
+def pack(folder: Path, *, python_version: str, cuda: str) -> None:
+    """Fill `folder/site` anew. Raises CalledProcessError where pip cannot have what is carried."""
+    site = folder / "site"
+    shutil.rmtree(site, ignore_errors=True)
+    site.mkdir(parents=True)
+    with tempfile.TemporaryDirectory(prefix="gpu-pack-") as wheels:
+        platforms = [word for platform in PLATFORMS for word in ("--platform", platform)]
+        subprocess.run(
+            [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", wheels,
+             "--python-version", python_version, "--implementation", "cp", *platforms, "--requirement", str(CARRIED)],
+            check=True,
+        )  # fmt: skip
+        for wheel in sorted(Path(wheels).glob("*.whl")):
+            with zipfile.ZipFile(wheel) as archive:
+                archive.extractall(site)
+    slim(site, cuda)
+    describe(site)
+
+
+def slim(site: Path, cuda: str) -> None:
+    """Leave out libraries for other versions of CUDA, and tests. Raises FileNotFoundError if that leaves none."""
+    wanted = f"libbitsandbytes_cuda{cuda}.so"
+    if not (site / "bitsandbytes" / wanted).exists():
+        raise FileNotFoundError(f"bitsandbytes has no {wanted}: give the CUDA of the other torch with --cuda")
+    for library in (site / "bitsandbytes").glob("libbitsandbytes_*.so"):
+        if library.name not in (wanted, "libbitsandbytes_cpu.so"):
+            library.unlink()
+    for folder in sorted(site.rglob("tests"), reverse=True):
+        shutil.rmtree(folder)
+
+
+def describe(site: Path) -> None:
+    """The project's metadata and entry points, without its code: pytest finds its plugin by them."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    folder = site / f"{project['name']}-{project['version']}.dist-info"
+    folder.mkdir()
+    metadata = f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
+    (folder / "METADATA").write_text(metadata, encoding="utf-8")
+    points = {"console_scripts": project["scripts"], **project["entry-points"]}
+    lines = [
+        line for group, found in points.items() for line in (f"[{group}]", *(f"{k} = {v}" for k, v in found.items()))
+    ]
+    (folder / "entry_points.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / "RECORD").write_text("", encoding="utf-8")
+
+
+def pack_results(out: Path, state: Path, reports: Path, page: Path) -> Path:
+    """Pack what a call has found, to go on with and to keep; returns the archive."""
+    archive = out / "campaign.tar.gz"
+    with tarfile.open(archive, "w:gz") as file:
+        for path in _found((state, *reports.glob("*_gpu"), page)):
+            if path.stat().st_size <= MOST_PACKED_BYTES:
+                file.add(path, arcname=_name_in_archive(path, state))
+    return archive
+
+
+def take(archive: Path, root: Path) -> list[str]:
+    """Lay what an archive of `pack_results` holds into a checkout; returns the names. Raises ValueError for others."""
+    with tarfile.open(archive) as file:
+        members = [member for member in file.getmembers() if member.isfile()]
+        strange = [
+            member.name
+            for member in members
+            if not member.name.startswith(TAKEN) or ".." in PurePosixPath(member.name).parts
+        ]
+        if strange:
+            raise ValueError(f"{archive}: {strange[0]}: no part of what a campaign hands back")
+        file.extractall(root, members=members, filter="data")
+    return [member.name for member in members]
+
+
+def size_of(paths: Iterable[Path]) -> int:
+    """Bytes of files."""
+    return sum(path.stat().st_size for path in paths if path.is_file() and not path.is_symlink())
+
+
+def tracked(root: Path) -> Iterator[Path]:
+    """Files that travel with the checkout: all that git does not ignore."""
+    listed = subprocess.run(
+        ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        stdout=subprocess.PIPE, text=True, check=True,
+    ).stdout  # fmt: skip
+    return (root / name for name in sorted(set(filter(None, listed.split("\0")))))
+
+
+def _found(places: Iterable[Path]) -> Iterator[Path]:
+    for place in places:
+        yield from (path for path in sorted(place.rglob("*")) if path.is_file()) if place.is_dir() else (place,)
+
+
+def _name_in_archive(path: Path, state: Path) -> str:
+    """The state has its usual place in it, wherever it lies."""
+    if path.is_relative_to(state):
+        return str(Path(".gpu/state") / path.relative_to(state))
+    return str(path.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""`docs/gpu.md`: what has been confirmed on which card, written from the committed reports and by nobody's hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.claim import Claim
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "gpu.md"
+REPORTS = ROOT / "reports"
+BEGIN, END = "<!-- written by `make gpu` from here -->", "<!-- up to here -->"
+WORDS = {"confirmed": "confirmed", "refuted": "**refuted**", "not decided": "not decided"}
+
+
+def campaigns(reports: Path) -> list[dict[str, Any]]:
+    """The documents of all campaigns under a folder of reports, the oldest first, each with its folder's name."""
+    found = [
+        {**json.loads(path.read_text(encoding="utf-8")), "folder": path.parent.name}
+        for path in sorted(reports.glob("*_gpu/campaign.json"))
+    ]
+    return sorted(found, key=lambda one: (one["date"], one["folder"]))
+
+
+def table(claims: Sequence[Claim], found: Sequence[dict[str, Any]]) -> str:
+    """The one table: a row a claim, a column a campaign."""
+    heads = [f"[{one['device']}, {one['date']}](../reports/{one['folder']}/report.txt)" for one in found]
+    heads = heads or ["no card yet"]
+    lines = [_row(["claim", "said in", *heads]), _row(["---"] * (2 + len(heads)))]
+    for claim in claims:
+        verdicts = [_verdict(claim, one) for one in found] or ["not decided"]
+        link = claim.file if claim.file.endswith(".md") and "/" in claim.file else f"../{claim.file}"
+        lines.append(_row([claim.says, f"[{claim.file}]({link.removeprefix('docs/')})", *verdicts]))
+    return "\n".join(lines)
+
+
+def summary(claims: Sequence[Claim], found: Sequence[dict[str, Any]]) -> str:
+    """What the table comes to, in a sentence."""
+    if not found:
+        return f"No card has been measured: of {len(claims)} claims none is confirmed and none refuted."
+    names = {claim.name for claim in claims}
+    verdicts = [
+        {decision["name"]: decision["verdict"] for decision in one["claims"] if decision["name"] in names}
+        for one in found
+    ]
+    confirmed, refuted = (
+        {name for one in verdicts for name, verdict in one.items() if verdict == wanted}
+        for wanted in ("confirmed", "refuted")
+    )
+    return (
+        f"Of {len(claims)} claims {len(confirmed - refuted)} are confirmed and nowhere refuted, {len(refuted)} refuted "
+        f"somewhere, {len(names - confirmed - refuted)} not decided anywhere."
+    )
+
+
+def rewritten(page: str, claims: Sequence[Claim], found: Sequence[dict[str, Any]]) -> str:
+    """The page with its table as it follows from the reports. Raises ValueError where the page has no place for it."""
+    if page.count(BEGIN) != 1 or page.count(END) != 1:
+        raise ValueError(f"{PAGE.name}: the lines {BEGIN!r} and {END!r} are expected once each")
+    before, rest = page.split(BEGIN)
+    return f"{before}{BEGIN}\n\n{summary(claims, found)}\n\n{table(claims, found)}\n\n{END}{rest.split(END)[1]}"
+
+
+def rewrite(claims: Sequence[Claim]) -> None:
+    """Bring the page up to date with the reports."""
+    PAGE.write_text(rewritten(PAGE.read_text(encoding="utf-8"), claims, campaigns(REPORTS)), encoding="utf-8")
+
+
+def _verdict(claim: Claim, campaign: dict[str, Any]) -> str:
+    found = next((one for one in campaign["claims"] if one["name"] == claim.name), None)
+    return "–" if found is None else WORDS[found["verdict"]]
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

@@ -1,0 +1,314 @@
+"""The facts that the harness assumes of a card and could never look at without one; each a line of JSON.
+
+A fact that cannot be had is a line with its reason, and the others are still looked for. What stands here is measured
+and not judged: `benchmarks.gpu.claims` says what it decides.
+
+    python -m benchmarks.gpu.probe [FACT ...]
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+Fact = dict[str, Any]
+NEEDS_NO_CARD = ("zygote",)
+LENGTHS = range(600, 616)
+"""Lengths of keys that nothing before has asked for."""
+RESTS_S = (0.003, 0.03, 0.3, 2.0)
+"""A hand-over between turns takes about the first; the last is a pause in which a card may lower its clocks."""
+COUNTED_S = 1.5
+
+
+def machine() -> Fact:
+    """Card, driver and libraries; what the context of a process takes, in seconds and in bytes."""
+    import torch
+
+    begin = time.perf_counter()
+    torch.ones(1, device="cuda")
+    torch.cuda.synchronize()
+    started_s = time.perf_counter() - begin
+    from harness.machine.neighbours import neighbours_of
+
+    card = card_of_torch()
+    own, facts = neighbours_of(card, generations=0).own_bytes, card.facts()
+    card.close()
+    return {
+        "name": torch.cuda.get_device_name(),
+        "driver": facts.driver.value,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "power_limit_w": facts.power_limit_w.value,
+        "persistence": facts.persistence.value,
+        "context_s": started_s,
+        "context_bytes": own.value,
+        "context_unknown": own.reason,
+    }
+
+
+def zygote() -> Fact:
+    """Whether a zygote forks, and what its child can do; in a process of its own, in a worker's environment."""
+    from harness.run.executors.local import worker_environment
+
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu.forked"], env=worker_environment(1), capture_output=True, text=True,
+        timeout=180, check=False,
+    )  # fmt: skip
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        raise RuntimeError((done.stderr.strip().splitlines() or ["it said nothing"])[-1])
+    return dict(json.loads(lines[-1]))
+
+
+def attention() -> Fact:
+    """Which attention torch chooses by itself for the shapes of a study, and which of them take a mask."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.functional import scaled_dot_product_attention as attend
+
+    def heads(number: int, length: int, *, rows: int = 4, dtype: Any = torch.bfloat16, grad: bool = False) -> Any:
+        return torch.randn(rows, number, length, 128, device="cuda", dtype=dtype, requires_grad=grad)
+
+    mask = torch.ones(4, 1, 1024, 1024, device="cuda", dtype=torch.bool).tril()
+    attend(heads(32, 8), heads(32, 8), heads(32, 8), is_causal=True)  # what it prefers is settled by the first call
+    cases = {
+        "causal": ([heads(32, 1024, grad=True) for _ in range(3)], {"is_causal": True}),
+        "masked": ([heads(32, 1024, grad=True) for _ in range(3)], {"attn_mask": mask}),
+        "grouped": ([heads(32, 1024, grad=True), heads(8, 1024), heads(8, 1024)], {"is_causal": True}),
+        "one token": ([heads(32, 1, rows=1), heads(32, 300, rows=1), heads(32, 300, rows=1)], {}),
+        "float32": ([heads(32, 256, dtype=torch.float32) for _ in range(3)], {"is_causal": True}),
+    }
+    chosen = {}
+    for name, (tensors, options) in cases.items():
+        number = torch._fused_sdp_choice(
+            *tensors, options.get("attn_mask"), 0.0, options.get("is_causal", False), enable_gqa=name == "grouped"
+        )
+        chosen[name] = SDPBackend(number).name
+    takes_mask = {}
+    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION):
+        with sdpa_kernel(backend):
+            try:
+                attend(*cases["masked"][0], attn_mask=mask)
+                takes_mask[backend.name] = True
+            except RuntimeError:
+                takes_mask[backend.name] = False
+    return {"chosen": chosen, "takes_mask": takes_mask}
+
+
+def lengths() -> Fact:
+    """Host time of one token's attention over a length that is new, and over the same again; milliseconds, medians."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.functional import scaled_dot_product_attention as attend
+
+    def timed(query: Any, keys: Any) -> float:
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        attend(query, keys, keys)
+        torch.cuda.synchronize()
+        return (time.perf_counter() - begin) * 1e3
+
+    def cost() -> Fact:
+        query = torch.randn(1, 32, 1, 128, device="cuda", dtype=torch.bfloat16)
+        found = []
+        for length in LENGTHS:
+            keys = torch.randn(1, 32, length, 128, device="cuda", dtype=torch.bfloat16)
+            found.append((timed(query, keys), timed(query, keys)))
+        first, again = zip(*found, strict=True)
+        return {"new_ms": statistics.median(first), "again_ms": statistics.median(again), "worst_ms": max(first)}
+
+    with torch.no_grad():
+        default = cost()
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return {"default": default, "flash": cost()}
+
+
+def clock() -> Fact:
+    """A lap by events against the wall, against the kernels that CUPTI recorded, and after a rest of the card."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    from harness.trial.clock import Stopwatch
+
+    work, watch = products(), Stopwatch("cuda")
+    walls, laps = [], []
+    for _ in range(12):
+        begin = time.perf_counter()
+        laps.append(watch(lambda: work(20))[1].time_s)
+        walls.append(time.perf_counter() - begin)
+    lap_s = statistics.median(laps[3:])
+    after = {}
+    for rest in RESTS_S:
+        rested = []
+        for _ in range(5 if rest < 1 else 2):
+            time.sleep(rest)
+            rested.append(watch(lambda: work(20))[1].time_s)
+        after[str(rest)] = statistics.median(rested) / lap_s
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recording:
+        recorded_s = watch(lambda: work(20))[1].time_s
+    torch.cuda.synchronize()
+    kernels_s = sum(duration for _, duration in kernels_of(recording))
+    return {
+        "lap_s": lap_s,
+        "events_over_wall": statistics.median(lap / wall for lap, wall in zip(laps[3:], walls[3:], strict=True)),
+        "events_over_kernels": recorded_s / kernels_s if kernels_s else None,
+        "after_rest": after,
+    }
+
+
+def counters() -> Fact:
+    """What reading NVML takes, how often the energy counter moves, and clocks while work is queued and after it."""
+    import torch
+
+    card, work = card_of_torch(), products()
+
+    def mean_ms(ask: Callable[[], object]) -> float:
+        begin = time.perf_counter()
+        for _ in range(20):
+            ask()
+        return (time.perf_counter() - begin) * 50
+
+    sample_ms, occupants_ms = mean_ms(card.sample), mean_ms(card.occupants)
+    moved, before, end = [], card.energy_j().value, time.perf_counter() + COUNTED_S
+    while time.perf_counter() < end:
+        work(2)
+        torch.cuda.synchronize()
+        now = card.energy_j().value
+        if now != before:
+            moved.append(time.perf_counter())
+            before = now
+    gaps = [(later - earlier) * 1e3 for earlier, later in itertools.pairwise(moved)]
+    queued, after = [], []
+    for _ in range(10):
+        work(60)
+        queued.append(card.sample())
+        torch.cuda.synchronize()
+        after.append(card.sample())
+    own = card.occupants()
+    card.close()
+    return {
+        "sample_ms": sample_ms,
+        "occupants_ms": occupants_ms,
+        "energy_period_ms": statistics.median(gaps) if gaps else None,
+        "queued": clocks(queued),
+        "after": clocks(after),
+        "occupants": own.reason or [one.bytes for one in own.value or ()],
+    }
+
+
+def clocks(samples: list[Any]) -> Fact:
+    """The clocks of some moments, and in how many of them the card says that it idles."""
+    found = [one.sm_clock_hz.value for one in samples if one.sm_clock_hz.known]
+    return {
+        "sm_clock_hz": statistics.median(found) if found else None,
+        "idle": sum("gpu_idle" in (one.events.value or ()) for one in samples),
+        "of": len(samples),
+    }
+
+
+def names() -> Fact:
+    """The kernels of products, attention and norms in the types that are trained in, by the rules that name them."""
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention as attend
+    from torch.profiler import ProfilerActivity, profile
+
+    from kernels_check.rules import classify
+
+    def square(dtype: Any) -> Any:
+        return torch.randn(1024, 1024, device="cuda", dtype=dtype)
+
+    half, single = square(torch.bfloat16), square(torch.float32)
+    thin = torch.randn(1024, 16, device="cuda", dtype=torch.bfloat16)
+    query = torch.randn(2, 8, 512, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    keys = torch.randn(2, 2, 512, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    float16 = square(torch.float16)
+    calls: dict[str, Callable[[], object]] = {
+        "bfloat16": lambda: half @ half,
+        "bfloat16, thin": lambda: half @ thin,
+        "bfloat16, one row": lambda: half[:1] @ half,
+        "float16": lambda: float16 @ float16,
+        "float32": lambda: single @ single,
+        "attention": lambda: attend(query, query, query, is_causal=True).sum().backward(),
+        "attention, grouped": lambda: attend(query, keys, keys, is_causal=True, enable_gqa=True).sum().backward(),
+        "norm": lambda: torch.nn.functional.rms_norm(half, (1024,)),
+        "loss": lambda: torch.nn.functional.cross_entropy(single, torch.zeros(1024, dtype=torch.long, device="cuda")),
+    }
+    found: dict[str, dict[str, str | None]] = {}
+    for call, run in calls.items():
+        run()
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recording:
+            run()
+            torch.cuda.synchronize()
+        kernels = {name for name, _ in kernels_of(recording)}
+        found[call] = {name[:160]: getattr(classify(name), "name", None) for name in sorted(kernels)}
+    unknown = sorted({name for kernels in found.values() for name, rule in kernels.items() if rule is None})
+    return {"kernels": found, "unknown": unknown, "empty": [call for call, kernels in found.items() if not kernels]}
+
+
+def kernels_of(recording: Any) -> list[tuple[str, float]]:
+    """Names and seconds of what ran on the device in a recording of torch.profiler."""
+    return [
+        (event.name(), event.duration_ns() / 1e9)
+        for event in recording.profiler.kineto_results.events()
+        if event.device_type().name == "CUDA" and not event.is_user_annotation()
+    ]
+
+
+def products() -> Callable[[int], None]:
+    """A function that queues so many large products and does not wait for them; it has run."""
+    import torch
+
+    left = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+
+    def work(times: int) -> None:
+        for _ in range(times):
+            left @ left
+
+    work(20)
+    torch.cuda.synchronize()
+    return work
+
+
+def card_of_torch() -> Any:
+    """The card that torch uses, as NVML sees it. Raises RuntimeError where it does not find it."""
+    from harness.machine.watch import card_of
+
+    found = card_of("cuda")
+    if found.value is None:
+        raise RuntimeError(f"NVML does not find the card of torch: {found.reason}")
+    return found.value
+
+
+FACTS: tuple[Callable[[], Fact], ...] = (machine, zygote, attention, lengths, clock, counters, names)
+
+
+def main(arguments: list[str]) -> int:
+    """Look for every fact, or for those named; 0 unless one that could be had could not be read."""
+    import torch
+
+    failed = 0
+    for look in FACTS:
+        name = look.__name__
+        if arguments and name not in arguments:
+            continue
+        if name not in NEEDS_NO_CARD and not torch.cuda.is_available():
+            told: Fact = {"skipped": f"no CUDA device: torch {torch.__version__} sees none"}
+        else:
+            try:
+                told = look()
+            except Exception as error:
+                failed, told = failed + 1, {"error": f"{type(error).__name__}: {error}"[:400]}
+        print(json.dumps({"fact": name, **told}), flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,133 @@
+"""What a campaign has found, as text, as a document, and as files that stay: its steps, its facts, its claims."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.claim import VERDICTS, Claim, Decision
+from benchmarks.gpu.journal import Journal
+from benchmarks.gpu.steps import Step, runs_of
+from harness.machine.provenance import Machine
+
+SCHEMA = 1
+MOST_KEPT_BYTES = 2**20
+"""Of one file: what is larger is a recording or tokens, and can be made again."""
+KEPT_OF_A_RUN = ("manifest.json", "trials.jsonl", "checks.jsonl")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Campaign:
+    """All that a report says."""
+
+    machine: Machine
+    origin: str
+    """Machine, libraries and commit in a line."""
+    rehearsed: bool
+    steps: tuple[Step, ...]
+    journal: Journal
+    decisions: tuple[tuple[Claim, Decision], ...]
+
+    @property
+    def begun(self) -> str:
+        """The day on which the first step was begun."""
+        first = min((entry.begun_unix_s for entry in self.journal.entries), default=time.time())
+        return time.strftime("%Y-%m-%d", time.gmtime(first))
+
+
+def document(campaign: Campaign) -> dict[str, Any]:
+    """The campaign as JSON data, which `docs/gpu.md` is written from."""
+    return {
+        "schema": SCHEMA,
+        "date": campaign.begun,
+        "device": campaign.machine.device_name,
+        "driver": campaign.machine.driver,
+        "origin": campaign.origin,
+        "steps": [asdict(entry) for entry in campaign.journal.entries],
+        "claims": [
+            {"name": claim.name, "says": claim.says, "file": claim.file, **asdict(decision)}
+            for claim, decision in campaign.decisions
+        ],
+    }
+
+
+def text(campaign: Campaign) -> str:
+    """The report: where, each step with its time, and the table of claims at its end."""
+    lines = [campaign.origin, *_about(campaign), "", "Steps", *_steps(campaign), "", "Claims of the documentation"]
+    lines += [
+        f"  {decision.verdict:12} {claim.name}: {claim.says} ({claim.file})\n               {decision.evidence}"
+        for claim, decision in campaign.decisions
+    ]
+    counts = Counter(decision.verdict for _, decision in campaign.decisions)
+    lines.append("; ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS))
+    return "\n".join(lines) + "\n"
+
+
+def _about(campaign: Campaign) -> list[str]:
+    if campaign.rehearsed:
+        return [
+            f"There is no card here ({campaign.machine.device_name}): every step was rehearsed as far as it can be, "
+            "nothing was measured, and nothing is claimed."
+        ]
+    units = sorted({entry.unit for entry in campaign.journal.entries})
+    sources = sorted({entry.sources for entry in campaign.journal.entries})
+    said = [f"card {campaign.machine.device_name}, driver {campaign.machine.driver}"]
+    if len(units) > 1:
+        said.append(f"on {len(units)} cards of this name, one after the other")
+    if len(sources) > 1:
+        said.append(f"by {len(sources)} states of the sources: what was done before a change has not been done again")
+    return said
+
+
+def _steps(campaign: Campaign) -> list[str]:
+    lines = []
+    for one in campaign.steps:
+        attempts = campaign.journal.attempts(one.name)
+        if not attempts:
+            lines.append(f"  {'not begun':10} {'':>7}  {one.name}: {one.asks}")
+            continue
+        last, took = attempts[-1], sum(entry.took_s for entry in attempts)
+        why = f" – {last.said}" if last.outcome in ("failed", "stopped") and last.said else ""
+        left_out = f" – {one.left_out}" if last.outcome == "rehearsed" else ""
+        lines.append(f"  {last.outcome:10} {took:6.0f} s  {one.name}: {one.asks}{left_out}{why}")
+    return lines
+
+
+def name_of(campaign: Campaign) -> str:
+    """The folder's name under reports/: the day, the card, and that it is this."""
+    device = re.sub(r"[^a-z0-9]+", "-", campaign.machine.device_name.lower()).strip("-")
+    return f"{campaign.begun}_{device}_gpu"
+
+
+def write(campaign: Campaign, reports: Path, state: Path) -> Path:
+    """Write the report, its document, what each step printed and what its runs recorded; returns the folder."""
+    folder = reports / name_of(campaign)
+    (folder / "outputs").mkdir(parents=True, exist_ok=True)
+    (folder / "report.txt").write_text(text(campaign), encoding="utf-8")
+    (folder / "campaign.json").write_text(json.dumps(document(campaign), indent=1) + "\n", encoding="utf-8")
+    for path in sorted((state / "outputs").glob("*")):
+        _keep(path, folder / "outputs" / path.name)
+    for one in campaign.steps:
+        for path in sorted(runs_of(one.name, state).glob("*/*")):
+            if path.name in KEPT_OF_A_RUN:
+                _keep(path, folder / "runs" / one.name / path.parent.name / path.name)
+    return folder
+
+
+def _keep(path: Path, to: Path) -> None:
+    if 0 < path.stat().st_size <= MOST_KEPT_BYTES:
+        to.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, to)
+
+
+def decide(claims: Sequence[Claim], evidence: Any, *, rehearsed: bool) -> tuple[tuple[Claim, Decision], ...]:
+    """What becomes of each claim; a rehearsal decides none."""
+    nothing = Decision(verdict="not decided", evidence="no card: this was a rehearsal")
+    return tuple((claim, nothing if rehearsed else claim.decide(evidence)) for claim in claims)

@@ -1,0 +1,245 @@
+"""The steps of the campaign: what each asks of a card, the command that answers, and what it may take.
+
+Cheap questions of fact come first, so that little time on a card already says much; what may take as long as there is
+time comes last. A step is a process of its own: one that hangs, or takes the card with it, costs its own time and
+nothing else. On a machine without a card each is rehearsed by what of it can run there: the same command where that
+says itself what it lacks, else the part of it that reads studies, options and files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+STUDY, SWEEP = (str(FOLDER / f"{name}.toml") for name in ("llama2-7b", "sweep"))
+RUNS, XML = "{runs}", "{xml}"
+"""Stand in a command for the folder of the step's runs, and for the file of its test results."""
+LORAMETER = ("-m", "harness.cli")
+KERNELS = ("-m", "kernels_check")
+PYTEST = ("-m", "pytest", "-m", "gpu", "-q", "--no-header", "-rs", "-p", "no:cacheprovider", f"--junitxml={XML}")
+VERDICTS = (0, 1, 3, 4)
+"""Exit codes with which a command has measured and says what it found; the others say that it could not."""
+LEAST_S = 60.0
+"""A run that can be gone on with is not begun for less: that is what building a model of 7B takes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One question, as a command of the interpreter that runs the campaign."""
+
+    name: str
+    asks: str
+    words: tuple[str, ...]
+    """After the interpreter."""
+    limit_s: float
+    """Most seconds of one attempt; more than ten minutes would not fit in a call where these are limited."""
+    rehearsal: tuple[str, ...] = ()
+    """The command on a machine without a card; that of `words` where there is none."""
+    left_out: str
+    """What of the step a rehearsal does not do, and why."""
+    answers: tuple[int, ...] = (0,)
+    """Exit codes with which the command has answered; that of a rehearsal of its own answers with 0."""
+    resumes: tuple[str, ...] = ()
+    """The command that goes on with a run that was stopped, up to the run's id; empty where there is none."""
+    total_s: float = 0.0
+    """Most seconds of all attempts at such a run."""
+
+    @property
+    def least_s(self) -> float:
+        """What must be left of a call for the step to be begun."""
+        return min(self.limit_s, LEAST_S) if self.resumes else self.limit_s
+
+
+def measures(name: str, asks: str, study: str, *options: str, limit_s: float, total_s: float = 0.0) -> Step:
+    """A run of a study, which a rehearsal plans and does not measure."""
+    run = (*LORAMETER, "run", study, *options, "--runs-dir", RUNS, "--json")
+    return Step(
+        name=name,
+        asks=asks,
+        words=run,
+        limit_s=limit_s,
+        rehearsal=(*run, "--dry-run"),
+        left_out="planned, not measured",
+        answers=VERDICTS,
+        resumes=(*LORAMETER, "run", "--runs-dir", RUNS, "--json", "--resume"),
+        total_s=total_s or limit_s,
+    )
+
+
+def tests(name: str, asks: str, *files: str, limit_s: float) -> Step:
+    """Tests marked `gpu`, which say themselves why they are skipped."""
+    return Step(
+        name=f"tests-{name}",
+        asks=asks,
+        words=(*PYTEST, "--timeout=120", *files),
+        limit_s=limit_s,
+        left_out="all skipped, since each needs a card",
+        answers=(0, 1),
+    )
+
+
+def profiles(variant: str, *, limit_s: float) -> Step:
+    """A profile of one variant of the study; a rehearsal reads the variant and estimates its memory."""
+    named = f"{STUDY}:{variant}"
+    return Step(
+        name=f"profile-{variant}",
+        asks="do the phases explain the step, are its kernels known, which share of the peak is reached",
+        words=(*LORAMETER, "profile", named, "--runs-dir", RUNS, "--json"),
+        limit_s=limit_s,
+        rehearsal=(*LORAMETER, "estimate", named, "--runs-dir", RUNS, "--json"),
+        left_out="estimated, not profiled",
+        answers=VERDICTS,
+    )
+
+
+STEPS: tuple[Step, ...] = (
+    Step(
+        name="probe",
+        asks="the facts that the harness assumes of a card, its driver and its libraries",
+        words=("-m", "benchmarks.gpu.probe"),
+        limit_s=150,
+        left_out="of its facts only the zygote's needs no card",
+        answers=(0, 1),
+    ),
+    Step(
+        name="doctor",
+        asks="is the machine fit, and which counters does it give",
+        words=(*LORAMETER, "doctor", "--json"),
+        limit_s=30,
+        left_out="this machine was examined, which has none",
+        answers=VERDICTS,
+    ),
+    tests("meters", "events, energy, clocks and memory against each other", "tests/machine/test_gpu.py", limit_s=90),
+    tests(
+        "kernels",
+        "the rule of every kernel name against the library that launches it",
+        "tests/kernels_check/test_gpu.py",
+        limit_s=200,
+    ),
+    tests(
+        "trial",
+        "a step after the check, measured peaks, an account of memory",
+        "tests/run/executors/test_gpu.py",
+        "tests/trial/profiling/test_peak.py",
+        "tests/trial/profiling/test_account.py",
+        limit_s=150,
+    ),
+    tests("7b", "does a trial of Llama-2-7B come to its end on either base", "tests/test_gpu_study.py", limit_s=480),
+    Step(
+        name="selftest",
+        asks="is every sabotage caught on the card, and does every twin pass",
+        words=(*KERNELS, "selftest", "--json"),
+        limit_s=200,
+        rehearsal=(*KERNELS, "rules", "--json", "--check"),
+        left_out="the controls of a CPU are what `make proof-kernels` runs",
+        answers=VERDICTS,
+    ),
+    Step(
+        name="paths",
+        asks="which fast paths run, how exact and how fast",
+        words=(*KERNELS, "probe", "--json"),
+        limit_s=120,
+        rehearsal=(*KERNELS, "rules", "--json"),
+        left_out="the paths of a CPU are what `make proof-kernels` probes",
+        answers=VERDICTS,
+    ),
+    profiles("lora-r16", limit_s=150),
+    profiles("qlora-nf4-r16", limit_s=150),
+    measures(
+        "study",
+        "Llama-2-7B in bf16 and in NF4: does all that is claimed run, and what does each cost",
+        STUDY,
+        "--phase=train",
+        "--phase=generate",
+        limit_s=420,
+        total_s=600,
+    ),
+    Step(
+        name="estimate",
+        asks="how far the estimated peak is from the measured one",
+        words=(*LORAMETER, "estimate", f"{STUDY}:qlora-nf4-r16", "--runs-dir", "{runs of study}", "--json"),
+        limit_s=30,
+        left_out="estimated for this CPU, with nothing measured beside it",
+    ),
+    Step(
+        name="same",
+        asks="the same code against itself: does an A/B on the card see a difference that is none",
+        words=(
+            *LORAMETER, "ab", "training-step", "--base", "{python}", "--candidate", "{python}", "--replicates", "5",
+            "--runs-dir", RUNS, "--json",
+        ),
+        limit_s=180,
+        rehearsal=(*LORAMETER, "run", "training-step", "--replicates", "5", "--runs-dir", RUNS, "--json", "--dry-run"),
+        left_out="planned, not measured",
+        answers=VERDICTS,
+        resumes=(*LORAMETER, "ab", "--runs-dir", RUNS, "--json", "--resume"),
+        total_s=180,
+    ),
+    *(
+        measures(
+            level,
+            "how well each level of interleaving tells a control from itself",
+            "lora-or-qlora",
+            f"--interleave={level}",
+            "--phase=train",
+            "--replicates=3",
+            "--variant=qlora-nf4-r16",
+            limit_s=100,
+        )
+        for level in ("lockstep", "replicates")
+    ),
+    measures(
+        "cold",
+        "a cold start on a card, with all its parts",
+        "lora-or-qlora",
+        "--phase=cold",
+        "--replicates=3",
+        "--variant=qlora-nf4-r16",
+        limit_s=150,
+    ),
+    measures(
+        "sweep",
+        "what alpha, dropout and r cost on Llama-2-7B, all settings on one base",
+        SWEEP,
+        "--phase=train",
+        "--phase=generate",
+        limit_s=570,
+        total_s=3600,
+    ),
+)  # fmt: skip
+
+
+def command(
+    chosen: Step, *, python: str, state: Path, rehearsing: bool = False, going_on_with: str | None = None
+) -> list[str]:
+    """The whole command of a step, whose runs and files lie in a folder of the state.
+
+    Args:
+        chosen: the step.
+        python: the interpreter.
+        state: where the campaign keeps what it has.
+        rehearsing: whether there is no card.
+        going_on_with: the id of the step's run that was stopped; None to begin anew.
+    """
+    words = chosen.rehearsal if rehearsing and chosen.rehearsal else chosen.words
+    if going_on_with is not None:
+        words = (*chosen.resumes, going_on_with)
+    stand_ins = {
+        RUNS: str(runs_of(chosen.name, state)),
+        XML: str(state / "outputs" / f"{chosen.name}.xml"),
+        "{runs of study}": str(runs_of("study", state)),
+        "{python}": python,
+    }
+    return [python, *(_filled(word, stand_ins) for word in words)]
+
+
+def runs_of(name: str, state: Path) -> Path:
+    """The folder of a step's runs."""
+    return state / "runs" / name
+
+
+def _filled(word: str, stand_ins: dict[str, str]) -> str:
+    for name, value in stand_ins.items():
+        word = word.replace(name, value)
+    return word

@@ -1,0 +1,235 @@
+"""The campaign goes on where it stopped, within the time of a call, and says what became of each step."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gpu import campaign, journal
+from benchmarks.gpu.attempt import GRACE_S, Ended, attempt
+from benchmarks.gpu.journal import Entry, Journal, OtherMachineError
+from benchmarks.gpu.steps import STEPS, Step, command, runs_of
+from harness.cli import parser
+
+ROOT = Path(__file__).parents[2]
+
+
+def step(name, limit_s=100.0, **more):
+    return Step(name=name, asks="?", words=("-c", ""), limit_s=limit_s, left_out="all", **more)
+
+
+def entry(name, outcome="done", took_s=10.0, **more):
+    return Entry(
+        step=name, outcome=outcome, code=0, took_s=took_s, begun_unix_s=0.0, unit="u", sources="s",
+        **({"device": "card"} | more),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def kept(tmp_path):
+    return Journal(tmp_path, "card")
+
+
+class Call:
+    """A call of so many seconds on a clock that only steps move; what it ran, with the limit that each was given."""
+
+    def __init__(self, steps, kept, left_s, took_s, outcome="done"):
+        self.ran = []
+        self.left_s = left_s
+
+        def run(chosen, limit_s):
+            self.ran.append((chosen.name, limit_s))
+            spent = min(took_s.get(chosen.name, 10.0), limit_s)
+            self.left_s -= spent
+            return Ended(code=0 if spent == took_s.get(chosen.name, 10.0) else None, took_s=spent, said="")
+
+        def about(chosen, ended):
+            return entry(chosen.name, outcome if ended.code == 0 else "stopped", ended.took_s)
+
+        campaign.go_on(steps, kept, left_s=lambda: self.left_s, run=run, about=about, say=lambda text: None)
+
+    @property
+    def names(self):
+        return [name for name, _ in self.ran]
+
+
+def test_a_call_begins_only_what_fits_and_the_next_goes_on(kept, tmp_path):
+    """A step that does not fit in what is left waits for the next call, and a shorter one behind it is taken first."""
+    steps = [step("a"), step("b"), step("long", 300), step("c", 50)]
+    first = Call(steps, kept, 350, {"a": 90, "b": 100})
+    assert first.names == ["a", "b", "c"]
+    assert not campaign.is_left(steps[0], kept)
+    again = Journal(tmp_path, "card")
+    assert Call(steps, again, 400, {}).names == ["long"]
+    assert Call(steps, again, 400, {}).names == []
+
+
+def test_a_run_that_can_be_gone_on_with_takes_what_is_left_of_each_call(kept):
+    """It is stopped with the call, gone on with in the next, and ends when all its time is spent."""
+    sweep = step("sweep", 500, resumes=("-c", ""), total_s=700)
+    call = Call([sweep], kept, 300 + GRACE_S, {"sweep": 10_000})
+    assert call.ran == [("sweep", 300)]
+    assert campaign.is_left(sweep, kept)
+    assert Call([sweep], kept, 1000, {"sweep": 10_000}).ran == [("sweep", 400)]
+    assert not campaign.is_left(sweep, kept)
+    assert Call([sweep], kept, 1000, {}).ran == []
+
+
+def test_what_cannot_be_gone_on_with_is_begun_twice_and_what_failed_once(kept):
+    """A step that its limit has ended twice would be ended a third time; a failure is repeated by hand only."""
+    slow, broken = step("slow"), step("broken")
+    kept.add(entry("broken", "failed"))
+    assert not campaign.is_left(broken, kept)
+    for left in (True, False):
+        kept.add(entry("slow", "stopped", 100))
+        assert campaign.is_left(slow, kept) is left
+    kept.forget(["broken"])
+    assert campaign.is_left(broken, kept)
+
+
+def test_the_journal_outlives_an_end_by_force_and_is_of_one_card(kept, tmp_path):
+    """Half a line is none; what was found on one card is not gone on with on another."""
+    kept.add(entry("a"))
+    with (tmp_path / "journal.jsonl").open("a") as file:
+        file.write('{"step": "b", "outc')
+    again = Journal(tmp_path, "card")
+    again.add(entry("c"))
+    assert [one.step for one in Journal(tmp_path, "card").entries] == ["a", "c"]
+    with pytest.raises(OtherMachineError, match="holds what was found on card, and this is another"):
+        Journal(tmp_path, "another")
+
+
+def test_a_process_that_is_out_of_time_may_save_and_what_it_started_ends_with_it(tmp_path):
+    """Ctrl-C comes first; nothing of the step is left, whatever it has started."""
+    program = (
+        "import subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "print(child.pid, flush=True)\n"
+        "try: time.sleep(60)\n"
+        "except KeyboardInterrupt: print('saved', flush=True)\n"
+    )
+    ended = attempt(
+        [sys.executable, "-c", program], limit_s=2.0, outputs=tmp_path, name="one", folder=tmp_path,
+        variables=os.environ,
+    )  # fmt: skip
+    child, saved = (tmp_path / "one.out").read_text().split()
+    assert (ended.code, saved, ended.said) == (None, "saved", "saved")
+    for _ in range(50):
+        if not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text().split(")")[1]:
+            break
+        time.sleep(0.1)
+    else:
+        os.kill(int(child), signal.SIGKILL)
+        pytest.fail("what the step had started goes on")
+
+
+def test_exit_codes_say_failed_left_or_done(kept, capsys):
+    """A refuted claim and a failed step count before what is left."""
+    steps = [step("a"), step("b")]
+    kept.add(entry("a"))
+    assert campaign.exit_code(steps, kept, ["confirmed"]) == 3
+    assert "1 steps are left (b)" in capsys.readouterr().err
+    assert campaign.exit_code(steps, kept, ["refuted"]) == 4
+    kept.add(entry("b", "failed"))
+    assert campaign.exit_code(steps, kept, ["not decided"]) == 4
+    kept.add(entry("b"))
+    assert campaign.exit_code(steps, kept, ["not decided"]) == 0
+
+
+def test_every_step_fits_in_a_call_of_ten_minutes():
+    """With the time to save, to judge and to write beside its limit; names are those of folders, each once."""
+    for one in STEPS:
+        assert one.least_s + GRACE_S + campaign.REPORT_S < 570, one.name
+        assert one.limit_s <= 570, one.name
+        assert one.total_s >= one.limit_s or not one.resumes, one.name
+    names = [one.name for one in STEPS]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("rehearsing", [False, True], ids=["measured", "rehearsed"])
+@pytest.mark.parametrize("chosen", STEPS, ids=lambda one: one.name)
+def test_the_command_of_every_step_is_one(chosen, rehearsing, tmp_path):
+    """Options, studies, variants and files of each exist; nothing in braces is left."""
+    words = command(chosen, python=sys.executable, state=tmp_path, rehearsing=rehearsing)
+    assert not [word for word in words if "{" in word]
+    check_words(words)
+    if chosen.resumes:
+        check_words(command(chosen, python=sys.executable, state=tmp_path, going_on_with="some-run"))
+
+
+def check_words(words):
+    assert words[1] == "-m"
+    if words[2] == "harness.cli":
+        options = parser().parse_args(words[3:])
+        assert options.json
+        study = getattr(options, "study", None) or str(getattr(options, "variant", "")).partition(":")[0]
+        if study.endswith(".toml"):
+            assert Path(study).is_file()
+    elif words[2] == "pytest":
+        assert [word for word in words if word.startswith("tests/")]
+        assert all((ROOT / word).is_file() for word in words if word.startswith("tests/"))
+    else:
+        assert words[2] in ("benchmarks.gpu.probe", "kernels_check")
+
+
+def test_the_tests_of_the_steps_are_all_that_are_marked():
+    """A new file with tests marked `gpu` belongs to a step."""
+    marked = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "tests").rglob("test_*.py")
+        if "pytest.mark.gpu" in path.read_text() and path != Path(__file__)
+    }
+    taken = {word for one in STEPS for word in one.words if word.startswith("tests/")}
+    assert marked == taken
+
+
+def test_the_newest_run_is_gone_on_with(tmp_path):
+    """By its manifest; a folder without one is no run yet."""
+    from benchmarks.gpu.evidence import newest_run
+
+    assert newest_run("study", tmp_path) is None
+    for name, whole in (("20260101-1", True), ("20260102-1", True), ("20260103-1", False)):
+        (runs_of("study", tmp_path) / name).mkdir(parents=True)
+        if whole:
+            (runs_of("study", tmp_path) / name / "manifest.json").write_text("{}")
+    assert newest_run("study", tmp_path) == "20260102-1"
+
+
+def test_another_byte_is_another_state_of_the_sources(tmp_path, monkeypatch):
+    """By content and place, without what Python leaves beside it."""
+    monkeypatch.setattr(journal, "SOURCES", ("code",))
+    folder = tmp_path / "code"
+    (folder / "__pycache__").mkdir(parents=True)
+    found = []
+    for name, text in (("a.py", "1"), ("a.py", "2"), ("b.py", "2"), ("__pycache__/a.pyc", "3")):
+        (folder / name).write_text(text)
+        found.append(journal.hash_of_sources(tmp_path))
+    assert found[2] == found[3]
+    assert all(one != other for one, other in itertools.pairwise(found[:3]))
+
+
+def test_without_a_card_a_step_is_rehearsed_and_nothing_is_claimed(tmp_path):
+    """The whole command: the plan of a 7B study is made, no claim is decided, and no report or page is written."""
+    page, reports = ROOT / "docs" / "gpu.md", ROOT / "reports"
+    before = (page.read_text(), sorted(reports.iterdir()))
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu", "--state", str(tmp_path / "state"), "--only", "study"],
+        cwd=ROOT, env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}, capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "There is no card here" in done.stdout
+    assert "planned, not measured" in done.stdout
+    assert done.stdout.rstrip().endswith(" not decided")
+    assert "0 confirmed; 0 refuted" in done.stdout
+    out = tmp_path / "rehearsal" / "outputs" / "study.out"
+    assert "lora-r16" in json.dumps(json.loads(out.read_text()))
+    assert (page.read_text(), sorted(reports.iterdir())) == before

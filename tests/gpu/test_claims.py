@@ -1,0 +1,230 @@
+"""Each claim stands where it is said to, and is decided by what was found: confirmed, refuted, or not decided."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gpu import report
+from benchmarks.gpu.claims import CLAIMS
+from benchmarks.gpu.evidence import Evidence
+from benchmarks.gpu.journal import Entry, Journal
+from benchmarks.gpu.steps import STEPS
+
+ROOT = Path(__file__).parents[2]
+BY_NAME = {claim.name: claim for claim in CLAIMS}
+FACTS = {
+    "zygote": {
+        "threads": ["python3"], "refuses_to_fork": None, "lacks": None,
+        "child": {"device": "cuda", "sum": 8.0, "known": {"energy_j": 1.0}, "missing": {"mig": "not offered"}},
+    },
+    "clock": {"events_over_wall": 0.999, "events_over_kernels": 1.01, "after_rest": {"0.003": 1.002, "2.0": 1.2}},
+    "counters": {
+        "energy_period_ms": 20.0, "queued": {"idle": 0, "of": 10, "sm_clock_hz": 1.98e9},
+        "after": {"idle": 9, "of": 10, "sm_clock_hz": 1.9e9},
+    },
+    "attention": {"takes_mask": {"FLASH_ATTENTION": False, "CUDNN_ATTENTION": True}, "chosen": {"causal": "CUDNN"}},
+    "names": {"kernels": {"bfloat16": {"nvjet_tst": "GEMM"}}, "unknown": [], "empty": []},
+    "lengths": {name: {"new_ms": 0.1, "again_ms": 0.1, "worst_ms": 0.2} for name in ("default", "flash")},
+}  # fmt: skip
+PROFILE = {
+    "step": {
+        "step": {"value": 0.5}, "remainder": {"low": -0.001, "high": 0.002}, "pairs": 8, "explained": True,
+    },
+    "categories_s": {"matmul": {"forward": 0.3}, "other": {"forward": 0.001}, "idle": {"forward": 0.5}},
+    "ceilings": {"train": {"hfu": {"value": 0.5}, "mfu": {"value": 0.4}}},
+}  # fmt: skip
+RATIO = {"verdict": "equivalent", "ratio": 1.0, "low": 0.99, "high": 1.01}
+DOCUMENTS = {
+    "selftest": {
+        "outcomes": [{"control": "CUDA: one", "instrument": "spy", "held": True, "fault": None}],
+        "counts": {"held": 1, "failed": 0, "skipped": 0},
+    },
+    "profile-lora-r16": PROFILE, "profile-qlora-nf4-r16": PROFILE,
+    "estimate": {"train": {"measured_bytes": 100, "total_bytes": 105, "error": 0.05}},
+    "same": {"comparisons": [RATIO | {"metric": "step_time_s"}], "control": {"train": RATIO}},
+    "lockstep": {"control": {"train": RATIO}},
+    "replicates": {"control": {"train": RATIO | {"low": 0.9, "high": 1.1}}},
+}  # fmt: skip
+
+
+class Found:
+    """A campaign's folder with what its steps would have left."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.facts, self.documents = copy.deepcopy(FACTS), copy.deepcopy(DOCUMENTS)
+        self.tests = "".join(
+            f'<testcase classname="{file.removesuffix(".py").replace("/", ".")}" name="{name}"/>'
+            for file, name in sorted(deciding_tests())
+        )
+
+    def decide(self, name):
+        outputs = self.folder / "outputs"
+        outputs.mkdir(exist_ok=True)
+        journal = Journal(self.folder, "card")
+        for one in STEPS:
+            journal.add(Entry(
+                step=one.name, outcome="done", code=0, took_s=1.0, begun_unix_s=0.0, device="card", unit="u",
+                sources="s",
+            ))  # fmt: skip
+        facts = "".join(json.dumps({"fact": fact, **told}) + "\n" for fact, told in self.facts.items())
+        (outputs / "probe.out").write_text(facts)
+        for step, document in self.documents.items():
+            (outputs / f"{step}.out").write_text(json.dumps(document))
+        (outputs / "tests-meters.xml").write_text(f"<testsuites><testsuite>{self.tests}</testsuite></testsuites>")
+        return BY_NAME[name].decide(Evidence(self.folder, journal))
+
+
+def deciding_tests():
+    """What is named in the sources of the claims, as pytest names it."""
+    names = {
+        cell.cell_contents
+        for claim in CLAIMS
+        for cell in claim.judge.__closure__ or ()
+        if isinstance(cell.cell_contents, tuple)
+    }
+    return {tuple(name.split("::")) for group in names for name in group}
+
+
+@pytest.fixture
+def found(tmp_path):
+    return Found(tmp_path)
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.name)
+def test_a_claim_is_quoted_from_where_it_stands(claim):
+    """A sentence that is no longer there makes no claim."""
+    text = " ".join((ROOT / claim.file).read_text(encoding="utf-8").replace("**", "").split())
+    assert " ".join(claim.quote.split()) in text
+
+
+def test_names_are_unique_and_every_test_that_decides_exists():
+    """A claim that rests on a test that is gone could never be decided."""
+    assert len(BY_NAME) == len(CLAIMS)
+    assert deciding_tests()
+    for file, name in deciding_tests():
+        assert f"def {name}(" in (ROOT / file).read_text(), name
+
+
+SOUND = sorted(set(BY_NAME) - {"the study", "shared base", "cold start"})
+"""Those that need no run."""
+
+
+@pytest.mark.parametrize("name", SOUND)
+def test_what_was_found_as_it_should_be_confirms(found, name):
+    """With the evidence beside it."""
+    decision = found.decide(name)
+    assert decision.verdict == "confirmed", decision
+    assert decision.evidence
+
+
+@pytest.mark.parametrize(
+    ("name", "of", "change"),
+    [
+        ("fork", "zygote", {"refuses_to_fork": "2 threads"}),
+        ("fork", "zygote", {"lacks": "a library of CUDA"}),
+        ("counters", "zygote", {"child": {"known": {}, "missing": {"mig": ""}}}),
+        ("events", "clock", {"events_over_wall": 0.9}),
+        ("events", "clock", {"events_over_kernels": 0.9}),
+        ("hand-over", "clock", {"after_rest": {"0.003": 1.05}}),
+        ("energy period", "counters", {"energy_period_ms": 200.0}),
+        ("clocks", "counters", {"queued": {"idle": 3, "of": 10, "sm_clock_hz": None}}),
+        ("mask", "attention", {"takes_mask": {"FLASH_ATTENTION": True}}),
+        ("names", "names", {"unknown": ["some_kernel"]}),
+        ("new lengths", "lengths", {"default": {"new_ms": 30.0, "again_ms": 0.1, "worst_ms": 40.0}}),
+    ],
+)
+def test_a_fact_that_is_otherwise_refutes(found, name, of, change):
+    """And says what was found."""
+    found.facts[of] |= change
+    decision = found.decide(name)
+    assert decision.verdict == "refuted", decision
+
+
+@pytest.mark.parametrize(
+    ("name", "step", "change"),
+    [
+        ("sabotage", "selftest", {"outcomes": [
+            {"control": "CUDA: one", "instrument": "spy", "held": True, "fault": None},
+            {"control": "CUDA: two", "instrument": "spy", "held": False, "fault": "missed"},
+        ]}),
+        ("phases, bf16", "profile-lora-r16", {"step": PROFILE["step"] | {"explained": False}}),
+        ("kernels of a step", "profile-lora-r16", {"categories_s": {"matmul": {"a": 0.9}, "other": {"a": 0.1}}}),
+        ("MFU", "profile-qlora-nf4-r16", {"ceilings": {"train": {"hfu": {"value": 1.2}, "mfu": {"value": 1.0}}}}),
+        ("estimate", "estimate", {"train": {"measured_bytes": 100, "total_bytes": 120, "error": 0.2}}),
+        ("A/A", "same", {"comparisons": [RATIO | {"metric": "step_time_s", "verdict": "regressed"}]}),
+        ("A/A", "same", {"control": {"train": RATIO | {"verdict": "improved"}}}),
+        ("levels", "lockstep", {"control": {"train": RATIO | {"low": 0.5, "high": 1.5}}}),
+    ],
+)  # fmt: skip
+def test_a_document_that_says_otherwise_refutes(found, name, step, change):
+    """By the limits that stand beside the judges."""
+    found.documents[step] |= change
+    assert found.decide(name).verdict == "refuted"
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil"),
+    [
+        ("fork", lambda found: found.facts.pop("zygote")),
+        ("fork", lambda found: found.facts.update(zygote={"error": "it died"})),
+        ("fork", lambda found: found.facts["zygote"]["child"].update(device="cpu")),
+        ("events", lambda found: found.facts.update(clock={"skipped": "no card"})),
+        ("events", lambda found: found.facts["clock"].update(events_over_kernels=None)),
+        ("energy period", lambda found: found.facts["counters"].update(energy_period_ms=None)),
+        ("names", lambda found: found.facts["names"].update(empty=["norm"])),
+        ("sabotage", lambda found: found.documents["selftest"].update(outcomes=[])),
+        ("phases, bf16", lambda found: found.documents["profile-lora-r16"]["step"].update(explained=None)),
+        ("MFU", lambda found: found.documents["profile-lora-r16"].update(ceilings={})),
+        ("estimate", lambda found: found.documents["estimate"]["train"].update(measured_bytes=None)),
+        ("estimate", lambda found: found.documents.update(estimate=["another form"])),
+        ("levels", lambda found: found.documents["lockstep"].update(control={})),
+        ("the study", lambda found: None),
+        ("wall", lambda found: setattr(found, "tests", "")),
+    ],
+)
+def test_what_was_not_seen_decides_nothing(found, name, spoil):
+    """Missing, broken, skipped or of another form: the reason is the evidence."""
+    spoil(found)
+    decision = found.decide(name)
+    assert decision.verdict == "not decided", decision
+    assert decision.evidence
+
+
+def test_tests_decide_by_what_became_of_them(found):
+    """One that failed refutes, one that was skipped decides nothing, whatever the others say."""
+    case = '<testcase classname="tests.machine.test_gpu" name="test_device_events_agree_with_the_wall"'
+    for inner, verdict in (
+        ("<failure message='off by 2 %'/>", "refuted"),
+        ("<skipped message='no card'/>", "not decided"),
+    ):
+        found.tests = f"{case}>{inner}</testcase>"
+        decision = found.decide("wall")
+        assert decision.verdict == verdict
+        assert ("off by 2 %" if verdict == "refuted" else "no card") in decision.evidence
+
+
+@pytest.mark.parametrize(("status", "verdict"), [("ok", "confirmed"), ("oom", "refuted")])
+def test_the_study_is_judged_by_its_records(found, write_run, status, verdict):
+    """Every trial ok and every check met on both bases; one that is not refutes, with its name."""
+
+    def change(record):
+        return dataclasses.replace(record, status=status) if record.trial == "r0-plain" else record
+
+    run = write_run("kept", {"plain": [0.1, 0.1], "nf4": [0.1, 0.1]}, control=0.0, change=change)
+    (found.folder / "runs" / "study").mkdir(parents=True, exist_ok=True)
+    run.rename(found.folder / "runs" / "study" / "kept")
+    decision = found.decide("the study")
+    assert decision.verdict == verdict, decision
+    assert ("r0-plain oom" if status == "oom" else "nf4, plain ok") in decision.evidence
+
+
+def test_a_rehearsal_decides_nothing(found):
+    """Whatever lies there."""
+    decisions = report.decide(CLAIMS, None, rehearsed=True)
+    assert {decision.verdict for _, decision in decisions} == {"not decided"}

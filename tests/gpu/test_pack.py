@@ -1,0 +1,110 @@
+"""What travels to a machine without a network is all that is needed there; what comes back is laid where it belongs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import io
+import re
+import tarfile
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from benchmarks.gpu import __main__ as door
+from benchmarks.gpu import pack
+
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def name(requirement):
+    return re.sub(r"[-_.]+", "-", Requirement(requirement).name).lower()
+
+
+def carried():
+    lines = [line for line in pack.CARRIED.read_text().splitlines() if not line.startswith("#")]
+    return {name(line): Requirement(line) for line in lines}
+
+
+def test_every_dependency_is_carried_or_there():
+    """One that is added later cannot be forgotten; what the tests marked `gpu` import beside is there, too."""
+    needed = {name(one) for one in PROJECT["dependencies"]} | {"hypothesis", "pytest-timeout", "psutil", "gguf"}
+    assert needed <= set(carried()) | pack.ASSUMED
+    assert not set(carried()) & pack.ASSUMED
+
+
+def test_what_is_carried_is_pinned_within_what_the_project_allows():
+    """One version each, so that what was tried is what travels."""
+    allowed = {name(one): Requirement(one).specifier for one in PROJECT["dependencies"]}
+    for one, requirement in carried().items():
+        version = re.fullmatch(r"==([\w.]+)", str(requirement.specifier))
+        assert version, one
+        assert version[1] in allowed.get(one, requirement.specifier), one
+
+
+def test_only_the_libraries_of_that_cuda_are_kept(tmp_path):
+    """And those of a CPU, which bitsandbytes falls back to; without the one for CUDA there is nothing to carry."""
+    folder = tmp_path / "bitsandbytes"
+    (folder / "tests").mkdir(parents=True)
+    for cuda in ("cuda118", "cuda130", "cpu"):
+        (folder / f"libbitsandbytes_{cuda}.so").touch()
+    pack.slim(tmp_path, "130")
+    assert sorted(path.name for path in folder.iterdir()) == ["libbitsandbytes_cpu.so", "libbitsandbytes_cuda130.so"]
+    with pytest.raises(FileNotFoundError, match="--cuda"):
+        pack.slim(tmp_path, "999")
+
+
+def test_the_projects_entry_points_are_found_without_its_wheel(tmp_path):
+    """pytest loads the plugin by them."""
+    pack.describe(tmp_path)
+    found = next(iter(importlib.metadata.distributions(path=[str(tmp_path)])))
+    assert (found.metadata["Name"], found.version) == (PROJECT["name"], PROJECT["version"])
+    points = {(one.group, one.name): one.value for one in found.entry_points}
+    assert points["console_scripts", "lorameter"] == PROJECT["scripts"]["lorameter"]
+    assert points["pytest11", "lorameter"] == PROJECT["entry-points"]["pytest11"]["lorameter"]
+
+
+def test_what_a_call_found_comes_back_to_where_the_next_looks(tmp_path, monkeypatch):
+    """The state in its place, reports and page; what is large stays behind."""
+    there, here = tmp_path / "there", tmp_path / "here"
+    monkeypatch.setattr(pack, "ROOT", there)
+    monkeypatch.setattr(pack, "MOST_PACKED_BYTES", 10)
+    for file, text in (
+        (".gpu/elsewhere/journal.jsonl", "{}"), (".gpu/elsewhere/runs/a/tokens", "x" * 11),
+        ("reports/2027_card_gpu/report.txt", "r"), ("reports/proof/other.txt", "o"), ("docs/gpu.md", "p"),
+    ):  # fmt: skip
+        (there / file).parent.mkdir(parents=True, exist_ok=True)
+        (there / file).write_text(text)
+    archive = pack.pack_results(tmp_path, there / ".gpu" / "elsewhere", there / "reports", there / "docs" / "gpu.md")
+    here.mkdir()
+    assert sorted(pack.take(archive, here)) == [
+        ".gpu/state/journal.jsonl", "docs/gpu.md", "reports/2027_card_gpu/report.txt",
+    ]  # fmt: skip
+    assert (here / "docs" / "gpu.md").read_text() == "p"
+
+
+@pytest.mark.parametrize("hostile", ["harness/cli.py", "../outside", ".gpu/state/../../harness/cli.py", "/etc/passwd"])
+def test_an_archive_writes_nothing_else(tmp_path, hostile):
+    """It comes from another machine."""
+    archive = tmp_path / "a.tar.gz"
+    with tarfile.open(archive, "w:gz") as file:
+        member = tarfile.TarInfo(hostile)
+        member.size = 1
+        file.addfile(member, io.BytesIO(b"x"))
+    root = tmp_path / "root"
+    root.mkdir()
+    with pytest.raises((ValueError, tarfile.TarError)):
+        pack.take(archive, root)
+    assert not list(root.rglob("cli.py"))
+
+
+def test_what_was_packed_goes_before_what_is_installed(tmp_path):
+    """In the steps' processes as well, and none of them looks for a network; without it nothing is changed."""
+    plain = door.variables_of({"PYTHONPATH": "/own"}, tmp_path / "nowhere")
+    assert plain["PYTHONPATH"] == f"{ROOT}:/own"
+    assert "HF_HUB_OFFLINE" not in plain
+    packed = door.variables_of({}, tmp_path)
+    assert packed["PYTHONPATH"] == f"{tmp_path}:{ROOT}"
+    assert packed["HF_HUB_OFFLINE"] == packed["TRANSFORMERS_OFFLINE"] == "1"
