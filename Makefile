@@ -161,7 +161,7 @@ proof-history: $(STAMP)
 	status=$$?; cat reports/proof/history.txt; exit $$status; fi
 	$(BIN)/python benchmarks/selftest/index_cost.py > reports/proof/index.txt; \
 	status=$$?; cat reports/proof/index.txt; exit $$status
-	$(BIN)/python benchmarks/selftest/bisect_live.py > reports/proof/bisect.txt; \
+	$(BIN)/python benchmarks/selftest/bisect_live.py --keep $(VENV)/bisect > reports/proof/bisect.txt; \
 	status=$$?; cat reports/proof/bisect.txt; exit $$status
 
 # All tests at both ends of the supported versions: Python 3.12 with torch 2.11 built for CUDA, transformers 5.17,
