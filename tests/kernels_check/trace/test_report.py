@@ -86,11 +86,12 @@ def test_wrong_usage_exits_with_2(arguments):
 
 
 def test_a_reader_that_closes_the_pipe_is_no_error(recording):
-    """``| head -c 1`` ends without a word, with the code of a program that SIGPIPE ended."""
+    """``| head -c 1`` ends without a word of it, with the code of a program that SIGPIPE ended; notices of other
+    versions than the validated ones are another matter."""
     command = f"{sys.executable} -m kernels_check rules --json | head -c 1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert done.returncode in (0, 141)  # all of it fits into a pipe, if that is still open
-    assert done.stderr == ""
+    assert not [line for line in done.stderr.splitlines() if not line.startswith("notice: ")]
 
 
 def test_the_rules_are_printed_in_order_with_evidence(capsys):
