@@ -5,13 +5,14 @@ BIN    := $(VENV)/bin
 NAME   ?= bench
 STAMP  := $(VENV)/.installed
 
-.PHONY: bench test lint study proof proof-harness proof-models proof-statistics proof-levels proof-ab proof-attach proof-meter proof-profile proof-kernels proof-memory proof-reading proof-fuzz proof-faults proof-portable proof-lower-bound test-lower-bound proof-gpu gpu gpu-pack gpu-take clean
+.PHONY: bench test lint study proof proof-harness proof-models proof-statistics proof-levels proof-ab proof-attach proof-meter proof-profile proof-kernels proof-memory proof-reading proof-fuzz proof-faults proof-portable proof-history proof-lower-bound test-lower-bound proof-ranks proof-gpu gpu gpu-pack gpu-take clean
 
 bench: $(STAMP)
 	$(BIN)/pytest benchmarks/ --benchmark-save=$(NAME)
 
 # Two processes, each file in one of them, so that what a file shares is made once. In the order of the tree: its first
-# files start real processes and take longest.
+# files start real processes and take longest. LORAMETER_TRACES names a folder with recordings of GPU runs (of torch.profiler
+# or nsys), each of which is judged as its own sums say; without it that test is skipped.
 test: $(STAMP)
 	$(BIN)/pytest tests/ -n 2 --dist loadfile --no-loadscope-reorder
 
@@ -31,7 +32,7 @@ lint: $(STAMP)
 # output is committed under reports/proof/. Two need data that the project does not hold and are skipped without it:
 # LORAMETER_DOLLY names databricks-dolly-15k.jsonl.gz, LORAMETER_NOISE a folder with the recorded noise
 # (lockstep.csv.gz, one_process.csv.gz, processes.csv.gz). proof-ab takes an hour and wants the machine to itself.
-proof: proof-harness proof-models proof-statistics proof-levels proof-ab proof-attach proof-meter proof-profile proof-kernels proof-memory proof-reading proof-fuzz proof-faults proof-portable proof-lower-bound proof-gpu
+proof: proof-harness proof-models proof-statistics proof-levels proof-ab proof-attach proof-meter proof-profile proof-kernels proof-memory proof-reading proof-fuzz proof-faults proof-portable proof-history proof-lower-bound proof-ranks proof-gpu
 
 proof-harness proof-models: proof-%: $(STAMP)
 	mkdir -p reports/proof
@@ -114,8 +115,8 @@ proof-memory: $(STAMP)
 	$(BIN)/python benchmarks/selftest/estimate.py > reports/proof/estimate.txt; \
 	status=$$?; cat reports/proof/estimate.txt; exit $$status
 
-# Time and memory of reading a run of a hundred thousand trials, and of its report (a few minutes, 1 GB in a temporary
-# folder).
+# Time and memory of reading a run of a hundred thousand trials, of its report, and of its comparison to another (a few
+# minutes, 1 GB in a temporary folder).
 proof-reading: $(STAMP)
 	mkdir -p reports/proof
 	$(BIN)/python benchmarks/selftest/reading.py > reports/proof/reading.txt; \
@@ -145,6 +146,18 @@ proof-portable: $(STAMP)
 	mkdir -p reports/proof
 	$(BIN)/python benchmarks/selftest/portable.py --keep $(VENV)/portable.jsonl > reports/proof/portable.txt; \
 	status=$$?; cat reports/proof/portable.txt; exit $$status
+
+# What a history finds in constructed years with the recorded noise, and what it invents (ten minutes); the index of a
+# thousand runs; and a planted commit among sixteen, looked for three times (a quarter of an hour on a machine to itself).
+proof-history: $(STAMP)
+	mkdir -p reports/proof
+	if test -z "$(LORAMETER_NOISE)"; then echo "recorded noise: skipped, LORAMETER_NOISE is not set"; else \
+	$(BIN)/python benchmarks/selftest/history.py "$(LORAMETER_NOISE)" --keep $(VENV)/history.jsonl > reports/proof/history.txt; \
+	status=$$?; cat reports/proof/history.txt; exit $$status; fi
+	$(BIN)/python benchmarks/selftest/index_cost.py > reports/proof/index.txt; \
+	status=$$?; cat reports/proof/index.txt; exit $$status
+	$(BIN)/python benchmarks/selftest/bisect_live.py > reports/proof/bisect.txt; \
+	status=$$?; cat reports/proof/bisect.txt; exit $$status
 
 # All tests at both ends of the supported versions: Python 3.12 with torch 2.11 built for CUDA, transformers 5.17,
 # scikit-learn, pandas and pyarrow, and the newest of everything (an hour, and 6 GB for each environment in $(VENV)/bounds;
@@ -176,6 +189,14 @@ proof-gpu: $(STAMP)
 	mkdir -p reports/proof
 	$(BIN)/python -m benchmarks.gpu > reports/proof/gpu.txt; \
 	status=$$?; cat reports/proof/gpu.txt; exit $$status
+
+# Two ranks over gloo on this CPU: that they train what one rank trains, by DDP and FSDP2, with LoRA and QLoRA, on a tiny
+# model and on one of 135M with random weights. Half an hour on two cores.
+proof-ranks: $(STAMP)
+	mkdir -p reports/proof
+	for model in tiny-llama random:smollm2-135m; do \
+	$(BIN)/python benchmarks/selftest/ranks_live.py --model $$model || exit $$?; done > reports/proof/ranks.txt; \
+	status=$$?; cat reports/proof/ranks.txt; exit $$status
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lorameter needs Python 3.11 or newer")'

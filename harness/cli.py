@@ -5,13 +5,56 @@ from __future__ import annotations
 import argparse
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
-from harness.commands import ab, catalogue, claims, compare, doctor, estimate, profile, run, sample, wrap
+from harness.commands import (
+    ab,
+    bisect,
+    catalogue,
+    claims,
+    compare,
+    completion,
+    doctor,
+    estimate,
+    export,
+    history,
+    housekeeping,
+    profile,
+    report,
+    run,
+    sample,
+    wrap,
+)
 from harness.errors import EXIT_INVALID, EXIT_UNEXPECTED, LorameterError, redact
 from harness.run.stops import Stops
 from kernels_check.streams import with_streams
 from kernels_check.visible import Parser, tell
+
+EXAMPLES = {
+    "run": "lorameter run lora-or-qlora --effort quick",
+    "report": "lorameter report 20261120-101500-mine-3f2a --html report.html",
+    "list": "lorameter list runs",
+    "model": "lorameter model fetch smollm2-135m",
+    "model fetch": "lorameter model fetch smollm2-135m",
+    "compare": "lorameter compare baseline 20261120-101500-mine-3f2a",
+    "gate": "lorameter gate baseline 20261120-101500-mine-3f2a --format github",
+    "accept": "lorameter accept 20261120-101500-mine-3f2a",
+    "ab": "lorameter ab training-step --base main --candidate HEAD",
+    "calibrate": "lorameter calibrate --effort standard",
+    "wrap": "lorameter wrap -- python train.py --r 64",
+    "doctor": "lorameter doctor",
+    "estimate": "lorameter estimate lora-or-qlora:qlora-nf4-r16 --model llama2-7b",
+    "profile": "lorameter profile lora-or-qlora:qlora-nf4-r16 --try",
+    "sample": "lorameter sample 20261120-101500-mine-3f2a qlora-nf4-r16",
+    "claims": "lorameter claims 20261120-101500-mine-3f2a",
+    "export": "lorameter export 20261120-101500-mine-3f2a --format parquet",
+    "history": "lorameter history step_time_s --study training-step",
+    "bisect": "lorameter bisect training-step --good v0.1.0 --bad HEAD",
+    "prune": "lorameter prune --keep 20 --dry-run",
+    "pack": "lorameter pack 20261120-101500-mine-3f2a",
+    "completion": "lorameter completion bash > lorameter.bash",
+}
+"""What stands at the end of each command's help; runs are named as they are listed."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,9 +95,36 @@ def parser() -> argparse.ArgumentParser:
     )
     subparsers = top.add_subparsers(required=True, metavar="COMMAND")
 
-    for command in (run, catalogue, compare, ab, wrap, doctor, estimate, profile, sample, claims):
-        command.add_commands(subparsers, _common)
+    top.add_argument("--version", action=_Version, nargs=0, help="print the version and end")
+    measuring = (run, ab, bisect, wrap, doctor, estimate, profile)
+    showing = (report, catalogue, compare, sample, claims, export, history, housekeeping, completion)
+    for module in (*measuring, *showing):
+        module.add_commands(subparsers, _common)
+    subparsers.choices["completion"].set_defaults(top=top)
+    for name, command in commands_of(top):
+        command.epilog = f"example: {EXAMPLES[name]}"
     return top
+
+
+def commands_of(parser: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    """The commands below a parser, each by the words that name it, and those below these."""
+    below = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    for command in (command for action in below for command in action.choices.values()):
+        yield command.prog.partition(" ")[2], command
+        yield from commands_of(command)
+
+
+class _Version(argparse.Action):
+    """Prints the version of the distribution, which is looked up only where it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            print(f"lorameter {version('lorameter')}")
+        except PackageNotFoundError:
+            print("lorameter, version unknown: it is not installed as a distribution")
+        parser.exit()
 
 
 def _common(command: argparse.ArgumentParser) -> None:

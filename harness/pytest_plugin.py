@@ -14,6 +14,8 @@ A test asks for a phase with a marker and gets its variants from the study:
 
 from __future__ import annotations
 
+from collections.abc import Generator
+
 import pytest
 
 from harness.commands.options import add_options
@@ -32,16 +34,45 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--lorameter-effort", choices=("quick", "standard", "rigorous"), help="3, 8 or 12 replicates")
     add_options(group.addoption, "replicates", prefix=PREFIX)
     group.addoption("--lorameter-interleave", metavar="L", help="shared-base, lockstep or replicates; default: finest")
-    add_options(group.addoption, "allow-disturbed", "if-busy", prefix=PREFIX)
+    add_options(group.addoption, "precision", "max-minutes", "allow-disturbed", "if-busy", prefix=PREFIX)
+    group.addoption(
+        "--lorameter-dry-run", action="store_true", help="show the plan and what it will take, measure nothing"
+    )
     group.addoption("--lorameter-resume", metavar="RUN", help="go on with a run that broke off, and replay all of it")
     group.addoption("--lorameter-base", metavar="RUN", help="gate: a run, a saved .json, or the word baseline")
     group.addoption("--lorameter-policy", metavar="FILE", help="policy of the gate, as for lorameter gate")
+    add_options(group.addoption, "html", prefix=PREFIX)
     group.addoption("--lorameter-runs-dir", metavar="DIR", help="where runs live")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Register the marker."""
     config.addinivalue_line("markers", "lorameter(phase): replays the samples of one phase: train, generate or cold")
+
+
+FIXTURES = ("replay", "variant_name")
+"""What `attach` brings to a suite."""
+HINT = (
+    "The fixtures of lorameter come with three lines in the conftest.py of the suite:\n\n"
+    "    from harness.pytest_plugin import attach\n\n"
+    "    def pytest_configure(config):\n"
+    "        attach(config)\n"
+)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Where a test is marked as ours and its suite was not attached, say what is missing beside pytest's own words."""
+    report = yield
+    missing = f"fixture '{FIXTURES[0]}' not found", f"fixture '{FIXTURES[1]}' not found"
+    marked = report.failed and item.get_closest_marker("lorameter") is not None
+    if (
+        marked
+        and not item.config.pluginmanager.has_plugin(PLUGIN)
+        and any(one in report.longreprtext for one in missing)
+    ):
+        report.sections.append(("lorameter", HINT))
+    return report
 
 
 def attach(config: pytest.Config) -> None:

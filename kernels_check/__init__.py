@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from kernels_check.judges.batch import probe_isolation
     from kernels_check.judges.paths import REQUIREMENTS
     from kernels_check.rules import Rule, classify
+    from kernels_check.serving import watch_request
     from kernels_check.trace.file import TraceError
     from kernels_check.trace.read import read_trace
     from kernels_check.trace.summary import KernelSummary
@@ -34,6 +35,7 @@ __all__ = [
     "read_trace",
     "verify",
     "watch",
+    "watch_request",
 ]
 
 _HOME = {
@@ -50,6 +52,7 @@ _HOME = {
     "verify": "verification",
     "Watch": "watching",
     "watch": "watching",
+    "watch_request": "serving",
 }
 
 

@@ -76,9 +76,10 @@ def normalise(kernel: str) -> str:
     """Spell a demangled name as Kineto does.
 
     nsys and ncu print C casts (``(int)128``) and ``<unnamed>``; Kineto prints ``128`` and ``(anonymous namespace)``,
-    and a leading ``void``, which says nothing.
+    and a leading ``void``, which says nothing. Recorders of AMD add the ending of a kernel descriptor, ``.kd``.
     """
-    return _C_CAST.sub("", kernel.strip().removeprefix("void ")).replace("<unnamed>", "(anonymous namespace)")
+    bare = kernel.strip().removeprefix("void ").removesuffix(".kd")
+    return _C_CAST.sub("", bare).replace("<unnamed>", "(anonymous namespace)")
 
 
 @cache

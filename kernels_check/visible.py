@@ -8,6 +8,7 @@ cannot be written at all.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import unicodedata
 from typing import Any, NoReturn
@@ -34,9 +35,10 @@ class Parser(argparse.ArgumentParser):
     """A parser of command lines whose refusals repeat what was typed, made visible."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse's, but `--option=--` is refused: it would store an empty list in the place of a text."""
+        """As argparse's, but `--option=--` is refused: it would store an empty list in the place of a text. What stands
+        behind a `--` of its own is another program's."""
         words = sys.argv[1:] if args is None else list(args)
-        for word in words:
+        for word in itertools.takewhile("--".__ne__, words):
             option, _, value = word.partition("=")
             if value == "--" and option.startswith("-"):
                 self.error(f"argument {option}: '--' is no value of it")

@@ -23,6 +23,7 @@ pytest_plugins = ["pytester"]
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two OpenMP threads on two cores collapse under contention
 os.environ["LORAMETER_LOCKS"] = tempfile.mkdtemp(prefix="locks-")  # of this process: the other one measures as well
+os.environ["LORAMETER_BASES"] = tempfile.mkdtemp(prefix="bases-")  # what tests prepare is of no use to anybody
 os.environ.pop("PYTEST_XDIST_WORKER", None)  # a pytest that a test starts would take itself for a part of this one
 
 # How long an example takes is the machine's affair, and beside other work it is long.
@@ -54,6 +55,13 @@ def signals_reach_what_is_started():
     yield
     for number, before in ignored.items():
         signal.signal(number, before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def prepared_bases_are_removed():
+    """They are as large as models."""
+    yield
+    shutil.rmtree(os.environ["LORAMETER_BASES"], ignore_errors=True)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ORDER = "errors stats records studies models machine trial attach verdicts run profile report commands".split()
+ORDER = "errors stats records studies models machine trial attach verdicts results run profile report commands".split()
 """The rooms, from the ground up."""
 DOORS = ("cli", "pytest_plugin", "worker")
 RANK = {room: place for place, room in enumerate(ORDER)} | dict.fromkeys(DOORS, len(ORDER))
 FLOORS = (
-    "streams visible check rules rules_report observation trace judges verification watching probe controls".split()
+    *"streams visible check rules rules_report observation trace judges verification serving ranks watching".split(),
+    *"probe controls".split(),
 )
 """Those of kernels_check; its doors are its two dunder modules."""
 STOREYS = {room: place for place, room in enumerate(FLOORS)} | dict.fromkeys(("__init__", "__main__"), len(FLOORS))

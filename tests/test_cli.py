@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
 import subprocess
 import sys
 
 import pytest
 
-from harness.cli import main
+from harness.cli import EXAMPLES, commands_of, main, parser
 from harness.records import store
 
 
@@ -30,10 +32,10 @@ def test_lists_are_json_on_request(capsys, tmp_path):
     for what, known in (("studies", "lora-or-qlora"), ("models", "tiny-llama")):
         assert main(["list", what, "--json"]) == 0
         document = json.loads(capsys.readouterr().out)
-        assert document["schema"] == 1
+        assert document["schema"] == 2
         assert known in [row["name"] for row in document[what]]
     assert main(["list", "runs", "--json", "--runs-dir", str(tmp_path)]) == 0
-    assert json.loads(capsys.readouterr().out) == {"schema": 1, "runs": []}
+    assert json.loads(capsys.readouterr().out) == {"schema": 2, "runs": []}
     assert main(["list", "variants", "lora-or-qlora"]) == 0
     assert "quantization=nf4" in capsys.readouterr().out
 
@@ -46,20 +48,21 @@ def test_errors_and_lists_act_on_no_terminal(capsys, tmp_path):
     (tmp_path / "\x1b[2Jrun" / "manifest.json").write_text("{")
     assert main(["list", "runs", "--runs-dir", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
-    assert "\\x1b[2Jrun  damaged" in shown
+    assert any("\\x1b[2Jrun" in line and "damaged" in line for line in shown.splitlines())
     assert "\x1b" not in shown
 
 
 @pytest.mark.parametrize(("failing", "said"), [
-    (lambda record: record, "complete  small"),
-    (lambda record: record.replaced(status="crashed"), "complete, none of 6 trials ok  small"),
-    (lambda record: record.replaced(status="oom" if record.replicate else "ok"), "complete, 3 of 6 trials ok  small"),
+    (lambda record: record, "complete"),
+    (lambda record: record.replaced(status="crashed"), "complete, none of 6 trials ok"),
+    (lambda record: record.replaced(status="oom" if record.replicate else "ok"), "complete, 3 of 6 trials ok"),
 ])  # fmt: skip
 def test_a_list_of_runs_says_how_many_trials_are_ok(write_run, capsys, failing, said):
     """A run of which every trial crashed has come to its end, and is not to be taken for one that can be used."""
     path = write_run("20260101-000000-small-0000", {"plain": (1.0, 1.0), "nf4": (1.0, 1.0)}, change=failing)
     assert main(["list", "runs", "--runs-dir", str(path.parent)]) == 0
-    assert capsys.readouterr().out == f"20260101-000000-small-0000  {said}\n"
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "20260101" in line]
+    assert [cell.strip() for cell in line.strip("│").split("│")][:3] == ["20260101-000000-small-0000", "small", said]
     assert main(["list", "runs", "--json", "--runs-dir", str(path.parent)]) == 0
     (row,) = json.loads(capsys.readouterr().out)["runs"]
     assert row["status"] == "complete"
@@ -136,7 +139,7 @@ def test_a_run_prints_one_json_document(swept, capsys):
     """A real run of two small variants: status, trials and control on stdout, progress on stderr, exit code 0."""
     done, runs = swept
     document = json.loads(done.stdout)
-    assert document["schema"] == 1
+    assert document["schema"] == 2
     assert document["trials"] == {"ok": 3 + 3}  # taking turns on one base, and solo
     assert (document["status"], done.returncode) == ("ok", 0)
     assert set(document["control"]) == {"train", "generate", "cold"}
@@ -150,11 +153,15 @@ def test_a_run_prints_one_json_document(swept, capsys):
 def test_a_sweep_of_adapters_runs_on_one_base(swept):
     """From study to records: one process and one load a replicate, solo trials for what needs a process alone."""
     done, runs = swept
-    records = store.read_run(json.loads(done.stdout)["run"], runs).records
+    run = store.read_run(json.loads(done.stdout)["run"], runs)
+    records = run.records
     timed = [record for record in records if "step_time_s" in record.samples]
     solo = [record for record in records if record.trial.endswith("-solo")]
     assert len(timed) == len(solo) == 3
     assert sum(record.values["base_loads"] for record in timed) == 1
+    assert [(base.conversions, base.quantisations) for base in run.manifest.bases] == [(1, 0)]
+    assert not any(record.values["base_conversions"] for record in records)
+    assert all(record.values["cold_base_conversions"] == 1 for record in solo)  # as a user's
     assert all(record.interleaving == "shared-base" and not record.memory for record in timed)
     assert all({"merged_request_time_s", "cold_start_time_s"} <= set(record.samples) for record in solo)
     assert all(record.memory["adapter_bytes"] > 0 for record in solo)
@@ -206,6 +213,12 @@ def test_what_the_parser_could_not_keep_is_refused(capsys, arguments):
     assert "error: argument" in capsys.readouterr().err
 
 
+def test_words_of_another_program_are_its_own(tmp_path, capfd):
+    """Behind `--` nothing is refused that lorameter could not keep."""
+    assert main(["wrap", "--runs-dir", str(tmp_path), "--", "echo", "--sep=--", "--", "-x=--"]) == 0
+    assert capfd.readouterr().out == "--sep=-- -- -x=--\n"
+
+
 def test_reading_makes_no_folder(write_run, tmp_path, monkeypatch, capsys):
     """A report by its path needs no runs directory: none is made, and one that could not be made is no error."""
     path = write_run("mine", {"plain": [1.0] * 5, "nf4": [1.1] * 5})
@@ -227,3 +240,36 @@ def test_a_title_with_a_bracket_is_shown_as_it_is(tmp_path, capsys):
     (tmp_path / "mine.toml").write_text("title = 'a [/b] c'\n[[variant]]\nname = 'x'\n")
     assert main(["run", str(tmp_path / "mine.toml"), "--dry-run", "--runs-dir", str(tmp_path)]) == 0
     assert "a [/b] c" in capsys.readouterr().out
+
+
+def test_every_command_ends_its_help_with_an_example_that_it_takes(monkeypatch):
+    """None is missing, none is of a command that is gone, and each can be typed as it stands."""
+    monkeypatch.setenv("COLUMNS", "80")
+    top = parser()
+    named = dict(commands_of(top))
+    assert set(named) == set(EXAMPLES)
+    for name, command in named.items():
+        assert f"\nexample: {EXAMPLES[name]}\n" in command.format_help(), "on one line, as it is copied"
+        words = shlex.split(EXAMPLES[name].partition(" > ")[0])
+        assert words[0] == "lorameter"
+        assert words[1 : 1 + len(name.split())] == name.split() or name == "model"
+        top.parse_args(words[1:])
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_a_shell_is_told_every_command(shell, capsys):
+    """A script for each shell, with all commands."""
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    for name in EXAMPLES:
+        assert name.split()[0] in script
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash on this machine")
+def test_bash_completes_by_it(tmp_path, capsys):
+    """Asked in a real shell."""
+    main(["completion", "bash"])
+    (tmp_path / "completion").write_text(capsys.readouterr().out)
+    asked = "source completion; COMP_WORDS=(lorameter rep); COMP_CWORD=1; _shtab_lorameter; echo ${COMPREPLY[@]}"
+    done = subprocess.run(["bash", "-c", asked], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["report"]

@@ -21,7 +21,7 @@ import os
 from pathlib import Path
 import harness.run.executors.local
 from harness.pytest_plugin import attach
-from harness.records.preparation import Hello, TokenSummary
+from harness.records.preparation import BaseSummary, Hello, TokenSummary
 from harness.records.record import Failure, Fragment
 from harness.run.executors import Place
 from harness.run.executors.local import LocalExecutor
@@ -65,6 +65,8 @@ class Executor(LocalExecutor):
     def clear_place(self, trial): pass
     def hello(self):
         return Hello(harness="1.0", pid=1, import_time_s=1.0, device="cpu", torch="0")
+    def prepare_base(self, request):
+        return BaseSummary(path="b", hash="b" * 64, base="b", bytes=1, conversions=0, quantisations=0, seconds=0.0)
     def prepare_tokens(self, workload, *, keep=True):
         return TokenSummary(path="t", hash="abc", data="synthetic", synthetic=True, real_tokens=1, padded_tokens=0,
                             tokenizer_substituted=False, train_sequences=1, records=1)
@@ -486,6 +488,36 @@ def test_a_project_that_does_not_attach_is_left_alone(pytester):
     result = pytester.runpytest_subprocess("--benchmark-json=out.json", *LEAN)
     result.assert_outcomes(passed=1)
     assert "lorameter" not in json.loads((pytester.path / "out.json").read_text())["machine_info"]
+
+
+def test_a_suite_that_forgot_to_attach_is_told_how(pytester):
+    """Beside pytest's own words for a fixture that it does not find; another project's missing fixture is its own."""
+    pytester.makeini("[pytest]\nmarkers = lorameter(phase): a phase")
+    pytester.makepyfile(TESTS + "\ndef test_of_others(replay): pass\n")
+    result = pytester.runpytest_subprocess(*LEAN)
+    result.assert_outcomes(errors=4)
+    assert result.stdout.str().count("from harness.pytest_plugin import attach") == 3
+
+
+def test_a_dry_run_shows_the_plan_and_measures_nothing(suite):
+    """Order, level, time, memory and disk; each test says why it is skipped, and options of the plan count."""
+    result = suite("--lorameter-dry-run", "--lorameter-replicates=2", "-rs")
+    result.assert_outcomes(skipped=6)
+    result.stdout.fnmatch_lines(["*lorameter plan*", "*replicate 2: *", "*level * *", "*time * *", "*memory * *"])
+    result.stdout.fnmatch_lines(["SKIPPED*--lorameter-dry-run: *nothing was measured"])
+    assert "replicate 3" not in result.stdout.str()
+    assert not suite.measured()
+    assert not (suite.path / ".lorameter").exists()
+    refused = suite("--lorameter-dry-run", "--lorameter-base=some-run")
+    assert refused.ret == pytest.ExitCode.USAGE_ERROR
+
+
+def test_precision_and_minutes_are_those_of_the_command_line(suite):
+    """Both reach the protocol of the run that is measured."""
+    suite("--lorameter-precision=0.2", "--lorameter-max-minutes=30", "-k", "train").assert_outcomes(passed=2)
+    (manifest,) = suite.path.glob(".lorameter/runs/*/manifest.json")
+    protocol = json.loads(manifest.read_text())["study"]["protocol"]
+    assert (protocol["precision"], protocol["max_minutes"]) == (0.2, 30.0)
 
 
 def test_the_real_thing(suite, monkeypatch):

@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,30 +28,50 @@ ROOT = Path(__file__).parents[2]
 LOOPS = Path(__file__).with_name("agreement_loops.py")
 
 
-def ask(*words: str, folder: Path) -> str:
-    """What lorameter prints."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Twice:
+    """One training as two have read it."""
+
+    what: str
+    """What was trained, as the process that built it tells."""
+    followed_s: float
+    """Median time of a step as the follower reads it."""
+    recorded_s: float
+    """The same as the trial records it."""
+
+
+def start(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """lorameter on one thread, in a folder; what it printed and how it ended."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     variables = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "harness.cli", *words, "--runs-dir", str(folder / "runs")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder, env=variables)
+    command = [sys.executable, "-m", "harness.cli", *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder, env=variables)
+
+
+def ask(*words: str, folder: Path) -> str:
+    """What lorameter prints."""
+    done = start(*words, "--runs-dir", str(folder / "runs"), folder=folder)
     if done.returncode not in (0, 1, 3):
         raise SystemExit(f"{' '.join(words)} ended with {done.returncode}: {done.stderr[-2000:]}")
     return done.stdout
 
 
-def read_twice(model: str, steps: int, folder: Path) -> tuple[float, float]:
-    """Median step times of one training in seconds: as the follower reads them, as the trial records them."""
+def read_twice(model: str, steps: int, folder: Path) -> Twice:
+    """One training, read from inside and from outside."""
     told = folder / "told.json"
     command = [sys.executable, LOOPS.name, "trial", "--model", model, "--steps", str(steps), "--told", str(told)]
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    variables = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    wrap = [sys.executable, "-m", "harness.cli", "wrap", "--no-report", "--runs-dir", str(folder / "one"), "--"]
-    subprocess.run([*wrap, *command], check=True, cwd=folder, env=variables, capture_output=True)
+    start("wrap", "--no-report", "--runs-dir", str(folder / "one"), "--", *command, folder=folder).check_returncode()
     (run,) = store.list_runs(folder / "one")
     (record,) = store.read_run(str(run), run.parent).records
     followed = record.samples["step_time_s"]
-    recorded = json.loads(told.read_text(encoding="utf-8"))[-len(followed) :]
-    return statistics.median(followed[-len(recorded) :]), statistics.median(recorded)
+    document = json.loads(told.read_text(encoding="utf-8"))
+    recorded = document["times"][-len(followed) :]
+    variant, threads = document["variant"], document["threads"]
+    return Twice(
+        what=f"{variant['quantization']}, LoRA of rank {variant['r']}, {threads} thread{'' if threads == 1 else 's'}",
+        followed_s=statistics.median(followed[-len(recorded) :]),
+        recorded_s=statistics.median(recorded),
+    )
 
 
 def against(way: str, chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -71,14 +92,15 @@ def main() -> None:
     options.add_argument("--steps", type=int, default=40)
     chosen = options.parse_args()
     print(origin_of(ROOT))
-    print(f"{chosen.model}, NF4, LoRA of rank 16, one thread")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         (folder / LOOPS.name).write_text(LOOPS.read_text(encoding="utf-8"), encoding="utf-8")
-        followed, recorded = read_twice(chosen.model, 5 * chosen.steps, folder)
+        found = read_twice(chosen.model, 5 * chosen.steps, folder)
+        print(f"{chosen.model}, {found.what}")
         print(
-            f"one trial, read twice: {recorded * 1e3:.3f} ms as it records its steps, {followed * 1e3:.3f} ms as they "
-            f"are followed from outside: {followed / recorded:.4f}"
+            f"one trial, read twice: {found.recorded_s * 1e3:.3f} ms as it records its steps, "
+            f"{found.followed_s * 1e3:.3f} ms as they are followed from outside: "
+            f"{found.followed_s / found.recorded_s:.4f}"
         )
         for way in ("loop", "trainer"):
             row = against(way, chosen, folder)

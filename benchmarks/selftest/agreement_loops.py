@@ -1,7 +1,7 @@
 """One training, by three loops over the same model, optimizer, schedule and batches.
 
 `trial` is lorameter's own, `loop` the one that somebody would write, `trainer` that of transformers. With `--told FILE`
-the trial's own record of its steps is written there.
+the trial's own record of its steps is written there, and what was trained.
 
 python agreement_loops.py {trial,loop,trainer} [--model MODEL] [--steps N] [--told FILE]
 """
@@ -12,10 +12,12 @@ import argparse
 import dataclasses
 import json
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
+from harness.records import codec
 from harness.studies.protocol import Protocol
 from harness.studies.request import TrialRequest
 from harness.studies.study_file import load_study
@@ -48,7 +50,7 @@ def train_by_trial(request: TrialRequest, steps: int) -> list[float]:
 
 def train_by_loop(request: TrialRequest, steps: int) -> None:
     """As a loop is written."""
-    trainee, stream = _built(request, steps)
+    trainee, stream = build_both(request, steps)
     trainee.model.train()
     for _ in range(steps):
         trainee.model(**stream.take(), use_cache=False).loss.backward()
@@ -62,17 +64,31 @@ def train_by_trainer(request: TrialRequest, steps: int) -> None:
     """With what transformers' Trainer does beside: its callbacks, its log, the norm of the gradients."""
     from transformers import Trainer, TrainingArguments
 
-    trainee, stream = _built(request, steps)
-    batches = [{name: values[0] for name, values in stream.take().items()} for _ in range(64)]
+    trainee, stream = build_both(request, steps)
     arguments = TrainingArguments(
-        output_dir="out", max_steps=steps, per_device_train_batch_size=1, use_cpu=True, report_to=[], disable_tqdm=True,
-        save_strategy="no", max_grad_norm=request.variant.max_grad_norm, logging_steps=10,
+        output_dir="out", max_steps=steps, per_device_train_batch_size=request.workload.batch_size, use_cpu=True,
+        report_to=[], disable_tqdm=True, save_strategy="no", max_grad_norm=request.variant.max_grad_norm,
+        logging_steps=10,
     )  # fmt: skip
     optimizers = (trainee.optimizer, trainee.schedule)
-    Trainer(trainee.model, arguments, train_dataset=batches, optimizers=optimizers).train()
+    Trainer(trainee.model, arguments, train_dataset=Rows(stream), optimizers=optimizers).train()
 
 
-def _built(request: TrialRequest, steps: int) -> tuple[Trainee, TokenStream]:
+class Rows(torch.utils.data.IterableDataset[dict[str, torch.Tensor]]):
+    """The rows of a stream in its order: of what has a length a Trainer would draw them in an order of its own."""
+
+    def __init__(self, stream: TokenStream) -> None:
+        self._stream = stream
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        while True:
+            batch = self._stream.take()
+            names, columns = list(batch), list(batch.values())
+            yield from (dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True))
+
+
+def build_both(request: TrialRequest, steps: int) -> tuple[Trainee, TokenStream]:
+    """What is trained, and on what."""
     stream = TokenStream(Path(request.tokens_path), request.workload, request.variant, request.device)
     return build(request, steps=steps, shared=SharedBase()), stream
 
@@ -91,7 +107,8 @@ def main() -> None:
         if chosen.way == "trial":
             times = train_by_trial(request, chosen.steps)
             if chosen.told is not None:
-                chosen.told.write_text(json.dumps(times))
+                told = {"variant": codec.to_json(request.variant), "threads": torch.get_num_threads(), "times": times}
+                chosen.told.write_text(json.dumps(told))
         elif chosen.way == "loop":
             train_by_loop(request, chosen.steps)
         else:

@@ -17,7 +17,9 @@ from hostile_door import FREE_BYTES, MACHINE, Door, Enter, RefusedError, printed
 from harness.commands.output import print_json
 from harness.errors import LorameterError, redact
 from harness.records import codec
-from harness.report.gate import describe_gate, gate_annotations, gate_markdown
+from harness.report.annotations import gate_annotations
+from harness.report.gate import describe_gate
+from harness.report.markdown import markdown_of
 from harness.report.plan import describe_plan
 from harness.run.executors.environments import parse_requirements
 from harness.run.measure import plan_study
@@ -53,7 +55,7 @@ def _enter_policy(folder: Path, content: bytes) -> str:
     report = compare(base, candidate, metrics=policy.metrics, limits_of=policy.limits_of)
     result = judge(report, policy)
     return "".join(
-        (show(describe_gate(result)), gate_markdown(result), gate_annotations(result),
+        (show(describe_gate(result)), markdown_of(describe_gate(result)), gate_annotations(result),
          printed(lambda: print_json(gate_document(result))))
     )  # fmt: skip
 

@@ -24,9 +24,11 @@ from harness.records import codec, store
 from harness.records.evidence import CHECKS
 from harness.records.forms import flaw_of
 from harness.records.record import Fragment
+from harness.report.annotations import gate_annotations
 from harness.report.claims import describe_claims
 from harness.report.comparison import describe_comparison
-from harness.report.gate import describe_gate, gate_annotations, gate_markdown
+from harness.report.gate import describe_gate
+from harness.report.markdown import markdown_of
 from harness.report.run import describe_run
 from harness.report.sample import read_samples
 from harness.report.view import encode_run, view_of
@@ -125,7 +127,7 @@ def against(candidate: object) -> str:
     report = compare(base, candidate, force=True)
     result = judge(report, load_policy(None))
     return "".join(
-        (show(describe_gate(result)), gate_markdown(result), gate_annotations(result),
+        (show(describe_gate(result)), markdown_of(describe_gate(result)), gate_annotations(result),
          printed(lambda: print_json(gate_document(result))))
     )  # fmt: skip
 

@@ -17,7 +17,7 @@ JUDGES = (
     *("check", "verification"),
     *("judges/adapter", "judges/attached", "judges/attention", "judges/base_layers", "judges/base_products"),
     *("judges/batch", "judges/execution", "judges/fused", "judges/learning", "judges/loss", "judges/optimizer"),
-    *("judges/paths", "judges/trained"),
+    *("judges/paths", "judges/request", "judges/trained"),
     *("observation/adapter_biases", "observation/adapter_calls", "observation/adapter_kinds"),
     *("observation/adapter_layers", "observation/events", "observation/mixing", "observation/operators"),
     *("observation/adapter_targets", "observation/adapter_updates", "observation/adapter_values"),

@@ -1,4 +1,4 @@
-"""What it takes to read a run of very many trials, and a report of one of many variants.
+"""What it takes to read a run of very many trials, to report it, and to compare it to another as large.
 
     python benchmarks/selftest/reading.py [--trials N]
 
@@ -52,7 +52,11 @@ MOST_MEMORY = 4.0
 """Peak memory of reading, over the size of the files."""
 MOST_REPORT_S = 3.0
 MOST_LARGE_REPORT_S = 30.0
-"""Reports of the many variants, and of the many trials."""
+"""Reports of the many variants, and of the many trials; their comparisons, too."""
+MOST_PAGE_S = 10.0
+MOST_PAGE_BYTES = 3_000_000
+MOST_TRIALS_OF_A_PAGE = 10_000
+"""Of the page of the many variants; of more trials nobody opens one."""
 
 
 @dataclass(frozen=True)
@@ -154,18 +158,30 @@ def read_apart(path: Path) -> Cost:
     return Cost(**json.loads(done.stdout))
 
 
-def report_apart(path: Path) -> Cost:
-    """What `lorameter report` takes, from its start to its end."""
+def command_apart(path: Path, *words: str) -> Cost:
+    """What a command of `lorameter` takes that reads runs of this kind, from its start to its end."""
     before, begun = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     called = "import sys; from harness.cli import main; sys.exit(main(sys.argv[1:]))"
     done = subprocess.run(
-        [sys.executable, "-c", called, "report", str(path), "--runs-dir", str(path.parent)],
+        [sys.executable, "-c", called, *words, "--runs-dir", str(path.parent)],
         env=_environment(), stdout=subprocess.PIPE, check=False,
     )  # fmt: skip
     wall, after = time.perf_counter() - begun, resource.getrusage(resource.RUSAGE_CHILDREN)
-    if done.returncode not in (0, 4) or b"step time" not in done.stdout:  # 4: its control may differ by chance
-        raise SystemExit(f"{path}: no report, exit code {done.returncode}")
+    if done.returncode not in (0, 3, 4) or b"step time" not in done.stdout:  # 4: its control may differ by chance
+        raise SystemExit(f"{path}: no {words[0]}, exit code {done.returncode}")
     return Cost(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, wall)
+
+
+def copy_run(path: Path) -> Path:
+    """The same trials as another run: what comparing takes does not depend on what they say."""
+    copy = path.with_name(path.name + "-again")
+    copy.mkdir()
+    for file in path.iterdir():
+        (copy / file.name).hardlink_to(file)
+    manifest = dataclasses.replace(store.read_manifest(path), run=copy.name)
+    (copy / "manifest.json").unlink()
+    (copy / "manifest.json").write_text(codec.dumps(manifest) + "\n", encoding="utf-8")
+    return copy
 
 
 def _environment() -> dict[str, str]:
@@ -184,8 +200,8 @@ def machine_line() -> str:
     )
 
 
-def judge(path: Path, what: str, most_report_s: float, say: Callable[[str], None]) -> Iterator[str]:
-    """Read a run and report it; yields what does not hold."""
+def judge(path: Path, what: str, most_s: float, say: Callable[[str], None]) -> Iterator[str]:
+    """Read a run, report it and compare it to another; yields what does not hold."""
     size = sum(file.stat().st_size for file in path.glob("*.jsonl"))
     trials = len(store.read_manifest(path).order)
     read = read_apart(path)
@@ -195,19 +211,30 @@ def judge(path: Path, what: str, most_report_s: float, say: Callable[[str], None
         f"  read in {read.cpu_s:.2f} s of CPU ({read.wall_s:.2f} s passed; at most {MOST_READING_S:g}); "
         f"memory grew by {read.grown_bytes / MIB:.0f} MiB, {ratio:.2f} times the files (at most {MOST_MEMORY:g})"
     )
-    report = report_apart(path)
-    say(f"  lorameter report: {report.cpu_s:.2f} s of CPU ({report.wall_s:.2f} s passed; at most {most_report_s:g})")
+    costs = {
+        "report": (command_apart(path, "report", str(path)), most_s),
+        "compare": (command_apart(path, "compare", str(path), str(copy_run(path))), most_s),
+    }
+    page = path.with_suffix(".html")
+    if trials <= MOST_TRIALS_OF_A_PAGE:
+        costs["report --html"] = command_apart(path, "report", str(path), "--html", str(page)), MOST_PAGE_S
+    for command, (cost, most) in costs.items():
+        say(f"  lorameter {command}: {cost.cpu_s:.2f} s of CPU ({cost.wall_s:.2f} s passed; at most {most:g})")
+    size = page.stat().st_size if page.exists() else 0
+    if size:
+        say(f"  the page has {size / 1e6:.2f} MB (at most {MOST_PAGE_BYTES / 1e6:g})")
     for took, most, thing in (
         (read.cpu_s, MOST_READING_S, "seconds to read"),
         (ratio, MOST_MEMORY, "times its size in memory"),
-        (report.cpu_s, most_report_s, "seconds to report"),
+        (size, MOST_PAGE_BYTES, "bytes of a page"),
+        *((cost.cpu_s, most, f"seconds to {command}") for command, (cost, most) in costs.items()),
     ):
         if took > most:
             yield f"{what}: {took:.2f} {thing}, at most {most:g} allowed"
 
 
 def main(arguments: list[str]) -> int:
-    """Make the runs one by one, read and report each, judge."""
+    """Make the runs one by one, read, report and compare each, judge."""
     parser = argparse.ArgumentParser(description="Time and memory that it takes to read large runs.")
     parser.add_argument("--trials", type=int, default=100_000, help="trials of the largest run (default: %(default)s)")
     parser.add_argument("--read", metavar="RUN", type=Path, help=argparse.SUPPRESS)
@@ -218,14 +245,14 @@ def main(arguments: list[str]) -> int:
     many = max(options.trials // (VARIANTS + 1), 2)
     print(machine_line(), flush=True)
     broken: list[str] = []
-    for what, shape, schema, most_report_s in (
+    for what, shape, schema, most_s in (
         ("many trials, each with all of its evidence", (VARIANTS, many, SAMPLES), FULL_SCHEMA, MOST_LARGE_REPORT_S),
         ("many trials, evidence stored once", (VARIANTS, many, SAMPLES), SCHEMA, MOST_LARGE_REPORT_S),
         ("100 variants, 12 replicates, 200 samples", (100, 12, 200), SCHEMA, MOST_REPORT_S),
     ):
         with tempfile.TemporaryDirectory() as folder:
             path = write_run(Path(folder), *shape, schema=schema)
-            broken += judge(path, what, most_report_s, lambda text: print(text, flush=True))
+            broken += judge(path, what, most_s, lambda text: print(text, flush=True))
     for reason in broken:
         print(f"does not hold: {reason}")
     if not broken:

@@ -18,11 +18,21 @@ pytestmark = pytest.mark.selftest
 
 PAGE = Path(__file__).parents[2] / "docs" / "engines.md"
 JUDGED = ("supported", "refuted", "inconclusive")
+LEAST = {"packing": 1.0, "gradient-checkpointing": 1.0}
+"""On any machine a token takes less time where nothing is computed for padding, and a step more where the forward pass
+is computed twice: ratios of speed and of time that are above one."""
 QUICK = ("--replicates", "3", "--allow-disturbed", "--json")
 SCRIPTS = {
     "gradient-checkpointing": "python train.py {--gradient_checkpointing}",
     "fused-optimizer": "python train.py --optim {adamw_torch|adamw_torch_fused}",
 }
+
+
+def contradicted(part):
+    """The verdicts that its ratio speaks against: an interval lies beyond what was promised, or short of it."""
+    beyond = part["ratio"] > 1 + part["by"]
+    keeps = beyond == (part["rule"] == "faster")
+    return ("refuted",) if keeps else ("supported",)
 
 
 @pytest.fixture
@@ -59,7 +69,8 @@ def test_a_ready_study_is_judged_on_a_small_model(judged, name):
             assert part["verdict"] in ("supported", "not judged")
         else:
             assert part["verdict"] in JUDGED
-            assert part["low"] < part["ratio"] < part["high"]
+            assert part["ratio"] > LEAST.get(name, 0.0)
+            assert part["verdict"] not in contradicted(part)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -31,6 +31,8 @@ class Attachment:
         self._source: object = None
         self._follower: Follower | None = None
         self.steps: Steps | None = None
+        self._told = False
+        """Whether it was told of another training."""
 
     @property
     def occupied(self) -> bool:
@@ -68,11 +70,17 @@ class Attachment:
         self._follower = follower
         self.steps = Steps(follower, training, device, shield)
         atexit.register(self._end_with_process)
+        if os.environ.get(ENV_FOLLOWER, DEFAULT_FOLLOWER) == DEFAULT_FOLLOWER:
+            self._see_exit()  # whoever lets a training take turns sees by itself that its process is gone
         self.steps.begin()
         return self.steps
 
     def _tell_of_another(self, training: Training) -> None:
-        """A second training: it is not followed, and who follows the first learns of it as of any that begins."""
+        """A second training: it is not followed, and who follows the first learns of it as of any that begins. It is
+        told once, since its optimizer shows it as well where a Trainer has."""
+        if self._told:
+            return
+        self._told = True
         say(f"another training of this script (seen by its {training.source}) is not followed: the first one is")
         if self._follower is not None:
             Shield().run(self._follower.begin, training)
@@ -83,6 +91,21 @@ class Attachment:
             return
         error = getattr(sys, "last_value", None)  # what the interpreter has just printed
         self.steps.end(error if isinstance(error, BaseException) else self._source_end(), seen=False)
+
+    def _see_exit(self) -> None:
+        """`os._exit` leaves out what is registered for the end of a process. Scripts call it where a library would
+        abort there, and their training is as whole as any."""
+        module: Any = os
+        leave = module._exit
+
+        @functools.wraps(leave)
+        def end_and_leave(status: int) -> None:
+            try:
+                self._end_with_process()
+            finally:
+                leave(status)
+
+        module._exit = end_and_leave
 
     def _source_end(self) -> BaseException | None:
         """What the source says of a training that nobody ended; one that knows no end of its own says nothing."""

@@ -45,9 +45,9 @@ class OptimizerSource:
         self._steps: Steps | None = None
         self._sight: Sight | None = None
         self._optimizer: Any = None
-        self._updating: _Wrapped | None = None
+        self._update: _Replacement | None = None
         """The optimizer's `step`."""
-        self._scaling: _Wrapped | None = None
+        self._scaler: _Replacement | None = None
         """A scaler's `step`, which calls that of an optimizer, or one that a library puts there for as long."""
         self._inside = 0
         """Calls of ours that are under way."""
@@ -57,7 +57,7 @@ class OptimizerSource:
         """Updates of each other optimizer since the last one."""
         self._aside = False
 
-    def updated(self, optimizer: Any) -> None:
+    def see_update(self, optimizer: Any) -> None:
         """An optimizer of this process has updated; the hook of all of them. Raises `StopTraining`."""
         if self._optimizer is None:
             if not self._aside and not this_process().occupied:
@@ -65,8 +65,8 @@ class OptimizerSource:
         elif optimizer is self._optimizer:
             self._others.clear()
             self._updated = bool(self._inside)
-            if not self._inside and self._updating is not None:  # somebody has put another `step` there
-                self._updating.put()
+            if not self._inside and self._update is not None:  # somebody has put another `step` there
+                self._update.put()
         else:
             self._others[id(optimizer)] += 1
             if self._others[id(optimizer)] >= OTHERS_TO_TAKE_OVER:
@@ -84,12 +84,12 @@ class OptimizerSource:
 
     def _mark(self, optimizer: Any) -> None:
         """This one marks the steps from now on."""
-        if self._updating is not None:
-            self._updating.take_off()
+        if self._update is not None:
+            self._update.take_off()
         self._others.clear()
         self._updated, self._optimizer = False, optimizer
-        self._updating = _Wrapped(optimizer, "step", self._call)
-        self._updating.put()
+        self._update = _Replacement(optimizer, "step", self._call)
+        self._update.put()
 
     def _call(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """In place of an update. The step has ended when the outermost one returns. Raises `StopTraining` where the
@@ -123,15 +123,15 @@ class OptimizerSource:
             self._aside = True
             return
         self._mark(optimizer)
-        self._scaling = _Wrapped(torch.amp.GradScaler, "step", self._scaled)
-        self._scaling.put()
+        self._scaler = _Replacement(torch.amp.GradScaler, "step", self._call_scaler)
+        self._scaler.put()
         if not self._steps.go_on:
             self.end()
             raise StopTraining
         self._steps.restart()
         self._steps.open_step()
 
-    def _scaled(self, original: Callable[..., Any], scaler: Any, *args: Any, **kwargs: Any) -> Any:
+    def _call_scaler(self, original: Callable[..., Any], scaler: Any, *args: Any, **kwargs: Any) -> Any:
         return self._call(functools.partial(original, scaler), *args, **kwargs)
 
     def _follow(self, optimizer: Any) -> Steps | None:
@@ -157,16 +157,16 @@ class OptimizerSource:
 
     def end(self) -> None:
         """Nothing more is followed."""
-        for wrapped in (self._updating, self._scaling):
-            if wrapped is not None:
-                wrapped.take_off()
+        for one in (self._update, self._scaler):
+            if one is not None:
+                one.take_off()
         if self._sight is not None:
             self._sight.end()
         if self._steps is not None:
             self._steps.end(None)
 
 
-class _Wrapped:
+class _Replacement:
     """A method of an object, or of a class, that something is called in place of. It is a method still, since others
     take it apart (torch's schedulers do)."""
 
@@ -182,11 +182,11 @@ class _Wrapped:
         bound = not isinstance(self._holder, type)
 
         @functools.wraps(original)
-        def called(*args: Any, **kwargs: Any) -> Any:
+        def replacement(*args: Any, **kwargs: Any) -> Any:
             return self._call(original, *args[1 if bound else 0 :], **kwargs)
 
         self._was = vars(self._holder).get(self._name)
-        self._ours = types.MethodType(called, self._holder) if bound else called
+        self._ours = types.MethodType(replacement, self._holder) if bound else replacement
         setattr(self._holder, self._name, self._ours)
 
     def take_off(self) -> None:

@@ -53,6 +53,7 @@ class RunFile:
         self._begun_s, self._begun_unix_s = time.monotonic(), time.time()
         self._manifest = self._first_manifest(device)
         self._writer = RunWriter(path.parent, self._manifest)
+        self._last: TrialRecord | None = None
 
     def _first_manifest(self, device: str) -> Manifest:
         machine = provenance.probe_machine()
@@ -118,6 +119,16 @@ class RunFile:
         protocol = dataclasses.replace(PROTOCOL, turns=max(1, timed))
         study = dataclasses.replace(self.study, protocol=protocol, notes=notes)
         self._manifest = dataclasses.replace(self._manifest, study=codec.to_json(study), notices=notices)
-        self._writer.append(record)
-        RunWriter(self.path.parent, self._manifest).finish("interrupted" if not record.settled else "complete")
+        self._write_last(record)
         self._held.close()
+
+    def add_notice(self, notice: Notice) -> None:
+        """One more notice of a training that has ended, and whose record is written."""
+        if self._last is not None:
+            self._write_last(self._last.replaced(notices=(*self._last.notices, notice)))
+
+    def _write_last(self, record: TrialRecord) -> None:
+        self._last = record
+        writer = RunWriter(self.path.parent, self._manifest)
+        writer.append(record)
+        writer.finish("interrupted" if not record.settled else "complete")

@@ -9,6 +9,7 @@ process, and goes through.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 from collections.abc import Callable
@@ -29,8 +30,8 @@ class Shield:
     """Calls what is ours, in the process that made it and until the first error. Not shared between threads."""
 
     def __init__(self) -> None:
-        self._forked = False
-        os.register_at_fork(after_in_child=self._in_fork)  # asked for in every step, and getpid is a system call
+        self._forks = _forks()
+        self._made_in = self._forks.count
         self.error: Exception | None = None
         """What made the meter stand aside."""
         self.on_error: Callable[[Exception], None] = _nothing
@@ -39,10 +40,7 @@ class Shield:
     @property
     def up(self) -> bool:
         """Whether what is ours is still called: not after an error, and not in a fork of the process."""
-        return self.error is None and not self._forked
-
-    def _in_fork(self) -> None:
-        self._forked = True
+        return self.error is None and self._forks.count == self._made_in
 
     def run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
         """What the call returns; None where it is not called any more, or fails."""
@@ -62,6 +60,23 @@ class Shield:
             say(f"the meter has failed and stands aside; the training goes on without it: {said_by(error)}")
         with contextlib.suppress(Exception):
             self.on_error(error)
+
+
+class _Forks:
+    """How many forks lie between this process and the one that asked first; it is asked in every step, and getpid is a
+    system call."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        os.register_at_fork(after_in_child=self._add)
+
+    def _add(self) -> None:
+        self.count += 1
+
+
+@functools.cache  # of the process: what is registered stays, however many trainings it follows
+def _forks() -> _Forks:
+    return _Forks()
 
 
 def _nothing(error: Exception) -> None:

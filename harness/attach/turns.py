@@ -29,6 +29,7 @@ from typing import Any, NoReturn
 
 from harness.attach.follower import Next, Phase, StepReading, Training
 from harness.machine.memory import MemoryGauge, host_bytes
+from harness.machine.software import own_software
 from harness.records import codec
 
 SOCKET = "LORAMETER_TURNS"
@@ -125,6 +126,9 @@ class Turns:
         except (OSError, KeyError):
             os._exit(EXIT_ORPHAN)
         self._connection = connection
+        os.register_at_fork(
+            after_in_child=connection.close
+        )  # a fork that lives on would hide that this process is gone
 
     def _tell(self, message: dict[str, Any]) -> None:
         try:
@@ -149,7 +153,8 @@ class Turns:
 
 
 def _facts_of(training: Training) -> dict[str, Any]:
-    """What is told of a training: counts and types, and nothing that would have to be carried over."""
+    """What is told of a training: counts, types and versions, and nothing that would have to be carried over. Whoever
+    has started the script knows no other interpreter than his own."""
     torch = sys.modules.get("torch")
     dtypes: dict[str, int] = {}
     if training.model is not None:
@@ -169,6 +174,7 @@ def _facts_of(training: Training) -> dict[str, Any]:
         "ranks": training.ranks,
         "threads": None if torch is None else torch.get_num_threads(),
         "cuda": bool(torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized()),
+        "software": own_software(None if torch is None else torch.version.cuda),
     }
 
 

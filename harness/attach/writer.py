@@ -69,6 +69,8 @@ class Writer:
         self._report = self._named is None if report is None else report
         self._training: Training | None = None
         self._file: RunFile | None = None
+        self._finished: RunFile | None = None
+        """The same when its last record is written."""
         self._rank: RankFile | None = None
         self._ranks: Ranks | None = None
         self._phase: Phase = "train"
@@ -82,7 +84,10 @@ class Writer:
     def begin(self, training: Training) -> Next:
         """Claim the run; a second training of the same process is noted and no more."""
         if self._training is not None:
-            self._notices.append(second_training(training))
+            notice = second_training(training)
+            self._notices.append(notice)
+            if self._finished is not None:
+                self._finished.add_notice(notice)
             return Next()
         self._training = training
         self._require = {**training.required, **self._require}  # who has started the command asks for more
@@ -207,7 +212,11 @@ class Writer:
             status=status, failure=failure, checks=self._checks or (), notices=tuple(self._notices), **measured
         )
         self._file.finish(record, timed=self._gathered.timed, notes=self._notes(), notices=())
-        path, self._file = self._file.path, None  # whatever fails from here on, the run is whole
+        path, self._finished, self._file = (
+            self._file.path,
+            self._file,
+            None,
+        )  # whatever fails from here on, the run is whole
         if self._report:
             print_report(path)
         else:

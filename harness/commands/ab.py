@@ -6,15 +6,18 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.commands.ab_report import show_ab
 from harness.commands.ab_scripts import add_script_options, study_of_options
 from harness.commands.options import add_options
-from harness.commands.output import FORMATS, print_json, show_gate
+from harness.commands.output import form_of, print_json
+from harness.commands.page import check_page
 from harness.errors import EXIT_INVALID, EXIT_PASS, InvalidRunError, UsageError
 
 if TYPE_CHECKING:
     from harness.records.record import Notice
     from harness.records.store import Run
     from harness.run.plan import Plan
+    from harness.verdicts.gate import Policy
 
 CALIBRATION_REPLICATES = 24
 """Enough for three gates of 8 that share nothing, and about 4 minutes of the default study on two cores."""
@@ -40,14 +43,12 @@ def add_commands(commands: Any, common: Any) -> None:
     add_script_options(ab)
     ab.add_argument("--resume", metavar="RUN", help="go on with an A/B that broke off, by its own study and sides")
     _measuring(ab, ("quick", "standard", "rigorous"), "3, 8 or 12 replicates; default 8")
-    ab.add_argument("--precision", type=float, metavar="F", help="stop when every interval is within ±F")
-    add_options(ab.add_argument, "variant")
+    add_options(ab.add_argument, "precision", "variant")
     ab.add_argument(
         "--phase", choices=("train", "generate", "cold"), action="append", default=[],
         help="what to measure, repeatable; default: train and generate",
     )  # fmt: skip
-    ab.add_argument("--policy", metavar="FILE", help="TOML: limits, gated metrics, what inconclusive means")
-    ab.add_argument("--format", choices=FORMATS, help="default: text")
+    add_options(ab.add_argument, "policy", "format", "markdown", "html", "verbose")
     ab.add_argument(
         "--inject-rows",
         type=int,
@@ -85,7 +86,7 @@ def run_ab(options: argparse.Namespace) -> int:
     """Measure, print, and end with the exit code of the verdicts under the policy."""
     from harness.records import store
     from harness.report.live import LiveDisplay
-    from harness.report.notices import describe_notices
+    from harness.report.notices import tell_notices
     from harness.report.terminal import console_for, show
     from harness.run.ab import DEFAULT_PHASES, plan_ab
     from harness.run.device import hold_device
@@ -93,11 +94,11 @@ def run_ab(options: argparse.Namespace) -> int:
     from harness.verdicts.calibrate import MOST_ROWS
     from harness.verdicts.gate import load_policy
 
-    if options.json and options.format not in (None, "json"):
-        raise UsageError(f"--json and --format {options.format} both choose the format. Give one of them.")
+    form_of(options)
+    check_page(options.html)
     if not 0 <= options.inject_rows <= MOST_ROWS:
         raise UsageError(f"--inject-rows = {options.inject_rows}: no amount of work. Use 0 to {MOST_ROWS}.")
-    load_policy(options.policy)  # before anything is measured
+    policy = load_policy(options.policy)  # before anything is measured
     if options.resume:
         return _go_on(options)
     given = study_of_options(options)
@@ -114,7 +115,7 @@ def run_ab(options: argparse.Namespace) -> int:
             executor.machine(),
             free_bytes=executor.free_bytes(),
             select=options.variant,
-            phases=options.phase or (study.protocol.phases if study.of_scripts else DEFAULT_PHASES),
+            phases=options.phase or (study.protocol.phases if study.trains_only else DEFAULT_PHASES),
             injected_rows=options.inject_rows,
             command=command,
             runs=runs,
@@ -125,22 +126,31 @@ def run_ab(options: argparse.Namespace) -> int:
     with hold_device(executor, options.if_busy) as waited:
         if waited:
             plan, notices = make()
-        show(describe_notices(notices), errors)
+        show(tell_notices(notices), errors)
         with LiveDisplay(errors) as display:
-            run = _measured(plan, notices, runs, display, options, of_commands=bool(command))
+            run = _measured(plan, notices, runs, display, options, policy, of_commands=bool(command))
     return show_ab(run, options)
 
 
 def _measured(
-    plan: Plan, notices: Any, runs: Path, display: Any, options: argparse.Namespace, *, of_commands: bool
+    plan: Plan,
+    notices: Any,
+    runs: Path,
+    display: Any,
+    options: argparse.Namespace,
+    policy: Policy,
+    *,
+    of_commands: bool,
 ) -> Run:
     """The plan as measured on its sides: those that the options name, or its two commands."""
     from harness.models import catalogue
+    from harness.records import codec
     from harness.run.ab import arms_of_commands, measure_ab
     from harness.run.measure import measure
 
+    kept = codec.to_json(policy) if options.policy else {}
     if of_commands:
-        return measure(plan, runs=runs, display=display, notices=notices, arms=arms_of_commands(plan))
+        return measure(plan, runs=runs, display=display, notices=notices, arms=arms_of_commands(plan), policy=kept)
     return measure_ab(
         plan,
         base=options.base,
@@ -150,6 +160,7 @@ def _measured(
         runs=runs,
         display=display,
         notices=notices,
+        policy=kept,
     )
 
 
@@ -258,7 +269,7 @@ def _measured_here(study: Any, name: str, rows: int, options: argparse.Namespace
     """An A/B of the present interpreter with itself, the candidate with extra work; training only."""
     from harness.records import store
     from harness.report.live import LiveDisplay
-    from harness.report.notices import describe_notices
+    from harness.report.notices import tell_notices
     from harness.report.terminal import console_for, show
     from harness.run.ab import arms_of_present, plan_ab
     from harness.run.device import hold_device
@@ -276,7 +287,7 @@ def _measured_here(study: Any, name: str, rows: int, options: argparse.Namespace
         runs=runs,
     )
     errors = console_for(stderr=True)
-    show(describe_notices(notices), errors)
+    show(tell_notices(notices), errors)
     with hold_device(executor, options.if_busy), LiveDisplay(errors) as display:
         return measure(plan, runs=runs, display=display, notices=notices, arms=arms_of_present(rows))
 
@@ -301,25 +312,3 @@ def read_study(options: argparse.Namespace, standard: int | None = None, of: Any
         max_minutes=options.max_minutes,
         allow_disturbed=options.allow_disturbed,
     )
-
-
-def show_ab(run: Run, options: argparse.Namespace) -> int:
-    """Print an A/B run in the format asked for; the exit code is that of its verdicts under the policy."""
-    from harness.verdicts.ab import attribution_document, attribution_of, report_of
-    from harness.verdicts.gate import gate_document, judge, load_policy
-
-    policy = load_policy(getattr(options, "policy", None))
-    agree = policy.losses == "agree"
-    result = judge(report_of(run, metrics=policy.metrics, limits_of=policy.limits_of, losses=agree), policy)
-    form = "json" if options.json else getattr(options, "format", None) or "text"
-    if form == "json":
-        about = {"run": run.manifest.run, "path": str(run.path), "interleaving": run.manifest.interleaving}
-        print_json({**gate_document(result), **about, "attribution": attribution_document(run)})
-        return result.exit_code
-    if form == "text":
-        from harness.report.attribution import describe_attribution
-        from harness.report.terminal import console_for, show
-
-        show(describe_attribution(attribution_of(run), run), console_for())
-    show_gate(result, form)
-    return result.exit_code

@@ -5,18 +5,24 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness.commands.output import print_json
 from harness.errors import EXIT_PASS, LorameterError
 from kernels_check.visible import make_visible, tell
 
+if TYPE_CHECKING:
+    from harness.results.index import IndexedRun
+
 
 def add_commands(commands: Any, common: Any) -> None:
     """The parsers of these commands; `common` adds the options that every command has."""
-    listing = commands.add_parser("list", help="list studies, variants and what they train, models or runs")
-    listing.add_argument("what", choices=("studies", "variants", "sizes", "models", "runs"))
+    listing = commands.add_parser(
+        "list", help="list studies, variants and what they train, models, runs; keys of files, JSON documents"
+    )
+    listing.add_argument("what", choices=("studies", "variants", "sizes", "models", "runs", "keys", "documents"))
     listing.add_argument("study", nargs="?", metavar="STUDY", help="the study whose variants or sizes to list")
     listing.add_argument("--model", metavar="M", help="sizes on another model; its shape is enough")
     common(listing)
@@ -34,15 +40,36 @@ def run_list(options: argparse.Namespace) -> int:
     """Print what there is of a kind."""
     if options.what == "sizes":
         return _list_sizes(options)
+    if options.what in ("keys", "documents"):
+        return _list_reference(options)
     rows = _listed(options)
     if options.json:
         print_json({options.what: rows})
         return EXIT_PASS
-    for row in rows:
-        words = _say_trials(row) if "trials" in row else row
-        print(make_visible("  ".join(str(value) for value in words.values())))
     if not rows:
         print(f"no {options.what}", file=sys.stderr)
+    elif options.what == "runs":
+        from harness.report.runs import describe_runs
+        from harness.report.terminal import console_for, show
+
+        show(describe_runs(rows), console_for())
+    else:
+        for row in rows:
+            print(make_visible("  ".join(str(value) for value in row.values())))
+    return EXIT_PASS
+
+
+def _list_reference(options: argparse.Namespace) -> int:
+    """Every key of studies and policies, or of the documents of `--json`, as Markdown; of documents as JSON Schema."""
+    from harness.commands.documents import json_schema
+    from harness.commands.reference import write_documents, write_reference
+
+    if options.json and options.what == "keys":
+        raise _usage("list keys: a page of Markdown, which has no --json. Leave it out.")
+    if options.json:
+        print_json({"json_schema": json_schema()})
+    else:
+        sys.stdout.write(write_reference() if options.what == "keys" else write_documents())
     return EXIT_PASS
 
 
@@ -56,8 +83,7 @@ def _listed(options: argparse.Namespace) -> list[dict[str, Any]]:
     if options.what == "models":
         return [{"name": entry.name, "description": entry.description} for entry in catalogue.CATALOGUE.values()]
     if options.what == "runs":
-        folder = store.runs_dir(options.runs_dir)
-        return [_run_row(path) for path in store.list_runs(folder)]
+        return _run_rows(store.runs_dir(options.runs_dir))
     study = load_study(_study_named(options))
     rows = []
     for variant in study.variants:
@@ -97,29 +123,31 @@ def _study_named(options: argparse.Namespace) -> str:
     return str(options.study)
 
 
-def _run_row(path: Path) -> dict[str, Any]:
-    from harness.errors import UsageError
-    from harness.records import store
+def _run_rows(folder: Path) -> list[dict[str, Any]]:
+    """A table a run, from the index of the folder; one that is damaged must not hide the others."""
+    from harness.results.index import open_index
+    from harness.verdicts.baselines import read_baselines
 
-    try:
-        manifest, counts = store.read_manifest(path), store.count_endings(path)
-    except UsageError as error:  # one damaged run must not hide the others
-        return {"run": path.name, "status": "damaged", "title": str(error)}
-    title = manifest.study.get("title")
-    if not isinstance(title, str):
-        missing = f"{path / 'manifest.json'}: study.title is missing. Measure again, or restore the file."
-        return {"run": path.name, "status": "damaged", "title": missing}
-    left = len(manifest.order) - counts.total()
-    trials = dict(sorted(counts.items())) | ({"no record": left} if left > 0 else {})
-    return {"run": manifest.run, "status": store.state_of(path, manifest), "trials": trials, "title": title}
+    accepted = {baseline.run for baseline in read_baselines(folder).baselines}
+    with open_index(folder) as index:
+        return [_run_row(run, accepted) for run in index.runs()]
 
 
-def _say_trials(row: dict[str, Any]) -> dict[str, Any]:
-    """The row for a reader: a run whose trials are not all ok is told from one whose trials are."""
-    trials: dict[str, int] = row["trials"]
-    ok, all_of_them = trials.get("ok", 0), sum(trials.values())
-    short = "" if ok == all_of_them else f", {ok or 'none'} of {all_of_them} trials ok"
-    return {"run": row["run"], "status": f"{row['status']}{short}", "title": row["title"]}
+def _run_row(run: IndexedRun, accepted: Collection[str]) -> dict[str, Any]:
+    if run.error is not None:
+        return {"run": run.folder, "status": "damaged", "size_bytes": run.size_bytes, "title": run.error}
+    left = run.planned - sum(run.trials.values())
+    return {
+        "run": run.run,
+        "status": run.state,
+        "study": run.study,
+        "verdict": run.verdict,
+        "baseline": run.run in accepted or run.folder in accepted,
+        "size_bytes": run.size_bytes,
+        "created_unix_s": run.created_unix_s,
+        "trials": {**run.trials, **({"no record": left} if left > 0 else {})},
+        "title": run.title,
+    }
 
 
 def run_fetch(options: argparse.Namespace) -> int:

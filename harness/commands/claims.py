@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from harness.commands.output import print_json
+from harness.commands.options import add_options
+from harness.commands.output import form_of, print_json, show_document
+from harness.commands.page import check_page, save_page
 from harness.errors import EXIT_INVALID, EXIT_PASS
 
 
@@ -17,6 +19,7 @@ def add_commands(commands: Any, common: Any) -> None:
         description="Judge each claim of the study by what a run holds: supported, refuted, inconclusive, not judged.",
     )
     claims.add_argument("run", metavar="RUN", help="a run id or a run directory; it may still be going on")
+    add_options(claims.add_argument, "format", "markdown", "html", "verbose")
     common(claims)
     claims.set_defaults(command=run_claims)
 
@@ -26,12 +29,17 @@ def run_claims(options: argparse.Namespace) -> int:
     from harness.records import store
     from harness.verdicts.claims import document, judge_claims
 
+    form = form_of(options)
+    check_page(options.html)
     report = judge_claims(store.read_run(options.run, store.runs_dir(options.runs_dir)))
-    if options.json:
+    from harness.report.claims import describe_claims
+
+    said = describe_claims(report)
+    if form == "json":
         print_json(document(report))
     else:
-        from harness.report.claims import describe_claims
-        from harness.report.terminal import console_for, show
+        from harness.report.annotations import claims_annotations
 
-        show(describe_claims(report), console_for())
+        show_document(said, form, annotations=lambda: claims_annotations(report), verbose=options.verbose)
+    save_page(options.html, said, f"Claims of {options.run}")
     return EXIT_PASS if report.valid else EXIT_INVALID

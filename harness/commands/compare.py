@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from harness.commands.output import FORMATS, print_json, show_gate
+from harness.commands.options import add_options
+from harness.commands.output import form_of, print_json, show_document
+from harness.commands.page import check_page, save_page
 from harness.errors import EXIT_PASS, UsageError
 from kernels_check.visible import make_visible
 
@@ -19,11 +21,10 @@ def add_commands(commands: Any, common: Any) -> None:
         "compare", help="compare two runs", description="Compare two runs metric by metric; the exit code says how."
     )
     _sides(compare)
-    compare.add_argument(
-        "--metric", metavar="M", action="append", default=[], help="only this metric or pattern of metrics; repeatable"
-    )
+    add_options(compare.add_argument, "metric")
     compare.add_argument("--all-metrics", action="store_true", help="everything that was measured")
     compare.add_argument("--force", action="store_true", help="show ratios of sides that are not comparable")
+    add_options(compare.add_argument, "policy", "format", "markdown", "html", "verbose")
     common(compare)
     compare.set_defaults(command=run_compare)
 
@@ -31,8 +32,7 @@ def add_commands(commands: Any, common: Any) -> None:
         "gate", help="pass or fail a comparison by a policy", description="Pass or fail a comparison by a policy file."
     )
     _sides(gate)
-    gate.add_argument("--policy", metavar="FILE", help="TOML: limits, gated metrics, what inconclusive means")
-    gate.add_argument("--format", choices=FORMATS, help="default: text")
+    add_options(gate.add_argument, "metric", "policy", "format", "markdown", "html", "verbose")
     common(gate)
     gate.set_defaults(command=run_gate)
 
@@ -46,49 +46,93 @@ def add_commands(commands: Any, common: Any) -> None:
 
 def _sides(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "base", metavar="BASE", help="a run id, a run directory, a pytest-benchmark .json, or the word baseline"
+        "base",
+        metavar="BASE",
+        help="a run id, a run directory, a pytest-benchmark .json, the word baseline, or an A/B, which is both sides",
     )
     command.add_argument(
-        "candidate", metavar="CANDIDATE", help="a run id, a run directory, or a pytest-benchmark .json"
+        "candidate", metavar="CANDIDATE", nargs="?", help="a run id, a run directory, or a pytest-benchmark .json"
     )
 
 
 def run_compare(options: argparse.Namespace) -> int:
-    """Print the comparison; the exit code is that of its verdicts."""
+    """Print the comparison; the exit code is that of its verdicts, which a policy gives limits alone."""
     from harness.verdicts.compare import compare
+    from harness.verdicts.gate import load_policy
     from harness.verdicts.outcome import document, exit_code
 
     if options.metric and options.all_metrics:
         raise UsageError("--metric and --all-metrics both choose the metrics. Give one of them.")
+    form, policy = form_of(options), load_policy(options.policy)
+    check_page(options.html)
+    if options.candidate is None:
+        return _of_ab(options)
     base, candidate = _read(options)
-    report = compare(base, candidate, metrics=options.metric, all_metrics=options.all_metrics, force=options.force)
-    if options.json:
+    report = compare(
+        base,
+        candidate,
+        metrics=options.metric,
+        all_metrics=options.all_metrics,
+        limits_of=policy.limits_of,
+        force=options.force,
+    )
+    from harness.report.compared_figures import figures_of_comparison
+    from harness.report.comparison import describe_comparison, title_of_report
+
+    said = describe_comparison(report)
+    if form == "json":
         print_json(document(report))
     else:
-        from harness.report.comparison import describe_comparison
-        from harness.report.terminal import console_for, show
+        from harness.report.annotations import comparison_annotations
 
-        show(describe_comparison(report), console_for())
+        show_document(said, form, annotations=lambda: comparison_annotations(report), verbose=options.verbose)
+    save_page(options.html, said, title_of_report(report), figures=figures_of_comparison(report))
     return exit_code(report.comparisons)
 
 
 def run_gate(options: argparse.Namespace) -> int:
     """Print what the gate made of the comparison, in one of four formats."""
+    import dataclasses
+
     from harness.verdicts.compare import compare
     from harness.verdicts.gate import gate_document, judge, load_policy
 
-    if options.json and options.format not in (None, "json"):
-        raise UsageError(f"--json and --format {options.format} both choose the format. Give one of them.")
-    policy = load_policy(options.policy)
+    form, policy = form_of(options), load_policy(options.policy)
+    check_page(options.html)
+    if options.candidate is None:
+        return _of_ab(options)
+    policy = dataclasses.replace(policy, metrics=tuple(options.metric) or policy.metrics)
     base, candidate = _read(options)
     report = compare(base, candidate, metrics=policy.metrics, limits_of=policy.limits_of)
     result = judge(report, policy)
-    form = "json" if options.json else options.format or "text"
+    from harness.report.compared_figures import figures_of_comparison
+    from harness.report.comparison import title_of_report
+    from harness.report.gate import describe_gate
+
+    said = describe_gate(result)
+    save_page(options.html, said, title_of_report(report), figures=figures_of_comparison(report))
     if form == "json":
         print_json(gate_document(result))
     else:
-        show_gate(result, form)
+        from harness.report.annotations import gate_annotations
+
+        show_document(said, form, annotations=lambda: gate_annotations(result), verbose=options.verbose)
     return result.exit_code
+
+
+def _of_ab(options: argparse.Namespace) -> int:
+    """The comparison that one run holds. Raises `UsageError` for a run that has one side."""
+    from harness.commands.ab_report import show_ab
+    from harness.records import store
+
+    run = store.read_run(options.base, store.runs_dir(options.runs_dir))
+    if not run.manifest.sides:
+        raise UsageError(
+            f"run {run.manifest.run} has one side, and nothing was named to compare it with. Name a CANDIDATE."
+        )
+    if getattr(options, "force", False) or getattr(options, "all_metrics", False):
+        raise UsageError(f"run {run.manifest.run} is an A/B: --force and --all-metrics are for two runs.")
+    return show_ab(run, options, metrics=options.metric)
 
 
 def run_accept(options: argparse.Namespace) -> int:

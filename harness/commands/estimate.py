@@ -73,11 +73,11 @@ def run_estimate(options: argparse.Namespace) -> int:
         )
     else:
         from harness.report.estimate import describe_estimate
-        from harness.report.notices import describe_notices
+        from harness.report.notices import tell_notices
         from harness.report.terminal import console_for, show
 
         estimated = describe_estimate(variant, workload, machine, tuple(estimates.values()), measured)
-        show((*estimated, *describe_notices(notices)), console_for())
+        show((*estimated, *tell_notices(notices)), console_for())
     return EXIT_PASS
 
 

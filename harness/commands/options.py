@@ -5,11 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from harness.commands.output import FORMATS
+
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "replicates": {"type": int, "metavar": "N", "help": "number of replicates, instead of {prefix}effort"},
     "model": {"metavar": "M", "help": "catalogue name, hub id, directory, GGUF file, or random:M"},
     "data": {"metavar": "FILE|ID", "help": "a file, a folder, a hub id, or synthetic"},
     "variant": {"metavar": "V", "action": "append", "default": [], "help": "only this variant; repeatable"},
+    "metric": {
+        "metavar": "M",
+        "action": "append",
+        "default": [],
+        "help": "only this metric or pattern of metrics; repeatable",
+    },
+    "policy": {"metavar": "FILE", "help": "TOML: limits, gated metrics, what inconclusive means"},
+    "format": {"choices": FORMATS, "help": "default: text"},
+    "markdown": {"action": "store_true", "help": "the same as {prefix}format markdown"},
+    "html": {"metavar": "FILE", "help": "write it as a page for a browser, too: one file, offline"},
+    "verbose": {"action": "store_true", "help": "say in full what is said in a line: notices, statistics"},
+    "precision": {"type": float, "metavar": "F", "help": "stop when every interval is within ±F of its ratio"},
     "max-minutes": {"type": float, "metavar": "M", "help": "drop rounds, of all alike, to end by then"},
     "allow-disturbed": {"action": "store_true", "help": "let trials count whose surroundings were past a limit"},
     "if-busy": {

@@ -1,38 +1,57 @@
-"""What commands print: one JSON document, or what a gate made of a comparison in one of four formats."""
+"""What commands print: one JSON document, or a report as text, as Markdown, or as the annotations of a GitHub job."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import UsageError
 
 if TYPE_CHECKING:
-    from harness.verdicts.gate import GateResult
+    from harness.report.table import Document
 
 
 FORMATS = ("text", "json", "markdown", "github")
 ENV_SUMMARY = "GITHUB_STEP_SUMMARY"
+SCHEMA = 2
+"""Version of the JSON documents of all commands (docs/json.md). 1: first form. 2: numbers beside what was text only."""
 
 
-def show_gate(result: GateResult, form: str) -> None:
-    """Print what the gate made of a comparison: as text, Markdown, or annotations of a GitHub job with its summary."""
-    from harness.report.gate import describe_gate, gate_annotations, gate_markdown
+def form_of(options: argparse.Namespace) -> str:
+    """The format that the options ask for. Raises `UsageError` where they ask for two."""
+    form = getattr(options, "format", None)
+    if getattr(options, "markdown", False):
+        if form not in (None, "markdown") or options.json:
+            other = "--json" if options.json else f"--format {form}"
+            raise UsageError(f"--markdown and {other} both choose the format. Give one of them.")
+        return "markdown"
+    if options.json and form not in (None, "json"):
+        raise UsageError(f"--json and --format {form} both choose the format. Give one of them.")
+    return "json" if options.json else form or "text"
+
+
+def show_document(
+    document: Document, form: str, *, annotations: Callable[[], str] = lambda: "", verbose: bool = False
+) -> None:
+    """Print a report: as text, as Markdown, or as annotations of a GitHub job with its summary."""
+    from harness.report.markdown import SUMMARY_BYTES, markdown_of
     from harness.report.terminal import console_for, show
 
     if form == "text":
-        show(describe_gate(result), console_for())
+        show(document, console_for(), verbose=verbose)
     elif form == "markdown":
-        sys.stdout.write(gate_markdown(result))
+        sys.stdout.write(markdown_of(document))
     else:
-        sys.stdout.write(gate_annotations(result))
+        sys.stdout.write(annotations())
         sys.stdout.flush()
         if summary := os.environ.get(ENV_SUMMARY):
             try:
                 with open(_append_to(summary), "a", encoding="utf-8") as file:
-                    file.write(gate_markdown(result))
+                    file.write(markdown_of(document, most=SUMMARY_BYTES // 4))
             except OSError as error:  # whoever looks at the summary alone would see no failure: this is no pass
                 raise UsageError(
                     f"${ENV_SUMMARY} = {summary}: cannot be written: {error.strerror}. Name a file, or unset it."
@@ -48,4 +67,4 @@ def print_json(document: dict[str, Any]) -> None:
     """One JSON document with its schema, without NaN, in ASCII: any stream holds it, and no terminal obeys it."""
     from harness.records import codec
 
-    print(json.dumps(codec.to_json({"schema": 1, **document}), allow_nan=False))
+    print(json.dumps(codec.to_json({"schema": SCHEMA, **document}), allow_nan=False))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.commands.options import add_options
 from harness.commands.output import print_json
+from harness.commands.page import check_page, save_page
 from harness.errors import EXIT_INCONCLUSIVE, EXIT_INVALID, EXIT_PASS
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def add_commands(commands: Any, common: Any) -> None:
         help="measure the remedy of a finding beside the present variant; default: of the most expensive",
     )
     profile.add_argument("--effort", choices=("quick", "standard", "rigorous"), help="of --try: 3, 8 or 12 replicates")
-    add_options(profile.add_argument, "if-busy")
+    add_options(profile.add_argument, "html", "if-busy")
     common(profile)
     profile.set_defaults(command=run_profile)
 
@@ -62,6 +63,7 @@ def run_profile(options: argparse.Namespace) -> int:
 
     if options.attempt:
         check_code(options.attempt)
+    check_page(options.html)
     executor, runs = open_executor(), store.runs_dir(options.runs_dir, make=True)
     study, variant = load_variant(options.variant, device=executor.machine().kind)
     study = study.with_overrides(model=options.model, data=options.data, effort=options.effort)
@@ -75,9 +77,11 @@ def run_profile(options: argparse.Namespace) -> int:
     step = accounting.step_account(profile)
     tokens, found = accounting.token_shares(profile), accounting.ceilings(profile, step.step)
     findings = diagnose(evidence_of(profile, step, tokens, found))
+    where = say(f"All facts and the profiler's trace are in {folder}", indented=False, apart=True)
+    said = (*describe_profile(profile, step, tokens, found, findings), where)
     if not options.json:
-        where = say(f"All facts and the profiler's trace are in {folder}", indented=False, apart=True)
-        show((*describe_profile(profile, step, tokens, found, findings), where), console_for())
+        show(said, console_for())
+    save_page(options.html, said, f"Profile of {options.variant}")
     tried = None
     try:
         if options.attempt is not None:
@@ -111,7 +115,7 @@ def _try(study: Study, variant: Variant, finding: Finding, executor: Executor, r
     """Measure the present variant and the suggested one, as any two."""
     from harness.profile.remedy import judge_remedy, make_pair
     from harness.report.live import LiveDisplay
-    from harness.report.notices import describe_notices
+    from harness.report.notices import tell_notices
     from harness.report.terminal import console_for, show
     from harness.run.measure import measure, plan_study
 
@@ -125,7 +129,7 @@ def _try(study: Study, variant: Variant, finding: Finding, executor: Executor, r
         own_workloads=pair.own_workloads,
     )
     errors = console_for(stderr=True)
-    show(describe_notices(notices), errors)
+    show(tell_notices(notices), errors)
     with LiveDisplay(errors) as display:
         run = measure(plan, runs=runs, display=display, notices=notices)
     return judge_remedy(run, finding)

@@ -46,14 +46,15 @@ def load_resumed(config: pytest.Config) -> ResumedRun | None:
     run = read_broken_off(name, store.runs_dir(config.getoption("--lorameter-runs-dir")), study=study)
     if run.manifest.sides:
         raise UsageError(f"{OPTION}: run {run.manifest.run} is an A/B. Go on with: lorameter run --resume {name}")
-    return ResumedRun(run)
+    return ResumedRun(run, config.getoption("--lorameter-max-minutes"))
 
 
 class ResumedRun:
     """A run that a session goes on with."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, max_minutes: float | None = None) -> None:
         self._run = run
+        self._max_minutes = max_minutes
         self.study = study_of(run)
         self.phases = run.manifest.phases
         self.variants = run.manifest.selection or tuple(variant.name for variant in self.study.variants)
@@ -72,7 +73,7 @@ class ResumedRun:
             return run
         try:
             check_place(run, executor.facts())
-            plan = plan_of(run)
+            plan = plan_of(run, max_minutes=self._max_minutes)
         except UsageError as refusal:
             if run.manifest.status != "complete":
                 raise

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from harness.commands.page import check_page, save_run_page
 from harness.errors import LorameterError, UsageError
 from kernels_check.streams import Aside
 from kernels_check.visible import make_visible
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 PLUGIN = "lorameter-session"
 DEFAULT_STUDY = "lora-or-qlora"
+DRY = "--lorameter-dry-run: the plan is shown at the end, and nothing was measured"
 NOTHING_MEASURED = "--benchmark-disable: nothing was measured, so nothing was stored and nothing can be replayed"
 
 
@@ -59,10 +61,14 @@ class Session:
         self._disabled = bool(config.getoption("benchmark_disable")) and not config.getoption("benchmark_enable")
         self._skipped = bool(config.getoption("benchmark_skip")) and not config.getoption("benchmark_only")
         self._judged: GateResult | str | None = None
+        self._html: str | None = config.getoption("--lorameter-html")
+        self._dry = bool(config.getoption("--lorameter-dry-run"))
+        self._planned: Document | None = None
         with _usage_errors():
+            check_page(self._html)
             self._resumed = load_resumed(config)
             self._study = self._load()
-            self._gate = load_gate(config, measures=not (self._disabled or self._skipped))
+            self._gate = load_gate(config, measures=not (self._disabled or self._skipped or self._dry))
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """A test for each variant of the study."""
@@ -73,9 +79,9 @@ class Session:
             metafunc.parametrize("variant_name", names)
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Give each test its clock and its phase as the group of its table; no test of what a resumed run, or a script,
-        has not."""
-        phases: Collection[str] | None = self._study.protocol.phases if self._study.of_scripts else None
+        """Give each test its clock and its phase as the group of its table; no test of what a resumed run, a script
+        or several ranks have not."""
+        phases: Collection[str] | None = self._study.protocol.phases if self._study.trains_only else None
         if self._resumed is not None:
             phases = self._resumed.phases
         if phases is not None:
@@ -102,7 +108,9 @@ class Session:
                 self._gate.prepare(self._study, comparable(facts), fingerprint(facts))
             names = [str(item.callspec.params["variant_name"]) for item, _ in items]  # type: ignore[attr-defined]
             phases = {phase for _, phase in items}
-            if not self._disabled:
+            if self._dry:
+                self._planned = self._foresee(names, phases)
+            elif not self._disabled:
                 self._run = self._measure(names, phases)
             elif self._resumed is None:
                 self._plan(names, phases, make=False)
@@ -110,6 +118,8 @@ class Session:
     @pytest.fixture
     def replay(self, request: pytest.FixtureRequest, variant_name: str) -> Callable[[], None]:
         """Hand this test's recorded samples to pytest-benchmark; fails where a trial has no result."""
+        if self._dry:
+            pytest.skip(DRY)
         benchmark = request.getfixturevalue("benchmark")
         phase = _phase_of(request.node)
         marker = request.node.get_closest_marker("benchmark")
@@ -144,6 +154,8 @@ class Session:
         if isinstance(self._judged, str):
             terminalreporter.section("lorameter gate")
             terminalreporter.write(self._judged, flush=True)
+        if self._planned is not None:
+            _show(terminalreporter, "lorameter plan", self._planned)
         if self._disabled:
             terminalreporter.write_line(f"lorameter: {NOTHING_MEASURED}")
         if self._run is None:
@@ -152,7 +164,11 @@ class Session:
         from harness.report.run import describe_run
         from harness.report.view import view_of
 
-        _show(terminalreporter, "lorameter", describe_run(view_of(self._run)))
+        view = view_of(self._run)
+        said = describe_run(view)
+        _show(terminalreporter, "lorameter", said)
+        with _usage_errors():
+            save_run_page(self._html, self._run, view, said)
         if self._judged is not None and not isinstance(self._judged, str):
             _show(terminalreporter, "lorameter gate", describe_gate(self._judged))
 
@@ -213,12 +229,14 @@ class Session:
             data=option("--lorameter-data"),
             effort=option("--lorameter-effort"),
             replicates=option("--lorameter-replicates"),
+            precision=option("--lorameter-precision"),
+            max_minutes=option("--lorameter-max-minutes"),
             allow_disturbed=option("--lorameter-allow-disturbed"),
         )
 
     def _measure(self, names: list[str], phases: set[str]) -> Run:
         from harness.report.live import LiveDisplay
-        from harness.report.notices import describe_notices
+        from harness.report.notices import tell_notices
         from harness.report.terminal import console_for, show
         from harness.run.device import hold_device
         from harness.run.measure import measure
@@ -229,9 +247,20 @@ class Session:
             with held, LiveDisplay(console) as display:
                 return self._resumed.measure(self._executor(), display)
         plan, notices, runs = self._plan(names, phases, make=True)
-        show(describe_notices(notices), console)
+        show(tell_notices(notices), console)
         with held, LiveDisplay(console) as display:
             return measure(plan, runs=runs, display=display, notices=notices)
+
+    def _foresee(self, names: list[str], phases: set[str]) -> Document:
+        """The plan of the session and what it will take. Raises `UsageError` for what cannot be measured here."""
+        from harness.report.plan import describe_plan
+        from harness.run.forecast import forecast
+
+        if self._resumed is not None:
+            raise UsageError("--lorameter-dry-run: a run that is gone on with has its plan. Leave one of the two out.")
+        plan, notices, runs = self._plan(names, phases, make=False)
+        machine = self._executor().machine()
+        return describe_plan(plan, forecast(plan, machine, runs), machine, notices)
 
     def _plan(self, names: list[str], phases: set[str], *, make: bool) -> tuple[Plan, tuple[Notice, ...], Path]:
         """What the tests need, and the folder of runs, to be made or not. Raises `UsageError` for what cannot be
@@ -293,8 +322,9 @@ def _show(reporter: pytest.TerminalReporter, title: str, document: Document) -> 
 
     screen = reporter._tw
     width = screen.fullwidth if screen.hasmarkup else PIPED_WIDTH
+    verbose = not screen.hasmarkup or reporter.config.option.verbose > 0
     reporter.section(title)
-    reporter.write(text_of(document, width=width, coloured=screen.hasmarkup))
+    reporter.write(text_of(document, width=width, coloured=screen.hasmarkup, verbose=verbose))
 
 
 def _nothing() -> None:

@@ -1,21 +1,20 @@
-"""What the commands that measure a study and show what was measured do: `run` and `report`."""
+"""The command that measures a study: `run`."""
 
 from __future__ import annotations
 
 import argparse
-import gc
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.commands.options import add_options
 from harness.commands.output import print_json
+from harness.commands.report import show_report
 from harness.commands.run_scripts import SCRIPT_OPTIONS, add_script_options, study_of_options
 from harness.errors import EXIT_INVALID, EXIT_PASS, UsageError
 
 if TYPE_CHECKING:
     from harness.records.record import Notice
     from harness.records.store import Run
-    from harness.report.view import RunView
     from harness.run.plan import Plan
 
 
@@ -33,28 +32,24 @@ def add_commands(commands: Any, common: Any) -> None:
     run.add_argument(
         "--interleave", metavar="L", help="shared-base, lockstep or replicates; default: the finest possible"
     )
-    run.add_argument("--precision", type=float, metavar="F", help="stop when every interval is within ±F of its ratio")
-    add_options(run.add_argument, "max-minutes", "allow-disturbed", "if-busy")
+    add_options(run.add_argument, "precision", "max-minutes", "allow-disturbed", "if-busy")
     add_script_options(run)
     run.add_argument("--resume", metavar="RUN", help="go on with a run that broke off, by its own study and plan")
     run.add_argument("--dry-run", action="store_true", help="show the plan and what it will take, and measure nothing")
+    add_options(run.add_argument, "verbose")
     common(run)
     run.set_defaults(command=run_study)
-
-    report = commands.add_parser("report", help="print the report of a run")
-    report.add_argument("run", metavar="RUN", help="a run id or a run directory")
-    common(report)
-    report.set_defaults(command=run_report)
 
 
 def run_study(options: argparse.Namespace) -> int:
     """Measure a study and print its report; the exit code says whether the run is valid."""
     from harness.records import store
     from harness.report.live import LiveDisplay
-    from harness.report.notices import describe_notices
+    from harness.report.notices import tell_notices
     from harness.report.terminal import console_for, show
     from harness.run.device import hold_device
     from harness.run.executors import open_executor
+    from harness.run.forecast import forecast
     from harness.run.measure import measure, plan_study
 
     if options.resume:
@@ -94,8 +89,10 @@ def run_study(options: argparse.Namespace) -> int:
     with hold_device(executor, options.if_busy) as waited:
         if waited:
             plan, notices = make()
-        show(describe_notices(notices), errors)
-        with LiveDisplay(errors) as display:
+        show(tell_notices(notices), errors)
+        expected = forecast(plan, machine, runs)
+        shown = LiveDisplay(errors, device=machine.device_name, expected_s=expected.time_s, basis=expected.basis)
+        with shown as display:
             run = measure(plan, runs=runs, display=display, notices=notices)
     return _show(run, options)
 
@@ -109,7 +106,7 @@ def run_resumed(options: argparse.Namespace) -> int:
     if run is None:
         return EXIT_PASS
     if run.manifest.sides:
-        from harness.commands.ab import show_ab
+        from harness.commands.ab_report import show_ab
 
         return show_ab(run, options)
     return _show(run, options)
@@ -117,13 +114,13 @@ def run_resumed(options: argparse.Namespace) -> int:
 
 def _show(run: Run, options: argparse.Namespace) -> int:
     """Print what was measured; the exit code says whether the run is valid."""
-    from harness.report.notices import describe_notices
+    from harness.report.notices import tell_notices
     from harness.report.terminal import console_for, show
     from harness.report.view import view_of
 
     view = view_of(run)
     if options.json:
-        show(describe_notices(view.notices), console_for(stderr=True))
+        show(tell_notices(view.notices), console_for(stderr=True))
         print_json(
             {
                 "run": view.run,
@@ -134,7 +131,7 @@ def _show(run: Run, options: argparse.Namespace) -> int:
             }
         )
     else:
-        _show_report(run, view)
+        show_report(run, view, verbose=options.verbose)
     return EXIT_PASS if view.valid else EXIT_INVALID
 
 
@@ -174,39 +171,6 @@ def _dry_run(plan: Any, machine: Any, notices: Any, runs: Path, *, as_json: bool
 
     show(describe_plan(plan, expected, machine, notices, data), console_for())
     return EXIT_PASS
-
-
-def run_report(options: argparse.Namespace) -> int:
-    """Print the report of a run, whole or not."""
-    from harness.records import store
-    from harness.report.view import encode_run, view_of
-
-    run = store.read_run(options.run, store.runs_dir(options.runs_dir))
-    gc.freeze()  # all of it is needed to the end, and looking through a large run for what is not takes seconds
-    if run.manifest.sides:
-        from harness.commands.ab import show_ab
-
-        return show_ab(run, options)
-    view = view_of(run)
-    if options.json:
-        print_json(encode_run(view))
-    else:
-        _show_report(run, view)
-    return EXIT_PASS if view.valid else EXIT_INVALID
-
-
-def _show_report(run: Run, view: RunView) -> None:
-    """The report, with the verdicts on what the study claims where it claims anything."""
-    from harness.report.run import describe_run
-    from harness.report.terminal import console_for, show
-
-    document = describe_run(view)
-    if run.manifest.study.get("claims"):
-        from harness.report.claims import describe_verdicts
-        from harness.verdicts.claims import judge_claims
-
-        document += describe_verdicts(judge_claims(run))
-    show(document, console_for())
 
 
 def _controls(view: Any) -> dict[str, Any]:

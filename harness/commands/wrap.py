@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 from harness.errors import EXIT_INVALID, UsageError, shorten
+from harness.records import codec
 
 
 def add_commands(commands: Any, common: Any) -> None:
@@ -82,8 +82,8 @@ def read_requirements(given: list[str]) -> dict[str, Any]:
 
 def _value(text: str) -> Any:
     try:
-        return json.loads({"True": "true", "False": "false"}.get(text, text))
-    except json.JSONDecodeError:
+        return codec.parse({"True": "true", "False": "false"}.get(text, text))
+    except codec.NotJsonError:
         return text
 
 

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from harness.machine.card import CardFacts, CardSample, Clocks, Memory, Occupant
 from harness.machine.reading import Reading, missing
 from harness.machine.throttle import reasons_in
 from harness.machine.visible import visible_devices
@@ -35,66 +35,6 @@ _WORDS: dict[str, str] = {
     "NVML_ERROR_INVALID_ARGUMENT": "there is no such device",
     "NVML_ERROR_LIB_RM_VERSION_MISMATCH": "the driver was updated and the machine not restarted",
 }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Memory:
-    """Device memory in bytes; `used` is what processes and the display hold, without what the driver reserves."""
-
-    total: int
-    free: int
-    used: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Occupant:
-    """A process with a compute context on the device; `bytes` is None where the driver does not say."""
-
-    pid: int
-    bytes: int | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CardSample:
-    """What changes from moment to moment. Cumulative counters are those since the driver was loaded."""
-
-    energy_j: Reading[float]
-    power_w: Reading[float]
-    """As the driver averages it: over a second from Ampere on, GA100 excepted (documentation of NVML)."""
-    sm_clock_hz: Reading[float]
-    memory_clock_hz: Reading[float]
-    temperature_c: Reading[float]
-    temperature_margin_c: Reading[float]
-    """Degrees that are left until the card slows down."""
-    events: Reading[tuple[str, ...]]
-    """Why the clocks are what they are, in the words of `harness.machine.throttle`."""
-    thermal_slowdown_s: Reading[float]
-    """Time that heat has kept the clocks down, cumulative."""
-    power_slowdown_s: Reading[float]
-    """Time that the power limit has kept the clocks down, cumulative."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CardFacts:
-    """What stays while nobody changes the card's settings."""
-
-    name: Reading[str]
-    uuid: Reading[str]
-    driver: Reading[str]
-    power_limit_w: Reading[float]
-    """The limit in force."""
-    default_power_limit_w: Reading[float]
-    max_sm_clock_hz: Reading[float]
-    max_memory_clock_hz: Reading[float]
-    slowdown_temperature_c: Reading[float]
-    ecc: Reading[bool]
-    corrected_errors: Reading[int]
-    """ECC errors that were put right, since the driver was loaded."""
-    uncorrected_errors: Reading[int]
-    mig: Reading[bool]
-    persistence: Reading[bool]
-    clocks_need_root: Reading[bool]
-    """Whether only root may set the clocks."""
 
 
 class Device:
@@ -143,6 +83,14 @@ class Device:
             events=self._events(),
             thermal_slowdown_s=self._slowed("NVML_PERF_POLICY_THERMAL"),
             power_slowdown_s=self._slowed("NVML_PERF_POLICY_POWER"),
+        )
+
+    def clocks(self) -> Clocks:
+        """The moment's clocks and their reasons: three answers, for where there is time for no more."""
+        return Clocks(
+            sm_clock_hz=self._clock("nvmlDeviceGetClockInfo", "NVML_CLOCK_SM"),
+            memory_clock_hz=self._clock("nvmlDeviceGetClockInfo", "NVML_CLOCK_MEM"),
+            events=self._events(),
         )
 
     def facts(self) -> CardFacts:

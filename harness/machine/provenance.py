@@ -13,15 +13,16 @@ import importlib.util
 import math
 import os
 import platform
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from harness.errors import UsageError
+from harness.machine import steering
 from harness.machine.nvml import Device, open_device
 from harness.machine.repository import git_state
+from harness.machine.software import installed_packages, normal_name
 from harness.machine.system import memory_available_bytes, memory_bytes, settings
 from harness.records import codec
 from harness.records.preparation import Hello
@@ -44,8 +45,10 @@ LIBRARIES = (
 FINGERPRINT = ("device", "device_name", "driver", "cuda", "cpu_model", "threads", "python", "libraries", "workload")
 """Fields of the provenance that must agree for two runs to be compared."""
 POWER_LIMIT = "power_limit_w"
-"""One more, of runs on a card: its power limit in force, in whole watts, as far as it is known. Runs that were written
-before it was recorded have none, so their fingerprints are what they were, and so are those of runs on a CPU."""
+"""One more, of runs on a card: its power limit in force, in whole watts, as far as it is known."""
+LATER = (POWER_LIMIT, steering.FIELD)
+"""Of runs on a card. Runs that were written before they were recorded have none, so their fingerprints are what they
+were, and so are those of runs on a CPU."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,6 +136,8 @@ class Facts:
     names here; None for the present one."""
     packages: dict[str, str] = field(default_factory=dict)
     """All distributions of the present interpreter, with their versions."""
+    switches: dict[str, str] = field(default_factory=dict)
+    """Variables of the present environment that steer the choice of kernels."""
 
 
 def read_facts(machine: Machine, host: dict[str, Any] | None = None) -> Facts:
@@ -143,7 +148,8 @@ def read_facts(machine: Machine, host: dict[str, Any] | None = None) -> Facts:
         libraries={name: library_version(name) for name in LIBRARIES},
         git=git_state(Path.cwd()),
         host=host,
-        packages={_normal(one.name): one.version for one in importlib.metadata.distributions() if one.name},
+        packages=installed_packages(),
+        switches=steering.switches_of(os.environ),
     )
 
 
@@ -168,9 +174,23 @@ def collect(
         "workload": _content_of_workloads(study.workload, own_workloads or {}),
         "git": facts.git,
         "worker": {key: getattr(hello, key, None) for key in ("device", "torch", "import_time_s", "harness")},
-        **(facts.host or {}),
+        **_without(facts.host or {}, "switches"),
+        **_kernels(facts),
         **_engine(study, facts),
     }
+
+
+def _without(described: Mapping[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in described.items() if name != key}
+
+
+def _kernels(facts: Facts) -> dict[str, Any]:
+    """What steers the choice of kernels on a card, where trials run on one."""
+    if facts.machine.device != "cuda":
+        return {}
+    here = {"packages": facts.packages, "cuda": facts.machine.cuda, "switches": facts.switches}
+    there = here | (facts.host or {})
+    return {steering.FIELD: steering.steering(there["packages"], there["cuda"], there["switches"])}
 
 
 def _engine(study: Study, facts: Facts) -> dict[str, Any]:
@@ -179,12 +199,7 @@ def _engine(study: Study, facts: Facts) -> dict[str, Any]:
     if not package or package in LIBRARIES:
         return {}
     packages: Mapping[str, str] = facts.packages if facts.host is None else facts.host.get("packages", {})
-    return {"engine": {package: packages.get(_normal(package))}}
-
-
-def _normal(distribution: str) -> str:
-    """A distribution's name as others are compared with it (PEP 503)."""
-    return re.sub(r"[-_.]+", "-", distribution).lower()
+    return {"engine": {package: packages.get(normal_name(package))}}
 
 
 def harness_identity() -> str:
@@ -251,8 +266,8 @@ def _digest_of(path: Path) -> str:
 def comparable(provenance: Mapping[str, Any], without: Sequence[str] = ()) -> dict[str, Any]:
     """The fields that must agree for two runs to be compared; `without` are those that an A/B declares."""
     fields = {key: provenance.get(key) for key in FINGERPRINT}
-    limit = power_limit_w(provenance)
-    known = fields if limit is None else fields | {POWER_LIMIT: limit}
+    later = {POWER_LIMIT: power_limit_w(provenance), steering.FIELD: provenance.get(steering.FIELD)}
+    known = fields | {key: value for key, value in later.items() if value is not None}
     return {key: value for key, value in known.items() if key not in without}
 
 

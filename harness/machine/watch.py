@@ -1,8 +1,13 @@
 """The surroundings of a trial's timed stretches: one flat dict of values for its record, and what could not be had.
 
-Clocks, heat, power and the kernel's counters are read before and after a stretch (a turn, a request) and never during
-it: no thread polls beside what is timed. What accumulates is a difference; what fluctuates is known at the ends only,
-right after the work and before the card has cooled, over as many ends as a trial has turns.
+Heat, power and the kernel's counters are read before and after a stretch (a turn, a request) and never during it: no
+thread polls beside what is timed. What accumulates is a difference; what fluctuates is known at the ends only, right
+after the work and before the card has cooled, over as many ends as a trial has turns.
+
+A card may lower its clocks as soon as it has nothing to do, so those of a step are read while its work is still
+queued: the host has launched all and would only wait (`look`; `harness.trial.clock` calls it). Where nobody can
+look in, as in a request, whose tokens the host waits for one by one, the clocks at the end have to do, and those of a
+card that idles by then are dropped.
 
 Names are those of `named`: who, what, phase and unit, as in `host_steal_train_s` and `device_sm_clock_min_train_hz`.
 
@@ -19,9 +24,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from harness.machine.card import CardSample, Clocks
 from harness.machine.host import HostWatch
 from harness.machine.neighbours import neighbours_of
-from harness.machine.nvml import CardSample, Device, open_device
+from harness.machine.nvml import Device, open_device
 from harness.machine.reading import Reading, missing
 from harness.machine.throttle import IDLE, POWER_CAPPED, PROTECTING
 from harness.records.record import Notice
@@ -51,6 +57,7 @@ class DeviceWatch:
         self._energy = energy
         self._first: tuple[float, CardSample] | None = None
         self._before: CardSample | None = None
+        self._looked = False
         self._found: dict[str, list[float]] = {}
         self.missing: dict[str, str] = {}
         """Names of values that this card does not give, with the reason."""
@@ -58,9 +65,19 @@ class DeviceWatch:
     def begin(self, now_s: float) -> None:
         """Something timed is about to start; `now_s` is on the clock of `end`."""
         self._before = self._device.sample()
-        self._events(self._before)
+        self._events(self._before.events)
+        self._looked = False
         if self._first is None:
             self._first = (now_s, self._before)
+
+    def look(self) -> None:
+        """What is timed has been launched and is going on. The clocks of a card that has finished it are left out."""
+        seen = self._device.clocks()
+        if seen.events.value is not None and IDLE in seen.events.value:
+            return
+        self._events(seen.events)
+        self._clocks(seen)
+        self._looked = self._looked or seen.sm_clock_hz.known
 
     def end(self, now_s: float) -> dict[str, float]:
         """It has ended: what was found so far. Raises RuntimeError without `begin`."""
@@ -68,11 +85,10 @@ class DeviceWatch:
             raise RuntimeError("end() without begin(): nothing is being watched")
         before, last = self._before, self._device.sample()
         self._before = None
-        self._events(last)
+        self._events(last.events)
         self._keep("power_w", last.power_w)
-        if last.events.value is None or IDLE not in last.events.value:
-            self._keep("sm_clock_hz", last.sm_clock_hz)
-            self._keep("memory_clock_hz", last.memory_clock_hz)
+        if not self._looked and (last.events.value is None or IDLE not in last.events.value):
+            self._clocks(last)
         self._keep("temperature_c", last.temperature_c)
         self._keep("temperature_margin_c", last.temperature_margin_c)
         for name in ("thermal_slowdown_s", "power_slowdown_s"):
@@ -89,8 +105,11 @@ class DeviceWatch:
                 self.missing["energy_j"] = energy.reason
         return totals
 
-    def _events(self, sample: CardSample) -> None:
-        found = sample.events
+    def _clocks(self, seen: CardSample | Clocks) -> None:
+        self._keep("sm_clock_hz", seen.sm_clock_hz)
+        self._keep("memory_clock_hz", seen.memory_clock_hz)
+
+    def _events(self, found: Reading[tuple[str, ...]]) -> None:
         self._keep("samples", found.then(lambda words: 1.0))
         self._keep("throttled_samples", found.then(lambda words: float(bool(PROTECTING & set(words)))))
         self._keep("power_capped_samples", found.then(lambda words: float(bool(POWER_CAPPED & set(words)))))
@@ -188,6 +207,11 @@ class Watch:
         if self._card is not None:
             self._card.begin(self._clock())
         self._host.begin()
+
+    def look(self) -> None:
+        """What is timed is under way on the card, and the host would only wait for it."""
+        if self._card is not None:
+            self._card.look()
 
     def end(self) -> dict[str, float]:
         """It has ended: all values so far, by their names in the record."""

@@ -64,6 +64,11 @@ def profile_variant(
         UsageError: what cannot work on this machine.
         InvalidRunError: the trial did not come to its end; the message says where its log is.
     """
+    if study.workload.ranks > 1:
+        raise UsageError(
+            f"study {study.name}: ranks = {study.workload.ranks}: the profile takes apart the steps of one process. "
+            "Profile the variant with one rank; a run of the study says how its ranks spend a step."
+        )
     study = dataclasses.replace(study, allow_fallback=True)
     contender = Contender(variant=variant, workload=study.workload)
     machine = executor.machine()

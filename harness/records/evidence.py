@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import UsageError
-from harness.records import codec, journal
+from harness.records import codec, inputs, journal
 from harness.records.forms import check_evidence
 
 CHECKS = "checks.jsonl"
@@ -46,6 +46,7 @@ class EvidenceFile:
 
         Raises:
             OSError: the disk refuses.
+            UsageError: what is there is no evidence.
         """
         self._look()
         hashed = [(_hash_of(check), check) for check in checks]
@@ -72,16 +73,20 @@ class EvidenceFile:
             raise LostEvidenceError(error.args[0]) from None
 
     def _look(self) -> None:
-        """Read what has been added since; a line that has no end yet is left for the next time."""
-        if not self._path.is_file() or self._path.stat().st_size == self._seen_bytes:
+        """Read what has been added since; a line that has no end yet is left for the next time. Raises `UsageError`
+        for one that never ends."""
+        if not inputs.is_file(self._path) or self._path.stat().st_size == self._seen_bytes:
             return
-        with self._path.open("rb") as file:
-            file.seek(self._seen_bytes)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    return
-                self._seen_bytes += len(line)
-                self._keep(line)
+        try:
+            with inputs.open_plain(self._path) as file:
+                file.seek(self._seen_bytes)
+                for line in inputs.lines_of(file):
+                    if not line.endswith(b"\n"):
+                        return
+                    self._seen_bytes += len(line)
+                    self._keep(line)
+        except inputs.NotReadableError as error:
+            raise journal.refusal_of(self._path, error) from None
 
     def _keep(self, line: bytes) -> None:
         try:

@@ -31,6 +31,7 @@ PROVENANCE: Form = {
     "cuda": str | None,
     "libraries": dict[str, str | None],
     "engine": dict[str, str | None],
+    "kernels": {"cudnn": str | None, "cublas": str | None, "switches": dict[str, str]},
     "settings": dict[str, Any],
     "git": GIT,
     "worker": {"harness": str | None},

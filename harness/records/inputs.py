@@ -7,6 +7,7 @@ comes in is held against these bounds once, here, and whoever reads on meets pla
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import re
@@ -14,7 +15,7 @@ import stat
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from harness.errors import shorten
 from harness.records import codec
@@ -28,6 +29,8 @@ MANIFEST_BYTES = 64 << 20
 """Of a run's manifest, in which every planned trial is named."""
 BENCHMARK_BYTES = 128 << 20
 """Of a file of pytest-benchmark, with all samples of all benchmarks in it."""
+LINE_BYTES = 256 << 20
+"""Of a line of what a run writes down: the record of a trial with all of its samples, or a check."""
 
 _KEY_PART = r"""(?:(?<![\w-])[\w-]+|"[^"\n]*"|'[^'\n]*')"""
 _LONG_KEY = re.compile(rf"(?:{_KEY_PART}[ \t]*\.[ \t]*){{{codec.MOST_DEPTH}}}", re.ASCII)
@@ -57,15 +60,39 @@ def read_text(path: Path, most_bytes: int) -> str:
         raise NotReadableError(str(error)) from None
 
 
-def _read_bytes(path: Path, most_bytes: int) -> bytes:
-    """The first bytes of a plain file, one more than may be there; what is none may never end, or never begin."""
+@contextlib.contextmanager
+def open_plain(path: Path) -> Iterator[BinaryIO]:
+    """A plain file, open for reading; what is none may never end, or never begin.
+
+    Raises:
+        NotReadableError: it is none.
+        OSError: there is none, or it may not be read.
+    """
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:  # noqa: PTH123 a descriptor
         mode = os.fstat(file.fileno()).st_mode
         if stat.S_ISDIR(mode):
             raise NotReadableError("Is a directory")
         if not stat.S_ISREG(mode):
             raise NotReadableError("it is no plain file")
+        yield file
+
+
+def _read_bytes(path: Path, most_bytes: int) -> bytes:
+    """The first bytes of a plain file, one more than may be there."""
+    with open_plain(path) as file:
         return file.read(most_bytes + 1)
+
+
+def lines_of(file: BinaryIO) -> Iterator[bytes]:
+    """The lines of a file that only grows, from where it stands, each with what ends it.
+
+    Raises:
+        NotReadableError: one is longer than `LINE_BYTES`: nothing in it can be had, nor what comes behind it.
+    """
+    while line := file.readline(LINE_BYTES + 1):
+        if len(line) > LINE_BYTES:
+            raise NotReadableError(f"one line has more than {LINE_BYTES >> 20} MiB")
+        yield line
 
 
 def read_json(path: Path, most_bytes: int) -> Any:

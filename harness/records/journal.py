@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from harness.errors import UsageError
+from harness.records import inputs
 
 
 def append(path: Path, text: str) -> None:
@@ -45,21 +46,31 @@ def lines(path: Path) -> Iterator[str]:
     not be read with something else in their place.
 
     Raises:
-        UsageError: the file is there and cannot be read.
+        UsageError: the file is there and cannot be read: it is no plain one, or a line of it has no end.
     """
-    if not path.exists():
+    if not inputs.is_there(path):
         return
-    with say_unreadable(path), path.open(encoding="utf-8", errors="backslashreplace") as file:
-        yield from (line for line in file if not line.isspace())
+    with say_unreadable(path), inputs.open_plain(path) as file:
+        for line in inputs.lines_of(file):
+            if not line.isspace():
+                yield line.decode("utf-8", errors="backslashreplace")
 
 
 @contextlib.contextmanager
 def say_unreadable(path: Path) -> Iterator[None]:
-    """Meanwhile a refusal of the disk to read `path` is a `UsageError` with its remedy."""
+    """Meanwhile a refusal of the disk to read `path`, or what is there instead of it, is a `UsageError` with its
+    remedy."""
     try:
         yield
+    except inputs.NotReadableError as error:
+        raise refusal_of(path, error) from None
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}. Make it readable, or restore it.") from None
+
+
+def refusal_of(path: Path, error: inputs.NotReadableError) -> UsageError:
+    """What to say of a file that no run has written."""
+    return UsageError(f"{path}: cannot be read: {error}. Restore it, or remove it.")
 
 
 def sync_folder(folder: Path) -> None:

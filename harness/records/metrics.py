@@ -46,6 +46,10 @@ class Metric:
     is_loss: bool = False
     """Whether it says nothing without the number of steps that were trained."""
     column: Column = ""
+    of_trial: Literal["median", "mean"] = "median"
+    """What a trial's one value is of its steps: a rate is what was done in all of them over all of their time."""
+    per_token: bool = False
+    """Whether it compares steps that hold different numbers of real tokens."""
 
     def samples_of(self, record: TrialRecord) -> Samples:
         """Samples of one trial; empty where it has none. Raises `InvalidRunError` for a record of none."""
@@ -102,6 +106,13 @@ def _time_per_real_token_s(record: TrialRecord) -> Samples:
     return tuple(seconds / tokens for seconds in times)
 
 
+def _scaling_efficiency(record: TrialRecord) -> Samples:
+    """The step of one rank over that of several and their number, turn by turn; 1 is the most they can be."""
+    ranks, one = record.values.get("ranks", 0.0), record.samples.get("one_rank_step_time_s", ())
+    pairs = zip(one, record.samples.get("step_time_s", ()), strict=False)
+    return tuple(alone / (ranks * together) for alone, together in pairs) if ranks else ()
+
+
 def real_tokens_of_steps(record: TrialRecord) -> Samples:
     """Real tokens in each step that a script took, in their order; () where they were not seen."""
     return tuple(count for name in SCRIPT_TOKENS for count in record.samples.get(name, ()))
@@ -155,7 +166,9 @@ METRICS: dict[str, Metric] = {
             phase="train",
             higher_is_better=True,
             derive=_tokens_per_s,
+            of_trial="mean",
             column="one workload",
+            per_token=True,
         ),
         Metric(
             name="padded_tokens_per_s",
@@ -164,6 +177,7 @@ METRICS: dict[str, Metric] = {
             phase="train",
             higher_is_better=True,
             derive=_padded_tokens_per_s,
+            of_trial="mean",
         ),
         Metric(
             name="mfu",
@@ -180,6 +194,7 @@ METRICS: dict[str, Metric] = {
             unit="s",
             phase="train",
             derive=_time_per_real_token_s,
+            per_token=True,
         ),
         Metric(
             name="samples_per_s",
@@ -188,7 +203,20 @@ METRICS: dict[str, Metric] = {
             phase="train",
             higher_is_better=True,
             derive=_samples_per_s,
+            of_trial="mean",
         ),
+        # Of several ranks: beside one rank alone on the same batches, and of profiled steps.
+        Metric(
+            name="scaling_efficiency",
+            title="scaling efficiency",
+            unit="1",
+            phase="train",
+            higher_is_better=True,
+            derive=_scaling_efficiency,
+            column="always",
+        ),
+        Metric(name="communication_share", title="communication", unit="1", phase="train", column="always"),
+        Metric(name="rank_imbalance", title="imbalance of ranks", unit="1", phase="train"),
         Metric(name="gradient_norm", title="gradient norm", unit="1", phase="train"),
         Metric(name="first_step_time_s", title="first step", unit="s", phase="train"),
         Metric(
@@ -197,6 +225,7 @@ METRICS: dict[str, Metric] = {
             unit="J",
             phase="train",
             derive=_energy_per("energy_steps"),
+            of_trial="mean",
         ),
         Metric(
             name="energy_per_token_j",
@@ -204,6 +233,8 @@ METRICS: dict[str, Metric] = {
             unit="J",
             phase="train",
             derive=_energy_per("energy_tokens"),
+            of_trial="mean",
+            per_token=True,
         ),
         Metric(
             name="train_loss",

@@ -1,4 +1,5 @@
-"""What is said before anything is measured: by a worker of itself, and of the tokens that all trials will see.
+"""What is said before anything is measured: by a worker of itself, of the tokens that all trials will see, and of the
+bases that they will stand on.
 
 Both cross from a measuring process to its parent, and parts of both stand in the manifest of a run.
 """
@@ -58,3 +59,23 @@ class TokenSummary:
     """Sequences that were left out because no token of an answer is in them."""
     examples: tuple[Example, ...] = ()
     """The whole prompts, in the order of their numbers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseSummary:
+    """A base that was prepared for all processes of a run: read, converted and quantised once, if it was not kept."""
+
+    path: str
+    """Its folder, absolute, on the machine that measures."""
+    hash: str
+    """SHA-256 of its file of tensors."""
+    base: str
+    """What it is, in words: model, type and quantisation."""
+    bytes: int
+    """Of that file."""
+    conversions: int
+    """How often it was read from its source and converted, or drawn, for this run: once, or not where it was kept."""
+    quantisations: int
+    """How often it was quantised for this run."""
+    seconds: float
+    """That making it took, or finding it whole."""

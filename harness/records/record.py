@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from harness.errors import UsageError
+from harness.records import codec
 
 SCHEMA = 5
 """Version of what crosses to a worker and of what a run has on disk. 1: first form. 2: requests say what a trial
@@ -92,6 +93,7 @@ class Fragment:
     checks: tuple[dict[str, Any], ...] = ()
     notices: tuple[Notice, ...] = ()
     tokens: dict[str, Any] = field(default_factory=dict)
+    software: dict[str, str] = field(default_factory=dict, metadata=codec.LATER)
     failure: Failure | None = None
     status: Status = "ok"
 
@@ -134,6 +136,9 @@ class TrialRecord:
     checks: tuple[dict[str, Any], ...] = ()
     notices: tuple[Notice, ...] = ()
     tokens: dict[str, Any] = field(default_factory=dict)
+    software: dict[str, str] = field(default_factory=dict, metadata=codec.LATER)
+    """Versions of packages, and of `python` and `cuda`, as a script's own process tells them; empty for any other
+    trial, of which the run's provenance says it."""
     failure: Failure | None = None
     log: str = ""
     """Path of the log, relative to the run's directory."""
@@ -166,5 +171,6 @@ class TrialRecord:
             checks=self.checks + fragment.checks,
             notices=self.notices + fragment.notices,
             tokens=self.tokens | fragment.tokens,
+            software=self.software | fragment.software,
             failure=self.failure or fragment.failure,
         )

@@ -19,6 +19,7 @@ from harness.errors import InvalidRunError
 PREFIX = "lorameter-"
 OWNER = ".owner"
 """The file that is locked. It gets this name when it is."""
+_DRAFT = f"{OWNER}.new"
 
 
 @contextlib.contextmanager
@@ -35,7 +36,7 @@ def scratch_folder() -> Iterator[Path]:
     except FileNotFoundError as error:  # the words of tempfile, with all folders that it has tried
         raise InvalidRunError(f"{error.strerror}. Free space in one of them, or name another with TMPDIR.") from None
     try:
-        draft = folder / f"{OWNER}.new"
+        draft = folder / _DRAFT
         with draft.open("w") as owner:
             with contextlib.suppress(OSError):  # a disk without locks: nobody can tell then, and it stays if it is left
                 fcntl.flock(owner, fcntl.LOCK_EX)
@@ -43,6 +44,11 @@ def scratch_folder() -> Iterator[Path]:
             yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def is_scratch(folder: Path) -> bool:
+    """Whether this is a temporary folder of ours, in use or abandoned."""
+    return folder.name.startswith(PREFIX) and any((folder / name).is_file() for name in (OWNER, _DRAFT))
 
 
 def is_abandoned(folder: Path) -> bool:

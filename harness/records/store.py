@@ -31,6 +31,8 @@ from harness.records.document import write_document
 from harness.records.evidence import EvidenceFile, LostEvidenceError
 from harness.records.forms import check_manifest
 from harness.records.locks import alone, is_locked
+from harness.records.packed import is_packed, unpacked
+from harness.records.preparation import BaseSummary
 from harness.records.record import SCHEMA, SETTLED, Notice, TrialRecord, require_readable
 from harness.records.refusals import say_refused
 from harness.records.trial_lines import TrialLines, line_of
@@ -79,10 +81,14 @@ class Manifest:
     fingerprint: str
     """Hash of the provenance fields that must agree for two runs to be compared."""
     tokens: dict[str, Any] = field(default_factory=dict)
+    bases: tuple[BaseSummary, ...] = field(default=(), metadata=codec.LATER)
+    """What the trials stand on, prepared once; of each time that the run was gone on with."""
     notices: tuple[Notice, ...] = ()
     """What was known of the study before it ran."""
     sides: dict[str, Any] = field(default_factory=dict)
     """For an A/B: what stands on either side, and with which versions."""
+    policy: dict[str, Any] = field(default_factory=dict, metadata=codec.LATER)
+    """For an A/B: the policy that it was measured to be judged by; empty for the defaults."""
     stopped: str | None = None
     """Why the run ended before the replicates of its plan were used up."""
     resumed: tuple[Resumption, ...] = ()
@@ -197,12 +203,19 @@ class Run:
 
 
 def read_run(name: str, folder: Path) -> Run:
-    """A run by id (in `folder`) or by directory.
+    """A run by id (in `folder`), by directory, or by a file that `lorameter pack` made.
 
     Raises:
         UsageError: no such run, or one written by another schema.
     """
-    path = Path(name) if inputs.is_file(Path(name) / "manifest.json") else folder / name
+    for place in (Path(name), folder / name):
+        if is_packed(place):
+            with unpacked(place) as inside:
+                return dataclasses.replace(_read(inside, place.name, folder), path=place)
+    return _read(Path(name) if inputs.is_file(Path(name) / "manifest.json") else folder / name, name, folder)
+
+
+def _read(path: Path, name: str, folder: Path) -> Run:
     source = path / "manifest.json"
     if not inputs.is_file(source):
         known = ", ".join(run.name for run in list_runs(folder)[-3:]) or "none yet"

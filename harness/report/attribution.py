@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from harness.records.metrics import METRICS
-from harness.report.table import Document, Table, name_columns, say_each, write_ratio, write_row
+from harness.report.table import Document, Head, Section, Table, say, write_ratio, write_row
+from harness.report.words import title_of_ratio
 
 if TYPE_CHECKING:
     from harness.records.store import Run
@@ -18,16 +18,17 @@ MOST_PACKAGES = 12
 
 def describe_attribution(attribution: Attribution, run: Run) -> Document:
     """Facts of the run, differing packages, and the ratio of each part of the work with its interval."""
+    facts = (*_sides(run), *_packages(attribution), *(("differs", str(one)) for one in attribution.differing))
     table = Table(
         title="Where the time went (one by one, not corrected for looking at all)",
-        heads=name_columns("variant", "part", "× base", left=2),
+        heads=(Head(text="variant"), Head(text="part"), Head(text="candidate / base", right=True, ratio=True)),
         rows=tuple(
-            write_row(part.variant, METRICS[part.metric].title, write_ratio(part.comparison))
+            write_row(part.variant, title_of_ratio(part.metric), write_ratio(part.comparison))
             for part in attribution.parts
         ),
+        apart=True,
     )
-    facts = (*_sides(run), *_packages(attribution), *(("differs", str(one)) for one in attribution.differing))
-    return (*say_each(f"{name:<10}{said}" for name, said in facts), table)
+    return (Section(title="Sides", lines=tuple(say(said, lead=name) for name, said in facts)), table)
 
 
 def _sides(run: Run) -> Iterator[tuple[str, str]]:

@@ -11,6 +11,7 @@ from harness.report.table import (
     Cell,
     Document,
     Head,
+    Line,
     Row,
     Section,
     Span,
@@ -18,23 +19,25 @@ from harness.report.table import (
     list_sections,
     say,
     say_each,
+    say_once,
     write_ratio,
     write_row,
     write_value,
 )
+from harness.report.words import write_finding
 from harness.stats import Share
 from harness.verdicts.claims import ClaimResult, ClaimsReport, PartResult
+from harness.verdicts.judging import MARGIN
 
 _HEADS = (
-    Head(text="claim", widest=36),
-    Head(text="the original said", widest=26),
-    Head(text="estimate", widest=24),
+    Head(text="claim"),
+    Head(text="of", rank=3),
+    Head(text="ratio", right=True, ratio=True),
     Head(text="verdict"),
-    Head(text="reason"),
+    Head(text="the original said", rank=2),
 )
-"""What the first columns leave is for the reasons."""
 _LEGEND = (
-    "estimate: a ratio with its 95 % interval, corrected for nothing. verdict: all differences asserted in this run "
+    "ratio: with its 95 % interval, corrected for nothing. verdict: all differences asserted in this run "
     "together are wrong in at most 5 % of runs (Holm); each equality in at most 5 % (two one-sided tests)."
 )
 
@@ -57,7 +60,8 @@ def describe_verdicts(report: ClaimsReport) -> Document:
     legend = say(Span(text=_LEGEND, tone="faint"))
     control = "Control (the reference measured twice)"
     return (
-        Table(title="Claims", heads=_HEADS, rows=rows, notes=(legend,), apart=True),
+        say_once(Table(title="Claims", heads=_HEADS, rows=rows, notes=(legend,), apart=True)),
+        Section(title="Reasons", lines=tuple(_reasons(report))),
         *list_sections({control: tuple(_controls(report)), "Length of the answers": tuple(_answers(report))}),
         *list_sections(
             {
@@ -82,26 +86,32 @@ def _rows(claim: ClaimResult) -> tuple[Row, ...]:
     head, verdict = Cell(name=claim.id, text=claim.says), Cell(verdict=claim.verdict)
     if len(claim.parts) == 1:
         (part,) = claim.parts
-        rows = [write_row(head, claim.original, _estimate(part), verdict, part.reason)]
+        rows = [write_row(head, part.about, _estimate(part), verdict, claim.original)]
     else:
-        rows = [write_row(head, claim.original, "", verdict, "")]
+        rows = [write_row(head, "", "", verdict, claim.original)]
         for part in claim.parts:
-            rows.append(write_row(f"  {part.rule}", "", _estimate(part), Cell(verdict=part.verdict), part.reason))
+            rows.append(write_row(f"  {part.rule}", part.about, _estimate(part), Cell(verdict=part.verdict), ""))
     *others, last = rows
     return (*others, dataclasses.replace(last, ends_group=True))
 
 
 def _estimate(part: PartResult) -> Cell:
-    """The ratio, below what it is of."""
-    if part.ratio is None:
-        return Cell(text="–")
-    written = write_value(part.ratio, part.low, part.high, "1")
-    return dataclasses.replace(written, text=f"{part.about}\n{written.text}")
+    return Cell(text="–") if part.ratio is None else write_value(part.ratio, part.low, part.high, "1")
+
+
+def _reasons(report: ClaimsReport) -> Iterator[Line]:
+    """Why each part came out as it did."""
+    for claim in report.claims:
+        for part in claim.parts:
+            yield say(part.reason, lead=claim.id if len(claim.parts) == 1 else f"{claim.id} {part.rule}")
 
 
 def _controls(report: ClaimsReport) -> Iterator[str]:
     for name, control in report.control.items():
-        said = "not measured" if control is None else write_ratio(control, verdict=control.verdict).line
+        said = "not measured"
+        if control is not None:
+            found = write_finding(control, name, MARGIN, "variants")
+            said = f"{write_ratio(control).line} {found.said or found.verdict}"
         yield f"{METRICS[name].title}: {said}"
 
 

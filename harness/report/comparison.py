@@ -1,94 +1,144 @@
-"""A comparison as a document: a row for each metric of each variant, the reasons below, so that nothing is cut.
+"""A comparison as a document: a row for each metric of each variant, and below it what no table can say.
 
-Whatever is shown of a comparison, here or by the gate in another format, has these rows with these digits.
+What cannot be told is a sentence, what is wrong is its reason, and the statistics of the rest are folded. Whatever is
+shown of a comparison, here or by the gate, has these rows with these digits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from harness.records.metrics import METRICS
 from harness.records.units import first_few
+from harness.report.notices import describe_notices
 from harness.report.table import (
+    Block,
     Cell,
     Document,
+    Fold,
     Head,
     Line,
     Row,
+    Section,
     Span,
     Table,
     list_sections,
-    name_columns,
     say,
-    say_each,
+    say_once,
+    tone_of,
     write_ratio,
     write_row,
 )
-from harness.stats import Comparison
+from harness.report.words import say_effect, say_open, title_of, title_of_ratio, write_finding
+from harness.stats import Verdict
 from harness.verdicts.comparand import is_memory
-from harness.verdicts.outcome import Compared, ComparisonReport
+from harness.verdicts.judging import MARGIN
+from harness.verdicts.outcome import EXIT_OF, PRECEDENCE, Compared, ComparisonReport
 
 HEADS = (
-    *name_columns("variant", "metric", "candidate / base", "verdict", "tolerance", "replicates", left=2),
-    Head(text="reason"),
+    Head(text="variant"),
+    Head(text="metric"),
+    Head(text="candidate / base", right=True, ratio=True),
+    Head(text="verdict"),
+    Head(text="tolerance", right=True, rank=3, once=True),
+    Head(text="replicates", right=True, rank=2, once=True),
 )
 NAMED = 3
 """Comparisons that are named where several have one reason."""
+MOST_FINDINGS = 6
+"""Findings that are not folded; the table has them all."""
 
 
-def describe_comparison(report: ComparisonReport) -> Document:
-    """The table without its reasons, and below it each reason once with what it is the reason of."""
-    rows = tuple(Row(cells=row.cells[:-1]) for row in write_rows(report))
-    notes = (*say_each(list_controls(report)), *_reasons(report))
-    lists = {"Differing": list_differences(report), "Notices": list_notices(report)}
+def describe_comparison(report: ComparisonReport, *, ab: bool = False) -> Document:
+    """What was found, the table with the controls, and what differs beside; `ab`: whether both sides were measured in
+    one job."""
+    lines = tuple(list_findings(report, ab=ab))
+    more = lines[MOST_FINDINGS:]
+    folded = Fold(summary=say(Span(text=f"and {len(more)} more", tone="faint")), lines=more)
     return (
-        say(Span(text=title_of(report), tone="strong"), indented=False),
-        Table(heads=HEADS[:-1], rows=rows, notes=notes),
-        *list_sections(lists),
+        Section(title=title_of_report(report), lines=lines[:MOST_FINDINGS], apart=False),
+        *([folded] if more else []),
+        say_once(Table(heads=HEADS, rows=tuple(write_rows(report)), notes=tuple(_notes(report)), apart=True)),
+        *_statistics(report),
+        *list_sections({"Differing": list_differences(report)}),
+        *describe_notices(report.notices),
     )
 
 
-def title_of(report: ComparisonReport) -> str:
+def title_of_report(report: ComparisonReport) -> str:
     """Which side is judged by which."""
     return f"{report.candidate} against {report.base}"
 
 
-def write_rows(report: ComparisonReport) -> tuple[Row, ...]:
+def write_rows(report: ComparisonReport) -> Iterator[Row]:
     """A row a comparison, in the order of `HEADS`."""
-    return tuple(
-        write_row(
+    for compared in report.comparisons:
+        count = compared.comparison.replicates
+        yield write_row(
             compared.variant,
-            metric_of(compared),
+            title_of_ratio(compared.metric),
             write_compared(compared),
-            Cell(verdict=compared.verdict),
-            f"{100 * compared.tolerance:.3g} %",
-            _replicates(compared.comparison),
-            compared.comparison.reason,
+            write_verdict(compared),
+            Cell(text=f"{100 * compared.tolerance:.3g} %", value=compared.tolerance, unit="1"),
+            Cell(text=str(count), value=count, unit="1") if count else Cell(text="–"),
         )
-        for compared in report.comparisons
-    )
 
 
-def metric_of(compared: Compared) -> str:
-    """The metric's title; of one that another program measured, its name."""
-    return METRICS[compared.metric].title if compared.metric in METRICS else compared.metric
+def write_verdict(compared: Compared) -> Cell:
+    """The finding in a word, with what equal is."""
+    margin = compared.tolerance if is_memory(compared.metric) else compared.margin
+    return write_finding(compared.comparison, compared.metric, margin, "sides")
 
 
 def write_compared(compared: Compared) -> Cell:
     """The ratio; of peaks without a bracket, since the largest against the largest has no interval."""
     ratio = compared.comparison.ratio
     if is_memory(compared.metric) and ratio is not None:
-        return Cell(text=f"{ratio:.4g} (largest)", value=ratio, unit="1")
+        return Cell(text=f"{ratio:.4g}", value=ratio, unit="1")
     return write_ratio(compared.comparison)
+
+
+def list_findings(report: ComparisonReport, *, ab: bool = False) -> Iterator[Line]:
+    """What decides, the worst first: what has regressed, improved, or cannot be told; each reason once."""
+    order = {code: place for place, code in enumerate(PRECEDENCE)}
+    found = [one for one in report.comparisons if one.verdict != "equivalent"]
+    found.sort(key=lambda one: order[EXIT_OF[one.verdict]])
+    said: dict[tuple[Verdict, str], list[str]] = {}
+    for compared in found:
+        said.setdefault((compared.verdict, _finding(compared, ab=ab)), []).append(name_of(compared))
+    for (verdict, sentence), names in said.items():
+        word = Span(text=_WORDS.get(verdict, verdict), tone=tone_of(verdict))
+        yield say(f"{first_few(names, NAMED, '; ')}: ", *([] if verdict == "inconclusive" else [word]), sentence)
+    if report.comparisons and not found:
+        yield say(Span(text="equivalent", tone="note"), ", each within its margin")
+
+
+_WORDS: dict[str, str] = {"no_baseline": "no baseline", "not_comparable": "not comparable"}
+
+
+def _finding(compared: Compared, *, ab: bool) -> str:
+    comparison, verdict = compared.comparison, compared.verdict
+    if verdict == "inconclusive":
+        return say_open(comparison, compared.metric, compared.interleaving, ab=ab)
+    if verdict in ("regressed", "improved"):
+        return f", {say_effect(comparison, compared.metric)}"
+    return f": {comparison.reason}"
+
+
+def name_of(compared: Compared) -> str:
+    """Which comparison it is, in words."""
+    return f"{compared.variant}, {title_of(compared.metric)}"
 
 
 def list_controls(report: ComparisonReport) -> tuple[str, ...]:
     """What the control of each phase says."""
-    return tuple(
-        f"control of {phase}: "
-        + ("not measured" if control is None else write_ratio(control, verdict=control.verdict).line)
-        for phase, control in report.control.items()
-    )
+    said = []
+    for phase, control in report.control.items():
+        word = "not measured"
+        if control is not None:
+            cell = write_finding(control, "", MARGIN, "variants")
+            word = f"{write_ratio(control).line} {cell.said or cell.verdict}"
+        said.append(f"control of {phase}: {word}")
+    return tuple(said)
 
 
 def list_differences(report: ComparisonReport) -> tuple[str, ...]:
@@ -96,22 +146,20 @@ def list_differences(report: ComparisonReport) -> tuple[str, ...]:
     return tuple(map(str, report.differing))
 
 
-def list_notices(report: ComparisonReport) -> tuple[str, ...]:
-    """What a reader of the numbers must know, with what to do about it."""
-    return tuple(f"{notice.code}: {notice.message} {notice.remedy}" for notice in report.notices)
+def _notes(report: ComparisonReport) -> Iterator[Line]:
+    yield from map(say, list_controls(report))
+    if any(is_memory(one.metric) for one in report.comparisons):
+        yield say(Span(text="peaks: the largest of the candidate over the largest of the base", tone="faint"))
 
 
-def _reasons(report: ComparisonReport) -> Iterator[Line]:
+def _statistics(report: ComparisonReport) -> Iterator[Block]:
     reasons: dict[str, list[str]] = {}
     for compared in report.comparisons:
-        reasons.setdefault(compared.comparison.reason, []).append(f"{compared.variant}, {metric_of(compared)}")
-    for reason, names in reasons.items():
-        yield say(f"{first_few(names, NAMED, '; ')}: ", Span(text=reason, tone="faint"))
-
-
-def _replicates(comparison: Comparison) -> str:
-    """How many, and for an open question how many would settle it."""
-    if not comparison.replicates:
-        return "–"
-    needed = comparison.replicates_needed if comparison.verdict == "inconclusive" else None
-    return f"{comparison.replicates} of {needed}" if needed else str(comparison.replicates)
+        reasons.setdefault(compared.comparison.reason, []).append(name_of(compared))
+    lines = tuple(
+        say(f"{first_few(names, NAMED, '; ')}: ", Span(text=reason, tone="faint")) for reason, names in reasons.items()
+    )
+    if lines:
+        count = f"{len(report.comparisons)} verdicts rest" if len(report.comparisons) > 1 else "the verdict rests"
+        yield Section(title="Statistics")
+        yield Fold(summary=say(Span(text=f"what {count} on", tone="faint")), lines=lines)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from harness.machine.provenance import Machine
 from harness.records.record import Notice
 from harness.records.units import format_bytes, format_duration
-from harness.report.notices import describe_notices
+from harness.report.notices import tell_notices
 from harness.report.table import Document, Span, say, say_each
 from harness.run.forecast import Forecast
 from harness.run.plan import Plan
@@ -22,7 +22,7 @@ def describe_plan(
         say(Span(text=plan.study.title, tone="strong"), size, indented=False),
         *say_each(_lines(plan, expected)),
         *say_each([f"data    {data}"] if data else []),
-        *describe_notices(notices),
+        *tell_notices(notices),
     )
 
 

@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 
 from harness.records.store import Run
+from harness.report.table import Line, say
 from harness.run.resume import is_resumable
 from harness.studies.study import Study
 from harness.verdicts.standing import followed_alone
@@ -18,18 +19,19 @@ _WORDS = {
 }
 
 
-def standing(run: Run, study: Study) -> tuple[str, ...]:
+def standing(run: Run, study: Study) -> tuple[Line, ...]:
     """Facts of a run of this study that is not complete, or was not at some time; none of any other."""
     manifest = run.manifest
     lines = []
     if run.state != "complete":
         ended, planned = sum(record.settled for record in run.records), len(manifest.order)
-        said = f"status    {_WORDS[run.state]}; {ended} of {planned} trials have come to their end"
+        said = f"{_WORDS[run.state]}; {ended} of {planned} trials have come to their end"
         resumable = run.state != "running" and is_resumable(manifest) and not followed_alone(run, study)
-        lines.append(f"{said}. Go on with: lorameter run --resume {manifest.run}" if resumable else said)
+        said += f". Go on with: lorameter run --resume {manifest.run}" if resumable else ""
+        lines.append(say(said, lead="status"))
     if manifest.resumed:
         times = ", ".join(time.strftime("%Y-%m-%d %H:%M", time.localtime(one.unix_s)) for one in manifest.resumed)
-        lines.append(f"resumed   {times}")
+        lines.append(say(times, lead="resumed"))
     return tuple(lines)
 
 

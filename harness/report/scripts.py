@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from harness.records.record import TrialRecord
 from harness.records.store import Run
+from harness.report.table import Line, say
 from harness.studies.script import SIDE
 from harness.studies.study import Study
 from harness.studies.variant import Variant
@@ -14,14 +15,14 @@ SOURCES = {"trainer": "a Trainer", "loop": "a loop that names its steps", "optim
 """Where steps were seen, in words."""
 
 
-def describe_scripts(run: Run, study: Study) -> Iterator[str]:
+def describe_scripts(run: Run, study: Study) -> Iterator[Line]:
     """A line for each command; of an A/B of commands one for each side."""
     sides = {name: side for name, side in run.manifest.sides.items() if side.get("kind") == SIDE}
     for variant in study.variants:
         for side in sides or {"": {}}:
             records = [one for one in run.records if one.name == variant.name and (not side or one.side == side)]
             command = str(sides[side].get("spec")) if side else variant.command
-            yield f"command   {side or variant.name}: {command}{_where(variant)}{_seen(records)}"
+            yield say(f"{side or variant.name}: {command}{_where(variant)}{_seen(records)}", lead="command")
 
 
 def _where(variant: Variant) -> str:

@@ -1,8 +1,9 @@
-"""What a report is made of: lines, sections, tables and panels, typed, and written for no renderer.
+"""What a report is made of: lines, sections, tables, charts and panels, typed, and written for no renderer.
 
 Every report is a document: a sequence of these blocks. It decides what is said, in which order and with how many
-digits; colours, widths, borders and escapes are the renderer's alone. So a new renderer is one module that takes a
-document, and a new report is drawn by every renderer there is.
+digits, what may be left out where there is no room, and what is drawn; colours, widths, borders, escapes and how
+something is drawn are the renderer's alone. So a new renderer is one module that takes a document, and a new report is
+drawn by every renderer there is.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ class Line:
     """One paragraph."""
 
     spans: tuple[Span, ...]
+    lead: str = ""
+    """What the paragraph is about, in a word; it stands before it, and the leads of a section below each other."""
     indented: bool = True
     """Whether it belongs to what stands above it."""
     apart: bool = False
@@ -55,7 +58,7 @@ class Line:
 
     @property
     def text(self) -> str:
-        """All of it, without its tones."""
+        """All of it but its lead, without its tones."""
         return "".join(span.text for span in self.spans)
 
 
@@ -79,8 +82,19 @@ class Head:
     text: str
     right: bool = False
     """Whether its cells end below each other, as numbers do."""
-    widest: int | None = None
-    """The most characters of a line in it; None leaves that to the renderer."""
+    rank: int = 0
+    """The higher, the sooner it may be left out where there is no room; 0 is never left out."""
+    once: bool = False
+    """Whether what is equal in all of its cells is said once, below the table."""
+    ratio: bool = False
+    """Whether its values are ratios of which 1 is no difference, to be drawn around it."""
+    plain: str = ""
+    """What it is called in a sentence, where that is something else than its text."""
+
+    @property
+    def name(self) -> str:
+        """What it is called in a sentence."""
+        return self.plain or self.text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +112,9 @@ class Cell:
     command: str = ""
     """What to type."""
     verdict: str = ""
-    """The finding's word."""
+    """The finding's word, as programs know it; it decides the tone."""
+    said: str = ""
+    """What people are told in its place; empty where it is that word."""
     value: float | None = None
     """The number behind the text, in its base unit; None where there is none."""
     low: float | None = None
@@ -107,9 +123,14 @@ class Cell:
 
     @property
     def line(self) -> str:
-        """All parts on one line."""
+        """All parts on one line, in the words that programs know."""
         parts = (self.name, self.text, self.interval, self.detail, self.command, self.verdict)
         return " ".join(part for part in parts if part)
+
+    @property
+    def words(self) -> str:
+        """All parts on one line, in the words for people."""
+        return dataclasses.replace(self, verdict=self.said, said="").line if self.said else self.line
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,12 +150,53 @@ class Table:
     heads: tuple[Head, ...]
     rows: tuple[Row, ...]
     title: str = ""
-    stacked: bool = False
-    """Whether intervals and verdicts stand below their values, so that many columns fit."""
     notes: tuple[Line, ...] = ()
     """What a reader of the table must know; below it."""
     apart: bool = False
     """Whether an empty line stands before it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fold:
+    """What is said in one line, and in full to whoever asks."""
+
+    summary: Line
+    lines: tuple[Line, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """A value of a chart, with its interval where it has one."""
+
+    x: float
+    y: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chart:
+    """Points in the order of x, joined by a line, and their intervals as whiskers."""
+
+    title: str
+    points: tuple[Point, ...]
+    ticks: tuple[tuple[float, str], ...] = ()
+    """Where x is named, and by what; empty leaves that to the renderer."""
+    log: bool = False
+    """Whether x is laid out by its logarithm."""
+    unit: Unit = "1"
+    """Of y."""
+    span: tuple[float, float] | None = None
+    """The least and the greatest y of all charts beside it, so that they can be compared; None is its own."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gallery:
+    """Charts that stand beside each other."""
+
+    title: str
+    charts: tuple[Chart, ...]
+    notes: tuple[Line, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,14 +215,14 @@ class Panel:
     passages: tuple[Passage, ...]
 
 
-Block: TypeAlias = Line | Section | Table | Panel
+Block: TypeAlias = Line | Section | Fold | Table | Gallery | Panel
 Document: TypeAlias = tuple[Block, ...]
 
 
-def say(*parts: str | Span, indented: bool = True, apart: bool = False) -> Line:
+def say(*parts: str | Span, lead: str = "", indented: bool = True, apart: bool = False) -> Line:
     """One line of plain text and of spans."""
     spans = tuple(part if isinstance(part, Span) else Span(text=part) for part in parts)
-    return Line(spans=spans, indented=indented, apart=apart)
+    return Line(spans=spans, lead=lead, indented=indented, apart=apart)
 
 
 def say_each(texts: Iterable[str]) -> tuple[Line, ...]:
@@ -199,6 +261,23 @@ def write_ratio(found: Comparison, *, verdict: str = "") -> Cell:
     if found.ratio is None:
         return Cell(text="–", verdict=verdict)
     return dataclasses.replace(write_value(found.ratio, found.low, found.high, "1"), verdict=verdict)
+
+
+def say_once(table: Table) -> Table:
+    """The table without columns whose cells all say the same, which a line below it says instead."""
+    kept, notes = [], []
+    for place, head in enumerate(table.heads):
+        cells = [row.cells[place] for row in table.rows]
+        if head.once and len(cells) > 1 and len(set(cells)) == 1:
+            notes += [say(f"{head.name}: {cells[0].words}, in every row")] if cells[0].words not in ("", "–") else []
+        else:
+            kept.append(place)
+    return dataclasses.replace(
+        table,
+        heads=tuple(table.heads[place] for place in kept),
+        rows=tuple(dataclasses.replace(row, cells=tuple(row.cells[place] for place in kept)) for row in table.rows),
+        notes=(*notes, *table.notes),
+    )
 
 
 def tone_of(verdict: str) -> Tone:

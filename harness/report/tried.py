@@ -9,6 +9,8 @@ from harness.records.metrics import METRICS
 from harness.records.units import format_interval
 from harness.report.notices import describe_notices
 from harness.report.table import Document, Line, Section, Span, say, write_ratio
+from harness.report.words import write_finding
+from harness.verdicts.judging import MARGIN
 
 
 def describe_tried(tried: Tried) -> Document:
@@ -27,7 +29,8 @@ def _lines(tried: Tried) -> Iterator[Line]:
     title = METRICS[tried.metric].title
     if comparison is not None:
         ratio = f"{title} with the remedy over without: {write_ratio(comparison).line} "
-        yield say(ratio, Span(text=comparison.verdict, tone="strong"))
+        found = write_finding(comparison, tried.metric, MARGIN, "variants")
+        yield say(ratio, Span(text=found.said or found.verdict, tone="strong"))
         yield say(Span(text=comparison.reason, tone="faint"))
     if finding.cost_share is not None and comparison is not None and comparison.ratio is not None:
         of = "a step" if tried.metric == "step_time_s" else f"the {title}"

@@ -25,6 +25,7 @@ from harness.run.contenders import CONTROL_SUFFIX, Contender, sides_of
 from harness.run.executors import open_executor
 from harness.run.executors.host import Host
 from harness.run.executors.sides import OpenSide, open_side
+from harness.run.executors.workplace import check_side
 from harness.run.feasibility import check_feasible
 from harness.run.forecast import most_of, together_bytes
 from harness.run.levels import fits
@@ -97,6 +98,7 @@ def measure_ab(
     runs: Path,
     display: Display,
     notices: tuple[Notice, ...] = (),
+    policy: Mapping[str, Any] | None = None,
 ) -> Run:
     """Make both sides ready, measure, and take them down.
 
@@ -109,19 +111,23 @@ def measure_ab(
         runs: where the run is written.
         display: shows what is going on.
         notices: what was known before.
+        policy: what it will be judged by, as JSON data; the manifest keeps it.
 
     Raises:
-        UsageError: a side that cannot be had.
+        UsageError: a side that cannot be had, or that a command leaves no room for.
         InvalidRunError: a side whose worker does not start, or speaks another schema.
     """
     with _open_sides({"base": base, "candidate": candidate}, repository, cache) as sides:
+        if plan.study.of_scripts and any(side.kind != "revision" for side in sides.values()):
+            for contender in plan.contenders:
+                check_side(contender.variant)
         arms: list[Arm] = []
         for name, side in sides.items():
             about = {"spec": side.spec, "kind": side.kind, "label": side.label}
             rows = {slot.contender.injected_rows for slot in plan.slots if slot.side == name}
             kind = executor_of(plan.study)
             arms += arms_of(name, side.host, side.declared, about | {INJECTED: max(rows)}, kind)
-        return measure(plan, runs=runs, display=display, notices=notices, arms=arms)
+        return measure(plan, runs=runs, display=display, notices=notices, arms=arms, policy=policy)
 
 
 def arms_of_commands(plan: Plan) -> list[Arm]:

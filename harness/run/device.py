@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import os
 import re
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -41,7 +42,7 @@ def hold_device(executor: Executor, if_busy: IfBusy, *, tell: Callable[[str], ob
         tell: is told whom it waits for.
 
     Raises:
-        InvalidRunError: somebody measures on it, and `if_busy` is "refuse".
+        InvalidRunError: somebody measures on it, and `if_busy` is "refuse"; or what should be locked is no file.
     """
     device = executor.device_id()
     file = None if if_busy == "share" else _open(device)
@@ -67,12 +68,20 @@ class _NoLocksError(Exception):
 
 
 def _open(device: str) -> int | None:
-    """The file of a device; it may be another user's, who made it."""
+    """The file of a device; it may be another user's, who made it. Raises `InvalidRunError` where it is none."""
     name = f"lorameter-{re.sub(r'[^A-Za-z0-9-]+', '-', device)}.lock"
     path = Path(os.environ.get(ENV_LOCKS) or SHARED_FOLDER) / name
+    never_waiting = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # of a pipe it would wait for who writes into it
     for flags in (os.O_RDONLY, os.O_RDONLY | os.O_CREAT | os.O_EXCL, os.O_RDONLY):  # others may make it meanwhile
         with contextlib.suppress(OSError):
-            return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+            file = os.open(path, flags | never_waiting, 0o644)
+            if stat.S_ISREG(os.fstat(file).st_mode):
+                return file
+            os.close(file)
+            raise InvalidRunError(
+                f"{path}: no plain file, and measurements on this device ({device}) lock it so as not to disturb each "
+                f"other. Remove it, name another folder with {ENV_LOCKS}, or measure without it: --if-busy share."
+            )
     return None
 
 

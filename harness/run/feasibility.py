@@ -21,6 +21,7 @@ from harness.records.record import Notice
 from harness.records.units import format_bytes
 from harness.run.contenders import Contender, contenders_of, workloads_of
 from harness.run.executors.workplace import shared_notices
+from harness.run.several_ranks import check_ranks, rank_notices
 from harness.studies.study import Study
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
@@ -77,6 +78,8 @@ def check_feasible(
         where = f"study {study.name}, variant {variant.name!r}"
         _check_attention(where, variant, machine)
         _check_liger(where, variant, machine)
+        check_ranks(where, variant, workload, machine)
+        notices += rank_notices(variant, workload)
         if variant.tf32 and machine.device == "cpu":
             raise UsageError(f"{where}: tf32 = True: a CPU has no TF32. Leave it out here.")
         notices += _paged_notices(variant, machine, shape)
@@ -84,6 +87,8 @@ def check_feasible(
             continue
         _check_widths(where, variant, shape, machine)
         notices += _rank_notices(variant, shape)
+        if workload.strategy == "fsdp2":  # what one rank holds of it is a part that no formula here knows
+            continue
         expected = estimate_memory(variant, workload, shape, device=machine.device, stored=stored)
         _check_memory(where, expected, machine)
         notices += memory_notices(variant, expected, machine, free_bytes)
@@ -263,4 +268,14 @@ def _paged_notices(variant: Variant, machine: Machine, shape: ModelShape) -> Ite
             message=f"{variant.name}: {variant.optimizer} pages nothing on a CPU; its trials are invalid unless the "
             "study allows the fallback.",
             remedy='Use optimizer = "adamw_fused" here, or allow_fallback = true to measure what really runs.',
+        )
+    else:
+        tensors = len(adapter_tensors(variant, shape)) if known else None
+        yield Notice(
+            code="paged-on-card",
+            message=f"{variant.name}: {variant.optimizer} waits for the device after each of its "
+            f"{'tensors' if tensors is None else f'{tensors} tensors'}, in every step, and its paged state lies in "
+            "managed memory, which no figure of the allocator holds.",
+            remedy="Lay no more of its step time to paging than a run with adamw_fused leaves, and add "
+            "`paged_optimizer_state_bytes` to its peaks.",
         )

@@ -22,6 +22,7 @@ from harness.records import codec, store
 from harness.records.durations import measuring_time_s
 from harness.records.metrics import BIRTH
 from harness.run.plan import Group, Plan
+from harness.run.several_ranks import processes_on_device
 from harness.studies.script import OWN
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
@@ -106,22 +107,23 @@ def together_bytes(members: Sequence[Variant], workload: Workload, machine: Mach
 def needed_bytes(
     variants: Iterable[Variant], workload: Workload, machine: Machine, runs: Path | None
 ) -> dict[str, int | None]:
-    """Expected memory of a process of each variant, by name: the peak of an earlier run where there is one, else the
-    estimate, None where the model's layers are not known; on a GPU device memory."""
+    """Expected memory of a trial's processes on a device, of each variant by name: the peak of an earlier run where
+    there is one, else the estimate, None where the model's layers are not known; on a GPU device memory."""
     if workload.model == OWN:
         return {variant.name: _measured_script(variant, workload, machine, runs) for variant in variants}
     source = catalogue.resolve(workload.model)
     shape, stored, device = shapes.shape(source), stored_dtype(source), machine.device
     kind, extra = _kind_of_peak(device)
     measured = {} if runs is None else measured_peaks(workload, machine, runs, kind)
+    processes = processes_on_device(workload, device)
 
     def need(variant: Variant) -> int | None:
         peak = measured.get(variant.id)
         if peak:
-            return peak + extra
+            return processes * (peak + extra)
         if unknown_layers(shape):
             return None
-        return estimate_memory(variant, workload, shape, device=device, stored=stored).needed_bytes
+        return processes * estimate_memory(variant, workload, shape, device=device, stored=stored).needed_bytes
 
     return {variant.name: need(variant) for variant in variants}
 

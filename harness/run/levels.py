@@ -28,6 +28,7 @@ def choose_level(
     free_bytes: int | None,
     asked: str | None = None,
     workloads: int = 1,
+    ranks: int = 1,
 ) -> tuple[Interleaving, str]:
     """The level and the reason for it.
 
@@ -38,6 +39,7 @@ def choose_level(
         free_bytes: memory that is free on the device now; None where it cannot be known.
         asked: the level that the user asks for; None to choose.
         workloads: on how many different workloads they are measured.
+        ranks: processes of a trial.
 
     Raises:
         UsageError: the level asked for is unknown, or not possible for these variants.
@@ -45,6 +47,8 @@ def choose_level(
     obstacle = shared_base_obstacle(variants)
     if workloads > 1:  # what trials on one base find out once for all, such as its held-out loss, is of one workload
         obstacle = f"the variants are measured on {workloads} workloads"
+    if ranks > 1:
+        obstacle = f"a trial has {ranks} ranks, which are processes of its own"
     if asked is not None:
         if asked not in LEVELS:
             raise UsageError(f"interleave = {asked!r}: not known. Use one of {', '.join(LEVELS)}.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,6 +25,7 @@ from harness.records.preparation import Hello, TokenSummary
 from harness.records.record import Notice, Side, TrialRecord
 from harness.records.refusals import say_refused
 from harness.records.store import Manifest, Run, RunWriter
+from harness.run.bases import prepare_bases
 from harness.run.budget import Budget
 from harness.run.conductor import Watcher
 from harness.run.contenders import contenders_of, variants_of, workloads_of
@@ -97,6 +99,7 @@ def plan_study(
         free_bytes=free_bytes,
         asked=interleaving,
         workloads=len(workloads),
+        ranks=max(workload.ranks for workload in workloads),
     )
     provisional = study.of_scripts and interleaving is None and None is together is not free_bytes
     if provisional:
@@ -138,6 +141,7 @@ def measure(
     notices: tuple[Notice, ...] = (),
     arms: Sequence[Arm] = (),
     resume: str | None = None,
+    policy: Mapping[str, Any] | None = None,
 ) -> Run:
     """Measure a plan into a run directory and read it back. The first arm prepares the tokens of all.
 
@@ -149,6 +153,7 @@ def measure(
         arms: where trials are measured, on one machine; those that the plan names, of the present interpreter, if left
             out.
         resume: id of a run of this plan (`harness.run.resume`) to go on with; None for a new one.
+        policy: what it will be judged by, as JSON data; the manifest keeps it.
 
     Raises:
         UsageError: data that cannot be read, or a run to go on with that another process writes or whose tokens differ.
@@ -161,7 +166,7 @@ def measure(
     first = arms[0]
     run_id = resume or store.new_run_id(study.name, runs)
     shown = Shielded(display)
-    with Stops() as stops, contextlib.ExitStack() as stack:
+    with Stops(patient=_is_watched()) as stops, contextlib.ExitStack() as stack:
         stack.enter_context(say_refused(lambda: store.refusal_of(runs / run_id)))
         stack.enter_context(store.leaving_nothing(runs / run_id, unless=store.MANIFEST))
         stack.enter_context(store.writing(runs / run_id))
@@ -182,7 +187,10 @@ def measure(
                 shown.tokens_prepared(prepared[study.workload].data)
             hellos = {name: greet(executor, variants) for name, executor in executors.items()}
             there = {arm.name: arm.executor.facts() for arm in arms if arm is first or arm.name == arm.side}
-        site = _site(plan, prepared, hellos[first.name].device)
+            device = hellos[first.name].device
+            bases = prepare_bases(dataclasses.replace(plan, groups=groups), executors, device, shown)
+        site = dataclasses.replace(_site(plan, prepared, device), bases=bases.folders)
+        notices = (*notices, *bases.notices)
         if plan.provisional:
             with stops.interruptible():
                 plan, told = rehearse(plan, executors, site, shown)
@@ -195,6 +203,11 @@ def measure(
         declared = sorted({name for arm in arms for name in arm.declared})
         if earlier is not None:
             manifest = continue_manifest(earlier.manifest, facts, tokens, study.protocol.max_minutes)
+            manifest = dataclasses.replace(
+                manifest,
+                bases=(*manifest.bases, *bases.summaries),
+                notices=tuple(dict.fromkeys((*manifest.notices, *bases.notices))),
+            )
         else:
             manifest = Manifest(
                 run=run_id,
@@ -210,8 +223,10 @@ def measure(
                 provenance=facts,
                 fingerprint=provenance.fingerprint(facts, without=declared),
                 tokens=tokens,
+                bases=bases.summaries,
                 notices=notices,
                 sides=_sides(arms, hellos, there),
+                policy=dict(policy or {}),
             )
         writer = RunWriter(runs, manifest)
         minutes = study.protocol.max_minutes
@@ -236,6 +251,11 @@ def measure(
         stopped = measured.stopped or (earlier.manifest.stopped if earlier else None)
         writer.finish(_status(measured), stopped=stopped, measured=trials)
     return store.read_run(str(writer.path), runs)
+
+
+def _is_watched() -> bool:
+    """Whether somebody sits at a terminal, who is told of a Ctrl-C and can say it again."""
+    return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stderr))
 
 
 def _mend(run: Run) -> Run:

@@ -155,6 +155,11 @@ def make_plan(
             f"study {study.name}: phases {', '.join(checked)}: its variants are commands, of which training is "
             "measured and nothing else. Leave the phase out."
         )
+    if study.trains_only and checked != ("train",):
+        raise UsageError(
+            f"study {study.name}: phases {', '.join(checked)}: of ranks = {study.workload.ranks} training is measured "
+            'and nothing else. Write phases = ["train"] in [protocol], and leave --phase out.'
+        )
     together, alone = measures_of(study, interleaving, checked)
     _check_size(study, len(contenders))
     arms = {contender: _arm(contender, contenders) for contender in contenders}

@@ -19,6 +19,7 @@ from harness.machine import provenance
 from harness.machine.provenance import Facts
 from harness.machine.repository import git_state
 from harness.records import codec, store
+from harness.records.packed import is_packed
 from harness.records.record import Notice
 from harness.records.store import Manifest, Resumption, Run
 from harness.run.contenders import contenders_of, sides_of
@@ -83,6 +84,8 @@ def read_broken_off(name: str, runs: Path, *, study: str | None = None) -> Run:
         )
     if run.live:
         raise UsageError(store.refusal_while_live(run.path))
+    if is_packed(run.path):
+        raise UsageError(f"{run.path}: it is packed, and has no folder to write to. Go on where it was measured.")
     if run.path.resolve().name != manifest.run:
         raise UsageError(f"{run.path}: holds run {manifest.run}. Give the directory that name again.")
     return run
@@ -153,8 +156,7 @@ def check_place(run: Run, facts: Facts) -> None:
     here = provenance.collect(study, facts, study.workload.threads, own_workloads=_own_workloads(run))
     without = [name for side in manifest.sides.values() for name in side["declared"]]
     before = provenance.comparable(manifest.provenance, without=without)
-    if provenance.POWER_LIMIT not in before:  # it was not recorded then
-        without.append(provenance.POWER_LIMIT)
+    without += [name for name in provenance.LATER if name not in before]  # it was not recorded then
     if provenance.fingerprint(here, without=without) != manifest.fingerprint:
         before, now = codec.to_json(before), codec.to_json(provenance.comparable(here, without=without))
         said = "; ".join(f"{one.field}: {one.base!r} then, {one.candidate!r} now" for one in differences(before, now))

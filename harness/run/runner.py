@@ -113,7 +113,7 @@ def run_plan(
 def _conduct(conductor: Conductor, stops: Stops) -> BaseException | None:
     """Measure a group; what ended it before its time, of which its records tell."""
     try:
-        with stops.interruptible():
+        with stops.interruptible(worth_waiting=True):
             conductor.measure()
     except KeyboardInterrupt as interrupt:
         conductor.interrupt()

@@ -10,7 +10,7 @@ from harness.records.preparation import TokenSummary
 from harness.records.record import Status, TrialRecord
 from harness.run.executors import Place
 from harness.run.plan import Plan, Slot
-from harness.studies.request import TrialRequest
+from harness.studies.request import BaseKey, TrialRequest, base_key
 from harness.studies.script import OWN
 from harness.studies.workload import Workload
 
@@ -23,6 +23,8 @@ class Site:
     threads: int
     tokens_path: str
     tokens: dict[str, Any]
+    bases: Mapping[tuple[str, BaseKey], str] = field(default_factory=dict)
+    """Folders of the prepared bases, by arm and base."""
     own: Mapping[Workload, Site] = field(default_factory=dict)
     """The same for other workloads than the study's."""
 
@@ -60,7 +62,7 @@ def begin_record(slot: Slot, status: Status) -> TrialRecord:
 
 def request_of(plan: Plan, slot: Slot, site: Site, place: Place) -> TrialRequest:
     """All that a worker must know of a trial."""
-    study, site = plan.study, site.of(slot.workload)
+    study, bases, site = plan.study, site.bases, site.of(slot.workload)
     return TrialRequest(
         trial=slot.trial,
         variant=slot.variant,
@@ -80,4 +82,5 @@ def request_of(plan: Plan, slot: Slot, site: Site, place: Place) -> TrialRequest
         log_path=place.log_path,
         allow_fallback=study.allow_fallback,
         requirements=study.requirements,
+        base=bases.get((slot.arm, base_key(slot.variant, slot.workload)), ""),
     )

@@ -6,12 +6,17 @@ blocks that say so (`interruptible`), and nowhere else: between them it is remem
 begin. Once it has been taken nothing interrupts what it sets off; who has no time for that sends KILL, and the next run
 removes what is left.
 
+Somebody who sits before it can say it twice. So at a terminal the first Ctrl-C lets come to its end what takes turns
+now, which can be worth many minutes, and the second ends that at once; TERM and HUP, and a Ctrl-C that no terminal
+sent, do so the first time.
+
 A signal that was ignored from the start, as HUP under `nohup`, goes on being ignored.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -19,6 +24,9 @@ from types import FrameType, TracebackType
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+WAITING = b"\nCtrl-C: what takes turns now comes to its end and is reported; once more ends at once.\n"
 
 
 class StopRequested(KeyboardInterrupt):
@@ -32,10 +40,14 @@ class Stops:
     Signals reach the main thread only: in another one it hears nothing, and all is as without it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, patient: bool = False) -> None:
+        """`patient`: whether the first Ctrl-C waits for the end of a block that says that it is worth it."""
+        self._patient, self._worth = patient, False
         self._before: dict[signal.Signals, Any] = {}
         self._told: str | None = None
         self._taken = False
+        self._deferred = False
+        """Whether the only stop so far was a first Ctrl-C that waits."""
         self._waiting = False
 
     def __enter__(self) -> Stops:
@@ -52,22 +64,29 @@ class Stops:
     ) -> None:
         for number, before in self._before.items():
             signal.signal(number, before)
-        if error is None and self._told is not None and not self._taken:
+        if error is None and self._told is not None and not self._taken and not self._deferred:
             self._take()
 
     @contextlib.contextmanager
-    def interruptible(self) -> Iterator[None]:
-        """A block that a stop ends at once. Raises `StopRequested`, and does not begin after one that was not taken."""
+    def interruptible(self, *, worth_waiting: bool = False) -> Iterator[None]:
+        """A block that a stop ends at once. Raises `StopRequested`, and does not begin after one that was not taken.
+
+        `worth_waiting`: whether a first Ctrl-C of somebody who can say it twice lets it come to its end.
+        """
         if self._told is not None and not self._taken:
             self._take()
-        self._waiting = True
+        self._waiting, self._worth = True, worth_waiting
         try:
             yield
         finally:
-            self._waiting = False
+            self._waiting = self._worth = False
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        self._told = signal.Signals(number).name
+        first, self._told = self._told is None, signal.Signals(number).name
+        self._deferred = first and self._patient and self._worth and number == signal.SIGINT
+        if self._deferred:
+            os.write(2, WAITING)  # nothing that a signal might have interrupted in the middle
+            return
         if self._waiting and not self._taken:
             self._take()
 

@@ -18,7 +18,7 @@ from harness.stats.estimate import Estimate, estimate_trials, is_precise, relati
 from harness.stats.intervals import bootstrap_interval
 from harness.stats.memory import compare_bytes
 from harness.stats.outliers import OutlierLabel, count_outliers, label_outliers
-from harness.stats.power import replicates_to_see, sd_interval
+from harness.stats.power import MOST_ADVISED, replicates_to_see, sd_interval
 from harness.stats.quantiles import QuantileEstimate, effective_size, median_interval, percentile
 from harness.stats.shift import RunWideShift, run_wide_shift
 from harness.stats.trend import Share, explained_share
@@ -26,6 +26,7 @@ from harness.stats.verdict import Comparison, Verdict
 from harness.stats.warmup import is_steady
 
 __all__ = [
+    "MOST_ADVISED",
     "Comparison",
     "Estimate",
     "KeptPairs",

@@ -16,7 +16,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import TYPE_CHECKING, TypeVar
 
 from harness.stats.effect import Effect, Pairing, Spread, checked_pairing, from_log, measure_effect
-from harness.stats.power import detectable_log_effect, replicates_needed
+from harness.stats.power import MOST_ADVISED, detectable_log_effect, replicates_needed
 from harness.stats.samples import checked_trials
 from harness.stats.verdict import Comparison, Verdict, VerdictRule
 
@@ -137,7 +137,7 @@ def _reason(
         f"the {interval} does not clear the tolerance of {tolerance}, nor the {narrow} fit the margin of ±{margin}"
     )
     seen = "" if mde80 is None else f"; a slow-down of {_percent(mde80)} would have been seen with 80 % power"
-    remedy = "" if needed is None else f"; measure {needed} replicates"
+    remedy = "" if needed is None or needed > MOST_ADVISED else f"; measure {needed} replicates"
     return f"{open_question} ({count}){seen}{remedy}"
 
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from harness.stats.verdict import VerdictRule
 
 POWER = 0.8
+MOST_ADVISED = 50
+"""More replicates are advised to nobody: what takes them is measured in another way, or on a quieter machine."""
 # A plan beyond this is no plan.
 _MOST_REPLICATES = 10**9
 

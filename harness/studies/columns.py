@@ -26,14 +26,19 @@ class Columns:
     """
 
     instruction: str | None = field(default=None, metadata=codec.LATER)
+    """What is asked."""
     context: str | None = field(default=None, metadata=codec.LATER)
     """What the instruction is about; the only part that a record can be without."""
     response: str | None = field(default=None, metadata=codec.LATER)
+    """What is to be answered."""
     prompt: str | None = field(default=None, metadata=codec.LATER)
+    """What is asked, of a record of two parts."""
     completion: str | None = field(default=None, metadata=codec.LATER)
+    """What is to be answered, of a record of two parts."""
     messages: str | None = field(default=None, metadata=codec.LATER)
     """A list of messages: role and content, or from and value."""
     text: str | None = field(default=None, metadata=codec.LATER)
+    """All of a record that has no parts."""
 
     def __post_init__(self) -> None:
         given = self.given

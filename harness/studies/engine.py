@@ -15,7 +15,6 @@ ignores would otherwise refute a promise that nobody has tried.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -39,13 +38,17 @@ class Engine:
     """Whose promises a study judges. Raises `UsageError` for what cannot be."""
 
     title: str
+    """What it is called."""
     variant: str
     """The variant that has it."""
     proof: dict[str, Any]
     """Path of kernels_check to what it must show: true, a word, or one of "any", "less" and "not false"."""
     needs: Literal["", "cuda"] = ""
+    """A device without which there is nothing to measure."""
     package: str = ""
+    """Distribution whose version belongs to a result."""
     flag: str = ""
+    """What a training script is often given for it, in braces, for messages."""
     workload: dict[str, Any] = field(default_factory=dict)
     """Fields of the workload that the variant has a value of its own for."""
 
@@ -80,10 +83,6 @@ class Engine:
     def example(self) -> str:
         """A script with it and without it, as one would ask for it."""
         return f"'python train.py {self.flag or '{--flag}'}'"
-
-    def without_workload(self) -> Engine:
-        """The engine where the variants are commands: what they train on is theirs."""
-        return dataclasses.replace(self, workload={})
 
     def obstacle(self, device: str) -> str:
         """Why there is nothing to measure on a device ("cpu" or "cuda"); empty where there is."""

@@ -120,5 +120,5 @@ def study_of_engine(study: Study, command: str, *, cwd: str = "") -> Study:
         reference=study.reference,
         claims=study.claims,
         notes=study.notes,
-        engine=engine.without_workload(),
+        engine=dataclasses.replace(engine, workload={}),  # what commands train on is theirs
     )

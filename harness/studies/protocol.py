@@ -43,11 +43,15 @@ class Protocol:
     """Replicates, warm-up, timed turns and limits. Raises `UsageError` for values that measure nothing."""
 
     replicates: int = EFFORT_REPLICATES["quick"]
+    """Passes over all variants in fresh processes: the unit of every interval."""
     warmup_steps_min: int = 3
+    """Discarded steps at least."""
     warmup_steps_max: int = 12
+    """Discarded steps at most; warming up ends when the steps are steady."""
     turns: int = 8
     """Timed turns of a trial in the training phase."""
     steps_per_turn: int = STEPS_PER_TURN
+    """Timed steps of a turn."""
     epochs: float = 0.0
     """Train every trial for at least so many epochs: what the timed turns leave of them follows untimed, for the
     losses. 0 ends the training with the timed turns."""

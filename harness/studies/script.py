@@ -120,7 +120,10 @@ def time_steps(protocol: Protocol, steps: int) -> Protocol:
         UsageError: no whole number of turns.
     """
     if steps < STEPS_PER_TURN or steps % STEPS_PER_TURN:
-        raise UsageError(f"--steps = {steps}: two steps are timed in a turn. Use an even number, 2 or more.")
+        raise UsageError(
+            f"--steps = {steps}: {STEPS_PER_TURN} steps are timed in a turn. Use a multiple of {STEPS_PER_TURN}, "
+            f"{STEPS_PER_TURN} or more."
+        )
     return dataclasses.replace(protocol, turns=steps // STEPS_PER_TURN, steps_per_turn=STEPS_PER_TURN)
 
 

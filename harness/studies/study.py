@@ -16,7 +16,7 @@ from typing import Any
 from harness.errors import UsageError
 from harness.records import codec
 from harness.studies import limits
-from harness.studies.claim import ENGINE, LINEAR, PEAK, Claim
+from harness.studies.claim import ENGINE, LINEAR, UNSET, Claim, Level, is_number, say_level
 from harness.studies.engine import Engine
 from harness.studies.protocol import PRECISION_REPLICATES, Protocol
 from harness.studies.script import check_scripts
@@ -75,12 +75,17 @@ class Study:
     @property
     def claims_peaks(self) -> bool:
         """Whether a claim is about peak memory."""
-        return any(part.metric == PEAK for claim in self.claims for part in claim.parts)
+        return any(part.of_memory for claim in self.claims for part in claim.parts)
 
     @property
     def of_scripts(self) -> bool:
         """Whether its variants are commands, which bring model, data and training themselves."""
         return bool(self.variants[0].command)
+
+    @property
+    def trains_only(self) -> bool:
+        """Whether training is all that is measured of its variants: of commands, and of several ranks."""
+        return self.of_scripts or self.workload.ranks > 1
 
     @property
     def own_workloads(self) -> dict[str, Workload]:
@@ -138,29 +143,38 @@ class Study:
                     )
             for part in claim.parts:
                 known = [level for level, _ in levels[part.axis]]
-                if part.rule in LINEAR and part.scale == "log" and min(known) <= 0:
+                numbers = [float(level) for level in known if is_number(level)]
+                if part.rule in LINEAR and part.rule != "equal" and len(numbers) < len(known):
                     raise UsageError(
-                        f'{where}: axis = {part.axis!r}: level {min(known):g} has no logarithm. Write scale = "linear".'
+                        f"{where}: axis = {part.axis!r}: its levels are no numbers, and {part.rule!r} lays a line "
+                        'through them. Use "differs", "equal", "highest", "lowest", "lowers" or "costs-at-most".'
+                    )
+                if part.rule in LINEAR and part.scale == "log" and numbers and min(numbers) <= 0:
+                    raise UsageError(
+                        f"{where}: axis = {part.axis!r}: level {min(numbers):g} has no logarithm. "
+                        'Write scale = "linear".'
                     )
                 for level in part.levels:
                     if level not in known:
                         raise UsageError(
-                            f"{where}: level {level:g} of {part.axis}: not in the study. It has "
-                            f"{', '.join(f'{one:g}' for one in known)}."
+                            f"{where}: level {say_level(level)} of {part.axis}: not in the study. It has "
+                            f"{', '.join(map(say_level, known))}."
                         )
 
-    def levels(self, axis: str) -> tuple[tuple[float, str], ...]:
-        """The values of one field, ascending, with the variant that has each and else equals the reference; of the
-        engine 0 and 1."""
+    def levels(self, axis: str) -> tuple[tuple[Level, str], ...]:
+        """The values of one field, with the variant that has each and else equals the reference: numbers ascending,
+        others as the study has them, the reference's first; of the engine 0 and 1."""
         if axis == ENGINE:
             return () if self.engine is None else ((0.0, self.reference), (1.0, self.engine.variant))
         centre = self.variant(self.reference)
+        if axis == "name" or not hasattr(centre, axis):
+            return ()
         found = [
-            (float(getattr(variant, axis)), variant.name)
-            for variant in self.variants
-            if set(variant.differences(centre)) <= {axis} and isinstance(getattr(variant, axis, None), (int, float))
+            (_level(getattr(variant, axis)), variant.name)
+            for variant in (centre, *(one for one in self.variants if one is not centre))
+            if set(variant.differences(centre)) <= {axis}
         ]
-        return tuple(sorted(found))
+        return tuple(sorted(found)) if all(is_number(level) for level, _ in found) else tuple(found)
 
     @property
     def deviations(self) -> tuple[str, ...]:
@@ -227,6 +241,17 @@ class Study:
         if allow_disturbed:
             protocol = dataclasses.replace(protocol, allow_disturbed=True)
         return dataclasses.replace(self, workload=workload, protocol=protocol, replaced=replaced)
+
+
+def _level(value: Any) -> Level:
+    """A field's value as a level of its axis."""
+    if isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, (int, float)):
+        return float(value)
+    if value is None:
+        return UNSET
+    return "+".join(f"{key}={item}" for key, item in value.items()) if isinstance(value, Mapping) else "+".join(value)
 
 
 def _shown(value: Any) -> str:

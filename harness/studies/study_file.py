@@ -3,6 +3,7 @@
 title = "..."
 extends = "..."                 # a built-in study; what this file says replaces what that one and its profiles say
 reference = "lora-r16"          # the variant that ratios are taken against; the first one if left out
+allow_fallback = false          # true: a required path that did not run is a notice, and the trial counts
 notes = ["..."]                 # what a reader of the results must know and no field says
 
 [workload]                      # fields of Workload
@@ -32,7 +33,7 @@ from typing import Any
 from harness.errors import UsageError, impossible
 from harness.records import codec, inputs
 from harness.studies import limits
-from harness.studies.claim import Claim
+from harness.studies.claim import Claim, check_limits
 from harness.studies.engine import Engine
 from harness.studies.protocol import Protocol
 from harness.studies.script import OWN
@@ -216,7 +217,7 @@ def _replaced(written: Study, fitted: Study) -> dict[str, Any]:
 def _parse(path: Path, data: Mapping[str, Any]) -> Study:
     where = path.name
     variants = _variants(where, data)
-    data = _of_scripts(data) if variants and variants[0].command else data
+    data = _of_scripts(data) if variants and variants[0].command else _of_ranks(data)
     reference = data.get("reference", variants[0].name if variants else "")
     fields: dict[str, Any] = {"title": data.get("title", path.stem), "reference": reference}
     for key, kind in (("title", str), ("reference", str), ("allow_fallback", bool), ("requirements", dict)):
@@ -247,10 +248,25 @@ def _of_scripts(data: Mapping[str, Any]) -> dict[str, Any]:
     return _merged(said, data)
 
 
+def _of_ranks(data: Mapping[str, Any]) -> dict[str, Any]:
+    """What a study of several ranks need not say: that training is measured."""
+    workload = data.get("workload")
+    several = isinstance(workload, Mapping) and workload.get("ranks", 1) != 1
+    return _merged({"protocol": {"phases": ["train"]}}, data) if several else dict(data)
+
+
 def _claims(where: str, listed: Any) -> list[Claim]:
     if not isinstance(listed, list):
         raise impossible(where, "claim", listed, "a list of tables is expected", "Write [[claim]].")
-    return [codec.from_json(Claim, one, f"{where}, claim number {index + 1}") for index, one in enumerate(listed)]
+    return [_claim(f"{where}, claim number {index + 1}", one) for index, one in enumerate(listed)]
+
+
+def _claim(where: str, written: Any) -> Claim:
+    parts = written.get("parts") if isinstance(written, Mapping) else None
+    for part in parts if isinstance(parts, list) else ():
+        if isinstance(part, Mapping):
+            check_limits(part, where)
+    return codec.from_json(Claim, written, where)
 
 
 def _variants(where: str, data: Mapping[str, Any]) -> tuple[Variant, ...]:

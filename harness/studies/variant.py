@@ -58,16 +58,22 @@ class Variant:
     lora_alpha: float = 16
     """Numerator of the scaling alpha / r (alpha / sqrt(r) with `use_rslora`)."""
     lora_dropout: float = 0.0
+    """Probability with which an input of the adapter is zeroed in training."""
     target_modules: tuple[str, ...] = (ALL_LINEAR,)
     """Suffixes of module names; ("all-linear",) is every linear layer but the head; () is PEFT's own default."""
     bias: Bias = "none"
+    """Biases that train beside the adapter, as PEFT names them."""
     use_rslora: bool = False
+    """Scale by alpha / sqrt(r) (Kalajdzievski 2023, arXiv 2312.03732)."""
     use_dora: bool = False
+    """Train magnitude and direction apart (Liu et al. 2024, arXiv 2402.09353)."""
     init_lora_weights: Init = "default"
+    """How the adapter begins, as PEFT names it."""
 
     dtype: DType = "bfloat16"
     """Type of the base weights that are not quantised."""
     quantization: Quantization = "none"
+    """How the weights of the base are stored, by bitsandbytes; "none" leaves them in `dtype`."""
     double_quant: bool = True
     """Quantise the quantisation constants too; read only for nf4 and fp4."""
     compute_dtype: DType = "bfloat16"
@@ -78,24 +84,33 @@ class Variant:
     """Type of the adapter weights; None leaves it to PEFT, which casts them to float32."""
 
     attention: Attention = "sdpa"
+    """Implementation of attention, as transformers names it."""
     gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass instead of keeping them."""
     autocast: DType | None = None
     """Autocast type of the forward pass; None runs without autocast."""
     tf32: bool = False
+    """Let products of float32 run in TF32 on a GPU."""
     compile: bool = False
+    """Compile the model with torch.compile, in caches of the trial's own."""
     liger_kernel: bool = field(default=False, metadata=codec.LATER)
     """Patch the base with the Triton kernels of liger-kernel, all that it has for the architecture (Hsu et al. 2024,
     arXiv 2410.10989)."""
 
     optimizer: Optimizer = "adamw_fused"
+    """AdamW of torch, fused or not, or of bitsandbytes with paged state."""
     learning_rate: float = 2e-4
+    """Highest learning rate of the schedule."""
     schedule: Schedule = "constant"
+    """How the learning rate goes after its rise."""
     warmup_ratio: float = 0.0
     """Share of the steps in which the learning rate rises from zero; not the harness's warm-up."""
     weight_decay: float = 0.0
+    """Of AdamW, on the adapter alone."""
     max_grad_norm: float = 1.0
     """Gradient norm above which gradients are scaled down; 0 leaves them alone."""
     gradient_accumulation: int = 1
+    """Batches of one update of the optimizer."""
 
     command: str = field(default="", metadata=codec.LATER)
     """A training script in place of all above, as one would start it, but without a shell: `python train.py --r 64`."""

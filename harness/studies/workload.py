@@ -15,11 +15,13 @@ from harness.studies import limits
 from harness.studies.columns import Columns
 from harness.studies.data_source import SYNTHETIC
 
-Layout = Literal["packed", "padded"]
+Layout = Literal["packed", "padded", "joined"]
 Loss = Literal["all", "answer"]
 LOSSES: dict[Loss, str] = {"all": "loss on all tokens", "answer": "loss on the answers alone"}
 """In words."""
 PromptFormat = Literal["answer-instruction", "write-instruction"]
+Strategy = Literal["", "ddp", "fsdp2"]
+Repair = Literal["", "quant_state"]
 
 _RANGES: dict[str, limits.Range] = {
     "sequence_length": (8, 2**24),
@@ -33,6 +35,7 @@ _RANGES: dict[str, limits.Range] = {
     "natural_tokens": (0, 2**24),
     "natural_prompt_tokens": (1, 2**24),
     "threads": (1, 4096),
+    "ranks": (1, 64),
 }
 
 
@@ -54,15 +57,23 @@ class Workload:
     """"all" takes the loss over all tokens of a record but the first; "answer" over what the model is to answer, with
     the token that ends it, and nothing of the prompt; sequences without a token of an answer are left out."""
     prompt_format: PromptFormat = "answer-instruction"
+    """Words around an instruction in records that are no chat."""
     sequence_length: int = 128
+    """Tokens of a sequence."""
     batch_size: int = 4
+    """Sequences of a step."""
     layout: Layout = "packed"
-    """"packed" fills sequences with whole records one after the other, isolated; "padded" is one record a sequence."""
+    """"packed" fills sequences with whole records one after the other, isolated; "padded" is one record a sequence;
+    "joined" fills sequences with records that see each other, as in pretraining, so that attention is plainly causal
+    and is given no mask."""
     train_sequences: int = 256
     """Sequences in one epoch; the stream starts again when they are used up."""
     held_out_records: int = 16
+    """Records that are not trained on, of which prompts and the held-out loss are made."""
     held_out_sequences: int = 8
+    """Sequences of the held-out loss, at most."""
     data_seed: int = 20
+    """Seeds synthetic records, and which records are held out."""
     prompt_tokens: int = 32
     """Length of the inference prompt, cut from held-out records."""
     new_tokens: int = 32
@@ -72,7 +83,18 @@ class Workload:
     natural_prompt_tokens: int = 128
     """Such requests are put whole: held-out records with longer prompts are left out."""
     threads: int = 1
-    """CPU threads of a trial. Two on two cores collapse under contention, so one unless the study is about threads."""
+    """CPU threads of a trial, of each of its ranks. Two on two cores collapse under contention, so one unless the study
+    is about threads."""
+    ranks: int = field(default=1, metadata=codec.LATER)
+    """Processes that train together in one trial, each on its part of every batch: `batch_size` is that of all."""
+    strategy: Strategy = field(default="", metadata=codec.LATER)
+    """How ranks train together: "ddp", each with the whole model, or "fsdp2", which shards it."""
+    repair: Repair = field(default="", metadata=codec.LATER)
+    """What is mended in the libraries for it. "quant_state": 4-bit weights that FSDP2 has sharded keep their
+    quantisation state (`harness.trial.ranks.strategies`), without which they are refused as wrong."""
+    scaling: bool = field(default=True, metadata=codec.LATER)
+    """Whether one rank alone takes turns with the ranks of a trial, on the same batches: what scaling efficiency and
+    losses are measured against. It needs a device that holds the whole model."""
 
     def __post_init__(self) -> None:
         limits.check_ranges("workload", self, _RANGES)
@@ -83,7 +105,32 @@ class Workload:
                     f"{sequences * self.sequence_length} tokens, and {limits.MOST_TOKENS} are prepared at most. "
                     "Use fewer."
                 )
+        self._check_ranks()
         if not self.model:
             raise UsageError("workload: model = '': no model named. `lorameter list models` shows the catalogue.")
         limits.check_word("workload", "model", self.model)
         limits.check_word("workload", "data", self.data)
+
+    def _check_ranks(self) -> None:
+        if self.ranks == 1:
+            for key in ("strategy", "repair"):
+                if getattr(self, key):
+                    raise UsageError(
+                        f"workload: {key} = {getattr(self, key)!r}: there is one rank. Set ranks, or leave it out."
+                    )
+            return
+        if not self.strategy:
+            raise UsageError(
+                f'workload: ranks = {self.ranks}: how they train together is not said. Write strategy = "ddp" or '
+                '"fsdp2".'
+            )
+        if self.batch_size % self.ranks:
+            raise UsageError(
+                f"workload: batch_size = {self.batch_size}, ranks = {self.ranks}: the batch is that of all ranks and "
+                "does not divide among them. Use a multiple."
+            )
+        if self.repair and self.strategy != "fsdp2":
+            raise UsageError(
+                f'workload: repair = {self.repair!r}: it is for strategy = "fsdp2", and this is {self.strategy!r}. '
+                "Leave it out."
+            )

@@ -32,9 +32,13 @@ class Stopwatch:
     def __init__(self, device: str) -> None:
         self._cuda = device.startswith("cuda")
 
-    def __call__(self, call: Callable[[], T]) -> tuple[T, Lap]:
-        """The result of `call()` and its lap; on CUDA the lap ends when the device has finished."""
-        return self._on_device(call) if self._cuda else self._on_host(call)
+    def __call__(self, call: Callable[[], T], meanwhile: Callable[[], object] | None = None) -> tuple[T, Lap]:
+        """The result of `call()` and its lap; on CUDA the lap ends when the device has finished.
+
+        `meanwhile` is called on CUDA when all is launched, while the device works and the host would wait for it. What
+        it takes is in neither time. On a CPU there is no such moment, and it is not called.
+        """
+        return self._on_device(call, meanwhile) if self._cuda else self._on_host(call)
 
     def _on_host(self, call: Callable[[], T]) -> tuple[T, Lap]:
         cpu, wall = time.process_time(), time.perf_counter()
@@ -42,12 +46,16 @@ class Stopwatch:
         wall = time.perf_counter() - wall
         return result, Lap(wall, time.process_time() - cpu)
 
-    def _on_device(self, call: Callable[[], T]) -> tuple[T, Lap]:
+    def _on_device(self, call: Callable[[], T], meanwhile: Callable[[], object] | None) -> tuple[T, Lap]:
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize()
         cpu = time.process_time()
         begin.record()
         result = call()
         end.record()
+        if meanwhile is not None:
+            launched = time.process_time()
+            meanwhile()
+            cpu += time.process_time() - launched
         torch.cuda.synchronize()
         return result, Lap(begin.elapsed_time(end) / 1e3, time.process_time() - cpu)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import torch
 
 
 def resident_bytes(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
-    """Exact bytes of what a training step keeps between steps, by kind; tied tensors count once.
+    """Exact bytes of what a training step keeps between steps, by kind; tied tensors count once, and of sharded ones
+    what lies here.
 
     `base_weight_bytes` and `quantization_state_bytes` (constants of 4-bit and 8-bit layers) are the frozen base,
     `adapter_bytes` whatever trains, `gradient_bytes` the gradients present now, `optimizer_state_bytes` all optimizer
@@ -49,7 +49,7 @@ def resident_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -
     for buffer in _fresh(model.buffers(), seen):
         kinds.setdefault(f"buffers_{_name(buffer)}", []).append(buffer)
     kinds["quantization_state"] = list(_fresh(_quantization_state(model), seen))
-    kinds["gradients"] = [p.grad for p in model.parameters() if p.grad is not None]
+    kinds["gradients"] = [_here(p.grad) for p in model.parameters() if p.grad is not None]
     entries = (item for values in optimizer.state.values() for item in values.values())
     state = list(_fresh((item for item in entries if isinstance(item, torch.Tensor)), seen))  # tables are shared
     kinds["paged_optimizer_state"] = [item for item in state if getattr(item, "is_paged", False)]
@@ -85,8 +85,9 @@ def _quantization_state(model: torch.nn.Module) -> Iterator[torch.Tensor]:
             extra = getattr(holder, "SCB", None)
             if isinstance(extra, torch.Tensor):
                 yield extra
-    for parameter in model.parameters():
-        state: Any = getattr(parameter, "quant_state", None)
+    states = [getattr(parameter, "quant_state", None) for parameter in model.parameters()]
+    states += [vars(module).get("quant_state") for module in model.modules()]  # of a weight that is sharded
+    for state in states:
         while state is not None:
             for name in ("absmax", "code", "offset"):
                 tensor = getattr(state, name, None)
@@ -96,11 +97,16 @@ def _quantization_state(model: torch.nn.Module) -> Iterator[torch.Tensor]:
 
 
 def _fresh(tensors: Iterable[torch.Tensor], seen: set[int]) -> Iterator[torch.Tensor]:
-    for tensor in tensors:
+    for tensor in map(_here, tensors):
         key = tensor.untyped_storage().data_ptr()
         if key not in seen:
             seen.add(key)
             yield tensor
+
+
+def _here(tensor: torch.Tensor) -> torch.Tensor:
+    """What lies on this rank of a sharded tensor; any other tensor itself."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _size(tensor: torch.Tensor) -> int:

@@ -7,6 +7,7 @@ import functools
 import gc
 import logging
 import resource
+import time
 from pathlib import Path
 
 import torch
@@ -21,6 +22,16 @@ def synchronize(device: str) -> None:
     """Wait until the device has done what it was asked."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()
+
+
+def start_device(device: str) -> dict[str, float]:
+    """Have the device start before anything on it is timed, and how long that took: of CUDA its context, which would
+    else be in the time of the load. A CPU needs no start, and has no such number."""
+    if not device.startswith("cuda"):
+        return {}
+    begin = time.perf_counter()
+    synchronize(device)
+    return {"device_start_time_s": time.perf_counter() - begin}
 
 
 def release_unused(device: str) -> None:
@@ -38,11 +49,16 @@ def release_unused(device: str) -> None:
 def prepare_process(request: TrialRequest) -> None:
     """Apply the request's limits to this process, and silence what would log inside the timed window."""
     logging.getLogger(INT8_LOGGER).setLevel(logging.ERROR)
-    if request.device == "cpu":
-        torch.set_num_threads(request.threads)
-        limit = request.protocol.memory_limit_bytes
-        if limit is not None:
-            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    limit_threads(request.device, request.threads)
+    limit = request.protocol.memory_limit_bytes
+    if request.device == "cpu" and limit is not None:
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def limit_threads(device: str, threads: int) -> None:
+    """Compute with so many threads on a CPU."""
+    if device == "cpu":
+        torch.set_num_threads(threads)
 
 
 _STATM = Path("/proc/self/statm")

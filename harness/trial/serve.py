@@ -5,26 +5,22 @@ Standard output and error go to the trial's log, so that nothing printed by a li
 
 from __future__ import annotations
 
-import json
 import os
 import socket
-import time
 from pathlib import Path
 from typing import Any
 
 from harness.records import codec
 from harness.records.record import Fragment
-from harness.studies.request import TrialRequest
+from harness.studies.request import BaseRequest, TrialRequest
 from harness.trial.failure import failure_of
+from harness.trial.lines import answer_lines
 
 
 def serve(connection: socket.socket) -> None:
     """The loop of a trial's process: one reply for each command, until the parent closes the connection."""
-    send(connection, {"pid": os.getpid(), "started_monotonic_s": time.monotonic()})
     trials: dict[str, Any] = {}
-    with connection.makefile("r", encoding="utf-8") as lines:
-        for line in lines:
-            send(connection, codec.to_json(_answer(json.loads(line), trials)))
+    answer_lines(connection, lambda command: _answer(command, trials))
 
 
 def _answer(command: dict[str, Any], trials: dict[str, Any]) -> Fragment:
@@ -39,12 +35,29 @@ def _answer(command: dict[str, Any], trials: dict[str, Any]) -> Fragment:
             request = codec.from_json(TrialRequest, command["request"], "trial request")
             _log_to(Path(request.log_path))
             prepare_process(request)
+            if request.workload.ranks > 1:
+                from harness.trial.ranks.trial import TrialOfRanks
+
+                trials[trial] = TrialOfRanks(request)
+                return Fragment()
             shared = next((other.shared for other in trials.values()), None) or SharedBase()
             trials[trial] = (_profiled_trial() if command.get("profiled") else Trial)(request, shared)
             return Fragment()
+        if phase == "base":
+            return _prepared(codec.from_json(BaseRequest, command["request"], "base request"))
         return trials[trial].run(phase, **command)  # type: ignore[no-any-return]
     except Exception as error:
         return failure_of(error, phase)
+
+
+def _prepared(request: BaseRequest) -> Fragment:
+    """A base that every process of the run will map, made by this one, which then ends."""
+    from harness.trial.building.prepared import prepare
+    from harness.trial.process import limit_threads
+
+    _log_to(Path(request.log_path))
+    limit_threads(request.device, request.threads)
+    return Fragment(tokens={"base": codec.to_json(prepare(request))})
 
 
 def _profiled_trial() -> Any:
@@ -60,8 +73,3 @@ def _log_to(path: Path) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)
-
-
-def send(connection: socket.socket, message: dict[str, Any]) -> None:
-    """One message, as one line."""
-    connection.sendall((json.dumps(message, allow_nan=False) + "\n").encode())

@@ -20,6 +20,17 @@ from harness.trial.data.stream import Batch, TokenStream
 _FORWARD: dict[str, Any] = {"use_cache": False}
 
 
+def loss_of(forward: Any, batch: Batch, *, device: str, autocast: torch.dtype | None = None) -> torch.Tensor:
+    """Mean loss over the labelled tokens of a batch by `forward`, as a step takes it; `autocast` is the type to cast
+    to, if any."""
+    context: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+    if autocast is not None:
+        context = torch.autocast(device.split(":")[0], dtype=autocast)
+    with context:
+        loss: torch.Tensor = forward(**batch, **_FORWARD).loss
+    return loss
+
+
 class TrainStep:
     """Calling it takes one optimizer step on the next batches and returns the step's mean loss, still on the device."""
 
@@ -61,12 +72,7 @@ class TrainStep:
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """Mean loss over the labelled tokens of a batch."""
-        context: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
-        if self._autocast is not None:
-            context = torch.autocast(self._device.split(":")[0], dtype=self._autocast)
-        with context:
-            loss: torch.Tensor = self._trainee.forward(**batch, **_FORWARD).loss
-        return loss
+        return loss_of(self._trainee.forward, batch, device=self._device, autocast=self._autocast)
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
         """What the forward pass is given for a batch, without the labels; for probes that look at the logits."""

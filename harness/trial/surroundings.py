@@ -1,6 +1,7 @@
 """The meters around a trial's commands: what the machine and the card did while something was timed.
 
-Each command that times something is enclosed by readings, which are outside its stopwatch. Energy is a solo trial's:
+Each command that times something is enclosed by readings, which are outside its stopwatch; `look` is one more, of the
+card's clocks, for while a step is still under way on it. Energy is a solo trial's:
 beside others that take turns the card's counter would be theirs as well. A solo trial that times no steps takes some
 for it, after its peaks have been read, for as long as the counter needs to mean something.
 """
@@ -45,6 +46,10 @@ class Surroundings:
             fragment = self._spent(fragment)
         notice = self._watches[command.ends].notice()
         return fragment if notice is None else fragment.with_notice(notice)
+
+    def look(self) -> None:
+        """A timed step is under way on the card."""
+        self._watches["train"].look()
 
     def _watched(self, command: Command, watch: Watch, call: Callable[[], Fragment]) -> Fragment:
         watch.begin()

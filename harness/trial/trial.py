@@ -9,9 +9,10 @@ found them, and its cost is in no number.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -30,15 +31,16 @@ from harness.studies.request import TrialRequest
 from harness.trial.building import lora
 from harness.trial.building.build import Trainee, build
 from harness.trial.building.packing import is_packed, unpack_4bit
-from harness.trial.building.requirements import requirements_of
+from harness.trial.building.requirements import attention_of, requirements_of
 from harness.trial.building.shared import Seat, SharedBase
 from harness.trial.clock import Lap, Stopwatch
 from harness.trial.data.stream import TokenStream
 from harness.trial.inference.server import Server
 from harness.trial.memory import resident_bytes
-from harness.trial.process import release_unused
+from harness.trial.process import release_unused, start_device
 from harness.trial.step import TrainStep
 from harness.trial.surroundings import Surroundings
+from kernels_check.check import Check
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,27 +87,31 @@ class Trial:
     def build(self) -> Fragment:
         """Load, attach, take the first step."""
         request, protocol = self._request, self._request.protocol
-        baseline = host_bytes("VmRSS")
+        baseline, started = host_bytes("VmRSS"), start_device(request.device)
         if self._alone:
             self._gauge.begin()
-        loads, begin = self.shared.loads, time.perf_counter()
-        stream = TokenStream(Path(request.tokens_path), request.workload, request.variant, request.device)
+        loads, conversions, begin = self.shared.loads, self.shared.conversions, time.perf_counter()
+        stream = self._open_stream()
         per_step = request.workload.batch_size * request.variant.gradient_accumulation
         self._total_steps = protocol.all_steps(stream.sequences, per_step)
-        trainee = build(request, steps=self._total_steps, shared=self.shared)
+        trainee = self._build_trainee()
         load_time = time.perf_counter() - begin
         if request.variant.rewrites_base:
             lora.save_initial(trainee.model, self._initial)
         if request.interleaving == "shared-base":
             self.shared.remember()
-        step = TrainStep(trainee, stream, request.variant, request.device)
+        step = self._make_step(trainee, stream)
         self._parts = _Parts(trainee, step, stream, Seat(trainee.model, trainee.adapter))
         with self._parts.seat.taken():
             memory = {"host_baseline_bytes": baseline} | self._gauge.peaks("load") if self._alone else {}
             loss, lap = self._take_step()
-            values = {"threads": float(request.threads), "base_loads": float(self.shared.loads - loads)}
+            values = {
+                "threads": float(request.threads),
+                "base_loads": float(self.shared.loads - loads),
+                "base_conversions": float(self.shared.conversions - conversions),
+            }
             if self._alone:
-                values |= {"load_time_s": load_time, "first_step_time_s": lap.time_s}
+                values |= {"load_time_s": load_time, "first_step_time_s": lap.time_s, **started}
             if self._timed and not request.variant.rewrites_base:
                 with lora.without_adapter(trainee.model):  # which is what the adapter was before its first step
                     values["held_out_loss_initial"] = self.shared.once("held_out_loss", step.held_out_loss)
@@ -122,20 +128,36 @@ class Trial:
         batch = None if packed is None else step.inputs(packed)
         losses: list[torch.Tensor] = []
         begin = time.perf_counter()
-        checks = kernels_check.verify(
-            trainee.model, lambda: losses.append(step()), required, batch=batch, instrument=request.instrument
-        )
+        checks, values = self._check(lambda: losses.append(step()), required, batch)
         release_unused(request.device)
         seconds = time.perf_counter() - begin
         stream.restore(position)
         trainee.schedule.load_state_dict(schedule)
-        fragment = Fragment(checks=tuple(codec.to_json(check) for check in checks), values={"verify_time_s": seconds})
+        found = tuple(codec.to_json(check) for check in checks)
+        fragment = Fragment(checks=found, values={"verify_time_s": seconds, **values})
         diverged = self._judged(fragment, [float(loss) for loss in losses])
         if diverged.status != "ok":  # explains every check that failed with it
             return diverged
         # What only a profile tells is no row of a step under the spy: the replicate that was profiled judged it.
         judged = {check.path: check.required for check in checks if check.required is not None}
         return judge_required(fragment, judged, name=request.variant.name, allow_fallback=request.allow_fallback)
+
+    def _check(
+        self, step: Callable[[], None], required: Mapping[str, Any], batch: Mapping[str, Any] | None
+    ) -> tuple[Sequence[Check], Mapping[str, float]]:
+        """What is found of a step, which is left without a trace, and values that come with it."""
+        model, instrument = self._built.trainee.model, self._request.instrument
+        return kernels_check.verify(model, step, required, batch=batch, instrument=instrument), {}
+
+    def _open_stream(self) -> TokenStream:
+        request = self._request
+        return TokenStream(Path(request.tokens_path), request.workload, request.variant, request.device)
+
+    def _build_trainee(self) -> Trainee:
+        return build(self._request, steps=self._total_steps, shared=self.shared)
+
+    def _make_step(self, trainee: Trainee, stream: TokenStream) -> TrainStep:
+        return TrainStep(trainee, stream, self._request.variant, self._request.device)
 
     def warm_up(self) -> Fragment:
         """Steps until their times are steady, or the cap; all are kept, none is timed for the result.
@@ -160,11 +182,12 @@ class Trial:
         return self._judged(fragment, losses)
 
     def turn(self, steps: int) -> Fragment:
-        """`steps` timed steps."""
+        """`steps` timed steps, at least one."""
         stream = self._built.stream
         real, padded = stream.real_tokens, stream.padded_tokens
         accumulated = self._request.variant.gradient_accumulation
-        taken = [self._take_step() for _ in range(steps)]
+        # One look a turn, into its last step: what comes after it waits for nothing.
+        taken = [*(self._take_step() for _ in range(steps - 1)), self._take_step(self._surroundings.look)]
         losses = [loss for loss, _ in taken]
         counts = {"real_tokens": stream.real_tokens - real, "padded_tokens": stream.padded_tokens - padded}
         samples = {
@@ -232,7 +255,22 @@ class Trial:
         }
         if self._alone:
             values["first_call_time_s"] = first.request_time_s
-        return Fragment(values=values, tokens={"completion": list(first.tokens)})
+        if "natural" in self._request.measures and self._request.device.startswith("cuda"):
+            self._server.visit(protocol.natural_requests)
+        return self._watched(Fragment(values=values, tokens={"completion": list(first.tokens)}), self._server)
+
+    def _watched(self, fragment: Fragment, server: Server) -> Fragment:
+        """With what the attention of a request runs, which no training step tells. A profile's records would be in the
+        peaks of a trial that has such, so that the spy looks on there."""
+        request, model = self._request, self._built.trainee.model
+        required = attention_of(request.variant, request.requirements)
+        instrument = "spy" if self._alone else request.instrument
+        check = kernels_check.watch_request(model, server.ask_shortly, required, instrument=instrument)
+        if check is None:
+            return fragment
+        seen = dataclasses.replace(fragment, checks=(codec.to_json(check),))
+        name, fallback = request.variant.name, request.allow_fallback
+        return judge_required(seen, {check.path: check.required}, name=name, allow_fallback=fallback)
 
     def request(self) -> Fragment:
         """One warm request, by the adapter beside the base or, after `merge`, merged into it."""
@@ -301,8 +339,8 @@ class Trial:
             raise LorameterError(f"trial {self._request.trial}: asked for a request before generation began")
         return self._server
 
-    def _take_step(self) -> tuple[float, Lap]:
-        loss, lap = self._watch(self._built.step)
+    def _take_step(self, meanwhile: Callable[[], object] | None = None) -> tuple[float, Lap]:
+        loss, lap = self._watch(self._built.step, meanwhile)
         self._steps_taken += 1
         return float(loss), lap
 

@@ -19,6 +19,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -32,7 +33,8 @@ from harness.machine.provenance import harness_identity
 from harness.models.families import FAMILIES
 from harness.records import codec
 from harness.records.preparation import Hello
-from harness.trial.serve import send, serve
+from harness.trial.lines import send
+from harness.trial.serve import serve
 
 PRELOAD = ("torch", "transformers", "peft", "bitsandbytes", "harness.trial.trial")
 """What every trial needs; imported once by the zygote."""
@@ -150,9 +152,18 @@ def _driver_started() -> bool:
     return int(driver.cuDeviceGetCount(ctypes.byref(ctypes.c_int()))) != _CUDA_NOT_INITIALISED
 
 
-def thread_count() -> int:
-    """Threads of this process, as the kernel counts them."""
-    return len(list(Path("/proc/self/task").iterdir()))
+_QUIETED = {"jemalloc_bg_thd": "Set background_thread:false in MALLOC_CONF, which jemalloc reads"}
+"""What keeps a thread of this name from starting. What pyarrow's own jemalloc reads the executor has set already."""
+
+
+def other_threads() -> list[str]:
+    """Names of this process's threads beside the calling one, as the kernel has them; native code names its own."""
+    own, names = threading.get_native_id(), []
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):  # it has ended since
+            if int(task.name) != own:
+                names.append((task / "comm").read_text().strip())
+    return sorted(names)
 
 
 def _fork(descriptor: int, control: socket.socket, children: set[int]) -> dict[str, Any]:
@@ -192,9 +203,12 @@ def _child(descriptor: int, control: socket.socket, parent: int) -> NoReturn:
 
 def _cannot_fork() -> str | None:
     """Why a fork would not be safe, None if it is."""
-    threads = thread_count()
-    if threads != 1:
-        return f"the zygote has {threads} threads and forks safely with one only; set OPENBLAS_NUM_THREADS=1"
+    if others := other_threads():
+        elsewhere = "Measure in an environment without the library that starts it when it is imported"
+        return (
+            f"the zygote has {1 + len(others)} threads and forks safely with one only; beside its own: "
+            f"{', '.join(others)}. {next(filter(None, map(_QUIETED.get, others)), elsewhere)}"
+        )
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         return "something imported by the zygote has initialised CUDA, and no fork of it could use the device"

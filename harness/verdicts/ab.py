@@ -27,6 +27,7 @@ from harness.verdicts.notices import run_notices
 from harness.verdicts.outcome import ComparisonReport, without_numbers
 from harness.verdicts.sameness import losses_of_run, sides_of_run
 from harness.verdicts.series import Series, compare_series, pairing_of, pairs_of, series_of, without_equivalent
+from harness.verdicts.software import versions_by_name
 from harness.verdicts.standing import control_faults, control_of, phases_of, run_faults, say_broken
 
 
@@ -134,7 +135,7 @@ def compare_base_to_itself(run: Run) -> dict[str, Comparison | None]:
 def attribution_of(run: Run) -> Attribution:
     """What differs between the sides, and the ratio of every metric that both have."""
     study = _study(run)
-    facts = [run.manifest.sides[side].get("facts") or {"packages": {}} for side in ("base", "candidate")]
+    facts = [_facts(run, side) for side in ("base", "candidate")]
     base, candidate = series_of(run.records, "base"), series_of(run.records, "candidate")
     parts = []
     for variant in study.variants:
@@ -154,6 +155,19 @@ def attribution_of(run: Run) -> Attribution:
         ),
         parts=tuple(parts),
     )
+
+
+def _facts(run: Run, side: str) -> dict[str, Any]:
+    """What a side has installed, as its scripts tell it, else as its interpreter did."""
+    stated: dict[str, Any] = run.manifest.sides[side].get("facts") or {"packages": {}}
+    told = {name: " or ".join(seen) for name, seen in _told(run, side).items()}
+    if not told:
+        return stated
+    return stated | {name: told.pop(name, None) for name in ("python", "cuda")} | {"packages": told}
+
+
+def _told(run: Run, side: str) -> dict[str, tuple[str, ...]]:
+    return versions_by_name(record for record in run.records if record.side == side)
 
 
 def _study(run: Run) -> Study:
@@ -203,6 +217,9 @@ def _alike(run: Run) -> bool:
     if sides[0].get("kind") == SIDE:  # whatever else there is, is the same on purpose
         return bool(sides[0].get("spec") == sides[1].get("spec"))
     facts = [side.get("facts") for side in sides]
+    told = [_told(run, side) for side in ("base", "candidate")]
+    if told[0] and told[0] == told[1] and sides[0].get("kind") != "revision":
+        return True
     return facts[0] == facts[1] and sides[0].get("worker") == sides[1].get("worker") and facts[0] is not None
 
 

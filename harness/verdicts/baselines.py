@@ -13,6 +13,7 @@ from pathlib import Path
 from harness.errors import InvalidRunError, UsageError
 from harness.records import codec, inputs, store
 from harness.records.document import write_document
+from harness.records.packed import is_packed
 from harness.studies.study import Study
 from harness.verdicts.comparand import Comparand, comparand_of
 from harness.verdicts.standing import standing_of
@@ -119,12 +120,12 @@ def read_base(name: str, runs: Path, *, fingerprint: str | None, study: str | No
 
 
 def read_comparand(name: str, runs: Path) -> Comparand:
-    """A run by id or directory, or a pytest-benchmark file.
+    """A run by id, directory or packed file, or a pytest-benchmark file.
 
     Raises:
         UsageError: none of these, or one that cannot be read.
     """
-    if inputs.is_file(name):
+    if inputs.is_file(name) and not is_packed(Path(name)):
         from harness.verdicts.benchmark_json import read_benchmark_json
 
         return read_benchmark_json(Path(name))

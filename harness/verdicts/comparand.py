@@ -16,7 +16,7 @@ from typing import Any
 
 from harness.errors import UsageError
 from harness.machine import provenance
-from harness.machine.provenance import POWER_LIMIT
+from harness.machine.provenance import LATER, POWER_LIMIT
 from harness.records import codec
 from harness.records.metrics import METRICS
 from harness.records.record import Notice
@@ -26,6 +26,7 @@ from harness.studies.study import Study
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
 from harness.verdicts.series import Series, Trials, series_of
+from harness.verdicts.software import facts_of
 from harness.verdicts.standing import say_broken, standing_of, trial_faults
 
 BYTES_SUFFIX = "_bytes"
@@ -100,7 +101,7 @@ def comparand_of(run: Run) -> Comparand:
     return Comparand(
         name=run.manifest.run,
         sides=sides,
-        facts=codec.to_json(provenance.comparable(run.manifest.provenance)),
+        facts=codec.to_json(provenance.comparable(facts_of(run.manifest.provenance, run.records))),
         fingerprint=run.manifest.fingerprint,
         study=study.name,
         phases=run.manifest.phases,
@@ -141,11 +142,12 @@ def machine_differences(base: Comparand, candidate: Comparand) -> list[Differenc
 
 
 def fact_differences(base: Mapping[str, Any], candidate: Mapping[str, Any]) -> list[Difference]:
-    """Facts of machine, libraries and workload that differ. A power limit that one side did not record differs from
-    nothing: it was not recorded at first, and such runs stay comparable. `unknown_power_limit` says so. A field of the
-    workload that one side does not write has its default there."""
+    """Facts of machine, libraries and workload that differ. A power limit, or what steers a card's choice of kernels,
+    that one side did not record differs from nothing: neither was recorded at first, and such runs stay comparable.
+    `unknown_power_limit` says so of the limit. A field of the workload that one side does not write has its default
+    there."""
     found = [one if None not in (one.base, one.candidate) else _told(one) for one in differences(base, candidate)]
-    return [one for one in found if one.field != POWER_LIMIT or None not in (one.base, one.candidate)]
+    return [one for one in found if one.field not in LATER or None not in (one.base, one.candidate)]
 
 
 def _told(difference: Difference) -> Difference:

@@ -26,6 +26,7 @@ from typing import Any, Literal
 
 from harness.errors import EXIT_INCONCLUSIVE, EXIT_NOT_COMPARABLE, EXIT_PASS, UsageError, impossible
 from harness.records import codec, inputs
+from harness.records.store import Run
 from harness.verdicts.judging import Limits, default_limits
 from harness.verdicts.outcome import ComparisonReport, document, exit_code, worst
 
@@ -41,9 +42,13 @@ class LimitRule:
     """Limits for what two glob patterns match; what is None stays as it was."""
 
     variant: str = "*"
+    """Pattern of names of variants."""
     metric: str = "*"
+    """Pattern of metrics and kinds of memory."""
     tolerance: float | None = None
+    """Smallest slow-down, or growth of a peak, worth an alarm."""
     margin: float | None = None
+    """Within it two things count as equal."""
 
     def __post_init__(self) -> None:
         _checked(self.tolerance, self.margin, f"limit of {self.variant!r}, {self.metric!r}")
@@ -58,12 +63,19 @@ class Policy:
     """What passes. Raises `UsageError` for a limit that makes no sense."""
 
     inconclusive: Literal["fail", "pass"] = "fail"
+    """What an open question counts as."""
     tolerance: float | None = None
+    """Smallest slow-down, or growth of a peak, worth an alarm; 0.01 if left out."""
     margin: float | None = None
+    """Within it two things count as equal; 0.05 if left out."""
     metrics: tuple[str, ...] = ()
+    """Names or patterns of what is gated; the primary metric of each phase and the peaks if left out."""
     required: tuple[str, ...] = ()
+    """Patterns of variants of which one at least must have been compared."""
     losses: Literal["any", "agree"] = field(default="any", metadata=codec.LATER)
+    """Whether the losses of both sides of an A/B must agree."""
     limit: tuple[LimitRule, ...] = ()
+    """Limits of their own for some variants and metrics."""
 
     def __post_init__(self) -> None:
         _checked(self.tolerance, self.margin, "policy")
@@ -111,6 +123,11 @@ def load_policy(path: str | None) -> Policy:
     except inputs.NotReadableError as error:
         raise UsageError(f"policy {path}: {error}") from None
     return codec.from_json(Policy, data, path)
+
+
+def kept_policy(run: Run) -> Policy:
+    """The policy that an A/B run was measured to be judged by; the defaults where it says none."""
+    return codec.from_json(Policy, run.manifest.policy, f"run {run.manifest.run}: policy")
 
 
 def judge(report: ComparisonReport, policy: Policy) -> GateResult:

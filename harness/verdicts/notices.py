@@ -11,7 +11,7 @@ from harness.records.metrics import LOSSES, PHASE_TITLES, Phase
 from harness.records.record import Notice, TrialRecord
 from harness.records.store import Run
 from harness.records.units import format_ratio
-from harness.stats import Comparison, count_outliers, drifts
+from harness.stats import MOST_ADVISED, Comparison, count_outliers, drifts
 from harness.studies.study import Study
 from harness.verdicts.disturbance import disturbances
 from harness.verdicts.sameness import sameness_notices
@@ -222,10 +222,11 @@ def _control(title: str, control: Comparison) -> Iterator[Notice]:
     elif control.verdict == "inconclusive":
         count = control.replicates_needed
         needed = f"--lorameter-replicates={count} (pytest) or --replicates {count}" if count else "5 to begin with"
+        more = f"Measure more replicates: {needed}."
         unseen = f"; a slow-down of less than {control.mde80:.0%} would go unseen" if control.mde80 else ""
         yield Notice(
             code="control-inconclusive",
             message=f"{title}: the control is inconclusive, {ratio}, so no two variants can be called equivalent"
             f"{unseen}.",
-            remedy=f"Measure more replicates: {needed}.",
+            remedy=more if (count or 0) <= MOST_ADVISED else "Stop other work on this machine, and measure again.",
         )

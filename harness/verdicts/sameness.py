@@ -16,10 +16,12 @@ from typing import Any, Literal
 from harness.records.metrics import LOSSES, real_tokens_of_steps
 from harness.records.record import Notice, TrialRecord
 from harness.records.store import Run
-from harness.records.units import format_ratio
+from harness.records.units import first_few, format_ratio
 from harness.stats import Comparison, compare_trials
+from harness.studies.script import SIDE
 from harness.studies.study import Study
 from harness.verdicts.series import Series, is_difference, series_of
+from harness.verdicts.software import differing_versions
 
 TOLERANCE = 0.01
 """Difference of a mean number of tokens, or of a loss, that is worth a word."""
@@ -27,6 +29,9 @@ MARGIN = 0.02
 """Within it losses are the same: kernels that compute the same in another order move a loss of 16 bits by less."""
 OTHER_PARAMETERS, LOSS_DIFFERS = "trains-other-parameters", "loss-differs"
 """Codes of notices that say that two scripts are not the same training."""
+SOFTWARE_DIFFERS = "software-differs"
+MOST_NAMED = 6
+"""Packages that a notice names; another interpreter may have hundreds of others."""
 Found = Literal["agree", "differ", "unknown"]
 
 
@@ -142,11 +147,13 @@ def _compare(base: Sequence[Sequence[float]], candidate: Sequence[Sequence[float
 
 
 def sameness_notices(run: Run, study: Study) -> Iterator[Notice]:
-    """What two scripts do not have in common, each with both numbers."""
+    """What two scripts do not have in common, each with both numbers; sides are other software on purpose."""
     if not study.of_scripts:
         return
+    on_purpose = any(side.get("kind") != SIDE for side in run.manifest.sides.values())
     for name, sides in sides_of_run(run, study).items():
-        yield from notices_of_sides(name, sides)
+        found = notices_of_sides(name, sides)
+        yield from (notice for notice in found if not on_purpose or notice.code != SOFTWARE_DIFFERS)
 
 
 def notices_of_sides(name: str, sides: Sides) -> Iterator[Notice]:
@@ -156,6 +163,7 @@ def notices_of_sides(name: str, sides: Sides) -> Iterator[Notice]:
     yield from _tokens(name, sides)
     yield from _parameters(name, sides)
     yield from _dtypes(name, sides)
+    yield from _software(name, sides)
     losses = compare_losses(sides)
     if losses.found == "differ":
         yield Notice(
@@ -219,6 +227,33 @@ def _dtypes(name: str, sides: Sides) -> Iterator[Notice]:
             code="loss-dtype-differs",
             message=f"{name}: the loss is {types[0]} in {sides.names[0]} and {types[1]} in {sides.names[1]}.",
             remedy="Give both the same precision, unless this is what is compared.",
+        )
+
+
+def _software(name: str, sides: Sides) -> Iterator[Notice]:
+    """What their processes have installed, and on how many threads they compute."""
+    base, candidate = zip(*sides.pairs, strict=True)
+    differing = [
+        f"{package} {' or '.join(ours)} in {sides.names[0]} and {' or '.join(theirs)} in {sides.names[1]}"
+        for package, ours, theirs in differing_versions(base, candidate)
+    ]
+    if differing:
+        yield Notice(
+            code=SOFTWARE_DIFFERS,
+            message=f"{name}: the processes have not the same software: {first_few(differing, MOST_NAMED, '; ')}.",
+            remedy="Start both with the same interpreter, unless this is what is compared.",
+        )
+    threads = [
+        sorted({record.values["threads"] for record in side if "threads" in record.values})
+        for side in (base, candidate)
+    ]
+    if all(threads) and threads[0] != threads[1]:
+        said = [" or ".join(f"{count:g}" for count in counts) for counts in threads]
+        yield Notice(
+            code="threads-differ",
+            message=f"{name}: torch computes on {said[0]} threads in {sides.names[0]} and on {said[1]} in "
+            f"{sides.names[1]}.",
+            remedy="Give both as many, unless this is what is compared.",
         )
 
 

@@ -194,14 +194,24 @@ def with_drops(comparison: Comparison, drops: KeptPairs | None) -> Comparison:
     return dataclasses.replace(comparison, reason=f"{comparison.reason}; disturbed trials: {drops.reason}")
 
 
-def compare_to_reference(base: Series, candidates: Sequence[Series], metric: str) -> dict[str, Comparison]:
-    """Every candidate against the base, by name, with one error rate for all of them (Holm)."""
+def compare_to_reference(
+    base: Series,
+    candidates: Sequence[Series],
+    metric: str,
+    *,
+    tolerance: float | Mapping[str, float] = 0.01,
+    margin: float | Mapping[str, float] = 0.05,
+) -> dict[str, Comparison]:
+    """Every candidate against the base, by name, with one error rate for all of them (Holm); limits are fractions, of
+    all or by name."""
     pairs = {candidate.name: pairs_of(base, candidate, metric) for candidate in candidates}
     found = {name: pair for name, pair in pairs.items() if pair is not None}
     with _named(base.name, metric):
         compared = compare_family(
             {name: (oriented(pair.base, metric), oriented(pair.candidate, metric)) for name, pair in found.items()},
             pairing=pairing_of(base, metric),
+            tolerance=tolerance,
+            margin=margin,
         )
     return {name: with_drops(one, found[name].drops) for name, one in compared.items()}
 

@@ -125,15 +125,24 @@ def control_of(groups: Groups, name: str, metric: str, *, family: int) -> Compar
     return compare_series(reference, twin, metric, family=family)
 
 
-def ratios_of(groups: Groups, study: Study, metric: str, control: Comparison | None) -> dict[str, Comparison]:
-    """Every other variant against the reference, by name; none is equivalent where the control is not."""
+def ratios_of(
+    groups: Groups,
+    study: Study,
+    metric: str,
+    control: Comparison | None,
+    *,
+    tolerance: float | Mapping[str, float] = 0.01,
+    margin: float | Mapping[str, float] = 0.05,
+) -> dict[str, Comparison]:
+    """Every other variant against the reference, by name; none is equivalent where the control is not. Limits are
+    fractions, of all or by name."""
     reference = groups.get((study.reference, "variant"))
     if reference is None:
         return {}
     others = [series for (name, role), series in groups.items() if role == "variant" and name != study.reference]
     order = {variant.name: place for place, variant in enumerate(study.variants)}
     others = sorted((one for one in others if one.name in order), key=lambda one: order[one.name])
-    ratios = compare_to_reference(reference, others, metric)
+    ratios = compare_to_reference(reference, others, metric, tolerance=tolerance, margin=margin)
     if control is not None and control.verdict == "equivalent":
         return ratios
     reason = "the control itself is not equivalent, so nothing here can be"

@@ -15,7 +15,7 @@ CUDA_CONTROLS = (
         required="flash",
         sabotage=small(sabotage.only_flash_and_efficient, sabotage.pad_one_token, device="cuda"),
         twin=small(sabotage.only_flash_and_efficient, device="cuda"),
-        words=("efficient", "an explicit mask (CUDA's flash refuses it)"),
+        words=("efficient", "an explicit mask (CUDA's flash refuses it"),
         needs_cuda="the CPU's flash accepts masks",
     ),
     Control(

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from kernels_check.observation.attention_calls import AttentionCall
     from kernels_check.observation.attention_layers import AttentionLayers
+    from kernels_check.observation.events import StepProfile
     from kernels_check.observation.observation import Observation
 
 FUSED_ATTENTION = frozenset({"flash", "efficient", "cudnn", "flash_attention_2"})
@@ -37,6 +38,8 @@ LARGEST_FLASH_HEAD = 256
 _FLOAT32_REMEDY = (
     "run under torch.autocast, or keep norms and embeddings in bfloat16 (prepare_model_for_kbit_training casts them)"
 )
+_WITH_A_MASK = "cuDNN takes it on Hopper and B200, memory-efficient elsewhere"
+"""What torch 2.11 and later choose on CUDA where flash refuses a mask; cuDNN from 9.15.1 on (``sdp_utils.cpp``)."""
 _MASK_REMEDY = "pass no attention_mask where nothing is padded, and pack records with use_cache=False"
 KERNEL_BACKENDS = {
     "ATT-CUDNN": "cudnn",
@@ -55,7 +58,7 @@ def judge_backend(seen: Observation, required: Json) -> Finding:
     layers = seen.attention_layers()
     forward = layers.calls
     if not forward:
-        return _nothing_of_the_model(layers) or _from_kernels(seen, required)
+        return _nothing_of_the_model(layers) or judge_kernels(seen.profile, required)
     first = [call for call in forward if not call.recomputed]
     backward = [call for call in seen.profile.attention if call.direction == "backward"]
     accepted = FUSED_ATTENTION if required == "fused" else {required}
@@ -71,11 +74,11 @@ def judge_backend(seen: Observation, required: Json) -> Finding:
     if required is not None and astray:
         where = name_some(name for name in layers.forward if name not in good)
         reason += f"; not as required in {where}" if where else ""
-        reason += f"; likely cause: {_cause(seen.model, astray)}"
+        reason += f"; likely cause: {likely_cause(seen.model, astray)}"
     reason += f"; {incomplete}" if incomplete else ""
     reason += _aside(layers)
     if _cpu_flash(forward) and any(call.mask for call in forward):
-        reason += "; on CUDA flash would refuse the explicit mask"
+        reason += f"; on CUDA flash would refuse the explicit mask: {_WITH_A_MASK}"
     largest = max((call.head_size or 0 for call in forward), default=0)
     if _cpu_flash(forward) and largest > LARGEST_FLASH_HEAD:
         reason += (
@@ -117,7 +120,7 @@ def judge_mask(seen: Observation, required: Json) -> Finding:
     if "explicit" in masks:
         reason += f"; {_MASK_REMEDY}"
     if _cpu_flash(forward) and "explicit" in masks:
-        reason += "; the CPU's flash accepts an explicit mask, CUDA's would refuse it and another backend run instead"
+        reason += f"; the CPU's flash accepts an explicit mask, CUDA's would refuse it: {_WITH_A_MASK}"
     return _over_calls(layers, masks, masks.count("unknown"), required, reason)
 
 
@@ -207,14 +210,14 @@ def _unseen() -> Finding:
     return Finding(observed=None, status="unknown", present=False, reason="no attention operator in the profiled step")
 
 
-def _from_kernels(seen: Observation, required: Json) -> Finding:
+def judge_kernels(profile: StepProfile, required: Json) -> Finding:
     """Judge by kernel names alone: no operator is recorded under CUDA-graph replay."""
     kernels = Counter[str]()
-    for rule, launches in seen.profile.kernels.items():
+    for rule, launches in profile.kernels.items():
         if rule in KERNEL_BACKENDS:
             kernels[KERNEL_BACKENDS[rule]] += launches
     if not kernels:
-        compiled = " (a compiled step may hide it)" if seen.profile.compiled_regions else ""
+        compiled = " (a compiled step may hide it)" if profile.compiled_regions else ""
         return Finding(
             observed=None,
             status="unknown",
@@ -229,7 +232,7 @@ def _from_kernels(seen: Observation, required: Json) -> Finding:
     )
 
 
-def _cause(model: nn.Module, astray: list[AttentionCall]) -> str:
+def likely_cause(model: nn.Module, astray: list[AttentionCall]) -> str:
     """Name what in the inputs makes SDPA leave its fast backends (the refusals of torch 2.13)."""
     import torch
 
@@ -250,7 +253,7 @@ def _cause(model: nn.Module, astray: list[AttentionCall]) -> str:
             "model's configuration"
         )
     if any(call.mask for call in astray):
-        causes.append(f"an explicit mask (CUDA's flash refuses it): {_MASK_REMEDY}")
+        causes.append(f"an explicit mask (CUDA's flash refuses it; {_WITH_A_MASK}): {_MASK_REMEDY}")
     if any(call.dtype == "float64" for call in astray):
         causes.append("dtype float64 (no fused CUDA kernel)")
     if any(call.dtype == "float32" for call in astray) and torch.cuda.is_available():

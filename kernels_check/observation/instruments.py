@@ -20,7 +20,7 @@ from kernels_check.observation.calls import CallRecorder, Calls
 from kernels_check.observation.compilations import compiler_held
 from kernels_check.observation.events import CompilerSeen, StepProfile
 from kernels_check.observation.recording import entries, is_recording, profiled
-from kernels_check.observation.spy import Spy, spied
+from kernels_check.observation.spy import Spy, is_on_cuda, spied
 
 _IN_MODEL: tuple[Evidence, ...] = ("attention", "products", "product_paths")
 _ELSEWHERE = "ran in a thread of its own, whose operators the spy does not see: take a profile"
@@ -61,8 +61,10 @@ def watch_by_profile(call: Callable[[], None], hooked: Hooked, watcher: Watcher)
     """Call once under the profiler, or by the spy where a profiler of the program is in the way."""
     if is_recording():
         return _in_place_of_a_profile(call, hooked, watcher, AROUND)
-    with compiler_held(), hooked(marked=True):
-        profile = profiled(call)
+    profile = _profiled(call, hooked)
+    if lacks_kernels(profile, watcher.model):
+        watcher.forget()
+        profile = _profiled(call, hooked)
     if profile is None:
         return _in_place_of_a_profile(call, hooked, watcher, INSIDE)
     if profile.compiler.lookups <= profile.compiler.regions:
@@ -75,6 +77,17 @@ def watch_by_profile(call: Callable[[], None], hooked: Hooked, watcher: Watcher)
     watcher.keep()
     watcher.drop_calls()
     return bare
+
+
+def _profiled(call: Callable[[], None], hooked: Hooked) -> StepProfile | None:
+    with compiler_held(), hooked(marked=True):
+        return profiled(call)
+
+
+def lacks_kernels(profile: StepProfile | None, model: nn.Module) -> bool:
+    """Whether a profile of a model on a card holds nothing of the card: worth to be tried once more, since one that
+    begins on the heels of another can come out so (a race in CUPTI)."""
+    return profile is not None and is_on_cuda(model) and not (profile.kernels or profile.unclassified)
 
 
 def watch_by_spy(call: Callable[[], None], hooked: Hooked, watcher: Watcher) -> StepProfile:

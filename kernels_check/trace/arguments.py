@@ -3,7 +3,8 @@
 The compiler writes the choices of a templated kernel into its name, so the name proves them. The positions come from
 the headers of flash-attn 2.8.3 (``flash_fwd_launch_template.h``, also bundled in torch 2.13), of FlashAttention-3
 (``mainloop_fwd_sm90_tma_gmma_ws.hpp``) and of bitsandbytes 0.50 (``kDequantizeBlockwise<T, ..., DATA_TYPE>``), and
-were compared with the instantiations in the shipped binaries. What a name leaves open is None.
+were compared with the instantiations in the shipped binaries. Tensile writes the formats of its operands as letters
+(``BBS``: bfloat16 in and out, float32 sums). What a name leaves open is None.
 """
 
 from __future__ import annotations
@@ -24,14 +25,22 @@ _IS_CAUSAL = (
 )
 _BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 _DTYPES = (
-    ("bfloat16", re.compile(r"\b(?:__nv_bfloat16|bfloat16_t|BFloat16|bf16)\b|_bf16_")),
-    ("float16", re.compile(r"\b(?:__half|half_t|Half|half|f16)\b|_f16_")),
-    ("float8", re.compile(r"\b(?:__nv_fp8\w*|float_e[45]m[23]_t|Float8_e[45]m[23]\w*)\b")),
+    ("bfloat16", re.compile(r"\b(?:__nv_bfloat16|bfloat16_t|BFloat16|bf16)\b|_bf16[_x]|_Q(?:kv)?Bfloat16")),
+    ("float16", re.compile(r"\b(?:__half|half_t|Half|half|f16)\b|_f(?:p16x|16_)|_Q(?:kv)?Fp16")),
+    ("float8", re.compile(r"\b(?:__nv_fp8\w*|float_e[45]m[23]_t|Float8_e[45]m[23]\w*)\b|_Q(?:kv)?E4m3")),
     ("float32", re.compile(r"\bfloat\b|_f32_")),
     ("float64", re.compile(r"\bdouble\b")),
 )
-_BACKWARD = re.compile(r"bwd|bprop|backward|fmha_cutlassB_", re.IGNORECASE)
-_FORWARD = re.compile(r"fwd|fprop|forward|fmha_cutlassF_|decoding|splitkv", re.IGNORECASE)
+_BACKWARD = re.compile(
+    r"bwd|bprop|backward|fmha_cutlassB_|_grad_|cudnn::fusion::(?:compute_dot_do_o|convert_dq|fmha_reduce_head)",
+    re.IGNORECASE,
+)
+_FORWARD = re.compile(r"fwd|fprop|forward|fmha_cutlassF_|decoding|splitkv|lean_reduction|^fmhaSm\d+", re.IGNORECASE)
+_OPERANDS = re.compile(r"cublasGemvTensor\w*<(?:const )?([\w:]+)")
+"""Of cuBLAS' small products, whose first template argument is what they add up in."""
+_TENSILE = re.compile(r"Cijk_A[a-z]+_B[a-z]+_(F8|B8|[BHSD])(?!\d)")
+_TENSILE_DTYPES = {"F8": "float8", "B8": "float8", "B": "bfloat16", "H": "float16", "S": "float32", "D": "float64"}
+_CAUSAL_WORD = re.compile(r"^fmhaSm\d+\w*?(Causal|Dense)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +89,8 @@ def template_arguments(name: str, template: str) -> list[str]:
 
 
 def _causal(name: str) -> bool | None:
+    if said := _CAUSAL_WORD.search(name):
+        return said.group(1) == "Causal"
     for template, position in _IS_CAUSAL:
         arguments = template_arguments(name, template)
         if len(arguments) > position:
@@ -97,6 +108,12 @@ def _dtype(name: str, rule: Rule) -> str | None:
             elements = [dtype for argument in template_arguments(name, mainloop)[4:7] if (dtype := _named(argument))]
             if elements:
                 return elements[0]  # the element type stands before the accumulator's
+    if rule.name == "GEMM-AMD":
+        letters = _TENSILE.search(name)
+        return None if letters is None else _TENSILE_DTYPES[letters.group(1)]
+    if re.match(r"gemm(SN|k1)_|dot_kernel<|reduce_1Block_kernel<", name):
+        operand = _OPERANDS.search(name)
+        return None if operand is None else _named(operand.group(1))
     if rule.name.startswith(("BNB-", "ATT-SOFTMAX")):
         return _named(_first_argument(name))
     named = _named(name)

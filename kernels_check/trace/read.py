@@ -9,6 +9,7 @@ backend and the 4-bit path as well, only busy share and kernels a step have no m
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator
 from os import PathLike
 from pathlib import Path
@@ -21,6 +22,13 @@ from kernels_check.trace.nsys import KernelTotal, read_nsys
 from kernels_check.trace.operators import operator_times
 from kernels_check.trace.summary import KernelSummary, Launches, summarise
 from kernels_check.trace.timeline import Columns, busy_share, columns, step_counts, totals
+
+_AMD = re.compile(
+    r"^(Custom_)?Cijk_A|ck_tile|\bck::|^_ZN(2ck|5aiter)\d|aotriton|\brocprim::|^__amd_rocclr_|^igemm_\w+_gtc|\bhip"
+)
+"""Names that only ROCm's libraries give."""
+_SHOWN = 40
+"""Characters of such a name that the notice has."""
 
 
 def read_trace(path: str | PathLike[str]) -> KernelSummary:
@@ -124,6 +132,14 @@ def _event_notices(kept: Columns, not_complete: int) -> Iterator[str]:
 
 def _name_notices(launches: Iterable[Launches]) -> Iterator[str]:
     """Names that hide what ran, which full demangled names would tell."""
+    launches = list(launches)
+    foreign = [one for one in launches if _AMD.search(one.name)]
+    if foreign:
+        most = min(foreign, key=lambda one: (-one.time_ms, one.name))
+        yield (
+            f"this recording is of an AMD GPU ({most.name[:_SHOWN]}): its kernels are known from published "
+            "recordings only, and nothing that is said here of CUDA's libraries is about it"
+        )
     names = [one.name for one in launches if one.rule is None]
     if any(name in ("device_kernel", "Kernel", "Kernel2") for name in names):
         yield "names are cut down to the function (device_kernel): record full names, FlashAttention-3 shows only there"

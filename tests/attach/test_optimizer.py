@@ -17,7 +17,7 @@ ROWS = 3
 def source(listener, unattached):
     """A source that a listener follows, told of all updates of this process."""
     made = OptimizerSource(lambda: listener)
-    handle = register_optimizer_step_post_hook(lambda optimizer, *_: made.updated(optimizer))
+    handle = register_optimizer_step_post_hook(lambda optimizer, *_: made.see_update(optimizer))
     yield made
     handle.remove()
     made.end()

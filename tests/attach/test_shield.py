@@ -1,7 +1,10 @@
 """What an error of the meter's own is told as, and what it does."""
 
+import os
+
 import pytest
 
+from harness.attach import shield as module
 from harness.attach.shield import NotFollowedError, Shield
 
 
@@ -37,3 +40,26 @@ def test_a_wish_to_end_the_process_goes_through():
         with pytest.raises(type(wish)):
             shield.run(fail, wish)
     assert shield.up
+
+
+def test_a_process_asks_once_to_be_told_of_forks(monkeypatch):
+    """However many trainings it follows: what is registered cannot be taken back, and would keep each of them."""
+    module._forks.cache_clear()
+    with monkeypatch.context() as patch:
+        asked = []
+        patch.setattr(os, "register_at_fork", lambda **told: asked.append(told))
+        shields = [Shield() for _ in range(3)]
+        assert len(asked) == 1
+        assert all(shield.up for shield in shields)
+        asked[0]["after_in_child"]()
+        assert not any(shield.up for shield in shields)
+    module._forks.cache_clear()
+
+
+def test_in_a_fork_only_what_was_made_there_is_called():
+    """Of what was made before nothing is."""
+    before = Shield()
+    if (child := os.fork()) == 0:
+        os._exit(int(before.up or not Shield().up))
+    assert os.waitpid(child, 0)[1] == 0
+    assert before.up

@@ -1,6 +1,7 @@
 """The end of a conversation that a script's process holds: what it says before its first step, and what it is told."""
 
 import json
+import platform
 import secrets
 import socket
 import threading
@@ -40,6 +41,8 @@ def test_what_the_script_requires_is_said_before_its_first_step(parent):
         lines.flush()
         child.join(30)
     assert begun["trainable_dtypes"] == {"float32": 6}
+    assert begun["software"]["python"] == platform.python_version()
+    assert begun["software"]["torch"] == torch.__version__
     assert found == [Next(watch={"base.bits": 4})]
 
 

@@ -116,6 +116,15 @@ def test_however_a_training_ends_it_is_a_row(wrap, end, code, status, said):
     assert said in record.failure.message
 
 
+@pytest.mark.parametrize(("code", "status"), [(0, "ok"), (7, "crashed")])
+def test_a_process_that_leaves_by_itself_keeps_its_training(wrap, code, status):
+    """As scripts do whose libraries abort at the end of a process: it rests on the exit code, as any unseen end."""
+    found, run = wrap(LOOP + f"sys.stdout.flush(); os._exit({code})\n", "--no-report")
+    (record,) = run.records
+    assert (found, run.state, record.status) == (code, "complete", status)
+    assert len(record.samples["step_time_s"]) >= 5
+
+
 def test_a_crash_before_training_leaves_no_run(wrap, capfd):
     """Nor does a command that trains nothing; why is said, and the exit code is the command's."""
     assert wrap("raise SystemExit(5)") == (5, None)
@@ -147,7 +156,14 @@ def test_what_is_required_and_not_there_is_exit_code_4(wrap):
 
 @pytest.mark.parametrize(
     ("given", "said"),
-    [("base.bits", "PATH=VALUE is expected"), ("no.such=1", "not known"), ("base.bits=seven", "must be one of")],
+    [
+        ("base.bits", "PATH=VALUE is expected"),
+        ("no.such=1", "not known"),
+        ("base.bits=seven", "must be one of"),
+        ("base.bits=" + "9" * 5000, "must be one of"),
+        ("base.bits=" + "[" * 100_000, "must be one of"),
+        ("base.bits=NaN", "must be one of"),
+    ],
 )
 def test_a_requirement_that_cannot_be_is_refused(given, said):
     """Before anything is started."""

@@ -242,6 +242,17 @@ def test_a_second_training_is_noted(write, tmp_path, monkeypatch):
     assert [notice.code for notice in record.notices] == ["second-training"]
 
 
+def test_a_training_after_the_first_one_is_noted_as_well(write):
+    """The record of the first has been written by then; its report is printed when the command has ended."""
+    run, writer, _ = write(steps(12))
+    writer.begin(training(source="trainer"))
+    again = store.read_run(str(run.path), run.path.parent)
+    (record,) = again.records
+    assert (again.state, record.status) == ("complete", "ok")
+    assert [notice.code for notice in record.notices] == ["second-training"]
+    assert record.samples == run.records[0].samples
+
+
 def test_of_ranks_the_slowest_counts(write, tmp_path, monkeypatch):
     """Step by step; tokens are those of all, and a rank that left nothing is named."""
     path = tmp_path / "ranks"

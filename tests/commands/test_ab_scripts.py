@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import os
+import sys
 from pathlib import Path
 
 import pytest
+
+from harness.records import store
 
 SCRIPT = Path(__file__).parents[1] / "run" / "scripted.py"
 FAST, SLOW = "python scripted.py plain", "python scripted.py slow"
@@ -24,10 +29,16 @@ FAST, SLOW = "python scripted.py plain", "python scripted.py slow"
         (["--base-command", FAST, "--candidate-command", SLOW, "--model", "tiny-llama"], "model = 'tiny-llama'"),
         (["--base-command", FAST, "--candidate-command", SLOW, "--phase", "cold"], "training is measured"),
         (["--base-command", FAST, "--candidate-command", SLOW, "--inject-rows", "8"], "--inject-rows"),
-        (["--base-command", FAST, "--candidate-command", SLOW, "--steps", "3"], "Use an even number"),
+        (
+            ["--base-command", FAST, "--candidate-command", SLOW, "--steps", "3"],
+            "2 steps are timed in a turn. Use a multiple of 2, 2 or more.",
+        ),
         (["--base-command", FAST, "--candidate-command", "python scripted.py 'x"], "Close the quote"),
         (["--base-command", FAST, "--candidate-command", "python other.py"], "no file 'other.py'"),
         (["--base-command", FAST, "--candidate-command", SLOW, "--cwd", "missing"], "no folder"),
+        (["--base-command", FAST, "--candidate-command", SLOW, "--cwd", "x" * 260], "no folder"),
+        (["--base-command", FAST, "--candidate-command", "python " + "x" * 260], "no file"),
+        (["--base-command", FAST, "--candidate-command", "./" + "x" * 260], "no program"),
         (["lora-or-qlora", "--base", "HEAD", "--candidate", "HEAD", "--cwd", "."], "--cwd: it belongs to"),
     ],
 )
@@ -81,3 +92,26 @@ def test_one_command_on_two_sides(scripted, tmp_path):
     _, out, err = scripted("ab", "--command", FAST, *words, "--json")
     (row,) = [one for one in json.loads(out)["comparisons"] if one["metric"] == "step_time_s"]
     assert row["ratio"] == pytest.approx(3.0), err
+
+
+def test_a_launcher_runs_in_the_interpreter_of_each_side(scripted, tmp_path, monkeypatch, other_python):
+    """Although it is installed in one of them alone; a module beside the script is found, as where one starts it."""
+    Path("sibling.py").write_text("")
+    Path("train.py").write_text("import runpy, sibling\nrunpy.run_path('scripted.py')\n")
+    Path("bin").mkdir()
+    Path("bin/launch").write_text(
+        f"#!{sys.executable}\nimport subprocess, sys\nsys.exit(subprocess.call([sys.executable, *sys.argv[1:]]))\n"
+    )
+    Path("bin/launch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    sides = ("--base", sys.executable, "--candidate", other_python)
+    words = (*sides, "--replicates", "1", "--steps", "2", "--allow-disturbed")
+    _, out, _ = scripted("ab", "--command", "launch train.py plain", *words, "--json")
+    found = json.loads(out)
+    run = store.read_run(str(tmp_path / "runs" / found["run"]), tmp_path / "runs")
+    assert {record.status for record in run.records} == {"ok"}
+    told = {record.side: record.software["peft"] for record in run.records}
+    assert told == {"base": importlib.metadata.version("peft"), "candidate": "99.1"}
+    assert "sides-alike" not in {notice["code"] for notice in found["notices"]}
+    code, _, err = scripted("ab", "--command", f"{sys.executable} scripted.py plain", *words)
+    assert (code, "runs in this interpreter on both sides" in err) == (2, True)

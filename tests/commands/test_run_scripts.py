@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from pathlib import Path
 
@@ -23,9 +24,14 @@ COMMAND = "python scripted.py {slow|plain}"
         (["compile", "--command", COMMAND, "--variant", "eager"], "--variant: both are needed"),
         (["compile", "--command", COMMAND, "--profile", "cpu"], "--profile cpu: a script has none"),
         (["compile", "--command", COMMAND, "--phase", "cold"], "training is measured"),
-        (["compile", "--command", COMMAND, "--steps", "3"], "Use an even number"),
+        (
+            ["compile", "--command", COMMAND, "--steps", "3"],
+            "2 steps are timed in a turn. Use a multiple of 2, 2 or more.",
+        ),
         (["compile", "--command", "python other.py {--flag}"], "no file 'other.py'"),
         (["compile", "--command", COMMAND, "--cwd", "missing"], "no folder"),
+        (["compile", "--command", COMMAND, "--cwd", "x" * 260], "no folder"),
+        (["compile", "--command", "python " + "x" * 260 + " {--flag}"], "no file"),
         (["compile", "--steps", "4"], "--steps: it belongs to --command"),
         (["compile", "--cwd", "."], "--cwd: it belongs to --command"),
         (["liger-kernel", "--command", COMMAND], "Liger Kernel runs on a GPU only"),
@@ -80,3 +86,16 @@ def test_two_scripts_are_asked_what_a_study_claims(scripted, tmp_path):
     assert "whether torch.compile ran is unknown" in " ".join(out.replace("│", " ").split())
     code, out, err = scripted("run", "--resume", run, "--steps", "8")
     assert (code, "--steps would change the study" in err) == (2, True)
+
+
+def test_versions_are_those_of_the_scripts_own_interpreter(scripted, other_python):
+    """One that the command names, with a package in front of which the present one has another version."""
+    command = "{python|OTHER} scripted.py plain".replace("OTHER", other_python)
+    words = ("--replicates", "1", "--steps", "2", "--interleave", "lockstep", "--allow-disturbed", "--json")
+    code, out, err = scripted("run", "compile", "--command", command, *words)
+    assert (code, json.loads(out)["trials"]) == (0, {"ok": 3}), err
+    code, out, _ = scripted("claims", json.loads(out)["run"], "--json")
+    shown = json.loads(out)["engine"]
+    present = importlib.metadata.version("peft")
+    assert shown["versions"]["peft"] == f"{present} or 99.1"
+    assert f"peft {present} in eager and 99.1 in compiled" in shown["differs"][0]

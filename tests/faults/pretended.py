@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 
 import harness.run.executors.local as local
-from harness.records.preparation import Hello, TokenSummary
+from harness.records.preparation import BaseSummary, Hello, TokenSummary
 from harness.records.record import Fragment
 from harness.run.executors.disk import Disk
 from harness.trial.failure import failure_of
@@ -94,6 +94,9 @@ class Pretended(local.LocalExecutor):
 
     def hello(self) -> Hello:
         return Hello(harness="0.1 sha256:one", pid=1, import_time_s=1.0, device="cpu", torch="0")
+
+    def prepare_base(self, request) -> BaseSummary:
+        return BaseSummary(path="b", hash="b" * 64, base="b", bytes=1, conversions=0, quantisations=0, seconds=0.0)
 
     def prepare_tokens(self, workload, *, keep=True) -> TokenSummary:
         return TokenSummary(

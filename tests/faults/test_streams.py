@@ -147,7 +147,7 @@ def test_an_output_that_knows_ascii_only_shows_all_text(tmp_path):
         assert done.returncode in (0, 1)
         assert done.stdout.isascii()
         assert "Traceback" not in done.stderr
-        assert words[-1] != "--json" or json.loads(done.stdout)["schema"] == 1
+        assert words[-1] != "--json" or json.loads(done.stdout)["schema"] == 2
 
 
 @pytest.fixture

@@ -14,7 +14,10 @@ LINES = (
     "list variants training-step",
 )
 SIZES = ("list sizes lora-or-qlora", "list sizes lora-or-qlora --model random:smollm2-135m")
-COMMANDS = "run report list compare gate accept ab calibrate doctor estimate profile sample claims".split()
+COMMANDS = (
+    "run report list compare gate accept ab bisect calibrate doctor estimate profile sample claims export history "
+    "prune pack"
+).split()
 
 
 @pytest.mark.parametrize("form", ["", " --json"], ids=["text", "json"])

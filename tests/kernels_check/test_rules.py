@@ -137,6 +137,17 @@ def test_a_rule_with_an_unknown_category_is_refused():
         ("triton_tem_fused_flex", "attention"), ("Memset", "copy"), ("LogSoftMaxForwardEpilogue", "loss"),
         ("kQuantizeBlockwiseSmall", "other"), ("_gemv_nf4_kernel", "matmul"), ("ncclDevKernel", "communication"),
         ("FusedAdamMathFunctor", "optimizer"), ("kdequant_mm_int32_fp16", "dequantize"),
+        ("_ce_bwd_kernel", "loss"), ("_rope_kernel", "elementwise"), ("_swiglu_bwd_kernel", "elementwise"),
+        ("_chunked_cross_entropy", "loss"), ("_rope_embedding", "elementwise"), ("weight_dequant_kernel", "dequantize"),
+        ("_w8a8_block_fp8_matmul", "matmul"), ("_swiglu_kernel_forward", "matmul"), ("_fused_down_proj", "matmul"),
+        ("_jsd_kernel", "loss"), ("_layer_norm_forward_kernel", "elementwise"), ("compute_dot_do_o", "attention"),
+        ("fmhaSm100", "attention"), ("_lh_bwd_pre", "attention"), ("_neighborhood_mask", "attention"),
+        ("nchwToNhwcKernel", "copy"), ("nhwcToNchwKernel", "copy"), ("tensorTransformGeneric", "copy"),
+        ("bn_fw_tr", "elementwise"), ("conv2d_grouped_direct", "matmul"), ("fprop_implicit_gemm", "matmul"),
+        ("Cijk_", "matmul"), ("igemm_fwd", "matmul"), ("batched_transpose", "copy"), ("SubTensorOpWith", "copy"),
+        ("MIOpenBatchNorm", "elementwise"), ("Op2dTensorLite", "elementwise"), ("Im2d2Col", "copy"), ("naive_conv", "matmul"), ("Rmsnorm2dFwd", "elementwise"),
+        ("kernel_batched_gemm_xdlops", "matmul"), ("ck_tile::UniversalGemm", "matmul"), ("__amd_rocclr", "copy"),
+        ("DeviceRadixSort", "elementwise"), ("rocprim", "elementwise"), ("transformer_engine", "elementwise"), ("dot_kernel<", "matmul"), ("gemmk1", "matmul"),
     ],
 )  # fmt: skip
 def test_a_name_counts_for_its_category(part, category):
@@ -180,6 +191,33 @@ def test_flash_kernels_prove_dtype_and_causality(rule):
     assert _facts(_named(rule, "convert_dq")) == _facts(_named(rule, "dot_do_o"))
 
 
+@pytest.mark.parametrize(
+    ("rule", "part", "direction"),
+    [
+        ("ATT-CUDNN", "compute_dot_do_o_specialized", "backward"), ("ATT-CUDNN", "convert_dq", "backward"),
+        ("ATT-CUDNN", "fmha_reduce_head", "backward"), ("ATT-CUDNN", "lean_reduction", "forward"),
+        ("ATT-TRTLLM", "fmhaSm100a", "forward"), ("ATT-LIGER", "_grad_attn", "backward"),
+        ("ATT-TRITON", "22FmhaBwdOGradDotOKernel", "backward"), ("ATT-TRITON", "13FmhaFwdKernel", "forward"),
+        ("ATT-UNSLOTH", "_lh_bwd_pre", "backward"), ("ATT-CUDNN", "knob_7_64x128x128", None),
+    ],
+)  # fmt: skip
+def test_names_tell_the_direction(rule, part, direction):
+    """What cuDNN runs around its fused kernels, and kernels whose direction is not spelled out."""
+    assert _facts(_named(rule, part)).direction == direction
+
+
+def test_kernels_for_blackwell_say_whether_they_are_causal():
+    """In a word; the kernel that joins their parts says nothing."""
+    assert _facts(_named("ATT-TRTLLM", "Causal")).causal is True
+    assert _facts(_named("ATT-TRTLLM", "Dense")).causal is False
+    assert _facts(_named("ATT-TRTLLM", "Reduction")).causal is None
+
+
+def test_recorders_of_amd_add_an_ending():
+    """The kernel descriptor's, which hides nothing."""
+    assert normalise("Cijk_Ailk_Bljk_BBS_BH_MT16x16x32.kd") == "Cijk_Ailk_Bljk_BBS_BH_MT16x16x32"
+
+
 def test_flash_attention_3_proves_causality_in_its_forward_only():
     """The forward mainloop has Is_causal eighth; of the backward only forks differ, so nothing is claimed."""
     forward = _facts(_named("ATT-FA3", "FlashAttnFwdSm90"))
@@ -205,6 +243,30 @@ def test_flash_attention_3_proves_causality_in_its_forward_only():
         (_named("GEMM-BF16", "nvjet"), "bfloat16"),
         (_named("GEMM-FP16", "nvjet"), "float16"),
         (_named("GEMM-OTHER", "gemvx"), "bfloat16"),
+        (_named("GEMM-BF16", "bf16f32_bf16f32"), "bfloat16"),
+        (_named("GEMM-FP16", "f16f32_f16f32"), "float16"),
+        (_named("GEMM-FP32-SIMT", "gemmSN"), "float32"),
+        (_named("GEMM-OTHER", "gemmSN", "bfloat16"), "bfloat16"),
+        ("void gemmSN_TN_kernel<float, 128, 16, 2, 4, 2, 2, true>(x)", None),
+        (_named("GEMM-OTHER", "gemmk1"), "float32"),
+        (_named("GEMM-OTHER", "dot_kernel"), "bfloat16"),
+        (_named("GEMM-OTHER", "reduce_1Block"), "float32"),
+        (_named("GEMM-FP4", "nvjet"), "float4"),
+        (_named("GEMM-FP4", "e2m1"), "float4"),
+        (_named("GEMM-FP8"), "float8"),
+        (_named("TRITON-MXFP4", "_p_"), "bfloat16"),
+        ("_matmul_ogs_NNT_fp16xfp16xmxfp4_16x256x128x1", "float16"),
+        (_named("GEMM-AMD", "B_BS"), "bfloat16"),
+        (_named("GEMM-AMD", "BBS"), "bfloat16"),
+        (_named("GEMM-AMD", "HHS"), "float16"),
+        (_named("GEMM-AMD", "_SB_"), "float32"),
+        ("Cijk_Ailk_Bljk_DB_MT64x64x8_SN", "float64"),
+        (_named("GEMM-AMD", "F8BS"), "float8"),
+        ("Cijk_Alik_Bljk_B8F8S_BH_MT64x64x64", "float8"),
+        (_named("GEMM-AMD", "I8II"), None),
+        (_named("ATT-TRTLLM", "QkvBfloat16"), "bfloat16"),
+        ("fmhaSm100fKernel_QkvFp16OFp16H128PagedKvCausalP64", "float16"),
+        (_named("ATT-TRTLLM", "QE4m3"), "float8"),
         (_named("MEM"), None),
         ("void flash::flash_bwd_convert_dq_kernel<x>(float*)", None),
     ],

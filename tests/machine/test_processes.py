@@ -89,3 +89,10 @@ def test_how_a_process_ended_is_said():
     assert exit_words(3) == "exit code 3"
     assert exit_words(-9) == "signal 9 (SIGKILL)"
     assert exit_words(None) == "an unknown status"
+
+
+@pytest.mark.parametrize("number", range(1, 65))
+def test_any_signal_can_end_a_process(number):
+    """Those of real time have no names of their own, and some that the C library keeps to itself none at all."""
+    assert exit_words(-number).startswith(f"signal {number} (")
+    assert exit_words(-(signal.SIGRTMIN + 6)) == f"signal {signal.SIGRTMIN + 6} (SIGRTMIN+6)"

@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from harness.machine.provenance import FINGERPRINT, collect, comparable, fingerprint, power_limit_w, read_facts
+from harness.machine.steering import switches_of
 from harness.records import codec
 from harness.studies.engine import Engine
 
@@ -25,6 +26,7 @@ def on_card(small_study, machine, monkeypatch):
         found = collect(small_study, read_facts(dataclasses.replace(machine, device="cuda", device_name="Card")), 1)
         if told is None:
             del found["settings"]
+        del found["kernels"]  # which have tests of their own
         return found
 
     return facts
@@ -94,6 +96,69 @@ def test_the_power_limit_is_part_of_the_fingerprint_of_a_card(on_card):
         facts = on_card(unknown)
         assert power_limit_w(facts) is None
         assert fingerprint(facts) == before_limits(facts) == fingerprint(limited, without=("power_limit_w",))
+
+
+PACKAGES = {"nvidia-cudnn-cu13": "9.20.0.48", "nvidia-cublas": "13.1.0.3", "nvidia-cudnn-cu12": "9.10.2.21"}
+SWITCHES = {"TORCH_CUDNN_SDPA_DEPRIORITIZED": "1", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+
+
+@pytest.fixture
+def steered(small_study, machine):
+    """A function that collects the provenance of a run on a card with these packages and switches."""
+
+    def facts(packages=PACKAGES, switches=SWITCHES, *, device="cuda", cuda="13.0", **more):
+        there = dataclasses.replace(machine, device=device, cuda=cuda)
+        known = dataclasses.replace(read_facts(machine), machine=there, packages=packages, switches=switches, **more)
+        return collect(small_study, known, 1)
+
+    return facts
+
+
+def test_what_steers_a_cards_choice_of_kernels_is_part_of_its_fingerprint(steered):
+    """cuDNN and cuBLAS of the CUDA that torch is built for, and each variable: another of any is another run."""
+    facts = steered()
+    assert facts["kernels"] == {"cudnn": "9.20.0.48", "cublas": "13.1.0.3", "switches": SWITCHES}
+    assert comparable(facts)["kernels"] == facts["kernels"]
+    others = [
+        steered(PACKAGES | {"nvidia-cudnn-cu13": "9.21"}),
+        steered(PACKAGES | {"nvidia-cublas": "13.2"}),
+        steered(switches={}),
+        steered(switches=SWITCHES | {"NVIDIA_TF32_OVERRIDE": "0"}),
+        steered(switches=SWITCHES | {"PYTORCH_ALLOC_CONF": ""}),
+    ]
+    assert len({fingerprint(one) for one in (facts, *others)}) == 1 + len(others)
+    assert fingerprint(steered(PACKAGES | {"nvidia-cudnn-cu12": "9.11"})) == fingerprint(facts)
+    assert steered({}, cuda="12.8")["kernels"] == {"cudnn": None, "cublas": None, "switches": SWITCHES}
+    assert steered(cuda="12.8")["kernels"]["cudnn"] == "9.10.2.21"
+    assert "kernels" not in comparable(facts, without=("kernels",))
+
+
+def test_a_cpu_chooses_no_kernels_of_a_card(steered):
+    """What is installed or set for cards is nothing to its runs."""
+    assert "kernels" not in steered(device="cpu")
+    assert fingerprint(steered(device="cpu")) == fingerprint(steered({}, {}, device="cpu"))
+
+
+def test_another_interpreter_has_libraries_and_switches_of_its_own(steered):
+    """Its packages, its CUDA and its environment, in place of those of the parent."""
+    host = {"packages": {"nvidia-cudnn-cu12": "9.1"}, "cuda": "12.6", "switches": {"NVIDIA_TF32_OVERRIDE": "1"}}
+    facts = steered(host=host)
+    assert facts["kernels"] == {"cudnn": "9.1", "cublas": None, "switches": {"NVIDIA_TF32_OVERRIDE": "1"}}
+    assert "switches" not in facts
+
+
+@pytest.mark.parametrize(
+    ("name", "steers"),
+    [
+        ("TORCH_CUDNN_SDPA_DEPRIORITIZED", True), ("TORCH_CUDNN_SDPA_AVOID_RECOMPILE", True),
+        ("PYTORCH_CUDA_ALLOC_CONF", True), ("PYTORCH_HIP_ALLOC_CONF", True), ("PYTORCH_ALLOC_CONF", True),
+        ("NVIDIA_TF32_OVERRIDE", True), ("MY_NVIDIA_TF32_OVERRIDE", False), ("PYTORCH_ALLOC_CONF_OLD", False),
+        ("HF_TOKEN", False), ("CUDA_VISIBLE_DEVICES", False),
+    ],
+)  # fmt: skip
+def test_only_what_steers_is_read_of_the_environment(name, steers):
+    """By whole names: a run's record holds no other variable."""
+    assert switches_of({name: "x"}) == ({name: "x"} if steers else {})
 
 
 def test_what_a_run_says_of_its_machine_needs_no_torch():

@@ -13,13 +13,15 @@ WATCH = """
     found = []
     for begin, end in {stretches}:
         watch.begin(begin)
+        for _ in range({looks}):
+            watch.look()
         found.append(watch.end(end))
     tell([found, watch.missing])
 """
 
 
-def watched(nvml, answers, *stretches, energy=True, **options):
-    lines = WATCH.format(energy=energy, stretches=repr(list(stretches)))
+def watched(nvml, answers, *stretches, energy=True, looks=0, **options):
+    lines = WATCH.format(energy=energy, looks=looks, stretches=repr(list(stretches)))
     found, missing = nvml(lines, answers, **options)
     return found, missing
 
@@ -114,6 +116,33 @@ def test_the_clock_of_an_idle_card_says_nothing_of_a_step(nvml):
     found, _ = watched(nvml, {"0.reasons": "0,0x1,0,0", "0.sm_clock": "1980,345,1980,1980"}, (0.0, 1.0), (1.0, 2.0))
     assert "sm_clock_min_hz" not in found[0]
     assert found[1]["sm_clock_min_hz"] == 1.98e9
+
+
+def test_the_clocks_of_a_step_are_those_while_its_work_is_queued(nvml):
+    """A card that idles by the end of a stretch has told them before; what it says at the end is none of them then."""
+    clocks = {"0.sm_clock": "345,1980,345,1755", "0.memory_clock": "2619,2619,810,2619"}
+    found, missing = watched(nvml, clocks | {"0.reasons": "0x1,0x4,0x1,0"}, (0.0, 1.0), looks=1)
+    assert (found[0]["sm_clock_min_hz"], found[0]["sm_clock_max_hz"]) == (1.98e9, 1.98e9)
+    assert (found[0]["memory_clock_min_hz"], found[0]["memory_clock_max_hz"]) == (2.619e9, 2.619e9)
+    assert (found[0]["samples"], found[0]["power_capped_samples"]) == (3.0, 1.0)
+    assert "sm_clock_hz" not in missing
+
+
+def test_a_look_that_comes_too_late_counts_for_nothing(nvml):
+    """The card had finished: its clocks are left out, and those at the end stand if it works by then."""
+    late = {"0.reasons": "0,0x1,0", "0.sm_clock": "1980,345,1755"}
+    found, _ = watched(nvml, late, (0.0, 1.0), looks=1)
+    assert (found[0]["sm_clock_min_hz"], found[0]["sm_clock_max_hz"]) == (1.755e9, 1.755e9)
+    assert found[0]["samples"] == 2.0
+
+
+def test_each_stretch_is_looked_into_anew(nvml):
+    """What was seen in one says nothing of the next: its end stands where nobody looked in."""
+    found, _ = watched(nvml, {"0.sm_clock": "1000,1980,1500,1000,1755,1600"}, (0.0, 1.0), (1.0, 2.0), looks=1)
+    assert (found[1]["sm_clock_min_hz"], found[1]["sm_clock_max_hz"]) == (1.755e9, 1.98e9)
+    refused = {"rc.nvmlDeviceGetClockInfo": 3}
+    _, missing = watched(nvml, refused, (0.0, 1.0), looks=1)
+    assert "does not offer it" in missing["sm_clock_hz"]
 
 
 def test_what_the_card_does_not_tell_has_its_reason(nvml):

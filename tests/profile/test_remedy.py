@@ -164,7 +164,7 @@ def test_workloads_are_compared_by_the_time_of_a_real_token(write_run, padded, t
     assert (found.valid, found.metric, found.comparison.verdict) == (True, "time_per_real_token_s", "improved")
     assert found.comparison.ratio == pytest.approx(500 / 800)
     view = view_of(store.read_run(found.run, tmp_path / "runs"))
-    assert any("without-padding has layout = packed" in fact for fact in view.facts)
+    assert any("without-padding has layout = packed" in fact.text for fact in view.facts)
     assert "losses are not compared" in view.notes[0]
     assert not {"train loss", "held-out loss", "real tokens/s"} & set(view.tables[0].heads)
 

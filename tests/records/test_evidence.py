@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from harness.errors import InvalidRunError, UsageError
-from harness.records import codec, store
+from harness.records import codec, inputs, store
 from harness.records.evidence import CHECKS, EvidenceFile, LostEvidenceError
 from harness.records.record import TrialRecord
 from harness.records.store import TRIALS, Manifest, Resumption, RunWriter
@@ -207,6 +207,6 @@ def test_evidence_that_the_disk_refuses_is_an_error_with_its_remedy(tmp_path, mo
     def refuse(path, *_, **__):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(inputs, "open_plain", refuse)
     with pytest.raises(UsageError, match=r"checks\.jsonl: cannot be read: Permission denied\. Make it readable"):
         EvidenceFile(tmp_path).find(hashes)

@@ -27,7 +27,7 @@ from harness.report.comparison import describe_comparison
 from harness.report.doctor import describe_checks
 from harness.report.estimate import describe_estimate
 from harness.report.gate import describe_gate
-from harness.report.notices import describe_notices
+from harness.report.notices import describe_notices, tell_notices
 from harness.report.plan import describe_plan
 from harness.report.profile import describe_profile
 from harness.report.run import describe_run
@@ -35,7 +35,7 @@ from harness.report.sample import Sample, describe_samples
 from harness.report.sizes import describe_sizes
 from harness.report.table import Document
 from harness.report.tried import describe_tried
-from harness.report.view import view_of
+from harness.report.view import Asked, view_of
 from harness.run.forecast import Forecast
 from harness.run.plan import make_plan
 from harness.stats import compare_trials
@@ -143,19 +143,25 @@ def tried() -> Tried:
 @pytest.fixture(scope="session")
 def every_report(small_study) -> dict[str, Document]:
     """A document of every report, by what it is of."""
-    ab = constructed_run("ab")
+    ab, unsure = constructed_run("ab"), constructed_run("ab-unsure")
     base, candidate = (read_comparand(str(RUNS / name), RUNS) for name in ("sound", "slower"))
     compared = compare(base, candidate, metrics=[], all_metrics=True)
     policy = dataclasses.replace(load_policy(None), required=("held_out_loss",))
     expected = Forecast(time_s=90.0, basis="an earlier run", memory_bytes=2**31, disk_bytes=2**20)
     made: dict[str, Callable[[], Document]] = {
         "run": lambda: describe_run(view_of(constructed_run("sound"))),
+        "swept run": lambda: describe_run(view_of(constructed_run("swept"))),
+        "cold run": lambda: describe_run(view_of(constructed_run("cold"))),
+        "run with one replicate": lambda: describe_run(view_of(constructed_run("one-replicate"))),
+        "noisy run": lambda: describe_run(view_of(constructed_run("noisy"))),
+        "run by a metric": lambda: describe_run(view_of(constructed_run("sound"), Asked(metrics=("*loss", "*_bytes")))),
         "failed run": lambda: describe_run(view_of(constructed_run("failed"))),
         "killed run": lambda: describe_run(view_of(constructed_run("killed"))),
         "comparison": lambda: describe_comparison(compared),
         "gate": lambda: describe_gate(judge(compared, policy)),
         "attribution": lambda: describe_attribution(attribution_of(ab), ab),
-        "A/B": lambda: describe_comparison(report_of(ab)),
+        "A/B": lambda: describe_comparison(report_of(ab), ab=True),
+        "A/B that cannot tell": lambda: describe_gate(judge(report_of(unsure), load_policy(None)), ab=True),
         "claims": lambda: describe_claims(judge_claims(constructed_run("swept"))),
         "profile": lambda: profile_document("explained"),
         "profile of nothing seen": lambda: profile_document("unseen"),
@@ -169,5 +175,6 @@ def every_report(small_study) -> dict[str, Document]:
         "doctor": lambda: describe_checks(checks(), fit=False),
         "plan": lambda: describe_plan(make_plan(small_study), expected, MACHINE, NOTICES),
         "notices": lambda: describe_notices(NOTICES),
+        "notices in full": lambda: tell_notices(NOTICES),
     }
     return {name: make() for name, make in made.items()}

@@ -50,23 +50,23 @@ def part(metric, *ratios):
 def test_both_sides_are_named_with_their_harness(said):
     """As they were written, brackets and all, whether or not a version is known."""
     lines = said()
-    assert lines[0].split() == ["base", "peft[extra]==0.19.1,", "harness", "1.0", "sha256:0123"]
-    assert lines[1].split() == ["candidate", "topic,", "harness", "None"]
+    assert lines[2].split() == ["base", "peft[extra]==0.19.1,", "harness", "1.0", "sha256:0123"]
+    assert lines[3].split() == ["candidate", "topic,", "harness", "None"]
 
 
 def test_the_level_and_its_reason_stand_above_every_ratio(said):
     """And why the run ended early, only where it did."""
-    assert "  level     lockstep: three [live] processes fit" in said()
+    assert "  level      lockstep: three [live] processes fit" in said()
     assert not any("stopped" in line for line in said())
-    assert "  stopped   within ±1 % [of it]" in said(stopped="within ±1 % [of it]")
+    assert "  stopped    within ±1 % [of it]" in said(stopped="within ±1 % [of it]")
 
 
 def test_packages_are_shown_with_both_versions(said):
     """One that a side lacks is not installed there."""
     lines = said({"peft": ("0.19.1", "0.20.0"), "torchao": (None, "0.1"), "triton": ("3.0", None)})
-    assert "  package   peft: 0.19.1 → 0.20.0" in lines
-    assert "  package   torchao: not installed → 0.1" in lines
-    assert "  package   triton: 3.0 → not installed" in lines
+    assert "  package    peft: 0.19.1 → 0.20.0" in lines
+    assert "  package    torchao: not installed → 0.1" in lines
+    assert "  package    triton: 3.0 → not installed" in lines
 
 
 @pytest.mark.parametrize(("count", "more"), [(MOST_PACKAGES, 0), (MOST_PACKAGES + 30, 30)])
@@ -80,7 +80,7 @@ def test_hundreds_of_packages_do_not_bury_the_rest(said, count, more):
 def test_other_facts_that_differ_are_named(said):
     """Both values, as in a comparison of two runs."""
     lines = said(differing=[Difference(field="python", base="3.11.0", candidate="3.12.0")])
-    assert "  differs   python: '3.11.0' in the base, '3.12.0' in the candidate" in lines
+    assert "  differs    python: '3.11.0' in the base, '3.12.0' in the candidate" in lines
 
 
 def test_each_part_stands_with_its_interval(said):

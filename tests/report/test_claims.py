@@ -63,7 +63,7 @@ def counted(record):
 def test_the_document_is_that_of_the_contract(claims):
     """Schema, run, claims with parts, replicates, deviations, notes, answers; no number without its name."""
     code, document = claims("--json", change=counted)
-    assert (code, document["schema"], document["run"], document["replicates"]) == (0, 1, "mine", 4)
+    assert (code, document["schema"], document["run"], document["replicates"]) == (0, 2, "mine", 4)
     assert document["deviations"] == ["workload.model = 'tiny-llama' in place of 'llama2-7b'"]
     assert document["notes"] == ["the original ran each setting once"]
     assert document["answers"] == {"requests": None, "variants": None}

@@ -80,8 +80,8 @@ def test_times_of_going_on_are_facts(broken_off):
     run = broken_off(9)
     again = store.Resumption(unix_s=1.0e9, harness=None, commit=None)
     manifest = dataclasses.replace(run.manifest, resumed=(again, again), status="complete")
-    (line,) = (fact for fact in view_of(dataclasses.replace(run, manifest=manifest)).facts if "resumed" in fact)
-    assert line.count("2001-09-09") == 2
+    (line,) = (fact for fact in view_of(dataclasses.replace(run, manifest=manifest)).facts if fact.lead == "resumed")
+    assert line.text.count("2001-09-09") == 2
 
 
 def test_the_list_of_runs_tells_a_killed_one(write_run, tmp_path, capsys):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import html
 import io
 from html.parser import HTMLParser
 
-from harness.report.table import Line, Panel, Section, Table, tone_of
+from harness.report.table import Fold, Gallery, Line, Panel, Section, Table, tone_of
 from harness.report.terminal import text_of
 from kernels_check.visible import make_visible
 
@@ -22,6 +23,11 @@ def _block(block):
         return _line(block)
     if isinstance(block, Section):
         return f"<h2>{_text(block.title)}</h2>{_text(block.beside)}" + "".join(map(_line, block.lines))
+    if isinstance(block, Fold):
+        lines = "".join(map(_line, block.lines))
+        return f"<details><summary>{_line(block.summary)}</summary>{lines}</details>"
+    if isinstance(block, Gallery):
+        return f"<h3>{_text(block.title)}</h3>" + "".join(map(_chart, block.charts))
     if isinstance(block, Panel):
         return f"<h3>{_text(block.title)}</h3>" + "".join(
             f"<h4>{_text(one.head)}</h4><pre>{_text(one.text)}</pre>" for one in block.passages
@@ -33,12 +39,24 @@ def _block(block):
 
 
 def _line(line):
-    return "<p>" + "".join(f'<span class="{span.tone}">{_text(span.text)}</span>' for span in line.spans) + "</p>"
+    spans = "".join(f'<span class="{span.tone}">{_text(span.text)}</span>' for span in line.spans)
+    return f"<p><b>{_text(line.lead)}</b> {spans}</p>"
+
+
+def _chart(chart):
+    """A curve with its whiskers, from the numbers alone."""
+    dots = "".join(f'<circle cx="{point.x!r}" cy="{point.y!r}"/>' for point in chart.points)
+    whiskers = "".join(
+        f'<line x1="{point.x!r}" y1="{point.low!r}" y2="{point.high!r}"/>'
+        for point in chart.points
+        if point.low is not None
+    )
+    return f"<figure><svg>{dots}{whiskers}</svg><figcaption>{_text(chart.title)}</figcaption></figure>"
 
 
 def _cell(cell):
     number = "" if cell.value is None else f' data-value="{cell.value!r}"'
-    return f'<td class="{tone_of(cell.verdict)}"{number}>{_text(cell.line)}</td>'
+    return f'<td class="{tone_of(cell.verdict)}"{number}>{_text(cell.words)}</td>'
 
 
 def _text(text):
@@ -74,12 +92,34 @@ def letters(text):
     return sorted(one for one in text if not one.isspace() and not "─" <= one <= "╿")
 
 
+def in_words(document):
+    """The document without what a renderer draws in its own way: charts, and ratios around 1."""
+    for block in document:
+        if isinstance(block, Table):
+            heads = tuple(dataclasses.replace(head, ratio=False) for head in block.heads)
+            yield dataclasses.replace(block, heads=heads)
+        elif isinstance(block, Fold):
+            yield from block.lines
+        elif not isinstance(block, Gallery):
+            yield block
+
+
 def test_another_renderer_says_all_that_the_terminal_says(every_report):
     """Character for character, of every report, from the document alone."""
     for name, document in every_report.items():
+        said = tuple(in_words(document))
         page = Words()
-        page.feed(as_html(document))
-        assert letters(page.said) == letters(text_of(document, width=2000, coloured=False)), name
+        page.feed(as_html(said))
+        assert letters(page.said) == letters(text_of(said, width=2000, coloured=False)), name
+
+
+def test_another_renderer_draws_what_the_terminal_draws(every_report):
+    """Charts from their numbers: a dot a point and a whisker an interval; what folds unfolds by itself."""
+    page = as_html(every_report["swept run"])
+    charts = [chart for block in every_report["swept run"] if isinstance(block, Gallery) for chart in block.charts]
+    assert page.count("<circle") == sum(len(chart.points) for chart in charts) > 20
+    assert page.count("<line") == sum(point.low is not None for chart in charts for point in chart.points) > 5
+    assert "<details>" in page
 
 
 def test_a_renderer_of_numbers_parses_no_text(every_report):
@@ -90,6 +130,7 @@ def test_a_renderer_of_numbers_parses_no_text(every_report):
 
 
 def test_every_module_of_reports_has_its_report_here(every_report):
-    """Nothing that is printed is left out: 18 documents, none of them empty."""
+    """Nothing that is printed is left out, no document is empty, and every block there is occurs."""
     assert all(every_report.values())
-    assert {type(block) for document in every_report.values() for block in document} == {Line, Section, Panel, Table}
+    found = {type(block) for document in every_report.values() for block in document}
+    assert found == {Line, Section, Fold, Panel, Table, Gallery}

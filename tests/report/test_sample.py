@@ -69,7 +69,7 @@ def test_the_command_prints_all_four_texts_and_one_document(run, capsys):
         assert text in shown
     assert main(["sample", str(run.path), "plain", "--json", "--count", "1"]) == 0
     document = json.loads(capsys.readouterr().out)
-    assert document["schema"] == 1
+    assert document["schema"] == 2
     assert [sample["trained"] for sample in document["samples"]] == ["Two?"]
 
 

@@ -32,6 +32,10 @@ def fault(number):
         if HOW == "fork" and os.fork() == 0:
             TURNS.step(StepReading(number=99, step_time_s=9.0, cpu_time_s=9.0))
             os._exit(0)
+        if HOW == "orphan":
+            if os.fork() == 0:
+                time.sleep(600)
+            os._exit(7)
         if HOW == "chdir":
             Path("below").mkdir()
             os.chdir("below")

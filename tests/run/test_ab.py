@@ -23,7 +23,7 @@ import harness.run.executors.local
 from harness.cli import main
 from harness.errors import UsageError
 from harness.records import store
-from harness.records.preparation import Hello, TokenSummary
+from harness.records.preparation import BaseSummary, Hello, TokenSummary
 from harness.records.record import Fragment
 from harness.run.ab import plan_ab
 from harness.run.executors import Place
@@ -223,6 +223,9 @@ class FakeExecutor(LocalExecutor):
 
     def hello(self):
         return Hello(harness="1.0 sha256:0", pid=1, import_time_s=1.0, device="cpu", torch="0")
+
+    def prepare_base(self, request):
+        return BaseSummary(path="b", hash="b" * 64, base="b", bytes=1, conversions=0, quantisations=0, seconds=0.0)
 
     def prepare_tokens(self, workload, *, keep=True):
         return TokenSummary(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from harness.errors import UsageError
-from harness.models import shapes
+from harness.models import catalogue, shapes
 from harness.run.contenders import contenders_of
 from harness.run.feasibility import check_feasible
 from harness.studies.columns import Columns
@@ -111,6 +111,18 @@ def test_what_merely_surprises_is_a_notice(small_study, machine):
     codes = {n.code for n in check_feasible(with_variant(small_study, r=8, optimizer="paged_adamw_32bit"), machine)}
     assert "nothing-to-page" in codes
     assert {n.code for n in check_feasible(small_study, machine)} == {"random-weights"}
+
+
+def test_what_a_paged_optimizer_costs_beside_its_paging_is_said_on_a_card(small_study, machine):
+    """It waits for the device once a tensor, and its state is in no figure of the allocator."""
+    card = dataclasses.replace(machine, device="cuda", device_name="Card", device_memory_bytes=2**40)
+    study = with_variant(small_study, r=300, optimizer="paged_adamw_32bit", target_modules=("all-linear",))
+    (notice,) = (one for one in check_feasible(study, card) if one.code == "paged-on-card")
+    layers = shapes.shape(catalogue.resolve(study.workload.model)).layers
+    assert f"waits for the device after each of its {2 * 7 * layers} tensors, in every step" in notice.message
+    assert "no figure of the allocator" in notice.message
+    fused = with_variant(small_study, r=300, optimizer="adamw_fused")
+    assert "paged-on-card" not in {one.code for one in check_feasible(fused, card)}
 
 
 CHAT = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'

@@ -20,7 +20,7 @@ import harness.run.measure
 from harness.cli import main
 from harness.errors import UsageError
 from harness.records import store
-from harness.records.preparation import Hello, TokenSummary
+from harness.records.preparation import BaseSummary, Hello, TokenSummary
 from harness.records.record import SCHEMA, UNDER_WAY, Fragment
 from harness.report.live import LiveDisplay
 from harness.report.terminal import console_for
@@ -75,6 +75,9 @@ class Executor(LocalExecutor):
 
     def hello(self):
         return Hello(harness=Executor.harness, pid=1, import_time_s=1.0, device="cpu", torch="0")
+
+    def prepare_base(self, request):
+        return BaseSummary(path="b", hash="b" * 64, base="b", bytes=1, conversions=0, quantisations=0, seconds=0.0)
 
     def prepare_tokens(self, workload, *, keep=True):
         found = Executor.tokens if workload.layout == "packed" else Executor.padded_tokens

@@ -10,7 +10,7 @@ import pytest
 import harness.run.executors.local
 from harness.records import store
 from harness.records.metrics import PRIMARY
-from harness.records.preparation import Hello, TokenSummary
+from harness.records.preparation import BaseSummary, Hello, TokenSummary
 from harness.records.record import Fragment, TrialRecord
 from harness.run.executors import Place
 from harness.run.executors.local import LocalExecutor
@@ -183,6 +183,9 @@ class Executor(LocalExecutor):
 
     def hello(self):
         return Hello(harness="1.0", pid=1, import_time_s=1.0, device="cpu", torch="0")
+
+    def prepare_base(self, request):
+        return BaseSummary(path="b", hash="b" * 64, base="b", bytes=1, conversions=0, quantisations=0, seconds=0.0)
 
     def prepare_tokens(self, workload, *, keep=True):
         return TokenSummary(

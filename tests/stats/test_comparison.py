@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.stats import compare_trials
+from harness.stats import MOST_ADVISED, compare_trials
 
 durations = st.floats(min_value=1e-6, max_value=1e6)
 sides = st.integers(1, 5).flatmap(
@@ -114,14 +114,18 @@ def test_unpaired_can_regress_and_improve():
 
 
 def test_inconclusive_says_what_would_have_been_seen():
-    """An open result states the detectable effect and a plan larger than what was just run, in fields and in words."""
+    """An open result states the detectable effect, in fields and in words, and a plan; in words none that nobody follows."""
     base, candidate = [[1.0], [1.0], [1.0]], [[0.8], [1.3], [1.05]]
     open_result = compare_trials(base, candidate, pairing="turn")
     assert open_result.verdict == "inconclusive"
     assert open_result.mde80 > 0.3
     assert open_result.replicates_needed > 3
-    assert f"measure {open_result.replicates_needed} replicates" in open_result.reason
+    assert open_result.replicates_needed > MOST_ADVISED
+    assert "measure" not in open_result.reason
     assert "80 % power" in open_result.reason
+    nearly = compare_trials([[1.0], [1.0], [1.0]], [[0.99], [1.05], [1.02]], pairing="turn")
+    assert nearly.replicates_needed <= MOST_ADVISED
+    assert f"measure {nearly.replicates_needed} replicates" in nearly.reason
 
 
 def test_a_plan_that_failed_is_not_repeated():

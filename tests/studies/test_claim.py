@@ -3,7 +3,7 @@
 import pytest
 
 from harness.errors import UsageError
-from harness.studies.claim import OF_ENGINES, RULES, Part
+from harness.studies.claim import OF_PAIRS, RULES, Part
 from harness.studies.study_file import load_study
 
 STUDY = """
@@ -46,7 +46,11 @@ def parts_of(tmp_path):
         ('rule = "largest-effect", axis = "r", metric = "step_time_s"', ["against = []"]),
         ('rule = "largest-effect", axis = "r", metric = "step_time_s", against = ["r"]', ["holds the axis itself"]),
         ('rule = "trend-up", axis = "lora_dropout", metric = "step_time_s"', ["level 0 has no logarithm", "linear"]),
-        ('rule = "equal", axis = "r", metric = "step_time_s", margin = 0.001', ["tolerance = 0.01, margin = 0.001"]),
+        (
+            'rule = "equal", axis = "r", metric = "step_time_s", margin = 1',
+            ["'equal'", "margin = 1.0: 0 <= margin < 1"],
+        ),
+        ('rule = "trend-up", axis = "r", metric = "step_time_s", tolerance = -0.1', ["tolerance = -0.1: 0 <= tol"]),
     ],
 )
 def test_a_part_that_makes_no_statement_is_refused(parts_of, part, words):
@@ -63,12 +67,39 @@ def test_a_part_that_makes_one_is_read(parts_of):
     assert part.limit == ("margin", 0.05)
 
 
+@pytest.mark.parametrize("name", ["tolerance", "margin", "by"])
+@pytest.mark.parametrize(("rule", "own"), [
+    ("trend-up", "tolerance"), ("no-trend", "margin"), ("faster", "by"), ("largest-effect", ""),
+])  # fmt: skip
+def test_a_limit_that_is_not_the_rules_is_refused(parts_of, rule, own, name):
+    """It would decide nothing. The refusal names it, and the one that the rule has; that one is read."""
+    rest = {"largest-effect": ', against = ["lora_dropout"], scale = "linear"'}.get(rule, "")
+    part = f'rule = "{rule}", axis = "{"engine" if own == "by" else "r"}", metric = "step_time_s"{rest}, {name} = 0.2'
+    if name == own and own != "by":
+        assert parts_of(part)[0].limit == (own, 0.2)
+        return
+    with pytest.raises(UsageError) as caught:
+        parts_of(part)
+    said = str(caught.value)
+    if name == own:  # the study is of no engine, which is said instead
+        assert "does not go by it" not in said
+        return
+    assert f"mine.toml, claim number 1: {name} = 0.2: rule '{rule}' does not go by it" in said
+    assert (f"its limit is '{own}'" if own else "it has no limit") in said
+
+
+def test_a_limit_stands_by_itself(parts_of):
+    """Nobody has to widen a margin that no rule goes by for the sake of a tolerance."""
+    assert parts_of('rule = "trend-up", axis = "r", metric = "step_time_s", tolerance = 0.5')[0].tolerance == 0.5
+    assert parts_of('rule = "equal", axis = "r", metric = "step_time_s", margin = 0.001')[0].margin == 0.001
+
+
 def test_every_rule_has_one_limit_or_none():
     """The tolerance of an effect, the margin of an equality, what is promised of an engine, nothing where more is more
     and less is less."""
     made = {
         rule: Part(
-            rule=rule, axis="engine" if rule in OF_ENGINES else "r", by=0.2,
+            rule=rule, axis="engine" if rule in OF_PAIRS else "r", by=0.2,
             metric={"best": "", "rises": "adapter_bytes"}.get(rule, "step_time_s"),
             metrics={"step_time_s": 1.0} if rule == "best" else {},
             levels={"differs": (1.0, 2.0), "highest": (1.0,), "lowest": (1.0,), "best": (1.0,)}.get(rule, ()),

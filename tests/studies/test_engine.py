@@ -150,7 +150,7 @@ def test_a_study_without_an_engine_is_written_as_before():
     [
         ({"engine": 'flags = "-x"'}, ["[engine]", "flags", "Did you mean flag?"]),
         ({"engine": 'needs = "tpu"'}, ["needs", "'tpu'"]),
-        ({"part": PART.replace("engine", "r")}, ["the rule is about an engine", 'axis = "engine"']),
+        ({"part": PART.replace("engine", "r")}, ["the rule is about a pair", 'axis = "engine"']),
         ({"part": PART.replace("step_time_s", "tokens_per_s")}, ["no time"]),
         ({"part": PART.replace("step_time_s", "peak_memory")}, ["'peak_memory': not known for this rule"]),
         ({"part": PART.replace("faster", "lowers") + ", by = 1.0"}, ["by = 1.0"]),

@@ -126,6 +126,19 @@ def test_a_profile_fits_the_study_to_the_machine(tmp_path, options, profile, bat
     assert (study.profile, study.workload.batch_size) == (profile, batch)
 
 
+def test_the_default_study_fills_a_card_where_it_is_asked_to():
+    """Thousands of tokens a step of a model of 7 billion parameters, in rows that are given no mask; on no machine by
+    itself, since a first look takes a minute."""
+    study = load_study("lora-or-qlora", profile="card", device="cpu")
+    workload = study.workload
+    assert (workload.model, workload.layout) == ("random:llama2-7b", "joined")
+    assert workload.batch_size * workload.sequence_length >= 4096
+    assert all(variant.gradient_checkpointing for variant in study.variants)
+    assert {"workload.layout", "workload.model", "controls.gradient_checkpointing"} <= set(study.replaced)
+    for device in ("cpu", "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB"):
+        assert load_study("lora-or-qlora", device=device).profile == ""
+
+
 def test_every_deviation_is_named(tmp_path):
     """What a profile and what an option replaced, with the value as written; what is unchanged is not in the list."""
     study = load_study(write(tmp_path, SWEPT), device="cpu").with_overrides(model="smollm2-135m", data="/a/b/c.jsonl")

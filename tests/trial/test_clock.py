@@ -32,6 +32,49 @@ def test_the_clock_tells_waiting_from_working():
     assert busy.time_s >= 0.045
 
 
+@pytest.fixture
+def device(monkeypatch):
+    """A stand-in for a CUDA device, which notes what it is asked and whose events are a second apart."""
+    asked = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            asked.append("event")
+
+        def elapsed_time(self, end):
+            return 1000.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: asked.append("wait"))
+    return asked
+
+
+def test_what_happens_meanwhile_is_between_the_last_launch_and_the_waiting(device):
+    """The device's own stamps are both set by then, and the process's CPU time is without it."""
+
+    def look():
+        device.append("look")
+        end = time.process_time() + 0.05
+        while time.process_time() < end:
+            pass
+
+    watch = Stopwatch("cuda:0")
+    result, lap = watch(lambda: device.append("call") or 7, look)
+    assert device == ["wait", "event", "call", "event", "look", "wait"]
+    assert (result, lap.time_s) == (7, 1.0)
+    assert lap.cpu_time_s < 0.04
+    watch(lambda: device.append("call"))
+    assert device[6:] == ["wait", "event", "call", "event", "wait"]
+
+
+def test_on_a_cpu_nothing_is_queued_to_look_into():
+    """The call is over when it returns."""
+    assert Stopwatch("cpu")(lambda: 7, lambda: pytest.fail("looked"))[0] == 7
+
+
 def test_the_host_peak_is_that_of_its_phase():
     """An allocation that is gone again still shows, and the next phase does not inherit it."""
     gauge = MemoryGauge("cpu")

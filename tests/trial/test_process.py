@@ -1,6 +1,7 @@
 """What a measuring process is told before it measures."""
 
 import logging
+import time
 
 import pytest
 
@@ -8,6 +9,7 @@ from harness.studies.protocol import Protocol
 from harness.studies.request import TrialRequest
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
+from harness.trial import process
 from harness.trial.process import prepare_process
 
 
@@ -47,3 +49,10 @@ def test_the_process_has_the_threads_of_the_request(request_on_cpu, undisturbed)
     torch.set_num_threads(2)
     prepare_process(request_on_cpu)
     assert torch.get_num_threads() == 1
+
+
+def test_a_device_starts_before_what_is_timed_on_it(monkeypatch):
+    """How long it took is a number of its own; a CPU is not waited for."""
+    monkeypatch.setattr(process, "synchronize", lambda device: time.sleep(0.02))
+    assert 0.02 <= process.start_device("cuda:0")["device_start_time_s"] < 2
+    assert process.start_device("cpu") == {}

@@ -20,7 +20,7 @@ from harness.trial.data.stream import TokenStream
 from harness.trial.data.tokens import prepare
 from harness.trial.inference.generate import generate
 from harness.trial.step import TrainStep
-from kernels_check import probe_isolation
+from kernels_check import probe_isolation, verify
 
 WORKLOAD = Workload(
     sequence_length=64, batch_size=2, train_sequences=16, held_out_records=8, held_out_sequences=4, prompt_tokens=8
@@ -35,7 +35,8 @@ def tokens(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokens")
     packed = prepare(WORKLOAD, folder).path
     padded = prepare(dataclasses.replace(WORKLOAD, layout="padded", sequence_length=512), folder).path
-    return {"packed": packed, "padded": padded}
+    joined = prepare(dataclasses.replace(WORKLOAD, layout="joined"), folder).path
+    return {"packed": packed, "padded": padded, "joined": joined}
 
 
 def setting(variant, tokens, layout="packed"):
@@ -173,6 +174,27 @@ def test_padded_batches_carry_their_mask(tokens):
     assert torch.isfinite(step())
     assert stream.padded_tokens > 0
     assert stream.packed_batch() is None
+
+
+def test_joined_batches_leave_attention_plainly_causal(tokens):
+    """Neither positions nor a mask: of the three layouts the one that SDPA takes without one. What pads a held-out row
+    lies behind all that is real, where nothing sees it."""
+    masks = {}
+    for layout in ("joined", "packed", "padded"):
+        trainee, stream, step = setting(PLAIN, tokens, layout=layout)
+        found = {check.path: check.observed for check in verify(trainee.model, step, {}, instrument="spy")}
+        masks[layout] = found["attention.mask"]
+    assert masks == {"joined": "causal", "packed": "explicit", "padded": "explicit"}
+    trainee, stream, step = setting(PLAIN, tokens, layout="joined")
+    assert set(stream.take()) == {"input_ids", "labels"}
+    assert (stream.real_tokens, stream.padded_tokens, stream.packed_batch()) == (128, 0, None)
+    assert stream.record_lengths() == (64,) * 16
+    before = step.held_out_loss()
+    for row, mask in zip(
+        stream._tensors["held_out.input_ids"], stream._tensors["held_out.attention_mask"], strict=True
+    ):
+        row[mask == 0] = 5
+    assert step.held_out_loss() == before
 
 
 @pytest.mark.parametrize(

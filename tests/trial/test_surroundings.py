@@ -26,6 +26,9 @@ class Recorded:
     def begin(self):
         self.asked.append(f"begin {self.phase}")
 
+    def look(self):
+        self.asked.append(f"look {self.phase}")
+
     def end(self):
         self.asked.append(f"end {self.phase}")
         return {f"device_energy_{self.phase}_j": 900.0} if self.energy else {f"host_load_{self.phase}": 1.0}
@@ -72,6 +75,13 @@ def test_readings_stand_around_what_is_timed(surroundings):
     around.around(COMMANDS["natural"], Fragment)
     generate = ["begin generate", "end generate"]
     assert Recorded.asked == ["begin train", "call", "end train", *generate, *generate]
+
+
+def test_a_look_into_a_step_goes_to_the_watch_of_training(surroundings):
+    """It is a reading of the same card, between those at the ends."""
+    around, _ = surroundings("steps")
+    around.around(COMMANDS["turn"], lambda: around.look() or turn())
+    assert Recorded.asked == ["begin train", "look train", "call", "end train"]
 
 
 @pytest.mark.parametrize("command", ["build", "verify", "warm_up", "begin_generate", "merge", "close"])

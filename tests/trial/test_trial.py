@@ -16,6 +16,7 @@ from harness.studies.variant import Variant
 from harness.studies.workload import Workload
 from harness.trial.building.shared import SharedBase
 from harness.trial.data.tokens import prepare
+from harness.trial.inference.server import Server
 from harness.trial.trial import Trial
 
 WORKLOAD = Workload(
@@ -96,6 +97,60 @@ def test_a_whole_answer_is_timed_counted_and_kept(trial):
     assert [len(record.tokens[f"answer_{index}"]) for index in (0, 1)] == list(counts)
     assert samples_of(record, "natural_time_per_token_s") == tuple(a / b for a, b in zip(times, counts, strict=True))
     assert {key for key in record.tokens if key.startswith("untrained")} == {"untrained_0", "untrained_1"}
+
+
+def test_a_cpu_has_no_start_of_its_own(trial):
+    """Nor a number for one; on a card it comes before the load (tests of the process)."""
+    assert "device_start_time_s" not in record_of(trial("steps", "peaks"), "build").values
+
+
+@pytest.mark.parametrize("measures", [("steps", "requests"), ("steps", "requests", "peaks")])
+def test_the_attention_of_a_request_is_proved_too(trial, measures):
+    """By a short request of its own, beside what a step ran; the answers are what they are without it."""
+    record = record_of(trial(*measures), *TRAIN, "begin_generate", "request")
+    (check,) = (one for one in record.checks if one["path"] == "request.attention")
+    assert (check["required"], check["observed"], check["status"]) == ("fused", "flash", "active")
+    assert len(record.tokens["completion"]) == 3
+
+
+def test_a_request_without_the_attention_that_is_required_makes_its_trial_invalid(trial, monkeypatch):
+    """As a step does, and as there with a notice instead where a study allows it."""
+    running = trial("steps", "requests", variant=dataclasses.replace(VARIANT, attention="eager"))
+    record_of(running, *TRAIN)
+    running._request = dataclasses.replace(running._request, requirements={"attention.backend": "flash"})
+    fragment = running.run("begin_generate")
+    assert (fragment.status, fragment.failure.kind) == ("invalid", "RequiredPathNotActive")
+    assert "request.attention: required 'flash'" in fragment.failure.message
+    assert "likely cause: the model was built with attn_implementation='eager'" in fragment.failure.message
+    running._request = dataclasses.replace(running._request, allow_fallback=True)
+    fragment = running.run("begin_generate")
+    assert [notice.code for notice in fragment.notices] == ["fallback-allowed"]
+
+
+def test_on_a_card_whole_prompts_are_visited_before_they_are_timed(trial, monkeypatch):
+    """At each length once, since whoever comes first pays for its plan; the same answers are timed after that."""
+    asked = []
+    answer = Server.answer
+    monkeypatch.setattr(Server, "answer", lambda self, index: asked.append(index) or answer(self, index))
+    running = trial("steps", "requests", "natural", protocol=dataclasses.replace(PROTOCOL, natural_requests=3))
+    record_of(running, *TRAIN, "begin_generate")
+    assert asked == []
+    prompts = running._built.stream.natural_prompts
+    running._server.visit(2)
+    assert asked == [0, 1]
+    asked.clear()
+    running._server.visit(prompts + 7)
+    assert asked == list(range(prompts))
+    asked.clear()
+    device = running._request
+    running._request = dataclasses.replace(device, device="cuda:0")
+    monkeypatch.setattr("harness.trial.trial.release_unused", lambda device: None)
+    running.begin_generate()
+    assert asked == [0, 1, 2][:prompts]
+    running._request = dataclasses.replace(device, device="cuda:0", measures=("steps", "requests"))
+    asked.clear()
+    running.begin_generate()
+    assert asked == []
 
 
 def test_a_model_that_ends_at_once_answers_with_one_token(trial):

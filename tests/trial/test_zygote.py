@@ -1,5 +1,7 @@
 """The worker: what a trial's process is told before it measures, and how it says what went wrong."""
 
+import contextlib
+import ctypes
 import os
 import sys
 import threading
@@ -10,7 +12,7 @@ import torch
 
 from harness.trial import zygote
 from harness.trial.failure import failure_of
-from harness.trial.zygote import thread_count
+from harness.trial.zygote import other_threads
 
 
 class OutOfMemoryError(RuntimeError):
@@ -46,17 +48,46 @@ def test_a_failure_is_named_in_one_line(capfd):
     assert failure_of(RuntimeError("first\nsecond"), "turn").failure.message == "first"
 
 
-def test_threads_are_those_that_the_kernel_counts():
-    """One more thread is one more, for as long as it lives."""
-    before = thread_count()
-    stop = threading.Event()
-    thread = threading.Thread(target=stop.wait)
+@contextlib.contextmanager
+def thread_named(name):
+    """A thread of that name, as native code names its own (PR_SET_NAME of prctl(2))."""
+    named, stop = threading.Event(), threading.Event()
+
+    def run():
+        ctypes.CDLL(None).prctl(15, name.encode(), 0, 0, 0)
+        named.set()
+        stop.wait()
+
+    thread = threading.Thread(target=run)
     thread.start()
     try:
-        assert thread_count() == before + 1
+        assert named.wait(60)
+        yield
     finally:
         stop.set()
         thread.join()
+
+
+def test_threads_are_those_that_the_kernel_knows():
+    """One more thread is one more, for as long as it lives, under its own name."""
+    before = other_threads()
+    with thread_named("one_more"):
+        assert other_threads() == sorted([*before, "one_more"])
+    assert other_threads() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"), [("jemalloc_bg_thd", "background_thread:false"), ("my_pool", "in an environment without")]
+)
+def test_a_zygote_with_a_second_thread_names_it(monkeypatch, name, remedy):
+    """Whoever reads that no trial can start learns which thread it is, and what keeps that one from starting."""
+    before = other_threads()
+    with thread_named(name):
+        refusal = zygote._cannot_fork()
+    assert f"the zygote has {2 + len(before)} threads" in refusal
+    assert name in refusal
+    assert remedy in refusal
+    assert "OPENBLAS" not in refusal
 
 
 class FakeDriver:
@@ -73,7 +104,7 @@ class FakeDriver:
 def test_a_driver_that_something_has_started_forbids_a_fork(monkeypatch, answer, started):
     """Torch notices its own start only; anything but "not initialised" is a start."""
     monkeypatch.setattr(zygote.ctypes, "CDLL", lambda name, mode: FakeDriver(answer))
-    monkeypatch.setattr(zygote, "thread_count", lambda: 1)
+    monkeypatch.setattr(zygote, "other_threads", list)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     refusal = zygote._cannot_fork()
     assert (refusal is not None and "started the CUDA driver" in refusal) is started
@@ -87,7 +118,7 @@ def test_without_a_driver_nothing_forbids_a_fork(monkeypatch):
         raise OSError(f"{name}: cannot open shared object file")
 
     monkeypatch.setattr(zygote.ctypes, "CDLL", absent)
-    monkeypatch.setattr(zygote, "thread_count", lambda: 1)
+    monkeypatch.setattr(zygote, "other_threads", list)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     assert zygote._cannot_fork() is None
 

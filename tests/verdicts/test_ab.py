@@ -11,7 +11,7 @@ import random
 import pytest
 
 from harness.cli import main
-from harness.commands.ab import show_ab
+from harness.commands.ab_report import show_ab
 from harness.errors import UsageError
 from harness.records import codec, store
 from harness.records.record import Failure, TrialRecord
@@ -440,6 +440,22 @@ def test_attribution_names_what_differs(write_ab):
     document = json.loads(json.dumps(attribution_document(write_ab({"plain": 1.0}, sides=(base, other)))))
     assert document["packages"] == {"peft": ["0.19.1", "0.20.0"], "torchao": ["0.1", None]}
     assert document["differing"][0]["candidate"] == {"commit": "abc", "dirty": False}
+
+
+def test_what_the_processes_of_scripts_tell_goes_before_what_their_side_was_found_to_have(write_ab):
+    """A command that starts another interpreter than that of its side has the same on both."""
+    other = FACTS | {"packages": {"peft": "0.20.0"}}
+
+    def tell(**versions):
+        return lambda record: record.replaced(software={"python": "3.12.1", "peft": versions[record.side]})
+
+    run = write_ab({"plain": 1.0}, sides=(FACTS, other), change=tell(base="1.0", candidate="2.0"))
+    assert attribution_of(run).packages == {"peft": ("1.0", "2.0")}
+    assert not attribution_of(run).differing
+    assert "sides-alike" not in {notice.code for notice in report_of(run).notices}
+    same = write_ab({"plain": 1.0}, sides=(FACTS, other), change=tell(base="1.0", candidate="1.0"))
+    assert attribution_of(same).packages == {}
+    assert "sides-alike" in {notice.code for notice in report_of(same).notices}
 
 
 def test_attribution_shows_which_part_moved(write_ab):

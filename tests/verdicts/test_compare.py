@@ -61,7 +61,7 @@ def test_a_slower_variant_is_a_regression(write_run, compare):
         "replicates", "replicates_needed", "mde80",
     }  # fmt: skip
     assert (row["interleaving"], row["tolerance"], row["margin"], row["replicates"]) == ("separate", 0.01, 0.05, 4)
-    assert document["schema"] == 1
+    assert document["schema"] == 2
     assert document["control"]["train"]["verdict"] == "equivalent"
 
 
@@ -190,6 +190,24 @@ def test_a_power_limit_that_was_not_recorded_is_said_and_forbids_nothing(write_r
         assert notice["message"].startswith("a does not say")
         assert "700 W" in notice["message"]
     assert not any(one["code"] == "power-limit-unknown" for one in compare("a", "a")[1]["notices"])
+
+
+def with_kernels(cudnn, **switches):
+    """A run on a card of which is recorded what steers its choice of kernels."""
+    return limited(700.0) | {"kernels": {"cudnn": cudnn, "cublas": "13.1", "switches": switches}}
+
+
+def test_runs_whose_card_was_given_other_kernels_are_not_comparable(write_run, compare):
+    """By the version of cuDNN, or a variable that one had; runs of before it was recorded stay comparable."""
+    write_run("a", BASE, facts=with_kernels("9.20"))
+    code, document = compare("a", write_run("b", BASE, facts=with_kernels("9.19")))
+    assert (code, document["differing"]) == (5, [{"field": "kernels.cudnn", "base": "9.20", "candidate": "9.19"}])
+    steered = write_run("c", BASE, facts=with_kernels("9.20", TORCH_CUDNN_SDPA_DEPRIORITIZED="1"))
+    code, document = compare("a", steered)
+    field = "kernels.switches.TORCH_CUDNN_SDPA_DEPRIORITIZED"
+    assert (code, document["differing"]) == (5, [{"field": field, "base": None, "candidate": "1"}])
+    write_run("d", BASE, facts=limited(700.0))
+    assert compare("d", "a")[1]["differing"] == compare("a", "d")[1]["differing"] == []
 
 
 def test_force_compares_and_never_calls_equal(write_run, compare):

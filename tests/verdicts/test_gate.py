@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import harness.verdicts.compare
 from harness.cli import main
 from harness.errors import UsageError
-from harness.report.gate import annotation
+from harness.report.annotations import annotation
 from harness.verdicts.gate import LimitRule, Policy, load_policy
 from harness.verdicts.judging import Limits
 
@@ -119,7 +119,7 @@ def test_json_is_the_comparison_and_what_came_of_it(gate):
     document = json.loads(text)
     assert code == document["exit"] == 1
     assert document["passed"] is False
-    assert document["schema"] == 1
+    assert document["schema"] == 2
     assert document["policy"]["margin"] == 0.04
     assert {row["margin"] for row in document["comparisons"]} == {0.04}
     assert document["control"]["train"]["verdict"] == "equivalent"
@@ -132,9 +132,10 @@ def test_two_formats_at_once_are_refused(gate):
 
 
 def test_text_says_the_outcome(gate):
-    """The last line is what came of it."""
+    """The first line is what came of it, and the second why."""
     _, text = gate(SLOW)
-    assert text.splitlines()[-1].startswith("Gate failed (exit 1): ")
+    assert text.splitlines()[0].startswith("Gate failed (exit 1): ")
+    assert "step time: regressed, 20 % slower [" in text.splitlines()[2]
     assert "1 regressed" in text
     assert "Gate passed (exit 0)" in gate(BASE, "inconclusive = 'pass'")[1]
     assert "nothing of that name was compared" in gate(BASE, "required = ['int8']")[1]
@@ -147,7 +148,7 @@ def test_markdown_is_a_table(gate):
     assert lines[0].startswith("### Gate failed (exit 1)")
     table = [line for line in lines if line.startswith("|")]
     assert len(table) == 2 + 4
-    assert {line.count(" | ") for line in table} == {6}
+    assert {line.count(" | ") for line in table} == {3}
     assert any("nf4" in line and "regressed" in line for line in table)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 HERE = os.path.dirname(os.path.abspath(__file__))
 HOME = os.path.dirname(os.path.dirname(os.path.dirname(HERE)))
 OWN = ("harness", "kernels_check")
+TOLD = {name: value for name, value in os.environ.items() if name.startswith("LORAMETER_")}
 
 
 class Own:
@@ -76,7 +77,10 @@ def attempt(call: Any) -> Any:
 
 
 def ours(name: str) -> Any:
-    """A module of lorameter's, wherever this interpreter has it or not."""
+    """A module of lorameter's, wherever this interpreter has it or not. It is told what the process was started with,
+    also where the script has made an environment of its own since."""
+    for variable, value in TOLD.items():
+        os.environ.setdefault(variable, value)
     if not any(isinstance(finder, Own) for finder in sys.meta_path):
         found = importlib.machinery.PathFinder.find_spec("harness")
         for place in [] if found is None else found.submodule_search_locations or []:
@@ -105,7 +109,7 @@ def attach_optimizers(module: Any) -> None:
         if not source:
             source.append(attempt(lambda: ours("harness.attach.optimizer").OptimizerSource()))
         if source[0] is not None:
-            source[0].updated(optimizer)
+            source[0].see_update(optimizer)
 
     module.register_optimizer_step_post_hook(after)
 

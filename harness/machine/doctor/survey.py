@@ -13,9 +13,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from harness.machine.card import CardFacts, CardSample, Memory
 from harness.machine.host import LEAST_ASKED_S, HostWatch
 from harness.machine.neighbours import Neighbours, neighbours_of
-from harness.machine.nvml import CardFacts, CardSample, Memory, card_names, open_device
+from harness.machine.nvml import card_names, open_device
 from harness.machine.provenance import Machine, library_version, probe_machine
 from harness.machine.reading import Reading
 from harness.machine.system import SystemFacts, system_facts

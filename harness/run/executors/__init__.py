@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from harness.errors import UsageError
 from harness.machine.provenance import Facts, Machine
-from harness.records.preparation import Hello, TokenSummary
+from harness.records.preparation import BaseSummary, Hello, TokenSummary
 from harness.records.record import Failure, Fragment, Status
-from harness.studies.request import TrialRequest
+from harness.studies.request import BaseRequest, TrialRequest
 from harness.studies.workload import Workload
 
 if TYPE_CHECKING:
@@ -96,6 +96,14 @@ class Executor(Protocol):
         """Make the token file of a workload; `keep` it with the run or let it go with the executor.
 
         Raises `UsageError` for data that cannot be read, `InvalidRunError` if it cannot be done.
+        """
+
+    def prepare_base(self, request: BaseRequest) -> BaseSummary:
+        """Have a base made, or found, that the trials of this executor will map; it is kept for other runs as well, and
+        held for this one until the executor is closed.
+
+        Raises `WorkerLostError` where it cannot be made (trials then make theirs themselves), `RefusedError` where the
+        system refuses what it takes, `InvalidRunError` if no process can be started.
         """
 
     def make_place(self, trial: str, log: str) -> Place:

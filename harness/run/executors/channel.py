@@ -1,4 +1,8 @@
-"""JSON lines over a socket, which the parent blocks on."""
+"""JSON lines over a socket, which the parent blocks on.
+
+What is at the other end may run a model's or a user's program, so neither its silence nor its endless talk is waited
+for: a message has a size, and its end has a time.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +15,21 @@ from typing import Any
 from harness.errors import shorten
 from harness.records import codec
 
+LINE_BYTES = 256 << 20
+"""Of one message; the largest that a trial sends, an account of its memory, has a few MiB."""
+PIECE_BYTES = 1 << 20
+
 
 class GarbledError(Exception):
     """What came is no message: something else than the other end's loop has written into its socket."""
 
 
 class Channel:
-    """JSON lines over a socket; receiving blocks in the kernel until a line, the end, or a timeout."""
+    """JSON lines over a socket; receiving blocks in the kernel until a line, the end, or a timeout, whatever comes."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
-        self._buffer = b""
+        self._buffer = bytearray()
         self.closed_by_peer = False
         self.asked = False
         """Whether something was said that has not been answered yet: the other end is at work, or silent."""
@@ -47,18 +55,28 @@ class Channel:
         deadline = time.monotonic() + timeout_s
         waiting = select.poll()  # select() knows no descriptor above 1023
         waiting.register(self._connection, select.POLLIN)
-        while b"\n" not in self._buffer:
-            if not waiting.poll(1000 * max(0.0, deadline - time.monotonic())):
+        end = self._buffer.find(b"\n")
+        late = False
+        while end < 0:
+            left_s = deadline - time.monotonic()
+            if late or not waiting.poll(1000 * max(0.0, left_s)):
                 return None
+            late = left_s <= 0  # what has come by then is taken, once
             try:
-                data = self._connection.recv(1 << 20)
+                data = self._connection.recv(PIECE_BYTES)
             except ConnectionResetError:
                 data = b""
             if not data:
                 self.closed_by_peer = True
                 return None
+            end = data.find(b"\n")
+            end += len(self._buffer) if end >= 0 else 0
             self._buffer += data
-        line, self._buffer = self._buffer.split(b"\n", 1)
+            if len(self._buffer) > LINE_BYTES + PIECE_BYTES:
+                said = shorten(repr(bytes(self._buffer[:60])), 60)
+                raise GarbledError(f"{said} goes on for more than {LINE_BYTES >> 20} MiB, and no message does")
+        line = bytes(self._buffer[:end])
+        del self._buffer[: end + 1]
         try:
             message = codec.parse(line)
         except codec.NotJsonError as error:

@@ -20,6 +20,7 @@ from typing import Any
 from harness.errors import UsageError, impossible
 from harness.machine.provenance import LIBRARIES, cuda_of
 from harness.machine.repository import git_state
+from harness.machine.steering import switches_of
 from harness.records import codec
 
 _VERSION = re.compile(r"\d+\.\d+", re.ASCII)
@@ -96,7 +97,8 @@ def read_answer(printed: str) -> dict[str, Any] | None:
 
 
 def describe(host: Host) -> dict[str, Any]:
-    """The provenance of a host: `python`, `libraries`, `cuda`, all `packages`, and the `git` state of its folder.
+    """The provenance of a host: `python`, `libraries`, `cuda`, all `packages`, the `git` state of its folder, and the
+    `switches` of its environment.
 
     Names and meanings are those of `provenance.collect`.
 
@@ -112,6 +114,7 @@ def describe(host: Host) -> dict[str, Any]:
         "cuda": None if torch is None else cuda_of(Path(torch).parent),
         "packages": packages,
         "git": git_state(Path(host.cwd) if host.cwd is not None else Path.cwd()),
+        "switches": switches_of(host.variables(os.environ)),
     }
 
 

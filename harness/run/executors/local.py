@@ -6,6 +6,7 @@ The interpreter is the present one, or that of a `Host`: then two executors side
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import subprocess
@@ -17,31 +18,40 @@ from harness.errors import EXIT_INVALID, InvalidRunError, UsageError
 from harness.machine import provenance
 from harness.machine.processes import PARENT, exit_words, kill_group
 from harness.machine.provenance import Facts
+from harness.models import bases
 from harness.records import codec
-from harness.records.preparation import Hello, TokenSummary
+from harness.records.preparation import BaseSummary, Hello, TokenSummary
 from harness.records.record import SCHEMA, Failure, Fragment
+from harness.records.refusals import REFUSED, RefusedError
 from harness.run.executors import Executor, Place, Worker, WorkerLostError
 from harness.run.executors.disk import Disk
 from harness.run.executors.forked import silence
 from harness.run.executors.here import Here
 from harness.run.executors.host import Host, describe
 from harness.run.executors.zygote import Zygote, ZygoteLostError
-from harness.studies.request import TrialRequest
+from harness.studies.request import BaseRequest, TrialRequest, base_words
 from harness.studies.workload import Workload
 
 TOKENS_TIMEOUT_S = 3600.0
-"""A data set is downloaded in this time or not at all."""
+"""A data set, or a model, is downloaded in this time or not at all."""
 MOST_SAID = 8000
 """Characters of what a cold interpreter printed before it died that its record keeps; the log has all."""
+
+ARROW = "JE_ARROW_MALLOC_CONF"
+"""What the jemalloc inside pyarrow reads when it is loaded."""
 
 
 def worker_environment(threads: int, host: Host | None = None) -> dict[str, str]:
     """The environment of every measuring process of a host.
 
-    One BLAS thread in the zygote keeps forking safe; one OpenMP thread on a CPU because two collapse under
-    contention; no tokenizer threads; CUDA counted through NVML, which does not initialise the device.
+    One BLAS thread in the zygote keeps forking safe, and none of pyarrow's allocator, which scikit-learn brings in
+    through pandas wherever a library imports it; one OpenMP thread on a CPU because two collapse under contention; no
+    tokenizer threads; CUDA counted through NVML, which does not initialise the device.
     """
+    inherited = (host or Host()).variables(os.environ)
+    arrow = filter(None, [inherited.get(ARROW), "background_thread:false"])  # of two the last counts
     fixed = {
+        ARROW: ",".join(arrow),
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
         "OPENBLAS_NUM_THREADS": "1",
@@ -54,7 +64,7 @@ def worker_environment(threads: int, host: Host | None = None) -> dict[str, str]
         "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
         PARENT: str(os.getpid()),
     }
-    return (host or Host()).variables(os.environ) | fixed
+    return inherited | fixed
 
 
 _OLD_DOOR = "invalid literal for int() with base 10: 'zygote'"
@@ -77,6 +87,8 @@ class LocalExecutor(Here):
         self._disk: Disk | None = None
         self._zygote: Zygote | None = None
         self._hello: Hello | None = None
+        self._held = contextlib.ExitStack()
+        """Bases that nobody may remove."""
 
     def facts(self) -> Facts:
         """Of the present machine, and of the host if that is another. Raises `UsageError` if it does not answer."""
@@ -236,6 +248,29 @@ class LocalExecutor(Here):
             raise refused(str(answer["error"]))
         return codec.from_json(TokenSummary, answer, "summary of the tokens")
 
+    def prepare_base(self, request: BaseRequest) -> BaseSummary:
+        """In a process forked from the zygote, which has imported what it takes; its log is the one of the tokens' kind
+        (`base.log`)."""
+        disk = self._required_disk()
+        request = dataclasses.replace(request, log_path=str(disk.logs / f"base{self._suffix}.log"))
+        worker = self.launch()
+        try:
+            fragment = worker.ask("base", "base", TOKENS_TIMEOUT_S, request=codec.to_json(request))
+        finally:
+            worker.close()
+        if fragment.failure is not None:
+            if fragment.failure.kind == REFUSED:
+                raise RefusedError(
+                    f"the base {base_words(request.variant, request.workload)}: {fragment.failure.message}"
+                )
+            raise WorkerLostError(fragment.status, fragment.failure)
+        try:
+            summary = codec.from_json(BaseSummary, fragment.tokens.get("base"), "summary of a base")
+        except UsageError as error:
+            raise WorkerLostError("crashed", Failure(phase="base", kind="Garbled", message=str(error))) from None
+        self._held.enter_context(bases.in_use(Path(summary.path)))
+        return summary
+
     def make_place(self, trial: str, log: str) -> Place:
         """In a temporary folder of this executor; the log lies with the run from the start."""
         return self._required_disk().make_place(trial, log)
@@ -253,6 +288,7 @@ class LocalExecutor(Here):
         if self._zygote is not None:
             self._zygote.close()
             self._zygote = None
+        self._held.close()
         if self._disk is not None:
             self._disk.close()
             self._disk = None

@@ -6,6 +6,7 @@ command means where one stands, that of a side of an A/B, or that of the variant
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import secrets
 import shutil
@@ -16,7 +17,7 @@ from pathlib import Path
 from harness.errors import InvalidRunError, UsageError
 from harness.machine import provenance
 from harness.machine.provenance import Facts
-from harness.records.preparation import Hello, TokenSummary
+from harness.records.preparation import BaseSummary, Hello, TokenSummary
 from harness.records.record import Failure, Fragment
 from harness.run.executors import Executor, Place, Worker, WorkerLostError
 from harness.run.executors.disk import Disk
@@ -25,9 +26,8 @@ from harness.run.executors.host import Host, describe, inspect
 from harness.run.executors.script_process import ScriptProcess
 from harness.run.executors.script_worker import ScriptWorker
 from harness.run.executors.workplace import copy_snapshot, folder_of, take_snapshot, variables_of, words_of
-from harness.studies.request import TrialRequest
+from harness.studies.request import BaseRequest, TrialRequest
 from harness.studies.script import OWN
-from harness.studies.variant import Variant
 from harness.studies.workload import Workload
 
 TOKENS = TokenSummary(
@@ -44,10 +44,20 @@ TOKENS = TokenSummary(
 """What is known of the tokens of scripts before they run."""
 
 
+SAFE_PATH = "PYTHONSAFEPATH"
+"""Keeps the folder that one stands in off the path where the interpreter of a side is asked what it has. In front of a
+script's path is its own folder, as where it is started by hand."""
+
+
+def is_named(host: Host) -> bool:
+    """Whether a side names an interpreter, or requirements that became one, and no revision, which has its folder."""
+    return host != Host() and host.cwd is None
+
+
 def python_of(host: Host | None) -> str:
     """What the word python means: the interpreter of a side, else the one on PATH, as it would where one stands; the
     present one where that has no torch."""
-    if host is not None and host.python != sys.executable:
+    if host is not None and is_named(host):
         return host.python
     found = shutil.which("python") or shutil.which("python3")
     if found is None or Path(found).absolute() == Path(sys.executable).absolute():  # their links may meet
@@ -99,6 +109,11 @@ class ScriptExecutor(Here):
         """Nothing: what is trained on is the script's."""
         return TOKENS
 
+    def prepare_base(self, request: BaseRequest) -> BaseSummary:
+        """Scripts have none."""
+        message = "a script loads its model itself"
+        raise WorkerLostError("not_run", Failure(phase="base", kind="NotOfScripts", message=message))
+
     def make_place(self, trial: str, log: str) -> Place:
         """In a temporary folder of this executor; the log lies with the run from the start."""
         return self._required_disk().make_place(trial, log)
@@ -136,9 +151,9 @@ class ScriptExecutor(Here):
         host = self._host or Host()
         return Host(python=self._python, path=host.path, cwd=host.cwd, environment=host.environment)
 
-    def _snapshot(self, variant: Variant) -> Path:
-        """The folder of a variant's command as it was when it was first asked for. Raises `UsageError`."""
-        disk, folder = self._required_disk(), folder_of(variant, Path(self._interpreter.cwd or Path.cwd()))
+    def _snapshot(self, folder: Path) -> Path:
+        """The folder of a command as it was when it was first asked for. Raises `UsageError`."""
+        disk = self._required_disk()
         if folder not in self._snapshots:
             into = disk.scratch / f"snapshot-{len(self._snapshots)}"
             self._snapshots[folder] = take_snapshot(folder, into)
@@ -149,17 +164,21 @@ class ScriptExecutor(Here):
         # By chance and of one length: how long the paths in an environment are moves what lies in memory beside it, and
         # with the names of the trials it would do so on one side in every replicate (Mytkowicz et al., ASPLOS 2009).
         home = self._homes[request.trial] = disk.scratch / secrets.token_hex(4)
-        folder = copy_snapshot(self._snapshot(variant), home / "work")
+        origin = folder_of(variant, Path(host.cwd or Path.cwd()))
+        folder = copy_snapshot(self._snapshot(origin), home / "work")
         turns = f"@lorameter-{secrets.token_hex(8)}"
+        side = host.python if self._host is not None and is_named(self._host) else ""
+        environment = {name: value for name, value in host.environment.items() if name != SAFE_PATH}
         variables = variables_of(
             variant,
-            host.variables(os.environ),
+            dataclasses.replace(host, environment=environment).variables(os.environ),
             scratch=home,
             threads=self._threads,
             port=_free_port(),
             socket=turns,
+            side=side,
         )
-        words = words_of(variant, host.python, variables, folder)
+        words = words_of(variant, host.python, variables, folder, origin=origin, side=side)
         return ScriptProcess(words, variables, folder=folder, log=Path(request.log_path), turns=turns)
 
     def _required_disk(self) -> Disk:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from harness.attach.turns import SOCKET, address
+from harness.attach.variables import SEEN
 from harness.machine.processes import end_with_parent, held_back, kill_group
 from harness.run.executors.channel import Channel
 from harness.run.stops import SIGNALS
@@ -72,6 +73,7 @@ class ScriptProcess:
             log: what it prints is appended to.
             turns: name of the socket where it will be heard (`harness.attach.turns.address`).
         """
+        self._seen = variables.get(SEEN, "")
         self._marker = f"{SOCKET}={turns}".encode()
         self._channel: Channel | None = None
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -83,6 +85,11 @@ class ScriptProcess:
                 self.begun_monotonic_s = time.monotonic()
                 self._process = _start(words, variables, folder, file)
             stack.pop_all()
+
+    @property
+    def hooked(self) -> bool:
+        """Whether a Python of it has loaded the hook, as far as that can be told; else nothing is ever heard."""
+        return not self._seen or Path(self._seen).exists()
 
     @property
     def closed(self) -> bool:

@@ -7,44 +7,21 @@ can be known from here: what its training said, its exit code, and the last line
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from harness.attach.follower import StepReading
 from harness.errors import redact
 from harness.machine.processes import exit_words
-from harness.records import codec
 from harness.records.record import Status
 from harness.records.refusals import says_out_of_memory
 from harness.run.executors.script_process import END_TIMEOUT_S, ScriptProcess
+from harness.run.executors.script_words import Begun, Ended, Kind, Word, read_word
 
 STOP_TIMEOUT_S = 60.0
 """A training that was told to take no further step ends in this time, or is ended by force, which is said."""
 MOST_SAID = 8000
 """Characters of what a script printed before it died that its record keeps; the log has all."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Begun:
-    """What a script says of its training when it stands before its first step."""
-
-    pid: int
-    source: str
-    planned_steps: int | None = None
-    trainable_parameters: int | None = None
-    total_parameters: int | None = None
-    trainable_dtypes: dict[str, int] = field(default_factory=dict)
-    """Number of trainable parameters by their type."""
-    accumulation: int | None = None
-    required: dict[str, Any] = field(default_factory=dict)
-    """What the script itself says that a step must have."""
-    ranks: int = 1
-    threads: int | None = None
-    cuda: bool = False
-    """Whether it computes on a card."""
-    memory: dict[str, int] = field(default_factory=dict)
-    """Peaks until then, by their names in a record."""
 
 
 class EndedError(Exception):
@@ -59,7 +36,8 @@ class EndedError(Exception):
 
 
 class Script:
-    """A script's process under way. Its methods raise `EndedError`, and `GarbledError` for what is no message."""
+    """A script's process under way. Its methods raise `EndedError`, `GarbledError` for what is no message, and
+    `UsageError` for one that cannot be meant."""
 
     def __init__(self, process: ScriptProcess, log: Path, log_begin: int) -> None:
         """`log_begin` is how long the log was before this process."""
@@ -70,21 +48,24 @@ class Script:
 
     def begin(self, timeout_s: float) -> Begun:
         """Wait until it stands before its first step."""
-        word = self.process.first_word(timeout_s)
-        if word is None:
+        message = self.process.first_word(timeout_s)
+        if message is None:
             raise self._never_began(timeout_s)
-        return codec.from_json(Begun, word.get("begin"), "the script's first word")
+        word = read_word(message, "begin", "fault")
+        if word.begin is None:
+            raise _two_trainings(word)
+        return word.begin
 
     def take(self, steps: int, timeout_s: float, *, watch: dict[str, Any] | None = None) -> list[StepReading]:
         """Let it take steps; what they showed. With `watch` the first of them is watched for these requirements."""
         self.process.tell({"do": "go", "steps": steps, **({} if watch is None else {"watch": watch})})
-        answer = self._hear(timeout_s)
-        read = [codec.from_json(StepReading, one, "a step of the script") for one in answer.get("steps", ())]
+        word = self._hear(timeout_s, "steps", "end", "fault", steps=steps)
+        read = list(word.steps or ())
         self.steps += len(read)
-        if "fault" in answer:
-            raise EndedError("invalid", "TwoTrainings", f"{answer['fault']}. Measure a script that trains once")
-        if "end" in answer:
-            ended = self._ended(answer["end"], steps)
+        if word.fault is not None:
+            raise _two_trainings(word)
+        if word.end is not None:
+            ended = self._ended(word.end)
             ended.partial = read
             raise ended
         return read
@@ -92,19 +73,18 @@ class Script:
     def peaks(self, timeout_s: float) -> dict[str, int]:
         """Bytes since its first step, by their names in a record."""
         self.process.tell({"do": "peaks"})
-        return codec.from_json(dict[str, int], self._hear(timeout_s).get("peaks"), "peaks of the script")
+        return self._hear(timeout_s, "peaks").peaks or {}
 
     def stop(self) -> str:
         """Have it take no further step, and wait until its training has ended; why it had to be killed, or ""."""
         self.process.tell({"do": "end"})
         try:
-            answer = self._hear(STOP_TIMEOUT_S)
+            word = self._hear(STOP_TIMEOUT_S, "end", "fault")
         except EndedError as ended:
             return f"its training had not ended after {STOP_TIMEOUT_S:g} s" if ended.status == "timeout" else ""
-        told = answer.get("end") or {}
-        if told.get("error"):
-            return redact(f"{told['error']}: {told.get('message', '')}")
-        return redact(str(answer.get("fault", "")))
+        if word.end is not None and word.end.error:
+            return redact(f"{word.end.error}: {word.end.message}")
+        return redact(word.fault or "")
 
     def said(self) -> str:
         """What it has printed, its end."""
@@ -112,34 +92,40 @@ class Script:
             return self._log.read_bytes()[self._log_begin :].decode(errors="replace").strip()[-MOST_SAID:]
         return ""
 
-    def _hear(self, timeout_s: float) -> dict[str, Any]:
-        answer = self.process.hear(timeout_s)
-        if answer is None:
+    def _hear(self, timeout_s: float, *due: Kind, steps: int = 0) -> Word:
+        message = self.process.hear(timeout_s)
+        if message is None:
             raise self._died() if self.process.closed else self._silent(timeout_s)
-        return answer
+        return read_word(message, *due, steps=steps)
 
-    def _ended(self, told: dict[str, Any], asked: int) -> EndedError:
+    def _ended(self, told: Ended) -> EndedError:
         """Its training has ended although steps were asked of it."""
-        error = told.get("error")
-        if error is None:
+        if told.error is None:
             return EndedError(
                 "invalid",
                 "EndedEarly",
                 f"the script's first training ended by itself after {self.steps} steps, and more are measured. Have it "
                 "train longer (it is stopped when it has taken them), or ask for fewer turns in [protocol].",
             )
-        message = f"{error} in step {self.steps + 1}: {told.get('message', '')}"
-        said = f"{error}: {told.get('message', '')}"
-        return EndedError(_status_of(said), str(error), message, str(told.get("traceback", "")))
+        message = f"{told.error} in step {self.steps + 1}: {told.message}"
+        return EndedError(_status_of(f"{told.error}: {told.message}"), told.error, message, told.traceback)
 
     def _never_began(self, timeout_s: float) -> EndedError:
         if self.process.closed:
             return self._died()
         code = self.process.ended()
+        said = self.said()
+        if not self.process.hooked and code in (None, 0):
+            return EndedError(
+                "invalid",
+                "NotHooked",
+                "no Python of the command has loaded the hook, so nothing of its training could be seen. It must start "
+                "a Python that reads PYTHONPATH (not -I, -E or -S, and not in a container of its own).",
+                said,
+            )
         if code is None:
             message = f"the script came to no training within {timeout_s:g} s and was killed: it hangs, or loads longer"
-            return EndedError("timeout", "Silent", f"{message}. Raise step_timeout_s if it was at work", self.said())
-        said = self.said()
+            return EndedError("timeout", "Silent", f"{message}. Raise step_timeout_s if it was at work", said)
         if code == 0:
             return EndedError(
                 "invalid",
@@ -167,6 +153,10 @@ class Script:
             " it was at work"
         )
         return EndedError("timeout", "Silent", message, self.said())
+
+
+def _two_trainings(word: Word) -> EndedError:
+    return EndedError("invalid", "TwoTrainings", f"{word.fault}. Measure a script that trains once")
 
 
 def _last_line(said: str) -> str:

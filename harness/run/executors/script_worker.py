@@ -27,8 +27,9 @@ from harness.records.required import judge_required
 from harness.run.executors import WorkerLostError
 from harness.run.executors.channel import GarbledError
 from harness.run.executors.script_process import ScriptProcess
-from harness.run.executors.script_talk import Begun, EndedError, Script
+from harness.run.executors.script_talk import EndedError, Script
 from harness.run.executors.script_watch import ScriptWatch
+from harness.run.executors.script_words import Begun
 from harness.stats import is_steady
 from harness.studies.request import TrialRequest
 
@@ -105,7 +106,8 @@ class ScriptWorker:
         tokens: dict[str, Any] = {"source": begun.source}
         if begun.trainable_dtypes:
             tokens["trainable_dtype"] = ", ".join(sorted(begun.trainable_dtypes))
-        return Fragment(values=values | {"ready_time_s": ready_time_s}, tokens=tokens, memory=begun.memory)
+        values["ready_time_s"] = ready_time_s
+        return Fragment(values=values, tokens=tokens, memory=begun.memory, software=begun.software)
 
     def _do_verify(self) -> Fragment:
         first, required = self._take(1), {**self._own_required, **self._asked.requirements}

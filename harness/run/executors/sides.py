@@ -31,8 +31,8 @@ from kernels_check.visible import tell
 SideKind = Literal["revision", "interpreter", "requirements"]
 DECLARED: dict[SideKind, tuple[str, ...]] = {
     "revision": ("git",),
-    "interpreter": ("python", "libraries", "cuda"),
-    "requirements": ("libraries", "cuda"),  # another torch may be built for another CUDA
+    "interpreter": ("python", "libraries", "cuda", "kernels"),
+    "requirements": ("libraries", "cuda", "kernels"),  # another torch may be built for another CUDA, with another cuDNN
 }
 OLDEST_PYTHON = (3, 11)
 """As requires-python in pyproject.toml: the harness runs in the interpreter of either side."""

@@ -5,9 +5,9 @@ middle. In the folder that one stands in they would write over each other's outp
 has left. So the folder is copied once when the run begins, and each process works in a copy of that copy, which goes
 when its trial has ended. All processes of a run thus have the same files, whatever is edited meanwhile.
 
-Not copied are files too large for that (they are linked, and said), environments and repositories (linked), and what
-tools keep for themselves. What a script writes by an absolute path is out of reach of this; what of it can be read from
-its command is said before the start.
+Not copied are files too large for that (they are linked, and said), environments and repositories (linked), what
+tools keep for themselves, and the temporary folders that this is copied into, which TMPDIR may put here. What a script
+writes by an absolute path is out of reach of this; what of it can be read from its command is said before the start.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from typing import Literal
 from harness.attach import apart
 from harness.attach.child import environment
 from harness.attach.turns import SOCKET
-from harness.errors import UsageError
+from harness.errors import UsageError, shorten
+from harness.records import inputs
 from harness.records.record import Notice
+from harness.records.scratch import is_scratch
 from harness.records.units import first_few, format_bytes
 from harness.studies.script import PYTHON, split_command
 from harness.studies.variant import Variant
@@ -54,6 +56,9 @@ _QUIET: Mapping[str, str] = {
     "PYTHONDONTWRITEBYTECODE": "1",  # the modules beside a script that is named by an absolute path lie there
 }
 """What trackers are told by their own variables; those that Trainer calls are turned off in its arguments as well."""
+UNVERSIONED = ("python", "python3")
+"""Words that mean the interpreter of where one stands, or of a side; python3.12 is that one and no other."""
+_LONGEST_LINE = 4096
 _PORTS = ("MASTER_PORT", "PET_MASTER_PORT")
 _PORT_OPTIONS = ("--main_process_port", "--master_port", "--rdzv_endpoint")
 _WRITING = re.compile(r"[-+]{0,2}([\w.-]*\.)?(out|save|log|checkpoint|ckpt|export|result|run)[\w.-]*|-o")
@@ -70,7 +75,7 @@ def take_snapshot(folder: Path, into: Path) -> Path:
         UsageError: it holds more than can be copied for each process.
     """
     into.mkdir(parents=True)
-    for source, how in _walk(folder):
+    for source, how in _walk(folder, into):
         target = into / source.relative_to(folder)
         if how == "folder":
             target.mkdir()
@@ -88,14 +93,15 @@ def _led_to(entry: Path) -> Path:
     return Path(os.path.realpath(entry))
 
 
-def _walk(folder: Path) -> Iterator[tuple[Path, How]]:
-    """Each entry with what becomes of it, folders before what is in them; nothing below what is linked.
+def _walk(folder: Path, into: Path | None = None) -> Iterator[tuple[Path, How]]:
+    """Each entry with what becomes of it, folders before what is in them; nothing below what is linked, and not the
+    copy itself.
 
     Raises:
         UsageError: it holds more than can be copied, or what cannot be read.
     """
     try:
-        yield from _entries(folder)
+        yield from _entries(folder, into)
     except OSError as error:
         raise UsageError(
             f"cwd = {str(folder)!r}: {error.filename}: {error.strerror}, and each process works in a copy. Make it "
@@ -103,12 +109,14 @@ def _walk(folder: Path) -> Iterator[tuple[Path, How]]:
         ) from None
 
 
-def _entries(folder: Path) -> Iterator[tuple[Path, How]]:
+def _entries(folder: Path, into: Path | None) -> Iterator[tuple[Path, How]]:
     files, size, folders = 0, 0, [folder]
     while folders:
         for entry in sorted(folders.pop().iterdir()):
             mode = entry.lstat().st_mode
             if entry.name in LEFT_OUT or not (stat.S_ISLNK(mode) or stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
+                continue
+            if stat.S_ISDIR(mode) and (entry == into or is_scratch(entry)):
                 continue
             if stat.S_ISDIR(mode) and entry.name not in LINKED and not (entry / "pyvenv.cfg").is_file():
                 folders.append(entry)
@@ -141,13 +149,21 @@ def copy_snapshot(snapshot: Path, into: Path) -> Path:
 def folder_of(variant: Variant, stood_in: Path) -> Path:
     """The folder of a variant's command. Raises `UsageError` where there is none."""
     folder = stood_in / variant.cwd
-    if not folder.is_dir():
-        raise UsageError(f"variant {variant.name!r}: cwd = {variant.cwd!r}: no folder {folder}. Mend the path.")
+    if not inputs.is_folder(folder):
+        said = f"cwd = {shorten(repr(variant.cwd))}: no folder {shorten(str(folder))}"
+        raise UsageError(f"variant {variant.name!r}: {said}. Mend the path.")
     return folder.resolve()
 
 
 def variables_of(
-    variant: Variant, inherited: Mapping[str, str], *, scratch: Path, threads: int, port: int, socket: str
+    variant: Variant,
+    inherited: Mapping[str, str],
+    *,
+    scratch: Path,
+    threads: int,
+    port: int,
+    socket: str,
+    side: str = "",
 ) -> dict[str, str]:
     """The environment of a script's process: what it would have, silenced, with caches and a port of its own.
 
@@ -158,6 +174,7 @@ def variables_of(
         threads: of the CPU, unless the user's environment or the variant says otherwise.
         port: free, for what its ranks meet at.
         socket: name of that where it waits for its turns.
+        side: the interpreter that a side of an A/B names; "" for none.
     """
     own = {
         "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor"),
@@ -167,40 +184,90 @@ def variables_of(
     } | dict.fromkeys(_PORTS, str(port))
     limits = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if name not in inherited}
     given = {**inherited, **limits, **_QUIET, **own, **variant.env}
-    if variant.python:
-        given["PATH"] = os.pathsep.join([str(PurePath(variant.python).parent), given.get("PATH", "")])
-    return environment(given, follower=FOLLOWER, after_import=apart.after_import(), variables={SOCKET: socket})
+    if in_front := variant.python or side:
+        given["PATH"] = os.pathsep.join([str(PurePath(in_front).parent), given.get("PATH", "")])
+    return environment(
+        given, follower=FOLLOWER, after_import=apart.after_import(), seen=scratch / "seen", variables={SOCKET: socket}
+    )
 
 
-def words_of(variant: Variant, python: str, variables: Mapping[str, str], folder: Path) -> list[str]:
-    """The command's words with its program resolved; `python` is what the word python means.
+def words_of(
+    variant: Variant, python: str, variables: Mapping[str, str], folder: Path, *, origin: Path, side: str = ""
+) -> list[str]:
+    """The command's words with its program resolved.
+
+    Args:
+        variant: whose command it is.
+        python: what the word python means.
+        variables: its environment.
+        folder: where it is started.
+        origin: the folder that this one is a copy of; words that lead out of it mean what lies beside that.
+        side: the interpreter that a side of an A/B names, in which a launcher runs that another environment has.
 
     Raises:
         UsageError: no such program, or no such script.
     """
-    where = f"variant {variant.name!r}: command = {variant.command!r}"
-    words = split_command(f"variant {variant.name!r}", variant.command)
+    where = f"variant {variant.name!r}: command = {shorten(repr(variant.command))}"
+    words = _lead_out(split_command(f"variant {variant.name!r}", variant.command), origin)
     if variant.python and not os.access(variant.python, os.X_OK):
         raise UsageError(
             f"variant {variant.name!r}: python = {variant.python!r}: no executable file. Name ENVIRONMENT/bin/python."
         )
-    if PYTHON.fullmatch(words[0]):
+    if words[0] in UNVERSIONED or (variant.python and PYTHON.fullmatch(words[0])):
         words[0] = variant.python or python
     elif (found := _which(words[0], variables, folder)) is not None:
-        words[0] = found
+        words[:1] = [side, found] if side and _is_of_another(found, side) else [found]
     else:
-        raise UsageError(f"{where}: no program {words[0]!r} on PATH. Install it, or write its path.")
+        raise UsageError(f"{where}: no program {shorten(repr(words[0]))} on PATH. Install it, or write its path.")
     if PYTHON.fullmatch(PurePath(words[0]).name):
         script = next((word for word in words[1:] if not word.startswith("-")), None)
-        if script is not None and script == words[1] and not (folder / script).exists():
-            raise UsageError(f"{where}: no file {script!r} in {folder}. Name its folder as cwd, or mend the path.")
+        if script is not None and script == words[1] and not inputs.is_there(folder / script):
+            raise UsageError(
+                f"{where}: no file {shorten(repr(script))} in {folder}. Name its folder as cwd, or mend the path."
+            )
     return words
+
+
+def _lead_out(words: Sequence[str], origin: Path) -> list[str]:
+    """The words, those that lead to something outside of the folder by their whole path: from a copy of it they would
+    lead to nothing. What is written to stays as it is, so that it is written beside the copy."""
+    found = []
+    for before, word in zip(["", *words[:-1]], words, strict=True):
+        option, equals, value = word.rpartition("=")
+        written = _WRITING.fullmatch(option if equals else before)
+        leads = value.startswith("..") and not written and (origin / value).exists()
+        found.append(f"{option}{equals}{os.path.normpath(origin / value)}" if leads else word)
+    return found
+
+
+def _is_of_another(program: str, side: str) -> bool:
+    """Whether a program is a script of Python that another environment has installed: its first line would start that
+    one's interpreter. pip writes it in two lines of a shell where the path is long or has blanks."""
+    if PurePath(program).parent == PurePath(side).parent:
+        return False
+    try:
+        with Path(program).open("rb") as file:
+            first, second = file.readline(_LONGEST_LINE), file.readline(_LONGEST_LINE)
+    except OSError:
+        return False
+    return first.startswith(b"#!") and (b"python" in first or second.startswith(b"'''exec'"))
+
+
+def check_side(variant: Variant) -> None:
+    """Raises `UsageError` for a command that brings an interpreter of its own: a side of an A/B could put no other in
+    its place, and both sides would be the same."""
+    program = split_command(f"variant {variant.name!r}", variant.command)[0]
+    if variant.python or (program not in UNVERSIONED and PYTHON.fullmatch(PurePath(program).name)):
+        raise UsageError(
+            f"variant {variant.name!r}: {variant.python or program}: it runs in this interpreter on both sides. Write "
+            "python in its place, which is that of the side."
+        )
 
 
 def _which(word: str, variables: Mapping[str, str], folder: Path) -> str | None:
     if os.sep in word and not PurePath(word).is_absolute():
         path = folder / word
-        return str(path) if path.is_file() and os.access(path, os.X_OK) else None
+        return str(path) if inputs.is_file(path) and os.access(path, os.X_OK) else None
     return shutil.which(word, path=variables.get("PATH"))
 
 
@@ -211,7 +278,7 @@ def shared_notices(variant: Variant, stood_in: Path) -> Iterator[Notice]:
         UsageError: no such folder, program or script, or a folder that holds too much.
     """
     folder = folder_of(variant, stood_in)
-    words = words_of(variant, "python", os.environ, folder)
+    words = words_of(variant, "python", os.environ, folder, origin=folder)
     large = [str(entry.relative_to(folder)) for entry, how in _walk(folder) if how == "large"]
     if large:
         yield Notice(

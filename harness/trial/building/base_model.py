@@ -20,19 +20,23 @@ from pathlib import Path
 from typing import Any
 
 import accelerate
-import bitsandbytes as bnb
 import torch
 import transformers
 from torch import nn
-from transformers.pytorch_utils import Conv1D
-from transformers.quantizers import AutoHfQuantizer, HfQuantizer
-from transformers.quantizers.quantizers_utils import should_convert_module
 
 from harness.errors import LorameterError, impossible, said_by, shorten
 from harness.models import catalogue
 from harness.models.catalogue import ModelSource
 from harness.records.refusals import is_out_of_memory
 from harness.studies.variant import Variant
+from harness.trial.building.quantising import (
+    bnb_config,
+    dtype_of,
+    mark_quantised,
+    quantised,
+    quantised_names,
+    quantize_linears,
+)
 from harness.trial.data.tokenizers import gguf_tokenizer
 
 
@@ -51,7 +55,7 @@ def load_base(source: ModelSource, variant: Variant, *, device: str, seed: int) 
     if source.random:
         return _random_model(source, variant, device, seed)
     if source.kind == "gguf":
-        model = _from_gguf(source.location, variant.attention, _dtype(variant.dtype))
+        model = _from_gguf(source.location, variant.attention, dtype_of(variant.dtype))
         quantize_linears(model, variant, device)
         return model.eval()
     return _from_files(source, variant, device)
@@ -65,7 +69,7 @@ def empty_model(source: ModelSource, variant: Variant) -> transformers.PreTraine
     """
     try:
         with torch.device("meta"):
-            return transformers.AutoModelForCausalLM.from_config(_architecture(source), dtype=_dtype(variant.dtype))
+            return transformers.AutoModelForCausalLM.from_config(_architecture(source), dtype=dtype_of(variant.dtype))
     except LorameterError:
         raise
     except Exception as error:  # which exception depends on the value that its class could not take
@@ -73,19 +77,12 @@ def empty_model(source: ModelSource, variant: Variant) -> transformers.PreTraine
         raise impossible("models", "model", source.label, why, "Mend its config.json, or name another model.") from None
 
 
-def quantize_linears(model: transformers.PreTrainedModel, variant: Variant, device: str) -> None:
-    """Quantise a materialised model in place, layer by layer, and move it to `device`.
-
-    The same layers as transformers: every linear but the output head and what the architecture keeps in float32.
-    The model arrives on `device` in its quantised size; with quantization "none" it is only moved.
-    """
-    config = _bnb_config(variant)
-    if config is not None:
-        for name in _quantised_names(model):
-            model.set_submodule(name, _quantised(model.get_submodule(name), config, device))
-    model.to(device)
-    if config is not None:
-        _mark_quantised(model, config)
+def skeleton(config: transformers.PretrainedConfig, variant: Variant) -> transformers.PreTrainedModel:
+    """The architecture, unquantised, with its parameters on the meta device and its buffers as they are made."""
+    with accelerate.init_empty_weights(include_buffers=False):
+        return transformers.AutoModelForCausalLM.from_config(
+            config, dtype=dtype_of(variant.dtype), attn_implementation=variant.attention
+        )
 
 
 def convert_gguf(gguf_path: Path, out_dir: Path) -> None:
@@ -99,24 +96,6 @@ def convert_gguf(gguf_path: Path, out_dir: Path) -> None:
     gguf_tokenizer(gguf_path).save_pretrained(out_dir)
 
 
-def _dtype(name: str) -> torch.dtype:
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
-
-
-def _bnb_config(variant: Variant) -> transformers.BitsAndBytesConfig | None:
-    if variant.quantization == "none":
-        return None
-    if variant.quantization == "int8":
-        return transformers.BitsAndBytesConfig(load_in_8bit=True)
-    return transformers.BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=variant.quantization,
-        bnb_4bit_use_double_quant=variant.double_quant,
-        bnb_4bit_compute_dtype=_dtype(variant.compute_dtype),
-    )
-
-
 def _from_files(source: ModelSource, variant: Variant, device: str) -> transformers.PreTrainedModel:
     hub = source.kind == "hub"
     options: dict[str, Any] = {"local_files_only": not hub or not catalogue.hub_is_reachable()}
@@ -127,9 +106,9 @@ def _from_files(source: ModelSource, variant: Variant, device: str) -> transform
             source.label,
             source.location,
             config=config,
-            dtype=_dtype(variant.dtype),
+            dtype=dtype_of(variant.dtype),
             attn_implementation=variant.attention,
-            quantization_config=_bnb_config(variant),
+            quantization_config=bnb_config(variant),
             device_map={"": device},
             **options,
         )
@@ -193,23 +172,19 @@ def _from_gguf(location: str, attention: str, dtype: torch.dtype) -> transformer
 
 
 def _random_model(source: ModelSource, variant: Variant, device: str, seed: int) -> transformers.PreTrainedModel:
-    config = _architecture(source)
-    with accelerate.init_empty_weights(include_buffers=False):
-        model = transformers.AutoModelForCausalLM.from_config(
-            config, dtype=_dtype(variant.dtype), attn_implementation=variant.attention
-        )
-    quantization = _bnb_config(variant)
-    quantised = set(_quantised_names(model)) if quantization is not None else set()
+    model = skeleton(_architecture(source), variant)
+    quantization = bnb_config(variant)
+    packed = set(quantised_names(model)) if quantization is not None else set()
     with torch.no_grad(), _own_random_state(device):
         for name in [name for name, _ in model.named_modules()]:  # by name: a held module would hold its weights
             torch.manual_seed(_module_seed(seed, name))
             module = model.get_submodule(name)
             _materialise(model, name, module, device)
-            if name in quantised:
-                model.set_submodule(name, _quantised(module, quantization, device))
+            if name in packed:
+                model.set_submodule(name, quantised(module, quantization, device))
     model.tie_weights()
     if quantization is not None:
-        _mark_quantised(model, quantization)
+        mark_quantised(model, quantization)
     return model.eval()
 
 
@@ -264,62 +239,6 @@ def _materialise(model: transformers.PreTrainedModel, name: str, module: nn.Modu
         module.register_parameter(key, nn.Parameter(drawn.to(meta.dtype), requires_grad=meta.requires_grad))
     for key, buffer in module.named_buffers(recurse=False):
         module._buffers[key] = buffer.to(device)
-
-
-def _quantised_names(model: transformers.PreTrainedModel) -> list[str]:
-    """Names of the linear layers that transformers would quantise."""
-    kept = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
-    return [
-        name
-        for name, module in model.named_modules()
-        if (type(module) is nn.Linear or isinstance(module, Conv1D)) and should_convert_module(name, kept)
-    ]
-
-
-def _quantised(module: Any, config: transformers.BitsAndBytesConfig, device: str) -> Any:
-    """The bitsandbytes layer of a materialised linear layer, on `device`."""
-    weight = module.weight.data
-    if isinstance(module, Conv1D):  # GPT-2 stores (in, out)
-        weight = weight.T.contiguous()
-    out_features, in_features = weight.shape
-    layer: Any
-    if config.load_in_8bit:
-        layer = bnb.nn.Linear8bitLt(
-            in_features,
-            out_features,
-            bias=module.bias is not None,
-            has_fp16_weights=config.llm_int8_has_fp16_weight,
-            threshold=config.llm_int8_threshold,
-            device="meta",
-        )
-        packed = bnb.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)
-    else:
-        layer = bnb.nn.Linear4bit(
-            in_features,
-            out_features,
-            bias=module.bias is not None,
-            compute_dtype=config.bnb_4bit_compute_dtype,
-            compress_statistics=config.bnb_4bit_use_double_quant,
-            quant_type=config.bnb_4bit_quant_type,
-            quant_storage=config.bnb_4bit_quant_storage,
-            device="meta",
-        )
-        packed = bnb.nn.Params4bit(weight, requires_grad=False, **layer.weight.__dict__)
-    layer.weight = packed.to(device)
-    if module.bias is not None:
-        layer.bias = nn.Parameter(module.bias.data.to(device), requires_grad=False)
-    layer.source_cls = type(module)  # transformers reads it when it dequantises
-    return layer
-
-
-def _mark_quantised(model: transformers.PreTrainedModel, config: transformers.BitsAndBytesConfig) -> None:
-    """Leave the marks of `from_pretrained`: PEFT chooses its wrappers, and `save_pretrained` its format, by them."""
-    quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
-    quantizer.modules_to_not_convert = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
-    model.is_quantized = True
-    model.quantization_method = config.quant_method
-    model.hf_quantizer = quantizer
-    quantizer.postprocess_model(model)
 
 
 if __name__ == "__main__":  # `harness.models.fetch` converts in a process of its own

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -17,12 +18,11 @@ import torch
 from transformers import get_scheduler
 from transformers.integrations.liger import apply_liger_kernel
 
-from harness.models import catalogue
 from harness.studies.request import TrialRequest
 from harness.studies.variant import Variant
-from harness.trial.building.base_model import load_base
 from harness.trial.building.injection import inject_work
 from harness.trial.building.lora import attach, attach_beside
+from harness.trial.building.prepared import base_of
 from harness.trial.building.shared import SharedBase
 
 
@@ -43,6 +43,10 @@ class Trainee:
         return tuple(p for p in self.model.parameters() if p.requires_grad)
 
 
+_APART = 1_000_003
+"""Between the seeds of two ranks: no replicate has so many."""
+
+
 def seed_everything(seed: int) -> None:
     """Seed python, numpy and torch on every device."""
     random.seed(seed)
@@ -50,20 +54,29 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def build(request: TrialRequest, *, steps: int, shared: SharedBase) -> Trainee:
-    """Load the base if this process has none yet, attach the adapter, make the optimizer.
+def build(
+    request: TrialRequest,
+    *,
+    steps: int,
+    shared: SharedBase,
+    distribute: Callable[[Any], Any] | None = None,
+    rank: int = 0,
+) -> Trainee:
+    """Take the base if this process has none yet, attach the adapter, make the optimizer.
 
     Args:
         request: variant, workload, device and seed.
         steps: optimizer steps that the schedule must span.
         shared: the base of this process, and the trials that are on it already.
+        distribute: has the model train together with those of other ranks; returns what is called in its place.
+        rank: of this process among those, each of which draws its own dropout.
     """
     variant = request.variant
     set_precision(variant)
 
     def load(adapter: str) -> Any:
-        source = catalogue.resolve(request.workload.model)
-        base = load_base(source, variant, device=request.device, seed=request.workload.data_seed)
+        base, made = base_of(request)
+        shared.conversions += made
         if variant.liger_kernel:
             apply_liger_kernel(base, None)  # before the adapter: it swaps the forwards of the model's own classes
         seed_everything(request.seed)
@@ -77,15 +90,15 @@ def build(request: TrialRequest, *, steps: int, shared: SharedBase) -> Trainee:
     if request.injected_rows:
         inject_work(model, request.injected_rows)
     model.train()
+    forward = model if distribute is None else distribute(model)  # before the optimizer: a shard is another parameter
     optimizer = make_optimizer(model, variant)
     schedule = get_scheduler(
         variant.schedule, optimizer, num_warmup_steps=round(variant.warmup_ratio * steps), num_training_steps=steps
     )
-    forward = model
     if variant.compile:
         _own_caches(Path(request.scratch))
         forward = torch.compile(model)
-    seed_everything(request.seed + 1)
+    seed_everything(request.seed + 1 + rank * _APART)
     return Trainee(model, forward, optimizer, schedule, adapter)
 
 

@@ -5,6 +5,7 @@ A number is only worth reporting under a name that holds. Requirements follow fr
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from harness.models.costs.lora import EIGHT_BIT_FROM_ELEMENTS, PAGED_FROM_ELEMENTS
@@ -35,6 +36,11 @@ def paged_share(trained_shapes: tuple[int, ...], *, eight_bit: bool) -> float:
         total += moments + (2 * size / 256 * 4 if quantised else 0)
         paged += moments if size >= PAGED_FROM_ELEMENTS else 0
     return paged / total
+
+
+def attention_of(variant: Variant, own: Mapping[str, Any]) -> Any:
+    """What a variant requires of its attention; `own` are the requirements of the study."""
+    return own.get("attention.backend", _BACKEND[variant.attention])
 
 
 def requirements_of(variant: Variant, trained_shapes: tuple[int, ...], *, packed: bool) -> dict[str, Any]:

@@ -33,6 +33,8 @@ class SharedBase:
         self._found: dict[str, Any] = {}
         self.loads = 0
         """How often a base was loaded in this process."""
+        self.conversions = 0
+        """How often it was made of its source for that: read, converted, quantised."""
 
     def adopt(self, load: Callable[[str], Any], add: Callable[[Any, str], None]) -> tuple[Any, str]:
         """The PEFT model with one more adapter, active, and that adapter's name.

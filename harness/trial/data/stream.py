@@ -2,6 +2,9 @@
 
 The file is mapped once; a batch is a view of it. With flash-attn the rows of a packed batch are joined into one, since
 its variable-length kernel takes one row of any number of isolated records (transformers detects it by the positions).
+
+Ranks that train together read the same file and take the same batches, each its own rows of them. So all together see
+the stream of one rank, and each knows without a word what share of a batch's loss is its own.
 """
 
 from __future__ import annotations
@@ -14,20 +17,32 @@ import torch
 from safetensors.torch import load_file
 
 from harness.studies.variant import Variant
-from harness.studies.workload import Workload
+from harness.studies.workload import Layout, Workload
+from harness.trial.data.encoding import IGNORED
 
 Batch = dict[str, torch.Tensor]
+_KEYS: dict[Layout, tuple[str, ...]] = {
+    "packed": ("input_ids", "labels", "position_ids"),
+    "padded": ("input_ids", "labels", "attention_mask"),
+    "joined": ("input_ids", "labels"),
+}
+"""What a model is given of a batch."""
 
 
 class TokenStream:
-    """Endless training batches, held-out batches and prompts of one token file."""
+    """Endless training batches, held-out batches and prompts of one token file; of training batches the rows of one
+    rank of several (`rank` of `ranks`)."""
 
-    def __init__(self, path: Path, workload: Workload, variant: Variant, device: str) -> None:
+    def __init__(
+        self, path: Path, workload: Workload, variant: Variant, device: str, *, rank: int = 0, ranks: int = 1
+    ) -> None:
         self._tensors = load_file(path)
         self._workload = workload
         self._device = device
-        self._joined = workload.layout == "packed" and variant.attention == "flash_attention_2"
+        self._in_one_row = workload.layout == "packed" and variant.attention == "flash_attention_2"
         self._next = 0
+        self._rank, self._ranks = rank, ranks
+        self._labelled = (self._tensors["train.labels"][:, 1:] != IGNORED).sum(dim=1)
         self.real_tokens = 0
         """Real tokens handed out for training so far."""
         self.padded_tokens = 0
@@ -39,13 +54,30 @@ class TokenStream:
 
     def take(self) -> Batch:
         """The next training batch; after the last sequence the stream starts again."""
-        rows = [(self._next + offset) % self.sequences for offset in range(self._workload.batch_size)]
-        self._next = (rows[-1] + 1) % self.sequences
+        return self.take_share()[0]
+
+    def take_share(self) -> tuple[Batch, float]:
+        """The next training batch of this rank, and its share of the labelled tokens in that of all ranks."""
+        together = self._rows(self._next, self._workload.batch_size)
+        self._next = (together[-1] + 1) % self.sequences
+        each = len(together) // self._ranks
+        rows = together[self._rank * each : (self._rank + 1) * each]
         mask = self._tensors["train.attention_mask"][rows]
         real = int(mask.sum())
         self.real_tokens += real
         self.padded_tokens += mask.numel() - real
-        return self._batch("train", rows)
+        share = 1.0 if self._ranks == 1 else float(self._labelled[rows].sum() / self._labelled[together].sum())
+        return self._batch("train", rows), share
+
+    def upcoming(self, batches: int) -> torch.Tensor:
+        """Token ids of the sequences of the next batches, of all ranks together; shape (sequences, tokens)."""
+        ids: torch.Tensor = self._tensors["train.input_ids"][
+            self._rows(self._next, batches * self._workload.batch_size)
+        ]
+        return ids
+
+    def _rows(self, start: int, count: int) -> list[int]:
+        return [(start + offset) % self.sequences for offset in range(count)]
 
     def record_lengths(self) -> tuple[int, ...]:
         """Real tokens of every record, or piece of one, in one epoch: attention is causal within each of them."""
@@ -70,7 +102,7 @@ class TokenStream:
     def packed_batch(self) -> Batch | None:
         """A training batch whose first row holds at least two records, for the isolation probe; None if none does."""
         starts = (self._tensors["train.position_ids"] == 0).sum(dim=1)
-        rows = [int(row) for row in starts.argsort(descending=True)[: self._workload.batch_size]]
+        rows = [int(row) for row in starts.argsort(descending=True)[: self._workload.batch_size // self._ranks]]
         if self._workload.layout != "packed" or starts[rows[0]] < 2:
             return None
         return self._batch("train", rows)
@@ -94,9 +126,7 @@ class TokenStream:
         return int(self._tensors["natural.length"].shape[0])
 
     def _batch(self, split: str, rows: list[int]) -> Batch:
-        keys = ["input_ids", "labels"]
-        keys.append("position_ids" if self._workload.layout == "packed" else "attention_mask")
-        batch = {key: self._tensors[f"{split}.{key}"][rows] for key in keys}
-        if self._joined:
+        batch = {key: self._tensors[f"{split}.{key}"][rows] for key in _KEYS[self._workload.layout]}
+        if self._in_one_row:
             batch = {key: value.reshape(1, -1) for key, value in batch.items()}
         return {key: value.to(self._device, non_blocking=True) for key, value in batch.items()}

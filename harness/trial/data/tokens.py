@@ -6,7 +6,8 @@ maps. The file's hash is part of each record: two trials met on the same data if
 
 Packing fills rows of `sequence_length` with whole records one after the other. Isolation needs two things (see
 docs/method.md): positions that start again at 0 with each record, so that the model builds a block-diagonal mask, and
-the label −100 on each record's first token, so that the loss never asks one record to predict the next.
+the label −100 on each record's first token, so that the loss never asks one record to predict the next. Joined rows
+are filled alike and isolate nothing; they are all that attention without a mask takes.
 """
 
 from __future__ import annotations
@@ -116,7 +117,8 @@ def _sequences(
 ) -> tuple[list[Row], int]:
     """As many sequences as are wanted and can be had, and how many were passed over for having no label at all: the
     mean loss of a batch of such would be 0/0."""
-    rows = _packed(records, tokens, workload.sequence_length, partial=partial)
+    fill = _joined if workload.layout == "joined" else _packed
+    rows = fill(records, tokens, workload.sequence_length, partial=partial)
     if workload.layout == "padded":
         rows = (_padded(*tokens.labelled(record), tokens.pad, workload.sequence_length) for record in records)
     taken: list[Row] = []
@@ -153,6 +155,19 @@ def _packed(records: Iterable[AnyRecord], tokens: Encoder, length: int, *, parti
         # The padding is one more isolated record without a loss, so that the row stays packed.
         filled["position_ids"] = row["position_ids"] + list(range(length - used))
         yield filled
+
+
+def _joined(records: Iterable[AnyRecord], tokens: Encoder, length: int, *, partial: bool) -> Iterator[Row]:
+    """What pads the last row comes after all else, where causal attention lets nothing see it."""
+    ids, labels = list[int](), list[int]()
+    for record in records:
+        more, learnt = tokens.labelled(record)
+        ids, labels = ids + more, labels + learnt
+        while len(ids) >= length:
+            yield _padded(ids, labels, tokens.pad, length)
+            ids, labels = ids[length:], labels[length:]
+    if partial and ids:
+        yield _padded(ids, labels, tokens.pad, length)
 
 
 def _padded(ids: list[int], labels: list[int], pad: int, length: int) -> Row:

@@ -2,8 +2,9 @@
 
 Its own process, started by the parent, whose clock reading at the spawn comes as an argument: CLOCK_MONOTONIC is one
 clock for all processes of a machine, so the interpreter's own start is in the number. Each part is a number of its
-own: import, load, first token, first completion. The page cache is warm (the files were just written); what is cold
-is the interpreter, the libraries, the allocator and the device context.
+own: import, load, first token, first completion. The base is read, converted and quantised from its own files, as a
+user's is, and not taken from what the run has prepared. The page cache is warm (the files were just read or written);
+what is cold is the interpreter, the libraries, the allocator and the device context.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ def answer(request: TrialRequest, spawned_monotonic_s: float) -> Fragment:
     values = {
         "cold_import_time_s": imported - spawned_monotonic_s,
         "cold_load_time_s": loaded - begin,
+        "cold_base_conversions": 1.0,
         "cold_first_token_time_s": first.first_token_time_s,
         "cold_completion_time_s": first.request_time_s,
         "cold_start_time_s": done - spawned_monotonic_s,

@@ -28,6 +28,20 @@ class Server:
         requests = [self._ask(index) for index in range(count)]
         return requests[0]
 
+    def ask_shortly(self) -> None:
+        """A request of two tokens, which has a prefill and one step of decoding; of none of the numbers."""
+        generate(self._model, self._stream.prompt(0), 2)
+
+    def visit(self, count: int) -> None:
+        """Answer the first `count` whole prompts once, untimed; the same tokens come again when they are asked.
+
+        What plans a kernel for each length of the keys (cuDNN's attention, which torch prefers on Hopper) plans it
+        when it meets the length first, for tens of milliseconds of the host. Whoever answered at lengths that nobody
+        had visited would pay for it, and another variant, with an answer of another length, would not.
+        """
+        for index in range(min(count, self._stream.natural_prompts)):
+            self.answer(index)
+
     def request(self) -> dict[str, tuple[float, ...]]:
         """The next request's times, in seconds, by metric."""
         request = self._ask(self._served)

@@ -177,8 +177,13 @@ def profiled(bordered: BorderedStep, device: str, folder: Path) -> Activity:
 
     A plain step before them says how many there is time for and makes what the optimizer keeps. Another one is watched
     and not recorded: the profiler's own start is not a step's. It is one session with them, since two on each other's
-    heels can collide in CUPTI.
+    heels can collide in CUPTI. One that is without a kernel of the card for all that is tried once more.
     """
+    found = _session(bordered, device, folder)
+    return _session(bordered, device, folder) if found.missing else found
+
+
+def _session(bordered: BorderedStep, device: str, folder: Path) -> Activity:
     activities = [ProfilerActivity.CPU]
     if device.startswith("cuda"):
         activities.append(ProfilerActivity.CUDA)

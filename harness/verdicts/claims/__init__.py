@@ -21,7 +21,7 @@ from harness.records import codec
 from harness.records.store import Run
 from harness.stats import step_down
 from harness.stats.statement import Conclusion
-from harness.studies.claim import ENGINE, PEAK, Claim, Part
+from harness.studies.claim import ENGINE, Claim, Part, say_level
 from harness.studies.study import Study
 from harness.verdicts.claims.answers import Answers, answers_of
 from harness.verdicts.claims.controls import Controls, controls_of, doubt, doubt_of_equality, failed, metrics_of
@@ -29,7 +29,7 @@ from harness.verdicts.claims.engines import EngineShown, check_comparable, engin
 from harness.verdicts.claims.peaks import judge_peaks
 from harness.verdicts.claims.questions import Question, question_of
 from harness.verdicts.claims.reasons import ratio_of, reason_of
-from harness.verdicts.claims.values import NotJudgedError, counts
+from harness.verdicts.claims.values import NotJudgedError, counts, pair_of
 from harness.verdicts.series import Groups, series_of
 
 Judgement = Literal["supported", "refuted", "inconclusive", "not judged"]
@@ -156,7 +156,7 @@ def _judge_parts(
                     check_comparable(part, run, study, engine)
                 if part.rule == "rises":
                     results[key] = _rises(part, groups, study, planned)
-                elif part.metric == PEAK:
+                elif part.of_memory:
                     results[key] = _peaks(part, groups, study)
                 else:
                     questions[key] = question_of(part, groups, study, planned)
@@ -195,7 +195,7 @@ def _rises(part: Part, groups: Groups, study: Study, planned: set[str]) -> PartR
     """Counted, so exact: the smallest value of each level against the largest of the one before."""
     found, replicates = counts(groups, study, part.axis, part.metric, planned)
     texts = [" to ".join(f"{value:,.0f}" for value in sorted({min(values), max(values)})) for values in found]
-    levels = [f"{level:g}" for level, _ in study.levels(part.axis)]
+    levels = [say_level(level) for level, _ in study.levels(part.axis)]
     named = (f"{text} at {level}" for text, level in zip(texts, levels, strict=True))
     said = (
         f"{texts[0]} at every level of {part.axis}" if len(set(texts)) == 1 else f"by {part.axis}, {', '.join(named)}"
@@ -207,7 +207,7 @@ def _rises(part: Part, groups: Groups, study: Study, planned: set[str]) -> PartR
 def _peaks(part: Part, groups: Groups, study: Study) -> PartResult:
     found = judge_peaks(part, groups, study)
     result = _result(part, found.verdict, found.reason, replicates=found.replicates)
-    about = " / ".join(name for _, name in reversed(study.levels(part.axis)))
+    about = " / ".join(reversed(pair_of(part, study)))
     return dataclasses.replace(result, about=about, ratio=found.ratio, low=found.low, high=found.high)
 
 

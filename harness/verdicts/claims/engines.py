@@ -6,21 +6,21 @@ compared did the same work.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from harness.records.metrics import METRICS
+from harness.records.record import TrialRecord
 from harness.records.store import Run
-from harness.studies.claim import PEAK, Part
+from harness.studies.claim import Part
 from harness.studies.study import Study
 from harness.verdicts.claims.proof import Shown, obstacle_of, proof_of
 from harness.verdicts.claims.values import NotJudgedError
 from harness.verdicts.sameness import LOSS_DIFFERS, OTHER_PARAMETERS, Sides, notices_of_sides, sides_of_run
 from harness.verdicts.series import Groups
+from harness.verdicts.software import say_threads, versions_of
 
-_PER_TOKEN = ("time_per_real_token_s", "tokens_per_s")
-"""Metrics that are compared between steps that hold different numbers of tokens."""
 _UNSEEN = "how many tokens a step holds was not seen, so whether both do the same work is not known"
 
 
@@ -35,7 +35,7 @@ class EngineShown:
     """Of scripts: by variant what was started."""
     machine: str
     versions: Mapping[str, str | None]
-    """None for what is not installed."""
+    """Of scripts as their own processes tell them; None for what is not installed."""
     proof: tuple[Shown, ...]
     differs: tuple[str, ...]
     """What the two do not have in common beside the engine, of scripts."""
@@ -46,13 +46,15 @@ def engine_of(run: Run, study: Study, groups: Groups) -> EngineShown | None:
     if study.engine is None:
         return None
     variants = [study.variant(study.reference), study.variant(study.engine.variant)]
+    series = [groups[one.name, "variant"] for one in variants if (one.name, "variant") in groups]
+    records = [record for one in series for record in one.ok]
     return EngineShown(
         title=study.engine.title,
         variant=study.engine.variant,
         reference=study.reference,
         commands={one.name: one.command for one in variants if one.command},
-        machine=_machine(run.manifest.provenance),
-        versions=_versions(run.manifest.provenance),
+        machine=_machine(run.manifest.provenance, records),
+        versions=versions_of(run.manifest.provenance, records),
         proof=proof_of(groups, study),
         differs=tuple(_differing(study.engine.variant, _sides(run, study))),
     )
@@ -63,7 +65,7 @@ def check_comparable(part: Part, run: Run, study: Study, engine: EngineShown) ->
     step of the two does not hold the same."""
     if obstacle := obstacle_of(engine.proof, study):
         raise NotJudgedError(obstacle)
-    if run.manifest.own_workloads and part.metric not in _PER_TOKEN:
+    if run.manifest.own_workloads and not _is_per_token(part):
         raise NotJudgedError(_other_tokens(part, study))
     if (sides := _sides(run, study)) is not None:
         _check_scripts(part, study, sides)
@@ -92,15 +94,19 @@ def _check_scripts(part: Part, study: Study, sides: Sides) -> None:
             f"{_UNSEEN}. Give the model "
             "its input_ids and labels, or measure with `lorameter ab`, which judges the time alone."
         )
-    if part.metric in _PER_TOKEN:
+    if _is_per_token(part):
         return
-    if sides.tokens_differ or (part.metric == PEAK and not sides.same_tokens):
+    if sides.tokens_differ or (part.of_memory and not sides.same_tokens):
         raise NotJudgedError(_other_tokens(part, study))
+
+
+def _is_per_token(part: Part) -> bool:
+    return part.metric in METRICS and METRICS[part.metric].per_token  # a peak of memory is none of them
 
 
 def _other_tokens(part: Part, study: Study) -> str:
     assert study.engine is not None
-    title = "peak memory" if part.metric == PEAK else METRICS[part.metric].title
+    title = "peak memory" if part.of_memory else METRICS[part.metric].title
     return (
         f"a step of {study.engine.variant} holds another number of tokens than one of {study.reference}, so their "
         f"{title} says nothing. Give both the same batch, and a seed to what draws it."
@@ -115,16 +121,8 @@ def _differing(variant: str, sides: Sides | None) -> Iterator[str]:
             yield f"{variant}: {_UNSEEN}."
 
 
-def _machine(provenance: Mapping[str, Any]) -> str:
+def _machine(provenance: Mapping[str, Any], records: Sequence[TrialRecord]) -> str:
     """Device, threads and driver, as far as they are known."""
-    name, device, threads = (provenance.get(key, "unknown") for key in ("device_name", "device", "threads"))
-    said = f"{name} ({device}, {threads} thread{'' if threads == 1 else 's'} a process)"
+    name, device = (provenance.get(key, "unknown") for key in ("device_name", "device"))
+    said = f"{name} ({device}, {say_threads(provenance, records)} a process)"
     return said + (f", driver {provenance['driver']}" if provenance.get("driver") else "")
-
-
-def _versions(provenance: Mapping[str, Any]) -> dict[str, str | None]:
-    """Python, the libraries, and what the engine comes with."""
-    found = {"python": provenance.get("python"), **provenance.get("libraries", {}), **provenance.get("engine", {})}
-    if cuda := provenance.get("cuda"):
-        found["cuda"] = cuda
-    return found

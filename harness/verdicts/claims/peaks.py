@@ -15,23 +15,24 @@ from dataclasses import dataclass
 from typing import Literal
 
 from harness.records.metrics import BIRTH, PEAKS
-from harness.records.record import TrialRecord
+from harness.records.record import Role, TrialRecord
 from harness.records.units import format_bytes, format_ratio
-from harness.studies.claim import Part
+from harness.studies.claim import PEAK, Part
 from harness.studies.study import Study
-from harness.verdicts.claims.values import LEAST_SHARED, NotJudgedError
+from harness.verdicts.claims.values import LEAST_SHARED, NotJudgedError, pair_of
 from harness.verdicts.series import Groups
 
 _DEVICE, _HOST = PEAKS["train"]
+Verdict = Literal["supported", "refuted", "inconclusive"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeakFinding:
     """What the peaks say of a part."""
 
-    verdict: Literal["supported", "refuted", "inconclusive"]
+    verdict: Verdict
     ratio: float
-    """Largest peak with the engine over the largest without it."""
+    """Largest peak with the engine, or at the second level, over the largest without it, or at the first."""
     low: float
     """Of the range that the trials leave, no confidence interval."""
     high: float
@@ -40,46 +41,63 @@ class PeakFinding:
 
 
 def judge_peaks(part: Part, groups: Groups, study: Study) -> PeakFinding:
-    """The finding on a part whose rule is "lowers".
+    """The finding on a part about memory, whose rule is "lowers" or "costs-at-most".
 
-    Raises `NotJudgedError` without peaks of two replicates of both, and on a CPU where no saving shows.
+    Raises `NotJudgedError` without peaks of two replicates of both, and where a process's resident memory hides what is
+    asked for: on a CPU a saving that does not show, and a cost that does not.
     """
-    assert study.engine is not None  # the axis of the part says so
-    names = study.engine.variant, study.reference
+    names = tuple(reversed(pair_of(part, study)))
     sides = [groups[name, "variant"].ok if (name, "variant") in groups else () for name in names]
-    twin = groups[study.reference, "control"].ok if (study.reference, "control") in groups else ()
+    roles: tuple[Role, ...] = ("variant", "control")
+    itself, twin = (groups[study.reference, role].ok if (study.reference, role) in groups else () for role in roles)
     on_device = any(_DEVICE in record.memory for side in sides for record in side)
-    kind = _DEVICE if on_device else _HOST
-    ours, theirs, control = (_peaks(side, kind) for side in (*sides, twin))
+    kind = part.metric if part.metric != PEAK else _DEVICE if on_device else _HOST
+    resident = kind.startswith("host_")
+    ours, theirs = (_peaks(side, kind) for side in sides)
     both = ours.keys() & theirs.keys()
+    title = "peak memory" if part.metric == PEAK else kind
     if len(both) < LEAST_SHARED:
         counted = f"{len(both)} replicate{'' if len(both) == 1 else 's'}"
         raise NotJudgedError(
-            f"peak memory: {counted} measured it with the engine and without: a claim is never judged from fewer than "
+            f"{title}: {counted} measured it on both sides: a claim is never judged from fewer than "
             f"{LEAST_SHARED}. Measure on, or again with --replicates 5."
         )
+    control, reference = _peaks(twin, kind), _peaks(itself, kind)
     ratio = max(ours[one] for one in both) / max(theirs[one] for one in both)
-    low, high = _range(ours, theirs, control, both)
+    low, high = _range(ours, theirs, both, _apart(control, reference))
+    what = f"{'device' if on_device else 'resident'} peak" if part.metric == PEAK else kind
     said = (
-        f"{'device' if on_device else 'resident'} peak {_sizes(ours.values())} in {names[0]}, "
+        f"{what} {_sizes(ours.values())} in {names[0]}, "
         f"{_sizes(theirs.values())} in {names[1]}, ×{format_ratio(ratio, low, high)} by the range of the replicates"
     )
-    if not on_device and not control:
+    if resident and not control:
         raise NotJudgedError(
             f"{said}: the reference was not measured twice, so how far a resident peak is from itself is not known. "
             "Measure it with its control."
         )
-    least, share = 1 - part.by, f"{100 * part.by:.3g} %"
-    verdict: Literal["supported", "refuted", "inconclusive"]
-    if high < least:
-        verdict, said = "supported", f"{said}: a fall of more than {share}{'' if on_device else _in_spite(sides[0])}"
-    elif not on_device:
-        raise NotJudgedError(f"{said}: {_diluted(sides[0])}. Measure on a GPU.")
-    elif low >= least:
-        verdict, said = "refuted", f"{said}: no fall of more than {share}"
-    else:
-        verdict, said = "inconclusive", f"{said}: open whether that is a fall of more than {share}"
+    verdict, words = _decided(part, low, high)
+    if resident and verdict != ("supported" if part.rule == "lowers" else "refuted"):
+        raise NotJudgedError(f"{said}: {_diluted(part, sides[0])}. Measure on a GPU.")
+    said = f"{said}: {words}{_in_spite(sides[0]) if resident else ''}"
     return PeakFinding(verdict=verdict, ratio=ratio, low=low, high=high, replicates=len(both), reason=said)
+
+
+def _decided(part: Part, low: float, high: float) -> tuple[Verdict, str]:
+    """By the range of the ratios: all of it on one side of what was promised, or open."""
+    share = f"{100 * part.by:.3g} %"
+    if part.rule == "lowers":
+        least = 1 - part.by
+        if high < least:
+            return "supported", f"a fall of more than {share}"
+        return ("refuted", f"no fall of more than {share}") if low >= least else _open(f"a fall of more than {share}")
+    most = 1 + part.by
+    if high <= most:
+        return "supported", f"a rise of {share} at most"
+    return ("refuted", f"a rise of more than {share}") if low > most else _open(f"a rise of more than {share}")
+
+
+def _open(what: str) -> tuple[Verdict, str]:
+    return "inconclusive", f"open whether that is {what}"
 
 
 def _peaks(records: Iterable[TrialRecord], kind: str) -> dict[int, int]:
@@ -87,15 +105,19 @@ def _peaks(records: Iterable[TrialRecord], kind: str) -> dict[int, int]:
     return {record.replicate: record.memory[kind] for record in records if record.memory.get(kind)}
 
 
+def _apart(control: Mapping[int, int], reference: Mapping[int, int]) -> float:
+    """By how much the reference differs from itself in a replicate, as a ratio of 1 or more."""
+    ratios = [control[one] / reference[one] for one in control.keys() & reference.keys()]
+    return max([1.0, *ratios, *(1 / one for one in ratios)])
+
+
 def _range(
-    ours: Mapping[int, int], theirs: Mapping[int, int], control: Mapping[int, int], both: Collection[int]
+    ours: Mapping[int, int], theirs: Mapping[int, int], both: Collection[int], apart: float
 ) -> tuple[float, float]:
     """The least and the greatest ratio of a replicate, wider by what the reference differs from itself in one: trials
     of one replicate are watched by the same instrument, which takes memory as well."""
     ratios = [ours[one] / theirs[one] for one in both]
-    apart = [control[one] / theirs[one] for one in control.keys() & theirs.keys()]
-    wider = max([1.0, *apart, *(1 / one for one in apart)])
-    return min(ratios) / wider, max(ratios) * wider
+    return min(ratios) / apart, max(ratios) * apart
 
 
 def _sizes(peaks: Iterable[int]) -> str:
@@ -112,8 +134,9 @@ def _in_spite(records: Iterable[TrialRecord]) -> str:
     return f", in spite of what the process holds beside it (on a CPU the peak is its resident memory{_born(records)})"
 
 
-def _diluted(records: Iterable[TrialRecord]) -> str:
+def _diluted(part: Part, records: Iterable[TrialRecord]) -> str:
+    lost = ("a saving", "refutes") if part.rule == "lowers" else ("a cost", "supports")
     return (
-        f"on a CPU the peak is the resident memory of the process{_born(records)}, in which a saving can be lost, so "
-        "it refutes nothing"
+        f"on a CPU the peak is the resident memory of the process{_born(records)}, in which {lost[0]} can be lost, so "
+        f"it {lost[1]} nothing"
     )

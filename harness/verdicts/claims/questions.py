@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Literal
 from harness.records.metrics import METRICS
 from harness.stats.statement import Conclusion, beyond, opposite, within
 from harness.stats.trend import Scale, leads, line_change, pair_differences, pairs, scores, sizes
-from harness.studies.claim import OF_ENGINES, Part
+from harness.studies.claim import OF_PAIRS, Part, is_number, say_level
 from harness.studies.study import Study
-from harness.verdicts.claims.values import AxisLogs, axis_logs, common
+from harness.verdicts.claims.values import AxisLogs, axis_logs, common, pair_of
 from harness.verdicts.series import Groups
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def question_of(part: Part, groups: Groups, study: Study, planned: Collection[st
         return _trend(part, table)
     if part.rule == "equal":
         return _equal(part, table)
-    if part.rule in OF_ENGINES:
+    if part.rule in OF_PAIRS:
         return _promised(part, table, study)
     return _differs(part, table) if part.rule == "differs" else _extreme(part, table, spoken(part.metric))
 
@@ -84,14 +84,15 @@ def _trend(part: Part, table: AxisLogs) -> Question:
         asks="within" if part.rule == "no-trend" else "beyond",
         contrasts=sign * _line(table, part.scale)[:, None],
         sign=sign,
-        about=(f"{table.levels[-1]:g} / {table.levels[0]:g}",),
+        about=(f"{say_level(table.levels[-1])} / {say_level(table.levels[0])}",),
         says=(_along(spoken(part.metric), table),),
         left_out=table.left_out,
     )
 
 
 def _equal(part: Part, table: AxisLogs) -> Question:
-    names = [f"{level:g}" for level in table.levels]
+    names = [say_level(level) for level in table.levels]
+    lined = len(names) > 2 and all(map(is_number, table.levels))
     return Question(
         part=part,
         asks="within",
@@ -100,28 +101,30 @@ def _equal(part: Part, table: AxisLogs) -> Question:
         about=tuple(f"{names[high]} / {names[low]}" for low, high in pairs(len(names))),
         says=tuple(f"furthest apart are {names[low]} and {names[high]}," for low, high in pairs(len(names))),
         left_out=table.left_out,
-        context=((_along(spoken(part.metric), table), _line(table, part.scale)),) if len(names) > 2 else (),
+        context=((_along(spoken(part.metric), table), _line(table, part.scale)),) if lined else (),
     )
 
 
 def _differs(part: Part, table: AxisLogs) -> Question:
-    low, high = sorted(part.levels)
+    low, high = sorted(part.levels, key=table.levels.index)
     change = table.logs[:, table.levels.index(high)] - table.logs[:, table.levels.index(low)]
     return Question(
         part=part,
         asks="outside",
         contrasts=change[:, None],
         sign=1,
-        about=(f"{high:g} / {low:g}",),
-        says=(f"from {part.axis} {low:g} to {high:g} {spoken(part.metric)} changes by",),
+        about=(f"{say_level(high)} / {say_level(low)}",),
+        says=(f"from {part.axis} {say_level(low)} to {say_level(high)} {spoken(part.metric)} changes by",),
         left_out=table.left_out,
     )
 
 
 def _promised(part: Part, table: AxisLogs, study: Study) -> Question:
-    """The variant with the engine over the reference; of a time that is to be shorter the speed, which is promised."""
-    (_, without), (_, name) = study.levels(part.axis)
-    change = table.logs[:, 1] - table.logs[:, 0]
+    """The variant with the engine over the reference, or the second of a pair over the first; of a time that is to be
+    shorter the speed, which is promised."""
+    without, name = pair_of(part, study)
+    places = [table.levels.index(level) for level in part.levels] or [0, 1]
+    change = table.logs[:, places[1]] - table.logs[:, places[0]]
     title = spoken(part.metric)
     faster = part.rule == "faster"
     sign = -1 if part.rule == "lowers" else 1
@@ -143,14 +146,14 @@ def _extreme(part: Part, table: AxisLogs, title: str) -> Question:
     """A level against each other one: "highest", "lowest" and, of a score, "best"."""
     (level,) = part.levels
     sign = 1 if part.rule == "highest" else -1
-    others = [f"{other:g}" for other in table.levels if other != level]
+    others = [say_level(other) for other in table.levels if other != level]
     return Question(
         part=part,
         asks="beyond",
         contrasts=sign * leads(table.logs, table.levels.index(level)),
         sign=sign,
-        about=tuple(f"{level:g} / {other}" for other in others),
-        says=tuple(f"{title} at {part.axis} {level:g} over that at {other} is" for other in others),
+        about=tuple(f"{say_level(level)} / {other}" for other in others),
+        says=tuple(f"{title} at {part.axis} {say_level(level)} over that at {other} is" for other in others),
         left_out=table.left_out,
     )
 
@@ -177,7 +180,8 @@ def _largest(part: Part, tables: Sequence[AxisLogs]) -> Question:
     import numpy as np
 
     shared = common(tables)
-    scales: list[Scale] = [part.scale, *("log" if min(table.levels) > 0 else "linear" for table in shared[1:])]
+    least = [min(map(float, table.levels)) for table in shared[1:]]
+    scales: list[Scale] = [part.scale, *("log" if one > 0 else "linear" for one in least)]
     lines = [_line(table, scale) for table, scale in zip(shared, scales, strict=True)]
     own, *others = map(sizes, lines)
     title = spoken(part.metric)
@@ -194,8 +198,8 @@ def _largest(part: Part, tables: Sequence[AxisLogs]) -> Question:
 
 
 def _line(table: AxisLogs, scale: Scale) -> NDArray[float64]:
-    return line_change(table.logs, scores(table.levels, scale))
+    return line_change(table.logs, scores([float(level) for level in table.levels], scale))
 
 
 def _along(title: str, table: AxisLogs) -> str:
-    return f"from {table.axis} {table.levels[0]:g} to {table.levels[-1]:g} {title} changes by"
+    return f"from {table.axis} {say_level(table.levels[0])} to {say_level(table.levels[-1])} {title} changes by"

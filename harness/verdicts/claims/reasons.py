@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from harness.records.units import decimals, format_ratio
+from harness.stats import MOST_ADVISED
 from harness.stats.effect import from_log, paired_effect
 from harness.stats.statement import Conclusion
 from harness.studies.claim import Rule
@@ -115,7 +116,7 @@ def _needed(conclusion: Conclusion) -> str:
     if conclusion.status != "inconclusive":
         return ""
     count = conclusion.replicates_needed
-    if count is None:
+    if count is None or count > MOST_ADVISED:
         return "; no practical number of replicates would decide it"
     more = f", of which there are {conclusion.replicates}" if count > conclusion.replicates else ""
     return f"; {count} replicates would decide it{more}, if it is what it looks like"

@@ -17,7 +17,7 @@ from harness.records.metrics import METRICS, OF_SCRIPTS, samples_of
 from harness.records.record import TrialRecord
 from harness.stats.effect import log_ratios
 from harness.stats.samples import checked_trials
-from harness.studies.claim import ENGINE
+from harness.studies.claim import ENGINE, Level, Part, say_level
 from harness.studies.study import Study
 from harness.verdicts.series import Groups, pairing_of
 
@@ -37,7 +37,7 @@ class AxisLogs:
     """Logs of one metric over the reference's, replicates × levels."""
 
     axis: str
-    levels: tuple[float, ...]
+    levels: tuple[Level, ...]
     replicates: tuple[int, ...]
     left_out: int
     """Replicates in which some level was measured and another was not."""
@@ -115,6 +115,13 @@ def counts(
     return found, len(complete)
 
 
+def pair_of(part: Part, study: Study) -> tuple[str, str]:
+    """The variants that a rule for pairs compares: what it starts from, and what is promised of."""
+    levels = dict(study.levels(part.axis))
+    before, after = part.levels or tuple(levels)
+    return levels[before], levels[after]
+
+
 def common(tables: Sequence[AxisLogs]) -> list[AxisLogs]:
     """The tables on the replicates that all of them have. Raises `NotJudgedError` where fewer than two are left."""
     shared = set.intersection(*(set(table.replicates) for table in tables))
@@ -123,14 +130,14 @@ def common(tables: Sequence[AxisLogs]) -> list[AxisLogs]:
     return [table.keep(shared) for table in tables]
 
 
-def _check_count(count: int, axis: str, levels: Sequence[tuple[float, str]], groups: Groups) -> None:
+def _check_count(count: int, axis: str, levels: Sequence[tuple[Level, str]], groups: Groups) -> None:
     if count >= LEAST_SHARED:
         return
     for level, name in levels:
         series = groups[name, "variant"]
         if not series.ok:
             statuses = ", ".join(sorted({record.status for record in series.records}))
-            said = name if axis == ENGINE else f"{axis} {level:g}"
+            said = name if axis == ENGINE else f"{axis} {say_level(level)}"
             raise NotJudgedError(f"{said}: no trial is ok ({statuses}). See the report of the run.")
     raise NotJudgedError(_too_few(count))
 
@@ -141,11 +148,11 @@ def _too_few(count: int) -> str:
     return "no replicate has every level. Measure on, or see the report for what failed."
 
 
-def _check_selected(axis: str, levels: Sequence[tuple[float, str]], groups: Groups, planned: Collection[str]) -> None:
+def _check_selected(axis: str, levels: Sequence[tuple[Level, str]], groups: Groups, planned: Collection[str]) -> None:
     absent = [(level, name) for level, name in levels if (name, "variant") not in groups]
     if not absent:
         return
-    said = ", ".join(name if axis == ENGINE else f"{level:g}" for level, name in absent)
+    said = ", ".join(name if axis == ENGINE else say_level(level) for level, name in absent)
     if all(name in planned for _, name in absent):
         raise NotJudgedError(f"{axis} {said}: not measured yet. Measure on.")
     raise NotJudgedError(

@@ -1,5 +1,6 @@
 """What an instrument cannot see is said to be unknown: other threads, and profilers of the program's own."""
 
+import dataclasses
 import threading
 from contextlib import nullcontext
 
@@ -8,7 +9,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import kernels_check
-from kernels_check.observation.recording import is_recording
+from kernels_check.observation import instruments
+from kernels_check.observation.recording import is_recording, profiled
 
 OPERATORS = ("attention.backend", "attention.dtype", "attention.mask", "base.compute_dtype", "base.gemm_path")
 
@@ -53,6 +55,33 @@ def test_a_step_in_a_thread_is_unknown_to_the_spy(training):
         assert profiled[path].status == "active", profiled[path].reason
     for path in ("checkpointing", "mode", "lora.attached", "compile", "optimizer.class"):
         assert (spied[path].status, spied[path].observed) == (profiled[path].status, profiled[path].observed)
+
+
+@pytest.mark.parametrize(("kernels", "times"), [([{}, {"ATT-CUDNN": 1}], 2), ([{"ATT-CUDNN": 1}], 1), ([{}, {}], 2)])
+def test_a_profile_without_a_kernel_of_the_card_is_tried_once_more(training, monkeypatch, kernels, times):
+    """A session on the heels of another may come out empty; what the second holds is taken, and counted once."""
+    run, seen = training(quant=None), []
+
+    def recorded(call):
+        seen.append(profiled(call))
+        return dataclasses.replace(seen[-1], kernels=kernels[len(seen) - 1])
+
+    monkeypatch.setattr(instruments, "profiled", recorded)
+    monkeypatch.setattr(instruments, "is_on_cuda", lambda model: True)
+    checks = _by_path(run, attention_backend="flash", base_frozen=True, lora_learning=True)
+    assert len(seen) == times
+    for path in ("attention.backend", "base.frozen", "lora.learning"):
+        assert checks[path].met, checks[path].reason
+    layers = run.model.config.num_hidden_layers
+    assert checks["attention.backend"].reason.startswith(f"forward: {layers} flash; backward: {layers} flash")
+
+
+def test_on_a_cpu_no_kernel_is_missed(training, monkeypatch):
+    """One profile does."""
+    run, seen = training(quant=None), []
+    monkeypatch.setattr(instruments, "profiled", lambda call: seen.append(1) or profiled(call))
+    assert _by_path(run, attention_backend="flash")["attention.backend"].met
+    assert len(seen) == 1
 
 
 def test_only_what_ran_elsewhere_is_unknown(training):

@@ -117,6 +117,17 @@ def test_a_softmax_kernel_needs_its_operator_to_name_the_backend(judge, operator
     assert summary.device == "gpu"
 
 
+def test_a_recording_of_an_amd_gpu_is_said_to_be_one(judge):
+    """By the kernel that takes most of its time of those that only ROCm has; CUDA's are no such."""
+    product, copy = NAMES["kernels"]["GEMM-AMD"][0], "__amd_rocclr_copyBuffer"
+    notices = judge([kernel(copy, 0, 1), kernel(product, 1, 9), kernel(ADD, 10, 20)]).notices
+    assert len(notices) == 1
+    assert f"an AMD GPU ({product[:40]})" in notices[0]
+    for rule in ("CK", "MIOPEN"):
+        assert "an AMD GPU" in " ".join(judge([kernel(NAMES["kernels"][rule][0], 0, 1)]).notices)
+    assert judge([kernel(GEMM, 0, 1), kernel(ADD, 1, 1), kernel(NF4, 2, 1)]).notices == ()
+
+
 # --- time ------------------------------------------------------------------------------------------------------------
 
 

@@ -10,10 +10,10 @@ import pytest
 from rich.console import Console
 
 from harness import cli
+from harness.machine.card import CardFacts, CardSample, Memory
 from harness.machine.doctor import examine, is_fit
 from harness.machine.doctor.survey import OPTIONAL, REQUIRED, Card, Survey
 from harness.machine.neighbours import Neighbours
-from harness.machine.nvml import CardFacts, CardSample, Memory
 from harness.machine.reading import Reading, missing
 from harness.machine.system import SystemFacts
 from harness.report.doctor import describe_checks

@@ -16,7 +16,7 @@ MODULE = '''
 from pathlib import Path
 
 from harness.machine.provenance import Facts, Machine
-from harness.records.preparation import Hello, TokenSummary
+from harness.records.preparation import BaseSummary, Hello, TokenSummary
 from harness.records.record import Fragment
 from harness.run.executors import Place
 
@@ -57,6 +57,11 @@ class Elsewhere:
 
     def hello(self):
         return Hello(harness="1.0 there", pid=7, import_time_s=2.5, device="cuda", torch="99.0")
+
+    def prepare_base(self, request):
+        return BaseSummary(
+            path=f"{THERE}/base", hash="b" * 64, base="b", bytes=1, conversions=0, quantisations=0, seconds=0.0,
+        )
 
     def prepare_tokens(self, workload, *, keep=True):
         return TokenSummary(

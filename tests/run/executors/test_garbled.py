@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
 
-from harness.run.executors import Place, WorkerLostError
+from harness.run.executors import Place, WorkerLostError, channel
 from harness.run.executors.channel import Channel, GarbledError
 from harness.run.executors.forked import ForkedWorker
 from harness.run.executors.local import LocalExecutor
@@ -26,6 +28,50 @@ GARBLED = {
     "digits": b'{"values": ' + b"9" * 5000 + b"}",
     "bytes": b'{"\xff": 1}',
 }
+
+
+@pytest.fixture
+def talker():
+    """A channel to somebody who never comes to the end of a line."""
+    ours, theirs = socket.socketpair()
+    enough = threading.Event()
+
+    def talk():
+        with contextlib.suppress(OSError):
+            while not enough.is_set():
+                theirs.sendall(b"x" * 65536)
+
+    thread = threading.Thread(target=talk)
+    thread.start()
+    yield Channel(ours)
+    enough.set()
+    ours.close()
+    thread.join()
+
+
+def test_who_talks_without_end_is_silent(talker):
+    """What comes after the time is not waited for, however much of it comes."""
+    assert talker.receive(0.0) is None
+    assert not talker.closed_by_peer
+
+
+def test_a_message_without_end_is_refused(talker, monkeypatch):
+    """It is not held in memory either."""
+    monkeypatch.setattr(channel, "LINE_BYTES", 1 << 20)
+    with pytest.raises(GarbledError, match="goes on for more than 1 MiB"):
+        talker.receive(60.0)
+
+
+def test_messages_that_come_at_once_are_heard_one_by_one():
+    """And one that comes in parts is one."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        theirs.sendall(b'{"a": 1}\n{"b": 2}\n{"c"')
+        heard = Channel(ours)
+        assert [heard.receive(1.0), heard.receive(1.0), heard.receive(0.0)] == [{"a": 1}, {"b": 2}, None]
+        theirs.sendall(b": 3}\n")
+        assert heard.receive(1.0) == {"c": 3}
+    assert (heard.receive(1.0), heard.closed_by_peer) == (None, True)
 
 
 def worker_that_is_sent(line):

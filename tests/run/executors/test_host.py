@@ -50,6 +50,37 @@ def test_a_host_cannot_change_what_every_measuring_process_has_fixed():
     assert (fixed["OMP_NUM_THREADS"], fixed["X"]) == ("1", "1")
 
 
+def test_a_host_tells_what_steers_its_choice_of_kernels(monkeypatch):
+    """Its own variables and what it inherits, and no other."""
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "backend:native")
+    described = describe(Host(environment={"NVIDIA_TF32_OVERRIDE": "0", "SECRET": "x"}))
+    assert described["switches"] == {"NVIDIA_TF32_OVERRIDE": "0", "PYTORCH_ALLOC_CONF": "backend:native"}
+
+
+def test_pyarrow_starts_no_thread_beside_what_it_was_told():
+    """Its allocator's own settings stay; of two that disagree jemalloc takes the last."""
+    assert worker_environment(1)["JE_ARROW_MALLOC_CONF"] == "background_thread:false"
+    told = worker_environment(1, Host(environment={"JE_ARROW_MALLOC_CONF": "narenas:1,background_thread:true"}))
+    assert told["JE_ARROW_MALLOC_CONF"] == "narenas:1,background_thread:true,background_thread:false"
+
+
+def test_a_zygote_forks_beside_scikit_learn_pandas_and_pyarrow(tmp_path):
+    """All three are loaded by the time it forks, as transformers 5.17 loads them through its generation."""
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install -e '.[dev]'")
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text("import pyarrow, pandas, sklearn.metrics\n")
+    executor = LocalExecutor(host=Host(path=(str(site),)))
+    executor.start(tmp_path, 1)
+    try:
+        executor.hello()
+        loaded = Path(f"/proc/{executor._zygote.pid}/maps").read_text()
+        assert all(f"/{name}/" in loaded for name in ("pyarrow", "pandas", "sklearn"))
+        executor.launch().close()
+    finally:
+        executor.close()
+
+
 def test_inspecting_imports_nothing(tmp_path):
     """A module is found by its file; one that cannot even be imported is found too."""
     (tmp_path / "explosive.py").write_text("raise SystemExit('imported')")

@@ -100,6 +100,7 @@ FAULTS = {
     "oom": ("oom", "MemoryError in step 6: no room for 2 GiB"),
     "kill": ("crashed", "signal 9 (SIGKILL)) after 5 steps"),
     "exit": ("crashed", "exit code 7) after 5 steps: bye"),
+    "orphan": ("crashed", "exit code 7) after 5 steps"),
     "nan": ("invalid", "the loss is nan in step 6"),
     "few": ("invalid", f"ended by itself after {NEEDED - 1} steps, and more are measured"),
     "planned": ("invalid", f"the script trains 4 steps, and at least {NEEDED} are measured"),

@@ -9,6 +9,7 @@ import signal
 import socket
 import struct
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -20,6 +21,8 @@ from harness.attach.turns import SOCKET, address
 from harness.run.executors import script_process
 from harness.run.executors.script import ScriptExecutor
 from harness.run.executors.script_process import ScriptProcess
+from harness.run.executors.script_talk import EndedError, Script
+from harness.run.executors.workplace import variables_of
 from harness.studies.variant import Variant
 
 SPEAKING = f"""
@@ -54,6 +57,23 @@ def speak(turns, word):
     connection.connect(address(turns))
     connection.sendall(json.dumps({"word": word}).encode() + b"\n")
     return connection
+
+
+@pytest.mark.parametrize(("option", "kind"), [("-I", "NotHooked"), ("-u", "NeverTrained")])
+def test_a_python_that_reads_no_path_is_told_from_one_that_never_trains(tmp_path, option, kind):
+    """Nothing of the one can be heard, whatever it does; the other has nothing to say."""
+    turns = f"@lorameter-test-{secrets.token_hex(8)}"
+    variables = variables_of(
+        Variant(name="a", command="python t.py"), os.environ, scratch=tmp_path, threads=1, port=5, socket=turns
+    )
+    words = (sys.executable, option, "-c", "print('alone')")
+    process = ScriptProcess(words, variables, folder=tmp_path, log=tmp_path / "log", turns=turns)
+    try:
+        with pytest.raises(EndedError) as caught:
+            Script(process, tmp_path / "log", 0).begin(60.0)
+    finally:
+        process.close()
+    assert (caught.value.status, caught.value.kind) == ("invalid", kind)
 
 
 def test_who_connects_is_known_to_the_kernel():

@@ -9,8 +9,16 @@ from pathlib import Path
 import pytest
 
 from harness.errors import UsageError
+from harness.records.scratch import scratch_folder
 from harness.run.executors import workplace
-from harness.run.executors.workplace import copy_snapshot, shared_notices, take_snapshot, variables_of, words_of
+from harness.run.executors.workplace import (
+    check_side,
+    copy_snapshot,
+    shared_notices,
+    take_snapshot,
+    variables_of,
+    words_of,
+)
 from harness.studies.variant import Variant
 
 
@@ -52,6 +60,17 @@ def test_what_is_only_read_is_linked_and_what_tools_keep_is_left_out(project, tm
     assert (copy / ".git").is_symlink()
     assert (copy / "env").is_symlink()
     assert sorted(path.name for path in copy.iterdir()) == [".git", "data", "env", "link", "out", "train.py"]
+
+
+def test_a_copy_is_no_part_of_what_is_copied(project, monkeypatch):
+    """Where TMPDIR lies in the folder, neither this run's temporary folder nor another's is copied into itself."""
+    monkeypatch.setattr("tempfile.tempdir", str(project))
+    with scratch_folder() as other, scratch_folder() as scratch:
+        copy = take_snapshot(project, scratch / "snapshot-0")
+        assert not {other.name, scratch.name} & {path.name for path in copy.iterdir()}
+        assert (copy / "train.py").is_file()
+    beside = take_snapshot(project, project / "beside")
+    assert "beside" not in {path.name for path in beside.iterdir()}
 
 
 def test_large_files_are_linked_and_said(project, tmp_path, monkeypatch):
@@ -219,11 +238,84 @@ def test_the_environment_publishes_nothing_and_shares_no_cache(tmp_path):
 def test_the_word_python_is_the_interpreter_that_is_meant(project):
     """That of the side, or of the variant; what is no program or no file is refused."""
     plain = Variant(name="a", command="python train.py --r 8")
-    assert words_of(plain, "/side/python", {}, project) == ["/side/python", "train.py", "--r", "8"]
+    assert words_of(plain, "/side/python", {}, project, origin=project) == ["/side/python", "train.py", "--r", "8"]
     own = Variant(name="a", command="python3 train.py", python=sys.executable)
-    assert words_of(own, "/side/python", {}, project)[0] == sys.executable
+    assert words_of(own, "/side/python", {}, project, origin=project)[0] == sys.executable
     for command, said in (("python other.py", "no file 'other.py'"), ("nobody train.py", "no program 'nobody'")):
         with pytest.raises(UsageError, match=said):
-            words_of(Variant(name="a", command=command), "/side/python", {"PATH": "/nowhere"}, project)
+            words_of(Variant(name="a", command=command), "/side/python", {"PATH": "/nowhere"}, project, origin=project)
     with pytest.raises(UsageError, match="no folder"):
         list(shared_notices(Variant(name="a", command="python train.py", cwd="missing"), project))
+
+
+@pytest.mark.parametrize(
+    ("lines", "of_python"),
+    [
+        ("#!/other/bin/python3\nprint()\n", True),
+        ("#!/bin/sh\n'''exec' \"/a long path/bin/python\" \"$0\" \"$@\"\n' '''\n", True),
+        ("#!/bin/sh\nexec python $@\n", False),
+        ("\x7fELF python", False),
+    ],
+)
+def test_a_launcher_of_another_environment_runs_in_the_interpreter_of_the_side(tmp_path, lines, of_python):
+    """Its first line would start that one's. What is no script of Python is left to find the side's on PATH."""
+    for name in ("side", "other"):
+        (tmp_path / name).mkdir()
+    launcher, side = tmp_path / "other" / "launch", str(tmp_path / "side" / "python")
+    launcher.write_text(lines)
+    launcher.chmod(0o755)
+    variant = Variant(name="a", command="launch train.py")
+    found = variables_of(
+        variant, {"PATH": str(launcher.parent)}, scratch=tmp_path, threads=1, port=5, socket="/s", side=side
+    )
+    words = words_of(variant, side, found, tmp_path, origin=tmp_path, side=side)
+    assert words == [*([side] if of_python else []), str(launcher), "train.py"]
+    assert words_of(variant, "/python", found, tmp_path, origin=tmp_path) == [str(launcher), "train.py"]
+    own = launcher.rename(tmp_path / "side" / "launch")
+    assert words_of(variant, side, found, tmp_path, origin=tmp_path, side=side) == [str(own), "train.py"]
+
+
+def test_a_command_that_brings_its_own_interpreter_leaves_a_side_no_room(project):
+    """Both sides would be the same; the word python is that of the side."""
+    own = {"command": "env/bin/python3 train.py"}, {"command": "python t.py", "python": "/p/python"}
+    for fields in own:
+        with pytest.raises(UsageError, match="runs in this interpreter on both sides"):
+            check_side(Variant(name="a", **fields))
+    for command in ("python train.py", "accelerate launch train.py", "./train.sh"):
+        check_side(Variant(name="a", command=command))
+
+
+def test_a_version_in_the_word_python_is_meant(tmp_path):
+    """It is looked for on PATH, and no other interpreter stands in for it; nor can a side."""
+    (tmp_path / "python3.99").symlink_to(sys.executable)
+    variant = Variant(name="a", command="python3.99 -m train")
+    variables = {"PATH": str(tmp_path)}
+    assert words_of(variant, "/meant/python", variables, tmp_path, origin=tmp_path)[0] == str(tmp_path / "python3.99")
+    with pytest.raises(UsageError, match="no program"):
+        words_of(variant, "/meant/python", {"PATH": "/nowhere"}, tmp_path, origin=tmp_path)
+    with pytest.raises(UsageError, match="on both sides"):
+        check_side(variant)
+
+
+@pytest.mark.parametrize(
+    ("word", "leads"),
+    [
+        ("../data/rows.jsonl", "{}/data/rows.jsonl"),
+        ("--data=../data", "--data={}/data"),
+        ("data.path=../data", "data.path={}/data"),
+        ("../missing", "../missing"),
+        ("--out=../data", "--out=../data"),
+        ("--output_dir ../data", "--output_dir ../data"),
+        ("--data ../data", "--data {}/data"),
+        ("..", "{}"),
+    ],
+)
+def test_what_lies_beside_the_folder_is_found_from_its_copy(tmp_path, word, leads):
+    """By its whole path; what is written to stays beside the copy, where it goes with the trial."""
+    for name in ("data/rows.jsonl", "project/train.py", "scratch/copy/train.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    origin, copy = tmp_path / "project", tmp_path / "scratch" / "copy"
+    variant = Variant(name="a", command=f"python train.py {word}")
+    found = words_of(variant, "/python", {}, copy, origin=origin)
+    assert found == ["/python", "train.py", *leads.format(tmp_path).split()]

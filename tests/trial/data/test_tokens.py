@@ -45,6 +45,22 @@ def test_padding_is_counted_apart_and_has_no_label(tmp_path):
     assert (tensors["train.labels"][mask == 0] == IGNORED).all()
 
 
+def test_joined_rows_are_full_and_isolate_nothing(tmp_path):
+    """The tokens of packed rows, and every token but the first of a row is predicted from the one before it."""
+    joined, packed = (prepare(dataclasses.replace(SMALL, layout=layout), tmp_path) for layout in ("joined", "packed"))
+    ours, theirs = load_file(joined.path), load_file(packed.path)
+    assert (ours["train.input_ids"] == theirs["train.input_ids"]).all()
+    assert (ours["train.position_ids"] == np.arange(64)).all()
+    begins = ours["train.labels"] == IGNORED
+    records = ours["train.input_ids"] == ours["train.input_ids"][0, 0]  # each begins with the token that begins a text
+    assert begins[:, 0].all()
+    assert not (begins & ~records)[:, 1:].any()
+    assert (joined.real_tokens, joined.padded_tokens) == (12 * 64, 0)
+    mask, labels = ours["held_out.attention_mask"], ours["held_out.labels"]
+    assert (labels[mask == 0] == IGNORED).all()
+    assert (np.diff(mask, axis=1) <= 0).all(), "what pads a row is at its end"
+
+
 def test_the_hash_is_that_of_the_content(tmp_path):
     """Equal workloads have equal hashes; another seed, format or length has another."""
     first = prepare(SMALL, tmp_path)

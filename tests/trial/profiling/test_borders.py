@@ -169,6 +169,16 @@ def test_a_device_whose_kernels_were_not_recorded_is_no_cpu():
     assert activity_of(events, (0.1,), "cpu").missing == ""
 
 
+@pytest.mark.parametrize(("missing", "kept"), [(["no kernel", ""], 1), ([""], 0), (["no kernel", "no kernel"], 1)])
+def test_a_profile_without_a_kernel_of_the_card_is_tried_once_more(monkeypatch, missing, kept):
+    """It may have begun on the heels of another; a card that never tells is asked no third time."""
+    sessions = [SimpleNamespace(missing=one) for one in missing]
+    left = list(sessions)
+    monkeypatch.setattr(profiling, "_session", lambda *asked: left.pop(0))
+    assert profiling.profiled("step", "cuda", "folder") is sessions[kept]
+    assert not left
+
+
 def test_pairs_are_taken_until_the_remainder_is_known(tmp_path, monkeypatch):
     """A remainder that hardly varies takes the fewest looks, one that varies takes them all."""
     request, stream = setting(tmp_path)

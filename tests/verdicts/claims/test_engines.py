@@ -253,6 +253,28 @@ def test_steps_of_scripts_that_hold_other_tokens_are_not_set_beside_each_other(
     assert (differs in " ".join(report.engine.differs)) if differs else not report.engine.differs
 
 
+def test_versions_of_scripts_are_those_that_their_processes_tell(make_run, claim):
+    """Not those of the interpreter that was found before the start; where they differ it is said, with both."""
+    stated = {"device": "cpu", "device_name": "A", "threads": 1, "python": "3.11.7", "libraries": {"torch": "2.13.0"}}
+
+    def change(record):
+        engine = record.name == "r16"
+        told = {"python": "3.12.1", "torch": "2.14.0", "liger-kernel": "0.8.5"} if engine else {
+            "python": "3.12.1", "torch": "2.13.1"
+        }  # fmt: skip
+        samples = record.samples | {"step_real_tokens": (100.0,) * 9}
+        values = {"trainable_parameters": 8000.0, "threads": 4.0 if engine else 2.0}
+        return watched()(record.replaced(software=told, samples=samples, values=values))
+
+    run = make_run([claim(FASTER)], {"r16": 0.5}, engine=COMPILED, change=change, provenance=stated)
+    shown = judge_claims(of_scripts(run)).engine
+    assert shown.versions == {"python": "3.12.1", "torch": "2.13.1 or 2.14.0"}
+    assert shown.machine == "A (cpu, 2 or 4 threads a process)"
+    assert "torch 2.13.1 in centre and 2.14.0 in r16" in shown.differs[0]
+    assert "liger-kernel none in centre and 0.8.5 in r16" in shown.differs[0]
+    assert shown.differs[1] == "r16: torch computes on 2 threads in centre and on 4 in r16."
+
+
 @pytest.mark.parametrize("metric", ["step_time_s", "time_per_real_token_s", "peak_memory"])
 @pytest.mark.parametrize("other", ["parameters", "losses"])
 def test_scripts_that_are_not_the_same_training_are_not_judged(make_run, claim, metric, other):

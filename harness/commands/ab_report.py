@@ -1,0 +1,60 @@
+"""What the commands do that show an A/B run: `ab` itself, and `report`, `compare` and `gate` of a stored one."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from harness.commands.output import form_of, print_json, show_document
+from harness.commands.page import save_page
+
+if TYPE_CHECKING:
+    from harness.records.store import Run
+    from harness.verdicts.outcome import Compared
+
+
+def show_ab(
+    run: Run,
+    options: argparse.Namespace,
+    *,
+    metrics: Sequence[str] = (),
+    keep: Callable[[Compared], bool] = lambda compared: True,
+) -> int:
+    """Print an A/B run in the format asked for; the exit code is that of its verdicts under the policy, which is the
+    one that it was measured for unless another is given.
+
+    Args:
+        run: a run with two sides.
+        options: format and policy.
+        metrics: what to judge in place of the metrics of the policy.
+        keep: which comparisons are shown; the exit code is that of all.
+    """
+    import dataclasses
+
+    from harness.verdicts.ab import attribution_document, attribution_of, report_of
+    from harness.verdicts.gate import gate_document, judge, kept_policy, load_policy
+
+    form, given = form_of(options), getattr(options, "policy", None)
+    policy = load_policy(given) if given else kept_policy(run)
+    policy = dataclasses.replace(policy, metrics=tuple(metrics) or policy.metrics)
+    whole = report_of(run, metrics=policy.metrics, limits_of=policy.limits_of, losses=policy.losses == "agree")
+    result = judge(whole, policy)
+    shown = tuple(filter(keep, whole.comparisons))
+    result = dataclasses.replace(result, report=dataclasses.replace(whole, comparisons=shown))
+    from harness.report.attribution import describe_attribution
+    from harness.report.compared_figures import figures_of_comparison
+    from harness.report.gate import describe_gate
+
+    said = describe_gate(result, ab=True) + describe_attribution(attribution_of(run), run)
+    title, figures = f"{run.manifest.study['title']}: A/B", figures_of_comparison(result.report)
+    save_page(getattr(options, "html", None), said, title, figures=figures)
+    if form == "json":
+        about = {"run": run.manifest.run, "path": str(run.path), "interleaving": run.manifest.interleaving}
+        print_json({**gate_document(result), **about, "attribution": attribution_document(run)})
+        return result.exit_code
+    from harness.report.annotations import gate_annotations
+
+    verbose = getattr(options, "verbose", False)
+    show_document(said, form, annotations=lambda: gate_annotations(result), verbose=verbose)
+    return result.exit_code

@@ -1,0 +1,132 @@
+"""What the command does that looks for the step that made it slower: `bisect`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.commands.options import add_options
+from harness.commands.output import print_json
+from harness.errors import EXIT_INCONCLUSIVE, EXIT_PASS, InvalidRunError, LorameterError, UsageError
+
+if TYPE_CHECKING:
+    from harness.stats import Comparison
+    from harness.studies.study import Study
+
+END_HELP = "a git revision of the repository one stands in, or a release such as 'peft==0.19.0'"
+
+
+def add_commands(commands: Any, common: Any) -> None:
+    """The parser of `bisect`; `common` adds the options that every command has."""
+    bisect = commands.add_parser(
+        "bisect",
+        help="find the commit or release that made it slower",
+        description="Compare commits or releases between a good and a bad end with the good one, each in one job with "
+        "turns, halving what is left, until the step that made it slower is found.",
+        epilog="example: lorameter bisect training-step --good v1.0 --bad HEAD",
+    )
+    bisect.add_argument("study", metavar="STUDY", help="name of a built-in study, or a TOML file")
+    bisect.add_argument("--good", metavar="REV|REQ", required=True, help=END_HELP)
+    bisect.add_argument("--bad", metavar="REV|REQ", required=True, help="the same, later and slower")
+    bisect.add_argument("--metric", metavar="M", default="step_time_s", help="default: step_time_s")
+    bisect.add_argument("--variant", metavar="V", help="default: the reference of the study")
+    bisect.add_argument("--effort", choices=("quick", "standard", "rigorous"), help="3, 8 or 12 replicates; default 8")
+    add_options(bisect.add_argument, "replicates", "max-minutes", "allow-disturbed", "if-busy", "model", "data")
+    bisect.add_argument("--dry-run", action="store_true", help="list what lies between, and measure nothing")
+    common(bisect)
+    bisect.set_defaults(command=run_bisect)
+
+
+def run_bisect(options: argparse.Namespace) -> int:
+    """Search and print; a step that is found is a pass, whatever stays open is inconclusive."""
+    from harness.commands.ab import read_study
+    from harness.records import codec
+    from harness.records.metrics import METRICS
+    from harness.report.bisect import describe_bisection
+    from harness.report.terminal import console_for, show
+    from harness.run.bisect import bisect
+    from harness.run.device import hold_device
+    from harness.run.executors import open_executor
+    from harness.run.steps import list_steps
+
+    if options.metric not in METRICS:
+        raise UsageError(f"--metric {options.metric}: no metric with an interval. Use one of {', '.join(METRICS)}.")
+    study = read_study(options)
+    if study.of_scripts:
+        raise UsageError(f"bisect: study {study.name} is of scripts. Compare two sides of one with `lorameter ab`.")
+    variant = study.variant(options.variant or study.reference).name
+    candidates = list_steps(options.good, options.bad, Path.cwd())
+    if options.dry_run:
+        if options.json:
+            print_json({"candidates": codec.to_json(candidates)})
+        else:
+            from kernels_check.visible import make_visible
+
+            print(make_visible("\n".join(one.label for one in candidates)))
+        return EXIT_PASS
+    good = candidates[0].spec
+    with hold_device(open_executor(), options.if_busy):
+
+        def compare(side: str, replicates: int) -> Comparison:
+            ends = side in (good, candidates[-1].spec)
+            return _compared(study, variant, options, (good, side), replicates, must=ends)
+
+        found = bisect(candidates, compare, replicates=study.protocol.replicates)
+    if options.json:
+        print_json({**codec.to_json(found), "found": found.found, "variant": variant, "metric": options.metric})
+    else:
+        title = METRICS[options.metric].title
+        show(describe_bisection(found, f"{title} of {variant} in study {study.name}"), console_for())
+    return EXIT_PASS if found.found else EXIT_INCONCLUSIVE
+
+
+def _compared(
+    study: Study, variant: str, options: argparse.Namespace, sides: tuple[str, str], replicates: int, *, must: bool
+) -> Comparison:
+    """One A/B of the good end and a candidate; `must`: whether one that cannot be put up ends the search."""
+    import dataclasses
+
+    from harness.models import catalogue
+    from harness.records import store
+    from harness.records.metrics import METRICS
+    from harness.report.live import LiveDisplay
+    from harness.report.terminal import console_for
+    from harness.run.ab import measure_ab, plan_ab
+    from harness.run.executors import open_executor
+    from harness.verdicts.ab import report_of
+    from harness.verdicts.outcome import without_numbers
+
+    study = dataclasses.replace(study, protocol=dataclasses.replace(study.protocol, replicates=replicates))
+    executor, runs = open_executor(), store.runs_dir(options.runs_dir, make=True)
+    plan, notices = plan_ab(
+        study,
+        executor.machine(),
+        free_bytes=executor.free_bytes(),
+        select=[variant],
+        phases=(METRICS[options.metric].phase,),
+        runs=runs,
+    )
+    errors = console_for(stderr=True)
+    try:
+        with LiveDisplay(errors) as display:
+            run = measure_ab(
+                plan,
+                base=sides[0],
+                candidate=sides[1],
+                repository=Path.cwd(),
+                cache=catalogue.cache_dir(),
+                runs=runs,
+                display=display,
+                notices=notices,
+            )
+    except LorameterError as error:
+        if must:
+            raise
+        return without_numbers("invalid", str(error))
+    if run.manifest.status == "interrupted":
+        raise InvalidRunError(
+            f"run {run.manifest.run} was stopped, and so is the search: what was found is in its runs."
+        )
+    compared = report_of(run, metrics=[options.metric]).comparisons
+    return compared[0].comparison if compared else without_numbers("invalid", f"run {run.manifest.run}: no number")

@@ -1,0 +1,45 @@
+"""What the command does that asks how a number went over time: `history`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from harness.commands.output import print_json
+from harness.errors import EXIT_PASS
+
+
+def add_commands(commands: Any, common: Any) -> None:
+    """The parser of `history`; `common` adds the options that every command has."""
+    history = commands.add_parser(
+        "history",
+        help="how a number went from run to run, and where it changed",
+        description="A line of all runs of a fingerprint, with known breaks and suspected changes, and the commands "
+        "that would confirm them.",
+        epilog="example: lorameter history step_time_s --study training-step --variant qlora-nf4-r16",
+    )
+    history.add_argument("metric", metavar="METRIC", nargs="?", help="default: step_time_s")
+    history.add_argument("--study", metavar="S", help="only this study, by its name")
+    history.add_argument("--variant", metavar="V", help="only this variant")
+    history.add_argument("--runs", action="store_true", help="also a row a run, with its interval, commit and versions")
+    history.add_argument("--rebuild", action="store_true", help="make the index of the runs anew")
+    common(history)
+    history.set_defaults(command=run_history)
+
+
+def run_history(options: argparse.Namespace) -> int:
+    """Print the history; a suspicion is no verdict, so the exit code is that of a pass."""
+    from harness.records import codec, store
+    from harness.results.history import DEFAULT_METRIC, history_of
+    from harness.results.index import open_index
+
+    with open_index(store.runs_dir(options.runs_dir), rebuild=options.rebuild) as index:
+        found = history_of(index, options.metric or DEFAULT_METRIC, study=options.study, variant=options.variant)
+    if options.json:
+        print_json(codec.to_json(found))
+        return EXIT_PASS
+    from harness.report.history import describe_history
+    from harness.report.terminal import console_for, show
+
+    show(describe_history(found, every_run=options.runs), console_for())
+    return EXIT_PASS

@@ -1,0 +1,26 @@
+"""What is installed where this process looks for it: no module is imported to be asked for its version."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import re
+
+
+def normal_name(distribution: str) -> str:
+    """A distribution's name as others are compared with it (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
+def installed_packages() -> dict[str, str]:
+    """Version of each distribution by its normal name; of several the first on the path, which an import would load."""
+    found: dict[str, str] = {}
+    for one in importlib.metadata.distributions():
+        if one.name:  # a half-removed distribution has no name
+            found.setdefault(normal_name(one.name), one.version)
+    return dict(sorted(found.items()))
+
+
+def own_software(cuda: str | None) -> dict[str, str]:
+    """The packages and the `python` of this process; `cuda` is what its torch was built for, None for none."""
+    return installed_packages() | {"python": platform.python_version()} | ({"cuda": cuda} if cuda else {})

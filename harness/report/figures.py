@@ -1,0 +1,269 @@
+"""The figures of a run beside its charts: ratios, losses, memory, cold starts, loss against cost, raw samples, checks.
+
+Each is left out where a run holds nothing for it. Every number of a figure is one that the terminal's report or the
+records have; nothing is smoothed.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+
+from harness.records import codec
+from harness.records.metrics import BIRTH, LOSSES, METRICS, PEAKS
+from harness.records.record import TrialRecord
+from harness.records.store import Run
+from harness.records.units import format_bytes, format_value
+from harness.report.check_matrix import checks_matrix
+from harness.report.figure import (
+    Axis,
+    Bar,
+    Bars,
+    Curve,
+    Curves,
+    Figure,
+    Front,
+    Intervals,
+    Mark,
+    Part,
+    Samples,
+    Spot,
+    Stretch,
+)
+from harness.report.phase_table import PhaseTable
+from harness.report.table import Cell, Row, Table, name_columns, write_row, write_value
+from harness.report.view import RunView
+from harness.studies.study import Study
+from harness.verdicts.series import Series, series_of
+
+Shown = Mapping[str, Series]
+"""The trials of each variant, in the order of the study."""
+HELD = {
+    "base_weight_bytes": "base weights",
+    "quantization_state_bytes": "quantisation constants",
+    "adapter_bytes": "adapter",
+    "gradient_bytes": "gradients",
+    "optimizer_state_bytes": "optimizer state",
+}
+"""Kinds of memory that a step keeps, which do not overlap, and what they are called."""
+COMPARED_LOSSES = ("held_out_loss", "train_loss")
+"""What a variant has learnt; the first that was measured is drawn."""
+COLD = {
+    "cold_import_time_s": "import",
+    "cold_load_time_s": "load",
+    "cold_first_token_time_s": "first token",
+    "cold_completion_time_s": "the other tokens",
+}
+
+
+def figures_of_run(run: Run, view: RunView) -> tuple[Figure, ...]:
+    """All figures that the run has something for, in the order in which they are read."""
+    study = codec.from_json(Study, run.manifest.study, f"run {run.manifest.run}")
+    groups = series_of(run.records)
+    shown = {one.name: groups[(one.name, "variant")] for one in study.variants if (one.name, "variant") in groups}
+    return tuple(
+        figure
+        for figures in (
+            map(_ratios, view.tables), [_losses(shown)], [_memory(shown)], [_cold(shown)],
+            [_front(shown)], [_samples(run)], [checks_matrix(shown)],
+        )
+        for figure in figures
+        if figure is not None
+    )  # fmt: skip
+
+
+def _ratios(table: PhaseTable) -> Figure | None:
+    found = [(row.name, row.ratio) for row in table.rows if row.ratio is not None and row.ratio.ratio is not None]
+    if not found:
+        return None
+    reference = next((row.name for row in table.rows if row.reference), "the reference")
+    metric = METRICS[table.metric].title if table.metric in METRICS else table.metric
+    marks = tuple(
+        Mark(name=name, value=one.ratio, low=one.low, high=one.high, verdict=one.verdict)
+        for name, one in found
+        if one.ratio is not None
+    )
+    axis = Axis(title=f"{metric} × {reference}; right of 1 is worse", line_at=1.0)
+    return Figure(
+        title=f"{table.title}: ratios to {reference}",
+        says="A dot is the ratio of a variant to the reference, the line through it the interval in which it lies.",
+        drawing=Intervals(axis=axis, marks=marks),
+        table=_of_marks("variant", axis, marks),
+    )
+
+
+def _losses(shown: Shown) -> Figure | None:
+    curves, rows = [], []
+    for name, series in shown.items():
+        trials = [losses for record in series.ok if (losses := _losses_of(record))]
+        longest = max(map(len, trials), default=0)
+        if longest < 2:
+            continue
+        at = [[trial[step] for trial in trials if step < len(trial)] for step in range(longest)]
+        points = tuple((step + 1.0, statistics.fmean(values)) for step, values in enumerate(at))
+        band = tuple((step + 1.0, min(values), max(values)) for step, values in enumerate(at) if len(values) > 1)
+        curves.append(Curve(name=name, points=points, band=band))
+        ends = [Cell(text=f"{value:.4g}", value=value) for value in (points[0][1], points[-1][1])]
+        rows.append(write_row(name, str(len(trials)), str(longest), *ends))
+    if not curves:
+        return None
+    return Figure(
+        title="Losses of all variants",
+        says="The training loss by step, the mean over replicates; the band is from the lowest to the highest of them.",
+        drawing=Curves(across=Axis(title="step"), up=Axis(title="training loss"), curves=tuple(curves)),
+        table=Table(heads=name_columns("variant", "replicates", "steps", "first", "last"), rows=tuple(rows)),
+    )
+
+
+def _losses_of(record: TrialRecord) -> list[float]:
+    return [loss for name in LOSSES for loss in record.samples.get(name, ())]
+
+
+def _memory(shown: Shown) -> Figure | None:
+    bars = tuple(bar for name, series in shown.items() if (bar := _held(name, series)) is not None)
+    if not bars:
+        return None
+    kinds = list(dict.fromkeys(part.kind for bar in bars for part in bar.parts))
+    return Figure(
+        title="Memory of training",
+        says="What a step keeps, by kind, and what its peak held beside it (activations, work space, what the process "
+        "began with); the median over replicates.",
+        drawing=Bars(axis=Axis(title="memory", unit="byte"), bars=bars),
+        table=_of_bars(bars, kinds, format_bytes),
+    )
+
+
+def _held(name: str, series: Series) -> Bar | None:
+    of_kind = {kind: [record.memory[kind] for record in series.ok if kind in record.memory] for kind in HELD}
+    parts = [Part(kind=HELD[kind], value=statistics.median(found)) for kind, found in of_kind.items() if any(found)]
+    kind = next((kind for kind in PEAKS["train"] if any(kind in record.memory for record in series.ok)), None)
+    if not parts or kind is None:
+        return None
+    peak = statistics.median(record.memory[kind] for record in series.ok if kind in record.memory)
+    births = [record.memory[BIRTH] for record in series.ok if BIRTH in record.memory] if kind.startswith("host") else []
+    if births:
+        parts.insert(0, Part(kind="process at birth", value=statistics.median(births)))
+    beside = peak - sum(part.value for part in parts)
+    return Bar(name=name, parts=(*parts, Part(kind="rest of the peak", value=max(beside, 0.0))))
+
+
+def _cold(shown: Shown) -> Figure | None:
+    bars = []
+    for name, series in shown.items():
+        found = {kind: [s for samples in series.trials(metric) for s in samples] for metric, kind in COLD.items()}
+        medians = {kind: statistics.median(samples) for kind, samples in found.items() if samples}
+        if "first token" in medians and "the other tokens" in medians:  # a completion holds its first token
+            medians["the other tokens"] = max(medians["the other tokens"] - medians["first token"], 0.0)
+        if medians:
+            bars.append(Bar(name=name, parts=tuple(Part(kind=kind, value=value) for kind, value in medians.items())))
+    if not bars:
+        return None
+    return Figure(
+        title="A cold start taken apart",
+        says="From a new interpreter to its first completion, piece after piece; the median of each over replicates.",
+        drawing=Bars(axis=Axis(title="time", unit="s"), bars=tuple(bars)),
+        table=_of_bars(bars, list(COLD.values()), lambda value: format_value(value, "s")),
+    )
+
+
+def _front(shown: Shown) -> Figure | None:
+    """Loss against the time of a step; None where one of them, or a second variant, is missing."""
+    loss = next(
+        (metric for metric in ("held_out_loss", "train_loss") if any(one.trials(metric) for one in shown.values())),
+        None,
+    )
+    if loss is None:
+        return None
+    marks: dict[str, tuple[Mark, Mark]] = {}
+    for name, series in shown.items():
+        found = [_mark(name, series, metric) for metric in ("step_time_s", loss)]
+        if found[0] is not None and found[1] is not None:
+            marks[name] = found[0], found[1]
+    if len(marks) < 2:
+        return None
+    spots = tuple(
+        Spot(name=name, across=x, up=y, best=not any(_beats(other, (x, y)) for other in marks.values()))
+        for name, (x, y) in marks.items()
+    )
+    across, up = Axis(title="step time", unit="s"), Axis(title=METRICS[loss].title)
+    rows = (
+        write_row(spot.name, _written(spot.across, across), _written(spot.up, up), "yes" if spot.best else "no")
+        for spot in spots
+    )
+    return Figure(
+        title="Loss against cost",
+        says="To the left is faster, below is a lower loss after as many steps. The dashed stair joins the variants "
+        "that no other beats in both by its estimate; where intervals overlap the order is open.",
+        drawing=Front(across=across, up=up, spots=spots),
+        table=Table(heads=name_columns("variant", across.title, up.title, "on the front"), rows=tuple(rows)),
+    )
+
+
+def _mark(name: str, series: Series, metric: str) -> Mark | None:
+    found = series.estimate(metric)
+    if found is None or found.value is None:
+        return None
+    return Mark(name=name, value=found.value, low=found.low, high=found.high)
+
+
+def _beats(one: tuple[Mark, Mark], other: tuple[Mark, Mark]) -> bool:
+    """Whether it is less in one measure and no more in the other."""
+    pairs = [(mine.value, theirs.value) for mine, theirs in zip(one, other, strict=True)]
+    return all(mine <= theirs for mine, theirs in pairs) and any(mine < theirs for mine, theirs in pairs)
+
+
+def _samples(run: Run) -> Figure | None:
+    records = [record for record in run.records if record.samples.get("step_time_s")]
+    if not records:
+        return None
+    begin = min(record.started_unix_s for record in records)
+    stretches = tuple(
+        Stretch(
+            name=record.name,
+            began_s=record.started_unix_s - begin,
+            ended_s=record.started_unix_s - begin + record.wall_time_s,
+            samples=(*record.samples.get("warmup_step_time_s", ()), *record.samples["step_time_s"]),
+        )
+        for record in records
+    )
+    rows = tuple(_quartiles(record) for record in records)
+    return Figure(
+        title="Every step by time",
+        says="Each dot is one step, warm-ups included, so drift and warming up can be seen. Steps are spread evenly "
+        "over the time of their trial: trials that took turns stand above each other.",
+        drawing=Samples(
+            across=Axis(title="since the first trial", unit="s"), up=Axis(title="step time", unit="s"),
+            stretches=stretches,
+        ),
+        table=Table(
+            heads=name_columns("trial", "variant", "steps", "least", "quartile", "median", "quartile", "most", left=2),
+            rows=rows,
+        ),
+    )  # fmt: skip
+
+
+def _quartiles(record: TrialRecord) -> Row:
+    samples = record.samples["step_time_s"]
+    cuts = statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else [samples[0]] * 3
+    values = (min(samples), *cuts, max(samples))
+    cells = (Cell(text=format_value(value, "s"), value=value) for value in values)
+    return write_row(record.trial, record.name, str(len(samples)), *cells)
+
+
+def _of_marks(head: str, axis: Axis, marks: Sequence[Mark]) -> Table:
+    rows = (write_row(mark.name, _written(mark, axis), Cell(verdict=mark.verdict)) for mark in marks)
+    return Table(heads=name_columns(head, axis.title, "verdict"), rows=tuple(rows))
+
+
+def _written(mark: Mark, axis: Axis) -> Cell:
+    return write_value(mark.value, mark.low, mark.high, axis.unit)
+
+
+def _of_bars(bars: Sequence[Bar], kinds: Sequence[str], write: Callable[[float], str]) -> Table:
+    rows = []
+    for bar in bars:
+        held = {part.kind: part.value for part in bar.parts}
+        cells = [Cell(text=write(held[kind]), value=held[kind]) if kind in held else Cell(text="–") for kind in kinds]
+        total = sum(held.values())
+        rows.append(write_row(bar.name, *cells, Cell(text=write(total), value=total)))
+    return Table(heads=name_columns("variant", *kinds, "together"), rows=tuple(rows))

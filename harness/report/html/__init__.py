@@ -1,0 +1,1 @@
+"""Reports as one file that a browser shows."""

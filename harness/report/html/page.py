@@ -1,0 +1,102 @@
+"""A report as one HTML file: complete without scripts, offline, and with nothing that it would load from elsewhere.
+
+The page's own policy allows its one style sheet, its one script and pictures inside it, by their hashes. Every text is
+escaped by the template engine, and what would act on a reader's terminal or reorder letters is written out before.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import os
+import tempfile
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from harness.errors import UsageError
+from harness.report.figure import Figure
+from harness.report.html.pictures import draw, draw_chart
+from harness.report.html.svg import series_class
+from harness.report.table import Cell, Chart, Document, Table, name_columns, tone_of, write_row, write_value
+from kernels_check.visible import make_visible
+
+
+def write_html(
+    document: Document, *, title: str, names: Sequence[str] = (), figures: Sequence[Figure] = (), again: str = ""
+) -> str:
+    """The page of a report.
+
+    Args:
+        document: what the terminal shows, too.
+        title: of the page.
+        names: the variants in their order, by which they have their colours and are hidden.
+        figures: pictures that follow the text, each with its table.
+        again: the command and all that it takes to measure this again; empty where that is not known.
+    """
+    series = {name: number for number, name in enumerate(names)}
+    style, script = _file("style.css"), _file("script.js")
+    return _environment().get_template("page").render(
+        title=title, document=document, figures=figures, again=again, series={make_visible(name) for name in series},
+        names=[(make_visible(name), series_class(number)) for name, number in series.items()],
+        pictures=[Markup(draw(one.drawing, one.title, one.says, series)) for one in figures],  # made of escaped XML
+        chart=lambda chart, above: Markup(draw_chart(chart, above, series)),
+        style=Markup(style), style_hash=_hash(style), script=Markup(script), script_hash=_hash(script),
+    )  # fmt: skip
+
+
+def save_html(page: str, path: str | Path) -> Path:
+    """Write a page whole or not at all. Raises `UsageError` where it cannot be written."""
+    target = Path(path)
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(page)
+            Path(temporary).chmod(0o644)
+            Path(temporary).replace(target)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise UsageError(
+            f"--html {target}: cannot be written: {error.strerror}. Name a file in a folder that is there."
+        ) from None
+    return target
+
+
+def numbers_of(chart: Chart) -> Table:
+    """The points of a chart as a table."""
+    rows = (
+        write_row(Cell(text=f"{point.x:g}", value=point.x), write_value(point.y, point.low, point.high, chart.unit))
+        for point in chart.points
+    )
+    return Table(title=chart.title, heads=name_columns("at", "value", left=0), rows=tuple(rows))
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.DictLoader({"page": _file("page.html.jinja")}), autoescape=True, undefined=jinja2.StrictUndefined,
+        finalize=_finalize,
+    )  # fmt: skip
+    environment.globals |= {"tone_of": tone_of, "numbers_of": numbers_of, "kind_of": lambda block: type(block).__name__}
+    return environment
+
+
+def _finalize(value: Any) -> Any:
+    """Text from outside made visible; what is markup already, or no text, as it is."""
+    return make_visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+@functools.cache
+def _file(name: str) -> str:
+    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
+def _hash(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

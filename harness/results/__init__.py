@@ -1,0 +1,1 @@
+"""What became of many runs: tables of them, their files, and how a number went over time."""

@@ -1,0 +1,174 @@
+"""A run as rows of four tables, in plain Python: what DataFrames, files and the index are made of.
+
+Estimates and comparisons are those of the reports, by the same functions, so that a table cannot say anything else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from harness.records import codec
+from harness.records.metrics import METRICS, PEAKS, PRIMARY, Phase
+from harness.records.record import Role, Side, TrialRecord
+from harness.records.store import Run
+from harness.results.columns import TableName, Values
+from harness.stats import Comparison, QuantileEstimate
+from harness.studies.study import Study
+from harness.verdicts.ab import compare_base_to_itself, report_of
+from harness.verdicts.judging import default_limits
+from harness.verdicts.outcome import Compared
+from harness.verdicts.series import Series, series_of
+from harness.verdicts.standing import ratios_of, standing_of
+
+_ENDINGS: tuple[tuple[str, str], ...] = (("_per_s", "1/s"), ("_bytes", "byte"), ("_s", "s"), ("_j", "J"), ("_w", "W"))
+"""Units by the end of a name, the longer one first; what ends otherwise is a number without a unit."""
+_SIDES: tuple[Side, ...] = ("base", "candidate")
+MEAN, MEDIAN, RANGE = "95 % of the mean", "95 % of the median", "range"
+
+
+def rows_of(run: Run) -> dict[TableName, list[Values]]:
+    """All four tables of a run, each in the order of its columns."""
+    study = codec.from_json(Study, run.manifest.study, f"run {run.manifest.run}")
+    return {
+        "trials": list(trial_rows(run, study)),
+        "samples": list(sample_rows(run)),
+        "estimates": list(estimate_rows(run, study)),
+        "comparisons": list(comparison_rows(run, study)),
+    }
+
+
+def unit_of(metric: str) -> str:
+    """The unit of a metric, of a single value or of a kind of memory, by its name."""
+    if metric in METRICS:
+        return METRICS[metric].unit
+    return next((unit for ending, unit in _ENDINGS if metric.endswith(ending)), "1")
+
+
+def phase_of(metric: str) -> Phase | None:
+    """The phase that it belongs to; None where it belongs to none, or to several."""
+    if metric in METRICS:
+        return METRICS[metric].phase
+    return next((phase for phase, kinds in PEAKS.items() if metric in kinds), None)
+
+
+def trial_rows(run: Run, study: Study) -> Iterator[Values]:
+    """A row a trial; earlier attempts of one that was measured again before it."""
+    about = (run.manifest.run, study.name, run.manifest.fingerprint)
+    attempts = [*((record, False) for record in run.disturbed), *((record, True) for record in run.records)]
+    for record, counts in sorted(attempts, key=lambda one: (one[0].position, one[0].attempt)):
+        failure = record.failure
+        yield (
+            *about, record.trial, record.name, record.variant, record.role, record.side or None, record.replicate,
+            record.position, record.attempt, counts, record.interleaving, record.seed, record.status,
+            failure.phase if failure else None, failure.message if failure else None,
+            record.started_unix_s, record.wall_time_s, record.log or None,
+        )  # fmt: skip
+
+
+def sample_rows(run: Run) -> Iterator[Values]:
+    """A row a raw value of the trials that count, good or bad: samples in their order, single values, memory."""
+    for record in run.records:
+        head = (run.manifest.run, record.trial, record.name, record.role, record.side or None, record.replicate)
+        turns = _turns(record)
+        for metric, values in record.samples.items():
+            about = (*head, phase_of(metric), metric, unit_of(metric))
+            steps = turns if metric in ("step_time_s", "step_cpu_time_s", "train_loss") else ()
+            for place, value in enumerate(values):
+                yield (*about, place, steps[place] if place < len(steps) else None, value)
+        for metric, single in (record.values | record.memory).items():
+            yield (*head, phase_of(metric), metric, unit_of(metric), 0, None, float(single))
+
+
+def _turns(record: TrialRecord) -> tuple[int, ...]:
+    """The turn of each timed step."""
+    return tuple(turn for turn, length in enumerate(record.turn_lengths) for _ in range(length))
+
+
+def estimate_rows(run: Run, study: Study) -> Iterator[Values]:
+    """A row a metric and kind of memory that a variant has."""
+    about = (run.manifest.run, study.name, run.manifest.fingerprint)
+    for side in _SIDES if run.manifest.sides else ("",):
+        for (name, role), series in series_of(run.records, side).items():
+            head = (*about, name, series.records[0].variant, role, side or None)
+            for metric in METRICS:
+                yield from _estimate(head, series, metric)
+            yield from _memory(head, series)
+
+
+def _estimate(head: Values, series: Series, metric: str) -> Iterator[Values]:
+    estimate = series.estimate(metric)
+    if estimate is None or estimate.value is None:
+        return
+    of_median = isinstance(estimate, QuantileEstimate)
+    item, trials = METRICS[metric], series.trials(metric)
+    yield (
+        *head, item.phase, metric, item.unit, item.higher_is_better, estimate.value, estimate.low, estimate.high,
+        None if estimate.low is None else MEDIAN if of_median else MEAN,
+        len(trials), sum(map(len, trials)), series.interleaving(metric),
+    )  # fmt: skip
+
+
+def _memory(head: Values, series: Series) -> Iterator[Values]:
+    for kind in dict.fromkeys(kind for record in series.ok for kind in record.memory):
+        values = [float(record.memory[kind]) for record in series.ok if kind in record.memory]
+        level = next(record.interleaving for record in series.ok if kind in record.memory)
+        yield (
+            *head, phase_of(kind), kind, "byte", False, max(values), min(values), max(values), RANGE,
+            len(values), len(values), level,
+        )  # fmt: skip
+
+
+def comparison_rows(run: Run, study: Study) -> Iterator[Values]:
+    """A row a verdict: a variant against the reference, the candidate of an A/B against its base; the controls, too."""
+    name = run.manifest.run
+    if run.manifest.sides:
+        report = report_of(run)
+        for compared in report.comparisons:
+            yield _judged(name, compared.variant, "variant", (report.base, report.candidate), compared)
+        twin = next((one for one, role in series_of(run.records, "base") if role == "control"), "")
+        for phase, control in compare_base_to_itself(run).items():
+            if control is not None:
+                both, metric = (report.base, report.base), PRIMARY[phase]  # type: ignore[index]
+                yield _compared(name, twin, "control", both, metric, control, run, side="base")
+        return
+    groups, stands = series_of(run.records), standing_of(run, study)
+    for phase, metric in stands.primary.items():
+        control = stands.controls[phase]
+        for variant, ratio in ratios_of(groups, study, metric, control).items():
+            yield _compared(name, variant, "variant", (study.reference, variant), metric, ratio, run)
+        if control is not None:
+            both = (study.reference, study.reference)
+            yield _compared(name, study.reference, "control", both, metric, control, run)
+
+
+def _compared(
+    name: str,
+    variant: str,
+    role: Role,
+    sides: tuple[str, str],
+    metric: str,
+    found: Comparison,
+    run: Run,
+    *,
+    side: Side = "",
+) -> Values:
+    limits = default_limits(variant, metric)
+    series = series_of(run.records, side).get((variant, role))
+    compared = Compared(
+        variant=variant,
+        metric=metric,
+        comparison=found,
+        tolerance=limits.tolerance,
+        margin=limits.margin,
+        interleaving=(series.interleaving(metric) if series else None) or "replicates",
+    )
+    return _judged(name, variant, role, sides, compared)
+
+
+def _judged(name: str, variant: str, role: Role, sides: tuple[str, str], compared: Compared) -> Values:
+    found = compared.comparison
+    return (
+        name, variant, role, *sides, compared.metric, found.ratio, found.low, found.high, found.verdict, found.reason,
+        found.replicates, found.replicates_needed, found.mde80, compared.tolerance, compared.margin,
+        compared.interleaving,
+    )  # fmt: skip

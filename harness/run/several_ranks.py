@@ -1,0 +1,85 @@
+"""What a trial of several ranks needs of the machine and of its variant, before anything is started."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from harness.errors import UsageError
+from harness.machine.nvml import card_names
+from harness.machine.provenance import Machine
+from harness.machine.visible import visible_devices
+from harness.records.record import Notice
+from harness.studies.variant import Variant
+from harness.studies.workload import Workload
+
+
+def processes_on_device(workload: Workload, device: str) -> int:
+    """How many processes of one trial share the memory of a device: on a GPU a rank has a card of its own, which the
+    one that takes turns with all ranks shares with the first."""
+    if workload.ranks == 1:
+        return 1
+    return (1 if device == "cuda" else workload.ranks) + workload.scaling
+
+
+def check_ranks(where: str, variant: Variant, workload: Workload, machine: Machine) -> None:
+    """Refuse what several ranks cannot do. Raises `UsageError`, naming key, value and remedy."""
+    if workload.ranks == 1:
+        return
+    if machine.device == "cuda":
+        _check_cards(where, workload)
+    sharded = workload.strategy == "fsdp2"
+    refused = (
+        (variant.compile, "compile = True", "ranks are measured without it", "Leave it out."),
+        (
+            sharded and variant.quantization == "int8",
+            "quantization = 'int8'",
+            "FSDP2 does not shard the weights of LLM.int8, whose scales lie beside them",
+            'Use strategy = "ddp", or another quantization.',
+        ),
+        (
+            sharded and variant.optimizer.startswith("paged"),
+            f"optimizer = {variant.optimizer!r}",
+            "optimizers of bitsandbytes take no sharded parameters",
+            'Use "adamw" or "adamw_fused", or strategy = "ddp".',
+        ),
+        (
+            sharded and variant.rewrites_base,
+            f"init_lora_weights = {variant.init_lora_weights!r}",
+            "it rewrites the base, of which each rank would have to hold the whole",
+            'Use strategy = "ddp".',
+        ),
+    )
+    for applies, what, why, remedy in refused:
+        if applies:
+            raise UsageError(f"{where}: {what}: with ranks = {workload.ranks}, {why}. {remedy}")
+
+
+def rank_notices(variant: Variant, workload: Workload) -> Iterator[Notice]:
+    """What should be known of several ranks."""
+    if workload.ranks > 1 and workload.strategy == "fsdp2" and variant.is_4bit:
+        if workload.repair:
+            yield Notice(
+                code="ranks-repaired",
+                message=f"{variant.name}: bitsandbytes is mended for FSDP2 ({workload.repair}): the quantisation state "
+                "is set on the weight that stands in the layer. As it is distributed it may compute another model.",
+                remedy="Train with the same repair, or the numbers are those of something that nobody runs.",
+            )
+        else:
+            yield Notice(
+                code="ranks-fsdp2-4bit",
+                message=f"{variant.name}: 4-bit weights of bitsandbytes under FSDP2 can be silently wrong from the "
+                "second step on; every trial checks it over three, and one that is wrong is invalid.",
+                remedy='Write repair = "quant_state" in [workload] where it is, or use strategy = "ddp".',
+            )
+
+
+def _check_cards(where: str, workload: Workload) -> None:
+    visible = visible_devices(os.environ)
+    names = card_names().value
+    cards = len(visible) if visible is not None else None if names is None else len(names)
+    if cards is not None and cards < workload.ranks:
+        raise UsageError(
+            f"{where}: ranks = {workload.ranks}: {cards} card{'s are' if cards != 1 else ' is'} to be had here, and "
+            "ranks that share one measure each other. Use fewer ranks, or make more cards visible."
+        )

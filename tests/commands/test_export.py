@@ -1,0 +1,113 @@
+"""`lorameter export`: a run as a file of each format, or on standard output."""
+
+import csv
+import io
+import json
+
+import pytest
+
+from harness import cli
+from harness.commands import export
+from harness.results import columns, files
+
+
+@pytest.fixture
+def called(write_run, tmp_path, capsys, monkeypatch):
+    """A function that exports one sound run; gives exit code, standard output and standard error."""
+    write_run("sound", {"plain": [1.0, 1.1, 1.2], "nf4": [2.0, 2.2, 2.4]})
+    write_run("cut", {"plain": [1.0, 1.1], "nf4": [1.0, 1.2]}, status="interrupted")
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words, name="sound"):
+        code = cli.main(["export", name, *words, "--runs-dir", "runs"])
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run
+
+
+def test_the_words_of_the_command_are_those_of_the_formats():
+    """The parser names them without loading what writes them."""
+    assert export.FORMATS == files.FORMATS
+    assert tuple(columns.TABLES) == export.TABLES
+
+
+def test_json_is_all_tables_in_one_document(called):
+    """With its schema, and the same by --json."""
+    code, out, _ = called()
+    document = json.loads(out)
+    assert code == 0
+    assert (document["schema"], document["run"]) == (1, "sound")
+    assert {name: len(document[name]) > 0 for name in columns.TABLES} == dict.fromkeys(columns.TABLES, True)
+    assert called("--json")[1] == out
+
+
+def test_csv_of_one_table(called):
+    """Heads first, a line a row, every digit kept."""
+    code, out, _ = called("--format", "csv", "--table", "estimates")
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert code == 0
+    assert tuple(rows[0]) == columns.names_of("estimates")
+    value = next(row["value"] for row in rows if (row["variant"], row["metric"]) == ("plain", "step_time_s"))
+    document = json.loads(called()[1])
+    assert float(value) in [row["value"] for row in document["estimates"]]
+
+
+def test_all_tables_into_a_folder(called, tmp_path):
+    """A file for each, whose paths are said; parquet keeps the types."""
+    import pandas as pd
+
+    for form in ("csv", "parquet"):
+        code, out, _ = called("--format", form, "--output", "out")
+        assert code == 0
+        assert out.split() == [f"out/{name}.{form}" for name in columns.TABLES]
+    frame = pd.read_parquet(tmp_path / "out" / "trials.parquet")
+    assert list(frame.columns) == list(columns.names_of("trials"))
+    assert str(frame["replicate"].dtype) == "Int64"
+    text = pd.read_csv(tmp_path / "out" / "trials.csv")
+    assert list(text["trial"]) == list(frame["trial"])
+
+
+def test_one_table_to_a_file_and_its_path_as_json(called, tmp_path):
+    """--json says what was written."""
+    code, out, _ = called("--format", "parquet", "--table", "samples", "--output", "deep/s.parquet", "--json")
+    assert code == 0
+    assert json.loads(out) == {"schema": 1, "run": "sound", "files": ["deep/s.parquet"]}
+    assert (tmp_path / "deep" / "s.parquet").is_file()
+
+
+@pytest.mark.parametrize("form", ["github-action-benchmark", "bencher"])
+def test_a_page_of_trends_gets_json_and_only_of_valid_runs(called, form):
+    """Exit code 4, with the reason, for one that is not."""
+    code, out, _ = called("--format", form, "--metric", "step_time_s")
+    assert code == 0
+    assert "step_time_s" in json.dumps(json.loads(out))
+    code, out, err = called("--format", form, name="cut")
+    assert (code, out) == (4, "")
+    assert "interrupted" in err
+
+
+def test_mllog_to_a_file(called, tmp_path):
+    """Its lines as they are."""
+    code, _, _ = called("--format", "mllog", "--output", "log.txt")
+    assert code == 0
+    assert (tmp_path / "log.txt").read_text().startswith(":::MLLOG ")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--format", "csv"), "add --table"),
+        (("--format", "parquet"), "--output"),
+        (("--format", "json", "--table", "trials"), "no table"),
+        (("--format", "csv", "--table", "trials", "--metric", "x"), "all metrics"),
+        (("--format", "csv", "--table", "trials", "--json"), "Give one of them"),
+        (("--output", "runs"), "cannot be written"),
+        (("--format", "csv", "--output", "runs/sound/manifest.json/x"), "cannot be written"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_the_remedy(called, words, said):
+    """Exit code 2, and nothing is printed."""
+    code, out, err = called(*words)
+    assert (code, out) == (2, "")
+    assert said in err

@@ -1,0 +1,56 @@
+"""docs/reference.md is made from the code, is current, and leaves no key of any file unsaid."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from harness.cli import main
+from harness.commands.reference import documents_of, write_reference
+from harness.studies import study_file
+from harness.studies.claim import RULES, Claim, Part
+from harness.studies.columns import Columns
+from harness.studies.engine import Engine
+from harness.studies.protocol import Protocol
+from harness.studies.variant import Variant
+from harness.studies.workload import Workload
+from harness.verdicts.gate import LimitRule, Policy
+
+PAGE = Path(__file__).parents[2] / "docs" / "reference.md"
+CLASSES = (Claim, Columns, Engine, LimitRule, Part, Policy, Protocol, Variant, Workload)
+
+
+def test_the_page_is_current(capsys):
+    """It is what the command prints: `lorameter list keys > docs/reference.md` renews it."""
+    assert main(["list", "keys"]) == 0
+    assert PAGE.read_text(encoding="utf-8") == capsys.readouterr().out
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_every_key_is_on_the_page_with_what_it_means(cls):
+    """Its name, and a sentence; a name of a variant needs none."""
+    page, said = write_reference(), documents_of(cls)
+    for field in dataclasses.fields(cls):
+        assert f"| `{field.name}` |" in page
+        assert said.get(field.name) or field.name == "name", f"{cls.__name__}.{field.name} says nothing"
+
+
+def test_every_table_of_a_study_and_every_rule_is_on_the_page():
+    """What the file may hold at its top, and what a claim may state."""
+    page = write_reference()
+    for key in study_file._KEYS:
+        assert f"[{key}" in page or f"\n{key} =" in page, key
+    for rule in RULES:
+        assert f'`"{rule}"`' in page
+        assert f"{rule}" in page.split("### The rules of a part")[1]
+
+
+def test_choices_and_defaults_are_those_of_the_code():
+    """A word by its choices, a default as it would be written in the file."""
+    page = write_reference()
+    assert '| `quantization` | `"none"`, `"int8"`, `"nf4"`, `"fp4"` | `"none"` |' in page
+    assert "| `use_dora` | true or false | `false` |" in page
+    assert "| `r` | whole number | `16` |" in page
+    assert "| `precision` | number | not set |" in page

@@ -1,0 +1,47 @@
+"""docs/results.ipynb is executed: what it shows is what its cells make of a run that the repository holds."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import nbclient
+import nbformat
+import pytest
+
+PAGE = Path(__file__).parents[2] / "docs" / "results.ipynb"
+
+
+@pytest.fixture
+def executed(tmp_path, monkeypatch):
+    """The notebook as it is, and as it comes out of a kernel of its own, with the code of this checkout."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(PAGE.parents[1]), os.environ.get("PYTHONPATH", "")]))
+    for name in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / name.lower()))
+    kept = nbformat.read(PAGE, as_version=4)
+    fresh = nbformat.read(PAGE, as_version=4)
+    nbclient.NotebookClient(
+        fresh, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(PAGE.parent)}}
+    ).execute()
+    return kept, fresh
+
+
+def test_the_notebook_shows_what_its_cells_make(executed):
+    """Every cell runs, and its output is the one that stands there; LORAMETER_GOLDEN=write renews it."""
+    kept, fresh = executed
+    nbformat.validate(fresh)
+    if os.environ.get("LORAMETER_GOLDEN") == "write":
+        for cell in fresh.cells:
+            cell.metadata.pop("execution", None)  # the times of day
+        nbformat.write(fresh, PAGE)
+        return
+    cells = [cell for cell in fresh.cells if cell.cell_type == "code"]
+    assert len(cells) >= 6
+    assert all(text_of(cell) for cell in cells)
+    assert [text_of(cell) for cell in cells] == [text_of(cell) for cell in kept.cells if cell.cell_type == "code"]
+
+
+def text_of(cell) -> list[str]:
+    """What a cell shows, as text; a table's layout is pandas' own."""
+    shown = [output["data"]["text/plain"] for output in cell.outputs if "data" in output]
+    return [" ".join(text.split()) for text in shown]

@@ -1,0 +1,139 @@
+"""Which attention a request ran is judged by its own operators, in the words of what a step is required to run."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import kernels_check
+from kernels_check import serving
+from kernels_check.judges.request import judge_request
+from kernels_check.observation.attention_calls import AttentionCall
+from kernels_check.observation.events import StepProfile
+
+FLASH = AttentionCall(op="aten::_scaled_dot_product_flash_attention", backend="flash", direction="forward", mask=False)
+CUDNN = dataclasses.replace(FLASH, op="aten::_scaled_dot_product_cudnn_attention", backend="cudnn")
+MATH = dataclasses.replace(FLASH, op="aten::_scaled_dot_product_attention_math", backend="math")
+BACKWARD = dataclasses.replace(MATH, direction="backward")
+
+
+@pytest.fixture
+def instrument():
+    """Each test names its own."""
+    return "spy"
+
+
+@pytest.fixture
+def judge():
+    """A function that judges the calls of a request, or its kernels."""
+
+    def judged(required, *calls, kernels=None):
+        seen = StepProfile(attention=calls, fourbit=(), kernels=kernels or {}, unclassified={})
+        return judge_request(torch.nn.Identity(), seen, required).against(serving.PATH, required)
+
+    return judged
+
+
+@pytest.mark.parametrize(
+    ("required", "calls", "status", "observed"),
+    [
+        ("fused", (FLASH, FLASH), "active", "flash"),
+        ("fused", (CUDNN, FLASH), "active", "cudnn+flash"),
+        ("flash", (CUDNN,), "active", "cudnn"),
+        ("cudnn", (FLASH,), "active", "flash"),
+        ("fused", (FLASH, MATH), "fallback", "flash+math"),
+        ("flash_attention_2", (MATH,), "fallback", "math"),
+        ("math", (MATH,), "active", "math"),
+        ("math", (FLASH,), "fallback", "flash"),
+        ("eager", (FLASH,), "fallback", "flash"),
+        (None, (MATH, FLASH), "active", "flash+math"),
+        ("fused", (FLASH, BACKWARD), "active", "flash"),
+    ],
+)  # fmt: skip
+def test_a_request_is_fused_where_a_step_must_be(judge, required, calls, status, observed):
+    """By any fused backend, which may be another than the step's; every call counts, and only those of the request."""
+    check = judge(required, *calls)
+    assert (check.path, check.status, check.observed) == ("request.attention", status, observed)
+
+
+def test_the_reason_counts_calls_and_masks(judge):
+    """And says what keeps a request from a fused backend, where one is required."""
+    masked = dataclasses.replace(MATH, mask=True)
+    check = judge("fused", FLASH, FLASH, masked)
+    assert check.reason.startswith("forward: 2 flash, 1 math; 1 with an explicit mask; likely cause: an explicit mask")
+    assert judge("fused", FLASH).reason == "forward: 1 flash"
+    assert judge(None, masked).reason == "forward: 1 math; 1 with an explicit mask"
+    assert judge("fused", dataclasses.replace(FLASH, mask=None)).reason == "forward: 1 flash"
+
+
+def test_kernels_tell_where_no_operator_does(judge):
+    """As under CUDA graphs; without either nothing is known."""
+    assert judge("fused", kernels={"ATT-CUDNN": 4}).observed == "cudnn"
+    assert judge("flash", kernels={"ATT-CUDNN": 4}).met
+    check = judge("eager", kernels={"ATT-CUDNN": 4})
+    assert check.status == "fallback"
+    assert judge("fused").status == "unknown"
+    assert judge("fused", BACKWARD).status == "unknown"
+
+
+@pytest.mark.parametrize("instrument", ["profile", "spy"])
+@pytest.mark.parametrize(("attention", "observed"), [("sdpa", "flash"), ("eager", "eager")])
+def test_a_real_request_is_watched(training, instrument, attention, observed):
+    """Prefill and one step of decoding, each a call in each layer; both instruments see the same."""
+    run = training(attention=attention, quant=None)
+    run.model.eval()
+    asked = []
+
+    @torch.no_grad()
+    def request():
+        asked.append(1)
+        prompt = run.inputs["input_ids"][:1, :6]
+        run.model.generate(input_ids=prompt, max_new_tokens=2, min_new_tokens=2, do_sample=False)
+
+    check = kernels_check.watch_request(run.model, request, observed, instrument=instrument)
+    assert check.met, check.reason
+    layers = run.model.config.num_hidden_layers
+    assert check.reason.startswith(f"forward: {2 * layers} {observed}")
+    assert len(asked) == 1
+    other = "eager" if observed == "flash" else "fused"
+    check = kernels_check.watch_request(run.model, request, other, instrument=instrument)
+    assert (check.status, check.observed) == ("fallback", observed)
+
+
+def test_what_the_spy_cannot_see_is_left_to_a_profile(training, monkeypatch):
+    """On a card a library without operators of its own; a check that is not there is no failure."""
+    run = training(quant=None)
+    assert kernels_check.watch_request(run.model, lambda: None, "fused", instrument="spy").status == "unknown"
+    monkeypatch.setattr("kernels_check.observation.spy.is_on_cuda", lambda model: True)
+    assert kernels_check.watch_request(run.model, lambda: None, "fused", instrument="spy") is None
+
+
+def test_a_profile_without_a_kernel_of_the_card_is_tried_once_more(training, monkeypatch):
+    """It may have begun on the heels of another; what the second has is taken."""
+    run = training(quant=None)
+    empty = StepProfile(attention=(), fourbit=(), kernels={}, unclassified={})
+    found = [empty, dataclasses.replace(empty, kernels={"ATT-CUDNN": 2})]
+    monkeypatch.setattr(serving, "profiled", lambda request: found.pop(0))
+    assert kernels_check.watch_request(run.model, lambda: None, "fused").status == "unknown"
+    assert len(found) == 1
+    found.insert(0, empty)
+    monkeypatch.setattr("kernels_check.observation.instruments.is_on_cuda", lambda model: True)
+    assert kernels_check.watch_request(run.model, lambda: None, "fused").met
+    assert not found
+
+
+def test_a_request_with_a_profiler_of_its_own_is_not_judged(training, monkeypatch):
+    """It ends ours, which then has nothing to tell; one around it is left alone, and the spy looks on."""
+    run = training(quant=None)
+    monkeypatch.setattr(serving, "profiled", lambda request: None)
+    assert kernels_check.watch_request(run.model, lambda: None) is None
+    monkeypatch.setattr(serving, "is_recording", lambda: True)
+    assert kernels_check.watch_request(run.model, lambda: None).status == "unknown"
+
+
+@pytest.mark.parametrize("given", [{"required": "flsh"}, {"required": 1}, {"instrument": "eyes"}])
+def test_what_nobody_can_judge_is_refused(training, given):
+    """Before anything is asked."""
+    run = training(quant=None)
+    with pytest.raises(ValueError, match=r"flsh|attention.backend=1|eyes"):
+        kernels_check.watch_request(run.model, lambda: pytest.fail("asked"), **given)

@@ -1,0 +1,76 @@
+"""Real recordings of GPU runs, judged as an independent count of their own sums has it.
+
+They are not part of the project: $LORAMETER_TRACES names their folder, or they lie in a folder `shared` beside the
+checkout. Of a recording that is not in the table only what holds of any is asked: nearly nothing is unclassified.
+"""
+
+import csv
+import gzip
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from kernels_check import read_trace
+
+FOLDER = Path(os.environ.get("LORAMETER_TRACES", Path(__file__).parents[4] / "shared" / "data" / "traces"))
+RECORDINGS = sorted(
+    path for ending in ("*.json.gz", "*.json", "*.csv", "*.csv.gz") for path in FOLDER.glob(ending) if path.is_file()
+)
+MOST_UNCLASSIFIED = 0.01
+
+ATTENTION = ("flash_fwd", "flash_bwd", "_sdpa_", "cudnn::fusion::")
+PRODUCTS = ("gemm", "nvjet", "splitKreduce", "gemv", "cutlass::Kernel")
+KNOWN = {
+    "h100-qwen1.5-0.5b.json.gz": {"attention": 0.085, "matmul": 0.280},
+    "h100-bert-small.json.gz": {"attention": 0.121, "matmul": 0.639},
+    "h100-fa2-nvjet-top15.csv": {"attention": 0.369, "matmul": 0.387},
+    "h100-cudnn-gqa-backward.csv": {"attention": 1.0, "matmul": 0.0},
+}
+"""Shares that were published, or counted by whoever transcribed them."""
+
+pytestmark = pytest.mark.skipif(
+    not RECORDINGS, reason=f"no recording in {FOLDER}: $LORAMETER_TRACES names their folder"
+)
+
+
+def times_of(path):
+    """Microseconds by name of all that ran on the device; plainly, without any of the readers that are tested."""
+    text = gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text()
+    times = {}
+    if ".csv" in path.name:
+        for row in csv.DictReader(text.splitlines()):
+            times[row["Name"]] = times.get(row["Name"], 0.0) + float(row["Total Time (ns)"]) / 1e3
+        return times
+    for event in json.loads(text)["traceEvents"]:
+        if event.get("ph") == "X" and event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
+            times[event["name"]] = times.get(event["name"], 0.0) + float(event["dur"])
+    return times
+
+
+def share(times, words):
+    """The part of the time of names that hold one of the words."""
+    return sum(time for name, time in times.items() if any(word in name for word in words)) / sum(times.values())
+
+
+@pytest.mark.parametrize("path", RECORDINGS, ids=lambda path: path.name)
+def test_a_recording_is_judged_as_its_own_sums_say(path):
+    """All the time is there, nearly all of it has a category, and attention and products are what a plain count has."""
+    summary, times = read_trace(path), times_of(path)
+    assert summary.time_ms == pytest.approx(sum(times.values()) / 1e3, rel=1e-6)
+    assert sum(summary.categories.values()) == pytest.approx(1.0)
+    assert summary.unclassified.time_share <= MOST_UNCLASSIFIED, summary.unclassified.names
+    if path.name in KNOWN:
+        attention, products = share(times, ATTENTION), share(times, PRODUCTS)
+        assert summary.categories["attention"] == pytest.approx(attention, abs=1e-6)
+        assert summary.categories["matmul"] == pytest.approx(products, abs=1e-6)
+        assert {"attention": attention, "matmul": products} == pytest.approx(KNOWN[path.name], abs=1e-3)
+
+
+@pytest.mark.skipif(not (FOLDER / "h100-cudnn-gqa-backward.csv").is_file(), reason=f"it is not in {FOLDER}")
+def test_attention_of_cudnn_is_all_of_its_own():
+    """With grouped heads a quarter of its backward lies in kernels beside the fused one."""
+    use = read_trace(FOLDER / "h100-cudnn-gqa-backward.csv").attention.backends
+    assert set(use) == {"cudnn"}
+    assert (use["cudnn"].forward_calls, use["cudnn"].backward_calls) == (1, 5)

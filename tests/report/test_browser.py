@@ -1,0 +1,160 @@
+"""Pages in a real browser: nothing is loaded, nothing complains, and every control does what it says."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from harness.records import store
+from harness.report.figures import figures_of_run
+from harness.report.html.page import save_html, write_html
+from harness.report.run import describe_run
+from harness.report.view import view_of
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser: pip install -e .[dev]")
+axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-core looks for what shuts people out")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="no chromium on this machine (Debian: apt-get install chromium)"
+)
+COMMITTED = sorted(
+    path for path in (Path(__file__).parents[2] / "reports").iterdir() if (path / "trials.jsonl").is_file()
+)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as started:
+        running = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield running
+        running.close()
+
+
+@pytest.fixture(scope="module", params=COMMITTED, ids=lambda path: path.name.rpartition("_")[2])
+def file(request, tmp_path_factory):
+    """A committed run as a page on the disk."""
+    run = store.read_run(str(request.param), request.param.parent)
+    view = view_of(run)
+    names = [variant["name"] for variant in run.manifest.study["variants"]]
+    written = write_html(
+        describe_run(view), title=view.title, names=names, figures=figures_of_run(run, view), again="lorameter run x"
+    )
+    return save_html(written, tmp_path_factory.mktemp("pages") / "page.html")
+
+
+@pytest.fixture
+def page(browser, file):
+    opened = browser.new_page(viewport={"width": 1280, "height": 900})
+    opened.goto(file.as_uri())
+    yield opened
+    opened.close()
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_opens_without_a_word_or_a_request(browser, file, width, scheme):
+    """From the disk: no word on the console, no request, no need to scroll sideways, and axe finds nothing."""
+    opened, said, asked = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme), [], []
+    opened.on("console", lambda message: said.append(message.text))
+    opened.on("pageerror", lambda error: said.append(str(error)))
+    opened.on("request", lambda request: asked.append(request.url))
+    opened.goto(file.as_uri())
+    assert not said
+    assert [url for url in asked if not url.startswith("data:")] == [file.as_uri()]
+    assert opened.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    found = axe.Axe().run(opened)
+    assert found.violations_count == 0, found.generate_report()
+    opened.close()
+
+
+def test_it_is_complete_without_scripts(browser, file):
+    """The same words and pictures, and no control that would do nothing."""
+    both = []
+    for scripts in (True, False):
+        context = browser.new_context(java_script_enabled=scripts)
+        opened = context.new_page()
+        opened.goto(file.as_uri())
+        both.append(
+            (opened.locator("svg").count(), opened.locator("tbody tr").count(), opened.locator("main").inner_text())
+        )
+        assert opened.locator("th button").count() == 0 or scripts
+        assert opened.locator("fieldset").is_visible() == scripts
+        context.close()
+    assert both[0][:2] == both[1][:2]
+    assert set(both[1][2].split()) <= set(both[0][2].split())
+
+
+def test_a_column_sorts_by_its_numbers_and_back(page):
+    """Ascending, descending, as written; by the value behind the text, and what has none is last."""
+    table = page.locator("table.sortable").first
+    written = table.locator("tbody tr").all_inner_texts()
+    column = next(n for n, head in enumerate(table.locator("thead th").all()) if "step time" in head.inner_text())
+    values = f"rows => rows.map(row => row.cells[{column}].dataset.value).filter(one => one).map(Number)"
+    button, orders = table.locator("thead th").nth(column).locator("button"), []
+    for _ in range(3):
+        button.click()
+        orders.append(table.locator("tbody tr").evaluate_all(values))
+    assert orders[0] == sorted(orders[0])
+    assert orders[1] == sorted(orders[0], reverse=True)
+    assert table.locator("tbody tr").all_inner_texts() == written
+
+
+def test_sorting_works_by_keyboard_and_says_so(page):
+    """A button in the tab order; the column tells its order to who listens."""
+    head = page.locator("table.sortable").first.locator("thead th").first
+    head.locator("button").focus()
+    page.keyboard.press("Enter")
+    assert head.get_attribute("aria-sort") == "ascending"
+    page.keyboard.press("Space")
+    assert head.get_attribute("aria-sort") == "descending"
+
+
+def test_a_variant_is_hidden_everywhere_and_shown_again(page):
+    """In tables and in pictures at once."""
+    box = page.locator("fieldset label").nth(1)
+    owned = page.locator(f'[data-variant="{box.inner_text().strip()}"]')
+    assert owned.count() > 3
+    box.locator("input").uncheck()
+    assert owned.evaluate_all("all => all.every(one => one.classList.contains('off'))")
+    assert owned.evaluate_all("all => all.every(one => getComputedStyle(one).display === 'none')")
+    box.locator("input").check()
+    assert owned.evaluate_all("all => all.some(one => getComputedStyle(one).display !== 'none')")
+
+
+def test_evidence_opens_by_click_and_by_keyboard(page):
+    """What was found of a path stands behind its word."""
+    entry = page.locator("td details").first
+    assert not entry.locator("p").first.is_visible()
+    entry.locator("summary").click()
+    assert entry.locator("p").first.is_visible()
+    entry.locator("summary").focus()
+    page.keyboard.press("Enter")
+    assert not entry.locator("p").first.is_visible()
+
+
+def test_a_long_table_is_filtered(page):
+    """By any word of a row."""
+    page.locator("details").evaluate_all("all => all.forEach(one => one.open = true)")
+    table = page.locator("table.sortable").filter(has=page.locator("tbody tr:nth-child(9)")).first
+    word = table.locator("tbody tr").nth(3).locator("th").inner_text().split()[0]
+    page.get_by_label("Filter rows").first.fill(word)
+    shown = table.locator("tbody tr:visible").all_inner_texts()
+    assert shown
+    assert all(word in row for row in shown)
+    assert len(shown) < table.locator("tbody tr").count()
+
+
+def test_marks_tell_their_numbers_when_pointed_at(page):
+    """The title of a group is what a browser shows beside the pointer."""
+    told = page.locator("figure svg g.s > title").first.text_content()
+    assert "[" in told
+    assert "]" in told
+
+
+def test_paper_has_all_of_it_and_no_controls(page):
+    """Printing hides what only a screen can use."""
+    page.emulate_media(media="print")
+    assert not page.locator("fieldset").is_visible()
+    assert page.locator("figure").first.is_visible()

@@ -1,0 +1,23 @@
+"""Runs of known content, each read back as a user's would be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from harness.records import store
+
+RUNS = Path(__file__).parents[1] / "golden" / "runs"
+
+
+@pytest.fixture
+def read():
+    """A function that reads a constructed run by its name."""
+    return lambda name: store.read_run(name, RUNS)
+
+
+@pytest.fixture
+def sound(write_run):
+    """The directory of a run of two variants in five replicates, all of it in order."""
+    return write_run("sound", {"plain": [1.0, 1.1, 1.2, 1.3, 1.4], "nf4": [2.0, 2.2, 2.4, 2.6, 2.8]})

@@ -1,0 +1,226 @@
+"""Lines, breaks and suspicions: what is told of runs whose numbers are known."""
+
+import dataclasses
+import json
+import math
+import random
+
+import pytest
+
+from harness import cli
+from harness.errors import UsageError
+from harness.records import codec, store
+from harness.records.document import write_document
+from harness.report.history import describe_history
+from harness.report.terminal import text_of
+from harness.results.history import Moment, confirming, history_of
+from harness.results.index import open_index
+
+DAY_S = 86400.0
+
+
+@pytest.fixture
+def nightly(write_run, small_study):
+    """A function that writes a run a night: `levels` are true step times, `facts` what differs from night to night."""
+    study = dataclasses.replace(small_study, name="training-step")
+    rng = random.Random(4)
+
+    def write(levels, facts=lambda night: {}, **options):
+        for night, level in enumerate(levels):
+            value = level * math.exp(rng.gauss(0, 0.02))
+            told = {"git": {"commit": f"{night:040x}", "dirty": False}} | facts(night)
+            path = write_run(f"night{night:03d}", {"plain": [value, value * 1.01]}, study=study, facts=told, **options)
+            dated(path, night)
+        return path.parent
+
+    return write
+
+
+def dated(path, night, **changes):
+    data = codec.to_json(store.read_manifest(path)) | {"created_unix_s": night * DAY_S + 1.79e9} | changes
+    write_document(path / "manifest.json", data)
+
+
+def told(runs, *words, **options):
+    with open_index(runs) as index:
+        return history_of(index, *words, **options)
+
+
+def torch(version):
+    return {"libraries": {"torch": version, "transformers": "1.0", "peft": "1.0", "bitsandbytes": "1.0"}}
+
+
+def test_a_slow_down_is_suspected_with_all_that_is_known_of_it(nightly):
+    """Before, after, interval, commits, and the command that would confirm it."""
+    runs = nightly([1.0] * 14 + [1.1] * 6)
+    (track,) = told(runs).tracks
+    (line,) = track.lines
+    (found,) = line.suspicions
+    assert (found.before.run, found.after.run) == ("night013", "night014")
+    assert found.direction == "slower"
+    assert found.low < 1.1 < found.high
+    assert found.level_after / found.level_before == pytest.approx(found.ratio)
+    assert [(one.field, one.base[-2:], one.candidate[-2:]) for one in found.differing] == [("git.commit", "0d", "0e")]
+    assert found.confirm == ("lorameter ab training-step --base 000000000000 --candidate 000000000000 --variant plain")
+    assert [plateau.runs for plateau in line.plateaus] == [14, 6]
+    assert not track.breaks
+
+
+def test_a_rate_that_rises_is_faster(nightly):
+    """Above 1 is worse, for rates too."""
+    runs = nightly([1.0] * 12 + [0.85] * 5)
+    (track,) = told(runs, "tokens_per_s").tracks
+    (found,) = track.lines[0].suspicions
+    assert found.direction == "faster"
+    assert found.ratio < 1 < found.level_after / found.level_before
+
+
+def test_a_change_of_fingerprint_is_a_known_break_and_no_change(nightly):
+    """A line for each, no ratio across, what differs, and the A/B of the versions that measures it."""
+    runs = nightly([1.0] * 12 + [1.3] * 12, lambda night: torch("1.0" if night < 12 else "2.0+cpu"))
+    (track,) = told(runs).tracks
+    assert [len(line.moments) for line in track.lines] == [12, 12]
+    assert not [line.suspicions for line in track.lines if line.suspicions]
+    (change,) = track.breaks
+    assert change.fingerprint_before != change.fingerprint_after
+    assert {one.field for one in change.differing} == {"git.commit", "libraries.torch"}
+    assert change.confirm.endswith("--base torch==1.0 --candidate torch==2.0 --variant plain")
+    assert not hasattr(change, "ratio")
+
+
+def test_two_machines_in_turns_are_two_lines_with_one_break(nightly):
+    """A fingerprint that comes back goes on with its line."""
+    runs = nightly([1.0] * 24, lambda night: {"device_name": f"CPU {night % 2}"})
+    (track,) = told(runs).tracks
+    assert [len(line.moments) for line in track.lines] == [12, 12]
+    assert len(track.breaks) == 1
+
+
+def test_another_content_of_the_variant_is_a_break(nightly, small_study):
+    """Under the same fingerprint and the same name."""
+    runs = nightly([1.0] * 11)
+    rank = dataclasses.replace(small_study.variants[0], r=64)
+    path = runs / "night010"
+    lines = (path / store.TRIALS).read_text().replace(small_study.variants[0].id, rank.id)
+    (path / store.TRIALS).write_text(lines)
+    (track,) = told(runs).tracks
+    assert [len(line.moments) for line in track.lines] == [10, 1]
+    assert track.breaks[0].differing[0].field == "variant plain"
+
+
+def test_fewer_than_ten_runs_are_a_line_without_a_search(nightly):
+    """However large the last are; and it is said from when on."""
+    runs = nightly([1.0] * 5 + [2.0] * 4)
+    history = told(runs)
+    line = history.tracks[0].lines[0]
+    assert (line.suspicions, line.scatter, line.detectable) == ((), None, None)
+    assert "9 runs that count; changes are looked for from 10 on" in said(history)
+
+
+def test_runs_that_do_not_count_are_gaps_with_their_reason(nightly):
+    """An interrupted run of twice the time is no change, whatever follows."""
+    runs = nightly([1.0] * 14)
+    for night in (11, 12, 13):
+        dated(runs / f"night{night:03d}", night, status="interrupted")
+    line = told(runs).tracks[0].lines[0]
+    assert len(line.counting) == 11
+    assert "interrupted" in line.moments[-1].why_not
+
+
+def test_runs_of_different_times_are_never_equivalent(nightly):
+    """A line without a change says what it would have shown, and not that nothing has changed."""
+    runs = nightly([1.0] * 20)
+    history = told(runs)
+    line = history.tracks[0].lines[0]
+    assert not line.suspicions
+    assert line.detectable > line.scatter > 0
+    assert "equivalent" not in json.dumps(codec.to_json(history))
+    text = said(history)
+    assert "equivalent" not in text
+    assert "no change found; runs scatter by" in text
+
+
+def test_a_noisy_line_says_that_it_sees_large_changes_only(nightly):
+    """With the scatter of separate processes 10 % is not found, and the line does not promise it."""
+    rng = random.Random(3)
+    levels = [math.exp(rng.gauss(0, 0.27)) * (1.1 if night >= 20 else 1.0) for night in range(30)]
+    line = told(nightly(levels)).tracks[0].lines[0]
+    assert not line.suspicions
+    assert line.detectable > 0.4
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        ({"commit": "a" * 40}, {"commit": "b" * 40}, "--base aaaaaaaaaaaa --candidate bbbbbbbbbbbb"),
+        ({"commit": "a" * 40}, {"commit": "b" * 40, "dirty": True}, ""),
+        ({"commit": "a" * 40}, {"commit": "a" * 40}, ""),
+        ({"commit": None}, {"commit": "b" * 40}, ""),
+        (
+            {"versions": {"torch": "1", "peft": "0.1"}},
+            {"versions": {"torch": "2", "peft": "0.2"}},
+            "--base 'torch==1 peft==0.1' --candidate 'torch==2 peft==0.2'",
+        ),
+        ({"versions": {"peft": None}}, {"versions": {"peft": "0.2"}}, ""),
+    ],
+)
+def test_the_command_that_would_confirm(before, after, words):
+    """Of versions where these differ, else of commits; none where a side could not be put up."""
+    moment = Moment(
+        run="r", folder="r", created_unix_s=0.0, value=1.0, low=None, high=None, replicates=1, commit=None,
+        dirty=False, versions={}, why_not=None,
+    )  # fmt: skip
+    command = confirming("mine", "plain", *(dataclasses.replace(moment, **one) for one in (before, after)))
+    assert command == (f"lorameter ab mine.toml {words} --variant plain" if words else "")
+
+
+def test_what_is_not_there_is_named_with_what_is(nightly):
+    """Metric, study, variant, and a folder without runs."""
+    runs = nightly([1.0] * 2)
+    for words, options, known in (
+        (("stepp",), {}, "step_time_s"),
+        ((), {"study": "other"}, "plain of training-step"),
+        ((), {"variant": "nf5"}, "plain of training-step"),
+    ):
+        with pytest.raises(UsageError, match=known):
+            told(runs, *words, **options)
+    with pytest.raises(UsageError, match="no run here has a number"):
+        told(runs / "none")
+
+
+def said(history, width=200, **options):
+    return text_of(describe_history(history, **options), width=width, coloured=False)
+
+
+def test_the_report_draws_every_line_and_every_break(nightly):
+    """And with --runs a row a run, with its interval and its commit."""
+    runs = nightly([1.0] * 12 + [1.3] * 13, lambda night: torch("1.0" if night < 12 else "2.0"))
+    text = said(told(runs), every_run=True)
+    drawn = [line for line in text.splitlines() if set(line) & set("▁█") and "to 2026" in line]
+    assert len(drawn) == 2
+    assert "┃" in drawn[1]
+    assert "known break" in text
+    assert "torch 1.0 → 2.0" in text
+    assert text.count("night0") >= 25
+
+
+def test_the_command_prints_text_and_json(nightly, capsys):
+    """Exit code 0: a suspicion is no verdict. What does not exist is refused with 2."""
+    runs = nightly([1.0] * 14 + [1.2] * 5)
+    assert cli.main(["history", "--runs-dir", str(runs)]) == 0
+    assert "a suspicion; it is confirmed by: lorameter ab" in capsys.readouterr().out
+    words = ["history", "step_time_s", "--study", "training-step", "--variant", "plain", "--rebuild", "--json"]
+    assert cli.main([*words, "--runs-dir", str(runs)]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["schema"] == 1
+    (found,) = document["tracks"][0]["lines"][0]["suspicions"]
+    assert found["after"]["run"] == "night014"
+    assert cli.main(["history", "stepp", "--runs-dir", str(runs)]) == 2
+
+
+def test_names_of_others_act_on_no_terminal(nightly):
+    """A study, a version and a reason may hold anything."""
+    runs = nightly([1.0] * 3, lambda night: torch("1\x1b[31m"))
+    text = said(told(runs), every_run=True)
+    assert "\x1b" not in text
+    assert "\\x1b" in text

@@ -1,0 +1,189 @@
+"""One file to send: it reads as the run does, and holds nothing of whose machine it was measured on."""
+
+import getpass
+import re
+import socket
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import harness
+from harness import cli
+from harness.commands import housekeeping
+from harness.errors import UsageError
+from harness.records import packed, store
+from harness.records.document import write_document
+from harness.records.locks import alone
+from harness.records.record import Failure, Notice
+from harness.results import pack as packing
+from harness.results.pack import PRIVATE, pack
+from harness.results.rows import rows_of
+
+RUNS = Path(__file__).parents[1] / "golden" / "runs"
+HOST = "rack7-node12"
+
+
+def content(path):
+    with zipfile.ZipFile(path) as archive:
+        return {name: archive.read(name).decode() for name in archive.namelist()}
+
+
+@pytest.mark.parametrize("path", sorted(RUNS.iterdir()), ids=lambda path: path.name)
+def test_a_packed_run_says_what_the_run_says(path, tmp_path):
+    """Every row of every table, how the run stands, and how many lines were lost."""
+    there, here = store.read_run(str(path), RUNS), store.read_run(str(pack(path.name, RUNS, tmp_path / "x.zip")), RUNS)
+    before, after = rows_of(there), rows_of(here)
+    assert {name: len(rows) for name, rows in after.items()} == {name: len(rows) for name, rows in before.items()}
+    for name in ("samples", "estimates", "comparisons"):
+        assert after[name] == before[name], name
+    assert (here.state, here.damaged_lines, len(here.disturbed)) == (
+        there.state, there.damaged_lines, len(there.disturbed)
+    )  # fmt: skip
+    assert [record.checks and [check["status"] for check in record.checks] for record in here.records] == [
+        record.checks and [check["status"] for check in record.checks] for record in there.records
+    ]
+
+
+@pytest.fixture
+def private(write_run, monkeypatch, tmp_path):
+    """A run that holds paths, a host, a user, addresses and texts of records."""
+    monkeypatch.setattr(socket, "gethostname", lambda: HOST)
+    monkeypatch.setattr(socket, "getfqdn", lambda: f"{HOST}.example.org")
+    monkeypatch.setattr(getpass, "getuser", lambda: "ada.lovelace")
+    trace = (
+        f'Traceback (most recent call last):\n  File "/home/ada/secret-project/train.py", line 3, in <module>\n'
+        f"    connect('10.20.30.40:29500')  # {HOST} of ada.lovelace\nOSError: ~/notes/x.txt and ../up/y.bin\n"
+    )
+
+    def change(record):
+        tokens = {"answer_0": [5, 6, 7], "untrained_0": [8], "completion": [9, 9], "real_tokens": 64}
+        message = f"see http://{HOST}.internal:80/a/b?c=d and data/mine.jsonl"
+        notice = Notice(code="x", message=message, remedy="12.4.5.8")
+        record = record.replaced(tokens=tokens, notices=(notice,))
+        if record.trial == "r1-nf4":
+            failure = Failure(phase="train", kind="OSError", message="/srv/private/weights.bin is cut", traceback=trace)
+            return record.replaced(status="crashed", failure=failure)
+        return record
+
+    path = write_run("mine", {"plain": [1.0, 1.1], "nf4": [1.0, 1.2]}, change=change)
+    manifest = store.read_manifest(path)
+    manifest.tokens.update(examples=[{"prompt": "Dear diary,", "reference": "I was"}], data="mine.jsonl, 4 records")
+    manifest.study["workload"]["model"] = "/srv/private/llama"
+    manifest.provenance["packages"] = {"nvidia-cublas-cu12": "12.4.5.8"}
+    write_document(path / "manifest.json", manifest)
+    monkeypatch.chdir(tmp_path)
+    return path
+
+
+SECRETS = {
+    "paths": ("/home/ada", "secret-project", "/srv/private", "~/notes", "../up", "data/mine"),
+    "hosts": (HOST, "10.20.30.40", "ada.lovelace", "internal"),
+    "texts": ("Dear diary", "answer_0", "untrained_0", "completion"),
+}
+
+
+def test_nothing_private_is_in_it(private):
+    """No path, host, user, address or text; what is public stays, versions of four parts too."""
+    found = "".join(content(pack("mine", private.parent)).values())
+    for kind, words in SECRETS.items():
+        assert not [word for word in words if word in found], kind
+    assert re.findall(r"train\.py|weights\.bin|llama", found)
+    assert '"nvidia-cublas-cu12": "12.4.5.8"' in found
+    assert '"remedy": "12.4.5.8"' in found
+    assert Path("mine.lorameter.zip").is_file()
+
+
+@pytest.mark.parametrize("kind", PRIVATE)
+def test_what_is_asked_for_is_in_it_and_nothing_else(kind, private, tmp_path):
+    """Each kind by itself."""
+    found = "".join(content(pack("mine", private.parent, tmp_path / "x.zip", [kind])).values())
+    for other, words in SECRETS.items():
+        held = [word for word in words if word in found]
+        assert held == (list(words) if other == kind else []), other
+
+
+def test_every_command_reads_it(tmp_path, capsys, monkeypatch):
+    """report, claims, compare, gate, export and sample say of the file what they say of the run."""
+    pack("swept", RUNS, tmp_path / "swept.lorameter.zip", ["texts"])
+    pack("sound", RUNS, tmp_path / "sound.lorameter.zip")
+    pack("ab", RUNS, tmp_path / "ab.lorameter.zip")
+    lines = [
+        "report {swept}", "report {ab} --json", "claims {swept} --json", "compare {sound} {sound} --json",
+        "gate {sound} {sound} --format json", "export {sound}", "export {sound} --format bencher",
+        "sample {swept} lora_alpha=256",
+    ]  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    for line in lines:
+        answers = []
+        for form in ("{0}.lorameter.zip", f"{RUNS}/{{0}}"):
+            names = {name: form.format(name) for name in ("swept", "sound", "ab")}
+            code = cli.main(line.format(**names).split())
+            said = capsys.readouterr()
+            answers.append(
+                (code, re.sub(r"Run \w+ in .*|\S+\.zip|\"path\": \"[^\"]*\"", "", said.out), said.err.count("\n"))
+            )
+        assert answers[0] == answers[1], line
+        assert answers[0][0] != 70
+
+
+def test_the_same_run_becomes_the_same_file(tmp_path):
+    """Byte for byte: nothing in it says when or by whom it was packed."""
+    one, two = pack("sound", RUNS, tmp_path / "1.zip"), pack("sound", RUNS, tmp_path / "2.zip")
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_a_run_under_way_and_a_place_that_is_taken_are_refused(private, tmp_path):
+    """With what to do."""
+    pack("mine", private.parent)
+    with pytest.raises(UsageError, match="another --output"):
+        pack("mine", private.parent)
+    with pytest.raises(UsageError, match="packed already"):
+        pack("mine.lorameter.zip", private.parent)
+    with pytest.raises(UsageError, match="cannot be written"):
+        pack("mine", private.parent, tmp_path / "no" / "such" / "x.zip")
+    with pytest.raises(UsageError, match="not found"):
+        pack("nothing", private.parent)
+    manifest = store.read_manifest(private)
+    write_document(private / "manifest.json", packing.codec.to_json(manifest) | {"status": "running"})
+    with alone(private / store.TRIALS, ""), pytest.raises(UsageError, match="being measured"):
+        pack("mine", private.parent, tmp_path / "y.zip")
+
+
+@pytest.mark.parametrize("change", ["cut", "empty", "no manifest", "too large", "another file"])
+def test_what_somebody_sent_may_be_anything(change, tmp_path, monkeypatch):
+    """It is refused by its name, and nothing of it is written outside of a folder of our own."""
+    path = pack("sound", RUNS, tmp_path / "x.zip")
+    if change == "cut":
+        data = path.read_bytes()
+        path.write_bytes(data[: len(data) // 3] + data[-400:])
+    elif change == "too large":
+        monkeypatch.setattr(packed, "MOST_BYTES", 1000)
+    elif change != "another file":
+        with zipfile.ZipFile(path, "w") as archive:
+            if change == "no manifest":
+                archive.writestr("../manifest.json", "{}")
+    else:
+        path.write_text("no archive")
+    with pytest.raises(UsageError):
+        store.read_run(str(path), tmp_path)
+    assert not list(tmp_path.parent.glob("manifest.json"))
+
+
+def test_a_packed_run_in_a_folder_is_loaded_with_the_others(tmp_path):
+    """By its name, or with all that lie there."""
+    pack("sound", RUNS, tmp_path / "sound.lorameter.zip")
+    one, every = harness.load(tmp_path / "sound.lorameter.zip"), harness.load_all(tmp_path)
+    assert len(one.trials) == len(every.trials) == len(harness.load("sound", RUNS).trials)
+
+
+def test_the_words_of_the_command_are_those_of_the_packer():
+    """The parser names them without loading it."""
+    assert housekeeping.PRIVATE == PRIVATE
+
+
+def test_a_packed_run_is_not_gone_on_with(private, capsys):
+    """There is no folder to write to."""
+    pack("mine", private.parent)
+    assert cli.main(["run", "--resume", "mine.lorameter.zip"]) == 2
+    assert "packed" in capsys.readouterr().err

@@ -1,0 +1,115 @@
+"""Rows say what the records hold and what the reports say, and nothing else."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from harness.errors import UsageError
+from harness.records import store
+from harness.records.metrics import METRICS
+from harness.records.record import DISTURBED, Failure
+from harness.report.view import view_of
+from harness.results.columns import TABLES, names_of
+from harness.results.rows import rows_of, unit_of
+from harness.verdicts.ab import report_of
+
+CONSTRUCTED = sorted(path.name for path in (Path(__file__).parents[1] / "golden" / "runs").iterdir())
+
+
+def tables(run):
+    return {name: [dict(zip(names_of(name), row, strict=True)) for row in rows] for name, rows in rows_of(run).items()}
+
+
+@pytest.mark.parametrize("name", CONSTRUCTED)
+def test_every_run_has_rows_of_the_kinds_that_its_columns_say(name, read):
+    """Runs with failures, missing metrics, one replicate, no reference and old schemas included."""
+    kinds = {"text": str, "count": int, "number": float, "flag": bool}
+    for table, rows in rows_of(read(name)).items():
+        for row in rows:
+            assert len(row) == len(TABLES[table])
+            for column, value in zip(TABLES[table], row, strict=True):
+                assert value is None or type(value) is kinds[column.kind], (table, column.name, value)
+
+
+def test_every_sample_of_every_trial_is_a_row(read):
+    """As many as the records hold, each with its value and its place."""
+    run = read("sound")
+    rows = tables(run)["samples"]
+    record = next(record for record in run.records if len(record.samples.get("step_time_s", ())) > 1)
+    mine = [row for row in rows if row["trial"] == record.trial and row["metric"] == "step_time_s"]
+    assert [row["value"] for row in mine] == list(record.samples["step_time_s"])
+    assert [row["sample"] for row in mine] == list(range(len(mine)))
+    turns = [row["turn"] for row in mine]
+    assert [turns.count(turn) for turn in range(len(record.turn_lengths))] == list(record.turn_lengths)
+    held = sum(sum(map(len, one.samples.values())) + len(one.values | one.memory) for one in run.records)
+    assert len(rows) == held
+
+
+def test_estimates_and_ratios_are_those_of_the_report(read):
+    """The report's cells and the rows hold the same numbers."""
+    run = read("sound")
+    found, view = tables(run), view_of(run)
+    estimates = {(row["variant"], row["metric"]): row for row in found["estimates"] if row["role"] == "variant"}
+    ratios = {(row["variant"], row["metric"], row["role"]): row for row in found["comparisons"]}
+    primary = {"train": "step_time_s", "generate": "request_time_s"}
+    for table in view.tables:
+        metric = primary[table.phase]
+        for row in table.rows:
+            cell, estimate = row.cells[1], estimates[row.name, metric]
+            assert (cell.value, cell.low, cell.high) == (estimate["value"], estimate["low"], estimate["high"])
+            if row.ratio is not None:
+                mine = ratios[row.name, metric, "variant"]
+                assert (mine["ratio"], mine["verdict"]) == (row.ratio.ratio, row.ratio.verdict)
+        control = ratios["lora-r16", metric, "control"]
+        assert control["verdict"] == table.control.verdict
+
+
+def test_an_ab_has_rows_of_both_sides_and_its_own_verdicts(read):
+    """Nothing is compared with a reference where a candidate is compared with its base."""
+    run = read("ab")
+    found = tables(run)
+    assert {row["side"] for row in found["estimates"]} == {"base", "candidate"}
+    said = [(one.variant, one.metric, one.verdict) for one in report_of(run).comparisons]
+    assert [(row["variant"], row["metric"], row["verdict"]) for row in found["comparisons"]][: len(said)] == said
+    assert [row["role"] for row in found["comparisons"]][len(said) :] == ["control"]
+
+
+def test_an_earlier_attempt_is_a_trial_that_does_not_count(write_run):
+    """It stands before the attempt that counts, and gives no sample."""
+    from harness.records.trial_lines import line_of
+
+    path = write_run("again", {"plain": [1.0, 1.1], "nf4": [1.0, 1.2]})
+    lines = (path / store.TRIALS).read_text().splitlines(keepends=True)
+    first = store.read_run(str(path), path.parent).records[0]
+    failure = Failure(phase="train", kind=DISTURBED, message="stolen")
+    before = first.replaced(status="invalid", failure=failure, started_unix_s=-9.0, checks=())
+    after = first.replaced(attempt=1, checks=())
+    (path / store.TRIALS).write_text("".join([line_of(before, ()), line_of(after, ()), *lines[1:]]))
+    rows = tables(store.read_run(str(path), path.parent))
+    mine = [(row["attempt"], row["counts"], row["failure"]) for row in rows["trials"] if row["trial"] == first.trial]
+    assert mine == [(0, False, "stolen"), (1, True, None)]
+    assert len([r for r in rows["samples"] if r["trial"] == first.trial and r["metric"] == "step_time_s"]) == 3
+
+
+def test_memory_is_a_range_and_no_interval(sound):
+    """The largest, with the smallest and the largest as its ends."""
+    rows = tables(store.read_run(str(sound), sound.parent))["estimates"]
+    peak = next(row for row in rows if row["metric"] == "host_peak_train_bytes")
+    assert (peak["unit"], peak["phase"], peak["interval"], peak["value"]) == ("byte", "train", "range", 2.0**20)
+
+
+@pytest.mark.parametrize("name", [*METRICS, "host_peak_train_bytes", "verify_time_s", "peak_flops_per_s", "new_tokens"])
+def test_a_unit_follows_from_the_name(name):
+    """Units in names: what ends in a unit has it."""
+    expected = {"s": "_s", "byte": "_bytes", "1/s": "_per_s", "J": "_j"}
+    unit = unit_of(name)
+    assert unit == "1" or name.endswith(expected[unit])
+
+
+def test_a_study_that_cannot_be_is_refused(read):
+    """By the same words as in a report."""
+    run = read("sound")
+    broken = dataclasses.replace(run, manifest=dataclasses.replace(run.manifest, study={"name": 1}))
+    with pytest.raises(UsageError, match="title is missing"):
+        rows_of(broken)

@@ -1,0 +1,108 @@
+"""The bases of a run: each is prepared once, mapped by every trial, and counted."""
+
+import dataclasses
+
+import pytest
+
+from harness.records.preparation import BaseSummary
+from harness.records.record import Failure
+from harness.records.refusals import RefusedError
+from harness.run.bases import prepare_bases
+from harness.run.contenders import sides_of
+from harness.run.executors import WorkerLostError
+from harness.run.plan import make_plan
+from harness.studies.script import script_workload
+from harness.studies.variant import Variant
+
+
+class Preparing:
+    """An executor that prepares, or says why not."""
+
+    def __init__(self, name="", refuse=lambda request: None):
+        self.name, self.refuse, self.asked = name, refuse, []
+
+    def prepare_base(self, request):
+        self.asked.append(request)
+        self.refuse(request)
+        return BaseSummary(
+            path=f"/{self.name}/{len(self.asked)}", hash="0" * 64, base="b", bytes=1, conversions=1,
+            quantisations=0, seconds=0.0,
+        )  # fmt: skip
+
+
+class Watching:
+    """Is told what goes on."""
+
+    def __init__(self):
+        self.phases = []
+
+    def trial_phase(self, slot, phase):
+        self.phases.append(phase)
+
+    def trial_ended(self, record):
+        raise AssertionError("no trial has begun")
+
+
+@pytest.fixture
+def study(small_study):
+    """Four variants on three bases."""
+    plain, nf4 = small_study.variants
+    more = (dataclasses.replace(plain, name="wide", r=8), dataclasses.replace(nf4, name="single", double_quant=False))
+    return dataclasses.replace(small_study, variants=(plain, nf4, *more))
+
+
+def test_each_base_is_prepared_once(study):
+    """However many variants, controls and replicates stand on it."""
+    executor, watching = Preparing(), Watching()
+    bases = prepare_bases(make_plan(study), {"": executor}, "cpu", watching)
+    forms = [(one.variant.quantization, one.variant.double_quant) for one in executor.asked]
+    assert sorted(forms) == [("nf4", False), ("nf4", True), ("none", True)]
+    assert len(bases.folders) == len(bases.summaries) == 3
+    assert watching.phases == ["base"] * 3
+    assert not bases.notices
+
+
+def crash(request):
+    """One form cannot be made."""
+    if request.variant.quantization == "nf4":
+        raise WorkerLostError("oom", Failure(phase="base", kind="MemoryError", message="no memory."))
+
+
+def test_trials_make_what_could_not_be_prepared(study):
+    """It is no end of the run, and the reader is told once for each base."""
+    bases = prepare_bases(make_plan(study), {"": Preparing(refuse=crash)}, "cpu", Watching())
+    assert [key[1][3] for key in bases.folders] == ["none"]
+    assert [notice.code for notice in bases.notices] == ["base-not-prepared"] * 2
+    assert "tiny-llama, bfloat16, nf4" in bases.notices[0].message
+    assert "oom: no memory), so each process" in bases.notices[0].message
+
+
+def test_both_sides_stand_on_their_bases_alike(study):
+    """Where one cannot prepare a base, neither maps one, or the two would be measured on different ground."""
+    plan = make_plan(study, contenders=sides_of(study, study.variants[:2]))
+    arms = {slot.arm for slot in plan.slots}
+    executors = {arm: Preparing(arm, crash if arm == "candidate" else lambda request: None) for arm in arms}
+    bases = prepare_bases(plan, executors, "cpu", Watching())
+    assert {key[1][3] for key in bases.folders} == {"none"}
+    assert {key[0] for key in bases.folders} == arms
+    assert len(bases.notices) == 1
+
+
+def test_what_the_system_refuses_ends_the_run(study):
+    """As a full disk, which the next base would meet as well."""
+
+    def refuse(request):
+        raise RefusedError("full")
+
+    with pytest.raises(RefusedError):
+        prepare_bases(make_plan(study), {"": Preparing(refuse=refuse)}, "cpu", Watching())
+
+
+def test_scripts_have_none(study):
+    """They load their models themselves."""
+    script = Variant(name="plain", command="python train.py")
+    scripts = dataclasses.replace(
+        study, variants=(script,), reference="plain", workload=script_workload(1),
+        protocol=dataclasses.replace(study.protocol, phases=("train",)),
+    )  # fmt: skip
+    assert not prepare_bases(make_plan(scripts, phases=("train",)), {}, "cpu", Watching()).folders

@@ -1,0 +1,164 @@
+"""The search for the step that made it slower, on constructed evidence: ratios that are known, and none measured."""
+
+import math
+
+import pytest
+
+from harness.report.bisect import describe_bisection
+from harness.report.terminal import text_of
+from harness.run.bisect import MOST_TIMES, Candidate, bisect
+from harness.stats import Comparison, compare_trials
+from harness.verdicts.outcome import without_numbers
+
+
+def candidates(count):
+    return [Candidate(spec=f"c{place}", label=f"commit {place}") for place in range(count + 1)]
+
+
+class Constructed:
+    """Answers as a lockstep A/B would: known true ratios, and trials of known scatter around them."""
+
+    def __init__(self, truth, *, spread=0.01, broken=(), seed=1):
+        import numpy as np
+
+        self.truth, self.spread, self.broken, self.asked = truth, spread, set(broken), []
+        self.rng = np.random.default_rng(seed)
+
+    def __call__(self, spec, replicates):
+        place = int(spec.removeprefix("c"))
+        self.asked.append((place, replicates))
+        if place in self.broken:
+            return without_numbers("invalid", "it does not import")
+        ratios = [math.exp(self.rng.normal(math.log(self.truth[place]), self.spread)) for _ in range(replicates)]
+        return compare_trials([[1.0]] * replicates, [[ratio] for ratio in ratios], pairing="replicate")
+
+
+class Exact(Constructed):
+    """The true ratio with an interval of two standard errors, without luck."""
+
+    def __call__(self, spec, replicates):
+        place = int(spec.removeprefix("c"))
+        self.asked.append((place, replicates))
+        log, half = math.log(self.truth[place]), 2 * self.spread / math.sqrt(replicates)
+        verdict = "regressed" if log - half > math.log(1.01) else "equivalent" if half < 0.03 else "inconclusive"
+        return Comparison(
+            verdict=verdict, ratio=math.exp(log), low=math.exp(log - half), high=math.exp(log + half), reason="",
+            replicates=replicates, replicates_needed=None, mde80=None,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("culprit", range(1, 17))
+def test_one_commit_of_ten_percent_among_sixteen_takes_five_comparisons(culprit):
+    """Wherever it is: the bad end, and four that halve what is left."""
+    truth = [1.0 if place < culprit else 1.10 for place in range(17)]
+    asked = Constructed(truth, seed=culprit)
+    found = bisect(candidates(16), asked, replicates=8)
+    assert found.found
+    assert found.culprit.label == f"commit {culprit}"
+    assert found.before.label == f"commit {culprit - 1}"
+    assert len(asked.asked) == len(found.looks) <= 5
+    assert found.low < 1.10 < found.high
+    assert found.share == pytest.approx(1.0, abs=0.3)
+
+
+def test_two_neighbours_need_one_comparison():
+    """There is nothing to halve, and the interval is that of the one comparison."""
+    found = bisect(candidates(1), Constructed([1.0, 1.1]), replicates=8)
+    assert (found.culprit.label, len(found.looks)) == ("commit 1", 1)
+    comparison = found.looks[0].comparison
+    assert found.ratio == pytest.approx(comparison.ratio)
+    assert found.low <= comparison.low * 1.0001
+
+
+def test_small_steps_elsewhere_mislead_nobody():
+    """A drift of 2 % in all beside one step of 10 %; its share of the whole is said."""
+    truth = [1.0 + 0.00125 * place + (0.10 if place >= 11 else 0.0) for place in range(17)]
+    found = bisect(candidates(16), Constructed(truth, spread=0.005), replicates=8)
+    assert found.culprit.label == "commit 11"
+    assert 0.7 < found.share < 1.0
+
+
+def test_more_replicates_are_spent_where_a_question_stays_open_and_only_there():
+    """A noisy comparison is made again with twice as many, up to four times."""
+    truth = [1.0, 1.0, 1.0, 1.04, 1.12, 1.12, 1.12, 1.12, 1.12]
+    asked = Exact(truth, spread=0.04)
+    found = bisect(candidates(8), asked, replicates=6)
+    assert asked.asked == [(8, 6), (4, 6), (2, 6), (3, 6), (3, 12), (3, 24)]
+    assert [look.side for look in found.looks] == ["slow", "slow", "fast", "open", "open", "fast"]
+    assert found.culprit.label == "commit 4"
+
+
+def test_what_stays_open_is_named_and_the_search_goes_on_around_it():
+    """A commit that lies in the middle of the effect is on neither side, however much is spent."""
+    truth = [1.0, 1.0, 1.0, 1.0, math.sqrt(1.1), 1.1, 1.1, 1.1, 1.1]
+    asked = Constructed(truth, spread=0.02)
+    found = bisect(candidates(8), asked, replicates=4)
+    assert not found.found
+    assert (found.before.label, found.culprit.label) == ("commit 3", "commit 5")
+    assert [one.label for one in found.between] == ["commit 4"]
+    assert "commit 4 could not be told" in found.conclusion
+    assert sum(place == 4 for place, _ in asked.asked) == 3
+    assert max(replicates for _, replicates in asked.asked) == 4 * MOST_TIMES
+
+
+def test_a_commit_that_cannot_be_measured_is_gone_around():
+    """Tried twice, then left; the culprit beside it is still found, or the two are named together."""
+    truth = [1.0 if place < 6 else 1.1 for place in range(9)]
+    found = bisect(candidates(8), Constructed(truth, broken=[4]), replicates=8)
+    assert found.culprit.label == "commit 6"
+    assert [look.side for look in found.looks if look.place == 4] == ["not measured"] * 2
+    found = bisect(candidates(8), Constructed(truth, broken=[6]), replicates=8)
+    assert not found.found
+    assert [one.label for one in found.between] == ["commit 6"]
+
+
+def test_a_bad_end_that_is_not_slower_ends_the_search_at_once():
+    """One comparison, and it is said."""
+    found = bisect(candidates(16), Constructed([1.0] * 17, spread=0.005), replicates=8)
+    assert (found.culprit, found.found, len(found.looks)) == (None, False, 1)
+    assert "not slower" in found.conclusion
+    faster = bisect(candidates(16), Constructed([1.0] * 16 + [0.8]), replicates=8)
+    assert "improved" in faster.conclusion
+
+
+def test_a_bad_end_that_nobody_can_tell_is_said():
+    """After all replicates that may be spent on it, or where it cannot be measured at all."""
+    asked = Exact([1.0, 1.0, 1.03], spread=0.2)
+    found = bisect(candidates(2), asked, replicates=4)
+    assert "cannot be told" in found.conclusion
+    assert [replicates for _, replicates in asked.asked] == [4, 8, 16]
+    found = bisect(candidates(2), Constructed([1.0] * 3, broken=[2]), replicates=4)
+    assert "could not be measured" in found.conclusion
+
+
+def test_the_interval_of_a_step_is_of_both_comparisons():
+    """Each was made against the good end by itself."""
+
+    def compare(spec, replicates):
+        ratio = {"c1": 1.0, "c2": 1.2, "c3": 1.2}[spec]
+        return Comparison(
+            verdict="regressed" if ratio > 1 else "equivalent", ratio=ratio, low=ratio / 1.02, high=ratio * 1.02,
+            reason="", replicates=replicates, replicates_needed=None, mde80=None,
+        )  # fmt: skip
+
+    found = bisect(candidates(3), compare, replicates=8)
+    assert found.culprit.spec == "c2"
+    assert math.log(found.high / found.ratio) == pytest.approx(math.sqrt(2) * math.log(1.02))
+
+
+def test_both_ends_are_needed():
+    """One candidate is no range."""
+    with pytest.raises(ValueError, match="bad end"):
+        bisect(candidates(0), Constructed([1.0]), replicates=8)
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_report_says_what_was_found_first(width):
+    """Then each comparison with its ratio, its replicates and its side."""
+    truth = [1.0 if place < 6 else 1.1 for place in range(9)]
+    found = bisect(candidates(8), Constructed(truth, broken=[4]), replicates=8)
+    text = text_of(describe_bisection(found, "step time of plain"), width=width, coloured=False)
+    assert text.startswith("commit 6 made it slower")
+    assert "not measured" in text
+    assert "of the whole effect" in text
+    assert text.count("commit 4") == 2

@@ -1,0 +1,117 @@
+"""What lies between two ends: commits of a real repository, and releases as pip lists them."""
+
+import subprocess
+
+import pytest
+
+from harness import cli
+from harness.errors import UsageError
+from harness.run import steps
+from harness.run.steps import list_steps
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """Five commits in a row, and a branch that was merged between the third and the fourth."""
+
+    def git(*words):
+        identity = ("-c", "user.name=t", "-c", "user.email=t@t")
+        done = subprocess.run(["git", *identity, *words], cwd=tmp_path, check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    git("init", "--quiet", "--initial-branch=main")
+    for number in range(3):
+        git("commit", "--quiet", "--allow-empty", "-m", f"main {number}")
+    git("checkout", "--quiet", "-b", "side")
+    git("commit", "--quiet", "--allow-empty", "-m", "side")
+    git("checkout", "--quiet", "main")
+    git("merge", "--quiet", "--no-ff", "-m", "main 3, merged", "side")
+    git("commit", "--quiet", "--allow-empty", "-m", "main 4 of https://me:secret@host/x")
+    return tmp_path, git
+
+
+def test_commits_are_the_states_that_the_branch_was_in(repository):
+    """In order, the good end first; what a merge brought is one step."""
+    folder, git = repository
+    found = list_steps("HEAD~4", "HEAD", folder)
+    assert [one.label.split(" ", 1)[1] for one in found[1:]] == [
+        "main 1", "main 2", "main 3, merged", "main 4 of https://***@host/x",
+    ]  # fmt: skip
+    assert found[0].spec == git("rev-parse", "HEAD~4")
+    assert found[-1].spec == git("rev-parse", "HEAD")
+    assert found[0].label.startswith("HEAD~4 (")
+
+
+def test_ends_that_are_in_no_order_are_refused(repository):
+    """The same, the other way round, and of two branches."""
+    folder, _ = repository
+    with pytest.raises(UsageError, match="same commit"):
+        list_steps("HEAD", "main", folder)
+    with pytest.raises(UsageError, match="no ancestor"):
+        list_steps("HEAD", "HEAD~2", folder)
+    with pytest.raises(UsageError, match="'no-such' is no"):
+        list_steps("HEAD", "no-such", folder)
+
+
+@pytest.fixture
+def pip(monkeypatch):
+    """pip, as it answers of a package with these releases; gives the words that it was asked with."""
+    asked = []
+
+    def run(command, **_):
+        asked.append(command)
+        out = "peft (0.21.2)\nAvailable versions: 0.21.2, 0.21.1, 0.20.0, 0.19.1, 0.19.0, 0.18.0, not-a-version\n"
+        return subprocess.CompletedProcess(command, 0, out, "")
+
+    monkeypatch.setattr(steps.subprocess, "run", run)
+    monkeypatch.setattr(steps, "run_git", lambda *_: subprocess.CompletedProcess([], 128, "", "no"))
+    return asked
+
+
+def test_releases_are_those_that_pip_has(pip, tmp_path):
+    """Between the ends, in order, with what else was asked for beside each."""
+    found = list_steps("peft==0.19.0 torch==2.13.0", "torch==2.13.0 peft==0.21.2", tmp_path)
+    assert [one.label for one in found] == ["peft 0.19.0", "peft 0.19.1", "peft 0.20.0", "peft 0.21.1", "peft 0.21.2"]
+    assert found[2].spec == "peft==0.20.0 torch==2.13.0"
+    assert "--pre" not in pip[0]
+    list_steps("peft==0.19.0rc1", "peft==0.20.0", tmp_path)
+    assert "--pre" in pip[1]
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "said"),
+    [
+        ("peft==0.21.0", "peft==0.19.0", "good one comes first"),
+        ("peft==0.19.0", "torch==2.0", "two releases of one package"),
+        ("peft>=0.19.0", "peft==0.21.0", "exact version"),
+        ("peft==0.19.*", "peft==0.21.0", "exact version"),
+        ("peft==0.19.0 torch==2.0", "peft==0.21.0 torch==2.1", "version of one package"),
+        ("peft==0.19.0", "peft==0.21.0 torch==2.1", "version of one package"),
+    ],
+)
+def test_requirements_that_are_no_range_are_refused(good, bad, said, pip, tmp_path):
+    """With what to write instead, and before pip is asked."""
+    with pytest.raises(UsageError, match=said):
+        list_steps(good, bad, tmp_path)
+    assert not pip
+
+
+def test_a_pip_that_cannot_list_is_said(pip, monkeypatch, tmp_path):
+    """With its own last word, and no credential."""
+    failed = subprocess.CompletedProcess([], 1, "", "ERROR: no index at https://me:secret@host/simple")
+    monkeypatch.setattr(steps.subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(UsageError, match="no index at") as refused:
+        list_steps("peft==0.19.0", "peft==0.21.0", tmp_path)
+    assert "secret" not in str(refused.value)
+
+
+def test_the_command_lists_without_measuring(repository, monkeypatch, capsys):
+    """--dry-run, and what cannot be is refused before anything is measured."""
+    folder, _ = repository
+    monkeypatch.chdir(folder)
+    words = ["bisect", "training-step", "--good", "HEAD~4", "--bad", "HEAD"]
+    assert cli.main([*words, "--dry-run"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 5
+    assert cli.main([*words, "--metric", "host_peak_train_bytes"]) == 2
+    assert cli.main([*words, "--variant", "nothing"]) == 2
+    assert cli.main([*words[:-1], "HEAD~4"]) == 2

@@ -1,0 +1,131 @@
+"""Changes of level: found where they are, not where they are not, and by the best of all divisions."""
+
+import math
+import random
+
+import numpy as np
+import pytest
+import ruptures
+
+from harness.stats.changes import LEAST_POINTS, LEAST_SEGMENT, divide, find_changes, penalty_of
+
+
+def noise(count, *, sd=0.02, seed=0):
+    return np.random.default_rng(seed).normal(0.0, sd, count)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_division_is_the_one_that_pelt_finds(seed):
+    """ruptures as the oracle: the same least-squares cost, penalty and shortest segment, on random levels and noise."""
+    rng = np.random.default_rng(seed)
+    count = int(rng.integers(8, 160))
+    levels = rng.normal(0.0, 3.0, count) * (rng.random(count) < 4 / count)
+    values = np.cumsum(levels) + rng.standard_normal(count)
+    penalty = float(rng.uniform(3, 30))
+    pelt = ruptures.Pelt(model="l2", min_size=LEAST_SEGMENT, jump=1).fit(values)
+    assert list(divide(values, penalty)) == pelt.predict(pen=penalty)
+
+
+def test_a_change_is_found_with_its_size_and_place():
+    """Its interval holds the size, and both levels are told."""
+    values = noise(60)
+    values[40:] += math.log(1.10)
+    course = find_changes(values)
+    assert [change.first for change in course.changes] == [40]
+    change = course.changes[0]
+    assert change.low < math.log(1.10) < change.high
+    assert [(level.first, level.end) for level in course.levels] == [(0, 40), (40, 60)]
+    assert course.scatter == pytest.approx(0.02, rel=0.3)
+
+
+def test_several_changes_each_have_their_own():
+    """Up and down again."""
+    values = noise(90, seed=3)
+    values[30:60] += 0.1
+    assert [change.first for change in find_changes(values).changes] == [30, 60]
+
+
+def test_ten_nights_and_three_more_are_enough():
+    """A change of five standard deviations, as early as changes are looked for."""
+    found = 0
+    for seed in range(50):
+        values = noise(13, seed=seed)
+        values[10:] += 0.1
+        found += [change.first for change in find_changes(values).changes] == [10]
+    assert found >= 40
+
+
+def test_fewer_than_ten_say_nothing():
+    """However far the last lie off; and there is one level, without an interval."""
+    values = noise(LEAST_POINTS - 1)
+    values[5:] += 1.0
+    course = find_changes(values)
+    assert (course.changes, course.scatter, course.detectable) == ((), None, None)
+    assert [(level.first, level.end, level.low) for level in course.levels] == [(0, 9, None)]
+    assert find_changes([]).levels == ()
+
+
+@pytest.mark.parametrize("place", [0, 7, 20, 38, 39])
+def test_a_night_that_lies_far_off_is_no_change(place):
+    """However far, and wherever in the line; the level beside it is hardly moved."""
+    values = noise(40, seed=8)
+    level = find_changes(values).levels[0].mean
+    values[place] += 3.0
+    course = find_changes(values)
+    assert not course.changes
+    assert course.levels[0].mean == pytest.approx(level, abs=0.01)
+
+
+def test_values_that_are_all_alike_are_one_level():
+    """Without a scatter everything would be seen, and nothing is divided."""
+    course = find_changes([1.5] * 20)
+    assert (course.changes, course.scatter) == ((), 0.0)
+    assert [(level.low, level.mean, level.high) for level in course.levels] == [(1.5, 1.5, 1.5)]
+    assert not find_changes([0.1] * 33).changes
+
+
+def test_a_step_of_values_that_do_not_scatter_is_found():
+    """As of bytes: the same in every run, and others from one on."""
+    course = find_changes([20.0] * 15 + [20.1] * 4)
+    (change,) = course.changes
+    assert (change.first, change.low, change.high) == (15, pytest.approx(0.1), pytest.approx(0.1))
+    assert course.detectable == pytest.approx(0.0, abs=1e-12)
+
+
+def test_noise_without_a_change_gives_few_false_ones():
+    """Looked at once, lines of 90 nights: one false change in 200 nights would be 27 in these 60 lines."""
+    false = sum(len(find_changes(noise(90, seed=seed)).changes) for seed in range(60))
+    assert false <= 10
+
+
+def test_what_would_be_seen_is_seen():
+    """A change of the size that a line names is found within three nights in about four of five."""
+    found = 0
+    for seed in range(80):
+        values = noise(60, seed=seed)
+        size = find_changes(values[:57]).detectable
+        values[57:] += size
+        found += any(abs(change.first - 57) <= 2 for change in find_changes(values).changes)
+    assert 48 <= found <= 76
+
+
+def test_an_offset_changes_nothing():
+    """Values of a billion scatter like those of zero."""
+    values = noise(50, seed=2)
+    values[30:] += 0.1
+    near, far = find_changes(values), find_changes(values + 1e6)
+    assert [change.first for change in near.changes] == [change.first for change in far.changes] == [30]
+
+
+def test_the_penalty_falls_with_what_is_known_of_the_scatter_and_rises_with_chances():
+    """Few values pay for their uncertain scatter, many for the number of places."""
+    assert penalty_of(10) > penalty_of(30)
+    assert penalty_of(1000) > penalty_of(100)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_refused(bad):
+    """It has no level."""
+    values = [random.random() for _ in range(12)]
+    with pytest.raises(ValueError, match="not finite"):
+        find_changes([*values, bad])

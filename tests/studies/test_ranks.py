@@ -1,0 +1,118 @@
+"""Several ranks in a study: what is refused before anything starts, and what need not be said."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from harness.errors import UsageError
+from harness.records import codec
+from harness.run.feasibility import check_feasible
+from harness.run.levels import choose_level
+from harness.run.measure import plan_study
+from harness.run.plan import make_plan
+from harness.run.several_ranks import processes_on_device
+from harness.studies.study_file import load_study
+from harness.studies.variant import Variant
+from harness.studies.workload import Workload
+
+DDP = {"ranks": 2, "strategy": "ddp"}
+FSDP2 = {"ranks": 2, "strategy": "fsdp2"}
+
+
+def refusal(**changes):
+    with pytest.raises(UsageError) as raised:
+        Workload(**changes)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"ranks": 2}, 'Write strategy = "ddp" or "fsdp2"'),
+        ({"strategy": "ddp"}, "there is one rank"),
+        ({**DDP, "batch_size": 3}, "batch_size = 3, ranks = 2: the batch is that of all ranks"),
+        ({**DDP, "repair": "quant_state"}, 'it is for strategy = "fsdp2"'),
+        ({"ranks": 0}, "ranks"),
+    ],
+)
+def test_a_workload_that_ranks_cannot_share_is_refused(changes, words):
+    """With the key, its value and the remedy."""
+    assert words in refusal(**changes)
+
+
+def test_one_rank_leaves_no_trace_in_what_is_written():
+    """Runs of before keep their hashes, and other revisions read the workload."""
+    assert {"ranks", "strategy", "repair", "scaling"}.isdisjoint(codec.to_json(Workload()))
+    assert codec.to_json(Workload(**DDP))["ranks"] == 2
+
+
+def test_a_study_of_ranks_trains_and_need_not_say_so(tmp_path):
+    """Its phases are training alone, and asking for another is refused."""
+    path = tmp_path / "two.toml"
+    path.write_text('[workload]\nranks = 2\nstrategy = "ddp"\n[[variant]]\nname = "plain"\n')
+    study = load_study(str(path))
+    assert study.protocol.phases == ("train",)
+    assert {measure for slot in make_plan(study, phases=("train",)).slots for measure in slot.measures} == {
+        "steps", "peaks",
+    }  # fmt: skip
+    with pytest.raises(UsageError, match="training is measured and nothing else"):
+        make_plan(study, phases=("train", "generate"))
+
+
+def of_ranks(study, **changes):
+    variants = tuple(dataclasses.replace(one, **changes) for one in study.variants[:1])
+    workload = dataclasses.replace(study.workload, **FSDP2)
+    protocol = dataclasses.replace(study.protocol, phases=("train",))
+    return dataclasses.replace(study, workload=workload, protocol=protocol, variants=variants)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"quantization": "int8"}, "FSDP2 does not shard the weights of LLM.int8"),
+        ({"optimizer": "paged_adamw_32bit"}, "take no sharded parameters"),
+        ({"compile": True}, "ranks are measured without it"),
+        ({"init_lora_weights": "olora"}, "it rewrites the base"),
+    ],
+)
+def test_a_variant_that_ranks_cannot_train_is_refused(small_study, machine, changes, words):
+    """Before a model is loaded."""
+    with pytest.raises(UsageError, match=words):
+        check_feasible(of_ranks(small_study, **changes), machine)
+
+
+def test_more_ranks_than_cards_are_refused(small_study, machine, monkeypatch):
+    """Two ranks on one card would measure each other."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with pytest.raises(UsageError, match=r"ranks = 2: 1 card is to be had here"):
+        check_feasible(of_ranks(small_study), dataclasses.replace(machine, device="cuda"))
+
+
+def test_four_bits_under_fsdp2_are_said_to_be_checked_or_mended(small_study, machine):
+    """A notice before the run, which names the repair or says that it is in force."""
+    study = of_ranks(small_study, quantization="nf4")
+    codes = {notice.code: notice.remedy for notice in check_feasible(study, machine)}
+    assert 'repair = "quant_state"' in codes["ranks-fsdp2-4bit"]
+    mended = dataclasses.replace(study, workload=dataclasses.replace(study.workload, repair="quant_state"))
+    assert "ranks-repaired" in {notice.code for notice in check_feasible(mended, machine)}
+
+
+def test_ranks_share_no_base_with_other_trials(small_study, machine):
+    """Adapters of one base have one process, and a rank is a process of its own."""
+    variants = (Variant(name="a", r=4), Variant(name="b", r=8))
+    level, why = choose_level(variants, together_bytes=1, free_bytes=100, ranks=2)
+    assert (level, why.split(",")[0]) == ("lockstep", "a trial has 2 ranks")
+    workload = dataclasses.replace(small_study.workload, **DDP)
+    study = dataclasses.replace(small_study, workload=workload)
+    plan, _ = plan_study(study, machine, free_bytes=2**40, phases=("train",))
+    assert plan.interleaving == "lockstep"
+
+
+def test_memory_counts_every_process_on_a_device():
+    """On a CPU all ranks and the one beside them; on a card one rank, and the one beside them on the first."""
+    workload = Workload(**DDP)
+    assert [processes_on_device(workload, device) for device in ("cpu", "cuda")] == [3, 2]
+    assert processes_on_device(dataclasses.replace(workload, scaling=False), "cpu") == 2
+    assert processes_on_device(Workload(), "cpu") == 1

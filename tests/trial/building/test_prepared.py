@@ -1,0 +1,299 @@
+"""A base that was prepared is, to the bit and in every mark, the one that a process would have made itself."""
+
+import dataclasses
+import errno
+import json
+import os
+from pathlib import Path
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from safetensors import safe_open
+
+from harness.models import bases, catalogue
+from harness.records.refusals import refusal_in
+from harness.studies.protocol import Protocol
+from harness.studies.request import BaseRequest, TrialRequest
+from harness.studies.variant import Variant
+from harness.studies.workload import Workload
+from harness.trial.building import base_model, lora, prepared
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 128, "intermediate_size": 192,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 320,
+    "max_position_embeddings": 128, "tie_word_embeddings": True, "bos_token_id": 256, "eos_token_id": 257,
+}  # fmt: skip
+GPT2 = {"model_type": "gpt2", "n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 320}
+PLAIN = Variant()
+VARIANTS = {
+    "bfloat16": PLAIN,
+    "float32": Variant(dtype="float32"),
+    "int8": Variant(quantization="int8"),
+    "nf4": Variant(quantization="nf4"),
+    "nf4 single": Variant(quantization="nf4", double_quant=False),
+    "fp4": Variant(quantization="fp4", compute_dtype="float32"),
+}
+every_variant = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    """Where bases lie."""
+    monkeypatch.setenv(bases.ENV_BASES, str(tmp_path / "bases"))
+    return tmp_path / "bases"
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A function that saves a random model and returns its directory."""
+
+    def save(config=LLAMA, name="model"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        source = catalogue.resolve(f"random:{tmp_path / name}")
+        base_model.load_base(source, PLAIN, device="cpu", seed=1).save_pretrained(tmp_path / name)
+        return str(tmp_path / name)
+
+    return save
+
+
+def asked(model, variant, seed=1):
+    """The request for a base."""
+    return BaseRequest(
+        workload=Workload(model=model, data_seed=seed), variant=variant, device="cpu", threads=1, log_path=""
+    )
+
+
+def directly(model, variant, seed=1):
+    """The base as a process makes it itself."""
+    return base_model.load_base(catalogue.resolve(model), variant, device="cpu", seed=seed)
+
+
+def both(model, variant):
+    """A base that was made directly, and one that was prepared and taken."""
+    summary = prepared.prepare(asked(model, variant))
+    taken = prepared.take(Path(summary.path), variant, "cpu")
+    return directly(model, variant), taken
+
+
+def tensors_of(model):
+    """All that is stored of it, by name: parameters, buffers that are saved and that are not, constants."""
+    return prepared._tensors(model) | {
+        name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)
+    }
+
+
+def plain_marks(thing):
+    """What a module, a model or a weight says of itself, less tensors, modules and what only loading reads."""
+    kept = (bool, int, float, str, torch.dtype, type)
+    return {
+        key: value
+        for key, value in vars(thing).items()
+        if (isinstance(value, kept) or value is None) and key != "_is_hf_initialized"
+    }
+
+
+def assert_alike(ours, theirs):
+    """Bit for bit and mark for mark."""
+    left, right = tensors_of(ours), tensors_of(theirs)
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        other = right[name]
+        assert (tensor.dtype, tensor.shape, tensor.device) == (other.dtype, other.shape, other.device), name
+        assert torch.equal(tensor, other), name
+    modules = dict(theirs.named_modules())
+    for name, module in ours.named_modules():
+        assert type(module) is type(modules[name]), name
+        assert plain_marks(module) == plain_marks(modules[name]), name
+    parameters = dict(theirs.named_parameters())
+    assert list(parameters) == [name for name, _ in ours.named_parameters()]
+    for name, parameter in ours.named_parameters():
+        assert type(parameter) is type(parameters[name]), name
+        assert parameter.requires_grad == parameters[name].requires_grad, name
+        assert plain_marks(parameter) == plain_marks(parameters[name]), name
+    assert ours.config.to_dict() == theirs.config.to_dict()
+    assert ours.config._attn_implementation == theirs.config._attn_implementation
+    assert ours.generation_config.to_dict() == theirs.generation_config.to_dict()
+    assert getattr(ours, "hf_device_map", None) == getattr(theirs, "hf_device_map", None)
+    assert type(getattr(ours, "hf_quantizer", None)) is type(getattr(theirs, "hf_quantizer", None))
+
+
+@every_variant
+@pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"])
+def test_a_prepared_base_equals_one_of_its_files(saved, config, variant):
+    """Of a checkpoint: none, int8, nf4, fp4, with and without double quantisation."""
+    assert_alike(*both(saved(config), variant))
+
+
+@every_variant
+def test_a_prepared_base_equals_a_random_one(variant):
+    """Of random weights, which follow from the seed."""
+    assert_alike(*both("tiny-llama", variant))
+
+
+@every_variant
+def test_a_prepared_base_equals_one_of_a_gguf_file(gguf_file, variant):
+    """Of a file that has to be dequantised first."""
+    assert_alike(*both(str(gguf_file), variant))
+
+
+@every_variant
+def test_a_prepared_base_trains_and_answers_alike(saved, variant):
+    """Loss, gradients, and the answer after a repacking forward are the same numbers."""
+
+    def work(base):
+        torch.manual_seed(3)
+        model = lora.attach(base, dataclasses.replace(variant, r=4)).train()
+        tokens = torch.arange(32)[None]
+        loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+        loss.backward()
+        gradients = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+        model.eval()
+        with torch.no_grad():
+            return [loss.detach(), *gradients, model(input_ids=tokens).logits]
+
+    ours, theirs = both(saved(), variant)
+    for left, right in zip(work(ours), work(theirs), strict=True):
+        assert torch.equal(left, right)
+
+
+def test_attention_and_the_multiplying_type_are_the_variants(saved):
+    """Neither is of what is stored: variants that differ in them stand on one base."""
+    model = saved()
+    summary = prepared.prepare(asked(model, VARIANTS["nf4"]))
+    other = dataclasses.replace(VARIANTS["nf4"], attention="eager", compute_dtype="float32")
+    assert asked(model, other).key == asked(model, VARIANTS["nf4"]).key
+    assert prepared.prepare(asked(model, other)).path == summary.path
+    assert_alike(directly(model, other), prepared.take(Path(summary.path), other, "cpu"))
+
+
+def test_a_base_is_made_once(saved):
+    """The second time it is found, whoever asks; another seed, type or quantisation is another base."""
+    model = saved()
+    first, second = (prepared.prepare(asked(model, VARIANTS["nf4"])) for _ in range(2))
+    assert (first.conversions, first.quantisations) == (1, 1)
+    assert (second.conversions, second.quantisations) == (0, 0)
+    assert (first.path, first.hash) == (second.path, second.hash)
+    assert prepared.prepare(asked(model, VARIANTS["nf4"], seed=2)).path == first.path  # nothing was drawn
+    others = {prepared.prepare(asked(model, variant)).path for variant in VARIANTS.values()}
+    assert len(others) == len(VARIANTS)
+    drawn = {prepared.prepare(asked("tiny-llama", PLAIN, seed)).path for seed in (1, 2)}
+    assert len(drawn) == 2
+
+
+def test_a_gguf_file_is_converted_once(gguf_file):
+    """For all that is quantised of it in one type."""
+    names = ("nf4", "bfloat16", "int8")
+    summaries = [prepared.prepare(asked(str(gguf_file), VARIANTS[name])) for name in names]
+    assert [one.conversions for one in summaries] == [1, 0, 0]
+    assert [one.quantisations for one in summaries] == [1, 0, 1]
+
+
+def test_a_source_that_changed_is_another_base(saved):
+    """Even where its size and its time are what they were."""
+    model = saved()
+    before = prepared.prepare(asked(model, PLAIN))
+    path = Path(model) / "model.safetensors"
+    state = path.stat()
+    with path.open("r+b") as file:
+        file.seek(-2, os.SEEK_END)
+        file.write(b"\x00\x3f")
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    after = prepared.prepare(asked(model, PLAIN))
+    assert (after.conversions, after.hash == before.hash) == (1, False)
+
+
+def test_what_was_damaged_is_made_anew(saved):
+    """One byte is enough, and nothing of it is taken."""
+    model = saved()
+    first = prepared.prepare(asked(model, PLAIN))
+    tensors = Path(first.path) / bases.TENSORS
+    with tensors.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 1]))
+    again = prepared.prepare(asked(model, PLAIN))
+    assert (again.conversions, again.hash) == (1, first.hash)
+
+
+def trial_request(model, base):
+    """A trial's, as far as its base is concerned."""
+    return TrialRequest(
+        trial="t", variant=PLAIN, role="variant", replicate=0, seed=0, workload=Workload(model=model, data_seed=1),
+        protocol=Protocol(), interleaving="replicates", measures=("steps",), device="cpu", threads=1, tokens_path="",
+        scratch="", log_path="", base=base,
+    )  # fmt: skip
+
+
+def test_a_trial_whose_base_has_gone_makes_its_own(saved):
+    """It is slower and says so; the model is the same."""
+    model = saved()
+    summary = prepared.prepare(asked(model, PLAIN))
+    taken, made = prepared.base_of(trial_request(model, summary.path))
+    assert not made
+    (Path(summary.path) / bases.TENSORS).unlink()  # what has it mapped keeps it
+    (Path(summary.path) / bases.TENSORS).write_bytes(b"short")
+    own, made = prepared.base_of(trial_request(model, summary.path))
+    assert made
+    assert_alike(taken, own)
+    assert prepared.base_of(trial_request(model, ""))[1]
+
+
+def test_nobody_writes_into_what_is_shared(saved):
+    """A weight that is changed in place is the process's own from then on, and repacking leaves the file alone."""
+    model = saved()
+    for variant in (PLAIN, VARIANTS["nf4"]):
+        summary = prepared.prepare(asked(model, variant))
+        folder = Path(summary.path)
+        base = prepared.take(folder, variant, "cpu")
+        with torch.no_grad():
+            base(input_ids=torch.arange(8)[None])
+            for parameter in base.parameters():
+                parameter.data.zero_()
+        assert bases.verify(folder) is not None
+        assert_alike(directly(model, variant), prepared.take(folder, variant, "cpu"))
+
+
+@every_variant
+def test_weights_lie_as_if_they_were_allocated(saved, variant):
+    """On whole cache lines, in a file that the library reads."""
+    summary = prepared.prepare(asked(saved(), variant))
+    folder = Path(summary.path)
+    base = prepared.take(folder, variant, "cpu")
+    askew = [name for name, one in base.named_parameters() if one.data_ptr() % 64 and one.nbytes % 64 == 0]
+    assert not askew
+    assert any(isinstance(one, bnb.nn.Params4bit) for one in base.parameters()) == variant.is_4bit
+    with safe_open(folder / bases.TENSORS, framework="pt") as file:
+        assert len(file.keys()) >= len(list(base.parameters()))
+
+
+def full(*_):
+    """As a disk says it."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_takes_what_nobody_holds(saved, monkeypatch):
+    """Bases can be made again: they go before a run is refused, and then the new one is kept."""
+    old = prepared.prepare(asked(saved(), PLAIN))
+    write, calls = prepared._write_tensors, []
+
+    def once_full(tensors, path):
+        calls.append(path)
+        return full() if len(calls) == 1 else write(tensors, path)
+
+    monkeypatch.setattr(prepared, "_write_tensors", once_full)
+    new = prepared.prepare(asked(saved(name="another"), PLAIN))
+    assert len(calls) == 2
+    assert not Path(old.path).exists()
+    assert bases.verify(Path(new.path)) is not None
+
+
+def test_a_disk_that_stays_full_is_a_refusal(saved, home, monkeypatch):
+    """Of the system, with what to do about it; nothing is left."""
+    monkeypatch.setattr(prepared, "_write_tensors", full)
+    with pytest.raises(OSError, match="No space") as refused:
+        prepared.prepare(asked(saved(), PLAIN))
+    assert "Free space" in refusal_in(refused.value)
+    assert not [path for path in home.iterdir() if path.is_dir()]

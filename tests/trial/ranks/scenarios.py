@@ -1,0 +1,266 @@
+"""Trials of two ranks in processes of their own, some of them sabotaged: run as a script, a line of JSON for each.
+
+It imports as the zygote does and runs nothing, so that each scenario can be forked from it and fork its ranks in turn.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from harness.records import codec
+from harness.records.record import TrialRecord
+from harness.studies.protocol import Protocol
+from harness.studies.request import TrialRequest
+from harness.studies.variant import Variant
+from harness.studies.workload import Workload
+
+WORKLOAD = Workload(
+    sequence_length=32, batch_size=4, train_sequences=32, held_out_records=4, held_out_sequences=2, prompt_tokens=8,
+    new_tokens=3,
+)  # fmt: skip
+PROTOCOL = Protocol(
+    warmup_steps_min=2, warmup_steps_max=3, turns=2, steps_per_turn=2, phases=("train",), step_timeout_s=240,
+    allow_disturbed=True,
+)  # fmt: skip
+VARIANT = Variant(name="plain", r=4, dtype="float32", compute_dtype="float32", target_modules=("q_proj", "v_proj"))
+CHECKED = ("build", "verify")
+WHOLE = (*CHECKED, "warm_up", "turn", "turn", "finish_training")
+NF4 = {"quantization": "nf4"}
+
+
+def on_rank(number, change):
+    """Apply `change` to the trial of one rank when it is made."""
+    from harness.trial.ranks import rank
+
+    made = rank.RankTrial.__init__
+
+    def init(self, request, party):
+        made(self, request, party)
+        if number is None or party.rank == number:
+            change(self)
+
+    rank.RankTrial.__init__ = init
+
+
+def same_rows():
+    """Every rank takes the part of the first, as without a sampler of its own."""
+    from harness.trial.data.stream import TokenStream
+
+    def change(trial):
+        take = TokenStream.take_share
+
+        def first(self):
+            self._rank = 0
+            return take(self)
+
+        TokenStream.take_share = first
+
+    on_rank(1, change)
+
+
+def other_data():
+    """Rank 1 reads its file from another place on."""
+    from harness.trial.data.stream import TokenStream
+
+    def change(trial):
+        rows = TokenStream._rows
+        TokenStream._rows = lambda self, start, count: rows(self, start + 5, count)
+
+    on_rank(1, change)
+
+
+def unsynchronised():
+    """No gradient is exchanged."""
+    from harness.trial.ranks import rank
+
+    rank.distribute = lambda model, strategy, **_: model
+    rank.exchanging = lambda forward, now: contextlib.nullcontext()
+
+
+def summed():
+    """Gradients are summed over the ranks and not divided."""
+    import torch
+
+    from harness.trial.ranks import rank
+
+    wrapped = rank.distribute
+
+    def distribute(model, strategy, **options):
+        forward = wrapped(model, strategy, **options)
+        forward.register_comm_hook(
+            None,
+            lambda _, bucket: (
+                torch.distributed.all_reduce(bucket.buffer(), async_op=True)
+                .get_future()
+                .then(lambda future: future.value()[0])
+            ),
+        )
+        return forward
+
+    rank.distribute = distribute
+
+
+def asleep():
+    """Rank 1 takes its time."""
+
+    def change(trial):
+        from harness.trial.ranks.rank import RankStep
+
+        forward = RankStep.loss
+        RankStep.loss = lambda self, batch: time.sleep(2.0) or forward(self, batch)
+
+    on_rank(1, change)
+
+
+def unsharded():
+    """The base's weights of every block are left out of the sharding."""
+    from torch.distributed import fsdp
+
+    shard = fsdp.fully_shard
+
+    def fully_shard(module):
+        return shard(module, ignored_params={p for p in module.parameters() if p.dim() > 1 and not p.requires_grad})
+
+    fsdp.fully_shard = fully_shard
+
+
+def in_eval_mode():
+    """The model is left as `from_pretrained` gives it."""
+    from harness.trial.ranks import rank
+
+    wrapped = rank.distribute
+    rank.distribute = lambda model, strategy, **options: wrapped(model.eval(), strategy, **options)
+
+
+def at_turn(act):
+    """What rank 1 does in its first timed step."""
+
+    def sabotage():
+        from harness.trial.trial import Trial
+
+        def change(trial):
+            turn = Trial.turn
+
+            def acting(self, steps):
+                act()
+                return turn(self, steps)
+
+            Trial.turn = acting
+
+        on_rank(1, change)
+
+    return sabotage
+
+
+def out_of_memory():
+    raise MemoryError("no more of it")
+
+
+def alone_in_vain():
+    """One rank alone does not fit."""
+    from harness.trial.ranks import trial
+
+    def maker(request):
+        return lambda: out_of_memory()
+
+    trial._one_maker = maker
+
+
+@dataclasses.dataclass(frozen=True)
+class Scenario:
+    strategy: str = "ddp"
+    variant: dict = dataclasses.field(default_factory=dict)
+    workload: dict = dataclasses.field(default_factory=dict)
+    commands: tuple = CHECKED
+    sabotage: object = None
+    timeout_s: float = PROTOCOL.step_timeout_s
+
+
+TURNS = ("build", "turn")
+SCENARIOS = {
+    "ddp, lora": Scenario(commands=WHOLE),
+    "ddp, qlora, accumulating": Scenario(commands=WHOLE, variant={**NF4, "gradient_accumulation": 2}),
+    "fsdp2, lora": Scenario(strategy="fsdp2", commands=WHOLE),
+    "fsdp2, qlora": Scenario(strategy="fsdp2", commands=WHOLE, variant=NF4),
+    "fsdp2, qlora, repaired": Scenario(
+        strategy="fsdp2", commands=WHOLE, variant=NF4, workload={"repair": "quant_state"}
+    ),
+    "same rows": Scenario(sabotage=same_rows),
+    "other data": Scenario(sabotage=other_data),
+    "unsynchronised": Scenario(commands=WHOLE, sabotage=unsynchronised),
+    "summed": Scenario(sabotage=summed),
+    "asleep": Scenario(sabotage=asleep),
+    "unsharded": Scenario(strategy="fsdp2", sabotage=unsharded),
+    "in eval mode": Scenario(strategy="fsdp2", variant=NF4, sabotage=in_eval_mode),
+    "in eval mode, repaired": Scenario(
+        strategy="fsdp2", variant=NF4, workload={"repair": "quant_state"}, sabotage=in_eval_mode
+    ),
+    "dies": Scenario(commands=TURNS, sabotage=at_turn(lambda: os.kill(os.getpid(), signal.SIGKILL))),
+    "hangs": Scenario(commands=TURNS, sabotage=at_turn(lambda: time.sleep(900)), timeout_s=40),
+    "out of memory": Scenario(commands=TURNS, sabotage=at_turn(out_of_memory)),
+    "alone in vain": Scenario(commands=TURNS, sabotage=alone_in_vain),
+}
+
+
+def run(name: str, tokens: str, folder: Path) -> dict:
+    """The record of one scenario, and which of its processes are left."""
+    from harness.trial.process import prepare_process
+    from harness.trial.ranks.trial import TrialOfRanks
+
+    scenario = SCENARIOS[name]
+    if scenario.sabotage:
+        scenario.sabotage()
+    workload = dataclasses.replace(WORKLOAD, ranks=2, strategy=scenario.strategy, **scenario.workload)
+    request = TrialRequest(
+        trial="r0", variant=dataclasses.replace(VARIANT, **scenario.variant), role="variant", replicate=0, seed=1,
+        workload=workload, protocol=dataclasses.replace(PROTOCOL, step_timeout_s=scenario.timeout_s),
+        interleaving="lockstep", measures=("steps", "peaks"), instrument="spy", device="cpu", threads=1,
+        tokens_path=tokens, scratch=str(folder), log_path="",
+    )  # fmt: skip
+    prepare_process(request)
+    trial = TrialOfRanks(request)
+    record = TrialRecord(
+        trial="r0", status="ok", name="plain", variant="", role="variant", replicate=0, position=0,
+        interleaving="lockstep", seed=1, started_unix_s=0.0, wall_time_s=0.0,
+    )  # fmt: skip
+    for command in scenario.commands:
+        record = record.merged(trial.run(command, **({"steps": 2} if command == "turn" else {})))
+        if record.status != "ok":
+            break
+    left = [member.name for member in trial._members if member.code is None]
+    trial._end_all()
+    return {"name": name, "record": codec.to_json(record), "left": left}
+
+
+def main(names: list[str]) -> None:
+    from harness.trial.data.tokens import prepare
+    from harness.trial.zygote import import_libraries
+
+    import_libraries()
+    with tempfile.TemporaryDirectory() as told:
+        child = os.fork()  # tokenising starts threads
+        if child == 0:
+            (Path(told) / "path").write_text(str(prepare(WORKLOAD, Path(told)).path))
+            os._exit(0)
+        os.waitpid(child, 0)
+        tokens = (Path(told) / "path").read_text()
+        for number, name in enumerate(names):
+            child = os.fork()
+            if child == 0:
+                folder = Path(told) / str(number)
+                folder.mkdir()
+                print(json.dumps(run(name, tokens, folder)), flush=True)
+                os._exit(0)
+            os.waitpid(child, 0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

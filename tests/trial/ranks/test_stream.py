@@ -1,0 +1,45 @@
+"""Ranks that read one file share its batches out, each its own rows of every one."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from harness.studies.variant import Variant
+from harness.studies.workload import Workload
+from harness.trial.data.stream import TokenStream
+from harness.trial.data.tokens import prepare
+
+WORKLOAD = Workload(
+    sequence_length=32, batch_size=4, train_sequences=10, held_out_records=4, held_out_sequences=1, prompt_tokens=8,
+    new_tokens=3, layout="padded",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def streams(tmp_path_factory):
+    """One rank's stream, and those of two."""
+    path = prepare(WORKLOAD, tmp_path_factory.mktemp("tokens")).path
+    variant = Variant(name="plain", r=4)
+    two = dataclasses.replace(WORKLOAD, ranks=2, strategy="ddp")
+    return TokenStream(path, WORKLOAD, variant, "cpu"), [
+        TokenStream(path, two, variant, "cpu", rank=rank, ranks=2) for rank in range(2)
+    ]
+
+
+def test_two_ranks_take_the_batches_of_one_and_their_shares_are_the_whole(streams):
+    """Over the end of an epoch as well; shares are those of the labelled tokens, and counts add up."""
+    one, two = streams
+    for _ in range(4):
+        upcoming = two[0].upcoming(1)
+        batch = one.take()
+        taken = [stream.take_share() for stream in two]
+        for key in batch:
+            assert torch.equal(torch.cat([part[key] for part, _ in taken]), batch[key])
+        assert torch.equal(upcoming, batch["input_ids"])
+        labelled = [float((part["labels"][:, 1:] != -100).sum()) for part, _ in taken]
+        assert [share for _, share in taken] == pytest.approx([count / sum(labelled) for count in labelled])
+    assert one.real_tokens == sum(stream.real_tokens for stream in two)
+    assert one.padded_tokens == sum(stream.padded_tokens for stream in two)

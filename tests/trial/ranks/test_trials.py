@@ -1,0 +1,166 @@
+"""Real trials of two ranks over gloo: they train what one rank trains, and each sabotage is found by its words."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from harness.records import codec
+from harness.records.metrics import samples_of
+from harness.records.record import TrialRecord
+
+SCRIPT = Path(__file__).with_name("scenarios.py")
+HEALTHY = ("ddp, lora", "ddp, qlora, accumulating", "fsdp2, lora", "fsdp2, qlora", "fsdp2, qlora, repaired")
+SICK = (
+    "same rows", "other data", "unsynchronised", "summed", "asleep", "unsharded", "in eval mode",
+    "in eval mode, repaired", "dies", "hangs", "out of memory", "alone in vain",
+)  # fmt: skip
+
+
+def told(names) -> dict[str, tuple[TrialRecord, list[str]]]:
+    """The record of each scenario, and who of its processes was left; all are forked from one process."""
+    environment = os.environ | {
+        "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "KINETO_LOG_LEVEL": "99",
+        "TOKENIZERS_PARALLELISM": "false",
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *names], capture_output=True, text=True, env=environment, check=True, timeout=880
+    )
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"name"')]
+    return {one["name"]: (codec.from_json(TrialRecord, one["record"], "record"), one["left"]) for one in lines}
+
+
+@pytest.fixture(scope="module")
+def healthy():
+    """Runs that nothing is wrong with."""
+    return told(HEALTHY)
+
+
+@pytest.fixture(scope="module")
+def sick():
+    """Runs with which something is wrong."""
+    return told(SICK)
+
+
+def check_of(record, path):
+    return next(check for check in record.checks if check["path"] == path)
+
+
+@pytest.mark.parametrize("name", HEALTHY)
+def test_two_ranks_train_what_one_rank_trains(healthy, name):
+    """Losses of the same global batches are those of one rank within 1e-4 in float32, from the first step to the last,
+    and every check of the ranks holds."""
+    record, _ = healthy[name]
+    assert record.status == "ok", record.failure
+    losses = check_of(record, "ranks.losses")
+    assert losses["status"] == "active", losses
+    paths = {"ranks.data", "ranks.gradients", "ranks.adapters", "ranks.steady", "ranks.losses"}
+    paths |= {"ranks.sharded"} if name.startswith("fsdp2") else set()
+    judged = {check["path"]: check for check in record.checks if check["path"].startswith("ranks.")}
+    assert set(judged) == paths
+    assert all(check["status"] == "active" for check in judged.values()), judged
+
+
+def test_a_step_takes_as_long_as_its_slowest_rank(healthy):
+    """The time of each step is the largest of those that the ranks took, all of which are there; tokens are of all."""
+    record, _ = healthy["ddp, lora"]
+    each = zip(record.samples["rank0_step_time_s"], record.samples["rank1_step_time_s"], strict=True)
+    assert record.samples["step_time_s"] == tuple(map(max, each))
+    assert record.samples["turn_real_tokens"] == (2 * 4 * 32.0, 2 * 4 * 32.0)
+    assert record.values["ranks"] == 2.0
+
+
+def test_scaling_is_measured_against_one_rank_in_the_same_turns(healthy):
+    """A sample of scaling efficiency for each timed step, and what a profiled step spends on exchanges."""
+    record, _ = healthy["ddp, lora"]
+    ratios = zip(record.samples["one_rank_step_time_s"], record.samples["step_time_s"], strict=True)
+    assert samples_of(record, "scaling_efficiency") == tuple(one / (2 * both) for one, both in ratios)
+    assert 0 < record.values["communication_share"] < 1
+    assert 0 <= record.values["communication_overlap"] <= 1
+    assert record.values["rank_imbalance"] >= 1
+
+
+def test_memory_is_that_of_the_rank_that_takes_most_and_of_each(healthy):
+    """FSDP2 halves the base's bytes on each rank, in 4 bits as well, and every rank's peak is there."""
+    whole, halved = (healthy[name][0].memory for name in ("ddp, lora", "fsdp2, lora"))
+    assert halved["base_weight_bytes"] <= 0.51 * whole["base_weight_bytes"]
+    quarter = healthy["fsdp2, qlora"][0].memory
+    assert quarter["base_weight_bytes"] < 0.51 * healthy["ddp, qlora, accumulating"][0].memory["base_weight_bytes"]
+    peaks = [whole[f"rank{rank}_host_peak_train_bytes"] for rank in range(2)]
+    assert whole["host_peak_train_bytes"] == max(peaks)
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "words"),
+    [
+        ("same rows", "ranks.data", "ranks 0 and 1 train on the same data: 2 of their 2 sequences"),
+        ("other data", "ranks.data", "rank 1 trains on other data than rank 0"),
+        ("unsynchronised", "ranks.gradients", "keep each rank's own gradient, which was not exchanged"),
+        ("unsynchronised", "ranks.adapters", "after an update rank 1 has another adapter than rank 0"),
+        ("summed", "ranks.gradients", "divided by 1 and not by their number, 2"),
+        ("unsharded", "ranks.sharded", "lie whole on every rank"),
+    ],
+)
+def test_a_sabotage_is_found_by_its_words(sick, name, path, words):
+    """The trial is invalid, and the check says what is wrong and of which rank."""
+    record, left = sick[name]
+    assert record.status == "invalid"
+    assert words in check_of(record, path)["reason"]
+    assert words in record.failure.message
+    assert left == []
+
+
+def test_nf4_that_fsdp2_gathers_wrongly_is_refused_with_the_reason_and_the_repair(sick):
+    """In eval mode on a CPU with AVX512_BF16 the losses of one batch move although nothing is updated; the repair that
+    is named keeps them."""
+    from bitsandbytes.nn.modules import has_avx512bf16
+
+    if not has_avx512bf16():
+        pytest.skip("4-bit weights are not rearranged on this CPU, so there is nothing to find")
+    record, _ = sick["in eval mode"]
+    check = check_of(record, "ranks.steady")
+    assert record.status == "invalid"
+    assert check["status"] == "fallback"
+    assert "silently wrong from the second forward on" in check["reason"]
+    assert "fix_4bit_weight_quant_state_from_module" in check["reason"]
+    assert 'repair = "quant_state"' in check["reason"]
+    assert check_of(sick["in eval mode, repaired"][0], "ranks.steady")["status"] == "active"
+
+
+def test_a_rank_that_the_others_wait_for_is_named(sick):
+    """Its own time in a profiled step is long and theirs is short, whatever the step takes for all."""
+    record, _ = sick["asleep"]
+    notice = next(notice for notice in record.notices if notice.code == "ranks-imbalanced")
+    assert notice.message.startswith("rank 1 takes ")
+    assert "they wait for it" in notice.message
+    assert record.values["rank1_own_step_time_s"] > 2 > record.values["rank0_own_step_time_s"]
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "kind", "words"),
+    [
+        ("dies", "crashed", "RankDied", "rank 1 of 2 ended with signal 9 (SIGKILL) during turn; the others were ended"),
+        ("hangs", "timeout", "Silent", "rank 1 of 2 hangs in turn: rank 0 of 2 waited for it in vain"),
+        ("out of memory", "oom", "MemoryError", "rank 1 of 2: no more of it"),
+    ],
+)
+def test_a_rank_that_is_lost_is_a_row_and_its_fellows_are_ended(sick, name, status, kind, words):
+    """The record says which rank it was, and none of the others is left."""
+    record, left = sick[name]
+    assert (record.status, record.failure.kind) == (status, kind)
+    assert words in record.failure.message
+    assert left == []
+
+
+def test_a_trial_goes_on_without_one_rank_alone(sick):
+    """Where the whole model does not fit one device there is no efficiency, and a notice."""
+    record, _ = sick["alone in vain"]
+    assert record.status == "ok"
+    assert [notice.code for notice in record.notices] == ["one-rank-failed"]
+    assert samples_of(record, "scaling_efficiency") == ()
+    assert len(record.samples["step_time_s"]) == 2

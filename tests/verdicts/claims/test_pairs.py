@@ -1,0 +1,142 @@
+"""Claims about any field and any metric: levels that are words, pairs of levels, bytes, energy; alone or together."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from harness.errors import UsageError
+from harness.records import store
+from harness.studies.claim import Claim, Part
+from harness.studies.study_file import load_study
+from harness.studies.variant import Variant
+from harness.verdicts.claims import judge_claims
+
+PAIR = ("none", "nf4")
+STEPS = {"plain": [1.0, 1.02, 0.99, 1.01], "nf4": [1.05, 1.07, 1.04, 1.06], "dora": [1.5, 1.53, 1.48, 1.51]}
+BYTES = {"plain": 1000, "nf4": 600, "dora": 1010}
+
+
+def part(rule, metric, axis="quantization", levels=PAIR, **more):
+    return Part(rule=rule, axis=axis, metric=metric, levels=levels, **more)
+
+
+@pytest.fixture
+def judged(write_run, small_study, tmp_path):
+    """A function: the verdicts on parts, each a claim of its own, of a run of bf16, nf4 and DoRA on a card."""
+
+    def judge(*parts, together=False, kind="device_peak_allocated_train_bytes"):
+        variants = (Variant(name="plain"), Variant(name="nf4", quantization="nf4"), Variant(name="dora", use_dora=True))
+        claims = [Claim(id=str(place), says="s", parts=(one,)) for place, one in enumerate(parts)]
+        claims = [Claim(id="0", says="s", parts=parts)] if together else claims
+        study = dataclasses.replace(small_study, variants=variants, reference="plain", claims=tuple(claims))
+
+        def change(record):
+            size = BYTES[record.name] * 2**20 + record.replicate
+            return record.replaced(
+                memory={kind: size},
+                values={"device_energy_train_j": 10.0 * BYTES[record.name] / 1000 + record.replicate / 100,
+                        "energy_steps": 10.0},
+            )  # fmt: skip
+
+        write_run("mine", STEPS, study=study, change=change)
+        report = judge_claims(store.read_run("mine", tmp_path / "runs"))
+        return report.claims[0] if together else [claim.parts[0] for claim in report.claims]
+
+    return judge
+
+
+def test_less_memory_and_hardly_slower_is_one_claim_of_a_pair(judged):
+    """Both parts must hold; either alone is what it is."""
+    less = part("lowers", "peak_memory", by=0.3)
+    at_most = part("costs-at-most", "step_time_s", by=0.1)
+    claim = judged(less, at_most, together=True)
+    assert claim.verdict == "supported"
+    assert [one.verdict for one in claim.parts] == ["supported", "supported"]
+    assert claim.parts[0].ratio == pytest.approx(0.6)
+    assert claim.parts[1].about == "nf4 / plain"
+    too_much = judged(less, part("costs-at-most", "step_time_s", by=0.02), together=True)
+    assert too_much.verdict == "refuted"
+
+
+def test_the_order_of_a_pair_says_what_is_promised_of_which(judged):
+    """From nf4 to bf16 memory rises, and time falls."""
+    found = judged(part("lowers", "peak_memory", levels=("nf4", "none"), by=0.3),
+                   part("faster", "step_time_s", levels=("nf4", "none"), by=0.02))  # fmt: skip
+    assert [one.verdict for one in found] == ["refuted", "supported"]
+    assert found[0].ratio == pytest.approx(1 / 0.6, rel=1e-3)
+
+
+def test_levels_may_be_words_and_booleans(judged):
+    """They differ, are highest or lowest, and are equal or not; of more than a number's rules none is asked."""
+    found = judged(
+        part("differs", "step_time_s"),
+        part("lowest", "step_time_s", levels=("none",)),
+        part("differs", "step_time_s", axis="use_dora", levels=(False, True)),
+        part("equal", "step_time_s", levels=()),
+        part("costs-at-most", "step_time_s", axis="use_dora", levels=(False, True), by=0.1),
+    )
+    assert [one.verdict for one in found] == ["supported", "supported", "supported", "inconclusive", "refuted"]
+    assert "from quantization none to nf4 step time changes by" in found[0].reason
+    assert found[2].about == "true / false"
+
+
+def test_energy_and_kinds_of_memory_are_metrics_too(judged):
+    """By name; bytes by the largest, energy as any number."""
+    found = judged(
+        part("lowers", "energy_per_step_j", by=0.2),
+        part("lowers", "device_peak_allocated_train_bytes", by=0.3),
+        part("costs-at-most", "peak_memory", axis="use_dora", levels=(False, True), by=0.05),
+        part("costs-at-most", "peak_memory", levels=("nf4", "none"), by=0.05),
+    )
+    assert [one.verdict for one in found] == ["supported", "supported", "supported", "refuted"]
+    assert "device_peak_allocated_train_bytes 600 MiB in nf4, 1000 MiB in plain" in found[1].reason
+
+
+def test_resident_memory_supports_no_limit_of_a_cost(judged):
+    """On a CPU it is diluted: a saving that shows is one, a cost that shows is one, and nothing else is said."""
+    saving, cost, bound = judged(
+        part("lowers", "peak_memory", by=0.3),
+        part("costs-at-most", "peak_memory", levels=("nf4", "none"), by=0.05),
+        part("costs-at-most", "peak_memory", axis="use_dora", levels=(False, True), by=0.05),
+        kind="host_peak_train_bytes",
+    )
+    assert (saving.verdict, cost.verdict, bound.verdict) == ("supported", "refuted", "not judged")
+    assert "a cost can be lost, so it supports nothing" in bound.reason
+
+
+@pytest.mark.parametrize(
+    ("claim", "words"),
+    [
+        ('{ rule = "trend-up", axis = "quantization", metric = "step_time_s" }', ["no numbers", "lays a line"]),
+        ('{ rule = "lowers", axis = "quantization", metric = "peak_memory" }', ["about a pair", "two levels"]),
+        ('{ rule = "lowers", axis = "quantization", metric = "peak_memory", levels = ["none", "fp4"] }',
+         ["level fp4", "none, nf4"]),
+        ('{ rule = "lowers", axis = "no_field", metric = "peak_memory", levels = ["a", "b"] }', ["fewer than two"]),
+        ('{ rule = "differs", axis = "quantization", metric = "x_bytes", levels = ["none", "nf4"] }', ["not known"]),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_asked_is_refused(tmp_path, claim, words):
+    """With the file, what is wrong in it, and what there is."""
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        '[[variant]]\nname = "a"\n[[variant]]\nname = "b"\nquantization = "nf4"\n'
+        f'[[claim]]\nid = "1"\nsays = "s"\nparts = [{claim}]\n'
+    )
+    with pytest.raises(UsageError) as caught:
+        load_study(str(path))
+    for word in ["mine.toml", *words]:
+        assert word in str(caught.value)
+
+
+def test_a_pair_is_read_from_a_file(tmp_path):
+    """As docs/reference.md shows it."""
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        '[[variant]]\nname = "a"\n[[variant]]\nname = "b"\nquantization = "nf4"\n[[claim]]\nid = "1"\nsays = "s"\n'
+        'parts = [{ rule = "costs-at-most", axis = "quantization", levels = ["none", "nf4"], metric = "step_time_s", '
+        "by = 0.1 }]\n"
+    )
+    (claim,) = load_study(str(path)).claims
+    assert claim.parts[0].levels == ("none", "nf4")

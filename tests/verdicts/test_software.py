@@ -1,0 +1,66 @@
+"""What scripts tell of their software, and what was found before they were started."""
+
+import dataclasses
+
+import pytest
+
+from harness.records.record import TrialRecord
+from harness.verdicts.software import differing_versions, facts_of, say_threads, versions_of
+
+STATED = {
+    "device": "cpu", "threads": 1, "python": "3.11.7", "libraries": {"torch": "2.13.0", "flash-attn": "2.8"},
+    "engine": {"liger_kernel": None},
+}  # fmt: skip
+RECORD = TrialRecord(
+    trial="r0-a", status="ok", name="a", variant="v", role="variant", replicate=0, position=0,
+    interleaving="lockstep", seed=0, started_unix_s=1.0, wall_time_s=1.0,
+)  # fmt: skip
+
+
+def telling(threads=None, **software):
+    """A record whose process tells this; underscores stand for hyphens."""
+    told = {name.replace("_", "-"): version for name, version in software.items()}
+    return dataclasses.replace(RECORD, software=told, values={} if threads is None else {"threads": threads})
+
+
+def test_without_a_word_of_the_trials_it_is_what_was_found():
+    """As of lorameter's own trials, and of runs that are older."""
+    stated = {"python": "3.11.7", "torch": "2.13.0", "flash-attn": "2.8", "liger_kernel": None}
+    assert versions_of(STATED, [RECORD]) == stated
+    assert facts_of(STATED, [RECORD]) == STATED
+    assert say_threads(STATED, [RECORD]) == "1 thread"
+
+
+def test_what_trials_tell_goes_before():
+    """By the normal name of a package; what they do not have is not installed, whatever the other interpreter has."""
+    records = [telling(4.0, python="3.12.1", torch="2.14.0", cuda="12.8", liger_kernel="0.8.5")]
+    found = versions_of(STATED, records)
+    assert found == {
+        "python": "3.12.1", "torch": "2.14.0", "flash-attn": None, "liger_kernel": "0.8.5", "cuda": "12.8",
+    }  # fmt: skip
+    facts = facts_of(STATED, records)
+    assert (facts["python"], facts["cuda"], facts["device"]) == ("3.12.1", "12.8", "cpu")
+    assert facts["libraries"] == {"torch": "2.14.0", "flash-attn": None}
+    assert say_threads(STATED, records) == "4 threads"
+
+
+def test_what_measures_is_ours_in_every_process():
+    """Whatever of it the interpreter of a script has installed, or has not."""
+    stated = STATED | {"libraries": {"lorameter": "1.2"}}
+    assert versions_of(stated, [telling(python="3.12.1")])["lorameter"] == "1.2"
+    assert not list(differing_versions([telling(lorameter="1.1", a="1")], [telling(a="1")]))
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "differing"),
+    [
+        ([{"a": "1"}], [{"a": "1"}], []),
+        ([{"a": "1"}], [{"a": "2"}], [("a", ("1",), ("2",))]),
+        ([{"a": "1"}], [{"a": "1", "b": "3"}], [("b", ("none",), ("3",))]),
+        ([{"a": "1"}, {"a": "2"}], [{"a": "1"}, {"a": "2"}], [("a", ("1", "2"), ("1", "2"))]),
+        ([{"a": "1"}], [{}], []),
+    ],
+)
+def test_what_differs_is_said_of_all_trials(ours, theirs, differing):
+    """Also where an environment was changed in the middle of a run; of a side that tells nothing nothing is known."""
+    assert list(differing_versions([telling(**one) for one in ours], [telling(**one) for one in theirs])) == differing
