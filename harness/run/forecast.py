@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.errors import LorameterError
-from harness.machine.provenance import Machine
+from harness.machine.provenance import Machine, library_version
 from harness.models import catalogue, shapes
 from harness.models.costs.lora import adapter_parameters
 from harness.models.costs.memory import CUDA_CONTEXT_BYTES, estimate_memory, stored_dtype
 from harness.models.shapes import ModelShape, linear_widths, unknown_layers
 from harness.records import codec, store
 from harness.records.durations import measuring_time_s
+from harness.records.metrics import BIRTH
 from harness.run.plan import Group, Plan
 from harness.run.several_ranks import processes_on_device
 from harness.studies.script import OWN
@@ -159,6 +160,23 @@ def measured_peaks(workload: Workload, machine: Machine, runs: Path, kind: str) 
                 if kind in record.memory and record.name not in others:
                     peaks[record.variant] = max(peaks.get(record.variant, 0), record.memory[kind])
     return peaks
+
+
+def measured_process(machine: Machine, runs: Path) -> int | None:
+    """What a trial's process began with in the latest run on this machine with these libraries; None without one."""
+    libraries = {name: library_version(name) for name in ("torch", "transformers")}
+    for path in reversed(store.list_runs(runs)[-RUNS_LOOKED_AT:]):
+        try:
+            run = store.read_run(str(path), runs)
+        except LorameterError:
+            continue
+        found = run.manifest.provenance
+        there = found.get("libraries") or {}
+        if found.get("device_name") == machine.device_name and libraries.items() <= there.items():
+            births = [record.memory[BIRTH] for record in run.records if BIRTH in record.memory]
+            if births:
+                return max(births)
+    return None
 
 
 def _time(plan: Plan, machine: Machine, shape: ModelShape, runs: Path) -> tuple[float | None, str]:

@@ -4,13 +4,14 @@ import dataclasses
 
 import pytest
 
-from harness.machine.provenance import free_bytes, probe_machine
+from harness.machine.provenance import free_bytes, library_version, probe_machine
 from harness.machine.reading import Reading, missing
 from harness.machine.system import memory_bytes
 from harness.models import catalogue, shapes
 from harness.models.costs.lora import adapter_parameters
 from harness.records import codec, store
-from harness.run.forecast import forecast, measured_peaks, together_bytes
+from harness.records.metrics import BIRTH
+from harness.run.forecast import forecast, measured_peaks, measured_process, together_bytes
 from harness.run.plan import make_plan
 from harness.studies.variant import Variant
 
@@ -108,3 +109,19 @@ def test_an_earlier_run_says_how_long(small_study, machine, tmp_path, write_run)
     path.write_text(codec.dumps(dataclasses.replace(store.read_manifest(path.parent), resumed=(again,))))
     assert forecast(plan, machine, runs) == found
     assert found.time_s < 100
+
+
+def test_a_process_begins_with_what_the_latest_run_with_these_libraries_measured(write_run, tmp_path, machine):
+    """The largest of its trials; of other libraries or another machine it says nothing."""
+    here = {name: library_version(name) for name in ("torch", "transformers")}
+
+    def begun_with(size):
+        return lambda record: dataclasses.replace(record, memory={**record.memory, BIRTH: size})
+
+    assert measured_process(machine, tmp_path / "runs") is None
+    write_run("20260101", {"plain": [0.1, 0.1]}, facts={"libraries": here}, change=begun_with(300))
+    assert measured_process(machine, tmp_path / "runs") == 300
+    write_run("20260102", {"plain": [0.1]}, facts={"libraries": here | {"torch": "0.1"}}, change=begun_with(400))
+    write_run("20260103", {"plain": [0.1]}, facts={"device_name": "Other"}, change=begun_with(500))
+    write_run("20260104", {"plain": [0.1]}, facts={"libraries": here})
+    assert measured_process(machine, tmp_path / "runs") == 300
