@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from harness.errors import UsageError
+from harness.records import codec
 from harness.records.metrics import PHASES, Phase
 from harness.studies import limits
 
@@ -57,6 +58,9 @@ class Protocol:
     """Measure requests with the adapter merged, too."""
     peak_replicates: int = 3
     """Peaks take one of a few values and are compared by their maximum, so a few solo trials are enough for them."""
+    cold_replicates: int | None = field(default=None, metadata=codec.LATER)
+    """Replicates that measure cold starts, each of which reads, converts and quantises the base from its own files.
+    None: as many as their interval needs (`harness.run.plan`), and one where minutes are limited."""
     generate_warmup: int = 1
     """Discarded requests between the first call and the warm ones."""
     generate_requests: int = 6
@@ -89,6 +93,8 @@ class Protocol:
                 f"protocol: warmup_steps_max = {self.warmup_steps_max}: below warmup_steps_min = "
                 f"{self.warmup_steps_min}. Raise it."
             )
+        if self.cold_replicates is not None:
+            limits.check_ranges("protocol", self, {"cold_replicates": (1, limits.MOST_REPLICATES)})
         for key in ("precision", "max_minutes"):
             value = getattr(self, key)
             if value is not None and not value > 0:
@@ -134,6 +140,7 @@ class Protocol:
             steps_per_turn=1,
             epochs=0.0,
             peak_replicates=1,
+            cold_replicates=None,
             generate_warmup=0,
             generate_requests=1,
             natural_requests=1,
