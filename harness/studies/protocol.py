@@ -18,6 +18,8 @@ from harness.studies import limits
 
 PRECISION_REPLICATES = 40
 """Cap where a precision decides and nothing else is said."""
+LIMITED_REPLICATES = 12
+"""Cap where minutes decide and nothing else is said."""
 EFFORT_REPLICATES: dict[str, int] = {"quick": 3, "standard": 8, "rigorous": 12}
 
 _RANGES: dict[str, limits.Range] = {
@@ -82,7 +84,8 @@ class Protocol:
     """Stop as soon as every compared interval is at most this far from its centre (a fraction; the tolerance of 0.01
     is a sound choice), but not before 5 replicates; `replicates` is the cap. None measures all replicates."""
     max_minutes: float | None = None
-    """Minutes that measuring may take, counted anew when a run is gone on with. No further replicate is begun that
+    """Minutes that a run may take from its start, the preparing of tokens and bases included; counted anew when a run
+    is gone on with. They are spread over five replicates, if so many are planned: no further one is begun whose least
     would end later, and within one whole rounds are dropped, for all variants alike (`harness.run.budget`). None sets
     no limit."""
 
