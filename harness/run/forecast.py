@@ -17,13 +17,14 @@ from harness.errors import LorameterError
 from harness.machine.provenance import Machine, library_version
 from harness.models import catalogue, shapes
 from harness.models.costs.lora import adapter_parameters
-from harness.models.costs.memory import CUDA_CONTEXT_BYTES, estimate_memory, stored_dtype
+from harness.models.costs.memory import CUDA_CONTEXT_BYTES, base_bytes, estimate_memory, stored_dtype
 from harness.models.shapes import ModelShape, linear_widths, unknown_layers
 from harness.records import codec, store
 from harness.records.durations import measuring_time_s
 from harness.records.metrics import BIRTH
 from harness.run.plan import Group, Plan
 from harness.run.several_ranks import processes_on_device
+from harness.studies.request import BaseKey, base_key
 from harness.studies.script import OWN
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
@@ -66,7 +67,7 @@ def forecast(plan: Plan, machine: Machine, runs: Path) -> Forecast:
     needs: dict[str, int | None] = {}
     for one in plan.workloads:
         needs |= needed_bytes([who.variant for who in plan.contenders if who.workload == one], one, machine, runs)
-    memory = most_of(_group_bytes(group, needs) for group in plan.groups)
+    memory = most_of(_group_bytes(group, needs, machine) for group in plan.groups)
     disk = None
     if unknown is None:
         tokens = 4 * 8 * workload.sequence_length * (workload.train_sequences + workload.held_out_sequences)
@@ -76,9 +77,29 @@ def forecast(plan: Plan, machine: Machine, runs: Path) -> Forecast:
     return Forecast(time_s=time_s, basis=basis, memory_bytes=memory, disk_bytes=disk, unknown=unknown)
 
 
-def _group_bytes(group: Group, needs: Mapping[str, int | None]) -> int | None:
-    """What is live together: each process counts with the largest of its trials."""
-    return total_of(most_of(needs[slot.variant.name] for slot in launch) for launch in group.launches)
+def _group_bytes(group: Group, needs: Mapping[str, int | None], machine: Machine) -> int | None:
+    """What is live together: each process counts with the largest of its trials, and a base that they map once."""
+    total = total_of(most_of(needs[slot.variant.name] for slot in launch) for launch in group.launches)
+    first = [launch[0] for launch in group.launches]
+    return total and total - _mapped_again([(slot.variant, slot.workload) for slot in first], machine)
+
+
+def _mapped_again(processes: Iterable[tuple[Variant, Workload]], machine: Machine) -> int:
+    """Bytes that these processes, each counted for itself, have in common: a base that is not quantised is mapped from
+    one file on a CPU. Of a quantised one each may come to have layers of its own (`harness.trial.building.packing`),
+    as of one that the adapter's initialisation or the training of its biases rewrites."""
+    if machine.device != "cpu":
+        return 0
+    seen: set[BaseKey] = set()
+    again = 0
+    for variant, workload in processes:
+        shape = shapes.shape(catalogue.resolve(workload.model))
+        if variant.quantization != "none" or variant.rewrites_base or variant.bias != "none" or unknown_layers(shape):
+            continue
+        key = base_key(variant, workload)
+        again += base_bytes(variant, shape) if key in seen else 0
+        seen.add(key)
+    return again
 
 
 def most_of(sizes: Iterable[int | None]) -> int | None:
@@ -100,9 +121,13 @@ def _known(sizes: Iterable[int | None]) -> list[int] | None:
 
 
 def together_bytes(members: Sequence[Variant], workload: Workload, machine: Machine, runs: Path | None) -> int | None:
-    """Expected memory of one live process for each member; None where that of one is not known."""
+    """Expected memory of one live process for each member, with what they map together once; None where that of one is
+    not known."""
     needs = needed_bytes(members, workload, machine, runs)
-    return total_of(needs[variant.name] for variant in members)
+    total = total_of(needs[variant.name] for variant in members)
+    if total is None or workload.model == OWN:
+        return total
+    return total - _mapped_again([(variant, workload) for variant in members], machine)
 
 
 def needed_bytes(

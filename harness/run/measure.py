@@ -25,7 +25,7 @@ from harness.records.preparation import Hello, TokenSummary
 from harness.records.record import Notice, Side, TrialRecord
 from harness.records.refusals import say_refused
 from harness.records.store import Manifest, Run, RunWriter
-from harness.run.bases import prepare_bases
+from harness.run.bases import foresee_cold, prepare_bases
 from harness.run.budget import Budget
 from harness.run.conductor import Watcher
 from harness.run.contenders import contenders_of, variants_of, workloads_of
@@ -177,6 +177,8 @@ def measure(
             return earlier if is_finished(earlier) else _mend(earlier)
         shown.starting(dataclasses.replace(plan, groups=groups), run_id)
         variants = [slot.variant for slot in plan.slots]
+        minutes, replicates = study.protocol.max_minutes, len({group.replicate for group in groups})
+        budget = Budget(None if minutes is None else 60 * minutes, replicates=replicates)
         with stops.interruptible():
             for name, executor in executors.items():
                 stack.callback(executor.close)
@@ -188,9 +190,11 @@ def measure(
             hellos = {name: greet(executor, variants) for name, executor in executors.items()}
             there = {arm.name: arm.executor.facts() for arm in arms if arm is first or arm.name == arm.side}
             device = hellos[first.name].device
-            bases = prepare_bases(dataclasses.replace(plan, groups=groups), executors, device, shown)
+            rest, import_s = dataclasses.replace(plan, groups=groups), hellos[first.name].import_time_s
+            bases = prepare_bases(rest, executors, device, shown)
+            budget.cold_s, told = foresee_cold(rest, bases, import_s, budget.left_s)
         site = dataclasses.replace(_site(plan, prepared, device), bases=bases.folders)
-        notices = (*notices, *bases.notices)
+        notices = (*notices, *bases.notices, *told)
         if plan.provisional:
             with stops.interruptible():
                 plan, told = rehearse(plan, executors, site, shown)
@@ -229,8 +233,6 @@ def measure(
                 policy=dict(policy or {}),
             )
         writer = RunWriter(runs, manifest)
-        minutes = study.protocol.max_minutes
-        budget = Budget(None if minutes is None else 60 * minutes)
         try:
             measured = run_plan(
                 plan,

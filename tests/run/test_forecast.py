@@ -43,7 +43,9 @@ def test_a_gpu_without_history_is_not_guessed(small_study, machine, tmp_path):
 def test_more_replicates_take_longer(small_study, machine, tmp_path):
     """The time scales with the trials, and quantisation lowers the memory."""
     longer = small_study.with_overrides(replicates=8)
-    short, long = (forecast(make_plan(s), machine, tmp_path) for s in (small_study, longer))
+    short, long = (
+        forecast(make_plan(s, phases=("train", "generate")), machine, tmp_path) for s in (small_study, longer)
+    )
     assert long.time_s > 2 * short.time_s
     big = dataclasses.replace(small_study, workload=dataclasses.replace(small_study.workload, model="random:llama2-7b"))
     plain, nf4 = (
@@ -61,6 +63,25 @@ def test_a_plan_and_its_level_speak_of_the_same_memory(small_study, machine, tmp
     members = [contender.variant for contender in plan.contenders]
     expected = forecast(plan, machine, runs).memory_bytes
     assert expected == together_bytes(members, small_study.workload, machine, runs) > 6 * 2**30
+
+
+def test_live_processes_count_a_base_that_they_map_once(small_study, machine):
+    """On a CPU, of a base that is not quantised; a card has a copy for each, and so has a process that rewrites it."""
+    workload = dataclasses.replace(small_study.workload, model="random:llama2-7b")
+    base = 6_738_415_616 * 2
+
+    def together(variant, machine=machine):
+        one, six = (together_bytes([variant] * count, workload, machine, None) for count in (1, 6))
+        return 6 * one - six
+
+    plain, nf4 = small_study.variants
+    assert together(plain) == 5 * base
+    assert together(plain, dataclasses.replace(machine, device="cuda")) == 0
+    assert together(nf4) == together(dataclasses.replace(plain, init_lora_weights="olora")) == 0
+    half = dataclasses.replace(plain, dtype="float16")
+    several = together_bytes([plain, half, plain], workload, machine, None)
+    apart = sum(together_bytes([variant], workload, machine, None) for variant in (plain, half, plain))
+    assert apart - several == base
 
 
 def test_what_is_free_is_what_a_container_leaves(machine, monkeypatch):

@@ -137,6 +137,11 @@ def _resident(variant: Variant, shape: ModelShape) -> dict[str, int]:
     }
 
 
+def base_bytes(variant: Variant, shape: ModelShape) -> int:
+    """All of the base as it is stored, its constants included."""
+    return sum(size for kind, size in _resident(variant, shape).items() if kind != "adapter")
+
+
 def _adapter_width(variant: Variant) -> int:
     return width(variant.adapter_dtype or "float32")
 
