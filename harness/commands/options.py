@@ -12,6 +12,10 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "variant": {"metavar": "V", "action": "append", "default": [], "help": "only this variant; repeatable"},
     "max-minutes": {"type": float, "metavar": "M", "help": "drop rounds, of all alike, to end by then"},
     "allow-disturbed": {"action": "store_true", "help": "let trials count whose surroundings were past a limit"},
+    "sites": {
+        "metavar": "0,1,…",
+        "help": "measure replicates on these cards at once, or on as many shares of this machine's CPUs",
+    },
     "if-busy": {
         "choices": ("wait", "refuse", "share"),
         "default": "wait",

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from harness.errors import UsageError
+from harness.records import codec
 
 SCHEMA = 5
 """Version of what crosses to a worker and of what a run has on disk. 1: first form. 2: requests say what a trial
@@ -123,6 +124,8 @@ class TrialRecord:
     interleaving: Interleaving
     """How this trial alternated with those that it is compared with; "replicates" where it was alone in its turn."""
     side: Side = ""
+    site: str = field(default="", metadata=codec.LATER)
+    """On which of several sites it was measured, with all that it is paired with; empty where there is one."""
     seed: int
     started_unix_s: float
     wall_time_s: float

@@ -23,9 +23,12 @@ LEAST_TO_STOP = 5
 class Stopping:
     """The protocol's stopping rule; is asked after each replicate."""
 
-    def __init__(self, plan: Plan, budget: Budget | None = None, *, earlier: Sequence[TrialRecord] = ()) -> None:
-        """`budget` is the clock of this invocation; `earlier` are records that it has not spent its time on."""
-        self._plan = plan
+    def __init__(
+        self, plan: Plan, budget: Budget | None = None, *, earlier: Sequence[TrialRecord] = (), sites: int = 1
+    ) -> None:
+        """`budget` is the clock of this invocation; `earlier` are records that it has not spent its time on; `sites`
+        says how many replicates are measured at once."""
+        self._plan, self._sites = plan, sites
         self._budget = budget or Budget()
         self._earlier = {record.trial for record in earlier}
 
@@ -44,7 +47,7 @@ class Stopping:
         if protocol.max_minutes is not None:
             spent = self._budget.spent_s
             measured = len({record.replicate for record in records if record.trial not in self._earlier})
-            if (spent + spent / measured) / 60 > protocol.max_minutes:
+            if (spent + self._sites * spent / measured) / 60 > protocol.max_minutes:
                 return f"another replicate would end after the limit of {protocol.max_minutes:g} minutes"
         return None
 
