@@ -30,8 +30,8 @@ from harness.trial.ranks.agreement import compare_losses
 from harness.trial.ranks.member import Member
 
 OF_RANKS, OF_ONE = 0.5, 0.4
-"""How much of a command's time the ranks have together, and one alone after or before them: the rest is for saying which
-of them gave no answer."""
+"""How much of a command's time the ranks have together, and one alone after or before them: the rest is for saying
+which of them gave no answer."""
 GRACE_S = 5.0
 """How long the others have once one has failed: whoever waits for it learns so at once, or never."""
 _WAITING = re.compile(r"gloo|nccl|process ?group|timed? ?out|connection (closed|reset)|broken pipe", re.IGNORECASE)
