@@ -10,7 +10,7 @@ import os
 import socket
 import sys
 
-from harness.machine.processes import PARENT, end_with_parent
+from harness.machine.processes import CPUS, PARENT, end_with_parent
 
 
 def main(arguments: list[str]) -> int:
@@ -18,6 +18,8 @@ def main(arguments: list[str]) -> int:
     and not only when its imports, its downloads or its answer have come to their end."""
     if parent := os.environ.get(PARENT):
         end_with_parent(int(parent))
+    if cpus := os.environ.get(CPUS):
+        os.sched_setaffinity(0, [int(cpu) for cpu in cpus.split(",")])
     what, *rest = arguments
     if what.isdigit():  # as harnesses before schema 5 ask for a zygote: they get its schema, and refuse it by name
         what, rest = "zygote", arguments

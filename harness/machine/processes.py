@@ -13,6 +13,8 @@ from typing import Any
 
 PARENT = "LORAMETER_PARENT"
 """The variable that tells a measuring process who started it."""
+CPUS = "LORAMETER_CPUS"
+"""The variable that tells a measuring process on which CPUs it stays, by their numbers; on any where it is not set."""
 _PR_SET_PDEATHSIG = 1
 
 

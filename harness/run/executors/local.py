@@ -90,6 +90,10 @@ class LocalExecutor(Here):
         self._held = contextlib.ExitStack()
         """Bases that nobody may remove."""
 
+    def device_id(self) -> str:
+        """The CPU, all of it, or the card that the host's processes see first, by its own number."""
+        return provenance.device_id(self._host.variables(os.environ))
+
     def facts(self) -> Facts:
         """Of the present machine, and of the host if that is another. Raises `UsageError` if it does not answer."""
         return provenance.read_facts(self.machine(), None if self._host == Host() else describe(self._host))
