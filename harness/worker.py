@@ -1,4 +1,4 @@
-"""The one door of every measuring process: `python -m harness.worker zygote FD | cold FD | tokens`.
+"""The one door of every measuring process: `python -m harness.worker zygote FD | cold FD | tokens | look`.
 
 An executor starts these by name in the host of either side of an A/B, whose harness may be of another revision, so
 what stands behind the door can move and the door cannot.
@@ -33,14 +33,18 @@ def main(arguments: list[str]) -> int:
         from harness.trial.inference import cold
 
         return cold.main(int(rest[0]))
-    if what == "tokens":
+    if what in ("tokens", "look"):
         # Standard output is for the answer alone: what a library prints meanwhile, or at the end, goes where errors go.
         with os.fdopen(os.dup(1), "w", encoding="utf-8") as reply:
             os.dup2(2, 1)
+            if what == "look":
+                from harness.trial.data import apart
+
+                return apart.main(reply)
             from harness.trial.data import tokens
 
             return tokens.main(reply)
-    raise SystemExit(f"harness.worker: {what!r} is no process of a trial; known: zygote, cold, tokens")
+    raise SystemExit(f"harness.worker: {what!r} is no process of a trial; known: zygote, cold, tokens, look")
 
 
 if __name__ == "__main__":

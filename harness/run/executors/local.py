@@ -14,9 +14,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from harness.errors import EXIT_INVALID, InvalidRunError, UsageError
+from harness.errors import EXIT_INVALID, InvalidRunError, UsageError, shorten
 from harness.machine import provenance
-from harness.machine.processes import PARENT, exit_words, kill_group
+from harness.machine.processes import FAULTS, PARENT, exit_words, kill_group
 from harness.machine.provenance import Facts
 from harness.models import bases
 from harness.records import codec
@@ -244,9 +244,16 @@ class LocalExecutor(Here):
         if process.returncode == 0 and lines:
             with contextlib.suppress(codec.NotJsonError):
                 answer = codec.parse(lines[-1])
+        if process.returncode < 0 and -process.returncode in FAULTS:
+            raise UsageError(
+                f"data {shorten(repr(workload.data))}: what reads it, or the tokenizer of {workload.model}, ended with "
+                f"{exit_words(process.returncode)}, as on a damaged file. Restore it, or save it again. The log is "
+                f"{log_path}."
+            )
         if not isinstance(answer, dict):
             last = log_path.read_text(errors="replace").strip().splitlines()[-1:]
-            raise InvalidRunError(f"the tokens could not be prepared: {' '.join(last)}. The log is {log_path}.")
+            said = " ".join(last) or f"their process ended with {exit_words(process.returncode)}"
+            raise InvalidRunError(f"the tokens could not be prepared: {said}. The log is {log_path}.")
         if "error" in answer:
             refused = InvalidRunError if answer.get("exit_code") == EXIT_INVALID else UsageError
             raise refused(str(answer["error"]))
