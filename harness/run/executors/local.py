@@ -232,14 +232,14 @@ class LocalExecutor(Here):
         log_path = disk.logs / f"tokens{self._suffix}.log"
         with self._spawn("tokens", None, log_path, threads=1, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
             try:
-                said, _ = process.communicate(request.encode(), timeout=TOKENS_TIMEOUT_S)
+                written, _ = process.communicate(request.encode(), timeout=TOKENS_TIMEOUT_S)
             except BaseException as error:
                 kill_group(process.pid)
                 if isinstance(error, subprocess.TimeoutExpired):
                     over = f"the tokens took over {TOKENS_TIMEOUT_S:g} s; the log is {log_path}."
                     raise InvalidRunError(over) from None
                 raise
-        lines = said.decode(errors="replace").strip().splitlines()
+        lines = written.decode(errors="replace").strip().splitlines()
         answer = None
         if process.returncode == 0 and lines:
             with contextlib.suppress(codec.NotJsonError):

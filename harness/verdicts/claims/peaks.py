@@ -49,8 +49,7 @@ def judge_peaks(part: Part, groups: Groups, study: Study) -> PeakFinding:
     """
     names = tuple(reversed(pair_of(part, study)))
     sides = [groups[name, "variant"].ok if (name, "variant") in groups else () for name in names]
-    roles: tuple[Role, ...] = ("variant", "control")
-    itself, twin = (groups[study.reference, role].ok if (study.reference, role) in groups else () for role in roles)
+    itself, twin = (groups.get((study.reference, role)) for role in _ROLES)
     on_device = any(_DEVICE in record.memory for side in sides for record in side)
     kind = part.metric if part.metric != PEAK else _DEVICE if on_device else _HOST
     resident = kind.startswith("host_")
