@@ -182,7 +182,7 @@ def table(counts: dict[str, Count]) -> Table:
         shares = [found[str(size)] / count.years for found in (count.in_time, count.in_the_end) for size in SIZES]
         ended = sum(count.in_the_end.values())
         result.add_row(
-            name, *(f"{100 * share:.0f}" for share in shares), f"{100 * count.covered / ended:.0f}" if ended else "–",
+            name, *(f"{100 * share:.3g}" for share in shares), f"{100 * count.covered / ended:.0f}" if ended else "–",
             f"{count.nights / count.false:.0f}" if count.false else f"> {count.nights}",
             f"{100 * float(np.median(count.detectable)):.1f} %",
         )  # fmt: skip
