@@ -143,10 +143,19 @@ class RunWriter:
         with self._refusals():
             journal.append(self.path / TRIALS, line_of(record, self._evidence.add(record.checks)))
 
-    def finish(self, status: RunStatus, *, stopped: str | None = None, measured: Sequence[str] | None = None) -> None:
-        """State how the run ended; `measured` are the trials that belong to it, where it ended before its cap."""
+    def finish(
+        self,
+        status: RunStatus,
+        *,
+        stopped: str | None = None,
+        measured: Sequence[str] | None = None,
+        notices: Sequence[Notice] = (),
+    ) -> None:
+        """State how the run ended; `measured` are the trials that belong to it, where it ended before its cap, and
+        `notices` what came up on the way."""
         order = self._manifest.order if measured is None else tuple(measured)
-        self._manifest = dataclasses.replace(self._manifest, status=status, stopped=stopped, order=order)
+        told = (*self._manifest.notices, *notices)
+        self._manifest = dataclasses.replace(self._manifest, status=status, stopped=stopped, order=order, notices=told)
         self._write_manifest()
 
     def _write_manifest(self) -> None:

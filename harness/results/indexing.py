@@ -24,6 +24,7 @@ from harness.studies.study import Study
 from harness.verdicts.ab import report_of
 from harness.verdicts.comparand import comparand_of
 from harness.verdicts.outcome import EXIT_OF, worst
+from harness.verdicts.software import facts_of
 from harness.verdicts.standing import standing_of
 
 VERSION = 1
@@ -109,7 +110,7 @@ def _row(run: Run, study: Study) -> dict[str, Any]:
     manifest, counts = run.manifest, dict[str, int]()
     for record in run.records:
         counts[record.status] = counts.get(record.status, 0) + 1
-    provenance = manifest.provenance
+    provenance = facts_of(manifest.provenance, run.records)
     git, libraries = provenance.get("git", {}), provenance.get("libraries", {})
     facts = {name: value for name, value in provenance.items() if name not in _LEFT_OUT}
     facts |= {"libraries": libraries, "harness": provenance.get("worker", {}).get("harness"), "git": git}

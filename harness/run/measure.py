@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,7 +26,7 @@ from harness.records.preparation import Hello, TokenSummary
 from harness.records.record import Notice, Side, TrialRecord
 from harness.records.refusals import say_refused
 from harness.records.store import Manifest, Run, RunWriter
-from harness.run.bases import prepare_bases
+from harness.run.bases import foresee_cold, prepare_bases
 from harness.run.budget import Budget
 from harness.run.conductor import Watcher
 from harness.run.contenders import contenders_of, variants_of, workloads_of
@@ -38,6 +39,8 @@ from harness.run.rehearsal import REHEARSED, rehearse
 from harness.run.resume import continue_manifest, is_finished, mend_manifest
 from harness.run.runner import Measured, find_unsettled, keep_records, run_plan
 from harness.run.site import Site, site_of
+from harness.run.sites.local import Ground, check_alike, open_station
+from harness.run.sites.spread import run_spread
 from harness.run.stopping import Stopping
 from harness.run.stops import Stops
 from harness.studies.study import Study
@@ -142,6 +145,7 @@ def measure(
     arms: Sequence[Arm] = (),
     resume: str | None = None,
     policy: Mapping[str, Any] | None = None,
+    sites: Sequence[Ground] = (),
 ) -> Run:
     """Measure a plan into a run directory and read it back. The first arm prepares the tokens of all.
 
@@ -152,6 +156,7 @@ def measure(
         notices: what was known before.
         arms: where trials are measured, on one machine; those that the plan names, of the present interpreter, if left
             out.
+        sites: several places for replicates; those of one machine, in place of `arms`.
         resume: id of a run of this plan (`harness.run.resume`) to go on with; None for a new one.
         policy: what it will be judged by, as JSON data; the manifest keeps it.
 
@@ -161,7 +166,11 @@ def measure(
     """
     study = plan.study
     threads = {slot.arm: slot.workload.threads for slot in plan.slots}
-    arms = arms or [Arm(name=name, executor=open_executor(executor_of(study), label=name)) for name in threads]
+    stations = [open_station(ground, tuple(threads), executor_of(study)) for ground in sites]
+    if not arms:
+        of_first = stations[0].executors if stations else {}
+        made = ((name, of_first.get(name) or open_executor(executor_of(study), label=name)) for name in threads)
+        arms = [Arm(name=name, executor=executor) for name, executor in made]
     executors = {arm.name: arm.executor for arm in arms}
     first = arms[0]
     run_id = resume or store.new_run_id(study.name, runs)
@@ -177,8 +186,11 @@ def measure(
             return earlier if is_finished(earlier) else _mend(earlier)
         shown.starting(dataclasses.replace(plan, groups=groups), run_id)
         variants = [slot.variant for slot in plan.slots]
+        minutes, replicates = study.protocol.max_minutes, len({group.replicate for group in groups})
+        budget = Budget(None if minutes is None else 60 * minutes, replicates=replicates)
         with stops.interruptible():
-            for name, executor in executors.items():
+            beside = [pair for station in stations[1:] for pair in station.executors.items()]
+            for name, executor in (*executors.items(), *beside):
                 stack.callback(executor.close)
                 executor.start(runs / run_id, threads[name])
             # While the workers import:
@@ -186,11 +198,16 @@ def measure(
             if not (prepared[study.workload].synthetic or study.of_scripts):
                 shown.tokens_prepared(prepared[study.workload].data)
             hellos = {name: greet(executor, variants) for name, executor in executors.items()}
+            for station in stations[1:]:
+                others = [greet(executor, variants) for executor in station.executors.values()]
+                check_alike(station, hellos.values(), others)
             there = {arm.name: arm.executor.facts() for arm in arms if arm is first or arm.name == arm.side}
             device = hellos[first.name].device
-            bases = prepare_bases(dataclasses.replace(plan, groups=groups), executors, device, shown)
+            rest, import_s = dataclasses.replace(plan, groups=groups), hellos[first.name].import_time_s
+            bases = prepare_bases(rest, executors, device, shown)
+            budget.cold_s, told = foresee_cold(rest, bases, import_s, budget.left_s)
         site = dataclasses.replace(_site(plan, prepared, device), bases=bases.folders)
-        notices = (*notices, *bases.notices)
+        notices = (*notices, *bases.notices, *told)
         if plan.provisional:
             with stops.interruptible():
                 plan, told = rehearse(plan, executors, site, shown)
@@ -229,19 +246,11 @@ def measure(
                 policy=dict(policy or {}),
             )
         writer = RunWriter(runs, manifest)
-        minutes = study.protocol.max_minutes
-        budget = Budget(None if minutes is None else 60 * minutes)
         try:
-            measured = run_plan(
-                plan,
-                executors,
-                site,
-                save=writer.append,
-                watcher=shown,
-                stop=Stopping(plan, budget, earlier=keep_records(groups, known)),
-                budget=budget,
-                earlier=known,
-                stops=stops,
+            stop = Stopping(plan, budget, earlier=keep_records(groups, known), sites=max(1, len(stations)))
+            run = partial(run_spread, plan, stations) if len(stations) > 1 else partial(run_plan, plan, executors)
+            measured = run(
+                site, save=writer.append, watcher=shown, stop=stop, budget=budget, earlier=known, stops=stops
             )
         except BaseException:
             with contextlib.suppress(InvalidRunError):  # what ended the run is what is to be told
@@ -249,7 +258,7 @@ def measure(
             raise
         trials = [record.trial for record in measured.records]
         stopped = measured.stopped or (earlier.manifest.stopped if earlier else None)
-        writer.finish(_status(measured), stopped=stopped, measured=trials)
+        writer.finish(_status(measured), stopped=stopped, measured=trials, notices=measured.notices)
     return store.read_run(str(writer.path), runs)
 
 

@@ -182,3 +182,15 @@ def test_facts_tell_what_changed(runs):
     assert facts["libraries"]["torch"] == "1.0"
     assert facts["git"] == {"commit": None, "dirty": None}
     assert json.dumps(facts)
+
+
+def test_facts_of_scripts_are_those_that_their_processes_tell(write_run):
+    """What changed between two runs is what trained, and not the interpreter that was found before."""
+    runs = write_run(
+        "one",
+        {"plain": [1.0, 1.1]},
+        change=lambda record: record.replaced(software={"torch": "3.0", "python": "3.12.1"}),
+    ).parent
+    with open_index(runs) as index:
+        facts = index.facts("one")
+    assert (facts["libraries"]["torch"], facts["python"]) == ("3.0", "3.12.1")
