@@ -166,7 +166,8 @@ def stand_in() -> Iterator[None]:
     with tempfile.TemporaryDirectory(prefix="fuzz-") as name, chdir(name):
         folder = Path(name)
         _fill(folder)
-        with mock.patch.dict(os.environ, {"LORAMETER_CACHE": str(folder / "cache"), "COLUMNS": "160"}):
+        own = {"LORAMETER_CACHE": str(folder / "cache"), "LORAMETER_LOCKS": str(folder), "COLUMNS": "160"}
+        with mock.patch.dict(os.environ, own):  # a measurement beside this one is not waited for
             os.environ.pop("PYTEST_ADDOPTS", None)
             _refuse_to_measure()
             with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
