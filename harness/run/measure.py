@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from harness.errors import InvalidRunError
+from harness.errors import InvalidRunError, redact
 from harness.machine import provenance
 from harness.machine.provenance import Facts, Machine
 from harness.records import codec, store
@@ -43,6 +43,7 @@ from harness.run.stops import Stops
 from harness.studies.study import Study
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
+from kernels_check.visible import tell
 
 
 class Display(Watcher, Protocol):
@@ -260,8 +261,7 @@ def _is_watched() -> bool:
 
 def _mend(run: Run) -> Run:
     """A run whose trials are all there, as one that is complete."""
-    writer = RunWriter(run.path.parent, mend_manifest(run.manifest))
-    writer.finish("complete", stopped=run.manifest.stopped)
+    RunWriter(run.path.parent, mend_manifest(run.manifest)).finish("complete", stopped=run.manifest.stopped)
     return store.read_run(str(run.path), run.path.parent)
 
 
@@ -300,8 +300,8 @@ class Shielded:
             self._display = None
         except (Exception, SystemExit):  # rich leaves the program where nobody reads its console
             self._display = None
-            with contextlib.suppress(OSError):
-                traceback.print_exc()
+            with contextlib.suppress(OSError, ValueError):
+                tell(redact(traceback.format_exc().rstrip("\n")))
 
 
 def _tokens(plan: Plan, prepared: Mapping[Workload, TokenSummary]) -> dict[str, Any]:

@@ -136,6 +136,20 @@ def test_a_display_raises_nothing_into_the_loop(error):
     assert Broken.asked == 1
 
 
+def test_what_a_display_dies_of_acts_on_no_terminal(capsys):
+    """It repeats text from outside, which may hold an escape sequence or a password."""
+
+    class Broken:
+        def trial_ended(self, record):
+            raise ValueError("\x1b]0;title\x07 of https://user:hunter2@host/x")
+
+    Shielded(Broken()).trial_ended(None)
+    told = capsys.readouterr().err
+    assert "host/x" in told
+    assert "\x1b" not in told
+    assert "hunter2" not in told
+
+
 def test_an_output_that_knows_ascii_only_shows_all_text(tmp_path):
     """Other characters are escaped; one JSON document stays one."""
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0"}
