@@ -181,7 +181,7 @@ def in_default_folder(words):
 
 
 def test_a_default_folder_that_is_half_made_is_mended(tmp_path, monkeypatch):
-    """The disk refuses what hides it from git, which is there whole or not at all; an empty file of before is mended."""
+    """What hides it from git is there whole or not at all; an empty file of before is mended."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv(store.ENV_RUNS, raising=False)
     hidden = tmp_path / ".lorameter" / ".gitignore"

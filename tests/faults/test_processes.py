@@ -121,7 +121,7 @@ def answering(executor, monkeypatch):
 def test_a_long_answer_of_a_cold_interpreter_is_read_while_it_writes(executor, answering, request_cold):
     """A traceback longer than a pipe: the failure is the interpreter's own, all of it."""
     answering(
-        "import json\nfailure = dict(phase='cold', kind='RuntimeError', message='size mismatch', traceback='x' * 300_000)\n"
+        "import json\nfailure = dict(phase='cold', kind='RuntimeError', message='m', traceback='x' * 300_000)\n"
         "open(answer, 'w').write(json.dumps(dict(status='crashed', failure=failure)))"
     )
     found = executor.cold_start(request_cold)

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from harness.errors import HIDDEN, UsageError
 
 _HIDDEN_USER = re.compile(rf"(?<=://){re.escape(HIDDEN)}@([^\s/?#]+)")
+_FILES = (".netrc", "_netrc")
 _INDEXES = ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL")
 
 
@@ -60,6 +61,3 @@ def _is_known(name: str, host: str, environment: Mapping[str, str]) -> bool:
         except (OSError, netrc.NetrcParseError):  # there is none, or none that pip would read
             continue
     return False
-
-
-_FILES = (".netrc", "_netrc")
