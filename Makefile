@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 NAME   ?= bench
 STAMP  := $(VENV)/.installed
 
-.PHONY: bench test lint study proof proof-harness proof-models proof-statistics proof-levels proof-ab proof-attach proof-meter proof-profile proof-kernels proof-memory proof-reading proof-fuzz proof-faults proof-portable proof-history proof-lower-bound test-lower-bound proof-ranks proof-gpu gpu gpu-pack gpu-take clean
+.PHONY: bench test lint study reports proof proof-harness proof-models proof-statistics proof-levels proof-ab proof-attach proof-meter proof-profile proof-kernels proof-memory proof-reading proof-fuzz proof-faults proof-portable proof-history proof-lower-bound test-lower-bound proof-ranks proof-gpu gpu gpu-pack gpu-take clean
 
 bench: $(STAMP)
 	$(BIN)/pytest benchmarks/ --benchmark-save=$(NAME)
@@ -21,6 +21,11 @@ test: $(STAMP)
 study: $(STAMP)
 	$(BIN)/lorameter model fetch smollm2-135m
 	$(BIN)/lorameter run llama2-lora-parameters --profile cpu --data "$(or $(LORAMETER_DOLLY),synthetic)" --max-minutes 88
+
+# The committed reports anew, from the runs beside them: as text and as Markdown.
+reports: $(STAMP)
+	for run in reports/2*/; do \
+	$(BIN)/lorameter report $${run%/} > $${run}report.txt; $(BIN)/lorameter report $${run%/} --markdown > $${run}report.md; done
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -156,7 +161,7 @@ proof-history: $(STAMP)
 	status=$$?; cat reports/proof/history.txt; exit $$status; fi
 	$(BIN)/python benchmarks/selftest/index_cost.py > reports/proof/index.txt; \
 	status=$$?; cat reports/proof/index.txt; exit $$status
-	$(BIN)/python benchmarks/selftest/bisect_live.py > reports/proof/bisect.txt; \
+	$(BIN)/python benchmarks/selftest/bisect_live.py --keep $(VENV)/bisect > reports/proof/bisect.txt; \
 	status=$$?; cat reports/proof/bisect.txt; exit $$status
 
 # All tests at both ends of the supported versions: Python 3.12 with torch 2.11 built for CUDA, transformers 5.17,

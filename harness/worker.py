@@ -1,4 +1,4 @@
-"""The one door of every measuring process: `python -m harness.worker zygote FD | cold FD | tokens`.
+"""The one door of every measuring process: `python -m harness.worker zygote FD | cold FD | tokens | look`.
 
 An executor starts these by name in the host of either side of an A/B, whose harness may be of another revision, so
 what stands behind the door can move and the door cannot.
@@ -10,7 +10,7 @@ import os
 import socket
 import sys
 
-from harness.machine.processes import PARENT, end_with_parent
+from harness.machine.processes import CPUS, PARENT, end_with_parent
 
 
 def main(arguments: list[str]) -> int:
@@ -18,6 +18,8 @@ def main(arguments: list[str]) -> int:
     and not only when its imports, its downloads or its answer have come to their end."""
     if parent := os.environ.get(PARENT):
         end_with_parent(int(parent))
+    if cpus := os.environ.get(CPUS):
+        os.sched_setaffinity(0, [int(cpu) for cpu in cpus.split(",")])
     what, *rest = arguments
     if what.isdigit():  # as harnesses before schema 5 ask for a zygote: they get its schema, and refuse it by name
         what, rest = "zygote", arguments
@@ -31,14 +33,18 @@ def main(arguments: list[str]) -> int:
         from harness.trial.inference import cold
 
         return cold.main(int(rest[0]))
-    if what == "tokens":
+    if what in ("tokens", "look"):
         # Standard output is for the answer alone: what a library prints meanwhile, or at the end, goes where errors go.
         with os.fdopen(os.dup(1), "w", encoding="utf-8") as reply:
             os.dup2(2, 1)
+            if what == "look":
+                from harness.trial.data import apart
+
+                return apart.main(reply)
             from harness.trial.data import tokens
 
             return tokens.main(reply)
-    raise SystemExit(f"harness.worker: {what!r} is no process of a trial; known: zygote, cold, tokens")
+    raise SystemExit(f"harness.worker: {what!r} is no process of a trial; known: zygote, cold, tokens, look")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ LENGTHS = range(600, 616)
 RESTS_S = (0.003, 0.03, 0.3, 2.0)
 """A hand-over between turns takes about the first; the last is a pause in which a card may lower its clocks."""
 COUNTED_S = 1.5
+PAGED_TENSORS = 8
 
 
 def machine() -> Fact:
@@ -99,7 +100,8 @@ def attention() -> Fact:
                 takes_mask[backend.name] = True
             except RuntimeError:
                 takes_mask[backend.name] = False
-    return {"chosen": chosen, "takes_mask": takes_mask}
+    capability = ".".join(map(str, torch.cuda.get_device_capability()))
+    return {"capability": capability, "chosen": chosen, "takes_mask": takes_mask}
 
 
 def lengths() -> Fact:
@@ -127,7 +129,7 @@ def lengths() -> Fact:
     with torch.no_grad():
         default = cost()
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            return {"default": default, "flash": cost()}
+            return {"of": ["default", "flash"], "default": default, "flash": cost()}
 
 
 def clock() -> Fact:
@@ -253,6 +255,28 @@ def names() -> Fact:
     return {"kernels": found, "unknown": unknown, "empty": [call for call, kernels in found.items() if not kernels]}
 
 
+def paged() -> Fact:
+    """How often an update of a paged optimizer has the host wait for the device, over so many tensors."""
+    import bitsandbytes
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    weights = [torch.nn.Parameter(torch.zeros(512, 512, device="cuda")) for _ in range(PAGED_TENSORS)]
+    optimizer = bitsandbytes.optim.PagedAdamW32bit(weights, lr=1e-3)
+
+    def update() -> None:
+        for weight in weights:
+            weight.grad = torch.ones_like(weight)
+        torch.cuda.synchronize()
+        optimizer.step()
+
+    update()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recording:
+        update()
+    waits = sum("Synchronize" in event.name() for event in recording.profiler.kineto_results.events())
+    return {"tensors": PAGED_TENSORS, "waits": waits - 1}  # one is its own, before the update
+
+
 def kernels_of(recording: Any) -> list[tuple[str, float]]:
     """Names and seconds of what ran on the device in a recording of torch.profiler."""
     return [
@@ -287,7 +311,7 @@ def card_of_torch() -> Any:
     return found.value
 
 
-FACTS: tuple[Callable[[], Fact], ...] = (machine, zygote, attention, lengths, clock, counters, names)
+FACTS: tuple[Callable[[], Fact], ...] = (machine, zygote, attention, lengths, clock, counters, names, paged)
 
 
 def main(arguments: list[str]) -> int:

@@ -1,6 +1,6 @@
 """Does `lorameter bisect` find a commit that made it 10 % slower among sixteen, in at most five comparisons?
 
-    python benchmarks/selftest/bisect_live.py [--tries N ...] [--rows N] [--replicates N]
+    python benchmarks/selftest/bisect_live.py [--tries N ...] [--rows N] [--replicates N] [--keep FOLDER]
 
 A clone of this repository gets sixteen commits in a row, one of which, drawn at random, adds real work to every adapted
 layer of every trial (`harness.trial.building.injection`); the others change a text. How much work is 10 % is measured
@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -32,6 +33,7 @@ STUDY = "training-step"
 COMMITS, PLANTED, MOST_COMPARISONS = 16, 0.10, 5
 PATCHED = Path("harness/trial/building/build.py")
 CALL = "inject_work(model, request.injected_rows)"
+PLANTED_AS = Path(".git") / "planted"
 GUARD = "if request.injected_rows:"
 
 
@@ -94,13 +96,31 @@ def size_rows(runs: Path, replicates: int) -> int:
     return rows_for(PLANTED, *seen)
 
 
-def attempt(number: int, rows: int, replicates: int) -> Try:
-    """One search in a clone of its own."""
+def kept_rows(keep: Path | None, replicates: int) -> int:
+    """The rows that are 10 %, measured once for a folder."""
+    file = keep / "rows" if keep else None
+    if file is not None and file.is_file():
+        return int(file.read_text(encoding="utf-8"))
+    with tempfile.TemporaryDirectory(prefix="bisect-") as runs:
+        rows = size_rows(Path(runs), replicates)
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(str(rows), encoding="utf-8")
+    return rows
+
+
+def attempt(number: int, rows: int, replicates: int, keep: Path | None) -> Try:
+    """One search in a clone of its own; in `keep` one that was stopped goes on with the comparisons that it has."""
     with tempfile.TemporaryDirectory(prefix="bisect-") as name:
-        folder, place = Path(name) / "clone", random.Random(number).randint(1, COMMITS)
-        culprit, begun = plant(folder, rows, place), time.monotonic()
-        ends = ("--good", f"HEAD~{COMMITS}", "--bad", "HEAD")
-        document = command(folder, Path(name) / "runs", "bisect", STUDY, *ends, "--replicates", str(replicates))
+        home = Path(name) if keep is None else keep / f"{rows}-{replicates}-{number}"
+        home.mkdir(parents=True, exist_ok=True)
+        folder, place = home / "clone", random.Random(number).randint(1, COMMITS)
+        if not (folder / PLANTED_AS).is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+            (folder / PLANTED_AS).write_text(plant(folder, rows, place), encoding="utf-8")
+        culprit, begun = (folder / PLANTED_AS).read_text(encoding="utf-8"), time.monotonic()
+        words = ("--good", f"HEAD~{COMMITS}", "--bad", "HEAD", "--replicates", str(replicates), "--resume")
+        document = command(folder, home / "runs", "bisect", STUDY, *words)
         found = document["culprit"] or {"spec": document["conclusion"]}
         return Try(
             culprit=culprit,
@@ -128,15 +148,18 @@ def main(arguments: list[str]) -> int:
         "--tries", type=int, nargs="+", default=[1, 2, 3], help="seeds, a search each (default: %(default)s)"
     )
     parser.add_argument("--rows", type=int, help="rows of extra work (default: measured for 10 %%)")
+    parser.add_argument(
+        "--keep", type=Path, help="a folder with clones and runs; what was stopped goes on where it was"
+    )
     parser.add_argument("--replicates", type=int, default=5, help="of each comparison (default: %(default)s)")
     options = parser.parse_args(arguments)
     print(origin_of(ROOT), flush=True)
-    with tempfile.TemporaryDirectory(prefix="bisect-") as runs:
-        rows = options.rows or size_rows(Path(runs), options.replicates)
+    keep = options.keep / git(ROOT, "rev-parse", "--short", "HEAD") if options.keep else None
+    rows = options.rows or kept_rows(keep, options.replicates)
     print(f"planted: {rows} rows of extra work in each adapted layer, about {PLANTED:.0%}", flush=True)
     reasons: list[str] = []
     for number in options.tries:
-        one = attempt(number, rows, options.replicates)
+        one = attempt(number, rows, options.replicates, keep)
         size = "no ratio" if one.ratio is None else f"× {one.ratio:.3f} [{one.low:.3f}, {one.high:.3f}]"
         right = "the planted commit" if one.found == one.culprit else one.found
         print(f"try {number}: {right} in {one.comparisons} comparisons, {size}, {one.seconds:.0f} s", flush=True)

@@ -31,7 +31,7 @@ from harness.records import codec, store
 from harness.records.evidence import EvidenceFile
 from harness.records.trial_lines import line_of
 from harness.results.history import history_of
-from harness.results.index import open_index
+from harness.results.index import index_file, open_index
 
 ROOT = Path(__file__).parents[2]
 TEMPLATE = ROOT / "reports" / "2026-11-25_amd-epyc-2cpu_lora-or-qlora"
@@ -138,8 +138,9 @@ def main(arguments: list[str]) -> int:
         write_runs(runs, options.runs)
         size = sum(file.stat().st_size for file in runs.rglob("*") if file.is_file())
         made, asked = time_apart(runs, "--rebuild"), time_apart(runs)
-        held = (runs / "index.sqlite").stat().st_size
+        held = index_file(runs).stat().st_size
         whole, document = command_apart(runs)
+        index_file(runs).unlink()
     (track,) = document["tracks"]
     suspected = [found["after"]["run"] for line in track["lines"] for found in line["suspicions"]]
     culprit = f"night-{math.ceil(CULPRIT * options.runs):04d}"

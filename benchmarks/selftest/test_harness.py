@@ -5,6 +5,8 @@ Run by `make proof`; deselected unless `-m selftest` asks. Each test prints its 
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
 import subprocess
 import sys
@@ -14,14 +16,19 @@ from pathlib import Path
 
 import psutil
 import pytest
+from rich.console import Console
 
 from harness.records.store import read_run
 from harness.records.units import format_bytes, format_interval, format_ratio
+from harness.report.live import LiveDisplay
 from harness.run.executors.local import LocalExecutor, worker_environment
+from harness.run.plan import make_plan
 from harness.stats import compare_trials, estimate_trials
+from harness.studies.study_file import load_study
 
 pytestmark = pytest.mark.selftest
 HERE = Path(__file__).parent
+COMMITTED = HERE.parents[1] / "reports" / "2026-11-25_amd-epyc-2cpu_lora-or-qlora"
 REPLICATES, TURNS = 12, 150
 
 
@@ -94,6 +101,33 @@ def test_a_trial_starts_within_a_tenth_of_a_second(say, tmp_path):
     estimate = estimate_trials(latencies)
     say(f"fork to first instruction: {format_interval(estimate.value, estimate.low, estimate.high, 's')} over 20 forks")
     assert estimate.value < 0.1
+
+
+def test_the_grid_of_a_run_under_way_costs_little_between_turns(say):
+    """One redrawing of the default study at 8 replicates; target 50 ms of CPU time, at most ten a second,
+    and never while a step is timed: the parent draws before it asks for a turn."""
+    study = load_study("lora-or-qlora", device="cpu")
+    plan = make_plan(dataclasses.replace(study, protocol=study.protocol.with_effort("standard")), phases=("train",))
+    display = LiveDisplay(Console(file=io.StringIO(), width=120, force_terminal=True))
+    given = {record.name: record for record in read_run(str(COMMITTED), COMMITTED.parent).records if record.settled}
+    drawn, ended = [], []
+    with display:
+        display.starting(plan, "run")
+        for slot in plan.slots:
+            begin = time.process_time()
+            display.trial_phase(slot, "verify")
+            drawn.append((time.process_time() - begin,))
+            begin = time.process_time()
+            display.trial_ended(given[slot.variant.name].replaced(trial=slot.trial, replicate=slot.replicate))
+            ended.append((time.process_time() - begin,))
+    for words, times in (
+        ("the grid drawn between two turns", drawn),
+        ("drawn with its ratios at a trial's end", ended),
+    ):
+        estimate = estimate_trials(times)
+        said = format_interval(estimate.value, estimate.low, estimate.high, "s")
+        say(f"{words}: {said} of CPU time over {len(times)} drawings")
+        assert estimate.value < 0.05
 
 
 def test_the_default_study_fits_its_memory_and_leaks_nothing(say):

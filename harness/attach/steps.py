@@ -142,7 +142,8 @@ class Steps:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         ended_s, ended_cpu_s = time.perf_counter(), time.process_time()
-        wall, cpu = ended_s - self._begun_s, ended_cpu_s - self._begun_cpu_s
+        # What the meter did aside is taken off by the clock, which went on where another process had the CPU meanwhile.
+        wall, cpu = ended_s - self._begun_s, max(0.0, ended_cpu_s - self._begun_cpu_s)
         checks = self._close_watch()
         self._number += 1
         reading = self._reading(wall, cpu, checks)

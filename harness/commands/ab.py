@@ -127,7 +127,7 @@ def run_ab(options: argparse.Namespace) -> int:
         if waited:
             plan, notices = make()
         show(tell_notices(notices), errors)
-        with LiveDisplay(errors) as display:
+        with LiveDisplay(errors, device=executor.machine().device_name) as display:
             run = _measured(plan, notices, runs, display, options, policy, of_commands=bool(command))
     return show_ab(run, options)
 

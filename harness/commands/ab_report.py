@@ -11,6 +11,7 @@ from harness.commands.page import save_page
 
 if TYPE_CHECKING:
     from harness.records.store import Run
+    from harness.verdicts.gate import GateResult
     from harness.verdicts.outcome import Compared
 
 
@@ -32,14 +33,11 @@ def show_ab(
     """
     import dataclasses
 
-    from harness.verdicts.ab import attribution_document, attribution_of, report_of
-    from harness.verdicts.gate import gate_document, judge, kept_policy, load_policy
+    from harness.verdicts.ab import attribution_document, attribution_of
+    from harness.verdicts.gate import gate_document
 
-    form, given = form_of(options), getattr(options, "policy", None)
-    policy = load_policy(given) if given else kept_policy(run)
-    policy = dataclasses.replace(policy, metrics=tuple(metrics) or policy.metrics)
-    whole = report_of(run, metrics=policy.metrics, limits_of=policy.limits_of, losses=policy.losses == "agree")
-    result = judge(whole, policy)
+    form, result = form_of(options), judge_run(run, options, metrics)
+    whole = result.report
     shown = tuple(filter(keep, whole.comparisons))
     result = dataclasses.replace(result, report=dataclasses.replace(whole, comparisons=shown))
     from harness.report.attribution import describe_attribution
@@ -58,3 +56,38 @@ def show_ab(
     verbose = getattr(options, "verbose", False)
     show_document(said, form, annotations=lambda: gate_annotations(result), verbose=verbose)
     return result.exit_code
+
+
+def judge_run(run: Run, options: argparse.Namespace, metrics: Sequence[str] = ()) -> GateResult:
+    """The verdicts of an A/B run by the policy given, or by its own. Raises `UsageError` for a run without sides."""
+    import dataclasses
+
+    from harness.verdicts.ab import report_of
+    from harness.verdicts.gate import judge, kept_policy, load_policy
+
+    given = getattr(options, "policy", None)
+    policy = load_policy(given) if given else kept_policy(run)
+    policy = dataclasses.replace(policy, metrics=tuple(metrics) or policy.metrics)
+    found = report_of(run, metrics=policy.metrics, limits_of=policy.limits_of, losses=policy.losses == "agree")
+    return judge(found, policy)
+
+
+def show_matrix(runs: Sequence[Run], options: argparse.Namespace) -> int:
+    """Several A/B runs in one table, studies by changes of versions; the exit code is the worst of them."""
+    from harness.report.annotations import annotation
+    from harness.report.matrix import Change, describe_matrix, encode_matrix
+    from harness.verdicts.outcome import worst
+
+    form = form_of(options)
+    results = [judge_run(run, options, options.metric) for run in runs]
+    changes = [
+        Change(run=run.manifest.run, study=str(run.manifest.study["name"]), report=result.report)
+        for run, result in zip(runs, results, strict=True)
+    ]
+    code = worst(result.exit_code for result in results)
+    if form == "json":
+        print_json({"matrix": encode_matrix(changes), "exit": code})
+        return code
+    said = annotation("notice" if code == 0 else "error", "lorameter report", f"{len(runs)} A/B runs: exit {code}")
+    show_document(describe_matrix(changes), form, annotations=lambda: f"{said}\n", verbose=options.verbose)
+    return code

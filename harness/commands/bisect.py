@@ -11,6 +11,7 @@ from harness.commands.output import print_json
 from harness.errors import EXIT_INCONCLUSIVE, EXIT_PASS, InvalidRunError, LorameterError, UsageError
 
 if TYPE_CHECKING:
+    from harness.records.store import Run
     from harness.stats import Comparison
     from harness.studies.study import Study
 
@@ -33,6 +34,9 @@ def add_commands(commands: Any, common: Any) -> None:
     bisect.add_argument("--variant", metavar="V", help="default: the reference of the study")
     bisect.add_argument("--effort", choices=("quick", "standard", "rigorous"), help="3, 8 or 12 replicates; default 8")
     add_options(bisect.add_argument, "replicates", "max-minutes", "allow-disturbed", "if-busy", "model", "data")
+    bisect.add_argument(
+        "--resume", action="store_true", help="take comparisons that the runs directory has whole, and go on from there"
+    )
     bisect.add_argument("--dry-run", action="store_true", help="list what lies between, and measure nothing")
     common(bisect)
     bisect.set_defaults(command=run_bisect)
@@ -94,7 +98,7 @@ def _compared(
     from harness.report.terminal import console_for
     from harness.run.ab import measure_ab, plan_ab
     from harness.run.executors import open_executor
-    from harness.verdicts.ab import report_of
+    from harness.run.steps import find_measured
     from harness.verdicts.outcome import without_numbers
 
     study = dataclasses.replace(study, protocol=dataclasses.replace(study.protocol, replicates=replicates))
@@ -108,6 +112,9 @@ def _compared(
         runs=runs,
     )
     errors = console_for(stderr=True)
+    earlier = find_measured(plan, sides, runs) if options.resume else None
+    if earlier is not None:
+        return _judged(earlier, options.metric)
     try:
         with LiveDisplay(errors) as display:
             run = measure_ab(
@@ -128,5 +135,12 @@ def _compared(
         raise InvalidRunError(
             f"run {run.manifest.run} was stopped, and so is the search: what was found is in its runs."
         )
-    compared = report_of(run, metrics=[options.metric]).comparisons
+    return _judged(run, options.metric)
+
+
+def _judged(run: Run, metric: str) -> Comparison:
+    from harness.verdicts.ab import report_of
+    from harness.verdicts.outcome import without_numbers
+
+    compared = report_of(run, metrics=[metric]).comparisons
     return compared[0].comparison if compared else without_numbers("invalid", f"run {run.manifest.run}: no number")

@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from harness.commands import documents_of_many
 from harness.commands.output import SCHEMA
 
 
@@ -247,10 +248,13 @@ class ClaimsOf(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """Machine, versions, commands and proof, of a study about an engine."""
 
 
-DOCUMENTS: tuple[type[msgspec.Struct], ...] = (ReportOfRun, ComparisonOf, GateOf, ReportOfAB, RunOf, PlanOf, ClaimsOf)
+DOCUMENTS: tuple[type[msgspec.Struct], ...] = (
+    ReportOfRun, ComparisonOf, GateOf, ReportOfAB, RunOf, PlanOf, ClaimsOf, *documents_of_many.DOCUMENTS,
+)  # fmt: skip
 """What commands print as a whole."""
 PARTS: tuple[type[msgspec.Struct], ...] = (
     Value, Ratio, Told, VariantOf, TableOf, ComparedOf, Differs, AttributionOf, PartOf, ClaimOf,
+    *documents_of_many.PARTS,
 )  # fmt: skip
 """What they are made of."""
 

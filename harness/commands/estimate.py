@@ -35,7 +35,7 @@ def run_estimate(options: argparse.Namespace) -> int:
     from harness.records.memory_account import MEMORY_PHASES
     from harness.run.executors import open_executor
     from harness.run.feasibility import layers_notice, memory_notices
-    from harness.run.forecast import measured_peaks
+    from harness.run.forecast import measured_peaks, measured_process
     from harness.studies.study_file import load_variant
 
     executor, runs = open_executor(), store.runs_dir(options.runs_dir)
@@ -45,13 +45,15 @@ def run_estimate(options: argparse.Namespace) -> int:
     source = catalogue.resolve(workload.model)
     shape, stored = shapes.shape(source), stored_dtype(source)
     unknown = shapes.unknown_layers(shape)
+    process = measured_process(machine, runs)
     kind = "device_peak_allocated_{}_bytes" if machine.device == "cuda" else "host_peak_{}_bytes"
     estimates: dict[MemoryPhase, MemoryEstimate] = {}
     measured: dict[str, int] = {}
     for phase in MEMORY_PHASES:
         if not unknown:
-            found = estimate_memory(variant, workload, shape, phase=phase, device=machine.device, stored=stored)
-            estimates[phase] = found
+            estimates[phase] = estimate_memory(
+                variant, workload, shape, phase=phase, device=machine.device, stored=stored, process_bytes=process
+            )
         peaks = measured_peaks(workload, machine, runs, kind.format(phase))
         if variant.id in peaks:
             measured[phase] = peaks[variant.id]

@@ -26,6 +26,10 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "precision": {"type": float, "metavar": "F", "help": "stop when every interval is within ±F of its ratio"},
     "max-minutes": {"type": float, "metavar": "M", "help": "drop rounds, of all alike, to end by then"},
     "allow-disturbed": {"action": "store_true", "help": "let trials count whose surroundings were past a limit"},
+    "sites": {
+        "metavar": "0,1,…",
+        "help": "measure replicates on these cards at once, or on as many shares of this machine's CPUs",
+    },
     "if-busy": {
         "choices": ("wait", "refuse", "share"),
         "default": "wait",

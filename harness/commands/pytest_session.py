@@ -235,6 +235,7 @@ class Session:
         )
 
     def _measure(self, names: list[str], phases: set[str]) -> Run:
+        from harness.commands.display import display_of
         from harness.report.live import LiveDisplay
         from harness.report.notices import tell_notices
         from harness.report.terminal import console_for, show
@@ -248,7 +249,7 @@ class Session:
                 return self._resumed.measure(self._executor(), display)
         plan, notices, runs = self._plan(names, phases, make=True)
         show(tell_notices(notices), console)
-        with held, LiveDisplay(console) as display:
+        with held, display_of(plan, self._executor().machine(), runs, console) as display:
             return measure(plan, runs=runs, display=display, notices=notices)
 
     def _foresee(self, names: list[str], phases: set[str]) -> Document:

@@ -25,7 +25,9 @@ SORT_WORDS = ("study", "name", "ratio", "value", "memory")
 def add_commands(commands: Any, common: Any) -> None:
     """The parser of this command; `common` adds the options that every command has."""
     report = commands.add_parser("report", help="print the report of a run")
-    report.add_argument("run", metavar="RUN", help="a run id or a run directory")
+    report.add_argument(
+        "run", metavar="RUN", nargs="+", help="a run id or a run directory; of several A/B runs one table"
+    )
     add_options(report.add_argument, "metric")
     report.add_argument("--variant", metavar="V", action="append", default=[], help="only this one; repeatable")
     report.add_argument("--phase", choices=PHASE_WORDS, action="append", default=[], help="only this one; repeatable")
@@ -40,9 +42,13 @@ def run_report(options: argparse.Namespace) -> int:
     from harness.records import store
     from harness.report.view import encode_run, view_of
 
-    form = form_of(options)
+    form, folder = form_of(options), store.runs_dir(options.runs_dir)
     check_page(options.html)
-    run = store.read_run(options.run, store.runs_dir(options.runs_dir))
+    if len(options.run) > 1:
+        from harness.commands.ab_report import show_matrix
+
+        return show_matrix([store.read_run(name, folder) for name in options.run], options)
+    run = store.read_run(options.run[0], folder)
     gc.freeze()  # all of it is needed to the end, and looking through a large run for what is not takes seconds
     if run.manifest.sides:
         from harness.commands.ab_report import show_ab
@@ -53,7 +59,8 @@ def run_report(options: argparse.Namespace) -> int:
         print_json(encode_run(view))
     else:
         show_report(run, view, form, verbose=options.verbose)
-    save_run_page(options.html, run, view, document_of(run, view))
+    if options.html:
+        save_run_page(options.html, run, view, document_of(run, view))
     return EXIT_PASS if view.valid else EXIT_INVALID
 
 

@@ -32,7 +32,7 @@ def add_commands(commands: Any, common: Any) -> None:
     run.add_argument(
         "--interleave", metavar="L", help="shared-base, lockstep or replicates; default: the finest possible"
     )
-    add_options(run.add_argument, "precision", "max-minutes", "allow-disturbed", "if-busy")
+    add_options(run.add_argument, "precision", "max-minutes", "allow-disturbed", "sites", "if-busy")
     add_script_options(run)
     run.add_argument("--resume", metavar="RUN", help="go on with a run that broke off, by its own study and plan")
     run.add_argument("--dry-run", action="store_true", help="show the plan and what it will take, and measure nothing")
@@ -43,14 +43,14 @@ def add_commands(commands: Any, common: Any) -> None:
 
 def run_study(options: argparse.Namespace) -> int:
     """Measure a study and print its report; the exit code says whether the run is valid."""
+    from harness.commands.display import display_of
     from harness.records import store
-    from harness.report.live import LiveDisplay
     from harness.report.notices import tell_notices
     from harness.report.terminal import console_for, show
-    from harness.run.device import hold_device
+    from harness.run.device import hold_devices
     from harness.run.executors import open_executor
-    from harness.run.forecast import forecast
     from harness.run.measure import measure, plan_study
+    from harness.run.sites.local import executors_of, local_sites
 
     if options.resume:
         return run_resumed(options)
@@ -70,11 +70,15 @@ def run_study(options: argparse.Namespace) -> int:
         allow_disturbed=options.allow_disturbed,
     )
 
+    sites = local_sites(options.sites, machine, study) if options.sites else ()
+
     def make() -> tuple[Plan, tuple[Notice, ...]]:
+        free = executor.free_bytes()
+        shared = len(sites) if sites and machine.device == "cpu" else 1  # cards have memory of their own
         return plan_study(
             study,
             machine,
-            free_bytes=executor.free_bytes(),
+            free_bytes=None if free is None else free // shared,
             select=options.variant,
             phases=options.phase or study.protocol.phases,
             interleaving=options.interleave,
@@ -86,14 +90,12 @@ def run_study(options: argparse.Namespace) -> int:
     if options.dry_run:
         return _dry_run(plan, machine, notices, runs, as_json=options.json)
     errors = console_for(stderr=True)
-    with hold_device(executor, options.if_busy) as waited:
+    with hold_devices([*executors_of(sites)] or [executor], options.if_busy) as waited:
         if waited:
             plan, notices = make()
         show(tell_notices(notices), errors)
-        expected = forecast(plan, machine, runs)
-        shown = LiveDisplay(errors, device=machine.device_name, expected_s=expected.time_s, basis=expected.basis)
-        with shown as display:
-            run = measure(plan, runs=runs, display=display, notices=notices)
+        with display_of(plan, machine, runs, errors) as display:
+            run = measure(plan, runs=runs, display=display, notices=notices, sites=sites)
     return _show(run, options)
 
 

@@ -13,6 +13,10 @@ from typing import Any
 
 PARENT = "LORAMETER_PARENT"
 """The variable that tells a measuring process who started it."""
+CPUS = "LORAMETER_CPUS"
+"""The variable that tells a measuring process on which CPUs it stays, by their numbers; on any where it is not set."""
+FAULTS = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
+"""Signals that a process is ended by for what it did itself."""
 _PR_SET_PDEATHSIG = 1
 
 

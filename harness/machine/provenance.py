@@ -111,10 +111,11 @@ def origin_of(folder: Path) -> str:
     )
 
 
-def device_id() -> str:
-    """What a worker measures on here: "cpu", or the UUID of its card; its name where that is not told."""
+def device_id(environment: Mapping[str, str] | None = None) -> str:
+    """What a worker measures on here: "cpu", or the UUID of its card; its name where that is not told. `environment`
+    is that of the worker; None for this process's."""
     if _torch_cuda():
-        with _first_gpu() as gpu:
+        with _first_gpu(environment) as gpu:
             if gpu is not None:
                 facts = gpu.facts()
                 return facts.uuid.value or facts.name.value or "gpu"
@@ -334,9 +335,9 @@ def free_bytes(machine: Machine) -> int | None:
 
 
 @contextlib.contextmanager
-def _first_gpu() -> Iterator[Device | None]:
+def _first_gpu(environment: Mapping[str, str] | None = None) -> Iterator[Device | None]:
     """The device that a worker will use, None where NVML finds none."""
-    device = open_device().value
+    device = open_device(environment=environment).value
     try:
         yield device
     finally:

@@ -59,6 +59,8 @@ class Description:
     """What else transformers leaves on the model itself when it has loaded one."""
     generation: dict[str, Any] = field(default_factory=dict)
     """The model's settings for generation."""
+    load_s: float = 0.0
+    """That reading, converting and quantising took when it was made."""
     follows_from: dict[str, Any] = field(default_factory=dict)
     """All that the content follows from; the folder's name is a hash of it."""
 

@@ -23,7 +23,7 @@ def has_chat_template(source: ModelSource) -> bool | None:
     if source.random:  # whatever cannot be had, bytes stand in for
         return None
     if source.kind == "gguf":
-        return _GGUF_KEY in shapes.open_gguf(Path(source.location)).fields
+        return _GGUF_KEY in shapes.gguf_of(Path(source.location)).values
     if source.kind != "directory":
         return None
     folder = Path(source.location)

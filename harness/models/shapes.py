@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import UsageError, impossible, shorten
+from harness.models import gguf_header
 from harness.models.catalogue import ModelSource, config_file
 from harness.models.families import FAMILIES, Family, Layers
+from harness.models.gguf_header import Header
 from harness.records import inputs
 
 
@@ -124,22 +126,14 @@ def _config_shape(config: Mapping[str, Any], source: ModelSource) -> ModelShape:
 
 
 def _gguf_shape(source: ModelSource) -> ModelShape:
-    reader = open_gguf(Path(source.location))
-    try:
-        fields = {name: field for name, field in reader.fields.items() if not name.startswith("tokenizer.")}
-        metadata = {name: field.contents() for name, field in fields.items()}
-        tensors = {tensor.name: tensor for tensor in reader.tensors}
-        embedded = tensors.get("token_embd.weight")
-        vocabulary = None if embedded is None else int(embedded.shape[-1])
-    except Exception as error:  # as of the reader
-        raise _no_gguf(source.location, error) from None
-    architecture = str(metadata.get("general.architecture", "unknown"))
+    header = gguf_of(Path(source.location))
+    architecture = str(header.values.get("general.architecture", "unknown"))
     prefix = f"{architecture}."
-    own = {name.removeprefix(prefix): value for name, value in metadata.items() if name.startswith(prefix)}
+    own = {name.removeprefix(prefix): value for name, value in header.values.items() if name.startswith(prefix)}
     values = {key: _first(own, names) for key, names in _GGUF_KEYS.items()}
     if values["vocab_size"] is None:
-        values["vocab_size"] = vocabulary
-    return _complete(values, tied="output.weight" not in tensors, architecture=architecture, source=source)
+        values["vocab_size"] = next(iter(header.tensors.get("token_embd.weight", ())[-1:]), None)
+    return _complete(values, tied="output.weight" not in header.tensors, architecture=architecture, source=source)
 
 
 def _first(mapping: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
@@ -171,27 +165,21 @@ def _complete(
     return ModelShape(**known, tied=tied, architecture=architecture)
 
 
-def open_gguf(path: Path) -> Any:
-    """The file's `gguf.GGUFReader`; tensors are mapped, not read.
+def gguf_of(path: Path) -> Header:
+    """The header of a GGUF file.
 
     Raises:
         UsageError: the package gguf is missing, or this is no GGUF file.
     """
-    try:
-        import gguf
-    except ImportError:
+    if not gguf_header.is_readable():
         raise impossible(
             "catalogue", "model", str(path), "reading it needs the package gguf", "pip install 'lorameter[gguf]'"
-        ) from None
+        )
     try:
-        return gguf.GGUFReader(path)
-    except Exception as error:  # the reader indexes into the file and raises whatever that ends in
-        raise _no_gguf(str(path), error) from None
-
-
-def _no_gguf(path: str, error: Exception) -> UsageError:
-    why = f"not a readable GGUF file ({shorten(str(error))})"
-    return impossible("catalogue", "model", path, why, "Download it again.")
+        return gguf_header.read_header(path)
+    except (OSError, inputs.NotReadableError) as error:
+        why = f"not a readable GGUF file ({shorten(str(error))})"
+        raise impossible("catalogue", "model", str(path), why, "Download it again.") from None
 
 
 class UnknownLayersError(UsageError):

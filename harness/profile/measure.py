@@ -23,6 +23,7 @@ from harness.records import codec, inputs
 from harness.records.activity import ACCOUNTS, ACTIVITY, PEAKS, TRACE, Activity
 from harness.records.document import write_document
 from harness.records.memory_account import MEMORY_PHASES, MemoryAccount
+from harness.records.metrics import BIRTH
 from harness.records.record import Fragment, TrialRecord
 from harness.records.refusals import say_refused
 from harness.records.scratch import scratch_folder
@@ -123,7 +124,7 @@ def profile_variant(
             memory={phase: read(MemoryAccount, name) for phase, name in ACCOUNTS.items()},
             peaks=measured | stated,
             measured_peaks=measured,
-            estimates=_estimates(variant, study.workload, machine.device),
+            estimates=_estimates(variant, study.workload, machine.device, trial.record.memory.get(BIRTH)),
         )
         with say_refused(lambda: (f"profile {folder.name} could not be written", "profile anew")):
             executor.fetch(slot.trial, TRACE, folder)
@@ -131,13 +132,17 @@ def profile_variant(
     return profile, folder
 
 
-def _estimates(variant: Variant, workload: Workload, device: str) -> dict[str, dict[str, int]]:
-    """Bytes by kind as expected from the shape, by phase."""
+def _estimates(
+    variant: Variant, workload: Workload, device: str, process_bytes: int | None
+) -> dict[str, dict[str, int]]:
+    """Bytes by kind as expected from the shape, and from what the process began with, by phase."""
     try:
         source = catalogue.resolve(workload.model)
         shape, stored = shapes.shape(source), stored_dtype(source)
         return {
-            phase: estimate_memory(variant, workload, shape, phase=phase, device=device, stored=stored).kinds
+            phase: estimate_memory(
+                variant, workload, shape, phase=phase, device=device, stored=stored, process_bytes=process_bytes
+            ).kinds
             for phase in MEMORY_PHASES
         }
     except UsageError:  # a model type whose layers are not known

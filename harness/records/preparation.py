@@ -79,3 +79,5 @@ class BaseSummary:
     """How often it was quantised for this run."""
     seconds: float
     """That making it took, or finding it whole."""
+    load_s: float = 0.0
+    """That making it of its source took when it was made, and takes whoever does it again, as a cold start does."""

@@ -125,6 +125,8 @@ class TrialRecord:
     interleaving: Interleaving
     """How this trial alternated with those that it is compared with; "replicates" where it was alone in its turn."""
     side: Side = ""
+    site: str = field(default="", metadata=codec.LATER)
+    """On which of several sites it was measured, with all that it is paired with; empty where there is one."""
     seed: int
     started_unix_s: float
     wall_time_s: float

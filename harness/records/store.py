@@ -108,12 +108,10 @@ def runs_dir(given: str | None, *, make: bool = False) -> Path:
             _hide_from_git(path.parent)
     except OSError as error:
         if error.errno in OF_THE_MACHINE:
-            raise InvalidRunError(
-                f"runs directory {path}: {words_of(error)}, or give another with --runs-dir."
-            ) from None
-        raise UsageError(
-            f"runs directory {path}: cannot be made: {error.strerror}. Give another with --runs-dir."
-        ) from None
+            said = words_of(error)
+            raise InvalidRunError(f"runs directory {path}: {said}, or give another with --runs-dir.") from None
+        said = f"cannot be made: {error.strerror}"
+        raise UsageError(f"runs directory {path}: {said}. Give another with --runs-dir.") from None
     return path
 
 
@@ -147,10 +145,19 @@ class RunWriter:
         with self._refusals():
             journal.append(self.path / TRIALS, line_of(record, self._evidence.add(record.checks)))
 
-    def finish(self, status: RunStatus, *, stopped: str | None = None, measured: Sequence[str] | None = None) -> None:
-        """State how the run ended; `measured` are the trials that belong to it, where it ended before its cap."""
+    def finish(
+        self,
+        status: RunStatus,
+        *,
+        stopped: str | None = None,
+        measured: Sequence[str] | None = None,
+        notices: Sequence[Notice] = (),
+    ) -> None:
+        """State how the run ended; `measured` are the trials that belong to it, where it ended before its cap, and
+        `notices` what came up on the way."""
         order = self._manifest.order if measured is None else tuple(measured)
-        self._manifest = dataclasses.replace(self._manifest, status=status, stopped=stopped, order=order)
+        told = (*self._manifest.notices, *notices)
+        self._manifest = dataclasses.replace(self._manifest, status=status, stopped=stopped, order=order, notices=told)
         self._write_manifest()
 
     def _write_manifest(self) -> None:

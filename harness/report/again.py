@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from harness.records.store import Run
 from harness.studies.study_file import builtin_studies
+from harness.verdicts.software import BETWEEN, facts_of
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 
@@ -18,9 +19,9 @@ def how_to_repeat(run: Run) -> str:
 
 
 def _lines(run: Run) -> Iterator[str]:
-    manifest, provenance = run.manifest, run.manifest.provenance
-    libraries = provenance.get("libraries", {})
-    known = {name: libraries[name] for name in LIBRARIES if libraries.get(name)}
+    manifest, provenance = run.manifest, facts_of(run.manifest.provenance, run.records)
+    libraries = {name: version for name, version in provenance.get("libraries", {}).items() if version}
+    known = {name: libraries[name] for name in LIBRARIES if name in libraries and BETWEEN not in libraries[name]}
     python, git = provenance.get("python", "unknown"), provenance.get("git", {})
     yield f"# Python {python}; {_revision(git)}; seed {manifest.seed}"
     if known:

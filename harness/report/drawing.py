@@ -133,8 +133,8 @@ def _table(table: Table, console: Console) -> Iterator[RenderableType]:
         yield draw_text(table.title, "strong")
     for stacked in (False, True):
         columns = _columns(table, stacked=stacked)
-        widths = fit([measured for _, _, measured in columns], console.width)
-        if widths is None or (not stacked and 0 in widths):
+        widths = fit([measured for _, _, measured in columns], console.width, whole=not stacked)
+        if widths is None:
             continue
         yield _drawn(table, columns, widths, console, stacked=stacked)
         absent = [head.name for (head, whisker, _), width in zip(_heads(table), widths, strict=True)

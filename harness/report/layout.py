@@ -70,9 +70,12 @@ def measure(texts: Iterable[str], *, whole: bool, rank: int = 0) -> Column:
     return Column(least=least, good=good, natural=natural, rank=rank)
 
 
-def fit(columns: Sequence[Column], width: int) -> tuple[int, ...] | None:
-    """The width of each column, 0 for one that is left out; None where what must be shown does not fit."""
+def fit(columns: Sequence[Column], width: int, *, whole: bool = False) -> tuple[int, ...] | None:
+    """The width of each column, 0 for one that is left out; None where what must be shown does not fit, or, if it is
+    wanted `whole`, where anything would be left out or be hard to read."""
     kept = list(range(len(columns)))
+    if whole and _total([column.good for column in columns]) > width:
+        return None
     while _total([columns[place].good for place in kept]) > width:
         droppable = [place for place in kept if columns[place].rank]
         if not droppable:

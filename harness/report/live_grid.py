@@ -61,7 +61,10 @@ class Grid:
         self.records[record.trial] = record  # one that is measured again ends twice
         on_cpu = not any(kind.startswith("device_") for kind in record.memory)
         self.disturbed.update({one.code for _, one in disturbances_of(record, on_cpu=on_cpu)})
-        self._ratios = {key: found for key in self.rows if (found := self._ratio(key)) is not None}
+        ended: Key = (record.side, record.name, record.role)
+        for key in [ended, *(other for other in self.rows if self._base(other) == ended)]:
+            if (found := self._ratio(key)) is not None:
+                self._ratios[key] = found
 
     def cells(self, key: Key) -> list[Cell]:
         """What is known of a row, one cell a replicate: a dot for what has not begun."""
@@ -85,22 +88,25 @@ class Grid:
         return values[0] if values else Cell(text="·" if len(ended) < len(slots) else "✓")
 
     def _ratio(self, key: Key) -> Comparison | None:
-        """To the reference, or of a side to the base; of the control to what it is the twin of."""
-        side, name, role = key
-        records = tuple(self.records.values())
-        twin: Side = "base" if side else ""
-        other = name if side else self.plan.study.reference
-        if (side, name, role) == (twin, other, "variant"):
+        """To its base, as far as both have been measured."""
+        against = self._base(key)
+        ours, base = (
+            tuple(record for record in self.records.values() if (record.side, record.name, record.role) == one)
+            for one in (key, against)
+        )
+        if key == against or not ours or not base:
             return None
-        ours = series_of(records, side).get((name, role))
-        base = series_of(records, twin).get((other, "variant"))
-        if ours is None or base is None:
-            return None
+        series = [series_of(records, one[0])[one[1], one[2]] for records, one in ((base, against), (ours, key))]
         for metric in PRIMARY.values():
             with contextlib.suppress(InvalidRunError):  # what cannot be compared yet is not shown
-                if found := compare_series(base, ours, metric):
+                if found := compare_series(series[0], series[1], metric):
                     return found
         return None
+
+    def _base(self, key: Key) -> Key:
+        """What a row is compared with: the reference, or the base of an A/B; the control with what it repeats."""
+        side, name, _ = key
+        return ("base", name, "variant") if side else ("", self.plan.study.reference, "variant")
 
 
 def _value(record: TrialRecord) -> Cell | None:

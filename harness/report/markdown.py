@@ -8,9 +8,11 @@ from the details on, then from the rows of the longest tables, and the end says 
 from __future__ import annotations
 
 import dataclasses
+import html
 import re
 from collections.abc import Iterator, Sequence
 
+from harness.errors import shorten
 from harness.report.table import Block, Document, Fold, Gallery, Line, Panel, Section, Table
 from harness.report.terminal import text_of
 from kernels_check.visible import make_visible
@@ -20,6 +22,8 @@ SUMMARY_BYTES = 2**20
 COMMENT_CHARACTERS = 65_536
 """Of a comment, and of the body of an issue."""
 _CHART_WIDTH = 80
+_SUMMARY = 120
+"""Characters of a summary; all of it stands below."""
 _MARKUP = re.compile(r"([\\`*_{}\[\]<>#|~$!])")
 _LIST = re.compile(r"^(\d*)([.)+-])(?=\s|$)|^()([-=]+)$")
 _ADDRESS = re.compile(r"\b(https?|ftp)(:)//|\b(www)(\.)", re.IGNORECASE)
@@ -72,17 +76,17 @@ def _block(block: Block, level: str) -> Iterator[str]:
         yield f"{level} {escape(block.title)}"
         yield _bullets(block.lines)
     elif isinstance(block, Fold):
-        yield _details(_line(block.summary), _bullets(block.lines))
+        yield _details(block.summary.text, _bullets(block.lines))
     elif isinstance(block, Table):
         yield f"#### {escape(block.title)}" if block.title else ""
         yield _table(block)
         yield _bullets(block.notes)
     elif isinstance(block, Gallery):
         drawn = text_of((dataclasses.replace(block, title=""),), width=_CHART_WIDTH, coloured=False)
-        yield _details(escape(block.title), _fenced(drawn.strip("\n")))
+        yield _details(block.title, _fenced(drawn.strip("\n")))
     else:
         said = "\n\n".join(f"**{escape(one.head)}**\n\n{_fenced(make_visible(one.text))}" for one in block.passages)
-        yield _details(escape(block.title), said)
+        yield _details(block.title, said)
 
 
 def _line(line: Line) -> str:
@@ -104,7 +108,9 @@ def _table(table: Table) -> str:
 
 
 def _details(summary: str, body: str) -> str:
-    return f"<details><summary>{summary}</summary>\n\n{body}\n\n</details>"
+    """What unfolds; its summary is HTML, in which nothing is Markdown."""
+    said = html.escape(shorten(make_visible(" ".join(summary.split())), _SUMMARY), quote=False)
+    return f"<details><summary>{said.replace('@', f'@{_BREAK}')}</summary>\n\n{body}\n\n</details>"
 
 
 def _fenced(text: str) -> str:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from harness.records.metrics import METRICS
+from harness.records.metrics import METRICS, PHASE_TITLES
 from harness.records.record import Interleaving
-from harness.records.units import format_bytes, scale_of
+from harness.records.units import first_few, format_bytes
 from harness.report.notices import describe_notices
 from harness.report.phase_table import CHECKS, PEAK, RATIO, TAILS, VARIANT, Column, PhaseTable, VariantRow
 from harness.report.table import (
@@ -32,9 +32,10 @@ from harness.report.table import (
     write_ratio,
 )
 from harness.report.view import RunView
-from harness.report.words import say_open, title_of_ratio, write_finding
+from harness.report.words import say_effect, say_open, title_of, title_of_ratio, write_finding
 from harness.stats import Comparison
 from harness.verdicts.comparand import is_memory
+from harness.verdicts.series import is_difference
 
 _PAIRED = {
     "shared-base": "the median of paired turns",
@@ -42,6 +43,9 @@ _PAIRED = {
     "replicates": "of the trials' medians, paired by replicate",
     "separate": "of medians, not paired",
 }
+_LEADS = {PHASE_TITLES["train"]: "training", PHASE_TITLES["generate"]: "generation", PHASE_TITLES["cold"]: "cold start"}
+MOST_NAMED = 6
+"""Variants that are named of one kind; the table has them all."""
 ALL_ACTIVE = " active"
 """Ends what is said of checks that are all as required."""
 
@@ -52,7 +56,7 @@ def describe_run(view: RunView) -> Document:
 
 
 def _blocks(view: RunView) -> Iterator[Block]:
-    yield Section(title=view.title, lines=view.facts, apart=False)
+    yield Section(title=view.title, lines=(*_findings(view), *view.facts), apart=False)
     for table in view.tables:
         yield _table(table)
         yield from table.galleries
@@ -69,6 +73,21 @@ def _blocks(view: RunView) -> Iterator[Block]:
     elif not view.valid:
         where = " see the notices and trials above."
         yield say(Span(text="This run is invalid:", tone="alarm"), where, indented=False)
+
+
+def _findings(view: RunView) -> Iterator[Line]:
+    """What came of each table in a line: who is slower or faster and by how much, and of whom nothing can be told."""
+    for table in view.tables:
+        found = [(row, row.ratio) for row in table.rows if row.ratio is not None]
+        told = [f"{row.name} {say_effect(ratio, table.metric)}" for row, ratio in found if is_difference(ratio)]
+        groups = {
+            "": told,
+            "equivalent: ": [row.name for row, ratio in found if ratio.verdict == "equivalent"],
+            "cannot tell: ": [row.name for row, ratio in found if ratio.verdict == "inconclusive"],
+        }
+        parts = [f"{begin}{first_few(names, MOST_NAMED)}" for begin, names in groups.items() if names]
+        if parts:
+            yield say(Span(text="; ".join(parts), tone="strong"), lead=_LEADS.get(table.title, title_of(table.metric)))
 
 
 def _table(table: PhaseTable) -> Table:
@@ -114,6 +133,8 @@ def _cell(key: str, cell: Cell, row: VariantRow, table: PhaseTable) -> Cell:
     """As it is, the verdict of a ratio in a column of its own, and bytes with one unit for all of them."""
     if key == RATIO:
         return dataclasses.replace(cell, verdict="")
+    if key == CHECKS and cell.text.endswith(ALL_ACTIVE):
+        return dataclasses.replace(cell, text="all active")
     if cell.unit == "byte" and cell.value is not None and cell.low is not None and cell.high is not None:
         low, high = (_bytes(end, cell.value) for end in (cell.low, cell.high))
         one = len({detail.detail for detail in table.cells(PEAK)}) == 1
@@ -122,9 +143,9 @@ def _cell(key: str, cell: Cell, row: VariantRow, table: PhaseTable) -> Cell:
 
 
 def _bytes(size: float, largest: float) -> str:
-    """A size in the unit in which the largest reads best, without it."""
-    factor, symbol = scale_of(largest, "byte")
-    return format_bytes(size) if scale_of(size, "byte")[1] != symbol else f"{size / factor:.4g}"
+    """A size, without its unit where that is the one of the largest."""
+    written, unit = format_bytes(size), format_bytes(largest).partition(" ")[2]
+    return written.removesuffix(f" {unit}")
 
 
 def _finding(row: VariantRow, table: PhaseTable) -> Cell:

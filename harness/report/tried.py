@@ -37,7 +37,8 @@ def _lines(tried: Tried) -> Iterator[Line]:
         seen = f"the diagnosis had seen {finding.cost_share:.1%} of a step hang on it"
         yield say(f"gained {_gain(comparison.ratio, comparison.low, comparison.high)} of {of}; {seen}")
     if control is not None:
-        said = write_ratio(control, verdict=control.verdict).line
+        cell = write_finding(control, tried.metric, MARGIN, "variants")
+        said = f"{write_ratio(control).line} {cell.said or cell.verdict}"
         yield say(f"control (the present variant measured twice): {said}")
     for failure in tried.failures:
         yield say(Span(text=failure, tone="bad"))

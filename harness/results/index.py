@@ -1,4 +1,4 @@
-"""What is asked of many runs, in one SQLite file beside them: made from the runs when it is missing, never the truth.
+"""What is asked of many runs, in one SQLite file of the cache: made from the runs when it is missing, never the truth.
 
 A run is read again when one of its files has changed; what has gone is taken out. A file that is damaged, of another
 version, or that cannot be written is no error: the index is made anew, in memory where the disk refuses. So it can be
@@ -8,14 +8,18 @@ removed at any time, and nothing may be known from it alone.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
+import os
 import sqlite3
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from harness.errors import LorameterError, UsageError
+from harness.models.catalogue import cache_dir
 from harness.records import codec, inputs, store
 from harness.records.evidence import CHECKS
 from harness.records.packed import list_packed
@@ -27,14 +31,17 @@ from harness.studies.study import Study
 from harness.verdicts.ab import report_of
 from harness.verdicts.comparand import comparand_of
 from harness.verdicts.outcome import EXIT_OF, worst
+from harness.verdicts.software import facts_of
 from harness.verdicts.standing import standing_of
 
-FILE = "index.sqlite"
+FOLDER = "indexes"
+"""Of the cache: a folder of runs may lie in a repository, and belong to somebody else."""
 VERSION = 1
 """Raised with whatever is kept in it, or how it is worked out."""
 VERSIONS = ("torch", "transformers", "peft", "bitsandbytes")
 """Libraries whose versions stand beside each run."""
 _BUSY_S = 10.0
+_UNUSED_S = 30 * 86400.0
 _LEFT_OUT = ("worker", "git", "workload", "libraries", "packages")
 """Of the provenance, in what is kept of it: the first two and the libraries have columns, the others are large."""
 _TABLES = """
@@ -112,7 +119,7 @@ class Index:
             return self._connection.execute(question, values).fetchall()
         except sqlite3.Error as error:
             raise UsageError(
-                f"{self._runs / FILE}: cannot be read: {error}. Remove it; it is made anew from the runs."
+                f"{index_file(self._runs)}: cannot be read: {error}. Remove it; it is made anew from the runs."
             ) from None
 
     def _run(self, row: sqlite3.Row) -> IndexedRun:
@@ -171,6 +178,12 @@ class Index:
         return {} if not rows or rows[0][0] is None else dict(json.loads(rows[0][0]))
 
 
+def index_file(runs: Path) -> Path:
+    """Where the index of a folder of runs is kept: by its place, so that a copy of it has one of its own."""
+    place = str(runs.resolve())
+    return cache_dir() / FOLDER / f"{hashlib.sha256(place.encode('utf-8', 'replace')).hexdigest()[:16]}.sqlite"
+
+
 @contextlib.contextmanager
 def open_index(runs: Path, *, rebuild: bool = False) -> Iterator[Index]:
     """The index of a folder of runs, brought up to date; `rebuild` makes it anew."""
@@ -183,7 +196,7 @@ def open_index(runs: Path, *, rebuild: bool = False) -> Iterator[Index]:
             connection = _in_memory()
             _refresh(connection, runs)
             with contextlib.suppress(OSError):
-                (runs / FILE).unlink()
+                index_file(runs).unlink()
         yield Index(connection, runs)
     finally:
         connection.close()
@@ -191,11 +204,12 @@ def open_index(runs: Path, *, rebuild: bool = False) -> Iterator[Index]:
 
 def _connect(runs: Path, *, rebuild: bool) -> sqlite3.Connection:
     """A connection to the file, with the tables of this version in it; to memory where there can be none."""
-    path = runs / FILE
-    if not (store.list_runs(runs) or list_packed(runs)) and not inputs.is_there(path):  # a folder of somebody else's
+    path = index_file(runs)
+    if not (store.list_runs(runs) or list_packed(runs)):
         return _in_memory()
     for again in (rebuild, True):
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             if again:
                 path.unlink(missing_ok=True)
             connection = sqlite3.connect(path, timeout=_BUSY_S)
@@ -203,14 +217,24 @@ def _connect(runs: Path, *, rebuild: bool) -> sqlite3.Connection:
             found = connection.execute("PRAGMA user_version").fetchone()[0]
             tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
             if found == VERSION and tables == {"runs", "points"}:
+                os.utime(path)
                 return connection
             if found == 0 and not tables:
+                _remove_unused(path.parent)
                 _create(connection)
                 return connection
             connection.close()
         except (sqlite3.Error, OSError):
             continue
     return _in_memory()
+
+
+def _remove_unused(folder: Path) -> None:
+    """Take away indexes that nobody has asked for a month: their runs may be long gone."""
+    for path in folder.glob("*.sqlite"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > _UNUSED_S:
+                path.unlink()
 
 
 def _in_memory() -> sqlite3.Connection:
@@ -281,7 +305,7 @@ def _row(run: Run, study: Study) -> dict[str, Any]:
     manifest, counts = run.manifest, dict[str, int]()
     for record in run.records:
         counts[record.status] = counts.get(record.status, 0) + 1
-    provenance = manifest.provenance
+    provenance = facts_of(manifest.provenance, run.records)
     git, libraries = provenance.get("git", {}), provenance.get("libraries", {})
     facts = {name: value for name, value in provenance.items() if name not in _LEFT_OUT}
     facts |= {"libraries": libraries, "harness": provenance.get("worker", {}).get("harness"), "git": git}

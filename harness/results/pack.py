@@ -1,8 +1,8 @@
 """A run as one file to send: what was measured and under what, and nothing of whose machine it was.
 
-Paths become the names at their end, names of hosts and users and addresses become words, and texts of records (the
-examples of the data, and the answers of a model to them) are left out, unless they are asked for. What remains is every
-sample, every check, every verdict. Logs and tokens are never packed.
+Paths become the names at their end; names of hosts, users and cards, and addresses, become words; texts of records (the
+examples of the data, and the answers of a model to them) are left out; all unless it is asked for. What remains is
+every sample, every check, every verdict. Logs and tokens are never packed.
 
 A path is told by its form: it begins with `/`, `~` or `.`, or has folders and ends in the name of a file. A run whose
 model or data was named by a path is thus no more comparable to one that has that path in it.
@@ -42,6 +42,7 @@ _PATH = re.compile(
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)[^\s/?#'\"]+[^\s'\"]*")
 _ADDRESS = re.compile(r"(?<![\w.=])(?:\d{1,3}\.){3}\d{1,3}(?![\w.])")
 """Of a machine; one that is all of a text is a version of four parts."""
+_CARD = re.compile(r"(?:GPU|MIG)-[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 _OF_TEXT = re.compile(r"(?:answer|untrained)_\d+|(?:cold_)?completion")
 
 
@@ -135,7 +136,7 @@ def _without_paths(text: str) -> str:
 
 
 def _without_hosts() -> Callable[[str], str]:
-    """Replaces what this machine and its user are called, addresses of machines, and where a URL leads."""
+    """Replaces what this machine, its card and its user are called, addresses, and where a URL leads."""
     hosts = {socket.gethostname(), socket.getfqdn().partition(".")[0], os.uname().nodename}
     words = dict.fromkeys(hosts, "host") | {_user(): "user"}
     words = {name: word for name, word in words.items() if len(name) > 2 and name not in ("localhost", "root")}
@@ -147,7 +148,7 @@ def _without_hosts() -> Callable[[str], str]:
             return text
         if words:
             text = known.sub(lambda found: words[found[0]], text)
-        return _ADDRESS.sub("address", _URL.sub(r"\1host", text))
+        return _CARD.sub("card", _ADDRESS.sub("address", _URL.sub(r"\1host", text)))
 
     return replace
 

@@ -22,6 +22,7 @@ from harness.records.record import Interleaving, Notice, Side
 from harness.records.store import Run
 from harness.records.units import format_bytes
 from harness.run.contenders import CONTROL_SUFFIX, Contender, sides_of
+from harness.run.display import Display
 from harness.run.executors import open_executor
 from harness.run.executors.hidden import asked_again
 from harness.run.executors.host import Host
@@ -30,7 +31,7 @@ from harness.run.executors.workplace import check_side
 from harness.run.feasibility import check_feasible
 from harness.run.forecast import most_of, together_bytes
 from harness.run.levels import fits
-from harness.run.measure import Arm, Display, executor_of, measure
+from harness.run.measure import Arm, executor_of, measure
 from harness.run.plan import Plan, make_plan
 from harness.run.rehearsal import REHEARSED
 from harness.run.resume import INJECTED, PRESENT, check_place, is_calibration, of_commands

@@ -7,11 +7,14 @@ the other on its own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from harness.errors import UsageError
 from harness.records.preparation import BaseSummary
 from harness.records.record import Notice
+from harness.records.units import format_duration
 from harness.run.conductor import Watcher
 from harness.run.executors import Executor, WorkerLostError
 from harness.run.plan import Plan, Slot
@@ -25,6 +28,8 @@ class Bases:
     folders: Mapping[tuple[str, BaseKey], str] = field(default_factory=dict)
     """By the arm that maps it."""
     summaries: tuple[BaseSummary, ...] = ()
+    load_s: Mapping[BaseKey, float] = field(default_factory=dict)
+    """What a process takes that makes a base for itself."""
     notices: tuple[Notice, ...] = ()
 
 
@@ -56,8 +61,49 @@ def prepare_bases(plan: Plan, executors: Mapping[str, Executor], device: str, wa
     return Bases(
         folders={place: summary.path for place, summary in made.items() if place[1] not in notices},
         summaries=tuple(made.values()),
+        load_s={key: summary.load_s for (_, key), summary in made.items()},
         notices=tuple(notices.values()),
     )
+
+
+def foresee_cold(plan: Plan, bases: Bases, import_s: float, left_s: float) -> tuple[float, tuple[Notice, ...]]:
+    """Seconds that a cold start takes in the mean, by the first load of the run, and what is to be told of them where
+    minutes are limited.
+
+    Args:
+        plan: of which the first replicate has any.
+        bases: with what making each has taken.
+        import_s: what importing the libraries took.
+        left_s: of the time that the run may take; infinite where it is not limited.
+
+    Raises:
+        UsageError: cold starts alone take more than that.
+    """
+    first = min((slot.replicate for slot in plan.slots), default=0)
+    each = [
+        import_s + bases.load_s.get(base_key(slot.variant, slot.workload), 0.0)
+        for slot in plan.slots
+        if slot.replicate == first and "cold" in slot.measures
+    ]
+    if not each:
+        return 0.0, ()
+    mean_s, minutes = sum(each) / len(each), plan.study.protocol.max_minutes
+    if minutes is None:
+        return mean_s, ()
+    took = format_duration(sum(each))
+    said = f"{len(each)} cold starts, which read, convert and quantise their bases, take about {took}"
+    if sum(each) > left_s:
+        needed = math.ceil(minutes + (sum(each) - left_s) / 60) + 1
+        raise UsageError(
+            f"max_minutes = {minutes:g}: {said} by the first load of this run, so not one replicate fits. "
+            f"Give {needed} minutes or more, or leave the phase cold out."
+        )
+    notice = Notice(
+        code="time-of-loads",
+        message=f"of {minutes:g} minutes {said}, by the first load of this run.",
+        remedy="Leave the phase cold out, or give more minutes, where that is too much of them.",
+    )
+    return mean_s, (notice,)
 
 
 def _notice(slot: Slot, lost: WorkerLostError) -> Notice:

@@ -4,9 +4,13 @@ A limit that cut off whatever comes last would measure the first variants well, 
 phase without a number. So what is dropped are whole rounds, for all trials that take turns alike, and every kind of
 round has its share of the time that is left in its replicate: in proportion to what its planned rounds take, by what
 this run has seen of them; before anything is seen a request counts as much as a turn. What lies between the rounds
-(building, checking, cold starts) is set aside, as it was seen or, in the first replicate, as building suggests. Two
-rounds of each kind are measured whatever the time, so a run can be late by that least, and never leaves half of its
-variants out.
+(building, checking, cold starts) is set aside, as it was seen or, in the first replicate, as building and the making of
+the bases suggest. Two rounds of each kind are measured whatever the time, so a run can be late by that least, and never
+leaves half of its variants out.
+
+Processes differ more from each other than steps in one of them do, and one replicate has no interval. So the time is
+spread over as many replicates as give one to rest on, and the first does not take it all; what is paid once a run (the
+profile for the evidence, cold starts) is in none of their parts. Another replicate begins as long as its least fits.
 """
 
 from __future__ import annotations
@@ -30,18 +34,33 @@ STANDS_FOR: dict[RoundKind, RoundKind] = {
     "merged": "requests",
 }
 """By what a kind is judged that was not seen yet."""
+SOUGHT_REPLICATES = 5
+"""The time is spread over so many, if that many are planned: fewer give a standard deviation that is itself too
+uncertain."""
 LEAST_ROUNDS = 2
 """Rounds that are measured whatever the time: one has no spread. What is not timed has no least."""
 PREPARING = "preparing"
 """From the launch of a process to its first round."""
+COLD = "cold starts"
 ENDING = "ending"
 """What is foreseen of all that follows its rounds (`Budget.foresee`)."""
 
 
 class Budget:
-    """The clock of one invocation and what it has seen. `limit_s` None: no limit, every round is measured."""
+    """The clock of one invocation and what it has seen. `limit_s` None: no limit, every round is measured.
 
-    def __init__(self, limit_s: float | None = None, *, clock: Callable[[], float] | None = None) -> None:
+    `replicates` are those that are planned; `cold_s` is how long a cold start may be expected to take, where that is
+    known.
+    """
+
+    def __init__(
+        self,
+        limit_s: float | None = None,
+        *,
+        replicates: int = 1,
+        cold_s: float = 0.0,
+        clock: Callable[[], float] | None = None,
+    ) -> None:
         self.clock = clock or time.monotonic
         """Seconds; only differences count."""
         self._limit_s = limit_s
@@ -58,6 +77,19 @@ class Budget:
         self._later_groups: Sequence[Group] = ()
         self._gap = PREPARING
         self._gap_begin = self._begin
+        self._once_s = 0.0
+        """Of the gap under way what is paid once a run."""
+        self._left = min(replicates, SOUGHT_REPLICATES)
+        """Replicates that the time is still spread over, the one under way among them."""
+        self._replicate: int | None = None
+        self._until: float | None = None
+        """When the part of the replicate under way ends, in seconds since the budget was opened."""
+        self._replicate_begin_s = self._paid_once_s = 0.0
+        self._study: Study | None = None
+        self._groups: tuple[Group, ...] = ()
+        """All groups of the replicate under way."""
+        self._expected: dict[RoundKind, float] = {}
+        self.cold_s = cold_s
 
     @property
     def spent_s(self) -> float:
@@ -71,6 +103,11 @@ class Budget:
 
     def enter(self, study: Study, group: Group, later: Sequence[Group]) -> None:
         """A group begins; `later` are those of its replicate that come after it."""
+        if group.replicate != self._replicate:
+            self._left = max(1, self._left - (self._replicate is not None))
+            self._replicate, self._until = group.replicate, None
+            self._replicate_begin_s, self._paid_once_s = self.spent_s, 0.0
+            self._study, self._groups = study, (group, *later)
         self._group, self._later_groups = group, later
         self._own = self._work(study, [group])
         self._later = self._work(study, later)
@@ -81,6 +118,28 @@ class Budget:
         self._close_gap()
         if self._group is not None:
             self._ended.add(_kind_of(self._group))
+
+    def pay_once(self, seconds: float, what: str = "") -> None:
+        """So much of the time that has just gone comes once a run, and in no other replicate. It is on the account of
+        all of them; `what` is noted, to be foreseen where it comes again after all."""
+        self._once_s += seconds
+        if what:
+            self._note(what, seconds, 1)
+        else:
+            self._paid_once_s += seconds
+
+    def expect(self, kind: RoundKind, seconds: float) -> None:
+        """What one command of this kind will take, until it has been seen."""
+        self._expected[kind] = seconds
+
+    def least_s(self, study: Study, groups: Sequence[Group]) -> float | None:
+        """Seconds that a replicate of these groups takes at least, by what has been seen; None before anything was."""
+        if not self._seen:
+            return None
+        work = self._work(study, groups, most=LEAST_ROUNDS) | {"epochs": 0.0}
+        least = sum(count * (self._each(kind) or 0.0) for kind, count in work.items() if count)
+        between = sum(self._preparing_s(group) + self._ending_s(group, ROUND_KINDS) for group in groups)
+        return least + between + self._colds_s(groups)
 
     def foresee(self, ending_s: float, trials: int) -> None:
         """What will follow the rounds of so many trials, until it has been seen: losses, untimed steps, cold starts."""
@@ -114,7 +173,9 @@ class Budget:
 
     def _close_gap(self) -> None:
         if self._group is not None:
-            self._note(_name(self._gap, self._group), self.clock() - self._gap_begin, len(self._group.slots))
+            seconds = max(0.0, self.clock() - self._gap_begin - self._once_s)
+            self._note(_name(self._gap, self._group), seconds, len(self._group.slots))
+        self._once_s = 0.0
 
     def _share(self, kind: RoundKind, commands: float) -> float:
         """Seconds for a kind of round, of what is left of the limit."""
@@ -130,15 +191,35 @@ class Budget:
             known = dict.fromkeys(each, 1.0)
         own = commands * known[kind]
         others = sum(count * known[other] for other, count in rest.items() if count)
-        left = max(0.0, self._limit_s - self.spent_s - self._aside(kind))
+        left = max(0.0, self._part_end_s() - self.spent_s - self._aside(kind))
         return left * own / (own + others) if own else 0.0
+
+    def _part_end_s(self) -> float:
+        """When the part of the replicate under way ends, settled when it comes to its first round: by then what lies
+        between the rounds has been seen. The time goes to as many replicates as are sought, or as their least fits."""
+        if self._until is None and self._study is not None:
+            once_s = self._paid_once_s + self._colds_s(self._groups)
+            left = max(0.0, (self._limit_s or 0.0) - self._replicate_begin_s - once_s)
+            least = (self.least_s(self._study, self._groups) or 0.0) - self._colds_s(self._groups)
+            parts = max(1, min(self._left, int(left / least) if least > 0 else self._left))
+            unseen = any(count and kind not in self._seen for kind, count in self._own.items() if kind != "steps")
+            # What was never seen is judged by what takes longer as a rule: of two parts the first would be cut for it.
+            part = left if unseen and parts <= 2 else left / parts
+            self._until = min(self._limit_s or math.inf, self._replicate_begin_s + once_s + part)
+        return math.inf if self._until is None else self._until
 
     def _aside(self, kind: RoundKind) -> float:
         """Seconds of what lies between the rounds that are still to come."""
         if self._group is None:
             return 0.0
         own = self._ending_s(self._group, ROUND_KINDS[ROUND_KINDS.index(kind) :])
+        own += self._colds_s([self._group, *self._later_groups])
         return own + sum(self._preparing_s(group) + self._ending_s(group, ROUND_KINDS) for group in self._later_groups)
+
+    def _colds_s(self, groups: Sequence[Group]) -> float:
+        """Cold starts of these groups, as seen, else as expected."""
+        seconds, count = self._seen.get(COLD, (self.cold_s, 1.0))
+        return seconds / count * sum("cold" in slot.measures for group in groups for slot in group.slots)
 
     def _preparing_s(self, group: Group) -> float:
         """As seen of this kind of trial, else of the other: both are built and checked."""
@@ -159,6 +240,8 @@ class Budget:
         if kind in self._seen:
             seconds, commands = self._seen[kind]
             return seconds / commands
+        if kind in self._expected:
+            return self._expected[kind]
         return self._each(STANDS_FOR[kind]) if kind in STANDS_FOR else None
 
     def _note(self, name: str, seconds: float, count: float) -> None:
@@ -169,8 +252,8 @@ class Budget:
         """Rounds that the trials of this replicate before this one have left to be taken."""
         return planned if self._group is None else min(planned, self._caps.get((self._group.replicate, kind), planned))
 
-    def _work(self, study: Study, groups: Sequence[Group]) -> dict[RoundKind, float]:
-        """Commands that are planned in some groups, by kind."""
+    def _work(self, study: Study, groups: Sequence[Group], *, most: float = math.inf) -> dict[RoundKind, float]:
+        """Commands that are planned in some groups, by kind, of so many rounds of each at most."""
         work: dict[RoundKind, float] = dict.fromkeys(ROUND_KINDS, 0.0)
         for group in groups:
             rounds: dict[RoundKind, int] = {
@@ -181,7 +264,7 @@ class Budget:
             for slot in group.slots:
                 for kind, count in rounds.items():
                     if kind in slot.measures:
-                        work[kind] += min(count, self._caps.get((group.replicate, kind), count))
+                        work[kind] += min(count, most, self._caps.get((group.replicate, kind), count))
                 if "steps" in slot.measures:
                     work["epochs"] += slot.contender.rounds_after_turns(study.protocol)
         return work

@@ -15,12 +15,15 @@ from harness.records.checkpoints import checkpoint_is_due
 from harness.records.forms import flaw_of
 from harness.records.record import UNDER_WAY, Failure, Fragment, Measure, Status, TrialRecord
 from harness.records.refusals import REFUSED, RefusedError
-from harness.run.budget import Budget
+from harness.run.budget import COLD, Budget
 from harness.run.executors import Executor, Worker, WorkerLostError
 from harness.run.plan import Group, Plan, Slot
 from harness.run.site import Site, begin_record, request_of
 from harness.studies.command import COMMANDS, ROUNDS, Command, RoundKind
 from harness.studies.request import TrialRequest
+
+SPIED_STEPS = 2
+"""What a check under the spy is worth: the step that it watches, and what it looks at."""
 
 
 class Watcher(Protocol):
@@ -74,9 +77,16 @@ class Conductor:
             begin = self._budget.clock()
             self._each("build")
             building_s = self._budget.clock() - begin
+            begin = self._budget.clock()
             self._each("verify")
+            verifying_s = self._budget.clock() - begin
             self._each("warm_up")
-            # A trial ends by evaluating or by loading its model once more, which is what building it took.
+            step_s = self._warm_step_s()
+            spying_s = SPIED_STEPS * step_s * len(self._live())
+            self._budget.pay_once(max(0.0, verifying_s - spying_s) if self._is_profiled else 0.0)
+            if step_s:
+                self._budget.expect("steps", step_s * self._plan.study.protocol.steps_per_turn)
+            # A trial ends by evaluating, which takes what building it took: that was a step, and losses as well.
             self._budget.foresee(building_s + self._catching_up_s(), len(self._slots))
             self._train()
             self._each("save_adapter")
@@ -96,7 +106,9 @@ class Conductor:
         self._ended = set(self._records) - set(cold)
         for trial in cold:  # all processes have ended: nothing shares the device with a cold start
             self._watcher.trial_phase(self._slots[trial], "cold")
+            begin = self._budget.clock()
             fragment = self._cold(trial)
+            self._budget.pay_once(self._budget.clock() - begin, COLD)
             self._add(trial, fragment)
             self._raise_refused(trial, fragment)
             self._ended.add(trial)
@@ -131,6 +143,16 @@ class Conductor:
             if times:
                 seconds += (self._plan.study.protocol.warmup_steps_max - len(times)) * times[-1]
         return seconds
+
+    @property
+    def _is_profiled(self) -> bool:
+        return any(slot.instrument == "profile" for slot in self._group.slots)
+
+    def _warm_step_s(self) -> float:
+        """Seconds of a warm step, in the mean of the trials."""
+        times = [self._records[trial].samples.get("warmup_step_time_s", ()) for trial in self._live()]
+        last = [one[-1] for one in times if one]
+        return sum(last) / len(last) if last else 0.0
 
     def interrupt(self) -> None:
         """Mark what was under way."""

@@ -13,7 +13,7 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -61,6 +61,18 @@ def hold_device(executor: Executor, if_busy: IfBusy, *, tell: Callable[[str], ob
         yield waited
     finally:
         os.close(file)
+
+
+@contextlib.contextmanager
+def hold_devices(
+    executors: Sequence[Executor], if_busy: IfBusy, *, tell: Callable[[str], object] = _to_stderr
+) -> Iterator[bool]:
+    """`hold_device` for several, each device once and always in the same order, so that two processes that want the
+    same do not wait for each other for ever."""
+    devices = {executor.device_id(): executor for executor in executors}
+    with contextlib.ExitStack() as stack:
+        waited = [stack.enter_context(hold_device(devices[name], if_busy, tell=tell)) for name in sorted(devices)]
+        yield any(waited)
 
 
 class _NoLocksError(Exception):

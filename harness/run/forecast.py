@@ -7,21 +7,24 @@ counted (`harness.models.costs.memory`).
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from harness.errors import LorameterError
-from harness.machine.provenance import Machine
+from harness.machine.provenance import Machine, library_version
 from harness.models import catalogue, shapes
 from harness.models.costs.lora import adapter_parameters
-from harness.models.costs.memory import CUDA_CONTEXT_BYTES, estimate_memory, stored_dtype
+from harness.models.costs.memory import CUDA_CONTEXT_BYTES, base_bytes, estimate_memory, stored_dtype
 from harness.models.shapes import ModelShape, linear_widths, unknown_layers
 from harness.records import codec, store
 from harness.records.durations import measuring_time_s
+from harness.records.metrics import BIRTH
 from harness.run.plan import Group, Plan
 from harness.run.several_ranks import processes_on_device
+from harness.studies.request import BaseKey, base_key
 from harness.studies.script import OWN
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
@@ -64,7 +67,7 @@ def forecast(plan: Plan, machine: Machine, runs: Path) -> Forecast:
     needs: dict[str, int | None] = {}
     for one in plan.workloads:
         needs |= needed_bytes([who.variant for who in plan.contenders if who.workload == one], one, machine, runs)
-    memory = most_of(_group_bytes(group, needs) for group in plan.groups)
+    memory = most_of(_group_bytes(group, needs, machine) for group in plan.groups)
     disk = None
     if unknown is None:
         tokens = 4 * 8 * workload.sequence_length * (workload.train_sequences + workload.held_out_sequences)
@@ -74,9 +77,29 @@ def forecast(plan: Plan, machine: Machine, runs: Path) -> Forecast:
     return Forecast(time_s=time_s, basis=basis, memory_bytes=memory, disk_bytes=disk, unknown=unknown)
 
 
-def _group_bytes(group: Group, needs: Mapping[str, int | None]) -> int | None:
-    """What is live together: each process counts with the largest of its trials."""
-    return total_of(most_of(needs[slot.variant.name] for slot in launch) for launch in group.launches)
+def _group_bytes(group: Group, needs: Mapping[str, int | None], machine: Machine) -> int | None:
+    """What is live together: each process counts with the largest of its trials, and a base that they map once."""
+    total = total_of(most_of(needs[slot.variant.name] for slot in launch) for launch in group.launches)
+    first = [launch[0] for launch in group.launches]
+    return total and total - _mapped_again([(slot.variant, slot.workload) for slot in first], machine)
+
+
+def _mapped_again(processes: Iterable[tuple[Variant, Workload]], machine: Machine) -> int:
+    """Bytes that these processes, each counted for itself, have in common: a base that is not quantised is mapped from
+    one file on a CPU. Of a quantised one each may come to have layers of its own (`harness.trial.building.packing`),
+    as of one that the adapter's initialisation or the training of its biases rewrites."""
+    if machine.device != "cpu":
+        return 0
+    seen: set[BaseKey] = set()
+    again = 0
+    for variant, workload in processes:
+        shape = shapes.shape(catalogue.resolve(workload.model))
+        if variant.quantization != "none" or variant.rewrites_base or variant.bias != "none" or unknown_layers(shape):
+            continue
+        key = base_key(variant, workload)
+        again += base_bytes(variant, shape) if key in seen else 0
+        seen.add(key)
+    return again
 
 
 def most_of(sizes: Iterable[int | None]) -> int | None:
@@ -98,9 +121,13 @@ def _known(sizes: Iterable[int | None]) -> list[int] | None:
 
 
 def together_bytes(members: Sequence[Variant], workload: Workload, machine: Machine, runs: Path | None) -> int | None:
-    """Expected memory of one live process for each member; None where that of one is not known."""
+    """Expected memory of one live process for each member, with what they map together once; None where that of one is
+    not known."""
     needs = needed_bytes(members, workload, machine, runs)
-    return total_of(needs[variant.name] for variant in members)
+    total = total_of(needs[variant.name] for variant in members)
+    if total is None or workload.model == OWN:
+        return total
+    return total - _mapped_again([(variant, workload) for variant in members], machine)
 
 
 def needed_bytes(
@@ -160,6 +187,23 @@ def measured_peaks(workload: Workload, machine: Machine, runs: Path, kind: str) 
     return peaks
 
 
+def measured_process(machine: Machine, runs: Path) -> int | None:
+    """What a trial's process began with in the latest run on this machine with these libraries; None without one."""
+    libraries = {name: library_version(name) for name in ("torch", "transformers")}
+    for path in reversed(store.list_runs(runs)[-RUNS_LOOKED_AT:]):
+        try:
+            run = store.read_run(str(path), runs)
+        except LorameterError:
+            continue
+        found = run.manifest.provenance
+        there = found.get("libraries") or {}
+        if found.get("device_name") == machine.device_name and libraries.items() <= there.items():
+            births = [record.memory[BIRTH] for record in run.records if BIRTH in record.memory]
+            if births:
+                return max(births)
+    return None
+
+
 def _time(plan: Plan, machine: Machine, shape: ModelShape, runs: Path) -> tuple[float | None, str]:
     earlier = _earlier_run_s(plan, machine, runs)
     if earlier is not None:
@@ -190,22 +234,19 @@ def _time(plan: Plan, machine: Machine, shape: ModelShape, runs: Path) -> tuple[
 def _earlier_run_s(plan: Plan, machine: Machine, runs: Path) -> tuple[float, str] | None:
     """Seconds a replicate in the latest run of the same study, level and phases on the same machine."""
     for path in reversed(store.list_runs(runs)):
-        try:
-            run = store.read_run(str(path), runs)
-        except LorameterError:
-            continue
-        manifest = run.manifest
-        same = (
-            manifest.provenance.get("device_name") == machine.device_name
-            and manifest.study == codec.to_json(plan.study)
-            and manifest.own_workloads == codec.to_json(plan.own_workloads)
-            and manifest.interleaving == plan.interleaving
-            and manifest.phases == plan.phases
-            and manifest.status == "complete"
-        )
-        replicates = {record.replicate for record in run.records}
-        if same and replicates:
-            return measuring_time_s(run.records) / len(replicates), path.name
+        with contextlib.suppress(LorameterError):
+            manifest = store.read_manifest(path)  # a run of another study is not read for nothing
+            same = (
+                manifest.provenance.get("device_name") == machine.device_name
+                and manifest.study == codec.to_json(plan.study)
+                and manifest.own_workloads == codec.to_json(plan.own_workloads)
+                and manifest.interleaving == plan.interleaving
+                and manifest.phases == plan.phases
+                and manifest.status == "complete"
+            )
+            records = store.read_run(str(path), runs).records if same else ()
+            if replicates := {record.replicate for record in records}:
+                return measuring_time_s(records) / len(replicates), path.name
     return None
 
 

@@ -10,53 +10,41 @@ import contextlib
 import dataclasses
 import sys
 import time
-import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from harness.errors import InvalidRunError, redact
+from harness.errors import InvalidRunError
 from harness.machine import provenance
 from harness.machine.provenance import Facts, Machine
 from harness.records import codec, store
 from harness.records.metrics import PHASES
 from harness.records.preparation import Hello, TokenSummary
-from harness.records.record import Notice, Side, TrialRecord
+from harness.records.record import Notice, Side
 from harness.records.refusals import say_refused
 from harness.records.store import Manifest, Run, RunWriter
-from harness.run.bases import prepare_bases
+from harness.run.bases import foresee_cold, prepare_bases
 from harness.run.budget import Budget
-from harness.run.conductor import Watcher
 from harness.run.contenders import contenders_of, variants_of, workloads_of
+from harness.run.display import Display, Shielded
 from harness.run.executors import SCRIPTS, Executor, open_executor
 from harness.run.feasibility import check_feasible
 from harness.run.forecast import together_bytes, total_of
 from harness.run.levels import choose_level
-from harness.run.plan import Plan, Slot, make_plan
+from harness.run.plan import Plan, make_plan
 from harness.run.rehearsal import REHEARSED, rehearse
 from harness.run.resume import continue_manifest, is_finished, mend_manifest
 from harness.run.runner import Measured, find_unsettled, keep_records, run_plan
 from harness.run.site import Site, site_of
+from harness.run.sites.local import Ground, check_alike, open_station
+from harness.run.sites.spread import run_spread
 from harness.run.stopping import Stopping
 from harness.run.stops import Stops
 from harness.studies.study import Study
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
-from kernels_check.visible import tell
-
-
-class Display(Watcher, Protocol):
-    """Shows a run under way."""
-
-    def starting(self, plan: Plan, run_id: str) -> None:
-        """The worker is being started."""
-
-    def tokens_prepared(self, data: str) -> None:
-        """What the data that somebody gave was recognised as."""
-
-    def rehearsed(self, plan: Plan, notices: Sequence[Notice]) -> None:
-        """The scripts of a plan have been rehearsed: the level that follows, and what is to be known of them."""
 
 
 def plan_study(
@@ -143,6 +131,7 @@ def measure(
     arms: Sequence[Arm] = (),
     resume: str | None = None,
     policy: Mapping[str, Any] | None = None,
+    sites: Sequence[Ground] = (),
 ) -> Run:
     """Measure a plan into a run directory and read it back. The first arm prepares the tokens of all.
 
@@ -153,6 +142,7 @@ def measure(
         notices: what was known before.
         arms: where trials are measured, on one machine; those that the plan names, of the present interpreter, if left
             out.
+        sites: several places for replicates; those of one machine, in place of `arms`.
         resume: id of a run of this plan (`harness.run.resume`) to go on with; None for a new one.
         policy: what it will be judged by, as JSON data; the manifest keeps it.
 
@@ -162,7 +152,11 @@ def measure(
     """
     study = plan.study
     threads = {slot.arm: slot.workload.threads for slot in plan.slots}
-    arms = arms or [Arm(name=name, executor=open_executor(executor_of(study), label=name)) for name in threads]
+    stations = [open_station(ground, tuple(threads), executor_of(study)) for ground in sites]
+    if not arms:
+        of_first = stations[0].executors if stations else {}
+        made = ((name, of_first.get(name) or open_executor(executor_of(study), label=name)) for name in threads)
+        arms = [Arm(name=name, executor=executor) for name, executor in made]
     executors = {arm.name: arm.executor for arm in arms}
     first = arms[0]
     run_id = resume or store.new_run_id(study.name, runs)
@@ -178,8 +172,11 @@ def measure(
             return earlier if is_finished(earlier) else _mend(earlier)
         shown.starting(dataclasses.replace(plan, groups=groups), run_id)
         variants = [slot.variant for slot in plan.slots]
+        minutes, replicates = study.protocol.max_minutes, len({group.replicate for group in groups})
+        budget = Budget(None if minutes is None else 60 * minutes, replicates=replicates)
         with stops.interruptible():
-            for name, executor in executors.items():
+            beside = [pair for station in stations[1:] for pair in station.executors.items()]
+            for name, executor in (*executors.items(), *beside):
                 stack.callback(executor.close)
                 executor.start(runs / run_id, threads[name])
             # While the workers import:
@@ -187,11 +184,16 @@ def measure(
             if not (prepared[study.workload].synthetic or study.of_scripts):
                 shown.tokens_prepared(prepared[study.workload].data)
             hellos = {name: greet(executor, variants) for name, executor in executors.items()}
+            for station in stations[1:]:
+                others = [greet(executor, variants) for executor in station.executors.values()]
+                check_alike(station, hellos.values(), others)
             there = {arm.name: arm.executor.facts() for arm in arms if arm is first or arm.name == arm.side}
             device = hellos[first.name].device
-            bases = prepare_bases(dataclasses.replace(plan, groups=groups), executors, device, shown)
+            rest, import_s = dataclasses.replace(plan, groups=groups), hellos[first.name].import_time_s
+            bases = prepare_bases(rest, executors, device, shown)
+            budget.cold_s, told = foresee_cold(rest, bases, import_s, budget.left_s)
         site = dataclasses.replace(_site(plan, prepared, device), bases=bases.folders)
-        notices = (*notices, *bases.notices)
+        notices = (*notices, *bases.notices, *told)
         if plan.provisional:
             with stops.interruptible():
                 plan, told = rehearse(plan, executors, site, shown)
@@ -230,19 +232,11 @@ def measure(
                 policy=dict(policy or {}),
             )
         writer = RunWriter(runs, manifest)
-        minutes = study.protocol.max_minutes
-        budget = Budget(None if minutes is None else 60 * minutes)
         try:
-            measured = run_plan(
-                plan,
-                executors,
-                site,
-                save=writer.append,
-                watcher=shown,
-                stop=Stopping(plan, budget, earlier=keep_records(groups, known)),
-                budget=budget,
-                earlier=known,
-                stops=stops,
+            stop = Stopping(plan, budget, earlier=keep_records(groups, known), sites=max(1, len(stations)))
+            run = partial(run_spread, plan, stations) if len(stations) > 1 else partial(run_plan, plan, executors)
+            measured = run(
+                site, save=writer.append, watcher=shown, stop=stop, budget=budget, earlier=known, stops=stops
             )
         except BaseException:
             with contextlib.suppress(InvalidRunError):  # what ended the run is what is to be told
@@ -250,7 +244,7 @@ def measure(
             raise
         trials = [record.trial for record in measured.records]
         stopped = measured.stopped or (earlier.manifest.stopped if earlier else None)
-        writer.finish(_status(measured), stopped=stopped, measured=trials)
+        writer.finish(_status(measured), stopped=stopped, measured=trials, notices=measured.notices)
     return store.read_run(str(writer.path), runs)
 
 
@@ -263,45 +257,6 @@ def _mend(run: Run) -> Run:
     """A run whose trials are all there, as one that is complete."""
     RunWriter(run.path.parent, mend_manifest(run.manifest)).finish("complete", stopped=run.manifest.stopped)
     return store.read_run(str(run.path), run.path.parent)
-
-
-class Shielded:
-    """A display that can do no harm: an error in it is told, once, and what it tells of goes on unseen."""
-
-    def __init__(self, display: Display) -> None:
-        self._display: Display | None = display
-
-    def starting(self, plan: Plan, run_id: str) -> None:
-        """As the display's."""
-        self._tell(lambda display: display.starting(plan, run_id))
-
-    def tokens_prepared(self, data: str) -> None:
-        """As the display's."""
-        self._tell(lambda display: display.tokens_prepared(data))
-
-    def rehearsed(self, plan: Plan, notices: Sequence[Notice]) -> None:
-        """As the display's."""
-        self._tell(lambda display: display.rehearsed(plan, notices))
-
-    def trial_phase(self, slot: Slot, phase: str) -> None:
-        """As the display's."""
-        self._tell(lambda display: display.trial_phase(slot, phase))
-
-    def trial_ended(self, record: TrialRecord) -> None:
-        """As the display's."""
-        self._tell(lambda display: display.trial_ended(record))
-
-    def _tell(self, what: Callable[[Display], None]) -> None:
-        if self._display is None:
-            return
-        try:
-            what(self._display)
-        except MemoryError:  # the loop has no more of it either, and says so
-            self._display = None
-        except (Exception, SystemExit):  # rich leaves the program where nobody reads its console
-            self._display = None
-            with contextlib.suppress(OSError, ValueError):
-                tell(redact(traceback.format_exc().rstrip("\n")))
 
 
 def _tokens(plan: Plan, prepared: Mapping[Workload, TokenSummary]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from harness.errors import UsageError
-from harness.records.metrics import PHASES
+from harness.records.metrics import METRICS, PHASES
 from harness.records.record import Instrument, Interleaving, Measure, Role, Side
 from harness.run.contenders import CONTROL_SUFFIX, Contender, contenders_of, workloads_of
 from harness.studies import limits
@@ -35,6 +35,10 @@ _PHASE_OF: dict[Measure, str] = {
     "peaks": "train",
     "cold": "cold",
 }
+
+
+COLD_REPLICATES = 3
+"""The fewest that give an interval worth the name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,6 +165,7 @@ def make_plan(
             'and nothing else. Write phases = ["train"] in [protocol], and leave --phase out.'
         )
     together, alone = measures_of(study, interleaving, checked)
+    cold = _cold_replicates(study, contenders)
     _check_size(study, len(contenders))
     arms = {contender: _arm(contender, contenders) for contender in contenders}
     shuffler = random.Random(study.protocol.seed)
@@ -181,13 +186,16 @@ def make_plan(
         )
 
     for replicate in range(study.protocol.replicates):
+        live_measures, solo_measures = (
+            tuple(one for one in measures if one != "cold" or replicate < cold) for measures in (together, alone)
+        )
         for panel in _panels(contenders, shuffler):
-            orders = _orders(panel, alone, shuffler, twin=study.claims_peaks)
-            live = [slot(one, replicate, interleaving, together) for one in next(orders)]
+            orders = _orders(panel, solo_measures, shuffler, twin=study.claims_peaks)
+            live = [slot(one, replicate, interleaving, live_measures) for one in next(orders)]
             groups += _group_slots(live, study, shuffler)
-            if _has_solo(study, alone, replicate):
+            if _has_solo(study, solo_measures, replicate):
                 for one in next(orders):
-                    solo = slot(one, replicate, "replicates", alone)
+                    solo = slot(one, replicate, "replicates", solo_measures)
                     groups.append(Group(replicate=replicate, launches=((solo,),), requests=_solo_requests(study, solo)))
     return Plan(
         study=study,
@@ -273,6 +281,20 @@ def _orders(
     yield list(order)
     shuffler.shuffle(order)
     yield _solo_members(order, alone, twin=twin)
+
+
+def _cold_replicates(study: Study, contenders: Sequence[Contender]) -> int:
+    """How many replicates measure cold starts. One reads, converts and quantises a model for seconds of measuring, so
+    no more are made than their interval needs: all where it is asked for (two sides, a precision, a claim), else three,
+    and one, without an interval, where minutes are limited."""
+    protocol = study.protocol
+    if protocol.cold_replicates is not None:
+        return protocol.cold_replicates
+    claimed = {name for claim in study.claims for part in claim.parts for name in (part.metric, *part.metrics)}
+    asked = any(one.side for one in contenders) or protocol.precision is not None
+    if asked or any(metric in METRICS and METRICS[metric].phase == "cold" for metric in claimed):
+        return protocol.replicates
+    return 1 if protocol.max_minutes is not None else COLD_REPLICATES
 
 
 def _has_solo(study: Study, alone: Sequence[Measure], replicate: int) -> bool:

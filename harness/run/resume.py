@@ -197,7 +197,10 @@ def plan_of(run: Run, *, max_minutes: float | None = None) -> Plan:
             f"run {manifest.run}: this version of lorameter plans other trials than the one that began it. "
             "Go on with that version, or measure a new run."
         )
-    return dataclasses.replace(plan, study=study.with_overrides(max_minutes=max_minutes))
+    if max_minutes is None:
+        return plan
+    protocol = dataclasses.replace(study.protocol, max_minutes=max_minutes)
+    return dataclasses.replace(plan, study=dataclasses.replace(study, protocol=protocol))
 
 
 def _own_workloads(run: Run) -> dict[str, Workload]:

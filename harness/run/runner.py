@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from harness.records.record import TrialRecord
+from harness.records.record import Notice, TrialRecord
 from harness.run.budget import Budget
 from harness.run.conductor import Conductor, Watcher
 from harness.run.executors import Executor
@@ -35,6 +35,8 @@ class Measured:
     stopped: str | None = None
     interrupted: bool = False
     """Whether the user ended it."""
+    notices: tuple[Notice, ...] = ()
+    """What came up on the way."""
 
 
 def run_plan(

@@ -12,9 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.errors import UsageError, redact
+from harness.machine.provenance import probe_machine
 from harness.machine.repository import run_git
+from harness.records import codec, store
+from harness.records.store import Run
 from harness.run.bisect import Candidate
+from harness.run.contenders import variants_of
 from harness.run.executors.environments import parse_requirements
+from harness.run.plan import Plan
 
 if TYPE_CHECKING:
     from packaging.version import Version
@@ -46,6 +51,29 @@ def list_steps(good: str, bad: str, repository: Path) -> tuple[Candidate, ...]:
         f"bisect: --good {good!r} and --bad {bad!r}: {unknown!r} is no revision of {repository}, and no requirement of "
         "an exact version. Name two commits, or two releases of one package as in peft==0.19.0."
     )
+
+
+def find_measured(plan: Plan, sides: tuple[str, str], runs: Path) -> Run | None:
+    """The newest A/B of this plan and these sides, base and candidate, that is whole and of this machine; None of none.
+
+    Args:
+        plan: as it would be measured now.
+        sides: the words by which both are known: commits, or requirements.
+        runs: the folder of runs; what cannot be read there is none.
+    """
+    asked = (codec.to_json(plan.study), plan.phases, tuple(variant.name for variant in variants_of(plan.contenders)))
+    device = probe_machine().device_name
+    for path in reversed(store.list_runs(runs)):
+        try:
+            manifest = store.read_manifest(path)
+        except UsageError:
+            continue
+        held = (manifest.study, tuple(manifest.phases), manifest.selection)
+        specs = tuple(manifest.sides.get(name, {}).get("spec") for name in ("base", "candidate"))
+        here = manifest.provenance.get("device_name") == device
+        if manifest.status == "complete" and here and specs == sides and held == asked:
+            return store.read_run(str(path), runs)
+    return None
 
 
 def _commit(word: str, repository: Path) -> str:

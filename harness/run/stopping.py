@@ -23,9 +23,12 @@ LEAST_TO_STOP = 5
 class Stopping:
     """The protocol's stopping rule; is asked after each replicate."""
 
-    def __init__(self, plan: Plan, budget: Budget | None = None, *, earlier: Sequence[TrialRecord] = ()) -> None:
-        """`budget` is the clock of this invocation; `earlier` are records that it has not spent its time on."""
-        self._plan = plan
+    def __init__(
+        self, plan: Plan, budget: Budget | None = None, *, earlier: Sequence[TrialRecord] = (), sites: int = 1
+    ) -> None:
+        """`budget` is the clock of this invocation; `earlier` are records that it has not spent its time on; `sites`
+        says how many replicates are measured at once."""
+        self._plan, self._sites = plan, sites
         self._budget = budget or Budget()
         self._earlier = {record.trial for record in earlier}
 
@@ -41,12 +44,20 @@ class Stopping:
                     f"every interval is within ±{100 * widest:.2g} % after {replicates} replicates, and "
                     f"±{100 * protocol.precision:.2g} % were asked for"
                 )
-        if protocol.max_minutes is not None:
-            spent = self._budget.spent_s
-            measured = len({record.replicate for record in records if record.trial not in self._earlier})
-            if (spent + spent / measured) / 60 > protocol.max_minutes:
-                return f"another replicate would end after the limit of {protocol.max_minutes:g} minutes"
+        minutes = protocol.max_minutes
+        if minutes is not None and self._next_s(records) > 60 * minutes - self._budget.spent_s:
+            return f"another replicate would end after the limit of {minutes:g} minutes"
         return None
+
+    def _next_s(self, records: Sequence[TrialRecord]) -> float:
+        """Seconds that another replicate takes at least; before rounds were seen, what those measured took each."""
+        last = max((record.replicate for record in records), default=-1)
+        following = [group for group in self._plan.groups if group.replicate == last + 1]
+        least = self._budget.least_s(self._plan.study, following)
+        if least is not None:
+            return least
+        measured = len({record.replicate for record in records if record.trial not in self._earlier})
+        return self._sites * self._budget.spent_s / measured  # on several sites that many are measured meanwhile
 
     def _comparisons(self, records: Sequence[TrialRecord]) -> list[Comparison]:
         """Everything against the reference, and the reference against its twin, in the primary metric of each phase."""

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from harness.errors import UsageError
+from harness.records import codec
 from harness.records.metrics import PHASES, Phase
 from harness.studies import limits
 
 PRECISION_REPLICATES = 40
 """Cap where a precision decides and nothing else is said."""
+LIMITED_REPLICATES = 12
+"""Cap where minutes decide and nothing else is said."""
 EFFORT_REPLICATES: dict[str, int] = {"quick": 3, "standard": 8, "rigorous": 12}
 
 _RANGES: dict[str, limits.Range] = {
@@ -61,6 +64,9 @@ class Protocol:
     """Measure requests with the adapter merged, too."""
     peak_replicates: int = 3
     """Peaks take one of a few values and are compared by their maximum, so a few solo trials are enough for them."""
+    cold_replicates: int | None = field(default=None, metadata=codec.LATER)
+    """Replicates that measure cold starts, each of which reads, converts and quantises the base from its own files.
+    None: as many as their interval needs (`harness.run.plan`), and one where minutes are limited."""
     generate_warmup: int = 1
     """Discarded requests between the first call and the warm ones."""
     generate_requests: int = 6
@@ -82,7 +88,8 @@ class Protocol:
     """Stop as soon as every compared interval is at most this far from its centre (a fraction; the tolerance of 0.01
     is a sound choice), but not before 5 replicates; `replicates` is the cap. None measures all replicates."""
     max_minutes: float | None = None
-    """Minutes that measuring may take, counted anew when a run is gone on with. No further replicate is begun that
+    """Minutes that a run may take from its start, the preparing of tokens and bases included; counted anew when a run
+    is gone on with. They are spread over five replicates, if so many are planned: no further one is begun whose least
     would end later, and within one whole rounds are dropped, for all variants alike (`harness.run.budget`). None sets
     no limit."""
 
@@ -93,6 +100,8 @@ class Protocol:
                 f"protocol: warmup_steps_max = {self.warmup_steps_max}: below warmup_steps_min = "
                 f"{self.warmup_steps_min}. Raise it."
             )
+        if self.cold_replicates is not None:
+            limits.check_ranges("protocol", self, {"cold_replicates": (1, limits.MOST_REPLICATES)})
         for key in ("precision", "max_minutes"):
             value = getattr(self, key)
             if value is not None and not value > 0:
@@ -138,6 +147,7 @@ class Protocol:
             steps_per_turn=1,
             epochs=0.0,
             peak_replicates=1,
+            cold_replicates=None,
             generate_warmup=0,
             generate_requests=1,
             natural_requests=1,

@@ -18,7 +18,7 @@ from harness.records import codec
 from harness.studies import limits
 from harness.studies.claim import ENGINE, LINEAR, UNSET, Claim, Level, is_number, say_level
 from harness.studies.engine import Engine
-from harness.studies.protocol import PRECISION_REPLICATES, Protocol
+from harness.studies.protocol import LIMITED_REPLICATES, PRECISION_REPLICATES, Protocol
 from harness.studies.script import check_scripts
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
@@ -222,7 +222,8 @@ class Study:
     ) -> Study:
         """The same study on another model or data, at another effort or with limits; what is None stays.
 
-        With a precision and no number of replicates their cap is raised, so that the precision can be reached.
+        With a precision or minutes, and no number of replicates, their cap is raised, so that the precision can be
+        reached and the minutes be used.
         """
         workload, protocol, replaced = self.workload, self.protocol, dict(self.replaced)
         for key, value in (("model", model), ("data", data)):
@@ -237,7 +238,9 @@ class Study:
         if replicates is not None:
             protocol = dataclasses.replace(protocol, replicates=replicates)
         if max_minutes is not None:
-            protocol = dataclasses.replace(protocol, max_minutes=max_minutes)
+            said = effort is not None or replicates is not None or precision is not None
+            cap = protocol.replicates if said else max(protocol.replicates, LIMITED_REPLICATES)
+            protocol = dataclasses.replace(protocol, max_minutes=max_minutes, replicates=cap)
         if allow_disturbed:
             protocol = dataclasses.replace(protocol, allow_disturbed=True)
         return dataclasses.replace(self, workload=workload, protocol=protocol, replaced=replaced)

@@ -9,7 +9,6 @@ found them, and its cost is in no number.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -31,10 +30,11 @@ from harness.studies.request import TrialRequest
 from harness.trial.building import lora
 from harness.trial.building.build import Trainee, build
 from harness.trial.building.packing import is_packed, unpack_4bit
-from harness.trial.building.requirements import attention_of, requirements_of
+from harness.trial.building.requirements import requirements_of
 from harness.trial.building.shared import Seat, SharedBase
 from harness.trial.clock import Lap, Stopwatch
 from harness.trial.data.stream import TokenStream
+from harness.trial.inference.proof import prove_attention
 from harness.trial.inference.server import Server
 from harness.trial.memory import resident_bytes
 from harness.trial.process import release_unused, start_device
@@ -257,20 +257,8 @@ class Trial:
             values["first_call_time_s"] = first.request_time_s
         if "natural" in self._request.measures and self._request.device.startswith("cuda"):
             self._server.visit(protocol.natural_requests)
-        return self._watched(Fragment(values=values, tokens={"completion": list(first.tokens)}), self._server)
-
-    def _watched(self, fragment: Fragment, server: Server) -> Fragment:
-        """With what the attention of a request runs, which no training step tells. A profile's records would be in the
-        peaks of a trial that has such, so that the spy looks on there."""
-        request, model = self._request, self._built.trainee.model
-        required = attention_of(request.variant, request.requirements)
-        instrument = "spy" if self._alone else request.instrument
-        check = kernels_check.watch_request(model, server.ask_shortly, required, instrument=instrument)
-        if check is None:
-            return fragment
-        seen = dataclasses.replace(fragment, checks=(codec.to_json(check),))
-        name, fallback = request.variant.name, request.allow_fallback
-        return judge_required(seen, {check.path: check.required}, name=name, allow_fallback=fallback)
+        fragment = Fragment(values=values, tokens={"completion": list(first.tokens)})
+        return prove_attention(fragment, trainee.model, self._server, self._request)
 
     def request(self) -> Fragment:
         """One warm request, by the adapter beside the base or, after `merge`, merged into it."""

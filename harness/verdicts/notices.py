@@ -16,6 +16,7 @@ from harness.studies.study import Study
 from harness.verdicts.disturbance import disturbances
 from harness.verdicts.sameness import sameness_notices
 from harness.verdicts.series import OCCUPANCY_FLOOR, is_difference, occupancy
+from harness.verdicts.sites import site_notices
 
 DRIFT = 0.05
 """Change of level that is worth a word, a fraction."""
@@ -40,6 +41,7 @@ def run_notices(run: Run, study: Study, controls: Mapping[str, Comparison]) -> I
         yield from _contention(ok)
     counted = [record for record in run.records if record.status == "ok" or record.disturbed]
     yield from disturbances(counted, on_cpu=on_cpu)
+    yield from site_notices(run.records)
     yield from _outliers(ok)
     yield from _warmup(ok)
     yield from _drift(ok)

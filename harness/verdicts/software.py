@@ -14,6 +14,8 @@ from harness.records.record import TrialRecord
 
 OURS = "lorameter"
 """What measures is the same in every process, whatever of it an interpreter has installed."""
+BETWEEN = " or "
+"""Between versions of one package, where trials tell several."""
 NONE = "none"
 """In place of the version of what is not installed."""
 
@@ -35,7 +37,7 @@ def versions_of(provenance: Mapping[str, Any], records: Iterable[TrialRecord]) -
         return stated
     names = [*stated, *(name for name in ("cuda",) if name in told and name not in stated)]
     found = {name: told.get(normal_name(name), (NONE,)) for name in names}
-    versions = {name: None if seen == (NONE,) else " or ".join(seen) for name, seen in found.items()}
+    versions = {name: None if seen == (NONE,) else BETWEEN.join(seen) for name, seen in found.items()}
     return versions | ({OURS: stated[OURS]} if OURS in stated else {})
 
 

@@ -74,7 +74,7 @@ def observe_rank(
     update: Callable[[], object],
     rewind: Callable[[], object],
     meet: Callable[[], object],
-    base_loss: Callable[[], float],
+    base_loss: Callable[[], float] | None,
     *,
     before: float,
     whole: Iterable[Tensor],
@@ -89,7 +89,8 @@ def observe_rank(
         update: clips, lets the optimizer step, and drops the gradients.
         rewind: has the next call of `gradients` take the batch that the first one takes.
         meet: waits until every rank is there.
-        base_loss: the loss of a batch that is always the same, without the adapter and without a gradient.
+        base_loss: the loss of a batch that is always the same, without the adapter and without a gradient; None where
+            parts of the base train.
         before: the same before the model was shared among ranks, as it was loaded.
         whole: the token ids of each sequence of that batch on all ranks together, shape (tokens,).
         rank: of this process.
@@ -105,7 +106,8 @@ def observe_rank(
         update()
 
     with as_found(model, step) as snapshot, _told_of_updates(snapshot.watch):
-        random, repeated, base_losses = RandomState(), [], [before, base_loss()]
+        base_losses = [] if base_loss is None else [before, base_loss()]
+        random, repeated = RandomState(), []
         for _ in range(REPEATS):
             rewind()
             random.restore()
@@ -119,10 +121,10 @@ def observe_rank(
         base = {name: _bytes(parameter) for name, parameter in model.named_parameters() if not parameter.requires_grad}
         four_bit = _four_bit(model)
         update()
-        base_losses.append(base_loss())
+        base_losses += [] if base_loss is None else [base_loss()]
         adapter = {name: _digest(_whole(parameter)) for name, parameter in _trained(model)}
         activity = share_of(step, meet)
-        base_losses.append(base_loss())
+        base_losses += [] if base_loss is None else [base_loss()]
     return RankFacts(
         rank=rank,
         ranks=ranks,

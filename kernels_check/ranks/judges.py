@@ -195,11 +195,10 @@ def judge_steady(facts: Sequence[RankFacts]) -> Finding:
                     f"rank {one.rank}: silently wrong from the second forward on: the loss of one batch {of} is "
                     f"{said}{why}"
                 )
-    steps, forwards = len(facts[0].base_losses) - 2, len(facts[0].repeated)
-    return _good(
-        f"the base gives one batch the loss that it gave it before it was shared, over {steps} watched steps, and the "
-        f"model over {forwards} forwards and backwards"
-    )
+    kept = f"the model keeps the loss of one batch over {len(facts[0].repeated)} forwards and backwards"
+    if facts[0].base_losses:
+        kept += f", and the base over {len(facts[0].base_losses) - 1} forwards since before it was shared"
+    return _good(kept)
 
 
 def _named(ranks: Sequence[int]) -> str:

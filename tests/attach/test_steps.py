@@ -1,5 +1,6 @@
 """A training told step by step: what looks on at one, and what it costs the process."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -48,3 +49,18 @@ def test_a_watched_step_leaves_no_thread_behind(model, listener_class):
     assert [reading.checks is not None for reading in listener.readings] == [False, True, False]
     (mode,) = (check for check in listener.readings[1].checks if check.path == "mode")
     assert (mode.status, mode.observed) == ("active", "train")
+
+
+def test_no_step_computes_for_less_than_no_time(model, listener):
+    """Where the meter's own work inside a step was held up by other processes for longer than the step computed."""
+    training = Training(
+        source="loop", model=model, planned_steps=None, trainable_parameters=1, total_parameters=1, accumulation=1
+    )
+    steps = Steps(listener, training, torch.device("cpu"), Shield())
+    steps.begin()
+    with steps.aside():
+        time.sleep(0.05)
+    steps.end_step()
+    (reading,) = listener.readings
+    assert reading.cpu_time_s >= 0.0
+    assert 0.0 <= reading.step_time_s < 0.05

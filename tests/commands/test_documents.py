@@ -37,7 +37,7 @@ def kept():
             yield pytest.param(document, cls, id=f"{path.parent.name}/{path.stem}"[:80])
 
 
-@pytest.mark.parametrize(("document", "cls"), kept())
+@pytest.mark.parametrize(("document", "cls"), list(kept()))
 def test_a_kept_document_is_of_its_type(document, cls):
     """Each key with its kind of value, none missing and none more, at every depth."""
     read = msgspec.convert(document, cls)

@@ -12,6 +12,7 @@ from harness.errors import UsageError
 from harness.machine import provenance
 from harness.models import catalogue, shapes
 from harness.models.costs.memory import estimate_memory
+from harness.records.metrics import BIRTH
 from harness.run.contenders import Contender
 from harness.run.feasibility import check_feasible
 from harness.studies.study_file import load_study
@@ -23,7 +24,7 @@ def test_json_is_one_document_with_both_phases(capsys, tmp_path):
     """Kinds add up to the total; without an earlier run nothing is measured."""
     assert main(["estimate", SPEC, "--model", "random:llama2-7b", "--json", "--runs-dir", str(tmp_path)]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert (told["schema"], told["variant"], told["model"]) == (1, "qlora-nf4-r16", "random:llama2-7b")
+    assert (told["schema"], told["variant"], told["model"]) == (2, "qlora-nf4-r16", "random:llama2-7b")
     for phase in ("train", "generate"):
         assert sum(told[phase]["kinds"].values()) == told[phase]["total_bytes"] > 3e9
         assert told[phase]["measured_bytes"] is told[phase]["error"] is None
@@ -46,6 +47,19 @@ def test_an_earlier_run_stands_beside_with_the_error(capsys, small_study, write_
     assert "measured peak" in shown
     assert "953.7" in shown  # MiB
     assert f"{told['error']:+.1%}" in shown
+
+
+def test_the_process_is_that_of_an_earlier_run_of_any_workload(capsys, write_run, tmp_path, monkeypatch, machine):
+    """Not of the constant, where a trial has begun on this machine with these libraries."""
+    monkeypatch.setattr(provenance, "probe_machine", lambda: machine)
+    libraries = {name: provenance.library_version(name) for name in ("torch", "transformers")}
+    write_run(
+        "earlier", {"plain": [1.0]}, facts={"libraries": libraries},
+        change=lambda record: dataclasses.replace(record, memory={BIRTH: 515 * 2**20}),
+    )  # fmt: skip
+    assert main(["estimate", SPEC, "--runs-dir", str(tmp_path / "runs"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["train"]["kinds"]["process"] == told["generate"]["kinds"]["process"] == 515 * 2**20
 
 
 def test_what_clearly_does_not_fit_is_refused_and_what_may_not_is_said(machine):

@@ -4,10 +4,12 @@ import csv
 import io
 import json
 
+import msgspec
 import pytest
 
 from harness import cli
 from harness.commands import export
+from harness.commands.documents_of_many import ExportedOf
 from harness.results import columns, files
 
 
@@ -72,7 +74,8 @@ def test_one_table_to_a_file_and_its_path_as_json(called, tmp_path):
     """--json says what was written."""
     code, out, _ = called("--format", "parquet", "--table", "samples", "--output", "deep/s.parquet", "--json")
     assert code == 0
-    assert json.loads(out) == {"schema": 1, "run": "sound", "files": ["deep/s.parquet"]}
+    document = msgspec.convert(json.loads(out), ExportedOf)
+    assert (document.run, document.files) == ("sound", ["deep/s.parquet"])
     assert (tmp_path / "deep" / "s.parquet").is_file()
 
 

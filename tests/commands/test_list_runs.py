@@ -2,9 +2,11 @@
 
 import json
 
+import msgspec
 import pytest
 
 from harness import cli
+from harness.commands.documents_of_many import RunsOf
 from harness.verdicts.baselines import accept
 
 
@@ -26,7 +28,9 @@ def called(write_run, capsys):
 
 def test_every_run_has_study_state_verdict_and_size(called):
     """As JSON with the keys that there were before."""
-    rows = {row["run"]: row for row in json.loads(called("--json"))["runs"]}
+    document = json.loads(called("--json"))
+    assert len(msgspec.convert(document, RunsOf).runs) == 3
+    rows = {row["run"]: row for row in document["runs"]}
     assert set(rows) == {"sound", "cut", "torn"}
     sound = rows["sound"]
     assert (sound["study"], sound["status"], sound["verdict"], sound["baseline"]) == (

@@ -17,7 +17,7 @@ import pytest
 import kernels_check.__main__
 import kernels_check.streams
 from harness.cli import main
-from harness.run.measure import Shielded
+from harness.run.display import Shielded
 from kernels_check.streams import EXIT_CLOSED_PIPE, Aside
 
 RUNS = Path(__file__).parents[1] / "golden" / "runs"

@@ -24,6 +24,8 @@ MACHINE: dict[str, Any] = {
     "python": "3.11.7",
 }  # fmt: skip
 """As the machine of the constructed runs."""
+LIBRARIES = {"torch": "2.13.0+cpu", "transformers": "5.24.0"}
+"""As those of the constructed runs: what a process begins with is theirs."""
 FREE_BYTES = 20 * 2**30
 MATRIX_RATE = 5e10
 
@@ -59,6 +61,7 @@ def on_the_constructed_machine(monkeypatch: Any) -> None:
     """Nothing is asked of the machine that this runs on, and nothing is measured."""
     machine = found("Machine")(**MACHINE)
     replace(monkeypatch, "probe_machine", lambda: machine)
+    replace(monkeypatch, "library_version", LIBRARIES.get)
     replace(monkeypatch, "free_bytes", lambda _: FREE_BYTES)
     replace(monkeypatch, "_matrix_rate", lambda: MATRIX_RATE)
 

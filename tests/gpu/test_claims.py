@@ -27,9 +27,16 @@ FACTS = {
         "energy_period_ms": 20.0, "queued": {"idle": 0, "of": 10, "sm_clock_hz": 1.98e9},
         "after": {"idle": 9, "of": 10, "sm_clock_hz": 1.9e9},
     },
-    "attention": {"takes_mask": {"FLASH_ATTENTION": False, "CUDNN_ATTENTION": True}, "chosen": {"causal": "CUDNN"}},
+    "attention": {
+        "capability": "9.0", "takes_mask": {"FLASH_ATTENTION": False, "CUDNN_ATTENTION": True},
+        "chosen": {"masked": "CUDNN_ATTENTION", "one token": "CUDNN_ATTENTION"},
+    },
     "names": {"kernels": {"bfloat16": {"nvjet_tst": "GEMM"}}, "unknown": [], "empty": []},
-    "lengths": {name: {"new_ms": 0.1, "again_ms": 0.1, "worst_ms": 0.2} for name in ("default", "flash")},
+    "lengths": {
+        "of": ["default", "flash"], "default": {"new_ms": 30.0, "again_ms": 0.1},
+        "flash": {"new_ms": 0.2, "again_ms": 0.1},
+    },
+    "paged": {"tensors": 8, "waits": 9},
 }  # fmt: skip
 PROFILE = {
     "step": {
@@ -111,7 +118,7 @@ def test_names_are_unique_and_every_test_that_decides_exists():
         assert f"def {name}(" in (ROOT / file).read_text(), name
 
 
-SOUND = sorted(set(BY_NAME) - {"the study", "shared base", "cold start"})
+SOUND = sorted(set(BY_NAME) - {"the study", "shared base", "cold start", "device start"})
 """Those that need no run."""
 
 
@@ -136,7 +143,10 @@ def test_what_was_found_as_it_should_be_confirms(found, name):
         ("clocks", "counters", {"queued": {"idle": 3, "of": 10, "sm_clock_hz": None}}),
         ("mask", "attention", {"takes_mask": {"FLASH_ATTENTION": True}}),
         ("names", "names", {"unknown": ["some_kernel"]}),
-        ("new lengths", "lengths", {"default": {"new_ms": 30.0, "again_ms": 0.1, "worst_ms": 40.0}}),
+        ("new lengths", "lengths", {"default": {"new_ms": 0.2, "again_ms": 0.1}}),
+        ("mask on Hopper", "attention", {"takes_mask": {"CUDNN_ATTENTION": False}}),
+        ("mask on Hopper", "attention", {"capability": "8.0"}),
+        ("paging", "paged", {"waits": 1}),
     ],
 )
 def test_a_fact_that_is_otherwise_refutes(found, name, of, change):
@@ -176,6 +186,8 @@ def test_a_document_that_says_otherwise_refutes(found, name, step, change):
         ("fork", lambda found: found.facts["zygote"]["child"].update(device="cpu")),
         ("events", lambda found: found.facts.update(clock={"skipped": "no card"})),
         ("events", lambda found: found.facts["clock"].update(events_over_kernels=None)),
+        ("new lengths", lambda found: found.facts["attention"]["chosen"].update({"one token": "FLASH_ATTENTION"})),
+        ("device start", lambda found: None),
         ("energy period", lambda found: found.facts["counters"].update(energy_period_ms=None)),
         ("names", lambda found: found.facts["names"].update(empty=["norm"])),
         ("sabotage", lambda found: found.documents["selftest"].update(outcomes=[])),

@@ -145,9 +145,11 @@ def test_a_rule_with_an_unknown_category_is_refused():
         ("nchwToNhwcKernel", "copy"), ("nhwcToNchwKernel", "copy"), ("tensorTransformGeneric", "copy"),
         ("bn_fw_tr", "elementwise"), ("conv2d_grouped_direct", "matmul"), ("fprop_implicit_gemm", "matmul"),
         ("Cijk_", "matmul"), ("igemm_fwd", "matmul"), ("batched_transpose", "copy"), ("SubTensorOpWith", "copy"),
-        ("MIOpenBatchNorm", "elementwise"), ("Op2dTensorLite", "elementwise"), ("Im2d2Col", "copy"), ("naive_conv", "matmul"), ("Rmsnorm2dFwd", "elementwise"),
+        ("MIOpenBatchNorm", "elementwise"), ("Op2dTensorLite", "elementwise"), ("Im2d2Col", "copy"),
+        ("naive_conv", "matmul"), ("Rmsnorm2dFwd", "elementwise"),
         ("kernel_batched_gemm_xdlops", "matmul"), ("ck_tile::UniversalGemm", "matmul"), ("__amd_rocclr", "copy"),
-        ("DeviceRadixSort", "elementwise"), ("rocprim", "elementwise"), ("transformer_engine", "elementwise"), ("dot_kernel<", "matmul"), ("gemmk1", "matmul"),
+        ("DeviceRadixSort", "elementwise"), ("rocprim", "elementwise"), ("transformer_engine", "elementwise"),
+        ("dot_kernel<", "matmul"), ("gemmk1", "matmul"),
     ],
 )  # fmt: skip
 def test_a_name_counts_for_its_category(part, category):

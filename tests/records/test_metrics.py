@@ -78,8 +78,10 @@ def test_every_entry_stands_under_its_name():
 def test_columns_that_rest_on_the_tokens_need_one_workload():
     """Where variants have workloads of their own, training shows the time of a step in place of rates and losses."""
     parts = ("data_time_s", "forward_time_s", "backward_time_s", "optimizer_time_s")
-    assert columns_of("train", own_workloads=False) == (*parts, "tokens_per_s", "mfu", "train_loss", "held_out_loss")
-    assert columns_of("train", own_workloads=True) == ("step_time_s", *parts, "mfu")
+    shares = ("mfu", "scaling_efficiency", "communication_share")
+    losses = ("train_loss", "held_out_loss")
+    assert columns_of("train", own_workloads=False) == (*parts, "tokens_per_s", *shares, *losses)
+    assert columns_of("train", own_workloads=True) == ("step_time_s", *parts, *shares)
     assert columns_of("generate", own_workloads=True) == columns_of("generate", own_workloads=False)
 
 

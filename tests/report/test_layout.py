@@ -38,6 +38,14 @@ def test_a_wider_terminal_never_shows_less(columns, width):
         assert {place for place, one in enumerate(narrow) if one} <= {place for place, one in enumerate(wide) if one}
 
 
+def test_what_is_wanted_whole_is_left_to_another_layout():
+    """Nothing is left out and nothing is hard to read, or there is none."""
+    columns = [Column(least=5, good=16, natural=40), Column(least=10, good=10, natural=10, rank=1)]
+    assert fit(columns, 28, whole=True) == (16, 10)
+    assert fit(columns, 27, whole=True) is None
+    assert fit(columns, 27) == (27, 0)
+
+
 def test_the_highest_rank_goes_first():
     """Of equals the last."""
     columns = [Column(least=10, good=10, natural=10, rank=rank) for rank in (0, 1, 2, 2)]

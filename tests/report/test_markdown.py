@@ -69,6 +69,7 @@ def test_text_from_outside_starts_nothing():
     assert not found & {"link_open", "image", "em_open", "code_inline", "s_open"}
     outside = re.sub(r"^(`{3,})text\n.*?^\1$", "", text, flags=re.M | re.S)  # what is fenced is code
     assert "\\<img" in outside
+    assert "&lt;img" in outside  # of a summary, which is HTML
     assert "<img" not in outside.replace("\\<img", "")
     assert "@octocat" not in outside
     assert outside.count("<details>") == outside.replace("\\</details", "").count("</details>") == 3

@@ -75,7 +75,7 @@ def test_every_variant_has_its_estimate_interval_and_ratio(small_study, tmp_path
     assert table.rows[1].ratio.verdict == "regressed"
     assert view.valid
     text = text_of(view)
-    for word in ("plain", "nf4", "reference", "slower", "control", "1 GiB", "1 of 1 active", "equivalent ±5 %"):
+    for word in ("plain", "nf4", "reference", "slower", "control", "1 GiB", "all active", "equivalent ±5 %"):
         assert word in text
     assert "synthetic-data" in text
 

@@ -5,9 +5,12 @@ import json
 import math
 import random
 
+import msgspec
 import pytest
 
 from harness import cli
+from harness.commands.documents_of_many import HistoryOf
+from harness.commands.output import SCHEMA
 from harness.errors import UsageError
 from harness.records import codec, store
 from harness.records.document import write_document
@@ -212,7 +215,7 @@ def test_the_command_prints_text_and_json(nightly, capsys):
     words = ["history", "step_time_s", "--study", "training-step", "--variant", "plain", "--rebuild", "--json"]
     assert cli.main([*words, "--runs-dir", str(runs)]) == 0
     document = json.loads(capsys.readouterr().out)
-    assert document["schema"] == 1
+    assert msgspec.convert(document, HistoryOf).schema == SCHEMA
     (found,) = document["tracks"][0]["lines"][0]["suspicions"]
     assert found["after"]["run"] == "night014"
     assert cli.main(["history", "stepp", "--runs-dir", str(runs)]) == 2

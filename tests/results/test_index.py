@@ -1,8 +1,10 @@
 """The index: made from the runs, as up to date as they are, and never needed."""
 
 import json
+import os
 import shutil
 import sqlite3
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import pytest
 from harness.records import codec, store
 from harness.records.document import write_document
 from harness.results import index as indexing
-from harness.results.index import FILE, open_index
+from harness.results.index import index_file, open_index
 from harness.results.pack import pack
 from harness.results.rows import estimate_rows
 from harness.studies.study import Study
@@ -100,7 +102,7 @@ def test_what_changed_is_read_again_and_what_went_is_taken_out(runs):
 def test_the_index_is_never_the_truth(runs, damage):
     """Whatever becomes of its file, the answer is the same."""
     before = held(runs)
-    path = runs / FILE
+    path = index_file(runs)
     if damage == "bytes":
         path.write_bytes(b"no database" * 1000)
     elif damage == "empty":
@@ -133,14 +135,34 @@ def test_a_folder_that_may_not_be_written_is_indexed_in_memory(runs, monkeypatch
 
     monkeypatch.setattr(indexing.sqlite3, "connect", refused)
     assert len(held(runs)[0]) == 2
-    assert not (runs / FILE).exists()
+    assert not index_file(runs).exists()
     assert held(runs / "none") == ((), ())
 
 
 def test_a_folder_without_runs_gets_no_index(tmp_path):
-    """It may be anybody's."""
-    assert held(tmp_path) == ((), ())
-    assert not list(tmp_path.iterdir())
+    """It may be anybody's; nor is anything written beside runs."""
+    (tmp_path / "empty").mkdir()
+    assert held(tmp_path / "empty") == ((), ())
+    assert not index_file(tmp_path / "empty").exists()
+
+
+def test_an_index_that_nobody_asks_for_a_month_is_removed_by_the_next(runs):
+    """One that is asked stays."""
+    held(runs)
+    others = [index_file(runs).with_name(f"{name}.sqlite") for name in ("old", "new")]
+    for path, days in zip(others, (31, 29), strict=True):
+        path.write_bytes(b"")
+        os.utime(path, (time.time() - 86400 * days,) * 2)
+    held(runs, rebuild=True)
+    assert [path.exists() for path in (*others, index_file(runs))] == [False, True, True]
+
+
+def test_nothing_is_written_beside_the_runs(runs):
+    """They may lie in a repository, or on a disk that may only be read."""
+    before = sorted(runs.iterdir())
+    held(runs)
+    assert sorted(runs.iterdir()) == before
+    assert index_file(runs).is_file()
 
 
 def test_a_packed_run_in_the_folder_is_one_of_them(runs):
@@ -160,3 +182,15 @@ def test_facts_tell_what_changed(runs):
     assert facts["libraries"]["torch"] == "1.0"
     assert facts["git"] == {"commit": None, "dirty": None}
     assert json.dumps(facts)
+
+
+def test_facts_of_scripts_are_those_that_their_processes_tell(write_run):
+    """What changed between two runs is what trained, and not the interpreter that was found before."""
+    runs = write_run(
+        "one",
+        {"plain": [1.0, 1.1]},
+        change=lambda record: record.replaced(software={"torch": "3.0", "python": "3.12.1"}),
+    ).parent
+    with open_index(runs) as index:
+        facts = index.facts("one")
+    assert (facts["libraries"]["torch"], facts["python"]) == ("3.0", "3.12.1")

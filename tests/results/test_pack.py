@@ -1,16 +1,19 @@
 """One file to send: it reads as the run does, and holds nothing of whose machine it was measured on."""
 
 import getpass
+import json
 import re
 import socket
 import zipfile
 from pathlib import Path
 
+import msgspec
 import pytest
 
 import harness
 from harness import cli
 from harness.commands import housekeeping
+from harness.commands.documents_of_many import PackedOf
 from harness.errors import UsageError
 from harness.records import packed, store
 from harness.records.document import write_document
@@ -21,7 +24,7 @@ from harness.results.pack import PRIVATE, pack
 from harness.results.rows import rows_of
 
 RUNS = Path(__file__).parents[1] / "golden" / "runs"
-HOST = "rack7-node12"
+HOST, CARD = "rack7-node12", "GPU-8f9a1c2e-0b4d-4c11-9e7a-2f3b4c5d6e7f"
 
 
 def content(path):
@@ -70,6 +73,7 @@ def private(write_run, monkeypatch, tmp_path):
     manifest = store.read_manifest(path)
     manifest.tokens.update(examples=[{"prompt": "Dear diary,", "reference": "I was"}], data="mine.jsonl, 4 records")
     manifest.study["workload"]["model"] = "/srv/private/llama"
+    manifest.provenance["settings"] = {"card": {"uuid": CARD}}
     manifest.provenance["packages"] = {"nvidia-cublas-cu12": "12.4.5.8"}
     write_document(path / "manifest.json", manifest)
     monkeypatch.chdir(tmp_path)
@@ -78,7 +82,7 @@ def private(write_run, monkeypatch, tmp_path):
 
 SECRETS = {
     "paths": ("/home/ada", "secret-project", "/srv/private", "~/notes", "../up", "data/mine"),
-    "hosts": (HOST, "10.20.30.40", "ada.lovelace", "internal"),
+    "hosts": (HOST, CARD, "10.20.30.40", "ada.lovelace", "internal"),
     "texts": ("Dear diary", "answer_0", "untrained_0", "completion"),
 }
 
@@ -131,6 +135,16 @@ def test_the_same_run_becomes_the_same_file(tmp_path):
     """Byte for byte: nothing in it says when or by whom it was packed."""
     one, two = pack("sound", RUNS, tmp_path / "1.zip"), pack("sound", RUNS, tmp_path / "2.zip")
     assert one.read_bytes() == two.read_bytes()
+
+
+def test_the_command_says_what_is_not_in_the_file(private, capsys):
+    """As text and as a document."""
+    words = ["pack", "mine", "--runs-dir", str(private.parent), "--include", "texts"]
+    assert cli.main(words) == 0
+    assert "without paths, hosts, logs" in capsys.readouterr().out
+    assert cli.main([*words, "--output", "other.zip", "--json"]) == 0
+    said = msgspec.convert(json.loads(capsys.readouterr().out), PackedOf)
+    assert (said.file, said.left_out) == ("other.zip", ["paths", "hosts", "logs"])
 
 
 def test_a_run_under_way_and_a_place_that_is_taken_are_refused(private, tmp_path):

@@ -2,9 +2,11 @@
 
 import json
 
+import msgspec
 import pytest
 
 from harness import cli
+from harness.commands.documents_of_many import PrunedOf
 from harness.errors import UsageError
 from harness.records import codec, store
 from harness.records.document import write_document
@@ -139,6 +141,7 @@ def test_the_command_says_what_goes_and_a_dry_run_removes_nothing(called, runs):
     assert len(store.list_runs(runs)) == 6
     code, out, _ = called("--keep", "2", "--json")
     document = json.loads(out)
+    assert not msgspec.convert(document, PrunedOf).dry_run
     assert [one["run"] for one in document["removed"]] == ["run0", "run2"]
     assert document["removed"][0]["size_bytes"] > 0
     assert [one["run"] for one in document["kept_for_a_reason"]] == ["run1"]

@@ -655,7 +655,7 @@ def test_identical_interpreters_take_turns_in_live_processes(repository, study_f
     )  # fmt: skip
     found = {row["verdict"] for row in document["comparisons"]}
     assert code == document["exit"] == next((code for word, code in PRECEDENCE if word in found), 0)
-    assert document["schema"] == 1
+    assert document["schema"] == 2
     assert document["interleaving"] == "lockstep"
     levels = {row["metric"]: row["interleaving"] for row in document["comparisons"]}
     assert levels.pop("step_time_s") == "lockstep"

@@ -2,8 +2,11 @@
 
 import math
 
+import msgspec
 import pytest
 
+from harness.commands.documents_of_many import BisectionOf
+from harness.records import codec
 from harness.report.bisect import describe_bisection
 from harness.report.terminal import text_of
 from harness.run.bisect import MOST_TIMES, Candidate, bisect
@@ -162,3 +165,11 @@ def test_the_report_says_what_was_found_first(width):
     assert "not measured" in text
     assert "of the whole effect" in text
     assert text.count("commit 4") == 2
+
+
+def test_the_document_is_of_its_type():
+    """With and without a step that was found."""
+    for truth in ([1.0, 1.1], [1.0, 1.0]):
+        found = bisect(candidates(1), Constructed(truth, spread=0.005), replicates=8)
+        beside = {"schema": 2, "found": found.found, "variant": "plain", "metric": "step_time_s"}
+        assert msgspec.convert(codec.to_json(found) | beside, BisectionOf).conclusion == found.conclusion

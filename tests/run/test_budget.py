@@ -51,6 +51,8 @@ class Timed:
         self.asked.append((trial, command))
         if command == "finish_training" and "solo" not in trial:
             self.limits[trial] = arguments.get("steps")
+        if command == "warm_up":
+            return Fragment(samples={"warmup_step_time_s": (self.costs["turn"] / 2,) * WARM_UP})
         if command == "turn":
             steps = arguments["steps"]
             return Fragment(samples={"step_time_s": (0.1,) * steps, "step_cpu_time_s": (0.1,) * steps})
@@ -85,7 +87,7 @@ def measured(small_study):
         )  # fmt: skip
         plan = make_plan(dataclasses.replace(small_study, protocol=changed), interleaving=level, phases=phases)
         executor = Timed(costs or {})
-        budget = Budget(limit_s, clock=executor.clock)
+        budget = Budget(limit_s, clock=executor.clock, replicates=replicates, cold_s=executor.costs["cold"])
         site = Site(device="cpu", threads=1, tokens_path="t", tokens={})
         records = run_plan(
             plan, {"": executor}, site, save=lambda record: None, watcher=Quiet(), budget=budget,
@@ -249,3 +251,51 @@ def test_losses_after_other_numbers_of_steps_are_not_compared(measured):
     other = dataclasses.replace(nf4, records=tuple(record for record in nf4.records if record.replicate == 1))
     assert compare_series(dataclasses.replace(plain, records=plain.records[:1]), other, "held_out_loss") is None
     assert compare_series(plain, other, "held_out_loss") is None
+
+
+def replicates_of(records):
+    """How many replicates left a record."""
+    return len({record.replicate for record in records.values()})
+
+
+@pytest.mark.parametrize("share", [0.55, 0.7, 0.9])
+def test_the_time_is_spread_over_replicates(measured, share):
+    """Where five whole replicates do not fit, each is cut, and none takes all that the others would need."""
+    whole = measured(None, replicates=5)[0].now
+    executor, records = measured(share * whole, replicates=12)
+    assert replicates_of(records) >= 5
+    assert executor.now <= share * whole
+    turns = [next(iter(rounds(executor, "turn", replicate).values())) for replicate in range(5)]
+    assert LEAST_ROUNDS <= min(turns) < TURNS
+
+
+@pytest.mark.parametrize("limit_s", [400.0, 700.0, 1500.0, 3000.0])
+@pytest.mark.parametrize("level", ["lockstep", "replicates"])
+@pytest.mark.parametrize("load_s", [5.0, 40.0])
+def test_the_limit_is_kept_and_used(measured, limit_s, level, load_s):
+    """Whatever a load takes: it is late by a round of everything at most, and not half of it is left over."""
+    costs = {"cold": load_s, "verify": load_s}
+    executor, records = measured(limit_s, level=level, costs=costs, replicates=40, phases=("train", "generate", "cold"))
+    a_round = 3 * (COSTS["turn"] + COSTS["request"])
+    least = measured(1.0, level=level, costs=costs, phases=("train", "generate", "cold"))[0].now
+    assert executor.now <= max(1.1 * limit_s, limit_s + a_round, least)
+    assert executor.now >= 0.8 * limit_s
+    assert sum("cold_start_time_s" in record.samples for record in records.values()) == 3
+    assert {record.status for record in records.values()} == {"ok"}
+
+
+def test_what_is_paid_once_costs_no_later_replicate(measured):
+    """The profile for the evidence and cold starts are the first replicate's; the others are not foreseen with them."""
+    costs = {"verify": 60.0, "cold": 60.0}
+
+    def spied(self, command, trial, timeout_s, **arguments):
+        answer = asked(self, command, trial, timeout_s, **arguments)
+        self.now -= 56.0 if command == "verify" and not (trial.startswith("r0") and "solo" not in trial) else 0.0
+        return answer
+
+    asked = Timed.ask
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Timed, "ask", spied)
+        executor, records = measured(2000.0, costs=costs, replicates=40, phases=("train", "cold"))
+    assert replicates_of(records) >= 5
+    assert 1700.0 <= executor.now <= 2100.0

@@ -4,13 +4,14 @@ import dataclasses
 
 import pytest
 
-from harness.machine.provenance import free_bytes, probe_machine
+from harness.machine.provenance import free_bytes, library_version, probe_machine
 from harness.machine.reading import Reading, missing
 from harness.machine.system import memory_bytes
 from harness.models import catalogue, shapes
 from harness.models.costs.lora import adapter_parameters
 from harness.records import codec, store
-from harness.run.forecast import forecast, measured_peaks, together_bytes
+from harness.records.metrics import BIRTH
+from harness.run.forecast import forecast, measured_peaks, measured_process, together_bytes
 from harness.run.plan import make_plan
 from harness.studies.variant import Variant
 
@@ -42,7 +43,9 @@ def test_a_gpu_without_history_is_not_guessed(small_study, machine, tmp_path):
 def test_more_replicates_take_longer(small_study, machine, tmp_path):
     """The time scales with the trials, and quantisation lowers the memory."""
     longer = small_study.with_overrides(replicates=8)
-    short, long = (forecast(make_plan(s), machine, tmp_path) for s in (small_study, longer))
+    short, long = (
+        forecast(make_plan(s, phases=("train", "generate")), machine, tmp_path) for s in (small_study, longer)
+    )
     assert long.time_s > 2 * short.time_s
     big = dataclasses.replace(small_study, workload=dataclasses.replace(small_study.workload, model="random:llama2-7b"))
     plain, nf4 = (
@@ -60,6 +63,25 @@ def test_a_plan_and_its_level_speak_of_the_same_memory(small_study, machine, tmp
     members = [contender.variant for contender in plan.contenders]
     expected = forecast(plan, machine, runs).memory_bytes
     assert expected == together_bytes(members, small_study.workload, machine, runs) > 6 * 2**30
+
+
+def test_live_processes_count_a_base_that_they_map_once(small_study, machine):
+    """On a CPU, of a base that is not quantised; a card has a copy for each, and so has a process that rewrites it."""
+    workload = dataclasses.replace(small_study.workload, model="random:llama2-7b")
+    base = 6_738_415_616 * 2
+
+    def together(variant, machine=machine):
+        one, six = (together_bytes([variant] * count, workload, machine, None) for count in (1, 6))
+        return 6 * one - six
+
+    plain, nf4 = small_study.variants
+    assert together(plain) == 5 * base
+    assert together(plain, dataclasses.replace(machine, device="cuda")) == 0
+    assert together(nf4) == together(dataclasses.replace(plain, init_lora_weights="olora")) == 0
+    half = dataclasses.replace(plain, dtype="float16")
+    several = together_bytes([plain, half, plain], workload, machine, None)
+    apart = sum(together_bytes([variant], workload, machine, None) for variant in (plain, half, plain))
+    assert apart - several == base
 
 
 def test_what_is_free_is_what_a_container_leaves(machine, monkeypatch):
@@ -108,3 +130,19 @@ def test_an_earlier_run_says_how_long(small_study, machine, tmp_path, write_run)
     path.write_text(codec.dumps(dataclasses.replace(store.read_manifest(path.parent), resumed=(again,))))
     assert forecast(plan, machine, runs) == found
     assert found.time_s < 100
+
+
+def test_a_process_begins_with_what_the_latest_run_with_these_libraries_measured(write_run, tmp_path, machine):
+    """The largest of its trials; of other libraries or another machine it says nothing."""
+    here = {name: library_version(name) for name in ("torch", "transformers")}
+
+    def begun_with(size):
+        return lambda record: dataclasses.replace(record, memory={**record.memory, BIRTH: size})
+
+    assert measured_process(machine, tmp_path / "runs") is None
+    write_run("20260101", {"plain": [0.1, 0.1]}, facts={"libraries": here}, change=begun_with(300))
+    assert measured_process(machine, tmp_path / "runs") == 300
+    write_run("20260102", {"plain": [0.1]}, facts={"libraries": here | {"torch": "0.1"}}, change=begun_with(400))
+    write_run("20260103", {"plain": [0.1]}, facts={"device_name": "Other"}, change=begun_with(500))
+    write_run("20260104", {"plain": [0.1]}, facts={"libraries": here})
+    assert measured_process(machine, tmp_path / "runs") == 300

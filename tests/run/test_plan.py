@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 
 from harness.errors import UsageError
+from harness.run.contenders import sides_of
 from harness.run.plan import make_plan
 from harness.studies.claim import Claim, Part
 from harness.studies.engine import Engine
@@ -77,9 +78,36 @@ def test_peaks_alone_need_few_solo_trials(small_study):
         return Counter(slot.measures for slot in slots if "steps" not in slot.measures)
 
     assert solo("lockstep", ["train", "generate"]) == {("peaks",): 6}
-    assert solo("lockstep", ["train", "cold"]) == {("cold", "peaks"): 24}
+    assert solo("lockstep", ["train", "cold"]) == {("cold", "peaks"): 9}
     assert solo("shared-base", ["train", "generate"]) == {("merged", "peaks"): 24}
     assert solo("replicates", ["train", "generate", "cold"]) == {}
+
+
+def test_no_more_cold_starts_than_their_interval_needs(small_study):
+    """Each reads and quantises the base from its files: three replicates, one where minutes are limited, and all where
+    the interval is asked for."""
+
+    def cold(**changes):
+        protocol = dataclasses.replace(small_study.protocol, replicates=8, **changes)
+        study = dataclasses.replace(small_study, protocol=protocol)
+        found = set()
+        for level in ("shared-base", "lockstep", "replicates"):
+            slots = make_plan(study, interleaving=level).slots
+            replicates = {slot.replicate for slot in slots if "cold" in slot.measures}
+            assert replicates == set(range(len(replicates)))
+            assert {slot.variant.name for slot in slots if "cold" in slot.measures} == {"plain", "nf4"}
+            found.add(len(replicates))
+        (replicates,) = found
+        return replicates
+
+    assert cold() == 3
+    assert cold(max_minutes=15) == 1
+    assert cold(max_minutes=15, cold_replicates=5) == cold(cold_replicates=5) == 5
+    assert cold(precision=0.01) == cold(precision=0.01, max_minutes=15) == 8
+    protocol = dataclasses.replace(small_study.protocol, replicates=8, max_minutes=15)
+    sides = sides_of(small_study, small_study.variants)
+    plan = make_plan(dataclasses.replace(small_study, protocol=protocol), contenders=sides, interleaving="lockstep")
+    assert {slot.replicate for slot in plan.slots if "cold" in slot.measures} == set(range(8))
 
 
 def test_no_metric_is_measured_by_two_kinds_of_trials(small_study):

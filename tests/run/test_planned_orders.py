@@ -80,7 +80,7 @@ STUDIES = {
     ),
     ("lora-or-qlora", "shared-base", ("qlora-nf4-r16",), "rigorous"): (
         "r0-lora-r16 r0-lora-r16-control r0-qlora-nf4-r16",
-        "72 48 5d63338a15019ba9",
+        "72 48 1f5bd9539d5298a2",
     ),
     ("lora-or-qlora", "lockstep", (), "standard", ("train",)): (
         "r0-qlora-nf4-r64-a16 r0-qlora-nf4-r16 r0-lora-r16",

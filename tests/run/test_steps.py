@@ -6,8 +6,12 @@ import pytest
 
 from harness import cli
 from harness.errors import UsageError
+from harness.machine.provenance import probe_machine
+from harness.records import codec, store
+from harness.records.document import write_document
 from harness.run import steps
-from harness.run.steps import list_steps
+from harness.run.ab import plan_ab
+from harness.run.steps import find_measured, list_steps
 
 
 @pytest.fixture
@@ -115,3 +119,29 @@ def test_the_command_lists_without_measuring(repository, monkeypatch, capsys):
     assert cli.main([*words, "--metric", "host_peak_train_bytes"]) == 2
     assert cli.main([*words, "--variant", "nothing"]) == 2
     assert cli.main([*words[:-1], "HEAD~4"]) == 2
+
+
+def test_a_comparison_that_was_measured_is_taken_again_and_no_other(write_run, small_study, machine):
+    """Of the same study, variant, phase and sides, whole, and of this machine; the newest."""
+    plan, _ = plan_ab(small_study, machine, free_bytes=None, select=["plain"], phases=("train",))
+    device = probe_machine().device_name
+
+    def written(name, *, base="a", candidate="b", **changes):
+        path = write_run(name, {"plain": [1.0, 1.1]}, facts={"device_name": changes.pop("device", device)})
+        specs = {"base": base, "candidate": candidate}
+        sides = {side: {"spec": spec, "label": spec, "worker": ""} for side, spec in specs.items()}
+        told = {"study": codec.to_json(plan.study), "selection": ["plain"], "sides": sides} | changes
+        write_document(path / "manifest.json", codec.to_json(store.read_manifest(path)) | told)
+        return path.parent
+
+    runs = written("1-whole")
+    written("2-other-side", candidate="c")
+    written("3-broken-off", status="interrupted")
+    written("4-elsewhere", device="another")
+    written("5-another-study", study=codec.to_json(small_study) | {"title": "another"})
+    written("6-another-variant", selection=["nf4"])
+    (written("7-damaged") / "7-damaged" / "manifest.json").write_text("{")
+    assert find_measured(plan, ("a", "b"), runs).manifest.run == "1-whole"
+    written("8-newer")
+    assert find_measured(plan, ("a", "b"), runs).manifest.run == "8-newer"
+    assert find_measured(plan, ("a", "d"), runs) is None

@@ -114,7 +114,7 @@ def test_unpaired_can_regress_and_improve():
 
 
 def test_inconclusive_says_what_would_have_been_seen():
-    """An open result states the detectable effect, in fields and in words, and a plan; in words none that nobody follows."""
+    """An open result states the detectable effect and a plan, in fields and in words, in words none of hundreds."""
     base, candidate = [[1.0], [1.0], [1.0]], [[0.8], [1.3], [1.05]]
     open_result = compare_trials(base, candidate, pairing="turn")
     assert open_result.verdict == "inconclusive"

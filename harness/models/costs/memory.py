@@ -70,6 +70,7 @@ def estimate_memory(
     phase: MemoryPhase = "train",
     device: str = "cpu",
     stored: str | None = None,
+    process_bytes: int | None = None,
 ) -> MemoryEstimate:
     """The peak of a phase by kind.
 
@@ -81,6 +82,9 @@ def estimate_memory(
         device: "cpu" or "cuda".
         stored: type of a checkpoint that is mapped from its file (`stored_dtype`), None where weights are made or
             converted in memory.
+        process_bytes: what a trial's process begins with, where that was measured with the libraries of this machine;
+            None for the constant, which is of torch's builds for CPUs: one for CUDA takes more, and so does what
+            transformers imports where it is installed.
 
     Raises:
         UnknownLayersError: of a model type whose layers are not known.
@@ -99,7 +103,7 @@ def estimate_memory(
             kinds=in_order(kinds),
             beside={"context": CUDA_CONTEXT_BYTES, "paged_optimizer_state": paged},
         )
-    kinds |= HOST
+    kinds |= HOST if process_bytes is None else {**HOST, "process": process_bytes}
     if stored == variant.dtype and not variant.prepare_for_kbit and variant.quantization != "none":
         # Embeddings and norms are still the file's own pages, and hold all of it in memory.
         kinds["checkpoint_pages"] = _linear(shape) * width(variant.dtype)
@@ -131,6 +135,11 @@ def _resident(variant: Variant, shape: ModelShape) -> dict[str, int]:
         f"norms_{dtype}": (2 * shape.layers + 1) * shape.hidden_size * outside,
         "adapter": adapter_parameters(variant, shape) * _adapter_width(variant),
     }
+
+
+def base_bytes(variant: Variant, shape: ModelShape) -> int:
+    """All of the base as it is stored, its constants included."""
+    return sum(size for kind, size in _resident(variant, shape).items() if kind != "adapter")
 
 
 def _adapter_width(variant: Variant) -> int:

@@ -14,9 +14,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from harness.errors import EXIT_INVALID, InvalidRunError, UsageError
+from harness.errors import EXIT_INVALID, InvalidRunError, UsageError, shorten
 from harness.machine import provenance
-from harness.machine.processes import PARENT, exit_words
+from harness.machine.processes import FAULTS, PARENT, exit_words
 from harness.machine.provenance import Facts
 from harness.models import bases
 from harness.records import codec
@@ -90,6 +90,10 @@ class LocalExecutor(Here):
         self._hello: Hello | None = None
         self._held = contextlib.ExitStack()
         """Bases that nobody may remove."""
+
+    def device_id(self) -> str:
+        """The CPU, all of it, or the card that the host's processes see first, by its own number."""
+        return provenance.device_id(self._host.variables(os.environ))
 
     def facts(self) -> Facts:
         """Of the present machine, and of the host if that is another. Raises `UsageError` if it does not answer."""
@@ -226,18 +230,25 @@ class LocalExecutor(Here):
         with self._spawn("tokens", None, log_path, threads=1, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
             assert process.stdout is not None
             try:
-                said = ask_once(process, request.encode(), process.stdout, TOKENS_TIMEOUT_S)
+                written = ask_once(process, request.encode(), process.stdout, TOKENS_TIMEOUT_S)
             except TimeoutError:
                 over = f"the tokens took over {TOKENS_TIMEOUT_S:g} s; the log is {log_path}."
                 raise InvalidRunError(over) from None
-        lines = said.decode(errors="replace").strip().splitlines()
+        lines = written.decode(errors="replace").strip().splitlines()
         answer = None
         if process.returncode == 0 and lines:
             with contextlib.suppress(codec.NotJsonError):
                 answer = codec.parse(lines[-1])
+        if process.returncode < 0 and -process.returncode in FAULTS:
+            raise UsageError(
+                f"data {shorten(repr(workload.data))}: what reads it, or the tokenizer of {workload.model}, ended with "
+                f"{exit_words(process.returncode)}, as on a damaged file. Restore it, or save it again. The log is "
+                f"{log_path}."
+            )
         if not isinstance(answer, dict):
             last = log_path.read_text(errors="replace").strip().splitlines()[-1:]
-            raise InvalidRunError(f"the tokens could not be prepared: {' '.join(last)}. The log is {log_path}.")
+            said = " ".join(last) or f"their process ended with {exit_words(process.returncode)}"
+            raise InvalidRunError(f"the tokens could not be prepared: {said}. The log is {log_path}.")
         if "error" in answer:
             refused = InvalidRunError if answer.get("exit_code") == EXIT_INVALID else UsageError
             raise refused(str(answer["error"]))

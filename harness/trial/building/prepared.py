@@ -89,9 +89,9 @@ def prepare(request: BaseRequest) -> BaseSummary:
     with locked(folder, "waiting for another process that makes the same base", print):
         description = bases.verify(folder)
         if description is None:
-            model, conversions = _make(source, request)
+            model, conversions, load_s = _make(source, request)
             quantisations = int(request.variant.quantization != "none")
-            description = _keep(model, folder, follows_from)
+            description = _keep(model, folder, follows_from, load_s)
         bases.touch(folder)
     return BaseSummary(
         path=str(folder.absolute()),
@@ -101,6 +101,7 @@ def prepare(request: BaseRequest) -> BaseSummary:
         conversions=conversions,
         quantisations=quantisations,
         seconds=time.perf_counter() - begin,
+        load_s=description.load_s,
     )
 
 
@@ -132,31 +133,33 @@ def take(folder: Path, variant: Variant, device: str) -> transformers.PreTrained
     return model.eval()
 
 
-def _make(source: ModelSource, request: BaseRequest) -> tuple[transformers.PreTrainedModel, int]:
-    """The model, and how often it was converted for it. A GGUF file is dequantised once, for all that is quantised of
-    it in the same type."""
-    variant = request.variant
+def _make(source: ModelSource, request: BaseRequest) -> tuple[transformers.PreTrainedModel, int, float]:
+    """The model, how often it was converted for it, and the seconds that all of that takes. A GGUF file is dequantised
+    once, for all that is quantised of it in the same type."""
+    variant, begin = request.variant, time.perf_counter()
     if source.kind == "gguf" and not source.random and variant.quantization != "none":
         plain = dataclasses.replace(request, variant=dataclasses.replace(variant, quantization="none"))
         summary = prepare(plain)
+        begin = time.perf_counter()
         model = take(Path(summary.path), plain.variant, "cpu")
         if model is not None:
             quantize_linears(model, variant, request.device)
-            return model, summary.conversions
-    return load_base(source, variant, device=request.device, seed=request.workload.data_seed), 1
+            return model, summary.conversions, summary.load_s + time.perf_counter() - begin
+    model = load_base(source, variant, device=request.device, seed=request.workload.data_seed)
+    return model, 1, time.perf_counter() - begin
 
 
-def _keep(model: Any, folder: Path, follows_from: Mapping[str, Any]) -> Description:
+def _keep(model: Any, folder: Path, follows_from: Mapping[str, Any], load_s: float) -> Description:
     """Write a model where it is to be kept; where the disk is full, once more without the bases that nobody holds."""
     try:
-        return _write(model, folder, follows_from)
+        return _write(model, folder, follows_from, load_s)
     except OSError as error:
         if not (bases.is_full(error) and bases.prune(most_bytes=0)):
             raise
-        return _write(model, folder, follows_from)
+        return _write(model, folder, follows_from, load_s)
 
 
-def _write(model: Any, folder: Path, follows_from: Mapping[str, Any]) -> Description:
+def _write(model: Any, folder: Path, follows_from: Mapping[str, Any], load_s: float) -> Description:
     with bases.drafted(folder) as draft:
         digest, size = _write_tensors(_tensors(model), draft / bases.TENSORS)
         model.config.to_json_file(draft / "config.json", use_diff=False)
@@ -169,6 +172,7 @@ def _write(model: Any, folder: Path, follows_from: Mapping[str, Any]) -> Descrip
             device_map=None if places is None else {name: str(place) for name, place in places.items()},
             marks={name: mark for name, mark in vars(model).items() if isinstance(mark, bool) and name != "training"},
             generation=json.loads(model.generation_config.to_json_string(use_diff=False)),
+            load_s=load_s,
             follows_from=dict(follows_from),
         )
         bases.write_description(draft, description)

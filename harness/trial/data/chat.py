@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import datetime
 import re
+import time
 from collections.abc import Sequence
 from typing import Any
 
 from harness.errors import UsageError, shorten
+from harness.machine.bounds import OverTimeError, memory_limit, time_limit
 from harness.models.chat_template import no_chat_template
 from harness.trial.data.messages import ASSISTANT, Conversation, Message
 
@@ -36,12 +38,22 @@ _STOPPED = (
 """Its newline is the macro's, so the template begins a line as before."""
 
 
+RECORD_S, CHARACTER_S = 1.0, 2e-6
+"""A template is a program, and may be one without end. On one writing of a conversation it may compute for so long, and
+longer by its characters; one that somebody uses needs a thousandth of it."""
+TOTAL_S = 900.0
+"""On all of them together."""
+RECORD_BYTES, CHARACTER_BYTES = 512 << 20, 64
+"""Of memory, as of time."""
+
+
 class ChatTemplate:
     """The template of one tokenizer. Raises `UsageError` where it has none."""
 
     def __init__(self, tokenizer: Any, model: str) -> None:
         self._tokenizer = tokenizer
         self._model = model
+        self._computed_s = 0.0
         try:
             template: str = tokenizer.get_chat_template()
         except ValueError:
@@ -126,13 +138,29 @@ class ChatTemplate:
 
     def _apply(self, messages: Sequence[Message], place: str, **how: Any) -> Any:
         said = [{"role": message.role, "content": message.content} for message in messages]
+        characters = sum(len(message.content) for message in messages)
+        most_s, most_bytes = RECORD_S + CHARACTER_S * characters, RECORD_BYTES + CHARACTER_BYTES * characters
+        begin_s = time.process_time()
         try:
-            return self._tokenizer.apply_chat_template(said, chat_template=self._template, **how)
+            with time_limit(most_s), memory_limit(most_bytes):
+                written = self._tokenizer.apply_chat_template(said, chat_template=self._template, **how)
+        except OverTimeError:
+            raise self._endless(place, f"comes to no end in {most_s:.3g} s of computing") from None
+        except MemoryError:
+            raise self._endless(place, f"asks for more than {most_bytes >> 20} MiB of memory") from None
         except Exception as error:  # a template is a program of somebody else
             why = shorten(str(error).strip() or type(error).__name__, 200)
             raise UsageError(
                 f"{place}: the chat template of {self._model} does not take it: {why}. Mend the record, or take it out."
             ) from None
+        self._computed_s += time.process_time() - begin_s
+        if self._computed_s > TOTAL_S:
+            raise self._endless(place, f"has computed for more than {TOTAL_S:g} s until this record")
+        return written
+
+    def _endless(self, place: str, said: str) -> UsageError:
+        model = shorten(repr(self._model), 120)
+        return UsageError(f"{place}: the chat template of model {model} {said}. Mend it, or use another model.")
 
 
 _ALL = 'Use loss = "all", or a template that marks the answers with {% generation %}.'

@@ -27,6 +27,10 @@ LINE_BYTES = 16 << 20
 """Of a line of text, and of a cell of a table."""
 FILE_BYTES = 4 << 30
 """Of what a file unpacks to; its records are held in memory to be shuffled."""
+MOST_UNPACKED = 1000
+"""Times its size that a file may unpack to: no text is packed more tightly unless it is the same again and again."""
+LEAST_UNPACKED = 256 << 20
+"""That any file may."""
 ROWS = 256
 """Rows of a table that are unpacked at once."""
 Placed = tuple[str, Any]
@@ -48,6 +52,11 @@ class Table:
     place: str
     """Where the names stand."""
     rows: Callable[[Sequence[str]], Iterator[Placed]]
+
+
+def most_unpacked(size_bytes: int) -> int:
+    """What files of this size may unpack to, in bytes or in characters."""
+    return max(LEAST_UNPACKED, MOST_UNPACKED * size_bytes)
 
 
 def open_table(path: Path, where: str) -> Table:
@@ -243,8 +252,12 @@ def _parquet(path: Path, where: str) -> Table:
     wrong = (pyarrow.ArrowException, OSError, ValueError, NotImplementedError)
 
     def read(file: IO[bytes]) -> Any:
+        """A text that a column says often is held once, as it is in the file."""
         try:
-            return parquet.ParquetFile(file, page_checksum_verification=True)
+            schema = parquet.ParquetFile(file).metadata.schema
+            leaves = map(schema.column, range(len(schema)))
+            texts = [leaf.path for leaf in leaves if leaf.converted_type == "UTF8"]
+            return parquet.ParquetFile(file, page_checksum_verification=True, read_dictionary=texts)
         except wrong as error:
             raise UsageError(f"{where}: no Parquet file: {said_by(error)}. Restore it, or name its kind.") from None
 
@@ -273,8 +286,9 @@ def _parquet(path: Path, where: str) -> Table:
         )
         names = tuple(found.schema_arrow.names)
         holds = found.metadata.num_rows
-    if unpacked > FILE_BYTES:
-        raise UsageError(f"{where}: more than {FILE_BYTES >> 30} GiB unpacked. Use a part of it.")
+        most = min(FILE_BYTES, most_unpacked(file.seek(0, 2)))
+    if unpacked > most:
+        raise UsageError(f"{where}: more than {most >> 20} MiB unpacked. Use a part of it.")
     _check_names(names, where)
     return Table(names=names if holds else None, place=where, rows=rows)
 

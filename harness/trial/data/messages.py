@@ -5,6 +5,7 @@ What a chat template would pass over in silence, pictures and calls of tools, is
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ _SPEAKERS = {"human": "user", "gpt": ASSISTANT}
 """ShareGPT's words for two of the roles."""
 _KEYS = (("role", "content"), ("from", "value"))
 _CALLS = ("tool_calls", "function_call")
+_HALF = re.compile("[\ud800-\udfff]")
 _MEND = "Mend it, or take the record out."
 
 
@@ -87,7 +89,7 @@ def _part(value: Any, place: str) -> str:
 
 def check_text(value: Any, place: str) -> str:
     """The value, if it is a text that UTF-8 can hold, as halves of characters cannot be. Raises `UsageError` else."""
-    if isinstance(value, str) and (value.isascii() or not any("\ud800" <= one <= "\udfff" for one in value)):
+    if isinstance(value, str) and (value.isascii() or not _HALF.search(value)):
         return value
     said = "null" if value is None else shorten(repr(value), 60)
     raise UsageError(f"{place} = {said}: a text is expected. {_MEND}")

@@ -11,8 +11,9 @@ from harness.models import catalogue
 from harness.models.chat_template import has_chat_template, no_chat_template
 from harness.studies.data_source import DataSource, resolve
 from harness.studies.workload import Workload
+from harness.trial.data.apart import is_risky, look_apart
 from harness.trial.data.encoding import AnyRecord
-from harness.trial.data.files import Placed, Table, open_table
+from harness.trial.data.files import MOST_UNPACKED, Placed, Table, most_unpacked, open_table
 from harness.trial.data.form import SAID, Form, recognise
 from harness.trial.data.messages import Conversation
 from harness.trial.data.sets import open_hub, open_saved
@@ -36,14 +37,14 @@ def read_records(workload: Workload) -> tuple[Iterator[AnyRecord], str]:
         return synthetic_records(workload.data_seed), f"synthetic instruction records, seed {workload.data_seed}"
     form, found = _open(source, workload)
     records = []
-    read = 0
+    read, most = 0, _most_characters(source)
     for record in found:
         records.append(record)
         read += _characters(record)
-        if read > TEXT_CHARACTERS:
-            raise UsageError(
-                f"data {workload.data!r}: more than {TEXT_CHARACTERS >> 30} GiB of text. Use a part of it."
-            )
+        if read > most:
+            over = f"more than {most >> 20} MiB of text"
+            said = over if most == TEXT_CHARACTERS else f"{over}, over {MOST_UNPACKED} times what its files hold"
+            raise UsageError(f"data {shorten(repr(workload.data))}: {said}. Use a part of it.")
     if not records:
         raise _empty(workload)
     random.Random(workload.data_seed).shuffle(records)
@@ -55,8 +56,13 @@ def look_into(workload: Workload) -> str:
     which it is.
 
     Raises:
-        UsageError: data that `read_records` would refuse, as far as it is looked at.
+        UsageError: data that `read_records` would refuse, as far as it is looked at; or what reads it dies of it.
     """
+    return look_apart(workload) if is_risky(resolve(workload.data)) else look_here(workload)
+
+
+def look_here(workload: Workload) -> str:
+    """The same in this process, whatever may become of it."""
     source = resolve(workload.data)
     if source.kind == "synthetic":
         return f"synthetic instruction records, seed {workload.data_seed}"
@@ -130,6 +136,13 @@ def _check_use(form: Form, workload: Workload) -> None:
         )
     if form.is_chat and has_chat_template(catalogue.resolve(workload.model)) is False:
         raise no_chat_template(workload.model)
+
+
+def _most_characters(source: DataSource) -> int:
+    """Of all records of a source; a few bytes can say one text a million times. Nothing is known of the hub's."""
+    if not source.files:
+        return TEXT_CHARACTERS
+    return min(TEXT_CHARACTERS, most_unpacked(sum(path.stat().st_size for path in source.files)))
 
 
 def _characters(record: AnyRecord) -> int:

@@ -44,7 +44,10 @@ def _library() -> Any:
 
 def _table(found: Any, where: str) -> Table:
     def rows(columns: Sequence[str]) -> Iterator[Placed]:
-        taken = found.select_columns(list(columns)).with_format(None)
+        try:
+            taken = found.select_columns(list(columns)).with_format(None)
+        except Exception as error:  # as above
+            raise UsageError(f"{where}: cannot be read: {said_by(error)}. Save it again.") from None
         for begin in range(0, len(taken), ROWS):
             try:
                 batch = taken[begin : begin + ROWS]

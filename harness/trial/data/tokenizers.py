@@ -78,12 +78,12 @@ def _try_out(tokenizer: Any) -> None:
 
 def gguf_tokenizer(path: Path) -> transformers.PreTrainedTokenizerBase:
     """The file's tokenizer with the file's special tokens: transformers 5.17 takes BOS for EOS and drops PAD."""
+    values = shapes.gguf_of(path).values  # first: what is no such file keeps the library busy without end
     tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    fields = shapes.open_gguf(path).fields
     for role, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
-        field = fields.get(f"tokenizer.ggml.{key}_token_id")
-        if field is not None:
-            setattr(tokenizer, f"{role}_token", tokenizer.convert_ids_to_tokens(int(field.contents())))
+        token = values.get(f"tokenizer.ggml.{key}_token_id")
+        if token is not None:
+            setattr(tokenizer, f"{role}_token", tokenizer.convert_ids_to_tokens(int(token)))
     return tokenizer
 
 

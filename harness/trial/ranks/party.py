@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import distributed
 
-PATIENCE = 0.5
-"""How long an exchange may take, as a share of a command's time: then those who wait say so, and who hangs is known."""
+PATIENCE = 0.4
+"""How long an exchange may take, as a share of a command's time and less than the ranks have of it: then those who wait
+say so, and who hangs is known."""
 
 
 class Party:

@@ -152,13 +152,14 @@ class RankTrial(Trial):
         parts = self._built
         trainee, stream, step = parts.trainee, parts.stream, cast(RankStep, parts.step)
         position = stream.position()
+        frozen = self._request.variant.bias == "none"  # else biases of the base train, and its loss moves with them
         return observe_rank(
             trainee.model,
             step.gradients,
             step.update,
             lambda: stream.restore(position),
             self._party.barrier,
-            lambda: self._base_loss(trainee.forward, trainee.model),
+            (lambda: self._base_loss(trainee.forward, trainee.model)) if frozen else None,
             before=self._base_loss_whole,
             whole=stream.upcoming(self._request.variant.gradient_accumulation),
             rank=self._party.rank,
@@ -178,8 +179,8 @@ def _facts(told: Mapping[str, Any]) -> RankFacts:
 
 
 def _activity(facts: Sequence[RankFacts]) -> dict[str, float]:
-    """How the ranks spent a profiled step: the share in which the slowest part of it was exchanged, how much of that
-    was hidden behind what was computed, and how unlike the ranks' own times are."""
+    """How the ranks spent their profiled steps: the share in which they exchanged or waited, how much of that was
+    hidden behind what they computed, and how unlike the times are that they take of their own."""
     shares = [one.activity for one in facts if one.activity is not None]
     if len(shares) < len(facts) or not all(one.step_s for one in shares):
         return {}

@@ -29,8 +29,9 @@ from harness.trial.building.shared import SharedBase
 from harness.trial.ranks.agreement import compare_losses
 from harness.trial.ranks.member import Member
 
-OWN_TIME = 0.9
-"""How much of a command's time the ranks have: the rest is for saying which of them gave no answer."""
+OF_RANKS, OF_ONE = 0.5, 0.4
+"""How much of a command's time the ranks have together, and one alone after or before them: the rest is for saying
+which of them gave no answer."""
 GRACE_S = 5.0
 """How long the others have once one has failed: whoever waits for it learns so at once, or never."""
 _WAITING = re.compile(r"gloo|nccl|process ?group|timed? ?out|connection (closed|reset)|broken pipe", re.IGNORECASE)
@@ -49,7 +50,8 @@ class TrialOfRanks:
 
     def __init__(self, request: TrialRequest) -> None:
         self._request = request
-        self._timeout_s = OWN_TIME * request.protocol.step_timeout_s
+        self._timeout_s = OF_RANKS * request.protocol.step_timeout_s
+        self._one_timeout_s = OF_ONE * request.protocol.step_timeout_s
         self._losses: dict[str, list[float]] = {"ranks": [], "one": []}
         self._turns = 0
         self._members: list[Member] = []
@@ -93,8 +95,8 @@ class TrialOfRanks:
         """What one rank alone has to add; where it fails it is left out, and the trial goes on without it."""
         if self._one is None or command not in ONE_RANK:
             return Fragment()
-        answers = _answers([self._one], command, arguments, self._timeout_s)
-        failed = _failure([self._one], answers, command, self._timeout_s)
+        answers = _answers([self._one], command, arguments, self._one_timeout_s)
+        failed = _failure([self._one], answers, command, self._one_timeout_s)
         if failed is not None and failed.failure is not None:
             self._one.end()
             self._members.remove(self._one)

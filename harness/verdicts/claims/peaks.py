@@ -23,6 +23,7 @@ from harness.verdicts.claims.values import LEAST_SHARED, NotJudgedError, pair_of
 from harness.verdicts.series import Groups
 
 _DEVICE, _HOST = PEAKS["train"]
+_ROLES: tuple[Role, ...] = ("variant", "control")
 Verdict = Literal["supported", "refuted", "inconclusive"]
 
 
@@ -48,8 +49,7 @@ def judge_peaks(part: Part, groups: Groups, study: Study) -> PeakFinding:
     """
     names = tuple(reversed(pair_of(part, study)))
     sides = [groups[name, "variant"].ok if (name, "variant") in groups else () for name in names]
-    roles: tuple[Role, ...] = ("variant", "control")
-    itself, twin = (groups[study.reference, role].ok if (study.reference, role) in groups else () for role in roles)
+    itself, twin = (groups.get((study.reference, role)) for role in _ROLES)
     on_device = any(_DEVICE in record.memory for side in sides for record in side)
     kind = part.metric if part.metric != PEAK else _DEVICE if on_device else _HOST
     resident = kind.startswith("host_")
@@ -62,7 +62,7 @@ def judge_peaks(part: Part, groups: Groups, study: Study) -> PeakFinding:
             f"{title}: {counted} measured it on both sides: a claim is never judged from fewer than "
             f"{LEAST_SHARED}. Measure on, or again with --replicates 5."
         )
-    control, reference = _peaks(twin, kind), _peaks(itself, kind)
+    control, reference = (_peaks(one.ok, kind) if one is not None else {} for one in (twin, itself))
     ratio = max(ours[one] for one in both) / max(theirs[one] for one in both)
     low, high = _range(ours, theirs, both, _apart(control, reference))
     what = f"{'device' if on_device else 'resident'} peak" if part.metric == PEAK else kind

@@ -137,6 +137,7 @@ def test_a_loss_that_moves_with_nothing_updated_is_a_fault_with_its_known_cause(
     assert "is 4.93485, 4.93347" in check.reason
     assert 'repair = "quant_state"' in check.reason
     assert "quant_state" not in judged(fact(0), fact(1, **moved))["ranks.steady"].reason
+    assert judged(fact(0, base_losses=()), fact(1, base_losses=()))["ranks.steady"].met  # parts of the base train
     for losses in ("repeated", "base_losses"):
         assert not judged(fact(0), fact(1, **{losses: (5.0, float("nan"))}))["ranks.steady"].met
 

@@ -86,11 +86,12 @@ def test_wrong_usage_exits_with_2(arguments):
 
 
 def test_a_reader_that_closes_the_pipe_is_no_error(recording):
-    """``| head -c 1`` ends without a word, with the code of a program that SIGPIPE ended."""
+    """``| head -c 1`` ends without a word of it, with the code of a program that SIGPIPE ended; notices of other
+    versions than the validated ones are another matter."""
     command = f"{sys.executable} -m kernels_check rules --json | head -c 1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert done.returncode in (0, 141)  # all of it fits into a pipe, if that is still open
-    assert done.stderr == ""
+    assert not [line for line in done.stderr.splitlines() if not line.startswith("notice: ")]
 
 
 def test_the_rules_are_printed_in_order_with_evidence(capsys):
@@ -136,11 +137,12 @@ def test_versions_that_differ_are_a_notice(capsys, monkeypatch, installed, stand
 
 
 def test_the_installed_version_is_that_of_its_distribution():
-    """A library may come under another name, such as cuDNN's, or not at all."""
+    """A library may come under another name, such as cuDNN's, or not at all; a distribution may leave out which build
+    it is, as PyPI's of torch does."""
     versions = {one.library: one for one in rules_report.installed_versions()}
     assert set(versions) == set(validated_against())
     torch = versions["torch"].installed
     assert torch is not None
     import torch as imported
 
-    assert torch == imported.__version__
+    assert torch.partition("+")[0] == imported.__version__.partition("+")[0]

@@ -262,7 +262,7 @@ def test_the_command_exits_by_its_verdict(found, monkeypatch, capsys, change, co
     monkeypatch.setattr("harness.machine.doctor.survey", lambda: dataclasses.replace(found, **change))
     assert cli.main(["doctor", "--json"]) == code
     document = json.loads(capsys.readouterr().out)
-    assert document["schema"] == 1
+    assert document["schema"] == 2
     assert document["fit"] is (code == 0)
     assert {"about", "name", "standing", "found", "remedy"} == set(document["checks"][0])
     assert cli.main(["doctor"]) == code

@@ -86,11 +86,14 @@ def test_a_process_counts_on_the_host_and_a_context_on_a_gpu():
     host = estimate_memory(VARIANT, Workload(), LLAMA)
     assert sum(host.kinds[kind] for kind in ("process", "library_code", "library_heap", "interpreter")) == PROCESS_BYTES
     assert host.needed_bytes == host.total_bytes
+    larger = estimate_memory(VARIANT, Workload(), LLAMA, process_bytes=host.kinds["process"] + 100)
+    assert larger.total_bytes == host.total_bytes + 100
     paged = dataclasses.replace(VARIANT, r=64, optimizer="paged_adamw_32bit")
     card = estimate_memory(paged, Workload(), LLAMA, device="cuda")
     assert card.needed_bytes == card.total_bytes + CUDA_CONTEXT_BYTES
     assert card.beside["paged_optimizer_state"] == 8 * 64 * 524_288
     assert "process" not in card.kinds
+    assert estimate_memory(paged, Workload(), LLAMA, device="cuda", process_bytes=1) == card
 
 
 def test_a_mapped_checkpoint_stays_whole_beside_its_quantised_layers(tmp_path):

@@ -43,6 +43,38 @@ def answers(tokenizer, template, conversation):
     return [text[begin:end] for begin, end in chat.answers(conversation, text)]
 
 
+ENDLESS = {
+    "loops": ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "comes to no end in"),
+    "a power": ("{{ 10 ** 100000000 }}", "comes to no end in"),
+    "a product": ("{{ 'a' * 3000000000 }}", "asks for more than 64 MiB"),
+    "a width": ("{{ 'a'.ljust(3000000000) }}", "asks for more than 64 MiB"),
+    "a format": ("{{ '%3000000000d' % 3 }}", "asks for more than 64 MiB"),
+    "itself": ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "does not take it"),
+    "blocks": ("{% if 1 %}" * 3000 + "{% endif %}" * 3000, "does not take it"),
+    "brackets": ("{{ " + "(" * 20000 + "1" + ")" * 20000 + " }}", "does not take it"),
+}
+
+
+@pytest.mark.parametrize(("template", "said"), ENDLESS.values(), ids=ENDLESS)
+def test_a_template_without_end_is_refused_by_its_name(tokenizer, chat, monkeypatch, template, said):
+    """It is a program: time and memory are what it gets, whatever it does with them."""
+    monkeypatch.setattr("harness.trial.data.chat.RECORD_S", 0.2)
+    monkeypatch.setattr("harness.trial.data.chat.RECORD_BYTES", 64 << 20)
+    tokenizer.chat_template = template
+    with pytest.raises(UsageError, match=f"line 7: the chat template of (model )?'?mine'? {said}"):
+        ChatTemplate(tokenizer, "mine").text(chat(*TURNS))
+
+
+def test_a_template_has_an_end_for_all_records_together(tokenizer, chat, monkeypatch):
+    """One that stays below the limit of each record would still go on for hours."""
+    monkeypatch.setattr("harness.trial.data.chat.TOTAL_S", 0.05)
+    tokenizer.chat_template = CHATML + "{% for i in range(9999) %}{% endfor %}"
+    template = ChatTemplate(tokenizer, "mine")
+    said = r"line 7: the chat template of model 'mine' has computed for more than 0\.05 s"
+    with pytest.raises(UsageError, match=said):
+        [template.text(chat(*TURNS)) for _ in range(10_000)]
+
+
 @pytest.mark.parametrize(
     ("template", "expected"),
     [

@@ -204,7 +204,7 @@ SCENARIOS = {
         strategy="fsdp2", variant=NF4, workload={"repair": "quant_state"}, sabotage=in_eval_mode
     ),
     "dies": Scenario(commands=TURNS, sabotage=at_turn(lambda: os.kill(os.getpid(), signal.SIGKILL))),
-    "hangs": Scenario(commands=TURNS, sabotage=at_turn(lambda: time.sleep(900)), timeout_s=40),
+    "hangs": Scenario(commands=TURNS, sabotage=at_turn(lambda: time.sleep(900)), timeout_s=100),
     "out of memory": Scenario(commands=TURNS, sabotage=at_turn(out_of_memory)),
     "alone in vain": Scenario(commands=TURNS, sabotage=alone_in_vain),
 }

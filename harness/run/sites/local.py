@@ -1,0 +1,121 @@
+"""The sites of this machine: its cards, or shares of its CPUs.
+
+A trial that is measured beside others on one machine shares its memory bus and its power with them, but neither its
+card nor its cores: each site has CPUs of its own, and its processes stay on them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from harness.errors import InvalidRunError, UsageError
+from harness.machine.nvml import card_names
+from harness.machine.processes import CPUS
+from harness.machine.provenance import Machine
+from harness.machine.visible import VARIABLE, visible_devices
+from harness.records.preparation import Hello
+from harness.run.executors import Executor, open_executor
+from harness.run.executors.host import Host
+from harness.run.sites.spread import Station
+from harness.studies.study import Study
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ground:
+    """One site: a name for the records, and how its processes are started."""
+
+    name: str
+    host: Host
+
+
+def local_sites(listed: str, machine: Machine, study: Study) -> tuple[Ground, ...]:
+    """The sites that a user lists, such as "0,1,2,3": on a GPU machine cards, in the order in which CUDA numbers those
+    that are visible; on a CPU as many equal shares of its CPUs.
+
+    Raises:
+        UsageError: no list of numbers, a card that is not there, cards of different kinds, fewer CPUs than sites, or a
+            study whose trials take more than one card or bring their own processes.
+    """
+    if study.of_scripts or study.workload.ranks > 1:
+        what = "scripts, which choose their devices" if study.of_scripts else "several ranks, which take several cards"
+        raise UsageError(f"sites = {listed!r}: study {study.name} is of {what} themselves. Leave it out.")
+    numbers = _numbers(listed)
+    shares = _shares(sorted(os.sched_getaffinity(0)), len(numbers), listed)
+    if machine.device == "cpu":
+        return tuple(_ground(f"cpus-{number}", cpus, {}) for number, cpus in zip(numbers, shares, strict=True))
+    cards = _cards(numbers, listed)
+    return tuple(
+        _ground(f"card-{number}", cpus, {VARIABLE: str(card)})
+        for number, card, cpus in zip(numbers, cards, shares, strict=True)
+    )
+
+
+def _ground(name: str, cpus: Sequence[int], environment: dict[str, str]) -> Ground:
+    return Ground(name=name, host=Host(environment={**environment, CPUS: ",".join(map(str, cpus))}))
+
+
+def _numbers(listed: str) -> list[int]:
+    parts = [part.strip() for part in listed.split(",")]
+    if not all(part.isascii() and part.isdigit() and len(part) < 5 for part in parts):
+        raise UsageError(f"sites = {listed!r}: numbers with commas between them are expected. Write 0,1 for two sites.")
+    numbers = [int(part) for part in parts]
+    if len(set(numbers)) < len(numbers):
+        raise UsageError(f"sites = {listed!r}: one is named twice, and would disturb itself. Name each once.")
+    return numbers
+
+
+def _shares(cpus: Sequence[int], sites: int, listed: str) -> list[Sequence[int]]:
+    each = len(cpus) // sites
+    if not each:
+        raise UsageError(
+            f"sites = {listed!r}: {sites} sites and {len(cpus)} CPUs that this process may use: they would share "
+            "cores. Use fewer sites."
+        )
+    return [cpus[site * each : (site + 1) * each] for site in range(sites)]
+
+
+def _cards(numbers: Sequence[int], listed: str) -> list[int | str]:
+    names = card_names().value
+    if names is None:
+        raise UsageError(f"sites = {listed!r}: which cards there are cannot be known here. Leave it out.")
+    visible = visible_devices(os.environ)
+    cards: Sequence[int | str] = range(len(names)) if visible is None else visible
+    for number in numbers:
+        if number >= len(cards):
+            raise UsageError(f"sites = {listed!r}: card {number}: {len(cards)} are visible here. Count from 0.")
+    chosen = [cards[number] for number in numbers]
+    kinds = {names[card] for card in chosen if isinstance(card, int) and card < len(names)}
+    if len(kinds) > 1:
+        raise UsageError(
+            f"sites = {listed!r}: cards of different kinds ({', '.join(sorted(kinds))}), whose times are not those of "
+            "one machine. Name cards of one kind, and measure the others in a run of their own."
+        )
+    return chosen
+
+
+def executors_of(sites: Iterable[Ground]) -> Iterator[Executor]:
+    """An executor for each site that answers for its device; nothing is started."""
+    for ground in sites:
+        yield open_executor(host=ground.host)
+
+
+def open_station(ground: Ground, arms: Sequence[str], executor: str | None) -> Station:
+    """The executors of a site, one for each arm; nothing is started yet. `executor` names their kind."""
+    made = {
+        arm: open_executor(executor, host=ground.host, label="-".join(filter(None, (arm, ground.name)))) for arm in arms
+    }
+    return Station(name=ground.name, executors=made)
+
+
+def check_alike(station: Station, first: Iterable[Hello], others: Iterable[Hello]) -> None:
+    """Raises `InvalidRunError` for a site whose workers are another program, or on another kind of device, than those
+    of the first."""
+    for ours, theirs in zip(first, others, strict=True):
+        known, found = ((one.harness, one.torch, one.device) for one in (ours, theirs))
+        if known != found:
+            raise InvalidRunError(
+                f"site {station.name} is unlike the first: harness, torch and device are {', '.join(found)} there and "
+                f"{', '.join(known)} here. Measure it in a run of its own."
+            )

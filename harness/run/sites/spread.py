@@ -1,0 +1,239 @@
+"""Replicates on several sites at once.
+
+What is spread is the replicate: its variants take turns on one site, so every ratio is within a site, and a site that
+is slower than its like is in no ratio. Each site has a thread that waits for its processes, and takes the next
+replicate when it has measured one; the records of all go through one lock to one file. A site that is lost loses the
+replicate that it was measuring, which another one measures from its beginning.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from harness.errors import InvalidRunError
+from harness.records.record import Failure, Notice, TrialRecord
+from harness.run.budget import Budget
+from harness.run.conductor import Watcher
+from harness.run.executors import Executor
+from harness.run.plan import Group, Plan, Slot
+from harness.run.runner import Measured, Stop, find_unsettled, keep_records, run_plan
+from harness.run.site import Site, begin_record
+from harness.run.stops import Stops
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Station:
+    """A site that is ready: the executors of its arms, started."""
+
+    name: str
+    executors: Mapping[str, Executor]
+
+
+@dataclass(slots=True)
+class _Shared:
+    """What the threads share; everything in it is read and written under the lock."""
+
+    waiting: deque[tuple[Group, ...]]
+    """Replicates that nobody measures yet."""
+    ended: dict[str, TrialRecord]
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    closing: bool = False
+    """Whether no further replicate is begun."""
+    reason: str | None = None
+    """Why, where that was asked for."""
+    broken_off: bool = False
+    """Whether those under way are ended, too."""
+
+
+def run_spread(
+    plan: Plan,
+    stations: Sequence[Station],
+    site: Site,
+    *,
+    save: Callable[[TrialRecord], None],
+    watcher: Watcher,
+    stop: Stop = lambda records: None,
+    budget: Budget | None = None,
+    earlier: Sequence[TrialRecord] = (),
+    stops: Stops | None = None,
+) -> Measured:
+    """Measure every trial of the plan, as `run_plan` does, replicates on all stations at once.
+
+    `stop` is asked after each replicate; those under way on other sites are measured to their end. What `budget` has
+    left is what each site has, for replicates that go on beside each other.
+
+    Raises:
+        InvalidRunError: all sites were lost; the message is that of the last.
+        Exception: what is no site's fault (a full disk), after the others have been ended.
+    """
+    stops = stops or Stops()
+    unsettled = find_unsettled(plan, earlier)
+    kept = keep_records(unsettled, earlier)
+    limit_s = None if budget is None else budget.left_s
+    shared = _Shared(waiting=_by_replicate(unsettled), ended={record.trial: record for record in kept})
+    told: queue.SimpleQueue[tuple[Station, BaseException]] = queue.SimpleQueue()
+    guarded = _Guarded(watcher, shared.lock)
+    threads: list[threading.Thread] = []
+    at_work, idle = set[str](), list[Station]()
+
+    def begin(station: Station) -> None:
+        arguments = (plan, station, site, shared, save, guarded, stop, limit_s, told)
+        threads.append(threading.Thread(target=_measure, args=arguments, daemon=True))
+        at_work.add(station.name)
+        threads[-1].start()
+
+    for station in stations:
+        begin(station)
+    error, lost = None, list[Notice]()
+    try:
+        while at_work:
+            with stops.interruptible():
+                station, failed = told.get()
+            if failed is _DONE:
+                at_work.discard(station.name)
+                idle.append(station)
+            elif isinstance(failed, InvalidRunError):
+                at_work.discard(station.name)
+                lost.append(_lost(station, failed, len(at_work) + len(idle)))
+                error = failed
+                if idle:  # it has nothing to do, and now there is something
+                    begin(idle.pop())
+            else:
+                raise failed
+    except BaseException as broken:
+        _break_off(stations, threads, shared)
+        _give_up(plan, unsettled, shared, save, watcher)
+        if not isinstance(broken, KeyboardInterrupt):
+            raise
+        return Measured(records=_in_order(plan, shared.ended), interrupted=True, notices=tuple(lost))
+    if shared.waiting and error is not None and shared.reason is None:
+        _give_up(plan, unsettled, shared, save, watcher)
+        raise error
+    return Measured(records=_in_order(plan, shared.ended), stopped=shared.reason, notices=tuple(lost))
+
+
+class _DoneError(Exception):
+    """A thread has nothing left to do."""
+
+
+_DONE = _DoneError()
+
+
+def _measure(
+    plan: Plan,
+    station: Station,
+    site: Site,
+    shared: _Shared,
+    save: Callable[[TrialRecord], None],
+    watcher: Watcher,
+    stop: Stop,
+    limit_s: float | None,
+    told: queue.SimpleQueue[tuple[Station, BaseException]],
+) -> None:
+    """The thread of a station: replicates, one after the other, until there is none or it is lost."""
+
+    def keep(record: TrialRecord) -> None:
+        with shared.lock:
+            record = record.replaced(site=station.name)
+            if shared.broken_off and record.status == "crashed":  # it was ended by us
+                failure = Failure(phase="run", kind="Interrupted", message="stopped by the user")
+                record = record.replaced(status="interrupted", failure=failure)
+            save(record)
+            shared.ended[record.trial] = record
+
+    budget = Budget(limit_s)
+    while (groups := _next(shared)) is not None:
+        part = dataclasses.replace(plan, groups=groups)
+        try:
+            run_plan(part, station.executors, site, save=keep, watcher=watcher, budget=budget)
+            with shared.lock:
+                if not shared.closing:
+                    shared.reason = stop(_in_order(plan, shared.ended))
+                    shared.closing = shared.reason is not None
+        except BaseException as error:
+            if isinstance(error, InvalidRunError):
+                with shared.lock:
+                    shared.waiting.appendleft(groups)
+            told.put((station, error))
+            return
+    told.put((station, _DONE))
+
+
+def _next(shared: _Shared) -> tuple[Group, ...] | None:
+    with shared.lock:
+        return shared.waiting.popleft() if shared.waiting and not shared.closing else None
+
+
+def _by_replicate(groups: Sequence[Group]) -> deque[tuple[Group, ...]]:
+    found: dict[int, list[Group]] = {}
+    for group in groups:
+        found.setdefault(group.replicate, []).append(group)
+    return deque(tuple(of_one) for of_one in found.values())
+
+
+def _in_order(plan: Plan, ended: Mapping[str, TrialRecord]) -> tuple[TrialRecord, ...]:
+    return tuple(ended[slot.trial] for slot in plan.slots if slot.trial in ended)
+
+
+def _break_off(stations: Sequence[Station], threads: Sequence[threading.Thread], shared: _Shared) -> None:
+    """End what is under way: its processes are killed, and each thread finds its worker gone."""
+    with shared.lock:
+        shared.closing = shared.broken_off = True
+    for station in stations:
+        for executor in station.executors.values():
+            with contextlib.suppress(Exception):  # its thread may be about to close the same
+                executor.close()
+    for thread in threads:
+        thread.join(JOIN_S)
+
+
+JOIN_S = 30.0
+"""A thread whose processes are gone ends at once; one that does not must not hold up what was measured."""
+
+
+def _give_up(
+    plan: Plan, unsettled: Sequence[Group], shared: _Shared, save: Callable[[TrialRecord], None], watcher: Watcher
+) -> None:
+    """A record for each trial that has none."""
+    with shared.lock:
+        left: list[Slot] = [slot for group in unsettled for slot in group.slots if slot.trial not in shared.ended]
+        for slot in left:
+            record = begin_record(slot, "not_run")
+            save(record)
+            shared.ended[slot.trial] = record
+    for slot in left:
+        watcher.trial_ended(shared.ended[slot.trial])
+
+
+def _lost(station: Station, error: InvalidRunError, left: int) -> Notice:
+    return Notice(
+        code="site-lost",
+        message=f"site {station.name} was lost: {error}. The replicate that it was measuring went to another of the "
+        f"{left} that are left."
+        if left
+        else f"site {station.name} was lost, the last one: {error}.",
+        remedy="Look at its log; lorameter run --resume goes on with what is missing.",
+    )
+
+
+class _Guarded:
+    """A watcher that is told by one thread at a time."""
+
+    def __init__(self, watcher: Watcher, lock: threading.Lock) -> None:
+        self._watcher, self._lock = watcher, threading.Lock()
+
+    def trial_phase(self, slot: Slot, phase: str) -> None:
+        """As the watcher's."""
+        with self._lock:
+            self._watcher.trial_phase(slot, phase)
+
+    def trial_ended(self, record: TrialRecord) -> None:
+        """As the watcher's."""
+        with self._lock:
+            self._watcher.trial_ended(record)

@@ -1,0 +1,91 @@
+"""Data that a library reads whose faults are no exceptions, looked into in a process of its own.
+
+Tables of Arrow and Parquet are read by code that takes a file's own word for where things lie. A few changed bytes are
+enough for it to reach outside of its memory, which the kernel answers with a signal, or to ask for as much as there is.
+Whoever looks before a run begins must not end by that. So it looks there, within bounds, and hears what became of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import TextIO
+
+from harness.errors import LorameterError, UsageError, shorten
+from harness.machine.bounds import memory_limit
+from harness.machine.processes import PARENT, exit_words
+from harness.records import codec
+from harness.studies.data_source import PACKED, DataSource
+from harness.studies.workload import Workload
+
+TIMEOUT_S = 180.0
+"""The libraries are imported in 3 to 5 s; a cold disk and a busy machine can make it a minute."""
+MEMORY_BYTES = 4 << 30
+"""Beside what the libraries map; the first records take a hundredth of it."""
+REMEDY = "Restore it, or save it again."
+
+
+def is_risky(source: DataSource) -> bool:
+    """Whether the data is read by such a library."""
+    return source.kind == "saved" or any(path.name.removesuffix(PACKED).endswith(".parquet") for path in source.files)
+
+
+def look_apart(workload: Workload) -> str:
+    """What `harness.trial.data.records.look_into` says. Raises `UsageError`, also where its process dies or hangs."""
+    where = f"data {shorten(repr(workload.data))}"
+    own = {PARENT: str(os.getpid()), "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "harness.worker", "look"],
+            input=codec.dumps(workload).encode(),
+            capture_output=True,
+            env={**os.environ, **own},
+            start_new_session=True,
+            timeout=TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise UsageError(f"{where}: cannot be read: no record came within {TIMEOUT_S:g} s. {REMEDY}") from None
+    return read_answer(done.returncode, done.stdout, done.stderr, where)
+
+
+def read_answer(code: int, printed: bytes, said: bytes, where: str) -> str:
+    """What a process that looked has found, by how it ended and by its last line. Raises `UsageError`."""
+    lines = printed.decode(errors="replace").strip().splitlines()
+    try:
+        answer = codec.parse(lines[-1]) if code == 0 and lines else None
+    except codec.NotJsonError:
+        answer = None
+    if isinstance(answer, dict) and isinstance(found := answer.get("found"), str):
+        return found
+    if isinstance(answer, dict) and isinstance(refusal := answer.get("error"), str):
+        raise UsageError(refusal)
+    last = said.decode(errors="replace").strip().splitlines()[-1:] if code > 0 else []
+    why = f"what reads it ended with {exit_words(code)}{''.join(f': {shorten(line)}' for line in last)}"
+    raise UsageError(f"{where}: cannot be read: {why}. {REMEDY}")
+
+
+def answer(request: str) -> str:
+    """What the process says that looks: a line of JSON with what was found, or with the refusal."""
+    from harness.trial.data.records import look_here
+
+    workload = codec.from_json(Workload, codec.parse(request), "what to look into")
+    where = f"data {shorten(repr(workload.data))}"
+    try:
+        with memory_limit(MEMORY_BYTES):
+            return json.dumps({"found": look_here(workload)})
+    except LorameterError as error:
+        return json.dumps({"error": str(error)})
+    except MemoryError:
+        why = f"its first records take more than {MEMORY_BYTES >> 30} GiB of memory"
+    except RecursionError:
+        why = "it is nested too deeply"
+    return json.dumps({"error": f"{where}: cannot be read: {why}. {REMEDY}"})
+
+
+def main(reply: TextIO) -> int:
+    """Entry of the process that looks: a Workload as JSON on stdin, the answer in the reply."""
+    reply.write(f"\n{answer(sys.stdin.read())}\n")
+    return 0

@@ -1,0 +1,190 @@
+"""`lorameter report` of any stored run: what of it is shown, in which order, by which policy, in which format."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from harness.cli import main
+from harness.records import codec
+from harness.records.store import read_manifest
+from harness.verdicts.gate import Policy
+
+RUNS = Path(__file__).parents[1] / "golden" / "runs"
+
+
+@pytest.fixture
+def told(capsys):
+    """A function: the exit code and what a command prints, the document with --json."""
+
+    def run(*words):
+        code = main([*words, "--runs-dir", str(RUNS)])
+        out, err = capsys.readouterr()
+        return code, json.loads(out) if "--json" in words and out else out + err
+
+    return run
+
+
+def rows(document, table=0):
+    """The variants of a table in their order."""
+    return [row["name"] for row in document["tables"][table]["rows"]]
+
+
+def test_one_metric_has_a_table_of_its_own(told):
+    """With its ratio, its control and its verdicts; bytes by the largest, a loss as higher or lower."""
+    code, document = told("report", "swept", "--metric", "held_out_loss", "--metric", "host_peak_train_bytes", "--json")
+    assert code == 0
+    assert [table["metric"] for table in document["tables"]] == ["held_out_loss", "host_peak_train_bytes"]
+    loss = {row["name"]: row for row in document["tables"][0]["rows"]}
+    assert loss["lora_alpha=256"]["ratio"]["verdict"] == "improved"
+    assert loss["lora_alpha=256"]["values"]["held_out_loss"]["value"] == pytest.approx(3.2624, abs=1e-4)
+    assert document["tables"][0]["control"]["verdict"] == "equivalent"
+    _, text = told("report", "swept", "--metric", "held_out_loss")
+    assert "lora_alpha=256 18 % lower [" in text
+    assert "Training: held-out loss" in text
+    assert "real tokens/s" not in text
+
+
+def test_patterns_choose_metrics_and_variants(told):
+    """The reference stays, as ratios are to it."""
+    _, document = told("report", "swept", "--variant", "r=*", "--json")
+    assert rows(document) == ["r64-a16-d0.1", "r=16", "r=32", "r=512"]
+    _, document = told("report", "cold", "--metric", "cold_*", "--json")
+    assert {table["phase"] for table in document["tables"]} == {"cold"}
+    _, document = told("report", "cold", "--phase", "generate", "--json")
+    assert [table["phase"] for table in document["tables"]] == ["generate"]
+
+
+def test_variants_stand_in_the_order_asked_for(told):
+    """By name, by ratio with the reference as 1, by estimate, by peak."""
+    orders = {sort: rows(told("report", "swept", "--sort", sort, "--phase", "train", "--json")[1]) for sort in
+              ("study", "name", "ratio", "value", "memory")}  # fmt: skip
+    assert orders["study"][0] == "r64-a16-d0.1"
+    assert orders["name"] == sorted(orders["name"])
+    assert orders["ratio"][-1] == orders["value"][-1] == "r=512"
+    assert orders["memory"] == orders["study"]
+    assert {tuple(sorted(order)) for order in orders.values()} == {tuple(sorted(orders["study"]))}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--metric", "held_out_los"], "Did you mean 'held_out_loss'?"),
+        (["--variant", "qlora"], "Did you mean 'lora-r16'?"),
+        (["--phase", "cold"], "run sound has train, generate"),
+        (["--format", "markdown", "--json"], "both choose the format"),
+        (["--markdown", "--format", "github"], "both choose the format"),
+        (["--policy", str(RUNS.parent / "files" / "mistyped.toml")], "mistyped.toml"),
+    ],
+)
+def test_what_there_is_not_is_refused(told, options, words):
+    """With what there is."""
+    code, text = told("report", "sound", *options)
+    assert code == 2
+    assert words in text
+
+
+def test_a_policy_gives_the_limits(told, tmp_path):
+    """Of a study by variant and metric, and equivalent says within what."""
+    policy = tmp_path / "policy.toml"
+    policy.write_text('margin = 0.2\n[[limit]]\nvariant = "qlora-nf4-r16"\ntolerance = 0.15\n')
+    before = told("report", "sound", "--json")[1]["tables"][0]["rows"][1]["ratio"]["verdict"]
+    code, document = told("report", "sound", "--policy", str(policy), "--json")
+    assert (before, document["tables"][0]["rows"][1]["ratio"]["verdict"]) == ("regressed", "equivalent")
+    assert "equivalent ±20 %" in told("report", "sound", "--policy", str(policy))[1]
+    assert code == 0
+
+
+@pytest.fixture
+def kept(tmp_path):
+    """An A/B that was measured with a policy that lets pass what regressed by less than half."""
+    path = tmp_path / "runs" / "ab"
+    shutil.copytree(RUNS / "ab", path)
+    policy = Policy(tolerance=0.5, inconclusive="pass", metrics=("step_time_s",))
+    document = codec.to_json(read_manifest(path)) | {"policy": codec.to_json(policy)}
+    (path / "manifest.json").write_text(json.dumps(document))
+    return path
+
+
+def test_an_ab_is_shown_by_the_policy_it_was_judged_by(told, kept):
+    """By every command, unless another is given; the default says regressed where that policy does not."""
+    assert told("report", "ab", "--json")[1]["exit"] == 1
+    for command in ("report", "compare", "gate"):
+        code, document = told(command, str(kept), "--json")
+        assert code == document["exit"] == 0, command
+        assert document["policy"]["tolerance"] == 0.5
+        assert {row["metric"] for row in document["comparisons"]} == {"step_time_s"}
+    strict = kept.parent / "strict.toml"
+    strict.write_text("tolerance = 0.01\n")
+    assert told("report", str(kept), "--policy", str(strict), "--json")[0] == 1
+
+
+def test_an_ab_shows_a_metric_a_variant_or_a_phase(told):
+    """What is judged is the metrics; what is shown of it, variants and phases."""
+    _, document = told("report", "ab", "--metric", "tokens_per_s", "--json")
+    assert {row["metric"] for row in document["comparisons"]} == {"tokens_per_s"}
+    whole = told("report", "ab", "--json")[1]
+    name = whole["comparisons"][0]["variant"]
+    shown = told("report", "ab", "--variant", name, "--json")[1]
+    assert {row["variant"] for row in shown["comparisons"]} == {name}
+    assert shown["exit"] == whole["exit"]
+    assert told("report", "ab", "--variant", "no-such")[0] == 2
+    assert told("report", "ab", "--sort", "ratio")[0] == 2
+
+
+def test_one_run_is_two_sides_only_if_it_is_an_ab(told):
+    """What is missing is named."""
+    code, text = told("compare", "sound")
+    assert code == 2
+    assert "Name a CANDIDATE" in text
+    assert told("compare", "ab", "--all-metrics")[0] == 2
+
+
+def test_the_verdict_of_an_ab_stands_first(told):
+    """Before what differs and where the time went."""
+    _, text = told("report", "ab-unsure")
+    lines = text.splitlines()
+    assert lines[0] == "Gate failed (exit 3): 1 inconclusive, 1 equivalent"
+    assert "Cannot tell: between 24 % faster and 53 % slower; only 60 % would have been seen." in lines[2]
+    assert text.index("Gate failed") < text.index("Sides") < text.index("Where the time went")
+    assert "real tokens/s, slow-down" in text
+    assert "measure 106" not in text
+    assert "261" not in text
+
+
+@pytest.mark.parametrize("line", ["report sound", "report failed", "claims swept", "compare sound slower", "report ab"])
+def test_every_report_is_markdown_and_annotations(told, line, monkeypatch, tmp_path):
+    """Verdict first, and the same Markdown in the summary of a job."""
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary.md"))
+    code, markdown = told(*line.split(), "--markdown")
+    assert markdown.startswith("### ")
+    again, annotations = told(*line.split(), "--format", "github")
+    assert code == again
+    assert annotations.startswith("::")
+    assert (tmp_path / "summary.md").read_text() == markdown
+    assert ("::error" in annotations) is (code not in (0,)) or line == "claims swept"
+
+
+def test_several_ab_runs_are_one_table(told):
+    """Studies by changes of versions: a row a metric, a column a change, each cell with its own verdict."""
+    code, document = told("report", "ab", "ab-improved", "ab-unsure", "--json")
+    assert code == document["exit"] == 1
+    assert {row["run"] for row in document["matrix"]} == {"ab", "ab-improved", "ab-unsure"}
+    single = told("report", "ab", "--json")[1]["comparisons"]
+    assert [row["ratio"] for row in document["matrix"] if row["run"] == "ab"] == [row["ratio"] for row in single]
+    text = told("report", "ab", "ab-improved", "ab-unsure")[1]
+    assert "Studies by changes of versions" in text
+    assert "regressed" in text
+    assert told("report", "ab", "ab-improved", "--markdown")[1].count("\n| --- |") == 1
+    assert told("report", "ab", "sound")[0] == 2
+
+
+def test_the_version_is_said(capsys):
+    """And nothing else happens."""
+    with pytest.raises(SystemExit) as left:
+        main(["--version"])
+    assert left.value.code == 0
+    assert capsys.readouterr().out.startswith("lorameter ")

@@ -1,0 +1,120 @@
+"""The header of a GGUF file, as the package that writes such files does, and as nobody should write one."""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+
+from harness.errors import UsageError
+from harness.models import catalogue, gguf_header, shapes
+from harness.models.gguf_header import read_header
+from harness.records.inputs import NotReadableError
+
+gguf = pytest.importorskip("gguf")
+
+
+def text(value):
+    return struct.pack("<Q", len(value)) + value.encode()
+
+
+def value(name, kind, content):
+    return text(name) + struct.pack("<I", kind) + content
+
+
+def listed(kind, count, content=b""):
+    return struct.pack("<IQ", kind, count) + content
+
+
+def header(*values, tensors=0, count=None, version=3):
+    about = value("general.architecture", 8, text("llama"))
+    count = len(values) + 1 if count is None else count
+    return b"GGUF" + struct.pack("<IQQ", version, tensors, count) + about + b"".join(values)
+
+
+def tensor(*dimensions, name="t", kind=0, offset=0):
+    sizes = struct.pack(f"<{len(dimensions)}Q", *dimensions)
+    return text(name) + struct.pack("<I", len(dimensions)) + sizes + struct.pack("<IQ", kind, offset)
+
+
+NO_FILES = {
+    "nothing": b"",
+    "another kind": b"PAR1" * 8,
+    "another version": header(version=99),
+    "values without end": header(count=1 << 60),
+    "tensors without end": header(tensors=1 << 60),
+    "cut short": header(count=9),
+    "a text without end": header(value("a", 8, struct.pack("<Q", 1 << 60))),
+    "numbers without end": header(value("a", 9, listed(4, 1 << 34))),
+    "a list beyond the file": header(value("a", 9, listed(4, 1000))),
+    "texts without end": header(value("a", 9, listed(8, 1 << 40))),
+    "empty texts": header(value("a", 9, listed(8, 4_000_001, b"\0" * 64))),
+    "empty lists": header(value("a", 9, listed(9, 5_000_000, listed(4, 0) * 4))),
+    "lists in lists": header(value("a", 9, listed(9, 1) * 5000 + listed(4, 1, b"\0" * 4))),
+    "a value of no type": header(value("a", 77, b"\0" * 8)),
+    "a name twice": header(value("a", 0, b"\1"), value("a", 0, b"\1")),
+    "a name that is no text": header(struct.pack("<Q", 1) + b"\xff" + struct.pack("<I", 0) + b"\0"),
+    "an alignment of 3": header(value("general.alignment", 4, struct.pack("<I", 3))),
+    "a tensor beyond all files": header(tensors=1) + tensor(1 << 40, 1 << 40),
+    "a tensor cut short": header(tensors=1) + tensor(64, 64),
+    "a tensor of no type": header(tensors=1) + tensor(1, kind=99) + b"\0" * 64,
+    "dimensions without end": header(tensors=1) + text("t") + struct.pack("<I", 1 << 31),
+}
+
+
+@pytest.mark.parametrize("content", NO_FILES.values(), ids=NO_FILES)
+def test_what_is_no_such_file_is_refused_at_once(tmp_path, content):
+    """Whatever it says of its sizes, nothing is made of them."""
+    path = tmp_path / "model.gguf"
+    path.write_bytes(content)
+    with pytest.raises(NotReadableError):
+        read_header(path)
+    with pytest.raises(UsageError, match="not a readable GGUF file"):
+        shapes.shape(catalogue.resolve(f"random:{path}"))
+
+
+def test_values_are_read_and_lists_passed_over(tmp_path):
+    """All types that a value can have; what stands behind a list is found."""
+    path = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_token_list(["a", "b", "c"])
+    writer.add_uint8("u8", 200)
+    writer.add_int64("i64", -(2**40))
+    writer.add_float32("f32", 0.5)
+    writer.add_bool("yes", True)
+    writer.add_array("rows", [[1, 2], [3]])
+    writer.add_chat_template("{{ messages }}")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    assert read_header(path).values == {
+        "general.architecture": "llama", "u8": 200, "i64": -(2**40), "f32": 0.5, "yes": True,
+        "tokenizer.chat_template": "{{ messages }}",
+    }  # fmt: skip
+
+
+def test_tensors_are_found_where_the_other_end_of_a_number_comes_first(tmp_path):
+    """As the package reads them."""
+    numpy = pytest.importorskip("numpy")
+    path = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(path, "llama", endianess=gguf.GGUFEndian.BIG)
+    writer.add_block_count(3)
+    writer.add_tensor("token_embd.weight", numpy.zeros((300, 128), numpy.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    found = read_header(path)
+    assert (dict(found.tensors), found.values["llama.block_count"]) == ({"token_embd.weight": (128, 300)}, 3)
+    path.write_bytes(path.read_bytes()[:-64])
+    with pytest.raises(NotReadableError, match="cut short"):
+        read_header(path)
+
+
+def test_without_the_package_the_remedy_is_said(tmp_path, monkeypatch):
+    """Before anything is started that would load the file."""
+    (tmp_path / "model.gguf").write_bytes(header())
+    monkeypatch.setattr(gguf_header, "is_readable", lambda: False)
+    with pytest.raises(UsageError, match=r"pip install 'lorameter\[gguf\]'"):
+        shapes.shape(catalogue.resolve(f"random:{tmp_path / 'model.gguf'}"))

@@ -1,0 +1,78 @@
+"""Any run gives any report: failures, missing metrics, one replicate, no reference, old schemas, lines cut short."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from harness.cli import main
+
+RUNS = Path(__file__).parents[1] / "golden" / "runs"
+ODD = (
+    "failed one-replicate without-reference killed interrupted given-up noisy diverged fewer-variants fallback "
+    "control-failed cold schema-1 schema-3 ab-failed ab-alike swept-in-part"
+).split()
+
+
+@pytest.mark.parametrize("run", ODD)
+@pytest.mark.parametrize(
+    "options", ["", "--json", "--markdown", "--format github", "--metric step_time_s", "--verbose"]
+)
+def test_a_run_is_reported_whatever_became_of_it(run, options, capsys):
+    """In each format, by a metric and in full; the exit code says how it stands, and nothing is said twice."""
+    code = main(["report", run, "--runs-dir", str(RUNS), *options.split()])
+    out, err = capsys.readouterr()
+    assert code in (0, 1, 3, 4, 5)
+    assert out.strip()
+    assert not err
+    if options == "--json":
+        assert json.loads(out)["schema"] == 2
+
+
+@pytest.mark.parametrize(
+    ("run", "words"),
+    [
+        ("failed", ["Trials without a result", "oom", "This run is invalid"]),
+        ("killed", ["This run is not complete (killed)", "its process was killed"]),
+        ("one-replicate", ["one replicate gives no interval", "[no interval]"]),
+        ("without-reference", ["–", "control: not measured"]),
+        ("control-failed", ["control-failed", "This run is invalid"]),
+        ("diverged", ["This run is invalid"]),
+    ],
+)
+def test_what_is_wrong_with_it_is_said(run, words, capsys):
+    """On the page itself, and not only by the exit code."""
+    main(["report", run, "--runs-dir", str(RUNS)])
+    text = capsys.readouterr().out
+    for word in words:
+        assert word in text
+
+
+def test_a_line_cut_short_costs_its_trial_and_is_said(tmp_path, capsys):
+    """The process was killed while it wrote: what was whole is reported in every format."""
+    path = tmp_path / "cut"
+    shutil.copytree(RUNS / "sound", path)
+    lines = (path / "trials.jsonl").read_text().splitlines(keepends=True)
+    (path / "trials.jsonl").write_text("".join(lines[:-1]) + lines[-1][: len(lines[-1]) // 2])
+    for options in ([], ["--markdown"], ["--json"]):
+        assert main(["report", str(path), *options]) == 4
+        assert "damaged-lines" in capsys.readouterr().out
+
+
+def test_a_metric_that_some_variants_lack_is_a_dash(tmp_path, capsys):
+    """A variant without a number is a row all the same."""
+    path = tmp_path / "lacking"
+    shutil.copytree(RUNS / "sound", path)
+    lines = []
+    for line in (path / "trials.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        if record["name"] == "qlora-nf4-r16":
+            record["values"].pop("held_out_loss", None)
+        lines.append(json.dumps(record))
+    (path / "trials.jsonl").write_text("\n".join(lines) + "\n")
+    assert main(["report", str(path), "--metric", "held_out_loss"]) == 0
+    (row,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("qlora-nf4-r16 "))
+    assert row.split()[1:] == ["–", "┊", "–"]

@@ -1,0 +1,87 @@
+"""The sites of this machine are its cards or shares of its CPUs, none of which two sites have in common."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import pytest
+
+from harness.errors import InvalidRunError, UsageError
+from harness.machine.reading import Reading
+from harness.records.preparation import Hello
+from harness.run.sites import local
+from harness.run.sites.local import check_alike, local_sites
+from harness.run.sites.spread import Station
+
+
+@pytest.fixture(autouse=True)
+def four_cpus(monkeypatch):
+    """Whatever this machine has."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {4, 5, 6, 7})
+
+
+def cards(monkeypatch, *names):
+    monkeypatch.setattr(local, "card_names", lambda: Reading(value=names))
+
+
+def test_sites_of_a_cpu_share_no_core(machine, small_study):
+    """Each has an equal part, and its processes are told to stay there."""
+    sites = local_sites("0,1", machine, small_study)
+    assert [site.name for site in sites] == ["cpus-0", "cpus-1"]
+    assert [site.host.environment for site in sites] == [{"LORAMETER_CPUS": "4,5"}, {"LORAMETER_CPUS": "6,7"}]
+
+
+def test_sites_of_a_gpu_machine_are_its_visible_cards(machine, small_study, monkeypatch):
+    """By the numbers that CUDA gives them; each sees its own."""
+    cards(monkeypatch, "H100", "H100", "H100", "H100")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    sites = local_sites("0, 1", dataclasses.replace(machine, device="cuda"), small_study)
+    assert [site.host.environment["CUDA_VISIBLE_DEVICES"] for site in sites] == ["2", "3"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    sites = local_sites("3", dataclasses.replace(machine, device="cuda"), small_study)
+    assert [site.name for site in sites] == ["card-3"]
+
+
+@pytest.mark.parametrize(
+    ("listed", "words"),
+    [
+        ("a", "numbers with commas"),
+        ("0,0", "named twice"),
+        ("0,1,2,3,4", "5 sites and 4 CPUs"),
+        ("", "numbers with commas"),
+    ],
+)
+def test_a_list_that_is_none_is_refused(machine, small_study, listed, words):
+    """With the value and the remedy."""
+    with pytest.raises(UsageError, match=words):
+        local_sites(listed, machine, small_study)
+
+
+def test_cards_that_are_not_there_or_unlike_are_refused(machine, small_study, monkeypatch):
+    """Times of different cards are not those of one machine."""
+    cards(monkeypatch, "H100", "A100")
+    there = dataclasses.replace(machine, device="cuda")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(UsageError, match=r"card 2: 2 are visible"):
+        local_sites("0,2", there, small_study)
+    with pytest.raises(UsageError, match=r"different kinds \(A100, H100\)"):
+        local_sites("0,1", there, small_study)
+
+
+def test_trials_of_several_ranks_take_the_cards_themselves(machine, small_study):
+    """So their replicates are not spread over them."""
+    workload = dataclasses.replace(small_study.workload, ranks=2, strategy="ddp")
+    with pytest.raises(UsageError, match="several ranks"):
+        local_sites("0,1", machine, dataclasses.replace(small_study, workload=workload))
+
+
+def test_a_site_whose_worker_is_another_program_is_refused():
+    """By its name, with what differs."""
+    ours = Hello(harness="1", pid=1, import_time_s=1.0, device="cpu", torch="2.13")
+    station = Station(name="card-1", executors={})
+    check_alike(station, [ours], [dataclasses.replace(ours, pid=2)])
+    with pytest.raises(
+        InvalidRunError, match=r"site card-1 is unlike the first: .* 2\.12, cpu there and .* 2\.13, cpu here"
+    ):
+        check_alike(station, [ours], [dataclasses.replace(ours, torch="2.12")])

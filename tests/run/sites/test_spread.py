@@ -1,0 +1,214 @@
+"""Replicates on several sites at once, with fakes at the seam: whole replicates are spread, and none is lost."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+import time
+
+import pytest
+
+from harness.errors import InvalidRunError
+from harness.records.record import Failure, Fragment
+from harness.run.executors import Place, WorkerLostError
+from harness.run.plan import make_plan
+from harness.run.site import Site
+from harness.run.sites.spread import Station, run_spread
+
+SITE = Site(device="cpu", threads=1, tokens_path="t", tokens={"hash": "h"})
+
+
+def wait_for(condition):
+    """Until it holds, 30 s at most."""
+    deadline = time.monotonic() + 30
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.001)
+
+
+class Fake:
+    """An executor and its worker; `meet` is waited for before a trial is built, `lost_at` is the launch that fails."""
+
+    start_latency_s = 0.01
+
+    def __init__(self, *, step_time_s=0.5, meet=None, lost_at=None, blocks=False):
+        self.step_time_s, self.meet, self.lost_at, self.blocks = step_time_s, meet, lost_at, blocks
+        self.launches = 0
+        self.closed = threading.Event()
+
+    def make_place(self, trial, log):
+        return Place(scratch=trial, log_path=log)
+
+    def clear_place(self, trial):
+        pass
+
+    def launch(self):
+        self.launches += 1
+        if self.launches == self.lost_at:
+            raise InvalidRunError("its zygote is gone")
+        return self
+
+    def ask(self, command, trial, timeout_s, **arguments):
+        if command == "build" and self.meet is not None:
+            self.meet.wait(30)
+        if command == "turn" and self.blocks:
+            assert self.closed.wait(30)
+            raise WorkerLostError("crashed", Failure(phase="turn", kind="ProcessDied", message="killed"))
+        samples = {"step_time_s": (self.step_time_s,) * arguments["steps"]} if command == "turn" else {}
+        return Fragment(samples=samples)
+
+    def close(self):
+        """Of the worker after each trial; of the executor where a run is broken off."""
+        if self.blocks:
+            self.closed.set()
+
+
+class Quiet:
+    """A watcher that notes what has ended."""
+
+    def __init__(self):
+        self.ended = []
+
+    def trial_phase(self, slot, phase):
+        pass
+
+    def trial_ended(self, record):
+        self.ended.append(record.trial)
+
+
+@pytest.fixture
+def plan(small_study):
+    """Six replicates of two variants and a control, training only."""
+    protocol = dataclasses.replace(small_study.protocol, replicates=6)
+    return make_plan(dataclasses.replace(small_study, protocol=protocol), phases=("train",))
+
+
+def spread(plan, fakes, **options):
+    saved, watcher = [], Quiet()
+    stations = [Station(name=name, executors={"": fake}) for name, fake in fakes.items()]
+    options = {"save": saved.append, "watcher": watcher} | options
+    measured = run_spread(plan, stations, SITE, **options)
+    return measured, saved, watcher
+
+
+def test_each_replicate_is_whole_on_one_site(plan):
+    """All trials are measured once, in the plan's order, each replicate on one site and both sites at once."""
+    together = threading.Barrier(2)
+
+    class Meeting(Fake):
+        def ask(self, command, trial, timeout_s, **arguments):
+            if command == "build" and self.launches == 1:
+                together.wait(30)  # a site that waited for the other to end would wait for ever
+            return super().ask(command, trial, timeout_s, **arguments)
+
+    measured, saved, watcher = spread(plan, {"a": Meeting(), "b": Meeting()})
+    assert [record.trial for record in measured.records] == [slot.trial for slot in plan.slots]
+    assert {record.status for record in measured.records} == {"ok"}
+    sites = {}
+    for record in measured.records:
+        sites.setdefault(record.replicate, set()).add(record.site)
+    assert all(len(of_one) == 1 for of_one in sites.values())
+    assert set.union(*sites.values()) == {"a", "b"}
+    assert (
+        sorted(record.trial for record in saved) == sorted(watcher.ended) == sorted(slot.trial for slot in plan.slots)
+    )
+
+
+def test_a_lost_site_loses_only_the_replicate_under_way_and_another_measures_it(plan):
+    """A notice names the site and why; nothing is missing."""
+    measured, _, _ = spread(plan, {"a": Fake(), "b": Fake(lost_at=2)})
+    assert len(measured.records) == len(plan.slots)
+    assert {(record.status, record.site) for record in measured.records} == {("ok", "a")} | (
+        {("ok", "b")} if any(record.site == "b" for record in measured.records) else set()
+    )
+    (notice,) = measured.notices
+    assert notice.code == "site-lost"
+    assert "site b was lost: its zygote is gone" in notice.message
+
+
+def test_a_replicate_that_is_lost_last_goes_to_a_site_that_had_nothing_left_to_do(plan):
+    """A site that has ended is begun again for it."""
+    slow = threading.Event()
+
+    class Late(Fake):
+        def launch(self):
+            slow.wait(30)
+            return super().launch()
+
+    class Quick(Fake):
+        def launch(self):
+            if self.launches == 14:  # the last of the other five replicates but one
+                slow.set()
+            return super().launch()
+
+    measured, _, _ = spread(plan, {"a": Quick(), "b": Late(lost_at=1)})
+    assert {record.status for record in measured.records} == {"ok"}
+    assert {record.site for record in measured.records} == {"a"}
+
+
+def test_where_all_sites_are_lost_the_run_ends_by_the_reason(plan):
+    """What was measured is kept, and the rest has a record that says that it was not run."""
+    saved = []
+    with pytest.raises(InvalidRunError, match="its zygote is gone"):
+        spread(plan, {"a": Fake(lost_at=4), "b": Fake(lost_at=4)}, save=saved.append)
+    last = {record.trial: record.status for record in saved}
+    assert set(last) == {slot.trial for slot in plan.slots}
+    assert list(last.values()).count("ok") == 6
+    assert {"not_run", "interrupted"} >= set(last.values()) - {"ok"}
+
+
+def test_a_reason_to_stop_ends_after_the_replicates_under_way(plan):
+    """Records of whole replicates only."""
+    measured, _, _ = spread(plan, {"a": Fake(), "b": Fake()}, stop=lambda records: "enough" if records else None)
+    assert measured.stopped == "enough"
+    replicates = [record.replicate for record in measured.records]
+    assert 1 <= len(set(replicates)) <= 3
+    assert all(replicates.count(one) == 3 for one in set(replicates))
+
+
+def test_the_user_ends_what_is_under_way_everywhere(plan):
+    """Trials whose processes were killed for it are interrupted, and crashed is none of them."""
+
+    blocked = Fake(blocks=True)
+
+    class Waiting(Fake):
+        def launch(self):
+            wait_for(lambda: blocked.launches)
+            return super().launch()
+
+    class Told:
+        """Somebody who ends the run as soon as the site that blocks is at work."""
+
+        @contextlib.contextmanager
+        def interruptible(self):
+            wait_for(lambda: blocked.launches)
+            raise KeyboardInterrupt
+            yield
+
+    measured, _, _ = spread(plan, {"a": Waiting(), "b": blocked}, stops=Told())
+    assert measured.interrupted
+    states = {record.status for record in measured.records}
+    assert "interrupted" in states
+    assert "crashed" not in states
+    assert len(measured.records) == len(plan.slots)
+    assert {record.site for record in measured.records if record.status == "interrupted"} == {"b"}
+
+
+def test_what_is_no_sites_fault_ends_the_run(plan):
+    """A record that cannot be saved is raised, as from one site."""
+
+    def save(record):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        spread(plan, {"a": Fake(), "b": Fake()}, save=save)
+
+
+def test_what_earlier_records_settle_is_not_measured_again(plan):
+    """A run that broke off is gone on with on any sites."""
+    first, _, _ = spread(plan, {"a": Fake()}, stop=lambda records: "enough")
+    fakes = {"b": Fake(), "c": Fake()}
+    measured, saved, _ = spread(plan, fakes, earlier=first.records)
+    assert len(measured.records) == len(plan.slots)
+    assert len(saved) == len(plan.slots) - len(first.records)
+    assert {record.site for record in measured.records} >= {"a"}
