@@ -19,6 +19,7 @@ from collections.abc import Generator
 import pytest
 
 from harness.commands.options import add_options
+from harness.commands.pytest_output import Output
 from harness.commands.pytest_session import DEFAULT_STUDY, PLUGIN, Session
 from kernels_check.room import lacking
 
@@ -93,3 +94,4 @@ def attach(config: pytest.Config) -> None:
     if config.getoption("dist", "no") != "no" or config.getoption("numprocesses", None):
         raise pytest.UsageError("pytest-xdist: trials measured beside each other disturb each other. Run without -n.")
     config.pluginmanager.register(Session(config), PLUGIN)
+    config.pluginmanager.register(Output())

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from harness.attach.variables import RUN
+from harness.machine.guard import marked
 
 _NAMED = re.compile(r"\.(?P<run>.+)\.(?:seen|ranks|wrapped)")
 
@@ -66,18 +67,7 @@ def _is_abandoned(run: Path) -> bool:
         pass  # removed already, and made again by the command
     except OSError:
         return False
-    return not _runs_on(run)
-
-
-def _runs_on(run: Path) -> bool:
-    """Whether a process of the command lives, by the run that its environment names."""
-    marker = f"{RUN}={run}".encode()
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            with contextlib.suppress(OSError):  # it has ended, or is another user's
-                if marker in (folder / "environ").read_bytes().split(b"\0"):
-                    return True
-    return False
+    return not marked(f"{RUN}={run}".encode())  # a command that goes on without it
 
 
 def remove(run: Path) -> None:
