@@ -5,6 +5,7 @@ import shlex
 import pytest
 
 from harness.attach.command import write_command
+from harness.cli import main
 from harness.errors import UsageError
 from harness.studies.script import split_command
 from harness.studies.variant import Variant
@@ -102,3 +103,17 @@ def test_what_cannot_be_a_command_is_refused_without_its_credential():
         with pytest.raises(UsageError) as refused:
             split_command("variant", line)
         assert "hunter2" not in str(refused.value)
+
+
+@pytest.mark.parametrize("option", ["--base-command", "--candidate-command", "--command"])
+def test_no_door_takes_a_command_with_a_credential(option, tmp_path, capsys):
+    """Either side of an A/B, and a command on both: refused before anything is started or written."""
+    words = {"--base-command": "true", "--candidate-command": "true"} if option != "--command" else {}
+    words |= {option: "python t.py https://user:hunter2@host/x"}
+    sides = ["--base", "HEAD", "--candidate", "HEAD"] if option == "--command" else []
+    flat = [word for pair in words.items() for word in pair]
+    assert main(["ab", *sides, *flat, "--json", "--runs-dir", str(tmp_path / "runs")]) == 2
+    told = "".join(capsys.readouterr())
+    assert "reads like a credential" in told
+    assert "hunter2" not in told
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
