@@ -38,9 +38,9 @@ def main(arguments: list[str]) -> int:
         with os.fdopen(os.dup(1), "w", encoding="utf-8") as reply:
             os.dup2(2, 1)
             if what == "look":
-                from harness.trial.data import apart
+                from harness.trial.data import look
 
-                return apart.main(reply)
+                return look.main(reply)
             from harness.trial.data import tokens
 
             return tokens.main(reply)

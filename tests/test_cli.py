@@ -159,7 +159,7 @@ def test_a_sweep_of_adapters_runs_on_one_base(swept):
     solo = [record for record in records if record.trial.endswith("-solo")]
     assert len(timed) == len(solo) == 3
     assert sum(record.values["base_loads"] for record in timed) == 1
-    assert [(base.conversions, base.quantisations) for base in run.manifest.bases] == [(1, 0)]
+    assert [(base.conversions, base.quantisations) for base in run.manifest.bases] == [(1, 1)]
     assert not any(record.values["base_conversions"] for record in records)
     assert all(record.values["cold_base_conversions"] == 1 for record in solo)  # as a user's
     assert all(record.interleaving == "shared-base" and not record.memory for record in timed)

@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import hostile
+import hostile_data
 import hostile_machine
 import hostile_models
 import hostile_runs
@@ -143,6 +144,13 @@ _ROWS: tuple[tuple[str, int, Mutator, Callable[[], list[bytes]], Enter], ...] = 
     ("kineto-packed", 2, hostile.packed(_JSON), _KINETO, _enter_recording),
     ("nsys", 3, hostile.spoil_table, _NSYS, _enter_recording),
     ("nsys-packed", 1, hostile.packed(hostile.spoil_table), _NSYS, _enter_recording),
+    ("table", 3, hostile.spoil_table, hostile_data.tables, hostile_data.enter_table),
+    ("parquet", 3, _BYTES, hostile_data.parquets, hostile_data.enter_parquet),
+    ("saved", 3, hostile_data.spoil_saved, hostile_data.saved_sets, hostile_data.enter_saved),
+    ("template", 2, hostile_data.spoil_template, hostile_data.templates, hostile_data.enter_template),
+    ("talk", 6, _LINES, hostile_data.talks, hostile_data.enter_talk),
+    ("commands", 6, _TOML, lambda: [hostile_data.STUDY], hostile_data.in_folder_of_a_script(_enter_study)),
+    ("require", 3, hostile_data.spoil_requirement, lambda: [b"base.bits=4"], hostile_data.enter_requirement),
 )
 DOORS: dict[str, Door] = {
     name: Door(name=name, share=share, spoil=spoil, seeds=seeds, enter=enter)

@@ -50,11 +50,15 @@ VALUES = (
     "generate", "cold", "text", "json", "markdown", "github", "models", "studies", "variants", "sizes",
     "wait", "refuse", "share", "pipe", "loop", "a-study.toml/", "data.jsonl", "data.jsonl.gz", "model", "model.gguf",
     "smollm2-135m", "GPU-0", "local", "harness.run.executors.local", "suite", "files/kernels.csv", "kernels.json.gz",
+    "compile", "python train.py", "python train.py {--x}", "python train.py {--a|--b} --sep=--", "python other.py {}",
+    "python 'x", "sh -c 'python train.py'", "./" + "x" * 260, "python train.py --hub_token hf_x", "A=1 python train.py",
+    "base.bits=4", "base.bits=" + "9" * 5000, "attention.backend=flash", "base.bits=" + "[" * 9000, "no.such=1",
 )  # fmt: skip
 _STUDY = (
     "--model", "--data", "--variant", "--phase", "--replicates", "--effort", "--max-minutes", "--allow-disturbed",
     "--if-busy",
 )  # fmt: skip
+_OF_SCRIPT = ("--command", "--cwd", "--steps")
 _OF_PYTEST = (
     "study", "profile", "model", "data", "effort", "replicates", "interleave", "allow-disturbed", "if-busy", "resume",
     "base", "policy", "runs-dir",
@@ -64,14 +68,30 @@ VARIABLES = (
     "XDG_CACHE_HOME", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "COLUMNS", "LINES", "TERM", "PWD",
 )  # fmt: skip
 COMMANDS: dict[str, tuple[int, tuple[str, ...]]] = {
-    "run": (1, (*_STUDY, "--profile", "--interleave", "--precision", "--resume", "--dry-run")),
+    "run": (1, (*_STUDY, *_OF_SCRIPT, "--profile", "--interleave", "--precision", "--resume", "--dry-run")),
+    "wrap": (0, ("--require", "--no-report")),
     "report": (1, ()),
     "list": (2, ("--model",)),
     "compare": (2, ("--metric", "--all-metrics", "--force")),
     "gate": (2, ("--policy", "--format")),
     "accept": (1, ()),
-    "ab": (1, (*_STUDY, "--base", "--candidate", "--precision", "--policy", "--format", "--inject-rows", "--resume")),
-    "calibrate": (1, (*_STUDY, "--inject-rows")),
+    "ab": (
+        1,
+        (
+            *_STUDY,
+            *_OF_SCRIPT,
+            "--base",
+            "--candidate",
+            "--base-command",
+            "--candidate-command",
+            "--precision",
+            "--policy",
+            "--format",
+            "--inject-rows",
+            "--resume",
+        ),
+    ),
+    "calibrate": (1, (*_STUDY, "--inject-rows", "--resume")),
     "estimate": (1, ("--model", "--data")),
     "profile": (1, ("--model", "--data", "--try", "--effort", "--if-busy")),
     "sample": (2, ("--replicate", "--count")),
@@ -91,12 +111,15 @@ SOUND: dict[str, tuple[str, ...]] = {
     "list": ("sizes", "training-step"), "sample": ("swept", "r=16"), "compare": ("sound", "slower"),
     "gate": ("sound", "slower"), "accept": ("sound",), "doctor": (), "model": ("fetch", "smollm2-135m"),
     "kernels_check": ("trace", "files/kernels.json"), "pytest": ("suite",),
+    "wrap": (),
 }  # fmt: skip
 """Places that can be read."""
 FLAGS = (
     "--allow-disturbed", "--dry-run", "--all-metrics", "--force", "--json", "--check", "--lorameter-allow-disturbed",
-    "--benchmark-disable", "--benchmark-skip", "--collect-only",
+    "--benchmark-disable", "--benchmark-skip", "--collect-only", "--no-report",
 )  # fmt: skip
+WRAPPED = ("python", "train.py", "--sep=--", "--", "-x=--", "{}", "no-such-program", "", "x" * 300, "\x1b[2J", "--json")
+"""Words of a command that is wrapped."""
 
 
 def line_of(number: int, seed: int) -> list[str]:
@@ -108,7 +131,12 @@ def line_of(number: int, seed: int) -> list[str]:
     if source.random() < 0.6:
         words = list(SOUND[command])
     chosen = source.sample(options, min(len(options), source.randint(0, 3)))
-    if command == "ab" and "--resume" not in chosen:
+    of_command = command in ("run", "ab") and source.random() < 0.3
+    if of_command:  # a script in place of variants
+        words = ["compile"] if command == "run" else []
+        both = ["--base-command", "--candidate-command"] if source.random() < 0.5 else ["--command"]
+        chosen = [*(both if command == "ab" else ["--command"]), *(one for one in chosen if "command" not in one)]
+    elif command == "ab" and "--resume" not in chosen:
         chosen = list(dict.fromkeys(("--base", "--candidate", *chosen)))
     for option in chosen:
         if option in FLAGS:
@@ -117,6 +145,10 @@ def line_of(number: int, seed: int) -> list[str]:
             words.append(f"{option}={source.choice(VALUES)}")
         else:
             words += [option, source.choice(VALUES)]
+    if command == "wrap":
+        runs_dir = ["--runs-dir", source.choice(("runs", "none", source.choice(VALUES)))]
+        behind = [source.choice((*WRAPPED, source.choice(VALUES))) for _ in range(source.randint(0, 4))]
+        return [command, *words, *runs_dir, *(("--", *behind) if source.random() < 0.9 else behind)]
     if command == "run" and source.random() < 0.7:
         words.append("--dry-run")
     variables = [f"{source.choice(VARIABLES)}={source.choice(VALUES)}"] if source.random() < 0.15 else []
@@ -134,7 +166,8 @@ def stand_in() -> Iterator[None]:
     with tempfile.TemporaryDirectory(prefix="fuzz-") as name, chdir(name):
         folder = Path(name)
         _fill(folder)
-        with mock.patch.dict(os.environ, {"LORAMETER_CACHE": str(folder / "cache"), "COLUMNS": "160"}):
+        own = {"LORAMETER_CACHE": str(folder / "cache"), "LORAMETER_LOCKS": str(folder), "COLUMNS": "160"}
+        with mock.patch.dict(os.environ, own):  # a measurement beside this one is not waited for
             os.environ.pop("PYTEST_ADDOPTS", None)
             _refuse_to_measure()
             with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
@@ -154,6 +187,7 @@ def _fill(folder: Path) -> None:
     (folder / "data.jsonl").write_text(records)
     (folder / "data.jsonl.gz").write_bytes(gzip.compress(records.encode()))
     (folder / "kernels.json.gz").write_bytes(gzip.compress((folder / "files" / "kernels.json").read_bytes()))
+    (folder / "train.py").touch()
     (folder / "model").mkdir()
     (folder / "model" / "config.json").write_bytes(hostile_models.configs()[0])
     (folder / "model.gguf").write_bytes(hostile_models.ggufs()[0])
@@ -172,6 +206,7 @@ def _refuse_to_measure() -> None:
     def begun(*_: Any, **__: Any) -> NoReturn:
         raise InvalidRunError("begun")
 
+    from harness.attach import wrapped
     from harness.commands import ab, profile, run  # noqa: F401 loaded before the processes are forked
     from harness.machine import doctor
     from harness.models import fetch
@@ -183,7 +218,7 @@ def _refuse_to_measure() -> None:
     from kernels_check.probe import probe
 
     measure.measure = sides.measure = begun  # type: ignore[assignment]
-    profiling.profile_variant = begun
+    profiling.profile_variant = wrapped.run_command = begun  # type: ignore[assignment]
     fetch._build = begun  # type: ignore[assignment]
     opened._revision = opened._requirements = opened._interpreter = begun  # type: ignore[assignment]
     probe.run = selftest.run = lambda _: EXIT_INVALID  # they compile and train

@@ -176,4 +176,4 @@ def _size_of(dimensions: tuple[int, ...], kind: int) -> int:
         block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
     except (KeyError, ValueError):
         _refuse(f"a tensor is of type {kind}")
-    return int(math.prod(dimensions) * size // block)
+    return math.prod(dimensions) * int(size) // int(block)

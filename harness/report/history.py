@@ -26,7 +26,7 @@ from harness.report.table import (
 )
 from harness.results.history import Break, History, Moment, Plateau, Suspicion, Track
 from harness.results.history import Line as Course
-from harness.results.index import VERSIONS
+from harness.results.indexing import VERSIONS
 from harness.stats.changes import LEAST_POINTS
 from harness.verdicts.comparand import Difference
 

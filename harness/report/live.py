@@ -159,7 +159,9 @@ class LiveDisplay:
             return f"about {format_duration(left)} left, by the {ended} trials so far"
         if self._expected_s is None:
             return ""
-        return f"about {format_duration(max(self._expected_s - spent, 0))} left, by {self._basis}"
+        if spent > self._expected_s:
+            return f"longer than the {format_duration(self._expected_s)} of {self._basis}"
+        return f"about {format_duration(self._expected_s - spent)} left, by {self._basis}"
 
     def _line(self, text: str) -> None:
         if not self._console.is_terminal:

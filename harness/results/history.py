@@ -16,7 +16,8 @@ from typing import Literal
 
 from harness.errors import UsageError
 from harness.records.metrics import PRIMARY
-from harness.results.index import VERSIONS, Index, IndexedRun, Point
+from harness.results.index import Index, IndexedRun, Point
+from harness.results.indexing import VERSIONS
 from harness.stats.changes import Change, Course, find_changes
 from harness.studies.study_file import builtin_studies
 from harness.verdicts.comparand import Difference, differences

@@ -89,6 +89,7 @@ class Budget:
         self._groups: tuple[Group, ...] = ()
         """All groups of the replicate under way."""
         self._expected: dict[RoundKind, float] = {}
+        self._allowed: dict[RoundKind, int] = {}
         self.cold_s = cold_s
 
     @property
@@ -138,8 +139,22 @@ class Budget:
             return None
         work = self._work(study, groups, most=LEAST_ROUNDS) | {"epochs": 0.0}
         least = sum(count * (self._each(kind) or 0.0) for kind, count in work.items() if count)
+        return least + self._between_s(groups)
+
+    def costs_s(self, study: Study, groups: Sequence[Group]) -> tuple[float, float]:
+        """Seconds of a replicate of these groups beside its timed turns, and of one round of those."""
+        work = self._work(study, groups) | {"epochs": 0.0}
+        others = sum(count * (self._each(kind) or 0.0) for kind, count in work.items() if count and kind != "steps")
+        turning = sum("steps" in slot.measures for group in groups for slot in group.slots)
+        return others + self._between_s(groups), turning * (self._each("steps") or 0.0)
+
+    def allow(self, kind: RoundKind, rounds: int) -> None:
+        """From the next replicate on no more rounds of a kind than these: others are worth more of the time."""
+        self._allowed[kind] = max(LEAST_ROUNDS, rounds)
+
+    def _between_s(self, groups: Sequence[Group]) -> float:
         between = sum(self._preparing_s(group) + self._ending_s(group, ROUND_KINDS) for group in groups)
-        return least + between + self._colds_s(groups)
+        return between + self._colds_s(groups)
 
     def foresee(self, ending_s: float, trials: int) -> None:
         """What will follow the rounds of so many trials, until it has been seen: losses, untimed steps, cold starts."""
@@ -250,7 +265,10 @@ class Budget:
 
     def _limit_rounds(self, kind: RoundKind, planned: int) -> int:
         """Rounds that the trials of this replicate before this one have left to be taken."""
-        return planned if self._group is None else min(planned, self._caps.get((self._group.replicate, kind), planned))
+        if self._group is None:
+            return planned
+        caps = self._caps.get((self._group.replicate, kind), planned), self._allowed.get(kind, planned)
+        return min(planned, *caps)
 
     def _work(self, study: Study, groups: Sequence[Group], *, most: float = math.inf) -> dict[RoundKind, float]:
         """Commands that are planned in some groups, by kind, of so many rounds of each at most."""

@@ -7,13 +7,15 @@ as it is narrow enough.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import statistics
+from collections.abc import Iterator, Sequence
 
 from harness.records.metrics import primary_metric
 from harness.records.record import TrialRecord
 from harness.run.budget import Budget
-from harness.run.plan import Plan
-from harness.stats import Comparison, is_precise, relative_half_width
+from harness.run.plan import Group, Plan
+from harness.stats import Comparison, is_precise, optimal_rounds, relative_half_width
 from harness.verdicts.series import compare_series, series_of
 
 LEAST_TO_STOP = 5
@@ -45,19 +47,38 @@ class Stopping:
                     f"±{100 * protocol.precision:.2g} % were asked for"
                 )
         minutes = protocol.max_minutes
-        if minutes is not None and self._next_s(records) > 60 * minutes - self._budget.spent_s:
+        if minutes is None:
+            return None
+        if self._next_s(records) > 60 * minutes - self._budget.spent_s:
             return f"another replicate would end after the limit of {minutes:g} minutes"
+        self._spend(records)
         return None
+
+    def _spend(self, records: Sequence[TrialRecord]) -> None:
+        """Take as many turns in the next replicate as narrow the intervals most in the time that is left: those of the
+        variant that takes most."""
+        following = self._following(records)
+        process_s, round_s = self._budget.costs_s(self._plan.study, following)
+        best = [
+            rounds
+            for ratios in turn_ratios(records, self._plan.study.reference)
+            if (rounds := optimal_rounds(ratios, process_s=process_s, round_s=round_s)) is not None
+        ]
+        if best and math.isfinite(most := max(best)):
+            self._budget.allow("steps", math.ceil(most))
 
     def _next_s(self, records: Sequence[TrialRecord]) -> float:
         """Seconds that another replicate takes at least; before rounds were seen, what those measured took each."""
-        last = max((record.replicate for record in records), default=-1)
-        following = [group for group in self._plan.groups if group.replicate == last + 1]
-        least = self._budget.least_s(self._plan.study, following)
+        least = self._budget.least_s(self._plan.study, self._following(records))
         if least is not None:
             return least
         measured = len({record.replicate for record in records if record.trial not in self._earlier})
         return self._sites * self._budget.spent_s / measured  # on several sites that many are measured meanwhile
+
+    def _following(self, records: Sequence[TrialRecord]) -> list[Group]:
+        """The groups of the next replicate."""
+        last = max((record.replicate for record in records), default=-1)
+        return [group for group in self._plan.groups if group.replicate == last + 1]
 
     def _comparisons(self, records: Sequence[TrialRecord]) -> list[Comparison]:
         """Everything against the reference, and the reference against its twin, in the primary metric of each phase."""
@@ -75,3 +96,27 @@ class Stopping:
                     comparison = compare_series(bases[key], series, metric)
                     found += [comparison] if comparison is not None else []
         return found
+
+
+def turn_ratios(records: Sequence[TrialRecord], reference: str) -> Iterator[list[list[float]]]:
+    """For each variant that is compared with the reference, or with its own base: for each replicate the log ratios of
+    the turns that they took beside each other."""
+    turns = {
+        (record.side, record.name, record.role, record.replicate): _turns(record)
+        for record in records
+        if record.status == "ok" and record.turn_lengths
+    }
+    found: dict[tuple[str, str, str], list[list[float]]] = {}
+    for (side, name, role, replicate), ours in turns.items():
+        base = ("base", name, "variant") if side else ("", reference, "variant")
+        theirs = turns.get((*base, replicate), [])  # type: ignore[arg-type]
+        if role == "variant" and (side, name, role) != base and len(ours) == len(theirs):
+            ratios = [math.log(one / other) for one, other in zip(ours, theirs, strict=True)]
+            found.setdefault((side, name, role), []).append(ratios)
+    yield from found.values()
+
+
+def _turns(record: TrialRecord) -> list[float]:
+    """The median step of each turn."""
+    times = iter(record.samples.get("step_time_s", ()))
+    return [statistics.median(next(times) for _ in range(length)) for length in record.turn_lengths]

@@ -11,6 +11,7 @@ that command lines and type annotations pay nothing.
 
 from __future__ import annotations
 
+from harness.stats.allocation import optimal_rounds
 from harness.stats.comparison import Pairing, compare_family, compare_trials, step_down
 from harness.stats.drift import drifts
 from harness.stats.drops import KeptPairs, kept_pairs
@@ -50,6 +51,7 @@ __all__ = [
     "kept_pairs",
     "label_outliers",
     "median_interval",
+    "optimal_rounds",
     "percentile",
     "relative_half_width",
     "replicates_to_see",

@@ -99,6 +99,8 @@ def test_the_time_left_says_what_it_rests_on(plan, monkeypatch):
     clock[0] += 60
     assert "a card" in screen(display)[-1]
     assert "about 9 min 00 s left, by run x" in screen(display)[-1]
+    clock[0] += 600
+    assert "longer than the 10 min 00 s of run x" in screen(display)[-1]
     for record in measured(plan, 1):
         display.trial_ended(record)
     ended = len({record.trial for record in measured(plan, 1)})

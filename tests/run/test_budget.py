@@ -299,3 +299,26 @@ def test_what_is_paid_once_costs_no_later_replicate(measured):
         executor, records = measured(2000.0, costs=costs, replicates=40, phases=("train", "cold"))
     assert replicates_of(records) >= 5
     assert 1700.0 <= executor.now <= 2100.0
+
+
+def test_turns_that_are_worth_less_than_they_cost_make_room(measured, monkeypatch):
+    """Where replicates differ far more than turns, later ones take fewer turns and there are more of them."""
+    asked = Timed.ask
+
+    def differing(self, command, trial, timeout_s, **arguments):
+        answer = asked(self, command, trial, timeout_s, **arguments)
+        if command != "turn":
+            return answer
+        replicate, turn = int(trial[1 : trial.index("-")]), len(self.asked)
+        step = 0.1 * (1 + 0.2 * (replicate % 3) * ("nf4" in trial) + 0.001 * (turn % 5))
+        return Fragment(samples={"step_time_s": (step,) * 2, "step_cpu_time_s": (step,) * 2})
+
+    many, _ = measured(4000.0, replicates=40, phases=("train",))
+    monkeypatch.setattr(Timed, "ask", differing)
+    executor, records = measured(4000.0, replicates=40, phases=("train",))
+    turns = [rounds(executor, "turn", replicate)[f"r{replicate}-plain"] for replicate in range(6)]
+    assert turns[0] == TURNS
+    assert turns[3:] == [LEAST_ROUNDS] * 3
+    before = len({trial for trial, command in many.asked if command == "turn"}) / 3
+    assert replicates_of(records) > 1.5 * before
+    assert executor.now <= 4100.0

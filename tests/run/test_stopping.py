@@ -16,7 +16,7 @@ from harness.run.executors import Place
 from harness.run.executors.local import LocalExecutor
 from harness.run.measure import measure
 from harness.run.plan import make_plan
-from harness.run.stopping import Stopping
+from harness.run.stopping import Stopping, turn_ratios
 from harness.verdicts.comparand import comparand_of
 from harness.verdicts.series import compare_series, series_of
 
@@ -162,6 +162,30 @@ def test_without_a_limit_nothing_stops(rule, monkeypatch):
     stop = rule()
     monkeypatch.setattr("time.monotonic", lambda: 1e9)
     assert stop(records(40)) is None
+
+
+def test_turns_are_paired_as_they_were_taken():
+    """A replicate's log ratios turn by turn, of each that is compared, with what was cut elsewhere left out."""
+
+    def trial(name, replicate, times, role="variant", side=""):
+        record = records(1)[0]
+        return record.replaced(
+            trial=f"{side}{role}{name}{replicate}", name=name, role=role, side=side, replicate=replicate,
+            samples={"step_time_s": times}, turn_lengths=(2,) * (len(times) // 2),
+        )  # fmt: skip
+
+    taken = [
+        trial("plain", 0, (1.0, 1.0, 2.0, 2.0)), trial("nf4", 0, (2.0, 2.0, 2.0, 2.0)),
+        trial("plain", 1, (1.0, 1.0)), trial("nf4", 1, (1.0, 1.0, 1.0, 1.0)),
+        trial("plain", 0, (1.0, 1.0, 2.0, 2.0), role="control"),
+    ]  # fmt: skip
+    (nf4,) = turn_ratios(taken, "plain")
+    assert nf4 == [pytest.approx([math.log(2), 0.0])]
+    sides = [
+        trial("nf4", 0, (1.0, 1.0), side="base"), trial("nf4", 0, (3.0, 3.0), side="candidate"),
+        trial("nf4", 0, (1.0, 1.0), side="base", role="control"),
+    ]  # fmt: skip
+    assert list(turn_ratios(sides, "plain")) == [[[pytest.approx(math.log(3))]]]
 
 
 # --- in a run ---------------------------------------------------------------------------------------------------------

@@ -17,9 +17,22 @@ PROGRAM = ROOT / "benchmarks" / "selftest" / "fuzz.py"
 CORPUS = ROOT / "tests" / "corpus"
 DOORS = (
     "study policy requirements interpreter kernel variable records records-packed records-listed config gguf tokenizer "
-    "weights cache manifest trials checks answer baselines benchmark compared kineto kineto-packed nsys nsys-packed"
+    "weights cache manifest trials checks answer baselines benchmark compared kineto kineto-packed nsys nsys-packed "
+    "table parquet saved template talk commands require"
 ).split()
-SLOW = ("manifest", "trials", "checks", "benchmark", "gguf", "kernel", "tokenizer", "weights", "answer")
+SLOW = (
+    "manifest",
+    "trials",
+    "checks",
+    "benchmark",
+    "gguf",
+    "kernel",
+    "tokenizer",
+    "weights",
+    "answer",
+    "template",
+    "saved",
+)
 """Doors that do so much with an input that a few have to do."""
 
 

@@ -247,8 +247,8 @@ class LocalExecutor(Here):
             )
         if not isinstance(answer, dict):
             last = log_path.read_text(errors="replace").strip().splitlines()[-1:]
-            said = " ".join(last) or f"their process ended with {exit_words(process.returncode)}"
-            raise InvalidRunError(f"the tokens could not be prepared: {said}. The log is {log_path}.")
+            why = " ".join(last) or f"their process ended with {exit_words(process.returncode)}"
+            raise InvalidRunError(f"the tokens could not be prepared: {why}. The log is {log_path}.")
         if "error" in answer:
             refused = InvalidRunError if answer.get("exit_code") == EXIT_INVALID else UsageError
             raise refused(str(answer["error"]))

@@ -7,14 +7,11 @@ Whoever looks before a run begins must not end by that. So it looks there, withi
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
-from typing import TextIO
 
-from harness.errors import LorameterError, UsageError, shorten
-from harness.machine.bounds import memory_limit
+from harness.errors import UsageError, shorten
 from harness.machine.processes import PARENT, exit_words
 from harness.records import codec
 from harness.studies.data_source import PACKED, DataSource
@@ -22,8 +19,6 @@ from harness.studies.workload import Workload
 
 TIMEOUT_S = 180.0
 """The libraries are imported in 3 to 5 s; a cold disk and a busy machine can make it a minute."""
-MEMORY_BYTES = 4 << 30
-"""Beside what the libraries map; the first records take a hundredth of it."""
 REMEDY = "Restore it, or save it again."
 
 
@@ -65,27 +60,3 @@ def read_answer(code: int, printed: bytes, said: bytes, where: str) -> str:
     last = said.decode(errors="replace").strip().splitlines()[-1:] if code > 0 else []
     why = f"what reads it ended with {exit_words(code)}{''.join(f': {shorten(line)}' for line in last)}"
     raise UsageError(f"{where}: cannot be read: {why}. {REMEDY}")
-
-
-def answer(request: str) -> str:
-    """What the process says that looks: a line of JSON with what was found, or with the refusal."""
-    from harness.trial.data.records import look_here
-
-    workload = codec.from_json(Workload, codec.parse(request), "what to look into")
-    where = f"data {shorten(repr(workload.data))}"
-    try:
-        with memory_limit(MEMORY_BYTES):
-            return json.dumps({"found": look_here(workload)})
-    except LorameterError as error:
-        return json.dumps({"error": str(error)})
-    except MemoryError:
-        why = f"its first records take more than {MEMORY_BYTES >> 30} GiB of memory"
-    except RecursionError:
-        why = "it is nested too deeply"
-    return json.dumps({"error": f"{where}: cannot be read: {why}. {REMEDY}"})
-
-
-def main(reply: TextIO) -> int:
-    """Entry of the process that looks: a Workload as JSON on stdin, the answer in the reply."""
-    reply.write(f"\n{answer(sys.stdin.read())}\n")
-    return 0

@@ -143,6 +143,7 @@ class RankTrial(Trial):
         checks = [*checks, *filter(None, [self._isolation])]
         shard_again(self._built.trainee.model)
         facts = self._observe()
+        shard_again(self._built.trainee.model)
         told = self._party.gather_data(([asdict(check) for check in checks], asdict(facts)))
         every = [_facts(one) for _, one in told]
         merged = merge_checks([[Check(**check) for check in one] for one, _ in told])
