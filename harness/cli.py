@@ -27,6 +27,7 @@ from harness.commands import (
 )
 from harness.errors import EXIT_INVALID, EXIT_UNEXPECTED, LorameterError, redact
 from harness.run.stops import Stops
+from kernels_check.room import lacking
 from kernels_check.streams import with_streams
 from kernels_check.visible import Parser, tell
 
@@ -65,6 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str] | None) -> int:
     options = parser().parse_args(arguments)
     command: Callable[[argparse.Namespace], int] = options.command
+    if said := lacking():
+        tell(f"lorameter: {said}")
+        return EXIT_INVALID
     try:
         with Stops() as stops, stops.interruptible():
             return command(options)

@@ -47,13 +47,17 @@ def impossible(where: str, key: str, value: object, why: str, remedy: str) -> Us
     return UsageError(f"{named} = {shorten(repr(value))}: {why}. {remedy}")
 
 
-_USER = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)[^\s/?#'\"]*@")
-_SECRET = re.compile(r"token$|secret|passw|api[-_]?key|access[-_]?key|credential", re.IGNORECASE)
-_NO_SECRET = re.compile(r"(pad|eos|bos|unk|sep|cls|mask|stop|image|new|max|min)[-_]?token$", re.IGNORECASE)
-"""Tokens of a vocabulary, which options of training scripts name as well."""
+_USER = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)[^\s/?#]*@")
+"""A quote in it is a part of a password: no address ends before its host."""
+_SECRET = re.compile(
+    r"token$|secret|passw|(api|access|private)[-_]?key|credential|(^|[-_])auth$|authorization$", re.IGNORECASE
+)
+_NO_SECRET = re.compile(r"(pad|eos|bos|unk|sep|cls|mask|stop|image|new|max|min)[-_]?token$|^-*no[-_]", re.IGNORECASE)
+"""Tokens of a vocabulary, which options of training scripts name as well, and options that take nothing."""
 HIDDEN = "***"
 """Stands where a credential stood."""
-_QUERY = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://[^\s?#'\"]*\?)[^\s#'\"]+")
+_QUERY = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://[^\s?#'\"]*\?)(?:[^\s#'\"]|['\"](?![\s,.:;)\]}]|$))+")
+"""A quote that nothing of the address follows is that of the text around."""
 
 
 def sounds_secret(name: str) -> bool:

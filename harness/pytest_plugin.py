@@ -19,7 +19,9 @@ from collections.abc import Generator
 import pytest
 
 from harness.commands.options import add_options
+from harness.commands.pytest_output import Output
 from harness.commands.pytest_session import DEFAULT_STUDY, PLUGIN, Session
+from kernels_check.room import lacking
 
 PREFIX = "--lorameter-"
 
@@ -82,6 +84,8 @@ def attach(config: pytest.Config) -> None:
     for name, value in vars(config.option).items():
         if name.startswith("lorameter_") and value == []:  # what argparse makes of --option=--
             raise pytest.UsageError(f"argument --{name.replace('_', '-')}: '--' is no value of it")
+    if said := lacking():
+        raise pytest.UsageError(said)
     if config.getoption("benchmark_cprofile", None):
         raise pytest.UsageError(
             "--benchmark-cprofile: the tests replay recorded samples, so there is nothing of theirs to profile. "
@@ -90,3 +94,4 @@ def attach(config: pytest.Config) -> None:
     if config.getoption("dist", "no") != "no" or config.getoption("numprocesses", None):
         raise pytest.UsageError("pytest-xdist: trials measured beside each other disturb each other. Run without -n.")
     config.pluginmanager.register(Session(config), PLUGIN)
+    config.pluginmanager.register(Output())

@@ -14,9 +14,11 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
+from kernels_check.room import lacking
 from kernels_check.streams import with_streams
 from kernels_check.visible import Parser, tell
 
+EXIT_CHECK_FAILED = 4
 EXIT_UNEXPECTED = 70
 
 
@@ -30,6 +32,9 @@ def _run(argv: Sequence[str] | None) -> int:
     if words in ([], ["--json"]):
         words.insert(0, "probe")
     arguments = _parser().parse_args(words)
+    if said := lacking():
+        tell(f"kernels_check: {said}")
+        return EXIT_CHECK_FAILED
     module, _, function = arguments.run.partition(":")
     try:
         code: int = getattr(import_module(f"kernels_check.{module}"), function)(arguments)

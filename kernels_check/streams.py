@@ -117,6 +117,22 @@ class Result(_Stream):
         raise OutputLostError(error)
 
 
+class Unread(_Stream):
+    """A stream that drops what cannot be written and remembers why: what it tells of is to come to its end."""
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self.lost: OSError | None = None
+
+    def _lost(self, error: OSError) -> None:
+        self.lost = self.lost or error
+
+    def drain(self) -> None:
+        """Have nothing left in a buffer that somebody else would write out."""
+        self._silence()
+        self.flush()
+
+
 def with_streams(name: str, program: Callable[[], int]) -> int:
     """Run a program on the standard streams of this process, and return its exit code or that of a lost output.
 

@@ -14,8 +14,8 @@ ORDER = "errors stats records studies models machine trial attach verdicts resul
 DOORS = ("cli", "pytest_plugin", "worker")
 RANK = {room: place for place, room in enumerate(ORDER)} | dict.fromkeys(DOORS, len(ORDER))
 FLOORS = (
-    *"streams visible check rules rules_report observation trace judges verification serving ranks watching".split(),
-    *"probe controls".split(),
+    *"streams room visible check rules rules_report observation trace judges verification serving ranks".split(),
+    *"watching probe controls".split(),
 )
 """Those of kernels_check; its doors are its two dunder modules."""
 STOREYS = {room: place for place, room in enumerate(FLOORS)} | dict.fromkeys(("__init__", "__main__"), len(FLOORS))

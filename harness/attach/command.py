@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import PurePath
 
-from harness.errors import HIDDEN, UsageError, redact, sounds_secret
+from harness.errors import UsageError, redact
+from harness.studies.credentials import hide_credentials
 from harness.studies.protocol import Protocol
 from harness.studies.script_study import study_of_command
 from harness.studies.study import Study
@@ -15,18 +16,7 @@ from harness.studies.study import Study
 
 def write_command(words: Sequence[str]) -> str:
     """The words as one line; what an option or a name that sounds like a credential is given is left out."""
-    shown: list[str] = []
-    secret = False
-    for word in words:
-        name, equals, _ = word.partition("=")
-        if secret and not word.startswith("-"):
-            shown.append(HIDDEN)
-        elif equals and sounds_secret(name):
-            shown.append(f"{name}={HIDDEN}")
-        else:
-            shown.append(redact(word))
-        secret = word.startswith("-") and not equals and sounds_secret(word)
-    return shlex.join(shown)
+    return shlex.join(map(redact, hide_credentials(words)))
 
 
 def own_command() -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from harness.attach.follower import StepReading, Training
 from harness.attach.gathered import MOST_TIMED
+from harness.attach.traces import ranks_of
 from harness.attach.variables import RUN
 from harness.records import codec, inputs
 from harness.records.document import write_document
@@ -42,7 +43,7 @@ class RankTimes:
 def folder_of(run: Path) -> Path:
     """Where the ranks of a run meet: named after the run where a command was wrapped, else after their launcher."""
     if os.environ.get(RUN):
-        return run.with_name(f".{run.name}.ranks")
+        return ranks_of(run)
     return run.with_name(f".ranks-{os.getppid()}-{os.environ.get('MASTER_PORT', '')}")
 
 

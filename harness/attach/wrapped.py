@@ -17,8 +17,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from harness.attach import traces
 from harness.attach.child import environment
 from harness.attach.shield import say
+from harness.attach.traces import seen_of
 from harness.attach.variables import COMMAND, REQUIRE, RUN, UNSEEN_END
 from harness.errors import UsageError
 from harness.machine.processes import exit_words
@@ -49,7 +51,7 @@ def run_command(words: Sequence[str], path: Path, *, command: str, require: Mapp
         UsageError: there is no such program.
     """
     variables = {RUN: str(path), COMMAND: command, REQUIRE: json.dumps(dict(require))}
-    variables_of_child = environment(os.environ, seen=_seen(path), variables=variables)
+    variables_of_child = environment(os.environ, seen=seen_of(path), variables=variables)
     with _passing_on() as pass_on_to:  # also what comes before the command is there: it would end this process alone
         try:
             process = subprocess.Popen(list(words), env=variables_of_child)
@@ -60,10 +62,6 @@ def run_command(words: Sequence[str], path: Path, *, command: str, require: Mapp
         pass_on_to(process)
         code = process.wait()
     return code if code >= 0 else 128 - code
-
-
-def _seen(path: Path) -> Path:
-    return path.with_name(f".{path.name}.seen")
 
 
 @contextlib.contextmanager
@@ -125,10 +123,8 @@ def settle(path: Path, code: int, *, required: bool) -> bool:
     Returns:
         Whether there is no valid trial.
     """
-    seen = _seen(path)
-    loaded = seen.exists()
-    seen.unlink(missing_ok=True)
-    shutil.rmtree(path.with_name(f".{path.name}.ranks"), ignore_errors=True)
+    loaded = seen_of(path).exists()
+    traces.remove(path)
     if not (path / store.MANIFEST).is_file():
         shutil.rmtree(path, ignore_errors=True)
         say(_why_nothing(code, loaded))

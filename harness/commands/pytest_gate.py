@@ -9,7 +9,7 @@ from __future__ import annotations
 import traceback
 from typing import TYPE_CHECKING
 
-from harness.errors import UsageError
+from harness.errors import UsageError, redact
 from harness.records import store
 from harness.verdicts.baselines import WORD, read_base
 from harness.verdicts.comparand import (
@@ -22,6 +22,7 @@ from harness.verdicts.comparand import (
 )
 from harness.verdicts.compare import compare
 from harness.verdicts.gate import GateResult, Policy, judge, load_policy
+from kernels_check.visible import make_visible
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -88,7 +89,7 @@ class SessionGate:
         try:
             return self._judge(run)
         except Exception:
-            return f"Gate failed: the comparison ended in an error.\n{traceback.format_exc()}"
+            return f"Gate failed: the comparison ended in an error.\n{make_visible(redact(traceback.format_exc()))}"
 
     def _judge(self, run: Run) -> GateResult:
         """The verdicts on a run. Variants that were not selected are not asked for."""

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     import pytest
 
     from harness.records.store import Run
+    from harness.run.display import Display
     from harness.run.executors import Executor
-    from harness.run.measure import Display
 
 OPTION = "--lorameter-resume"
 

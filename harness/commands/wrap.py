@@ -37,6 +37,7 @@ def add_commands(commands: Any, common: Any) -> None:
 def run_wrap(options: argparse.Namespace) -> int:
     """Run the command; the exit code is its own, 128 and the number of the signal that ended it, or 4."""
     from harness.attach.command import write_command
+    from harness.attach.traces import remove_abandoned, wrapping
     from harness.attach.wrapped import run_command, settle
     from harness.records import store
     from harness.studies.script import name_of_words
@@ -48,8 +49,10 @@ def run_wrap(options: argparse.Namespace) -> int:
     runs = store.runs_dir(options.runs_dir, make=True).absolute()
     command = write_command(words)
     path = runs / store.new_run_id(name_of_words(words), runs)
-    code = run_command(words, path, command=command, require=require)
-    invalid = settle(path, code, required=bool(require))
+    remove_abandoned(runs)
+    with wrapping(path):
+        code = run_command(words, path, command=command, require=require)
+        invalid = settle(path, code, required=bool(require))
     if not options.no_report and (path / store.MANIFEST).is_file():
         _report(path)
     return code or (EXIT_INVALID if invalid and require else code)

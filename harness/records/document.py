@@ -19,7 +19,11 @@ def write_document(path: Path, value: Any) -> None:
     Raises:
         OSError: the disk refuses; what was there is there.
     """
-    text = codec.dumps(value, indent=1) + "\n"
+    write_whole(path, codec.dumps(value, indent=1) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """The same with a text."""
     draft = path.with_suffix(".tmp")
     try:
         with draft.open("w", encoding="utf-8", errors="replace") as file:

@@ -25,16 +25,16 @@ from typing import Any, Literal
 
 import msgspec
 
-from harness.errors import UsageError
+from harness.errors import InvalidRunError, UsageError
 from harness.records import codec, inputs, journal
-from harness.records.document import write_document
+from harness.records.document import write_document, write_whole
 from harness.records.evidence import EvidenceFile, LostEvidenceError
 from harness.records.forms import check_manifest
 from harness.records.locks import alone, is_locked
 from harness.records.packed import is_packed, unpacked
 from harness.records.preparation import BaseSummary
 from harness.records.record import SCHEMA, SETTLED, Notice, TrialRecord, require_readable
-from harness.records.refusals import say_refused
+from harness.records.refusals import OF_THE_MACHINE, say_refused, words_of
 from harness.records.trial_lines import TrialLines, line_of
 
 RunStatus = Literal["running", "complete", "interrupted", "failed"]
@@ -107,17 +107,19 @@ def runs_dir(given: str | None, *, make: bool = False) -> Path:
         if not named:
             _hide_from_git(path.parent)
     except OSError as error:
-        raise UsageError(
-            f"runs directory {path}: cannot be made: {error.strerror}. Give another with --runs-dir."
-        ) from None
+        if error.errno in OF_THE_MACHINE:
+            said = words_of(error)
+            raise InvalidRunError(f"runs directory {path}: {said}, or give another with --runs-dir.") from None
+        said = f"cannot be made: {error.strerror}"
+        raise UsageError(f"runs directory {path}: {said}. Give another with --runs-dir.") from None
     return path
 
 
 def _hide_from_git(folder: Path) -> None:
     """What is measured in a repository is no change of it, and the next run is not one "with local changes"."""
     ignored = folder / ".gitignore"
-    if not ignored.exists():
-        ignored.write_text("# made by lorameter\n*\n", encoding="utf-8")
+    if not ignored.exists() or not ignored.stat().st_size:
+        write_whole(ignored, "# made by lorameter\n*\n")
 
 
 def new_run_id(name: str, folder: Path) -> str:

@@ -22,14 +22,16 @@ from harness.records.record import Interleaving, Notice, Side
 from harness.records.store import Run
 from harness.records.units import format_bytes
 from harness.run.contenders import CONTROL_SUFFIX, Contender, sides_of
+from harness.run.display import Display
 from harness.run.executors import open_executor
+from harness.run.executors.hidden import asked_again
 from harness.run.executors.host import Host
 from harness.run.executors.sides import OpenSide, open_side
 from harness.run.executors.workplace import check_side
 from harness.run.feasibility import check_feasible
 from harness.run.forecast import most_of, together_bytes
 from harness.run.levels import fits
-from harness.run.measure import Arm, Display, executor_of, measure
+from harness.run.measure import Arm, executor_of, measure
 from harness.run.plan import Plan, make_plan
 from harness.run.rehearsal import REHEARSED
 from harness.run.resume import INJECTED, PRESENT, check_place, is_calibration, of_commands
@@ -151,7 +153,8 @@ def resume_ab(run: Run, plan: Plan, *, repository: Path, cache: Path, display: D
         display: shows what is going on.
 
     Raises:
-        UsageError: another machine, a side that cannot be had any more, or is another now.
+        UsageError: another machine, a side that cannot be had any more, takes a credential that is not kept, or is
+            another now.
         InvalidRunError: a side whose worker does not start.
     """
     before = run.manifest.sides
@@ -163,7 +166,8 @@ def resume_ab(run: Run, plan: Plan, *, repository: Path, cache: Path, display: D
         arms = [arm for name in SIDES for arm in arms_of(name, Host(), (), before[name])]
         check_place(run, arms[0].executor.facts())
         return measure(plan, runs=run.path.parent, display=display, arms=arms, resume=run.manifest.run)
-    with _open_sides({name: _spec_again(before[name]) for name in SIDES}, repository, cache) as sides:
+    specs = {name: _spec_again(f"run {run.manifest.run}, {name}", before[name]) for name in SIDES}
+    with _open_sides(specs, repository, cache) as sides:
         arms = []
         for name, side in sides.items():
             made = arms_of(name, side.host, side.declared, before[name], executor_of(plan.study))
@@ -184,9 +188,13 @@ def _open_sides(specs: Mapping[Side, str], repository: Path, cache: Path) -> Ite
         yield sides
 
 
-def _spec_again(side: Mapping[str, Any]) -> str:
-    """The word that names the same side again; a branch may have moved since, its commit has not."""
-    return str(side["facts"]["git"]["commit"] if side["kind"] == "revision" else side["spec"])
+def _spec_again(whose: str, side: Mapping[str, Any]) -> str:
+    """The word that names the same side again; a branch may have moved since, its commit has not.
+
+    Raises `UsageError` where it takes a credential that is not kept."""
+    if side["kind"] == "revision":
+        return str(side["facts"]["git"]["commit"])
+    return asked_again(whose, side["spec"]) if side["kind"] == "requirements" else str(side["spec"])
 
 
 def _check_unchanged(run: Run, name: Side, now: Mapping[str, Any]) -> None:

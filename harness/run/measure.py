@@ -10,12 +10,11 @@ import contextlib
 import dataclasses
 import sys
 import time
-import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from harness.errors import InvalidRunError
 from harness.machine import provenance
@@ -23,18 +22,18 @@ from harness.machine.provenance import Facts, Machine
 from harness.records import codec, store
 from harness.records.metrics import PHASES
 from harness.records.preparation import Hello, TokenSummary
-from harness.records.record import Notice, Side, TrialRecord
+from harness.records.record import Notice, Side
 from harness.records.refusals import say_refused
 from harness.records.store import Manifest, Run, RunWriter
 from harness.run.bases import foresee_cold, prepare_bases
 from harness.run.budget import Budget
-from harness.run.conductor import Watcher
 from harness.run.contenders import contenders_of, variants_of, workloads_of
+from harness.run.display import Display, Shielded
 from harness.run.executors import SCRIPTS, Executor, open_executor
 from harness.run.feasibility import check_feasible
 from harness.run.forecast import together_bytes, total_of
 from harness.run.levels import choose_level
-from harness.run.plan import Plan, Slot, make_plan
+from harness.run.plan import Plan, make_plan
 from harness.run.rehearsal import REHEARSED, rehearse
 from harness.run.resume import continue_manifest, is_finished, mend_manifest
 from harness.run.runner import Measured, find_unsettled, keep_records, run_plan
@@ -46,19 +45,6 @@ from harness.run.stops import Stops
 from harness.studies.study import Study
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
-
-
-class Display(Watcher, Protocol):
-    """Shows a run under way."""
-
-    def starting(self, plan: Plan, run_id: str) -> None:
-        """The worker is being started."""
-
-    def tokens_prepared(self, data: str) -> None:
-        """What the data that somebody gave was recognised as."""
-
-    def rehearsed(self, plan: Plan, notices: Sequence[Notice]) -> None:
-        """The scripts of a plan have been rehearsed: the level that follows, and what is to be known of them."""
 
 
 def plan_study(
@@ -269,48 +255,8 @@ def _is_watched() -> bool:
 
 def _mend(run: Run) -> Run:
     """A run whose trials are all there, as one that is complete."""
-    writer = RunWriter(run.path.parent, mend_manifest(run.manifest))
-    writer.finish("complete", stopped=run.manifest.stopped)
+    RunWriter(run.path.parent, mend_manifest(run.manifest)).finish("complete", stopped=run.manifest.stopped)
     return store.read_run(str(run.path), run.path.parent)
-
-
-class Shielded:
-    """A display that can do no harm: an error in it is told, once, and what it tells of goes on unseen."""
-
-    def __init__(self, display: Display) -> None:
-        self._display: Display | None = display
-
-    def starting(self, plan: Plan, run_id: str) -> None:
-        """As the display's."""
-        self._tell(lambda display: display.starting(plan, run_id))
-
-    def tokens_prepared(self, data: str) -> None:
-        """As the display's."""
-        self._tell(lambda display: display.tokens_prepared(data))
-
-    def rehearsed(self, plan: Plan, notices: Sequence[Notice]) -> None:
-        """As the display's."""
-        self._tell(lambda display: display.rehearsed(plan, notices))
-
-    def trial_phase(self, slot: Slot, phase: str) -> None:
-        """As the display's."""
-        self._tell(lambda display: display.trial_phase(slot, phase))
-
-    def trial_ended(self, record: TrialRecord) -> None:
-        """As the display's."""
-        self._tell(lambda display: display.trial_ended(record))
-
-    def _tell(self, what: Callable[[Display], None]) -> None:
-        if self._display is None:
-            return
-        try:
-            what(self._display)
-        except MemoryError:  # the loop has no more of it either, and says so
-            self._display = None
-        except (Exception, SystemExit):  # rich leaves the program where nobody reads its console
-            self._display = None
-            with contextlib.suppress(OSError):
-                traceback.print_exc()
 
 
 def _tokens(plan: Plan, prepared: Mapping[Workload, TokenSummary]) -> dict[str, Any]:

@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
-from harness.errors import HIDDEN, UsageError, shorten, sounds_secret
+from harness.errors import UsageError, shorten, sounds_secret
 from harness.studies import limits
+from harness.studies.credentials import hide_credentials, refuse_credentials
 from harness.studies.protocol import STEPS_PER_TURN, Protocol
 from harness.studies.workload import Workload
 
@@ -53,9 +54,10 @@ def check_script(label: str, variant: Variant) -> None:
                 f"{label}: {field.name} = {getattr(variant, field.name)!r}: the variant is a command, and its script "
                 "says what is trained. Give it to the script as an argument, and take it out here."
             )
-    _refuse_credentials(label, split_command(label, variant.command))
+    refuse_credentials(label, split_command(label, variant.command))
     for key in ("cwd", "python"):
         limits.check_word(label, key, getattr(variant, key))
+        refuse_credentials(f"{label}: {key}", [getattr(variant, key)])
     for name, value in variant.env.items():
         if not _VARIABLE.fullmatch(name) or "\0" in value:
             raise UsageError(f"{label}: env.{shorten(name, 60)}: no variable can be called or be that. Mend the name.")
@@ -64,6 +66,7 @@ def check_script(label: str, variant: Variant) -> None:
                 f"{label}: env.{name}: a credential, and what stands here is written into the run. Set it where "
                 "lorameter is started: scripts inherit it."
             )
+        refuse_credentials(f"{label}: env.{name}", [value])
 
 
 def script_workload(threads: int = 1) -> Workload:
@@ -101,18 +104,6 @@ def check_scripts(study: Study) -> None:
         )
 
 
-def _refuse_credentials(label: str, words: Sequence[str]) -> None:
-    for word, following in zip(words, [*words[1:], ""], strict=True):
-        name, equals, value = word.partition("=")
-        if (equals or name.startswith("-")) and sounds_secret(name):
-            given = value if equals else following
-            if given not in ("", HIDDEN) and not given.startswith("-"):
-                raise UsageError(
-                    f"{label}: {shorten(name, 60)} reads like a credential, and a command is written into the run. "
-                    "Leave it out: scripts inherit the credentials of your environment, as HF_TOKEN."
-                )
-
-
 def time_steps(protocol: Protocol, steps: int) -> Protocol:
     """The protocol with so many timed steps of each process, in turns as long as they are by default.
 
@@ -135,22 +126,23 @@ def split_command(label: str, command: str) -> list[str]:
     """
     if "\0" in command or len(command) > limits.TEXT_CHARACTERS:
         raise UsageError(f"{label}: command = {shorten(repr(command), 80)}: too long, or no text. Mend it.")
+    named = f"{label}: command = {shorten(repr(' '.join(hide_credentials(command.split()))), 80)}"
     try:
         words = shlex.split(command)
     except ValueError as error:
-        raise UsageError(f"{label}: command = {shorten(repr(command), 80)}: {error}. Close the quote.") from None
+        raise UsageError(f"{named}: {error}. Close the quote.") from None
     if not words or not words[0]:
         raise UsageError(f'{label}: command = {command!r}: no program in it. Write one, as "python train.py --r 64".')
     for word in words:
         if word in _SHELL:
             raise UsageError(
-                f"{label}: command = {shorten(repr(command), 80)}: {word!r} is for a shell, and there is none. "
+                f"{named}: {word!r} is for a shell, and there is none. "
                 "Name the one command that trains; what comes before it belongs into a script or is done beforehand."
             )
     if _ASSIGNMENT.fullmatch(words[0]):
         raise UsageError(
-            f"{label}: command = {shorten(repr(command), 80)}: {words[0]!r} sets a variable, for which it takes a "
-            f"shell. Write it as env = {{ ... }} in a study, or put `env` in front: env {shorten(command, 60)}"
+            f"{named}: {hide_credentials(words)[0]!r} sets a variable, for which it takes a shell. Write it as "
+            "env = { ... } in a study, or put `env` in front of the command."
         )
     return words
 

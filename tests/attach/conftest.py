@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,28 @@ class Listener:
     def end(self, error, *, seen=True):
         self.ends.append(error)
         self.seen.append(seen)
+
+
+class Clock:
+    """Goes on a little with each reading, and by what is waited."""
+
+    def __init__(self):
+        self._now_s = 0.0
+
+    def __call__(self):
+        self._now_s += 1e-4
+        return self._now_s
+
+    def wait(self, seconds):
+        self._now_s += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Planted: what steps are timed by."""
+    planted = Clock()
+    monkeypatch.setattr(time, "perf_counter", planted)
+    return planted
 
 
 @pytest.fixture

@@ -1,9 +1,13 @@
 """A command as it is written down: whatever sounds like a credential is left out, and nothing else."""
 
+import shlex
+
 import pytest
 
 from harness.attach.command import write_command
+from harness.cli import main
 from harness.errors import UsageError
+from harness.studies.script import split_command
 from harness.studies.variant import Variant
 
 SECRET = "hf_abcdef"
@@ -34,3 +38,82 @@ def test_tokens_of_a_vocabulary_are_no_credentials(option):
     words = ["python", "train.py", option, "x"]
     assert write_command(words) == f"python train.py {option} x"
     assert Variant(name="a", command=" ".join(words)).command
+
+
+DEEP = [
+    ["https://user:hunter2@host/x"],
+    ["--data", "https://user:hun'ter2@host/x"],
+    ["https://hunter2@host/x"],
+    ["https://host/x?rev=1&X-Amz-Signature=hunter2"],
+    ["sh", "-c", "python t.py --hub_token hunter2 && ls"],
+    ["sh", "-c", "HF_TOKEN=hunter2 python t.py"],
+    ["sh", "-c", "env API_KEY='hunter2 x' python t.py"],
+    ["--header", "Authorization: Bearer hunter2"],
+    ["--header=Authorization:hunter2"],
+    ["--auth", "hunter2"],
+    ["--config", '{"hub": {"token": "hunter2", "push": true}}'],
+    ["--config", "{token: hunter2}"],
+    ["-c", "login(token='hunter2')"],
+    ["-c", "password = 'hunter2'"],
+    ["hf_hunter2hunter2hunter2"],
+]
+
+
+@pytest.mark.parametrize("words", DEEP)
+def test_a_credential_that_stands_deeper_is_found_as_well(words):
+    """In an address, in a line for a shell, in a header, in JSON, in a program, by its own shape."""
+    line = ["python", "train.py", *words]
+    written = write_command(line)
+    assert "hunter2" not in written
+    with pytest.raises(UsageError, match="inherit the credentials of your environment") as refused:
+        Variant(name="a", command=shlex.join(line))
+    assert "hunter2" not in str(refused.value)
+    assert Variant(name="a", command=written).command == written
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--model", "https://host:8080/x?revision=2"],
+        ["git+ssh://git@github.com/x/y"],
+        ["sh", "-c", "python t.py --hub_token $HF_TOKEN"],
+        ["--use_auth_token", "True", "--no-auth", "x"],
+        ["--hub_token=None"],
+        ["--config", '{"push_token": null, "tokenizer": "x", "pad_token": "</s>"}'],
+        ["--author", "me", "--max_tokens", "5"],
+        ["-c", "token = os.environ['HF_TOKEN']"],
+    ],
+)
+def test_what_is_no_credential_is_taken(words):
+    """A host and port, a query, a key of SSH, the name of a variable, a switch, a token of a vocabulary."""
+    assert Variant(name="a", command=shlex.join(["python", "train.py", *words])).command
+
+
+@pytest.mark.parametrize("value", ["http://user:hunter2@proxy:3128", '{"token": "hunter2"}'])
+def test_a_variable_of_a_study_is_read_by_the_same_rule(value):
+    """What stands in `env` is written into the run as well."""
+    with pytest.raises(UsageError, match=r"env\.SOME: ") as refused:
+        Variant(name="a", command="python train.py", env={"SOME": value})
+    assert "hunter2" not in str(refused.value)
+
+
+def test_what_cannot_be_a_command_is_refused_without_its_credential():
+    """The refusal repeats the command."""
+    for line in ("HF_TOKEN=hunter2 python t.py", "python t.py --hub_token hunter2 | tee", "a 'b --auth=hunter2"):
+        with pytest.raises(UsageError) as refused:
+            split_command("variant", line)
+        assert "hunter2" not in str(refused.value)
+
+
+@pytest.mark.parametrize("option", ["--base-command", "--candidate-command", "--command"])
+def test_no_door_takes_a_command_with_a_credential(option, tmp_path, capsys):
+    """Either side of an A/B, and a command on both: refused before anything is started or written."""
+    words = {"--base-command": "true", "--candidate-command": "true"} if option != "--command" else {}
+    words |= {option: "python t.py https://user:hunter2@host/x"}
+    sides = ["--base", "HEAD", "--candidate", "HEAD"] if option == "--command" else []
+    flat = [word for pair in words.items() for word in pair]
+    assert main(["ab", *sides, *flat, "--json", "--runs-dir", str(tmp_path / "runs")]) == 2
+    told = "".join(capsys.readouterr())
+    assert "reads like a credential" in told
+    assert "hunter2" not in told
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))

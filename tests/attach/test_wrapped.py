@@ -7,9 +7,11 @@ import sys
 import textwrap
 from pathlib import Path
 
+import psutil
 import pytest
 
 from harness.attach import wrapped
+from harness.attach.traces import remove_abandoned
 from harness.cli import main
 from harness.commands.wrap import read_requirements
 from harness.errors import UsageError
@@ -225,3 +227,24 @@ def test_the_hook_is_where_it_is_said_to_be():
     from harness.attach.child import HOOK
 
     assert (Path(HOOK) / "sitecustomize.py").is_file()
+
+
+def test_a_wrap_that_is_killed_leaves_nothing_that_the_next_does_not_remove(tmp_path, monkeypatch):
+    """Unless its command goes on without it, whose ranks meet there."""
+    monkeypatch.chdir(tmp_path)
+    fifo = tmp_path / "until"
+    os.mkfifo(fifo)
+    runs = tmp_path / "runs"
+    text = "open('runs-on', 'w').write('x'); open('until').read()"
+    words = [sys.executable, "-m", "harness.cli", "wrap", "--runs-dir", "runs", "--", sys.executable, "-c", text]
+    with subprocess.Popen(words, stdin=subprocess.PIPE) as process, fifo.open("w"):  # opened when the command waits
+        (command,) = psutil.Process(process.pid).children()
+        process.kill()
+        process.wait()
+        left = {path.name for path in runs.iterdir()}
+        assert {name.rpartition(".")[2] for name in left} == {"seen", "wrapped"}
+        remove_abandoned(runs)
+        assert {path.name for path in runs.iterdir()} == left
+    psutil.wait_procs([command])
+    assert main(["wrap", "--runs-dir", "runs", "--", "true"]) == 0
+    assert not list(runs.iterdir())

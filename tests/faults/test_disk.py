@@ -3,6 +3,7 @@ the message names what was refused and what to do, the exit code is that of a ma
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import resource
@@ -141,6 +142,57 @@ def test_a_disk_that_cannot_be_written_from_the_start_is_a_refusal(command, smal
     assert done.returncode == 4, done.stderr
     assert "could not begin" in done.stderr
     assert done.stderr.endswith("Read-only file system. Choose a folder that can be written.\n")
+
+
+@pytest.fixture
+def own_folder(small_disk, monkeypatch):
+    """The small disk as the folder one stands in, where runs are kept by default."""
+    monkeypatch.chdir(small_disk)
+    monkeypatch.delenv(store.ENV_RUNS, raising=False)
+    yield small_disk
+    monkeypatch.undo()  # nobody stands in it when it is unmounted
+
+
+@pytest.mark.usefixtures("own_folder")
+def test_the_default_folder_on_a_read_only_disk_is_a_refusal(command, small_disk):
+    """As one that is named: the machine cannot measure, and no word of the user's is wrong."""
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    done = subprocess.run(in_default_folder(command()), capture_output=True, text=True, check=False)
+    assert done.returncode == 4, done.stderr
+    assert "Read-only file system. Choose a folder that can be written, or give another with --runs-dir" in done.stderr
+
+
+@pytest.mark.usefixtures("own_folder")
+def test_the_default_folder_on_a_full_disk_is_a_refusal(command, small_disk):
+    """No half of what hides it from git stays."""
+    with contextlib.suppress(OSError), (small_disk / "ballast").open("wb", buffering=0) as ballast:
+        while ballast.write(b"x" * 4096):
+            pass
+    done = subprocess.run(in_default_folder(command()), capture_output=True, text=True, check=False)
+    assert done.returncode == 4, done.stderr
+    assert "No space left on device. Free space there, or give another with --runs-dir" in done.stderr
+    assert not (small_disk / ".lorameter" / ".gitignore").exists()
+
+
+def in_default_folder(words):
+    """A command without its --runs-dir."""
+    place = words.index("--runs-dir")
+    return words[:place] + words[place + 2 :]
+
+
+def test_a_default_folder_that_is_half_made_is_mended(tmp_path, monkeypatch):
+    """What hides it from git is there whole or not at all; an empty file of before is mended."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv(store.ENV_RUNS, raising=False)
+    hidden = tmp_path / ".lorameter" / ".gitignore"
+    hidden.parent.mkdir()
+    for _ in range(2):
+        hidden.with_suffix(".tmp").symlink_to("/dev/full")
+        with pytest.raises(InvalidRunError, match=r"No space left on device\. Free space there, or give another"):
+            store.runs_dir(None, make=True)
+        store.runs_dir(None, make=True)
+        assert hidden.read_text().endswith("*\n")
+        hidden.write_text("")
 
 
 def test_a_refusal_names_the_run_only_where_there_is_one(tmp_path):

@@ -3,12 +3,15 @@ is left behind, the exit code is 4, and it can be gone on with."""
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 
 import psutil
 import pytest
+
+from harness.machine.guard import marked
 
 ASKED = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
@@ -176,3 +179,59 @@ def test_a_second_run_on_the_device_is_refused_or_waits(command, stopped, tmp_pa
                 (second if stopping else first).terminate()
                 second.communicate()
             assert second.returncode == (4 if stopping else 0)
+
+
+SCRIPT = """
+import os, subprocess, sys
+started = "import os, time; open(os.environ['STARTED'], 'w').write('up'); time.sleep(300)"
+subprocess.Popen([sys.executable, "-c", started], start_new_session=True).wait()
+"""
+"""Starts another in a session of its own, as a launcher does, and waits for it."""
+
+
+@pytest.fixture
+def launcher(tmp_path, monkeypatch):
+    """A script that has told when its other process is there, and a function that finds both of these."""
+    (tmp_path / "launch.py").write_text(SCRIPT)
+    started = tmp_path / "started"
+    os.mkfifo(started)
+    monkeypatch.setenv("STARTED", str(started))
+    return started, lambda: [psutil.Process(pid) for pid in marked(f"STARTED={started}".encode())]
+
+
+@pytest.mark.parametrize("number", [*ASKED, signal.SIGKILL])
+def test_a_run_of_commands_that_is_stopped_leaves_no_process(number, tmp_path, launcher, temporary):
+    """What a launcher has started elsewhere included; nothing was measured, so there is no verdict."""
+    (tmp_path / "study.toml").write_text(
+        f"[[variant]]\nname = 'a'\ncommand = '{sys.executable} launch.py'\ncwd = '{tmp_path}'\n"
+        f"[[variant]]\nname = 'b'\ncommand = '{sys.executable} launch.py 2'\ncwd = '{tmp_path}'\n"
+    )
+    words = ["run", str(tmp_path / "study.toml"), "--runs-dir", str(tmp_path / "runs"), "--interleave", "replicates"]
+    with subprocess.Popen([sys.executable, "-m", "harness.cli", *words], stderr=subprocess.PIPE, text=True) as process:
+        assert launcher[0].read_text() == "up"
+        of_it = launcher[1]()
+        process.send_signal(number)
+        _, err = process.communicate(timeout=120)
+    assert "Traceback" not in err
+    assert process.returncode == (4 if number in ASKED else -number), err
+    _, alive = psutil.wait_procs(of_it, timeout=60)
+    assert not alive
+    assert number == signal.SIGKILL or not list(temporary.iterdir())
+
+
+@pytest.mark.parametrize("number", ASKED)
+def test_a_wrapped_command_that_is_told_to_stop(number, tmp_path):
+    """The signal is the command's; the code is its end, and no trace is left beside the runs."""
+    os.mkfifo(tmp_path / "started")
+    text = (
+        "import signal, sys, time\nsignal.signal(signal.SIGINT, signal.SIG_DFL)\nopen(sys.argv[1], 'w').write('up')\n"
+    )
+    command = [sys.executable, "-c", f"{text}time.sleep(300)", str(tmp_path / "started")]
+    words = [sys.executable, "-m", "harness.cli", "wrap", "--runs-dir", str(tmp_path / "runs"), "--", *command]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert (tmp_path / "started").read_text() == "up"
+        process.send_signal(number)
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + number
+    assert number.name in err
+    assert not list((tmp_path / "runs").iterdir())

@@ -17,7 +17,7 @@ import pytest
 import kernels_check.__main__
 import kernels_check.streams
 from harness.cli import main
-from harness.run.measure import Shielded
+from harness.run.display import Shielded
 from kernels_check.streams import EXIT_CLOSED_PIPE, Aside
 
 RUNS = Path(__file__).parents[1] / "golden" / "runs"
@@ -102,6 +102,23 @@ def test_a_measurement_whose_reader_has_gone_goes_on(ends, command, closed_pipe,
     assert len(run.records) == len(run.manifest.order)
 
 
+def test_a_session_of_pytest_whose_reader_has_gone_goes_on(session, closed_pipe, only_run, tmp_path):
+    """pytest's own end would be 1, which means a regression: every trial is measured and saved, and the code is 141."""
+    done = subprocess.run(session(), stdout=closed_pipe, stderr=subprocess.PIPE, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == EXIT_CLOSED_PIPE, done.stderr
+    assert "Traceback" not in done.stderr
+    run = only_run()
+    assert (run.state, {record.status for record in run.records}) == ("complete", {"ok"})
+
+
+def test_a_session_of_pytest_on_a_full_disk_is_no_verdict(session, only_run, tmp_path):
+    """Behind its output: the run is whole, and the session does not pass."""
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(session(), stdout=full, stderr=subprocess.PIPE, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 4, done.stderr
+    assert only_run().state == "complete"
+
+
 def test_a_terminal_that_is_closed_loses_nothing(command, only_run):
     """The asides go to a terminal whose other end closes before the first of them is written: reading and writing fail
     there with EIO, and the display that draws on it is silent."""
@@ -134,6 +151,20 @@ def test_a_display_raises_nothing_into_the_loop(error):
     shielded.trial_phase(None, "")
     shielded.trial_ended(None)
     assert Broken.asked == 1
+
+
+def test_what_a_display_dies_of_acts_on_no_terminal(capsys):
+    """It repeats text from outside, which may hold an escape sequence or a password."""
+
+    class Broken:
+        def trial_ended(self, record):
+            raise ValueError("\x1b]0;title\x07 of https://user:hunter2@host/x")
+
+    Shielded(Broken()).trial_ended(None)
+    told = capsys.readouterr().err
+    assert "host/x" in told
+    assert "\x1b" not in told
+    assert "hunter2" not in told
 
 
 def test_an_output_that_knows_ascii_only_shows_all_text(tmp_path):

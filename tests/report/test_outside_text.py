@@ -40,6 +40,8 @@ URLS = (
     f"https://user:p@{SECRET}@example.org/peft.whl",
     f"https://example.org/peft.whl?sig={SECRET}&t=1",
     f"http://{SECRET}:{SECRET}@proxy:3128",
+    f"https://user:p'{SECRET}@example.org/peft.whl",
+    f"https://example.org/peft.whl?a='&sig='{SECRET}",
 )
 
 

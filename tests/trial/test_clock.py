@@ -9,27 +9,29 @@ import torch
 from torch import nn
 
 from harness.machine.memory import MemoryGauge, host_bytes
-from harness.trial.clock import Stopwatch
+from harness.trial.clock import Lap, Stopwatch
 from harness.trial.memory import resident_bytes
 
 
-def test_the_clock_tells_waiting_from_working():
-    """Sleeping takes wall time and no CPU time; a busy loop takes both."""
+@pytest.fixture
+def pass_(monkeypatch):
+    """A function that lets time pass: on the wall, and of it on the process's CPUs. Nothing else does."""
+    now = {"perf_counter": 100.0, "process_time": 50.0}
+    for name in now:
+        monkeypatch.setattr(time, name, lambda name=name: now[name])
+
+    def passing(wall_s, cpu_s):
+        now["perf_counter"] += wall_s
+        now["process_time"] += cpu_s
+
+    return passing
+
+
+def test_the_clock_tells_waiting_from_working(pass_):
+    """What sleeps takes wall time and no CPU time; two busy threads take more of it than the wall has."""
     watch = Stopwatch("cpu")
-    _, asleep = watch(lambda: time.sleep(0.05))
-    assert asleep.time_s >= 0.05
-    assert asleep.cpu_time_s < 0.02
-
-    def spin():
-        end = time.process_time() + 0.05
-        while time.process_time() < end:
-            pass
-        return 7
-
-    result, busy = watch(spin)
-    assert result == 7
-    assert busy.cpu_time_s >= 0.05
-    assert busy.time_s >= 0.045
+    assert watch(lambda: pass_(0.5, 0.0)) == (None, Lap(0.5, 0.0))
+    assert watch(lambda: pass_(0.5, 1.0) or 7) == (7, Lap(0.5, 1.0))
 
 
 @pytest.fixture
@@ -52,20 +54,21 @@ def device(monkeypatch):
     return asked
 
 
-def test_what_happens_meanwhile_is_between_the_last_launch_and_the_waiting(device):
+def test_what_happens_meanwhile_is_between_the_last_launch_and_the_waiting(device, pass_):
     """The device's own stamps are both set by then, and the process's CPU time is without it."""
+
+    def call():
+        device.append("call")
+        pass_(0.25, 0.25)
+        return 7
 
     def look():
         device.append("look")
-        end = time.process_time() + 0.05
-        while time.process_time() < end:
-            pass
+        pass_(4.0, 4.0)
 
     watch = Stopwatch("cuda:0")
-    result, lap = watch(lambda: device.append("call") or 7, look)
+    assert watch(call, look) == (7, Lap(1.0, 0.25))
     assert device == ["wait", "event", "call", "event", "look", "wait"]
-    assert (result, lap.time_s) == (7, 1.0)
-    assert lap.cpu_time_s < 0.04
     watch(lambda: device.append("call"))
     assert device[6:] == ["wait", "event", "call", "event", "wait"]
 

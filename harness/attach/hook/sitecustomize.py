@@ -72,7 +72,8 @@ def attempt(call: Any) -> Any:
     except Exception as error:
         if sys.__stderr__ is not None:
             text = "lorameter: the training is not followed: {}: {}".format(type(error).__name__, error)
-            print(text, file=sys.__stderr__, flush=True)
+            visible = "".join(one if one.isprintable() or one == "\n" else ascii(one)[1:-1] for one in text)
+            print(visible, file=sys.__stderr__, flush=True)
         return None
 
 

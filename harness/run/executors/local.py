@@ -16,7 +16,7 @@ from typing import Any
 
 from harness.errors import EXIT_INVALID, InvalidRunError, UsageError, shorten
 from harness.machine import provenance
-from harness.machine.processes import FAULTS, PARENT, exit_words, kill_group
+from harness.machine.processes import FAULTS, PARENT, exit_words
 from harness.machine.provenance import Facts
 from harness.models import bases
 from harness.records import codec
@@ -24,6 +24,7 @@ from harness.records.preparation import BaseSummary, Hello, TokenSummary
 from harness.records.record import SCHEMA, Failure, Fragment
 from harness.records.refusals import REFUSED, RefusedError
 from harness.run.executors import Executor, Place, Worker, WorkerLostError
+from harness.run.executors.answer import ask_once
 from harness.run.executors.disk import Disk
 from harness.run.executors.forked import silence
 from harness.run.executors.here import Here
@@ -195,7 +196,8 @@ class LocalExecutor(Here):
         log, timeout = Path(request.log_path), request.protocol.step_timeout_s
         printed = log.stat().st_size if log.is_file() else 0
         read, write = os.pipe()
-        with open(read, encoding="utf-8", errors="replace") as reply:  # noqa: PTH123
+        with contextlib.ExitStack() as stack:
+            stack.callback(os.close, read)
             begin = time.monotonic()
             try:
                 process = self._spawn("cold", write, log, stdin=subprocess.PIPE)
@@ -203,14 +205,9 @@ class LocalExecutor(Here):
                 os.close(write)
             message = json.dumps({"request": codec.to_json(request), "spawned_monotonic_s": begin})
             try:
-                process.communicate(message.encode(), timeout=timeout)
-            except BaseException as error:
-                kill_group(process.pid)
-                process.wait()
-                if isinstance(error, subprocess.TimeoutExpired):
-                    raise WorkerLostError("timeout", silence("cold", timeout)) from None
-                raise
-            text = reply.read()
+                text = ask_once(process, message.encode(), read, timeout).decode(errors="replace")
+            except TimeoutError:
+                raise WorkerLostError("timeout", silence("cold", timeout)) from None
         if process.returncode != 0 or not text:
             said = log.read_bytes()[printed:].decode(errors="replace").strip()
             last = said.splitlines()[-1:] or ["it printed nothing"]
@@ -231,14 +228,12 @@ class LocalExecutor(Here):
         )
         log_path = disk.logs / f"tokens{self._suffix}.log"
         with self._spawn("tokens", None, log_path, threads=1, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
             try:
-                written, _ = process.communicate(request.encode(), timeout=TOKENS_TIMEOUT_S)
-            except BaseException as error:
-                kill_group(process.pid)
-                if isinstance(error, subprocess.TimeoutExpired):
-                    over = f"the tokens took over {TOKENS_TIMEOUT_S:g} s; the log is {log_path}."
-                    raise InvalidRunError(over) from None
-                raise
+                written = ask_once(process, request.encode(), process.stdout, TOKENS_TIMEOUT_S)
+            except TimeoutError:
+                over = f"the tokens took over {TOKENS_TIMEOUT_S:g} s; the log is {log_path}."
+                raise InvalidRunError(over) from None
         lines = written.decode(errors="replace").strip().splitlines()
         answer = None
         if process.returncode == 0 and lines:

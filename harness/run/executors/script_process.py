@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import socket
 import struct
 import subprocess
@@ -19,6 +18,7 @@ from typing import IO, Any
 
 from harness.attach.turns import SOCKET, address
 from harness.attach.variables import SEEN
+from harness.machine.guard import Guard, kill_marked, marked
 from harness.machine.processes import end_with_parent, held_back, kill_group
 from harness.run.executors.channel import Channel
 from harness.run.stops import SIGNALS
@@ -79,6 +79,9 @@ class ScriptProcess:
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         with contextlib.ExitStack() as stack:
             stack.callback(self._listener.close)
+            with held_back(SIGNALS):
+                self._guard = Guard(self._marker)
+                stack.callback(self._guard.close)
             self._listener.bind(address(turns))
             self._listener.listen(8)
             with log.open("ab") as file:
@@ -144,19 +147,14 @@ class ScriptProcess:
     def kill(self) -> None:
         """End it and whatever it has started, wherever that is."""
         kill_group(self._process.pid)
-        for _ in range(5):  # what is being started while it is looked for
-            others = self._others()
-            for pid in others:
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.kill(pid, signal.SIGKILL)
-            if not others:
-                break
+        kill_marked(self._marker)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(END_TIMEOUT_S)
 
     def close(self) -> None:
         """Kill it, and no more of this conversation."""
         self.kill()
+        self._guard.close()
         if self._channel is not None:
             self._channel.close()
         self._listener.close()
@@ -167,10 +165,4 @@ class ScriptProcess:
 
     def _others(self) -> list[int]:
         """Processes of this trial but the first, by the socket in their environment."""
-        found = []
-        for folder in Path("/proc").iterdir():
-            if folder.name.isdigit() and int(folder.name) != self._process.pid:
-                with contextlib.suppress(OSError):  # it has ended, or is another user's
-                    if self._marker in (folder / "environ").read_bytes().split(b"\0"):
-                        found.append(int(folder.name))
-        return found
+        return [pid for pid in marked(self._marker) if pid != self._process.pid]

@@ -15,9 +15,11 @@ import threading
 import time
 import types
 
+import psutil
 import pytest
 
 from harness.attach.turns import SOCKET, address
+from harness.machine.guard import marked
 from harness.run.executors import script_process
 from harness.run.executors.script import ScriptExecutor
 from harness.run.executors.script_process import ScriptProcess
@@ -151,6 +153,8 @@ def test_a_signal_that_stops_a_run_waits_for_a_start(start, monkeypatch):
     plain, met = subprocess.Popen, []
 
     def stopped(*args, **kwargs):
+        if "preexec_fn" not in kwargs:  # what watches over it, which is started first
+            return plain(*args, **kwargs)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.05)  # the other thread may be the one that is interrupted
         met.append(plain(*args, **kwargs))
@@ -176,3 +180,34 @@ def test_what_is_started_holds_no_signal_back(start, tmp_path):
     process = start("grep", "SigBlk", "/proc/self/status")
     assert process.ended(30) == 0
     assert int((tmp_path / "log").read_text().split()[1], 16) == 0
+
+
+LAUNCHER = """
+import subprocess, sys
+started = "import time; open('started', 'w').write('up'); time.sleep(300)"
+subprocess.Popen([sys.executable, "-c", started], start_new_session=True).wait()
+"""
+PARENT = """
+import os, sys, time
+from pathlib import Path
+from harness.attach.turns import SOCKET
+from harness.run.executors.script_process import ScriptProcess
+turns, folder, launcher = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
+words = [sys.executable, "-c", launcher]
+process = ScriptProcess(words, {**os.environ, SOCKET: turns}, folder=folder, log=folder / "log", turns=turns)
+time.sleep(300)
+"""
+
+
+def test_what_a_launcher_started_ends_with_a_parent_that_is_killed(tmp_path):
+    """In a session of its own, where neither the kernel nor a signal to the group reaches it."""
+    turns = f"@lorameter-test-{secrets.token_hex(8)}"
+    os.mkfifo(tmp_path / "started")
+    with subprocess.Popen([sys.executable, "-c", PARENT, turns, str(tmp_path), LAUNCHER]) as parent:
+        assert (tmp_path / "started").read_text() == "up"
+        started = [psutil.Process(pid) for pid in marked(f"{SOCKET}={turns}".encode())]
+        assert len(started) == 2
+        others = psutil.Process(parent.pid).children()  # the one that watches is among them
+        parent.kill()
+    _, alive = psutil.wait_procs([*started, *others], timeout=60)
+    assert not alive
