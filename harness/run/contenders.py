@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from harness.errors import UsageError
+from harness.records.metrics import PHASES
 from harness.records.record import Role, Side
 from harness.studies.protocol import Protocol
 from harness.studies.study import Study, unknown
@@ -108,3 +109,11 @@ def variants_of(contenders: Iterable[Contender]) -> tuple[Variant, ...]:
 def workloads_of(study: Study, contenders: Iterable[Contender]) -> tuple[Workload, ...]:
     """What contenders are measured on, each once, the study's first."""
     return tuple(dict.fromkeys((study.workload, *(contender.workload for contender in contenders))))
+
+
+def check_phases(phases: Sequence[str]) -> tuple[str, ...]:
+    """The phases in their order. Raises `UsageError` for an unknown one."""
+    for phase in phases:
+        if phase not in PHASES:
+            raise UsageError(f"phase = {phase!r}: not known. Known: {', '.join(PHASES)}.")
+    return tuple(phase for phase in PHASES if phase in phases)

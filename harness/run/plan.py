@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from harness.errors import UsageError
 from harness.records.metrics import METRICS, PHASES
 from harness.records.record import Instrument, Interleaving, Measure, Role, Side
-from harness.run.contenders import CONTROL_SUFFIX, Contender, contenders_of, workloads_of
+from harness.run.contenders import CONTROL_SUFFIX, Contender, check_phases, contenders_of, workloads_of
 from harness.studies import limits
 from harness.studies.study import Study
 from harness.studies.variant import Variant
@@ -218,14 +218,6 @@ def _check_size(study: Study, contenders: int) -> None:
             f"study {study.name}: {protocol.replicates} replicates of {contenders} trials with {rounds} turns and "
             f"requests each are {total} in all, and a plan holds {limits.MOST_ROUNDS}. Use fewer of any of them."
         )
-
-
-def check_phases(phases: Sequence[str]) -> tuple[str, ...]:
-    """The phases in their order. Raises `UsageError` for an unknown one."""
-    for phase in phases:
-        if phase not in PHASES:
-            raise UsageError(f"phase = {phase!r}: not known. Known: {', '.join(PHASES)}.")
-    return tuple(phase for phase in PHASES if phase in phases)
 
 
 def measures_of(

@@ -39,7 +39,7 @@ LINES = (
     "profile lora-or-qlora:qlora-nf4-r16 --try no-such-finding --runs-dir runs",
     "model fetch no-such-model",
 )
-MISUSED = ("", "no-such-command", "report", "list no-such-thing", "gate sound slower --format html", "report a b")
+MISUSED = ("", "no-such-command", "report", "list no-such-thing", "gate sound slower --format html", "compare")
 
 
 @pytest.mark.parametrize("form", ["", " --json"], ids=["text", "json"])
