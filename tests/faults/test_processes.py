@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from harness.errors import InvalidRunError, UsageError
+from harness.machine.processes import FAULTS
 from harness.run.executors import WorkerLostError
 from harness.run.executors.disk import Disk
 from harness.run.executors.local import LocalExecutor
@@ -175,11 +176,18 @@ def test_a_token_process_that_is_stopped_ends_the_run_before_it_begins(executor,
     assert not psutil.Process().children(recursive=True)
 
 
-@pytest.mark.parametrize("number", DEADLY)
+@pytest.mark.parametrize("number", [number for number in DEADLY if number not in FAULTS])
 def test_a_token_process_that_is_killed_ends_the_run_before_it_begins(executor, doomed, small_study, number):
     """Nothing was measured; the message names the log."""
     doomed("tokens", number)
     with pytest.raises(InvalidRunError, match=r"tokens could not be prepared.*tokens\.log"):
+        executor.prepare_tokens(small_study.workload)
+
+
+def test_a_token_process_that_dies_of_what_it_reads_blames_that(executor, doomed, small_study):
+    """As on a damaged file: bad input, and the log is named."""
+    doomed("tokens", signal.SIGSEGV)
+    with pytest.raises(UsageError, match=r"SIGSEGV.*as on a damaged file.*tokens\.log"):
         executor.prepare_tokens(small_study.workload)
 
 
