@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ def edited(text, **changes):
     (lambda text: text.replace('"created_unix_s": 1.0', '"created_unix_s": ' + "9" * 400), "created_unix_s = inf"),
     (lambda text: edited(text, schema=[[]]), "schema [[]]"),
     (lambda text: edited(text, schema=True), "schema = True: int is expected"),
-    (lambda text: edited(text, study={}), "study.title is missing"), (lambda text: edited(text, study=3), "study = 3"),
+    (lambda text: edited(text, study={}), "name is missing"), (lambda text: edited(text, study=3), "study = 3"),
     (lambda text: edited(text, run="\ud800"), "surrogates not allowed"), (lambda text: "\0" * 512, "cannot be read"),
 ])  # fmt: skip
 @pytest.mark.parametrize("as_json", [False, True])
@@ -44,8 +45,9 @@ def test_a_damaged_manifest_hides_no_other_run(write_run, capsys, harm, reason, 
         assert [(row["run"], row["status"]) for row in rows] == [("damaged", "damaged"), ("whole", "complete")]
         out = rows[0]["title"]
     else:
-        assert out.splitlines()[0].startswith("damaged  damaged  ")
-        assert "whole  complete  small" in out
+        rows = [re.split(r"\s{2,}", line.strip()) for line in out.splitlines()[2:4]]
+        assert [row[:2] for row in rows] == [["damaged", "damaged"], ["whole", "small"]]
+        assert rows[1][2] == "complete"
     assert reason in out
     assert len(out) < 8000
     assert main(["report", "damaged", "--runs-dir", str(whole.parent)]) == 2
@@ -61,9 +63,10 @@ def test_a_manifest_that_is_no_file_or_no_text_hides_no_other_run(write_run, cap
     (whole.parent / "bytes" / "manifest.json").write_bytes(b'{"schema": \xff}')
     (whole.parent / "link" / "manifest.json").symlink_to("nothing")
     assert main(["list", "runs", "--runs-dir", str(whole.parent)]) == 0
-    found = [line.split("  ")[:2] for line in capsys.readouterr().out.splitlines()]
-    assert found[-1] == ["whole", "complete"]
-    assert {status for _, status in found[:-1]} == {"damaged"}
+    table = capsys.readouterr().out.partition("\n\n")[0].splitlines()[2:]
+    found = [re.split(r"\s{2,}", line.strip()) for line in table]
+    assert {(row[0], row[1]) for row in found[:-1]} == {(name, "damaged") for name in ("bytes", "directory", "link")}
+    assert found[-1][:3] == ["whole", "small", "complete"]
 
 
 @pytest.mark.parametrize(
