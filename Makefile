@@ -22,10 +22,11 @@ study: $(STAMP)
 	$(BIN)/lorameter model fetch smollm2-135m
 	$(BIN)/lorameter run llama2-lora-parameters --profile cpu --data "$(or $(LORAMETER_DOLLY),synthetic)" --max-minutes 88
 
-# The committed reports anew, from the runs beside them: as text and as Markdown.
+# The committed reports anew, from the runs beside them: as text, as Markdown and as a page for a browser.
 reports: $(STAMP)
 	for run in reports/2*/; do \
-	$(BIN)/lorameter report $${run%/} > $${run}report.txt; $(BIN)/lorameter report $${run%/} --markdown > $${run}report.md; done
+	$(BIN)/lorameter report $${run%/} --html $${run}report.html > $${run}report.txt; \
+	$(BIN)/lorameter report $${run%/} --markdown > $${run}report.md; done
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

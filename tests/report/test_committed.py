@@ -19,3 +19,11 @@ def test_a_committed_report_is_current(run, file, options, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     assert main(["report", str(run), *options]) == 0
     assert (run / file).read_text(encoding="utf-8") == capsys.readouterr().out
+
+
+@pytest.mark.parametrize("run", REPORTS, ids=lambda path: path.name)
+def test_a_committed_page_is_current(run, monkeypatch, tmp_path, capsys):
+    """The same for a browser."""
+    monkeypatch.chdir(ROOT)
+    assert main(["report", str(run), "--html", str(tmp_path / "report.html")]) == 0
+    assert (run / "report.html").read_text(encoding="utf-8") == (tmp_path / "report.html").read_text(encoding="utf-8")
