@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
 
 import pytest
 
-from harness.commands.catalogue import _run_row
+from harness.cli import main
 from harness.errors import UsageError
 from harness.records import inputs, journal, store
 from harness.records.evidence import CHECKS, EvidenceFile, LostEvidenceError
@@ -56,13 +57,14 @@ def runs(tmp_path):
     return tmp_path
 
 
-def test_what_is_no_journal_is_refused_by_its_name(runs, no_journal):
+def test_what_is_no_journal_is_refused_by_its_name(runs, no_journal, capsys):
     """By who reads the run, and by who only counts; a list of runs says it and goes on."""
     no_journal(runs / "it" / store.TRIALS)
     for read in (lambda: store.read_run("it", runs), lambda: store.count_endings(runs / "it")):
         with pytest.raises(UsageError, match=r"trials\.jsonl: cannot be read: .*Restore it, or remove it"):
             read()
-    row = _run_row(runs / "it")
+    assert main(["list", "runs", "--json", "--runs-dir", str(runs)]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["runs"]
     assert row["status"] == "damaged"
     assert "trials.jsonl: cannot be read" in row["title"]
 
