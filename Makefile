@@ -200,6 +200,7 @@ proof-gpu: $(STAMP)
 # model and on one of 135M with random weights. Half an hour on two cores.
 proof-ranks: $(STAMP)
 	mkdir -p reports/proof
+	$(BIN)/pytest tests/trial/ranks -m selftest -q --no-header
 	for model in tiny-llama random:smollm2-135m; do \
 	$(BIN)/python benchmarks/selftest/ranks_live.py --model $$model || exit $$?; done > reports/proof/ranks.txt; \
 	status=$$?; cat reports/proof/ranks.txt; exit $$status

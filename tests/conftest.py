@@ -20,6 +20,7 @@ from harness.studies.variant import Variant
 from harness.studies.workload import Workload
 
 pytest_plugins = ["pytester"]
+HERE = Path(__file__).parent
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two OpenMP threads on two cores collapse under contention
 os.environ["LORAMETER_LOCKS"] = tempfile.mkdtemp(prefix="locks-")  # of this process: the other one measures as well
@@ -33,9 +34,15 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("any machine")
 
 
-def pytest_collection_modifyitems(items):
-    """GPU tests say why they do not run here."""
+def pytest_collection_modifyitems(config, items):
+    """GPU tests say why they do not run here; what takes minutes is left out unless its marker asks for it:
+    `-m selftest` (make proof-kernels, make proof-ranks)."""
     import torch
+
+    if "selftest" not in config.option.markexpr:
+        long = [item for item in items if item.get_closest_marker("selftest") and HERE in item.path.parents]
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if item not in long]
 
     if not torch.cuda.is_available():
         for item in items:

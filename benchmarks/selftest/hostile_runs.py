@@ -16,7 +16,7 @@ import pytest
 from hostile_door import MACHINE, RefusedError, printed, show, try_each
 from hostile_seeds import GOLDEN
 
-from harness.commands.catalogue import _run_row
+from harness.commands.catalogue import _run_rows
 from harness.commands.output import print_json
 from harness.commands.pytest_session import Session
 from harness.machine.provenance import comparable
@@ -80,7 +80,7 @@ def readers_of_run(runs: Path) -> Iterator[Callable[[], str]]:
 
     def look() -> None:
         measured_peaks(Workload(), MACHINE, runs, "host_peak_train_bytes")
-        _run_row(runs / "it")
+        _run_rows(runs)
 
     yield lambda: printed(look)
     run = store.read_run("it", runs)

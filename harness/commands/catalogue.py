@@ -128,7 +128,11 @@ def _run_rows(folder: Path) -> list[dict[str, Any]]:
     from harness.results.index import open_index
     from harness.verdicts.baselines import read_baselines
 
-    accepted = {baseline.run for baseline in read_baselines(folder).baselines}
+    accepted: set[str] = set()
+    try:
+        accepted = {baseline.run for baseline in read_baselines(folder).baselines}
+    except LorameterError as error:  # which of them are baselines is then unknown; what there is, is not
+        tell(f"lorameter: {error}")
     with open_index(folder) as index:
         return [_run_row(run, accepted) for run in index.runs()]
 

@@ -10,22 +10,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import dataclasses
 from collections.abc import Callable, Iterable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kernels_check.controls.small_run import SmallRun, build
-
-_HERE = Path(__file__).parent
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What takes minutes is left out unless its marker asks for it: `-m selftest` (make proof-kernels)."""
-    if "selftest" not in config.option.markexpr:
-        long = [item for item in items if item.get_closest_marker("selftest") and _HERE in item.path.parents]
-        config.hook.pytest_deselected(items=long)
-        items[:] = [item for item in items if item not in long]
 
 
 @pytest.fixture(params=["profile", "spy"])

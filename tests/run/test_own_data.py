@@ -88,12 +88,12 @@ def test_the_lines_of_a_report_without_what_came_later_are_as_before(write_run):
     """A run that was measured before labels were counted shows no count, and has no key for it."""
     path = write_run("old", {"plain": (1.0,)})
     run = store.read_run(str(path), path.parent)
-    facts = "\n".join(view_of(run).facts)
+    facts = "\n".join(fact.text for fact in view_of(run).facts)
     assert "loss" not in facts
     assert not {"loss", "columns"} & set(run.manifest.study["workload"])
     counted = dataclasses.replace(run.manifest, tokens={"real_tokens": 9, "loss_tokens": 5, "without_loss": 2})
     check_manifest(counted, "here")
-    facts = "\n".join(view_of(dataclasses.replace(run, manifest=counted)).facts)
+    facts = "\n".join(fact.text for fact in view_of(dataclasses.replace(run, manifest=counted)).facts)
     assert "9 real and 0 padded in an epoch, loss over 5 (2 sequences without a label left out)" in facts
 
 

@@ -23,12 +23,16 @@ def test_a_bound_that_is_broken_is_said(program, tmp_path, monkeypatch):
     reading = program("reading")
     path = reading.write_run(tmp_path, 2, 2, 20, schema=SCHEMA)
     monkeypatch.setattr(reading, "read_apart", lambda path: reading.Cost(11.0, 12.0, 10**9))
-    monkeypatch.setattr(reading, "report_apart", lambda path: reading.Cost(2.0, 3.0))
+    taken = {"report": 2.0, "compare": 4.0}
+    monkeypatch.setattr(reading, "command_apart", lambda path, command, *_: reading.Cost(taken[command], 5.0))
     said = []
     broken = list(reading.judge(path, "small", 3.0, said.append))
     assert broken[0] == "small: 11.00 seconds to read, at most 10 allowed"
     assert "times its size in memory" in broken[1]
-    assert len(broken) == 2
+    assert broken[2] == "small: 4.00 seconds to compare, at most 3 allowed"
+    assert len(broken) == 3
     assert "6 trials" in said[0]
+    taken["compare"] = 2.0
+    monkeypatch.setattr(reading, "copy_run", lambda path: path)
     monkeypatch.setattr(reading, "read_apart", lambda path: reading.Cost(1.0, 1.0, 1))
     assert not list(reading.judge(path, "small", 3.0, said.append))

@@ -294,7 +294,11 @@ def test_an_interpreter_is_given_the_present_harness(opened, environment):
     """It has the libraries and no lorameter; links are kept, for a virtual environment is one."""
     python = environment(packages=True)
     with opened(python) as side:
-        assert (side.kind, side.declared, side.label) == ("interpreter", ("python", "libraries", "cuda"), python)
+        assert (side.kind, side.declared, side.label) == (
+            "interpreter",
+            ("python", "libraries", "cuda", "kernels"),
+            python,
+        )
         assert side.host.python == python
         origins = inspect(side.host, OWN_PACKAGES)["origins"]
         for package in OWN_PACKAGES:
@@ -375,7 +379,11 @@ def test_requirements_win_over_what_is_installed(index, opened, cache):
     """Metadata and module of the layer's version; all else is the present environment, which is left alone."""
     present = importlib.metadata.version("packaging")
     with opened(OLD_PACKAGING, cache=cache) as side:
-        assert (side.kind, side.declared, side.label) == ("requirements", ("libraries", "cuda"), OLD_PACKAGING)
+        assert (side.kind, side.declared, side.label) == (
+            "requirements",
+            ("libraries", "cuda", "kernels"),
+            OLD_PACKAGING,
+        )
         code = "import importlib.metadata as m, packaging, sys; print(m.version('packaging'), packaging.__version__)"
         assert run(side.host, code) == "24.2 24.2"
         base, candidate = describe(side.host), {"packages": {}}

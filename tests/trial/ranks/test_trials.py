@@ -106,6 +106,7 @@ def test_memory_is_that_of_the_rank_that_takes_most_and_of_each(healthy):
         ("unsharded", "ranks.sharded", "lie whole on every rank"),
     ],
 )
+@pytest.mark.selftest
 def test_a_sabotage_is_found_by_its_words(sick, name, path, words):
     """The trial is invalid, and the check says what is wrong and of which rank."""
     record, left = sick[name]
@@ -115,6 +116,7 @@ def test_a_sabotage_is_found_by_its_words(sick, name, path, words):
     assert left == []
 
 
+@pytest.mark.selftest
 def test_nf4_that_fsdp2_gathers_wrongly_is_refused_with_the_reason_and_the_repair(sick):
     """In eval mode on a CPU with AVX512_BF16 the losses of one batch move although nothing is updated; the repair that
     is named keeps them."""
@@ -132,6 +134,7 @@ def test_nf4_that_fsdp2_gathers_wrongly_is_refused_with_the_reason_and_the_repai
     assert check_of(sick["in eval mode, repaired"][0], "ranks.steady")["status"] == "active"
 
 
+@pytest.mark.selftest
 def test_a_rank_that_the_others_wait_for_is_named(sick):
     """Its own time in a profiled step is long and theirs is short, whatever the step takes for all."""
     record, _ = sick["asleep"]
@@ -149,6 +152,7 @@ def test_a_rank_that_the_others_wait_for_is_named(sick):
         ("out of memory", "oom", "MemoryError", "rank 1 of 2: no more of it"),
     ],
 )
+@pytest.mark.selftest
 def test_a_rank_that_is_lost_is_a_row_and_its_fellows_are_ended(sick, name, status, kind, words):
     """The record says which rank it was, and none of the others is left."""
     record, left = sick[name]
@@ -157,6 +161,7 @@ def test_a_rank_that_is_lost_is_a_row_and_its_fellows_are_ended(sick, name, stat
     assert left == []
 
 
+@pytest.mark.selftest
 def test_a_trial_goes_on_without_one_rank_alone(sick):
     """Where the whole model does not fit one device there is no efficiency, and a notice."""
     record, _ = sick["alone in vain"]
