@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from harness.commands.options import add_options
 from harness.commands.output import print_json
+from harness.commands.page import check_page, save_page
 from harness.errors import EXIT_PASS
 
 
@@ -16,13 +18,13 @@ def add_commands(commands: Any, common: Any) -> None:
         help="how a number went from run to run, and where it changed",
         description="A line of all runs of a fingerprint, with known breaks and suspected changes, and the commands "
         "that would confirm them.",
-        epilog="example: lorameter history step_time_s --study training-step --variant qlora-nf4-r16",
     )
     history.add_argument("metric", metavar="METRIC", nargs="?", help="default: step_time_s")
     history.add_argument("--study", metavar="S", help="only this study, by its name")
     history.add_argument("--variant", metavar="V", help="only this variant")
     history.add_argument("--runs", action="store_true", help="also a row a run, with its interval, commit and versions")
     history.add_argument("--rebuild", action="store_true", help="make the index of the runs anew")
+    add_options(history.add_argument, "html")
     common(history)
     history.set_defaults(command=run_history)
 
@@ -33,12 +35,19 @@ def run_history(options: argparse.Namespace) -> int:
     from harness.results.history import DEFAULT_METRIC, history_of
     from harness.results.index import open_index
 
+    check_page(options.html)
     with open_index(store.runs_dir(options.runs_dir), rebuild=options.rebuild) as index:
         found = history_of(index, options.metric or DEFAULT_METRIC, study=options.study, variant=options.variant)
+    from harness.report.history import describe_history
+
+    if options.html:
+        from harness.report.history_figures import figures_of_history, names_of
+
+        figures, names = figures_of_history(found), names_of(found)
+        save_page(options.html, describe_history(found, every_run=False), "History", names=names, figures=figures)
     if options.json:
         print_json(codec.to_json(found))
         return EXIT_PASS
-    from harness.report.history import describe_history
     from harness.report.terminal import console_for, show
 
     show(describe_history(found, every_run=options.runs), console_for())

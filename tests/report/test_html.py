@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import re
+import shutil
 import struct
 import zlib
 from html.parser import HTMLParser
@@ -299,6 +301,22 @@ def test_claims_are_a_page(tmp_path, capsys):
     said = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "refuted" in capsys.readouterr().out
     assert "refuted" in said
+
+
+def test_a_history_is_a_page(tmp_path, capsys):
+    """A curve for each fingerprint, and a row for each run, whether it counts or not."""
+    shutil.copytree(ROOT / "tests" / "golden" / "runs", tmp_path / "runs")
+    page = tmp_path / "page.html"
+    line = ["history", "--study", "lora-or-qlora", "--variant", "qlora-nf4-r16", "--runs-dir", str(tmp_path / "runs")]
+    assert main([*line, "--html", str(page), "--json"]) == 0
+    (track,) = json.loads(capsys.readouterr().out)["tracks"]
+    said = page.read_text(encoding="utf-8")
+    for one in track["lines"]:
+        assert f"fingerprint {one['fingerprint'][:8]}" in said
+        for moment in one["moments"]:
+            assert moment["run"] in said
+    assert said.count('class="curve"') >= len([one for one in track["lines"] if any(
+        moment["why_not"] is None for moment in one["moments"])])  # fmt: skip
 
 
 @pytest.mark.parametrize(
