@@ -81,8 +81,8 @@ def test_threads_are_those_that_the_kernel_knows():
 )
 def test_a_zygote_with_a_second_thread_names_it(monkeypatch, name, remedy):
     """Whoever reads that no trial can start learns which thread it is, and what keeps that one from starting."""
-    before = other_threads()  # of whatever else this process of tests has loaded
-    monkeypatch.setattr(zygote, "other_threads", lambda: [one for one in other_threads() if one not in before])
+    # Others are of whatever else this process of tests has loaded.
+    monkeypatch.setattr(zygote, "other_threads", lambda: [name] if name in other_threads() else [])
     with thread_named(name):
         refusal = zygote._cannot_fork()
     assert "the zygote has 2 threads" in refusal
