@@ -196,6 +196,8 @@ def _estimators(table: PhaseTable) -> str:
     if is_memory(table.metric):
         return "memory: the largest of the trials, with the least and the largest; its ratio is of the largest"
     said = [f"ratio: {_PAIRED[_level(table)]}, above 1 is worse, its interval corrected for all variants"]
+    if any(column.key == PEAK for column in table.columns):
+        said.append("memory: the largest of the trials, with the least and the largest")
     ways: dict[str, list[str]] = {}
     for column in table.columns:
         if column.key in METRICS:

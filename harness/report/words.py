@@ -77,7 +77,7 @@ def say_open(found: Comparison, metric: str, interleaving: Interleaving, *, ab: 
         return "Cannot tell: one replicate gives no interval. Measure 5."
     ways = ways_of(metric)
     seen = "" if found.mde80 is None else f"; only {_percent(found.mde80)} would have been seen"
-    return f"Cannot tell: {_between(found.low, found.high, ways)}{seen}. {_advice(found, interleaving, ab=ab)}"
+    return f"Cannot tell: {_between(found.low, found.high, ways)}{seen}. {_advice(found, metric, interleaving, ab=ab)}"
 
 
 def say_effect(found: Comparison, metric: str) -> str:
@@ -103,11 +103,13 @@ def _signed(ratio: float) -> str:
     return f"{'+' if ratio >= 1 else '−'}{_percent(abs(ratio - 1))}"
 
 
-def _advice(found: Comparison, interleaving: Interleaving, *, ab: bool) -> str:
+def _advice(found: Comparison, metric: str, interleaving: Interleaving, *, ab: bool) -> str:
     if interleaving == "separate":
         return "Use `lorameter ab`, or stop other work."
     if found.replicates_needed is not None and found.replicates_needed <= MOST_ADVISED:
         return f"Measure {found.replicates_needed} replicates, or stop other work."
+    if metric in METRICS and METRICS[metric].phase == "cold":
+        return "Stop other work: a cold start is a process of its own, and takes turns with no other."
     if interleaving == "replicates":
         return "Let processes take turns (--interleave lockstep), or stop other work."
     return f"Stop other work, or take more turns (turns in [protocol]){'' if ab else ', or use `lorameter ab`'}."

@@ -363,3 +363,10 @@ def test_a_followed_training_that_broke_off_is_not_gone_on_with(write_run, capsy
     assert main(["run", "--resume", "broken", "--runs-dir", str(path.parent)]) == 2
     said = capsys.readouterr().err
     assert "run broken: it is of a training that was followed while it ran, which cannot be gone on with" in said
+
+
+def test_a_range_of_peaks_is_not_called_an_interval(small_study, tmp_path):
+    """The brackets beside a peak are the least and the largest that was seen."""
+    text = text_of(view_of(run_of(small_study, tmp_path, steps={"plain": [1.0] * 5, "nf4": [2.0] * 5})), width=400)
+    assert "peak memory" in text
+    assert "memory: the largest of the trials, with the least and the largest" in text

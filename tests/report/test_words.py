@@ -84,3 +84,10 @@ def test_the_ratio_of_a_rate_is_named_a_slow_down():
     assert title_of_ratio("step_time_s") == "step time"
     assert title_of("device_peak_allocated_generate_bytes") == "device peak allocated, generation"
     assert title_of("somebody's own") == "somebody's own"
+
+
+def test_a_cold_start_is_told_to_take_no_turns():
+    """It is an interpreter of its own: no level of interleaving has it beside another."""
+    found = dataclasses.replace(OPEN, replicates_needed=None)
+    assert "interleave" not in say_open(found, "cold_start_time_s", "replicates")
+    assert "interleave" in say_open(found, "step_time_s", "replicates")
