@@ -9,7 +9,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 
-from harness.records import codec
 from harness.records.metrics import BIRTH, LOSSES, METRICS, PEAKS
 from harness.records.record import TrialRecord
 from harness.records.store import Run
@@ -33,7 +32,6 @@ from harness.report.figure import (
 from harness.report.phase_table import PhaseTable
 from harness.report.table import Cell, Row, Table, name_columns, write_row, write_value
 from harness.report.view import RunView
-from harness.studies.study import Study
 from harness.verdicts.series import Series, series_of
 
 Shown = Mapping[str, Series]
@@ -57,19 +55,20 @@ COLD = {
 
 
 def figures_of_run(run: Run, view: RunView) -> tuple[Figure, ...]:
-    """All figures that the run has something for, in the order in which they are read."""
-    study = codec.from_json(Study, run.manifest.study, f"run {run.manifest.run}")
+    """All figures that the run has something for, in the order in which they are read: of the variants that the view
+    shows, and beside its ratios of the phases that it shows whole."""
     groups = series_of(run.records)
-    shown = {one.name: groups[(one.name, "variant")] for one in study.variants if (one.name, "variant") in groups}
-    return tuple(
-        figure
-        for figures in (
-            map(_ratios, view.tables), [_losses(shown)], [_memory(shown)], [_cold(shown)],
-            [_front(shown)], [_samples(run)], [checks_matrix(shown)],
-        )
-        for figure in figures
-        if figure is not None
-    )  # fmt: skip
+    shown = {name: groups[name, "variant"] for name in view.variants if (name, "variant") in groups}
+    whole = {table.phase: table.metric for table in view.tables if table.phase in view.phases}
+    found = [_ratios(table) for table in view.tables]
+    if "train" in whole:
+        found += [_losses(shown), _memory(shown), _front(shown, whole["train"])]
+        found += [_samples([record for record in run.records if record.name in shown])]
+    if "cold" in whole:
+        found += [_cold(shown)]
+    if whole:
+        found += [checks_matrix(shown)]
+    return tuple(figure for figure in found if figure is not None)
 
 
 def _ratios(table: PhaseTable) -> Figure | None:
@@ -166,17 +165,15 @@ def _cold(shown: Shown) -> Figure | None:
     )
 
 
-def _front(shown: Shown) -> Figure | None:
-    """Loss against the time of a step; None where one of them, or a second variant, is missing."""
-    loss = next(
-        (metric for metric in ("held_out_loss", "train_loss") if any(one.trials(metric) for one in shown.values())),
-        None,
-    )
+def _front(shown: Shown, cost: str) -> Figure | None:
+    """Loss against what variants are compared by in training; None where one of them, or a second variant, is
+    missing."""
+    loss = next((metric for metric in COMPARED_LOSSES if any(one.trials(metric) for one in shown.values())), None)
     if loss is None:
         return None
     marks: dict[str, tuple[Mark, Mark]] = {}
     for name, series in shown.items():
-        found = [_mark(name, series, metric) for metric in ("step_time_s", loss)]
+        found = [_mark(name, series, metric) for metric in (cost, loss)]
         if found[0] is not None and found[1] is not None:
             marks[name] = found[0], found[1]
     if len(marks) < 2:
@@ -185,7 +182,7 @@ def _front(shown: Shown) -> Figure | None:
         Spot(name=name, across=x, up=y, best=not any(_beats(other, (x, y)) for other in marks.values()))
         for name, (x, y) in marks.items()
     )
-    across, up = Axis(title="step time", unit="s"), Axis(title=METRICS[loss].title)
+    across, up = Axis(title=METRICS[cost].title, unit=METRICS[cost].unit), Axis(title=METRICS[loss].title)
     rows = (
         write_row(spot.name, _written(spot.across, across), _written(spot.up, up), "yes" if spot.best else "no")
         for spot in spots
@@ -212,8 +209,8 @@ def _beats(one: tuple[Mark, Mark], other: tuple[Mark, Mark]) -> bool:
     return all(mine <= theirs for mine, theirs in pairs) and any(mine < theirs for mine, theirs in pairs)
 
 
-def _samples(run: Run) -> Figure | None:
-    records = [record for record in run.records if record.samples.get("step_time_s")]
+def _samples(of: Sequence[TrialRecord]) -> Figure | None:
+    records = [record for record in of if record.samples.get("step_time_s")]
     if not records:
         return None
     begin = min(record.started_unix_s for record in records)
