@@ -100,10 +100,13 @@ def _losses(study: Study, groups: Groups) -> Iterator[Gallery]:
     curves = [
         (variant.name, losses)
         for variant in study.variants
-        if (series := groups.get((variant.name, "variant"))) and len(losses := _by_step(series)) >= LEAST_STEPS
+        if (series := groups.get((variant.name, "variant"))) and len(losses := losses_by_step(series)) >= LEAST_STEPS
     ]
     charts = [
-        Chart(title=name, points=tuple(Point(x=step, y=loss) for step, loss in enumerate(losses, start=1)))
+        Chart(
+            title=name,
+            points=tuple(Point(x=step, y=statistics.median(found)) for step, found in enumerate(losses, start=1)),
+        )
         for name, losses in curves[:MOST_CURVES]
     ]
     if charts:
@@ -112,9 +115,8 @@ def _losses(study: Study, groups: Groups) -> Iterator[Gallery]:
         yield Gallery(title="loss by step, median of the replicates", charts=tuple(_on_one_scale(charts)), notes=notes)
 
 
-def _by_step(series: Series) -> list[float]:
-    curves = [tuple(loss for name in LOSSES for loss in record.samples.get(name, ())) for record in series.ok]
-    whole = [curve for curve in curves if curve]
-    if not whole:
-        return []
-    return [statistics.median(losses) for losses in zip(*whole, strict=False)]
+def losses_by_step(series: Series) -> list[tuple[float, ...]]:
+    """The losses of all replicates at each step that every one of them took: curves of which one ends before the others
+    would jump there."""
+    curves = [[loss for name in LOSSES for loss in record.samples.get(name, ())] for record in series.ok]
+    return list(zip(*filter(None, curves), strict=False))

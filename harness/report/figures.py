@@ -9,10 +9,11 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 
-from harness.records.metrics import BIRTH, LOSSES, METRICS, PEAKS
+from harness.records.metrics import BIRTH, METRICS, PEAKS
 from harness.records.record import TrialRecord
 from harness.records.store import Run
 from harness.records.units import format_bytes, format_value
+from harness.report.charts import losses_by_step
 from harness.report.check_matrix import checks_matrix
 from harness.report.figure import (
     Axis,
@@ -94,28 +95,23 @@ def _ratios(table: PhaseTable) -> Figure | None:
 def _losses(shown: Shown) -> Figure | None:
     curves, rows = [], []
     for name, series in shown.items():
-        trials = [losses for record in series.ok if (losses := _losses_of(record))]
-        longest = max(map(len, trials), default=0)
-        if longest < 2:
+        steps = losses_by_step(series)
+        if len(steps) < 2:
             continue
-        at = [[trial[step] for trial in trials if step < len(trial)] for step in range(longest)]
-        points = tuple((step + 1.0, statistics.fmean(values)) for step, values in enumerate(at))
-        band = tuple((step + 1.0, min(values), max(values)) for step, values in enumerate(at) if len(values) > 1)
-        curves.append(Curve(name=name, points=points, band=band))
+        points = tuple((step, statistics.median(found)) for step, found in enumerate(steps, start=1))
+        band = tuple((step, min(found), max(found)) for step, found in enumerate(steps, start=1))
+        curves.append(Curve(name=name, points=points, band=band if len(steps[0]) > 1 else ()))
         ends = [Cell(text=f"{value:.4g}", value=value) for value in (points[0][1], points[-1][1])]
-        rows.append(write_row(name, str(len(trials)), str(longest), *ends))
+        rows.append(write_row(name, str(len(steps[0])), str(len(steps)), *ends))
     if not curves:
         return None
     return Figure(
         title="Losses of all variants",
-        says="The training loss by step, the mean over replicates; the band is from the lowest to the highest of them.",
+        says="The training loss by step, the median of the replicates; the band is from the lowest to the highest of "
+        "them.",
         drawing=Curves(across=Axis(title="step"), up=Axis(title="training loss"), curves=tuple(curves)),
         table=Table(heads=name_columns("variant", "replicates", "steps", "first", "last"), rows=tuple(rows)),
     )
-
-
-def _losses_of(record: TrialRecord) -> list[float]:
-    return [loss for name in LOSSES for loss in record.samples.get(name, ())]
 
 
 def _memory(shown: Shown) -> Figure | None:

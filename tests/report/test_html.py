@@ -168,6 +168,20 @@ def test_every_picture_has_its_numbers_in_a_table(committed):
             assert totals == pytest.approx([sum(part.value for part in bar.parts) for bar in drawing.bars])
 
 
+def test_losses_are_those_of_the_charts():
+    """One curve of a variant wherever it is drawn: the median of the replicates."""
+    runs = ROOT / "tests" / "golden" / "runs"
+    run = store.read_run("swept", runs)
+    view = view_of(run)
+    (losses,) = [one.drawing for one in figures_of_run(run, view) if one.title == "Losses of all variants"]
+    charts = {chart.title: chart for gallery in view.tables[0].galleries for chart in gallery.charts}
+    both = [(curve, charts[curve.name]) for curve in losses.curves if curve.name in charts]
+    assert both
+    for curve, chart in both:
+        assert curve.points == tuple((point.x, point.y) for point in chart.points)
+        assert all(low <= y <= high for (_, y), (_, low, high) in zip(curve.points, curve.band, strict=True))
+
+
 def test_the_stack_of_memory_ends_at_the_peak(committed):
     """Its pieces do not overlap: all of them together are what was measured."""
     run, _, figures, _ = committed
