@@ -6,9 +6,10 @@ import dataclasses
 import statistics
 from collections.abc import Iterator, Sequence
 
-from harness.records.metrics import LOSSES, METRICS, Phase
+from harness.records.metrics import LOSSES, Phase
 from harness.report.phase_table import PhaseTable
 from harness.report.table import Chart, Gallery, Point, say
+from harness.report.words import title_of
 from harness.studies.claim import is_number
 from harness.studies.study import Study
 from harness.studies.variant import Variant
@@ -42,13 +43,13 @@ def _sweeps(table: PhaseTable, study: Study, groups: Groups) -> Iterator[Gallery
             elif found is not None and found.ratio is not None:
                 points.append(Point(x=level, y=found.ratio, low=found.low, high=found.high))
         charts.append(_chart(axis, points))
-    yield from _gallery(f"{_title(table.metric)} × {study.reference}, along each field", charts)
+    yield from _gallery(f"{title_of(table.metric)} × {study.reference}, along each field", charts)
     for metric in _SWEPT[table.phase]:
         charts = [
             _chart(axis, [point for level, name in levels if (point := _estimated(groups, name, metric, level))])
             for axis, levels in swept.items()
         ]
-        yield from _gallery(f"{_title(metric)}, along each field", charts)
+        yield from _gallery(f"{title_of(metric)}, along each field", charts)
 
 
 def _gallery(title: str, charts: Sequence[Chart]) -> Iterator[Gallery]:
@@ -89,10 +90,6 @@ def _estimated(groups: Groups, name: str, metric: str, level: float) -> Point | 
     return (
         None if found is None or found.value is None else Point(x=level, y=found.value, low=found.low, high=found.high)
     )
-
-
-def _title(metric: str) -> str:
-    return METRICS[metric].title if metric in METRICS else metric
 
 
 def _losses(study: Study, groups: Groups) -> Iterator[Gallery]:

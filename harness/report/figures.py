@@ -33,6 +33,7 @@ from harness.report.figure import (
 from harness.report.phase_table import PhaseTable
 from harness.report.table import Cell, Row, Table, name_columns, write_row, write_value
 from harness.report.view import RunView
+from harness.report.words import title_of_ratio
 from harness.verdicts.series import Series, series_of
 
 Shown = Mapping[str, Series]
@@ -77,13 +78,12 @@ def _ratios(table: PhaseTable) -> Figure | None:
     if not found:
         return None
     reference = next((row.name for row in table.rows if row.reference), "the reference")
-    metric = METRICS[table.metric].title if table.metric in METRICS else table.metric
     marks = tuple(
         Mark(name=name, value=one.ratio, low=one.low, high=one.high, verdict=one.verdict)
         for name, one in found
         if one.ratio is not None
     )
-    axis = Axis(title=f"{metric} × {reference}; right of 1 is worse", line_at=1.0)
+    axis = Axis(title=f"{title_of_ratio(table.metric)} × {reference}; right of 1 is worse", line_at=1.0)
     return Figure(
         title=f"{table.title}: ratios to {reference}",
         says="A dot is the ratio of a variant to the reference, the line through it the interval in which it lies.",
