@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 from typing import TYPE_CHECKING, Any
 
 from harness.commands.options import add_options
@@ -156,5 +157,7 @@ def _read(options: argparse.Namespace) -> tuple[Comparand, Comparand]:
 
     runs = store.runs_dir(options.runs_dir)
     candidate = read_comparand(options.candidate, runs)
+    gc.freeze()  # all of it is needed to the end: what reads the base need not look through it again and again
     base = read_base(options.base, runs, fingerprint=candidate.fingerprint, study=candidate.study)
+    gc.freeze()
     return base, candidate

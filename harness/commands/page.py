@@ -53,6 +53,5 @@ def save_run_page(path: str | None, run: Run, view: RunView, document: Document)
     from harness.report.again import how_to_repeat
     from harness.report.figures import figures_of_run
 
-    names = [str(variant["name"]) for variant in run.manifest.study["variants"]]
     figures, again = figures_of_run(run, view), how_to_repeat(run)
-    save_page(path, document, view.title, names=names, figures=figures, again=again)
+    save_page(path, document, view.title, names=view.variants, figures=figures, again=again)

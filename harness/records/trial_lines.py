@@ -86,6 +86,9 @@ def line_of(record: TrialRecord, hashes: Sequence[str]) -> str:
     return codec.dumps(_record(WrittenRecord, record, tuple(hashes)).replaced(schema=SCHEMA)) + "\n"
 
 
+_KEPT = tuple(field.name for field in dataclasses.fields(TrialRecord) if field.name != "checks")
+"""What a record and its line have in common; a large run asks for it a hundred thousand times."""
+
+
 def _record(cls: type[Record], record: TrialRecord, checks: tuple[Any, ...]) -> Record:
-    values = {field.name: getattr(record, field.name) for field in dataclasses.fields(TrialRecord)}
-    return cls(**(values | {"checks": checks}))
+    return cls(**{name: getattr(record, name) for name in _KEPT}, checks=checks)

@@ -6,9 +6,10 @@ import dataclasses
 import statistics
 from collections.abc import Iterator, Sequence
 
-from harness.records.metrics import LOSSES, METRICS, Phase
+from harness.records.metrics import LOSSES, Phase
 from harness.report.phase_table import PhaseTable
 from harness.report.table import Chart, Gallery, Point, say
+from harness.report.words import title_of
 from harness.studies.claim import is_number
 from harness.studies.study import Study
 from harness.studies.variant import Variant
@@ -42,13 +43,13 @@ def _sweeps(table: PhaseTable, study: Study, groups: Groups) -> Iterator[Gallery
             elif found is not None and found.ratio is not None:
                 points.append(Point(x=level, y=found.ratio, low=found.low, high=found.high))
         charts.append(_chart(axis, points))
-    yield from _gallery(f"{_title(table.metric)} × {study.reference}, along each field", charts)
+    yield from _gallery(f"{title_of(table.metric)} × {study.reference}, along each field", charts)
     for metric in _SWEPT[table.phase]:
         charts = [
             _chart(axis, [point for level, name in levels if (point := _estimated(groups, name, metric, level))])
             for axis, levels in swept.items()
         ]
-        yield from _gallery(f"{_title(metric)}, along each field", charts)
+        yield from _gallery(f"{title_of(metric)}, along each field", charts)
 
 
 def _gallery(title: str, charts: Sequence[Chart]) -> Iterator[Gallery]:
@@ -91,19 +92,18 @@ def _estimated(groups: Groups, name: str, metric: str, level: float) -> Point | 
     )
 
 
-def _title(metric: str) -> str:
-    return METRICS[metric].title if metric in METRICS else metric
-
-
 def _losses(study: Study, groups: Groups) -> Iterator[Gallery]:
     """The median of the replicates at each step; of steps that every one of them took."""
     curves = [
         (variant.name, losses)
         for variant in study.variants
-        if (series := groups.get((variant.name, "variant"))) and len(losses := _by_step(series)) >= LEAST_STEPS
+        if (series := groups.get((variant.name, "variant"))) and len(losses := losses_by_step(series)) >= LEAST_STEPS
     ]
     charts = [
-        Chart(title=name, points=tuple(Point(x=step, y=loss) for step, loss in enumerate(losses, start=1)))
+        Chart(
+            title=name,
+            points=tuple(Point(x=step, y=statistics.median(found)) for step, found in enumerate(losses, start=1)),
+        )
         for name, losses in curves[:MOST_CURVES]
     ]
     if charts:
@@ -112,9 +112,8 @@ def _losses(study: Study, groups: Groups) -> Iterator[Gallery]:
         yield Gallery(title="loss by step, median of the replicates", charts=tuple(_on_one_scale(charts)), notes=notes)
 
 
-def _by_step(series: Series) -> list[float]:
-    curves = [tuple(loss for name in LOSSES for loss in record.samples.get(name, ())) for record in series.ok]
-    whole = [curve for curve in curves if curve]
-    if not whole:
-        return []
-    return [statistics.median(losses) for losses in zip(*whole, strict=False)]
+def losses_by_step(series: Series) -> list[tuple[float, ...]]:
+    """The losses of all replicates at each step that every one of them took: curves of which one ends before the others
+    would jump there."""
+    curves = [[loss for name in LOSSES for loss in record.samples.get(name, ())] for record in series.ok]
+    return list(zip(*filter(None, curves), strict=False))

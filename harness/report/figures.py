@@ -9,11 +9,11 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 
-from harness.records import codec
-from harness.records.metrics import BIRTH, LOSSES, METRICS, PEAKS
+from harness.records.metrics import BIRTH, METRICS, PEAKS
 from harness.records.record import TrialRecord
 from harness.records.store import Run
 from harness.records.units import format_bytes, format_value
+from harness.report.charts import losses_by_step
 from harness.report.check_matrix import checks_matrix
 from harness.report.figure import (
     Axis,
@@ -33,7 +33,7 @@ from harness.report.figure import (
 from harness.report.phase_table import PhaseTable
 from harness.report.table import Cell, Row, Table, name_columns, write_row, write_value
 from harness.report.view import RunView
-from harness.studies.study import Study
+from harness.report.words import title_of_ratio
 from harness.verdicts.series import Series, series_of
 
 Shown = Mapping[str, Series]
@@ -57,19 +57,20 @@ COLD = {
 
 
 def figures_of_run(run: Run, view: RunView) -> tuple[Figure, ...]:
-    """All figures that the run has something for, in the order in which they are read."""
-    study = codec.from_json(Study, run.manifest.study, f"run {run.manifest.run}")
+    """All figures that the run has something for, in the order in which they are read: of the variants that the view
+    shows, and beside its ratios of the phases that it shows whole."""
     groups = series_of(run.records)
-    shown = {one.name: groups[(one.name, "variant")] for one in study.variants if (one.name, "variant") in groups}
-    return tuple(
-        figure
-        for figures in (
-            map(_ratios, view.tables), [_losses(shown)], [_memory(shown)], [_cold(shown)],
-            [_front(shown)], [_samples(run)], [checks_matrix(shown)],
-        )
-        for figure in figures
-        if figure is not None
-    )  # fmt: skip
+    shown = {name: groups[name, "variant"] for name in view.variants if (name, "variant") in groups}
+    whole = {table.phase: table.metric for table in view.tables if table.phase in view.phases}
+    found = [_ratios(table) for table in view.tables]
+    if "train" in whole:
+        found += [_losses(shown), _memory(shown), _front(shown, whole["train"])]
+        found += [_samples([record for record in run.records if record.name in shown])]
+    if "cold" in whole:
+        found += [_cold(shown)]
+    if whole:
+        found += [checks_matrix(shown)]
+    return tuple(figure for figure in found if figure is not None)
 
 
 def _ratios(table: PhaseTable) -> Figure | None:
@@ -77,13 +78,12 @@ def _ratios(table: PhaseTable) -> Figure | None:
     if not found:
         return None
     reference = next((row.name for row in table.rows if row.reference), "the reference")
-    metric = METRICS[table.metric].title if table.metric in METRICS else table.metric
     marks = tuple(
         Mark(name=name, value=one.ratio, low=one.low, high=one.high, verdict=one.verdict)
         for name, one in found
         if one.ratio is not None
     )
-    axis = Axis(title=f"{metric} × {reference}; right of 1 is worse", line_at=1.0)
+    axis = Axis(title=f"{title_of_ratio(table.metric)} × {reference}; right of 1 is worse", line_at=1.0)
     return Figure(
         title=f"{table.title}: ratios to {reference}",
         says="A dot is the ratio of a variant to the reference, the line through it the interval in which it lies.",
@@ -95,28 +95,23 @@ def _ratios(table: PhaseTable) -> Figure | None:
 def _losses(shown: Shown) -> Figure | None:
     curves, rows = [], []
     for name, series in shown.items():
-        trials = [losses for record in series.ok if (losses := _losses_of(record))]
-        longest = max(map(len, trials), default=0)
-        if longest < 2:
+        steps = losses_by_step(series)
+        if len(steps) < 2:
             continue
-        at = [[trial[step] for trial in trials if step < len(trial)] for step in range(longest)]
-        points = tuple((step + 1.0, statistics.fmean(values)) for step, values in enumerate(at))
-        band = tuple((step + 1.0, min(values), max(values)) for step, values in enumerate(at) if len(values) > 1)
-        curves.append(Curve(name=name, points=points, band=band))
+        points = tuple((step, statistics.median(found)) for step, found in enumerate(steps, start=1))
+        band = tuple((step, min(found), max(found)) for step, found in enumerate(steps, start=1))
+        curves.append(Curve(name=name, points=points, band=band if len(steps[0]) > 1 else ()))
         ends = [Cell(text=f"{value:.4g}", value=value) for value in (points[0][1], points[-1][1])]
-        rows.append(write_row(name, str(len(trials)), str(longest), *ends))
+        rows.append(write_row(name, str(len(steps[0])), str(len(steps)), *ends))
     if not curves:
         return None
     return Figure(
         title="Losses of all variants",
-        says="The training loss by step, the mean over replicates; the band is from the lowest to the highest of them.",
+        says="The training loss by step, the median of the replicates; the band is from the lowest to the highest of "
+        "them.",
         drawing=Curves(across=Axis(title="step"), up=Axis(title="training loss"), curves=tuple(curves)),
         table=Table(heads=name_columns("variant", "replicates", "steps", "first", "last"), rows=tuple(rows)),
     )
-
-
-def _losses_of(record: TrialRecord) -> list[float]:
-    return [loss for name in LOSSES for loss in record.samples.get(name, ())]
 
 
 def _memory(shown: Shown) -> Figure | None:
@@ -166,17 +161,15 @@ def _cold(shown: Shown) -> Figure | None:
     )
 
 
-def _front(shown: Shown) -> Figure | None:
-    """Loss against the time of a step; None where one of them, or a second variant, is missing."""
-    loss = next(
-        (metric for metric in ("held_out_loss", "train_loss") if any(one.trials(metric) for one in shown.values())),
-        None,
-    )
+def _front(shown: Shown, cost: str) -> Figure | None:
+    """Loss against what variants are compared by in training; None where one of them, or a second variant, is
+    missing."""
+    loss = next((metric for metric in COMPARED_LOSSES if any(one.trials(metric) for one in shown.values())), None)
     if loss is None:
         return None
     marks: dict[str, tuple[Mark, Mark]] = {}
     for name, series in shown.items():
-        found = [_mark(name, series, metric) for metric in ("step_time_s", loss)]
+        found = [_mark(name, series, metric) for metric in (cost, loss)]
         if found[0] is not None and found[1] is not None:
             marks[name] = found[0], found[1]
     if len(marks) < 2:
@@ -185,7 +178,7 @@ def _front(shown: Shown) -> Figure | None:
         Spot(name=name, across=x, up=y, best=not any(_beats(other, (x, y)) for other in marks.values()))
         for name, (x, y) in marks.items()
     )
-    across, up = Axis(title="step time", unit="s"), Axis(title=METRICS[loss].title)
+    across, up = Axis(title=METRICS[cost].title, unit=METRICS[cost].unit), Axis(title=METRICS[loss].title)
     rows = (
         write_row(spot.name, _written(spot.across, across), _written(spot.up, up), "yes" if spot.best else "no")
         for spot in spots
@@ -212,8 +205,8 @@ def _beats(one: tuple[Mark, Mark], other: tuple[Mark, Mark]) -> bool:
     return all(mine <= theirs for mine, theirs in pairs) and any(mine < theirs for mine, theirs in pairs)
 
 
-def _samples(run: Run) -> Figure | None:
-    records = [record for record in run.records if record.samples.get("step_time_s")]
+def _samples(of: Sequence[TrialRecord]) -> Figure | None:
+    records = [record for record in of if record.samples.get("step_time_s")]
     if not records:
         return None
     begin = min(record.started_unix_s for record in records)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import cast, get_args
 
-from harness.records.metrics import METRICS
 from harness.records.units import Unit, first_few, format_value
 from harness.report.table import (
     Block,
@@ -24,6 +24,7 @@ from harness.report.table import (
     write_row,
     write_value,
 )
+from harness.report.words import title_of
 from harness.results.history import Break, History, Moment, Plateau, Suspicion, Track
 from harness.results.history import Line as Course
 from harness.results.indexing import VERSIONS
@@ -34,7 +35,12 @@ STEPS = "▁▂▃▄▅▆▇█"
 WIDEST = 60
 """Characters of a drawn line; of more runs several share one."""
 LEVELS = (*name_columns("from", "to", "runs", "level", left=2), Head(text="with"))
-RUNS = (*name_columns("when", "run", "value", "replicates", left=2), Head(text="commit"), Head(text="versions"))
+_RUNS = (
+    *name_columns("when", "run", "value", "replicates", left=2),
+    Head(text="commit"),
+    Head(text="versions", rank=1),
+    Head(text="fingerprint", rank=2),
+)
 SHOWN = 4
 """Differences that are spelt out."""
 
@@ -51,8 +57,11 @@ def describe_history(history: History, *, every_run: bool = False) -> Document:
 
 
 def _track(track: Track, *, every_run: bool) -> Iterator[Block]:
-    title = METRICS[track.metric].title if track.metric in METRICS else track.metric
-    yield Section(title=f"{title} of {track.variant}", beside=f"  study {track.study}", lines=tuple(_drawn(track)))
+    yield Section(
+        title=f"{title_of(track.metric)} of {track.variant}",
+        beside=f"  study {track.study}",
+        lines=tuple(_drawn(track)),
+    )
     yield Table(heads=LEVELS, rows=tuple(_levels(track)), apart=True)
     for change in track.breaks:
         yield from _break(change)
@@ -61,11 +70,12 @@ def _track(track: Track, *, every_run: bool) -> Iterator[Block]:
             yield from _suspicion(suspicion, track)
         yield _silence(line, track)
     if every_run:
-        yield Table(
-            heads=RUNS,
-            rows=tuple(_run(moment, track) for line in track.lines for moment in line.moments),
-            apart=True,
-        )
+        yield dataclasses.replace(table_of_runs(track), apart=True)
+
+
+def table_of_runs(track: Track) -> Table:
+    """A row a run, with why it does not count."""
+    return Table(heads=_RUNS, rows=tuple(_run(one, line, track) for line in track.lines for one in line.moments))
 
 
 def _drawn(track: Track) -> Iterator[Line]:
@@ -78,7 +88,7 @@ def _drawn(track: Track) -> Iterator[Line]:
     for number, line in enumerate(track.lines):
         ends = f"{_day(line.moments[0])} to {_day(line.moments[-1])}"
         yield say(f"{'┃ ' if number else '  '}{draw(line.moments, low, high)}  ", Span(text=ends, tone="faint"))
-    least, most = (format_value(math.exp(end), _unit(track)) for end in (low, high))
+    least, most = (format_value(math.exp(end), unit_of(track)) for end in (low, high))
     yield say(Span(text=f"from {least} ({STEPS[0]}) to {most} ({STEPS[-1]}); ┃ is a known break", tone="faint"))
 
 
@@ -105,7 +115,7 @@ def _levels(track: Track) -> Iterator[Row]:
 def _level(plateau: Plateau, line: Course, track: Track) -> Row:
     return write_row(
         _day(plateau.first), _day(plateau.last), str(plateau.runs),
-        write_value(plateau.value, plateau.low, plateau.high, _unit(track)),
+        write_value(plateau.value, plateau.low, plateau.high, unit_of(track)),
         f"{_versions(plateau.last)}; {_commits(plateau.first, plateau.last)}; {line.fingerprint}",
     )  # fmt: skip
 
@@ -119,7 +129,7 @@ def _break(change: Break) -> Iterator[Line]:
 
 def _suspicion(found: Suspicion, track: Track) -> Iterator[Line]:
     ratio, low, high = (100 * (end - 1) for end in (found.ratio, found.low, found.high))
-    levels = " → ".join(format_value(level, _unit(track)) for level in (found.level_before, found.level_after))
+    levels = " → ".join(format_value(level, unit_of(track)) for level in (found.level_before, found.level_after))
     yield say(
         Span(text=f"{found.direction} from {_day(found.after)} on, ", tone="bad" if found.ratio > 1 else "good"),
         f"run {found.after.run}: by {ratio:+.1f} % [{low:+.1f}, {high:+.1f}], {levels}; "
@@ -151,14 +161,20 @@ def _silence(line: Course, track: Track) -> Line:
     )
 
 
-def _run(moment: Moment, track: Track) -> Row:
-    value = write_value(moment.value, moment.low, moment.high, _unit(track))
+def _run(moment: Moment, line: Course, track: Track) -> Row:
+    value = write_value(moment.value, moment.low, moment.high, unit_of(track))
     if moment.why_not is not None:
-        value = Cell(text=value.text, detail=f"does not count: {moment.why_not}")
+        value = dataclasses.replace(value, interval="", detail=f"does not count: {moment.why_not}")
     return write_row(
-        time.strftime("%Y-%m-%d %H:%M", time.localtime(moment.created_unix_s)), moment.run, value,
-        str(moment.replicates), _commit(moment), _versions(moment),
+        Cell(text=write_time(moment), value=moment.created_unix_s), moment.run, value,
+        Cell(text=str(moment.replicates), value=moment.replicates), _commit(moment), _versions(moment),
+        line.fingerprint,
     )  # fmt: skip
+
+
+def write_time(moment: Moment) -> str:
+    """When a run began, by the clock of whoever reads it, to the minute."""
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(moment.created_unix_s))
 
 
 def _differences(differing: Sequence[Difference]) -> str:
@@ -191,5 +207,6 @@ def _day(moment: Moment) -> str:
     return time.strftime("%Y-%m-%d", time.localtime(moment.created_unix_s))
 
 
-def _unit(track: Track) -> Unit:
+def unit_of(track: Track) -> Unit:
+    """In which its values are; of one that we do not know, none."""
     return cast(Unit, track.unit if track.unit in get_args(Unit) else "1")

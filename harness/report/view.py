@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -65,6 +65,10 @@ class RunView:
     notes: tuple[str, ...]
     """What the study says of itself."""
     tables: tuple[PhaseTable, ...]
+    variants: tuple[str, ...]
+    """Names of those that are shown, in the order of the study."""
+    phases: tuple[Phase, ...]
+    """Those that are shown whole: none where single metrics were asked for."""
     failures: tuple[str, ...]
     notices: tuple[Notice, ...]
     counts: dict[str, int]
@@ -82,7 +86,7 @@ def view_of(run: Run, asked: Asked = EVERYTHING) -> RunView:
     """
     study = codec.from_json(Study, run.manifest.study, f"run {run.manifest.run}")
     groups = series_of(run.records)
-    stands = standing_of(run, study)
+    stands, names = standing_of(run, study), _names(study, asked)
     tables = _tables(run, study, groups, stands, asked)
     return RunView(
         run=run.manifest.run,
@@ -91,7 +95,9 @@ def view_of(run: Run, asked: Asked = EVERYTHING) -> RunView:
         facts=facts_of(run, study),
         deviations=study.deviations,
         notes=study.notes,
-        tables=tuple(_chosen(table, study, asked) for table in tables),
+        tables=tuple(_chosen(table, names, asked.sort) for table in tables),
+        variants=tuple(names),
+        phases=() if asked.metrics else tuple(table.phase for table in tables),
         failures=stands.failures,
         notices=notices_of(run, study, stands.controls),
         counts=dict(Counter(record.status for record in run.records)),
@@ -157,16 +163,15 @@ def _names(study: Study, asked: Asked) -> list[str]:
     return [name for name in names if name in chosen or name == study.reference]
 
 
-def _chosen(table: PhaseTable, study: Study, asked: Asked) -> PhaseTable:
+def _chosen(table: PhaseTable, names: Collection[str], sort: Sort) -> PhaseTable:
     """The table with the rows that are shown, in the order asked for; what has no value stands last."""
-    names = _names(study, asked)
     rows = [row for row in table.rows if row.name in names]
     keys = {"ratio": RATIO, "value": table.metric, "memory": PEAK}
-    if asked.sort == "name":
+    if sort == "name":
         rows.sort(key=lambda row: row.name)
-    elif asked.sort in keys:
-        places = [place for place, column in enumerate(table.columns) if column.key == keys[asked.sort]]
-        rows.sort(key=lambda row: _rank(row, places, by_ratio=asked.sort == "ratio"))
+    elif sort in keys:
+        places = [place for place, column in enumerate(table.columns) if column.key == keys[sort]]
+        rows.sort(key=lambda row: _rank(row, places, by_ratio=sort == "ratio"))
     return replace(table, rows=tuple(rows))
 
 

@@ -10,7 +10,7 @@ ratio across them answers no question. Which field differs, and both of its valu
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,6 +58,25 @@ class Measurements:
     def has(self, metric: str) -> bool:
         """Whether this side measured that metric or kind of memory."""
         return bool(self.peaks.get(metric) if is_memory(metric) else self.trials.get(metric))
+
+
+class _TrialsOf(Mapping[str, Trials]):
+    """The trials of a variant by metric, each worked out when it is asked for: of the three dozen metrics that a run
+    could have, two are compared, and working out all of them takes as long as reading the run."""
+
+    def __init__(self, series: Series) -> None:
+        self._series = series
+
+    def __getitem__(self, metric: str) -> Trials:
+        if metric not in METRICS or not (trials := self._series.trials(metric)):
+            raise KeyError(metric)
+        return trials
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._series.metrics)
+
+    def __len__(self) -> int:
+        return len(self._series.metrics)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +141,7 @@ def measurements_of(series: Series, study: Study, run: str) -> Measurements:
         name=series.name,
         id=series.records[0].variant,
         variant=variants.get(series.name),
-        trials={metric: trials for metric in METRICS if (trials := series.trials(metric))},
+        trials=_TrialsOf(series),
         peaks={
             kind: tuple(float(record.memory[kind]) for record in series.ok if kind in record.memory) for kind in kinds
         },

@@ -65,6 +65,14 @@ class Series:
             self._known[metric] = tuple(trials)
         return self._known[metric]
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Those that any of these trials has, without working out the samples of all of them."""
+        ok = self.ok
+        held = set[str]().union(*(record.samples for record in ok), *(record.values for record in ok))
+        asked = (metric for metric in METRICS.values() if metric.derive is not None or metric.name in held)
+        return tuple(metric.name for metric in asked if any(map(metric.samples_of, ok)))
+
     def measuring(self, metric: str) -> tuple[TrialRecord, ...]:
         """The records of these trials."""
         return tuple(record for record, _ in self.measured(metric))

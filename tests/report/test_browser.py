@@ -37,10 +37,9 @@ def file(request, tmp_path_factory):
     """A committed run as a page on the disk."""
     run = store.read_run(str(request.param), request.param.parent)
     view = view_of(run)
-    names = [variant["name"] for variant in run.manifest.study["variants"]]
-    written = write_html(
-        describe_run(view), title=view.title, names=names, figures=figures_of_run(run, view), again="lorameter run x"
-    )
+    figures = figures_of_run(run, view)
+    said = describe_run(view)
+    written = write_html(said, title=view.title, names=view.variants, figures=figures, again="lorameter run x")
     return save_html(written, tmp_path_factory.mktemp("pages") / "page.html")
 
 

@@ -29,7 +29,7 @@ from harness.report.html.scale import TICKS, scale_for
 from harness.report.html.svg import WIDTH
 from harness.report.run import describe_run
 from harness.report.table import Table, name_columns, say, write_row
-from harness.report.view import view_of
+from harness.report.view import Asked, view_of
 
 ROOT = Path(__file__).parents[2]
 COMMITTED = sorted(path for path in (ROOT / "reports").iterdir() if (path / "trials.jsonl").is_file())
@@ -57,9 +57,8 @@ class Page(HTMLParser):
 def page_of(path):
     run = store.read_run(str(path), path.parent)
     view = view_of(run)
-    names = [variant["name"] for variant in run.manifest.study["variants"]]
     figures = figures_of_run(run, view)
-    return run, view, figures, write_html(describe_run(view), title=view.title, names=names, figures=figures)
+    return run, view, figures, write_html(describe_run(view), title=view.title, names=view.variants, figures=figures)
 
 
 @pytest.fixture(scope="module", params=COMMITTED, ids=lambda path: path.name.rpartition("_")[2])
@@ -169,6 +168,20 @@ def test_every_picture_has_its_numbers_in_a_table(committed):
             assert totals == pytest.approx([sum(part.value for part in bar.parts) for bar in drawing.bars])
 
 
+def test_losses_are_those_of_the_charts():
+    """One curve of a variant wherever it is drawn: the median of the replicates."""
+    runs = ROOT / "tests" / "golden" / "runs"
+    run = store.read_run("swept", runs)
+    view = view_of(run)
+    (losses,) = [one.drawing for one in figures_of_run(run, view) if one.title == "Losses of all variants"]
+    charts = {chart.title: chart for gallery in view.tables[0].galleries for chart in gallery.charts}
+    both = [(curve, charts[curve.name]) for curve in losses.curves if curve.name in charts]
+    assert both
+    for curve, chart in both:
+        assert curve.points == tuple((point.x, point.y) for point in chart.points)
+        assert all(low <= y <= high for (_, y), (_, low, high) in zip(curve.points, curve.band, strict=True))
+
+
 def test_the_stack_of_memory_ends_at_the_peak(committed):
     """Its pieces do not overlap: all of them together are what was measured."""
     run, _, figures, _ = committed
@@ -180,6 +193,37 @@ def test_the_stack_of_memory_ends_at_the_peak(committed):
             if (record.name, record.role) == (bar.name, "variant") and "host_peak_train_bytes" in record.memory
         )
         assert peaks[0] <= sum(part.value for part in bar.parts) <= peaks[-1]
+
+
+@pytest.mark.parametrize(
+    ("asked", "titles"),
+    [
+        (Asked(variants=("qlora-nf4-r16",), metrics=("step_time_s",)), ["Training: step time: ratios to lora-r16"]),
+        (
+            Asked(variants=("qlora-nf4-r16",), phases=("generate",)),
+            ["Warm generation: ratios to lora-r16", "Checks of the paths that ran"],
+        ),
+    ],
+)
+def test_a_figure_shows_what_was_asked_for(asked, titles):
+    """None of a phase or a metric that the tables leave out."""
+    (path,) = [path for path in COMMITTED if path.name.endswith("lora-or-qlora")]
+    run = store.read_run(str(path), path.parent)
+    assert [figure.title for figure in figures_of_run(run, view_of(run, asked))] == titles
+
+
+def test_variants_that_were_not_asked_for_are_nowhere_on_a_page(tmp_path):
+    """Neither in a picture nor in its numbers; what the run claims and how it is repeated names all."""
+    (path,) = [path for path in COMMITTED if path.name.endswith("lora-or-qlora")]
+    assert main(["report", str(path), "--variant", "qlora-nf4-r16", "--html", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    drawn = re.findall('data-variant="([^"]*)"', page)
+    assert set(drawn) == {"lora-r16", "qlora-nf4-r16"}
+    run = store.read_run(str(path), path.parent)
+    figures = figures_of_run(run, view_of(run, Asked(variants=("qlora-nf4-r16",))))
+    cells = {cell.line for figure in figures if figure.table for row in figure.table.rows for cell in row.cells}
+    assert len(figures) == 9
+    assert not cells & {"qlora-nf4-r64-a16", "qlora-nf4-r64-a256"}
 
 
 @given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=2, max_size=8))

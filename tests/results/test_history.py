@@ -1,9 +1,11 @@
 """Lines, breaks and suspicions: what is told of runs whose numbers are known."""
 
 import dataclasses
+import datetime
 import json
 import math
 import random
+import time
 
 import msgspec
 import pytest
@@ -15,11 +17,13 @@ from harness.errors import UsageError
 from harness.records import codec, store
 from harness.records.document import write_document
 from harness.report.history import describe_history
+from harness.report.history_figures import figures_of_history
 from harness.report.terminal import text_of
 from harness.results.history import Moment, confirming, history_of
 from harness.results.index import open_index
 
 DAY_S = 86400.0
+HOUR = datetime.timedelta(hours=1)
 
 
 @pytest.fixture
@@ -219,6 +223,33 @@ def test_the_command_prints_text_and_json(nightly, capsys):
     (found,) = document["tracks"][0]["lines"][0]["suspicions"]
     assert found["after"]["run"] == "night014"
     assert cli.main(["history", "stepp", "--runs-dir", str(runs)]) == 2
+
+
+@pytest.fixture
+def in_tokyo(monkeypatch):
+    """Nine hours from UTC."""
+    with monkeypatch.context() as changed:
+        changed.setenv("TZ", "Asia/Tokyo")
+        time.tzset()
+        yield
+    time.tzset()
+
+
+@pytest.mark.usefixtures("in_tokyo")
+def test_its_figures_say_what_the_text_says(write_run):
+    """In the unit of what was measured, and at the hour at which it was; the numbers of a figure are a row a run."""
+    path = write_run("one", {"plain": [1.0] * 5}, peak=3 * 2**30)
+    dated(path, 0)
+    history = told(path.parent, "host_peak_train_bytes")
+    (figure,) = figures_of_history(history)
+    assert figure.drawing.up.unit == "byte"
+    assert figure.title.startswith("host peak, training of plain")
+    (row,) = figure.table.rows
+    when, value = row.cells[0].text, row.cells[2].text
+    assert value == "3 GiB"
+    assert when == (datetime.datetime.fromtimestamp(1.79e9, datetime.UTC) + 9 * HOUR).strftime("%Y-%m-%d %H:%M")
+    assert when in figure.says
+    assert when in said(history, every_run=True)
 
 
 def test_names_of_others_act_on_no_terminal(nightly):

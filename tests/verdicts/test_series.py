@@ -209,3 +209,21 @@ def test_samples_are_worked_out_once_a_trial(monkeypatch):
         compare_series(base, other, "train_loss")
         base.estimate("train_loss")
     assert sorted(asked) == sorted([*range(5), *range(5)])
+
+
+def test_which_metrics_there_are_is_told_without_working_out_all_of_them(monkeypatch):
+    """They are those that have trials, and a failed trial has none."""
+    records = [record("a", replicate) for replicate in range(4)]
+    records[3] = record("a", 3, "oom").replaced(samples={"natural_tokens": (1.0,)})
+    series = Series(name="a", role="variant", records=tuple(records))
+    assert series.metrics == tuple(metric for metric in METRICS if series.trials(metric))
+    asked = []
+    known = METRICS["tokens_per_s"]
+
+    def derive(one):
+        asked.append(one.replicate)
+        return known.derive(one)
+
+    monkeypatch.setitem(METRICS, "tokens_per_s", dataclasses.replace(known, derive=derive))
+    assert "tokens_per_s" in Series(name="a", role="variant", records=tuple(records)).metrics
+    assert asked == [0]
