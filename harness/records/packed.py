@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,8 @@ MEMBERS = ("manifest.json", "trials.jsonl", "checks.jsonl")
 """The files of a run that say what was measured; the first is in every run."""
 MOST_BYTES = 4 << 30
 """Of all of them together: three times the run of a hundred thousand trials."""
+_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+"""Others fail in ways of their own when what they read is damaged."""
 _REMEDY = "Ask for the file again, or for the run's directory."
 
 
@@ -52,7 +55,7 @@ def unpacked(path: Path) -> Iterator[Path]:
         try:
             with zipfile.ZipFile(path) as archive:
                 _extract(archive, path, folder)
-        except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError) as error:
+        except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, OSError) as error:
             raise UsageError(f"{path}: cannot be unpacked: {error}. {_REMEDY}") from None
         yield folder
 
@@ -65,6 +68,8 @@ def _extract(archive: zipfile.ZipFile, path: Path, folder: Path) -> None:
     for name in MEMBERS:
         if name not in held:
             continue
+        if held[name].compress_type not in _METHODS:
+            raise UsageError(f"{path}: {name} is compressed as no packed run is. {_REMEDY}")
         if held[name].file_size > left:  # reading stops at the size that is told, whatever follows
             raise UsageError(f"{path}: it holds more than the {MOST_BYTES >> 30} GiB that are read. {_REMEDY}")
         left -= held[name].file_size
