@@ -50,8 +50,11 @@ def impossible(where: str, key: str, value: object, why: str, remedy: str) -> Us
 _USER = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)[^\s/?#]*@")
 """A quote in it is a part of a password: no address ends before its host."""
 _SECRET = re.compile(
-    r"token$|secret|passw|(api|access|private)[-_]?key|credential|(^|[-_])auth$|authorization$", re.IGNORECASE
+    r"token$|secret|passw|passphrase|(api|access|private)[-_]?key|credential|(^|[-_])(auth|bearer)$|authorization$"
+    r"|(?-i:_(PASS|PWD|PAT)$)",
+    re.IGNORECASE,
 )
+"""A pass, a working directory and a pattern are ordinary options; as the end of a variable's name they are none."""
 _NO_SECRET = re.compile(r"(pad|eos|bos|unk|sep|cls|mask|stop|image|new|max|min)[-_]?token$|^-*no[-_]", re.IGNORECASE)
 """Tokens of a vocabulary, which options of training scripts name as well, and options that take nothing."""
 HIDDEN = "***"

@@ -27,7 +27,7 @@ from harness.verdicts.notices import run_notices
 from harness.verdicts.outcome import ComparisonReport, without_numbers
 from harness.verdicts.sameness import losses_of_run, sides_of_run
 from harness.verdicts.series import Series, compare_series, pairing_of, pairs_of, series_of, without_equivalent
-from harness.verdicts.software import versions_by_name
+from harness.verdicts.software import say_versions, versions_by_name
 from harness.verdicts.standing import control_faults, control_of, phases_of, run_faults, say_broken
 
 
@@ -160,7 +160,7 @@ def attribution_of(run: Run) -> Attribution:
 def _facts(run: Run, side: str) -> dict[str, Any]:
     """What a side has installed, as its scripts tell it, else as its interpreter did."""
     stated: dict[str, Any] = run.manifest.sides[side].get("facts") or {"packages": {}}
-    told = {name: " or ".join(seen) for name, seen in _told(run, side).items()}
+    told = {name: say_versions(seen) for name, seen in _told(run, side).items()}
     if not told:
         return stated
     return stated | {name: told.pop(name, None) for name in ("python", "cuda")} | {"packages": told}

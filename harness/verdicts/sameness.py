@@ -21,7 +21,7 @@ from harness.stats import Comparison, compare_trials
 from harness.studies.script import SIDE
 from harness.studies.study import Study
 from harness.verdicts.series import Series, is_difference, series_of
-from harness.verdicts.software import differing_versions
+from harness.verdicts.software import differing_versions, say_versions
 
 TOLERANCE = 0.01
 """Difference of a mean number of tokens, or of a loss, that is worth a word."""
@@ -234,7 +234,7 @@ def _software(name: str, sides: Sides) -> Iterator[Notice]:
     """What their processes have installed, and on how many threads they compute."""
     base, candidate = zip(*sides.pairs, strict=True)
     differing = [
-        f"{package} {' or '.join(ours)} in {sides.names[0]} and {' or '.join(theirs)} in {sides.names[1]}"
+        f"{package} {say_versions(ours)} in {sides.names[0]} and {say_versions(theirs)} in {sides.names[1]}"
         for package, ours, theirs in differing_versions(base, candidate)
     ]
     if differing:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from harness.machine import steering
 from harness.machine.software import normal_name
 from harness.records.record import TrialRecord
 
@@ -27,6 +28,11 @@ def versions_by_name(records: Iterable[TrialRecord]) -> dict[str, tuple[str, ...
     return {name: tuple(sorted({one.get(name, NONE) for one in told})) for name in names}
 
 
+def say_versions(seen: Iterable[str]) -> str:
+    """The versions of one package, of which there may be several."""
+    return BETWEEN.join(seen)
+
+
 def versions_of(provenance: Mapping[str, Any], records: Iterable[TrialRecord]) -> dict[str, str | None]:
     """Python, the libraries, and what an engine comes with: as the trials tell it, and where they tell nothing as the
     provenance does. None for what is not installed; all versions where there are several."""
@@ -37,7 +43,7 @@ def versions_of(provenance: Mapping[str, Any], records: Iterable[TrialRecord]) -
         return stated
     names = [*stated, *(name for name in ("cuda",) if name in told and name not in stated)]
     found = {name: told.get(normal_name(name), (NONE,)) for name in names}
-    versions = {name: None if seen == (NONE,) else BETWEEN.join(seen) for name, seen in found.items()}
+    versions = {name: None if seen == (NONE,) else say_versions(seen) for name, seen in found.items()}
     return versions | ({OURS: stated[OURS]} if OURS in stated else {})
 
 
@@ -55,12 +61,16 @@ def differing_versions(
 
 def facts_of(provenance: Mapping[str, Any], records: Iterable[TrialRecord]) -> dict[str, Any]:
     """The provenance with what the trials tell in place of what was found before the start."""
-    versions = versions_of(provenance, records := list(records))
+    records = list(records)
+    told = {name: say_versions(seen) for name, seen in versions_by_name(records).items()}
+    if not told:
+        return dict(provenance)
+    versions = versions_of(provenance, records)
     libraries = {name: versions.get(name) for name in provenance.get("libraries", {})}
-    told = {"libraries": libraries, "python": versions["python"]} | (
-        {"cuda": versions["cuda"]} if "cuda" in versions else {}
-    )
-    return {**provenance, **told} if versions_by_name(records) else dict(provenance)
+    found = {"libraries": libraries} | {name: versions[name] for name in ("python", "cuda") if name in versions}
+    if kernels := provenance.get(steering.FIELD):
+        found[steering.FIELD] = steering.steering(told, versions.get("cuda"), kernels["switches"])
+    return {**provenance, **found}
 
 
 def say_threads(provenance: Mapping[str, Any], records: Iterable[TrialRecord]) -> str:

@@ -81,13 +81,21 @@ def judge_gradients(facts: Sequence[RankFacts]) -> Finding:
     if not names or any(list(one.gradients) != names for one in facts):
         return _unknown("the ranks do not train the same parameters" if names else "nothing trains")
     of = {name: [one.gradients[name] for one in facts] for name in names}
-    unseen = [name for name, seen in of.items() if not any(one.size for one in seen)]
-    seen = {name: every for name, every in of.items() if name not in unseen}
+    zero = [name for name, every in of.items() if not any(one.size for one in every)]
+    seen = {name: every for name, every in of.items() if name not in zero}
     if not seen:
         return _unknown("no gradient was seen before it was exchanged")
-    wrong = [name for name, every in seen.items() if _error(every, ranks) > _tolerance(every)]
+    infinite = [name for name, every in seen.items() if not all(math.isfinite(one.size) for one in every)]
+    if infinite:
+        return _fault(f"{len(infinite)} of {len(seen)} parameters have no finite gradient: {name_some(infinite)}")
+    wrong = [name for name, every in seen.items() if not _fits(every, ranks)]
     if not wrong:
-        left = f"; {len(unseen)} had a gradient of zero" if unseen else ""
+        if unseen := [name for name in zero if any(one.exchanged for one in of[name])]:
+            return _unknown(
+                f"{len(unseen)} of {len(names)} parameters have a gradient that was not seen before it was exchanged: "
+                f"{name_some(unseen)}"
+            )
+        left = f"; {len(zero)} had a gradient of zero" if zero else ""
         return _good(f"the mean over {ranks} ranks, of {len(seen)} parameters{left}")
     alone = [name for name in wrong if _is_unexchanged(of[name])]
     if len(alone) == len(wrong):
@@ -96,7 +104,7 @@ def judge_gradients(facts: Sequence[RankFacts]) -> Finding:
             f"{name_some(alone)}"
         )
     divisor = _divisor([of[name] for name in wrong])
-    if divisor is not None and all(_error(of[name], divisor) <= _tolerance(of[name]) for name in wrong):
+    if divisor is not None and all(_fits(of[name], divisor) for name in wrong):
         return _fault(
             f"the sum of the ranks' gradients was divided by {divisor:.3g} and not by their number, {ranks}: "
             f"{len(wrong)} of {len(seen)} parameters, {name_some(wrong)}"
@@ -111,9 +119,10 @@ def _exchanged(every: Sequence[Gradient]) -> list[float]:
     return [one.exchanged for one in every]
 
 
-def _error(every: Sequence[Gradient], divisor: float) -> float:
-    expected, size = sum(one.own for one in every) / divisor, _size(every)
-    return max(abs(found - expected) for found in _exchanged(every)) / size
+def _fits(every: Sequence[Gradient], divisor: float) -> bool:
+    """Whether every rank's is the sum of their own over the divisor; what is no number is nothing of the kind."""
+    expected, most = sum(one.own for one in every) / divisor, _tolerance(every) * _size(every)
+    return all(abs(found - expected) <= most for found in _exchanged(every))
 
 
 def _size(every: Sequence[Gradient]) -> float:

@@ -1,6 +1,8 @@
 """A command as it is written down: whatever sounds like a credential is left out, and nothing else."""
 
 import shlex
+import subprocess
+import sys
 
 import pytest
 
@@ -56,6 +58,28 @@ DEEP = [
     ["-c", "login(token='hunter2')"],
     ["-c", "password = 'hunter2'"],
     ["hf_hunter2hunter2hunter2"],
+    ["sk-ant-api03-hunter2hunter2hunter2"],
+    ["eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.hunter2hunter2"],
+    ["HTTPS://user:hunter2@host/x"],
+    ["git+ssh://git:p%40hunter2@host/x"],
+    ["sh", "-c", 'curl -d "{\\"authorization\\": \\"Bearer hunter2\\"}" host'],
+    ["sh", "-c", 'curl -d "{\\"token\\": \\"hunter2\\"}" host'],
+    ["sh", "-c", "curl -H Authorization:\\ Bearer\\ hunter2 host"],
+    ["sh", "-c", "python t.py --hub_token \\\n  hunter2"],
+    ["sh", "-c", "python t.py --hub_token a\\;hunter2"],
+    ["sh", "-c", "HF_TOKEN=$'hunter2' python t.py"],
+    ["sh", "-c", 'python t.py --hub_token "hunter2'],
+    ["--header", "Authorization: ApiKey hunter2"],
+    ["--header", "Authorization: AWS4-HMAC-SHA256 Credential=x/y, Signature=hunter2"],
+    ["-c", "os.environ['HF_TOKEN'] = 'hunter2'"],
+    ["-c", 'os.environ["HF_TOKEN"]="hunter2"'],
+    ["-c", "login(token=f'hunter2')"],
+    ["--password=a;b|c,hunter2"],
+    ["--password=a hunter2"],
+    ["--token=-hunter2"],
+    ["env", "DB_PASS=hunter2"],
+    ["env", "MY_API_KEY=hunter2"],
+    ["--passphrase", "hunter2"],
 ]
 
 
@@ -82,6 +106,10 @@ def test_a_credential_that_stands_deeper_is_found_as_well(words):
         ["--config", '{"push_token": null, "tokenizer": "x", "pad_token": "</s>"}'],
         ["--author", "me", "--max_tokens", "5"],
         ["-c", "token = os.environ['HF_TOKEN']"],
+        ["-c", "os.environ['HF_TOKEN'] = os.environ['OTHER']"],
+        ["--hub_token", "--push"],
+        ["--forward_pass", "3", "--pwd", "/work", "--bypass=1"],
+        ["--run_name", "sk-baseline-lora-r16-alpha32"],
     ],
 )
 def test_what_is_no_credential_is_taken(words):
@@ -95,6 +123,18 @@ def test_a_variable_of_a_study_is_read_by_the_same_rule(value):
     with pytest.raises(UsageError, match=r"env\.SOME: ") as refused:
         Variant(name="a", command="python train.py", env={"SOME": value})
     assert "hunter2" not in str(refused.value)
+
+
+@pytest.mark.parametrize("text", ["a", "a-", "x?a", "a ", "token=", "'", "://a:"])
+def test_a_long_word_takes_no_longer_than_several_short_ones(text):
+    """A program may be handed over in a word, and data. In a process that ends where each word is read again and again
+    from each of its letters, which takes minutes."""
+    script = (
+        "import resource; resource.setrlimit(resource.RLIMIT_CPU, (10, 10)); "
+        "from harness.attach.command import write_command; "
+        f"assert len(write_command([{text!r} * (120_000 // len({text!r}))])) > 0"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 
 def test_what_cannot_be_a_command_is_refused_without_its_credential():

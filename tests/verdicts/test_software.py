@@ -44,6 +44,16 @@ def test_what_trials_tell_goes_before():
     assert say_threads(STATED, records) == "4 threads"
 
 
+def test_the_libraries_of_a_card_are_those_that_trials_tell():
+    """Of the CUDA that their torch is built for; what the environment switches is that of both."""
+    kernels = {"cudnn": "9.20", "cublas": "13.1", "switches": {"NVIDIA_TF32_OVERRIDE": "0"}}
+    stated = STATED | {"device": "cuda", "cuda": "13.0", "kernels": kernels}
+    told = telling(python="3.12.1", torch="2.14.0", cuda="12.8", nvidia_cudnn_cu12="9.10", nvidia_cudnn_cu13="9.20")
+    assert facts_of(stated, [told])["kernels"] == kernels | {"cudnn": "9.10", "cublas": None}
+    assert facts_of(stated, [RECORD])["kernels"] == kernels
+    assert "kernels" not in facts_of(STATED, [told])
+
+
 def test_what_measures_is_ours_in_every_process():
     """Whatever of it the interpreter of a script has installed, or has not."""
     stated = STATED | {"libraries": {"lorameter": "1.2"}}

@@ -96,6 +96,38 @@ def test_gradients_that_nobody_saw_pass_nothing():
     assert judged(*facts)["ranks.gradients"].status == "unknown"
 
 
+NAN, INFINITE = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("own", "exchanged", "size", "words"),
+    [
+        ((NAN, 5.0), (NAN, NAN), (NAN, 10.0), "1 of 1 parameters have no finite gradient: a"),
+        ((INFINITE, 5.0), (4.0, 4.0), (INFINITE, 10.0), "1 of 1 parameters have no finite gradient: a"),
+        ((3.0, 5.0), (4.0, NAN), (10.0, 10.0), "not the mean over 2 ranks: 1 of 1 parameters, a"),
+        ((3.0, 5.0), (NAN, 4.0), (10.0, 10.0), "not the mean over 2 ranks: 1 of 1 parameters, a"),
+    ],
+)
+def test_what_is_no_number_is_no_mean(own, exchanged, size, words):
+    """Nothing is close to it, and nothing far."""
+    facts = (fact(rank, gradients={"a": gradient(own[rank], exchanged[rank], size=size[rank])}) for rank in range(2))
+    check = judged(*facts)["ranks.gradients"]
+    assert check.status == "fallback"
+    assert words in check.reason
+
+
+def test_a_gradient_that_was_not_seen_is_none_of_zero():
+    """It is there after the exchange: where it came from is unknown, however well the others fit."""
+    for late, status in ((0.0, "active"), (2.0, "unknown")):
+        facts = (
+            fact(rank, gradients={"a": gradient((3.0, 5.0)[rank], 4.0), "b": gradient(0.0, late, size=0.0)})
+            for rank in range(2)
+        )
+        check = judged(*facts)["ranks.gradients"]
+        assert check.status == status
+        assert ("1 had a gradient of zero" in check.reason) is (status == "active")
+
+
 def test_an_adapter_that_differs_is_named():
     """With the rank and the parameters."""
     check = judged(fact(0), fact(1, adapter={"a": "other"}))["ranks.adapters"]
