@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import os
 import secrets
 import shutil
@@ -226,6 +227,20 @@ def read_run(name: str, folder: Path) -> Run:
     return _read(Path(name) if inputs.is_file(Path(name) / "manifest.json") else folder / name, name, folder)
 
 
+@contextlib.contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """Meanwhile the collector rests: records hold no cycles, and looking through those of a large run again and again
+    takes as long as reading them."""
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 def _read(path: Path, name: str, folder: Path) -> Run:
     source = path / "manifest.json"
     if not inputs.is_file(source):
@@ -234,13 +249,14 @@ def _read(path: Path, name: str, folder: Path) -> Run:
     manifest = read_manifest(path)
     lines = TrialLines(EvidenceFile(path), source, f"{name}, trials.jsonl")
     records, cut_short, without_evidence = [], 0, 0
-    for line in journal.lines(path / TRIALS):
-        try:
-            records.append(lines.read(line))
-        except codec.NotJsonError:
-            cut_short += 1
-        except LostEvidenceError:
-            without_evidence += 1
+    with _nothing_collected():
+        for line in journal.lines(path / TRIALS):
+            try:
+                records.append(lines.read(line))
+            except codec.NotJsonError:
+                cut_short += 1
+            except LostEvidenceError:
+                without_evidence += 1
     latest = _latest(records, manifest)
     if manifest.resumed and {record.trial for record in latest if record.settled} >= set(manifest.order):
         cut_short = without_evidence = 0  # whatever a line that was cut short told of has been measured again

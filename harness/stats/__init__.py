@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from harness.stats.allocation import optimal_rounds
 from harness.stats.comparison import Pairing, compare_family, compare_trials, step_down
-from harness.stats.drift import drifts
+from harness.stats.drift import drifting, drifts
 from harness.stats.drops import KeptPairs, kept_pairs
 from harness.stats.estimate import Estimate, estimate_trials, is_precise, relative_half_width
 from harness.stats.intervals import bootstrap_interval
@@ -42,6 +42,7 @@ __all__ = [
     "compare_family",
     "compare_trials",
     "count_outliers",
+    "drifting",
     "drifts",
     "effective_size",
     "estimate_trials",

@@ -18,7 +18,7 @@ from harness.stats.samples import checked_number, checked_samples
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from numpy import float64
+    from numpy import float64, intp
     from numpy.typing import NDArray
 
 _LEAST_SEGMENT = 3
@@ -31,10 +31,12 @@ _MAD_TO_SD = 1.4826 / math.sqrt(2)
 # Barrett et al. ask the last quarter of a series to be steady; and what follows its start must be mostly at its level.
 _LEAST_STEADY_SHARE = 0.25
 _LEAST_SHARE_AT_LEVEL = 0.75
+_AT_ONCE = 1000
+"""Series that are looked at together: as many as a run of 200 steps each holds in a few megabytes."""
 
 
-def drifts(samples: Sequence[float], *, tolerance: float) -> bool:
-    """Whether a series of step times gets slower, or finds no steady level.
+def drifting(trials: Sequence[Sequence[float]], *, tolerance: float) -> list[bool]:
+    """Of each series of step times whether it gets slower, or finds no steady level.
 
     Levels differ if they do by more than `tolerance` (a fraction) and by more than the noise. There is no steady level
     if the last one covers less than a quarter of the steps, or if more than a quarter of those after its start are at
@@ -46,13 +48,43 @@ def drifts(samples: Sequence[float], *, tolerance: float) -> bool:
     import numpy as np
 
     allowed = math.log1p(checked_number("tolerance", tolerance, at_least=0, strictly=False))
-    log_times = np.log(checked_samples("samples", samples, positive=True))
-    count = log_times.size
-    if count < 2 * _LEAST_SEGMENT:
-        return False
-    noise = max(float(np.median(np.abs(np.diff(log_times)))) * _MAD_TO_SD, _NOISE_FLOOR)
+    series = [checked_samples(f"trial {index}", trial, positive=True) for index, trial in enumerate(trials)]
+    found = [False] * len(series)
+    by_length: dict[int, list[int]] = {}
+    for index, one in enumerate(series):
+        if one.size >= 2 * _LEAST_SEGMENT:
+            by_length.setdefault(one.size, []).append(index)
+    for alike in by_length.values():
+        for start in range(0, len(alike), _AT_ONCE):
+            some = alike[start : start + _AT_ONCE]
+            log_times = np.log(np.stack([series[index] for index in some]))
+            for index, drifted in zip(some, _drifting(log_times, allowed), strict=True):
+                found[index] = drifted
+    return found
+
+
+def drifts(samples: Sequence[float], *, tolerance: float) -> bool:
+    """Whether one series of step times does; see `drifting`."""
+    return drifting([samples], tolerance=tolerance)[0]
+
+
+def _drifting(log_times: NDArray[float64], allowed: float) -> list[bool]:
+    """Of series of one length, a row each. Most are at one level, which is seen of all of them at once."""
+    import numpy as np
+
+    noise = np.maximum(np.median(np.abs(np.diff(log_times, axis=1)), axis=1) * _MAD_TO_SD, _NOISE_FLOOR)
     despiked = _without_hiccups(log_times)
-    penalty = _PENALTY_PER_LOG_N * math.log(count)
+    penalty = _PENALTY_PER_LOG_N * math.log(log_times.shape[1])
+    _, gains = _best_splits(despiked / noise[:, None])
+    return [
+        bool(gain > penalty) and _finds_no_level(row, float(sd), allowed, penalty)
+        for row, sd, gain in zip(despiked, noise, gains, strict=True)
+    ]
+
+
+def _finds_no_level(despiked: NDArray[float64], noise: float, allowed: float, penalty: float) -> bool:
+    """Whether a series that changes its level gets slower by it, or has no steady one."""
+    count = despiked.size
     starts = _segment_starts(despiked / noise, penalty)
     segments = [despiked[start:end] for start, end in itertools.pairwise([*starts, count])]
     levels, last = [float(segment.mean()) for segment in segments], segments[-1]
@@ -73,9 +105,9 @@ def _without_hiccups(log_times: NDArray[float64]) -> NDArray[float64]:
     import numpy as np
 
     despiked = log_times.copy()
-    left, middle, right = log_times[:-2], log_times[1:-1], log_times[2:]
-    despiked[1:-1] = np.maximum(np.minimum(left, middle), np.minimum(np.maximum(left, middle), right))
-    despiked[-1] = despiked[-2]
+    left, middle, right = log_times[:, :-2], log_times[:, 1:-1], log_times[:, 2:]
+    despiked[:, 1:-1] = np.maximum(np.minimum(left, middle), np.minimum(np.maximum(left, middle), right))
+    despiked[:, -1] = despiked[:, -2]
     return despiked
 
 
@@ -85,22 +117,24 @@ def _segment_starts(values: NDArray[float64], penalty: float) -> list[int]:
     pending = [(0, values.size)]
     while pending:
         start, end = pending.pop()
-        split = _best_split(values[start:end], penalty)
-        if split is not None:
-            starts.append(start + split)
-            pending += [(start, start + split), (start + split, end)]
+        if end - start < 2 * _LEAST_SEGMENT:
+            continue
+        splits, gains = _best_splits(values[None, start:end])
+        if gains[0] > penalty:
+            split = start + int(splits[0])
+            starts.append(split)
+            pending += [(start, split), (split, end)]
     return sorted(starts)
 
 
-def _best_split(values: NDArray[float64], penalty: float) -> int | None:
-    """Where a change of the mean saves most squared error, or None if it saves no more than `penalty`."""
+def _best_splits(values: NDArray[float64]) -> tuple[NDArray[intp], NDArray[float64]]:
+    """Of each row, where a change of the mean saves most squared error, and how much it saves."""
     import numpy as np
 
-    if values.size < 2 * _LEAST_SEGMENT:
-        return None
-    sums = np.cumsum(values - values.mean())
-    splits = np.arange(_LEAST_SEGMENT, values.size - _LEAST_SEGMENT + 1)
+    count = values.shape[1]
+    sums = np.cumsum(values - values.mean(axis=1, keepdims=True), axis=1)
+    splits = np.arange(_LEAST_SEGMENT, count - _LEAST_SEGMENT + 1)
     # With the total at zero, the gain of a split after k of n is S_k^2 n / (k (n - k)).
-    gains = sums[splits - 1] ** 2 * values.size / (splits * (values.size - splits))
-    best = int(gains.argmax())
-    return int(splits[best]) if gains[best] > penalty else None
+    gains = sums[:, splits - 1] ** 2 * count / (splits * (count - splits))
+    best = gains.argmax(axis=1)
+    return splits[best], np.take_along_axis(gains, best[:, None], axis=1)[:, 0]

@@ -31,6 +31,8 @@ def checked_trials(side: str, trials: Sequence[Sequence[float]], *, positive: bo
         raise ValueError(f"{side} is {reprlib.repr(trials)}: pass a list with one list of samples a trial")
     if len(trials) == 0:
         raise ValueError(f"{side} has no trial: measure it first, or report it as missing instead of comparing it")
+    if (values := _single_values(trials, positive=positive)) is not None:
+        return values
     return [checked_samples(f"{side} trial {index}", trial, positive=positive) for index, trial in enumerate(trials)]
 
 
@@ -62,6 +64,18 @@ def checked_samples(where: str, samples: Sequence[float], *, positive: bool) -> 
             "mark that trial invalid and leave it out, with its partner if paired"
         )
     return values
+
+
+def _single_values(trials: Sequence[Sequence[float]], *, positive: bool) -> list[NDArray[float64]] | None:
+    """Trials of one good sample each, as peaks of memory are, all at once and in a tenth of the time; else None."""
+    import numpy as np
+
+    if not all(type(trial) in (list, tuple) and len(trial) == 1 and type(trial[0]) is float for trial in trials):
+        return None
+    values = np.array([trial[0] for trial in trials])
+    if not np.isfinite(values).all() or (positive and (values <= 0).any()):
+        return None
+    return list(values.reshape(-1, 1))
 
 
 def medians_of(trials: Sequence[NDArray[float64]]) -> NDArray[float64]:

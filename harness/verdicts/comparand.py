@@ -66,6 +66,7 @@ class _TrialsOf(Mapping[str, Trials]):
 
     def __init__(self, series: Series) -> None:
         self._series = series
+        self._metrics = series.metrics
 
     def __getitem__(self, metric: str) -> Trials:
         if metric not in METRICS or not (trials := self._series.trials(metric)):
@@ -73,10 +74,10 @@ class _TrialsOf(Mapping[str, Trials]):
         return trials
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._series.metrics)
+        return iter(self._metrics)
 
     def __len__(self) -> int:
-        return len(self._series.metrics)
+        return len(self._metrics)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ from harness.records.metrics import LOSSES, PHASE_TITLES, Phase
 from harness.records.record import Notice, TrialRecord
 from harness.records.store import Run
 from harness.records.units import format_ratio
-from harness.stats import MOST_ADVISED, Comparison, count_outliers, drifts
+from harness.stats import MOST_ADVISED, Comparison, count_outliers, drifting
 from harness.studies.study import Study
 from harness.verdicts.disturbance import disturbances
 from harness.verdicts.sameness import sameness_notices
@@ -121,7 +121,8 @@ def _warmup(ok: list[TrialRecord]) -> Iterator[Notice]:
 def _drift(ok: list[TrialRecord]) -> Iterator[Notice]:
     """Trials whose timed steps change level: a clock that throttles, a leak, a neighbour that came or went."""
     timed = [record for record in ok if len(record.samples.get("step_time_s", ())) >= LEAST_STEPS_FOR_DRIFT]
-    changing = [record.trial for record in timed if drifts(record.samples["step_time_s"], tolerance=DRIFT)]
+    found = drifting([record.samples["step_time_s"] for record in timed], tolerance=DRIFT)
+    changing = [record.trial for record, drifted in zip(timed, found, strict=True) if drifted]
     if changing:
         yield Notice(
             code="drift",

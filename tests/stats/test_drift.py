@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from harness.stats import drifts
+from harness.stats import drifting, drifts
 
 STEP = np.arange(60)
 
@@ -77,8 +77,8 @@ def test_the_unit_does_not_matter():
 @pytest.mark.parametrize(
     ("samples", "tolerance", "message"),
     [
-        ([], 0.02, "samples has no samples"),
-        ([1.0, 0.0], 0.02, r"samples sample 1 is 0\.0"),
+        ([], 0.02, "trial 0 has no samples"),
+        ([1.0, 0.0], 0.02, r"trial 0 sample 1 is 0\.0"),
         ([1.0], -1, "tolerance is -1"),
     ],
 )
@@ -86,3 +86,14 @@ def test_bad_input_is_an_error(samples, tolerance, message):
     """Bad input raises with the offender's name."""
     with pytest.raises(ValueError, match=message):
         drifts(samples, tolerance=tolerance)
+
+
+def test_many_series_are_told_as_each_alone():
+    """Whatever their lengths and their order, and whatever levels they have."""
+    rng = np.random.default_rng(7)
+    shapes = [np.zeros(60), 0.3 * (STEP > 40), np.zeros(3), 0.01 * STEP, np.zeros(200), -0.3 * (STEP[:30] > 8)]
+    series = [np.exp(rng.normal(shape, 0.02)) for _ in range(20) for shape in shapes]
+    found = drifting(series, tolerance=0.02)
+    assert found == [drifts(one, tolerance=0.02) for one in series]
+    assert 0 < sum(found) < len(found)
+    assert drifting([], tolerance=0.02) == []
