@@ -23,8 +23,9 @@ pytest_plugins = ["pytester"]
 HERE = Path(__file__).parent
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two OpenMP threads on two cores collapse under contention
-os.environ["LORAMETER_LOCKS"] = tempfile.mkdtemp(prefix="locks-")  # of this process: the other one measures as well
-os.environ["LORAMETER_BASES"] = tempfile.mkdtemp(prefix="bases-")  # what tests prepare is of no use to anybody
+OWN = ("LORAMETER_LOCKS", "LORAMETER_BASES")
+for name in OWN:  # of this process: the other one measures as well, and what tests prepare is of no use to anybody
+    os.environ[name] = tempfile.mkdtemp(prefix="lorameter-tests-")
 os.environ.pop("PYTEST_XDIST_WORKER", None)  # a pytest that a test starts would take itself for a part of this one
 
 # How long an example takes is the machine's affair, and beside other work it is long.
@@ -50,6 +51,12 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
 
 
+def pytest_unconfigure():
+    """Bases are as large as models; also of the process that only hands tests out."""
+    for name in OWN:
+        shutil.rmtree(os.environ[name], ignore_errors=True)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def signals_reach_what_is_started():
     """A shell has what it starts in the background ignore INT, `nohup` HUP, and every process that a test starts would
@@ -62,13 +69,6 @@ def signals_reach_what_is_started():
     yield
     for number, before in ignored.items():
         signal.signal(number, before)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def prepared_bases_are_removed():
-    """They are as large as models."""
-    yield
-    shutil.rmtree(os.environ["LORAMETER_BASES"], ignore_errors=True)
 
 
 @pytest.fixture(scope="module", autouse=True)

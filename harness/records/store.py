@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gc
 import os
 import secrets
 import shutil
@@ -36,7 +35,7 @@ from harness.records.packed import is_packed, unpacked
 from harness.records.preparation import BaseSummary
 from harness.records.record import SCHEMA, SETTLED, Notice, TrialRecord, require_readable
 from harness.records.refusals import OF_THE_MACHINE, say_refused, words_of
-from harness.records.trial_lines import TrialLines, line_of
+from harness.records.trial_lines import TrialLines, line_of, nothing_collected
 
 RunStatus = Literal["running", "complete", "interrupted", "failed"]
 RunState = Literal["running", "complete", "interrupted", "failed", "killed"]
@@ -227,20 +226,6 @@ def read_run(name: str, folder: Path) -> Run:
     return _read(Path(name) if inputs.is_file(Path(name) / "manifest.json") else folder / name, name, folder)
 
 
-@contextlib.contextmanager
-def _nothing_collected() -> Iterator[None]:
-    """Meanwhile the collector rests: records hold no cycles, and looking through those of a large run again and again
-    takes as long as reading them."""
-    if not gc.isenabled():
-        yield
-        return
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
 def _read(path: Path, name: str, folder: Path) -> Run:
     source = path / "manifest.json"
     if not inputs.is_file(source):
@@ -249,7 +234,7 @@ def _read(path: Path, name: str, folder: Path) -> Run:
     manifest = read_manifest(path)
     lines = TrialLines(EvidenceFile(path), source, f"{name}, trials.jsonl")
     records, cut_short, without_evidence = [], 0, 0
-    with _nothing_collected():
+    with nothing_collected():
         for line in journal.lines(path / TRIALS):
             try:
                 records.append(lines.read(line))

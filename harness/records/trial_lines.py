@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+import gc
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -84,6 +85,20 @@ def _check_plain(record: TrialRecord, where: str, held: bool) -> None:
 def line_of(record: TrialRecord, hashes: Sequence[str]) -> str:
     """A record as it is written, its checks named by these hashes."""
     return codec.dumps(_record(WrittenRecord, record, tuple(hashes)).replaced(schema=SCHEMA)) + "\n"
+
+
+@contextlib.contextmanager
+def nothing_collected() -> Iterator[None]:
+    """Meanwhile the collector rests: records hold no cycles, and looking through those of a large run again and again
+    takes as long as reading them."""
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 _KEPT = tuple(field.name for field in dataclasses.fields(TrialRecord) if field.name != "checks")
