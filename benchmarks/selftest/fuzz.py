@@ -4,7 +4,8 @@
 
 Each input is a good one with something odd in it (`hostile`), drawn by a generator whose seed is the number of the
 input, so that any of them can be had again by its number. It goes through a door (`hostile_doors`) in a process that
-may have 1 GiB more memory than it began with and 10 s for an input. An input fails where it is neither read nor
+may have 1 GiB more memory than it began with and 10 s for an input, not counting time for which it wanted a processor
+that others had. An input fails where it is neither read nor
 refused: by a traceback, exit code 70, a control character among what is shown, more time, more memory, a death. What
 failed is kept with --keep; tests/corpus holds what ever did, and `make test` reads it again.
 
@@ -14,6 +15,7 @@ Exit status 1 if any input failed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import os
@@ -33,6 +35,7 @@ from types import FrameType
 from unittest import mock
 
 import hostile_lines
+import psutil
 from hostile_door import REFUSALS, Door
 from hostile_doors import DOORS
 
@@ -96,16 +99,52 @@ def _where(error: BaseException) -> str:
     return f"{'/'.join(Path(frame.filename).parts[-2:])}:{frame.lineno}"
 
 
-def limit_process() -> None:
+class Patience:
+    """The time that a process has taken since it was last asked for something, without its waits for a processor.
+
+    How long those were is told by the kernel (schedstat, in ns), for the process and for what it has started.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self.begin()
+
+    def begin(self) -> None:
+        """From now on."""
+        self._before_s, self._begin = _waited_s(self._pid), time.monotonic()
+
+    def spent_s(self, *, with_children: bool = False) -> float:
+        """How long it has taken until now; looking for its children takes milliseconds."""
+        waited_s = _waited_s(self._pid) - self._before_s
+        if with_children:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                waited_s += sum(_waited_s(child.pid) for child in psutil.Process(self._pid).children(recursive=True))
+        return time.monotonic() - self._begin - waited_s
+
+
+def _waited_s(pid: int) -> float:
+    """For which a process wanted a processor and had none; 0 of one that is gone, and where nobody counts."""
+    with contextlib.suppress(OSError, IndexError):
+        return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
+    return 0.0
+
+
+def limit_process() -> Patience:
     """1 GiB beside what is mapped already, no core file, and an alarm that ends an input."""
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     resource.setrlimit(resource.RLIMIT_AS, (mapped + MOST_BYTES, mapped + MOST_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
+    patience = Patience(os.getpid())
+
     def end(number: int, frame: FrameType | None) -> None:
-        raise TooLongError
+        left = MOST_S - patience.spent_s(with_children=True)
+        if left <= 0:
+            raise TooLongError
+        signal.setitimer(signal.ITIMER_REAL, max(left, 0.1))
 
     signal.signal(signal.SIGALRM, end)
+    return patience
 
 
 def in_process(numbers: Sequence[int], attempt: Callable[[int], str]) -> Iterator[tuple[int, str, float]]:
@@ -116,27 +155,30 @@ def in_process(numbers: Sequence[int], attempt: Callable[[int], str]) -> Iterato
         os.close(read)
         status = 1
         try:
-            limit_process()
+            patience = limit_process()
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, 1)  # what libraries print by themselves is no part of the counts
             with os.fdopen(write, "w", buffering=1, encoding="utf-8", errors="replace") as reply:
                 for number in numbers:
-                    begin = time.monotonic()
+                    patience.begin()
                     signal.setitimer(signal.ITIMER_REAL, MOST_S)
                     try:
                         said = attempt(number)
                     except TooLongError:
                         said = f"more than {MOST_S:g} s"
                     signal.setitimer(signal.ITIMER_REAL, 0)
-                    reply.write(f"{number}\t{time.monotonic() - begin:.3f}\t{said!r}\n")
+                    reply.write(f"{number}\t{patience.spent_s():.3f}\t{said!r}\n")
             status = 0
         finally:
             os._exit(status)
     os.close(write)
-    left = list(numbers)
+    left, patience = list(numbers), Patience(pid)
     with os.fdopen(read, encoding="utf-8", errors="replace") as answers:
         while left:
-            ready, _, _ = select.select([answers], [], [], 3 * MOST_S)
+            patience.begin()
+            ready: list[object] = []
+            while not ready and patience.spent_s(with_children=True) < 3 * MOST_S:
+                ready, _, _ = select.select([answers], [], [], MOST_S)
             line = answers.readline() if ready else ""
             if not line:
                 os.kill(pid, signal.SIGKILL)

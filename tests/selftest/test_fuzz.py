@@ -71,9 +71,10 @@ def test_what_ever_failed_is_read_or_refused_now():
     assert f"{files + lines} inputs" in done.stdout.splitlines()[0]
 
 
-def test_a_failure_is_seen(program):
+def test_a_failure_is_seen(program, monkeypatch):
     """A traceback, a control character, memory, time and a death: each is told, with the number of the input."""
     fuzz = program("fuzz")
+    monkeypatch.setattr(fuzz, "MOST_S", 1.0)
 
     def enter(folder, content):
         what = int(content)
@@ -84,7 +85,7 @@ def test_a_failure_is_seen(program):
         if what == 2:
             return str(len(bytearray(3 << 30)))
         if what == 3:
-            signal.raise_signal(signal.SIGALRM)
+            signal.pause()
         if what == 4:
             os._exit(9)
         return "well"
@@ -95,6 +96,18 @@ def test_a_failure_is_seen(program):
     assert found[0].startswith("KeyError")
     assert "raw" in found[1]
     assert found[2] == "more than 1 GiB"
-    assert found[3] == "more than 10 s"
+    assert found[3] == "more than 1 s"
     assert found[4] == "the process died"
     assert found[5] == "read"
+
+
+def test_waits_for_a_processor_are_not_the_inputs(program, monkeypatch):
+    """Others may have the processors for longer than an input may take; what it waits for itself counts."""
+    fuzz = program("fuzz")
+    waited = iter([0.0, 0.0, 7.0])
+    monkeypatch.setattr(fuzz, "_waited_s", lambda pid: next(waited))
+    now = iter([100.0, 109.0, 110.0])
+    monkeypatch.setattr(fuzz.time, "monotonic", lambda: next(now))
+    patience = fuzz.Patience(os.getpid())
+    assert patience.spent_s() == 9.0
+    assert patience.spent_s() == 3.0
