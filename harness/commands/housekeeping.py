@@ -8,6 +8,7 @@ from typing import Any
 
 from harness.commands.output import print_json
 from harness.errors import EXIT_PASS, UsageError
+from harness.records.units import format_count
 from kernels_check.visible import make_visible
 
 PRIVATE = ("paths", "hosts", "texts")
@@ -66,7 +67,8 @@ def run_prune(options: argparse.Namespace) -> int:
     for one in (*choice.staying, *refused):
         print(make_visible(f"stays  {one.run}  {one.why}"))
     freed = format_bytes(sum(one.size_bytes for one in gone))
-    print(f"{len(gone)} runs, {freed}{' would be' if options.dry_run else ''} freed; {choice.kept} kept as asked for")
+    said = f"{format_count(len(gone), 'run')}, {freed}{' would be' if options.dry_run else ''} freed"
+    print(f"{said}; {choice.kept} kept as asked for")
     return EXIT_PASS
 
 
