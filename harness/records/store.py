@@ -15,15 +15,12 @@ import contextlib
 import dataclasses
 import os
 import secrets
-import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
-
-import msgspec
 
 from harness.errors import InvalidRunError, UsageError
 from harness.records import codec, inputs, journal
@@ -34,7 +31,7 @@ from harness.records.locks import alone, is_locked
 from harness.records.newer import Left, Newer, read_known
 from harness.records.packed import is_packed, unpacked
 from harness.records.preparation import BaseSummary
-from harness.records.record import SCHEMA, SETTLED, Notice, TrialRecord, is_newer, require_readable
+from harness.records.record import SCHEMA, Notice, TrialRecord, is_newer, require_readable
 from harness.records.refusals import OF_THE_MACHINE, say_refused, words_of
 from harness.records.trial_lines import TrialLines, UnreadError, line_of
 from harness.records.units import format_count
@@ -178,18 +175,6 @@ def refusal_of(path: Path) -> tuple[str, str]:
     return said, f"go on with: lorameter run --resume {path.name}"
 
 
-@contextlib.contextmanager
-def leaving_nothing(folder: Path, *, unless: str) -> Iterator[None]:
-    """What is stopped before it has begun leaves no folder; `unless` is the file that says that it has. Of what ends by
-    an error the logs in it say why."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        if not (folder / unless).is_file():
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
     """A run as read back."""
@@ -299,28 +284,6 @@ def _measured_again(records: Sequence[TrialRecord]) -> int:
     starts = {(record.trial, record.attempt, record.started_unix_s) for record in records if record.status != "not_run"}
     counts = Counter((trial, attempt) for trial, attempt, _ in starts)
     return len({trial for (trial, _), count in counts.items() if count > 1})
-
-
-class _Ending(msgspec.Struct):
-    """What of a line says how its trial ended."""
-
-    trial: str
-    status: str
-
-
-def count_endings(path: Path) -> Counter[str]:
-    """How the trials of the run in this directory have ended, by status, without all else that their records hold.
-
-    Raises:
-        UsageError: the file is there and cannot be read.
-    """
-    decoder, last = msgspec.json.Decoder(_Ending), dict[str, str]()
-    for line in journal.lines(path / TRIALS):
-        with contextlib.suppress(msgspec.MsgspecError, RecursionError):  # one that is damaged is read_run's to tell of
-            ending = decoder.decode(line)
-            if ending.status in SETTLED or last.get(ending.trial) not in SETTLED:
-                last[ending.trial] = ending.status
-    return Counter(last.values())
 
 
 def is_live(path: Path, manifest: Manifest) -> bool:

@@ -78,9 +78,9 @@ def test_what_changed_is_read_again_and_what_went_is_taken_out(runs):
     read = []
     indexing_read = store.read_run
 
-    def watched(name, folder):
+    def watched(name, folder, **options):
         read.append(Path(name).name)
-        return indexing_read(name, folder)
+        return indexing_read(name, folder, **options)
 
     store.read_run = watched
     try:
