@@ -95,11 +95,13 @@ class ClaimsReport:
     answers: Answers
     engine: EngineShown | None = field(default=None, metadata=codec.LATER)
     """Of a study about an engine: what it takes to show the verdicts to somebody else."""
+    newer_schema: int | None = field(default=None, metadata=codec.LATER)
+    """Of a run that a newer version wrote, of which nothing is judged."""
 
     @property
     def valid(self) -> bool:
-        """Whether there is anything to judge by and no control came out as a difference."""
-        return bool(self.replicates) and not any(map(failed, self.control.values()))
+        """Whether there is anything to judge by, all of it is known, and no control came out as a difference."""
+        return bool(self.replicates) and self.newer_schema is None and not any(map(failed, self.control.values()))
 
 
 def judge_claims(run: Run) -> ClaimsReport:
@@ -142,6 +144,7 @@ def judge_claims(run: Run) -> ClaimsReport:
         notes=study.notes,
         answers=answers_of(groups),
         engine=engine,
+        newer_schema=run.newer.schema if run.newer else None,
     )
 
 
