@@ -12,7 +12,6 @@ from harness.report.table import Chart, Gallery, Point, say
 from harness.report.words import title_of
 from harness.studies.claim import is_number
 from harness.studies.study import Study
-from harness.studies.variant import Variant
 from harness.verdicts.series import Groups, Series
 
 LEAST_LEVELS = 3
@@ -31,7 +30,7 @@ def with_charts(table: PhaseTable, study: Study, groups: Groups) -> PhaseTable:
 
 
 def _sweeps(table: PhaseTable, study: Study, groups: Groups) -> Iterator[Gallery]:
-    swept = {axis: levels for axis in _axes(study) if len(levels := _numbers(study, axis)) >= LEAST_LEVELS}
+    swept = {axis: levels for axis in study.axes if len(levels := _numbers(study, axis)) >= LEAST_LEVELS}
     ratios = {row.name: row.ratio for row in table.rows}
     charts = []
     for axis, levels in swept.items():
@@ -74,14 +73,6 @@ def _chart(axis: str, points: Sequence[Point]) -> Chart:
 def _numbers(study: Study, axis: str) -> list[tuple[float, str]]:
     """The levels of a field that are numbers, with their variants."""
     return [(float(level), name) for level, name in study.levels(axis) if is_number(level)]
-
-
-def _axes(study: Study) -> list[str]:
-    """The fields whose values are numbers, in the order of the variants that first differ in them."""
-    centre = study.variant(study.reference)
-    changed = dict.fromkeys(key for variant in study.variants for key in variant.differences(centre))
-    known = {field.name for field in dataclasses.fields(Variant)}
-    return [key for key in changed if key in known]
 
 
 def _estimated(groups: Groups, name: str, metric: str, level: float) -> Point | None:
