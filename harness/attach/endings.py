@@ -10,6 +10,7 @@ from harness.attach.shield import NotFollowedError
 from harness.errors import redact, said_by
 from harness.records.record import Failure, Status
 from harness.records.refusals import REFUSED, is_out_of_memory, refusal_in
+from harness.records.units import format_count
 
 Ending = tuple[Status, Failure | None]
 
@@ -22,8 +23,8 @@ def ending_of(error: BaseException | None, gathered: Gathered, phase: str) -> En
         return "invalid", loss_not_finite(gathered.not_finite)
     if not gathered.timed:
         message = (
-            f"the training ended after {gathered.steps} steps, all of them its first, its warm-up or one that was "
-            "watched, so none is timed. Train for longer."
+            f"the training ended after {format_count(gathered.steps, 'step')}, all of them its first, its warm-up or "
+            "one that was watched, so none is timed. Train for longer."
         )
         return "invalid", Failure(phase="warm_up", kind="NothingTimed", message=message)
     return "ok", None

@@ -20,6 +20,7 @@ from harness.attach.follower import Follower, Next, Phase, StepReading, Training
 from harness.attach.parts import Part, Parts
 from harness.attach.shield import NotFollowedError, Shield
 from harness.attach.tokens import Count, Tokens, count_tokens
+from harness.records.units import format_count
 
 A_MOMENT_S = 1e-3
 """What a follower takes that only writes something down."""
@@ -216,7 +217,9 @@ class Steps:
         on, so it has not ended."""
         with contextlib.suppress(Exception):
             self._watching.close()
-        failure = NotFollowedError(f"the meter failed after {self._number} steps: {type(error).__name__}: {error}")
+        failure = NotFollowedError(
+            f"the meter failed after {format_count(self._number, 'step')}: {type(error).__name__}: {error}"
+        )
         failure.__cause__ = error
         self._follower.end(failure)
 

@@ -25,7 +25,6 @@ def add_commands(commands: Any, common: Any) -> None:
         help="find the commit or release that made it slower",
         description="Compare commits or releases between a good and a bad end with the good one, each in one job with "
         "turns, halving what is left, until the step that made it slower is found.",
-        epilog="example: lorameter bisect training-step --good v1.0 --bad HEAD",
     )
     bisect.add_argument("study", metavar="STUDY", help="name of a built-in study, or a TOML file")
     bisect.add_argument("--good", metavar="REV|REQ", required=True, help=END_HELP)

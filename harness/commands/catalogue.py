@@ -151,6 +151,7 @@ def _run_row(run: IndexedRun, accepted: Collection[str]) -> dict[str, Any]:
         "created_unix_s": run.created_unix_s,
         "trials": {**run.trials, **({"no record": left} if left > 0 else {})},
         "title": run.title,
+        **({"newer_schema": run.newer_schema} if run.newer_schema else {}),
     }
 
 

@@ -22,7 +22,6 @@ def add_commands(commands: Any, common: Any) -> None:
         "export",
         help="hand out a run to other programs",
         description="Write a run as tables, or in the format of another program.",
-        epilog="example: lorameter export RUN --format csv --table estimates --output estimates.csv",
     )
     export.add_argument("run", metavar="RUN", help="a run id, a run directory, or a packed run")
     export.add_argument("--format", choices=FORMATS, help="default: json")

@@ -8,6 +8,7 @@ from typing import Any
 
 from harness.commands.output import print_json
 from harness.errors import EXIT_PASS, UsageError
+from harness.records.units import format_count
 from kernels_check.visible import make_visible
 
 PRIVATE = ("paths", "hosts", "texts")
@@ -21,7 +22,6 @@ def add_commands(commands: Any, common: Any) -> None:
         help="remove runs that are no longer needed",
         description="Remove runs, all but the newest of each study, or those that are older than a time. Accepted "
         "baselines, runs under way and runs that cannot be read stay.",
-        epilog="example: lorameter prune --older 90d --dry-run",
     )
     prune.add_argument("--keep", type=int, metavar="N", help="keep the newest N runs of each study")
     prune.add_argument("--older", metavar="D", help="only runs older than this: 12h, 30d, 8w")
@@ -34,7 +34,6 @@ def add_commands(commands: Any, common: Any) -> None:
         help="make one file of a run, to send",
         description="Make one file of a run, which every command reads in its place. Paths, names of hosts and users, "
         "and texts of records are left out unless they are asked for; logs always are.",
-        epilog="example: lorameter pack RUN --output for-you.lorameter.zip",
     )
     pack.add_argument("run", metavar="RUN", help="a run id or a run directory")
     pack.add_argument("--output", metavar="FILE", help="default: RUN.lorameter.zip in this folder")
@@ -66,7 +65,8 @@ def run_prune(options: argparse.Namespace) -> int:
     for one in (*choice.staying, *refused):
         print(make_visible(f"stays  {one.run}  {one.why}"))
     freed = format_bytes(sum(one.size_bytes for one in gone))
-    print(f"{len(gone)} runs, {freed}{' would be' if options.dry_run else ''} freed; {choice.kept} kept as asked for")
+    said = f"{format_count(len(gone), 'run')}, {freed}{' would be' if options.dry_run else ''} freed"
+    print(f"{said}; {choice.kept} kept as asked for")
     return EXIT_PASS
 
 

@@ -35,7 +35,7 @@ def _lines() -> Iterator[str]:
     from harness.studies.engine import Engine
     from harness.studies.protocol import Protocol
     from harness.studies.variant import Variant
-    from harness.studies.workload import Workload
+    from harness.studies.workload import OF_VARIANTS, Workload
     from harness.verdicts import gate
     from harness.verdicts.gate import LimitRule, Policy
     from kernels_check import REQUIREMENTS
@@ -46,7 +46,13 @@ def _lines() -> Iterator[str]:
         ("[workload]", Workload, "What all variants train on and answer."),
         ("workload.columns", Columns, "The column of the data that plays each part, where it has another name."),
         ("[protocol]", Protocol, "How often and how long it is measured."),
-        ("[controls], [axes], [sweeps], [[variant]]", Variant, "A variant; `[controls]` are equal for all."),
+        (
+            "[controls], [axes], [sweeps], [[variant]]",
+            Variant,
+            "A variant; `[controls]` are equal for all. "
+            f"`workload.KEY` is what it is measured on, for {', '.join(f'`{key}`' for key in OF_VARIANTS)}: not in "
+            "`[controls]`, and never of the reference.",
+        ),
         ("[engine]", Engine, "Whose promises the claims are."),
         ("[[claim]]", Claim, "A sentence and what it stands on."),
         ("claim.parts", Part, "One statement that data can support or refute."),

@@ -47,8 +47,8 @@ def run_report(options: argparse.Namespace) -> int:
     if len(options.run) > 1:
         from harness.commands.ab_report import show_matrix
 
-        return show_matrix([store.read_run(name, folder) for name in options.run], options)
-    run = store.read_run(options.run[0], folder)
+        return show_matrix([store.read_run(name, folder, newer=True) for name in options.run], options)
+    run = store.read_run(options.run[0], folder, newer=True)
     gc.freeze()  # all of it is needed to the end, and looking through a large run for what is not takes seconds
     if run.manifest.sides:
         from harness.commands.ab_report import show_ab
@@ -102,9 +102,10 @@ def show_report(run: Run, view: RunView, form: str = "text", *, verbose: bool = 
 def document_of(run: Run, view: RunView) -> Document:
     """All that is said of a run that compares variants."""
     from harness.report.run import describe_run
+    from harness.studies.stored import read_study
 
     document = describe_run(view)
-    if run.manifest.study.get("claims"):
+    if read_study(run).claims:
         from harness.report.claims import describe_verdicts
         from harness.verdicts.claims import judge_claims
 

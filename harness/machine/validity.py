@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from harness.machine.host import GIVEN, withheld_share
 from harness.machine.neighbours import UNEXPLAINED_LIMIT
 from harness.machine.watch import named
-from harness.records.units import format_bytes
+from harness.records.units import format_bytes, format_count
 
 CLOCK_MARGIN = 0.05
 NOTICED = 0.01
@@ -191,8 +191,8 @@ def _shared(told: _Told) -> Iterator[Disturbance]:
         size = "memory of unknown size" if held is None else format_bytes(held)
         yield Disturbance(
             code="shared",
-            message=f"{others:.0f} other processes held {size} of the device (from 1 process it is said, above "
-            f"{format_bytes(SHARED_INVALID_BYTES)} the trial does not count)",
+            message=f"{others:.0f} other process{'es' * (others != 1)} held {size} of the device (from 1 process it "
+            f"is said, above {format_bytes(SHARED_INVALID_BYTES)} the trial does not count)",
             remedy="End them, or measure on a card that is free (nvidia-smi lists them).",
             weight=1 + (held or 0.0) / SHARED_INVALID_BYTES,
             invalid=held is not None and held > SHARED_INVALID_BYTES,
@@ -229,8 +229,8 @@ def _retrying(memory: Mapping[str, int], phase: str) -> Iterator[Disturbance]:
     if retries or failures:
         yield Disturbance(
             code="memory-retrying",
-            message=f"the allocator emptied its cache {retries} times and failed {failures} times for want of device "
-            "memory (from 1 it is said)",
+            message=f"the allocator emptied its cache {format_count(retries, 'time')} and failed "
+            f"{format_count(failures, 'time')} for want of device memory (from 1 it is said)",
             remedy="Each time stops the device; take a smaller batch, checkpointing, or a larger card to time compute.",
             weight=float(retries + failures),
         )
@@ -242,7 +242,7 @@ def _contended(told: _Told, occupancy: float | None, *, in_turns: bool) -> Itera
     if low or (share is not None and share > CONTENDED):
         waited = "" if share is None else f"work waited for a CPU in {share:.0%} of the time"
         had = "" if occupancy is None else f"the trial's one thread had a CPU for {occupancy:.0%} of its time"
-        taken = "" if switches is None else f"lost one {switches:.0f} times"
+        taken = "" if switches is None else f"lost one {format_count(round(switches), 'time')}"
         counts = f", with a CPU for less than {OCCUPANCY_INVALID:.0%} of the time a trial that was alone does not count"
         limit = "" if occupancy is None else counts
         yield Disturbance(

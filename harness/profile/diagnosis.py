@@ -16,7 +16,7 @@ from typing import Any
 from harness.errors import UsageError
 from harness.machine.validity import CONTENDED
 from harness.profile.evidence import Evidence
-from harness.records.units import format_bytes, format_value
+from harness.records.units import format_bytes, format_count, format_value
 from harness.studies.variant import Variant
 from harness.verdicts.series import OCCUPANCY_FLOOR
 
@@ -248,7 +248,9 @@ def _fragmentation(seen: Evidence) -> Iterator[Finding]:
     if lost <= FRAGMENTED * seen.reserved_bytes and not seen.alloc_retries:
         return
     reserved, used = format_bytes(seen.reserved_bytes), format_bytes(seen.peak_bytes)
-    retried = f", and gave its cache back {seen.alloc_retries} times to go on" if seen.alloc_retries else ""
+    retried = (
+        f", and gave its cache back {format_count(seen.alloc_retries, 'time')} to go on" if seen.alloc_retries else ""
+    )
     yield Finding(
         code="fragmentation",
         message=f"the allocator reserved {reserved} for {used}{retried}",

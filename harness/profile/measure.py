@@ -26,8 +26,8 @@ from harness.records.memory_account import MEMORY_PHASES, MemoryAccount
 from harness.records.metrics import BIRTH
 from harness.records.record import Fragment, TrialRecord
 from harness.records.refusals import say_refused
-from harness.records.scratch import scratch_folder
-from harness.records.store import leaving_nothing, new_run_id
+from harness.records.scratch import leaving_nothing, scratch_folder
+from harness.records.store import new_run_id
 from harness.run.contenders import Contender
 from harness.run.executors import Executor, Place, Worker, WorkerLostError
 from harness.run.feasibility import check_feasible

@@ -13,11 +13,11 @@ from collections.abc import Mapping, Sequence
 
 from harness.errors import UsageError
 from harness.profile.diagnosis import Finding
-from harness.records import codec
 from harness.records.record import Notice
 from harness.records.store import Run
 from harness.stats import Comparison
 from harness.studies.protocol import Protocol
+from harness.studies.stored import read_study
 from harness.studies.study import Study
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
@@ -127,7 +127,7 @@ class Tried:
 
 def judge_remedy(run: Run, finding: Finding) -> Tried:
     """Judge the run of such a study."""
-    study = codec.from_json(Study, run.manifest.study, f"run {run.manifest.run}")
+    study = read_study(run)
     stands, phase = standing_of(run, study), phases_of(run)[0]
     control, known = stands.controls[phase], run.manifest.notices
     comparison = next(iter(ratios_of(series_of(run.records), study, stands.primary[phase], control).values()), None)

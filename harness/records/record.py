@@ -26,17 +26,26 @@ READABLE = (1, 2, 3, 4, 5)
 """Schemas that this version reads from disk: later fields have defaults."""
 
 
-def require_readable(data: Any, source: Path) -> int:
-    """The schema of what was read from a file of a run. Raises `UsageError` for one that this version does not read."""
+def require_readable(data: Any, source: Path, *, newer: bool = False) -> int:
+    """The schema of what was read from a file of a run; `newer`: whether one that came later will do.
+
+    Raises:
+        UsageError: one that this version does not read.
+    """
     if not isinstance(data, dict):
         raise UsageError(f"{source}: {reprlib.repr(data)}: a table is expected. Measure again, or restore the file.")
-    schema = data.get("schema")
-    if schema not in READABLE:
+    schema: Any = data.get("schema")
+    if not (newer and is_newer(schema)) and schema not in READABLE:
         known = " and ".join(map(str, READABLE))
         raise UsageError(
             f"{source}: schema {reprlib.repr(schema)}, and this version reads {known}. Use the version that wrote it."
         )
     return int(schema)
+
+
+def is_newer(schema: Any) -> bool:
+    """Whether it is a schema that came after those that this version knows."""
+    return type(schema) is int and SCHEMA < schema <= codec.MOST_INTEGER
 
 
 Status = Literal["ok", "invalid", "oom", "timeout", "crashed", "interrupted", "not_run"]

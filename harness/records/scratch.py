@@ -69,3 +69,15 @@ def remove_abandoned() -> None:
                 made = folder.lstat()
                 if made.st_uid == os.getuid() and folder.is_dir() and not folder.is_symlink() and is_abandoned(folder):
                     shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def leaving_nothing(folder: Path, *, unless: str) -> Iterator[None]:
+    """What is stopped before it has begun leaves no folder; `unless` is the file that says that it has. Of what ends by
+    an error the logs in it say why."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not (folder / unless).is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+        raise

@@ -15,15 +15,12 @@ import contextlib
 import dataclasses
 import os
 import secrets
-import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
-
-import msgspec
 
 from harness.errors import InvalidRunError, UsageError
 from harness.records import codec, inputs, journal
@@ -31,11 +28,13 @@ from harness.records.document import write_document, write_whole
 from harness.records.evidence import EvidenceFile, LostEvidenceError
 from harness.records.forms import check_manifest
 from harness.records.locks import alone, is_locked
+from harness.records.newer import Left, Newer, read_known
 from harness.records.packed import is_packed, unpacked
 from harness.records.preparation import BaseSummary
-from harness.records.record import SCHEMA, SETTLED, Notice, TrialRecord, require_readable
+from harness.records.record import SCHEMA, Notice, TrialRecord, is_newer, require_readable
 from harness.records.refusals import OF_THE_MACHINE, say_refused, words_of
-from harness.records.trial_lines import TrialLines, line_of, nothing_collected
+from harness.records.trial_lines import TrialLines, UnreadError, line_of, nothing_collected
+from harness.records.units import format_count
 
 RunStatus = Literal["running", "complete", "interrupted", "failed"]
 RunState = Literal["running", "complete", "interrupted", "failed", "killed"]
@@ -176,18 +175,6 @@ def refusal_of(path: Path) -> tuple[str, str]:
     return said, f"go on with: lorameter run --resume {path.name}"
 
 
-@contextlib.contextmanager
-def leaving_nothing(folder: Path, *, unless: str) -> Iterator[None]:
-    """What is stopped before it has begun leaves no folder; `unless` is the file that says that it has. Of what ends by
-    an error the logs in it say why."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        if not (folder / unless).is_file():
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
     """A run as read back."""
@@ -206,6 +193,8 @@ class Run:
     """Earlier measurements of trials that were measured again because of their surroundings."""
     live: bool = False
     """Whether a process is writing the run now."""
+    newer: Newer | None = None
+    """That it was written by a newer schema, and what of its files is not known; None where it was not."""
 
     @property
     def state(self) -> RunState:
@@ -213,8 +202,14 @@ class Run:
         return "killed" if self.manifest.status == "running" and not self.live else self.manifest.status
 
 
-def read_run(name: str, folder: Path) -> Run:
+def read_run(name: str, folder: Path, *, newer: bool = False) -> Run:
     """A run by id (in `folder`), by directory, or by a file that `lorameter pack` made.
+
+    Args:
+        name: of the run.
+        folder: where ids are looked for.
+        newer: whether one of a newer schema is read as far as it is known, for who shows it; who goes on with it, or
+            writes it elsewhere, would lose the rest.
 
     Raises:
         UsageError: no such run, or one written by another schema.
@@ -222,18 +217,20 @@ def read_run(name: str, folder: Path) -> Run:
     for place in (Path(name), folder / name):
         if is_packed(place):
             with unpacked(place) as inside:
-                return dataclasses.replace(_read(inside, place.name, folder), path=place)
-    return _read(Path(name) if inputs.is_file(Path(name) / "manifest.json") else folder / name, name, folder)
+                return dataclasses.replace(_read(inside, place.name, folder, newer=newer), path=place)
+    path = Path(name) if inputs.is_file(Path(name) / "manifest.json") else folder / name
+    return _read(path, name, folder, newer=newer)
 
 
-def _read(path: Path, name: str, folder: Path) -> Run:
+def _read(path: Path, name: str, folder: Path, *, newer: bool) -> Run:
     source = path / "manifest.json"
     if not inputs.is_file(source):
         known = ", ".join(run.name for run in list_runs(folder)[-3:]) or "none yet"
         raise UsageError(f"run {name!r}: not found in {folder}. Latest runs: {known}.")
-    manifest = read_manifest(path)
-    lines = TrialLines(EvidenceFile(path), source, f"{name}, trials.jsonl")
-    records, cut_short, without_evidence = [], 0, 0
+    left: Left = {}
+    manifest = _read_manifest(path, left, newer=newer)
+    lines = TrialLines(EvidenceFile(path), source, f"{name}, {TRIALS}", newer=newer)
+    records, cut_short, without_evidence, unread = [], 0, 0, list[str]()
     with nothing_collected():
         for line in journal.lines(path / TRIALS):
             try:
@@ -242,6 +239,8 @@ def _read(path: Path, name: str, folder: Path) -> Run:
                 cut_short += 1
             except LostEvidenceError:
                 without_evidence += 1
+            except UnreadError as error:
+                unread.append(str(error))
     latest = _latest(records, manifest)
     if manifest.resumed and {record.trial for record in latest if record.settled} >= set(manifest.order):
         cut_short = without_evidence = 0  # whatever a line that was cut short told of has been measured again
@@ -255,7 +254,18 @@ def _read(path: Path, name: str, folder: Path) -> Run:
         measured_again=_measured_again(records),
         disturbed=tuple(record for record in records if record.disturbed and record != counted.get(record.trial)),
         live=is_live(path, manifest),
+        newer=_newer_of(manifest, lines, [*left, *lines.left], unread),
     )
+
+
+def _newer_of(manifest: Manifest, lines: TrialLines, left: Sequence[str], unread: Sequence[str]) -> Newer | None:
+    newest = max(manifest.schema, lines.newest)
+    if not is_newer(newest):
+        return None
+    whole = (
+        [f"{format_count(len(unread), 'line')} of {TRIALS}, the first since {unread[0].rstrip('.')}"] if unread else []
+    )
+    return Newer(schema=newest, unread=(*whole, *left))
 
 
 def _latest(records: Sequence[TrialRecord], manifest: Manifest) -> tuple[TrialRecord, ...]:
@@ -275,28 +285,6 @@ def _measured_again(records: Sequence[TrialRecord]) -> int:
     starts = {(record.trial, record.attempt, record.started_unix_s) for record in records if record.status != "not_run"}
     counts = Counter((trial, attempt) for trial, attempt, _ in starts)
     return len({trial for (trial, _), count in counts.items() if count > 1})
-
-
-class _Ending(msgspec.Struct):
-    """What of a line says how its trial ended."""
-
-    trial: str
-    status: str
-
-
-def count_endings(path: Path) -> Counter[str]:
-    """How the trials of the run in this directory have ended, by status, without all else that their records hold.
-
-    Raises:
-        UsageError: the file is there and cannot be read.
-    """
-    decoder, last = msgspec.json.Decoder(_Ending), dict[str, str]()
-    for line in journal.lines(path / TRIALS):
-        with contextlib.suppress(msgspec.MsgspecError, RecursionError):  # one that is damaged is read_run's to tell of
-            ending = decoder.decode(line)
-            if ending.status in SETTLED or last.get(ending.trial) not in SETTLED:
-                last[ending.trial] = ending.status
-    return Counter(last.values())
 
 
 def is_live(path: Path, manifest: Manifest) -> bool:
@@ -322,16 +310,26 @@ def refusal_while_live(path: Path) -> str:
     )
 
 
-def read_manifest(path: Path) -> Manifest:
-    """The manifest of a run directory. Raises `UsageError` if it is damaged or of another schema."""
+def read_manifest(path: Path, *, newer: bool = False) -> Manifest:
+    """The manifest of a run directory; `newer`: whether one of a newer schema is read as far as it is known.
+
+    Raises:
+        UsageError: it is damaged or of another schema.
+    """
+    return _read_manifest(path, {}, newer=newer)
+
+
+def _read_manifest(path: Path, left: Left, *, newer: bool) -> Manifest:
     source = path / "manifest.json"
     try:
         data = inputs.read_json(source, inputs.MANIFEST_BYTES)
-        require_readable(data, source)
+        schema = require_readable(data, source, newer=newer)
         codec.dumps(data).encode()  # what could not be written again would only fail later
     except (inputs.NotReadableError, codec.NotJsonError, UnicodeError) as error:
         raise UsageError(f"{source}: cannot be read: {error}. Measure again, or restore the file.") from None
-    manifest = codec.from_json(Manifest, _lift_workloads(data), source.name)
+    data = _lift_workloads(data)
+    known = is_newer(schema)
+    manifest = read_known(Manifest, data, source.name, left) if known else codec.from_json(Manifest, data, source.name)
     check_manifest(manifest, source.name)
     return manifest
 

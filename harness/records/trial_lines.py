@@ -16,10 +16,12 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from harness.errors import UsageError
 from harness.records import codec
 from harness.records.evidence import EvidenceFile
 from harness.records.forms import check_evidence, check_finding, check_record, check_tokens
 from harness.records.mirror import Reader
+from harness.records.newer import Left, read_known
 from harness.records.record import SCHEMA, TrialRecord, require_readable
 
 Record = TypeVar("Record", bound=TrialRecord)
@@ -40,11 +42,26 @@ class _Head(msgspec.Struct):
     schema: int
 
 
-class TrialLines:
-    """Reads the lines of one run; `source` is its manifest, `where` names its records in errors."""
+class UnreadError(Exception):
+    """A line of a newer schema does not fit what this version knows."""
 
-    def __init__(self, evidence: EvidenceFile, source: Path, where: str) -> None:
-        self._evidence, self._source, self._where = evidence, source, where
+
+class TrialLines:
+    """Reads the lines of one run.
+
+    Args:
+        evidence: of the run.
+        source: its manifest.
+        where: names its records in errors.
+        newer: whether lines of a newer schema are read as far as they are known.
+    """
+
+    def __init__(self, evidence: EvidenceFile, source: Path, where: str, *, newer: bool = False) -> None:
+        self._evidence, self._source, self._where, self._newer = evidence, source, where, newer
+        self.newest = 0
+        """The newest schema that was met."""
+        self.left: Left = {}
+        """What lines of a newer one say that is not known."""
         self._head = msgspec.json.Decoder(_Head)
         parts = {"tokens": check_tokens, "checks": check_finding}
         self._plain, self._written = (
@@ -58,21 +75,31 @@ class TrialLines:
         Raises:
             codec.NotJsonError: the line was cut short, or is no record but what is left of one.
             LostEvidenceError: what its checks name is not in checks.jsonl.
+            UnreadError: it is of a newer schema and does not fit this one.
             UsageError: a record of a schema that is not read, or one that does not keep to its schema.
         """
-        if self._schema_of(line) < FIRST_WITH_HASHES:
+        schema = self._schema_of(line)
+        self.newest = max(self.newest, schema)
+        if schema < FIRST_WITH_HASHES:
             return self._plain.read(line, self._where)
-        written = self._written.read(line, self._where)
+        written = self._written.read(line, self._where) if schema <= SCHEMA else self._read_newer(line)
         return _record(TrialRecord, written, self._evidence.find(written.checks))
+
+    def _read_newer(self, line: str) -> WrittenRecord:
+        try:
+            record = read_known(WrittenRecord, codec.parse(line), "trials.jsonl", self.left)
+            check_record(record, "trials.jsonl")
+        except UsageError as error:
+            raise UnreadError(str(error)) from None
+        return record
 
     def _schema_of(self, line: str) -> int:
         with contextlib.suppress(msgspec.MsgspecError, RecursionError):
             schema = self._head.decode(line).schema
-            require_readable({"schema": schema}, self._source)
-            return schema
+            return require_readable({"schema": schema}, self._source, newer=self._newer)
         if not isinstance(data := codec.parse(line), dict):  # "5}" has lost its beginning, and so may "5" have
             raise codec.NotJsonError("it is no table")
-        return require_readable(data, self._source)
+        return require_readable(data, self._source, newer=self._newer)
 
 
 def _check_plain(record: TrialRecord, where: str, held: bool) -> None:

@@ -82,6 +82,11 @@ def format_duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
+def format_count(count: int, noun: str) -> str:
+    """So many of what a noun with a plural in s names: "1 run", "2 runs"."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def first_few(words: Sequence[str], most: int, between: str = ", ") -> str:
     """The first few words, and how many there are beside them."""
     more = f"{between.rstrip(', ')} and {len(words) - most} more" if len(words) > most else ""

@@ -7,12 +7,12 @@ import statistics
 from collections.abc import Iterator, Sequence
 
 from harness.records.metrics import LOSSES, Phase
+from harness.report.curves import Axis, Curve, Curves
 from harness.report.phase_table import PhaseTable
-from harness.report.table import Chart, Gallery, Point, say
+from harness.report.table import Gallery, say
 from harness.report.words import title_of
 from harness.studies.claim import is_number
 from harness.studies.study import Study
-from harness.studies.variant import Variant
 from harness.verdicts.series import Groups, Series
 
 LEAST_LEVELS = 3
@@ -23,6 +23,9 @@ MOST_CURVES = 8
 _SWEPT: dict[Phase, tuple[str, ...]] = {"train": ("held_out_loss",), "generate": (), "cold": ()}
 """Metrics beside the one that a phase is compared by, of which a sweep is drawn."""
 
+_Point = tuple[float, float, float | None, float | None]
+"""Place, value, and the ends of its interval where it has one."""
+
 
 def with_charts(table: PhaseTable, study: Study, groups: Groups) -> PhaseTable:
     """The table with its charts, as far as there are any."""
@@ -31,17 +34,17 @@ def with_charts(table: PhaseTable, study: Study, groups: Groups) -> PhaseTable:
 
 
 def _sweeps(table: PhaseTable, study: Study, groups: Groups) -> Iterator[Gallery]:
-    swept = {axis: levels for axis in _axes(study) if len(levels := _numbers(study, axis)) >= LEAST_LEVELS}
+    swept = {axis: levels for axis in study.axes if len(levels := _numbers(study, axis)) >= LEAST_LEVELS}
     ratios = {row.name: row.ratio for row in table.rows}
     charts = []
     for axis, levels in swept.items():
-        points = []
+        points: list[_Point] = []
         for level, name in levels:
             found = ratios.get(name)
             if name == study.reference and name in ratios:
-                points.append(Point(x=level, y=1.0))
+                points.append((level, 1.0, None, None))
             elif found is not None and found.ratio is not None:
-                points.append(Point(x=level, y=found.ratio, low=found.low, high=found.high))
+                points.append((level, found.ratio, found.low, found.high))
         charts.append(_chart(axis, points))
     yield from _gallery(f"{title_of(table.metric)} × {study.reference}, along each field", charts)
     for metric in _SWEPT[table.phase]:
@@ -52,23 +55,28 @@ def _sweeps(table: PhaseTable, study: Study, groups: Groups) -> Iterator[Gallery
         yield from _gallery(f"{title_of(metric)}, along each field", charts)
 
 
-def _gallery(title: str, charts: Sequence[Chart]) -> Iterator[Gallery]:
+def _gallery(title: str, charts: Sequence[Curves]) -> Iterator[Gallery]:
     """Those that are curves, on one scale, so that what hardly matters looks so."""
-    curves = [chart for chart in charts if len(chart.points) >= LEAST_LEVELS]
+    curves = [chart for chart in charts if len(chart.curves[0].points) >= LEAST_LEVELS]
     if curves:
-        yield Gallery(title=title, charts=tuple(_on_one_scale(curves)))
+        yield Gallery(title=title, charts=tuple(_on_one_scale(title, curves)))
 
 
-def _on_one_scale(charts: Sequence[Chart]) -> Iterator[Chart]:
-    every = [point for chart in charts for point in chart.points]
-    ends = [end for point in every for end in (point.y, point.low, point.high) if end is not None]
+def _on_one_scale(title: str, charts: Sequence[Curves]) -> Iterator[Curves]:
+    ends = [end for chart in charts for curve in chart.curves for end in curve.ends]
     slack = max(max(ends) - min(ends), 0.02 * abs(max(ends)), 1e-12) * 0.05
-    yield from (dataclasses.replace(one, span=(min(ends) - slack, max(ends) + slack)) for one in charts)
+    up = Axis(title=title, span=(min(ends) - slack, max(ends) + slack))
+    yield from (dataclasses.replace(one, up=up) for one in charts)
 
 
-def _chart(axis: str, points: Sequence[Point]) -> Chart:
-    ticks = tuple((point.x, f"{point.x:g}") for point in points)
-    return Chart(title=axis, points=tuple(points), ticks=ticks, log=bool(points) and points[0].x > 0)
+def _chart(axis: str, points: Sequence[_Point]) -> Curves:
+    across = Axis(title=axis, named=tuple((x, f"{x:g}") for x, *_ in points), log=bool(points) and points[0][0] > 0)
+    curve = Curve(
+        name=axis,
+        points=tuple((x, y) for x, y, _, _ in points),
+        band=tuple((x, low, high) for x, _, low, high in points if low is not None and high is not None),
+    )
+    return Curves(across=across, up=Axis(title=""), curves=(curve,))
 
 
 def _numbers(study: Study, axis: str) -> list[tuple[float, str]]:
@@ -76,20 +84,10 @@ def _numbers(study: Study, axis: str) -> list[tuple[float, str]]:
     return [(float(level), name) for level, name in study.levels(axis) if is_number(level)]
 
 
-def _axes(study: Study) -> list[str]:
-    """The fields whose values are numbers, in the order of the variants that first differ in them."""
-    centre = study.variant(study.reference)
-    changed = dict.fromkeys(key for variant in study.variants for key in variant.differences(centre))
-    known = {field.name for field in dataclasses.fields(Variant)}
-    return [key for key in changed if key in known]
-
-
-def _estimated(groups: Groups, name: str, metric: str, level: float) -> Point | None:
+def _estimated(groups: Groups, name: str, metric: str, level: float) -> _Point | None:
     series = groups.get((name, "variant"))
     found = series.estimate(metric) if series is not None else None
-    return (
-        None if found is None or found.value is None else Point(x=level, y=found.value, low=found.low, high=found.high)
-    )
+    return None if found is None or found.value is None else (level, found.value, found.low, found.high)
 
 
 def _losses(study: Study, groups: Groups) -> Iterator[Gallery]:
@@ -100,16 +98,23 @@ def _losses(study: Study, groups: Groups) -> Iterator[Gallery]:
         if (series := groups.get((variant.name, "variant"))) and len(losses := losses_by_step(series)) >= LEAST_STEPS
     ]
     charts = [
-        Chart(
-            title=name,
-            points=tuple(Point(x=step, y=statistics.median(found)) for step, found in enumerate(losses, start=1)),
+        Curves(
+            across=Axis(title=name),
+            up=Axis(title=""),
+            curves=(
+                Curve(
+                    name=name,
+                    points=tuple((float(step), statistics.median(found)) for step, found in enumerate(losses, start=1)),
+                ),
+            ),
         )
         for name, losses in curves[:MOST_CURVES]
     ]
     if charts:
         more = len(curves) - len(charts)
         notes = (say(f"and {more} more; --variant shows one"),) if more else ()
-        yield Gallery(title="loss by step, median of the replicates", charts=tuple(_on_one_scale(charts)), notes=notes)
+        title = "loss by step, median of the replicates"
+        yield Gallery(title=title, charts=tuple(_on_one_scale(title, charts)), notes=notes)
 
 
 def losses_by_step(series: Series) -> list[tuple[float, ...]]:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from harness.records.metrics import METRICS
-from harness.records.units import format_interval
+from harness.records.units import format_count, format_interval
 from harness.report.table import (
     Cell,
     Document,
@@ -75,10 +75,9 @@ def describe_verdicts(report: ClaimsReport) -> Document:
 
 def _held(report: ClaimsReport) -> str:
     """How much of the run there is."""
-    plural = "" if report.replicates == 1 else "s"
     counted = ", ".join(f"{count} {status}" for status, count in report.trials.items())
     state = "" if report.status == "complete" else f"; the run is {report.status!r}, so this is what it holds so far"
-    return f"run {report.run}: {report.replicates} replicate{plural}; trials: {counted}{state}"
+    return f"run {report.run}: {format_count(report.replicates, 'replicate')}; trials: {counted}{state}"
 
 
 def _rows(claim: ClaimResult) -> tuple[Row, ...]:
@@ -121,7 +120,7 @@ def _answers(report: ClaimsReport) -> Iterator[str]:
         if share is not None:
             yield (
                 f"the number of tokens explains {_share(share)} of the variance of request time between {of} "
-                f"({share.replicates} replicates, {share.points} points)"
+                f"({format_count(share.replicates, 'replicate')}, {format_count(share.points, 'point')})"
             )
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from harness.records.metrics import METRICS, PHASE_TITLES
-from harness.report.figure import Axis, Figure, Intervals, Mark
+from harness.report.curves import Axis
+from harness.report.figure import Figure, Intervals, Mark
 from harness.report.table import Table, name_columns, write_ratio, write_row
 from harness.report.words import title_of_ratio
 from harness.verdicts.outcome import Compared, ComparisonReport

@@ -238,7 +238,7 @@ def _gallery(gallery: Gallery, console: Console) -> Iterator[Text]:
     beside = max(1, (console.width + 2) // (width + 2))
     for first in range(0, len(gallery.charts), beside):
         group = gallery.charts[first : first + beside]
-        titles = [draw_text(chart.title, "faint") for chart in group]
+        titles = [draw_text(chart.across.title, "faint") for chart in group]
         for title in titles:
             title.truncate(width, overflow="ellipsis", pad=True)
         rows = [Text(_INDENT).join(titles)]

@@ -7,11 +7,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from harness.machine.provenance import power_limit_w
-from harness.records import codec
 from harness.records.store import Run
+from harness.records.units import format_count
 from harness.report.progress import replicates_said, standing
 from harness.report.scripts import describe_scripts
 from harness.report.table import Line, say
+from harness.studies.stored import read_own_workloads
 from harness.studies.study import Study
 from harness.studies.workload import LOSSES, Workload
 from harness.verdicts.software import say_threads, versions_of
@@ -47,7 +48,7 @@ def facts_of(run: Run, study: Study) -> tuple[Line, ...]:
         *of_what,
         *_own_workloads(run, study),
         say(
-            f"{replicates_said(run)}, {protocol.turns * protocol.steps_per_turn} timed steps a trial, "
+            f"{replicates_said(run)}, {format_count(protocol.turns * protocol.steps_per_turn, 'timed step')} a trial, "
             f"order seed {run.manifest.seed}",
             lead="plan",
         ),
@@ -68,15 +69,15 @@ def _power_limit(provenance: Mapping[str, Any]) -> str:
 def _tokens(tokens: Mapping[str, Any]) -> str:
     real, padded = tokens.get("real_tokens", 0), tokens.get("padded_tokens", 0)
     loss = f", loss over {tokens['loss_tokens']}" if "loss_tokens" in tokens else ""
-    loss += f" ({tokens['without_loss']} sequences without a label left out)" if tokens.get("without_loss") else ""
+    if without := tokens.get("without_loss"):
+        loss += f" ({format_count(without, 'sequence')} without a label left out)"
     return f"{real} real and {padded} padded in an epoch{loss}, hash {str(tokens.get('hash', ''))[:12]}"
 
 
 def _own_workloads(run: Run, study: Study) -> Iterator[Line]:
     """What variants are measured on that are not measured on the study's workload."""
     tokens = run.manifest.tokens.get("own", {})
-    found = codec.from_json(dict[str, Workload], run.manifest.own_workloads, f"run {run.manifest.run}")
-    for name, workload in found.items():
+    for name, workload in read_own_workloads(run).items():
         pairs = ((field.name, getattr(workload, field.name)) for field in dataclasses.fields(workload))
         changes = ", ".join(f"{key} = {value}" for key, value in pairs if value != getattr(study.workload, key))
         yield say(f"{name} has {changes}; {_tokens(tokens.get(name, {}))}", lead="own")

@@ -9,24 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from harness.records.units import Unit
+from harness.report.curves import Axis, Curves
 from harness.report.table import Table, Tone
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Axis:
-    """What a direction of a picture measures."""
-
-    title: str
-    unit: Unit = "1"
-    line_at: float | None = None
-    """A value that all others are read against, as 1 is of ratios."""
-    named: tuple[tuple[float, str], ...] = ()
-    """Values that are named beside it, and by what; () leaves that to the renderer."""
-    log: bool = False
-    """Whether it is laid out by the logarithm, as values are that double; they are above 0."""
-    span: tuple[float, float] | None = None
-    """Its ends; None is what its values need."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,25 +30,6 @@ class Intervals:
 
     axis: Axis
     marks: tuple[Mark, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Curve:
-    """Values of one variant in an order, with a band around them where there is one."""
-
-    name: str
-    points: tuple[tuple[float, float], ...]
-    band: tuple[tuple[float, float, float], ...] = ()
-    """Place, lower and upper end."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Curves:
-    """Curves over one axis."""
-
-    across: Axis
-    up: Axis
-    curves: tuple[Curve, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

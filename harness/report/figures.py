@@ -15,21 +15,8 @@ from harness.records.store import Run
 from harness.records.units import format_bytes, format_value
 from harness.report.charts import losses_by_step
 from harness.report.check_matrix import checks_matrix
-from harness.report.figure import (
-    Axis,
-    Bar,
-    Bars,
-    Curve,
-    Curves,
-    Figure,
-    Front,
-    Intervals,
-    Mark,
-    Part,
-    Samples,
-    Spot,
-    Stretch,
-)
+from harness.report.curves import Axis, Curve, Curves
+from harness.report.figure import Bar, Bars, Figure, Front, Intervals, Mark, Part, Samples, Spot, Stretch
 from harness.report.phase_table import PhaseTable
 from harness.report.table import Cell, Row, Table, name_columns, write_row, write_value
 from harness.report.view import RunView

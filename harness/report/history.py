@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import cast, get_args
 
-from harness.records.units import Unit, first_few, format_value
+from harness.records.units import Unit, first_few, format_count, format_value
 from harness.report.table import (
     Block,
     Cell,
@@ -41,8 +41,8 @@ _RUNS = (
     Head(text="versions", rank=1),
     Head(text="fingerprint", rank=2),
 )
-SHOWN = 4
-"""Differences that are spelt out."""
+SHOWN, REASONS = 4, 2
+"""Differences that are spelt out, and reasons why runs are left out."""
 
 
 def describe_history(history: History, *, every_run: bool = False) -> Document:
@@ -145,15 +145,15 @@ def _suspicion(found: Suspicion, track: Track) -> Iterator[Line]:
 
 def _silence(line: Course, track: Track) -> Line:
     """What a line says where it shows no change: never that nothing has changed."""
-    counting, left_out = len(line.counting), len(line.moments) - len(line.counting)
-    gaps = f"; {left_out} runs do not count" if left_out else ""
+    counting, reasons = len(line.counting), [one.why_not for one in line.moments if one.why_not is not None]
+    gaps = f"; {format_count(len(reasons), 'run')} left out ({first_few(reasons, REASONS, '; ')})" if reasons else ""
     if line.scatter is None or line.detectable is None:
         return say(
             Span(text=f"fingerprint {line.fingerprint}: ", tone="faint"),
-            f"{counting} runs that count; changes are looked for from {LEAST_POINTS} on{gaps}",
+            f"{format_count(counting, 'counted run')}; changes are looked for from {LEAST_POINTS} on{gaps}",
         )
     count = len(line.suspicions)
-    found = f"{count} change{'s' * (count > 1)} suspected" if count else "no change found"
+    found = f"{format_count(count, 'change')} suspected" if count else "no change found"
     return say(
         Span(text=f"fingerprint {line.fingerprint}: ", tone="faint"),
         f"{found}; runs scatter by {100 * line.scatter:.2g} % around their level, and only a change of "

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from harness.report.figure import Axis, Curve, Curves, Figure
+from harness.report.curves import Axis, Curve, Curves
+from harness.report.figure import Figure
 from harness.report.history import table_of_runs, unit_of, write_time
 from harness.report.words import title_of
 from harness.results.history import History, Line, Track

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from harness.records.record import Notice, TrialRecord
-from harness.records.units import format_duration
+from harness.records.units import format_count, format_duration
 from harness.report.drawing import draw_text
 from harness.report.live_grid import Grid, Key
 from harness.report.table import Cell, tone_of
@@ -63,7 +63,8 @@ class LiveDisplay:
         self._draw(at_once=True)
         expected = self._left()
         self._line(
-            f"run {run_id}: {len(plan.slots)} trials, {plan.study.protocol.replicates} replicates; starting the worker"
+            f"run {run_id}: {format_count(len(plan.slots), 'trial')}, "
+            f"{format_count(plan.study.protocol.replicates, 'replicate')}; starting the worker"
             f"{f'; {expected}' if expected else ''}"
         )
 
@@ -156,7 +157,7 @@ class LiveDisplay:
         spent, ended = time.monotonic() - self._begin, len(self._grid.records)
         if ended:
             left = spent / ended * (len(self._grid.plan.slots) - ended)
-            return f"about {format_duration(left)} left, by the {ended} trials so far"
+            return f"about {format_duration(left)} left, by {format_count(ended, 'trial')} so far"
         if self._expected_s is None:
             return ""
         if spent > self._expected_s:

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from harness.errors import shorten
+from harness.records.units import format_count
 from harness.report.table import Block, Document, Fold, Gallery, Line, Panel, Section, Table
 from harness.report.terminal import text_of
 from kernels_check.visible import make_visible
@@ -45,7 +46,7 @@ def markdown_of(document: Document, *, most: int = COMMENT_CHARACTERS) -> str:
             table = blocks[place]
             assert isinstance(table, Table)
             kept = max(1, len(table.rows) * most // (length + most))
-            dropped.append(f"{len(table.rows) - kept} rows of {table.title or 'a table'}")
+            dropped.append(f"{format_count(len(table.rows) - kept, 'row')} of {table.title or 'a table'}")
             blocks[place] = dataclasses.replace(table, rows=table.rows[:kept])
         elif len(blocks) > 1:
             dropped.append(_name(blocks.pop()))

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from harness.machine.provenance import Machine
 from harness.records.record import Notice
-from harness.records.units import format_bytes, format_duration
+from harness.records.units import format_bytes, format_count, format_duration
 from harness.report.notices import tell_notices
 from harness.report.table import Document, Span, say, say_each
 from harness.run.forecast import Forecast
@@ -17,7 +17,7 @@ def describe_plan(
     plan: Plan, expected: Forecast, machine: Machine, notices: Sequence[Notice], data: str | None = None
 ) -> Document:
     """A line a replicate, the level and why, time, memory and disk, and what `data` somebody gave was recognised as."""
-    size = f": {len(plan.slots)} trials on {machine.device_name}"
+    size = f": {format_count(len(plan.slots), 'trial')} on {machine.device_name}"
     return (
         say(Span(text=plan.study.title, tone="strong"), size, indented=False),
         *say_each(_lines(plan, expected)),

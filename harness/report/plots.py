@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 
 from harness.records.units import Unit, format_value
-from harness.report.table import Chart
+from harness.report.curves import Axis, Curves
 
 HEIGHT = 8
 """Lines of a chart, its ticks included."""
@@ -17,12 +17,12 @@ MOST_TICKS = 5
 """Named places along x; more would run into each other."""
 
 
-def plot(chart: Chart, width: int) -> list[str]:
+def plot(chart: Curves, width: int) -> list[str]:
     """The lines of a chart, each of that many characters."""
     import plotext
 
-    places = [_across(point.x, chart) for point in chart.points]
-    low, high = chart.span or _span(chart)
+    across, up = chart.across, chart.up
+    low, high = up.span or _span([end for curve in chart.curves for end in curve.ends])
     plotext.clear_figure()
     plotext.limit_size(False, False)
     plotext.plot_size(width, HEIGHT)
@@ -30,28 +30,29 @@ def plot(chart: Chart, width: int) -> list[str]:
     plotext.xaxes(True, False)
     plotext.yaxes(True, False)
     plotext.ylim(low, high)
-    plotext.plot(places, [point.y for point in chart.points], marker="braille")
-    for place, point in zip(places, chart.points, strict=True):
-        if point.low is not None and point.high is not None:
-            plotext.plot([place, place], [max(point.low, low), min(point.high, high)], marker="braille")
-    if chart.ticks:
-        plotext.scatter(places, [point.y for point in chart.points], marker="•")
-    named = _thinned(chart.ticks or [(one.x, f"{one.x:g}") for one in (chart.points[0], chart.points[-1])])
-    plotext.xticks([_across(x, chart) for x, _ in named], [name for _, name in named])
+    for curve in chart.curves:
+        places, values = [_place(x, across) for x, _ in curve.points], [y for _, y in curve.points]
+        plotext.plot(places, values, marker="braille")
+        for x, least, most in curve.band:
+            plotext.plot([_place(x, across)] * 2, [max(least, low), min(most, high)], marker="braille")
+        if across.named:
+            plotext.scatter(places, values, marker="•")
+    ends = [x for curve in chart.curves for x, _ in curve.points]
+    named = _thinned(across.named or [(x, f"{x:g}") for x in (min(ends), max(ends))])
+    plotext.xticks([_place(x, across) for x, _ in named], [name for _, name in named])
     marks = sorted({low, (low + high) / 2, high})
-    plotext.yticks(marks, _labels(marks, chart.unit))
+    plotext.yticks(marks, _labels(marks, up.unit))
     drawn = str(plotext.uncolorize(plotext.build()))
     lines = [line.rstrip()[:width].ljust(width) for line in drawn.split("\n")]
     return lines[:-1] if not lines[-1].strip() else lines
 
 
-def _across(x: float, chart: Chart) -> float:
-    return math.log(x) if chart.log else x
+def _place(x: float, across: Axis) -> float:
+    return math.log(x) if across.log else x
 
 
-def _span(chart: Chart) -> tuple[float, float]:
+def _span(ends: Sequence[float]) -> tuple[float, float]:
     """From the least to the greatest of all points and whiskers, and a little beside where all are one."""
-    ends = [end for point in chart.points for end in (point.y, point.low, point.high) if end is not None]
     low, high = min(ends), max(ends)
     slack = 0.02 * (abs(high) or 1.0)
     return (low, high) if high - low > slack / 10 else (low - slack, high + slack)

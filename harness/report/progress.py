@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 
 from harness.records.store import Run
+from harness.records.units import format_count
 from harness.report.table import Line, say
 from harness.run.resume import is_resumable
 from harness.studies.study import Study
@@ -42,4 +43,6 @@ def replicates_said(run: Run) -> str:
         planned[trial.partition("-")[0]].add(trial)
     settled = {record.trial for record in run.records if record.settled}
     whole = sum(trials <= settled for trials in planned.values())
-    return f"{whole} replicates" if whole == len(planned) else f"{whole} of {len(planned)} replicates complete"
+    if whole == len(planned):
+        return format_count(whole, "replicate")
+    return f"{whole} of {len(planned)} replicates complete"

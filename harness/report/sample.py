@@ -13,11 +13,10 @@ from typing import Any
 
 from harness.errors import UsageError
 from harness.models import catalogue, shapes
-from harness.records import codec
 from harness.records.record import TrialRecord
 from harness.records.store import Run
 from harness.report.table import Document, Panel, Passage, Span, say
-from harness.studies.study import Study
+from harness.studies.stored import read_study
 
 
 def describe_samples(samples: Sequence[Sample], title: str) -> Document:
@@ -66,7 +65,7 @@ def read_samples(run: Run, variant: str, *, replicate: int = 0, count: int | Non
         UsageError: no such variant or replicate, or no answers in the run, with what there is.
     """
     record = _record(run, variant, replicate)
-    workload = codec.from_json(Study, run.manifest.study, f"run {run.manifest.run}").workload
+    workload = read_study(run).workload
     examples = run.manifest.tokens.get("examples", [])
     prompts = [key.removeprefix("answer_") for key in record.tokens if key.startswith("answer_")]
     chosen = [index for index in sorted(map(int, prompts)) if index < len(examples)][:count]

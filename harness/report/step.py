@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from harness.profile.accounting import IDLE, REMAINDER_LIMIT, StepAccount, TimeSpan, categories_s, plain_s
 from harness.profile.facts import Profile
 from harness.records.activity import STEP_PHASES
-from harness.records.units import format_interval, format_ratio, format_value
+from harness.records.units import format_count, format_interval, format_ratio, format_value
 from harness.report.table import Cell, Table, name_columns, say_each, write_row, write_value
 
 STEP_PHASE_TITLES = {
@@ -120,7 +120,7 @@ def _operators(profile: Profile, step: StepAccount) -> Iterator[str]:
     steps, slow = len(profile.activity.step_times_s), profile.activity.window_s
     slower = step.profiler_slowdown
     seen = (
-        f"seen in {steps} steps under the profiler, each {format_value(slow, 's')} "
+        f"seen in {format_count(steps, 'step')} under the profiler, each {format_value(slow, 's')} "
         f"(× {format_ratio(slower.value, slower.low, slower.high)})"
     )
     if profile.activity.missing:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from harness.records.units import Unit, format_bytes, split_interval
+from harness.report.curves import Curves
 
 if TYPE_CHECKING:
     from harness.stats import Comparison
@@ -165,37 +166,11 @@ class Fold:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Point:
-    """A value of a chart, with its interval where it has one."""
-
-    x: float
-    y: float
-    low: float | None = None
-    high: float | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chart:
-    """Points in the order of x, joined by a line, and their intervals as whiskers."""
-
-    title: str
-    points: tuple[Point, ...]
-    ticks: tuple[tuple[float, str], ...] = ()
-    """Where x is named, and by what; empty leaves that to the renderer."""
-    log: bool = False
-    """Whether x is laid out by its logarithm."""
-    unit: Unit = "1"
-    """Of y."""
-    span: tuple[float, float] | None = None
-    """The least and the greatest y of all charts beside it, so that they can be compared; None is its own."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Gallery:
-    """Charts that stand beside each other."""
+    """Charts that stand beside each other, each called by the title of its axis across."""
 
     title: str
-    charts: tuple[Chart, ...]
+    charts: tuple[Curves, ...]
     notes: tuple[Line, ...] = ()
 
 

@@ -23,6 +23,7 @@ from harness.report.charts import with_charts
 from harness.report.facts import facts_of
 from harness.report.phase_table import PEAK, RATIO, TAILS, PhaseTable, VariantRow, tabulate_metric, tabulate_phase
 from harness.report.table import Line
+from harness.studies.stored import read_study
 from harness.studies.study import Study, unknown
 from harness.verdicts.comparand import is_memory
 from harness.verdicts.judging import LimitsOf, default_limits, matching
@@ -84,7 +85,7 @@ def view_of(run: Run, asked: Asked = EVERYTHING) -> RunView:
     Raises:
         UsageError: a variant, metric or phase was asked for that the run does not know.
     """
-    study = codec.from_json(Study, run.manifest.study, f"run {run.manifest.run}")
+    study = read_study(run)
     groups = series_of(run.records)
     stands, names = standing_of(run, study), _names(study, asked)
     tables = _tables(run, study, groups, stands, asked)

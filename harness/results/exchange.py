@@ -21,8 +21,10 @@ from harness.errors import InvalidRunError, UsageError
 from harness.records import codec
 from harness.records.record import TrialRecord
 from harness.records.store import Run
+from harness.records.units import format_count
 from harness.results.columns import names_of
 from harness.results.rows import RANGE, estimate_rows
+from harness.studies.stored import read_study
 from harness.studies.study import Study
 from harness.studies.variant import Variant
 from harness.verdicts.judging import default_metrics, matching
@@ -40,7 +42,7 @@ def trend_rows(run: Run, metrics: Sequence[str] = ()) -> list[dict[str, Any]]:
         InvalidRunError: the run is not valid.
         UsageError: a pattern that nothing goes by.
     """
-    study = codec.from_json(Study, run.manifest.study, f"run {run.manifest.run}")
+    study = read_study(run)
     _require_valid(run, study)
     rows = [dict(zip(names_of("estimates"), row, strict=True)) for row in estimate_rows(run, study)]
     rows = [row for row in rows if row["role"] == "variant" and math.isfinite(row["value"])]
@@ -71,7 +73,8 @@ def encode_action(run: Run, metrics: Sequence[str] = ()) -> list[dict[str, Any]]
             "unit": row["unit"],
             "value": row["value"],
             **({} if None in (row["low"], row["high"]) else {"range": f"[{row['low']:.6g}, {row['high']:.6g}]"}),
-            "extra": f"run {row['run']}\nfingerprint {row['fingerprint']}\n{row['replicates']} replicates\n"
+            "extra": f"run {row['run']}\nfingerprint {row['fingerprint']}\n"
+            f"{format_count(row['replicates'], 'replicate')}\n"
             f"range: {row['interval'] or 'none, of one replicate'}",
         }
         for row in trend_rows(run, metrics)
@@ -96,7 +99,7 @@ def _name(row: dict[str, Any]) -> str:
 
 def mllog_lines(run: Run) -> Iterator[str]:
     """The trials that began, good or bad, one after the other, each as one run of MLPerf's log."""
-    study = codec.from_json(Study, run.manifest.study, f"run {run.manifest.run}")
+    study = read_study(run)
     variants = {variant.name: variant for variant in study.variants}
     yield _line("submission_benchmark", study.name, run.manifest.created_unix_s, {"run": run.manifest.run})
     yield _line("submission_platform", run.manifest.provenance.get("device_name"), run.manifest.created_unix_s)

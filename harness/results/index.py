@@ -54,6 +54,8 @@ class IndexedRun:
     commit: str | None = None
     dirty: bool = False
     versions: Mapping[str, str | None]
+    newer_schema: int | None = None
+    """The schema of a run that a newer version wrote; what this one does not know of it is in no number."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +103,7 @@ class Index:
         state = row["status"]
         if state == "running":
             path = self._runs / row["folder"]
-            state = store.state_of(path, store.read_manifest(path)) if inputs.is_folder(path) else "killed"
+            state = store.state_of(path, store.read_manifest(path, newer=True)) if inputs.is_folder(path) else "killed"
         return IndexedRun(
             error=None,
             state=state,
@@ -114,7 +116,7 @@ class Index:
                 name: row[name]
                 for name in (
                     "folder", "run", "study", "title", "fingerprint", "created_unix_s", "verdict", "planned",
-                    "size_bytes",
+                    "size_bytes", "newer_schema",
                 )
             },
         )  # fmt: skip

@@ -20,14 +20,15 @@ from harness.records.store import MANIFEST, TRIALS, Run
 from harness.results.columns import names_of
 from harness.results.prune import size_of
 from harness.results.rows import estimate_rows
+from harness.studies.stored import read_study
 from harness.studies.study import Study
 from harness.verdicts.ab import report_of
 from harness.verdicts.comparand import comparand_of
 from harness.verdicts.outcome import EXIT_OF, worst
 from harness.verdicts.software import facts_of
-from harness.verdicts.standing import standing_of
+from harness.verdicts.standing import newer_faults, say_broken, standing_of
 
-VERSION = 1
+VERSION = 2
 """Raised with whatever is kept in it, or how it is worked out."""
 VERSIONS = ("torch", "transformers", "peft", "bitsandbytes")
 """Libraries whose versions stand beside each run."""
@@ -37,7 +38,7 @@ _TABLES = """
 CREATE TABLE runs (
     folder TEXT PRIMARY KEY, stamp TEXT NOT NULL, error TEXT, run TEXT, study TEXT, title TEXT, fingerprint TEXT,
     created_unix_s REAL, status TEXT, verdict TEXT, trials TEXT, planned INTEGER, sides INTEGER, size_bytes INTEGER,
-    commit_id TEXT, dirty INTEGER, versions TEXT, facts TEXT
+    commit_id TEXT, dirty INTEGER, versions TEXT, facts TEXT, newer_schema INTEGER
 );
 CREATE TABLE points (
     folder TEXT NOT NULL, study TEXT, variant TEXT, variant_id TEXT, phase TEXT, metric TEXT, unit TEXT,
@@ -83,8 +84,8 @@ def _stamp(path: Path) -> str:
 
 def _add(connection: sqlite3.Connection, path: Path, stamp: str) -> None:
     try:
-        run = store.read_run(str(path), path.parent)
-        study = codec.from_json(Study, run.manifest.study, f"run {run.manifest.run}")
+        run = store.read_run(str(path), path.parent, newer=True)
+        study = read_study(run)
         row, points = _row(run, study), list(_points(run, study))
     except (LorameterError, UnicodeError) as error:  # one that cannot be read must not hide the others
         row, points = {"error": str(error)}, []
@@ -130,6 +131,7 @@ def _row(run: Run, study: Study) -> dict[str, Any]:
         "dirty": int(bool(git.get("dirty"))),
         "versions": json.dumps({name: libraries.get(name) for name in VERSIONS}),
         "facts": json.dumps(codec.to_json(facts)),
+        "newer_schema": run.newer.schema if run.newer else None,
     }
 
 
@@ -148,14 +150,14 @@ def _points(run: Run, study: Study) -> Iterator[dict[str, Any]]:
     """The estimates of an ordinary run, each with why it does not count; an A/B has two sides and is no point."""
     if run.manifest.sides:
         return
-    side = comparand_of(run)
+    side, newer = comparand_of(run), say_broken(run.manifest.run, tuple(newer_faults(run)))
     names: Sequence[str] = names_of("estimates")
     for values in estimate_rows(run, study):
         row = dict(zip(names, values, strict=True))
         if row["role"] != "variant":
             continue
         measured = side.sides.get(row["variant"])
-        broken = side.broken or (measured.broken if measured else "it was not measured")
+        broken = newer or side.broken or (measured.broken if measured else "it was not measured")
         kept = ("study", "variant", "variant_id", "phase", "metric", "unit", "value", "low", "high", "replicates")
         yield {name: row[name] for name in kept} | {
             "higher_is_better": int(row["higher_is_better"]),

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from harness.records import codec
 from harness.records.metrics import METRICS, PEAKS, PRIMARY, Phase
 from harness.records.record import Role, Side, TrialRecord
 from harness.records.store import Run
 from harness.results.columns import TableName, Values
 from harness.stats import Comparison, QuantileEstimate
+from harness.studies.stored import read_study
 from harness.studies.study import Study
 from harness.verdicts.ab import compare_base_to_itself, report_of
 from harness.verdicts.judging import default_limits
@@ -28,7 +28,7 @@ MEAN, MEDIAN, RANGE = "95 % of the mean", "95 % of the median", "range"
 
 def rows_of(run: Run) -> dict[TableName, list[Values]]:
     """All four tables of a run, each in the order of its columns."""
-    study = codec.from_json(Study, run.manifest.study, f"run {run.manifest.run}")
+    study = read_study(run)
     return {
         "trials": list(trial_rows(run, study)),
         "samples": list(sample_rows(run)),

@@ -2,7 +2,7 @@
 
 A ratio says something of a variant only if all else is alike on both sides of it, so what a trial measures is said once
 and whole. All contenders meet on the study's workload, unless the workload itself is in question: then one has a
-workload of its own, with the same records of the same model in other batches, another layout or by other threads.
+workload of its own: the same records in other batches, another layout, by other threads or for another model.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def contenders_of(
         own_workloads: workloads of variants that are not measured on the study's, by name; the study's own if left out.
 
     Raises:
-        UsageError: an unknown variant, a workload of another model or data, or two variants that are one.
+        UsageError: an unknown variant, a workload of other data, or two variants that are one.
     """
     own = study.own_workloads if own_workloads is None else own_workloads
     _check_own(study, own)
@@ -94,10 +94,10 @@ def _check_own(study: Study, own: Mapping[str, Workload]) -> None:
     for name, workload in own.items():
         if name not in names:
             raise UsageError(f"study {study.name}: workload of {name!r}: {unknown(name, names)}")
-        if (workload.model, workload.data) != (study.workload.model, study.workload.data):
+        if workload.data != study.workload.data:
             raise UsageError(
-                f"study {study.name}: workload of {name!r}: another model or other data. Variants meet on one model "
-                "and its data; make it a study of its own."
+                f"study {study.name}: workload of {name!r}: other data. Variants meet on the same records; make it a "
+                "study of its own."
             )
 
 

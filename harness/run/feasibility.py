@@ -63,19 +63,20 @@ def check_feasible(
         _check_requirements(study)
         commands = {one.variant.id: one.variant for one in contenders or contenders_of(study)}
         return (*elsewhere, *(notice for one in commands.values() for notice in shared_notices(one, Path.cwd())))
-    source = catalogue.resolve(study.workload.model)
-    shape, stored = shapes.shape(source), stored_dtype(source)
     contenders = contenders or contenders_of(study)
+    sources = {one.model: catalogue.resolve(one.model) for one in workloads_of(study, contenders)}
+    shape_of = {model: shapes.shape(source) for model, source in sources.items()}
     for workload in workloads_of(study, contenders):
-        _check_lengths(study.name, workload, shape)
+        _check_lengths(study.name, workload, shape_of[workload.model])
     look_into(study.workload)
     _check_requirements(study)
     if elsewhere:
         return elsewhere
-    unknown = unknown_layers(shape)
+    unknown = {model: said for model, shape in shape_of.items() if (said := unknown_layers(shape))}
     notices: list[Notice] = []
     for variant, workload in {one.variant.name: (one.variant, one.workload) for one in contenders}.values():
         where = f"study {study.name}, variant {variant.name!r}"
+        shape = shape_of[workload.model]
         _check_attention(where, variant, machine)
         _check_liger(where, variant, machine)
         check_ranks(where, variant, workload, machine)
@@ -83,26 +84,28 @@ def check_feasible(
         if variant.tf32 and machine.device == "cpu":
             raise UsageError(f"{where}: tf32 = True: a CPU has no TF32. Leave it out here.")
         notices += _paged_notices(variant, machine, shape)
-        if unknown:
+        if workload.model in unknown:
             continue
         _check_widths(where, variant, shape, machine)
         notices += _rank_notices(variant, shape)
         if workload.strategy == "fsdp2":  # what one rank holds of it is a part that no formula here knows
             continue
-        expected = estimate_memory(variant, workload, shape, device=machine.device, stored=stored)
+        expected = estimate_memory(
+            variant, workload, shape, device=machine.device, stored=stored_dtype(sources[workload.model])
+        )
         _check_memory(where, expected, machine)
         notices += memory_notices(variant, expected, machine, free_bytes)
-    if unknown:
-        notices.append(layers_notice(study.workload.model, unknown))
-    if source.random:
-        notices.append(
-            Notice(
-                code="random-weights",
-                message=f"{study.workload.model} has random weights: time and memory are those of the architecture, "
-                "losses say only that training works.",
-                remedy="Use --lorameter-model (pytest) or --model with a pretrained model to judge losses.",
-            )
+    notices += [layers_notice(model, said) for model, said in unknown.items()]
+    notices += [
+        Notice(
+            code="random-weights",
+            message=f"{model} has random weights: time and memory are those of the architecture, losses say only that "
+            "training works.",
+            remedy="Use --lorameter-model (pytest) or --model with a pretrained model to judge losses.",
         )
+        for model, source in sources.items()
+        if source.random
+    ]
     return tuple(notices)
 
 

@@ -61,19 +61,20 @@ def forecast(plan: Plan, machine: Machine, runs: Path) -> Forecast:
         seconds = None if earlier is None else earlier[0] * plan.study.protocol.replicates
         basis = "no earlier run of these scripts" if earlier is None else f"replicates of run {earlier[1]}"
         return Forecast(time_s=seconds, basis=basis, memory_bytes=None, disk_bytes=None, unknown=OF_SCRIPTS)
-    shape = shapes.shape(catalogue.resolve(plan.study.workload.model))
-    unknown = unknown_layers(shape)
-    workload = plan.study.workload
+    shape_of = {one: shapes.shape(catalogue.resolve(one.model)) for one in plan.workloads}
+    unknown = next(filter(None, map(unknown_layers, shape_of.values())), None)
     needs: dict[str, int | None] = {}
     for one in plan.workloads:
         needs |= needed_bytes([who.variant for who in plan.contenders if who.workload == one], one, machine, runs)
     memory = most_of(_group_bytes(group, needs, machine) for group in plan.groups)
     disk = None
     if unknown is None:
-        tokens = 4 * 8 * workload.sequence_length * (workload.train_sequences + workload.held_out_sequences)
-        adapters = [adapter_parameters(contender.variant, shape) for contender in plan.contenders]
+        tokens = sum(4 * 8 * one.sequence_length * (one.train_sequences + one.held_out_sequences) for one in shape_of)
+        adapters = [
+            adapter_parameters(contender.variant, shape_of[contender.workload]) for contender in plan.contenders
+        ]
         disk = tokens + len(plan.slots) * 64 * 1024 + max(adapters) * 4
-    time_s, basis = _time(plan, machine, shape, runs)
+    time_s, basis = _time(plan, machine, shape_of, runs)
     return Forecast(time_s=time_s, basis=basis, memory_bytes=memory, disk_bytes=disk, unknown=unknown)
 
 
@@ -204,31 +205,38 @@ def measured_process(machine: Machine, runs: Path) -> int | None:
     return None
 
 
-def _time(plan: Plan, machine: Machine, shape: ModelShape, runs: Path) -> tuple[float | None, str]:
+def _time(
+    plan: Plan, machine: Machine, shape_of: Mapping[Workload, ModelShape], runs: Path
+) -> tuple[float | None, str]:
     earlier = _earlier_run_s(plan, machine, runs)
     if earlier is not None:
         seconds, run = earlier
         return PROCESS_START_S + seconds * plan.study.protocol.replicates, f"replicates of run {run}"
     if machine.device != "cpu":
         return None, "no earlier run of this study on this device"
-    if unknown := unknown_layers(shape):
+    if unknown := next(filter(None, map(unknown_layers, shape_of.values())), None):
         return None, unknown
-    workload, protocol = plan.study.workload, plan.study.protocol
-    weights = shape.layers * sum(inputs * outputs for inputs, outputs in linear_widths(shape).values())
-    weights += shape.vocab_size * shape.hidden_size
-    rate = _matrix_rate()
-    tokens = workload.batch_size * workload.sequence_length
-    step = 4 * weights * tokens / rate + shape.layers * LAYER_OVERHEAD_S
-    token = 2 * weights / rate + shape.layers * LAYER_OVERHEAD_S / 3
+    protocol, rate = plan.study.protocol, _matrix_rate()
+    costs = {workload: _step_and_token_s(workload, shape, rate) for workload, shape in shape_of.items()}
     requests = 1 + protocol.generate_warmup + protocol.generate_requests
     seconds = PROCESS_START_S
     for slot in plan.slots:
+        new_tokens, (step, token) = slot.workload.new_tokens, costs[slot.workload]
         timed = protocol.warmup_steps_max + protocol.turns * protocol.steps_per_turn
         steps = CHECK_STEPS + (timed if "steps" in slot.measures else protocol.warmup_steps_min)
         served = requests * sum(measure in slot.measures for measure in ("requests", "merged"))
-        cold = (PROCESS_START_S + workload.new_tokens * token) * ("cold" in slot.measures)
-        seconds += CHECK_S + steps * step + served * workload.new_tokens * token + cold
+        cold = (PROCESS_START_S + new_tokens * token) * ("cold" in slot.measures)
+        seconds += CHECK_S + steps * step + served * new_tokens * token + cold
     return seconds, "a rule of thumb from this CPU's matrix speed; expect a factor of 2"
+
+
+def _step_and_token_s(workload: Workload, shape: ModelShape, rate: float) -> tuple[float, float]:
+    """A training step and a generated token on a CPU of so many operations a second."""
+    weights = shape.layers * sum(inputs * outputs for inputs, outputs in linear_widths(shape).values())
+    weights += shape.vocab_size * shape.hidden_size
+    tokens = workload.batch_size * workload.sequence_length
+    step = 4 * weights * tokens / rate + shape.layers * LAYER_OVERHEAD_S
+    return step, 2 * weights / rate + shape.layers * LAYER_OVERHEAD_S / 3
 
 
 def _earlier_run_s(plan: Plan, machine: Machine, runs: Path) -> tuple[float, str] | None:

@@ -24,6 +24,7 @@ from harness.records.metrics import PHASES
 from harness.records.preparation import Hello, TokenSummary
 from harness.records.record import Notice, Side
 from harness.records.refusals import say_refused
+from harness.records.scratch import leaving_nothing
 from harness.records.store import Manifest, Run, RunWriter
 from harness.run.bases import foresee_cold, prepare_bases
 from harness.run.budget import Budget
@@ -163,7 +164,7 @@ def measure(
     shown = Shielded(display)
     with Stops(patient=_is_watched()) as stops, contextlib.ExitStack() as stack:
         stack.enter_context(say_refused(lambda: store.refusal_of(runs / run_id)))
-        stack.enter_context(store.leaving_nothing(runs / run_id, unless=store.MANIFEST))
+        stack.enter_context(leaving_nothing(runs / run_id, unless=store.MANIFEST))
         stack.enter_context(store.writing(runs / run_id))
         earlier = store.read_run(str(runs / run_id), runs) if resume else None  # only now does nobody else write it
         known = () if earlier is None else earlier.records

@@ -25,8 +25,8 @@ from harness.records.store import Manifest, Resumption, Run
 from harness.run.contenders import contenders_of, sides_of
 from harness.run.plan import Plan, make_plan
 from harness.studies.script import SIDE
+from harness.studies.stored import read_own_workloads, read_study
 from harness.studies.study import Study
-from harness.studies.workload import Workload
 from harness.verdicts.comparand import differences
 from harness.verdicts.standing import followed_alone
 
@@ -72,7 +72,7 @@ def read_broken_off(name: str, runs: Path, *, study: str | None = None) -> Run:
             f"run {manifest.run} is of study {manifest.study.get('name')!r}, not {study!r}. Leave the study out: the "
             "run holds its own."
         )
-    if followed_alone(run, codec.from_json(Study, manifest.study, f"run {manifest.run}")):
+    if followed_alone(run, read_study(run)):
         raise UsageError(
             f"run {manifest.run}: it is of a training that was followed while it ran, which cannot be gone on with. "
             "Run it again."
@@ -139,7 +139,7 @@ def study_of(run: Run) -> Study:
 
     An id is of a variant as it is written, and a whole number in place of a fraction is written otherwise.
     """
-    study = codec.from_json(Study, run.manifest.study, f"run {run.manifest.run}")
+    study = read_study(run)
     variants = []
     for variant, fields in zip(study.variants, run.manifest.study.get("variants", ()), strict=True):
         whole: dict[str, Any] = {key: value for key, value in fields.items() if type(value) is int}
@@ -153,7 +153,7 @@ def check_place(run: Run, facts: Facts) -> None:
     `facts` are those of the present one; of the base for an A/B, whose declared fields may be what they are.
     """
     manifest, study = run.manifest, study_of(run)
-    here = provenance.collect(study, facts, study.workload.threads, own_workloads=_own_workloads(run))
+    here = provenance.collect(study, facts, study.workload.threads, own_workloads=read_own_workloads(run))
     without = [name for side in manifest.sides.values() for name in side["declared"]]
     before = provenance.comparable(manifest.provenance, without=without)
     without += [name for name in provenance.LATER if name not in before]  # it was not recorded then
@@ -179,7 +179,7 @@ def plan_of(run: Run, *, max_minutes: float | None = None) -> Plan:
         command = side["spec"] if of_commands(manifest) else ""
         contenders = sides_of(study, variants, injected_rows=side[INJECTED], command=command)
     else:
-        contenders = contenders_of(study, manifest.selection, _own_workloads(run))
+        contenders = contenders_of(study, manifest.selection, read_own_workloads(run))
     plan = make_plan(
         study,
         contenders=contenders,
@@ -201,10 +201,6 @@ def plan_of(run: Run, *, max_minutes: float | None = None) -> Plan:
         return plan
     protocol = dataclasses.replace(study.protocol, max_minutes=max_minutes)
     return dataclasses.replace(plan, study=dataclasses.replace(study, protocol=protocol))
-
-
-def _own_workloads(run: Run) -> dict[str, Workload]:
-    return codec.from_json(dict[str, Workload], run.manifest.own_workloads, f"run {run.manifest.run}")
 
 
 def _hashes(tokens: Mapping[str, Any]) -> dict[str, str]:

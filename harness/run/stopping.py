@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 
 from harness.records.metrics import primary_metric
 from harness.records.record import TrialRecord
+from harness.records.units import format_count
 from harness.run.budget import Budget
 from harness.run.plan import Group, Plan
 from harness.stats import Comparison, is_precise, optimal_rounds, relative_half_width
@@ -43,8 +44,8 @@ class Stopping:
             if is_precise(found, half_width=protocol.precision, least_replicates=LEAST_TO_STOP):
                 widest = max(width for one in found if (width := relative_half_width(one)) is not None)
                 return (
-                    f"every interval is within ±{100 * widest:.2g} % after {replicates} replicates, and "
-                    f"±{100 * protocol.precision:.2g} % were asked for"
+                    f"every interval is within ±{100 * widest:.2g} % after "
+                    f"{format_count(replicates, 'replicate')}, and ±{100 * protocol.precision:.2g} % were asked for"
                 )
         minutes = protocol.max_minutes
         if minutes is None:

@@ -87,8 +87,8 @@ class Part:
     rule: Rule
     """What is stated, see below."""
     axis: str
-    """Field of Variant, of any kind, or "engine"; its levels are the variants that differ from the reference in this
-    field only."""
+    """Field of Variant, of any kind, a field of the workload as in "workload.batch_size" or "workload.model", or
+    "engine"; its levels are the variants that differ from the reference in this field only."""
     metric: str = ""
     """Name of what is measured; of a quantity that is counted for "rises"."""
     metrics: dict[str, float] = field(default_factory=dict)

@@ -21,7 +21,10 @@ from harness.studies.engine import Engine
 from harness.studies.protocol import LIMITED_REPLICATES, PRECISION_REPLICATES, Protocol
 from harness.studies.script import check_scripts
 from harness.studies.variant import Variant
-from harness.studies.workload import Workload
+from harness.studies.workload import OF_VARIANTS, Workload
+
+OF_WORKLOAD = "workload."
+"""Begins the name of an axis that is a field of the workload: `workload.batch_size`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +48,8 @@ class Study:
     """Values of the study as written that a profile or an option has replaced, by field: `workload.batch_size`."""
     engine: Engine | None = field(default=None, metadata=codec.LATER)
     """Whose promises it is about, where it is about an engine's."""
+    workloads: dict[str, dict[str, Any]] = field(default_factory=dict, metadata=codec.LATER)
+    """Fields of the workload that variants have a value of their own for, by the variant's name."""
 
     def __post_init__(self) -> None:
         limits.check_name("study", self.name)
@@ -70,6 +75,7 @@ class Study:
         if any(variant.command for variant in self.variants):
             check_scripts(self)
         self._check_engine()
+        self._check_workloads(names)
         self._check_claims()
 
     @property
@@ -89,11 +95,16 @@ class Study:
 
     @property
     def own_workloads(self) -> dict[str, Workload]:
-        """Workloads of variants that are not measured on the study's, by name: that of the engine, where it is one of
-        the workload."""
-        if self.engine is None or not self.engine.workload:
-            return {}
-        return {self.engine.variant: self.engine.workload_of(self.workload)}
+        """Workloads of variants that are not measured on the study's, by name: as the study has them, and that of the
+        engine, where it is one of the workload."""
+        common, where = codec.to_json(self.workload), f"study {self.name}, workload of"
+        own = {
+            name: codec.from_json(Workload, {**common, **fields}, f"{where} {name!r}")
+            for name, fields in self.workloads.items()
+        }
+        if self.engine is not None and self.engine.workload:
+            own[self.engine.variant] = self.engine.workload_of(self.workload)
+        return own
 
     def check_distinct(self, own_workloads: Mapping[str, Workload] | None = None) -> None:
         """Raises `UsageError` where two variants are the same configuration on the same workload; `own_workloads` are
@@ -108,6 +119,25 @@ class Study:
                     f"study {self.name}: variants {same!r} and {variant.name!r} are the same "
                     "configuration. Remove one; the harness adds an A/A control by itself."
                 )
+
+    def _check_workloads(self, names: Sequence[str]) -> None:
+        for name, fields in self.workloads.items():
+            where = f"study {self.name}, workload of {name!r}"
+            if name not in names:
+                raise UsageError(f"{where}: {unknown(name, names)}")
+            if name == self.reference:
+                raise UsageError(
+                    f"{where}: it is the reference, whose workload is the study's. Write its values in [workload], or "
+                    "name another reference."
+                )
+            if self.of_scripts or self.workload.ranks > 1:
+                raise UsageError(f"{where}: variants of commands and of several ranks have none. Leave it out.")
+            if self.engine is not None and self.engine.workload and name == self.engine.variant:
+                raise UsageError(f"{where}: [engine.workload] says it already. Leave one of them out.")
+            for key in fields:
+                if key not in OF_VARIANTS:
+                    raise UsageError(f"{where}: {key}: equal for all variants, or {unknown(key, OF_VARIANTS)}")
+        self.own_workloads  # noqa: B018  # what cannot be a workload is refused
 
     def _check_engine(self) -> None:
         if self.engine is None:
@@ -162,19 +192,37 @@ class Study:
                         )
 
     def levels(self, axis: str) -> tuple[tuple[Level, str], ...]:
-        """The values of one field, with the variant that has each and else equals the reference: numbers ascending,
-        others as the study has them, the reference's first; of the engine 0 and 1."""
+        """The values of one field of the variants or, as `workload.batch_size`, of what they are measured on, with the
+        variant that has each and else equals the reference: numbers ascending, others as the study has them, the
+        reference's first; of the engine 0 and 1."""
         if axis == ENGINE:
             return () if self.engine is None else ((0.0, self.reference), (1.0, self.engine.variant))
-        centre = self.variant(self.reference)
-        if axis == "name" or not hasattr(centre, axis):
+        centre, own = self.variant(self.reference), self.own_workloads
+        of_workload, name = axis.startswith(OF_WORKLOAD), axis.removeprefix(OF_WORKLOAD)
+        if name == "name" or name not in {one.name for one in dataclasses.fields(Workload if of_workload else Variant)}:
             return ()
         found = [
-            (_level(getattr(variant, axis)), variant.name)
+            (_level(getattr(own.get(variant.name, self.workload) if of_workload else variant, name)), variant.name)
             for variant in (centre, *(one for one in self.variants if one is not centre))
-            if set(variant.differences(centre)) <= {axis}
+            if set(self._differences(variant, own)) <= {axis}
         ]
         return tuple(sorted(found)) if all(is_number(level) for level, _ in found) else tuple(found)
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The axes in which variants differ from the reference, in the order of the variants that first do."""
+        own = self.own_workloads
+        return tuple(dict.fromkeys(axis for variant in self.variants for axis in self._differences(variant, own)))
+
+    def _differences(self, variant: Variant, workloads: Mapping[str, Workload]) -> tuple[str, ...]:
+        """The fields of its own, and of what it is measured on, in which a variant differs from the reference."""
+        own = workloads.get(variant.name, self.workload)
+        others = (
+            f"{OF_WORKLOAD}{one.name}"
+            for one in dataclasses.fields(own)
+            if getattr(own, one.name) != getattr(self.workload, one.name)
+        )
+        return (*variant.differences(self.variant(self.reference)), *others)
 
     @property
     def deviations(self) -> tuple[str, ...]:

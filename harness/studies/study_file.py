@@ -12,6 +12,7 @@ notes = ["..."]                 # what a reader of the results must know and no 
 [axes]                          # field = [values]: every combination is a variant
 [sweeps]                        # field = [values]: one field at a time, all else as in the controls
 [[variant]]                     # or variants one by one: name and what differs from the controls; or name and command
+workload.batch_size = 8         # a field of the workload, also of [axes] and [sweeps]: what this variant is measured on
 [requirements]                  # paths of kernels_check that the study demands beside what the variants imply
 [[claim]]                       # see harness.studies.claim
 [engine]                        # whose promises the claims are, see harness.studies.engine
@@ -25,7 +26,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from harness.studies.claim import Claim, check_limits
 from harness.studies.engine import Engine
 from harness.studies.protocol import Protocol
 from harness.studies.script import OWN
-from harness.studies.study import Study, unknown
+from harness.studies.study import OF_WORKLOAD, Study, unknown
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
 
@@ -216,7 +217,8 @@ def _replaced(written: Study, fitted: Study) -> dict[str, Any]:
 
 def _parse(path: Path, data: Mapping[str, Any]) -> Study:
     where = path.name
-    variants = _variants(where, data)
+    rows = _rows(where, data)
+    variants = _variants(where, data, rows)
     data = _of_scripts(data) if variants and variants[0].command else _of_ranks(data)
     reference = data.get("reference", variants[0].name if variants else "")
     fields: dict[str, Any] = {"title": data.get("title", path.stem), "reference": reference}
@@ -226,9 +228,11 @@ def _parse(path: Path, data: Mapping[str, Any]) -> Study:
                 raise impossible(where, key, data[key], f"{kind.__name__} is expected", "Mend the value.")
             fields[key] = data[key]
     try:
+        workload = codec.from_json(Workload, data.get("workload", {}), f"{where}, [workload]")
         study = Study(
             name=path.stem,
-            workload=codec.from_json(Workload, data.get("workload", {}), f"{where}, [workload]"),
+            workload=workload,
+            workloads=_workloads(rows, workload),
             protocol=codec.from_json(Protocol, data.get("protocol", {}), f"{where}, [protocol]"),
             variants=variants,
             claims=tuple(_claims(where, data.get("claim", []))),
@@ -269,9 +273,19 @@ def _claim(where: str, written: Any) -> Claim:
     return codec.from_json(Claim, written, where)
 
 
-def _variants(where: str, data: Mapping[str, Any]) -> tuple[Variant, ...]:
-    controls, axes, listed = data.get("controls", {}), data.get("axes", {}), data.get("variant", [])
-    sweeps = data.get("sweeps", {})
+def _flat(table: Any) -> Any:
+    """A table in which `workload.batch_size` is a key, as it is the name of an axis."""
+    if not isinstance(table, Mapping) or not isinstance(own := table.get("workload"), Mapping):
+        return table
+    return {key: value for key, value in table.items() if key != "workload"} | {
+        f"{OF_WORKLOAD}{key}": value for key, value in own.items()
+    }
+
+
+def _rows(where: str, data: Mapping[str, Any]) -> list[Any]:
+    """What each variant differs in from the controls, and its name."""
+    controls, axes, listed = data.get("controls", {}), _flat(data.get("axes", {})), data.get("variant", [])
+    sweeps = _flat(data.get("sweeps", {}))
     given = [name for name, value in (("[axes]", axes), ("[sweeps]", sweeps), ("[[variant]]", listed)) if value]
     if len(given) > 1:
         raise UsageError(f"{where}: both {' and '.join(given)} are given. Keep one.")
@@ -286,26 +300,46 @@ def _variants(where: str, data: Mapping[str, Any]) -> tuple[Variant, ...]:
                 raise impossible(
                     f"{where}, [{table}]", key, values, "a list of values is expected", "Write it as [ ... ]."
                 )
-    rows = _swept(where, controls, sweeps, str(data.get("reference", "centre"))) if sweeps else listed
+    if sweeps:
+        common = data.get("workload", {})
+        defaults = codec.to_json(Workload()) | (dict(common) if isinstance(common, Mapping) else {})
+        held = {**controls, **{f"{OF_WORKLOAD}{key}": value for key, value in defaults.items()}}
+        return _swept(where, held, sweeps, str(data.get("reference", "centre")))
     if math.prod(map(len, axes.values())) > limits.MOST_VARIANTS:
         raise UsageError(
             f"{where}, [axes]: {math.prod(map(len, axes.values()))} combinations. "
             f"Use {limits.MOST_VARIANTS} variants or fewer."
         )
     if axes:
-        rows = [
+        return [
             {"name": "-".join(f"{key}={_label(value)}" for key, value in zip(axes, values, strict=True))}
             | dict(zip(axes, values, strict=True))
             for values in itertools.product(*axes.values())
         ]
+    return [_flat(row) for row in listed]
+
+
+def _variants(where: str, data: Mapping[str, Any], rows: Sequence[Any]) -> tuple[Variant, ...]:
     variants = []
     for index, row in enumerate(rows):
         label = row.get("name", f"number {index + 1}") if isinstance(row, Mapping) else f"number {index + 1}"
         place = f"{where}, variant {label!r}"
         if not isinstance(row, Mapping) or not isinstance(row.get("name", ""), str) or not row.get("name"):
             raise UsageError(f'{place}: name is missing. Add name = "...".')
-        variants.append(codec.from_json(Variant, {**controls, **row}, place))
+        own = {key: value for key, value in row.items() if not key.startswith(OF_WORKLOAD)}
+        variants.append(codec.from_json(Variant, {**data.get("controls", {}), **own}, place))
     return tuple(variants)
+
+
+def _workloads(rows: Sequence[Mapping[str, Any]], workload: Workload) -> dict[str, dict[str, Any]]:
+    """What variants are measured on in place of the study's workload, as far as it is something else."""
+    common, found = codec.to_json(workload), dict[str, dict[str, Any]]()
+    for row in rows:
+        own = {key.removeprefix(OF_WORKLOAD): value for key, value in row.items() if key.startswith(OF_WORKLOAD)}
+        own = {key: value for key, value in own.items() if key not in common or common[key] != value}
+        if own:
+            found[row["name"]] = own
+    return found
 
 
 def _swept(where: str, controls: Mapping[str, Any], sweeps: Mapping[str, Any], centre: str) -> list[dict[str, Any]]:

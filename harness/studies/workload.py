@@ -23,6 +23,11 @@ PromptFormat = Literal["answer-instruction", "write-instruction"]
 Strategy = Literal["", "ddp", "fsdp2"]
 Repair = Literal["", "quant_state"]
 
+OF_VARIANTS = (
+    "model", "sequence_length", "batch_size", "layout", "loss", "prompt_format", "train_sequences", "prompt_tokens",
+    "new_tokens", "threads",
+)  # fmt: skip
+"""Fields that variants of one study may have a value of their own for: the same records, in another form."""
 _RANGES: dict[str, limits.Range] = {
     "sequence_length": (8, 2**24),
     "batch_size": (1, 2**20),

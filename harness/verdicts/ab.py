@@ -20,6 +20,7 @@ from harness.records.record import Interleaving, Notice
 from harness.records.store import Run
 from harness.stats import Comparison
 from harness.studies.script import SIDE
+from harness.studies.stored import read_study
 from harness.studies.study import Study
 from harness.verdicts.comparand import Difference, Measurements, is_memory, measurements_of
 from harness.verdicts.judging import LimitsOf, SidePair, default_limits, default_metrics, judge_pairs, matching, rows_of
@@ -28,7 +29,7 @@ from harness.verdicts.outcome import ComparisonReport, without_numbers
 from harness.verdicts.sameness import losses_of_run, sides_of_run
 from harness.verdicts.series import Series, compare_series, pairing_of, pairs_of, series_of, without_equivalent
 from harness.verdicts.software import say_versions, versions_by_name
-from harness.verdicts.standing import control_faults, control_of, phases_of, run_faults, say_broken
+from harness.verdicts.standing import control_faults, control_of, newer_faults, phases_of, run_faults, say_broken
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +67,7 @@ def report_of(
         UsageError: a run without sides.
     """
     study, control = _study(run), compare_base_to_itself(run)
-    broken = say_broken(run.manifest.run, [*run_faults(run), *control_faults(control.items())])
+    broken = say_broken(run.manifest.run, [*newer_faults(run), *run_faults(run), *control_faults(control.items())])
     pairs = _pairs(run, study, broken, metrics)
     verdicts = judge_pairs(pairs, limits_of)
     if any(result is None or result.verdict != "equivalent" for result in control.values()):
@@ -173,7 +174,7 @@ def _told(run: Run, side: str) -> dict[str, tuple[str, ...]]:
 def _study(run: Run) -> Study:
     if not run.manifest.sides:
         raise UsageError(f"run {run.manifest.run}: it has no sides. Compare two runs with `lorameter compare`.")
-    return codec.from_json(Study, run.manifest.study, f"run {run.manifest.run}")
+    return read_study(run)
 
 
 def _level(series: Sequence[Series], metric: str) -> Interleaving:

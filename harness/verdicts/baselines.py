@@ -14,7 +14,7 @@ from harness.errors import InvalidRunError, UsageError
 from harness.records import codec, inputs, store
 from harness.records.document import write_document
 from harness.records.packed import is_packed
-from harness.studies.study import Study
+from harness.studies.stored import read_study
 from harness.verdicts.comparand import Comparand, comparand_of
 from harness.verdicts.standing import standing_of
 
@@ -80,7 +80,7 @@ def accept(name: str, runs: Path) -> tuple[Baseline, Baseline | None]:
         )
     if run.manifest.sides:
         raise UsageError(f"run {run.path.name}: an A/B run has two sides and is no baseline. Accept an ordinary run.")
-    stands = standing_of(run, codec.from_json(Study, run.manifest.study, f"run {run.manifest.run}"))
+    stands = standing_of(run, read_study(run))
     if not stands.valid:
         why = next(iter(stands.failures), stands.broken)
         raise InvalidRunError(
@@ -114,7 +114,7 @@ def read_base(name: str, runs: Path, *, fingerprint: str | None, study: str | No
             name=WORD, absent=f"no run was accepted for {about} in {runs}: `lorameter accept RUN` accepts one"
         )
     try:
-        return comparand_of(store.read_run(baseline.run, runs))
+        return comparand_of(store.read_run(baseline.run, runs, newer=True))
     except UsageError as error:
         raise UsageError(f"the accepted baseline cannot be read: {error} Accept another run.") from None
 
@@ -130,7 +130,7 @@ def read_comparand(name: str, runs: Path) -> Comparand:
 
         return read_benchmark_json(Path(name))
     try:
-        return comparand_of(store.read_run(name, runs))
+        return comparand_of(store.read_run(name, runs, newer=True))
     except UsageError as error:
         if inputs.is_folder(runs / name) or inputs.is_there(name):
             raise

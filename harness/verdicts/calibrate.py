@@ -19,6 +19,7 @@ from harness.errors import InvalidRunError
 from harness.records.durations import measuring_time_s
 from harness.records.metrics import PRIMARY, Phase
 from harness.records.store import Run
+from harness.records.units import format_count
 from harness.stats import Comparison, compare_trials, replicates_to_see, sd_interval
 from harness.stats.comparison import effect_of
 from harness.studies.variant import Variant
@@ -149,7 +150,7 @@ def _pairs(base: Series, other: Series, metric: str, run: Run) -> Pairs:
     if pairs is None or len(pairs.base) < LEAST_TO_CALIBRATE:
         count = 0 if pairs is None else len(pairs.base)
         raise InvalidRunError(
-            f"run {run.manifest.run}: {count} replicates are ok on both sides, and a calibration needs "
+            f"run {run.manifest.run}: {format_count(count, 'replicate')} ok on both sides, and a calibration needs "
             f"{LEAST_TO_CALIBRATE}. Look at its report, or raise --replicates."
         )
     return pairs

@@ -22,9 +22,11 @@ from harness.records.metrics import METRICS
 from harness.records.record import Notice
 from harness.records.store import Run
 from harness.stats import Comparison
+from harness.studies.stored import read_study
 from harness.studies.study import Study
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
+from harness.verdicts.notices import newer_notices
 from harness.verdicts.series import Series, Trials, series_of
 from harness.verdicts.software import facts_of
 from harness.verdicts.standing import say_broken, standing_of, trial_faults
@@ -98,6 +100,8 @@ class Comparand:
     absent: str | None = None
     """Why there is no such side at all: a baseline that nobody accepted."""
     notices: tuple[Notice, ...] = ()
+    newer: int | None = None
+    """The schema of a run that a newer version wrote; None of any other."""
 
     def without(self, names: frozenset[str]) -> Comparand:
         """This side with some variants left out on purpose."""
@@ -111,7 +115,7 @@ def comparand_of(run: Run) -> Comparand:
             f"run {run.manifest.run}: an A/B run holds both of its sides and its own comparison. Read it with "
             f"`lorameter report {run.manifest.run}`."
         )
-    study = codec.from_json(Study, run.manifest.study, f"run {run.manifest.run}")
+    study = read_study(run)
     groups, stands = series_of(run.records), standing_of(run, study)
     sides = {
         name: measurements_of(series, study, run.manifest.run)
@@ -127,6 +131,8 @@ def comparand_of(run: Run) -> Comparand:
         phases=run.manifest.phases,
         control=dict(stands.controls.items()),
         broken=stands.broken,
+        newer=run.newer.schema if run.newer else None,
+        notices=tuple(newer_notices(run)),
     )
 
 
@@ -151,14 +157,21 @@ def measurements_of(series: Series, study: Study, run: str) -> Measurements:
 
 
 def machine_differences(base: Comparand, candidate: Comparand) -> list[Difference]:
-    """Facts of machine, libraries and workload that must agree and do not; unknown facts agree with nothing."""
+    """Facts of machine, libraries and workload that must agree and do not; unknown facts agree with nothing, and a run
+    of a newer schema may hold some."""
     if base.absent is not None:
         return []
+    if base.newer or candidate.newer:
+        return [Difference(field="schema", base=_schema_said(base), candidate=_schema_said(candidate))]
     ours, theirs = base.facts, candidate.facts
     if ours is None or theirs is None:
         words = ["unknown" if facts is None else "known" for facts in (ours, theirs)]
         return [Difference(field="fingerprint", base=words[0], candidate=words[1])]
     return fact_differences(codec.to_json(ours), codec.to_json(theirs))
+
+
+def _schema_said(side: Comparand) -> str:
+    return f"{side.newer}, newer than this version knows" if side.newer else "known"
 
 
 def fact_differences(base: Mapping[str, Any], candidate: Mapping[str, Any]) -> list[Difference]:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from harness.errors import shorten
 from harness.records.metrics import LOSSES, PHASE_TITLES, Phase
-from harness.records.record import Notice, TrialRecord
+from harness.records.record import SCHEMA, Notice, TrialRecord
 from harness.records.store import Run
-from harness.records.units import format_ratio
+from harness.records.units import first_few, format_count, format_ratio
 from harness.stats import MOST_ADVISED, Comparison, count_outliers, drifting
+from harness.studies.stored import list_unread
 from harness.studies.study import Study
 from harness.verdicts.disturbance import disturbances
 from harness.verdicts.sameness import sameness_notices
@@ -22,6 +24,8 @@ DRIFT = 0.05
 """Change of level that is worth a word, a fraction."""
 LEAST_STEPS_FOR_DRIFT = 12
 """Fewer steps show no change of level beside their noise."""
+_MOST_UNREAD, _LONGEST_UNREAD = 12, 160
+"""Names of what was not read that are spelt out, and characters of each."""
 
 
 def notices_of(run: Run, study: Study, controls: Mapping[Phase, Comparison | None]) -> tuple[Notice, ...]:
@@ -34,6 +38,7 @@ def notices_of(run: Run, study: Study, controls: Mapping[Phase, Comparison | Non
 def run_notices(run: Run, study: Study, controls: Mapping[str, Comparison]) -> Iterator[Notice]:
     """Notices of a run; `controls` are the A/A comparisons by the title of their phase."""
     ok = [record for record in run.records if record.status == "ok"]
+    yield from newer_notices(run)
     yield from _data(run, study)
     yield from sameness_notices(run, study)
     on_cpu = run.manifest.provenance.get("device") == "cpu"
@@ -54,16 +59,31 @@ def run_notices(run: Run, study: Study, controls: Mapping[str, Comparison]) -> I
     if cut_short := run.damaged_lines - run.without_evidence:
         yield Notice(
             code="damaged-lines",
-            message=f"{cut_short} lines of trials.jsonl are cut short; their trials count as not run.",
-            remedy=f"Have what they told of measured again: lorameter run --resume {run.manifest.run}",
+            message=f"{format_count(cut_short, 'line')} of trials.jsonl cut short: what was told there counts as not "
+            "run.",
+            remedy=f"Have it measured again: lorameter run --resume {run.manifest.run}",
         )
     if run.without_evidence:
         yield Notice(
             code="evidence-lost",
-            message=f"{run.without_evidence} lines of trials.jsonl name checks that checks.jsonl does not hold; their "
-            "trials count as not run.",
+            message=f"{format_count(run.without_evidence, 'line')} of trials.jsonl with checks that checks.jsonl does "
+            "not hold: what was told there counts as not run.",
             remedy=f"Restore checks.jsonl, or have them measured again: lorameter run --resume {run.manifest.run}",
         )
+
+
+def newer_notices(run: Run) -> Iterator[Notice]:
+    """That a newer schema wrote a run, and what of it was not read."""
+    if run.newer is None:
+        return
+    unread = [shorten(one, _LONGEST_UNREAD) for one in list_unread(run)]
+    said = f"Not read: {first_few(unread, _MOST_UNREAD, '; ')}" if unread else "All of its names are known"
+    yield Notice(
+        code="newer-schema",
+        message=f"the run was written by schema {run.newer.schema}, and this version knows schemas up to {SCHEMA}: it "
+        f"is shown as far as that goes, and no verdict on it counts. {said}.",
+        remedy="Use the version that wrote it, or a later one.",
+    )
 
 
 def _data(run: Run, study: Study) -> Iterator[Notice]:
@@ -171,7 +191,7 @@ def _cut_short(ok: list[TrialRecord]) -> Iterator[Notice]:
                 counts.setdefault(f"{taken:g} of {planned:g} {words}", []).append(record.trial)
     if counts:
         trials = {trial for cut in counts.values() for trial in cut}
-        said = "; ".join(f"{what} in {len(cut)} trials" for what, cut in counts.items())
+        said = "; ".join(f"{what} in {format_count(len(cut), 'trial')}" for what, cut in counts.items())
         yield Notice(
             code="cut-short",
             message=f"the limit of time cut {len(trials)} of {len(ok)} trials short, all variants of a replicate "
@@ -184,8 +204,8 @@ def _measured_again(run: Run) -> Iterator[Notice]:
     if run.measured_again:
         yield Notice(
             code="measured-again",
-            message=f"{run.measured_again} trials were measured again after an interruption; only the last measurement "
-            "of each counts.",
+            message=f"{format_count(run.measured_again, 'trial')} measured again after an interruption; only the last "
+            "measurement of each counts.",
             remedy="Nothing to do; the earlier records are in trials.jsonl.",
         )
 
@@ -200,15 +220,15 @@ def _disturbed(run: Run) -> Iterator[Notice]:
         why = first.failure.message if first.failure else ""
         yield Notice(
             code="disturbed",
-            message=f"{len(again)} trials were measured again because of their surroundings, {first.trial} among them: "
-            f"{why}; {counting} of them count now.",
+            message=f"{format_count(len(again), 'trial')} measured again because of the surroundings, {first.trial} "
+            f"among them: {why}; {counting} of them count now.",
             remedy="Nothing to do for these; the earlier records are in trials.jsonl.",
         )
     if left:
         yield Notice(
             code="still-disturbed",
-            message=f"{len(left)} trials do not count because their surroundings were past a limit, {left[0]} among "
-            "them.",
+            message=f"{format_count(len(left), 'trial')} left out because the surroundings were past a limit, "
+            f"{left[0]} among them.",
             remedy="Quieten the machine and measure again; on one that you cannot have to yourself let such trials "
             "count: --allow-disturbed, --lorameter-allow-disturbed (pytest), or allow_disturbed in [protocol].",
         )

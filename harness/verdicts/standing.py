@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from harness.records.metrics import PHASES, Phase, primary_metric
-from harness.records.record import TrialRecord
+from harness.records.record import SCHEMA, TrialRecord
 from harness.records.store import Run
-from harness.records.units import first_few
+from harness.records.units import first_few, format_count
 from harness.stats import Comparison
 from harness.studies.study import Study
 from harness.verdicts.series import (
@@ -40,11 +40,14 @@ class Standing:
     """Trials without a result, each with its reason, and trials that left no record."""
     faults: tuple[str, ...]
     """What makes every number doubtful; a trial that failed makes those of its variant so."""
+    newer: tuple[str, ...] = ()
+    """That a newer schema wrote it, which forbids a verdict and no number."""
 
     @property
     def valid(self) -> bool:
-        """Whether every trial is ok, no line is lost, and every control is there and came out as no difference."""
-        return not self.failures and not self.faults
+        """Whether every trial is ok, no line is lost, every control is there and came out as no difference, and all of
+        it is known to this version."""
+        return not (self.failures or self.faults or self.newer)
 
     @property
     def broken(self) -> str | None:
@@ -66,6 +69,7 @@ def standing_of(run: Run, study: Study) -> Standing:
         controls=controls,
         failures=(*_failures(run), *_missing(run)),
         faults=(*run_faults(run), *control_faults(asked)),
+        newer=tuple(newer_faults(run)),
     )
 
 
@@ -75,14 +79,20 @@ def followed_alone(run: Run, study: Study) -> bool:
     return study.of_scripts and len(run.manifest.order) == 1 and not run.manifest.sides
 
 
+def newer_faults(run: Run) -> Iterator[str]:
+    """That a newer schema wrote a run: what it means by a name that is known here is not known."""
+    if run.newer is not None:
+        yield f"it was written by schema {run.newer.schema}, and this version knows schemas up to {SCHEMA}"
+
+
 def run_faults(run: Run) -> Iterator[str]:
     """What makes every number of a run doubtful: it is not complete, lines or trials are missing."""
     if run.manifest.status != "complete":
         yield f"its status is {run.manifest.status!r}, not 'complete'"
     if run.damaged_lines:
-        yield f"{run.damaged_lines} lines of trials.jsonl are damaged"
+        yield f"{format_count(run.damaged_lines, 'line')} of trials.jsonl damaged"
     if missing := _without_record(run):
-        yield f"{len(missing)} planned trials left no record, {missing[0]} among them"
+        yield f"{format_count(len(missing), 'planned trial')} without a record, {missing[0]} among them"
     for record in run.records:
         if record.role == "control" and record.status != "ok":
             yield f"trial {record.trial} of the control is {record.status}"

@@ -131,6 +131,7 @@ def judge_frozen(seen: Observation, required: Json) -> Finding:
     remedies = (
         ["requires_grad_(False) on the base, and only the adapter's parameters for the optimizer"] if faults else []
     )
+    steps = f"{seen.calls} step{'s' * (seen.calls != 1)}"
     repacked = bool(change.changed) and seen.before.packed != digest.packed
     if digest.torn:
         named = name_some(f"{name} ({why})" for name, why in digest.torn.items())
@@ -138,7 +139,7 @@ def judge_frozen(seen: Observation, required: Json) -> Finding:
         remedies.append(_TORN)
     if change.changed and not repacked:
         names = name_some(change.changed)
-        faults.append(f"{what} compared: {len(change.changed)} changed over {seen.calls} steps: {names}")
+        faults.append(f"{what} compared: {len(change.changed)} changed over {steps}: {names}")
         if all(digest.is_buffer(name) for name in change.changed):
             remedies.append("eval() on the layers whose buffers move, such as BatchNorm's statistics")
     unknown = [
@@ -150,7 +151,7 @@ def judge_frozen(seen: Observation, required: Json) -> Finding:
     ]
     notes += [f"{_ROUNDED}: {name_some(change.rounded)}"] if change.rounded else []
     notes += _biases(seen)
-    good = [] if faults or unknown else [f"{what} unchanged over {seen.calls} steps, no gradient, not optimised"]
+    good = [] if faults or unknown else [f"{what} unchanged over {steps}, no gradient, not optimised"]
     told = [f"remedy: {remedy}" for remedy in remedies]
     return Finding(
         observed=False if faults else None if unknown else True,

@@ -31,7 +31,8 @@ def judge_class(seen: Observation, required: Json) -> Finding:
         return _no_optimizer(seen)
     observed = join_values(optimizer.classes[0] for optimizer in seen.optimizers)
     matches = all(is_class(optimizer.classes, str(required)) for optimizer in seen.optimizers)
-    reason = f"{observed} stepped {seen.optimizer_steps} times in {seen.calls} calls"
+    times, calls = seen.optimizer_steps, seen.calls
+    reason = f"{observed} stepped {times} time{'s' * (times != 1)} in {calls} call{'s' * (calls != 1)}"
     return Finding(observed=observed, reason=reason, satisfies=matches)
 
 

@@ -45,9 +45,8 @@ def _print(summary: KernelSummary) -> None:
     if summary.busy_share is not None:
         console.print(f"busy share {summary.busy_share:.1%} of the time from the first start to the last end")
     if (steps := summary.kernels_per_step) is not None:
-        console.print(
-            f"kernels a step: median {steps.median:,g}, {steps.lowest:,} to {steps.highest:,} over {steps.steps} steps"
-        )
+        over = f"{steps.steps} step{'s' * (steps.steps != 1)}"
+        console.print(f"kernels a step: median {steps.median:,g}, {steps.lowest:,} to {steps.highest:,} over {over}")
 
     def table(title: str, rows: Mapping[str, Use], note: str = "") -> None:
         if not rows:

@@ -403,6 +403,24 @@ def without_r_32(record: Json) -> Json | None:
     return None if record["name"] == "r=32" else record
 
 
+def of_a_newer_version(manifest: Json) -> Json:
+    """Fields, a claim and a notice that this version has no name for."""
+    manifest["study"]["workload"]["rope"] = "scaled"
+    manifest["study"]["variants"][1]["mixture"] = {"experts": 4}
+    apart = {"rule": "differs", "axis": "quantization", "levels": ["none", "nf4"], "metric": "step_time_s"}
+    manifest["study"]["claims"] = [
+        {"id": "old", "says": "nf4 is another thing", "parts": [apart]},
+        {"id": "new", "says": "it bends", "parts": [{"rule": "bends", "axis": "r", "metric": "step_time_s"}]},
+    ]
+    manifest["notices"].append({"code": "new", "message": "said by a newer version.", "remedy": "None.", "weight": 2})
+    return manifest | {"colour": "red"}
+
+
+def measured_by_a_newer_version(record: Json) -> Json:
+    """One trial ended in a way that there was not yet."""
+    return record | {"heat": 0.5} | ({"status": "paused"} if record["trial"] == f"r1-{NF4}" else {})
+
+
 BOTH = ("train", "generate")
 USUAL = {NF4: 1.1, ALPHA: 1.002}
 """Against the reference one variant is slower by far, the other is equivalent."""
@@ -448,6 +466,16 @@ def runs() -> list[tuple[Planted, Callable[[Path], None]]]:
         Planted("schema-1", schema=1, ratios=USUAL),
         Planted("schema-2", schema=2, ratios=USUAL),
         Planted("schema-3", schema=3, ratios=USUAL, edit=resumed),
+        Planted(
+            "newer",
+            replicates=5,
+            phases=BOTH,
+            ratios={NF4: 1.5},
+            schema=6,
+            checks=0,
+            edit=of_a_newer_version,
+            change=measured_by_a_newer_version,
+        ),
         Planted("ab", sides=True, variants=(REFERENCE, NF4), replicates=6, turns=8, ratios={NF4: 1.06}, heavier_mib=8),
         Planted("ab-improved", sides=True, variants=(NF4,), replicates=6, turns=8, phases=BOTH, ratios={NF4: 0.9}),
         Planted("ab-unsure", sides=True, variants=(NF4,), replicates=3, noise=0.2),

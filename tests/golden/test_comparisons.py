@@ -32,6 +32,7 @@ PAIRS = (
     "sound disturbed",
     "schema-1 schema-3",
     "schema-2 sound",
+    "sound newer",
     "sound swept",
     "sound ab",
     "sound files/sound.json",
@@ -59,6 +60,7 @@ GATED = (
     "sound slower --policy files/strict.toml",
     "sound other-machine",
     "sound failed",
+    "sound newer",
     "baseline sound",
     "files/foreign.json files/foreign-slower.json",
 )

@@ -5,8 +5,8 @@ import pytest
 RUNS = (
     "sound again slower faster another-day cold larger noisy fewer-variants without-reference one-replicate "
     "two-replicates control-failed control-unsure failed diverged fallback noticed full-checks blocks interrupted "
-    "given-up killed disturbed other-variant schema-1 schema-2 schema-3 ab ab-improved ab-unsure ab-failed ab-alike "
-    "swept swept-in-part"
+    "given-up killed disturbed other-variant schema-1 schema-2 schema-3 newer ab ab-improved ab-unsure ab-failed "
+    "ab-alike swept swept-in-part"
 ).split()
 REPORTS = ("2026-11-24_amd-epyc-2cpu_llama2-lora-parameters", "2026-11-25_amd-epyc-2cpu_lora-or-qlora")
 LINES = [
@@ -18,6 +18,7 @@ LINES = [
     "claims sound --runs-dir runs",
     "claims killed --runs-dir runs",
     "claims ab --runs-dir runs",
+    "claims newer --runs-dir runs",
     *(f"claims {run} --runs-dir reports" for run in REPORTS),
     "list runs --runs-dir runs",
     "list runs --runs-dir damaged",

@@ -58,11 +58,10 @@ def runs(tmp_path):
 
 
 def test_what_is_no_journal_is_refused_by_its_name(runs, no_journal, capsys):
-    """By who reads the run, and by who only counts; a list of runs says it and goes on."""
+    """By who reads the run; a list of runs says it and goes on."""
     no_journal(runs / "it" / store.TRIALS)
-    for read in (lambda: store.read_run("it", runs), lambda: store.count_endings(runs / "it")):
-        with pytest.raises(UsageError, match=r"trials\.jsonl: cannot be read: .*Restore it, or remove it"):
-            read()
+    with pytest.raises(UsageError, match=r"trials\.jsonl: cannot be read: .*Restore it, or remove it"):
+        store.read_run("it", runs)
     assert main(["list", "runs", "--json", "--runs-dir", str(runs)]) == 0
     (row,) = json.loads(capsys.readouterr().out)["runs"]
     assert row["status"] == "damaged"

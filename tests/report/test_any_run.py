@@ -13,7 +13,7 @@ from harness.cli import main
 RUNS = Path(__file__).parents[1] / "golden" / "runs"
 ODD = (
     "failed one-replicate without-reference killed interrupted given-up noisy diverged fewer-variants fallback "
-    "control-failed cold schema-1 schema-3 ab-failed ab-alike swept-in-part"
+    "control-failed cold schema-1 schema-3 newer ab-failed ab-alike swept-in-part"
 ).split()
 
 
@@ -41,6 +41,7 @@ def test_a_run_is_reported_whatever_became_of_it(run, options, capsys):
         ("without-reference", ["–", "control: not measured"]),
         ("control-failed", ["control-failed", "This run is invalid"]),
         ("diverged", ["This run is invalid"]),
+        ("newer", ["newer-schema", "schema 6", "This run is invalid"]),
     ],
 )
 def test_what_is_wrong_with_it_is_said(run, words, capsys):

@@ -9,8 +9,9 @@ import pytest
 
 from harness.records import store
 from harness.report.charts import MOST_CURVES
+from harness.report.curves import Axis, Curve, Curves
 from harness.report.plots import HEIGHT, plot
-from harness.report.table import Chart, Gallery, Point
+from harness.report.table import Gallery
 from harness.report.terminal import text_of
 from harness.report.view import Asked, view_of
 
@@ -27,33 +28,33 @@ def test_each_field_that_is_swept_is_a_chart_of_ratios(swept):
     """A point a level in their order, the reference at 1 without a whisker, the others with their intervals."""
     ratios = swept[0]
     assert ratios.title == "step time × r64-a16-d0.1, along each field"
-    charts = {chart.title: chart for chart in ratios.charts}
-    assert [point.x for point in charts["lora_alpha"].points] == [16, 32, 64, 256]
-    assert [point.x for point in charts["r"].points] == [16, 32, 64, 512]
-    (centre,) = (point for point in charts["r"].points if point.x == 64)
-    assert (centre.y, centre.low) == (1.0, None)
-    last = charts["r"].points[-1]
-    assert last.low < last.y < last.high
-    assert last.y == pytest.approx(1.30, abs=0.005)
-    assert charts["r"].log
+    curves = {chart.across.title: chart.curves[0] for chart in ratios.charts}
+    assert [x for x, _ in curves["lora_alpha"].points] == [16, 32, 64, 256]
+    assert [x for x, _ in curves["r"].points] == [16, 32, 64, 512]
+    assert dict(curves["r"].points)[64] == 1.0
+    assert 64 not in [x for x, _, _ in curves["r"].band]
+    (_, last), (_, low, high) = curves["r"].points[-1], curves["r"].band[-1]
+    assert low < last < high
+    assert last == pytest.approx(1.30, abs=0.005)
+    assert all(chart.across.log for chart in ratios.charts)
 
 
 def test_charts_beside_each_other_share_a_scale(swept):
     """So that what hardly matters looks so."""
     for gallery in swept:
-        assert len({chart.span for chart in gallery.charts}) == 1
-        low, high = gallery.charts[0].span
-        assert all(low <= point.y <= high for chart in gallery.charts for point in chart.points)
+        assert len({chart.up.span for chart in gallery.charts}) == 1
+        low, high = gallery.charts[0].up.span
+        assert all(low <= end <= high for chart in gallery.charts for end in chart.curves[0].ends)
 
 
 def test_losses_are_the_median_of_the_replicates_by_step(swept):
     """One curve a variant, from the first step to the last; as many as one can look at."""
     losses = swept[-1]
     assert losses.title == "loss by step, median of the replicates"
-    assert [chart.title for chart in losses.charts][:2] == ["r64-a16-d0.1", "lora_alpha=32"]
-    points = losses.charts[0].points
-    assert [point.x for point in points] == list(range(1, len(points) + 1))
-    assert points[0].y > points[-1].y
+    assert [chart.across.title for chart in losses.charts][:2] == ["r64-a16-d0.1", "lora_alpha=32"]
+    points = losses.charts[0].curves[0].points
+    assert [x for x, _ in points] == list(range(1, len(points) + 1))
+    assert points[0][1] > points[-1][1]
     assert len(losses.charts) <= MOST_CURVES
 
 
@@ -61,7 +62,7 @@ def test_a_variant_that_is_asked_for_is_the_one_that_is_drawn():
     """With the reference."""
     view = view_of(store.read_run(str(RUNS / "swept"), RUNS), Asked(variants=("r=512",)))
     (losses,) = view.tables[0].galleries
-    assert [chart.title for chart in losses.charts] == ["r64-a16-d0.1", "r=512"]
+    assert [chart.across.title for chart in losses.charts] == ["r64-a16-d0.1", "r=512"]
 
 
 def test_two_levels_are_no_curve():
@@ -70,10 +71,12 @@ def test_two_levels_are_no_curve():
     assert [gallery.title for gallery in galleries] == ["loss by step, median of the replicates"]
 
 
-CHART = Chart(
-    title="r", ticks=((8, "8"), (16, "16"), (32, "32")), log=True,
-    points=(Point(x=8, y=1.0), Point(x=16, y=1.1, low=1.05, high=1.2), Point(x=32, y=1.4, low=1.3, high=1.5)),
-)  # fmt: skip
+POINTS = ((8.0, 1.0), (16.0, 1.1), (32.0, 1.4))
+CHART = Curves(
+    across=Axis(title="r", named=((8, "8"), (16, "16"), (32, "32")), log=True),
+    up=Axis(title="ratio"),
+    curves=(Curve(name="r", points=POINTS, band=((16.0, 1.05, 1.2), (32.0, 1.3, 1.5))),),
+)
 
 
 @pytest.mark.parametrize("width", [20, 38, 60])
@@ -91,13 +94,15 @@ def test_a_chart_is_as_wide_as_asked_and_names_its_ends(width):
 @pytest.mark.parametrize("values", [(1.0, 1.0, 1.0), (-1.0, 0.0, 1.0), (1e-9, 2e-9, 3e-9), (1e12, 2e12, 3e12)])
 def test_any_numbers_can_be_drawn(values):
     """Constant ones, negative ones, tiny and huge ones."""
-    points = tuple(Point(x=float(place), y=value) for place, value in enumerate(values))
-    assert len(plot(Chart(title="t", points=points), 38)) == HEIGHT
+    curve = Curve(name="t", points=tuple(enumerate(values)))
+    assert len(plot(Curves(across=Axis(title="t"), up=Axis(title="v"), curves=(curve,)), 38)) == HEIGHT
 
 
 def test_charts_stand_side_by_side_as_far_as_there_is_room():
     """One below the other at 60 columns, two at 80, three at 120."""
-    gallery = Gallery(title="g", charts=tuple(dataclasses.replace(CHART, title=f"chart-{n}") for n in range(3)))
+    gallery = Gallery(
+        title="g", charts=tuple(dataclasses.replace(CHART, across=Axis(title=f"chart-{n}")) for n in range(3))
+    )
     for width, beside in ((60, 1), (80, 2), (120, 3)):
         text = text_of((gallery,), width=width, coloured=False)
         assert max(line.count("chart-") for line in text.splitlines()) == beside

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 from harness.cli import main
 from harness.records import store
-from harness.report.figure import Axis, Bar, Bars, Curve, Curves, Front, Intervals, Mark, Part, Samples, Spot, Stretch
+from harness.report.curves import Axis, Curve, Curves
+from harness.report.figure import Bar, Bars, Front, Intervals, Mark, Part, Samples, Spot, Stretch
 from harness.report.figures import figures_of_run
 from harness.report.html.page import write_html
 from harness.report.html.pictures import MOST_DOTS, draw
@@ -174,11 +175,11 @@ def test_losses_are_those_of_the_charts():
     run = store.read_run("swept", runs)
     view = view_of(run)
     (losses,) = [one.drawing for one in figures_of_run(run, view) if one.title == "Losses of all variants"]
-    charts = {chart.title: chart for gallery in view.tables[0].galleries for chart in gallery.charts}
+    charts = {chart.across.title: chart for gallery in view.tables[0].galleries for chart in gallery.charts}
     both = [(curve, charts[curve.name]) for curve in losses.curves if curve.name in charts]
     assert both
     for curve, chart in both:
-        assert curve.points == tuple((point.x, point.y) for point in chart.points)
+        assert curve.points == chart.curves[0].points
         assert all(low <= y <= high for (_, y), (_, low, high) in zip(curve.points, curve.band, strict=True))
 
 

@@ -9,16 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
+from harness.report.curves import Axis, Curve, Curves
 from harness.report.markdown import COMMENT_CHARACTERS, escape, markdown_of
 from harness.report.table import (
     Cell,
-    Chart,
     Fold,
     Gallery,
     Head,
     Panel,
     Passage,
-    Point,
     Section,
     Table,
     say,
@@ -52,12 +51,13 @@ def said(text):
 def everywhere(text):
     """A document with the text in each place of it."""
     heads = (Head(text=text), Head(text="b", right=True))
+    curve = Curve(name=text, points=((1.0, 1.0), (2.0, 2.0), (3.0, 3.0)))
     return (
         Section(title=text, lines=(say(text, lead=text),)),
         say(text),
         Table(title=text, heads=heads, rows=(write_row(text, Cell(name=text, verdict=text)),), notes=(say(text),)),
         Fold(summary=say(text), lines=(say(text),)),
-        Gallery(title=text, charts=(Chart(title=text, points=tuple(Point(x=x, y=x) for x in (1.0, 2.0, 3.0))),)),
+        Gallery(title=text, charts=(Curves(across=Axis(title=text), up=Axis(title=text), curves=(curve,)),)),
         Panel(title=text, passages=(Passage(head=text, text=f"{text}\n```\n{text}"),)),
     )
 

@@ -45,13 +45,11 @@ def _line(line):
 
 def _chart(chart):
     """A curve with its whiskers, from the numbers alone."""
-    dots = "".join(f'<circle cx="{point.x!r}" cy="{point.y!r}"/>' for point in chart.points)
+    dots = "".join(f'<circle cx="{x!r}" cy="{y!r}"/>' for curve in chart.curves for x, y in curve.points)
     whiskers = "".join(
-        f'<line x1="{point.x!r}" y1="{point.low!r}" y2="{point.high!r}"/>'
-        for point in chart.points
-        if point.low is not None
+        f'<line x1="{x!r}" y1="{low!r}" y2="{high!r}"/>' for curve in chart.curves for x, low, high in curve.band
     )
-    return f"<figure><svg>{dots}{whiskers}</svg><figcaption>{_text(chart.title)}</figcaption></figure>"
+    return f"<figure><svg>{dots}{whiskers}</svg><figcaption>{_text(chart.across.title)}</figcaption></figure>"
 
 
 def _cell(cell):
@@ -116,9 +114,10 @@ def test_another_renderer_says_all_that_the_terminal_says(every_report):
 def test_another_renderer_draws_what_the_terminal_draws(every_report):
     """Charts from their numbers: a dot a point and a whisker an interval; what folds unfolds by itself."""
     page = as_html(every_report["swept run"])
-    charts = [chart for block in every_report["swept run"] if isinstance(block, Gallery) for chart in block.charts]
-    assert page.count("<circle") == sum(len(chart.points) for chart in charts) > 20
-    assert page.count("<line") == sum(point.low is not None for chart in charts for point in chart.points) > 5
+    galleries = [block for block in every_report["swept run"] if isinstance(block, Gallery)]
+    curves = [curve for gallery in galleries for chart in gallery.charts for curve in chart.curves]
+    assert page.count("<circle") == sum(len(curve.points) for curve in curves) > 20
+    assert page.count("<line") == sum(len(curve.band) for curve in curves) > 5
     assert "<details>" in page
 
 

@@ -20,7 +20,7 @@ def own_cache(tmp_path, monkeypatch):
 @pytest.fixture
 def read():
     """A function that reads a constructed run by its name."""
-    return lambda name: store.read_run(name, RUNS)
+    return lambda name: store.read_run(name, RUNS, newer=True)
 
 
 @pytest.fixture

@@ -16,9 +16,15 @@ RUNS = ROOT / "tests" / "golden" / "runs"
 DAMAGED = RUNS.parent / "damaged"
 
 
+def load_readable():
+    """All golden runs; one is of a newer schema, of which a table has no place for what is not known."""
+    with pytest.warns(UserWarning, match="schema 6"):
+        return harness.load_all(RUNS)
+
+
 def test_every_column_has_the_type_that_its_kind_says():
     """Of a run, of none, and of many below each other."""
-    for frames in (harness.load("sound", RUNS), harness.load_all(RUNS), harness.load_all(RUNS / "none")):
+    for frames in (harness.load("sound", RUNS), load_readable(), harness.load_all(RUNS / "none")):
         for table, columns in TABLES.items():
             frame = getattr(frames, table)
             assert {name: str(kind) for name, kind in frame.dtypes.items()} == {
@@ -28,11 +34,11 @@ def test_every_column_has_the_type_that_its_kind_says():
 
 def test_all_runs_of_a_folder_stand_below_each_other():
     """Each as it is by itself."""
-    every, one = harness.load_all(RUNS), harness.load(RUNS / "sound")
-    assert set(every.trials["run"]) == {path.name for path in RUNS.iterdir()}
+    every, one = load_readable(), harness.load(RUNS / "sound")
+    assert set(every.trials["run"]) == {path.name for path in RUNS.iterdir()} - {"newer"}
     mine = every.samples[every.samples["run"] == "sound"].reset_index(drop=True)
     assert mine.equals(one.samples)
-    assert not every.unreadable
+    assert set(every.unreadable) == {"newer"}
 
 
 def test_a_run_that_cannot_be_read_hides_no_other_and_is_named():

@@ -121,7 +121,7 @@ def test_fewer_than_ten_runs_are_a_line_without_a_search(nightly):
     history = told(runs)
     line = history.tracks[0].lines[0]
     assert (line.suspicions, line.scatter, line.detectable) == ((), None, None)
-    assert "9 runs that count; changes are looked for from 10 on" in said(history)
+    assert "9 counted runs; changes are looked for from 10 on" in said(history)
 
 
 def test_runs_that_do_not_count_are_gaps_with_their_reason(nightly):

@@ -53,7 +53,7 @@ def test_a_workload_of_ones_own_is_of_the_same_model_and_data(twice):
         ({}, "'plain' and 'larger' are the same configuration"),
         ({"larger": twice.workload}, "same configuration"),
         ({"larger": own, "lager": own}, "'lager': not known. Did you mean 'larger'"),
-        ({"larger": dataclasses.replace(own, model="smollm2-135m")}, "'larger': another model"),
+        ({"larger": dataclasses.replace(own, data="other.json")}, "'larger': other data"),
     ):
         with pytest.raises(UsageError, match=words):
             contenders_of(twice, own_workloads=changes)

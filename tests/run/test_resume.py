@@ -167,7 +167,7 @@ def test_a_group_that_broke_off_is_measured_again_as_a_whole(broken_off, capsys)
     assert run.measured_again == 2
     assert len(run.records) == 21
     assert len((path / "trials.jsonl").read_text().splitlines()) == 23
-    assert "2 trials were measured again after an interruption" in " ".join(capsys.readouterr().out.split())
+    assert "2 trials measured again after an interruption" in " ".join(capsys.readouterr().out.split())
 
 
 def test_selection_level_and_phases_are_those_of_the_run(broken_off):

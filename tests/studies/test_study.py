@@ -1,5 +1,8 @@
 """Studies are read strictly: whatever cannot be is refused with file, key, value and remedy."""
 
+import dataclasses
+import re
+
 import pytest
 
 from harness.errors import UsageError
@@ -111,6 +114,69 @@ def test_sweeps_change_one_field_at_a_time(tmp_path):
     assert names == ["middle", "r=8", "r=32", "lora_dropout=0.0"]
     assert study.levels("r") == ((8.0, "r=8"), (16.0, "middle"), (32.0, "r=32"))
     assert study.levels("lora_dropout") == ((0.0, "lora_dropout=0.0"), (0.1, "middle"))
+
+
+SIZES = """
+[workload]
+batch_size = 2
+[controls]
+r = 8
+[[variant]]
+name = "two"
+[[variant]]
+name = "four"
+workload.batch_size = 4
+[[variant]]
+name = "four-r16"
+r = 16
+workload.batch_size = 4
+[[variant]]
+name = "other"
+workload = { model = "smollm2-135m" }
+"""
+
+
+def test_variants_may_be_measured_on_other_workloads(tmp_path):
+    """A field of the workload is an axis as one of the variants is; what differs in two is on neither."""
+    study = load_study(write(tmp_path, SIZES))
+    assert study.levels("workload.batch_size") == ((2.0, "two"), (4.0, "four"))
+    assert study.levels("workload.model") == (("tiny-llama", "two"), ("smollm2-135m", "other"))
+    assert study.levels("r") == ((8.0, "two"),)
+    assert study.axes == ("workload.batch_size", "r", "workload.model")
+    assert study.own_workloads["four"] == dataclasses.replace(study.workload, batch_size=4)
+    assert study.with_overrides(data="x.json").own_workloads["four"].data == "x.json"
+
+
+@pytest.mark.parametrize("table", ["sweeps", "axes"])
+def test_a_sweep_may_be_of_the_workload(tmp_path, table):
+    """The value that the study's workload has is the reference's, and no other workload."""
+    text = f"[workload]\nbatch_size = 2\n[controls]\nr = 8\n[{table}]\nworkload.batch_size = [2, 4, 8]\n"
+    study = load_study(write(tmp_path, text))
+    assert [level for level, _ in study.levels("workload.batch_size")] == [2.0, 4.0, 8.0]
+    assert len(study.own_workloads) == 2
+    assert study.reference not in study.own_workloads
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('workload.batch_siz = 4', "batch_siz: equal for all variants, or not known. Did you mean 'batch_size'?"),
+        ('workload.data = "x.json"', "data: equal for all variants"),
+        ("workload.batch_size = 0", "too small"),
+        ('workload.batch_size = "four"', "int is expected"),
+        ("workload.batch_size = 2", "same configuration"),
+    ],
+)  # fmt: skip
+def test_a_workload_that_no_variant_can_have_is_refused(tmp_path, line, said):
+    """By its name, before anything is measured."""
+    with pytest.raises(UsageError, match=re.escape(said)):
+        load_study(write(tmp_path, SIZES.replace("workload.batch_size = 4", line, 1)))
+
+
+def test_the_reference_has_the_workload_of_the_study(tmp_path):
+    """All others are read against it."""
+    with pytest.raises(UsageError, match="it is the reference"):
+        load_study(write(tmp_path, 'reference = "four"\n' + SIZES))
 
 
 @pytest.mark.parametrize(

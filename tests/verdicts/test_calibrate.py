@@ -170,7 +170,7 @@ def test_what_no_price_can_be_had_for_is_refused(effect, sd):
 def test_too_few_replicates_are_refused(ab_run, plain):
     """Gates of 5 need more than 5 to be drawn from; the number that is there is named."""
     assert calibrate(ab_run(replicates=6), plain).replicates == 6
-    with pytest.raises(InvalidRunError, match=r"run ab: 5 replicates are ok.*needs 6"):
+    with pytest.raises(InvalidRunError, match=r"run ab: 5 replicates ok.*needs 6"):
         calibrate(ab_run(replicates=5), plain)
 
 

@@ -375,10 +375,10 @@ def test_a_damaged_or_incomplete_record_file_is_invalid(write_run, compare):
     text = damaged.read_text()
     damaged.write_text(text + '{"schema": 1, "tri')
     code, document = compare("good", "bad")
-    assert (code, "1 lines of trials.jsonl are damaged" in reasons_of(document)) == (4, True)
+    assert (code, "1 line of trials.jsonl damaged" in reasons_of(document)) == (4, True)
     damaged.write_text("\n".join(text.splitlines()[1:]) + "\n")
     code, document = compare("good", "bad")
-    assert (code, "left no record" in reasons_of(document)) == (4, True)
+    assert (code, "without a record" in reasons_of(document)) == (4, True)
     damaged.write_text("")
     damaged.with_name("manifest.json").write_text(damaged.with_name("manifest.json").read_text())
     assert compare("bad", "bad")[0] == 4

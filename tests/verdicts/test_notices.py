@@ -42,7 +42,7 @@ def test_trials_that_were_cut_short_are_counted(notices):
 
 def test_trials_that_were_measured_again_are_counted(notices):
     """One line, and the earlier records are not mixed in."""
-    assert notices(measured_again=3)["measured-again"].message.startswith("3 trials were measured again")
+    assert notices(measured_again=3)["measured-again"].message.startswith("3 trials measured again")
     assert "measured-again" not in notices()
 
 
@@ -58,9 +58,9 @@ def test_trials_that_were_disturbed_are_said_with_the_reason(notices):
         interleaving="replicates", started_unix_s=0.0, wall_time_s=1.0, failure=hot,
     )  # fmt: skip
     found = notices(change, disturbed=(first,))
-    assert found["disturbed"].message.startswith("1 trials were measured again because of their surroundings, r1-plain")
+    assert found["disturbed"].message.startswith("1 trial measured again because of the surroundings, r1-plain")
     assert "held its clocks down; 1 of them count now" in found["disturbed"].message
-    assert "1 trials do not count" in found["still-disturbed"].message
+    assert "1 trial left out" in found["still-disturbed"].message
     assert "--allow-disturbed" in found["still-disturbed"].remedy
     assert not {"disturbed", "still-disturbed"} & set(notices())
 
@@ -68,9 +68,9 @@ def test_trials_that_were_disturbed_are_said_with_the_reason(notices):
 def test_a_line_cut_short_and_one_without_its_evidence_are_told_apart(notices):
     """They are damaged alike, and each is said as what it is."""
     found = notices(damaged_lines=3, without_evidence=2)
-    assert found["damaged-lines"].message.startswith("1 lines of trials.jsonl are cut short")
+    assert found["damaged-lines"].message.startswith("1 line of trials.jsonl cut short")
     assert found["evidence-lost"].message.startswith(
-        "2 lines of trials.jsonl name checks that checks.jsonl does not hold"
+        "2 lines of trials.jsonl with checks that checks.jsonl does not hold"
     )
     assert "damaged-lines" not in notices(damaged_lines=2, without_evidence=2)
     assert "evidence-lost" not in notices(damaged_lines=1)

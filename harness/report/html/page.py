@@ -20,10 +20,11 @@ import jinja2
 from markupsafe import Markup
 
 from harness.errors import UsageError
+from harness.report.curves import Curves
 from harness.report.figure import Figure
 from harness.report.html.pictures import draw, draw_chart
 from harness.report.html.svg import series_class
-from harness.report.table import Cell, Chart, Document, Table, name_columns, tone_of, write_row, write_value
+from harness.report.table import Cell, Document, Table, name_columns, tone_of, write_row, write_value
 from kernels_check.visible import make_visible
 
 
@@ -70,13 +71,15 @@ def save_html(page: str, path: str | Path) -> Path:
     return target
 
 
-def numbers_of(chart: Chart) -> Table:
+def numbers_of(chart: Curves) -> Table:
     """The points of a chart as a table."""
-    rows = (
-        write_row(Cell(text=f"{point.x:g}", value=point.x), write_value(point.y, point.low, point.high, chart.unit))
-        for point in chart.points
-    )
-    return Table(title=chart.title, heads=name_columns("at", "value", left=0), rows=tuple(rows))
+    rows = []
+    for curve in chart.curves:
+        ends = {x: (low, high) for x, low, high in curve.band}
+        for x, y in curve.points:
+            low, high = ends.get(x, (None, None))
+            rows.append(write_row(Cell(text=f"{x:g}", value=x), write_value(y, low, high, chart.up.unit)))
+    return Table(title=chart.across.title, heads=name_columns("at", "value", left=0), rows=tuple(rows))
 
 
 def _environment() -> jinja2.Environment:

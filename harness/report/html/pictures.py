@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from itertools import pairwise
 from xml.etree.ElementTree import Element, SubElement, tostring
 
 from harness.records.units import Unit, format_interval, format_value
+from harness.report.curves import Curve, Curves
 from harness.report.figure import (
-    Axis,
     Bar,
     Bars,
-    Curve,
-    Curves,
     Drawing,
     Front,
     Intervals,
@@ -43,7 +42,6 @@ from harness.report.html.svg import (
     whisker,
     write,
 )
-from harness.report.table import Chart
 from kernels_check.visible import make_visible
 
 Series = Mapping[str, int]
@@ -70,28 +68,21 @@ def draw(drawing: Drawing, title: str, says: str, series: Series) -> str:
     return tostring(svg, encoding="unicode")
 
 
-def draw_chart(chart: Chart, above: str, series: Series) -> str:
+def draw_chart(chart: Curves, above: str, series: Series) -> str:
     """The SVG of a chart that stands with others below a title."""
-    points = chart.points
-    drawing = Curves(
-        across=Axis(title=chart.title, named=chart.ticks[:MOST_TICKS], log=chart.log),
-        up=Axis(title=above, unit=chart.unit, span=chart.span),
-        curves=(
-            Curve(
-                name=chart.title,
-                points=tuple((point.x, point.y) for point in points),
-                band=tuple(
-                    (one.x, one.y if one.low is None else one.low, one.y if one.high is None else one.high)
-                    for one in points
-                )
-                if any(point.low is not None for point in points)
-                else (),
-            ),
-        ),
-    )
-    return draw(
-        drawing, f"{above}: {chart.title}", f"{len(points)} values, with their intervals where they have any.", series
-    )
+    across = dataclasses.replace(chart.across, named=chart.across.named[:MOST_TICKS])
+    drawing = dataclasses.replace(chart, across=across, curves=tuple(map(_closed, chart.curves)))
+    count = sum(len(curve.points) for curve in chart.curves)
+    says = f"{count} values, with their intervals where they have any."
+    return draw(drawing, f"{above}: {across.title}", says, series)
+
+
+def _closed(curve: Curve) -> Curve:
+    """A curve whose band, where it has one, goes to the points that have no interval, as the reference has none."""
+    if not curve.band:
+        return curve
+    ends = {x: (low, high) for x, low, high in curve.band}
+    return dataclasses.replace(curve, band=tuple((x, *ends.get(x, (y, y))) for x, y in curve.points))
 
 
 @functools.singledispatch

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from harness.records.units import Unit, scale_of
-from harness.report.figure import Axis
+from harness.report.curves import Axis
 
 TICKS = 5
 """About how many round numbers stand beside an axis."""

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from xml.etree.ElementTree import Element, SubElement
 
-from harness.report.figure import Axis
+from harness.report.curves import Axis
 from harness.report.html.scale import Scale, scale_for
 from kernels_check.visible import make_visible
 

@@ -15,6 +15,7 @@ from harness.errors import redact
 from harness.machine.processes import exit_words
 from harness.records.record import Status
 from harness.records.refusals import says_out_of_memory
+from harness.records.units import format_count
 from harness.run.executors.script_process import END_TIMEOUT_S, ScriptProcess
 from harness.run.executors.script_words import Begun, Ended, Kind, Word, read_word
 
@@ -104,8 +105,9 @@ class Script:
             return EndedError(
                 "invalid",
                 "EndedEarly",
-                f"the script's first training ended by itself after {self.steps} steps, and more are measured. Have it "
-                "train longer (it is stopped when it has taken them), or ask for fewer turns in [protocol].",
+                f"the script's first training ended by itself after {format_count(self.steps, 'step')}, and more are "
+                "measured. Have it train longer (it is stopped when it has taken them), or ask for fewer turns in "
+                "[protocol].",
             )
         message = f"{told.error} in step {self.steps + 1}: {told.message}"
         return EndedError(_status_of(f"{told.error}: {told.message}"), told.error, message, told.traceback)
@@ -142,7 +144,7 @@ class Script:
         code = self.process.ended(END_TIMEOUT_S)
         said = self.said()
         last = _last_line(said)
-        message = f"the script's process is gone ({exit_words(code)}) after {self.steps} steps{last}"
+        message = f"the script's process is gone ({exit_words(code)}) after {format_count(self.steps, 'step')}{last}"
         if code == -9:
             message += ": killed from outside, or by the kernel for want of memory (see dmesg)"
         return EndedError(_status_of(last), "ProcessDied", message, said)

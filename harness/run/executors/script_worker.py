@@ -24,6 +24,7 @@ from harness.errors import UsageError
 from harness.records import codec
 from harness.records.record import Failure, Fragment, Notice
 from harness.records.required import judge_required
+from harness.records.units import format_count
 from harness.run.executors import WorkerLostError
 from harness.run.executors.channel import GarbledError
 from harness.run.executors.script_process import ScriptProcess
@@ -212,8 +213,8 @@ class ScriptWorker:
     def _ended_early(self) -> Notice:
         return Notice(
             code="ended-early",
-            message=f"{self._asked.trial}: the script's training ended by itself after {self._script.steps} steps, "
-            "when all timed ones had been taken.",
+            message=f"{self._asked.trial}: the script's training ended by itself after "
+            f"{format_count(self._script.steps, 'step')}, when all timed ones had been taken.",
             remedy="Have it train longer where losses are to be compared: it is stopped when it has taken its steps.",
         )
 

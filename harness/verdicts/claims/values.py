@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 LEAST_SHARED = 2
+OF_TOKENS = ("workload.model", "workload.prompt_format", "workload.loss")
+"""Axes along which a loss is that of other tokens."""
+OF_LOSS = ("train_loss", "held_out_loss")
 
 
 class NotJudgedError(Exception):
@@ -57,11 +60,15 @@ class AxisLogs:
 def axis_logs(groups: Groups, study: Study, axis: str, metric: str, planned: Collection[str]) -> AxisLogs:
     """The table of a metric along an axis; `planned` are the variants that the run set out to measure.
 
-    Raises `NotJudgedError` for levels or a metric that were not measured, for fewer than two replicates in which every
-    level is ok, and for values that have no logarithm.
+    Raises `NotJudgedError` for a loss of other tokens, for levels or a metric that were not measured, for fewer than
+    two replicates in which every level is ok, and for values that have no logarithm.
     """
     import numpy as np
 
+    if axis in OF_TOKENS and metric in OF_LOSS:
+        raise NotJudgedError(
+            f"{METRICS[metric].title}: along {axis} it is that of other tokens. Claim a time, or memory."
+        )
     levels = study.levels(axis)
     series = [found for _, name in levels if (found := groups.get((name, "variant")))]
     _check_selected(axis, levels, groups, planned)

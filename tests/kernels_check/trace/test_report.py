@@ -51,7 +51,7 @@ def test_tables_show_what_the_document_holds(recording, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "4 kernel launches, 0.020 ms of GPU time" in out
     assert "busy share 57.1%" in out
-    assert "kernels a step: median 4, 4 to 4 over 1 steps" in out
+    assert "kernels a step: median 4, 4 to 4 over 1 step" in out
     for shown in ("flash", "2 bfloat16", "2 causal", "matmul", "renamed [bold] kernel", "Names that no rule knows: 1"):
         assert shown in out
 

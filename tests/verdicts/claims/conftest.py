@@ -45,12 +45,15 @@ def make_run(small_study):
     def make(
         claims, factors=(), *, replicates=6, noise=0.002, control=1.0, change=lambda record: record, status="complete",
         level="shared-base", notices=(), phases=("train", "generate"), select=None, engine=None, provenance=None,
+        workloads=(),
     ):  # fmt: skip
+        others = tuple(Variant(name=name, r=8, lora_alpha=16) for name in dict(workloads))
+        variants = (*VARIANTS, *others)
         study = dataclasses.replace(
-            small_study, variants=VARIANTS, reference="centre", claims=tuple(claims), notes=("a note",),
-            replaced={"workload.model": "another"}, engine=engine,
+            small_study, workloads=dict(workloads), variants=variants, reference="centre", claims=tuple(claims),
+            notes=("a note",), replaced={"workload.model": "another"}, engine=engine,
         )  # fmt: skip
-        members = [(variant, "variant") for variant in VARIANTS if select is None or variant.name in select]
+        members = [(variant, "variant") for variant in variants if select is None or variant.name in select]
         members.append((VARIANTS[0], "control"))
         records = []
         for replicate in range(replicates):
