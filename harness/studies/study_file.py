@@ -24,21 +24,19 @@ workload.model = "random:"      # the study's own model, whichever that is, with
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from harness.errors import UsageError, impossible
 from harness.records import codec, inputs
-from harness.studies import limits
 from harness.studies.claim import Claim, check_limits
 from harness.studies.engine import Engine
 from harness.studies.protocol import Protocol
+from harness.studies.rows import rows_of, variants_of, workloads_of
 from harness.studies.script import OWN
-from harness.studies.study import OF_WORKLOAD, Study, unknown
+from harness.studies.study import Study, unknown
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
 
@@ -217,8 +215,8 @@ def _replaced(written: Study, fitted: Study) -> dict[str, Any]:
 
 def _parse(path: Path, data: Mapping[str, Any]) -> Study:
     where = path.name
-    rows = _rows(where, data)
-    variants = _variants(where, data, rows)
+    rows = rows_of(where, data)
+    variants = variants_of(where, data, rows)
     data = _of_scripts(data) if variants and variants[0].command else _of_ranks(data)
     reference = data.get("reference", variants[0].name if variants else "")
     fields: dict[str, Any] = {"title": data.get("title", path.stem), "reference": reference}
@@ -232,7 +230,7 @@ def _parse(path: Path, data: Mapping[str, Any]) -> Study:
         study = Study(
             name=path.stem,
             workload=workload,
-            workloads=_workloads(rows, workload),
+            workloads=workloads_of(rows, workload),
             protocol=codec.from_json(Protocol, data.get("protocol", {}), f"{where}, [protocol]"),
             variants=variants,
             claims=tuple(_claims(where, data.get("claim", []))),
@@ -271,90 +269,3 @@ def _claim(where: str, written: Any) -> Claim:
         if isinstance(part, Mapping):
             check_limits(part, where)
     return codec.from_json(Claim, written, where)
-
-
-def _flat(table: Any) -> Any:
-    """A table in which `workload.batch_size` is a key, as it is the name of an axis."""
-    if not isinstance(table, Mapping) or not isinstance(own := table.get("workload"), Mapping):
-        return table
-    return {key: value for key, value in table.items() if key != "workload"} | {
-        f"{OF_WORKLOAD}{key}": value for key, value in own.items()
-    }
-
-
-def _rows(where: str, data: Mapping[str, Any]) -> list[Any]:
-    """What each variant differs in from the controls, and its name."""
-    controls, axes, listed = data.get("controls", {}), _flat(data.get("axes", {})), data.get("variant", [])
-    sweeps = _flat(data.get("sweeps", {}))
-    given = [name for name, value in (("[axes]", axes), ("[sweeps]", sweeps), ("[[variant]]", listed)) if value]
-    if len(given) > 1:
-        raise UsageError(f"{where}: both {' and '.join(given)} are given. Keep one.")
-    if not isinstance(listed, list):
-        raise impossible(where, "variant", listed, "a list of tables is expected", "Write [[variant]].")
-    for table, content in (("controls", controls), ("axes", axes), ("sweeps", sweeps)):
-        if not isinstance(content, Mapping):
-            raise impossible(where, table, content, "a table is expected", f"Write [{table}].")
-    for table, content in (("axes", axes), ("sweeps", sweeps)):
-        for key, values in content.items():
-            if not isinstance(values, list) or not values:
-                raise impossible(
-                    f"{where}, [{table}]", key, values, "a list of values is expected", "Write it as [ ... ]."
-                )
-    if sweeps:
-        common = data.get("workload", {})
-        defaults = codec.to_json(Workload()) | (dict(common) if isinstance(common, Mapping) else {})
-        held = {**controls, **{f"{OF_WORKLOAD}{key}": value for key, value in defaults.items()}}
-        return _swept(where, held, sweeps, str(data.get("reference", "centre")))
-    if math.prod(map(len, axes.values())) > limits.MOST_VARIANTS:
-        raise UsageError(
-            f"{where}, [axes]: {math.prod(map(len, axes.values()))} combinations. "
-            f"Use {limits.MOST_VARIANTS} variants or fewer."
-        )
-    if axes:
-        return [
-            {"name": "-".join(f"{key}={_label(value)}" for key, value in zip(axes, values, strict=True))}
-            | dict(zip(axes, values, strict=True))
-            for values in itertools.product(*axes.values())
-        ]
-    return [_flat(row) for row in listed]
-
-
-def _variants(where: str, data: Mapping[str, Any], rows: Sequence[Any]) -> tuple[Variant, ...]:
-    variants = []
-    for index, row in enumerate(rows):
-        label = row.get("name", f"number {index + 1}") if isinstance(row, Mapping) else f"number {index + 1}"
-        place = f"{where}, variant {label!r}"
-        if not isinstance(row, Mapping) or not isinstance(row.get("name", ""), str) or not row.get("name"):
-            raise UsageError(f'{place}: name is missing. Add name = "...".')
-        own = {key: value for key, value in row.items() if not key.startswith(OF_WORKLOAD)}
-        variants.append(codec.from_json(Variant, {**data.get("controls", {}), **own}, place))
-    return tuple(variants)
-
-
-def _workloads(rows: Sequence[Mapping[str, Any]], workload: Workload) -> dict[str, dict[str, Any]]:
-    """What variants are measured on in place of the study's workload, as far as it is something else."""
-    common, found = codec.to_json(workload), dict[str, dict[str, Any]]()
-    for row in rows:
-        own = {key.removeprefix(OF_WORKLOAD): value for key, value in row.items() if key.startswith(OF_WORKLOAD)}
-        own = {key: value for key, value in own.items() if key not in common or common[key] != value}
-        if own:
-            found[row["name"]] = own
-    return found
-
-
-def _swept(where: str, controls: Mapping[str, Any], sweeps: Mapping[str, Any], centre: str) -> list[dict[str, Any]]:
-    """The controls under the name `centre`, and each value of each field in turn; a value of the controls is them."""
-    rows: list[dict[str, Any]] = [{"name": centre}]
-    for key, values in sweeps.items():
-        if controls.get(key) not in values:
-            raise impossible(
-                f"{where}, [sweeps]", key, values, f"the controls' {key} = {controls.get(key)!r} is not among them",
-                "Every sweep goes through the controls: add the value to one of the two.",
-            )  # fmt: skip
-        rows += [{"name": f"{key}={_label(value)}", key: value} for value in values if value != controls[key]]
-    return rows
-
-
-def _label(value: Any) -> str:
-    """A value as part of a name: the items of a list joined."""
-    return "+".join(map(str, value)) or "default" if isinstance(value, list) else str(value)

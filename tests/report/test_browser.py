@@ -63,6 +63,14 @@ def test_it_opens_without_a_word_or_a_request(browser, file, width, scheme):
     assert not said
     assert [url for url in asked if not url.startswith("data:")] == [file.as_uri()]
     assert opened.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    opened.close()
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+def test_it_shuts_nobody_out(browser, file, width, scheme):
+    """Axe finds nothing: neither width and neither scheme is left out, and both together take seconds."""
+    opened = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    opened.goto(file.as_uri())
     found = axe.Axe().run(opened)
     assert found.violations_count == 0, found.generate_report()
     opened.close()

