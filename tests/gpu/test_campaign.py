@@ -16,8 +16,10 @@ import pytest
 from benchmarks.gpu import campaign, journal
 from benchmarks.gpu.attempt import GRACE_S, Ended, attempt
 from benchmarks.gpu.journal import Entry, Journal, OtherMachineError
-from benchmarks.gpu.steps import STEPS, Step, command, runs_of
+from benchmarks.gpu.steps import BASES, CARD, OWN_RANDOM, STEPS, STUDY, SWEEP, Step, command, runs_of
 from harness.cli import parser
+from harness.run.contenders import contenders_of
+from harness.studies.study_file import load_study, load_variant
 
 ROOT = Path(__file__).parents[2]
 
@@ -170,14 +172,26 @@ def check_words(words):
     if words[2] == "harness.cli":
         options = parser().parse_args(words[3:])
         assert options.json
-        study = getattr(options, "study", None) or str(getattr(options, "variant", "")).partition(":")[0]
-        if study.endswith(".toml"):
-            assert Path(study).is_file()
+        if study := getattr(options, "study", None):
+            contenders_of(load_study(study, profile=getattr(options, "profile", None)), getattr(options, "variant", ()))
+        elif variant := getattr(options, "variant", None):
+            load_variant(variant, profile=options.profile)
     elif words[2] == "pytest":
         assert [word for word in words if word.startswith("tests/")]
         assert all((ROOT / word).is_file() for word in words if word.startswith("tests/"))
     else:
         assert words[2] in ("benchmarks.gpu.probe", "kernels_check")
+
+
+def test_the_campaign_measures_what_users_are_shown():
+    """The default study's own profile and two of its variants, whose bases alone differ; the sweep is that study's with
+    random weights. No size is written down a second time."""
+    study = load_study(STUDY, profile=CARD.partition("=")[2])
+    assert set(study.variant(BASES[0]).differences(study.variant(BASES[1]))) == {"quantization"}
+    sweep = load_study(SWEEP, profile=OWN_RANDOM.partition("=")[2])
+    assert (sweep.workload.model, sweep.workload.data, sweep.protocol.epochs) == ("random:llama2-7b", "synthetic", 0)
+    assert f"lorameter run {STUDY} {CARD.replace('=', ' ')}" in (ROOT / "README.md").read_text()
+    assert [path.name for path in (ROOT / "benchmarks" / "gpu").glob("*.toml")] == ["sweep.toml"]
 
 
 def test_the_tests_of_the_steps_are_all_that_are_marked():
