@@ -15,7 +15,7 @@ STUDY, CARD = "lora-or-qlora", "--profile=card"
 """The default study, and the profile of it that fills a card with Llama-2-7B."""
 BASES = ("lora-r16", "qlora-nf4-r16")
 """Its variants in bf16 and in NF4, which differ in nothing else."""
-SWEEP, OWN_RANDOM = str(Path(__file__).with_name("sweep.toml")), "--profile=random"
+SWEEP = str(Path(__file__).with_name("sweep.toml"))
 RUNS, XML = "{runs}", "{xml}"
 """Stand in a command for the folder of the step's runs, and for the file of its test results."""
 LORAMETER = ("-m", "harness.cli")
@@ -206,7 +206,6 @@ STEPS: tuple[Step, ...] = (
         "sweep",
         "what alpha, dropout and r cost on Llama-2-7B, all settings on one base",
         SWEEP,
-        OWN_RANDOM,
         "--phase=train",
         "--phase=generate",
         limit_s=570,

@@ -16,8 +16,8 @@ import pytest
 from benchmarks.gpu import campaign, journal
 from benchmarks.gpu.attempt import GRACE_S, Ended, attempt
 from benchmarks.gpu.journal import Entry, Journal, OtherMachineError
-from benchmarks.gpu.steps import BASES, CARD, OWN_RANDOM, STEPS, STUDY, SWEEP, Step, command, runs_of
-from harness.cli import parser
+from benchmarks.gpu.steps import BASES, CARD, STEPS, STUDY, Step, command, runs_of
+from harness.cli import main, parser
 from harness.run.contenders import contenders_of
 from harness.studies.study_file import load_study, load_variant
 
@@ -167,6 +167,14 @@ def test_the_command_of_every_step_is_one(chosen, rehearsing, tmp_path):
         check_words(command(chosen, python=sys.executable, state=tmp_path, going_on_with="some-run"))
 
 
+@pytest.mark.parametrize("chosen", [one for one in STEPS if "--dry-run" in one.rehearsal], ids=lambda one: one.name)
+def test_what_is_measured_on_a_card_can_be_planned_without_one(chosen, tmp_path, capsys):
+    """A study of the campaign that a CPU refuses could not be rehearsed."""
+    words = command(chosen, python=sys.executable, state=tmp_path, rehearsing=True)
+    assert main(words[3:]) == 0, capsys.readouterr().err
+    assert json.loads(capsys.readouterr().out)
+
+
 def check_words(words):
     assert words[1] == "-m"
     if words[2] == "harness.cli":
@@ -184,12 +192,10 @@ def check_words(words):
 
 
 def test_the_campaign_measures_what_users_are_shown():
-    """The default study's own profile and two of its variants, whose bases alone differ; the sweep is that study's with
-    random weights. No size is written down a second time."""
+    """The default study's own profile and two of its variants, whose bases alone differ: no size is written down a
+    second time."""
     study = load_study(STUDY, profile=CARD.partition("=")[2])
     assert set(study.variant(BASES[0]).differences(study.variant(BASES[1]))) == {"quantization"}
-    sweep = load_study(SWEEP, profile=OWN_RANDOM.partition("=")[2])
-    assert (sweep.workload.model, sweep.workload.data, sweep.protocol.epochs) == ("random:llama2-7b", "synthetic", 0)
     assert f"lorameter run {STUDY} {CARD.replace('=', ' ')}" in (ROOT / "README.md").read_text()
     assert [path.name for path in (ROOT / "benchmarks" / "gpu").glob("*.toml")] == ["sweep.toml"]
 

@@ -19,7 +19,7 @@ CAMPAIGN = """
     page.REPORTS, page.PAGE = folder / "reports", folder / "gpu.md"
     page.PAGE.write_text(page.BEGIN + page.END)
     codes = [
-        campaign.main(door.variables_of(os.environ), ["--state", str(folder / "state"), "--only", "doctor"])
+        campaign.main(door.variables_of(os.environ, None), ["--state", str(folder / "state"), "--only", "doctor"])
         for _ in range(2)
     ]
     kept = json.loads(next(page.REPORTS.glob("*_nvidia-h100-80gb-hbm3_gpu/campaign.json")).read_text())
