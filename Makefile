@@ -4,6 +4,8 @@ PYTHON ?= python3
 BIN    := $(VENV)/bin
 NAME   ?= bench
 STAMP  := $(VENV)/.installed
+# What was packed is for a machine where nothing is installed, not for the one that has packed it.
+GPU_PACKED := $(if $(wildcard $(STAMP)),,$(wildcard .gpu/site))
 
 .PHONY: bench test lint study reports proof proof-harness proof-models proof-statistics proof-levels proof-ab proof-attach proof-meter proof-profile proof-kernels proof-memory proof-reading proof-fuzz proof-faults proof-portable proof-history proof-lower-bound test-lower-bound proof-ranks proof-gpu gpu gpu-pack gpu-take clean
 
@@ -180,8 +182,8 @@ test-lower-bound: $(STAMP)
 # Everything that only a card can say, in steps that go on where they were stopped; the report is written under reports/,
 # with the device in its name, and docs/gpu.md anew. Without a card all steps are rehearsed. GPU_OPTIONS: --minutes,
 # --only, --again, --list. Where `make gpu-pack` has laid what a machine without a network lacks, nothing is installed.
-gpu: $(if $(wildcard .gpu/site),,$(STAMP))
-	$(if $(wildcard .gpu/site),$(PYTHON),$(BIN)/python) -m benchmarks.gpu $(GPU_OPTIONS)
+gpu: $(if $(GPU_PACKED),,$(STAMP))
+	$(if $(GPU_PACKED),$(PYTHON),$(BIN)/python) -m benchmarks.gpu $(GPU_OPTIONS)
 
 # What travels to such a machine, in .gpu; what a call there has handed back, laid where the next one goes on.
 gpu-pack: $(STAMP)

@@ -30,7 +30,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """The options, in the words of the command line."""
     group = parser.getgroup("lorameter", "measuring LoRA variants")
     group.addoption("--lorameter-study", metavar="STUDY", help=f"built-in study or TOML file; default: {DEFAULT_STUDY}")
-    group.addoption("--lorameter-profile", metavar="P", help="a profile of the study; default: the one of this machine")
+    add_options(group.addoption, "profile", prefix=PREFIX)
     group.addoption("--lorameter-model", metavar="M", help="model in place of the study's")
     group.addoption("--lorameter-data", metavar="FILE|ID", help="data in place of the study's")
     group.addoption("--lorameter-effort", choices=("quick", "standard", "rigorous"), help="3, 8 or 12 replicates")

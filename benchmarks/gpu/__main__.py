@@ -9,17 +9,29 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 SITE = ROOT / ".gpu" / "site"
+PROJECT = "lorameter"
 
 
-def variables_of(environment: Mapping[str, str], site: Path = SITE) -> dict[str, str]:
+def packed(site: Path = SITE, project: str = PROJECT) -> Path | None:
+    """The packed folder where it is needed. Where the project is installed, as on the machine that has packed it, its
+    libraries are beside it, and those of the folder are another interpreter's."""
+    try:
+        distribution(project)
+    except PackageNotFoundError:
+        return site if site.is_dir() else None
+    return None
+
+
+def variables_of(environment: Mapping[str, str], site: Path | None) -> dict[str, str]:
     """The variables of the steps' processes; with a packed folder nothing is looked for on a network."""
     variables = {**environment, "PYTHONUNBUFFERED": "1"}
     paths = [str(ROOT)]
-    if site.is_dir():
+    if site is not None:
         paths.insert(0, str(site))
         variables |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     variables["PYTHONPATH"] = os.pathsep.join(filter(None, (*paths, variables.get("PYTHONPATH", ""))))
@@ -28,11 +40,12 @@ def variables_of(environment: Mapping[str, str], site: Path = SITE) -> dict[str,
 
 def main() -> int:
     """Put what was packed on the path, then go on."""
-    if SITE.is_dir():
-        sys.path.insert(0, str(SITE))
+    site = packed()
+    if site is not None:
+        sys.path.insert(0, str(site))
     from benchmarks.gpu import campaign
 
-    return campaign.main(variables_of(os.environ))
+    return campaign.main(variables_of(os.environ, site))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from benchmarks.gpu.judges import (
     study_is_valid,
     zygote_forks,
 )
+from benchmarks.gpu.steps import BASES
 
 METERS, KERNELS = "tests/machine/test_gpu.py", "tests/kernels_check/test_gpu.py"
 
@@ -207,7 +208,7 @@ CLAIMS: tuple[Claim, ...] = (
             quote="Where its interval reaches over 2 % of the step the report says that it cannot tell",
             judge=step_is_explained(variant),
         )
-        for title, variant in (("bf16", "lora-r16"), ("NF4", "qlora-nf4-r16"))
+        for title, variant in zip(("bf16", "NF4"), BASES, strict=True)
     ),
     Claim(
         name="kernels of a step",

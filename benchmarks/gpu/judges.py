@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks.gpu.claim import Decision, decided, undecided
 from benchmarks.gpu.evidence import Evidence, NotSeenError
+from benchmarks.gpu.steps import BASES
 from harness.machine.watch import COUNTER_PERIOD_S
 from harness.records.record import TrialRecord
 
@@ -132,7 +133,7 @@ def step_is_explained(variant: str) -> Any:
 def kernels_are_told(evidence: Evidence) -> Decision:
     """The profiles' seconds are those of kernels with a name."""
     said, worst = [], 0.0
-    for variant in ("lora-r16", "qlora-nf4-r16"):
+    for variant in BASES:
         seconds = {
             category: sum(phases.values()) for category, phases in _profile(evidence, variant)["categories_s"].items()
         }
@@ -148,7 +149,7 @@ def kernels_are_told(evidence: Evidence) -> Decision:
 def nobody_beats_the_peak(evidence: Evidence) -> Decision:
     """A step's share of the stated peak is a share."""
     said, holds = [], True
-    for variant in ("lora-r16", "qlora-nf4-r16"):
+    for variant in BASES:
         trained = _profile(evidence, variant)["ceilings"].get("train")
         if not trained:
             return undecided("the device has no stated peak")

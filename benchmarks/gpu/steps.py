@@ -11,8 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-FOLDER = Path(__file__).parent
-STUDY, SWEEP = (str(FOLDER / f"{name}.toml") for name in ("llama2-7b", "sweep"))
+STUDY, CARD = "lora-or-qlora", "--profile=card"
+"""The default study, and the profile of it that fills a card with Llama-2-7B."""
+BASES = ("lora-r16", "qlora-nf4-r16")
+"""Its variants in bf16 and in NF4, which differ in nothing else."""
+SWEEP = str(Path(__file__).with_name("sweep.toml"))
 RUNS, XML = "{runs}", "{xml}"
 """Stand in a command for the folder of the step's runs, and for the file of its test results."""
 LORAMETER = ("-m", "harness.cli")
@@ -81,13 +84,13 @@ def tests(name: str, asks: str, *files: str, limit_s: float) -> Step:
 
 def profiles(variant: str, *, limit_s: float) -> Step:
     """A profile of one variant of the study; a rehearsal reads the variant and estimates its memory."""
-    named = f"{STUDY}:{variant}"
+    named = (f"{STUDY}:{variant}", CARD)
     return Step(
         name=f"profile-{variant}",
         asks="do the phases explain the step, are its kernels known, which share of the peak is reached",
-        words=(*LORAMETER, "profile", named, "--runs-dir", RUNS, "--json"),
+        words=(*LORAMETER, "profile", *named, "--runs-dir", RUNS, "--json"),
         limit_s=limit_s,
-        rehearsal=(*LORAMETER, "estimate", named, "--runs-dir", RUNS, "--json"),
+        rehearsal=(*LORAMETER, "estimate", *named, "--runs-dir", RUNS, "--json"),
         left_out="estimated, not profiled",
         answers=VERDICTS,
     )
@@ -144,12 +147,13 @@ STEPS: tuple[Step, ...] = (
         left_out="the paths of a CPU are what `make proof-kernels` probes",
         answers=VERDICTS,
     ),
-    profiles("lora-r16", limit_s=150),
-    profiles("qlora-nf4-r16", limit_s=150),
+    *(profiles(variant, limit_s=150) for variant in BASES),
     measures(
         "study",
         "Llama-2-7B in bf16 and in NF4: does all that is claimed run, and what does each cost",
         STUDY,
+        CARD,
+        *(f"--variant={variant}" for variant in BASES),
         "--phase=train",
         "--phase=generate",
         limit_s=420,
@@ -158,7 +162,7 @@ STEPS: tuple[Step, ...] = (
     Step(
         name="estimate",
         asks="how far the estimated peak is from the measured one",
-        words=(*LORAMETER, "estimate", f"{STUDY}:qlora-nf4-r16", "--runs-dir", "{runs of study}", "--json"),
+        words=(*LORAMETER, "estimate", f"{STUDY}:{BASES[1]}", CARD, "--runs-dir", "{runs of study}", "--json"),
         limit_s=30,
         left_out="estimated for this CPU, with nothing measured beside it",
     ),
@@ -180,11 +184,11 @@ STEPS: tuple[Step, ...] = (
         measures(
             level,
             "how well each level of interleaving tells a control from itself",
-            "lora-or-qlora",
+            STUDY,
             f"--interleave={level}",
             "--phase=train",
             "--replicates=3",
-            "--variant=qlora-nf4-r16",
+            f"--variant={BASES[1]}",
             limit_s=100,
         )
         for level in ("lockstep", "replicates")
@@ -192,10 +196,10 @@ STEPS: tuple[Step, ...] = (
     measures(
         "cold",
         "a cold start on a card, with all its parts",
-        "lora-or-qlora",
+        STUDY,
         "--phase=cold",
         "--replicates=3",
-        "--variant=qlora-nf4-r16",
+        f"--variant={BASES[1]}",
         limit_s=150,
     ),
     measures(

@@ -36,6 +36,7 @@ BESIDE = ("scikit-learn", "pandas", "pyarrow")
 """What transformers imports where it is installed, with threads of its own."""
 SLICE = (
     "tests/models/costs",
+    "tests/kernels_check/judges/test_execution.py",
     "tests/kernels_check/trace/test_report.py",
     "tests/kernels_check/probe/test_probe.py",
     "tests/trial/test_zygote.py",

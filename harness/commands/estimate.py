@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from harness.commands.options import add_options
 from harness.commands.output import print_json
 from harness.errors import EXIT_PASS
 
@@ -21,6 +22,7 @@ def add_commands(commands: Any, common: Any) -> None:
         description="Estimate the peak memory of a variant's training and generation on this machine, by kind.",
     )
     estimate.add_argument("variant", metavar="VARIANT", help="STUDY:NAME, or a TOML file with one variant")
+    add_options(estimate.add_argument, "profile")
     estimate.add_argument("--model", metavar="M", help="another model; its shape is enough, so random:M never loads")
     estimate.add_argument("--data", metavar="FILE|ID", help="of the earlier run to set beside the estimate")
     common(estimate)
@@ -40,7 +42,7 @@ def run_estimate(options: argparse.Namespace) -> int:
 
     executor, runs = open_executor(), store.runs_dir(options.runs_dir)
     machine = executor.machine()
-    study, variant = load_variant(options.variant, device=machine.kind)
+    study, variant = load_variant(options.variant, profile=options.profile, device=machine.kind)
     workload = study.with_overrides(model=options.model, data=options.data).workload
     source = catalogue.resolve(workload.model)
     shape, stored = shapes.shape(source), stored_dtype(source)

@@ -30,7 +30,7 @@ def add_commands(commands: Any, common: Any) -> None:
         description="Take a variant's step apart: phases, what ran in them, memory, ceilings, and what to try.",
     )
     profile.add_argument("variant", metavar="VARIANT", help="STUDY:NAME, or a TOML file with one variant")
-    add_options(profile.add_argument, "model", "data")
+    add_options(profile.add_argument, "profile", "model", "data")
     profile.add_argument(
         "--try",
         dest="attempt",
@@ -65,7 +65,7 @@ def run_profile(options: argparse.Namespace) -> int:
         check_code(options.attempt)
     check_page(options.html)
     executor, runs = open_executor(), store.runs_dir(options.runs_dir, make=True)
-    study, variant = load_variant(options.variant, device=executor.machine().kind)
+    study, variant = load_variant(options.variant, profile=options.profile, device=executor.machine().kind)
     study = study.with_overrides(model=options.model, data=options.data, effort=options.effort)
     errors = console_for(stderr=True)
 

@@ -23,9 +23,7 @@ def add_commands(commands: Any, common: Any) -> None:
     run = commands.add_parser("run", help="measure a study", description="Measure a study and print its report.")
     run.add_argument("study", metavar="STUDY", nargs="?", help="name of a built-in study, or a TOML file")
     run.add_argument("--effort", choices=("quick", "standard", "rigorous"), help="3, 8 or 12 replicates")
-    add_options(run.add_argument, "replicates")
-    run.add_argument("--profile", metavar="P", help="a profile of the study; default: the one of this machine")
-    add_options(run.add_argument, "model", "data", "variant")
+    add_options(run.add_argument, "replicates", "profile", "model", "data", "variant")
     run.add_argument(
         "--phase", choices=("train", "generate", "cold"), action="append", default=[], help="only this; repeatable"
     )

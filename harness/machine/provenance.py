@@ -103,11 +103,12 @@ def origin_of(folder: Path) -> str:
     """Machine, libraries and the commit of a folder in a line, for the head of figures that are printed."""
     machine, git = probe_machine(), git_state(folder)
     names = ("torch", "transformers", "peft", "bitsandbytes")
-    versions = ", ".join(f"{name} {library_version(name)}" for name in names)
+    versions = ", ".join(f"{name} {library_version(name) or 'not installed'}" for name in names)
+    changes = " with local changes" if git["dirty"] else ""
+    commit = f"commit {git['commit'][:10]}{changes}" if git["commit"] else "no repository"
     return (
         f"machine: {machine.device_name}, {machine.cpus} CPUs, {machine.memory_bytes / 2**30:.0f} GiB, "
-        f"{machine.device}; Python {machine.python}, {versions}; commit {str(git['commit'])[:10]}"
-        f"{' with local changes' if git['dirty'] else ''}"
+        f"{machine.device}; Python {machine.python}, {versions}; {commit}"
     )
 
 

@@ -61,12 +61,9 @@ class LiveDisplay:
         self._begin = self._told = time.monotonic()
         self._now = f"run {run_id}: starting the worker, preparing tokens"
         self._draw(at_once=True)
-        expected = self._left()
-        self._line(
-            f"run {run_id}: {format_count(len(plan.slots), 'trial')}, "
-            f"{format_count(plan.study.protocol.replicates, 'replicate')}; starting the worker"
-            f"{f'; {expected}' if expected else ''}"
-        )
+        trials = format_count(len(plan.slots), "trial")
+        replicates = format_count(plan.study.protocol.replicates, "replicate")
+        self._line(_joined(f"run {run_id}: {trials}, {replicates}", "starting the worker", self._left()))
 
     def tokens_prepared(self, data: str) -> None:
         """Say what is trained on."""
@@ -92,7 +89,7 @@ class LiveDisplay:
         new, self._phase = (slot.replicate, words) != self._phase, (slot.replicate, words)
         self._draw(at_once=new)
         if time.monotonic() - self._told >= SILENT_S:
-            self._line(f"{self._now}, after {format_duration(time.monotonic() - self._begin)}; {self._left()}")
+            self._line(_joined(f"{self._now}, after {format_duration(time.monotonic() - self._begin)}", self._left()))
 
     def trial_ended(self, record: TrialRecord) -> None:
         """Show the trial's value and how it ended."""
@@ -147,8 +144,8 @@ class LiveDisplay:
         assert self._grid is not None
         ended, total = len(self._grid.records), len(self._grid.plan.slots)
         met = ", ".join(f"{code} in {count}" for code, count in self._grid.disturbed.items())
-        parts = [f"{ended} of {total} trials", self._left(), self._device, f"surroundings: {met}" if met else ""]
-        return "; ".join(part for part in parts if part)
+        surroundings = f"surroundings: {met}" if met else ""
+        return _joined(f"{ended} of {total} trials", self._left(), self._device, surroundings)
 
     def _left(self) -> str:
         """The time left, and what that rests on: the trials so far, or what was expected."""
@@ -168,6 +165,11 @@ class LiveDisplay:
         if not self._console.is_terminal:
             self._console.print(draw_text(text))
             self._told = time.monotonic()
+
+
+def _joined(*parts: str) -> str:
+    """What there is to say of what is asked for; what is not known is left out with its mark."""
+    return "; ".join(filter(None, parts))
 
 
 def _name(key: Key) -> str:

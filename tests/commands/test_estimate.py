@@ -35,7 +35,7 @@ def test_an_earlier_run_stands_beside_with_the_error(capsys, small_study, write_
     """The largest peak of that variant and workload on this machine."""
     monkeypatch.setattr(provenance, "probe_machine", lambda: machine)
     monkeypatch.setattr(
-        "harness.studies.study_file.load_variant", lambda spec, device: (small_study, small_study.variants[0])
+        "harness.studies.study_file.load_variant", lambda spec, **_: (small_study, small_study.variants[0])
     )
     write_run("earlier", {"plain": [1.0, 1.0]}, peak=10**9)
     assert main(["estimate", "small:plain", "--runs-dir", str(tmp_path / "runs"), "--json"]) == 0

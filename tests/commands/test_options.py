@@ -26,6 +26,12 @@ def test_commands_that_measure_say_the_same_of_an_option(name):
     assert len({told(command, name) for command in ("run", "ab", "calibrate", "profile")}) == 1
 
 
+@pytest.mark.parametrize("command", ["profile", "estimate"])
+def test_a_variant_of_a_profile_is_named_like_a_study_of_one(command):
+    """In the words of `run`: where a study is fitted to a machine, its variants are looked at as fitted."""
+    assert told(command, "profile") == told("run", "profile")
+
+
 def test_what_can_be_done_beside_another_measurement():
     """The words of the option are those that the lock knows."""
     assert OPTIONS["if-busy"]["choices"] == get_args(IfBusy)

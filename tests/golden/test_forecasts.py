@@ -10,6 +10,8 @@ LINES = (
     "estimate lora-or-qlora:qlora-nf4-r16 --runs-dir runs",
     "estimate lora-or-qlora:lora-r16 --model random:llama2-7b --runs-dir none",
     "estimate llama2-lora-parameters:r=512 --model random:smollm2-135m --runs-dir none",
+    "estimate lora-or-qlora:qlora-nf4-r16 --profile card --runs-dir none",
+    "estimate lora-or-qlora:qlora-nf4-r16 --profile no-such --runs-dir none",
     "estimate lora-or-qlora:no-such --runs-dir none",
     "run lora-or-qlora --dry-run --runs-dir none",
     "run lora-or-qlora --dry-run --runs-dir runs",

@@ -16,8 +16,10 @@ import pytest
 from benchmarks.gpu import campaign, journal
 from benchmarks.gpu.attempt import GRACE_S, Ended, attempt
 from benchmarks.gpu.journal import Entry, Journal, OtherMachineError
-from benchmarks.gpu.steps import STEPS, Step, command, runs_of
-from harness.cli import parser
+from benchmarks.gpu.steps import BASES, CARD, STEPS, STUDY, Step, command, runs_of
+from harness.cli import main, parser
+from harness.run.contenders import contenders_of
+from harness.studies.study_file import load_study, load_variant
 
 ROOT = Path(__file__).parents[2]
 
@@ -165,19 +167,37 @@ def test_the_command_of_every_step_is_one(chosen, rehearsing, tmp_path):
         check_words(command(chosen, python=sys.executable, state=tmp_path, going_on_with="some-run"))
 
 
+@pytest.mark.parametrize("chosen", [one for one in STEPS if "--dry-run" in one.rehearsal], ids=lambda one: one.name)
+def test_what_is_measured_on_a_card_can_be_planned_without_one(chosen, tmp_path, capsys):
+    """A study of the campaign that a CPU refuses could not be rehearsed."""
+    words = command(chosen, python=sys.executable, state=tmp_path, rehearsing=True)
+    assert main(words[3:]) == 0, capsys.readouterr().err
+    assert json.loads(capsys.readouterr().out)
+
+
 def check_words(words):
     assert words[1] == "-m"
     if words[2] == "harness.cli":
         options = parser().parse_args(words[3:])
         assert options.json
-        study = getattr(options, "study", None) or str(getattr(options, "variant", "")).partition(":")[0]
-        if study.endswith(".toml"):
-            assert Path(study).is_file()
+        if study := getattr(options, "study", None):
+            contenders_of(load_study(study, profile=getattr(options, "profile", None)), getattr(options, "variant", ()))
+        elif variant := getattr(options, "variant", None):
+            load_variant(variant, profile=options.profile)
     elif words[2] == "pytest":
         assert [word for word in words if word.startswith("tests/")]
         assert all((ROOT / word).is_file() for word in words if word.startswith("tests/"))
     else:
         assert words[2] in ("benchmarks.gpu.probe", "kernels_check")
+
+
+def test_the_campaign_measures_what_users_are_shown():
+    """The default study's own profile and two of its variants, whose bases alone differ: no size is written down a
+    second time."""
+    study = load_study(STUDY, profile=CARD.partition("=")[2])
+    assert set(study.variant(BASES[0]).differences(study.variant(BASES[1]))) == {"quantization"}
+    assert f"lorameter run {STUDY} {CARD.replace('=', ' ')}" in (ROOT / "README.md").read_text()
+    assert [path.name for path in (ROOT / "benchmarks" / "gpu").glob("*.toml")] == ["sweep.toml"]
 
 
 def test_the_tests_of_the_steps_are_all_that_are_marked():

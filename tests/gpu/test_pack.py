@@ -102,9 +102,18 @@ def test_an_archive_writes_nothing_else(tmp_path, hostile):
 
 def test_what_was_packed_goes_before_what_is_installed(tmp_path):
     """In the steps' processes as well, and none of them looks for a network; without it nothing is changed."""
-    plain = door.variables_of({"PYTHONPATH": "/own"}, tmp_path / "nowhere")
+    plain = door.variables_of({"PYTHONPATH": "/own"}, None)
     assert plain["PYTHONPATH"] == f"{ROOT}:/own"
     assert "HF_HUB_OFFLINE" not in plain
     packed = door.variables_of({}, tmp_path)
     assert packed["PYTHONPATH"] == f"{tmp_path}:{ROOT}"
     assert packed["HF_HUB_OFFLINE"] == packed["TRANSFORMERS_OFFLINE"] == "1"
+
+
+def test_the_machine_that_has_packed_goes_on_with_what_is_installed(tmp_path):
+    """Its own interpreter may be another than that which the wheels are for."""
+    pack.describe(tmp_path)
+    assert PROJECT["name"] == door.PROJECT
+    assert door.packed(tmp_path, "pytest") is None
+    assert door.packed(tmp_path, "no-such-project") == tmp_path
+    assert door.packed(tmp_path / "nowhere", "no-such-project") is None

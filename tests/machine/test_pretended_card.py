@@ -6,6 +6,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from harness.machine.doctor.survey import CUDA_DRIVER, cannot_load
+
 H100 = {"0.name": "NVIDIA H100 80GB HBM3", "0.uuid": "GPU-1", "driver": "580.1", "0.total": 80 << 30, "0.used": 1 << 30}
 CAMPAIGN = """
     import os, json
@@ -17,7 +19,7 @@ CAMPAIGN = """
     page.REPORTS, page.PAGE = folder / "reports", folder / "gpu.md"
     page.PAGE.write_text(page.BEGIN + page.END)
     codes = [
-        campaign.main(door.variables_of(os.environ), ["--state", str(folder / "state"), "--only", "doctor"])
+        campaign.main(door.variables_of(os.environ, None), ["--state", str(folder / "state"), "--only", "doctor"])
         for _ in range(2)
     ]
     kept = json.loads(next(page.REPORTS.glob("*_nvidia-h100-80gb-hbm3_gpu/campaign.json")).read_text())
@@ -33,6 +35,17 @@ def test_a_campaign_names_the_card_and_decides_only_what_it_saw(nvml, tmp_path):
     assert (codes, driver, verdicts) == ([0, 0], "580.1", ["not decided"])
     assert steps == [["doctor", "done", "GPU-1"]]
     assert "[NVIDIA H100 80GB HBM3, " in text
+
+
+def test_the_doctor_asks_for_more_than_nvml(nvml):
+    """What NVML shows is looked for with the loader, too; without NVML there is nothing to look for."""
+    lines = """
+        from harness.machine.doctor.survey import survey
+        found = survey(look_s=0.0)
+        tell([found.card.known, found.lacks_driver])
+    """
+    assert nvml(lines, H100) == [True, cannot_load(CUDA_DRIVER)]
+    assert nvml(lines, driver="none") == [False, None]
 
 
 @CUDA_BUILD

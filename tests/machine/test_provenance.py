@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from harness.machine import provenance
 from harness.machine.provenance import FINGERPRINT, collect, comparable, fingerprint, power_limit_w, read_facts
 from harness.machine.steering import switches_of
 from harness.records import codec
@@ -159,6 +160,16 @@ def test_another_interpreter_has_libraries_and_switches_of_its_own(steered):
 def test_only_what_steers_is_read_of_the_environment(name, steers):
     """By whole names: a run's record holds no other variable."""
     assert switches_of({name: "x"}) == ({name: "x"} if steers else {})
+
+
+def test_figures_of_a_copy_without_a_repository_say_so(tmp_path, monkeypatch):
+    """As on a machine that a checkout was sent to; what is not installed there has no version."""
+    versions = {"torch": "2.11.0"}
+    monkeypatch.setattr(provenance, "library_version", versions.get)
+    said = provenance.origin_of(tmp_path)
+    assert said.endswith("torch 2.11.0, transformers not installed, peft not installed, bitsandbytes not installed; "
+                         "no repository")  # fmt: skip
+    assert "None" not in said
 
 
 def test_what_a_run_says_of_its_machine_needs_no_torch():

@@ -122,18 +122,35 @@ def test_surroundings_are_said_while_they_disturb(plan):
     assert before != screen(display)[-1]
 
 
-def test_without_a_terminal_a_long_replicate_is_heard_of(plan, monkeypatch):
+@pytest.fixture
+def heard(plan, monkeypatch):
+    """The lines of five minutes of one trial without a terminal."""
+
+    def listen(**expected):
+        clock, out = [1000.0], io.StringIO()
+        monkeypatch.setattr(live.time, "monotonic", lambda: clock[0])
+        with LiveDisplay(Console(file=out, width=200), **expected) as display:
+            display.starting(plan, "run-1")
+            for _ in range(300):
+                clock[0] += 1
+                display.trial_phase(plan.slots[0], "turn")
+        return out.getvalue().splitlines()
+
+    return listen
+
+
+def test_without_a_terminal_a_time_that_nobody_knows_leaves_no_mark(heard):
+    """As on a card where this study has never run."""
+    lines = heard()
+    assert lines[0].endswith("starting the worker")
+    assert [line.partition("steps, ")[2] for line in lines[1:]] == [
+        f"after {number} min 00 s" for number in range(1, 6)
+    ]
+
+
+def test_without_a_terminal_a_long_replicate_is_heard_of(heard):
     """A line a trial; where none ends for a minute, what is going on and since when."""
-    clock = [1000.0]
-    monkeypatch.setattr(live.time, "monotonic", lambda: clock[0])
-    out = io.StringIO()
-    display = LiveDisplay(Console(file=out, width=200), expected_s=2160.0, basis="a rule of thumb")
-    with display:
-        display.starting(plan, "run-1")
-        for _ in range(300):
-            clock[0] += 1
-            display.trial_phase(plan.slots[0], "turn")
-    lines = out.getvalue().splitlines()
+    lines = heard(expected_s=2160.0, basis="a rule of thumb")
     assert lines[0].endswith("starting the worker; about 36 min 00 s left, by a rule of thumb")
     assert len(lines) == 1 + 5
     assert re.match(r"replicate 1/5  \w+.*: timing steps, after 1 min 00 s; about 35 min 00 s left", lines[1])

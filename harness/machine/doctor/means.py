@@ -35,7 +35,17 @@ def device(found: Survey) -> Iterator[Check]:
     if machine.device == "cuda":
         size = "" if machine.device_memory_bytes is None else f", {format_bytes(machine.device_memory_bytes)}"
         said = f"{machine.device_name}{size}, driver {machine.driver}; torch is built for CUDA {machine.cuda}"
-        yield Check(about="runs", name="device", standing="good", found=said)
+        if found.lacks_driver is None:
+            yield Check(about="runs", name="device", standing="good", found=said)
+        else:
+            yield Check(
+                about="runs",
+                name="device",
+                standing="unfit",
+                found=f"{said}; NVML shows the card, and CUDA's driver cannot be loaded: {found.lacks_driver}",
+                remedy="Start the container with NVIDIA_DRIVER_CAPABILITIES=compute,utility, or install all of the "
+                "driver.",
+            )
     elif card is not None:
         yield Check(
             about="runs",

@@ -7,6 +7,7 @@ leaves the machine as it found it.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import time
 from collections.abc import Mapping
@@ -28,6 +29,8 @@ REQUIRED = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "data
 OPTIONAL = {"flash-attn": "variants with attention = flash_attention_2", "gguf": "models in GGUF files"}
 """Distributions that some studies need, and for what."""
 _PEAK_RESET = Path("/proc/self/clear_refs")
+CUDA_DRIVER = "libcuda.so.1"
+"""What CUDA programs go through. NVML is another library of the driver, and can be there without it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +63,8 @@ class Survey:
     environment: Mapping[str, str]
     root: bool
     """Whether the user may change the card's settings."""
+    lacks_driver: str | None = None
+    """Why CUDA's own driver library cannot be loaded, where NVML shows a card; None if it can."""
 
 
 def survey(look_s: float = LOOK_S) -> Survey:
@@ -69,6 +74,7 @@ def survey(look_s: float = LOOK_S) -> Survey:
     watch.begin()
     _compute(look_s)
     host = watch.end()
+    card = _look_at_card()
     return Survey(
         machine=probe_machine(),
         system=system,
@@ -76,11 +82,21 @@ def survey(look_s: float = LOOK_S) -> Survey:
         host=host,
         host_missing=watch.missing,
         peaks=os.access(_PEAK_RESET, os.W_OK),
-        card=_look_at_card(),
+        card=card,
         cards=card_names(),
         environment=os.environ,
         root=os.geteuid() == 0,
+        lacks_driver=cannot_load(CUDA_DRIVER) if card.known else None,
     )
+
+
+def cannot_load(library: str) -> str | None:
+    """The loader's words, None if it loads. No device is touched by that."""
+    try:
+        ctypes.CDLL(library)
+    except OSError as error:
+        return str(error)
+    return None
 
 
 def _compute(seconds: float) -> None:

@@ -76,6 +76,46 @@ def test_a_profile_without_a_kernel_of_the_card_is_tried_once_more(training, mon
     assert checks["attention.backend"].reason.startswith(f"forward: {layers} flash; backward: {layers} flash")
 
 
+class _Broken(torch.nn.Linear):
+    """A layer with a statement that no graph can hold."""
+
+    def forward(self, value):
+        value = super().forward(value)
+        torch._dynamo.graph_break()
+        return value * 2
+
+
+@pytest.mark.parametrize(("name", "sees"), [("profile", "profiled"), ("spy", "entries")])
+def test_look_ups_of_the_checks_own_hooks_are_none_of_the_steps(monkeypatch, name, sees):
+    """Behind a graph break torch 2.11 asks its compiler for the code of every hook of ours; a bare call counts anew."""
+    layer, hooks = _Broken(4, 4), []
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    forward, original = torch.compile(layer, backend="eager", dynamic=False), getattr(instruments, sees)
+
+    def step():
+        optimizer.zero_grad()
+        forward(torch.ones(3, 4)).sum().backward()
+        optimizer.step()
+
+    def seen(call):
+        hooks.append(len(layer._forward_pre_hooks))
+        found = original(call)
+        told = found if sees == "entries" else found.compiler
+        more = dataclasses.replace(told, lookups=told.lookups + 3 * (len(hooks) == 1))
+        return more if sees == "entries" else dataclasses.replace(found, compiler=more)
+
+    monkeypatch.setattr(instruments, sees, seen)
+    torch._dynamo.reset()
+    step()
+    found = kernels_check.verify(layer, step, {"compile": True}, instrument=name)
+    torch._dynamo.reset()
+    check = next(check for check in found if check.path == "compile")
+    assert check.met, check.reason
+    assert check.reason.startswith("2 compiled regions entered, 2 compiler cache look-ups; 1 of 1 blocks ran")
+    assert hooks[0] > 0
+    assert hooks[1:] == [0]
+
+
 def test_on_a_cpu_no_kernel_is_missed(training, monkeypatch):
     """One profile does."""
     run, seen = training(quant=None), []

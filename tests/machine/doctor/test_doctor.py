@@ -12,7 +12,7 @@ from rich.console import Console
 from harness import cli
 from harness.machine.card import CardFacts, CardSample, Memory
 from harness.machine.doctor import examine, is_fit
-from harness.machine.doctor.survey import OPTIONAL, REQUIRED, Card, Survey
+from harness.machine.doctor.survey import OPTIONAL, REQUIRED, Card, Survey, cannot_load
 from harness.machine.neighbours import Neighbours
 from harness.machine.reading import Reading, missing
 from harness.machine.system import SystemFacts
@@ -92,6 +92,22 @@ def test_a_quiet_machine_is_fit_and_nothing_is_to_be_done(found):
         assert is_fit(checks)
         assert {check.standing for check in checks} == {"good"}
         assert not any(check.remedy for check in checks)
+
+
+def test_a_card_that_no_program_can_use_is_unfit(found):
+    """A container can be given NVML without CUDA: nvidia-smi shows the card there, and every trial would crash."""
+    one = dataclasses.replace(on_card(found), lacks_driver="libcuda.so.1: cannot open shared object file")
+    check = by_name(one)["device"]
+    assert (check.standing, is_fit(examine(one))) == ("unfit", False)
+    assert "libcuda.so.1: cannot open" in check.found
+    assert "NVIDIA_DRIVER_CAPABILITIES=compute,utility" in check.remedy
+
+
+@pytest.mark.parametrize(("library", "told"), [("libc.so.6", None), ("libno-such.so.1", "libno-such.so.1: ")])
+def test_the_loader_says_what_it_cannot_load(library, told):
+    """In its own words."""
+    found = cannot_load(library)
+    assert found is None if told is None else found.startswith(told)
 
 
 @pytest.mark.parametrize(
