@@ -104,7 +104,7 @@ def test_the_time_left_says_what_it_rests_on(plan, monkeypatch):
     for record in measured(plan, 1):
         display.trial_ended(record)
     ended = len({record.trial for record in measured(plan, 1)})
-    assert f"left, by the {ended} trials so far" in screen(display)[-1]
+    assert f"left, by {ended} trials so far" in screen(display)[-1]
     unknown = LiveDisplay(Console(file=io.StringIO(), width=100))
     unknown.starting(plan, "run-1")
     assert screen(unknown)[-1] == f"0 of {len(plan.slots)} trials"
