@@ -22,6 +22,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,8 +105,9 @@ def environment(bound: Bound, folder: Path, root: Path) -> Path | str:
     python = folder / bound.name / "bin" / "python"
     stamp = folder / bound.name / "made-of"
     made_of = hashlib.sha256((root / "pyproject.toml").read_bytes() + repr(bound).encode()).hexdigest()
+    ours = [*UV, "pip", "install", "--quiet", "--python", str(python), "--no-deps", "-e", str(root)]
     if stamp.exists() and stamp.read_text() == made_of:
-        return python
+        return python if (fault := _fault(ours)) is None else fault  # it may have been made for another checkout
     own = interpreter(bound.python)
     if own is None:
         return f"no Python {bound.python} on this machine: name one on the path python{bound.python}"
@@ -115,11 +117,18 @@ def environment(bound: Bound, folder: Path, root: Path) -> Path | str:
         [*UV, "venv", "--quiet", "--python", own, str(folder / bound.name)],
         [*UV, "pip", "install", "--quiet", "--python", str(python), *newest, "-e", f"{root}[dev]", *bound.requirements],
     ):
-        done = subprocess.run(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
-        if done.returncode:
-            return f"its environment cannot be made: {(done.stderr.strip().splitlines() or ['no reason'])[-1]}"
+        if (fault := _fault(words)) is not None:
+            return fault
     stamp.write_text(made_of)
     return python
+
+
+def _fault(words: Sequence[str]) -> str | None:
+    """Why an installer's command failed; None where it did not."""
+    done = subprocess.run(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
+    if not done.returncode:
+        return None
+    return f"its environment cannot be made: {(done.stderr.strip().splitlines() or ['no reason'])[-1]}"
 
 
 def runs(bound: Bound, *, sliced: bool) -> Setting:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -55,11 +56,15 @@ def test_an_environment_is_made_once_and_again_when_dependencies_change(bounds, 
     made, installed = asked()
     assert f"--python {fake} " in made
     assert installed.endswith(f"-e {tmp_path}[dev] torch==2.11.0 transformers==5.17.* scikit-learn pandas pyarrow")
-    bounds.environment(lower(bounds), tmp_path / "made", tmp_path)
-    assert len(asked()) == 2
+    (tmp_path / "other").mkdir()
+    shutil.copy(tmp_path / "pyproject.toml", tmp_path / "other")
+    bounds.environment(
+        lower(bounds), tmp_path / "made", tmp_path / "other"
+    )  # of another checkout: only that is laid in
+    assert asked()[2:] == [f"pip install --quiet --python {python} --no-deps -e {tmp_path / 'other'}"]
     (tmp_path / "pyproject.toml").write_text("[project]\ndependencies = []")
     bounds.environment(lower(bounds), tmp_path / "made", tmp_path)
-    assert len(asked()) == 4
+    assert len(asked()) == 5
 
 
 def test_what_cannot_be_made_is_said_and_tried_again(bounds, fake, tmp_path):
