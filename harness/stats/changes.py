@@ -36,7 +36,7 @@ LEAST_SEGMENT = 3
 WINDOW, FARTHEST = 5, 3.0
 """A value farther from the median of so many neighbours, itself among them, than so many standard deviations counts as
 one that lies there: a night beside other work must not make a level, and three nights of a new one are a majority."""
-PENALTY, PER_LOG, OF_FEW = 6.6, 0.5, 110.0
+PENALTY, PER_LOG, OF_FEW = 7.0, 0.5, 110.0
 """A change must gain `PENALTY` squared standard deviations; `PER_LOG` more for each unit of the log of the number of
 values, among which chance has to choose; and `OF_FEW` more, divided by that number. Who looks at every new value is to
 meet false changes at the same rate at any length, and what a short line invents comes of its own scatter, which a few
