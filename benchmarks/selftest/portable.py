@@ -39,8 +39,8 @@ from harness.machine.repository import run_git
 
 ROOT = Path(__file__).parents[2]
 NARROW = Path(__file__).with_name("narrow_cpu")
-COMPUTING = tuple(f"tests/{room}" for room in ("trial", "kernels_check", "run", "profile", "machine", "faults"))
-"""Rooms whose tests compute, or start processes that do."""
+COMPUTING = tuple(f"tests/{room}" for room in ("trial", "kernels_check", "run", "profile", "models"))
+"""Rooms whose tests compute, or start processes that do. Those of `faults` start what does nothing but break."""
 WHOLE = ("tests/",)
 OPTIONS = ("-n", "2", "--dist", "loadfile", "--no-loadscope-reorder")
 """Those of `make test`."""
@@ -68,38 +68,34 @@ class Setting:
     """Python that ends with an AssertionError where the setting is not in force."""
 
 
-def aten(capability: str) -> Setting:
-    """Torch's own kernels as they are compiled for a capability."""
-    probe = f"import torch; found = torch.backends.cpu.get_cpu_capability(); assert found == {capability!r}, found"
-    return Setting(
-        name=f"ATen {capability}", variables=(("ATEN_CPU_CAPABILITY", capability.lower()),), probe=probe
-    )  # fmt: skip
-
-
-def onednn(isa: str) -> Setting:
-    """OneDNN with no more than these instructions; the probe has it say which it takes."""
+def cpu(name: str, *, aten: str = "", onednn: str, packs: bool) -> Setting:
+    """A CPU: the capability for which torch's own kernels are compiled, the most that oneDNN takes, and whether
+    bitsandbytes finds the registers for which it repacks 4-bit weights. The probe has each library say so."""
+    variables = (("ONEDNN_MAX_CPU_ISA", onednn),)
     probe = (
         "import os, re, subprocess, sys\n"
         "code = 'import torch; torch.nn.functional.conv2d(torch.ones(4, 64, 64, 64), torch.ones(64, 64, 3, 3))'\n"
         "told = subprocess.run([sys.executable, '-c', code], env=os.environ | {'ONEDNN_VERBOSE': '1'},"
         " capture_output=True, text=True, check=True).stdout\n"
-        f"assert re.search({ISA[isa]!r}, told, re.MULTILINE), re.findall('isa:.*', told)"
+        f"assert re.search({ISA[onednn]!r}, told, re.MULTILINE), re.findall('isa:.*', told)\n"
     )
-    return Setting(name=f"oneDNN {isa}", variables=(("ONEDNN_MAX_CPU_ISA", isa),), probe=probe)
+    if aten:
+        variables += (("ATEN_CPU_CAPABILITY", aten.lower()),)
+        probe += f"import torch; found = torch.backends.cpu.get_cpu_capability(); assert found == {aten!r}, found\n"
+    if not packs:
+        variables += (("PYTHONPATH", str(NARROW)),)
+        probe += "import bitsandbytes; assert not bitsandbytes.nn.Linear4bit(64, 64).support_avx512bf16_for_cpu\n"
+    return Setting(name=name, variables=variables, probe=probe)
 
 
 SETTINGS = (
-    aten("DEFAULT"),
-    aten("AVX2"),
-    *(onednn(isa) for isa in ISA),
-    Setting(
-        name="bitsandbytes unpacked",
-        variables=(("PYTHONPATH", str(NARROW)),),
-        probe="import bitsandbytes; assert not bitsandbytes.nn.Linear4bit(64, 64).support_avx512bf16_for_cpu",
-    ),
+    cpu("ATen at its least", aten="DEFAULT", onednn="AVX512_CORE", packs=False),
+    cpu("AVX2", aten="AVX2", onednn="AVX2", packs=False),
+    cpu("AVX-512 with bfloat16", onednn="AVX512_CORE_BF16", packs=True),
     Setting(name="idle", tests=WHOLE, rounds=3),
     Setting(name="beside two busy loops", tests=WHOLE, rounds=3, loops=2),
 )
+"""Each thing that a library lets be held down is in one of them, and most CPUs there are are the second."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -101,7 +101,7 @@ def test_bitsandbytes_sees_a_cpu_without_bfloat16_registers(portable, tmp_path, 
     )
     (tmp_path / "sitecustomize.py").write_text("import builtins\nbuiltins.BEHIND = 'behind'\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    (setting,) = (one for one in portable.SETTINGS if one.name == "bitsandbytes unpacked")
+    (setting,) = (one for one in portable.SETTINGS if one.name == "AVX2")
     done = subprocess.run(
         [sys.executable, "-c", "import bitsandbytes.nn as nn; print(nn.ANSWERS, BEHIND)"],
         env=portable.environment_of(setting), capture_output=True, text=True, check=False,
