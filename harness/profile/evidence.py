@@ -108,7 +108,7 @@ def evidence_of(profile: Profile, step: StepAccount, tokens: TokenShares, found:
         casts=time_of(profile, step, lambda phase: phase.casts_s) / step_s,
         logits_bytes=profile.memory["train"].kinds.get("logits", 0),
         liger=importlib.util.find_spec("liger_kernel") is not None,
-        dropout=time_of(profile, step, _dropout_s) / step_s,
+        dropout=time_of(profile, step, dropout_s) / step_s,
         padded=tokens.padded / (tokens.real + tokens.padded),
         recomputed=_recomputed_share(profile, found),
         masked_pairs=max(0.0, 1 - profile.record.values["useful_pairs"] / pairs),
@@ -142,7 +142,8 @@ def _recomputed_share(profile: Profile, found: Ceilings | str) -> float:
     return max(0.0, 1 - least / found.flops.hardware)
 
 
-def _dropout_s(phase: PhaseActivity) -> float:
+def dropout_s(phase: PhaseActivity) -> float:
+    """Seconds of a phase that draw masks and, where that can be told from other products, apply them."""
     drawn = (one.time_s for one in phase.operators if any(word in one.name for word in DROPOUT_KERNELS))
     return phase.totals_s.get(DROPOUT_OPERATOR, 0.0) if phase.totals_s else sum(drawn)
 

@@ -10,7 +10,7 @@ from typing import Literal
 from harness.errors import UsageError
 from harness.models.costs.memory import memory_bytes
 from harness.profile.accounting import IDLE, TimeSpan, categories_s, find_observed, plain_s, span_of
-from harness.profile.evidence import DROPOUT_KERNELS, DROPOUT_OPERATOR, LEFT_OUT, SPARE_SHARE
+from harness.profile.evidence import LEFT_OUT, SPARE_SHARE, dropout_s
 from harness.profile.requests.accounting import RequestAccount
 from harness.profile.requests.facts import RequestProfile
 from harness.records.activity import CACHE, HEAD, PhaseActivity, WeightCopy
@@ -136,16 +136,11 @@ def _pass_evidence(profile: RequestProfile, account: RequestAccount, phase: str,
         idle_s=by_category.get(IDLE, 0.0),
         dequantise_s=by_category.get("dequantize", 0.0),
         casts_s=plain(lambda one: one.casts_s),
-        dropout_s=plain(_dropout_s),
+        dropout_s=plain(dropout_s),
         cache_s=plain(lambda one: one.parts_s.get(CACHE, 0.0)),
         head_s=plain(lambda one: one.parts_s.get(HEAD, 0.0)),
         copies=copies,
     )
-
-
-def _dropout_s(phase: PhaseActivity) -> float:
-    drawn = (one.time_s for one in phase.operators if any(word in one.name for word in DROPOUT_KERNELS))
-    return phase.totals_s.get(DROPOUT_OPERATOR, 0.0) if phase.totals_s else sum(drawn)
 
 
 def _unquantised_bytes(profile: RequestProfile) -> int | None:
