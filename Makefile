@@ -83,7 +83,8 @@ proof-meter: $(STAMP)
 	status=$$?; cat reports/proof/agreement.txt; exit $$status
 
 # A step taken apart, and the remedy of a finding measured beside it; whether profiles explain a step and its memory, and
-# their rules find what was planted (fetch smollm2-135m first; about six minutes); what each meter takes.
+# their rules find what was planted (fetch smollm2-135m first; about six minutes); what each meter takes; whether the cost
+# of a copied head is what mending it gains.
 proof-profile: $(STAMP)
 	mkdir -p reports/proof
 	$(BIN)/python benchmarks/selftest/profiles.py > reports/proof/profiles.txt; \
@@ -92,6 +93,8 @@ proof-profile: $(STAMP)
 	status=$$?; cat reports/proof/meters.txt; exit $$status
 	$(BIN)/lorameter profile lora-or-qlora:qlora-nf4-r16 --effort standard --try dropout > reports/proof/profile.txt; \
 	status=$$?; cat reports/proof/profile.txt; exit $$status
+	$(BIN)/python benchmarks/selftest/copied_head.py > reports/proof/copied-head.txt; \
+	status=$$?; cat reports/proof/copied-head.txt; exit $$status
 
 # The negative controls, verified and watched; the absence of false alarms on real trials (fetch smollm2-135m first) and
 # on healthy twins, of which some need the extra [proof]; every rule and comparison of the judges broken in turn (hours;

@@ -45,7 +45,7 @@ EXAMPLES = {
     "wrap": "lorameter wrap -- python train.py --r 64",
     "doctor": "lorameter doctor",
     "estimate": "lorameter estimate lora-or-qlora:qlora-nf4-r16 --model llama2-7b",
-    "profile": "lorameter profile lora-or-qlora:qlora-nf4-r16 --try",
+    "profile": "lorameter profile lora-or-qlora:qlora-nf4-r16 --phase generate --try",
     "sample": "lorameter sample 20261120-101500-mine-3f2a qlora-nf4-r16",
     "claims": "lorameter claims 20261120-101500-mine-3f2a",
     "export": "lorameter export 20261120-101500-mine-3f2a --format parquet",

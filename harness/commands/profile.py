@@ -1,8 +1,10 @@
-"""The command that says where a step's time and memory go: `profile`."""
+"""The command that says where the time and memory of a step, or of a request, go: `profile`."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +14,9 @@ from harness.commands.page import check_page, save_page
 from harness.errors import EXIT_INCONCLUSIVE, EXIT_INVALID, EXIT_PASS
 
 if TYPE_CHECKING:
-    from harness.profile.diagnosis import Finding
+    from harness.profile.finding import Finding
     from harness.profile.remedy import Tried
+    from harness.report.table import Document
     from harness.run.executors import Executor
     from harness.studies.study import Study
     from harness.studies.variant import Variant
@@ -26,10 +29,17 @@ def add_commands(commands: Any, common: Any) -> None:
     """The parser of this command; `common` adds the options that every command has."""
     profile = commands.add_parser(
         "profile",
-        help="where a variant's step spends time and memory, and what to try",
-        description="Take a variant's step apart: phases, what ran in them, memory, ceilings, and what to try.",
+        help="where a variant's step, or request, spends time and memory, and what to try",
+        description="Take a variant's step apart, or its requests: phases, what ran in them, memory, ceilings, and "
+        "what to try.",
     )
     profile.add_argument("variant", metavar="VARIANT", help="STUDY:NAME, or a TOML file with one variant")
+    profile.add_argument(
+        "--phase",
+        choices=("train", "generate"),
+        default="train",
+        help="train: a step; generate: requests, prefill and decode, adapter unmerged and merged, and a cold start",
+    )
     add_options(profile.add_argument, "profile", "model", "data")
     profile.add_argument(
         "--try",
@@ -45,15 +55,22 @@ def add_commands(commands: Any, common: Any) -> None:
     profile.set_defaults(command=run_profile)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Seen:
+    """What was profiled, as it is printed and shown, and what can be tried."""
+
+    folder: Path
+    document: dict[str, Any]
+    said: Document
+    findings: Sequence[Finding]
+
+
 def run_profile(options: argparse.Namespace) -> int:
     """Profile, say what was found, and try a remedy where one is asked for."""
-    from harness.profile import accounting
-    from harness.profile.diagnosis import check_code, diagnose
-    from harness.profile.evidence import evidence_of
-    from harness.profile.measure import profile_variant
+    from harness.profile.diagnosis import check_code
     from harness.profile.remedy import choose_finding
+    from harness.profile.requests.rules import check_request_code
     from harness.records import codec, store
-    from harness.report.profile import describe_profile
     from harness.report.table import Span, say
     from harness.report.terminal import console_for, show
     from harness.report.tried import describe_tried
@@ -61,8 +78,9 @@ def run_profile(options: argparse.Namespace) -> int:
     from harness.run.executors import open_executor
     from harness.studies.study_file import load_variant
 
+    of_requests = options.phase == "generate"
     if options.attempt:
-        check_code(options.attempt)
+        (check_request_code if of_requests else check_code)(options.attempt)
     check_page(options.html)
     executor, runs = open_executor(), store.runs_dir(options.runs_dir, make=True)
     study, variant = load_variant(options.variant, profile=options.profile, device=executor.machine().kind)
@@ -73,35 +91,21 @@ def run_profile(options: argparse.Namespace) -> int:
         show((say(Span(text=text, tone="faint"), indented=False),), errors)
 
     with hold_device(executor, options.if_busy):
-        profile, folder = profile_variant(study, variant, executor, runs=runs, say=tell)
-    step = accounting.step_account(profile)
-    tokens, found = accounting.token_shares(profile), accounting.ceilings(profile, step.step)
-    findings = diagnose(evidence_of(profile, step, tokens, found))
-    where = say(f"All facts and the profiler's trace are in {folder}", indented=False, apart=True)
-    said = (*describe_profile(profile, step, tokens, found, findings), where)
+        seen = (_see_requests if of_requests else _see_step)(study, variant, executor, runs, tell)
+    where = say(f"All facts and the profiler's trace are in {seen.folder}", indented=False, apart=True)
+    said = (*seen.said, where)
     if not options.json:
         show(said, console_for())
     save_page(options.html, said, f"Profile of {options.variant}")
     tried = None
     try:
         if options.attempt is not None:
-            finding = choose_finding(findings, options.attempt or None)
+            finding = choose_finding(seen.findings, options.attempt or None)
             with hold_device(executor, options.if_busy):
                 tried = _try(study, variant, finding, executor, runs)
     finally:  # what cannot be tried must not cost what was seen
         if options.json:
-            print_json(
-                {
-                    "path": str(folder),
-                    "step": codec.to_json(step) | {"explained": step.explained},
-                    "categories_s": accounting.categories_s(profile, step),
-                    "tokens": codec.to_json(tokens),
-                    "ceilings": codec.to_json(found),
-                    "findings": codec.to_json(findings),
-                    "tried": codec.to_json(tried),
-                    "profile": codec.to_json(profile),
-                }
-            )
+            print_json({"path": str(seen.folder)} | seen.document | {"tried": codec.to_json(tried)})
     if tried is None:
         return EXIT_PASS
     if not options.json:
@@ -111,9 +115,61 @@ def run_profile(options: argparse.Namespace) -> int:
     return EXIT_INCONCLUSIVE if tried.comparison and tried.comparison.verdict == "inconclusive" else EXIT_PASS
 
 
+def _see_step(study: Study, variant: Variant, executor: Executor, runs: Path, tell: Callable[[str], None]) -> _Seen:
+    from harness.profile import accounting
+    from harness.profile.diagnosis import diagnose
+    from harness.profile.evidence import evidence_of
+    from harness.profile.measure import profile_variant
+    from harness.records import codec
+    from harness.report.profile import describe_profile
+
+    profile, folder = profile_variant(study, variant, executor, runs=runs, say=tell)
+    step = accounting.step_account(profile)
+    tokens, found = accounting.token_shares(profile), accounting.ceilings(profile, step.step)
+    findings = diagnose(evidence_of(profile, step, tokens, found))
+    document = {
+        "step": codec.to_json(step) | {"explained": step.explained},
+        "categories_s": accounting.categories_s(profile, step),
+        "tokens": codec.to_json(tokens),
+        "ceilings": codec.to_json(found),
+        "findings": codec.to_json(findings),
+        "profile": codec.to_json(profile),
+    }
+    said = describe_profile(profile, step, tokens, found, findings)
+    return _Seen(folder=folder, document=document, said=said, findings=findings)
+
+
+def _see_requests(study: Study, variant: Variant, executor: Executor, runs: Path, tell: Callable[[str], None]) -> _Seen:
+    from harness.profile.accounting import categories_s
+    from harness.profile.requests.accounting import request_accounts
+    from harness.profile.requests.evidence import evidence_of_requests
+    from harness.profile.requests.measure import profile_requests
+    from harness.profile.requests.rules import diagnose_requests
+    from harness.records import codec
+    from harness.report.requests import describe_requests
+
+    profile, folder = profile_requests(study, variant, executor, runs=runs, say=tell)
+    served, merged = request_accounts(profile)
+    findings = diagnose_requests(evidence_of_requests(profile, served, merged))
+    sides = {"served": (profile, served)}
+    if profile.merged is not None and merged is not None:
+        sides["merged"] = (profile.merged, merged)
+    document = {
+        "requests": {
+            name: codec.to_json(account) | {"categories_s": categories_s(side, account.whole)}
+            for name, (side, account) in sides.items()
+        },
+        "cold_parts_s": profile.cold_parts_s,
+        "findings": codec.to_json(findings),
+        "profile": codec.to_json(profile),
+    }
+    said = describe_requests(profile, served, merged, findings)
+    return _Seen(folder=folder, document=document, said=said, findings=findings)
+
+
 def _try(study: Study, variant: Variant, finding: Finding, executor: Executor, runs: Path) -> Tried:
     """Measure the present variant and the suggested one, as any two."""
-    from harness.profile.remedy import judge_remedy, make_pair
+    from harness.profile.remedy import judge_remedy, make_pair, phase_of
     from harness.report.live import LiveDisplay
     from harness.report.notices import tell_notices
     from harness.report.terminal import console_for, show
@@ -124,7 +180,7 @@ def _try(study: Study, variant: Variant, finding: Finding, executor: Executor, r
         pair.study,
         executor.machine(),
         free_bytes=executor.free_bytes(),
-        phases=("train",),
+        phases=(phase_of(finding),),
         runs=runs,
         own_workloads=pair.own_workloads,
     )

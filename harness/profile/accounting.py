@@ -1,9 +1,9 @@
 """What a profile comes to: a step in lines that add up, its tokens, decoding, and how near both came to the peak.
 
-The lines of a step are medians of phases that were timed on their own, and the step is the median of plain steps that
-took turns with them. Nothing makes the sum of the ones meet the other. What is between them is a line, with the cost of
-the borders beside it: where it is large, the phases are not to be trusted. Its interval is that of all these medians
-together, with the turns resampled.
+A request is taken apart in the same way (`harness.profile.requests`). The lines of a step are medians of phases that
+were timed on their own, and the step is the median of plain steps that took turns with them. Nothing makes the sum of
+the ones meet the other. What is between them is a line, with the cost of the borders beside it: where it is large,
+the phases are not to be trusted. Its interval is that of all these medians together, with the turns resampled.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from harness.errors import UsageError
 from harness.models import catalogue, shapes
@@ -19,12 +19,45 @@ from harness.models.costs.ceiling import Ceiling, Utilisation, bandwidth_utilisa
 from harness.models.costs.decoding import decode_cost, mean_context
 from harness.models.costs.flops import StepTokens, TrainingFlops, computed_tokens, row_tokens, training_flops
 from harness.profile.facts import Profile
-from harness.records.activity import LEAST_STEP_PAIRS, STEP_PHASES, PhaseActivity
+from harness.records.activity import LEAST_STEP_PAIRS, STEP_PHASES, Activity, PhaseActivity
+from harness.records.record import TrialRecord
 from harness.stats import bootstrap_interval, median_interval
 from harness.verdicts.series import OCCUPANCY_FLOOR
 
 REMAINDER_LIMIT = 0.02
 """Share of the step above which its phases do not explain it."""
+
+
+class Watched(Protocol):
+    """What was taken apart: the steps of a profile, or its requests."""
+
+    @property
+    def device(self) -> str:
+        """Where it ran, "cpu" or "cuda"."""
+
+    @property
+    def threads(self) -> int:
+        """Of the process, on a CPU."""
+
+    @property
+    def record(self) -> TrialRecord:
+        """The raw times."""
+
+    @property
+    def activity(self) -> Activity:
+        """What ran under the profiler."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Names:
+    """How the samples of what was taken apart are called (`harness.trial.profiling.borders.pair_times`)."""
+
+    what: str
+    phases: tuple[str, ...]
+    prefix: str = ""
+
+
+STEPS = Names(what="step", phases=STEP_PHASES)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +79,7 @@ def span_of(samples: Sequence[float]) -> TimeSpan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepAccount:
-    """A step's time by its phases, in seconds."""
+    """The time of a step, or of a request in its place, by its phases, in seconds."""
 
     step: TimeSpan
     phases: dict[str, TimeSpan]
@@ -78,28 +111,30 @@ class StepAccount:
         return False if high < -limit or low > limit else None
 
 
-def step_account(profile: Profile) -> StepAccount:
-    """The account of a profile's step."""
-    counted = undisturbed_pairs(profile)
+def step_account(profile: Watched, names: Names = STEPS) -> StepAccount:
+    """The account of a profile's step, or of what `names` are the names of."""
+    counted = undisturbed_pairs(profile, names)
+    samples, prefix, what = profile.record.samples, names.prefix, names.what
 
     def keep(name: str) -> list[float]:
-        return [profile.record.samples[name][index] for index in counted]
+        return [samples[f"{prefix}{name}"][index] for index in counted]
 
-    plain, bordered = keep("plain_step_time_s"), keep("bordered_step_time_s")
+    plain, bordered = keep(f"plain_{what}_time_s"), keep(f"bordered_{what}_time_s")
     step = span_of(plain)
-    phases = [keep(f"phase_{phase}_s") for phase in STEP_PHASES]
+    phases = [keep(f"phase_{phase}_s") for phase in names.phases]
     sums = [sum(times) for times in zip(*phases, strict=True)]
     low, high = bootstrap_interval((plain, *phases), _remainder)
+    everything = range(_pairs(profile, names))
     return StepAccount(
         step=step,
-        phases=dict(zip(STEP_PHASES, map(span_of, phases), strict=True)),
+        phases=dict(zip(names.phases, map(span_of, phases), strict=True)),
         remainder=TimeSpan(value=float(_remainder(plain, *phases)), low=low, high=high),
-        between=span_of(profile.record.samples["between_steps_s"]),
+        between=span_of(samples[f"{prefix}between_{what}s_s"]),
         borders=span_of([slow - fast for fast, slow in zip(plain, bordered, strict=True)]),
         covered=span_of([part / whole for part, whole in zip(sums, bordered, strict=True)]),
         profiler_slowdown=span_of([slow / step.value for slow in profile.activity.step_times_s]),
-        occupancy=_occupancy(profile, range(_pairs(profile))) if profile.device == "cpu" else None,
-        pairs=_pairs(profile),
+        occupancy=_occupancy(profile, everything, names) if profile.device == "cpu" else None,
+        pairs=len(everything),
         counted=len(counted),
     )
 
@@ -111,30 +146,31 @@ def _remainder(step: Any, *phases: Any, axis: int = -1) -> Any:
     return np.median(step, axis=axis) - sum(np.median(phase, axis=axis) for phase in phases)
 
 
-def undisturbed_pairs(profile: Profile) -> Sequence[int]:
+def undisturbed_pairs(profile: Watched, names: Names = STEPS) -> Sequence[int]:
     """Pairs of a plain and a bordered step that count: on a CPU those that had it to themselves.
 
     The flag is the occupancy, which does not look at the times. All count where too few would be left, on a GPU, where
     the host rightly waits, and with several threads, which wait for each other.
     """
-    everything = range(_pairs(profile))
+    everything = range(_pairs(profile, names))
     if profile.device != "cpu" or profile.threads > 1:
         return everything
-    quiet = [index for index in everything if _occupancy(profile, (index,)) >= OCCUPANCY_FLOOR]
+    quiet = [index for index in everything if _occupancy(profile, (index,), names) >= OCCUPANCY_FLOOR]
     return quiet if len(quiet) >= LEAST_STEP_PAIRS else everything
 
 
-def _pairs(profile: Profile) -> int:
-    return len(profile.record.samples["plain_step_time_s"])
+def _pairs(profile: Watched, names: Names) -> int:
+    return len(profile.record.samples[f"{names.prefix}plain_{names.what}_time_s"])
 
 
-def _occupancy(profile: Profile, pairs: Sequence[int]) -> float:
+def _occupancy(profile: Watched, pairs: Sequence[int], names: Names) -> float:
     """CPU time over wall time of pairs, per thread; that of the step which had less."""
     samples = profile.record.samples
 
     def share(kind: str) -> float:
-        cpu_s = sum(samples[f"{kind}_step_cpu_time_s"][index] for index in pairs)
-        return cpu_s / sum(samples[f"{kind}_step_time_s"][index] for index in pairs) / max(1, profile.threads)
+        stem = f"{names.prefix}{kind}_{names.what}"
+        cpu_s = sum(samples[f"{stem}_cpu_time_s"][index] for index in pairs)
+        return cpu_s / sum(samples[f"{stem}_time_s"][index] for index in pairs) / max(1, profile.threads)
 
     return min(share("plain"), share("bordered"))
 
@@ -143,7 +179,7 @@ IDLE = "idle"
 """Beside the categories: the device waits, or the interpreter is between operators."""
 
 
-def categories_s(profile: Profile, step: StepAccount) -> dict[str, dict[str, float]]:
+def categories_s(profile: Watched, step: StepAccount) -> dict[str, dict[str, float]]:
     """Seconds of each category in each phase of a plain step, the largest category first and `IDLE` last; nothing where
     it is not known what ran."""
     if profile.activity.missing:
@@ -153,11 +189,11 @@ def categories_s(profile: Profile, step: StepAccount) -> dict[str, dict[str, flo
         idle = max(0.0, step.phases[phase.phase].value - plain_s(profile, step, phase, phase.busy_s))
         times = {category: plain_s(profile, step, phase, seconds) for category, seconds in phase.categories_s.items()}
         for category, seconds in {**times, IDLE: idle}.items():
-            found.setdefault(category, dict.fromkeys(STEP_PHASES, 0.0))[phase.phase] = seconds
+            found.setdefault(category, dict.fromkeys(step.phases, 0.0))[phase.phase] = seconds
     return dict(sorted(found.items(), key=lambda pair: (pair[0] == IDLE, -sum(pair[1].values()))))
 
 
-def plain_s(profile: Profile, step: StepAccount, phase: PhaseActivity, seconds: float) -> float:
+def plain_s(profile: Watched, step: StepAccount, phase: PhaseActivity, seconds: float) -> float:
     """What takes so many seconds of a phase under the profiler, in seconds of a plain step.
 
     A kernel takes as long on a GPU whether or not it is recorded. On a CPU the profiler slows down what it records, so
@@ -168,7 +204,7 @@ def plain_s(profile: Profile, step: StepAccount, phase: PhaseActivity, seconds: 
     return seconds * step.phases[phase.phase].value / phase.window_s if phase.window_s else 0.0
 
 
-def time_of(profile: Profile, step: StepAccount, seconds: Callable[[PhaseActivity], float]) -> float:
+def time_of(profile: Watched, step: StepAccount, seconds: Callable[[PhaseActivity], float]) -> float:
     """Seconds of a plain step for `seconds` of each of its phases under the profiler."""
     return sum(plain_s(profile, step, phase, seconds(phase)) for phase in profile.activity.phases)
 
@@ -215,7 +251,7 @@ def given_tokens(profile: Profile, useful: StepTokens) -> StepTokens:
     return dataclasses.replace(every, pairs=row_tokens(profile.variant, profile.workload).pairs)
 
 
-def find_observed(profile: Profile, path: str) -> object:
+def find_observed(profile: Watched, path: str) -> object:
     """What kernels_check saw under one of its paths; None where it saw nothing."""
     return next((check["observed"] for check in profile.record.checks if check["path"] == path), None)
 
@@ -255,6 +291,7 @@ def ceilings(profile: Profile, step: TimeSpan) -> Ceilings | str:
     variant, workload, values = profile.variant, profile.workload, profile.record.values
     samples = profile.record.samples
     repacked = bool(values.get("packed_4bit_decode"))
+    served = {"repacked": repacked, "merged": variant.merge_adapter}
     token, context = span_of(samples["time_per_output_token_s"]), mean_context(workload)
     useful = StepTokens(
         positions=round(values["useful_positions"]),
@@ -271,9 +308,9 @@ def ceilings(profile: Profile, step: TimeSpan) -> Ceilings | str:
             decode=DecodeAccount(
                 token=token,
                 first_token=span_of(samples["first_token_time_s"]),
-                bytes=decode_cost(shape, variant, context=context, repacked=repacked).bytes,
+                bytes=decode_cost(shape, variant, context=context, **served).bytes,
                 context=context,
-                use=bandwidth_utilisation(shape, variant, workload, token, profile.peaks["memory"], repacked=repacked),
+                use=bandwidth_utilisation(shape, variant, workload, token, profile.peaks["memory"], **served),
             ),
         )
     except UsageError as error:

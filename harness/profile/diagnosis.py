@@ -1,8 +1,9 @@
 """What a step loses and what to try: rules from evidence to findings, each with its number and its cost.
 
-A rule says what was seen, how much of a step (or how many bytes) hangs on it, and which field to change. That is not
-what a remedy gains: it is less where what comes in place of a thing costs something too, and more where the thing cost
-others time that was not seen to hang on it. Only a measurement of both says what is won (`harness.profile.remedy`).
+A rule says what was seen, how much of a step (or how many bytes) hangs on it, and which field to change. Of a cost only
+what the remedy takes away counts (the casts beside an adapter in float32, not all copies), but what comes in place of a
+thing may cost something too, and a thing may cost others time that was not seen to hang on it. Only a measurement of
+both says what is won (`harness.profile.remedy`).
 
 The rules see evidence only, never a process: a planted case for each is a few numbers.
 """
@@ -10,12 +11,12 @@ The rules see evidence only, never a process: a planted case for each is a few n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from harness.errors import UsageError
 from harness.machine.validity import CONTENDED
 from harness.profile.evidence import Evidence
+from harness.profile.finding import Finding
 from harness.records.units import format_bytes, format_count, format_value
 from harness.studies.variant import Variant
 from harness.verdicts.series import OCCUPANCY_FLOOR
@@ -26,33 +27,12 @@ LEAST_IDLE = 0.10
 """Share of a step in which nothing runs: a GPU that is kept busy waits less, and one synchronisation costs less."""
 BETWEEN = 0.20
 """The same on a CPU, where the profiler stretches what lies between operators more than them."""
+LARGE_LOGITS = 0.10
+"""Share of the peak from which the logits are worth a word."""
+LOSS_CHUNKS = 8
+"""Parts in which a fused loss is taken to go through the rows; one of them is there at a time."""
 FRAGMENTED = 0.10
 """Of what CUDA's allocator reserved. It rounds blocks up to 2 MiB and splits larger ones, which costs a few percent."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
-    """One thing that a step spends time or memory on, and what to try."""
-
-    code: str
-    message: str
-    """What was seen, with its number."""
-    cost_s: float | None
-    """Seconds of a step that were seen to hang on it; None where it costs memory."""
-    cost_share: float | None
-    cost_bytes: int | None = None
-    remedy: str
-    changes: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of the variant to change, with their values: what can be tried against the present one."""
-    workload_changes: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of the workload to change, for a trial of the same variant on another workload."""
-    obstacle: str = ""
-    """Why nothing can be tried here, where there are no changes."""
-
-    @property
-    def suggestion(self) -> Mapping[str, Any]:
-        """What `--try` changes: fields of the variant or, where none help, of the workload; empty where neither do."""
-        return self.changes or self.workload_changes
 
 
 def diagnose(evidence: Evidence) -> tuple[Finding, ...]:
@@ -102,12 +82,12 @@ def _dequantisation(seen: Evidence) -> Iterator[Finding]:
 
 def _wide_adapter(seen: Evidence) -> Iterator[Finding]:
     narrow = _compute_type(seen.variant)
-    share = seen.categories.get("copy", 0.0)
+    share = seen.casts
     if seen.adapter_dtype != "float32" or narrow == "float32" or seen.variant.autocast or share <= WORTH:
         return
     yield _make_finding(
         "float32-adapter", seen, share,
-        f"adapters in float32 beside products in {narrow}: copies and casts take {share:.1%} of a step",
+        f"adapters in float32 beside products in {narrow}: casts take {share:.1%} of a step",
         f'adapter_dtype = "{narrow}" needs no cast; its updates are rounded to {narrow}, so look at the loss.',
         changes={"adapter_dtype": narrow},
     )  # fmt: skip
@@ -241,6 +221,28 @@ def _oversubscription(seen: Evidence) -> Iterator[Finding]:
     )  # fmt: skip
 
 
+def _logits(seen: Evidence) -> Iterator[Finding]:
+    if seen.logits_bytes <= LARGE_LOGITS * seen.peak_bytes:
+        return
+    loss = seen.categories.get("loss", 0.0)
+    fuses = seen.device == "cuda" and not seen.variant.liger_kernel
+    obstacle = "" if fuses and seen.liger else "liger-kernel is not installed"
+    if not fuses:
+        obstacle = "a chunked loss is the training code's own, and the fused one runs on a GPU"
+    yield Finding(
+        code="logits",
+        message=f"logits and what the loss makes of them take {format_bytes(seen.logits_bytes)}, "
+        f"{seen.logits_bytes / seen.peak_bytes:.0%} of the peak; the loss takes {loss:.1%} of a step",
+        cost_s=None,
+        cost_share=None,
+        cost_bytes=seen.logits_bytes - seen.logits_bytes // LOSS_CHUNKS,
+        remedy="liger_kernel = true fuses head and loss, a part of the rows at a time, so that all logits are never "
+        "there at once." if fuses else "A loss that takes a part of the rows at a time never holds all logits.",
+        changes={"liger_kernel": True} if fuses and seen.liger else {},
+        obstacle=obstacle,
+    )  # fmt: skip
+
+
 def _fragmentation(seen: Evidence) -> Iterator[Finding]:
     if not seen.reserved_bytes:
         return
@@ -275,6 +277,7 @@ RULES: Mapping[str, Callable[[Evidence], Iterator[Finding]]] = {
     "data-wait": _data,
     "contention": _contention,
     "oversubscription": _oversubscription,
+    "logits": _logits,
     "fragmentation": _fragmentation,
 }
 """The rules by the code of what they find."""

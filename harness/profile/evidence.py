@@ -25,10 +25,11 @@ DROPOUT_KERNELS = ("dropout", "bernoulli")
 """In the names of kernels that draw a mask; the fused one applies it as well."""
 DROPOUT_OPERATOR = "aten::dropout"
 """On a CPU: it draws the mask and multiplies with it. The backward pass multiplies by a `mul` like any other."""
-_LEFT_OUT: Mapping[str, dict[str, Any]] = {
+LEFT_OUT: Mapping[str, dict[str, Any]] = {
     "quantization": {"quantization": "none", "prepare_for_kbit": False},
     "gradient_checkpointing": {"gradient_checkpointing": False},
 }
+"""What a variant is changed to where a saving of memory is left out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +47,12 @@ class Evidence:
     """On a GPU the device waits, on a CPU the interpreter is between operators."""
     calls: float = 0.0
     """Kernels launched, or operators called, in a step."""
+    casts: float = 0.0
+    """Share of copies from one type to another."""
+    logits_bytes: int = 0
+    """Logits, their gradients and the loss's copies of them, where the memory was highest."""
+    liger: bool = False
+    """Whether the package liger-kernel is installed."""
     dropout: float = 0.0
     """Share of what draws masks and, where that can be told from other products, applies them."""
     padded: float = 0.0
@@ -98,7 +105,10 @@ def evidence_of(profile: Profile, step: StepAccount, tokens: TokenShares, found:
         idle=shares.pop(IDLE, 0.0),
         categories=shares,
         calls=profile.activity.calls,
-        dropout=time_of(profile, step, _dropout_s) / step_s,
+        casts=time_of(profile, step, lambda phase: phase.casts_s) / step_s,
+        logits_bytes=profile.memory["train"].kinds.get("logits", 0),
+        liger=importlib.util.find_spec("liger_kernel") is not None,
+        dropout=time_of(profile, step, dropout_s) / step_s,
         padded=tokens.padded / (tokens.real + tokens.padded),
         recomputed=_recomputed_share(profile, found),
         masked_pairs=max(0.0, 1 - profile.record.values["useful_pairs"] / pairs),
@@ -132,7 +142,8 @@ def _recomputed_share(profile: Profile, found: Ceilings | str) -> float:
     return max(0.0, 1 - least / found.flops.hardware)
 
 
-def _dropout_s(phase: PhaseActivity) -> float:
+def dropout_s(phase: PhaseActivity) -> float:
+    """Seconds of a phase that draw masks and, where that can be told from other products, apply them."""
     drawn = (one.time_s for one in phase.operators if any(word in one.name for word in DROPOUT_KERNELS))
     return phase.totals_s.get(DROPOUT_OPERATOR, 0.0) if phase.totals_s else sum(drawn)
 
@@ -150,7 +161,7 @@ def _extra_bytes(profile: Profile) -> dict[str, int]:
     try:
         shape = shapes.shape(catalogue.resolve(profile.workload.model))
         present = memory_bytes(profile.variant, profile.workload, shape, profile.device)
-        for key, changes in _LEFT_OUT.items():
+        for key, changes in LEFT_OUT.items():
             without = dataclasses.replace(profile.variant, **changes)
             extra[key] = max(0, memory_bytes(without, profile.workload, shape, profile.device) - present)
     except UsageError:  # a model type whose layers are not known: then nothing is said to fit

@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from harness.errors import InvalidRunError, UsageError
+from harness.machine.provenance import Machine
 from harness.models import catalogue, shapes
 from harness.models.costs.ceiling import product_rate
 from harness.models.costs.memory import estimate_memory, stored_dtype
@@ -24,7 +26,7 @@ from harness.records.activity import ACCOUNTS, ACTIVITY, PEAKS, TRACE, Activity
 from harness.records.document import write_document
 from harness.records.memory_account import MEMORY_PHASES, MemoryAccount
 from harness.records.metrics import BIRTH
-from harness.records.record import Fragment, TrialRecord
+from harness.records.record import Fragment, Notice, TrialRecord
 from harness.records.refusals import say_refused
 from harness.records.scratch import leaving_nothing, scratch_folder
 from harness.records.store import new_run_id
@@ -43,6 +45,99 @@ DOCUMENT = "profile.json"
 """What a profile's folder holds beside the logs and the profiler's own recording: all facts."""
 LEAST_REQUESTS = 8
 """The median of fewer than 6 has no interval."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenTrial:
+    """A solo trial that is there to be taken apart, in a process of its own, and the folder of what it finds."""
+
+    trial: ConductedTrial
+    folder: Path
+    machine: Machine
+    notices: tuple[Notice, ...]
+    memory_bytes: int
+    """What the device had free before, or has in all where that is not known."""
+    executor: Executor
+    scratch: Path
+
+    def read(self, kind: Any, name: str) -> Any:
+        """What the trial left in its folder. Raises `InvalidRunError` where that cannot be read."""
+        request = self.trial.request
+        try:
+            data = inputs.read_json(self.executor.fetch(request.trial, name, self.scratch), inputs.MANIFEST_BYTES)
+        except inputs.NotReadableError as error:
+            raise InvalidRunError(f"{request.variant.name}: {name}: cannot be read: {error}. Profile again.") from None
+        return codec.from_json(kind, data, name)
+
+    def peaks(self, rates: Mapping[str, Rate]) -> tuple[dict[str, Peak], dict[str, Peak]]:
+        """What the device does at best, stated or else measured, and as measured alone."""
+        by_rate = self.read(dict[str, Peak], PEAKS)
+        measured = {name: by_rate[rate] for name, rate in rates.items() if rate in by_rate}
+        device = self.machine.device_name
+        stated = {name: peak for name, rate in rates.items() if (peak := stated_peak(device, rate))}
+        return measured | stated, measured
+
+    def keep(self, document: str, found: object, traces: Sequence[str]) -> None:
+        """Write what was found, and fetch the profiler's own recordings. Raises `UsageError` where the disk refuses."""
+        with say_refused(lambda: (f"profile {self.folder.name} could not be written", "profile anew")):
+            for trace in traces:
+                self.executor.fetch(self.trial.request.trial, trace, self.folder)
+            write_document(self.folder / document, found)
+
+
+@contextlib.contextmanager
+def open_trial(
+    study: Study,
+    variant: Variant,
+    executor: Executor,
+    *,
+    runs: Path,
+    say: Callable[[str], None],
+    document: str,
+) -> Iterator[OpenTrial]:
+    """Start a variant's trial; the folder is removed where `document` has not been written into it by the end.
+
+    Raises:
+        UsageError: what cannot work on this machine.
+        InvalidRunError: its process did not start.
+    """
+    if study.workload.ranks > 1:
+        raise UsageError(
+            f"study {study.name}: ranks = {study.workload.ranks}: the profile takes apart the steps of one process. "
+            "Profile the variant with one rank; a run of the study says how its ranks spend a step."
+        )
+    study = dataclasses.replace(study, allow_fallback=True)
+    contender = Contender(variant=variant, workload=study.workload)
+    machine = executor.machine()
+    notices = check_feasible(study, machine, [contender], free_bytes=executor.free_bytes())
+    plan = make_plan(study, contenders=[contender], phases=("train", "generate"))
+    slot = plan.slots[0]
+    folder = runs / new_run_id(f"profile-{variant.name}", runs)
+    folder.mkdir(parents=True)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(leaving_nothing(folder, unless=document))
+        stack.callback(executor.close)
+        executor.start(folder, study.workload.threads)
+        say("preparing tokens")
+        tokens = executor.prepare_tokens(study.workload, keep=False)
+        if not tokens.synthetic:
+            say(f"data {tokens.data}")
+        site = site_of(study.workload, tokens, greet(executor, [variant]).device)
+        try:
+            worker = executor.launch()
+        except WorkerLostError as lost:
+            raise InvalidRunError(f"{variant.name}: {lost}") from None
+        stack.callback(worker.close)
+        place = executor.make_place(slot.trial, slot.trial)
+        yield OpenTrial(
+            trial=ConductedTrial(plan, slot, site, place, worker, say),
+            folder=folder,
+            machine=machine,
+            notices=notices,
+            memory_bytes=executor.free_bytes() or machine.device_memory_bytes or machine.memory_bytes,
+            executor=executor,
+            scratch=stack.enter_context(scratch_folder()),
+        )
 
 
 def profile_variant(
@@ -64,51 +159,11 @@ def profile_variant(
         UsageError: what cannot work on this machine.
         InvalidRunError: the trial did not come to its end; the message says where its log is.
     """
-    if study.workload.ranks > 1:
-        raise UsageError(
-            f"study {study.name}: ranks = {study.workload.ranks}: the profile takes apart the steps of one process. "
-            "Profile the variant with one rank; a run of the study says how its ranks spend a step."
-        )
-    study = dataclasses.replace(study, allow_fallback=True)
-    contender = Contender(variant=variant, workload=study.workload)
-    machine = executor.machine()
-    notices = check_feasible(study, machine, [contender], free_bytes=executor.free_bytes())
-    plan = make_plan(study, contenders=[contender], phases=("train", "generate"))
-    slot = plan.slots[0]
-    folder = runs / new_run_id(f"profile-{variant.name}", runs)
-    folder.mkdir(parents=True)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(leaving_nothing(folder, unless=DOCUMENT))
-        stack.callback(executor.close)
-        executor.start(folder, study.workload.threads)
-        say("preparing tokens")
-        tokens = executor.prepare_tokens(study.workload, keep=False)
-        if not tokens.synthetic:
-            say(f"data {tokens.data}")
-        site = site_of(study.workload, tokens, greet(executor, [variant]).device)
-        try:
-            worker = executor.launch()
-        except WorkerLostError as lost:
-            raise InvalidRunError(f"{variant.name}: {lost}") from None
-        stack.callback(worker.close)
-        place = executor.make_place(slot.trial, slot.trial)
-        trial = _Trial(plan, slot, site, place, worker, say)
-        has = executor.free_bytes() or machine.device_memory_bytes or machine.memory_bytes
+    with open_trial(study, variant, executor, runs=runs, say=say, document=DOCUMENT) as opened:
+        trial, machine = opened.trial, opened.machine
         rates: dict[str, Rate] = {"product": product_rate(variant), "memory": "memory"}
-        trial.conduct(list(rates.values()))
-        found = stack.enter_context(scratch_folder())
-
-        def read(kind: Any, name: str) -> Any:
-            """What the trial left in its folder."""
-            try:
-                data = inputs.read_json(executor.fetch(slot.trial, name, found), inputs.MANIFEST_BYTES)
-            except inputs.NotReadableError as error:
-                raise InvalidRunError(f"{variant.name}: {name}: cannot be read: {error}. Profile again.") from None
-            return codec.from_json(kind, data, name)
-
-        by_rate = read(dict[str, Peak], PEAKS)
-        measured = {name: by_rate[rate] for name, rate in rates.items() if rate in by_rate}
-        stated = {name: peak for name, rate in rates.items() if (peak := stated_peak(machine.device_name, rate))}
+        _conduct(trial, list(rates.values()), max(LEAST_REQUESTS, study.protocol.generate_requests))
+        peaks, measured = opened.peaks(rates)
         profile = Profile(
             study=study.name,
             variant=variant,
@@ -118,18 +173,16 @@ def profile_variant(
             threads=study.workload.threads,
             cpus=machine.cpus,
             wide_registers=machine.avx512_bf16,
-            memory_bytes=has,
-            record=trial.record.replaced(notices=(*notices, *trial.record.notices)),
-            activity=read(Activity, ACTIVITY),
-            memory={phase: read(MemoryAccount, name) for phase, name in ACCOUNTS.items()},
-            peaks=measured | stated,
+            memory_bytes=opened.memory_bytes,
+            record=trial.record.replaced(notices=(*opened.notices, *trial.record.notices)),
+            activity=opened.read(Activity, ACTIVITY),
+            memory={phase: opened.read(MemoryAccount, name) for phase, name in ACCOUNTS.items()},
+            peaks=peaks,
             measured_peaks=measured,
             estimates=_estimates(variant, study.workload, machine.device, trial.record.memory.get(BIRTH)),
         )
-        with say_refused(lambda: (f"profile {folder.name} could not be written", "profile anew")):
-            executor.fetch(slot.trial, TRACE, folder)
-            write_document(folder / DOCUMENT, profile)
-    return profile, folder
+        opened.keep(DOCUMENT, profile, (TRACE,))
+    return profile, opened.folder
 
 
 def _estimates(
@@ -149,52 +202,72 @@ def _estimates(
         return {}
 
 
-class _Trial:
+def _conduct(trial: ConductedTrial, rates: list[Rate], requests: int) -> None:
+    """All of it, in the order in which no measurement is in the way of another."""
+    trial.begin()
+    trial.ask("finish_training", steps=0)  # peaks and bytes of plain steps, before anything watches them
+    trial.ask("account", phase="train")
+    trial.ask("profile")
+    trial.ask("begin_generate")
+    for _ in range(requests):
+        trial.ask("request")
+    trial.ask("end_generate")
+    trial.ask("account", phase="generate")
+    trial.ask("peak", rates=rates)
+    trial.ask("activity")
+    trial.end()
+
+
+class ConductedTrial:
     """One solo trial, command by command."""
 
     def __init__(
         self, plan: Plan, slot: Slot, site: Site, place: Place, worker: Worker, say: Callable[[str], None]
     ) -> None:
-        self._request = request_of(plan, slot, site, place)
-        self._requests = max(LEAST_REQUESTS, plan.study.protocol.generate_requests)
+        self.request = request_of(plan, slot, site, place)
         self._worker = worker
         self._say = say
         self._asked = ""
         self._begin = time.monotonic()
         self.record: TrialRecord = begin_record(slot, "ok").replaced(started_unix_s=time.time(), tokens=site.tokens)
 
-    def conduct(self, rates: list[Rate]) -> None:
-        """All of it, in the order in which no measurement is in the way of another."""
-        self._ask("prepare", request=codec.to_json(self._request), profiled=True)
-        self._ask("build")
-        self._ask("verify")
-        self._ask("warm_up")
-        self._ask("finish_training", steps=0)  # peaks and bytes of plain steps, before anything watches them
-        self._ask("account", phase="train")
-        self._ask("profile")
-        self._ask("begin_generate")
-        for _ in range(self._requests):
-            self._ask("request")
-        self._ask("end_generate")
-        self._ask("account", phase="generate")
-        self._ask("peak", rates=rates)
-        self._ask("activity")
+    def begin(self) -> None:
+        """Build, check, warm up."""
+        self.ask("prepare", request=codec.to_json(self.request), profiled=True)
+        for command in ("build", "verify", "warm_up"):
+            self.ask(command)
+
+    def end(self) -> None:
+        """How long it took goes into the record."""
         self.record = self.record.replaced(wall_time_s=time.monotonic() - self._begin)
 
-    def _ask(self, command: str, **arguments: Any) -> Fragment:
+    def ask(self, command: str, **arguments: Any) -> Fragment:
+        """What the trial adds to its record. Raises `InvalidRunError` where it comes to no good."""
+        self.tell(command)
+        try:
+            fragment = self._worker.ask(command, self.request.trial, self.request.protocol.step_timeout_s, **arguments)
+        except WorkerLostError as lost:
+            fragment = Fragment().failed(lost.status, lost.failure)
+        return self.take(command, fragment)
+
+    def close(self) -> None:
+        """Its process ends; nothing more is asked of it."""
+        self._worker.close()
+
+    def tell(self, command: str) -> None:
+        """Say what is going on, where it is something else than before."""
         if command != self._asked:
             self._say(COMMANDS[command].says)
         self._asked = command
-        request = self._request
-        try:
-            fragment = self._worker.ask(command, request.trial, request.protocol.step_timeout_s, **arguments)
-        except WorkerLostError as lost:
-            fragment = Fragment().failed(lost.status, lost.failure)
+
+    def take(self, command: str, fragment: Fragment) -> Fragment:
+        """Add a fragment to the record. Raises `InvalidRunError` for one that says of a failure."""
         self.record = self.record.merged(fragment)
         if fragment.status != "ok":
             failure = fragment.failure
             said = f"{failure.kind}: {failure.message.removesuffix('.')}" if failure else "it says nothing"
             raise InvalidRunError(
-                f"{request.variant.name}: {fragment.status} in {command}: {said}. The log is {request.log_path}."
+                f"{self.request.variant.name}: {fragment.status} in {command}: {said}. The log is "
+                f"{self.request.log_path}."
             )
         return fragment

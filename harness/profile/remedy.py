@@ -12,7 +12,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from harness.errors import UsageError
-from harness.profile.diagnosis import Finding
+from harness.profile.finding import Finding
+from harness.records.metrics import METRICS, Phase
 from harness.records.record import Notice
 from harness.records.store import Run
 from harness.stats import Comparison
@@ -22,8 +23,13 @@ from harness.studies.study import Study
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
 from harness.verdicts.notices import notices_of
-from harness.verdicts.series import series_of
-from harness.verdicts.standing import phases_of, ratios_of, standing_of
+from harness.verdicts.series import is_difference, series_of
+from harness.verdicts.standing import control_of, phases_of, ratios_of, standing_of
+
+LEAST_TURNS = 2
+"""Of training, where requests are at issue: trials that take turns have some."""
+LEAST_REQUESTS = 12
+"""Of each trial, where requests are at issue."""
 
 
 def choose_finding(findings: Sequence[Finding], code: str | None) -> Finding:
@@ -67,6 +73,13 @@ def make_pair(study: Study, variant: Variant, finding: Finding, *, protocol: Pro
     name = f"without-{finding.code}"
     own: dict[str, Workload] = {}
     notes: tuple[str, ...] = ()
+    workload = study.workload
+    if phase_of(finding) != "train":  # requests of one length are at issue, and nothing else needs to be measured
+        protocol = dataclasses.replace(
+            protocol, epochs=0.0, merged=False, turns=min(protocol.turns, LEAST_TURNS),
+            generate_requests=max(protocol.generate_requests, LEAST_REQUESTS),
+        )  # fmt: skip
+        workload = dataclasses.replace(workload, natural_tokens=0)
     if not finding.changes:
         own = {name: dataclasses.replace(study.workload, **finding.workload_changes)}
         notes = (f"{variant.name} and {name} train on different workloads; their losses are not compared.",)
@@ -74,7 +87,7 @@ def make_pair(study: Study, variant: Variant, finding: Finding, *, protocol: Pro
     pair = Study(
         name=f"try-{finding.code}",
         title=f"{variant.name} against " + ", ".join(f"{key} = {value}" for key, value in finding.suggestion.items()),
-        workload=study.workload,
+        workload=workload,
         protocol=protocol,
         variants=(variant, dataclasses.replace(variant, name=name, **finding.changes)),
         reference=variant.name,
@@ -83,6 +96,11 @@ def make_pair(study: Study, variant: Variant, finding: Finding, *, protocol: Pro
         notes=notes,
     )
     return RemedyStudy(study=pair, own_workloads=own)
+
+
+def phase_of(finding: Finding) -> Phase:
+    """In which phase the cost of a finding shows, and a remedy is measured."""
+    return METRICS[finding.metric].phase
 
 
 _STORED = tuple(f"base.{path}" for path in ("bits", "quant_type", "double_quant", "compute_dtype", "gemm_path"))
@@ -128,17 +146,21 @@ class Tried:
 def judge_remedy(run: Run, finding: Finding) -> Tried:
     """Judge the run of such a study."""
     study = read_study(run)
-    stands, phase = standing_of(run, study), phases_of(run)[0]
-    control, known = stands.controls[phase], run.manifest.notices
-    comparison = next(iter(ratios_of(series_of(run.records), study, stands.primary[phase], control).values()), None)
+    stands, known = standing_of(run, study), run.manifest.notices
+    groups, phase = series_of(run.records), phases_of(run)[0]
+    metric, control = stands.primary[phase], stands.controls[phase]
+    if phase_of(finding) != "train":  # of a request the part that the finding is about
+        metric = finding.metric
+        control = control_of(groups, study.reference, metric, family=1)
+    comparison = next(iter(ratios_of(groups, study, metric, control).values()), None)
     return Tried(
         finding=finding,
         run=run.manifest.run,
         interleaving=run.manifest.interleaving,
-        metric=stands.primary[phase],
+        metric=metric,
         comparison=comparison,
         control=control,
         failures=stands.failures,
         notices=tuple(notice for notice in notices_of(run, study, stands.controls) if notice not in known),
-        valid=stands.valid and comparison is not None,
+        valid=stands.valid and comparison is not None and not (control is not None and is_difference(control)),
     )

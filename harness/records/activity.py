@@ -1,10 +1,11 @@
-"""What a profiled trial leaves behind: the names of its files, and what ran in the phases of its steps."""
+"""What a profiled trial leaves behind: the names of its files, and what ran in the phases of its steps or requests."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal
 
+from harness.records import codec
 from harness.records.memory_account import MemoryPhase
 
 ACTIVITY, TRACE, PEAKS = "activity.json", "trace.json.gz", "peaks.json"
@@ -12,6 +13,28 @@ ACCOUNTS: dict[MemoryPhase, str] = {"train": "memory-train.json", "generate": "m
 """What a profiled trial leaves in its folder: what ran, the trace that it was read from, peaks, and memory by phase."""
 STEP_PHASES = ("data", "forward", "backward", "update")
 """Phases of a step: taking the batch, forward, backward, clipping and the optimizer."""
+REQUEST_PHASES = ("prepare", "prefill", "decode", "choose")
+"""Phases of a request: what comes before its first forward pass, that pass over the prompt, the passes over one token
+each, and what lies between passes and after the last: choosing a token, handing it over, getting the next one ready."""
+REQUEST_SIGHT, REQUEST_ACTIVITY, MERGED_ACTIVITY = "requests.json", "requests-activity.json", "merged-activity.json"
+REQUEST_TRACE, MERGED_TRACE = "requests-trace.json.gz", "merged-trace.json.gz"
+"""What a trial whose requests are taken apart leaves beside these: what was seen of one, what ran in some, and with
+the adapter merged."""
+CACHE, HEAD = "cache", "head"
+"""Parts of forward passes that are told apart: adding to the cache of keys and values, and the output head."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightCopy:
+    """Copies of one whole weight that an operator made because it could not take the weight as it lies."""
+
+    weight: str
+    """Name of the weight; of several that have its shape the first and how many there are; "" where none has."""
+    shape: tuple[int, ...]
+    """Of the copy, as the operator was given it."""
+    operator: str
+    calls: float
+    time_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +50,7 @@ class OperatorUse:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PhaseActivity:
-    """What ran in one phase of a mean step under the profiler."""
+    """What ran in one phase of a mean step, or request, under the profiler."""
 
     phase: str
     window_s: float
@@ -38,6 +61,12 @@ class PhaseActivity:
     """The longest first."""
     totals_s: dict[str, float] = field(default_factory=dict)
     """Seconds of each operator by name with all that it calls; empty on a GPU, whose kernels call nothing."""
+    casts_s: float = field(default=0.0, metadata=codec.LATER)
+    """Time of the copies from one type to another."""
+    copies: tuple[WeightCopy, ...] = field(default=(), metadata=codec.LATER)
+    """Whole weights that were copied, the dearest first."""
+    parts_s: dict[str, float] = field(default_factory=dict, metadata=codec.LATER)
+    """Seconds of what is told apart inside the phase (`CACHE`, `HEAD`)."""
 
     @property
     def categories_s(self) -> dict[str, float]:
@@ -55,12 +84,12 @@ class PhaseActivity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Activity:
-    """What ran in some steps under the profiler, as their mean."""
+    """What ran in some steps, or requests, under the profiler, as their mean."""
 
     device: Literal["cpu", "cuda"]
     """What `operators` are: operators of the host, or kernels."""
     step_times_s: tuple[float, ...]
-    """Each profiled step."""
+    """Each profiled step, or request."""
     phases: tuple[PhaseActivity, ...]
     missing: str = ""
     """Why it is not known what ran; empty where it is."""

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from harness.profile.accounting import Ceilings, StepAccount, TokenShares
-from harness.profile.diagnosis import OF_WHAT_RAN, RULES, Finding
+from harness.profile.diagnosis import OF_WHAT_RAN, RULES
 from harness.profile.facts import Profile
+from harness.profile.finding import Finding
 from harness.records.memory_account import in_order, title_of
-from harness.records.units import format_bytes, format_interval, format_value
+from harness.records.units import format_bytes, format_interval
+from harness.report.findings import say_unfound, tabulate_findings
 from harness.report.notices import describe_notices
 from harness.report.step import tabulate_categories, tabulate_phases
-from harness.report.table import Cell, Document, Head, Section, Span, Table, name_columns, say, say_each, write_row
+from harness.report.table import Cell, Document, Section, Span, Table, name_columns, say, say_each, write_row
 from harness.verdicts.disturbance import disturbances
 
 
@@ -32,7 +34,7 @@ def describe_profile(
         _memory(profile),
         Section(title="Tokens of a step", lines=say_each([_tokens(tokens)])),
         Section(title="Ceilings", lines=say_each(_ceilings(found, profile))),
-        _findings(profile, step, findings),
+        tabulate_findings(findings, _others(profile, findings)),
         *describe_notices((*profile.record.notices, *said)),
     )
 
@@ -108,35 +110,6 @@ def _ceilings(found: Ceilings | str, profile: Profile) -> Iterator[str]:
             yield f"what this device reached when it was asked: {peak}"
 
 
-def _findings(profile: Profile, step: StepAccount, findings: Sequence[Finding]) -> Table:
-    rows = [write_row(one.code, one.message, _cost(one, step), _remedy(one)) for one in findings]
-    seen, cost = Head(text="seen"), Head(text="cost", right=True)
-    return Table(
-        title="Findings, and what was seen to hang on each",
-        heads=(Head(text="finding"), seen, cost, Head(text="what to try")),
-        rows=tuple(rows or [write_row("none", "", "", "")]),
-        notes=say_each(_others(profile, findings)),
-        apart=True,
-    )
-
-
-def _cost(finding: Finding, step: StepAccount) -> Cell:
-    if finding.cost_s is None:
-        return _bytes(finding.cost_bytes or 0)
-    share = f"{finding.cost_s / step.step.value:.1%}"
-    return Cell(text=f"{format_value(finding.cost_s, 's')}\n{share}", value=finding.cost_s, unit="s")
-
-
-def _remedy(finding: Finding) -> Cell:
-    if not finding.suggestion:
-        return Cell(text=finding.remedy, detail=f"Cannot be tried here: {finding.obstacle}.")
-    return Cell(text=finding.remedy, command=f"--try {finding.code}")
-
-
 def _others(profile: Profile, findings: Sequence[Finding]) -> Iterator[str]:
     """What else was looked for, and what could not be."""
-    rest = [code for code in RULES if code not in {finding.code for finding in findings}]
-    blind = [code for code in rest if profile.activity.missing and code in OF_WHAT_RAN]
-    yield f"looked for and not found: {', '.join(code for code in rest if code not in blind)}"
-    if blind:
-        yield f"not judged, since it is not known what ran: {', '.join(blind)}"
+    yield from say_unfound(RULES, findings, OF_WHAT_RAN if profile.activity.missing else ())

@@ -1,29 +1,54 @@
-"""Where a step's time goes: its phases, and what ran in them."""
+"""Where the time of a step, or of a request, goes: its phases, and what ran in them."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
-from harness.profile.accounting import IDLE, REMAINDER_LIMIT, StepAccount, TimeSpan, categories_s, plain_s
-from harness.profile.facts import Profile
-from harness.records.activity import STEP_PHASES
+from harness.profile.accounting import IDLE, REMAINDER_LIMIT, StepAccount, TimeSpan, Watched, categories_s, plain_s
 from harness.records.units import format_count, format_interval, format_ratio, format_value
 from harness.report.table import Cell, Table, name_columns, say_each, write_row, write_value
 
-STEP_PHASE_TITLES = {
-    "data": "data: taking the batch",
-    "forward": "forward",
-    "backward": "backward",
-    "update": "clipping and optimizer",
-}
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Words:
+    """What is taken apart is called, and what its phases are."""
+
+    what: str
+    titles: Mapping[str, str]
+    aside: str
+    """What goes on between two of them."""
+
+
+OF_STEPS = Words(
+    what="step",
+    titles={
+        "data": "data: taking the batch",
+        "forward": "forward",
+        "backward": "backward",
+        "update": "clipping and optimizer",
+    },
+    aside="the loss read and the times kept",
+)
+OF_REQUESTS = Words(
+    what="request",
+    titles={
+        "prepare": "before the first forward pass",
+        "prefill": "prefill: the pass over the prompt",
+        "decode": "decode: passes over one token",
+        "choose": "between passes and after the last",
+    },
+    aside="its times kept",
+)
 TOP = 8
 """Operators that are shown by name."""
 NAME_WIDTH = 80
 
 
-def tabulate_phases(profile: Profile, step: StepAccount) -> Table:
-    """A row a phase, the remainder that no phase explains, and the step; below it what the times rest on."""
+def tabulate_phases(profile: Watched, step: StepAccount, words: Words = OF_STEPS, *, beside: str = "") -> Table:
+    """A row a phase, the remainder that no phase explains, and the step; below it what the times rest on. `beside` is
+    added to the title."""
     waits = "device waits" if profile.device == "cuda" else "between operators"
     known = not profile.activity.missing
     calls = "launches" if profile.device == "cuda" else "operators"
@@ -33,7 +58,7 @@ def tabulate_phases(profile: Profile, step: StepAccount) -> Table:
         span = step.phases[phase.phase]
         rows.append(
             write_row(
-                STEP_PHASE_TITLES[phase.phase],
+                words.titles[phase.phase],
                 _time(span),
                 _share(span.value / step.step.value),
                 Cell(text=f"{idling[phase.phase] / span.value:.0%}" if known else "–"),
@@ -43,12 +68,12 @@ def tabulate_phases(profile: Profile, step: StepAccount) -> Table:
     rest = step.remainder
     rows.append(write_row("remainder", _time(rest), _shares(rest, step.step.value), "", ""))
     total = _count(profile.activity.calls if known else None)
-    rows.append(write_row("step", _time(step.step), "100 %", "", total, strong=True))
+    rows.append(write_row(words.what, _time(step.step), "100 %", "", total, strong=True))
     return Table(
-        title="Where a step's time goes",
-        heads=name_columns("phase", "time", "of the step", waits, calls),
+        title=f"Where a {words.what}'s time goes{beside}",
+        heads=name_columns("phase", "time", f"of the {words.what}", waits, calls),
         rows=tuple(rows),
-        notes=say_each(_step_lines(step)),
+        notes=say_each(_step_lines(step, words)),
     )
 
 
@@ -73,41 +98,39 @@ def _shares(span: TimeSpan, whole: float) -> Cell:
     return dataclasses.replace(share, interval=f"[{low:.1%}, {high:.1%}]", low=low, high=high)
 
 
-def _step_lines(step: StepAccount) -> Iterator[str]:
+def _step_lines(step: StepAccount, words: Words) -> Iterator[str]:
     borders, between = step.borders, step.between
     quiet = "undisturbed" if step.counted < step.pairs else "all"
-    yield f"{step.pairs} plain steps, in turns with as many whose phases were timed; {step.counted} count ({quiet})"
+    what = words.what
+    yield f"{step.pairs} plain {what}s, in turns with as many whose phases were timed; {step.counted} count ({quiet})"
     yield "intervals are those of this process; between processes times differ more"
     yield (
-        f"borders between phases cost {format_interval(borders.value, borders.low, borders.high, 's')} a step; in such "
-        f"a step the phases cover {_shares(step.covered, 1.0).line} of it"
+        f"borders between phases cost {format_interval(borders.value, borders.low, borders.high, 's')} a {what}; in "
+        f"such a {what} the phases cover {_shares(step.covered, 1.0).line} of it"
     )
-    yield (
-        f"between steps, the loss read and the times kept: "
-        f"{format_interval(between.value, between.low, between.high, 's')}"
-    )
+    yield (f"between {what}s, {words.aside}: {format_interval(between.value, between.low, between.high, 's')}")
     if step.occupancy is not None:
-        yield f"occupancy {step.occupancy:.0%}: CPU time over wall time of all these steps"
-    limit = f"{REMAINDER_LIMIT:.0%} of the step"
+        yield f"occupancy {step.occupancy:.0%}: CPU time over wall time of all these {what}s"
+    limit = f"{REMAINDER_LIMIT:.0%} of the {what}"
     if step.explained is None:
         yield f"whether the remainder is at most {limit} cannot be told: measure again on a quieter machine"
     elif not step.explained:
-        yield f"the phases do not explain the step: the remainder is more than {limit}"
+        yield f"the phases do not explain the {what}: the remainder is more than {limit}"
 
 
-def tabulate_categories(profile: Profile, step: StepAccount) -> Table:
+def tabulate_categories(profile: Watched, step: StepAccount, words: Words = OF_STEPS, *, beside: str = "") -> Table:
     """A row for each kind of work, by phase; below it the dearest operators by name."""
     what = "kernels" if profile.device == "cuda" else "operators, each without those that it calls"
     rows = []
     for category, by_phase in categories_s(profile, step).items():
         seconds = sum(by_phase.values())
-        times = (_seconds(by_phase[phase]) if by_phase[phase] else "–" for phase in STEP_PHASES)
+        times = (_seconds(by_phase[phase]) if by_phase[phase] else "–" for phase in step.phases)
         rows.append(write_row(category, _share(seconds / step.step.value), _seconds(seconds), *times))
     return Table(
-        title=f"What ran: {what}",
-        heads=name_columns("category", "of the step", "time", *STEP_PHASES),
+        title=f"What ran{beside}: {what}",
+        heads=name_columns("category", f"of the {words.what}", "time", *step.phases),
         rows=tuple(rows),
-        notes=say_each(_operators(profile, step)),
+        notes=say_each(_operators(profile, step, words)),
         apart=True,
     )
 
@@ -116,11 +139,11 @@ def _seconds(seconds: float) -> Cell:
     return Cell(text=format_value(seconds, "s"), value=seconds, unit="s")
 
 
-def _operators(profile: Profile, step: StepAccount) -> Iterator[str]:
+def _operators(profile: Watched, step: StepAccount, words: Words) -> Iterator[str]:
     steps, slow = len(profile.activity.step_times_s), profile.activity.window_s
     slower = step.profiler_slowdown
     seen = (
-        f"seen in {format_count(steps, 'step')} under the profiler, each {format_value(slow, 's')} "
+        f"seen in {format_count(steps, words.what)} under the profiler, each {format_value(slow, 's')} "
         f"(× {format_ratio(slower.value, slower.low, slower.high)})"
     )
     if profile.activity.missing:

@@ -34,7 +34,8 @@ def _lines(tried: Tried) -> Iterator[Line]:
         yield say(Span(text=comparison.reason, tone="faint"))
     if finding.cost_share is not None and comparison is not None and comparison.ratio is not None:
         of = "a step" if tried.metric == "step_time_s" else f"the {title}"
-        seen = f"the diagnosis had seen {finding.cost_share:.1%} of a step hang on it"
+        part = "a step" if finding.metric == "step_time_s" else f"the {METRICS[finding.metric].title}"
+        seen = f"the diagnosis had seen {finding.cost_share:.1%} of {part} hang on it"
         yield say(f"gained {_gain(comparison.ratio, comparison.low, comparison.high)} of {of}; {seen}")
     if control is not None:
         cell = write_finding(control, tried.metric, MARGIN, "variants")

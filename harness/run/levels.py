@@ -85,6 +85,8 @@ def shared_base_obstacle(variants: Sequence[Variant]) -> str | None:
             return f"{label}: bias = {variant.bias!r} trains the base's own biases"
         if variant.compile:
             return f"{label}: compile = True would recompile for every adapter, and fall back at its limit"
+        if variant.merge_adapter:
+            return f"{label}: merge_adapter = True changes the base for its requests"
         if variant.liger_kernel:
             return f"{label}: liger_kernel = True swaps functions of the architecture for the whole process"
         differing = sorted(set(variant.differences(first)) - ADAPTER_FIELDS)

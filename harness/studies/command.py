@@ -68,6 +68,9 @@ _ROWS = (
     Command(word="profile", says="taking steps apart", by="profiled trial", watched="train", ends="train"),
     Command(word="peak", says="measuring what the device does at best", by="profiled trial"),
     Command(word="activity", says="recording what runs in a step", by="profiled trial"),
+    Command(word="apart", says="taking requests apart", by="profiled trial", watched="generate"),
+    Command(word="sight", says="looking at a request", by="profiled trial"),
+    Command(word="request_activity", says="recording what runs in a request", by="profiled trial"),
 )
 COMMANDS = {command.word: command for command in _ROWS}
 """By their words; those of any trial in the order in which it is asked."""

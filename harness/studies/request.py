@@ -43,6 +43,8 @@ class TrialRequest:
     what a protocol can see. 0 in every measurement of a variant."""
     base: str = field(default="", metadata=codec.LATER)
     """Folder of the prepared base, to be mapped; without one the process reads, converts and quantises it itself."""
+    waterfall: bool = field(default=False, metadata=codec.LATER)
+    """Whether a cold start is taken apart, which times parts of it and so is no measurement of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,6 +23,7 @@ Attention = Literal["sdpa", "flash_attention_2", "eager", "flex_attention"]
 Optimizer = Literal["adamw", "adamw_fused", "paged_adamw_32bit", "paged_adamw_8bit"]
 Schedule = Literal["constant", "linear", "cosine"]
 Bias = Literal["none", "all", "lora_only"]
+KeyValueCache = Literal["dynamic", "static"]
 Init = Literal["default", "gaussian", "olora", "pissa", "orthogonal"]
 
 ALL_LINEAR = "all-linear"
@@ -111,6 +112,15 @@ class Variant:
     """Gradient norm above which gradients are scaled down; 0 leaves them alone."""
     gradient_accumulation: int = 1
     """Batches of one update of the optimizer."""
+
+    merge_adapter: bool = field(default=False, metadata=codec.LATER)
+    """Answer requests with the adapter merged into the base, which changes nothing of the training before."""
+    kv_cache: KeyValueCache = field(default="dynamic", metadata=codec.LATER)
+    """Cache of a request's keys and values: "dynamic" is made anew for each token, one longer, and what it held is
+    copied; "static" is made once, of the whole length."""
+    copy_head_input: bool = field(default=False, metadata=codec.LATER)
+    """Hand the output head a copy of what it takes in a request. The hidden states of the last token are a view with
+    the strides of the whole prompt, which torch's linear does not fold; on a CPU it then copies the head's weight."""
 
     command: str = field(default="", metadata=codec.LATER)
     """A training script in place of all above, as one would start it, but without a shell: `python train.py --r 64`."""

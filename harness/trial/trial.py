@@ -243,11 +243,13 @@ class Trial:
         """First call and the discarded requests after it. Training has ended: the optimizer's state is let go."""
         trainee, protocol = self._built.trainee, self._request.protocol
         trainee.model.eval()
+        if self._request.variant.merge_adapter:
+            lora.merge(trainee.model)
         trainee.optimizer.state.clear()  # a server holds none, so it is not in the peak
         release_unused(self._request.device)
         if self._alone:
             self._gauge.begin()
-        self._server = Server(trainee.model, self._built.stream, self._request.workload)
+        self._server = Server(trainee.model, self._built.stream, self._request.workload, self._request.variant)
         first = self._server.warm_up(1 + protocol.generate_warmup)
         values = {
             "new_tokens": float(self._request.workload.new_tokens),
@@ -276,7 +278,7 @@ class Trial:
 
     def untrained(self) -> Fragment:
         """The answers to the same prompts before training: those of the base without an adapter."""
-        if self._request.variant.rewrites_base:
+        if self._request.variant.rewrites_base or self._request.variant.merge_adapter:
             return Fragment()
 
         def answers() -> dict[str, list[int]]:

@@ -41,7 +41,7 @@ PLANTED = {
     "launch-bound": (changed(idle=0.4), 0.4, {"compile": True}),
     "dequantisation": (changed(NF4, categories={"dequantize": 0.3}), 0.3, {"quantization": "none"}),
     "float32-adapter": (
-        changed(adapter_dtype="float32", categories={"copy": 0.15}), 0.15, {"adapter_dtype": "bfloat16"}
+        changed(adapter_dtype="float32", categories={"copy": 0.3}, casts=0.15), 0.15, {"adapter_dtype": "bfloat16"}
     ),
     "float32-compute": (changed({"dtype": "float32"}), 0.7, {"dtype": "bfloat16"}),
     "masked-attention": (
@@ -62,6 +62,7 @@ PLANTED = {
     "data-wait": (changed(phases_s=dict(HEALTHY.phases_s) | {"data": 0.02}), 0.2, {}),
     "contention": (changed(device="cpu", occupancy=0.6, reserved_bytes=None), 0.4, {}),
     "oversubscription": (changed(device="cpu", occupancy=0.6, threads=4, cpus=2, reserved_bytes=None), 0.4, {}),
+    "logits": (changed(logits_bytes=2 * GIB, liger=True), None, {"liger_kernel": True}),
     "fragmentation": (changed(reserved_bytes=15 * GIB), None, {}),
 }  # fmt: skip
 """Constructed: the evidence, the share of a step that hangs on it, and what to change of the variant."""
@@ -84,7 +85,7 @@ def test_a_planted_case_is_found_alone(code):
     (finding,) = diagnose(evidence)
     assert (finding.code, finding.changes) == (code, changes)
     if share is None:
-        assert finding.cost_bytes == 5 * GIB
+        assert finding.cost_bytes == {"logits": 2 * GIB - GIB // 4, "fragmentation": 5 * GIB}[code]
     else:
         assert finding.cost_share == pytest.approx(share)
         assert finding.cost_s == pytest.approx(share * 0.1)
@@ -100,7 +101,12 @@ def test_a_planted_case_is_found_alone(code):
         (changed({"optimizer": "paged_adamw_32bit"}, memory_bytes=11 * GIB), []),
         (changed(NF4, categories={"dequantize": 0.3}, memory_bytes=15 * GIB), [{}]),
         (changed({"dtype": "float32"}, device="cpu", wide_registers=False), []),
-        (changed({"autocast": "bfloat16"}, adapter_dtype="float32", categories={"copy": 0.2}), []),
+        (changed({"autocast": "bfloat16"}, adapter_dtype="float32", casts=0.2), []),
+        (changed(adapter_dtype="float32", categories={"copy": 0.3}, casts=0.01), []),
+        (changed(logits_bytes=GIB // 2, liger=True), []),
+        (changed(logits_bytes=2 * GIB), [{}]),
+        (changed({"liger_kernel": True}, logits_bytes=2 * GIB, liger=True), [{}]),
+        (changed(device="cpu", logits_bytes=2 * GIB, liger=True, reserved_bytes=None), [{}]),
         (changed(attention_backend="eager", variant={"attention": "eager"}), [{"attention": "sdpa"}]),
         (changed(attention_mask="explicit", masked_pairs=0.5, flash_attn=False), [{}]),
         (changed({"autocast": "float32"}, attention_mask="explicit", masked_pairs=0.5, wide_registers=False), [{}]),

@@ -6,8 +6,8 @@ import pytest
 
 from harness.commands.profile import _try
 from harness.errors import UsageError
-from harness.profile.diagnosis import Finding
-from harness.profile.remedy import choose_finding, judge_remedy, make_pair
+from harness.profile.finding import Finding
+from harness.profile.remedy import choose_finding, judge_remedy, make_pair, phase_of
 from harness.records import store
 from harness.records.record import Failure
 from harness.report.view import view_of
@@ -148,6 +148,28 @@ def test_a_gain_counts_where_the_control_is_no_difference(write_run, small_study
     failed = judged(write_run, pair, "dropout", old, new, change=fail)
     assert not failed.valid
     assert "r1-without-dropout: oom in build: it is full" in failed.failures[0]
+
+
+def test_a_remedy_of_requests_is_judged_by_what_its_cost_is_of(write_run, small_study, machine):
+    """Requests of one length are measured and nothing else of them; steps that grew slower say nothing against it."""
+    wait = dataclasses.replace(finding("weight-copied", copy_head_input=True), metric="first_token_time_s")
+    workload = dataclasses.replace(small_study.workload, natural_tokens=4)
+    study = dataclasses.replace(small_study, workload=workload)
+    pair = make_pair(study, study.variants[0], wait, protocol=dataclasses.replace(study.protocol, epochs=3.0))
+    protocol = pair.study.protocol
+    assert (protocol.merged, protocol.epochs, protocol.turns, protocol.generate_requests) == (False, 0.0, 2, 12)
+    plan, _ = plan_study(pair.study, machine, free_bytes=None, phases=(phase_of(wait),))
+    assert {measure for slot in plan.slots for measure in slot.measures} == {"steps", "requests", "peaks"}
+
+    def answer(record):
+        seconds = (0.1 if record.name == "without-weight-copied" else 0.5) * (1 + 0.001 * record.replicate)
+        return record.replaced(samples=record.samples | {"first_token_time_s": (seconds,) * 6})
+
+    steps = {"plain": [0.1, 0.1001, 0.1002, 0.0999], "without-weight-copied": [0.2, 0.2001, 0.2002, 0.1999]}
+    path = write_run("run", steps, study=pair.study, change=answer)
+    tried = judge_remedy(store.read_run(str(path), path.parent), wait)
+    assert (tried.metric, tried.comparison.verdict) == ("first_token_time_s", "improved")
+    assert tried.comparison.ratio == pytest.approx(0.2)
 
 
 def test_workloads_are_compared_by_the_time_of_a_real_token(write_run, padded, tmp_path):

@@ -13,13 +13,23 @@ import pytest
 from harness.machine.doctor.check import Check
 from harness.machine.provenance import Machine
 from harness.models.costs.memory import MemoryEstimate
+from harness.models.costs.peaks import Peak
+from harness.models.shapes import ModelShape
 from harness.profile import accounting
-from harness.profile.diagnosis import Finding, diagnose
+from harness.profile.diagnosis import diagnose
 from harness.profile.evidence import evidence_of
 from harness.profile.facts import Profile
+from harness.profile.finding import Finding
 from harness.profile.remedy import Tried
+from harness.profile.requests.accounting import request_accounts
+from harness.profile.requests.evidence import evidence_of_requests
+from harness.profile.requests.facts import RequestProfile
+from harness.profile.requests.rules import diagnose_requests
 from harness.records import codec, store
-from harness.records.record import Notice
+from harness.records.activity import Activity, OperatorUse, PhaseActivity, WeightCopy
+from harness.records.memory_account import MemoryAccount
+from harness.records.record import Notice, TrialRecord
+from harness.records.request_sight import ModelSize, RequestSight
 from harness.report.attribution import describe_attribution
 from harness.report.calibration import describe_calibration
 from harness.report.claims import describe_claims
@@ -30,6 +40,7 @@ from harness.report.gate import describe_gate
 from harness.report.notices import describe_notices, tell_notices
 from harness.report.plan import describe_plan
 from harness.report.profile import describe_profile
+from harness.report.requests import describe_requests
 from harness.report.run import describe_run
 from harness.report.sample import Sample, describe_samples
 from harness.report.sizes import describe_sizes
@@ -74,6 +85,99 @@ def profile_document(name: str) -> Document:
     step = accounting.step_account(profile)
     tokens, found = accounting.token_shares(profile), accounting.ceilings(profile, step.step)
     return describe_profile(profile, step, tokens, found, diagnose(evidence_of(profile, step, tokens, found)))
+
+
+REQUEST_TIMES = {"prepare": 0.001, "prefill": 0.2, "decode": 0.07, "choose": 0.004}
+"""Seconds of each phase of a request of 8 tokens; a decoded token takes 10 ms."""
+MERGED_TIMES = REQUEST_TIMES | {"prefill": 0.19, "decode": 0.035}
+HEAD_COPY = WeightCopy(
+    weight="lm_head.weight", shape=(1, 64, 4096), operator="aten::contiguous", calls=1.0, time_s=0.3
+)  # fmt: skip
+"""Under the profiler, where everything takes twice as long."""
+
+
+def request_samples(times: dict[str, float], prefix: str = "") -> dict[str, tuple[float, ...]]:
+    """Eight pairs without noise; phases leave 1 ms of a request."""
+    whole = sum(times.values()) + 0.001
+    found = {f"phase_{name}_s": (seconds,) * 8 for name, seconds in times.items()} | {
+        "plain_request_time_s": (whole,) * 8, "plain_request_cpu_time_s": (0.99 * whole,) * 8,
+        "bordered_request_time_s": (whole,) * 8, "bordered_request_cpu_time_s": (0.99 * whole,) * 8,
+        "between_requests_s": (2e-5,) * 7, "first_token_time_s": (times["prefill"] + 0.002,) * 8,
+        "time_per_output_token_s": (times["decode"] / 7 + 0.0005,) * 8,
+    }  # fmt: skip
+    return {f"{prefix}{name}": values for name, values in found.items()}
+
+
+def request_activity(times: dict[str, float], adapted: bool) -> Activity:
+    """Under the profiler everything takes twice as long; nothing of a forward pass is idle."""
+    phases = []
+    for name, seconds in times.items():
+        uses = [OperatorUse(name="aten::mm", category="matmul", calls=70.0 + 70.0 * adapted, time_s=2 * seconds)]
+        if name == "prefill":
+            uses = [OperatorUse(name="aten::copy_", category="copy", calls=1.0, time_s=2 * seconds)]
+        phases.append(
+            PhaseActivity(
+                phase=name, window_s=2 * seconds, busy_s=2 * seconds, operators=tuple(uses),
+                copies=(HEAD_COPY,) if name == "prefill" else (), parts_s={"head": 0.31} if name == "prefill" else {},
+            )
+        )  # fmt: skip
+    return Activity(device="cpu", step_times_s=(0.55, 0.55, 0.55), phases=tuple(phases))
+
+
+def constructed_requests() -> RequestProfile:
+    """All facts of it."""
+    variant = Variant(name="wide", r=4, adapter_dtype="bfloat16")
+    peak = {"device": "this CPU with 1 thread", "source": "constructed"}
+    record = TrialRecord(
+        trial="r0-wide", status="ok", name="wide", variant="v", role="variant", replicate=0, position=0,
+        interleaving="replicates", seed=0, started_unix_s=0.0, wall_time_s=1.0,
+        samples={
+            **request_samples(REQUEST_TIMES), **request_samples(MERGED_TIMES, "merged_"),
+            "new_length_first_token_s": (0.202,) * 6, "known_length_first_token_s": (0.202,) * 6,
+        },
+        values={
+            "cold_import_time_s": 4.0, "cold_prepare_time_s": 0.1, "cold_read_time_s": 1.0, "cold_quantise_time_s": 0.5,
+            "cold_adapter_time_s": 0.2, "cold_before_first_forward_s": 0.01, "cold_first_forward_time_s": 0.3,
+            "cold_first_token_time_s": 0.32, "cold_completion_time_s": 0.4, "cold_start_time_s": 6.2,
+        },
+        memory={"host_peak_first_token_bytes": 2**28},
+        checks=({"path": "lora.dtype", "observed": "bfloat16", "required": None},),
+    )  # fmt: skip
+    size = ModelSize(
+        linear_elements=100_000, linear_bytes=200_000, head_elements=262_144, head_bytes=524_288,
+        adapter_elements=10_000, adapter_bytes=20_000, norm_bytes=640,
+    )  # fmt: skip
+    return RequestProfile(
+        study="s", variant=variant, workload=Workload(prompt_tokens=32, new_tokens=8), device="cpu",
+        device_name="a [fast] CPU", threads=1, cpus=2, wide_registers=True, memory_bytes=2**33, record=record,
+        sight=RequestSight(
+            training=False, checkpointing=False, prompt_rows=32, decode_rows=1, logit_rows=1, cache="DynamicCache",
+            cache_bytes=39 * 1024, cache_moved=1.0, head="lm_head.weight", size=size,
+        ),
+        activity=request_activity(REQUEST_TIMES, True), merged_activity=request_activity(MERGED_TIMES, False),
+        memory=MemoryAccount(phase="generate", kinds={"process": 2**28, "kv_cache": 39 * 1024}, peak_bytes=2**29),
+        peaks={
+            "product": Peak(rate="bfloat16", per_s=1e12, **peak), "memory": Peak(rate="memory", per_s=1e10, **peak)
+        },
+        shape=ModelShape(
+            hidden_size=64, intermediate_size=128, layers=2, heads=2, kv_heads=2, head_dim=32, vocab_size=4096,
+            context=64, tied=True, architecture="llama",
+        ),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def requests_profile() -> RequestProfile:
+    """A profile of requests, constructed: times that add up, a copied head, an adapter that merging takes away."""
+    return constructed_requests()
+
+
+def requests_document() -> Document:
+    """The same with all that is computed of it."""
+    profile = constructed_requests()
+    served, merged = request_accounts(profile)
+    findings = diagnose_requests(evidence_of_requests(profile, served, merged))
+    return describe_requests(profile, served, merged, findings)
 
 
 def calibration() -> Calibration:
@@ -165,6 +269,7 @@ def every_report(small_study) -> dict[str, Document]:
         "claims": lambda: describe_claims(judge_claims(constructed_run("swept"))),
         "profile": lambda: profile_document("explained"),
         "profile of nothing seen": lambda: profile_document("unseen"),
+        "profile of requests": requests_document,
         "tried remedy": lambda: describe_tried(tried()),
         "estimate": lambda: describe_estimate(
             Variant(name="v"), Workload(), MACHINE, estimates(), {"train": 2**28 + 2**20}

@@ -11,9 +11,10 @@ from harness.commands import profile as commands_profile
 from harness.models.costs.peaks import Peak
 from harness.profile import measure as profiling
 from harness.profile.accounting import IDLE, TimeSpan, categories_s, ceilings, step_account, time_of, token_shares
-from harness.profile.diagnosis import Finding, diagnose
+from harness.profile.diagnosis import diagnose
 from harness.profile.evidence import evidence_of
 from harness.profile.facts import Profile
+from harness.profile.finding import Finding
 from harness.profile.remedy import Tried
 from harness.records import codec
 from harness.records.activity import Activity, OperatorUse, PhaseActivity

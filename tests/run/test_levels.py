@@ -52,6 +52,8 @@ def test_variants_on_different_workloads_take_turns_in_processes_of_their_own():
         ({"bias": "lora_only"}, "biases"),
         ({"compile": True}, "recompile"),
         ({"liger_kernel": True}, "whole process"),
+        ({"merge_adapter": True}, "changes the base for its requests"),
+        ({"kv_cache": "static"}, "kv_cache"),
         ({"attention": "eager"}, "attention"),
         ({"optimizer": "adamw"}, "optimizer"),
         ({"dtype": "float32"}, "dtype"),

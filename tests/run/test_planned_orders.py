@@ -7,7 +7,7 @@ import json
 import pytest
 
 import harness.run.ab
-from harness.profile.diagnosis import Finding
+from harness.profile.finding import Finding
 from harness.profile.remedy import make_pair
 from harness.records import codec
 from harness.run.ab import plan_ab

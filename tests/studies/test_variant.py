@@ -52,7 +52,7 @@ def test_every_field_that_is_read_changes_the_identity():
         "adapter_dtype": "bfloat16", "attention": "eager", "gradient_checkpointing": True, "autocast": "bfloat16",
         "tf32": True, "compile": True, "optimizer": "adamw", "learning_rate": 1e-3, "schedule": "linear",
         "warmup_ratio": 0.1, "weight_decay": 0.1, "max_grad_norm": 0.0, "gradient_accumulation": 2,
-        "liger_kernel": True,
+        "liger_kernel": True, "merge_adapter": True, "kv_cache": "static", "copy_head_input": True,
     }  # fmt: skip
     assert set(others) == {field.name for field in dataclasses.fields(Variant)} - {"name", *script.FIELDS}
     ids = {dataclasses.replace(base, **{key: value}).id for key, value in others.items()} | {base.id}

@@ -45,13 +45,26 @@ def activate(model: Any, adapter: str) -> None:
         model.set_adapter(adapter)
 
 
+def wrapped(model: Any) -> Any:
+    """transformers' own model inside of PEFT's, its layers replaced; the model itself where PEFT has wrapped none."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def is_merged(model: Any) -> bool:
+    """Whether an adapter is merged into the base."""
+    return any(layer.merged for layer in adapted_layers(model).values())
+
+
 def without_adapter(model: Any) -> AbstractContextManager[None]:
     """Meanwhile the model is its base."""
     return cast("AbstractContextManager[None]", model.disable_adapter())
 
 
 def merge(model: Any) -> None:
-    """Merge the active adapter into the base, whose 4-bit weights must lie in their stored layout for it."""
+    """Merge the active adapter into the base, whose 4-bit weights must lie in their stored layout for it; nothing where
+    it is merged."""
+    if is_merged(model):
+        return
     unpack_4bit(model)
     model.merge_adapter()
 

@@ -9,6 +9,7 @@ what is cold is the interpreter, the libraries, the allocator and the device con
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -28,21 +29,29 @@ def answer(request: TrialRequest, spawned_monotonic_s: float) -> Fragment:
     from harness.trial.building.build import set_precision
     from harness.trial.data.stream import TokenStream
     from harness.trial.inference.generate import generate
+    from harness.trial.inference.waterfall import Waterfall
     from harness.trial.process import prepare_process, synchronize
 
     imported = time.monotonic()
+    waterfall = Waterfall() if request.waterfall else None
     prepare_process(request)
     variant = request.variant
     set_precision(variant)
     stream = TokenStream(Path(request.tokens_path), request.workload, variant, request.device)
     source = catalogue.resolve(request.workload.model)
     begin = time.monotonic()
-    base = load_base(source, variant, device=request.device, seed=request.workload.data_seed)
+    with waterfall.loading(request.device) if waterfall else contextlib.nullcontext():
+        base = load_base(source, variant, device=request.device, seed=request.workload.data_seed)
+        synchronize(request.device)
+    read = time.monotonic()
     model = lora.load(base, variant, Path(request.scratch) / "adapter")
+    if variant.merge_adapter:
+        lora.merge(model)
     model.eval()
     synchronize(request.device)
     loaded = time.monotonic()
-    first = generate(model, stream.prompt(0), request.workload.new_tokens)
+    with waterfall.answering(lora.wrapped(model), request.device) if waterfall else contextlib.nullcontext():
+        first = generate(model, stream.prompt(0), request.workload.new_tokens, variant=variant)
     done = time.monotonic()
     values = {
         "cold_import_time_s": imported - spawned_monotonic_s,
@@ -52,6 +61,9 @@ def answer(request: TrialRequest, spawned_monotonic_s: float) -> Fragment:
         "cold_completion_time_s": first.request_time_s,
         "cold_start_time_s": done - spawned_monotonic_s,
     }
+    if waterfall is not None:
+        prepared = {"cold_prepare_time_s": begin - imported, "cold_adapter_time_s": loaded - read}
+        values |= prepared | waterfall.values(base_s=read - begin, first_token_s=first.first_token_time_s)
     return Fragment(
         values=values,
         samples={"cold_start_time_s": (values["cold_start_time_s"],)},

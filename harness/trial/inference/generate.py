@@ -18,6 +18,8 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
+from harness.studies.variant import Variant
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
@@ -63,10 +65,29 @@ def _without_end(model: Any) -> Iterator[None]:
         model.generation_config.eos_token_id = kept
 
 
-def generate(model: Any, prompt: torch.Tensor, new_tokens: int, *, until_end: bool = False) -> Request:
+@contextlib.contextmanager
+def _copied_head_input(model: Any) -> Iterator[None]:
+    """The output head takes a copy of what it is given, laid out anew. A clone that keeps the strides would not do:
+    they are what torch's linear does not fold."""
+
+    def copy(module: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        hidden, *rest = args
+        return (hidden.clone(memory_format=torch.contiguous_format), *rest)
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(copy)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def generate(
+    model: Any, prompt: torch.Tensor, new_tokens: int, *, until_end: bool = False, variant: Variant | None = None
+) -> Request:
     """One greedy request for `prompt`, shape (1, length), of exactly `new_tokens` tokens.
 
     With `until_end` the model's end-of-sequence token ends it (and is the last of the tokens), at `new_tokens` at most.
+    `variant` says how it is answered (`kv_cache`, `copy_head_input`); as transformers does by itself if left out.
 
     Raises:
         RuntimeError: the model produced another number of tokens (a stop criterion outside our control).
@@ -76,7 +97,14 @@ def generate(model: Any, prompt: torch.Tensor, new_tokens: int, *, until_end: bo
     mask = torch.ones_like(prompt)
     if until_end:
         config.eos_token_id = model.generation_config.eos_token_id
-    with torch.no_grad(), contextlib.nullcontext() if until_end else _without_end(model):
+    if variant is not None and variant.kv_cache == "static":
+        config.cache_implementation, config.disable_compile = "static", True
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        if not until_end:
+            stack.enter_context(_without_end(model))
+        if variant is not None and variant.copy_head_input:
+            stack.enter_context(_copied_head_input(model))
         begin = time.perf_counter()
         model.generate(input_ids=prompt, attention_mask=mask, generation_config=config, streamer=stamps)
         end = time.perf_counter()

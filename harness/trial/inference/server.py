@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from harness.studies.variant import Variant
 from harness.studies.workload import Workload
 from harness.trial.building import lora
 from harness.trial.data.stream import TokenStream
@@ -15,10 +16,11 @@ NAMES = ("request_time_s", "first_token_time_s", "time_per_output_token_s")
 class Server:
     """Answers prompts by number, with the adapter beside the base or merged into it."""
 
-    def __init__(self, model: Any, stream: TokenStream, workload: Workload) -> None:
+    def __init__(self, model: Any, stream: TokenStream, workload: Workload, variant: Variant) -> None:
         self._model = model
         self._stream = stream
         self._workload = workload
+        self._variant = variant
         self._served = 0
         self._answered = 0
         self._prefix = ""
@@ -30,7 +32,17 @@ class Server:
 
     def ask_shortly(self) -> None:
         """A request of two tokens, which has a prefill and one step of decoding; of none of the numbers."""
-        generate(self._model, self._stream.prompt(0), 2)
+        self.ask_at(self._workload.prompt_tokens, 2)
+
+    def ask_at(self, length: int, new_tokens: int) -> Request:
+        """A request of a prompt's first `length` tokens, of none of the numbers of a run."""
+        return generate(self._model, self._stream.prompt(0)[:, :length], new_tokens, variant=self._variant)
+
+    def ask(self) -> Request:
+        """The next request."""
+        request = self._ask(self._served)
+        self._served += 1
+        return request
 
     def visit(self, count: int) -> None:
         """Answer the first `count` whole prompts once, untimed; the same tokens come again when they are asked.
@@ -44,8 +56,7 @@ class Server:
 
     def request(self) -> dict[str, tuple[float, ...]]:
         """The next request's times, in seconds, by metric."""
-        request = self._ask(self._served)
-        self._served += 1
+        request = self.ask()
         return {f"{self._prefix}{name}": (getattr(request, name),) for name in NAMES}
 
     def natural(self) -> tuple[int, Request]:
@@ -57,7 +68,7 @@ class Server:
     def answer(self, index: int) -> Request:
         """The request for whole prompt `index`."""
         prompt = self._stream.natural_prompt(index)
-        return generate(self._model, prompt, self._workload.natural_tokens, until_end=True)
+        return generate(self._model, prompt, self._workload.natural_tokens, until_end=True, variant=self._variant)
 
     @property
     def answered(self) -> range:
@@ -71,4 +82,4 @@ class Server:
         self.warm_up(discard)
 
     def _ask(self, index: int) -> Request:
-        return generate(self._model, self._stream.prompt(index), self._workload.new_tokens)
+        return generate(self._model, self._stream.prompt(index), self._workload.new_tokens, variant=self._variant)

@@ -8,13 +8,14 @@ it calls. Which category a name belongs to is kernels_check's to say.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from typing import Any, Literal
 
 from torch._C._autograd import DeviceType
 
 from harness.records.activity import STEP_PHASES, Activity, OperatorUse, PhaseActivity
+from harness.trial.profiling.copies import KernelTimes, cast_times, copies_of, sum_copies
 from kernels_check.rules import Rule, classify
 from kernels_check.trace.kineto import Events
 from kernels_check.trace.operators import operator_times
@@ -22,6 +23,8 @@ from kernels_check.trace.timeline import Columns, busy_share, columns, totals
 
 MARK = "lorameter."
 """Before the name of a phase, in the profiler's annotations."""
+PART = "lorameter.part."
+"""Before the name of what is told apart inside a phase."""
 _RUNTIME = ("cuda", "cu")
 """How calls of the CUDA runtime and driver begin, which the profiler keeps among the records of the host."""
 
@@ -32,25 +35,36 @@ NO_KERNELS = (
 )
 
 
-def activity_of(events: Iterable[Any], step_times_s: tuple[float, ...], device: str) -> Activity:
-    """The mean step of some that were profiled with their phases marked.
+def activity_of(
+    events: Iterable[Any],
+    step_times_s: tuple[float, ...],
+    device: str,
+    *,
+    phase_names: Sequence[str] = STEP_PHASES,
+    weights: Mapping[tuple[int, int], str] | None = None,
+) -> Activity:
+    """The mean step, or request, of some that were profiled with their phases marked.
 
     Args:
         events: the profiler's records (`_KinetoEvent`); what lies in no phase is left out.
         step_times_s: of each of the steps, under the profiler.
         device: where they ran, as torch names it.
+        phase_names: the phases, in their order.
+        weights: outputs and inputs of the model's weights, and what they are called.
 
     Raises:
         ValueError: no phase is marked.
     """
-    windows, host, kernels = _sorted_out(events)
+    windows, parts, host, kernels = _sorted_out(events)
     if not windows:
         raise ValueError("no phase of a step is marked in the profiler's records")
     kind: Literal["cpu", "cuda"] = "cuda" if device.startswith("cuda") else "cpu"
-    ran = _by_phase(kernels if kind == "cuda" else host, windows)
+    ran = _by_phase(kernels if kind == "cuda" else host, windows, phase_names)
     steps = len(step_times_s)
+    times = KernelTimes(kernels, host) if kind == "cuda" else None
+    copied, casts = copies_of(host, weights or {}, times), cast_times(host, times)
     phases = []
-    for phase in STEP_PHASES:
+    for phase in phase_names:
         spans = [end - start for start, end, name in windows if name == phase]
         kept = columns(ran[phase])
         used = _kernels(ran[phase], kept) if kind == "cuda" else _operators(ran[phase], kept)
@@ -59,6 +73,7 @@ def activity_of(events: Iterable[Any], step_times_s: tuple[float, ...], device: 
             for name, rule, calls, time_ms in used
         ]
         called = totals(ran[phase], kept) if kind == "cpu" else []
+        within = _Within(windows, phase)
         phases.append(
             PhaseActivity(
                 phase=phase,
@@ -66,6 +81,9 @@ def activity_of(events: Iterable[Any], step_times_s: tuple[float, ...], device: 
                 busy_s=_busy_s(ran[phase], kept) / steps,
                 operators=tuple(sorted(uses, key=lambda use: (-use.time_s, use.name))),
                 totals_s={one.name: one.time_ms / 1e3 / steps for one in called},
+                casts_s=sum(seconds for start, seconds in casts if start in within) / steps,
+                copies=sum_copies([copy for start, copy in copied if start in within], steps),
+                parts_s=_parts_s([part for part in parts if part[0] in within], times, steps),
             )
         )
     missing = NO_KERNELS if kind == "cuda" and not kernels else ""
@@ -76,21 +94,45 @@ Window = tuple[int, int, str]
 """Start and end in nanoseconds, and the phase."""
 
 
-def _sorted_out(events: Iterable[Any]) -> tuple[list[Window], list[Any], list[Any]]:
-    """Windows of the phases in order, the operators of the host, what ran on the device."""
+class _Within:
+    """The moments of one phase, in nanoseconds."""
+
+    def __init__(self, windows: Sequence[Window], phase: str) -> None:
+        self._windows, self._phase = windows, phase
+        self._starts = [start for start, _, _ in windows]
+
+    def __contains__(self, moment: int) -> bool:
+        place = bisect_right(self._starts, moment) - 1
+        return place >= 0 and moment < self._windows[place][1] and self._windows[place][2] == self._phase
+
+
+def _parts_s(parts: Sequence[Window], times: KernelTimes | None, steps: int) -> dict[str, float]:
+    """Seconds of each part by name: the host's, or on a GPU those of the kernels that it launched meanwhile."""
+    found: dict[str, float] = {}
+    for start, end, name in parts:
+        seconds = (end - start) / 1e9 if times is None else times.launched_s(start, end)
+        found[name] = found.get(name, 0.0) + seconds / steps
+    return found
+
+
+def _sorted_out(events: Iterable[Any]) -> tuple[list[Window], list[Window], list[Any], list[Any]]:
+    """Windows of the phases in order, those of parts, the operators of the host, what ran on the device."""
     windows: list[Window] = []
+    parts: list[Window] = []
     host: list[Any] = []
     device: list[Any] = []
     for event in events:
         name, marked = event.name(), event.is_user_annotation()
         if event.device_type() == DeviceType.CPU:
-            if marked and name.startswith(MARK):
+            if marked and name.startswith(PART):
+                parts.append((event.start_ns(), event.end_ns(), name.removeprefix(PART)))
+            elif marked and name.startswith(MARK):
                 windows.append((event.start_ns(), event.end_ns(), name.removeprefix(MARK)))
             elif not (marked or event.is_async() or _is_runtime(name)):
                 host.append(event)
         elif event.device_type() == DeviceType.CUDA and not (marked or event.is_hidden_event()):
             device.append(event)
-    return sorted(windows), host, device
+    return sorted(windows), parts, host, device
 
 
 def _is_runtime(name: str) -> bool:
@@ -98,8 +140,8 @@ def _is_runtime(name: str) -> bool:
     return (name.startswith(_RUNTIME) and "::" not in name) or name.startswith("[")
 
 
-def _by_phase(events: Iterable[Any], windows: list[Window]) -> dict[str, Events]:
-    found = {phase: Events() for phase in STEP_PHASES}
+def _by_phase(events: Iterable[Any], windows: list[Window], phase_names: Sequence[str]) -> dict[str, Events]:
+    found = {phase: Events() for phase in phase_names}
     starts = [start for start, _, _ in windows]
     number = count()  # two calls with the same times are two calls
     for event in events:

@@ -1,4 +1,4 @@
-"""Where a step's time goes: its phases between borders, and what runs in them.
+"""Where the time of a step, or of a request, goes: its phases between borders, and what runs in them.
 
 On CUDA a border is a pair of events, which the device stamps when it comes to them and the host does not wait for; a
 phase's time is then the device's own, with its waiting for launches in it. On a CPU it is two readings of a clock.
@@ -21,6 +21,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
@@ -108,15 +109,59 @@ class BorderedStep(TrainStep):
             self._phases_s[name] += time.perf_counter() - begun_s
 
 
+class Bordered(Protocol):
+    """What is called in phases: a step, or a request."""
+
+    def begin(self, *, marked: bool = False) -> None:
+        """Start from zero; `marked` is for the profiler: it is told of the phases, and the device ends with each."""
+
+    def __call__(self) -> Any:
+        """Once through all phases."""
+
+    def phases_s(self) -> dict[str, float]:
+        """Seconds of each phase since `begin`; the device must have finished."""
+
+
 def step_times(
     plain: Callable[[], torch.Tensor], bordered: BorderedStep, device: str, *, budget_s: float = BUDGET_S
 ) -> dict[str, tuple[float, ...]]:
     """Pairs of a plain and a bordered step, each first in every other pair.
 
     Returns:
-        Samples in seconds, one a pair: `plain_step_time_s` with `plain_step_cpu_time_s`, `bordered_step_time_s`,
-        `phase_PHASE_s`, and `between_steps_s`, from the end of a step to the beginning of the next: reading its loss
-        and keeping its times. `train_loss` has the losses of all steps in order.
+        What `pair_times` does, and `train_loss` with the losses of all steps in order.
+    """
+
+    def told(loss: torch.Tensor, is_plain: bool) -> dict[str, float]:
+        return {"train_loss": float(loss)}
+
+    return pair_times(plain, bordered, device, what="step", told=told, budget_s=budget_s)
+
+
+def pair_times(
+    plain: Callable[[], Any],
+    bordered: Bordered,
+    device: str,
+    *,
+    what: str,
+    told: Callable[[Any, bool], Mapping[str, float]],
+    budget_s: float = BUDGET_S,
+    most: int | None = None,
+) -> dict[str, tuple[float, ...]]:
+    """Pairs of a plain and a bordered call, each first in every other pair.
+
+    Args:
+        plain: the call as it is.
+        bordered: the same with the times of its phases.
+        device: as torch names it.
+        what: what a call is, in the names of the samples ("step").
+        told: samples of what a call gave, and whether it was a plain one.
+        budget_s: pairs are taken for so long at most, and the least of them in any case.
+        most: of pairs; `MOST_PAIRS` if left out.
+
+    Returns:
+        Samples in seconds, one a pair: `plain_WHAT_time_s` with `plain_WHAT_cpu_time_s`, `bordered_WHAT_time_s`,
+        `phase_PHASE_s`, and `between_WHATs_s`, from the end of a call to the beginning of the next: reading what it
+        gave and keeping its times. Then those of `told`.
     """
     watch = Stopwatch(device)
     found: dict[str, list[float]] = {}
@@ -128,23 +173,25 @@ def step_times(
         if not is_plain:
             bordered.begin()
         elif not math.isnan(ended_s):
-            keep("between_steps_s", time.perf_counter() - ended_s)
-        loss, lap = watch(plain if is_plain else bordered)
+            keep(f"between_{what}s_s", time.perf_counter() - ended_s)
+        given, lap = watch(plain if is_plain else bordered)
         ended_s = time.perf_counter()
-        keep("train_loss", float(loss))
+        for name, value in told(given, is_plain).items():
+            keep(name, value)
         kind = "plain" if is_plain else "bordered"
-        keep(f"{kind}_step_time_s", lap.time_s)
-        keep(f"{kind}_step_cpu_time_s", lap.cpu_time_s)
+        keep(f"{kind}_{what}_time_s", lap.time_s)
+        keep(f"{kind}_{what}_cpu_time_s", lap.cpu_time_s)
         if not is_plain:
             for phase, seconds in bordered.phases_s().items():
                 keep(f"phase_{phase}_s", seconds)
         return ended_s
 
     begin, pair, ended_s = time.perf_counter(), 0, math.nan
+    most = MOST_PAIRS if most is None else most
     while pair < LEAST_STEP_PAIRS or (
-        pair < MOST_PAIRS
+        pair < most
         and time.perf_counter() - begin < budget_s
-        and not (pair % PAIRS_AT_ONCE == 0 and _is_known(found))
+        and not (pair % PAIRS_AT_ONCE == 0 and _is_known(found, what))
     ):
         for is_plain in (True, False) if pair % 2 == 0 else (False, True):
             ended_s = step(is_plain=is_plain, ended_s=ended_s)
@@ -152,15 +199,16 @@ def step_times(
     return {name: tuple(values) for name, values in found.items()}
 
 
-def _is_known(found: Mapping[str, Sequence[float]]) -> bool:
+def _is_known(found: Mapping[str, Sequence[float]], what: str) -> bool:
     """Whether the remainder's interval is narrow enough: that of the pairs' own remainders, and those of the two
-    medians whose difference it is, of the plain steps and of what the phases add up to.
+    medians whose difference it is, of the plain calls and of what the phases add up to.
 
     Its ranks are those of the normal approximation: scipy, which has the exact ones, would be in the account of the
     requests' memory.
     """
-    plain = list(found["plain_step_time_s"])
-    sums = [sum(times) for times in zip(*(found[f"phase_{phase}_s"] for phase in STEP_PHASES), strict=True)]
+    plain = list(found[f"plain_{what}_time_s"])
+    phases = [values for name, values in found.items() if name.startswith("phase_")]
+    sums = [sum(times) for times in zip(*phases, strict=True)]
     rests = [whole - parts for whole, parts in zip(plain, sums, strict=True)]
     limit = 2 * REMAINDER_HALF_WIDTH * statistics.median(plain)
     return all(_median_width(values) <= limit for values in (rests, plain, sums))
@@ -172,18 +220,34 @@ def _median_width(values: Sequence[float]) -> float:
     return ordered[min(math.ceil(middle + spread), len(ordered) - 1)] - ordered[math.floor(middle - spread)]
 
 
-def profiled(bordered: BorderedStep, device: str, folder: Path) -> Activity:
-    """What ran in some steps under the profiler; their trace is written to `folder`.
+def profiled(
+    bordered: Bordered,
+    device: str,
+    folder: Path,
+    *,
+    trace: str = TRACE,
+    phase_names: Sequence[str] = STEP_PHASES,
+    weights: Mapping[tuple[int, int], str] | None = None,
+) -> Activity:
+    """What ran in some steps, or requests, under the profiler; their trace is written to `folder`.
 
-    A plain step before them says how many there is time for and makes what the optimizer keeps. Another one is watched
+    A plain one before them says how many there is time for and makes what the optimizer keeps. Another one is watched
     and not recorded: the profiler's own start is not a step's. It is one session with them, since two on each other's
     heels can collide in CUPTI. One that is without a kernel of the card for all that is tried once more.
+
+    `phase_names` and `weights` are those of `harness.trial.profiling.activity.activity_of`.
     """
-    found = _session(bordered, device, folder)
-    return _session(bordered, device, folder) if found.missing else found
+
+    def session() -> Activity:
+        times, events = _session(bordered, device, folder / trace)
+        return activity_of(events, times, device, phase_names=phase_names, weights=weights)
+
+    found = session()
+    return session() if found.missing else found
 
 
-def _session(bordered: BorderedStep, device: str, folder: Path) -> Activity:
+def _session(bordered: Bordered, device: str, trace: Path) -> tuple[tuple[float, ...], Any]:
+    """Times of the calls that were recorded, and the records. The shapes are for what is copied (`copies`)."""
     activities = [ProfilerActivity.CPU]
     if device.startswith("cuda"):
         activities.append(ProfilerActivity.CUDA)
@@ -192,7 +256,8 @@ def _session(bordered: BorderedStep, device: str, folder: Path) -> Activity:
     bordered.begin()
     alone_s = watch(bordered)[1].time_s
     steps = min(MOST_PROFILED, max(LEAST_PROFILED, int(PROFILED_BUDGET_S / alone_s)))
-    with profile(activities=activities, schedule=schedule(wait=0, warmup=1, active=steps)) as recorded:
+    planned = schedule(wait=0, warmup=1, active=steps)
+    with profile(activities=activities, schedule=planned, record_shapes=True) as recorded:
         for number in range(1 + steps):
             bordered.begin(marked=True)
             lap = watch(bordered)[1]
@@ -200,9 +265,9 @@ def _session(bordered: BorderedStep, device: str, folder: Path) -> Activity:
                 times.append(lap.time_s)
             if number < steps:  # the session must still be open when it is read
                 recorded.step()
-    _export(recorded, folder / TRACE)
+    _export(recorded, trace)
     results = recorded.profiler.kineto_results if recorded.profiler is not None else None
-    return activity_of(() if results is None else results.events(), tuple(times), device)
+    return tuple(times), () if results is None else results.events()
 
 
 def _export(recorded: profile, path: Path) -> None:

@@ -14,7 +14,17 @@ import torch
 
 from harness.models.costs.peaks import Peak, Rate
 from harness.records import codec
-from harness.records.activity import ACCOUNTS, ACTIVITY, PEAKS
+from harness.records.activity import (
+    ACCOUNTS,
+    ACTIVITY,
+    MERGED_ACTIVITY,
+    MERGED_TRACE,
+    PEAKS,
+    REQUEST_ACTIVITY,
+    REQUEST_PHASES,
+    REQUEST_SIGHT,
+    REQUEST_TRACE,
+)
 from harness.records.memory_account import MemoryPhase
 from harness.records.record import Fragment
 from harness.studies.command import words_of
@@ -23,9 +33,22 @@ from harness.trial.building.packing import unpack_4bit
 from harness.trial.building.shared import SharedBase
 from harness.trial.process import release_unused
 from harness.trial.profiling.account import account, take_birth
-from harness.trial.profiling.borders import BorderedStep, profiled, step_times, useful_tokens
+from harness.trial.profiling.borders import BorderedStep, pair_times, profiled, step_times, useful_tokens
 from harness.trial.profiling.peak import measured_bandwidth, measured_product
+from harness.trial.profiling.requests import (
+    BorderedRequest,
+    first_token_peak,
+    length_times,
+    see_request,
+    told_of_request,
+    weights_by_shape,
+)
 from harness.trial.trial import Trial
+
+REQUESTS_BUDGET_S = 20.0
+"""For pairs of requests, of the adapter as it is and merged."""
+NEW_LENGTHS = 6
+"""Lengths of the prompt that nobody has asked at: the median of fewer times has no interval."""
 
 
 class ProfiledTrial(Trial):
@@ -81,6 +104,38 @@ class ProfiledTrial(Trial):
         parts.trainee.model.train()
         bordered = BorderedStep(parts.trainee, parts.stream, request)
         self._write(ACTIVITY, profiled(bordered, request.device, Path(request.scratch)))
+        return Fragment()
+
+    def apart(self, *, merged: bool) -> Fragment:
+        """Where a request's time goes, of the adapter as it is served or, after `merge`, merged into the base."""
+        prefix, serving = "merged_" if merged else "", self._serving
+        bordered = BorderedRequest(self._built.trainee.model, serving.ask, self._request.device)
+        found = pair_times(
+            serving.ask, bordered, self._request.device, what="request", told=told_of_request,
+            budget_s=REQUESTS_BUDGET_S,
+        )  # fmt: skip
+        return Fragment(samples={f"{prefix}{name}": times for name, times in found.items()})
+
+    def sight(self) -> Fragment:
+        """What a request finds and leaves: its cache, its logits, the mode of the model, the memory up to its first
+        token, and what it takes to begin at a length that nobody has asked at."""
+        request, serving = self._request, self._serving
+        model, length = self._built.trainee.model, request.workload.prompt_tokens
+        memory = first_token_peak(lambda: serving.ask_at(length, 1), request.device)
+        self._write(REQUEST_SIGHT, see_request(model, serving.ask, request.device))
+        lengths = list(range(max(1, length - NEW_LENGTHS), length))
+        return Fragment(memory=memory, samples=length_times(lambda length: serving.ask_at(length, 2), lengths))
+
+    def request_activity(self, *, merged: bool) -> Fragment:
+        """What runs in a request."""
+        request, model = self._request, self._built.trainee.model
+        bordered = BorderedRequest(model, self._serving.ask, request.device)
+        names = (MERGED_ACTIVITY, MERGED_TRACE) if merged else (REQUEST_ACTIVITY, REQUEST_TRACE)
+        found = profiled(
+            bordered, request.device, Path(request.scratch), trace=names[1], phase_names=REQUEST_PHASES,
+            weights=weights_by_shape(model),
+        )  # fmt: skip
+        self._write(names[0], found)
         return Fragment()
 
     def _write(self, name: str, found: object) -> None:

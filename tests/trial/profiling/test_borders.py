@@ -1,6 +1,7 @@
 """A real step taken apart: the same step in phases, and what ran in each of them."""
 
 import statistics
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -174,8 +175,9 @@ def test_a_profile_without_a_kernel_of_the_card_is_tried_once_more(monkeypatch, 
     """It may have begun on the heels of another; a card that never tells is asked no third time."""
     sessions = [SimpleNamespace(missing=one) for one in missing]
     left = list(sessions)
-    monkeypatch.setattr(profiling, "_session", lambda *asked: left.pop(0))
-    assert profiling.profiled("step", "cuda", "folder") is sessions[kept]
+    monkeypatch.setattr(profiling, "_session", lambda *asked: ((), ()))
+    monkeypatch.setattr(profiling, "activity_of", lambda *records, **names: left.pop(0))
+    assert profiling.profiled("step", "cuda", Path("folder")) is sessions[kept]
     assert not left
 
 

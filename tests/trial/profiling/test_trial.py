@@ -53,7 +53,7 @@ def test_a_rate_without_memory_for_it_is_left_out(trial, tmp_path, monkeypatch):
 def test_other_trials_do_not_know_its_commands(trial):
     """What a run measures cannot be taken apart by mistake."""
     own = set(ProfiledTrial.COMMANDS) - set(Trial.COMMANDS)
-    assert own == {"account", "profile", "peak", "activity"}
+    assert own == {"account", "profile", "peak", "activity", "apart", "sight", "request_activity"}
     plain = Trial(trial._request, SharedBase())
     for command in own:
         with pytest.raises(ValueError, match="unknown command"):

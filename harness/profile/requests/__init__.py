@@ -1,0 +1,1 @@
+"""Where the time of a request goes: prefill and decode, unmerged and merged, and a cold start."""

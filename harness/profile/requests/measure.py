@@ -1,0 +1,123 @@
+"""The profile of a variant's requests: its trial up to the end of its training, and then what it answers.
+
+Requests are taken apart with the adapter beside the base and, in the same process, merged into it: what merging gains
+is then measured and not guessed. At last a new interpreter starts cold, with its parts timed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, cast
+
+from harness.errors import UsageError
+from harness.models import catalogue, shapes
+from harness.models.costs.ceiling import product_rate
+from harness.models.costs.peaks import Rate
+from harness.models.shapes import ModelShape
+from harness.profile.measure import ConductedTrial, open_trial
+from harness.profile.requests.facts import RequestProfile
+from harness.records.activity import (
+    ACCOUNTS,
+    MERGED_ACTIVITY,
+    MERGED_TRACE,
+    REQUEST_ACTIVITY,
+    REQUEST_SIGHT,
+    REQUEST_TRACE,
+    Activity,
+)
+from harness.records.memory_account import MemoryAccount
+from harness.records.record import Fragment, Notice
+from harness.records.request_sight import RequestSight
+from harness.run.executors import Executor, WorkerLostError
+from harness.studies.study import Study
+from harness.studies.variant import Variant
+
+DOCUMENT = "profile-requests.json"
+"""What the folder holds beside the logs and the profiler's own recordings: all facts."""
+
+
+def profile_requests(
+    study: Study, variant: Variant, executor: Executor, *, runs: Path, say: Callable[[str], None] = lambda text: None
+) -> tuple[RequestProfile, Path]:
+    """Measure the profile of one variant's requests; returns it and the folder in which it was written.
+
+    Arguments and errors are those of `harness.profile.measure.profile_variant`.
+    """
+    with open_trial(study, variant, executor, runs=runs, say=say, document=DOCUMENT) as opened:
+        trial, machine = opened.trial, opened.machine
+        rates: dict[str, Rate] = {"product": product_rate(variant), "memory": "memory"}
+        merges = not variant.merge_adapter
+        _conduct(trial, list(rates.values()), merges=merges)
+        peaks, measured = opened.peaks(rates)
+        notices = (*opened.notices, *_start_cold(trial, executor))
+        trial.end()
+        profile = RequestProfile(
+            study=study.name,
+            variant=variant,
+            workload=study.workload,
+            device=cast(Literal["cpu", "cuda"], machine.device),
+            device_name=machine.device_name,
+            threads=study.workload.threads,
+            cpus=machine.cpus,
+            wide_registers=machine.avx512_bf16,
+            memory_bytes=opened.memory_bytes,
+            record=trial.record.replaced(notices=(*notices, *trial.record.notices)),
+            sight=opened.read(RequestSight, REQUEST_SIGHT),
+            activity=opened.read(Activity, REQUEST_ACTIVITY),
+            merged_activity=opened.read(Activity, MERGED_ACTIVITY) if merges else None,
+            memory=opened.read(MemoryAccount, ACCOUNTS["generate"]),
+            peaks=peaks,
+            measured_peaks=measured,
+            shape=_shape(study.workload.model),
+        )
+        opened.keep(DOCUMENT, profile, (REQUEST_TRACE, MERGED_TRACE) if merges else (REQUEST_TRACE,))
+    return profile, opened.folder
+
+
+def _conduct(trial: ConductedTrial, rates: list[Rate], *, merges: bool) -> None:
+    """All of it; the profiler comes after what is timed of the same state, and the peaks of a device last."""
+    trial.begin()
+    trial.ask("finish_training", steps=0)
+    trial.ask("save_adapter")
+    trial.ask("begin_generate")
+    trial.ask("apart", merged=False)
+    trial.ask("end_generate")
+    trial.ask("sight")
+    trial.ask("account", phase="generate")
+    trial.ask("request_activity", merged=False)
+    if merges:
+        trial.ask("merge")
+        trial.ask("apart", merged=True)
+        trial.ask("request_activity", merged=True)
+    trial.ask("peak", rates=rates)
+
+
+def _start_cold(trial: ConductedTrial, executor: Executor) -> tuple[Notice, ...]:
+    """A new interpreter with nothing beside it: the trial's own process has ended. One that comes to no good costs none
+    of what was seen before."""
+    trial.close()
+    trial.tell("cold")
+    try:
+        fragment = executor.cold_start(dataclasses.replace(trial.request, waterfall=True))
+    except WorkerLostError as lost:
+        fragment = Fragment().failed(lost.status, lost.failure)
+    if fragment.status == "ok":
+        trial.take("cold", fragment)
+        return ()
+    said = fragment.failure.message if fragment.failure else "it says nothing"
+    return (
+        Notice(
+            code="no-cold-start",
+            message=f"the cold start is {fragment.status}: {said.removesuffix('.')}.",
+            remedy=f"The log is {trial.request.log_path}.",
+        ),
+    )
+
+
+def _shape(model: str) -> ModelShape | None:
+    try:
+        return shapes.shape(catalogue.resolve(model))
+    except UsageError:
+        return None

@@ -1,0 +1,129 @@
+"""Copies that a profile tells apart: of whole weights, and from one type to another.
+
+torch's `linear` takes a weight as it lies where it can fold what comes in into rows. Where it cannot (a slice of the
+hidden states, whose strides are those of the whole prompt, before weights that need no gradient), it goes by a batched
+product, and on a CPU that copies the transposed weight first: the whole output head, at each first token. Nothing in a
+program says so. What does is the shape of what is copied inside the product.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from harness.records.activity import WeightCopy
+
+_COPYING = ("aten::contiguous", "aten::clone", "aten::_to_copy", "aten::copy_")
+"""Operators that copy what they are given; the outermost of those that call each other counts."""
+_LEAST = 2**16
+"""Elements of a weight whose copying can be worth a word."""
+
+
+class KernelTimes:
+    """What the device did for the operators of the host, by the profiler's own links."""
+
+    def __init__(self, kernels: Sequence[Any], host: Sequence[Any]) -> None:
+        """`kernels` and `host` are the profiler's records."""
+        by_operator: dict[int, float] = {}
+        for kernel in kernels:
+            link = getattr(kernel, "linked_correlation_id", int)()
+            by_operator[link] = by_operator.get(link, 0.0) + (kernel.end_ns() - kernel.start_ns()) / 1e9
+        by_operator.pop(0, None)  # of no operator
+        launches = sorted(
+            (operator.start_ns(), by_operator[number])
+            for operator in host
+            if (number := getattr(operator, "correlation_id", int)()) in by_operator
+        )
+        self._starts = [start for start, _ in launches]
+        self._seconds = [seconds for _, seconds in launches]
+
+    def launched_s(self, start_ns: int, end_ns: int) -> float:
+        """Seconds of all that was launched in a window of the host."""
+        return sum(self._seconds[bisect_left(self._starts, start_ns) : bisect_right(self._starts, end_ns)])
+
+
+def copies_of(
+    host: Sequence[Any], weights: Mapping[tuple[int, int], str], times: KernelTimes | None
+) -> list[tuple[int, WeightCopy]]:
+    """Each copy of a whole weight with the moment of its beginning, in nanoseconds.
+
+    A copy is one of a weight where it is made inside a linear product and has the weight's two widths, in either order,
+    or where something of exactly a weight's shape is copied by itself.
+
+    Args:
+        host: the profiler's records of operators, with the shapes that they were given.
+        weights: outputs and inputs of the model's weights, and what they are called.
+        times: on a GPU, where an operator's time is that of its kernels.
+    """
+    products = sorted((one for one in host if one.name() == "aten::linear"), key=lambda one: one.start_ns())
+    starts = [one.start_ns() for one in products]
+    found = []
+    for operator in _outermost(host):
+        shape: list[int] = next(iter(operator.shapes()), [])
+        if math.prod(shape) < _LEAST:
+            continue
+        place = bisect_right(starts, operator.start_ns()) - 1
+        within = products[place] if place >= 0 and operator.end_ns() <= products[place].end_ns() else None
+        name = _weight_of(shape, within, weights)
+        if name is not None:
+            copy = WeightCopy(
+                weight=name, shape=tuple(shape), operator=operator.name(), calls=1.0, time_s=_seconds(operator, times)
+            )
+            found.append((operator.start_ns(), copy))
+    return found
+
+
+def sum_copies(copies: Sequence[WeightCopy], steps: int) -> tuple[WeightCopy, ...]:
+    """Copies of one weight and shape as one, in the mean of so many steps, the dearest first."""
+    sums: dict[tuple[str, tuple[int, ...]], list[WeightCopy]] = {}
+    for copy in copies:
+        sums.setdefault((copy.weight, copy.shape), []).append(copy)
+    means = [
+        WeightCopy(
+            weight=weight,
+            shape=shape,
+            operator=group[0].operator,
+            calls=len(group) / steps,
+            time_s=sum(one.time_s for one in group) / steps,
+        )
+        for (weight, shape), group in sums.items()
+    ]
+    return tuple(sorted(means, key=lambda one: -one.time_s))
+
+
+def cast_times(host: Sequence[Any], times: KernelTimes | None) -> list[tuple[int, float]]:
+    """Beginning in nanoseconds and seconds of every copy between two types."""
+    return [
+        (one.start_ns(), _seconds(one, times))
+        for one in host
+        if one.name() == "aten::copy_" and len(set(one.dtypes()[:2])) == 2
+    ]
+
+
+def _outermost(host: Sequence[Any]) -> Iterator[Any]:
+    """Copying operators that no other such operator has called, by thread."""
+    last: dict[int, int] = {}
+    for one in sorted((one for one in host if one.name() in _COPYING), key=lambda one: (one.start_ns(), -one.end_ns())):
+        thread = one.start_thread_id()
+        if one.start_ns() >= last.get(thread, 0):
+            last[thread] = one.end_ns()
+            yield one
+
+
+def _weight_of(shape: Sequence[int], product: Any, weights: Mapping[tuple[int, int], str]) -> str | None:
+    """What the weight of a copy is called; None where it is of none."""
+    if len(shape) < 2:
+        return None
+    if product is None:
+        return weights.get((shape[0], shape[1])) if len(shape) == 2 else None
+    given, weight, *_ = product.shapes()
+    if len(weight) != 2 or sorted(shape[-2:]) != sorted(weight) or list(shape) == list(given):
+        return None
+    return weights.get((weight[0], weight[1]), "")
+
+
+def _seconds(operator: Any, times: KernelTimes | None) -> float:
+    start, end = operator.start_ns(), operator.end_ns()
+    return (end - start) / 1e9 if times is None else times.launched_s(start, end)

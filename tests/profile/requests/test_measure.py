@@ -1,0 +1,92 @@
+"""Requests taken apart for real: every part of the profile was measured, and the file holds all of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from harness.profile.requests.accounting import request_accounts
+from harness.profile.requests.evidence import evidence_of_requests
+from harness.profile.requests.facts import COLD_PARTS, RequestProfile
+from harness.profile.requests.measure import DOCUMENT, profile_requests
+from harness.profile.requests.rules import diagnose_requests
+from harness.records import codec
+from harness.records.activity import MERGED_TRACE, REQUEST_PHASES, REQUEST_TRACE
+from harness.report.requests import describe_requests
+from harness.report.terminal import console_for, show
+from harness.run.executors import open_executor
+
+
+@pytest.fixture(scope="module")
+def taken(small_study, tmp_path_factory):
+    """The profile of the 4-bit variant's requests, and its folder."""
+    folder = tmp_path_factory.mktemp("runs")
+    patient = dataclasses.replace(small_study.protocol, step_timeout_s=900)  # an interpreter that starts beside others
+    study = dataclasses.replace(small_study, protocol=patient)
+    return profile_requests(study, study.variant("nf4"), open_executor(), runs=folder)
+
+
+def test_prefill_and_decode_are_apart(taken):
+    """Unmerged and merged: phases, what ran, a model's weights multiplied and read, and shares of the peaks."""
+    profile, _ = taken
+    for account in request_accounts(profile):
+        assert set(account.whole.phases) == set(REQUEST_PHASES)
+        assert account.passes == profile.workload.new_tokens - 1
+        for one in (account.prefill, account.decode):
+            assert one.calls > 0
+            assert 0 < one.mfu.value < 1
+            assert one.mbu.value > 0
+        assert account.prefill.flops > account.decode.flops
+    served, merged = request_accounts(profile)
+    assert served.decode.calls > merged.decode.calls  # the adapter's products are gone
+    assert served.decode.bytes - merged.decode.bytes == profile.sight.size.adapter_bytes
+
+
+def test_the_model_is_counted_as_it_lies(taken):
+    """The linear layers in 4 bits, whatever family they are of; the closed form says the same of this one."""
+    profile, _ = taken
+    size, shape = profile.sight.size, profile.shape
+    attention = 2 * shape.hidden_size * shape.head_dim * (shape.heads + shape.kv_heads)
+    block = attention + 3 * shape.hidden_size * shape.intermediate_size
+    assert size.linear_elements == shape.layers * block
+    assert size.linear_elements / 2 <= size.linear_bytes < size.linear_elements
+    assert size.head_elements == shape.vocab_size * shape.hidden_size
+    assert size.adapter_elements == round(profile.record.values["trainable_parameters"])
+
+
+def test_a_cold_start_is_a_waterfall(taken):
+    """Its parts are all there, none is negative, and they add up to it but for what no clock stands at."""
+    profile, _ = taken
+    parts, total = profile.cold_parts_s, profile.record.values["cold_start_time_s"]
+    assert set(parts) == set(COLD_PARTS)
+    assert min(parts.values()) >= 0
+    assert parts["cold_quantise_time_s"] > 0
+    assert parts["cold_import_time_s"] < sum(parts.values()) <= total
+
+
+def test_it_is_judged_and_shown_from_its_file(taken, capsys):
+    """The file gives the same findings as the profile; both traces lie beside it."""
+    profile, folder = taken
+    again = codec.from_json(RequestProfile, json.loads((folder / DOCUMENT).read_text(encoding="utf-8")), DOCUMENT)
+    assert again == profile
+    assert all((folder / trace).stat().st_size > 0 for trace in (REQUEST_TRACE, MERGED_TRACE))
+    served, merged = request_accounts(again)
+    findings = diagnose_requests(evidence_of_requests(again, served, merged))
+    show(describe_requests(again, served, merged, findings), console_for())
+    shown = capsys.readouterr().out
+    for words in ("prefill", "with the adapter merged", "MFU", "MBU", "A cold start", "DynamicCache", "looked for"):
+        assert words in shown
+
+
+def test_a_trial_that_was_not_recorded_is_judged_by_its_times(taken):
+    """Where the profiler saw nothing, no rule of what ran finds anything, and all else is there."""
+    profile, _ = taken
+    blind = dataclasses.replace(profile.activity, phases=(), missing="the profiler recorded nothing")
+    seen = dataclasses.replace(profile, activity=blind)
+    served, merged = request_accounts(seen)
+    assert served.decode.calls is None
+    evidence = evidence_of_requests(seen, served, merged)
+    assert (evidence.decode.calls, evidence.prefill.copies) == (0.0, ())
+    assert describe_requests(seen, served, merged, diagnose_requests(evidence))

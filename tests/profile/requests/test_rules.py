@@ -1,0 +1,172 @@
+"""Every rule of requests on constructed evidence: a planted case that it finds, and healthy requests."""
+
+import dataclasses
+
+import pytest
+
+from harness.errors import UsageError
+from harness.profile.accounting import TimeSpan
+from harness.profile.requests.evidence import PassEvidence, RequestEvidence
+from harness.profile.requests.rules import (
+    FIRST,
+    LATER,
+    REQUEST_RULES,
+    WHOLE,
+    check_request_code,
+    diagnose_requests,
+)
+from harness.records.activity import WeightCopy
+from harness.records.request_sight import ModelSize, RequestSight
+from harness.studies.variant import Variant
+from harness.studies.workload import Workload
+
+MIB = 2**20
+PASSES = 31
+SIZE = ModelSize(
+    linear_elements=100 * MIB, linear_bytes=200 * MIB, head_elements=160 * MIB, head_bytes=320 * MIB,
+    adapter_elements=MIB, adapter_bytes=2 * MIB, norm_bytes=1000,
+)  # fmt: skip
+SIGHT = RequestSight(
+    training=False, checkpointing=False, prompt_rows=32, decode_rows=1, logit_rows=1, cache="DynamicCache",
+    cache_bytes=4 * MIB, cache_moved=1.0, head="lm_head.weight", size=SIZE,
+)  # fmt: skip
+HEAD_COPY = WeightCopy(
+    weight="lm_head.weight", shape=(1, 640, 262144), operator="aten::contiguous", calls=1.0, time_s=1.5
+)
+
+
+def span(value, spread=0.01):
+    return TimeSpan(value=value, low=value * (1 - spread), high=value * (1 + spread))
+
+
+HEALTHY = RequestEvidence(
+    variant=Variant(name="v", adapter_dtype="bfloat16"),
+    workload=Workload(prompt_tokens=32, new_tokens=PASSES + 1),
+    device="cuda",
+    request=span(0.4),
+    first_token=span(0.05),
+    token=span(0.011),
+    passes=PASSES,
+    prefill=PassEvidence(time_s=0.04, calls=900, idle_s=0.002, head_s=0.001),
+    decode=PassEvidence(time_s=0.01, calls=900, idle_s=0.0005, cache_s=0.0001, head_s=0.001),
+    choose_s=0.0005,
+    sight=SIGHT,
+    merged=span(0.398),
+    merged_calls=700.0,
+    new_length=TimeSpan(value=0.0001, low=-0.001, high=0.001),
+    adapter_dtype="bfloat16",
+    bytes_per_s=1e12,
+    decode_bytes=526 * MIB,
+)
+"""Constructed: a request of 0.4 s that a GPU is busy with, of an adapter that costs next to nothing."""
+
+
+def changed(*, variant=None, prefill=None, decode=None, sight=None, **fields):
+    """The healthy evidence with other fields, of its parts as well."""
+    parts = {"variant": variant, "prefill": prefill, "decode": decode, "sight": sight}
+    own = {name: dataclasses.replace(getattr(HEALTHY, name), **given) for name, given in parts.items() if given}
+    return dataclasses.replace(HEALTHY, **own, **fields)
+
+
+SLOW_HEAD = {"prefill": {"time_s": 1.55, "copies": (HEAD_COPY,), "head_s": 1.51}, "first_token": span(1.6)}
+PLANTED = {
+    "weight-copied": (changed(**SLOW_HEAD), FIRST, 1.51 - 320 * MIB / 1e12, {"copy_head_input": True}),
+    "adapter-unmerged": (changed(merged=span(0.3)), WHOLE, 0.1, {"merge_adapter": True}),
+    "dequantisation": (
+        changed(variant={"quantization": "nf4"}, decode={"dequantise_s": 0.004}, unquantised_bytes=10**9),
+        LATER, 0.004 - 1e9 / 1e12, {"quantization": "none"},
+    ),
+    "launch-bound": (changed(decode={"idle_s": 0.006}), LATER, 0.006, {}),
+    "cache-reallocated": (changed(decode={"cache_s": 0.001}), LATER, 0.001, {"kv_cache": "static"}),
+    "prompt-logits": (changed(prefill={"head_s": 0.02}, sight={"logit_rows": 32}), FIRST, 0.02 * 31 / 32, {}),
+    "between-tokens": (changed(choose_s=0.004), LATER, 0.004, {}),
+    "new-length": (changed(new_length=TimeSpan(value=0.03, low=0.02, high=0.04)), FIRST, 0.03, {}),
+    "mixed-types": (
+        changed(adapter_dtype="float32", prefill={"casts_s": 0.002}, decode={"casts_s": 0.001}),
+        WHOLE, 0.002 + PASSES * 0.001, {"adapter_dtype": "bfloat16"},
+    ),
+    "train-mode": (
+        changed(sight={"training": True}, prefill={"dropout_s": 0.001}, decode={"dropout_s": 0.0002}),
+        WHOLE, 0.001 + PASSES * 0.0002, {},
+    ),
+    "no-cache": (changed(sight={"decode_rows": 63, "cache": "", "cache_moved": 0.0}), LATER,
+                 0.01 - 526 * MIB / 1e12, {}),
+    "checkpointing-left-on": (
+        changed(sight={"decode_rows": 2, "checkpointing": True}), LATER, 0.005, {},
+    ),
+}  # fmt: skip
+"""Constructed: the evidence, what the cost is a part of, the cost in seconds, and what to change of the variant."""
+
+
+def test_a_healthy_request_has_no_finding():
+    """No rule finds anything in it, whatever is on and does nothing: checkpointing, a cache that only grows."""
+    assert diagnose_requests(HEALTHY) == ()
+    assert diagnose_requests(changed(sight={"checkpointing": True})) == ()
+
+
+def test_every_rule_has_a_planted_case():
+    """A rule without one could never fire."""
+    assert set(PLANTED) == set(REQUEST_RULES)
+
+
+@pytest.mark.parametrize("code", PLANTED)
+def test_a_planted_case_is_found_alone(code):
+    """With its cost and what to change; no other rule mistakes it for its own."""
+    evidence, metric, cost_s, changes = PLANTED[code]
+    (finding,) = diagnose_requests(evidence)
+    assert (finding.code, finding.metric, finding.changes) == (code, metric, changes)
+    whole = {FIRST: evidence.first_token, LATER: evidence.token, WHOLE: evidence.request}[metric].value
+    assert finding.cost_s == pytest.approx(cost_s)
+    assert finding.cost_share == pytest.approx(cost_s / whole)
+    dataclasses.replace(evidence.variant, **finding.changes)  # a variant that could run
+    assert bool(finding.suggestion) != bool(finding.obstacle)
+
+
+LAYER_COPY = dataclasses.replace(HEAD_COPY, weight="model.layers.0.mlp.up_proj.weight and 7 like it")
+
+
+@pytest.mark.parametrize(
+    ("evidence", "found"),
+    [
+        (changed(prefill={"copies": (dataclasses.replace(HEAD_COPY, time_s=0.0005),)}), []),
+        (changed(**SLOW_HEAD, variant={"copy_head_input": True}), [{}]),
+        (changed(prefill={"time_s": 1.55, "copies": (LAYER_COPY,)}, first_token=span(1.6)), [{}]),
+        (changed(merged=TimeSpan(value=0.3, low=0.2, high=0.4)), []),
+        (changed(merged=None), []),
+        (changed(merged=span(0.5)), []),
+        (changed(variant={"quantization": "nf4"}, decode={"dequantise_s": 0.004}), [{}]),
+        (
+            changed(variant={"quantization": "nf4"}, decode={"dequantise_s": 0.004}, unquantised_bytes=10**10),
+            [{}],
+        ),
+        (
+            changed(variant={"quantization": "nf4", "prepare_for_kbit": True}, decode={"casts_s": 0.001}),
+            [{"prepare_for_kbit": False}],
+        ),
+        (changed(sight={"cache_moved": 0.0, "cache": "StaticCache"}, decode={"cache_s": 0.001}), []),
+        (changed(prefill={"head_s": 0.02}), []),
+        (changed(new_length=TimeSpan(value=0.03, low=-0.01, high=0.04)), []),
+        (changed(variant={"dtype": "float32"}, adapter_dtype="float32", decode={"casts_s": 0.001}), []),
+        (changed(variant={"merge_adapter": True}, adapter_dtype="float32", decode={"casts_s": 0.001}), []),
+        (changed(device="cpu", decode={"idle_s": 0.0015}, choose_s=0.0015), []),
+    ],
+)
+def test_what_costs_nothing_or_cannot_be_changed(evidence, found):
+    """Each twin of a planted case has no finding, or one without a change of the variant."""
+    findings = diagnose_requests(evidence)
+    assert [finding.changes for finding in findings] == found
+    for finding in findings:
+        assert bool(finding.suggestion) != bool(finding.obstacle)
+
+
+def test_the_finding_that_costs_a_request_most_comes_first():
+    """A little of each later token is more than as much of the first."""
+    evidence = changed(choose_s=0.002, new_length=TimeSpan(value=0.01, low=0.009, high=0.011))
+    assert [finding.code for finding in diagnose_requests(evidence)] == ["between-tokens", "new-length"]
+
+
+def test_a_code_that_no_rule_has_is_refused():
+    """Before anything is measured for it."""
+    check_request_code("weight-copied")
+    with pytest.raises(UsageError, match=r"padding: no finding of requests .*weight-copied"):
+        check_request_code("padding")

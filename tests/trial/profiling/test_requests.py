@@ -1,0 +1,248 @@
+"""Real requests taken apart: the same tokens in phases, what a request finds, and weights that are copied in it."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from torch.nn import functional
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from harness.records import codec
+from harness.records.activity import (
+    CACHE,
+    HEAD,
+    REQUEST_ACTIVITY,
+    REQUEST_PHASES,
+    REQUEST_SIGHT,
+    REQUEST_TRACE,
+    Activity,
+)
+from harness.records.request_sight import RequestSight
+from harness.studies.protocol import Protocol
+from harness.studies.request import TrialRequest
+from harness.studies.variant import Variant
+from harness.studies.workload import Workload
+from harness.trial.building import lora
+from harness.trial.building.shared import SharedBase
+from harness.trial.data.tokens import prepare
+from harness.trial.inference.generate import generate
+from harness.trial.profiling import borders
+from harness.trial.profiling import trial as profiled
+from harness.trial.profiling.activity import MARK, activity_of
+from harness.trial.profiling.copies import KernelTimes, cast_times, copies_of
+from harness.trial.profiling.requests import BorderedRequest, see_request, weights_by_shape
+from harness.trial.profiling.trial import ProfiledTrial
+
+PROMPT, NEW = 12, 4
+
+
+@pytest.fixture
+def serving(tmp_path, monkeypatch):
+    """Makes a trial of the smallest model that answers requests; fields are those of its variant."""
+    monkeypatch.setattr(borders, "PROFILED_BUDGET_S", 0.0)
+    monkeypatch.setattr(profiled, "REQUESTS_BUDGET_S", 0.0)
+    torch.set_num_threads(1)
+
+    def make(**fields):
+        workload = Workload(
+            sequence_length=32, batch_size=1, train_sequences=4, held_out_records=4, held_out_sequences=1,
+            prompt_tokens=PROMPT, new_tokens=NEW,
+        )  # fmt: skip
+        request = TrialRequest(
+            trial="t", variant=Variant(name="v", r=4, **fields), role="variant", replicate=0, seed=1,
+            workload=workload, protocol=Protocol(generate_warmup=0), interleaving="replicates",
+            measures=("steps", "peaks", "requests"), device="cpu", threads=1,
+            tokens_path=prepare(workload, tmp_path).path, scratch=str(tmp_path), log_path="",
+        )  # fmt: skip
+        trial = ProfiledTrial(request, SharedBase())
+        trial.run("build")
+        assert trial.run("begin_generate").status == "ok"
+        return trial
+
+    return make
+
+
+def of(kind, folder, name):
+    return codec.from_json(kind, json.loads((folder / name).read_text(encoding="utf-8")), name)
+
+
+def test_a_request_is_taken_apart(serving, tmp_path):
+    """Its samples, what it finds, and what runs in each phase, with the copied head of its prefill among it."""
+    trial = serving()
+    samples = trial.run("apart", merged=False).samples
+    assert len(samples["plain_request_time_s"]) == len(samples["phase_decode_s"]) == len(samples["first_token_time_s"])
+    for index, lap_s in enumerate(samples["bordered_request_time_s"]):
+        phases = [samples[f"phase_{phase}_s"][index] for phase in REQUEST_PHASES]
+        assert min(phases) > 0
+        assert sum(phases) <= lap_s
+    looked = trial.run("sight")
+    assert looked.memory["host_peak_first_token_bytes"] > 0
+    assert len(looked.samples["new_length_first_token_s"]) == len(looked.samples["known_length_first_token_s"]) == 6
+    sight = of(RequestSight, tmp_path, REQUEST_SIGHT)
+    assert (sight.training, sight.checkpointing, sight.logit_rows) == (False, False, 1)
+    assert (sight.prompt_rows, sight.decode_rows) == (PROMPT, 1)
+    assert (sight.cache, sight.cache_moved, sight.head) == ("DynamicCache", 1.0, "lm_head.weight")
+    config = trial._built.trainee.model.get_base_model().config
+    heads = config.num_key_value_heads * config.hidden_size // config.num_attention_heads
+    assert sight.cache_bytes == 2 * config.num_hidden_layers * heads * (PROMPT + NEW - 1) * 2
+    trial.run("request_activity", merged=False)
+    activity = of(Activity, tmp_path, REQUEST_ACTIVITY)
+    assert (tmp_path / REQUEST_TRACE).stat().st_size > 0
+    assert [phase.phase for phase in activity.phases] == list(REQUEST_PHASES)
+    ran = {phase.phase: phase for phase in activity.phases}
+    (copy,) = ran["prefill"].copies
+    assert (copy.weight, copy.shape, copy.calls) == ("lm_head.weight", (1, config.hidden_size, config.vocab_size), 1.0)
+    assert 0 < copy.time_s <= ran["prefill"].parts_s[HEAD]
+    assert ran["decode"].copies == ()
+    assert ran["decode"].parts_s[CACHE] > 0
+    assert ran["decode"].casts_s > 0  # of an adapter in float32
+
+
+def test_what_is_merged_goes_under_names_of_its_own(serving):
+    """Requests with the adapter merged beside those with it beside the base, in one record."""
+    trial = serving()
+    trial.run("merge")
+    assert {"merged_plain_request_time_s", "merged_phase_decode_s", "merged_first_token_time_s"} <= set(
+        trial.run("apart", merged=True).samples
+    )
+
+
+@pytest.mark.parametrize("fields", [{"copy_head_input": True}, {"kv_cache": "static"}, {"merge_adapter": True}])
+def test_a_remedy_changes_no_token(serving, tmp_path, fields):
+    """A copied input of the head, a static cache, a merged adapter: answers stay, and each is in force."""
+    plain, changed = serving(dtype="float32"), serving(dtype="float32", **fields)
+    assert changed._serving.ask().tokens == plain._serving.ask().tokens
+    model = changed._built.trainee.model
+    assert lora.is_merged(model) is ("merge_adapter" in fields)
+    sight = see_request(model, changed._serving.ask, "cpu")
+    cache = ("StaticCache", 0.0) if "kv_cache" in fields else ("DynamicCache", 1.0)
+    assert (sight.cache, sight.cache_moved) == cache
+
+
+def test_a_copied_input_of_the_head_is_folded(serving, tmp_path):
+    """In 16 bits, in which torch would copy the weight."""
+    trial = serving(copy_head_input=True)
+    trial.run("request_activity", merged=False)
+    assert all(phase.copies == () for phase in of(Activity, tmp_path, REQUEST_ACTIVITY).phases)
+
+
+def test_a_bordered_request_gives_the_tokens_of_a_plain_one(serving):
+    """The borders are hooks that leave everything as it was, and are gone afterwards."""
+    trial = serving()
+    model = trial._built.trainee.model
+    prompt = trial._built.stream.prompt(0)
+    bordered = BorderedRequest(model, lambda: generate(model, prompt, NEW), "cpu")
+    bordered.begin()
+    assert bordered().tokens == generate(model, prompt, NEW).tokens
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.get_base_model().modules())
+
+
+def wide_model(**config):
+    """Constructed: two small layers under a head of 4,096 words."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
+    made = transformers.LlamaConfig(vocab_size=4096, max_position_embeddings=64, **sizes, **config)
+    return transformers.LlamaForCausalLM(made).eval()
+
+
+def ask(model):
+    return generate(model, torch.arange(10)[None], 3)
+
+
+def test_the_mode_in_which_a_model_answers_is_seen():
+    """Train mode, which with checkpointing on turns the cache off; checkpointing by itself changes nothing."""
+    model = wide_model()
+    model.gradient_checkpointing_enable()
+    sight = see_request(model, lambda: ask(model), "cpu")
+    assert (sight.training, sight.checkpointing, sight.decode_rows) == (False, True, 1)
+    model.train()
+    sight = see_request(model, lambda: ask(model), "cpu")
+    assert (sight.training, sight.checkpointing) == (True, True)
+    assert sight.decode_rows in (1, 12)  # by the version of transformers
+    model.config.use_cache = model.generation_config.use_cache = False
+    assert sight.size.linear_elements == 2 * (4 * 64 * 64 + 3 * 64 * 96)
+    assert (sight.size.head_elements, sight.size.adapter_elements) == (4096 * 64, 0)
+
+
+def test_logits_of_a_whole_prompt_are_seen():
+    """Of a model whose forward takes no logits_to_keep, as generate asks it to."""
+    model = wide_model()
+    forward = model.forward
+
+    def whole(*args, logits_to_keep=0, **given):
+        return forward(*args, **given)
+
+    model.forward = whole
+    assert see_request(model, lambda: ask(model), "cpu").logit_rows == 10
+    del model.forward
+    assert see_request(model, lambda: ask(model), "cpu").logit_rows == 1
+
+
+def recorded(call):
+    with (
+        profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen,
+        torch.no_grad(),
+        record_function(f"{MARK}prefill"),
+    ):
+        call()
+    return seen.profiler.kineto_results.events()
+
+
+@pytest.mark.parametrize(
+    ("rows", "requires_grad", "remedy", "found"),
+    [(10, False, False, True), (10, True, False, False), (10, False, True, False), (1, False, False, False)],
+)
+def test_a_copied_head_is_told_by_the_shape_of_the_copy(rows, requires_grad, remedy, found):
+    """A view of one row among several and a frozen weight of 16 bits; each twin that torch folds has none."""
+    weight = torch.randn(4096, 64, dtype=torch.bfloat16, requires_grad=requires_grad)
+    hidden = torch.randn(1, rows, 64, dtype=torch.bfloat16)[:, -1:, :]
+    hidden = hidden.clone(memory_format=torch.contiguous_format) if remedy else hidden
+    events = recorded(lambda: functional.linear(hidden, weight))
+    phases = activity_of(events, (0.01,), "cpu", phase_names=("prefill",), weights={(4096, 64): "head"}).phases
+    assert [copy.weight for copy in phases[0].copies] == (["head"] if found else [])
+
+
+def test_what_is_no_weight_is_no_copy_of_one():
+    """Activations that a product lays out anew, and copies outside of products that have another shape."""
+    weight = torch.randn(512, 256)
+    hidden = torch.randn(256, 512).t()  # 512 rows that lie in columns
+    events = recorded(lambda: (functional.linear(hidden, weight), torch.randn(512, 300).t().contiguous()))
+    assert copies_of([one for one in events if "aten" in one.name()], {(512, 256): "w"}, None) == []
+    events = recorded(lambda: weight.to(torch.bfloat16))
+    (found,) = copies_of([one for one in events if "aten" in one.name()], {(512, 256): "w"}, None)
+    assert found[1].weight == "w"
+
+
+def test_casts_are_copies_between_types():
+    """No others."""
+    events = recorded(lambda: (torch.ones(64, 64).to(torch.bfloat16), torch.ones(64, 64).t().contiguous()))
+    assert len(cast_times([one for one in events if "aten" in one.name()], None)) == 1
+
+
+def test_weights_of_one_shape_are_counted():
+    """Named by the first."""
+    names = weights_by_shape(wide_model())
+    assert names[4096, 64] == "lm_head.weight"
+    assert names[64, 64] == "model.layers.0.self_attn.q_proj.weight and 7 like it"
+
+
+def test_on_a_gpu_a_copy_takes_what_its_kernels_take():
+    """Constructed records: kernels are linked to the operator that launched them, wherever they run."""
+
+    def event(name, start_ms, end_ms, **values):
+        values = {"name": name, "start_ns": int(start_ms * 1e6), "end_ns": int(end_ms * 1e6)} | values
+        return SimpleNamespace(**{key: (lambda value=value: value) for key, value in values.items()})
+
+    host = [
+        event("aten::linear", 0, 1, shapes=[[1, 1, 64], [4096, 64], []], correlation_id=1),
+        event("aten::clone", 0.1, 0.9, shapes=[[1, 64, 4096]], correlation_id=2, start_thread_id=1),
+        event("aten::copy_", 0.2, 0.8, shapes=[[1, 64, 4096]], dtypes=["float", "c10::BFloat16"], correlation_id=3,
+              start_thread_id=1),
+    ]  # fmt: skip
+    kernels = [event("copy", 50, 80, linked_correlation_id=3), event("gemm", 80, 90, linked_correlation_id=1)]
+    times = KernelTimes(kernels, host)
+    ((_, copy),) = copies_of(host, {(4096, 64): "head"}, times)
+    assert (copy.weight, copy.operator, copy.time_s) == ("head", "aten::clone", pytest.approx(0.03))
+    assert cast_times(host, times) == [(200_000, pytest.approx(0.03))]
