@@ -16,7 +16,7 @@ from typing import Any, Literal, cast
 from harness.errors import InvalidRunError, UsageError
 from harness.models import catalogue, shapes
 from harness.models.costs.ceiling import product_rate
-from harness.models.costs.memory import estimate_memory, stored_dtype
+from harness.models.costs.memory import birth_bytes, estimate_memory, stored_dtype
 from harness.models.costs.peaks import Peak, Rate, stated_peak
 from harness.profile.facts import Profile
 from harness.records import codec, inputs
@@ -109,6 +109,7 @@ def profile_variant(
         by_rate = read(dict[str, Peak], PEAKS)
         measured = {name: by_rate[rate] for name, rate in rates.items() if rate in by_rate}
         stated = {name: peak for name, rate in rates.items() if (peak := stated_peak(machine.device_name, rate))}
+        birth = trial.record.memory.get(BIRTH, birth_bytes(machine.cuda))
         profile = Profile(
             study=study.name,
             variant=variant,
@@ -124,7 +125,7 @@ def profile_variant(
             memory={phase: read(MemoryAccount, name) for phase, name in ACCOUNTS.items()},
             peaks=measured | stated,
             measured_peaks=measured,
-            estimates=_estimates(variant, study.workload, machine.device, trial.record.memory.get(BIRTH)),
+            estimates=_estimates(variant, study.workload, machine.device, birth),
         )
         with say_refused(lambda: (f"profile {folder.name} could not be written", "profile anew")):
             executor.fetch(slot.trial, TRACE, folder)
@@ -132,9 +133,7 @@ def profile_variant(
     return profile, folder
 
 
-def _estimates(
-    variant: Variant, workload: Workload, device: str, process_bytes: int | None
-) -> dict[str, dict[str, int]]:
+def _estimates(variant: Variant, workload: Workload, device: str, process_bytes: int) -> dict[str, dict[str, int]]:
     """Bytes by kind as expected from the shape, and from what the process began with, by phase."""
     try:
         source = catalogue.resolve(workload.model)
