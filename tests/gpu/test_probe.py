@@ -3,41 +3,39 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.gpu import probe
 from benchmarks.gpu.probe import FACTS, NEEDS_NO_CARD, Recorded
+from harness.run.executors.local import worker_environment
 
 ROOT = Path(__file__).parents[2]
 HOST, KERNEL = Recorded("cudaDeviceSynchronize", 0.1, False), Recorded("nvjet_tst", 0.1, True)
 
 
-@pytest.fixture(scope="module")
-def found():
-    """What the probe says where torch sees no card, by fact."""
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu.probe"], cwd=ROOT, capture_output=True, text=True, check=False,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    return {told.pop("fact"): told for told in map(json.loads, done.stdout.splitlines())}
+def test_every_fact_that_needs_a_card_is_skipped_with_the_reason(monkeypatch, capsys):
+    """Without one, and none of them is an error."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    needing = [name for look in FACTS if (name := look.__name__) not in NEEDS_NO_CARD]
+    assert probe.main(needing) == 0
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [one["fact"] for one in told] == needing
+    assert all(one["skipped"].startswith("no CUDA device") for one in told)
 
 
-def test_every_fact_is_said_or_skipped_with_the_reason(found):
-    """Those that need a card are none without one, and none of them is an error."""
-    assert list(found) == [look.__name__ for look in FACTS]
-    skipped = {name for name, told in found.items() if told.get("skipped", "").startswith("no CUDA device")}
-    assert skipped == {look.__name__ for look in FACTS} - set(NEEDS_NO_CARD)
-
-
-def test_a_zygote_has_one_thread_and_so_has_its_child(found):
+def test_a_zygote_has_one_thread_and_so_has_its_child():
     """Before the fork and right after it; the child computes, and NVML tells it something or says why not."""
-    told = found["zygote"]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu.forked"], cwd=ROOT, capture_output=True, text=True, check=False,
+        env={**worker_environment(1), "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
     child = told["child"]
     assert told["refuses_to_fork"] is None
     assert len(told["threads"]) == len(child["threads"]) == 1
