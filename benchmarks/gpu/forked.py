@@ -63,10 +63,13 @@ def in_child() -> dict[str, Any]:
 
     from harness.machine.nvml import open_device
 
+    forked = threads()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     begin = time.perf_counter()
     total = torch.ones(8, device=device).sum().item()
-    told: dict[str, Any] = {"device": device, "sum": total, "device_start_s": time.perf_counter() - begin}
+    started_s = time.perf_counter() - begin
+    told: dict[str, Any] = {"device": device, "sum": total, "device_start_s": started_s}
+    told |= {"threads": forked, "threads_with_device": threads()}
     opened = open_device()
     if opened.value is None:
         return told | {"nvml": opened.reason}

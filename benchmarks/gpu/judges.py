@@ -29,10 +29,13 @@ def zygote_forks(evidence: Evidence) -> Decision:
     told = evidence.fact("zygote")
     child = told["child"]
     said = f"threads {', '.join(told['threads'])}; fork: {told['refuses_to_fork'] or 'allowed'}"
+    if "threads" in child:
+        said += f"; threads after it {len(child['threads'])}, with the device {len(child['threads_with_device'])}"
     if child.get("device") == "cpu":
         return undecided(f"torch sees no card in the child; {said}")
     lacks = told["lacks"] or "nothing"
-    holds = told["refuses_to_fork"] is None and told["lacks"] is None and child.get("sum") == 8.0
+    alone = len(told["threads"]) == len(child.get("threads", ())) == 1
+    holds = alone and told["refuses_to_fork"] is None and told["lacks"] is None and child.get("sum") == 8.0
     return decided(holds, f"{said}; lacks {lacks}; child: {child.get('error') or child['device']}")
 
 

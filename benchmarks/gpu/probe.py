@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 Fact = dict[str, Any]
 NEEDS_NO_CARD = ("zygote",)
@@ -134,9 +134,6 @@ def lengths() -> Fact:
 
 def clock() -> Fact:
     """A lap by events against the wall, against the kernels that CUPTI recorded, and after a rest of the card."""
-    import torch
-    from torch.profiler import ProfilerActivity, profile
-
     from harness.trial.clock import Stopwatch
 
     work, watch = products(), Stopwatch("cuda")
@@ -153,14 +150,13 @@ def clock() -> Fact:
             time.sleep(rest)
             rested.append(watch(lambda: work(20))[1].time_s)
         after[str(rest)] = statistics.median(rested) / lap_s
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recording:
-        recorded_s = watch(lambda: work(20))[1].time_s
-    torch.cuda.synchronize()
-    kernels_s = sum(duration for _, duration in kernels_of(recording))
+    watched: list[float] = []
+    events = recorded(lambda: watched.append(watch(lambda: work(20))[1].time_s))
+    kernels_s = sum(one.time_s for one in events if one.on_card)
     return {
         "lap_s": lap_s,
         "events_over_wall": statistics.median(lap / wall for lap, wall in zip(laps[3:], walls[3:], strict=True)),
-        "events_over_kernels": recorded_s / kernels_s if kernels_s else None,
+        "events_over_kernels": watched[-1] / kernels_s if kernels_s else None,
         "after_rest": after,
     }
 
@@ -219,7 +215,6 @@ def names() -> Fact:
     """The kernels of products, attention and norms in the types that are trained in, by the rules that name them."""
     import torch
     from torch.nn.functional import scaled_dot_product_attention as attend
-    from torch.profiler import ProfilerActivity, profile
 
     from kernels_check.rules import classify
 
@@ -246,10 +241,7 @@ def names() -> Fact:
     for call, run in calls.items():
         run()
         torch.cuda.synchronize()
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recording:
-            run()
-            torch.cuda.synchronize()
-        kernels = {name for name, _ in kernels_of(recording)}
+        kernels = {one.name for one in recorded(run) if one.on_card}
         found[call] = {name[:160]: getattr(classify(name), "name", None) for name in sorted(kernels)}
     unknown = sorted({name for kernels in found.values() for name, rule in kernels.items() if rule is None})
     return {"kernels": found, "unknown": unknown, "empty": [call for call, kernels in found.items() if not kernels]}
@@ -259,30 +251,55 @@ def paged() -> Fact:
     """How often an update of a paged optimizer has the host wait for the device, over so many tensors."""
     import bitsandbytes
     import torch
-    from torch.profiler import ProfilerActivity, profile
 
     weights = [torch.nn.Parameter(torch.zeros(512, 512, device="cuda")) for _ in range(PAGED_TENSORS)]
     optimizer = bitsandbytes.optim.PagedAdamW32bit(weights, lr=1e-3)
 
-    def update() -> None:
+    def prepare() -> None:
         for weight in weights:
             weight.grad = torch.ones_like(weight)
         torch.cuda.synchronize()
+
+    def update() -> None:
+        prepare()
         optimizer.step()
 
+    def waits(call: Callable[[], object]) -> int:
+        found = recorded(call)
+        if not any(one.on_card for one in found):
+            raise RuntimeError("no kernel was recorded, so that nothing is known of waits either")
+        return sum("Synchronize" in one.name for one in found)
+
     update()
+    return {"tensors": PAGED_TENSORS, "waits": waits(update) - waits(prepare)}
+
+
+class Recorded(NamedTuple):
+    """An event of torch.profiler: of the host, or of what ran on the card."""
+
+    name: str
+    time_s: float
+    on_card: bool
+
+
+def recorded(call: Callable[[], object]) -> list[Recorded]:
+    """What torch.profiler records of a call and of the wait for it; once more where nothing of it is the card's, as it
+    can come on the heels of another session (a race in CUPTI)."""
+    found = _session(call)
+    return found if any(one.on_card for one in found) else _session(call)
+
+
+def _session(call: Callable[[], object]) -> list[Recorded]:
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recording:
-        update()
-    waits = sum("Synchronize" in event.name() for event in recording.profiler.kineto_results.events())
-    return {"tensors": PAGED_TENSORS, "waits": waits - 1}  # one is its own, before the update
-
-
-def kernels_of(recording: Any) -> list[tuple[str, float]]:
-    """Names and seconds of what ran on the device in a recording of torch.profiler."""
+        call()
+        torch.cuda.synchronize()
     return [
-        (event.name(), event.duration_ns() / 1e9)
+        Recorded(event.name(), event.duration_ns() / 1e9, event.device_type().name == "CUDA")
         for event in recording.profiler.kineto_results.events()
-        if event.device_type().name == "CUDA" and not event.is_user_annotation()
+        if not event.is_user_annotation()
     ]
 
 

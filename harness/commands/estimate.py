@@ -37,7 +37,7 @@ def run_estimate(options: argparse.Namespace) -> int:
     from harness.records.memory_account import MEMORY_PHASES
     from harness.run.executors import open_executor
     from harness.run.feasibility import layers_notice, memory_notices
-    from harness.run.forecast import measured_peaks, measured_process
+    from harness.run.forecast import measured_peaks, process_bytes
     from harness.studies.study_file import load_variant
 
     executor, runs = open_executor(), store.runs_dir(options.runs_dir)
@@ -47,7 +47,7 @@ def run_estimate(options: argparse.Namespace) -> int:
     source = catalogue.resolve(workload.model)
     shape, stored = shapes.shape(source), stored_dtype(source)
     unknown = shapes.unknown_layers(shape)
-    process = measured_process(machine, runs)
+    process = process_bytes(machine, runs)
     kind = "device_peak_allocated_{}_bytes" if machine.device == "cuda" else "host_peak_{}_bytes"
     estimates: dict[MemoryPhase, MemoryEstimate] = {}
     measured: dict[str, int] = {}

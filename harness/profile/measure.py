@@ -18,7 +18,7 @@ from harness.errors import InvalidRunError, UsageError
 from harness.machine.provenance import Machine
 from harness.models import catalogue, shapes
 from harness.models.costs.ceiling import product_rate
-from harness.models.costs.memory import estimate_memory, stored_dtype
+from harness.models.costs.memory import birth_bytes, estimate_memory, stored_dtype
 from harness.models.costs.peaks import Peak, Rate, stated_peak
 from harness.profile.facts import Profile
 from harness.records import codec, inputs
@@ -164,6 +164,7 @@ def profile_variant(
         rates: dict[str, Rate] = {"product": product_rate(variant), "memory": "memory"}
         _conduct(trial, list(rates.values()), max(LEAST_REQUESTS, study.protocol.generate_requests))
         peaks, measured = opened.peaks(rates)
+        birth = trial.record.memory.get(BIRTH, birth_bytes(machine.cuda))
         profile = Profile(
             study=study.name,
             variant=variant,
@@ -179,15 +180,13 @@ def profile_variant(
             memory={phase: opened.read(MemoryAccount, name) for phase, name in ACCOUNTS.items()},
             peaks=peaks,
             measured_peaks=measured,
-            estimates=_estimates(variant, study.workload, machine.device, trial.record.memory.get(BIRTH)),
+            estimates=_estimates(variant, study.workload, machine.device, birth),
         )
         opened.keep(DOCUMENT, profile, (TRACE,))
     return profile, opened.folder
 
 
-def _estimates(
-    variant: Variant, workload: Workload, device: str, process_bytes: int | None
-) -> dict[str, dict[str, int]]:
+def _estimates(variant: Variant, workload: Workload, device: str, process_bytes: int) -> dict[str, dict[str, int]]:
     """Bytes by kind as expected from the shape, and from what the process began with, by phase."""
     try:
         source = catalogue.resolve(workload.model)

@@ -15,7 +15,7 @@ from harness.errors import UsageError, shorten
 from harness.machine.provenance import Machine
 from harness.models import catalogue, shapes
 from harness.models.costs.lora import PAGED_FROM_ELEMENTS, adapter_tensors, paged_state_bytes
-from harness.models.costs.memory import MemoryEstimate, estimate_memory, stored_dtype
+from harness.models.costs.memory import MemoryEstimate, birth_bytes, estimate_memory, stored_dtype
 from harness.models.shapes import ModelShape, linear_layers, unknown_layers
 from harness.records.record import Notice
 from harness.records.units import format_bytes
@@ -91,7 +91,12 @@ def check_feasible(
         if workload.strategy == "fsdp2":  # what one rank holds of it is a part that no formula here knows
             continue
         expected = estimate_memory(
-            variant, workload, shape, device=machine.device, stored=stored_dtype(sources[workload.model])
+            variant,
+            workload,
+            shape,
+            device=machine.device,
+            stored=stored_dtype(sources[workload.model]),
+            process_bytes=birth_bytes(machine.cuda),
         )
         _check_memory(where, expected, machine)
         notices += memory_notices(variant, expected, machine, free_bytes)

@@ -17,7 +17,7 @@ from harness.errors import LorameterError
 from harness.machine.provenance import Machine, library_version
 from harness.models import catalogue, shapes
 from harness.models.costs.lora import adapter_parameters
-from harness.models.costs.memory import CUDA_CONTEXT_BYTES, base_bytes, estimate_memory, stored_dtype
+from harness.models.costs.memory import CUDA_CONTEXT_BYTES, base_bytes, birth_bytes, estimate_memory, stored_dtype
 from harness.models.shapes import ModelShape, linear_widths, unknown_layers
 from harness.records import codec, store
 from harness.records.durations import measuring_time_s
@@ -142,7 +142,7 @@ def needed_bytes(
     shape, stored, device = shapes.shape(source), stored_dtype(source), machine.device
     kind, extra = _kind_of_peak(device)
     measured = {} if runs is None else measured_peaks(workload, machine, runs, kind)
-    processes = processes_on_device(workload, device)
+    processes, birth = processes_on_device(workload, device), birth_bytes(machine.cuda)
 
     def need(variant: Variant) -> int | None:
         peak = measured.get(variant.id)
@@ -150,7 +150,8 @@ def needed_bytes(
             return processes * (peak + extra)
         if unknown_layers(shape):
             return None
-        return processes * estimate_memory(variant, workload, shape, device=device, stored=stored).needed_bytes
+        expected = estimate_memory(variant, workload, shape, device=device, stored=stored, process_bytes=birth)
+        return processes * expected.needed_bytes
 
     return {variant.name: need(variant) for variant in variants}
 
@@ -188,8 +189,14 @@ def measured_peaks(workload: Workload, machine: Machine, runs: Path, kind: str) 
     return peaks
 
 
-def measured_process(machine: Machine, runs: Path) -> int | None:
-    """What a trial's process began with in the latest run on this machine with these libraries; None without one."""
+def process_bytes(machine: Machine, runs: Path) -> int:
+    """What a trial's process begins with: as in the latest run on this machine with these libraries, else the constant
+    of what torch is built for."""
+    measured = _measured_process(machine, runs)
+    return birth_bytes(machine.cuda) if measured is None else measured
+
+
+def _measured_process(machine: Machine, runs: Path) -> int | None:
     libraries = {name: library_version(name) for name in ("torch", "transformers")}
     for path in reversed(store.list_runs(runs)[-RUNS_LOOKED_AT:]):
         try:

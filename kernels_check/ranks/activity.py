@@ -40,8 +40,10 @@ class Share:
 Interval = tuple[float, float]
 
 
-def share_of(step: Callable[[], object], meet: Callable[[], object]) -> Share:
-    """Take some steps under the profiler and say how they were spent.
+def share_of(step: Callable[[], object], meet: Callable[[], object]) -> Share | None:
+    """Take some steps under the profiler and say how they were spent; None where CUDA is in use and no kernel was
+    recorded, as can happen on the heels of another session. It is not tried again, which all ranks would have to agree
+    on: one without its times leaves the others' without a meaning.
 
     Args:
         step: one step, together with all other ranks.
@@ -70,6 +72,8 @@ def share_of(step: Callable[[], object], meet: Callable[[], object]) -> Share:
             exchanged.append(_interval(event))
         elif on_card if on_device else event.thread == thread and event.name.startswith(OPERATORS):
             computed.append(_interval(event))  # gloo's own threads call operators as well
+    if on_device and not any("CUDA" in str(event.device_type) for event in events):
+        return None
     exchanges, busy = united(exchanged), united(computed)
     found = []
     for whole in steps:

@@ -11,7 +11,7 @@ from harness.cli import main
 from harness.errors import UsageError
 from harness.machine import provenance
 from harness.models import catalogue, shapes
-from harness.models.costs.memory import estimate_memory
+from harness.models.costs.memory import birth_bytes, estimate_memory
 from harness.records.metrics import BIRTH
 from harness.run.contenders import Contender
 from harness.run.feasibility import check_feasible
@@ -60,6 +60,18 @@ def test_the_process_is_that_of_an_earlier_run_of_any_workload(capsys, write_run
     assert main(["estimate", SPEC, "--runs-dir", str(tmp_path / "runs"), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["train"]["kinds"]["process"] == told["generate"]["kinds"]["process"] == 515 * 2**20
+
+
+def test_what_fits_beside_one_build_of_torch_may_not_beside_another(machine):
+    """A process begins with more where torch is built for CUDA, whether or not there is a card."""
+    study = load_study("lora-or-qlora").with_overrides(model="random:tiny-llama")
+    chosen = [Contender(variant=study.variants[0], workload=study.workload)]
+    shape = shapes.shape(catalogue.resolve(study.workload.model))
+    needed = estimate_memory(study.variants[0], study.workload, shape, process_bytes=birth_bytes("13.0")).needed_bytes
+    small = dataclasses.replace(machine, memory_bytes=int(needed * 0.8))
+    check_feasible(study, small, chosen)
+    with pytest.raises(UsageError, match="needs about"):
+        check_feasible(study, dataclasses.replace(small, cuda="13.0"), chosen)
 
 
 def test_what_clearly_does_not_fit_is_refused_and_what_may_not_is_said(machine):

@@ -20,7 +20,10 @@ BY_NAME = {claim.name: claim for claim in CLAIMS}
 FACTS = {
     "zygote": {
         "threads": ["python3"], "refuses_to_fork": None, "lacks": None,
-        "child": {"device": "cuda", "sum": 8.0, "known": {"energy_j": 1.0}, "missing": {"mig": "not offered"}},
+        "child": {
+            "device": "cuda", "sum": 8.0, "threads": ["python3"], "threads_with_device": ["cuda-EvtHandlr", "python3"],
+            "known": {"energy_j": 1.0}, "missing": {"mig": "not offered"},
+        },
     },
     "clock": {"events_over_wall": 0.999, "events_over_kernels": 1.01, "after_rest": {"0.003": 1.002, "2.0": 1.2}},
     "counters": {
@@ -135,6 +138,10 @@ def test_what_was_found_as_it_should_be_confirms(found, name):
     [
         ("fork", "zygote", {"refuses_to_fork": "2 threads"}),
         ("fork", "zygote", {"lacks": "a library of CUDA"}),
+        ("fork", "zygote", {"threads": ["jemalloc_bg_thd", "python3"]}),
+        ("fork", "zygote", {"child": {
+            "device": "cuda", "sum": 8.0, "threads": ["pool", "python3"], "threads_with_device": ["pool", "python3"],
+        }}),
         ("counters", "zygote", {"child": {"known": {}, "missing": {"mig": ""}}}),
         ("events", "clock", {"events_over_wall": 0.9}),
         ("events", "clock", {"events_over_kernels": 0.9}),
@@ -148,7 +155,7 @@ def test_what_was_found_as_it_should_be_confirms(found, name):
         ("mask on Hopper", "attention", {"capability": "8.0"}),
         ("paging", "paged", {"waits": 1}),
     ],
-)
+)  # fmt: skip
 def test_a_fact_that_is_otherwise_refutes(found, name, of, change):
     """And says what was found."""
     found.facts[of] |= change

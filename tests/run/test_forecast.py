@@ -9,9 +9,10 @@ from harness.machine.reading import Reading, missing
 from harness.machine.system import memory_bytes
 from harness.models import catalogue, shapes
 from harness.models.costs.lora import adapter_parameters
+from harness.models.costs.memory import birth_bytes
 from harness.records import codec, store
 from harness.records.metrics import BIRTH
-from harness.run.forecast import forecast, measured_peaks, measured_process, together_bytes
+from harness.run.forecast import forecast, measured_peaks, process_bytes, together_bytes
 from harness.run.plan import make_plan
 from harness.studies.variant import Variant
 
@@ -53,6 +54,15 @@ def test_more_replicates_take_longer(small_study, machine, tmp_path):
         for v in big.variants
     )
     assert nf4 < plain / 2
+
+
+def test_a_plan_counts_the_process_of_what_torch_is_built_for(small_study, machine, tmp_path):
+    """A build for CUDA takes more of the host, also where there is no card."""
+    plan = make_plan(small_study)
+    plain, built = (
+        forecast(plan, dataclasses.replace(machine, cuda=cuda), tmp_path).memory_bytes for cuda in (None, "13.0")
+    )
+    assert (built - plain) % (birth_bytes("13.0") - birth_bytes(None)) == 0 < built - plain
 
 
 def test_a_plan_and_its_level_speak_of_the_same_memory(small_study, machine, tmp_path, write_run):
@@ -133,16 +143,18 @@ def test_an_earlier_run_says_how_long(small_study, machine, tmp_path, write_run)
 
 
 def test_a_process_begins_with_what_the_latest_run_with_these_libraries_measured(write_run, tmp_path, machine):
-    """The largest of its trials; of other libraries or another machine it says nothing."""
+    """The largest of its trials; of other libraries or another machine it says nothing, and then torch's build does."""
     here = {name: library_version(name) for name in ("torch", "transformers")}
 
     def begun_with(size):
         return lambda record: dataclasses.replace(record, memory={**record.memory, BIRTH: size})
 
-    assert measured_process(machine, tmp_path / "runs") is None
+    for cuda in (None, "13.0"):
+        built = dataclasses.replace(machine, cuda=cuda)
+        assert process_bytes(built, tmp_path / "runs") == birth_bytes(cuda)
     write_run("20260101", {"plain": [0.1, 0.1]}, facts={"libraries": here}, change=begun_with(300))
-    assert measured_process(machine, tmp_path / "runs") == 300
+    assert process_bytes(machine, tmp_path / "runs") == 300
     write_run("20260102", {"plain": [0.1]}, facts={"libraries": here | {"torch": "0.1"}}, change=begun_with(400))
     write_run("20260103", {"plain": [0.1]}, facts={"device_name": "Other"}, change=begun_with(500))
     write_run("20260104", {"plain": [0.1]}, facts={"libraries": here})
-    assert measured_process(machine, tmp_path / "runs") == 300
+    assert process_bytes(machine, tmp_path / "runs") == 300

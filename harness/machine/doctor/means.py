@@ -8,7 +8,7 @@ from harness.machine.doctor.check import Check, say
 from harness.machine.doctor.survey import OPTIONAL, REQUIRED, Survey
 from harness.machine.visible import ORDER_VARIABLE, counts_along_the_bus
 from harness.models import catalogue, shapes
-from harness.models.costs.memory import PROCESS_BYTES, estimate_memory
+from harness.models.costs.memory import bare_process_bytes, birth_bytes, estimate_memory
 from harness.records.units import format_bytes
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
@@ -80,9 +80,9 @@ def device(found: Survey) -> Iterator[Check]:
 
 def memory(found: Survey) -> Iterator[Check]:
     """Whether one trial's process would fit."""
-    free = found.system.memory_available_bytes
-    little = free.value is not None and free.value < PROCESS_BYTES
-    needed = f"a trial's process takes {format_bytes(PROCESS_BYTES)} before its model"
+    free, least = found.system.memory_available_bytes, bare_process_bytes(found.machine.cuda)
+    little = free.value is not None and free.value < least
+    needed = f"a trial's process takes {format_bytes(least)} before its model"
     yield Check(
         about="runs",
         name="memory",
@@ -102,7 +102,10 @@ def models(found: Survey) -> Iterator[Check]:
     if free.value is None:
         return
     room = free.value
-    plain, packed = (_fitting(Variant(name=how, quantization=how), where, room) for how in ("none", "nf4"))
+    plain, packed = (
+        _fitting(Variant(name=how, quantization=how), where, room, birth_bytes(found.machine.cuda))
+        for how in ("none", "nf4")
+    )
     more = [name for name in packed if name not in plain]
     yield Check(
         about="runs",
@@ -114,11 +117,12 @@ def models(found: Survey) -> Iterator[Check]:
     )
 
 
-def _fitting(variant: Variant, where: str, free: int) -> list[str]:
-    """Names of the catalogue's models that train in so many bytes; their weights are not looked for."""
+def _fitting(variant: Variant, where: str, free: int, birth: int) -> list[str]:
+    """Names of the catalogue's models that train in so many bytes, `birth` of them a process's before its model; their
+    weights are not looked for."""
 
     def needed(name: str) -> int:
         shape = shapes.shape(catalogue.resolve(f"{catalogue.RANDOM_PREFIX}{name}"))
-        return estimate_memory(variant, Workload(), shape, device=where).needed_bytes
+        return estimate_memory(variant, Workload(), shape, device=where, process_bytes=birth).needed_bytes
 
     return [name for name in catalogue.CATALOGUE if needed(name) <= free]

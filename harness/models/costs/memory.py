@@ -7,7 +7,7 @@ loss's gradient is taken (activations, and logits in float32 three times over: l
 under checkpointing when a block has been computed again, or when the optimizer has all gradients.
 
 What a process takes beside its tensors on a CPU has no formula. Those constants are measured, each says on what, and
-they are for one thread, glibc and the CPU builds of torch.
+they are for one thread and glibc. What it begins with depends on what torch is built for (`birth_bytes`).
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from harness.studies.variant import Variant
 from harness.studies.workload import Workload
 
 MIB = 2**20
-HOST = {"process": 337 * MIB, "library_code": 48 * MIB, "library_heap": 13 * MIB, "interpreter": 15 * MIB}
-"""A forked trial before its model, and what its libraries add at work; measured over variants of smollm2-135m, where
-the last three move by some MiB. An account counts neither of the last two: they are in what it leaves unexplained."""
-PROCESS_BYTES = sum(HOST.values())
-"""Resident in a trial's process beside tensors."""
+BIRTHS = {"cpu": 337 * MIB, "cuda": 520 * MIB}
+"""A forked trial before its model, by what torch is built for, whether or not there is a card. Measured with torch's
+build for CPUs, and with the one for CUDA 13 where transformers 5.17 finds scikit-learn, pandas and pyarrow."""
+AT_WORK = {"library_code": 48 * MIB, "library_heap": 13 * MIB, "interpreter": 15 * MIB}
+"""What libraries add once a trial works; measured over variants of smollm2-135m with the build for CPUs, where they
+move by some MiB. An account counts neither of the last two: they are in what it leaves unexplained."""
 CUDA_CONTEXT_BYTES = 600 * MIB
 """Device memory of a process's CUDA context and libraries, which no allocator counts; 0.4 to 0.6 GiB is usual."""
 HEAP_SLACK = 0.25
@@ -62,6 +63,20 @@ class MemoryEstimate:
         return self.total_bytes + self.beside.get("context", 0)
 
 
+def birth_bytes(cuda: str | None) -> int:
+    """What a trial's process begins with on the host, where nothing was measured.
+
+    Args:
+        cuda: the version of CUDA that torch is built for; None for a build for CPUs.
+    """
+    return BIRTHS["cpu" if cuda is None else "cuda"]
+
+
+def bare_process_bytes(cuda: str | None) -> int:
+    """Resident in a trial's process beside tensors; `cuda` as for `birth_bytes`."""
+    return birth_bytes(cuda) + sum(AT_WORK.values())
+
+
 def estimate_memory(
     variant: Variant,
     workload: Workload,
@@ -82,9 +97,8 @@ def estimate_memory(
         device: "cpu" or "cuda".
         stored: type of a checkpoint that is mapped from its file (`stored_dtype`), None where weights are made or
             converted in memory.
-        process_bytes: what a trial's process begins with, where that was measured with the libraries of this machine;
-            None for the constant, which is of torch's builds for CPUs: one for CUDA takes more, and so does what
-            transformers imports where it is installed.
+        process_bytes: what a trial's process begins with: as measured with the libraries of this machine, else
+            `birth_bytes` of its torch; None for that of a build for CPUs.
 
     Raises:
         UnknownLayersError: of a model type whose layers are not known.
@@ -103,7 +117,7 @@ def estimate_memory(
             kinds=in_order(kinds),
             beside={"context": CUDA_CONTEXT_BYTES, "paged_optimizer_state": paged},
         )
-    kinds |= HOST if process_bytes is None else {**HOST, "process": process_bytes}
+    kinds |= {"process": birth_bytes(None) if process_bytes is None else process_bytes, **AT_WORK}
     if stored == variant.dtype and not variant.prepare_for_kbit and variant.quantization != "none":
         # Embeddings and norms are still the file's own pages, and hold all of it in memory.
         kinds["checkpoint_pages"] = _linear(shape) * width(variant.dtype)
@@ -207,4 +221,4 @@ def _request(variant: Variant, workload: Workload, shape: ModelShape, device: st
 def memory_bytes(variant: Variant, workload: Workload, shape: ModelShape, device: str = "cpu") -> int:
     """Expected peak of training beyond the bare process (`harness.models.costs.memory`)."""
     expected = estimate_memory(variant, workload, shape, device=device)
-    return expected.total_bytes - (PROCESS_BYTES if device == "cpu" else 0)
+    return expected.total_bytes - (bare_process_bytes(None) if device == "cpu" else 0)

@@ -14,7 +14,7 @@ from kernels_check.probe import attention as probe_attention
 from kernels_check.probe import base as probe_base
 from kernels_check.probe import probe
 from kernels_check.probe import training as probe_training
-from kernels_check.probe.attempt import UnavailableError, paired, report, watch
+from kernels_check.probe.attempt import Executed, UnavailableError, paired, report, watch
 from kernels_check.probe.reference import against_same_precision, relative, update
 from kernels_check.probe.result import Attempt, Exactness
 
@@ -303,6 +303,19 @@ def test_what_is_executed_is_counted_by_name():
     seen = watch(lambda: torch.ones(2, 2) @ torch.ones(2, 2))
     assert seen.operators["aten::mm"] == 1
     assert dict(seen.kernels) == {} or torch.cuda.is_available()
+
+
+@pytest.mark.parametrize(
+    ("in_use", "kernels", "kept"), [(True, [0, 3], 1), (True, [3], 0), (True, [0, 0], 1), (False, [0], 0)]
+)
+def test_a_session_without_a_kernel_of_the_card_is_tried_once_more(monkeypatch, in_use, kernels, kept):
+    """Another before it may be the cause; without a card there are none, and nothing is tried again."""
+    sessions = [Executed(operators={}, kernels={"LIGER": many} if many else {}) for many in kernels]
+    left = list(sessions)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: in_use)
+    monkeypatch.setattr(probe_attempt, "_session", lambda call: left.pop(0))
+    assert watch(lambda: None) is sessions[kept]
+    assert not left
 
 
 def test_probing_leaves_the_number_of_threads_alone():

@@ -5,7 +5,10 @@ from __future__ import annotations
 import time
 
 import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
 
+from kernels_check.ranks import activity
 from kernels_check.ranks.activity import STEPS, common, length_of, share_of, united
 
 
@@ -25,3 +28,12 @@ def test_a_step_that_exchanges_nothing_is_all_its_own():
     assert share.exchange_s == share.exposed_s == 0
     assert share.own_s == pytest.approx(share.step_s, rel=0.5)
     assert share.own_s >= 0.02
+
+
+def test_a_session_without_a_kernel_of_the_card_says_nothing(monkeypatch):
+    """Its steps would be all of the rank's own, whatever it had waited for."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(activity, "profile", lambda activities: profile(activities=[ProfilerActivity.CPU]))
+    assert share_of(lambda: torch.ones(8) @ torch.ones(8), lambda: None) is None

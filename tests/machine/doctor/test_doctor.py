@@ -16,8 +16,13 @@ from harness.machine.doctor.survey import OPTIONAL, REQUIRED, Card, Survey, cann
 from harness.machine.neighbours import Neighbours
 from harness.machine.reading import Reading, missing
 from harness.machine.system import SystemFacts
+from harness.models import catalogue, shapes
+from harness.models.costs.memory import bare_process_bytes, estimate_memory
+from harness.records.units import format_bytes
 from harness.report.doctor import describe_checks
 from harness.report.terminal import show, text_of
+from harness.studies.variant import Variant
+from harness.studies.workload import Workload
 
 GIB = 2**30
 
@@ -252,6 +257,28 @@ def test_where_trials_run_is_said_when_it_may_surprise(found):
     assert by_name(mixed)["device order"].standing == "note"
     ordered = dataclasses.replace(mixed, environment={"CUDA_DEVICE_ORDER": "PCI_BUS_ID"})
     assert "device order" not in by_name(ordered)
+
+
+@pytest.mark.parametrize("cuda", [None, "13.0"])
+def test_a_process_takes_what_torch_is_built_for(found, cuda):
+    """A build for CUDA more, also where there is no card: as much as the estimates say, or it does not fit."""
+    built = dataclasses.replace(found, machine=dataclasses.replace(found.machine, cuda=cuda))
+    least = bare_process_bytes(cuda)
+    for free, standing in ((least, "good"), (least - 1, "unfit")):
+        system = dataclasses.replace(SYSTEM, memory_available_bytes=given(free))
+        check = by_name(dataclasses.replace(built, system=system))["memory"]
+        assert check.standing == standing
+        assert f"takes {format_bytes(least)} before its model" in check.found
+
+
+def test_the_process_counts_in_the_models_that_fit(found):
+    """What one more MiB of it would push out is out: the smallest model, with just enough for a build for CPUs."""
+    shape = shapes.shape(catalogue.resolve("random:tiny-llama"))
+    room = estimate_memory(Variant(name="nf4", quantization="nf4"), Workload(), shape).needed_bytes
+    tight = dataclasses.replace(found, system=dataclasses.replace(SYSTEM, memory_available_bytes=given(room)))
+    assert "tiny-llama" in by_name(tight)["models"].found
+    built = dataclasses.replace(tight, machine=dataclasses.replace(tight.machine, cuda="13.0"))
+    assert "tiny-llama" not in by_name(built)["models"].found
 
 
 def test_models_that_fit_follow_from_the_free_memory(found):

@@ -8,7 +8,13 @@ import json
 import pytest
 
 from harness.models import catalogue, shapes
-from harness.models.costs.memory import CUDA_CONTEXT_BYTES, PROCESS_BYTES, estimate_memory, stored_dtype
+from harness.models.costs.memory import (
+    CUDA_CONTEXT_BYTES,
+    bare_process_bytes,
+    birth_bytes,
+    estimate_memory,
+    stored_dtype,
+)
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
 
@@ -84,7 +90,9 @@ def test_large_ranks_are_highest_when_the_optimizer_steps():
 def test_a_process_counts_on_the_host_and_a_context_on_a_gpu():
     """The kinds of the host are in the total; a GPU's context is beside the allocator, as is what is paged."""
     host = estimate_memory(VARIANT, Workload(), LLAMA)
-    assert sum(host.kinds[kind] for kind in ("process", "library_code", "library_heap", "interpreter")) == PROCESS_BYTES
+    bare = sum(host.kinds[kind] for kind in ("process", "library_code", "library_heap", "interpreter"))
+    assert bare == bare_process_bytes(None)
+    assert bare_process_bytes("13.0") - bare == birth_bytes("13.0") - birth_bytes(None) > 100 * 2**20
     assert host.needed_bytes == host.total_bytes
     larger = estimate_memory(VARIANT, Workload(), LLAMA, process_bytes=host.kinds["process"] + 100)
     assert larger.total_bytes == host.total_bytes + 100
