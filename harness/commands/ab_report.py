@@ -46,7 +46,10 @@ def show_ab(
 
     said = describe_gate(result, ab=True) + describe_attribution(attribution_of(run), run)
     title, figures = f"{run.manifest.study['title']}: A/B", figures_of_comparison(result.report)
-    save_page(getattr(options, "html", None), said, title, figures=figures)
+    if html := getattr(options, "html", None):
+        from harness.report.again import how_to_repeat
+
+        save_page(html, said, title, figures=figures, again=how_to_repeat(run))
     if form == "json":
         about = {"run": run.manifest.run, "path": str(run.path), "interleaving": run.manifest.interleaving}
         print_json({**gate_document(result), **about, "attribution": attribution_document(run)})
