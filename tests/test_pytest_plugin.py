@@ -270,7 +270,7 @@ def test_the_report_is_written_as_a_page(suite):
     refused before anything is measured."""
     refused = suite("--lorameter-html=nowhere/page.html")
     assert refused.ret == pytest.ExitCode.USAGE_ERROR
-    refused.stderr.fnmatch_lines(["*--html nowhere/page.html*"])
+    refused.stderr.fnmatch_lines(["*--lorameter-html nowhere/page.html*"])
     assert not suite.measured()
     suite("--lorameter-html=page.html", "-k", "train").assert_outcomes(passed=2)
     page = (suite.path / "page.html").read_text(encoding="utf-8")
