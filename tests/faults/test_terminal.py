@@ -6,12 +6,14 @@ from __future__ import annotations
 import fcntl
 import os
 import pty
+import re
 import signal
 import termios
 import threading
 
 import pytest
 
+STYLED = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 WAITING = "once more ends at once"
 
 
@@ -72,7 +74,7 @@ def test_ctrl_c_once_and_twice(pressed, command, stopped, only_run):
         else:
             process.send_signal(signal.SIGUSR1)
         assert process.wait(timeout=120) == 4
-    shown = terminal.close()
+    shown = " ".join(STYLED.sub("", terminal.close()).split())
     assert "ratio so far" in shown
     assert "This run is not complete (interrupted)" in shown
     assert "Traceback" not in shown
