@@ -63,7 +63,7 @@ class Terminal:
 
 @pytest.mark.parametrize("pressed", [1, 2])
 def test_ctrl_c_once_and_twice(pressed, command, stopped, only_run):
-    """Once: the replicate under way is whole and the next ones are not begun. Twice: it is broken off. Both times the
+    """Once: the trials under way are whole and no others are begun. Twice: they are broken off. Both times the
     grid was drawn, the run is reported, and the exit code says that it is not complete."""
     terminal = Terminal()
     with stopped(command(stop="r1-a:turn"), **terminal.options) as process:
@@ -78,7 +78,7 @@ def test_ctrl_c_once_and_twice(pressed, command, stopped, only_run):
     assert "ratio so far" in shown
     assert "This run is not complete (interrupted)" in shown
     assert "Traceback" not in shown
-    statuses = [{record.status for record in only_run().records if record.replicate == number} for number in range(3)]
-    assert statuses[0] == {"ok"}
-    assert statuses[1] == {"ok"} if pressed == 1 else "interrupted" in statuses[1]
-    assert statuses[2] == {"not_run"}
+    statuses = {record.trial: record.status for record in only_run().records}
+    assert {status for trial, status in statuses.items() if trial.startswith("r0-")} == {"ok"}
+    assert {status for trial, status in statuses.items() if trial.startswith("r2-")} == {"not_run"}
+    assert statuses["r1-a"] == statuses["r1-b"] == ("ok" if pressed == 1 else "interrupted")
