@@ -265,6 +265,20 @@ def test_json_and_histogram_are_written(suite):
     assert list(suite.path.glob("hist*.svg"))
 
 
+def test_the_report_is_written_as_a_page(suite):
+    """--lorameter-html: what the terminal says, for a browser, with how to repeat it; a file that cannot be written is
+    refused before anything is measured."""
+    refused = suite("--lorameter-html=nowhere/page.html")
+    assert refused.ret == pytest.ExitCode.USAGE_ERROR
+    refused.stderr.fnmatch_lines(["*--lorameter-html nowhere/page.html*"])
+    assert not suite.measured()
+    suite("--lorameter-html=page.html", "-k", "train").assert_outcomes(passed=2)
+    page = (suite.path / "page.html").read_text(encoding="utf-8")
+    assert page.startswith("<!doctype html>")
+    for words in ("nf4", "Every step by time", "lorameter run small.toml"):
+        assert words in page
+
+
 def test_cprofile_is_refused_with_its_reason(suite):
     """A replay has nothing to profile."""
     result = suite("--benchmark-cprofile=tottime")

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -49,8 +50,8 @@ def steps() -> list[Any]:
     ]
 
 
-def script(job: str, name: str) -> str:
-    return next(step["run"] for step in read(FOLDER / "gate.yml")["jobs"][job]["steps"] if step.get("name") == name)
+def script(job: str, name: str, workflow: str = "gate.yml") -> str:
+    return next(step["run"] for step in read(FOLDER / workflow)["jobs"][job]["steps"] if step.get("name") == name)
 
 
 def ran(text: str, folder: Path, **variables: str) -> tuple[int, str]:
@@ -77,10 +78,16 @@ def measured(folder: Path, *, ends_with: int = 0, **variables: str) -> tuple[int
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_workflow_may_only_read(path):
-    """A workflow asks for nothing but to read the contents, and no job of it for more."""
+    """A workflow asks for nothing but to read the contents, and no job of it for more but the one that keeps the
+    history: that one runs on a machine of GitHub and asks for the contents alone."""
     workflow = read(path)
     assert workflow["permissions"] == {"contents": "read"}
-    assert all("permissions" not in job and "secrets" not in job for job in workflow["jobs"].values())
+    for name, job in workflow["jobs"].items():
+        assert "secrets" not in job
+        if (path.stem, name) == ("history", "keep"):
+            assert (job["permissions"], job["runs-on"]) == ({"contents": "write"}, HOSTED)
+        else:
+            assert "permissions" not in job
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -105,9 +112,12 @@ def test_a_job_has_an_end(job):
 
 @pytest.mark.parametrize("job", jobs())
 def test_code_of_a_fork_never_reaches_a_runner_of_ours(job):
-    """A job on a runner of ours needs the decision on forks and has its condition; a call of the gate has it too."""
+    """A job on a runner of ours needs the decision on forks and has its condition; a call of the gate has it too. The
+    history measures no pull request at all."""
     if "uses" in job:
         assert SAME_REPOSITORY in job["if"]
+    elif job["runs-on"] != HOSTED and job == read(FOLDER / "history.yml")["jobs"]["measure"]:
+        assert job["if"] == "github.event_name == 'schedule' || github.event_name == 'workflow_dispatch'"
     elif job["runs-on"] != HOSTED:
         condition = " ".join(job["if"].split())
         assert job["needs"] == "decide"
@@ -130,12 +140,14 @@ def test_an_action_is_pinned_and_keeps_no_credentials(step):
 
 
 def test_one_job_measures_at_a_time():
-    """Measurements wait for each other, and a newer commit of a pull request ends the older one's."""
-    assert read(FOLDER / "gate.yml")["jobs"]["measure"]["concurrency"] == {
-        "group": "lorameter-${{ inputs.runner }}",
-        "cancel-in-progress": False,
-        "queue": "max",
-    }
+    """Measurements wait for each other, those of the history too, and a newer commit of a pull request ends the older
+    one's."""
+    for workflow in ("gate.yml", "history.yml"):
+        assert read(FOLDER / workflow)["jobs"]["measure"]["concurrency"] == {
+            "group": "lorameter-${{ inputs.runner }}",
+            "cancel-in-progress": False,
+            "queue": "max",
+        }
     caller = read(FOLDER / "benchmark.yml")["concurrency"]
     assert caller["cancel-in-progress"] is True
     assert "github.event.pull_request.number" in caller["group"]
@@ -231,7 +243,7 @@ def test_the_defaults_of_the_gate_are_taken(tmp_path):
 
 def test_the_caller_of_the_guide_calls_the_gate():
     """The example is refused to forks, and gives inputs that the gate has; so does this repository's own call."""
-    example = parsed(re.search(r"```yaml\n(.*?)```", GUIDE, re.DOTALL)[1])
+    example = parsed(re.search(r"```yaml\n(.*?)```", GUIDE, re.DOTALL)[1])  # the first of two
     inputs = read(FOLDER / "gate.yml")["on"]["workflow_call"]["inputs"]
     for caller in (example, read(FOLDER / "benchmark.yml")):
         gate = caller["jobs"]["gate"]
@@ -246,9 +258,75 @@ def test_the_commands_of_the_guide_exist():
     commands = re.findall(r"^lorameter (.*?)(?: #.*)?$", GUIDE, re.MULTILINE) + re.findall(
         r"`lorameter (\w+ .*?)`", GUIDE
     )
-    assert len(commands) == 4
+    assert len(commands) == 5
     for command in commands:
         parser().parse_args(shlex.split(command))
+
+
+def test_the_caller_of_the_guide_calls_the_history():
+    """By a schedule or by hand, with inputs that it has, and with the right to write that one of its jobs takes."""
+    _, example = map(parsed, re.findall(r"```yaml\n(.*?)```", GUIDE, re.DOTALL))
+    inputs = read(FOLDER / "history.yml")["on"]["workflow_call"]["inputs"]
+    (job,) = example["jobs"].values()
+    assert set(example["on"]) == {"schedule", "workflow_dispatch"}
+    assert job["permissions"] == {"contents": "write"}
+    assert "/.github/workflows/history.yml" in job["uses"]
+    assert {name for name, about in inputs.items() if about.get("required")} <= set(job["with"]) <= set(inputs)
+    assert parser().parse_args(["run", "training-step", "--effort", inputs["effort"]["default"]]).effort == "standard"
+
+
+@pytest.fixture
+def history(tmp_path):
+    """The steps that pack a run and keep it, on a bare repository and with the lorameter of this checkout: a function
+    from the name of a constructed run to exit codes."""
+    command = tmp_path / "bin" / "lorameter"
+    command.parent.mkdir()
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m harness.cli "$@"\n', encoding="utf-8")
+    command.chmod(0o755)
+    remote = tmp_path / "remote.git"
+    subprocess.run(["git", "init", "--quiet", "--bare", remote], check=True)
+    about = {"TOKEN": "secret", "BRANCH": "kept", "COMMIT": "c" * 40, "METRIC": "", "PYTHONPATH": str(ROOT)}
+    about |= {
+        name: str(tmp_path / name.lower()) for name in ("LORAMETER_RUNS", "LORAMETER_CACHE", "PACKED", "KEPT", "HOME")
+    }
+
+    def keep(run: str, **others: str) -> list[int]:
+        shutil.rmtree(about["LORAMETER_RUNS"], ignore_errors=True)
+        shutil.copytree(ROOT / "tests" / "golden" / "runs" / run, Path(about["LORAMETER_RUNS"]) / run)
+        steps = [("measure", "Pack the run"), ("keep", "Fetch the branch"), ("keep", "Write the page")]
+        steps.append(("keep", "Keep both on the branch"))
+        given = about | {"REMOTE": str(remote)} | others
+        return [ran(script(job, name, "history.yml"), tmp_path, **given)[0] for job, name in steps]
+
+    keep.remote = remote
+    return keep
+
+
+def on_branch(remote: Path, path: str) -> str:
+    done = subprocess.run(["git", "-C", remote, "show", f"kept:{path}"], capture_output=True, check=True)
+    return done.stdout.decode("utf-8", errors="replace")
+
+
+def test_the_history_is_kept_on_a_branch(history):
+    """Made where it is missing, with a commit a run; the page tells of all runs that were ever kept there."""
+    assert history("sound") == history("another-day") == [0] * 4
+    assert on_branch(history.remote, "runs").split("\n\n")[1].split() == [
+        "another-day.lorameter.zip", "sound.lorameter.zip"
+    ]  # fmt: skip
+    page = on_branch(history.remote, "index.html")
+    assert "sound" in page
+    assert "another-day" in page
+    count = subprocess.run(
+        ["git", "-C", history.remote, "rev-list", "--count", "kept"], capture_output=True, check=True
+    )
+    assert int(count.stdout) == 2
+
+
+def test_a_branch_that_cannot_be_asked_for_is_not_begun_anew(history, tmp_path):
+    """A remote that does not answer is no branch that is missing: the step fails, and nothing that was kept is lost."""
+    assert history("sound") == [0] * 4
+    assert history("another-day", REMOTE=str(tmp_path / "nowhere"))[1] != 0
+    assert on_branch(history.remote, "runs").split("\n\n")[1].split() == ["sound.lorameter.zip"]
 
 
 def test_the_own_tests_are_those_of_a_developer():

@@ -46,7 +46,10 @@ def show_ab(
 
     said = describe_gate(result, ab=True) + describe_attribution(attribution_of(run), run)
     title, figures = f"{run.manifest.study['title']}: A/B", figures_of_comparison(result.report)
-    save_page(getattr(options, "html", None), said, title, figures=figures)
+    if html := getattr(options, "html", None):
+        from harness.report.again import how_to_repeat
+
+        save_page(html, said, title, figures=figures, again=how_to_repeat(run))
     if form == "json":
         about = {"run": run.manifest.run, "path": str(run.path), "interleaving": run.manifest.interleaving}
         print_json({**gate_document(result), **about, "attribution": attribution_document(run)})
@@ -72,22 +75,33 @@ def judge_run(run: Run, options: argparse.Namespace, metrics: Sequence[str] = ()
     return judge(found, policy)
 
 
-def show_matrix(runs: Sequence[Run], options: argparse.Namespace) -> int:
-    """Several A/B runs in one table, studies by changes of versions; the exit code is the worst of them."""
+def show_matrix(
+    runs: Sequence[Run], options: argparse.Namespace, keep: Callable[[Compared], bool] = lambda compared: True
+) -> int:
+    """Several A/B runs in one table, studies by changes of versions; the exit code is the worst of them, of all that
+    they compare, whatever of it is kept in the table."""
+    import dataclasses
+
     from harness.report.annotations import annotation
     from harness.report.matrix import Change, describe_matrix, encode_matrix
     from harness.verdicts.outcome import worst
 
     form = form_of(options)
     results = [judge_run(run, options, options.metric) for run in runs]
-    changes = [
-        Change(run=run.manifest.run, study=str(run.manifest.study["name"]), report=result.report)
-        for run, result in zip(runs, results, strict=True)
+    shown = [
+        dataclasses.replace(result.report, comparisons=tuple(filter(keep, result.report.comparisons)))
+        for result in results
     ]
+    changes = [
+        Change(run=run.manifest.run, study=str(run.manifest.study["name"]), report=report)
+        for run, report in zip(runs, shown, strict=True)
+    ]
+    said = describe_matrix(changes)
+    save_page(options.html, said, f"{len(runs)} A/B runs")
     code = worst(result.exit_code for result in results)
     if form == "json":
         print_json({"matrix": encode_matrix(changes), "exit": code})
         return code
-    said = annotation("notice" if code == 0 else "error", "lorameter report", f"{len(runs)} A/B runs: exit {code}")
-    show_document(describe_matrix(changes), form, annotations=lambda: f"{said}\n", verbose=options.verbose)
+    noted = annotation("notice" if code == 0 else "error", "lorameter report", f"{len(runs)} A/B runs: exit {code}")
+    show_document(said, form, annotations=lambda: f"{noted}\n", verbose=options.verbose)
     return code

@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from harness.report.view import RunView
 
 
-def check_page(path: str | None) -> None:
-    """Refuse, before anything is measured, a file that could not be written."""
+def check_page(path: str | None, option: str = "--html") -> None:
+    """Refuse, before anything is measured, a file that could not be written, by the option that named it."""
     if path is None:
         return
     folder = Path(path).absolute().parent
     if Path(path).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
         what = "is a folder" if Path(path).is_dir() else f"{folder} is no folder that can be written into"
-        raise UsageError(f"--html {path}: {what}. Name a file in a folder that is there.")
+        raise UsageError(f"{option} {path}: {what}. Name a file in a folder that is there.")
 
 
 def save_page(

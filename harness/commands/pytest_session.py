@@ -65,7 +65,7 @@ class Session:
         self._dry = bool(config.getoption("--lorameter-dry-run"))
         self._planned: Document | None = None
         with _usage_errors():
-            check_page(self._html)
+            check_page(self._html, "--lorameter-html")
             self._resumed = load_resumed(config)
             self._study = self._load()
             self._gate = load_gate(config, measures=not (self._disabled or self._skipped or self._dry))

@@ -47,7 +47,8 @@ def run_report(options: argparse.Namespace) -> int:
     if len(options.run) > 1:
         from harness.commands.ab_report import show_matrix
 
-        return show_matrix([store.read_run(name, folder, newer=True) for name in options.run], options)
+        runs = [store.read_run(name, folder, newer=True) for name in options.run]
+        return show_matrix(runs, options, _filter(options, *runs))
     run = store.read_run(options.run[0], folder, newer=True)
     gc.freeze()  # all of it is needed to the end, and looking through a large run for what is not takes seconds
     if run.manifest.sides:
@@ -64,14 +65,17 @@ def run_report(options: argparse.Namespace) -> int:
     return EXIT_PASS if view.valid else EXIT_INVALID
 
 
-def _filter(options: argparse.Namespace, run: Run) -> Callable[[Compared], bool]:
-    """Which comparisons of an A/B are shown. Raises `UsageError` for a variant or an order that it has not."""
+def _filter(options: argparse.Namespace, *runs: Run) -> Callable[[Compared], bool]:
+    """Which comparisons of A/Bs are shown. Raises `UsageError` for a variant or a phase that none of them has, and for
+    an order."""
     import fnmatch
 
     from harness.report.view import phase_of
     from harness.studies.study import unknown
 
-    name, names = run.manifest.run, [str(variant["name"]) for variant in run.manifest.study["variants"]]
+    name = ", ".join(run.manifest.run for run in runs)
+    names = list(dict.fromkeys(str(variant["name"]) for run in runs for variant in run.manifest.study["variants"]))
+    phases = list(dict.fromkeys(phase for run in runs for phase in run.manifest.phases))
     if options.sort != "study":
         raise UsageError(
             f"--sort {options.sort}: run {name} is an A/B, and each of its variants is compared with itself."
@@ -80,8 +84,8 @@ def _filter(options: argparse.Namespace, run: Run) -> Callable[[Compared], bool]
         if not fnmatch.filter(names, pattern):
             raise UsageError(f"variant {pattern!r}: {unknown(pattern, names)}")
     for phase in options.phase:
-        if phase not in run.manifest.phases:
-            raise UsageError(f"phase {phase!r}: run {name} has {', '.join(run.manifest.phases)}.")
+        if phase not in phases:
+            raise UsageError(f"phase {phase!r}: run {name} has {', '.join(phases)}.")
 
     def keep(compared: Compared) -> bool:
         of_variant = any(fnmatch.fnmatchcase(compared.variant, pattern) for pattern in options.variant)

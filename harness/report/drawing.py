@@ -86,12 +86,16 @@ def _paragraphs(lines: Sequence[Line], console: Console) -> Iterator[Text]:
 
 
 def _paragraph(line: Line, console: Console, lead: int) -> Text:
-    """Wrapped between words, what follows hanging beside its lead."""
+    """Wrapped between words, what follows hanging beside its lead; below a lead that leaves it no room."""
     begin = Text(_INDENT * line.indented).append_text(draw_text(line.lead.ljust(lead), "faint"))
     begin.append(_INDENT if lead else "")
     beside = min(begin.cell_len, console.width // 3)
     body = Text().join(draw_text(span.text, span.tone) for span in line.spans)
     drawn = Text("\n" * line.apart)
+    if begin.cell_len + body.cell_len > console.width and begin.cell_len > beside:
+        begin.rstrip()
+        drawn.append_text(_wrapped(begin, console.width, console)).append("\n")
+        begin = Text(" " * beside)
     for number, part in enumerate(_wrapped(body, console.width - beside, console).split("\n", allow_blank=True)):
         drawn.append_text(begin if number == 0 else Text("\n" + " " * beside)).append_text(part)
     return drawn

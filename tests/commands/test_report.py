@@ -182,6 +182,22 @@ def test_several_ab_runs_are_one_table(told):
     assert told("report", "ab", "sound")[0] == 2
 
 
+def test_a_table_of_several_ab_runs_shows_what_is_asked_for(told, tmp_path):
+    """A variant, a phase and a page, as of one of them; the exit code stays that of all, and an order is refused."""
+    both, whole = ("report", "ab", "ab-improved"), told("report", "ab", "ab-improved", "--json")
+    page = tmp_path / "page.html"
+    code, document = told(*both, "--variant", "qlora*", "--phase", "train", "--html", str(page), "--json")
+    assert code == whole[0]
+    assert (
+        {row["variant"] for row in document["matrix"]}
+        == {"qlora-nf4-r16"}
+        < {row["variant"] for row in whole[1]["matrix"]}
+    )
+    assert "qlora-nf4-r16" in page.read_text(encoding="utf-8")
+    for words in (("--variant", "nf5"), ("--phase", "cold"), ("--sort", "ratio")):
+        assert told(*both, *words)[0] == 2
+
+
 def test_the_version_is_said(capsys):
     """And nothing else happens."""
     with pytest.raises(SystemExit) as left:

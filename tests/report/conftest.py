@@ -31,25 +31,32 @@ from harness.records.memory_account import MemoryAccount
 from harness.records.record import Notice, TrialRecord
 from harness.records.request_sight import ModelSize, RequestSight
 from harness.report.attribution import describe_attribution
+from harness.report.bisect import describe_bisection
 from harness.report.calibration import describe_calibration
 from harness.report.claims import describe_claims
 from harness.report.comparison import describe_comparison
 from harness.report.doctor import describe_checks
 from harness.report.estimate import describe_estimate
 from harness.report.gate import describe_gate
+from harness.report.history import describe_history
+from harness.report.matrix import Change, describe_matrix
 from harness.report.notices import describe_notices, tell_notices
 from harness.report.plan import describe_plan
 from harness.report.profile import describe_profile
 from harness.report.requests import describe_requests
 from harness.report.run import describe_run
+from harness.report.runs import describe_runs
 from harness.report.sample import Sample, describe_samples
 from harness.report.sizes import describe_sizes
 from harness.report.table import Document
 from harness.report.tried import describe_tried
 from harness.report.view import Asked, view_of
+from harness.results.history import History, history_of
+from harness.results.index import open_index
+from harness.run.bisect import Bisection, Candidate, bisect
 from harness.run.forecast import Forecast
 from harness.run.plan import make_plan
-from harness.stats import compare_trials
+from harness.stats import Comparison, compare_trials
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
 from harness.verdicts.ab import attribution_of, report_of
@@ -58,6 +65,7 @@ from harness.verdicts.calibrate import Calibration, Price, Rates
 from harness.verdicts.claims import judge_claims
 from harness.verdicts.compare import compare
 from harness.verdicts.gate import judge, load_policy
+from harness.verdicts.outcome import without_numbers
 
 KEPT = Path(__file__).parents[1] / "golden"
 RUNS = KEPT / "runs"
@@ -244,8 +252,49 @@ def tried() -> Tried:
     )  # fmt: skip
 
 
+def changes() -> tuple[Change, ...]:
+    """Two changes of versions of one study."""
+    found = ((name, constructed_run(name)) for name in ("ab", "ab-improved"))
+    return tuple(Change(run=name, study=str(run.manifest.study["name"]), report=report_of(run)) for name, run in found)
+
+
+def bisection(slow_from: int | None) -> Bisection:
+    """A search among eight revisions, of which none is slower, or one on is; the fourth cannot be measured."""
+
+    def ask(spec: str, replicates: int) -> Comparison:
+        place = int(spec.removeprefix("c"))
+        if place == 4:
+            return without_numbers("invalid", "it does not import [/b]")
+        ratio = 1.1 if slow_from is not None and place >= slow_from else 1.0
+        trials = [[ratio * (1 + 0.001 * number)] for number in range(replicates)]
+        return compare_trials([[1.0]] * replicates, trials, pairing="replicate")
+
+    candidates = [Candidate(spec=f"c{place}", label=f"{place:010x} Subject [{place}]") for place in range(9)]
+    return bisect(candidates, ask, replicates=8)
+
+
+def listed() -> list[dict[str, Any]]:
+    """Rows of `lorameter list runs`: of a run as it should be, of a baseline in part, and of one that is damaged."""
+    sound = {"run": "20261125-105758-lora-or-qlora-e5aa", "study": "lora-or-qlora", "title": "LoRA", "status": "ok"}
+    sound |= {"trials": {"ok": 6}, "verdict": "regressed", "size_bytes": 2**21, "baseline": False, "newer_schema": None}
+    return [
+        sound,
+        sound | {"run": "b", "trials": {"ok": 2, "oom": 1}, "verdict": "invalid", "baseline": True, "newer_schema": 6},
+        sound | {"run": "c[/b]", "status": "damaged", "title": "manifest.json: no JSON", "trials": {}},
+    ]
+
+
 @pytest.fixture(scope="session")
-def every_report(small_study) -> dict[str, Document]:
+def history(tmp_path_factory) -> History:
+    """Of all constructed runs, by an index of its own."""
+    with pytest.MonkeyPatch.context() as changed:
+        changed.setenv("LORAMETER_CACHE", str(tmp_path_factory.mktemp("cache")))
+        with open_index(RUNS) as index:
+            return history_of(index)
+
+
+@pytest.fixture(scope="session")
+def every_report(small_study, history) -> dict[str, Document]:
     """A document of every report, by what it is of."""
     ab, unsure = constructed_run("ab"), constructed_run("ab-unsure")
     base, candidate = (read_comparand(str(RUNS / name), RUNS) for name in ("sound", "slower"))
@@ -281,5 +330,11 @@ def every_report(small_study) -> dict[str, Document]:
         "plan": lambda: describe_plan(make_plan(small_study), expected, MACHINE, NOTICES),
         "notices": lambda: describe_notices(NOTICES),
         "notices in full": lambda: tell_notices(NOTICES),
+        "matrix": lambda: describe_matrix(changes()),
+        "bisection": lambda: describe_bisection(bisection(slow_from=6), "step time of plain"),
+        "bisection of nothing": lambda: describe_bisection(bisection(slow_from=None), "step time of plain"),
+        "list of runs": lambda: describe_runs(listed()),
+        "history": lambda: describe_history(history),
+        "history of every run": lambda: describe_history(history, every_run=True),
     }
     return {name: make() for name, make in made.items()}

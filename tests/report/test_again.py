@@ -1,7 +1,111 @@
-"""How to repeat a run: with the versions that trained."""
+"""How to repeat a run: with the versions that trained, by a command that is taken and means the same."""
 
-from harness.records import store
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+
+from harness.cli import main, parser
+from harness.records import codec, store
+from harness.records.document import write_document
 from harness.report.again import how_to_repeat
+from harness.studies.script_study import study_of_command
+from harness.studies.study_file import load_study
+
+ROOT = Path(__file__).parents[2]
+KEPT = [
+    *(ROOT / "tests" / "golden" / "runs").iterdir(),
+    *(path for path in (ROOT / "reports").iterdir() if (path / "trials.jsonl").is_file()),
+]
+
+
+def typed(run):
+    """The options of the line that measures the run again."""
+    (line,) = (line for line in how_to_repeat(run).splitlines() if line.startswith("lorameter "))
+    return parser().parse_args(shlex.split(line)[1:])
+
+
+@pytest.mark.parametrize("path", KEPT, ids=lambda path: path.name)
+def test_the_line_of_every_run_is_a_command(path):
+    """Of an A/B that does not say by which words its sides were named there is none, and that is said."""
+    run = store.read_run(str(path), path.parent, newer=True)
+    if run.manifest.sides:
+        assert "does not say by which words" in how_to_repeat(run)
+    else:
+        assert typed(run).command.__name__ == "run_study"
+
+
+def test_what_the_command_line_gave_is_given_again(write_run):
+    """Model, data and limits that are not the study's own; what a profile replaces is the profile's."""
+    study = load_study("lora-or-qlora").with_overrides(
+        model="random:smollm2-135m", data="mine.jsonl", precision=0.02, max_minutes=7.5, allow_disturbed=True
+    )
+    path = write_run("given", {"lora-r16": [1.0, 1.1]}, study=study)
+    options = typed(store.read_run("given", path.parent))
+    assert (options.study, options.model, options.data) == ("lora-or-qlora", "random:smollm2-135m", "mine.jsonl")
+    assert (options.precision, options.max_minutes, options.allow_disturbed) == (0.02, 7.5, True)
+    assert options.replicates == study.protocol.replicates
+    profiled = load_study("lora-or-qlora", profile="card")
+    path = write_run("profiled", {"lora-r16": [1.0, 1.1]}, study=profiled)
+    options = typed(store.read_run("profiled", path.parent))
+    assert (options.profile, options.model, options.data, options.max_minutes) == ("card", None, None, None)
+
+
+def side(kind, spec, *, commit=None, rows=0):
+    return {
+        "kind": kind, "spec": spec, "label": f"{spec} (label)", "worker": "1", "injected_rows": rows,
+        "facts": {"packages": {}, "git": {"commit": commit, "dirty": False}},
+    }  # fmt: skip
+
+
+@pytest.fixture
+def ab(write_run):
+    """A function that writes an A/B of two sides; gives the run as it is read back."""
+
+    def write(base, candidate, **options):
+        path = write_run("ab", {next(iter(options["study"].variants)).name: [1.0, 1.1]}, **options)
+        data = codec.to_json(store.read_manifest(path)) | {"sides": {"base": base, "candidate": candidate}}
+        write_document(path / "manifest.json", data)
+        return store.read_run("ab", path.parent)
+
+    return write
+
+
+def test_an_ab_is_repeated_as_an_ab(ab):
+    """A revision by its commit, since its branch may have moved; requirements as they were written."""
+    study = load_study("training-step")
+    options = typed(ab(side("revision", "main", commit="a" * 40), side("requirements", "peft==0.21.2"), study=study))
+    assert options.command.__name__ == "run_ab"
+    assert (options.study, options.base, options.candidate) == ("training-step", "a" * 40, "peft==0.21.2")
+    planted = typed(ab(side("present", ""), side("present", "", rows=24), study=study))
+    assert (planted.command.__name__, planted.inject_rows) == ("run_calibrate", 24)
+
+
+def test_commands_are_repeated_as_commands(ab):
+    """Two against each other, or one on two sides, in the folder in which they ran."""
+    study = study_of_command("python train.py", name="train", cwd="work")
+    study = dataclasses.replace(study, protocol=dataclasses.replace(study.protocol, turns=3, steps_per_turn=4))
+    two = typed(ab(side("command", "python train.py"), side("command", "python train.py --x"), study=study))
+    assert (two.base_command, two.candidate_command) == ("python train.py", "python train.py --x")
+    one = typed(ab(side("requirements", "trl==1.0"), side("requirements", "trl==1.1"), study=study))
+    assert (one.study, one.script, one.base, one.candidate) == (None, "python train.py", "trl==1.0", "trl==1.1")
+    for options in (one, two):
+        assert (options.cwd, options.steps) == ("work", 12)
+
+
+def test_the_page_of_an_ab_ends_with_how_to_repeat_it(ab, tmp_path, capsys):
+    """As that of any other run."""
+    run = ab(
+        side("requirements", "peft==0.20.0"), side("requirements", "peft==0.21.2"), study=load_study("training-step")
+    )
+    page = tmp_path / "page.html"
+    assert main(["report", str(run.path), "--html", str(page), "--json"]) in (0, 1, 3, 4)
+    json.loads(capsys.readouterr().out)
+    assert "lorameter ab training-step --base peft==0.20.0" in page.read_text(encoding="utf-8").replace("&#x27;", "")
 
 
 def test_versions_are_those_that_scripts_tell(write_run):

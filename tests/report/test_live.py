@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import re
+import threading
 
 import pytest
 from rich.cells import cell_len
@@ -170,6 +171,15 @@ def test_nothing_is_drawn_more_often_than_ten_times_a_second(plan, monkeypatch):
     assert len(drawn) <= 2 + 0.5 / live.LEAST_BETWEEN_S + 1
     display.trial_phase(plan.slots[0], "verify")
     assert drawn[-1] == clock[0]
+
+
+def test_no_thread_draws_beside_a_measurement(plan):
+    """What is shown changes where the runner says something, and nowhere else."""
+    before, out = threading.enumerate(), io.StringIO()
+    with LiveDisplay(Console(file=out, width=100, force_terminal=True)) as display:
+        display.starting(plan, "run-1")
+        assert threading.enumerate() == before
+        assert "ratio so far" in out.getvalue()
 
 
 def test_many_replicates_show_the_latest_and_fit(small_study):

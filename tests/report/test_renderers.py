@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import dataclasses
 import html
 import io
 from html.parser import HTMLParser
+from pathlib import Path
 
 from harness.report.table import Fold, Gallery, Line, Panel, Section, Table, tone_of
 from harness.report.terminal import text_of
@@ -129,7 +131,20 @@ def test_a_renderer_of_numbers_parses_no_text(every_report):
 
 
 def test_every_module_of_reports_has_its_report_here(every_report):
-    """Nothing that is printed is left out, no document is empty, and every block there is occurs."""
+    """Whatever makes a document is called for `every_report`; no document is empty, and every block there is occurs."""
+    making = {
+        node.name
+        for path in (Path(__file__).parents[2] / "harness" / "report").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef)
+        and not node.name.startswith("_")
+        and isinstance(node.returns, ast.Name)
+        and node.returns.id == "Document"
+    }
+    here = ast.parse((Path(__file__).parent / "conftest.py").read_text(encoding="utf-8"))
+    called = {node.func.id for node in ast.walk(here) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+    assert len(making) > 15
+    assert making - {"describe_verdicts"} <= called  # it is the part of the claims that a run's report ends with
     assert all(every_report.values())
     found = {type(block) for document in every_report.values() for block in document}
     assert found == {Line, Section, Fold, Panel, Table, Gallery}

@@ -144,6 +144,18 @@ def test_a_terminal_narrower_than_a_table_shows_its_rows_below_each_other(every_
     assert "1.37" in text
 
 
+def test_what_follows_a_long_lead_breaks_nowhere_within_a_number():
+    """Beside it where all of it has room, below it where not; a lead that is wider than the terminal wraps, too."""
+    line = say("1.0016 [0.9983, 1.0049] equivalent, as far as can be told", lead="topic (2222222222) against main")
+    assert text_of((line,), width=100, coloured=False).count("\n") == 1
+    below = text_of((line,), width=60, coloured=False).splitlines()
+    assert below[0] == "  topic (2222222222) against main"
+    assert below[1].split(" equivalent")[0].strip() == "1.0016 [0.9983, 1.0049]"
+    narrow = text_of((line,), width=28, coloured=False).splitlines()
+    assert [text.strip() for text in narrow[:2]] == ["topic (2222222222) against", "main"]
+    assert max(map(cell_len, narrow)) <= 28
+
+
 def test_wider_terminals_show_more(every_report):
     """What people ask first at 80 columns, everything at 200."""
     narrow, wide = (text_of(every_report["run"], width=width, coloured=False) for width in (80, 200))

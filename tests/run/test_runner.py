@@ -221,6 +221,38 @@ def test_a_stop_while_a_group_is_saved_loses_none_of_it(small_study, number):
         assert {trial for trial, _ in executor.asked} == set(together)
 
 
+def test_nothing_is_drawn_while_a_step_is_timed(small_study):
+    """The watcher is told before a trial is asked for its turn, and hears nothing until the answer is there."""
+    plan, events = make_plan(small_study, interleaving="lockstep", phases=("train",)), []
+
+    class Noting(Quiet):
+        def trial_phase(self, slot, phase):
+            events.append(("told", slot.trial, phase))
+
+        def trial_ended(self, record):
+            events.append(("ended", record.trial, ""))
+
+    class Worker(FakeWorker):
+        def ask(self, command, trial, timeout_s, **arguments):
+            events.append(("begins", trial, command))
+            try:
+                return super().ask(command, trial, timeout_s, **arguments)
+            finally:
+                events.append(("answers", trial, command))
+
+    class Executor(FakeExecutor):
+        def launch(self):
+            return Worker(self)
+
+    run_plan(plan, {"": Executor()}, SITE, save=lambda record: None, watcher=Noting())
+    turns = [place for place, (what, _, command) in enumerate(events) if (what, command) == ("begins", "turn")]
+    assert len(turns) == len(plan.slots) * small_study.protocol.turns
+    for place in turns:
+        _, trial, command = events[place]
+        assert events[place - 1] == ("told", trial, command)
+        assert events[place + 1] == ("answers", trial, command)
+
+
 def test_a_first_ctrl_c_lets_the_turns_come_to_their_end(small_study):
     """The whole group is measured and counts, the next one does not begin, and the run says that it was stopped."""
     plan = make_plan(small_study, interleaving="lockstep", phases=("train",))
