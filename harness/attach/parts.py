@@ -45,6 +45,12 @@ class Parts:
             outer, _ = self._open[-1]
             self._open[-1] = outer, self._mark(outer)
 
+    def leave_out(self, seconds: float) -> None:
+        """So much of what has just gone is no part of anything; what a device does meanwhile is its own."""
+        if self._open and isinstance(self._open[-1][1], float):
+            part, begun = self._open[-1]
+            self._open[-1] = part, begun + seconds
+
     def _close(self) -> None:
         """The innermost part has been under way until now."""
         part, begun = self._open[-1]

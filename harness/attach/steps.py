@@ -125,7 +125,7 @@ class Steps:
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
-        """The block is the meter's own work inside a step, and in no step's time; it computes and does not wait."""
+        """The block is the meter's own work inside a step, and in no time of it; it computes and does not wait."""
         begun = time.perf_counter()
         try:
             yield
@@ -133,6 +133,7 @@ class Steps:
             spent = time.perf_counter() - begun
             self._begun_s += spent
             self._begun_cpu_s += spent
+            self._parts.leave_out(spent)
 
     def end_step(self) -> StepReading | None:
         """The step is over; this may wait as long as the follower does. Returns what it showed, None where nothing is

@@ -183,7 +183,7 @@ def test_a_closures_passes_are_no_part_of_the_update(listener, model):
     for reading in listener.readings:
         parts = [reading.forward_time_s, reading.backward_time_s, reading.optimizer_time_s]
         assert all(part > 0 for part in parts)
-        assert sum(parts) < reading.step_time_s
+        assert sum(parts) <= reading.step_time_s * (1 + 1e-9)  # but for the last digits of sums
 
 
 @pytest.mark.usefixtures("source")

@@ -71,3 +71,15 @@ def test_a_part_that_fails_has_ended(parts, clock):
         fail()
     clock[0] += 5.0
     assert parts.take() == {"forward": 1.0}
+
+
+def test_what_is_left_out_is_in_no_part(parts, clock):
+    """Neither in the part under way, nor in that around it, nor in one that begins afterwards."""
+    play(parts, clock, "+optimizer", "+forward")
+    clock[0] += 5.0
+    parts.leave_out(5.0)
+    play(parts, clock, "-forward", "-optimizer")
+    clock[0] += 5.0
+    parts.leave_out(5.0)
+    play(parts, clock, "+backward", "-backward")
+    assert parts.take() == {"optimizer": 2.0, "forward": 1.0, "backward": 1.0}
