@@ -108,15 +108,18 @@ def test_the_grid_of_a_run_under_way_costs_little_between_turns(say):
     and never while a step is timed: the parent draws before it asks for a turn."""
     study = load_study("lora-or-qlora", device="cpu")
     plan = make_plan(dataclasses.replace(study, protocol=study.protocol.with_effort("standard")), phases=("train",))
-    display = LiveDisplay(Console(file=io.StringIO(), width=120, force_terminal=True))
+    out = io.StringIO()
+    display = LiveDisplay(Console(file=out, width=120, force_terminal=True))
     given = {record.name: record for record in read_run(str(COMMITTED), COMMITTED.parent).records if record.settled}
     drawn, ended = [], []
     with display:
         display.starting(plan, "run")
-        for slot in plan.slots:
+        for number, slot in enumerate(plan.slots):
+            length, phase = out.tell(), ("verify", "warm_up")[number % 2]  # a phase that is new is drawn at once
             begin = time.process_time()
-            display.trial_phase(slot, "verify")
+            display.trial_phase(slot, phase)
             drawn.append((time.process_time() - begin,))
+            assert out.tell() > length, "nothing was drawn"
             begin = time.process_time()
             display.trial_ended(given[slot.variant.name].replaced(trial=slot.trial, replicate=slot.replicate))
             ended.append((time.process_time() - begin,))
