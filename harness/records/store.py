@@ -335,8 +335,9 @@ def _read_manifest(path: Path, left: Left, *, newer: bool) -> Manifest:
 
 
 def list_runs(folder: Path) -> list[Path]:
-    """Directories of runs, oldest first."""
-    return sorted(path.parent for path in folder.glob("*/manifest.json")) if inputs.is_folder(folder) else []
+    """Directories of runs, oldest first; one whose manifest is a link to nothing is among them on every Python."""
+    found = folder.glob("*") if inputs.is_folder(folder) else ()
+    return sorted(path for path in found if os.path.lexists(path / "manifest.json"))
 
 
 def _lift_workloads(manifest: Any) -> Any:

@@ -1,5 +1,6 @@
 """The end of a conversation that a script's process holds: what it says before its first step, and what it is told."""
 
+import importlib.metadata
 import json
 import platform
 import secrets
@@ -42,7 +43,7 @@ def test_what_the_script_requires_is_said_before_its_first_step(parent):
         child.join(30)
     assert begun["trainable_dtypes"] == {"float32": 6}
     assert begun["software"]["python"] == platform.python_version()
-    assert begun["software"]["torch"] == torch.__version__
+    assert begun["software"]["torch"] == importlib.metadata.version("torch")
     assert found == [Next(watch={"base.bits": 4})]
 
 

@@ -65,7 +65,7 @@ def test_a_manifest_that_is_no_file_or_no_text_hides_no_other_run(write_run, cap
     assert main(["list", "runs", "--runs-dir", str(whole.parent)]) == 0
     table = capsys.readouterr().out.partition("\n\n")[0].splitlines()[2:]
     found = [re.split(r"\s{2,}", line.strip()) for line in table]
-    assert {(row[0], row[1]) for row in found[:-1]} == {(name, "damaged") for name in ("bytes", "directory")}
+    assert {(row[0], row[1]) for row in found[:-1]} == {(name, "damaged") for name in ("bytes", "directory", "link")}
     assert found[-1][:3] == ["whole", "small", "complete"]
 
 
