@@ -46,8 +46,8 @@ def _weight_copied(seen: RequestEvidence) -> Iterator[Finding]:
         if is_head and seen.bytes_per_s:  # the product goes as well; what comes in its place reads the weight once
             cost += max(0.0, one.head_s - cost - seen.sight.size.head_bytes / seen.bytes_per_s)
         folds = (
-            f"a copy laid out anew, {LAID_OUT_ANEW}, which torch's linear folds; a clone that keeps the strides does not "
-            "help, nor does contiguous() of a single row, and leaving requires_grad on for the weight does."
+            f"a copy laid out anew, {LAID_OUT_ANEW}, which torch's linear folds; a clone that keeps the strides does "
+            "not help, nor does contiguous() of a single row, and leaving requires_grad on for the weight does."
         )
         yield _make_finding(
             "weight-copied", seen, metric, cost,
