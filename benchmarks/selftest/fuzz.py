@@ -5,9 +5,9 @@
 Each input is a good one with something odd in it (`hostile`), drawn by a generator whose seed is the number of the
 input, so that any of them can be had again by its number. It goes through a door (`hostile_doors`) in a process that
 may have 1 GiB more memory than it began with and 10 s for an input, not counting time for which it wanted a processor
-that others had. An input fails where it is neither read nor
-refused: by a traceback, exit code 70, a control character among what is shown, more time, more memory, a death. What
-failed is kept with --keep; tests/corpus holds what ever did, and `make test` reads it again.
+that others had. An input fails where it is neither read nor refused: by a traceback, exit code 70, a control character
+among what is shown, more time, more memory, a death. What failed is kept with --keep; tests/corpus holds what ever did,
+and `make test` reads it again.
 
 Exit status 1 if any input failed.
 """

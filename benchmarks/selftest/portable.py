@@ -3,11 +3,11 @@
     python benchmarks/selftest/portable.py [--only NAME] [--keep FILE] [--list]
 
 What a test of this project expects may rest on the CPU that it was written on: the order in which a library sums, the
-precision that it multiplies in, a layout that it chooses, the time that a step took. So the tests that compute are run
-as a narrower CPU would run them: torch's own kernels are chosen by ATEN_CPU_CAPABILITY, oneDNN's by
-ONEDNN_MAX_CPU_ISA, and bitsandbytes is told that there is no AVX512-BF16 (`narrow_cpu`). All tests are run three times
-with nothing beside them and three times beside two busy loops. Whether a setting is in force is asked of the libraries
-before its tests run; where it is not, they are not run, and it does not pass.
+precision that it multiplies in, a layout that it chooses, the time that a step took. So all tests are run as narrower
+CPUs would run them: torch's own kernels are chosen by ATEN_CPU_CAPABILITY, oneDNN's by ONEDNN_MAX_CPU_ISA, and
+bitsandbytes is told that there is no AVX512-BF16 (`narrow_cpu`). And they are run three times with nothing beside them,
+and three times beside two busy loops. Whether a setting is in force is asked of the libraries before its tests run;
+where it is not, they are not run, and it does not pass.
 
 It takes hours. With ``--keep`` each run's counts are written as it ends, and a later call with the same file goes on
 where an earlier one was stopped: only what was found on the same files, to the byte, is taken over. ``--only`` runs
@@ -39,9 +39,7 @@ from harness.machine.repository import run_git
 
 ROOT = Path(__file__).parents[2]
 NARROW = Path(__file__).with_name("narrow_cpu")
-COMPUTING = tuple(f"tests/{room}" for room in ("trial", "kernels_check", "run", "profile", "models"))
-"""Rooms whose tests compute, or start processes that do. Those of `faults` start what does nothing but break."""
-WHOLE = ("tests/",)
+TESTS = ("tests/",)
 OPTIONS = ("-n", "2", "--dist", "loadfile", "--no-loadscope-reorder")
 """Those of `make test`."""
 MOST_S = 3 * 3600.0
@@ -60,7 +58,7 @@ class Setting:
 
     name: str
     variables: tuple[tuple[str, str], ...] = ()
-    tests: tuple[str, ...] = COMPUTING
+    tests: tuple[str, ...] = TESTS
     rounds: int = 1
     loops: int = 0
     """Busy loops beside the tests."""
@@ -92,8 +90,8 @@ SETTINGS = (
     cpu("ATen at its least", aten="DEFAULT", onednn="AVX512_CORE", packs=False),
     cpu("AVX2", aten="AVX2", onednn="AVX2", packs=False),
     cpu("AVX-512 with bfloat16", onednn="AVX512_CORE_BF16", packs=True),
-    Setting(name="idle", tests=WHOLE, rounds=3),
-    Setting(name="beside two busy loops", tests=WHOLE, rounds=3, loops=2),
+    Setting(name="idle", rounds=3),
+    Setting(name="beside two busy loops", rounds=3, loops=2),
 )
 """Each thing that a library lets be held down is in one of them, and most CPUs there are are the second."""
 
@@ -267,7 +265,6 @@ def main(arguments: list[str] | None = None) -> int:
     files = hash_of_files(ROOT)
     kept = Kept(options.keep, files)
     print(machine_line(), flush=True)
-    print(f"`idle` and `beside two busy loops` are all tests, the others {' '.join(COMPUTING)}")
     for setting in SETTINGS:
         for number in range(1, setting.rounds + 1):
             if (options.only and setting.name not in options.only) or (setting.name, number) in kept.found:
