@@ -134,7 +134,7 @@ def test_a_bordered_request_gives_the_tokens_of_a_plain_one(serving):
     model = trial._built.trainee.model
     prompt = trial._built.stream.prompt(0)
     bordered = BorderedRequest(model, lambda: generate(model, prompt, NEW), "cpu")
-    bordered.begin()
+    bordered.phases.begin()
     assert bordered().tokens == generate(model, prompt, NEW).tokens
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.get_base_model().modules())
 
