@@ -250,11 +250,8 @@ class ConductedTrial:
     def ask(self, command: str, **arguments: Any) -> Fragment:
         """What the trial adds to its record. Raises `InvalidRunError` where it comes to no good."""
         self.tell(command)
-        try:
-            fragment = self._worker.ask(command, self.request.trial, self.request.protocol.step_timeout_s, **arguments)
-        except WorkerLostError as lost:
-            fragment = Fragment().failed(lost.status, lost.failure)
-        return self.take(command, fragment)
+        trial, timeout_s = self.request.trial, self.request.protocol.step_timeout_s
+        return self.take(command, answer_of(lambda: self._worker.ask(command, trial, timeout_s, **arguments)))
 
     def close(self) -> None:
         """Its process ends; nothing more is asked of it."""
@@ -270,10 +267,22 @@ class ConductedTrial:
         """Add a fragment to the record. Raises `InvalidRunError` for one that says of a failure."""
         self.record = self.record.merged(fragment)
         if fragment.status != "ok":
-            failure = fragment.failure
-            said = f"{failure.kind}: {failure.message.removesuffix('.')}" if failure else "it says nothing"
             raise InvalidRunError(
-                f"{self.request.variant.name}: {fragment.status} in {command}: {said}. The log is "
+                f"{self.request.variant.name}: {fragment.status} in {command}: {trouble_in(fragment)}. The log is "
                 f"{self.request.log_path}."
             )
         return fragment
+
+
+def answer_of(ask: Callable[[], Fragment]) -> Fragment:
+    """What a process answers; where it is lost, that it failed."""
+    try:
+        return ask()
+    except WorkerLostError as lost:
+        return Fragment().failed(lost.status, lost.failure)
+
+
+def trouble_in(fragment: Fragment) -> str:
+    """What a fragment says of its failure, without a full stop."""
+    failure = fragment.failure
+    return f"{failure.kind}: {failure.message.removesuffix('.')}" if failure else "it says nothing"

@@ -14,7 +14,7 @@ from harness.errors import UsageError
 from harness.models import catalogue, shapes
 from harness.models.costs.peaks import Rate
 from harness.models.shapes import ModelShape
-from harness.profile.measure import ConductedTrial, open_trial
+from harness.profile.measure import ConductedTrial, answer_of, open_trial, trouble_in
 from harness.profile.requests.facts import RequestProfile
 from harness.records.activity import (
     ACCOUNTS,
@@ -26,9 +26,9 @@ from harness.records.activity import (
     Activity,
 )
 from harness.records.memory_account import MemoryAccount
-from harness.records.record import Fragment, Notice
+from harness.records.record import Notice
 from harness.records.request_sight import RequestSight
-from harness.run.executors import Executor, WorkerLostError
+from harness.run.executors import Executor
 from harness.studies.study import Study
 from harness.studies.variant import Variant
 
@@ -82,17 +82,13 @@ def _start_cold(trial: ConductedTrial, executor: Executor) -> None:
     of what was seen before."""
     trial.close()
     trial.tell("cold")
-    try:
-        fragment = executor.cold_start(dataclasses.replace(trial.request, waterfall=True))
-    except WorkerLostError as lost:
-        fragment = Fragment().failed(lost.status, lost.failure)
+    fragment = answer_of(lambda: executor.cold_start(dataclasses.replace(trial.request, waterfall=True)))
     if fragment.status == "ok":
         trial.take("cold", fragment)
         return
-    said = fragment.failure.message if fragment.failure else "it says nothing"
     lost_start = Notice(
         code="no-cold-start",
-        message=f"the cold start is {fragment.status}: {said.removesuffix('.')}.",
+        message=f"the cold start is {fragment.status}: {trouble_in(fragment)}.",
         remedy=f"The log is {trial.request.log_path}.",
     )
     trial.record = trial.record.replaced(notices=(*trial.record.notices, lost_start))
