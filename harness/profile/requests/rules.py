@@ -12,6 +12,7 @@ from typing import Any
 
 from harness.errors import UsageError
 from harness.profile.diagnosis import BETWEEN, LEAST_IDLE, WORTH
+from harness.profile.evidence import left_out
 from harness.profile.finding import Finding
 from harness.profile.requests.evidence import RequestEvidence
 from harness.records.units import format_bytes, format_value
@@ -94,9 +95,7 @@ def _dequantisation(seen: RequestEvidence) -> Iterator[Finding]:
         f'quantization = "none" reads about {format_bytes(extra or 0)} more a token, in {format_value(more, "s")}.'
         if fits
         else "A kernel that multiplies packed weights as they are would not unpack them.",
-        changes={}
-        if not fits
-        else {"quantization": "none"} | ({"prepare_for_kbit": False} if seen.variant.prepare_for_kbit else {}),
+        changes=left_out(seen.variant, "quantization") if fits else {},
         obstacle="" if fits else "there is no memory for the weights unpacked, or reading them would take longer",
     )  # fmt: skip
 
