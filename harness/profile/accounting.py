@@ -11,41 +11,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from harness.errors import UsageError
 from harness.models import catalogue, shapes
 from harness.models.costs.ceiling import Ceiling, Utilisation, bandwidth_utilisation, ceiling_of
 from harness.models.costs.decoding import decode_cost, mean_context
 from harness.models.costs.flops import StepTokens, TrainingFlops, computed_tokens, row_tokens, training_flops
-from harness.profile.facts import Profile
-from harness.records.activity import LEAST_STEP_PAIRS, STEP_PHASES, Activity, PhaseActivity
-from harness.records.record import TrialRecord
+from harness.profile.facts import Profile, Watched
+from harness.records.activity import LEAST_STEP_PAIRS, STEP_PHASES, PhaseActivity
 from harness.stats import bootstrap_interval, median_interval
 from harness.verdicts.series import OCCUPANCY_FLOOR
 
 REMAINDER_LIMIT = 0.02
 """Share of the step above which its phases do not explain it."""
-
-
-class Watched(Protocol):
-    """What was taken apart: the steps of a profile, or its requests."""
-
-    @property
-    def device(self) -> str:
-        """Where it ran, "cpu" or "cuda"."""
-
-    @property
-    def threads(self) -> int:
-        """Of the process, on a CPU."""
-
-    @property
-    def record(self) -> TrialRecord:
-        """The raw times."""
-
-    @property
-    def activity(self) -> Activity:
-        """What ran under the profiler."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,11 +92,10 @@ class StepAccount:
 
 def step_account(profile: Watched, names: Names = STEPS) -> StepAccount:
     """The account of a profile's step, or of what `names` are the names of."""
-    counted = undisturbed_pairs(profile, names)
     samples, prefix, what = profile.record.samples, names.prefix, names.what
 
     def keep(name: str) -> list[float]:
-        return [samples[f"{prefix}{name}"][index] for index in counted]
+        return counted_samples(profile, name, names)
 
     plain, bordered = keep(f"plain_{what}_time_s"), keep(f"bordered_{what}_time_s")
     step = span_of(plain)
@@ -135,7 +113,7 @@ def step_account(profile: Watched, names: Names = STEPS) -> StepAccount:
         profiler_slowdown=span_of([slow / step.value for slow in profile.activity.step_times_s]),
         occupancy=_occupancy(profile, everything, names) if profile.device == "cpu" else None,
         pairs=len(everything),
-        counted=len(counted),
+        counted=len(plain),
     )
 
 
@@ -157,6 +135,12 @@ def undisturbed_pairs(profile: Watched, names: Names = STEPS) -> Sequence[int]:
         return everything
     quiet = [index for index in everything if _occupancy(profile, (index,), names) >= OCCUPANCY_FLOOR]
     return quiet if len(quiet) >= LEAST_STEP_PAIRS else everything
+
+
+def counted_samples(profile: Watched, name: str, names: Names = STEPS) -> list[float]:
+    """Samples of which each pair has one, by name without prefix; those of the pairs that count."""
+    samples = profile.record.samples[f"{names.prefix}{name}"]
+    return [samples[pair] for pair in undisturbed_pairs(profile, names)]
 
 
 def _pairs(profile: Watched, names: Names) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 
 from harness.errors import UsageError
 from harness.machine.validity import CONTENDED
-from harness.profile.evidence import Evidence
+from harness.profile.evidence import Evidence, left_out
 from harness.profile.finding import Finding
 from harness.records.units import format_bytes, format_count, format_value
 from harness.studies.variant import Variant
@@ -69,7 +69,7 @@ def _dequantisation(seen: Evidence) -> Iterator[Finding]:
         yield _make_finding(
             "dequantisation", seen, share, f"unpacking {seen.variant.quantization} weights takes {share:.1%} of a step",
             f'quantization = "none" needs about {format_bytes(extra)} more, which is there.',
-            changes={"quantization": "none"} | ({"prepare_for_kbit": False} if seen.variant.prepare_for_kbit else {}),
+            changes=left_out(seen.variant, "quantization"),
         )  # fmt: skip
     else:
         yield _make_finding(
@@ -161,7 +161,7 @@ def _checkpointing(seen: Evidence) -> Iterator[Finding]:
         f"checkpointing repeats {seen.recomputed:.0%} of all FLOPs, at a peak of {format_bytes(seen.peak_bytes)} of "
         f"{format_bytes(seen.memory_bytes)}",
         f"gradient_checkpointing = false needs about {format_bytes(extra)} more, which is there.",
-        changes={"gradient_checkpointing": False},
+        changes=left_out(seen.variant, "gradient_checkpointing"),
     )  # fmt: skip
 
 

@@ -25,11 +25,16 @@ DROPOUT_KERNELS = ("dropout", "bernoulli")
 """In the names of kernels that draw a mask; the fused one applies it as well."""
 DROPOUT_OPERATOR = "aten::dropout"
 """On a CPU: it draws the mask and multiplies with it. The backward pass multiplies by a `mul` like any other."""
-LEFT_OUT: Mapping[str, dict[str, Any]] = {
+_LEFT_OUT: Mapping[str, dict[str, Any]] = {
     "quantization": {"quantization": "none", "prepare_for_kbit": False},
     "gradient_checkpointing": {"gradient_checkpointing": False},
 }
-"""What a variant is changed to where a saving of memory is left out."""
+"""Fields of a variant where a saving of memory is left out."""
+
+
+def left_out(variant: Variant, saving: str) -> dict[str, Any]:
+    """What a variant is changed to so that it goes without this saving of memory; nothing that it has already."""
+    return {name: value for name, value in _LEFT_OUT[saving].items() if getattr(variant, name) != value}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,8 +166,8 @@ def _extra_bytes(profile: Profile) -> dict[str, int]:
     try:
         shape = shapes.shape(catalogue.resolve(profile.workload.model))
         present = memory_bytes(profile.variant, profile.workload, shape, profile.device)
-        for key, changes in LEFT_OUT.items():
-            without = dataclasses.replace(profile.variant, **changes)
+        for key in _LEFT_OUT:
+            without = dataclasses.replace(profile.variant, **left_out(profile.variant, key))
             extra[key] = max(0, memory_bytes(without, profile.workload, shape, profile.device) - present)
     except UsageError:  # a model type whose layers are not known: then nothing is said to fit
         pass

@@ -22,8 +22,8 @@ SCHEMA = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Profile:
-    """All that was observed of one variant: nothing in it is an estimate."""
+class Watched:
+    """What a profile holds of a trial whatever was taken apart, its steps or its requests: nothing is an estimate."""
 
     schema: int = SCHEMA
     study: str
@@ -37,17 +37,24 @@ class Profile:
     wide_registers: bool
     """Whether a CPU multiplies 16-bit numbers faster than 32-bit ones (AVX512-BF16); not read on a GPU."""
     memory_bytes: int
-    """What the device that trains had free before the trial, or has in all where that is not known."""
+    """What the device had free before the trial, or has in all where that is not known."""
     record: TrialRecord
     """Raw times and bytes of the trial, its checks and notices."""
     activity: Activity
-    memory: dict[str, MemoryAccount]
-    """Of a step and of a request, by phase."""
+    """What ran under the profiler."""
     peaks: dict[str, Peak]
     """What the device does at best, by "product" and "memory"; stated by the vendor, or measured after the trial. One
     is missing where nobody states it and the trial has left no memory to measure it in."""
     measured_peaks: dict[str, Peak] = field(default_factory=dict)
     """The same as measured after the trial, also where the vendor states it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile(Watched):
+    """All that was observed of one variant's steps."""
+
+    memory: dict[str, MemoryAccount]
+    """Of a step and of a request, by phase."""
     estimates: dict[str, dict[str, int]] = field(default_factory=dict)
     """Bytes by kind as `harness.models.costs.memory` expects them from the shape alone, by phase; empty where the
     model's layers are not known."""

@@ -9,10 +9,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 from harness.errors import InvalidRunError, UsageError
 from harness.machine.provenance import Machine
@@ -51,6 +51,7 @@ LEAST_REQUESTS = 8
 class OpenTrial:
     """A solo trial that is there to be taken apart, in a process of its own, and the folder of what it finds."""
 
+    study: str
     trial: ConductedTrial
     folder: Path
     machine: Machine
@@ -69,13 +70,32 @@ class OpenTrial:
             raise InvalidRunError(f"{request.variant.name}: {name}: cannot be read: {error}. Profile again.") from None
         return codec.from_json(kind, data, name)
 
-    def peaks(self, rates: Mapping[str, Rate]) -> tuple[dict[str, Peak], dict[str, Peak]]:
-        """What the device does at best, stated or else measured, and as measured alone."""
+    @property
+    def rates(self) -> dict[str, Rate]:
+        """What is asked of the device at its best, by what it is a peak of."""
+        return {"product": product_rate(self.trial.request.variant), "memory": "memory"}
+
+    def facts(self, activity: str) -> dict[str, Any]:
+        """The fields of `harness.profile.facts.Watched`, once all is measured; `activity` is the file of what ran."""
+        machine, request, record = self.machine, self.trial.request, self.trial.record
         by_rate = self.read(dict[str, Peak], PEAKS)
-        measured = {name: by_rate[rate] for name, rate in rates.items() if rate in by_rate}
-        device = self.machine.device_name
-        stated = {name: peak for name, rate in rates.items() if (peak := stated_peak(device, rate))}
-        return measured | stated, measured
+        measured = {name: by_rate[rate] for name, rate in self.rates.items() if rate in by_rate}
+        stated = {name: peak for name, rate in self.rates.items() if (peak := stated_peak(machine.device_name, rate))}
+        return {
+            "study": self.study,
+            "variant": request.variant,
+            "workload": request.workload,
+            "device": machine.device,
+            "device_name": machine.device_name,
+            "threads": request.workload.threads,
+            "cpus": machine.cpus,
+            "wide_registers": machine.avx512_bf16,
+            "memory_bytes": self.memory_bytes,
+            "record": record.replaced(notices=(*self.notices, *record.notices)),
+            "activity": self.read(Activity, activity),
+            "peaks": measured | stated,
+            "measured_peaks": measured,
+        }
 
     def keep(self, document: str, found: object, traces: Sequence[str]) -> None:
         """Write what was found, and fetch the profiler's own recordings. Raises `UsageError` where the disk refuses."""
@@ -130,6 +150,7 @@ def open_trial(
         stack.callback(worker.close)
         place = executor.make_place(slot.trial, slot.trial)
         yield OpenTrial(
+            study=study.name,
             trial=ConductedTrial(plan, slot, site, place, worker, say),
             folder=folder,
             machine=machine,
@@ -161,25 +182,11 @@ def profile_variant(
     """
     with open_trial(study, variant, executor, runs=runs, say=say, document=DOCUMENT) as opened:
         trial, machine = opened.trial, opened.machine
-        rates: dict[str, Rate] = {"product": product_rate(variant), "memory": "memory"}
-        _conduct(trial, list(rates.values()), max(LEAST_REQUESTS, study.protocol.generate_requests))
-        peaks, measured = opened.peaks(rates)
+        _conduct(trial, list(opened.rates.values()), max(LEAST_REQUESTS, study.protocol.generate_requests))
         birth = trial.record.memory.get(BIRTH, birth_bytes(machine.cuda))
         profile = Profile(
-            study=study.name,
-            variant=variant,
-            workload=study.workload,
-            device=cast(Literal["cpu", "cuda"], machine.device),
-            device_name=machine.device_name,
-            threads=study.workload.threads,
-            cpus=machine.cpus,
-            wide_registers=machine.avx512_bf16,
-            memory_bytes=opened.memory_bytes,
-            record=trial.record.replaced(notices=(*opened.notices, *trial.record.notices)),
-            activity=opened.read(Activity, ACTIVITY),
+            **opened.facts(ACTIVITY),
             memory={phase: opened.read(MemoryAccount, name) for phase, name in ACCOUNTS.items()},
-            peaks=peaks,
-            measured_peaks=measured,
             estimates=_estimates(variant, study.workload, machine.device, birth),
         )
         opened.keep(DOCUMENT, profile, (TRACE,))
@@ -243,11 +250,8 @@ class ConductedTrial:
     def ask(self, command: str, **arguments: Any) -> Fragment:
         """What the trial adds to its record. Raises `InvalidRunError` where it comes to no good."""
         self.tell(command)
-        try:
-            fragment = self._worker.ask(command, self.request.trial, self.request.protocol.step_timeout_s, **arguments)
-        except WorkerLostError as lost:
-            fragment = Fragment().failed(lost.status, lost.failure)
-        return self.take(command, fragment)
+        trial, timeout_s = self.request.trial, self.request.protocol.step_timeout_s
+        return self.take(command, answer_of(lambda: self._worker.ask(command, trial, timeout_s, **arguments)))
 
     def close(self) -> None:
         """Its process ends; nothing more is asked of it."""
@@ -263,10 +267,22 @@ class ConductedTrial:
         """Add a fragment to the record. Raises `InvalidRunError` for one that says of a failure."""
         self.record = self.record.merged(fragment)
         if fragment.status != "ok":
-            failure = fragment.failure
-            said = f"{failure.kind}: {failure.message.removesuffix('.')}" if failure else "it says nothing"
             raise InvalidRunError(
-                f"{self.request.variant.name}: {fragment.status} in {command}: {said}. The log is "
+                f"{self.request.variant.name}: {fragment.status} in {command}: {trouble_in(fragment)}. The log is "
                 f"{self.request.log_path}."
             )
         return fragment
+
+
+def answer_of(ask: Callable[[], Fragment]) -> Fragment:
+    """What a process answers; where it is lost, that it failed."""
+    try:
+        return ask()
+    except WorkerLostError as lost:
+        return Fragment().failed(lost.status, lost.failure)
+
+
+def trouble_in(fragment: Fragment) -> str:
+    """What a fragment says of its failure, without a full stop."""
+    failure = fragment.failure
+    return f"{failure.kind}: {failure.message.removesuffix('.')}" if failure else "it says nothing"

@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from harness.profile.accounting import IDLE, REMAINDER_LIMIT, StepAccount, TimeSpan, Watched, categories_s, plain_s
+from harness.profile.accounting import IDLE, REMAINDER_LIMIT, StepAccount, TimeSpan, categories_s, plain_s
+from harness.profile.facts import Watched
 from harness.records.units import format_count, format_interval, format_ratio, format_value
 from harness.report.table import Cell, Table, name_columns, say_each, write_row, write_value
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from harness.models.costs.ceiling import Utilisation, utilisation
 from harness.models.costs.decoding import mean_context
-from harness.profile.accounting import Names, StepAccount, TimeSpan, span_of, step_account
+from harness.profile.accounting import Names, StepAccount, TimeSpan, counted_samples, span_of, step_account
 from harness.profile.requests.facts import MERGED, SERVED, RequestProfile
 
 
@@ -55,7 +55,7 @@ def request_accounts(profile: RequestProfile) -> tuple[RequestAccount, RequestAc
 
 def _account(profile: RequestProfile, names: Names) -> RequestAccount:
     merged = names is MERGED or profile.variant.merge_adapter
-    whole, samples = step_account(profile, names), profile.record.samples
+    whole = step_account(profile, names)
     passes = profile.workload.new_tokens - 1
     decode, ran = whole.phases["decode"], {phase.phase: phase for phase in profile.activity.phases}
 
@@ -64,8 +64,8 @@ def _account(profile: RequestProfile, names: Names) -> RequestAccount:
 
     return RequestAccount(
         whole=whole,
-        first_token=span_of(samples[f"{names.prefix}first_token_time_s"]),
-        token=span_of(samples[f"{names.prefix}time_per_output_token_s"]),
+        first_token=span_of(counted_samples(profile, "first_token_time_s", names)),
+        token=span_of(counted_samples(profile, "time_per_output_token_s", names)),
         passes=passes,
         prefill=_pass_account(
             profile, whole.phases["prefill"], calls("prefill", 1), rows=profile.sight.prompt_rows,

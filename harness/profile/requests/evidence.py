@@ -10,7 +10,7 @@ from typing import Literal
 from harness.errors import UsageError
 from harness.models.costs.memory import memory_bytes
 from harness.profile.accounting import IDLE, TimeSpan, categories_s, find_observed, plain_s, span_of
-from harness.profile.evidence import LEFT_OUT, SPARE_SHARE, dropout_s
+from harness.profile.evidence import SPARE_SHARE, dropout_s, left_out
 from harness.profile.requests.accounting import RequestAccount
 from harness.profile.requests.facts import RequestProfile
 from harness.records.activity import CACHE, HEAD, PhaseActivity, WeightCopy
@@ -147,7 +147,7 @@ def _unquantised_bytes(profile: RequestProfile) -> int | None:
     """What the base would take more in 16 or 32 bits, where the memory is expected to have it."""
     if profile.variant.quantization == "none" or profile.shape is None:
         return None
-    without = dataclasses.replace(profile.variant, **LEFT_OUT["quantization"])
+    without = dataclasses.replace(profile.variant, **left_out(profile.variant, "quantization"))
     try:
         present = memory_bytes(profile.variant, profile.workload, profile.shape, profile.device)
         extra = max(0, memory_bytes(without, profile.workload, profile.shape, profile.device) - present)

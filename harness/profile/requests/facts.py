@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
 
-from harness.models.costs.peaks import Peak
 from harness.models.shapes import ModelShape
 from harness.profile.accounting import Names
+from harness.profile.facts import Watched
 from harness.records.activity import REQUEST_PHASES, Activity
 from harness.records.memory_account import MemoryAccount
-from harness.records.record import TrialRecord
 from harness.records.request_sight import RequestSight
-from harness.studies.variant import Variant
-from harness.studies.workload import Workload
 
-SCHEMA = 1
 SERVED = Names(what="request", phases=REQUEST_PHASES)
 MERGED = Names(what="request", phases=REQUEST_PHASES, prefix="merged_")
 COLD_PARTS: Mapping[str, str] = {
@@ -35,35 +30,15 @@ COLD_PARTS: Mapping[str, str] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RequestProfile:
-    """All that was observed of one variant's requests."""
+class RequestProfile(Watched):
+    """All that was observed of one variant's requests; times with the adapter merged begin with "merged_". What ran is
+    that of the adapter as the variant serves it."""
 
-    schema: int = SCHEMA
-    study: str
-    variant: Variant
-    workload: Workload
-    device: Literal["cpu", "cuda"]
-    device_name: str
-    threads: int
-    cpus: int
-    """CPUs that the process may run on."""
-    wide_registers: bool
-    """Whether a CPU multiplies 16-bit numbers faster than 32-bit ones (AVX512-BF16); not read on a GPU."""
-    memory_bytes: int
-    """What the device had free before the trial, or has in all where that is not known."""
-    record: TrialRecord
-    """Raw times and bytes of the trial, its checks and notices; times with the adapter merged begin with "merged_"."""
     sight: RequestSight
-    activity: Activity
-    """What ran in some requests, of the adapter as the variant serves it."""
     merged_activity: Activity | None
-    """The same with the adapter merged; None where the variant serves it so."""
+    """What ran with the adapter merged; None where the variant serves it so."""
     memory: MemoryAccount
     """At the peak of a request."""
-    peaks: dict[str, Peak]
-    """What the device does at best, by "product" and "memory"; stated by the vendor, or measured after the trial."""
-    measured_peaks: dict[str, Peak] = field(default_factory=dict)
-    """The same as measured after the trial, also where the vendor states it."""
     shape: ModelShape | None = None
     """Of the model; None where its files do not say."""
 

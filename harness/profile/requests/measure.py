@@ -9,14 +9,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, cast
 
 from harness.errors import UsageError
 from harness.models import catalogue, shapes
-from harness.models.costs.ceiling import product_rate
 from harness.models.costs.peaks import Rate
 from harness.models.shapes import ModelShape
-from harness.profile.measure import ConductedTrial, open_trial
+from harness.profile.measure import ConductedTrial, answer_of, open_trial, trouble_in
 from harness.profile.requests.facts import RequestProfile
 from harness.records.activity import (
     ACCOUNTS,
@@ -28,9 +26,9 @@ from harness.records.activity import (
     Activity,
 )
 from harness.records.memory_account import MemoryAccount
-from harness.records.record import Fragment, Notice
+from harness.records.record import Notice
 from harness.records.request_sight import RequestSight
-from harness.run.executors import Executor, WorkerLostError
+from harness.run.executors import Executor
 from harness.studies.study import Study
 from harness.studies.variant import Variant
 
@@ -46,30 +44,15 @@ def profile_requests(
     Arguments and errors are those of `harness.profile.measure.profile_variant`.
     """
     with open_trial(study, variant, executor, runs=runs, say=say, document=DOCUMENT) as opened:
-        trial, machine = opened.trial, opened.machine
-        rates: dict[str, Rate] = {"product": product_rate(variant), "memory": "memory"}
-        merges = not variant.merge_adapter
-        _conduct(trial, list(rates.values()), merges=merges)
-        peaks, measured = opened.peaks(rates)
-        notices = (*opened.notices, *_start_cold(trial, executor))
+        trial, merges = opened.trial, not variant.merge_adapter
+        _conduct(trial, list(opened.rates.values()), merges=merges)
+        _start_cold(trial, executor)
         trial.end()
         profile = RequestProfile(
-            study=study.name,
-            variant=variant,
-            workload=study.workload,
-            device=cast(Literal["cpu", "cuda"], machine.device),
-            device_name=machine.device_name,
-            threads=study.workload.threads,
-            cpus=machine.cpus,
-            wide_registers=machine.avx512_bf16,
-            memory_bytes=opened.memory_bytes,
-            record=trial.record.replaced(notices=(*notices, *trial.record.notices)),
+            **opened.facts(REQUEST_ACTIVITY),
             sight=opened.read(RequestSight, REQUEST_SIGHT),
-            activity=opened.read(Activity, REQUEST_ACTIVITY),
             merged_activity=opened.read(Activity, MERGED_ACTIVITY) if merges else None,
             memory=opened.read(MemoryAccount, ACCOUNTS["generate"]),
-            peaks=peaks,
-            measured_peaks=measured,
             shape=_shape(study.workload.model),
         )
         opened.keep(DOCUMENT, profile, (REQUEST_TRACE, MERGED_TRACE) if merges else (REQUEST_TRACE,))
@@ -94,26 +77,21 @@ def _conduct(trial: ConductedTrial, rates: list[Rate], *, merges: bool) -> None:
     trial.ask("peak", rates=rates)
 
 
-def _start_cold(trial: ConductedTrial, executor: Executor) -> tuple[Notice, ...]:
+def _start_cold(trial: ConductedTrial, executor: Executor) -> None:
     """A new interpreter with nothing beside it: the trial's own process has ended. One that comes to no good costs none
     of what was seen before."""
     trial.close()
     trial.tell("cold")
-    try:
-        fragment = executor.cold_start(dataclasses.replace(trial.request, waterfall=True))
-    except WorkerLostError as lost:
-        fragment = Fragment().failed(lost.status, lost.failure)
+    fragment = answer_of(lambda: executor.cold_start(dataclasses.replace(trial.request, waterfall=True)))
     if fragment.status == "ok":
         trial.take("cold", fragment)
-        return ()
-    said = fragment.failure.message if fragment.failure else "it says nothing"
-    return (
-        Notice(
-            code="no-cold-start",
-            message=f"the cold start is {fragment.status}: {said.removesuffix('.')}.",
-            remedy=f"The log is {trial.request.log_path}.",
-        ),
+        return
+    lost_start = Notice(
+        code="no-cold-start",
+        message=f"the cold start is {fragment.status}: {trouble_in(fragment)}.",
+        remedy=f"The log is {trial.request.log_path}.",
     )
+    trial.record = trial.record.replaced(notices=(*trial.record.notices, lost_start))
 
 
 def _shape(model: str) -> ModelShape | None:

@@ -12,12 +12,15 @@ from typing import Any
 
 from harness.errors import UsageError
 from harness.profile.diagnosis import BETWEEN, LEAST_IDLE, WORTH
+from harness.profile.evidence import left_out
 from harness.profile.finding import Finding
 from harness.profile.requests.evidence import RequestEvidence
 from harness.records.units import format_bytes, format_value
 
 FIRST, LATER, WHOLE = "first_token_time_s", "time_per_output_token_s", "request_time_s"
 TITLES: Mapping[str, str] = {FIRST: "the time to first token", LATER: "a later token", WHOLE: "a request"}
+LAID_OUT_ANEW = "hidden.clone(memory_format=torch.contiguous_format)"
+"""What lays out a row of hidden states anew, in torch's words."""
 MOVED = 0.5
 """Share of the tokens at which a cache lies elsewhere; one that only ever grows does so at each."""
 LATE = 0.05
@@ -43,18 +46,16 @@ def _weight_copied(seen: RequestEvidence) -> Iterator[Finding]:
         is_head = dearest.weight == seen.sight.head != ""
         if is_head and seen.bytes_per_s:  # the product goes as well; what comes in its place reads the weight once
             cost += max(0.0, one.head_s - cost - seen.sight.size.head_bytes / seen.bytes_per_s)
-        remedy = (
-            "copy_head_input = true hands the head a copy laid out anew, "
-            "hidden.clone(memory_format=torch.contiguous_format), which torch's linear folds; a clone that keeps the "
-            "strides does not help, and leaving requires_grad on for the head's weight does."
+        folds = (
+            f"a copy laid out anew, {LAID_OUT_ANEW}, which torch's linear folds; a clone that keeps the strides does "
+            "not help, nor does contiguous() of a single row, and leaving requires_grad on for the weight does."
         )
         yield _make_finding(
             "weight-copied", seen, metric, cost,
             f"{name} copies the whole weight {what} ({dearest.operator} of {shape}, {dearest.calls:.3g} times a pass): "
             "torch's linear does not fold what comes in and goes by a batched product, which wants the weight laid out "
             "anew",
-            remedy if is_head else "What comes into that layer must be laid out anew (clone, not contiguous) to be "
-            "folded.",
+            f"copy_head_input = true hands the head {folds}" if is_head else f"That layer must be handed {folds}",
             changes={"copy_head_input": True} if is_head and not seen.variant.copy_head_input else {},
             obstacle="" if is_head and not seen.variant.copy_head_input else "no field changes what that layer takes",
         )  # fmt: skip
@@ -94,9 +95,7 @@ def _dequantisation(seen: RequestEvidence) -> Iterator[Finding]:
         f'quantization = "none" reads about {format_bytes(extra or 0)} more a token, in {format_value(more, "s")}.'
         if fits
         else "A kernel that multiplies packed weights as they are would not unpack them.",
-        changes={}
-        if not fits
-        else {"quantization": "none"} | ({"prepare_for_kbit": False} if seen.variant.prepare_for_kbit else {}),
+        changes=left_out(seen.variant, "quantization") if fits else {},
         obstacle="" if fits else "there is no memory for the weights unpacked, or reading them would take longer",
     )  # fmt: skip
 

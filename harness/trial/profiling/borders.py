@@ -1,38 +1,35 @@
 """Where the time of a step, or of a request, goes: its phases between borders, and what runs in them.
 
-On CUDA a border is a pair of events, which the device stamps when it comes to them and the host does not wait for; a
-phase's time is then the device's own, with its waiting for launches in it. On a CPU it is two readings of a clock.
-Either costs something, so plain and bordered steps take turns: both then meet the same machine, and the difference of a
-pair is the cost of the borders. They are taken until what the phases leave of a step is known well enough to be judged.
+Borders (`harness.trial.profiling.phases`) cost something, so plain and bordered steps take turns: both then meet the
+same machine, and the difference of a pair is the cost of the borders. They are taken until what the phases leave of a
+step is known well enough to be judged.
 
 The profiler comes last of all, after the requests too, in steps of its own: it slows down everything, and what it holds
-stays in the process. Its records tell a kernel's phase by the host's clock, so these steps wait for the device at every
-border.
+stays in the process.
 """
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import math
 import os
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function, schedule
+from torch.profiler import ProfilerActivity, profile, schedule
 
 from harness.records.activity import LEAST_STEP_PAIRS, STEP_PHASES, TRACE, Activity
 from harness.studies.request import TrialRequest
 from harness.trial.building.build import Trainee
 from harness.trial.clock import Stopwatch
 from harness.trial.data.stream import Batch, TokenStream
-from harness.trial.process import synchronize
-from harness.trial.profiling.activity import MARK, activity_of
+from harness.trial.profiling.activity import activity_of
+from harness.trial.profiling.phases import Phases
 from harness.trial.step import TrainStep
 
 MOST_PAIRS = 256
@@ -52,74 +49,36 @@ class BorderedStep(TrainStep):
 
     def __init__(self, trainee: Trainee, stream: TokenStream, request: TrialRequest) -> None:
         super().__init__(trainee, stream, request.variant, request.device)
-        self._on = request.device
-        self._marked = False
-        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
-        self._phases_s = dict.fromkeys(STEP_PHASES, 0.0)
-
-    def begin(self, *, marked: bool = False) -> None:
-        """Start from zero; `marked` is for the profiler: it is told of the phases, and the device ends with each."""
-        self._marked = marked
-        self._events = []
-        self._phases_s = dict.fromkeys(STEP_PHASES, 0.0)
-        synchronize(self._on)
-
-    def phases_s(self) -> dict[str, float]:
-        """Seconds of each phase since `begin`; the device must have finished."""
-        for name, begin, end in self._events:
-            self._phases_s[name] += begin.elapsed_time(end) / 1e3
-        self._events = []
-        return self._phases_s
+        self.phases = Phases(STEP_PHASES, request.device)
 
     def take(self) -> Batch:
         """The next batch, on the device."""
-        with self._phase("data"):
+        with self.phases.within("data"):
             return super().take()
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """The forward pass."""
-        with self._phase("forward"):
+        with self.phases.within("forward"):
             return super().loss(batch)
 
     def backward(self, loss: torch.Tensor) -> torch.Tensor:
         """The backward pass."""
-        with self._phase("backward"):
+        with self.phases.within("backward"):
             return super().backward(loss)
 
     def update(self) -> None:
         """Clipping and the optimizer."""
-        with self._phase("update"):
+        with self.phases.within("update"):
             super().update()
-
-    @contextlib.contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
-        if self._marked:
-            with record_function(MARK + name):
-                yield
-                synchronize(self._on)
-        elif self._on.startswith("cuda"):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            yield
-            end.record()
-            self._events.append((name, begin, end))
-        else:
-            begun_s = time.perf_counter()
-            yield
-            self._phases_s[name] += time.perf_counter() - begun_s
 
 
 class Bordered(Protocol):
     """What is called in phases: a step, or a request."""
 
-    def begin(self, *, marked: bool = False) -> None:
-        """Start from zero; `marked` is for the profiler: it is told of the phases, and the device ends with each."""
+    phases: Phases
 
     def __call__(self) -> Any:
         """Once through all phases."""
-
-    def phases_s(self) -> dict[str, float]:
-        """Seconds of each phase since `begin`; the device must have finished."""
 
 
 def step_times(
@@ -145,7 +104,6 @@ def pair_times(
     what: str,
     told: Callable[[Any, bool], Mapping[str, float]],
     budget_s: float = BUDGET_S,
-    most: int | None = None,
 ) -> dict[str, tuple[float, ...]]:
     """Pairs of a plain and a bordered call, each first in every other pair.
 
@@ -156,7 +114,6 @@ def pair_times(
         what: what a call is, in the names of the samples ("step").
         told: samples of what a call gave, and whether it was a plain one.
         budget_s: pairs are taken for so long at most, and the least of them in any case.
-        most: of pairs; `MOST_PAIRS` if left out.
 
     Returns:
         Samples in seconds, one a pair: `plain_WHAT_time_s` with `plain_WHAT_cpu_time_s`, `bordered_WHAT_time_s`,
@@ -171,7 +128,7 @@ def pair_times(
 
     def step(*, is_plain: bool, ended_s: float) -> float:
         if not is_plain:
-            bordered.begin()
+            bordered.phases.begin()
         elif not math.isnan(ended_s):
             keep(f"between_{what}s_s", time.perf_counter() - ended_s)
         given, lap = watch(plain if is_plain else bordered)
@@ -182,14 +139,13 @@ def pair_times(
         keep(f"{kind}_{what}_time_s", lap.time_s)
         keep(f"{kind}_{what}_cpu_time_s", lap.cpu_time_s)
         if not is_plain:
-            for phase, seconds in bordered.phases_s().items():
+            for phase, seconds in bordered.phases.times_s().items():
                 keep(f"phase_{phase}_s", seconds)
         return ended_s
 
     begin, pair, ended_s = time.perf_counter(), 0, math.nan
-    most = MOST_PAIRS if most is None else most
     while pair < LEAST_STEP_PAIRS or (
-        pair < most
+        pair < MOST_PAIRS
         and time.perf_counter() - begin < budget_s
         and not (pair % PAIRS_AT_ONCE == 0 and _is_known(found, what))
     ):
@@ -253,13 +209,13 @@ def _session(bordered: Bordered, device: str, trace: Path) -> tuple[tuple[float,
         activities.append(ProfilerActivity.CUDA)
     watch = Stopwatch(device)
     times: list[float] = []
-    bordered.begin()
+    bordered.phases.begin()
     alone_s = watch(bordered)[1].time_s
     steps = min(MOST_PROFILED, max(LEAST_PROFILED, int(PROFILED_BUDGET_S / alone_s)))
     planned = schedule(wait=0, warmup=1, active=steps)
     with profile(activities=activities, schedule=planned, record_shapes=True) as recorded:
         for number in range(1 + steps):
-            bordered.begin(marked=True)
+            bordered.phases.begin(marked=True)
             lap = watch(bordered)[1]
             if number:
                 times.append(lap.time_s)

@@ -11,7 +11,6 @@ by the same borders in a request of its own, which nothing is timed in.
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -26,8 +25,9 @@ from harness.records.request_sight import ModelSize, RequestSight
 from harness.trial.building import lora
 from harness.trial.inference.generate import Request
 from harness.trial.memory import resident_tensors, storage_bytes
-from harness.trial.process import give_back_free, synchronize
-from harness.trial.profiling.activity import MARK, PART
+from harness.trial.process import give_back_free
+from harness.trial.profiling.activity import PART
+from harness.trial.profiling.phases import Phases
 
 Ask = Callable[[], Request]
 
@@ -39,27 +39,7 @@ class BorderedRequest:
         """`model` is PEFT's; `ask` makes a request of it."""
         self._model = lora.wrapped(model)
         self._ask = ask
-        self._on = device
-        self._marked = False
-        self._phase = ""
-        self._since: Any = None
-        self._open: Any = None
-        self._events: list[tuple[str, Any, Any]] = []
-        self._phases_s = dict.fromkeys(REQUEST_PHASES, 0.0)
-
-    def begin(self, *, marked: bool = False) -> None:
-        """Start from zero; `marked` is for the profiler: it is told of the phases, and the device ends with each."""
-        self._marked = marked
-        self._events = []
-        self._phases_s = dict.fromkeys(REQUEST_PHASES, 0.0)
-        synchronize(self._on)
-
-    def phases_s(self) -> dict[str, float]:
-        """Seconds of each phase since `begin`; the device must have finished."""
-        for name, begin, end in self._events:
-            self._phases_s[name] += begin.elapsed_time(end) / 1e3
-        self._events = []
-        return self._phases_s
+        self.phases = Phases(REQUEST_PHASES, device)
 
     def __call__(self) -> Request:
         """The request, with a border at each end of each forward pass."""
@@ -67,47 +47,18 @@ class BorderedRequest:
 
         def enter(module: Any, args: Any, given: dict[str, Any]) -> None:
             nonlocal passes
-            self._turn("decode" if passes else "prefill")
-            if self._marked and not passes:
+            self.phases.turn("decode" if passes else "prefill")
+            if self.phases.marked and not passes:
                 parts.enter_context(_marked_cache(_cache_of(given)))
             passes += 1
 
         with ExitStack() as parts:
             parts.callback(self._model.register_forward_pre_hook(enter, with_kwargs=True).remove)
-            parts.callback(self._model.register_forward_hook(lambda *_: self._turn("choose")).remove)
-            if self._marked:
+            parts.callback(self._model.register_forward_hook(lambda *_: self.phases.turn("choose")).remove)
+            if self.phases.marked:
                 parts.enter_context(_marked_head(self._model))
-            self._turn("prepare")
-            try:
+            with self.phases.within("prepare"):
                 return self._ask()
-            finally:
-                self._turn("")
-
-    def _turn(self, phase: str) -> None:
-        """End the phase that is on, and begin this one; "" begins none."""
-        if self._marked:
-            if self._open is not None:
-                synchronize(self._on)
-                self._open.__exit__(None, None, None)
-            self._open = record_function(MARK + phase) if phase else None
-            if self._open is not None:
-                self._open.__enter__()
-            return
-        now = _stamp(self._on)
-        if self._phase and self._on.startswith("cuda"):
-            self._events.append((self._phase, self._since, now))
-        elif self._phase:
-            self._phases_s[self._phase] += now - self._since
-        self._phase, self._since = phase, now
-
-
-def _stamp(device: str) -> Any:
-    """This moment: of the device's own work on CUDA, which the host does not wait for; else of the clock."""
-    if not device.startswith("cuda"):
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
 
 
 @contextmanager

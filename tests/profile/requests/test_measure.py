@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from harness.profile.requests.accounting import request_accounts
 from harness.profile.requests.evidence import evidence_of_requests
 from harness.profile.requests.facts import COLD_PARTS, RequestProfile
-from harness.profile.requests.measure import DOCUMENT, profile_requests
+from harness.profile.requests.measure import DOCUMENT, _start_cold, profile_requests
 from harness.profile.requests.rules import diagnose_requests
 from harness.records import codec
 from harness.records.activity import MERGED_TRACE, REQUEST_PHASES, REQUEST_TRACE
+from harness.records.record import Failure, Fragment, TrialRecord
 from harness.report.requests import describe_requests
 from harness.report.terminal import console_for, show
-from harness.run.executors import open_executor
+from harness.run.executors import WorkerLostError, open_executor
+from harness.studies.protocol import Protocol
+from harness.studies.request import TrialRequest
+from harness.studies.variant import Variant
+from harness.studies.workload import Workload
 
 
 @pytest.fixture(scope="module")
@@ -90,3 +96,61 @@ def test_a_trial_that_was_not_recorded_is_judged_by_its_times(taken):
     evidence = evidence_of_requests(seen, served, merged)
     assert (evidence.decode.calls, evidence.prefill.copies) == (0.0, ())
     assert describe_requests(seen, served, merged, diagnose_requests(evidence))
+
+
+class ColdTrial:
+    """What a cold start takes of a trial whose process has ended."""
+
+    def __init__(self):
+        self.request = TrialRequest(
+            trial="t", variant=Variant(name="v"), role="variant", replicate=0, seed=1, workload=Workload(),
+            protocol=Protocol(), interleaving="replicates", measures=("steps",), device="cpu", threads=1,
+            tokens_path="", scratch="", log_path="the.log",
+        )  # fmt: skip
+        self.record = TrialRecord(
+            trial="t", status="ok", name="v", variant="v", role="variant", replicate=0, position=0,
+            interleaving="replicates", seed=1, started_unix_s=0.0, wall_time_s=0.0, values={"seen": 1.0},
+        )  # fmt: skip
+        self.done = []
+
+    def close(self):
+        self.done.append("close")
+
+    def tell(self, command):
+        self.done.append(command)
+
+    def take(self, command, fragment):
+        self.record = self.record.merged(fragment)
+
+
+@pytest.mark.parametrize(
+    ("lost", "said"),
+    [
+        (True, "the cold start is timeout: WorkerLost: it fell silent."),
+        (False, "the cold start is oom: OutOfMemoryError: no room."),
+        (None, "the cold start is crashed: it says nothing."),
+    ],
+)
+def test_a_cold_start_that_fails_is_a_notice(lost, said):
+    """A process that is lost, and one that says so itself, costs nothing of what was seen before."""
+    trial = ColdTrial()
+
+    def cold_start(request):
+        assert (request.waterfall, trial.done) == (True, ["close", "cold"])
+        if lost:
+            raise WorkerLostError("timeout", Failure(phase="cold", kind="WorkerLost", message="it fell silent."))
+        failure = Failure(phase="cold", kind="OutOfMemoryError", message="no room")
+        return Fragment(status="crashed") if lost is None else Fragment().failed("oom", failure)
+
+    _start_cold(trial, SimpleNamespace(cold_start=cold_start))
+    (notice,) = trial.record.notices
+    assert (notice.code, notice.message, notice.remedy) == ("no-cold-start", said, "The log is the.log.")
+    assert (trial.record.status, trial.record.values) == ("ok", {"seen": 1.0})
+
+
+def test_a_cold_start_goes_into_the_record():
+    """With its parts."""
+    trial = ColdTrial()
+    _start_cold(trial, SimpleNamespace(cold_start=lambda request: Fragment(values={"cold_rest_s": 2.0})))
+    assert trial.record.notices == ()
+    assert trial.record.values == {"seen": 1.0, "cold_rest_s": 2.0}

@@ -1,8 +1,10 @@
 """Every rule of requests on constructed evidence: a planted case that it finds, and healthy requests."""
 
 import dataclasses
+import re
 
 import pytest
+import torch
 
 from harness.errors import UsageError
 from harness.profile.accounting import TimeSpan
@@ -157,6 +159,19 @@ def test_what_costs_nothing_or_cannot_be_changed(evidence, found):
     assert [finding.changes for finding in findings] == found
     for finding in findings:
         assert bool(finding.suggestion) != bool(finding.obstacle)
+
+
+@pytest.mark.parametrize("copy", [HEAD_COPY, LAYER_COPY])
+def test_what_is_advised_against_a_copied_weight_does_help(copy):
+    """Of any layer: torch folds a row that was laid out in the words of the remedy, and no row that was only cloned."""
+    (finding,) = diagnose_requests(changed(prefill={"time_s": 1.55, "copies": (copy,)}, first_token=span(1.6)))
+    advised = re.search(r"hidden\.clone\(.*?\)", finding.remedy)
+    assert advised
+    rows = torch.zeros(1, 10, 64)
+    hidden = rows[:, -1:, :]
+    folded = eval(advised[0], {"hidden": hidden, "torch": torch})
+    assert folded.stride() == (64, 64, 1)
+    assert hidden.clone().stride() == hidden.contiguous().stride() == hidden.stride() == rows.stride()
 
 
 def test_the_finding_that_costs_a_request_most_comes_first():

@@ -67,7 +67,7 @@ class Clock:
 
     def __init__(self, monkeypatch):
         self.now_s = 100.0
-        for module in ("harness.trial.profiling.borders", "harness.trial.clock"):
+        for module in ("harness.trial.profiling.borders", "harness.trial.profiling.phases", "harness.trial.clock"):
             monkeypatch.setattr(f"{module}.time", SimpleNamespace(perf_counter=self.read, process_time=self.read))
 
     def read(self):

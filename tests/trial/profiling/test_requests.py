@@ -134,7 +134,7 @@ def test_a_bordered_request_gives_the_tokens_of_a_plain_one(serving):
     model = trial._built.trainee.model
     prompt = trial._built.stream.prompt(0)
     bordered = BorderedRequest(model, lambda: generate(model, prompt, NEW), "cpu")
-    bordered.begin()
+    bordered.phases.begin()
     assert bordered().tokens == generate(model, prompt, NEW).tokens
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.get_base_model().modules())
 
@@ -152,18 +152,32 @@ def ask(model):
 
 
 def test_the_mode_in_which_a_model_answers_is_seen():
-    """Train mode, which with checkpointing on turns the cache off; checkpointing by itself changes nothing."""
+    """Train mode and checkpointing, which in eval mode changes nothing; sizes are those of the modules."""
     model = wide_model()
     model.gradient_checkpointing_enable()
     sight = see_request(model, lambda: ask(model), "cpu")
     assert (sight.training, sight.checkpointing, sight.decode_rows) == (False, True, 1)
+    assert sight.size.linear_elements == 2 * (4 * 64 * 64 + 3 * 64 * 96)
+    assert (sight.size.head_elements, sight.size.adapter_elements) == (4096 * 64, 0)
     model.train()
     sight = see_request(model, lambda: ask(model), "cpu")
     assert (sight.training, sight.checkpointing) == (True, True)
-    assert sight.decode_rows in (1, 12)  # by the version of transformers
-    model.config.use_cache = model.generation_config.use_cache = False
-    assert sight.size.linear_elements == 2 * (4 * 64 * 64 + 3 * 64 * 96)
-    assert (sight.size.head_elements, sight.size.adapter_elements) == (4096 * 64, 0)
+
+
+@pytest.mark.parametrize(
+    ("use_cache", "taken", "cache"), [(True, [10, 1, 1], "DynamicCache"), (False, [10, 11, 12], "")]
+)
+def test_a_lost_cache_is_seen(use_cache, taken, cache):
+    """Each later pass then takes all tokens, as the embedding sees them too; with a cache it takes one."""
+    model, seen = wide_model(), []
+    model.get_input_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[-1]))
+    prompt = torch.arange(10)[None]
+    sight = see_request(
+        model, lambda: model.generate(prompt, max_new_tokens=3, do_sample=False, use_cache=use_cache), "cpu"
+    )
+    assert seen == taken
+    assert (sight.prompt_rows, sight.decode_rows) == (taken[0], max(taken[1:]))
+    assert (sight.cache, sight.cache_bytes > 0, sight.cache_moved) == (cache, use_cache, float(use_cache))
 
 
 def test_logits_of_a_whole_prompt_are_seen():
