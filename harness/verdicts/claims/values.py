@@ -26,8 +26,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 LEAST_SHARED = 2
-OF_TOKENS = ("workload.model", "workload.prompt_format", "workload.loss")
-"""Axes along which a loss is that of other tokens."""
+OF_TOKENS = (
+    "workload.model", "workload.prompt_format", "workload.loss", "workload.sequence_length", "workload.layout",
+)  # fmt: skip
+"""Axes along which a loss is that of other tokens: so many sequences of another length hold others of the records."""
 OF_LOSS = ("train_loss", "held_out_loss")
 
 
