@@ -135,6 +135,11 @@ def judge_safely(path: str, required: Json, judge: Callable[[], Finding]) -> Che
         )
 
 
+def format_count(count: int, noun: str) -> str:
+    """So many of what a noun with a plural in s names: "1 step", "2 steps"."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def name_some(names: Iterable[str], separator: str = ", ") -> str:
     """Name the first few offenders and count the rest."""
     everyone = list(names)

@@ -23,6 +23,7 @@ from typing import Any
 
 from harness.machine.provenance import origin_of
 from harness.records import store
+from harness.records.units import format_count
 
 ROOT = Path(__file__).parents[2]
 LOOPS = Path(__file__).with_name("agreement_loops.py")
@@ -68,7 +69,7 @@ def read_twice(model: str, steps: int, folder: Path) -> Twice:
     recorded = document["times"][-len(followed) :]
     variant, threads = document["variant"], document["threads"]
     return Twice(
-        what=f"{variant['quantization']}, LoRA of rank {variant['r']}, {threads} thread{'' if threads == 1 else 's'}",
+        what=f"{variant['quantization']}, LoRA of rank {variant['r']}, {format_count(threads, 'thread')}",
         followed_s=statistics.median(followed[-len(recorded) :]),
         recorded_s=statistics.median(recorded),
     )

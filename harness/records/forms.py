@@ -65,12 +65,11 @@ _REMEDY = "Restore the file, or measure again."
 def check_manifest(manifest: Manifest, where: str) -> None:
     """Raises `UsageError` for a manifest whose tables have not the form that readers rest on."""
     check_form(manifest.provenance, PROVENANCE, f"{where}, provenance")
-    check_form(manifest.tokens, TOKENS, f"{where}, tokens")
     own = codec.from_json(dict[str, dict[str, Any]], manifest.tokens.get("own", {}), f"{where}, tokens, own")
-    for name, tokens in own.items():
-        check_form(tokens, TOKENS, f"{where}, tokens, own, {name}")
-    for example in manifest.tokens.get("examples", ()):
-        _require(example, ("prompt", "reference"), f"{where}, tokens, examples")
+    for place, tokens in (("tokens", manifest.tokens), *((f"tokens, own, {name}", one) for name, one in own.items())):
+        check_form(tokens, TOKENS, f"{where}, {place}")
+        for example in tokens.get("examples", ()):
+            _require(example, ("prompt", "reference"), f"{where}, {place}, examples")
     if manifest.sides:
         _require(manifest.sides, ("base", "candidate"), f"{where}, sides")
     for name, side in manifest.sides.items():

@@ -6,13 +6,13 @@ import dataclasses
 import statistics
 from collections.abc import Iterator, Sequence
 
-from harness.records.metrics import LOSSES, Phase
+from harness.records.metrics import LOSSES, METRICS, Phase
 from harness.report.curves import Axis, Curve, Curves
 from harness.report.phase_table import PhaseTable
 from harness.report.table import Gallery, say
 from harness.report.words import title_of
 from harness.studies.claim import is_number
-from harness.studies.study import Study
+from harness.studies.study import Study, is_of_tokens
 from harness.verdicts.series import Groups, Series
 
 LEAST_LEVELS = 3
@@ -51,6 +51,7 @@ def _sweeps(table: PhaseTable, study: Study, groups: Groups) -> Iterator[Gallery
         charts = [
             _chart(axis, [point for level, name in levels if (point := _estimated(groups, name, metric, level))])
             for axis, levels in swept.items()
+            if not (METRICS[metric].is_loss and is_of_tokens(axis))
         ]
         yield from _gallery(f"{title_of(metric)}, along each field", charts)
 

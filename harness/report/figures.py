@@ -21,6 +21,8 @@ from harness.report.phase_table import PhaseTable
 from harness.report.table import Cell, Row, Table, name_columns, write_row, write_value
 from harness.report.view import RunView
 from harness.report.words import title_of_ratio
+from harness.studies.stored import read_own_workloads, read_study
+from harness.studies.workload import OF_TOKENS
 from harness.verdicts.series import Series, series_of
 
 Shown = Mapping[str, Series]
@@ -51,13 +53,23 @@ def figures_of_run(run: Run, view: RunView) -> tuple[Figure, ...]:
     whole = {table.phase: table.metric for table in view.tables if table.phase in view.phases}
     found = [_ratios(table) for table in view.tables]
     if "train" in whole:
-        found += [_losses(shown), _memory(shown), _front(shown, whole["train"])]
+        found += [_losses(shown), _memory(shown), _front(_of_one_loss(run, shown), whole["train"])]
         found += [_samples([record for record in run.records if record.name in shown])]
     if "cold" in whole:
         found += [_cold(shown)]
     if whole:
         found += [checks_matrix(shown)]
     return tuple(figure for figure in found if figure is not None)
+
+
+def _of_one_loss(run: Run, shown: Shown) -> Shown:
+    """Without variants whose losses are those of other tokens than the reference's."""
+    own = read_own_workloads(run)
+    if not own:
+        return shown
+    common = read_study(run).workload
+    other = {name for name, one in own.items() if any(getattr(one, key) != getattr(common, key) for key in OF_TOKENS)}
+    return {name: series for name, series in shown.items() if name not in other}
 
 
 def _ratios(table: PhaseTable) -> Figure | None:

@@ -9,7 +9,7 @@ from harness.profile.diagnosis import OF_WHAT_RAN, RULES
 from harness.profile.facts import Profile
 from harness.profile.finding import Finding
 from harness.records.memory_account import in_order, title_of
-from harness.records.units import format_bytes, format_interval
+from harness.records.units import format_bytes, format_count, format_interval
 from harness.report.findings import say_unfound, tabulate_findings
 from harness.report.notices import describe_notices
 from harness.report.step import tabulate_categories, tabulate_phases
@@ -25,7 +25,7 @@ def describe_profile(
     findings: Sequence[Finding],
 ) -> Document:
     """All of it."""
-    where = f"{profile.device_name} ({profile.device}, {profile.threads} thread{'s' if profile.threads != 1 else ''})"
+    where = f"{profile.device_name} ({profile.device}, {format_count(profile.threads, 'thread')})"
     said = disturbances([profile.record], on_cpu=profile.device == "cpu")
     return (
         say(Span(text=profile.variant.name, tone="strong"), f" of {profile.study} on {where}", indented=False),

@@ -9,7 +9,7 @@ from harness.profile.requests.accounting import PassAccount, RequestAccount
 from harness.profile.requests.facts import COLD_PARTS, RequestProfile
 from harness.profile.requests.rules import OF_WHAT_RAN, REQUEST_RULES
 from harness.records.memory_account import in_order, title_of
-from harness.records.units import format_bytes, format_value
+from harness.records.units import format_bytes, format_count, format_value
 from harness.report.findings import say_unfound, tabulate_findings
 from harness.report.notices import describe_notices
 from harness.report.step import OF_REQUESTS, tabulate_categories, tabulate_phases
@@ -37,7 +37,7 @@ def describe_requests(
     findings: Sequence[Finding],
 ) -> Document:
     """All of it; `merged` is the account with the adapter merged, where that is another."""
-    threads = f"{profile.threads} thread{'s' if profile.threads != 1 else ''}"
+    threads = format_count(profile.threads, "thread")
     where = f"{profile.device_name} ({profile.device}, {threads})"
     workload = profile.workload
     asked = f"; requests of {workload.prompt_tokens} tokens, answered by {workload.new_tokens}"

@@ -16,7 +16,7 @@ from harness.models import catalogue, shapes
 from harness.records.record import TrialRecord
 from harness.records.store import Run
 from harness.report.table import Document, Panel, Passage, Span, say
-from harness.studies.stored import read_study
+from harness.studies.stored import read_workload_of
 
 
 def describe_samples(samples: Sequence[Sample], title: str) -> Document:
@@ -65,8 +65,8 @@ def read_samples(run: Run, variant: str, *, replicate: int = 0, count: int | Non
         UsageError: no such variant or replicate, or no answers in the run, with what there is.
     """
     record = _record(run, variant, replicate)
-    workload = read_study(run).workload
-    examples = run.manifest.tokens.get("examples", [])
+    workload, tokens = read_workload_of(run, variant), run.manifest.tokens
+    examples = tokens.get("own", {}).get(variant, tokens).get("examples", [])
     prompts = [key.removeprefix("answer_") for key in record.tokens if key.startswith("answer_")]
     chosen = [index for index in sorted(map(int, prompts)) if index < len(examples)][:count]
     if not chosen or not examples:

@@ -24,9 +24,10 @@ from harness.records.store import Run
 from harness.records.units import format_count
 from harness.results.columns import names_of
 from harness.results.rows import RANGE, estimate_rows
-from harness.studies.stored import read_study
+from harness.studies.stored import read_own_workloads, read_study
 from harness.studies.study import Study
 from harness.studies.variant import Variant
+from harness.studies.workload import Workload
 from harness.verdicts.judging import default_metrics, matching
 from harness.verdicts.standing import say_broken, standing_of, trial_faults
 
@@ -101,23 +102,23 @@ def mllog_lines(run: Run) -> Iterator[str]:
     """The trials that began, good or bad, one after the other, each as one run of MLPerf's log."""
     study = read_study(run)
     variants = {variant.name: variant for variant in study.variants}
+    own = {} if study.of_scripts else read_own_workloads(run)
     yield _line("submission_benchmark", study.name, run.manifest.created_unix_s, {"run": run.manifest.run})
     yield _line("submission_platform", run.manifest.provenance.get("device_name"), run.manifest.created_unix_s)
     for record in run.records:
         if record.status != "not_run":
-            yield from _trial(record, study, variants.get(record.name))
+            workload = None if study.of_scripts else own.get(record.name, study.workload)
+            yield from _trial(record, workload, variants.get(record.name))
 
 
-def _trial(record: TrialRecord, study: Study, variant: Variant | None) -> Iterator[str]:
+def _trial(record: TrialRecord, workload: Workload | None, variant: Variant | None) -> Iterator[str]:
+    """`workload` is None of a script, which has its own of both."""
     begun, about = record.started_unix_s, {"trial": record.trial, "variant": record.name}
     yield _line("run_start", None, begun, about, event="INTERVAL_START")
     facts: dict[str, Any] = {"seed": record.seed}
-    if not study.of_scripts:
-        facts |= {
-            "global_batch_size": study.workload.batch_size,
-            "max_sequence_length": study.workload.sequence_length,
-        }
-    if variant is not None and not study.of_scripts:
+    if workload is not None:
+        facts |= {"global_batch_size": workload.batch_size, "max_sequence_length": workload.sequence_length}
+    if workload is not None and variant is not None:
         facts |= {
             "gradient_accumulation_steps": variant.gradient_accumulation,
             "lora_rank": variant.r,

@@ -172,20 +172,21 @@ def _kind_of_peak(device: str) -> tuple[str, int]:
 
 
 def measured_peaks(workload: Workload, machine: Machine, runs: Path, kind: str) -> dict[str, int]:
-    """Largest peak of each variant, by its id, in the latest runs of this workload on this machine; `kind` is the name
-    under which records hold it."""
-    peaks: dict[str, int] = {}
+    """Largest peak of each variant, by its id, measured on this workload in the latest runs on this machine; `kind` is
+    the name under which records hold it."""
+    peaks, wanted = dict[str, int](), codec.to_json(workload)
     for path in store.list_runs(runs)[-RUNS_LOOKED_AT:]:
         try:
             run = store.read_run(str(path), runs)
         except LorameterError:
             continue
-        same = run.manifest.provenance.get("device_name") == machine.device_name
-        if same and run.manifest.study.get("workload") == codec.to_json(workload):
-            others = run.manifest.own_workloads
-            for record in run.records:
-                if kind in record.memory and record.name not in others:
-                    peaks[record.variant] = max(peaks.get(record.variant, 0), record.memory[kind])
+        manifest = run.manifest
+        if manifest.provenance.get("device_name") != machine.device_name:
+            continue
+        for record in run.records:
+            measured_on = manifest.own_workloads.get(record.name, manifest.study.get("workload"))
+            if kind in record.memory and measured_on == wanted:
+                peaks[record.variant] = max(peaks.get(record.variant, 0), record.memory[kind])
     return peaks
 
 

@@ -36,6 +36,11 @@ def read_own_workloads(run: Run) -> dict[str, Workload]:
     return _own_workloads(run, {})
 
 
+def read_workload_of(run: Run, name: str) -> Workload:
+    """What one variant was measured on. Raises `UsageError` likewise."""
+    return read_own_workloads(run).get(name) or read_study(run).workload
+
+
 def list_unread(run: Run) -> tuple[str, ...]:
     """What this version does not know of a run of a newer schema, by dotted names; () of any other."""
     if run.newer is None:

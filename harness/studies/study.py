@@ -21,10 +21,15 @@ from harness.studies.engine import Engine
 from harness.studies.protocol import LIMITED_REPLICATES, PRECISION_REPLICATES, Protocol
 from harness.studies.script import check_scripts
 from harness.studies.variant import Variant
-from harness.studies.workload import OF_VARIANTS, Workload
+from harness.studies.workload import OF_TOKENS, OF_VARIANTS, Workload
 
 OF_WORKLOAD = "workload."
 """Begins the name of an axis that is a field of the workload: `workload.batch_size`."""
+
+
+def is_of_tokens(axis: str) -> bool:
+    """Whether a loss along this axis is at each level that of other tokens."""
+    return axis.startswith(OF_WORKLOAD) and axis.removeprefix(OF_WORKLOAD) in OF_TOKENS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

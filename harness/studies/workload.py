@@ -28,6 +28,9 @@ OF_VARIANTS = (
     "new_tokens", "threads",
 )  # fmt: skip
 """Fields that variants of one study may have a value of their own for: the same records, in another form."""
+OF_TOKENS = ("model", "prompt_format", "loss", "sequence_length", "layout")
+"""Those that say over which tokens a loss is, so many sequences of another length holding others of the records: losses
+that differ in one of them are not compared."""
 _RANGES: dict[str, limits.Range] = {
     "sequence_length": (8, 2**24),
     "batch_size": (1, 2**20),

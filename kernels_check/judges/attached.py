@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from kernels_check.check import FLAG, Finding, Json, JudgedPath, join_values, name_some
+from kernels_check.check import FLAG, Finding, Json, JudgedPath, format_count, join_values, name_some
 
 if TYPE_CHECKING:
     from kernels_check.observation.adapter_calls import LayerCall
@@ -58,7 +58,8 @@ def judge_attached(seen: Observation, required: Json) -> Finding:
     if missing:
         faults.append(f"asked for and matched nothing: {name_some(missing)} (mend the name, or leave it out)")
     adapters = join_values(name for layer in layers for name in layer.held if name)
-    good = f"adapter {adapters or 'of a class of its own'} enabled, unmerged and executed in {len(layers)} layers"
+    executed = f"executed in {format_count(len(layers), 'layer')}"
+    good = f"adapter {adapters or 'of a class of its own'} enabled, unmerged and {executed}"
     left = seen.layers_left_to_experts()
     if left:
         good += f"; {len(left)} layers of names that PEFT takes for experts have none: {name_some(left)}"

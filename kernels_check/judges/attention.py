@@ -19,6 +19,7 @@ from kernels_check.check import (
     Requirement,
     Status,
     count_values,
+    format_count,
     join_values,
     name_some,
 )
@@ -127,7 +128,7 @@ def judge_mask(seen: Observation, required: Json) -> Finding:
 def _over_calls(layers: AttentionLayers, values: list[str], untold: int, required: Json, reason: str) -> Finding:
     """One property over all calls: what some call does not tell is unknown, unless another already differs."""
     if untold:
-        reason += f"; {untold} calls do not tell"
+        reason += f"; not told by {format_count(untold, 'call')}"
     missing = _incomplete(layers, [call for call in layers.calls if not call.recomputed])
     reason += f"; {missing}" if missing else ""
     differs = required is not None and any(value not in (required, "unknown") for value in values)
@@ -146,7 +147,7 @@ def _layers(layers: AttentionLayers, good: list[str], required: Json) -> str:
     if not total:
         expected = "an unknown number of" if layers.expected is None else layers.expected
         return f"compiled, so that no layer is told, {expected} attention layers; "
-    beside = f" beside {len(layers.compiled)} calls in compiled code" if layers.compiled else ""
+    beside = f" beside {format_count(len(layers.compiled), 'call')} in compiled code" if layers.compiled else ""
     return f"{len(good)} of {total} attention layers{' as required' if required is not None else ''}{beside}; "
 
 
@@ -154,8 +155,8 @@ def _incomplete(layers: AttentionLayers, first: list[AttentionCall]) -> str:
     """Why the calls that are known cannot be all of the model's attention; empty where they are."""
     if layers.unknown:
         return (
-            f"{sum(layers.unknown.values())} calls of {len(layers.unknown)} of {len(layers.names)} layers ran no "
-            f"attention that is recognised: {name_some(layers.unknown)}"
+            f"{format_count(sum(layers.unknown.values()), 'call')} of {len(layers.unknown)} of {len(layers.names)} "
+            f"layers ran no attention that is recognised: {name_some(layers.unknown)}"
         )
     if not first and not layers.entries and not layers.regions:
         return "no call of the forward pass was seen, only recomputed ones"
@@ -178,7 +179,8 @@ def _aside(layers: AttentionLayers) -> str:
     """What ran beside the model's training and is not judged."""
     parts = []
     if layers.aside:
-        parts.append(f"{len(layers.aside)} calls without gradients ({count_values(c.backend for c in layers.aside)})")
+        aside = count_values(call.backend for call in layers.aside)
+        parts.append(f"{format_count(len(layers.aside), 'call')} without gradients ({aside})")
     if layers.failed:
         parts.append(f"{len(layers.failed)} in passes that failed ({count_values(c.backend for c in layers.failed)})")
     if layers.elsewhere:

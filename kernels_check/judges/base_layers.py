@@ -20,6 +20,7 @@ from kernels_check.check import (
     JudgedPath,
     Requirement,
     Status,
+    format_count,
     join_values,
     name_some,
 )
@@ -131,7 +132,7 @@ def judge_frozen(seen: Observation, required: Json) -> Finding:
     remedies = (
         ["requires_grad_(False) on the base, and only the adapter's parameters for the optimizer"] if faults else []
     )
-    steps = f"{seen.calls} step{'s' * (seen.calls != 1)}"
+    steps = format_count(seen.calls, "step")
     repacked = bool(change.changed) and seen.before.packed != digest.packed
     if digest.torn:
         named = name_some(f"{name} ({why})" for name, why in digest.torn.items())

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from kernels_check.check import FLAG, Finding, Json, JudgedPath, name_some
+from kernels_check.check import FLAG, Finding, Json, JudgedPath, format_count, name_some
 from kernels_check.judges.attached import NO_ADAPTER
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def _gradient_faults(judged: Mapping[str, Tensor], seen: Observation) -> tuple[l
 
 def _without_optimizer(judged: Mapping[str, Tensor], faults: list[str], seen: Observation) -> Finding:
     changed = [name for name in judged if name in seen.changed]
-    reason = f"no torch.optim.Optimizer stepped in {seen.calls} calls"
+    reason = f"no torch.optim.Optimizer stepped in {format_count(seen.calls, 'call')}"
     if faults:
         return Finding(observed=False, reason="; ".join([*faults, reason]))
     if changed:

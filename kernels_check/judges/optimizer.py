@@ -10,7 +10,17 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from kernels_check.check import FLAG, SHARE, Finding, Json, JudgedPath, Requirement, join_values, name_some
+from kernels_check.check import (
+    FLAG,
+    SHARE,
+    Finding,
+    Json,
+    JudgedPath,
+    Requirement,
+    format_count,
+    join_values,
+    name_some,
+)
 
 if TYPE_CHECKING:
     from kernels_check.observation.observation import Observation
@@ -31,8 +41,7 @@ def judge_class(seen: Observation, required: Json) -> Finding:
         return _no_optimizer(seen)
     observed = join_values(optimizer.classes[0] for optimizer in seen.optimizers)
     matches = all(is_class(optimizer.classes, str(required)) for optimizer in seen.optimizers)
-    times, calls = seen.optimizer_steps, seen.calls
-    reason = f"{observed} stepped {times} time{'s' * (times != 1)} in {calls} call{'s' * (calls != 1)}"
+    reason = f"{observed} stepped {format_count(seen.optimizer_steps, 'time')} in {format_count(seen.calls, 'call')}"
     return Finding(observed=observed, reason=reason, satisfies=matches)
 
 
@@ -108,7 +117,7 @@ def _why_unseen(seen: Observation, total: int) -> str:
 def _who_stepped(seen: Observation) -> str:
     """What stepped, where no optimizer that holds parameters of the model did."""
     if not seen.other_optimizers:
-        return f"no torch.optim.Optimizer stepped in {seen.calls} calls"
+        return f"no torch.optim.Optimizer stepped in {format_count(seen.calls, 'call')}"
     names = join_values(seen.other_optimizers)
     return f"{names} stepped and holds no parameter of the model, but those of another, or a copy of master weights"
 
@@ -117,7 +126,9 @@ def _no_optimizer(seen: Observation) -> Finding:
     """Nothing stepped that could be judged; what may have updated the model all the same makes it unknown."""
     reason = _who_stepped(seen)
     if seen.changed:
-        reason += f"; {len(seen.changed)} parameters changed all the same: by an optimizer of another kind?"
+        reason += (
+            f"; {format_count(len(seen.changed), 'parameter')} changed all the same: by an optimizer of another kind?"
+        )
     elif not seen.other_optimizers:
         return Finding(observed=None, present=False, reason=reason)
     return Finding(observed=None, status="unknown", present=False, reason=reason)

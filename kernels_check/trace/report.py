@@ -6,6 +6,7 @@ import argparse
 import json
 from collections.abc import Iterable, Mapping
 
+from kernels_check.check import format_count
 from kernels_check.trace.file import TraceError
 from kernels_check.trace.read import read_trace
 from kernels_check.trace.summary import BackendUse, KernelSummary, Use
@@ -45,7 +46,7 @@ def _print(summary: KernelSummary) -> None:
     if summary.busy_share is not None:
         console.print(f"busy share {summary.busy_share:.1%} of the time from the first start to the last end")
     if (steps := summary.kernels_per_step) is not None:
-        over = f"{steps.steps} step{'s' * (steps.steps != 1)}"
+        over = format_count(steps.steps, "step")
         console.print(f"kernels a step: median {steps.median:,g}, {steps.lowest:,} to {steps.highest:,} over {over}")
 
     def table(title: str, rows: Mapping[str, Use], note: str = "") -> None:

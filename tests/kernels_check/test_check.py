@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from kernels_check.check import Check, Finding, count_values, join_values, name_some
+from kernels_check.check import Check, Finding, count_values, format_count, join_values, name_some
 from kernels_check.judges.paths import REQUIREMENTS, validate
 
 
@@ -94,3 +94,4 @@ def test_reasons_name_few_and_count_the_rest():
     assert name_some(str(n) for n in range(9)) == "0, 1, 2, 3 and 5 more"
     assert (join_values(["math", "flash", "math"]), join_values([])) == ("flash+math", None)
     assert count_values(["math", "flash", "math"]) == "2 math, 1 flash"
+    assert [format_count(count, "step") for count in (0, 1, 2)] == ["0 steps", "1 step", "2 steps"]

@@ -10,6 +10,7 @@ import pytest
 from harness.records import store
 from harness.report.charts import MOST_CURVES
 from harness.report.curves import Axis, Curve, Curves
+from harness.report.figures import figures_of_run
 from harness.report.plots import HEIGHT, plot
 from harness.report.table import Gallery
 from harness.report.terminal import text_of
@@ -63,6 +64,32 @@ def test_a_variant_that_is_asked_for_is_the_one_that_is_drawn():
     view = view_of(store.read_run(str(RUNS / "swept"), RUNS), Asked(variants=("r=512",)))
     (losses,) = view.tables[0].galleries
     assert [chart.across.title for chart in losses.charts] == ["r64-a16-d0.1", "r=512"]
+
+
+@pytest.mark.parametrize(("field", "kept"), [("batch_size", True), ("sequence_length", False)])
+def test_losses_of_other_tokens_are_in_no_picture_that_compares_them(field, kept, write_run, small_study):
+    """Neither along the field that makes them so nor against cost, where one would beat another; times are."""
+    value = getattr(small_study.workload, field)
+    names = {"plain": value, "double": 2 * value, "triple": 3 * value}
+    study = dataclasses.replace(
+        small_study,
+        variants=tuple(dataclasses.replace(small_study.variants[0], name=name) for name in names),
+        workloads={name: {field: size} for name, size in names.items() if size != value},
+    )
+
+    def learnt(record):
+        samples = {**record.samples, "held_out_loss": (names[record.name] / 10,)}
+        return record.replaced(samples=samples, tokens={"real_tokens": 64, "padded_tokens": 0})
+
+    steps = {"plain": [1.0, 1.1], "double": [1.2, 1.3], "triple": [1.4, 1.5]}
+    path = write_run("own", steps, study=study, own_workloads=study.own_workloads, change=learnt)
+    run = store.read_run(str(path), path.parent)
+    view = view_of(run)
+    swept = [gallery.title for gallery in view.tables[0].galleries if "along each field" in gallery.title]
+    assert [title.partition(" ×")[0] for title in swept] == [
+        "time per real token", *(["held-out loss, along each field"] if kept else []),
+    ]  # fmt: skip
+    assert ("Loss against cost" in [figure.title for figure in figures_of_run(run, view)]) == kept
 
 
 def test_two_levels_are_no_curve():

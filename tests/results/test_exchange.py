@@ -1,5 +1,6 @@
 """Formats of others: what their readers require, and nothing that is invalid."""
 
+import dataclasses
 import json
 import math
 
@@ -72,6 +73,17 @@ def test_lines_of_mllog(run):
     assert {"seed", "global_batch_size", "lora_rank", "lora_alpha", "tracked_stats"} <= set(keys)
     assert of_one[-1]["metadata"]["status"] == "success"
     assert of_one[-1]["time_ms"] == 1000
+
+
+def test_a_trial_is_logged_with_the_workload_that_it_was_measured_on(write_run, small_study):
+    """The study's is that of others."""
+    size = small_study.workload.batch_size
+    study = dataclasses.replace(small_study, workloads={"nf4": {"batch_size": 2 * size}})
+    path = write_run("own", {"plain": [1.0], "nf4": [1.0]}, study=study, own_workloads=study.own_workloads)
+    lines = mllog_lines(store.read_run(str(path), path.parent))
+    events = [json.loads(line.removeprefix(":::MLLOG ")) for line in lines]
+    found = {one["metadata"]["variant"]: one["value"] for one in events if one["key"] == "global_batch_size"}
+    assert found == {"plain": size, "nf4": 2 * size}
 
 
 def test_a_trial_that_failed_is_aborted_in_the_log_and_a_diverged_loss_is_still_json(read):

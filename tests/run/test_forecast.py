@@ -112,7 +112,7 @@ def test_the_memory_of_a_machine_is_what_this_process_may_have(monkeypatch):
 
 
 def test_peaks_of_another_workload_are_not_this_one_s(small_study, machine, tmp_path, write_run):
-    """A variant that an earlier run measured on a workload of its own says nothing of the study's."""
+    """What an earlier run measured of a variant on a workload of its own is that workload's, and not the study's."""
     same = dataclasses.replace(small_study.variants[0], name="larger")
     own = {"larger": dataclasses.replace(small_study.workload, batch_size=64)}
     study = dataclasses.replace(small_study, variants=(small_study.variants[0], same))
@@ -123,6 +123,8 @@ def test_peaks_of_another_workload_are_not_this_one_s(small_study, machine, tmp_
     write_run("run", {"plain": [0.1], "larger": [0.2]}, study=study, own_workloads=own, change=larger)
     peaks = measured_peaks(small_study.workload, machine, tmp_path / "runs", "host_peak_train_bytes")
     assert peaks == {same.id: 2**20}
+    peaks = measured_peaks(own["larger"], machine, tmp_path / "runs", "host_peak_train_bytes")
+    assert peaks == {same.id: 9 * 2**30}
 
 
 def test_an_earlier_run_says_how_long(small_study, machine, tmp_path, write_run):

@@ -15,6 +15,7 @@ import torch
 
 from harness.errors import LorameterError
 from harness.models.costs.peaks import Peak, Rate
+from harness.records.units import format_count
 from harness.trial.clock import Stopwatch
 
 CPU_SIZES = (512, 1024)
@@ -87,7 +88,7 @@ def _best_lap(device: str, call: Callable[[], object], calls: int, tries: int) -
 def _name(device: str, threads: int) -> str:
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
-    return f"this CPU with {threads} thread{'s' if threads > 1 else ''}"
+    return f"this CPU with {format_count(threads, 'thread')}"
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from typing import Literal
 
 from harness.records.metrics import BIRTH, PEAKS
 from harness.records.record import Role, TrialRecord
-from harness.records.units import format_bytes, format_ratio
+from harness.records.units import format_bytes, format_count, format_ratio
 from harness.studies.claim import PEAK, Part
 from harness.studies.study import Study
 from harness.verdicts.claims.values import LEAST_SHARED, NotJudgedError, pair_of
@@ -57,10 +57,9 @@ def judge_peaks(part: Part, groups: Groups, study: Study) -> PeakFinding:
     both = ours.keys() & theirs.keys()
     title = "peak memory" if part.metric == PEAK else kind
     if len(both) < LEAST_SHARED:
-        counted = f"{len(both)} replicate{'' if len(both) == 1 else 's'}"
         raise NotJudgedError(
-            f"{title}: {counted} measured it on both sides: a claim is never judged from fewer than "
-            f"{LEAST_SHARED}. Measure on, or again with --replicates 5."
+            f"{title}: {format_count(len(both), 'replicate')} measured it on both sides: a claim is never judged from "
+            f"fewer than {LEAST_SHARED}. Measure on, or again with --replicates 5."
         )
     control, reference = (_peaks(one.ok, kind) if one is not None else {} for one in (twin, itself))
     ratio = max(ours[one] for one in both) / max(theirs[one] for one in both)

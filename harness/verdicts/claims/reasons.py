@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from harness.records.units import decimals, format_ratio
+from harness.records.units import decimals, format_count, format_ratio
 from harness.stats import MOST_ADVISED
 from harness.stats.effect import from_log, paired_effect
 from harness.stats.statement import Conclusion
@@ -130,7 +130,7 @@ def ratio_of(question: Question, conclusion: Conclusion) -> tuple[float, float |
 
 def left_out(count: int) -> str:
     """What to say of replicates that do not count."""
-    return f"; {count} replicate{'s' if count > 1 else ''} left out, where a level is missing" if count else ""
+    return f"; {format_count(count, 'replicate')} left out, where a level is missing" if count else ""
 
 
 def _turned(question: Question, low: float, high: float) -> tuple[float | None, float | None]:

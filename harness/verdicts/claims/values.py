@@ -18,7 +18,7 @@ from harness.records.record import TrialRecord
 from harness.stats.effect import log_ratios
 from harness.stats.samples import checked_trials
 from harness.studies.claim import ENGINE, Level, Part, say_level
-from harness.studies.study import Study
+from harness.studies.study import Study, is_of_tokens
 from harness.verdicts.series import Groups, pairing_of
 
 if TYPE_CHECKING:
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 LEAST_SHARED = 2
-OF_TOKENS = ("workload.model", "workload.prompt_format", "workload.loss")
-"""Axes along which a loss is that of other tokens."""
-OF_LOSS = ("train_loss", "held_out_loss")
 
 
 class NotJudgedError(Exception):
@@ -65,7 +62,7 @@ def axis_logs(groups: Groups, study: Study, axis: str, metric: str, planned: Col
     """
     import numpy as np
 
-    if axis in OF_TOKENS and metric in OF_LOSS:
+    if METRICS[metric].is_loss and is_of_tokens(axis):
         raise NotJudgedError(
             f"{METRICS[metric].title}: along {axis} it is that of other tokens. Claim a time, or memory."
         )

@@ -444,7 +444,7 @@ def test_the_adapter_that_ran_is_named(seen, training):
     assert finding.reason == "adapter default enabled, unmerged and executed in 4 layers"
     model = torch.nn.Sequential(own_lora(torch.nn.Linear(4, 4)))
     finding = attached.judge_attached(seen(model=model, adapter_calls=called(model)), True)
-    assert finding.reason == "adapter of a class of its own enabled, unmerged and executed in 1 layers"
+    assert finding.reason == "adapter of a class of its own enabled, unmerged and executed in 1 layer"
 
 
 def test_what_lora_fa_freezes_is_not_asked_to_learn(seen, training):

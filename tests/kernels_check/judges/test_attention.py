@@ -91,7 +91,7 @@ def test_a_layer_without_known_attention_is_not_overlooked(training):
     layer.forward = lambda hidden_states, **kwargs: (hidden_states, None)
     check = run.check("attention.backend", "flash")
     assert check.status == "fallback"
-    assert "1 calls of 1 of 2 layers ran no attention that is recognised" in check.reason
+    assert "1 call of 1 of 2 layers ran no attention that is recognised" in check.reason
     assert check.reason.endswith("layers.1.self_attn")
 
 

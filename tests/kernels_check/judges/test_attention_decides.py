@@ -147,7 +147,7 @@ def test_what_is_not_the_models_is_said_and_not_judged(backend):
     other = MATH
     check = backend("flash", but(FLASH, call=1), reference, entered=("first", "second"), grads=(True, False))
     assert check.met
-    assert "not judged: 1 calls without gradients (1 math)" in check.reason
+    assert "not judged: 1 call without gradients (1 math)" in check.reason
     assert backend("flash", reference, entered=("first", "second"), grads=(True, False)).status == "absent"
     assert attention_layers(BARE, Calls(), [other]).elsewhere == (other,)
 
@@ -302,7 +302,7 @@ def test_code_in_pieces_is_no_excuse_for_a_layer_without_attention(seen):
     pieces = [but(FLASH, region=2), but(FLASH, region=3)]
     judged = attention.judge_backend(seen(but(FLASH, call=0), *pieces, model=of, modules=modules), "flash")
     assert judged.against("attention.backend", "flash").status == "fallback"
-    assert "1 calls of 1 of 2 layers ran no attention that is recognised: second" in judged.reason
+    assert "1 call of 1 of 2 layers ran no attention that is recognised: second" in judged.reason
 
 
 @pytest.mark.parametrize(
@@ -313,7 +313,7 @@ def test_what_one_call_does_not_tell_is_unknown_unless_another_differs(seen, req
     calls = but(FLASH, mask=True), but(FLASH, mask=None, causal=False)
     judged = attention.judge_mask(seen(*calls), required)
     assert judged.against("attention.mask", required).status == status
-    assert "1 calls do not tell" in judged.reason
+    assert "not told by 1 call" in judged.reason
 
 
 def test_the_dtypes_are_counted_as_far_as_they_are_told(seen):
@@ -321,7 +321,7 @@ def test_the_dtypes_are_counted_as_far_as_they_are_told(seen):
     told = attention.judge_dtype(seen(FLASH, FLASH, but(FLASH, dtype="float16")), None)
     assert told.reason == "input types of the inner operator: 2 bfloat16, 1 float16"
     untold = attention.judge_dtype(seen(but(FLASH, dtype=None)), None)
-    assert untold.reason == "input types of the inner operator: none that is told; 1 calls do not tell"
+    assert untold.reason == "input types of the inner operator: none that is told; not told by 1 call"
 
 
 @pytest.mark.parametrize("judge", [attention.judge_backend, attention.judge_dtype, attention.judge_mask])
@@ -346,4 +346,4 @@ def test_without_attention_of_the_model_its_inputs_are_unknown_or_absent(seen, j
     modules = Calls(all=(ModuleCall(with_grad=False, **made), ModuleCall(with_grad=True, **made)))
     evaluated = judge(seen(but(FLASH, call=0), modules=modules), None)
     assert (evaluated.status, evaluated.present) == (None, False)
-    assert "no attention of the model itself was seen; not judged: 1 calls without gradients" in evaluated.reason
+    assert "no attention of the model itself was seen; not judged: 1 call without gradients" in evaluated.reason

@@ -391,7 +391,7 @@ def test_parts_of_blocks_in_lists_of_their_own_are_no_alarm(verified):
         check = verified(broken)
         assert (check.status, check.observed) == ("fallback", "flash+unrecognised")
         assert check.reason.endswith(
-            f"1 calls of 1 of {2 + name.startswith('f')} layers ran no attention that is recognised: {name}"
+            f"1 call of 1 of {2 + name.startswith('f')} layers ran no attention that is recognised: {name}"
         )
 
 
