@@ -7,11 +7,21 @@ from collections.abc import Iterator
 
 from harness.errors import UsageError
 from harness.machine.nvml import card_names
-from harness.machine.provenance import Machine
+from harness.machine.provenance import Machine, library_version
 from harness.machine.visible import visible_devices
 from harness.records.record import Notice
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
+
+SHARDS_INTEGERS = "2.12"
+"""FSDP2 of an earlier torch gives every shard a gradient, which integers cannot have: pytorch/pytorch#177844."""
+
+
+def shards_4bit(torch: str | None) -> bool:
+    """Whether FSDP2 of this version of torch shards 4-bit weights, which are stored as integers."""
+    from packaging.version import Version
+
+    return torch is None or Version(torch).release >= Version(SHARDS_INTEGERS).release
 
 
 def processes_on_device(workload: Workload, device: str) -> int:
@@ -28,7 +38,7 @@ def check_ranks(where: str, variant: Variant, workload: Workload, machine: Machi
         return
     if machine.device == "cuda":
         _check_cards(where, workload)
-    sharded = workload.strategy == "fsdp2"
+    sharded, torch = workload.strategy == "fsdp2", library_version("torch")
     refused = (
         (variant.compile, "compile = True", "ranks are measured without it", "Leave it out."),
         (
@@ -36,6 +46,12 @@ def check_ranks(where: str, variant: Variant, workload: Workload, machine: Machi
             "quantization = 'int8'",
             "FSDP2 does not shard the weights of LLM.int8, whose scales lie beside them",
             'Use strategy = "ddp", or another quantization.',
+        ),
+        (
+            sharded and variant.is_4bit and not shards_4bit(torch),
+            f"quantization = {variant.quantization!r}",
+            f"FSDP2 of torch {torch} shards no integers, as which 4-bit weights are stored",
+            f'Use torch {SHARDS_INTEGERS} or later, or strategy = "ddp".',
         ),
         (
             sharded and variant.optimizer.startswith("paged"),

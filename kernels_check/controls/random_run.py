@@ -112,6 +112,9 @@ DENSE: list[Callable[[Any], torch.optim.Optimizer]] = [
     lambda parameters: torch.optim.LBFGS(parameters, lr=0.1, max_iter=3, history_size=2),
 ]
 
+TAKE_NO_OTHERS = (torch.optim.Adagrad, torch.optim.LBFGS)
+"""They take no parameters later: the one has no state for them in torch 2.11, the other has one group only."""
+
 
 class RandomRun:
     """One run of a seed.
@@ -193,7 +196,7 @@ class RandomRun:
 
     def _update(self) -> None:
         last = self.optimizers[-1]
-        if self.adds_group and len(last.param_groups) == 1 and not isinstance(last, torch.optim.LBFGS):
+        if self.adds_group and len(last.param_groups) == 1 and not isinstance(last, TAKE_NO_OTHERS):
             extra = nn.Parameter(torch.ones(2))
             extra.grad = torch.ones(2)
             self.model.extra = extra

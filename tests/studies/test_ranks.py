@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -90,8 +91,24 @@ def test_more_ranks_than_cards_are_refused(small_study, machine, monkeypatch):
         check_feasible(of_ranks(small_study), dataclasses.replace(machine, device="cuda"))
 
 
-def test_four_bits_under_fsdp2_are_said_to_be_checked_or_mended(small_study, machine):
+@pytest.mark.parametrize(
+    ("torch", "can"), [("2.11.0+cu130", False), ("2.12.0", True), ("2.13.0+cpu", True), ("3.0", True)]
+)
+def test_four_bits_need_a_torch_that_shards_integers(small_study, machine, torch, can, monkeypatch):
+    """Refused before a model is loaded, with what would do; float weights are sharded by every torch."""
+    monkeypatch.setattr("harness.run.several_ranks.library_version", {"torch": torch}.get)
+    check_feasible(of_ranks(small_study), machine)
+    with (
+        contextlib.nullcontext()
+        if can
+        else pytest.raises(UsageError, match=r"shards no integers.*torch 2\.12 or later")
+    ):
+        check_feasible(of_ranks(small_study, quantization="nf4"), machine)
+
+
+def test_four_bits_under_fsdp2_are_said_to_be_checked_or_mended(small_study, machine, monkeypatch):
     """A notice before the run, which names the repair or says that it is in force."""
+    monkeypatch.setattr("harness.run.several_ranks.library_version", {"torch": "2.13.0"}.get)
     study = of_ranks(small_study, quantization="nf4")
     codes = {notice.code: notice.remedy for notice in check_feasible(study, machine)}
     assert 'repair = "quant_state"' in codes["ranks-fsdp2-4bit"]

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from peft.optimizers import create_lorafa_optimizer
 from torch import nn
 
+from harness.run.several_ranks import SHARDS_INTEGERS, shards_4bit
 from kernels_check import verify
 from kernels_check.controls.small_run import SmallRun
 from kernels_check.judges import base_layers
@@ -240,6 +241,10 @@ def alone(tmp_path):
 
 
 def _shard(run: SmallRun) -> None:
+    if any(parameter.dtype == torch.uint8 for parameter in run.model.parameters()) and not shards_4bit(
+        torch.__version__
+    ):
+        pytest.skip(f"FSDP2 shards 4-bit weights from torch {SHARDS_INTEGERS} on")
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 

@@ -224,7 +224,7 @@ def test_a_compiled_module_that_raises_is_left_again(compiled):
     """The call that it was in is the caller's no more, and came to nothing."""
     recorder = CallRecorder(compiled)
     with recorder.hooked():
-        with pytest.raises(Exception, match="mat1 and mat2"):
+        with pytest.raises(Exception, match=r"mat1 and mat2|same reduction dim"):
             compiled[0](torch.ones(1, 3))
         assert recorder.current() is None
         compiled[0](torch.ones(1, 4))

@@ -218,13 +218,14 @@ def test_a_family_with_one_layer_for_several_operands(tmp_path, model_type, opti
 
 
 def test_the_formulas_are_missing_without_us():
-    """torch passes over attention on a CPU and over 4-bit products without a word, and counts less than half."""
+    """torch passes over 4-bit products without a word, and before 2.15 over attention on a CPU: half is missing."""
     variant = Variant(r=4, target_modules=QV, quantization="nf4")
     step, shape, workload = train_step(variant)
     with FlopCounterMode(display=False) as counter:
         step()
     flops = training_flops(shape, variant, computed_tokens(variant, workload))
-    assert counter.get_total_flops() < flops.hardware / 2 + flops.adapters
+    attention = flops.attention + flops.recomputed
+    assert counter.get_total_flops() <= (flops.hardware - attention) / 2 + flops.adapters + attention
 
 
 def test_a_model_of_full_size_without_its_weights():
