@@ -12,7 +12,10 @@ def oracle(program):
 
 
 def family(oracle, name):
-    return next(one for one in oracle.families() if one.name == name)
+    found = [one for one in oracle.families() if one.name == name]
+    if not found:
+        pytest.skip(f"this transformers has no {name}")
+    return found[0]
 
 
 def result(oracle, **given):
@@ -28,14 +31,19 @@ def test_what_is_said_of_a_family_is_so(oracle, name):
 
 
 def test_the_oracle_knows_each_backend(oracle):
-    """Of a scaled dot product, with dropout, written out, or torch's own in a head, without looking at the check."""
-    truths = {}
+    """Of a scaled dot product, with dropout, written out, or torch's own in a head, without looking at the check.
+
+    Which of the first and the third Gemma 2 takes, whose scores are capped, depends on the transformers.
+    """
+    truths, asked = {}, {}
     for name in ("llama", "gpt2", "gemma2", "siglip"):
         run = oracle.Run(family(oracle, name))
         with oracle.Attentions() as seen:
             run.step()
         truths[name] = (seen.scaled, seen.refused, seen.written)
-    assert truths == {"llama": (2, 0, 0), "gpt2": (2, 2, 0), "gemma2": (0, 0, 2), "siglip": (2, 0, 1)}
+        asked[name] = run.model.config._attn_implementation
+    capped = {"sdpa": (2, 0, 0), "eager": (0, 0, 2)}[asked["gemma2"]]
+    assert truths == {"llama": (2, 0, 0), "gpt2": (2, 2, 0), "gemma2": capped, "siglip": (2, 0, 1)}
 
 
 @pytest.mark.parametrize(("weights", "counted"), [(True, (0, 0, 1)), (False, (1, 0, 0))])
@@ -60,11 +68,14 @@ def test_the_oracle_knows_what_of_the_base_moves(oracle, name, still):
     assert all(oracle._same(before[one], after[one]) for one in before) is still
 
 
-def test_the_oracle_knows_what_was_asked_for_and_left_out(oracle):
+@pytest.mark.parametrize(
+    ("name", "left"), [("llama", ()), ("mixtral", ()), ("beam", ("model.layers.1.mlp.down_proj",))]
+)
+def test_the_oracle_knows_what_was_asked_for_and_left_out(oracle, name, left):
     """PEFT takes dense layers for experts by their names; in a model that has experts, by right."""
-    left = {name: oracle.Run(family(oracle, name)).lost for name in ("llama", "mixtral", "beam")}
-    assert left["llama"] == left["mixtral"] == []
-    assert "model.layers.1.mlp.down_proj" in left["beam"]
+    lost = oracle.Run(family(oracle, name)).lost
+    assert set(left) <= set(lost)
+    assert bool(lost) is bool(left)
 
 
 @pytest.mark.parametrize(
