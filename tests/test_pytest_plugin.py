@@ -538,6 +538,7 @@ def test_the_real_thing(suite, monkeypatch):
     """The same suite on real processes: two variants trained, checked, served and saved."""
     monkeypatch.setenv("REAL", "1")
     once = ("--lorameter-replicates=1", "--lorameter-interleave=replicates")  # no trials of their own for cold starts
+    once = (*once, "--lorameter-allow-disturbed")  # whatever else runs here
     result = suite("--benchmark-save=real", *once, "--lorameter-runs-dir=runs")
     result.assert_outcomes(passed=6)
     entries = saved(suite, "*real")["benchmarks"]

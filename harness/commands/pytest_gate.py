@@ -22,6 +22,7 @@ from harness.verdicts.comparand import (
 )
 from harness.verdicts.compare import compare
 from harness.verdicts.gate import GateResult, Policy, judge, load_policy
+from harness.verdicts.software import TOLD
 from kernels_check.visible import make_visible
 
 if TYPE_CHECKING:
@@ -59,7 +60,8 @@ class SessionGate:
         self._base: Comparand | None = None
 
     def prepare(self, study: Study, facts: Mapping[str, Any], fingerprint: str) -> None:
-        """Read the base and check it against what is about to be measured.
+        """Read the base and check it against what is about to be measured. What a script's process tells itself is not
+        known yet, and judged at the end.
 
         Raises:
             UsageError: it cannot be read, is invalid, or does not agree. A baseline that nobody accepted yet is none
@@ -68,6 +70,9 @@ class SessionGate:
         base = self._base = read_base(self._name, self._runs, fingerprint=fingerprint, study=study.name)
         if base.broken:
             raise UsageError(f"{OPTION}: {base.broken}. Give a valid run.")
+        if study.of_scripts:
+            known = base.facts or {}
+            facts = {**facts, **{name: known[name] for name in TOLD if name in known}}
         session = Comparand(
             name="this session",
             facts=facts,

@@ -17,6 +17,8 @@ OURS = "lorameter"
 """What measures is the same in every process, whatever of it an interpreter has installed."""
 BETWEEN = " or "
 """Between versions of one package, where trials tell several."""
+TOLD = ("python", "cuda", "libraries", steering.FIELD)
+"""Fields of a run's provenance that a script's own process tells when it has begun; before, they are a guess."""
 NONE = "none"
 """In place of the version of what is not installed."""
 

@@ -92,9 +92,10 @@ def test_a_request_is_taken_apart(serving, tmp_path):
     assert (tmp_path / REQUEST_TRACE).stat().st_size > 0
     assert [phase.phase for phase in activity.phases] == list(REQUEST_PHASES)
     ran = {phase.phase: phase for phase in activity.phases}
-    (copy,) = ran["prefill"].copies
-    assert (copy.weight, copy.shape, copy.calls) == ("lm_head.weight", (1, config.hidden_size, config.vocab_size), 1.0)
-    assert 0 < copy.time_s <= ran["prefill"].parts_s[HEAD]
+    size = (1, config.hidden_size, config.vocab_size)
+    copies = [(copy.weight, copy.shape, copy.calls) for copy in ran["prefill"].copies]
+    assert copies == ([] if folds_a_frozen_head() else [("lm_head.weight", size, 1.0)])
+    assert all(0 < copy.time_s <= ran["prefill"].parts_s[HEAD] for copy in ran["prefill"].copies)
     assert ran["decode"].copies == ()
     assert ran["decode"].parts_s[CACHE] > 0
     assert ran["decode"].casts_s > 0  # of an adapter in float32
@@ -204,18 +205,30 @@ def recorded(call):
     return seen.profiler.kineto_results.events()
 
 
+def in_batches(events):
+    """Whether a product ran as one of batches, for which torch lays its weight out anew."""
+    return any(one.name() == "aten::bmm" for one in events)
+
+
+def folds_a_frozen_head():
+    """Whether this torch makes one product of one row of many and a frozen weight: 2.13 does not, 2.15 does."""
+    weight, hidden = torch.randn(4096, 64), torch.randn(1, 10, 64)[:, -1:, :]
+    return not in_batches(recorded(lambda: functional.linear(hidden, weight)))
+
+
 @pytest.mark.parametrize(
     ("rows", "requires_grad", "remedy", "found"),
     [(10, False, False, True), (10, True, False, False), (10, False, True, False), (1, False, False, False)],
 )
 def test_a_copied_head_is_told_by_the_shape_of_the_copy(rows, requires_grad, remedy, found):
-    """A view of one row among several and a frozen weight of 16 bits; each twin that torch folds has none."""
+    """A view of one row among several and a frozen weight of 16 bits, where torch does not fold it; no twin has one."""
     weight = torch.randn(4096, 64, dtype=torch.bfloat16, requires_grad=requires_grad)
     hidden = torch.randn(1, rows, 64, dtype=torch.bfloat16)[:, -1:, :]
     hidden = hidden.clone(memory_format=torch.contiguous_format) if remedy else hidden
     events = recorded(lambda: functional.linear(hidden, weight))
+    assert in_batches(events) is (found and not folds_a_frozen_head())
     phases = activity_of(events, (0.01,), "cpu", phase_names=("prefill",), weights={(4096, 64): "head"}).phases
-    assert [copy.weight for copy in phases[0].copies] == (["head"] if found else [])
+    assert [copy.weight for copy in phases[0].copies] == (["head"] if in_batches(events) else [])
 
 
 def test_what_is_no_weight_is_no_copy_of_one():
