@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import queue
 import threading
 from collections import deque
@@ -75,7 +76,7 @@ def run_spread(
     stops = stops or Stops()
     unsettled = find_unsettled(plan, earlier)
     kept = keep_records(unsettled, earlier)
-    limit_s = None if budget is None else budget.left_s
+    limit_s = None if budget is None or math.isinf(budget.left_s) else budget.left_s
     shared = _Shared(waiting=_by_replicate(unsettled), ended={record.trial: record for record in kept})
     told: queue.SimpleQueue[tuple[Station, BaseException]] = queue.SimpleQueue()
     guarded = _Guarded(watcher, shared.lock)

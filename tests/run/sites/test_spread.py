@@ -11,6 +11,7 @@ import pytest
 
 from harness.errors import InvalidRunError
 from harness.records.record import Failure, Fragment
+from harness.run.budget import Budget
 from harness.run.executors import Place, WorkerLostError
 from harness.run.plan import make_plan
 from harness.run.site import Site
@@ -208,6 +209,13 @@ def test_what_is_no_sites_fault_ends_the_run(plan):
 
     with pytest.raises(OSError, match="No space"):
         spread(plan, {"a": Fake(), "b": Fake()}, save=save)
+
+
+@pytest.mark.parametrize("limit_s", [None, 3600.0])
+def test_a_run_with_and_without_a_limit_of_time_is_measured_whole(plan, limit_s):
+    """Without one no site has any, either."""
+    measured, _, _ = spread(plan, {"a": Fake(), "b": Fake()}, budget=Budget(limit_s, replicates=6))
+    assert [record.status for record in measured.records] == ["ok"] * len(plan.slots)
 
 
 def test_what_earlier_records_settle_is_not_measured_again(plan):
