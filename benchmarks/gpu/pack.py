@@ -29,7 +29,7 @@ PACKED = ROOT / ".gpu"
 CARRIED = Path(__file__).with_name("carried.txt")
 ASSUMED = frozenset(
     "torch transformers accelerate safetensors tokenizers numpy scipy pandas pyarrow pytest pytest-benchmark "
-    "pytest-timeout hypothesis psutil nvidia-ml-py filelock rich threadpoolctl packaging jinja2".split()
+    "pytest-timeout hypothesis psutil nvidia-ml-py filelock rich threadpoolctl packaging jinja2 pip".split()
 )
 """What an image with torch, transformers and pytest holds: scikit-learn beside them, and what all of these need."""
 PLATFORMS = (

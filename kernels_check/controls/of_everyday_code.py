@@ -67,7 +67,7 @@ EVERYDAY = (
         required="eager",
         sabotage=changed(other_models.in_parts, other_models.mix_in_the_feed_forward),
         twin=other_models.in_parts,
-        words=("1 calls of 1 of 3 layers ran no attention that is recognised", "ffns.1"),
+        words=("1 call of 1 of 3 layers ran no attention that is recognised", "ffns.1"),
     ),
     Control(
         name="checkpointing of blocks that are called by their forward",

@@ -354,7 +354,7 @@ def test_parameters_that_moved_without_an_optimizer_are_unknown(seen):
     for judge in (optimizer.judge_class, optimizer.judge_fused, optimizer.judge_paged_share):
         judged = judge(watched, None)
         assert judged.status == "unknown"
-        assert "1 parameters changed" in judged.reason
+        assert "1 parameter changed" in judged.reason
 
 
 @pytest.mark.parametrize(
