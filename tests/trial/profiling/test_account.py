@@ -131,7 +131,10 @@ def test_what_goes_before_the_first_operator_is_no_operators():
 
 
 def test_what_nobody_counts_stays_unexplained():
-    """48 MiB that no tensor holds are found in no kind; the same step without them is explained."""
+    """192 MiB that no tensor holds are found in no kind; the same step without them is explained.
+
+    What earlier tests have left in the allocator moves either by some MiB.
+    """
     wide, hoard = nn.Linear(1, 1, bias=False), []
     optimizer = torch.optim.SGD(wide.parameters())
 
@@ -141,10 +144,10 @@ def test_what_nobody_counts_stays_unexplained():
     step()
     birth = take_birth()
     honest = account(wide, optimizer, step, birth=birth, device="cpu")
-    hoard.append(bytearray(b"x" * (48 * 2**20)))
+    hoard.append(bytearray(b"x" * (192 * 2**20)))
     found = account(wide, optimizer, step, birth=birth, device="cpu")
-    assert abs(honest.unexplained_bytes) < 4 * 2**20
-    assert found.unexplained_bytes - honest.unexplained_bytes == pytest.approx(48 * 2**20, abs=4 * 2**20)
+    assert abs(honest.unexplained_bytes) < 16 * 2**20
+    assert found.unexplained_bytes - honest.unexplained_bytes == pytest.approx(192 * 2**20, abs=16 * 2**20)
 
 
 def account_of_small_blocks():
