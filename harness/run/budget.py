@@ -102,6 +102,11 @@ class Budget:
         """Seconds that are left of the limit; infinite without one."""
         return math.inf if self._limit_s is None else self._limit_s - self.spent_s
 
+    def beside(self, replicates: int) -> Budget:
+        """One from now on for a site that measures so many of the replicates while others measure theirs: it may take
+        what is left of this one's limit."""
+        return Budget(None if self._limit_s is None else self.left_s, replicates=replicates, clock=self.clock)
+
     def enter(self, study: Study, group: Group, later: Sequence[Group]) -> None:
         """A group begins; `later` are those of its replicate that come after it."""
         if group.replicate != self._replicate:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 
 import pytest
@@ -322,3 +323,14 @@ def test_turns_that_are_worth_less_than_they_cost_make_room(measured, monkeypatc
     before = len({trial for trial, command in many.asked if command == "turn"}) / 3
     assert replicates_of(records) > 1.5 * before
     assert executor.now <= 4100.0
+
+
+def test_what_is_measured_beside_has_what_is_left_from_its_own_begin():
+    """Of a limit; without one it has none either. One that begins later has less."""
+    now = [100.0]
+    whole = Budget(60.0, replicates=6, clock=lambda: now[0])
+    now[0] += 20
+    first = whole.beside(3)
+    now[0] += 25
+    assert (first.left_s, whole.beside(3).left_s) == (15.0, 15.0)
+    assert Budget(clock=lambda: now[0]).beside(3).left_s == math.inf

@@ -67,7 +67,7 @@ def run_spread(
     """Measure every trial of the plan, as `run_plan` does, replicates on all stations at once.
 
     `stop` is asked after each replicate; those under way on other sites are measured to their end. What `budget` has
-    left is what each site has, for replicates that go on beside each other.
+    left is what each site has, for its part of the replicates, which go on beside each other.
 
     Raises:
         InvalidRunError: all sites were lost; the message is that of the last.
@@ -76,15 +76,16 @@ def run_spread(
     stops = stops or Stops()
     unsettled = find_unsettled(plan, earlier)
     kept = keep_records(unsettled, earlier)
-    limit_s = None if budget is None or math.isinf(budget.left_s) else budget.left_s
-    shared = _Shared(waiting=_by_replicate(unsettled), ended={record.trial: record for record in kept})
+    whole, waiting = budget or Budget(), _by_replicate(unsettled)
+    each = math.ceil(len(waiting) / len(stations))
+    shared = _Shared(waiting=waiting, ended={record.trial: record for record in kept})
     told: queue.SimpleQueue[tuple[Station, BaseException]] = queue.SimpleQueue()
     guarded = _Guarded(watcher, shared.lock)
     threads: list[threading.Thread] = []
     at_work, idle = set[str](), list[Station]()
 
     def begin(station: Station) -> None:
-        arguments = (plan, station, site, shared, save, guarded, stop, limit_s, told)
+        arguments = (plan, station, site, shared, save, guarded, stop, whole.beside(each), told)
         threads.append(threading.Thread(target=_measure, args=arguments, daemon=True))
         at_work.add(station.name)
         threads[-1].start()
@@ -134,7 +135,7 @@ def _measure(
     save: Callable[[TrialRecord], None],
     watcher: Watcher,
     stop: Stop,
-    limit_s: float | None,
+    budget: Budget,
     told: queue.SimpleQueue[tuple[Station, BaseException]],
 ) -> None:
     """The thread of a station: replicates, one after the other, until there is none or it is lost."""
@@ -148,7 +149,6 @@ def _measure(
             save(record)
             shared.ended[record.trial] = record
 
-    budget = Budget(limit_s)
     while (groups := _next(shared)) is not None:
         part = dataclasses.replace(plan, groups=groups)
         try:
