@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from harness.records.metrics import BIRTH, METRICS, PEAKS
 from harness.records.record import TrialRecord
 from harness.records.store import Run
-from harness.records.units import format_bytes, format_value
+from harness.records.units import first_few, format_bytes, format_value
 from harness.report.charts import losses_by_step
 from harness.report.check_matrix import checks_matrix
 from harness.report.curves import Axis, Curve, Curves
@@ -35,6 +35,8 @@ HELD = {
     "optimizer_state_bytes": "optimizer state",
 }
 """Kinds of memory that a step keeps, which do not overlap, and what they are called."""
+MOST_NAMED = 3
+"""Of variants that a figure leaves out."""
 COMPARED_LOSSES = ("held_out_loss", "train_loss")
 """What a variant has learnt; the first that was measured is drawn."""
 COLD = {
@@ -53,7 +55,7 @@ def figures_of_run(run: Run, view: RunView) -> tuple[Figure, ...]:
     whole = {table.phase: table.metric for table in view.tables if table.phase in view.phases}
     found = [_ratios(table) for table in view.tables]
     if "train" in whole:
-        found += [_losses(shown), _memory(shown), _front(_of_one_loss(run, shown), whole["train"])]
+        found += [_losses(shown), _memory(shown), _front(shown, whole["train"], _of_another_loss(run))]
         found += [_samples([record for record in run.records if record.name in shown])]
     if "cold" in whole:
         found += [_cold(shown)]
@@ -62,14 +64,11 @@ def figures_of_run(run: Run, view: RunView) -> tuple[Figure, ...]:
     return tuple(figure for figure in found if figure is not None)
 
 
-def _of_one_loss(run: Run, shown: Shown) -> Shown:
-    """Without variants whose losses are those of other tokens than the reference's."""
+def _of_another_loss(run: Run) -> set[str]:
+    """Variants whose losses are those of other tokens than the study's."""
     own = read_own_workloads(run)
-    if not own:
-        return shown
-    common = read_study(run).workload
-    other = {name for name, one in own.items() if any(getattr(one, key) != getattr(common, key) for key in OF_TOKENS)}
-    return {name: series for name, series in shown.items() if name not in other}
+    common = read_study(run).workload if own else None
+    return {name for name, one in own.items() if any(getattr(one, key) != getattr(common, key) for key in OF_TOKENS)}
 
 
 def _ratios(table: PhaseTable) -> Figure | None:
@@ -160,14 +159,17 @@ def _cold(shown: Shown) -> Figure | None:
     )
 
 
-def _front(shown: Shown, cost: str) -> Figure | None:
-    """Loss against what variants are compared by in training; None where one of them, or a second variant, is
-    missing."""
+def _front(shown: Shown, cost: str, of_another_loss: set[str]) -> Figure | None:
+    """Loss against what variants are compared by in training; None where one of them, or a second variant whose loss is
+    that of the same tokens, is missing."""
     loss = next((metric for metric in COMPARED_LOSSES if any(one.trials(metric) for one in shown.values())), None)
     if loss is None:
         return None
     marks: dict[str, tuple[Mark, Mark]] = {}
+    apart = sorted(of_another_loss & shown.keys())
     for name, series in shown.items():
+        if name in apart:
+            continue
         found = [_mark(name, series, metric) for metric in (cost, loss)]
         if found[0] is not None and found[1] is not None:
             marks[name] = found[0], found[1]
@@ -185,7 +187,8 @@ def _front(shown: Shown, cost: str) -> Figure | None:
     return Figure(
         title="Loss against cost",
         says="To the left is faster, below is a lower loss after as many steps. The dashed stair joins the variants "
-        "that no other beats in both by its estimate; where intervals overlap the order is open.",
+        "that no other beats in both by its estimate; where intervals overlap the order is open."
+        + (f" Not drawn, since theirs are losses of other tokens: {first_few(apart, MOST_NAMED)}." if apart else ""),
         drawing=Front(across=across, up=up, spots=spots),
         table=Table(heads=name_columns("variant", across.title, up.title, "on the front"), rows=tuple(rows)),
     )

@@ -92,6 +92,29 @@ def test_losses_of_other_tokens_are_in_no_picture_that_compares_them(field, kept
     assert ("Loss against cost" in [figure.title for figure in figures_of_run(run, view)]) == kept
 
 
+def test_a_front_says_whose_losses_are_of_other_tokens(write_run, small_study):
+    """They are left out, and the others are drawn."""
+    names = ("plain", "half", "longer")
+    study = dataclasses.replace(
+        small_study,
+        variants=tuple(
+            dataclasses.replace(small_study.variants[0], name=name, r=2**at) for at, name in enumerate(names)
+        ),
+        workloads={"longer": {"sequence_length": 2 * small_study.workload.sequence_length}},
+    )
+
+    def learnt(record):
+        samples = {**record.samples, "held_out_loss": (2.0,)}
+        return record.replaced(samples=samples, tokens={"real_tokens": 64, "padded_tokens": 0})
+
+    steps = {name: [1.0, 1.1] for name in names}
+    path = write_run("apart", steps, study=study, own_workloads=study.own_workloads, change=learnt)
+    run = store.read_run(str(path), path.parent)
+    (front,) = [figure for figure in figures_of_run(run, view_of(run)) if figure.title == "Loss against cost"]
+    assert [spot.name for spot in front.drawing.spots] == ["plain", "half"]
+    assert front.says.endswith("Not drawn, since theirs are losses of other tokens: longer.")
+
+
 def test_two_levels_are_no_curve():
     """A table says them; losses are drawn all the same."""
     galleries = view_of(store.read_run(str(RUNS / "sound"), RUNS)).tables[0].galleries
