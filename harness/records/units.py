@@ -29,6 +29,17 @@ def scale_of(value: float, unit: Unit) -> tuple[float, str]:
     return _SCALES[unit][-1]
 
 
+def three_digits(value: float) -> str:
+    """Three digits, or all that are before the point where there are more: never a power of ten of what is large."""
+    return f"{value:.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
+
+
+def format_percent(fraction: float) -> str:
+    """A fraction in per cent: two digits, or all that are before the point."""
+    percent = 100 * fraction
+    return f"{percent:.0f} %" if percent >= 9.95 else f"{percent:.2g} %"
+
+
 def decimals(spread: float) -> int:
     """Decimals that a half-width of `spread` supports: its two leading digits and no more."""
     if spread <= 0 or not math.isfinite(spread):
@@ -44,7 +55,7 @@ def split_interval(value: float, low: float | None, high: float | None, unit: Un
     factor, symbol = scale_of(value, unit)
     suffix = symbol if symbol.startswith("/") else f" {symbol}".rstrip()
     if low is None or high is None:
-        return f"{value / factor:.3g}{suffix}", "[no interval]"
+        return f"{three_digits(value / factor)}{suffix}", "[no interval]"
     places = min(decimals((high - low) / 2 / factor), 4)
     return f"{value / factor:.{places}f}{suffix}", f"[{low / factor:.{places}f}, {high / factor:.{places}f}]"
 
@@ -57,7 +68,7 @@ def format_interval(value: float, low: float | None, high: float | None, unit: U
 def format_value(value: float, unit: Unit) -> str:
     """Three digits in the scale that reads best: for what is computed, or is part of something with an interval."""
     factor, symbol = scale_of(value, unit)
-    return f"{value / factor:.3g}{symbol if symbol.startswith('/') else f' {symbol}'.rstrip()}"
+    return f"{three_digits(value / factor)}{symbol if symbol.startswith('/') else f' {symbol}'.rstrip()}"
 
 
 def format_ratio(ratio: float | None, low: float | None, high: float | None) -> str:
@@ -68,8 +79,7 @@ def format_ratio(ratio: float | None, low: float | None, high: float | None) -> 
 def format_bytes(value: float) -> str:
     """Bytes in the binary unit that reads best, three digits, or four between 1000 and 1024 of it."""
     factor, symbol = scale_of(value, "byte")
-    scaled = value / factor
-    return f"{scaled:.0f} {symbol}" if abs(scaled) >= 999.5 else f"{scaled:.3g} {symbol}"
+    return f"{three_digits(value / factor)} {symbol}"
 
 
 def format_duration(seconds: float) -> str:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import cast, get_args
 
-from harness.records.units import Unit, first_few, format_count, format_value
+from harness.records.units import Unit, first_few, format_count, format_percent, format_value
 from harness.report.table import (
     Block,
     Cell,
@@ -156,8 +156,8 @@ def _silence(line: Course, track: Track) -> Line:
     found = f"{format_count(count, 'change')} suspected" if count else "no change found"
     return say(
         Span(text=f"fingerprint {line.fingerprint}: ", tone="faint"),
-        f"{found}; runs scatter by {100 * line.scatter:.2g} % around their level, and only a change of "
-        f"{100 * line.detectable:.2g} % would be seen within three more with 80 % power{gaps}",
+        f"{found}; runs scatter by {format_percent(line.scatter)} around their level, and only a change of "
+        f"{format_percent(line.detectable)} would be seen within three more with 80 % power{gaps}",
     )
 
 

@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 
 from harness.records.metrics import METRICS
 from harness.records.record import Interleaving
+from harness.records.units import format_percent
 from harness.report.table import Cell
 from harness.stats import MOST_ADVISED, Comparison
 
@@ -64,7 +65,7 @@ def write_finding(found: Comparison, metric: str, margin: float, between: Betwee
     said = {
         "regressed": worse if between == "variants" else "",
         "improved": better if between == "variants" else "",
-        "equivalent": f"equivalent ±{_percent(margin)}" if margin else "equal",
+        "equivalent": f"equivalent ±{format_percent(margin)}" if margin else "equal",
         "no_baseline": "no baseline",
         "not_comparable": "not comparable",
     }
@@ -76,7 +77,7 @@ def say_open(found: Comparison, metric: str, interleaving: Interleaving, *, ab: 
     if found.low is None or found.high is None:
         return "Cannot tell: one replicate gives no interval. Measure 5."
     ways = ways_of(metric)
-    seen = "" if found.mde80 is None else f"; only {_percent(found.mde80)} would have been seen"
+    seen = "" if found.mde80 is None else f"; only {format_percent(found.mde80)} would have been seen"
     return f"Cannot tell: {_between(found.low, found.high, ways)}{seen}. {_advice(found, metric, interleaving, ab=ab)}"
 
 
@@ -96,11 +97,11 @@ def _between(low: float, high: float, ways: Ways) -> str:
 
 
 def _effect(ratio: float, ways: Ways) -> str:
-    return f"{_percent(abs(ratio - 1))} {ways.worse if ratio >= 1 else ways.better}"
+    return f"{format_percent(abs(ratio - 1))} {ways.worse if ratio >= 1 else ways.better}"
 
 
 def _signed(ratio: float) -> str:
-    return f"{'+' if ratio >= 1 else '−'}{_percent(abs(ratio - 1))}"
+    return f"{'+' if ratio >= 1 else '−'}{format_percent(abs(ratio - 1))}"
 
 
 def _advice(found: Comparison, metric: str, interleaving: Interleaving, *, ab: bool) -> str:
@@ -113,8 +114,3 @@ def _advice(found: Comparison, metric: str, interleaving: Interleaving, *, ab: b
     if interleaving == "replicates":
         return "Let processes take turns (--interleave lockstep), or stop other work."
     return f"Stop other work, or take more turns (turns in [protocol]){'' if ab else ', or use `lorameter ab`'}."
-
-
-def _percent(fraction: float) -> str:
-    percent = 100 * fraction
-    return f"{percent:.0f} %" if percent >= 9.95 else f"{percent:.2g} %"

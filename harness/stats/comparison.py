@@ -149,7 +149,8 @@ def _interval(level: float, log_ratio: float, half_width: float) -> str:
 
 
 def _percent(fraction: float) -> str:
-    return f"{100 * fraction:.3g} %"
+    percent = 100 * fraction
+    return f"{percent:.0f} %" if percent >= 999.5 else f"{percent:.3g} %"
 
 
 T = TypeVar("T")

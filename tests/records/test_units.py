@@ -2,7 +2,14 @@
 
 import pytest
 
-from harness.records.units import format_bytes, format_duration, format_interval, format_ratio
+from harness.records.units import (
+    format_bytes,
+    format_duration,
+    format_interval,
+    format_percent,
+    format_ratio,
+    format_value,
+)
 
 
 @pytest.mark.parametrize(
@@ -15,6 +22,7 @@ from harness.records.units import format_bytes, format_duration, format_interval
         ((0.03412, 0.0331, 0.0352, "J"), "34.1 mJ [33.1, 35.2]"),
         ((1812.0, 1790.0, 1834.0, "J"), "1.812 kJ [1.790, 1.834]"),
         ((0.412, None, None, "s"), "412 ms [no interval]"),
+        ((1694.3, None, None, "1/s"), "1694/s [no interval]"),
     ],
 )
 def test_a_value_carries_its_interval(arguments, text):
@@ -34,3 +42,16 @@ def test_bytes_and_durations_read_well():
     assert format_bytes(1010 * 2**20) == "1010 MiB"
     assert format_bytes(999.7 * 2**20) == "1000 MiB"
     assert [format_duration(s) for s in (42, 185, 4320)] == ["42 s", "3 min 05 s", "1 h 12 min"]
+
+
+@pytest.mark.parametrize(
+    ("fraction", "text"), [(0.012, "1.2 %"), (0.0995, "10 %"), (27.02, "2702 %"), (0.0, "0 %"), (0.3333, "33 %")]
+)
+def test_per_cents_have_two_digits_or_all_before_the_point(fraction, text):
+    """And never a power of ten."""
+    assert format_percent(fraction) == text
+
+
+def test_what_is_large_is_written_out():
+    """Tokens a second of a card."""
+    assert [format_value(value, "1/s") for value in (999.4, 999.6, 21_374.0)] == ["999/s", "1000/s", "21374/s"]
