@@ -9,6 +9,8 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
+from kernels_check.check import format_count as format_count
+
 Unit = Literal["s", "byte", "1/s", "J", "1"]
 
 
@@ -90,11 +92,6 @@ def format_duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
-def format_count(count: int, noun: str) -> str:
-    """So many of what a noun with a plural in s names: "1 run", "2 runs"."""
-    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def first_few(words: Sequence[str], most: int, between: str = ", ") -> str:
