@@ -57,7 +57,14 @@ class Utilisation:
 
     def __str__(self) -> str:
         places = "[no interval]" if self.low is None or self.high is None else f"[{self.low:.1%}, {self.high:.1%}]"
-        return f"{self.name} {self.value:.1%} {places} = {self.formula}, peak {self.peak}"
+        said = f"{self.name} {self.value:.1%} {places} = {self.formula}, peak {self.peak}"
+        return f"{said}; above 100 %: {self._beyond}" if self.value > 1 else said
+
+    @property
+    def _beyond(self) -> str:
+        if self.peak.rate == "memory":
+            return "what lies in a cache is not read from memory"
+        return "what ran was faster than the product by which the peak is known, which bounds nothing here"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

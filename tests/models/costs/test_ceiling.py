@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 
@@ -103,3 +104,14 @@ def test_a_peak_of_the_wrong_thing():
 def test_the_type_that_a_step_multiplies_in(options, rate):
     """The frozen layers' own: a 4-bit layer's compute type, autocast's, or the weights'."""
     assert product_rate(Variant(**options)) == rate
+
+
+@pytest.mark.parametrize(
+    ("rate", "words"), [("memory", "what lies in a cache"), ("bfloat16", "which bounds nothing here")]
+)
+@pytest.mark.parametrize(("seconds", "above"), [(0.5, True), (1.0, False)])
+def test_more_than_the_peak_is_said_to_be_no_bound(rate, words, seconds, above):
+    """A reader must not take it for a share of what the device can do."""
+    peak = Peak(device="Test CPU", rate=rate, per_s=100.0, source="measured")
+    found = str(utilisation("use", 100, SimpleNamespace(value=seconds, low=None, high=None), peak, "work"))
+    assert ("above 100 %" in found, words in found) == (above, above)
