@@ -82,26 +82,22 @@ def _marked_cache(cache: Any) -> Iterator[None]:
 
 @contextmanager
 def _marked_head(model: Any) -> Iterator[None]:
-    """Meanwhile the profiler is told of the output head."""
-    opened: list[Any] = []
-
-    def enter(*_: Any) -> None:
-        opened.append(record_function(PART + HEAD))
-        opened[-1].__enter__()
-
-    def leave(*_: Any) -> None:
-        opened.pop().__exit__(None, None, None)
-
+    """Meanwhile the profiler is told of the output head; its mark ends with it, also where it raises."""
     head = model.get_output_embeddings()
     if head is None:
         yield
         return
-    hooks = [head.register_forward_pre_hook(enter), head.register_forward_hook(leave)]
-    try:
+    with ExitStack() as hooks, ExitStack() as opened:
+
+        def enter(*_: Any) -> None:
+            opened.enter_context(record_function(PART + HEAD))
+
+        def leave(*_: Any) -> None:
+            opened.close()
+
+        hooks.callback(head.register_forward_pre_hook(enter).remove)
+        hooks.callback(head.register_forward_hook(leave, always_call=True).remove)
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def told_of_request(request: Request, is_plain: bool) -> dict[str, float]:

@@ -28,9 +28,9 @@ from harness.trial.building import lora
 from harness.trial.building.shared import SharedBase
 from harness.trial.data.tokens import prepare
 from harness.trial.inference.generate import generate
-from harness.trial.profiling import borders
+from harness.trial.profiling import borders, phases, requests
 from harness.trial.profiling import trial as profiled
-from harness.trial.profiling.activity import MARK, activity_of
+from harness.trial.profiling.activity import MARK, PART, activity_of
 from harness.trial.profiling.copies import KernelTimes, cast_times, copies_of
 from harness.trial.profiling.requests import BorderedRequest, see_request, weights_by_shape
 from harness.trial.profiling.trial import ProfiledTrial
@@ -138,6 +138,41 @@ def test_a_bordered_request_gives_the_tokens_of_a_plain_one(serving):
     bordered.phases.begin()
     assert bordered().tokens == generate(model, prompt, NEW).tokens
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.get_base_model().modules())
+
+
+@pytest.mark.parametrize("by_hook", [False, True])
+def test_a_head_that_raises_leaves_no_mark(monkeypatch, by_hook):
+    """In its forward pass, or in a hook before it: its mark is closed, and before that of the phase around it."""
+    model, opened, closed = wide_model(), [], []
+
+    class Mark:
+        def __init__(self, name):
+            self.name = name
+
+        def __enter__(self):
+            opened.append(self.name)
+
+        def __exit__(self, *raised):
+            assert opened.pop() == self.name
+            closed.append(self.name)
+
+    def fail(*_):
+        raise ZeroDivisionError
+
+    def ask_in_vain():
+        if by_hook:
+            model.lm_head.register_forward_pre_hook(fail)
+        else:
+            model.lm_head.forward = fail
+        return ask(model)
+
+    for module in (requests, phases):
+        monkeypatch.setattr(module, "record_function", Mark)
+    bordered = BorderedRequest(model, ask_in_vain, "cpu")
+    bordered.phases.begin(marked=True)
+    with pytest.raises(ZeroDivisionError):
+        bordered()
+    assert (opened, closed[-2:]) == ([], [f"{PART}{HEAD}", f"{MARK}prefill"])
 
 
 def wide_model(**config):
