@@ -39,7 +39,7 @@ def resident_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -
     """
     seen: set[int] = set()
     kinds: dict[str, list[torch.Tensor]] = {"linear_weights": []}
-    head = _head(model)
+    head = output_head(model)
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             if not parameter.requires_grad:
@@ -62,9 +62,11 @@ def storage_bytes(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage().nbytes())
 
 
-def _head(model: torch.nn.Module) -> torch.nn.Module | None:
+def output_head(model: torch.nn.Module) -> torch.nn.Module | None:
+    """The base's output head, also where an adapter is on it; None where the model has none."""
     found = getattr(model, "get_output_embeddings", None)  # transformers' and PEFT's models have it
-    return None if found is None else found()
+    head = None if found is None else found()
+    return getattr(head, "base_layer", head)  # PEFT's layer stands in its place
 
 
 def _kind(module: torch.nn.Module, parameter: torch.Tensor, head: torch.nn.Module | None) -> str:

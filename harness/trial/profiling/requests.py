@@ -24,7 +24,7 @@ from harness.records.activity import CACHE, HEAD, REQUEST_PHASES
 from harness.records.request_sight import ModelSize, RequestSight
 from harness.trial.building import lora
 from harness.trial.inference.generate import Request
-from harness.trial.memory import resident_tensors, storage_bytes
+from harness.trial.memory import output_head, resident_tensors, storage_bytes
 from harness.trial.process import give_back_free
 from harness.trial.profiling.activity import PART
 from harness.trial.profiling.phases import Phases
@@ -175,7 +175,7 @@ def size_of(model: Any) -> ModelSize:
     """What a forward pass multiplies with and reads, counted from the modules of whatever model this is."""
     base = lora.wrapped(model)
     own = lora.own_parameters(model)
-    head = base.get_output_embeddings()
+    head: Any = output_head(base)
     head_elements = 0 if head is None else head.weight.numel()
     head_bytes = 0 if head is None else head.weight.numel() * head.weight.element_size()
     linear = [sizes for module, sizes in _linear_sizes(model) if module is not head]

@@ -1,5 +1,6 @@
 """Real requests taken apart: the same tokens in phases, what a request finds, and weights that are copied in it."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -32,7 +33,7 @@ from harness.trial.profiling import borders, phases, requests
 from harness.trial.profiling import trial as profiled
 from harness.trial.profiling.activity import MARK, PART, activity_of
 from harness.trial.profiling.copies import KernelTimes, cast_times, copies_of
-from harness.trial.profiling.requests import BorderedRequest, see_request, weights_by_shape
+from harness.trial.profiling.requests import BorderedRequest, see_request, size_of, weights_by_shape
 from harness.trial.profiling.trial import ProfiledTrial
 
 PROMPT, NEW = 12, 4
@@ -198,6 +199,19 @@ def test_the_mode_in_which_a_model_answers_is_seen():
     model.train()
     sight = see_request(model, lambda: ask(model), "cpu")
     assert (sight.training, sight.checkpointing) == (True, True)
+
+
+def test_a_head_with_an_adapter_is_counted_once():
+    """As the head, and not among the linear layers as well, by elements as by bytes."""
+    alone, adapted = (
+        size_of(lora.attach(wide_model(), Variant(name="v", r=4, target_modules=names)))
+        for names in (("q_proj",), ("q_proj", "lm_head"))
+    )
+    assert alone.linear_elements == 2 * (4 * 64 * 64 + 3 * 64 * 96)
+    assert alone.linear_bytes == 4 * alone.linear_elements
+    assert adapted.adapter_elements == alone.adapter_elements + 4 * (64 + 4096)
+    grown = {"adapter_elements": adapted.adapter_elements, "adapter_bytes": adapted.adapter_bytes}
+    assert adapted == dataclasses.replace(alone, **grown)
 
 
 @pytest.mark.parametrize(
