@@ -117,6 +117,9 @@ def _memory(profile: RequestProfile) -> Table:
         write_row("unexplained", Cell(text=f"{format_bytes(rest)} ({account.share:.1%})", value=rest, unit="byte"))
     )
     rows.append(write_row("peak, as measured", write_bytes(account.peak_bytes), strong=True))
+    rows += [
+        write_row(f"{kind.replace('_', ' ')}, beside it", write_bytes(size)) for kind, size in account.beside.items()
+    ]
     first = memory.get("device_peak_allocated_first_token_bytes", memory.get("host_peak_first_token_bytes"))
     lines = [] if first is None else [f"up to the first token, in a request of its own: {format_bytes(first)}"]
     if sight.cache:
