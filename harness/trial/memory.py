@@ -30,9 +30,9 @@ def resident_bytes(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> 
     }
 
 
-def resident_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, list[torch.Tensor]]:
+def resident_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, list[torch.Tensor]]:
     """What a training step keeps between steps, by kind (`harness.records.memory_account.MEMORY_KINDS`), each storage
-    once.
+    once; without an optimizer nothing of its state.
 
     What is neither a linear layer of a block nor trained is told apart by type: embeddings with the output head, norms,
     buffers.
@@ -50,7 +50,8 @@ def resident_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -
         kinds.setdefault(f"buffers_{_name(buffer)}", []).append(buffer)
     kinds["quantization_state"] = list(_fresh(_quantization_state(model), seen))
     kinds["gradients"] = [_here(p.grad) for p in model.parameters() if p.grad is not None]
-    entries = (item for values in optimizer.state.values() for item in values.values())
+    states = () if optimizer is None else optimizer.state.values()
+    entries = (item for values in states for item in values.values())
     state = list(_fresh((item for item in entries if isinstance(item, torch.Tensor)), seen))  # tables are shared
     kinds["paged_optimizer_state"] = [item for item in state if getattr(item, "is_paged", False)]
     kinds["optimizer_state"] = [item for item in state if not getattr(item, "is_paged", False)]

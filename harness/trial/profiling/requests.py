@@ -179,7 +179,7 @@ def size_of(model: Any) -> ModelSize:
     head_elements = 0 if head is None else head.weight.numel()
     head_bytes = 0 if head is None else head.weight.numel() * head.weight.element_size()
     linear = [sizes for module, sizes in _linear_sizes(model) if module is not head]
-    kinds = resident_tensors(base, torch.optim.SGD([torch.zeros(1)]))
+    kinds = resident_tensors(base, None)
     frozen = {key: sum(map(storage_bytes, tensors)) for key, tensors in kinds.items()}
     return ModelSize(
         linear_elements=sum(outputs * inputs for outputs, inputs in linear),
