@@ -88,7 +88,7 @@ def _wide_adapter(seen: Evidence) -> Iterator[Finding]:
     yield _make_finding(
         "float32-adapter", seen, share,
         f"adapters in float32 beside products in {narrow}: casts take {share:.1%} of a step",
-        f'adapter_dtype = "{narrow}" needs no cast; its updates are rounded to {narrow}, so look at the loss.',
+        advise_adapter_dtype(narrow),
         changes={"adapter_dtype": narrow},
     )  # fmt: skip
 
@@ -316,6 +316,11 @@ def _make_finding(
         workload_changes=workload or {},
         obstacle=obstacle,
     )
+
+
+def advise_adapter_dtype(narrow: str) -> str:
+    """What is gained and given up with an adapter in the type of the products around it."""
+    return f'adapter_dtype = "{narrow}" needs no cast; its updates are rounded to {narrow}, so look at the loss.'
 
 
 def _compute_type(variant: Variant) -> str:

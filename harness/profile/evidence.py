@@ -13,8 +13,9 @@ from harness.machine.validity import waiting_share
 from harness.models import catalogue, shapes
 from harness.models.costs.flops import computed_tokens, training_flops
 from harness.models.costs.memory import memory_bytes
+from harness.models.shapes import ModelShape
 from harness.profile.accounting import IDLE, Ceilings, StepAccount, TokenShares, categories_s, find_observed, time_of
-from harness.profile.facts import Profile
+from harness.profile.facts import Profile, Watched
 from harness.records.activity import PhaseActivity
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
@@ -35,6 +36,19 @@ _LEFT_OUT: Mapping[str, dict[str, Any]] = {
 def left_out(variant: Variant, saving: str) -> dict[str, Any]:
     """What a variant is changed to so that it goes without this saving of memory; nothing that it has already."""
     return {name: value for name, value in _LEFT_OUT[saving].items() if getattr(variant, name) != value}
+
+
+def saved_bytes(profile: Watched, shape: ModelShape, saving: str) -> int:
+    """What leaving a saving of memory out would add, as estimated.
+
+    Raises:
+        UsageError: a model type whose layers are not known.
+    """
+    without = dataclasses.replace(profile.variant, **left_out(profile.variant, saving))
+    with_it, without_it = (
+        memory_bytes(variant, profile.workload, shape, profile.device) for variant in (profile.variant, without)
+    )
+    return max(0, without_it - with_it)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,9 +131,9 @@ def evidence_of(profile: Profile, step: StepAccount, tokens: TokenShares, found:
         padded=tokens.padded / (tokens.real + tokens.padded),
         recomputed=_recomputed_share(profile, found),
         masked_pairs=max(0.0, 1 - profile.record.values["useful_pairs"] / pairs),
-        attention_backend=_word(find_observed(profile, "attention.backend")),
-        attention_mask=_word(find_observed(profile, "attention.mask")),
-        adapter_dtype=_word(find_observed(profile, "lora.dtype")),
+        attention_backend=observed_word(profile, "attention.backend"),
+        attention_mask=observed_word(profile, "attention.mask"),
+        adapter_dtype=observed_word(profile, "lora.dtype"),
         flash_attn=importlib.util.find_spec("flash_attn") is not None,
         wide_registers=profile.device == "cuda" or profile.wide_registers,
         occupancy=step.occupancy,
@@ -153,7 +167,9 @@ def dropout_s(phase: PhaseActivity) -> float:
     return phase.totals_s.get(DROPOUT_OPERATOR, 0.0) if phase.totals_s else sum(drawn)
 
 
-def _word(seen: object) -> str | None:
+def observed_word(profile: Watched, path: str) -> str | None:
+    """What kernels_check saw under one of its paths, where that is a word."""
+    seen = find_observed(profile, path)
     return seen if isinstance(seen, str) else None
 
 
@@ -165,10 +181,7 @@ def _extra_bytes(profile: Profile) -> dict[str, int]:
     extra = {"optimizer": max(0, moments - resident)}
     try:
         shape = shapes.shape(catalogue.resolve(profile.workload.model))
-        present = memory_bytes(profile.variant, profile.workload, shape, profile.device)
-        for key in _LEFT_OUT:
-            without = dataclasses.replace(profile.variant, **left_out(profile.variant, key))
-            extra[key] = max(0, memory_bytes(without, profile.workload, shape, profile.device) - present)
+        extra |= {saving: saved_bytes(profile, shape, saving) for saving in _LEFT_OUT}
     except UsageError:  # a model type whose layers are not known: then nothing is said to fit
         pass
     return extra

@@ -81,7 +81,7 @@ def make_pair(study: Study, variant: Variant, finding: Finding, *, protocol: Pro
         )  # fmt: skip
         workload = dataclasses.replace(workload, natural_tokens=0)
     if not finding.changes:
-        own = {name: dataclasses.replace(study.workload, **finding.workload_changes)}
+        own = {name: dataclasses.replace(workload, **finding.workload_changes)}
         notes = (f"{variant.name} and {name} train on different workloads; their losses are not compared.",)
         protocol = dataclasses.replace(protocol, epochs=0.0)  # they are for the losses
     pair = Study(

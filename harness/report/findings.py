@@ -6,8 +6,8 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from harness.profile.finding import Finding
 from harness.records.metrics import METRICS
-from harness.records.units import format_bytes, format_value
-from harness.report.table import Cell, Head, Table, say_each, write_row
+from harness.records.units import format_value
+from harness.report.table import Cell, Head, Table, say_each, write_bytes, write_row
 
 
 def tabulate_findings(findings: Sequence[Finding], notes: Iterable[str]) -> Table:
@@ -34,8 +34,7 @@ def say_unfound(codes: Iterable[str], findings: Sequence[Finding], blind: Collec
 
 def _cost(finding: Finding) -> Cell:
     if finding.cost_s is None or finding.cost_share is None:
-        size = finding.cost_bytes or 0
-        return Cell(text=format_bytes(size), value=size, unit="byte")
+        return write_bytes(finding.cost_bytes or 0)
     of = "" if finding.metric == "step_time_s" else f" of {METRICS[finding.metric].title}"
     return Cell(
         text=f"{format_value(finding.cost_s, 's')}\n{finding.cost_share:.1%}{of}", value=finding.cost_s, unit="s"

@@ -13,7 +13,18 @@ from harness.records.units import format_bytes, format_count, format_interval
 from harness.report.findings import say_unfound, tabulate_findings
 from harness.report.notices import describe_notices
 from harness.report.step import tabulate_categories, tabulate_phases
-from harness.report.table import Cell, Document, Section, Span, Table, name_columns, say, say_each, write_row
+from harness.report.table import (
+    Cell,
+    Document,
+    Section,
+    Span,
+    Table,
+    name_columns,
+    say,
+    say_each,
+    write_bytes,
+    write_row,
+)
 from harness.verdicts.disturbance import disturbances
 
 
@@ -72,7 +83,7 @@ def _memory(profile: Profile) -> Table:
 
 
 def _bytes(size: int | None) -> Cell:
-    return Cell(text="–") if size is None else Cell(text=format_bytes(size), value=size, unit="byte")
+    return Cell(text="–") if size is None else write_bytes(size)
 
 
 def _guess(size: int | None) -> Cell:

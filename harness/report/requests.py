@@ -9,7 +9,7 @@ from harness.profile.requests.accounting import PassAccount, RequestAccount
 from harness.profile.requests.facts import COLD_PARTS, RequestProfile
 from harness.profile.requests.rules import OF_WHAT_RAN, REQUEST_RULES
 from harness.records.memory_account import in_order, title_of
-from harness.records.units import format_bytes, format_count, format_value
+from harness.records.units import format_bytes, format_count
 from harness.report.findings import say_unfound, tabulate_findings
 from harness.report.notices import describe_notices
 from harness.report.step import OF_REQUESTS, tabulate_categories, tabulate_phases
@@ -22,7 +22,10 @@ from harness.report.table import (
     name_columns,
     say,
     say_each,
+    write_bytes,
     write_row,
+    write_seconds,
+    write_share,
     write_value,
 )
 from harness.verdicts.disturbance import disturbances
@@ -84,9 +87,9 @@ def _pass(title: str, one: PassAccount) -> Row:
         write_value(one.time.value, one.time.low, one.time.high, "s"),
         "–" if one.calls is None else Cell(text=f"{one.calls:.0f}", value=one.calls, unit="1"),
         Cell(text=f"{one.flops:.4g}", value=float(one.flops), unit="1"),
-        "–" if one.mfu is None else Cell(text=f"{one.mfu.value:.1%}", value=one.mfu.value, unit="1"),
-        Cell(text=format_bytes(one.bytes), value=one.bytes, unit="byte"),
-        "–" if one.mbu is None else Cell(text=f"{one.mbu.value:.1%}", value=one.mbu.value, unit="1"),
+        "–" if one.mfu is None else write_share(one.mfu.value),
+        write_bytes(one.bytes),
+        "–" if one.mbu is None else write_share(one.mbu.value),
     )
 
 
@@ -108,16 +111,15 @@ def _pass_lines(profile: RequestProfile, accounts: Sequence[tuple[RequestAccount
 
 def _memory(profile: RequestProfile) -> Table:
     account, memory, sight = profile.memory, profile.record.memory, profile.sight
-    rows = [
-        write_row(title_of(kind), Cell(text=format_bytes(size), value=size, unit="byte"))
-        for kind, size in in_order(account.kinds).items()
-    ]
+    rows = [write_row(title_of(kind), write_bytes(size)) for kind, size in in_order(account.kinds).items()]
     rest = account.unexplained_bytes
     rows.append(
         write_row("unexplained", Cell(text=f"{format_bytes(rest)} ({account.share:.1%})", value=rest, unit="byte"))
     )
-    peak = Cell(text=format_bytes(account.peak_bytes), value=account.peak_bytes, unit="byte")
-    rows.append(write_row("peak, as measured", peak, strong=True))
+    rows.append(write_row("peak, as measured", write_bytes(account.peak_bytes), strong=True))
+    rows += [
+        write_row(f"{kind.replace('_', ' ')}, beside it", write_bytes(size)) for kind, size in account.beside.items()
+    ]
     first = memory.get("device_peak_allocated_first_token_bytes", memory.get("host_peak_first_token_bytes"))
     lines = [] if first is None else [f"up to the first token, in a request of its own: {format_bytes(first)}"]
     if sight.cache:
@@ -135,13 +137,15 @@ def _memory(profile: RequestProfile) -> Table:
 
 
 def _cold(profile: RequestProfile) -> Table:
-    parts, total = profile.cold_parts_s, profile.record.values.get("cold_start_time_s", 0.0)
+    parts, total = profile.cold_parts_s, profile.record.values["cold_start_time_s"]
     rows: list[Row] = []
     until = 0.0
     for name, seconds in parts.items():
         until += seconds
-        rows.append(write_row(COLD_PARTS[name], _seconds(seconds), _share(seconds / total), _seconds(until)))
-    rows.append(write_row("cold start", _seconds(total), "100 %", "", strong=True))
+        rows.append(
+            write_row(COLD_PARTS[name], write_seconds(seconds), write_share(seconds / total), write_seconds(until))
+        )
+    rows.append(write_row("cold start", write_seconds(total), "100 %", "", strong=True))
     return Table(
         title="A cold start, one after the other",
         heads=name_columns("part", "time", "of it", "until its end"),
@@ -154,11 +158,3 @@ def _cold(profile: RequestProfile) -> Table:
         ),
         apart=True,
     )
-
-
-def _seconds(seconds: float) -> Cell:
-    return Cell(text=format_value(seconds, "s"), value=seconds, unit="s")
-
-
-def _share(share: float) -> Cell:
-    return Cell(text=f"{share:.1%}", value=share, unit="1")

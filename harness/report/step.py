@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from harness.profile.accounting import IDLE, REMAINDER_LIMIT, StepAccount, TimeSpan, categories_s, plain_s
 from harness.profile.facts import Watched
 from harness.records.units import format_count, format_interval, format_ratio, format_value
-from harness.report.table import Cell, Table, name_columns, say_each, write_row, write_value
+from harness.report.table import Cell, Table, name_columns, say_each, write_row, write_seconds, write_share, write_value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +61,7 @@ def tabulate_phases(profile: Watched, step: StepAccount, words: Words = OF_STEPS
             write_row(
                 words.titles[phase.phase],
                 _time(span),
-                _share(span.value / step.step.value),
+                write_share(span.value / step.step.value),
                 Cell(text=f"{idling[phase.phase] / span.value:.0%}" if known else "–"),
                 _count(phase.calls if known else None),
             )
@@ -82,17 +82,13 @@ def _time(span: TimeSpan) -> Cell:
     return write_value(span.value, span.low, span.high, "s")
 
 
-def _share(share: float) -> Cell:
-    return Cell(text=f"{share:.1%}", value=share, unit="1")
-
-
 def _count(calls: float | None) -> Cell:
     return Cell(text="–") if calls is None else Cell(text=f"{calls:.0f}", value=calls, unit="1")
 
 
 def _shares(span: TimeSpan, whole: float) -> Cell:
     """A part of a whole in percent, with its interval where it has one."""
-    share = _share(span.value / whole)
+    share = write_share(span.value / whole)
     if span.low is None or span.high is None:
         return share
     low, high = span.low / whole, span.high / whole
@@ -109,7 +105,7 @@ def _step_lines(step: StepAccount, words: Words) -> Iterator[str]:
         f"borders between phases cost {format_interval(borders.value, borders.low, borders.high, 's')} a {what}; in "
         f"such a {what} the phases cover {_shares(step.covered, 1.0).line} of it"
     )
-    yield (f"between {what}s, {words.aside}: {format_interval(between.value, between.low, between.high, 's')}")
+    yield f"between {what}s, {words.aside}: {format_interval(between.value, between.low, between.high, 's')}"
     if step.occupancy is not None:
         yield f"occupancy {step.occupancy:.0%}: CPU time over wall time of all these {what}s"
     limit = f"{REMAINDER_LIMIT:.0%} of the {what}"
@@ -125,8 +121,8 @@ def tabulate_categories(profile: Watched, step: StepAccount, words: Words = OF_S
     rows = []
     for category, by_phase in categories_s(profile, step).items():
         seconds = sum(by_phase.values())
-        times = (_seconds(by_phase[phase]) if by_phase[phase] else "–" for phase in step.phases)
-        rows.append(write_row(category, _share(seconds / step.step.value), _seconds(seconds), *times))
+        times = (write_seconds(by_phase[phase]) if by_phase[phase] else "–" for phase in step.phases)
+        rows.append(write_row(category, write_share(seconds / step.step.value), write_seconds(seconds), *times))
     return Table(
         title=f"What ran{beside}: {what}",
         heads=name_columns("category", f"of the {words.what}", "time", *step.phases),
@@ -134,10 +130,6 @@ def tabulate_categories(profile: Watched, step: StepAccount, words: Words = OF_S
         notes=say_each(_operators(profile, step, words)),
         apart=True,
     )
-
-
-def _seconds(seconds: float) -> Cell:
-    return Cell(text=format_value(seconds, "s"), value=seconds, unit="s")
 
 
 def _operators(profile: Watched, step: StepAccount, words: Words) -> Iterator[str]:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from harness.records.units import Unit, format_bytes, split_interval
+from harness.records.units import Unit, format_bytes, format_value, split_interval
 from harness.report.curves import Curves
 
 if TYPE_CHECKING:
@@ -229,6 +229,21 @@ def write_value(value: float, low: float | None, high: float | None, unit: Unit,
     else:
         text, interval = split_interval(value, low, high, unit)
     return Cell(text=text, interval=interval, detail=detail, value=value, low=low, high=high, unit=unit)
+
+
+def write_seconds(seconds: float) -> Cell:
+    """A time that is a part of something with an interval."""
+    return Cell(text=format_value(seconds, "s"), value=seconds, unit="s")
+
+
+def write_bytes(size: int) -> Cell:
+    """A size that was counted."""
+    return Cell(text=format_bytes(size), value=size, unit="byte")
+
+
+def write_share(share: float) -> Cell:
+    """A part of a whole in percent."""
+    return Cell(text=f"{share:.1%}", value=share, unit="1")
 
 
 def write_ratio(found: Comparison, *, verdict: str = "") -> Cell:

@@ -30,16 +30,16 @@ def resident_bytes(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> 
     }
 
 
-def resident_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, list[torch.Tensor]]:
+def resident_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, list[torch.Tensor]]:
     """What a training step keeps between steps, by kind (`harness.records.memory_account.MEMORY_KINDS`), each storage
-    once.
+    once; without an optimizer nothing of its state.
 
     What is neither a linear layer of a block nor trained is told apart by type: embeddings with the output head, norms,
     buffers.
     """
     seen: set[int] = set()
     kinds: dict[str, list[torch.Tensor]] = {"linear_weights": []}
-    head = _head(model)
+    head = output_head(model)
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             if not parameter.requires_grad:
@@ -50,7 +50,8 @@ def resident_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -
         kinds.setdefault(f"buffers_{_name(buffer)}", []).append(buffer)
     kinds["quantization_state"] = list(_fresh(_quantization_state(model), seen))
     kinds["gradients"] = [_here(p.grad) for p in model.parameters() if p.grad is not None]
-    entries = (item for values in optimizer.state.values() for item in values.values())
+    states = () if optimizer is None else optimizer.state.values()
+    entries = (item for values in states for item in values.values())
     state = list(_fresh((item for item in entries if isinstance(item, torch.Tensor)), seen))  # tables are shared
     kinds["paged_optimizer_state"] = [item for item in state if getattr(item, "is_paged", False)]
     kinds["optimizer_state"] = [item for item in state if not getattr(item, "is_paged", False)]
@@ -62,9 +63,11 @@ def storage_bytes(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage().nbytes())
 
 
-def _head(model: torch.nn.Module) -> torch.nn.Module | None:
+def output_head(model: torch.nn.Module) -> torch.nn.Module | None:
+    """The base's output head, also where an adapter is on it; None where the model has none."""
     found = getattr(model, "get_output_embeddings", None)  # transformers' and PEFT's models have it
-    return None if found is None else found()
+    head = None if found is None else found()
+    return getattr(head, "base_layer", head)  # PEFT's layer stands in its place
 
 
 def _kind(module: torch.nn.Module, parameter: torch.Tensor, head: torch.nn.Module | None) -> str:

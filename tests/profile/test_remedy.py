@@ -112,6 +112,15 @@ def test_a_remedy_of_the_workload_is_the_same_variant_on_its_own(padded, machine
     assert (both.study.variants[1].r, both.own_workloads, both.study.protocol.epochs) == (8, {}, 3.0)
 
 
+def test_a_remedy_of_the_workload_is_asked_what_the_present_one_is(padded):
+    """Requests of one length, on either side, where a request is what is at issue."""
+    study = dataclasses.replace(padded, workload=dataclasses.replace(padded.workload, natural_tokens=8))
+    longer = dataclasses.replace(finding(workload={"prompt_tokens": 16}), metric="first_token_time_s")
+    pair = make_pair(study, study.variants[0], longer, protocol=study.protocol)
+    (own,) = pair.own_workloads.values()
+    assert (pair.study.workload.natural_tokens, own.natural_tokens, own.prompt_tokens) == (0, 0, 16)
+
+
 def test_other_threads_take_executors_of_their_own(small_study, machine):
     """Then every one that is compared has one, the control as well."""
     threads = dataclasses.replace(small_study, workload=dataclasses.replace(small_study.workload, threads=2))

@@ -71,6 +71,15 @@ def test_what_a_pass_takes_is_counted_from_the_model(profile):
     assert (account.prefill.mfu, account.decode.mbu) == (None, None)
 
 
+def test_what_a_device_holds_beside_the_peak_is_shown(profile, capsys):
+    """As in a profile of steps: what the allocator keeps is no kind of what is in use."""
+    memory = dataclasses.replace(profile.memory, beside={"fragmentation": 3 * 2**20})
+    seen = dataclasses.replace(profile, memory=memory)
+    show(describe_requests(seen, *findings_of(seen)), console_for())
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "fragmentation, beside it" in line]
+    assert "3 MiB" in line
+
+
 def test_the_copied_head_and_the_adapter_are_found(profile):
     """With what each costs: half of what the profiler saw, and what merging gained."""
     *_, findings = findings_of(profile)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from harness.errors import UsageError
-from harness.models.costs.memory import memory_bytes
-from harness.profile.accounting import IDLE, TimeSpan, categories_s, find_observed, plain_s, span_of
-from harness.profile.evidence import SPARE_SHARE, dropout_s, left_out
+from harness.profile.accounting import IDLE, TimeSpan, categories_s, plain_s, span_of
+from harness.profile.evidence import SPARE_SHARE, dropout_s, observed_word, saved_bytes
 from harness.profile.requests.accounting import RequestAccount
 from harness.profile.requests.facts import RequestProfile
 from harness.records.activity import CACHE, HEAD, PhaseActivity, WeightCopy
@@ -81,7 +79,6 @@ def evidence_of_requests(
             samples.get("new_length_first_token_s", ()), samples.get("known_length_first_token_s", ()), strict=True
         )
     ]
-    seen = find_observed(profile, "lora.dtype")
     return RequestEvidence(
         variant=profile.variant,
         workload=profile.workload,
@@ -97,7 +94,7 @@ def evidence_of_requests(
         merged=None if merged is None else merged.whole.step,
         merged_calls=None if merged is None else merged.decode.calls,
         new_length=_span_of(late),
-        adapter_dtype=seen if isinstance(seen, str) else None,
+        adapter_dtype=observed_word(profile, "lora.dtype"),
         bytes_per_s=None if memory is None else memory.per_s,
         decode_bytes=account.decode.bytes,
         unquantised_bytes=_unquantised_bytes(profile),
@@ -147,10 +144,8 @@ def _unquantised_bytes(profile: RequestProfile) -> int | None:
     """What the base would take more in 16 or 32 bits, where the memory is expected to have it."""
     if profile.variant.quantization == "none" or profile.shape is None:
         return None
-    without = dataclasses.replace(profile.variant, **left_out(profile.variant, "quantization"))
     try:
-        present = memory_bytes(profile.variant, profile.workload, profile.shape, profile.device)
-        extra = max(0, memory_bytes(without, profile.workload, profile.shape, profile.device) - present)
+        extra = saved_bytes(profile, profile.shape, "quantization")
     except UsageError:  # a model type whose layers are not known: then nothing is said to fit
         return None
     return extra if profile.memory.peak_bytes + extra <= SPARE_SHARE * profile.memory_bytes else None

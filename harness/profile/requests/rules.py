@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from harness.errors import UsageError
-from harness.profile.diagnosis import BETWEEN, LEAST_IDLE, WORTH
+from harness.profile.diagnosis import BETWEEN, LEAST_IDLE, WORTH, advise_adapter_dtype
 from harness.profile.evidence import left_out
 from harness.profile.finding import Finding
 from harness.profile.requests.evidence import RequestEvidence
@@ -176,7 +176,7 @@ def _mixed_types(seen: RequestEvidence) -> Iterator[Finding]:
     yield _make_finding(
         "mixed-types", seen, WHOLE, cost,
         f"{what} in float32 beside weights in {narrow}: casts take {cost / seen.request.value:.1%} of a request",
-        f'adapter_dtype = "{narrow}" needs no cast; its updates are rounded to {narrow}, so look at the loss.'
+        advise_adapter_dtype(narrow)
         if wide
         else "prepare_for_kbit = false leaves them in the type of the base; look at the loss.",
         changes={"adapter_dtype": narrow} if wide else {"prepare_for_kbit": False},

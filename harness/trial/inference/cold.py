@@ -42,7 +42,6 @@ def answer(request: TrialRequest, spawned_monotonic_s: float) -> Fragment:
     begin = time.monotonic()
     with waterfall.loading(request.device) if waterfall else contextlib.nullcontext():
         base = load_base(source, variant, device=request.device, seed=request.workload.data_seed)
-        synchronize(request.device)
     read = time.monotonic()
     model = lora.load(base, variant, Path(request.scratch) / "adapter")
     if variant.merge_adapter:

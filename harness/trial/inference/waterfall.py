@@ -32,7 +32,7 @@ class Waterfall:
 
     @contextmanager
     def loading(self, device: str) -> Iterator[None]:
-        """Meanwhile what quantises is timed."""
+        """Meanwhile what quantises is timed; the device has all of the base at the end."""
         import bitsandbytes.functional as functional
 
         with ExitStack() as stack:
@@ -42,6 +42,7 @@ class Waterfall:
                     setattr(functional, name, self._timed(own, device))
                     stack.callback(setattr, functional, name, own)
             yield
+            synchronize(device)
 
     @contextmanager
     def answering(self, model: Any, device: str) -> Iterator[None]:

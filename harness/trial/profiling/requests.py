@@ -24,7 +24,7 @@ from harness.records.activity import CACHE, HEAD, REQUEST_PHASES
 from harness.records.request_sight import ModelSize, RequestSight
 from harness.trial.building import lora
 from harness.trial.inference.generate import Request
-from harness.trial.memory import resident_tensors, storage_bytes
+from harness.trial.memory import output_head, resident_tensors, storage_bytes
 from harness.trial.process import give_back_free
 from harness.trial.profiling.activity import PART
 from harness.trial.profiling.phases import Phases
@@ -82,26 +82,22 @@ def _marked_cache(cache: Any) -> Iterator[None]:
 
 @contextmanager
 def _marked_head(model: Any) -> Iterator[None]:
-    """Meanwhile the profiler is told of the output head."""
-    opened: list[Any] = []
-
-    def enter(*_: Any) -> None:
-        opened.append(record_function(PART + HEAD))
-        opened[-1].__enter__()
-
-    def leave(*_: Any) -> None:
-        opened.pop().__exit__(None, None, None)
-
+    """Meanwhile the profiler is told of the output head; its mark ends with it, also where it raises."""
     head = model.get_output_embeddings()
     if head is None:
         yield
         return
-    hooks = [head.register_forward_pre_hook(enter), head.register_forward_hook(leave)]
-    try:
+    with ExitStack() as hooks, ExitStack() as opened:
+
+        def enter(*_: Any) -> None:
+            opened.enter_context(record_function(PART + HEAD))
+
+        def leave(*_: Any) -> None:
+            opened.close()
+
+        hooks.callback(head.register_forward_pre_hook(enter).remove)
+        hooks.callback(head.register_forward_hook(leave, always_call=True).remove)
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def told_of_request(request: Request, is_plain: bool) -> dict[str, float]:
@@ -179,11 +175,11 @@ def size_of(model: Any) -> ModelSize:
     """What a forward pass multiplies with and reads, counted from the modules of whatever model this is."""
     base = lora.wrapped(model)
     own = lora.own_parameters(model)
-    head = base.get_output_embeddings()
+    head: Any = output_head(base)
     head_elements = 0 if head is None else head.weight.numel()
     head_bytes = 0 if head is None else head.weight.numel() * head.weight.element_size()
     linear = [sizes for module, sizes in _linear_sizes(model) if module is not head]
-    kinds = resident_tensors(base, torch.optim.SGD([torch.zeros(1)]))
+    kinds = resident_tensors(base, None)
     frozen = {key: sum(map(storage_bytes, tensors)) for key, tensors in kinds.items()}
     return ModelSize(
         linear_elements=sum(outputs * inputs for outputs, inputs in linear),

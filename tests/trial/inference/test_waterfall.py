@@ -6,6 +6,7 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 
+from harness.trial.inference import waterfall as inference
 from harness.trial.inference.waterfall import Waterfall
 
 
@@ -36,6 +37,15 @@ def test_quantising_is_told_apart_from_reading(clock, monkeypatch):
     assert (values["cold_quantise_time_s"], values["cold_read_time_s"]) == (2.0, 3.0)
     less = waterfall.values(base_s=1.5, first_token_s=1.0)  # of several threads at once
     assert (less["cold_quantise_time_s"], less["cold_read_time_s"]) == (1.5, 0.0)
+
+
+def test_the_base_is_read_when_the_device_has_it(monkeypatch):
+    """The wait belongs to the waterfall: a start that is measured goes on as a user's does."""
+    waited = []
+    monkeypatch.setattr(inference, "synchronize", waited.append)
+    with Waterfall().loading("cuda"):
+        assert waited == []
+    assert waited == ["cuda"]
 
 
 def test_the_first_forward_pass_is_told_apart(clock, monkeypatch):

@@ -1,5 +1,6 @@
 """Real requests taken apart: the same tokens in phases, what a request finds, and weights that are copied in it."""
 
+import dataclasses
 import json
 import math
 from types import SimpleNamespace
@@ -29,11 +30,11 @@ from harness.trial.building import lora
 from harness.trial.building.shared import SharedBase
 from harness.trial.data.tokens import prepare
 from harness.trial.inference.generate import generate
-from harness.trial.profiling import borders
+from harness.trial.profiling import borders, phases, requests
 from harness.trial.profiling import trial as profiled
-from harness.trial.profiling.activity import MARK, activity_of
+from harness.trial.profiling.activity import MARK, PART, activity_of
 from harness.trial.profiling.copies import KernelTimes, cast_times, copies_of
-from harness.trial.profiling.requests import BorderedRequest, see_request, weights_by_shape
+from harness.trial.profiling.requests import BorderedRequest, see_request, size_of, weights_by_shape
 from harness.trial.profiling.trial import ProfiledTrial
 
 PROMPT, NEW = 12, 4
@@ -142,6 +143,41 @@ def test_a_bordered_request_gives_the_tokens_of_a_plain_one(serving):
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.get_base_model().modules())
 
 
+@pytest.mark.parametrize("by_hook", [False, True])
+def test_a_head_that_raises_leaves_no_mark(monkeypatch, by_hook):
+    """In its forward pass, or in a hook before it: its mark is closed, and before that of the phase around it."""
+    model, opened, closed = wide_model(), [], []
+
+    class Mark:
+        def __init__(self, name):
+            self.name = name
+
+        def __enter__(self):
+            opened.append(self.name)
+
+        def __exit__(self, *raised):
+            assert opened.pop() == self.name
+            closed.append(self.name)
+
+    def fail(*_):
+        raise ZeroDivisionError
+
+    def ask_in_vain():
+        if by_hook:
+            model.lm_head.register_forward_pre_hook(fail)
+        else:
+            model.lm_head.forward = fail
+        return ask(model)
+
+    for module in (requests, phases):
+        monkeypatch.setattr(module, "record_function", Mark)
+    bordered = BorderedRequest(model, ask_in_vain, "cpu")
+    bordered.phases.begin(marked=True)
+    with pytest.raises(ZeroDivisionError):
+        bordered()
+    assert (opened, closed[-2:]) == ([], [f"{PART}{HEAD}", f"{MARK}prefill"])
+
+
 def wide_model(**config):
     """Constructed: two small layers under a head of 4,096 words."""
     torch.manual_seed(0)
@@ -165,6 +201,19 @@ def test_the_mode_in_which_a_model_answers_is_seen():
     model.train()
     sight = see_request(model, lambda: ask(model), "cpu")
     assert (sight.training, sight.checkpointing) == (True, True)
+
+
+def test_a_head_with_an_adapter_is_counted_once():
+    """As the head, and not among the linear layers as well, by elements as by bytes."""
+    alone, adapted = (
+        size_of(lora.attach(wide_model(), Variant(name="v", r=4, target_modules=names)))
+        for names in (("q_proj",), ("q_proj", "lm_head"))
+    )
+    assert alone.linear_elements == 2 * (4 * 64 * 64 + 3 * 64 * 96)
+    assert alone.linear_bytes == 4 * alone.linear_elements
+    assert adapted.adapter_elements == alone.adapter_elements + 4 * (64 + 4096)
+    grown = {"adapter_elements": adapted.adapter_elements, "adapter_bytes": adapted.adapter_bytes}
+    assert adapted == dataclasses.replace(alone, **grown)
 
 
 @pytest.mark.parametrize(
