@@ -26,7 +26,7 @@ CACHE, HEAD = "cache", "head"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightCopy:
-    """Copies of one whole weight that an operator made because it could not take the weight as it lies."""
+    """Copies of one whole weight: inside a product that could not take the weight as it lies, or by themselves."""
 
     weight: str
     """Name of the weight; of several that have its shape the first and how many there are; "" where none has."""
@@ -35,6 +35,7 @@ class WeightCopy:
     operator: str
     calls: float
     time_s: float
+    in_product: bool = field(default=True, metadata=codec.LATER)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

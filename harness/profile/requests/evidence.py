@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -118,13 +119,7 @@ def _pass_evidence(profile: RequestProfile, account: RequestAccount, phase: str,
         return plain_s(profile, whole, ran, seconds(ran)) / count
 
     copies = tuple(
-        WeightCopy(
-            weight=one.weight,
-            shape=one.shape,
-            operator=one.operator,
-            calls=one.calls / count,
-            time_s=plain_s(profile, whole, ran, one.time_s) / count,
-        )
+        dataclasses.replace(one, calls=one.calls / count, time_s=plain_s(profile, whole, ran, one.time_s) / count)
         for one in ran.copies
     )
     return PassEvidence(

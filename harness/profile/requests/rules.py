@@ -35,14 +35,25 @@ def diagnose_requests(evidence: RequestEvidence) -> tuple[Finding, ...]:
 
 
 def _weight_copied(seen: RequestEvidence) -> Iterator[Finding]:
-    """By the shape of what is copied inside a linear product: the output head before the first token, as a rule."""
+    """By the shape of what is copied: the output head inside its product before the first token, as a rule."""
     for metric, one, name in ((FIRST, seen.prefill, "prefill"), (LATER, seen.decode, "decode")):
         cost = sum(copy.time_s for copy in one.copies)
         if not one.copies or cost <= WORTH * _whole(seen, metric):
             continue
         dearest = one.copies[0]
-        what = dearest.weight or "a weight"
         shape = " × ".join(map(str, dearest.shape))
+        copies = (
+            f"{name} copies the whole of {dearest.weight or 'a weight'} ({dearest.operator} of {shape}, "
+            f"{dearest.calls:.3g} times a pass)"
+        )
+        if not dearest.in_product:
+            yield _make_finding(
+                "weight-copied", seen, metric, cost,
+                f"{copies}, outside of any product: it is cast, or made anew, for each pass",
+                "Make that copy once, where the model is loaded: cast the weight there, or merge what changes it.",
+                obstacle="no field changes who copies that weight",
+            )  # fmt: skip
+            continue
         is_head = dearest.weight == seen.sight.head != ""
         if is_head and seen.bytes_per_s:  # the product goes as well; what comes in its place reads the weight once
             cost += max(0.0, one.head_s - cost - seen.sight.size.head_bytes / seen.bytes_per_s)
@@ -52,9 +63,8 @@ def _weight_copied(seen: RequestEvidence) -> Iterator[Finding]:
         )
         yield _make_finding(
             "weight-copied", seen, metric, cost,
-            f"{name} copies the whole weight {what} ({dearest.operator} of {shape}, {dearest.calls:.3g} times a pass): "
-            "torch's linear does not fold what comes in and goes by a batched product, which wants the weight laid out "
-            "anew",
+            f"{copies}: torch's linear does not fold what comes in and goes by a batched product, which wants the "
+            "weight laid out anew",
             f"copy_head_input = true hands the head {folds}" if is_head else f"That layer must be handed {folds}",
             changes={"copy_head_input": True} if is_head and not seen.variant.copy_head_input else {},
             obstacle="" if is_head and not seen.variant.copy_head_input else "no field changes what that layer takes",

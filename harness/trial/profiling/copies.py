@@ -8,6 +8,7 @@ program says so. What does is the shape of what is copied inside the product.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
@@ -69,26 +70,21 @@ def copies_of(
         name = _weight_of(shape, within, weights)
         if name is not None:
             copy = WeightCopy(
-                weight=name, shape=tuple(shape), operator=operator.name(), calls=1.0, time_s=_seconds(operator, times)
-            )
+                weight=name, shape=tuple(shape), operator=operator.name(), calls=1.0, time_s=_seconds(operator, times),
+                in_product=within is not None,
+            )  # fmt: skip
             found.append((operator.start_ns(), copy))
     return found
 
 
 def sum_copies(copies: Sequence[WeightCopy], steps: int) -> tuple[WeightCopy, ...]:
     """Copies of one weight and shape as one, in the mean of so many steps, the dearest first."""
-    sums: dict[tuple[str, tuple[int, ...]], list[WeightCopy]] = {}
+    sums: dict[tuple[str, tuple[int, ...], bool], list[WeightCopy]] = {}
     for copy in copies:
-        sums.setdefault((copy.weight, copy.shape), []).append(copy)
+        sums.setdefault((copy.weight, copy.shape, copy.in_product), []).append(copy)
     means = [
-        WeightCopy(
-            weight=weight,
-            shape=shape,
-            operator=group[0].operator,
-            calls=len(group) / steps,
-            time_s=sum(one.time_s for one in group) / steps,
-        )
-        for (weight, shape), group in sums.items()
+        dataclasses.replace(group[0], calls=len(group) / steps, time_s=sum(one.time_s for one in group) / steps)
+        for group in sums.values()
     ]
     return tuple(sorted(means, key=lambda one: -one.time_s))
 

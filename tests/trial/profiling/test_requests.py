@@ -283,7 +283,7 @@ def test_a_copied_head_is_told_by_the_shape_of_the_copy(rows, requires_grad, rem
     found = found and copies_a_frozen_head(*weight.shape)
     assert (copied_elements(events) >= weight.numel()) is found
     phases = activity_of(events, (0.01,), "cpu", phase_names=("prefill",), weights={(4096, 64): "head"}).phases
-    assert [copy.weight for copy in phases[0].copies] == (["head"] if found else [])
+    assert [(copy.weight, copy.in_product) for copy in phases[0].copies] == ([("head", True)] if found else [])
 
 
 def test_what_is_no_weight_is_no_copy_of_one():
@@ -294,7 +294,7 @@ def test_what_is_no_weight_is_no_copy_of_one():
     assert copies_of([one for one in events if "aten" in one.name()], {(512, 256): "w"}, None) == []
     events = recorded(lambda: weight.to(torch.bfloat16))
     (found,) = copies_of([one for one in events if "aten" in one.name()], {(512, 256): "w"}, None)
-    assert found[1].weight == "w"
+    assert (found[1].weight, found[1].in_product) == ("w", False)
 
 
 def test_casts_are_copies_between_types():
