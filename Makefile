@@ -70,7 +70,7 @@ proof-attach: $(STAMP)
 	mkdir -p reports/proof
 	$(BIN)/pytest benchmarks/selftest/test_engines.py -m selftest -q --no-header -rs > reports/proof/engines.txt; \
 	status=$$?; cat reports/proof/engines.txt; exit $$status
-	$(BIN)/python benchmarks/selftest/attach_live.py --keep $(VENV)/attach.jsonl > reports/proof/attach.txt; \
+	$(BIN)/python benchmarks/selftest/attach_live.py --keep reports/proof/attach.jsonl > reports/proof/attach.txt; \
 	status=$$?; cat reports/proof/attach.txt; exit $$status
 
 # What a meter costs a step: a script alone and wrapped, taking turns, with a step of 10 ms and with a real model (fetch

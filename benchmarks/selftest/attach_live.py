@@ -5,10 +5,12 @@
 - a script against one whose step has 104 pieces of work in place of 100: called slower in at least 36 of 40. Where
   other work runs on the machine this is not promised, and the occupancy of every try is printed.
 
-    python benchmarks/selftest/attach_live.py [--tries N] [--part identical loaded planted] [--keep FILE]
+    python benchmarks/selftest/attach_live.py [--tries N] [--part identical loaded planted] [--keep FILE] [--minutes M]
 
-Every try is kept in FILE as soon as it has ended, and is not made again by a later call with the same file. Prints
-every try, and ends with 1 where the word was not kept. It takes about two hours and wants the machine to itself.
+Every try is kept in FILE as soon as it has ended, with the machine, the libraries and the commit that it was made with.
+A later call takes over what it finds there of the same machine and libraries; the commits are printed. It ends with 1
+where the word was not kept, also where there are fewer tries than forty of a kind. It takes about two hours and wants
+the machine to itself; with ``--minutes`` it stops after the try under way.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -24,13 +27,14 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.machine.provenance import probe_machine
+from harness.machine.provenance import origin_of
 from harness.records.units import format_ratio
 
+ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("attach_script.py")
 PIECES, PLANTED = 100, 104
 PARTS = ("identical", "loaded", "planted")
@@ -58,6 +62,8 @@ class Try:
     occupancy: float | None
     """CPU time over wall time of the timed steps, the lowest of all trials."""
     seconds: float
+    origin: str
+    """The machine, its libraries and the commit."""
 
     @property
     def alarmed(self) -> bool:
@@ -79,7 +85,7 @@ def hogs() -> Iterator[None]:
             process.wait()
 
 
-def attempt(part: str, number: int, folder: Path) -> Try:
+def attempt(part: str, number: int, folder: Path, origin: str) -> Try:
     """One try, in a folder that holds the script."""
     candidate = PLANTED if part == "planted" else PIECES
     commands = [shlex.join(["python", SCRIPT.name, "--pieces", str(pieces)]) for pieces in (PIECES, candidate)]
@@ -87,8 +93,7 @@ def attempt(part: str, number: int, folder: Path) -> Try:
         sys.executable, "-m", "harness.cli", "ab", "--base-command", commands[0], "--candidate-command", commands[1],
         "--replicates", str(REPLICATES), "--steps", str(STEPS), "--runs-dir", str(folder / "runs"), "--json",
     ]  # fmt: skip
-    root = str(Path(__file__).parents[2])
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     begin = time.monotonic()
     with hogs() if part == "loaded" else contextlib.nullcontext():
         done = subprocess.run(
@@ -113,6 +118,7 @@ def attempt(part: str, number: int, folder: Path) -> Try:
         notices=tuple(notice["code"] for notice in document["notices"]),
         occupancy=occupancy(Path(document["path"])),
         seconds=seconds,
+        origin=origin,
     )
 
 
@@ -126,20 +132,29 @@ def occupancy(run: Path) -> float | None:
     return min(shares, default=None)
 
 
-def read_tries(path: Path) -> list[Try]:
-    """Those that an earlier call has kept."""
+def read_tries(path: Path, origin: str) -> list[Try]:
+    """Those that an earlier call has kept, of this machine with these libraries."""
     if not path.is_file():
         return []
     kept = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-    return [Try(**{**one, "notices": tuple(one["notices"])}) for one in kept]
+    tries = [Try(**{**one, "notices": tuple(one["notices"])}) for one in kept]
+    return [one for one in tries if split_origin(one.origin)[0] == split_origin(origin)[0]]
 
 
-def broken_promises(tries: list[Try]) -> list[str]:
-    """What was promised and not kept; more or fewer tries than forty scale the promises."""
+def split_origin(origin: str) -> tuple[str, str]:
+    """What the machine and its libraries are, and the commit."""
+    surroundings, _, commit = origin.rpartition("; ")
+    return surroundings, commit
+
+
+def broken_promises(tries: list[Try], parts: Sequence[str], number: int) -> list[str]:
+    """What was promised and not kept of so many tries of each part; more or fewer than forty scale the promises."""
     found = []
-    for part in dict.fromkeys(one.part for one in tries):
+    for part in parts:
         group = [one for one in tries if one.part == part]
-        if part == "planted":
+        if len(group) < number:
+            found.append(f"{part}: {len(group)} of {number} tries were made")
+        elif part == "planted":
             slower = sum(one.verdict == "regressed" for one in group)
             if slower < FOUND * len(group):
                 found.append(f"planted: found in {slower} of {len(group)}, promised 36 of 40")
@@ -167,29 +182,32 @@ def main() -> int:
     parser.add_argument("--tries", type=int, default=40)
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--keep", type=Path, default=Path("attach.jsonl"))
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no try after that (default: no limit)")
     options = parser.parse_args()
-    tries = read_tries(options.keep)
+    origin, end = origin_of(ROOT), time.monotonic() + 60 * options.minutes
+    tries = read_tries(options.keep, origin)
     made = {(one.part, one.number) for one in tries}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         (folder / SCRIPT.name).write_bytes(SCRIPT.read_bytes())
         for number in range(options.tries):  # all kinds in turn: a call that is stopped leaves as many of each
             for part in options.part:
-                if (part, number) not in made:
-                    tries.append(attempt(part, number, folder))
+                if (part, number) not in made and time.monotonic() < end:
+                    tries.append(attempt(part, number, folder, origin))
                     with options.keep.open("a", encoding="utf-8") as file:
                         file.write(json.dumps(dataclasses.asdict(tries[-1])) + "\n")
                     print(say(tries[-1]), file=sys.stderr, flush=True)
     tries = [one for one in tries if one.part in options.part and one.number < options.tries]
-    machine = probe_machine()
-    print(f"{machine.cpu_model}, {machine.cpus} CPUs, {machine.kernel}; Python {machine.python}")
+    commits = Counter(split_origin(one.origin)[1] for one in tries)
+    made_at = ", ".join(f"{count} at {commit}" for commit, count in commits.items())
+    print(f"{split_origin(origin)[0]}; tries: {made_at}")
     print(f"{REPLICATES} replicates of {STEPS} timed steps, {PIECES} against {PLANTED} pieces of work where planted\n")
     for part in options.part:
         group = sorted((one for one in tries if one.part == part), key=lambda one: one.number)
         counts = Counter(one.verdict for one in group)
         print(f"{part}: {', '.join(f'{count} {verdict}' for verdict, count in counts.most_common())}")
         print("\n".join(map(say, group)) + "\n")
-    broken = broken_promises(tries)
+    broken = broken_promises(tries, options.part, options.tries)
     print("\n".join(broken) if broken else "every promise was kept")
     return 1 if broken else 0
 
