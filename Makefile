@@ -7,6 +7,11 @@ STAMP  := $(VENV)/.installed
 # What was packed is for a machine where nothing is installed, not for the one that has packed it.
 GPU_PACKED := $(if $(wildcard $(STAMP)),,$(wildcard .gpu/site))
 
+# A proof's name, and what prints it. Its output takes its place when all of it is there: while it runs the tree is as it
+# was committed, and one that was stopped has overwritten nothing.
+prove = ($(2)) > $(VENV)/$(1).txt; \
+	status=$$?; mkdir -p reports/proof; cp $(VENV)/$(1).txt reports/proof/; cat $(VENV)/$(1).txt; exit $$status
+
 .PHONY: bench test lint study reports proof proof-harness proof-models proof-statistics proof-levels proof-ab proof-attach proof-meter proof-profile proof-kernels proof-memory proof-reading proof-fuzz proof-faults proof-portable proof-history proof-lower-bound test-lower-bound proof-ranks proof-gpu gpu gpu-pack gpu-take clean
 
 bench: $(STAMP)
@@ -44,58 +49,39 @@ proof: proof-harness proof-models proof-statistics proof-levels proof-ab proof-a
 
 proof-harness: BESIDE = tests/trial/test_planted.py
 proof-harness proof-models: proof-%: $(STAMP)
-	mkdir -p reports/proof
-	$(BIN)/pytest benchmarks/selftest/test_$*.py $(BESIDE) -m selftest -q --no-header -rs > reports/proof/$*.txt; \
-	status=$$?; cat reports/proof/$*.txt; exit $$status
+	$(call prove,$*,$(BIN)/pytest benchmarks/selftest/test_$*.py $(BESIDE) -m selftest -q --no-header -rs)
 
 proof-statistics: $(STAMP)
-	mkdir -p reports/proof
-	$(BIN)/python benchmarks/selftest/coverage.py > reports/proof/coverage.txt; \
-	status=$$?; cat reports/proof/coverage.txt; exit $$status
-	$(BIN)/python benchmarks/selftest/claims_null.py > reports/proof/claims.txt; \
-	status=$$?; cat reports/proof/claims.txt; exit $$status
+	$(call prove,coverage,$(BIN)/python benchmarks/selftest/coverage.py)
+	$(call prove,claims,$(BIN)/python benchmarks/selftest/claims_null.py)
 	if test -z "$(LORAMETER_NOISE)"; then echo "recorded noise: skipped, LORAMETER_NOISE is not set"; else \
-	$(BIN)/python benchmarks/selftest/noise.py "$(LORAMETER_NOISE)" > reports/proof/noise.txt; \
-	status=$$?; cat reports/proof/noise.txt; exit $$status; fi
+	$(call prove,noise,$(BIN)/python benchmarks/selftest/noise.py "$(LORAMETER_NOISE)"); fi
 
 proof-levels proof-ab: proof-%: $(STAMP)
-	mkdir -p reports/proof
-	$(BIN)/python benchmarks/selftest/$*_live.py > reports/proof/$*.txt; \
-	status=$$?; cat reports/proof/$*.txt; exit $$status
+	$(call prove,$*,$(BIN)/python benchmarks/selftest/$*_live.py)
 
 # Two scripts in lockstep: a script against itself, alone and beside load, and against one with 4 % more work, forty times
 # each (two hours on a machine to itself; what was stopped goes on where it was). Before them the studies about engines
 # that need no GPU, on a small model and on a script (a quarter of an hour).
 proof-attach: $(STAMP)
-	mkdir -p reports/proof
-	$(BIN)/pytest benchmarks/selftest/test_engines.py -m selftest -q --no-header -rs > reports/proof/engines.txt; \
-	status=$$?; cat reports/proof/engines.txt; exit $$status
-	$(BIN)/python benchmarks/selftest/attach_live.py --keep reports/proof/attach.jsonl > reports/proof/attach.txt; \
-	status=$$?; cat reports/proof/attach.txt; exit $$status
+	$(call prove,engines,$(BIN)/pytest benchmarks/selftest/test_engines.py -m selftest -q --no-header -rs)
+	$(call prove,attach,$(BIN)/python benchmarks/selftest/attach_live.py --keep reports/proof/attach.jsonl)
 
 # What a meter costs a step: a script alone and wrapped, taking turns, with a step of 10 ms and with a real model (fetch
 # smollm2-135m first; five minutes on a machine to itself).
 proof-meter: $(STAMP)
-	mkdir -p reports/proof
-	{ $(BIN)/python benchmarks/selftest/meter_live.py && \
-	$(BIN)/python benchmarks/selftest/meter_live.py --rounds 60 --model "$${LORAMETER_CACHE:-$$HOME/.cache/lorameter}/models/smollm2-135m"; \
-	} > reports/proof/meter.txt; status=$$?; cat reports/proof/meter.txt; exit $$status
-	$(BIN)/python benchmarks/selftest/agreement.py > reports/proof/agreement.txt; \
-	status=$$?; cat reports/proof/agreement.txt; exit $$status
+	$(call prove,meter,$(BIN)/python benchmarks/selftest/meter_live.py && \
+	$(BIN)/python benchmarks/selftest/meter_live.py --rounds 60 --model "$${LORAMETER_CACHE:-$$HOME/.cache/lorameter}/models/smollm2-135m")
+	$(call prove,agreement,$(BIN)/python benchmarks/selftest/agreement.py)
 
 # A step taken apart, and the remedy of a finding measured beside it; whether profiles explain a step and its memory, and
 # their rules find what was planted (fetch smollm2-135m first; about six minutes); what each meter takes; whether the cost
 # of a copied head is what mending it gains.
 proof-profile: $(STAMP)
-	mkdir -p reports/proof
-	$(BIN)/python benchmarks/selftest/profiles.py > reports/proof/profiles.txt; \
-	status=$$?; cat reports/proof/profiles.txt; exit $$status
-	$(BIN)/python benchmarks/selftest/meters_cost.py > reports/proof/meters.txt; \
-	status=$$?; cat reports/proof/meters.txt; exit $$status
-	$(BIN)/lorameter profile lora-or-qlora:qlora-nf4-r16 --effort standard --try dropout > reports/proof/profile.txt; \
-	status=$$?; cat reports/proof/profile.txt; exit $$status
-	$(BIN)/python benchmarks/selftest/copied_head.py > reports/proof/copied-head.txt; \
-	status=$$?; cat reports/proof/copied-head.txt; exit $$status
+	$(call prove,profiles,$(BIN)/python benchmarks/selftest/profiles.py)
+	$(call prove,meters,$(BIN)/python benchmarks/selftest/meters_cost.py)
+	$(call prove,profile,$(BIN)/lorameter profile lora-or-qlora:qlora-nf4-r16 --effort standard --try dropout)
+	$(call prove,copied-head,$(BIN)/python benchmarks/selftest/copied_head.py)
 
 # The negative controls, verified and watched; the absence of false alarms on real trials (fetch smollm2-135m first) and
 # on healthy twins, of which some need the extra [proof]; every rule and comparison of the judges broken in turn (hours;
@@ -103,81 +89,55 @@ proof-profile: $(STAMP)
 # drawn at random of which it is known what is true (half an hour); every small family of transformers against the step
 # on flash alone (a quarter); and what a check costs against an earlier revision (a quarter).
 proof-kernels: $(STAMP)
-	mkdir -p reports/proof
-	$(BIN)/python -m kernels_check selftest > reports/proof/selftest.txt; \
-	status=$$?; cat reports/proof/selftest.txt; exit $$status
-	$(BIN)/pytest tests/kernels_check/test_watch_agrees.py -m selftest -q --no-header > reports/proof/watch_agrees.txt; \
-	status=$$?; cat reports/proof/watch_agrees.txt; exit $$status
-	$(BIN)/python benchmarks/selftest/false_alarms.py > reports/proof/false_alarms.txt; \
-	status=$$?; cat reports/proof/false_alarms.txt; exit $$status
-	$(BIN)/python benchmarks/selftest/mutation.py --keep $(VENV)/mutation.jsonl > reports/proof/mutation.txt; \
-	status=$$?; cat reports/proof/mutation.txt; exit $$status
-	$(BIN)/python benchmarks/selftest/restoration.py --many > reports/proof/restoration.txt; \
-	status=$$?; cat reports/proof/restoration.txt; exit $$status
-	$(BIN)/python benchmarks/selftest/random_models.py --many 2000 > reports/proof/random_models.txt; \
-	status=$$?; cat reports/proof/random_models.txt; exit $$status
-	$(BIN)/python benchmarks/selftest/oracle.py > reports/proof/oracle.txt; \
-	status=$$?; cat reports/proof/oracle.txt; exit $$status
-	$(BIN)/python benchmarks/selftest/verify_cost.py > reports/proof/verify_cost.txt; \
-	status=$$?; cat reports/proof/verify_cost.txt; exit $$status
+	$(call prove,selftest,$(BIN)/python -m kernels_check selftest)
+	$(call prove,watch_agrees,$(BIN)/pytest tests/kernels_check/test_watch_agrees.py -m selftest -q --no-header)
+	$(call prove,false_alarms,$(BIN)/python benchmarks/selftest/false_alarms.py)
+	$(call prove,mutation,$(BIN)/python benchmarks/selftest/mutation.py --keep $(VENV)/mutation.jsonl)
+	$(call prove,restoration,$(BIN)/python benchmarks/selftest/restoration.py --many)
+	$(call prove,random_models,$(BIN)/python benchmarks/selftest/random_models.py --many 2000)
+	$(call prove,oracle,$(BIN)/python benchmarks/selftest/oracle.py)
+	$(call prove,verify_cost,$(BIN)/python benchmarks/selftest/verify_cost.py)
 
 # Estimates of memory against real trials and published figures (fetch smollm2-135m first; a few minutes).
 proof-memory: $(STAMP)
-	mkdir -p reports/proof
-	$(BIN)/python benchmarks/selftest/estimate.py > reports/proof/estimate.txt; \
-	status=$$?; cat reports/proof/estimate.txt; exit $$status
+	$(call prove,estimate,$(BIN)/python benchmarks/selftest/estimate.py)
 
 # Time and memory of reading a run of a hundred thousand trials, of its report, and of its comparison to another (a few
 # minutes, 1 GB in a temporary folder).
 proof-reading: $(STAMP)
-	mkdir -p reports/proof
-	$(BIN)/python benchmarks/selftest/reading.py > reports/proof/reading.txt; \
-	status=$$?; cat reports/proof/reading.txt; exit $$status
+	$(call prove,reading,$(BIN)/python benchmarks/selftest/reading.py)
 
 # A hundred thousand inputs at every door and two thousand command lines, that nobody should be able to do harm with, and
 # all that ever failed (about an hour). What fails is kept under reports/proof/failed: put it into tests/corpus.
 proof-fuzz: $(STAMP)
-	mkdir -p reports/proof
-	$(BIN)/python benchmarks/selftest/fuzz.py --again tests/corpus --keep reports/proof/failed > reports/proof/fuzz.txt; \
-	status=$$?; cat reports/proof/fuzz.txt; exit $$status
+	$(call prove,fuzz,$(BIN)/python benchmarks/selftest/fuzz.py --again tests/corpus --keep reports/proof/failed)
 
 # The long half of the fault matrix (tests/faults/README.md): each signal at each phase of each door and to each process, a
 # disk that is full at each write, in a cache, under a training process and a profile, every kind of broken hub and index
 # (about three quarters of an hour); and five hundred trials, a third of them broken (a quarter). What needs the right to
 # mount a disk is skipped without it.
 proof-faults: $(STAMP)
-	mkdir -p reports/proof
-	$(BIN)/pytest tests -m faults -q --no-header -rs > reports/proof/faults.txt; \
-	status=$$?; cat reports/proof/faults.txt; exit $$status
-	$(BIN)/python benchmarks/selftest/soak.py > reports/proof/soak.txt; \
-	status=$$?; cat reports/proof/soak.txt; exit $$status
+	$(call prove,faults,$(BIN)/pytest tests -m faults -q --no-header -rs)
+	$(call prove,soak,$(BIN)/python benchmarks/selftest/soak.py)
 
 # The tests as narrower CPUs would run them, and all of them with nothing beside them and beside two busy loops, three
 # times each (hours; what was stopped goes on where it was, as long as no file has changed).
 proof-portable: $(STAMP)
-	mkdir -p reports/proof
-	$(BIN)/python benchmarks/selftest/portable.py --keep $(VENV)/portable.jsonl > reports/proof/portable.txt; \
-	status=$$?; cat reports/proof/portable.txt; exit $$status
+	$(call prove,portable,$(BIN)/python benchmarks/selftest/portable.py --keep $(VENV)/portable.jsonl)
 
 # What a history finds in constructed years with the recorded noise, and what it invents (ten minutes); the index of a
 # thousand runs; and a planted commit among sixteen, looked for three times (a quarter of an hour on a machine to itself).
 proof-history: $(STAMP)
-	mkdir -p reports/proof
 	if test -z "$(LORAMETER_NOISE)"; then echo "recorded noise: skipped, LORAMETER_NOISE is not set"; else \
-	$(BIN)/python benchmarks/selftest/history.py "$(LORAMETER_NOISE)" --keep $(VENV)/history.jsonl > reports/proof/history.txt; \
-	status=$$?; cat reports/proof/history.txt; exit $$status; fi
-	$(BIN)/python benchmarks/selftest/index_cost.py > reports/proof/index.txt; \
-	status=$$?; cat reports/proof/index.txt; exit $$status
-	$(BIN)/python benchmarks/selftest/bisect_live.py --keep $(VENV)/bisect > reports/proof/bisect.txt; \
-	status=$$?; cat reports/proof/bisect.txt; exit $$status
+	$(call prove,history,$(BIN)/python benchmarks/selftest/history.py "$(LORAMETER_NOISE)" --keep $(VENV)/history.jsonl); fi
+	$(call prove,index,$(BIN)/python benchmarks/selftest/index_cost.py)
+	$(call prove,bisect,$(BIN)/python benchmarks/selftest/bisect_live.py --keep $(VENV)/bisect)
 
 # All tests at both ends of the supported versions: Python 3.12 with torch 2.11 built for CUDA, transformers 5.17,
 # scikit-learn, pandas and pyarrow, and the newest of everything (an hour, and 6 GB for each environment in $(VENV)/bounds;
 # what was stopped goes on where it was, as long as no file has changed). BOUNDS_OPTIONS: --only NAME, --slice.
 proof-lower-bound: $(STAMP)
-	mkdir -p reports/proof
-	$(BIN)/python benchmarks/selftest/bounds.py --keep $(VENV)/bounds.jsonl $(BOUNDS_OPTIONS) > reports/proof/bounds.txt; \
-	status=$$?; cat reports/proof/bounds.txt; exit $$status
+	$(call prove,bounds,$(BIN)/python benchmarks/selftest/bounds.py --keep $(VENV)/bounds.jsonl $(BOUNDS_OPTIONS))
 
 # The tests of the lower bound that it has ever broken, in minutes.
 test-lower-bound: $(STAMP)
@@ -198,18 +158,14 @@ gpu-take: $(STAMP)
 
 # The rehearsal's output, which says what no card has confirmed yet; with a card, what it says.
 proof-gpu: $(STAMP)
-	mkdir -p reports/proof
-	$(BIN)/python -m benchmarks.gpu > reports/proof/gpu.txt; \
-	status=$$?; cat reports/proof/gpu.txt; exit $$status
+	$(call prove,gpu,$(BIN)/python -m benchmarks.gpu)
 
 # Two ranks over gloo on this CPU: that they train what one rank trains, by DDP and FSDP2, with LoRA and QLoRA, on a tiny
 # model and on one of 135M with random weights. Half an hour on two cores.
 proof-ranks: $(STAMP)
-	mkdir -p reports/proof
 	$(BIN)/pytest tests/trial/ranks -m selftest -q --no-header
-	for model in tiny-llama random:smollm2-135m; do \
-	$(BIN)/python benchmarks/selftest/ranks_live.py --model $$model || exit $$?; done > reports/proof/ranks.txt; \
-	status=$$?; cat reports/proof/ranks.txt; exit $$status
+	$(call prove,ranks,for model in tiny-llama random:smollm2-135m; do \
+	$(BIN)/python benchmarks/selftest/ranks_live.py --model $$model || exit $$?; done)
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lorameter needs Python 3.11 or newer")'
