@@ -112,14 +112,14 @@ def kept(tmp_path):
 def test_an_ab_is_shown_by_the_policy_it_was_judged_by(told, kept):
     """By every command, unless another is given; the default says regressed where that policy does not."""
     assert told("report", "ab", "--json")[1]["exit"] == 1
+    strict = kept.parent / "strict.toml"
+    strict.write_text("tolerance = 0.01\n")
     for command in ("report", "compare", "gate"):
         code, document = told(command, str(kept), "--json")
         assert code == document["exit"] == 0, command
         assert document["policy"]["tolerance"] == 0.5
         assert {row["metric"] for row in document["comparisons"]} == {"step_time_s"}
-    strict = kept.parent / "strict.toml"
-    strict.write_text("tolerance = 0.01\n")
-    assert told("report", str(kept), "--policy", str(strict), "--json")[0] == 1
+        assert told(command, str(kept), "--policy", str(strict), "--json")[0] == 1, command
 
 
 def test_an_ab_shows_a_metric_a_variant_or_a_phase(told):

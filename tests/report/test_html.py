@@ -167,6 +167,10 @@ def test_every_picture_has_its_numbers_in_a_table(committed):
         elif isinstance(drawing, Bars):
             totals = [row.cells[-1].value for row in table.rows]
             assert totals == pytest.approx([sum(part.value for part in bar.parts) for bar in drawing.bars])
+        elif isinstance(drawing, Front):
+            assert [row.cells[0].text for row in table.rows] == [spot.name for spot in drawing.spots]
+        elif isinstance(drawing, Curves):
+            assert {row.cells[0].text for row in table.rows} == {curve.name for curve in drawing.curves}
 
 
 def test_losses_are_those_of_the_charts():

@@ -140,3 +140,37 @@ def test_a_pair_is_read_from_a_file(tmp_path):
     )
     (claim,) = load_study(str(path)).claims
     assert claim.parts[0].levels == ("none", "nf4")
+
+
+@pytest.mark.parametrize(
+    ("axis", "levels", "changed"),
+    [
+        ("attention", ("sdpa", "eager"), {"attention": "eager"}),
+        ("optimizer", ("adamw_fused", "paged_adamw_32bit"), {"optimizer": "paged_adamw_32bit"}),
+    ],
+)
+def test_a_pair_may_be_of_any_field_and_of_losses(write_run, small_study, tmp_path, axis, levels, changed):
+    """What attention costs and that it trains as well; which optimizer is slower, and worse."""
+    variants = (Variant(name="plain"), dataclasses.replace(Variant(name="other"), **changed))
+    parts = (
+        part("costs-at-most", "step_time_s", axis=axis, levels=levels, by=0.3),
+        part("faster", "step_time_s", axis=axis, levels=levels, by=0.1),
+        part("equal", "held_out_loss", axis=axis, levels=()),
+        part("differs", "train_loss", axis=axis, levels=levels),
+    )
+    claims = tuple(Claim(id=str(place), says="s", parts=(one,)) for place, one in enumerate(parts))
+    study = dataclasses.replace(small_study, variants=variants, reference="plain", claims=claims)
+
+    def change(record):
+        worse = 1.2 if record.name == "other" else 1.0
+        at_last, held_out = worse * (2.0 + record.replicate / 1000), 2.0 + record.replicate / 1000
+        return record.replaced(
+            samples=record.samples | {"train_loss": (at_last,) * 3},
+            values=record.values | {"held_out_loss": held_out},
+        )
+
+    times = {"plain": [1.0, 1.02, 0.99, 1.01], "other": [1.2, 1.22, 1.19, 1.21]}
+    write_run("mine", times, study=study, change=change)
+    report = judge_claims(store.read_run("mine", tmp_path / "runs"))
+    verdicts = [claim.parts[0].verdict for claim in report.claims]
+    assert verdicts == ["supported", "refuted", "supported", "supported"]
