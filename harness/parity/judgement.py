@@ -13,12 +13,15 @@ import dataclasses
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from harness.parity.facts import Parity
 from harness.parity.measure import say_failure
 from harness.records.parity import Served
 from harness.stats import Proportion, clustered_proportion, mean_interval, proportion
 from harness.studies.serving import AGAIN, WITHOUT
+
+Verdict = Literal["same", "noise", "differ"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,9 +59,11 @@ class Likeness:
     """Whether it is no further from the reference than the reference from itself."""
 
     @property
-    def same(self) -> bool:
-        """Whether no answer differs, or none more than the reference's from its own."""
-        return self.within_floor or not self.answers.count
+    def verdict(self) -> Verdict:
+        """same: no answer differs; noise: some do, and no more than the reference's from its own; else differ."""
+        if not self.answers.count:
+            return "same"
+        return "noise" if self.within_floor else "differ"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,14 +89,15 @@ class Judgement:
 
 def judge_parity(parity: Parity) -> Judgement:
     """Compare every way with the reference."""
-    found = {one.way: compare_served(parity.reference, one) for one in parity.served[1:] if one.failure is None}
-    floor = next((one for way, one in found.items() if way.endswith(AGAIN)), None)
+    raw = {one.way: compare_served(parity.reference, one) for one in parity.served[1:] if one.failure is None}
+    floor = next((one for way, one in raw.items() if way.endswith(AGAIN)), None)
+    found = {way: _beside(floor, one) for way, one in raw.items()}
     without = next((one for way, one in found.items() if way.startswith(WITHOUT)), None)
     controls = {way.name for way in parity.ways if way.is_control}
     return Judgement(
         floor=floor,
         without=without,
-        likenesses=tuple(_beside(floor, one) for way, one in found.items() if way not in controls),
+        likenesses=tuple(one for way, one in found.items() if way not in controls),
         failures={one.way: say_failure(one.failure) for one in parity.served if one.failure is not None},
         trouble=_trouble(floor, without),
     )
@@ -149,7 +155,7 @@ def _trouble(floor: Likeness | None, without: Likeness | None) -> str:
         return "the base without the adapter could not be asked, so that nobody knows what the adapter changes"
     if _is_within(floor, without):
         return (
-            "the base without the adapter answers as it does with it, so that a merge that leaves the adapter out would "
-            "not be seen. Train for longer (--epochs), or give an adapter that has learnt something (--adapter)"
+            "the base without the adapter answers as it does with it, so that a merge that leaves the adapter out "
+            "would not be seen. Train for longer (--epochs), or give an adapter that has learnt something (--adapter)"
         )
     return ""

@@ -41,7 +41,8 @@ def check_adapter(folder: str) -> Path:
     try:
         kind = codec.from_json(dict[str, Any], inputs.read_json(path / CONFIG, inputs.MANIFEST_BYTES), CONFIG)
     except (inputs.NotReadableError, UsageError) as error:
-        raise impossible("parity", "adapter", folder, f"its {CONFIG} cannot be read ({said_by(error)})", remedy) from None
+        why = f"its {CONFIG} cannot be read ({said_by(error)})"
+        raise impossible("parity", "adapter", folder, why, remedy) from None
     if kind.get("peft_type") != "LORA":
         why = f"its {CONFIG} says peft_type = {kind.get('peft_type')!r}, and LoRA adapters are merged"
         raise impossible("parity", "adapter", folder, why, remedy)
@@ -122,8 +123,8 @@ def _serve(
         served += _read(fragment, ways)
         if served[0].failure is not None:
             raise InvalidRunError(
-                f"{variant.name}: {served[0].way}, the reference, gave no answer: {say_failure(served[0].failure)}. The "
-                f"log is {request.trial.log_path}."
+                f"{variant.name}: {served[0].way}, the reference, gave no answer: {say_failure(served[0].failure)}. "
+                f"The log is {request.trial.log_path}."
             )
         prompts = prompts or codec.from_json(tuple[tuple[int, ...], ...], fragment.tokens[PROMPTS], "prompts")
     return served, prompts

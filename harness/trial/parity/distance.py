@@ -64,7 +64,5 @@ def sequence_losses(logits: torch.Tensor, labels: torch.Tensor, length: int) -> 
         each = torch.nn.functional.cross_entropy(row[:-1].float(), expected[1:], reduction="none", ignore_index=-100)
         each = torch.nn.functional.pad(each, (1, 0)).double().reshape(-1, length)
         counts = (torch.nn.functional.pad(expected[1:], (1, 0), value=-100) != -100).reshape(-1, length).sum(-1)
-        losses += [
-            float(total / count) for total, count in zip(each.sum(-1), counts, strict=True) if int(count)
-        ]
+        losses += [float(total / count) for total, count in zip(each.sum(-1), counts, strict=True) if int(count)]
     return losses

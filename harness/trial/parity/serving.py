@@ -32,6 +32,7 @@ from harness.trial.inference.generate import generate
 from harness.trial.parity.distance import measure_distance, sequence_losses
 from harness.trial.process import prepare_process
 
+
 def serve_adapter(request: ServingRequest) -> Fragment:
     """What is observed of each way of a group. One that raises is a failure of its own, and the others go on."""
     prepare_process(request.trial)
