@@ -35,7 +35,10 @@ def text(parity, width=80):
 
 @pytest.mark.parametrize(
     ("ours", "theirs", "place"),
-    [((1, 2), (1, 2), None), ((1, 2), (1, 3), 2), ((5,), (6,), 1), ((1,), (1, 2), 2), ((1, 2, 3), (1, 2), 3), ((), (), None)],
+    [
+        ((1, 2), (1, 2), None), ((1, 2), (1, 3), 2), ((5,), (6,), 1), ((1,), (1, 2), 2), ((1, 2, 3), (1, 2), 3),
+        ((), (), None),
+    ],
 )  # fmt: skip
 def test_where_answers_part(ours, theirs, place):
     """From 1; one that ends where the other goes on parts from it there."""
@@ -69,7 +72,7 @@ def test_answers_that_differ_are_counted_and_placed(make_parity):
     assert (found.tokens.count, found.tokens.of) == (2, 32)
     assert found.loss_difference.low < found.loss_difference.value == pytest.approx(0.4 / 3)
     said = text(make_parity(**{MERGED: changed}), 200)
-    assert "answers differ: 3 of 8 differ [9 %, 76 %], first at token 4 (median)" in said.replace("8.5", "9")
+    assert "answers differ: 3 of 8 differ [8.5 %, 76 %], first at token 4 (median)" in said
 
 
 def test_what_the_reference_does_to_itself_is_noise(make_parity):

@@ -1,4 +1,4 @@
-"""Intervals of what was counted: scipy's own for independent looks, and an honest one for looks that belong together."""
+"""Intervals of what was counted: scipy's own for independent looks, an honest one for looks that belong together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An adapter that really changes its base, served in this process: what must agree agrees, and a planted fault does not."""
+"""An adapter that really changes its base, served in this process: what must agree does, and a planted fault not."""
 
 from __future__ import annotations
 
