@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from harness.records.parity import Served
 from harness.records.record import Notice, TrialRecord
@@ -24,7 +23,7 @@ class Parity:
     study: str
     variant: Variant
     workload: Workload
-    device: Literal["cpu", "cuda"]
+    device: str
     device_name: str
     adapter: str
     """Folder of the adapter that was given; empty where it was trained here."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -78,7 +79,7 @@ def test_a_trained_adapter_is_served_in_every_way(study, runs, capsys):
 
 
 def test_an_adapter_that_does_not_fit_is_a_message(study, runs, tmp_path, capsys):
-    """The reference cannot be had, so there is nothing to say, and no folder is left; exit code 4."""
+    """The reference cannot be had, so there is nothing to say but why, and where the log is; exit code 4."""
     from safetensors.torch import save_file
     from torch import zeros
 
@@ -89,8 +90,11 @@ def test_an_adapter_that_does_not_fit_is_a_message(study, runs, tmp_path, capsys
     before = list(runs.iterdir())
     command = ["parity", str(study), "--adapter", str(tmp_path), "--runs-dir", str(runs), "--if-busy", "share"]
     assert main(command) == 4
-    assert "the reference, gave no answer" in capsys.readouterr().err
-    assert list(runs.iterdir()) == before
+    said = " ".join(capsys.readouterr().err.split())
+    assert "unmerged, nf4, the reference, gave no answer" in said
+    assert Path(said.rpartition("The log is ")[2].removesuffix(".")).is_file()
+    (left,) = (folder for folder in runs.iterdir() if folder not in before)
+    assert not (left / DOCUMENT).exists()
 
 
 @pytest.mark.parametrize(
