@@ -83,6 +83,8 @@ class ParityOf(msgspec.Struct, forbid_unknown_fields=True):
     reference: str
     """The way that all others are compared with."""
     reference_loss: float
+    distinct_answers: int
+    """Different answers of the reference; 1 of many prompts makes these hardly more than one."""
     ways: list[WayOf]
     """Beside the two controls: the reference asked again, and the base without the adapter."""
     trouble: str
@@ -105,6 +107,7 @@ def parity_document(parity: Parity, judgement: Judgement, folder: Path) -> dict[
         "training_steps": None if parity.record is None else round(parity.record.values["training_steps"]),
         "reference": parity.reference.way,
         "reference_loss": sum(parity.reference.losses) / len(parity.reference.losses),
+        "distinct_answers": judgement.distinct,
         "ways": [
             {
                 "way": way.name,

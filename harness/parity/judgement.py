@@ -78,6 +78,9 @@ class Judgement:
     """Of the ways that are no controls and that answered."""
     failures: dict[str, str]
     """By way, why it did not answer."""
+    distinct: int
+    """Different answers of the reference. Where it says the same to every prompt, as an untrained model does, so many
+    prompts are hardly more than one."""
     trouble: str
     """Why no verdict can be relied on; empty where one can."""
 
@@ -99,6 +102,7 @@ def judge_parity(parity: Parity) -> Judgement:
         without=without,
         likenesses=tuple(one for way, one in found.items() if way not in controls),
         failures={one.way: say_failure(one.failure) for one in parity.served if one.failure is not None},
+        distinct=len(set(parity.reference.answers)),
         trouble=_trouble(floor, without),
     )
 

@@ -67,6 +67,13 @@ def _verdicts(judgement: Judgement) -> Iterator[Line]:
         yield say(f"what the adapter changes: {say_answers(judgement.without)}", lead=judgement.without.way)
     if judgement.floor is not None:
         yield say(f"the noise floor: {say_answers(judgement.floor)}", lead=judgement.floor.way)
+    one = judgement.floor
+    if one is not None and judgement.distinct == 1 < one.answers.of:
+        yield say(
+            Span(text="little is asked", tone="warning"),
+            f": the reference gives one answer to all {one.answers.of} prompts, so that they are hardly more than one. "
+            "A model that has learnt something, or more training (--epochs), tells more.",
+        )
     if judgement.trouble:
         yield say(Span(text="no verdict can be relied on", tone="alarm"), f": {judgement.trouble}.")
 

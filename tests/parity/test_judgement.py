@@ -98,6 +98,18 @@ def test_an_adapter_that_changes_nothing_proves_nothing(make_parity):
     assert "no verdict can be relied on" in text(make_parity(**{WITHOUT: same}), 200)
 
 
+def test_one_answer_to_everything_is_said(make_parity):
+    """An untrained model says the same to every prompt: eight looks that are hardly more than one."""
+    parity = make_parity()
+    alike = {
+        one.way: dataclasses.replace(one, answers=((7, 8, 9, 1),) * 8) for one in parity.served if one.way != WITHOUT
+    }
+    assert judge_parity(parity).distinct == 8
+    assert "little is asked" not in text(parity, 200)
+    assert judge_parity(make_parity(**alike)).distinct == 1
+    assert "one answer to all 8 prompts" in text(make_parity(**alike), 200)
+
+
 @pytest.mark.parametrize("way", [AGAIN, WITHOUT, MERGED])
 def test_a_way_that_failed_is_a_row_with_its_reason(make_parity, way):
     """And a control that failed leaves no verdict."""
