@@ -67,11 +67,11 @@ def _verdicts(judgement: Judgement) -> Iterator[Line]:
         yield say(f"what the adapter changes: {say_answers(judgement.without)}", lead=judgement.without.way)
     if judgement.floor is not None:
         yield say(f"the noise floor: {say_answers(judgement.floor)}", lead=judgement.floor.way)
-    one = judgement.floor
-    if one is not None and judgement.distinct == 1 < one.answers.of:
+    asked = judgement.without or judgement.floor
+    if asked is not None and judgement.distinct == 1 < asked.answers.of:
         yield say(
             Span(text="little is asked", tone="warning"),
-            f": the reference gives one answer to all {one.answers.of} prompts, so that they are hardly more than one. "
+            f": the reference gives one answer to all {asked.answers.of} prompts, so that they are hardly more than one. "
             "A model that has learnt something, or more training (--epochs), tells more.",
         )
     if judgement.trouble:
