@@ -11,8 +11,11 @@ import pytest
 from harness.cli import main
 from harness.commands.documents_of_parity import ParityOf
 from harness.parity.facts import DOCUMENT, Parity
-from harness.parity.measure import CONFIG, WEIGHTS
+from harness.parity.measure import CONFIG, WEIGHTS, _read
 from harness.records import codec
+from harness.records.record import Failure, Fragment
+from harness.studies.serving import ways_of
+from harness.studies.variant import Variant
 
 STUDY = """
 [workload]
@@ -83,7 +86,6 @@ def test_an_adapter_that_is_given_is_not_trained(runs, tmp_path, capsys):
     import torch
 
     from harness.models import catalogue
-    from harness.studies.variant import Variant
     from harness.trial.building import lora
     from harness.trial.building.base_model import load_base
 
@@ -126,6 +128,15 @@ def test_an_adapter_that_does_not_fit_is_a_message(study, runs, tmp_path, capsys
     assert Path(said.rpartition("The log is ")[2].removesuffix(".")).is_file()
     (left,) = (folder for folder in runs.iterdir() if folder not in before)
     assert not (left / DOCUMENT).exists()
+
+
+def test_a_process_that_dies_is_a_row_for_each_of_its_ways():
+    """With its reason, so that the others stand."""
+    ways = ways_of(Variant(quantization="nf4"))[3]
+    failure = Failure(phase="parity", kind="ProcessDied", message="killed")
+    found = _read(Fragment().failed("crashed", failure), ways)
+    assert [(one.way, one.failure) for one in found] == [(way.name, failure) for way in ways]
+    assert [one.failure.kind for one in _read(Fragment(status="oom"), ways)] == ["Unknown"] * len(ways)
 
 
 @pytest.mark.parametrize(
