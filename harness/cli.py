@@ -19,6 +19,7 @@ from harness.commands import (
     export,
     history,
     housekeeping,
+    parity,
     profile,
     report,
     run,
@@ -46,6 +47,7 @@ EXAMPLES = {
     "doctor": "lorameter doctor",
     "estimate": "lorameter estimate lora-or-qlora:qlora-nf4-r16 --model llama2-7b",
     "profile": "lorameter profile lora-or-qlora:qlora-nf4-r16 --phase generate --try",
+    "parity": "lorameter parity lora-or-qlora:qlora-nf4-r16 --prompts 32",
     "sample": "lorameter sample 20261120-101500-mine-3f2a qlora-nf4-r16",
     "claims": "lorameter claims 20261120-101500-mine-3f2a",
     "export": "lorameter export 20261120-101500-mine-3f2a --format parquet",
@@ -100,7 +102,7 @@ def parser() -> argparse.ArgumentParser:
     subparsers = top.add_subparsers(required=True, metavar="COMMAND")
 
     top.add_argument("--version", action=_Version, nargs=0, help="print the version and end")
-    measuring = (run, ab, bisect, wrap, doctor, estimate, profile)
+    measuring = (run, ab, bisect, wrap, doctor, estimate, profile, parity)
     showing = (report, catalogue, compare, sample, claims, export, history, housekeeping, completion)
     for module in (*measuring, *showing):
         module.add_commands(subparsers, _common)

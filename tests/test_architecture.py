@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ORDER = "errors stats records studies models machine trial attach verdicts results run profile report commands".split()
+ORDER = (
+    *"errors stats records studies models machine trial attach verdicts results run".split(),
+    *"profile parity report commands".split(),
+)
 """The rooms, from the ground up."""
 DOORS = ("cli", "pytest_plugin", "worker")
 RANK = {room: place for place, room in enumerate(ORDER)} | dict.fromkeys(DOORS, len(ORDER))

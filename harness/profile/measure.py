@@ -60,6 +60,7 @@ class OpenTrial:
     """What the device had free before, or has in all where that is not known."""
     executor: Executor
     scratch: Path
+    label: str
 
     def read(self, kind: Any, name: str) -> Any:
         """What the trial left in its folder. Raises `InvalidRunError` where that cannot be read."""
@@ -67,7 +68,7 @@ class OpenTrial:
         try:
             data = inputs.read_json(self.executor.fetch(request.trial, name, self.scratch), inputs.MANIFEST_BYTES)
         except inputs.NotReadableError as error:
-            raise InvalidRunError(f"{request.variant.name}: {name}: cannot be read: {error}. Profile again.") from None
+            raise InvalidRunError(f"{request.variant.name}: {name}: cannot be read: {error}. Measure again.") from None
         return codec.from_json(kind, data, name)
 
     @property
@@ -99,7 +100,7 @@ class OpenTrial:
 
     def keep(self, document: str, found: object, traces: Sequence[str]) -> None:
         """Write what was found, and fetch the profiler's own recordings. Raises `UsageError` where the disk refuses."""
-        with say_refused(lambda: (f"profile {self.folder.name} could not be written", "profile anew")):
+        with say_refused(lambda: (f"{self.label} {self.folder.name} could not be written", "measure anew")):
             for trace in traces:
                 self.executor.fetch(self.trial.request.trial, trace, self.folder)
             write_document(self.folder / document, found)
@@ -114,8 +115,10 @@ def open_trial(
     runs: Path,
     say: Callable[[str], None],
     document: str,
+    label: str = "profile",
 ) -> Iterator[OpenTrial]:
-    """Start a variant's trial; the folder is removed where `document` has not been written into it by the end.
+    """Start a variant's trial; the folder is removed where `document` has not been written into it by the end, and
+    `label` is what it is called.
 
     Raises:
         UsageError: what cannot work on this machine.
@@ -123,8 +126,8 @@ def open_trial(
     """
     if study.workload.ranks > 1:
         raise UsageError(
-            f"study {study.name}: ranks = {study.workload.ranks}: the profile takes apart the steps of one process. "
-            "Profile the variant with one rank; a run of the study says how its ranks spend a step."
+            f"study {study.name}: ranks = {study.workload.ranks}: a {label} is taken of the trial of one process. "
+            f"Take the {label} with one rank; a run of the study says how its ranks spend a step."
         )
     study = dataclasses.replace(study, allow_fallback=True)
     contender = Contender(variant=variant, workload=study.workload)
@@ -132,7 +135,7 @@ def open_trial(
     notices = check_feasible(study, machine, [contender], free_bytes=executor.free_bytes())
     plan = make_plan(study, contenders=[contender], phases=("train", "generate"))
     slot = plan.slots[0]
-    folder = runs / new_run_id(f"profile-{variant.name}", runs)
+    folder = runs / new_run_id(f"{label}-{variant.name}", runs)
     folder.mkdir(parents=True)
     with contextlib.ExitStack() as stack:
         stack.enter_context(leaving_nothing(folder, unless=document))
@@ -158,6 +161,7 @@ def open_trial(
             memory_bytes=executor.free_bytes() or machine.device_memory_bytes or machine.memory_bytes,
             executor=executor,
             scratch=stack.enter_context(scratch_folder()),
+            label=label,
         )
 
 
@@ -237,9 +241,9 @@ class ConductedTrial:
         self._begin = time.monotonic()
         self.record: TrialRecord = begin_record(slot, "ok").replaced(started_unix_s=time.time(), tokens=site.tokens)
 
-    def begin(self) -> None:
-        """Build, check, warm up."""
-        self.ask("prepare", request=codec.to_json(self.request), profiled=True)
+    def begin(self, *, profiled: bool = True) -> None:
+        """Build, check, warm up; `profiled` says whether it will be taken apart."""
+        self.ask("prepare", request=codec.to_json(self.request), profiled=profiled)
         for command in ("build", "verify", "warm_up"):
             self.ask(command)
 

@@ -16,10 +16,11 @@ from harness.stats.comparison import Pairing, compare_family, compare_trials, st
 from harness.stats.drift import drifting, drifts
 from harness.stats.drops import KeptPairs, kept_pairs
 from harness.stats.estimate import Estimate, estimate_trials, is_precise, relative_half_width
-from harness.stats.intervals import bootstrap_interval
+from harness.stats.intervals import bootstrap_interval, mean_interval
 from harness.stats.memory import compare_bytes
 from harness.stats.outliers import OutlierLabel, count_outliers, label_outliers
 from harness.stats.power import MOST_ADVISED, replicates_to_see, sd_interval
+from harness.stats.proportion import Proportion, clustered_proportion, proportion
 from harness.stats.quantiles import QuantileEstimate, effective_size, median_interval, percentile
 from harness.stats.shift import RunWideShift, run_wide_shift
 from harness.stats.trend import Share, explained_share
@@ -33,11 +34,13 @@ __all__ = [
     "KeptPairs",
     "OutlierLabel",
     "Pairing",
+    "Proportion",
     "QuantileEstimate",
     "RunWideShift",
     "Share",
     "Verdict",
     "bootstrap_interval",
+    "clustered_proportion",
     "compare_bytes",
     "compare_family",
     "compare_trials",
@@ -51,9 +54,11 @@ __all__ = [
     "is_steady",
     "kept_pairs",
     "label_outliers",
+    "mean_interval",
     "median_interval",
     "optimal_rounds",
     "percentile",
+    "proportion",
     "relative_half_width",
     "replicates_to_see",
     "run_wide_shift",

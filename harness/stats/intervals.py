@@ -60,6 +60,22 @@ def sign_test(heads: int, tosses: int) -> float:
     return min(1.0, 2 * float(bdtr(min(heads, tosses - heads), tosses, 0.5)))
 
 
+def mean_interval(values: Sequence[float], *, alpha: float = 0.05) -> tuple[float, float | None, float | None]:
+    """The mean of independent values, on their own scale, with both ends of Student's (1 - alpha) interval; None of a
+    single value. What is negative or zero may be among them: differences of pairs are.
+
+    Raises ValueError for no value.
+    """
+    if not values:
+        raise ValueError("no value: pass one at least")
+    mean = math.fsum(values) / len(values)
+    if len(values) == 1:
+        return mean, None, None
+    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    half_width = quantile(len(values) - 1, alpha / 2) * math.sqrt(variance / len(values))
+    return mean, mean - half_width, mean + half_width
+
+
 RESAMPLES = 2000
 
 

@@ -41,6 +41,7 @@ class Command:
 
 _ROWS = (
     Command(word="base", says="preparing the base", by="process"),
+    Command(word="parity", says="serving the adapter", by="process"),
     Command(word="prepare", says="starting", by="process"),
     Command(word="build", says="building"),
     Command(word="verify", says="checking what runs"),

@@ -13,6 +13,7 @@ from typing import Any
 from harness.records import codec
 from harness.records.record import Fragment
 from harness.studies.request import BaseRequest, TrialRequest
+from harness.studies.serving import ServingRequest
 from harness.trial.failure import failure_of
 from harness.trial.lines import answer_lines
 
@@ -45,6 +46,8 @@ def _answer(command: dict[str, Any], trials: dict[str, Any]) -> Fragment:
             return Fragment()
         if phase == "base":
             return _prepared(codec.from_json(BaseRequest, command["request"], "base request"))
+        if phase == "parity":
+            return _served(codec.from_json(ServingRequest, command["request"], "serving request"))
         return trials[trial].run(phase, **command)  # type: ignore[no-any-return]
     except Exception as error:
         return failure_of(error, phase)
@@ -58,6 +61,14 @@ def _prepared(request: BaseRequest) -> Fragment:
     _log_to(Path(request.log_path))
     limit_threads(request.device, request.threads)
     return Fragment(tokens={"base": codec.to_json(prepare(request))})
+
+
+def _served(request: ServingRequest) -> Fragment:
+    """An adapter in the ways that one base allows, by this process alone, which then ends."""
+    from harness.trial.parity.serving import serve_adapter
+
+    _log_to(Path(request.trial.log_path))
+    return serve_adapter(request)
 
 
 def _profiled_trial() -> Any:

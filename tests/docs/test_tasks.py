@@ -14,7 +14,14 @@ from harness.cli import main, parser
 ROOT = Path(__file__).parents[2]
 PAGES = tuple(
     ROOT / "docs" / f"{name}.md"
-    for name in ("measure-my-model", "compare-versions", "read-a-verdict", "when-not-to-trust", "troubleshooting")
+    for name in (
+        "measure-my-model",
+        "compare-versions",
+        "read-a-verdict",
+        "when-not-to-trust",
+        "parity",
+        "troubleshooting",
+    )
 )
 FILE = re.compile(r"^`(?P<name>[\w.-]+)`:\n\n```\w+\n(?P<content>.*?)^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\((?P<path>[\w./-]+)\)")

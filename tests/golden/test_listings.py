@@ -15,8 +15,8 @@ LINES = (
 )
 SIZES = ("list sizes lora-or-qlora", "list sizes lora-or-qlora --model random:smollm2-135m")
 COMMANDS = (
-    "run report list compare gate accept ab bisect calibrate doctor estimate profile sample claims export history "
-    "prune pack"
+    "run report list compare gate accept ab bisect calibrate doctor estimate profile parity sample claims export "
+    "history prune pack"
 ).split()
 
 

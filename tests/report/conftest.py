@@ -15,6 +15,8 @@ from harness.machine.provenance import Machine
 from harness.models.costs.memory import MemoryEstimate
 from harness.models.costs.peaks import Peak
 from harness.models.shapes import ModelShape
+from harness.parity.facts import Parity
+from harness.parity.judgement import judge_parity
 from harness.profile import accounting
 from harness.profile.diagnosis import diagnose
 from harness.profile.evidence import evidence_of
@@ -28,7 +30,8 @@ from harness.profile.requests.rules import diagnose_requests
 from harness.records import codec, store
 from harness.records.activity import Activity, OperatorUse, PhaseActivity, WeightCopy
 from harness.records.memory_account import MemoryAccount
-from harness.records.record import Notice, TrialRecord
+from harness.records.parity import LogitDistance, Served
+from harness.records.record import Failure, Notice, TrialRecord
 from harness.records.request_sight import ModelSize, RequestSight
 from harness.report.attribution import describe_attribution
 from harness.report.bisect import describe_bisection
@@ -41,6 +44,7 @@ from harness.report.gate import describe_gate
 from harness.report.history import describe_history
 from harness.report.matrix import Change, describe_matrix
 from harness.report.notices import describe_notices, tell_notices
+from harness.report.parity import describe_parity, show_differing
 from harness.report.plan import describe_plan
 from harness.report.profile import describe_profile
 from harness.report.requests import describe_requests
@@ -57,6 +61,7 @@ from harness.run.bisect import Bisection, Candidate, bisect
 from harness.run.forecast import Forecast
 from harness.run.plan import make_plan
 from harness.stats import Comparison, compare_trials
+from harness.studies.serving import ways_of
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
 from harness.verdicts.ab import attribution_of, report_of
@@ -293,6 +298,30 @@ def history(tmp_path_factory) -> History:
             return history_of(index)
 
 
+def parity() -> Parity:
+    """An adapter of which one merge failed, and another gives some answers that are not the reference's."""
+    variant, answers = Variant(name="nf4", quantization="nf4"), tuple((7, 8, number) for number in range(9))
+    ways = tuple(way for group in ways_of(variant) for way in group)
+    near = LogitDistance(
+        positions=3, argmax_differs=1, kl_mean_nats=1.23e-5, kl_max_nats=0.00456, difference_mean=0.012,
+        difference_max=0.345, cosine_mean=0.99876, cosine_min=0.9,
+    )  # fmt: skip
+    served = [
+        Served(
+            way=way.name,
+            answers=answers if place < 3 else tuple((7, 9, number) for number in range(9)),
+            distances=(near,) * 9 if place else (),
+            losses=(2.0, 2.5 + place / 100, 3.0),
+        )
+        for place, way in enumerate(ways)
+    ]
+    served[2] = Served(way=ways[2].name, failure=Failure(phase="parity", kind="OutOfMemoryError", message="too big"))
+    return Parity(
+        study="s", variant=variant, workload=Workload(), device="cpu", device_name="Test [CPU]", adapter="[/b]",
+        record=None, ways=ways, served=tuple(served), prompts=((1, 2),) * 9, notices=NOTICES,
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="session")
 def every_report(small_study, history) -> dict[str, Document]:
     """A document of every report, by what it is of."""
@@ -319,6 +348,8 @@ def every_report(small_study, history) -> dict[str, Document]:
         "profile": lambda: profile_document("explained"),
         "profile of nothing seen": lambda: profile_document("unseen"),
         "profile of requests": requests_document,
+        "parity": lambda: describe_parity(parity(), judge_parity(parity())),
+        "answers that differ": lambda: show_differing(parity(), str),
         "tried remedy": lambda: describe_tried(tried()),
         "estimate": lambda: describe_estimate(
             Variant(name="v"), Workload(), MACHINE, estimates(), {"train": 2**28 + 2**20}

@@ -7,7 +7,7 @@ which of their parts they have added, and a base may call its weights what it li
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -58,6 +58,11 @@ def is_merged(model: Any) -> bool:
 def without_adapter(model: Any) -> AbstractContextManager[None]:
     """Meanwhile the model is its base."""
     return cast("AbstractContextManager[None]", model.disable_adapter())
+
+
+def serving(model: Any, *, adapter: bool) -> AbstractContextManager[None]:
+    """Meanwhile the model answers with its adapter, or without it."""
+    return nullcontext() if adapter else without_adapter(model)
 
 
 def merge(model: Any) -> None:

@@ -113,6 +113,11 @@ class TokenStream:
         prompt: torch.Tensor = prompts[index % prompts.shape[0]].unsqueeze(0).to(self._device)
         return prompt
 
+    @property
+    def prompts(self) -> int:
+        """How many prompts of a fixed length there are."""
+        return int(self._tensors["prompts"].shape[0])
+
     def natural_prompt(self, index: int) -> torch.Tensor:
         """Whole prompt `index` (modulo their number), shape (1, its own length)."""
         prompts, lengths = self._tensors["natural.input_ids"], self._tensors["natural.length"]

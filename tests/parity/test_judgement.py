@@ -1,0 +1,156 @@
+"""What the facts of parity are found to say, from facts that are known."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import msgspec
+import pytest
+
+from harness.commands.documents_of_parity import ParityOf, parity_document
+from harness.parity.facts import Parity
+from harness.parity.judgement import first_difference, judge_parity
+from harness.records import codec
+from harness.records.parity import Served
+from harness.records.record import Failure
+from harness.report.parity import describe_parity, show_differing
+from harness.report.terminal import text_of
+from harness.stats import proportion
+
+MERGED = "merged into nf4"
+AGAIN = "unmerged, nf4, asked again"
+WITHOUT = "no adapter, nf4"
+
+
+def served(parity, way):
+    """What was observed of a way."""
+    return next(one for one in parity.served if one.way == way)
+
+
+def text(parity, width=80):
+    """The report as a terminal shows it."""
+    return text_of(describe_parity(parity, judge_parity(parity)), width=width, coloured=False)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "place"),
+    [
+        ((1, 2), (1, 2), None), ((1, 2), (1, 3), 2), ((5,), (6,), 1), ((1,), (1, 2), 2), ((1, 2, 3), (1, 2), 3),
+        ((), (), None),
+    ],
+)  # fmt: skip
+def test_where_answers_part(ours, theirs, place):
+    """From 1; one that ends where the other goes on parts from it there."""
+    assert first_difference(ours, theirs) == place
+
+
+def test_no_difference_is_said_with_what_it_leaves_open(make_parity):
+    """The same answers, and how many of so few could still differ; logits apart."""
+    parity = make_parity()
+    judgement = judge_parity(parity)
+    assert judgement.whole
+    assert judgement.floor.difference_max == 0
+    assert [one.verdict for one in judgement.likenesses] == ["same"] * 4
+    one = judgement.likenesses[0]
+    assert one.answers == proportion(0, 8)
+    assert one.tokens.of == 32
+    assert one.loss_difference.value == pytest.approx(0.001)
+    assert "same answers: 0 of 8 differ [0 %, 37 %]" in text(parity, 200)
+    assert "identical" not in text(parity, 200)
+
+
+def test_answers_that_differ_are_counted_and_placed(make_parity):
+    """Three of eight, from the second and the fourth token on; the tokens of an answer count together."""
+    parity = make_parity()
+    merged = served(parity, MERGED)
+    others = ((7, 8, 9, 99), (7, 8, 9, 98), (7, 1, 1, 1), *merged.answers[3:])
+    distances = (dataclasses.replace(merged.distances[0], argmax_differs=2), *merged.distances[1:])
+    changed = dataclasses.replace(merged, answers=others, distances=distances, losses=(2.1, 2.4, 3.4))
+    found = judge_parity(make_parity(**{MERGED: changed})).likenesses[0]
+    assert (found.verdict, found.answers, found.first_difference) == ("differ", proportion(3, 8), 4)
+    assert (found.tokens.count, found.tokens.of) == (2, 32)
+    assert found.loss_difference.low < found.loss_difference.value == pytest.approx(0.4 / 3)
+    said = text(make_parity(**{MERGED: changed}), 200)
+    assert "answers differ: 3 of 8 differ [8.5 %, 76 %], first at token 4 (median)" in said
+
+
+def test_what_the_reference_does_to_itself_is_noise(make_parity):
+    """A way that differs no more than the reference from its own is within the floor, and one that does is not."""
+    parity = make_parity()
+    moved = ((7, 8, 9, 99), *served(parity, AGAIN).answers[1:])
+    near = served(parity, MERGED).distances
+    again = dataclasses.replace(served(parity, AGAIN), answers=moved, distances=near)
+    merged = dataclasses.replace(served(parity, MERGED), answers=moved)
+    further = dataclasses.replace(merged, way="merged into bfloat16", answers=((9,) * 4, (9,) * 4, *merged.answers[2:]))
+    judgement = judge_parity(make_parity(**{AGAIN: again, MERGED: merged, "merged into bfloat16": further}))
+    assert [one.verdict for one in judgement.likenesses] == ["noise", "same", "same", "differ"]
+    assert [one.within_floor for one in judgement.likenesses] == [True, True, True, False]
+
+
+def test_an_adapter_that_changes_nothing_proves_nothing(make_parity):
+    """Else a merge that leaves it out would be called the same."""
+    parity = make_parity()
+    same = dataclasses.replace(served(parity, AGAIN), way=WITHOUT)
+    judgement = judge_parity(make_parity(**{WITHOUT: same}))
+    assert not judgement.whole
+    assert "--epochs" in judgement.trouble
+    assert "no verdict can be relied on" in text(make_parity(**{WITHOUT: same}), 200)
+
+
+def test_one_answer_to_everything_is_said(make_parity):
+    """An untrained model says the same to every prompt: eight looks that are hardly more than one."""
+    parity = make_parity()
+    alike = {
+        one.way: dataclasses.replace(one, answers=((7, 8, 9, 1),) * 8) for one in parity.served if one.way != WITHOUT
+    }
+    assert judge_parity(parity).distinct == 8
+    assert "little is asked" not in text(parity, 200)
+    assert judge_parity(make_parity(**alike)).distinct == 1
+    assert "one answer to all 8 prompts" in text(make_parity(**alike), 200)
+
+
+@pytest.mark.parametrize("way", [AGAIN, WITHOUT, MERGED])
+def test_a_way_that_failed_is_a_row_with_its_reason(make_parity, way):
+    """And a control that failed leaves no verdict."""
+    lost = Served(way=way, failure=Failure(phase="parity", kind="OutOfMemoryError", message="it does not fit."))
+    parity = make_parity(**{way: lost})
+    judgement = judge_parity(parity)
+    assert judgement.failures == {way: "OutOfMemoryError: it does not fit"}
+    assert not judgement.whole
+    assert bool(judgement.trouble) == (way != MERGED)
+    assert "no answer: OutOfMemoryError" in text(parity, 200)
+    rows = parity_document(parity, judgement, "x")["ways"]
+    assert {row["way"]: row["verdict"] for row in rows}[way] == "failed"
+
+
+def test_the_document_is_of_its_type_and_the_file_is_read_back(make_parity):
+    """`--json` prints what docs/json.md says, and the facts survive their file."""
+    parity = make_parity()
+    document = {"schema": 2, **codec.to_json(parity_document(parity, judge_parity(parity), "x"))}
+    read = msgspec.convert(document, ParityOf)
+    assert read.valid
+    assert [row.way for row in read.ways] == [way.name for way in parity.ways[1:]]
+    assert codec.from_json(Parity, json.loads(codec.dumps(parity)), "parity") == parity
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_no_word_is_broken(make_parity, width):
+    """On terminals of any width: no number of a table is cut in two."""
+    said = text(make_parity(), width)
+    assert all(len(line) <= width for line in said.splitlines())
+    for word in ("1e-06", "4e-06", "0.001", "0.02", "[0 %, 37 %]"):
+        assert word in said
+
+
+def test_differing_answers_stand_beside_each_other_and_obey_nobody(make_parity):
+    """Three of each way at most; what a model writes is shown and not acted upon; controls are left out."""
+    parity = make_parity()
+    merged = dataclasses.replace(served(parity, MERGED), answers=tuple((7, 8, 1, 1) for _ in range(8)))
+    panels = show_differing(make_parity(**{MERGED: merged}), lambda tokens: f"\x1b[2J{list(tokens)} [/b]")
+    assert len(panels) == 3
+    assert panels[0].title == "merged into nf4, prompt 0, from token 3"
+    shown = text_of(panels, width=80, coloured=False)
+    assert "\x1b[2J" not in shown
+    assert "\\x1b[2J[7, 8, 1, 1] [/b]" in shown
+    assert show_differing(parity, str) == ()

@@ -1,0 +1,168 @@
+"""Parity measured by real processes, through the command as a user types it; what cannot work is refused first."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from harness.cli import main
+from harness.commands.documents_of_parity import ParityOf
+from harness.parity.facts import DOCUMENT, Parity
+from harness.parity.measure import CONFIG, WEIGHTS, _read
+from harness.records import codec
+from harness.records.record import Failure, Fragment
+from harness.studies.serving import ways_of
+from harness.studies.variant import Variant
+
+STUDY = """
+[workload]
+sequence_length = 32
+batch_size = 2
+train_sequences = 16
+held_out_records = 4
+held_out_sequences = 3
+prompt_tokens = 8
+new_tokens = 4
+[protocol]
+warmup_steps_min = 1
+warmup_steps_max = 1
+turns = 1
+step_timeout_s = 900
+[controls]
+r = 4
+learning_rate = 1e-2
+[[variant]]
+name = "nf4"
+quantization = "nf4"
+"""
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """A file of one variant, as small as it can be."""
+    path = tmp_path_factory.mktemp("study") / "mine.toml"
+    path.write_text(STUDY)
+    return path
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Where it is measured."""
+    return tmp_path_factory.mktemp("runs")
+
+
+def test_a_trained_adapter_is_served_in_every_way(study, runs, capsys):
+    """Training, every base in a process of its own, and one document: the reference repeats itself to the bit, the base
+    without the adapter does not, and a merge into 4 bits moves logits."""
+    command = ["parity", str(study), "--prompts", "6", "--epochs", "1.5", "--json", "--runs-dir", str(runs)]
+    assert main([*command, "--if-busy", "share"]) == 0
+    said = capsys.readouterr()
+    read = msgspec.convert(json.loads(said.out), ParityOf)
+    assert "serving: merged, nf4 dequantised" in said.err
+    assert read.valid
+    assert read.training_steps == 12
+    by_name = {row.way: row for row in read.ways}
+    assert len(by_name) == 6
+    assert by_name["unmerged, nf4, asked again"].difference_max == 0
+    assert by_name["no adapter, nf4"].verdict == "differ"
+    merged = by_name["merged into nf4"]
+    assert merged.difference_max > 0
+    assert merged.cosine_mean > 0.9
+    assert merged.answers.of == 6
+    assert merged.tokens.of == 24
+    assert merged.loss_difference.low is not None
+    (folder,) = runs.iterdir()
+    assert str(folder) == read.path
+    parity = codec.from_json(Parity, json.loads((folder / DOCUMENT).read_text()), DOCUMENT)
+    assert len(parity.prompts) == 6
+    assert parity.record.status == "ok"
+
+
+def test_an_adapter_that_is_given_is_not_trained(runs, tmp_path, capsys):
+    """Of a float32 base: merged, it gives the same answers with logits that rounding explains."""
+    import torch
+
+    from harness.models import catalogue
+    from harness.trial.building import lora
+    from harness.trial.building.base_model import load_base
+
+    variant = Variant(r=4, dtype="float32")
+    model = lora.attach(load_base(catalogue.resolve("tiny-llama"), variant, device="cpu", seed=20), variant)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in lora.own_parameters(model).values():
+            parameter.normal_(std=0.05)
+    lora.save(model, tmp_path / "adapter")
+    (tmp_path / "mine.toml").write_text(STUDY.replace('quantization = "nf4"', 'dtype = "float32"'))
+    command = ["parity", str(tmp_path / "mine.toml"), "--adapter", str(tmp_path / "adapter"), "--json"]
+    assert main([*command, "--runs-dir", str(runs), "--if-busy", "share"]) == 0
+    said = capsys.readouterr()
+    read = msgspec.convert(json.loads(said.out), ParityOf)
+    assert "training" not in said.err
+    assert (read.training_steps, read.adapter) == (None, str(tmp_path / "adapter"))
+    by_name = {row.way: row for row in read.ways}
+    merged = by_name["merged into float32"]
+    assert (merged.verdict, merged.answers.count, merged.tokens.count) == ("same", 0, 0)
+    assert 0 < merged.difference_max < 1e-4
+    assert by_name["no adapter, float32"].difference_max > 0.1
+    assert by_name["unmerged, nf4"].difference_max > by_name["unmerged, bfloat16"].difference_max > 1e-4
+
+
+def test_an_adapter_that_does_not_fit_is_a_message(study, runs, tmp_path, capsys):
+    """The reference cannot be had, so there is nothing to say but why, and where the log is; exit code 4."""
+    from safetensors.torch import save_file
+    from torch import zeros
+
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 16, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    save_file({name: zeros(4, 7)}, tmp_path / WEIGHTS)
+    before = list(runs.iterdir())
+    command = ["parity", str(study), "--adapter", str(tmp_path), "--runs-dir", str(runs), "--if-busy", "share"]
+    assert main(command) == 4
+    said = " ".join(capsys.readouterr().err.split())
+    assert "unmerged, nf4, the reference, gave no answer" in said
+    assert Path(said.rpartition("The log is ")[2].removesuffix(".")).is_file()
+    (left,) = (folder for folder in runs.iterdir() if folder not in before)
+    assert not (left / DOCUMENT).exists()
+
+
+def test_a_process_that_dies_is_a_row_for_each_of_its_ways():
+    """With its reason, so that the others stand."""
+    ways = ways_of(Variant(quantization="nf4"))[3]
+    failure = Failure(phase="parity", kind="ProcessDied", message="killed")
+    found = _read(Fragment().failed("crashed", failure), ways)
+    assert [(one.way, one.failure) for one in found] == [(way.name, failure) for way in ways]
+    assert [one.failure.kind for one in _read(Fragment(status="oom"), ways)] == ["Unknown"] * len(ways)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--adapter", "nowhere"], "adapter = 'nowhere': it holds no adapter_config.json"),
+        (["--adapter", "a", "--epochs", "1"], "--adapter and --epochs"),
+        (["--prompts", "0"], "held_out_records = 0"),
+        (["--epochs", "-1"], "epochs = -1"),
+        (["--model", "nothing"], "nothing"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_measured(study, tmp_path, capsys, options, words):
+    """With what is wrong, exit code 2, and no folder."""
+    assert main(["parity", str(study), *options, "--runs-dir", str(tmp_path)]) == 2
+    assert words in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [("{", "cannot be read"), ("[1]", "cannot be read"), ('{"peft_type": "IA3"}', "peft_type = 'IA3'")],
+)
+def test_a_folder_of_something_else_is_refused(study, tmp_path, capsys, config, words):
+    """What PEFT has not saved, or saved of another method."""
+    (tmp_path / CONFIG).write_text(config)
+    (tmp_path / WEIGHTS).write_bytes(b"")
+    assert main(["parity", str(study), "--adapter", str(tmp_path), "--runs-dir", str(tmp_path / "runs")]) == 2
+    assert words in capsys.readouterr().err

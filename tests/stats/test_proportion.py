@@ -1,0 +1,84 @@
+"""Intervals of what was counted: scipy's own for independent looks, an honest one for looks that belong together."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+
+from harness.stats import clustered_proportion, mean_interval, proportion
+
+
+@pytest.mark.parametrize("of", [1, 2, 7, 32, 400])
+def test_it_is_the_exact_interval(of):
+    """The same as scipy's Clopper-Pearson, at every count."""
+    for count in range(of + 1):
+        found, oracle = proportion(count, of), binomtest(count, of).proportion_ci(method="exact")
+        assert (found.low, found.high) == pytest.approx((oracle.low, oracle.high), abs=1e-12)
+        assert found.share == count / of
+
+
+def test_none_of_32_may_be_a_ninth():
+    """What no difference in so many answers leaves open."""
+    found = proportion(0, 32)
+    assert found.low == 0
+    assert found.high == pytest.approx(1 - 0.025 ** (1 / 32))
+
+
+@pytest.mark.parametrize(("count", "of"), [(-1, 3), (4, 3), (0, 0)])
+def test_what_is_no_part_is_refused(count, of):
+    """With both numbers."""
+    with pytest.raises(ValueError, match=f"{count} of {of}"):
+        proportion(count, of)
+
+
+def test_clusters_that_say_nothing_of_their_scatter_count_as_one_look_each():
+    """None of 20 answers of 32 tokens is not none of 640; one answer says nothing at all."""
+    assert clustered_proportion([0] * 20, [32] * 20).high == proportion(0, 20).high
+    assert clustered_proportion([32] * 20, [32] * 20).low == proportion(20, 20).low
+    (low, high) = ((one := clustered_proportion([3], [32])).low, one.high)
+    assert low < 0.01
+    assert high > 0.9
+
+
+def test_tokens_that_are_wrong_together_widen_the_interval():
+    """The same share, once spread over the answers and once in a few of them."""
+    spread = clustered_proportion([2, 1, 2, 1, 2, 1, 2, 1, 2, 2], [32] * 10)
+    lumped = clustered_proportion([16, 0, 0, 0, 0, 0, 0, 0, 0, 0], [32] * 10)
+    plain = proportion(16, 320)
+    assert spread.share == lumped.share == plain.share
+    assert spread.high - spread.low <= plain.high - plain.low + 1e-9 or spread.high >= plain.high - 0.01
+    assert lumped.high - lumped.low > 3 * (plain.high - plain.low)
+
+
+def test_the_clustered_interval_holds_what_it_promises():
+    """Answers whose tokens differ together: the true share lies inside in 95 % of cases or more."""
+    rng = np.random.default_rng(5)
+    inside = 0
+    for _ in range(400):
+        shares = rng.beta(0.5, 2.0, size=24)  # of mean 0.2
+        found = clustered_proportion(rng.binomial(16, shares).tolist(), [16] * 24)
+        inside += found.low <= 0.2 <= found.high
+    assert inside >= 0.93 * 400
+
+
+@pytest.mark.parametrize(("counts", "of"), [([], []), ([1], [2, 3]), ([3], [2])])
+def test_clusters_that_do_not_fit_are_refused(counts, of):
+    """None, not as many, or more than there are."""
+    with pytest.raises(ValueError, match="of"):
+        clustered_proportion(counts, of)
+
+
+def test_a_mean_of_differences_has_students_interval():
+    """As numpy and scipy work it out; of one value none, of equal ones no width."""
+    from scipy.stats import t
+
+    values = [-0.2, 0.1, 0.05, -0.3, 0.0]
+    half = t.ppf(0.975, 4) * np.std(values, ddof=1) / math.sqrt(5)
+    assert mean_interval(values) == pytest.approx((np.mean(values), np.mean(values) - half, np.mean(values) + half))
+    assert mean_interval([0.5]) == (0.5, None, None)
+    assert mean_interval([0.25, 0.25]) == (0.25, 0.25, 0.25)
+    with pytest.raises(ValueError, match="no value"):
+        mean_interval([])

@@ -1,0 +1,95 @@
+"""Distances of logits and losses of sequences against plain numpy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from harness.errors import LorameterError
+from harness.trial.parity.distance import ROWS, measure_distance, sequence_losses
+
+
+@pytest.fixture
+def pair():
+    """Two sets of logits over more positions than are taken at a time, near each other."""
+    rng = np.random.default_rng(3)
+    reference = rng.normal(size=(ROWS * 2 + 3, 40)) * 4
+    return reference, reference + rng.normal(size=reference.shape) * 0.5
+
+
+def test_every_measure_is_what_numpy_says(pair):
+    """KL, argmax, differences, cosine: each from its definition."""
+    reference, other = pair
+    found = measure_distance(torch.tensor(reference), torch.tensor(other))
+
+    def distribution(logits):
+        shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
+        return shifted / shifted.sum(axis=1, keepdims=True)
+
+    p, q = distribution(reference), distribution(other)
+    kl = (p * np.log(p / q)).sum(axis=1)
+    apart = np.abs(reference - other)
+    cosine = (reference * other).sum(1) / np.linalg.norm(reference, axis=1) / np.linalg.norm(other, axis=1)
+    assert found.positions == len(reference)
+    assert found.argmax_differs == (reference.argmax(1) != other.argmax(1)).sum() > 0
+    assert (found.kl_mean_nats, found.kl_max_nats) == pytest.approx((kl.mean(), kl.max()))
+    assert (found.difference_mean, found.difference_max) == pytest.approx((apart.mean(), apart.max()))
+    assert (found.cosine_mean, found.cosine_min) == pytest.approx((cosine.mean(), cosine.min()))
+
+
+def test_equal_logits_are_at_no_distance(pair):
+    """In any type; a constant added to all logits of a position is one, but not of the distribution."""
+    reference = torch.tensor(pair[0]).bfloat16()
+    found = measure_distance(reference, reference.clone())
+    assert (found.argmax_differs, found.kl_max_nats, found.difference_max) == (0, 0.0, 0.0)
+    assert found.cosine_min == pytest.approx(1)
+    shifted = measure_distance(torch.tensor(pair[0]), torch.tensor(pair[0]) + 7)
+    assert shifted.kl_max_nats == pytest.approx(0, abs=1e-12)
+    assert shifted.difference_max == pytest.approx(7)
+
+
+def test_a_difference_that_float32_does_not_hold_is_seen():
+    """The divergence of logits that differ in their seventh digit is some 1e-14, and not nothing."""
+    reference = torch.linspace(-8, 8, 64)[None]
+    found = measure_distance(reference, reference * (1 + 1e-6))
+    assert 1e-14 < found.kl_max_nats < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [(torch.zeros(3, 5), "shapes"), (torch.full((3, 4), torch.nan), "its logits.*finite"), (torch.zeros(3), "shapes")],
+)
+def test_what_cannot_be_compared_is_refused(other, words):
+    """Other shapes, and what is no number; never a distance of nothing."""
+    with pytest.raises(LorameterError, match=words):
+        measure_distance(torch.zeros(3, 4), other)
+    with pytest.raises(LorameterError, match="reference's logits"):
+        measure_distance(torch.full((1, 4), torch.inf), torch.zeros(1, 4))
+
+
+def test_losses_are_of_each_sequence():
+    """Two rows of two sequences: each its own mean over its labelled tokens, none for the one that has no label."""
+    rng = np.random.default_rng(1)
+    logits, labels = rng.normal(size=(2, 8, 11)), rng.integers(0, 11, size=(2, 8))
+    labels[:, [0, 4]] = -100
+    labels[1, 4:] = -100
+    labels[0, 2] = -100
+    found = sequence_losses(torch.tensor(logits), torch.tensor(labels), 4)
+    wanted = []
+    for row, start in ((0, 0), (0, 4), (1, 0)):
+        places = [place for place in range(start + 1, start + 4) if labels[row, place] != -100]
+        each = [np.log(np.exp(logits[row, at - 1]).sum()) - logits[row, at - 1, labels[row, at]] for at in places]
+        wanted.append(np.mean(each))
+    assert found == pytest.approx(wanted, rel=1e-6)
+
+
+def test_the_mean_over_labels_is_the_loss_of_transformers():
+    """One sequence a row, every token labelled but the first."""
+    rng = np.random.default_rng(2)
+    logits, labels = torch.tensor(rng.normal(size=(3, 6, 9))), torch.tensor(rng.integers(0, 9, size=(3, 6)))
+    labels[:, 0] = -100
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    whole = float(ForCausalLMLoss(logits=logits, labels=labels, vocab_size=9))
+    assert np.mean(sequence_losses(logits, labels, 6)) == pytest.approx(whole, rel=1e-6)

@@ -1,0 +1,208 @@
+"""An adapter that really changes its base, served in this process: what must agree does, and a planted fault not."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from harness.models import catalogue
+from harness.parity.judgement import compare_served
+from harness.records import codec
+from harness.records.parity import Served
+from harness.studies.protocol import Protocol
+from harness.studies.request import TrialRequest
+from harness.studies.serving import ServingRequest, ways_of
+from harness.studies.variant import Variant
+from harness.studies.workload import Workload
+from harness.trial.building import lora
+from harness.trial.building.base_model import load_base
+from harness.trial.data.stream import TokenStream
+from harness.trial.data.tokens import prepare
+from harness.trial.parity import serving
+
+WORKLOAD = Workload(
+    sequence_length=32, batch_size=2, train_sequences=8, held_out_records=4, held_out_sequences=2, prompt_tokens=8,
+    new_tokens=6,
+)  # fmt: skip
+FULL = Variant(name="full", r=4, dtype="float32")
+NF4 = Variant(name="nf4", r=4, dtype="float32", quantization="nf4", compute_dtype="float32")
+SOURCE = catalogue.resolve(WORKLOAD.model)
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """The folder of an adapter whose B is not zero: it moves logits by whole numbers."""
+    folder = tmp_path_factory.mktemp("adapter")
+    torch.manual_seed(0)
+    model = lora.attach(load_base(SOURCE, FULL, device="cpu", seed=WORKLOAD.data_seed), FULL)
+    with torch.no_grad():
+        for name, parameter in lora.own_parameters(model).items():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+    lora.save(model, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def request_of(adapter, tmp_path_factory):
+    """The request for a variant's group of ways, after any reference that there is."""
+    folder = tmp_path_factory.mktemp("served")
+    tokens = prepare(WORKLOAD, folder)
+
+    def make(variant, group, reference=()):
+        scratch = folder / variant.name
+        scratch.mkdir(exist_ok=True)
+        trial = TrialRequest(
+            trial="r1", variant=variant, role="variant", replicate=0, seed=1, workload=WORKLOAD, protocol=Protocol(),
+            interleaving="separate", measures=(), device="cpu", threads=1, tokens_path=tokens.path,
+            scratch=str(scratch), log_path=str(folder / "log"),
+        )  # fmt: skip
+        return ServingRequest(trial=trial, adapter=str(adapter), ways=ways_of(variant)[group], reference=reference)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def served_of(request_of):
+    """All that a variant's ways give, by name."""
+
+    def serve(variant):
+        found = []
+        for group in range(len(ways_of(variant))):
+            fragment = serving.serve_adapter(request_of(variant, group, found[0].answers if found else ()))
+            found += codec.from_json(tuple[Served, ...], fragment.tokens["served"], "served")
+        assert all(one.failure is None for one in found), found
+        return {one.way: one for one in found}
+
+    return serve
+
+
+@pytest.fixture(scope="module")
+def full(served_of):
+    """Of the float32 base."""
+    return served_of(FULL)
+
+
+@pytest.fixture(scope="module")
+def nf4(served_of):
+    """Of the NF4 base that multiplies in float32."""
+    return served_of(NF4)
+
+
+def test_a_merge_in_float32_gives_the_same_answers(full):
+    """No token differs, and logits only by the rounding of the sum."""
+    found = compare_served(full["unmerged, float32"], full["merged into float32"])
+    assert (found.answers.count, found.answers.of, found.tokens.count, found.tokens.of) == (0, 4, 0, 24)
+    assert 0 < found.difference_max < 1e-4
+    assert found.kl_max_nats < 1e-9
+    assert abs(found.loss_difference.value) < 1e-5
+
+
+def test_the_reference_asked_again_is_equal_to_the_bit(full, nf4):
+    """Both bases are loaded anew; without that there is no noise floor to speak of."""
+    for name, served in (("float32", full), ("nf4", nf4)):
+        first, again = served[f"unmerged, {name}"], served[f"unmerged, {name}, asked again"]
+        assert first.answers == again.answers
+        assert first.losses == again.losses
+        assert compare_served(first, again).difference_max == 0
+
+
+@pytest.mark.parametrize("name", ["float32", "nf4"])
+def test_an_adapter_left_out_is_found(name, full, nf4):
+    """As every run checks of itself: answers, logits and losses are others."""
+    served = {"float32": full, "nf4": nf4}[name]
+    found = compare_served(served[f"unmerged, {name}"], served[f"no adapter, {name}"])
+    assert found.answers.count == 4
+    assert found.tokens.count > 0
+    assert found.kl_mean_nats > 1e-3
+
+
+def test_merging_into_nf4_loses_and_into_dequantised_weights_does_not(nf4):
+    """What is quantised again is measurably another; the sum in float32 is the same but for how a 4-bit layer
+    multiplies, which is in bfloat16 on CPUs where bitsandbytes repacks its weights."""
+    reference = nf4["unmerged, nf4"]
+    into, dequantised = (compare_served(reference, nf4[way]) for way in ("merged into nf4", "merged, nf4 dequantised"))
+    assert dequantised.answers.count == 0
+    assert dequantised.difference_max < 0.05 < into.difference_max
+    assert into.kl_mean_nats > 100 * dequantised.kl_mean_nats
+    assert into.cosine_mean > 0.9  # and none of the garbage that a merge into repacked weights gives
+
+
+def test_16_bits_lie_between(full):
+    """Nearer to float32 than 4 bits are, and not equal."""
+    reference = full["unmerged, float32"]
+    sixteen, four = (compare_served(reference, full[f"unmerged, {name}"]) for name in ("bfloat16", "nf4"))
+    assert 0 < sixteen.kl_mean_nats < four.kl_mean_nats
+
+
+def _observed(request_of, change):
+    """What a merged model gives after something was done to it."""
+    request = request_of(FULL, 0)
+    _, _, way = request.ways
+    model = serving.load_served(request, way)
+    change(model)
+    stream = TokenStream(request.trial.tokens_path, WORKLOAD, FULL, "cpu")
+    reference = serving.observe(serving.load_served(request, request.ways[0]), request.ways[0], stream, request, ())
+    return compare_served(
+        reference, serving.observe(serving.prepare_way(model, way), way, stream, request, reference.answers)
+    )
+
+
+def test_a_merge_that_counts_the_adapter_twice_is_found(request_of):
+    """A planted fault: the scaling is doubled before the merge. Unplanted, nothing differs."""
+
+    def double(model):
+        for layer in lora.adapted_layers(model).values():
+            layer.scaling = {name: 2 * value for name, value in layer.scaling.items()}
+
+    assert _observed(request_of, lambda model: None).answers.count == 0
+    found = _observed(request_of, double)
+    assert found.answers.count > 0
+    assert found.difference_max > 0.1
+    assert found.cosine_mean < 0.999
+
+
+def test_one_layer_left_out_of_a_merge_is_found_in_the_logits(request_of):
+    """Where no answer differs yet."""
+
+    def forget(model):
+        layer = next(iter(lora.adapted_layers(model).values()))
+        layer.scaling = dict.fromkeys(layer.scaling, 0.0)
+
+    assert _observed(request_of, forget).difference_max > 1e-2
+
+
+def test_a_way_that_raises_costs_itself_alone(request_of, full, monkeypatch):
+    """The others of its group are there, and the reason is kept; after a reference that failed nothing is asked."""
+    monkeypatch.setattr(lora, "merge", lambda model: (_ for _ in ()).throw(RuntimeError("no merge today")))
+    fragment = serving.serve_adapter(request_of(FULL, 0, full["unmerged, float32"].answers))
+    *others, merged = codec.from_json(tuple[Served, ...], fragment.tokens["served"], "served")
+    assert [one.failure for one in others] == [None, None]
+    assert "no merge today" in merged.failure.message
+    lost = dataclasses.replace(request_of(FULL, 0), adapter="/nowhere")
+    (only,) = codec.from_json(tuple[Served, ...], serving.serve_adapter(lost).tokens["served"], "served")
+    assert only.failure is not None
+
+
+def test_a_merged_model_is_not_taken_for_an_unmerged_one(request_of):
+    """An order of ways that asks so is a defect, and said to be one."""
+    request = request_of(FULL, 2)
+    beside, merged = request.ways
+    model = serving.load_served(request, beside)
+    serving.prepare_way(model, merged)
+    with pytest.raises(Exception, match="merged into this base already"):
+        serving.prepare_way(model, beside)
+
+
+def test_logits_are_those_that_chose_the_answer(request_of):
+    """One pass over prompt and answer gives, at each place, the token that greedy decoding took there."""
+    request = request_of(FULL, 0)
+    model = serving.load_served(request, request.ways[0])
+    stream = TokenStream(request.trial.tokens_path, WORKLOAD, FULL, "cpu")
+    found = serving.observe(model, request.ways[0], stream, request, ())
+    for index, answer in enumerate(found.answers):
+        with torch.no_grad():
+            logits = serving.answer_logits(model, stream.prompt(index), answer)
+        assert tuple(logits.argmax(-1).tolist()) == answer
