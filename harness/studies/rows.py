@@ -84,10 +84,14 @@ def split_lists(where: str, data: Mapping[str, Any]) -> tuple[dict[str, Any], Li
             raise impossible(place, key, values, why, f"{remedy}: lists in [workload] are those of {both}.")
         if not values:
             raise impossible(place, key, values, "no value in it", "Write one, or a list of several.")
+        if len(values) > limits.MOST_VARIANTS:
+            remedy = f"Use {limits.MOST_VARIANTS} or fewer."
+            raise impossible(place, key, values, f"{len(values)} values, and each is a variant", remedy)
         for value in values:
             codec.from_json(Workload, {key: value}, place)
-            if values.count(value) > 1:
-                raise impossible(place, key, values, f"{value} is listed twice", "Take one of them out.")
+        if len(set(values)) < len(values):
+            twice = max(values, key=values.count)
+            raise impossible(place, key, values, f"{twice} is listed twice", "Take one of them out.")
     _check_profiles(where, data.get("profile"), lists)
     first = {key: values[0] for key, values in lists.items()}
     axes = {f"{OF_WORKLOAD}{key}": lists[key] for key in lists}
