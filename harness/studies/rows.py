@@ -1,8 +1,8 @@
 """The rows of a study file: each variant's name and what it differs in from the controls, as listed or combined.
 
 `[axes]` combine every value with every other, `[sweeps]` change one field at a time. A field of the workload is written
-`workload.FIELD`, and is part of what the variant is measured on. `[workload]` itself may list values of how requests are
-made: every row is then there once for each of them, and keeps its name for the first.
+`workload.FIELD`, and is part of what the variant is measured on. `[workload]` itself may list values of what a request
+is: every row is then there once for each of them, and keeps its name for the first.
 """
 
 from __future__ import annotations

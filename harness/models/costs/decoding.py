@@ -1,11 +1,11 @@
-"""What a decoded token takes, or one of each prompt of a request: FLOPs, and the bytes that must come from memory for it.
+"""What a decoded token takes, or one of each prompt of a request: FLOPs, and bytes that must come from memory for it.
 
 For one prompt each weight is read for two FLOPs, so decoding is bound by memory: its ceiling is the bandwidth, and
 what counts is the size in which the weights are stored, the constants of their quantisation included. Each weight is
 read once a forward pass, which gives a token to each prompt: so several prompts share what weights cost, and each has
-keys and values of its own (Databricks 2023, "LLM Inference Performance Engineering: Best Practices", whose model bandwidth
-utilisation this is the numerator of). A layer that writes its weights out in 16 bits before it multiplies moves more;
-that is its own cost, and shows as a low utilisation.
+keys and values of its own (Databricks 2023, "LLM Inference Performance Engineering: Best Practices", whose model
+bandwidth utilisation this is the numerator of). A layer that writes its weights out in 16 bits before it multiplies
+moves more; that is its own cost, and shows as a low utilisation.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """What a profile of requests comes to: a request in lines that add up, and how near its passes came to the peak.
 
 A pass over the prompt multiplies each weight with many rows and is bound by products; a pass over one token reads each
-weight for one row, or one for each prompt of a request, and is bound by memory. Both have both figures here, so that it shows which of them binds. What is
-multiplied and read is counted from the modules of the model, so that no family is unknown; only the products of
-attention need its dimensions, and are left out where its files do not give them.
+weight for one row, or one for each prompt of a request, and is bound by memory. Both have both figures here, so that
+it shows which of them binds. What is multiplied and read is counted from the modules of the model, so that no family is
+unknown; only the products of attention need its dimensions, and are left out where its files do not give them.
 """
 
 from __future__ import annotations

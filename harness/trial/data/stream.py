@@ -108,8 +108,8 @@ class TokenStream:
         return self._batch("train", rows)
 
     def prompts(self, index: int) -> torch.Tensor:
-        """The prompts of request `index`, shape (request_batch, prompt_tokens): the next ones after those of the request
-        before it, the first again after the last."""
+        """The prompts of request `index`, shape (request_batch, prompt_tokens): those that come after the ones of the
+        request before it, the first again after the last."""
         prompts, batch = self._tensors["prompts"], self._workload.request_batch
         rows = [(index * batch + place) % prompts.shape[0] for place in range(batch)]
         chosen: torch.Tensor = prompts[rows].to(self._device)

@@ -96,7 +96,8 @@ def generate(
     """One greedy request for `prompt`, shape (prompts, length), of exactly `new_tokens` tokens for each.
 
     With `until_end` the model's end-of-sequence token ends it (and is the last of the tokens), at `new_tokens` at most;
-    that is for one prompt. `variant` says how it is answered (`kv_cache`, `copy_head_input`); as transformers does by itself if left out.
+    that is for one prompt. `variant` says how it is answered (`kv_cache`, `copy_head_input`); as transformers does by
+    itself if left out.
 
     Raises:
         RuntimeError: the model produced another number of tokens (a stop criterion outside our control), or not as

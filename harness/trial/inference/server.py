@@ -1,5 +1,7 @@
-"""Warm requests to a trained model, one at a time, so that several variants can take turns between them; each of as many
-prompts as the workload says."""
+"""Warm requests to a trained model, one at a time, so that several variants can take turns between them.
+
+Each has as many prompts as the workload says, but for those that the model ends itself, which have one.
+"""
 
 from __future__ import annotations
 
