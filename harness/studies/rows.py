@@ -72,7 +72,7 @@ def split_lists(where: str, data: Mapping[str, Any]) -> tuple[dict[str, Any], Li
     Raises:
         UsageError: a list of a field that takes one value, an impossible one, or a profile that has another.
     """
-    workload = data.get("workload")
+    workload = data.get("workload", {})
     if not isinstance(workload, Mapping):  # which its reader refuses
         return dict(data), {}
     place, both = f"{where}, [workload]", " and ".join(LISTED)

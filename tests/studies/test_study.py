@@ -259,7 +259,7 @@ def test_values_are_listed_in_one_place(tmp_path):
         with pytest.raises(UsageError, match=r"\[profile.x\]: workload.request_batch = .* a profile has those of its"):
             load_study(write(tmp_path, text))
     many = f"[workload]\nrequest_batch = {list(range(1, 601))}\n{TWO}"
-    with pytest.raises(UsageError, match="make 1200 variants. Use 1000 or fewer"):
+    with pytest.raises(UsageError, match=r"make 1200 variants\. Use 1000 or fewer"):
         load_study(write(tmp_path, many))
 
 
