@@ -102,7 +102,9 @@ def _check_profiles(where: str, profiles: Any, lists: Mapping[str, Any]) -> None
     """A profile changes no variants, and a list makes some."""
     for name, table in profiles.items() if isinstance(profiles, Mapping) else ():
         workload = table.get("workload") if isinstance(table, Mapping) else None
-        for key in LISTED if isinstance(workload, Mapping) else ():
+        if not isinstance(workload, Mapping):
+            continue
+        for key in LISTED:
             value = workload.get(key)
             if isinstance(value, list) or (key in workload and key in lists):
                 raise impossible(
