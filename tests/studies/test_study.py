@@ -239,9 +239,10 @@ def test_an_axis_may_hold_the_default_of_a_later_field(tmp_path):
         (f"prompt_tokens = {list(range(1, 1002))}", "1001 values, and each is a variant. Use 1000 or fewer."),
         (
             "batch_size = [1, 2]",
-            "batch_size = [1, 2]: one value is expected. Write workload.batch_size = [1, 2] in [axes]: lists in "
+            "batch_size = [1, 2]: one value is expected. Write workload.batch_size = [ ... ] in [axes]: lists in "
             "[workload] are those of request_batch and prompt_tokens.",
         ),
+        ("request_bach = [1, 8]", "unknown key. Did you mean request_batch?"),
         ('data = ["a"]', "data = ['a']: one value is expected, equal for all variants. Write one of them"),
     ],
 )
