@@ -61,7 +61,8 @@ def run_estimate(options: argparse.Namespace) -> int:
             measured[phase] = peaks[variant.id]
     notices = [layers_notice(workload.model, unknown)] if unknown else []
     if estimates:
-        notices += memory_notices(variant, estimates["train"], machine, executor.free_bytes())
+        most = max(estimates.values(), key=lambda one: one.needed_bytes)
+        notices += memory_notices(variant, most, machine, executor.free_bytes())
     if options.json:
         print_json(
             {

@@ -35,7 +35,7 @@ def _lines() -> Iterator[str]:
     from harness.studies.engine import Engine
     from harness.studies.protocol import Protocol
     from harness.studies.variant import Variant
-    from harness.studies.workload import OF_VARIANTS, Workload
+    from harness.studies.workload import LISTED, OF_VARIANTS, Workload
     from harness.verdicts import gate
     from harness.verdicts.gate import LimitRule, Policy
     from kernels_check import REQUIREMENTS
@@ -43,7 +43,12 @@ def _lines() -> Iterator[str]:
     yield from (TITLE, "", INTRODUCTION, "", "## A study", "")
     yield from _block(study_file)
     sections: tuple[tuple[str, type, str], ...] = (
-        ("[workload]", Workload, "What all variants train on and answer."),
+        (
+            "[workload]",
+            Workload,
+            f"What all variants train on and answer. {' and '.join(f'`{key}`' for key in LISTED)} may be lists of "
+            "values: every variant is then measured at each, and keeps its name at the first, which the reference has.",
+        ),
         ("workload.columns", Columns, "The column of the data that plays each part, where it has another name."),
         ("[protocol]", Protocol, "How often and how long it is measured."),
         (

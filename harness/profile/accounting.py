@@ -242,7 +242,7 @@ def find_observed(profile: Watched, path: str) -> object:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeAccount:
-    """One token after the first, at batch size 1."""
+    """One token after the first of each prompt of a request."""
 
     token: TimeSpan
     first_token: TimeSpan
@@ -292,7 +292,7 @@ def ceilings(profile: Profile, step: TimeSpan) -> Ceilings | str:
             decode=DecodeAccount(
                 token=token,
                 first_token=span_of(samples["first_token_time_s"]),
-                bytes=decode_cost(shape, variant, context=context, **served).bytes,
+                bytes=decode_cost(shape, variant, context=context, prompts=workload.request_batch, **served).bytes,
                 context=context,
                 use=bandwidth_utilisation(shape, variant, workload, token, profile.peaks["memory"], **served),
             ),

@@ -123,7 +123,8 @@ def _samples_per_s(record: TrialRecord) -> Samples:
 
 
 def _output_tokens_per_s(record: TrialRecord) -> Samples:
-    tokens = record.values.get("new_tokens", 0.0)
+    """Of all answers of a request; a record that does not say how many prompts it has is of one."""
+    tokens = record.values.get("new_tokens", 0.0) * record.values.get("request_batch", 1.0)
     return tuple(tokens / seconds for seconds in record.samples.get("request_time_s", ()))
 
 

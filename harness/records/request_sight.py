@@ -33,15 +33,15 @@ class RequestSight:
     checkpointing: bool
     """Whether gradient checkpointing was on."""
     prompt_rows: int
-    """Tokens that the first forward pass took."""
+    """Tokens of each prompt that the first forward pass took."""
     decode_rows: int
-    """The most tokens that a later one took; without a cache it takes all that there are."""
+    """The most tokens of each that a later one took; without a cache it takes all that there are."""
     logit_rows: int
-    """Rows of logits that the first pass made."""
+    """Rows of logits that the first pass made of each."""
     cache: str
     """Class of the cache of keys and values; "" where there was none."""
     cache_bytes: int
-    """What it held at the end."""
+    """What it held at the end, of all prompts."""
     cache_moved: float
     """Share of the tokens at which its tensors lay elsewhere than before: they were made anew, and copied."""
     head: str

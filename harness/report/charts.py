@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from harness.records.metrics import LOSSES, METRICS, Phase
 from harness.report.curves import Axis, Curve, Curves
+from harness.report.front import tabulate_serving
 from harness.report.phase_table import PhaseTable
 from harness.report.table import Gallery, say
 from harness.report.words import title_of
@@ -28,9 +29,13 @@ _Point = tuple[float, float, float | None, float | None]
 
 
 def with_charts(table: PhaseTable, study: Study, groups: Groups) -> PhaseTable:
-    """The table with its charts, as far as there are any."""
+    """The table with its charts and what stands beside it, as far as there are any."""
     galleries = (*_sweeps(table, study, groups), *(_losses(study, groups) if table.phase == "train" else ()))
-    return dataclasses.replace(table, galleries=galleries)
+    serving = None
+    if table.phase == "generate":
+        names = [variant.name for variant in study.variants]
+        serving = tabulate_serving({name: groups[name, "variant"] for name in names if (name, "variant") in groups})
+    return dataclasses.replace(table, galleries=galleries, serving=serving)
 
 
 def _sweeps(table: PhaseTable, study: Study, groups: Groups) -> Iterator[Gallery]:

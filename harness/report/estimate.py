@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from harness.records.memory_account import in_order, title_of
 from harness.records.units import format_bytes
 from harness.report.table import Block, Cell, Document, Row, Table, name_columns, say, write_row
+from harness.report.words import say_request
 
 if TYPE_CHECKING:
     from harness.machine.provenance import Machine
@@ -44,7 +45,7 @@ def _blocks(
     where = "device memory" if machine.device == "cuda" else "host memory"
     yield say(
         f"{variant.name} on {workload.model}, {workload.batch_size} × {workload.sequence_length} "
-        f"tokens a batch, {workload.prompt_tokens} + {workload.new_tokens} a request; nothing was loaded",
+        f"tokens a batch, {say_request(workload)} a request; nothing was loaded",
         indented=False,
     )
     if not estimates:

@@ -69,7 +69,7 @@ class Spot:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Front:
-    """Variants in two measures, of both of which less is better."""
+    """Variants in two measures: of the one across less is better, of the other less or more."""
 
     across: Axis
     up: Axis

@@ -1,4 +1,4 @@
-"""The figures of a run beside its charts: ratios, losses, memory, cold starts, loss against cost, raw samples, checks.
+"""The figures of a run beside its charts: ratios, losses, memory, cold starts, two measures at once, samples, checks.
 
 Each is left out where a run holds nothing for it. Every number of a figure is one that the terminal's report or the
 records have; nothing is smoothed.
@@ -9,14 +9,15 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 
-from harness.records.metrics import BIRTH, METRICS, PEAKS
+from harness.records.metrics import BIRTH, PEAKS
 from harness.records.record import TrialRecord
 from harness.records.store import Run
 from harness.records.units import first_few, format_bytes, format_value
 from harness.report.charts import losses_by_step
 from harness.report.check_matrix import checks_matrix
 from harness.report.curves import Axis, Curve, Curves
-from harness.report.figure import Bar, Bars, Figure, Front, Intervals, Mark, Part, Samples, Spot, Stretch
+from harness.report.figure import Bar, Bars, Figure, Intervals, Mark, Part, Samples, Stretch
+from harness.report.front import draw_serving, measure_both, tabulate_front
 from harness.report.phase_table import PhaseTable
 from harness.report.table import Cell, Row, Table, name_columns, write_row, write_value
 from harness.report.view import RunView
@@ -57,6 +58,8 @@ def figures_of_run(run: Run, view: RunView) -> tuple[Figure, ...]:
     if "train" in whole:
         found += [_losses(shown), _memory(shown), _front(shown, whole["train"], _of_another_loss(run))]
         found += [_samples([record for record in run.records if record.name in shown])]
+    if "generate" in whole:
+        found += [draw_serving(shown)]
     if "cold" in whole:
         found += [_cold(shown)]
     if whole:
@@ -165,46 +168,18 @@ def _front(shown: Shown, cost: str, of_another_loss: set[str]) -> Figure | None:
     loss = next((metric for metric in COMPARED_LOSSES if any(one.trials(metric) for one in shown.values())), None)
     if loss is None:
         return None
-    marks: dict[str, tuple[Mark, Mark]] = {}
     apart = sorted(of_another_loss & shown.keys())
-    for name, series in shown.items():
-        if name in apart:
-            continue
-        found = [_mark(name, series, metric) for metric in (cost, loss)]
-        if found[0] is not None and found[1] is not None:
-            marks[name] = found[0], found[1]
-    if len(marks) < 2:
+    found = measure_both({name: series for name, series in shown.items() if name not in apart}, cost, loss)
+    if found is None:
         return None
-    spots = tuple(
-        Spot(name=name, across=x, up=y, best=not any(_beats(other, (x, y)) for other in marks.values()))
-        for name, (x, y) in marks.items()
-    )
-    across, up = Axis(title=METRICS[cost].title, unit=METRICS[cost].unit), Axis(title=METRICS[loss].title)
-    rows = (
-        write_row(spot.name, _written(spot.across, across), _written(spot.up, up), "yes" if spot.best else "no")
-        for spot in spots
-    )
     return Figure(
         title="Loss against cost",
         says="To the left is faster, below is a lower loss after as many steps. The dashed stair joins the variants "
         "that no other beats in both by its estimate; where intervals overlap the order is open."
         + (f" Not drawn, since theirs are losses of other tokens: {first_few(apart, MOST_NAMED)}." if apart else ""),
-        drawing=Front(across=across, up=up, spots=spots),
-        table=Table(heads=name_columns("variant", across.title, up.title, "on the front"), rows=tuple(rows)),
+        drawing=found.drawing,
+        table=tabulate_front(found),
     )
-
-
-def _mark(name: str, series: Series, metric: str) -> Mark | None:
-    found = series.estimate(metric)
-    if found is None or found.value is None:
-        return None
-    return Mark(name=name, value=found.value, low=found.low, high=found.high)
-
-
-def _beats(one: tuple[Mark, Mark], other: tuple[Mark, Mark]) -> bool:
-    """Whether it is less in one measure and no more in the other."""
-    pairs = [(mine.value, theirs.value) for mine, theirs in zip(one, other, strict=True)]
-    return all(mine <= theirs for mine, theirs in pairs) and any(mine < theirs for mine, theirs in pairs)
 
 
 def _samples(of: Sequence[TrialRecord]) -> Figure | None:

@@ -14,7 +14,7 @@ from harness.records.metrics import BIRTH, METRICS, PEAKS, PHASE_TITLES, Phase, 
 from harness.records.record import Interleaving
 from harness.records.store import Run
 from harness.records.units import format_bytes
-from harness.report.table import Cell, Gallery, write_ratio, write_value
+from harness.report.table import Cell, Gallery, Table, write_ratio, write_value
 from harness.report.words import title_of
 from harness.stats import Comparison, compare_bytes
 from harness.studies.study import Study
@@ -73,6 +73,8 @@ class PhaseTable:
     """Whether there is nothing that could be compared: one training, which was followed where it took place."""
     galleries: tuple[Gallery, ...] = ()
     """What there is to be seen of it."""
+    serving: Table | None = None
+    """Throughput against latency, where requests have different numbers of prompts."""
 
     @property
     def heads(self) -> tuple[str, ...]:

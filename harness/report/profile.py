@@ -114,7 +114,9 @@ def _ceilings(found: Ceilings | str, profile: Profile) -> Iterator[str]:
     yield f"by the formula for full training, for comparison only: {found.train.six_n}"
     decode = found.decode
     token = format_interval(decode.token.value, decode.token.low, decode.token.high, "s")
-    yield f"decoding: {token} a token, {format_bytes(decode.bytes)} read for each, {decode.context} tokens of context"
+    prompts = profile.workload.request_batch
+    what = "a token" if prompts == 1 else f"a token of each of {prompts} prompts"
+    yield f"decoding: {token} {what}, {format_bytes(decode.bytes)} read for each, {decode.context} tokens of context"
     yield str(decode.use)
     for name, peak in profile.measured_peaks.items():
         if peak != profile.peaks.get(name):

@@ -43,7 +43,9 @@ def describe_requests(
     threads = format_count(profile.threads, "thread")
     where = f"{profile.device_name} ({profile.device}, {threads})"
     workload = profile.workload
-    asked = f"; requests of {workload.prompt_tokens} tokens, answered by {workload.new_tokens}"
+    prompts = f"{workload.request_batch} prompts of " if workload.request_batch > 1 else ""
+    each = " each" if prompts else ""
+    asked = f"; requests of {prompts}{workload.prompt_tokens} tokens{each}, answered by {workload.new_tokens}{each}"
     said = disturbances([profile.record], on_cpu=profile.device == "cpu")
     sides: list[tuple[RequestProfile, RequestAccount, str]] = [(profile, served, "")]
     if merged is not None and profile.merged is not None:

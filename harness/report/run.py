@@ -59,6 +59,8 @@ def _blocks(view: RunView) -> Iterator[Block]:
     yield Section(title=view.title, lines=(*_findings(view), *view.facts), apart=False)
     for table in view.tables:
         yield _table(table)
+        if table.serving is not None:
+            yield table.serving
         yield from table.galleries
     yield from list_sections({"Differs from the study as written": view.deviations, "Notes": view.notes})
     if view.failures:

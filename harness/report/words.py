@@ -7,13 +7,16 @@ do, which is never "measure hundreds of replicates".
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from harness.records.metrics import METRICS
 from harness.records.record import Interleaving
 from harness.records.units import format_percent
 from harness.report.table import Cell
 from harness.stats import MOST_ADVISED, Comparison
+
+if TYPE_CHECKING:
+    from harness.studies.workload import Workload
 
 Between = Literal["variants", "sides"]
 """What is compared: variants of a study, or a candidate with its base."""
@@ -51,6 +54,12 @@ def title_of(metric: str) -> str:
                 if metric == f"{where}_{kind}_{phase}_bytes":
                     return f"{where} {kind.replace('_', ' ')}, {words}"
     return metric
+
+
+def say_request(workload: Workload) -> str:
+    """Tokens of a request: of its prompt and new ones, each as often as it has prompts."""
+    tokens = f"{workload.prompt_tokens} + {workload.new_tokens}"
+    return tokens if workload.request_batch == 1 else f"{workload.request_batch} × ({tokens})"
 
 
 def title_of_ratio(metric: str) -> str:

@@ -15,7 +15,7 @@ from harness.errors import UsageError, shorten
 from harness.machine.provenance import Machine
 from harness.models import catalogue, shapes
 from harness.models.costs.lora import PAGED_FROM_ELEMENTS, adapter_tensors, paged_state_bytes
-from harness.models.costs.memory import MemoryEstimate, birth_bytes, estimate_memory, stored_dtype
+from harness.models.costs.memory import MemoryEstimate, birth_bytes, estimate_peak, stored_dtype
 from harness.models.shapes import ModelShape, linear_layers, unknown_layers
 from harness.records.record import Notice
 from harness.records.units import format_bytes
@@ -41,6 +41,7 @@ def check_feasible(
     contenders: Sequence[Contender] = (),
     *,
     free_bytes: int | None = None,
+    phases: Sequence[str] = (),
     shown_only: bool = False,
 ) -> tuple[Notice, ...]:
     """Refuse a study that this model or machine cannot run.
@@ -50,6 +51,7 @@ def check_feasible(
         machine: where.
         contenders: those selected; all if left out.
         free_bytes: memory that is free there now; None where it is not known.
+        phases: what is measured of them; the study's if left out.
         shown_only: whether the plan is only looked at: that an engine needs another device is then a notice.
 
     Returns:
@@ -74,6 +76,8 @@ def check_feasible(
         return elsewhere
     unknown = {model: said for model, shape in shape_of.items() if (said := unknown_layers(shape))}
     notices: list[Notice] = []
+    measured = phases or study.protocol.phases
+    answers = "generate" in measured or "cold" in measured
     for variant, workload in {one.variant.name: (one.variant, one.workload) for one in contenders}.values():
         where = f"study {study.name}, variant {variant.name!r}"
         shape = shape_of[workload.model]
@@ -90,10 +94,11 @@ def check_feasible(
         notices += _rank_notices(variant, shape)
         if workload.strategy == "fsdp2":  # what one rank holds of it is a part that no formula here knows
             continue
-        expected = estimate_memory(
+        expected = estimate_peak(
             variant,
             workload,
             shape,
+            answers=answers,
             device=machine.device,
             stored=stored_dtype(sources[workload.model]),
             process_bytes=birth_bytes(machine.cuda),
@@ -101,6 +106,7 @@ def check_feasible(
         _check_memory(where, expected, machine)
         notices += memory_notices(variant, expected, machine, free_bytes)
     notices += [layers_notice(model, said) for model, said in unknown.items()]
+    notices += _natural_notices(workloads_of(study, contenders)) if "generate" in measured else ()
     notices += [
         Notice(
             code="random-weights",
@@ -112,6 +118,18 @@ def check_feasible(
         if source.random
     ]
     return tuple(notices)
+
+
+def _natural_notices(workloads: Sequence[Workload]) -> Iterator[Notice]:
+    """That answers to the model's own end are of one prompt, where other requests are of several."""
+    batches = sorted({one.request_batch for one in workloads if one.natural_tokens and one.request_batch > 1})
+    if batches:
+        yield Notice(
+            code="natural-alone",
+            message=f"requests that the model ends itself are of one prompt each, beside those of request_batch = "
+            f"{' and '.join(map(str, batches))}: answers that end at lengths of their own would be padded.",
+            remedy="Read their times as those of one prompt, or write natural_tokens = 0 to leave them out.",
+        )
 
 
 def _check_engine(study: Study, machine: Machine, shown_only: bool) -> tuple[Notice, ...]:
@@ -172,7 +190,7 @@ def memory_notices(variant: Variant, expected: MemoryEstimate, machine: Machine,
             code="memory-short",
             message=f"{variant.name}: needs about {format_bytes(expected.needed_bytes)}, and this machine has "
             f"{format_bytes(has)}.",
-            remedy=_LESS_MEMORY,
+            remedy=_less_memory(expected),
         )
     elif free is not None and expected.needed_bytes > (1 - ERRS_BY) * free:
         yield Notice(
@@ -188,7 +206,7 @@ def _check_memory(where: str, expected: MemoryEstimate, machine: Machine) -> Non
     if has is not None and expected.needed_bytes > (1 + ERRS_BY) * has:
         raise UsageError(
             f"{where}: needs about {format_bytes(expected.needed_bytes)} and this machine has {format_bytes(has)}. "
-            f"{_LESS_MEMORY} `lorameter estimate` shows what takes it."
+            f"{_less_memory(expected)} `lorameter estimate` shows what takes it."
         )
 
 
@@ -197,7 +215,11 @@ def _memory(machine: Machine) -> int | None:
     return machine.device_memory_bytes if machine.device == "cuda" else machine.memory_bytes
 
 
-_LESS_MEMORY = 'Use quantization = "nf4", gradient_checkpointing = true, a smaller batch_size, or a smaller model.'
+def _less_memory(expected: MemoryEstimate) -> str:
+    """What would take less, where it is most."""
+    if expected.phase == "generate":
+        return 'Use a smaller request_batch, fewer prompt_tokens, quantization = "nf4", or a smaller model.'
+    return 'Use quantization = "nf4", gradient_checkpointing = true, a smaller batch_size, or a smaller model.'
 
 
 def _check_attention(where: str, variant: Variant, machine: Machine) -> None:

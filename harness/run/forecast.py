@@ -17,7 +17,7 @@ from harness.errors import LorameterError
 from harness.machine.provenance import Machine, library_version
 from harness.models import catalogue, shapes
 from harness.models.costs.lora import adapter_parameters
-from harness.models.costs.memory import CUDA_CONTEXT_BYTES, base_bytes, birth_bytes, estimate_memory, stored_dtype
+from harness.models.costs.memory import CUDA_CONTEXT_BYTES, base_bytes, birth_bytes, estimate_peak, stored_dtype
 from harness.models.shapes import ModelShape, linear_widths, unknown_layers
 from harness.records import codec, store
 from harness.records.durations import measuring_time_s
@@ -145,13 +145,13 @@ def needed_bytes(
     processes, birth = processes_on_device(workload, device), birth_bytes(machine.cuda)
 
     def need(variant: Variant) -> int | None:
-        peak = measured.get(variant.id)
-        if peak:
-            return processes * (peak + extra)
-        if unknown_layers(shape):
-            return None
-        expected = estimate_memory(variant, workload, shape, device=device, stored=stored, process_bytes=birth)
-        return processes * expected.needed_bytes
+        peak, expected = measured.get(variant.id), None
+        if not unknown_layers(shape):
+            expected = estimate_peak(variant, workload, shape, device=device, stored=stored, process_bytes=birth)
+        if peak:  # of training, and requests of many prompts may take more
+            requests = expected.needed_bytes if expected is not None and expected.phase == "generate" else 0
+            return processes * max(peak + extra, requests)
+        return None if expected is None else processes * expected.needed_bytes
 
     return {variant.name: need(variant) for variant in variants}
 
@@ -239,12 +239,12 @@ def _time(
 
 
 def _step_and_token_s(workload: Workload, shape: ModelShape, rate: float) -> tuple[float, float]:
-    """A training step and a generated token on a CPU of so many operations a second."""
+    """A training step, and a generated token of each prompt of a request, on a CPU of so many operations a second."""
     weights = shape.layers * sum(inputs * outputs for inputs, outputs in linear_widths(shape).values())
     weights += shape.vocab_size * shape.hidden_size
     tokens = workload.batch_size * workload.sequence_length
     step = 4 * weights * tokens / rate + shape.layers * LAYER_OVERHEAD_S
-    return step, 2 * weights / rate + shape.layers * LAYER_OVERHEAD_S / 3
+    return step, 2 * weights * workload.request_batch / rate + shape.layers * LAYER_OVERHEAD_S / 3
 
 
 def _earlier_run_s(plan: Plan, machine: Machine, runs: Path) -> tuple[float, str] | None:

@@ -78,7 +78,7 @@ def plan_study(
     """
     contenders = contenders_of(study, select, own_workloads)
     workloads = workloads_of(study, contenders)
-    notices = check_feasible(study, machine, contenders, free_bytes=free_bytes, shown_only=shown_only)
+    notices = check_feasible(study, machine, contenders, free_bytes=free_bytes, phases=phases, shown_only=shown_only)
     together = total_of(
         together_bytes([one.variant for one in contenders if one.workload == workload], workload, machine, runs)
         for workload in workloads

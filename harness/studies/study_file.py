@@ -7,6 +7,7 @@ allow_fallback = false          # true: a required path that did not run is a no
 notes = ["..."]                 # what a reader of the results must know and no field says
 
 [workload]                      # fields of Workload
+request_batch = [1, 8]          # several values, as of prompt_tokens: every variant is measured at each
 [protocol]                      # fields of Protocol
 [controls]                      # fields of Variant, equal for all
 [axes]                          # field = [values]: every combination is a variant
@@ -34,7 +35,7 @@ from harness.records import codec, inputs
 from harness.studies.claim import Claim, check_limits
 from harness.studies.engine import Engine
 from harness.studies.protocol import Protocol
-from harness.studies.rows import rows_of, variants_of, workloads_of
+from harness.studies.rows import rows_of, split_lists, spread, variants_of, workloads_of
 from harness.studies.script import OWN
 from harness.studies.study import Study, unknown
 from harness.studies.variant import Variant
@@ -215,7 +216,8 @@ def _replaced(written: Study, fitted: Study) -> dict[str, Any]:
 
 def _parse(path: Path, data: Mapping[str, Any]) -> Study:
     where = path.name
-    rows = rows_of(where, data)
+    data, lists = split_lists(where, data)
+    rows = spread(where, rows_of(where, data), lists)
     variants = variants_of(where, data, rows)
     data = _of_scripts(data) if variants and variants[0].command else _of_ranks(data)
     reference = data.get("reference", variants[0].name if variants else "")

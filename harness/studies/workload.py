@@ -25,9 +25,11 @@ Repair = Literal["", "quant_state"]
 
 OF_VARIANTS = (
     "model", "sequence_length", "batch_size", "layout", "loss", "prompt_format", "train_sequences", "prompt_tokens",
-    "new_tokens", "threads",
+    "new_tokens", "request_batch", "threads",
 )  # fmt: skip
 """Fields that variants of one study may have a value of their own for: the same records, in another form."""
+LISTED = ("request_batch", "prompt_tokens")
+"""Those of which a study may list several values in [workload]: every variant is then measured at each of them."""
 OF_TOKENS = ("model", "prompt_format", "loss", "sequence_length", "layout")
 """Those that say over which tokens a loss is, so many sequences of another length holding others of the records: losses
 that differ in one of them are not compared."""
@@ -40,6 +42,7 @@ _RANGES: dict[str, limits.Range] = {
     "data_seed": (0, limits.MOST_SEED),
     "prompt_tokens": (1, 2**24),
     "new_tokens": (2, 2**24),
+    "request_batch": (1, 4096),
     "natural_tokens": (0, 2**24),
     "natural_prompt_tokens": (1, 2**24),
     "threads": (1, 4096),
@@ -85,9 +88,14 @@ class Workload:
     prompt_tokens: int = 32
     """Length of the inference prompt, cut from held-out records."""
     new_tokens: int = 32
-    """Tokens generated per request; the end-of-sequence token is ignored so that every request has this length."""
+    """Tokens generated per request, for each of its prompts; the end-of-sequence token is ignored so that every request
+    has this length."""
+    request_batch: int = field(default=1, metadata=codec.LATER)
+    """Prompts of a request, all different and of `prompt_tokens` each, that are answered together. Times are those of
+    the whole batch, and output tokens a second count all of its answers."""
     natural_tokens: int = 0
-    """Most tokens of a request that ends where the model ends it; 0 makes no such requests."""
+    """Most tokens of a request that ends where the model ends it; 0 makes no such requests. They are of one prompt,
+    whatever `request_batch` is: answers that end at lengths of their own would be padded to the longest."""
     natural_prompt_tokens: int = 128
     """Such requests are put whole: held-out records with longer prompts are left out."""
     threads: int = 1
@@ -106,6 +114,12 @@ class Workload:
 
     def __post_init__(self) -> None:
         limits.check_ranges("workload", self, _RANGES)
+        if self.request_batch * self.prompt_tokens > limits.MOST_TOKENS:
+            raise UsageError(
+                f"workload: request_batch = {self.request_batch}, prompt_tokens = {self.prompt_tokens}: "
+                f"{self.request_batch * self.prompt_tokens} tokens a request, and {limits.MOST_TOKENS} are prepared at "
+                "most. Use fewer."
+            )
         for key, sequences in (("train", self.train_sequences), ("held_out", self.held_out_sequences)):
             if sequences * self.sequence_length > limits.MOST_TOKENS:
                 raise UsageError(

@@ -253,6 +253,7 @@ class Trial:
         first = self._server.warm_up(1 + protocol.generate_warmup)
         values = {
             "new_tokens": float(self._request.workload.new_tokens),
+            "request_batch": float(self._request.workload.request_batch),
             "packed_4bit_decode": float(is_packed(trainee.model)),
         }
         if self._alone:

@@ -54,6 +54,21 @@ def test_tokens_are_those_of_the_requests_that_count(profile):
         assert account.prefill.time.value == quiet.prefill.time.value
 
 
+def test_prompts_of_one_request_share_what_is_read(profile):
+    """Each has its own products and its part of the cache, which is seen whole; the report says how many there are."""
+    workload = dataclasses.replace(profile.workload, request_batch=4)
+    sight = dataclasses.replace(profile.sight, cache_bytes=4 * profile.sight.cache_bytes)
+    four = dataclasses.replace(profile, workload=workload, sight=sight)
+    (served, _), (one, _) = request_accounts(four), request_accounts(profile)
+    assert served.prefill.flops == 4 * one.prefill.flops
+    assert served.decode.flops == 4 * one.decode.flops
+    assert served.prefill.bytes == one.prefill.bytes
+    assert served.decode.bytes == one.decode.bytes + 3 * 1024 * mean_context(workload)
+    assert served.decode.mbu.value == pytest.approx(one.decode.mbu.value * served.decode.bytes / one.decode.bytes)
+    said = describe_requests(four, *request_accounts(four), findings_of(four)[2])[0]
+    assert "requests of 4 prompts of 32 tokens each, answered by 8 each" in said.text
+
+
 def test_what_a_pass_takes_is_counted_from_the_model(profile):
     """By hand: rows through the weights, one row of logits, pairs of attention; bytes as they are stored."""
     served, merged = request_accounts(profile)

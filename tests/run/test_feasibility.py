@@ -171,3 +171,21 @@ def test_a_proof_that_nothing_tells_is_refused(small_study, machine):
     engine = Engine(title="packing", variant="nf4", proof={"padding.shar": "less"})
     with pytest.raises(UsageError, match=r"padding.shar: no path of kernels_check.*padding.share"):
         check_feasible(dataclasses.replace(small_study, engine=engine), machine)
+
+
+def test_a_request_of_many_prompts_that_cannot_fit_is_refused(small_study, machine):
+    """Its keys and values are more than any step, and nothing is said of them where no request is measured."""
+    study = with_workload(small_study, model="random:smollm2-135m", request_batch=4096, prompt_tokens=1024)
+    with pytest.raises(UsageError, match=r"needs about .* Use a smaller request_batch"):
+        check_feasible(study, machine)
+    check_feasible(study, machine, phases=("train",))
+
+
+def test_whole_answers_beside_requests_of_several_prompts_are_told_apart(small_study, machine):
+    """They stay at one prompt, and a notice says so; where there are none there is nothing to say."""
+    study = with_workload(small_study, request_batch=4, natural_tokens=8)
+    (notice,) = (one for one in check_feasible(study, machine) if one.code == "natural-alone")
+    assert "request_batch = 4" in notice.message
+    assert "natural-alone" not in {one.code for one in check_feasible(study, machine, phases=("train",))}
+    quiet = with_workload(small_study, request_batch=4)
+    assert "natural-alone" not in {one.code for one in check_feasible(quiet, machine)}

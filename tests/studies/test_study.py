@@ -6,8 +6,11 @@ import re
 import pytest
 
 from harness.errors import UsageError
+from harness.records import codec
+from harness.studies.study import is_of_tokens
 from harness.studies.study_file import builtin_studies, load_study, load_variant
 from harness.studies.variant import Variant
+from harness.studies.workload import Workload
 
 GOOD = """
 title = "t"
@@ -173,6 +176,96 @@ def test_a_workload_that_no_variant_can_have_is_refused(tmp_path, line, said):
         load_study(write(tmp_path, SIZES.replace("workload.batch_size = 4", line, 1)))
 
 
+LISTED = """
+[workload]
+request_batch = [1, 8]
+prompt_tokens = [128, 32]
+"""
+TWO = '[[variant]]\nname = "a"\nr = 4\n[[variant]]\nname = "b"\nr = 8\n'
+AT = {
+    "": {},
+    "-workload.prompt_tokens=32": {"prompt_tokens": 32},
+    "-workload.request_batch=8": {"request_batch": 8},
+    "-workload.request_batch=8-workload.prompt_tokens=32": {"request_batch": 8, "prompt_tokens": 32},
+}
+
+
+def test_listed_values_of_requests_are_an_axis_over_all_variants(tmp_path):
+    """Each keeps its name for the first values, which are those of the study, and with them that of the reference."""
+    study = load_study(write(tmp_path, f'reference = "b"\n{LISTED}{TWO}'))
+    assert [variant.name for variant in study.variants] == [f"{name}{end}" for name in "ab" for end in AT]
+    assert (study.workload.request_batch, study.workload.prompt_tokens) == (1, 128)
+    assert study.workloads == {f"{name}{end}": own for name in "ab" for end, own in AT.items() if own}
+    assert study.levels("workload.request_batch") == ((1.0, "b"), (8.0, "b-workload.request_batch=8"))
+    assert not is_of_tokens("workload.request_batch")
+
+
+@pytest.mark.parametrize("text", ["[axes]\nr = [4, 8]\n", "[controls]\nr = 4\n[sweeps]\nr = [4, 8]\n"])
+def test_listed_values_go_with_axes_and_sweeps(tmp_path, text):
+    """As with variants that are written out."""
+    study = load_study(write(tmp_path, LISTED + text))
+    assert len(study.variants) == 8
+    assert study.reference in ("r=4", "centre")
+    assert set(study.axes) == {"r", "workload.request_batch", "workload.prompt_tokens"}
+
+
+def test_listed_values_alone_are_the_variants(tmp_path):
+    """Named as those of [axes] are, with the first as the reference."""
+    study = load_study(write(tmp_path, LISTED))
+    assert [variant.name for variant in study.variants][1] == "workload.request_batch=1-workload.prompt_tokens=32"
+    assert len(study.variants) == 4
+    assert len({variant.id for variant in study.variants}) == 1
+
+
+def test_an_axis_may_hold_the_default_of_a_later_field(tmp_path):
+    """What no record writes while it has its default is the reference's all the same, and no workload of its own."""
+    study = load_study(write(tmp_path, "[axes]\nworkload.request_batch = [1, 4]\n"))
+    assert study.workloads == {"workload.request_batch=4": {"request_batch": 4}}
+    swept = load_study(write(tmp_path, "[sweeps]\nworkload.request_batch = [1, 4]\n"))
+    assert [variant.name for variant in swept.variants] == ["centre", "workload.request_batch=4"]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("request_batch = []", "request_batch = []: no value in it. Write one, or a list of several."),
+        ("request_batch = [1, 8, 1]", "request_batch = [1, 8, 1]: 1 is listed twice. Take one of them out."),
+        ("request_batch = [1, true]", "request_batch = True: int is expected"),
+        ('request_batch = [1, "8"]', "request_batch = '8': int is expected"),
+        ("request_batch = [1, 0]", "request_batch = 0: too small. Use 1 or more."),
+        ("request_batch = 5000", "request_batch = 5000: too large. Use 4096 or less."),
+        ("request_batch = 4096\nprompt_tokens = 16777216", "tokens a request, and 268435456 are prepared at most"),
+        ("prompt_tokens = [1.5]", "prompt_tokens = 1.5: int is expected"),
+        (f"prompt_tokens = {list(range(1, 1002))}", "1001 values, and each is a variant. Use 1000 or fewer."),
+        (
+            "batch_size = [1, 2]",
+            "batch_size = [1, 2]: one value is expected. Write workload.batch_size = [ ... ] in [axes]: lists in "
+            "[workload] are those of request_batch and prompt_tokens.",
+        ),
+        ("request_bach = [1, 8]", "unknown key. Did you mean request_batch?"),
+        ('data = ["a"]', "data = ['a']: one value is expected, equal for all variants. Write one of them"),
+    ],
+)
+def test_a_list_that_cannot_be_is_refused(tmp_path, line, said):
+    """By its name and with what to write, before anything is measured."""
+    with pytest.raises(UsageError, match=re.escape(said)):
+        load_study(write(tmp_path, f"[workload]\n{line}\n{TWO}"))
+
+
+def test_values_are_listed_in_one_place(tmp_path):
+    """Not of a variant as well, nor of a profile, which changes no variants; and not too many of them together."""
+    own = f"{LISTED}{TWO}workload.request_batch = 2\n"
+    with pytest.raises(UsageError, match=r"variant 'b': workload.request_batch: \[workload\] lists its values"):
+        load_study(write(tmp_path, own))
+    for text in (f"{LISTED}{TWO}[profile.x]\nworkload.request_batch = 2\n",
+                 f"{TWO}[profile.x]\nworkload.request_batch = [1, 2]\n"):  # fmt: skip
+        with pytest.raises(UsageError, match=r"\[profile.x\]: workload.request_batch = .* a profile has those of its"):
+            load_study(write(tmp_path, text))
+    many = f"[workload]\nrequest_batch = {list(range(1, 601))}\n{TWO}"
+    with pytest.raises(UsageError, match=r"make 1200 variants\. Use 1000 or fewer"):
+        load_study(write(tmp_path, many))
+
+
 def test_the_reference_has_the_workload_of_the_study(tmp_path):
     """All others are read against it."""
     with pytest.raises(UsageError, match="it is the reference"):
@@ -255,3 +348,13 @@ def test_a_variant_is_named_by_its_study_or_alone_in_it(tmp_path):
     assert load_variant(alone)[1] == load_variant(f"{alone}:one")[1] == Variant(r=4)
     with pytest.raises(UsageError, match=r"lora-r16, .*lora-or-qlora:lora-r16"):
         load_variant("lora-or-qlora")
+
+
+def test_a_workload_that_was_written_before_requests_had_several_prompts_has_one():
+    """It reads, and what has one prompt is written as it was, so that its hashes stay."""
+    written = codec.to_json(Workload())
+    assert "request_batch" not in written
+    assert codec.from_json(Workload, written, "record").request_batch == 1
+    several = codec.to_json(Workload(request_batch=8))
+    assert several == {**written, "request_batch": 8}
+    assert codec.from_json(Workload, several, "record") == Workload(request_batch=8)

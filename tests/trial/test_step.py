@@ -144,7 +144,7 @@ def test_merged_and_unmerged_logits_agree(tokens):
     for _ in range(6):
         step()
     trainee.model.eval()
-    prompt = stream.prompt(0)
+    prompt = stream.prompts(0)
     unmerged = logits(trainee.model, prompt)
     unpack_4bit(trainee.model)
     trainee.model.merge_adapter()
@@ -231,11 +231,11 @@ def test_generation_gives_the_asked_number_of_tokens_whatever_eos_is(tokens):
     """Fixed length although the model's own next token is made its end, and each time stamp is a part of the whole."""
     trainee, stream, _ = setting(PLAIN, tokens)
     trainee.model.eval()
-    first = generate(trainee.model, stream.prompt(0), 2).tokens[0]
+    first = generate(trainee.model, stream.prompts(0), 2).tokens[0]
     trainee.model.generation_config.eos_token_id = first
-    ended = trainee.model.generate(input_ids=stream.prompt(0), max_new_tokens=5, do_sample=False)
-    assert ended.shape[1] == stream.prompt(0).shape[1] + 1
-    request = generate(trainee.model, stream.prompt(0), 5)
+    ended = trainee.model.generate(input_ids=stream.prompts(0), max_new_tokens=5, do_sample=False)
+    assert ended.shape[1] == stream.prompts(0).shape[1] + 1
+    request = generate(trainee.model, stream.prompts(0), 5)
     assert len(request.tokens) == 5
     assert trainee.model.generation_config.eos_token_id == first
     assert 0 < request.first_token_time_s < request.request_time_s

@@ -7,8 +7,8 @@ what checkpointing repeats says more than the model needs. So a figure is never 
   recomputation and masked pairs count for nothing, so it tells how well a variant uses the device for training.
 - Hardware utilisation (same place): all FLOPs that the operators were given. It tells how busy the products kept the
   device, and bounds what a faster schedule could still gain.
-- Bandwidth utilisation, for decoding: bytes that a token must read, over time and bandwidth. Above 1 means that weights
-  stayed in a cache.
+- Bandwidth utilisation, for decoding: bytes that a token must read, or one of each prompt of a request, over time and
+  bandwidth. Above 1 means that weights stayed in a cache.
 """
 
 from __future__ import annotations
@@ -165,8 +165,9 @@ def bandwidth_utilisation(
     if peak.rate != "memory":
         raise LorameterError(f"ceiling: decoding is measured against bytes/s, and the peak is {peak}")
     context = mean_context(workload)
-    cost = decode_cost(shape, variant, context=context, merged=merged, repacked=repacked)
-    said = f"weights as stored, and keys and values of {context} tokens"
+    prompts = workload.request_batch
+    cost = decode_cost(shape, variant, context=context, prompts=prompts, merged=merged, repacked=repacked)
+    said = f"weights as stored, and keys and values of {context} tokens{f' × {prompts}' if prompts > 1 else ''}"
     return utilisation("MBU", cost.bytes, token_time_s, peak, said)
 
 

@@ -1,10 +1,11 @@
-"""What one decoded token takes: FLOPs, and the bytes that must come from memory for it.
+"""What a decoded token takes, or one of each prompt of a request: FLOPs, and bytes that must come from memory for it.
 
-At batch size 1 each weight is read for two FLOPs, so decoding is bound by memory: its ceiling is the bandwidth, and
+For one prompt each weight is read for two FLOPs, so decoding is bound by memory: its ceiling is the bandwidth, and
 what counts is the size in which the weights are stored, the constants of their quantisation included. Each weight is
-read once a token (Databricks 2023, "LLM Inference Performance Engineering: Best Practices", whose model bandwidth
-utilisation this is the numerator of). A layer that writes its weights out in 16 bits before it multiplies moves more;
-that is its own cost, and shows as a low utilisation.
+read once a forward pass, which gives a token to each prompt: so several prompts share what weights cost, and each has
+keys and values of its own (Databricks 2023, "LLM Inference Performance Engineering: Best Practices", whose model
+bandwidth utilisation this is the numerator of). A layer that writes its weights out in 16 bits before it multiplies
+moves more; that is its own cost, and shows as a low utilisation.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from harness.studies.workload import Workload
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeCost:
-    """What one decoded token takes at batch size 1: FLOPs, and bytes that must come from memory, by kind."""
+    """What a forward pass over one token of each prompt takes: FLOPs, and bytes that must come from memory, by kind."""
 
     flops: int
     linear_bytes: int
@@ -28,9 +29,9 @@ class DecodeCost:
     adapter_bytes: int
     head_bytes: int
     other_bytes: int
-    """Norms, and the token's row of the embedding."""
+    """Norms, and each token's row of the embedding."""
     cache_bytes: int
-    """Keys and values of the context: those of earlier tokens read, the token's own written."""
+    """Keys and values of the contexts: those of earlier tokens read, each token's own written."""
 
     @property
     def bytes(self) -> int:
@@ -47,14 +48,22 @@ def mean_context(workload: Workload) -> int:
 
 
 def decode_cost(
-    shape: ModelShape, variant: Variant, *, context: int, merged: bool = False, repacked: bool = False
+    shape: ModelShape,
+    variant: Variant,
+    *,
+    context: int,
+    prompts: int = 1,
+    merged: bool = False,
+    repacked: bool = False,
 ) -> DecodeCost:
-    """FLOPs and bytes of one token after the first, `context` tokens attended to, itself included.
+    """FLOPs and bytes of one token after the first of each prompt, `context` tokens attended to by each, itself
+    included.
 
     Left out: biases, norms beyond the two a block and the last one of Llama, and the norm that PEFT's DoRA takes anew
     for every token, which an implementation could keep.
 
     Args:
+        prompts: of the request (`Workload.request_batch`).
         merged: the adapter is merged into the base, which keeps its type and size.
         repacked: 4-bit weights are in bitsandbytes' CPU layout, with one bfloat16 scale a block and no double
             quantisation (`_convert_weight_packed_for_cpu` of bitsandbytes 0.50).
@@ -72,10 +81,10 @@ def decode_cost(
         weight_bytes(*sizes, variant) + constant_bytes(*sizes, variant, repacked=repacked) for sizes in widths.values()
     )
     return DecodeCost(
-        flops=2 * product_weights(shape) + 2 * ranks + attention,
+        flops=prompts * (2 * product_weights(shape) + 2 * ranks + attention),
         linear_bytes=shape.layers * linear,
         adapter_bytes=(ranks + magnitudes) * width(variant.adapter_dtype or "float32"),
         head_bytes=shape.vocab_size * shape.hidden_size * plain,
-        other_bytes=(2 * shape.layers + 2) * shape.hidden_size * plain,
-        cache_bytes=2 * shape.layers * shape.kv_heads * shape.head_dim * context * plain,
+        other_bytes=(2 * shape.layers + 1 + prompts) * shape.hidden_size * plain,
+        cache_bytes=prompts * 2 * shape.layers * shape.kv_heads * shape.head_dim * context * plain,
     )

@@ -91,7 +91,7 @@ def estimate_memory(
 
     Args:
         variant: what trains, or has trained and answers.
-        workload: batch and lengths; a request is one prompt with its new tokens.
+        workload: batches and lengths; a request is its prompts with their new tokens.
         shape: of the model.
         phase: "train" for a step, "generate" for a request.
         device: "cpu" or "cuda".
@@ -122,6 +122,30 @@ def estimate_memory(
         # Embeddings and norms are still the file's own pages, and hold all of it in memory.
         kinds["checkpoint_pages"] = _linear(shape) * width(variant.dtype)
     return MemoryEstimate(phase=phase, kinds=in_order(kinds))
+
+
+def estimate_peak(
+    variant: Variant,
+    workload: Workload,
+    shape: ModelShape,
+    *,
+    answers: bool = True,
+    device: str = "cpu",
+    stored: str | None = None,
+    process_bytes: int | None = None,
+) -> MemoryEstimate:
+    """The phase in which a trial takes most; arguments as for `estimate_memory`, and whether it `answers` requests.
+
+    A request of one prompt takes less than the steps before it. The keys and values of many may take more.
+    """
+    phases: tuple[MemoryPhase, ...] = ("train", "generate") if answers and workload.request_batch > 1 else ("train",)
+    found = (
+        estimate_memory(
+            variant, workload, shape, phase=phase, device=device, stored=stored, process_bytes=process_bytes
+        )
+        for phase in phases
+    )
+    return max(found, key=lambda one: one.needed_bytes)
 
 
 def stored_dtype(source: ModelSource) -> str | None:
@@ -202,13 +226,14 @@ def _dequantised(variant: Variant, shape: ModelShape) -> int:
 
 
 def _request(variant: Variant, workload: Workload, shape: ModelShape, device: str) -> dict[str, int]:
-    """What a request adds: the context's keys and values, one block's work on the prompt, the last token's logits."""
-    size = 4 if variant.prepare_for_kbit else width(variant.dtype)
+    """What a request adds, for each of its prompts: the context's keys and values, one block's work on the prompt, the
+    last token's logits."""
+    size, prompts = 4 if variant.prepare_for_kbit else width(variant.dtype), workload.request_batch
     context = workload.prompt_tokens + workload.new_tokens
     kinds = {
-        "kv_cache": 2 * shape.layers * shape.kv_heads * shape.head_dim * context * size,
-        "logits": shape.vocab_size * (size + 4),
-        "temporaries": workload.prompt_tokens * 3 * shape.intermediate_size * size,
+        "kv_cache": prompts * 2 * shape.layers * shape.kv_heads * shape.head_dim * context * size,
+        "logits": prompts * shape.vocab_size * (size + 4),
+        "temporaries": prompts * workload.prompt_tokens * 3 * shape.intermediate_size * size,
         "operator_scratch": _dequantised(variant, shape),
     }
     if device == "cpu":

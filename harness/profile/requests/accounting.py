@@ -1,9 +1,9 @@
 """What a profile of requests comes to: a request in lines that add up, and how near its passes came to the peak.
 
 A pass over the prompt multiplies each weight with many rows and is bound by products; a pass over one token reads each
-weight for one row and is bound by memory. Both have both figures here, so that it shows which of them binds. What is
-multiplied and read is counted from the modules of the model, so that no family is unknown; only the products of
-attention need its dimensions, and are left out where its files do not give them.
+weight for one row, or one for each prompt of a request, and is bound by memory. Both have both figures here, so that
+it shows which of them binds. What is multiplied and read is counted from the modules of the model, so that no family is
+unknown; only the products of attention need its dimensions, and are left out where its files do not give them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from harness.profile.requests.facts import MERGED, SERVED, RequestProfile
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassAccount:
-    """One forward pass: over the prompt, or over one token after it."""
+    """One forward pass: over the prompts, or over one token of each after them."""
 
     time: TimeSpan
     """Of the pass; over one token the mean of a request's passes."""
@@ -93,10 +93,12 @@ def _pass_account(
     context: int,
     merged: bool,
 ) -> PassAccount:
-    """`context` is what the one row of a later pass attends to; 0 for the pass over the prompt itself."""
+    """`rows` and `logit_rows` are of each prompt; `context` is what the one row of a later pass attends to, 0 for the
+    pass over the prompts themselves."""
     size, shape, sight = profile.sight.size, profile.shape, profile.sight
-    beside = not merged
-    pairs = context or rows * (rows + 1) // 2
+    beside, prompts = not merged, profile.workload.request_batch
+    pairs = prompts * (context or rows * (rows + 1) // 2)
+    rows, logit_rows = prompts * rows, prompts * logit_rows
     attention = 0 if shape is None else 4 * shape.layers * shape.heads * shape.head_dim * pairs
     weights = size.linear_elements + (size.adapter_elements if beside else 0)
     flops = 2 * rows * weights + 2 * logit_rows * size.head_elements + attention

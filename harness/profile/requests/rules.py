@@ -122,8 +122,9 @@ def _launch_bound(seen: RequestEvidence) -> Iterator[Finding]:
     )
     yield _make_finding(
         "launch-bound", seen, LATER, idle, f"{waits}, each of {busy} in the mean",
-        "Several requests in a batch share the launches, and a captured graph makes one of them.",
-        obstacle="requests are of one row here, and no graph is captured",
+        "Several prompts in a request share the launches (request_batch of [workload]), and a captured graph makes one "
+        "of them.",
+        obstacle="how many prompts a request has is the workload's, and no graph is captured",
     )  # fmt: skip
 
 

@@ -206,7 +206,8 @@ def _told_both(spot: Spot, drawing: Front) -> str:
 
 
 def _stair(spots: tuple[Spot, ...]) -> list[tuple[float, float]]:
-    """The front as a stair: to the right of it and above it there is always something better."""
+    """The front as a stair: what lies behind it has something better beside it, or above or below it, whichever way is
+    better there."""
     best = sorted((spot.across.value, spot.up.value) for spot in spots if spot.best)
     corners = [corner for (x, y), (right, _) in pairwise(best) for corner in ((x, y), (right, y))]
     return [*corners, *best[-1:]]

@@ -107,11 +107,13 @@ class TokenStream:
             return None
         return self._batch("train", rows)
 
-    def prompt(self, index: int) -> torch.Tensor:
-        """Prompt `index` (modulo their number), shape (1, prompt_tokens)."""
-        prompts = self._tensors["prompts"]
-        prompt: torch.Tensor = prompts[index % prompts.shape[0]].unsqueeze(0).to(self._device)
-        return prompt
+    def prompts(self, index: int) -> torch.Tensor:
+        """The prompts of request `index`, shape (request_batch, prompt_tokens): those that come after the ones of the
+        request before it, the first again after the last."""
+        prompts, batch = self._tensors["prompts"], self._workload.request_batch
+        rows = [(index * batch + place) % prompts.shape[0] for place in range(batch)]
+        chosen: torch.Tensor = prompts[rows].to(self._device)
+        return chosen
 
     @property
     def prompts(self) -> int:

@@ -28,6 +28,7 @@ from harness.models import catalogue, shapes
 from harness.records import codec
 from harness.records.preparation import Example, TokenSummary
 from harness.records.refusals import refusal_in
+from harness.records.units import format_count
 from harness.studies.data_source import SYNTHETIC
 from harness.studies.workload import Workload
 from harness.trial.data.encoding import IGNORED, AnyRecord, Encoder
@@ -43,7 +44,7 @@ def prepare(workload: Workload, folder: Path) -> TokenSummary:
     """Tokenise `workload` into `folder/tokens-HASH.safetensors`.
 
     Tensors: for each of `train` and `held_out`, `input_ids`, `position_ids`, `labels`, `attention_mask`, all int64 of
-    shape (sequences, sequence_length); `prompts`, int64 of shape (requests, prompt_tokens); where the workload has
+    shape (sequences, sequence_length); `prompts`, int64 of shape (prompts, prompt_tokens); where the workload has
     requests to the model's own end, `natural.input_ids`, int64 of shape (requests, longest), and `natural.length`.
 
     Raises:
@@ -71,7 +72,7 @@ def prepare(workload: Workload, folder: Path) -> TokenSummary:
                 "sequence holds a token of an answer. Use a longer sequence_length, more held_out_records, or "
                 'loss = "all".'
             )
-    prompts = _prompts(held_out, tokens, workload.prompt_tokens)
+    prompts = _prompts(held_out, tokens, workload)
     tensors = {f"train.{key}": value for key, value in _stack(train).items()}
     tensors |= {f"held_out.{key}": value for key, value in _stack(test).items()}
     tensors["prompts"] = prompts
@@ -189,8 +190,13 @@ def _stack(rows: list[Row]) -> dict[str, NDArray[np.int64]]:
     return {key: np.array([row[key] for row in rows], dtype=np.int64) for key in rows[0]}
 
 
-def _prompts(records: list[AnyRecord], tokens: Encoder, length: int) -> NDArray[np.int64]:
-    """Fixed-length prompts: the beginnings of held-out records that are long enough, else of all of them joined."""
+def _prompts(records: list[AnyRecord], tokens: Encoder, workload: Workload) -> NDArray[np.int64]:
+    """Fixed-length prompts: the beginnings of held-out records that are long enough, else of all of them joined.
+
+    A request of several has no prompt twice. Where there are fewer beginnings than it takes, what lies at even
+    distances in the joined records comes after them; it overlaps, which no prompt knows of another.
+    """
+    length, batch = workload.prompt_tokens, workload.request_batch
     encoded = [tokens.whole(record) for record in records]
     prompts = [ids[:length] for ids in encoded if len(ids) >= length]
     joined = list(itertools.chain.from_iterable(encoded))
@@ -201,7 +207,27 @@ def _prompts(records: list[AnyRecord], tokens: Encoder, length: int) -> NDArray[
             f"workload: prompt_tokens = {length}: the held-out records hold {len(joined)} tokens. "
             "Use a shorter prompt_tokens or more held_out_records."
         )
+    if batch > 1:
+        prompts = _distinct(prompts, joined, length, batch)
+    if len(prompts) < batch:
+        raise UsageError(
+            f"workload: request_batch = {batch}, prompt_tokens = {length}: the held-out records hold {len(joined)} "
+            f"tokens, of which {format_count(len(prompts), 'different prompt')} could be cut. Use a smaller "
+            "request_batch, a shorter prompt_tokens or more held_out_records."
+        )
     return np.array(prompts, dtype=np.int64)
+
+
+def _distinct(prompts: list[list[int]], joined: list[int], length: int, wanted: int) -> list[list[int]]:
+    """Prompts that all differ: these, and where they are fewer than wanted as many pieces more as can be had."""
+    found = dict.fromkeys(map(tuple, prompts))
+    places = max(0, len(joined) - length) + 1
+    for step in dict.fromkeys((max(1, places // wanted), 1)):  # far apart, or as near as need be
+        for start in range(0, places, step):
+            if len(found) >= wanted:
+                break
+            found.setdefault(tuple(joined[start : start + length]))
+    return [list(prompt) for prompt in found]
 
 
 WHOLE_PROMPTS = 32

@@ -50,7 +50,7 @@ def answer(request: TrialRequest, spawned_monotonic_s: float) -> Fragment:
     synchronize(request.device)
     loaded = time.monotonic()
     with waterfall.answering(lora.wrapped(model), request.device) if waterfall else contextlib.nullcontext():
-        first = generate(model, stream.prompt(0), request.workload.new_tokens, variant=variant)
+        first = generate(model, stream.prompts(0), request.workload.new_tokens, variant=variant)
     done = time.monotonic()
     values = {
         "cold_import_time_s": imported - spawned_monotonic_s,

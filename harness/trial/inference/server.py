@@ -1,4 +1,7 @@
-"""Warm requests to a trained model, one at a time, so that several variants can take turns between them."""
+"""Warm requests to a trained model, one at a time, so that several variants can take turns between them.
+
+Each has as many prompts as the workload says, but for those that the model ends itself, which have one.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +38,8 @@ class Server:
         self.ask_at(self._workload.prompt_tokens, 2)
 
     def ask_at(self, length: int, new_tokens: int) -> Request:
-        """A request of a prompt's first `length` tokens, of none of the numbers of a run."""
-        return generate(self._model, self._stream.prompt(0)[:, :length], new_tokens, variant=self._variant)
+        """A request of its prompts' first `length` tokens, of none of the numbers of a run."""
+        return generate(self._model, self._stream.prompts(0)[:, :length], new_tokens, variant=self._variant)
 
     def ask(self) -> Request:
         """The next request."""
@@ -82,4 +85,4 @@ class Server:
         self.warm_up(discard)
 
     def _ask(self, index: int) -> Request:
-        return generate(self._model, self._stream.prompt(index), self._workload.new_tokens, variant=self._variant)
+        return generate(self._model, self._stream.prompts(index), self._workload.new_tokens, variant=self._variant)

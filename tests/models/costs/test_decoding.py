@@ -40,6 +40,15 @@ def test_a_merged_adapter_is_not_read():
     assert merged.flops < beside.flops
 
 
+def test_prompts_of_one_request_share_the_weights():
+    """Each has its own FLOPs, its row of the embedding, and its keys and values; what is read beside is read once."""
+    variant = Variant(r=4, quantization="nf4")
+    one, eight = (decode_cost(SMALL, variant, context=10, prompts=count) for count in (1, 8))
+    assert (eight.flops, eight.cache_bytes) == (8 * one.flops, 8 * one.cache_bytes)
+    assert eight.other_bytes == one.other_bytes + 7 * 2 * 64
+    assert eight.bytes == one.bytes + 7 * (one.cache_bytes + 2 * 64)
+
+
 def test_context_of_the_tokens_after_the_first():
     """Prompt of 10 and 5 new tokens: passes after the first attend to 11, 12, 13 and 14 tokens."""
     assert mean_context(Workload(prompt_tokens=10, new_tokens=5)) == (11 + 12 + 13 + 14) // 4

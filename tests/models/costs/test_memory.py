@@ -13,6 +13,7 @@ from harness.models.costs.memory import (
     bare_process_bytes,
     birth_bytes,
     estimate_memory,
+    estimate_peak,
     stored_dtype,
 )
 from harness.studies.variant import Variant
@@ -50,6 +51,19 @@ def test_keys_and_values_grow_with_the_context():
     assert short["kv_cache"] == 2 * 32 * 4096 * 128 * 2
     assert kinds("generate", workload=Workload(prompt_tokens=228, new_tokens=28))["kv_cache"] == 2 * short["kv_cache"]
     assert not {"optimizer_state", "gradients", "activations"} & short.keys()
+
+
+def test_a_request_of_many_prompts_has_the_keys_and_values_of_each():
+    """And their logits and the work on them; what lies there before it is the same. Of one it is no peak."""
+    one, eight = (kinds("generate", workload=Workload(request_batch=count)) for count in (1, 8))
+    times = {kind: eight[kind] / size for kind, size in one.items() if size}
+    assert {kind for kind, factor in times.items() if factor == 8} == {"kv_cache", "logits", "temporaries"}
+    assert {factor for kind, factor in times.items()} == {1, 8}
+    sizes = {"shape": LLAMA, "device": "cuda"}
+    assert estimate_peak(VARIANT, Workload(), **sizes).phase == "train"
+    many = Workload(request_batch=512, prompt_tokens=1024)
+    assert estimate_peak(VARIANT, many, **sizes).phase == "generate"
+    assert estimate_peak(VARIANT, many, **sizes, answers=False).phase == "train"
 
 
 @pytest.mark.parametrize(

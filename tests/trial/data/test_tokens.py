@@ -225,3 +225,29 @@ def test_data_that_cannot_serve_is_refused(tmp_path, content, words):
     with pytest.raises(UsageError, match=words) as caught:
         prepare(dataclasses.replace(SMALL, data=str(path)), tmp_path)
     assert "bad.jsonl.gz" in str(caught.value)
+
+
+@pytest.mark.parametrize(("batch", "length"), [(4, 8), (8, 300), (64, 200)])
+def test_a_request_of_several_prompts_has_none_twice(tmp_path, batch, length):
+    """The beginnings of records first; where they are too few, pieces that lie apart in all of them joined."""
+    prompts = load_file(prepare(dataclasses.replace(SMALL, request_batch=batch, prompt_tokens=length), tmp_path).path)[
+        "prompts"
+    ]
+    assert prompts.shape[1] == length
+    assert len({tuple(prompt) for prompt in prompts.tolist()}) == len(prompts) >= batch
+
+
+def test_the_prompts_of_single_requests_are_what_they_were(tmp_path):
+    """So that the hash of their tokens stays, and requests of more begin with the same ones."""
+    one, four = (
+        load_file(prepare(dataclasses.replace(SMALL, prompt_tokens=64, request_batch=batch), tmp_path).path)["prompts"]
+        for batch in (1, 4)
+    )
+    assert len(one) == 6
+    assert (one == four).all()
+
+
+def test_too_few_held_out_tokens_for_the_prompts_of_a_request_are_refused(tmp_path):
+    """By what is there, and what to change."""
+    with pytest.raises(UsageError, match=r"request_batch = 4096, prompt_tokens = 8: the held-out records hold \d+ tok"):
+        prepare(dataclasses.replace(SMALL, request_batch=4096, held_out_records=1), tmp_path)

@@ -136,7 +136,7 @@ def test_a_bordered_request_gives_the_tokens_of_a_plain_one(serving):
     """The borders are hooks that leave everything as it was, and are gone afterwards."""
     trial = serving()
     model = trial._built.trainee.model
-    prompt = trial._built.stream.prompt(0)
+    prompt = trial._built.stream.prompts(0)
     bordered = BorderedRequest(model, lambda: generate(model, prompt, NEW), "cpu")
     bordered.phases.begin()
     assert bordered().tokens == generate(model, prompt, NEW).tokens
