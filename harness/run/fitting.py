@@ -15,10 +15,17 @@ from typing import Literal
 
 from harness.errors import UsageError
 from harness.machine.provenance import Machine
-from harness.models.costs.cards import Card
-from harness.models.costs.memory import ERRS_BY, MemoryEstimate, estimate_memory, mapped_from_tokens
+from harness.models.costs.cards import DRIVER_SHARE, DRIVER_SOURCE, Card
+from harness.models.costs.memory import (
+    CUDA_CONTEXT_BYTES,
+    ERRS_BY,
+    MemoryEstimate,
+    estimate_memory,
+    mapped_from_tokens,
+)
 from harness.models.shapes import ModelShape
 from harness.records.memory_account import MEMORY_PHASES
+from harness.records.units import format_bytes, format_percent
 from harness.studies import limits
 from harness.studies.variant import Variant
 from harness.studies.workload import LEAST_LENGTH, MOST_BATCH, Workload
@@ -42,6 +49,8 @@ class Device:
     """Where the total is from."""
     is_here: bool
     """Whether it is this machine's, so that `usable_bytes` is what is free now."""
+    assumed: tuple[str, ...] = ()
+    """What is counted on, or left out, without having been measured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,13 +78,21 @@ class Needs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Largest:
-    """The most of one size of the workload with which it fits, the other sizes as they are."""
+    """The most of one size of the workload with which it and all that is smaller fits, the other size as it is."""
 
     key: Literal["batch_size", "sequence_length"]
     value: int | None
     """None where not even `least` fits."""
     least: int
     bound: Bound
+
+
+_OF_CARDS = (
+    f"CUDA's context and libraries take {format_bytes(CUDA_CONTEXT_BYTES)}, which is in what is needed (400 to 600 MiB "
+    "are usual)",
+    "torch's allocator loses nothing to fragments",
+    "nothing else uses the card",
+)
 
 
 def on_card(machine: Machine, card: Card) -> Device:
@@ -86,6 +103,7 @@ def on_card(machine: Machine, card: Card) -> Device:
     return Device(
         name=card.name, machine=with_card, total_bytes=card.total_bytes, usable_bytes=card.usable_bytes,
         source=card.source, is_here=False,
+        assumed=(f"the driver keeps {format_percent(DRIVER_SHARE)} of the card ({DRIVER_SOURCE})", *_OF_CARDS),
     )  # fmt: skip
 
 
@@ -101,6 +119,7 @@ def on_machine(machine: Machine, free_bytes: int | None) -> Device:
     return Device(
         name=machine.device_name, machine=machine, total_bytes=total, source="this machine", is_here=True,
         usable_bytes=total if free_bytes is None else min(free_bytes, total),
+        assumed=_OF_CARDS[:2] if machine.device == "cuda" else (),
     )  # fmt: skip
 
 

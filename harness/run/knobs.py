@@ -10,11 +10,12 @@ import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from harness.errors import UsageError
 from harness.models.costs.storage import width
 from harness.run.feasibility import check_widths
-from harness.run.fitting import Fitter, Needs, Standing
+from harness.run.fitting import Device, Fitter, Largest, Needs, Standing
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
 
@@ -25,6 +26,8 @@ class Knob:
 
     writes: str
     """The line of a study that makes it."""
+    table: Literal["variant", "workload"]
+    """Where in the study it is written."""
     needs: Needs
     """With this change alone."""
     freed_bytes: int
@@ -41,20 +44,39 @@ class LeftOut:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Advice:
-    """What can be changed, and what to change."""
+    """What is needed of a device, what can be changed, and what to change."""
 
+    device: Device
+    needs: Needs
+    """As it is, in the phase that needs most."""
+    standing: Standing
     knobs: tuple[Knob, ...]
     """Those that are not turned yet, what frees most first."""
     left_out: tuple[LeftOut, ...]
     turn: tuple[str, ...] | None
     """The fewest lines with which it fits; none where it does as it is, None where all of them are not enough."""
+    largest: tuple[Largest, ...] = ()
+    """Batch and length, where they were asked for."""
 
 
-def advise(fitter: Fitter, variant: Variant, workload: Workload) -> Advice:
+def advise(fitter: Fitter, variant: Variant, workload: Workload, *, with_largest: bool = False) -> Advice:
     """Every knob of a variant by what the estimate falls for it, and the fewest that make it fit.
 
-    Raises `UnknownLayersError` of a model type whose layers are not known.
+    Args:
+        fitter: of the model on the device.
+        variant: as it is.
+        workload: as it is.
+        with_largest: whether the largest batch and the largest length that fit are looked for, too.
+
+    Raises:
+        UsageError: of several ranks, each of which holds what no estimate here knows.
+        UnknownLayersError: of a model type whose layers are not known.
     """
+    if workload.ranks > 1:
+        raise UsageError(
+            f"workload: ranks = {workload.ranks}: whether it fits is said of one process on one device, and what each "
+            "of several holds is not estimated. Leave --gpu and --max-batch out, or set ranks = 1."
+        )
     before = fitter.needs(variant, workload)
     turns, left_out = _sort_out(fitter, variant, workload)
     knobs: dict[_Turn, Knob] = {}
@@ -62,15 +84,23 @@ def advise(fitter: Fitter, variant: Variant, workload: Workload) -> Advice:
         after = fitter.needs(*turn.apply(variant, workload))
         freed = before.expected_bytes - after.expected_bytes
         if freed > 0:
-            knobs[turn] = Knob(writes=turn.writes, needs=after, freed_bytes=freed, standing=fitter.standing(after))
+            knobs[turn] = Knob(
+                writes=turn.writes, table="variant" if turn.batch_size is None else "workload", needs=after,
+                freed_bytes=freed, standing=fitter.standing(after),
+            )  # fmt: skip
         else:
             left_out.append(LeftOut(writes=turn.writes, why="it frees nothing at the peak"))
     order = sorted(knobs, key=lambda turn: -knobs[turn].freed_bytes)
-    fits = fitter.standing(before) == "fits"
+    standing = fitter.standing(before)
+    largest = (fitter.largest_batch(variant, workload), fitter.largest_length(variant, workload))
     return Advice(
+        device=fitter.device,
+        needs=before,
+        standing=standing,
         knobs=tuple(knobs[turn] for turn in order),
         left_out=tuple(left_out),
-        turn=() if fits else _find_fewest(fitter, variant, workload, order),
+        turn=() if standing == "fits" else _find_fewest(fitter, variant, workload, order),
+        largest=largest if with_largest else (),
     )
 
 

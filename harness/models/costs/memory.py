@@ -40,14 +40,15 @@ IDLE_HEAP_BYTES = 25 * MIB
 MAPPED_FROM_BYTES = 32 * MIB
 """glibc maps larger blocks apart and gives them back whole (M_MMAP_THRESHOLD's dynamic maximum, mallopt(3))."""
 ERRS_BY = 0.10
-"""How far an estimate may be from the peak: within it nothing is refused, and beyond it nothing is safe. It is wider than
-what was measured (`MEASURED_ERRORS`), because that was on no card."""
+"""How far an estimate may be from the peak: within it nothing is refused, and beyond it nothing is safe. It is wider
+than what was measured (`MEASURED_ERRORS`), because that was on no card."""
 MEASURED_ERRORS = (-0.020, 0.041)
-"""Estimate over measured peak, less 1: the least and the greatest of the 18 peaks that `make proof-memory` measures, of
-smollm2-135m, on a CPU."""
+"""Estimate over measured peak, less 1: the least and the greatest that `make proof-memory` prints of `MEASURED_ON`."""
+MEASURED_ON = "18 peaks of smollm2-135m on a CPU"
 PUBLISHED_ERRORS = (-0.359, 0.022)
-"""The same of the ten peaks on a GPU that it takes from others. Of those of training it is not known what the estimate
-needs: lengths, modules, how the loss takes its logits."""
+"""The same of `PUBLISHED_OF`, on one GPU."""
+PUBLISHED_OF = "10 peaks that others published of cards, whose settings are not all known"
+"""Of training: lengths, modules, how the loss takes its logits."""
 LOGIT_COPIES = 3 * 4
 """Bytes for each logit when the loss's gradient is taken: log-probabilities, their gradient, the logits' gradient."""
 
