@@ -58,9 +58,9 @@ def run_estimate(options: argparse.Namespace) -> int:
     card = None if options.gpu is None else find_card(options.gpu)
     executor, runs = open_executor(), store.runs_dir(options.runs_dir)
     here = executor.machine()
-    device = None
-    if card is not None or options.max_batch:
-        device = on_machine(here, executor.free_bytes()) if card is None else on_card(here, card)
+    device = None if card is None else on_card(here, card)
+    if device is None and options.max_batch:
+        device = on_machine(here, executor.free_bytes())
     machine = here if device is None else device.machine
     study, variant = load_variant(options.variant, profile=options.profile, device=machine.kind)
     workload = study.with_overrides(model=options.model, data=options.data).workload
@@ -70,12 +70,13 @@ def run_estimate(options: argparse.Namespace) -> int:
     process = process_bytes(here, runs)
     kind = "device_peak_allocated_{}_bytes" if machine.device == "cuda" else "host_peak_{}_bytes"
     estimates: dict[MemoryPhase, MemoryEstimate] = {}
-    measured: dict[str, int] = {}
+    measured: dict[MemoryPhase, int] = {}
     for phase in MEMORY_PHASES:
         if not unknown:
             estimates[phase] = estimate_memory(
                 variant, workload, shape, phase=phase, device=machine.device, stored=stored, process_bytes=process
             )
+        # Peaks of this machine's runs are of its own device: those of a CPU say nothing of a card.
         peaks = measured_peaks(workload, here, runs, kind.format(phase)) if machine.device == here.device else {}
         if variant.id in peaks:
             measured[phase] = peaks[variant.id]
@@ -86,33 +87,23 @@ def run_estimate(options: argparse.Namespace) -> int:
     notices = [layers_notice(workload.model, unknown)] if unknown else []
     if estimates and card is None:
         notices += memory_notices(variant, estimates["train"], machine, executor.free_bytes())
+    profile = study.profile or None
     if options.json:
-        asked = (
-            {}
-            if device is None
-            else {"profile": study.profile or None, "fit": advice and _fit_document(advice, estimates)}
-        )
-        print_json(
-            {
-                "variant": variant.name,
-                "id": variant.id,
-                "model": workload.model,
-                "device": machine.device,
-                **{phase: _document(estimates.get(phase), measured.get(phase)) for phase in MEMORY_PHASES},
-                "notices": [notice.message for notice in notices],
-                **asked,
-            }
-        )
+        told = {"variant": variant.name, "id": variant.id, "model": workload.model, "device": machine.device}
+        phases = {phase: _document(estimates.get(phase), measured.get(phase)) for phase in MEMORY_PHASES}
+        asked = {"profile": profile, "fit": advice and _fit_document(advice, estimates)} if device is not None else {}
+        print_json({**told, **phases, "notices": [notice.message for notice in notices], **asked})
     else:
         from harness.report.estimate import describe_estimate
         from harness.report.fitting import describe_fit
         from harness.report.notices import tell_notices
         from harness.report.terminal import console_for, show
 
+        elsewhere = card is not None
         estimated = describe_estimate(
-            variant, workload, machine, tuple(estimates.values()), measured, elsewhere=card is not None
+            variant, workload, machine, tuple(estimates.values()), measured, elsewhere=elsewhere
         )
-        fit = () if advice is None else describe_fit(advice, workload, study.profile or None)
+        fit = () if advice is None else describe_fit(advice, workload, profile)
         show((*estimated, *fit, *tell_notices(notices)), console_for())
     return EXIT_PASS
 

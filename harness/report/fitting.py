@@ -7,8 +7,22 @@ from typing import TYPE_CHECKING
 
 from harness.models.costs.memory import ERRS_BY, MEASURED_ERRORS, MEASURED_ON, PUBLISHED_ERRORS, PUBLISHED_OF
 from harness.records.units import format_bytes, format_percent
-from harness.report.table import Block, Cell, Document, Head, Line, Row, Section, Span, Table, Tone
-from harness.report.table import say, write_bytes, write_row, write_value
+from harness.report.table import (
+    Block,
+    Cell,
+    Document,
+    Head,
+    Line,
+    Row,
+    Section,
+    Span,
+    Table,
+    Tone,
+    say,
+    write_bytes,
+    write_row,
+    write_value,
+)
 
 if TYPE_CHECKING:
     from harness.run.fitting import Device, Largest, Needs, Standing
