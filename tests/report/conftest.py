@@ -12,6 +12,8 @@ import pytest
 
 from harness.machine.doctor.check import Check
 from harness.machine.provenance import Machine
+from harness.models import catalogue, shapes
+from harness.models.costs.cards import find_card
 from harness.models.costs.memory import MemoryEstimate
 from harness.models.costs.peaks import Peak
 from harness.models.shapes import ModelShape
@@ -55,7 +57,9 @@ from harness.report.view import Asked, view_of
 from harness.results.history import History, history_of
 from harness.results.index import open_index
 from harness.run.bisect import Bisection, Candidate, bisect
+from harness.run.fitting import Device, Fitter, on_card, on_machine
 from harness.run.forecast import Forecast
+from harness.run.knobs import advise
 from harness.run.plan import make_plan
 from harness.stats import Comparison, compare_trials
 from harness.studies.variant import Variant
