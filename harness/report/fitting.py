@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from harness.models.costs.memory import ERRS_BY, MEASURED_ERRORS, MEASURED_ON, PUBLISHED_ERRORS, PUBLISHED_OF
-from harness.records.units import format_bytes, format_percent
+from harness.records.units import format_bytes, format_percent, split_interval
 from harness.report.table import (
     Block,
     Cell,
@@ -21,7 +21,6 @@ from harness.report.table import (
     say,
     write_bytes,
     write_row,
-    write_value,
 )
 
 if TYPE_CHECKING:
@@ -84,7 +83,9 @@ def _finding(advice: Advice) -> Line:
 
 
 def _range(needs: Needs) -> Cell:
-    return write_value(needs.expected_bytes, needs.low_bytes, needs.high_bytes, "byte")
+    value, low, high = needs.expected_bytes, needs.low_bytes, needs.high_bytes
+    text, interval = split_interval(value, low, high, "byte")
+    return Cell(text=text, interval=interval, value=value, low=low, high=high, unit="byte")
 
 
 def _assumed(device: Device) -> Iterator[Line]:

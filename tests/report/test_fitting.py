@@ -51,7 +51,7 @@ def test_the_most_that_fits_is_said_with_what_bounds_it(said):
     """A sequence is one, and the model's context ends a length."""
     assert "batch_size: none, for not even 1 sequence of 1024 tokens would fit." in said["fit of nothing"]
     assert "sequence_length: none, for not even 6 sequences of 8 tokens would fit." in said["fit of nothing"]
-    assert "batch_size = 11: 11 sequences of 1024 tokens." in said["fit"]
+    assert "batch_size = 12: 12 sequences of 1024 tokens." in said["fit"]
 
 
 def test_a_profile_that_the_device_takes_is_named(said):
