@@ -70,7 +70,7 @@ def run_estimate(options: argparse.Namespace) -> int:
     process = process_bytes(here, runs)
     kind = "device_peak_allocated_{}_bytes" if machine.device == "cuda" else "host_peak_{}_bytes"
     estimates: dict[MemoryPhase, MemoryEstimate] = {}
-    measured: dict[MemoryPhase, int] = {}
+    measured: dict[str, int] = {}
     for phase in MEMORY_PHASES:
         if not unknown:
             estimates[phase] = estimate_memory(
@@ -90,7 +90,9 @@ def run_estimate(options: argparse.Namespace) -> int:
     profile = study.profile or None
     if options.json:
         told = {"variant": variant.name, "id": variant.id, "model": workload.model, "device": machine.device}
-        phases = {phase: _document(estimates.get(phase), measured.get(phase)) for phase in MEMORY_PHASES}
+        phases: dict[str, Any] = {
+            phase: _document(estimates.get(phase), measured.get(phase)) for phase in MEMORY_PHASES
+        }
         asked = {"profile": profile, "fit": advice and _fit_document(advice, estimates)} if device is not None else {}
         print_json({**told, **phases, "notices": [notice.message for notice in notices], **asked})
     else:
