@@ -45,7 +45,7 @@ EXAMPLES = {
     "calibrate": "lorameter calibrate --effort standard",
     "wrap": "lorameter wrap -- python train.py --r 64",
     "doctor": "lorameter doctor",
-    "estimate": "lorameter estimate lora-or-qlora:qlora-nf4-r16 --model llama2-7b",
+    "estimate": "lorameter estimate lora-or-qlora:lora-r16 --model llama2-7b --gpu L4",
     "profile": "lorameter profile lora-or-qlora:qlora-nf4-r16 --phase generate --try",
     "parity": "lorameter parity lora-or-qlora:qlora-nf4-r16 --prompts 32",
     "sample": "lorameter sample 20261120-101500-mine-3f2a qlora-nf4-r16",

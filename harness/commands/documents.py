@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from harness.commands import documents_of_many, documents_of_parity
+from harness.commands import documents_of_estimates, documents_of_many, documents_of_parity
 from harness.commands.output import SCHEMA
 
 
@@ -251,13 +251,13 @@ class ClaimsOf(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 DOCUMENTS: tuple[type[msgspec.Struct], ...] = (
-    ReportOfRun, ComparisonOf, GateOf, ReportOfAB, RunOf, PlanOf, ClaimsOf, *documents_of_many.DOCUMENTS,
-    *documents_of_parity.DOCUMENTS,
+    ReportOfRun, ComparisonOf, GateOf, ReportOfAB, RunOf, PlanOf, ClaimsOf, *documents_of_estimates.DOCUMENTS,
+    *documents_of_many.DOCUMENTS, *documents_of_parity.DOCUMENTS,
 )  # fmt: skip
 """What commands print as a whole."""
 PARTS: tuple[type[msgspec.Struct], ...] = (
     Value, Ratio, Told, VariantOf, TableOf, ComparedOf, Differs, AttributionOf, PartOf, ClaimOf,
-    *documents_of_many.PARTS, *documents_of_parity.PARTS,
+    *documents_of_estimates.PARTS, *documents_of_many.PARTS, *documents_of_parity.PARTS,
 )  # fmt: skip
 """What they are made of."""
 

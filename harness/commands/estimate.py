@@ -1,4 +1,4 @@
-"""The command that says what memory a variant will take: `estimate`."""
+"""The command that says what memory a variant will take, and whether a card holds it: `estimate`."""
 
 from __future__ import annotations
 
@@ -12,19 +12,31 @@ from harness.errors import EXIT_PASS
 if TYPE_CHECKING:
     from harness.models.costs.memory import MemoryEstimate
     from harness.records.memory_account import MemoryPhase
+    from harness.run.fitting import Needs
+    from harness.run.knobs import Advice
 
 
 def add_commands(commands: Any, common: Any) -> None:
     """The parser of this command; `common` adds the options that every command has."""
     estimate = commands.add_parser(
         "estimate",
-        help="what memory a variant will take, by kind, without loading anything",
-        description="Estimate the peak memory of a variant's training and generation on this machine, by kind.",
+        help="what memory a variant will take, by kind, without loading anything; whether a card holds it",
+        description="Estimate the peak memory of a variant's training and generation, by kind: on this machine, or on "
+        "a card that is not here.",
     )
     estimate.add_argument("variant", metavar="VARIANT", help="STUDY:NAME, or a TOML file with one variant")
     add_options(estimate.add_argument, "profile")
     estimate.add_argument("--model", metavar="M", help="another model; its shape is enough, so random:M never loads")
     estimate.add_argument("--data", metavar="FILE|ID", help="of the earlier run to set beside the estimate")
+    estimate.add_argument(
+        "--gpu",
+        metavar="SIZE|NAME",
+        help="whether it fits on a card that is not here, and what to change first where it does not: 24GiB, 24GB (of "
+        '10^9 bytes), H100, "RTX 4090"',
+    )
+    estimate.add_argument(
+        "--max-batch", action="store_true", help="the largest batch and the largest length that fit there, or here"
+    )
     common(estimate)
     estimate.set_defaults(command=run_estimate)
 
@@ -32,22 +44,30 @@ def add_commands(commands: Any, common: Any) -> None:
 def run_estimate(options: argparse.Namespace) -> int:
     """Print the estimate, what an earlier run measured beside it, and whether it fits; or why there is none."""
     from harness.models import catalogue, shapes
+    from harness.models.costs.cards import find_card
     from harness.models.costs.memory import estimate_memory, stored_dtype
     from harness.records import store
     from harness.records.memory_account import MEMORY_PHASES
     from harness.run.executors import open_executor
     from harness.run.feasibility import layers_notice, memory_notices
+    from harness.run.fitting import Fitter, on_card, on_machine
     from harness.run.forecast import measured_peaks, process_bytes
+    from harness.run.knobs import advise
     from harness.studies.study_file import load_variant
 
+    card = None if options.gpu is None else find_card(options.gpu)
     executor, runs = open_executor(), store.runs_dir(options.runs_dir)
-    machine = executor.machine()
+    here = executor.machine()
+    device = None if card is None else on_card(here, card)
+    if device is None and options.max_batch:
+        device = on_machine(here, executor.free_bytes())
+    machine = here if device is None else device.machine
     study, variant = load_variant(options.variant, profile=options.profile, device=machine.kind)
     workload = study.with_overrides(model=options.model, data=options.data).workload
     source = catalogue.resolve(workload.model)
     shape, stored = shapes.shape(source), stored_dtype(source)
     unknown = shapes.unknown_layers(shape)
-    process = process_bytes(machine, runs)
+    process = process_bytes(here, runs)
     kind = "device_peak_allocated_{}_bytes" if machine.device == "cuda" else "host_peak_{}_bytes"
     estimates: dict[MemoryPhase, MemoryEstimate] = {}
     measured: dict[str, int] = {}
@@ -56,31 +76,38 @@ def run_estimate(options: argparse.Namespace) -> int:
             estimates[phase] = estimate_memory(
                 variant, workload, shape, phase=phase, device=machine.device, stored=stored, process_bytes=process
             )
-        peaks = measured_peaks(workload, machine, runs, kind.format(phase))
+        # Peaks of this machine's runs are of its own device: those of a CPU say nothing of a card.
+        peaks = measured_peaks(workload, here, runs, kind.format(phase)) if machine.device == here.device else {}
         if variant.id in peaks:
             measured[phase] = peaks[variant.id]
+    advice = None
+    if device is not None and not unknown:
+        fitter = Fitter(device=device, shape=shape, stored=stored, process_bytes=process)
+        advice = advise(fitter, variant, workload, with_largest=options.max_batch)
     notices = [layers_notice(workload.model, unknown)] if unknown else []
-    if estimates:
+    if estimates and card is None:
         most = max(estimates.values(), key=lambda one: one.needed_bytes)
         notices += memory_notices(variant, most, machine, executor.free_bytes())
+    profile = study.profile or None
     if options.json:
-        print_json(
-            {
-                "variant": variant.name,
-                "id": variant.id,
-                "model": workload.model,
-                "device": machine.device,
-                **{phase: _document(estimates.get(phase), measured.get(phase)) for phase in MEMORY_PHASES},
-                "notices": [notice.message for notice in notices],
-            }
-        )
+        told = {"variant": variant.name, "id": variant.id, "model": workload.model, "device": machine.device}
+        phases: dict[str, Any] = {
+            phase: _document(estimates.get(phase), measured.get(phase)) for phase in MEMORY_PHASES
+        }
+        asked = {"profile": profile, "fit": advice and _fit_document(advice, estimates)} if device is not None else {}
+        print_json({**told, **phases, "notices": [notice.message for notice in notices], **asked})
     else:
         from harness.report.estimate import describe_estimate
+        from harness.report.fitting import describe_fit
         from harness.report.notices import tell_notices
         from harness.report.terminal import console_for, show
 
-        estimated = describe_estimate(variant, workload, machine, tuple(estimates.values()), measured)
-        show((*estimated, *tell_notices(notices)), console_for())
+        elsewhere = card is not None
+        estimated = describe_estimate(
+            variant, workload, machine, tuple(estimates.values()), measured, elsewhere=elsewhere
+        )
+        fit = () if advice is None else describe_fit(advice, workload, profile)
+        show((*estimated, *fit, *tell_notices(notices)), console_for())
     return EXIT_PASS
 
 
@@ -92,4 +119,56 @@ def _document(estimate: MemoryEstimate | None, measured: int | None) -> dict[str
         "total_bytes": total,
         "measured_bytes": measured,
         "error": None if measured is None or total is None else total / measured - 1,
+    }
+
+
+def _fit_document(advice: Advice, estimates: dict[MemoryPhase, MemoryEstimate]) -> dict[str, Any]:
+    from harness.models.costs.memory import ERRS_BY, MEASURED_ERRORS, MEASURED_ON, PUBLISHED_ERRORS, PUBLISHED_OF
+    from harness.run.fitting import Needs
+
+    device = advice.device
+    return {
+        "device": {
+            "name": device.name,
+            "total_bytes": device.total_bytes,
+            "usable_bytes": device.usable_bytes,
+            "source": device.source,
+            "assumed": device.assumed,
+        },
+        "standing": advice.standing,
+        "needs": _needs_document(advice.needs),
+        "phases": {
+            phase: _needs_document(Needs(expected_bytes=estimate.needed_bytes)) for phase, estimate in estimates.items()
+        },
+        "spare_bytes": device.usable_bytes - advice.needs.high_bytes,
+        "error": {
+            "counted_with": ERRS_BY,
+            "measured": MEASURED_ERRORS,
+            "measured_on": MEASURED_ON,
+            "published": PUBLISHED_ERRORS,
+            "published_of": PUBLISHED_OF,
+        },
+        "knobs": [
+            {
+                "writes": knob.writes,
+                "table": knob.table,
+                "freed_bytes": knob.freed_bytes,
+                "needs": _needs_document(knob.needs),
+                "standing": knob.standing,
+            }
+            for knob in advice.knobs
+        ],
+        "left_out": [{"writes": one.writes, "why": one.why} for one in advice.left_out],
+        "turn": advice.turn,
+        "largest": [
+            {"key": one.key, "value": one.value, "least": one.least, "bound": one.bound} for one in advice.largest
+        ],
+    }
+
+
+def _needs_document(needs: Needs) -> dict[str, int]:
+    return {
+        "expected_bytes": needs.expected_bytes,
+        "low_bytes": needs.low_bytes,
+        "high_bytes": needs.high_bytes,
     }

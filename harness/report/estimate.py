@@ -27,12 +27,15 @@ def describe_estimate(
     machine: Machine,
     estimates: Sequence[MemoryEstimate],
     measured: Mapping[str, int],
+    *,
+    elsewhere: bool = False,
 ) -> Document:
     """One row a kind, one column a phase; `measured` are peaks in bytes by phase, where a run has them.
 
-    Without estimates, as of a model whose layers are not known, there are the measured peaks alone.
+    Without estimates, as of a model whose layers are not known, there are the measured peaks alone. `elsewhere` is said
+    of a device that is not here: whether it fits on that is another document (`harness.report.fitting`).
     """
-    return tuple(_blocks(variant, workload, machine, estimates, measured))
+    return tuple(_blocks(variant, workload, machine, estimates, measured, elsewhere))
 
 
 def _blocks(
@@ -41,6 +44,7 @@ def _blocks(
     machine: Machine,
     estimates: Sequence[MemoryEstimate],
     measured: Mapping[str, int],
+    elsewhere: bool,
 ) -> Iterator[Block]:
     where = "device memory" if machine.device == "cuda" else "host memory"
     yield say(
@@ -55,6 +59,8 @@ def _blocks(
         return
     heads = name_columns(f"{where}, MiB", *(estimate.phase for estimate in estimates))
     yield Table(heads=heads, rows=(*_kinds(estimates), *_peaks(estimates, measured), *_beside(estimates)))
+    if elsewhere:
+        return
     if not measured:
         yield say("No earlier run of this variant and workload on this machine has measured it.", indented=False)
     has = machine.device_memory_bytes if machine.device == "cuda" else machine.memory_bytes

@@ -15,7 +15,7 @@ from harness.errors import UsageError, shorten
 from harness.machine.provenance import Machine
 from harness.models import catalogue, shapes
 from harness.models.costs.lora import PAGED_FROM_ELEMENTS, adapter_tensors, paged_state_bytes
-from harness.models.costs.memory import MemoryEstimate, birth_bytes, estimate_peak, stored_dtype
+from harness.models.costs.memory import ERRS_BY, MemoryEstimate, birth_bytes, estimate_peak, stored_dtype
 from harness.models.shapes import ModelShape, linear_layers, unknown_layers
 from harness.records.record import Notice
 from harness.records.units import format_bytes
@@ -27,8 +27,6 @@ from harness.studies.variant import Variant
 from harness.studies.workload import Workload
 from harness.trial.data.records import look_into
 
-ERRS_BY = 0.10
-"""How far an estimate of memory may be from the peak: within it nothing is refused, and beyond it nothing is safe."""
 NOT_HERE = "needs-gpu"
 """Code of the notice of a plan that is only shown: its engine needs another device than there is."""
 NF4_BLOCK = 64
@@ -90,7 +88,7 @@ def check_feasible(
         notices += _paged_notices(variant, machine, shape)
         if workload.model in unknown:
             continue
-        _check_widths(where, variant, shape, machine)
+        check_widths(where, variant, shape, machine)
         notices += _rank_notices(variant, shape)
         if workload.strategy == "fsdp2":  # what one rank holds of it is a part that no formula here knows
             continue
@@ -251,7 +249,8 @@ def _check_liger(where: str, variant: Variant, machine: Machine) -> None:
         )
 
 
-def _check_widths(where: str, variant: Variant, shape: ModelShape, machine: Machine) -> None:
+def check_widths(where: str, variant: Variant, shape: ModelShape, machine: Machine) -> None:
+    """Raises `UsageError` for 4-bit layers of a width that bitsandbytes cannot run on this CPU."""
     if not (variant.is_4bit and machine.device == "cpu" and machine.avx512_bf16):
         return
     taken = {layer.inputs for layer in linear_layers(shape).values()}

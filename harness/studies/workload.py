@@ -33,9 +33,13 @@ LISTED = ("request_batch", "prompt_tokens")
 OF_TOKENS = ("model", "prompt_format", "loss", "sequence_length", "layout")
 """Those that say over which tokens a loss is, so many sequences of another length holding others of the records: losses
 that differ in one of them are not compared."""
+LEAST_LENGTH = 8
+"""Tokens of a sequence, at least."""
+MOST_BATCH = 2**20
+"""Sequences of a step, at most."""
 _RANGES: dict[str, limits.Range] = {
-    "sequence_length": (8, 2**24),
-    "batch_size": (1, 2**20),
+    "sequence_length": (LEAST_LENGTH, 2**24),
+    "batch_size": (1, MOST_BATCH),
     "train_sequences": (1, limits.MOST_TOKENS),
     "held_out_records": (1, 10**6),
     "held_out_sequences": (1, limits.MOST_TOKENS),

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
+import msgspec
 import pytest
 
 from harness.cli import main
+from harness.commands.documents_of_estimates import EstimateOf
 from harness.errors import UsageError
 from harness.machine import provenance
 from harness.models import catalogue, shapes
@@ -17,6 +23,7 @@ from harness.run.contenders import Contender
 from harness.run.feasibility import check_feasible
 from harness.studies.study_file import load_study
 
+ROOT = Path(__file__).parents[2]
 SPEC = "lora-or-qlora:qlora-nf4-r16"
 
 
@@ -96,3 +103,140 @@ def test_what_clearly_does_not_fit_is_refused_and_what_may_not_is_said(machine):
         notices(0.8)
     for share, taken in ((1.2, False), (1.0, True), (None, False)):
         assert ("memory-taken" in notices(2.0, share and int(needed * share))) is taken
+
+
+WIDE = """
+title = "Wide"
+[workload]
+model = "random:llama2-7b"
+sequence_length = 1024
+batch_size = 6
+[[variant]]
+name = "lora"
+r = 16
+[[variant]]
+name = "qlora"
+r = 16
+quantization = "nf4"
+gradient_checkpointing = true
+"""
+
+
+@pytest.fixture
+def estimated(capsys, tmp_path, monkeypatch, machine):
+    """A function that estimates for a study of Llama-2-7B, six sequences of 1024 tokens, on a machine without a card;
+    returns the document."""
+    monkeypatch.setattr(provenance, "probe_machine", lambda: machine)
+    monkeypatch.setattr(provenance, "free_bytes", lambda _: 6 * 2**30)
+    (tmp_path / "wide.toml").write_text(WIDE)
+
+    def run(variant, *options):
+        spec = f"{tmp_path / 'wide.toml'}:{variant}" if ":" not in variant else variant
+        arguments = ["estimate", spec, *options, "--json", "--runs-dir", str(tmp_path / "runs")]
+        assert main(arguments) == 0
+        return msgspec.convert(json.loads(capsys.readouterr().out), EstimateOf)
+
+    return run
+
+
+def test_what_does_not_fit_on_24_gib_fits_in_4_bits_with_checkpointing(estimated):
+    """On a machine without a card the estimates are of a card: no process of the host is in them."""
+    lora, qlora = estimated("lora", "--gpu", "24GiB"), estimated("qlora", "--gpu", "24GiB")
+    assert (lora.device, lora.fit.standing, qlora.fit.standing) == ("cuda", "does-not-fit", "fits")
+    assert "process" not in lora.train.kinds
+    assert lora.fit.turn == ["gradient_checkpointing = true"]
+    assert (qlora.fit.turn, qlora.fit.largest) == ([], [])
+    for told in (lora, qlora):
+        fit = told.fit
+        assert fit.device.total_bytes == 24 * 2**30
+        assert fit.device.usable_bytes == int(0.98 * 24 * 2**30)
+        assert fit.needs.expected_bytes == told.train.total_bytes + told.train.beside["context"]
+        assert fit.needs == fit.phases["train"]
+        assert fit.needs.low_bytes < fit.needs.expected_bytes < fit.needs.high_bytes
+        assert fit.spare_bytes == fit.device.usable_bytes - fit.needs.high_bytes
+        assert (fit.spare_bytes >= 0) is (fit.standing == "fits")
+        assert fit.error.measured_on == "18 peaks of smollm2-135m on a CPU"
+
+
+def test_the_largest_batch_and_length_are_those_that_a_study_can_be_run_with(estimated):
+    """With one more of either it would not be said to fit; the context of the model ends a length."""
+    batch, length = estimated("qlora", "--gpu", "RTX 4090", "--max-batch").fit.largest
+    assert (batch.key, batch.bound, length.key) == ("batch_size", "memory", "sequence_length")
+    assert batch.value > 6
+    assert length.value == 4096
+    assert length.bound == "context"
+
+
+def test_without_a_card_it_is_said_of_what_is_free_here(estimated):
+    """A third of the machine's memory is taken by others."""
+    told = estimated("lora-or-qlora:lora-r16", "--model", "random:smollm2-135m", "--max-batch")
+    assert (told.device, told.fit.device.usable_bytes) == ("cpu", 6 * 2**30)
+    assert told.fit.device.assumed == []
+    assert told.fit.largest[0].value > 2
+    assert estimated("lora-or-qlora:lora-r16", "--model", "random:smollm2-135m").fit is None
+
+
+def test_a_card_by_its_name_takes_the_profile_of_the_study_that_it_would_run_with(estimated):
+    """One of which only the size is known takes the study as it is written."""
+    assert estimated("llama2-lora-parameters:r=512", "--gpu", "H100").profile == "h100"
+    assert estimated("llama2-lora-parameters:r=512", "--gpu", "80GiB").profile is None
+
+
+def test_a_model_whose_layers_are_not_known_fits_nobody_knows_where(estimated, tmp_path):
+    """A notice says why; nothing is made up."""
+    config = json.loads((ROOT / "harness" / "models" / "llama2-7b.json").read_text())
+    config = config.get("config", config) | {"model_type": "unheard-of"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    told = estimated("lora", "--model", f"random:{tmp_path}", "--gpu", "24GiB", "--max-batch")
+    assert told.fit is None
+    assert "unknown" in told.notices[0]
+
+
+def test_peaks_of_a_cpu_are_not_set_beside_those_of_a_card(
+    capsys, small_study, write_run, tmp_path, monkeypatch, machine
+):
+    """Today's run was of another device."""
+    monkeypatch.setattr(provenance, "probe_machine", lambda: machine)
+    monkeypatch.setattr(
+        "harness.studies.study_file.load_variant", lambda spec, **_: (small_study, small_study.variants[0])
+    )
+    write_run("earlier", {"plain": [1.0, 1.0]}, peak=10**9)
+    runs = ["--runs-dir", str(tmp_path / "runs"), "--json"]
+    assert main(["estimate", "small:plain", *runs]) == main(["estimate", "small:plain", "--gpu", "24GiB", *runs]) == 0
+    here, there = map(json.loads, capsys.readouterr().out.splitlines())
+    assert here["train"]["measured_bytes"] == 10**9
+    assert there["train"]["measured_bytes"] is None
+
+
+@pytest.mark.parametrize("text", ["A100", "nonsense", "24", "0GiB", "-1GiB", "1e30GiB", "9" * 5000 + "GiB", ""])
+def test_what_is_no_card_is_refused_before_anything_is_looked_at(text, capsys, monkeypatch):
+    """The study is not read and the machine is not asked; each of the ways is among the tests of the cards."""
+    monkeypatch.setattr(provenance, "probe_machine", lambda: pytest.fail("asked"))
+    assert main(["estimate", "no-such-study", f"--gpu={text}"]) == 2
+    said = capsys.readouterr().err
+    assert "--gpu" in said
+    assert len(said) < 500
+
+
+def test_several_ranks_are_refused_where_it_is_asked_what_fits(capsys, tmp_path, machine, monkeypatch):
+    """And estimated as before where it is not."""
+    monkeypatch.setattr(provenance, "probe_machine", lambda: machine)
+    (tmp_path / "two.toml").write_text(WIDE.replace("batch_size = 6", 'batch_size = 6\nranks = 2\nstrategy = "ddp"'))
+    spec = [f"{tmp_path / 'two.toml'}:lora", "--runs-dir", str(tmp_path / "runs")]
+    assert main(["estimate", *spec]) == 0
+    assert main(["estimate", *spec, "--gpu", "H100"]) == 2
+    assert "ranks = 2" in capsys.readouterr().err
+
+
+def test_nothing_is_loaded_for_a_card_that_is_not_here():
+    """Neither torch nor a model."""
+    done = subprocess.run(
+        [sys.executable, "-c",
+         "import sys; from harness.cli import main; "
+         f"code = main(['estimate', {SPEC!r}, '--model', 'llama2-70b', '--gpu', 'H100', '--max-batch']); "
+         "print('LOADED', code, sorted({'torch', 'transformers', 'peft', 'numpy'} & set(sys.modules)))"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert "LOADED 0 []" in done.stdout
+    assert "On H100 80GB" in done.stdout

@@ -12,6 +12,8 @@ import pytest
 
 from harness.machine.doctor.check import Check
 from harness.machine.provenance import Machine
+from harness.models import catalogue, shapes
+from harness.models.costs.cards import find_card
 from harness.models.costs.memory import MemoryEstimate
 from harness.models.costs.peaks import Peak
 from harness.models.shapes import ModelShape
@@ -40,6 +42,7 @@ from harness.report.claims import describe_claims
 from harness.report.comparison import describe_comparison
 from harness.report.doctor import describe_checks
 from harness.report.estimate import describe_estimate
+from harness.report.fitting import describe_fit
 from harness.report.gate import describe_gate
 from harness.report.history import describe_history
 from harness.report.matrix import Change, describe_matrix
@@ -58,7 +61,9 @@ from harness.report.view import Asked, view_of
 from harness.results.history import History, history_of
 from harness.results.index import open_index
 from harness.run.bisect import Bisection, Candidate, bisect
+from harness.run.fitting import Device, Fitter, on_card, on_machine
 from harness.run.forecast import Forecast
+from harness.run.knobs import advise
 from harness.run.plan import make_plan
 from harness.stats import Comparison, compare_trials
 from harness.studies.serving import ways_of
@@ -237,6 +242,25 @@ def sizes() -> tuple[Any, ...]:
     )
 
 
+def fits() -> dict[str, Callable[[], Document]]:
+    """A variant that does not fit on a card, one that does with all that is said of it, and one on this machine."""
+    shape = shapes.shape(catalogue.resolve("random:llama2-7b"))
+    wide, narrow = Workload(batch_size=6, sequence_length=1024), Workload(batch_size=1, sequence_length=128)
+    refusing = Variant(name="v", init_lora_weights="pissa")
+    cases = {
+        "fit that is none": (on_card(MACHINE, find_card("RTX 4090")), refusing, wide),
+        "fit": (on_card(MACHINE, find_card("H200")), Variant(name="v"), wide),
+        "fit of nothing": (on_card(MACHINE, find_card("1GiB")), Variant(name="v"), wide),
+        "fit here": (on_machine(MACHINE, 8 * 2**30), Variant(name="v", quantization="nf4"), narrow),
+    }
+
+    def make(device: Device, variant: Variant, workload: Workload) -> Callable[[], Document]:
+        fitter = Fitter(device=device, shape=shape, stored=None, process_bytes=None)
+        return lambda: describe_fit(advise(fitter, variant, workload, with_largest=True), workload, "h100")
+
+    return {name: make(*case) for name, case in cases.items()}
+
+
 def estimates() -> tuple[MemoryEstimate, ...]:
     """Two phases, one with something beside."""
     kinds = {"process": 2**28, "gradients": 2**22}
@@ -354,6 +378,7 @@ def every_report(small_study, history) -> dict[str, Document]:
         "estimate": lambda: describe_estimate(
             Variant(name="v"), Workload(), MACHINE, estimates(), {"train": 2**28 + 2**20}
         ),
+        **fits(),
         "sizes": lambda: describe_sizes("tiny-llama", sizes()),
         "sample": lambda: describe_samples(samples(), "v, replicate 0"),
         "calibration": lambda: describe_calibration(calibration(), 128),

@@ -39,6 +39,16 @@ IDLE_HEAP_BYTES = 25 * MIB
 """What malloc still holds in a request after training, when it was asked to give all back; measured 10 to 44 MiB."""
 MAPPED_FROM_BYTES = 32 * MIB
 """glibc maps larger blocks apart and gives them back whole (M_MMAP_THRESHOLD's dynamic maximum, mallopt(3))."""
+ERRS_BY = 0.10
+"""How far an estimate may be from the peak: within it nothing is refused, and beyond it nothing is safe. It is wider
+than what was measured (`MEASURED_ERRORS`), because that was on no card."""
+MEASURED_ERRORS = (-0.020, 0.041)
+"""Estimate over measured peak, less 1: the least and the greatest that `make proof-memory` prints of `MEASURED_ON`."""
+MEASURED_ON = "18 peaks of smollm2-135m on a CPU"
+PUBLISHED_ERRORS = (-0.359, 0.022)
+"""The same of `PUBLISHED_OF`, on one GPU."""
+PUBLISHED_OF = "10 peaks that others published of cards, whose settings are not all known"
+"""Of training: lengths, modules, how the loss takes its logits."""
 LOGIT_COPIES = 3 * 4
 """Bytes for each logit when the loss's gradient is taken: log-probabilities, their gradient, the logits' gradient."""
 
@@ -198,7 +208,7 @@ def _step(variant: Variant, workload: Workload, shape: ModelShape, device: str) 
     kept, tokens = activations.sum_kept(), workload.batch_size * workload.sequence_length
     gradients = adapter_parameters(variant, shape) * _adapter_width(variant)
     accumulated = gradients if variant.gradient_accumulation > 1 else 0
-    slack = device == "cpu" and tokens * shape.intermediate_size * width(variant.dtype) < MAPPED_FROM_BYTES
+    slack = device == "cpu" and tokens < mapped_from_tokens(variant, shape)
     again = activations.block() if variant.gradient_checkpointing else 0
     taken = max(kept, gradients, kept + again + gradients if again else 0) if slack else 0
     loss = {"activations": kept, "logits": LOGIT_COPIES * tokens * shape.vocab_size, "gradients": accumulated}
@@ -212,6 +222,14 @@ def _step(variant: Variant, workload: Workload, shape: ModelShape, device: str) 
             held = moment.get("activations", 0) + moment.get("gradients", 0) + moment.get("temporaries", 0)
             moment["heap_slack"] = max(0, taken - held) + int(HEAP_SLACK * taken)
     return max(moments, key=lambda moment: sum(moment.values()))
+
+
+def mapped_from_tokens(variant: Variant, shape: ModelShape) -> int:
+    """Tokens of a step from which its activations are mapped apart on a CPU, so that malloc holds nothing beside them.
+
+    At this length, and only there, an estimate falls with more tokens.
+    """
+    return -(-MAPPED_FROM_BYTES // (shape.intermediate_size * width(variant.dtype)))
 
 
 def _foreach(variant: Variant, device: str) -> int:

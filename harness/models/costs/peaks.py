@@ -4,6 +4,9 @@ A peak is dense: figures "with sparsity" are twice as high, and a LoRA step has 
 accumulate in float32, as torch's products of half-precision numbers do, which on GeForce cards is half the rate that is
 advertised. All are at the boost clock of the datasheet, which a device under load may not hold, and a GeForce card may
 exceed. A device that is not listed by its exact name has no peak here; measure one (`harness.trial.profiling.peak`).
+
+Beside them stands how much memory a card has. That is what its driver says and not what it is sold as: where ECC takes
+its share of GDDR6, as on an L4, a card that is sold with 24 GB shows 22.5 GiB.
 """
 
 from __future__ import annotations
@@ -45,6 +48,21 @@ class DevicePeaks:
     teraflops: Mapping[Rate, float]
     gigabytes_per_s: float
     source: str
+    sold_gb: int
+    """Memory by its name in the shops."""
+    memory_mib: int
+    """All memory that NVML shows of it, what the driver keeps for itself included (`MEMORY_SOURCE`)."""
+
+    @property
+    def label(self) -> str:
+        """What people call it, with its memory: one of a form factor is called as the others are."""
+        words = self.names[0].removeprefix("GeForce ").replace("-", " ").split()
+        return f"{' '.join(words[: 2 if words[0] == 'RTX' else 1])} {self.sold_gb}GB"
+
+    @property
+    def memory_bytes(self) -> int:
+        """All memory that NVML shows of it."""
+        return self.memory_mib * 2**20
 
 
 def _dense(half: float, tf32: float | None, float32: float, *, bfloat16: bool = True) -> dict[Rate, float]:
@@ -52,59 +70,149 @@ def _dense(half: float, tf32: float | None, float32: float, *, bfloat16: bool = 
     return rates | ({"bfloat16": half} if bfloat16 else {}) | ({"tf32": tf32} if tf32 else {})
 
 
+MEMORY_SOURCE = "the total that nvidia-smi shows of such cards"
+"""Of an H100, A100, A10, L40S, L4 and T4 as Modal listed them for its users (modal-labs/modal-client, pull request
+2797); of the others as listings of nvidia-smi in public issues show them. Drivers before 510 showed some hundred MiB
+less, those that they keep; of the V100 with 16 GB that lesser figure is the one that was found."""
 _A100 = "NVIDIA A100 Tensor Core GPU datasheet"
 _H100 = "NVIDIA H100 Tensor Core GPU Architecture whitepaper, table 3; bandwidth: NVIDIA H100 datasheet"
 _V100 = "NVIDIA V100 Tensor Core GPU datasheet"
 DEVICES: tuple[DevicePeaks, ...] = (
     DevicePeaks(
-        names=("A100-SXM4-40GB", "A100-PCIE-40GB"), teraflops=_dense(312, 156, 19.5), gigabytes_per_s=1555, source=_A100
+        names=("A100-SXM4-40GB", "A100-PCIE-40GB"),
+        teraflops=_dense(312, 156, 19.5),
+        gigabytes_per_s=1555,
+        source=_A100,
+        sold_gb=40,
+        memory_mib=40960,
     ),
-    DevicePeaks(names=("A100-SXM4-80GB",), teraflops=_dense(312, 156, 19.5), gigabytes_per_s=2039, source=_A100),
-    DevicePeaks(names=("A100 80GB PCIe",), teraflops=_dense(312, 156, 19.5), gigabytes_per_s=1935, source=_A100),
-    DevicePeaks(names=("H100 80GB HBM3",), teraflops=_dense(989.4, 494.7, 66.9), gigabytes_per_s=3350, source=_H100),
-    DevicePeaks(names=("H100 PCIe",), teraflops=_dense(756, 378, 51.2), gigabytes_per_s=2000, source=_H100),
+    DevicePeaks(
+        names=("A100-SXM4-80GB",),
+        teraflops=_dense(312, 156, 19.5),
+        gigabytes_per_s=2039,
+        source=_A100,
+        sold_gb=80,
+        memory_mib=81920,
+    ),
+    DevicePeaks(
+        names=("A100 80GB PCIe",),
+        teraflops=_dense(312, 156, 19.5),
+        gigabytes_per_s=1935,
+        source=_A100,
+        sold_gb=80,
+        memory_mib=81920,
+    ),
+    DevicePeaks(
+        names=("H100 80GB HBM3",),
+        teraflops=_dense(989.4, 494.7, 66.9),
+        gigabytes_per_s=3350,
+        source=_H100,
+        sold_gb=80,
+        memory_mib=81559,
+    ),
+    DevicePeaks(
+        names=("H100 PCIe",),
+        teraflops=_dense(756, 378, 51.2),
+        gigabytes_per_s=2000,
+        source=_H100,
+        sold_gb=80,
+        memory_mib=81559,
+    ),
     DevicePeaks(
         names=("H200",),
         teraflops=_dense(989.4, 494.7, 66.9),
         gigabytes_per_s=4800,
         source="NVIDIA H200 datasheet, whose products are those of the H100 SXM",
+        sold_gb=141,
+        memory_mib=143771,
     ),
     DevicePeaks(
-        names=("L4",), teraflops=_dense(121, 60, 30.3), gigabytes_per_s=300, source="NVIDIA L4 datasheet, halved: dense"
+        names=("L4",),
+        teraflops=_dense(121, 60, 30.3),
+        gigabytes_per_s=300,
+        source="NVIDIA L4 datasheet, halved: dense",
+        sold_gb=24,
+        memory_mib=23034,
     ),
     DevicePeaks(
-        names=("L40S",), teraflops=_dense(362.05, 183, 91.6), gigabytes_per_s=864, source="NVIDIA L40S datasheet"
+        names=("L40S",),
+        teraflops=_dense(362.05, 183, 91.6),
+        gigabytes_per_s=864,
+        source="NVIDIA L40S datasheet",
+        sold_gb=48,
+        memory_mib=46068,
     ),
-    DevicePeaks(names=("A10",), teraflops=_dense(125, 62.5, 31.2), gigabytes_per_s=600, source="NVIDIA A10 datasheet"),
+    DevicePeaks(
+        names=("A10",),
+        teraflops=_dense(125, 62.5, 31.2),
+        gigabytes_per_s=600,
+        source="NVIDIA A10 datasheet",
+        sold_gb=24,
+        memory_mib=23028,
+    ),
     DevicePeaks(
         names=("GeForce RTX 3090",),
         teraflops=_dense(71, 35.6, 35.6),
         gigabytes_per_s=936,
         source="NVIDIA Ampere GA102 GPU Architecture whitepaper, appendix A, float32 accumulate",
+        sold_gb=24,
+        memory_mib=24576,
     ),
     DevicePeaks(
         names=("GeForce RTX 4090",),
         teraflops=_dense(165.2, 82.6, 82.6),
         gigabytes_per_s=1008,
         source="NVIDIA Ada GPU Architecture whitepaper, appendix A, float32 accumulate",
+        sold_gb=24,
+        memory_mib=24564,
+    ),
+    DevicePeaks(
+        names=("GeForce RTX 5090",),
+        teraflops=_dense(209.5, 104.8, 104.8),
+        gigabytes_per_s=1792,
+        source="NVIDIA RTX Blackwell GPU Architecture whitepaper, float32 accumulate",
+        sold_gb=32,
+        memory_mib=32607,
     ),
     DevicePeaks(
         names=("T4",),
         teraflops=_dense(65, None, 8.1, bfloat16=False),
         gigabytes_per_s=320,
         source="NVIDIA T4 Tensor Core GPU datasheet",
+        sold_gb=16,
+        memory_mib=15360,
     ),
     DevicePeaks(
-        names=("V100-SXM2-16GB", "V100-SXM2-32GB"),
+        names=("V100-SXM2-16GB",),
         teraflops=_dense(125, None, 15.7, bfloat16=False),
         gigabytes_per_s=900,
         source=_V100,
+        sold_gb=16,
+        memory_mib=16160,
     ),
     DevicePeaks(
-        names=("V100-PCIE-16GB", "V100-PCIE-32GB"),
+        names=("V100-SXM2-32GB",),
+        teraflops=_dense(125, None, 15.7, bfloat16=False),
+        gigabytes_per_s=900,
+        source=_V100,
+        sold_gb=32,
+        memory_mib=32768,
+    ),
+    DevicePeaks(
+        names=("V100-PCIE-16GB",),
         teraflops=_dense(112, None, 14, bfloat16=False),
         gigabytes_per_s=900,
         source=_V100,
+        sold_gb=16,
+        memory_mib=16160,
+    ),
+    DevicePeaks(
+        names=("V100-PCIE-32GB",),
+        teraflops=_dense(112, None, 14, bfloat16=False),
+        gigabytes_per_s=900,
+        source=_V100,
+        sold_gb=32,
+        memory_mib=32768,
     ),
 )
 """Checked against quotations of the documents named; where these print figures with sparsity, half of them."""

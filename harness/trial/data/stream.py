@@ -115,8 +115,14 @@ class TokenStream:
         chosen: torch.Tensor = prompts[rows].to(self._device)
         return chosen
 
+    def prompt(self, index: int) -> torch.Tensor:
+        """Prompt `index` alone (modulo their number), whatever requests take; shape (1, prompt_tokens)."""
+        prompts = self._tensors["prompts"]
+        prompt: torch.Tensor = prompts[index % prompts.shape[0]].unsqueeze(0).to(self._device)
+        return prompt
+
     @property
-    def prompts(self) -> int:
+    def fixed_prompts(self) -> int:
         """How many prompts of a fixed length there are."""
         return int(self._tensors["prompts"].shape[0])
 

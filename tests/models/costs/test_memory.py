@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from harness.models import catalogue, shapes
 from harness.models.costs.memory import (
     CUDA_CONTEXT_BYTES,
+    ERRS_BY,
+    MEASURED_ERRORS,
+    MEASURED_ON,
+    PUBLISHED_ERRORS,
+    PUBLISHED_OF,
     bare_process_bytes,
     birth_bytes,
     estimate_memory,
     estimate_peak,
+    mapped_from_tokens,
     stored_dtype,
 )
 from harness.studies.variant import Variant
@@ -140,3 +150,59 @@ def test_generation_lies_near_the_published_figures(changes, published_gb):
     variant = dataclasses.replace(VARIANT, r=1, **changes)
     total = estimate_memory(variant, Workload(new_tokens=50), LLAMA, phase="generate", device="cuda").total_bytes
     assert total == pytest.approx(published_gb * 1e9, rel=0.10)
+
+
+MODELS = {
+    name: shapes.shape(catalogue.resolve(f"random:{name}"))
+    for name in ("llama2-7b", "llama2-70b", "mistral-7b", "qwen2.5-7b", "gemma-7b", "smollm2-135m")
+}
+VARIANTS = st.builds(
+    lambda quantised, prepared, **fields: Variant(
+        **fields, quantization=quantised, prepare_for_kbit=prepared and quantised != "none"
+    ),
+    quantised=st.sampled_from(("none", "int8", "nf4")),
+    prepared=st.booleans(),
+    r=st.sampled_from((1, 16, 512)),
+    dtype=st.sampled_from(("float32", "bfloat16")),
+    target_modules=st.sampled_from((("all-linear",), ("q_proj", "v_proj"), ("o_proj",))),
+    lora_dropout=st.sampled_from((0.0, 0.1)),
+    use_dora=st.booleans(),
+    attention=st.sampled_from(("sdpa", "eager", "flex_attention")),
+    gradient_checkpointing=st.booleans(),
+    gradient_accumulation=st.sampled_from((1, 4)),
+    autocast=st.sampled_from((None, "bfloat16")),
+    optimizer=st.sampled_from(("adamw", "adamw_fused", "paged_adamw_8bit")),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    VARIANTS, st.sampled_from(sorted(MODELS)), st.sampled_from(("cuda", "cpu")), st.integers(1, 300),
+    st.integers(8, 4000), st.integers(0, 50), st.integers(0, 500),
+)  # fmt: skip
+def test_no_estimate_falls_with_a_larger_batch_or_length(variant, model, device, rows, length, more_rows, more_length):
+    """What fits is found by halving. On a CPU it falls at one number of tokens alone, and on neither side of that."""
+    shape = MODELS[model]
+    less = Workload(batch_size=rows, sequence_length=length)
+    more = Workload(batch_size=rows + more_rows, sequence_length=length + more_length)
+    falls_at = mapped_from_tokens(variant, shape)
+    if device == "cpu" and rows * length < falls_at <= more.batch_size * more.sequence_length:
+        return
+    for phase in ("train", "generate"):
+        before, after = (
+            estimate_memory(variant, workload, shape, phase=phase, device=device).needed_bytes
+            for workload in (less, more)
+        )
+        assert before <= after
+
+
+def test_the_errors_are_those_that_were_measured():
+    """Constants of the program are the least and the greatest of the page that `make proof-memory` writes."""
+    page = (Path(__file__).parents[3] / "reports" / "proof" / "estimate.txt").read_text(encoding="utf-8")
+    measured, published = page.split("published peaks")
+    for text, told, of in ((measured, MEASURED_ERRORS, MEASURED_ON), (published, PUBLISHED_ERRORS, PUBLISHED_OF)):
+        errors = re.findall(r"^.*?\b(?:train|generate) +[\d.]+ +[\d.]+ +([+-][\d.]+)%", text, re.MULTILINE)
+        assert told == pytest.approx((min(map(float, errors)) / 100, max(map(float, errors)) / 100))
+        assert of.startswith(f"{len(errors)} peaks")
+    assert measured.startswith("smollm2-135m, CPU")
+    assert -ERRS_BY < MEASURED_ERRORS[0] < MEASURED_ERRORS[1] < ERRS_BY

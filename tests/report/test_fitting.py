@@ -1,0 +1,59 @@
+"""Whether it fits is said first, with its range; then what that rests on, and what to change."""
+
+from __future__ import annotations
+
+import pytest
+
+from harness.report.terminal import text_of
+
+
+@pytest.fixture(scope="module")
+def said(every_report):
+    """The documents about what fits, each as one line of text."""
+    return {
+        name: " ".join(text_of(document, width=5000, coloured=False).split())
+        for name, document in every_report.items()
+        if name.startswith("fit")
+    }
+
+
+@pytest.mark.parametrize(("name", "finding"), [
+    ("fit", "On H200 141GB fits: needs"), ("fit that is none", "On RTX 4090 24GB does not fit: needs"),
+    ("fit of nothing", "On 1GiB does not fit: needs"), ("fit here", "On Test [CPU] fits: needs"),
+])  # fmt: skip
+def test_the_finding_comes_first_with_its_range(said, name, finding):
+    """And with how much is left or lacking at the end of the range that counts."""
+    assert said[name].startswith(finding)
+    assert ("or more are left" in said[name]) is ("does not" not in finding)
+    assert ("or more are lacking" in said[name]) is ("does not" in finding)
+
+
+def test_the_error_is_that_of_a_cpu_and_is_said_to_be(said):
+    """No card was measured, and what others published of cards was missed by more."""
+    for name, text in said.items():
+        assert "−2.0 % to +4.1 % by which it missed 18 peaks of smollm2-135m on a CPU" in text
+        on_card = name != "fit here"
+        assert ("No card was measured." in text) is ("−35.9 % to +2.2 %" in text) is on_card
+        assert ("Assumed, and measured on no card: the driver keeps 2 % of the card" in text) is on_card
+
+
+def test_what_to_change_first_is_said_in_a_line(said):
+    """One, several, none or not enough; what is refused stands with its reason."""
+    assert "Nothing has to be changed." in said["fit"]
+    assert "Change first: gradient_checkpointing = true. It fits with that alone." in said["fit that is none"]
+    assert "left out, quantization = \"nf4\": variant 'v': init_lora_weights" in said["fit that is none"]
+    assert "All of them together are not enough" in said["fit of nothing"]
+    assert "batch_size is written in [workload]" in said["fit"]
+    assert "batch_size is written" not in said["fit here"]
+
+
+def test_the_most_that_fits_is_said_with_what_bounds_it(said):
+    """A sequence is one, and the model's context ends a length."""
+    assert "batch_size: none, for not even 1 sequence of 1024 tokens would fit." in said["fit of nothing"]
+    assert "sequence_length: none, for not even 6 sequences of 8 tokens would fit." in said["fit of nothing"]
+    assert "batch_size = 12: 12 sequences of 1024 tokens." in said["fit"]
+
+
+def test_a_profile_that_the_device_takes_is_named(said):
+    """What is estimated is what a run there would measure."""
+    assert "The study's profile 'h100' is taken" in said["fit"]

@@ -1,0 +1,132 @@
+"""What fits is said of the upper end of a range; the largest that fits does, and one more does not."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from harness.errors import UsageError
+from harness.models import catalogue, shapes
+from harness.models.costs.cards import find_card
+from harness.models.costs.memory import ERRS_BY, mapped_from_tokens
+from harness.run.fitting import Fitter, Needs, on_card, on_machine
+from harness.studies.variant import Variant
+from harness.studies.workload import MOST_BATCH, Workload
+
+GIB = 2**30
+LORA = Variant(name="lora", r=16)
+QLORA = dataclasses.replace(LORA, name="qlora", quantization="nf4", gradient_checkpointing=True)
+WIDE = Workload(batch_size=6, sequence_length=1024)
+
+
+@pytest.fixture
+def fitter(machine):
+    """A function that makes a fitter of a model and a card, or of this machine with so many bytes."""
+
+    def make(model, card=None, memory_bytes=None):
+        if card is None:
+            device = on_machine(dataclasses.replace(machine, memory_bytes=memory_bytes or machine.memory_bytes), None)
+        else:
+            device = on_card(machine, find_card(card))
+        shape = shapes.shape(catalogue.resolve(f"random:{model}"))
+        return Fitter(device=device, shape=shape, stored=None, process_bytes=None)
+
+    return make
+
+
+def test_the_range_is_that_of_an_estimate_which_is_off():
+    """Only what fits at its upper end fits, and what does not at its lower end does not."""
+    needs = Needs(expected_bytes=1000)
+    assert (needs.low_bytes, needs.high_bytes) == (int(1000 / (1 + ERRS_BY)), int(1000 / (1 - ERRS_BY)))
+    assert needs.stand_in(needs.high_bytes) == "fits"
+    assert needs.stand_in(needs.high_bytes - 1) == needs.stand_in(needs.low_bytes) == "may-not-fit"
+    assert needs.stand_in(needs.low_bytes - 1) == "does-not-fit"
+
+
+@pytest.mark.parametrize(("model", "card", "variant", "standing"), [
+    ("llama2-7b", "24GiB", LORA, "does-not-fit"), ("llama2-7b", "24GiB", QLORA, "fits"),
+    ("llama2-7b", "RTX 4090", QLORA, "fits"), ("llama2-7b", "80GB", LORA, "may-not-fit"),
+    ("llama2-7b", "H200", LORA, "fits"), ("llama2-70b", "H100", LORA, "does-not-fit"),
+    ("llama2-70b", "H100", QLORA, "fits"), ("llama2-70b", "L40S", QLORA, "does-not-fit"),
+    ("mistral-7b", "24GiB", LORA, "does-not-fit"), ("mistral-7b", "24GiB", QLORA, "fits"),
+    ("qwen2.5-7b", "24GiB", LORA, "does-not-fit"), ("gemma-7b", "24GiB", LORA, "does-not-fit"),
+])  # fmt: skip
+def test_what_fits_on_a_card_that_is_not_here(fitter, model, card, variant, standing):
+    """Real shapes, six sequences of 1024 tokens: LoRA keeps all activations, checkpointed NF4 next to none."""
+    one = fitter(model, card)
+    assert one.device.machine.device == "cuda"
+    assert one.standing(one.needs(variant, WIDE)) == standing
+
+
+@pytest.mark.parametrize("key", ["batch_size", "sequence_length"])
+@pytest.mark.parametrize(("model", "card", "variant"), [
+    ("llama2-7b", "24GiB", QLORA), ("llama2-7b", "H200", LORA), ("mistral-7b", "24GiB", QLORA),
+    ("llama2-70b", "H100", QLORA), ("gemma-7b", "L40S", QLORA), ("smollm2-135m", None, LORA),
+    ("tiny-llama", None, LORA),
+])  # fmt: skip
+def test_the_largest_fits_and_one_more_does_not(fitter, model, card, variant, key):
+    """Or it is as large as the model or a study lets it be."""
+    one = fitter(model, card)
+    workload = Workload(batch_size=2, sequence_length=512)
+    found = (one.largest_batch if key == "batch_size" else one.largest_length)(variant, workload)
+
+    def standing(size):
+        return one.standing(one.needs(variant, dataclasses.replace(workload, **{key: size})))
+
+    assert standing(found.value) == "fits"
+    if found.bound == "memory":
+        assert standing(found.value + 1) != "fits"
+    else:
+        assert found.value in (one.shape.context, MOST_BATCH)
+
+
+def test_where_not_even_one_fits_there_is_no_largest(fitter):
+    """Neither of sequences nor of tokens."""
+    one = fitter("llama2-70b", "24GiB")
+    for found, least in ((one.largest_batch(LORA, WIDE), 1), (one.largest_length(LORA, WIDE), 8)):
+        assert (found.value, found.least, found.bound) == (None, least, "memory")
+
+
+def test_a_length_is_bound_by_the_context_and_by_the_tokens_of_a_study(fitter):
+    """The first a model has, the second is what is prepared in memory."""
+    one = fitter("smollm2-135m", "H200")
+    assert one.largest_length(QLORA, Workload(batch_size=1)).bound == "context"
+    many = Workload(batch_size=1, sequence_length=8, train_sequences=2**20)
+    found = one.largest_length(QLORA, many)
+    assert (found.value, found.bound) == (256, "study")
+
+
+def test_where_an_estimate_falls_all_below_fits_too(fitter):
+    """On a CPU it falls where malloc keeps nothing more: with less memory than before that, nothing above it counts."""
+    here = fitter("smollm2-135m")
+    falls_at = mapped_from_tokens(LORA, here.shape)
+    before, after = (
+        here.needs(LORA, Workload(batch_size=rows, sequence_length=8)).high_bytes
+        for rows in (-(-falls_at // 8) - 1, -(-falls_at // 8))
+    )
+    assert after < before
+    tight = fitter("smollm2-135m", memory_bytes=(after + before) // 2)
+    found = tight.largest_batch(LORA, Workload(batch_size=1, sequence_length=8)).value
+    assert found * 8 < falls_at
+    assert fitter("smollm2-135m", memory_bytes=before).largest_batch(
+        LORA, Workload(batch_size=1, sequence_length=8)
+    ).value * 8 >= falls_at  # fmt: skip
+
+
+def test_of_this_machine_counts_what_is_free(machine):
+    """And never more than there is; what is assumed of a card is said of none here."""
+    device = on_machine(machine, 3 * GIB)
+    assert (device.usable_bytes, device.total_bytes, device.assumed) == (3 * GIB, machine.memory_bytes, ())
+    assert on_machine(machine, 2**60).usable_bytes == machine.memory_bytes
+    card = dataclasses.replace(machine, device="cuda", device_name="GPU", device_memory_bytes=24 * GIB)
+    assert on_machine(card, None).usable_bytes == 24 * GIB
+    with pytest.raises(UsageError, match=r"not known.*--gpu"):
+        on_machine(dataclasses.replace(card, device_memory_bytes=None), None)
+
+
+def test_what_is_assumed_of_a_card_is_said_with_what_it_rests_on(machine):
+    """The driver's share and CUDA's context, which nobody measured here."""
+    said = " ".join(on_card(machine, find_card("H100")).assumed)
+    for words in ("driver keeps 2 %", "torch's messages", "context", "fragments"):
+        assert words in said
