@@ -71,7 +71,7 @@ proof-attach: $(STAMP)
 # smollm2-135m first; five minutes on a machine to itself).
 proof-meter: $(STAMP)
 	$(call prove,meter,$(BIN)/python benchmarks/selftest/meter_live.py && \
-	$(BIN)/python benchmarks/selftest/meter_live.py --rounds 60 --model "$${LORAMETER_CACHE:-$$HOME/.cache/lorameter}/models/smollm2-135m")
+	$(BIN)/python benchmarks/selftest/meter_live.py --replicates 4 --rounds 15 --model "$${LORAMETER_CACHE:-$$HOME/.cache/lorameter}/models/smollm2-135m")
 	$(call prove,agreement,$(BIN)/python benchmarks/selftest/agreement.py)
 
 # A step taken apart, and the remedy of a finding measured beside it; whether profiles explain a step and its memory, and

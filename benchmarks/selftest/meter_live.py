@@ -1,34 +1,46 @@
 """What a meter costs a step: a training alone and the same one wrapped, taking turns step by step.
 
-Three processes run one script: alone, alone again, and with the hook and its writer. Each waits for its turn between
-two steps, and says how long it was from the turn's begin to the next wait, on the wall and on its CPUs, so that all
-that the meter does in a step and between two is in it. The order is shuffled in each round; the difference of a round
-is paired, and its median stands with a 95 % interval by ranks (binomial). Alone against alone says what no difference
-looks like. It wants a machine without other work: the meter asks the kernel for its CPU time once a step, and where
-work waits for a CPU a system call is where a process loses it.
+Three processes run one script: alone, alone again, and with the hook and its writer. They take turns of some steps, and
+each says how long it was from the begin of a step to that of the next, on the wall and on its CPUs, so that all that
+the meter does in a step and between two is in it. The first step of a turn finds the caches as the others have left
+them, which no training does that runs by itself: it is not counted. The order is shuffled in each round, and the
+difference of a round is paired.
 
-    python benchmarks/selftest/meter_live.py [--rounds N] [--model DIRECTORY]
+Two processes of one script differ by themselves, by where their memory lies, and no number of rounds tells that from
+what the meter costs: so all three are started anew for each replicate, whose value is the median of its rounds, and the
+mean of the replicates stands with Student's 95 % interval. Alone against alone says what no difference looks like. It
+wants a machine without other work: the meter asks the kernel for its CPU time once a step, and where work waits for a
+CPU a system call is where a process loses it.
+
+    python benchmarks/selftest/meter_live.py [--replicates N] [--rounds N] [--model DIRECTORY]
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
-
-from scipy import stats
 
 from harness.attach.child import environment
 from harness.attach.variables import COMMAND, RUN
 from harness.machine.provenance import origin_of
+from harness.stats import mean_interval
 
 ROOT = Path(__file__).parents[2]
 LIMIT_S, LIMIT_SHARE = 100e-6, 0.005
-WARM_UP = 20
+ALONE, WRAPPED = "alone", "wrapped"
+NAMES = (ALONE, "alone again", WRAPPED)
+KINDS = {"times": "wall", "cpu_times": "CPU"}
+TURN = 5
+"""Steps of a turn."""
+WARM_UP = 4
 """Rounds that are not counted: warm-up, the watched steps, and what is read once."""
 SCRIPT = """
 import sys, time
@@ -37,7 +49,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-steps, model = int(sys.argv[1]), sys.argv[2]
+steps, model, turn = int(sys.argv[1]), sys.argv[2], int(sys.argv[4])
 torch.set_num_threads(1)
 torch.manual_seed(0)
 if model == "small":
@@ -49,14 +61,17 @@ model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear", task
 rows = [{"input_ids": (row := torch.randint(3, 500, (length,))), "labels": row} for _ in range(steps)]
 
 class Turn(TrainerCallback):
-    begun = None
+    seen = None
     def on_step_begin(self, *args, **kwargs):
-        if self.begun is not None:
-            print("took", time.perf_counter() - self.begun, time.process_time() - self.cpu, flush=True)
-        else:
+        if self.seen is None:
             print("ready", flush=True)
+        else:
+            self.seen.append((time.perf_counter(), time.process_time()))
+            if len(self.seen) <= turn:
+                return
+            print("took", *(f"{wall} {cpu}" for wall, cpu in self.seen), flush=True)
         sys.stdin.readline()
-        self.begun, self.cpu = time.perf_counter(), time.process_time()
+        self.seen = [(time.perf_counter(), time.process_time())]
 
 arguments = TrainingArguments(output_dir=sys.argv[3], use_cpu=True, max_steps=steps, report_to=[], save_strategy="no",
                               disable_tqdm=True, per_device_train_batch_size=1, logging_strategy="no")
@@ -72,7 +87,7 @@ class Arm:
         if wrapped:
             told = {RUN: str(folder / "runs" / "run"), COMMAND: "python train.py"}
             variables = environment(variables, variables=told)
-        command = [sys.executable, str(folder / "train.py"), str(steps), model, str(folder / name)]
+        command = [sys.executable, str(folder / "train.py"), str(steps), model, str(folder / name), str(TURN)]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=variables
         )
@@ -87,58 +102,82 @@ class Arm:
         raise SystemExit(f"a process has ended with {self.process.wait()} before its turns had")
 
     def turn(self) -> None:
-        """One step."""
+        """Its next steps."""
         assert self.process.stdin is not None
         self.process.stdin.write("\n")
         self.process.stdin.flush()
-        _, wall, cpu = self.wait().split()
-        self.times.append(float(wall))
-        self.cpu_times.append(float(cpu))
+        told = list(map(float, self.wait().split()[1:]))
+        for times, seen in ((self.times, told[::2]), (self.cpu_times, told[1::2])):
+            between = [later - earlier for earlier, later in itertools.pairwise(seen)]
+            times.append(statistics.median(between[1:]))
 
 
-def median_with_interval(values: list[float]) -> tuple[float, float, float]:
-    """The median and its 95 % interval by order statistics, which asks for no distribution."""
-    found = stats.quantile_test(values, p=0.5).confidence_interval(0.95)
-    return float(stats.scoreatpercentile(values, 50)), float(found.low), float(found.high)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replicate:
+    """Medians over the rounds of three processes, in seconds a step, by the kind of time and the process."""
+
+    steps: dict[str, float]
+    """Of a step alone."""
+    extra: dict[tuple[str, str], float]
+    """Of the paired differences from a step alone."""
+    written: bool
+    """Whether the wrapped process has left a run."""
 
 
-def main() -> int:
-    """Take turns, and print what was found."""
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--rounds", type=int, default=300)
-    options.add_argument("--model", default="small", help="a directory with a model; default: a step of about 10 ms")
-    chosen = options.parse_args()
-    steps = chosen.rounds + WARM_UP + 2
+def take_turns(rounds: int, model: str, seed: int) -> Replicate:
+    """Start the three and let them alternate."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         (folder / "train.py").write_text(SCRIPT)
         (folder / "runs").mkdir()
-        names = ("alone", "alone again", "wrapped")
-        arms = {name: Arm(name, folder, steps, chosen.model, wrapped=name == "wrapped") for name in names}
+        length = (rounds + WARM_UP) * TURN + 2
+        arms = {name: Arm(name, folder, length, model, wrapped=name == WRAPPED) for name in NAMES}
         for arm in arms.values():
             arm.wait()
-        shuffled = random.Random(0)
-        for _ in range(chosen.rounds + WARM_UP):
-            for name in shuffled.sample(names, len(names)):
+        shuffled = random.Random(seed)
+        for _ in range(rounds + WARM_UP):
+            for name in shuffled.sample(NAMES, len(NAMES)):
                 arms[name].turn()
         for arm in arms.values():
             arm.process.kill()
             arm.process.wait()
         written = (folder / "runs" / "run" / "manifest.json").is_file()
-    print(origin_of(ROOT))
-    print(f"{chosen.model}: {chosen.rounds} rounds, run written: {written}")
-    for title, kind in (("wall", "times"), ("CPU", "cpu_times")):
+    steps: dict[str, float] = {}
+    extra: dict[tuple[str, str], float] = {}
+    for kind in KINDS:
         times = {name: getattr(arm, kind)[WARM_UP:] for name, arm in arms.items()}
-        step, *_ = median_with_interval(times["alone"])
+        steps[kind] = statistics.median(times[ALONE])
+        for name in NAMES[1:]:
+            pairs = zip(times[name], times[ALONE], strict=True)
+            extra[kind, name] = statistics.median(other - alone for other, alone in pairs)
+    return Replicate(steps=steps, extra=extra, written=written)
+
+
+def main() -> int:
+    """Take turns, and print what was found."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--replicates", type=int, default=8)
+    options.add_argument("--rounds", type=int, default=100)
+    options.add_argument("--model", default="small", help="a directory with a model; default: a step of about 10 ms")
+    chosen = options.parse_args()
+    print(origin_of(ROOT), flush=True)
+    found = [take_turns(chosen.rounds, chosen.model, seed) for seed in range(chosen.replicates)]
+    written = all(one.written for one in found)
+    model = Path(chosen.model).name
+    print(f"{model}: {len(found)} replicates of {chosen.rounds} rounds of {TURN} steps, every run written: {written}")
+    within = False
+    for kind, title in KINDS.items():
+        step = statistics.fmean(one.steps[kind] for one in found)
         print(f"{title} time of a step alone {step * 1e3:.3f} ms")
-        for name in names[1:]:
-            pairs = [other - alone for other, alone in zip(times[name], times["alone"], strict=True)]
-            middle, low, high = median_with_interval(pairs)
+        for name in NAMES[1:]:
+            mean, low, high = mean_interval([one.extra[kind, name] for one in found])
+            if low is None or high is None:
+                raise SystemExit("--replicates: one has no interval; make two at least")
+            within = high <= max(LIMIT_S, LIMIT_SHARE * step)  # at last of the wrapped one's CPU time
             print(
-                f"  {name:12} {middle * 1e6:8.1f} µs [{low * 1e6:.1f}, {high * 1e6:.1f}] a step, "
-                f"{middle / step:.3%} [{low / step:.3%}, {high / step:.3%}]"
+                f"  {name:12} {mean * 1e6:8.1f} µs [{low * 1e6:.1f}, {high * 1e6:.1f}] a step, "
+                f"{mean / step:.3%} [{low / step:.3%}, {high / step:.3%}]"
             )
-    within = high <= max(LIMIT_S, LIMIT_SHARE * step)  # of CPU time, which other work on the machine disturbs less
     said = "held" if within else "NOT HELD"
     print(f"limit of the upper end, CPU time: {LIMIT_S * 1e6:.0f} µs or {LIMIT_SHARE:.1%} of a step: {said}")
     return 0 if within and written else 1

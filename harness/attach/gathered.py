@@ -38,13 +38,16 @@ class Gathered:
         """All steps."""
         self.conventions: tuple[str, ...] = ()
         """How tokens were counted, in words."""
+        self._last_conventions: tuple[str, ...] = ()
         self.not_finite: StepReading | None = None
         """The first step whose loss was no number."""
 
     def add(self, reading: StepReading) -> None:
         """One more step."""
         self.steps += 1
-        self.conventions = tuple(dict.fromkeys((*self.conventions, *reading.conventions)))
+        if reading.conventions != self._last_conventions:
+            self._last_conventions = reading.conventions
+            self.conventions = tuple(dict.fromkeys((*self.conventions, *reading.conventions)))
         if self.not_finite is None and reading.loss is not None and not math.isfinite(reading.loss):
             self.not_finite = reading
         if reading.checks is not None:

@@ -128,9 +128,11 @@ class Writer:
 
     def _watch_again(self, reading: StepReading) -> bool:
         """Whether a second step in a row may tell what the first did not."""
+        if reading.checks is None:  # of all steps but one or two
+            return False
         from kernels_check.judges.paths import PATHS
 
-        unknown = {check.path for check in reading.checks or () if check.status == "unknown"}
+        unknown = {check.path for check in reading.checks if check.status == "unknown"}
         further = {path for path, judged in PATHS.items() if judged.further_steps}
         return bool(unknown & further) and self._watched < MOST_WATCHED
 
