@@ -10,10 +10,15 @@ from harness.commands.output import print_json
 from harness.errors import EXIT_PASS
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from harness.machine.provenance import Machine
     from harness.models.costs.memory import MemoryEstimate
     from harness.records.memory_account import MemoryPhase
     from harness.run.fitting import Needs
     from harness.run.knobs import Advice
+    from harness.studies.variant import Variant
+    from harness.studies.workload import Workload
 
 
 def add_commands(commands: Any, common: Any) -> None:
@@ -51,7 +56,7 @@ def run_estimate(options: argparse.Namespace) -> int:
     from harness.run.executors import open_executor
     from harness.run.feasibility import layers_notice, memory_notices
     from harness.run.fitting import Fitter, on_card, on_machine
-    from harness.run.forecast import measured_peaks, process_bytes
+    from harness.run.forecast import process_bytes
     from harness.run.knobs import advise
     from harness.studies.study_file import load_variant
 
@@ -68,18 +73,13 @@ def run_estimate(options: argparse.Namespace) -> int:
     shape, stored = shapes.shape(source), stored_dtype(source)
     unknown = shapes.unknown_layers(shape)
     process = process_bytes(here, runs)
-    kind = "device_peak_allocated_{}_bytes" if machine.device == "cuda" else "host_peak_{}_bytes"
     estimates: dict[MemoryPhase, MemoryEstimate] = {}
-    measured: dict[str, int] = {}
-    for phase in MEMORY_PHASES:
-        if not unknown:
-            estimates[phase] = estimate_memory(
-                variant, workload, shape, phase=phase, device=machine.device, stored=stored, process_bytes=process
-            )
-        # Peaks of this machine's runs are of its own device: those of a CPU say nothing of a card.
-        peaks = measured_peaks(workload, here, runs, kind.format(phase)) if machine.device == here.device else {}
-        if variant.id in peaks:
-            measured[phase] = peaks[variant.id]
+    for phase in () if unknown else MEMORY_PHASES:
+        estimates[phase] = estimate_memory(
+            variant, workload, shape, phase=phase, device=machine.device, stored=stored, process_bytes=process
+        )
+    # Peaks of this machine's runs are of its own device: those of a CPU say nothing of a card.
+    measured = _measured(variant, workload, here, runs) if machine.device == here.device else {}
     advice = None
     if device is not None and not unknown:
         fitter = Fitter(device=device, shape=shape, stored=stored, process_bytes=process)
@@ -96,19 +96,28 @@ def run_estimate(options: argparse.Namespace) -> int:
         }
         asked = {"profile": profile, "fit": advice and _fit_document(advice, estimates)} if device is not None else {}
         print_json({**told, **phases, "notices": [notice.message for notice in notices], **asked})
-    else:
-        from harness.report.estimate import describe_estimate
-        from harness.report.fitting import describe_fit
-        from harness.report.notices import tell_notices
-        from harness.report.terminal import console_for, show
+        return EXIT_PASS
+    from harness.report.estimate import describe_estimate
+    from harness.report.fitting import describe_fit
+    from harness.report.notices import tell_notices
+    from harness.report.terminal import console_for, show
 
-        elsewhere = card is not None
-        estimated = describe_estimate(
-            variant, workload, machine, tuple(estimates.values()), measured, elsewhere=elsewhere
-        )
-        fit = () if advice is None else describe_fit(advice, workload, profile)
-        show((*estimated, *fit, *tell_notices(notices)), console_for())
+    estimated = describe_estimate(
+        variant, workload, machine, tuple(estimates.values()), measured, elsewhere=card is not None
+    )
+    fit = () if advice is None else describe_fit(advice, workload, profile)
+    show((*estimated, *fit, *tell_notices(notices)), console_for())
     return EXIT_PASS
+
+
+def _measured(variant: Variant, workload: Workload, here: Machine, runs: Path) -> dict[str, int]:
+    """The largest peak of earlier runs on this machine, by phase."""
+    from harness.records.memory_account import MEMORY_PHASES
+    from harness.run.forecast import measured_peaks
+
+    kind = "device_peak_allocated_{}_bytes" if here.device == "cuda" else "host_peak_{}_bytes"
+    peaks = {phase: measured_peaks(workload, here, runs, kind.format(phase)) for phase in MEMORY_PHASES}
+    return {phase: found[variant.id] for phase, found in peaks.items() if variant.id in found}
 
 
 def _document(estimate: MemoryEstimate | None, measured: int | None) -> dict[str, Any]:
