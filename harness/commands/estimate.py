@@ -54,7 +54,7 @@ def run_estimate(options: argparse.Namespace) -> int:
     from harness.records import store
     from harness.records.memory_account import MEMORY_PHASES
     from harness.run.executors import open_executor
-    from harness.run.feasibility import layers_notice, memory_notices
+    from harness.run.feasibility import layers_notice, memory_notices, type_notices
     from harness.run.fitting import Fitter, on_card, on_machine
     from harness.run.forecast import process_bytes
     from harness.run.knobs import advise
@@ -85,6 +85,7 @@ def run_estimate(options: argparse.Namespace) -> int:
         fitter = Fitter(device=device, shape=shape, stored=stored, process_bytes=process)
         advice = advise(fitter, variant, workload, with_largest=options.max_batch)
     notices = [layers_notice(workload.model, unknown)] if unknown else []
+    notices += type_notices(variant, machine)
     if estimates and card is None:
         most = max(estimates.values(), key=lambda one: one.needed_bytes)
         notices += memory_notices(variant, most, machine, executor.free_bytes())

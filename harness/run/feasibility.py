@@ -16,6 +16,7 @@ from harness.machine.provenance import Machine
 from harness.models import catalogue, shapes
 from harness.models.costs.lora import PAGED_FROM_ELEMENTS, adapter_tensors, paged_state_bytes
 from harness.models.costs.memory import ERRS_BY, MemoryEstimate, birth_bytes, estimate_peak, stored_dtype
+from harness.models.costs.peaks import stated_peak
 from harness.models.shapes import ModelShape, linear_layers, unknown_layers
 from harness.records.record import Notice
 from harness.records.units import format_bytes
@@ -85,6 +86,7 @@ def check_feasible(
         notices += rank_notices(variant, workload)
         if variant.tf32 and machine.device == "cpu":
             raise UsageError(f"{where}: tf32 = True: a CPU has no TF32. Leave it out here.")
+        notices += type_notices(variant, machine)
         notices += _paged_notices(variant, machine, shape)
         if workload.model in unknown:
             continue
@@ -178,6 +180,19 @@ def _check_requirements(study: Study) -> None:
                 f"study {study.name}, [engine.proof]: {shorten(path, 60)}: no path of kernels_check, so nothing would "
                 f"prove that the engine runs. Known: {', '.join(PATHS)}."
             )
+
+
+def type_notices(variant: Variant, machine: Machine) -> Iterator[Notice]:
+    """That a card which is listed multiplies no bfloat16 (before Ampere), and a variant asks for it."""
+    asked = {variant.dtype, variant.autocast} | ({variant.compute_dtype} if variant.is_4bit else set())
+    listed = machine.device == "cuda" and stated_peak(machine.device_name, "float16") is not None
+    if listed and "bfloat16" in asked and stated_peak(machine.device_name, "bfloat16") is None:
+        yield Notice(
+            code="no-bfloat16",
+            message=f"{variant.name}: bfloat16 on a {machine.device_name}, which has no products of that type: what "
+            "fits there is slow.",
+            remedy='Write "float16" in its place, in dtype, compute_dtype and autocast.',
+        )
 
 
 def memory_notices(variant: Variant, expected: MemoryEstimate, machine: Machine, free: int | None) -> Iterator[Notice]:

@@ -182,6 +182,13 @@ def test_a_card_by_its_name_takes_the_profile_of_the_study_that_it_would_run_wit
     assert estimated("llama2-lora-parameters:r=512", "--gpu", "80GiB").profile is None
 
 
+def test_a_card_without_bfloat16_is_no_card_for_it(estimated):
+    """A T4 and a V100 hold what they multiply slowly; of a newer one, or of a size alone, nothing is said."""
+    for name, told in (("T4", True), ("V100 16GB", True), ("A100 40GB", False), ("24GiB", False)):
+        said = " ".join(estimated("qlora", "--gpu", name).notices)
+        assert ("which has no products of that type" in said) is told, name
+
+
 def test_a_model_whose_layers_are_not_known_fits_nobody_knows_where(estimated, tmp_path):
     """A notice says why; nothing is made up."""
     config = json.loads((ROOT / "harness" / "models" / "llama2-7b.json").read_text())
