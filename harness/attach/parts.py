@@ -3,6 +3,9 @@
 On a CPU a part is what the clock says. On a card the host runs ahead of the device, and waiting for it at each border
 would change the step; so the device stamps the borders (events) and they are read once the step has ended. The wait for
 data is the host's on either.
+
+Inside the step a border is noted and no more: what is called between two pieces of somebody's work finds none of its
+code in the caches, and takes ten times as long as in a loop of its own. What the borders mean is worked out at the end.
 """
 
 from __future__ import annotations
@@ -23,42 +26,21 @@ class Parts:
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
-        self._seconds: dict[Part, float] = {}
-        self._events: dict[Part, list[tuple[Any, Any]]] = {}
-        self._open: list[tuple[Part, Any]] = []
-        """Parts under way, the innermost last, and when each began or went on."""
+        self._borders: list[tuple[Part | None, bool, float, Any]] = []
+        """In their order: the part, whether it begins, the host's clock, and on a card an event. Without a part it is
+        so many seconds that are none's."""
 
     def begin(self, part: Part) -> None:
         """The part begins."""
-        if self._open:
-            self._close()
-        self._open.append((part, self._mark(part)))
+        self._borders.append((part, True, time.perf_counter(), self._stamp() if self._cuda else None))
 
     def end(self, part: Part) -> None:
         """It has ended, with all that is inside it; nothing where it did not begin."""
-        if not any(one == part for one, _ in self._open):
-            return
-        self._close()
-        while self._open.pop()[0] != part:
-            pass
-        if self._open:
-            outer, _ = self._open[-1]
-            self._open[-1] = outer, self._mark(outer)
+        self._borders.append((part, False, time.perf_counter(), self._stamp() if self._cuda else None))
 
     def leave_out(self, seconds: float) -> None:
         """So much of what has just gone is no part of anything; what a device does meanwhile is its own."""
-        if self._open and isinstance(self._open[-1][1], float):
-            part, begun = self._open[-1]
-            self._open[-1] = part, begun + seconds
-
-    def _close(self) -> None:
-        """The innermost part has been under way until now."""
-        part, begun = self._open[-1]
-        ended = self._mark(part)
-        if isinstance(begun, float):
-            self._seconds[part] = self._seconds.get(part, 0.0) + ended - begun
-        else:
-            self._events.setdefault(part, []).append((begun, ended))
+        self._borders.append((None, False, seconds, None))
 
     @contextlib.contextmanager
     def during(self, part: Part) -> Iterator[None]:
@@ -69,21 +51,40 @@ class Parts:
         finally:
             self.end(part)
 
-    def _mark(self, part: Part) -> Any:
-        if not self._cuda or part == "data":
-            return time.perf_counter()
+    @staticmethod
+    def _stamp() -> Any:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
     def take(self) -> dict[Part, float]:
         """Seconds of each part that was seen; the next step begins. The device must have done what it was asked."""
-        found = dict(self._seconds)
-        for part, pairs in self._events.items():
-            found[part] = sum(begun.elapsed_time(ended) for begun, ended in pairs) / 1e3
+        found: dict[Part, float] = {}
+        under_way: list[tuple[Part, float, Any]] = []
+        """The innermost last, and when each began or went on."""
+        for part, begins, at, event in self._borders:
+            if part is None:
+                if under_way and under_way[-1][2] is None:
+                    inner, begun, _ = under_way[-1]
+                    under_way[-1] = inner, begun + at, None
+                continue
+            if not begins and all(one != part for one, _, _ in under_way):
+                continue
+            if under_way:
+                inner, begun, stamp = under_way[-1]
+                spent = at - begun if stamp is None else stamp.elapsed_time(event) / 1e3
+                found[inner] = found.get(inner, 0.0) + spent
+            if begins:
+                under_way.append((part, at, None if part == "data" else event))
+                continue
+            while under_way.pop()[0] != part:
+                pass
+            if under_way:
+                outer, _, stamp = under_way[-1]
+                under_way[-1] = outer, at, None if stamp is None else event
         self.forget()
         return found
 
     def forget(self) -> None:
         """What was seen belongs to no step."""
-        self._seconds, self._events, self._open = {}, {}, []
+        self._borders = []

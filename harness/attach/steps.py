@@ -75,11 +75,12 @@ class Steps:
 
     def batch(self, batch: Any) -> None:
         """The step computes this batch, before it is moved or changed."""
-        with self.aside():
-            self._shield.run(self._batch, batch)
+        self._shield.run(self._batch, batch)
 
     def _batch(self, batch: Any) -> None:
+        begun = time.perf_counter()
         self._batches.append(count_tokens(batch))
+        self._leave_out(time.perf_counter() - begun)
 
     @contextlib.contextmanager
     def during(self, part: Part) -> Iterator[None]:
@@ -130,10 +131,12 @@ class Steps:
         try:
             yield
         finally:
-            spent = time.perf_counter() - begun
-            self._begun_s += spent
-            self._begun_cpu_s += spent
-            self._parts.leave_out(spent)
+            self._leave_out(time.perf_counter() - begun)
+
+    def _leave_out(self, spent_s: float) -> None:
+        self._begun_s += spent_s
+        self._begun_cpu_s += spent_s
+        self._parts.leave_out(spent_s)
 
     def end_step(self) -> StepReading | None:
         """The step is over; this may wait as long as the follower does. Returns what it showed, None where nothing is
@@ -154,7 +157,7 @@ class Steps:
         return reading
 
     def _reading(self, wall_s: float, cpu_s: float, checks: tuple[Any, ...] | None) -> StepReading:
-        parts = self._parts.take()
+        parts, batches = self._parts.take(), self._batches
         return StepReading(
             number=self._number,
             step_time_s=wall_s,
@@ -163,10 +166,10 @@ class Steps:
             forward_time_s=parts.get("forward"),
             backward_time_s=parts.get("backward"),
             optimizer_time_s=parts.get("optimizer"),
-            sequences=_sum([one.sequences for one in self._batches]),
-            real_tokens=_sum([one.real for one in self._batches]),
-            padded_tokens=_sum([one.padded for one in self._batches]),
-            loss_tokens=_sum([one.loss for one in self._batches]),
+            sequences=_sum([one.sequences for one in batches]),
+            real_tokens=_sum([one.real for one in batches]),
+            padded_tokens=_sum([one.padded for one in batches]),
+            loss_tokens=_sum([one.loss for one in batches]),
             loss=_number(self._losses),
             loss_dtype=_dtype_of(self._losses),
             gradient_norm=None if self._gradient_norm is None else float(self._gradient_norm),
@@ -243,8 +246,8 @@ def make_watch(model: Any, requirements: Mapping[str, Any]) -> Any:
 
 def _sum(counts: list[Count | None] | list[int | None]) -> int | None:
     """None where one of them was not seen, or there is none."""
-    known = [count for count in counts if count is not None]
-    return sum(int(count) for count in known) if counts and len(known) == len(counts) else None
+    known = [int(count) for count in counts if count is not None]
+    return sum(known) if counts and len(known) == len(counts) else None
 
 
 def _number(losses: list[Any]) -> float | None:

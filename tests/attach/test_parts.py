@@ -83,3 +83,26 @@ def test_what_is_left_out_is_in_no_part(parts, clock):
     parts.leave_out(5.0)
     play(parts, clock, "+backward", "-backward")
     assert parts.take() == {"optimizer": 2.0, "forward": 1.0, "backward": 1.0}
+
+
+class Event:
+    """In place of a card's: it stamps a clock of its own, which runs at half the host's pace."""
+
+    def __init__(self, clock):
+        self._clock = clock
+
+    def record(self):
+        self.at = self._clock[0] / 2
+
+    def elapsed_time(self, later):
+        return (later.at - self.at) * 1e3
+
+
+def test_on_a_card_the_device_stamps_all_but_the_wait_for_data(clock, monkeypatch):
+    """Also where one lies in the other; what the host does aside is none of the device's time. The card is pretended."""
+    monkeypatch.setattr(module.torch.cuda, "Event", lambda enable_timing: Event(clock))
+    parts = Parts(torch.device("cuda"))
+    play(parts, clock, "+data", "-data", "+optimizer", "+data", "-data", "+forward", "-forward")
+    parts.leave_out(5.0)
+    play(parts, clock, "-optimizer")
+    assert parts.take() == {"data": 2.0, "optimizer": 1.5, "forward": 0.5}
