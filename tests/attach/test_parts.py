@@ -99,7 +99,7 @@ class Event:
 
 
 def test_on_a_card_the_device_stamps_all_but_the_wait_for_data(clock, monkeypatch):
-    """Also where one lies in the other; what the host does aside is none of the device's time. The card is pretended."""
+    """Also where one lies in the other; what the host does aside is none of its time. The card is pretended."""
     monkeypatch.setattr(module.torch.cuda, "Event", lambda enable_timing: Event(clock))
     parts = Parts(torch.device("cuda"))
     play(parts, clock, "+data", "-data", "+optimizer", "+data", "-data", "+forward", "-forward")
