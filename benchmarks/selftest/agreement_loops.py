@@ -70,7 +70,6 @@ def train_by_trainer(request: TrialRequest, steps: int) -> None:
         report_to=[], disable_tqdm=True, save_strategy="no", max_grad_norm=request.variant.max_grad_norm,
         logging_steps=10,
     )  # fmt: skip
-    trainee.model.config.use_cache = False  # or records of a packed row see each other, and its losses are others
     optimizers = (trainee.optimizer, trainee.schedule)
     Trainer(trainee.model, arguments, train_dataset=Rows(stream), optimizers=optimizers).train()
 
