@@ -225,7 +225,7 @@ def test_a_baseline_on_a_full_disk_is_refused(command, runs, only_run, tiny_disk
     assert not (runs / "baselines.json").exists()
 
 
-@pytest.mark.parametrize("most", half([5_000, 20_000, 30_000, 40_000], [30_000]))
+@pytest.mark.parametrize("most", half([5_000, 12_000, 20_000, 30_000], [30_000]))
 def test_an_ab_keeps_what_fitted(most, command, tmp_path, begun, resumed, temporary):
     """As a run: exit 4 and whole lines, both of its sides are taken down, and it is gone on with."""
     sides = ("--base", sys.executable, "--candidate", sys.executable, "--phase", "train", "--replicates", "12")

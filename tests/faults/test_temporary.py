@@ -91,7 +91,7 @@ def test_a_full_disk_of_temporary_files_under_a_training_process(
 def test_a_profile_that_does_not_fit(where, free_kib, study, ended, tiny_disk, temporary, runs):
     """Wherever it has no room, in its own folder or for temporary files: exit 4 with the remedy, of the profile nothing
     but its logs is left, and with room there is one."""
-    ballast = tiny_disk(runs if where == "runs" else temporary, free_kib, of_kib=16 * 1024)
+    ballast = tiny_disk(runs if where == "runs" else temporary, free_kib, of_kib=64 * 1024)
     done = ended("profile", f"{study}:a")
     assert done.returncode == 4, done.stderr
     assert "No space left on device. Free space there" in " ".join(done.stderr.split())
