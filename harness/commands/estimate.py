@@ -50,7 +50,7 @@ def run_estimate(options: argparse.Namespace) -> int:
     """Print the estimate, what an earlier run measured beside it, and whether it fits; or why there is none."""
     from harness.models import catalogue, shapes
     from harness.models.costs.cards import find_card
-    from harness.models.costs.memory import estimate_memory, stored_dtype
+    from harness.models.costs.memory import estimate_phases, stored_dtype
     from harness.records import store
     from harness.records.memory_account import MEMORY_PHASES
     from harness.run.executors import open_executor
@@ -73,11 +73,12 @@ def run_estimate(options: argparse.Namespace) -> int:
     shape, stored = shapes.shape(source), stored_dtype(source)
     unknown = shapes.unknown_layers(shape)
     process = process_bytes(here, runs)
-    estimates: dict[MemoryPhase, MemoryEstimate] = {}
-    for phase in () if unknown else MEMORY_PHASES:
-        estimates[phase] = estimate_memory(
-            variant, workload, shape, phase=phase, device=machine.device, stored=stored, process_bytes=process
-        )
+    found = (
+        []
+        if unknown
+        else estimate_phases(variant, workload, shape, device=machine.device, stored=stored, process_bytes=process)
+    )
+    estimates = {one.phase: one for one in found}
     # Peaks of this machine's runs are of its own device: those of a CPU say nothing of a card.
     measured = _measured(variant, workload, here, runs) if machine.device == here.device else {}
     advice = None

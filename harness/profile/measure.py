@@ -18,13 +18,13 @@ from harness.errors import InvalidRunError, UsageError
 from harness.machine.provenance import Machine
 from harness.models import catalogue, shapes
 from harness.models.costs.ceiling import product_rate
-from harness.models.costs.memory import birth_bytes, estimate_memory, stored_dtype
+from harness.models.costs.memory import birth_bytes, estimate_phases, stored_dtype
 from harness.models.costs.peaks import Peak, Rate, stated_peak
 from harness.profile.facts import Profile
 from harness.records import codec, inputs
 from harness.records.activity import ACCOUNTS, ACTIVITY, PEAKS, TRACE, Activity
 from harness.records.document import write_document
-from harness.records.memory_account import MEMORY_PHASES, MemoryAccount
+from harness.records.memory_account import MemoryAccount
 from harness.records.metrics import BIRTH
 from harness.records.record import Fragment, Notice, TrialRecord
 from harness.records.refusals import say_refused
@@ -202,12 +202,8 @@ def _estimates(variant: Variant, workload: Workload, device: str, process_bytes:
     try:
         source = catalogue.resolve(workload.model)
         shape, stored = shapes.shape(source), stored_dtype(source)
-        return {
-            phase: estimate_memory(
-                variant, workload, shape, phase=phase, device=device, stored=stored, process_bytes=process_bytes
-            ).kinds
-            for phase in MEMORY_PHASES
-        }
+        found = estimate_phases(variant, workload, shape, device=device, stored=stored, process_bytes=process_bytes)
+        return {one.phase: one.kinds for one in found}
     except UsageError:  # a model type whose layers are not known
         return {}
 

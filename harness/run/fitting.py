@@ -19,12 +19,10 @@ from harness.models.costs.cards import DRIVER_SHARE, DRIVER_SOURCE, Card
 from harness.models.costs.memory import (
     CUDA_CONTEXT_BYTES,
     ERRS_BY,
-    MemoryEstimate,
-    estimate_memory,
+    estimate_peak,
     mapped_from_tokens,
 )
 from harness.models.shapes import ModelShape
-from harness.records.memory_account import MEMORY_PHASES
 from harness.records.units import format_bytes, format_percent
 from harness.studies import limits
 from harness.studies.variant import Variant
@@ -132,19 +130,13 @@ class Fitter:
     stored: str | None
     process_bytes: int | None
 
-    def estimate(self, variant: Variant, workload: Workload) -> tuple[MemoryEstimate, ...]:
-        """Each phase. Raises `UnknownLayersError`."""
-        return tuple(
-            estimate_memory(
-                variant, workload, self.shape, phase=phase, device=self.device.machine.device, stored=self.stored,
-                process_bytes=self.process_bytes,
-            )
-            for phase in MEMORY_PHASES
-        )  # fmt: skip
-
     def needs(self, variant: Variant, workload: Workload) -> Needs:
         """Of the phase that needs most. Raises `UnknownLayersError`."""
-        return Needs(expected_bytes=max(one.needed_bytes for one in self.estimate(variant, workload)))
+        expected = estimate_peak(
+            variant, workload, self.shape, device=self.device.machine.device, stored=self.stored,
+            process_bytes=self.process_bytes,
+        )  # fmt: skip
+        return Needs(expected_bytes=expected.needed_bytes)
 
     def standing(self, needs: Needs) -> Standing:
         """Whether that fits."""

@@ -13,13 +13,14 @@ they are for one thread and glibc. What it begins with depends on what torch is 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from harness.models.catalogue import ModelSource
 from harness.models.costs.activations import Activations
 from harness.models.costs.lora import adapter_parameters, adapter_tensors, optimizer_state_bytes, paged_state_bytes
 from harness.models.costs.storage import constant_bytes, weight_bytes, width
 from harness.models.shapes import ModelShape, linear_widths, read_config
-from harness.records.memory_account import MemoryPhase, in_order
+from harness.records.memory_account import MEMORY_PHASES, MemoryPhase, in_order
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
 
@@ -134,28 +135,20 @@ def estimate_memory(
     return MemoryEstimate(phase=phase, kinds=in_order(kinds))
 
 
+def estimate_phases(variant: Variant, workload: Workload, shape: ModelShape, **more: Any) -> list[MemoryEstimate]:
+    """Every phase, in order; arguments as for `estimate_memory`."""
+    return [estimate_memory(variant, workload, shape, phase=phase, **more) for phase in MEMORY_PHASES]
+
+
 def estimate_peak(
-    variant: Variant,
-    workload: Workload,
-    shape: ModelShape,
-    *,
-    answers: bool = True,
-    device: str = "cpu",
-    stored: str | None = None,
-    process_bytes: int | None = None,
+    variant: Variant, workload: Workload, shape: ModelShape, *, answers: bool = True, **more: Any
 ) -> MemoryEstimate:
     """The phase in which a trial takes most; arguments as for `estimate_memory`, and whether it `answers` requests.
 
-    A request of one prompt takes less than the steps before it. The keys and values of many may take more.
+    Mostly it is training. Requests of many prompts, or of one that is much longer than a training sequence, take more.
     """
-    phases: tuple[MemoryPhase, ...] = ("train", "generate") if answers and workload.request_batch > 1 else ("train",)
-    found = (
-        estimate_memory(
-            variant, workload, shape, phase=phase, device=device, stored=stored, process_bytes=process_bytes
-        )
-        for phase in phases
-    )
-    return max(found, key=lambda one: one.needed_bytes)
+    found = estimate_phases(variant, workload, shape, **more)
+    return max((one for one in found if answers or one.phase == "train"), key=lambda one: one.needed_bytes)
 
 
 def stored_dtype(source: ModelSource) -> str | None:

@@ -74,6 +74,8 @@ def test_a_request_of_many_prompts_has_the_keys_and_values_of_each():
     many = Workload(request_batch=512, prompt_tokens=1024)
     assert estimate_peak(VARIANT, many, **sizes).phase == "generate"
     assert estimate_peak(VARIANT, many, **sizes, answers=False).phase == "train"
+    one_long = Workload(batch_size=1, sequence_length=64, prompt_tokens=4000)
+    assert estimate_peak(VARIANT, one_long, **sizes).phase == "generate"
 
 
 @pytest.mark.parametrize(
