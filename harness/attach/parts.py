@@ -10,9 +10,7 @@ code in the caches, and takes ten times as long as in a loop of its own. What th
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -41,15 +39,6 @@ class Parts:
     def leave_out(self, seconds: float) -> None:
         """So much of what has just gone is no part of anything; what a device does meanwhile is its own."""
         self._borders.append((None, False, seconds, None))
-
-    @contextlib.contextmanager
-    def during(self, part: Part) -> Iterator[None]:
-        """The block is the part, also where it fails."""
-        self.begin(part)
-        try:
-            yield
-        finally:
-            self.end(part)
 
     @staticmethod
     def _stamp() -> Any:

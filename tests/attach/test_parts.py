@@ -59,20 +59,6 @@ def test_a_part_that_never_ended_is_not_in_the_next_step(parts, clock):
         assert parts.take() == {"forward": 1.0}
 
 
-def test_a_part_that_fails_has_ended(parts, clock):
-    """As a pass that runs out of memory."""
-
-    def fail():
-        with parts.during("forward"):
-            clock[0] += 1.0
-            raise MemoryError
-
-    with pytest.raises(MemoryError):
-        fail()
-    clock[0] += 5.0
-    assert parts.take() == {"forward": 1.0}
-
-
 def test_what_is_left_out_is_in_no_part(parts, clock):
     """Neither in the part under way, nor in that around it, nor in one that begins afterwards."""
     play(parts, clock, "+optimizer", "+forward")

@@ -51,6 +51,25 @@ def test_a_watched_step_leaves_no_thread_behind(model, listener_class):
     assert (mode.status, mode.observed) == ("active", "train")
 
 
+def test_a_part_that_fails_has_ended(model, listener):
+    """As a pass that runs out of memory: what the script does about it is none of its time."""
+    training = Training(
+        source="loop", model=model, planned_steps=None, trainable_parameters=1, total_parameters=1, accumulation=1
+    )
+    steps = Steps(listener, training, torch.device("cpu"), Shield())
+    steps.begin()
+
+    def fail():
+        with steps.during("forward"):
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        fail()
+    time.sleep(0.05)
+    reading = steps.end_step()
+    assert 0 <= reading.forward_time_s <= reading.step_time_s - 0.05
+
+
 def test_no_step_computes_for_less_than_no_time(model, listener):
     """Where the meter's own work inside a step was held up by other processes for longer than the step computed."""
     training = Training(

@@ -135,7 +135,7 @@ def test_on_a_card_whole_prompts_are_visited_before_they_are_timed(trial, monkey
     running = trial("steps", "requests", "natural", protocol=dataclasses.replace(PROTOCOL, natural_requests=3))
     record_of(running, *TRAIN, "begin_generate")
     assert asked == []
-    prompts = running._built.stream.natural_prompts
+    prompts = running._built.stream.natural_prompt_count
     running._server.visit(2)
     assert asked == [0, 1]
     asked.clear()

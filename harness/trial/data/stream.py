@@ -110,10 +110,8 @@ class TokenStream:
     def prompts(self, index: int) -> torch.Tensor:
         """The prompts of request `index`, shape (request_batch, prompt_tokens): those that come after the ones of the
         request before it, the first again after the last."""
-        prompts, batch = self._tensors["prompts"], self._workload.request_batch
-        rows = [(index * batch + place) % prompts.shape[0] for place in range(batch)]
-        chosen: torch.Tensor = prompts[rows].to(self._device)
-        return chosen
+        batch = self._workload.request_batch
+        return torch.cat([self.prompt(index * batch + place) for place in range(batch)])
 
     def prompt(self, index: int) -> torch.Tensor:
         """Prompt `index` alone (modulo their number), whatever requests take; shape (1, prompt_tokens)."""
@@ -122,7 +120,7 @@ class TokenStream:
         return prompt
 
     @property
-    def fixed_prompts(self) -> int:
+    def prompt_count(self) -> int:
         """How many prompts of a fixed length there are."""
         return int(self._tensors["prompts"].shape[0])
 
@@ -134,7 +132,7 @@ class TokenStream:
         return prompt
 
     @property
-    def natural_prompts(self) -> int:
+    def natural_prompt_count(self) -> int:
         """How many whole prompts there are."""
         return int(self._tensors["natural.length"].shape[0])
 

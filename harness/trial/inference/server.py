@@ -54,7 +54,7 @@ class Server:
         when it meets the length first, for tens of milliseconds of the host. Whoever answered at lengths that nobody
         had visited would pay for it, and another variant, with an answer of another length, would not.
         """
-        for index in range(min(count, self._stream.natural_prompts)):
+        for index in range(min(count, self._stream.natural_prompt_count)):
             self.answer(index)
 
     def request(self) -> dict[str, tuple[float, ...]]:
@@ -64,7 +64,7 @@ class Server:
 
     def natural(self) -> tuple[int, Request]:
         """The next whole prompt's number, and the request that the model ends itself."""
-        index = self._answered % self._stream.natural_prompts
+        index = self._answered % self._stream.natural_prompt_count
         self._answered += 1
         return index, self.answer(index)
 
@@ -76,7 +76,7 @@ class Server:
     @property
     def answered(self) -> range:
         """Numbers of the whole prompts that were answered so far."""
-        return range(min(self._answered, self._stream.natural_prompts))
+        return range(min(self._answered, self._stream.natural_prompt_count))
 
     def merge(self, discard: int) -> None:
         """Merge the adapter and begin again with the first prompt, after `discard` requests."""

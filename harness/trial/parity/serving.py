@@ -127,7 +127,7 @@ def _prompts(stream: TokenStream, request: ServingRequest) -> Iterator[torch.Ten
     """Whole prompts, where the workload has answers that the model ends itself; else those of a fixed length."""
     whole = request.trial.workload.natural_tokens > 0
     take: Callable[[int], torch.Tensor] = stream.natural_prompt if whole else stream.prompt
-    yield from (take(index) for index in range(stream.natural_prompts if whole else stream.fixed_prompts))
+    yield from (take(index) for index in range(stream.natural_prompt_count if whole else stream.prompt_count))
 
 
 def _answer(model: Any, prompt: torch.Tensor, way: Way, request: ServingRequest) -> tuple[int, ...]:
