@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from harness.records import codec
+
 if TYPE_CHECKING:
     from harness.parity.facts import Parity
     from harness.parity.judgement import Judgement, Likeness
-    from harness.stats import Proportion
 
 
 class PartOfWhole(msgspec.Struct, forbid_unknown_fields=True):
@@ -23,7 +25,7 @@ class PartOfWhole(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class MeanOf(msgspec.Struct, forbid_unknown_fields=True):
-    """A mean with its 95 % interval over sequences; null of a single one."""
+    """A mean over answers, or over sequences, with its 95 % interval; null of a single one."""
 
     value: float
     low: float | None
@@ -51,14 +53,14 @@ class WayOf(msgspec.Struct, forbid_unknown_fields=True):
     """Place of the first token that differs, from 1, the median; null where none differs."""
     tokens: PartOfWhole | None
     """Positions of the reference's answers at which the likeliest token differs."""
-    kl_mean_nats: float | None
+    kl_mean_nats: MeanOf | None
     kl_max_nats: float | None
-    difference_mean: float | None
+    difference_mean: MeanOf | None
     """Of the logits, absolute."""
     difference_max: float | None
-    cosine_mean: float | None
+    cosine_mean: MeanOf | None
     cosine_min: float | None
-    held_out_loss: float | None
+    held_out_loss: MeanOf | None
     loss_difference: MeanOf | None
     """From the reference's, in nats; above 0 is worse."""
     within_floor: bool
@@ -110,13 +112,13 @@ def parity_document(parity: Parity, judgement: Judgement, folder: Path) -> dict[
         "distinct_answers": judgement.distinct,
         "ways": [
             {
+                **_found(known.get(way.name)),
                 "way": way.name,
                 "quantization": way.variant.quantization,
                 "dtype": way.variant.dtype,
                 "adapter": way.adapter,
                 "merged": way.merged,
                 "dequantised": way.dequantised,
-                **_found(known.get(way.name)),
                 "failure": judgement.failures.get(way.name, ""),
             }
             for way in parity.ways[1:]
@@ -126,29 +128,13 @@ def parity_document(parity: Parity, judgement: Judgement, folder: Path) -> dict[
     }
 
 
-_NUMBERS = (
-    "first_difference", "kl_mean_nats", "kl_max_nats", "difference_mean", "difference_max", "cosine_mean", "cosine_min",
-)  # fmt: skip
-
-
 def _found(one: Likeness | None) -> dict[str, Any]:
-    if one is None:
-        absent = dict.fromkeys(("answers", "tokens", *_NUMBERS, "held_out_loss", "loss_difference"))
-        return {"verdict": "failed", **absent, "within_floor": False}
-    loss = one.loss_difference
-    return {
-        "verdict": one.verdict,
-        "answers": _part(one.answers),
-        "tokens": _part(one.tokens),
-        **{name: getattr(one, name) for name in _NUMBERS},
-        "held_out_loss": one.loss,
-        "loss_difference": {"value": loss.value, "low": loss.low, "high": loss.high},
-        "within_floor": one.within_floor,
-    }
+    """What was found of a way, by the names that it has there; of one that failed nothing."""
+    from harness.parity.judgement import Likeness
 
-
-def _part(part: Proportion) -> dict[str, Any]:
-    return {"count": part.count, "of": part.of, "low": part.low, "high": part.high}
+    known = {} if one is None else codec.to_json(one) | {"verdict": one.verdict}
+    names = [field.name for field in dataclasses.fields(Likeness) if field.name != "way"]
+    return {"verdict": "failed", **dict.fromkeys(names), "within_floor": False, **known}
 
 
 DOCUMENTS: tuple[type[msgspec.Struct], ...] = (ParityOf,)

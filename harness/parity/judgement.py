@@ -4,7 +4,8 @@ The reference asked twice is the noise floor, and what lies within it is no diff
 the other end: where the adapter changes nothing, that a merge changes nothing says nothing of the merge.
 
 Answers are independent of each other, so their share has a binomial interval. Tokens of one answer are not, and neither
-are the losses of one sequence: their intervals are over answers and over sequences.
+are the losses of one sequence: their intervals are over answers and over sequences. A largest or a least is what was
+seen, and has none.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ Verdict = Literal["same", "noise", "differ"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mean:
-    """A mean with its 95 % interval over sequences; no interval of a single one."""
+    """A mean over answers, or over sequences, with its 95 % interval; no interval of a single one."""
 
     value: float
     low: float | None
@@ -44,15 +45,15 @@ class Likeness:
     """Place of the first token that differs, from 1; the median of the answers that differ."""
     tokens: Proportion
     """Positions of the reference's answers at which the likeliest token differs, with the interval over answers."""
-    kl_mean_nats: float
+    kl_mean_nats: Mean
     kl_max_nats: float
-    difference_mean: float
+    difference_mean: Mean
     difference_max: float
     """Of the logits, absolute."""
-    cosine_mean: float
+    cosine_mean: Mean
     cosine_min: float
-    loss: float
-    """Mean of the held-out sequences' losses, in nats."""
+    held_out_loss: Mean
+    """Of the sequences, in nats."""
     loss_difference: Mean
     """From the reference's, sequence by sequence; above 0 is worse."""
     within_floor: bool = False
@@ -114,20 +115,19 @@ def compare_served(reference: Served, other: Served) -> Likeness:
     distances = other.distances
     positions = [one.positions for one in distances]
     losses = [theirs - ours for ours, theirs in zip(reference.losses, other.losses, strict=True)]
-    mean, low, high = mean_interval(losses)
     return Likeness(
         way=other.way,
         answers=proportion(len(places), len(pairs)),
         first_difference=statistics.median(places) if places else None,
         tokens=clustered_proportion([one.argmax_differs for one in distances], positions),
-        kl_mean_nats=_mean([one.kl_mean_nats for one in distances], positions),
+        kl_mean_nats=_mean([one.kl_mean_nats for one in distances]),
         kl_max_nats=max(one.kl_max_nats for one in distances),
-        difference_mean=_mean([one.difference_mean for one in distances], positions),
+        difference_mean=_mean([one.difference_mean for one in distances]),
         difference_max=max(one.difference_max for one in distances),
-        cosine_mean=_mean([one.cosine_mean for one in distances], positions),
+        cosine_mean=_mean([one.cosine_mean for one in distances]),
         cosine_min=min(one.cosine_min for one in distances),
-        loss=statistics.fmean(other.losses),
-        loss_difference=Mean(value=mean, low=low, high=high),
+        held_out_loss=_mean(other.losses),
+        loss_difference=_mean(losses),
     )
 
 
@@ -140,8 +140,9 @@ def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int | None:
     return None if len(ours) == len(theirs) else min(len(ours), len(theirs)) + 1
 
 
-def _mean(values: Sequence[float], weights: Sequence[int]) -> float:
-    return statistics.fmean(values, weights)
+def _mean(values: Sequence[float]) -> Mean:
+    value, low, high = mean_interval(values)
+    return Mean(value=value, low=low, high=high)
 
 
 def _beside(floor: Likeness | None, one: Likeness) -> Likeness:

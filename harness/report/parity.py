@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from harness.parity.facts import Parity
-from harness.parity.judgement import Judgement, Likeness, Verdict, first_difference
+from harness.parity.judgement import Judgement, Likeness, Mean, Verdict, first_difference
 from harness.records.units import format_count, format_percent, three_digits
 from harness.report.notices import describe_notices
 from harness.report.table import (
@@ -16,7 +15,6 @@ from harness.report.table import (
     Line,
     Panel,
     Passage,
-    Row,
     Section,
     Span,
     Table,
@@ -109,7 +107,9 @@ def _answers(rows: Sequence[Likeness]) -> Table:
         title="Answers, and what would be chosen next at each token of the reference's",
         heads=(_WAY, Head(text="answers that differ", right=True), Head(text="first at", right=True, rank=1),
                Head(text="tokens that differ", right=True)),
-        rows=tuple(_row(one, _part(one.answers), _place(one.first_difference), _part(one.tokens)) for one in rows),
+        rows=tuple(
+            write_row(one.way, _part(one.answers), _place(one.first_difference), _part(one.tokens)) for one in rows
+        ),
         notes=say_each(
             [
                 "intervals of 95 %, of answers over prompts and of tokens over answers; the more prompts (--prompts), "
@@ -121,10 +121,6 @@ def _answers(rows: Sequence[Likeness]) -> Table:
 
 
 _WAY = Head(text="served")
-
-
-def _row(one: Likeness, *cells: Cell | str) -> Row:
-    return write_row(one.way, *cells)
 
 
 def _part(part: Proportion) -> Cell:
@@ -139,28 +135,37 @@ def _place(place: float | None) -> Cell:
 
 
 def _logits(rows: Sequence[Likeness]) -> Table:
-    names = ("KL mean", "KL max", "|Δ| mean", "|Δ| max", "cosine")
+    names = ("KL mean", "KL max", "|Δ| mean", "|Δ| max", "least cosine")
     return Table(
         title="Logits at the same positions",
         heads=(_WAY, *(Head(text=name, right=True) for name in names)),
         rows=tuple(
-            _row(
-                one,
-                *(
-                    Cell(text=three_digits(value), value=value, unit="1")
-                    for value in (one.kl_mean_nats, one.kl_max_nats, one.difference_mean, one.difference_max)
-                ),
-                Cell(text=_cosine(one.cosine_mean), value=one.cosine_mean, unit="1"),
+            write_row(
+                one.way, _mean(one.kl_mean_nats), _largest(one.kl_max_nats), _mean(one.difference_mean),
+                _largest(one.difference_max), Cell(text=_cosine(one.cosine_min), value=one.cosine_min, unit="1"),
             )
             for one in rows
         ),
         notes=say_each(
             [
-                "KL(reference ‖ other) of the next token's distribution in nats, |Δ| of the logits; each over the "
-                "tokens of the reference's answers, so that both have read the same"
+                "KL(reference ‖ other) of the next token's distribution in nats, |Δ| of the logits; over the tokens of "
+                "the reference's answers, so that both have read the same; means with intervals of 95 % over answers"
             ]
         ),
         apart=True,
+    )  # fmt: skip
+
+
+def _largest(value: float) -> Cell:
+    return Cell(text=three_digits(value), value=value, unit="1")
+
+
+def _mean(mean: Mean, sign: str = "") -> Cell:
+    """In powers of ten where it is small: a scale of its own would hide how small."""
+    form = f"{sign}.3g"
+    interval = "[no interval]" if mean.low is None or mean.high is None else f"[{mean.low:{form}}, {mean.high:{form}}]"
+    return Cell(
+        text=f"{mean.value:{form}}", interval=interval, value=mean.value, low=mean.low, high=mean.high, unit="1"
     )
 
 
@@ -174,23 +179,16 @@ def _losses(rows: Sequence[Likeness], parity: Parity) -> Table:
         title="Held-out loss, in nats",
         heads=(_WAY, Head(text="loss", right=True), Head(text="above the reference's", right=True)),
         rows=tuple(
-            _row(
-                one,
-                Cell(text=f"{one.loss:.4f}", value=one.loss, unit="1"),
-                _difference(one.loss_difference.value, one.loss_difference.low, one.loss_difference.high),
+            write_row(
+                one.way,
+                write_value(one.held_out_loss.value, one.held_out_loss.low, one.held_out_loss.high, "1"),
+                _mean(one.loss_difference, "+"),
             )
             for one in rows
         ),
         notes=say_each([f"paired over {format_count(len(parity.reference.losses), 'held-out sequence')}"]),
         apart=True,
     )
-
-
-def _difference(value: float, low: float | None, high: float | None) -> Cell:
-    """In powers of ten where it is small: a scale of its own would hide how small."""
-    if low is None or high is None:
-        return dataclasses.replace(write_value(value, None, None, "1"), text=f"{value:+.2g}")
-    return Cell(text=f"{value:+.2g}", interval=f"[{low:+.2g}, {high:+.2g}]", value=value, low=low, high=high, unit="1")
 
 
 def show_differing(parity: Parity, decode: Callable[[Sequence[int]], str]) -> Document:

@@ -70,7 +70,7 @@ def test_a_trained_adapter_is_served_in_every_way(study, runs, capsys):
     assert by_name["no adapter, nf4"].verdict == "differ"
     merged = by_name["merged into nf4"]
     assert merged.difference_max > 0
-    assert merged.cosine_mean > 0.9
+    assert merged.cosine_mean.value > 0.9
     assert merged.answers.of == 6
     assert merged.tokens.of == 24
     assert merged.loss_difference.low is not None
