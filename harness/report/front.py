@@ -21,7 +21,7 @@ SERVING = "Throughput against latency"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
+class TwoMeasures:
     """Variants in two metrics, of those that have both."""
 
     across: str
@@ -53,17 +53,17 @@ def axis_of(metric: str) -> Axis:
     return Axis(title=METRICS[metric].title, unit=METRICS[metric].unit)
 
 
-def measure_both(shown: Mapping[str, Series], across: str, up: str) -> Measured | None:
+def measure_both(shown: Mapping[str, Series], across: str, up: str) -> TwoMeasures | None:
     """The variants that have both metrics; None where fewer than two do."""
     marks: dict[str, tuple[Mark, Mark]] = {}
     for name, series in shown.items():
         x, y = (_mark(name, series, metric) for metric in (across, up))
         if x is not None and y is not None:
             marks[name] = x, y
-    return Measured(across=across, up=up, marks=marks) if len(marks) > 1 else None
+    return TwoMeasures(across=across, up=up, marks=marks) if len(marks) > 1 else None
 
 
-def tabulate_front(found: Measured) -> Table:
+def tabulate_front(found: TwoMeasures) -> Table:
     """The numbers of a front."""
     front = found.drawing
     rows = (
@@ -109,7 +109,7 @@ def draw_serving(shown: Mapping[str, Series]) -> Figure | None:
     )
 
 
-def _serving(shown: Mapping[str, Series]) -> Measured | None:
+def _serving(shown: Mapping[str, Series]) -> TwoMeasures | None:
     several = len({batch for series in shown.values() for batch in _batches(series)}) > 1
     return measure_both(shown, LATENCY, THROUGHPUT) if several else None
 

@@ -148,7 +148,7 @@ def needed_bytes(
         peak, expected = measured.get(variant.id), None
         if not unknown_layers(shape):
             expected = estimate_peak(variant, workload, shape, device=device, stored=stored, process_bytes=birth)
-        if peak:  # of training, and requests of many prompts may take more
+        if peak:  # of training, and requests may take more
             requests = expected.needed_bytes if expected is not None and expected.phase == "generate" else 0
             return processes * max(peak + extra, requests)
         return None if expected is None else processes * expected.needed_bytes
