@@ -23,7 +23,7 @@ from harness.records import store
 from harness.report.curves import Axis, Curve, Curves
 from harness.report.figure import Bar, Bars, Front, Intervals, Mark, Part, Samples, Spot, Stretch
 from harness.report.figures import figures_of_run
-from harness.report.front import Measured
+from harness.report.front import TwoMeasures
 from harness.report.html.page import write_html
 from harness.report.html.pictures import MOST_DOTS, draw
 from harness.report.html.raster import COLOURS
@@ -237,7 +237,7 @@ def test_the_front_holds_what_nothing_beats(points):
     """Against the definition, one by one: of losses less is better, of tokens a second more."""
     marks = {str(n): (Mark(name=str(n), value=x), Mark(name=str(n), value=y)) for n, (x, y) in enumerate(points)}
     for metric, sign in (("held_out_loss", 1), ("output_tokens_per_s", -1)):
-        spots = Measured(across="time_per_output_token_s", up=metric, marks=marks).spots
+        spots = TwoMeasures(across="time_per_output_token_s", up=metric, marks=marks).spots
         for (x, y), spot in zip(points, spots, strict=True):
             assert spot.best == (not any(u <= x and sign * (v - y) <= 0 and (u, v) != (x, y) for u, v in points))
         assert any(spot.best for spot in spots)
