@@ -10,7 +10,7 @@ import os
 import socket
 import sys
 
-from harness.machine.processes import CPUS, PARENT, end_with_parent
+from harness.machine.processes import CPUS, PARENT, end_with_parent, leave
 
 
 def main(arguments: list[str]) -> int:
@@ -48,4 +48,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

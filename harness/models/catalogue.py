@@ -26,8 +26,9 @@ from harness.records import inputs
 RANDOM_PREFIX = "random:"
 PROVENANCE_FILE = "lorameter.json"
 """What `fetch` writes last into a converted model: its source and the checksum of each file."""
-HUB_TIMEOUT_S = 3.0
-"""How long one probe of the hub may take. huggingface_hub itself retries a name that does not resolve for 23 s."""
+HUB_TIMEOUT_S = 10.0
+"""How long one probe of the hub may take; huggingface_hub itself retries a name that does not resolve for 23 s, and a
+file whose server accepts and never answers for six minutes."""
 
 _CONFIGS = Path(__file__).parent
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -273,8 +274,11 @@ def config_file(source: ModelSource) -> Path:
 
 
 @functools.cache
-def hub_is_reachable() -> bool:
-    """One short request, asked once a process: whether anything on the model hub can be had.
+def hub_answers(file: str) -> bool:
+    """One short request, asked once a process: whether the hub says anything of a file, be it that there is none.
+
+    The file is named as in its address, `OWNER/NAME/resolve/main/config.json`; one of a data set begins with
+    `datasets/`. That the hub's first page can be had says nothing of its files.
 
     Honours HF_HUB_OFFLINE, HF_ENDPOINT and the proxy variables, because huggingface_hub's own session asks.
     """
@@ -284,16 +288,21 @@ def hub_is_reachable() -> bool:
     if constants.HF_HUB_OFFLINE:
         return False
     try:
-        get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT_S)
+        get_session().head(f"{constants.ENDPOINT}/{file}", timeout=HUB_TIMEOUT_S)
     except Exception:  # which exception depends on the transport that huggingface_hub was built on
         return False
     return True
 
 
+def hub_has(source: ModelSource) -> bool:
+    """Whether the hub answers for a model of it."""
+    return hub_answers(f"{source.location}/resolve/main/config.json")
+
+
 def hub_failure(source: ModelSource, error: Exception) -> UsageError:
     """The one message for a hub model that cannot be had, whoever asked for it."""
     cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    why = cause if hub_is_reachable() else "the model hub cannot be reached and its cache does not hold this model"
+    why = cause if hub_has(source) else "the model hub cannot be reached and its cache does not hold this model"
     return impossible(
         "catalogue",
         "model",
@@ -308,7 +317,7 @@ def _hub_file(source: ModelSource, name: str) -> Path:
     import huggingface_hub
 
     try:
-        found = huggingface_hub.hf_hub_download(source.location, name, local_files_only=not hub_is_reachable())
+        found = huggingface_hub.hf_hub_download(source.location, name, local_files_only=not hub_has(source))
     except Exception as error:  # as above: of a connection that is cut each transport has its own
         raise hub_failure(source, error) from None
     return Path(found)

@@ -97,7 +97,7 @@ def test_a_hub_that_has_no_model_for_us(kind, hub, tmp_path, command):
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("kind", ["away", "failing", "missing", "wrong", "slow"])
+@pytest.mark.parametrize("kind", ["away", "failing", "missing", "wrong", "slow", "slow files"])
 def test_a_hub_that_has_no_data_for_us(kind, hub, tmp_path, command):
     """As its model, from the tokenising process."""
     hub(kind)

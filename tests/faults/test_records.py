@@ -63,7 +63,13 @@ NAMES = ["zeros", "flipped", "no-text", "swallowed", "cut", "null", "nested", "d
 """What is done to a line, and how many are damaged then."""
 
 
-@pytest.mark.parametrize(("spoil", "damaged"), CORRUPTED.items(), ids=NAMES)
+SPOILT = [
+    pytest.param(*spoilt, id=name, marks=() if name in ("flipped", "swallowed", "nested") else pytest.mark.faults)
+    for spoilt, name in zip(CORRUPTED.items(), NAMES, strict=True)
+]
+
+
+@pytest.mark.parametrize(("spoil", "damaged"), SPOILT)
 def test_records_that_are_corrupt_are_measured_again(spoil, damaged, whole, reported, only_run, resumed):
     """One of the middle: told of with exit 4, its neighbours are as they were, and it is measured again with what took
     turns with it."""

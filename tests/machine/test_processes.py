@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -96,3 +98,18 @@ def test_any_signal_can_end_a_process(number):
     """Those of real time have no names of their own, and some that the C library keeps to itself none at all."""
     assert exit_words(-number).startswith(f"signal {number} (")
     assert exit_words(-(signal.SIGRTMIN + 6)) == f"signal {signal.SIGRTMIN + 6} (SIGRTMIN+6)"
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_a_process_leaves_with_its_code_and_its_words(code):
+    """What is registered for the end is run, what was printed is written, and no thread is waited for."""
+    program = (
+        "import atexit, threading, time\n"
+        "from harness.machine.processes import leave\n"
+        "threading.Thread(target=time.sleep, args=(60,)).start()\n"
+        "atexit.register(print, 'at the end')\n"
+        "print('before', end=' ')\n"
+        f"leave({code})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=30)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "before at the end\n", "")

@@ -95,7 +95,7 @@ def test_unknown_names_are_refused(name, expected):
 
 def test_hub_id_resolves_without_asking_the_hub(monkeypatch):
     """owner/name is a hub id; resolving it is free."""
-    monkeypatch.setattr(catalogue, "hub_is_reachable", lambda: pytest.fail("asked the hub"))
+    monkeypatch.setattr(catalogue, "hub_answers", lambda file: pytest.fail("asked the hub"))
     source = catalogue.resolve("random:someone/Some.Model-1")
     assert (source.kind, source.location, source.random) == ("hub", "someone/Some.Model-1", True)
 
@@ -105,10 +105,10 @@ def test_a_silent_hub_costs_one_timeout(monkeypatch):
     constants = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(catalogue, "HUB_TIMEOUT_S", 0.2)
-    probe = catalogue.hub_is_reachable.__wrapped__  # without the answer that the process remembers
+    probe = catalogue.hub_answers.__wrapped__  # without the answer that the process remembers
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
-        assert not probe()
+        assert not probe("somebody/some-model/resolve/main/config.json")
         server.setblocking(False)
         server.accept()[0].close()
         with pytest.raises(BlockingIOError):
@@ -120,7 +120,7 @@ def test_offline_mode_asks_nobody(monkeypatch):
     constants, utils = (pytest.importorskip(f"huggingface_hub.{name}") for name in ("constants", "utils"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(utils, "get_session", lambda: pytest.fail("asked the hub"))
-    assert not catalogue.hub_is_reachable.__wrapped__()
+    assert not catalogue.hub_answers.__wrapped__("somebody/some-model/resolve/main/config.json")
 
 
 def test_a_directory_without_a_configuration_is_no_model(tmp_path):

@@ -37,7 +37,7 @@ def empty_cache(tmp_path, monkeypatch):
 @pytest.fixture
 def unreachable_hub(monkeypatch):
     """The hub does not answer."""
-    monkeypatch.setattr(catalogue, "hub_is_reachable", lambda: False)
+    monkeypatch.setattr(catalogue, "hub_answers", lambda file: False)
 
 
 def directory_of(path, config):

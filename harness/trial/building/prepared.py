@@ -260,7 +260,7 @@ def _identity(source: ModelSource) -> Any:
         return _digest([catalogue.config_file(source).read_bytes()])
     if source.kind == "directory":
         return [_stamp(path) for path in sorted(Path(source.location).iterdir()) if path.is_file()]
-    config = transformers.AutoConfig.from_pretrained(source.location, local_files_only=not catalogue.hub_is_reachable())
+    config = transformers.AutoConfig.from_pretrained(source.location, local_files_only=not catalogue.hub_has(source))
     if config._commit_hash is None:
         why = "the cache of the hub does not say which revision of it lies there"
         raise impossible("models", "model", source.label, why, "Nothing to do: each process loads it itself.")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from harness.errors import UsageError
+from harness.models.catalogue import hub_answers
 from harness.studies.data_source import REMEDY, DataSource
 from harness.trial.data.files import ROWS, Placed, Table, said_by
 
@@ -27,8 +29,10 @@ def open_saved(source: DataSource, where: str) -> Table:
 def open_hub(source: DataSource, where: str) -> Table:
     """A split of a data set of the hub, fetched into its cache. Raises `UsageError` where it cannot be had."""
     datasets = _library()
+    answers = hub_answers(f"datasets/{source.name}/resolve/main/README.md")
     try:
-        found = datasets.load_dataset(source.name, source.config or None, split=source.split)
+        with contextlib.nullcontext() if answers else _offline(datasets):
+            found = datasets.load_dataset(source.name, source.config or None, split=source.split)
     except Exception as error:  # as above
         said = f"{type(error).__name__}: {said_by(error)}"
         raise UsageError(f"{where}: cannot be read: {said}. {REMEDY}") from error
@@ -40,6 +44,17 @@ def _library() -> Any:
 
     datasets.disable_progress_bars()
     return datasets
+
+
+@contextlib.contextmanager
+def _offline(datasets: Any) -> Iterator[None]:
+    """Meanwhile the library takes what its cache holds; it would ask a hub that never answers for six minutes."""
+    before = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
 
 
 def _table(found: Any, where: str) -> Table:

@@ -92,7 +92,7 @@ def _tokenizer_of_files(source: ModelSource) -> transformers.PreTrainedTokenizer
         return gguf_tokenizer(Path(source.location))
     if source.kind == "config":
         raise OSError("a packaged configuration has no tokenizer beside it")
-    offline = source.kind != "hub" or not catalogue.hub_is_reachable()
+    offline = source.kind != "hub" or not catalogue.hub_has(source)
     tokenizer = transformers.AutoTokenizer.from_pretrained(source.location, local_files_only=offline)
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of some families without files
         raise OSError("no vocabulary is there")

@@ -338,7 +338,7 @@ def test_memory_that_runs_out_is_no_fault_of_the_files(directory, monkeypatch):
 
 def test_an_unreachable_hub_is_a_usage_error(monkeypatch):
     """A hub model that is not in the hub's cache fails at once with the ways out."""
-    monkeypatch.setattr(catalogue, "hub_is_reachable", lambda: False)
+    monkeypatch.setattr(catalogue, "hub_answers", lambda file: False)
     with pytest.raises(UsageError, match="hub cannot be reached"):
         load("someone/absent-model-of-no-cache")
 

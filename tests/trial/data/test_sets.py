@@ -137,3 +137,22 @@ def test_a_data_set_of_the_hub_is_asked_for_by_configuration_and_split(monkeypat
     ):
         read("owner/gone")
     assert asked == [("owner/name", "main", "test"), ("owner/gone", None, "train")]
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_hub_that_never_answers_is_asked_once(answers, monkeypatch):
+    """The library then takes what its cache holds, and is afterwards as it was."""
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    asked = []
+    monkeypatch.setattr("harness.trial.data.sets.hub_answers", lambda file: asked.append(file) or answers)
+    offline = []
+
+    def load_dataset(*_, **__):
+        offline.append(datasets.config.HF_HUB_OFFLINE)
+        return datasets.Dataset.from_list([{"messages": CHAT}] * 40)
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    read("owner/name")
+    assert asked == ["datasets/owner/name/resolve/main/README.md"]
+    assert offline == [not answers]
+    assert datasets.config.HF_HUB_OFFLINE is False

@@ -49,7 +49,7 @@ def test_byte_tokens_agree_with_the_packaged_model():
 @pytest.mark.parametrize("name", ["random:llama2-7b", "random:smollm2-135m"])
 def test_bytes_stand_in_for_a_random_models_tokenizer(name, monkeypatch, tmp_path):
     """A random model whose tokenizer cannot be had gets bytes, and the caller is told."""
-    monkeypatch.setattr(catalogue, "hub_is_reachable", lambda: False)
+    monkeypatch.setattr(catalogue, "hub_answers", lambda file: False)
     monkeypatch.setenv("LORAMETER_CACHE", str(tmp_path))
     source = catalogue.resolve(name)
     if source.kind == "hub":
@@ -61,7 +61,7 @@ def test_bytes_stand_in_for_a_random_models_tokenizer(name, monkeypatch, tmp_pat
 
 def test_no_bytes_for_a_real_models_tokenizer(monkeypatch, tmp_path):
     """Real weights without their tokenizer are an error, on the hub and in a directory."""
-    monkeypatch.setattr(catalogue, "hub_is_reachable", lambda: False)
+    monkeypatch.setattr(catalogue, "hub_answers", lambda file: False)
     with pytest.raises(UsageError, match="hub cannot be reached"):
         load_tokenizer(catalogue.resolve("someone/absent-model-of-no-cache"), vocab_size=32000)
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
