@@ -2,7 +2,7 @@
 
 The scaling spans a factor of 128, so that the larger alpha certainly learns faster in the
 few steps that are taken. Whether three replicates suffice to decide on a time is the machine's affair: beside other
-work a verdict on one may be that nothing is known, and never the wrong one.
+work a verdict on one may be that nothing is known, and never the wrong one. `make proof-harness` runs them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import pytest
 from harness.cli import main
 from harness.records import store
 from harness.verdicts.claims import judge_claims
+
+pytestmark = pytest.mark.selftest
 
 STUDY = """
 title = "planted truths"
@@ -95,7 +97,6 @@ def test_claims_that_weigh_and_compare_are_judged(verdicts):
     assert verdicts["best"].verdict in ("refuted", "inconclusive")
 
 
-@pytest.mark.selftest
 def test_a_quiet_machine_decides_on_the_times_too(verdicts):
     """Sixteen times the rank is more than twice the time: three replicates see it where nothing else runs."""
     timed = {says: truth for says, (_, _, metric, truth) in CLAIMS.items() if metric == TIMED} | {"best": "refuted"}

@@ -11,10 +11,15 @@ from kernels_check.judges.paths import REQUIREMENTS
 SOUND = next(control for control in CONTROLS if control.name == "eager attention")
 
 
+def marks_of(control, instrument):
+    """What compiles takes seconds: under the profiler it is left to `make proof-kernels`, which runs all controls."""
+    return [pytest.mark.selftest] if control.name.startswith("compile") and instrument == "profile" else []
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("control", "instrument"),
-    [pytest.param(c, i, id=f"{c.name}-{i}") for c in CONTROLS for i in c.instruments],
+    [pytest.param(c, i, id=f"{c.name}-{i}", marks=marks_of(c, i)) for c in CONTROLS for i in c.instruments],
 )
 def test_control(control, instrument):
     """The sabotage is caught with its reason; the twin passes."""
