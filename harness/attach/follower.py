@@ -74,6 +74,9 @@ class Next:
     """False: no further step; the training is asked to end as if it had come to its own end."""
     watch: Mapping[str, Any] | None = None
     """What ``kernels_check`` is to require of it; None: not watched, and ``{}``: watched, nothing required."""
+    patience_s: float = 0.0
+    """So long what steps showed may wait until it is told, as long as nothing else happens. What is told of many steps
+    in one go costs each of them a part of what it costs alone, and a process that is killed takes it along."""
 
 
 class Follower(Protocol):
@@ -83,7 +86,7 @@ class Follower(Protocol):
         """The training stands before its first step."""
 
     def step(self, reading: StepReading) -> Next:
-        """A step has ended."""
+        """A step has ended, as long ago at most as it had `patience`."""
 
     def phase(self, phase: Phase) -> None:
         """From here on the training does this."""

@@ -5,17 +5,21 @@ would change the step; so the device stamps the borders (events) and they are re
 data is the host's on either.
 
 Inside the step a border is noted and no more: what is called between two pieces of somebody's work finds none of its
-code in the caches, and takes ten times as long as in a loop of its own. What the borders mean is worked out at the end.
+code in the caches, and takes ten times as long as in a loop of its own. What the borders mean is worked out later.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 
 Part = Literal["data", "forward", "backward", "optimizer"]
+Border = tuple[Part | None, bool, float, Any]
+"""The part, whether it begins, the host's clock, and on a card an event. Without a part it is so many seconds that are
+none's."""
 
 
 class Parts:
@@ -24,9 +28,8 @@ class Parts:
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
-        self._borders: list[tuple[Part | None, bool, float, Any]] = []
-        """In their order: the part, whether it begins, the host's clock, and on a card an event. Without a part it is
-        so many seconds that are none's."""
+        self._borders: list[Border] = []
+        """In their order."""
 
     def begin(self, part: Part) -> None:
         """The part begins."""
@@ -46,34 +49,40 @@ class Parts:
         event.record()
         return event
 
-    def take(self) -> dict[Part, float]:
-        """Seconds of each part that was seen; the next step begins. The device must have done what it was asked."""
-        found: dict[Part, float] = {}
-        under_way: list[tuple[Part, float, Any]] = []
-        """The innermost last, and when each began or went on."""
-        for part, begins, at, event in self._borders:
-            if part is None:
-                if under_way and under_way[-1][2] is None:
-                    inner, begun, _ = under_way[-1]
-                    under_way[-1] = inner, begun + at, None
-                continue
-            if not begins and all(one != part for one, _, _ in under_way):
-                continue
-            if under_way:
-                inner, begun, stamp = under_way[-1]
-                spent = at - begun if stamp is None else stamp.elapsed_time(event) / 1e3
-                found[inner] = found.get(inner, 0.0) + spent
-            if begins:
-                under_way.append((part, at, None if part == "data" else event))
-                continue
-            while under_way.pop()[0] != part:
-                pass
-            if under_way:
-                outer, _, stamp = under_way[-1]
-                under_way[-1] = outer, at, None if stamp is None else event
+    def take(self) -> Sequence[Border]:
+        """The borders of the step that has ended; the next one begins."""
+        taken = self._borders
         self.forget()
-        return found
+        return taken
 
     def forget(self) -> None:
         """What was seen belongs to no step."""
         self._borders = []
+
+
+def times_of(borders: Sequence[Border]) -> dict[Part, float]:
+    """Seconds of each part that was seen. The device must have done what it was asked."""
+    found: dict[Part, float] = {}
+    under_way: list[tuple[Part, float, Any]] = []
+    """The innermost last, and when each began or went on."""
+    for part, begins, at, event in borders:
+        if part is None:
+            if under_way and under_way[-1][2] is None:
+                inner, begun, _ = under_way[-1]
+                under_way[-1] = inner, begun + at, None
+            continue
+        if not begins and all(one != part for one, _, _ in under_way):
+            continue
+        if under_way:
+            inner, begun, stamp = under_way[-1]
+            spent = at - begun if stamp is None else stamp.elapsed_time(event) / 1e3
+            found[inner] = found.get(inner, 0.0) + spent
+        if begins:
+            under_way.append((part, at, None if part == "data" else event))
+            continue
+        while under_way.pop()[0] != part:
+            pass
+        if under_way:
+            outer, _, stamp = under_way[-1]
+            under_way[-1] = outer, at, None if stamp is None else event
+    return found

@@ -4,6 +4,9 @@ The source says what happens (a batch came, a part begins, a loss is there, the 
 reading of a step. The clock of a step runs from the follower's release to the step's end on the device, for which the
 device is waited for once. What the meter itself does at the end of a step, and what the script does in phases of their
 own (evaluation, saving), is in no step's time.
+
+A step that has ended is noted and no more; as soon as the follower's patience is over, or anything else happens, all
+that was noted becomes readings and is told.
 """
 
 from __future__ import annotations
@@ -11,19 +14,35 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from harness.attach.follower import Follower, Next, Phase, StepReading, Training
-from harness.attach.parts import Part, Parts
+from harness.attach.parts import Border, Part, Parts, times_of
 from harness.attach.shield import NotFollowedError, Shield
 from harness.attach.tokens import Count, Tokens, count_tokens
 from harness.records.units import format_count
 
 A_MOMENT_S = 1e-3
 """What a follower takes that only writes something down."""
+
+
+@dataclass(slots=True)
+class _Ended:
+    """A step as it was noted when it had ended."""
+
+    number: int
+    wall_s: float
+    cpu_s: float
+    borders: Sequence[Border]
+    batches: Sequence[Tokens]
+    loss: float | None
+    loss_dtype: torch.dtype | None
+    gradient_norm: float | None
+    checks: tuple[Any, ...] | None
 
 
 class Steps:
@@ -42,6 +61,10 @@ class Steps:
         self._losses: list[Any] = []
         self._gradient_norm: Any = None
         self._next = Next()
+        self._noted: list[_Ended] = []
+        """Steps that the follower has not been told of, the first of which ended a moment after `told_s`."""
+        self._told_s = -math.inf
+        self._since: list[StepReading] | None = None
         self._phase: Phase = "train"
         self._watching = contextlib.ExitStack()
         self._watch: Any = None
@@ -138,12 +161,13 @@ class Steps:
         self._begun_cpu_s += spent_s
         self._parts.leave_out(spent_s)
 
-    def end_step(self) -> StepReading | None:
-        """The step is over; this may wait as long as the follower does. Returns what it showed, None where nothing is
-        followed any more."""
-        return self._shield.run(self._end_step) if self.up else None
+    def end_step(self) -> None:
+        """The step is over; this may wait as long as the follower does."""
+        self._shield.run(self._end_step)
 
-    def _end_step(self) -> StepReading:
+    def _end_step(self) -> None:
+        if self.ended:
+            return
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         ended_s, ended_cpu_s = time.perf_counter(), time.process_time()
@@ -151,31 +175,36 @@ class Steps:
         wall, cpu = ended_s - self._begun_s, max(0.0, ended_cpu_s - self._begun_cpu_s)
         checks = self._close_watch()
         self._number += 1
-        reading = self._reading(wall, cpu, checks)
-        self._next = self._follower.step(reading)
+        losses, norm = self._losses, self._gradient_norm
+        # Read now: a script may go on adding to the tensor that it has shown.
+        loss = sum(map(float, losses)) if losses else None
+        dtype = losses[-1].dtype if losses and isinstance(losses[-1], torch.Tensor) else None
+        norm = None if norm is None else float(norm)
+        borders = self._parts.take()
+        self._noted.append(_Ended(self._number, wall, cpu, borders, self._batches, loss, dtype, norm, checks))
+        if checks is not None or ended_s - self._told_s >= self._next.patience_s:
+            self._tell()
         self._release(ended_s, ended_cpu_s)
-        return reading
 
-    def _reading(self, wall_s: float, cpu_s: float, checks: tuple[Any, ...] | None) -> StepReading:
-        parts, batches = self._parts.take(), self._batches
-        return StepReading(
-            number=self._number,
-            step_time_s=wall_s,
-            cpu_time_s=cpu_s,
-            data_time_s=parts.get("data"),
-            forward_time_s=parts.get("forward"),
-            backward_time_s=parts.get("backward"),
-            optimizer_time_s=parts.get("optimizer"),
-            sequences=_sum([one.sequences for one in batches]),
-            real_tokens=_sum([one.real for one in batches]),
-            padded_tokens=_sum([one.padded for one in batches]),
-            loss_tokens=_sum([one.loss for one in batches]),
-            loss=_number(self._losses),
-            loss_dtype=_dtype_of(self._losses),
-            gradient_norm=None if self._gradient_norm is None else float(self._gradient_norm),
-            conventions=self._batches[-1].conventions if self._batches else (),
-            checks=checks,
-        )
+    def _tell(self) -> None:
+        """Tell what was noted."""
+        noted, self._noted = self._noted, []
+        for one in noted:
+            reading = _reading_of(one)
+            if self._since is not None:
+                self._since.append(reading)
+            self._next = self._follower.step(reading)
+        self._told_s = time.perf_counter()
+
+    def keep_readings(self) -> None:
+        """From now on what steps show is kept for whoever takes it."""
+        self._since = []
+
+    def take_readings(self) -> Sequence[StepReading]:
+        """What steps showed since it was last taken; the follower has been told of them."""
+        self._shield.run(self._tell)
+        taken, self._since = self._since or (), []
+        return taken
 
     def _close_watch(self) -> tuple[Any, ...] | None:
         if not self._open:
@@ -201,6 +230,7 @@ class Steps:
             self._shield.run(self._enter, phase)
 
     def _enter(self, phase: Phase) -> None:
+        self._tell()
         self._phase = phase
         self._follower.phase(phase)
         if phase == "train":
@@ -213,6 +243,7 @@ class Steps:
             self._shield.run(self._end, error, seen)
 
     def _end(self, error: BaseException | None, seen: bool) -> None:
+        self._tell()
         self._watching.__exit__(*((None, None, None) if error is None else (type(error), error, error.__traceback__)))
         self._follower.end(error, seen=seen)
 
@@ -221,6 +252,8 @@ class Steps:
         on, so it has not ended."""
         with contextlib.suppress(Exception):
             self._watching.close()
+        with contextlib.suppress(Exception):  # it may be what has failed
+            self._tell()
         failure = NotFollowedError(
             f"the meter failed after {format_count(self._number, 'step')}: {type(error).__name__}: {error}"
         )
@@ -244,15 +277,29 @@ def make_watch(model: Any, requirements: Mapping[str, Any]) -> Any:
     return watch(model, dict(requirements), instrument="profile" if on_card or beyond_the_spy else "spy")
 
 
+def _reading_of(ended: _Ended) -> StepReading:
+    parts, batches = times_of(ended.borders), ended.batches
+    return StepReading(
+        number=ended.number,
+        step_time_s=ended.wall_s,
+        cpu_time_s=ended.cpu_s,
+        data_time_s=parts.get("data"),
+        forward_time_s=parts.get("forward"),
+        backward_time_s=parts.get("backward"),
+        optimizer_time_s=parts.get("optimizer"),
+        sequences=_sum([one.sequences for one in batches]),
+        real_tokens=_sum([one.real for one in batches]),
+        padded_tokens=_sum([one.padded for one in batches]),
+        loss_tokens=_sum([one.loss for one in batches]),
+        loss=ended.loss,
+        loss_dtype=None if ended.loss_dtype is None else str(ended.loss_dtype).removeprefix("torch."),
+        gradient_norm=ended.gradient_norm,
+        conventions=batches[-1].conventions if batches else (),
+        checks=ended.checks,
+    )
+
+
 def _sum(counts: list[Count | None] | list[int | None]) -> int | None:
     """None where one of them was not seen, or there is none."""
     known = [int(count) for count in counts if count is not None]
     return sum(known) if counts and len(known) == len(counts) else None
-
-
-def _number(losses: list[Any]) -> float | None:
-    return sum(float(loss) for loss in losses) if losses else None
-
-
-def _dtype_of(losses: list[Any]) -> str | None:
-    return str(losses[-1].dtype).removeprefix("torch.") if losses and isinstance(losses[-1], torch.Tensor) else None

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from harness.attach.attachment import UnendedError, this_process
-from harness.attach.follower import Follower, StepReading, Training
+from harness.attach.follower import Follower, Training
 from harness.attach.identity import count_parameters, device_of, rank_of
 from harness.attach.logged import summarise
 from harness.attach.shield import Shield
@@ -49,7 +49,6 @@ class TrainerSource:
         self._required = dict(required or {})
         self._steps: Steps | None = None
         self._trainer: Any = None
-        self._since: list[StepReading] = []
         self._failed: BaseException | None = None
         self._replaced: list[str] = []
         self._micro = False
@@ -76,6 +75,8 @@ class TrainerSource:
         )
         steps = this_process().begin(self, training, device_of(model), self._make)
         if steps is not None:
+            if self._log:
+                steps.keep_readings()
             self._trainer = find_trainer(state)
             self._time_methods()
             if getattr(args, "eval_on_start", False):
@@ -102,9 +103,7 @@ class TrainerSource:
         """A step is over. The flow of the Trainer has decided by now what it does next."""
         if self._steps is None:
             return
-        reading = self._steps.end_step()
-        if reading is not None and self._log:
-            self._since.append(reading)
+        self._steps.end_step()
         if not self._steps.go_on:
             control.should_training_stop = True
         self.between(control)
@@ -132,11 +131,11 @@ class TrainerSource:
 
     def logged(self, logs: Any) -> None:
         """The Trainer has logged: what was measured since goes the same way, in no step's time."""
-        if self._steps is None or self._trainer is None or not self._since or "loss" not in (logs or {}):
+        if not self._log or self._steps is None or self._trainer is None or "loss" not in (logs or {}):
             return
-        since, self._since = self._since, []
         with self._steps.aside():
-            self._steps.run(lambda: self._trainer.log(summarise(since)))
+            if since := self._steps.take_readings():
+                self._steps.run(lambda: self._trainer.log(summarise(since)))
 
     def ends(self) -> None:
         """Training has come to its end."""

@@ -43,6 +43,8 @@ from harness.studies.script import name_of_words
 MOST_WATCHED = 2
 """Steps that are watched: what a change of weights becomes shows in the step after it."""
 REPORT_TIMEOUT_S = 120.0
+PATIENCE_S = 0.1
+"""So much of a training a process that is killed may take along: its last checkpoint is older by far."""
 
 
 class Writer:
@@ -122,9 +124,10 @@ class Writer:
         self._gathered.add(reading)
         if self._gathered.warm and (not was_warm or self._watch_again(reading)):
             return Next(watch=self._require)
-        if was_warm:
-            self._look(reading)
-        return Next()
+        if not was_warm:
+            return Next()
+        self._look(reading)
+        return Next(patience_s=PATIENCE_S)
 
     def _watch_again(self, reading: StepReading) -> bool:
         """Whether a second step in a row may tell what the first did not."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from harness.attach import parts as module
-from harness.attach.parts import Parts
+from harness.attach.parts import Parts, times_of
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def play(parts, clock, *events):
 def test_each_moment_is_that_of_the_innermost_part(parts, clock, events, found):
     """However they lie in one another, and whatever end is missing: no time is counted twice."""
     play(parts, clock, *events)
-    assert parts.take() == found
+    assert times_of(parts.take()) == found
 
 
 def test_a_part_that_never_ended_is_not_in_the_next_step(parts, clock):
@@ -56,7 +56,7 @@ def test_a_part_that_never_ended_is_not_in_the_next_step(parts, clock):
         play(parts, clock, "+backward")
         leave()
         play(parts, clock, "-backward", "+forward", "-forward")
-        assert parts.take() == {"forward": 1.0}
+        assert times_of(parts.take()) == {"forward": 1.0}
 
 
 def test_what_is_left_out_is_in_no_part(parts, clock):
@@ -68,7 +68,7 @@ def test_what_is_left_out_is_in_no_part(parts, clock):
     clock[0] += 5.0
     parts.leave_out(5.0)
     play(parts, clock, "+backward", "-backward")
-    assert parts.take() == {"optimizer": 2.0, "forward": 1.0, "backward": 1.0}
+    assert times_of(parts.take()) == {"optimizer": 2.0, "forward": 1.0, "backward": 1.0}
 
 
 class Event:
@@ -91,4 +91,4 @@ def test_on_a_card_the_device_stamps_all_but_the_wait_for_data(clock, monkeypatc
     play(parts, clock, "+data", "-data", "+optimizer", "+data", "-data", "+forward", "-forward")
     parts.leave_out(5.0)
     play(parts, clock, "-optimizer")
-    assert parts.take() == {"data": 2.0, "optimizer": 1.5, "forward": 0.5}
+    assert times_of(parts.take()) == {"data": 2.0, "optimizer": 1.5, "forward": 0.5}

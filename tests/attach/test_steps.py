@@ -66,7 +66,8 @@ def test_a_part_that_fails_has_ended(model, listener):
     with pytest.raises(MemoryError):
         fail()
     time.sleep(0.05)
-    reading = steps.end_step()
+    steps.end_step()
+    (reading,) = listener.readings
     assert 0 <= reading.forward_time_s <= reading.step_time_s - 0.05
 
 
@@ -89,3 +90,82 @@ def test_no_step_computes_for_less_than_no_time(model, listener):
     assert first.cpu_time_s >= 0.0
     assert 0.0 <= first.step_time_s < 0.05
     assert 0.0 <= second.forward_time_s <= second.step_time_s * (1 + 1e-9)  # as of the step, so of its part
+
+
+class Patient:
+    """A follower that has time, and keeps when it was told of what."""
+
+    def __init__(self):
+        self.told, self.phases, self.errors = [], [], []
+
+    def begin(self, training):
+        return Next(patience_s=3600.0)
+
+    def step(self, reading):
+        self.told.append(reading)
+        return Next(patience_s=3600.0)
+
+    def phase(self, phase):
+        self.phases.append((phase, len(self.told)))
+
+    def end(self, error, *, seen=True):
+        self.errors.append((error, len(self.told)))
+
+
+def test_a_follower_that_has_time_is_told_of_many_steps_at_once(model):
+    """Before anything else happens: another phase, the end, somebody who asks. Each step is as it was when it ended."""
+    patient = Patient()
+    training = Training(
+        source="loop", model=model, planned_steps=None, trainable_parameters=1, total_parameters=1, accumulation=1
+    )
+    steps = Steps(patient, training, torch.device("cpu"), Shield())
+    steps.begin()
+    steps.keep_readings()
+    total = torch.zeros(())
+
+    def step(loss):
+        nonlocal total
+        steps.batch({"input_ids": torch.ones(2, int(loss), dtype=torch.long)})
+        with steps.during("forward"):
+            shown = torch.tensor(loss)
+        steps.loss(shown)
+        steps.end_step()
+        total = shown.add_(total)  # as scripts add up what they print
+
+    steps.loss(1.0)
+    steps.end_step()  # the first is told at once: nothing was told before it
+    for loss in (2.0, 3.0, 4.0):
+        step(loss)
+    assert len(patient.told) == 1
+    assert [one.number for one in steps.take_readings()] == [1, 2, 3, 4]
+    assert len(patient.told) == 4
+    step(5.0)
+    steps.phase("evaluate")
+    steps.phase("train")
+    step(6.0)
+    steps.end(None)
+    assert patient.phases == [("evaluate", 5), ("train", 5)]
+    assert patient.errors == [(None, 6)]
+    assert [one.number for one in patient.told] == [1, 2, 3, 4, 5, 6]
+    assert [one.padded_tokens for one in patient.told] == [None, 4, 6, 8, 10, 12]
+    assert [one.loss for one in patient.told] == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+    assert all(0 <= one.forward_time_s <= one.step_time_s for one in patient.told[1:])
+
+
+def test_what_was_noted_is_told_where_the_meter_fails(model, capfd):
+    """Nothing that was measured is lost by an error of ours in a later step."""
+    patient = Patient()
+    training = Training(
+        source="loop", model=model, planned_steps=None, trainable_parameters=1, total_parameters=1, accumulation=1
+    )
+    steps = Steps(patient, training, torch.device("cpu"), Shield())
+    steps.begin()
+    for _ in range(3):
+        steps.end_step()
+    assert len(patient.told) == 1
+    steps.run(lambda: 1 / 0)
+    assert len(patient.told) == 3
+    ((error, told),) = patient.errors
+    assert told == 3
+    assert "ZeroDivisionError" in str(error)
+    assert "stands aside" in capfd.readouterr().err
