@@ -3,8 +3,9 @@
 Three processes run one script: alone, alone again, and with the hook and its writer. They take turns of some steps, and
 each says how long it was from the begin of a step to that of the next, on the wall and on its CPUs, so that all that
 the meter does in a step and between two is in it. The first step of a turn finds the caches as the others have left
-them, which no training does that runs by itself: it is not counted. The order is shuffled in each round, and the
-difference of a round is paired.
+them, which no training does that runs by itself: it is not counted. Of the others the mean counts, since what a meter
+does for many steps it does in one of them; a turn of short steps is longer than it waits for that (0.1 s). The order is
+shuffled in each round, and the difference of a round is paired.
 
 Two processes of one script differ by themselves, by where their memory lies, and no number of rounds tells that from
 what the meter costs: so all three are started anew for each replicate, whose value is the median of its rounds, and the
@@ -12,7 +13,7 @@ mean of the replicates stands with Student's 95 % interval. Alone against alone 
 wants a machine without other work: the meter asks the kernel for its CPU time once a step, and where work waits for a
 CPU a system call is where a process loses it.
 
-    python benchmarks/selftest/meter_live.py [--replicates N] [--rounds N] [--model DIRECTORY]
+    python benchmarks/selftest/meter_live.py [--replicates N] [--rounds N] [--turn STEPS] [--model DIRECTORY]
 """
 
 from __future__ import annotations
@@ -38,8 +39,6 @@ LIMIT_S, LIMIT_SHARE = 100e-6, 0.005
 ALONE, WRAPPED = "alone", "wrapped"
 NAMES = (ALONE, "alone again", WRAPPED)
 KINDS = {"times": "wall", "cpu_times": "CPU"}
-TURN = 5
-"""Steps of a turn."""
 WARM_UP = 4
 """Rounds that are not counted: warm-up, the watched steps, and what is read once."""
 SCRIPT = """
@@ -82,12 +81,12 @@ Trainer(model, arguments, train_dataset=rows, callbacks=[Turn()]).train()
 class Arm:
     """One process of the script."""
 
-    def __init__(self, name: str, folder: Path, steps: int, model: str, *, wrapped: bool) -> None:
+    def __init__(self, name: str, folder: Path, steps: int, model: str, *, turn: int, wrapped: bool) -> None:
         variables = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         if wrapped:
             told = {RUN: str(folder / "runs" / "run"), COMMAND: "python train.py"}
             variables = environment(variables, variables=told)
-        command = [sys.executable, str(folder / "train.py"), str(steps), model, str(folder / name), str(TURN)]
+        command = [sys.executable, str(folder / "train.py"), str(steps), model, str(folder / name), str(turn)]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=variables
         )
@@ -109,7 +108,7 @@ class Arm:
         told = list(map(float, self.wait().split()[1:]))
         for times, seen in ((self.times, told[::2]), (self.cpu_times, told[1::2])):
             between = [later - earlier for earlier, later in itertools.pairwise(seen)]
-            times.append(statistics.median(between[1:]))
+            times.append(statistics.fmean(between[1:]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,14 +123,14 @@ class Replicate:
     """Whether the wrapped process has left a run."""
 
 
-def take_turns(rounds: int, model: str, seed: int) -> Replicate:
-    """Start the three and let them alternate."""
+def take_turns(rounds: int, turn: int, model: str, seed: int) -> Replicate:
+    """Start the three and let them alternate, so many steps a turn."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         (folder / "train.py").write_text(SCRIPT)
         (folder / "runs").mkdir()
-        length = (rounds + WARM_UP) * TURN + 2
-        arms = {name: Arm(name, folder, length, model, wrapped=name == WRAPPED) for name in NAMES}
+        length = (rounds + WARM_UP) * turn + 2
+        arms = {name: Arm(name, folder, length, model, turn=turn, wrapped=name == WRAPPED) for name in NAMES}
         for arm in arms.values():
             arm.wait()
         shuffled = random.Random(seed)
@@ -156,15 +155,16 @@ def take_turns(rounds: int, model: str, seed: int) -> Replicate:
 def main() -> int:
     """Take turns, and print what was found."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--replicates", type=int, default=8)
-    options.add_argument("--rounds", type=int, default=100)
+    options.add_argument("--replicates", type=int, default=40)
+    options.add_argument("--rounds", type=int, default=40)
+    options.add_argument("--turn", type=int, default=25, help="steps of a turn")
     options.add_argument("--model", default="small", help="a directory with a model; default: a step of about 10 ms")
     chosen = options.parse_args()
     print(origin_of(ROOT), flush=True)
-    found = [take_turns(chosen.rounds, chosen.model, seed) for seed in range(chosen.replicates)]
+    found = [take_turns(chosen.rounds, chosen.turn, chosen.model, seed) for seed in range(chosen.replicates)]
     written = all(one.written for one in found)
     model = Path(chosen.model).name
-    print(f"{model}: {len(found)} replicates of {chosen.rounds} rounds of {TURN} steps, every run written: {written}")
+    print(f"{model}: {len(found)} replicates of {chosen.rounds} rounds of {chosen.turn} steps, every run written: {written}")
     within = False
     for kind, title in KINDS.items():
         step = statistics.fmean(one.steps[kind] for one in found)
