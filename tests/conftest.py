@@ -22,6 +22,8 @@ from harness.studies.workload import Workload
 pytest_plugins = ["pytester"]
 HERE = Path(__file__).parent
 
+gc.disable()  # until all tests are collected: half of that time would go into looking for garbage among what stays
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two OpenMP threads on two cores collapse under contention
 OWN = ("LORAMETER_LOCKS", "LORAMETER_BASES")
 for name in OWN:  # of this process: the other one measures as well, and what tests prepare is of no use to anybody
@@ -49,6 +51,12 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
+
+
+def pytest_collection_finish():
+    """What is there now stays to the end."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_unconfigure():
