@@ -114,10 +114,10 @@ proof-fuzz: $(STAMP)
 
 # The long half of the fault matrix (tests/faults/README.md): each signal at each phase of each door and to each process, a
 # disk that is full at each write, in a cache, under a training process and a profile, every kind of broken hub and index
-# (about three quarters of an hour); and five hundred trials, a third of them broken (a quarter). What needs the right to
+# (about half an hour); and five hundred trials, a third of them broken (a quarter). What needs the right to
 # mount a disk is skipped without it.
 proof-faults: $(STAMP)
-	$(call prove,faults,$(BIN)/pytest tests -m faults -q --no-header -rs)
+	$(call prove,faults,$(BIN)/pytest tests -m faults -n 2 --dist loadfile -q --no-header -rs)
 	$(call prove,soak,$(BIN)/python benchmarks/selftest/soak.py)
 
 # The tests as narrower CPUs would run them, and all of them with nothing beside them and beside two busy loops, three
