@@ -164,7 +164,8 @@ def main() -> int:
     found = [take_turns(chosen.rounds, chosen.turn, chosen.model, seed) for seed in range(chosen.replicates)]
     written = all(one.written for one in found)
     model = Path(chosen.model).name
-    print(f"{model}: {len(found)} replicates of {chosen.rounds} rounds of {chosen.turn} steps, every run written: {written}")
+    size = f"{len(found)} replicates of {chosen.rounds} rounds of {chosen.turn} steps"
+    print(f"{model}: {size}, every run written: {written}")
     within = False
     for kind, title in KINDS.items():
         step = statistics.fmean(one.steps[kind] for one in found)

@@ -24,9 +24,9 @@ def add_commands(commands: Any, common: Any) -> None:
 def run_doctor(options: argparse.Namespace) -> int:
     """Print what was found; the exit code says whether anything may be measured here."""
     from harness.machine.doctor import examine, is_fit, survey
-    from harness.records import codec
+    from harness.records import codec, store
 
-    checks = examine(survey())
+    checks = examine(survey(store.runs_dir(options.runs_dir)))
     fit = is_fit(checks)
     if options.json:
         print_json({"fit": fit, "checks": [codec.to_json(check) for check in checks]})

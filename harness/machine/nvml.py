@@ -10,11 +10,13 @@ Units are base units: NVML's milliwatts, millijoules, megahertz and nanoseconds 
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from harness.machine.card import CardFacts, CardSample, Clocks, Memory, Occupant
+from harness.machine.links import MEETINGS, NVLINK, Links, Pair
 from harness.machine.reading import Reading, missing
 from harness.machine.throttle import reasons_in
 from harness.machine.visible import visible_devices
@@ -180,6 +182,57 @@ def card_names() -> Reading[tuple[str, ...]]:
     ]
     _ended(nvml.value)
     return Reading(value=tuple(name or "a card that does not answer" for name in names))
+
+
+def card_links(environment: Mapping[str, str] | None = None) -> Reading[Links]:
+    """How the cards that `environment` (None: this process's) lets CUDA see reach each other. An instance of a card
+    has no links."""
+    nvml = _started()
+    if nvml.value is None:
+        return missing(nvml.reason)
+    visible = visible_devices(os.environ if environment is None else environment)
+    handles = _handles(nvml.value)
+    numbers = range(len(handles)) if visible is None else [_number_of(nvml.value, handles, one) for one in visible]
+    cards = {number: handles[number].value for number in numbers if number is not None and handles[number].known}
+    pairs = tuple(
+        Pair(first=one, second=other, through=_through(nvml.value, cards[one], cards[other]))
+        for one, other in itertools.combinations(sorted(cards), 2)
+    )
+    active = tuple((number, _active_links(nvml.value, card)) for number, card in sorted(cards.items()))
+    _ended(nvml.value)
+    return Reading(value=Links(pairs=pairs, active=active))
+
+
+def _number_of(nvml: Any, handles: list[Reading[Any]], visible: int | str) -> int | None:
+    """NVML's number of an entry of CUDA_VISIBLE_DEVICES; None where it names no whole card."""
+    if isinstance(visible, int):
+        return visible if visible < len(handles) else None
+    named = [
+        number
+        for number, handle in enumerate(handles)
+        if (_asked(nvml, "nvmlDeviceGetUUID", handle.value, convert=_text).value or "").startswith(visible)
+    ]
+    return named[0] if len(named) == 1 else None
+
+
+def _through(nvml: Any, one: Any, other: Any) -> Reading[str]:
+    joined = _asked(nvml, "nvmlDeviceGetP2PStatus", one, other, convert=int, constants=("NVML_P2P_CAPS_INDEX_NVLINK",))
+    if joined.known and joined.value == getattr(nvml, "NVML_P2P_STATUS_OK", None):
+        return Reading(value=NVLINK)
+    words = {getattr(nvml, name, None): said for name, said in MEETINGS.items()}
+    return _asked(nvml, "nvmlDeviceGetTopologyCommonAncestor", one, other, convert=words.__getitem__)
+
+
+def _active_links(nvml: Any, card: Any) -> Reading[int]:
+    """Cards differ in how many they have: beyond the last one the driver refuses to answer."""
+    first = _asked(nvml, "nvmlDeviceGetNvLinkState", card, 0, convert=int)
+    if not first.known:
+        return first
+    states = (
+        _asked(nvml, "nvmlDeviceGetNvLinkState", card, link, convert=int).value or 0
+        for link in range(getattr(nvml, "NVML_NVLINK_MAX_LINKS", 1))
+    )
+    return Reading(value=sum(states))
 
 
 def compute_capability(index: int) -> Reading[tuple[int, int]]:

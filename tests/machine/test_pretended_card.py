@@ -40,8 +40,9 @@ def test_a_campaign_names_the_card_and_decides_only_what_it_saw(nvml, tmp_path):
 def test_the_doctor_asks_for_more_than_nvml(nvml):
     """What NVML shows is looked for with the loader, too; without NVML there is nothing to look for."""
     lines = """
+        from pathlib import Path
         from harness.machine.doctor.survey import survey
-        found = survey(look_s=0.0)
+        found = survey(Path(), look_s=0.0)
         tell([found.card.known, found.lacks_driver])
     """
     assert nvml(lines, H100) == [True, cannot_load(CUDA_DRIVER)]

@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.machine.card import CardFacts, CardSample, Memory
+from harness.machine.filesystem import Place, place_of
 from harness.machine.host import LEAST_ASKED_S, HostWatch
+from harness.machine.links import Links
 from harness.machine.neighbours import Neighbours, neighbours_of
-from harness.machine.nvml import card_names, open_device
+from harness.machine.nvml import card_links, card_names, open_device
 from harness.machine.provenance import Machine, library_version, probe_machine
 from harness.machine.reading import Reading
 from harness.machine.system import SystemFacts, system_facts
@@ -60,6 +62,10 @@ class Survey:
     card: Reading[Card]
     cards: Reading[tuple[str, ...]]
     """Names of all cards of the machine, hidden ones too."""
+    links: Reading[Links]
+    """How the cards that may be used reach each other."""
+    runs: Reading[Place]
+    """Where runs would be written."""
     environment: Mapping[str, str]
     root: bool
     """Whether the user may change the card's settings."""
@@ -67,8 +73,9 @@ class Survey:
     """Why CUDA's own driver library cannot be loaded, where NVML shows a card; None if it can."""
 
 
-def survey(look_s: float = LOOK_S) -> Survey:
-    """Look at this machine for `look_s` seconds, in which one of its CPUs is kept busy."""
+def survey(runs: Path, look_s: float = LOOK_S) -> Survey:
+    """Look at this machine, and at the folder for `runs`, for `look_s` seconds, in which one of its CPUs is kept
+    busy."""
     system = system_facts()  # before the work, which is part of the load after it
     watch = HostWatch()
     watch.begin()
@@ -84,6 +91,8 @@ def survey(look_s: float = LOOK_S) -> Survey:
         peaks=os.access(_PEAK_RESET, os.W_OK),
         card=card,
         cards=card_names(),
+        links=card_links(),
+        runs=place_of(runs),
         environment=os.environ,
         root=os.geteuid() == 0,
         lacks_driver=cannot_load(CUDA_DRIVER) if card.known else None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import json
 
 import pytest
@@ -13,6 +14,8 @@ from harness import cli
 from harness.machine.card import CardFacts, CardSample, Memory
 from harness.machine.doctor import examine, is_fit
 from harness.machine.doctor.survey import OPTIONAL, REQUIRED, Card, Survey, cannot_load
+from harness.machine.filesystem import Place, place_of
+from harness.machine.links import NVLINK, Links, Pair
 from harness.machine.neighbours import Neighbours
 from harness.machine.reading import Reading, missing
 from harness.machine.system import SystemFacts
@@ -25,6 +28,7 @@ from harness.studies.variant import Variant
 from harness.studies.workload import Workload
 
 GIB = 2**30
+DISK = Place(path="/runs", kind="ext4", options=("rw",), locks=Reading(value=True))
 
 
 def given(value):
@@ -67,7 +71,8 @@ def found(machine):
         machine=machine, system=SYSTEM, packages=dict.fromkeys((*REQUIRED, *OPTIONAL), "1.0"),
         host={"watched_s": 1.0, "cpu_stall_s": 0.0, "steal_s": 0.0, "busy_s": 1.0, "memory_stall_s": 0.0,
               "quota_stall_s": 0.0, "quota_used_s": 1.0}, host_missing={},
-        peaks=True, card=missing("no driver"), cards=missing("no driver"), environment={}, root=False,
+        peaks=True, card=missing("no driver"), cards=missing("no driver"), links=missing("no driver"),
+        runs=given(DISK), environment={}, root=False,
     )  # fmt: skip
 
 
@@ -302,7 +307,7 @@ def test_the_table_shows_every_check(found):
 @pytest.mark.parametrize(("change", "code"), [({}, 0), ({"peaks": False}, 4)])
 def test_the_command_exits_by_its_verdict(found, monkeypatch, capsys, change, code):
     """One JSON document with a schema; 0 is fit, 4 unfit."""
-    monkeypatch.setattr("harness.machine.doctor.survey", lambda: dataclasses.replace(found, **change))
+    monkeypatch.setattr("harness.machine.doctor.survey", lambda runs: dataclasses.replace(found, **change))
     assert cli.main(["doctor", "--json"]) == code
     document = json.loads(capsys.readouterr().out)
     assert document["schema"] == 2
@@ -312,10 +317,111 @@ def test_the_command_exits_by_its_verdict(found, monkeypatch, capsys, change, co
     assert "This machine is" in capsys.readouterr().out
 
 
-def test_this_machine_can_be_looked_at():
+def test_this_machine_can_be_looked_at(tmp_path):
     """Whatever it is, nothing raises and every check says something."""
     from harness.machine.doctor import survey
 
-    checks = examine(survey(look_s=0.01))
+    checks = examine(survey(tmp_path / "runs", look_s=0.01))
     assert {check.about for check in checks} == {"runs", "measures", "spoils"}
     assert all(check.found for check in checks)
+
+
+def four_cards(through, active=(18, 18, 18, 18)):
+    """Links of four cards: by NVLink, but for the pairs that are given."""
+    pairs = tuple(
+        Pair(first=one, second=other, through=through.get((one, other), given(NVLINK)))
+        for one, other in itertools.combinations(range(4), 2)
+    )
+    return given(Links(pairs=pairs, active=tuple((number, given(count)) for number, count in enumerate(active))))
+
+
+def test_one_card_has_nobody_to_reach(found):
+    """Nor has none."""
+    alone = given(Links(pairs=(), active=((0, missing("no NVLink")),)))
+    for links in (alone, missing("no driver")):
+        assert "interconnect" not in by_name(dataclasses.replace(on_card(found), links=links))
+
+
+def test_how_cards_reach_each_other_is_said(found):
+    """All alike is good; ways that differ, or are not known, are worth a note with the cards' numbers."""
+
+    def check(through, **changes):
+        return by_name(dataclasses.replace(on_card(found), links=four_cards(through, **changes)))["interconnect"]
+
+    alike = check({})
+    assert (alike.standing, alike.found, alike.remedy) == ("good", "all cards by NVLink", "")
+    near = given("one PCIe switch")
+    switched = check(dict.fromkeys(itertools.combinations(range(4), 2), near))
+    assert (switched.standing, switched.found) == ("good", "all cards by one PCIe switch")
+    far = check({(0, 3): given("the link between memory nodes"), (1, 2): missing("the driver is too old for it")})
+    assert far.standing == "note"
+    assert "cards 0 and 3 by the link between memory nodes" in far.found
+    assert "cards 1 and 2: " in far.found
+    assert "too old" in far.found
+    assert "CUDA_VISIBLE_DEVICES" in far.remedy
+    everywhere = check(dict.fromkeys(itertools.combinations(range(4), 2), given("the link between memory nodes")))
+    assert (everywhere.standing, everywhere.found) == ("note", "all cards by the link between memory nodes")
+
+
+def test_a_card_whose_links_are_down_is_named(found):
+    """The others have more: every exchange waits for it."""
+    checks = by_name(dataclasses.replace(on_card(found), links=four_cards({}, active=(18, 18, 16, 18))))
+    assert checks["NVLinks"].standing == "bad"
+    assert "card 2 has 16 up, others 18" in checks["NVLinks"].found
+    assert "NVLinks" not in by_name(dataclasses.replace(on_card(found), links=four_cards({})))
+
+
+def test_a_server_that_shares_the_card_is_found_by_its_pipes(found, tmp_path):
+    """Where trials run on a card, and its daemon is there."""
+    one = dataclasses.replace(on_card(found), environment={"CUDA_MPS_PIPE_DIRECTORY": str(tmp_path)})
+    assert "MPS" not in by_name(one)
+    (tmp_path / "control").touch()
+    assert by_name(one)["MPS"].standing == "bad"
+    assert "MPS" not in by_name(dataclasses.replace(one, card=missing("no driver")))
+    shared = dataclasses.replace(one, environment={**one.environment, "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": "25"})
+    assert "25 % of a card" in by_name(shared)["MPS"].found
+
+
+@pytest.mark.parametrize(
+    ("changes", "standing", "words"),
+    [
+        ({}, "good", "lies on ext4; locks hold"),
+        ({"kind": "overlay"}, "good", "lies on overlay"),
+        ({"kind": "nfs4", "options": ("rw", "vers=4.2", "local_lock=none")}, "note", "other machines may share"),
+        ({"kind": "nfs", "options": ("rw", "nolock")}, "bad", "nfs with nolock"),
+        ({"kind": "nfs4", "options": ("rw", "local_lock=flock")}, "bad", "on this machine alone"),
+        ({"kind": "lustre", "options": ("rw", "localflock")}, "bad", "lustre with localflock"),
+        ({"kind": "fuse.gcsfuse"}, "bad", "an object store"),
+        ({"locks": Reading(value=False)}, "bad", "keeps nobody out"),
+        ({"locks": missing("no lock can be tried in /runs: Read-only file system")}, "bad", "Read-only"),
+    ],
+)
+def test_where_runs_would_be_written(found, changes, standing, words):
+    """By the type of its file system, by the options of its mount, and by a lock that was tried."""
+    check = by_name(dataclasses.replace(found, runs=given(dataclasses.replace(DISK, **changes))))["runs folder"]
+    assert (check.standing, words in check.found) == (standing, True), check.found
+    assert bool(check.remedy) == (standing != "good")
+    assert is_fit(examine(found))
+
+
+def test_a_place_is_read_from_the_mounts(tmp_path):
+    """The longest mount above it, and of several on one point the last; a folder that is not there yet is that above
+    it. What the kernel does not say is missing."""
+    inner = tmp_path / "with space"
+    inner.mkdir()
+    escaped = str(inner).replace(" ", "\\040")
+    mounts = tmp_path / "mountinfo"
+    mounts.write_text(
+        "1 0 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw\n"
+        f"2 1 0:5 / {escaped} rw - nfs4 host:/export rw,vers=4.2,local_lock=none\n"
+        f"3 1 0:6 / {escaped} rw,noexec - lustre mds@tcp:/fs rw,flock\n"
+        "not a line of it\n"
+    )
+    place = place_of(inner / "runs" / "later", mounts).value
+    assert (place.path, place.kind, place.shared, place.local_locks) == (str(inner), "lustre", True, "")
+    assert "flock" in place.options
+    assert place.locks.value is True
+    assert place_of(tmp_path, mounts).value.kind == "ext4"
+    assert not list(inner.iterdir())
+    assert "cannot be read" in place_of(tmp_path, tmp_path / "none").reason
+    assert place_of(tmp_path).known  # of this machine
