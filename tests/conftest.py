@@ -38,14 +38,15 @@ hypothesis.settings.load_profile("any machine")
 
 
 def pytest_collection_modifyitems(config, items):
-    """GPU tests say why they do not run here; what takes minutes is left out unless its marker asks for it:
-    `-m selftest` (make proof-kernels, make proof-ranks)."""
+    """GPU tests say why they do not run here; what takes long is left out unless its marker asks for it:
+    `-m selftest` (make proof-harness and others) or `-m faults` (make proof-faults)."""
     import torch
 
-    if "selftest" not in config.option.markexpr:
-        long = [item for item in items if item.get_closest_marker("selftest") and HERE in item.path.parents]
-        config.hook.pytest_deselected(items=long)
-        items[:] = [item for item in items if item not in long]
+    for marker in ("selftest", "faults"):
+        if marker not in config.option.markexpr:
+            long = {item for item in items if item.get_closest_marker(marker) and HERE in item.path.parents}
+            config.hook.pytest_deselected(items=list(long))
+            items[:] = [item for item in items if item not in long]
 
     if not torch.cuda.is_available():
         for item in items:

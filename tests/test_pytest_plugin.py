@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-LEAN = ("-p", "no:cacheprovider", "-p", "no:hypothesispytest")
-"""Options of every session here: Hypothesis is no part of it, and its plugin's import is half of the session's time."""
+LEAN = ("-p", "no:cacheprovider", "-p", "no:hypothesispytest", "-p", "no:anyio")
+"""Options of every session here: the plugins of Hypothesis and anyio are no part of it, and take most of its start."""
 FAKE = """
 import os
 from pathlib import Path

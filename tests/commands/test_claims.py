@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from harness import cli
 
 SMALL = """
@@ -24,6 +26,7 @@ allow_disturbed = true
 """
 
 
+@pytest.mark.selftest
 def test_a_ready_study_is_measured_and_judged(tmp_path, capsys):
     """Tiny llama, with checkpointing and without: a verdict with ratio, interval, machine, versions and proof; what a
     process holds refutes no saving."""

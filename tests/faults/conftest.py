@@ -51,14 +51,6 @@ def test_train(variant_name, replay):
 """
 
 
-def pytest_collection_modifyitems(config, items):
-    """The long half is left out unless its marker asks for it: `make proof-faults`."""
-    if "faults" not in config.option.markexpr:
-        long = [item for item in items if item.get_closest_marker("faults")]
-        config.hook.pytest_deselected(items=long)
-        items[:] = [item for item in items if item not in long]
-
-
 @pytest.fixture(autouse=True)
 def temporary(tmp_path_factory, monkeypatch):
     """A folder of this test's own for temporary files, in which nothing may be left."""

@@ -14,6 +14,8 @@ import pytest
 from harness.machine.guard import marked
 
 ASKED = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+ONE_OF_THEM = [signal.SIGTERM, *(pytest.param(number, marks=pytest.mark.faults) for number in ASKED if number != 15)]
+"""Where one place obeys all of them alike: the others in the long half."""
 
 
 PLACES = ["r0-a:prepare", "r1-a:turn", "r1-b-solo:cold", "r2-b-solo:save_adapter"]
@@ -48,7 +50,7 @@ def test_a_run_that_is_told_to_stop(number, place, tmp_path, command, stopped, o
     assert whole.records[: len(earlier)] == tuple(earlier)
 
 
-@pytest.mark.parametrize("number", ASKED)
+@pytest.mark.parametrize("number", ONE_OF_THEM)
 def test_a_run_that_is_stopped_before_it_has_begun_leaves_nothing(number, command, stopped, runs, temporary):
     """While its workers start: no folder of a run, and no word of a defect."""
     with stopped(command(stop=":start")) as process:
@@ -86,7 +88,7 @@ def test_a_killed_run_leaves_a_folder_and_the_next_one_removes_it(command, stopp
     assert list(temporary.iterdir()) == [foreign]
 
 
-@pytest.mark.parametrize("number", ASKED)
+@pytest.mark.parametrize("number", ONE_OF_THEM)
 def test_a_profile_that_is_told_to_stop_leaves_nothing(number, tmp_path, command, stopped, runs, temporary):
     """There is no half of one."""
     with stopped(command("profile", f"{tmp_path / 'small.toml'}:a", stop="r0-a:warm_up")) as process:
@@ -98,7 +100,7 @@ def test_a_profile_that_is_told_to_stop_leaves_nothing(number, tmp_path, command
     assert not list(temporary.iterdir())
 
 
-@pytest.mark.parametrize("number", ASKED)
+@pytest.mark.parametrize("number", ONE_OF_THEM)
 def test_a_session_of_pytest_that_is_told_to_stop(number, tmp_path, session, stopped, only_run, temporary):
     """The other front door: its run is saved and says so, and the session does not pass."""
     with stopped(session(stop="r1-a:turn"), cwd=tmp_path) as process:
@@ -114,7 +116,7 @@ def test_a_session_of_pytest_that_is_told_to_stop(number, tmp_path, session, sto
 # --- an A/B -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", ASKED)
+@pytest.mark.parametrize("number", ONE_OF_THEM)
 def test_an_ab_that_is_told_to_stop_takes_its_sides_down(number, ab, repository, git, stopped, temporary, only_run):
     """Two worktrees and all of its folders are gone, and what was measured is there."""
     with stopped(ab(stop="r1-a-base:turn")) as process:
@@ -207,7 +209,7 @@ def launcher(tmp_path, monkeypatch):
     return started, lambda: [psutil.Process(pid) for pid in marked(f"STARTED={started}".encode())]
 
 
-@pytest.mark.parametrize("number", [*ASKED, signal.SIGKILL])
+@pytest.mark.parametrize("number", [*ONE_OF_THEM, signal.SIGKILL])
 def test_a_run_of_commands_that_is_stopped_leaves_no_process(number, tmp_path, launcher, temporary):
     """What a launcher has started elsewhere included; nothing was measured, so there is no verdict."""
     (tmp_path / "study.toml").write_text(
@@ -227,7 +229,7 @@ def test_a_run_of_commands_that_is_stopped_leaves_no_process(number, tmp_path, l
     assert number == signal.SIGKILL or not list(temporary.iterdir())
 
 
-@pytest.mark.parametrize("number", ASKED)
+@pytest.mark.parametrize("number", ONE_OF_THEM)
 def test_a_wrapped_command_that_is_told_to_stop(number, tmp_path):
     """The signal is the command's; the code is its end, and no trace is left beside the runs."""
     os.mkfifo(tmp_path / "started")

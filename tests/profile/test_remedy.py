@@ -200,6 +200,7 @@ def test_workloads_are_compared_by_the_time_of_a_real_token(write_run, padded, t
     assert not {"train loss", "held-out loss", "real tokens/s"} & set(view.tables[0].heads)
 
 
+@pytest.mark.selftest
 def test_packing_is_tried_beside_padding(padded, tmp_path):
     """Real trials of both: each on its own tokens, as manifest and records say, and a ratio with its interval."""
     found = _try(padded, padded.variants[0], PACKED, open_executor(), tmp_path)

@@ -642,6 +642,7 @@ def test_a_calibration_that_is_stopped_says_so(fake, repository, study_file, lor
 PRECEDENCE = (("invalid", 4), ("regressed", 1), ("not_comparable", 5), ("no_baseline", 5), ("inconclusive", 3))
 
 
+@pytest.mark.selftest
 def test_identical_interpreters_take_turns_in_live_processes(repository, study_file, lorameter):
     """A real A/B of this interpreter with itself: what it says and what lies on disk keep the contract.
 

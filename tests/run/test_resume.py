@@ -488,6 +488,7 @@ IMPATIENT = (
 """The command line, but what is under way is saved however short it is."""
 
 
+@pytest.mark.faults
 def test_a_run_killed_in_the_middle_survives(tmp_path):
     """SIGKILL while the second replicate takes its turns: what was measured is there, no process is left, and the run
     that is gone on with has an ok record of every trial."""
