@@ -27,6 +27,7 @@ class Adapters:
         """The trained one first."""
         for number, name in enumerate(self.names[1:], start=1):
             lora.attach_drawn(model, variant, name, seed * _APART + number)
+        model.eval()  # the dropout of what PEFT adds is in train mode, whatever the model is in
 
     @property
     def trained(self) -> str:

@@ -28,6 +28,7 @@ PROTOCOL = Protocol(warmup_steps_min=1, warmup_steps_max=1, turns=2, steps_per_t
 VARIANT = Variant(name="plain", r=4, dtype="float32", target_modules=("q_proj", "v_proj"))
 OTHERS = {
     "bfloat16": {"dtype": "bfloat16", "target_modules": ("all-linear",)},
+    "dropout": {"lora_dropout": 0.5},
     "nf4": {"dtype": "bfloat16", "quantization": "nf4", "adapter_dtype": "bfloat16"},
     "int8": {"dtype": "bfloat16", "quantization": "int8"},
     "rslora, orthogonal": {
@@ -124,7 +125,7 @@ def test_what_is_compared_takes_turns_within_a_request(begin, monkeypatch):
 def test_whatever_the_base_is_made_of(begin, changes):
     """Rounding of 16 and 4 bits is not taken for a wrong adapter, and every kind of layer is mixed."""
     variant = dataclasses.replace(VARIANT, **changes)
-    _, record = begin(variant, new_tokens=24)
+    _, record = begin(variant, new_tokens=12)
     assert record.status == "ok", record.failure
     assert record.values["mixed_rows_telling"] > 0
 
@@ -170,3 +171,16 @@ def test_the_others_are_of_the_size_of_the_trained_one(begin):
     assert kinds[0] == kinds[1] == kinds[2]
     first, second = (weights[f"default-beside{number}"] for number in (1, 2))
     assert all(not torch.equal(one, second[name]) for name, one in first.items())
+
+
+def test_an_answer_that_goes_astray_though_a_whole_pass_is_right_is_found(begin, monkeypatch):
+    """A fault of decoding alone: one token at a time, rows are answered by the adapter of another."""
+    honest = Linear._mixed_batch_forward
+
+    def shuffled(self, x, *args, adapter_names, **kwargs):
+        names = [*adapter_names[-1:], *adapter_names[:-1]] if x.shape[1] == 1 else adapter_names
+        return honest(self, x, *args, adapter_names=names, **kwargs)
+
+    monkeypatch.setattr(Linear, "_mixed_batch_forward", shuffled)
+    _, record = begin()
+    assert (record.status, record.failure.kind) == ("invalid", "MixedAnswers")
