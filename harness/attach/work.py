@@ -1,8 +1,9 @@
-"""What a step of a script needs of its device, where the shape of its model is known: the numerator of MFU.
+"""What a step of a script needs of its device: the numerator of MFU.
 
 The counts are those of a variant (`harness.models.costs.flops`), taken from the model at hand: its configuration gives
-the shape, its adapter the ranks and targets. A model without an adapter trains all its weights, which takes 6 N. Pairs
-of a query and a key are those of rows of the mean real length, so a few too few where lengths differ.
+the shape, its adapter the ranks and targets. A model without an adapter trains all its weights, which takes 6 N. One of
+a family whose layers are not known is counted from its modules (`harness.models.costs.modules`). Pairs of a query and a
+key are those of rows of the mean real length, so a few too few where lengths differ.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from typing import Any
 
 from harness.attach.follower import Training
 from harness.attach.gathered import Gathered
-from harness.errors import LorameterError
+from harness.errors import LorameterError, UsageError
 from harness.models.costs.flops import StepTokens, six_n, training_flops
+from harness.models.costs.modules import count_products
 from harness.models.costs.peaks import Rate, stated_peak
 from harness.models.shapes import ModelShape, shape_of_config
 from harness.studies.variant import Variant
@@ -23,7 +25,7 @@ RATES: dict[str, Rate] = {"float32": "float32", "bfloat16": "bfloat16", "float16
 def work_of(training: Training, gathered: Gathered, device_name: str) -> dict[str, float]:
     """`model_flops_per_step`, the mean over the timed steps, and `peak_flops_per_s` of a device that is listed.
 
-    Empty where the shape of the model, its adapter or its tokens are not known.
+    Empty where the model, its adapter or its tokens are not known.
     """
     samples = gathered.samples()
     real, rows = samples.get("turn_real_tokens", ()), samples.get("turn_sequences", ())
@@ -36,15 +38,24 @@ def work_of(training: Training, gathered: Gathered, device_name: str) -> dict[st
     passes = training.accumulation or 1
     tokens = StepTokens(positions=round(positions), pairs=round(mean_rows * mean * (mean + 1) / 2), passes=passes)
     try:
-        shape = shape_of_config(config.to_dict(), getattr(config, "name_or_path", "") or "the model")
-        flops = _flops(shape, model, tokens)
+        flops = _flops(model, tokens)
     except (LorameterError, AttributeError, TypeError):
         return {}
     peak = stated_peak(device_name, _rate_of(model))
     return {"model_flops_per_step": float(flops)} | ({} if peak is None else {"peak_flops_per_s": peak.per_s})
 
 
-def _flops(shape: ModelShape, model: Any, tokens: StepTokens) -> int:
+def _flops(model: Any, tokens: StepTokens) -> int:
+    """In closed form where the layers of the model are known, else counted from its modules."""
+    config = model.config
+    try:
+        shape = shape_of_config(config.to_dict(), getattr(config, "name_or_path", "") or "the model")
+        return _closed_form(shape, model, tokens)
+    except UsageError:
+        return count_products(model).flops(tokens).model
+
+
+def _closed_form(shape: ModelShape, model: Any, tokens: StepTokens) -> int:
     adapters = getattr(model, "peft_config", None)
     if not adapters:
         return six_n(shape, tokens)

@@ -46,7 +46,7 @@ def _lines() -> Iterator[str]:
         (
             "[workload]",
             Workload,
-            f"What all variants train on and answer. {' and '.join(f'`{key}`' for key in LISTED)} may be lists of "
+            f"What all variants train on and answer. {', '.join(f'`{key}`' for key in LISTED)} may each be a list of "
             "values: every variant is then measured at each, and keeps its name at the first, which the reference has.",
         ),
         ("workload.columns", Columns, "The column of the data that plays each part, where it has another name."),

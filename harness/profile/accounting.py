@@ -15,12 +15,20 @@ from typing import Any
 
 from harness.errors import UsageError
 from harness.models import catalogue, shapes
-from harness.models.costs.ceiling import Ceiling, Utilisation, bandwidth_utilisation, ceiling_of
+from harness.models.costs.ceiling import (
+    Ceiling,
+    Utilisation,
+    bandwidth_utilisation,
+    ceiling_of,
+    ceiling_of_products,
+)
 from harness.models.costs.decoding import decode_cost, mean_context
 from harness.models.costs.flops import StepTokens, TrainingFlops, computed_tokens, row_tokens, training_flops
+from harness.models.costs.modules import from_values
 from harness.profile.facts import Profile, Watched
 from harness.records.activity import LEAST_STEP_PAIRS, STEP_PHASES, PhaseActivity
 from harness.stats import bootstrap_interval, median_interval
+from harness.studies.variant import Variant
 from harness.verdicts.series import OCCUPANCY_FLOOR
 
 REMAINDER_LIMIT = 0.02
@@ -260,7 +268,24 @@ class Ceilings:
     train: Ceiling
     flops: TrainingFlops
     """Of what the operators were given."""
-    decode: DecodeAccount
+    decode: DecodeAccount | None
+    """None where what a token reads does not follow from the shape; a profile of requests counts it from the
+    modules."""
+
+
+def step_flops(profile: Profile, variant: Variant) -> TrainingFlops:
+    """FLOPs of what the operators of a step are given: in closed form, or as the trial counted them from the modules.
+
+    Raises:
+        UsageError: the model's layers are not known, and were not counted.
+    """
+    tokens = computed_tokens(variant, profile.workload)
+    try:
+        return training_flops(shapes.shape(catalogue.resolve(profile.workload.model)), variant, tokens)
+    except UsageError:
+        if (products := from_values(profile.record.values)) is None:
+            raise
+        return products.flops(tokens, checkpointing=variant.gradient_checkpointing, fused=variant.attention != "eager")
 
 
 def ceilings(profile: Profile, step: TimeSpan) -> Ceilings | str:
@@ -282,13 +307,16 @@ def ceilings(profile: Profile, step: TimeSpan) -> Ceilings | str:
         pairs=round(values["useful_pairs"]),
         passes=variant.gradient_accumulation,
     )
+    given = given_tokens(profile, useful)
+    if (products := from_values(values)) is not None:
+        counted = ceiling_of_products(products, variant, step, profile.peaks["product"], useful=useful, computed=given)
+        return Ceilings(train=counted, flops=step_flops(profile, variant), decode=None)
     try:
         shape = shapes.shape(catalogue.resolve(workload.model))
-        given = given_tokens(profile, useful)
         train = ceiling_of(shape, variant, workload, step, profile.peaks["product"], useful=useful, computed=given)
         return Ceilings(
             train=train,
-            flops=training_flops(shape, variant, computed_tokens(variant, workload)),
+            flops=step_flops(profile, variant),
             decode=DecodeAccount(
                 token=token,
                 first_token=span_of(samples["first_token_time_s"]),

@@ -11,10 +11,19 @@ from typing import Any, Literal
 from harness.errors import UsageError
 from harness.machine.validity import waiting_share
 from harness.models import catalogue, shapes
-from harness.models.costs.flops import computed_tokens, training_flops
+from harness.models.costs.flops import computed_tokens
 from harness.models.costs.memory import memory_bytes
 from harness.models.shapes import ModelShape
-from harness.profile.accounting import IDLE, Ceilings, StepAccount, TokenShares, categories_s, find_observed, time_of
+from harness.profile.accounting import (
+    IDLE,
+    Ceilings,
+    StepAccount,
+    TokenShares,
+    categories_s,
+    find_observed,
+    step_flops,
+    time_of,
+)
 from harness.profile.facts import Profile, Watched
 from harness.records.activity import PhaseActivity
 from harness.studies.variant import Variant
@@ -156,9 +165,7 @@ def _recomputed_share(profile: Profile, found: Ceilings | str) -> float:
     if isinstance(found, str) or find_observed(profile, "checkpointing") is not True:
         return 0.0
     without = dataclasses.replace(profile.variant, gradient_checkpointing=False)
-    shape = shapes.shape(catalogue.resolve(profile.workload.model))
-    least = training_flops(shape, without, computed_tokens(without, profile.workload)).hardware
-    return max(0.0, 1 - least / found.flops.hardware)
+    return max(0.0, 1 - step_flops(profile, without).hardware / found.flops.hardware)
 
 
 def dropout_s(phase: PhaseActivity) -> float:

@@ -128,6 +128,16 @@ def _output_tokens_per_s(record: TrialRecord) -> Samples:
     return tuple(tokens / seconds for seconds in record.samples.get("request_time_s", ()))
 
 
+def _over_request(*names: str) -> Callable[[TrialRecord], Samples]:
+    """What takes so long together, over the request of the same prompts by one adapter without a switch."""
+
+    def derive(record: TrialRecord) -> Samples:
+        parts = zip(*(record.samples.get(name, ()) for name in (*names, "request_time_s")), strict=False)
+        return tuple(sum(taken) / alone for *taken, alone in parts)
+
+    return derive
+
+
 def _natural_time_per_token_s(record: TrialRecord) -> Samples:
     pairs = zip(record.samples.get("natural_request_time_s", ()), record.samples.get("natural_tokens", ()), strict=True)
     return tuple(seconds / tokens for seconds, tokens in pairs)
@@ -275,6 +285,28 @@ METRICS: dict[str, Metric] = {
         Metric(name="merged_request_time_s", title="request, merged", unit="s", phase="generate", column="always"),
         Metric(name="merged_first_token_time_s", title="first token, merged", unit="s", phase="generate"),
         Metric(name="merged_time_per_output_token_s", title="per token, merged", unit="s", phase="generate"),
+        # Of several adapters on one base, beside requests of one of them; a factor of 1 is no cost.
+        Metric(name="switch_time_s", title="switch of adapters", unit="s", phase="generate", column="always"),
+        Metric(name="switched_request_time_s", title="request after a switch", unit="s", phase="generate"),
+        Metric(
+            name="switching_factor",
+            title="switching, factor",
+            unit="1",
+            phase="generate",
+            column="always",
+            derive=_over_request("switch_time_s", "switched_request_time_s"),
+        ),
+        Metric(name="mixed_request_time_s", title="request, mixed", unit="s", phase="generate", column="always"),
+        Metric(name="mixed_first_token_time_s", title="first token, mixed", unit="s", phase="generate"),
+        Metric(name="mixed_time_per_output_token_s", title="per token, mixed", unit="s", phase="generate"),
+        Metric(
+            name="mixing_factor",
+            title="mixing, factor",
+            unit="1",
+            phase="generate",
+            column="always",
+            derive=_over_request("mixed_request_time_s"),
+        ),
         Metric(name="cold_start_time_s", title="cold start to completion", unit="s", phase="cold"),
         Metric(name="cold_import_time_s", title="import", unit="s", phase="cold", column="always"),
         Metric(name="cold_load_time_s", title="load", unit="s", phase="cold", column="always"),

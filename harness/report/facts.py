@@ -12,7 +12,7 @@ from harness.records.units import format_count
 from harness.report.progress import replicates_said, standing
 from harness.report.scripts import describe_scripts
 from harness.report.table import Line, say
-from harness.report.words import say_request
+from harness.report.words import say_adapters, say_request
 from harness.studies.stored import read_own_workloads
 from harness.studies.study import Study
 from harness.studies.workload import LOSSES, Workload
@@ -37,7 +37,7 @@ def facts_of(run: Run, study: Study) -> tuple[Line, ...]:
                 f"{workload.model}; {tokens.get('data', workload.data)}; "
                 f"{workload.batch_size} × {workload.sequence_length} tokens a batch, {workload.layout}"
                 f"{_ranks_of(workload)}{'' if workload.loss == 'all' else f', {LOSSES[workload.loss]}'}; "
-                f"{say_request(workload)} tokens a request",
+                f"{say_request(workload)} tokens a request{say_adapters(workload)}",
                 lead="workload",
             ),
             say(_tokens(tokens), lead="tokens"),

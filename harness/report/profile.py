@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from harness.profile.accounting import Ceilings, StepAccount, TokenShares
+from harness.profile.accounting import Ceilings, DecodeAccount, StepAccount, TokenShares
 from harness.profile.diagnosis import OF_WHAT_RAN, RULES
 from harness.profile.facts import Profile
 from harness.profile.finding import Finding
@@ -112,15 +112,21 @@ def _ceilings(found: Ceilings | str, profile: Profile) -> Iterator[str]:
     yield str(found.train.mfu)
     yield str(found.train.hfu)
     yield f"by the formula for full training, for comparison only: {found.train.six_n}"
-    decode = found.decode
+    yield from _decoding(found.decode, profile)
+    for name, peak in profile.measured_peaks.items():
+        if peak != profile.peaks.get(name):
+            yield f"what this device reached when it was asked: {peak}"
+
+
+def _decoding(decode: DecodeAccount | None, profile: Profile) -> Iterator[str]:
+    if decode is None:
+        yield "decoding: what a token reads is counted from the modules with --phase generate"
+        return
     token = format_interval(decode.token.value, decode.token.low, decode.token.high, "s")
     prompts = profile.workload.request_batch
     what = "a token" if prompts == 1 else f"a token of each of {prompts} prompts"
     yield f"decoding: {token} {what}, {format_bytes(decode.bytes)} read for each, {decode.context} tokens of context"
     yield str(decode.use)
-    for name, peak in profile.measured_peaks.items():
-        if peak != profile.peaks.get(name):
-            yield f"what this device reached when it was asked: {peak}"
 
 
 def _others(profile: Profile, findings: Sequence[Finding]) -> Iterator[str]:

@@ -62,6 +62,11 @@ def say_request(workload: Workload) -> str:
     return tokens if workload.request_batch == 1 else f"{workload.request_batch} × ({tokens})"
 
 
+def say_adapters(workload: Workload) -> str:
+    """How many adapters a base has while it answers; empty where it is the trained one alone."""
+    return "" if workload.adapters == 1 else f" by {workload.adapters} adapters on one base"
+
+
 def title_of_ratio(metric: str) -> str:
     """The same of its ratio: that of a rate is turned, so that above 1 is a slow-down."""
     turned = metric in METRICS and METRICS[metric].higher_is_better

@@ -22,6 +22,7 @@ from harness.records.record import Notice
 from harness.records.units import format_bytes
 from harness.run.contenders import Contender, contenders_of, workloads_of
 from harness.run.executors.workplace import shared_notices
+from harness.run.several_adapters import check_adapters
 from harness.run.several_ranks import check_ranks, rank_notices
 from harness.studies.study import Study
 from harness.studies.variant import Variant
@@ -84,6 +85,7 @@ def check_feasible(
         _check_liger(where, variant, machine)
         check_ranks(where, variant, workload, machine)
         notices += rank_notices(variant, workload)
+        check_adapters(where, variant, workload)
         if variant.tf32 and machine.device == "cpu":
             raise UsageError(f"{where}: tf32 = True: a CPU has no TF32. Leave it out here.")
         notices += type_notices(variant, machine)

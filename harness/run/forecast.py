@@ -232,7 +232,8 @@ def _time(
         new_tokens, (step, token) = slot.workload.new_tokens, costs[slot.workload]
         timed = protocol.warmup_steps_max + protocol.turns * protocol.steps_per_turn
         steps = CHECK_STEPS + (timed if "steps" in slot.measures else protocol.warmup_steps_min)
-        served = requests * sum(measure in slot.measures for measure in ("requests", "merged"))
+        requests_each = 3 if slot.workload.adapters > 1 else 1  # of one adapter, after a switch, mixed
+        served = requests_each * requests * sum(measure in slot.measures for measure in ("requests", "merged"))
         cold = (PROCESS_START_S + new_tokens * token) * ("cold" in slot.measures)
         seconds += CHECK_S + steps * step + served * new_tokens * token + cold
     return seconds, "a rule of thumb from this CPU's matrix speed; expect a factor of 2"

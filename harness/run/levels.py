@@ -29,6 +29,7 @@ def choose_level(
     asked: str | None = None,
     workloads: int = 1,
     ranks: int = 1,
+    adapters: int = 1,
 ) -> tuple[Interleaving, str]:
     """The level and the reason for it.
 
@@ -40,6 +41,7 @@ def choose_level(
         asked: the level that the user asks for; None to choose.
         workloads: on how many different workloads they are measured.
         ranks: processes of a trial.
+        adapters: those that a trial's requests have on its base, at most.
 
     Raises:
         UsageError: the level asked for is unknown, or not possible for these variants.
@@ -49,6 +51,8 @@ def choose_level(
         obstacle = f"the variants are measured on {workloads} workloads"
     if ranks > 1:
         obstacle = f"a trial has {ranks} ranks, which are processes of its own"
+    if adapters > 1:
+        obstacle = f"requests have {adapters} adapters on a base, and those of other trials would take part in a switch"
     if asked is not None:
         if asked not in LEVELS:
             raise UsageError(f"interleave = {asked!r}: not known. Use one of {', '.join(LEVELS)}.")

@@ -90,6 +90,7 @@ def plan_study(
         asked=interleaving,
         workloads=len(workloads),
         ranks=max(workload.ranks for workload in workloads),
+        adapters=max(workload.adapters for workload in workloads) if "generate" in phases else 1,
     )
     provisional = study.of_scripts and interleaving is None and None is together is not free_bytes
     if provisional:

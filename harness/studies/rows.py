@@ -75,14 +75,14 @@ def split_lists(where: str, data: Mapping[str, Any]) -> tuple[dict[str, Any], Li
     workload = data.get("workload", {})
     if not isinstance(workload, Mapping):  # which its reader refuses
         return dict(data), {}
-    place, both = f"{where}, [workload]", " and ".join(LISTED)
+    place, listed = f"{where}, [workload]", ", ".join(LISTED)
     known = {one.name for one in dataclasses.fields(Workload)}  # any other key its reader refuses
     lists = {key: value for key, value in workload.items() if key in known and isinstance(value, list)}
     for key, values in lists.items():
         if key not in LISTED:
             remedy = f"Write workload.{key} = [ ... ] in [axes]" if key in OF_VARIANTS else "Write one of them"
             why = "one value is expected" if key in OF_VARIANTS else "one value is expected, equal for all variants"
-            raise impossible(place, key, values, why, f"{remedy}: lists in [workload] are those of {both}.")
+            raise impossible(place, key, values, why, f"{remedy}: lists in [workload] are those of {listed}.")
         if not values:
             raise impossible(place, key, values, "no value in it", "Write one, or a list of several.")
         if len(values) > limits.MOST_VARIANTS:

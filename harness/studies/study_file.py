@@ -7,7 +7,7 @@ allow_fallback = false          # true: a required path that did not run is a no
 notes = ["..."]                 # what a reader of the results must know and no field says
 
 [workload]                      # fields of Workload
-request_batch = [1, 8]          # several values, as of prompt_tokens: every variant is measured at each
+request_batch = [1, 8]          # several values, also of prompt_tokens and adapters: every variant is measured at each
 [protocol]                      # fields of Protocol
 [controls]                      # fields of Variant, equal for all
 [axes]                          # field = [values]: every combination is a variant

@@ -25,10 +25,10 @@ Repair = Literal["", "quant_state"]
 
 OF_VARIANTS = (
     "model", "sequence_length", "batch_size", "layout", "loss", "prompt_format", "train_sequences", "prompt_tokens",
-    "new_tokens", "request_batch", "threads",
+    "new_tokens", "request_batch", "adapters", "threads",
 )  # fmt: skip
 """Fields that variants of one study may have a value of their own for: the same records, in another form."""
-LISTED = ("request_batch", "prompt_tokens")
+LISTED = ("request_batch", "prompt_tokens", "adapters")
 """Those of which a study may list several values in [workload]: every variant is then measured at each of them."""
 OF_TOKENS = ("model", "prompt_format", "loss", "sequence_length", "layout")
 """Those that say over which tokens a loss is, so many sequences of another length holding others of the records: losses
@@ -47,6 +47,7 @@ _RANGES: dict[str, limits.Range] = {
     "prompt_tokens": (1, 2**24),
     "new_tokens": (2, 2**24),
     "request_batch": (1, 4096),
+    "adapters": (1, 64),
     "natural_tokens": (0, 2**24),
     "natural_prompt_tokens": (1, 2**24),
     "threads": (1, 4096),
@@ -97,6 +98,10 @@ class Workload:
     request_batch: int = field(default=1, metadata=codec.LATER)
     """Prompts of a request, all different and of `prompt_tokens` each, that are answered together. Times are those of
     the whole batch, and output tokens a second count all of its answers."""
+    adapters: int = field(default=1, metadata=codec.LATER)
+    """Adapters on the base while requests are answered: the trained one, and others of its size with random weights of
+    their own. With more than one, switching is measured beside requests of the trained adapter and, from two prompts a
+    request on, batches whose prompts name different adapters (PEFT's `adapter_names`)."""
     natural_tokens: int = 0
     """Most tokens of a request that ends where the model ends it; 0 makes no such requests. They are of one prompt,
     whatever `request_batch` is: answers that end at lengths of their own would be padded to the longest."""
@@ -145,6 +150,11 @@ class Workload:
                         f"workload: {key} = {getattr(self, key)!r}: there is one rank. Set ranks, or leave it out."
                     )
             return
+        if self.adapters > 1:
+            raise UsageError(
+                f"workload: adapters = {self.adapters}, ranks = {self.ranks}: several adapters are measured in "
+                "requests, and of several ranks training is measured and nothing else. Leave one of them out."
+            )
         if not self.strategy:
             raise UsageError(
                 f'workload: ranks = {self.ranks}: how they train together is not said. Write strategy = "ddp" or '

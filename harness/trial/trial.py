@@ -34,7 +34,7 @@ from harness.trial.building.requirements import requirements_of
 from harness.trial.building.shared import Seat, SharedBase
 from harness.trial.clock import Lap, Stopwatch
 from harness.trial.data.stream import TokenStream
-from harness.trial.inference.proof import prove_attention
+from harness.trial.inference.proof import prove_attention, prove_mixing
 from harness.trial.inference.server import Server
 from harness.trial.memory import resident_bytes
 from harness.trial.process import release_unused, start_device
@@ -249,7 +249,7 @@ class Trial:
         release_unused(self._request.device)
         if self._alone:
             self._gauge.begin()
-        self._server = Server(trainee.model, self._built.stream, self._request.workload, self._request.variant)
+        self._server = Server(trainee.model, trainee.adapter, self._built.stream, self._request)
         first = self._server.warm_up(1 + protocol.generate_warmup)
         values = {
             "new_tokens": float(self._request.workload.new_tokens),
@@ -261,7 +261,8 @@ class Trial:
         if "natural" in self._request.measures and self._request.device.startswith("cuda"):
             self._server.visit(protocol.natural_requests)
         fragment = Fragment(values=values, tokens={"completion": list(first.tokens)})
-        return prove_attention(fragment, trainee.model, self._server, self._request)
+        fragment = prove_attention(fragment, trainee.model, self._server, self._request)
+        return prove_mixing(fragment, self._server, self._request)
 
     def request(self) -> Fragment:
         """One warm request, by the adapter beside the base or, after `merge`, merged into it."""

@@ -8,6 +8,7 @@ import pytest
 
 from harness import cli
 from harness.commands import profile as commands_profile
+from harness.models.costs.modules import StepProducts, to_values
 from harness.models.costs.peaks import Peak
 from harness.profile import measure as profiling
 from harness.profile.accounting import IDLE, TimeSpan, categories_s, ceilings, step_account, time_of, token_shares
@@ -308,3 +309,32 @@ def test_what_cannot_be_tried_costs_no_profile(profile, monkeypatch, capsys, tmp
         assert word in text
     assert "--try contention" not in text
     assert "--try padding" in text
+
+
+def test_a_family_that_is_not_known_has_the_ceilings_of_its_modules(profile, tmp_path):
+    """By what the trial counted, with the formula saying so; without a count the reason stands there, as before."""
+    config = {
+        "model_type": "gpt_neox", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "intermediate_size": 128, "vocab_size": 128, "max_position_embeddings": 256,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    workload = dataclasses.replace(profile.workload, model=f"random:{tmp_path}")
+    unknown = dataclasses.replace(profile, workload=workload)
+    step = step_account(unknown)
+    assert "'gpt_neox' are not known" in ceilings(unknown, step.step)
+    parts = ("forward", "inputs", "weights")
+    sizes = {f"{kind}_{part}": 0.0 for kind in ("linear", "adapter", "head") for part in parts}
+    products = StepProducts(**{**sizes, "linear_forward": 1e6, "linear_inputs": 9e5}, passes=0.0, attention=128.0)
+    values = profile.record.values | to_values(products)
+    counted = dataclasses.replace(unknown, record=profile.record.replaced(values=values))
+    found = ceilings(counted, step.step)
+    assert found.train.mfu.value == pytest.approx((2 * 192 * 1.9e6 + 6 * 2 * 9312 * 128) / 1e11)
+    assert "counted from the modules" in found.train.mfu.formula
+    text = io.StringIO()
+    evidence = evidence_of(counted, step, token_shares(counted), found)
+    show(describe_profile(counted, step, token_shares(counted), found, diagnose(evidence)), console_for(text))
+    assert "--phase generate" in text.getvalue()
+    pairs = 2 * 2 * 128**2 * 128
+    assert evidence.recomputed == pytest.approx(
+        1 - (2 * 256 * 1.9e6 + 7 * pairs) / (2 * 256 * 2.9e6 + 9 * pairs), abs=1e-6
+    )

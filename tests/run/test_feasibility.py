@@ -189,3 +189,27 @@ def test_whole_answers_beside_requests_of_several_prompts_are_told_apart(small_s
     assert "natural-alone" not in {one.code for one in check_feasible(study, machine, phases=("train",))}
     quiet = with_workload(small_study, request_batch=4)
     assert "natural-alone" not in {one.code for one in check_feasible(quiet, machine)}
+
+
+@pytest.mark.parametrize(
+    ("variant", "workload", "said"),
+    [
+        (
+            {"use_dora": True},
+            {"request_batch": 2},
+            r"use_dora = True: with adapters = 4, PEFT does not mix .* = 1, which",
+        ),
+        ({"merge_adapter": True}, {}, "merge_adapter = True: with adapters = 4, one that is merged can neither"),
+        ({"bias": "lora_only"}, {}, 'bias = .lora_only.: with adapters = 4, PEFT has one .* Use bias = "none"'),
+        ({"init_lora_weights": "olora"}, {}, "init_lora_weights = .olora.: with adapters = 4, it rewrites the base"),
+    ],
+)
+def test_adapters_that_peft_cannot_have_beside_each_other_are_refused(small_study, machine, variant, workload, said):
+    """Before anything is loaded, and for several adapters only; DoRA can be switched, and not mixed."""
+    one, *others = small_study.variants
+    study = dataclasses.replace(small_study, variants=(dataclasses.replace(one, **variant), *others))
+    with pytest.raises(UsageError, match=f"variant '{one.name}': {said}"):
+        check_feasible(with_workload(study, adapters=4, **workload), machine)
+    check_feasible(with_workload(study, **workload), machine)
+    if "use_dora" in variant:
+        check_feasible(with_workload(study, adapters=4), machine)

@@ -75,3 +75,11 @@ def test_a_level_can_be_asked_for():
         choose_level(MIXED, together_bytes=0, free_bytes=None, asked="shared-base")
     with pytest.raises(UsageError, match="interleave = 'shuffle'"):
         choose_level(SWEEP, together_bytes=0, free_bytes=None, asked="shuffle")
+
+
+def test_several_adapters_on_a_base_are_those_of_one_trial():
+    """A switch walks over all adapters of a base, so those of other trials would be in its time."""
+    sizes = {"together_bytes": 3 * GIB, "free_bytes": 8 * GIB, "adapters": 4}
+    assert choose_level(SWEEP, **sizes)[0] == "lockstep"
+    with pytest.raises(UsageError, match="requests have 4 adapters on a base"):
+        choose_level(SWEEP, **sizes, asked="shared-base")

@@ -19,6 +19,7 @@ from typing import Protocol
 from harness.errors import LorameterError
 from harness.models.costs.decoding import decode_cost, mean_context
 from harness.models.costs.flops import StepTokens, computed_tokens, row_tokens, six_n, training_flops
+from harness.models.costs.modules import StepProducts
 from harness.models.costs.peaks import Peak, Rate
 from harness.models.shapes import ModelShape
 from harness.studies.variant import Variant
@@ -128,17 +129,51 @@ def ceiling_of(
     useful = useful or row_tokens(variant, workload)
     computed = computed or computed_tokens(variant, workload)
     needs, does = training_flops(shape, variant, useful), training_flops(shape, variant, computed)
+    return _ceiling(needs.model, does.hardware, six_n(shape, useful), step_time_s, peak, useful, computed)
+
+
+def ceiling_of_products(
+    products: StepProducts,
+    variant: Variant,
+    step_time_s: Interval,
+    peak: Peak,
+    *,
+    useful: StepTokens,
+    computed: StepTokens,
+) -> Ceiling:
+    """The same of a model whose family is not known, by what its modules multiply."""
+    does = products.flops(
+        computed, checkpointing=variant.gradient_checkpointing, fused=variant.attention != "eager"
+    ).hardware
+    return _ceiling(
+        products.flops(useful).model, does, products.six_n(useful), step_time_s, peak, useful, computed,
+        counted=", counted from the modules",
+    )  # fmt: skip
+
+
+def _ceiling(
+    needs: int,
+    does: int,
+    full: int,
+    step_time_s: Interval,
+    peak: Peak,
+    useful: StepTokens,
+    computed: StepTokens,
+    *,
+    counted: str = "",
+) -> Ceiling:
     return Ceiling(
         mfu=utilisation(
-            "MFU", needs.model, step_time_s, peak,
-            f"forward and backward of LoRA for {useful.positions} tokens and {useful.pairs} pairs a head",
+            "MFU", needs, step_time_s, peak,
+            f"forward and backward of LoRA for {useful.positions} tokens and {useful.pairs} pairs a head{counted}",
         ),
         hfu=utilisation(
-            "HFU", does.hardware, step_time_s, peak,
-            f"all products for {computed.positions} tokens and {computed.pairs} pairs a head, recomputed ones included",
+            "HFU", does, step_time_s, peak,
+            f"all products for {computed.positions} tokens and {computed.pairs} pairs a head, recomputed ones "
+            f"included{counted}",
         ),
         six_n=utilisation(
-            "6N", six_n(shape, useful), step_time_s, peak,
+            "6N", full, step_time_s, peak,
             f"6 × weights × {useful.positions} tokens, which LoRA does not compute",
         ),
     )  # fmt: skip

@@ -238,12 +238,13 @@ def _dequantised(variant: Variant, shape: ModelShape) -> int:
 
 def _request(variant: Variant, workload: Workload, shape: ModelShape, device: str) -> dict[str, int]:
     """What a request adds, for each of its prompts: the context's keys and values, one block's work on the prompt, the
-    last token's logits."""
+    last token's logits; and the adapters that lie beside each other meanwhile."""
     size, prompts = 4 if variant.prepare_for_kbit else width(variant.dtype), workload.request_batch
     context = workload.prompt_tokens + workload.new_tokens
     kinds = {
         "kv_cache": prompts * 2 * shape.layers * shape.kv_heads * shape.head_dim * context * size,
         "logits": prompts * shape.vocab_size * (size + 4),
+        "adapter": workload.adapters * adapter_parameters(variant, shape) * _adapter_width(variant),
         "temporaries": prompts * workload.prompt_tokens * 3 * shape.intermediate_size * size,
         "operator_scratch": _dequantised(variant, shape),
     }

@@ -18,10 +18,11 @@ import torch
 from transformers import get_scheduler
 from transformers.integrations.liger import apply_liger_kernel
 
+from harness.errors import UsageError
 from harness.studies.request import TrialRequest
 from harness.studies.variant import Variant
 from harness.trial.building.injection import inject_work
-from harness.trial.building.lora import attach, attach_beside
+from harness.trial.building.lora import attach, attach_beside, unmixable_layers
 from harness.trial.building.prepared import base_of
 from harness.trial.building.shared import SharedBase
 
@@ -87,6 +88,11 @@ def build(
         attach_beside(model, variant, adapter)
 
     model, adapter = shared.adopt(load, add)
+    if request.workload.adapters > 1 and (refusing := unmixable_layers(model)):
+        raise UsageError(
+            f"workload: adapters = {request.workload.adapters}: PEFT answers for no several adapters in one batch by "
+            f"{refusing[0]}, of which it adapts a parameter. Leave that layer out of target_modules, or adapters out."
+        )
     if request.injected_rows:
         inject_work(model, request.injected_rows)
     model.train()

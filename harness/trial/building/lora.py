@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, prepare_model_for_kbit_training
+from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from harness.studies.variant import ALL_LINEAR, Variant
@@ -37,6 +38,38 @@ def attach_beside(model: Any, variant: Variant, adapter: str) -> None:
     """Give a model that has adapters another one, which is not active yet."""
     model.add_adapter(adapter, _config(variant), autocast_adapter_dtype=_upcasts(variant))
     _cast(model, variant)
+
+
+def attach_drawn(model: Any, variant: Variant, adapter: str, seed: int) -> None:
+    """Give the model an adapter as `attach_beside` does, with random weights as large as a base's: those of a trained
+    one say nothing of time, but what answers like the base could not be told from it.
+
+    An entry of A has the variance 1 / inputs and one of B 1 / r over the square of the scaling, so that what both do
+    together leaves the size of what comes in as it is, whatever r and alpha are.
+    """
+    attach_beside(model, variant, adapter)
+    generator = torch.Generator().manual_seed(seed)  # of the host, so that every device has the same
+    for layer in adapted_layers(model).values():
+        lora: Any = layer
+        for part in lora.adapter_layer_names:
+            held = getattr(lora, part)
+            if adapter not in held:
+                continue
+            weight = held[adapter] if isinstance(held[adapter], torch.nn.Parameter) else held[adapter].weight
+            drawn = torch.randn(weight.shape, generator=generator) * (weight[0].numel() ** -0.5)
+            weight.data.copy_(drawn / lora.scaling[adapter] if part.endswith("_B") else drawn)
+
+
+def detach(model: Any, adapter: str) -> None:
+    """Take an adapter that is not active off the model."""
+    model.delete_adapter(adapter)
+
+
+def unmixable_layers(model: torch.nn.Module) -> tuple[str, ...]:
+    """Names of the layers that cannot take rows for different adapters: PEFT refuses that where it wraps a parameter of
+    a layer in place of the layer (experts that are stored as one tensor) or torch's own attention."""
+    refusing = (ParamWrapper, MultiheadAttention)
+    return tuple(name for name, layer in adapted_layers(model).items() if isinstance(layer, refusing))
 
 
 def activate(model: Any, adapter: str) -> None:

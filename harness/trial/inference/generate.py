@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,13 +91,19 @@ def _copied_head_input(model: Any) -> Iterator[None]:
 
 
 def generate(
-    model: Any, prompt: torch.Tensor, new_tokens: int, *, until_end: bool = False, variant: Variant | None = None
+    model: Any,
+    prompt: torch.Tensor,
+    new_tokens: int,
+    *,
+    until_end: bool = False,
+    variant: Variant | None = None,
+    adapters: Sequence[str] = (),
 ) -> Request:
     """One greedy request for `prompt`, shape (prompts, length), of exactly `new_tokens` tokens for each.
 
     With `until_end` the model's end-of-sequence token ends it (and is the last of the tokens), at `new_tokens` at most;
     that is for one prompt. `variant` says how it is answered (`kv_cache`, `copy_head_input`); as transformers does by
-    itself if left out.
+    itself if left out. `adapters` names one for each prompt; the active one answers all of them if left out.
 
     Raises:
         RuntimeError: the model produced another number of tokens (a stop criterion outside our control), or not as
@@ -110,6 +116,7 @@ def generate(
         config.eos_token_id = model.generation_config.eos_token_id
     if variant is not None and variant.kv_cache == "static":
         config.cache_implementation, config.disable_compile = "static", True
+    named = {"adapter_names": list(adapters)} if adapters else {}
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         if not until_end:
@@ -117,7 +124,7 @@ def generate(
         if variant is not None and variant.copy_head_input:
             stack.enter_context(_copied_head_input(model))
         begin = time.perf_counter()
-        model.generate(input_ids=prompt, attention_mask=mask, generation_config=config, streamer=stamps)
+        model.generate(input_ids=prompt, attention_mask=mask, generation_config=config, streamer=stamps, **named)
         end = time.perf_counter()
     if len(stamps.tokens) != new_tokens and not (until_end and 0 < len(stamps.tokens) < new_tokens):
         raise RuntimeError(f"generate gave {len(stamps.tokens)} tokens where {new_tokens} were asked for")

@@ -1,17 +1,27 @@
 """Warm requests to a trained model, one at a time, so that several variants can take turns between them.
 
 Each has as many prompts as the workload says, but for those that the model ends itself, which have one.
+
+Where the workload has several adapters, a request of the trained one is asked together with what is compared with it:
+one after a switch to another adapter, and one whose prompts name different ones. All are of the same prompts, in an
+order that is drawn anew each time, and before each a short request of the trained adapter is answered, so that all of
+them come after the same thing and only one of them after a switch.
 """
 
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence
 from typing import Any
 
-from harness.studies.variant import Variant
-from harness.studies.workload import Workload
+import torch
+
+from harness.studies.request import TrialRequest
 from harness.trial.building import lora
 from harness.trial.data.stream import TokenStream
+from harness.trial.inference.adapters import Adapters
 from harness.trial.inference.generate import Request, generate
+from harness.trial.inference.mixing import MixedRows, check_rows
 
 NAMES = ("request_time_s", "first_token_time_s", "time_per_output_token_s")
 
@@ -19,11 +29,16 @@ NAMES = ("request_time_s", "first_token_time_s", "time_per_output_token_s")
 class Server:
     """Answers prompts by number, with the adapter beside the base or merged into it."""
 
-    def __init__(self, model: Any, stream: TokenStream, workload: Workload, variant: Variant) -> None:
+    def __init__(self, model: Any, adapter: str, stream: TokenStream, request: TrialRequest) -> None:
+        """`adapter` is the trained one. The seed of the request draws the weights of those beside it, and orders."""
         self._model = model
+        self._adapter = adapter
+        self._seed = request.seed
+        self._adapters: Adapters | None = None
+        self._drawn = random.Random(request.seed)
         self._stream = stream
-        self._workload = workload
-        self._variant = variant
+        self._workload = request.workload
+        self._variant = request.variant
         self._served = 0
         self._answered = 0
         self._prefix = ""
@@ -58,9 +73,55 @@ class Server:
             self.answer(index)
 
     def request(self) -> dict[str, tuple[float, ...]]:
-        """The next request's times, in seconds, by metric."""
-        request = self.ask()
-        return {f"{self._prefix}{name}": (getattr(request, name),) for name in NAMES}
+        """The next request's times, in seconds, by metric, and of those that are compared with it."""
+        if self._adapters is None:
+            return _times(self._prefix, self.ask())
+        number, found = self._served, dict[str, tuple[float, ...]]()
+        asked = [self._ask_alone, self._ask_switched]
+        asked += [self._ask_mixed] if self._workload.request_batch > 1 else []
+        for ask in self._drawn.sample(asked, len(asked)):
+            lora.activate(self._model, self._adapter)
+            self.ask_shortly()
+            found |= ask(self._adapters, number)
+        lora.activate(self._model, self._adapter)
+        self._served += 1
+        return found
+
+    def hold_adapters(self) -> None:
+        """Attach the adapters beside the trained one, and ask once with each way of answering by them."""
+        self._adapters = Adapters(
+            self._model, self._variant, trained=self._adapter, count=self._workload.adapters, seed=self._seed
+        )
+        self._ask_switched(self._adapters, 0)
+        lora.activate(self._model, self._adapter)
+
+    def check_mixing(self) -> MixedRows | None:
+        """Whether prompts that name different adapters are answered by them; None where a request has one prompt."""
+        adapters, count = self._adapters, self._workload.request_batch
+        if adapters is None or count == 1:
+            return None
+
+        def mixed(prompts: torch.Tensor, names: Sequence[str]) -> Request:
+            return self._generate(prompts, names)
+
+        def alone(prompts: torch.Tensor, name: str) -> Request:
+            lora.activate(self._model, name)
+            return self._generate(prompts)
+
+        return check_rows(
+            self._model, adapters, self._stream.prompts(0), adapters.rows(0, count), mixed=mixed, alone=alone
+        )
+
+    def _ask_alone(self, adapters: Adapters, number: int) -> dict[str, tuple[float, ...]]:
+        return _times("", self._ask(number))
+
+    def _ask_switched(self, adapters: Adapters, number: int) -> dict[str, tuple[float, ...]]:
+        switch = adapters.switch(adapters.other(number))
+        return {"switch_time_s": (switch,), **_times("switched_", self._ask(number))}
+
+    def _ask_mixed(self, adapters: Adapters, number: int) -> dict[str, tuple[float, ...]]:
+        prompts = self._stream.prompts(number)
+        return _times("mixed_", self._generate(prompts, adapters.rows(number, len(prompts))))
 
     def natural(self) -> tuple[int, Request]:
         """The next whole prompt's number, and the request that the model ends itself."""
@@ -80,9 +141,20 @@ class Server:
 
     def merge(self, discard: int) -> None:
         """Merge the adapter and begin again with the first prompt, after `discard` requests."""
+        if self._adapters is not None:
+            self._adapters.detach()
+            self._adapters = None
         lora.merge(self._model)
         self._prefix, self._served = "merged_", 0
         self.warm_up(discard)
 
     def _ask(self, index: int) -> Request:
-        return generate(self._model, self._stream.prompts(index), self._workload.new_tokens, variant=self._variant)
+        return self._generate(self._stream.prompts(index))
+
+    def _generate(self, prompts: torch.Tensor, adapters: Sequence[str] = ()) -> Request:
+        tokens = self._workload.new_tokens
+        return generate(self._model, prompts, tokens, variant=self._variant, adapters=adapters)
+
+
+def _times(prefix: str, request: Request) -> dict[str, tuple[float, ...]]:
+    return {f"{prefix}{name}": (getattr(request, name),) for name in NAMES}

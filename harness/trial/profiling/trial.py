@@ -12,6 +12,10 @@ from typing import ClassVar
 
 import torch
 
+from harness.errors import UsageError
+from harness.models import catalogue, shapes
+from harness.models.costs.flops import computed_tokens, training_flops
+from harness.models.costs.modules import UncountedError, count_products, to_values
 from harness.models.costs.peaks import Peak, Rate
 from harness.records import codec
 from harness.records.activity import (
@@ -43,6 +47,7 @@ from harness.trial.profiling.requests import (
     told_of_request,
     weights_by_shape,
 )
+from harness.trial.profiling.wanted import see_wanted
 from harness.trial.trial import Trial
 
 REQUESTS_BUDGET_S = 20.0
@@ -77,7 +82,19 @@ class ProfiledTrial(Trial):
         request, parts = self._request, self._built
         samples = step_times(parts.step, BorderedStep(parts.trainee, parts.stream, request), request.device)
         values = useful_tokens(parts.stream, request.workload.batch_size * request.variant.gradient_accumulation)
-        return self._judged(Fragment(samples=samples, values=values), list(samples["train_loss"]))
+        return self._judged(Fragment(samples=samples, values=values | self._count()), list(samples["train_loss"]))
+
+    def _count(self) -> dict[str, float]:
+        """What a step multiplies, counted from the modules where no closed form says it. One step is watched for that,
+        which is none of those that were timed; not a compiled one, which hooks would compile anew."""
+        variant, workload, model = self._request.variant, self._request.workload, self._built.trainee.model
+        with contextlib.suppress(UsageError):
+            training_flops(shapes.shape(catalogue.resolve(workload.model)), variant, computed_tokens(variant, workload))
+            return {}
+        with contextlib.suppress(UncountedError):
+            wanted = None if variant.compile else see_wanted(model, self._take_step)
+            return to_values(count_products(model, wanted))
+        return {}
 
     def peak(self, rates: Sequence[Rate]) -> Fragment:
         """What the device does at best; it fills caches and memory, so it comes when nothing else is timed.

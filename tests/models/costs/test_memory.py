@@ -63,6 +63,13 @@ def test_keys_and_values_grow_with_the_context():
     assert not {"optimizer_state", "gradients", "activations"} & short.keys()
 
 
+def test_adapters_that_lie_beside_each_other_count_while_requests_are_answered():
+    """Each with its weights; training has one."""
+    one, four = (kinds("generate", workload=Workload(adapters=count)) for count in (1, 4))
+    assert four == {**one, "adapter": 4 * one["adapter"]}
+    assert kinds("train", workload=Workload(adapters=4)) == kinds("train")
+
+
 def test_a_request_of_many_prompts_has_the_keys_and_values_of_each():
     """And their logits and the work on them; what lies there before it is the same. Of one it is no peak."""
     one, eight = (kinds("generate", workload=Workload(request_batch=count)) for count in (1, 8))

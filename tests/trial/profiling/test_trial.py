@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from harness.models.costs.modules import from_values
 from harness.models.costs.peaks import Peak
 from harness.records import codec
 from harness.records.activity import PEAKS
@@ -48,6 +49,20 @@ def test_a_rate_without_memory_for_it_is_left_out(trial, tmp_path, monkeypatch):
     assert set(peaks) == {"memory"}
     assert peaks["memory"].per_s > 0
     assert trial.run("turn", steps=1).samples["step_time_s"]
+
+
+def test_what_a_step_multiplies_is_counted_where_no_closed_form_says_it(trial, monkeypatch):
+    """By a step that is watched and not timed; nothing is counted of a family that is known."""
+    times = {"train_loss": (1.0,)}
+    monkeypatch.setattr(profiled, "step_times", lambda *args: times)
+    assert from_values(trial.run("profile").values) is None
+    taken = trial._steps_taken
+    monkeypatch.setattr("harness.models.shapes.FAMILIES", {})
+    found = from_values(trial.run("profile").values)
+    assert trial._steps_taken == taken + 1
+    block = 256 * (2 * 256 + 2 * 128) + 3 * 256 * 704
+    assert (found.linear_forward, found.linear_weights, found.head_forward) == (4 * block, 0, 256 * 320)
+    assert found.linear_inputs == 4 * block - 256 * (256 + 2 * 128)
 
 
 def test_other_trials_do_not_know_its_commands(trial):

@@ -1,0 +1,35 @@
+"""For which layers a step computes the gradient of what they take: seen in its forward passes.
+
+Autograd makes that gradient where what comes in wants one, which no module tells and every call does: of the first
+block the layers that take the embeddings want none. Hooks see it, and change nothing of the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from harness.trial.building import lora
+
+
+def see_wanted(model: torch.nn.Module, step: Callable[[], object]) -> dict[str, bool]:
+    """Take the step; whether a gradient is wanted for the first input of each module, by its name in transformers'
+    model and as its first call showed it. What the step calls otherwise than by a module is not among them."""
+    seen: dict[str, bool] = {}
+
+    def look(name: str) -> Callable[[Any, tuple[Any, ...]], None]:
+        def see(_: Any, args: tuple[Any, ...]) -> None:
+            if args and isinstance(args[0], torch.Tensor):
+                seen.setdefault(name, args[0].requires_grad)
+
+        return see
+
+    hooks = [part.register_forward_pre_hook(look(name)) for name, part in lora.wrapped(model).named_modules()]
+    try:
+        step()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen

@@ -1,0 +1,186 @@
+"""Several adapters on one base: who answers, what is timed beside what, and that a wrong adapter is found."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from peft.tuners.lora.layer import Linear
+
+from harness.records.metrics import samples_of
+from harness.records.record import TrialRecord
+from harness.studies.protocol import Protocol
+from harness.studies.request import TrialRequest
+from harness.studies.variant import Variant
+from harness.studies.workload import Workload
+from harness.trial.building import lora
+from harness.trial.building.shared import SharedBase
+from harness.trial.data.tokens import prepare
+from harness.trial.inference.generate import generate
+from harness.trial.trial import Trial
+
+WORKLOAD = Workload(
+    sequence_length=32, batch_size=1, train_sequences=8, held_out_records=6, held_out_sequences=1, prompt_tokens=8,
+    new_tokens=4, request_batch=5, adapters=3,
+)  # fmt: skip
+PROTOCOL = Protocol(warmup_steps_min=1, warmup_steps_max=1, turns=2, steps_per_turn=1, generate_warmup=0)
+VARIANT = Variant(name="plain", r=4, dtype="float32", target_modules=("q_proj", "v_proj"))
+OTHERS = {
+    "bfloat16": {"dtype": "bfloat16", "target_modules": ("all-linear",)},
+    "dropout": {"lora_dropout": 0.5},
+    "nf4": {"dtype": "bfloat16", "quantization": "nf4", "adapter_dtype": "bfloat16"},
+    "int8": {"dtype": "bfloat16", "quantization": "int8"},
+    "rslora, orthogonal": {
+        "use_rslora": True,
+        "init_lora_weights": "orthogonal",
+        "target_modules": ("embed_tokens", "o_proj"),
+    },
+}
+
+
+@pytest.fixture
+def begin(tmp_path):
+    """A function that brings a trial to where it answers requests, or fails to."""
+    torch.set_num_threads(1)
+
+    def make(variant=VARIANT, **changes):
+        workload = dataclasses.replace(WORKLOAD, **changes)
+        request = TrialRequest(
+            trial="r0-plain", variant=variant, role="variant", replicate=0, seed=1, workload=workload,
+            protocol=PROTOCOL, interleaving="replicates", measures=("steps", "requests", "peaks"), instrument="spy",
+            device="cpu", threads=1, tokens_path=prepare(workload, tmp_path).path, scratch=str(tmp_path), log_path="",
+        )  # fmt: skip
+        running = Trial(request, SharedBase())
+        record = TrialRecord(
+            trial="r0-plain", status="ok", name="plain", variant=variant.id, role="variant", replicate=0, position=0,
+            interleaving="replicates", seed=1, started_unix_s=0.0, wall_time_s=0.0,
+        )  # fmt: skip
+        for command in ("build", "warm_up", "finish_training", "begin_generate"):
+            record = record.merged(running.run(command))
+        return running, record
+
+    return make
+
+
+def _rotate(monkeypatch):
+    """Plant a fault: rows are answered by the adapter of the row before them."""
+    honest = Linear._mixed_batch_forward
+
+    def shuffled(self, x, *args, adapter_names, **kwargs):
+        names = [*adapter_names[-1:], *adapter_names[:-1]]
+        return honest(self, x, *args, adapter_names=names, **kwargs)
+
+    monkeypatch.setattr(Linear, "_mixed_batch_forward", shuffled)
+
+
+def test_each_row_has_the_answer_of_its_adapter(begin):
+    """Alone, one prompt at a time, in float32; the adapters differ, and so do their answers to one prompt."""
+    running, record = begin()
+    assert record.status == "ok", record.failure
+    assert (record.values["adapters"], record.values["mixed_rows"], record.values["mixed_rows_telling"]) == (3, 5, 5)
+    model, adapters = running._built.trainee.model, running._serving._adapters
+    prompts, names = running._built.stream.prompts(0), adapters.rows(0, 5)
+    assert names == ["default", "default-beside1", "default-beside2", "default", "default-beside1"]
+    assert adapters.rows(1, 2) == names[1:3]
+    mixed = generate(model, prompts, 4, adapters=names).answers
+    alone = {}
+    for name in dict.fromkeys(names):
+        lora.activate(model, name)
+        alone[name] = [generate(model, prompts[row : row + 1], 4).answers[0] for row in range(5)]
+    assert list(mixed) == [alone[name][row] for row, name in enumerate(names)]
+    assert all(len({answers[row] for answers in alone.values()}) == 3 for row in range(5))
+
+
+def test_what_is_compared_takes_turns_within_a_request(begin, monkeypatch):
+    """One sample of each a request, of the same prompts, in drawn orders, each after one of the trained adapter."""
+    running, record = begin()
+    server, asked = running._serving, []
+    for name in ("_ask_alone", "_ask_switched", "_ask_mixed", "ask_shortly"):
+        honest = getattr(server, name)
+
+        def noted(*given, name=name, honest=honest):
+            asked.append((name, running._built.trainee.model.active_adapter, *given[1:]))
+            return honest(*given)
+
+        monkeypatch.setattr(server, name, noted)
+    for _ in range(4):
+        record = record.merged(running.run("request"))
+    assert {one[:2] for one in asked[::2]} == {("ask_shortly", "default")}
+    timed = [asked[place : place + 6 : 2] for place in range(1, 24, 6)]
+    assert all({one[0] for one in turn} == {"_ask_alone", "_ask_switched", "_ask_mixed"} for turn in timed)
+    assert [{one[2] for one in turn} for turn in timed] == [{0}, {1}, {2}, {3}]
+    assert len({tuple(one[0] for one in turn) for turn in timed}) > 1
+    assert running._built.trainee.model.active_adapter == "default"
+    samples = record.samples
+    alone, mixed = samples["request_time_s"], samples["mixed_request_time_s"]
+    assert samples_of(record, "mixing_factor") == tuple(other / one for one, other in zip(alone, mixed, strict=True))
+    switched = zip(samples["switch_time_s"], samples["switched_request_time_s"], alone, strict=True)
+    assert samples_of(record, "switching_factor") == tuple((switch + other) / one for switch, other, one in switched)
+    assert len(samples["switch_time_s"]) == 4
+    assert min(samples["switch_time_s"]) > 0
+
+
+@pytest.mark.parametrize("changes", OTHERS.values(), ids=OTHERS)
+def test_whatever_the_base_is_made_of(begin, changes):
+    """Rounding of 16 and 4 bits is not taken for a wrong adapter, and every kind of layer is mixed."""
+    variant = dataclasses.replace(VARIANT, **changes)
+    _, record = begin(variant, new_tokens=12)
+    assert record.status == "ok", record.failure
+    assert record.values["mixed_rows_telling"] > 0
+
+
+@pytest.mark.parametrize("changes", [{}, OTHERS["bfloat16"]], ids=["float32", "bfloat16"])
+def test_an_adapter_of_another_row_is_found(begin, monkeypatch, changes):
+    """Names that are shuffled on their way make the trial invalid, and the message names the rows."""
+    _rotate(monkeypatch)
+    _, record = begin(dataclasses.replace(VARIANT, **changes))
+    assert (record.status, record.failure.kind) == ("invalid", "MixedAnswers")
+    assert "of 5 prompts in one batch for 3 adapters, row 0, 1, 2, 3, 4 (from 0)" in record.failure.message
+
+
+def test_adapters_that_do_not_differ_prove_nothing(begin, monkeypatch):
+    """With B zero every adapter is the base, and no row could show a wrong one."""
+    monkeypatch.setattr(
+        lora, "attach_drawn", lambda model, variant, name, seed: lora.attach_beside(model, variant, name)
+    )
+    _, record = begin(dataclasses.replace(VARIANT, learning_rate=1e-12))
+    assert (record.status, record.failure.kind) == ("invalid", "AdaptersAlike")
+
+
+def test_one_prompt_measures_switching_alone(begin):
+    """There is nothing to mix; the adapters go when the trained one is merged."""
+    running, record = begin(request_batch=1)
+    record = record.merged(running.run("request"))
+    assert "mixed_request_time_s" not in record.samples
+    assert "mixed_rows" not in record.values
+    assert len(samples_of(record, "switching_factor")) == 1
+    record = record.merged(running.run("merge")).merged(running.run("request"))
+    assert list(running._built.trainee.model.peft_config) == ["default"]
+    assert (record.status, len(record.samples["merged_request_time_s"])) == ("ok", 1)
+
+
+def test_the_others_are_of_the_size_of_the_trained_one(begin):
+    """The same names of parameters, shapes and types; the same weights at the same seed, and others at no other."""
+    running, _ = begin()
+    weights = {}
+    for name, parameter in lora.own_parameters(running._built.trainee.model).items():
+        adapter = next(one for one in reversed(running._serving._adapters.names) if one in name.split("."))
+        weights.setdefault(adapter, {})[name.replace(adapter, "")] = parameter
+    kinds = [{name: (one.shape, one.dtype) for name, one in found.items()} for found in weights.values()]
+    assert kinds[0] == kinds[1] == kinds[2]
+    first, second = (weights[f"default-beside{number}"] for number in (1, 2))
+    assert all(not torch.equal(one, second[name]) for name, one in first.items())
+
+
+def test_an_answer_that_goes_astray_though_a_whole_pass_is_right_is_found(begin, monkeypatch):
+    """A fault of decoding alone: one token at a time, rows are answered by the adapter of another."""
+    honest = Linear._mixed_batch_forward
+
+    def shuffled(self, x, *args, adapter_names, **kwargs):
+        names = [*adapter_names[-1:], *adapter_names[:-1]] if x.shape[1] == 1 else adapter_names
+        return honest(self, x, *args, adapter_names=names, **kwargs)
+
+    monkeypatch.setattr(Linear, "_mixed_batch_forward", shuffled)
+    _, record = begin()
+    assert (record.status, record.failure.kind) == ("invalid", "MixedAnswers")
