@@ -39,7 +39,8 @@ class Desk:
         self._post = Post()
         self._orders: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._messages: queue.SimpleQueue[str] = queue.SimpleQueue()
-        threading.Thread(target=self._work, daemon=True).start()
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
 
     def _work(self) -> None:
         while True:
