@@ -25,6 +25,8 @@ from harness.run.sites.remote import RemoteStation
 CLIENT = "ray://"
 START_TIMEOUT_S = 120.0
 """An actor that has its resources starts in seconds; one that waits for them longer than this waits for another job."""
+CONNECT_TIMEOUT_S = 30.0
+"""A cluster that is there answers in a second or two."""
 CLOSE_TIMEOUT_S = 20.0
 """A post that is told to end kills its processes and removes its folder."""
 
@@ -183,14 +185,7 @@ def open_stations(address: str, wanted: Sequence[str] = ()) -> Iterator[tuple[Re
         raise UsageError(
             f"--on {address}: Ray cannot be imported: {error}. Install lorameter[ray], in the version of the cluster."
         ) from None
-    try:
-        ray.init(
-            address=address if address.startswith(CLIENT) else "auto", log_to_driver=False, logging_level=logging.ERROR
-        )
-    except Exception as error:  # of a version, a port, a library that is missing: Ray has a class for each
-        raise UsageError(
-            f"--on {address}: no Ray cluster answers: {said_by(error)}. Start it, or name it as ray://HOST:PORT."
-        ) from None
+    _connect(ray, address)
     with contextlib.ExitStack() as stack:
         stack.callback(ray.shutdown)
         stations = []
@@ -202,3 +197,31 @@ def open_stations(address: str, wanted: Sequence[str] = ()) -> Iterator[tuple[Re
             stack.callback(link.close)
             stations.append(RemoteStation(berth.site, link, share=berth.share, shares=berth.shares))
         yield tuple(stations)
+
+
+def _connect(ray: Any, address: str) -> None:
+    """Connect to the cluster. Raises `UsageError` where it does not answer.
+
+    Ray goes on trying to reach a cluster that is gone for many minutes, so a thread of its own does it.
+    """
+    told: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+    named = address if address.startswith(CLIENT) else "auto"
+
+    def connect() -> None:
+        try:
+            ray.init(address=named, log_to_driver=False, logging_level=logging.ERROR)
+            told.put(None)
+        except Exception as error:  # of a version, a port, a library that is missing: Ray has a class for each
+            told.put(error)
+
+    threading.Thread(target=connect, daemon=True).start()
+    error: Exception | None
+    try:
+        error = told.get(timeout=CONNECT_TIMEOUT_S)
+    except queue.Empty:
+        error = TimeoutError(f"nothing was heard within {CONNECT_TIMEOUT_S:g} s")
+    if error is not None:
+        raise UsageError(
+            f"--on {address}: no Ray cluster answers: {said_by(error).rstrip('.')}. Start it, name it as "
+            "ray://HOST:PORT, or set RAY_ADDRESS to the HOST:PORT of its head."
+        )

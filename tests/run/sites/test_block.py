@@ -306,7 +306,8 @@ def test_sites_on_one_machine_are_said_and_share_its_memory(stations):
 
 def test_a_plan_is_read_as_it_was_written(small_study):
     """The same trials, and variants with the ids that they had, of whole numbers as well."""
-    study = dataclasses.replace(small_study, variants=(*small_study.variants, Variant(name="whole", lora_alpha=32, r=4)))
+    whole = Variant(name="whole", lora_alpha=32, r=4)
+    study = dataclasses.replace(small_study, variants=(*small_study.variants, whole))
     plan = make_plan(study, phases=("train",))
     rest = dataclasses.replace(plan, groups=plan.groups[2:])
     order = json.loads(write_order(block.Prepare(plan=write_plan(rest, plan))))
