@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from harness.errors import InvalidRunError, UsageError, redact, said_by
+from harness.errors import InvalidRunError, UsageError, redact, shorten
 from harness.machine.processes import CPUS
 from harness.machine.provenance import Facts, harness_identity
 from harness.records import codec
@@ -191,7 +191,7 @@ class Post:
                 self._send_logs(say)
             if not known:
                 say(Message(says="log", trial=self._name("failed"), text=redact(traceback.format_exc())))
-            said = str(error) if known else f"{type(error).__name__}: {said_by(error)}"
+            said = str(error) if known else f"{type(error).__name__}: {shorten(str(error))}"
             last = Message(says="failed", text=said.rstrip("."), usage=isinstance(error, UsageError))
         say(last)
 
@@ -213,7 +213,7 @@ class Post:
         if order.shares > 1:
             cpus = share_cpus(sorted(os.sched_getaffinity(0)), order.shares, f"site {order.site}")[order.share]
             self._host = Host(environment={CPUS: ",".join(map(str, cpus))})
-        executor = open_executor(host=self._host)
+        executor = self._open()
         boot = BOOT_ID.read_text().strip() if BOOT_ID.is_file() else ""
         return Description(
             facts=executor.facts(),
@@ -224,17 +224,18 @@ class Post:
         )
 
     def _hold(self, order: Hold, say: Callable[[Message], None]) -> dict[str, Any]:
-        executor = open_executor(host=self._host)
+        executor = self._open()
         held = hold_device(executor, order.if_busy, tell=lambda line: say(Message(says="told", text=line)))
         waited = self._stack.enter_context(held)
         return {"waited": waited, "free_bytes": executor.free_bytes()}
 
     def _prepare(self, order: Prepare, say: Callable[[Message], None]) -> dict[str, Any]:
+        if self._described is None:
+            raise InvalidRunError("it was not asked what it is.")
         self._plan = plan = read_plan(order.plan)
         self._folder = self._stack.enter_context(scratch_folder())
         for arm, threads in {slot.arm: slot.workload.threads for slot in plan.slots}.items():
-            executor = open_executor(host=self._host, label=self._name(arm))
-            self._executors[arm] = executor
+            executor = self._executors[arm] = self._open(arm)
             self._stack.callback(executor.close)
             executor.start(self._folder, threads)
         left_s = math.inf if order.left_s is None else order.left_s
@@ -265,6 +266,9 @@ class Post:
             budget=self._budget,
         )
         return {"trials": [record.trial for record in measured.records]}
+
+    def _open(self, arm: str = "") -> Executor:
+        return open_executor(host=self._host, label=self._name(arm))
 
     def _name(self, what: str) -> str:
         site = "" if self._described is None else self._described.site

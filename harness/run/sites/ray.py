@@ -41,8 +41,7 @@ class Desk:
         self._post = Post()
         self._orders: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._messages: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._work, daemon=True).start()
 
     def _work(self) -> None:
         while True:

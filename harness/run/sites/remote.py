@@ -121,9 +121,14 @@ class RemoteStation:
 
         left_s, afresh = _finite(budget.left_s), budget is not self._budget
         self._budget = budget
-        self._ask(Measure(trials=tuple(slots), left_s=left_s, replicates=budget.replicates, afresh=afresh), hear)
-        if missing:
-            raise InvalidRunError(f"it says that it has ended and left out {', '.join(sorted(missing))}")
+        order = Measure(trials=tuple(slots), left_s=left_s, replicates=budget.replicates, afresh=afresh)
+        try:
+            self._ask(order, hear)
+            if missing:
+                raise InvalidRunError(f"it says that it has ended and left out {', '.join(sorted(missing))}")
+        except InvalidRunError:
+            self.end()  # what is not believed must not go on
+            raise
 
     def end(self) -> None:
         """The post kills what it measures, and sends what there is of it."""

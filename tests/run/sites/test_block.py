@@ -124,16 +124,13 @@ def stations(monkeypatch, machine, tmp_path):
     made = {}
 
     def open_executor(name=None, *, host=None, label=""):
-        return Fake(machine, **made[label or threading.current_thread().name])
+        return Fake(machine, **made[label])
 
     def make(links=None, **changes):
         found = []
         for name, change in changes.items():
             made[name] = change
-            link = (links or {}).get(name) or DeskLink()
-            # A post is described before it has a label: by the thread that carries its orders out.
-            link.desk._thread.name = name
-            found.append(RemoteStation(name, link))
+            found.append(RemoteStation(name, (links or {}).get(name) or DeskLink()))
         return found
 
     monkeypatch.setattr(block, "open_executor", open_executor)
@@ -148,6 +145,7 @@ def plan(small_study):
 
 
 def measured(plan, stations, runs):
+    describe_all(stations)
     with LiveDisplay(console_for(stderr=True)) as display:
         return measure(plan, runs=runs, display=display, remote=stations)
 
@@ -232,12 +230,14 @@ def flaw(kind):
 )
 def test_an_answer_that_is_none_is_never_a_pass(plan, stations, tmp_path, kind, words):
     """The post is lost; it was the only one, so the run ends by the reason and says what was not run."""
+    (station,) = stations({"a": flaw(kind)}, a={})
     with pytest.raises(InvalidRunError, match=words):
-        measured(plan, stations({"a": flaw(kind)}, a={}), tmp_path / "runs")
+        measured(plan, [station], tmp_path / "runs")
     (path,) = (tmp_path / "runs").iterdir()
     run = store.read_run(str(path), tmp_path / "runs")
     assert run.manifest.status == "failed"
     assert "ok" not in {record.status for record in run.records if record.replicate > 0}
+    assert station._link.desk._post._executors[""].closed.wait(30)  # nothing goes on where nobody listens
 
 
 def test_a_defect_of_a_post_is_told_with_its_name_and_its_traceback(plan, stations, tmp_path):
