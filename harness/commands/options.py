@@ -29,7 +29,13 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "allow-disturbed": {"action": "store_true", "help": "let trials count whose surroundings were past a limit"},
     "sites": {
         "metavar": "0,1,…",
-        "help": "measure replicates on these cards at once, or on as many shares of this machine's CPUs",
+        "help": "measure replicates on these cards at once, or on as many shares of this machine's CPUs; with "
+        "{prefix}on, on these nodes",
+    },
+    "on": {
+        "metavar": "ray|ray://HOST:PORT",
+        "help": "measure replicates on the nodes of a Ray cluster: the one that this machine is part of, or the one "
+        "behind a client port, as in {prefix}on ray://head:10001",
     },
     "if-busy": {
         "choices": ("wait", "refuse", "share"),

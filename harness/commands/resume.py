@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.commands.output import print_json
+from harness.commands.remote import Cluster
 from harness.errors import UsageError
 
 if TYPE_CHECKING:
@@ -17,13 +18,16 @@ SHOWN = {"script": "command"}
 """Options by the name under which they are kept, where that is another."""
 
 
-def go_on(options: argparse.Namespace, settled: Sequence[str], *, ab: bool = False) -> Run | None:
+def go_on(
+    options: argparse.Namespace, settled: Sequence[str], *, ab: bool = False, cluster: Cluster | None = None
+) -> Run | None:
     """Go on with a run that broke off, lost lines or was disturbed; one of which nothing is left is given back.
 
     Args:
         options: of the command; the run in `resume`.
         settled: names of those of its options that the run has settled, and that may not be given.
         ab: whether the run must be an A/B.
+        cluster: where the rest is measured, if it has sites.
 
     Returns:
         The run as it is then; None where it was only asked what is left (`--dry-run`).
@@ -56,10 +60,17 @@ def go_on(options: argparse.Namespace, settled: Sequence[str], *, ab: bool = Fal
     if is_finished(run):
         show((say(f"run {name} is complete: nothing is left to be measured.", indented=False),), errors)
         return run
+    cluster = cluster or Cluster()
+    remote = cluster.stations
+    if sides and remote:
+        raise UsageError(f"run {name} is an A/B, whose sides lie on one machine. Leave --on out.")
     if not sides:  # those of an A/B are asked when they are there again
-        check_place(run, open_executor().facts())
+        check_place(run, remote[0].facts if remote else open_executor().facts())
     plan = plan_of(run, max_minutes=options.max_minutes)
-    left = [slot.trial for group in find_unsettled(plan, run.records) for slot in group.slots]
+    if remote:
+        cluster.check(plan.study, options.on)
+    unsettled = find_unsettled(plan, run.records, whole=bool(remote))
+    left = [slot.trial for group in unsettled for slot in group.slots]
     kept = f"{len(plan.slots) - len(left)} of {len(plan.slots)} trials are kept"
     show((say(f"run {name}: {kept}, {len(left)} are left to be measured.", indented=False),), errors)
     if getattr(options, "dry_run", False):
@@ -68,7 +79,8 @@ def go_on(options: argparse.Namespace, settled: Sequence[str], *, ab: bool = Fal
         else:
             show(tuple(say(trial, indented=False) for trial in left), console_for())
         return None
-    with hold_device(open_executor(), options.if_busy), LiveDisplay(errors) as display:
+    here = hold_device(open_executor(), options.if_busy)
+    with cluster.hold(options.if_busy) if remote else here, LiveDisplay(errors) as display:
         if sides:
             return resume_ab(run, plan, repository=Path.cwd(), cache=cache_dir(), display=display)
-        return measure(plan, runs=run.path.parent, display=display, resume=name)
+        return measure(plan, runs=run.path.parent, display=display, resume=name, remote=remote)

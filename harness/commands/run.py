@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.commands.options import add_options
 from harness.commands.output import print_json
+from harness.commands.remote import Cluster, open_cluster
 from harness.commands.report import show_report
 from harness.commands.run_scripts import SCRIPT_OPTIONS, add_script_options, study_of_options
 from harness.errors import EXIT_INVALID, EXIT_PASS, UsageError
@@ -30,7 +31,7 @@ def add_commands(commands: Any, common: Any) -> None:
     run.add_argument(
         "--interleave", metavar="L", help="shared-base, lockstep or replicates; default: the finest possible"
     )
-    add_options(run.add_argument, "precision", "max-minutes", "allow-disturbed", "sites", "if-busy")
+    add_options(run.add_argument, "precision", "max-minutes", "allow-disturbed", "sites", "on", "if-busy")
     add_script_options(run)
     run.add_argument("--resume", metavar="RUN", help="go on with a run that broke off, by its own study and plan")
     run.add_argument("--dry-run", action="store_true", help="show the plan and what it will take, and measure nothing")
@@ -41,6 +42,18 @@ def add_commands(commands: Any, common: Any) -> None:
 
 def run_study(options: argparse.Namespace) -> int:
     """Measure a study and print its report; the exit code says whether the run is valid."""
+    if options.resume:
+        return run_resumed(options)
+    if not options.study:
+        raise UsageError("run: no study named. Give one, as in `lorameter run lora-or-qlora`, or --resume RUN.")
+    if options.effort and options.replicates is not None:
+        raise UsageError("--effort and --replicates both set the replicates. Give one of them.")
+    with open_cluster(options) as cluster:
+        return _run_on(cluster, options)
+
+
+def _run_on(cluster: Cluster, options: argparse.Namespace) -> int:
+    """Measure on a cluster, or on this machine where it has no sites."""
     from harness.commands.display import display_of
     from harness.records import store
     from harness.report.notices import tell_notices
@@ -50,14 +63,9 @@ def run_study(options: argparse.Namespace) -> int:
     from harness.run.measure import measure, plan_study
     from harness.run.sites.local import executors_of, local_sites
 
-    if options.resume:
-        return run_resumed(options)
-    if not options.study:
-        raise UsageError("run: no study named. Give one, as in `lorameter run lora-or-qlora`, or --resume RUN.")
-    if options.effort and options.replicates is not None:
-        raise UsageError("--effort and --replicates both set the replicates. Give one of them.")
     executor, runs = open_executor(), store.runs_dir(options.runs_dir, make=not options.dry_run)
-    machine = executor.machine()
+    remote = cluster.stations
+    machine = remote[0].facts.machine if remote else executor.machine()
     study = study_of_options(options, machine.kind).with_overrides(
         model=options.model,
         data=options.data,
@@ -68,12 +76,14 @@ def run_study(options: argparse.Namespace) -> int:
         allow_disturbed=options.allow_disturbed,
     )
 
-    sites = local_sites(options.sites, machine, study) if options.sites else ()
+    if remote:
+        cluster.check(study, options.on)
+    sites = local_sites(options.sites, machine, study) if options.sites and not remote else ()
 
     def make() -> tuple[Plan, tuple[Notice, ...]]:
-        free = executor.free_bytes()
+        free = cluster.free_bytes if remote else executor.free_bytes()
         shared = len(sites) if sites and machine.device == "cpu" else 1  # cards have memory of their own
-        return plan_study(
+        plan, notices = plan_study(
             study,
             machine,
             free_bytes=None if free is None else free // shared,
@@ -83,17 +93,19 @@ def run_study(options: argparse.Namespace) -> int:
             runs=runs,
             shown_only=options.dry_run,
         )
+        return plan, (*cluster.notices, *notices)
 
     plan, notices = make()
     if options.dry_run:
         return _dry_run(plan, machine, notices, runs, as_json=options.json)
     errors = console_for(stderr=True)
-    with hold_devices([*executors_of(sites)] or [executor], options.if_busy) as waited:
+    here = hold_devices([*executors_of(sites)] or [executor], options.if_busy)
+    with cluster.hold(options.if_busy) if remote else here as waited:
         if waited:
             plan, notices = make()
         show(tell_notices(notices), errors)
         with display_of(plan, machine, runs, errors) as display:
-            run = measure(plan, runs=runs, display=display, notices=notices, sites=sites)
+            run = measure(plan, runs=runs, display=display, notices=notices, sites=sites, remote=remote)
     return _show(run, options)
 
 
@@ -102,7 +114,8 @@ def run_resumed(options: argparse.Namespace) -> int:
     from harness.commands.resume import go_on
     from harness.run.resume import SETTLED_OPTIONS
 
-    run = go_on(options, (*SETTLED_OPTIONS, *SCRIPT_OPTIONS))
+    with open_cluster(options) as cluster:
+        run = go_on(options, (*SETTLED_OPTIONS, *SCRIPT_OPTIONS), cluster=cluster)
     if run is None:
         return EXIT_PASS
     if run.manifest.sides:

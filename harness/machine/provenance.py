@@ -163,22 +163,26 @@ def collect(
     own_workloads: Mapping[str, Workload] | None = None,
 ) -> dict[str, Any]:
     """The provenance of a run: machine and its settings, threads, library versions, workload, git state, and what the
-    worker said, if it has been asked.
+    worker said, if it has been asked. `facts` are those of where the trials run, `own_workloads` those of variants that
+    are not measured on the study's, by name."""
+    return {
+        "threads": threads,
+        "workload": _content_of_workloads(study.workload, own_workloads or {}),
+        "worker": {key: getattr(hello, key, None) for key in ("device", "torch", "import_time_s", "harness")},
+        **place_of(facts),
+        **_engine(study, facts),
+    }
 
-    It reads nothing of this machine: `facts` are those of where the trials run. `own_workloads` are those of variants
-    that are not measured on the study's, by name.
-    """
+
+def place_of(facts: Facts) -> dict[str, Any]:
+    """The part of the provenance that no study bears on."""
     return {
         **codec.to_json(facts.machine),
         "settings": facts.settings,
-        "threads": threads,
         "libraries": facts.libraries,
-        "workload": _content_of_workloads(study.workload, own_workloads or {}),
         "git": facts.git,
-        "worker": {key: getattr(hello, key, None) for key in ("device", "torch", "import_time_s", "harness")},
         **_without(facts.host or {}, "switches"),
         **_kernels(facts),
-        **_engine(study, facts),
     }
 
 

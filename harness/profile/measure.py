@@ -33,8 +33,8 @@ from harness.records.store import new_run_id
 from harness.run.contenders import Contender
 from harness.run.executors import Executor, Place, Worker, WorkerLostError
 from harness.run.feasibility import check_feasible
-from harness.run.measure import greet
 from harness.run.plan import Plan, Slot, make_plan
+from harness.run.ready import greet
 from harness.run.site import Site, begin_record, request_of, site_of
 from harness.studies.command import COMMANDS
 from harness.studies.study import Study

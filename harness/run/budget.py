@@ -102,10 +102,16 @@ class Budget:
         """Seconds that are left of the limit; infinite without one."""
         return math.inf if self._limit_s is None else self._limit_s - self.spent_s
 
+    @property
+    def replicates(self) -> int:
+        """Replicates that the time is still spread over, the one under way among them."""
+        return self._left
+
     def beside(self, replicates: int) -> Budget:
         """One from now on for a site that measures so many of the replicates while others measure theirs: it may take
         what is left of this one's limit."""
-        return Budget(None if self._limit_s is None else self.left_s, replicates=replicates, clock=self.clock)
+        limit_s = None if self._limit_s is None else self.left_s
+        return Budget(limit_s, replicates=replicates, cold_s=self.cold_s, clock=self.clock)
 
     def enter(self, study: Study, group: Group, later: Sequence[Group]) -> None:
         """A group begins; `later` are those of its replicate that come after it."""

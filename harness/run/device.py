@@ -27,12 +27,13 @@ SHARED_FOLDER = Path("/tmp")
 """The same for all users and jobs, whatever their TMPDIR is."""
 
 
-def _to_stderr(line: str) -> None:
+def tell_stderr(line: str) -> None:
+    """Print it at once."""
     print(line, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
-def hold_device(executor: Executor, if_busy: IfBusy, *, tell: Callable[[str], object] = _to_stderr) -> Iterator[bool]:
+def hold_device(executor: Executor, if_busy: IfBusy, *, tell: Callable[[str], object] = tell_stderr) -> Iterator[bool]:
     """Meanwhile nobody else measures on the executor's device; says whether it had to wait for that, so that what was
     known before of its free memory is so no more. Where no lock can be had at all, none is held.
 
@@ -65,7 +66,7 @@ def hold_device(executor: Executor, if_busy: IfBusy, *, tell: Callable[[str], ob
 
 @contextlib.contextmanager
 def hold_devices(
-    executors: Sequence[Executor], if_busy: IfBusy, *, tell: Callable[[str], object] = _to_stderr
+    executors: Sequence[Executor], if_busy: IfBusy, *, tell: Callable[[str], object] = tell_stderr
 ) -> Iterator[bool]:
     """`hold_device` for several, each device once and always in the same order, so that two processes that want the
     same do not wait for each other for ever."""

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,6 @@ from harness.records.record import Notice, Side
 from harness.records.refusals import say_refused
 from harness.records.scratch import leaving_nothing
 from harness.records.store import Manifest, Run, RunWriter
-from harness.run.bases import foresee_cold, prepare_bases
 from harness.run.budget import Budget
 from harness.run.contenders import contenders_of, variants_of, workloads_of
 from harness.run.display import Display, Shielded
@@ -35,16 +34,17 @@ from harness.run.feasibility import check_feasible
 from harness.run.forecast import together_bytes, total_of
 from harness.run.levels import choose_level
 from harness.run.plan import Plan, make_plan
+from harness.run.ready import get_ready
 from harness.run.rehearsal import REHEARSED, rehearse
 from harness.run.resume import continue_manifest, is_finished, mend_manifest
 from harness.run.runner import Measured, find_unsettled, keep_records, run_plan
-from harness.run.site import Site, site_of
-from harness.run.sites.local import Ground, check_alike, open_station
-from harness.run.sites.spread import run_spread
+from harness.run.sites.local import Ground, check_all, open_station
+from harness.run.sites.remote import RemoteStation, prepare_all
+from harness.run.sites.spread import Station, run_spread
 from harness.run.stopping import Stopping
 from harness.run.stops import Stops
+from harness.run.written import write_plan
 from harness.studies.study import Study
-from harness.studies.variant import Variant
 from harness.studies.workload import Workload
 
 
@@ -134,6 +134,7 @@ def measure(
     resume: str | None = None,
     policy: Mapping[str, Any] | None = None,
     sites: Sequence[Ground] = (),
+    remote: Sequence[RemoteStation] = (),
 ) -> Run:
     """Measure a plan into a run directory and read it back. The first arm prepares the tokens of all.
 
@@ -145,6 +146,7 @@ def measure(
         arms: where trials are measured, on one machine; those that the plan names, of the present interpreter, if left
             out.
         sites: several places for replicates; those of one machine, in place of `arms`.
+        remote: places on other machines, described and alike; in place of `arms` and `sites`.
         resume: id of a run of this plan (`harness.run.resume`) to go on with; None for a new one.
         policy: what it will be judged by, as JSON data; the manifest keeps it.
 
@@ -154,13 +156,13 @@ def measure(
     """
     study = plan.study
     threads = {slot.arm: slot.workload.threads for slot in plan.slots}
-    stations = [open_station(ground, tuple(threads), executor_of(study)) for ground in sites]
-    if not arms:
-        of_first = stations[0].executors if stations else {}
+    local = [open_station(ground, tuple(threads), executor_of(study)) for ground in sites]
+    if not (arms or remote):
+        of_first = local[0].executors if local else {}
         made = ((name, of_first.get(name) or open_executor(executor_of(study), label=name)) for name in threads)
         arms = [Arm(name=name, executor=executor) for name, executor in made]
     executors = {arm.name: arm.executor for arm in arms}
-    first = arms[0]
+    spread = bool(remote) or len(local) > 1
     run_id = resume or store.new_run_id(study.name, runs)
     shown = Shielded(display)
     with Stops(patient=_is_watched()) as stops, contextlib.ExitStack() as stack:
@@ -169,49 +171,46 @@ def measure(
         stack.enter_context(store.writing(runs / run_id))
         earlier = store.read_run(str(runs / run_id), runs) if resume else None  # only now does nobody else write it
         known = () if earlier is None else earlier.records
-        groups = find_unsettled(plan, known)
+        groups = find_unsettled(plan, known, whole=spread)
         if earlier is not None and not groups:
             return earlier if is_finished(earlier) else _mend(earlier)
-        shown.starting(dataclasses.replace(plan, groups=groups), run_id)
-        variants = [slot.variant for slot in plan.slots]
+        rest = dataclasses.replace(plan, groups=groups)
+        shown.starting(rest, run_id)
         minutes, replicates = study.protocol.max_minutes, len({group.replicate for group in groups})
         budget = Budget(None if minutes is None else 60 * minutes, replicates=replicates)
         with stops.interruptible():
-            beside = [pair for station in stations[1:] for pair in station.executors.items()]
-            for name, executor in (*executors.items(), *beside):
-                stack.callback(executor.close)
-                executor.start(runs / run_id, threads[name])
-            # While the workers import:
-            prepared = {workload: first.executor.prepare_tokens(workload) for workload in plan.workloads}
-            if not (prepared[study.workload].synthetic or study.of_scripts):
-                shown.tokens_prepared(prepared[study.workload].data)
-            hellos = {name: greet(executor, variants) for name, executor in executors.items()}
-            for station in stations[1:]:
-                others = [greet(executor, variants) for executor in station.executors.values()]
-                check_alike(station, hellos.values(), others)
-            there = {arm.name: arm.executor.facts() for arm in arms if arm is first or arm.name == arm.side}
-            device = hellos[first.name].device
-            rest, import_s = dataclasses.replace(plan, groups=groups), hellos[first.name].import_time_s
-            bases = prepare_bases(rest, executors, device, shown)
-            budget.cold_s, told = foresee_cold(rest, bases, import_s, budget.left_s)
-        site = dataclasses.replace(_site(plan, prepared, device), bases=bases.folders)
-        notices = (*notices, *bases.notices, *told)
-        if plan.provisional:
+            if remote:
+                ready = prepare_all(remote, write_plan(rest, plan), rest, runs / run_id, budget.left_s, shown)
+                there, site = {"": remote[0].facts}, None
+            else:
+                beside = [pair for station in local[1:] for pair in station.executors.items()]
+                for name, executor in (*executors.items(), *beside):
+                    stack.callback(executor.close)
+                    executor.start(runs / run_id, threads[name])
+                # While the workers import:
+                check = partial(check_all, local[1:], [slot.variant for slot in plan.slots])
+                ready, site = get_ready(
+                    rest, executors, shown, left_s=budget.left_s, tell_data=shown.tokens_prepared, check=check
+                )
+                there = {arm.name: arm.executor.facts() for arm in arms if arm is arms[0] or arm.name == arm.side}
+            budget.cold_s = ready.cold_s
+        stations: list[Station] = [*remote, *(dataclasses.replace(station, site=site) for station in local)]
+        notices = (*notices, *ready.base_notices, *ready.cold_notices)
+        if plan.provisional and site is not None:
             with stops.interruptible():
                 plan, told = rehearse(plan, executors, site, shown)
             shown.rehearsed(plan, told)
             groups, notices = plan.groups, (*notices, *told)
-        tokens = _tokens(plan, prepared)
-        facts = provenance.collect(
-            study, there[first.name], study.workload.threads, hellos[first.name], plan.own_workloads
-        )
+        tokens = _tokens(plan, ready.tokens_of(plan))
+        place = next(iter(there.values()))
+        facts = provenance.collect(study, place, study.workload.threads, ready.hello, plan.own_workloads)
         declared = sorted({name for arm in arms for name in arm.declared})
         if earlier is not None:
             manifest = continue_manifest(earlier.manifest, facts, tokens, study.protocol.max_minutes)
             manifest = dataclasses.replace(
                 manifest,
-                bases=(*manifest.bases, *bases.summaries),
-                notices=tuple(dict.fromkeys((*manifest.notices, *bases.notices))),
+                bases=(*manifest.bases, *ready.bases),
+                notices=tuple(dict.fromkeys((*manifest.notices, *ready.base_notices))),
             )
         else:
             manifest = Manifest(
@@ -228,18 +227,19 @@ def measure(
                 provenance=facts,
                 fingerprint=provenance.fingerprint(facts, without=declared),
                 tokens=tokens,
-                bases=bases.summaries,
+                bases=ready.bases,
                 notices=notices,
-                sides=_sides(arms, hellos, there),
+                sides=_sides(arms, ready.hellos, there),
                 policy=dict(policy or {}),
             )
         writer = RunWriter(runs, manifest)
         try:
             stop = Stopping(plan, budget, earlier=keep_records(groups, known), sites=max(1, len(stations)))
-            run = partial(run_spread, plan, stations) if len(stations) > 1 else partial(run_plan, plan, executors)
-            measured = run(
-                site, save=writer.append, watcher=shown, stop=stop, budget=budget, earlier=known, stops=stops
-            )
+            if spread or site is None:
+                run = partial(run_spread, plan, stations)
+            else:
+                run = partial(run_plan, plan, executors, site)
+            measured = run(save=writer.append, watcher=shown, stop=stop, budget=budget, earlier=known, stops=stops)
         except BaseException:
             with contextlib.suppress(InvalidRunError):  # what ended the run is what is to be told
                 writer.finish("failed")
@@ -271,13 +271,6 @@ def _tokens(plan: Plan, prepared: Mapping[Workload, TokenSummary]) -> dict[str, 
     return said[plan.study.workload] | ({"own": own} if own else {})
 
 
-def _site(plan: Plan, prepared: Mapping[Workload, TokenSummary], device: str) -> Site:
-    """What the requests on the study's workload have in common, and what those on the others do."""
-    sites = {workload: site_of(workload, tokens, device) for workload, tokens in prepared.items()}
-    study = sites.pop(plan.study.workload)
-    return dataclasses.replace(study, own=sites)
-
-
 def _sides(arms: Sequence[Arm], hellos: Mapping[str, Hello], facts: Mapping[str, Facts]) -> dict[str, Any]:
     """What the manifest says of the sides of an A/B."""
     return {
@@ -286,20 +279,6 @@ def _sides(arms: Sequence[Arm], hellos: Mapping[str, Hello], facts: Mapping[str,
         for arm in arms
         if arm.side and arm.name == arm.side
     }
-
-
-def greet(executor: Executor, variants: Iterable[Variant]) -> Hello:
-    """What a worker says of itself. Raises `InvalidRunError` if it cannot measure these variants on its machine."""
-    hello, machine = executor.hello(), executor.machine()
-    if hello.device != machine.device:
-        raise InvalidRunError(
-            f"the worker measures on {hello.device!r} and the plan was made for {machine.device!r}: torch and "
-            "NVML disagree about the device. Check the driver with nvidia-smi and CUDA_VISIBLE_DEVICES."
-        )
-    needing = next((variant.name for variant in variants if variant.needs_bitsandbytes), None)
-    if needing and hello.lacks:
-        raise InvalidRunError(f"{needing} cannot be measured here: {hello.lacks}.")
-    return hello
 
 
 def _status(measured: Measured) -> store.RunStatus:

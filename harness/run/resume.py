@@ -24,6 +24,7 @@ from harness.records.record import Notice
 from harness.records.store import Manifest, Resumption, Run
 from harness.run.contenders import contenders_of, sides_of
 from harness.run.plan import Plan, make_plan
+from harness.run.written import restore_numbers
 from harness.studies.script import SIDE
 from harness.studies.stored import read_own_workloads, read_study
 from harness.studies.study import Study
@@ -135,16 +136,8 @@ def is_finished(run: Run) -> bool:
 
 
 def study_of(run: Run) -> Study:
-    """The study as the run's manifest holds it, its variants with the ids that they had.
-
-    An id is of a variant as it is written, and a whole number in place of a fraction is written otherwise.
-    """
-    study = read_study(run)
-    variants = []
-    for variant, fields in zip(study.variants, run.manifest.study.get("variants", ()), strict=True):
-        whole: dict[str, Any] = {key: value for key, value in fields.items() if type(value) is int}
-        variants.append(dataclasses.replace(variant, **whole))
-    return dataclasses.replace(study, variants=tuple(variants))
+    """The study as the run's manifest holds it, its variants with the ids that they had."""
+    return restore_numbers(read_study(run), run.manifest.study)
 
 
 def check_place(run: Run, facts: Facts) -> None:

@@ -133,18 +133,33 @@ def _attempt(group: Group, earlier: Collection[TrialRecord]) -> int:
     return last + any(record.disturbed and record.attempt == last for record in records)
 
 
-def find_unsettled(plan: Plan, earlier: Collection[TrialRecord]) -> tuple[Group, ...]:
+def find_unsettled(plan: Plan, earlier: Collection[TrialRecord], *, whole: bool = False) -> tuple[Group, ...]:
     """The groups that must be measured, some for the first time and some again: those with a trial that has no end of
     its own, or one that was disturbed, however often: whoever goes on with a run hopes for better surroundings. Trials
     of one group took turns and are paired, so they are measured again together, and count only if they are of one
-    attempt."""
-    settled = {record.trial: record.attempt for record in earlier if record.settled and not record.disturbed}
+    attempt. What is spread over sites is paired within one: of a replicate that was, or will be
+    (`whole`), all groups are measured again."""
+    settled = {
+        record.trial: (record.attempt, record.site) for record in earlier if record.settled and not record.disturbed
+    }
 
     def is_settled(group: Group) -> bool:
         attempts = {settled.get(slot.trial) for slot in group.slots}
         return None not in attempts and len(attempts) == 1
 
-    return tuple(group for group in plan.groups if not is_settled(group))
+    left = {group for group in plan.groups if not is_settled(group)}
+    begun = {record.replicate for record in earlier if whole or record.site}
+    again = {group.replicate for group in left} & begun
+    again |= _of_two_sites(earlier)
+    return tuple(group for group in plan.groups if group in left or group.replicate in again)
+
+
+def _of_two_sites(records: Collection[TrialRecord]) -> set[int]:
+    """Replicates with trials of more than one site: the first was lost, and the run ended before the other's end."""
+    sites: dict[int, set[str]] = {}
+    for record in records:
+        sites.setdefault(record.replicate, set()).add(record.site)
+    return {replicate for replicate, found in sites.items() if len(found) > 1}
 
 
 def keep_records(groups: Iterable[Group], earlier: Iterable[TrialRecord]) -> list[TrialRecord]:

@@ -7,7 +7,7 @@ card nor its cores: each site has CPUs of its own, and its processes stay on the
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from harness.errors import InvalidRunError, UsageError
@@ -16,10 +16,17 @@ from harness.machine.processes import CPUS
 from harness.machine.provenance import Machine
 from harness.machine.visible import VARIABLE, visible_devices
 from harness.records.preparation import Hello
+from harness.records.record import TrialRecord
+from harness.run.budget import Budget
+from harness.run.conductor import Watcher
 from harness.run.executors import Executor, open_executor
 from harness.run.executors.host import Host
-from harness.run.sites.spread import Station
+from harness.run.plan import Plan
+from harness.run.ready import greet
+from harness.run.runner import run_plan
+from harness.run.site import Site
 from harness.studies.study import Study
+from harness.studies.variant import Variant
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,11 +45,9 @@ def local_sites(listed: str, machine: Machine, study: Study) -> tuple[Ground, ..
         UsageError: no list of numbers, a card that is not there, cards of different kinds, fewer CPUs than sites, or a
             study whose trials take more than one card or bring their own processes.
     """
-    if study.of_scripts or study.workload.ranks > 1:
-        what = "scripts, which choose their devices" if study.of_scripts else "several ranks, which take several cards"
-        raise UsageError(f"sites = {listed!r}: study {study.name} is of {what} themselves. Leave it out.")
+    check_spreadable(study, f"sites = {listed!r}")
     numbers = _numbers(listed)
-    shares = _shares(sorted(os.sched_getaffinity(0)), len(numbers), listed)
+    shares = share_cpus(sorted(os.sched_getaffinity(0)), len(numbers), f"sites = {listed!r}")
     if machine.device == "cpu":
         return tuple(_ground(f"cpus-{number}", cpus, {}) for number, cpus in zip(numbers, shares, strict=True))
     cards = _cards(numbers, listed)
@@ -50,6 +55,13 @@ def local_sites(listed: str, machine: Machine, study: Study) -> tuple[Ground, ..
         _ground(f"card-{number}", cpus, {VARIABLE: str(card)})
         for number, card, cpus in zip(numbers, cards, shares, strict=True)
     )
+
+
+def check_spreadable(study: Study, asked: str) -> None:
+    """Raises `UsageError`, with what was `asked` for, for a study whose trials choose their devices themselves."""
+    if study.of_scripts or study.workload.ranks > 1:
+        what = "scripts, which choose their devices" if study.of_scripts else "several ranks, which take several cards"
+        raise UsageError(f"{asked}: study {study.name} is of {what} themselves. Leave it out.")
 
 
 def _ground(name: str, cpus: Sequence[int], environment: dict[str, str]) -> Ground:
@@ -66,11 +78,12 @@ def _numbers(listed: str) -> list[int]:
     return numbers
 
 
-def _shares(cpus: Sequence[int], sites: int, listed: str) -> list[Sequence[int]]:
+def share_cpus(cpus: Sequence[int], sites: int, asked: str) -> list[Sequence[int]]:
+    """Equal parts of the CPUs, one for each site. Raises `UsageError`, with what was `asked`, for too many sites."""
     each = len(cpus) // sites
     if not each:
         raise UsageError(
-            f"sites = {listed!r}: {sites} sites and {len(cpus)} CPUs that this process may use: they would share "
+            f"{asked}: {sites} sites and {len(cpus)} CPUs that this process may use: they would share "
             "cores. Use fewer sites."
         )
     return [cpus[site * each : (site + 1) * each] for site in range(sites)]
@@ -101,21 +114,49 @@ def executors_of(sites: Iterable[Ground]) -> Iterator[Executor]:
         yield open_executor(host=ground.host)
 
 
-def open_station(ground: Ground, arms: Sequence[str], executor: str | None) -> Station:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalStation:
+    """Implements `Station` by processes of this machine: the executors of its arms, started."""
+
+    name: str
+    executors: Mapping[str, Executor]
+    site: Site | None = None
+    """What its requests have in common, once that is prepared."""
+
+    def measure(self, part: Plan, *, save: Callable[[TrialRecord], None], watcher: Watcher, budget: Budget) -> None:
+        """As any plan on one site."""
+        if self.site is None:
+            raise InvalidRunError(f"site {self.name}: nothing is prepared on it.")
+        run_plan(part, self.executors, self.site, save=save, watcher=watcher, budget=budget)
+
+    def end(self) -> None:
+        """Its processes are killed, and who waits for them finds them gone."""
+        for executor in self.executors.values():
+            executor.close()
+
+
+def open_station(ground: Ground, arms: Sequence[str], executor: str | None) -> LocalStation:
     """The executors of a site, one for each arm; nothing is started yet. `executor` names their kind."""
     made = {
         arm: open_executor(executor, host=ground.host, label="-".join(filter(None, (arm, ground.name)))) for arm in arms
     }
-    return Station(name=ground.name, executors=made)
+    return LocalStation(name=ground.name, executors=made)
 
 
-def check_alike(station: Station, first: Iterable[Hello], others: Iterable[Hello]) -> None:
+def check_all(others: Iterable[LocalStation], variants: Sequence[Variant], first: Mapping[str, Hello]) -> None:
+    """Raises `InvalidRunError` for a site that is unlike the first, or on which a variant cannot be measured."""
+    for station in others:
+        hellos = [greet(executor, variants) for executor in station.executors.values()]
+        check_alike(station.name, first.values(), hellos)
+
+
+def check_alike(name: str, first: Iterable[Hello], others: Iterable[Hello]) -> None:
     """Raises `InvalidRunError` for a site whose workers are another program, or on another kind of device, than those
     of the first."""
     for ours, theirs in zip(first, others, strict=True):
         known, found = ((one.harness, one.torch, one.device) for one in (ours, theirs))
         if known != found:
             raise InvalidRunError(
-                f"site {station.name} is unlike the first: harness, torch and device are {', '.join(found)} there and "
+                f"site {name} is unlike the first: harness, torch and device are {', '.join(found)} there and "
                 f"{', '.join(known)} here. Measure it in a run of its own."
             )

@@ -2,7 +2,8 @@
 
 What is spread is the replicate: its variants take turns on one site, so every ratio is within a site, and a site that
 is slower than its like is in no ratio. Each site has a thread that waits for its processes, and takes the next
-replicate when it has measured one; the records of all go through one lock to one file. A site that is lost loses the
+replicate when it has measured one; the records of all go through one lock to one file. How a replicate is measured is
+the station's affair: by processes of this machine, or of another that sends the records. A site that is lost loses the
 replicate that it was measuring, which another one measures from its beginning.
 """
 
@@ -16,24 +17,33 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from harness.errors import InvalidRunError
 from harness.records.record import Failure, Notice, TrialRecord
 from harness.run.budget import Budget
 from harness.run.conductor import Watcher
-from harness.run.executors import Executor
 from harness.run.plan import Group, Plan, Slot
-from harness.run.runner import Measured, Stop, find_unsettled, keep_records, run_plan
-from harness.run.site import Site, begin_record
+from harness.run.runner import Measured, Stop, find_unsettled, keep_records
+from harness.run.site import begin_record
 from harness.run.stops import Stops
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Station:
-    """A site that is ready: the executors of its arms, started."""
+class Station(Protocol):
+    """A site that is ready to measure replicates, on this machine or on another."""
 
-    name: str
-    executors: Mapping[str, Executor]
+    @property
+    def name(self) -> str:
+        """For the records and messages."""
+
+    def measure(self, part: Plan, *, save: Callable[[TrialRecord], None], watcher: Watcher, budget: Budget) -> None:
+        """Measure one replicate there, from its beginning to its end; each record is saved as soon as its trial ends.
+
+        Raises `InvalidRunError` where the site is lost, and nothing more can be measured on it.
+        """
+
+    def end(self) -> None:
+        """End what is under way there; is called by another thread than the one that measures."""
 
 
 @dataclass(slots=True)
@@ -55,7 +65,6 @@ class _Shared:
 def run_spread(
     plan: Plan,
     stations: Sequence[Station],
-    site: Site,
     *,
     save: Callable[[TrialRecord], None],
     watcher: Watcher,
@@ -74,7 +83,7 @@ def run_spread(
         Exception: what is no site's fault (a full disk), after the others have been ended.
     """
     stops = stops or Stops()
-    unsettled = find_unsettled(plan, earlier)
+    unsettled = find_unsettled(plan, earlier, whole=True)
     kept = keep_records(unsettled, earlier)
     whole, waiting = budget or Budget(), _by_replicate(unsettled)
     each = math.ceil(len(waiting) / len(stations))
@@ -85,7 +94,7 @@ def run_spread(
     at_work, idle = set[str](), list[Station]()
 
     def begin(station: Station) -> None:
-        arguments = (plan, station, site, shared, save, guarded, stop, whole.beside(each), told)
+        arguments = (plan, station, shared, save, guarded, stop, whole.beside(each), told)
         threads.append(threading.Thread(target=_measure, args=arguments, daemon=True))
         at_work.add(station.name)
         threads[-1].start()
@@ -130,7 +139,6 @@ _DONE = _DoneError()
 def _measure(
     plan: Plan,
     station: Station,
-    site: Site,
     shared: _Shared,
     save: Callable[[TrialRecord], None],
     watcher: Watcher,
@@ -152,7 +160,7 @@ def _measure(
     while (groups := _next(shared)) is not None:
         part = dataclasses.replace(plan, groups=groups)
         try:
-            run_plan(part, station.executors, site, save=keep, watcher=watcher, budget=budget)
+            station.measure(part, save=keep, watcher=watcher, budget=budget)
             with shared.lock:
                 if not shared.closing:
                     shared.reason = stop(_in_order(plan, shared.ended))
@@ -187,9 +195,8 @@ def _break_off(stations: Sequence[Station], threads: Sequence[threading.Thread],
     with shared.lock:
         shared.closing = shared.broken_off = True
     for station in stations:
-        for executor in station.executors.values():
-            with contextlib.suppress(Exception):  # its thread may be about to close the same
-                executor.close()
+        with contextlib.suppress(Exception):  # its thread may be about to end by itself
+            station.end()
     for thread in threads:
         thread.join(JOIN_S)
 

@@ -12,7 +12,6 @@ from harness.machine.reading import Reading
 from harness.records.preparation import Hello
 from harness.run.sites import local
 from harness.run.sites.local import check_alike, local_sites
-from harness.run.sites.spread import Station
 
 
 @pytest.fixture(autouse=True)
@@ -79,9 +78,8 @@ def test_trials_of_several_ranks_take_the_cards_themselves(machine, small_study)
 def test_a_site_whose_worker_is_another_program_is_refused():
     """By its name, with what differs."""
     ours = Hello(harness="1", pid=1, import_time_s=1.0, device="cpu", torch="2.13")
-    station = Station(name="card-1", executors={})
-    check_alike(station, [ours], [dataclasses.replace(ours, pid=2)])
+    check_alike("card-1", [ours], [dataclasses.replace(ours, pid=2)])
     with pytest.raises(
         InvalidRunError, match=r"site card-1 is unlike the first: .* 2\.12, cpu there and .* 2\.13, cpu here"
     ):
-        check_alike(station, [ours], [dataclasses.replace(ours, torch="2.12")])
+        check_alike("card-1", [ours], [dataclasses.replace(ours, torch="2.12")])

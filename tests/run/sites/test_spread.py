@@ -15,7 +15,8 @@ from harness.run.budget import Budget
 from harness.run.executors import Place, WorkerLostError
 from harness.run.plan import make_plan
 from harness.run.site import Site
-from harness.run.sites.spread import Station, run_spread
+from harness.run.sites.local import LocalStation
+from harness.run.sites.spread import run_spread
 
 SITE = Site(device="cpu", threads=1, tokens_path="t", tokens={"hash": "h"})
 
@@ -86,9 +87,9 @@ def plan(small_study):
 
 def spread(plan, fakes, **options):
     saved, watcher = [], Quiet()
-    stations = [Station(name=name, executors={"": fake}) for name, fake in fakes.items()]
+    stations = [LocalStation(name=name, executors={"": fake}, site=SITE) for name, fake in fakes.items()]
     options = {"save": saved.append, "watcher": watcher} | options
-    measured = run_spread(plan, stations, SITE, **options)
+    measured = run_spread(plan, stations, **options)
     return measured, saved, watcher
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from harness.errors import InvalidRunError
 from harness.records.preparation import Hello
-from harness.run.measure import greet
+from harness.run.ready import greet
 from harness.studies.variant import Variant
 
 PLAIN = Variant(name="plain")

@@ -1,0 +1,308 @@
+"""Replicates measured in another process, on another machine: what is asked of it, and what it answers.
+
+A scheduler gives processes on machines and no more; what they do there is the same under any. So an order and each
+message of the answer is one line of JSON, and how lines travel is the scheduler's part. A post is told what to say of
+itself, to hold its device, to prepare a plan, and to measure whole replicates; it sends each record as its trial ends,
+and what was printed into its logs. It writes nothing but a temporary folder of its own.
+
+An order is carried out when its last message says so. One that fails says why, and a stream that breaks off before
+either is a place that is lost: silence is never an answer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import socket
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from harness.errors import InvalidRunError, UsageError, redact, shorten
+from harness.machine.processes import CPUS
+from harness.machine.provenance import Facts, harness_identity
+from harness.records import codec
+from harness.records.record import TrialRecord
+from harness.records.scratch import scratch_folder
+from harness.run.budget import Budget
+from harness.run.device import IfBusy, hold_device
+from harness.run.executors import Executor, open_executor
+from harness.run.executors.host import Host
+from harness.run.plan import Plan, Slot
+from harness.run.ready import get_ready
+from harness.run.runner import run_plan
+from harness.run.site import Site
+from harness.run.sites.local import share_cpus
+from harness.run.written import WrittenPlan, read_plan, take_trials
+
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+MOST_LOG_BYTES = 2**22
+"""Of one log in one message; of more the end is sent, which says what went wrong."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Describe:
+    """Say what this place is. It comes first."""
+
+    site: str
+    """The name that the place has in records and logs."""
+    folder: str
+    """Where whoever asks was started: relative paths of a study mean the same here, if it is there."""
+    share: int = 0
+    """Which of several sites on one machine this is."""
+    shares: int = 1
+    """How many these are: they divide its CPUs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hold:
+    """Let nobody else measure on the device from now on."""
+
+    if_busy: IfBusy = "wait"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepare:
+    """Start workers, make tokens and bases for the trials of a plan."""
+
+    plan: WrittenPlan
+    left_s: float | None = None
+    """Of the time that the run may take; None where it is not limited."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measure:
+    """Measure a replicate of the plan."""
+
+    trials: tuple[str, ...]
+    left_s: float | None = None
+    replicates: int = 1
+    """How many this place will measure, as far as can be said."""
+    afresh: bool = False
+    """Whether the time counts anew; else it is that of the replicate before."""
+
+
+Order = Describe | Hold | Prepare | Measure
+ORDERS: Mapping[str, type[Order]] = {one.__name__: one for one in (Describe, Hold, Prepare, Measure)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Description:
+    """What a place says of itself."""
+
+    facts: Facts
+    harness: str
+    device_id: str
+    machine: str
+    """The same for two places on one machine, whose devices may be one."""
+    free_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """A part of an answer."""
+
+    says: Literal["record", "ended", "phase", "log", "data", "told", "done", "failed"]
+    trial: str = ""
+    """Whose record, end or phase; the name of the log."""
+    text: str = ""
+    """The phase, what was printed, what is told, or why it failed."""
+    record: TrialRecord | None = None
+    answer: dict[str, Any] = field(default_factory=dict)
+    """What the order asked for, in the last message."""
+    usage: bool = False
+    """Whether it failed for what was asked, and would anywhere."""
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the order has been carried out, or has failed."""
+        return self.says in ("done", "failed")
+
+
+def write_order(order: Order) -> str:
+    """One line."""
+    return codec.dumps({"do": type(order).__name__, "with": codec.to_json(order)})
+
+
+def read_order(text: str) -> Order:
+    """Raises `UsageError` for what is none."""
+    data = _parse(text, "order")
+    kind = ORDERS.get(str(data.get("do")))
+    if kind is None:
+        raise UsageError(f"order {data.get('do')!r}: not known. Install one version of lorameter in all places.")
+    return codec.from_json(kind, data.get("with"), f"order {data.get('do')}")
+
+
+def read_message(text: str) -> Message:
+    """Raises `UsageError` for what is none."""
+    return codec.from_json(Message, _parse(text, "message"), "message")
+
+
+def _parse(text: str, what: str) -> dict[str, Any]:
+    try:
+        data = codec.parse(text)
+    except codec.NotJsonError as error:
+        raise UsageError(f"{what}: no JSON: {error}.") from None
+    if not isinstance(data, dict):
+        raise UsageError(f"{what}: a table is expected.")
+    return data
+
+
+class Post:
+    """Carries out orders in a process of its own, one after the other; `end` may be called by another thread."""
+
+    def __init__(self) -> None:
+        self._stack = contextlib.ExitStack()
+        self._described: Describe | None = None
+        self._host = Host()
+        self._plan: Plan | None = None
+        self._site: Site | None = None
+        self._executors: dict[str, Executor] = {}
+        self._budget = Budget()
+        self._cold_s = 0.0
+        self._folder: Path | None = None
+        self._sent: dict[str, int] = {}
+        """Bytes of each log that were sent."""
+
+    def carry_out(self, text: str, send: Callable[[str], None]) -> None:
+        """Carry out an order; whatever comes of it is sent, an error as well."""
+
+        def say(message: Message) -> None:
+            send(codec.dumps(message))
+
+        try:
+            order = read_order(text)
+            if isinstance(order, Describe):
+                answer = codec.to_json(self._describe(order))
+            elif isinstance(order, Hold):
+                answer = self._hold(order, say)
+            elif isinstance(order, Prepare):
+                answer = self._prepare(order, say)
+            else:
+                answer = self._measure(order, say)
+            self._send_logs(say)
+            last = Message(says="done", answer=answer)
+        except BaseException as error:  # whatever it is, whoever asks must be told
+            known = isinstance(error, (UsageError, InvalidRunError))
+            with contextlib.suppress(OSError):
+                self._send_logs(say)
+            if not known:
+                say(Message(says="log", trial=self._name("failed"), text=redact(traceback.format_exc())))
+            said = str(error) if known else f"{type(error).__name__}: {shorten(str(error))}"
+            last = Message(says="failed", text=said.rstrip("."), usage=isinstance(error, UsageError))
+        say(last)
+
+    def end(self) -> None:
+        """Kill what is under way; who waits for it finds it gone."""
+        for executor in list(self._executors.values()):
+            with contextlib.suppress(Exception):  # the other thread may be about to close the same
+                executor.close()
+
+    def close(self) -> None:
+        """End everything, and remove the folder."""
+        self.end()
+        self._stack.close()
+
+    def _describe(self, order: Describe) -> Description:
+        self._described = order
+        with contextlib.suppress(OSError):  # what cannot be found from elsewhere is named when it is read
+            os.chdir(order.folder)
+        if order.shares > 1:
+            cpus = share_cpus(sorted(os.sched_getaffinity(0)), order.shares, f"site {order.site}")[order.share]
+            self._host = Host(environment={CPUS: ",".join(map(str, cpus))})
+        executor = self._open()
+        boot = BOOT_ID.read_text().strip() if BOOT_ID.is_file() else ""
+        return Description(
+            facts=executor.facts(),
+            harness=harness_identity(),
+            device_id=executor.device_id(),
+            machine=f"{socket.gethostname()} {boot}".strip(),
+            free_bytes=executor.free_bytes(),
+        )
+
+    def _hold(self, order: Hold, say: Callable[[Message], None]) -> dict[str, Any]:
+        executor = self._open()
+        held = hold_device(executor, order.if_busy, tell=lambda line: say(Message(says="told", text=line)))
+        waited = self._stack.enter_context(held)
+        return {"waited": waited, "free_bytes": executor.free_bytes()}
+
+    def _prepare(self, order: Prepare, say: Callable[[Message], None]) -> dict[str, Any]:
+        if self._described is None:
+            raise InvalidRunError("it was not asked what it is.")
+        self._plan = plan = read_plan(order.plan)
+        self._folder = self._stack.enter_context(scratch_folder())
+        for arm, threads in {slot.arm: slot.workload.threads for slot in plan.slots}.items():
+            executor = self._executors[arm] = self._open(arm)
+            self._stack.callback(executor.close)
+            executor.start(self._folder, threads)
+        left_s = math.inf if order.left_s is None else order.left_s
+        watcher = _Sending(say, lambda: self._send_logs(say))
+        ready, self._site = get_ready(
+            plan,
+            self._executors,
+            watcher,
+            left_s=left_s,
+            tell_data=lambda data: say(Message(says="data", text=data)),
+        )
+        self._cold_s = ready.cold_s
+        answer: dict[str, Any] = codec.to_json(ready)
+        return answer
+
+    def _measure(self, order: Measure, say: Callable[[Message], None]) -> dict[str, Any]:
+        if self._plan is None or self._site is None:
+            raise InvalidRunError("nothing is prepared here.")
+        if order.afresh:
+            self._budget = Budget(order.left_s, replicates=order.replicates, cold_s=self._cold_s)
+        part = take_trials(self._plan, set(order.trials))
+        measured = run_plan(
+            part,
+            self._executors,
+            self._site,
+            save=lambda record: say(Message(says="record", trial=record.trial, record=record)),
+            watcher=_Sending(say, lambda: self._send_logs(say)),
+            budget=self._budget,
+        )
+        return {"trials": [record.trial for record in measured.records]}
+
+    def _open(self, arm: str = "") -> Executor:
+        return open_executor(host=self._host, label=self._name(arm))
+
+    def _name(self, what: str) -> str:
+        site = "" if self._described is None else self._described.site
+        return "-".join(filter(None, (what, site)))
+
+    def _send_logs(self, say: Callable[[Message], None]) -> None:
+        """What was printed since the last time."""
+        if self._folder is None:
+            return
+        for path in sorted((self._folder / "logs").glob("*.log")):
+            with path.open("rb") as file:
+                begin, size = self._sent.get(path.name, 0), file.seek(0, os.SEEK_END)
+                if size <= begin:
+                    continue
+                left_out = max(0, size - begin - MOST_LOG_BYTES)
+                file.seek(begin + left_out)
+                text = file.read(size - begin - left_out).decode(errors="replace")
+            self._sent[path.name] = size
+            said = f"[{left_out} bytes are left out]\n" if left_out else ""
+            say(Message(says="log", trial=path.stem, text=said + text))
+
+
+@dataclass(frozen=True, slots=True)
+class _Sending:
+    """A watcher that sends what it is told; logs go when a trial has ended, and never while its turns are timed."""
+
+    say: Callable[[Message], None]
+    send_logs: Callable[[], None]
+
+    def trial_phase(self, slot: Slot, phase: str) -> None:
+        """As the watcher's."""
+        self.say(Message(says="phase", trial=slot.trial, text=phase))
+
+    def trial_ended(self, record: TrialRecord) -> None:
+        """As the watcher's."""
+        self.send_logs()
+        self.say(Message(says="ended", trial=record.trial))

@@ -1,0 +1,305 @@
+"""Replicates on the nodes of a Ray cluster: a real one of three nodes on this machine, whose nodes and driver are
+killed, with real trials (make proof-ray); and what is made of a cluster's description, which needs none."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from harness.cli import main
+from harness.errors import UsageError
+from harness.records import store
+from harness.run.sites.ray import berths_of
+
+ROOT = Path(__file__).parents[3]
+STUDY = """
+title = "two ranks of an adapter"
+[workload]
+sequence_length = 32
+batch_size = 2
+train_sequences = 16
+held_out_records = 4
+held_out_sequences = 2
+[protocol]
+replicates = {replicates}
+warmup_steps_min = 1
+warmup_steps_max = 2
+turns = {turns}
+steps_per_turn = 2
+allow_disturbed = true
+phases = ["train"]
+[[variant]]
+name = "small"
+r = 4
+[[variant]]
+name = "large"
+r = 8
+"""
+
+
+def node(name, number, *, alive=True, **resources):
+    """A node as Ray tells of it."""
+    return {
+        "NodeID": f"{number:056x}", "Alive": alive, "NodeName": name, "NodeManagerHostname": f"host{number}",
+        "NodeManagerAddress": "10.0.0.1", "Resources": resources,
+    }  # fmt: skip
+
+
+def test_a_site_is_a_node_with_cpus_and_all_of_them_are_reserved():
+    """In the order of their names; a node that is gone or has no CPU is none."""
+    nodes = [node("b", 1, CPU=4.0), node("a", 2, CPU=8.0), node("c", 3, CPU=4.0, alive=False), node("d", 4)]
+    assert [(berth.site, berth.cpus, berth.cards) for berth in berths_of(nodes)] == [("a", 8.0, 0), ("b", 4.0, 0)]
+
+
+def test_a_site_is_a_card_where_the_cluster_has_any():
+    """With its part of the node's CPUs; a head without a card measures nothing."""
+    berths = berths_of([node("head", 1, CPU=4.0), node("a", 2, CPU=9.0, GPU=2.0)])
+    assert [(one.site, one.cpus, one.cards, one.share, one.shares) for one in berths] == [
+        ("a-card-0", 4.0, 1, 0, 2),
+        ("a-card-1", 4.0, 1, 1, 2),
+    ]
+
+
+def test_nodes_without_a_name_of_their_own_go_by_their_hosts():
+    """And are told apart where these agree."""
+    nodes = [node("10.0.0.1", 1, CPU=1.0), node("10.0.0.1", 2, CPU=1.0) | {"NodeManagerHostname": "host1"}]
+    first, second = (berth.site for berth in berths_of(nodes))
+    assert first.startswith("host1-")
+    assert second.startswith("host1-")
+    assert [berth.site for berth in berths_of(nodes[:1])] == ["host1"]
+
+
+def test_nodes_are_chosen_by_name_and_one_that_is_not_there_is_refused():
+    """With those that are."""
+    nodes = [node("a", 1, CPU=1.0), node("b", 2, CPU=1.0)]
+    assert [berth.site for berth in berths_of(nodes, ["b"])] == ["b"]
+    with pytest.raises(UsageError, match=r"no node 'c'. It has a, b"):
+        berths_of(nodes, ["a", "c"])
+    with pytest.raises(UsageError, match="no node with a CPU"):
+        berths_of([node("a", 1)])
+
+
+@pytest.mark.parametrize(
+    ("on", "words"), [("slurm", "not known. Use ray, or ray://HOST:PORT"), ("ray", r"Install lorameter\[ray\]")]
+)
+def test_what_cannot_be_measured_on_is_refused(on, words, capsys, monkeypatch):
+    """By the option, with the remedy, before anything else is read."""
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert main(["run", "training-step", "--on", on]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert words.replace("\\", "") in said
+    assert f"--on {on}" in said
+
+
+class Nodes:
+    """A cluster of Ray on this machine."""
+
+    def __init__(self, cluster):
+        self.cluster, self.by_name = cluster, {}
+
+    def add(self, name, **env_vars):
+        options = {"num_cpus": 1, "object_store_memory": 100 * 2**20, "node_name": name}
+        self.by_name[name] = self.cluster.add_node(**options, env_vars=env_vars)
+
+    def kill(self, name):
+        """At once, as when a machine loses its power."""
+        with contextlib.redirect_stderr(None):
+            self.cluster.remove_node(self.by_name.pop(name), allow_graceful=False)
+
+
+@pytest.fixture
+def nodes(tmp_path_factory, monkeypatch):
+    """Three nodes: alpha, which is the head, beta and gamma."""
+    pytest.importorskip("ray", reason="Ray is not installed: pip install lorameter[ray]")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
+    from ray.cluster_utils import Cluster
+
+    head = {
+        "num_cpus": 1, "object_store_memory": 100 * 2**20, "include_dashboard": False, "node_name": "alpha",
+    }  # fmt: skip
+    cluster = Cluster(initialize_head=True, connect=False, head_node_args=head)
+    try:
+        made = Nodes(cluster)
+        made.add("beta")
+        made.add("gamma")
+        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+        yield made
+    finally:
+        cluster.shutdown()
+
+
+@pytest.fixture
+def study(tmp_path):
+    """A function that writes the study and gives its path."""
+
+    def write(*, replicates=3, turns=2):
+        path = tmp_path / "small.toml"
+        path.write_text(STUDY.format(replicates=replicates, turns=turns))
+        return path
+
+    return write
+
+
+def command(*arguments, runs):
+    return [sys.executable, "-m", "harness.cli", "run", *map(str, arguments), "--runs-dir", str(runs), "--json"]
+
+
+def run(*arguments, runs, code=0):
+    """What the command prints."""
+    done = subprocess.run(command(*arguments, runs=runs), cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def only_run(runs):
+    (path,) = (one for one in runs.iterdir() if one.is_dir())
+    return store.read_run(str(path), runs)
+
+
+def lines(runs):
+    """What has been written so far."""
+    return [json.loads(line) for path in runs.glob("*/trials.jsonl") for line in path.read_text().splitlines()]
+
+
+def wait_for(condition, seconds=300):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def measuring():
+    """Measuring processes on this machine that are ours."""
+    return [
+        one.pid
+        for one in psutil.process_iter(["cmdline", "environ"])
+        if "harness.worker" in (one.info["cmdline"] or []) and (one.info["environ"] or {}).get("PROOF") == "ray"
+    ]
+
+
+def results_of(record):
+    """What does not depend on time: who, in which order and by which seed, and what was learnt."""
+    learnt = {name: values for name, values in record.samples.items() if "loss" in name or "tokens" in name}
+    values = {name: value for name, value in record.values.items() if "loss" in name}
+    fields = ("trial", "status", "variant", "role", "replicate", "position", "interleaving", "seed", "turn_lengths")
+    return [getattr(record, name) for name in fields], learnt, values, record.tokens
+
+
+@pytest.mark.selftest
+def test_a_study_is_spread_over_nodes_and_its_records_are_those_of_a_local_run(nodes, study, tmp_path):
+    """Each replicate is on one node and no node is left out; seeds, orders and losses are the same to the bit."""
+    there, here = tmp_path / "there", tmp_path / "here"
+    run(study(), "--on", "ray", runs=there)
+    run(study(), runs=here)
+    spread, local = only_run(there), only_run(here)
+    assert [results_of(record) for record in spread.records] == [results_of(record) for record in local.records]
+    assert spread.manifest.fingerprint == local.manifest.fingerprint
+    assert spread.manifest.tokens == local.manifest.tokens
+    sites = {}
+    for record in spread.records:
+        sites.setdefault(record.replicate, set()).add(record.site)
+    assert all(len(of_one) == 1 for of_one in sites.values())
+    assert set.union(*sites.values()) == {"alpha", "beta", "gamma"}
+    for record in spread.records:
+        assert (there / spread.manifest.run / record.log).is_file()
+
+
+@pytest.mark.selftest
+def test_a_node_that_is_killed_loses_its_replicate_under_way_and_no_other(nodes, study, tmp_path):
+    """What has ended stays, the replicate is measured elsewhere from its beginning, and the node is named."""
+    runs = tmp_path / "runs"
+    with subprocess.Popen(
+        command(study(replicates=5, turns=10), "--on", "ray", runs=runs),
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+    ) as driver:  # fmt: skip
+        wait_for(lambda: any(line["site"] == "gamma" for line in lines(runs)))
+        nodes.kill("gamma")
+        driver.communicate(timeout=600)
+    assert driver.returncode == 0
+    ended = only_run(runs)
+    assert {record.status for record in ended.records} == {"ok"}
+    assert len(ended.records) == len(ended.manifest.order)
+    sites = {}
+    for record in ended.records:
+        sites.setdefault(record.replicate, set()).add(record.site)
+    assert all(len(of_one) == 1 for of_one in sites.values())
+    (notice,) = (notice for notice in ended.manifest.notices if notice.code == "site-lost")
+    assert "site gamma was lost" in notice.message
+
+
+@pytest.mark.selftest
+def test_a_driver_that_is_killed_ends_what_it_measures_and_is_gone_on_with(nodes, study, tmp_path, monkeypatch):
+    """No process is left on any node; what had been written is kept, and whole replicates are measured."""
+    monkeypatch.setenv("PROOF", "ray")
+    nodes.add("delta", PROOF="ray")
+    runs = tmp_path / "runs"
+    with subprocess.Popen(
+        command(study(replicates=3, turns=10), "--on", "ray", "--sites", "delta", runs=runs),
+        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    ) as driver:  # fmt: skip
+        wait_for(lambda: len({line["replicate"] for line in lines(runs)}) == 2)
+        assert measuring()
+        driver.send_signal(signal.SIGKILL)
+    wait_for(lambda: not measuring())
+    before = {line["trial"]: line for line in lines(runs) if line["replicate"] == 0}
+    name = only_run(runs).manifest.run
+    run("--resume", name, "--on", "ray", runs=runs)
+    ended = only_run(runs)
+    assert {record.status for record in ended.records} == {"ok"}
+    assert len(ended.records) == len(ended.manifest.order)
+    assert {record.trial: record.started_unix_s for record in ended.records if record.replicate == 0} == {
+        trial: line["started_unix_s"] for trial, line in before.items()
+    }
+
+
+@pytest.mark.selftest
+def test_a_run_that_is_interrupted_ends_what_its_nodes_measure(nodes, study, tmp_path, monkeypatch):
+    """What was under way is `interrupted`, what never began `not_run`, and no process is left."""
+    nodes.add("delta", PROOF="ray")
+    runs = tmp_path / "runs"
+    with subprocess.Popen(
+        command(study(replicates=2, turns=4000), "--on", "ray", "--sites", "delta", runs=runs),
+        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    ) as driver:  # fmt: skip
+        wait_for(lambda: measuring() and lines(runs))
+        driver.send_signal(signal.SIGINT)
+        driver.communicate(timeout=120)
+    assert driver.returncode == 4
+    ended = only_run(runs)
+    assert {record.status for record in ended.records} == {"interrupted", "not_run"}
+    assert ended.manifest.status == "interrupted"
+    wait_for(lambda: not measuring(), 30)
+
+
+@pytest.mark.selftest
+def test_an_unlike_node_is_refused_by_name(nodes, study, tmp_path):
+    """Before anything is measured, with what differs: another version of a library is planted on its path."""
+    planted = tmp_path / "planted" / "peft-0.0.1.dist-info"
+    planted.mkdir(parents=True)
+    (planted / "METADATA").write_text("Metadata-Version: 2.1\nName: peft\nVersion: 0.0.1\n")
+    nodes.add("delta", PYTHONPATH=os.pathsep.join([str(planted.parent), os.environ["PYTHONPATH"]]))
+    runs = tmp_path / "runs"
+    done = run(study(), "--on", "ray", runs=runs, code=4)
+    assert "site delta is unlike the first, alpha: libraries.peft is '0.0.1' there" in " ".join(done.stderr.split())
+    assert not runs.exists()
+    done = run(study(), "--on", "ray", "--sites", "alpha,beta", "--dry-run", runs=runs)
+    assert json.loads(done.stdout)["interleaving"] == "shared-base"
+
+
+@pytest.mark.selftest
+def test_an_exception_in_an_actor_is_no_pass(nodes, study, tmp_path):
+    """Of a node whose environment names an executor that there is not: it is named, and nothing is measured."""
+    nodes.add("delta", LORAMETER_EXECUTOR="none")
+    done = run(study(), "--on", "ray", runs=tmp_path / "runs", code=2)
+    assert "site delta: executor 'none': not known" in " ".join(done.stderr.split())
+    assert not lines(tmp_path / "runs")
