@@ -7,6 +7,7 @@ what stands behind the door can move and the door cannot.
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 
@@ -29,6 +30,10 @@ def main(arguments: list[str]) -> int:
         with socket.socket(fileno=int(rest[0])) as control:
             zygote(control)
         return 0
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        # It ends the process and says so, as other signals do: transformers makes of an exception that meets one of its
+        # imports an error of its own, which names no signal.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     if what == "cold":
         from harness.trial.inference import cold
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import psutil
 import pytest
@@ -55,3 +57,19 @@ def test_a_measuring_process_whose_parent_is_gone_does_not_begin():
         check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (1, b"", b"")
+
+
+@pytest.mark.parametrize("what", ["cold", "tokens", "look"])
+def test_an_interrupt_ends_a_process_as_any_signal_does(what):
+    """It raises nothing that a library could take for an error of its own."""
+    words = [sys.executable, "-m", "harness.worker", what, *(["1"] if what == "cold" else [])]
+    with subprocess.Popen(
+        words, env=worker_environment(1), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        looked, spent = psutil.Process(process.pid), [-1.0, -2.0]
+        while spent[-1] != spent[-2]:  # it imports as long as it computes, and then waits for its request
+            spent.append(sum(looked.cpu_times()[:2]))
+            time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (-signal.SIGINT, b"")
