@@ -38,8 +38,9 @@ from harness.run.ready import get_ready
 from harness.run.rehearsal import REHEARSED, rehearse
 from harness.run.resume import continue_manifest, is_finished, mend_manifest
 from harness.run.runner import Measured, find_unsettled, keep_records, run_plan
+from harness.run.sites.joining import Arrivals, Joining
 from harness.run.sites.local import Ground, check_all, open_station
-from harness.run.sites.remote import RemoteStation, prepare_all
+from harness.run.sites.remote import RemoteStation, prepare_all, prepare_late
 from harness.run.sites.spread import Station, run_spread
 from harness.run.stopping import Stopping
 from harness.run.stops import Stops
@@ -134,6 +135,7 @@ def measure(
     policy: Mapping[str, Any] | None = None,
     sites: Sequence[Ground] = (),
     remote: Sequence[RemoteStation] = (),
+    arrivals: Arrivals | None = None,
 ) -> Run:
     """Measure a plan into a run directory and read it back. The first arm prepares the tokens of all.
 
@@ -146,6 +148,7 @@ def measure(
             out.
         sites: several places for replicates; those of one machine, in place of `arms`.
         remote: places on other machines, described and alike; in place of `arms` and `sites`.
+        arrivals: where others of `remote` may come from while it is measured.
         resume: id of a run of this plan (`harness.run.resume`) to go on with; None for a new one.
         policy: what it will be judged by, as JSON data; the manifest keeps it.
 
@@ -177,9 +180,14 @@ def measure(
         shown.starting(rest, run_id)
         minutes, replicates = study.protocol.max_minutes, len({group.replicate for group in groups})
         budget = Budget(None if minutes is None else 60 * minutes, replicates=replicates)
+        joining: Joining | None = None
         with stops.interruptible():
             if remote:
-                ready = prepare_all(remote, write_plan(rest, plan), rest, runs / run_id, budget.left_s, shown)
+                written, folder = write_plan(rest, plan), runs / run_id
+                ready = prepare_all(remote, written, rest, folder, budget.left_s, shown)
+                if arrivals is not None:
+                    late = partial(prepare_late, first=remote[0], ready=ready, plan=written, folder=folder)
+                    joining = Joining(arrivals, remote, lambda station: late(station, left_s=budget.left_s))
                 there, site = {"": remote[0].facts}, None
             else:
                 beside = [pair for station in local[1:] for pair in station.executors.items()]
@@ -235,7 +243,7 @@ def measure(
         try:
             stop = Stopping(plan, budget, earlier=keep_records(groups, known), sites=max(1, len(stations)))
             if spread or site is None:
-                run = partial(run_spread, plan, stations)
+                run = partial(run_spread, plan, stations, joining=joining)
             else:
                 run = partial(run_plan, plan, executors, site)
             measured = run(save=writer.append, watcher=shown, stop=stop, budget=budget, earlier=known, stops=stops)

@@ -191,17 +191,20 @@ def describe_all(stations: Sequence[RemoteStation]) -> tuple[Notice, ...]:
     machines are not those of one.
     """
     _at_once(stations, lambda station: station.description)
-    first = stations[0]
-    ours = _likeness(first.description)
     for station in stations[1:]:
-        found = differences(ours, _likeness(station.description))
-        if found:
-            said = "; ".join(f"{one.field} is {one.candidate!r} there and {one.base!r} here" for one in found)
-            raise InvalidRunError(
-                f"site {station.name} is unlike the first, {first.name}: {said}. Measure it in a run of its own: "
-                "--sites names the nodes of a run."
-            )
+        check_like(stations[0], station)
     return tuple(_sharing(stations))
+
+
+def check_like(first: RemoteStation, station: RemoteStation) -> None:
+    """Raises `InvalidRunError` for a site that is unlike the first, with what differs."""
+    found = differences(_likeness(first.description), _likeness(station.description))
+    if found:
+        said = "; ".join(f"{one.field} is {one.candidate!r} there and {one.base!r} here" for one in found)
+        raise InvalidRunError(
+            f"site {station.name} is unlike the first, {first.name}: {said}. Measure it in a run of its own: leave it "
+            "out by --sites on Ray, by nodelist, exclude or constraint on SLURM."
+        )
 
 
 def _sharing(stations: Sequence[RemoteStation]) -> Iterator[Notice]:
@@ -218,7 +221,7 @@ def _sharing(stations: Sequence[RemoteStation]) -> Iterator[Notice]:
                 code="sites-together",
                 message=f"sites {names} are on one machine and measure on one device at the same time, so they slow "
                 "each other down.",
-                remedy="Start one node of Ray on each machine, or name one of these with --sites.",
+                remedy="Have one site on each machine: by one node of Ray there, by --sites, or by exclusive jobs.",
             )
 
 
@@ -278,14 +281,28 @@ def prepare_all(
 
     first, *others = _at_once(stations, prepare)
     for station, ready in zip(stations[1:], others, strict=True):
-        check_alike(station.name, first.hellos.values(), ready.hellos.values())
-        for ours, theirs in zip(first.tokens, ready.tokens, strict=True):
-            if ours.hash != theirs.hash:
-                raise InvalidRunError(
-                    f"site {station.name} makes other tokens of {ours.data}: their hash is {theirs.hash[:12]} there "
-                    f"and {ours.hash[:12]} on {stations[0].name}. Give all nodes the same data and tokenizer."
-                )
+        check_prepared(stations[0].name, first, station.name, ready)
     return first
+
+
+def check_prepared(first: str, ready: Ready, other: str, found: Ready) -> None:
+    """Raises `InvalidRunError` where the other site has another program than the first, or makes other tokens."""
+    check_alike(other, ready.hellos.values(), found.hellos.values())
+    for ours, theirs in zip(ready.tokens, found.tokens, strict=True):
+        if ours.hash != theirs.hash:
+            raise InvalidRunError(
+                f"site {other} makes other tokens of {ours.data}: their hash is {theirs.hash[:12]} there "
+                f"and {ours.hash[:12]} on {first}. Give all nodes the same data and tokenizer."
+            )
+
+
+def prepare_late(
+    station: RemoteStation, *, first: RemoteStation, ready: Ready, plan: WrittenPlan, folder: Path, left_s: float
+) -> None:
+    """Prepare a site that comes when the `first` one and others are `ready`. Raises as `prepare_all`, and for one that
+    is unlike them."""
+    check_like(first, station)
+    check_prepared(first.name, ready, station.name, station.prepare(plan, folder, left_s, lambda message: None))
 
 
 def _at_once(stations: Sequence[RemoteStation], ask: Callable[[RemoteStation], T]) -> list[T]:
