@@ -65,7 +65,7 @@ def open_cluster(options: argparse.Namespace) -> Iterator[Cluster]:
         yield Cluster()
         return
     from harness.run.sites.batch import is_batch, read_asked
-    from harness.run.sites.remote import describe_all
+    from harness.run.sites.remote import describe_all, those_that_answer
 
     if is_batch(options.on):
         from harness.records import store
@@ -77,7 +77,9 @@ def open_cluster(options: argparse.Namespace) -> Iterator[Cluster]:
             raise UsageError(f"--on {options.on}: its jobs are the sites. Write sites=N in it, and leave --sites out.")
         check_here(asked)
         with open_jobs(asked, store.runs_dir(options.runs_dir, make=True)) as (found, notices, jobs):
-            yield Cluster(stations=found, notices=(*notices, *describe_all(found)), arrivals=jobs)
+            lost: list[Notice] = []
+            found = those_that_answer(found, lost)
+            yield Cluster(stations=tuple(found), notices=(*notices, *lost, *describe_all(found)), arrivals=jobs)
         return
     if options.on != RAY and not options.on.startswith(f"{RAY}://"):
         raise UsageError(

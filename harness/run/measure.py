@@ -38,9 +38,9 @@ from harness.run.ready import get_ready
 from harness.run.rehearsal import REHEARSED, rehearse
 from harness.run.resume import continue_manifest, is_finished, mend_manifest
 from harness.run.runner import Measured, find_unsettled, keep_records, run_plan
-from harness.run.sites.joining import Arrivals, Joining
+from harness.run.sites.joining import Arrivals, Joining, prepare_late
 from harness.run.sites.local import Ground, check_all, open_station
-from harness.run.sites.remote import RemoteStation, prepare_all, prepare_late
+from harness.run.sites.remote import RemoteStation, prepare_all
 from harness.run.sites.spread import Station, run_spread
 from harness.run.stopping import Stopping
 from harness.run.stops import Stops
@@ -181,10 +181,12 @@ def measure(
         minutes, replicates = study.protocol.max_minutes, len({group.replicate for group in groups})
         budget = Budget(None if minutes is None else 60 * minutes, replicates=replicates)
         joining: Joining | None = None
+        lost: list[Notice] = []
         with stops.interruptible():
             if remote:
                 written, folder = write_plan(rest, plan), runs / run_id
-                ready = prepare_all(remote, written, rest, folder, budget.left_s, shown)
+                without = None if arrivals is None else lost
+                ready, remote = prepare_all(remote, written, rest, folder, budget.left_s, shown, without=without)
                 if arrivals is not None:
                     late = partial(prepare_late, first=remote[0], ready=ready, plan=written, folder=folder)
                     joining = Joining(arrivals, remote, lambda station: late(station, left_s=budget.left_s))
@@ -253,7 +255,7 @@ def measure(
             raise
         trials = [record.trial for record in measured.records]
         stopped = measured.stopped or (earlier.manifest.stopped if earlier else None)
-        writer.finish(_status(measured), stopped=stopped, measured=trials, notices=measured.notices)
+        writer.finish(_status(measured), stopped=stopped, measured=trials, notices=(*lost, *measured.notices))
     return store.read_run(str(writer.path), runs)
 
 

@@ -7,12 +7,15 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Protocol
 
 from harness.errors import InvalidRunError, UsageError
 from harness.records.record import Notice
 from harness.run.device import IfBusy
-from harness.run.sites.remote import RemoteStation
+from harness.run.ready import Ready
+from harness.run.sites.remote import RemoteStation, check_like, check_prepared
+from harness.run.written import WrittenPlan
 
 LOOK_S = 1.0
 
@@ -105,6 +108,15 @@ class Joining:
     def _note(self, code: str, message: str, remedy: str) -> None:
         with self._lock:
             self._notices.append(Notice(code=code, message=message, remedy=remedy))
+
+
+def prepare_late(
+    station: RemoteStation, *, first: RemoteStation, ready: Ready, plan: WrittenPlan, folder: Path, left_s: float
+) -> None:
+    """Prepare a site that comes when the `first` one and others are `ready`. Raises as `prepare_all`, and for one that
+    is unlike them."""
+    check_like(first, station)
+    check_prepared(first.name, ready, station.name, station.prepare(plan, folder, left_s, lambda message: None))
 
 
 def _place_of(station: RemoteStation) -> tuple[str, str]:

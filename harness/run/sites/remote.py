@@ -258,9 +258,17 @@ def hold_all(stations: Iterable[RemoteStation], if_busy: IfBusy, tell: Callable[
 
 
 def prepare_all(
-    stations: Sequence[RemoteStation], plan: WrittenPlan, rest: Plan, folder: Path, left_s: float, shown: Display
-) -> Ready:
-    """Have a plan prepared in all places at once; what the first says of it is the run's.
+    stations: Sequence[RemoteStation],
+    plan: WrittenPlan,
+    rest: Plan,
+    folder: Path,
+    left_s: float,
+    shown: Display,
+    *,
+    without: list[Notice] | None = None,
+) -> tuple[Ready, list[RemoteStation]]:
+    """Have a plan prepared in all places at once; what the first says of it is the run's. Returns who can measure as
+    well: all, or those who did not fail if what became of the others may be noted in `without`.
 
     Raises:
         UsageError: what the study asks for cannot be done.
@@ -279,10 +287,11 @@ def prepare_all(
 
         return station.prepare(plan, folder, left_s, hear)
 
-    first, *others = _at_once(stations, prepare)
-    for station, ready in zip(stations[1:], others, strict=True):
-        check_prepared(stations[0].name, first, station.name, ready)
-    return first
+    answers = _at_once(stations, prepare, without)
+    (chief, first), *others = ((stations[number], ready) for number, ready in sorted(answers.items()))
+    for station, ready in others:
+        check_prepared(chief.name, first, station.name, ready)
+    return first, [chief, *(station for station, _ in others)]
 
 
 def check_prepared(first: str, ready: Ready, other: str, found: Ready) -> None:
@@ -296,17 +305,16 @@ def check_prepared(first: str, ready: Ready, other: str, found: Ready) -> None:
             )
 
 
-def prepare_late(
-    station: RemoteStation, *, first: RemoteStation, ready: Ready, plan: WrittenPlan, folder: Path, left_s: float
-) -> None:
-    """Prepare a site that comes when the `first` one and others are `ready`. Raises as `prepare_all`, and for one that
-    is unlike them."""
-    check_like(first, station)
-    check_prepared(first.name, ready, station.name, station.prepare(plan, folder, left_s, lambda message: None))
+def those_that_answer(stations: Sequence[RemoteStation], without: list[Notice]) -> list[RemoteStation]:
+    """Those that say what they are; of the others it is noted why. Raises `InvalidRunError` where none does."""
+    return [stations[number] for number in sorted(_at_once(stations, lambda station: station.description, without))]
 
 
-def _at_once(stations: Sequence[RemoteStation], ask: Callable[[RemoteStation], T]) -> list[T]:
-    """What each says, all asked at once. Raises what the first of them raises, with its name."""
+def _at_once(
+    stations: Sequence[RemoteStation], ask: Callable[[RemoteStation], T], without: list[Notice] | None = None
+) -> dict[int, T]:
+    """What each says, by its place, all asked at once. Raises what the first of them raises, with its name; of one that
+    is lost it is noted in `without`, if that is given and another is left."""
     told: queue.SimpleQueue[tuple[int, T | BaseException]] = queue.SimpleQueue()
 
     def run(number: int) -> None:
@@ -318,12 +326,18 @@ def _at_once(stations: Sequence[RemoteStation], ask: Callable[[RemoteStation], T
     for number in range(len(stations)):  # a thread that waits for a post that is gone must not keep us from ending
         threading.Thread(target=run, args=(number,), daemon=True).start()
     answers: dict[int, T] = {}
-    while len(answers) < len(stations):
+    for left in reversed(range(len(stations))):
         number, answer = told.get()
-        if isinstance(answer, BaseException):
+        if not isinstance(answer, BaseException):
+            answers[number] = answer
+        elif without is None or not isinstance(answer, InvalidRunError) or not (answers or left):
             raise _named(stations[number].name, answer)
-        answers[number] = answer
-    return [answers[number] for number in range(len(stations))]
+        else:
+            said = f"site {stations[number].name} was lost before it measured: {str(answer).rstrip('.')}."
+            remedy = "If its job is requeued, it takes part when it starts."
+            without.append(Notice(code="site-lost", message=said, remedy=remedy))
+            stations[number].close()
+    return answers
 
 
 def _named(site: str, error: BaseException) -> BaseException:

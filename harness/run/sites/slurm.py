@@ -212,7 +212,7 @@ def _about_of(box: Path) -> About | None:
 
 
 @contextlib.contextmanager
-def open_jobs(asked: Asked, runs: Path) -> Iterator[tuple[tuple[RemoteStation, ...], tuple[Notice, ...], Jobs]]:
+def open_jobs(asked: Asked, runs: Path) -> Iterator[tuple[list[RemoteStation], tuple[Notice, ...], Jobs]]:
     """Jobs that have started, each a station, what is to be known of the others, and those to come.
 
     Args:
@@ -243,7 +243,7 @@ def open_jobs(asked: Asked, runs: Path) -> Iterator[tuple[tuple[RemoteStation, .
             write_whole(folder / OWNER, codec.dumps(owner))
             _tell(f"{asked.sites} jobs are submitted ({owner.array}), and waited for.")
         stations, notices = jobs.gather()
-        yield tuple(stations), notices, jobs
+        yield stations, notices, jobs
 
 
 def _job(asked: Asked, folder: Path, number: int) -> SiteJob:
