@@ -37,7 +37,7 @@ hypothesis.settings.load_profile("any machine")
 
 def pytest_collection_modifyitems(config, items):
     """GPU tests say why they do not run here; what takes minutes is left out unless its marker asks for it:
-    `-m selftest` (make proof-kernels, make proof-ranks, make proof-ray)."""
+    `-m selftest` (make proof-kernels, make proof-ranks, make proof-ray, make proof-slurm)."""
     import torch
 
     if "selftest" not in config.option.markexpr:

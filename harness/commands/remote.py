@@ -71,11 +71,14 @@ def open_cluster(options: argparse.Namespace) -> Iterator[Cluster]:
         from harness.records import store
         from harness.run.sites.batch import check_here
         from harness.run.sites.slurm import open_jobs
+        from harness.studies.study_file import load_study
 
         asked = read_asked(options.on)
         if options.sites:
             raise UsageError(f"--on {options.on}: its jobs are the sites. Write sites=N in it, and leave --sites out.")
         check_here(asked)
+        if options.study:
+            load_study(options.study)  # what cannot be read is refused before anything waits in a queue
         with open_jobs(asked, store.runs_dir(options.runs_dir, make=True)) as (found, notices, jobs):
             lost: list[Notice] = []
             found = those_that_answer(found, lost)

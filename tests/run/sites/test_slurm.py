@@ -384,13 +384,10 @@ def test_the_last_job_that_is_ended_ends_the_run_and_one_without_a_driver_ends_i
 
     asked = read_asked("submitit-local:silent_s=20")
     threading.Thread(target=end).start()
-    with (
-        pytest.raises(InvalidRunError, match="its job was cancelled or preempted"),
-        open_jobs(asked, runs) as (stations, _, jobs),
-        LiveDisplay(console_for(stderr=True)) as display,
-    ):
+    with open_jobs(asked, runs) as (stations, _, jobs), LiveDisplay(console_for(stderr=True)) as display:
         describe_all(stations)
-        measure(plan, runs=runs, display=display, remote=stations, arrivals=jobs)
+        with pytest.raises(InvalidRunError, match="its job was cancelled or preempted"):
+            measure(plan, runs=runs, display=display, remote=stations, arrivals=jobs)
     assert not (runs / FOLDER).exists()
     folder = pretending / "alone"
     folder.mkdir()
