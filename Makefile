@@ -12,7 +12,7 @@ GPU_PACKED := $(if $(wildcard $(STAMP)),,$(wildcard .gpu/site))
 prove = ($(2)) > $(VENV)/$(1).txt; \
 	status=$$?; mkdir -p reports/proof; cp $(VENV)/$(1).txt reports/proof/; cat $(VENV)/$(1).txt; exit $$status
 
-.PHONY: bench test lint study reports proof proof-harness proof-models proof-statistics proof-levels proof-ab proof-attach proof-meter proof-profile proof-kernels proof-memory proof-reading proof-fuzz proof-faults proof-portable proof-history proof-lower-bound test-lower-bound proof-ranks proof-ray proof-gpu gpu gpu-pack gpu-take clean
+.PHONY: bench test lint study reports proof proof-harness proof-models proof-statistics proof-levels proof-ab proof-attach proof-meter proof-profile proof-kernels proof-memory proof-reading proof-fuzz proof-faults proof-portable proof-history proof-lower-bound test-lower-bound proof-ranks proof-ray proof-slurm proof-gpu gpu gpu-pack gpu-take clean
 
 bench: $(STAMP)
 	$(BIN)/pytest benchmarks/ --benchmark-save=$(NAME)
@@ -45,7 +45,7 @@ lint: $(STAMP)
 # output is committed under reports/proof/. Two need data that the project does not hold and are skipped without it:
 # LORAMETER_DOLLY names databricks-dolly-15k.jsonl.gz, LORAMETER_NOISE a folder with the recorded noise
 # (lockstep.csv.gz, one_process.csv.gz, processes.csv.gz). proof-ab takes an hour and wants the machine to itself.
-proof: proof-harness proof-models proof-statistics proof-levels proof-ab proof-attach proof-meter proof-profile proof-kernels proof-memory proof-reading proof-fuzz proof-faults proof-portable proof-history proof-lower-bound proof-ranks proof-ray proof-gpu
+proof: proof-harness proof-models proof-statistics proof-levels proof-ab proof-attach proof-meter proof-profile proof-kernels proof-memory proof-reading proof-fuzz proof-faults proof-portable proof-history proof-lower-bound proof-ranks proof-ray proof-slurm proof-gpu
 
 proof-harness: BESIDE = tests/trial/test_planted.py tests/run/test_ab.py tests/profile/test_remedy.py
 proof-harness proof-models: proof-%: $(STAMP)
@@ -171,6 +171,12 @@ proof-ranks: $(STAMP)
 # hour on two cores). It needs the extra [ray] and is skipped without it.
 proof-ray: $(STAMP)
 	$(call prove,ray,$(BIN)/pytest tests/run/sites/test_ray.py -m selftest -q --no-header -rs)
+
+# Replicates in jobs of SLURM: slurmctld and two slurmd on this machine, whose jobs are requeued and cancelled and whose
+# driver is killed (ten minutes on two cores). It needs Debian's slurm-wlm (apt-get install slurm-wlm) and root, and is
+# skipped without.
+proof-slurm: $(STAMP)
+	$(call prove,slurm,$(BIN)/pytest tests/run/sites/test_slurm_cluster.py -m selftest -q --no-header -rs)
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lorameter needs Python 3.11 or newer")'

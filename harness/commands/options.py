@@ -33,9 +33,10 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
         "{prefix}on, on these nodes",
     },
     "on": {
-        "metavar": "ray|ray://HOST:PORT",
-        "help": "measure replicates on the nodes of a Ray cluster: the one that this machine is part of, or the one "
-        "behind a client port, as in {prefix}on ray://head:10001",
+        "metavar": "CLUSTER",
+        "help": "measure replicates on the nodes of a Ray cluster (ray: that of this machine; ray://HOST:PORT: behind "
+        "a client port), in jobs of SLURM (slurm:sites=4,partition=gpu,gres=gpu:1,time=60) or, to try that, in "
+        "processes of this machine (submitit-local:sites=2)",
     },
     "if-busy": {
         "choices": ("wait", "refuse", "share"),

@@ -83,4 +83,6 @@ def go_on(
     with cluster.hold(options.if_busy) if remote else here, LiveDisplay(errors) as display:
         if sides:
             return resume_ab(run, plan, repository=Path.cwd(), cache=cache_dir(), display=display)
-        return measure(plan, runs=run.path.parent, display=display, resume=name, remote=remote)
+        return measure(
+            plan, runs=run.path.parent, display=display, resume=name, remote=remote, arrivals=cluster.arrivals
+        )

@@ -105,7 +105,9 @@ def _run_on(cluster: Cluster, options: argparse.Namespace) -> int:
             plan, notices = make()
         show(tell_notices(notices), errors)
         with display_of(plan, machine, runs, errors) as display:
-            run = measure(plan, runs=runs, display=display, notices=notices, sites=sites, remote=remote)
+            run = measure(
+                plan, runs=runs, display=display, notices=notices, sites=sites, remote=remote, arrivals=cluster.arrivals
+            )
     return _show(run, options)
 
 

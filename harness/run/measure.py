@@ -38,6 +38,7 @@ from harness.run.ready import get_ready
 from harness.run.rehearsal import REHEARSED, rehearse
 from harness.run.resume import continue_manifest, is_finished, mend_manifest
 from harness.run.runner import Measured, find_unsettled, keep_records, run_plan
+from harness.run.sites.joining import Arrivals, Joining, prepare_late
 from harness.run.sites.local import Ground, check_all, open_station
 from harness.run.sites.remote import RemoteStation, prepare_all
 from harness.run.sites.spread import Station, run_spread
@@ -135,6 +136,7 @@ def measure(
     policy: Mapping[str, Any] | None = None,
     sites: Sequence[Ground] = (),
     remote: Sequence[RemoteStation] = (),
+    arrivals: Arrivals | None = None,
 ) -> Run:
     """Measure a plan into a run directory and read it back. The first arm prepares the tokens of all.
 
@@ -147,6 +149,7 @@ def measure(
             out.
         sites: several places for replicates; those of one machine, in place of `arms`.
         remote: places on other machines, described and alike; in place of `arms` and `sites`.
+        arrivals: where others of `remote` may come from while it is measured.
         resume: id of a run of this plan (`harness.run.resume`) to go on with; None for a new one.
         policy: what it will be judged by, as JSON data; the manifest keeps it.
 
@@ -178,9 +181,16 @@ def measure(
         shown.starting(rest, run_id)
         minutes, replicates = study.protocol.max_minutes, len({group.replicate for group in groups})
         budget = Budget(None if minutes is None else 60 * minutes, replicates=replicates)
+        joining: Joining | None = None
+        lost: list[Notice] = []
         with stops.interruptible():
             if remote:
-                ready = prepare_all(remote, write_plan(rest, plan), rest, runs / run_id, budget.left_s, shown)
+                written, folder = write_plan(rest, plan), runs / run_id
+                without = None if arrivals is None else lost
+                ready, remote = prepare_all(remote, written, rest, folder, budget.left_s, shown, without=without)
+                if arrivals is not None:
+                    late = partial(prepare_late, first=remote[0], ready=ready, plan=written, folder=folder)
+                    joining = Joining(arrivals, remote, lambda station: late(station, left_s=budget.left_s))
                 there, site = {"": remote[0].facts}, None
             else:
                 beside = [pair for station in local[1:] for pair in station.executors.items()]
@@ -236,7 +246,7 @@ def measure(
         try:
             stop = Stopping(plan, budget, earlier=keep_records(groups, known), sites=max(1, len(stations)))
             if spread or site is None:
-                run = partial(run_spread, plan, stations)
+                run = partial(run_spread, plan, stations, joining=joining)
             else:
                 run = partial(run_plan, plan, executors, site)
             measured = run(save=writer.append, watcher=shown, stop=stop, budget=budget, earlier=known, stops=stops)
@@ -246,7 +256,7 @@ def measure(
             raise
         trials = [record.trial for record in measured.records]
         stopped = measured.stopped or (earlier.manifest.stopped if earlier else None)
-        writer.finish(_status(measured), stopped=stopped, measured=trials, notices=measured.notices)
+        writer.finish(_status(measured), stopped=stopped, measured=trials, notices=(*lost, *measured.notices))
     return store.read_run(str(writer.path), runs)
 
 

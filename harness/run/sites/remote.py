@@ -191,17 +191,20 @@ def describe_all(stations: Sequence[RemoteStation]) -> tuple[Notice, ...]:
     machines are not those of one.
     """
     _at_once(stations, lambda station: station.description)
-    first = stations[0]
-    ours = _likeness(first.description)
     for station in stations[1:]:
-        found = differences(ours, _likeness(station.description))
-        if found:
-            said = "; ".join(f"{one.field} is {one.candidate!r} there and {one.base!r} here" for one in found)
-            raise InvalidRunError(
-                f"site {station.name} is unlike the first, {first.name}: {said}. Measure it in a run of its own: "
-                "--sites names the nodes of a run."
-            )
+        check_like(stations[0], station)
     return tuple(_sharing(stations))
+
+
+def check_like(first: RemoteStation, station: RemoteStation) -> None:
+    """Raises `InvalidRunError` for a site that is unlike the first, with what differs."""
+    found = differences(_likeness(first.description), _likeness(station.description))
+    if found:
+        said = "; ".join(f"{one.field} is {one.candidate!r} there and {one.base!r} here" for one in found)
+        raise InvalidRunError(
+            f"site {station.name} is unlike the first, {first.name}: {said}. Measure it in a run of its own: leave it "
+            "out by --sites on Ray, by nodelist, exclude or constraint on SLURM."
+        )
 
 
 def _sharing(stations: Sequence[RemoteStation]) -> Iterator[Notice]:
@@ -218,7 +221,7 @@ def _sharing(stations: Sequence[RemoteStation]) -> Iterator[Notice]:
                 code="sites-together",
                 message=f"sites {names} are on one machine and measure on one device at the same time, so they slow "
                 "each other down.",
-                remedy="Start one node of Ray on each machine, or name one of these with --sites.",
+                remedy="Have one site on each machine: by one node of Ray there, by --sites, or by exclusive jobs.",
             )
 
 
@@ -255,9 +258,17 @@ def hold_all(stations: Iterable[RemoteStation], if_busy: IfBusy, tell: Callable[
 
 
 def prepare_all(
-    stations: Sequence[RemoteStation], plan: WrittenPlan, rest: Plan, folder: Path, left_s: float, shown: Display
-) -> Ready:
-    """Have a plan prepared in all places at once; what the first says of it is the run's.
+    stations: Sequence[RemoteStation],
+    plan: WrittenPlan,
+    rest: Plan,
+    folder: Path,
+    left_s: float,
+    shown: Display,
+    *,
+    without: list[Notice] | None = None,
+) -> tuple[Ready, list[RemoteStation]]:
+    """Have a plan prepared in all places at once; what the first says of it is the run's. Returns who can measure as
+    well: all, or those who did not fail if what became of the others may be noted in `without`.
 
     Raises:
         UsageError: what the study asks for cannot be done.
@@ -276,20 +287,34 @@ def prepare_all(
 
         return station.prepare(plan, folder, left_s, hear)
 
-    first, *others = _at_once(stations, prepare)
-    for station, ready in zip(stations[1:], others, strict=True):
-        check_alike(station.name, first.hellos.values(), ready.hellos.values())
-        for ours, theirs in zip(first.tokens, ready.tokens, strict=True):
-            if ours.hash != theirs.hash:
-                raise InvalidRunError(
-                    f"site {station.name} makes other tokens of {ours.data}: their hash is {theirs.hash[:12]} there "
-                    f"and {ours.hash[:12]} on {stations[0].name}. Give all nodes the same data and tokenizer."
-                )
-    return first
+    answers = _at_once(stations, prepare, without)
+    (chief, first), *others = ((stations[number], ready) for number, ready in sorted(answers.items()))
+    for station, ready in others:
+        check_prepared(chief.name, first, station.name, ready)
+    return first, [chief, *(station for station, _ in others)]
 
 
-def _at_once(stations: Sequence[RemoteStation], ask: Callable[[RemoteStation], T]) -> list[T]:
-    """What each says, all asked at once. Raises what the first of them raises, with its name."""
+def check_prepared(first: str, ready: Ready, other: str, found: Ready) -> None:
+    """Raises `InvalidRunError` where the other site has another program than the first, or makes other tokens."""
+    check_alike(other, ready.hellos.values(), found.hellos.values())
+    for ours, theirs in zip(ready.tokens, found.tokens, strict=True):
+        if ours.hash != theirs.hash:
+            raise InvalidRunError(
+                f"site {other} makes other tokens of {ours.data}: their hash is {theirs.hash[:12]} there "
+                f"and {ours.hash[:12]} on {first}. Give all nodes the same data and tokenizer."
+            )
+
+
+def those_that_answer(stations: Sequence[RemoteStation], without: list[Notice]) -> list[RemoteStation]:
+    """Those that say what they are; of the others it is noted why. Raises `InvalidRunError` where none does."""
+    return [stations[number] for number in sorted(_at_once(stations, lambda station: station.description, without))]
+
+
+def _at_once(
+    stations: Sequence[RemoteStation], ask: Callable[[RemoteStation], T], without: list[Notice] | None = None
+) -> dict[int, T]:
+    """What each says, by its place, all asked at once. Raises what the first of them raises, with its name; of one that
+    is lost it is noted in `without`, if that is given and another is left."""
     told: queue.SimpleQueue[tuple[int, T | BaseException]] = queue.SimpleQueue()
 
     def run(number: int) -> None:
@@ -301,12 +326,18 @@ def _at_once(stations: Sequence[RemoteStation], ask: Callable[[RemoteStation], T
     for number in range(len(stations)):  # a thread that waits for a post that is gone must not keep us from ending
         threading.Thread(target=run, args=(number,), daemon=True).start()
     answers: dict[int, T] = {}
-    while len(answers) < len(stations):
+    for left in reversed(range(len(stations))):
         number, answer = told.get()
-        if isinstance(answer, BaseException):
+        if not isinstance(answer, BaseException):
+            answers[number] = answer
+        elif without is None or not isinstance(answer, InvalidRunError) or not (answers or left):
             raise _named(stations[number].name, answer)
-        answers[number] = answer
-    return [answers[number] for number in range(len(stations))]
+        else:
+            said = f"site {stations[number].name} was lost before it measured: {str(answer).rstrip('.')}."
+            remedy = "If its job is requeued, it takes part when it starts."
+            without.append(Notice(code="site-lost", message=said, remedy=remedy))
+            stations[number].close()
+    return answers
 
 
 def _named(site: str, error: BaseException) -> BaseException:

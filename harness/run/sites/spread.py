@@ -17,7 +17,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from harness.errors import InvalidRunError
 from harness.records.record import Failure, Notice, TrialRecord
@@ -27,6 +27,9 @@ from harness.run.plan import Group, Plan, Slot
 from harness.run.runner import Measured, Stop, find_unsettled, keep_records
 from harness.run.site import begin_record
 from harness.run.stops import Stops
+
+if TYPE_CHECKING:
+    from harness.run.sites.joining import Joining
 
 
 class Station(Protocol):
@@ -72,14 +75,16 @@ def run_spread(
     budget: Budget | None = None,
     earlier: Sequence[TrialRecord] = (),
     stops: Stops | None = None,
+    joining: Joining | None = None,
 ) -> Measured:
     """Measure every trial of the plan, as `run_plan` does, replicates on all stations at once.
 
     `stop` is asked after each replicate; those under way on other sites are measured to their end. What `budget` has
-    left is what each site has, for its part of the replicates, which go on beside each other.
+    left is what each site has, for its part of the replicates, which go on beside each other. Those who are `joining`
+    take part as soon as they can measure, and are waited for where nobody else is left.
 
     Raises:
-        InvalidRunError: all sites were lost; the message is that of the last.
+        InvalidRunError: all sites were lost, and none will come; the message is that of the last.
         Exception: what is no site's fault (a full disk), after the others have been ended.
     """
     stops = stops or Stops()
@@ -91,42 +96,73 @@ def run_spread(
     told: queue.SimpleQueue[tuple[Station, BaseException]] = queue.SimpleQueue()
     guarded = _Guarded(watcher, shared.lock)
     threads: list[threading.Thread] = []
-    at_work, idle = set[str](), list[Station]()
+    at_work, idle, known = set[int](), list[Station](), list[Station]()
 
     def begin(station: Station) -> None:
         arguments = (plan, station, shared, save, guarded, stop, whole.beside(each), told)
         threads.append(threading.Thread(target=_measure, args=arguments, daemon=True))
-        at_work.add(station.name)
+        at_work.add(id(station))
         threads[-1].start()
 
-    for station in stations:
+    def come(station: Station) -> None:
+        known.append(station)
         begin(station)
+
+    for station in stations:
+        come(station)
     error, lost = None, list[Notice]()
-    try:
-        while at_work:
-            with stops.interruptible():
-                station, failed = told.get()
-            if failed is _DONE:
-                at_work.discard(station.name)
-                idle.append(station)
-            elif isinstance(failed, InvalidRunError):
-                at_work.discard(station.name)
-                lost.append(_lost(station, failed, len(at_work) + len(idle)))
-                error = failed
-                if idle:  # it has nothing to do, and now there is something
-                    begin(idle.pop())
-            else:
-                raise failed
-    except BaseException as broken:
-        _break_off(stations, threads, shared)
-        _give_up(plan, unsettled, shared, save, watcher)
-        if not isinstance(broken, KeyboardInterrupt):
-            raise
-        return Measured(records=_in_order(plan, shared.ended), interrupted=True, notices=tuple(lost))
+    with contextlib.ExitStack() as stack:
+        if joining is not None:
+            stack.enter_context(joining.looking(lambda station: told.put((station, _COME))))
+        try:
+            while at_work or (joining is not None and shared.waiting and not shared.closing):
+                with stops.interruptible():
+                    heard = _hear(told, None if at_work else joining)
+                if heard is None:
+                    break
+                station, failed = heard
+                at_work.discard(id(station))
+                if failed is _DONE:
+                    idle.append(station)
+                elif failed is _COME:
+                    come(station)
+                elif isinstance(failed, InvalidRunError):
+                    if joining is not None:
+                        joining.lost(station.name)
+                    lost.append(_lost(station, failed, len(at_work) + len(idle), waits=joining is not None))
+                    error = failed
+                    if idle:  # it has nothing to do, and now there is something
+                        begin(idle.pop())
+                else:
+                    raise failed
+        except BaseException as broken:
+            _break_off(known, threads, shared)
+            _give_up(plan, unsettled, shared, save, watcher)
+            if not isinstance(broken, KeyboardInterrupt):
+                raise
+            return Measured(records=_in_order(plan, shared.ended), interrupted=True, notices=_notices(lost, joining))
     if shared.waiting and error is not None and shared.reason is None:
         _give_up(plan, unsettled, shared, save, watcher)
         raise error
-    return Measured(records=_in_order(plan, shared.ended), stopped=shared.reason, notices=tuple(lost))
+    return Measured(records=_in_order(plan, shared.ended), stopped=shared.reason, notices=_notices(lost, joining))
+
+
+ASK_S = 5.0
+"""How often those who are joining are asked whether anybody will, where nobody is at work."""
+_Heard = tuple[Station, BaseException]
+
+
+def _hear(told: queue.SimpleQueue[_Heard], joining: Joining | None) -> _Heard | None:
+    """What is told next; None where it would be of somebody who is joining, and nobody is."""
+    while True:
+        with contextlib.suppress(queue.Empty):
+            return told.get(timeout=None if joining is None else ASK_S)
+        if joining is not None and not joining.is_expected():
+            return None
+
+
+def _notices(lost: Sequence[Notice], joining: Joining | None) -> tuple[Notice, ...]:
+    return (*lost, *(() if joining is None else joining.notices))
 
 
 class _DoneError(Exception):
@@ -134,6 +170,8 @@ class _DoneError(Exception):
 
 
 _DONE = _DoneError()
+_COME = _DoneError()
+"""Another one has come that is to have something to do."""
 
 
 def _measure(
@@ -219,13 +257,14 @@ def _give_up(
         watcher.trial_ended(shared.ended[slot.trial])
 
 
-def _lost(station: Station, error: InvalidRunError, left: int) -> Notice:
+def _lost(station: Station, error: InvalidRunError, left: int, *, waits: bool) -> Notice:
+    where = f" The replicate that it was measuring went to another of the {left} that are left."
+    if not left:
+        where = " Its replicate went to the next one that came, if any did." if waits else ""
+    last = "" if left else ", the last one"
     return Notice(
         code="site-lost",
-        message=f"site {station.name} was lost: {error}. The replicate that it was measuring went to another of the "
-        f"{left} that are left."
-        if left
-        else f"site {station.name} was lost, the last one: {error}.",
+        message=f"site {station.name} was lost{last}: {str(error).rstrip('.')}.{where}",
         remedy="Look at its log; lorameter run --resume goes on with what is missing.",
     )
 

@@ -1,0 +1,89 @@
+"""A job whose measuring processes only pretend, so that what becomes of jobs is tried with real ones in seconds.
+
+It is given to submitit in place of `SiteJob`, and imported in the process of the job. A turn of the site that the file
+`stuck` in the folder $PRETENDING names waits until that file is gone.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from harness.machine.provenance import Facts, Machine
+from harness.records.preparation import BaseSummary, Hello, TokenSummary
+from harness.records.record import Fragment
+from harness.run.executors import Place
+from harness.run.sites import block
+from harness.run.sites.job import SiteJob
+
+MACHINE = Machine(
+    device="cpu", device_name="Test CPU", device_memory_bytes=None, driver=None, cuda=None, cpu_model="Test CPU",
+    cpus=2, memory_bytes=8 * 2**30, avx512_bf16=True, kernel="6.0", python="3.11.0",
+)  # fmt: skip
+
+
+class Fake:
+    """An executor and its worker."""
+
+    start_latency_s = 0.01
+
+    def __init__(self, label):
+        self.label = label
+
+    def machine(self):
+        return MACHINE
+
+    def device_id(self):
+        return "pretended"
+
+    def free_bytes(self):
+        return 2**33
+
+    def facts(self):
+        return Facts(machine=MACHINE, settings={}, libraries={"peft": "1.0"}, git={"commit": None})
+
+    def start(self, folder, threads):
+        self.folder = folder
+        (folder / "logs").mkdir()
+
+    def hello(self):
+        return Hello(harness="1.0 sha256:one", pid=1, import_time_s=1.0, device="cpu", torch="0")
+
+    def prepare_tokens(self, workload, *, keep=True):
+        return TokenSummary(
+            path="t", hash="a" * 64, data="synthetic", synthetic=True, tokenizer_substituted=False, train_sequences=1,
+            real_tokens=1, padded_tokens=0, records=1,
+        )  # fmt: skip
+
+    def prepare_base(self, request):
+        return BaseSummary(path="b", hash="b" * 64, base="b", bytes=1, conversions=0, quantisations=0, seconds=0.0)
+
+    def make_place(self, trial, log):
+        return Place(scratch=trial, log_path=str(self.folder / "logs" / f"{log}.log"))
+
+    def clear_place(self, trial):
+        pass
+
+    def launch(self):
+        return self
+
+    def ask(self, command, trial, timeout_s, **arguments):
+        if command != "turn":
+            return Fragment()
+        stuck = Path(os.environ["PRETENDING"]) / "stuck"
+        while stuck.exists() and self.label.endswith(stuck.read_text()):
+            time.sleep(0.02)
+        return Fragment(samples={"step_time_s": (0.1,) * arguments["steps"]})
+
+    def close(self):
+        pass
+
+
+class PretendingJob(SiteJob):
+    """Differs in what it measures by."""
+
+    def __call__(self):
+        block.open_executor = lambda name=None, *, host=None, label="": Fake(label)
+        block.harness_identity = lambda: "1.0 sha256:one"
+        return super().__call__()
