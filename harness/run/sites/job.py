@@ -92,7 +92,7 @@ class SiteJob:
             finally:
                 desk.leave(why)
             if desk.told.is_set():
-                time.sleep(STAY_S)
+                desk.stay()
         return why
 
     def checkpoint(self) -> Any:
@@ -112,6 +112,7 @@ class _Desk:
 
     def __init__(self, box: Path) -> None:
         self._box, self._post = box, Post()
+        self._lines = Tail(box / ORDERS)
         self._orders: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._lock, self._closed = threading.Lock(), False
         self._taken = self._carried_out = 0
@@ -141,9 +142,9 @@ class _Desk:
 
     def work(self, home: Path, silent_s: float) -> str:
         """Take orders until it is time to end; returns why it is."""
-        orders, driver = Tail(self._box / ORDERS), Pulse(home.parent / DRIVER, silent_s)
+        driver = Pulse(home.parent / DRIVER, silent_s)
         while True:
-            for line in orders.lines():
+            for line in self._lines.lines():
                 if line == CLOSE:
                     return "it was told to end"
                 if line == END:
@@ -157,6 +158,12 @@ class _Desk:
                 return "its job was started again"
             if self.told.wait(BUSY_LOOK_S if self._taken > self._carried_out else IDLE_LOOK_S):
                 return "its job was cancelled or preempted"
+
+    def stay(self) -> None:
+        """For a signal that may come, unless the driver is done."""
+        until = time.monotonic() + STAY_S
+        while time.monotonic() < until and CLOSE not in self._lines.lines():
+            time.sleep(IDLE_LOOK_S)
 
     def leave(self, why: str) -> None:
         """Say why, as the answer to whatever is asked; then end what is measured."""

@@ -262,9 +262,10 @@ def _lost(station: Station, error: InvalidRunError, left: int, *, waits: bool) -
     if not left:
         where = " Its replicate went to the next one that came, if any did." if waits else ""
     last = "" if left else ", the last one"
+    why = str(error).rstrip(".").removeprefix(f"site {station.name}: ")
     return Notice(
         code="site-lost",
-        message=f"site {station.name} was lost{last}: {str(error).rstrip('.')}.{where}",
+        message=f"site {station.name} was lost{last}: {why}.{where}",
         remedy="Look at its log; lorameter run --resume goes on with what is missing.",
     )
 

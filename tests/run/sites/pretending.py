@@ -14,7 +14,7 @@ from harness.machine.provenance import Facts, Machine
 from harness.records.preparation import BaseSummary, Hello, TokenSummary
 from harness.records.record import Fragment
 from harness.run.executors import Place
-from harness.run.sites import block
+from harness.run.sites import block, job
 from harness.run.sites.job import SiteJob
 
 MACHINE = Machine(
@@ -86,4 +86,5 @@ class PretendingJob(SiteJob):
     def __call__(self):
         block.open_executor = lambda name=None, *, host=None, label="": Fake(label)
         block.harness_identity = lambda: "1.0 sha256:one"
+        job.STAY_S = 2
         return super().__call__()

@@ -338,21 +338,22 @@ def test_a_job_that_is_requeued_loses_its_replicate_and_comes_again(pretending, 
     note = Joining._note
     monkeypatch.setattr(Joining, "_note", lambda self, code, *said: (note(self, code, *said), told.append(code)))
 
-    def requeue():
+    def requeue(jobs):
+        number = jobs._taken[host]  # the one that started first has the name alone
         wait_for(lambda: len(lines(runs)) >= 3 * len(plan.slots) // 4)  # all that the other one gets
-        pid, box = job_of(runs, 0)
-        stuck.write_text("-1")
+        pid, box = job_of(runs, number)
+        stuck.write_text(f"-{1 - number}")
         os.kill(pid, signal.SIGUSR2)
         wait_for(lambda: starts_of(box.parent)[-1] != box)
         deeds.append((box / LEFT).exists())
         wait_for(lambda: told)
         stuck.unlink()
 
-    thread = threading.Thread(target=requeue)
     asked = read_asked("submitit-local:sites=2,silent_s=20")
     with open_jobs(asked, runs) as (stations, notices, jobs), LiveDisplay(console_for(stderr=True)) as display:
         assert not notices
         (together,) = describe_all(stations)
+        thread = threading.Thread(target=requeue, args=(jobs,))
         thread.start()
         run = measure(plan, runs=runs, display=display, remote=stations, arrivals=jobs)
     thread.join()
