@@ -197,7 +197,7 @@ CLAIMS: tuple[Claim, ...] = (
         name="MFU",
         says="no step uses more than the stated peak",
         file="docs/own-script.md",
-        quote="where the shape of the model is known and its device has a stated peak",
+        quote="where its device has a stated peak",
         judge=nobody_beats_the_peak,
     ),
     *(
