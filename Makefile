@@ -47,7 +47,8 @@ lint: $(STAMP)
 # (lockstep.csv.gz, one_process.csv.gz, processes.csv.gz). proof-ab takes an hour and wants the machine to itself.
 proof: proof-harness proof-models proof-statistics proof-levels proof-ab proof-attach proof-meter proof-profile proof-kernels proof-memory proof-reading proof-fuzz proof-faults proof-portable proof-history proof-lower-bound proof-ranks proof-ray proof-slurm proof-gpu
 
-proof-harness: BESIDE = tests/trial/test_planted.py tests/run/test_ab.py tests/profile/test_remedy.py
+proof-harness: BESIDE = tests/trial/test_planted.py tests/run/test_ab.py tests/profile/test_remedy.py \
+	tests/run/executors/test_shared_pages.py tests/parity/test_measure.py
 proof-harness proof-models: proof-%: $(STAMP)
 	$(call prove,$*,$(BIN)/pytest benchmarks/selftest/test_$*.py $(BESIDE) -m selftest -q --no-header -rs)
 
@@ -64,7 +65,7 @@ proof-levels proof-ab: proof-%: $(STAMP)
 # each (two hours on a machine to itself; what was stopped goes on where it was). Before them the studies about engines
 # that need no GPU, on a small model and on a script (a quarter of an hour).
 proof-attach: $(STAMP)
-	$(call prove,engines,$(BIN)/pytest benchmarks/selftest/test_engines.py tests/commands/test_claims.py -m selftest -q --no-header -rs)
+	$(call prove,engines,$(BIN)/pytest benchmarks/selftest/test_engines.py tests/commands/test_claims.py tests/docs/test_engines.py -m selftest -q --no-header -rs)
 	$(call prove,attach,$(BIN)/python benchmarks/selftest/attach_live.py --keep reports/proof/attach.jsonl)
 
 # What a meter costs a step: a script alone and wrapped, taking turns, with a step of 10 ms and with a real model (fetch

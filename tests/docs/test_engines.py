@@ -75,6 +75,7 @@ def test_its_studies_of_other_trainers_are_read(page, name, title):
     assert all("read 2026-" in claim.source for claim in study.claims)
 
 
+@pytest.mark.selftest
 def test_its_script_is_measured(page, capsys):
     """Real processes with a small llama: the engine was seen in one of them alone; one replicate gives no verdict."""
     words = next(words for words in typed() if "python train.py {--gradient_checkpointing}" in words)

@@ -81,6 +81,7 @@ def test_a_trained_adapter_is_served_in_every_way(study, runs, capsys):
     assert parity.record.status == "ok"
 
 
+@pytest.mark.selftest
 def test_an_adapter_that_is_given_is_not_trained(runs, tmp_path, capsys):
     """Of a float32 base: merged, it gives the same answers with logits that rounding explains."""
     import torch

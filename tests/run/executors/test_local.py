@@ -41,8 +41,12 @@ class Quiet:
 
 SERVED = {
     "olora": {"init_lora_weights": "olora", "dtype": "float32", "learning_rate": 1e-2},
-    "prepared": {"quantization": "nf4", "prepare_for_kbit": True, "optimizer": "adamw"},
-    "bf16-adapter": {"adapter_dtype": "bfloat16", "learning_rate": 1e-2},
+    "prepared": {
+        "quantization": "nf4",
+        "prepare_for_kbit": True,
+        "optimizer": "adamw",
+        "adapter_dtype": "bfloat16",
+    },
 }
 """Variants whose served model must be made in a way of its own."""
 
