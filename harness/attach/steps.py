@@ -15,8 +15,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -30,9 +29,8 @@ A_MOMENT_S = 1e-3
 """What a follower takes that only writes something down."""
 
 
-@dataclass(slots=True)
-class _Ended:
-    """A step as it was noted when it had ended."""
+class _Ended(NamedTuple):
+    """A step as it was noted when it had ended; of all that cannot be changed a tuple is made the soonest."""
 
     number: int
     wall_s: float

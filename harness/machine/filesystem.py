@@ -57,10 +57,13 @@ class Place:
 
 def place_of(folder: Path, mounts: Path = MOUNTS) -> Reading[Place]:
     """Where a folder lies, which need not exist yet; missing where the kernel does not say."""
-    nearest = folder.absolute()
-    while not nearest.is_dir():
-        nearest = nearest.parent
-    nearest = nearest.resolve()
+    try:
+        nearest = folder.absolute()
+        while not os.path.isdir(nearest):  # noqa: PTH112 of what cannot be asked pathlib raises
+            nearest = nearest.parent
+        nearest = nearest.resolve()
+    except OSError as error:
+        return missing(f"where {folder} would lie cannot be known: {error.strerror}")
     try:
         lines = mounts.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError as error:

@@ -91,6 +91,11 @@ def beating(path: Path, silent_s: float) -> Iterator[None]:
         thread.join()
 
 
+def home_of(folder: Path, number: int) -> Path:
+    """Where one of the jobs of a driver has the folders of its starts."""
+    return folder / f"site-{number}"
+
+
 def starts_of(folder: Path) -> list[Path]:
     """The folders of the starts of one job, oldest first: a job that is requeued starts again."""
     try:

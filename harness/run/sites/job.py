@@ -38,6 +38,7 @@ from harness.run.sites.exchange import (
     beat_of,
     beating,
     begin_start,
+    home_of,
     starts_of,
 )
 
@@ -79,7 +80,7 @@ class SiteJob:
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
-        home = Path(self.folder) / f"site-{self.number}"
+        home = home_of(Path(self.folder), self.number)
         if beat_of(home.parent / DRIVER) is None:
             return "whoever started it is gone"
         box = begin_start(home)

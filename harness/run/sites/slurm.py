@@ -13,7 +13,6 @@ import dataclasses
 import os
 import shutil
 import socket
-import sys
 import threading
 import time
 from collections import deque
@@ -27,7 +26,7 @@ from harness.machine.visible import VARIABLE
 from harness.records import codec, journal, locks
 from harness.records.document import write_whole
 from harness.records.record import Notice
-from harness.run.device import IfBusy
+from harness.run.device import IfBusy, tell_stderr
 from harness.run.sites.batch import LOCAL, SLURM, Asked, Batch, cancel_jobs, check_here, check_started
 from harness.run.sites.block import BOOT_ID, read_message
 from harness.run.sites.exchange import (
@@ -41,6 +40,7 @@ from harness.run.sites.exchange import (
     Tail,
     beat_of,
     beating,
+    home_of,
     starts_of,
 )
 from harness.run.sites.job import CLOSE, END, About, SiteJob
@@ -132,7 +132,7 @@ class Jobs:
         """Those that have started since the last time."""
         found: list[tuple[int, About]] = []
         for number in range(self._asked.sites):
-            starts = starts_of(self._folder / f"site-{number}")
+            starts = starts_of(home_of(self._folder, number))
             if starts and self._known.get(number) != starts[-1] and (about := _about_of(starts[-1])) is not None:
                 self._known[number] = starts[-1]
                 found.append((number, about))
@@ -193,7 +193,7 @@ class Jobs:
         for link in self._links:
             link.close()
         deadline = time.monotonic() + CLOSE_TIMEOUT_S
-        live = [link.box for link in self._links if self._known.get(int(link.box.parent.name[5:])) == link.box]
+        live = [link.box for link in self._links if link.box in self._known.values()]
         while any(not (box / LEFT).exists() for box in live) and time.monotonic() < deadline:
             states = self._batch.states() if self._asked.kind == LOCAL else None
             if states is not None and not states:
@@ -241,7 +241,7 @@ def open_jobs(asked: Asked, runs: Path) -> Iterator[tuple[list[RemoteStation], t
         if asked.kind == SLURM:
             owner = dataclasses.replace(owner, array=batch.array)
             write_whole(folder / OWNER, codec.dumps(owner))
-            _tell(f"{asked.sites} jobs are submitted ({owner.array}), and waited for.")
+            tell_stderr(f"{asked.sites} jobs are submitted ({owner.array}), and waited for.")
         stations, notices = jobs.gather()
         yield stations, notices, jobs
 
@@ -284,7 +284,3 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     with contextlib.suppress(OSError):  # others have theirs in it
         folder.parent.rmdir()
-
-
-def _tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -16,8 +16,9 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, Protocol
 
 from harness.errors import InvalidRunError
 from harness.records.record import Failure, Notice, TrialRecord
@@ -27,9 +28,6 @@ from harness.run.plan import Group, Plan, Slot
 from harness.run.runner import Measured, Stop, find_unsettled, keep_records
 from harness.run.site import begin_record
 from harness.run.stops import Stops
-
-if TYPE_CHECKING:
-    from harness.run.sites.joining import Joining
 
 
 class Station(Protocol):
@@ -47,6 +45,23 @@ class Station(Protocol):
 
     def end(self) -> None:
         """End what is under way there; is called by another thread than the one that measures."""
+
+
+class Joining(Protocol):
+    """Stations that come while others measure."""
+
+    @property
+    def notices(self) -> tuple[Notice, ...]:
+        """What became of those who came."""
+
+    def looking(self, add: Callable[[Any], object]) -> AbstractContextManager[None]:
+        """Meanwhile those who come are given to `add` when they can measure."""
+
+    def is_expected(self) -> bool:
+        """Whether one may come."""
+
+    def lost(self, name: str) -> None:
+        """A site is lost."""
 
 
 @dataclass(slots=True)

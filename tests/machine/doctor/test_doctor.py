@@ -6,6 +6,7 @@ import dataclasses
 import io
 import itertools
 import json
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -425,3 +426,14 @@ def test_a_place_is_read_from_the_mounts(tmp_path):
     assert not list(inner.iterdir())
     assert "cannot be read" in place_of(tmp_path, tmp_path / "none").reason
     assert place_of(tmp_path).known  # of this machine
+
+
+def test_a_folder_that_cannot_be_looked_for_is_missing_with_the_reason(tmp_path, monkeypatch):
+    """The one in which the command was started was removed, or a name is longer than any file system takes."""
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert "No such file" in place_of(Path("runs")).reason
+    monkeypatch.chdir(tmp_path)
+    assert place_of(tmp_path / ("x" * 5000)).value.path == str(tmp_path.resolve())

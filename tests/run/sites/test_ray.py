@@ -21,29 +21,6 @@ from harness.records import store
 from harness.run.sites.ray import berths_of
 
 ROOT = Path(__file__).parents[3]
-STUDY = """
-title = "two ranks of an adapter"
-[workload]
-sequence_length = 32
-batch_size = 2
-train_sequences = 16
-held_out_records = 4
-held_out_sequences = 2
-[protocol]
-replicates = {replicates}
-warmup_steps_min = 1
-warmup_steps_max = 2
-turns = {turns}
-steps_per_turn = 2
-allow_disturbed = true
-phases = ["train"]
-[[variant]]
-name = "small"
-r = 4
-[[variant]]
-name = "large"
-r = 8
-"""
 
 
 def node(name, number, *, alive=True, **resources):
@@ -138,18 +115,6 @@ def nodes(tmp_path_factory, monkeypatch):
         cluster.shutdown()
 
 
-@pytest.fixture
-def study(tmp_path):
-    """A function that writes the study and gives its path."""
-
-    def write(*, replicates=3, turns=2):
-        path = tmp_path / "small.toml"
-        path.write_text(STUDY.format(replicates=replicates, turns=turns))
-        return path
-
-    return write
-
-
 def command(*arguments, runs):
     return [sys.executable, "-m", "harness.cli", "run", *map(str, arguments), "--runs-dir", str(runs), "--json"]
 
@@ -187,16 +152,8 @@ def measuring():
     ]
 
 
-def results_of(record):
-    """What does not depend on time: who, in which order and by which seed, and what was learnt."""
-    learnt = {name: values for name, values in record.samples.items() if "loss" in name or "tokens" in name}
-    values = {name: value for name, value in record.values.items() if "loss" in name}
-    fields = ("trial", "status", "variant", "role", "replicate", "position", "interleaving", "seed", "turn_lengths")
-    return [getattr(record, name) for name in fields], learnt, values, record.tokens
-
-
 @pytest.mark.selftest
-def test_a_study_is_spread_over_nodes_and_its_records_are_those_of_a_local_run(nodes, study, tmp_path):
+def test_a_study_is_spread_over_nodes_and_its_records_are_those_of_a_local_run(nodes, study, results_of, tmp_path):
     """Each replicate is on one node and no node is left out; seeds, orders and losses are the same to the bit."""
     there, here = tmp_path / "there", tmp_path / "here"
     run(study(), "--on", "ray", runs=there)

@@ -53,29 +53,6 @@ NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=1 RealMe
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=1 RealMemory=2000
 PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
 """
-STUDY = """
-title = "two ranks of an adapter"
-[workload]
-sequence_length = 32
-batch_size = 2
-train_sequences = 16
-held_out_records = 4
-held_out_sequences = 2
-[protocol]
-replicates = {replicates}
-warmup_steps_min = 1
-warmup_steps_max = 2
-turns = {turns}
-steps_per_turn = 2
-allow_disturbed = true
-phases = ["train"]
-[[variant]]
-name = "small"
-r = 4
-[[variant]]
-name = "large"
-r = 8
-"""
 
 
 def wait_for(condition, seconds=600):
@@ -145,18 +122,6 @@ def empty(slurm):
     wait_for(lambda: said("sinfo", "-h", "-t", "idle", "-o", "%D").strip() == "2", 120)
 
 
-@pytest.fixture
-def study(tmp_path):
-    """A function that writes the study and gives its path."""
-
-    def write(*, replicates=2, turns=2):
-        path = tmp_path / "small.toml"
-        path.write_text(STUDY.format(replicates=replicates, turns=turns))
-        return path
-
-    return write
-
-
 def command(*arguments, runs):
     return [sys.executable, "-m", "harness.cli", "run", *map(str, arguments), "--runs-dir", str(runs), "--json"]
 
@@ -205,14 +170,6 @@ def measuring():
     ]
 
 
-def results_of(record):
-    """What does not depend on time: who, in which order and by which seed, and what was learnt."""
-    learnt = {name: values for name, values in record.samples.items() if "loss" in name or "tokens" in name}
-    values = {name: value for name, value in record.values.items() if "loss" in name}
-    fields = ("trial", "status", "variant", "role", "replicate", "position", "interleaving", "seed", "turn_lengths")
-    return [getattr(record, name) for name in fields], learnt, values, record.tokens
-
-
 def check_whole(run):
     """All trials are there and ok, and each replicate is of one site; returns the sites."""
     assert {record.status for record in run.records} == {"ok"}
@@ -228,12 +185,12 @@ def notices(run, code):
     return [notice.message for notice in run.manifest.notices if notice.code == code]
 
 
-def test_a_study_is_spread_over_jobs_and_its_records_are_those_of_a_local_run(study, tmp_path):
+def test_a_study_is_spread_over_jobs_and_its_records_are_those_of_a_local_run(study, results_of, tmp_path):
     """Seeds, orders and losses are the same to the bit, and no job and no file of one is left."""
     there, here = tmp_path / "there", tmp_path / "here"
-    run(study(), "--on", "slurm:sites=2,partition=main,time=30", runs=there)
+    run(study(replicates=2), "--on", "slurm:sites=2,partition=main,time=30", runs=there)
     assert not said("squeue", "-h", "-t", "running,pending")
-    run(study(), runs=here)
+    run(study(replicates=2), runs=here)
     spread, local = only_run(there), only_run(here)
     assert [results_of(record) for record in spread.records] == [results_of(record) for record in local.records]
     assert spread.manifest.fingerprint == local.manifest.fingerprint
@@ -246,7 +203,7 @@ def test_a_job_that_is_requeued_comes_again_and_measures_what_is_left(study, tmp
     """The run waits for it, as it is in the queue; what had ended stays. SLURM itself would hold it back for two
     minutes."""
     runs = tmp_path / "runs"
-    with driving(study(turns=8), "--on", "slurm:silent_s=60", runs=runs) as driver:
+    with driving(study(replicates=2, turns=8), "--on", "slurm:silent_s=60", runs=runs) as driver:
         wait_for(lambda: lines(runs))
         name = said("squeue", "-h", "-t", "running", "-o", "%i").strip()
         subprocess.run(["scontrol", "requeue", name], check=True)

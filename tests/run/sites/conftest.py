@@ -1,0 +1,55 @@
+"""What runs on real clusters have in common: a study of a second, and what of a record does not depend on time."""
+
+from __future__ import annotations
+
+import pytest
+
+STUDY = """
+title = "two ranks of an adapter"
+[workload]
+sequence_length = 32
+batch_size = 2
+train_sequences = 16
+held_out_records = 4
+held_out_sequences = 2
+[protocol]
+replicates = {replicates}
+warmup_steps_min = 1
+warmup_steps_max = 2
+turns = {turns}
+steps_per_turn = 2
+allow_disturbed = true
+phases = ["train"]
+[[variant]]
+name = "small"
+r = 4
+[[variant]]
+name = "large"
+r = 8
+"""
+
+
+@pytest.fixture
+def study(tmp_path):
+    """A function that writes the study and gives its path."""
+
+    def write(*, replicates=3, turns=2):
+        path = tmp_path / "small.toml"
+        path.write_text(STUDY.format(replicates=replicates, turns=turns))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def results_of():
+    """A function that tells of a record what does not depend on time: who, in which order and by which seed, and what
+    was learnt."""
+
+    def tell(record):
+        learnt = {name: values for name, values in record.samples.items() if "loss" in name or "tokens" in name}
+        values = {name: value for name, value in record.values.items() if "loss" in name}
+        fields = ("trial", "status", "variant", "role", "replicate", "position", "interleaving", "seed", "turn_lengths")
+        return [getattr(record, name) for name in fields], learnt, values, record.tokens
+
+    return tell
