@@ -17,11 +17,11 @@ prove = ($(2)) > $(VENV)/$(1).txt; \
 bench: $(STAMP)
 	$(BIN)/pytest benchmarks/ --benchmark-save=$(NAME)
 
-# Two processes, each file in one of them, so that what a file shares is made once. In the order of the tree: its first
-# files start real processes and take longest. LORAMETER_TRACES names a folder with recordings of GPU runs (of torch.profiler
+# Three processes for two cores, as many tests wait for what they have started; each file in one of them, so that what a
+# file shares is made once. In the order of the tree: its first files start real processes and take longest. LORAMETER_TRACES names a folder with recordings of GPU runs (of torch.profiler
 # or nsys), each of which is judged as its own sums say; without it that test is skipped.
 test: $(STAMP)
-	$(BIN)/pytest tests/ -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest tests/ -n 3 --dist loadfile --no-loadscope-reorder
 
 # The study of LoRA parameters that this project began with, on a small real model, and what becomes of its claims: about
 # an hour on two cores. LORAMETER_DOLLY names databricks-dolly-15k.jsonl(.gz); without it embedded records are used.
@@ -48,6 +48,7 @@ lint: $(STAMP)
 proof: proof-harness proof-models proof-statistics proof-levels proof-ab proof-attach proof-meter proof-profile proof-kernels proof-memory proof-reading proof-fuzz proof-faults proof-portable proof-history proof-lower-bound proof-ranks proof-ray proof-slurm proof-gpu
 
 proof-harness: BESIDE = tests/trial/test_planted.py tests/run/test_ab.py tests/profile/test_remedy.py \
+	tests/profile/requests/test_measure.py tests/run/executors/test_local.py \
 	tests/run/executors/test_shared_pages.py tests/parity/test_measure.py
 proof-harness proof-models: proof-%: $(STAMP)
 	$(call prove,$*,$(BIN)/pytest benchmarks/selftest/test_$*.py $(BESIDE) -m selftest -q --no-header -rs)
@@ -118,7 +119,7 @@ proof-fuzz: $(STAMP)
 # (about half an hour); and five hundred trials, a third of them broken (a quarter). What needs the right to
 # mount a disk is skipped without it.
 proof-faults: $(STAMP)
-	$(call prove,faults,$(BIN)/pytest tests -m faults -n 2 --dist loadfile -q --no-header -rs)
+	$(call prove,faults,$(BIN)/pytest tests -m faults -n 3 --dist loadfile -q --no-header -rs)
 	$(call prove,soak,$(BIN)/python benchmarks/selftest/soak.py)
 
 # The tests as narrower CPUs would run them, and all of them with nothing beside them and beside two busy loops, three

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -133,7 +134,8 @@ def swept(tmp_path_factory):
         "[controls]\nquantization='nf4'\n[[variant]]\nname='a'\nr=4\n[[variant]]\nname='b'\nr=8\n"
     )
     command = [sys.executable, "-m", "harness.cli", "run", str(study), "--json", "--runs-dir", str(folder / "runs")]
-    return subprocess.run(command, capture_output=True, text=True, check=False), folder / "runs"
+    bases = os.environ | {"LORAMETER_BASES": str(folder / "bases")}  # which another test may have prepared already
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=bases), folder / "runs"
 
 
 def test_a_run_prints_one_json_document(swept, capsys):

@@ -40,7 +40,7 @@ from harness.machine.repository import run_git
 ROOT = Path(__file__).parents[2]
 NARROW = Path(__file__).with_name("narrow_cpu")
 TESTS = ("tests/",)
-OPTIONS = ("-n", "2", "--dist", "loadfile", "--no-loadscope-reorder")
+OPTIONS = ("-n", "3", "--dist", "loadfile", "--no-loadscope-reorder")
 """Those of `make test`."""
 MOST_S = 3 * 3600.0
 """Limit of one run: what hangs ends its test before that, by the timeout of pyproject.toml."""

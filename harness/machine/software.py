@@ -16,8 +16,9 @@ def installed_packages() -> dict[str, str]:
     """Version of each distribution by its normal name; of several the first on the path, which an import would load."""
     found: dict[str, str] = {}
     for one in importlib.metadata.distributions():
-        if one.name:  # a half-removed distribution has no name
-            found.setdefault(normal_name(one.name), one.version)
+        metadata = one.metadata  # once: each look at it, `name` and `version` as well, reads and parses the file anew
+        if name := metadata["Name"]:  # a half-removed distribution has no name
+            found.setdefault(normal_name(name), metadata["Version"])
     return dict(sorted(found.items()))
 
 

@@ -20,9 +20,10 @@ def packages() -> "dict[str, str]":
     """
     found: dict[str, str] = {}
     for distribution in importlib.metadata.distributions():
-        name = distribution.metadata["Name"]
+        metadata = distribution.metadata  # once: each look at it reads and parses the file anew
+        name = metadata["Name"]
         if name:  # a half-removed distribution has no name
-            found.setdefault(re.sub(r"[-_.]+", "-", name).lower(), str(distribution.version) + _commit(distribution))
+            found.setdefault(re.sub(r"[-_.]+", "-", name).lower(), str(metadata["Version"]) + _commit(distribution))
     return dict(sorted(found.items()))
 
 

@@ -15,10 +15,10 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from harness.errors import UsageError, impossible, redact
 from harness.machine.repository import run_git
@@ -148,8 +148,9 @@ def _revision(
         raise impossible("ab", "side", spec, why, "Build an environment for each revision and name its Python.")
     report(f"compiling the modules of {spec}")
     _compile(host, [str(modules[name] / name) for name in modules if (modules[name] / name).is_dir()])
-    _prove(spec, host, modules, tree)
-    _prove_apart(spec, host, top, tree)
+    origins = inspect(host, [*modules, *NEEDED, *OWN_PACKAGES])["origins"]
+    _prove(spec, {name: origins[name] for name in modules}, tree)
+    _prove_apart(spec, {name: origins[name] for name in (*NEEDED, *OWN_PACKAGES)}, top, tree)
     short = commit[:9]
     label = spec if short.startswith(spec) or commit.startswith(spec) else f"{spec} ({short})"
     return OpenSide(spec=spec, kind="revision", host=host, label=label, declared=DECLARED["revision"])
@@ -194,10 +195,10 @@ def _roots(repository: Path, top: Path) -> list[Path]:
     return list(dict.fromkeys([*usual, *(entry.relative_to(top) for entry in installed if entry.is_relative_to(top))]))
 
 
-def _prove_apart(spec: str, host: Host, top: Path, tree: Path) -> None:
+def _prove_apart(spec: str, origins: Mapping[str, str | None], top: Path, tree: Path) -> None:
     """Nothing that a trial is made of would come from the working tree instead of the revision."""
     installed = [folder for folder in map(Path, sys.path) if folder.name in ("site-packages", "dist-packages")]
-    for name, origin in inspect(host, [*NEEDED, *OWN_PACKAGES])["origins"].items():
+    for name, origin in origins.items():
         found = Path(origin or "").resolve()
         if origin is None or found.is_relative_to(tree) or not found.is_relative_to(top):
             continue
@@ -258,7 +259,7 @@ def _requirements(
     facts = inspect(host, [*names, *OWN_PACKAGES])
     if any(facts["origins"][package] is None for package in OWN_PACKAGES):  # run from a checkout, not installed
         host = replace(host, path=(_own_packages(stack),))
-    _prove(spec, host, dict.fromkeys(names, layer), layer)
+    _prove(spec, inspect(host, names)["origins"], layer)  # of the host as it is now
     _prove_versions(spec, requirements, facts["packages"])
     label = " ".join(requirements)
     return OpenSide(spec=spec, kind="requirements", host=host, label=label, declared=DECLARED["requirements"])
@@ -293,9 +294,8 @@ def _compile(host: Host, folders: list[str]) -> None:
     subprocess.run(command, env=host.variables(os.environ), stdin=subprocess.DEVNULL, capture_output=True, check=False)
 
 
-def _prove(spec: str, host: Host, modules: dict[str, Any], root: Path) -> None:
+def _prove(spec: str, origins: Mapping[str, str | None], root: Path) -> None:
     """Each module of a side would be imported from `root`."""
-    origins: dict[str, str | None] = inspect(host, [*modules])["origins"]
     for name, origin in origins.items():
         if origin is None or not Path(origin).resolve().is_relative_to(root.resolve()):
             why = f"its module {name} would not be measured: an import loads {origin or 'nothing'} instead"

@@ -34,6 +34,7 @@ def taken(small_study, tmp_path_factory):
     return profile_requests(study, study.variant("nf4"), open_executor(), runs=folder)
 
 
+@pytest.mark.selftest
 def test_prefill_and_decode_are_apart(taken):
     """Unmerged and merged: phases, what ran, a model's weights multiplied and read, and shares of the peaks."""
     profile, _ = taken
@@ -50,6 +51,7 @@ def test_prefill_and_decode_are_apart(taken):
     assert served.decode.bytes - merged.decode.bytes == profile.sight.size.adapter_bytes
 
 
+@pytest.mark.selftest
 def test_the_model_is_counted_as_it_lies(taken):
     """The linear layers in 4 bits, whatever family they are of; the closed form says the same of this one."""
     profile, _ = taken
@@ -62,6 +64,7 @@ def test_the_model_is_counted_as_it_lies(taken):
     assert size.adapter_elements == round(profile.record.values["trainable_parameters"])
 
 
+@pytest.mark.selftest
 def test_a_cold_start_is_a_waterfall(taken):
     """Its parts are all there, none is negative, and they add up to it but for what no clock stands at."""
     profile, _ = taken
@@ -72,6 +75,7 @@ def test_a_cold_start_is_a_waterfall(taken):
     assert parts["cold_import_time_s"] < sum(parts.values()) <= total
 
 
+@pytest.mark.selftest
 def test_it_is_judged_and_shown_from_its_file(taken, capsys):
     """The file gives the same findings as the profile; both traces lie beside it."""
     profile, folder = taken
@@ -86,6 +90,7 @@ def test_it_is_judged_and_shown_from_its_file(taken, capsys):
         assert words in shown
 
 
+@pytest.mark.selftest
 def test_a_trial_that_was_not_recorded_is_judged_by_its_times(taken):
     """Where the profiler saw nothing, no rule of what ran finds anything, and all else is there."""
     profile, _ = taken
