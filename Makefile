@@ -18,8 +18,9 @@ bench: $(STAMP)
 	$(BIN)/pytest benchmarks/ --benchmark-save=$(NAME)
 
 # Three processes for two cores, as many tests wait for what they have started; each file in one of them, so that what a
-# file shares is made once. In the order of the tree: its first files start real processes and take longest. LORAMETER_TRACES names a folder with recordings of GPU runs (of torch.profiler
-# or nsys), each of which is judged as its own sums say; without it that test is skipped.
+# file shares is made once. In the order of the tree: its first files start real processes and take longest.
+# LORAMETER_TRACES names a folder with recordings of GPU runs (of torch.profiler or nsys), each of which is judged as its
+# own sums say; without it that test is skipped.
 test: $(STAMP)
 	$(BIN)/pytest tests/ -n 3 --dist loadfile --no-loadscope-reorder
 
