@@ -173,7 +173,7 @@ class Budget:
 
     def thin(self, plan: Plan, groups: Sequence[Group]) -> tuple[Group, ...]:
         """What is measured of the groups of a replicate: all, or as much as lets as many be measured as are sought."""
-        if self._limit_s is None:
+        if self._limit_s is None or not groups:
             return tuple(groups)
         following = [group for group in plan.groups if group.replicate == groups[0].replicate + 1]
         self._thinnest = thinned(plan, following, lambda thinner: False)
