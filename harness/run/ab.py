@@ -35,6 +35,7 @@ from harness.run.measure import Arm, executor_of, measure
 from harness.run.plan import Plan, make_plan
 from harness.run.rehearsal import REHEARSED
 from harness.run.resume import INJECTED, PRESENT, check_place, is_calibration, of_commands
+from harness.run.sites.venue import Venue
 from harness.run.stops import Stops
 from harness.studies.data_source import make_absolute
 from harness.studies.script import SIDE
@@ -101,6 +102,7 @@ def measure_ab(
     display: Display,
     notices: tuple[Notice, ...] = (),
     policy: Mapping[str, Any] | None = None,
+    venue: Venue | None = None,
 ) -> Run:
     """Make both sides ready, measure, and take them down.
 
@@ -114,6 +116,7 @@ def measure_ab(
         display: shows what is going on.
         notices: what was known before.
         policy: what it will be judged by, as JSON data; the manifest keeps it.
+        venue: on which sites; each has both sides.
 
     Raises:
         UsageError: a side that cannot be had, or that a command leaves no room for.
@@ -129,7 +132,7 @@ def measure_ab(
             rows = {slot.contender.injected_rows for slot in plan.slots if slot.side == name}
             kind = executor_of(plan.study)
             arms += arms_of(name, side.host, side.declared, about | {INJECTED: max(rows)}, kind)
-        return measure(plan, runs=runs, display=display, notices=notices, arms=arms, policy=policy)
+        return measure(plan, runs=runs, display=display, notices=notices, arms=arms, policy=policy, venue=venue)
 
 
 def arms_of_commands(plan: Plan) -> list[Arm]:
@@ -142,7 +145,9 @@ def arms_of_commands(plan: Plan) -> list[Arm]:
     return arms
 
 
-def resume_ab(run: Run, plan: Plan, *, repository: Path, cache: Path, display: Display) -> Run:
+def resume_ab(
+    run: Run, plan: Plan, *, repository: Path, cache: Path, display: Display, venue: Venue | None = None
+) -> Run:
     """Go on with an A/B that broke off: its sides are put up again as they were, and only what is missing is measured.
 
     Args:
@@ -151,6 +156,7 @@ def resume_ab(run: Run, plan: Plan, *, repository: Path, cache: Path, display: D
         repository: a folder in the repository whose revisions it compares.
         cache: where environments of requirements are kept.
         display: shows what is going on.
+        venue: on which sites.
 
     Raises:
         UsageError: another machine, a side that cannot be had any more, takes a credential that is not kept, or is
@@ -161,11 +167,11 @@ def resume_ab(run: Run, plan: Plan, *, repository: Path, cache: Path, display: D
     if of_commands(run.manifest):
         arms = arms_of_commands(plan)
         check_place(run, arms[0].executor.facts())
-        return measure(plan, runs=run.path.parent, display=display, arms=arms, resume=run.manifest.run)
+        return measure(plan, runs=run.path.parent, display=display, arms=arms, resume=run.manifest.run, venue=venue)
     if is_calibration(run.manifest):
         arms = [arm for name in SIDES for arm in arms_of(name, Host(), (), before[name])]
         check_place(run, arms[0].executor.facts())
-        return measure(plan, runs=run.path.parent, display=display, arms=arms, resume=run.manifest.run)
+        return measure(plan, runs=run.path.parent, display=display, arms=arms, resume=run.manifest.run, venue=venue)
     specs = {name: _spec_again(f"run {run.manifest.run}, {name}", before[name]) for name in SIDES}
     with _open_sides(specs, repository, cache) as sides:
         arms = []
@@ -174,7 +180,7 @@ def resume_ab(run: Run, plan: Plan, *, repository: Path, cache: Path, display: D
             _check_unchanged(run, name, made[0].executor.facts().host or {})
             arms += made
         check_place(run, arms[0].executor.facts())
-        return measure(plan, runs=run.path.parent, display=display, arms=arms, resume=run.manifest.run)
+        return measure(plan, runs=run.path.parent, display=display, arms=arms, resume=run.manifest.run, venue=venue)
 
 
 @contextlib.contextmanager
@@ -231,7 +237,14 @@ def arms_of(
     """Where one side is measured; the base has a second executor for its control (see `Arm` for the reason)."""
     names = [side, CONTROL_SUFFIX] if side == "base" else [side]
     return [
-        Arm(name=name, side=side, executor=open_executor(kind, host=host, label=name), declared=declared, about=about)
+        Arm(
+            name=name,
+            side=side,
+            executor=open_executor(kind, host=host, label=name),
+            host=host or Host(),
+            declared=declared,
+            about=about,
+        )
         for name in names
     ]
 

@@ -14,7 +14,8 @@ from harness.errors import InvalidRunError, UsageError
 from harness.records.record import Notice
 from harness.run.device import IfBusy
 from harness.run.ready import Ready
-from harness.run.sites.remote import RemoteStation, check_like, check_prepared
+from harness.run.sites.remote import RemoteStation
+from harness.run.sites.together import check_like, check_prepared
 from harness.run.written import WrittenPlan
 
 LOOK_S = 1.0
