@@ -87,7 +87,9 @@ def _measuring(command: argparse.ArgumentParser, efforts: tuple[str, ...], said:
 
 def run_ab(options: argparse.Namespace) -> int:
     """Measure, print, and end with the exit code of the verdicts under the policy."""
+    from harness.run.sites.sides import write_sides
     from harness.run.sites.venue import open_venue
+    from harness.studies.place import HERE
     from harness.verdicts.calibrate import MOST_ROWS
     from harness.verdicts.gate import load_policy
 
@@ -104,7 +106,10 @@ def run_ab(options: argparse.Namespace) -> int:
             word = name.upper() if name == "study" else f"--{name} SIDE"
             raise UsageError(f"ab: {word} is missing. Give it, or go on with an A/B that broke off by --resume RUN.")
     of, command = given or (None, "")
-    with open_venue(read_study(options, "", of=of), options.runs_dir) as venue:
+    study = read_study(options, "", of=of)
+    if study.protocol.on != HERE and not study.of_scripts:  # before anything waits in a queue
+        write_sides({"base": options.base, "candidate": options.candidate}, Path.cwd(), study.protocol.place.said)
+    with open_venue(study, options.runs_dir) as venue:
         run = _measured_there(venue, read_study(options, venue.machine.kind, of=of), command, options, policy)
     return show_ab(run, options)
 

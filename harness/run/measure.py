@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -47,7 +47,7 @@ from harness.run.sites.together import prepare_all
 from harness.run.sites.venue import Venue
 from harness.run.stopping import Stopping
 from harness.run.stops import Stops
-from harness.run.written import write_plan
+from harness.run.written import WrittenSide, write_plan
 from harness.studies.study import Study
 from harness.studies.workload import Workload
 
@@ -140,6 +140,7 @@ def measure(
     resume: str | None = None,
     policy: Mapping[str, Any] | None = None,
     venue: Venue | None = None,
+    check_facts: Callable[[Mapping[str, Facts]], object] = lambda facts: None,
 ) -> Run:
     """Measure a plan into a run directory and read it back. The first arm prepares the tokens of all.
 
@@ -152,6 +153,7 @@ def measure(
         resume: id of a run of this plan (`harness.run.resume`) to go on with; None for a new one.
         policy: what it will be judged by, as JSON data; the manifest keeps it.
         venue: on which sites: each of this machine has all arms, and others have arms of their own.
+        check_facts: may refuse, before anything is measured, what is said of the arms, by name.
 
     Raises:
         UsageError: data that cannot be read, or a run to go on with that another process writes or whose tokens differ.
@@ -186,13 +188,13 @@ def measure(
         lost: list[Notice] = []
         with stops.interruptible():
             if remote:
-                written, folder = write_plan(rest, plan), runs / run_id
+                written, folder = write_plan(rest, plan, _written(arms)), runs / run_id
                 without = None if venue.arrivals is None else lost
                 ready, remote = prepare_all(remote, written, rest, folder, budget.left_s, shown, without=without)
                 if venue.arrivals is not None:
                     late = partial(prepare_late, first=remote[0], ready=ready, plan=written, folder=folder)
                     joining = Joining(venue.arrivals, remote, lambda station: late(station, left_s=budget.left_s))
-                there, site = {"": remote[0].facts}, None
+                there, site = ready.sides or {"": remote[0].facts}, None
             else:
                 beside = [pair for station in local[1:] for pair in station.executors.items()]
                 for name, executor in (*executors.items(), *beside):
@@ -204,6 +206,7 @@ def measure(
                     rest, executors, shown, left_s=budget.left_s, tell_data=shown.tokens_prepared, check=check
                 )
                 there = {arm.name: arm.executor.facts() for arm in arms if arm is arms[0] or arm.name == arm.side}
+            check_facts(there)
             budget.cold_s = ready.cold_s
         stations: list[Station] = [*remote, *(dataclasses.replace(station, site=site) for station in local)]
         notices = (*notices, *ready.base_notices, *ready.cold_notices)
@@ -259,6 +262,15 @@ def measure(
         stopped = measured.stopped or (earlier.manifest.stopped if earlier else None)
         writer.finish(_status(measured), stopped=stopped, measured=trials, notices=(*lost, *measured.notices))
     return store.read_run(str(writer.path), runs)
+
+
+def _written(arms: Iterable[Arm]) -> tuple[WrittenSide, ...]:
+    """What other machines are told of the sides of an A/B."""
+    return tuple(
+        WrittenSide(side=arm.side, kind=arm.about["kind"], spec=arm.about["spec"])
+        for arm in arms
+        if arm.side and arm.name == arm.side
+    )
 
 
 def _is_watched() -> bool:

@@ -21,6 +21,7 @@ from harness.run.ready import Ready
 from harness.run.sites.block import Description, Message
 from harness.run.sites.local import check_alike
 from harness.run.sites.remote import RemoteStation
+from harness.run.sites.sides import check_sides
 from harness.run.written import WrittenPlan
 from harness.verdicts.comparand import differences
 
@@ -138,8 +139,10 @@ def prepare_all(
 
 
 def check_prepared(first: str, ready: Ready, other: str, found: Ready) -> None:
-    """Raises `InvalidRunError` where the other site has another program than the first, or makes other tokens."""
+    """Raises `InvalidRunError` where the other site has another program than the first, other sides of an A/B, or makes
+    other tokens."""
     check_alike(other, ready.hellos.values(), found.hellos.values())
+    check_sides(first, ready.sides, other, found.sides)
     for ours, theirs in zip(ready.tokens, found.tokens, strict=True):
         if ours.hash != theirs.hash:
             raise InvalidRunError(

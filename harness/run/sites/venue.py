@@ -20,7 +20,7 @@ from harness.run.sites.joining import Arrivals
 from harness.run.sites.local import Ground, check_spreadable, executors_of, local_sites
 from harness.run.sites.remote import RemoteStation
 from harness.run.sites.together import describe_all, free_bytes_of, hold_all, those_that_answer
-from harness.studies.place import HERE, is_batch, read_asked
+from harness.studies.place import HERE, is_batch, read_asked, say_on
 from harness.studies.study import Study
 
 
@@ -28,6 +28,8 @@ from harness.studies.study import Study
 class Venue:
     """One device of this machine unless it has sites: grounds on this machine, or stations on others."""
 
+    said: str = ""
+    """How the place was named, for messages."""
     grounds: tuple[Ground, ...] = ()
     stations: tuple[RemoteStation, ...] = ()
     """Described, and alike."""
@@ -89,7 +91,7 @@ def open_venue(study: Study, runs_dir: str | None) -> Iterator[Venue]:
         return
     check_spreadable(study, place.said)  # before anything waits in a queue
     if place.on == HERE:
-        yield Venue(grounds=local_sites(place.sites, open_executor().machine()))
+        yield Venue(said=place.said, grounds=local_sites(place.sites, open_executor().machine()))
     elif is_batch(place.on):
         with _open_jobs(place.on, runs_dir) as venue:
             yield venue
@@ -97,7 +99,7 @@ def open_venue(study: Study, runs_dir: str | None) -> Iterator[Venue]:
         from harness.run.sites.ray import open_stations
 
         with open_stations(place.on, place.sites) as stations:
-            yield Venue(stations=stations, notices=describe_all(stations))
+            yield Venue(said=place.said, stations=stations, notices=describe_all(stations))
 
 
 @contextlib.contextmanager
@@ -110,4 +112,5 @@ def _open_jobs(on: str, runs_dir: str | None) -> Iterator[Venue]:
     with open_jobs(asked, store.runs_dir(runs_dir, make=True)) as (found, notices, jobs):
         lost: list[Notice] = []
         found = those_that_answer(found, lost)
-        yield Venue(stations=tuple(found), notices=(*notices, *lost, *describe_all(found)), arrivals=jobs)
+        told = (*notices, *lost, *describe_all(found))
+        yield Venue(said=say_on(on), stations=tuple(found), notices=told, arrivals=jobs)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
+
+from harness.run.executors import ENV_EXECUTOR, EXECUTORS
 
 STUDY = """
 title = "two ranks of an adapter"
@@ -53,3 +58,19 @@ def results_of():
         return [getattr(record, name) for name in fields], learnt, values, record.tokens
 
     return tell
+
+
+@pytest.fixture
+def pretended(monkeypatch, tmp_path):
+    """This machine with two CPUs and an executor that only pretends: the module of it."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    monkeypatch.setitem(EXECUTORS, "pretending", "pretending")
+    monkeypatch.setenv(ENV_EXECUTOR, "pretending")
+    monkeypatch.setenv("PRETENDING", str(tmp_path))
+    monkeypatch.setenv("LORAMETER_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {4, 5})
+    monkeypatch.chdir(tmp_path)
+    import pretending
+
+    pretending.MADE.clear()
+    return pretending
