@@ -36,7 +36,7 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
         "metavar": "CLUSTER",
         "help": "measure replicates on the nodes of a Ray cluster (ray: that of this machine; ray://HOST:PORT: behind "
         "a client port), in jobs of SLURM (slurm:sites=4,partition=gpu,gres=gpu:1,time=60) or, to try that, in "
-        "processes of this machine (submitit-local:sites=2); here, in place of what the study says",
+        "processes of this machine (submitit-local:sites=2); here: in place of what the study says",
     },
     "if-busy": {
         "choices": ("wait", "refuse", "share"),
