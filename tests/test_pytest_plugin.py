@@ -7,6 +7,7 @@ the real executor gives such records is shown by `executors/test_local.py` and b
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -586,7 +587,7 @@ def sites_of(run):
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two sites of a CPU need two of its CPUs")
 def test_replicates_are_measured_on_several_sites_and_replayed(suite):
-    """In the words of the command line, or as the study says; what is no place is refused before anything is measured."""
+    """In the words of the command line, or as the study says; what is no place is refused."""
     refused = suite("--lorameter-sites=0,x")
     assert refused.ret == pytest.ExitCode.USAGE_ERROR
     refused.stderr.fnmatch_lines(["*sites = '0,x': numbers*"])

@@ -14,6 +14,7 @@ from harness.commands.page import check_page
 from harness.errors import EXIT_INVALID, EXIT_PASS, InvalidRunError, UsageError
 
 if TYPE_CHECKING:
+    from harness.machine.provenance import Machine
     from harness.records.record import Notice
     from harness.records.store import Run
     from harness.run.plan import Plan
@@ -26,6 +27,7 @@ CALIBRATION_REPLICATES = 24
 SETTLED_OPTIONS = (
     "base", "candidate", "effort", "replicates", "allow-disturbed", "model", "data", "precision", "variant", "phase",
     "inject-rows", "base-command", "candidate-command", "script", "cwd", "steps",
+    "mixed",
 )  # fmt: skip
 """Options that make an A/B; one that is gone on with has them."""
 CALIBRATED_STUDY = "training-step"
@@ -45,7 +47,7 @@ def add_commands(commands: Any, common: Any) -> None:
     add_script_options(ab)
     ab.add_argument("--resume", metavar="RUN", help="go on with an A/B that broke off, by its own study and sides")
     _measuring(ab, ("quick", "standard", "rigorous"), "3, 8 or 12 replicates; default 8")
-    add_options(ab.add_argument, "precision", "variant")
+    add_options(ab.add_argument, "precision", "mixed", "variant")
     ab.add_argument(
         "--phase", choices=("train", "generate", "cold"), action="append", default=[],
         help="what to measure, repeatable; default: train and generate",
@@ -121,10 +123,10 @@ def _measured_there(venue: Venue, study: Study, command: str, options: argparse.
     from harness.report.terminal import console_for, show
     from harness.run.ab import DEFAULT_PHASES, plan_ab
 
-    machine, runs = venue.machine, store.runs_dir(options.runs_dir, make=True)
+    runs = store.runs_dir(options.runs_dir, make=True)
 
-    def make() -> tuple[Plan, tuple[Notice, ...]]:
-        plan, notices = plan_ab(
+    def make(machine: Machine) -> tuple[Plan, tuple[Notice, ...]]:
+        return plan_ab(
             study,
             machine,
             free_bytes=venue.free_bytes,
@@ -134,15 +136,14 @@ def _measured_there(venue: Venue, study: Study, command: str, options: argparse.
             command=command,
             runs=runs,
         )
-        return plan, (*venue.notices, *notices)
 
-    plan, notices = make()
+    plan, notices = venue.plan(make)
     errors = console_for(stderr=True)
     with venue.hold(options.if_busy) as waited:
         if waited:
-            plan, notices = make()
+            plan, notices = venue.plan(make)
         show(tell_notices(notices), errors)
-        with LiveDisplay(errors, device=machine.device_name) as display:
+        with LiveDisplay(errors, device=venue.machine.device_name) as display:
             return _measured(plan, notices, runs, display, options, policy, venue, of_commands=bool(command))
 
 
@@ -208,6 +209,8 @@ def run_calibrate(options: argparse.Namespace) -> int:
             f"--variant: {', '.join(options.variant)}: a calibration measures one variant. Give one of them."
         )
     study = read_study(options, open_executor().machine().kind, CALIBRATION_REPLICATES)
+    if study.protocol.mixed:
+        raise UsageError(f"study {study.name}: mixed: a calibration is of one kind of machine. Take it out.")
     if study.protocol.on != HERE:
         raise UsageError(
             f"{say_on(study.protocol.on)}: a calibration is of the machine that it is started on, whose sites it may "
@@ -338,4 +341,5 @@ def read_study(options: argparse.Namespace, device: str, standard: int | None = 
         allow_disturbed=options.allow_disturbed,
         on=getattr(options, "on", HERE),  # what has no such option measures here
         sites=getattr(options, "sites", None),
+        mixed=getattr(options, "mixed", False),
     )

@@ -38,6 +38,10 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
         "a client port), in jobs of SLURM (slurm:sites=4,partition=gpu,gres=gpu:1,time=60) or, to try that, in "
         "processes of this machine (submitit-local:sites=2); here: in place of what the study says",
     },
+    "mixed": {
+        "action": "store_true",
+        "help": "let sites be unlike, other cards or CPUs: what is told is told of each site, and never of all",
+    },
     "if-busy": {
         "choices": ("wait", "refuse", "share"),
         "default": "wait",

@@ -215,6 +215,11 @@ class Session:
         from harness.run.sites.venue import Venue, open_venue
 
         place = self._study.protocol.place
+        if place.mixed:
+            raise UsageError(
+                f"{place.said}, mixed: pytest-benchmark has one row for a variant, and each site has its own. Measure "
+                "it by `lorameter run`."
+            )
         nothing = self._disabled or (self._resumed is not None and self._resumed.is_finished)
         if nothing and place.on != HERE:
             check_spreadable(self._study, place.said)

@@ -53,7 +53,9 @@ def go_on(options: argparse.Namespace, settled: Sequence[str], *, ab: bool = Fal
         errors = console_for(stderr=True)
         show((say(f"run {name} is complete: nothing is left to be measured.", indented=False),), errors)
         return run
-    with open_venue(study_of(run).with_overrides(on=options.on, sites=options.sites), options.runs_dir) as venue:
+    there = study_of(run)
+    here = there.with_overrides(on=options.on, sites=options.sites, mixed=there.protocol.mixed)
+    with open_venue(here, options.runs_dir) as venue:
         return _go_on_there(run, venue, options)
 
 

@@ -13,6 +13,7 @@ from harness.commands.run_scripts import SCRIPT_OPTIONS, add_script_options, stu
 from harness.errors import EXIT_INVALID, EXIT_PASS, UsageError
 
 if TYPE_CHECKING:
+    from harness.machine.provenance import Machine
     from harness.records.record import Notice
     from harness.records.store import Run
     from harness.run.plan import Plan
@@ -32,7 +33,7 @@ def add_commands(commands: Any, common: Any) -> None:
     run.add_argument(
         "--interleave", metavar="L", help="shared-base, lockstep or replicates; default: the finest possible"
     )
-    add_options(run.add_argument, "precision", "max-minutes", "allow-disturbed", "sites", "on", "if-busy")
+    add_options(run.add_argument, "precision", "max-minutes", "allow-disturbed", "sites", "on", "mixed", "if-busy")
     add_script_options(run)
     run.add_argument("--resume", metavar="RUN", help="go on with a run that broke off, by its own study and plan")
     run.add_argument("--dry-run", action="store_true", help="show the plan and what it will take, and measure nothing")
@@ -67,6 +68,7 @@ def _study(options: argparse.Namespace, device: str) -> Study:
         allow_disturbed=options.allow_disturbed,
         on=options.on,
         sites=options.sites,
+        mixed=options.mixed,
     )
 
 
@@ -82,8 +84,8 @@ def _run_on(venue: Venue, options: argparse.Namespace) -> int:
     machine = venue.machine
     study = _study(options, machine.kind)
 
-    def make() -> tuple[Plan, tuple[Notice, ...]]:
-        plan, notices = plan_study(
+    def make(machine: Machine) -> tuple[Plan, tuple[Notice, ...]]:
+        return plan_study(
             study,
             machine,
             free_bytes=venue.free_bytes,
@@ -93,15 +95,14 @@ def _run_on(venue: Venue, options: argparse.Namespace) -> int:
             runs=runs,
             shown_only=options.dry_run,
         )
-        return plan, (*venue.notices, *notices)
 
-    plan, notices = make()
+    plan, notices = venue.plan(make)
     if options.dry_run:
         return _dry_run(plan, machine, notices, runs, as_json=options.json)
     errors = console_for(stderr=True)
     with venue.hold(options.if_busy) as waited:
         if waited:
-            plan, notices = make()
+            plan, notices = venue.plan(make)
         show(tell_notices(notices), errors)
         with display_of(plan, machine, runs, errors) as display:
             run = measure(plan, runs=runs, display=display, notices=notices, venue=venue)
@@ -187,4 +188,7 @@ def _dry_run(plan: Any, machine: Any, notices: Any, runs: Path, *, as_json: bool
 def _controls(view: Any) -> dict[str, Any]:
     from harness.records import codec
 
-    return {table.phase: codec.to_json(table.control) for table in view.tables}
+    return {
+        f"{table.phase} on {table.site}" if table.site else table.phase: codec.to_json(table.control)
+        for table in view.tables
+    }

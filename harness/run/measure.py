@@ -192,7 +192,8 @@ def measure(
                 without = None if venue.arrivals is None else lost
                 ready, remote = prepare_all(remote, written, rest, folder, budget.left_s, shown, without=without)
                 if venue.arrivals is not None:
-                    late = partial(prepare_late, first=remote[0], ready=ready, plan=written, folder=folder)
+                    mixed = study.protocol.mixed
+                    late = partial(prepare_late, first=remote[0], ready=ready, plan=written, folder=folder, mixed=mixed)
                     joining = Joining(venue.arrivals, remote, lambda station: late(station, left_s=budget.left_s))
                 there, site = ready.sides or {"": remote[0].facts}, None
             else:
@@ -231,6 +232,7 @@ def measure(
                 run=run_id,
                 study=codec.to_json(study),
                 phases=plan.phases,
+                sites=tuple(station.name for station in stations) if study.protocol.mixed else (),
                 selection=tuple(variant.name for variant in variants_of(plan.contenders)),
                 own_workloads=codec.to_json(plan.own_workloads),
                 interleaving=plan.interleaving,

@@ -7,7 +7,6 @@ Whether there is such a card, cluster or queue is found out where it is opened (
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -53,6 +52,8 @@ class Place:
 
     on: str = HERE
     sites: tuple[str, ...] = ()
+    mixed: bool = False
+    """Whether sites may be unlike."""
 
     def __post_init__(self) -> None:
         if is_batch(self.on):
@@ -67,6 +68,10 @@ class Place:
             raise UsageError(
                 f"{say_on(self.on)}: not known. Use {HERE}, {RAY}, {RAY}://HOST:PORT of a cluster's client port, "
                 f"{SLURM}:KEY=VALUE,… or {LOCAL}."
+            )
+        if self.mixed and self.on == HERE and len(self.sites) < 2:
+            raise UsageError(
+                "mixed: there is one site here, which is like itself. Name several by sites, or take it out."
             )
         if not all(self.sites) or len(set(self.sites)) < len(self.sites):
             raise UsageError(
@@ -84,13 +89,15 @@ class Place:
         """For messages: the word that the place hangs on."""
         return say_sites(self.sites) if self.on == HERE else say_on(self.on)
 
-    def asked(self, *, on: str | None = None, sites: str | None = None) -> Place:
-        """This place with what a command line says, None where that says nothing.
+    def asked(self, *, on: str | None = None, sites: str | None = None, mixed: bool = False) -> Place:
+        """This place with what a command line says, None or False where that says nothing.
 
-        `sites` are names with commas between them. They are of one place, so another `on` comes without the old ones.
+        `sites` are names with commas between them. They, and whether they are unlike, are of one place, so another `on`
+        comes without them.
         """
-        place = self if on is None else Place(on=on)
-        return place if sites is None else dataclasses.replace(place, sites=split_sites(sites))
+        of_place = (self.on, self.sites, self.mixed) if on is None else (on, (), False)
+        named = of_place[1] if sites is None else split_sites(sites)
+        return Place(on=of_place[0], sites=named, mixed=of_place[2] or mixed)
 
     def _check_numbers(self) -> None:
         if not all(name.isascii() and name.isdigit() and len(name) < 5 for name in self.sites):

@@ -101,6 +101,9 @@ class Protocol:
     """On which of them at once, as `--sites` has it: cards of this machine, or shares of its CPUs, as `["0", "1"]`;
     names of nodes on Ray; never with SLURM, whose `on` says how many. Empty: one device here, all nodes of a cluster.
     Not in a profile."""
+    mixed: bool = field(default=False, metadata=codec.LATER)
+    """Let sites be unlike, other cards or CPUs, as `--mixed` has it: replicates are divided evenly, and every ratio is
+    of one site, with its own interval; nothing is taken over all of them. Not with a precision; not in a profile."""
 
     def __post_init__(self) -> None:
         limits.check_ranges("protocol", self, _RANGES)
@@ -129,12 +132,17 @@ class Protocol:
         if not self.step_timeout_s > 0:
             raise UsageError(f"protocol: step_timeout_s = {self.step_timeout_s}: must be positive. Use seconds.")
         limits.check_ranges("protocol", self, {"step_timeout_s": (0, limits.WEEK_S), "epochs": (0, 10**6)})
+        if self.mixed and self.precision is not None:
+            raise UsageError(
+                f"protocol: precision = {self.precision:g}: it is of one interval, and with mixed each site has its "
+                "own. Leave one of the two out, and give replicates."
+            )
         self.place  # noqa: B018  # what can be no place is refused
 
     @property
     def place(self) -> Place:
         """Where replicates are measured."""
-        return Place(on=self.on, sites=self.sites)
+        return Place(on=self.on, sites=self.sites, mixed=self.mixed)
 
     @property
     def total_steps(self) -> int:
@@ -153,7 +161,7 @@ class Protocol:
 
     def here(self) -> Protocol:
         """The same protocol on one device of this machine."""
-        return dataclasses.replace(self, on=HERE, sites=())
+        return dataclasses.replace(self, on=HERE, sites=(), mixed=False)
 
     def least(self) -> Protocol:
         """The least that still runs every phase once; nothing measured with it is reported."""

@@ -274,6 +274,7 @@ class Study:
         allow_disturbed: bool = False,
         on: str | None = None,
         sites: str | None = None,
+        mixed: bool = False,
     ) -> Study:
         """The same study on another model or data, at another effort, with limits or in another place; what is None
         stays.
@@ -299,8 +300,8 @@ class Study:
             protocol = dataclasses.replace(protocol, max_minutes=max_minutes, replicates=cap)
         if allow_disturbed:
             protocol = dataclasses.replace(protocol, allow_disturbed=True)
-        place = protocol.place.asked(on=on, sites=sites)
-        protocol = dataclasses.replace(protocol, on=place.on, sites=place.sites)
+        place = protocol.place.asked(on=on, sites=sites, mixed=mixed)
+        protocol = dataclasses.replace(protocol, on=place.on, sites=place.sites, mixed=place.mixed)
         return dataclasses.replace(self, workload=workload, protocol=protocol, replaced=replaced)
 
 

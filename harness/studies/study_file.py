@@ -47,7 +47,7 @@ _KEYS = ("title", "extends", "reference", "allow_fallback", "notes", *_SECTIONS,
 _OF_VARIANTS = (*_LISTS, "claim", "engine", "reference")
 """What speaks of variants, and does not outlive those that a study puts in their place."""
 _PROFILE_KEYS = ("devices", "allow_fallback", "notes", *_SECTIONS)
-_OF_PLACE = ("on", "sites")
+_OF_PLACE = ("on", "sites", "mixed")
 _OWN_RANDOM = "random:"
 
 

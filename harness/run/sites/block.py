@@ -258,7 +258,7 @@ class Post:
 
     def _put_up(self, sides: Iterable[WrittenSide], say: Callable[[Message], None]) -> dict[str, Host]:
         """The sides of an A/B, each in its host, until this process ends; what it takes is told in a log."""
-        hosts = {}
+        hosts: dict[str, Host] = {}
         for one in sides:
             log = self._name(f"side-{one.side}")
             side = open_side(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from harness.errors import InvalidRunError, UsageError, said_by
+from harness.machine.kinds import say_kind
 from harness.machine.provenance import Facts
 from harness.records import codec
 from harness.records.record import TrialRecord
@@ -73,6 +74,11 @@ class RemoteStation:
     def facts(self) -> Facts:
         """Of its machine."""
         return self.description.facts
+
+    @property
+    def machine(self) -> str:
+        """The kind of it, for a reader."""
+        return say_kind(self.facts.machine)
 
     def hold(self, if_busy: IfBusy, tell: Callable[[str], object]) -> bool:
         """Let nobody else measure there until the post ends; says whether it had to wait for somebody."""

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from harness.errors import InvalidRunError
 from harness.machine import provenance
+from harness.machine.kinds import OF_A_KIND
 from harness.records import codec
 from harness.records.record import Notice
 from harness.run.device import IfBusy
@@ -28,26 +29,30 @@ from harness.verdicts.comparand import differences
 T = TypeVar("T")
 
 
-def describe_all(stations: Sequence[RemoteStation]) -> tuple[Notice, ...]:
+def describe_all(stations: Sequence[RemoteStation], *, mixed: bool = False) -> tuple[Notice, ...]:
     """Ask all what they are; says what is to be known of them together.
 
     Raises `InvalidRunError` for one that is unlike the first, by its name, with what differs: times of different
-    machines are not those of one.
+    machines are not those of one. Where sites are `mixed` the machine may differ, and what is installed may not.
     """
     _at_once(stations, lambda station: station.description)
     for station in stations[1:]:
-        check_like(stations[0], station)
+        check_like(stations[0], station, mixed=mixed)
     return tuple(_sharing(stations))
 
 
-def check_like(first: RemoteStation, station: RemoteStation) -> None:
-    """Raises `InvalidRunError` for a site that is unlike the first, with what differs."""
-    found = differences(_likeness(first.description), _likeness(station.description))
+def check_like(first: RemoteStation, station: RemoteStation, *, mixed: bool = False) -> None:
+    """Raises `InvalidRunError` for a site that is unlike the first, with what differs; `mixed`: in more than the kind
+    of its machine."""
+    without = OF_A_KIND if mixed else ()
+    found = differences(_likeness(first.description, without), _likeness(station.description, without))
     if found:
         said = "; ".join(f"{one.field} is {one.candidate!r} there and {one.base!r} here" for one in found)
+        of_kind = all(one.field in OF_A_KIND for one in found)
         raise InvalidRunError(
             f"site {station.name} is unlike the first, {first.name}: {said}. Measure it in a run of its own: leave it "
-            "out by --sites on Ray, by nodelist, exclude or constraint on SLURM."
+            "out by --sites on Ray, by nodelist, exclude or constraint on SLURM"
+            f"{', or have each site judged by itself by --mixed' if of_kind else ''}."
         )
 
 
@@ -89,8 +94,9 @@ def free_bytes_of(stations: Sequence[RemoteStation]) -> int | None:
     return min(known)
 
 
-def _likeness(description: Description) -> dict[str, Any]:
-    place: dict[str, Any] = codec.to_json(provenance.comparable(provenance.place_of(description.facts)))
+def _likeness(description: Description, without: Sequence[str]) -> dict[str, Any]:
+    facts = provenance.comparable(provenance.place_of(description.facts), without)
+    place: dict[str, Any] = codec.to_json(facts)
     return {"harness": description.harness, **place}
 
 

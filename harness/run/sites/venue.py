@@ -8,20 +8,25 @@ its memory a site may take and whose device is to be held, and is told in the sa
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from harness.errors import UsageError
+from harness.machine.kinds import say_kind
 from harness.machine.provenance import Facts, Machine
 from harness.records import store
 from harness.records.record import Notice
 from harness.run.device import IfBusy, hold_devices, tell_stderr
 from harness.run.executors import open_executor
+from harness.run.plan import Plan
 from harness.run.sites.joining import Arrivals
 from harness.run.sites.local import Ground, check_spreadable, executors_of, local_sites
 from harness.run.sites.remote import RemoteStation
 from harness.run.sites.together import describe_all, free_bytes_of, hold_all, those_that_answer
-from harness.studies.place import HERE, is_batch, read_asked, say_on
+from harness.studies.place import HERE, Place, is_batch, read_asked
 from harness.studies.study import Study
+
+Planned = tuple[Plan, tuple[Notice, ...]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +48,12 @@ class Venue:
         return self.stations[0].facts.machine if self.stations else open_executor().machine()
 
     @property
+    def machines(self) -> tuple[Machine, ...]:
+        """All kinds of them, as far as they are known, that of `machine` first."""
+        kinds = {say_kind(one): one for one in (self.machine, *(station.facts.machine for station in self.stations))}
+        return tuple(kinds.values())
+
+    @property
     def facts(self) -> Facts:
         """Of that machine, and of what is installed there."""
         return self.stations[0].facts if self.stations else open_executor().facts()
@@ -60,6 +71,22 @@ class Venue:
     def is_spread(self) -> bool:
         """Whether replicates are measured on other machines, or on several sites of this one."""
         return bool(self.stations) or len(self.grounds) > 1
+
+    def plan(self, make: Callable[[Machine], Planned]) -> Planned:
+        """The plan for this place, with what is to be known of it; each kind of its machines must be able to measure
+        it.
+
+        Raises `UsageError` where they would alternate differently: trials of one run are alike.
+        """
+        plans = [make(machine) for machine in self.machines]
+        levels = dict.fromkeys(plan.interleaving for plan, _ in plans)
+        if len(levels) > 1:
+            raise UsageError(
+                f"mixed: trials would alternate otherwise on different sites: {', '.join(levels)}. Give one level for "
+                "all, --interleave replicates, or measure one kind in a run of its own."
+            )
+        told = dict.fromkeys(notice for _, notices in plans for notice in notices)
+        return plans[0][0], (*self.notices, *told)
 
     @contextlib.contextmanager
     def hold(self, if_busy: IfBusy) -> Iterator[bool]:
@@ -91,26 +118,26 @@ def open_venue(study: Study, runs_dir: str | None) -> Iterator[Venue]:
         return
     check_spreadable(study, place.said)  # before anything waits in a queue
     if place.on == HERE:
-        yield Venue(said=place.said, grounds=local_sites(place.sites, open_executor().machine()))
+        yield Venue(said=place.said, grounds=local_sites(place.sites, open_executor().machine(), mixed=place.mixed))
     elif is_batch(place.on):
-        with _open_jobs(place.on, runs_dir) as venue:
+        with _open_jobs(place, runs_dir) as venue:
             yield venue
     else:
         from harness.run.sites.ray import open_stations
 
         with open_stations(place.on, place.sites) as stations:
-            yield Venue(said=place.said, stations=stations, notices=describe_all(stations))
+            yield Venue(said=place.said, stations=stations, notices=describe_all(stations, mixed=place.mixed))
 
 
 @contextlib.contextmanager
-def _open_jobs(on: str, runs_dir: str | None) -> Iterator[Venue]:
+def _open_jobs(place: Place, runs_dir: str | None) -> Iterator[Venue]:
     from harness.run.sites.batch import check_here
     from harness.run.sites.slurm import open_jobs
 
-    asked = read_asked(on)
+    asked = read_asked(place.on)
     check_here(asked)
     with open_jobs(asked, store.runs_dir(runs_dir, make=True)) as (found, notices, jobs):
         lost: list[Notice] = []
         found = those_that_answer(found, lost)
-        told = (*notices, *lost, *describe_all(found))
-        yield Venue(said=say_on(on), stations=tuple(found), notices=told, arrivals=jobs)
+        told = (*notices, *lost, *describe_all(found, mixed=place.mixed))
+        yield Venue(said=place.said, stations=tuple(found), notices=told, arrivals=jobs)

@@ -3,44 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 
 import pytest
 
-from harness.cli import main
-from harness.records import store
-from harness.run import ab
-from harness.run.executors.host import Host
-from harness.run.executors.sides import OpenSide
 from harness.run.sites.venue import Venue
-
-
-@pytest.fixture
-def placed(study):
-    """A function that writes the study with lines of its own in [protocol]."""
-
-    def write(lines, **options):
-        path = study(**options)
-        path.write_text(path.read_text().replace("[protocol]", f"[protocol]\n{lines}"))
-        return path
-
-    return write
-
-
-@pytest.fixture
-def run(pretended, capsys, tmp_path):
-    """A function that runs a command, and gives its exit code, the last run, and what was said."""
-
-    def command(*words, meeting=1):
-        pretended.MEETINGS[:] = [pretended.Meeting(meeting)]
-        code = main([str(word) for word in words])
-        said = capsys.readouterr()
-        runs = sorted((tmp_path / "runs").glob("*/manifest.json"), key=lambda path: path.stat().st_mtime_ns)
-        last = store.read_run(str(runs[-1].parent), tmp_path / "runs") if runs else None
-        return code, last, " ".join((said.out + said.err).split())
-
-    return command
 
 
 def sites_of(run):
@@ -48,7 +15,7 @@ def sites_of(run):
 
 
 def break_off(run, *, keep):
-    """The run as if it had ended after its first `keep` trials."""
+    """The run as if it had ended after its first `keep` lines."""
     lines = (run.path / "trials.jsonl").read_text().splitlines(keepends=True)
     (run.path / "trials.jsonl").write_text("".join(lines[:keep]))
     manifest = json.loads((run.path / "manifest.json").read_text())
@@ -105,17 +72,6 @@ def test_sites_of_a_cpu_share_its_memory(pretended):
     grounds = local_sites(("0", "1"), pretended.MACHINE)
     assert Venue(grounds=grounds).free_bytes == Venue().free_bytes // 2
     assert not Venue(grounds=grounds[:1]).is_spread
-
-
-@pytest.fixture
-def two_pythons(monkeypatch):
-    """Sides that are interpreters of these names, whatever they are asked for by."""
-
-    @contextlib.contextmanager
-    def open_side(spec, **options):
-        yield OpenSide(spec=spec, kind="interpreter", host=Host(python=spec), label=spec, declared=("libraries",))
-
-    monkeypatch.setattr(ab, "open_side", open_side)
 
 
 def test_both_sides_of_an_ab_stand_on_each_site(placed, run, pretended, two_pythons):
