@@ -24,6 +24,7 @@ OVERRIDES = {
         "allow_disturbed": "--allow-disturbed",
         "on": "--on",
         "sites": "--sites",
+        "mixed": "--mixed",
     },
 }
 """What a command line may give in place of the study's own values, by the option that gives it."""

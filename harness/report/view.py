@@ -27,7 +27,7 @@ from harness.studies.stored import read_study
 from harness.studies.study import Study, unknown
 from harness.verdicts.comparand import is_memory
 from harness.verdicts.judging import LimitsOf, default_limits, matching
-from harness.verdicts.mixed import fault_of_sites, is_mixed, mixed_notice, runs_of_sites, say_machines
+from harness.verdicts.mixed import fault_of_sites, is_mixed, join_notices, runs_of_sites, say_machines
 from harness.verdicts.notices import notices_of
 from harness.verdicts.series import Groups, series_of
 from harness.verdicts.standing import Standing, standing_of
@@ -119,7 +119,6 @@ def _view_of_sites(run: Run, study: Study, asked: Asked) -> RunView:
     ]
     machines = say_machines(run.records)
     manifest = replace(run.manifest, provenance={**run.manifest.provenance, "device_name": machines})
-    told = (notice for view in views.values() for notice in view.notices)
     return RunView(
         run=run.manifest.run,
         path=str(run.path),
@@ -131,7 +130,7 @@ def _view_of_sites(run: Run, study: Study, asked: Asked) -> RunView:
         variants=tuple(_names(study, asked)),
         phases=tuple(dict.fromkeys(phase for view in views.values() for phase in view.phases)),
         failures=(*stands.failures, *fault_of_sites(run)),
-        notices=tuple(dict.fromkeys((mixed_notice(run), *told))),
+        notices=join_notices(run, {site: view.notices for site, view in views.items()}),
         counts=dict(Counter(record.status for record in run.records)),
         state=run.state,
         valid=stands.valid,

@@ -24,7 +24,7 @@ from harness.studies.stored import read_study
 from harness.studies.study import Study
 from harness.verdicts.comparand import Difference, Measurements, is_memory, measurements_of
 from harness.verdicts.judging import LimitsOf, SidePair, default_limits, default_metrics, judge_pairs, matching, rows_of
-from harness.verdicts.mixed import fault_of_sites, is_mixed, mixed_notice, runs_of_sites
+from harness.verdicts.mixed import fault_of_sites, is_mixed, join_notices, runs_of_sites
 from harness.verdicts.notices import run_notices
 from harness.verdicts.outcome import ComparisonReport, without_numbers
 from harness.verdicts.sameness import losses_of_run, sides_of_run
@@ -99,13 +99,12 @@ def _report_of_sites(run: Run, told: Mapping[str, ComparisonReport]) -> Comparis
         for site, report in told.items()
         for row in report.comparisons
     ]
-    notices = dict.fromkeys(notice for report in told.values() for notice in report.notices)
     return ComparisonReport(
         base=str(sides["base"]["label"]),
         candidate=str(sides["candidate"]["label"]),
         comparisons=tuple(rows),
         control={_on(phase, site): found for site, report in told.items() for phase, found in report.control.items()},
-        notices=(mixed_notice(run), *notices),
+        notices=join_notices(run, {site: report.notices for site, report in told.items()}),
         losses={_on(name, site): found for site, report in told.items() for name, found in report.losses.items()},
     )
 

@@ -8,7 +8,7 @@ site is judged by itself, and whoever takes records together without asking is r
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from harness.errors import UsageError
@@ -70,6 +70,19 @@ def mixed_notice(run: Run) -> Notice:
         "of the replicates, and no number is taken over all of them.",
         remedy="Read each site; for one number measure on machines of one kind.",
     )
+
+
+def join_notices(run: Run, told: Mapping[str, Sequence[Notice]]) -> tuple[Notice, ...]:
+    """What each site gives reason to say, by site, once where all of them do; before it what the run is."""
+    ways = [dict.fromkeys(notices) for notices in told.values()]
+    common = [notice for notice in next(iter(ways), {}) if all(notice in others for others in ways)]
+    own = [
+        dataclasses.replace(notice, message=f"{site}: {notice.message}")
+        for site, notices in told.items()
+        for notice in dict.fromkeys(notices)
+        if notice not in common
+    ]
+    return (mixed_notice(run), *common, *own)
 
 
 def refuse_mixed(run: Run, what: str) -> None:

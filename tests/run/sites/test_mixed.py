@@ -69,6 +69,14 @@ def test_a_report_gives_ratios_by_site_and_none_of_all(spread, run):
     assert "1.22" not in said  # the mean of the logarithms
 
 
+def test_notices_say_of_which_site_they_are_unless_of_all(spread):
+    """Each once."""
+    _, _, said = spread("run", slow={("cpus-1", "control"): 1.5})
+    assert said.count("the records are synthetic") == 1
+    assert "cpus-1: Training: the reference differs from itself" in said
+    assert "cpus-0: Training: the reference" not in said
+
+
 def test_the_command_that_measures_gives_the_control_of_each_site(spread):
     """Its document has one a site."""
     code, _, said = spread("run", "--json")
@@ -111,6 +119,15 @@ def test_runs_of_unlike_sites_are_listed_and_hide_no_other(spread, run):
     assert code == 0
     assert last.manifest.run[:15] in said
     assert "unlike" not in said
+
+
+def test_neither_a_page_nor_a_table_takes_sites_together(spread, run, tmp_path):
+    """They are refused with the reason."""
+    _, last, _ = spread("run")
+    for words in (("report", last.manifest.run, "--html", tmp_path / "page.html"), ("export", last.manifest.run)):
+        code, _, said = run(*words)
+        assert code == 2, words
+        assert "unlike machines" in said
 
 
 def test_a_gate_of_an_ab_lets_pass_what_every_site_lets_pass(spread, two_pythons):
