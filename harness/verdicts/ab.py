@@ -164,6 +164,7 @@ def compare_base_to_itself(run: Run) -> dict[str, Comparison | None]:
 
 def attribution_of(run: Run) -> Attribution:
     """What differs between the sides, and the ratio of every metric that both have; on each of several unlike sites."""
+    _study(run)  # which has sides
     facts = [_facts(run, side) for side in ("base", "candidate")]
     if is_mixed(run):
         sites = runs_of_sites(run).items()
