@@ -610,3 +610,12 @@ def test_a_cluster_is_not_asked_where_nothing_is_measured(suite):
     assert asked.ret == pytest.ExitCode.USAGE_ERROR
     asked.stderr.fnmatch_lines(["*on = 'slurm:sites=2': *"])
     assert not suite.measured()
+
+
+def test_unlike_sites_are_refused(suite):
+    """One row for a variant would take them together."""
+    (suite.path / "small.toml").write_text(STUDY.replace("[protocol]", '[protocol]\nsites = ["0", "1"]\nmixed = true'))
+    result = suite()
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*sites = '0,1', mixed: pytest-benchmark has one row for a variant*"])
+    assert not suite.measured()
