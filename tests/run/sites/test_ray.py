@@ -74,7 +74,7 @@ def test_what_cannot_be_measured_on_is_refused(on, words, capsys, monkeypatch):
     assert main(["run", "training-step", "--on", on]) == 2
     said = " ".join(capsys.readouterr().err.split())
     assert words.replace("\\", "") in said
-    assert f"--on {on}" in said
+    assert f"on = {on!r}" in said
 
 
 class Nodes:
