@@ -180,11 +180,7 @@ class Budget:
         if not self._ended:
             return tuple(groups)
         left = max(1, self._left - (self._replicate is not None))
-
-        def fits(thinner: Sequence[Group]) -> bool:
-            return left * (self.least_s(plan.study, thinner) or 0.0) <= self.left_s
-
-        return thinned(plan, groups, fits)
+        return thinned(plan, groups, lambda some: left * (self.least_s(plan.study, some) or 0.0) <= self.left_s)
 
     def settle_warm_up(self, steps: int) -> int:
         """The longest warm-up so far, in steps: where a training is cut, it ends after the same step in all replicates,
