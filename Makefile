@@ -7,6 +7,9 @@ STAMP  := $(VENV)/.installed
 # What was packed is for a machine where nothing is installed, not for the one that has packed it.
 GPU_PACKED := $(if $(wildcard $(STAMP)),,$(wildcard .gpu/site))
 
+# For the proofs whose program is pytest, which does not say on what it ran.
+SAY_MACHINE := $(BIN)/python -c "import sys; sys.path.insert(0, 'benchmarks/selftest'); import reading; print(reading.machine_line())"
+
 # A proof's name, and what prints it. Its output takes its place when all of it is there: while it runs the tree is as it
 # was committed, and one that was stopped has overwritten nothing.
 prove = ($(2)) > $(VENV)/$(1).txt; \
@@ -120,13 +123,13 @@ proof-fuzz: $(STAMP)
 # (about half an hour); and five hundred trials, a third of them broken (a quarter). What needs the right to
 # mount a disk is skipped without it.
 proof-faults: $(STAMP)
-	$(call prove,faults,$(BIN)/pytest tests -m faults -n 3 --dist loadfile -q --no-header -rs)
+	$(call prove,faults,$(SAY_MACHINE) && $(BIN)/pytest tests -m faults -n 3 --dist loadfile -q --no-header -rs --disable-warnings)
 	$(call prove,soak,$(BIN)/python benchmarks/selftest/soak.py)
 
 # The tests as narrower CPUs would run them, and all of them with nothing beside them and beside two busy loops, three
 # times each (hours; what was stopped goes on where it was, as long as no file has changed).
 proof-portable: $(STAMP)
-	$(call prove,portable,$(BIN)/python benchmarks/selftest/portable.py --keep $(VENV)/portable.jsonl)
+	$(call prove,portable,$(BIN)/python benchmarks/selftest/portable.py --keep reports/proof/portable.jsonl)
 
 # What a history finds in constructed years with the recorded noise, and what it invents (ten minutes); the index of a
 # thousand runs; and a planted commit among sixteen, looked for three times (a quarter of an hour on a machine to itself).
@@ -173,13 +176,13 @@ proof-ranks: $(STAMP)
 # Replicates on a Ray cluster of three nodes on this machine, of which one is killed, as is the driver (a quarter of an
 # hour on two cores). It needs the extra [ray] and is skipped without it.
 proof-ray: $(STAMP)
-	$(call prove,ray,$(BIN)/pytest tests/run/sites/test_ray.py -m selftest -q --no-header -rs)
+	$(call prove,ray,$(SAY_MACHINE) && $(BIN)/pytest tests/run/sites/test_ray.py -m selftest -q --no-header -rs)
 
 # Replicates in jobs of SLURM: slurmctld and two slurmd on this machine, whose jobs are requeued and cancelled and whose
 # driver is killed (ten minutes on two cores). It needs Debian's slurm-wlm (apt-get install slurm-wlm) and root, and is
 # skipped without.
 proof-slurm: $(STAMP)
-	$(call prove,slurm,$(BIN)/pytest tests/run/sites/test_slurm_cluster.py -m selftest -q --no-header -rs)
+	$(call prove,slurm,$(SAY_MACHINE) && $(BIN)/pytest tests/run/sites/test_slurm_cluster.py -m selftest -q --no-header -rs)
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lorameter needs Python 3.11 or newer")'

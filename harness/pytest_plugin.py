@@ -36,7 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--lorameter-effort", choices=("quick", "standard", "rigorous"), help="3, 8 or 12 replicates")
     add_options(group.addoption, "replicates", prefix=PREFIX)
     group.addoption("--lorameter-interleave", metavar="L", help="shared-base, lockstep or replicates; default: finest")
-    add_options(group.addoption, "precision", "max-minutes", "allow-disturbed", "if-busy", prefix=PREFIX)
+    add_options(group.addoption, "precision", "max-minutes", "allow-disturbed", "sites", "on", "if-busy", prefix=PREFIX)
     group.addoption(
         "--lorameter-dry-run", action="store_true", help="show the plan and what it will take, measure nothing"
     )

@@ -7,6 +7,7 @@ the real executor gives such records is shown by `executors/test_local.py` and b
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -578,3 +579,43 @@ def test_commands_are_benchmarks_like_any_other(suite, monkeypatch):
     assert slower.ret == pytest.ExitCode.TESTS_FAILED
     slower.stdout.fnmatch_lines(["Gate failed (exit 1)*1 regressed*", "*slow*step time*regressed*"])
     assert not (suite.path / "mark").exists()
+
+
+def sites_of(run):
+    return {json.loads(line).get("site", "") for line in (run / "trials.jsonl").read_text().splitlines()}
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two sites of a CPU need two of its CPUs")
+def test_replicates_are_measured_on_several_sites_and_replayed(suite):
+    """In the words of the command line, or as the study says; what is no place is refused."""
+    refused = suite("--lorameter-sites=0,x")
+    assert refused.ret == pytest.ExitCode.USAGE_ERROR
+    refused.stderr.fnmatch_lines(["*sites = '0,x': numbers*"])
+    (suite.path / "small.toml").write_text(STUDY.replace("[protocol]", '[protocol]\nsites = ["0", "1"]'))
+    suite("-k", "train", "--benchmark-save=spread").assert_outcomes(passed=2)
+    (run,) = (suite.path / ".lorameter" / "runs").iterdir()
+    assert sites_of(run) <= {"cpus-0", "cpus-1"}  # which of them is quicker is theirs
+    assert (suite.path / "measured").read_text() == "xx"
+    assert len(saved(suite, "*spread")["benchmarks"]) == 2
+
+
+def test_a_cluster_is_not_asked_where_nothing_is_measured(suite):
+    """With --benchmark-disable; what is said of it is read all the same, and else it is what is missing."""
+    suite("--lorameter-on=slurm:sites=2", "--benchmark-disable").assert_outcomes(skipped=6)
+    assert not (suite.path / ".lorameter").exists()
+    refused = suite("--lorameter-on=slurm:nodes=2", "--benchmark-disable")
+    assert refused.ret == pytest.ExitCode.USAGE_ERROR
+    refused.stderr.fnmatch_lines(["*on = 'slurm:nodes=2': 'nodes' is not known*"])
+    asked = suite("--lorameter-on=slurm:sites=2")
+    assert asked.ret == pytest.ExitCode.USAGE_ERROR
+    asked.stderr.fnmatch_lines(["*on = 'slurm:sites=2': *"])
+    assert not suite.measured()
+
+
+def test_unlike_sites_are_refused(suite):
+    """One row for a variant would take them together."""
+    (suite.path / "small.toml").write_text(STUDY.replace("[protocol]", '[protocol]\nsites = ["0", "1"]\nmixed = true'))
+    result = suite()
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*sites = '0,1', mixed: pytest-benchmark has one row for a variant*"])
+    assert not suite.measured()

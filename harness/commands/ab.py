@@ -14,9 +14,12 @@ from harness.commands.page import check_page
 from harness.errors import EXIT_INVALID, EXIT_PASS, InvalidRunError, UsageError
 
 if TYPE_CHECKING:
+    from harness.machine.provenance import Machine
     from harness.records.record import Notice
     from harness.records.store import Run
     from harness.run.plan import Plan
+    from harness.run.sites.venue import Venue
+    from harness.studies.study import Study
     from harness.verdicts.gate import Policy
 
 CALIBRATION_REPLICATES = 24
@@ -24,6 +27,7 @@ CALIBRATION_REPLICATES = 24
 SETTLED_OPTIONS = (
     "base", "candidate", "effort", "replicates", "allow-disturbed", "model", "data", "precision", "variant", "phase",
     "inject-rows", "base-command", "candidate-command", "script", "cwd", "steps",
+    "mixed",
 )  # fmt: skip
 """Options that make an A/B; one that is gone on with has them."""
 CALIBRATED_STUDY = "training-step"
@@ -43,7 +47,7 @@ def add_commands(commands: Any, common: Any) -> None:
     add_script_options(ab)
     ab.add_argument("--resume", metavar="RUN", help="go on with an A/B that broke off, by its own study and sides")
     _measuring(ab, ("quick", "standard", "rigorous"), "3, 8 or 12 replicates; default 8")
-    add_options(ab.add_argument, "precision", "variant")
+    add_options(ab.add_argument, "precision", "mixed", "variant")
     ab.add_argument(
         "--phase", choices=("train", "generate", "cold"), action="append", default=[],
         help="what to measure, repeatable; default: train and generate",
@@ -79,18 +83,15 @@ def add_commands(commands: Any, common: Any) -> None:
 
 def _measuring(command: argparse.ArgumentParser, efforts: tuple[str, ...], said: str) -> None:
     command.add_argument("--effort", choices=efforts, help=said)
-    add_options(command.add_argument, "replicates", "max-minutes", "allow-disturbed", "if-busy", "model", "data")
+    add_options(command.add_argument, "replicates", "max-minutes", "allow-disturbed", "sites", "on", "if-busy")
+    add_options(command.add_argument, "model", "data")
 
 
 def run_ab(options: argparse.Namespace) -> int:
     """Measure, print, and end with the exit code of the verdicts under the policy."""
-    from harness.records import store
-    from harness.report.live import LiveDisplay
-    from harness.report.notices import tell_notices
-    from harness.report.terminal import console_for, show
-    from harness.run.ab import DEFAULT_PHASES, plan_ab
-    from harness.run.device import hold_device
-    from harness.run.executors import open_executor
+    from harness.run.sites.sides import write_sides
+    from harness.run.sites.venue import open_venue
+    from harness.studies.place import HERE
     from harness.verdicts.calibrate import MOST_ROWS
     from harness.verdicts.gate import load_policy
 
@@ -106,14 +107,29 @@ def run_ab(options: argparse.Namespace) -> int:
         if getattr(options, name) is None:
             word = name.upper() if name == "study" else f"--{name} SIDE"
             raise UsageError(f"ab: {word} is missing. Give it, or go on with an A/B that broke off by --resume RUN.")
-    study, command = read_study(options, of=given[0] if given else None), given[1] if given else ""
-    executor, runs = open_executor(), store.runs_dir(options.runs_dir, make=True)
+    of, command = given or (None, "")
+    study = read_study(options, "", of=of)
+    if study.protocol.on != HERE and not study.of_scripts:  # before anything waits in a queue
+        write_sides({"base": options.base, "candidate": options.candidate}, Path.cwd(), study.protocol.place.said)
+    with open_venue(study, options.runs_dir) as venue:
+        run = _measured_there(venue, read_study(options, venue.machine.kind, of=of), command, options, policy)
+    return show_ab(run, options)
 
-    def make() -> tuple[Plan, tuple[Notice, ...]]:
+
+def _measured_there(venue: Venue, study: Study, command: str, options: argparse.Namespace, policy: Policy) -> Run:
+    from harness.records import store
+    from harness.report.live import LiveDisplay
+    from harness.report.notices import tell_notices
+    from harness.report.terminal import console_for, show
+    from harness.run.ab import DEFAULT_PHASES, plan_ab
+
+    runs = store.runs_dir(options.runs_dir, make=True)
+
+    def make(machine: Machine) -> tuple[Plan, tuple[Notice, ...]]:
         return plan_ab(
             study,
-            executor.machine(),
-            free_bytes=executor.free_bytes(),
+            machine,
+            free_bytes=venue.free_bytes,
             select=options.variant,
             phases=options.phase or (study.protocol.phases if study.trains_only else DEFAULT_PHASES),
             injected_rows=options.inject_rows,
@@ -121,15 +137,14 @@ def run_ab(options: argparse.Namespace) -> int:
             runs=runs,
         )
 
-    plan, notices = make()
+    plan, notices = venue.plan(make)
     errors = console_for(stderr=True)
-    with hold_device(executor, options.if_busy) as waited:
+    with venue.hold(options.if_busy) as waited:
         if waited:
-            plan, notices = make()
+            plan, notices = venue.plan(make)
         show(tell_notices(notices), errors)
-        with LiveDisplay(errors, device=executor.machine().device_name) as display:
-            run = _measured(plan, notices, runs, display, options, policy, of_commands=bool(command))
-    return show_ab(run, options)
+        with LiveDisplay(errors, device=venue.machine.device_name) as display:
+            return _measured(plan, notices, runs, display, options, policy, venue, of_commands=bool(command))
 
 
 def _measured(
@@ -139,6 +154,7 @@ def _measured(
     display: Any,
     options: argparse.Namespace,
     policy: Policy,
+    venue: Venue,
     *,
     of_commands: bool,
 ) -> Run:
@@ -161,6 +177,7 @@ def _measured(
         display=display,
         notices=notices,
         policy=kept,
+        venue=venue,
     )
 
 
@@ -175,6 +192,9 @@ def run_calibrate(options: argparse.Namespace) -> int:
     """Size the slow-down by a pilot, measure, print what the gate can see here."""
     import dataclasses
 
+    from harness.run.executors import open_executor
+    from harness.run.sites.venue import open_venue
+    from harness.studies.place import HERE, say_on
     from harness.verdicts.calibrate import LEAST_TO_CALIBRATE, MOST_ROWS, PILOT_ROWS, PLANTED, rows_for
 
     if options.resume:
@@ -188,7 +208,14 @@ def run_calibrate(options: argparse.Namespace) -> int:
         raise UsageError(
             f"--variant: {', '.join(options.variant)}: a calibration measures one variant. Give one of them."
         )
-    study = read_study(options, standard=CALIBRATION_REPLICATES)
+    study = read_study(options, open_executor().machine().kind, CALIBRATION_REPLICATES)
+    if study.protocol.mixed:
+        raise UsageError(f"study {study.name}: mixed: a calibration is of one kind of machine. Take it out.")
+    if study.protocol.on != HERE:
+        raise UsageError(
+            f"{say_on(study.protocol.on)}: a calibration is of the machine that it is started on, whose sites it may "
+            "take. Start it on a node, with --on here."
+        )
     if study.protocol.replicates < LEAST_TO_CALIBRATE:
         raise UsageError(
             f"{study.protocol.replicates} replicates: gates are drawn from them, which takes {LEAST_TO_CALIBRATE} or "
@@ -198,15 +225,17 @@ def run_calibrate(options: argparse.Namespace) -> int:
     study = dataclasses.replace(study, protocol=dataclasses.replace(study.protocol, precision=None))
     variant = study.variant(options.variant[0]) if options.variant else study.variant(study.reference)
     rows = options.inject_rows
-    if rows is None:
-        pilot = dataclasses.replace(study, protocol=dataclasses.replace(study.protocol, replicates=3))
-        seen = []
-        for count in PILOT_ROWS:
-            run = _measured_here(pilot, variant.name, count, options)
-            _require_whole(run, "it sizes the slow-down of a calibration. Calibrate anew")
-            seen.append(calibration_ratio(run, variant.name))
-        rows = rows_for(PLANTED, *seen)
-    return _show_calibration(_measured_here(study, variant.name, rows, options), options)
+    with open_venue(study, options.runs_dir) as venue:
+        if rows is None:
+            pilot = dataclasses.replace(study, protocol=dataclasses.replace(study.protocol, replicates=3))
+            seen = []
+            for count in PILOT_ROWS:
+                run = _measured_here(pilot, variant.name, count, venue, options)
+                _require_whole(run, "it sizes the slow-down of a calibration. Calibrate anew")
+                seen.append(calibration_ratio(run, variant.name))
+            rows = rows_for(PLANTED, *seen)
+        run = _measured_here(study, variant.name, rows, venue, options)
+    return _show_calibration(run, options)
 
 
 def _calibrate_on(options: argparse.Namespace) -> int:
@@ -265,22 +294,20 @@ def calibration_ratio(run: Run, name: str) -> float:
     return found.ratio
 
 
-def _measured_here(study: Any, name: str, rows: int, options: argparse.Namespace) -> Run:
+def _measured_here(study: Study, name: str, rows: int, venue: Venue, options: argparse.Namespace) -> Run:
     """An A/B of the present interpreter with itself, the candidate with extra work; training only."""
     from harness.records import store
     from harness.report.live import LiveDisplay
     from harness.report.notices import tell_notices
     from harness.report.terminal import console_for, show
     from harness.run.ab import arms_of_present, plan_ab
-    from harness.run.device import hold_device
-    from harness.run.executors import open_executor
     from harness.run.measure import measure
 
-    executor, runs = open_executor(), store.runs_dir(options.runs_dir, make=True)
+    runs = store.runs_dir(options.runs_dir, make=True)
     plan, notices = plan_ab(
         study,
-        executor.machine(),
-        free_bytes=executor.free_bytes(),
+        venue.machine,
+        free_bytes=venue.free_bytes,
         select=[name],
         phases=("train",),
         injected_rows=rows,
@@ -288,21 +315,22 @@ def _measured_here(study: Any, name: str, rows: int, options: argparse.Namespace
     )
     errors = console_for(stderr=True)
     show(tell_notices(notices), errors)
-    with hold_device(executor, options.if_busy), LiveDisplay(errors) as display:
-        return measure(plan, runs=runs, display=display, notices=notices, arms=arms_of_present(rows))
+    with venue.hold(options.if_busy), LiveDisplay(errors) as display:
+        arms = arms_of_present(rows)
+        return measure(plan, runs=runs, display=display, notices=notices, arms=arms, venue=venue)
 
 
-def read_study(options: argparse.Namespace, standard: int | None = None, of: Any = None) -> Any:
+def read_study(options: argparse.Namespace, device: str, standard: int | None = None, of: Study | None = None) -> Study:
     """The study that is named, or `of`, with the options' changes; 8 replicates, or `standard`, unless something else
-    is asked for."""
-    from harness.run.executors import open_executor
+    is asked for. `device` chooses its profile."""
+    from harness.studies.place import HERE
     from harness.studies.study_file import load_study
 
     if options.effort and options.replicates is not None:
         raise UsageError("--effort and --replicates both set the replicates. Give one of them.")
     precision = getattr(options, "precision", None)
     decided = options.effort or options.replicates is not None or precision is not None
-    study = of if of is not None else load_study(options.study, device=open_executor().machine().kind)
+    study = of if of is not None else load_study(options.study, device=device)
     return study.with_overrides(
         model=options.model,
         data=options.data,
@@ -311,4 +339,7 @@ def read_study(options: argparse.Namespace, standard: int | None = None, of: Any
         precision=precision,
         max_minutes=options.max_minutes,
         allow_disturbed=options.allow_disturbed,
+        on=getattr(options, "on", HERE),  # what has no such option measures here
+        sites=getattr(options, "sites", None),
+        mixed=getattr(options, "mixed", False),
     )

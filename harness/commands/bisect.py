@@ -55,7 +55,7 @@ def run_bisect(options: argparse.Namespace) -> int:
 
     if options.metric not in METRICS:
         raise UsageError(f"--metric {options.metric}: no metric with an interval. Use one of {', '.join(METRICS)}.")
-    study = read_study(options)
+    study = read_study(options, open_executor().machine().kind)
     if study.of_scripts:
         raise UsageError(f"bisect: study {study.name} is of scripts. Compare two sides of one with `lorameter ab`.")
     variant = study.variant(options.variant or study.reference).name

@@ -73,6 +73,8 @@ class TableOf(msgspec.Struct, forbid_unknown_fields=True):
     note: str
     alone: bool = False
     """Whether there is nothing to compare with."""
+    site: str = ""
+    """Of which site alone, where sites are unlike."""
 
 
 class ReportOfRun(msgspec.Struct, forbid_unknown_fields=True):
@@ -112,6 +114,8 @@ class ComparedOf(msgspec.Struct, forbid_unknown_fields=True):
     replicates: int
     replicates_needed: int | None
     mde80: float | None
+    site: str = ""
+    """On which site, where sites are unlike."""
 
 
 class Differs(msgspec.Struct, forbid_unknown_fields=True):
@@ -175,7 +179,7 @@ class RunOf(msgspec.Struct, forbid_unknown_fields=True):
     status: str
     """ok or invalid."""
     control: dict[str, Ratio | None]
-    """By phase."""
+    """By phase; by phase and site, as `train on n1`, where sites are unlike."""
     trials: dict[str, int]
     """By status."""
 

@@ -36,7 +36,11 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
         "metavar": "CLUSTER",
         "help": "measure replicates on the nodes of a Ray cluster (ray: that of this machine; ray://HOST:PORT: behind "
         "a client port), in jobs of SLURM (slurm:sites=4,partition=gpu,gres=gpu:1,time=60) or, to try that, in "
-        "processes of this machine (submitit-local:sites=2)",
+        "processes of this machine (submitit-local:sites=2); here: in place of what the study says",
+    },
+    "mixed": {
+        "action": "store_true",
+        "help": "let sites be unlike, other cards or CPUs: what is told is told of each site, and never of all",
     },
     "if-busy": {
         "choices": ("wait", "refuse", "share"),

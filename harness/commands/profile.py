@@ -76,6 +76,7 @@ def run_profile(options: argparse.Namespace) -> int:
     from harness.report.tried import describe_tried
     from harness.run.device import hold_device
     from harness.run.executors import open_executor
+    from harness.studies.place import HERE
     from harness.studies.study_file import load_variant
 
     of_requests = options.phase == "generate"
@@ -84,7 +85,7 @@ def run_profile(options: argparse.Namespace) -> int:
     check_page(options.html)
     executor, runs = open_executor(), store.runs_dir(options.runs_dir, make=True)
     study, variant = load_variant(options.variant, profile=options.profile, device=executor.machine().kind)
-    study = study.with_overrides(model=options.model, data=options.data, effort=options.effort)
+    study = study.with_overrides(model=options.model, data=options.data, effort=options.effort, on=HERE)
     errors = console_for(stderr=True)
 
     def tell(text: str) -> None:

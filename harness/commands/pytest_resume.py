@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from harness.records.store import Run
     from harness.run.display import Display
-    from harness.run.executors import Executor
+    from harness.run.sites.venue import Venue
 
 OPTION = "--lorameter-resume"
 
@@ -60,7 +60,12 @@ class ResumedRun:
         self.variants = run.manifest.selection or tuple(variant.name for variant in self.study.variants)
         """Names of those that the run measures."""
 
-    def measure(self, executor: Executor, display: Display) -> Run:
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing is left of it."""
+        return is_finished(self._run)
+
+    def measure(self, venue: Venue, display: Display) -> Run:
         """What is left of the run; one of which nothing is, or not here, is given back as it is.
 
         Raises `UsageError` and `InvalidRunError`.
@@ -72,11 +77,11 @@ class ResumedRun:
             tell(f"run {run.manifest.run} is complete: nothing is left to be measured.")
             return run
         try:
-            check_place(run, executor.facts())
+            check_place(run, venue.facts)
             plan = plan_of(run, max_minutes=self._max_minutes)
         except UsageError as refusal:
             if run.manifest.status != "complete":
                 raise
             tell(f"{refusal} What it has is replayed.")  # it came to its end, if not to a good one
             return run
-        return measure(plan, runs=run.path.parent, display=display, resume=run.manifest.run)
+        return measure(plan, runs=run.path.parent, display=display, resume=run.manifest.run, venue=venue)

@@ -3,50 +3,37 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from harness.commands.page import check_page, save_run_page
+from harness.commands.pytest_clock import ReplayClock
 from harness.errors import LorameterError, UsageError
 from kernels_check.streams import Aside
 from kernels_check.visible import make_visible
 
 if TYPE_CHECKING:
+    from harness.machine.provenance import Facts
     from harness.records.record import Notice, TrialRecord
     from harness.records.store import Run
     from harness.report.table import Document
     from harness.run.executors import Executor
     from harness.run.plan import Plan
+    from harness.run.sites.venue import Venue
     from harness.studies.study import Study
     from harness.verdicts.gate import GateResult
 
 
 PLUGIN = "lorameter-session"
 DEFAULT_STUDY = "lora-or-qlora"
+HERE = "here"
+"""As `harness.studies.place` has it, which is not imported in projects that do not use the plugin."""
 DRY = "--lorameter-dry-run: the plan is shown at the end, and nothing was measured"
 NOTHING_MEASURED = "--benchmark-disable: nothing was measured, so nothing was stored and nothing can be replayed"
-
-
-class ReplayClock:
-    """A clock that gives back recorded durations: each pair of readings is 0 and the next duration, so that their
-    difference is the recorded float to the last bit."""
-
-    def __init__(self) -> None:
-        self._durations: Iterator[float] = iter(())
-        self._started = False
-
-    def load(self, durations: tuple[float, ...]) -> None:
-        """The durations to give back, in order."""
-        self._durations = iter(durations)
-        self._started = False
-
-    def __call__(self) -> float:
-        """One reading, in seconds."""
-        self._started = not self._started
-        return 0.0 if self._started else next(self._durations)
 
 
 class Session:
@@ -67,7 +54,11 @@ class Session:
         with _usage_errors():
             check_page(self._html, "--lorameter-html")
             self._resumed = load_resumed(config)
-            self._study = self._load()
+            self._study = self._load("")
+            self._facts: Facts | None = None
+            """Of where it is measured, if that is another machine."""
+            if self._study.protocol.on == HERE:  # else the profile is that of what is found there
+                self._study = self._load(self._executor().machine().kind)
             self._gate = load_gate(config, measures=not (self._disabled or self._skipped or self._dry))
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
@@ -100,20 +91,22 @@ class Session:
         collecting = self._config.option.collectonly or session.testsfailed
         if not items or self._skipped or collecting:
             return
-        with _usage_errors():
+        names = [str(item.callspec.params["variant_name"]) for item, _ in items]  # type: ignore[attr-defined]
+        phases = {phase for _, phase in items}
+        with _usage_errors(), self._opened() as venue:
+            if venue.stations:
+                self._facts, self._study = venue.facts, self._load(venue.machine.kind)
             if self._gate is not None:
                 from harness.machine.provenance import comparable, fingerprint
 
                 facts = self._provenance()
                 self._gate.prepare(self._study, comparable(facts), fingerprint(facts))
-            names = [str(item.callspec.params["variant_name"]) for item, _ in items]  # type: ignore[attr-defined]
-            phases = {phase for _, phase in items}
             if self._dry:
-                self._planned = self._foresee(names, phases)
+                self._planned = self._foresee(names, phases, venue)
             elif not self._disabled:
-                self._run = self._measure(names, phases)
-            elif self._resumed is None:
-                self._plan(names, phases, make=False)
+                self._run = self._measure(names, phases, venue)
+            elif self._resumed is None and self._study.protocol.on == HERE:
+                self._plan(names, phases, venue, make=False)
 
     @pytest.fixture
     def replay(self, request: pytest.FixtureRequest, variant_name: str) -> Callable[[], None]:
@@ -216,13 +209,31 @@ class Session:
 
             output_json["lorameter"] = about_run(self._run)
 
-    def _load(self) -> Study:
+    def _opened(self) -> AbstractContextManager[Venue]:
+        """Where it is measured; for what measures nothing no cluster is asked."""
+        from harness.run.sites.local import check_spreadable
+        from harness.run.sites.venue import Venue, open_venue
+
+        place = self._study.protocol.place
+        if place.mixed:
+            raise UsageError(
+                f"{place.said}, mixed: pytest-benchmark has one row for a variant, and each site has its own. Measure "
+                "it by `lorameter run`."
+            )
+        nothing = self._disabled or (self._resumed is not None and self._resumed.is_finished)
+        if nothing and place.on != HERE:
+            check_spreadable(self._study, place.said)
+            return nullcontext(Venue())
+        return open_venue(self._study, self._config.getoption("--lorameter-runs-dir"))
+
+    def _load(self, device: str) -> Study:
         from harness.studies.study_file import load_study
 
-        if self._resumed is not None:
-            return self._resumed.study
         option = self._config.getoption
-        profile, device = option("--lorameter-profile"), self._executor().machine().kind
+        place = {"on": option("--lorameter-on"), "sites": option("--lorameter-sites")}
+        if self._resumed is not None:
+            return self._resumed.study.with_overrides(**place)
+        profile = option("--lorameter-profile")
         study = load_study(option("--lorameter-study") or DEFAULT_STUDY, profile=profile, device=device)
         return study.with_overrides(
             model=option("--lorameter-model"),
@@ -232,54 +243,55 @@ class Session:
             precision=option("--lorameter-precision"),
             max_minutes=option("--lorameter-max-minutes"),
             allow_disturbed=option("--lorameter-allow-disturbed"),
+            **place,
         )
 
-    def _measure(self, names: list[str], phases: set[str]) -> Run:
+    def _measure(self, names: list[str], phases: set[str], venue: Venue) -> Run:
         from harness.commands.display import display_of
         from harness.report.live import LiveDisplay
         from harness.report.notices import tell_notices
         from harness.report.terminal import console_for, show
-        from harness.run.device import hold_device
         from harness.run.measure import measure
 
         console = console_for(Aside(sys.stderr))
-        held = hold_device(self._executor(), self._config.getoption("--lorameter-if-busy"))
+        held = venue.hold(self._config.getoption("--lorameter-if-busy"))
         if self._resumed is not None:
             with held, LiveDisplay(console) as display:
-                return self._resumed.measure(self._executor(), display)
-        plan, notices, runs = self._plan(names, phases, make=True)
+                return self._resumed.measure(venue, display)
+        plan, notices, runs = self._plan(names, phases, venue, make=True)
         show(tell_notices(notices), console)
-        with held, display_of(plan, self._executor().machine(), runs, console) as display:
-            return measure(plan, runs=runs, display=display, notices=notices)
+        with held, display_of(plan, venue.machine, runs, console) as display:
+            return measure(plan, runs=runs, display=display, notices=notices, venue=venue)
 
-    def _foresee(self, names: list[str], phases: set[str]) -> Document:
+    def _foresee(self, names: list[str], phases: set[str], venue: Venue) -> Document:
         """The plan of the session and what it will take. Raises `UsageError` for what cannot be measured here."""
         from harness.report.plan import describe_plan
         from harness.run.forecast import forecast
 
         if self._resumed is not None:
             raise UsageError("--lorameter-dry-run: a run that is gone on with has its plan. Leave one of the two out.")
-        plan, notices, runs = self._plan(names, phases, make=False)
-        machine = self._executor().machine()
-        return describe_plan(plan, forecast(plan, machine, runs), machine, notices)
+        plan, notices, runs = self._plan(names, phases, venue, make=False)
+        return describe_plan(plan, forecast(plan, venue.machine, runs), venue.machine, notices)
 
-    def _plan(self, names: list[str], phases: set[str], *, make: bool) -> tuple[Plan, tuple[Notice, ...], Path]:
+    def _plan(
+        self, names: list[str], phases: set[str], venue: Venue, *, make: bool
+    ) -> tuple[Plan, tuple[Notice, ...], Path]:
         """What the tests need, and the folder of runs, to be made or not. Raises `UsageError` for what cannot be
-        measured here."""
+        measured there."""
         from harness.records import store
         from harness.run.measure import plan_study
 
-        executor, runs = self._executor(), store.runs_dir(self._config.getoption("--lorameter-runs-dir"), make=make)
+        runs = store.runs_dir(self._config.getoption("--lorameter-runs-dir"), make=make)
         plan, notices = plan_study(
             self._study,
-            executor.machine(),
-            free_bytes=executor.free_bytes(),
+            venue.machine,
+            free_bytes=venue.free_bytes,
             select=names,
             phases=sorted(phases),
             interleaving=self._config.getoption("--lorameter-interleave"),
             runs=runs,
         )
-        return plan, notices, runs
+        return plan, (*venue.notices, *notices), runs
 
     def _executor(self) -> Executor:
         from harness.run.executors import open_executor
@@ -289,7 +301,7 @@ class Session:
     def _provenance(self) -> dict[str, Any]:
         from harness.machine.provenance import collect
 
-        return collect(self._study, self._executor().facts(), self._study.workload.threads)
+        return collect(self._study, self._facts or self._executor().facts(), self._study.workload.threads)
 
 
 class _usage_errors:  # noqa: N801 - reads as a statement

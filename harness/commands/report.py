@@ -107,9 +107,12 @@ def document_of(run: Run, view: RunView) -> Document:
     """All that is said of a run that compares variants."""
     from harness.report.run import describe_run
     from harness.studies.stored import read_study
+    from harness.verdicts.mixed import is_mixed
 
     document = describe_run(view)
-    if read_study(run).claims:
+    if read_study(run).claims and not is_mixed(
+        run
+    ):  # a claim is of one kind of machine, and the notices say what this is
         from harness.report.claims import describe_verdicts
         from harness.verdicts.claims import judge_claims
 

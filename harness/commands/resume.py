@@ -8,26 +8,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.commands.output import print_json
-from harness.commands.remote import Cluster
 from harness.errors import UsageError
 
 if TYPE_CHECKING:
     from harness.records.store import Run
+    from harness.run.sites.venue import Venue
 
 SHOWN = {"script": "command"}
 """Options by the name under which they are kept, where that is another."""
 
 
-def go_on(
-    options: argparse.Namespace, settled: Sequence[str], *, ab: bool = False, cluster: Cluster | None = None
-) -> Run | None:
+def go_on(options: argparse.Namespace, settled: Sequence[str], *, ab: bool = False) -> Run | None:
     """Go on with a run that broke off, lost lines or was disturbed; one of which nothing is left is given back.
+
+    The rest is measured where the run was, or where `--on` and `--sites` say.
 
     Args:
         options: of the command; the run in `resume`.
         settled: names of those of its options that the run has settled, and that may not be given.
         ab: whether the run must be an A/B.
-        cluster: where the rest is measured, if it has sites.
 
     Returns:
         The run as it is then; None where it was only asked what is left (`--dry-run`).
@@ -35,17 +34,11 @@ def go_on(
     Raises:
         UsageError, InvalidRunError: it cannot be gone on with, here or at all.
     """
-    from harness.models.catalogue import cache_dir
     from harness.records import store
-    from harness.report.live import LiveDisplay
     from harness.report.table import say
     from harness.report.terminal import console_for, show
-    from harness.run.ab import resume_ab
-    from harness.run.device import hold_device
-    from harness.run.executors import open_executor
-    from harness.run.measure import measure
-    from harness.run.resume import check_place, is_finished, plan_of, read_broken_off, refuse_settled
-    from harness.run.runner import find_unsettled
+    from harness.run.resume import is_finished, read_broken_off, refuse_settled, study_of
+    from harness.run.sites.venue import open_venue
     from harness.studies.study_file import load_study
 
     given = {f"--{SHOWN.get(name, name)}": getattr(options, name.replace("-", "_")) for name in settled}
@@ -53,23 +46,34 @@ def go_on(
     runs = store.runs_dir(options.runs_dir)
     study = load_study(options.study).name if options.study else None
     run = read_broken_off(options.resume, runs, study=study)
-    name, sides = run.manifest.run, run.manifest.sides
-    if ab and not sides:
+    name = run.manifest.run
+    if ab and not run.manifest.sides:
         raise UsageError(f"run {name} is no A/B. Go on with: lorameter run --resume {name}")
-    errors = console_for(stderr=True)
     if is_finished(run):
+        errors = console_for(stderr=True)
         show((say(f"run {name} is complete: nothing is left to be measured.", indented=False),), errors)
         return run
-    cluster = cluster or Cluster()
-    remote = cluster.stations
-    if sides and remote:
-        raise UsageError(f"run {name} is an A/B, whose sides lie on one machine. Leave --on out.")
+    there = study_of(run)
+    here = there.with_overrides(on=options.on, sites=options.sites, mixed=there.protocol.mixed)
+    with open_venue(here, options.runs_dir) as venue:
+        return _go_on_there(run, venue, options)
+
+
+def _go_on_there(run: Run, venue: Venue, options: argparse.Namespace) -> Run | None:
+    from harness.models.catalogue import cache_dir
+    from harness.report.live import LiveDisplay
+    from harness.report.table import say
+    from harness.report.terminal import console_for, show
+    from harness.run.ab import resume_ab
+    from harness.run.measure import measure
+    from harness.run.resume import check_place, plan_of
+    from harness.run.runner import find_unsettled
+
+    name, sides, errors = run.manifest.run, run.manifest.sides, console_for(stderr=True)
     if not sides:  # those of an A/B are asked when they are there again
-        check_place(run, remote[0].facts if remote else open_executor().facts())
+        check_place(run, venue.facts)
     plan = plan_of(run, max_minutes=options.max_minutes)
-    if remote:
-        cluster.check(plan.study, options.on)
-    unsettled = find_unsettled(plan, run.records, whole=bool(remote))
+    unsettled = find_unsettled(plan, run.records, whole=venue.is_spread)
     left = [slot.trial for group in unsettled for slot in group.slots]
     kept = f"{len(plan.slots) - len(left)} of {len(plan.slots)} trials are kept"
     show((say(f"run {name}: {kept}, {len(left)} are left to be measured.", indented=False),), errors)
@@ -79,10 +83,7 @@ def go_on(
         else:
             show(tuple(say(trial, indented=False) for trial in left), console_for())
         return None
-    here = hold_device(open_executor(), options.if_busy)
-    with cluster.hold(options.if_busy) if remote else here, LiveDisplay(errors) as display:
+    with venue.hold(options.if_busy), LiveDisplay(errors) as display:
         if sides:
-            return resume_ab(run, plan, repository=Path.cwd(), cache=cache_dir(), display=display)
-        return measure(
-            plan, runs=run.path.parent, display=display, resume=name, remote=remote, arrivals=cluster.arrivals
-        )
+            return resume_ab(run, plan, repository=Path.cwd(), cache=cache_dir(), display=display, venue=venue)
+        return measure(plan, runs=run.path.parent, display=display, resume=name, venue=venue)

@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 from harness.commands.options import add_options
 from harness.commands.output import print_json
-from harness.commands.remote import Cluster, open_cluster
 from harness.commands.report import show_report
 from harness.commands.run_scripts import SCRIPT_OPTIONS, add_script_options, study_of_options
 from harness.errors import EXIT_INVALID, EXIT_PASS, UsageError
 
 if TYPE_CHECKING:
+    from harness.machine.provenance import Machine
     from harness.records.record import Notice
     from harness.records.store import Run
     from harness.run.plan import Plan
+    from harness.run.sites.venue import Venue
+    from harness.studies.study import Study
 
 
 def add_commands(commands: Any, common: Any) -> None:
@@ -31,7 +33,7 @@ def add_commands(commands: Any, common: Any) -> None:
     run.add_argument(
         "--interleave", metavar="L", help="shared-base, lockstep or replicates; default: the finest possible"
     )
-    add_options(run.add_argument, "precision", "max-minutes", "allow-disturbed", "sites", "on", "if-busy")
+    add_options(run.add_argument, "precision", "max-minutes", "allow-disturbed", "sites", "on", "mixed", "if-busy")
     add_script_options(run)
     run.add_argument("--resume", metavar="RUN", help="go on with a run that broke off, by its own study and plan")
     run.add_argument("--dry-run", action="store_true", help="show the plan and what it will take, and measure nothing")
@@ -48,25 +50,15 @@ def run_study(options: argparse.Namespace) -> int:
         raise UsageError("run: no study named. Give one, as in `lorameter run lora-or-qlora`, or --resume RUN.")
     if options.effort and options.replicates is not None:
         raise UsageError("--effort and --replicates both set the replicates. Give one of them.")
-    with open_cluster(options) as cluster:
-        return _run_on(cluster, options)
+    from harness.run.sites.venue import open_venue
+
+    with open_venue(_study(options, ""), options.runs_dir) as venue:
+        return _run_on(venue, options)
 
 
-def _run_on(cluster: Cluster, options: argparse.Namespace) -> int:
-    """Measure on a cluster, or on this machine where it has no sites."""
-    from harness.commands.display import display_of
-    from harness.records import store
-    from harness.report.notices import tell_notices
-    from harness.report.terminal import console_for, show
-    from harness.run.device import hold_devices
-    from harness.run.executors import open_executor
-    from harness.run.measure import measure, plan_study
-    from harness.run.sites.local import executors_of, local_sites
-
-    executor, runs = open_executor(), store.runs_dir(options.runs_dir, make=not options.dry_run)
-    remote = cluster.stations
-    machine = remote[0].facts.machine if remote else executor.machine()
-    study = study_of_options(options, machine.kind).with_overrides(
+def _study(options: argparse.Namespace, device: str) -> Study:
+    """The study that is named, with the options' changes; `device` chooses its profile."""
+    return study_of_options(options, device).with_overrides(
         model=options.model,
         data=options.data,
         effort=options.effort,
@@ -74,40 +66,46 @@ def _run_on(cluster: Cluster, options: argparse.Namespace) -> int:
         precision=options.precision,
         max_minutes=options.max_minutes,
         allow_disturbed=options.allow_disturbed,
+        on=options.on,
+        sites=options.sites,
+        mixed=options.mixed,
     )
 
-    if remote:
-        cluster.check(study, options.on)
-    sites = local_sites(options.sites, machine, study) if options.sites and not remote else ()
 
-    def make() -> tuple[Plan, tuple[Notice, ...]]:
-        free = cluster.free_bytes if remote else executor.free_bytes()
-        shared = len(sites) if sites and machine.device == "cpu" else 1  # cards have memory of their own
-        plan, notices = plan_study(
+def _run_on(venue: Venue, options: argparse.Namespace) -> int:
+    """Measure there."""
+    from harness.commands.display import display_of
+    from harness.records import store
+    from harness.report.notices import tell_notices
+    from harness.report.terminal import console_for, show
+    from harness.run.measure import measure, plan_study
+
+    runs = store.runs_dir(options.runs_dir, make=not options.dry_run)
+    machine = venue.machine
+    study = _study(options, machine.kind)
+
+    def make(machine: Machine) -> tuple[Plan, tuple[Notice, ...]]:
+        return plan_study(
             study,
             machine,
-            free_bytes=None if free is None else free // shared,
+            free_bytes=venue.free_bytes,
             select=options.variant,
             phases=options.phase or study.protocol.phases,
             interleaving=options.interleave,
             runs=runs,
             shown_only=options.dry_run,
         )
-        return plan, (*cluster.notices, *notices)
 
-    plan, notices = make()
+    plan, notices = venue.plan(make)
     if options.dry_run:
         return _dry_run(plan, machine, notices, runs, as_json=options.json)
     errors = console_for(stderr=True)
-    here = hold_devices([*executors_of(sites)] or [executor], options.if_busy)
-    with cluster.hold(options.if_busy) if remote else here as waited:
+    with venue.hold(options.if_busy) as waited:
         if waited:
-            plan, notices = make()
+            plan, notices = venue.plan(make)
         show(tell_notices(notices), errors)
         with display_of(plan, machine, runs, errors) as display:
-            run = measure(
-                plan, runs=runs, display=display, notices=notices, sites=sites, remote=remote, arrivals=cluster.arrivals
-            )
+            run = measure(plan, runs=runs, display=display, notices=notices, venue=venue)
     return _show(run, options)
 
 
@@ -116,8 +114,7 @@ def run_resumed(options: argparse.Namespace) -> int:
     from harness.commands.resume import go_on
     from harness.run.resume import SETTLED_OPTIONS
 
-    with open_cluster(options) as cluster:
-        run = go_on(options, (*SETTLED_OPTIONS, *SCRIPT_OPTIONS), cluster=cluster)
+    run = go_on(options, (*SETTLED_OPTIONS, *SCRIPT_OPTIONS))
     if run is None:
         return EXIT_PASS
     if run.manifest.sides:
@@ -191,4 +188,7 @@ def _dry_run(plan: Any, machine: Any, notices: Any, runs: Path, *, as_json: bool
 def _controls(view: Any) -> dict[str, Any]:
     from harness.records import codec
 
-    return {table.phase: codec.to_json(table.control) for table in view.tables}
+    return {
+        f"{table.phase} on {table.site}" if table.site else table.phase: codec.to_json(table.control)
+        for table in view.tables
+    }

@@ -136,6 +136,8 @@ class TrialRecord:
     side: Side = ""
     site: str = field(default="", metadata=codec.LATER)
     """On which of several sites it was measured, with all that it is paired with; empty where there is one."""
+    machine: str = field(default="", metadata=codec.LATER)
+    """What kind of machine the site is, in a run whose sites may be unlike: then nothing is taken over all of them."""
     seed: int
     started_unix_s: float
     wall_time_s: float

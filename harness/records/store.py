@@ -65,6 +65,7 @@ class Manifest:
     run: str
     study: dict[str, Any]
     phases: tuple[str, ...]
+    sites: tuple[str, ...] = field(default=(), metadata=codec.LATER)  # that may be unlike: each is judged by itself
     selection: tuple[str, ...] = ()
     """Names of the variants that are measured; empty for all of the study."""
     own_workloads: dict[str, Any] = field(default_factory=dict)

@@ -22,6 +22,9 @@ OVERRIDES = {
         "precision": "--precision",
         "max_minutes": "--max-minutes",
         "allow_disturbed": "--allow-disturbed",
+        "on": "--on",
+        "sites": "--sites",
+        "mixed": "--mixed",
     },
 }
 """What a command line may give in place of the study's own values, by the option that gives it."""
@@ -126,9 +129,13 @@ def _study(run: Run) -> tuple[str, list[str]]:
         for table, keys in OVERRIDES.items()
         for key, option in keys.items()
         if (value := stored.get(table, {}).get(key)) is not None and value != written[table].get(key)
-        for word in ((option,) if value is True else (option, str(value)))
+        for word in ((option,) if value is True else (option, _given(value)))
         if value is not False
     ]
+
+
+def _given(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _revision(git: dict[str, object]) -> str:

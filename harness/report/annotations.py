@@ -45,7 +45,7 @@ def _verdicts(report: ComparisonReport, *, lenient: bool) -> list[str]:
             passes = compared.verdict == "inconclusive" and lenient
             ratio = write_compared(compared)
             said = f"{ratio.line}, " if ratio.value is not None else ""
-            title = f"lorameter: {compared.variant}, {title_of(compared.metric)} {compared.verdict}"
+            title = f"lorameter: {compared.name}, {title_of(compared.metric)} {compared.verdict}"
             message = f"{said}{compared.comparison.reason}"
             found.append((PRECEDENCE.index(code), annotation("warning" if passes else "error", title, message)))
     return [line for _, line in sorted(found, key=lambda item: item[0])]

@@ -23,14 +23,14 @@ def figures_of_comparison(report: ComparisonReport) -> tuple[Figure, ...]:
 def _figure(title: str, found: list[Compared]) -> Figure:
     marks = tuple(
         Mark(
-            name=f"{one.variant}, {title_of_ratio(one.metric)}", value=one.comparison.ratio, low=one.comparison.low,
+            name=f"{one.name}, {title_of_ratio(one.metric)}", value=one.comparison.ratio, low=one.comparison.low,
             high=one.comparison.high, verdict=one.verdict,
         )
         for one in found
         if one.comparison.ratio is not None
     )  # fmt: skip
     rows = tuple(
-        write_row(one.variant, title_of_ratio(one.metric), write_ratio(one.comparison, verdict=one.verdict))
+        write_row(one.name, title_of_ratio(one.metric), write_ratio(one.comparison, verdict=one.verdict))
         for one in found
     )
     return Figure(

@@ -74,7 +74,7 @@ def write_rows(report: ComparisonReport) -> Iterator[Row]:
     for compared in report.comparisons:
         count = compared.comparison.replicates
         yield write_row(
-            compared.variant,
+            compared.name,
             title_of_ratio(compared.metric),
             write_compared(compared),
             write_verdict(compared),
@@ -126,7 +126,7 @@ def _finding(compared: Compared, *, ab: bool) -> str:
 
 def name_of(compared: Compared) -> str:
     """Which comparison it is, in words."""
-    return f"{compared.variant}, {title_of(compared.metric)}"
+    return f"{compared.name}, {title_of(compared.metric)}"
 
 
 def list_controls(report: ComparisonReport) -> tuple[str, ...]:

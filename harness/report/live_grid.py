@@ -94,7 +94,7 @@ class Grid:
             tuple(record for record in self.records.values() if (record.side, record.name, record.role) == one)
             for one in (key, against)
         )
-        if key == against or not ours or not base:
+        if key == against or not ours or not base or self.plan.study.protocol.mixed:
             return None
         series = [series_of(records, one[0])[one[1], one[2]] for records, one in ((base, against), (ours, key))]
         for metric in PRIMARY.values():

@@ -41,7 +41,7 @@ def describe_matrix(changes: Sequence[Change]) -> Document:
     cells: dict[tuple[str, str, str], dict[str, Compared]] = {}
     for change, name in zip(changes, names, strict=True):
         for compared in change.report.comparisons:
-            cells.setdefault((change.study, compared.variant, compared.metric), {})[name] = compared
+            cells.setdefault((change.study, compared.name, compared.metric), {})[name] = compared
     heads = [Head(text="study", once=True), Head(text="variant", once=True), Head(text="metric", once=True)]
     heads += [Head(text=name, right=True) for name in columns]
     rows = [
@@ -60,7 +60,7 @@ def encode_matrix(changes: Sequence[Change]) -> list[dict[str, Any]]:
         {
             "run": change.run, "study": change.study, "base": change.report.base, "candidate": change.report.candidate,
             "variant": one.variant, "metric": one.metric, "tolerance": one.tolerance, "margin": one.margin,
-            **codec.to_json(one.comparison),
+            **codec.to_json(one.comparison), **({"site": one.site} if one.site else {}),
         }
         for change in changes
         for one in change.report.comparisons

@@ -71,6 +71,8 @@ class PhaseTable:
     """What a reader of the peaks must know; empty where there is nothing."""
     alone: bool = False
     """Whether there is nothing that could be compared: one training, which was followed where it took place."""
+    site: str = ""
+    """Of which site alone, where sites are unlike; its title names it as well."""
     galleries: tuple[Gallery, ...] = ()
     """What there is to be seen of it."""
     serving: Table | None = None

@@ -89,7 +89,11 @@ def _findings(view: RunView) -> Iterator[Line]:
         }
         parts = [f"{begin}{first_few(names, MOST_NAMED)}" for begin, names in groups.items() if names]
         if parts:
-            yield say(Span(text="; ".join(parts), tone="strong"), lead=_LEADS.get(table.title, title_of(table.metric)))
+            yield say(Span(text="; ".join(parts), tone="strong"), lead=_lead(table))
+
+
+def _lead(table: PhaseTable) -> str:
+    return table.site or _LEADS.get(table.title, title_of(table.metric))
 
 
 def _table(table: PhaseTable) -> Table:

@@ -27,6 +27,7 @@ from harness.studies.stored import read_study
 from harness.studies.study import Study, unknown
 from harness.verdicts.comparand import is_memory
 from harness.verdicts.judging import LimitsOf, default_limits, matching
+from harness.verdicts.mixed import fault_of_sites, is_mixed, join_notices, runs_of_sites, say_machines
 from harness.verdicts.notices import notices_of
 from harness.verdicts.series import Groups, series_of
 from harness.verdicts.standing import Standing, standing_of
@@ -86,6 +87,8 @@ def view_of(run: Run, asked: Asked = EVERYTHING) -> RunView:
         UsageError: a variant, metric or phase was asked for that the run does not know.
     """
     study = read_study(run)
+    if is_mixed(run):
+        return _view_of_sites(run, study, asked)
     groups = series_of(run.records)
     stands, names = standing_of(run, study), _names(study, asked)
     tables = _tables(run, study, groups, stands, asked)
@@ -101,6 +104,33 @@ def view_of(run: Run, asked: Asked = EVERYTHING) -> RunView:
         phases=() if asked.metrics else tuple(table.phase for table in tables),
         failures=stands.failures,
         notices=notices_of(run, study, stands.controls),
+        counts=dict(Counter(record.status for record in run.records)),
+        state=run.state,
+        valid=stands.valid,
+    )
+
+
+def _view_of_sites(run: Run, study: Study, asked: Asked) -> RunView:
+    """What each site says, side by side, and of all of them what is no number."""
+    stands = standing_of(run, study)
+    views = {site: view_of(part, asked) for site, part in runs_of_sites(run).items()}
+    tables = [
+        replace(table, site=site, title=f"{table.title} on {site}") for site in views for table in views[site].tables
+    ]
+    machines = say_machines(run.records)
+    manifest = replace(run.manifest, provenance={**run.manifest.provenance, "device_name": machines})
+    return RunView(
+        run=run.manifest.run,
+        path=str(run.path),
+        title=study.title,
+        facts=facts_of(replace(run, manifest=manifest), study),
+        deviations=study.deviations,
+        notes=study.notes,
+        tables=tuple(tables),
+        variants=tuple(_names(study, asked)),
+        phases=tuple(dict.fromkeys(phase for view in views.values() for phase in view.phases)),
+        failures=(*stands.failures, *fault_of_sites(run)),
+        notices=join_notices(run, {site: view.notices for site, view in views.items()}),
         counts=dict(Counter(record.status for record in run.records)),
         state=run.state,
         valid=stands.valid,
@@ -221,6 +251,7 @@ def _encoded(table: PhaseTable) -> dict[str, Any]:
         "control": codec.to_json(table.control),
         "note": table.note,
         **({"alone": True} if table.alone else {}),
+        **({"site": table.site} if table.site else {}),
     }
 
 

@@ -24,6 +24,7 @@ from harness.studies.stored import read_study
 from harness.studies.study import Study
 from harness.verdicts.ab import report_of
 from harness.verdicts.comparand import comparand_of
+from harness.verdicts.mixed import is_mixed
 from harness.verdicts.outcome import EXIT_OF, worst
 from harness.verdicts.software import facts_of
 from harness.verdicts.standing import newer_faults, say_broken, standing_of
@@ -147,8 +148,9 @@ def _verdict(run: Run, study: Study) -> str:
 
 
 def _points(run: Run, study: Study) -> Iterator[dict[str, Any]]:
-    """The estimates of an ordinary run, each with why it does not count; an A/B has two sides and is no point."""
-    if run.manifest.sides:
+    """The estimates of an ordinary run, each with why it does not count; an A/B has two sides and is no point, and
+    neither is a run of unlike sites."""
+    if run.manifest.sides or is_mixed(run):
         return
     side, newer = comparand_of(run), say_broken(run.manifest.run, tuple(newer_faults(run)))
     names: Sequence[str] = names_of("estimates")

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from harness.errors import UsageError
-from harness.machine.provenance import Machine
+from harness.machine.provenance import Facts, Machine
 from harness.models.catalogue import RANDOM_PREFIX
 from harness.records import codec, inputs
 from harness.records.record import Interleaving, Notice, Side
@@ -35,6 +36,8 @@ from harness.run.measure import Arm, executor_of, measure
 from harness.run.plan import Plan, make_plan
 from harness.run.rehearsal import REHEARSED
 from harness.run.resume import INJECTED, PRESENT, check_place, is_calibration, of_commands
+from harness.run.sites.sides import open_as, write_sides
+from harness.run.sites.venue import Venue
 from harness.run.stops import Stops
 from harness.studies.data_source import make_absolute
 from harness.studies.script import SIDE
@@ -101,6 +104,7 @@ def measure_ab(
     display: Display,
     notices: tuple[Notice, ...] = (),
     policy: Mapping[str, Any] | None = None,
+    venue: Venue | None = None,
 ) -> Run:
     """Make both sides ready, measure, and take them down.
 
@@ -114,12 +118,14 @@ def measure_ab(
         display: shows what is going on.
         notices: what was known before.
         policy: what it will be judged by, as JSON data; the manifest keeps it.
+        venue: on which sites; each has both sides.
 
     Raises:
         UsageError: a side that cannot be had, or that a command leaves no room for.
         InvalidRunError: a side whose worker does not start, or speaks another schema.
     """
-    with _open_sides({"base": base, "candidate": candidate}, repository, cache) as sides:
+    specs: dict[Side, str] = {"base": base, "candidate": candidate}
+    with _open_sides(specs, repository, cache, venue) as sides:
         if plan.study.of_scripts and any(side.kind != "revision" for side in sides.values()):
             for contender in plan.contenders:
                 check_side(contender.variant)
@@ -129,7 +135,7 @@ def measure_ab(
             rows = {slot.contender.injected_rows for slot in plan.slots if slot.side == name}
             kind = executor_of(plan.study)
             arms += arms_of(name, side.host, side.declared, about | {INJECTED: max(rows)}, kind)
-        return measure(plan, runs=runs, display=display, notices=notices, arms=arms, policy=policy)
+        return measure(plan, runs=runs, display=display, notices=notices, arms=arms, policy=policy, venue=venue)
 
 
 def arms_of_commands(plan: Plan) -> list[Arm]:
@@ -142,7 +148,9 @@ def arms_of_commands(plan: Plan) -> list[Arm]:
     return arms
 
 
-def resume_ab(run: Run, plan: Plan, *, repository: Path, cache: Path, display: Display) -> Run:
+def resume_ab(
+    run: Run, plan: Plan, *, repository: Path, cache: Path, display: Display, venue: Venue | None = None
+) -> Run:
     """Go on with an A/B that broke off: its sides are put up again as they were, and only what is missing is measured.
 
     Args:
@@ -151,6 +159,7 @@ def resume_ab(run: Run, plan: Plan, *, repository: Path, cache: Path, display: D
         repository: a folder in the repository whose revisions it compares.
         cache: where environments of requirements are kept.
         display: shows what is going on.
+        venue: on which sites.
 
     Raises:
         UsageError: another machine, a side that cannot be had any more, takes a credential that is not kept, or is
@@ -161,25 +170,38 @@ def resume_ab(run: Run, plan: Plan, *, repository: Path, cache: Path, display: D
     if of_commands(run.manifest):
         arms = arms_of_commands(plan)
         check_place(run, arms[0].executor.facts())
-        return measure(plan, runs=run.path.parent, display=display, arms=arms, resume=run.manifest.run)
+        return measure(plan, runs=run.path.parent, display=display, arms=arms, resume=run.manifest.run, venue=venue)
     if is_calibration(run.manifest):
+        if venue is not None and venue.stations:
+            raise UsageError(
+                f"run {run.manifest.run} is a calibration, of the machine that it is started on. Use --on here."
+            )
         arms = [arm for name in SIDES for arm in arms_of(name, Host(), (), before[name])]
         check_place(run, arms[0].executor.facts())
-        return measure(plan, runs=run.path.parent, display=display, arms=arms, resume=run.manifest.run)
+        return measure(plan, runs=run.path.parent, display=display, arms=arms, resume=run.manifest.run, venue=venue)
     specs = {name: _spec_again(f"run {run.manifest.run}, {name}", before[name]) for name in SIDES}
-    with _open_sides(specs, repository, cache) as sides:
-        arms = []
+    with _open_sides(specs, repository, cache, venue) as sides:
+        kind, arms = executor_of(plan.study), []
         for name, side in sides.items():
-            made = arms_of(name, side.host, side.declared, before[name], executor_of(plan.study))
-            _check_unchanged(run, name, made[0].executor.facts().host or {})
-            arms += made
-        check_place(run, arms[0].executor.facts())
-        return measure(plan, runs=run.path.parent, display=display, arms=arms, resume=run.manifest.run)
+            arms += arms_of(name, side.host, side.declared, {**before[name], "spec": side.spec}, kind)
+        check: Callable[[Mapping[str, Facts]], object] = partial(_check_same, run)
+        if venue is None or not venue.stations:  # else they say what is on their sides when these are put up
+            check({arm.name: arm.executor.facts() for arm in arms if arm.name == arm.side})
+            check = _believe
+        again = run.manifest.run
+        return measure(
+            plan, runs=run.path.parent, display=display, arms=arms, resume=again, venue=venue, check_facts=check
+        )
 
 
 @contextlib.contextmanager
-def _open_sides(specs: Mapping[Side, str], repository: Path, cache: Path) -> Iterator[dict[Side, OpenSide]]:
-    """Both sides, made ready; taken down at the end, whatever that is."""
+def _open_sides(
+    specs: Mapping[Side, str], repository: Path, cache: Path, venue: Venue | None
+) -> Iterator[dict[Side, OpenSide]]:
+    """Both sides, made ready; taken down at the end, whatever that is. Other machines put them up for themselves."""
+    if venue is not None and venue.stations:
+        yield {one.side: open_as(one) for one in write_sides(specs, repository, venue.said)}
+        return
     with Stops() as stops, contextlib.ExitStack() as stack:
         sides: dict[Side, OpenSide] = {}
         for name, spec in specs.items():
@@ -195,6 +217,17 @@ def _spec_again(whose: str, side: Mapping[str, Any]) -> str:
     if side["kind"] == "revision":
         return str(side["facts"]["git"]["commit"])
     return asked_again(whose, side["spec"]) if side["kind"] == "requirements" else str(side["spec"])
+
+
+def _believe(facts: Mapping[str, Facts]) -> None:
+    """What was checked before."""
+
+
+def _check_same(run: Run, facts: Mapping[str, Facts]) -> None:
+    """Raises `UsageError` where a side, or the machine, is not what it was; `facts` are by side."""
+    for name in SIDES:
+        _check_unchanged(run, name, facts[name].host or {})
+    check_place(run, facts["base"])
 
 
 def _check_unchanged(run: Run, name: Side, now: Mapping[str, Any]) -> None:
@@ -231,7 +264,14 @@ def arms_of(
     """Where one side is measured; the base has a second executor for its control (see `Arm` for the reason)."""
     names = [side, CONTROL_SUFFIX] if side == "base" else [side]
     return [
-        Arm(name=name, side=side, executor=open_executor(kind, host=host, label=name), declared=declared, about=about)
+        Arm(
+            name=name,
+            side=side,
+            executor=open_executor(kind, host=host, label=name),
+            host=host or Host(),
+            declared=declared,
+            about=about,
+        )
         for name in names
     ]
 

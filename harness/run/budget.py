@@ -20,7 +20,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
-from harness.run.plan import Group
+from harness.run.plan import Group, Plan
+from harness.run.thinning import SOUGHT_REPLICATES, thinned
 from harness.studies.command import ROUNDS, RoundKind
 from harness.studies.study import Study
 
@@ -34,9 +35,6 @@ STANDS_FOR: dict[RoundKind, RoundKind] = {
     "merged": "requests",
 }
 """By what a kind is judged that was not seen yet."""
-SOUGHT_REPLICATES = 5
-"""The time is spread over so many, if that many are planned: fewer give a standard deviation that is itself too
-uncertain."""
 LEAST_ROUNDS = 2
 """Rounds that are measured whatever the time: one has no spread. What is not timed has no least."""
 PREPARING = "preparing"
@@ -44,6 +42,9 @@ PREPARING = "preparing"
 COLD = "cold starts"
 ENDING = "ending"
 """What is foreseen of all that follows its rounds (`Budget.foresee`)."""
+SERVING, MERGING = "serving", "merging"
+BEFORE: dict[str, RoundKind] = {SERVING: "requests", MERGING: "merged"}
+"""What a trial does before the first round of a kind, and only for it."""
 
 
 class Budget:
@@ -90,6 +91,9 @@ class Budget:
         """All groups of the replicate under way."""
         self._expected: dict[RoundKind, float] = {}
         self._allowed: dict[RoundKind, int] = {}
+        self._warm_up = 0
+        self._thinnest: tuple[Group, ...] = ()
+        """The next replicate, less all that can be left out."""
         self.cold_s = cold_s
 
     @property
@@ -167,6 +171,28 @@ class Budget:
         between = sum(self._preparing_s(group) + self._ending_s(group, ROUND_KINDS) for group in groups)
         return between + self._colds_s(groups)
 
+    def thin(self, plan: Plan, groups: Sequence[Group]) -> tuple[Group, ...]:
+        """What is measured of the groups of a replicate: all, or as much as lets as many be measured as are sought."""
+        if self._limit_s is None or not groups:
+            return tuple(groups)
+        following = [group for group in plan.groups if group.replicate == groups[0].replicate + 1]
+        self._thinnest = thinned(plan, following, lambda thinner: False)
+        if not self._ended:
+            return tuple(groups)
+        left = max(1, self._left - (self._replicate is not None))
+        return thinned(plan, groups, lambda some: left * (self.least_s(plan.study, some) or 0.0) <= self.left_s)
+
+    def settle_warm_up(self, steps: int) -> int:
+        """The longest warm-up so far, in steps: where a training is cut, it ends after the same step in all replicates,
+        as far as can be."""
+        self._warm_up = max(self._warm_up, steps)
+        return self._warm_up
+
+    def pass_to(self, what: str) -> None:
+        """What is done from now to the next round is done for that round (`BEFORE`)."""
+        self._close_gap()
+        self._gap, self._gap_begin = what, self.clock()
+
     def foresee(self, ending_s: float, trials: int) -> None:
         """What will follow the rounds of so many trials, until it has been seen: losses, untimed steps, cold starts."""
         self._note(ENDING, ending_s, trials)
@@ -228,11 +254,19 @@ class Budget:
             left = max(0.0, (self._limit_s or 0.0) - self._replicate_begin_s - once_s)
             least = (self.least_s(self._study, self._groups) or 0.0) - self._colds_s(self._groups)
             parts = max(1, min(self._left, int(left / least) if least > 0 else self._left))
+            later = self._thin_parts(left - least) if parts < self._left else (0, 0.0)
             unseen = any(count and kind not in self._seen for kind, count in self._own.items() if kind != "steps")
             # What was never seen is judged by what takes longer as a rule: of two parts the first would be cut for it.
             part = left if unseen and parts <= 2 else left / parts
+            if later[0]:  # which leave out what keeps them from being as many as are sought
+                part = left - later[0] * later[1]
             self._until = min(self._limit_s or math.inf, self._replicate_begin_s + once_s + part)
         return math.inf if self._until is None else self._until
+
+    def _thin_parts(self, left_s: float) -> tuple[int, float]:
+        """How many replicates that leave out all they can will fit, and the seconds of each."""
+        each = (self.least_s(self._study, self._thinnest) or 0.0) if self._study and self._thinnest else 0.0
+        return (max(0, min(self._left - 1, int(left_s / each))), each) if each else (0, 0.0)
 
     def _aside(self, kind: RoundKind) -> float:
         """Seconds of what lies between the rounds that are still to come."""
@@ -256,10 +290,17 @@ class Budget:
 
     def _ending_s(self, group: Group, after: Sequence[RoundKind]) -> float:
         """What follows these kinds of rounds, as seen, else as foreseen."""
-        seen = {kind: one for kind in ROUND_KINDS if (one := self._seen.get(_name(kind, group)))}
+        seen: dict[str, tuple[float, float]] = {
+            kind: one for kind in after if (one := self._seen.get(_name(kind, group)))
+        }
         if not seen and _kind_of(group) not in self._ended and ENDING in self._seen:
             seen = {after[0]: self._seen[ENDING]}
-        return sum(seconds / trials for kind, (seconds, trials) in seen.items() if kind in after) * len(group.slots)
+        begun = ROUND_KINDS.index(after[0])
+        for what, kind in BEFORE.items():
+            is_ahead = begun < ROUND_KINDS.index(kind) and any(kind in slot.measures for slot in group.slots)
+            if is_ahead and (one := self._seen.get(_name(what, group))):
+                seen[what] = one
+        return sum(seconds / trials for seconds, trials in seen.values()) * len(group.slots)
 
     def _each(self, kind: RoundKind) -> float | None:
         """Seconds of one command of this kind, or of what stands for it; None where neither was seen."""

@@ -15,7 +15,7 @@ from harness.records.checkpoints import checkpoint_is_due
 from harness.records.forms import flaw_of
 from harness.records.record import UNDER_WAY, Failure, Fragment, Measure, Status, TrialRecord
 from harness.records.refusals import REFUSED, RefusedError
-from harness.run.budget import COLD, Budget
+from harness.run.budget import COLD, MERGING, SERVING, Budget
 from harness.run.executors import Executor, Worker, WorkerLostError
 from harness.run.plan import Group, Plan, Slot
 from harness.run.site import Site, begin_record, request_of
@@ -90,13 +90,8 @@ class Conductor:
             self._budget.foresee(building_s + self._catching_up_s(), len(self._slots))
             self._train()
             self._each("save_adapter")
-            self._each("begin_generate")
-            self._in_turns("requests", self._group.requests)
-            self._in_turns("natural", self._group.natural)
-            self._each("untrained")
-            self._each("end_generate")
-            self._each("merge")
-            self._in_turns("merged", self._group.requests)
+            if self._serves:
+                self._generate()
             if any(len(launch) > 1 for launch in self._group.launches):
                 self._each("close")
         finally:
@@ -115,6 +110,22 @@ class Conductor:
         for slot in self._group.slots:
             self._executors[slot.arm].clear_place(slot.trial)
 
+    @property
+    def _serves(self) -> bool:
+        """Whether anything is measured of its trials beside their steps."""
+        return any(set(slot.measures) - {"steps"} for slot in self._group.slots)
+
+    def _generate(self) -> None:
+        self._budget.pass_to(SERVING)
+        self._each("begin_generate")
+        self._in_turns("requests", self._group.requests)
+        self._in_turns("natural", self._group.natural)
+        self._each("untrained")
+        self._each("end_generate")
+        self._budget.pass_to(MERGING)
+        self._each("merge")
+        self._in_turns("merged", self._group.requests)
+
     def _train(self) -> None:
         """The timed turns and the untimed steps that they leave; fewer of both where the time does not suffice."""
         protocol = self._plan.study.protocol
@@ -130,8 +141,11 @@ class Conductor:
         untimed = self._in_turns("epochs", orders, steps=protocol.steps_per_turn)
         dropped = len(self._group.turns) - turns
         if timed and (dropped or untimed < planned):
-            last = protocol.total_steps + (untimed - dropped) * protocol.steps_per_turn
-            self._each("finish_training", steps=last)  # all after the same step, if not the planned one
+            # All after the same step, if not the planned one: that of the longest warm-up that there was so far.
+            warm_up = self._budget.settle_warm_up(max(self._warm_ups(), default=0))
+            shorter = protocol.warmup_steps_max - warm_up
+            last = protocol.total_steps - shorter + (untimed - dropped) * protocol.steps_per_turn
+            self._each("finish_training", steps=last)
         else:
             self._each("finish_training")
 
@@ -147,6 +161,10 @@ class Conductor:
     @property
     def _is_profiled(self) -> bool:
         return any(slot.instrument == "profile" for slot in self._group.slots)
+
+    def _warm_ups(self) -> list[int]:
+        """How many steps it took each trial to warm up."""
+        return [len(self._records[trial].samples.get("warmup_step_time_s", ())) for trial in self._live("steps")]
 
     def _warm_step_s(self) -> float:
         """Seconds of a warm step, in the mean of the trials."""

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from harness.run.budget import Budget
 from harness.run.contenders import contenders_of, variants_of, workloads_of
 from harness.run.display import Display, Shielded
 from harness.run.executors import SCRIPTS, Executor, open_executor
+from harness.run.executors.host import Host
 from harness.run.feasibility import check_feasible
 from harness.run.forecast import together_bytes, total_of
 from harness.run.levels import choose_level
@@ -38,13 +39,15 @@ from harness.run.ready import get_ready
 from harness.run.rehearsal import REHEARSED, rehearse
 from harness.run.resume import continue_manifest, is_finished, mend_manifest
 from harness.run.runner import Measured, find_unsettled, keep_records, run_plan
-from harness.run.sites.joining import Arrivals, Joining, prepare_late
-from harness.run.sites.local import Ground, check_all, open_station
-from harness.run.sites.remote import RemoteStation, prepare_all
+from harness.run.sites.joining import Joining, prepare_late
+from harness.run.sites.local import check_all, open_station
+from harness.run.sites.remote import RemoteStation
 from harness.run.sites.spread import Station, run_spread
+from harness.run.sites.together import prepare_all
+from harness.run.sites.venue import Venue
 from harness.run.stopping import Stopping
 from harness.run.stops import Stops
-from harness.run.written import write_plan
+from harness.run.written import WrittenSide, write_plan
 from harness.studies.study import Study
 from harness.studies.workload import Workload
 
@@ -112,7 +115,9 @@ class Arm:
 
     name: str = ""
     executor: Executor
-    """Not started yet."""
+    """Not started yet; on several sites of this machine each has one like it."""
+    host: Host = field(default_factory=Host)
+    """Where its processes live."""
     side: Side = ""
     declared: tuple[str, ...] = ()
     """Fields of the provenance in which this side is meant to differ."""
@@ -134,9 +139,8 @@ def measure(
     arms: Sequence[Arm] = (),
     resume: str | None = None,
     policy: Mapping[str, Any] | None = None,
-    sites: Sequence[Ground] = (),
-    remote: Sequence[RemoteStation] = (),
-    arrivals: Arrivals | None = None,
+    venue: Venue | None = None,
+    check_facts: Callable[[Mapping[str, Facts]], object] = lambda facts: None,
 ) -> Run:
     """Measure a plan into a run directory and read it back. The first arm prepares the tokens of all.
 
@@ -145,27 +149,26 @@ def measure(
         runs: where the run is written.
         display: shows what is going on.
         notices: what was known before.
-        arms: where trials are measured, on one machine; those that the plan names, of the present interpreter, if left
-            out.
-        sites: several places for replicates; those of one machine, in place of `arms`.
-        remote: places on other machines, described and alike; in place of `arms` and `sites`.
-        arrivals: where others of `remote` may come from while it is measured.
+        arms: where trials are measured; those that the plan names, of the present interpreter, if left out.
         resume: id of a run of this plan (`harness.run.resume`) to go on with; None for a new one.
         policy: what it will be judged by, as JSON data; the manifest keeps it.
+        venue: on which sites: each of this machine has all arms, and others have arms of their own.
+        check_facts: may refuse, before anything is measured, what is said of the arms, by name.
 
     Raises:
         UsageError: data that cannot be read, or a run to go on with that another process writes or whose tokens differ.
         InvalidRunError: no worker could be started, or it sees another device than the plan was made for.
     """
-    study = plan.study
+    study, venue = plan.study, venue or Venue()
+    remote: Sequence[RemoteStation] = venue.stations
     threads = {slot.arm: slot.workload.threads for slot in plan.slots}
-    local = [open_station(ground, tuple(threads), executor_of(study)) for ground in sites]
     if not (arms or remote):
-        of_first = local[0].executors if local else {}
-        made = ((name, of_first.get(name) or open_executor(executor_of(study), label=name)) for name in threads)
-        arms = [Arm(name=name, executor=executor) for name, executor in made]
+        arms = [Arm(name=name, executor=open_executor(executor_of(study), label=name)) for name in threads]
+    hosts = {arm.name: arm.host for arm in arms}
+    local = [open_station(ground, hosts, executor_of(study)) for ground in venue.grounds]
+    if local:
+        arms = [dataclasses.replace(arm, executor=local[0].executors[arm.name]) for arm in arms]
     executors = {arm.name: arm.executor for arm in arms}
-    spread = bool(remote) or len(local) > 1
     run_id = resume or store.new_run_id(study.name, runs)
     shown = Shielded(display)
     with Stops(patient=_is_watched()) as stops, contextlib.ExitStack() as stack:
@@ -174,7 +177,7 @@ def measure(
         stack.enter_context(store.writing(runs / run_id))
         earlier = store.read_run(str(runs / run_id), runs) if resume else None  # only now does nobody else write it
         known = () if earlier is None else earlier.records
-        groups = find_unsettled(plan, known, whole=spread)
+        groups = find_unsettled(plan, known, whole=venue.is_spread)
         if earlier is not None and not groups:
             return earlier if is_finished(earlier) else _mend(earlier)
         rest = dataclasses.replace(plan, groups=groups)
@@ -185,13 +188,14 @@ def measure(
         lost: list[Notice] = []
         with stops.interruptible():
             if remote:
-                written, folder = write_plan(rest, plan), runs / run_id
-                without = None if arrivals is None else lost
+                written, folder = write_plan(rest, plan, _written(arms)), runs / run_id
+                without = None if venue.arrivals is None else lost
                 ready, remote = prepare_all(remote, written, rest, folder, budget.left_s, shown, without=without)
-                if arrivals is not None:
-                    late = partial(prepare_late, first=remote[0], ready=ready, plan=written, folder=folder)
-                    joining = Joining(arrivals, remote, lambda station: late(station, left_s=budget.left_s))
-                there, site = {"": remote[0].facts}, None
+                if venue.arrivals is not None:
+                    mixed = study.protocol.mixed
+                    late = partial(prepare_late, first=remote[0], ready=ready, plan=written, folder=folder, mixed=mixed)
+                    joining = Joining(venue.arrivals, remote, lambda station: late(station, left_s=budget.left_s))
+                there, site = ready.sides or {"": remote[0].facts}, None
             else:
                 beside = [pair for station in local[1:] for pair in station.executors.items()]
                 for name, executor in (*executors.items(), *beside):
@@ -203,6 +207,7 @@ def measure(
                     rest, executors, shown, left_s=budget.left_s, tell_data=shown.tokens_prepared, check=check
                 )
                 there = {arm.name: arm.executor.facts() for arm in arms if arm is arms[0] or arm.name == arm.side}
+            check_facts(there)
             budget.cold_s = ready.cold_s
         stations: list[Station] = [*remote, *(dataclasses.replace(station, site=site) for station in local)]
         notices = (*notices, *ready.base_notices, *ready.cold_notices)
@@ -227,6 +232,7 @@ def measure(
                 run=run_id,
                 study=codec.to_json(study),
                 phases=plan.phases,
+                sites=tuple(station.name for station in stations) if study.protocol.mixed else (),
                 selection=tuple(variant.name for variant in variants_of(plan.contenders)),
                 own_workloads=codec.to_json(plan.own_workloads),
                 interleaving=plan.interleaving,
@@ -245,7 +251,7 @@ def measure(
         writer = RunWriter(runs, manifest)
         try:
             stop = Stopping(plan, budget, earlier=keep_records(groups, known), sites=max(1, len(stations)))
-            if spread or site is None:
+            if venue.is_spread or site is None:
                 run = partial(run_spread, plan, stations, joining=joining)
             else:
                 run = partial(run_plan, plan, executors, site)
@@ -258,6 +264,15 @@ def measure(
         stopped = measured.stopped or (earlier.manifest.stopped if earlier else None)
         writer.finish(_status(measured), stopped=stopped, measured=trials, notices=(*lost, *measured.notices))
     return store.read_run(str(writer.path), runs)
+
+
+def _written(arms: Iterable[Arm]) -> tuple[WrittenSide, ...]:
+    """What other machines are told of the sides of an A/B."""
+    return tuple(
+        WrittenSide(side=arm.side, kind=arm.about["kind"], spec=arm.about["spec"])
+        for arm in arms
+        if arm.side and arm.name == arm.side
+    )
 
 
 def _is_watched() -> bool:

@@ -181,7 +181,7 @@ def make_plan(
             seed=study.protocol.seed + replicate,
             interleaving=level,
             measures=measures,
-            instrument=_instrument(replicate, measures),
+            instrument=_instrument(replicate, measures, contender.role),
             arm=arms[contender],
         )
 
@@ -331,10 +331,10 @@ def _solo_requests(study: Study, slot: Slot) -> tuple[tuple[str, ...], ...]:
     return ((slot.trial,),) * study.protocol.generate_requests if "merged" in slot.measures else ()
 
 
-def _instrument(replicate: int, measures: Sequence[Measure]) -> Instrument:
+def _instrument(replicate: int, measures: Sequence[Measure], role: Role) -> Instrument:
     """The full profile once a variant and run, in its first timed trial; the spy in all others, whose paths are the
-    same."""
-    return "profile" if replicate == 0 and "steps" in measures else "spy"
+    same. The control is a variant that has one already."""
+    return "profile" if replicate == 0 and "steps" in measures and role == "variant" else "spy"
 
 
 def _arm(contender: Contender, contenders: Sequence[Contender]) -> str:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from harness.errors import InvalidRunError
+from harness.machine.provenance import Facts
 from harness.records.preparation import BaseSummary, Hello, TokenSummary
 from harness.records.record import Notice
 from harness.run.bases import foresee_cold, prepare_bases
@@ -38,6 +39,8 @@ class Ready:
     """What a cold start will take in the mean."""
     cold_notices: tuple[Notice, ...] = ()
     """Of what they take of a limit of time."""
+    sides: dict[str, Facts] = field(default_factory=dict)
+    """Of an A/B whose sides the place has put up itself: what is installed on each."""
 
     @property
     def hello(self) -> Hello:

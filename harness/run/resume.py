@@ -16,6 +16,7 @@ from typing import Any
 
 from harness.errors import UsageError
 from harness.machine import provenance
+from harness.machine.kinds import OF_A_KIND
 from harness.machine.provenance import Facts
 from harness.machine.repository import git_state
 from harness.records import codec, store
@@ -37,7 +38,7 @@ PRESENT = "present"
 """Kind of a side that is the interpreter which measures, as both of a calibration are: the run's own facts are its."""
 SETTLED_OPTIONS = (
     "effort", "replicates", "profile", "model", "data", "variant", "phase", "interleave", "precision",
-    "allow-disturbed",
+    "allow-disturbed", "mixed",
 )  # fmt: skip
 """Options of either door that make a study and its plan; a run that is gone on with has both."""
 
@@ -150,7 +151,12 @@ def check_place(run: Run, facts: Facts) -> None:
     without = [name for side in manifest.sides.values() for name in side["declared"]]
     before = provenance.comparable(manifest.provenance, without=without)
     without += [name for name in provenance.LATER if name not in before]  # it was not recorded then
-    if provenance.fingerprint(here, without=without) != manifest.fingerprint:
+    was = manifest.fingerprint
+    if study.protocol.mixed:  # whichever of its machines comes first now
+        without += OF_A_KIND
+        was = provenance.fingerprint(manifest.provenance, without=without)
+        before = provenance.comparable(manifest.provenance, without=without)
+    if provenance.fingerprint(here, without=without) != was:
         before, now = codec.to_json(before), codec.to_json(provenance.comparable(here, without=without))
         said = "; ".join(f"{one.field}: {one.base!r} then, {one.candidate!r} now" for one in differences(before, now))
         raise UsageError(

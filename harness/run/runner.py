@@ -14,13 +14,14 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from harness.records.record import Notice, TrialRecord
+from harness.records.record import Measure, Notice, TrialRecord
 from harness.run.budget import Budget
 from harness.run.conductor import Conductor, Watcher
 from harness.run.executors import Executor
 from harness.run.plan import Group, Plan
 from harness.run.site import Site, begin_record
 from harness.run.stops import Stops
+from harness.run.thinning import measures_in, tell_left_out
 from harness.verdicts.disturbance import judged
 
 Stop = Callable[[Sequence[TrialRecord]], str | None]
@@ -61,8 +62,9 @@ def run_plan(
     """
     budget, stops = budget or Budget(), stops or Stops()
     remaining = list(find_unsettled(plan, earlier))
-    attempts = {group: _attempt(group, earlier) for group in remaining}
-    last = {group: attempt + plan.study.protocol.retries for group, attempt in attempts.items()}
+    attempts: dict[Group, int] = {}
+    begun: int | None = None
+    left_out: dict[int, frozenset[Measure]] = {}
     ended = {record.trial: record for record in keep_records(remaining, earlier)}
     untouched = {record.trial: record for record in earlier if record.trial not in ended}
 
@@ -88,7 +90,17 @@ def run_plan(
     ended_by: BaseException | None = None
     while (remaining or again) and ended_by is None:
         retry = bool(again) and (not remaining or remaining[0].replicate != again[0].replicate)
+        if not retry and remaining[0].replicate != begun:
+            begun = remaining[0].replicate
+            planned = [group for group in remaining if group.replicate == begun]
+            kept = budget.thin(plan, planned)
+            if missing := measures_in(planned) - measures_in(kept):
+                left_out[begun] = missing
+            remaining = [*kept, *remaining[len(planned) :]]
+            if not kept:
+                continue
         group = again.pop(0) if retry else remaining.pop(0)
+        attempts.setdefault(group, _attempt(group, earlier))
         if not retry or took_s[group] <= budget.left_s:
             attempts[group] += retry
             budget.enter(plan.study, group, [other for other in remaining if other.replicate == group.replicate])
@@ -101,15 +113,15 @@ def run_plan(
             budget.leave()
             took_s[group] = budget.clock() - begin
             disturbed = any(ended[slot.trial].disturbed for slot in group.slots)
-            if disturbed and attempts[group] < last[group]:
+            if disturbed and attempts[group] < _attempt(group, earlier) + plan.study.protocol.retries:
                 again.append(group)
         between = not again and bool(remaining) and remaining[0].replicate != group.replicate
         if between and ended_by is None and (reason := stop(in_order())):
-            return Measured(records=in_order(), stopped=reason)
+            return Measured(records=in_order(), stopped=reason, notices=tell_left_out(left_out))
     give_up(remaining)
     if ended_by is not None and not isinstance(ended_by, KeyboardInterrupt):
         raise ended_by
-    return Measured(records=in_order(), interrupted=ended_by is not None)
+    return Measured(records=in_order(), interrupted=ended_by is not None, notices=tell_left_out(left_out))
 
 
 def _conduct(conductor: Conductor, stops: Stops) -> BaseException | None:

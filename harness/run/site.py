@@ -70,7 +70,7 @@ def request_of(plan: Plan, slot: Slot, site: Site, place: Place) -> TrialRequest
         replicate=slot.replicate,
         seed=slot.seed,
         workload=slot.workload,
-        protocol=study.protocol,
+        protocol=study.protocol.here(),  # of no interest there, and unknown to older revisions on a side
         interleaving=slot.interleaving,
         measures=slot.measures,
         instrument=slot.instrument,

@@ -79,7 +79,8 @@ class Stopping:
     def _following(self, records: Sequence[TrialRecord]) -> list[Group]:
         """The groups of the next replicate."""
         last = max((record.replicate for record in records), default=-1)
-        return [group for group in self._plan.groups if group.replicate == last + 1]
+        groups = [group for group in self._plan.groups if group.replicate == last + 1]
+        return list(self._budget.thin(self._plan, groups))
 
     def _comparisons(self, records: Sequence[TrialRecord]) -> list[Comparison]:
         """Everything against the reference, and the reference against its twin, in the primary metric of each phase."""

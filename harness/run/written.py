@@ -9,20 +9,29 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from harness.errors import UsageError
 from harness.records import codec
-from harness.records.record import Interleaving
-from harness.run.contenders import contenders_of, variants_of
+from harness.records.record import Interleaving, Side
+from harness.run.contenders import Contender, contenders_of, sides_of, variants_of
 from harness.run.plan import Group, Plan, make_plan
 from harness.studies.study import Study
 from harness.studies.workload import Workload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WrittenSide:
+    """One side of an A/B, by a word that means the same on every machine."""
+
+    side: Side
+    kind: Literal["revision", "interpreter", "requirements"]
+    spec: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WrittenPlan:
-    """What a plan without sides follows from."""
+    """What a plan follows from; of an A/B the sides as well, which are not of commands."""
 
     study: dict[str, Any]
     phases: tuple[str, ...]
@@ -34,10 +43,13 @@ class WrittenPlan:
     """All trials of the whole plan."""
     trials: tuple[str, ...]
     """Those of the groups that are to be measured."""
+    sides: tuple[WrittenSide, ...] = ()
+    injected_rows: int = 0
+    """Extra work of the candidate (`Contender.injected_rows`)."""
 
 
-def write_plan(plan: Plan, whole: Plan) -> WrittenPlan:
-    """A plan, or what is left of the `whole` one."""
+def write_plan(plan: Plan, whole: Plan, sides: tuple[WrittenSide, ...] = ()) -> WrittenPlan:
+    """A plan, or what is left of the `whole` one, with the `sides` of an A/B."""
     return WrittenPlan(
         study=codec.to_json(whole.study),
         phases=whole.phases,
@@ -47,6 +59,8 @@ def write_plan(plan: Plan, whole: Plan) -> WrittenPlan:
         why=whole.why,
         order=tuple(slot.trial for slot in whole.slots),
         trials=tuple(slot.trial for slot in plan.slots),
+        sides=sides,
+        injected_rows=max(contender.injected_rows for contender in whole.contenders),
     )
 
 
@@ -56,7 +70,7 @@ def read_plan(written: WrittenPlan) -> Plan:
     study = restore_numbers(study, written.study)
     plan = make_plan(
         study,
-        contenders=contenders_of(study, written.selection, written.own_workloads),
+        contenders=_contenders(study, written),
         phases=written.phases,
         interleaving=written.interleaving,
         why=written.why,
@@ -70,6 +84,13 @@ def read_plan(written: WrittenPlan) -> Plan:
             "version of it in both places."
         )
     return take_trials(plan, wanted)
+
+
+def _contenders(study: Study, written: WrittenPlan) -> tuple[Contender, ...]:
+    if not written.sides:
+        return contenders_of(study, written.selection, written.own_workloads)
+    variants = [study.variant(name) for name in written.selection]
+    return sides_of(study, variants, injected_rows=written.injected_rows)
 
 
 def take_trials(plan: Plan, wanted: set[str]) -> Plan:

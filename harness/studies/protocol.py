@@ -15,6 +15,7 @@ from harness.errors import UsageError
 from harness.records import codec
 from harness.records.metrics import PHASES, Phase
 from harness.studies import limits
+from harness.studies.place import HERE, Place
 
 PRECISION_REPLICATES = 40
 """Cap where a precision decides and nothing else is said."""
@@ -92,6 +93,17 @@ class Protocol:
     is gone on with. They are spread over five replicates, if so many are planned: no further one is begun whose least
     would end later, and within one whole rounds are dropped, for all variants alike (`harness.run.budget`). None sets
     no limit."""
+    on: str = field(default=HERE, metadata=codec.LATER)
+    """Where replicates are measured by `run`, `ab`, `calibrate` and pytest, as `--on` has it: `here`, `ray`,
+    `ray://HOST:PORT`, `slurm:KEY=VALUE,…` or `submitit-local:KEY=VALUE,…`. Not in a profile, which is chosen by the
+    device that is there."""
+    sites: tuple[str, ...] = field(default=(), metadata=codec.LATER)
+    """On which of them at once, as `--sites` has it: cards of this machine, or shares of its CPUs, as `["0", "1"]`;
+    names of nodes on Ray; never with SLURM, whose `on` says how many. Empty: one device here, all nodes of a cluster.
+    Not in a profile."""
+    mixed: bool = field(default=False, metadata=codec.LATER)
+    """Let sites be unlike, other cards or CPUs, as `--mixed` has it: replicates are divided evenly, and every ratio is
+    of one site, with its own interval; nothing is taken over all of them. Not with a precision; not in a profile."""
 
     def __post_init__(self) -> None:
         limits.check_ranges("protocol", self, _RANGES)
@@ -120,6 +132,17 @@ class Protocol:
         if not self.step_timeout_s > 0:
             raise UsageError(f"protocol: step_timeout_s = {self.step_timeout_s}: must be positive. Use seconds.")
         limits.check_ranges("protocol", self, {"step_timeout_s": (0, limits.WEEK_S), "epochs": (0, 10**6)})
+        if self.mixed and self.precision is not None:
+            raise UsageError(
+                f"protocol: precision = {self.precision:g}: it is of one interval, and with mixed each site has its "
+                "own. Leave one of the two out, and give replicates."
+            )
+        self.place  # noqa: B018  # what can be no place is refused
+
+    @property
+    def place(self) -> Place:
+        """Where replicates are measured."""
+        return Place(on=self.on, sites=self.sites, mixed=self.mixed)
 
     @property
     def total_steps(self) -> int:
@@ -135,6 +158,10 @@ class Protocol:
         if effort not in EFFORT_REPLICATES:
             raise UsageError(f"effort = {effort!r}: unknown. Use one of {', '.join(EFFORT_REPLICATES)}.")
         return dataclasses.replace(self, replicates=EFFORT_REPLICATES[effort])
+
+    def here(self) -> Protocol:
+        """The same protocol on one device of this machine."""
+        return dataclasses.replace(self, on=HERE, sites=(), mixed=False)
 
     def least(self) -> Protocol:
         """The least that still runs every phase once; nothing measured with it is reported."""

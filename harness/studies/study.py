@@ -272,8 +272,12 @@ class Study:
         precision: float | None = None,
         max_minutes: float | None = None,
         allow_disturbed: bool = False,
+        on: str | None = None,
+        sites: str | None = None,
+        mixed: bool = False,
     ) -> Study:
-        """The same study on another model or data, at another effort or with limits; what is None stays.
+        """The same study on another model or data, at another effort, with limits or in another place; what is None
+        stays.
 
         With a precision or minutes, and no number of replicates, their cap is raised, so that the precision can be
         reached and the minutes be used.
@@ -296,6 +300,8 @@ class Study:
             protocol = dataclasses.replace(protocol, max_minutes=max_minutes, replicates=cap)
         if allow_disturbed:
             protocol = dataclasses.replace(protocol, allow_disturbed=True)
+        place = protocol.place.asked(on=on, sites=sites, mixed=mixed)
+        protocol = dataclasses.replace(protocol, on=place.on, sites=place.sites, mixed=place.mixed)
         return dataclasses.replace(self, workload=workload, protocol=protocol, replaced=replaced)
 
 

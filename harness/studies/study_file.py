@@ -47,6 +47,7 @@ _KEYS = ("title", "extends", "reference", "allow_fallback", "notes", *_SECTIONS,
 _OF_VARIANTS = (*_LISTS, "claim", "engine", "reference")
 """What speaks of variants, and does not outlive those that a study puts in their place."""
 _PROFILE_KEYS = ("devices", "allow_fallback", "notes", *_SECTIONS)
+_OF_PLACE = ("on", "sites", "mixed")
 _OWN_RANDOM = "random:"
 
 
@@ -173,6 +174,13 @@ def _choose_profile(where: str, profiles: Any, asked: str | None, device: str) -
             if not isinstance(table.get(section, {}), Mapping):
                 remedy = f"Write {section}.KEY = VALUE."
                 raise impossible(f"{where}, [profile.{name}]", section, table[section], "a table is expected", remedy)
+        for key in _OF_PLACE:
+            if key in table.get("protocol", {}):
+                why = "a profile is chosen by the device, and which device there is hangs on it"
+                raise impossible(
+                    f"{where}, [profile.{name}]", f"protocol.{key}", table["protocol"][key], why,
+                    "Write it in [protocol].",
+                )  # fmt: skip
     if asked is not None:
         if asked not in profiles:
             known = unknown(asked, list(profiles)) if profiles else "this study has none."

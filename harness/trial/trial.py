@@ -112,7 +112,9 @@ class Trial:
             }
             if self._alone:
                 values |= {"load_time_s": load_time, "first_step_time_s": lap.time_s, **started}
-            if self._timed and not request.variant.rewrites_base:
+            if (
+                self._timed and request.replicate == 0 and not request.variant.rewrites_base
+            ):  # the base's: never another
                 with lora.without_adapter(trainee.model):  # which is what the adapter was before its first step
                     values["held_out_loss_initial"] = self.shared.once("held_out_loss", step.held_out_loss)
         return self._judged(Fragment(values=values, memory=memory, samples={"warmup_loss": (loss,)}), [loss])

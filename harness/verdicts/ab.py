@@ -24,6 +24,7 @@ from harness.studies.stored import read_study
 from harness.studies.study import Study
 from harness.verdicts.comparand import Difference, Measurements, is_memory, measurements_of
 from harness.verdicts.judging import LimitsOf, SidePair, default_limits, default_metrics, judge_pairs, matching, rows_of
+from harness.verdicts.mixed import fault_of_sites, is_mixed, join_notices, runs_of_sites
 from harness.verdicts.notices import run_notices
 from harness.verdicts.outcome import ComparisonReport, without_numbers
 from harness.verdicts.sameness import losses_of_run, sides_of_run
@@ -66,6 +67,10 @@ def report_of(
     Raises:
         UsageError: a run without sides.
     """
+    if is_mixed(run):
+        sites = runs_of_sites(run).items()
+        told = {site: report_of(part, metrics=metrics, limits_of=limits_of, losses=losses) for site, part in sites}
+        return _report_of_sites(run, told)
     study, control = _study(run), compare_base_to_itself(run)
     broken = say_broken(run.manifest.run, [*newer_faults(run), *run_faults(run), *control_faults(control.items())])
     pairs = _pairs(run, study, broken, metrics)
@@ -82,6 +87,30 @@ def report_of(
         notices=tuple(dict.fromkeys(_notices(run, study, control))),
         losses=losses_of_run(run, study) if losses or study.of_scripts else {},
     )
+
+
+def _report_of_sites(run: Run, told: Mapping[str, ComparisonReport]) -> ComparisonReport:
+    """What each site says, side by side: a gate lets pass what all of them let pass. Without a site there is no row,
+    which is no pass either."""
+    sides, faults = run.manifest.sides, [*newer_faults(run), *run_faults(run), *fault_of_sites(run)]
+    broken = say_broken(run.manifest.run, faults)
+    rows = [
+        dataclasses.replace(row, site=site, comparison=without_numbers("invalid", broken) if broken else row.comparison)
+        for site, report in told.items()
+        for row in report.comparisons
+    ]
+    return ComparisonReport(
+        base=str(sides["base"]["label"]),
+        candidate=str(sides["candidate"]["label"]),
+        comparisons=tuple(rows),
+        control={_on(phase, site): found for site, report in told.items() for phase, found in report.control.items()},
+        notices=join_notices(run, {site: report.notices for site, report in told.items()}),
+        losses={_on(name, site): found for site, report in told.items() for name, found in report.losses.items()},
+    )
+
+
+def _on(what: str, site: str) -> str:
+    return f"{what} on {site}"
 
 
 def _pairs(run: Run, study: Study, broken: str | None, metrics: Sequence[str]) -> list[SidePair]:
@@ -134,9 +163,29 @@ def compare_base_to_itself(run: Run) -> dict[str, Comparison | None]:
 
 
 def attribution_of(run: Run) -> Attribution:
-    """What differs between the sides, and the ratio of every metric that both have."""
-    study = _study(run)
+    """What differs between the sides, and the ratio of every metric that both have; on each of several unlike sites."""
+    _study(run)  # which has sides
     facts = [_facts(run, side) for side in ("base", "candidate")]
+    if is_mixed(run):
+        sites = runs_of_sites(run).items()
+        parts = [
+            dataclasses.replace(part, variant=_on(part.variant, site)) for site, one in sites for part in _parts_of(one)
+        ]
+    else:
+        parts = _parts_of(run)
+    return Attribution(
+        packages=differing_packages(*facts),
+        differing=tuple(
+            Difference(field=name, base=facts[0].get(name), candidate=facts[1].get(name))
+            for name in ("python", "cuda", "git")
+            if facts[0].get(name) != facts[1].get(name)
+        ),
+        parts=tuple(parts),
+    )
+
+
+def _parts_of(run: Run) -> list[Part]:
+    study = _study(run)
     base, candidate = series_of(run.records, "base"), series_of(run.records, "candidate")
     parts = []
     for variant in study.variants:
@@ -147,15 +196,7 @@ def attribution_of(run: Run) -> Attribution:
                 comparison = compare_series(ours, theirs, metric)  # type: ignore[arg-type]
             if comparison is not None:
                 parts.append(Part(variant=variant.name, metric=metric, comparison=comparison))
-    return Attribution(
-        packages=differing_packages(*facts),
-        differing=tuple(
-            Difference(field=name, base=facts[0].get(name), candidate=facts[1].get(name))
-            for name in ("python", "cuda", "git")
-            if facts[0].get(name) != facts[1].get(name)
-        ),
-        parts=tuple(parts),
-    )
+    return parts
 
 
 def _facts(run: Run, side: str) -> dict[str, Any]:

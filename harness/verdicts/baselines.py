@@ -16,6 +16,7 @@ from harness.records.document import write_document
 from harness.records.packed import is_packed
 from harness.studies.stored import read_study
 from harness.verdicts.comparand import Comparand, comparand_of
+from harness.verdicts.mixed import refuse_mixed
 from harness.verdicts.standing import standing_of
 
 WORD = "baseline"
@@ -80,6 +81,7 @@ def accept(name: str, runs: Path) -> tuple[Baseline, Baseline | None]:
         )
     if run.manifest.sides:
         raise UsageError(f"run {run.path.name}: an A/B run has two sides and is no baseline. Accept an ordinary run.")
+    refuse_mixed(run, "a baseline")
     stands = standing_of(run, read_study(run))
     if not stands.valid:
         why = next(iter(stands.failures), stands.broken)

@@ -26,6 +26,7 @@ from harness.studies.stored import read_study
 from harness.studies.study import Study
 from harness.studies.variant import Variant
 from harness.studies.workload import Workload
+from harness.verdicts.mixed import refuse_mixed
 from harness.verdicts.notices import newer_notices
 from harness.verdicts.series import Series, Trials, series_of
 from harness.verdicts.software import facts_of
@@ -109,12 +110,14 @@ class Comparand:
 
 
 def comparand_of(run: Run) -> Comparand:
-    """A run of ours as a side of a comparison. Raises `UsageError` for an A/B run, which has two sides."""
+    """A run of ours as a side of a comparison. Raises `UsageError` for an A/B run, which has two sides, and for one
+    whose sites are unlike."""
     if run.manifest.sides:
         raise UsageError(
             f"run {run.manifest.run}: an A/B run holds both of its sides and its own comparison. Read it with "
             f"`lorameter report {run.manifest.run}`."
         )
+    refuse_mixed(run, "a side of a comparison")
     study = read_study(run)
     groups, stands = series_of(run.records), standing_of(run, study)
     sides = {

@@ -62,6 +62,13 @@ class Compared:
     tolerance: float
     margin: float
     interleaving: Interleaving
+    site: str = ""
+    """On which of several sites that are unlike; empty where nothing hangs on it."""
+
+    @property
+    def name(self) -> str:
+        """The variant, and the site where there are several."""
+        return f"{self.variant} on {self.site}" if self.site else self.variant
 
     @property
     def verdict(self) -> Verdict:
@@ -143,4 +150,5 @@ def _row(compared: Compared) -> dict[str, Any]:
         "replicates": comparison.replicates,
         "replicates_needed": comparison.replicates_needed,
         "mde80": comparison.mde80,
+        **({"site": compared.site} if compared.site else {}),
     }

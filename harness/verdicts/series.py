@@ -16,7 +16,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from harness.errors import InvalidRunError
+from harness.errors import InvalidRunError, UsageError
 from harness.records.metrics import METRICS, Samples, samples_of
 from harness.records.record import Interleaving, Role, Side, TrialRecord
 from harness.stats import (
@@ -120,7 +120,16 @@ Groups = Mapping[tuple[str, Role], Series]
 
 
 def series_of(records: Sequence[TrialRecord], side: Side = "") -> dict[tuple[str, Role], Series]:
-    """Records of one side grouped by variant and role, each in order of replicates, groups in order of appearance."""
+    """Records of one side grouped by variant and role, each in order of replicates, groups in order of appearance.
+
+    Raises `UsageError` for records of sites that may be unlike: nobody takes them together by accident
+    (`harness.verdicts.mixed`).
+    """
+    if any(record.machine for record in records):
+        raise UsageError(
+            "these trials are of sites that are unlike machines, and no number holds over all of them. Read each site "
+            "by `lorameter report RUN`."
+        )
     groups: dict[tuple[str, Role], list[TrialRecord]] = {}
     for record in records:
         if record.side == side:

@@ -14,6 +14,7 @@ from harness.records.store import Run
 from harness.records.units import first_few, format_count
 from harness.stats import Comparison
 from harness.studies.study import Study
+from harness.verdicts.mixed import fault_of_sites, is_mixed, runs_of_sites
 from harness.verdicts.series import (
     Groups,
     compare_series,
@@ -56,7 +57,10 @@ class Standing:
 
 
 def standing_of(run: Run, study: Study) -> Standing:
-    """How a run stands by the records that there are. Raises nothing for missing trials: what is not there is said."""
+    """How a run stands by the records that there are; one of unlike sites stands if each of them does, and its controls
+    are in these. Raises nothing for missing trials: what is not there is said."""
+    if is_mixed(run):
+        return _standing_of_sites(run, study)
     groups = series_of(run.records)
     primary = {phase: primary_metric(phase, own_workloads=bool(run.manifest.own_workloads)) for phase in phases_of(run)}
     controls = {
@@ -69,6 +73,21 @@ def standing_of(run: Run, study: Study) -> Standing:
         controls=controls,
         failures=(*_failures(run), *_missing(run)),
         faults=(*run_faults(run), *control_faults(asked)),
+        newer=tuple(newer_faults(run)),
+    )
+
+
+def _standing_of_sites(run: Run, study: Study) -> Standing:
+    sites = {site: standing_of(part, study) for site, part in runs_of_sites(run).items()}
+    controls = [
+        (f"{phase} on {site}", control) for site, stands in sites.items() for phase, control in stands.controls.items()
+    ]
+    return Standing(
+        run=run.manifest.run,
+        primary=next((stands.primary for stands in sites.values()), {}),
+        controls={},
+        failures=(*_failures(run), *_missing(run)),
+        faults=(*run_faults(run), *control_faults(controls), *fault_of_sites(run)),
         newer=tuple(newer_faults(run)),
     )
 

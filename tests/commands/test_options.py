@@ -26,6 +26,14 @@ def test_commands_that_measure_say_the_same_of_an_option(name):
     assert len({told(command, name) for command in ("run", "ab", "calibrate", "profile")}) == 1
 
 
+@pytest.mark.parametrize("name", ["sites", "on"])
+def test_commands_that_measure_in_several_places_say_the_same_of_them(name):
+    """Those of one device have no such option."""
+    assert len({told(command, name) for command in ("run", "ab", "calibrate")}) == 1
+    with pytest.raises(KeyError):
+        told("bisect", name)
+
+
 @pytest.mark.parametrize("command", ["profile", "estimate"])
 def test_a_variant_of_a_profile_is_named_like_a_study_of_one(command):
     """In the words of `run`: where a study is fitted to a machine, its variants are looked at as fitted."""
@@ -42,3 +50,5 @@ def test_pytest_has_them_under_its_own_names(pytester):
     shown = " ".join(pytester.runpytest_subprocess("--help").stdout.str().split())
     assert "--lorameter-if-busy={wait,refuse,share}" in shown
     assert "number of replicates, instead of --lorameter-effort" in shown
+    assert "--lorameter-on=CLUSTER" in shown
+    assert "with --lorameter-on, on these nodes" in shown

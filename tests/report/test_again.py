@@ -55,6 +55,17 @@ def test_what_the_command_line_gave_is_given_again(write_run):
     assert (options.profile, options.model, options.data, options.max_minutes) == ("card", None, None, None)
 
 
+def test_the_place_is_given_again(write_run):
+    """As the options have it; on a machine without a word there is none."""
+    study = load_study("lora-or-qlora").with_overrides(on="ray", sites="n1,n2", mixed=True)
+    path = write_run("placed", {"lora-r16": [1.0, 1.1]}, study=study)
+    options = typed(store.read_run("placed", path.parent))
+    assert (options.on, options.sites, options.mixed) == ("ray", "n1,n2", True)
+    path = write_run("plain", {"lora-r16": [1.0, 1.1]}, study=load_study("lora-or-qlora"))
+    options = typed(store.read_run("plain", path.parent))
+    assert (options.on, options.sites, options.mixed) == (None, None, False)
+
+
 def side(kind, spec, *, commit=None, rows=0):
     return {
         "kind": kind, "spec": spec, "label": f"{spec} (label)", "worker": "1", "injected_rows": rows,

@@ -76,7 +76,9 @@ def test_a_side_holds_no_credential(url, write_run, capsys):
     document = codec.to_json(manifest) | {"sides": {"base": told, "candidate": told}}
     (path / "manifest.json").write_text(json.dumps(document))
     assert main(["report", str(path)]) in (0, 4, 5)
-    assert main(["report", str(path), "--json"]) in (0, 4, 5)
+    for form in (["--json"], ["--markdown"], ["--format", "github"], ["--html", str(path / "page.html")]):
+        assert main(["report", str(path), *form]) in (0, 4, 5)
+    assert SECRET not in (path / "page.html").read_text()
     assert SECRET not in "".join(capsys.readouterr()) + (path / "manifest.json").read_text()
 
 

@@ -8,6 +8,7 @@ from collections import Counter
 
 import pytest
 
+from harness.records.metrics import PHASES
 from harness.records.record import Fragment
 from harness.run.budget import LEAST_ROUNDS, Budget
 from harness.run.executors import Place
@@ -90,11 +91,12 @@ def measured(small_study):
         executor = Timed(costs or {})
         budget = Budget(limit_s, clock=executor.clock, replicates=replicates, cold_s=executor.costs["cold"])
         site = Site(device="cpu", threads=1, tokens_path="t", tokens={})
-        records = run_plan(
+        found = run_plan(
             plan, {"": executor}, site, save=lambda record: None, watcher=Quiet(), budget=budget,
             stop=Stopping(plan, budget),
-        ).records  # fmt: skip
-        return executor, {record.trial: record for record in records}
+        )  # fmt: skip
+        executor.notices = found.notices
+        return executor, {record.trial: record for record in found.records}
 
     return measure
 
@@ -334,3 +336,61 @@ def test_what_is_measured_beside_has_what_is_left_from_its_own_begin():
     now[0] += 25
     assert (first.left_s, whole.beside(3).left_s) == (15.0, 15.0)
     assert Budget(clock=lambda: now[0]).beside(3).left_s == math.inf
+
+
+COSTLY = {"request": 20.0, "begin_generate": 20.0}
+"""A model whose requests take longer than all of its steps."""
+
+
+def requested(executor):
+    """The replicates in which there was a request."""
+    return {int(trial[1 : trial.index("-")]) for trial, command in executor.asked if command == "request"}
+
+
+def test_later_replicates_leave_out_what_would_cost_them_their_number(measured):
+    """Where five of all do not fit, all phases are measured once and the steps five times; what is left out is said."""
+    limit_s = 1100.0
+    executor, records = measured(limit_s, costs=COSTLY, replicates=12, phases=PHASES)
+    assert replicates_of(records) >= 5
+    assert requested(executor) == {0}
+    assert {record.status for record in records.values()} == {"ok"}
+    assert {record.replicate for record in records.values() if "cold_start_time_s" in record.samples} == {0}
+    assert executor.now <= limit_s + 3 * COSTS["turn"]
+    (notice,) = executor.notices
+    assert notice.code == "left-out"
+    assert "peaks of memory, requests:" in notice.message
+    assert not measured(None, costs=COSTLY, replicates=3, phases=PHASES)[0].notices
+
+
+@pytest.mark.parametrize("asked", [{"phases": ("train", "generate")}, {"phases": PHASES, "precision": 0.01}])
+def test_nothing_is_left_out_whose_interval_is_asked_for(measured, asked):
+    """Phases that were named, and all where a precision decides: there are fewer replicates then."""
+    executor, records = measured(1100.0, costs=COSTLY, replicates=12, **asked)
+    assert requested(executor) == set(range(replicates_of(records)))
+    assert 1 < replicates_of(records) < 5
+
+
+def test_only_as_much_is_left_out_as_must_be(measured):
+    """The solo trials alone, where that is enough."""
+    executor, records = measured(1300.0, costs={"build": 25.0}, replicates=12, phases=PHASES)
+    assert replicates_of(records) >= 5
+    assert requested(executor) == set(range(replicates_of(records)))
+    assert {record.replicate for record in records.values() if record.trial.endswith("solo")} == {0}
+    assert "left out peaks of memory:" in executor.notices[0].message
+
+
+def test_a_warm_up_that_is_longer_is_caught_up_with(measured, monkeypatch):
+    """Trials of a replicate end after the same step, that of the longest warm-up; so do those of the next."""
+    asked = Timed.ask
+
+    def warming(self, command, trial, timeout_s, **arguments):
+        answer = asked(self, command, trial, timeout_s, **arguments)
+        longer = {"r0-plain": 2, "r0-nf4": 4}.get(trial, 3)
+        return Fragment(samples={"warmup_step_time_s": (1.0,) * longer}) if command == "warm_up" else answer
+
+    monkeypatch.setattr(Timed, "ask", warming)
+    executor, records = measured(330.0, replicates=2, phases=("train",), warmup_steps_max=12)
+    ends = {executor.limits[trial] - 2 * len(record.turn_lengths) for trial, record in records.items()
+            if record.turn_lengths}  # fmt: skip
+    assert replicates_of(records) == 2
+    assert ends == {1 + 4}

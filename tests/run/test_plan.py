@@ -122,9 +122,9 @@ def test_no_metric_is_measured_by_two_kinds_of_trials(small_study):
 
 
 def test_the_full_profile_is_taken_once_a_variant(small_study):
-    """Later replicates are watched by the spy."""
+    """Later replicates are watched by the spy, and so is the control, which is the reference once more."""
     for slot in make_plan(small_study).slots:
-        assert slot.instrument == ("profile" if slot.replicate == 0 else "spy")
+        assert slot.instrument == ("profile" if slot.replicate == 0 and slot.role == "variant" else "spy")
 
 
 def test_peaks_alone_take_few_solo_trials_and_no_control(small_study):

@@ -52,47 +52,47 @@ def study_plan(name, level, select=(), effort=None, phases=None):
 STUDIES = {
     ("lora-or-qlora", "shared-base"): (
         "r0-qlora-nf4-r64-a16 r0-qlora-nf4-r16 r0-lora-r16",
-        "30 18 96ebd5db8b98e027",
+        "30 18 622870dcae0202dd",
     ),
     ("llama2-lora-parameters", "shared-base"): (
         "r0-r=16 r0-r=512 r0-lora_dropout=0.0",
-        "111 21 53c85ce00ccf8436",
+        "111 21 8edfb2d86cc6538b",
     ),
     ("lora-or-qlora", "lockstep"): (
         "r0-qlora-nf4-r64-a16 r0-qlora-nf4-r16 r0-lora-r16",
-        "30 18 6d670caa87326014",
+        "30 18 1a3665ba3c8b2dbd",
     ),
     ("llama2-lora-parameters", "lockstep"): (
         "r0-r=16 r0-r=512 r0-lora_dropout=0.0",
-        "111 21 1c2aba18e2ebe765",
+        "111 21 e34dabf49af52c46",
     ),
     ("lora-or-qlora", "replicates"): (
         "r0-qlora-nf4-r64-a16 r0-qlora-nf4-r16 r0-lora-r16",
-        "15 15 94bf420b8cf15174",
+        "15 15 f0114ab6c096fe90",
     ),
     ("llama2-lora-parameters", "replicates"): (
         "r0-r=16 r0-r=512 r0-lora_dropout=0.0",
-        "96 96 2d19d3f01d090b04",
+        "96 96 f6e71255232804fa",
     ),
     ("lora-or-qlora", "lockstep", ("qlora-nf4-r16",)): (
         "r0-lora-r16 r0-lora-r16-control r0-qlora-nf4-r16",
-        "18 12 12909e286701b9ec",
+        "18 12 c4b282c5595bfa32",
     ),
     ("lora-or-qlora", "shared-base", ("qlora-nf4-r16",), "rigorous"): (
         "r0-lora-r16 r0-lora-r16-control r0-qlora-nf4-r16",
-        "72 48 1f5bd9539d5298a2",
+        "72 48 b8cc72b113b95650",
     ),
     ("lora-or-qlora", "lockstep", (), "standard", ("train",)): (
         "r0-qlora-nf4-r64-a16 r0-qlora-nf4-r16 r0-lora-r16",
-        "52 20 148a24fd77ca56f1",
+        "52 20 3ddc1c94189444c7",
     ),
     ("lora-or-qlora", "shared-base", (), "quick", ("train", "cold")): (
         "r0-qlora-nf4-r64-a16 r0-qlora-nf4-r16 r0-lora-r16",
-        "30 18 753270af6cba1d52",
+        "30 18 3807ab67d5fad5f6",
     ),
     ("training-step", "replicates", (), "rigorous", ("generate", "train")): (
         "r0-qlora-nf4-r16 r0-qlora-nf4-r16-control r1-qlora-nf4-r16-control",
-        "24 24 02c3e6d571203669",
+        "24 24 08395f3026c486e7",
     ),
 }
 
@@ -107,31 +107,31 @@ def test_a_study_is_planned_as_ever(arguments, expected):
 SIDES = {
     ("lockstep",): (
         "r0-qlora-nf4-r16-candidate r0-qlora-nf4-r16-base r0-qlora-nf4-r16-base-control",
-        "30 14 5e2f41fd0feae971",
+        "30 14 9a768fb4ca8784b2",
     ),
     ("replicates",): (
         "r0-qlora-nf4-r16-candidate r0-qlora-nf4-r16-base r0-qlora-nf4-r16-base-control",
-        "24 24 07d9b5f3e7cd81de",
+        "24 24 00f4650c0120e2c6",
     ),
     ("lockstep", (), ("train", "cold"), 64): (
         "r0-qlora-nf4-r16-candidate r0-qlora-nf4-r16-base r0-qlora-nf4-r16-base-control",
-        "48 32 968771d49dd6cc79",
+        "48 32 ccebcbe997f09c97",
     ),
     ("lockstep", (), ("train",)): (
         "r0-qlora-nf4-r16-candidate r0-qlora-nf4-r16-base r0-qlora-nf4-r16-base-control",
-        "30 14 d5cc8964c3b9e6d4",
+        "30 14 e1df6745bd59fb1f",
     ),
     ("lockstep", (), ("train", "generate"), 0, "lora-or-qlora"): (
         "r0-qlora-nf4-r64-a256-candidate r0-qlora-nf4-r64-a256-base r0-qlora-nf4-r64-a256-candidate-solo",
-        "96 56 b05f0476c1a0277d",
+        "96 56 d3eef4f9bd0693f1",
     ),
     ("replicates", ("qlora-nf4-r64-a256", "qlora-nf4-r16"), ("train", "cold"), 8, "lora-or-qlora"): (
         "r0-qlora-nf4-r16-base r0-qlora-nf4-r16-candidate r0-qlora-nf4-r64-a256-candidate",
-        "40 40 88af7167f42be9b9",
+        "40 40 22259b6f3ef3dd0b",
     ),
     ("lockstep", ("qlora-nf4-r64-a256", "qlora-nf4-r16"), ("train", "cold"), 0, "lora-or-qlora"): (
         "r0-qlora-nf4-r16-base r0-qlora-nf4-r16-candidate r0-qlora-nf4-r16-candidate-solo",
-        "80 56 cde845e99a0a0bc1",
+        "80 56 99ac4c5601ae52db",
     ),
 }
 
@@ -154,31 +154,31 @@ def test_an_ab_is_planned_as_ever(arguments, expected, machine, monkeypatch):
 REMEDIES = {
     ("lora_dropout", 0.1, None): (
         "r0-plain r0-plain-control r0-without-it",
-        "10 6 b2131aacb62bdd9d",
+        "10 6 316c6b4ee019c2cf",
     ),
     ("lora_dropout", 0.1, "lockstep"): (
         "r0-plain r0-plain-control r0-without-it",
-        "10 6 e3192cacbfb6c428",
+        "10 6 019013d7b60fe170",
     ),
     ("layout", "packed", "lockstep"): (
         "r0-plain r0-plain-control r0-without-it",
-        "10 6 bf10bbe3bb6899a9",
+        "10 6 2b0b2f98f63fa61e",
     ),
     ("layout", "packed", "replicates"): (
         "r0-plain r0-plain-control r0-without-it",
-        "6 6 3c5423abb857ea08",
+        "6 6 8db6324a48d4f0ac",
     ),
     ("threads", 1, "lockstep"): (
         "r0-plain r0-plain-control r0-without-it",
-        "10 6 8d5104504272749d",
+        "10 6 cc2408d8cc67f1a1",
     ),
     ("threads", 1, "replicates"): (
         "r0-plain r0-plain-control r0-without-it",
-        "6 6 22d236a8e8c37b95",
+        "6 6 c9725abd0eaca6ee",
     ),
     ("batch_size", 4, "lockstep"): (
         "r0-plain r0-plain-control r0-without-it",
-        "10 6 cb99886a7ff47427",
+        "10 6 cdda1046f7fc3dbb",
     ),
 }
 

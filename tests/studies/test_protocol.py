@@ -9,7 +9,7 @@ from harness.studies.protocol import Protocol
 
 def test_the_least_is_once_of_everything():
     """Whatever a protocol asks for: no field that counts or limits anything is left as it was."""
-    kept = {"phases", "merged", "seed", "step_timeout_s", "memory_limit_bytes"}
+    kept = {"phases", "merged", "seed", "step_timeout_s", "memory_limit_bytes", "on", "sites", "mixed"}
     large = {
         field.name: 0.9 if field.type in ("float", "float | None") else 9
         for field in dataclasses.fields(Protocol)

@@ -68,41 +68,64 @@ class OpenSide:
 
 @contextlib.contextmanager
 def open_side(
-    spec: str, *, repository: Path, cache: Path, report: Callable[[str], object] = tell
+    spec: str,
+    *,
+    repository: Path,
+    cache: Path,
+    report: Callable[[str], object] = tell,
+    kind: SideKind | None = None,
 ) -> Iterator[OpenSide]:
     """Make one side ready, and take down at the end what was put up for it.
-
-    A path of an executable file goes before a revision, that before a Python found on PATH, and that before
-    requirements.
 
     Args:
         spec: a revision, a Python executable, or requirements in one string.
         repository: a folder in the repository whose revisions can be named.
         cache: lorameter's cache directory, for the environments of requirements.
         report: told, one line each, what takes long; standard error if left out, as output may be a document.
+        kind: what it names, where that was found out on another machine; an interpreter is then named by its path.
 
     Raises:
         UsageError: nothing goes by that name, it lacks a library that a trial needs, or it would not be what runs.
     """
-    if not spec.strip() or "\0" in spec:
-        raise impossible("ab", "side", spec, "no word that anything goes by", _REMEDY)
 
     def tell_all(line: str) -> None:
         report(redact(line))  # pip and git repeat the addresses that they were given
 
+    kind, full = (kind, spec) if kind else name_side(spec, repository)
     with contextlib.ExitStack() as stack:
-        if _is_executable_path(spec):
-            yield _interpreter(spec, Path(spec).absolute(), stack)
-            return
-        commit, refusal = _commit(spec, repository)
-        if commit is not None:
-            yield _revision(spec, commit, repository, stack, tell_all)
-        elif _PYTHON_NAME.fullmatch(spec) and (found := shutil.which(spec)):
-            yield _interpreter(spec, Path(found).absolute(), stack)
-        elif requirements := parse_requirements(spec):
+        if kind == "revision":
+            yield _revision(spec, full, repository, stack, tell_all)
+        elif kind == "requirements":
+            if (requirements := parse_requirements(spec)) is None:
+                raise impossible("ab", "side", spec, "no requirements on this machine", _REMEDY)
             yield _requirements(spec, requirements, cache, stack, tell_all)
         else:
-            raise impossible("ab", "side", spec, _unknown(spec, repository, refusal), _REMEDY)
+            if not _is_executable_path(full):
+                raise impossible("ab", "side", spec, "no executable file of that path on this machine", _REMEDY)
+            yield _interpreter(spec, Path(full), stack)
+
+
+def name_side(spec: str, repository: Path) -> tuple[SideKind, str]:
+    """What a word names, and that in full: the path of an interpreter, a commit, or the requirements.
+
+    A path of an executable file goes before a revision, that before a Python found on PATH, and that before
+    requirements.
+
+    Raises:
+        UsageError: nothing goes by that name.
+    """
+    if not spec.strip() or "\0" in spec:
+        raise impossible("ab", "side", spec, "no word that anything goes by", _REMEDY)
+    if _is_executable_path(spec):
+        return "interpreter", str(Path(spec).absolute())
+    commit, refusal = _commit(spec, repository)
+    if commit is not None:
+        return "revision", commit
+    if _PYTHON_NAME.fullmatch(spec) and (found := shutil.which(spec)):
+        return "interpreter", str(Path(found).absolute())
+    if parse_requirements(spec):
+        return "requirements", spec
+    raise impossible("ab", "side", spec, _unknown(spec, repository, refusal), _REMEDY)
 
 
 def _is_executable_path(spec: str) -> bool:

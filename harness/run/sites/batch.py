@@ -8,91 +8,20 @@ gets to the node and how a job is requeued when its time is over or it is preemp
 from __future__ import annotations
 
 import contextlib
-import re
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from harness.errors import InvalidRunError, UsageError, said_by, shorten
-from harness.run.sites.exchange import SILENT_S
 from harness.run.sites.job import SiteJob
+from harness.studies.place import LOCAL, SLURM, Asked, say_on
 
-SLURM, LOCAL = "slurm", "submitit-local"
-OF_SLURM: Mapping[str, type] = {
-    "partition": str, "account": str, "qos": str, "reservation": str, "constraint": str, "nodelist": str,
-    "exclude": str, "gres": str, "gpus_per_node": int, "cpus_per_task": int, "mem": str, "time": int, "comment": str,
-    "exclusive": str,
-}  # fmt: skip
-"""What is passed on, by the names that sbatch has for it."""
-OURS: Mapping[str, type] = {"sites": int, "start_minutes": float, "silent_s": float}
 TIME_MINUTES = 60
 """Of a job, where `time` is not given; one whose time is over is requeued."""
-START_MINUTES = 10.0
-LEAST_SILENT_S = 2.0
 ASK_TIMEOUT_S = 30.0
 FOR_EVER_MINUTES = 60 * 24 * 365
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
-    """What `--on` asks for."""
-
-    on: str
-    kind: Literal["slurm", "submitit-local"]
-    sites: int = 1
-    start_minutes: float = START_MINUTES
-    """How long jobs are waited for before those that have started go on without the others."""
-    silent_s: float = SILENT_S
-    """After how long without a sign of life a job, or the driver, is taken for dead."""
-    parameters: Mapping[str, Any] = field(default_factory=dict)
-    """Passed on to the batch system."""
-
-
-def is_batch(on: str) -> bool:
-    """Whether it is one of these that `--on` names."""
-    return on.partition(":")[0] in (SLURM, LOCAL)
-
-
-def read_asked(on: str) -> Asked:
-    """What is asked for, such as "slurm:sites=4,partition=gpu,gres=gpu:1,time=60".
-
-    A value may hold commas: what has no "=" after one belongs to the value before it.
-
-    Raises:
-        UsageError: a key that is not known, or a value that is none.
-    """
-    name, _, listed = on.partition(":")
-    kind: Literal["slurm", "submitit-local"] = "slurm" if name == SLURM else "submitit-local"
-    known = {**OURS, **(OF_SLURM if kind == SLURM else {})}
-    found: dict[str, Any] = {}
-    for part in re.split(r",(?=[^,=]*=)", listed) if listed else ():
-        key, equals, text = part.partition("=")
-        if key not in known or not equals:
-            raise UsageError(f"--on {on}: {key!r} is not known. Use KEY=VALUE of {', '.join(known)}.")
-        if key in found:
-            raise UsageError(f"--on {on}: {key} is given twice. Give it once.")
-        found[key] = _read(on, key, text, known[key])
-    sites, silent_s = found.get("sites", 1), found.get("silent_s", SILENT_S)
-    if not 0 < sites < 1000:
-        raise UsageError(f"--on {on}: sites={sites}: 1 to 999 are possible.")
-    if silent_s < LEAST_SILENT_S:
-        raise UsageError(f"--on {on}: silent_s={silent_s:g}: give {LEAST_SILENT_S:g} seconds or more.")
-    passed = {key: value for key, value in found.items() if key not in OURS}
-    return Asked(on=on, kind=kind, parameters=passed, **{key: found[key] for key in OURS if key in found})
-
-
-def _read(on: str, key: str, text: str, kind: type) -> Any:
-    if kind is str and text and text.isprintable():
-        return text
-    if kind is not str and text.isascii():
-        with contextlib.suppress(ValueError, OverflowError):
-            value = kind(text)
-            if 0 < value < 1e6:
-                return value
-    raise UsageError(f"--on {on}: {key}={text!r}: a {'text' if kind is str else 'positive number'} is expected.")
 
 
 def check_here(asked: Asked) -> None:
@@ -101,12 +30,12 @@ def check_here(asked: Asked) -> None:
         import submitit  # noqa: F401
     except ImportError as error:
         raise UsageError(
-            f"--on {asked.on}: submitit cannot be imported: {error}. Install lorameter[slurm] on all nodes."
+            f"{say_on(asked.on)}: submitit cannot be imported: {error}. Install lorameter[slurm] on all nodes."
         ) from None
     if asked.kind == SLURM and not all(map(shutil.which, ("sbatch", "srun", "squeue", "scancel"))):
         raise UsageError(
-            f"--on {asked.on}: this machine has no sbatch. Start it on one that submits jobs to SLURM, or use "
-            f"--on {LOCAL} for processes of this one."
+            f"{say_on(asked.on)}: this machine has no sbatch. Start it on one that submits jobs to SLURM, or use "
+            f"{LOCAL} for processes of this one."
         )
 
 
@@ -130,7 +59,7 @@ class Batch:
                 executor.update_parameters(timeout_min=FOR_EVER_MINUTES)
             self._jobs = executor.submit_array(jobs)
         except Exception as error:  # submitit's, subprocess's, and whatever a version of either adds
-            raise UsageError(f"--on {self._asked.on}: no job was submitted: {shorten(said_by(error))}.") from None
+            raise UsageError(f"{say_on(self._asked.on)}: no job was submitted: {shorten(said_by(error))}.") from None
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -209,6 +138,6 @@ def check_started(states: Mapping[int, str] | None, started: int, asked: Asked) 
     if not started:
         said = "; ".join(sorted(set((states or {}).values()))) or "they have ended"
         raise InvalidRunError(
-            f"--on {asked.on}: of {asked.sites} jobs none has started within {asked.start_minutes:g} min: {said}. Wait "
-            "for longer with start_minutes=…, or ask for less."
+            f"{say_on(asked.on)}: of {asked.sites} jobs none has started within {asked.start_minutes:g} min: {said}. "
+            "Wait for longer with start_minutes=…, or ask for less."
         )

@@ -12,11 +12,12 @@ either is a place that is lost: silence is never an answer.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import os
 import socket
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +25,7 @@ from typing import Any, Literal
 from harness.errors import InvalidRunError, UsageError, redact, shorten
 from harness.machine.processes import CPUS
 from harness.machine.provenance import Facts, harness_identity
+from harness.models.catalogue import cache_dir
 from harness.records import codec
 from harness.records.record import TrialRecord
 from harness.records.scratch import scratch_folder
@@ -31,12 +33,13 @@ from harness.run.budget import Budget
 from harness.run.device import IfBusy, hold_device
 from harness.run.executors import Executor, open_executor
 from harness.run.executors.host import Host
+from harness.run.executors.sides import open_side
 from harness.run.plan import Plan, Slot
 from harness.run.ready import get_ready
 from harness.run.runner import run_plan
 from harness.run.site import Site
 from harness.run.sites.local import share_cpus
-from harness.run.written import WrittenPlan, read_plan, take_trials
+from harness.run.written import WrittenPlan, WrittenSide, read_plan, take_trials
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 MOST_LOG_BYTES = 2**22
@@ -234,10 +237,11 @@ class Post:
             raise InvalidRunError("it was not asked what it is.")
         self._plan = plan = read_plan(order.plan)
         self._folder = self._stack.enter_context(scratch_folder())
-        for arm, threads in {slot.arm: slot.workload.threads for slot in plan.slots}.items():
-            executor = self._executors[arm] = self._open(arm)
+        hosts = self._put_up(order.plan.sides, say)
+        for slot in {slot.arm: slot for slot in plan.slots}.values():
+            executor = self._executors[slot.arm] = self._open(slot.arm, hosts.get(slot.side))
             self._stack.callback(executor.close)
-            executor.start(self._folder, threads)
+            executor.start(self._folder, slot.workload.threads)
         left_s = math.inf if order.left_s is None else order.left_s
         watcher = _Sending(say, lambda: self._send_logs(say))
         ready, self._site = get_ready(
@@ -248,8 +252,25 @@ class Post:
             tell_data=lambda data: say(Message(says="data", text=data)),
         )
         self._cold_s = ready.cold_s
-        answer: dict[str, Any] = codec.to_json(ready)
+        sides = {side: self._executors[side].facts() for side in hosts}
+        answer: dict[str, Any] = codec.to_json(dataclasses.replace(ready, sides=sides))
         return answer
+
+    def _put_up(self, sides: Iterable[WrittenSide], say: Callable[[Message], None]) -> dict[str, Host]:
+        """The sides of an A/B, each in its host, until this process ends; what it takes is told in a log."""
+        hosts: dict[str, Host] = {}
+        for one in sides:
+            log = self._name(f"side-{one.side}")
+            side = open_side(
+                one.spec,
+                repository=Path.cwd(),
+                cache=cache_dir(),
+                report=lambda line, log=log: say(Message(says="log", trial=log, text=f"{line}\n")),  # type: ignore[misc]
+                kind=one.kind,
+            )
+            host = self._stack.enter_context(side).host
+            hosts[one.side] = dataclasses.replace(host, environment={**host.environment, **self._host.environment})
+        return hosts
 
     def _measure(self, order: Measure, say: Callable[[Message], None]) -> dict[str, Any]:
         if self._plan is None or self._site is None:
@@ -267,8 +288,8 @@ class Post:
         )
         return {"trials": [record.trial for record in measured.records]}
 
-    def _open(self, arm: str = "") -> Executor:
-        return open_executor(host=self._host, label=self._name(arm))
+    def _open(self, arm: str = "", host: Host | None = None) -> Executor:
+        return open_executor(host=host or self._host, label=self._name(arm))
 
     def _name(self, what: str) -> str:
         site = "" if self._described is None else self._described.site

@@ -22,9 +22,6 @@ DRIVER = "driver"
 """The sign of life of whoever started the jobs, in the folder of all."""
 BEATS = 8
 """Signs of life in the time after which there is silence: some may come late or not at all."""
-SILENT_S = 120.0
-"""Attributes of a file on NFS are a minute old at worst (nfs(5), acregmax), and a file server that is restarted is away
-for about as long."""
 
 
 class Tail:

@@ -14,7 +14,8 @@ from harness.errors import InvalidRunError, UsageError
 from harness.records.record import Notice
 from harness.run.device import IfBusy
 from harness.run.ready import Ready
-from harness.run.sites.remote import RemoteStation, check_like, check_prepared
+from harness.run.sites.remote import RemoteStation
+from harness.run.sites.together import check_like, check_prepared
 from harness.run.written import WrittenPlan
 
 LOOK_S = 1.0
@@ -111,11 +112,18 @@ class Joining:
 
 
 def prepare_late(
-    station: RemoteStation, *, first: RemoteStation, ready: Ready, plan: WrittenPlan, folder: Path, left_s: float
+    station: RemoteStation,
+    *,
+    first: RemoteStation,
+    ready: Ready,
+    plan: WrittenPlan,
+    folder: Path,
+    left_s: float,
+    mixed: bool = False,
 ) -> None:
     """Prepare a site that comes when the `first` one and others are `ready`. Raises as `prepare_all`, and for one that
-    is unlike them."""
-    check_like(first, station)
+    is unlike them, or where sites are `mixed` has other things installed."""
+    check_like(first, station, mixed=mixed)
     check_prepared(first.name, ready, station.name, station.prepare(plan, folder, left_s, lambda message: None))
 
 

@@ -6,11 +6,13 @@ card nor its cores: each site has CPUs of its own, and its processes stay on the
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from harness.errors import InvalidRunError, UsageError
+from harness.machine.kinds import say_kind
 from harness.machine.nvml import card_names
 from harness.machine.processes import CPUS
 from harness.machine.provenance import Machine
@@ -25,6 +27,7 @@ from harness.run.plan import Plan
 from harness.run.ready import greet
 from harness.run.runner import run_plan
 from harness.run.site import Site
+from harness.studies.place import say_sites
 from harness.studies.study import Study
 from harness.studies.variant import Variant
 
@@ -35,25 +38,30 @@ class Ground:
 
     name: str
     host: Host
+    machine: str = ""
+    """The kind of it, for a reader."""
+
+    def of(self, host: Host) -> Host:
+        """Another host, of one side of an A/B, on this site."""
+        return dataclasses.replace(host, environment={**host.environment, **self.host.environment})
 
 
-def local_sites(listed: str, machine: Machine, study: Study) -> tuple[Ground, ...]:
-    """The sites that a user lists, such as "0,1,2,3": on a GPU machine cards, in the order in which CUDA numbers those
+def local_sites(listed: Sequence[str], machine: Machine, *, mixed: bool = False) -> tuple[Ground, ...]:
+    """The sites that a user lists, such as 0, 1, 2, 3: on a GPU machine cards, in the order in which CUDA numbers those
     that are visible; on a CPU as many equal shares of its CPUs.
 
     Raises:
-        UsageError: no list of numbers, a card that is not there, cards of different kinds, fewer CPUs than sites, or a
-            study whose trials take more than one card or bring their own processes.
+        UsageError: a card that is not there, cards of different kinds that are not to be `mixed`, or fewer CPUs than
+            sites.
     """
-    check_spreadable(study, f"sites = {listed!r}")
-    numbers = _numbers(listed)
-    shares = share_cpus(sorted(os.sched_getaffinity(0)), len(numbers), f"sites = {listed!r}")
+    numbers = [int(number) for number in listed]
+    shares = share_cpus(sorted(os.sched_getaffinity(0)), len(numbers), say_sites(listed))
     if machine.device == "cpu":
-        return tuple(_ground(f"cpus-{number}", cpus, {}) for number, cpus in zip(numbers, shares, strict=True))
-    cards = _cards(numbers, listed)
+        return tuple(_ground(f"cpus-{number}", cpus, {}, machine) for number, cpus in zip(numbers, shares, strict=True))
+    cards = _cards(numbers, listed, mixed=mixed)
     return tuple(
-        _ground(f"card-{number}", cpus, {VARIABLE: str(card)})
-        for number, card, cpus in zip(numbers, cards, shares, strict=True)
+        _ground(f"card-{number}", cpus, {VARIABLE: str(card)}, dataclasses.replace(machine, device_name=name))
+        for number, (card, name), cpus in zip(numbers, cards, shares, strict=True)
     )
 
 
@@ -64,18 +72,9 @@ def check_spreadable(study: Study, asked: str) -> None:
         raise UsageError(f"{asked}: study {study.name} is of {what} themselves. Leave it out.")
 
 
-def _ground(name: str, cpus: Sequence[int], environment: dict[str, str]) -> Ground:
-    return Ground(name=name, host=Host(environment={**environment, CPUS: ",".join(map(str, cpus))}))
-
-
-def _numbers(listed: str) -> list[int]:
-    parts = [part.strip() for part in listed.split(",")]
-    if not all(part.isascii() and part.isdigit() and len(part) < 5 for part in parts):
-        raise UsageError(f"sites = {listed!r}: numbers with commas between them are expected. Write 0,1 for two sites.")
-    numbers = [int(part) for part in parts]
-    if len(set(numbers)) < len(numbers):
-        raise UsageError(f"sites = {listed!r}: one is named twice, and would disturb itself. Name each once.")
-    return numbers
+def _ground(name: str, cpus: Sequence[int], environment: dict[str, str], machine: Machine) -> Ground:
+    host = Host(environment={**environment, CPUS: ",".join(map(str, cpus))})
+    return Ground(name=name, host=host, machine=say_kind(machine))
 
 
 def share_cpus(cpus: Sequence[int], sites: int, asked: str) -> list[Sequence[int]]:
@@ -89,23 +88,31 @@ def share_cpus(cpus: Sequence[int], sites: int, asked: str) -> list[Sequence[int
     return [cpus[site * each : (site + 1) * each] for site in range(sites)]
 
 
-def _cards(numbers: Sequence[int], listed: str) -> list[int | str]:
+def _cards(numbers: Sequence[int], listed: Sequence[str], *, mixed: bool) -> list[tuple[int | str, str]]:
+    """Each by what CUDA_VISIBLE_DEVICES calls it, with its name."""
     names = card_names().value
     if names is None:
-        raise UsageError(f"sites = {listed!r}: which cards there are cannot be known here. Leave it out.")
+        raise UsageError(f"{say_sites(listed)}: which cards there are cannot be known here. Leave it out.")
     visible = visible_devices(os.environ)
     cards: Sequence[int | str] = range(len(names)) if visible is None else visible
     for number in numbers:
         if number >= len(cards):
-            raise UsageError(f"sites = {listed!r}: card {number}: {len(cards)} are visible here. Count from 0.")
+            raise UsageError(f"{say_sites(listed)}: card {number}: {len(cards)} are visible here. Count from 0.")
     chosen = [cards[number] for number in numbers]
-    kinds = {names[card] for card in chosen if isinstance(card, int) and card < len(names)}
-    if len(kinds) > 1:
+    named = [names[card] if isinstance(card, int) and card < len(names) else "" for card in chosen]
+    kinds = {name for name in named if name}
+    if mixed and not all(named):
         raise UsageError(
-            f"sites = {listed!r}: cards of different kinds ({', '.join(sorted(kinds))}), whose times are not those of "
-            "one machine. Name cards of one kind, and measure the others in a run of their own."
+            f"{say_sites(listed)}: mixed: which card is which is not known where they are visible by other names than "
+            f"numbers. Set {VARIABLE} to numbers."
         )
-    return chosen
+    if len(kinds) > 1 and not mixed:
+        raise UsageError(
+            f"{say_sites(listed)}: cards of different kinds ({', '.join(sorted(kinds))}), whose times are not those of "
+            "one machine. Name cards of one kind, and measure the others in a run of their own, or have each site "
+            "judged by itself by --mixed."
+        )
+    return list(zip(chosen, named, strict=True))
 
 
 def executors_of(sites: Iterable[Ground]) -> Iterator[Executor]:
@@ -119,6 +126,7 @@ class LocalStation:
     """Implements `Station` by processes of this machine: the executors of its arms, started."""
 
     name: str
+    machine: str = ""
     executors: Mapping[str, Executor]
     site: Site | None = None
     """What its requests have in common, once that is prepared."""
@@ -135,12 +143,14 @@ class LocalStation:
             executor.close()
 
 
-def open_station(ground: Ground, arms: Sequence[str], executor: str | None) -> LocalStation:
-    """The executors of a site, one for each arm; nothing is started yet. `executor` names their kind."""
+def open_station(ground: Ground, arms: Mapping[str, Host], executor: str | None) -> LocalStation:
+    """The executors of a site, one for each arm, which lives in a host; nothing is started yet. `executor` names their
+    kind."""
     made = {
-        arm: open_executor(executor, host=ground.host, label="-".join(filter(None, (arm, ground.name)))) for arm in arms
+        arm: open_executor(executor, host=ground.of(host), label="-".join(filter(None, (arm, ground.name))))
+        for arm, host in arms.items()
     }
-    return LocalStation(name=ground.name, executors=made)
+    return LocalStation(name=ground.name, machine=ground.machine, executors=made)
 
 
 def check_all(others: Iterable[LocalStation], variants: Sequence[Variant], first: Mapping[str, Hello]) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 from harness.errors import InvalidRunError, UsageError, said_by
 from harness.run.sites.block import Post, read_message
 from harness.run.sites.remote import RemoteStation
+from harness.studies.place import say_on, say_sites
 
 CLIENT = "ray://"
 START_TIMEOUT_S = 120.0
@@ -135,7 +136,7 @@ def berths_of(nodes: Sequence[dict[str, Any]], wanted: Sequence[str] = ()) -> tu
     for name in wanted:
         if name not in names.values():
             known = ", ".join(sorted(names.values()))
-            raise UsageError(f"sites = {','.join(wanted)!r}: the cluster has no node {name!r}. It has {known}.")
+            raise UsageError(f"{say_sites(wanted)}: the cluster has no node {name!r}. It has {known}.")
     alive = [node for node in alive if not wanted or names[node["NodeID"]] in wanted]
     resources = {node["NodeID"]: node.get("Resources", {}) for node in alive}
     with_cards = any(one.get("GPU", 0) >= 1 for one in resources.values())
@@ -182,7 +183,7 @@ def open_stations(address: str, wanted: Sequence[str] = ()) -> Iterator[tuple[Re
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
     except ImportError as error:
         raise UsageError(
-            f"--on {address}: Ray cannot be imported: {error}. Install lorameter[ray], in the version of the cluster."
+            f"{say_on(address)}: Ray cannot be imported: {error}. Install lorameter[ray], in the cluster's version."
         ) from None
     _connect(ray, address)
     with contextlib.ExitStack() as stack:
@@ -221,6 +222,6 @@ def _connect(ray: Any, address: str) -> None:
         error = TimeoutError(f"nothing was heard within {CONNECT_TIMEOUT_S:g} s")
     if error is not None:
         raise UsageError(
-            f"--on {address}: no Ray cluster answers: {said_by(error).rstrip('.')}. Start it, name it as "
+            f"{say_on(address)}: no Ray cluster answers: {said_by(error).rstrip('.')}. Start it, name it as "
             "ray://HOST:PORT, or set RAY_ADDRESS to the HOST:PORT of its head."
         )

@@ -27,7 +27,7 @@ from harness.records import codec, journal, locks
 from harness.records.document import write_whole
 from harness.records.record import Notice
 from harness.run.device import IfBusy, tell_stderr
-from harness.run.sites.batch import LOCAL, SLURM, Asked, Batch, cancel_jobs, check_here, check_started
+from harness.run.sites.batch import Batch, cancel_jobs, check_here, check_started
 from harness.run.sites.block import BOOT_ID, read_message
 from harness.run.sites.exchange import (
     ABOUT,
@@ -45,6 +45,7 @@ from harness.run.sites.exchange import (
 )
 from harness.run.sites.job import CLOSE, END, About, SiteJob
 from harness.run.sites.remote import RemoteStation
+from harness.studies.place import LOCAL, SLURM, Asked
 
 FOLDER = ".jobs"
 """In the folder of the runs; what it holds is removed when a run ends."""

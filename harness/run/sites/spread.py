@@ -14,7 +14,7 @@ import dataclasses
 import math
 import queue
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -36,6 +36,10 @@ class Station(Protocol):
     @property
     def name(self) -> str:
         """For the records and messages."""
+
+    @property
+    def machine(self) -> str:
+        """The kind of it, for a reader."""
 
     def measure(self, part: Plan, *, save: Callable[[TrialRecord], None], watcher: Watcher, budget: Budget) -> None:
         """Measure one replicate there, from its beginning to its end; each record is saved as soon as its trial ends.
@@ -78,6 +82,10 @@ class _Shared:
     """Why, where that was asked for."""
     broken_off: bool = False
     """Whether those under way are ended, too."""
+    most: int | None = None
+    """How many replicates a site may take, where each is to have as many as the others."""
+    taken: Counter[int] = field(default_factory=Counter)
+    """By site."""
 
 
 def run_spread(
@@ -96,7 +104,8 @@ def run_spread(
 
     `stop` is asked after each replicate; those under way on other sites are measured to their end. What `budget` has
     left is what each site has, for its part of the replicates, which go on beside each other. Those who are `joining`
-    take part as soon as they can measure, and are waited for where nobody else is left.
+    take part as soon as they can measure, and are waited for where nobody else is left. Of a study whose sites are
+    mixed each has its part of the replicates, however quick it is; the part of one that is lost goes to the others.
 
     Raises:
         InvalidRunError: all sites were lost, and none will come; the message is that of the last.
@@ -107,7 +116,8 @@ def run_spread(
     kept = keep_records(unsettled, earlier)
     whole, waiting = budget or Budget(), _by_replicate(unsettled)
     each = math.ceil(len(waiting) / len(stations))
-    shared = _Shared(waiting=waiting, ended={record.trial: record for record in kept})
+    most = each if plan.study.protocol.mixed else None
+    shared = _Shared(waiting=waiting, ended={record.trial: record for record in kept}, most=most)
     told: queue.SimpleQueue[tuple[Station, BaseException]] = queue.SimpleQueue()
     guarded = _Guarded(watcher, shared.lock)
     threads: list[threading.Thread] = []
@@ -146,10 +156,12 @@ def run_spread(
                         joining.lost(station.name)
                     lost.append(_lost(station, failed, len(at_work) + len(idle), waits=joining is not None))
                     error = failed
-                    if idle:  # it has nothing to do, and now there is something
-                        begin(idle.pop())
+                    with shared.lock:
+                        shared.most = None
                 else:
                     raise failed
+                if error is not None and idle and shared.waiting and not shared.closing:
+                    begin(idle.pop())  # it had nothing to do, and now there is something
         except BaseException as broken:
             _break_off(known, threads, shared)
             _give_up(plan, unsettled, shared, save, watcher)
@@ -203,14 +215,15 @@ def _measure(
 
     def keep(record: TrialRecord) -> None:
         with shared.lock:
-            record = record.replaced(site=station.name)
+            machine = station.machine if plan.study.protocol.mixed else ""
+            record = record.replaced(site=station.name, machine=machine)
             if shared.broken_off and record.status == "crashed":  # it was ended by us
                 failure = Failure(phase="run", kind="Interrupted", message="stopped by the user")
                 record = record.replaced(status="interrupted", failure=failure)
             save(record)
             shared.ended[record.trial] = record
 
-    while (groups := _next(shared)) is not None:
+    while (groups := _next(shared, station)) is not None:
         part = dataclasses.replace(plan, groups=groups)
         try:
             station.measure(part, save=keep, watcher=watcher, budget=budget)
@@ -227,9 +240,13 @@ def _measure(
     told.put((station, _DONE))
 
 
-def _next(shared: _Shared) -> tuple[Group, ...] | None:
+def _next(shared: _Shared, station: Station) -> tuple[Group, ...] | None:
     with shared.lock:
-        return shared.waiting.popleft() if shared.waiting and not shared.closing else None
+        full = shared.most is not None and shared.taken[id(station)] >= shared.most
+        if full or shared.closing or not shared.waiting:
+            return None
+        shared.taken[id(station)] += 1
+        return shared.waiting.popleft()
 
 
 def _by_replicate(groups: Sequence[Group]) -> deque[tuple[Group, ...]]:

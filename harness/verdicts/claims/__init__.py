@@ -31,6 +31,7 @@ from harness.verdicts.claims.peaks import judge_peaks
 from harness.verdicts.claims.questions import Question, question_of
 from harness.verdicts.claims.reasons import ratio_of, reason_of
 from harness.verdicts.claims.values import NotJudgedError, counts, pair_of
+from harness.verdicts.mixed import refuse_mixed
 from harness.verdicts.series import Groups, series_of
 
 Judgement = Literal["supported", "refuted", "inconclusive", "not judged"]
@@ -123,6 +124,7 @@ def judge_claims(run: Run) -> ClaimsReport:
             f"run {run.manifest.run}: an A/B compares two sides of each variant, and a claim compares variants. "
             "Measure the study with `lorameter run`."
         )
+    refuse_mixed(run, "a claim")
     groups = series_of(run.records)
     controls = controls_of(groups, study, run.manifest.phases)
     engine = engine_of(run, study, groups)

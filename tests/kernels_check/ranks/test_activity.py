@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 
-import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
@@ -26,8 +25,7 @@ def test_a_step_that_exchanges_nothing_is_all_its_own():
     share = share_of(lambda: time.sleep(0.02), lambda: met.append(1))
     assert len(met) == STEPS
     assert share.exchange_s == share.exposed_s == 0
-    assert share.own_s == pytest.approx(share.step_s, rel=0.5)
-    assert share.own_s >= 0.02
+    assert 0.02 <= share.own_s <= share.step_s  # the least of the steps, and their mean
 
 
 def test_a_session_without_a_kernel_of_the_card_says_nothing(monkeypatch):

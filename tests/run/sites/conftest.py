@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from pathlib import Path
+
 import pytest
+
+from harness.cli import main
+from harness.records import store
+from harness.run import ab
+from harness.run.executors import ENV_EXECUTOR, EXECUTORS
+from harness.run.executors.host import Host
+from harness.run.executors.sides import OpenSide
 
 STUDY = """
 title = "two ranks of an adapter"
@@ -53,3 +64,58 @@ def results_of():
         return [getattr(record, name) for name in fields], learnt, values, record.tokens
 
     return tell
+
+
+@pytest.fixture
+def pretended(monkeypatch, tmp_path):
+    """This machine with two CPUs and an executor that only pretends: the module of it."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    monkeypatch.setitem(EXECUTORS, "pretending", "pretending")
+    monkeypatch.setenv(ENV_EXECUTOR, "pretending")
+    monkeypatch.setenv("PRETENDING", str(tmp_path))
+    monkeypatch.setenv("LORAMETER_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {4, 5})
+    monkeypatch.chdir(tmp_path)
+    import pretending
+
+    pretending.MADE.clear()
+    pretending.SLOW.clear()
+    return pretending
+
+
+@pytest.fixture
+def placed(study):
+    """A function that writes the study with lines of its own in [protocol]."""
+
+    def write(lines, **options):
+        path = study(**options)
+        path.write_text(path.read_text().replace("[protocol]", f"[protocol]\n{lines}"))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def run(pretended, capsys, tmp_path):
+    """A function that runs a command, and gives its exit code, the last run, and what was said."""
+
+    def command(*words, meeting=1):
+        pretended.MEETINGS[:] = [pretended.Meeting(meeting)]
+        code = main([str(word) for word in words])
+        said = capsys.readouterr()
+        runs = sorted((tmp_path / "runs").glob("*/manifest.json"), key=lambda path: path.stat().st_mtime_ns)
+        last = store.read_run(str(runs[-1].parent), tmp_path / "runs") if runs else None
+        return code, last, " ".join((said.out + said.err).split())
+
+    return command
+
+
+@pytest.fixture
+def two_pythons(monkeypatch):
+    """Sides that are interpreters of these names, whatever they are asked for by."""
+
+    @contextlib.contextmanager
+    def open_side(spec, **options):
+        yield OpenSide(spec=spec, kind="interpreter", host=Host(python=spec), label=spec, declared=("libraries",))
+
+    monkeypatch.setattr(ab, "open_side", open_side)

@@ -1,12 +1,14 @@
 """A job whose measuring processes only pretend, so that what becomes of jobs is tried with real ones in seconds.
 
 It is given to submitit in place of `SiteJob`, and imported in the process of the job. A turn of the site that the file
-`stuck` in the folder $PRETENDING names waits until that file is gone.
+`stuck` in the folder $PRETENDING names waits until that file is gone. On this machine it is an executor by the name
+`pretending`.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from harness.machine.provenance import Facts, Machine
 from harness.records.preparation import BaseSummary, Hello, TokenSummary
 from harness.records.record import Fragment
 from harness.run.executors import Place
+from harness.run.executors.host import Host
 from harness.run.sites import block, job
 from harness.run.sites.job import SiteJob
 
@@ -23,13 +26,38 @@ MACHINE = Machine(
 )  # fmt: skip
 
 
+HOST = {"python": "3.11.0", "libraries": {"peft": "1.0"}, "cuda": None, "git": {"commit": None, "dirty": False}}
+MADE = []
+"""Executors of this process, in the order in which they were opened."""
+
+
+class Meeting:
+    """Keeps each site of this process from measuring until so many of them are about to."""
+
+    def __init__(self, sites):
+        self.sites, self.here, self.come = sites, set(), threading.Condition()
+
+    def join(self, site):
+        with self.come:
+            self.here.add(site)
+            self.come.notify_all()
+            assert self.come.wait_for(lambda: len(self.here) >= self.sites, timeout=60)
+
+
+SLOW = {}
+"""By how much a step takes longer, by a part of the executor's label and of the trial's name."""
+MEETINGS = [Meeting(1)]
+"""The last one counts."""
+
+
 class Fake:
     """An executor and its worker."""
 
     start_latency_s = 0.01
 
-    def __init__(self, label):
-        self.label = label
+    def __init__(self, label, host=None):
+        self.label, self.host = label, host
+        MADE.append(self)
 
     def machine(self):
         return MACHINE
@@ -41,11 +69,12 @@ class Fake:
         return 2**33
 
     def facts(self):
-        return Facts(machine=MACHINE, settings={}, libraries={"peft": "1.0"}, git={"commit": None})
+        host = None if self.host in (None, Host()) else {**HOST, "packages": {"python": self.host.python}}
+        return Facts(machine=MACHINE, settings={}, libraries={"peft": "1.0"}, git={"commit": None}, host=host)
 
     def start(self, folder, threads):
         self.folder = folder
-        (folder / "logs").mkdir()
+        (folder / "logs").mkdir(exist_ok=True)
 
     def hello(self):
         return Hello(harness="1.0 sha256:one", pid=1, import_time_s=1.0, device="cpu", torch="0")
@@ -66,6 +95,7 @@ class Fake:
         pass
 
     def launch(self):
+        MEETINGS[-1].join(self.label[-1:])
         return self
 
     def ask(self, command, trial, timeout_s, **arguments):
@@ -74,17 +104,23 @@ class Fake:
         stuck = Path(os.environ["PRETENDING"]) / "stuck"
         while stuck.exists() and self.label.endswith(stuck.read_text()):
             time.sleep(0.02)
-        return Fragment(samples={"step_time_s": (0.1,) * arguments["steps"]})
+        factor = next((factor for (label, part), factor in SLOW.items() if label in self.label and part in trial), 1.0)
+        return Fragment(samples={"step_time_s": (factor * 0.1,) * arguments["steps"]})
 
     def close(self):
         pass
+
+
+def open_executor(*, host=None, label=""):
+    """As `harness.run.executors.EXECUTORS` has them."""
+    return Fake(label, host)
 
 
 class PretendingJob(SiteJob):
     """Differs in what it measures by."""
 
     def __call__(self):
-        block.open_executor = lambda name=None, *, host=None, label="": Fake(label)
+        block.open_executor = lambda name=None, *, host=None, label="": Fake(label, host)
         block.harness_identity = lambda: "1.0 sha256:one"
         job.STAY_S = 2
         return super().__call__()

@@ -26,7 +26,9 @@ from harness.run.runner import find_unsettled
 from harness.run.sites import block
 from harness.run.sites.block import Hold, Measure, Message, read_message, read_order, write_order
 from harness.run.sites.ray import Desk
-from harness.run.sites.remote import RemoteStation, describe_all, free_bytes_of, hold_all
+from harness.run.sites.remote import RemoteStation
+from harness.run.sites.together import describe_all, free_bytes_of, hold_all
+from harness.run.sites.venue import Venue
 from harness.run.written import read_plan, write_plan
 from harness.studies.variant import Variant
 
@@ -147,7 +149,7 @@ def plan(small_study):
 def measured(plan, stations, runs):
     describe_all(stations)
     with LiveDisplay(console_for(stderr=True)) as display:
-        return measure(plan, runs=runs, display=display, remote=stations)
+        return measure(plan, runs=runs, display=display, venue=Venue(stations=tuple(stations)))
 
 
 def sites_of(run):
@@ -190,7 +192,7 @@ def test_a_link_that_breaks_loses_its_replicate_and_no_other(plan, stations, tmp
         return line
 
     def wait(fake):
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 240
         while sum(message.says == "record" for message in seen) < 2 and time.monotonic() < deadline:
             time.sleep(0.001)
 

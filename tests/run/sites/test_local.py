@@ -11,7 +11,7 @@ from harness.errors import InvalidRunError, UsageError
 from harness.machine.reading import Reading
 from harness.records.preparation import Hello
 from harness.run.sites import local
-from harness.run.sites.local import check_alike, local_sites
+from harness.run.sites.local import check_alike, check_spreadable, local_sites
 
 
 @pytest.fixture(autouse=True)
@@ -24,55 +24,46 @@ def cards(monkeypatch, *names):
     monkeypatch.setattr(local, "card_names", lambda: Reading(value=names))
 
 
-def test_sites_of_a_cpu_share_no_core(machine, small_study):
+def test_sites_of_a_cpu_share_no_core(machine):
     """Each has an equal part, and its processes are told to stay there."""
-    sites = local_sites("0,1", machine, small_study)
+    sites = local_sites(("0", "1"), machine)
     assert [site.name for site in sites] == ["cpus-0", "cpus-1"]
     assert [site.host.environment for site in sites] == [{"LORAMETER_CPUS": "4,5"}, {"LORAMETER_CPUS": "6,7"}]
 
 
-def test_sites_of_a_gpu_machine_are_its_visible_cards(machine, small_study, monkeypatch):
+def test_sites_of_a_gpu_machine_are_its_visible_cards(machine, monkeypatch):
     """By the numbers that CUDA gives them; each sees its own."""
     cards(monkeypatch, "H100", "H100", "H100", "H100")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
-    sites = local_sites("0, 1", dataclasses.replace(machine, device="cuda"), small_study)
+    sites = local_sites(("0", "1"), dataclasses.replace(machine, device="cuda"))
     assert [site.host.environment["CUDA_VISIBLE_DEVICES"] for site in sites] == ["2", "3"]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    sites = local_sites("3", dataclasses.replace(machine, device="cuda"), small_study)
+    sites = local_sites(("3",), dataclasses.replace(machine, device="cuda"))
     assert [site.name for site in sites] == ["card-3"]
 
 
-@pytest.mark.parametrize(
-    ("listed", "words"),
-    [
-        ("a", "numbers with commas"),
-        ("0,0", "named twice"),
-        ("0,1,2,3,4", "5 sites and 4 CPUs"),
-        ("", "numbers with commas"),
-    ],
-)
-def test_a_list_that_is_none_is_refused(machine, small_study, listed, words):
-    """With the value and the remedy."""
-    with pytest.raises(UsageError, match=words):
-        local_sites(listed, machine, small_study)
+def test_more_sites_than_cpus_are_refused(machine):
+    """They would share cores."""
+    with pytest.raises(UsageError, match="5 sites and 4 CPUs"):
+        local_sites(tuple("01234"), machine)
 
 
-def test_cards_that_are_not_there_or_unlike_are_refused(machine, small_study, monkeypatch):
+def test_cards_that_are_not_there_or_unlike_are_refused(machine, monkeypatch):
     """Times of different cards are not those of one machine."""
     cards(monkeypatch, "H100", "A100")
     there = dataclasses.replace(machine, device="cuda")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     with pytest.raises(UsageError, match=r"card 2: 2 are visible"):
-        local_sites("0,2", there, small_study)
+        local_sites(("0", "2"), there)
     with pytest.raises(UsageError, match=r"different kinds \(A100, H100\)"):
-        local_sites("0,1", there, small_study)
+        local_sites(("0", "1"), there)
 
 
-def test_trials_of_several_ranks_take_the_cards_themselves(machine, small_study):
+def test_trials_of_several_ranks_take_the_cards_themselves(small_study):
     """So their replicates are not spread over them."""
     workload = dataclasses.replace(small_study.workload, ranks=2, strategy="ddp")
     with pytest.raises(UsageError, match="several ranks"):
-        local_sites("0,1", machine, dataclasses.replace(small_study, workload=workload))
+        check_spreadable(dataclasses.replace(small_study, workload=workload), "sites = '0,1'")
 
 
 def test_a_site_whose_worker_is_another_program_is_refused():

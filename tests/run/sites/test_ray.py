@@ -66,7 +66,7 @@ def test_nodes_are_chosen_by_name_and_one_that_is_not_there_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("on", "words"), [("kubernetes", "not known. Use ray, ray://HOST:PORT"), ("ray", r"Install lorameter\[ray\]")]
+    ("on", "words"), [("kubernetes", "not known. Use here, ray, ray://HOST:PORT"), ("ray", r"Install lorameter\[ray\]")]
 )
 def test_what_cannot_be_measured_on_is_refused(on, words, capsys, monkeypatch):
     """By the option, with the remedy, before anything else is read."""
@@ -74,7 +74,7 @@ def test_what_cannot_be_measured_on_is_refused(on, words, capsys, monkeypatch):
     assert main(["run", "training-step", "--on", on]) == 2
     said = " ".join(capsys.readouterr().err.split())
     assert words.replace("\\", "") in said
-    assert f"--on {on}" in said
+    assert f"on = {on!r}" in said
 
 
 class Nodes:

@@ -23,7 +23,7 @@ from harness.report.terminal import console_for
 from harness.run.measure import measure
 from harness.run.plan import make_plan
 from harness.run.sites import slurm
-from harness.run.sites.batch import Asked, Batch, ask_slurm, check_here, read_asked, sbatch_parameters
+from harness.run.sites.batch import Batch, ask_slurm, check_here, sbatch_parameters
 from harness.run.sites.block import Message
 from harness.run.sites.exchange import (
     ABOUT,
@@ -40,8 +40,10 @@ from harness.run.sites.exchange import (
 )
 from harness.run.sites.job import About, SiteJob
 from harness.run.sites.joining import Joining
-from harness.run.sites.remote import describe_all
 from harness.run.sites.slurm import FOLDER, OWNER, FileLink, Jobs, Owner, clear_dead, open_jobs
+from harness.run.sites.together import describe_all
+from harness.run.sites.venue import Venue
+from harness.studies.place import Asked, read_asked
 
 HERE = Path(__file__).parent
 
@@ -52,41 +54,6 @@ def wait_for(condition, seconds=300):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     return found
-
-
-def test_what_is_asked_for_is_keys_and_values():
-    """A value may hold commas; what is not ours is passed on under sbatch's names."""
-    asked = read_asked("slurm:sites=4,partition=gpu,gres=gpu:1,exclude=n1,n2,time=90,start_minutes=0.5")
-    assert (asked.kind, asked.sites, asked.start_minutes) == ("slurm", 4, 0.5)
-    assert asked.parameters == {"partition": "gpu", "gres": "gpu:1", "exclude": "n1,n2", "time": 90}
-    assert read_asked("slurm") == Asked(on="slurm", kind="slurm")
-    assert read_asked("submitit-local:sites=2").sites == 2
-
-
-@pytest.mark.parametrize(
-    ("on", "words"),
-    [
-        ("slurm:nodes=2", "'nodes' is not known. Use KEY=VALUE of sites, start_minutes, silent_s, partition"),
-        ("slurm:gpu", "'gpu' is not known"),
-        ("slurm:", None),
-        ("slurm:sites=0", "sites='0': a positive number"),
-        ("slurm:sites=1000", "1 to 999"),
-        ("slurm:time=1h", "time='1h': a positive number"),
-        ("slurm:partition=", "partition='': a text"),
-        ("slurm:partition=a\n", "a text"),
-        ("slurm:sites=1,sites=2", "sites is given twice"),
-        ("slurm:silent_s=1", "give 2 seconds or more"),
-        ("slurm:silent_s=nan", "a positive number"),
-        ("submitit-local:partition=gpu", "'partition' is not known"),
-    ],
-)
-def test_what_is_no_key_or_no_value_is_refused(on, words):
-    """With what there is."""
-    if words is None:
-        assert read_asked(on).parameters == {}
-        return
-    with pytest.raises(UsageError, match=words):
-        read_asked(on)
 
 
 def test_a_job_without_cards_has_its_node_alone():
@@ -123,7 +90,7 @@ def test_without_sbatch_it_is_refused_before_anything_is_made(capsys, tmp_path, 
     pytest.importorskip("submitit", reason="submitit is not installed: pip install lorameter[slurm]")
     monkeypatch.setenv("PATH", str(tmp_path))
     assert main(["run", "training-step", "--on", "slurm", "--runs-dir", str(tmp_path / "runs")]) == 2
-    assert "--on slurm: this machine has no sbatch" in " ".join(capsys.readouterr().err.split())
+    assert "on = 'slurm': this machine has no sbatch" in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "runs").exists()
 
 
@@ -355,7 +322,7 @@ def test_a_job_that_is_requeued_loses_its_replicate_and_comes_again(pretending, 
         (together,) = describe_all(stations)
         thread = threading.Thread(target=requeue, args=(jobs,))
         thread.start()
-        run = measure(plan, runs=runs, display=display, remote=stations, arrivals=jobs)
+        run = measure(plan, runs=runs, display=display, venue=Venue(stations=tuple(stations), arrivals=jobs))
     thread.join()
     assert together.code == "sites-together"
     assert deeds == [True]
@@ -388,7 +355,7 @@ def test_the_last_job_that_is_ended_ends_the_run_and_one_without_a_driver_ends_i
     with open_jobs(asked, runs) as (stations, _, jobs), LiveDisplay(console_for(stderr=True)) as display:
         describe_all(stations)
         with pytest.raises(InvalidRunError, match="its job was cancelled or preempted"):
-            measure(plan, runs=runs, display=display, remote=stations, arrivals=jobs)
+            measure(plan, runs=runs, display=display, venue=Venue(stations=tuple(stations), arrivals=jobs))
     assert not (runs / FOLDER).exists()
     folder = pretending / "alone"
     folder.mkdir()

@@ -23,7 +23,7 @@ SITE = Site(device="cpu", threads=1, tokens_path="t", tokens={"hash": "h"})
 
 def wait_for(condition):
     """Until it holds, 30 s at most."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 240
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.001)
 
