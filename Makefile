@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.installed
 GPU_PACKED := $(if $(wildcard $(STAMP)),,$(wildcard .gpu/site))
 
 # For the proofs whose program is pytest, which does not say on what it ran.
-SAY_MACHINE := $(BIN)/python -c "import sys; sys.path.insert(0, 'benchmarks/selftest'); import reading; print(reading.machine_line())"
+SAY_MACHINE := PYTHONPATH=benchmarks/selftest $(BIN)/python -c "import reading; print(reading.machine_line())"
 
 # A proof's name, and what prints it. Its output takes its place when all of it is there: while it runs the tree is as it
 # was committed, and one that was stopped has overwritten nothing.

@@ -538,9 +538,10 @@ def test_precision_and_minutes_are_those_of_the_command_line(suite):
 def test_the_real_thing(suite, monkeypatch):
     """The same suite on real processes: two variants trained, checked, served and saved."""
     monkeypatch.setenv("REAL", "1")
-    once = ("--lorameter-replicates=1", "--lorameter-interleave=replicates")  # no trials of their own for cold starts
-    once = (*once, "--lorameter-allow-disturbed")  # whatever else runs here
-    once = (*once, "-k", "not cold")  # whose interpreters are what takes longest; test_cli measures them
+    once = (
+        "--lorameter-replicates=1", "--lorameter-interleave=replicates", "--lorameter-allow-disturbed",
+        "-k", "not cold",  # whose interpreters are what takes longest; test_cli measures them
+    )  # fmt: skip
     result = suite("--benchmark-save=real", *once, "--lorameter-runs-dir=runs")
     result.assert_outcomes(passed=4)
     entries = saved(suite, "*real")["benchmarks"]

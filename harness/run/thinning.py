@@ -33,7 +33,9 @@ uncertain."""
 def thinned(plan: Plan, groups: Sequence[Group], fits: Callable[[Sequence[Group]], bool]) -> tuple[Group, ...]:
     """The groups of a replicate, less as much as it takes to make them fit, or less all that can be left out."""
     thinner = tuple(groups)
-    if plan.study.protocol.precision is not None or any(slot.side for group in groups for slot in group.slots):
+    named = set(plan.phases) != set(PHASES)
+    sided = any(slot.side for group in groups for slot in group.slots)
+    if named or sided or plan.study.protocol.precision is not None:
         return thinner
     for left in _ever_less(plan, thinner):
         if fits(thinner):
@@ -71,7 +73,7 @@ def _ever_less(plan: Plan, groups: tuple[Group, ...]) -> Iterator[tuple[Group, .
     if not plan.study.claims_peaks:
         groups = tuple(group for group in groups if not _is_solo(group) or "cold" in group.slots[0].measures)
         yield groups
-    if "generate" in claimed or set(plan.phases) != set(PHASES):
+    if "generate" in claimed:
         return
     for measure in ORDER:
         groups = tuple(group if _is_solo(group) else _without(measure, group) for group in groups)

@@ -366,6 +366,7 @@ def test_later_replicates_leave_out_what_would_cost_them_their_number(measured):
 def test_nothing_is_left_out_whose_interval_is_asked_for(measured, asked):
     """Phases that were named, and all where a precision decides: there are fewer replicates then."""
     executor, records = measured(1100.0, costs=COSTLY, replicates=12, **asked)
+    assert not executor.notices
     assert requested(executor) == set(range(replicates_of(records)))
     assert 1 < replicates_of(records) < 5
 
