@@ -36,6 +36,8 @@ PROVENANCE: Form = {
     "git": GIT,
     "worker": {"harness": str | None},
 }
+STUDY: Form = {"name": str, "title": str, "workload": {"model": str}, "protocol": {"mixed": bool}}
+"""What is asked of a study before it is read as one, or of one that a newer version has written."""
 SIDE: Form = {
     "label": str,
     "worker": str,
@@ -65,6 +67,9 @@ _REMEDY = "Restore the file, or measure again."
 def check_manifest(manifest: Manifest, where: str) -> None:
     """Raises `UsageError` for a manifest whose tables have not the form that readers rest on."""
     check_form(manifest.provenance, PROVENANCE, f"{where}, provenance")
+    check_form(manifest.study, STUDY, f"{where}, study")
+    for variant in codec.from_json(tuple[dict[str, Any], ...], manifest.study.get("variants", ()), f"{where}, variants"):
+        check_form(variant, {"name": str}, f"{where}, study, variants")
     own = codec.from_json(dict[str, dict[str, Any]], manifest.tokens.get("own", {}), f"{where}, tokens, own")
     for place, tokens in (("tokens", manifest.tokens), *((f"tokens, own, {name}", one) for name, one in own.items())):
         check_form(tokens, TOKENS, f"{where}, {place}")
