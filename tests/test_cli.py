@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -276,3 +277,35 @@ def test_bash_completes_by_it(tmp_path, capsys):
     asked = "source completion; COMP_WORDS=(lorameter rep); COMP_CWORD=1; _shtab_lorameter; echo ${COMPREPLY[@]}"
     done = subprocess.run(["bash", "-c", asked], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["report"]
+
+
+INTERRUPTED = """
+import os, signal, sys
+
+class Interrupted:
+    def find_spec(self, name, path=None, target=None):
+        if name == "harness.cli":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupted())
+from harness.entry import main
+sys.argv = ["lorameter", "list", "models"]
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize(("ignored", "code"), [(False, -signal.SIGINT), (True, 0)])
+def test_an_interrupt_while_it_imports_ends_it_in_silence(ignored, code):
+    """As any other tool, without a traceback; who has it ignored from the start is not stopped by it."""
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, check=False,
+        preexec_fn=(lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) if ignored else None,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (code, "")
+
+
+def test_an_interrupt_while_options_are_read_is_a_stop(monkeypatch, capsys):
+    """With the exit code of what was not measured."""
+    monkeypatch.setattr("harness.cli.parser", lambda: os.kill(os.getpid(), signal.SIGINT))
+    assert main(["list", "models"]) == 4
+    assert capsys.readouterr().err == "lorameter: stopped\n"

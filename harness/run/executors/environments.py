@@ -148,13 +148,27 @@ def _build(requirements: Sequence[str], out: Path, report: Callable[[str], objec
     lines = [f"import site; site.addsitedir({folder!r})\n" for folder in _present_folders()]
     (site_packages(python) / _LAYER_FILE).write_text("".join(lines), encoding="utf-8")
     pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "--progress-bar", "off"]
-    _run([*pip, *requirements], requirements, report)
+    with _listed(requirements, out) as listed:
+        _run([*pip, "--requirement", str(listed)], requirements, report)
     description = {
         "requirements": [redact(each) for each in requirements],
         "python": sys.version,
         "executable": sys.executable,
     }
     (out / DESCRIPTION_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _listed(requirements: Sequence[str], folder: Path) -> Iterator[Path]:
+    """A file of the requirements that nobody else may read, and none afterwards: their addresses may hold credentials,
+    and everybody on a machine sees the command lines of its processes."""
+    listed = folder / "requirements.txt"
+    try:
+        listed.touch(mode=0o600, exist_ok=False)
+        listed.write_text("".join(f"{each}\n" for each in requirements), encoding="utf-8")
+        yield listed
+    finally:
+        listed.unlink(missing_ok=True)
 
 
 def _run(command: Sequence[str], requirements: Sequence[str], report: Callable[[str], object]) -> None:
@@ -167,6 +181,7 @@ def _run(command: Sequence[str], requirements: Sequence[str], report: Callable[[
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        errors="replace",
         env=environment,
         start_new_session=True,
     ) as process:

@@ -118,7 +118,8 @@ def name_side(spec: str, repository: Path) -> tuple[SideKind, str]:
         raise impossible("ab", "side", spec, "no word that anything goes by", _REMEDY)
     if _is_executable_path(spec):
         return "interpreter", str(Path(spec).absolute())
-    commit, refusal = _commit(spec, repository)
+    # No revision holds an address, and git need not see one, which may hold a credential.
+    commit, refusal = (None, "no revision holds '://'") if "://" in spec else _commit(spec, repository)
     if commit is not None:
         return "revision", commit
     if _PYTHON_NAME.fullmatch(spec) and (found := shutil.which(spec)):
