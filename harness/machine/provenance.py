@@ -279,7 +279,7 @@ def comparable(provenance: Mapping[str, Any], without: Sequence[str] = ()) -> di
 
 def fingerprint(provenance: Mapping[str, Any], without: Sequence[str] = ()) -> str:
     """Hash of the fields that must agree for two runs to be compared; `without` are those that an A/B declares."""
-    return hashlib.sha256(codec.dumps(comparable(provenance, without)).encode()).hexdigest()[:12]
+    return hashlib.sha256(codec.dumps(comparable(provenance, without)).encode(errors="replace")).hexdigest()[:12]
 
 
 def power_limit_w(provenance: Mapping[str, Any], which: str = "power_limit_w") -> int | None:
