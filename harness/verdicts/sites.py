@@ -88,14 +88,12 @@ def site_notices(records: Sequence[TrialRecord]) -> Iterator[Notice]:
         return
     spread, alone = site_spread(records)
     said = ", ".join(f"{site} {effect:+.1%}" for site, effect in effects.items())
-    of_what = "standard deviation of their step times, " + (
-        "without what replicates scatter by" if alone else "with what replicates scatter by"
-    )
+    of_what = f"standard deviation of their step times, {'without' if alone else 'with'} what replicates scatter by"
     yield Notice(
         code="sites",
         message=f"replicates were spread over {len(effects)} sites, which differ by {spread:.1%} ({of_what}; seen: "
         f"{said}). Ratios are within a site; an absolute value is the mean of these sites', and its interval is over "
-        f"{len(effects)} of them, not over replicates.",
+        "them, not over replicates.",
         remedy="Measure on one site where absolute values matter.",
     )
     yield from _unlike(effects)

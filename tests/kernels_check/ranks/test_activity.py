@@ -16,8 +16,10 @@ from kernels_check.ranks.activity import STEPS, common, length_of, share_in, sha
 def test_intervals_are_united_and_intersected():
     """Overlaps count once, and what two lists share is found across any number of them."""
     assert united([(3, 4), (0, 1), (0.5, 2)]) == [(0, 2), (3, 4)]
+    assert united([(1, 2), (0, 1)]) == [(0, 2)]
     assert common([(0, 2), (3, 5)], [(1, 4), (4.5, 9)]) == [(1, 2), (3, 4), (4.5, 5)]
     assert common([], [(0, 1)]) == []
+    assert common([(0, 1), (2, 3)], [(1, 2), (3, 4)]) == []
     assert length_of([(0, 2), (3, 4)]) == 3
 
 
@@ -28,6 +30,15 @@ def test_a_step_that_exchanges_nothing_is_all_its_own():
     assert len(met) == STEPS
     assert share.exchange_s == share.exposed_s == 0
     assert 0.02 <= share.own_s <= share.step_s  # the least of the steps, and their mean
+
+
+@pytest.mark.parametrize("known", ["is_available", "is_initialized"])
+def test_a_card_that_is_not_in_use_is_not_asked(monkeypatch, known):
+    """A process that trains on the CPU of a machine with a card spends its steps there."""
+    for name in ("is_available", "is_initialized"):
+        monkeypatch.setattr(torch.cuda, name, lambda name=name: name == known)
+    share = share_of(lambda: torch.ones(8) @ torch.ones(8), lambda: None)
+    assert 0 < share.own_s <= share.step_s
 
 
 CPU, CARD = "DeviceType.CPU", "DeviceType.CUDA"

@@ -119,6 +119,7 @@ def summed_shards():
         for module in sharded.modules():
             if hasattr(module, "set_gradient_divide_factor"):
                 module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)  # gloo multiplies nothing while it sums
         return sharded
 
     rank.distribute = distribute
